@@ -1,0 +1,12 @@
+"""The one error a user can cause.
+
+Covers: input that is wrong in a way its author can mend (a recipe key, a file, a port, a disk).
+Not here: bugs, which stay ordinary exceptions with their traceback.
+"""
+
+
+class InputError(ValueError):
+    """One sentence for the user: which file, row or field, what was expected, what to do.
+
+    Command lines print the sentence alone and exit with status 2.
+    """

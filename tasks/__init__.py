@@ -1,0 +1,1 @@
+"""How each stage does its work: one folder a stage, pure modules under one thin task.py."""

@@ -1,0 +1,196 @@
+"""What a stage hands on: a folder whose `manifest.json` is written last.
+
+Covers: addresses (what would be made, and where), reading, making and publishing artifacts.
+Not here: what any stage does; Prefect; object stores.
+
+An artifact is input-addressed: its digest is a hash of the stage's name and version, its config
+and its parents' digests, so the whole chain of addresses is known before anything runs. A folder
+with a manifest is finished; without one it is unfinished, and its stage continues or starts again.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from evaclip_model.config import Config
+from evaclip_model.errors import InputError
+
+MANIFEST = "manifest.json"
+DIGEST_CHARS = 16
+Counts = Mapping[str, int | float]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the pipeline; `version` rises when its output would differ for the same input."""
+
+    name: str
+    version: int
+    tools: tuple[str, ...] = ()
+    """Distributions whose version belongs in the manifest."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where an artifact is or will be, and everything that decides its content."""
+
+    root: Path
+    stage: Stage
+    config: Mapping[str, Any]
+    parents: Mapping[str, str] = field(default_factory=dict)
+    """Role -> digest of the artifact (or fingerprint of the outside file) it is made from."""
+
+    @classmethod
+    def of(
+        cls, root: Path, stage: Stage, config: Config, parents: Mapping[str, str] | None = None
+    ) -> Address:
+        return cls(root, stage, config.model_dump(mode="json"), dict(parents or {}))
+
+    @property
+    def digest(self) -> str:
+        decides = {
+            "stage": self.stage.name,
+            "version": self.stage.version,
+            "config": self.config,
+            "parents": dict(self.parents),
+        }
+        text = json.dumps(decides, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARS]
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.stage.name / self.digest
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / MANIFEST).is_file()
+
+
+class Artifact(Config):
+    """A finished artifact: what flows pass between stages."""
+
+    kind: str
+    """Name of the stage that made it."""
+    digest: str
+    folder: Path
+    parents: dict[str, str]
+    config: dict[str, Any]
+    counts: dict[str, int | float]
+    """Totals for people and for tracking: rows, samples, shards, bytes, reasons."""
+    files: dict[str, dict[str, int | str]]
+    """Path inside the folder -> {size, sha256} of every file that the artifact consists of."""
+    created: str
+    """UTC time of publication, ISO 8601."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a stage's pure function reports: totals, and the files its artifact consists of."""
+
+    counts: Counts
+    files: tuple[Path, ...]
+
+
+def produce(address: Address, make: Callable[[Path], Made]) -> Artifact:
+    """Return the artifact at `address`, calling `make(folder)` only when it is not finished.
+
+    `make` may find the leavings of a killed run in its folder; it continues or clears them.
+
+    Raises:
+        InputError: another run is making the same artifact, or the disk is full.
+    """
+    if address.is_finished:
+        return read_artifact(address.folder)
+    folder = address.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _only_maker(folder):
+            if address.is_finished:
+                return read_artifact(folder)
+            made = make(folder)
+            return _publish(address, made)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(
+                f"the disk is full at {folder}: free some space and run the same command again; "
+                "what is finished is kept"
+            ) from error
+        raise
+
+
+def read_artifact(folder: Path) -> Artifact:
+    """Read a finished artifact.
+
+    Raises:
+        InputError: no manifest there, or one that cannot be read.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{folder} is no finished artifact: it has no {MANIFEST}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): delete the folder and run again") from None
+    fields = {key: manifest[key] for key in Artifact.model_fields if key in manifest}
+    return Artifact.from_mapping({**fields, "folder": folder}, where=str(path))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file beside its place and rename it, so that it is never seen half-written."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _publish(address: Address, made: Made) -> Artifact:
+    folder = address.folder
+    files = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(made.files)
+    }
+    manifest = {
+        "kind": address.stage.name,
+        "version": address.stage.version,
+        "digest": address.digest,
+        "parents": dict(address.parents),
+        "config": address.config,
+        "counts": dict(made.counts),
+        "files": files,
+        "tools": {name: metadata.version(name) for name in address.stage.tools},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    return read_artifact(folder)
+
+
+@contextmanager
+def _only_maker(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; the kernel drops it when its holder dies, however it dies."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another run is making {folder}: wait for it, or stop it first"
+            ) from None
+        yield
