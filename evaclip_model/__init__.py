@@ -1,0 +1,1 @@
+"""EVA-CLIP in torch: models, weights, data reading, training and zero-shot evaluation."""
