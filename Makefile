@@ -1,0 +1,46 @@
+# Everything a person or CI does here; `make help` lists it. CI calls nothing else.
+VENV ?= .venv
+PY = $(VENV)/bin/python
+STAMP = pyproject.toml infra/constraints.txt infra/environment.py
+
+.PHONY: help setup demo test check test-faults bench up down clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+setup: $(VENV)/.pipeline ## the environment (made by itself when another target needs it)
+
+$(VENV)/.pipeline: $(STAMP)
+	@python3 infra/environment.py $(VENV) pipeline && touch $@
+
+$(VENV)/.dev: $(STAMP)
+	@python3 infra/environment.py $(VENV) pipeline dev && touch $@ $(VENV)/.pipeline
+
+demo: $(VENV)/.pipeline ## from image URLs to a registered CLIP model, on this machine, in ten minutes
+	@$(PY) -m flows run pipeline demo
+
+test: $(VENV)/.dev ## all tests but the slow ones
+	@$(PY) -m pytest -m "not slow"
+
+check: $(VENV)/.dev ## lint, format, types, import contracts
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . 
+	@$(VENV)/bin/mypy && $(VENV)/bin/lint-imports --no-logo 2>&1 | tail -n 12
+
+coverage: $(VENV)/.dev ## test coverage of the pure modules
+	@$(PY) -m pytest -m "not slow" --cov --cov-report=term:skip-covered
+
+test-faults: $(VENV)/.dev ## kill -9 of flow, download and rank at three moments each, and compare (20 min)
+	@PYTHONPATH=. $(PY) tests/faults/interruptions.py
+
+bench: $(VENV)/.dev ## benchmarks; figures go to BENCHMARKS.md by hand
+	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; PYTHONPATH=. $(PY) $$file || exit 1; done
+
+up: $(VENV)/.pipeline ## Prefect server and UI, MLflow, and a worker with the deployments
+	@$(PY) infra/up.py up
+
+down: ## stop what `make up` started
+	@$(PY) infra/up.py down
+
+clean: ## remove the environment and everything the runs made
+	rm -rf $(VENV) runs

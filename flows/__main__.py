@@ -1,0 +1,145 @@
+"""The command line: `python -m flows list | show | plan | run | pull`.
+
+Covers: reading arguments, printing, exit codes (0 done, 2 a user's mistake, 130 interrupted).
+Not here: any work; prefect is imported only when a flow runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from evaclip_model.errors import InputError
+from flows.chart import Chart, draw_chart
+from flows.plan import check_disk, make_plan
+from flows.profile import Profile, load_profile
+from flows.recipe import Recipe, load_recipe, recipe_names
+from flows.results import print_results
+
+FLOWS = {
+    "pipeline": "metadata to registered model: prepare, train, evaluate, register",
+    "prepare": "metadata to verified shards: merge, download, verify",
+    "train": "verified shards to a model: initialise, then every training stage",
+    "evaluate": "a trained model to its report and its registry entry: evaluate, register",
+}
+console = Console(highlight=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        parsed.command(parsed)
+    except InputError as error:
+        console.file.flush()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m flows", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, does: object, help_text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help_text, description=help_text)
+        added.set_defaults(command=does)
+        return added
+
+    def with_recipe(added: argparse.ArgumentParser) -> None:
+        added.add_argument("recipe", help="name of a recipe, or path of a .toml file")
+        added.add_argument(
+            *("--set", "-s"),
+            dest="overrides",
+            metavar="table.key=value",
+            action="append",
+            default=[],
+            help="change one setting of the recipe; may be given again",
+        )
+
+    command("list", _list, "the flows and the recipes there are")
+    with_recipe(command("show", _show, "a recipe, resolved: every setting with its value"))
+    with_recipe(command("plan", _plan, "what a run would do, what is already there, and the sizes"))
+    run = command("run", _run, "run a flow")
+    run.add_argument("flow", help=f"one of: {', '.join(FLOWS)}")
+    with_recipe(run)
+    run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    pull = command("pull", _pull, "fetch a registered model as a folder for `evaclip`")
+    pull.add_argument("model", help="NAME@ALIAS or NAME/VERSION")
+    pull.add_argument("folder", type=Path, help="where to put it; must not exist yet")
+    return parser
+
+
+def _list(_: argparse.Namespace) -> None:
+    for title, rows in (
+        ("flows", FLOWS),
+        ("recipes", {name: load_recipe(name).title for name in recipe_names()}),
+    ):
+        console.print(f"[bold]{title}[/]")
+        for name, text in rows.items():
+            console.print(f"  {name:<14} {text}")
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    console.file.write(recipe.to_json())
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    recipe, profile, chart = _chart(arguments)
+    table = Table("stage", "state", "what", "digest", box=None, pad_edge=False)
+    for row in make_plan(recipe, chart):
+        colour = {"there": "green", "unfinished": "yellow", "to make": "white"}[row.state]
+        table.add_row(row.title, f"[{colour}]{row.state}[/]", row.size, row.digest)
+    console.print(f"[bold]{recipe.name}[/]  {recipe.title}  ({recipe.digest})")
+    console.print(table)
+    console.print(f"artifacts in {profile.root.resolve()}, tracking at {profile.mlflow_uri}")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.flow not in FLOWS:
+        raise InputError(f"unknown flow '{arguments.flow}'; there are: {', '.join(FLOWS)}")
+    if arguments.dry_run:
+        _plan(arguments)
+        return
+    recipe, profile, chart = _chart(arguments)
+    if arguments.flow == "pipeline" and chart.is_finished:
+        console.print(f"[bold]{recipe.name}[/]: everything is there, nothing to do")
+        print_results(recipe, chart, profile, console)
+        return
+    check_disk(recipe, chart, profile.root)
+    from flows.server import temporary_server  # starts processes: only for a run
+
+    with temporary_server(profile.root):
+        from flows.entry import FLOW_FUNCTIONS  # imports prefect, after its settings are made
+
+        console.print(f"[bold]{recipe.name}[/]  {recipe.title}  ({recipe.digest})")
+        FLOW_FUNCTIONS[arguments.flow](recipe=arguments.recipe, overrides=arguments.overrides)
+    if arguments.flow == "pipeline":
+        print_results(recipe, chart, profile, console)
+
+
+def _pull(arguments: argparse.Namespace) -> None:
+    from tasks.register.pull import pull  # imports mlflow
+
+    profile = load_profile()
+    folder = pull(profile.mlflow_uri, arguments.model, arguments.folder)
+    console.print(f"{arguments.model} is in {folder}; try: evaclip classify IMAGE LABEL… --model {folder}")
+
+
+def _chart(arguments: argparse.Namespace) -> tuple[Recipe, Profile, Chart]:
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    profile = load_profile()
+    return recipe, profile, draw_chart(recipe, profile.root.resolve(), profile.mlflow_uri)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""The chart of a recipe: the address of every artifact it would make, before anything runs.
+
+Covers: the one graph of stages (what is made from what), and resolving `demo:` paths.
+Not here: running a stage (prepare.py, train.py, evaluate.py), printing a plan (plan.py).
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaclip_model.config import Config
+from evaclip_model.errors import InputError
+from flows.recipe import Recipe
+from tasks.artifact import Address
+from tasks.demo.config import STAGE as DEMO
+from tasks.download.config import STAGE as DOWNLOAD
+from tasks.evaluate.config import STAGE as EVALUATE
+from tasks.initialise.config import STAGE as INITIALISE
+from tasks.merge.config import STAGE as MERGE
+from tasks.register.config import STAGE as REGISTER
+from tasks.train.config import STAGE as TRAIN
+from tasks.verify.config import STAGE as VERIFY
+
+DEMO_PREFIX = "demo:"
+FINGERPRINT_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Every artifact of one recipe, addressed."""
+
+    demo: Address | None
+    merge: Address
+    download: Address
+    verify: Address
+    initialise: Address
+    train: tuple[Address, ...]
+    """One a training stage, in order."""
+    evaluate: Address
+    register: Address
+
+    def steps(self) -> Iterator[Address]:
+        """All addresses in the order they are made."""
+        if self.demo:
+            yield self.demo
+        yield from (self.merge, self.download, self.verify, self.initialise, *self.train)
+        yield from (self.evaluate, self.register)
+
+    @property
+    def is_finished(self) -> bool:
+        return all(address.is_finished for address in self.steps())
+
+
+def draw_chart(recipe: Recipe, root: Path, tracking_uri: str) -> Chart:
+    """Address every artifact of `recipe` under `root`.
+
+    Raises:
+        InputError: metadata or evaluation files outside the pipeline do not exist.
+    """
+
+    def at(stage: object, config: Config, **parents: str) -> Address:
+        return Address.of(root, stage, config, parents)  # type: ignore[arg-type]
+
+    demo = at(DEMO, recipe.demo) if recipe.demo else None
+    metadata = {
+        source.name: _origin(source.files, demo, f"merge.sources '{source.name}'")
+        for source in recipe.merge.sources
+    }
+    merge = at(MERGE, recipe.merge, **metadata)
+    download = at(DOWNLOAD, recipe.download, merge=merge.digest)
+    verify = at(VERIFY, recipe.verify, download=download.digest)
+    initialise = at(INITIALISE, recipe.initialise)
+    train: list[Address] = []
+    for stage in recipe.train:
+        start = train[-1] if train else initialise
+        train.append(at(TRAIN, stage, start_from=start.digest, verify=verify.digest))
+    sets = {
+        wanted.name: _origin(wanted.folder, demo, f"evaluate.sets '{wanted.name}'")
+        for wanted in recipe.evaluate.sets
+    }
+    evaluate = at(
+        EVALUATE, recipe.evaluate, train=train[-1].digest, initialise=initialise.digest, **sets
+    )
+    register = at(
+        REGISTER,
+        recipe.registry,
+        train=train[-1].digest,
+        evaluate=evaluate.digest,
+        tracking=hashlib.sha256(tracking_uri.encode()).hexdigest()[:16],
+    )
+    return Chart(demo, merge, download, verify, initialise, tuple(train), evaluate, register)
+
+
+def find_files(pattern: str, demo: Address | None, where: str) -> list[Path]:
+    """The files (or the folder) a recipe's pattern names; `demo:` is the demo artifact's folder.
+
+    Raises:
+        InputError: nothing matches, or `demo:` is used in a recipe without a [demo] table.
+    """
+    if pattern.startswith(DEMO_PREFIX):
+        if demo is None:
+            raise InputError(f"{where}: '{pattern}' needs a [demo] table in the recipe")
+        pattern = str(demo.folder / pattern.removeprefix(DEMO_PREFIX))
+    found = sorted(Path(match) for match in glob.glob(pattern))
+    if not found:
+        raise InputError(f"{where}: no file matches '{pattern}'")
+    return found
+
+
+def _origin(pattern: str, demo: Address | None, where: str) -> str:
+    """What stands for outside data in a digest: the demo's digest, or a fingerprint of the files."""
+    if pattern.startswith(DEMO_PREFIX) and demo is not None:
+        return demo.digest
+    files = find_files(pattern, demo, where)
+    leaves = [leaf for file in files for leaf in ([file] if file.is_file() else _leaves(file))]
+    return hashlib.sha256("".join(map(_fingerprint, leaves)).encode()).hexdigest()[:16]
+
+
+def _leaves(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _fingerprint(path: Path) -> str:
+    """Hash of a file's name, size, head and tail; parquet keeps its statistics in the tail.
+
+    Hashing 400 GB of metadata before every run would cost more than the merge.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(FINGERPRINT_BYTES)
+        file.seek(max(0, size - FINGERPRINT_BYTES))
+        tail = file.read(FINGERPRINT_BYTES)
+    return hashlib.sha256(f"{path.name}:{size}:".encode() + head + tail).hexdigest()

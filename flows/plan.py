@@ -1,0 +1,105 @@
+"""What a run would do, before it does it.
+
+Covers: one row a stage (there, unfinished, to make), its size, and the disk it needs.
+Not here: making anything; memory, cost and days of a real recipe.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaclip_model.errors import InputError
+from flows.chart import Chart
+from flows.recipe import Recipe
+from tasks.artifact import Address, read_artifact
+from tasks.train.config import num_steps
+
+JPEG_BYTES_PER_PIXEL = 0.75
+"""A photograph at quality 95, measured on img2dataset's output; line art takes less."""
+BYTES_PER_PARAMETER_SAVED = 4 + 12
+"""fp32 weights, and a checkpoint of weights and two moments."""
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One stage of the plan."""
+
+    title: str
+    state: str
+    """"there", "unfinished" or "to make"."""
+    size: str
+    """How much, for a person."""
+    digest: str
+    folder: Path
+
+
+def stage_titles(recipe: Recipe, chart: Chart) -> dict[str, Address]:
+    """Title -> address, in the order of work; training stages carry their own names."""
+    titles = {address.stage.name: address for address in chart.steps() if address not in chart.train}
+    trained = {f"train {stage.name}": at for stage, at in zip(recipe.train, chart.train, strict=True)}
+    before = {name: titles.pop(name) for name in ("evaluate", "register")}
+    return {**titles, **trained, **before}
+
+
+def make_plan(recipe: Recipe, chart: Chart) -> list[PlanRow]:
+    """The plan's rows, in the order of work."""
+    sizes = _expected_sizes(recipe)
+    rows = []
+    for title, address in stage_titles(recipe, chart).items():
+        size = sizes[title]
+        if address.is_finished:
+            counts = read_artifact(address.folder).counts
+            size = ", ".join(f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v:,}"
+                             for k, v in list(counts.items())[:3])
+        rows.append(PlanRow(title, _state(address), size, address.digest, address.folder))
+    return rows
+
+
+def check_disk(recipe: Recipe, chart: Chart, root: Path) -> None:
+    """Refuse a run that the disk cannot hold.
+
+    Raises:
+        InputError: less is free than the unfinished stages are expected to write.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    needed = 0 if chart.download.is_finished else _download_bytes(recipe)
+    needed += 50_000_000 if not chart.is_finished else 0
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise InputError(
+            f"the disk of {root} has {free / 1e9:.1f} GB free and this run needs about "
+            f"{needed / 1e9:.1f} GB: free some, or set EVACLIP_ROOT to another disk"
+        )
+
+
+def _state(address: Address) -> str:
+    if address.is_finished:
+        return "there"
+    return "unfinished" if address.folder.is_dir() and any(address.folder.iterdir()) else "to make"
+
+
+def _expected_sizes(recipe: Recipe) -> dict[str, str]:
+    targets = [source.target_count for source in recipe.merge.sources]
+    rows = f"{sum(t for t in targets if t):,} rows" if all(targets) else "every row that passes"
+    sizes = {
+        "demo": "metadata and evaluation sets of the demo web",
+        "merge": f"at most {rows} from {len(targets)} sources",
+        "download": f"about {_download_bytes(recipe) / 1e6:,.0f} MB at {recipe.download.image_px} px",
+        "verify": "every shard opened, every image decoded",
+        "initialise": f"model {recipe.initialise.model}",
+        "evaluate": f"{len(recipe.evaluate.sets)} sets, trained and untrained model",
+        "register": f"{recipe.registry.model_name}@{recipe.registry.alias}",
+    }
+    for stage in recipe.train:
+        sizes[f"train {stage.name}"] = (
+            f"{num_steps(stage):,} steps of {stage.global_batch:,} = {stage.samples_seen:,} samples"
+        )
+    return sizes
+
+
+def _download_bytes(recipe: Recipe) -> int:
+    counts = [source.target_count or 0 for source in recipe.merge.sources]
+    return math.ceil(sum(counts) * recipe.download.image_px**2 * JPEG_BYTES_PER_PIXEL)

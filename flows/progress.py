@@ -1,0 +1,81 @@
+"""What a person watching a run sees: one line a stage, a moving bar on long work.
+
+Covers: the terminal (rich), and the same progress as a Prefect artifact in the UI.
+Not here: the work, or what it reports.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from tasks.artifact import Artifact
+from tasks.progress import Report
+
+PREFECT_EVERY_S = 5.0
+LINE_EVERY_S = 20.0
+console = Console(highlight=False)
+
+
+@contextmanager
+def watching(title: str, *, already_there: bool = False) -> Iterator[Report]:
+    """Show one stage under way; yields the `Report` to hand to it."""
+    if already_there:
+        yield _nothing
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<16}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[detail]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        row = bar.add_task(title, total=None, detail="")
+        in_ui = _PrefectProgress(title)
+        last_line = time.monotonic()
+
+        def report(done: float, total: float, detail: str = "") -> None:
+            nonlocal last_line
+            bar.update(row, completed=done, total=total or None, detail=detail)
+            in_ui.update(done, total)
+            if not console.is_terminal and time.monotonic() - last_line > LINE_EVERY_S:
+                last_line = time.monotonic()
+                console.print(f"  {title}: {done:,.0f} of {total:,.0f} {detail}")
+
+        yield report
+
+
+def _nothing(done: float, total: float, detail: str = "") -> None:
+    """Progress of an artifact that is already there."""
+
+
+class _PrefectProgress:
+    """One progress artifact, written at most every few seconds: each write is a request."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._artifact = None
+        self._next = 0.0
+
+    def update(self, done: float, total: float) -> None:
+        if time.monotonic() < self._next or not total:
+            return
+        self._next = time.monotonic() + PREFECT_EVERY_S
+        percent = 100.0 * done / total
+        if self._artifact is None:
+            self._artifact = create_progress_artifact(percent, description=self._title)
+        else:
+            update_progress_artifact(self._artifact, percent)
+
+
+def say_done(title: str, artifact: Artifact, summary: str, *, seconds: float, reused: bool) -> None:
+    """Print the one line that stays: what was made, how much, how long it took."""
+    mark, took = ("[dim]=[/]", "already there") if reused else ("[green]✓[/]", f"{seconds:.0f} s")
+    console.print(f"{mark} {title:<16} {summary:<58} [dim]{artifact.digest[:8]}  {took}[/]")

@@ -1,0 +1,106 @@
+"""Make the project's own Python environment, quietly, with progress, or say what is missing.
+
+Covers: finding a fitting Python, the virtual environment, installing one or more extras at the
+tested versions, removing the one back-port that breaks Prefect's embedded server.
+Not here: anything that needs the environment; this file runs on a bare Python of any 3.x version.
+
+Used by the Makefile: `python3 infra/environment.py .venv pipeline dev`.
+TORCH_INDEX_URL, if set, is the package index that torch alone is taken from (a CPU-only build,
+say: 2 GB less to fetch on Linux).
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CONSTRAINTS = ROOT / "infra" / "constraints.txt"
+FITTING = ((3, 11), (3, 12))
+
+
+def main(folder, extras):
+    python = fitting_python()
+    started = time.monotonic()
+    if not (folder / "bin" / "python").exists():
+        make_environment(python, folder)
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
+    install = [*pip, "install", "--no-input", "-c", str(CONSTRAINTS)]
+    run_with_progress([*install, "pip"], "pip", started)
+    if os.environ.get("TORCH_INDEX_URL"):
+        index = ["--index-url", os.environ["TORCH_INDEX_URL"]]
+        run_with_progress([*install, *index, "torch"], "torch", started)
+    target = "%s[%s]" % (ROOT, ",".join(extras)) if extras else str(ROOT)
+    run_with_progress([*install, "-e", target], " + ".join(["evaclip", *extras]), started)
+    # img2dataset asks for the Python 3.6 back-port of `dataclasses`; Prefect's embedded server
+    # puts site-packages before the standard library and would import it.
+    subprocess.run([*pip, "uninstall", "-q", "-y", "dataclasses"], check=True, stderr=subprocess.DEVNULL)
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+    say("environment ready in %s: %.1f GB, %.0f s" % (folder, size / 1e9, time.monotonic() - started))
+    sys.stdout.write("\n")
+
+
+def fitting_python():
+    """The first interpreter of a supported version: this one, or one on the PATH."""
+    named = [os.environ["PYTHON"]] if os.environ.get("PYTHON") else []
+    for name in [*named, sys.executable, "python3.11", "python3.12"]:
+        path = shutil.which(name)
+        if path and version_of(path) in FITTING:
+            return path
+    stop(
+        "this project needs Python 3.11 or 3.12, found %d.%d: install one, or name it with PYTHON=/path/to/python"
+        % sys.version_info[:2]
+    )
+
+
+def version_of(python):
+    code = "import sys; print(*sys.version_info[:2])"
+    ran = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    return tuple(map(int, ran.stdout.split())) if ran.returncode == 0 else None
+
+
+def make_environment(python, folder):
+    ran = subprocess.run([python, "-m", "venv", str(folder)], capture_output=True, text=True)
+    if ran.returncode:
+        stop(
+            "Python's venv module is missing or broken (on Debian and Ubuntu: install python3-venv): "
+            + (ran.stdout + ran.stderr).strip().splitlines()[-1]
+        )
+
+
+def run_with_progress(command, what, started):
+    """Run pip, showing one line that moves; on failure show pip's last lines and stop."""
+    lines, packages = [], 0
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        lines.append(line.rstrip())
+        if line.startswith("Collecting "):
+            packages += 1
+        match = re.match(r"(Collecting|Downloading|Building|Installing)[ \w]*?\s+([\w.\-]+)?", line)
+        if match:
+            step = "installing" if line.startswith("Installing collected") else match[0][:48].strip()
+            say("setting up %s: %d packages, %.0f s, %s" % (what, packages, time.monotonic() - started, step))
+    if process.wait():
+        sys.stdout.write("\n")
+        stop("pip could not install %s:\n  %s" % (what, "\n  ".join(lines[-6:])))
+
+
+def say(text):
+    """Rewrite the status line on a terminal; elsewhere stay silent but for the last word."""
+    if sys.stdout.isatty():
+        sys.stdout.write("\r\033[K" + text[: shutil.get_terminal_size().columns - 1])
+    elif text.startswith("environment ready"):
+        sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def stop(sentence):
+    sys.stderr.write("set-up: %s\n" % sentence)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
