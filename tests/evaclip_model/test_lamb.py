@@ -1,0 +1,84 @@
+"""LAMB against numbers from the authors' per-parameter version."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from evaclip_model.lamb import Fragment, Lamb, Layout
+
+DATA = Path(__file__).parent / "data" / "optim"
+
+
+def lamb_of(parameters, case, **options):
+    groups = [
+        {
+            "params": [parameters[name] for name in group["names"]],
+            "lr": group["lr"],
+            "weight_decay": group["weight_decay"],
+        }
+        for group in case["groups"]
+    ]
+    return Lamb(groups, betas=tuple(case["betas"]), eps=case["eps"], **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lamb_default", {}),
+        ("lamb_no_clip", {}),
+        ("lamb_trust_clip", {"trust_clip": (0.0, 1.0)}),
+        ("lamb_always_adapt", {"adapt_no_decay": True}),
+    ],
+)
+def test_five_steps_equal_the_authors_lamb(name, options):
+    case = json.loads((DATA / f"{name}.json").read_text())
+    tensors = load_file(DATA / f"{name}.safetensors")
+    names = [name for group in case["groups"] for name in group["names"]]
+    parameters = {name: torch.nn.Parameter(tensors[f"init.{name}"].clone()) for name in names}
+    optimizer = lamb_of(parameters, case, **options)
+    clip = case["options"]["max_grad_norm"]
+    for step in range(1, 6):
+        norm = case["global_grad_norm_before_clip"][step - 1]
+        factor = 1.0 if not clip else max(1.0, norm / clip)
+        for name, parameter in parameters.items():
+            parameter.grad = tensors[f"step{step}.grad.{name}"] / factor
+        optimizer.step()
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(
+                parameter.detach(), tensors[f"step{step}.param.{name}"], atol=1e-6, rtol=1e-5
+            )
+
+
+def test_a_flat_tensor_with_its_layout_steps_like_its_parameters():
+    torch.manual_seed(0)
+    shapes = [(7, 5), (3,), (11, 2)]
+    plain = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    flat = torch.nn.Parameter(torch.cat([part.detach().reshape(-1) for part in plain]))
+    starts = [0, 35, 38]
+    fragments = tuple(
+        Fragment(number, 0, start, part.numel())
+        for number, (start, part) in enumerate(zip(starts, plain, strict=True))
+    )
+    separate, packed, naive = (Lamb([{"params": p}], lr=0.1, weight_decay=0.1)
+                               for p in (plain, [flat], [torch.nn.Parameter(flat.detach().clone())]))
+    packed.bind([Layout(fragments, 3, None)])
+    for _ in range(5):
+        for part in plain:
+            part.grad = torch.randn_like(part)
+        whole = torch.cat([part.grad.reshape(-1) for part in plain])
+        for optimizer in (packed, naive):
+            optimizer.param_groups[0]["params"][0].grad = whole
+        for optimizer in (separate, packed, naive):
+            optimizer.step()
+    expected = torch.cat([part.detach().reshape(-1) for part in plain])
+    torch.testing.assert_close(flat.detach(), expected, atol=1e-6, rtol=1e-6)
+    assert (naive.param_groups[0]["params"][0] - expected).abs().max() > 1e-3
+
+
+def test_binding_refuses_a_fragment_outside_the_flat_tensor():
+    optimizer = Lamb([torch.nn.Parameter(torch.zeros(4))])
+    with pytest.raises(ValueError, match="outside"):
+        optimizer.bind([Layout((Fragment(0, 0, 2, 3),), 1, None)])

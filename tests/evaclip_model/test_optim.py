@@ -1,0 +1,71 @@
+"""Parameter groups and the schedule against numbers from the authors' training code."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from evaclip_model.optim import lr_factor, parameter_groups
+from evaclip_model.train_config import TrainConfig
+
+DATA = Path(__file__).parent / "data" / "optim"
+
+
+def config(**changes):
+    settings = {"name": "x", "image_px": 56, "samples_seen": 640, "global_batch": 32}
+    return TrainConfig(**{**settings, **changes})
+
+
+@pytest.mark.parametrize(
+    ("case", "decays"), [("llrd_eva02_e", (0.9, 0.75)), ("llrd_disabled_eva02_l", (1.0, 1.0))]
+)
+def test_groups_equal_the_authors(case, decays):
+    expected = json.loads((DATA / f"{case}.json").read_text())
+    lr_vision = expected["params"]["visual.cls_token"]["base_lr"]
+    settings = config(
+        lr_vision=lr_vision, layer_decay_vision=decays[0], layer_decay_text=decays[1]
+    )
+    # Only the number of dimensions matters to grouping: 1 where the authors did not decay by shape.
+    shapes = [
+        (name, torch.Size([2] if values["weight_decay"] == 0 and not _is_table(name) else [2, 2]))
+        for name, values in expected["params"].items()
+    ]
+
+    groups = parameter_groups(shapes, settings)
+
+    got = {
+        name: (group.tower, group.lr_peak, group.weight_decay)
+        for group in groups
+        for name in group.names
+    }
+    towers = {"visual": "vision", "text": "text", "other": "other"}
+    for name, values in expected["params"].items():
+        tower, lr, decay = got[name]
+        assert tower == towers[values["tower"]]
+        assert decay == values["weight_decay"]
+        if tower == "text":
+            lr *= values["base_lr"] / settings.lr_text
+        assert lr == pytest.approx(values["effective_peak_lr"], rel=1e-12)
+    assert {frozenset(group.names) for group in groups} == {
+        frozenset(group["params"]) for group in expected["groups"]
+    }
+
+
+def _is_table(name):
+    return name.split(".")[-1] in ("pos_embed", "cls_token", "positional_embedding")
+
+
+def test_learning_rates_equal_the_authors_schedule():
+    expected = json.loads((DATA / "lr_schedule.json").read_text())
+    peaks = {"visual": 2e-4, "text": 2e-5, "other": 5e-4}
+    for row in expected["table"]:
+        factor = lr_factor(row["step"], expected["warmup"], expected["total_steps"])
+        for (tower, scale), lr in zip(
+            expected["group_index_to_tower_scale"], row["lrs"], strict=True
+        ):
+            assert factor * peaks[tower] * scale == pytest.approx(lr, rel=1e-9, abs=1e-18)
+
+
+def test_schedule_without_warmup_starts_at_the_peak():
+    assert lr_factor(0, 0, 10) == 1
