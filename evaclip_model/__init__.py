@@ -1,1 +1,64 @@
-"""EVA-CLIP in torch: models, weights, data reading, training and zero-shot evaluation."""
+"""EVA-CLIP in torch: models, weights, data reading, training and zero-shot evaluation.
+
+Names are imported when they are first used, so that reading a config or an error does not wait
+for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evaclip_model.clip import EvaClip, create_model
+    from evaclip_model.errors import InputError
+    from evaclip_model.loss import contrastive_loss, gathered_contrastive_loss
+    from evaclip_model.masking import kept_patches
+    from evaclip_model.model_config import ModelConfig, model_names
+    from evaclip_model.tokenizer import tokenize
+    from evaclip_model.transform import decode_image, image_transform
+    from evaclip_model.weights import load_weights, open_model, save_model
+
+_HOME = {
+    "EvaClip": "clip",
+    "create_model": "clip",
+    "InputError": "errors",
+    "contrastive_loss": "loss",
+    "gathered_contrastive_loss": "loss",
+    "kept_patches": "masking",
+    "ModelConfig": "model_config",
+    "model_names": "model_config",
+    "tokenize": "tokenizer",
+    "decode_image": "transform",
+    "image_transform": "transform",
+    "load_weights": "weights",
+    "open_model": "weights",
+    "save_model": "weights",
+}
+
+__all__ = [
+    "EvaClip",
+    "InputError",
+    "ModelConfig",
+    "contrastive_loss",
+    "create_model",
+    "decode_image",
+    "gathered_contrastive_loss",
+    "image_transform",
+    "kept_patches",
+    "load_weights",
+    "model_names",
+    "open_model",
+    "save_model",
+    "tokenize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'evaclip_model' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"evaclip_model.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,195 @@
+"""EVA-CLIP: two towers and a temperature.
+
+Covers: the model, its initial values, making one by name.
+Not here: the loss (loss.py); reading and writing weights (weights.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evaclip_model.errors import InputError
+from evaclip_model.layers import AttentionChoice, GeluMlp, SwiGluMlp, attention_kernel
+from evaclip_model.model_config import ModelConfig
+from evaclip_model.text import TextTower
+from evaclip_model.vision import VisionTower
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+"""Natural logarithm of the initial inverse temperature (CLIP, section 2.5)."""
+
+
+class EvaClip(nn.Module):
+    """An image tower and a text tower that project into one space.
+
+    Attributes:
+        config: the architecture.
+        visual, text: the towers.
+        logit_scale: [1] logarithm of the inverse temperature. Published checkpoints have shape
+            []; it has one dimension here because sharded optimizers refuse parameters without.
+    """
+
+    def __init__(self, config: ModelConfig, attention: AttentionChoice = "auto") -> None:
+        """Build with torch's default values; `create_model` gives EVA-CLIP's initial values.
+
+        Raises:
+            InputError: no attention kernel of that name.
+        """
+        super().__init__()
+        kernel = attention_kernel(attention)
+        self.config = config
+        self.visual = VisionTower(config.vision, config.embed_dim, kernel)
+        self.text = TextTower(config.text, config.embed_dim, kernel)
+        self.logit_scale = nn.Parameter(torch.full((1,), INITIAL_LOGIT_SCALE))
+
+    def encode_image(
+        self, images: Tensor, normalize: bool = False, kept: Tensor | None = None
+    ) -> Tensor:
+        """Features of images.
+
+        Args:
+            images: [B, 3, H, H] normalised (`transform.normalize_images`), H = image_px.
+            normalize: unit length, in at least float32.
+            kept: [B, K] indices of the patches to look at (`masking.kept_patches`); none for all.
+
+        Returns:
+            [B, E].
+        """
+        features: Tensor = self.visual(images, kept)
+        return _unit(features) if normalize else features
+
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+        """Features of captions.
+
+        Args:
+            tokens: [B, L] ids of `tokenizer.tokenize`, L at most the context length.
+            normalize: unit length, in at least float32.
+
+        Returns:
+            [B, E].
+        """
+        features: Tensor = self.text(tokens)
+        return _unit(features) if normalize else features
+
+    def forward(
+        self, images: Tensor, tokens: Tensor, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Everything the contrastive loss needs.
+
+        Args:
+            images: [B, 3, H, H] normalised.
+            tokens: [B, L] ids.
+            kept: [B, K] patches to look at, or none for all.
+
+        Returns:
+            image features [B, E] and text features [B, E], of unit length, and the inverse
+            temperature [] (exp of `logit_scale`), all in at least float32.
+        """
+        return (
+            self.encode_image(images, normalize=True, kept=kept),
+            self.encode_text(tokens, normalize=True),
+            _wide(self.logit_scale).exp().squeeze(0),
+        )
+
+    def set_grad_checkpointing(self, enabled: bool) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.visual.grad_checkpointing = enabled
+        self.text.transformer.grad_checkpointing = enabled
+
+
+def create_model(
+    name: str | Path | Mapping[str, Any] | ModelConfig,
+    *,
+    weights: str | Path | None = None,
+    precision: Precision = "fp32",
+    seed: int | None = None,
+    attention: AttentionChoice = "auto",
+) -> EvaClip:
+    """A model with EVA-CLIP's initial values, or with given weights.
+
+    Args:
+        name: a shipped architecture (`evaclip models`), a JSON file, a mapping or a `ModelConfig`.
+        weights: a file or a saved model's folder that must hold the whole model.
+        precision: dtype of the weights; RoPE tables, normalisation of features and the inverse
+            temperature stay in float32.
+        seed: makes the initial values repeatable without touching torch's global generator.
+        attention: kernel; "auto" takes the faster one for the device and dtype.
+
+    Raises:
+        InputError: unknown name, kernel or precision; wrong config; weights that do not fit.
+    """
+    if precision not in _DTYPES:
+        raise InputError(f"precision '{precision}' is unknown: choose one of {', '.join(_DTYPES)}")
+    config = ModelConfig.load(name)
+    with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        model = EvaClip(config, attention)
+        if weights is None:
+            initialise(model)
+    if weights is not None:
+        from evaclip_model.weights import load_weights  # it imports this module's class
+
+        load_weights(model, weights)
+    return model.to(_DTYPES[precision])
+
+
+@torch.no_grad()
+def initialise(model: EvaClip) -> None:
+    """Give both towers EVA-CLIP's initial values, drawn from torch's global generator.
+
+    Image tower: std 0.02, the last projection of both branches of block i (from 1) divided by
+    sqrt(2 i), the head a thousandth. Text tower: CLIP's (section 2.4 of its paper's appendix, as
+    published in its code). The patch convolution and the text MLP's biases keep torch's defaults.
+    """
+    _initialise_vision(model.visual)
+    _initialise_text(model.text)
+    model.logit_scale.fill_(INITIAL_LOGIT_SCALE)
+
+
+def _initialise_vision(tower: VisionTower) -> None:
+    for module in tower.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    nn.init.normal_(tower.cls_token, std=0.02)
+    nn.init.normal_(tower.pos_embed, std=0.02)
+    for depth, block in enumerate(tower.blocks, start=1):
+        mlp = block.mlp
+        last = mlp.w3 if isinstance(mlp, SwiGluMlp) else mlp.fc2
+        assert isinstance(mlp, SwiGluMlp | GeluMlp)
+        for projection in (block.attn.proj, last):
+            projection.weight.div_(math.sqrt(2 * depth))
+    tower.head.weight.mul_(1e-3)
+
+
+def _initialise_text(tower: TextTower) -> None:
+    width, layers = tower.config.width, tower.config.layers
+    nn.init.normal_(tower.token_embedding.weight, std=0.02)
+    nn.init.normal_(tower.positional_embedding, std=0.01)
+    for block in tower.transformer.resblocks:
+        nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+        nn.init.normal_(block.attn.out_proj.weight, std=(width * 2 * layers) ** -0.5)
+        nn.init.zeros_(block.attn.out_proj.bias)
+        nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(block.mlp.c_proj.weight, std=(width * 2 * layers) ** -0.5)
+    nn.init.normal_(tower.text_projection, std=width**-0.5)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _unit(features: Tensor) -> Tensor:
+    return F.normalize(_wide(features), dim=-1)

@@ -1,0 +1,131 @@
+"""The symmetric contrastive loss (CLIP, figure 3), in one process or over many.
+
+Covers: the loss and the accuracies of a global batch, in at least float32.
+Not here: the model; averaging of parameter gradients over ranks, which the engine does.
+
+Shapes: b samples of a rank, B samples of the global batch, E joint channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class ContrastiveTerms(NamedTuple):
+    """What one step reports; all [] and of this rank's rows alone."""
+
+    loss: Tensor
+    """Mean over the rows of the mean of both directions, in nats."""
+    image_to_text_accuracy: Tensor
+    """Share of images whose own caption has the highest score; without gradient."""
+    text_to_image_accuracy: Tensor
+    """Share of captions whose own image has the highest score; without gradient."""
+
+
+def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    """Loss of a whole batch in one process.
+
+    Args:
+        image_features, text_features: [B, E] of unit length; row i of both is one sample.
+        logit_scale: [] inverse temperature, already exponentiated.
+
+    Returns:
+        [] in nats.
+    """
+    return contrastive_terms(image_features, text_features, logit_scale).loss
+
+
+def gathered_contrastive_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """This rank's part of the loss of a batch spread over ranks; see `gathered_terms`."""
+    return gathered_terms(image_features, text_features, logit_scale, group).loss
+
+
+def contrastive_terms(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor
+) -> ContrastiveTerms:
+    """Loss and accuracies of a whole batch in one process; arguments as `contrastive_loss`."""
+    image, text = _wide(image_features), _wide(text_features)
+    return _terms(image, text, image, text, logit_scale, first_row=0)
+
+
+def gathered_terms(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    group: dist.ProcessGroup | None = None,
+) -> ContrastiveTerms:
+    """This rank's rows against the columns of every rank.
+
+    Gradients flow through the gathered columns back to the ranks they came from, so that the mean
+    over ranks of each parameter's gradient is the gradient of the whole batch in one process. The
+    mean over ranks of the loss (and of the accuracies) is that of the whole batch.
+
+    Args:
+        image_features, text_features: [b, E] of unit length; the same b on every rank.
+        logit_scale: [] inverse temperature.
+        group: process group; none for all ranks. A group of one needs no communication.
+    """
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return contrastive_terms(image_features, text_features, logit_scale)
+    image, text = _wide(image_features), _wide(text_features)
+    both: Tensor = _Gather.apply(torch.stack((image, text)), group)  # [ranks, 2, b, E]
+    all_image, all_text = both[:, 0].flatten(0, 1), both[:, 1].flatten(0, 1)  # [B, E]
+    first_row = dist.get_rank(group) * len(image)
+    return _terms(image, text, all_image, all_text, logit_scale, first_row)
+
+
+def _terms(
+    image: Tensor,
+    text: Tensor,
+    all_image: Tensor,
+    all_text: Tensor,
+    logit_scale: Tensor,
+    first_row: int,
+) -> ContrastiveTerms:
+    labels = torch.arange(first_row, first_row + len(image), device=image.device)
+    with torch.autocast(image.device.type, enabled=False):  # half-precision logits cost accuracy
+        scale = _wide(logit_scale)
+        image_logits = scale * image @ all_text.T  # [b, B]
+        text_logits = scale * text @ all_image.T
+        loss = (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
+    with torch.no_grad():
+        image_hits = (image_logits.argmax(1) == labels).float().mean()
+        text_hits = (text_logits.argmax(1) == labels).float().mean()
+    return ContrastiveTerms(loss, image_hits, text_hits)
+
+
+class _Gather(torch.autograd.Function):
+    """[...] on each rank -> [ranks, ...] on all; gradients are summed over ranks on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        local = local.contiguous()
+        gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, local, group=group)
+        return torch.stack(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        gradient = gradient.contiguous()
+        if dist.get_backend(ctx.group) == "nccl":
+            own = torch.empty_like(gradient[0])
+            dist.reduce_scatter_tensor(own, gradient, group=ctx.group)
+            return own, None
+        dist.all_reduce(gradient, group=ctx.group)  # gloo has no reduce-scatter
+        return gradient[dist.get_rank(ctx.group)], None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

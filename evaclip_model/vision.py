@@ -1,0 +1,133 @@
+"""The image tower of every EVA-CLIP variant.
+
+Covers: patches (all or only the kept ones), blocks, pooling, projection to the joint space.
+Not here: which patches to keep (masking.py); normalising features; initial values (clip.py).
+
+Shapes: B batch, N patches, K kept patches, W width, E joint channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from evaclip_model.layers import AttentionKernel, GeluMlp, SwiGluMlp, VisionAttention
+from evaclip_model.model_config import VisionConfig
+from evaclip_model.rope import GridRope
+
+NORM_EPS = 1e-6
+
+
+class PatchEmbed(nn.Module):
+    """A strided convolution, computed as a linear map so that dropped patches cost nothing."""
+
+    def __init__(self, patch_px: int, width: int) -> None:
+        super().__init__()
+        self.patch_px = patch_px
+        self.proj = nn.Conv2d(3, width, kernel_size=patch_px, stride=patch_px)
+
+    def forward(self, images: Tensor, kept: Tensor | None) -> Tensor:
+        """images [B, 3, H, H], kept [B, K] or none -> [B, N or K, W]; rows of patches first."""
+        p = self.patch_px
+        grid = images.shape[-1] // p
+        patches = images.unflatten(3, (grid, p)).unflatten(2, (grid, p))  # [B, 3, g, p, g, p]
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, N, 3 * p * p]
+        if kept is not None:
+            patches = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class VisionBlock(nn.Module):
+    """One transformer block, pre-norm or residual post-norm."""
+
+    def __init__(self, config: VisionConfig, kernel: AttentionKernel) -> None:
+        super().__init__()
+        self.is_post_norm = config.norm_placement == "residual_post"
+        self.norm1 = nn.LayerNorm(config.width, eps=NORM_EPS)
+        self.attn = VisionAttention(
+            config.width,
+            config.heads,
+            fused_qkv=config.fused_qkv,
+            sub_norm=config.sub_norm,
+            kernel=kernel,
+        )
+        self.norm2 = nn.LayerNorm(config.width, eps=NORM_EPS)
+        self.mlp = (
+            SwiGluMlp(config.width, config.mlp_width, sub_norm=config.sub_norm)
+            if config.mlp == "swiglu"
+            else GeluMlp(config.width, config.mlp_width)
+        )
+        self.has_layer_scale = config.layer_scale_init is not None
+        if config.layer_scale_init is not None:
+            self.gamma_1 = nn.Parameter(torch.full((config.width,), config.layer_scale_init))
+            self.gamma_2 = nn.Parameter(torch.full((config.width,), config.layer_scale_init))
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        """[B, S, W] -> [B, S, W]."""
+        if self.is_post_norm:
+            attended = self.norm1(self.attn(x, rope))
+            x = x + (self.gamma_1 * attended if self.has_layer_scale else attended)
+            mixed = self.norm2(self.mlp(x))
+            return x + (self.gamma_2 * mixed if self.has_layer_scale else mixed)
+        attended = self.attn(self.norm1(x), rope)
+        x = x + (self.gamma_1 * attended if self.has_layer_scale else attended)
+        mixed = self.mlp(self.norm2(x))
+        return x + (self.gamma_2 * mixed if self.has_layer_scale else mixed)
+
+
+class VisionTower(nn.Module):
+    """Images to joint-space features; parameter names are those of the released checkpoints."""
+
+    def __init__(self, config: VisionConfig, embed_dim: int, kernel: AttentionKernel) -> None:
+        super().__init__()
+        self.config = config
+        self.grad_checkpointing = False
+        self.patch_embed = PatchEmbed(config.patch_px, config.width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.num_patches, config.width))
+        self.rope = (
+            GridRope(config.grid, config.head_width, config.rope_reference_grid)
+            if config.rope_reference_grid is not None
+            else None
+        )
+        self.blocks = nn.ModuleList(VisionBlock(config, kernel) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        self.head = nn.Linear(config.width, embed_dim)
+
+    def embed(self, images: Tensor, kept: Tensor | None) -> Tensor:
+        """Tokens before the first block: [B, 1 + N, W], or [B, 1 + K, W] of the kept patches."""
+        patches = self.patch_embed(images, kept)
+        positions = self.pos_embed[0, 1:]  # [N, W]
+        patches = patches + (positions if kept is None else F.embedding(kept, positions))
+        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
+        return torch.cat((first, patches), dim=1)
+
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Features of images, or of what is left of them.
+
+        Args:
+            images: [B, 3, image_px, image_px] normalised; cast to the tower's dtype.
+            kept: [B, K] indices of the patches to look at, in any order; none for all.
+
+        Returns:
+            [B, E], not normalised.
+
+        Raises:
+            ValueError: the images are not of the configured size.
+        """
+        size = self.config.image_px
+        if images.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"images are {list(images.shape[1:])}, but this model is built for {[3, size, size]}"
+            )
+        x = self.embed(images.to(self.cls_token.dtype), kept)
+        rope = None if self.rope is None else self.rope(kept)
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope)
+        features: Tensor = self.head(self.norm(x[:, 0]))
+        return features
