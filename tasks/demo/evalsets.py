@@ -1,0 +1,69 @@
+"""The held-out artist as evaluation sets, in the webdataset form in which such sets are published.
+
+Covers: a classification set over all concepts and a retrieval set, both of Twemoji drawings.
+Not here: reading them, and scores (the evaluation stage).
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tasks.demo.concepts import Concept, read_drawings
+
+CLASSIFICATION = "emoji-twemoji"
+RETRIEVAL = "emoji-twemoji-retrieval"
+TEMPLATES = (
+    "{c}",
+    "an emoji of {c}.",
+    "an icon of {c}.",
+    "a drawing of {c}.",
+    "the {c} emoji.",
+)
+
+
+def write_eval_sets(concepts: Sequence[Concept], folder: Path) -> list[Path]:
+    """Write both sets below `folder`; the order of concepts gives labels and file numbers."""
+    drawings = read_drawings("twemoji")
+    images = [drawings[concept.key] for concept in concepts]
+    names = [concept.name for concept in concepts]
+    labels = [("cls", str(label)) for label in range(len(concepts))]
+    captions = [("txt", "\n".join(concept.twemoji)) for concept in concepts]
+    first, second = folder / CLASSIFICATION, folder / RETRIEVAL
+    return [
+        _write(first / "classnames.txt", _lines(names)),
+        _write(first / "zeroshot_classification_templates.txt", _lines(TEMPLATES)),
+        *_write_shard(first, images, labels),
+        _write(second / "dataset_type.txt", _lines(["retrieval"])),
+        *_write_shard(second, images, captions),
+    ]
+
+
+def _write_shard(
+    folder: Path, images: Sequence[bytes], answers: Sequence[tuple[str, str]]
+) -> list[Path]:
+    path = folder / "test" / "0.tar"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, (image, (extension, answer)) in enumerate(zip(images, answers, strict=True)):
+            _add(tar, f"s{number:07d}.webp", image)
+            _add(tar, f"s{number:07d}.{extension}", answer.encode())
+    return [path, _write(folder / "test" / "nshards.txt", _lines(["1"]))]
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)  # its time and owner are zero: the same bytes every time
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _lines(lines: Iterable[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path

@@ -1,0 +1,246 @@
+"""The rows of the demo's two metadata collections, oddities and all.
+
+Covers: which drawing each row names, under which URL, and what is wrong with it.
+Not here: the parquet columns (`metadata.py`), what the server answers (`web.py`).
+
+Nearly every concept has one sound row per source. A few of those are damaged, and further rows
+are added that a pipeline must drop, fold together, or fail to download. The plan is a pure
+function of the committed data and the port: which concept meets which oddity is decided by hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+from urllib.parse import quote
+
+from tasks.demo.concepts import Concept
+
+Source = Literal["laion2b", "coyo700m"]
+ARTIST_OF: dict[Source, Literal["noto", "fluent"]] = {"laion2b": "noto", "coyo700m": "fluent"}
+
+Route = Literal[
+    "img", "moved", "gone", "busy", "page", "broken", "cut", "slow", "loop", "optout", "dead"
+]
+"""First part of a URL's path, which decides the server's answer; `dead` is a port without server.
+
+img: the drawing. moved: redirect to it. gone: 404. busy: 503. page: an HTML page instead.
+broken: half a file, complete as HTTP. cut: the connection ends half-way. slow: one byte at a time.
+loop: redirects to itself. optout: the drawing, with a header that forbids use for training.
+"""
+WORKING: tuple[Route, ...] = ("img", "moved")
+ROUTES: tuple[Route, ...] = get_args(Route)
+
+DAMAGED: dict[Route, int] = {
+    "moved": 16, "gone": 12, "page": 4, "broken": 4, "cut": 3, "busy": 3, "slow": 1, "loop": 1,
+    "optout": 1,
+}  # fmt: skip
+"""Sound rows per source that get another route instead; all but `moved` are lost."""
+ADDED: dict[Route, int] = {
+    "gone": 60, "page": 16, "broken": 12, "cut": 8, "busy": 12, "slow": 2, "loop": 4, "optout": 4,
+    "dead": 2,
+}  # fmt: skip
+"""Rows per source added on top, which cannot be downloaded."""
+
+UNENCODED = 12
+"""Sound rows per source whose URL holds spaces and non-ASCII letters as they are."""
+ENTITIES = 6
+"""Sound LAION rows whose caption holds HTML entities."""
+REPEATED = 40
+"""Rows per source that repeat a sound row exactly."""
+RECAPTIONED = 30
+"""Rows per source with a sound row's URL and another caption."""
+SHARED = 40
+"""COYO rows with the URL of a LAION row."""
+SHARED_SPELT_OTHERWISE = 10
+"""COYO rows with the URL of a LAION row, spelt otherwise."""
+SPELLINGS_EACH = 8
+"""Rows per source and spelling that name a sound row's URL in another spelling."""
+
+DEAD_PORT = 9
+"""Loopback port of the discard protocol, on which nothing listens."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of metadata, before it is written in its source's columns."""
+
+    concept: Concept
+    url: str | None
+    caption: str | None
+    similarity: float | None
+    """Similarity of image and caption, as a CLIP ViT-B/32 would score; made up from a hash."""
+    kind: str = "sound"
+    """What is special about the row; for tests and for reading, never written."""
+    width: int = 64
+    height: int = 64
+    safety: Literal["safe", "unsure", "unsafe"] | None = "safe"
+    watermarked: bool = False
+
+
+def plan_rows(source: Source, concepts: Sequence[Concept], port: int) -> list[Row]:
+    """All rows of a source, in the order in which its files hold them."""
+    return _Planner(source, concepts, port).rows()
+
+
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "fragment": lambda url: url + "#top",
+    "scheme-case": lambda url: url.replace("http://", "HTTP://", 1),
+    "escaped-letter": lambda url: url.replace(".webp", ".%77ebp", 1),
+    "dot-segment": lambda url: url.replace("/img/", "/img/./", 1),
+    "around-space": lambda url: f" {url} ",
+}
+"""Other spellings of a URL that mean the same resource (RFC 3986, section 6.2.2)."""
+
+NOT_HTTP = (
+    "",
+    "not a url",
+    "ftp://127.0.0.1/drawing.png",
+    "data:image/png;base64,iVBORw0KGgo=",
+    "file:///drawing.png",
+    "http://",
+)
+"""URLs that no downloader may fetch."""
+
+
+def _long(row: Row) -> Row:
+    return replace(row, caption=f"{row.caption} " * 200)
+
+
+FILTERED: dict[str, tuple[int, Callable[[Row], Row]]] = {
+    "null-url": (4, lambda row: replace(row, url=None)),
+    "null-caption": (6, lambda row: replace(row, caption=None)),
+    "empty-caption": (4, lambda row: replace(row, caption="  ")),
+    "short-caption": (10, lambda row: replace(row, caption="a")),
+    "long-caption": (3, _long),
+    "low-similarity": (30, lambda row: replace(row, similarity=0.1)),
+    "null-similarity": (4, lambda row: replace(row, similarity=None)),
+    "corrupt-similarity": (1, lambda row: replace(row, similarity=6016.0)),
+    "unsafe": (12, lambda row: replace(row, safety="unsafe")),
+    "unsure": (8, lambda row: replace(row, safety="unsure")),
+    "null-safety": (2, lambda row: replace(row, safety=None)),
+    "watermarked": (8, lambda row: replace(row, watermarked=True)),
+    "tiny": (8, lambda row: replace(row, width=8, height=8)),
+    "zero-size": (2, lambda row: replace(row, width=0, height=0)),
+    "wide": (10, lambda row: replace(row, width=640, height=64)),
+    "tall": (4, lambda row: replace(row, width=64, height=640)),
+}
+"""Rows per source added on top that a metadata filter may drop: how many, and what is odd."""
+
+
+@dataclass(frozen=True)
+class _Planner:
+    source: Source
+    concepts: Sequence[Concept]
+    port: int
+
+    def rows(self) -> list[Row]:
+        rows = [*self._one_each(), *self._added()]
+        order = [_hash(self.source, str(number)) for number in range(len(rows))]
+        return [rows[number] for number in sorted(range(len(rows)), key=order.__getitem__)]
+
+    def _one_each(self) -> list[Row]:
+        """One row per concept, a few of them damaged."""
+        rows = {concept.key: self._row(concept, "img") for concept in self.concepts}
+        spare = iter(_shuffled(self.concepts, self.source, "damaged"))
+        for route, count in DAMAGED.items():
+            for concept in _take(spare, count):
+                rows[concept.key] = self._row(concept, route)
+        for concept in _take(spare, UNENCODED):
+            row = rows[concept.key]
+            url = f"{row.url}?alt={concept.name} – Ünïcode"
+            rows[concept.key] = replace(row, url=url, kind="unencoded")
+        for concept in _take(spare, ENTITIES if self.source == "laion2b" else 0):
+            row = rows[concept.key]
+            caption = html.escape(f'"{concept.name}" & more: {row.caption}')
+            rows[concept.key] = replace(row, caption=caption, kind="entities")
+        return list(rows.values())
+
+    def _added(self) -> Iterator[Row]:
+        spare = iter(_shuffled(self.concepts, self.source, "added"))
+        for route, count in ADDED.items():
+            for concept in _take(spare, count):
+                yield self._copy(concept, route, route)
+        for kind, (count, odd) in FILTERED.items():
+            if kind == "watermarked" and self.source == "laion2b":
+                continue  # LAION-2B as first published has no watermark score
+            for concept in _take(spare, count):
+                yield odd(self._copy(concept, "img", kind))
+        for concept, url in zip(_take(spare, len(NOT_HTTP)), NOT_HTTP, strict=True):
+            yield replace(self._row(concept, "img"), url=url, kind="not-http")
+        yield from self._repeats()
+
+    def _repeats(self) -> Iterator[Row]:
+        sound = iter(_shuffled([*self._sound()], self.source, "repeats"))
+        for concept in _take(sound, REPEATED):
+            yield self._again(concept, "repeated")
+        for concept in _take(sound, RECAPTIONED):
+            yield replace(self._again(concept, "recaptioned"), caption=f"emoji {concept.name}")
+        for spelling, respell in SPELLINGS.items():
+            for concept in _take(sound, SPELLINGS_EACH):
+                row = self._again(concept, spelling)
+                yield replace(row, url=respell(row.url or ""))
+        for row in self._one_each():
+            if row.kind == "unencoded":
+                url = quote(row.url or "", safe=":/?=&")
+                escapes_in_lower_case = url.replace("%C3", "%c3").replace("%AF", "%af")
+                yield replace(_less_similar(row), url=escapes_in_lower_case, kind="escape-case")
+        if self.source == "coyo700m":
+            yield from self._shared()
+
+    def _shared(self) -> Iterator[Row]:
+        """Rows whose picture another source lists as well."""
+        laion = _Planner("laion2b", self.concepts, self.port)
+        sound = iter(_shuffled([*laion._sound()], self.source, "shared"))
+        for concept in _take(sound, SHARED):
+            yield replace(laion._again(concept, "shared"), caption=f"emoji {concept.name}")
+        for concept in _take(sound, SHARED_SPELT_OTHERWISE):
+            row = laion._again(concept, "shared-spelt-otherwise")
+            url = SPELLINGS["fragment"](row.url or "")
+            yield replace(row, url=url, caption=f"emoji {concept.name}")
+
+    def _sound(self) -> Iterator[Concept]:
+        return (row.concept for row in self._one_each() if row.kind == "sound")
+
+    def _row(self, concept: Concept, route: Route) -> Row:
+        return Row(
+            concept=concept,
+            url=self._url(concept, route),
+            caption=concept.noto if self.source == "laion2b" else concept.fluent,
+            similarity=0.30 + _hash(self.source, "similarity", concept.key) % 1000 / 1e4,
+            kind="sound" if route == "img" else route,
+        )
+
+    def _copy(self, concept: Concept, route: Route, kind: str) -> Row:
+        """A further row with a URL of its own, so that it is no repeat of the concept's row."""
+        row = self._row(concept, route)
+        return replace(row, url=f"{row.url}?copy={kind}", kind=kind)
+
+    def _again(self, concept: Concept, kind: str) -> Row:
+        return replace(_less_similar(self._row(concept, "img")), kind=kind)
+
+    def _url(self, concept: Concept, route: Route) -> str:
+        port = DEAD_PORT if route == "dead" else self.port
+        return f"http://127.0.0.1:{port}/{route}/{ARTIST_OF[self.source]}/{concept.key}.webp"
+
+
+def _less_similar(row: Row) -> Row:
+    """The same row, which loses against the original where the most similar one is kept."""
+    return replace(row, similarity=(row.similarity or 0.0) - 0.01)
+
+
+def _shuffled(concepts: Sequence[Concept], *salt: str) -> list[Concept]:
+    return sorted(concepts, key=lambda concept: _hash(*salt, concept.key))
+
+
+def _take(concepts: Iterator[Concept], count: int) -> list[Concept]:
+    return [next(concepts) for _ in range(count)]
+
+
+def _hash(*parts: str) -> int:
+    """63 bits of SHA-256."""
+    digest = hashlib.sha256("\0".join(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
