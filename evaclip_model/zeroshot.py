@@ -1,0 +1,301 @@
+"""Zero-shot classification and retrieval: text classifiers, exact ranks, hit rates, intervals.
+
+Covers: encoding texts without padding, the prompt ensemble, ranks under a stated tie rule, hit
+rates, their chance levels and their uncertainty.
+Not here: reading evaluation sets, loops over image files, reports.
+
+Tie rule, the same everywhere: the rank of an answer is the number of answers with a strictly
+larger logit plus the number of equal ones with a lower index. Features may come in any precision;
+they are normalised and multiplied in fp32, where ties between different answers all but vanish.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from evaclip_model.errors import InputError
+from evaclip_model.tokenizer import tokenize
+
+PLACEHOLDER = "{c}"
+"""Where a template of the published webdataset layout takes the class name."""
+
+ROWS = 256
+"""Queries ranked at once; bounds memory at ROWS x gallery logits and changes no result."""
+
+Z95 = 1.959963984540054
+"""Two-sided 95 % quantile of the normal distribution."""
+
+BOOTSTRAP_DRAWS = 1000
+BOOTSTRAP_SEED = 20230327
+
+
+class TextTower(Protocol):
+    """What is needed of a model here."""
+
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Where the right answer of every query stands; all tensors have one entry per query [Q]."""
+
+    ranks: Tensor
+    """Rank of the right answer under the tie rule, 0 = first."""
+    best_ranks: Tensor
+    """Its rank if all ties went its way."""
+    worst_ranks: Tensor
+    """Its rank if all ties went against it."""
+    tied: Tensor
+    """Whether the largest logit is shared by several answers."""
+    top: Tensor
+    """Indices of the first answers under the tie rule [Q, k]."""
+
+    def __len__(self) -> int:
+        return int(self.ranks.numel())
+
+
+def encode_texts(
+    model: TextTower,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 256,
+    device: str = "cpu",
+    progress: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """Normalised fp32 features of `texts` [N, D]; equal texts get bitwise equal features.
+
+    Every text is encoded once, in order of length, cut after the longest end-of-text of its batch:
+    attention is causal, so tokens behind the end cannot reach the feature. `progress` gets the
+    number of distinct texts done.
+
+    Raises:
+        InputError: no texts, or features that are not finite.
+    """
+    if not texts:
+        raise InputError("there is no text to encode: give at least one class name or caption")
+    place = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+    tokens = tokenize(list(place))
+    lengths = tokens.argmax(dim=1) + 1  # the end-of-text token has the largest id
+    order = lengths.argsort(stable=True)
+    features: list[Tensor] = []
+    with torch.inference_mode():
+        for rows in torch.split(order, batch_size):
+            cut = tokens[rows, : int(lengths[rows].max())].to(device)
+            features.append(normalised(model.encode_text(cut).cpu(), "text"))
+            progress(sum(len(part) for part in features))
+        distinct = torch.cat(features)[order.argsort()]
+        return distinct[torch.tensor([place[text] for text in texts])]
+
+
+def text_classifier(
+    model: TextTower,
+    classnames: Sequence[str],
+    templates: Sequence[str],
+    *,
+    batch_size: int = 256,
+    device: str = "cpu",
+    progress: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """One fp32 unit vector a class [C, D]: the renormalised mean of its normalised prompts.
+
+    Raises:
+        InputError: no class, no template, or a template without `{c}`.
+    """
+    if not classnames or not templates:
+        raise InputError("a text classifier needs at least one class name and one template")
+    for template in templates:
+        if PLACEHOLDER not in template:
+            raise InputError(f"template '{template}' has no {PLACEHOLDER} for the class name")
+    names = list(dict.fromkeys(classnames))
+    prompts = [t.replace(PLACEHOLDER, name) for name in names for t in templates]
+    features = encode_texts(model, prompts, batch_size=batch_size, device=device, progress=progress)
+    means = features.reshape(len(names), len(templates), -1).mean(dim=1)
+    distinct = normalised(means, "text")
+    return distinct[torch.tensor([names.index(name) for name in classnames])]
+
+
+def normalised(features: Tensor, what: str) -> Tensor:
+    """Features [..., D] as fp32 unit vectors.
+
+    Raises:
+        InputError: a value is not finite; such features would rank every answer first.
+    """
+    features = features.float()
+    if not bool(torch.isfinite(features).all()):
+        raise InputError(
+            f"the model gives {what} features that are not finite: its weights have diverged, "
+            "train again with a lower learning rate or from an earlier checkpoint"
+        )
+    return torch.nn.functional.normalize(features, dim=-1)
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Answers to choose from, each distinct one multiplied once.
+
+    Equal answers so get bitwise equal logits. A matrix product alone does not promise that: its
+    kernels treat columns at the edge of a block in another order of summation.
+    """
+
+    distinct: Tensor
+    """Distinct fp32 unit vectors [U, D]."""
+    place: Tensor
+    """Row of `distinct` of every answer [G]."""
+
+    @classmethod
+    def of(cls, features: Tensor) -> Gallery:
+        """Gallery of unit vectors [G, D]."""
+        distinct, place = torch.unique(features.float(), dim=0, return_inverse=True)
+        return cls(distinct, place)
+
+    def logits(self, queries: Tensor) -> Tensor:
+        """Cosine logits in fp32 [Q, G] of unit vectors [Q, D]."""
+        return (queries.float() @ self.distinct.T)[:, self.place]
+
+
+def top_k(logits: Tensor, k: int) -> Tensor:
+    """Indices of the k largest logits of every row [Q, k], equal ones by lower index first."""
+    order = logits.sort(dim=1, descending=True, stable=True).indices
+    return order[:, : min(k, logits.shape[1])]
+
+
+def rank_targets(logits: Tensor, targets: Tensor, k: int = 5) -> Ranking:
+    """Rank answer `targets[q]` [Q] of every query among all its answers [Q, G]."""
+    value = logits.gather(1, targets[:, None])
+    larger = (logits > value).sum(dim=1)
+    equal = logits == value
+    before = torch.arange(logits.shape[1]) < targets[:, None]
+    largest = logits.max(dim=1, keepdim=True).values
+    return Ranking(
+        ranks=larger + (equal & before).sum(dim=1),
+        best_ranks=larger,
+        worst_ranks=larger + equal.sum(dim=1) - 1,
+        tied=(logits == largest).sum(dim=1) > 1,
+        top=top_k(logits, k),
+    )
+
+
+def classify(images: Tensor, classifier: Tensor, labels: Tensor, k: int = 5) -> Ranking:
+    """Rank the true class `labels` [N] of images [N, D] among the classes [C, D]."""
+    gallery = Gallery.of(classifier)
+    return _joined(
+        rank_targets(gallery.logits(images[rows]), labels[rows], k)
+        for rows in torch.split(torch.arange(len(images)), ROWS)
+    )
+
+
+def retrieve_texts(images: Tensor, texts: Tensor, image_of_text: Tensor, k: int = 10) -> Ranking:
+    """Image-to-text: the best-ranked caption of every image [N, D] among all captions [T, D].
+
+    `image_of_text` [T] is the image each caption belongs to; every image has one or more.
+    """
+    gallery = Gallery.of(texts)
+    return _joined(
+        _rank_best(gallery.logits(images[rows]), image_of_text[None, :] == rows[:, None], k)
+        for rows in torch.split(torch.arange(len(images)), ROWS)
+    )
+
+
+def retrieve_images(images: Tensor, texts: Tensor, image_of_text: Tensor, k: int = 10) -> Ranking:
+    """Text-to-image: the image [N, D] of every caption [T, D] among all images."""
+    gallery = Gallery.of(images)
+    return _joined(
+        rank_targets(gallery.logits(texts[rows]), image_of_text[rows], k)
+        for rows in torch.split(torch.arange(len(texts)), ROWS)
+    )
+
+
+def hit_rate(ranks: Tensor, k: int) -> float:
+    """Share of queries whose right answer is among the first k."""
+    return hits(ranks, k) / max(1, ranks.numel())
+
+
+def hits(ranks: Tensor, k: int) -> int:
+    """Number of queries whose right answer is among the first k."""
+    return int((ranks < k).sum())
+
+
+def mean_per_class(correct: Tensor, labels: Tensor) -> float:
+    """Unweighted mean of the recall of every class that occurs; both tensors are [N]."""
+    total = torch.bincount(labels)
+    right = torch.bincount(labels, weights=correct.double(), minlength=len(total))
+    occurs = total > 0
+    return float((right[occurs] / total[occurs]).mean())
+
+
+def wilson_interval(hits: int, n: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927), 95 % unless told otherwise."""
+    if n == 0:
+        return 0.0, 1.0
+    p = hits / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    # The bounds are 0 and 1 exactly when nothing or everything hits; rounding must not hide it.
+    low = 0.0 if hits == 0 else max(0.0, centre - half)
+    high = 1.0 if hits == n else min(1.0, centre + half)
+    return low, high
+
+
+def clustered_interval(
+    correct: Tensor, cluster: Tensor, draws: int = BOOTSTRAP_DRAWS
+) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of `correct` [N], drawing whole clusters [N].
+
+    For caption-level recall: the captions of one image succeed and fail together, so images are
+    drawn, not captions. The draws are seeded: the same input gives the same interval.
+    """
+    size = torch.bincount(cluster).double()
+    right = torch.bincount(cluster, weights=correct.double(), minlength=len(size))
+    right, size = right[size > 0], size[size > 0]
+    generator = torch.Generator().manual_seed(BOOTSTRAP_SEED)
+    means = torch.empty(draws, dtype=torch.float64)
+    for draw in range(draws):
+        chosen = torch.randint(len(size), (len(size),), generator=generator)
+        means[draw] = right[chosen].sum() / size[chosen].sum()
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def chance_of_hit(k: int, gallery: int, positives: Sequence[int]) -> float:
+    """Expected hit rate of random orders: mean over queries with so many right answers each.
+
+    One query: 1 - C(gallery - positives, k) / C(gallery, k).
+    """
+    k = min(k, gallery)
+    of = {m: 1 - math.comb(gallery - m, k) / math.comb(gallery, k) for m in set(positives)}
+    return sum(of[m] for m in positives) / len(positives)
+
+
+def _rank_best(logits: Tensor, right: Tensor, k: int) -> Ranking:
+    """Rank the first of several right answers (mask [Q, G]) of every query."""
+    best = logits.masked_fill(~right, -torch.inf).max(dim=1, keepdim=True).values
+    candidates = right & (logits == best)
+    first = top_k(candidates.int(), 1)[:, 0]
+    ranking = rank_targets(logits, first, k)
+    # Ties among an image's own captions cost nothing, whichever of them comes first.
+    others = (logits == best).sum(dim=1) - candidates.sum(dim=1)
+    return Ranking(
+        ranking.ranks,
+        ranking.best_ranks,
+        ranking.best_ranks + others,
+        ranking.tied,
+        ranking.top,
+    )
+
+
+def _joined(parts: Iterable[Ranking]) -> Ranking:
+    """Rankings of consecutive queries as one."""
+    rankings = list(parts)
+    return Ranking(
+        ranks=torch.cat([part.ranks for part in rankings]),
+        best_ranks=torch.cat([part.best_ranks for part in rankings]),
+        worst_ranks=torch.cat([part.worst_ranks for part in rankings]),
+        tied=torch.cat([part.tied for part in rankings]),
+        top=torch.cat([part.top for part in rankings]),
+    )

@@ -1,0 +1,27 @@
+"""The Prefect task around an evaluation; everything it does is in the pure modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from tasks.artifact import Address, Artifact, produce
+from tasks.evaluate.config import EvaluateConfig
+from tasks.evaluate.evaluate import evaluate_models
+from tasks.progress import Report
+
+
+@task(name="evaluate", cache_policy=NO_CACHE)
+def evaluate(
+    address: Address,
+    config: EvaluateConfig,
+    models: Mapping[str, Path],
+    sets: Mapping[str, Path],
+    curves: Sequence[Path],
+    report: Report,
+) -> Artifact:
+    """The evaluation at `address`: `models` on `sets`, made now or found finished."""
+    return produce(address, lambda out: evaluate_models(config, models, sets, curves, out, report))
