@@ -1,0 +1,1 @@
+"""Lineage: every run, stage, dataset and figure as a run tree in MLflow."""

@@ -1,0 +1,161 @@
+"""What happened, on disk first: the events of one pipeline run, and how far they were shipped.
+
+Covers: appending events, reading those not shipped yet, the cursor, finding an unfinished run.
+Not here: MLflow (mlflow_store.py ships what this file keeps).
+
+One folder a pipeline run: `run.json` (what it is), `events.jsonl` (append only), `cursor.json`
+(how many bytes of events were shipped, the MLflow run of every key, how far each series is).
+Every event can be applied twice with the same result, so a cursor that lags by one does no harm.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Self
+
+from tasks.artifact import write_atomically
+
+Event = Mapping[str, Any]
+PIPELINE = ""
+"""Key of the pipeline's own run; a stage's key is its title and digest."""
+RUNNING = "RUNNING"
+
+
+@dataclass
+class SeriesCursor:
+    """How far a file of metrics was shipped."""
+
+    offset: int = 0
+    """Bytes read; a hint only, the file may have been cut back."""
+    step: int = -1
+    """Last step shipped; lines at or before it are not sent again."""
+
+
+@dataclass
+class Cursor:
+    """How far a journal was shipped."""
+
+    offset: int = 0
+    runs: dict[str, str] = field(default_factory=dict)
+    """Key of a run in the journal -> MLflow's run id."""
+    series: dict[str, SeriesCursor] = field(default_factory=dict)
+    """`key|file` -> how far."""
+
+    @classmethod
+    def read(cls, path: Path) -> Cursor:
+        try:
+            stored = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):
+            return cls()
+        series = {name: SeriesCursor(**at) for name, at in stored["series"].items()}
+        return cls(stored["offset"], stored["runs"], series)
+
+    def write(self, path: Path) -> None:
+        series = {name: vars(at) for name, at in self.series.items()}
+        stored = {"offset": self.offset, "runs": self.runs, "series": series}
+        write_atomically(path, json.dumps(stored) + "\n")
+
+
+class Journal:
+    """The events of one pipeline run, held by one process at a time."""
+
+    def __init__(self, folder: Path, lock: IO[str]) -> None:
+        self.folder = folder
+        self._lock = lock
+        self.about: dict[str, str] = json.loads((folder / "run.json").read_text())
+        self._events = folder / "events.jsonl"
+        _cut_torn_line(self._events)
+        self.cursor = Cursor.read(folder / "cursor.json")
+
+    @classmethod
+    def start(cls, root: Path, about: Mapping[str, str]) -> Self:
+        """A new journal; `about` says what its run is."""
+        key = uuid.uuid4().hex
+        folder = root / key
+        folder.mkdir(parents=True)
+        lock = _held(folder)
+        assert lock is not None, "a folder that was just made has no other holder"
+        write_atomically(folder / "run.json", json.dumps({**about, "key": key}, indent=1) + "\n")
+        return cls(folder, lock)
+
+    @classmethod
+    def unshipped(cls, root: Path) -> Iterator[Self]:
+        """Journals that nobody holds and that are not both closed and shipped, held one by one."""
+        for about in sorted(root.glob("*/run.json")):
+            lock = None if (about.parent / "shipped").exists() else _held(about.parent)
+            if lock is not None:
+                yield cls(about.parent, lock)
+
+    def release(self) -> None:
+        """Let another process have it."""
+        self._lock.close()
+
+    def append(self, event: Event) -> None:
+        """Add one event; it is on its way to disk when this returns."""
+        with self._events.open("a") as file:
+            file.write(json.dumps(event, default=str) + "\n")
+
+    def events(self, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Events from byte `offset` on, each with the offset behind it."""
+        if not self._events.exists():
+            return
+        with self._events.open("rb") as file:
+            file.seek(offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                offset += len(line)
+                yield offset, json.loads(line)
+
+    def runs(self) -> dict[str, str]:
+        """Every run that was begun: key -> RUNNING, or the status it ended with."""
+        statuses: dict[str, str] = {}
+        for _, event in self.events():
+            if event["op"] == "begin":
+                statuses[event["run"]] = RUNNING
+            elif event["op"] == "end":
+                statuses[event["run"]] = event["status"]
+        return statuses
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the pipeline run ended; otherwise its process was killed, or works."""
+        return self.runs().get(PIPELINE, RUNNING) != RUNNING
+
+    @property
+    def pending(self) -> int:
+        """Number of events not shipped yet."""
+        return sum(1 for _ in self.events(self.cursor.offset))
+
+    def save_cursor(self) -> None:
+        self.cursor.write(self.folder / "cursor.json")
+
+    def mark_shipped(self) -> None:
+        """Nothing is left to ship; the run is closed."""
+        (self.folder / "shipped").touch()
+
+
+def _held(folder: Path) -> IO[str] | None:
+    """The folder's lock, or None when another process has it; the kernel frees it on any death."""
+    lock = (folder / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Drop a last line that a killed process did not finish."""
+    if path.exists():
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) != len(content):
+            with path.open("r+b") as file:
+                file.truncate(len(whole))

@@ -1,0 +1,605 @@
+"""A run tree in MLflow that no outage of the tracking server can stop or thin out.
+
+Covers: opening and closing pipeline and stage runs, following a trainer's metrics, system metrics,
+shipping all of it to MLflow from a journal on disk. Works with or without Prefect:
+
+    tracking = Tracking(TrackingStore.at("sqlite:///runs/mlflow.db", "evaclip"), root / "tracking")
+    with tracking.pipeline_run("demo", recipe_digest, recipe=toml_text, links={...}) as pipeline:
+        with pipeline.stage_run(address, title="train-1") as stage:
+            with stage.follow(address.folder / "metrics.jsonl"):
+                artifact = ...
+            stage.done(artifact, inputs={"training": shards}, attach=[artifact.folder / "a.html"])
+
+A pipeline run that was killed is continued by the next one of the same recipe digest; a stage
+entered twice is one run; a stage whose artifact was there before is tagged `evaclip.reused`.
+Nothing here raises because of the store: events wait in the journal and a later run ships them.
+
+Not here: what is logged of an artifact (record.py), the journal's files (journal.py), the model
+registry (tasks/register).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.artifact import Address, Artifact
+from tasks.lineage import record
+from tasks.lineage.journal import PIPELINE, RUNNING, Event, Journal, SeriesCursor
+from tasks.tracking import TrackingStore, is_refusal
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+MAX_METRICS_PER_CALL = 1000
+POLL_S = 1.0
+LONGEST_BACKOFF_S = 30.0
+RECIPE_FILE = "recipe.toml"
+_log = logging.getLogger(__name__)
+
+
+class Tracking:
+    """Opens pipeline runs in one tracking store."""
+
+    def __init__(
+        self,
+        store: TrackingStore,
+        journals: Path,
+        *,
+        patience_s: float = 20.0,
+        system_every_s: float = 5.0,
+    ) -> None:
+        """Nothing is contacted yet.
+
+        Args:
+            store: where runs go in the end.
+            journals: folder of the journals, one sub-folder a pipeline run.
+            patience_s: longest wait for the store when a pipeline run closes, in seconds.
+            system_every_s: time between two samples of system metrics, in seconds.
+        """
+        self.store = store
+        self.journals = journals
+        self.patience_s = patience_s
+        self.system_every_s = system_every_s
+
+    @contextmanager
+    def pipeline_run(
+        self,
+        name: str,
+        digest: str,
+        *,
+        recipe: str = "",
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+        links: Mapping[str, str] | None = None,
+    ) -> Iterator[PipelineRun]:
+        """The parent run of one execution of a flow.
+
+        Continues a run of the same digest whose process was killed. Found by its local journal,
+        not in the store: a run that looks open there may be another machine's, at work.
+
+        Args:
+            name: what people see.
+            digest: of the resolved recipe; decides what may be continued.
+            recipe: the resolved recipe's text, kept as the artifact `recipe.toml`.
+            params: flat or nested settings to log.
+            tags: more tags, such as `prefect.flow_run_id` or the git commit.
+            links: name -> URL, shown in the run's description.
+        """
+        journal = self._journal(digest)
+        shipper = _Shipper(self, journal)
+        run = PipelineRun(self, journal, shipper)
+        described = {"mlflow.note.content": record.note("", links)} if links else {}
+        own = {f"{record.PREFIX}recipe_digest": digest, "mlflow.source.name": name}
+        run.begin(name, parent=None, tags={**own, **described, **(tags or {})})
+        run.log_params(params or {})
+        if recipe:
+            run.append({"op": "text", "file": RECIPE_FILE, "text": recipe})
+        shipper.start()
+        try:
+            with run.closing():
+                yield run
+        finally:
+            shipper.finish(self.patience_s)
+
+    def _journal(self, digest: str) -> Journal:
+        about = {"digest": digest, "uri": self.store.uri, "experiment": self.store.experiment}
+        for left in Journal.unshipped(self.journals):
+            same = all(left.about.get(name) == value for name, value in about.items())
+            if same and not left.is_closed:
+                return left
+            left.release()
+        return Journal.start(self.journals, about)
+
+
+class _Run:
+    """What pipeline and stage runs share: events that name their run, and its address."""
+
+    def __init__(self, tracking: Tracking, journal: Journal, shipper: _Shipper, key: str) -> None:
+        self._tracking = tracking
+        self._journal = journal
+        self._shipper = shipper
+        self.key = key
+        status = journal.runs().get(key)
+        self.is_continued = status is not None
+        self.is_over = status == "FINISHED"
+
+    def append(self, event: Event) -> None:
+        """Journal an event of this run, unless it finished in the process that was killed.
+
+        A full disk is a warning here; the stages report it.
+        """
+        if self.is_over:
+            return
+        try:
+            self._journal.append({**event, "run": self.key})
+        except OSError as error:
+            _log.warning("lineage lost an event (%s): %s", event["op"], error)
+        self._shipper.wake()
+
+    def begin(self, name: str, parent: str | None, tags: Mapping[str, str]) -> None:
+        kept = {} if self.is_continued else dict(tags)
+        self.append({"op": "begin", "name": name, "parent": parent, "tags": kept, "time": _now()})
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log settings, flattened; a parameter that is there keeps its first value."""
+        if params and not self.is_continued:
+            self.append({"op": "params", "params": record.flatten(params)})
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        self.append({"op": "metrics", "metrics": dict(metrics), "time": _now()})
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self.append({"op": "tags", "tags": dict(tags)})
+
+    def attach(self, file: Path, folder: str | None = None) -> None:
+        """Keep a file as an artifact of the run; it is copied when it is shipped."""
+        self.append({"op": "file", "path": str(file.resolve()), "folder": folder})
+
+    def run_id(self, wait_s: float = 5.0) -> str | None:
+        """MLflow's id of this run, or None when the store did not answer within `wait_s`."""
+        return self._shipper.run_id(self.key, wait_s)
+
+    def url(self, wait_s: float = 5.0) -> str | None:
+        """The run's page; None for a store without pages or one that does not answer."""
+        if self._tracking.store.database is not None:
+            return None
+        run_id = self.run_id(wait_s)
+        experiment = self._shipper.experiment
+        if run_id is None or experiment is None:
+            return None
+        return f"{self._tracking.store.uri}/#/experiments/{experiment}/runs/{run_id}"
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """End the run as MLflow's FINISHED, FAILED (an error) or KILLED (an interruption)."""
+        try:
+            yield
+        except BaseException as error:
+            status = "FAILED" if isinstance(error, Exception) else "KILLED"
+            reason = str(error) or type(error).__name__
+            self.set_tags({f"{record.PREFIX}error": reason[:500]})
+            self.append({"op": "end", "status": status, "time": _now()})
+            raise
+        self.append({"op": "end", "status": "FINISHED", "time": _now()})
+
+
+class PipelineRun(_Run):
+    """The parent run of one execution of a flow."""
+
+    def __init__(self, tracking: Tracking, journal: Journal, shipper: _Shipper) -> None:
+        super().__init__(tracking, journal, shipper, PIPELINE)
+
+    @contextmanager
+    def stage_run(self, address: Address, title: str | None = None) -> Iterator[StageRun]:
+        """The run of one stage, under this one; entered again, it is the same run.
+
+        Args:
+            address: of the stage's artifact. When it is finished on entry, the stage is tagged as
+                reused and linked to the run that made it.
+            title: what people see; the stage's name when it appears once in the flow.
+        """
+        title = title or address.stage.name
+        run = StageRun(
+            self._tracking, self._journal, self._shipper, f"{title}-{address.digest}", address
+        )
+        run.begin(title, parent=self.key, tags=record.stage_tags(address, run.is_reused))
+        run.log_params(address.config)
+        with run.closing():
+            yield run
+
+
+class StageRun(_Run):
+    """The run of one stage."""
+
+    def __init__(
+        self, tracking: Tracking, journal: Journal, shipper: _Shipper, key: str, address: Address
+    ) -> None:
+        super().__init__(tracking, journal, shipper, key)
+        self.is_reused = address.is_finished and not self.is_continued
+
+    def done(
+        self,
+        artifact: Artifact,
+        *,
+        inputs: Mapping[str, Artifact] | None = None,
+        attach: Sequence[Path] = (),
+    ) -> None:
+        """Record what the stage made.
+
+        Args:
+            artifact: its counts become metrics.
+            inputs: context (training, evaluation, …) -> the data it read, logged as datasets.
+            attach: files kept with the run, such as a report.
+        """
+        self.log_metrics(record.metrics(artifact))
+        datasets = [record.dataset(data, context) for context, data in (inputs or {}).items()]
+        if datasets:
+            self.append({"op": "inputs", "datasets": datasets})
+        for file in attach:
+            self.attach(file)
+
+    @contextmanager
+    def follow(self, metrics_file: Path) -> Iterator[None]:
+        """Ship every line of `metrics_file` (JSON with `step` and `time`) while work goes on.
+
+        The file may not exist yet and may be cut back on resume; a step is sent once. System
+        metrics are sampled meanwhile. A reused stage sends nothing: the run that made it did.
+        """
+        if self.is_reused or self.is_over:
+            yield
+            return
+        system = self._journal.folder / f"system-{record.metric_name(self.key)}.jsonl"
+        for file in (metrics_file, system):
+            self.append({"op": "series", "file": str(file.resolve())})
+        sampler = _SystemSampler(system, self._tracking.system_every_s)
+        sampler.start()
+        try:
+            yield
+        finally:
+            sampler.stop()
+
+
+class _Shipper(threading.Thread):
+    """Applies a journal's events to the store, in order, in the background, until told to stop."""
+
+    def __init__(self, tracking: Tracking, journal: Journal) -> None:
+        super().__init__(name="lineage", daemon=True)
+        self._store = tracking.store
+        self._journals = tracking.journals
+        self._journal = journal
+        self._changed = threading.Event()
+        self._closing = threading.Event()
+        self._abandoned = threading.Event()
+        self._shipped_one = threading.Condition()
+        self._client: MlflowClient | None = None
+        self._last_error: Exception | None = None
+        self._experiments: dict[str, str] = {}
+
+    @property
+    def experiment(self) -> str | None:
+        """The experiment's id, once the store was reached."""
+        return self._experiments.get(self._store.experiment)
+
+    def wake(self) -> None:
+        self._changed.set()
+
+    def run_id(self, key: str, wait_s: float) -> str | None:
+        with self._shipped_one:
+            self._shipped_one.wait_for(lambda: key in self._journal.cursor.runs, wait_s)
+            return self._journal.cursor.runs.get(key)
+
+    def finish(self, patience_s: float) -> None:
+        """Ship the rest, for at most `patience_s` seconds, or at most until the store fails."""
+        self._closing.set()
+        self.wake()
+        self.join(patience_s)
+        self._abandoned.set()
+        waiting = self._journal.pending
+        if waiting:
+            _log.warning(
+                "%d tracking events wait in %s: the next run ships them (%s does not answer: %s)",
+                waiting,
+                self._journal.folder,
+                self._store.uri,
+                str(self._last_error)[:200],
+            )
+
+    def run(self) -> None:
+        backoff = POLL_S
+        try:
+            while True:
+                closing = self._closing.is_set()
+                self._changed.clear()
+                try:
+                    self._ship(self._journal)
+                    backoff = POLL_S
+                    if closing:
+                        self._ship_leftovers()
+                        return
+                except Exception as error:  # the store may fail in any way; work must go on
+                    self._last_error = error
+                    backoff = min(backoff * 2, LONGEST_BACKOFF_S)
+                    if closing:
+                        return
+                    self._closing.wait(backoff)
+                else:
+                    self._changed.wait(backoff)
+        finally:
+            self._journal.release()
+
+    def _ship_leftovers(self) -> None:
+        """Ship what earlier runs could not, and close in the store what was killed."""
+        for left in Journal.unshipped(self._journals):
+            try:
+                if left.about["uri"] != self._store.uri or self._abandoned.is_set():
+                    continue
+                self._ship(left)
+                if not left.is_closed:
+                    _close_killed(self._connected(), left)
+            finally:
+                left.release()
+
+    def _connected(self) -> MlflowClient:
+        if self._client is None:
+            self._client = self._store.client()
+        return self._client
+
+    def _experiment_id(self, client: MlflowClient, name: str) -> str:
+        if name not in self._experiments:
+            self._experiments[name] = TrackingStore(self._store.uri, name).experiment_id(client)
+        return self._experiments[name]
+
+    def _ship(self, journal: Journal) -> None:
+        client = self._connected()
+        experiment = self._experiment_id(client, journal.about["experiment"])
+        series = _open_series(journal)
+        for offset, event in journal.events(journal.cursor.offset):
+            if self._abandoned.is_set():
+                return
+            if event["op"] == "series":
+                series.setdefault(event["run"], []).append(Path(event["file"]))
+            elif event["op"] == "end":
+                for file in series.pop(event["run"], []):
+                    _ship_series(client, journal, event["run"], file)
+            try:
+                _apply(client, experiment, journal, event)
+            except (FileNotFoundError, KeyError) as error:
+                _log.warning("tracking event %s skipped: %s", event["op"], error)
+            except Exception as error:
+                if not is_refusal(error):
+                    raise
+                _log.warning("tracking store refused %s: %s", event["op"], str(error)[:300])
+            with self._shipped_one:
+                journal.cursor.offset = offset
+                journal.save_cursor()
+                self._shipped_one.notify_all()
+        for key, files in series.items():
+            for file in files:
+                _ship_series(client, journal, key, file)
+        if journal.is_closed:
+            journal.mark_shipped()
+
+
+def _open_series(journal: Journal) -> dict[str, list[Path]]:
+    """Series that shipped events opened and no shipped event closed."""
+    open_series: dict[str, list[Path]] = {}
+    for offset, event in journal.events():
+        if offset > journal.cursor.offset:
+            break
+        if event["op"] == "series":
+            open_series.setdefault(event["run"], []).append(Path(event["file"]))
+        elif event["op"] == "end":
+            open_series.pop(event["run"], None)
+    return open_series
+
+
+def _apply(client: MlflowClient, experiment: str, journal: Journal, event: Event) -> None:
+    """Do in the store what the event says; doing it twice changes nothing."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+
+    if event["op"] == "begin":
+        _begin(client, experiment, journal, event)
+        return
+    run = journal.cursor.runs[event["run"]]
+    match event["op"]:
+        case "params":
+            known = client.get_run(run).data.params
+            params = [Param(k, v) for k, v in event["params"].items() if k not in known]
+            for start in range(0, len(params), 100):
+                client.log_batch(run, params=params[start : start + 100])
+        case "metrics":
+            metrics = [Metric(k, v, event["time"], 0) for k, v in event["metrics"].items()]
+            for start in range(0, len(metrics), MAX_METRICS_PER_CALL):
+                client.log_batch(run, metrics=metrics[start : start + MAX_METRICS_PER_CALL])
+        case "tags":
+            _set_tags(client, run, event["tags"])
+        case "inputs":
+            client.log_inputs(
+                run,
+                datasets=[
+                    DatasetInput(
+                        Dataset(**{k: v for k, v in data.items() if k != "context"}),
+                        [InputTag("mlflow.data.context", data["context"])],
+                    )
+                    for data in event["datasets"]
+                ],
+            )
+        case "text":
+            client.log_text(run, event["text"], event["file"])
+        case "file":
+            client.log_artifact(run, event["path"], event["folder"])
+        case "end":
+            client.set_terminated(run, event["status"], event["time"])
+
+
+def _begin(client: MlflowClient, experiment: str, journal: Journal, event: Event) -> None:
+    """Find or make the run of an event's key, and set it to RUNNING."""
+    key, tags = event["run"], dict(event["tags"])
+    mark = f"{journal.about['key']}/{key}"
+    run_id = journal.cursor.runs.get(key)
+    if run_id is None:
+        # A process killed between making the run and noting its id left it in the store.
+        found = client.search_runs([experiment], f"tags.`{record.PREFIX}key` = '{mark}'")
+        run_id = found[0].info.run_id if found else None
+    if run_id is not None:
+        client.update_run(run_id, status=RUNNING)
+    else:
+        if event["parent"] is not None:
+            tags["mlflow.parentRunId"] = journal.cursor.runs[event["parent"]]
+        if tags.get(f"{record.PREFIX}reused") == "true":
+            tags |= _maker(client, experiment, tags[f"{record.PREFIX}digest"])
+        tags[f"{record.PREFIX}key"] = mark
+        made = client.create_run(experiment, event["time"], tags, run_name=event["name"])
+        run_id = made.info.run_id
+    journal.cursor.runs[key] = run_id
+
+
+def _maker(client: MlflowClient, experiment: str, digest: str) -> dict[str, str]:
+    """The tag that links a reused stage to the run that made its artifact, if it is known."""
+    made = client.search_runs(
+        [experiment],
+        f"tags.`{record.PREFIX}digest` = '{digest}' and tags.`{record.PREFIX}reused` = 'false'",
+        max_results=1,
+    )
+    return {f"{record.PREFIX}made_by_run": made[0].info.run_id} if made else {}
+
+
+def _set_tags(client: MlflowClient, run: str, tags: Mapping[str, str]) -> None:
+    from mlflow.entities import RunTag
+
+    client.log_batch(run, tags=[RunTag(name, value) for name, value in tags.items()])
+
+
+def _close_killed(client: MlflowClient, journal: Journal) -> None:
+    """Show a killed run as killed; the run that continues it sets it back to RUNNING."""
+    for key, status in journal.runs().items():
+        if status == RUNNING and key in journal.cursor.runs:
+            client.set_terminated(journal.cursor.runs[key], "KILLED")
+
+
+def _ship_series(client: MlflowClient, journal: Journal, key: str, file: Path) -> None:
+    """Send the new lines of one metrics file."""
+    from mlflow.entities import Metric
+
+    at = journal.cursor.series.setdefault(f"{key}|{file}", SeriesCursor())
+    run = journal.cursor.runs.get(key)
+    if run is None:
+        return
+    batch: list[Metric] = []
+    reached = SeriesCursor(at.offset, at.step)
+
+    def send() -> None:
+        if batch:
+            client.log_batch(run, metrics=batch)
+            batch.clear()
+        if vars(at) != vars(reached):
+            at.offset, at.step = reached.offset, reached.step
+            journal.save_cursor()
+
+    for offset, line in _new_lines(file, at.offset):
+        step = line.get("step")
+        if isinstance(step, int) and step > reached.step:
+            stamp = _milliseconds(line.get("time"))
+            points = [Metric(k, v, stamp, step) for k, v in record.series_metrics(line).items()]
+            if len(batch) + len(points) > MAX_METRICS_PER_CALL:
+                send()
+            batch += points
+            reached.step = step
+        reached.offset = offset
+    send()
+
+
+def _new_lines(file: Path, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Whole lines from byte `offset` on, or from the start when the file was cut back meanwhile."""
+    if not file.exists():
+        return
+    with file.open("rb") as stream:
+        stream.seek(max(offset - 1, 0))
+        if offset and stream.read(1) != b"\n":
+            offset = 0
+        stream.seek(offset)
+        for line in stream:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            with suppress(ValueError):
+                parsed = json.loads(line)
+                if isinstance(parsed, dict):
+                    yield offset, parsed
+
+
+def _milliseconds(value: object) -> int:
+    """A line's time (UNIX seconds or ISO 8601) in milliseconds; now when it has none."""
+    if isinstance(value, int | float):
+        return int(value * 1000)
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return int(datetime.fromisoformat(value).timestamp() * 1000)
+    return _now()
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+class _SystemSampler(threading.Thread):
+    """Writes the machine's use (CPU, memory, disk, network, GPU) as one more series.
+
+    Through the journal instead of MLflow's own monitor thread, which loses what it cannot send.
+    """
+
+    def __init__(self, file: Path, every_s: float) -> None:
+        super().__init__(name="system-metrics", daemon=True)
+        self._file = file
+        self._every_s = every_s
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join(self._every_s)
+
+    def run(self) -> None:
+        try:
+            monitors = _monitors()
+            step = _lines_in(self._file)
+            while not self._stopped.wait(self._every_s):
+                with self._file.open("a") as file:
+                    file.write(json.dumps({"step": step, "time": time.time(), **_sample(monitors)}))
+                    file.write("\n")
+                step += 1
+        except Exception as error:  # figures about the machine are never worth a run
+            _log.warning("system metrics stopped: %s", error)
+
+
+def _lines_in(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def _monitors() -> list[Any]:
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    with suppress(Exception):  # no NVIDIA GPU, or no library to ask it
+        monitors.append(GPUMonitor())
+    _sample(monitors)  # the first CPU figure covers no time, so it means nothing
+    return monitors
+
+
+def _sample(monitors: Sequence[Any]) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for monitor in monitors:
+        monitor.collect_metrics()
+        figures |= {f"system/{name}": v for name, v in monitor.aggregate_metrics().items()}
+        monitor.clear_metrics()
+    return figures

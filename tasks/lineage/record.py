@@ -1,0 +1,100 @@
+"""From artifacts to what MLflow stores: parameters, metrics, tags, datasets.
+
+Covers: pure functions over addresses and artifacts, within MLflow's limits on names and lengths.
+Not here: MLflow itself (mlflow_store.py), the journal (journal.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tasks.artifact import MANIFEST, Address, Artifact
+
+PREFIX = "evaclip."
+MAX_PARAM_CHARS = 6000
+MAX_TAG_CHARS = 8000
+_NOT_IN_A_NAME = re.compile(r"[^\w\-./ :]", re.ASCII)
+
+
+def metric_name(name: str) -> str:
+    """`name` with every character that MLflow refuses replaced by `_`."""
+    return _NOT_IN_A_NAME.sub("_", name).strip("/")
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, str]:
+    """A nested config as flat parameters: `a.b.c` -> text.
+
+    Lists of tables are numbered, or go by their `name`; lists of plain values stay one parameter.
+    """
+    return {metric_name(key): value[:MAX_PARAM_CHARS] for key, value in _flat("", config)}
+
+
+def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner)
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+        for place, item in enumerate(value):
+            name = item.get("name", place) if isinstance(item, Mapping) else place
+            yield from _flat(f"{prefix}.{name}", item)
+    elif isinstance(value, str):
+        yield prefix, value
+    else:
+        yield prefix, json.dumps(value, default=str)
+
+
+def stage_tags(address: Address, reused: bool) -> dict[str, str]:
+    """What identifies a stage's run: its digest, its parents', and whether it was reused."""
+    parents = {f"parent.{role}": digest for role, digest in address.parents.items()}
+    tags = {
+        "stage": address.stage.name,
+        "digest": address.digest,
+        "stage_version": str(address.stage.version),
+        "folder": str(address.folder),
+        "reused": str(reused).lower(),
+        **parents,
+    }
+    return {PREFIX + name: value[:MAX_TAG_CHARS] for name, value in tags.items()}
+
+
+def metrics(artifact: Artifact) -> dict[str, float]:
+    """An artifact's counts as metrics."""
+    return {metric_name(name): float(count) for name, count in artifact.counts.items()}
+
+
+def series_metrics(line: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of one line of `metrics.jsonl`, less its axes (step, time)."""
+    return {
+        metric_name(name): float(value)
+        for name, value in line.items()
+        if name not in ("step", "time")
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+    }
+
+
+def dataset(artifact: Artifact, context: str) -> dict[str, str]:
+    """An artifact as an MLflow dataset: its digest, its manifest as source, its counts as profile.
+
+    Args:
+        artifact: what a stage reads.
+        context: what it reads it for, in MLflow's column "context" (training, evaluation, …).
+    """
+    manifest = (artifact.folder / MANIFEST).resolve()
+    return {
+        "name": artifact.kind,
+        "digest": artifact.digest,
+        "source_type": "local",
+        "source": json.dumps({"uri": manifest.as_uri()}),
+        "profile": json.dumps(artifact.counts)[:16_000],
+        "context": context,
+    }
+
+
+def note(text: str, links: Mapping[str, str]) -> str:
+    """A run's description in Markdown: one sentence and its links."""
+    lines = [text, *(f"[{name}]({address})" for name, address in links.items())]
+    return "\n\n".join(line for line in lines if line)[:MAX_TAG_CHARS]

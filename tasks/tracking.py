@@ -1,0 +1,118 @@
+"""Where runs are tracked and models are registered: one MLflow store, by its address.
+
+Covers: the address, a client for it, its experiment, the one sentence when it does not answer.
+Not here: what is logged (tasks/lineage), what is registered (tasks/register).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evaclip_model.errors import InputError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+SQLITE = "sqlite:///"
+_FROM_ENVIRONMENT_ONLY = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+}
+"""What MLflow reads from nowhere else; a value that is already set wins.
+
+By its own defaults MLflow keeps trying for about four minutes when a server is away.
+"""
+_ANSWERED_NO = frozenset(
+    {
+        "BAD_REQUEST",
+        "INVALID_PARAMETER_VALUE",
+        "INVALID_STATE",
+        "RESOURCE_ALREADY_EXISTS",
+        "RESOURCE_DOES_NOT_EXIST",
+        "NOT_FOUND",
+    }
+)
+
+
+@dataclass(frozen=True)
+class TrackingStore:
+    """An MLflow tracking store with its model registry."""
+
+    uri: str
+    """`sqlite:////absolute/path.db`, or `http(s)://host:port` of an MLflow server."""
+    experiment: str
+
+    @classmethod
+    def at(cls, uri: str, experiment: str) -> TrackingStore:
+        """The store at `uri`; a relative SQLite path is taken from the current folder.
+
+        Raises:
+            InputError: `uri` is neither an SQLite file nor an HTTP address.
+        """
+        if uri.startswith(SQLITE):
+            return cls(SQLITE + str(Path(uri.removeprefix(SQLITE)).resolve()), experiment)
+        if uri.startswith(("http://", "https://")):
+            return cls(uri.rstrip("/"), experiment)
+        raise InputError(
+            f"the tracking address '{uri}' is not one: "
+            "give sqlite:///runs/mlflow.db or http://host:port"
+        )
+
+    @property
+    def database(self) -> Path | None:
+        """The SQLite file; None for a server."""
+        return Path(self.uri.removeprefix(SQLITE)) if self.uri.startswith(SQLITE) else None
+
+    @property
+    def artifact_root(self) -> str | None:
+        """Where a new experiment keeps its files; None lets the server decide.
+
+        Absolute and beside the database, because MLflow's own default is the current folder.
+        """
+        if self.database is None:
+            return None
+        return (self.database.parent / "mlflow-artifacts").as_uri()
+
+    def client(self) -> MlflowClient:
+        """A client of this store alone; nothing global is set in MLflow."""
+        for name, value in _FROM_ENVIRONMENT_ONLY.items():
+            os.environ.setdefault(name, value)
+        if self.database is not None:
+            self.database.parent.mkdir(parents=True, exist_ok=True)
+        from mlflow import MlflowClient
+
+        for noisy in ("mlflow.store.db.utils", "alembic"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+
+    def experiment_id(self, client: MlflowClient) -> str:
+        """The experiment's id, made when it is not there yet."""
+        from mlflow.exceptions import MlflowException
+
+        found = client.get_experiment_by_name(self.experiment)
+        if found is not None:
+            return str(found.experiment_id)
+        try:
+            return str(client.create_experiment(self.experiment, self.artifact_root))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            made_meanwhile = client.get_experiment_by_name(self.experiment)
+            return str(made_meanwhile.experiment_id)
+
+    def away(self, error: Exception) -> InputError:
+        """The sentence for a person when the store does not answer."""
+        return InputError(
+            f"the tracking store {self.uri} does not answer ({str(error)[:160]}): "
+            "start it, or give another address, and run the same command again"
+        )
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the store answered no, so that asking again is of no use."""
+    return getattr(error, "error_code", None) in _ANSWERED_NO
