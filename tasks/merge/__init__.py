@@ -1,0 +1,1 @@
+"""Merge: from several metadata collections to one deduplicated selection of image-text rows."""

@@ -1,0 +1,102 @@
+"""The embedded database a merge runs in.
+
+Covers: opening and closing DuckDB with bounded memory, its statements as files, its errors as
+sentences, and the one function SQL lacks (international host names).
+Not here: what the statements mean; see sql/ and merge.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+
+from evaclip_model.errors import InputError
+
+SQL = Path(__file__).parent / "sql"
+ASCII_HOST = re.compile(r"[a-z0-9._-]+")
+
+
+@contextmanager
+def database(
+    spill: Path, memory_limit: str, threads: int | None
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """An in-memory database that spills to the folder `spill`; closed whatever happens.
+
+    Raises:
+        InputError: the memory limit is too small for the work.
+        OSError: with ENOSPC, when the disk is full.
+    """
+    settings: dict[str, str | bool | int] = {
+        "memory_limit": memory_limit,
+        "temp_directory": str(spill),
+        # Every statement whose order matters says so; keeping any other costs memory.
+        "preserve_insertion_order": False,
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+    }
+    if threads is not None:
+        settings["threads"] = threads
+    connection = duckdb.connect(":memory:", config=settings)
+    try:
+        connection.create_function(
+            "idna_host", idna_host, ["VARCHAR"], "VARCHAR", null_handling="special"
+        )
+        yield connection
+    except duckdb.OutOfMemoryException as error:
+        raise InputError(
+            f"the merge needs more than memory_limit = {memory_limit}: raise it, or 'partitions' "
+            f"({_first_line(error)})"
+        ) from error
+    except duckdb.Error as error:
+        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+            raise OSError(errno.ENOSPC, _first_line(error)) from error
+        raise
+    finally:
+        connection.close()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn the database's complaints about the content of a metadata file into a sentence."""
+    try:
+        yield
+    except duckdb.OutOfMemoryException:
+        raise
+    except (duckdb.IOException, duckdb.InvalidInputException, duckdb.ConversionException) as error:
+        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+            raise
+        raise InputError(
+            f"{path} cannot be read as parquet: fetch it again or take it out of 'files' "
+            f"({_first_line(error)})"
+        ) from error
+
+
+def statement(name: str, **parts: str) -> str:
+    """The statement sql/NAME.sql, with `{part}` replaced by trusted SQL text."""
+    text = (SQL / f"{name}.sql").read_text()
+    for part, replacement in parts.items():
+        text = text.replace("{" + part + "}", replacement)
+    return text
+
+
+def copy(query: str, options: str) -> str:
+    """COPY the rows of a query to the parameter `$target`."""
+    return f"COPY ({query}) TO $target (FORMAT parquet, {options})"
+
+
+def idna_host(host: str | None) -> str | None:
+    """ASCII form of a host name with other letters (RFC 3490), none when it has none."""
+    try:
+        name = "" if host is None else host.encode("idna").decode("ascii").lower()
+    except UnicodeError:
+        return None
+    return name if ASCII_HOST.fullmatch(name) else None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]

@@ -1,0 +1,170 @@
+"""What the columns of a metadata file mean.
+
+Covers: telling the published layouts apart by their column names, checking a column map against a
+file, and the SQL select list that gives every layout the same columns.
+Not here: reading files; rules on values.
+
+Layouts: LAION-400M, LAION-2B-en and their joined editions (URL, TEXT), Re-LAION (url, caption),
+COYO-700M (url, text, clip_similarity_vitb32).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from evaclip_model.errors import InputError
+from tasks.merge.config import ColumnMap, SourceConfig
+
+Published = Mapping[str, str]
+"""Column name -> DuckDB type, as found in a file."""
+
+LAION: Mapping[str, tuple[str, ...]] = {
+    "url": ("URL", "url"),
+    "caption": ("TEXT", "caption", "text"),
+    "id": ("SAMPLE_ID", "sample_id", "id", "uid", "hash", "key"),
+    "width": ("WIDTH", "width", "original_width"),
+    "height": ("HEIGHT", "height", "original_height"),
+    "similarity": ("similarity",),
+    "unsafe": ("punsafe", "NSFW"),
+    "watermark": ("pwatermark",),
+}
+COYO: Mapping[str, tuple[str, ...]] = {
+    "url": ("url",),
+    "caption": ("text",),
+    "id": ("id",),
+    "width": ("width",),
+    "height": ("height",),
+    "similarity": ("clip_similarity_vitb32", "clip_similarity_vitl14"),
+    "unsafe": ("nsfw_score_opennsfw2", "nsfw_score_gantman"),
+    "watermark": ("watermark_score",),
+}
+ONLY_IN_COYO = {"image_phash", "clip_similarity_vitb32", "nsfw_score_opennsfw2"}
+INTEGERS = {
+    f"{sign}{kind}" for sign in ("", "U") for kind in ("TINYINT", "SMALLINT", "INTEGER", "BIGINT")
+}
+NUMBERS = INTEGERS | {"HUGEINT", "FLOAT", "DOUBLE"}
+TEXT = "VARCHAR"
+
+
+def column_map(source: SourceConfig, published: Published, file: Path) -> ColumnMap:
+    """The column map of one file: the source's own, or the published layout's.
+
+    Raises:
+        InputError: a column is missing or of a type that cannot play its part.
+    """
+    chosen = source.columns
+    if not isinstance(chosen, ColumnMap):
+        is_coyo = chosen == "coyo" or (chosen == "auto" and not ONLY_IN_COYO.isdisjoint(published))
+        chosen = _from_layout(COYO if is_coyo else LAION, source, published, file)
+    for part, name in _parts(chosen):
+        where = f"{file}: source '{source.name}'"
+        if name not in published:
+            raise InputError(
+                f"{where} has no column '{name}' for its {part}; {_hint(name, published)}"
+            )
+        if not _can_play(part, published[name]):
+            expected = "text" if part in ("url", "caption") else "a number"
+            raise InputError(
+                f"{where}: column '{name}' is {published[name]}, "
+                f"but its {part} must be {expected}: name another column"
+            )
+    return chosen
+
+
+def select_list(columns: ColumnMap, published: Published) -> str:
+    """Select list with the same names and types for every layout; identifiers are quoted.
+
+    raw_url, raw_caption, original_id: text; width, height: BIGINT, none when not positive;
+    similarity: DOUBLE, none outside -1 to 1; watermark: DOUBLE and unsafe_scores: DOUBLE[], none
+    when not finite; unsafe_tags: VARCHAR[], upper case, '' when missing; has_*: whether there is
+    such a column.
+    """
+    tags = [name for name in columns.unsafe if published[name] == TEXT]
+    scores = [_number(name) for name in columns.unsafe if published[name] != TEXT]
+    items = {
+        "raw_url": quoted(columns.url),
+        "raw_caption": quoted(columns.caption),
+        "original_id": f"{quoted(columns.id)}::VARCHAR" if columns.id else "NULL::VARCHAR",
+        "width": _side(columns.width),
+        "height": _side(columns.height),
+        "similarity": _cosine(columns.similarity),
+        "watermark": _number(columns.watermark),
+        "unsafe_scores": f"[{', '.join(scores)}]::DOUBLE[]",
+        "unsafe_tags": f"[{', '.join(_tag(name) for name in tags)}]::VARCHAR[]",
+        "has_similarity": _flag(columns.similarity),
+        "has_watermark": _flag(columns.watermark),
+    }
+    return ",\n    ".join(f"{expression} AS {name}" for name, expression in items.items())
+
+
+def quoted(identifier: str) -> str:
+    """An SQL identifier that means exactly this name."""
+    return '"' + identifier.replace('"', '""') + '"'
+
+
+def _from_layout(
+    layout: Mapping[str, tuple[str, ...]], source: SourceConfig, published: Published, file: Path
+) -> ColumnMap:
+    found = {part: [name for name in names if name in published] for part, names in layout.items()}
+    for part in ("url", "caption"):
+        if not found[part]:
+            expected = layout[part][0]
+            raise InputError(
+                f"{file}: source '{source.name}' has no column '{expected}' for its {part}; "
+                f"{_hint(expected, published)}"
+            )
+    single = {part: names[0] for part, names in found.items() if names and part != "unsafe"}
+    return ColumnMap(**single, unsafe=tuple(found["unsafe"]))
+
+
+def _parts(columns: ColumnMap) -> Iterator[tuple[str, str]]:
+    for part, value in columns.model_dump().items():
+        for name in value if isinstance(value, tuple) else (value,):
+            if name is not None:
+                yield part, name
+
+
+def _can_play(part: str, kind: str) -> bool:
+    if part in ("url", "caption"):
+        return kind == TEXT
+    is_number = kind in NUMBERS or kind.startswith("DECIMAL")
+    return is_number or (kind == TEXT and part in ("id", "unsafe"))
+
+
+def _hint(name: str, published: Published) -> str:
+    lowered = {known.lower(): known for known in published}
+    near = difflib.get_close_matches(name.lower(), lowered, n=1)
+    if near:
+        return f"did you mean '{lowered[near[0]]}'?"
+    return f"its columns are {', '.join(published) or 'none'}"
+
+
+def _number(name: str | None) -> str:
+    if name is None:
+        return "NULL::DOUBLE"
+    value = f"{quoted(name)}::DOUBLE"
+    return f"CASE WHEN isfinite({value}) THEN {value} END"
+
+
+def _cosine(name: str | None) -> str:
+    if name is None:
+        return "NULL::DOUBLE"
+    value = f"{quoted(name)}::DOUBLE"
+    return f"CASE WHEN {value} BETWEEN -1 AND 1 THEN {value} END"
+
+
+def _side(name: str | None) -> str:
+    if name is None:
+        return "NULL::BIGINT"
+    value = f"TRY_CAST({quoted(name)} AS BIGINT)"
+    return f"CASE WHEN {value} > 0 THEN {value} END"
+
+
+def _tag(name: str) -> str:
+    return f"coalesce(upper(trim({quoted(name)})), '')"
+
+
+def _flag(name: str | None) -> str:
+    return "false" if name is None else "true"
