@@ -1,0 +1,1 @@
+"""Download: merged metadata in, webdataset shards out."""

@@ -1,0 +1,110 @@
+"""What became of a URL: img2dataset's free text as one of a few words.
+
+Covers: the words, the rule from text to word, which of them may pass when tried again.
+Not here: counting, retrying.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+
+
+class Outcome(StrEnum):
+    """One word a row; every row has exactly one."""
+
+    SUCCESS = "success"
+    NOT_FOUND = "not_found"
+    FORBIDDEN = "forbidden"
+    RATE_LIMITED = "rate_limited"
+    SERVER_ERROR = "server_error"
+    HTTP_OTHER = "http_other"
+    REDIRECT_LOOP = "redirect_loop"
+    TIMEOUT = "timeout"
+    DEADLINE = "deadline"
+    DNS = "dns"
+    CONNECTION = "connection"
+    TLS = "tls"
+    INCOMPLETE = "incomplete"
+    BAD_URL = "bad_url"
+    ADDRESS_REFUSED = "address_refused"
+    TOO_MANY_BYTES = "too_many_bytes"
+    NOT_AN_IMAGE_TYPE = "not_an_image_type"
+    OPTED_OUT = "opted_out"
+    UNDECODABLE = "undecodable"
+    TOO_SMALL = "too_small"
+    TOO_MANY_PIXELS = "too_many_pixels"
+    ASPECT_RATIO = "aspect_ratio"
+    OTHER = "other"
+
+
+RETRYABLE = frozenset(
+    {
+        Outcome.RATE_LIMITED,
+        Outcome.SERVER_ERROR,
+        Outcome.TIMEOUT,
+        Outcome.DNS,
+        Outcome.CONNECTION,
+        Outcome.INCOMPLETE,
+    }
+)
+
+# What tasks/download/fetch.py says when it refuses, so that its words and these cannot part.
+ADDRESS_REFUSED = "refused: the address is not public"
+TOO_MANY_BYTES = "refused: more bytes than max_bytes"
+NOT_AN_IMAGE_TYPE = "refused: the content type is no image"
+DEADLINE = "refused: longer than deadline_s"
+
+_OF_HTTP_STATUS = {
+    401: Outcome.FORBIDDEN,
+    403: Outcome.FORBIDDEN,
+    404: Outcome.NOT_FOUND,
+    410: Outcome.NOT_FOUND,
+    429: Outcome.RATE_LIMITED,
+    451: Outcome.FORBIDDEN,
+}
+# Patterns are searched in order; the first that is found decides.
+_OF_TEXT = tuple(
+    (re.compile(pattern, re.IGNORECASE), outcome)
+    for pattern, outcome in (
+        (re.escape(ADDRESS_REFUSED), Outcome.ADDRESS_REFUSED),
+        (re.escape(TOO_MANY_BYTES), Outcome.TOO_MANY_BYTES),
+        (re.escape(NOT_AN_IMAGE_TYPE), Outcome.NOT_AN_IMAGE_TYPE),
+        (re.escape(DEADLINE), Outcome.DEADLINE),
+        (r"x-robots-tag", Outcome.OPTED_OUT),
+        (r"unknown url type|control characters|codec can't encode|no host given", Outcome.BAD_URL),
+        (r"nonnumeric port|invalid ipv6|label (empty|too long)|invalid url", Outcome.BAD_URL),
+        (r"incompleteread", Outcome.INCOMPLETE),
+        (r"certificate|\bssl\b|tls", Outcome.TLS),
+        (r"name or service|name resolution|nodename|no address associated", Outcome.DNS),
+        (r"timed out", Outcome.TIMEOUT),
+        (r"errno|remote end closed|connection", Outcome.CONNECTION),
+        (r"image too small", Outcome.TOO_SMALL),
+        (r"image area too large|max_image_pixels|pixels <= CV_IO", Outcome.TOO_MANY_PIXELS),
+        (r"aspect ratio", Outcome.ASPECT_RATIO),
+        (r"decoding error|opencv|imdecode", Outcome.UNDECODABLE),
+    )
+)
+_HTTP_ERROR = re.compile(r"HTTP Error (\d{3})")
+
+
+def outcome_of(status: str, message: str | None) -> Outcome:
+    """The word for a row's `status` and `error_message` as img2dataset writes them."""
+    if status == "success":
+        return Outcome.SUCCESS
+    text = message or ""
+    http_error = _HTTP_ERROR.search(text)
+    if http_error:
+        return _of_http_status(int(http_error.group(1)))
+    for pattern, outcome in _OF_TEXT:
+        if pattern.search(text):
+            return outcome
+    return Outcome.OTHER
+
+
+def _of_http_status(code: int) -> Outcome:
+    if code >= 500:
+        return Outcome.SERVER_ERROR
+    # urllib follows redirects, so one that is left over led in circles or to another scheme
+    by_class = Outcome.REDIRECT_LOOP if 300 <= code < 400 else Outcome.HTTP_OTHER
+    return _OF_HTTP_STATUS.get(code, by_class)

@@ -1,0 +1,122 @@
+"""Which rows become which shard, before anything is downloaded.
+
+Covers: listing the merged files, checking that img2dataset can keep their columns, numbering the
+shards as img2dataset will, and a fingerprint of all that a half-finished folder must agree with.
+Not here: downloading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from evaclip_model.errors import InputError
+from tasks.download.config import DownloadConfig
+
+SHARD_DIGITS = 6
+"""Digits of a shard's number in file names and keys: enough for 10^10 rows at 10,000 a shard."""
+URL_COLUMN = "url"
+CAPTION_COLUMN = "caption"
+REQUIRED_COLUMNS = ("uid", "source", URL_COLUMN, CAPTION_COLUMN)
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """A run of rows of one merged file; img2dataset never lets a shard cross files."""
+
+    number: int
+    source: str
+    rows: int
+
+    @property
+    def name(self) -> str:
+        """What its files are called, before .tar, .parquet and _stats.json."""
+        return f"{self.number:0{SHARD_DIGITS}d}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that one download does."""
+
+    files: tuple[Path, ...]
+    """Merged parquet files in the order in which their shards are numbered."""
+    extra_columns: tuple[str, ...]
+    """Columns besides url and caption that go into every sample's record."""
+    shards: tuple[PlannedShard, ...]
+    fingerprint: str
+    """Changes with the config and with the rows; SHA-256 in hex."""
+
+    @property
+    def rows(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+
+def plan_download(merged: Path, config: DownloadConfig) -> Plan:
+    """Read the metadata of `merged/<source>/*.parquet` and number the shards.
+
+    Raises:
+        InputError: no file, no row, or a file that cannot be read or lacks a column.
+    """
+    files = sorted(merged.glob("*/*.parquet"))
+    metadata = {file: _metadata(file) for file in files}
+    shards: list[PlannedShard] = []
+    for file, (rows, _) in metadata.items():
+        for begin in range(0, rows, config.samples_per_shard):
+            in_shard = min(config.samples_per_shard, rows - begin)
+            shards.append(PlannedShard(len(shards), file.parent.name, in_shard))
+    if not shards:
+        raise InputError(f"{merged} holds no rows to download: look at the merge's drop reasons")
+    columns = {tuple(names) for _, names in metadata.values()}
+    if len(columns) > 1:
+        raise InputError(f"the parquet files of {merged} differ in their columns: merge again")
+    extra = tuple(name for name in columns.pop() if name not in (URL_COLUMN, CAPTION_COLUMN))
+    decides = {
+        "config": config.model_dump(mode="json"),
+        "files": [
+            (str(file.relative_to(merged)), rows, file.stat().st_size)
+            for file, (rows, _) in metadata.items()
+        ],
+    }
+    fingerprint = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    return Plan(tuple(files), extra, tuple(shards), fingerprint)
+
+
+def expected_bytes(rows: int, image_px: int) -> int:
+    """About how much disk `rows` stored samples need.
+
+    JPEGs of quality 95 take about 0.4 bytes a pixel (LAION at 256 px: 25 KB each); a tar adds
+    three padded headers, a caption and a record of about 1 KB.
+    """
+    return rows * math.ceil(0.4 * image_px**2 + 4096)
+
+
+def _metadata(file: Path) -> tuple[int, list[str]]:
+    """(rows, column names) of a parquet file whose columns were checked."""
+    try:
+        parquet = pq.ParquetFile(file)
+        schema, rows = parquet.schema_arrow, int(parquet.metadata.num_rows)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{file} cannot be read as parquet ({error}): merge again") from error
+    for name in REQUIRED_COLUMNS:
+        if name not in schema.names:
+            raise InputError(f"{file} has no column '{name}': it is no file of a finished merge")
+    for field in schema:
+        # img2dataset writes records as JSON and loses whole samples, silently, when it cannot
+        if not _fits_json(field.type):
+            raise InputError(
+                f"{file}: column '{field.name}' is {field.type}, but records hold only "
+                "text, numbers and true/false: cast it in the merge"
+            )
+    return rows, list(schema.names)
+
+
+def _fits_json(kind: pa.DataType) -> bool:
+    types = pa.types
+    tests = (types.is_string, types.is_large_string, types.is_integer, types.is_boolean)
+    return any(test(kind) for test in (*tests, types.is_float32, types.is_float64))
