@@ -64,7 +64,7 @@ def main(folder: Path) -> None:
         concept, drawings = found
         concepts.append(concept)
         for artist, image in drawings.items():
-            images[artist][f"{concept.key}.webp"] = as_webp(image)
+            images[artist][f"{concept.key}.webp"] = image
     DATA.mkdir(exist_ok=True)
     for artist, members in images.items():
         write_zip(artist_zip(artist), members)
@@ -75,7 +75,7 @@ def main(folder: Path) -> None:
 
 def draw(
     emoji: Mapping[str, Any], packages: Packages
-) -> tuple[Concept, dict[Artist, Image.Image]] | None:
+) -> tuple[Concept, dict[Artist, bytes]] | None:
     """One concept with its drawings, or None when an artist lacks it or it is left out."""
     glyph = bare("".join(chr(int(point, 16)) for point in emoji["unified"].split("-")))
     annotation = packages.annotations.get(glyph)
@@ -89,7 +89,7 @@ def draw(
     }
     if any(data is None for data in found.values()):
         return None
-    images = {artist: on_white(found[artist] or b"") for artist in ARTISTS}
+    images = {artist: as_webp(on_white(found[artist] or b"")) for artist in ARTISTS}
     name = annotation["tts"][0]
     noto_name = str(emoji["name"] or name).lower()
     names = [noto_name] if said_in(name, [noto_name]) else [noto_name, name]
@@ -103,7 +103,7 @@ def draw(
         noto=", ".join(names + noto_words[: KEYWORDS["noto"]]),
         fluent=", ".join([fluent_name, *fluent_words[-KEYWORDS["fluent"] :]]),
         twemoji=(name, ", ".join([name, *words[::2][: KEYWORDS["twemoji"]]])),
-        fluent_phash=phash(images["fluent"]),
+        fluent_phash=phash(Image.open(io.BytesIO(images["fluent"]))),
     )
     return concept, images
 
