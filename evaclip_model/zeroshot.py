@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from evaclip_model.errors import InputError
-from evaclip_model.tokenizer import tokenize
+from evaclip_model.tokenizer import cut_padding, tokenize
 
 PLACEHOLDER = "{c}"
 """Where a template of the published webdataset layout takes the class name."""
@@ -81,13 +81,12 @@ def encode_texts(
         raise InputError("there is no text to encode: give at least one class name or caption")
     place = {text: index for index, text in enumerate(dict.fromkeys(texts))}
     tokens = tokenize(list(place))
-    lengths = tokens.argmax(dim=1) + 1  # the end-of-text token has the largest id
-    order = lengths.argsort(stable=True)
+    order = tokens.argmax(dim=1).argsort(stable=True)  # the end-of-text token has the largest id
     features: list[Tensor] = []
     with torch.inference_mode():
         for rows in torch.split(order, batch_size):
-            cut = tokens[rows, : int(lengths[rows].max())].to(device)
-            features.append(normalised(model.encode_text(cut).cpu(), "text"))
+            encoded = model.encode_text(cut_padding(tokens[rows]).to(device))
+            features.append(normalised(encoded.cpu(), "text"))
             progress(sum(len(part) for part in features))
         distinct = torch.cat(features)[order.argsort()]
         return distinct[torch.tensor([place[text] for text in texts])]

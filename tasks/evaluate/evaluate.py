@@ -21,8 +21,9 @@ from typing import Any
 from torch import Tensor
 
 from evaclip_model.errors import InputError
+from evaclip_model.model_config import CONFIG_FILE, ModelConfig, model_names
 from evaclip_model.transform import image_transform
-from evaclip_model.weights import open_model
+from evaclip_model.weights import WEIGHTS_FILE, open_model
 from evaclip_model.zeroshot import TextTower, encode_texts, text_classifier
 from tasks.artifact import Made, sha256_of, write_atomically
 from tasks.evaluate.config import STAGE, EvaluateConfig
@@ -152,12 +153,21 @@ def describe(folder: Path) -> dict[str, Any]:
         InputError: the folder holds no saved model.
     """
     try:
-        config = json.loads((folder / "config.json").read_text())
-        parts = [sha256_of(folder / name) for name in ("config.json", "model.safetensors")]
+        parts = [sha256_of(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
     except FileNotFoundError as error:
         raise InputError(f"{folder} is no saved model: {error.filename} is missing") from None
     digest = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
-    return {"digest": digest, "architecture": config.get("name", "")}
+    return {"digest": digest, "architecture": architecture(ModelConfig.load(folder))}
+
+
+def architecture(config: ModelConfig) -> str:
+    """Name of the shipped architecture a config is, whatever its image size, and that size."""
+    px = config.vision.image_px
+    for name in model_names():
+        shipped = ModelConfig.load(name)
+        if shipped.vision.patch_px == config.vision.patch_px and shipped.at_image_px(px) == config:
+            return f"{name} at {px} px"
+    return f"own architecture at {px} px"
 
 
 def prompts_digest(evalset: EvalSet) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from evaclip_model.errors import InputError
-from evaclip_model.transform import decode_image
+from evaclip_model.transform import UnreadableImageError, decode_image
 from evaclip_model.zeroshot import normalised
 from tasks.evaluate.sets import EvalSample, EvalSet
 
@@ -34,8 +34,12 @@ class ImageTower(Protocol):
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor: ...
 
 
-class _Images(Dataset[Tensor]):
-    """Samples as normalised model input [3, H, W]."""
+class _Images(Dataset[Tensor | UnreadableImageError]):
+    """Samples as normalised model input [3, H, W].
+
+    A reason not to decode is returned, not raised: a DataLoader wraps what a worker raises in the
+    worker's traceback, and the user is owed a sentence.
+    """
 
     def __init__(self, samples: tuple[EvalSample, ...], transform: Callable[..., Tensor]) -> None:
         self._samples = samples
@@ -44,15 +48,18 @@ class _Images(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Tensor | UnreadableImageError:
         sample = self._samples[index]
         try:
             return self._transform(decode_image(sample.image.read()))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise InputError(
-                f"{sample.image.tar}: image {sample.key} cannot be decoded ({error}); every image "
-                "of a set is evaluated or none, so fetch or write this set again"
-            ) from None
+        except UnreadableImageError as error:
+            return UnreadableImageError(f"{sample.image.tar}: image {sample.key}: {error}")
+
+
+def _stacked(images: list[Tensor | UnreadableImageError]) -> Tensor | UnreadableImageError:
+    """Model input [B, 3, H, W], or why the first of the undecodable ones is."""
+    failed = next((one for one in images if isinstance(one, UnreadableImageError)), None)
+    return failed or torch.stack([one for one in images if isinstance(one, Tensor)])
 
 
 def image_features(
@@ -83,9 +90,16 @@ def image_features(
         path = blocks / f"{start:09d}-{len(samples)}.safetensors"
         part = _read_block(path, len(samples))
         if part is None:
-            images = DataLoader(_Images(samples, transform), batch_size, num_workers=workers)
+            images = DataLoader(
+                _Images(samples, transform), batch_size, num_workers=workers, collate_fn=_stacked
+            )
             batches: list[Tensor] = []
             for batch in images:
+                if isinstance(batch, UnreadableImageError):
+                    raise InputError(
+                        f"{batch}; every image of a set is evaluated or none, so fetch or write "
+                        "this set again"
+                    )
                 batches.append(encode_batch(model, batch, device))
                 progress(done + sum(len(features) for features in batches))
             part = torch.cat(batches)

@@ -79,9 +79,8 @@ def line_chart(lines: Sequence[Line], *, x: str, y: str, log_x: bool = False) ->
         )
     for tick in marks:
         at, _ = place((tick, y_low))
-        parts.append(
-            f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{short(tick)}</text>'
-        )
+        below = HEIGHT - BOTTOM + 15
+        parts.append(f'<text x="{at:.1f}" y="{below}" text-anchor="middle">{short(tick)}</text>')
     parts.append(
         f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" '
         f'text-anchor="middle">{escape(x)}</text>'

@@ -214,7 +214,7 @@ def mistakes(scored: Scored) -> list[dict[str, Any]]:
     return [
         {
             "picture": _picture(evalset, index),
-            "true": evalset.classnames[evalset.samples[index].label],
+            "actual": evalset.classnames[evalset.samples[index].label],
             "said": evalset.classnames[said],
             "example": _picture(evalset, of_class[said]) if said in of_class else None,
             "rank": int(ranks[index]) + 1,

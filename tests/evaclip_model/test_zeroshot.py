@@ -1,0 +1,185 @@
+"""Ranks, ties, hit rates and intervals, against hand-made cases and a brute-force reference."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from evaclip_model import zeroshot
+from evaclip_model.clip import EvaClip, create_model
+from evaclip_model.errors import InputError
+from evaclip_model.tokenizer import tokenize
+
+
+@pytest.fixture(scope="module")
+def model() -> EvaClip:
+    return create_model("EVA02-CLIP-demo", seed=0).eval()
+
+
+def units(rows: int, width: int, seed: int) -> Tensor:
+    drawn = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    return zeroshot.normalised(drawn, "test")
+
+
+def brute_order(logits: list[float]) -> list[int]:
+    """Answers from best to worst: larger first, equal ones by index."""
+    return sorted(range(len(logits)), key=lambda index: (-logits[index], index))
+
+
+def test_equal_logits_are_ranked_by_lower_index():
+    logits = torch.tensor([[0.5, 0.9, 0.9, 0.1, 0.9]]).repeat(5, 1)
+    ranking = zeroshot.rank_targets(logits, torch.arange(5))
+    assert ranking.ranks.tolist() == [3, 0, 1, 4, 2]
+    assert ranking.best_ranks.tolist() == [3, 0, 0, 4, 0]
+    assert ranking.worst_ranks.tolist() == [3, 2, 2, 4, 2]
+    assert ranking.tied.all()
+    assert ranking.top[0].tolist() == [1, 2, 4, 0, 3]
+
+
+def test_a_tie_below_the_first_place_is_not_a_tied_winner():
+    ranking = zeroshot.rank_targets(torch.tensor([[0.9, 0.5, 0.5]]), torch.tensor([2]))
+    assert not ranking.tied.any()
+    assert (ranking.ranks, ranking.best_ranks) == (torch.tensor([2]), torch.tensor([1]))
+
+
+def test_a_collapsed_model_scores_the_share_of_the_first_class_and_says_that_all_is_tied():
+    same = units(1, 8, seed=0).repeat(6, 1)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    ranking = zeroshot.classify(same, same[:3], labels)
+    assert zeroshot.hit_rate(ranking.ranks, 1) == pytest.approx(1 / 3)
+    assert ranking.tied.all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ranks_equal_a_brute_force_sort_of_coarse_logits_full_of_ties(seed: int):
+    draw = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, 6, (40, 23), generator=draw).float() / 8
+    targets = torch.randint(0, 23, (40,), generator=draw)
+    ranking = zeroshot.rank_targets(logits, targets, k=7)
+    for query, row in enumerate(logits.tolist()):
+        order = brute_order(row)
+        assert ranking.ranks[query] == order.index(int(targets[query]))
+        assert ranking.top[query].tolist() == order[:7]
+        assert ranking.tied[query] == (row.count(max(row)) > 1)
+        assert ranking.best_ranks[query] <= ranking.ranks[query] <= ranking.worst_ranks[query]
+
+
+def test_duplicate_class_names_tie_exactly_wherever_they_stand():
+    classifier = units(301, 48, seed=1)
+    classifier[300] = classifier[7]  # an edge column of a matrix kernel, and an inner one
+    logits = zeroshot.Gallery.of(classifier).logits(units(500, 48, seed=2))
+    assert torch.equal(logits[:, 300], logits[:, 7])
+
+
+def test_classify_is_the_same_for_more_queries_than_fit_in_one_chunk():
+    images, classes = units(zeroshot.ROWS * 2 + 5, 16, seed=3), units(11, 16, seed=4)
+    labels = torch.arange(len(images)) % 11
+    ranking = zeroshot.classify(images, classes, labels, k=3)
+    for query, row in enumerate((images.double() @ classes.double().T).tolist()):
+        assert ranking.top[query].tolist() == brute_order(row)[:3]
+        assert ranking.ranks[query] == brute_order(row).index(int(labels[query]))
+
+
+def test_retrieval_both_ways_equals_a_brute_force_search():
+    images, texts = units(30, 8, seed=5), units(70, 8, seed=6)
+    owner = torch.arange(70) % 30
+    texts[41] = texts[3]  # one caption, verbatim, of two images
+    to_text = zeroshot.retrieve_texts(images, texts, owner)
+    to_image = zeroshot.retrieve_images(images, texts, owner)
+    logits = images @ texts.T
+    logits[:, 41] = logits[:, 3]
+    for image, row in enumerate(logits.tolist()):
+        places = [place for place, text in enumerate(brute_order(row)) if owner[text] == image]
+        assert to_text.ranks[image] == min(places)
+    for text, row in enumerate(logits.T.tolist()):
+        assert to_image.ranks[text] == brute_order(row).index(int(owner[text]))
+
+
+def test_ties_among_an_images_own_captions_cost_nothing():
+    image = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    texts = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    ranking = zeroshot.retrieve_texts(image, texts, torch.tensor([1, 0, 0]))
+    assert ranking.ranks.tolist() == ranking.worst_ranks.tolist() == [0, 0]
+
+
+def test_the_verbatim_caption_of_another_image_wins_or_loses_by_index():
+    image = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    texts = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    ranking = zeroshot.retrieve_texts(image, texts, torch.tensor([0, 1]))
+    assert ranking.ranks.tolist() == [0, 1]
+    assert ranking.best_ranks.tolist() == [0, 0]
+    assert ranking.worst_ranks.tolist() == [1, 1]
+
+
+def test_features_that_are_not_finite_are_refused_instead_of_ranking_first():
+    with pytest.raises(InputError, match="diverged"):
+        zeroshot.normalised(torch.tensor([[1.0, float("nan")]]), "image")
+
+
+def test_mean_per_class_counts_a_rare_class_as_much_as_a_common_one():
+    labels = torch.tensor([0, 0, 0, 2])
+    correct = torch.tensor([True, True, True, False])
+    assert zeroshot.mean_per_class(correct, labels) == pytest.approx(0.5)
+
+
+def test_wilson_interval_agrees_with_published_values():
+    # Newcombe (1998), Table I: 81/263, 15/148, 0/20 and 1/29, method 3.
+    for (hits, n), expected in {
+        (81, 263): (0.2553, 0.3662),
+        (15, 148): (0.0624, 0.1605),
+        (0, 20): (0.0000, 0.1611),
+        (1, 29): (0.0061, 0.1718),
+    }.items():
+        assert zeroshot.wilson_interval(hits, n) == pytest.approx(expected, abs=5e-5)
+    assert zeroshot.wilson_interval(20, 20)[1] == 1.0
+
+
+def test_captions_of_one_image_do_not_count_as_independent():
+    draw = torch.Generator().manual_seed(0)
+    per_image = torch.rand(200, generator=draw) < 0.4
+    cluster = torch.arange(200).repeat_interleave(5)
+    low, high = zeroshot.clustered_interval(per_image.repeat_interleave(5), cluster)
+    share = float(per_image.double().mean())
+    naive = zeroshot.wilson_interval(int(per_image.sum()) * 5, 1000)
+    honest = zeroshot.wilson_interval(int(per_image.sum()), 200)
+    assert low < share < high
+    assert high - low == pytest.approx(honest[1] - honest[0], rel=0.1)
+    assert high - low > 1.8 * (naive[1] - naive[0])
+
+
+def test_chance_is_the_share_of_all_orders_with_a_hit():
+    gallery, right, k = 6, 2, 3
+    drawn = list(itertools.combinations(range(gallery), k))
+    expected = sum(1 for first in drawn if set(first) & set(range(right))) / len(drawn)
+    assert zeroshot.chance_of_hit(k, gallery, [right]) == pytest.approx(expected)
+    assert zeroshot.chance_of_hit(1, 4, [1, 2]) == pytest.approx(3 / 8)
+    assert zeroshot.chance_of_hit(10, 4, [1]) == 1.0
+
+
+def test_texts_are_encoded_as_if_padded_and_equal_texts_get_equal_features(model: EvaClip):
+    texts = ["a red apple", "a dog", "a red apple", "a photo of a very long sentence, indeed!"]
+    features = zeroshot.encode_texts(model, texts, batch_size=2)
+    with torch.inference_mode():
+        padded = model.encode_text(tokenize(texts), normalize=True)
+    assert torch.allclose(features, padded, atol=1e-5)
+    assert torch.equal(features[0], features[2])
+
+
+def test_the_classifier_is_the_renormalised_mean_of_normalised_prompts(model: EvaClip):
+    templates = ("a photo of a {c}.", "{c}", "art of {c} and {c}")
+    classifier = zeroshot.text_classifier(model, ["crane", "owl", "crane"], templates)
+    prompts = ["a photo of a owl.", "owl", "art of owl and owl"]
+    with torch.inference_mode():
+        mean = model.encode_text(tokenize(prompts), normalize=True).mean(dim=0)
+    assert torch.allclose(classifier[1], mean / mean.norm(), atol=1e-5)
+    assert torch.equal(classifier[0], classifier[2])
+    assert math.isclose(float(classifier[0].norm()), 1.0, rel_tol=1e-5)
+
+
+def test_a_template_without_a_place_for_the_class_is_refused(model: EvaClip):
+    with pytest.raises(InputError, match=r"has no \{c\}"):
+        zeroshot.text_classifier(model, ["crane"], ["a photo"])
