@@ -75,9 +75,9 @@ def test_a_manifest_survives_writing_and_groups_by_source(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["shards.json"]
 
 
-@pytest.mark.parametrize("path", ["pipe:rm x.tar", "/etc/x.tar", "../x.tar", "a/../../x.tar", "x"])
-def test_a_shard_outside_the_manifests_folder_is_refused(path: str) -> None:
-    with pytest.raises(ValueError, match="relative path"):
+@pytest.mark.parametrize("path", ["pipe:rm x.tar", "/etc/x.tar", "http://host/x.tar", "x"])
+def test_a_shard_that_is_no_relative_path_of_a_tar_is_refused(path: str) -> None:
+    with pytest.raises(ValueError, match="relative to the manifest"):
         shard(path)
 
 

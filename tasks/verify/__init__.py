@@ -1,0 +1,1 @@
+"""Verify: downloaded shards in, a manifest of those that can be trained on out."""
