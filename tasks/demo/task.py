@@ -14,6 +14,6 @@ from tasks.progress import Report, silent
 
 
 @task(name="demo", cache_policy=NO_CACHE)
-def demo(config: DemoConfig, root: Path, report: Report = silent) -> Artifact:
+def demo(root: Path, config: DemoConfig, report: Report = silent) -> Artifact:
     """Return the demo's world, made if it is not there."""
-    return produce(address(config, root), lambda out: make_demo(config, out, report))
+    return produce(address(root, config), lambda out: make_demo(config, out, report))

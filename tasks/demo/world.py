@@ -22,7 +22,7 @@ STAGE = Stage("demo", 1, tools=("pyarrow",))
 SOURCES: tuple[Source, ...] = get_args(Source)
 
 
-def address(config: DemoConfig, root: Path) -> Address:
+def address(root: Path, config: DemoConfig) -> Address:
     """Where the demo's world is or will be; new drawings or captions give a new address."""
     return Address.of(root, STAGE, config, parents={"data": _data_fingerprint()})
 

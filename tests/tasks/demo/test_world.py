@@ -10,6 +10,7 @@ from evaclip_model.errors import InputError
 from tasks.artifact import produce
 from tasks.demo.concepts import read_concepts, read_drawings
 from tasks.demo.config import DemoConfig
+from tasks.demo.task import demo
 from tasks.demo.world import address, make_demo
 
 CONCEPTS = read_concepts()
@@ -17,7 +18,7 @@ CONCEPTS = read_concepts()
 
 def make(root, port=8923):
     config = DemoConfig(port=port)
-    return produce(address(config, root), lambda out: make_demo(config, out))
+    return produce(address(root, config), lambda out: make_demo(config, out))
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +93,9 @@ def test_retrieval_set_has_captions_one_a_line(world):
 def test_a_port_that_needs_root_is_refused_in_one_sentence():
     with pytest.raises(InputError, match=r"demo: 'port' .*1024.*got 80"):
         DemoConfig.from_mapping({"port": 80}, where="demo")
+
+
+def test_the_task_makes_the_artifact_that_was_planned(world, tmp_path):
+    made = demo.fn(tmp_path, DemoConfig())
+    assert made.folder == address(tmp_path, DemoConfig()).folder
+    assert made.files == world.files
