@@ -1,10 +1,14 @@
-"""Settings of the demo's world."""
+"""Settings of the demo's world, and the stage that makes it."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
 from evaclip_model.config import Config
+from tasks.artifact import Stage
+
+STAGE = Stage("demo", 1, tools=("pyarrow",))
+"""Its version also rises when the committed drawings or captions change."""
 
 
 class DemoConfig(Config):

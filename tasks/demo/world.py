@@ -1,30 +1,23 @@
 """The demo stage: metadata that points at the loopback server, and held-out evaluation sets.
 
-Covers: the artifact's address and its content.
+Covers: the artifact's content.
 Not here: serving the pictures (`web.py`), building the committed data (`build_images.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import get_args
 
-from tasks.artifact import Address, Made, Stage, sha256_of
-from tasks.demo.concepts import ARTISTS, CONCEPTS_FILE, artist_zip, read_concepts
+from tasks.artifact import Made
+from tasks.demo.concepts import read_concepts
 from tasks.demo.config import DemoConfig
 from tasks.demo.evalsets import write_eval_sets
 from tasks.demo.metadata import write_metadata
 from tasks.demo.plan import Source, plan_rows
 from tasks.progress import Report, silent
 
-STAGE = Stage("demo", 1, tools=("pyarrow",))
 SOURCES: tuple[Source, ...] = get_args(Source)
-
-
-def address(root: Path, config: DemoConfig) -> Address:
-    """Where the demo's world is or will be; new drawings or captions give a new address."""
-    return Address.of(root, STAGE, config, parents={"data": _data_fingerprint()})
 
 
 def make_demo(config: DemoConfig, out: Path, report: Report = silent) -> Made:
@@ -44,8 +37,3 @@ def make_demo(config: DemoConfig, out: Path, report: Report = silent) -> Made:
     files += write_eval_sets(concepts, out / "eval")
     report(len(SOURCES) + 1, len(SOURCES) + 1)
     return Made(counts=counts, files=tuple(files))
-
-
-def _data_fingerprint() -> str:
-    digests = [sha256_of(path) for path in (CONCEPTS_FILE, *map(artist_zip, ARTISTS))]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
