@@ -7,6 +7,7 @@ Not here: any work; prefect is imported only when a flow runs.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from evaclip_model.errors import InputError
-from flows.chart import Chart, draw_chart
+from flows.chart import load_chart
 from flows.plan import check_disk, make_plan
-from flows.profile import Profile, load_profile
-from flows.recipe import Recipe, load_recipe, recipe_names
+from flows.profile import load_profile
+from flows.recipe import load_recipe, recipe_names
 from flows.results import print_results
 
 FLOWS = {
@@ -94,7 +95,7 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    recipe, profile, chart = _chart(arguments)
+    recipe, profile, chart = load_chart(arguments.recipe, arguments.overrides)
     table = Table("stage", "state", "what", "digest", box=None, pad_edge=False)
     for row in make_plan(recipe, chart):
         colour = {"there": "green", "unfinished": "yellow", "to make": "white"}[row.state]
@@ -110,7 +111,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         _plan(arguments)
         return
-    recipe, profile, chart = _chart(arguments)
+    recipe, profile, chart = load_chart(arguments.recipe, arguments.overrides)
     if arguments.flow == "pipeline" and chart.is_finished:
         console.print(f"[bold]{recipe.name}[/]: everything is there, nothing to do")
         print_results(recipe, chart, profile, console)
@@ -119,10 +120,10 @@ def _run(arguments: argparse.Namespace) -> None:
     from flows.server import temporary_server  # starts processes: only for a run
 
     with temporary_server(profile.root):
-        from flows.entry import FLOW_FUNCTIONS  # imports prefect, after its settings are made
-
+        # the flow's module imports prefect, which reads its settings then
+        run = getattr(importlib.import_module(f"flows.{arguments.flow}"), arguments.flow)
         console.print(f"[bold]{recipe.name}[/]  {recipe.title}  ({recipe.digest})")
-        FLOW_FUNCTIONS[arguments.flow](recipe=arguments.recipe, overrides=arguments.overrides)
+        run(recipe=arguments.recipe, overrides=arguments.overrides)
     if arguments.flow == "pipeline":
         print_results(recipe, chart, profile, console)
 
@@ -132,13 +133,9 @@ def _pull(arguments: argparse.Namespace) -> None:
 
     profile = load_profile()
     folder = pull(profile.mlflow_uri, arguments.model, arguments.folder)
-    console.print(f"{arguments.model} is in {folder}; try: evaclip classify IMAGE LABEL… --model {folder}")
-
-
-def _chart(arguments: argparse.Namespace) -> tuple[Recipe, Profile, Chart]:
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    profile = load_profile()
-    return recipe, profile, draw_chart(recipe, profile.root.resolve(), profile.mlflow_uri)
+    console.print(
+        f"{arguments.model} is in {folder}; try: evaclip classify IMAGE LABEL… --model {folder}"
+    )
 
 
 if __name__ == "__main__":

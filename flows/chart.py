@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tasks.train.config import STAGE as TRAIN
+
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
-from flows.recipe import Recipe
+from flows.profile import Profile, load_profile
+from flows.recipe import Recipe, load_recipe
 from tasks.artifact import Address
 from tasks.demo.config import STAGE as DEMO
 from tasks.download.config import STAGE as DOWNLOAD
@@ -22,7 +25,6 @@ from tasks.evaluate.config import STAGE as EVALUATE
 from tasks.initialise.config import STAGE as INITIALISE
 from tasks.merge.config import STAGE as MERGE
 from tasks.register.config import STAGE as REGISTER
-from tasks.train.config import STAGE as TRAIN
 from tasks.verify.config import STAGE as VERIFY
 
 DEMO_PREFIX = "demo:"
@@ -53,6 +55,16 @@ class Chart:
     @property
     def is_finished(self) -> bool:
         return all(address.is_finished for address in self.steps())
+
+
+def load_chart(recipe: str, overrides: Sequence[str]) -> tuple[Recipe, Profile, Chart]:
+    """Load a recipe and the profile, and draw their chart.
+
+    Raises:
+        InputError: the recipe, an override, the profile or a source's files are wrong.
+    """
+    resolved, profile = load_recipe(recipe, overrides), load_profile()
+    return resolved, profile, draw_chart(resolved, profile.root.resolve(), profile.mlflow_uri)
 
 
 def draw_chart(recipe: Recipe, root: Path, tracking_uri: str) -> Chart:
@@ -112,7 +124,7 @@ def find_files(pattern: str, demo: Address | None, where: str) -> list[Path]:
 
 
 def _origin(pattern: str, demo: Address | None, where: str) -> str:
-    """What stands for outside data in a digest: the demo's digest, or a fingerprint of the files."""
+    """What stands for outside data in a digest: the demo's, or a fingerprint of the files."""
     if pattern.startswith(DEMO_PREFIX) and demo is not None:
         return demo.digest
     files = find_files(pattern, demo, where)

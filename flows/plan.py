@@ -15,7 +15,6 @@ from evaclip_model.errors import InputError
 from flows.chart import Chart
 from flows.recipe import Recipe
 from tasks.artifact import Address, read_artifact
-from tasks.train.config import num_steps
 
 JPEG_BYTES_PER_PIXEL = 0.75
 """A photograph at quality 95, measured on img2dataset's output; line art takes less."""
@@ -38,8 +37,12 @@ class PlanRow:
 
 def stage_titles(recipe: Recipe, chart: Chart) -> dict[str, Address]:
     """Title -> address, in the order of work; training stages carry their own names."""
-    titles = {address.stage.name: address for address in chart.steps() if address not in chart.train}
-    trained = {f"train {stage.name}": at for stage, at in zip(recipe.train, chart.train, strict=True)}
+    titles = {
+        address.stage.name: address for address in chart.steps() if address not in chart.train
+    }
+    trained = {
+        f"train {stage.name}": at for stage, at in zip(recipe.train, chart.train, strict=True)
+    }
     before = {name: titles.pop(name) for name in ("evaluate", "register")}
     return {**titles, **trained, **before}
 
@@ -52,8 +55,10 @@ def make_plan(recipe: Recipe, chart: Chart) -> list[PlanRow]:
         size = sizes[title]
         if address.is_finished:
             counts = read_artifact(address.folder).counts
-            size = ", ".join(f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v:,}"
-                             for k, v in list(counts.items())[:3])
+            size = ", ".join(
+                f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v:,}"
+                for k, v in list(counts.items())[:3]
+            )
         rows.append(PlanRow(title, _state(address), size, address.digest, address.folder))
     return rows
 
@@ -87,7 +92,7 @@ def _expected_sizes(recipe: Recipe) -> dict[str, str]:
     sizes = {
         "demo": "metadata and evaluation sets of the demo web",
         "merge": f"at most {rows} from {len(targets)} sources",
-        "download": f"about {_download_bytes(recipe) / 1e6:,.0f} MB at {recipe.download.image_px} px",
+        "download": f"about {_download_bytes(recipe) / 1e6:,.0f} MB, {recipe.download.image_px} px",
         "verify": "every shard opened, every image decoded",
         "initialise": f"model {recipe.initialise.model}",
         "evaluate": f"{len(recipe.evaluate.sets)} sets, trained and untrained model",
@@ -95,7 +100,7 @@ def _expected_sizes(recipe: Recipe) -> dict[str, str]:
     }
     for stage in recipe.train:
         sizes[f"train {stage.name}"] = (
-            f"{num_steps(stage):,} steps of {stage.global_batch:,} = {stage.samples_seen:,} samples"
+            f"{stage.steps:,} steps of {stage.global_batch:,} = {stage.samples_seen:,} samples"
         )
     return sizes
 
@@ -103,3 +108,18 @@ def _expected_sizes(recipe: Recipe) -> dict[str, str]:
 def _download_bytes(recipe: Recipe) -> int:
     counts = [source.target_count or 0 for source in recipe.merge.sources]
     return math.ceil(sum(counts) * recipe.download.image_px**2 * JPEG_BYTES_PER_PIXEL)
+
+
+def plan_markdown(recipe: Recipe, chart: Chart) -> str:
+    """The plan as a Markdown table."""
+    head = [
+        f"# Plan of {recipe.name}",
+        "",
+        "| stage | state | what | digest |",
+        "|---|---|---|---|",
+    ]
+    rows = [
+        f"| {row.title} | {row.state} | {row.size} | `{row.digest}` |"
+        for row in make_plan(recipe, chart)
+    ]
+    return "\n".join([*head, *rows])

@@ -92,7 +92,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load a recipe by name (`demo`) or path (`my/own.toml`), with `table.key=value` overrides.
 
     Raises:
-        InputError: no such recipe, not TOML, an unknown or wrong key, an override that fits nothing.
+        InputError: no such recipe, not TOML, a wrong key, an override that fits nothing.
     """
     path = _find(name_or_path)
     try:
@@ -147,7 +147,7 @@ def _step(at: Any, table: str, override: str) -> Any:
 
 
 def _parse(text: str) -> Any:
-    """A TOML value where it is one (numbers, booleans, lists, quoted strings), else the bare text."""
+    """A TOML value where it is one (number, boolean, list, quoted string), else the bare text."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

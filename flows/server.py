@@ -1,6 +1,7 @@
 """A Prefect server for the time of one command, when none is configured.
 
-Covers: quiet settings for command-line runs, and a temporary server that cannot outlive its command.
+Covers: quiet settings for command-line runs, and a temporary server that cannot
+outlive its command.
 Not here: the lasting server of a team (infra/).
 
 Prefect would start its own embedded server, but as a plain child: it survives a killed parent.
@@ -80,4 +81,6 @@ def _wait_until_healthy(url: str, process: object, log: Path) -> None:
         except (urllib.error.URLError, OSError):
             pass
         time.sleep(0.1)
-    raise InputError(f"the temporary Prefect server did not start within {START_TIMEOUT_S} s: {log} says why")
+    raise InputError(
+        f"the temporary Prefect server did not start within {START_TIMEOUT_S} s: {log} says why"
+    )

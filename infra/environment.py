@@ -29,17 +29,18 @@ def main(folder, extras):
         make_environment(python, folder)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
     install = [*pip, "install", "--no-input", "-c", str(CONSTRAINTS)]
-    run_with_progress([*install, "pip"], "pip", started)
     if os.environ.get("TORCH_INDEX_URL"):
         index = ["--index-url", os.environ["TORCH_INDEX_URL"]]
         run_with_progress([*install, *index, "torch"], "torch", started)
-    target = "%s[%s]" % (ROOT, ",".join(extras)) if extras else str(ROOT)
+    target = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
     run_with_progress([*install, "-e", target], " + ".join(["evaclip", *extras]), started)
     # img2dataset asks for the Python 3.6 back-port of `dataclasses`; Prefect's embedded server
     # puts site-packages before the standard library and would import it.
-    subprocess.run([*pip, "uninstall", "-q", "-y", "dataclasses"], check=True, stderr=subprocess.DEVNULL)
-    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
-    say("environment ready in %s: %.1f GB, %.0f s" % (folder, size / 1e9, time.monotonic() - started))
+    remove = [*pip, "uninstall", "-q", "-y", "dataclasses"]
+    subprocess.run(remove, check=True, stderr=subprocess.DEVNULL)
+    files = (p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+    size_gb = sum(p.stat().st_size for p in files) / 1e9
+    say(f"environment ready in {folder}: {size_gb:.1f} GB, {time.monotonic() - started:.0f} s")
     sys.stdout.write("\n")
 
 
@@ -50,9 +51,10 @@ def fitting_python():
         path = shutil.which(name)
         if path and version_of(path) in FITTING:
             return path
+    found = ".".join(map(str, sys.version_info[:2]))
     stop(
-        "this project needs Python 3.11 or 3.12, found %d.%d: install one, or name it with PYTHON=/path/to/python"
-        % sys.version_info[:2]
+        f"this project needs Python 3.11 or 3.12, found {found}: install one, "
+        "or name it with PYTHON=/path/to/python"
     )
 
 
@@ -65,9 +67,10 @@ def version_of(python):
 def make_environment(python, folder):
     ran = subprocess.run([python, "-m", "venv", str(folder)], capture_output=True, text=True)
     if ran.returncode:
+        said = (ran.stdout + ran.stderr).strip().splitlines()[-1]
         stop(
-            "Python's venv module is missing or broken (on Debian and Ubuntu: install python3-venv): "
-            + (ran.stdout + ran.stderr).strip().splitlines()[-1]
+            "Python's venv module is missing or broken "
+            f"(on Debian and Ubuntu: install python3-venv): {said}"
         )
 
 
@@ -77,15 +80,15 @@ def run_with_progress(command, what, started):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
         lines.append(line.rstrip())
-        if line.startswith("Collecting "):
-            packages += 1
-        match = re.match(r"(Collecting|Downloading|Building|Installing)[ \w]*?\s+([\w.\-]+)?", line)
-        if match:
-            step = "installing" if line.startswith("Installing collected") else match[0][:48].strip()
-            say("setting up %s: %d packages, %.0f s, %s" % (what, packages, time.monotonic() - started, step))
+        packages += line.startswith("Collecting ")
+        step = re.match(r"(Collecting|Downloading|Building wheel for|Installing) [\w.\-]+", line)
+        if step:
+            seconds = time.monotonic() - started
+            say(f"setting up {what}: {packages} packages, {seconds:.0f} s, {step[0][:50].lower()}")
     if process.wait():
         sys.stdout.write("\n")
-        stop("pip could not install %s:\n  %s" % (what, "\n  ".join(lines[-6:])))
+        last = "\n  ".join(lines[-6:])
+        stop(f"pip could not install {what}:\n  {last}")
 
 
 def say(text):
@@ -98,7 +101,7 @@ def say(text):
 
 
 def stop(sentence):
-    sys.stderr.write("set-up: %s\n" % sentence)
+    sys.stderr.write(f"set-up: {sentence}\n")
     sys.exit(1)
 
 

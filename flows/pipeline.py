@@ -1,0 +1,38 @@
+"""The whole way: from metadata to a registered model."""
+
+from __future__ import annotations
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+
+from flows.chart import load_chart
+from flows.evaluate import evaluate
+from flows.plan import check_disk, plan_markdown
+from flows.prepare import prepare
+from flows.results import results_markdown
+from flows.session import open_session
+from flows.train import train
+
+
+@flow(name="pipeline")
+def pipeline(
+    recipe: str = "demo", overrides: list[str] | None = None, dry_run: bool = False
+) -> None:
+    """Prepare the data, train, evaluate, register.
+
+    Args:
+        recipe: Name of a recipe, or path of a .toml file.
+        overrides: Changes to the recipe, each `table.key=value`.
+        dry_run: Only write the plan: what would run, what is already there, and the sizes.
+    """
+    overrides = overrides or []
+    if dry_run:
+        wanted, _, chart = load_chart(recipe, overrides)
+        create_markdown_artifact(plan_markdown(wanted, chart), key="plan")
+        return
+    with open_session("pipeline", recipe, overrides) as session:
+        check_disk(session.recipe, session.chart, session.root)
+        shards = prepare(recipe, overrides)
+        model = train(recipe, overrides, shards)
+        evaluate(recipe, overrides, model)
+        create_markdown_artifact(results_markdown(session.recipe, session.chart), key="summary")

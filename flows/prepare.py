@@ -1,0 +1,44 @@
+"""From metadata to verified shards."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+from prefect import flow
+
+from flows.chart import find_files
+from flows.session import open_session
+from tasks.artifact import Artifact
+from tasks.demo.task import demo
+from tasks.demo.world import serving
+from tasks.download.task import download
+from tasks.merge.task import merge
+from tasks.verify.task import verify
+
+
+@flow(name="prepare")
+def prepare(recipe: str = "demo", overrides: list[str] | None = None) -> Artifact:
+    """Merge the sources' metadata, download the images, verify every shard.
+
+    Args:
+        recipe: Name of a recipe, or path of a .toml file.
+        overrides: Changes to the recipe, each `table.key=value`.
+    """
+    with open_session("prepare", recipe, overrides or []) as session:
+        chart, wanted, profile = session.chart, session.recipe, session.profile
+        if chart.demo and wanted.demo:
+            session.make(demo, chart.demo, wanted.demo)
+        files = {
+            source.name: find_files(source.files, chart.demo, f"merge.sources '{source.name}'")
+            for source in wanted.merge.sources
+        }
+        merged = session.make(merge, chart.merge, wanted.merge, files)
+        need_web = wanted.demo and not chart.download.is_finished
+        with serving(wanted.demo) if need_web else nullcontext():
+            downloaded = session.make(
+                *(download, chart.download, wanted.download, merged),
+                *(profile.download_processes, profile.download_threads),
+            )
+        return session.make(
+            *(verify, chart.verify, wanted.verify, downloaded), inputs={"merged": merged}
+        )

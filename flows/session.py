@@ -1,0 +1,110 @@
+"""One execution of a flow: its recipe, its chart, its MLflow run, and making its artifacts.
+
+Covers: opening a session (a subflow joins its parent's), and `Session.make`, which surrounds every
+stage with progress, tracking and the line a person sees.
+Not here: which stages, in which order.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import runtime
+from prefect.artifacts import create_link_artifact
+
+from flows.chart import Chart, load_chart
+from flows.profile import Profile
+from flows.progress import say_done, watching
+from flows.recipe import Recipe
+from tasks.artifact import Address, Artifact
+from tasks.lineage.mlflow_store import PipelineRun, Tracking
+from tasks.tracking import TrackingStore
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the stages of one execution share."""
+
+    recipe: Recipe
+    profile: Profile
+    chart: Chart
+    store: TrackingStore
+    run: PipelineRun
+
+    @property
+    def root(self) -> Path:
+        """Absolute folder of all artifacts."""
+        return self.profile.root.resolve()
+
+    def make(
+        self,
+        task: Callable[..., Artifact],
+        address: Address,
+        *arguments: Any,
+        title: str | None = None,
+        inputs: Mapping[str, Artifact] | None = None,
+        attach: Sequence[str] = (),
+        follow: str | None = None,
+    ) -> Artifact:
+        """Run the stage task `task(address, *arguments, report)` and record what it made.
+
+        Args:
+            title: what people see; the stage's name by default.
+            inputs: context -> data the stage read, for the tracking run's datasets.
+            attach: files of the artifact that are kept with the tracking run.
+            follow: a metrics file of the artifact that is streamed to tracking while it grows.
+        """
+        title = title or address.stage.name
+        reused = address.is_finished
+        started = time.monotonic()
+        with self.run.stage_run(address, title) as tracked:
+            following = tracked.follow(address.folder / follow) if follow else nullcontext()
+            with following, watching(title, already_there=reused) as report:
+                artifact = task(address, *arguments, report)
+            tracked.done(artifact, inputs=inputs, attach=[artifact.folder / a for a in attach])
+        say_done(title, artifact, seconds=time.monotonic() - started, reused=reused)
+        return artifact
+
+
+_open: ContextVar[Session | None] = ContextVar("session", default=None)
+"""The session of the flow around this one: subflows cannot be handed objects, only plain values."""
+
+
+@contextmanager
+def open_session(flow: str, recipe: str, overrides: Sequence[str]) -> Iterator[Session]:
+    """The session of this execution; inside another flow's session, that one.
+
+    Raises:
+        InputError: the recipe, an override or the profile is wrong.
+    """
+    around = _open.get()
+    if around is not None:
+        yield around
+        return
+    resolved, profile, chart = load_chart(recipe, overrides)
+    store = TrackingStore.at(profile.mlflow_uri, resolved.name)
+    tracking = Tracking(store, profile.root.resolve() / "tracking")
+    ui_url = runtime.flow_run.ui_url if os.environ.get("PREFECT_UI_URL") else None
+    with tracking.pipeline_run(
+        f"{flow} {resolved.name}",
+        resolved.digest,
+        recipe=resolved.to_json(),
+        params={"recipe": resolved.name, "flow": flow, "overrides": " ".join(overrides)},
+        tags={"prefect.flow_run_id": str(runtime.flow_run.id)},
+        links={"Prefect run": ui_url} if ui_url else None,
+    ) as run:
+        token = _open.set(Session(resolved, profile, chart, store, run))
+        try:
+            url = run.url()
+            if url:
+                create_link_artifact(link=url, link_text="MLflow run", key="mlflow-run")
+            yield _open.get()  # type: ignore[misc]
+        finally:
+            _open.reset(token)

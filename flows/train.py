@@ -1,0 +1,37 @@
+"""From verified shards to a trained model."""
+
+from __future__ import annotations
+
+from prefect import flow
+from tasks.train.task import train_stage
+
+from evaclip_model.train_config import METRICS_FILE, RESULT_FILE
+from flows.session import open_session
+from tasks.artifact import Artifact, read_artifact
+from tasks.initialise.task import initialise
+
+
+@flow(name="train")
+def train(
+    recipe: str = "demo", overrides: list[str] | None = None, shards: Artifact | None = None
+) -> Artifact:
+    """Make the starting weights, then run every training stage of the recipe.
+
+    Args:
+        recipe: Name of a recipe, or path of a .toml file.
+        overrides: Changes to the recipe, each `table.key=value`.
+        shards: What `prepare` made; by default looked up from the recipe.
+    """
+    with open_session("train", recipe, overrides or []) as session:
+        chart, wanted = session.chart, session.recipe
+        shards = shards or read_artifact(chart.verify.folder)
+        model = session.make(initialise, chart.initialise, wanted.initialise)
+        for config, address in zip(wanted.train, chart.train, strict=True):
+            model = session.make(
+                *(train_stage, address, config, model, shards, session.profile.ranks),
+                title=f"train {config.name}",
+                inputs={"training": shards},
+                attach=(METRICS_FILE, RESULT_FILE),
+                follow=METRICS_FILE,
+            )
+        return model
