@@ -7,20 +7,20 @@ Not here: the loss (loss.py); reading and writing weights (weights.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaclip_model.errors import InputError
-from evaclip_model.layers import AttentionChoice, GeluMlp, SwiGluMlp, attention_kernel
+from evaclip_model.layers import AttentionChoice, SwiGluMlp, attention_kernel
 from evaclip_model.model_config import ModelConfig
-from evaclip_model.text import TextTower
-from evaclip_model.vision import VisionTower
+from evaclip_model.text import TextBlock, TextTower
+from evaclip_model.vision import VisionBlock, VisionTower
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -165,10 +165,8 @@ def _initialise_vision(tower: VisionTower) -> None:
                 nn.init.zeros_(module.bias)
     nn.init.normal_(tower.cls_token, std=0.02)
     nn.init.normal_(tower.pos_embed, std=0.02)
-    for depth, block in enumerate(tower.blocks, start=1):
-        mlp = block.mlp
-        last = mlp.w3 if isinstance(mlp, SwiGluMlp) else mlp.fc2
-        assert isinstance(mlp, SwiGluMlp | GeluMlp)
+    for depth, block in enumerate(cast(Iterable[VisionBlock], tower.blocks), start=1):
+        last = block.mlp.w3 if isinstance(block.mlp, SwiGluMlp) else block.mlp.fc2
         for projection in (block.attn.proj, last):
             projection.weight.div_(math.sqrt(2 * depth))
     tower.head.weight.mul_(1e-3)
@@ -178,7 +176,7 @@ def _initialise_text(tower: TextTower) -> None:
     width, layers = tower.config.width, tower.config.layers
     nn.init.normal_(tower.token_embedding.weight, std=0.02)
     nn.init.normal_(tower.positional_embedding, std=0.01)
-    for block in tower.transformer.resblocks:
+    for block in cast(Iterable[TextBlock], tower.transformer.resblocks):
         nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
         nn.init.normal_(block.attn.out_proj.weight, std=(width * 2 * layers) ** -0.5)
         nn.init.zeros_(block.attn.out_proj.bias)

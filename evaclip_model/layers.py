@@ -26,7 +26,8 @@ AttentionKernel = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """torch's fused attention: no [S, S] matrix in memory."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+    out: Tensor = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return out.transpose(1, 2)
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -38,7 +39,8 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         later = torch.ones(size, size, dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(later, -torch.inf)
     wide = torch.promote_types(scores.dtype, torch.float32)
-    return (scores.softmax(-1, dtype=wide).to(v.dtype) @ v).transpose(1, 2)
+    out: Tensor = scores.softmax(-1, dtype=wide).to(v.dtype) @ v
+    return out.transpose(1, 2)
 
 
 def auto_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -66,6 +68,10 @@ def attention_kernel(choice: AttentionChoice) -> AttentionKernel:
         known = ", ".join(get_args(AttentionChoice))
         raise InputError(f"attention '{choice}' is not available: choose one of {known}")
     return _KERNELS[choice]
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.reshape(*x.shape[:-1], heads, -1)  # [B, S, W] -> [B, S, H, D]
 
 
 class VisionAttention(nn.Module):
@@ -102,7 +108,7 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         """x [B, S, W], tables of `GridRope` or none -> [B, S, W]."""
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self._project(x))
+        q, k, v = (_split_heads(part, self.heads) for part in self._project(x))
         if rope is not None:
             q, k = rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype)
         out = self.kernel(q, k, v, False).flatten(-2)  # [B, S, W]
@@ -124,7 +130,7 @@ class TextAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, S, W] -> [B, S, W]; a token sees itself and what is before it."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in qkv.chunk(3, dim=-1))
+        q, k, v = (_split_heads(part, self.heads) for part in qkv.chunk(3, dim=-1))
         projected: Tensor = self.out_proj(self.kernel(q, k, v, True).flatten(-2))
         return projected
 

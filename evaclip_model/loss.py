@@ -78,7 +78,7 @@ def gathered_terms(
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return contrastive_terms(image_features, text_features, logit_scale)
     image, text = _wide(image_features), _wide(text_features)
-    both: Tensor = _Gather.apply(torch.stack((image, text)), group)  # [ranks, 2, b, E]
+    both = _gather(torch.stack((image, text)), group)  # [ranks, 2, b, E]
     all_image, all_text = both[:, 0].flatten(0, 1), both[:, 1].flatten(0, 1)  # [B, E]
     first_row = dist.get_rank(group) * len(image)
     return _terms(image, text, all_image, all_text, logit_scale, first_row)
@@ -104,8 +104,13 @@ def _terms(
     return ContrastiveTerms(loss, image_hits, text_hits)
 
 
+def _gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    gathered: Tensor = _Gather.apply(local, group)  # type: ignore[no-untyped-call]
+    return gathered
+
+
 class _Gather(torch.autograd.Function):
-    """[...] on each rank -> [ranks, ...] on all; gradients are summed over ranks on the way back."""
+    """[...] on each rank -> [ranks, ...] on all; gradients are summed over ranks."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -46,7 +46,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         [B, S, H, D] in the wider of the two dtypes.
     """
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)  # [B, S, H, D/2] each
+    first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)  # [B, S, H, D/2] each
     turned = (first * cos - second * sin, second * cos + first * sin)
     return torch.stack(turned, dim=-1).flatten(-2)
 
@@ -77,7 +77,7 @@ class GridRope(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Every cast and move of a module comes through here; a cast to bfloat16 would leave
         # neighbouring patches with the same angle, and leaving the meta device would leave noise.
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._fill(self.cos.device)
         return self
 

@@ -11,6 +11,7 @@ import functools
 import gzip
 import html
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,8 +100,7 @@ def _piece_ids(piece: str) -> tuple[int, ...]:
     symbols = [characters[byte] for byte in piece.encode()]
     symbols[-1] += _END_OF_WORD
     while len(symbols) > 1:
-        pairs = list(zip(symbols, symbols[1:], strict=False))
-        best = min(pairs, key=lambda pair: ranks.get(pair, _MERGES))
+        best = min(itertools.pairwise(symbols), key=lambda pair: ranks.get(pair, _MERGES))
         if best not in ranks:
             break
         symbols = _merge(symbols, best)

@@ -32,7 +32,7 @@ class PatchEmbed(nn.Module):
         """images [B, 3, H, H], kept [B, K] or none -> [B, N or K, W]; rows of patches first."""
         p = self.patch_px
         grid = images.shape[-1] // p
-        patches = images.unflatten(3, (grid, p)).unflatten(2, (grid, p))  # [B, 3, g, p, g, p]
+        patches = images.reshape(-1, 3, grid, p, grid, p)  # rows and columns of patches
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, N, 3 * p * p]
         if kept is not None:
             patches = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
@@ -54,7 +54,7 @@ class VisionBlock(nn.Module):
             kernel=kernel,
         )
         self.norm2 = nn.LayerNorm(config.width, eps=NORM_EPS)
-        self.mlp = (
+        self.mlp: SwiGluMlp | GeluMlp = (
             SwiGluMlp(config.width, config.mlp_width, sub_norm=config.sub_norm)
             if config.mlp == "swiglu"
             else GeluMlp(config.width, config.mlp_width)
@@ -67,14 +67,13 @@ class VisionBlock(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         """[B, S, W] -> [B, S, W]."""
         if self.is_post_norm:
-            attended = self.norm1(self.attn(x, rope))
-            x = x + (self.gamma_1 * attended if self.has_layer_scale else attended)
-            mixed = self.norm2(self.mlp(x))
-            return x + (self.gamma_2 * mixed if self.has_layer_scale else mixed)
-        attended = self.attn(self.norm1(x), rope)
-        x = x + (self.gamma_1 * attended if self.has_layer_scale else attended)
-        mixed = self.mlp(self.norm2(x))
-        return x + (self.gamma_2 * mixed if self.has_layer_scale else mixed)
+            x = x + self._scaled(self.norm1(self.attn(x, rope)), "gamma_1")
+            return x + self._scaled(self.norm2(self.mlp(x)), "gamma_2")
+        x = x + self._scaled(self.attn(self.norm1(x), rope), "gamma_1")
+        return x + self._scaled(self.mlp(self.norm2(x)), "gamma_2")
+
+    def _scaled(self, branch: Tensor, gamma: str) -> Tensor:
+        return getattr(self, gamma) * branch if self.has_layer_scale else branch
 
 
 class VisionTower(nn.Module):
@@ -120,7 +119,7 @@ class VisionTower(nn.Module):
         size = self.config.image_px
         if images.shape[1:] != (3, size, size):
             raise ValueError(
-                f"images are {list(images.shape[1:])}, but this model is built for {[3, size, size]}"
+                f"images are {list(images.shape[1:])}, this model is built for {[3, size, size]}"
             )
         x = self.embed(images.to(self.cls_token.dtype), kept)
         rope = None if self.rope is None else self.rope(kept)
