@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SQLITE = "sqlite:///"
 _FROM_ENVIRONMENT_ONLY = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
 }
@@ -86,7 +87,7 @@ class TrackingStore:
             self.database.parent.mkdir(parents=True, exist_ok=True)
         from mlflow import MlflowClient
 
-        for noisy in ("mlflow.store.db.utils", "alembic"):
+        for noisy in ("mlflow.store.db.utils", "mlflow.pyfunc", "alembic"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
 

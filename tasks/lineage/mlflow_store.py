@@ -4,7 +4,7 @@ Covers: opening and closing pipeline and stage runs, following a trainer's metri
 shipping all of it to MLflow from a journal on disk. Works with or without Prefect:
 
     tracking = Tracking(TrackingStore.at("sqlite:///runs/mlflow.db", "evaclip"), root / "tracking")
-    with tracking.pipeline_run("demo", recipe_digest, recipe=toml_text, links={...}) as pipeline:
+    with tracking.pipeline_run("demo", recipe_digest, recipe=json_text, links={...}) as pipeline:
         with pipeline.stage_run(address, title="train-1") as stage:
             with stage.follow(address.folder / "metrics.jsonl"):
                 artifact = ...
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 MAX_METRICS_PER_CALL = 1000
 POLL_S = 1.0
 LONGEST_BACKOFF_S = 30.0
-RECIPE_FILE = "recipe.toml"
+RECIPE_FILE = "recipe.json"
 _log = logging.getLogger(__name__)
 
 
@@ -88,7 +88,7 @@ class Tracking:
         Args:
             name: what people see.
             digest: of the resolved recipe; decides what may be continued.
-            recipe: the resolved recipe's text, kept as the artifact `recipe.toml`.
+            recipe: the resolved recipe's text, kept as the artifact `recipe.json`.
             params: flat or nested settings to log.
             tags: more tags, such as `prefect.flow_run_id` or the git commit.
             links: name -> URL, shown in the run's description.

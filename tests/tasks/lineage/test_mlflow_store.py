@@ -59,7 +59,7 @@ def runs(store: TrackingStore) -> dict[str, list[Run]]:
 
 def run_pipeline(tracking: Tracking, root: Path) -> None:
     with tracking.pipeline_run(
-        "demo", "recipe-1", recipe="[demo]\nport = 1\n", links={"Prefect": "http://127.0.0.1/run"}
+        "demo", "recipe-1", recipe='{"port": 1}', links={"Prefect": "http://127.0.0.1/run"}
     ) as pipeline:
         with pipeline.stage_run(address_of(root, "merge")) as stage:
             merged = made_artifact(root, "merge")
@@ -106,7 +106,7 @@ def test_a_pipeline_is_one_tree_with_parameters_metrics_datasets_and_artifacts(
     assert losses[0].timestamp == 1_700_000_000_000
     assert "system/cpu_utilization_percentage" in train.data.metrics
     assert [file.path for file in client.list_artifacts(train.info.run_id)] == ["report.html"]
-    assert "port = 1" in client_text(client, pipeline.info.run_id, "recipe.toml", tmp_path)
+    assert '"port": 1' in client_text(client, pipeline.info.run_id, "recipe.json", tmp_path)
     assert "(http://127.0.0.1/run)" in pipeline.data.tags["mlflow.note.content"]
 
 

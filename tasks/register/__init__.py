@@ -1,0 +1,1 @@
+"""Registering a trained model where others can load it, and pulling it back."""

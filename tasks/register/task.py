@@ -1,0 +1,36 @@
+"""The Prefect task around a registration; everything it does is in the pure modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from tasks.artifact import Address, Artifact, produce
+from tasks.progress import Report, silent
+from tasks.register.config import RegisterConfig
+from tasks.register.registry import forget_if_gone, register_model
+from tasks.tracking import TrackingStore
+
+
+@task(name="register", cache_policy=NO_CACHE)
+def register(
+    address: Address,
+    config: RegisterConfig,
+    trained: Artifact,
+    evaluated: Artifact,
+    store: TrackingStore,
+    root: Path,
+    report: Report = silent,
+    *,
+    run_id: str | None = None,
+) -> Artifact:
+    """The registration at `address`, made now, or found finished and still in the registry."""
+    forget_if_gone(address, store)
+    return produce(
+        address,
+        lambda out: register_model(
+            config, trained, evaluated, store, root, out, report, run_id=run_id
+        ),
+    )
