@@ -18,7 +18,7 @@ from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 from flows.profile import Profile, load_profile
 from flows.recipe import Recipe, load_recipe
-from tasks.artifact import Address
+from tasks.artifact import DIGEST_CHARS, Address, Stage, fingerprint
 from tasks.demo.config import STAGE as DEMO
 from tasks.download.config import STAGE as DOWNLOAD
 from tasks.evaluate.config import STAGE as EVALUATE
@@ -28,7 +28,6 @@ from tasks.register.config import STAGE as REGISTER
 from tasks.verify.config import STAGE as VERIFY
 
 DEMO_PREFIX = "demo:"
-FINGERPRINT_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,8 @@ def draw_chart(recipe: Recipe, root: Path, tracking_uri: str) -> Chart:
         InputError: metadata or evaluation files outside the pipeline do not exist.
     """
 
-    def at(stage: object, config: Config, **parents: str) -> Address:
-        return Address.of(root, stage, config, parents)  # type: ignore[arg-type]
+    def at(stage: Stage, config: Config, **parents: str) -> Address:
+        return Address.of(root, stage, config, parents)
 
     demo = at(DEMO, recipe.demo) if recipe.demo else None
     metadata = {
@@ -85,7 +84,8 @@ def draw_chart(recipe: Recipe, root: Path, tracking_uri: str) -> Chart:
     merge = at(MERGE, recipe.merge, **metadata)
     download = at(DOWNLOAD, recipe.download, merge=merge.digest)
     verify = at(VERIFY, recipe.verify, download=download.digest)
-    initialise = at(INITIALISE, recipe.initialise)
+    weights = {role: fingerprint(path) for role, path in recipe.initialise.files().items()}
+    initialise = at(INITIALISE, recipe.initialise, **weights)
     train: list[Address] = []
     for stage in recipe.train:
         start = train[-1] if train else initialise
@@ -102,7 +102,7 @@ def draw_chart(recipe: Recipe, root: Path, tracking_uri: str) -> Chart:
         recipe.registry,
         train=train[-1].digest,
         evaluate=evaluate.digest,
-        tracking=hashlib.sha256(tracking_uri.encode()).hexdigest()[:16],
+        tracking=hashlib.sha256(tracking_uri.encode()).hexdigest()[:DIGEST_CHARS],
     )
     return Chart(demo, merge, download, verify, initialise, tuple(train), evaluate, register)
 
@@ -127,23 +127,5 @@ def _origin(pattern: str, demo: Address | None, where: str) -> str:
     """What stands for outside data in a digest: the demo's, or a fingerprint of the files."""
     if pattern.startswith(DEMO_PREFIX) and demo is not None:
         return demo.digest
-    files = find_files(pattern, demo, where)
-    leaves = [leaf for file in files for leaf in ([file] if file.is_file() else _leaves(file))]
-    return hashlib.sha256("".join(map(_fingerprint, leaves)).encode()).hexdigest()[:16]
-
-
-def _leaves(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _fingerprint(path: Path) -> str:
-    """Hash of a file's name, size, head and tail; parquet keeps its statistics in the tail.
-
-    Hashing 400 GB of metadata before every run would cost more than the merge.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(FINGERPRINT_BYTES)
-        file.seek(max(0, size - FINGERPRINT_BYTES))
-        tail = file.read(FINGERPRINT_BYTES)
-    return hashlib.sha256(f"{path.name}:{size}:".encode() + head + tail).hexdigest()
+    marks = "".join(map(fingerprint, find_files(pattern, demo, where)))
+    return hashlib.sha256(marks.encode()).hexdigest()[:DIGEST_CHARS]

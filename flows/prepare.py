@@ -10,7 +10,7 @@ from flows.chart import find_files
 from flows.session import open_session
 from tasks.artifact import Artifact
 from tasks.demo.task import demo
-from tasks.demo.world import serving
+from tasks.demo.web import serving
 from tasks.download.task import download
 from tasks.merge.task import merge
 from tasks.verify.task import verify

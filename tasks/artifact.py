@@ -28,6 +28,7 @@ from evaclip_model.errors import InputError
 
 MANIFEST = "manifest.json"
 DIGEST_CHARS = 16
+FINGERPRINT_BYTES = 1 << 20
 Counts = Mapping[str, int | float]
 
 
@@ -39,6 +40,8 @@ class Stage:
     version: int
     tools: tuple[str, ...] = ()
     """Distributions whose version belongs in the manifest."""
+    ignores: tuple[str, ...] = ()
+    """Config fields that decide how the work is done (memory, parallelism), never its result."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Address:
     def of(
         cls, root: Path, stage: Stage, config: Config, parents: Mapping[str, str] | None = None
     ) -> Address:
-        return cls(root, stage, config.model_dump(mode="json"), dict(parents or {}))
+        decides = config.model_dump(mode="json", exclude=set(stage.ignores))
+        return cls(root, stage, decides, dict(parents or {}))
 
     @property
     def digest(self) -> str:
@@ -141,7 +145,11 @@ def read_artifact(folder: Path) -> Artifact:
     except FileNotFoundError:
         raise InputError(f"{folder} is no finished artifact: it has no {MANIFEST}") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): delete the folder and run again") from None
+        raise InputError(
+            f"{path} cannot be read ({error}): delete the folder and run again"
+        ) from None
+            f"{path} cannot be read ({error}): delete the folder and run again"
+        ) from None
     fields = {key: manifest[key] for key in Artifact.model_fields if key in manifest}
     return Artifact.from_mapping({**fields, "folder": folder}, where=str(path))
 
@@ -160,6 +168,24 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """Identity of an outside file, or of all files in a folder: size, first and last MiB of each.
+
+    Hashing 400 GB of metadata before every run would cost more than the merge; parquet keeps its
+    row counts and statistics at the end, safetensors its list of tensors at the beginning.
+    """
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}\0{size}\0".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(FINGERPRINT_BYTES))
+            content.seek(max(0, size - FINGERPRINT_BYTES))
+            digest.update(content.read())
+    return digest.hexdigest()[:DIGEST_CHARS]
 
 
 def _publish(address: Address, made: Made) -> Artifact:

@@ -1,0 +1,86 @@
+"""Holds the decisions ARCHITECTURE.md states and the import linter cannot see."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("flows", "tasks", "evaclip_model")
+STAGES = ("demo", "merge", "download", "verify", "initialise", "train", "evaluate", "register")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_our_package_names_lead_to_this_checkout(package: str) -> None:
+    code = f"import importlib.util as u; print(u.find_spec('{package}').origin)"
+    origin = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert Path(origin).is_relative_to(ROOT)
+
+
+def test_no_other_distribution_owns_our_package_names() -> None:
+    owners = importlib.metadata.packages_distributions()
+    foreign = {name: set(owners.get(name, [])) - {"evaclip"} for name in PACKAGES}
+    assert foreign == {name: set() for name in PACKAGES}
+
+
+def test_importing_a_pure_module_does_not_drag_prefect_torch_or_mlflow_in() -> None:
+    code = (
+        "import flows.chart, sys; "
+        "print([m for m in ('prefect', 'torch', 'mlflow', 'duckdb', 'deepspeed') "
+        "if m in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout.strip() == "[]", ran.stderr
+
+
+def test_every_stage_is_a_folder_with_config_and_task() -> None:
+    for stage in STAGES:
+        assert {"config.py", "task.py"} <= {p.name for p in (ROOT / "tasks" / stage).iterdir()}
+
+
+def test_stage_packages_import_nothing_by_themselves() -> None:
+    for init in (ROOT / "tasks").rglob("__init__.py"):
+        assert not re.search(r"^\s*(import|from)\s", init.read_text(), re.M), init
+
+
+def test_no_module_is_called_utils_or_named_after_a_dependency() -> None:
+    installed = set(importlib.metadata.packages_distributions()) - set(PACKAGES)
+    shadowing = installed | set(sys.stdlib_module_names) | {"utils", "helpers", "common", "misc"}
+    for package in PACKAGES:
+        for path in (ROOT / package).glob("*.py"):
+            assert path.stem not in shadowing - {"config"}, path
+        for path in (ROOT / package).rglob("*.py"):
+            assert path.stem not in {"utils", "helpers", "common", "misc"}, path
+
+
+def test_no_test_folder_is_a_package() -> None:
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_every_dependency_has_bounds_a_reason_and_a_tested_version() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    project = tomllib.loads(text)["project"]
+    pinned = {
+        re.split(r"==", line)[0].lower().replace("_", "-")
+        for line in (ROOT / "infra/constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    for requirement in (one for some in lists for one in some):
+        name = re.match(r"[\w\-]+", requirement)[0]
+        assert "<" in requirement, f"{requirement}: no upper bound"
+        line = next(line for line in text.splitlines() if f'"{requirement}"' in line)
+        assert "#" in line, f"{requirement}: no reason"
+        if name not in project.get("x-unpinned", ()):
+            assert name.lower().replace("_", "-") in pinned, f"{requirement}: no tested version"
+
+
+def test_the_back_port_that_breaks_prefect_is_not_installed() -> None:
+    installed = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
+    assert "dataclasses" not in installed, "run `make setup`, or pip uninstall dataclasses"
