@@ -1,0 +1,196 @@
+"""The merge in plain Python, row by row: slow, obvious, and written apart from the SQL."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import string
+import unicodedata
+import uuid
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from tasks.merge.config import FilterConfig, MergeConfig
+
+UNRESERVED = string.ascii_letters + string.digits + "-._~"
+Row = dict[str, Any]
+
+
+class Candidate(NamedTuple):
+    """A row that passed the filters."""
+
+    address: str
+    preference: tuple[Any, ...]
+    output: Row
+
+
+def address_and_url(raw: str) -> tuple[str, str] | None:
+    """(what duplicates share, what is fetched), or none when it is no web address."""
+    text = re.sub("[\t\n\r]", "", raw.strip("".join(map(chr, range(33)))))
+    scheme, separator, rest = text.partition("://")
+    scheme = scheme.lower()
+    if not separator or scheme not in ("http", "https"):
+        return None
+    rest = rest.partition("#")[0]
+    end = min((rest.index(mark) for mark in "/?" if mark in rest), default=len(rest))
+    host, port = _host_and_port(rest[:end])
+    if host is None or port == "bad":
+        return None
+    shown = "" if port == {"http": "80", "https": "443"}[scheme] or not port else f":{port}"
+    path = rest[end:] if rest[end:].startswith("/") else "/" + rest[end:]
+    address = host + shown + _path(path)
+    return address, f"{scheme}://{address}"
+
+
+def _host_and_port(authority: str) -> tuple[str | None, str]:
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:@\[\]\\]+)(?::([0-9]{0,5}))?", authority)
+    if not match:
+        return None, ""
+    host, port = match[1].lower(), match[2] or ""
+    if port and not 1 <= int(port) <= 65535:
+        return None, "bad"
+    if not host.startswith("[") and not set(host) <= set("abcdefghijklmnopqrstuvwxyz0123456789._-"):
+        try:
+            host = match[1].encode("idna").decode().lower()
+        except UnicodeError:
+            return None, ""
+        if not re.fullmatch(r"[a-z0-9._-]+", host):
+            return None, ""
+    return host, str(int(port)) if port else ""
+
+
+def _path(path: str) -> str:
+    def escape(match: re.Match[str]) -> str:
+        letter = chr(int(match[0][1:], 16))
+        return letter if letter in UNRESERVED else match[0].upper()
+
+    path = re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", path)
+    path = re.sub(r"%[0-9A-Fa-f]{2}", escape, path)
+    return quote(path, safe=UNRESERVED + "!$&'()*+,;=:@/?%")
+
+
+def tidy(caption: str) -> str:
+    """White space and control characters as single spaces."""
+    kinds = (unicodedata.category(letter) for letter in caption)
+    spaced = "".join(
+        " " if kind[0] == "Z" or kind == "Cc" else letter
+        for letter, kind in zip(caption, kinds, strict=True)
+    )
+    return re.sub(" +", " ", spaced).strip(" ")
+
+
+def reason(row: Row, filters: FilterConfig, has: set[str]) -> str | None:
+    """The first rule, in the documented order, that a row with common names fails."""
+    if not (row["url"] or "").strip("".join(map(chr, range(33)))):
+        return "missing_url"
+    if address_and_url(row["url"]) is None:
+        return "unsupported_url"
+    caption = tidy(row["caption"] or "")
+    if not caption:
+        return "missing_caption"
+    if len(caption) < filters.min_caption_chars:
+        return "short_caption"
+    if filters.max_caption_chars is not None and len(caption) > filters.max_caption_chars:
+        return "long_caption"
+    sides = [side for side in (row["width"], row["height"]) if side is not None and side > 0]
+    if sides and filters.min_side is not None and min(sides) < filters.min_side:
+        return "small_image"
+    if sides and filters.max_aspect is not None and max(sides) > filters.max_aspect * min(sides):
+        return "extreme_aspect"
+    if filters.min_similarity is not None and "similarity" in has:
+        similarity = _cosine(row["similarity"])
+        if similarity is None and filters.unknown_similarity == "drop":
+            return "unknown_similarity"
+        if similarity is not None and similarity < filters.min_similarity:
+            return "low_similarity"
+    scores = row["unsafe_scores"]
+    limit = filters.max_unsafe
+    if limit is not None and any(score is not None and score > limit for score in scores):
+        return "unsafe"
+    tags = [(tag or "").strip(" ").upper() for tag in row["unsafe_tags"]]
+    if any(tag in filters.unsafe_tags for tag in tags):
+        return "unsafe"
+    if filters.unknown_unsafe == "drop":
+        known = {"UNLIKELY", "UNSURE", "NSFW", *filters.unsafe_tags}
+        if limit is not None and None in scores:
+            return "unknown_unsafe"
+        if filters.unsafe_tags and any(tag not in known for tag in tags):
+            return "unknown_unsafe"
+    if filters.max_watermark is not None and "watermark" in has:
+        if row["watermark"] is not None and row["watermark"] > filters.max_watermark:
+            return "watermark"
+        if row["watermark"] is None and filters.unknown_watermark == "drop":
+            return "unknown_watermark"
+    return None
+
+
+def _cosine(value: float | None) -> float | None:
+    return value if value is not None and not math.isnan(value) and -1 <= value <= 1 else None
+
+
+def merge(
+    config: MergeConfig, rows: Mapping[str, Sequence[Sequence[Row]]], has: Mapping[str, set[str]]
+) -> tuple[dict[str, list[Row]], dict[str, Counter[str]]]:
+    """(selected rows of every source in order, dropped rows of every source by reason).
+
+    `rows`: source name -> files -> rows with common names; `has`: the columns a source has.
+    """
+    dropped = {source.name: Counter[str]() for source in config.sources}
+    taken: set[str] = set()
+    selected: dict[str, list[Row]] = {}
+    for source in config.sources:
+        best: dict[str, Candidate] = {}
+        for file, content in enumerate(rows[source.name]):
+            for place, row in enumerate(content):
+                why = reason(row, config.filters, has[source.name])
+                if why:
+                    dropped[source.name][why] += 1
+                    continue
+                candidate = _candidate(source.name, row, (file, place))
+                rival = best.get(candidate.address)
+                if rival is not None:
+                    dropped[source.name]["duplicate_in_source"] += 1
+                if rival is None or candidate.preference < rival.preference:
+                    best[candidate.address] = candidate
+        fresh = [value for key, value in best.items() if key not in taken]
+        dropped[source.name]["duplicate_across_sources"] += len(best) - len(fresh)
+        taken |= set(best)
+        fresh.sort(key=lambda candidate: rank(config.seed, candidate.address))
+        chosen = fresh[: source.target_count]
+        dropped[source.name]["not_selected"] += len(fresh) - len(chosen)
+        selected[source.name] = [candidate.output for candidate in chosen]
+    return selected, {name: +counts for name, counts in dropped.items()}
+
+
+def rank(seed: int, address: str) -> str:
+    key = uuid.UUID(hashlib.md5(address.encode()).hexdigest())
+    return hashlib.md5(f"{seed}:{key}".encode()).hexdigest()
+
+
+def _candidate(source: str, row: Row, place: tuple[int, int]) -> Candidate:
+    found = address_and_url(row["url"])
+    assert found is not None
+    address, url = found
+    caption = tidy(row["caption"])
+    similarity = _cosine(row["similarity"])
+    identity = None if row["id"] is None else str(row["id"])
+    output = {
+        "uid": hashlib.md5(f"{address}\n{caption}".encode()).hexdigest(),
+        "source": source,
+        "url": url,
+        "caption": caption,
+        "original_id": identity,
+        "similarity": similarity,
+        "width_hint": row["width"] if (row["width"] or 0) > 0 else None,
+        "height_hint": row["height"] if (row["height"] or 0) > 0 else None,
+    }
+    preference = (
+        math.inf if similarity is None else -similarity,
+        identity is None,
+        identity or "",
+        place,
+    )
+    return Candidate(address, preference, output)
