@@ -35,6 +35,8 @@ from tasks.progress import Report
 
 RESULTS = "results.json"
 REPORT = "report.html"
+TIES_WORTH_TELLING = 0.001
+"""Width of the window that ties leave open, as a share, from which a reader is warned."""
 RULE = (
     "rank = answers with a strictly larger fp32 cosine + equal ones with a lower index; "
     "hit@k = rank < k; every sample of a set's index is evaluated exactly once"
@@ -188,8 +190,12 @@ def warnings_of(
         absent = len(evalset.classnames) - len({sample.label for sample in evalset.samples})
         if absent:
             found.append(f"{absent} of {len(evalset.classnames)} classes have no image")
-    if figures["tied"] > 0.01 * figures["n"]:
-        found.append(f"{figures['tied']} queries have several equal best answers")
+    for metric, (lost, won) in figures["bounds"].items():
+        if won - lost > TIES_WORTH_TELLING:
+            found.append(
+                f"ties decide {metric}: {100 * lost:.1f} % if all were lost, "
+                f"{100 * won:.1f} % if all were won"
+            )
     for metric, (low, _) in figures["intervals"].items():
         if low <= chance[metric]:
             found.append(f"{metric} is not above chance within its 95 % interval")

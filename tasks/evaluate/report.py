@@ -15,6 +15,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import log
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +24,7 @@ import jinja2
 import torch
 
 from evaclip_model.errors import InputError
-from evaclip_model.zeroshot import Ranking, hit_rate
+from evaclip_model.zeroshot import Ranking, chance_of_hit, hit_rate
 from tasks.artifact import write_atomically
 from tasks.evaluate.figures import TITLES, Scored, captions_of, image_of_caption
 from tasks.evaluate.pictures import Line, line_chart, thumbnail
@@ -45,6 +46,8 @@ class Curve:
     samples: tuple[float, ...]
     """Image-text pairs seen so far."""
     losses: tuple[float, ...]
+    batch: float
+    """Image-text pairs contrasted in one step."""
     seconds: float
     """Wall time of all steps."""
     images_per_second: float
@@ -72,6 +75,7 @@ def read_curve(path: Path) -> Curve:
         name=str(named),
         samples=tuple(float(step["samples"]) for step in steps),
         losses=tuple(float(step["loss"]) for step in steps),
+        batch=float(steps[-1]["samples"]) / int(steps[-1]["step"]),
         seconds=sum(float(step.get("step_s", 0)) for step in steps),
         images_per_second=median(float(step.get("images_per_second", 0)) for step in steps),
         logit_scale=float(steps[-1].get("logit_scale", float("nan"))),
@@ -101,7 +105,12 @@ def page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "times": times, "ordinal": ordinal}
+    environment.filters |= {
+        "percent": percent,
+        "interval": interval,
+        "times": times,
+        "ordinal": ordinal,
+    }
     subject = results["subject"]
     own = {name: by_model[subject] for name, by_model in scored.items()}
     return environment.get_template("report.html.j2").render(
@@ -135,7 +144,7 @@ def headlines(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def loss_chart(curve: Curve) -> str:
-    """Loss over samples seen, every step and smoothed."""
+    """Loss over samples seen, every step and smoothed, and the loss of guessing, ln(batch)."""
     stride = max(1, len(curve.losses) // CURVE_POINTS)
     raw = list(zip(curve.samples, curve.losses, strict=True))
     width = max(1, round(len(raw) * SMOOTH))
@@ -144,7 +153,9 @@ def loss_chart(curve: Curve) -> str:
         for index, x in enumerate(curve.samples)
         for part in (curve.losses[max(0, index - width + 1) : index + 1],)
     ]
+    guessing = [(curve.samples[0], log(curve.batch)), (curve.samples[-1], log(curve.batch))]
     lines = [
+        Line(guessing, "guessing", "chance"),
         Line(raw[::stride], "each step", "raw"),
         Line(smooth[::stride], f"mean of {width} steps", "subject"),
     ]
@@ -157,8 +168,8 @@ def depth_chart(by_model: Mapping[str, Scored], results: Mapping[str, Any]) -> s
     first = next(iter(by_model.values()))
     answers = len(first.evalset.classnames) or len(captions_of(first.evalset))
     ks = sorted({max(1, round(answers ** (i / 40))) for i in range(41)})
-    owned = len(captions_of(first.evalset)) / len(first.evalset) if first.texts else 1
-    chance = [(k, 100 * (1 - (1 - k / answers) ** owned)) for k in ks]
+    owned = [max(1, len(sample.captions)) for sample in first.evalset.samples]
+    chance = [(k, 100 * chance_of_hit(k, answers, owned)) for k in ks]
     lines = [Line(chance, "chance", "chance")]
     for name, ranking in reversed(rankings.items()):
         style = "subject" if name == results["subject"] else "other"
@@ -240,6 +251,12 @@ def percent(value: float) -> str:
     return f"{100 * value:.{digits}f} %" if value < 1 else "100 %"
 
 
+def interval(bounds: tuple[float, float]) -> str:
+    """A range of shares: 5.12 – 7.51 %."""
+    low, high = (percent(value).removesuffix(" %") for value in bounds)
+    return f"{low} – {high} %"
+
+
 def times(value: float, chance: float) -> str:
     """How many times chance a share is."""
     ratio = value / chance
@@ -259,7 +276,7 @@ def _step(line: str) -> dict[str, Any] | None:
         step = json.loads(line)
     except ValueError:
         return None
-    return step if isinstance(step, dict) and {"samples", "loss"} <= step.keys() else None
+    return step if isinstance(step, dict) and {"step", "samples", "loss"} <= step.keys() else None
 
 
 def _drawn(evalset: EvalSet, ranking: Ranking, right: int, whatever: int) -> list[tuple[str, int]]:
@@ -274,7 +291,7 @@ def _drawn(evalset: EvalSet, ranking: Ranking, right: int, whatever: int) -> lis
 
 
 def _sample(evalset: EvalSet, population: Sequence[int], count: int) -> list[int]:
-    draw = random.Random(evalset.fingerprint)
+    draw = random.Random(f"{evalset.fingerprint}:{len(population)}")
     return draw.sample(population, min(count, len(population)))
 
 

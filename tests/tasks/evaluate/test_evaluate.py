@@ -14,13 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from evaclip_model.errors import InputError
+from evaclip_model.tokenizer import tokenize
 from evaclip_model.transform import decode_image, image_transform
 from evaclip_model.weights import open_model
-from tasks.artifact import Made
-from tasks.evaluate.config import EvalSetConfig, EvaluateConfig
+from tasks.artifact import Address, Made
+from tasks.evaluate.config import STAGE, EvalSetConfig, EvaluateConfig
 from tasks.evaluate.evaluate import evaluate_models
+from tasks.evaluate.task import evaluate
 from tasks.progress import silent
 
 CONFIG = EvaluateConfig(
@@ -69,8 +72,6 @@ def test_figures_equal_a_direct_computation_with_the_whole_batch_at_once(
     model = open_model(saved_model(1)).eval()
     transform = image_transform(model)
     images = torch.stack([transform(decode_image(disc(colours[n % 4], n))) for n in range(12)])
-    from evaclip_model.tokenizer import tokenize
-
     with torch.inference_mode():
         seen = model.encode_image(images, normalize=True)
         names = [f"{colour} disc" for colour in colours]
@@ -215,13 +216,26 @@ def test_one_unreadable_image_fails_the_set_in_one_sentence(
 def test_a_diverged_model_is_refused(
     tmp_path: Path, saved_model: SavedModel, sets: Mapping[str, Path]
 ):
-    from safetensors.torch import load_file, save_file
-
     broken = shutil.copytree(saved_model(1), tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     save_file({k: v * float("nan") for k, v in weights.items()}, broken / "model.safetensors")
     with pytest.raises(InputError, match="not finite"):
         evaluate_models(CONFIG, {"m": broken}, sets, [], tmp_path, silent)
+
+
+def test_the_task_returns_a_finished_evaluation_without_doing_it_again(
+    tmp_path: Path, saved_model: SavedModel, sets: Mapping[str, Path]
+):
+    address = Address.of(tmp_path / "runs", STAGE, CONFIG, {"train": "0" * 16})
+    arguments = (address, CONFIG, {"trained": saved_model(1)}, sets, [])
+    first = evaluate.fn(*arguments, silent)
+
+    def refuse(done: float, total: float, detail: str = "") -> None:
+        raise AssertionError("evaluated a second time")
+
+    assert evaluate.fn(*arguments, refuse) == first
+    assert set(first.files) == {"results.json", "report.html"}
+    assert first.kind == "evaluate"
 
 
 @pytest.mark.parametrize(
