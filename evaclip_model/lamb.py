@@ -52,6 +52,7 @@ class Lamb(torch.optim.Optimizer):
     Args:
         params: parameter groups; each with its own `lr` and `weight_decay`.
         trust_clip: bounds of the ratio, or none. A ratio with a zero norm is 1, before clipping.
+        adapt: whether to scale at all; without, this is AdamW.
         adapt_no_decay: scale groups without weight decay too; else their ratio is 1.
         trust_scope: "parameter", or "partition": one ratio for each tensor handed over, whatever
             it is made of (under ZeRO, one per group and rank).
@@ -66,12 +67,14 @@ class Lamb(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         trust_clip: tuple[float, float] | None = None,
+        adapt: bool = True,
         adapt_no_decay: bool = False,
         trust_scope: Literal["parameter", "partition"] = "parameter",
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
         self.trust_clip = trust_clip
+        self.adapt = adapt
         self.adapt_no_decay = adapt_no_decay
         self.trust_scope = trust_scope
         self._layouts: dict[Tensor, Layout] = {}
@@ -104,7 +107,7 @@ class Lamb(torch.optim.Optimizer):
     def _step_group(self, group: dict[str, Any], tensors: list[Tensor]) -> None:
         group["step"] = group.get("step", 0) + 1
         directions = [self._direction(tensor, group) for tensor in tensors]
-        if group["weight_decay"] != 0 or self.adapt_no_decay:
+        if self.adapt and (group["weight_decay"] != 0 or self.adapt_no_decay):
             for tensor, direction in zip(tensors, directions, strict=True):
                 self._adapt(tensor, direction)
         torch._foreach_add_(tensors, directions, alpha=-group["lr"])
@@ -115,14 +118,12 @@ class Lamb(torch.optim.Optimizer):
         mean_correction = 1 - beta1 ** group["step"]
         root_correction = (1 - beta2 ** group["step"]) ** 0.5
         state = self.moments(tensor)
-        flat = (tensor, tensor.grad, state["exp_avg"], state["exp_avg_sq"])
         direction = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        chunks = (CHUNK if tensor.device.type == "cpu" else tensor.numel()) or 1
-        for weight, grad, mean, square, out in zip(
-            *(part.reshape(-1).split(chunks) if part is not None else () for part in flat),
-            direction.view(-1).split(chunks),
-            strict=True,
-        ):
+        assert tensor.grad is not None
+        size = CHUNK if tensor.device.type == "cpu" else max(1, tensor.numel())
+        parts = (tensor, tensor.grad, state["exp_avg"], state["exp_avg_sq"], direction)
+        chunks = (torch.split(part.reshape(-1), size) for part in parts)
+        for weight, grad, mean, square, out in zip(*chunks, strict=True):
             mean.lerp_(grad, 1 - beta1)
             square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             root = square.sqrt().div_(root_correction).add_(group["eps"])
@@ -132,7 +133,7 @@ class Lamb(torch.optim.Optimizer):
         return direction
 
     def moments(self, tensor: Tensor) -> dict[str, Tensor]:
-        """First and second moment of a tensor handed over (`exp_avg`, `exp_avg_sq`), made if new."""
+        """First and second moment of a tensor (`exp_avg`, `exp_avg_sq`), zeros if new."""
         state: dict[str, Tensor] = self.state[tensor]
         for name in ("exp_avg", "exp_avg_sq"):
             if name not in state:
@@ -153,10 +154,8 @@ class Lamb(torch.optim.Optimizer):
         pieces = [direction.view(-1).narrow(0, *span) for span in cut]
         squares = torch.zeros(2, layout.parameters, dtype=torch.float64, device=tensor.device)
         if cut:
-            norms = torch.stack(
-                (torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(pieces)))
-            )
-            squares.index_add_(1, owner, norms.double().square())
+            norms = torch.stack([*torch._foreach_norm(weights), *torch._foreach_norm(pieces)])
+            squares.index_add_(1, owner, norms.double().square().view(2, -1))
         if layout.ranks is not None:
             dist.all_reduce(squares, group=layout.ranks)
         ratio = self._trust_ratio(*squares.sqrt()).to(tensor.dtype)

@@ -54,7 +54,7 @@ def mixing_pattern(weights: Mapping[str, float]) -> tuple[str, ...]:
 
 
 def _whole_shares(weights: Mapping[str, float]) -> dict[str, int]:
-    """Small whole numbers in the proportions of `weights`; exact where a cycle that short can be."""
+    """Small whole numbers in the proportions of `weights`, as close as a short cycle allows."""
     total = sum(weights.values())
     best: dict[str, int] = {}
     least = float("inf")
@@ -81,7 +81,8 @@ class Mixture:
     def draws(self, step: int, lane: int) -> Ints:
         """Source number of each of the lane's samples in this step, [per_lane]."""
         first = self._first(np.array([step]), lane)[0]
-        return self._pattern[(first + np.arange(self.per_lane)) % len(self._pattern)]
+        drawn: Ints = self._pattern[(first + np.arange(self.per_lane)) % len(self._pattern)]
+        return drawn
 
     def drawn_before(self, step: int, lane: int) -> Ints:
         """How often the lane drew from each source in all steps before this one, [sources]."""

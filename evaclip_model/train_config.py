@@ -23,7 +23,7 @@ MODEL_FOLDER = "model"
 
 
 class TrainConfig(Config):
-    """One training stage. Defaults are the paper's EVA-02-CLIP-B/16 (its Table 8) where it has one."""
+    """One training stage; defaults as the paper's EVA-02-CLIP-B/16 (Table 8) where it has one."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     """Name of the training stage."""
@@ -32,7 +32,7 @@ class TrainConfig(Config):
     samples_seen: int = Field(gt=0)
     """Image-text pairs to train on, repeats counted; rounded up to whole global batches."""
     global_batch: int = Field(gt=1)
-    """Image-text pairs in one optimizer step, over all ranks; also the number of contrasted texts."""
+    """Image-text pairs in one optimizer step, over all ranks: each is contrasted with all."""
     optimizer: Literal["lamb", "adamw"] = "lamb"
     """Update rule; LAMB scales each parameter's step by the ratio of its norm to its update's."""
     lr_vision: float = Field(default=2e-4, ge=0)
@@ -42,9 +42,9 @@ class TrainConfig(Config):
     lr_other: float = Field(default=5e-4, ge=0)
     """Peak learning rate of what belongs to no tower: the logit scale."""
     layer_decay_vision: float = Field(default=0.75, gt=0, le=1)
-    """Factor on the vision learning rate for every layer further from the output; 1 switches off."""
+    """Factor on the vision learning rate for each layer further from the output; 1 is off."""
     layer_decay_text: float = Field(default=0.75, gt=0, le=1)
-    """Factor on the text learning rate for every layer further from the output; 1 switches off."""
+    """Factor on the text learning rate for each layer further from the output; 1 is off."""
     weight_decay: float = Field(default=0.05, ge=0)
     """Decoupled decay of matrices and embeddings; biases, norms and positions have none."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -72,10 +72,10 @@ class TrainConfig(Config):
     """Whether LAMB adapts parameters without weight decay too (biases, norms, logit scale)."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: a third of the memory for a quarter more time."""
-    zero_stage: Literal[0, 1] = 1
-    """DeepSpeed ZeRO: 1 shards optimizer states over ranks, 0 keeps them whole on each."""
+    zero_stage: Literal[1, 2] = 1
+    """DeepSpeed ZeRO: 1 shards optimizer states over ranks, 2 gradients too."""
     source_weights: dict[str, float] = Field(default_factory=dict)
-    """Source name -> share of the draws, any scale; empty: in proportion to the samples there are."""
+    """Source name -> share of the draws, any scale; empty: in proportion to their samples."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Smallest and largest area of the random crop, as a share of the image's."""
     caption_templates: tuple[str, ...] = Field(default=("{}",), min_length=1)
