@@ -148,8 +148,6 @@ def read_artifact(folder: Path) -> Artifact:
         raise InputError(
             f"{path} cannot be read ({error}): delete the folder and run again"
         ) from None
-            f"{path} cannot be read ({error}): delete the folder and run again"
-        ) from None
     fields = {key: manifest[key] for key in Artifact.model_fields if key in manifest}
     return Artifact.from_mapping({**fields, "folder": folder}, where=str(path))
 
