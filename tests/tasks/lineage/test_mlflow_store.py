@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -236,3 +237,15 @@ def test_work_goes_on_when_the_store_is_away_and_a_later_run_ships_what_waited(
     assert train.info.status == "FINISHED"
     assert train.data.metrics["loss"] == 2
     assert train.data.tags["evaclip.reused"] == "false"
+
+
+def test_a_server_that_accepts_and_never_answers_delays_a_run_by_its_patience_only(
+    tmp_path: Path,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent_server:
+        store = TrackingStore.at(f"http://127.0.0.1:{silent_server.getsockname()[1]}", "lineage")
+        tracking = Tracking(store, tmp_path / "journals", patience_s=1)
+        started = time.monotonic()
+        with tracking.pipeline_run("demo", "r") as pipeline:
+            assert pipeline.run_id(wait_s=0.1) is None
+        assert time.monotonic() - started < 4

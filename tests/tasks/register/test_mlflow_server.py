@@ -1,4 +1,4 @@
-"""Tracking and registry over HTTP: a real MLflow server on loopback, started after the first run."""
+"""Tracking and registry over HTTP: a real MLflow server, started after the first run."""
 
 import json
 import os
