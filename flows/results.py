@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
-from tasks.evaluate.evaluate_files import REPORT, RESULTS
 
 from flows.chart import Chart
 from flows.profile import Profile
 from flows.recipe import Recipe
+from tasks.evaluate.config import REPORT, RESULTS
 from tasks.register.config import REGISTERED
 
 COLUMNS = ("set", "metric", "trained", "untrained", "chance")

@@ -1,6 +1,6 @@
 """What is evaluated, and how: the `[evaluate]` table of a recipe.
 
-Covers: the configs, and the stage whose artifact they decide.
+Covers: the configs, the stage whose artifact they decide, and the names of its files.
 Not here: reading sets, metrics, the report; torch is not imported.
 """
 
@@ -14,6 +14,10 @@ from evaclip_model.config import Config
 from tasks.artifact import Stage
 
 STAGE = Stage("evaluate", 1, tools=("torch", "pillow", "numpy", "ftfy"))
+RESULTS = "results.json"
+"""Every figure, with what it rests on."""
+REPORT = "report.html"
+"""The page for people; it needs no other file."""
 
 
 class EvalSetConfig(Config):

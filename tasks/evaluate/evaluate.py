@@ -26,15 +26,13 @@ from evaclip_model.transform import image_transform
 from evaclip_model.weights import WEIGHTS_FILE, open_model
 from evaclip_model.zeroshot import TextTower, encode_texts, text_classifier
 from tasks.artifact import Made, sha256_of, write_atomically
-from tasks.evaluate.config import STAGE, EvaluateConfig
+from tasks.evaluate.config import REPORT, RESULTS, STAGE, EvaluateConfig
 from tasks.evaluate.features import image_features
 from tasks.evaluate.figures import Scored, captions_of, chance_of, figures_of, score
 from tasks.evaluate.report import read_curve, write_report
 from tasks.evaluate.sets import EvalSet, open_set
 from tasks.progress import Report
 
-RESULTS = "results.json"
-REPORT = "report.html"
 TIES_WORTH_TELLING = 0.001
 """Width of the window that ties leave open, as a share, from which a reader is warned."""
 RULE = (
