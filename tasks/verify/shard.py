@@ -7,7 +7,6 @@ Not here: which shards there are, the manifest (verify.py).
 from __future__ import annotations
 
 import io
-import warnings
 from collections import Counter
 from enum import StrEnum
 from pathlib import Path
@@ -79,14 +78,11 @@ def flaw_of(sample: Sample, seen_uids: set[str], config: VerifyConfig) -> Flaw |
 
 def _flaw_of_image(encoded: bytes, config: VerifyConfig) -> Flaw | None:
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of large images and odd metadata; our own limit decides
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(encoded)) as image:
-                width, height = image.size
-                if width * height > config.max_pixels:
-                    return Flaw.TOO_MANY_PIXELS
-                image.convert("RGB")
+        with Image.open(io.BytesIO(encoded)) as image:
+            width, height = image.size
+            if width * height > config.max_pixels:
+                return Flaw.TOO_MANY_PIXELS
+            image.convert("RGB")
     except Image.DecompressionBombError:
         return Flaw.TOO_MANY_PIXELS
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -68,7 +69,9 @@ def _look_at_all(
         found = sum(known.shard.samples for known in verdicts.values() if known.shard)
         report(len(verdicts), len(tars), f"{found:,} samples")
 
-    with ThreadPoolExecutor(threads) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+        # Pillow warns of large images and odd metadata; our own rules decide
+        warnings.simplefilter("ignore")
         waiting = {}
         for tar in tars:
             known = checked / f"{tar.stem}.json"

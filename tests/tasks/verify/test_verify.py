@@ -1,0 +1,169 @@
+"""Verification of small real shards: what is kept, what is left out, and why."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import webdataset
+from PIL import Image
+
+from evaclip_model.errors import InputError
+from evaclip_model.samples import ShardManifest
+from tasks.artifact import Made, sha256_of
+from tasks.verify.config import VerifyConfig
+from tasks.verify.verify import verify_shards
+
+CONFIG = VerifyConfig(min_image_px=8, max_pixels=10_000, max_bad_share=0.3)
+
+
+def encoded(size: tuple[int, int] = (20, 12), kind: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise(size, 80).convert("RGB").save(buffer, kind)
+    return buffer.getvalue()
+
+
+def sample(number: int, source: str = "laion2b", **changes: object) -> dict[str, object]:
+    record = {"uid": f"{source}-{number}", "source": source}
+    return {
+        "__key__": f"{number:06d}",
+        "jpg": encoded(),
+        "txt": f"drawing {number}",
+        "json": json.dumps(record),
+        **changes,
+    }
+
+
+def write_shard(downloaded: Path, name: str, samples: list[dict[str, object]]) -> Path:
+    (downloaded / "shards").mkdir(parents=True, exist_ok=True)
+    path = downloaded / "shards" / f"{name}.tar"
+    with webdataset.TarWriter(str(path)) as tar:
+        for one in samples:
+            tar.write(one)
+    return path
+
+
+def verify(downloaded: Path, out: Path, config: VerifyConfig = CONFIG) -> Made:
+    return verify_shards(config, downloaded, out, 2, lambda *_: None)
+
+
+@pytest.fixture
+def downloaded(tmp_path: Path) -> Path:
+    folder = tmp_path / "download" / "abc"
+    write_shard(folder, "000000", [sample(number) for number in range(5)])
+    write_shard(folder, "000001", [sample(number, "coyo700m") for number in range(3)])
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "verify" / "def"
+
+
+def test_the_manifest_names_whole_shards_by_relative_path_and_digest(
+    downloaded: Path, out: Path
+) -> None:
+    made = verify(downloaded, out)
+    manifest = ShardManifest.read(out / "shards.json")
+    assert [shard.path for shard in manifest.shards] == [
+        "../../download/abc/shards/000000.tar",
+        "../../download/abc/shards/000001.tar",
+    ]
+    for shard in manifest.shards:
+        assert sha256_of(out / shard.path) == shard.sha256
+        assert (out / shard.path).stat().st_size == shard.bytes
+    assert [(shard.source, shard.samples) for shard in manifest.shards] == [
+        ("laion2b", 5),
+        ("coyo700m", 3),
+    ]
+    assert made.counts["samples"] == 8
+    assert made.counts["coyo700m.samples"] == 3
+    assert set(made.files) == {out / "shards.json", out / "report.json"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"jpg": b"\xff\xd8 nothing"}, "undecodable"),
+        ({"jpg": encoded((60, 60))[:-300]}, "undecodable"),
+        ({"jpg": encoded((20, 4))}, "too_small"),
+        ({"jpg": encoded((200, 100))}, "too_many_pixels"),
+        ({"txt": "  \n"}, "empty_caption"),
+        ({"json": json.dumps({"uid": "laion2b-0", "source": "laion2b"})}, "repeated_uid"),
+    ],
+)
+def test_a_bad_sample_is_counted_and_its_shard_kept(
+    downloaded: Path, out: Path, changes: dict[str, object], reason: str
+) -> None:
+    write_shard(downloaded, "000000", [*map(sample, range(4)), sample(4, **changes)])
+    made = verify(downloaded, out)
+    assert made.counts[f"bad.{reason}"] == 1
+    assert made.counts["shards"] == 2
+    assert ShardManifest.read(out / "shards.json").shards[0].samples == 5
+
+
+def test_a_shard_with_too_many_bad_samples_is_left_out(downloaded: Path, out: Path) -> None:
+    bad = [sample(number, jpg=b"x") for number in range(2)]
+    write_shard(downloaded, "000000", [*bad, sample(2), sample(3)])
+    made = verify(downloaded, out)
+    assert made.counts["shards_left_out"] == 1
+    report = json.loads((out / "report.json").read_text())
+    assert report["left_out"] == {
+        "../../download/abc/shards/000000.tar": "2 of its 4 samples are bad"
+    }
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "mixed", "incomplete"])
+def test_a_broken_shard_is_left_out_with_its_reason(downloaded: Path, out: Path, kind: str) -> None:
+    path = downloaded / "shards" / "000000.tar"
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:700])
+    elif kind == "empty":
+        write_shard(downloaded, "000000", [])
+    elif kind == "mixed":
+        write_shard(downloaded, "000000", [sample(0), sample(1, "coyo700m")])
+    else:
+        write_shard(downloaded, "000000", [sample(0), {"__key__": "1", "txt": "alone"}])
+    made = verify(downloaded, out)
+    assert (made.counts["shards"], made.counts["shards_left_out"]) == (1, 1)
+    expected = {
+        "truncated": "no whole tar",
+        "empty": "no samples",
+        "mixed": "mixes the sources coyo700m, laion2b",
+        "incomplete": "sample 1 holds",
+    }
+    (reason,) = json.loads((out / "report.json").read_text())["left_out"].values()
+    assert expected[kind] in reason
+
+
+def test_no_usable_shard_is_one_sentence(downloaded: Path, out: Path) -> None:
+    for path in (downloaded / "shards").iterdir():
+        path.write_bytes(b"not a tar")
+    with pytest.raises(InputError, match=r"none of the 2 shards .* can be trained on"):
+        verify(downloaded, out)
+    assert not (out / "shards.json").exists()
+
+
+def test_no_shard_at_all_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no shards"):
+        verify(tmp_path / "nothing", tmp_path / "out")
+
+
+def test_a_stopped_verification_goes_on_where_it_was(downloaded: Path, out: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(done: float, total: float, detail: str = "") -> None:
+        if done == 1:
+            raise Stop
+
+    with pytest.raises(Stop):
+        verify_shards(CONFIG, downloaded, out, 1, stop)
+    assert not (out / "shards.json").exists()
+    (kept,) = (out / "checked").glob("*.json")
+    written = kept.stat().st_mtime_ns
+    made = verify(downloaded, out)
+    assert made.counts["samples"] == 8
+    assert kept.stat().st_mtime_ns == written
