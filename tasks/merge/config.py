@@ -11,6 +11,9 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from evaclip_model.config import Config
+from tasks.artifact import Stage
+
+STAGE = Stage("merge", 1, tools=("duckdb",), ignores=("partitions", "memory_limit"))
 
 Policy = Literal["keep", "drop"]
 
@@ -48,7 +51,8 @@ class SourceConfig(Config):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     """Name in reports, folders and sampling weights, for example laion2b."""
     files: str = Field(min_length=1)
-    """Glob of its parquet files; a leading `demo:` means inside the demo artifact."""
+    """Glob of its parquet files; a leading `demo:` means inside the demo artifact. The flow finds
+    them."""
     columns: Literal["auto", "laion", "coyo"] | ColumnMap = "auto"
     """Published layout (auto = told from the column names), or an explicit column map."""
     target_count: int | None = Field(default=None, gt=0)

@@ -18,6 +18,15 @@ import duckdb
 from evaclip_model.errors import InputError
 
 SQL = Path(__file__).parent / "sql"
+NOT_ABOUT_CONTENT = (
+    duckdb.OutOfMemoryException,
+    duckdb.InterruptException,
+    duckdb.InternalException,
+    duckdb.BinderException,
+    duckdb.CatalogException,
+    duckdb.ParserException,
+)
+"""What a damaged file does not cause; damage itself may surface as any other error."""
 ASCII_HOST = re.compile(r"[a-z0-9._-]+")
 
 
@@ -56,7 +65,7 @@ def database(
             f"({_first_line(error)})"
         ) from error
     except duckdb.Error as error:
-        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+        if _is_disk_full(error):
             raise OSError(errno.ENOSPC, _first_line(error)) from error
         raise
     finally:
@@ -68,10 +77,10 @@ def reading(path: Path) -> Iterator[None]:
     """Turn the database's complaints about the content of a metadata file into a sentence."""
     try:
         yield
-    except duckdb.OutOfMemoryException:
+    except NOT_ABOUT_CONTENT:
         raise
-    except (duckdb.IOException, duckdb.InvalidInputException, duckdb.ConversionException) as error:
-        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+    except duckdb.Error as error:
+        if _is_disk_full(error):
             raise
         raise InputError(
             f"{path} cannot be read as parquet: fetch it again or take it out of 'files' "
@@ -99,6 +108,10 @@ def idna_host(host: str | None) -> str | None:
     except UnicodeError:
         return None
     return name if ASCII_HOST.fullmatch(name) else None
+
+
+def _is_disk_full(error: duckdb.Error) -> bool:
+    return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
 
 
 def _first_line(error: Exception) -> str:

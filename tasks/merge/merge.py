@@ -37,9 +37,11 @@ from evaclip_model.errors import InputError
 from tasks.artifact import Made, write_atomically
 from tasks.merge.config import FilterConfig, MergeConfig
 from tasks.merge.database import copy, database, reading, statement
-from tasks.merge.inputs import Files
 from tasks.merge.schema import column_map, select_list
 from tasks.progress import Report, silent
+
+Files = Mapping[str, Sequence[Path]]
+"""Source name -> its parquet files, in order."""
 
 REASONS = (
     "missing_url",
@@ -143,7 +145,8 @@ def merge_sources(
     height_hint; rows in selection order, `rows_per_file` in every file but a source's last.
 
     Raises:
-        InputError: a file cannot be read or lacks a column, or a source gives no row.
+        InputError: a source has no file, a file cannot be read or lacks a column, or a source gives
+            no row.
     """
     temporary = out / "_tmp"
     _forget_other_work(out, config, files)
@@ -189,6 +192,8 @@ def _inspect(
     """Schema and row count of every file, before any of the long work."""
     found: list[MetadataFile] = []
     for number, source in enumerate(config.sources):
+        if not files.get(source.name):
+            raise InputError(f"source '{source.name}': no file matches '{source.files}'")
         for path in files[source.name]:
             with reading(path):
                 description = connection.execute(

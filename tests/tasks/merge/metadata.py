@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from tasks.merge.config import MergeConfig
 
 LAION_2B = pa.schema(
     [
@@ -95,6 +98,14 @@ def coyo(number: int, **values: Any) -> dict[str, Any]:
     """A COYO-700M row that passes every default rule."""
     url = f"http://other{number % 5}.example/{number}.png"
     return {"id": number, "url": url, "text": f"photo {number}", **values}
+
+
+def find_files(config: MergeConfig) -> dict[str, list[Path]]:
+    """The files of every source's glob, as the flow finds them."""
+    return {
+        source.name: sorted(Path(name) for name in glob.glob(source.files))
+        for source in config.sources
+    }
 
 
 def output_rows(files: Sequence[Path]) -> list[dict[str, Any]]:
