@@ -109,14 +109,29 @@ class Tracking:
         finally:
             shipper.finish(self.patience_s)
 
-    def _journal(self, digest: str) -> Journal:
-        about = {"digest": digest, "uri": self.store.uri, "experiment": self.store.experiment}
+    def has_unfinished(self, digest: str) -> bool:
+        """Whether a pipeline run of this recipe was killed and waits to be continued."""
+        about = self._about(digest)
+        found = False
         for left in Journal.unshipped(self.journals):
-            same = all(left.about.get(name) == value for name, value in about.items())
-            if same and not left.is_closed:
+            found = found or (_is_of(left, about) and not left.is_closed)
+            left.release()
+        return found
+
+    def _about(self, digest: str) -> dict[str, str]:
+        return {"digest": digest, "uri": self.store.uri, "experiment": self.store.experiment}
+
+    def _journal(self, digest: str) -> Journal:
+        about = self._about(digest)
+        for left in Journal.unshipped(self.journals):
+            if _is_of(left, about) and not left.is_closed:
                 return left
             left.release()
         return Journal.start(self.journals, about)
+
+
+def _is_of(journal: Journal, about: Mapping[str, str]) -> bool:
+    return all(journal.about.get(name) == value for name, value in about.items())
 
 
 class _Run:

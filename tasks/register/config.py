@@ -14,6 +14,8 @@ from evaclip_model.config import Config
 from tasks.artifact import Stage
 
 STAGE = Stage("register", 1, tools=("mlflow",))
+REGISTERED = "registered.json"
+"""The artifact's one file: name, version, alias, uri, tracking_uri."""
 
 
 class RegisterConfig(Config):

@@ -23,7 +23,7 @@ from evaclip_model.errors import InputError
 from tasks.artifact import MANIFEST, Address, Artifact, Made, sha256_of, write_atomically
 from tasks.progress import Report, silent
 from tasks.register.ancestry import ancestry
-from tasks.register.config import RegisterConfig
+from tasks.register.config import REGISTERED, RegisterConfig
 from tasks.tracking import TrackingStore, is_refusal
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
 
-REGISTERED = "registered.json"
 DIGEST_TAG = "evaclip.digest"
 WEIGHTS_TAG = "evaclip.weights_sha256"
 SERVED = Path(__file__).with_name("served_model.py")
@@ -50,9 +49,8 @@ def register_model(
     store: TrackingStore,
     root: Path,
     out: Path,
-    report: Report = silent,
-    *,
     run_id: str | None = None,
+    report: Report = silent,
 ) -> Made:
     """Register `trained` under the config's name, give it the alias, write `registered.json`.
 
@@ -63,8 +61,8 @@ def register_model(
         store: the tracking store whose registry takes it.
         root: root of the artifacts, to find the ancestors whose digests become tags.
         out: folder of this stage's artifact.
+        run_id: MLflow run that made the model, when it is known; the version links to it.
         report: told of every step.
-        run_id: MLflow run of the training, when it is known; the version links to it.
 
     Raises:
         InputError: the store does not answer.

@@ -22,15 +22,12 @@ def register(
     evaluated: Artifact,
     store: TrackingStore,
     root: Path,
-    report: Report = silent,
-    *,
     run_id: str | None = None,
+    report: Report = silent,
 ) -> Artifact:
     """The registration at `address`, made now, or found finished and still in the registry."""
     forget_if_gone(address, store)
     return produce(
         address,
-        lambda out: register_model(
-            config, trained, evaluated, store, root, out, report, run_id=run_id
-        ),
+        lambda out: register_model(config, trained, evaluated, store, root, out, run_id, report),
     )

@@ -196,12 +196,15 @@ def test_a_killed_run_is_continued_and_every_step_is_there_once(
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert runs(store)["demo"][0].info.status == "RUNNING"
+    tracking = Tracking(store, tmp_path / "journals")
+    assert tracking.has_unfinished("r") and not tracking.has_unfinished("another recipe")
     metrics = tmp_path / "train" / Address(tmp_path, Stage("train", 1), {}).digest / "metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))
     assert run_child(tmp_path, "2,3,4", 0).wait() == 0
     found = runs(store)
     ((train,), (pipeline,)) = found["train"], found["demo"]
     assert (train.info.status, pipeline.info.status) == ("FINISHED", "FINISHED")
+    assert not tracking.has_unfinished("r")
     history = store.client().get_metric_history(train.info.run_id, "loss")
     assert [point.step for point in history] == [0, 1, 2, 3, 4]
 

@@ -15,9 +15,9 @@ from PIL import Image
 from evaclip_model import InputError, create_model, open_model, save_model
 from evaclip_model.config import Config
 from tasks.artifact import Address, Artifact, Made, Stage, produce
-from tasks.register.config import STAGE, RegisterConfig
+from tasks.register.config import REGISTERED, STAGE, RegisterConfig
 from tasks.register.pull import pull
-from tasks.register.registry import REGISTERED, forget_if_gone, pack, register_model
+from tasks.register.registry import forget_if_gone, pack, register_model
 from tasks.tracking import TrackingStore
 
 CONFIG = RegisterConfig(model_name="evaclip-test")
