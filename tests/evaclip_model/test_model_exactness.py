@@ -1,0 +1,134 @@
+"""The model against numbers made by the authors' own code (data/README.md)."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from evaclip_model.clip import EvaClip, create_model
+from evaclip_model.layers import attention_kernel
+from evaclip_model.loss import contrastive_loss
+from evaclip_model.model_config import ModelConfig, model_names
+from evaclip_model.rope import GridRope, rotate
+from evaclip_model.vision import VisionTower
+from evaclip_model.weights import resize_patch_kernel, resize_positions
+
+DATA = Path(__file__).parent / "data" / "models"
+RELEASED = json.loads(gzip.decompress((DATA / "released_keys.json.gz").read_bytes()))
+CASES = ["eva01_g", "eva02_l"]
+
+
+def reference(case: str) -> tuple[EvaClip, dict[str, Tensor], dict[str, float]]:
+    described = json.loads((DATA / f"{case}.json").read_text())
+    model = create_model(described["config"], weights=DATA / f"{case}_weights.safetensors")
+    return model, load_file(DATA / f"{case}_expected.safetensors"), described["grad_norms"]
+
+
+def logits(model: EvaClip, expected: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    image, text, scale = model(expected["inputs/images"].to(dtype), expected["inputs/token_ids"])
+    return scale * image @ text.T
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 2e-5), ("fp64", 1e-12)])
+def test_features_logits_and_loss_equal_the_originals(case: str, dtype: str, tolerance: float):
+    model, expected, _ = reference(case)
+    wide = torch.float64 if dtype == "fp64" else torch.float32
+    model = model.to(wide)
+    images, tokens = expected["inputs/images"].to(wide), expected["inputs/token_ids"]
+    with torch.no_grad():
+        got = {
+            "image_features": model.encode_image(images),
+            "text_features": model.encode_text(tokens),
+            "logits_per_image": logits(model, expected, wide),
+            "loss": contrastive_loss(*model(images, tokens)),
+        }
+    for name, value in got.items():
+        torch.testing.assert_close(
+            value, expected[f"{dtype}/{name}"], rtol=0, atol=tolerance, msg=name
+        )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_gradient_has_the_original_norm(case: str):
+    model, expected, norms = reference(case)
+    model.double()
+    images, tokens = expected["inputs/images"].double(), expected["inputs/token_ids"]
+    contrastive_loss(*model(images, tokens)).backward()
+    got = {name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None}
+    assert got.keys() == norms.keys()
+    for name, norm in norms.items():
+        assert got[name] == pytest.approx(norm, rel=1e-9, abs=1e-12), name
+
+
+def test_the_first_block_of_an_e_style_tower_equals_the_original():
+    config = ModelConfig.load(json.loads((DATA / "eva02_e.json").read_text())["config"])
+    reference = load_file(DATA / "eva02_e_first_block.safetensors")
+    tower = VisionTower(config.vision, config.embed_dim, attention_kernel("eager"))
+    weights = {
+        key.removeprefix("weights/visual."): value
+        for key, value in reference.items()
+        if key.startswith("weights/")
+    }
+    missing = tower.load_state_dict(weights, strict=False)
+    assert not missing.unexpected_keys
+    with torch.no_grad():
+        block = tower.blocks[0](tower.embed(reference["images"], None), None)
+    torch.testing.assert_close(block, reference["visual.block_0"], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", sorted(RELEASED))
+def test_parameters_are_named_and_shaped_as_released(name: str):
+    with torch.device("meta"):
+        model = EvaClip(ModelConfig.load(name))
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    shapes["logit_scale"] = []  # released without a dimension; save_model writes it so
+    assert shapes == RELEASED[name]["parameters"]
+    assert sum(p.numel() for p in model.parameters()) == RELEASED[name]["total"]
+
+
+def test_every_published_architecture_ships():
+    assert set(RELEASED) | {"EVA02-CLIP-demo"} == set(model_names())
+
+
+@pytest.mark.parametrize(("name", "grid"), [("B16_224", 14), ("L14_336", 24)])
+def test_rope_tables_equal_the_originals(name: str, grid: int):
+    original = load_file(DATA / "rope_tables.safetensors")
+    cos, sin = GridRope(grid, 64, reference_grid=16)(None)
+    for ours, kind in ((cos, "cos"), (sin, "sin")):
+        pairs = original[f"{name}.freqs_{kind}"][:, ::2]  # they repeat each frequency
+        torch.testing.assert_close(ours[1:, 0], pairs, rtol=0, atol=1e-7)
+    assert torch.equal(cos[0], torch.ones(1, 32))
+    assert torch.equal(sin[0], torch.zeros(1, 32))
+
+
+def test_rotation_equals_the_original():
+    original = load_file(DATA / "rope_tables.safetensors")
+    cos, sin = (table[1:] for table in GridRope(14, 64, reference_grid=16)(None))
+    x = original["apply.in"].transpose(1, 2)  # heads second in the reference, third here
+    torch.testing.assert_close(
+        rotate(x, cos, sin), original["apply.out"].transpose(1, 2), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("change", ["14to24", "224to336_16to24", "24to16", "16to14_psz14to16"])
+def test_position_tables_resize_as_the_original(change: str):
+    tables = load_file(DATA / "resized_tables.safetensors")
+    after = tables[f"{change}.pos_embed.after"]
+    grid = round((after.shape[1] - 1) ** 0.5)
+    resized = resize_positions(tables[f"{change}.pos_embed.before"], grid)
+    torch.testing.assert_close(resized, after, rtol=0, atol=1e-5)
+
+
+def test_patch_kernels_resize_as_the_original():
+    tables = load_file(DATA / "resized_tables.safetensors")
+    resized = resize_patch_kernel(tables["16to14_psz14to16.patch_embed.before"], 16)
+    torch.testing.assert_close(
+        resized, tables["16to14_psz14to16.patch_embed.after"], rtol=0, atol=1e-5
+    )

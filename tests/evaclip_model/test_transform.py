@@ -1,0 +1,91 @@
+"""Transforms against tensors made by the authors' own code (data/README.md)."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from evaclip_model.transform import (
+    UnreadableImageError,
+    crop_box,
+    decode_image,
+    image_transform,
+    normalize_images,
+    resized_crop,
+    train_crop,
+)
+
+DATA = Path(__file__).parent / "data" / "transforms"
+BOXES = json.loads((DATA / "train_boxes.json").read_text())
+
+
+@pytest.mark.parametrize("file", sorted(BOXES))
+def test_the_evaluation_transform_equals_the_original(file: str):
+    expected = load_file(DATA / "expected.safetensors")[f"{Path(file).stem}.eval32"]
+    got = image_transform(32)(decode_image((DATA / file).read_bytes()))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("file", sorted(BOXES))
+def test_a_training_crop_of_the_original_box_equals_the_original(file: str):
+    expected = load_file(DATA / "expected.safetensors")[f"{Path(file).stem}.train56_seed4"]
+    top, left, height, width = BOXES[file]
+    box = (left, top, left + width, top + height)
+    got = resized_crop(decode_image((DATA / file).read_bytes()), box, 56)
+    torch.testing.assert_close(normalize_images(got), expected, rtol=0, atol=1e-6)
+
+
+def test_a_training_crop_depends_on_seed_and_position_alone():
+    image = decode_image((DATA / "palette_alpha.png").read_bytes())
+    crops = [
+        train_crop(image, 24, seed=seed, position=position)
+        for seed, position in ((1, 5), (1, 5), (2, 5), (1, 6))
+    ]
+    assert crops[0].dtype == torch.uint8
+    assert crops[0].shape == (3, 24, 24)
+    assert torch.equal(crops[0], crops[1])
+    assert not torch.equal(crops[0], crops[2])
+    assert not torch.equal(crops[0], crops[3])
+
+
+def test_random_boxes_lie_inside_and_have_the_area_and_ratio_asked_for():
+    draw = np.random.default_rng(0)
+    for _ in range(300):
+        left, top, right, bottom = crop_box(640, 480, draw, (0.5, 0.8))
+        assert 0 <= left < right <= 640
+        assert 0 <= top < bottom <= 480
+        width, height = right - left, bottom - top
+        assert 0.49 < width * height / (640 * 480) < 0.81
+        assert 0.74 < width / height < 1.35
+
+
+@pytest.mark.parametrize(
+    ("size", "box"), [((1000, 10), (494, 0, 507, 10)), ((10, 1000), (0, 494, 10, 507))]
+)
+def test_an_extreme_image_gets_the_largest_middle_part(size, box):
+    left, top, right, bottom = crop_box(*size, np.random.default_rng(0), (0.9, 1.0))
+    assert max(abs(a - b) for a, b in zip((left, top, right, bottom), box, strict=True)) <= 1
+
+
+def png(size: tuple[int, int]) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, "red").save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>404</html>", png((40, 40))[:60]])
+def test_bytes_that_are_no_image_are_named_as_such(data: bytes):
+    with pytest.raises(UnreadableImageError):
+        decode_image(data)
+
+
+def test_an_image_that_claims_too_many_pixels_is_not_decoded():
+    with pytest.raises(UnreadableImageError, match="40 x 40 pixels, more than 1,000"):
+        decode_image(png((40, 40)), max_pixels=1000)

@@ -1,0 +1,76 @@
+"""The stage that makes the model training starts from."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from evaclip_model.clip import create_model
+from evaclip_model.errors import InputError
+from evaclip_model.weights import open_model, save_model
+from tasks.artifact import Artifact, produce
+from tasks.initialise.config import InitialiseConfig, address
+from tasks.initialise.initialise import initialise_model
+from tasks.progress import silent
+
+DEMO = "EVA02-CLIP-demo"
+
+
+def make(root: Path, **values: object) -> Artifact:
+    config = InitialiseConfig.from_mapping({"model": DEMO, **values}, where="test")
+    return produce(address(root, config), partial(initialise_model, config, report=silent))
+
+
+def test_the_artifact_is_the_model_its_config_decides(tmp_path: Path):
+    artifact = make(tmp_path, image_px=48, seed=3)
+    assert sorted(artifact.files) == ["model/config.json", "model/model.safetensors"]
+    opened = open_model(artifact.folder / "model")
+    assert opened.config.vision.image_px == 48
+    expected = create_model(opened.config, seed=3).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in opened.state_dict().items())
+    assert artifact.counts["parameters"] == sum(p.numel() for p in opened.parameters())
+
+
+def test_made_again_elsewhere_it_has_the_same_bytes(tmp_path: Path):
+    one, other = make(tmp_path / "a"), make(tmp_path / "b")
+    assert (one.digest, one.files) == (other.digest, other.files)
+
+
+def test_a_tower_can_come_from_another_model(tmp_path: Path):
+    source = create_model(DEMO, seed=9)
+    save_model(source, tmp_path / "other")
+    artifact = make(tmp_path, vision=str(tmp_path / "other"), image_px=48)
+    opened = open_model(artifact.folder / "model")
+    assert torch.equal(opened.visual.blocks[0].mlp.w1.weight, source.visual.blocks[0].mlp.w1.weight)
+    assert artifact.counts["vision.resized"] == 1
+    assert "text.loaded" not in artifact.counts
+
+
+def test_other_content_under_the_same_path_is_another_artifact(tmp_path: Path):
+    config = InitialiseConfig(model=DEMO, vision=tmp_path / "other")
+    digests = set()
+    for seed in (1, 2):
+        save_model(create_model(DEMO, seed=seed), tmp_path / "other")
+        digests.add(address(tmp_path, config).digest)
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": "EVA02-CLIP-dema"}, "did you mean 'EVA02-CLIP-demo'"),
+        ({"model": DEMO, "image_px": 50}, "50 is no multiple of patch_px 8"),
+        ({"model": DEMO, "sed": 1}, "did you mean 'seed'"),
+    ],
+)
+def test_a_wrong_table_is_one_sentence(values: dict[str, object], message: str):
+    with pytest.raises(InputError, match=message):
+        InitialiseConfig.from_mapping(values, where="[initialise]")
+
+
+def test_missing_weights_are_named_before_anything_runs(tmp_path: Path):
+    with pytest.raises(InputError, match=r"weights .*nothing\.pt do not exist"):
+        address(tmp_path, InitialiseConfig(model=DEMO, text=tmp_path / "nothing.pt"))
