@@ -16,6 +16,7 @@ from torch import Tensor
 from evaclip_model.loss import contrastive_loss, contrastive_terms, gathered_terms
 
 HERE = Path(__file__).parent
+WORKER = HERE / "gather_worker.py"
 FEATURES = HERE / "data" / "models" / "loss_two_ranks.safetensors"
 EXPECTED = json.loads(FEATURES.with_suffix(".json").read_text())
 SCALE = EXPECTED["logit_scale"]
@@ -29,8 +30,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor
     outs = [folder / f"{rank}.safetensors" for rank in range(2)]
     processes = [
         subprocess.Popen(
-            [sys.executable, HERE / "gather_worker.py", str(rank), folder / "meet", FEATURES]
-            + [str(SCALE), out],
+            list(map(str, (sys.executable, WORKER, rank, folder / "meet", FEATURES, SCALE, out))),
             env=environment,
         )
         for rank, out in enumerate(outs)
