@@ -1,13 +1,11 @@
 """What decides the model that training starts from.
 
-Covers: architecture, resolution, where each tower's weights come from, the seed of the rest; the
-artifact's address.
+Covers: architecture, resolution, where each tower's weights come from, the seed of the rest.
 Not here: making it (initialise.py). Does not import torch.
 """
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Self
 
@@ -16,11 +14,9 @@ from pydantic import Field, model_validator
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 from evaclip_model.model_config import ModelConfig, model_names
-from tasks.artifact import Address, Stage
+from tasks.artifact import Stage
 
 STAGE = Stage("initialise", 1, tools=("torch", "safetensors"))
-
-_SAMPLE_BYTES = 1 << 20
 
 
 class InitialiseConfig(Config):
@@ -50,40 +46,20 @@ class InitialiseConfig(Config):
         config = ModelConfig.load(self.model)
         return config if self.image_px is None else config.at_image_px(self.image_px)
 
+    def files(self) -> dict[str, Path]:
+        """Role -> every outside file (or folder of a saved model) that decides the result.
 
-def address(root: Path, config: InitialiseConfig) -> Address:
-    """Where the artifact is or will be; the files it starts from count by content.
-
-    Raises:
-        InputError: a file of weights does not exist.
-    """
-    parents = {
-        role: fingerprint(path)
-        for role, path in (("vision", config.vision), ("text", config.text))
-        if path is not None
-    }
-    if config.model not in model_names():
-        parents["model"] = fingerprint(Path(config.model))
-    return Address.of(root, STAGE, config, parents)
-
-
-def fingerprint(path: Path) -> str:
-    """Identity of a file of weights (or of a config) by its size and its first and last MiB.
-
-    Weights have gigabytes; the list of tensors at one end and values at the other tell two files
-    apart.
-
-    Raises:
-        InputError: there is no such file, nor a folder that holds a saved model.
-    """
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if not path.is_file():
-        raise InputError(f"weights {path} do not exist: give a file, or a saved model's folder")
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(_SAMPLE_BYTES))
-        file.seek(max(0, size - _SAMPLE_BYTES))
-        digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
+        Raises:
+            InputError: one of them does not exist.
+        """
+        named = {"vision": self.vision, "text": self.text}
+        files = {role: path for role, path in named.items() if path is not None}
+        if self.model not in model_names():
+            files["model"] = Path(self.model)
+        for role, path in files.items():
+            if not path.exists():
+                raise InputError(
+                    f"initialise.{role}: {path} does not exist: give a file, "
+                    "or a saved model's folder"
+                )
+        return files

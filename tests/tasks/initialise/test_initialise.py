@@ -11,12 +11,17 @@ import torch
 from evaclip_model.clip import create_model
 from evaclip_model.errors import InputError
 from evaclip_model.weights import open_model, save_model
-from tasks.artifact import Artifact, produce
-from tasks.initialise.config import InitialiseConfig, address
+from tasks.artifact import Address, Artifact, fingerprint, produce
+from tasks.initialise.config import STAGE, InitialiseConfig
 from tasks.initialise.initialise import initialise_model
 from tasks.progress import silent
 
 DEMO = "EVA02-CLIP-demo"
+
+
+def address(root: Path, config: InitialiseConfig) -> Address:
+    weights = {role: fingerprint(path) for role, path in config.files().items()}
+    return Address.of(root, STAGE, config, weights)
 
 
 def make(root: Path, **values: object) -> Artifact:
@@ -72,5 +77,5 @@ def test_a_wrong_table_is_one_sentence(values: dict[str, object], message: str):
 
 
 def test_missing_weights_are_named_before_anything_runs(tmp_path: Path):
-    with pytest.raises(InputError, match=r"weights .*nothing\.pt do not exist"):
+    with pytest.raises(InputError, match=r"initialise.text: .*nothing\.pt does not exist"):
         address(tmp_path, InitialiseConfig(model=DEMO, text=tmp_path / "nothing.pt"))

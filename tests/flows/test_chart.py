@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import pytest
+
+from evaclip_model.errors import InputError
+from flows.chart import draw_chart, find_files
+from flows.plan import check_disk, make_plan, plan_markdown
+from flows.recipe import load_recipe
+from tasks.artifact import Made, produce
+
+ORDER = ["demo", "merge", "download", "verify", "initialise", "train", "train", "evaluate"]
+
+
+def chart_of(root: Path, *overrides: str):
+    return draw_chart(load_recipe("demo", overrides), root, "sqlite:///there.db")
+
+
+def test_every_stage_is_addressed_in_the_order_of_work(tmp_path: Path) -> None:
+    kinds = [address.stage.name for address in chart_of(tmp_path).steps()]
+    assert kinds == [*ORDER, "register"]
+
+
+def test_a_changed_setting_moves_its_stage_and_all_that_follow_and_nothing_before(
+    tmp_path: Path,
+) -> None:
+    before, after = chart_of(tmp_path), chart_of(tmp_path, "train.stage2.lr_vision=1e-5")
+    moved = [b.digest != a.digest for b, a in zip(before.steps(), after.steps(), strict=True)]
+    assert moved == [False] * 6 + [True] * 3
+
+
+def test_how_the_merge_works_does_not_move_its_address(tmp_path: Path) -> None:
+    changed = chart_of(tmp_path, "merge.partitions=9", "merge.memory_limit=2GB")
+    assert changed.merge.digest == chart_of(tmp_path).merge.digest
+
+
+def test_another_tracking_server_asks_for_another_registration(tmp_path: Path) -> None:
+    recipe = load_recipe("demo")
+    here, there = (draw_chart(recipe, tmp_path, uri) for uri in ("sqlite:///a", "sqlite:///b"))
+    assert here.register.digest != there.register.digest
+    assert here.evaluate.digest == there.evaluate.digest
+
+
+def test_outside_metadata_is_known_by_its_content(tmp_path: Path) -> None:
+    file = tmp_path / "own.parquet"
+    file.write_bytes(b"one")
+    override = f"merge.sources.laion2b.files={tmp_path}/*.parquet"
+    first = chart_of(tmp_path, override).merge.digest
+    file.write_bytes(b"two")
+    assert chart_of(tmp_path, override).merge.digest != first
+
+
+def test_a_pattern_that_matches_nothing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"merge.sources 'laion2b': no file matches '.*none"):
+        chart_of(tmp_path, f"merge.sources.laion2b.files={tmp_path}/none*.parquet")
+
+
+def test_demo_files_need_a_demo(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"needs a \[demo\] table"):
+        find_files("demo:x/*.parquet", None, "merge.sources 'x'")
+
+
+def test_a_plan_tells_what_is_there_what_is_unfinished_and_what_is_to_make(tmp_path: Path) -> None:
+    recipe, chart = load_recipe("demo"), chart_of(tmp_path)
+    assert chart.demo is not None
+    produce(chart.demo, lambda out: Made({"concepts": 7}, ()))
+    chart.merge.folder.mkdir(parents=True)
+    (chart.merge.folder / "half").touch()
+    rows = make_plan(recipe, chart)
+    assert [row.state for row in rows[:3]] == ["there", "unfinished", "to make"]
+    assert rows[0].size == "concepts 7"
+    assert [row.title for row in rows[5:7]] == ["train stage1", "train stage2"]
+    assert "steps of 256" in rows[5].size
+    assert plan_markdown(recipe, chart).count("\n") == len(rows) + 3
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    recipe = load_recipe("demo", ["merge.sources.laion2b.target_count=4000000000000"])
+    with pytest.raises(InputError, match="GB free and this run needs about"):
+        check_disk(recipe, draw_chart(recipe, tmp_path, ""), tmp_path)

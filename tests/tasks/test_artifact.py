@@ -1,0 +1,109 @@
+import errno
+import json
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+
+from evaclip_model.config import Config
+from evaclip_model.errors import InputError
+from tasks.artifact import MANIFEST, Address, Made, Stage, fingerprint, produce, read_artifact
+
+
+class Wanted(Config):
+    number: int = 1
+    memory: int = 2
+
+
+STAGE = Stage("count", 1, tools=("pydantic",), ignores=("memory",))
+
+
+def address(root: Path, **fields: int) -> Address:
+    return Address.of(root, STAGE, Wanted(**fields), {"from": "abc"})
+
+
+def make_number(out: Path) -> Made:
+    (out / "number.txt").write_text("1")
+    return Made({"numbers": 1}, (out / "number.txt",))
+
+
+def test_an_artifact_is_made_once_and_found_afterwards(tmp_path: Path) -> None:
+    made = produce(address(tmp_path), make_number)
+    again = produce(address(tmp_path), lambda out: pytest.fail("made twice"))
+    assert made == again == read_artifact(made.folder)
+    assert made.files["number.txt"]["size"] == 1
+    assert made.parents == {"from": "abc"}
+
+
+def test_the_digest_hears_config_parents_and_version_but_not_ignored_settings(
+    tmp_path: Path,
+) -> None:
+    base = address(tmp_path).digest
+    assert address(tmp_path, memory=9).digest == base
+    assert address(tmp_path, number=9).digest != base
+    assert Address.of(tmp_path, STAGE, Wanted(), {"from": "abd"}).digest != base
+    assert Address.of(tmp_path, Stage("count", 2), Wanted(), {"from": "abc"}).digest != base
+
+
+def test_without_a_manifest_the_stage_runs_again(tmp_path: Path) -> None:
+    def dies(out: Path) -> Made:
+        (out / "half").write_text("x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        produce(address(tmp_path), dies)
+    assert not address(tmp_path).is_finished
+    assert produce(address(tmp_path), make_number).counts == {"numbers": 1}
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    def fills(out: Path) -> Made:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(InputError, match="the disk is full at .*what is finished is kept"):
+        produce(address(tmp_path), fills)
+
+
+def hold(where: Address, ready: "multiprocessing.Event", done: "multiprocessing.Event") -> None:
+    def slowly(out: Path) -> Made:
+        ready.set()
+        done.wait(20)
+        return Made({}, ())
+
+    produce(where, slowly)
+
+
+def test_two_runs_do_not_make_the_same_artifact_and_a_killed_one_frees_it(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(address(tmp_path), ready, done))
+    other.start()
+    assert ready.wait(10)
+    with pytest.raises(InputError, match="another run is making"):
+        produce(address(tmp_path), make_number)
+    other.kill()
+    other.join()
+    assert produce(address(tmp_path), make_number).counts == {"numbers": 1}
+
+
+def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
+    made = produce(address(tmp_path), make_number)
+    (made.folder / MANIFEST).write_text("{")
+    with pytest.raises(InputError, match="manifest.json cannot be read"):
+        read_artifact(made.folder)
+    (made.folder / MANIFEST).write_text(json.dumps({"kind": "count"}))
+    with pytest.raises(InputError, match="'digest' is missing"):
+        read_artifact(made.folder)
+
+
+def test_a_fingerprint_hears_names_sizes_and_ends(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "a").write_bytes(b"x" * 10)
+    first = fingerprint(folder)
+    time.sleep(0.01)
+    (folder / "a").write_bytes(b"x" * 10)
+    assert fingerprint(folder) == first
+    (folder / "a").write_bytes(b"x" * 9 + b"y")
+    assert fingerprint(folder) != first
