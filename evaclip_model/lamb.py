@@ -94,6 +94,16 @@ class Lamb(torch.optim.Optimizer):
                 raise ValueError("a fragment lies outside the group's flat tensor")
             self._layouts[flat] = layout
 
+    @property
+    def updates(self) -> int:
+        """Steps taken; decides the bias correction of the next."""
+        return int(self.param_groups[0].get("updates", 0))
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        for group in self.param_groups:
+            group["updates"] = count
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update all groups from their gradients; a closure is not supported."""
@@ -105,7 +115,8 @@ class Lamb(torch.optim.Optimizer):
                 self._step_group(group, tensors)
 
     def _step_group(self, group: dict[str, Any], tensors: list[Tensor]) -> None:
-        group["step"] = group.get("step", 0) + 1
+        # Counted by group: ZeRO calls `step` once for each group, with the others hidden.
+        group["updates"] = group.get("updates", 0) + 1
         directions = [self._direction(tensor, group) for tensor in tensors]
         if self.adapt and (group["weight_decay"] != 0 or self.adapt_no_decay):
             for tensor, direction in zip(tensors, directions, strict=True):
@@ -115,8 +126,8 @@ class Lamb(torch.optim.Optimizer):
     def _direction(self, tensor: Tensor, group: dict[str, Any]) -> Tensor:
         """Advance the moments and return m / (sqrt(v) + eps) + decay * weight, bias-corrected."""
         beta1, beta2 = group["betas"]
-        mean_correction = 1 - beta1 ** group["step"]
-        root_correction = (1 - beta2 ** group["step"]) ** 0.5
+        mean_correction = 1 - beta1 ** group["updates"]
+        root_correction = (1 - beta2 ** group["updates"]) ** 0.5
         state = self.moments(tensor)
         direction = torch.empty_like(tensor, memory_format=torch.contiguous_format)
         assert tensor.grad is not None

@@ -11,12 +11,13 @@ it in the same window.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -38,8 +39,6 @@ class Batch:
     captions: tuple[str, ...]
     positions: Tensor
     """[b] int64, place of each sample in the whole of training."""
-    sources: Counter[str]
-    """How many samples came from each source."""
 
 
 class _Loaded:
@@ -105,7 +104,7 @@ class BatchReader:
         self._windows: dict[tuple[int, int], _Window] = {}
         self.bad: Counter[str] = Counter()
 
-    def batches(self, first_step: int, steps: int) -> Iterator[Batch]:
+    def batches(self, first_step: int, steps: int) -> Generator[Batch, None, None]:
         """Batches from `first_step` to `steps` (exclusive), the next one made while one is used."""
         with ThreadPoolExecutor(1, thread_name_prefix="reader") as ahead:
             following: Future[Batch] | None = None
@@ -121,7 +120,6 @@ class BatchReader:
             InputError: a shard cannot be read, or a whole window holds no usable sample.
         """
         images, captions, positions = [], [], []
-        sources: Counter[str] = Counter()
         for lane in self._lanes:
             drawn = self._mixture.drawn_before(step, lane)
             start = step * self._config.global_batch + lane * self._mixture.per_lane
@@ -131,8 +129,13 @@ class BatchReader:
                 images.append(image)
                 captions.append(caption)
                 positions.append(start + place)
-                sources[self._mixture.sources[source]] += 1
-        return Batch(step, torch.stack(images), tuple(captions), torch.tensor(positions), sources)
+        return Batch(step, torch.stack(images), tuple(captions), torch.tensor(positions))
+
+    def drawn(self, steps: int) -> dict[str, int]:
+        """Samples of each source in the first `steps` steps, over all ranks."""
+        lanes = range(self._config.lanes)
+        counts = sum(self._mixture.drawn_before(steps, lane) for lane in lanes)
+        return dict(zip(self._mixture.sources, np.asarray(counts).tolist(), strict=True))
 
     def _sample(self, source: int, lane: int, draw: int, position: int) -> tuple[Tensor, str]:
         """The cropped image and the caption of a draw, or of the next usable one in its window."""

@@ -18,6 +18,7 @@ JOB_FILE = "train.json"
 METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "result.json"
 ERROR_FILE = "error.txt"
+RESUMABLE_FILE = "resumable"
 CHECKPOINTS = "checkpoints"
 MODEL_FOLDER = "model"
 

@@ -1,0 +1,88 @@
+"""What every rank runs: `python -m evaclip_model.train TRAIN_JSON`.
+
+Covers: joining the other ranks, stopping on SIGTERM, exit codes.
+Not here: the loop (trainer.py); starting ranks (tasks/train, or any launcher that sets RANK,
+LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from evaclip_model.errors import InputError
+from evaclip_model.train_config import ERROR_FILE, RESUMABLE_FILE, TrainJob
+
+DONE, RESUMABLE, DATA_ERROR, DIVERGED = 0, 75, 76, 77
+"""Exit codes: finished; stopped with a checkpoint; input its author must mend; loss not finite.
+Any other code is a crash, after which the newest checkpoint holds."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run this rank of the job in the file `arguments[0]`; returns the exit code.
+
+    A launcher may turn the code into its own, so the reason is a file in the run's folder too:
+    `error.txt` (one sentence) or `resumable` (empty).
+    """
+    job = TrainJob.from_mapping(json.loads(Path(arguments[0]).read_text()), where=arguments[0])
+    stop = _stop_on_sigterm()
+    _set_threads(job.threads)
+    from evaclip_model.trainer import Diverged, Interrupted, train
+
+    try:
+        if job.engine == "deepspeed" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            _join()
+        train(job, should_stop=lambda: bool(stop))
+    except Interrupted:
+        (job.run_dir / RESUMABLE_FILE).touch()
+        return RESUMABLE
+    except (InputError, Diverged) as error:
+        (job.run_dir / ERROR_FILE).write_text(f"{error}\n")
+        return DATA_ERROR if isinstance(error, InputError) else DIVERGED
+    return DONE
+
+
+def _stop_on_sigterm() -> list[int]:
+    """A list that is no longer empty once SIGTERM came: the loop looks at it between steps."""
+    came: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    signal.signal(signal.SIGTERM, remember)
+    return came
+
+
+def _set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _join() -> None:
+    """Enter the process group; alone, without a launcher, as the only rank."""
+    import torch
+
+    from evaclip_model.engine import start_distributed
+
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    if "RANK" not in os.environ:
+        os.environ.update({**alone, "MASTER_PORT": str(_free_port())})
+    start_distributed("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

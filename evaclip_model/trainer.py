@@ -1,0 +1,290 @@
+"""The training loop of one rank.
+
+Covers: from a job to a trained model: batches, masks, loss, steps, metrics, checkpoints, resuming.
+Not here: starting ranks and exit codes (train.py); optimizer and sharding (engine.py).
+
+All that is random about a sample (crop, mask, template) depends on the seed and its position alone,
+and the learning rate on the step alone; so a run that resumes goes on exactly as it would have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from evaclip_model.checkpoint import Progress, load_newest, save_checkpoint
+from evaclip_model.clip import EvaClip, create_model
+from evaclip_model.engine import DeepSpeedEngine, Engine, Stepped, TorchEngine
+from evaclip_model.loss import gathered_terms
+from evaclip_model.masking import kept_patches
+from evaclip_model.model_config import ModelConfig
+from evaclip_model.optim import lr_factor
+from evaclip_model.reader import Batch, BatchReader
+from evaclip_model.tokenizer import cut_padding, tokenize
+from evaclip_model.train_config import (
+    CHECKPOINTS,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    RESULT_FILE,
+    TrainJob,
+)
+from evaclip_model.transform import normalize_images
+from evaclip_model.weights import save_model
+
+FINAL_LOSS_STEPS = 20
+"""Last steps that the reported final loss is the mean of."""
+KEPT_CAPTIONS = 100_000
+"""Tokenised captions kept in memory."""
+MAX_SKIPPED = 50
+"""Overflowing steps in a row after which an fp16 run has diverged."""
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a number; going on would not help."""
+
+
+class Interrupted(RuntimeError):
+    """Asked to stop; a checkpoint of the last step is on disk."""
+
+
+def train(job: TrainJob, *, should_stop: Callable[[], bool]) -> Mapping[str, Any]:
+    """Train to the end, from the newest checkpoint in the run's folder if there is one.
+
+    Every rank of the process group calls it. Rank 0 writes `metrics.jsonl`, then the model, then
+    `result.json`, whose content is returned.
+
+    Raises:
+        InputError: the model, the shards or the settings cannot be used.
+        Diverged: the loss is not finite, or fp16 overflows without end.
+        Interrupted: `should_stop()` was true on some rank.
+    """
+    return _Run(job, should_stop).to_the_end()
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What one step gave, the same on every rank."""
+
+    loss: float
+    image_to_text_accuracy: float
+    text_to_image_accuracy: float
+    logit_scale: float
+    stepped: Stepped
+    stop: bool
+    """Some rank was asked to stop."""
+
+
+class _Run:
+    """What the loop carries from step to step."""
+
+    def __init__(self, job: TrainJob, should_stop: Callable[[], bool]) -> None:
+        self._job = job
+        self._config = config = job.train
+        self._should_stop = should_stop
+        joined = dist.is_initialized()
+        self._rank = dist.get_rank() if joined else 0
+        self._ranks = dist.get_world_size() if joined else 1
+        self._device = _device()
+        self._reader = BatchReader(
+            job.shards, config, rank=self._rank, ranks=self._ranks, cache_bytes=job.cache_bytes
+        )
+        self._model = _starting_model(job).to(self._device, _DTYPES[config.precision])
+        self._model.set_grad_checkpointing(config.grad_checkpointing)
+        self._model.train()
+        self._engine: Engine = (
+            DeepSpeedEngine(self._model, config)
+            if job.engine == "deepspeed"
+            else TorchEngine(self._model, config)
+        )
+        self._tokens: dict[str, Tensor] = {}
+        self._progress = self._resume()
+
+    def _resume(self) -> Progress:
+        digest = hashlib.sha256(self._config.model_dump_json().encode()).hexdigest()
+        folder = self._job.run_dir / CHECKPOINTS
+        found = load_newest(folder, self._engine.fragments(), digest)
+        if found is not None:
+            self._engine.restored(found.counters)
+        if self._rank == 0:
+            _cut_back(self._job.run_dir / METRICS_FILE, found.step if found else 0)
+        return found or Progress(0, self._engine.counters(), {}, 0.0, digest)
+
+    def to_the_end(self) -> Mapping[str, Any]:
+        config = self._config
+        every, skipped = config.checkpoint_every_steps, 0
+        batches = self._reader.batches(self._progress.step, config.steps)
+        with (self._job.run_dir / METRICS_FILE).open("a") as metrics, closing(batches):
+            started = time.perf_counter()
+            for batch in batches:
+                waited = time.perf_counter() - started
+                outcome = self._step(batch)
+                took = time.perf_counter() - started
+                started += took
+                step = batch.step + 1
+                self._progress = replace(
+                    self._progress, step=step, seconds=self._progress.seconds + took
+                )
+                if self._rank == 0:
+                    metrics.write(json.dumps(self._row(outcome, step, waited, took)) + "\n")
+                    metrics.flush()
+                skipped = skipped + 1 if outcome.stepped.skipped else 0
+                if skipped > MAX_SKIPPED:
+                    raise Diverged(f"{skipped} steps in a row overflowed fp16: use bf16 or fp32")
+                if step < config.steps and (outcome.stop or step % every == 0):
+                    self._save()
+                    if outcome.stop:
+                        raise Interrupted(f"stopped at step {step} of {config.steps}")
+        return self._finish()
+
+    def _step(self, batch: Batch) -> _Outcome:
+        config = self._config
+        images = normalize_images(batch.images.to(self._device)).to(_DTYPES[config.precision])
+        tokens = self._tokenize(batch).to(self._device)
+        kept = None
+        if config.patch_dropout > 0:
+            patches = self._model.config.vision.num_patches
+            share = 1 - config.patch_dropout
+            kept = kept_patches(config.seed, batch.positions, patches, share).to(self._device)
+        image_features, text_features, scale = self._engine.module(images, tokens, kept)
+        terms = gathered_terms(image_features, text_features, scale)
+        # One exchange carries what is reported and what all ranks must decide alike.
+        stop = torch.tensor(float(self._should_stop()), device=self._device)
+        shared = torch.stack([*(term.detach().float() for term in terms), stop])
+        if self._ranks > 1:
+            dist.all_reduce(shared)
+        loss, to_text, to_image, stop_ranks = (shared / self._ranks).tolist()
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"the loss is {loss} at step {batch.step + 1}: lower the learning rate, or train "
+                "in bf16 or fp32"
+            )
+        factor = lr_factor(batch.step, config.warmup_steps, config.steps)
+        stepped = self._engine.step(terms.loss, factor)
+        return _Outcome(loss, to_text, to_image, float(scale), stepped, stop_ranks > 0)
+
+    def _row(self, outcome: _Outcome, step: int, waited: float, took: float) -> dict[str, Any]:
+        """A line of `metrics.jsonl`; losses in nats, times in seconds."""
+        config = self._config
+        factor = lr_factor(step - 1, config.warmup_steps, config.steps)
+        return {
+            "step": step,
+            "samples": step * config.global_batch,
+            "loss": outcome.loss,
+            "image_to_text_accuracy": outcome.image_to_text_accuracy,
+            "text_to_image_accuracy": outcome.text_to_image_accuracy,
+            "logit_scale": outcome.logit_scale,
+            "lr_vision": config.lr_vision * factor,
+            "lr_text": config.lr_text * factor,
+            "grad_norm": None if outcome.stepped.skipped else outcome.stepped.grad_norm,
+            "images_per_second": config.global_batch / took,
+            "data_wait_s": waited,
+            "step_s": took,
+            "time": time.time(),
+        }
+
+    def _tokenize(self, batch: Batch) -> Tensor:
+        """Ids of the batch's captions in their templates, [b, L], L the longest caption's."""
+        templates = self._config.caption_templates
+        rows = []
+        for caption, position in zip(batch.captions, batch.positions.tolist(), strict=True):
+            template = templates[_draw(self._config.seed, position, len(templates))]
+            text = template.replace("{}", caption)
+            if text not in self._tokens:
+                if len(self._tokens) >= KEPT_CAPTIONS:
+                    self._tokens.clear()
+                length = self._model.config.text.context_length
+                self._tokens[text] = tokenize([text], length)[0]
+            rows.append(self._tokens[text])
+        return cut_padding(torch.stack(rows))
+
+    def _save(self) -> None:
+        self._progress = replace(
+            self._progress, counters=self._engine.counters(), bad_samples=self._bad_samples()
+        )
+        save_checkpoint(
+            self._job.run_dir / CHECKPOINTS,
+            self._engine.fragments(),
+            self._progress,
+            keep=self._config.keep_checkpoints,
+        )
+
+    def _bad_samples(self) -> dict[str, int]:
+        """Reason -> samples that could not be used, on all ranks, since the run began."""
+        total = Counter(self._progress.bad_samples)
+        found: list[Any] = [self._reader.bad]
+        if self._ranks > 1:
+            found = [None] * self._ranks
+            dist.all_gather_object(found, self._reader.bad)
+        for counted in found:
+            total.update(counted)
+        self._reader.bad.clear()
+        return dict(total)
+
+    def _finish(self) -> Mapping[str, Any]:
+        config, run_dir = self._config, self._job.run_dir
+        bad = self._bad_samples()
+        rows = [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+        last = [row["loss"] for row in rows[-FINAL_LOSS_STEPS:]]
+        result = {
+            "steps": config.steps,
+            "samples_seen": config.steps * config.global_batch,
+            "final_loss": sum(last) / len(last),
+            "seconds": self._progress.seconds,
+            "source_samples": self._reader.drawn(config.steps),
+            "bad_samples": bad,
+        }
+        if self._rank == 0:
+            save_model(self._model, run_dir / MODEL_FOLDER)
+            _write_json(run_dir / RESULT_FILE, result)
+        return result
+
+
+def _starting_model(job: TrainJob) -> EvaClip:
+    """The model to start from, its position embeddings resized to the stage's image size."""
+    architecture = ModelConfig.load(job.start_from).at_image_px(job.train.image_px)
+    return create_model(architecture, weights=job.start_from)
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _draw(seed: int, position: int, choices: int) -> int:
+    """A number below `choices` that depends on seed and position alone."""
+    if choices == 1:
+        return 0
+    digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % choices
+
+
+def _cut_back(metrics: Path, step: int) -> None:
+    """Keep only the whole lines up to `step`: what a killed run wrote beyond it is done again."""
+    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
+    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+    beside = metrics.with_name(f".{metrics.name}.{os.getpid()}")
+    beside.write_bytes(b"".join(kept))
+    beside.replace(metrics)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(value, indent=1) + "\n")
+    beside.replace(path)
