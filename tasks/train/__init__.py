@@ -1,0 +1,1 @@
+"""Train one stage: a starting model and verified shards to a trained model."""

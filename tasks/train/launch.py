@@ -1,0 +1,29 @@
+"""How the ranks of a training run are started on this machine.
+
+Covers: the command line and the environment, as pure functions.
+Not here: running it (train.py); clusters.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def command(job: Path, ranks: int) -> list[str]:
+    """What starts `ranks` ranks of the job file: torchrun on loopback, or one plain process."""
+    worker = ["evaclip_model.train", str(job)]
+    if ranks == 1:
+        return [sys.executable, "-m", *worker]
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    # Port 0: the launcher takes a free one, so that two runs on a machine never meet.
+    meeting = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    return [*launcher, *meeting, "--nnodes=1", f"--nproc-per-node={ranks}", "-m", *worker]
+
+
+def environment(base: Mapping[str, str], ranks: int, cores: int, use_gpus: bool) -> dict[str, str]:
+    """`base` with the cores shared out over the ranks, and gloo kept on loopback without GPUs."""
+    threads = str(max(1, cores // ranks))
+    changed = {**base, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+    return changed if use_gpus else {**changed, "GLOO_SOCKET_IFNAME": "lo"}
