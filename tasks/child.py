@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from pathlib import Path
 from tasks import supervise
 
 CHECKOUT = Path(supervise.__file__).resolve().parents[1]
+MARK = "EVACLIP_SUPERVISED"
+"""Environment variable by which a command's processes are known if their supervisor is killed."""
 KILL_MARGIN_S = 15.0
 """How long past its grace a supervisor may take to kill and collect what is left."""
 
@@ -62,6 +65,7 @@ def supervised(
         grace_s: seconds between SIGTERM and SIGKILL.
         env: replaces the caller's environment, None keeps it.
     """
+    mark = uuid.uuid4().hex
     log.parent.mkdir(parents=True, exist_ok=True)
     # -S -P -E: the supervisor needs nothing but the standard library, and must start at once
     supervisor = [sys.executable, "-SPE", supervise.__file__, str(grace_s), "--"]
@@ -72,19 +76,21 @@ def supervised(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=_with_checkout(os.environ if env is None else env),
+            env=_with_checkout(os.environ if env is None else env, mark),
             cwd=cwd,
         )
     try:
         yield process
     finally:
         _stop(process, grace_s)
+        if process.returncode < 0:
+            _kill_marked(mark)
 
 
-def _with_checkout(env: Mapping[str, str]) -> dict[str, str]:
+def _with_checkout(env: Mapping[str, str], mark: str) -> dict[str, str]:
     """The environment in which `-m tasks.x` is found whatever the working directory."""
     paths = [str(CHECKOUT), *filter(None, [env.get("PYTHONPATH")])]
-    return {**env, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**env, "PYTHONPATH": os.pathsep.join(paths), MARK: mark}
 
 
 def _stop(process: subprocess.Popen[bytes], grace_s: float) -> None:
@@ -100,3 +106,14 @@ def _stop(process: subprocess.Popen[bytes], grace_s: float) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def _kill_marked(mark: str) -> None:
+    """Kill what a killed supervisor can no longer kill."""
+    wanted = f"{MARK}={mark}".encode()
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if wanted in environ.read_bytes().split(b"\0"):
+                os.kill(int(environ.parent.name), signal.SIGKILL)
+        except OSError:
+            continue

@@ -1,19 +1,18 @@
 """What is downloaded and how it is stored: the `[download]` table of a recipe.
 
-Covers: the config, and the address of the artifact it leads to.
+Covers: the config, and the stage's name and version.
 Not here: downloading; processes and threads (they change the time, not the result).
 """
 
 from __future__ import annotations
 
 from ipaddress import ip_network
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from evaclip_model.config import Config
-from tasks.artifact import Address, Stage
+from tasks.artifact import Stage
 
 STAGE = Stage("download", 1, tools=("img2dataset", "webdataset", "pyarrow"))
 
@@ -80,8 +79,3 @@ class DownloadConfig(Config):
         if self.encode_format == "png" and self.encode_quality > 9:
             raise ValueError("encode_quality of png is its compression: give 0 to 9")
         return self
-
-
-def address(root: Path, config: DownloadConfig, merge_digest: str) -> Address:
-    """Where the shards of a merge are or will be."""
-    return Address.of(root, STAGE, config, {"merge": merge_digest})

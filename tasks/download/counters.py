@@ -1,6 +1,6 @@
 """How far the downloading processes are, counted URL by URL and readable from outside.
 
-Covers: one small file a shard, overwritten in place; their sum.
+Covers: one small file a shard, overwritten in place; their sum; which process a shard is with.
 Not here: showing it; the final counts, which come from the shards themselves (check.py).
 """
 
@@ -10,13 +10,24 @@ import os
 import struct
 import threading
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from tasks.download.outcome import Outcome
 
 _ORDER = tuple(Outcome)
-_LAYOUT = struct.Struct(f"<{len(_ORDER)}Q")
+_LAYOUT = struct.Struct(f"<{len(_ORDER) + 1}Q")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What was counted over all shards that were begun."""
+
+    counts: Counter[Outcome]
+    """SUCCESS means fetched, not yet decoded."""
+    busy: frozenset[int]
+    """Ids of the processes that have a shard in hand."""
 
 
 class OutcomeCounter:
@@ -26,24 +37,33 @@ class OutcomeCounter:
         self._file = os.open(folder / f"{shard}.counts", os.O_WRONLY | os.O_CREAT, 0o644)
         self._counts: Counter[Outcome] = Counter()
         self._lock = threading.Lock()
+        self._write(os.getpid())
 
     def add(self, outcome: Outcome) -> None:
         with self._lock:
             self._counts[outcome] += 1
-            os.pwrite(self._file, _LAYOUT.pack(*(self._counts[word] for word in _ORDER)), 0)
+            self._write(os.getpid())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._write(0)
         os.close(self._file)
 
+    def _write(self, process: int) -> None:
+        content = _LAYOUT.pack(process, *(self._counts[word] for word in _ORDER))
+        os.pwrite(self._file, content, 0)
 
-def read_counters(folder: Path) -> Counter[Outcome]:
-    """What was counted so far over all shards; SUCCESS means fetched, not yet decoded."""
-    total: Counter[Outcome] = Counter()
+
+def read_counters(folder: Path) -> Progress:
+    """Sum the files of all shards."""
+    counts: Counter[Outcome] = Counter()
+    busy: set[int] = set()
     for file in folder.glob("*.counts"):
         content = file.read_bytes()
         if len(content) == _LAYOUT.size:
-            total.update(dict(zip(_ORDER, _LAYOUT.unpack(content), strict=True)))
-    return total
+            process, *numbers = _LAYOUT.unpack(content)
+            counts.update(dict(zip(_ORDER, numbers, strict=True)))
+            busy |= {process} - {0}
+    return Progress(counts, frozenset(busy))

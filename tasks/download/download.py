@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from evaclip_model.errors import InputError
@@ -31,8 +32,10 @@ from tasks.progress import Report
 SHARDS_FOLDER = "shards"
 REPORT = "report.json"
 LOG = "download.log"
-ATTEMPTS = 2
-"""How often img2dataset is started for shards that are missing after it said it was done."""
+IDLE_STARTS = 2
+"""After so many starts in a row that finished no shard, img2dataset is not started again."""
+STALL_S = 300.0
+"""Time past deadline_s without a single URL done, after which img2dataset is started again."""
 GRACE_S = 2.0
 ABORT_AFTER_URLS = 2_000
 """URLs, already shuffled over the web, after which the success rate is known to about 2 %."""
@@ -55,26 +58,29 @@ def download_images(
     Raises:
         InputError: unusable input, too little disk or too few open files, or fewer successes than
             min_success_rate; the shards that did well are kept.
-        RuntimeError: img2dataset did not finish a shard although it was started again.
+        RuntimeError: img2dataset, started again and again, finished none of the missing shards.
     """
     plan = plan_download(merged, config)
     shards, work = out / SHARDS_FOLDER, out / ".work"
     _claim(out, plan)
     shards.mkdir(exist_ok=True)
     finished, problems = keep_finished(shards, plan.shards)
-    for _ in range(ATTEMPTS):
-        if len(finished) == len(plan.shards):
-            break
+    idle_starts = 0
+    while len(finished) < len(plan.shards) and idle_starts < IDLE_STARTS:
         rows_left = plan.rows - sum(shard.planned.rows for shard in finished)
         _preflight(out, rows_left, config, threads)
         job = _prepare(work, shards, plan, config, processes, threads)
-        _run(job, work, out / LOG, rows_done=plan.rows - rows_left, plan=plan, report=report)
-        finished, problems = keep_finished(shards, plan.shards)
+        with suppress(_LostWorker):
+            _run(job, work, out / LOG, rows_done=plan.rows - rows_left, plan=plan, report=report)
+        before, (finished, problems) = len(finished), keep_finished(shards, plan.shards)
+        idle_starts = 0 if len(finished) > before else idle_starts + 1
     shutil.rmtree(work, ignore_errors=True)
     if len(finished) < len(plan.shards):
         raise _not_finished(out, problems)
     _judge(config, shards, finished)
-    return _describe(out, shards, finished)
+    made = _describe(out, shards, finished)
+    report(plan.rows, plan.rows, f"{made.counts['samples']:,} images")
+    return made
 
 
 def _claim(out: Path, plan: Plan) -> None:
@@ -143,15 +149,27 @@ def _prepare(
 def _run(
     job: WorkerJob, work: Path, log: Path, *, rows_done: int, plan: Plan, report: Report
 ) -> None:
-    """Run img2dataset to its end, reporting URLs as they are done."""
+    """Run img2dataset to its end, reporting URLs as they are done.
+
+    Raises:
+        _LostWorker: one of its processes was killed, or nothing moves any more.
+        InputError: almost nothing can be fetched.
+    """
     path = work / "job.json"
     write_atomically(path, job.model_dump_json(indent=1))
-    began = time.monotonic()
+    began = moved = time.monotonic()
+    tried = 0
 
     def poll() -> None:
-        counts = read_counters(job.counters)
-        tried, fetched = counts.total(), counts[Outcome.SUCCESS]
-        per_s = tried / (time.monotonic() - began)
+        nonlocal moved, tried
+        progress, now = read_counters(job.counters), time.monotonic()
+        counts = progress.counts
+        if counts.total() != tried:
+            moved, tried = now, counts.total()
+        # its pool never hears of a killed process and would wait for that shard for ever
+        if not all(map(_is_alive, progress.busy)) or now - moved > job.config.deadline_s + STALL_S:
+            raise _LostWorker
+        fetched, per_s = counts[Outcome.SUCCESS], tried / (now - began)
         done = min(rows_done + tried, plan.rows)
         report(done, plan.rows, f"{fetched:,} fetched, {tried - fetched:,} failed, {per_s:.0f}/s")
         # a dead network would mark every shard as done; half the accepted rate is beyond doubt
@@ -165,6 +183,18 @@ def _run(
         env=_environment(job.config),
         poll=poll,
     )
+
+
+class _LostWorker(Exception):
+    """A downloading process is gone, so that img2dataset would not end by itself."""
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _environment(config: DownloadConfig) -> dict[str, str]:
@@ -186,7 +216,7 @@ def _not_finished(out: Path, problems: Sequence[str]) -> Exception:
     if os.strerror(errno.ENOSPC) in log.read_text(errors="replace")[-100_000:]:
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out))
     return RuntimeError(
-        f"{len(problems)} shards were not finished in {ATTEMPTS} attempts; "
+        f"{len(problems)} shards were not finished by {IDLE_STARTS} starts in a row; "
         f"the first: {problems[0]}; see {log}"
     )
 

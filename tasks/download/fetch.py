@@ -251,7 +251,7 @@ class _Response(http.client.HTTPResponse):
                 raise Refused(outcome.TOO_MANY_BYTES)
             parts.append(part)
         if self.length:
-            raise http.client.IncompleteRead(b"", self.length)
+            raise http.client.IncompleteRead(b"".join(parts), self.length)
         return b"".join(parts)
 
 

@@ -7,23 +7,22 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.artifact import Artifact, produce
-from tasks.download.config import DownloadConfig, address
+from tasks.artifact import Address, Artifact, produce
+from tasks.download.config import DownloadConfig
 from tasks.download.download import download_images
 from tasks.progress import Report
 
 
 @task(name="download", cache_policy=NO_CACHE)
 def download(
-    root: Path,
+    address: Address,
     config: DownloadConfig,
-    merged: Artifact,
+    merged: Path,
     processes: int,
     threads: int,
     report: Report,
 ) -> Artifact:
-    """Download the rows of `merged`, or return the shards made from them before."""
+    """The shards of the merge in `merged`, at `address`: downloaded now or found finished."""
     return produce(
-        address(root, config, merged.digest),
-        lambda out: download_images(config, merged.folder, out, processes, threads, report),
+        address, lambda out: download_images(config, merged, out, processes, threads, report)
     )

@@ -1,17 +1,15 @@
 """What a shard must be to be trained on: the `[verify]` table of a recipe.
 
-Covers: the config, and the address of the artifact it leads to.
+Covers: the config, and the stage's name and version.
 Not here: reading shards.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic import Field
 
 from evaclip_model.config import Config
-from tasks.artifact import Address, Stage
+from tasks.artifact import Stage
 
 STAGE = Stage("verify", 1, tools=("pillow",))
 
@@ -30,8 +28,3 @@ class VerifyConfig(Config):
     so that the downloader's decoder takes it and Pillow does not; without tolerance every shard
     of 10,000 would go.
     """
-
-
-def address(root: Path, config: VerifyConfig, download_digest: str) -> Address:
-    """Where the manifest of a download is or will be."""
-    return Address.of(root, STAGE, config, {"download": download_digest})

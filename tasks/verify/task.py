@@ -7,18 +7,15 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.artifact import Artifact, produce
+from tasks.artifact import Address, Artifact, produce
 from tasks.progress import Report
-from tasks.verify.config import VerifyConfig, address
+from tasks.verify.config import VerifyConfig
 from tasks.verify.verify import verify_shards
 
 
 @task(name="verify", cache_policy=NO_CACHE)
 def verify(
-    root: Path, config: VerifyConfig, downloaded: Artifact, threads: int, report: Report
+    address: Address, config: VerifyConfig, downloaded: Path, threads: int, report: Report
 ) -> Artifact:
-    """Verify the shards of `downloaded`, or return the manifest made of them before."""
-    return produce(
-        address(root, config, downloaded.digest),
-        lambda out: verify_shards(config, downloaded.folder, out, threads, report),
-    )
+    """The manifest of the download in `downloaded`, at `address`: made now or found finished."""
+    return produce(address, lambda out: verify_shards(config, downloaded, out, threads, report))

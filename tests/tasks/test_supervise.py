@@ -111,6 +111,14 @@ def test_kill_9_of_the_starter_leaves_no_process(tmp_path: Path) -> None:
     assert none_left(pids)
 
 
+def test_kill_9_of_the_supervisor_leaves_no_process(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    with supervised(family(pids, 60), log=tmp_path / "log", grace_s=1) as process:
+        assert eventually(pids.exists)
+        process.kill()
+    assert none_left(pids)
+
+
 def test_a_command_has_its_grace_to_save_its_work(tmp_path: Path) -> None:
     ready, saved = tmp_path / "ready", tmp_path / "saved"
     code = (

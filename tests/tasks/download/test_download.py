@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -25,6 +27,7 @@ from tasks.artifact import Made
 from tasks.download import download as download_module
 from tasks.download.check import check_shard, keep_finished
 from tasks.download.config import DownloadConfig
+from tasks.download.counters import read_counters
 from tasks.download.download import download_images
 from tasks.download.outcome import Outcome
 from tasks.download.plan import PlannedShard, plan_download
@@ -169,11 +172,11 @@ def test_only_the_artifacts_files_are_left(run: Run) -> None:
     assert not is_left(run.out)
 
 
-def test_progress_ends_near_the_number_of_rows(run: Run) -> None:
+def test_progress_ends_at_the_number_of_rows(run: Run) -> None:
     done, total, detail = run.reports[-1]
-    assert total == LAION_ROWS + COYO_ROWS
-    assert 0 < done <= total
-    assert "fetched" in detail
+    assert done == total == LAION_ROWS + COYO_ROWS
+    assert detail == "58 images"
+    assert any("fetched" in detail for _, _, detail in run.reports)
 
 
 def test_a_second_call_downloads_nothing(run: Run, web) -> None:
@@ -189,7 +192,9 @@ def test_other_options_in_the_same_folder_are_refused(run: Run) -> None:
         download_images(other, run.merged, run.out, 1, 4, lambda *_: None)
 
 
-def test_kill_9_and_the_same_call_again_give_the_same_bytes(run: Run, tmp_path: Path) -> None:
+def test_kill_9_of_the_flow_then_of_a_downloader_gives_the_same_bytes(
+    run: Run, tmp_path: Path
+) -> None:
     out = tmp_path / "killed"
     out.mkdir()
     code = (
@@ -214,7 +219,17 @@ def test_kill_9_and_the_same_call_again_give_the_same_bytes(run: Run, tmp_path: 
     (shards / "000008.parquet").write_bytes(b"")
     (shards / "000007_stats.json").write_text("{")
 
-    made = download_images(CONFIG, run.merged, out, 1, 4, lambda *_: None)
+    killed: list[int] = []
+
+    def kill_a_downloader(done: float, total: float, detail: str = "") -> None:
+        busy = read_counters(out / ".work" / "counters").busy if not killed else ()
+        for process in busy:
+            killed.append(process)
+            os.kill(process, signal.SIGKILL)
+
+    made = download_images(CONFIG, run.merged, out, 1, 2, kill_a_downloader)
+    assert killed
+    assert not is_left(out)
     assert made.counts == run.made.counts
     assert digests(out, ".tar", ".parquet") == digests(run.out, ".tar", ".parquet")
     again = {path.name: path.stat().st_mtime_ns for path in shards.glob("*_stats.json")}
