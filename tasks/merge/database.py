@@ -39,6 +39,7 @@ def database(
     Raises:
         InputError: the memory limit is too small for the work.
         OSError: with ENOSPC, when the disk is full.
+        KeyboardInterrupt: a signal stopped a statement.
     """
     settings: dict[str, str | bool | int] = {
         "memory_limit": memory_limit,
@@ -67,6 +68,11 @@ def database(
     except duckdb.Error as error:
         if _is_disk_full(error):
             raise OSError(errno.ENOSPC, _first_line(error)) from error
+        raise
+    except RuntimeError as error:
+        # DuckDB swallows what a signal handler raised and says only this.
+        if str(error) == "Query interrupted":
+            raise KeyboardInterrupt from error
         raise
     finally:
         connection.close()

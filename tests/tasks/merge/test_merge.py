@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from evaclip_model.errors import InputError
 from tasks.artifact import Address, Made
 from tasks.merge.config import STAGE, ColumnMap, FilterConfig, MergeConfig, SourceConfig
+from tasks.merge.database import database
 from tasks.merge.merge import merge_sources
 from tests.tasks.merge import metadata
 from tests.tasks.merge.metadata import coyo, find_files, laion, output_rows, write
@@ -161,6 +164,19 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(
     child.wait()
     merge_sources(config, find_files(config), out, threads=1)
     assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_an_interrupt_during_a_statement_stays_an_interrupt(tmp_path: Path) -> None:
+    endless = "SELECT count(*) FROM range(1000000000) a, range(1000000000) b WHERE a.range % 7 = 3"
+    stop = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt), database(tmp_path, "200MB", 1) as connection:
+        stop.start()
+        connection.execute(endless)
+
+
+def test_too_little_memory_is_one_sentence(collections: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"more than memory_limit = 3MB: raise it"):
+        run(recipe(collections, memory_limit="3MB"), tmp_path / "out")
 
 
 def test_what_another_recipe_left_in_the_folder_is_cleared(
