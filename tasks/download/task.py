@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -17,12 +15,13 @@ from tasks.progress import Report
 def download(
     address: Address,
     config: DownloadConfig,
-    merged: Path,
+    merged: Artifact,
     processes: int,
     threads: int,
     report: Report,
 ) -> Artifact:
-    """The shards of the merge in `merged`, at `address`: downloaded now or found finished."""
+    """The shards of `merged` at `address`, downloaded now or found finished."""
     return produce(
-        address, lambda out: download_images(config, merged, out, processes, threads, report)
+        address,
+        lambda out: download_images(config, merged.folder, out, processes, threads, report),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -15,7 +15,10 @@ from tasks.verify.verify import verify_shards
 
 @task(name="verify", cache_policy=NO_CACHE)
 def verify(
-    address: Address, config: VerifyConfig, downloaded: Path, threads: int, report: Report
+    address: Address, config: VerifyConfig, downloaded: Artifact, report: Report
 ) -> Artifact:
-    """The manifest of the download in `downloaded`, at `address`: made now or found finished."""
-    return produce(address, lambda out: verify_shards(config, downloaded, out, threads, report))
+    """The manifest of the shards of `downloaded` at `address`, made now or found finished."""
+    threads = os.cpu_count() or 1
+    return produce(
+        address, lambda out: verify_shards(config, downloaded.folder, out, threads, report)
+    )
