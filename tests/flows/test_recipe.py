@@ -17,7 +17,7 @@ def test_an_unknown_recipe_names_the_nearest_one() -> None:
 
 
 def test_a_missing_recipe_file_is_named() -> None:
-    with pytest.raises(InputError, match="there is no recipe file nowhere.toml"):
+    with pytest.raises(InputError, match=r"there is no recipe file nowhere.toml"):
         load_recipe("nowhere.toml")
 
 

@@ -61,7 +61,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     def fills(out: Path) -> Made:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(InputError, match="the disk is full at .*what is finished is kept"):
+    with pytest.raises(InputError, match=r"the disk is full at .*what is finished is kept"):
         produce(address(tmp_path), fills)
 
 
@@ -90,7 +90,7 @@ def test_two_runs_do_not_make_the_same_artifact_and_a_killed_one_frees_it(tmp_pa
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
     made = produce(address(tmp_path), make_number)
     (made.folder / MANIFEST).write_text("{")
-    with pytest.raises(InputError, match="manifest.json cannot be read"):
+    with pytest.raises(InputError, match=r"manifest.json cannot be read"):
         read_artifact(made.folder)
     (made.folder / MANIFEST).write_text(json.dumps({"kind": "count"}))
     with pytest.raises(InputError, match="'digest' is missing"):
