@@ -6,6 +6,7 @@ Not here: what is logged (tasks/lineage), what is registered (tasks/register).
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from dataclasses import dataclass
@@ -28,6 +29,13 @@ _FROM_ENVIRONMENT_ONLY = {
 
 By its own defaults MLflow keeps trying for about four minutes when a server is away.
 """
+_IMPORTED_TOGETHER = (
+    "mlflow",
+    "mlflow.pyfunc",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.model_registry.sqlalchemy_workspace_store",
+    "mlflow.system_metrics.metrics.gpu_monitor",
+)
 _ANSWERED_NO = frozenset(
     {
         "BAD_REQUEST",
@@ -81,14 +89,11 @@ class TrackingStore:
 
     def client(self) -> MlflowClient:
         """A client of this store alone; nothing global is set in MLflow."""
-        for name, value in _FROM_ENVIRONMENT_ONLY.items():
-            os.environ.setdefault(name, value)
+        import_mlflow()
         if self.database is not None:
             self.database.parent.mkdir(parents=True, exist_ok=True)
         from mlflow import MlflowClient
 
-        for noisy in ("mlflow.store.db.utils", "mlflow.pyfunc", "alembic"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
         return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
 
     def experiment_id(self, client: MlflowClient) -> str:
@@ -112,6 +117,20 @@ class TrackingStore:
             f"the tracking store {self.uri} does not answer ({str(error)[:160]}): "
             "start it, or give another address, and run the same command again"
         )
+
+
+def import_mlflow() -> None:
+    """Import MLflow, quietly and whole.
+
+    To be called before a second thread uses it: MLflow's modules import each other in circles, and
+    two threads in the middle of that see half-made modules.
+    """
+    for name, value in _FROM_ENVIRONMENT_ONLY.items():
+        os.environ.setdefault(name, value)
+    for name in _IMPORTED_TOGETHER:
+        importlib.import_module(name)
+    for noisy in ("mlflow.store.db.utils", "mlflow.pyfunc", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def is_refusal(error: Exception) -> bool:

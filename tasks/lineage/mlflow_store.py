@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.artifact import Address, Artifact
 from tasks.lineage import record
 from tasks.lineage.journal import PIPELINE, RUNNING, Event, Journal, SeriesCursor
-from tasks.tracking import TrackingStore, is_refusal
+from tasks.tracking import TrackingStore, import_mlflow, is_refusal
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -93,6 +93,7 @@ class Tracking:
             tags: more tags, such as `prefect.flow_run_id` or the git commit.
             links: name -> URL, shown in the run's description.
         """
+        import_mlflow()
         journal = self._journal(digest)
         shipper = _Shipper(self, journal)
         run = PipelineRun(self, journal, shipper)

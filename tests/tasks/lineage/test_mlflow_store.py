@@ -252,3 +252,23 @@ def test_a_server_that_accepts_and_never_answers_delays_a_run_by_its_patience_on
         with tracking.pipeline_run("demo", "r") as pipeline:
             assert pipeline.run_id(wait_s=0.1) is None
         assert time.monotonic() - started < 4
+
+
+def test_mlflow_is_imported_whole_before_a_second_thread_uses_it(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from tasks.lineage.mlflow_store import Tracking
+from tasks.tracking import TrackingStore
+assert "mlflow" not in sys.modules
+store = TrackingStore.at("sqlite:///{tmp_path}/mlflow.db", "e")
+with Tracking(store, Path("{tmp_path}/journals")).pipeline_run("demo", "r"):
+    before = {{name for name in sys.modules if name.startswith("mlflow")}}
+    from mlflow import pyfunc
+    store.client().search_registered_models()
+late = {{name for name in sys.modules if name.startswith("mlflow")}} - before
+print([name for name in late if not name.startswith("mlflow.store.db.")])  # database migrations
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,327 @@
+"""Start and stop the lasting servers of one machine: Prefect, MLflow, and a worker.
+
+Covers: `up` (start what is not running, apply the deployments), `down`, `status`; pid files and
+logs under `<root>/services`. Calling any of them twice is the same as calling it once.
+Not here: servers of a team (compose, Kubernetes); the temporary server of a single run
+(flows/server.py). Standard library only, run by the project's own Python.
+
+MLflow serves the same database and the same files as `make demo` writes without a server, so that
+both see the same runs and models.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+HOST = "127.0.0.1"
+POOL = "local"
+DEPLOYMENTS = "infra/prefect.yaml"
+START_S = 180
+STOP_S = 40  # Prefect gives a flow 30 s to end before it kills it
+
+
+class UserError(Exception):
+    """One sentence for the person at the terminal."""
+
+
+class Service:
+    """A server of this machine, known by its pid file."""
+
+    def __init__(self, name, folder, command, settings, url=None, health=None, port=None):
+        self.name = name
+        self.url = url
+        self.log = folder / f"{name}.log"
+        self._health = health
+        self._port = port
+        self._pid_file = folder / f"{name}.json"
+        self._command = command
+        self._settings = settings
+
+    def pid(self):
+        """Its process, if that is still the one that was started; None otherwise."""
+        try:
+            noted = json.loads(self._pid_file.read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        return noted["pid"] if started_at(noted["pid"]) == noted["started"] else None
+
+    def check_port(self):
+        if self._port and not self.pid() and is_taken(self._port):
+            raise UserError(
+                f"port {self._port}, which {self.name} needs, is in use by another program: stop "
+                f"that, or choose another port with --{self.name}-port"
+            )
+
+    def up(self):
+        if self.pid():
+            self._await_health()
+            say(f"{self.name:8} is up already {self.url or ''}")
+            return
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                self._command,
+                cwd=CHECKOUT,
+                env=self._settings,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        noted = {"pid": process.pid, "started": started_at(process.pid), "url": self.url}
+        beside = self._pid_file.with_suffix(".new")
+        beside.write_text(json.dumps(noted) + "\n")
+        beside.replace(self._pid_file)
+        self._await_health(process)
+        say(f"{self.name:8} is up {self.url or ''}")
+
+    def _await_health(self, process=None):
+        deadline = time.monotonic() + START_S
+        while self._health and not answers(self._health):
+            if process and process.poll() is not None:
+                raise UserError(f"{self.name} ended while it started: {self.log} says why")
+            if time.monotonic() > deadline:
+                raise UserError(f"{self.name} did not answer within {START_S} s: see {self.log}")
+            time.sleep(0.3)
+
+    def down(self):
+        pid = self.pid()
+        if pid is None:
+            self._pid_file.unlink(missing_ok=True)
+            return
+        signal_group(pid, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_S
+        while is_alive(pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for left in [*session_of(pid), pid]:
+            try:
+                os.kill(left, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self._pid_file.unlink(missing_ok=True)
+        say(f"{self.name:8} is down")
+
+
+def services(options):
+    root = Path(options.root).resolve()
+    folder = root / "services"
+    folder.mkdir(parents=True, exist_ok=True)
+    prefect = f"http://{HOST}:{options.prefect_port}"
+    mlflow = f"http://{HOST}:{options.mlflow_port}"
+    settings = {
+        **os.environ,
+        "DO_NOT_TRACK": "1",
+        "EVACLIP_ROOT": str(root),
+        "EVACLIP_TRACKING_URI": mlflow,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # evaluation jobs that nothing here submits
+        "PREFECT_API_URL": f"{prefect}/api",
+        "PREFECT_HOME": str(folder / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_UI_URL": prefect,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
+        "PYTHONUNBUFFERED": "1",
+    }
+    run = [sys.executable, "-m"]
+    return settings, [
+        Service(
+            "prefect",
+            folder,
+            [*run, *f"prefect server start --host {HOST} --port {options.prefect_port}".split()],
+            # The server must not take the API address for somebody else's server.
+            {name: value for name, value in settings.items() if name != "PREFECT_API_URL"},
+            url=prefect,
+            health=f"{prefect}/api/health",
+            port=options.prefect_port,
+        ),
+        Service(
+            "mlflow",
+            folder,
+            [
+                *(*run, "mlflow", "server", "--host", HOST, "--port", str(options.mlflow_port)),
+                *("--workers", "1", "--backend-store-uri", f"sqlite:///{root}/mlflow.db"),
+                *("--no-serve-artifacts", "--default-artifact-root"),
+                (root / "mlflow-artifacts").as_uri(),
+            ],
+            settings,
+            url=mlflow,
+            health=f"{mlflow}/health",
+            port=options.mlflow_port,
+        ),
+        Service(
+            "worker",
+            folder,
+            [*run, *f"prefect worker start --pool {POOL} --type process --name local".split()],
+            settings,
+        ),
+    ]
+
+
+def up(options):
+    settings, (prefect, mlflow, worker) = services(options)
+    prefect.check_port()
+    mlflow.check_port()
+    prefect.up()
+    mlflow.up()
+    if not worker.pid():
+        crash_abandoned(prefect.url)
+    log = prefect.log.with_name("deploy.log")
+    pool = f"work-pool create {POOL} --type process --overwrite"
+    prefect_command(pool.split(), settings, log)
+    deploy = f"--no-prompt deploy --all --prefect-file {DEPLOYMENTS}"
+    prefect_command(deploy.split(), settings, log)
+    worker.up()
+    say(f"\nstart a run: {prefect.url}/deployments, 'pipeline/local', Run\nstop all: make down")
+
+
+def down(options):
+    _, (prefect, mlflow, worker) = services(options)
+    worker.down()
+    if prefect.pid():
+        crash_abandoned(prefect.url)
+    mlflow.down()
+    prefect.down()
+
+
+def crash_abandoned(prefect):
+    """Mark runs whose worker is gone as crashed; Prefect shows them as running for ever.
+
+    They would also keep their place under the deployment's concurrency limit.
+    """
+    working = {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}
+    state = {"type": "CRASHED", "message": "its worker was stopped; run it again to go on"}
+    for run in post(f"{prefect}/api/flow_runs/filter", {"flow_runs": {"state": working}}):
+        if run["deployment_id"]:
+            post(f"{prefect}/api/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+
+
+def post(url, body):
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
+def status(options):
+    _, found = services(options)
+    for service in found:
+        state = f"up, pid {service.pid()}" if service.pid() else "down"
+        say(f"{service.name:8} {state:16} {service.url or ''}  log {service.log}")
+
+
+def prefect_command(arguments, settings, log):
+    with log.open("ab") as output:
+        done = subprocess.run(
+            [sys.executable, "-m", "prefect", *arguments],
+            cwd=CHECKOUT,
+            env=settings,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+    if done.returncode:
+        raise UserError(f"`prefect {' '.join(arguments)}` failed: {log} says why")
+
+
+def answers(url):
+    try:
+        with urllib.request.urlopen(url, timeout=3) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def is_taken(port):
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return True
+    return False
+
+
+def started_at(pid):
+    """When a process started, in the kernel's ticks; None when it is gone.
+
+    A pid alone may be another program's by now. Systems without /proc have only the pid.
+    """
+    fields = stat_of(pid)
+    if fields is not None:
+        return None if fields[0] == "Z" else fields[19]
+    return "unknown" if not Path("/proc/self").exists() and is_alive(pid) else None
+
+
+def stat_of(pid):
+    """Fields of /proc/PID/stat behind the command's name: state, parent, group, session, …"""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def is_alive(pid):
+    fields = stat_of(pid)
+    if fields is not None:
+        return fields[0] != "Z"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return not Path("/proc/self").exists()
+
+
+def session_of(leader):
+    """Every process of a session; a worker's flow runs are in it, in groups of their own."""
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if (fields := stat_of(pid)) and int(fields[3]) == leader]
+
+
+def signal_group(pid, number):
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def say(line):
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(prog="infra/up.py", description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["up", "down", "status"])
+    parser.add_argument("--root", default=os.environ.get("EVACLIP_ROOT", "runs"))
+    for name, port in (("prefect", 4200), ("mlflow", 5000)):
+        default = int(os.environ.get(f"EVACLIP_{name.upper()}_PORT", port))
+        parser.add_argument(f"--{name}-port", type=int, default=default)
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    # Started with `&` from a script, this process ignores SIGINT and its children would inherit
+    # that; Prefect's worker turns SIGTERM into SIGINT, so it could never be stopped.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    options = parse(arguments)
+    try:
+        {"up": up, "down": down, "status": status}[options.what](options)
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""What `make up` and `make down` do before and after their servers."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def up() -> ModuleType:
+    path = Path(__file__).parents[2] / "infra" / "up.py"
+    spec = importlib.util.spec_from_file_location("infra_up", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_port_in_use_is_one_sentence_and_nothing_is_started(
+    up: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        options = ["--root", str(tmp_path), "--prefect-port", "0", "--mlflow-port", str(port)]
+        assert up.main(["up", *options]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"port {port}, which mlflow needs, is in use") and said.count("\n") == 1
+    assert list((tmp_path / "services").iterdir()) == []
+
+
+def test_down_without_servers_does_nothing(up: ModuleType, tmp_path: Path) -> None:
+    assert up.main(["down", "--root", str(tmp_path)]) == 0
+
+
+def test_down_leaves_a_program_alone_that_got_the_pid_of_a_dead_server(
+    up: ModuleType, tmp_path: Path
+) -> None:
+    bystander = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    services = tmp_path / "services"
+    services.mkdir()
+    noted = {"pid": bystander.pid, "started": "12345", "url": None}
+    (services / "worker.json").write_text(json.dumps(noted))
+    try:
+        assert up.main(["down", "--root", str(tmp_path)]) == 0
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_down_ends_a_service_with_everything_in_its_session(up: ModuleType, tmp_path: Path) -> None:
+    # What a worker looks like: a child in a group of its own, which ignores SIGTERM.
+    child = (
+        "import signal, time; signal.signal(15, signal.SIG_IGN)\n"
+        "print('up', flush=True); time.sleep(60)"
+    )
+    script = (
+        "import os, subprocess, sys, time\n"
+        f"p = subprocess.Popen([sys.executable, '-c', {child!r}], process_group=0)\n"
+        "print(p.pid, flush=True); time.sleep(60)"
+    )
+    leader = subprocess.Popen(
+        [sys.executable, "-c", script], start_new_session=True, stdout=subprocess.PIPE, text=True
+    )
+    assert leader.stdout is not None
+    said = {leader.stdout.readline().strip(), leader.stdout.readline().strip()}
+    left = int((said - {"up"}).pop())
+    services = tmp_path / "services"
+    services.mkdir()
+    noted = {"pid": leader.pid, "started": up.started_at(leader.pid), "url": None}
+    (services / "worker.json").write_text(json.dumps(noted))
+    assert up.main(["down", "--root", str(tmp_path)]) == 0
+    leader.wait(10)
+    assert not up.is_alive(left)
+    with pytest.raises(ProcessLookupError):
+        os.kill(leader.pid, 0)
