@@ -7,7 +7,7 @@ Not here: the work, or what it reports.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -19,6 +19,7 @@ from tasks.progress import Report
 
 PREFECT_EVERY_S = 5.0
 LINE_EVERY_S = 20.0
+SHOWN_COUNTS = 3
 console = Console(highlight=False)
 
 
@@ -52,6 +53,15 @@ def watching(title: str, *, already_there: bool = False) -> Iterator[Report]:
         yield report
 
 
+def summarise(counts: Mapping[str, int | float]) -> str:
+    """The first totals of an artifact, for a line of text: stages name the telling ones first."""
+    shown = list(counts.items())[:SHOWN_COUNTS]
+    return ", ".join(
+        f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}"
+        for name, value in shown
+    )
+
+
 def _nothing(done: float, total: float, detail: str = "") -> None:
     """Progress of an artifact that is already there."""
 
@@ -75,7 +85,8 @@ class _PrefectProgress:
             update_progress_artifact(self._artifact, percent)
 
 
-def say_done(title: str, artifact: Artifact, summary: str, *, seconds: float, reused: bool) -> None:
+def say_done(title: str, artifact: Artifact, *, seconds: float, reused: bool) -> None:
     """Print the one line that stays: what was made, how much, how long it took."""
+    summary = summarise(artifact.counts)
     mark, took = ("[dim]=[/]", "already there") if reused else ("[green]✓[/]", f"{seconds:.0f} s")
     console.print(f"{mark} {title:<16} {summary:<58} [dim]{artifact.digest[:8]}  {took}[/]")

@@ -1,6 +1,7 @@
 """What decides a training stage's artifact.
 
-Covers: the stage and its address. Not here: the settings themselves (evaclip_model/train_config.py).
+Covers: the stage and its address.
+Not here: the settings themselves (evaclip_model/train_config.py).
 """
 
 from __future__ import annotations

@@ -11,6 +11,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
+CPU_RANKS = 2
+"""Ranks on a machine without GPUs: the least that shards anything, and what a laptop has cores for."""
+
+
+def default_ranks(cores: int, gpus: int) -> int:
+    """Ranks when nobody chose: one a GPU, or two on a CPU that has the cores."""
+    return gpus or min(CPU_RANKS, cores)
+
+
+def count_gpus(visible: str | None, devices: Path = Path("/dev")) -> int:
+    """GPUs of this machine that `visible` (CUDA_VISIBLE_DEVICES) leaves; importing torch is slow."""
+    if visible is not None:
+        return len([one for one in visible.split(",") if one.strip() not in ("", "-1")])
+    return len(list(devices.glob("nvidia[0-9]*")))
+
+
 def command(job: Path, ranks: int) -> list[str]:
     """What starts `ranks` ranks of the job file: torchrun on loopback, or one plain process."""
     worker = ["evaclip_model.train", str(job)]
@@ -25,5 +41,7 @@ def command(job: Path, ranks: int) -> list[str]:
 def environment(base: Mapping[str, str], ranks: int, cores: int, use_gpus: bool) -> dict[str, str]:
     """`base` with the cores shared out over the ranks, and gloo kept on loopback without GPUs."""
     threads = str(max(1, cores // ranks))
-    changed = {**base, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+    # Fresh pages cost more than the arithmetic of a small model: keep them between steps.
+    keep = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
+    changed = {**keep, **base, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
     return changed if use_gpus else {**changed, "GLOO_SOCKET_IFNAME": "lo"}

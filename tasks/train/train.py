@@ -26,7 +26,7 @@ from evaclip_model.train_config import (
 from tasks.artifact import Made, write_atomically
 from tasks.child import run_supervised
 from tasks.progress import Report
-from tasks.train.launch import command, environment
+from tasks.train.launch import command, count_gpus, default_ranks, environment
 
 LOG_FILE = "train.log"
 GRACE_S = 20.0
@@ -50,7 +50,7 @@ def train_model(
         start_from: folder of the model to start from.
         shards: `shards.json` of the verified shards.
         out: the artifact's folder; the trainer's run folder.
-        ranks: processes; each gets an equal part of this machine's cores.
+        ranks: processes; each gets an equal part of this machine's cores. 0: as the machine has.
 
     Raises:
         InputError: the trainer found a mistake of the user's, or the loss diverged.
@@ -69,6 +69,8 @@ def _run(
     config: TrainConfig, start_from: Path, shards: Path, out: Path, ranks: int, report: Report
 ) -> None:
     cores = len(os.sched_getaffinity(0))
+    gpus = count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    ranks = ranks or default_ranks(cores, gpus)
     job = TrainJob(
         train=config,
         start_from=start_from.resolve(),
@@ -77,7 +79,7 @@ def _run(
         threads=max(1, cores // ranks),
     )
     write_atomically(out / JOB_FILE, job.model_dump_json(indent=1) + "\n")
-    env = environment(os.environ, ranks, cores, use_gpus=_has_gpus())
+    env = environment(os.environ, ranks, cores, use_gpus=gpus > 0)
     follower = _Follower(config, out / METRICS_FILE, report)
     idle = 0
     while idle <= MAX_IDLE_RESTARTS:
@@ -155,7 +157,3 @@ def _counts(result: dict[str, Any]) -> dict[str, int | float]:
 
 def _text(path: Path) -> str:
     return path.read_text(errors="replace").strip()
-
-
-def _has_gpus() -> bool:
-    return Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
