@@ -32,8 +32,9 @@ By its own defaults MLflow keeps trying for about four minutes when a server is 
 _IMPORTED_TOGETHER = (
     "mlflow",
     "mlflow.pyfunc",
-    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.tracking.sqlalchemy_workspace_store",
     "mlflow.store.model_registry.sqlalchemy_workspace_store",
+    "mlflow.store.workspace.utils",
     "mlflow.system_metrics.metrics.gpu_monitor",
 )
 _ANSWERED_NO = frozenset(
