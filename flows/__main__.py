@@ -12,15 +12,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from evaclip_model.errors import InputError
-from flows.chart import load_chart
+from flows.chart import Chart, load_chart
 from flows.plan import check_disk, make_plan
-from flows.profile import load_profile
-from flows.recipe import load_recipe, recipe_names
+from flows.profile import Profile, load_profile
+from flows.recipe import Recipe, load_recipe, recipe_names
 from flows.results import print_results
+from flows.terminal import console
+from tasks.tracking import TrackingStore
 
 FLOWS = {
     "pipeline": "metadata to registered model: prepare, train, evaluate, register",
@@ -28,7 +29,6 @@ FLOWS = {
     "train": "verified shards to a model: initialise, then every training stage",
     "evaluate": "a trained model to its report and its registry entry: evaluate, register",
 }
-console = Console(highlight=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,9 +112,9 @@ def _run(arguments: argparse.Namespace) -> None:
         _plan(arguments)
         return
     recipe, profile, chart = load_chart(arguments.recipe, arguments.overrides)
-    if arguments.flow == "pipeline" and chart.is_finished:
+    if arguments.flow == "pipeline" and _nothing_to_do(recipe, profile, chart):
         console.print(f"[bold]{recipe.name}[/]: everything is there, nothing to do")
-        print_results(recipe, chart, profile, console)
+        print_results(recipe, chart, profile)
         return
     check_disk(recipe, chart, profile.root)
     from flows.server import temporary_server  # starts processes: only for a run
@@ -125,7 +125,20 @@ def _run(arguments: argparse.Namespace) -> None:
         console.print(f"[bold]{recipe.name}[/]  {recipe.title}  ({recipe.digest})")
         run(recipe=arguments.recipe, overrides=arguments.overrides)
     if arguments.flow == "pipeline":
-        print_results(recipe, chart, profile, console)
+        print_results(recipe, chart, profile)
+
+
+def _nothing_to_do(recipe: Recipe, profile: Profile, chart: Chart) -> bool:
+    """Whether everything is made, still registered, and no killed run waits for its end."""
+    if not chart.is_finished:
+        return False
+    from tasks.lineage.mlflow_store import Tracking  # imports mlflow, as the next one does
+    from tasks.register.registry import forget_if_gone
+
+    store = TrackingStore.at(profile.mlflow_uri, recipe.name)
+    forget_if_gone(chart.register, store)
+    tracking = Tracking(store, profile.root.resolve() / "tracking")
+    return chart.is_finished and not tracking.has_unfinished(recipe.digest)
 
 
 def _pull(arguments: argparse.Namespace) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 from prefect import flow
 
 from flows.chart import find_files
 from flows.session import open_session
 from tasks.artifact import Artifact
+from tasks.demo.config import DemoConfig
 from tasks.demo.task import demo
 from tasks.demo.web import serving
 from tasks.download.task import download
@@ -33,8 +34,8 @@ def prepare(recipe: str = "demo", overrides: list[str] | None = None) -> Artifac
             for source in wanted.merge.sources
         }
         merged = session.make(merge, chart.merge, wanted.merge, files)
-        need_web = wanted.demo and not chart.download.is_finished
-        with serving(wanted.demo) if need_web else nullcontext():
+        web = nullcontext() if chart.download.is_finished else _web(wanted.demo)
+        with web:
             downloaded = session.make(
                 *(download, chart.download, wanted.download, merged),
                 *(profile.download_processes, profile.download_threads),
@@ -42,3 +43,8 @@ def prepare(recipe: str = "demo", overrides: list[str] | None = None) -> Artifac
         return session.make(
             *(verify, chart.verify, wanted.verify, downloaded), inputs={"merged": merged}
         )
+
+
+def _web(demo: DemoConfig | None) -> AbstractContextManager[None]:
+    """The demo's loopback web while a recipe that has one downloads from it."""
+    return serving(demo) if demo else nullcontext()

@@ -9,18 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
+from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from flows.terminal import console
 from tasks.artifact import Artifact
 from tasks.progress import Report
 
 PREFECT_EVERY_S = 5.0
 LINE_EVERY_S = 20.0
 SHOWN_COUNTS = 3
-console = Console(highlight=False)
 
 
 @contextmanager
@@ -71,7 +72,7 @@ class _PrefectProgress:
 
     def __init__(self, title: str) -> None:
         self._title = title
-        self._artifact = None
+        self._artifact: UUID | None = None
         self._next = 0.0
 
     def update(self, done: float, total: float) -> None:
@@ -80,7 +81,8 @@ class _PrefectProgress:
         self._next = time.monotonic() + PREFECT_EVERY_S
         percent = 100.0 * done / total
         if self._artifact is None:
-            self._artifact = create_progress_artifact(percent, description=self._title)
+            made = create_progress_artifact(percent, description=self._title)
+            self._artifact = cast(UUID, made)  # a coroutine only inside async flows
         else:
             update_progress_artifact(self._artifact, percent)
 
@@ -89,4 +91,6 @@ def say_done(title: str, artifact: Artifact, *, seconds: float, reused: bool) ->
     """Print the one line that stays: what was made, how much, how long it took."""
     summary = summarise(artifact.counts)
     mark, took = ("[dim]=[/]", "already there") if reused else ("[green]✓[/]", f"{seconds:.0f} s")
-    console.print(f"{mark} {title:<16} {summary:<58} [dim]{artifact.digest[:8]}  {took}[/]")
+    console.print(
+        f"{mark} {title:<14} {summary:<60} [dim]{artifact.digest[:8]}  {took}[/]", soft_wrap=True
+    )

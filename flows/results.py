@@ -10,12 +10,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 
 from flows.chart import Chart
 from flows.profile import Profile
 from flows.recipe import Recipe
+from flows.terminal import console
 from tasks.evaluate.config import REPORT, RESULTS
 from tasks.register.config import REGISTERED
 
@@ -46,7 +46,7 @@ def read_figures(chart: Chart) -> Iterator[Figure]:
             yield Figure(name, metric, trained, untrained, chance)
 
 
-def print_results(recipe: Recipe, chart: Chart, profile: Profile, console: Console) -> None:
+def print_results(recipe: Recipe, chart: Chart, profile: Profile) -> None:
     """Print the figures, where everything lies, and the commands that come next."""
     table = Table(*COLUMNS, box=None, pad_edge=False)
     for figure in read_figures(chart):

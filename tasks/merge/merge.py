@@ -478,6 +478,7 @@ def _flat_counts(totals: Mapping[str, Any]) -> dict[str, int]:
     ]:
         counts[f"{prefix}rows_read"] = part["rows_read"]
         counts[f"{prefix}selected"] = part["selected"]
+        counts[f"{prefix}dropped"] = sum(part["dropped"].values())
         for reason, rows in part["dropped"].items():
             if rows:
                 counts[f"{prefix}dropped.{reason}"] = rows
