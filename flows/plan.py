@@ -67,9 +67,16 @@ def check_disk(recipe: Recipe, chart: Chart, root: Path) -> None:
     """Refuse a run that the disk cannot hold.
 
     Raises:
-        InputError: less is free than the unfinished stages are expected to write.
+        InputError: less is free than the unfinished stages are expected to write, or `root` cannot
+            be made.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"the folder of all artifacts, {root}, cannot be made ({error.strerror}): "
+            "set EVACLIP_ROOT to another one"
+        ) from None
     needed = 0 if chart.download.is_finished else _download_bytes(recipe)
     needed += 50_000_000 if not chart.is_finished else 0
     free = shutil.disk_usage(root).free

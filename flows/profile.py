@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from evaclip_model.config import explain
 from evaclip_model.errors import InputError
+from tasks.tracking import TrackingStore
 
 
 class Profile(BaseSettings):
@@ -46,9 +47,14 @@ def load_profile() -> Profile:
     """Read the profile.
 
     Raises:
-        InputError: a setting has a wrong value.
+        InputError: a setting has a wrong value, or the tracking URI is of no kind that is known.
     """
     try:
-        return Profile()
+        profile = Profile()
     except ValidationError as error:
-        raise InputError(f"environment setting EVACLIP_*: {explain(Profile, error)}") from None
+        field = str(error.errors()[0]["loc"][0])
+        name = field if field.isupper() else f"EVACLIP_{field.upper()}"
+        wrong = explain(Profile, error).replace(f"'{field}'", name, 1)
+        raise InputError(f"environment setting {wrong}") from None
+    TrackingStore.at(profile.mlflow_uri, experiment="")
+    return profile
