@@ -69,7 +69,7 @@ def test_a_plan_tells_what_is_there_what_is_unfinished_and_what_is_to_make(tmp_p
     assert [row.state for row in rows[:3]] == ["there", "unfinished", "to make"]
     assert rows[0].size == "concepts 7"
     assert [row.title for row in rows[5:7]] == ["train stage1", "train stage2"]
-    assert "steps of 256" in rows[5].size
+    assert f"steps of {recipe.train[0].global_batch}" in rows[5].size
     assert plan_markdown(recipe, chart).count("\n") == len(rows) + 3
 
 
