@@ -8,7 +8,7 @@ from prefect.artifacts import create_link_artifact
 from evaclip_model.train_config import METRICS_FILE
 from flows.chart import find_files
 from flows.session import open_session
-from tasks.artifact import Artifact, read_artifact
+from tasks.artifact import Artifact
 from tasks.evaluate.task import evaluate as evaluate_stage
 from tasks.register.task import register
 
@@ -26,8 +26,8 @@ def evaluate(
     """
     with open_session("evaluate", recipe, overrides or []) as session:
         chart, wanted = session.chart, session.recipe
-        model = model or read_artifact(chart.train[-1].folder)
-        untrained = read_artifact(chart.initialise.folder)
+        model = model or session.finished(chart.train[-1], "train")
+        untrained = session.finished(chart.initialise, "train")
         sets = {
             one.name: find_files(one.folder, chart.demo, f"evaluate.sets '{one.name}'")[0]
             for one in wanted.evaluate.sets

@@ -19,11 +19,12 @@ from typing import Any
 from prefect import runtime
 from prefect.artifacts import create_link_artifact
 
+from evaclip_model.errors import InputError
 from flows.chart import Chart, load_chart
 from flows.profile import Profile
 from flows.progress import say_done, watching
 from flows.recipe import Recipe
-from tasks.artifact import Address, Artifact
+from tasks.artifact import Address, Artifact, read_artifact
 from tasks.lineage.mlflow_store import PipelineRun, Tracking
 from tasks.tracking import TrackingStore
 
@@ -42,6 +43,19 @@ class Session:
     def root(self) -> Path:
         """Absolute folder of all artifacts."""
         return self.profile.root.resolve()
+
+    def finished(self, address: Address, made_by: str) -> Artifact:
+        """The artifact at `address`, which the flow `made_by` makes.
+
+        Raises:
+            InputError: it is not there yet.
+        """
+        if not address.is_finished:
+            raise InputError(
+                f"{address.stage.name} has not run for this recipe yet: first run "
+                f"`python -m flows run {made_by} {self.recipe.name}` with the same settings"
+            )
+        return read_artifact(address.folder)
 
     def make(
         self,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from prefect import flow
-from tasks.train.task import train_stage
 
 from evaclip_model.train_config import METRICS_FILE, RESULT_FILE
 from flows.session import open_session
-from tasks.artifact import Artifact, read_artifact
+from tasks.artifact import Artifact
 from tasks.initialise.task import initialise
+from tasks.train.task import train_stage
 
 
 @flow(name="train")
@@ -24,7 +24,7 @@ def train(
     """
     with open_session("train", recipe, overrides or []) as session:
         chart, wanted = session.chart, session.recipe
-        shards = shards or read_artifact(chart.verify.folder)
+        shards = shards or session.finished(chart.verify, "prepare")
         model = session.make(initialise, chart.initialise, wanted.initialise)
         for config, address in zip(wanted.train, chart.train, strict=True):
             model = session.make(
