@@ -21,10 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from evaclip_model.engine import StateFragment
+from evaclip_model.tensor_file import write_tensors
 
 MANIFEST = "manifest.json"
 _PREFIX = "step-"
@@ -66,8 +66,7 @@ def save_checkpoint(
         for fragment in fragments
         for kind, tensor in fragment.tensors.items()
     }
-    save_file(tensors, shard)
-    _sync(shard)
+    write_tensors(tensors, shard)
     sizes: list[Any] = [None] * ranks
     if ranks > 1:
         dist.all_gather_object(sizes, shard.stat().st_size)

@@ -7,6 +7,7 @@ LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT).
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -43,6 +44,12 @@ def main(arguments: list[str]) -> int:
     except (InputError, Diverged) as error:
         (job.run_dir / ERROR_FILE).write_text(f"{error}\n")
         return DATA_ERROR if isinstance(error, InputError) else DIVERGED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sentence = f"the disk is full at {job.run_dir}: free some space and run the same command "
+        (job.run_dir / ERROR_FILE).write_text(f"{sentence}again; the newest checkpoint is kept\n")
+        return DATA_ERROR
     return DONE
 
 

@@ -19,13 +19,14 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from evaclip_model.clip import EvaClip, Precision, create_model
 from evaclip_model.errors import InputError
 from evaclip_model.layers import AttentionChoice
 from evaclip_model.model_config import CONFIG_FILE, ModelConfig
+from evaclip_model.tensor_file import write_tensors
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -66,12 +67,16 @@ def save_model(model: EvaClip, folder: str | Path) -> None:
         for name, value in model.state_dict(keep_vars=True).items()
     }
     tensors["logit_scale"] = tensors["logit_scale"].reshape(())
-    beside = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
-    save_file(tensors, beside, metadata={"format": "pt"})
-    _publish(beside, folder / WEIGHTS_FILE)
-    beside = folder / f".{CONFIG_FILE}.{os.getpid()}"
-    beside.write_text(model.config.model_dump_json(indent=1) + "\n")
-    _publish(beside, folder / CONFIG_FILE)
+    # Names without a process id: what a killed run left is written over, not kept with the model.
+    beside = folder / f".{WEIGHTS_FILE}"
+    write_tensors(tensors, beside, metadata={"format": "pt"})
+    beside.replace(folder / WEIGHTS_FILE)
+    beside = folder / f".{CONFIG_FILE}"
+    with beside.open("w") as file:
+        file.write(model.config.model_dump_json(indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(folder / CONFIG_FILE)
 
 
 def open_model(
@@ -243,9 +248,3 @@ def _fit(key: str, value: Tensor, shape: torch.Size, path: Path) -> Tensor:
             "it is of another architecture"
         )
     return fitted
-
-
-def _publish(beside: Path, path: Path) -> None:
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(path)
