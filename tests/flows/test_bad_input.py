@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import pytest
 
 from flows.__main__ import main
 from flows.server import temporary_server
-from tests.flows.command import Demo, Ended, environment, run, small_demo
+from tests.flows.command import CHECKOUT, Demo, environment, run, small_demo
 
 ROWS = {"URL": ["http://127.0.0.1/a.png"], "TEXT": ["a red apple"]}
 Command = Callable[..., str]
@@ -172,21 +175,15 @@ def test_a_pull_where_nothing_was_ever_registered_makes_no_registry(
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Demo, str], Ended]]:
-    """Runs `prepare` against one Prefect server; starting one for each command takes longer."""
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of one Prefect server; starting one for each command takes longer."""
     home = tmp_path_factory.mktemp("server")
     with pytest.MonkeyPatch.context() as settings:
-        for name, value in environment(home).items():
-            settings.setenv(name, value)
-        settings.delenv("PREFECT_API_URL", raising=False)
+        for name in os.environ:
+            if name.startswith("PREFECT_"):
+                settings.delenv(name)
         with temporary_server(home):
-            url = os.environ["PREFECT_API_URL"]
-
-            def command(demo: Demo, *also: str) -> Ended:
-                arguments = demo.arguments("run", "prepare", also=also)
-                return run(arguments, demo.root, PREFECT_API_URL=url)
-
-            yield command
+            yield os.environ["PREFECT_API_URL"]
 
 
 @pytest.fixture(scope="module")
@@ -212,11 +209,14 @@ def unreadable(path: Path) -> str:
 
 @pytest.mark.parametrize("write", [column_missing, without_rows, unreadable])
 def test_metadata_that_cannot_be_merged_end_the_flow_with_their_sentence(
-    server: Callable[..., Ended], started_root: Demo, tmp_path: Path, write: Callable[[Path], str]
+    prefect_api: str, started_root: Demo, tmp_path: Path, write: Callable[[Path], str]
 ) -> None:
     own = tmp_path / "own.parquet"
     expected = write(own)
-    ended = server(started_root, f"merge.sources.laion2b.files={own}")
+    arguments = started_root.arguments(
+        "run", "prepare", also=[f"merge.sources.laion2b.files={own}"]
+    )
+    ended = run(arguments, started_root.root, PREFECT_API_URL=prefect_api)
     sentence = the_sentence(ended.status, ended.errors)
     assert str(own) in sentence
     assert expected in sentence
@@ -226,13 +226,61 @@ def test_metadata_that_cannot_be_merged_end_the_flow_with_their_sentence(
 
 
 def test_a_demo_port_in_use_is_named_and_nothing_is_downloaded(
-    server: Callable[..., Ended], started_root: Demo
+    prefect_api: str, started_root: Demo
 ) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        ended = server(started_root, f"demo.port={port}")
+        arguments = started_root.arguments("run", "prepare", also=[f"demo.port={port}"])
+        ended = run(arguments, started_root.root, PREFECT_API_URL=prefect_api)
     sentence = the_sentence(ended.status, ended.errors)
     assert re.search(rf"port {port} is in use: .*--set demo.port=NUMBER", sentence)
     assert not (started_root.root / "download").exists()
+
+
+ON_A_SMALL_DISK = """
+    mount -t tmpfs -o size=$1m tmpfs "$2" && cp -r "$3" "$2"/runs || exit 99
+    shift 3
+    "$@"
+    status=$?
+    find "$EVACLIP_ROOT" -name '*.safetensors*' -o -name manifest.json -path '*/train/*'
+    exit $status
+"""
+"""Arguments: size in MiB, where to mount, what to copy into `runs`, the command."""
+
+
+def test_a_disk_that_fills_up_during_training_is_one_sentence_and_leaves_no_half_file(
+    prefect_api: str, finished: Demo, tmp_path: Path
+) -> None:
+    disk, there = tmp_path / "disk", tmp_path / "there"
+    disk.mkdir()
+    for stage in ("demo", "merge", "download", "verify", "initialise"):
+        shutil.copytree(finished.root / stage, there / stage)
+    used = sum(file.stat().st_size for file in there.rglob("*") if file.is_file())
+    # 56 MiB are enough by the plan's estimate, and too few for a checkpoint
+    arguments = finished.arguments(
+        "run", "pipeline", also=["train.stage1.checkpoint_every_steps=1"]
+    )
+    command = [sys.executable, "-m", "flows", *arguments]
+    shell = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", ON_A_SMALL_DISK, "sh"]
+    try:
+        ended = subprocess.run(
+            [*shell, str(used // 2**20 + 56), disk, there, *command],
+            cwd=CHECKOUT,
+            env=environment(disk / "runs", PREFECT_API_URL=prefect_api),
+            capture_output=True,
+            text=True,
+        )
+    except FileNotFoundError:
+        pytest.skip("there is no unshare here")
+    if ended.returncode == 99 or "unshare" in ended.stderr:
+        pytest.skip("this system lets no ordinary user mount a small disk")
+    sentence = the_sentence(ended.returncode, ended.stderr)
+    assert re.fullmatch(
+        r"training stage 'stage1': the disk is full at .*: free some space and run the same "
+        r"command again; .* is kept",
+        sentence,
+    )
+    assert "/initialise/" in ended.stdout
+    assert "/train/" not in ended.stdout
