@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -189,6 +190,8 @@ def start_distributed(device: str) -> None:
 
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
+    # DeepSpeed calls collectives by names that torch is retiring: once a call, in every log.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed("gloo" if device == "cpu" else "nccl", auto_mpi_discovery=False)
 
 

@@ -174,7 +174,7 @@ class _Run:
             )
         factor = lr_factor(batch.step, config.warmup_steps, config.steps)
         stepped = self._engine.step(terms.loss, factor)
-        return _Outcome(loss, to_text, to_image, float(scale), stepped, stop_ranks > 0)
+        return _Outcome(loss, to_text, to_image, float(scale.detach()), stepped, stop_ranks > 0)
 
     def _row(self, outcome: _Outcome, step: int, waited: float, took: float) -> dict[str, Any]:
         """A line of `metrics.jsonl`; losses in nats, times in seconds."""

@@ -62,8 +62,10 @@ def test_a_flat_tensor_with_its_layout_steps_like_its_parameters():
         Fragment(number, 0, start, part.numel())
         for number, (start, part) in enumerate(zip(starts, plain, strict=True))
     )
-    separate, packed, naive = (Lamb([{"params": p}], lr=0.1, weight_decay=0.1)
-                               for p in (plain, [flat], [torch.nn.Parameter(flat.detach().clone())]))
+    separate, packed, naive = (
+        Lamb([{"params": p}], lr=0.1, weight_decay=0.1)
+        for p in (plain, [flat], [torch.nn.Parameter(flat.detach().clone())])
+    )
     packed.bind([Layout(fragments, 3, None)])
     for _ in range(5):
         for part in plain:

@@ -23,9 +23,7 @@ def config(**changes):
 def test_groups_equal_the_authors(case, decays):
     expected = json.loads((DATA / f"{case}.json").read_text())
     lr_vision = expected["params"]["visual.cls_token"]["base_lr"]
-    settings = config(
-        lr_vision=lr_vision, layer_decay_vision=decays[0], layer_decay_text=decays[1]
-    )
+    settings = config(lr_vision=lr_vision, layer_decay_vision=decays[0], layer_decay_text=decays[1])
     # Only the number of dimensions matters to grouping: 1 where the authors did not decay by shape.
     shapes = [
         (name, torch.Size([2] if values["weight_decay"] == 0 and not _is_table(name) else [2, 2]))

@@ -1,25 +1,17 @@
 """Training end to end on a few real shards: any number of ranks, killed and resumed."""
 
-import io
 import json
 import os
 import random
 import signal
-import socket
-import subprocess
-import sys
-import tarfile
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from evaclip_model.clip import create_model
-from evaclip_model.samples import Shard, ShardManifest
 from evaclip_model.train import DATA_ERROR, RESUMABLE
 from evaclip_model.weights import save_model
 
@@ -41,50 +33,13 @@ TINY = {
     },
     "text": {"context_length": 77, "vocab_size": 49408, "width": 16, "layers": 1, "heads": 2},
 }
-COLOURS = ["red", "green", "blue", "white", "black", "yellow", "purple", "orange"]
-
-
-def write_shard(path, source, names, rng):
-    with tarfile.open(path, "w") as tar:
-        for name in names:
-            pixels = rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)
-            image = io.BytesIO()
-            Image.fromarray(pixels).save(image, "png")
-            record = json.dumps({"uid": name, "source": source}).encode()
-            caption = f"a {COLOURS[int(name) % 8]} thing number {name}".encode()
-            for extension, data in (
-                ("png", image.getvalue()),
-                ("txt", caption),
-                ("json", record),
-            ):
-                member = tarfile.TarInfo(f"{name}.{extension}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(small_shards):
     """Two sources in five shards, and a tiny model to start from."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    shards, first = [], 0
-    for source, sizes in {"a": [20, 15, 13], "b": [10, 14]}.items():
-        for number, size in enumerate(sizes):
-            path = folder / f"{source}{number}.tar"
-            write_shard(path, source, [f"{first + i:05d}" for i in range(size)], rng)
-            first += size
-            shards.append(
-                Shard(
-                    path=path.name,
-                    source=source,
-                    samples=size,
-                    bytes=path.stat().st_size,
-                    sha256="0" * 64,
-                )
-            )
-    ShardManifest(shards=tuple(shards)).write(folder / "shards.json")
-    save_model(create_model(TINY, seed=0), folder / "start")
-    return folder
+    save_model(create_model(TINY, seed=0), small_shards / "start")
+    return small_shards
 
 
 def write_job(data, run_dir, *, engine="deepspeed", **changes):
@@ -117,50 +72,27 @@ def write_job(data, run_dir, *, engine="deepspeed", **changes):
     return run_dir / "train.json"
 
 
-def start(job, ranks):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        env = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        with (job.parent / f"rank-{rank}.log").open("ab") as log:
-            command = [sys.executable, "-m", "evaclip_model.train", str(job)]
-            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
-    return processes
+def start(ranks, count, job):
+    return ranks.start(count, job.parent, "evaclip_model.train", job)
 
 
-def finish(processes, job, expected=0):
-    try:
-        codes = [process.wait(120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+def finish(ranks, pids, job, expected=0):
+    codes = ranks.wait(pids)
     logs = "".join(path.read_text()[-2000:] for path in job.parent.glob("rank-*.log"))
-    assert codes == [expected] * len(processes), logs
+    assert codes == [expected] * len(pids), logs
     return [json.loads(line) for line in (job.parent / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def two_ranks(data, tmp_path_factory):
+def two_ranks(data, ranks, tmp_path_factory):
     """An uninterrupted run of two ranks: its folder and its metrics."""
     job = write_job(data, tmp_path_factory.mktemp("two"))
-    return job.parent, finish(start(job, 2), job)
+    return job.parent, finish(ranks, start(ranks, 2, job), job)
 
 
-def test_two_ranks_lose_what_one_loses(data, two_ranks, tmp_path):
+def test_two_ranks_lose_what_one_loses(data, ranks, two_ranks, tmp_path):
     job = write_job(data, tmp_path / "one", engine="torch")
-    alone = finish(start(job, 1), job)
+    alone = finish(ranks, start(ranks, 1, job), job)
     folder, together = two_ranks
     assert [row["step"] for row in together] == list(range(1, 21))
     for ours, theirs in zip(together, alone, strict=True):
@@ -172,54 +104,57 @@ def test_two_ranks_lose_what_one_loses(data, two_ranks, tmp_path):
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_a_run_whose_rank_is_killed_ends_like_one_that_is_not(data, two_ranks, tmp_path, seed):
+def test_a_run_whose_rank_is_killed_ends_like_one_that_is_not(
+    data, ranks, two_ranks, tmp_path, seed
+):
     folder, expected = two_ranks
     job = write_job(data, tmp_path / "killed")
     chance = random.Random(seed)
-    after = chance.randrange(1, 18)
-    processes = start(job, 2)
-    metrics = job.parent / "metrics.jsonl"
-    deadline = time.monotonic() + 100
-    while time.monotonic() < deadline and lines(metrics) < after:
-        time.sleep(0.002)
-    victim = processes[chance.randrange(2)]
-    victim.send_signal(signal.SIGKILL)
-    for process in processes:
-        process.kill()
-        process.wait()
-    assert lines(metrics) < 20
+    pids = start(ranks, 2, job)
+    wait_for(job.parent / "metrics.jsonl", chance.randrange(1, 16))
+    os.kill(pids[chance.randrange(2)], signal.SIGKILL)
+    codes = ranks.wait(pids)
+    assert -signal.SIGKILL in codes
+    assert 0 not in codes
+    assert lines(job.parent / "metrics.jsonl") < 20
 
-    rows = finish(start(job, 2), job)
+    rows = finish(ranks, start(ranks, 2, job), job)
 
     assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
     ours, theirs = (load_file(at / "model/model.safetensors") for at in (job.parent, folder))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def wait_for(metrics: Path, count: int) -> None:
+    deadline = time.monotonic() + 100
+    while lines(metrics) < count:
+        assert time.monotonic() < deadline, "no steps are made"
+        time.sleep(0.002)
+
+
 def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_a_run_asked_to_stop_saves_and_another_number_of_ranks_goes_on(data, two_ranks, tmp_path):
+def test_a_run_asked_to_stop_saves_and_another_number_of_ranks_goes_on(
+    data, ranks, two_ranks, tmp_path
+):
     _, expected = two_ranks
     job = write_job(data, tmp_path / "stopped", checkpoint_every_steps=1000)
-    processes = start(job, 2)
-    metrics = job.parent / "metrics.jsonl"
-    while lines(metrics) < 3:
-        time.sleep(0.002)
-    processes[1].send_signal(signal.SIGTERM)
-    done = len(finish(processes, job, expected=RESUMABLE))
+    pids = start(ranks, 2, job)
+    wait_for(job.parent / "metrics.jsonl", 3)
+    os.kill(pids[1], signal.SIGTERM)
+    done = len(finish(ranks, pids, job, expected=RESUMABLE))
     assert (job.parent / "resumable").exists()
     assert [path.name for path in (job.parent / "checkpoints").iterdir()] == [f"step-{done:08d}"]
 
-    rows = finish(start(job, 3), job)
+    rows = finish(ranks, start(ranks, 3, job), job)
 
     for ours, theirs in zip(rows, expected, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
-def test_a_users_mistake_is_one_sentence(data, tmp_path):
+def test_a_users_mistake_is_one_sentence(data, ranks, tmp_path):
     job = write_job(data, tmp_path / "wrong", engine="torch", source_weights={"c": 1.0})
-    process = start(job, 1)[0]
-    assert process.wait(60) == DATA_ERROR
+    assert ranks.wait(start(ranks, 1, job)) == [DATA_ERROR]
     assert "'c'" in (job.parent / "error.txt").read_text()

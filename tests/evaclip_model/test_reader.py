@@ -1,0 +1,118 @@
+"""Batches depend on their step alone: not on ranks, memory, or what was read before."""
+
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+
+from evaclip_model.errors import InputError
+from evaclip_model.reader import BatchReader
+from evaclip_model.samples import ShardManifest
+from evaclip_model.train_config import TrainConfig
+
+PLENTY = 2**30
+
+
+def config(**changes):
+    settings = {"name": "x", "image_px": 16, "samples_seen": 24 * 30, "global_batch": 24}
+    settings |= {"lanes": 6, "shuffle_buffer": 4, "source_weights": {"a": 0.8, "b": 0.2}}
+    return TrainConfig(**{**settings, **changes})
+
+
+def reader(folder, *, rank=0, ranks=1, memory=PLENTY, **changes):
+    return BatchReader(
+        folder / "shards.json", config(**changes), rank=rank, ranks=ranks, cache_bytes=memory
+    )
+
+
+def assert_same(ours, theirs):
+    assert ours.captions == theirs.captions
+    assert torch.equal(ours.images, theirs.images)
+    assert torch.equal(ours.positions, theirs.positions)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 6])
+def test_ranks_together_read_what_one_reads_in_the_same_order(small_shards, ranks):
+    whole = reader(small_shards)
+    parts = [reader(small_shards, rank=rank, ranks=ranks) for rank in range(ranks)]
+    for step in range(12):
+        expected = whole.batch(step)
+        shares = [part.batch(step) for part in parts]
+        assert sum((share.captions for share in shares), ()) == expected.captions
+        assert torch.equal(torch.cat([share.images for share in shares]), expected.images)
+        assert torch.equal(torch.cat([s.positions for s in shares]), expected.positions)
+
+
+def test_a_reader_that_starts_late_goes_on_exactly(small_shards):
+    from_start = list(reader(small_shards).batches(0, 20))
+    for ours, theirs in zip(reader(small_shards).batches(13, 20), from_start[13:], strict=True):
+        assert_same(ours, theirs)
+
+
+def test_without_memory_shards_are_streamed_to_the_same_batches(small_shards):
+    kept, streamed = reader(small_shards), reader(small_shards, memory=0)
+    for step in (0, 1, 2, 3, 9, 10, 4):
+        assert_same(streamed.batch(step), kept.batch(step))
+
+
+def test_sources_are_drawn_by_weight_and_no_sample_again_before_all(small_shards):
+    steps = 10  # 240 draws: 192 of a (four times its 48), 48 of b (twice its 24)
+    one = reader(small_shards)
+    seen = Counter(caption for step in range(steps) for caption in one.batch(step).captions)
+    assert one.drawn(steps) == {"a": 192, "b": 48}
+    assert sum(seen.values()) == 240
+    of_a = [n for caption, n in seen.items() if int(caption.rsplit(" ", 1)[1]) < 48]
+    assert len(of_a) == 48
+    assert sum(of_a) == 192
+
+
+def test_without_weights_sources_are_drawn_as_large_as_they_are(small_shards):
+    assert reader(small_shards, source_weights={}).drawn(3) == {"a": 48, "b": 24}
+
+
+def test_a_bad_image_is_counted_and_replaced_by_its_neighbour(small_shards, tmp_path):
+    folder = tmp_path / "spoilt"
+    shutil.copytree(small_shards, folder)
+    shard = folder / "a0.tar"
+    content = bytearray(shard.read_bytes())
+    content[1024 - 512 : 1024 - 512 + 64] = b"\xff" * 64  # the first image's header
+    shard.write_bytes(content)
+    spoilt, whole = reader(folder), reader(small_shards)
+    for step in range(10):
+        ours, theirs = spoilt.batch(step), whole.batch(step)
+        changed = sum(a != b for a, b in zip(ours.captions, theirs.captions, strict=True))
+        assert changed == ours.images.ne(theirs.images).flatten(1).any(1).sum()
+    assert 1 <= spoilt.bad.total() <= 10
+    assert whole.bad.total() == 0
+
+
+def test_a_truncated_shard_is_one_sentence(small_shards, tmp_path):
+    folder = tmp_path / "short"
+    shutil.copytree(small_shards, folder)
+    path = folder / ShardManifest.read(folder / "shards.json").shards[0].path
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"a0\.tar.*verify the shards again"):
+        for batch in reader(folder).batches(0, 10):
+            assert batch.captions
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source_weights": {"c": 1.0}}, "names 'c'"),
+        ({"lanes": 24}, None),
+        ({"lanes": 48, "global_batch": 48}, "24 samples for 48 lanes"),
+    ],
+)
+def test_settings_that_do_not_fit_the_shards_are_refused(small_shards, changes, message):
+    if message is None:
+        reader(small_shards, **changes)
+        return
+    with pytest.raises(InputError, match=message):
+        reader(small_shards, **changes)
+
+
+def test_ranks_must_divide_the_lanes(small_shards):
+    with pytest.raises(InputError, match="4 ranks cannot share 6 lanes"):
+        reader(small_shards, ranks=4)
