@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-.PHONY: help setup demo test check test-faults bench up down clean
+.PHONY: help setup demo test check coverage test-faults ablation bench up down clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -32,6 +32,9 @@ coverage: $(VENV)/.dev ## test coverage of the pure modules
 
 test-faults: $(VENV)/.dev ## kill -9 of flow, download and rank at three moments each, and compare (20 min)
 	@PYTHONPATH=. $(PY) tests/faults/interruptions.py
+
+ablation: $(VENV)/.pipeline ## the demo with one technique off at a time, as a table (40 min)
+	@PYTHONPATH=. $(PY) tests/benchmarks/ablate_demo.py
 
 bench: $(VENV)/.dev ## benchmarks; figures go to BENCHMARKS.md by hand
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; PYTHONPATH=. $(PY) $$file || exit 1; done

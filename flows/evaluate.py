@@ -8,7 +8,7 @@ from prefect.artifacts import create_link_artifact
 from evaclip_model.train_config import METRICS_FILE
 from flows.chart import find_files
 from flows.session import open_session
-from tasks.artifact import Artifact
+from tasks.artifact import Artifact, read_artifact
 from tasks.evaluate.task import evaluate as evaluate_stage
 from tasks.register.task import register
 
@@ -37,6 +37,7 @@ def evaluate(
             {"trained": model.folder / "model", "untrained": untrained.folder / "model"},
             sets,
             [address.folder / METRICS_FILE for address in chart.train],
+            inputs={"evaluation": read_artifact(chart.demo.folder)} if chart.demo else {},
             attach=("report.html", "results.json"),
         )
         report = session.run.url() or (evaluated.folder / "report.html").as_uri()

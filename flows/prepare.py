@@ -39,9 +39,10 @@ def prepare(recipe: str = "demo", overrides: list[str] | None = None) -> Artifac
             downloaded = session.make(
                 *(download, chart.download, wanted.download, merged),
                 *(profile.download_processes, profile.download_threads),
+                inputs={"merged": merged},
             )
         return session.make(
-            *(verify, chart.verify, wanted.verify, downloaded), inputs={"merged": merged}
+            *(verify, chart.verify, wanted.verify, downloaded), inputs={"downloaded": downloaded}
         )
 
 

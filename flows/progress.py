@@ -38,7 +38,9 @@ def watching(title: str, *, already_there: bool = False) -> Iterator[Report]:
         TextColumn("{task.fields[detail]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         row = bar.add_task(title, total=None, detail="")
         in_ui = _PrefectProgress(title)
         last_line = time.monotonic()
