@@ -81,6 +81,9 @@ class TrainConfig(Config):
     """Smallest and largest area of the random crop, as a share of the image's."""
     caption_templates: tuple[str, ...] = Field(default=("{}",), min_length=1)
     """Texts around the caption, one of them drawn for every sample; `{}` stands for the caption."""
+    caption_separator: str | None = Field(default=None, min_length=1)
+    """Where a caption may be cut: a random number of its parts, from the first on, is kept, so that
+    a title is learnt with and without the tags behind it. None keeps captions whole."""
     lanes: int = Field(default=16, gt=0)
     """Parallel sample streams; every rank reads whole lanes, so ranks must divide this number."""
     shuffle_buffer: int = Field(default=1000, gt=0)

@@ -39,6 +39,7 @@ from evaclip_model.train_config import (
     METRICS_FILE,
     MODEL_FOLDER,
     RESULT_FILE,
+    TrainConfig,
     TrainJob,
 )
 from evaclip_model.transform import normalize_images
@@ -198,11 +199,9 @@ class _Run:
 
     def _tokenize(self, batch: Batch) -> Tensor:
         """Ids of the batch's captions in their templates, [b, L], L the longest caption's."""
-        templates = self._config.caption_templates
         rows = []
         for caption, position in zip(batch.captions, batch.positions.tolist(), strict=True):
-            template = templates[_draw(self._config.seed, position, len(templates))]
-            text = template.replace("{}", caption)
+            text = vary_caption(caption, self._config, position)
             if text not in self._tokens:
                 if len(self._tokens) >= KEPT_CAPTIONS:
                     self._tokens.clear()
@@ -267,11 +266,23 @@ def _device() -> torch.device:
     return device
 
 
-def _draw(seed: int, position: int, choices: int) -> int:
-    """A number below `choices` that depends on seed and position alone."""
+def vary_caption(caption: str, config: TrainConfig, position: int) -> str:
+    """The caption as the sample at `position` of the training stream shows it."""
+    if config.caption_separator is not None:
+        parts = caption.split(config.caption_separator)
+        kept = 1 + _draw("parts", config.seed, position, len(parts))
+        caption = config.caption_separator.join(parts[:kept])
+    templates = config.caption_templates
+    return templates[_draw("template", config.seed, position, len(templates))].replace(
+        "{}", caption
+    )
+
+
+def _draw(purpose: str, seed: int, position: int, choices: int) -> int:
+    """A number below `choices` that depends on purpose, seed and position alone."""
     if choices == 1:
         return 0
-    digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{purpose}:{seed}:{position}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % choices
 
 

@@ -10,9 +10,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-
 CPU_RANKS = 2
-"""Ranks on a machine without GPUs: the least that shards anything, and what a laptop has cores for."""
+"""Ranks on a machine without GPUs: the least that shards anything, and few for a laptop."""
 
 
 def default_ranks(cores: int, gpus: int) -> int:
@@ -21,7 +20,7 @@ def default_ranks(cores: int, gpus: int) -> int:
 
 
 def count_gpus(visible: str | None, devices: Path = Path("/dev")) -> int:
-    """GPUs of this machine that `visible` (CUDA_VISIBLE_DEVICES) leaves; importing torch is slow."""
+    """GPUs that `visible` (CUDA_VISIBLE_DEVICES) leaves of this machine's; torch is slow to ask."""
     if visible is not None:
         return len([one for one in visible.split(",") if one.strip() not in ("", "-1")])
     return len(list(devices.glob("nvidia[0-9]*")))

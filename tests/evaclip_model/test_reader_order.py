@@ -1,4 +1,4 @@
-"""Which sample stands where: exact mix, whole epochs, no dependence on anything but the position."""
+"""Which sample stands where: exact mix, whole epochs, dependence on the position alone."""
 
 from collections import Counter
 

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from evaclip_model.clip import create_model
 from evaclip_model.train import DATA_ERROR, RESUMABLE
+from evaclip_model.train_config import TrainConfig
+from evaclip_model.trainer import vary_caption
 from evaclip_model.weights import save_model
 
 TINY = {
@@ -158,3 +160,26 @@ def test_a_users_mistake_is_one_sentence(data, ranks, tmp_path):
     job = write_job(data, tmp_path / "wrong", engine="torch", source_weights={"c": 1.0})
     assert ranks.wait(start(ranks, 1, job)) == [DATA_ERROR]
     assert "'c'" in (job.parent / "error.txt").read_text()
+
+
+def test_captions_keep_their_title_and_vary_by_position_alone():
+    config = TrainConfig(
+        name="x",
+        image_px=16,
+        samples_seen=24,
+        global_batch=24,
+        lanes=6,
+        caption_separator=", ",
+        caption_templates=("{}", "an emoji of {}"),
+    )
+    caption = "red apple, fruit, food"
+    seen = {vary_caption(caption, config, position) for position in range(200)}
+    parts = ("red apple", "red apple, fruit", caption)
+    assert seen == {
+        template.format(part) for part in parts for template in ("{}", "an emoji of {}")
+    }
+    assert [vary_caption(caption, config, p) for p in range(9)] == [
+        vary_caption(caption, config, p) for p in range(9)
+    ]
+    whole = config.model_copy(update={"caption_separator": None, "caption_templates": ("{}",)})
+    assert vary_caption(caption, whole, 3) == caption
