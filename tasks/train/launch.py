@@ -40,7 +40,5 @@ def command(job: Path, ranks: int) -> list[str]:
 def environment(base: Mapping[str, str], ranks: int, cores: int, use_gpus: bool) -> dict[str, str]:
     """`base` with the cores shared out over the ranks, and gloo kept on loopback without GPUs."""
     threads = str(max(1, cores // ranks))
-    # Fresh pages cost more than the arithmetic of a small model: keep them between steps.
-    keep = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
-    changed = {**keep, **base, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+    changed = {**base, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
     return changed if use_gpus else {**changed, "GLOO_SOCKET_IFNAME": "lo"}
