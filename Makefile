@@ -33,7 +33,7 @@ coverage: $(VENV)/.dev ## test coverage of the pure modules
 test-faults: $(VENV)/.dev ## kill -9 of flow, download and rank at three moments each, and compare (15 min)
 	@PYTHONPATH=. $(PY) tests/faults/interruptions.py
 
-ablation: $(VENV)/.pipeline ## the demo with one technique off at a time, as a table (40 min)
+ablation: $(VENV)/.pipeline ## the demo with one technique off at a time, as a table (15 min)
 	@PYTHONPATH=. $(PY) tests/benchmarks/ablate_demo.py
 
 bench: $(VENV)/.dev ## benchmarks; figures go to BENCHMARKS.md by hand
