@@ -1,8 +1,8 @@
 """The demo recipe with one technique switched off at a time: Table 5 of the paper, in small.
 
-Every row is a whole run on the same shards with the same samples seen, half of the recipe's, so that
-five runs fit into a quarter of an hour; figures are of the held-out artist. Prints a Markdown table.
-A second run prints what is there.
+Every row is a whole run on the same shards with the same samples seen, half of the recipe's, so
+that five runs fit into a quarter of an hour; figures are of the held-out artist. Prints a Markdown
+table. A second run prints what is there.
 
     make ablation
 """
