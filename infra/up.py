@@ -101,11 +101,13 @@ class Service:
         deadline = time.monotonic() + STOP_S
         while is_alive(pid) and time.monotonic() < deadline:
             time.sleep(0.1)
-        for left in [*session_of(pid), pid]:
+        for left in (remaining := [*session_of(pid), pid]):
             try:
                 os.kill(left, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+        while any(map(is_alive, remaining)) and time.monotonic() < deadline + STOP_S:
+            time.sleep(0.05)  # a killed process is gone only when the kernel has cleared it away
         self._pid_file.unlink(missing_ok=True)
         say(f"{self.name:8} is down")
 
