@@ -19,12 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from evaclip_model.errors import InputError
-from evaclip_model.lamb import Fragment, Lamb, Layout
+from evaclip_model.lamb import Fragment, Lamb, Layout, Part
 from evaclip_model.optim import Group, parameter_groups
 from evaclip_model.train_config import TrainConfig
 
 LOGIT_SCALE_MAX = math.log(100)
 """Upper bound of the logarithm of the inverse temperature (CLIP, section 2.5)."""
+LARGEST_BUCKET = 200_000_000
+"""Gradient elements reduced together at most."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -122,7 +124,9 @@ class DeepSpeedEngine:
         self._engine, zero, _, _ = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,
-            config=deepspeed_config(config, dist.get_world_size()),
+            config=deepspeed_config(
+                config, dist.get_world_size(), sum(p.numel() for p in self._named.values())
+            ),
             dist_init_required=False,
         )
         if not isinstance(zero, DeepSpeedZeroOptimizer):
@@ -195,8 +199,12 @@ def start_distributed(device: str) -> None:
     deepspeed.init_distributed("gloo" if device == "cpu" else "nccl", auto_mpi_discovery=False)
 
 
-def deepspeed_config(config: TrainConfig, ranks: int) -> dict[str, Any]:
-    """DeepSpeed's configuration of a training stage; the micro-batch is all of a rank's share."""
+def deepspeed_config(config: TrainConfig, ranks: int, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's configuration of a training stage; the micro-batch is all of a rank's share.
+
+    Args:
+        parameters: elements of the whole model.
+    """
     settings: dict[str, Any] = {
         "train_batch_size": config.global_batch,
         "train_micro_batch_size_per_gpu": config.global_batch // ranks,
@@ -207,6 +215,8 @@ def deepspeed_config(config: TrainConfig, ranks: int) -> dict[str, Any]:
             "stage": config.zero_stage,
             # Reordering would break the map from parameters to their fp32 masters.
             "round_robin_gradients": False,
+            # DeepSpeed allocates as much in every step, however small the model is.
+            "reduce_bucket_size": min(parameters, LARGEST_BUCKET),
         },
     }
     if config.grad_clip_norm is not None:
@@ -221,21 +231,19 @@ def deepspeed_config(config: TrainConfig, ranks: int) -> dict[str, Any]:
 def make_optimizer(model: nn.Module, groups: list[Group], config: TrainConfig) -> Lamb:
     """The optimizer over `groups`, in their order."""
     named = dict(model.named_parameters())
+    whole_tensors = config.trust_scope == "partition"
     return Lamb(
         [
-            {
-                "params": [named[name] for name in group.names],
-                "lr": group.lr_peak,
-                "weight_decay": group.weight_decay,
-            }
+            Part([named[name] for name in group.names], group.lr_peak, group.weight_decay)
             for group in groups
         ],
         betas=(config.beta1, config.beta2),
         eps=config.eps,
+        packed=not whole_tensors,
         trust_clip=config.trust_clip,
         adapt=config.optimizer == "lamb",
         adapt_no_decay=config.adapt_no_decay,
-        trust_scope=config.trust_scope,
+        adapt_whole_tensors=whole_tensors,
     )
 
 
@@ -272,7 +280,7 @@ def layouts(zero: Any) -> list[Layout]:
         if covered.tolist() != [parameter.numel() for parameter in parameters]:
             raise RuntimeError("DeepSpeed's fp32 masters do not cover every parameter once")
         alone = dist.get_world_size(process_group) == 1
-        found.append(Layout(tuple(pieces), len(parameters), None if alone else process_group))
+        found.append(Layout(tuple(pieces), None if alone else process_group))
     return found
 
 
@@ -291,8 +299,8 @@ def _groups(model: nn.Module, config: TrainConfig) -> list[Group]:
 
 
 def _set_lr(optimizer: Lamb, groups: list[Group], factor: float) -> None:
-    for settings, group in zip(optimizer.param_groups, groups, strict=True):
-        settings["lr"] = group.lr_peak * factor
+    for part, group in zip(optimizer.parts, groups, strict=True):
+        part.lr = group.lr_peak * factor
 
 
 def _state(name: str, offset: int, master: Tensor, moments: Mapping[str, Tensor]) -> StateFragment:

@@ -1,26 +1,39 @@
 """LAMB that stays right when its parameters are flat slices of many tensors (ZeRO).
 
 Covers: the update rule, and `bind`, which tells it where parameters lie in DeepSpeed's partitions.
-Not here: gradient clipping, learning-rate schedules, the making of parameter groups.
+Not here: gradient clipping, learning-rate schedules, which parameters are stepped alike.
 Source: You et al. 2020, algorithm 2, with decoupled decay inside the direction.
 
 ZeRO hands an optimizer one flat tensor per group: a rank's slice of all the group's parameters,
 cut at rank boundaries. A norm of that tensor mixes layers and depends on the number of ranks. Here
 squared norms are taken per parameter fragment and summed over ranks before any ratio is formed.
+
+Every group costs ZeRO several collectives a step, whatever its size. So parts with rates of their
+own may be packed into one group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 CHUNK = 1 << 17
-"""Elements updated at a time: a chunk and its temporaries stay in a core's cache."""
+"""Elements updated at a time on a CPU: a chunk and its temporaries stay in a core's cache."""
+
+
+@dataclass
+class Part:
+    """Parameters that are stepped alike; `lr` may be changed between steps."""
+
+    params: Sequence[Tensor]
+    lr: float
+    weight_decay: float
 
 
 @dataclass(frozen=True)
@@ -40,8 +53,7 @@ class Layout:
     """How one group's parameters lie in this rank's flat tensor."""
 
     fragments: tuple[Fragment, ...]
-    parameters: int
-    """Parameters of the group, on all ranks."""
+    """In the order of the flat tensor."""
     ranks: dist.ProcessGroup | None
     """Who holds the other fragments; none when all are here."""
 
@@ -49,35 +61,58 @@ class Layout:
 class Lamb(torch.optim.Optimizer):
     """LAMB: Adam's direction plus decay, scaled per parameter by |weight| / |direction|.
 
-    Args:
-        params: parameter groups; each with its own `lr` and `weight_decay`.
-        trust_clip: bounds of the ratio, or none. A ratio with a zero norm is 1, before clipping.
-        adapt: whether to scale at all; without, this is AdamW.
-        adapt_no_decay: scale groups without weight decay too; else their ratio is 1.
-        trust_scope: "parameter", or "partition": one ratio for each tensor handed over, whatever
-            it is made of (under ZeRO, one per group and rank).
+    A step consumes the gradients: afterwards they hold the directions.
+
+    Attributes:
+        parts: as given, in that order.
     """
 
     def __init__(
         self,
-        params: Iterable[dict[str, Any]] | Iterable[Tensor],
-        lr: float = 1e-3,
+        parts: Iterable[Part],
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-6,
-        weight_decay: float = 0.0,
         *,
+        packed: bool = False,
         trust_clip: tuple[float, float] | None = None,
         adapt: bool = True,
         adapt_no_decay: bool = False,
-        trust_scope: Literal["parameter", "partition"] = "parameter",
+        adapt_whole_tensors: bool = False,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults)
-        self.trust_clip = trust_clip
-        self.adapt = adapt
-        self.adapt_no_decay = adapt_no_decay
-        self.trust_scope = trust_scope
-        self._layouts: dict[Tensor, Layout] = {}
+        """Take up parameters without changing them.
+
+        Args:
+            parts: every parameter in exactly one of them.
+            packed: make one group of all parts, instead of one of each.
+            trust_clip: bounds of the ratio, or none. A ratio with a zero norm is 1, then bounded.
+            adapt: whether to scale at all; without, this is AdamW.
+            adapt_no_decay: scale parts without weight decay too; else their ratio is 1.
+            adapt_whole_tensors: one ratio for each tensor handed over, whatever it is made of
+                (under ZeRO one a group and rank); not for packed parts.
+        """
+        self.parts = list(parts)
+        together = [self.parts] if packed else [[part] for part in self.parts]
+        super().__init__(
+            [
+                {"params": [tensor for part in group for tensor in part.params], "parts": group}
+                for group in together
+            ],
+            defaults={"updates": 0},
+        )
+        self._betas = betas
+        self._eps = eps
+        self._trust_clip = trust_clip
+        self._adapt = adapt
+        self._adapt_no_decay = adapt_no_decay
+        self._adapt_whole_tensors = adapt_whole_tensors
+        for group in self.param_groups:
+            owners = [number for number, part in enumerate(group["parts"]) for _ in part.params]
+            group["pieces"] = [
+                _Piece(number, number, owner, 0, tensor.numel())
+                for number, (tensor, owner) in enumerate(zip(group["params"], owners, strict=True))
+            ]
+            group["owners"] = owners
+            group["ranks"] = None
 
     def bind(self, layouts: Iterable[Layout]) -> None:
         """State where parameters lie in each group's flat tensor, group by group.
@@ -86,62 +121,26 @@ class Lamb(torch.optim.Optimizer):
             ValueError: a group is not one flat tensor, or a fragment leaves it.
         """
         for group, layout in zip(self.param_groups, layouts, strict=True):
-            if len(group["params"]) != 1:
+            if len(group["params"]) != 1 or group["params"][0].dim() != 1:
                 raise ValueError("a bound group must hold one flat tensor")
-            flat = group["params"][0]
             ends = [fragment.start + fragment.size for fragment in layout.fragments]
-            if flat.dim() != 1 or max(ends, default=0) > flat.numel():
+            if max(ends, default=0) > group["params"][0].numel():
                 raise ValueError("a fragment lies outside the group's flat tensor")
-            self._layouts[flat] = layout
+            group["ranks"] = layout.ranks
+            group["pieces"] = [
+                _Piece(0, cut.parameter, group["owners"][cut.parameter], cut.start, cut.size)
+                for cut in layout.fragments
+            ]
 
     @property
     def updates(self) -> int:
         """Steps taken; decides the bias correction of the next."""
-        return int(self.param_groups[0].get("updates", 0))
+        return int(self.param_groups[0]["updates"])
 
     @updates.setter
     def updates(self, count: int) -> None:
         for group in self.param_groups:
             group["updates"] = count
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update all groups from their gradients; a closure is not supported."""
-        if closure is not None:
-            raise ValueError("LAMB takes no closure")
-        for group in self.param_groups:
-            tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
-            if tensors:
-                self._step_group(group, tensors)
-
-    def _step_group(self, group: dict[str, Any], tensors: list[Tensor]) -> None:
-        # Counted by group: ZeRO calls `step` once for each group, with the others hidden.
-        group["updates"] = group.get("updates", 0) + 1
-        directions = [self._direction(tensor, group) for tensor in tensors]
-        if self.adapt and (group["weight_decay"] != 0 or self.adapt_no_decay):
-            for tensor, direction in zip(tensors, directions, strict=True):
-                self._adapt(tensor, direction)
-        torch._foreach_add_(tensors, directions, alpha=-group["lr"])
-
-    def _direction(self, tensor: Tensor, group: dict[str, Any]) -> Tensor:
-        """Advance the moments and return m / (sqrt(v) + eps) + decay * weight, bias-corrected."""
-        beta1, beta2 = group["betas"]
-        mean_correction = 1 - beta1 ** group["updates"]
-        root_correction = (1 - beta2 ** group["updates"]) ** 0.5
-        state = self.moments(tensor)
-        direction = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        assert tensor.grad is not None
-        size = CHUNK if tensor.device.type == "cpu" else max(1, tensor.numel())
-        parts = (tensor, tensor.grad, state["exp_avg"], state["exp_avg_sq"], direction)
-        chunks = (torch.split(part.reshape(-1), size) for part in parts)
-        for weight, grad, mean, square, out in zip(*chunks, strict=True):
-            mean.lerp_(grad, 1 - beta1)
-            square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            root = square.sqrt().div_(root_correction).add_(group["eps"])
-            torch.div(mean, root, out=out).div_(mean_correction)
-            if group["weight_decay"] != 0:
-                out.add_(weight, alpha=group["weight_decay"])
-        return direction
 
     def moments(self, tensor: Tensor) -> dict[str, Tensor]:
         """First and second moment of a tensor (`exp_avg`, `exp_avg_sq`), zeros if new."""
@@ -151,30 +150,125 @@ class Lamb(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(tensor, memory_format=torch.contiguous_format)
         return state
 
-    def _adapt(self, tensor: Tensor, direction: Tensor) -> None:
-        """Multiply `direction` by each parameter's trust ratio, in place."""
-        layout = self._layouts.get(tensor)
-        if layout is None or self.trust_scope == "partition":
-            whole = Fragment(0, 0, 0, tensor.numel())
-            layout = Layout((whole,), parameters=1, ranks=None)
-        cut = [(fragment.start, fragment.size) for fragment in layout.fragments]
-        owner = torch.tensor([fragment.parameter for fragment in layout.fragments]).to(
-            tensor.device, torch.long
-        )
-        weights = [tensor.reshape(-1).narrow(0, *span) for span in cut]
-        pieces = [direction.view(-1).narrow(0, *span) for span in cut]
-        squares = torch.zeros(2, layout.parameters, dtype=torch.float64, device=tensor.device)
-        if cut:
-            norms = torch.stack([*torch._foreach_norm(weights), *torch._foreach_norm(pieces)])
-            squares.index_add_(1, owner, norms.double().square().view(2, -1))
-        if layout.ranks is not None:
-            dist.all_reduce(squares, group=layout.ranks)
-        ratio = self._trust_ratio(*squares.sqrt()).to(tensor.dtype)
-        if cut:
-            torch._foreach_mul_(pieces, list(ratio[owner].unbind()))
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update all groups from their gradients; a closure is not supported."""
+        if closure is not None:
+            raise ValueError("LAMB takes no closure")
+        for group in self.param_groups:
+            self._step_group(group)
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        # Counted by group: ZeRO calls `step` once for each, with the others hidden.
+        group["updates"] += 1
+        tensors: list[Tensor] = group["params"]
+        weights = [tensor.view(-1) for tensor in tensors]
+        directions = [_gradient(tensor).reshape(-1) for tensor in tensors]
+        spans = _spans(group["pieces"])
+        for span in spans:
+            moments = (moment.view(-1) for moment in self.moments(tensors[span.tensor]).values())
+            self._turn_into_direction(
+                span.of(directions[span.tensor]),
+                span.of(weights[span.tensor]),
+                *(span.of(moment) for moment in moments),
+                updates=group["updates"],
+                weight_decay=group["parts"][span.part].weight_decay,
+            )
+        self._scale(group, weights, directions)
+        for span in spans:
+            weight, direction = span.of(weights[span.tensor]), span.of(directions[span.tensor])
+            weight.add_(direction, alpha=-group["parts"][span.part].lr)
+
+    def _turn_into_direction(
+        self,
+        gradient: Tensor,
+        weight: Tensor,
+        mean: Tensor,
+        square: Tensor,
+        *,
+        updates: int,
+        weight_decay: float,
+    ) -> None:
+        """Advance the moments; put m / (sqrt(v) + eps) + decay * weight in the gradient's place.
+
+        m and v are bias-corrected. All tensors [n].
+        """
+        beta1, beta2 = self._betas
+        mean_correction = 1 - beta1**updates
+        root_correction = (1 - beta2**updates) ** 0.5
+        size = CHUNK if weight.device.type == "cpu" else max(1, weight.numel())
+        chunks = (torch.split(part, size) for part in (gradient, weight, mean, square))
+        for g, w, m, v in zip(*chunks, strict=True):
+            m.lerp_(g, 1 - beta1)
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            root = v.sqrt().div_(root_correction).add_(self._eps)
+            torch.div(m, root, out=g).div_(mean_correction)
+            if weight_decay != 0:
+                g.add_(w, alpha=weight_decay)
+
+    def _scale(
+        self, group: dict[str, Any], weights: list[Tensor], directions: list[Tensor]
+    ) -> None:
+        """Multiply each parameter's direction by its trust ratio, in place."""
+        if not any(self._adapts(part) for part in group["parts"]):
+            return
+        if self._adapt_whole_tensors:
+            pieces = [_Piece(n, n, 0, 0, weight.numel()) for n, weight in enumerate(weights)]
+            count, ranks = len(pieces), None
+        else:
+            pieces = [
+                piece for piece in group["pieces"] if self._adapts(group["parts"][piece.part])
+            ]
+            count, ranks = len(group["owners"]), group["ranks"]
+        cut_weights = [piece.of(weights[piece.tensor]) for piece in pieces]
+        cut_directions = [piece.of(directions[piece.tensor]) for piece in pieces]
+        device = weights[0].device
+        squares = torch.zeros(2, count, dtype=torch.float64, device=device)
+        owner = torch.tensor([piece.parameter for piece in pieces], dtype=torch.long, device=device)
+        if pieces:
+            norms = torch._foreach_norm([*cut_weights, *cut_directions])
+            squares.index_add_(1, owner, torch.stack(norms).double().square().view(2, -1))
+        if ranks is not None:
+            dist.all_reduce(squares, group=ranks)
+        if pieces:
+            ratio = self._trust_ratio(*squares.sqrt()).to(weights[0].dtype)
+            torch._foreach_mul_(cut_directions, list(ratio[owner].unbind()))
+
+    def _adapts(self, part: Part) -> bool:
+        return self._adapt and (part.weight_decay != 0 or self._adapt_no_decay)
 
     def _trust_ratio(self, weight_norm: Tensor, direction_norm: Tensor) -> Tensor:
         ratio = torch.where(
             (weight_norm > 0) & (direction_norm > 0), weight_norm / direction_norm, 1.0
         )
-        return ratio if self.trust_clip is None else ratio.clamp(*self.trust_clip)
+        return ratio if self._trust_clip is None else ratio.clamp(*self._trust_clip)
+
+
+class _Piece(NamedTuple):
+    """A range of a flattened tensor that belongs to one parameter, or to one part."""
+
+    tensor: int
+    """Number in the group's tensors."""
+    parameter: int
+    part: int
+    start: int
+    size: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat.narrow(0, self.start, self.size)
+
+
+def _spans(pieces: Sequence[_Piece]) -> list[_Piece]:
+    """Neighbouring pieces of the same part as one: fewer, longer operations."""
+    spans = []
+    for _, run in groupby(pieces, key=lambda piece: (piece.tensor, piece.part)):
+        held = list(run)
+        first, last = held[0], held[-1]
+        spans.append(first._replace(size=last.start + last.size - first.start))
+    return spans
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    if tensor.grad is None:
+        raise ValueError("a parameter has no gradient: freeze it before making the optimizer")
+    return tensor.grad

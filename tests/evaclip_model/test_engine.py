@@ -67,7 +67,7 @@ def test_low_precision_changes_the_weights_type_not_the_masters(ten_steps):
 
 def test_micro_batches_share_the_global_batch_out():
     config = TrainConfig(name="x", image_px=4, samples_seen=96, global_batch=96)
-    settings = deepspeed_config(config, ranks=3)
+    settings = deepspeed_config(config, ranks=3, parameters=1000)
     assert settings["train_batch_size"] == 96
     assert settings["train_micro_batch_size_per_gpu"] == 32
     assert settings["zero_optimization"]["round_robin_gradients"] is False

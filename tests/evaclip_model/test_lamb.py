@@ -7,27 +7,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evaclip_model.lamb import Fragment, Lamb, Layout
+from evaclip_model.lamb import Fragment, Lamb, Layout, Part
 
 DATA = Path(__file__).parent / "data" / "optim"
 
 
 def lamb_of(parameters, case, **options):
-    groups = [
-        {
-            "params": [parameters[name] for name in group["names"]],
-            "lr": group["lr"],
-            "weight_decay": group["weight_decay"],
-        }
+    parts = [
+        Part([parameters[name] for name in group["names"]], group["lr"], group["weight_decay"])
         for group in case["groups"]
     ]
-    return Lamb(groups, betas=tuple(case["betas"]), eps=case["eps"], **options)
+    return Lamb(parts, betas=tuple(case["betas"]), eps=case["eps"], **options)
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("lamb_default", {}),
+        ("lamb_default", {"packed": True}),
         ("lamb_no_clip", {}),
         ("lamb_trust_clip", {"trust_clip": (0.0, 1.0)}),
         ("lamb_always_adapt", {"adapt_no_decay": True}),
@@ -62,18 +59,20 @@ def test_a_flat_tensor_with_its_layout_steps_like_its_parameters():
         Fragment(number, 0, start, part.numel())
         for number, (start, part) in enumerate(zip(starts, plain, strict=True))
     )
-    separate, packed, naive = (
-        Lamb([{"params": p}], lr=0.1, weight_decay=0.1)
-        for p in (plain, [flat], [torch.nn.Parameter(flat.detach().clone())])
+    separate, naive = (
+        Lamb([Part(held, lr=0.1, weight_decay=0.1)])
+        for held in (plain, [torch.nn.Parameter(flat.detach().clone())])
     )
-    packed.bind([Layout(fragments, 3, None)])
+    bound = Lamb([Part(plain, lr=0.1, weight_decay=0.1)])
+    bound.param_groups[0]["params"] = [flat]  # as ZeRO does
+    bound.bind([Layout(fragments, None)])
     for _ in range(5):
         for part in plain:
             part.grad = torch.randn_like(part)
         whole = torch.cat([part.grad.reshape(-1) for part in plain])
-        for optimizer in (packed, naive):
-            optimizer.param_groups[0]["params"][0].grad = whole
-        for optimizer in (separate, packed, naive):
+        for optimizer in (bound, naive):
+            optimizer.param_groups[0]["params"][0].grad = whole.clone()
+        for optimizer in (separate, bound, naive):
             optimizer.step()
     expected = torch.cat([part.detach().reshape(-1) for part in plain])
     torch.testing.assert_close(flat.detach(), expected, atol=1e-6, rtol=1e-6)
@@ -81,6 +80,19 @@ def test_a_flat_tensor_with_its_layout_steps_like_its_parameters():
 
 
 def test_binding_refuses_a_fragment_outside_the_flat_tensor():
-    optimizer = Lamb([torch.nn.Parameter(torch.zeros(4))])
+    optimizer = Lamb([Part([torch.nn.Parameter(torch.zeros(4))], 1e-3, 0.0)])
     with pytest.raises(ValueError, match="outside"):
-        optimizer.bind([Layout((Fragment(0, 0, 2, 3),), 1, None)])
+        optimizer.bind([Layout((Fragment(0, 0, 2, 3),), None)])
+
+
+def test_without_adaptation_it_is_adamw():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4)) for _ in range(2))
+    lamb = Lamb([Part([ours], 0.02, 0.3)], betas=(0.9, 0.98), eps=1e-6, adapt=False)
+    adamw = torch.optim.AdamW([theirs], lr=0.02, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.3)
+    for _ in range(10):
+        gradient = torch.randn(3, 4)
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        lamb.step()
+        adamw.step()
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
