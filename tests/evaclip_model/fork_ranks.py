@@ -16,7 +16,9 @@ os.dup2(2, 1)  # DeepSpeed logs to stdout
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed  # noqa: E402, F401
+import torch._dynamo  # noqa: E402, F401
 from deepspeed.runtime.zero import stage_1_and_2  # noqa: E402, F401
+from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: E402, F401
 
 import evaclip_model.trainer  # noqa: E402, F401
 
