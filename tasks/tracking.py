@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,8 +92,8 @@ class TrackingStore:
     def client(self) -> MlflowClient:
         """A client of this store alone; nothing global is set in MLflow."""
         import_mlflow()
-        if self.database is not None:
-            self.database.parent.mkdir(parents=True, exist_ok=True)
+        if self.database is not None and not self.database.exists():
+            _make_database(self.database)
         from mlflow import MlflowClient
 
         return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
@@ -137,3 +138,23 @@ def import_mlflow() -> None:
 def is_refusal(error: Exception) -> bool:
     """Whether the store answered no, so that asking again is of no use."""
     return getattr(error, "error_code", None) in _ANSWERED_NO
+
+
+def _make_database(path: Path) -> None:
+    """Make an empty MLflow database beside its place and put it there whole.
+
+    MLflow makes its tables one by one and cannot go on from half of them: a process killed within
+    those seconds would leave a database that no later one can open.
+    """
+    from mlflow import MlflowClient
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.unlink(missing_ok=True)
+    uri = f"{SQLITE}{beside}"
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    client.search_experiments(max_results=1)
+    client.search_registered_models(max_results=1)
+    with suppress(FileExistsError):  # another process was first; its database has runs by now
+        path.hardlink_to(beside)
+    beside.unlink()

@@ -1,0 +1,35 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tasks.tracking import TrackingStore
+
+OPEN = "from tasks.tracking import TrackingStore as S; import sys; S.at(sys.argv[1], 'e').client()"
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_a_database_whose_maker_is_killed_can_be_opened_by_the_next(
+    tmp_path: Path, share: float
+) -> None:
+    uri = f"sqlite:///{tmp_path}/store/mlflow.db"
+    whole = time.monotonic()
+    subprocess.run([sys.executable, "-c", OPEN, f"{uri}.whole"], check=True)
+    whole = time.monotonic() - whole
+    maker = subprocess.Popen([sys.executable, "-c", OPEN, uri])
+    time.sleep(whole * share)
+    os.kill(maker.pid, signal.SIGKILL)
+    maker.wait()
+    store = TrackingStore.at(uri, "e")
+    assert store.experiment_id(store.client())
+
+
+def test_two_makers_leave_one_database_and_nothing_beside_it(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    makers = [subprocess.Popen([sys.executable, "-c", OPEN, uri]) for _ in range(2)]
+    assert [maker.wait() for maker in makers] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
