@@ -1,8 +1,8 @@
 """The demo recipe with one technique switched off at a time: Table 5 of the paper, in small.
 
-Every row is a whole run on the same shards with the same samples seen, two fifths of the recipe's, so
-that five runs fit into a quarter of an hour; figures are of the held-out artist. Prints a Markdown
-table. A second run prints what is there.
+Every row is a whole run on the same shards with the same samples seen, two fifths of the recipe's,
+so that five runs fit into a quarter of an hour; figures are of the held-out artist. Prints a
+Markdown table. A second run prints what is there.
 
     make ablation
 """
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def shortened(recipe: str) -> list[str]:
-    """Overrides that halve every training stage, and keep the demo's registered model as it is."""
+    """Overrides that shorten every training stage and leave the demo's own model its name."""
     stages = load_recipe(recipe).train
     lengths = [
         f"train.{stage.name}.samples_seen={round(stage.samples_seen * SHARE)}" for stage in stages
