@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.train.config import STAGE as TRAIN
-
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 from flows.profile import Profile, load_profile
@@ -25,6 +23,7 @@ from tasks.evaluate.config import STAGE as EVALUATE
 from tasks.initialise.config import STAGE as INITIALISE
 from tasks.merge.config import STAGE as MERGE
 from tasks.register.config import STAGE as REGISTER
+from tasks.train.config import STAGE as TRAIN
 from tasks.verify.config import STAGE as VERIFY
 
 DEMO_PREFIX = "demo:"
