@@ -25,7 +25,7 @@ test: $(VENV)/.dev ## all tests but the slow ones
 
 check: $(VENV)/.dev ## lint, format, types, import contracts
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . 
-	@$(VENV)/bin/mypy && $(VENV)/bin/lint-imports --no-logo 2>&1 | tail -n 12
+	@$(VENV)/bin/mypy && $(VENV)/bin/lint-imports --no-logo
 
 coverage: $(VENV)/.dev ## test coverage of the pure modules
 	@$(PY) -m pytest -m "not slow" --cov --cov-report=term:skip-covered
