@@ -30,7 +30,7 @@ check: $(VENV)/.dev ## lint, format, types, import contracts
 coverage: $(VENV)/.dev ## test coverage of the pure modules
 	@$(PY) -m pytest -m "not slow" --cov --cov-report=term:skip-covered
 
-test-faults: $(VENV)/.dev ## kill -9 of flow, download and rank at three moments each, and compare (15 min)
+test-faults: $(VENV)/.dev ## kill -9 of flow, download and rank at three moments each, and compare (20 min)
 	@PYTHONPATH=. $(PY) tests/faults/interruptions.py
 
 ablation: $(VENV)/.pipeline ## the demo with one technique off at a time, as a table (15 min)

@@ -115,7 +115,7 @@ def find_files(pattern: str, demo: Address | None, where: str) -> list[Path]:
     if pattern.startswith(DEMO_PREFIX):
         if demo is None:
             raise InputError(f"{where}: '{pattern}' needs a [demo] table in the recipe")
-        pattern = str(demo.folder / pattern.removeprefix(DEMO_PREFIX))
+        pattern = str(Path(glob.escape(str(demo.folder))) / pattern.removeprefix(DEMO_PREFIX))
     found = sorted(Path(match) for match in glob.glob(pattern))
     if not found:
         raise InputError(f"{where}: no file matches '{pattern}'")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import flow
 from prefect.artifacts import create_link_artifact
 
-from evaclip_model.train_config import METRICS_FILE
+from evaclip_model.train_config import METRICS_FILE, MODEL_FOLDER
 from flows.chart import find_files
 from flows.session import open_session
 from tasks.artifact import Artifact, read_artifact
@@ -34,7 +34,7 @@ def evaluate(
         }
         evaluated = session.make(
             *(evaluate_stage, chart.evaluate, wanted.evaluate),
-            {"trained": model.folder / "model", "untrained": untrained.folder / "model"},
+            {"trained": model.folder / MODEL_FOLDER, "untrained": untrained.folder / MODEL_FOLDER},
             sets,
             [address.folder / METRICS_FILE for address in chart.train],
             inputs={"evaluation": read_artifact(chart.demo.folder)} if chart.demo else {},

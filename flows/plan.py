@@ -14,6 +14,7 @@ from pathlib import Path
 from evaclip_model.errors import InputError
 from flows.chart import Chart
 from flows.recipe import Recipe
+from flows.terminal import summarise
 from tasks.artifact import Address, read_artifact
 
 JPEG_BYTES_PER_PIXEL = 0.75
@@ -54,11 +55,7 @@ def make_plan(recipe: Recipe, chart: Chart) -> list[PlanRow]:
     for title, address in stage_titles(recipe, chart).items():
         size = sizes[title]
         if address.is_finished:
-            counts = read_artifact(address.folder).counts
-            size = ", ".join(
-                f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v:,}"
-                for k, v in list(counts.items())[:3]
-            )
+            size = summarise(read_artifact(address.folder).counts)
         rows.append(PlanRow(title, _state(address), size, address.digest, address.folder))
     return rows
 

@@ -7,7 +7,7 @@ Not here: the work, or what it reports.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 from uuid import UUID
@@ -15,13 +15,12 @@ from uuid import UUID
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from flows.terminal import console
+from flows.terminal import console, summarise
 from tasks.artifact import Artifact
 from tasks.progress import Report
 
 PREFECT_EVERY_S = 5.0
 LINE_EVERY_S = 20.0
-SHOWN_COUNTS = 3
 
 
 @contextmanager
@@ -54,15 +53,6 @@ def watching(title: str, *, already_there: bool = False) -> Iterator[Report]:
                 console.print(f"  {title}: {done:,.0f} of {total:,.0f} {detail}")
 
         yield report
-
-
-def summarise(counts: Mapping[str, int | float]) -> str:
-    """The first totals of an artifact, for a line of text: stages name the telling ones first."""
-    shown = list(counts.items())[:SHOWN_COUNTS]
-    return ", ".join(
-        f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}"
-        for name, value in shown
-    )
 
 
 def _nothing(done: float, total: float, detail: str = "") -> None:

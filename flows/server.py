@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import time
 import urllib.error
@@ -71,9 +72,9 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_until_healthy(url: str, process: object, log: Path) -> None:
+def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and process.poll() is None:
         try:
             with urllib.request.urlopen(url, timeout=2) as answer:
                 if answer.status == 200:
@@ -81,6 +82,5 @@ def _wait_until_healthy(url: str, process: object, log: Path) -> None:
         except (urllib.error.URLError, OSError):
             pass
         time.sleep(0.1)
-    raise InputError(
-        f"the temporary Prefect server did not start within {START_TIMEOUT_S} s: {log} says why"
-    )
+    failed = "ended" if process.poll() is not None else f"gave no answer in {START_TIMEOUT_S} s"
+    raise InputError(f"the temporary Prefect server {failed} while it started: {log} says why")

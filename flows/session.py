@@ -114,11 +114,12 @@ def open_session(flow: str, recipe: str, overrides: Sequence[str]) -> Iterator[S
         tags={"prefect.flow_run_id": str(runtime.flow_run.id)},
         links={"Prefect run": ui_url} if ui_url else None,
     ) as run:
-        token = _open.set(Session(resolved, profile, chart, store, run))
+        session = Session(resolved, profile, chart, store, run)
+        token = _open.set(session)
         try:
             url = run.url()
             if url:
                 create_link_artifact(link=url, link_text="MLflow run", key="mlflow-run")
-            yield _open.get()  # type: ignore[misc]
+            yield session
         finally:
             _open.reset(token)

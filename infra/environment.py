@@ -6,7 +6,7 @@ Not here: anything that needs the environment; this file runs on a bare Python o
 
 Used by the Makefile: `python3 infra/environment.py .venv pipeline dev`.
 TORCH_INDEX_URL, if set, is the package index that torch alone is taken from (a CPU-only build,
-say: 2 GB less to fetch on Linux).
+say, which is far smaller on Linux).
 """
 
 import os

@@ -4,7 +4,7 @@ Every case has a folder of its own, is killed once, and is then run to its end w
 command. It must end like the undisturbed run: the same figures, nothing finished made twice, no
 process left. Prints one row a case and exits with 1 when one differs.
 
-    make test-faults          about 15 minutes on two cores
+    make test-faults          about 20 minutes on two cores
     PYTHONPATH=. python tests/faults/interruptions.py rank-late     one case
 """
 
