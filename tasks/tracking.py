@@ -12,6 +12,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from evaclip_model.errors import InputError
@@ -149,12 +150,12 @@ def _make_database(path: Path) -> None:
     from mlflow import MlflowClient
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.unlink(missing_ok=True)
-    uri = f"{SQLITE}{beside}"
-    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    client.search_experiments(max_results=1)
-    client.search_registered_models(max_results=1)
-    with suppress(FileExistsError):  # another process was first; its database has runs by now
-        path.hardlink_to(beside)
-    beside.unlink()
+    # A folder of its own: two threads of one process may both be first.
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        beside = Path(folder) / path.name
+        uri = f"{SQLITE}{beside}"
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client.search_experiments(max_results=1)
+        client.search_registered_models(max_results=1)
+        with suppress(FileExistsError):  # another was first; its database has runs by now
+            path.hardlink_to(beside)
