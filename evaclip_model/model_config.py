@@ -49,6 +49,12 @@ class VisionConfig(Config):
     """Patches a side of the grid that 2D RoPE positions are scaled to; none = no RoPE."""
     layer_scale_init: float | None = Field(default=None, gt=0)
     """Initial gain of each branch; none = no layer scale."""
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    """Share of samples whose last block's branches are dropped in training (stochastic depth);
+    it grows linearly with depth, from 0 at the first block."""
+    pooling: Literal["class_token", "mean"] = "class_token"
+    """Feature of an image: the class token after the final norm, or `fc_norm` of the mean over all
+    tokens, the class token among them, without a final norm."""
 
     @property
     def grid(self) -> int:
