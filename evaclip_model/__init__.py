@@ -10,18 +10,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evaclip_model.clip import EvaClip, create_model
+    from evaclip_model.clip import EvaClip
+    from evaclip_model.create import create_model, open_model
     from evaclip_model.errors import InputError
     from evaclip_model.loss import contrastive_loss, gathered_contrastive_loss
     from evaclip_model.masking import kept_patches
     from evaclip_model.model_config import ModelConfig, model_names
     from evaclip_model.tokenizer import tokenize
     from evaclip_model.transform import decode_image, image_transform
-    from evaclip_model.weights import load_weights, open_model, save_model
+    from evaclip_model.weights import load_weights, save_model
 
 _HOME = {
     "EvaClip": "clip",
-    "create_model": "clip",
+    "create_model": "create",
     "InputError": "errors",
     "contrastive_loss": "loss",
     "gathered_contrastive_loss": "loss",
@@ -32,7 +33,7 @@ _HOME = {
     "decode_image": "transform",
     "image_transform": "transform",
     "load_weights": "weights",
-    "open_model": "weights",
+    "open_model": "create",
     "save_model": "weights",
 }
 

@@ -52,9 +52,9 @@ def classify(
 
     import torch  # slow to import, and not needed to report the mistakes above
 
+    from evaclip_model.create import open_model
     from evaclip_model.tokenizer import tokenize
     from evaclip_model.transform import UnreadableImageError, decode_image, image_transform
-    from evaclip_model.weights import open_model
 
     model = open_model(model_folder)
     try:

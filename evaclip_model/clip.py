@@ -1,29 +1,23 @@
 """EVA-CLIP: two towers and a temperature.
 
-Covers: the model, its initial values, making one by name.
-Not here: the loss (loss.py); reading and writing weights (weights.py).
+Covers: the model and its initial values.
+Not here: making one by name (create.py); the loss (loss.py); weights on disk (weights.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
-from pathlib import Path
-from typing import Any, Literal, cast
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaclip_model.errors import InputError
 from evaclip_model.layers import AttentionChoice, SwiGluMlp, attention_kernel
 from evaclip_model.model_config import ModelConfig
 from evaclip_model.text import TextBlock, TextTower
 from evaclip_model.vision import VisionBlock, VisionTower
-
-Precision = Literal["fp32", "bf16", "fp16"]
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 """Natural logarithm of the initial inverse temperature (CLIP, section 2.5)."""
@@ -105,43 +99,6 @@ class EvaClip(nn.Module):
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.visual.grad_checkpointing = enabled
         self.text.transformer.grad_checkpointing = enabled
-
-
-def create_model(
-    name: str | Path | Mapping[str, Any] | ModelConfig,
-    *,
-    weights: str | Path | None = None,
-    precision: Precision = "fp32",
-    seed: int | None = None,
-    attention: AttentionChoice = "auto",
-) -> EvaClip:
-    """A model with EVA-CLIP's initial values, or with given weights.
-
-    Args:
-        name: a shipped architecture (`evaclip models`), a JSON file, a mapping or a `ModelConfig`.
-        weights: a file or a saved model's folder that must hold the whole model.
-        precision: dtype of the weights; RoPE tables, normalisation of features and the inverse
-            temperature stay in float32.
-        seed: makes the initial values repeatable without touching torch's global generator.
-        attention: kernel; "auto" takes the faster one for the device and dtype.
-
-    Raises:
-        InputError: unknown name, kernel or precision; wrong config; weights that do not fit.
-    """
-    if precision not in _DTYPES:
-        raise InputError(f"precision '{precision}' is unknown: choose one of {', '.join(_DTYPES)}")
-    config = ModelConfig.load(name)
-    with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
-        if seed is not None:
-            torch.manual_seed(seed)
-        model = EvaClip(config, attention)
-        if weights is None:
-            initialise(model)
-    if weights is not None:
-        from evaclip_model.weights import load_weights  # it imports this module's class
-
-        load_weights(model, weights)
-    return model.to(_DTYPES[precision])
 
 
 @torch.no_grad()

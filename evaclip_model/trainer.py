@@ -26,7 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from evaclip_model.checkpoint import Progress, load_newest, save_checkpoint
-from evaclip_model.clip import EvaClip, create_model
+from evaclip_model.clip import EvaClip
+from evaclip_model.create import create_model
 from evaclip_model.engine import DeepSpeedEngine, Engine, Stepped, TorchEngine
 from evaclip_model.loss import gathered_terms
 from evaclip_model.masking import kept_patches

@@ -2,7 +2,8 @@
 
 Covers: this project's folder format; the released and the pretraining layouts with EVA-CLIP's own
 names; resizing what depends on the image or patch size.
-Not here: layouts with other names (transformers, timm); training state (checkpoint.py).
+Not here: a saved folder as a model (create.py); layouts with other names (transformers, timm);
+training state (checkpoint.py).
 
 Position tables are resized bicubically without antialiasing, as the released models were.
 """
@@ -22,10 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from evaclip_model.clip import EvaClip, Precision, create_model
+from evaclip_model.clip import EvaClip
 from evaclip_model.errors import InputError
-from evaclip_model.layers import AttentionChoice
-from evaclip_model.model_config import CONFIG_FILE, ModelConfig
+from evaclip_model.model_config import CONFIG_FILE
 from evaclip_model.tensor_file import write_tensors
 
 WEIGHTS_FILE = "model.safetensors"
@@ -77,30 +77,6 @@ def save_model(model: EvaClip, folder: str | Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(folder / CONFIG_FILE)
-
-
-def open_model(
-    folder: str | Path, precision: Precision = "fp32", attention: AttentionChoice = "auto"
-) -> EvaClip:
-    """Open what `save_model` wrote, in evaluation mode.
-
-    Raises:
-        InputError: the folder or one of its files is missing, or they do not fit each other.
-    """
-    folder = Path(folder)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise InputError(
-                f"{folder} is no saved model: it has no {name}; give a folder that holds "
-                f"{CONFIG_FILE} and {WEIGHTS_FILE}"
-            )
-    model = create_model(
-        ModelConfig.load(folder),
-        weights=folder / WEIGHTS_FILE,
-        precision=precision,
-        attention=attention,
-    )
-    return model.eval()
 
 
 def load_weights(model: EvaClip, path: str | Path, part: Part = "all") -> LoadReport:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from evaclip_model.clip import create_model
+from evaclip_model.create import create_model
 from evaclip_model.model_config import CONFIG_FILE
 from evaclip_model.weights import WEIGHTS_FILE, load_weights, save_model
 from tasks.artifact import Made

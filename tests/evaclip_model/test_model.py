@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from evaclip_model.clip import EvaClip, create_model
+from evaclip_model.clip import EvaClip
+from evaclip_model.create import create_model
 from evaclip_model.errors import InputError
 from evaclip_model.loss import contrastive_loss
 from evaclip_model.masking import kept_patches

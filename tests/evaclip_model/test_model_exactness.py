@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from evaclip_model.clip import EvaClip, create_model
+from evaclip_model.clip import EvaClip
+from evaclip_model.create import create_model
 from evaclip_model.layers import attention_kernel
 from evaclip_model.loss import contrastive_loss
 from evaclip_model.model_config import ModelConfig, model_names

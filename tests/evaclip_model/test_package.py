@@ -11,7 +11,7 @@ from PIL import Image
 
 import evaclip_model
 from evaclip_model.cli import classify, main
-from evaclip_model.clip import create_model
+from evaclip_model.create import create_model
 from evaclip_model.weights import save_model
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evaclip_model.clip import create_model
+from evaclip_model.create import create_model
 from evaclip_model.train import DATA_ERROR, RESUMABLE
 from evaclip_model.train_config import TrainConfig
 from evaclip_model.trainer import vary_caption

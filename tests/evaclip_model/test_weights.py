@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from evaclip_model.clip import EvaClip, create_model
+from evaclip_model.clip import EvaClip
+from evaclip_model.create import create_model, open_model
 from evaclip_model.errors import InputError
 from evaclip_model.model_config import ModelConfig
-from evaclip_model.weights import load_weights, open_model, resize_positions, save_model
+from evaclip_model.weights import load_weights, resize_positions, save_model
 
 CONFIG = ModelConfig.load(
     {

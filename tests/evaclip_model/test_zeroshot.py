@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from evaclip_model import zeroshot
-from evaclip_model.clip import EvaClip, create_model
+from evaclip_model.clip import EvaClip
+from evaclip_model.create import create_model
 from evaclip_model.errors import InputError
 from evaclip_model.tokenizer import tokenize
 

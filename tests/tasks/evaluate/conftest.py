@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from evaclip_model.clip import create_model
+from evaclip_model.create import create_model
 from evaclip_model.model_config import ModelConfig
 from evaclip_model.weights import save_model
 

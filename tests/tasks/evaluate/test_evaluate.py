@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evaclip_model.create import open_model
 from evaclip_model.errors import InputError
 from evaclip_model.tokenizer import tokenize
 from evaclip_model.transform import decode_image, image_transform
-from evaclip_model.weights import open_model
 from tasks.artifact import Address, Made
 from tasks.evaluate.config import STAGE, EvalSetConfig, EvaluateConfig
 from tasks.evaluate.evaluate import evaluate_models

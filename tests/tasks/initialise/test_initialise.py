@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaclip_model.clip import create_model
+from evaclip_model.create import create_model, open_model
 from evaclip_model.errors import InputError
-from evaclip_model.weights import open_model, save_model
+from evaclip_model.weights import save_model
 from tasks.artifact import Address, Artifact, fingerprint, produce
 from tasks.initialise.config import STAGE, InitialiseConfig
 from tasks.initialise.initialise import initialise_model

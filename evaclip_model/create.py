@@ -1,0 +1,82 @@
+"""A model by name, and a saved model from its folder.
+
+Covers: architecture, initial values or weights, precision and attention kernel put together.
+Not here: the model (clip.py); the form of weight files (weights.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from evaclip_model.clip import EvaClip, initialise
+from evaclip_model.errors import InputError
+from evaclip_model.layers import AttentionChoice
+from evaclip_model.model_config import CONFIG_FILE, ModelConfig
+from evaclip_model.weights import WEIGHTS_FILE, load_weights
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def create_model(
+    name: str | Path | Mapping[str, Any] | ModelConfig,
+    *,
+    weights: str | Path | None = None,
+    precision: Precision = "fp32",
+    seed: int | None = None,
+    attention: AttentionChoice = "auto",
+) -> EvaClip:
+    """A model with EVA-CLIP's initial values, or with given weights.
+
+    Args:
+        name: a shipped architecture (`evaclip models`), a JSON file, a mapping or a `ModelConfig`.
+        weights: a file or folder that `load_weights` reads and that holds the whole model.
+        precision: dtype of the weights; RoPE tables, normalisation of features and the inverse
+            temperature stay in float32.
+        seed: makes the initial values repeatable without touching torch's global generator.
+        attention: kernel; "auto" takes the faster one for the device and dtype.
+
+    Raises:
+        InputError: unknown name, kernel or precision; wrong config; weights that do not fit.
+    """
+    if precision not in _DTYPES:
+        raise InputError(f"precision '{precision}' is unknown: choose one of {', '.join(_DTYPES)}")
+    config = ModelConfig.load(name)
+    with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        model = EvaClip(config, attention)
+        if weights is None:
+            initialise(model)
+    if weights is not None:
+        load_weights(model, weights)
+    return model.to(_DTYPES[precision])
+
+
+def open_model(
+    folder: str | Path, precision: Precision = "fp32", attention: AttentionChoice = "auto"
+) -> EvaClip:
+    """Open what `save_model` wrote, in evaluation mode.
+
+    Raises:
+        InputError: the folder or one of its files is missing, or they do not fit each other.
+    """
+    folder = Path(folder)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise InputError(
+                f"{folder} is no saved model: it has no {name}; give a folder that holds "
+                f"{CONFIG_FILE} and {WEIGHTS_FILE}"
+            )
+    model = create_model(
+        ModelConfig.load(folder),
+        weights=folder / WEIGHTS_FILE,
+        precision=precision,
+        attention=attention,
+    )
+    return model.eval()
