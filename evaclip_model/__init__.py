@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from evaclip_model.errors import InputError
     from evaclip_model.loss import contrastive_loss, gathered_contrastive_loss
     from evaclip_model.masking import kept_patches
-    from evaclip_model.model_config import ModelConfig, model_names
+    from evaclip_model.model_config import ModelConfig, list_models
     from evaclip_model.tokenizer import tokenize
     from evaclip_model.transform import decode_image, image_transform
     from evaclip_model.weights import load_weights, save_model
@@ -28,7 +28,7 @@ _HOME = {
     "gathered_contrastive_loss": "loss",
     "kept_patches": "masking",
     "ModelConfig": "model_config",
-    "model_names": "model_config",
+    "list_models": "model_config",
     "tokenize": "tokenizer",
     "decode_image": "transform",
     "image_transform": "transform",
@@ -47,8 +47,8 @@ __all__ = [
     "gathered_contrastive_loss",
     "image_transform",
     "kept_patches",
+    "list_models",
     "load_weights",
-    "model_names",
     "open_model",
     "save_model",
     "tokenize",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaclip_model.errors import InputError
-from evaclip_model.model_config import ModelConfig, model_names
+from evaclip_model.model_config import ModelConfig, list_models
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,7 +96,7 @@ def _print_classes(image: Path, labels: Sequence[str], model: Path, template: st
 
 
 def _print_models() -> None:
-    names = model_names()
+    names = list_models()
     wide = max(map(len, names))
     for name in names:
         config = ModelConfig.load(name)

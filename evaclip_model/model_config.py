@@ -1,6 +1,7 @@
 """The architecture of one EVA-CLIP model, as data.
 
-Covers: the fields that tell the published variants apart, and loading them by name or file.
+Covers: the fields that tell the published variants apart, and loading them by name, by file or
+from the authors' own form.
 Not here: anything that does not change a result of the model (precision, attention kernel), and
 anything about training. Does not import torch, so that recipes are checked quickly.
 """
@@ -16,10 +17,17 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from evaclip_model.authors_config import from_authors_form, is_authors_form
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 
 CONFIG_FILE = "config.json"
+
+ALIASES = {
+    "EVA02-CLIP-bigE-14": "EVA02-CLIP-E-14",
+    "EVA02-CLIP-bigE-14-plus": "EVA02-CLIP-E-14-plus",
+}
+"""Other names of shipped architectures: those of the authors' files, where the paper's differ."""
 
 
 class VisionConfig(Config):
@@ -79,6 +87,8 @@ class VisionConfig(Config):
             raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
         if self.rope_reference_grid is not None and self.head_width % 4:
             raise ValueError(f"2D RoPE needs a head width divisible by 4, not {self.head_width}")
+        if self.sub_norm and self.mlp != "swiglu":
+            raise ValueError("sub_norm needs the swiglu MLP: no published model has it in another")
         return self
 
 
@@ -117,25 +127,30 @@ class ModelConfig(Config):
     def load(cls, source: str | Path | Mapping[str, Any] | ModelConfig) -> ModelConfig:
         """A shipped architecture by name, a JSON file, a saved model's folder, or a mapping.
 
+        Files and mappings may have this class's keys or those of the authors' files (`vision_cfg`,
+        `text_cfg`).
+
         Raises:
             InputError: the name is unknown (with the nearest known one), or the content is wrong.
         """
         if isinstance(source, ModelConfig):
             return source
         if isinstance(source, Mapping):
-            return cls.from_mapping(source, where="model config")
+            return cls._of_either_form(source, where="model config")
         path = Path(source)
         if path.is_dir():
             path = path / CONFIG_FILE
         if path.suffix == ".json" or path.is_file():
             return cls._read(path)
-        names = model_names()
-        if str(source) not in names:
-            near = difflib.get_close_matches(str(source), names, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known models: {', '.join(names)}"
-            raise InputError(f"unknown model '{source}'; {hint}")
-        text = (resources.files("evaclip_model") / "configs" / f"{source}.json").read_text()
-        return cls.from_mapping(json.loads(text), where=f"{source}.json")
+        name = shipped_name(str(source))
+        text = (resources.files("evaclip_model") / "configs" / f"{name}.json").read_text()
+        return cls.from_mapping(json.loads(text), where=f"{name}.json")
+
+    @classmethod
+    def _of_either_form(cls, values: Mapping[str, Any], where: str) -> ModelConfig:
+        if is_authors_form(values):
+            values = from_authors_form(values, where)
+        return cls.from_mapping(values, where)
 
     @classmethod
     def _read(cls, path: Path) -> ModelConfig:
@@ -144,11 +159,11 @@ class ModelConfig(Config):
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{path} cannot be read as a model config ({error}): give a JSON file that has "
-                "'embed_dim', 'vision' and 'text'"
+                "'embed_dim', 'vision' and 'text' (or 'vision_cfg' and 'text_cfg')"
             ) from None
         if not isinstance(values, dict):
             raise InputError(f"{path} is no model config: expected a JSON object")
-        return cls.from_mapping(values, where=str(path))
+        return cls._of_either_form(values, where=str(path))
 
     def at_image_px(self, image_px: int) -> ModelConfig:
         """The same architecture for square images of another side, in pixels.
@@ -161,9 +176,25 @@ class ModelConfig(Config):
         return type(self).from_mapping(values, where="model config")
 
 
-def model_names() -> list[str]:
-    """Names of the shipped architectures, sorted."""
+def list_models() -> list[str]:
+    """Names of the shipped architectures, sorted; `ALIASES` are accepted too."""
     folder = resources.files("evaclip_model") / "configs"
     return sorted(
         item.name.removesuffix(".json") for item in folder.iterdir() if item.name.endswith(".json")
     )
+
+
+def shipped_name(name: str) -> str:
+    """The name a shipped architecture is listed under, of that name or an alias.
+
+    Raises:
+        InputError: there is none (with the nearest name).
+    """
+    names = list_models()
+    if name in names:
+        return name
+    if name in ALIASES:
+        return ALIASES[name]
+    near = difflib.get_close_matches(name, [*names, *ALIASES], n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"known models: {', '.join(names)}"
+    raise InputError(f"unknown model '{name}'; {hint}")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from evaclip_model.create import open_model
 from evaclip_model.errors import InputError
-from evaclip_model.model_config import CONFIG_FILE, ModelConfig, model_names
+from evaclip_model.model_config import CONFIG_FILE, ModelConfig, list_models
 from evaclip_model.transform import image_transform
 from evaclip_model.weights import WEIGHTS_FILE
 from evaclip_model.zeroshot import TextTower, encode_texts, text_classifier
@@ -164,7 +164,7 @@ def describe(folder: Path) -> dict[str, Any]:
 def architecture(config: ModelConfig) -> str:
     """Name of the shipped architecture a config is, whatever its image size, and that size."""
     px = config.vision.image_px
-    for name in model_names():
+    for name in list_models():
         shipped = ModelConfig.load(name)
         if shipped.vision.patch_px == config.vision.patch_px and shipped.at_image_px(px) == config:
             return f"{name} at {px} px"

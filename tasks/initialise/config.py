@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
-from evaclip_model.model_config import ModelConfig, model_names
+from evaclip_model.model_config import ALIASES, ModelConfig, list_models
 from tasks.artifact import Stage
 
 STAGE = Stage("initialise", 1, tools=("torch", "safetensors"))
@@ -54,7 +54,7 @@ class InitialiseConfig(Config):
         """
         named = {"vision": self.vision, "text": self.text}
         files = {role: path for role, path in named.items() if path is not None}
-        if self.model not in model_names():
+        if self.model not in [*list_models(), *ALIASES]:
             files["model"] = Path(self.model)
         for role, path in files.items():
             if not path.exists():

@@ -59,7 +59,7 @@ def test_the_command_prints_a_line_a_label(saved: Path, capsys: pytest.CaptureFi
 
 def test_the_architectures_are_listed(capsys: pytest.CaptureFixture[str]):
     assert main(["models"]) == 0
-    assert "EVA02-CLIP-bigE-14-plus" in capsys.readouterr().out
+    assert "EVA02-CLIP-E-14-plus" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
