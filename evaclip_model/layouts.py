@@ -1,0 +1,309 @@
+"""Names of the same weights in the checkpoints and libraries that hold them.
+
+Covers: recognising a checkpoint's layout from its keys; for each weight of an EVA-CLIP its name
+here and there, and how tensors are put together or taken apart; in both directions.
+Not here: reading files and taking wrappers off (weights.py), resizing, writing (export.py).
+
+Nothing here reads a tensor before it is asked for, so that files stay memory-mapped. "Native" is
+the naming of the released EVA-CLIP files and of this package's own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from evaclip_model.errors import InputError
+
+Layout = Literal["native", "openai", "eva_vision", "eva_mim", "transformers", "timm", "open_clip"]
+"""Whose names a checkpoint has.
+
+native: released EVA-CLIP, `visual.` and `text.`; or one of its towers with that prefix.
+openai: CLIP's text tower without a prefix, beside `visual.` of EVA (EVA-CLIP's old form), of
+    OpenAI's image towers, or of nothing; OpenAI's and OpenCLIP's own checkpoints.
+eva_vision: an EVA image tower without a prefix.
+eva_mim: the same from masked image modelling, with its mask token or its prediction head.
+transformers: Hugging Face's CLIP, whole or its text model; its image tower is another architecture.
+timm: an Eva image tower of timm.
+open_clip: timm's image tower at `visual.trunk.` beside `text.`, as open_clip has EVA-CLIP.
+"""
+Join = Literal["same", "rows", "transposed"]
+"""From a file's tensors to a native one: as it is, stacked along dimension 0, or transposed."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One native tensor and what it is made of in another layout."""
+
+    native: str
+    """Name with the tower's prefix, such as `visual.blocks.0.norm1.weight`."""
+    sources: tuple[str, ...]
+    """Names in the other layout, in the order they are stacked in."""
+    join: Join = "same"
+    """How the sources make the native tensor."""
+
+    def joined(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The native tensor; only this entry's sources are taken from `tensors`.
+
+        Raises:
+            KeyError: a source is missing.
+        """
+        if self.join == "rows":
+            return torch.cat([tensors[key] for key in self.sources])
+        value = tensors[self.sources[0]]
+        return value.t() if self.join == "transposed" else value
+
+    def split(self, native: Tensor) -> dict[str, Tensor]:
+        """The other direction: the native tensor as the other layout's, which are views of it."""
+        if self.join == "rows":
+            return dict(zip(self.sources, native.chunk(len(self.sources)), strict=True))
+        return {self.sources[0]: native.t() if self.join == "transposed" else native}
+
+    def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
+        """The native tensor's shape from the sources' shapes, without reading them."""
+        first = tuple(shapes[self.sources[0]])
+        if self.join == "rows":
+            return (sum(shapes[key][0] for key in self.sources), *first[1:])
+        return first[::-1] if self.join == "transposed" else first
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the keys of a checkpoint stand for."""
+
+    layout: Layout
+    """Whose names they are."""
+    entries: tuple[Entry, ...]
+    """Every key that may be a weight. A key nobody knows is an entry under its own name, with its
+    tower's prefix if it has none, so that it can be reported as unexpected."""
+    ignored: tuple[str, ...]
+    """Keys that such checkpoints hold and EVA-CLIP has no use for: RoPE tables (recomputed), the
+    mask token and prediction head of pretraining, OpenAI's scalars, index and mask buffers."""
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """A weight that another layout names or shapes differently; `#` stands for the block."""
+
+    native: str
+    sources: tuple[str, ...]
+    join: Join = "same"
+
+    def entry(self, block: str, native_prefix: str, prefix: str) -> Entry:
+        sources = tuple(prefix + source.replace("#", block) for source in self.sources)
+        return Entry(native_prefix + self.native.replace("#", block), sources, self.join)
+
+
+def _renames(native: str, other: str, leaves: Iterable[str]) -> tuple[_Rule, ...]:
+    return tuple(_Rule(f"{native}.{leaf}", (f"{other}.{leaf}",)) for leaf in leaves)
+
+
+_BOTH = ("weight", "bias")
+_TIMM = (
+    *_renames("blocks.#.attn.inner_attn_ln", "blocks.#.attn.norm", _BOTH),
+    *_renames("blocks.#.mlp.ffn_ln", "blocks.#.mlp.norm", _BOTH),
+)
+_TIMM_SPLIT_QKV = (
+    _Rule("blocks.#.attn.q_bias", ("blocks.#.attn.q_proj.bias",)),
+    _Rule("blocks.#.attn.v_bias", ("blocks.#.attn.v_proj.bias",)),
+)
+_TIMM_SWIGLU = (
+    *_renames("blocks.#.mlp.w1", "blocks.#.mlp.fc1_g", _BOTH),
+    *_renames("blocks.#.mlp.w2", "blocks.#.mlp.fc1_x", _BOTH),
+    *_renames("blocks.#.mlp.w3", "blocks.#.mlp.fc2", _BOTH),
+)
+
+
+def _timm_rules(keys: Collection[str]) -> tuple[_Rule, ...]:
+    """What timm names differently, given all keys of a model in either naming."""
+    # With one fused weight timm's biases have our names, and so has its GELU MLP.
+    is_split = any(key.endswith(".attn.q_proj.weight") for key in keys)
+    is_swiglu = any(".mlp.fc1_g." in key or ".mlp.w1." in key for key in keys)
+    return (*_TIMM, *_TIMM_SPLIT_QKV * is_split, *_TIMM_SWIGLU * is_swiglu)
+
+
+def _transformers_rules(keys: Collection[str]) -> tuple[_Rule, ...]:
+    """What transformers names differently; its text model on its own may lack the prefix."""
+    model = "" if _TRANSFORMERS_MARK in keys else "text_model."
+    block, layer = "transformer.resblocks.#", f"{model}encoder.layers.#"
+    return (
+        *_renames("token_embedding", f"{model}embeddings.token_embedding", ("weight",)),
+        _Rule("positional_embedding", (f"{model}embeddings.position_embedding.weight",)),
+        *_renames(f"{block}.ln_1", f"{layer}.layer_norm1", _BOTH),
+        *(
+            _Rule(
+                f"{block}.attn.in_proj_{leaf}",
+                tuple(f"{layer}.self_attn.{part}_proj.{leaf}" for part in "qkv"),
+                "rows",
+            )
+            for leaf in _BOTH
+        ),
+        *_renames(f"{block}.attn.out_proj", f"{layer}.self_attn.out_proj", _BOTH),
+        *_renames(f"{block}.ln_2", f"{layer}.layer_norm2", _BOTH),
+        *_renames(f"{block}.mlp.c_fc", f"{layer}.mlp.fc1", _BOTH),
+        *_renames(f"{block}.mlp.c_proj", f"{layer}.mlp.fc2", _BOTH),
+        *_renames("ln_final", f"{model}final_layer_norm", _BOTH),
+        _Rule("text_projection", ("text_projection.weight",), "transposed"),
+    )
+
+
+def _no_rules(keys: Collection[str]) -> tuple[_Rule, ...]:
+    return ()
+
+
+@dataclass(frozen=True)
+class _Tower:
+    """Where a layout keeps a tower, and what it names differently inside."""
+
+    native_prefix: str
+    prefix: str
+    rules: Callable[[Collection[str]], tuple[_Rule, ...]] = _no_rules
+
+
+_VISUAL, _TEXT = _Tower("visual.", "visual."), _Tower("text.", "text.")
+_TOWERS: dict[Layout, tuple[_Tower, ...]] = {
+    "native": (_VISUAL, _TEXT),
+    "openai": (_VISUAL, _Tower("text.", "")),
+    "eva_vision": (_Tower("visual.", ""),),
+    "eva_mim": (_Tower("visual.", ""),),
+    "timm": (_Tower("visual.", "", _timm_rules),),
+    "open_clip": (_Tower("visual.", "visual.trunk.", _timm_rules), _TEXT),
+    "transformers": (_Tower("text.", "", _transformers_rules),),
+}
+"""Towers of each layout; a key belongs to the first whose prefix it has."""
+
+_TEMPERATURE = "logit_scale"
+"""The one weight outside the towers, of the same name in all layouts."""
+_TRANSFORMERS_MARK = "embeddings.token_embedding.weight"
+_TIMM_MARKS = (".attn.norm.", ".mlp.norm.", ".mlp.fc1_g.", ".attn.q_proj.bias")
+_MIM_MARKS = ("mask_token", "lm_head.weight")
+_USELESS = re.compile(
+    r"((visual|visual\.trunk|text)\.)?"
+    r"((blocks\.\d+\.attn\.)?rope\..+|mask_token|lm_head\..+|attn_mask)"
+    r"|input_resolution|context_length|vocab_size"
+)
+_USELESS_TRANSFORMERS = re.compile(r"(vision_model|visual_projection)\..+|(.+\.)?position_ids")
+"""transformers' image tower is OpenAI's architecture, never EVA's."""
+_BLOCK = re.compile(r"(?<=blocks\.)\d+|(?<=layers\.)\d+")
+
+
+def native_names(keys: Iterable[str], where: str = "the checkpoint") -> Names:
+    """Recognise a checkpoint's layout and name its weights as the released EVA-CLIP files do.
+
+    timm's names of EVA-01 and EVA-02-E image towers are EVA's own: those come out as `eva_vision`.
+
+    Args:
+        keys: of all tensors, without wrappers and without a leading `module.`.
+        where: what to call the checkpoint in the error, such as its path.
+
+    Raises:
+        InputError: no tower of any known layout is among the keys.
+    """
+    keys = dict.fromkeys(keys)
+    layout = _recognise(keys, where)
+    ignored = [key for key in keys if _is_useless(key, layout)]
+    left = keys.keys() - set(ignored)
+    towers = [(tower, _by_source(tower, keys)) for tower in _TOWERS[layout]]
+    entries: dict[str, Entry] = {}
+    for key in keys:
+        if key in left:
+            entry = _native_entry(key, towers, left)
+            entries[entry.native] = entry
+    return Names(layout, tuple(entries.values()), tuple(ignored))
+
+
+def foreign_names(native_keys: Iterable[str], layout: Layout) -> tuple[Entry, ...]:
+    """What a model's weights are called in another layout, for writing them.
+
+    Args:
+        native_keys: names of the model's state dict.
+        layout: whose names to give; a layout of one tower leaves the rest of the model out.
+
+    Returns:
+        Entries whose `split` makes the other layout's tensors.
+    """
+    keys = tuple(native_keys)
+    entries: list[Entry] = []
+    for tower in _TOWERS[layout]:
+        rules = {rule.native: rule for rule in tower.rules(keys)}
+        for key in keys:
+            if not key.startswith(tower.native_prefix):
+                continue
+            name, block = _without_block(key.removeprefix(tower.native_prefix))
+            rule = rules.get(name, _Rule(name, (name,)))
+            entries.append(rule.entry(block, tower.native_prefix, tower.prefix))
+    if len(_TOWERS[layout]) == 2:
+        entries += [Entry(key, (key,)) for key in keys if key == _TEMPERATURE]
+    return tuple(entries)
+
+
+def may_lack(layout: Layout, native: str) -> bool:
+    """Whether a checkpoint of the layout lacks this weight by its nature.
+
+    Masked image modelling runs without the norm inside the attention and without a projection to
+    the joint space; CLIP starts the norm at gain 1 and bias 0 (EVA-02's pretraining builder).
+    """
+    return layout == "eva_mim" and (".inner_attn_ln." in native or native.startswith("visual.head"))
+
+
+def _recognise(keys: Collection[str], where: str) -> Layout:
+    def starts(prefix: str) -> bool:
+        return any(key.startswith(prefix) for key in keys)
+
+    if starts("visual.trunk."):
+        return "open_clip"
+    if starts("text_model.") or _TRANSFORMERS_MARK in keys:
+        return "transformers"
+    if "token_embedding.weight" in keys:
+        return "openai"
+    if "patch_embed.proj.weight" in keys:
+        if any(mark in key for key in keys for mark in _TIMM_MARKS):
+            return "timm"
+        is_pretraining = "head.weight" not in keys or any(mark in keys for mark in _MIM_MARKS)
+        return "eva_mim" if is_pretraining else "eva_vision"
+    if starts("visual.") or starts("text."):
+        return "native"
+    known = "EVA-CLIP, EVA, CLIP (OpenAI, OpenCLIP, transformers) or timm"
+    first = f" (its first key is '{next(iter(keys))}')" if keys else " (it has no tensors)"
+    raise InputError(
+        f"{where} has the keys of no layout known here{first}: give weights of {known}"
+    )
+
+
+def _is_useless(key: str, layout: Layout) -> bool:
+    if layout == "transformers" and _USELESS_TRANSFORMERS.fullmatch(key):
+        return True
+    return _USELESS.fullmatch(key) is not None
+
+
+def _by_source(tower: _Tower, keys: Collection[str]) -> dict[str, _Rule]:
+    return {source: rule for rule in tower.rules(keys) for source in rule.sources}
+
+
+def _native_entry(
+    key: str, towers: Iterable[tuple[_Tower, Mapping[str, _Rule]]], left: Collection[str]
+) -> Entry:
+    """The entry that `key` is a source of."""
+    for tower, rules in towers:
+        if key == _TEMPERATURE or not key.startswith(tower.prefix):
+            continue
+        name, block = _without_block(key.removeprefix(tower.prefix))
+        if name in rules:
+            entry = rules[name].entry(block, tower.native_prefix, tower.prefix)
+            if all(source in left for source in entry.sources):
+                return entry
+        return Entry(tower.native_prefix + key.removeprefix(tower.prefix), (key,))
+    return Entry(key, (key,))
+
+
+def _without_block(name: str) -> tuple[str, str]:
+    """`blocks.3.norm1.weight` -> (`blocks.#.norm1.weight`, `3`)."""
+    found = _BLOCK.search(name)
+    if found is None:
+        return name, ""
+    return _BLOCK.sub("#", name, count=1), found[0]
