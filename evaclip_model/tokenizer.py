@@ -1,8 +1,12 @@
 """CLIP's byte-pair tokenizer.
 
-Covers: captions to ids, exactly as the released models were trained.
+Covers: captions to ids, exactly as the released models were trained; thousands at once.
 Not here: the vocabulary itself, a data file of the installed `open_clip_torch` distribution, which
-is read without importing that package.
+is read without importing that package; prompts (prompts.py).
+
+No token spans white space, so a caption's ids are those of its words, and captions are made of
+the same words again and again. Each distinct word is split and merged once, by the Rust library
+`tokenizers`; a batch is then a look-up in a table.
 """
 
 from __future__ import annotations
@@ -11,13 +15,19 @@ import functools
 import gzip
 import html
 import importlib.util
-import itertools
+import re
+import threading
+from array import array
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import ftfy
+import numpy as np
+import numpy.typing as npt
 import regex
 import torch
+from tokenizers.models import BPE
 from torch import Tensor
 
 from evaclip_model.errors import InputError
@@ -26,6 +36,12 @@ START_TOKEN = 49_406
 END_TOKEN = 49_407
 PAD_TOKEN = 0
 CONTEXT_LENGTH = 77
+
+PACKAGE = "open_clip"
+"""Importable name of the package whose data files are read: vocabulary and prompts."""
+
+MOST_WORDS = 500_000
+"""Distinct words remembered; beyond it the table starts anew. About 100 MB."""
 
 _VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 _MERGES = 49_152 - 256 - 2
@@ -44,29 +60,56 @@ _PIECES = regex.compile(
     regex.IGNORECASE,
 )
 
+# Text that cleaning cannot change, but for its curly quotes; ftfy takes longer than all the rest.
+# Visible ASCII, with an ampersand only where no entity can begin; scripts without a part in
+# ftfy's signs of a wrong encoding; and characters with one, as far as a sign needs another such
+# character beside them. All are composed (NFC) and none combines with a neighbour.
+_NEUTRAL = (
+    "\u05d0-\u05ea\u0621-\u063a\u0641-\u064a"  # Hebrew and Arabic letters
+    "\u3001\u3002\u300c-\u300f\u3041-\u3094\u30a1-\u30fa\u30fc\u4e00-\u9fa5\uac00-\ud7a3"
+    "\u2600-\u26ff\u2701-\u27bf\ufe0f\U0001f300-\U0001f64f\U0001f680-\U0001f6c5"  # emoji
+)
+_LOWER = "ß-öø-ÿāăąćĉċčďđēĕėęěĝğġģĥħĩīĭįıĵķĺļľłńņňōŏőŕŗřśŝşšţťŧũūŭůűųŵŷźżž"
+_ALONE = (
+    "À-ÁÄ-ÖØ-ÞĀĂĄĆĈĊČĎĐĒĔĖĘĚĜĞĠĢĤĦĨĪĬĮİĴĶĹĻĽŁŃŅŇŌŎŐŔŖŘŚŜŞŠŢŤŦŨŪŬŮŰŲŴŶŸŹŻŽ"
+    "\xa0¡¢£¥§©«®°±²³´µ·»¼½¾¿×÷–—‘’“”•…€™"
+)
+_GREEK_CYRILLIC = "ΆΈ-ΊΌΎ-ΡΣ-ώЁА-яё"
+_UNCHANGED = re.compile(
+    rf"(?>[\n\r\t -%'-~]++|&(?=[\n\t ]|\Z)|[{_NEUTRAL}]++"
+    rf"|(?>[{_LOWER}]++|[{_ALONE}]|[{_GREEK_CYRILLIC}]++)(?![^\x00-\x7f]))*+\Z"
+)
+_STRAIGHT = str.maketrans("‘’“”", "''\"\"")
+
 
 def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH) -> Tensor:
     """Ids of captions: start token, pieces, end token, zeros.
 
     Text is repaired (ftfy), HTML entities are resolved, white space is collapsed, letters are
-    lower-cased. A caption that is too long loses its end and keeps the end token.
+    lower-cased. A caption that is too long loses its end and keeps the end token. A literal
+    `<start_of_text>` or `<end_of_text>` becomes that token, as in the original.
 
     Args:
         texts: one caption or several.
-        context_length: L, tokens a row.
+        context_length: L, tokens a row, at least 2.
 
     Returns:
         [B, L] int64.
 
     Raises:
-        InputError: the vocabulary file is missing.
+        InputError: the vocabulary file is missing; a context without room for start and end.
     """
-    texts = [texts] if isinstance(texts, str) else texts
-    rows = torch.full((len(texts), context_length), PAD_TOKEN, dtype=torch.long)
-    for row, text in zip(rows, texts, strict=True):
-        ids = [START_TOKEN, *encode(text)[: context_length - 2], END_TOKEN]
-        row[: len(ids)] = torch.tensor(ids)
-    return rows
+    if context_length < 2:
+        raise InputError(
+            f"context_length is {context_length}, but the start and the end token need 2: "
+            f"give 2 or more (the released models have {CONTEXT_LENGTH})"
+        )
+    words = [_clean(text).split() for text in ([texts] if isinstance(texts, str) else texts)]
+    ids, widths = _words().look_up(list(chain.from_iterable(words)))
+    ends = np.fromiter(map(len, words), np.int64, len(words)).cumsum()
+    row_ends = np.concatenate(([0], widths.cumsum()))[ends]  # words -> ids
+    lengths = np.diff(row_ends, prepend=0)
+    return torch.from_numpy(_padded(ids, lengths, context_length))
 
 
 def cut_padding(tokens: Tensor) -> Tensor:
@@ -78,61 +121,112 @@ def cut_padding(tokens: Tensor) -> Tensor:
     return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
 
 
-def encode(text: str) -> list[int]:
-    """Ids of one caption, without start token, end token and padding."""
-    ids: list[int] = []
-    for piece in _PIECES.findall(_clean(text)):
-        ids.extend(_piece_ids(piece))
-    return ids
+def package_file(name: str) -> Path | None:
+    """A data file of the installed `open_clip_torch`, found without running that package."""
+    spec = importlib.util.find_spec(PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / name
+        if path.is_file():
+            return path
+    return None
+
+
+def _padded(
+    ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], context_length: int
+) -> npt.NDArray[np.int64]:
+    """Consecutive rows of `lengths` [B] ids as [B, L], between start and end token."""
+    rows = np.full((len(lengths), context_length), PAD_TOKEN)
+    column = np.arange(len(ids)) - np.repeat(lengths.cumsum() - lengths, lengths)
+    fits = column < context_length - 2
+    rows[:, 0] = START_TOKEN
+    rows[np.repeat(np.arange(len(lengths)), lengths)[fits], column[fits] + 1] = ids[fits]
+    rows[np.arange(len(lengths)), np.minimum(lengths, context_length - 2) + 1] = END_TOKEN
+    return rows
 
 
 def _clean(text: str) -> str:
-    # Twice, because captions taken from web pages are often escaped twice.
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    if not _UNCHANGED.match(text):
+        # Twice, because captions taken from web pages are often escaped twice.
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    elif not text.isascii():
+        text = text.translate(_STRAIGHT)
+    return text.lower()
 
 
-@functools.lru_cache(maxsize=65_536)
-def _piece_ids(piece: str) -> tuple[int, ...]:
-    if piece in _SPECIAL:
-        return (_SPECIAL[piece],)
-    characters, ranks, ids = _tables()
-    symbols = [characters[byte] for byte in piece.encode()]
-    symbols[-1] += _END_OF_WORD
-    while len(symbols) > 1:
-        best = min(itertools.pairwise(symbols), key=lambda pair: ranks.get(pair, _MERGES))
-        if best not in ranks:
-            break
-        symbols = _merge(symbols, best)
-    return tuple(ids[symbol] for symbol in symbols)
+class _Words:
+    """Ids of the words met so far, one word behind the other in one array.
 
+    Safe to use from several threads.
+    """
 
-def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
-    """Join every occurrence of `pair`, from the left."""
-    merged: list[str] = []
-    for symbol in symbols:
-        if merged and (merged[-1], symbol) == pair:
-            # A joined symbol is longer than either half, so it cannot be taken for one again.
-            merged[-1] += symbol
-        else:
-            merged.append(symbol)
-    return merged
+    def __init__(self) -> None:
+        self._characters, self._merges = _byte_characters(), _merges()
+        self._lock = threading.Lock()
+        self._start_anew()
+
+    def look_up(self, words: Sequence[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Ids of all words in their order [N], and how many each of them has [W]."""
+        with self._lock:
+            new = [word for word in dict.fromkeys(words) if word not in self._places]
+            if len(self._places) + len(new) > MOST_WORDS:
+                self._start_anew()
+                new = list(dict.fromkeys(words))
+            for word in new:
+                self._add(word)
+            places = np.fromiter(map(self._places.__getitem__, words), np.int64, len(words))
+            ends = np.asarray(self._ends)
+            starts = ends[places]
+            widths = ends[places + 1] - starts
+            shift = starts - (widths.cumsum() - widths)
+            ids = np.asarray(self._ids)[np.arange(widths.sum()) + np.repeat(shift, widths)]
+        return ids, widths
+
+    def _start_anew(self) -> None:
+        self._places: dict[str, int] = {}
+        self._ids = array("q")
+        self._ends = array("q", [0])
+
+    def _add(self, word: str) -> None:
+        for piece in _PIECES.findall(word):
+            self._ids.extend(self._merged(piece))
+        self._ends.append(len(self._ids))
+        self._places[word] = len(self._places)
+
+    def _merged(self, piece: str) -> list[int]:
+        if piece in _SPECIAL:
+            return [_SPECIAL[piece]]
+        # Visible ASCII, nearly every piece, stands for itself.
+        letters = (
+            piece
+            if piece.isascii() and piece.isprintable()
+            else "".join(self._characters[b] for b in piece.encode())
+        )
+        return [token.id for token in self._merges.tokenize(letters)]
 
 
 @functools.cache
-def _tables() -> tuple[dict[int, str], dict[tuple[str, str], int], dict[str, int]]:
-    """Byte -> character; pair -> rank of its merge; symbol -> id."""
-    lines = gzip.decompress(_vocabulary_path().read_bytes()).decode().split("\n")
-    merges = [tuple(line.split()) for line in lines[1 : _MERGES + 1]]
-    characters = _byte_characters()
-    alphabet = list(characters.values())
+def _words() -> _Words:
+    return _Words()
+
+
+def _merges() -> BPE:
+    """CLIP's merges; a symbol's id is its place: bytes, bytes that end a word, then the merges."""
+    path = package_file(_VOCABULARY)
+    if path is None:
+        raise InputError(
+            f"the tokenizer's vocabulary {_VOCABULARY} was not found: install open_clip_torch, "
+            "which ships it"
+        )
+    lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : _MERGES + 1]
+    merges = [(first, second) for first, second in map(str.split, lines)]
+    alphabet = list(_byte_characters().values())
     symbols = [
         *alphabet,
         *(character + _END_OF_WORD for character in alphabet),
-        *("".join(merge) for merge in merges),
+        *map("".join, merges),
     ]
-    ranks = {(first, second): rank for rank, (first, second) in enumerate(merges)}
-    return characters, ranks, {symbol: index for index, symbol in enumerate(symbols)}
+    vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
+    return BPE(vocabulary, merges, end_of_word_suffix=_END_OF_WORD)
 
 
 def _byte_characters() -> dict[int, str]:
@@ -145,15 +239,3 @@ def _byte_characters() -> dict[int, str]:
     return {byte: chr(byte) for byte in visible} | {
         byte: chr(0x100 + index) for index, byte in enumerate(hidden)
     }
-
-
-def _vocabulary_path() -> Path:
-    spec = importlib.util.find_spec("open_clip")  # finds a top-level package without running it
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / _VOCABULARY
-        if path.is_file():
-            return path
-    raise InputError(
-        f"the tokenizer's vocabulary {_VOCABULARY} was not found: install open_clip_torch, "
-        "which ships it"
-    )
