@@ -13,14 +13,19 @@ import io
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from evaclip_model.clip import EvaClip
+from evaclip_model.errors import InputError
 from evaclip_model.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    from evaclip_model.clip import EvaClip
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 """Mean of the red, green and blue channels on [0, 1] (CLIP)."""
@@ -29,6 +34,9 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 MAX_PIXELS = 64_000_000
 """More than this is refused before decoding: a small file can claim a huge picture."""
+
+CROP_SCALE = (0.9, 1.0)
+"""Smallest and largest share of an image's area that a training crop takes."""
 
 _CROP_RATIO = (3 / 4, 4 / 3)
 _CROP_ATTEMPTS = 10
@@ -39,7 +47,7 @@ class UnreadableImageError(ValueError):
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a JPEG, PNG or WebP file, in its own mode.
+    """Decode a JPEG, PNG or WebP file, in its own mode; 16-bit grey becomes 8-bit.
 
     Raises:
         UnreadableImageError: truncated, of no known format, or larger than `max_pixels`.
@@ -53,23 +61,70 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
                     f"{image.width} x {image.height} pixels, more than {max_pixels:,}"
                 )
             image.load()
+            return _eight_bit(image)
     except UnreadableImageError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever their parsers meet
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    # Pillow's conversion to RGB would clip 16-bit grey to white. Older versions open it as "I".
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image
 
 
-def image_transform(model: EvaClip | ModelConfig | int) -> Callable[[Image.Image], Tensor]:
-    """The evaluation transform: image -> [3, S, S] float32 normalised.
+def image_transform(
+    model: EvaClip | ModelConfig | int, train: bool = False
+) -> Callable[[Image.Image], Tensor]:
+    """What turns an image of any mode and size into [3, S, S] float32, normalised; picklable.
+
+    For evaluation the shortest side is resized to S (bicubic, antialiased) and the middle taken;
+    for training a random part (`CROP_SCALE` of the area, ratio 3:4 to 4:3) is resized to S x S.
+    The random part is drawn from torch's global generator, in torchvision's order: what torch is
+    seeded with decides it, in a data loader's workers too.
 
     Args:
         model: a model or its config, for its size; or the size S in pixels.
+        train: the training transform instead of the evaluation transform.
+
+    Raises:
+        InputError: a size below 1.
     """
-    if isinstance(model, EvaClip):
-        model = model.config
-    size = model if isinstance(model, int) else model.vision.image_px
-    return lambda image: normalize_images(centre_crop(image, size))
+    if not isinstance(model, int):
+        config = model if isinstance(model, ModelConfig) else model.config
+        model = config.vision.image_px
+    if model < 1:
+        raise InputError(f"image size {model} is no number of pixels: give 1 or more")
+    return TrainTransform(model) if train else EvalTransform(model)
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """The evaluation transform of `image_transform`."""
+
+    size: int
+    """Side S of the result, in pixels."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Image -> [3, S, S] float32 of its middle, normalised."""
+        return normalize_images(centre_crop(image, self.size))
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """The training transform of `image_transform`."""
+
+    size: int
+    """Side S of the result, in pixels."""
+    scale: tuple[float, float] = CROP_SCALE
+    """Smallest and largest share of the image's area."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Image -> [3, S, S] float32 of a random part, normalised."""
+        box = crop_box(*image.size, _GlobalDraw(), self.scale)
+        return normalize_images(resized_crop(image, box, self.size))
 
 
 def centre_crop(image: Image.Image, size: int) -> Tensor:
@@ -89,7 +144,7 @@ def train_crop(
     *,
     seed: int,
     position: int,
-    scale: tuple[float, float] = (0.9, 1.0),
+    scale: tuple[float, float] = CROP_SCALE,
 ) -> Tensor:
     """A random part of the image, resized: the only augmentation EVA-CLIP trains with.
 
@@ -103,25 +158,66 @@ def train_crop(
     Returns:
         [3, S, S] uint8.
     """
-    draw = np.random.Generator(np.random.Philox(key=[seed % 2**64, position]))
+    draw = SeededDraw(np.random.Generator(np.random.Philox(key=[seed % 2**64, position])))
     return resized_crop(image, crop_box(*image.size, draw, scale), size)
 
 
+class Draw(Protocol):
+    """Where the random numbers of a crop come from."""
+
+    def share(self, low: float, high: float) -> float:
+        """Uniform on [low, high)."""
+
+    def ratio(self, low: float, high: float) -> float:
+        """From low to high, its logarithm uniform."""
+
+    def offset(self, most: int) -> int:
+        """Uniform among 0 ... most."""
+
+
+@dataclass(frozen=True)
+class SeededDraw:
+    """Numbers of a generator of numpy's."""
+
+    generator: np.random.Generator
+
+    def share(self, low: float, high: float) -> float:
+        return self.generator.uniform(low, high)
+
+    def ratio(self, low: float, high: float) -> float:
+        return math.exp(self.generator.uniform(math.log(low), math.log(high)))
+
+    def offset(self, most: int) -> int:
+        return int(self.generator.integers(0, most + 1))
+
+
+class _GlobalDraw:
+    """Numbers of torch's global generator, rounded as torchvision's RandomResizedCrop rounds."""
+
+    def share(self, low: float, high: float) -> float:
+        return torch.empty(1).uniform_(low, high).item()
+
+    def ratio(self, low: float, high: float) -> float:
+        start, end = torch.tensor((low, high)).log().tolist()
+        return torch.empty(1).uniform_(start, end).exp().item()
+
+    def offset(self, most: int) -> int:
+        return int(torch.randint(0, most + 1, (1,)).item())
+
+
 def crop_box(
-    width: int, height: int, draw: np.random.Generator, scale: tuple[float, float]
+    width: int, height: int, draw: Draw, scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of a random part, in pixels (Inception crop).
 
     When ten draws do not fit, the largest middle part of an allowed ratio.
     """
-    low, high = (math.log(ratio) for ratio in _CROP_RATIO)
     for _ in range(_CROP_ATTEMPTS):
-        area = width * height * draw.uniform(*scale)
-        ratio = math.exp(draw.uniform(low, high))
+        area = width * height * draw.share(*scale)
+        ratio = draw.ratio(*_CROP_RATIO)
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            top = int(draw.integers(0, height - h + 1))
-            left = int(draw.integers(0, width - w + 1))
+            top, left = draw.offset(height - h), draw.offset(width - w)
             return left, top, left + w, top + h
     w, h = width, height
     if width / height < _CROP_RATIO[0]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from evaclip_model.errors import InputError
+from evaclip_model.model_config import ModelConfig
 from evaclip_model.transform import (
+    SeededDraw,
     UnreadableImageError,
     crop_box,
     decode_image,
@@ -42,6 +46,49 @@ def test_a_training_crop_of_the_original_box_equals_the_original(file: str):
     torch.testing.assert_close(normalize_images(got), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("file", sorted(BOXES))
+def test_the_training_transform_draws_as_the_original_does(file: str):
+    expected = load_file(DATA / "expected.safetensors")[f"{Path(file).stem}.train56_seed4"]
+    image = decode_image((DATA / file).read_bytes())
+    torch.manual_seed(4)
+    got = image_transform(56, train=True)(image)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_transform_can_be_sent_to_another_process(train: bool):
+    transform = image_transform(ModelConfig.load("EVA02-CLIP-B-16"), train)
+    assert pickle.loads(pickle.dumps(transform)) == transform
+    assert transform(Image.new("RGB", (300, 90))).shape == (3, 224, 224)
+
+
+def test_a_size_below_one_is_a_mistake():
+    with pytest.raises(InputError, match="image size 0 "):
+        image_transform(0)
+
+
+MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_is_resized_in_its_own_colours_and_then_becomes_rgb(mode: str):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 4), dtype=np.uint8)
+    picture = Image.fromarray(pixels, "RGBA").convert("P" if mode == "PA" else mode).convert(mode)
+    small = picture.resize((36, 24), Image.Resampling.BICUBIC).crop((6, 0, 30, 24)).convert("RGB")
+    expected = normalize_images(torch.from_numpy(np.array(small)).permute(2, 0, 1))
+    assert torch.equal(image_transform(24)(picture), expected)
+    assert image_transform(24, train=True)(picture).shape == (3, 24, 24)
+
+
+def test_sixteen_bits_of_grey_are_not_clipped_to_white():
+    deep = np.linspace(0, 65535, 48 * 48).reshape(48, 48).astype(np.uint16)
+    file = io.BytesIO()
+    Image.fromarray(deep).save(file, "PNG")
+    got = image_transform(48)(decode_image(file.getvalue()))
+    flat = normalize_images(torch.from_numpy((deep >> 8).astype(np.uint8)).expand(3, 48, 48))
+    assert torch.equal(got, flat)
+
+
 def test_a_training_crop_depends_on_seed_and_position_alone():
     image = decode_image((DATA / "palette_alpha.png").read_bytes())
     crops = [
@@ -56,7 +103,7 @@ def test_a_training_crop_depends_on_seed_and_position_alone():
 
 
 def test_random_boxes_lie_inside_and_have_the_area_and_ratio_asked_for():
-    draw = np.random.default_rng(0)
+    draw = SeededDraw(np.random.default_rng(0))
     for _ in range(300):
         left, top, right, bottom = crop_box(640, 480, draw, (0.5, 0.8))
         assert 0 <= left < right <= 640
@@ -70,7 +117,7 @@ def test_random_boxes_lie_inside_and_have_the_area_and_ratio_asked_for():
     ("size", "box"), [((1000, 10), (494, 0, 507, 10)), ((10, 1000), (0, 494, 10, 507))]
 )
 def test_an_extreme_image_gets_the_largest_middle_part(size, box):
-    left, top, right, bottom = crop_box(*size, np.random.default_rng(0), (0.9, 1.0))
+    left, top, right, bottom = crop_box(*size, SeededDraw(np.random.default_rng(0)), (0.9, 1.0))
     assert max(abs(a - b) for a, b in zip((left, top, right, bottom), box, strict=True)) <= 1
 
 
