@@ -14,8 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaclip_model.layers import AttentionChoice, SwiGluMlp, attention_kernel
+from evaclip_model.attention import (
+    AttentionChoice,
+    attention_kernel,
+    resolved_attention,
+)
+from evaclip_model.layers import SwiGluMlp
 from evaclip_model.model_config import ModelConfig
+from evaclip_model.recompute import GradCheckpointing, require_mode
 from evaclip_model.text import TextBlock, TextTower
 from evaclip_model.vision import VisionBlock, VisionTower
 
@@ -37,11 +43,15 @@ class EvaClip(nn.Module):
         """Build with torch's default values; `create_model` gives EVA-CLIP's initial values.
 
         Raises:
-            InputError: no attention kernel of that name.
+            InputError: no attention kernel of that name, or it cannot be had here
+                (`attention.attention_kernel`).
         """
         super().__init__()
-        kernel = attention_kernel(attention)
+        kernel = attention_kernel(
+            attention, (config.vision.head_width, config.text.width // config.text.heads)
+        )
         self.config = config
+        self._attention: AttentionChoice = attention
         self.visual = VisionTower(config.vision, config.embed_dim, kernel)
         self.text = TextTower(config.text, config.embed_dim, kernel)
         self.logit_scale = nn.Parameter(torch.full((1,), INITIAL_LOGIT_SCALE))
@@ -95,10 +105,33 @@ class EvaClip(nn.Module):
             _wide(self.logit_scale).exp().squeeze(0),
         )
 
-    def set_grad_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.visual.grad_checkpointing = enabled
-        self.text.transformer.grad_checkpointing = enabled
+    @property
+    def attention(self) -> AttentionChoice:
+        """The attention kernel that runs for the weights' present device and dtype."""
+        return resolved_attention(self._attention, self.logit_scale.device, self.logit_scale.dtype)
+
+    def set_grad_checkpointing(self, mode: GradCheckpointing) -> None:
+        """How much of each block the backward pass computes again; results stay the same.
+
+        Args:
+            mode: "none"; "selective", all but matrix products and fused attention; or "full",
+                everything, so that a block keeps its input alone.
+
+        Raises:
+            InputError: another mode.
+        """
+        self.visual.grad_checkpointing = self.text.transformer.grad_checkpointing = require_mode(
+            mode
+        )
+
+    def compile_blocks(self) -> None:
+        """Compile the image tower's blocks with `torch.compile`, in place; each runs as one graph.
+
+        The first step then takes a minute or so longer. The text tower stays as it is: its shapes
+        differ from batch to batch, and each would be compiled anew.
+        """
+        for block in cast(Iterable[VisionBlock], self.visual.blocks):
+            block.compile(fullgraph=True)
 
 
 @torch.no_grad()

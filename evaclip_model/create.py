@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import torch
 
+from evaclip_model.attention import AttentionChoice, require_dtype
 from evaclip_model.clip import EvaClip, initialise
 from evaclip_model.errors import InputError
-from evaclip_model.layers import AttentionChoice
 from evaclip_model.model_config import CONFIG_FILE, ModelConfig
 from evaclip_model.weights import WEIGHTS_FILE, load_weights
 
@@ -51,6 +51,7 @@ def create_model(
         if seed is not None:
             torch.manual_seed(seed)
         model = EvaClip(config, attention)
+        require_dtype(attention, _DTYPES[precision])
         if weights is None:
             initialise(model)
     if weights is not None:

@@ -1,77 +1,23 @@
-"""The parts both towers are built of: attention, its kernels, and the MLPs.
+"""The parts both towers are built of: attention modules and MLPs.
 
-Covers: the choice of attention kernel; attention as the image and the text tower have it; MLPs.
-Not here: how parts make a block or a tower; initial values of weights (clip.py).
+Covers: attention as the image and the text tower have it; MLPs; stochastic depth.
+Not here: attention kernels (attention.py); how parts make a block or a tower; initial values of
+weights (clip.py).
 
 Shapes: B batch, S tokens, H heads, D channels a head, W = H * D channels of a tower.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, get_args
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaclip_model.errors import InputError
+from evaclip_model.attention import AttentionKernel
+from evaclip_model.linear import Linear, linear
 from evaclip_model.rope import rotate
-
-AttentionChoice = Literal["auto", "sdpa", "eager"]
-AttentionKernel = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
-"""(queries, keys, values [B, S, H, D], causal) -> [B, S, H, D]; scores scaled by D^-0.5."""
-
-
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """torch's fused attention: no [S, S] matrix in memory."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out: Tensor = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    return out.transpose(1, 2)
-
-
-def eager_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Plain matrix products with the softmax in at least float32."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, H, S, S]
-    if causal:
-        size = scores.shape[-1]
-        later = torch.ones(size, size, dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(later, -torch.inf)
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    out: Tensor = scores.softmax(-1, dtype=wide).to(v.dtype) @ v
-    return out.transpose(1, 2)
-
-
-def auto_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """The faster kernel of the two for this device and dtype."""
-    # On a CPU the fused backward in bfloat16 is several times slower than plain products.
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return eager_attention(q, k, v, causal)
-    return sdpa_attention(q, k, v, causal)
-
-
-_KERNELS: dict[str, AttentionKernel] = {
-    "auto": auto_attention,
-    "sdpa": sdpa_attention,
-    "eager": eager_attention,
-}
-
-
-def attention_kernel(choice: AttentionChoice) -> AttentionKernel:
-    """The kernel of that name; a choice that is not available never falls back to another.
-
-    Raises:
-        InputError: there is no such kernel here.
-    """
-    if choice not in _KERNELS:
-        known = ", ".join(get_args(AttentionChoice))
-        raise InputError(f"attention '{choice}' is not available: choose one of {known}")
-    return _KERNELS[choice]
-
-
-def _split_heads(x: Tensor, heads: int) -> Tensor:
-    return x.reshape(*x.shape[:-1], heads, -1)  # [B, S, W] -> [B, S, H, D]
 
 
 class VisionAttention(nn.Module):
@@ -85,33 +31,52 @@ class VisionAttention(nn.Module):
         self.kernel = kernel
         self.fused_qkv = fused_qkv
         if fused_qkv:
-            self.qkv = nn.Linear(width, 3 * width, bias=False)
+            self.qkv = Linear(width, 3 * width, bias=False)
         else:
-            self.q_proj = nn.Linear(width, width, bias=False)
-            self.k_proj = nn.Linear(width, width, bias=False)
-            self.v_proj = nn.Linear(width, width, bias=False)
+            self.q_proj = Linear(width, width, bias=False)
+            self.k_proj = Linear(width, width, bias=False)
+            self.v_proj = Linear(width, width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.inner_attn_ln = nn.LayerNorm(width, eps=1e-6) if sub_norm else nn.Identity()
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.fused_qkv:
+    def _project(self, x: Tensor, first_only: bool) -> tuple[Tensor, Tensor, Tensor]:
+        if self.fused_qkv and not first_only:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-            q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
+            q, k, v = linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
             return q, k, v
+        q_weight, k_weight, v_weight = (
+            self.qkv.weight.chunk(3)
+            if self.fused_qkv
+            else (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        )
         return (
-            F.linear(x, self.q_proj.weight, self.q_bias),
-            F.linear(x, self.k_proj.weight),
-            F.linear(x, self.v_proj.weight, self.v_bias),
+            linear(x[:, :1] if first_only else x, q_weight, self.q_bias),
+            linear(x, k_weight),
+            linear(x, v_weight, self.v_bias),
         )
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        """x [B, S, W], tables of `GridRope` or none -> [B, S, W]."""
-        q, k, v = (_split_heads(part, self.heads) for part in self._project(x))
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, first_only: bool = False
+    ) -> Tensor:
+        """What tokens attend to, or the class token alone: it attends to all in either case.
+
+        Args:
+            x: [B, S, W].
+            rope: tables of `GridRope`, or none.
+            first_only: queries are those of token 0, which is never rotated.
+
+        Returns:
+            [B, S, W], or [B, 1, W].
+        """
+        q, k, v = (
+            part.reshape(*part.shape[:-1], self.heads, -1)  # [B, S, H, D]
+            for part in self._project(x, first_only)
+        )
         if rope is not None:
-            q, k = rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype)
-        out = self.kernel(q, k, v, False).flatten(-2)  # [B, S, W]
+            q, k = q if first_only else rotate(q, *rope), rotate(k, *rope)
+        out = self.kernel(q, k, v, False).flatten(-2)  # [B, S or 1, W]
         projected: Tensor = self.proj(self.inner_attn_ln(out))
         return projected
 
@@ -125,14 +90,28 @@ class TextAttention(nn.Module):
         self.kernel = kernel
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, S, W] -> [B, S, W]; a token sees itself and what is before it."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = (_split_heads(part, self.heads) for part in qkv.chunk(3, dim=-1))
-        projected: Tensor = self.out_proj(self.kernel(q, k, v, True).flatten(-2))
-        return projected
+    def forward(self, x: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
+        """Attention inside each caption, before the last projection.
+
+        Args:
+            x: [S, W] tokens of all captions, one caption behind the other.
+            groups: (captions, tokens of each) of each run of captions of equal length.
+
+        Returns:
+            [S, W]; a token has seen itself and what is before it in its caption.
+        """
+        qkv = linear(x, self.in_proj_weight, self.in_proj_bias)
+        width = x.shape[-1]
+        attended = []
+        rows = [captions * tokens for captions, tokens in groups]
+        for (captions, tokens), part in zip(groups, torch.split(qkv, rows), strict=True):
+            heads = part.reshape(captions, tokens, 3, self.heads, width // self.heads)
+            q, k, v = heads.unbind(2)
+            out = self.kernel(q, k, v, True)  # [captions, tokens, H, D]
+            attended.append(out.reshape(captions * tokens, width))
+        return torch.cat(attended)
 
 
 class GeluMlp(nn.Module):
@@ -140,8 +119,8 @@ class GeluMlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., W] -> [..., W]."""
@@ -154,10 +133,10 @@ class SwiGluMlp(nn.Module):
 
     def __init__(self, width: int, hidden: int, *, sub_norm: bool) -> None:
         super().__init__()
-        self.w1 = nn.Linear(width, hidden)
-        self.w2 = nn.Linear(width, hidden)
+        self.w1 = Linear(width, hidden)
+        self.w2 = Linear(width, hidden)
         self.ffn_ln = nn.LayerNorm(hidden, eps=1e-6) if sub_norm else nn.Identity()
-        self.w3 = nn.Linear(hidden, width)
+        self.w3 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., W] -> [..., W]."""
@@ -170,10 +149,25 @@ class TextMlp(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
+        self.c_fc = Linear(width, 4 * width)
+        self.c_proj = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., W] -> [..., W]."""
         out: Tensor = self.c_proj(F.gelu(self.c_fc(x)))
         return out
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, leaves the branch of a random share of samples out."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """[B, S, W] -> [B, S, W]; what is kept is scaled up, so that its mean stays."""
+        if not self.training or self.rate == 0:
+            return branch
+        kept = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.rate)
+        return branch * (kept / (1 - self.rate))

@@ -44,11 +44,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin: [S, 1, D/2] or [B, S, 1, D/2].
 
     Returns:
-        [B, S, H, D] in the wider of the two dtypes.
+        [B, S, H, D] in the dtype of `x`; the rotation is in the wider of the two dtypes.
     """
     first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)  # [B, S, H, D/2] each
     turned = (first * cos - second * sin, second * cos + first * sin)
-    return torch.stack(turned, dim=-1).flatten(-2)
+    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
 
 
 class GridRope(nn.Module):

@@ -1,20 +1,26 @@
 """The text tower: CLIP's causal transformer, pooled at the first end token.
 
 Covers: tokens to joint-space features.
-Not here: tokenising (tokenizer.py); normalising features; initial values (clip.py).
+Not here: tokenising (tokenizer.py); how captions become one stream (packing.py); normalising
+features; initial values (clip.py).
 
-Shapes: B batch, L tokens, T width, E joint channels.
+Shapes: B batch, L tokens, S tokens of the packed stream, T width, E joint channels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from evaclip_model.layers import AttentionKernel, TextAttention, TextMlp
+from evaclip_model.attention import AttentionKernel
+from evaclip_model.layers import TextAttention, TextMlp
+from evaclip_model.linear import is_traced, linear
 from evaclip_model.model_config import TextConfig
+from evaclip_model.packing import pack, pack_padded
+from evaclip_model.recompute import GradCheckpointing, run_block
 
 
 class TextBlock(nn.Module):
@@ -27,9 +33,14 @@ class TextBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(config.width)
         self.mlp = TextMlp(config.width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, T] -> [B, L, T]."""
-        x = x + self.attn(self.ln_1(x))
+    def forward(
+        self, x: Tensor, groups: Sequence[tuple[int, int]], rows: Tensor | None = None
+    ) -> Tensor:
+        """x [S, T] of captions in `groups` (`Packing`) -> [S, T], or [B, T] of `rows` [B] alone."""
+        attended = self.attn(self.ln_1(x), groups)
+        if rows is not None:
+            x, attended = x[rows], attended[rows]
+        x = x + self.attn.out_proj(attended)
         out: Tensor = x + self.mlp(self.ln_2(x))
         return out
 
@@ -39,17 +50,16 @@ class TextTransformer(nn.Module):
 
     def __init__(self, config: TextConfig, kernel: AttentionKernel) -> None:
         super().__init__()
-        self.grad_checkpointing = False
+        self.grad_checkpointing: GradCheckpointing = "none"
         self.resblocks = nn.ModuleList(TextBlock(config, kernel) for _ in range(config.layers))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, T] -> [B, L, T]."""
-        for block in self.resblocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x
+    def forward(self, x: Tensor, groups: Sequence[tuple[int, int]], rows: Tensor) -> Tensor:
+        """x [S, T] of captions in `groups` -> [B, T], the tokens at `rows` [B]."""
+        *earlier, last = self.resblocks
+        for block in earlier:
+            x = run_block(self.grad_checkpointing, block, x, groups)
+        # Of the last block's output only the pooled tokens are used.
+        return run_block(self.grad_checkpointing, last, x, groups, rows)
 
 
 class TextTower(nn.Module):
@@ -65,15 +75,12 @@ class TextTower(nn.Module):
         self.text_projection = nn.Parameter(torch.empty(config.width, embed_dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Features of captions.
-
-        Attention is causal and pooling is at the first end token, so whatever follows it has no
-        influence: fewer tokens than the context length are exact, and on a CPU the padding common
-        to the batch is left out. On an accelerator that would wait for the lengths; cut there
-        before moving (`tokenizer.cut_padding`).
+        """Features of captions; what follows a caption's first end token costs nothing.
 
         Args:
-            tokens: [B, L] ids, L at most the context length; the end token has the highest id.
+            tokens: [B, L] ids, L at most the context length; the end token has the highest id. On
+                the CPU, wherever the tower is: the stream is planned there, and ids that come from
+                an accelerator are waited for.
 
         Returns:
             [B, E], not normalised.
@@ -86,12 +93,12 @@ class TextTower(nn.Module):
                 f"captions have {tokens.shape[1]} tokens, the model at most "
                 f"{self.config.context_length}"
             )
-        ends = tokens.argmax(dim=-1)  # the first highest id
-        if tokens.device.type == "cpu":
-            tokens = tokens[:, : int(ends.max()) + 1]
-        x = F.embedding(tokens, self.token_embedding.weight)
-        x = x + self.positional_embedding[: tokens.shape[1]]
-        x = self.transformer(x)
-        pooled = self.ln_final(x[torch.arange(len(x), device=x.device), ends])  # [B, T]
-        features: Tensor = pooled @ self.text_projection
-        return features
+        packed = (
+            pack_padded(tokens)
+            if is_traced() or len(tokens) == 0
+            else pack(tokens, self.positional_embedding.device)
+        )
+        x = F.embedding(packed.tokens, self.token_embedding.weight)
+        x = x + F.embedding(packed.positions, self.positional_embedding)
+        x = self.transformer(x, packed.groups, packed.ends)
+        return linear(self.ln_final(x), self.text_projection.t())

@@ -71,8 +71,9 @@ class TrainConfig(Config):
     """Bounds of LAMB's trust ratio; the lower one lets a near-zero projection head grow."""
     adapt_no_decay: bool = False
     """Whether LAMB adapts parameters without weight decay too (biases, norms, logit scale)."""
-    grad_checkpointing: bool = False
-    """Recompute activations in the backward pass: a third of the memory for a quarter more time."""
+    grad_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recompute activations in the backward pass. "full" keeps only each block's input: least
+    memory, about a quarter more time; "selective" keeps the results of matrix products too."""
     zero_stage: Literal[1, 2] = 1
     """DeepSpeed ZeRO: 1 shards optimizer states over ranks, 2 gradients too."""
     source_weights: dict[str, float] = Field(default_factory=dict)

@@ -8,13 +8,18 @@ Shapes: B batch, N patches, K kept patches, W width, E joint channels.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from evaclip_model.layers import AttentionKernel, GeluMlp, SwiGluMlp, VisionAttention
+from evaclip_model.attention import AttentionKernel
+from evaclip_model.layers import DropPath, GeluMlp, SwiGluMlp, VisionAttention
+from evaclip_model.linear import Linear, linear
 from evaclip_model.model_config import VisionConfig
+from evaclip_model.recompute import GradCheckpointing, run_block
 from evaclip_model.rope import GridRope
 
 NORM_EPS = 1e-6
@@ -36,14 +41,15 @@ class PatchEmbed(nn.Module):
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, N, 3 * p * p]
         if kept is not None:
             patches = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class VisionBlock(nn.Module):
     """One transformer block, pre-norm or residual post-norm."""
 
-    def __init__(self, config: VisionConfig, kernel: AttentionKernel) -> None:
+    def __init__(self, config: VisionConfig, kernel: AttentionKernel, drop_path: float) -> None:
         super().__init__()
+        self.drop_path = DropPath(drop_path)
         self.is_post_norm = config.norm_placement == "residual_post"
         self.norm1 = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.attn = VisionAttention(
@@ -64,16 +70,22 @@ class VisionBlock(nn.Module):
             self.gamma_1 = nn.Parameter(torch.full((config.width,), config.layer_scale_init))
             self.gamma_2 = nn.Parameter(torch.full((config.width,), config.layer_scale_init))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        """[B, S, W] -> [B, S, W]."""
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, first_only: bool = False
+    ) -> Tensor:
+        """[B, S, W] -> [B, S, W], or with `first_only` the class token of it alone, [B, 1, W]."""
+        attended = self.attn(x if self.is_post_norm else self.norm1(x), rope, first_only)
+        x = x[:, :1] if first_only else x
         if self.is_post_norm:
-            x = x + self._scaled(self.norm1(self.attn(x, rope)), "gamma_1")
-            return x + self._scaled(self.norm2(self.mlp(x)), "gamma_2")
-        x = x + self._scaled(self.attn(self.norm1(x), rope), "gamma_1")
-        return x + self._scaled(self.mlp(self.norm2(x)), "gamma_2")
+            x = x + self._branch(self.norm1(attended), "gamma_1")
+            return x + self._branch(self.norm2(self.mlp(x)), "gamma_2")
+        x = x + self._branch(attended, "gamma_1")
+        return x + self._branch(self.mlp(self.norm2(x)), "gamma_2")
 
-    def _scaled(self, branch: Tensor, gamma: str) -> Tensor:
-        return getattr(self, gamma) * branch if self.has_layer_scale else branch
+    def _branch(self, branch: Tensor, gamma: str) -> Tensor:
+        scaled = getattr(self, gamma) * branch if self.has_layer_scale else branch
+        dropped: Tensor = self.drop_path(scaled)
+        return dropped
 
 
 class VisionTower(nn.Module):
@@ -82,7 +94,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig, embed_dim: int, kernel: AttentionKernel) -> None:
         super().__init__()
         self.config = config
-        self.grad_checkpointing = False
+        self.grad_checkpointing: GradCheckpointing = "none"
         self.patch_embed = PatchEmbed(config.patch_px, config.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.num_patches, config.width))
@@ -91,9 +103,17 @@ class VisionTower(nn.Module):
             if config.rope_reference_grid is not None
             else None
         )
-        self.blocks = nn.ModuleList(VisionBlock(config, kernel) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
-        self.head = nn.Linear(config.width, embed_dim)
+        steps = max(1, config.layers - 1)
+        self.blocks = nn.ModuleList(
+            VisionBlock(config, kernel, config.drop_path * depth / steps)
+            for depth in range(config.layers)
+        )
+        pools_mean = config.pooling == "mean"
+        self.norm, self.fc_norm = (
+            nn.LayerNorm(config.width, eps=NORM_EPS) if used else nn.Identity()
+            for used in (not pools_mean, pools_mean)
+        )
+        self.head = Linear(config.width, embed_dim)
 
     def embed(self, images: Tensor, kept: Tensor | None) -> Tensor:
         """Tokens before the first block: [B, 1 + N, W], or [B, 1 + K, W] of the kept patches."""
@@ -123,10 +143,12 @@ class VisionTower(nn.Module):
             )
         x = self.embed(images.to(self.cls_token.dtype), kept)
         rope = None if self.rope is None else self.rope(kept)
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, use_reentrant=False)
-            else:
-                x = block(x, rope)
-        features: Tensor = self.head(self.norm(x[:, 0]))
+        *earlier, last = cast(Iterable[VisionBlock], self.blocks)
+        for block in earlier:
+            x = run_block(self.grad_checkpointing, block, x, rope)
+        # Pooling the class token, nothing else of the last block's output is used.
+        first_only = self.config.pooling == "class_token"
+        x = run_block(self.grad_checkpointing, last, x, rope, first_only)
+        pooled = self.fc_norm(self.norm(x).mean(dim=1))
+        features: Tensor = self.head(pooled)
         return features

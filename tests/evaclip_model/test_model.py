@@ -111,7 +111,7 @@ def test_both_attention_kernels_agree():
 
 
 def test_a_kernel_that_is_not_there_is_an_error_and_never_replaced():
-    with pytest.raises(InputError, match="'flash2' is not available"):
+    with pytest.raises(InputError, match="needs the package flash-attn"):
         create_model(TINY, attention="flash2")  # type: ignore[arg-type]
 
 
@@ -119,7 +119,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     images, tokens = tiny_batch()
     kept = kept_patches(0, torch.arange(BATCH), 16, 0.5)
     gradients = []
-    for enabled in (False, True):
+    for enabled in ("none", "full"):
         model = tiny_model()
         model.set_grad_checkpointing(enabled)
         contrastive_loss(*model(images, tokens, kept)).backward()
@@ -173,29 +173,3 @@ def test_initial_values_have_the_published_spread():
 def test_images_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"\[3, 20, 20\].*\[3, 16, 16\]"):
         create_model(TINY).encode_image(torch.zeros(1, 3, 20, 20))
-
-
-def test_an_unknown_model_names_the_nearest():
-    with pytest.raises(InputError, match="did you mean 'EVA02-CLIP-B-16'"):
-        create_model("EVA02-CLIP-B16")
-
-
-@pytest.mark.parametrize(
-    ("table", "key", "value", "message"),
-    [
-        ("vision", "patch_px", 5, "no multiple of patch_px 5"),
-        ("vision", "heads", 12, "head width divisible by 4, not 2"),
-        ("text", "widht", 3, "did you mean 'width'"),
-    ],
-)
-def test_a_wrong_architecture_is_one_sentence(table: str, key: str, value: int, message: str):
-    changed = {**TINY, table: {**TINY[table], key: value}}  # type: ignore[dict-item]
-    with pytest.raises(InputError, match=message):
-        ModelConfig.load(changed)
-
-
-def test_a_config_at_another_size_changes_nothing_else():
-    config = ModelConfig.load("EVA02-CLIP-L-14")
-    assert config.at_image_px(336) == ModelConfig.load("EVA02-CLIP-L-14-336")
-    with pytest.raises(InputError, match="no multiple"):
-        config.at_image_px(300)

@@ -1,0 +1,94 @@
+"""The product of every linear layer, by the faster of torch's CPU libraries.
+
+Covers: `linear` and the module `Linear`, equal to torch's in names, shapes and gradients.
+Not here: which layers a tower has (layers.py).
+
+torch multiplies float32 matrices on a CPU with MKL, whose kernels for processors of other makers
+use half of their vector width; oneDNN, which torch carries too and uses for bfloat16, uses all of
+it. Both round float32 sums, in another order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` with the product of this module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in], weight [out, in], bias [out] or none -> [..., out]."""
+    if not _takes_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    out: Tensor = _OneDnnLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return out
+
+
+def is_traced() -> bool:
+    """Whether an exporter is recording: it needs plain operators and sizes that follow shapes."""
+    return (
+        torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    )
+
+
+def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and _HAS_ONEDNN
+        and not torch.is_autocast_enabled("cpu")
+        and not is_traced()
+    )
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        rows = gradient.flatten(0, -2)  # [all but the last, out]
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        return (
+            _product(gradient, weight.t(), None) if for_x else None,
+            _product(rows.t(), x.flatten(0, -2).t(), None) if for_weight else None,
+            rows.sum(0) if for_bias else None,
+        )
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+# A compiler would look into the product and ask for weights packed for inference.
+_opaque_multiply = torch.library.custom_op("evaclip::multiply", mutates_args=())(_multiply)
+
+
+@_opaque_multiply.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if torch.compiler.is_compiling():
+        out: Tensor = _opaque_multiply(x, weight, bias)
+        return out
+    return _multiply(x, weight, bias)
