@@ -20,10 +20,8 @@ import torch
 from torch import Tensor
 
 from evaclip_model.errors import InputError
+from evaclip_model.prompts import PLACEHOLDER
 from evaclip_model.tokenizer import cut_padding, tokenize
-
-PLACEHOLDER = "{c}"
-"""Where a template of the published webdataset layout takes the class name."""
 
 ROWS = 256
 """Queries ranked at once; bounds memory at ROWS x gallery logits and changes no result."""
