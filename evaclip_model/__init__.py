@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from evaclip_model.model_config import ModelConfig, list_models
     from evaclip_model.tokenizer import tokenize
     from evaclip_model.transform import decode_image, image_transform
-    from evaclip_model.weights import load_weights, save_model
+    from evaclip_model.weights import LoadReport, load_weights, save_model, save_weights
 
 _HOME = {
     "EvaClip": "clip",
@@ -32,14 +32,17 @@ _HOME = {
     "tokenize": "tokenizer",
     "decode_image": "transform",
     "image_transform": "transform",
+    "LoadReport": "weights",
     "load_weights": "weights",
     "open_model": "create",
     "save_model": "weights",
+    "save_weights": "weights",
 }
 
 __all__ = [
     "EvaClip",
     "InputError",
+    "LoadReport",
     "ModelConfig",
     "contrastive_loss",
     "create_model",
@@ -51,6 +54,7 @@ __all__ = [
     "load_weights",
     "open_model",
     "save_model",
+    "save_weights",
     "tokenize",
 ]
 

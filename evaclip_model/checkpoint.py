@@ -1,6 +1,7 @@
 """Training state on disk, addressed by parameter name, so that any number of ranks can take it up.
 
-Covers: writing a checkpoint from all ranks, finding the newest whole one, reading, pruning.
+Covers: writing a checkpoint from all ranks, finding the newest whole one, reading, pruning; its
+parameters alone.
 Not here: when to write one (trainer.py); finished models (weights.py).
 
 `checkpoints/step-N/` holds `shard-R.safetensors` of each rank that wrote it (fragments named
@@ -24,7 +25,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from evaclip_model.engine import StateFragment
-from evaclip_model.tensor_file import write_tensors
+from evaclip_model.errors import InputError
+from evaclip_model.tensor_file import StoredTensor, read_safetensors, write_tensors
 
 MANIFEST = "manifest.json"
 _PREFIX = "step-"
@@ -110,6 +112,40 @@ def load_newest(folder: Path, fragments: Sequence[StateFragment], config: str) -
                 destination.copy_(value)
             return progress
     return None
+
+
+def stored_parameters(folder: Path) -> dict[str, list[StoredTensor]]:
+    """The parameters in a checkpoint, `folder/step-N`, by name; their values stay on disk.
+
+    Returns:
+        For each parameter its fp32 pieces, [n] each; one after another they are all of it, flat.
+
+    Raises:
+        InputError: a shard is missing, cut off or unreadable.
+    """
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text())["shard_bytes"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / MANIFEST} cannot be read: take another checkpoint") from error
+    pieces: dict[str, list[tuple[int, StoredTensor]]] = {}
+    for rank in range(len(sizes)):
+        for key, tensor in read_safetensors(folder / f"shard-{rank}.safetensors").items():
+            place, _, kind = key.rpartition("#")
+            name, _, offset = place.rpartition("@")
+            if kind == "param":
+                pieces.setdefault(name, []).append((int(offset), tensor))
+    return {name: _in_a_row(name, found, folder) for name, found in pieces.items()}
+
+
+def _in_a_row(
+    name: str, pieces: Sequence[tuple[int, StoredTensor]], folder: Path
+) -> list[StoredTensor]:
+    end, ordered = 0, sorted(pieces, key=lambda piece: piece[0])
+    for offset, tensor in ordered:
+        if offset != end:
+            raise InputError(f"{folder} lacks a piece of '{name}': take another checkpoint")
+        end += tensor.shape.numel()
+    return [tensor for _, tensor in ordered]
 
 
 def _read(

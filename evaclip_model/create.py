@@ -17,7 +17,8 @@ from evaclip_model.attention import AttentionChoice, require_dtype
 from evaclip_model.clip import EvaClip, initialise
 from evaclip_model.errors import InputError
 from evaclip_model.model_config import CONFIG_FILE, ModelConfig
-from evaclip_model.weights import WEIGHTS_FILE, load_weights
+from evaclip_model.weight_files import WEIGHTS_FILE
+from evaclip_model.weights import load_weights
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,16 +48,27 @@ def create_model(
     if precision not in _DTYPES:
         raise InputError(f"precision '{precision}' is unknown: choose one of {', '.join(_DTYPES)}")
     config = ModelConfig.load(name)
+    if weights is None:
+        model = _random_model(config, seed, attention)
+    else:
+        with torch.device("meta"):
+            model = EvaClip(config, attention)
+    require_dtype(attention, _DTYPES[precision])
+    model = model.to(_DTYPES[precision])
+    if weights is not None:
+        # Memory is taken once, in the final dtype, and filled from the file alone.
+        model = model.to_empty(device=torch.get_default_device())
+        load_weights(model, weights)
+    return model
+
+
+def _random_model(config: ModelConfig, seed: int | None, attention: AttentionChoice) -> EvaClip:
     with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
         if seed is not None:
             torch.manual_seed(seed)
         model = EvaClip(config, attention)
-        require_dtype(attention, _DTYPES[precision])
-        if weights is None:
-            initialise(model)
-    if weights is not None:
-        load_weights(model, weights)
-    return model.to(_DTYPES[precision])
+        initialise(model)
+    return model
 
 
 def open_model(

@@ -1,21 +1,91 @@
-"""Tensors in a file: written through to the disk, or not left at all.
+"""Tensors in one file: written through to the disk or not at all, and read one at a time.
 
-Covers: writing safetensors so that a full disk is an ordinary error and leaves no half file.
-Not here: names and meaning of tensors (weights.py, checkpoint.py), reading.
+Covers: writing safetensors so that a full disk is an ordinary error and leaves no half file;
+safetensors and torch files as tensors that stay on disk until they are wanted; TorchScript.
+Not here: names and meaning of tensors, checkpoints of several files (weight_files.py).
+
+No pickled code is run: torch's own reader is asked for plain content (`weights_only`), and for
+shapes and places in the file alone. Values are then read piece by piece to where they belong, so
+that a model is never in memory twice.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import re
-from collections.abc import Mapping
+import struct
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from evaclip_model.errors import InputError
+
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
+_FORBIDDEN = re.compile(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)")
+"""What torch's reader says about content that is no plain tensor."""
+_WRAPPERS = ("model", "module", "state_dict")
+"""Keys under which training programs keep the weights beside other state."""
+_SLAB_BYTES = 8 << 20
+"""Read at once; small beside any model."""
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Of safetensors' names."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor still in its file: shape and dtype are known, values are read when wanted."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    pieces: Callable[[], Iterator[Tensor]]
+    """Its values in row-major order, as [n] tensors; each is valid until the next. To be asked for
+    once: what had to be read whole is let go of."""
+
+    def read(self) -> Tensor:
+        """The tensor, of its own shape and dtype.
+
+        Raises:
+            InputError: the file has become shorter.
+        """
+        value = torch.empty(self.shape, dtype=self.dtype)
+        self.copy_to(value)
+        return value
+
+    def copy_to(self, destination: Tensor) -> None:
+        """Write the values into `destination`, of the same shape and any dtype and device.
+
+        Raises:
+            InputError: the file has become shorter.
+        """
+        if not destination.is_contiguous():
+            destination.copy_(self.read())
+            return
+        flat, done = destination.view(-1), 0
+        for piece in self.pieces():
+            flat[done : done + piece.numel()].copy_(piece)
+            done += piece.numel()
 
 
 def write_tensors(
@@ -38,3 +108,165 @@ def write_tensors(
             raise
         number = int(reason[1])
         raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name.
+
+    Raises:
+        InputError: the file is unreadable or cut off, or holds a type that torch lacks.
+    """
+    try:
+        with safe_open(path, framework="pt"):  # checks the header against the file's length
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        raise _unreadable(path, str(error)) from error
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise InputError(
+                f"{path}: '{name}' is of type {entry['dtype']}, not fp64, fp32, fp16 or bf16: "
+                "give unquantised weights"
+            )
+        place = 8 + length + entry["data_offsets"][0]
+        found[name] = _on_disk(path, place, torch.Size(entry["shape"]), dtype)
+    return found
+
+
+def read_torch(path: Path, *, allow_torchscript: bool = False) -> dict[str, StoredTensor]:
+    """The tensors of a torch file by name, taken out of `model`, `module` or `state_dict`.
+
+    Files of torch 1.6 and newer are read piece by piece; older ones and TorchScript archives are
+    in memory whole until their tensors are taken.
+
+    Args:
+        path: what `torch.save` or DeepSpeed wrote; plain containers and tensors only.
+        allow_torchscript: open a TorchScript archive, such as OpenAI's CLIP files, too. That runs
+            the archive's own initialisation, so only where its origin is trusted.
+
+    Raises:
+        InputError: unreadable or cut off; needs pickled classes; a TorchScript archive, unasked.
+    """
+    try:
+        is_script, is_plain = _archive(path)
+        if is_script:
+            return _from_script(path, allow_torchscript)
+        content = torch.load(path, map_location="meta" if is_plain else "cpu", weights_only=True)
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise _refused(path, error) from error
+    # Anything else is malformed content that torch's reader stumbles over (KeyError, TypeError …).
+    except Exception as error:
+        raise _unreadable(path, "no torch file") from error
+    tensors = {str(key): value for key, value in _state(content).items() if _is_dense(value)}
+    if is_plain:
+        return {key: _from_meta(path, value) for key, value in tensors.items()}
+    del content
+    return _in_memory(tensors)
+
+
+def _archive(path: Path) -> tuple[bool, bool]:
+    """Whether a file is a TorchScript archive, and whether its tensors lie in it as they are."""
+    if not zipfile.is_zipfile(path):
+        return False, False
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    is_script = any(member.filename.endswith("/constants.pkl") for member in members)
+    return is_script, all(member.compress_type == zipfile.ZIP_STORED for member in members)
+
+
+def _from_script(path: Path, allowed: bool) -> dict[str, StoredTensor]:
+    if not allowed:
+        raise InputError(
+            f"{path} is a TorchScript archive, which holds code: if you trust its origin, open it "
+            "with allow_torchscript=True"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would rather have no TorchScript at all
+        module = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+    return _in_memory(dict(module.state_dict()))
+
+
+def _state(content: Any) -> Mapping[Any, Any]:
+    """The innermost mapping that wrappers lead to."""
+    if not isinstance(content, Mapping):
+        return {}
+    inner = (content.get(wrapper) for wrapper in _WRAPPERS)
+    wrapped = next((value for value in inner if isinstance(value, Mapping)), None)
+    return content if wrapped is None else _state(wrapped)
+
+
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided
+
+
+def _in_memory(tensors: dict[str, Tensor]) -> dict[str, StoredTensor]:
+    """Each is let go of when it is taken, so that memory goes from the file to the model."""
+
+    def taken(key: str) -> Iterator[Tensor]:
+        yield tensors.pop(key).detach().reshape(-1)
+
+    return {
+        key: StoredTensor(value.shape, value.dtype, partial(taken, key))
+        for key, value in tensors.items()
+    }
+
+
+def _from_meta(path: Path, tensor: Tensor) -> StoredTensor:
+    """What torch's reader found out about a tensor without reading its values."""
+    storage: Any = tensor.untyped_storage()
+    place = storage._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
+    if tensor.is_contiguous():
+        return _on_disk(path, place, tensor.shape, tensor.dtype)
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    span = 1 + sum((size - 1) * stride for size, stride in steps)
+    flat = _on_disk(path, place, torch.Size([span]), tensor.dtype)
+
+    def in_order() -> Iterator[Tensor]:
+        yield flat.read().as_strided(tensor.shape, tensor.stride()).reshape(-1)
+
+    return StoredTensor(tensor.shape, tensor.dtype, in_order)
+
+
+def _on_disk(path: Path, place: int, shape: torch.Size, dtype: torch.dtype) -> StoredTensor:
+    return StoredTensor(shape, dtype, partial(_slabs, path, place, shape.numel(), dtype))
+
+
+def _slabs(path: Path, place: int, count: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """`count` values from byte `place` on, in one buffer that is filled again and again."""
+    largest = min(count, _SLAB_BYTES // dtype.itemsize)
+    buffer = torch.empty(largest, dtype=dtype)
+    with path.open("rb", buffering=0) as file:
+        file.seek(place)
+        for done in range(0, count, max(largest, 1)):
+            slab = buffer[: count - done]
+            if file.readinto(slab.view(torch.uint8).numpy().data) != slab.nbytes:
+                raise InputError(f"{path} is cut off: copy or download it again")
+            yield slab
+
+
+def _refused(path: Path, error: Exception) -> InputError:
+    forbidden = _FORBIDDEN.search(str(error))
+    if forbidden is None:
+        return _unreadable(path, str(error) if isinstance(error, OSError) else "no torch file")
+    return InputError(
+        f"{path} holds objects of {forbidden[1]} besides tensors, and opening them would run "
+        "pickled code: where you trust it, open it with torch.load(..., weights_only=False) and "
+        "save its state dict alone"
+    )
+
+
+def _unreadable(path: Path, reason: str) -> InputError:
+    if path.is_file() and path.stat().st_size == 0:
+        reason = "it is empty"
+    return InputError(
+        f"{path} cannot be read as weights ({reason}): it is cut off or of another kind; copy or "
+        "download it again"
+    )

@@ -1,76 +1,105 @@
-"""Weights on disk: saving a model, opening it, and starting from somebody else's.
+"""Weights on disk: saving a model, and starting from anybody's checkpoint.
 
-Covers: this project's folder format; the released and the pretraining layouts with EVA-CLIP's own
-names; resizing what depends on the image or patch size.
-Not here: a saved folder as a model (create.py); layouts with other names (transformers, timm);
-training state (checkpoint.py).
+Covers: writing released names; loading a file or folder of any known layout into a model or one of
+its towers, with a report; resizing what depends on the image or patch size.
+Not here: a saved folder as a model (create.py); reading files (weight_files.py); whose names are
+whose (layouts.py); writing other libraries' layouts (export.py); training state (checkpoint.py).
 
-Position tables are resized bicubically without antialiasing, as the released models were.
+Loading is strict: whatever is in a file either belongs to the model, or is known to be of no use,
+or is an error. Position tables are resized bicubically without antialiasing, as the released
+models were.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from evaclip_model.clip import EvaClip
 from evaclip_model.errors import InputError
+from evaclip_model.layouts import Entry, Layout, Names, may_lack, native_names
 from evaclip_model.model_config import CONFIG_FILE
-from evaclip_model.tensor_file import write_tensors
-
-WEIGHTS_FILE = "model.safetensors"
+from evaclip_model.tensor_file import StoredTensor, write_tensors
+from evaclip_model.weight_files import WEIGHTS_FILE, open_tensors
 
 Part = Literal["all", "vision", "text"]
 _PREFIX = {"vision": "visual.", "text": "text."}
-_MARK = {"vision": "patch_embed.proj.weight", "text": "token_embedding.weight"}
-"""A key every tower of the kind has; without its prefix it shows a file of that tower alone."""
 _JOINT = ("visual.head.", "text.text_projection", "logit_scale")
 """The joint space: it belongs to the pair of towers, so one tower's file does not decide it."""
-_PRETRAINING = ("visual.mask_token", "visual.lm_head.")
-"""What masked image modelling leaves in a vision file and CLIP has no use for."""
-_OPENAI_SCALARS = ("text.input_resolution", "text.context_length", "text.vocab_size")
+_NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_POSITIONS = "visual.pos_embed"
+_PATCH_KERNEL = "visual.patch_embed.proj.weight"
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a file gave to a model; key names are the model's."""
+    """What a checkpoint gave to a model. `str` of it is a summary for people."""
 
+    layout: Layout
+    """Whose names the checkpoint has."""
     loaded: tuple[str, ...]
-    """Taken as they are."""
+    """The model's weights that were taken as they are."""
+    expected_gaps: tuple[str, ...]
+    """The model's weights that kept their values, because such a checkpoint does not decide them:
+    the projection to the joint space when one tower is loaded, and the norm inside the attention
+    when it comes from pretraining."""
     resized: tuple[str, ...]
-    """Taken after resizing to the model's image or patch size; not in `loaded`."""
-    kept: tuple[str, ...]
-    """Left at the model's own values, because a file of this kind does not decide them."""
+    """The model's weights taken after resizing to its image or patch size; not in `loaded`."""
+    unexpected: tuple[str, ...]
+    """Weights of the checkpoint, under EVA-CLIP's names, that the model has no place for; empty
+    unless they were allowed."""
     ignored: tuple[str, ...]
-    """In the file, without a use here: RoPE tables, pretraining heads, the other tower."""
+    """The checkpoint's own names of what is known to be of no use: RoPE tables (recomputed),
+    pretraining heads, the tower and the projection that were not asked for."""
+
+    def __str__(self) -> str:
+        lists = {
+            "resized": self.resized,
+            "kept at the model's values": self.expected_gaps,
+            "unexpected": self.unexpected,
+            "of no use": self.ignored,
+        }
+        said = [f"{what}: {_some(keys)}" for what, keys in lists.items() if keys]
+        return f"{self.layout} layout; " + "; ".join([f"{len(self.loaded)} loaded", *said])
 
 
-def save_model(model: EvaClip, folder: str | Path) -> None:
-    """Write `config.json` and `model.safetensors`; neither is ever seen half-written.
+def save_weights(model: EvaClip, path: str | Path) -> None:
+    """Write a model's weights as one safetensors file, never seen half-written.
 
-    Tensors keep their dtype and have the names and shapes of the released checkpoints.
+    Tensors keep their dtype and have the names and shapes of the released checkpoints; RoPE tables
+    are left out, since they follow from the architecture.
+
+    Raises:
+        InputError: `path` does not end in `.safetensors`.
+        OSError: the disk is full; what was at `path` is still there.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path}: weights are written as safetensors; end the name in it")
     tensors = {
         name: value.detach().cpu().contiguous()
         for name, value in model.state_dict(keep_vars=True).items()
     }
     tensors["logit_scale"] = tensors["logit_scale"].reshape(())
-    # Names without a process id: what a killed run left is written over, not kept with the model.
-    beside = folder / f".{WEIGHTS_FILE}"
+    # A name without a process id: what a killed run left is written over, not kept with the model.
+    beside = path.with_name(f".{path.name}")
     write_tensors(tensors, beside, metadata={"format": "pt"})
-    beside.replace(folder / WEIGHTS_FILE)
+    beside.replace(path)
+
+
+def save_model(model: EvaClip, folder: str | Path) -> None:
+    """Write `config.json` and `model.safetensors`; neither is ever seen half-written."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(model, folder / WEIGHTS_FILE)
     beside = folder / f".{CONFIG_FILE}"
     with beside.open("w") as file:
         file.write(model.config.model_dump_json(indent=1) + "\n")
@@ -79,63 +108,98 @@ def save_model(model: EvaClip, folder: str | Path) -> None:
     beside.replace(folder / CONFIG_FILE)
 
 
-def load_weights(model: EvaClip, path: str | Path, part: Part = "all") -> LoadReport:
-    """Give a model the weights of a file, strictly: what does not fit is an error, never skipped.
+@torch.no_grad()
+def load_weights(
+    model: EvaClip,
+    path: str | Path,
+    *,
+    part: Part = "all",
+    allow_unexpected: bool = False,
+    allow_torchscript: bool = False,
+) -> LoadReport:
+    """Give a model, or one of its towers, the weights of a checkpoint of any known layout.
 
-    A tower alone (`part`) may come from a pretraining file with unprefixed names, or from a whole
-    CLIP; in both cases its projection to the joint space and the temperature stay as they are.
+    A tower alone leaves the joint space as it is: the image head or text projection and the
+    temperature (they belong to a pair of towers, as in the authors' initialisation). EVA-CLIP's
+    text tower computes exact GELU also with OpenAI's weights, which were trained with QuickGELU.
+
+    Values go from the file to their place piece by piece, in the model's dtype and on its device.
 
     Args:
-        model: changed in place; untouched when this raises.
-        path: a saved model's folder, a .safetensors file, or a .pt file of plain tensors.
+        model: changed in place; untouched when names, shapes or types do not fit.
+        path: a file or folder as `weight_files.open_tensors` takes it: safetensors, .pt or .bin,
+            sharded with an index, a saved model, DeepSpeed's or this package's training state.
         part: which tower to load, or all of the model.
+        allow_unexpected: leave out weights that the model has no place for, and report them.
+        allow_torchscript: open OpenAI's TorchScript archives, which hold code.
 
     Raises:
-        InputError: unreadable file, nothing that matches, a missing or unknown key, another shape.
+        InputError: an unreadable file, an unknown layout, nothing that matches, a missing or
+            unexpected weight, another shape, integers, values that are not finite.
     """
     path = Path(path)
-    found = _native_names(_read(path), part)
     wanted = model.state_dict()
-    chosen: dict[str, Tensor] = {}
-    resized: list[str] = []
-    ignored: list[str] = []
-    for key, value in found.items():
-        if not _is_used(key, part):
-            ignored.append(key)
-            continue
-        if key not in wanted:
-            raise InputError(f"{path}: unknown tensor '{key}': it is no part of this architecture")
-        fitted = _fit(key, value, wanted[key].shape, path)
-        if fitted.shape != value.shape and key != "logit_scale":
-            resized.append(key)
-        chosen[key] = fitted
-    if not chosen:
-        what = "an EVA-CLIP model" if part == "all" else f"a {part} tower"
-        raise InputError(f"{path} holds no weights of {what}: none of its keys match")
-    missing = [key for key in wanted if key not in chosen and _is_due(key, part, found)]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"{path} lacks '{missing[0]}'{more}: it is of another architecture")
-    model.load_state_dict(chosen, strict=False)
+    stored = open_tensors(
+        path,
+        shapes={key: value.shape for key, value in wanted.items()},
+        allow_torchscript=allow_torchscript,
+    )
+    names = native_names(stored, where=str(path))
+    asked = [entry for entry in names.entries if _is_asked(entry.native, part)]
+    unexpected = [entry.native for entry in asked if entry.native not in wanted]
+    chosen = {entry.native: entry for entry in asked if entry.native in wanted}
+    _require_something(chosen, names, part, path)
+    if unexpected and not allow_unexpected:
+        raise InputError(
+            f"{path} holds {_some(unexpected)}, for which this architecture has no place: choose "
+            "the architecture it is of, or allow_unexpected to leave that out"
+        )
+    gaps = _expected_gaps(wanted, chosen, names.layout, part, path)
+    resized = [
+        key for key, entry in chosen.items() if _needs_resizing(entry, stored, wanted[key], path)
+    ]
+    for key, entry in chosen.items():
+        _fill(wanted[key], entry, stored)
+        if not all(bound.isfinite() for bound in torch.aminmax(wanted[key])):
+            raise InputError(
+                f"{path}: '{key}' has values that are not finite in {_plain(wanted[key].dtype)}: "
+                "take a checkpoint from before training diverged, or load in another precision"
+            )
+    left = [
+        source
+        for entry in names.entries
+        if not _is_asked(entry.native, part)
+        for source in entry.sources
+    ]
     return LoadReport(
+        layout=names.layout,
         loaded=tuple(key for key in chosen if key not in resized),
+        expected_gaps=gaps,
         resized=tuple(resized),
-        kept=tuple(key for key in wanted if key not in chosen),
-        ignored=tuple(ignored),
+        unexpected=tuple(unexpected),
+        ignored=(*names.ignored, *left),
     )
 
 
-def resize_positions(table: Tensor, grid: int) -> Tensor:
+def resize_positions(table: Tensor, grid: int, *, align_corners: bool = False) -> Tensor:
     """Resize [1, 1 + n * n, W] to [1, 1 + grid * grid, W]; the class token's row stays.
 
-    Bicubic, corners not aligned, no antialiasing, in at least float32.
+    Bicubic without antialiasing, in at least float32; the dtype stays.
+
+    Args:
+        table: positions of the class token and of a square grid, row by row; or [1 + n * n, W], as
+            OpenAI's image towers have it.
+        grid: patches a side wanted.
+        align_corners: how OpenAI's tables are resized by EVA-CLIP's code; EVA's own are not.
     """
+    if table.ndim == 2:
+        return resize_positions(table[None], grid, align_corners=align_corners)[0]
     old = math.isqrt(table.shape[1] - 1)
     if old == grid:
         return table
     first, patches = table[:, :1], table[:, 1:]
     image = patches.reshape(1, old, old, -1).permute(0, 3, 1, 2)  # [1, W, n, n]
-    image = _bicubic(image, grid)
+    image = _bicubic(image, grid, align_corners)
     return torch.cat((first, image.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
 
 
@@ -144,83 +208,126 @@ def resize_patch_kernel(kernel: Tensor, patch_px: int) -> Tensor:
     return kernel if kernel.shape[-1] == patch_px else _bicubic(kernel, patch_px)
 
 
-def _bicubic(image: Tensor, size: int) -> Tensor:
-    wide = image.to(torch.promote_types(image.dtype, torch.float32))
-    resized = F.interpolate(wide, size=(size, size), mode="bicubic", align_corners=False)
+def _bicubic(image: Tensor, size: int, align_corners: bool = False) -> Tensor:
+    resized = F.interpolate(
+        _wide(image), size=(size, size), mode="bicubic", align_corners=align_corners
+    )
     return resized.to(image.dtype)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.is_dir():
-        path = path / WEIGHTS_FILE
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: give a .safetensors or .pt file of weights")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise InputError(f"{path} cannot be read as weights ({error})") from error
-    except Exception as error:  # torch raises pickle's own errors for forbidden content
-        raise InputError(f"{path} holds more than plain tensors and is not opened") from error
-    for wrapper in ("model", "module", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    tensors = {
-        str(key): value
-        for key, value in (content.items() if isinstance(content, Mapping) else ())
-        if isinstance(value, Tensor)
-    }
-    if tensors and all(key.startswith("module.") for key in tensors):
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
-    return tensors
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-def _native_names(tensors: Mapping[str, Tensor], part: Part) -> dict[str, Tensor]:
-    """Prefix the keys of a file that holds one tower, or CLIP's unprefixed text tower."""
-    if part == "vision" and _MARK["vision"] in tensors:
-        return {_PREFIX["vision"] + key: value for key, value in tensors.items()}
-    if _MARK["text"] in tensors:  # OpenAI's layout: the text tower has no prefix
-        return {
-            key if key.startswith("visual.") or key == "logit_scale" else _PREFIX["text"] + key: v
-            for key, v in tensors.items()
-        }
-    return dict(tensors)
-
-
-def _is_used(key: str, part: Part) -> bool:
-    if "rope." in key or key.startswith((*_PRETRAINING, *_OPENAI_SCALARS)):
-        return False
+def _is_asked(native: str, part: Part) -> bool:
+    """Whether a weight is to be loaded; one that belongs to no tower is, so that it is seen."""
     if part == "all":
         return True
-    return key.startswith(_PREFIX[part]) and not key.startswith(_JOINT)
+    other = _PREFIX["text" if part == "vision" else "vision"]
+    return not native.startswith((other, *_JOINT))
 
 
-def _is_due(key: str, part: Part, found: Mapping[str, Tensor]) -> bool:
-    """Whether a file of this kind must have the key."""
-    if part == "all":
-        return True
-    if not key.startswith(_PREFIX[part]) or key.startswith(_JOINT):
-        return False
-    # Masked image modelling ran without this norm; CLIP starts it at gain 1 and bias 0.
-    is_pretraining = "visual.mask_token" in found or "visual.head.weight" not in found
-    return not (".inner_attn_ln." in key and is_pretraining)
-
-
-def _fit(key: str, value: Tensor, shape: torch.Size, path: Path) -> Tensor:
-    if key == "logit_scale" and value.numel() == 1:
-        return value.reshape(1)
-    if value.shape == shape:
-        return value
-    fitted = value
-    if key == "visual.pos_embed" and value.ndim == 3 and value.shape[-1] == shape[-1]:
-        fitted = resize_positions(value, math.isqrt(shape[1] - 1))
-    elif key == "visual.patch_embed.proj.weight" and value.ndim == 4:
-        fitted = resize_patch_kernel(value, shape[-1])
-    if fitted.shape != shape:
+def _require_something(chosen: Mapping[str, Entry], names: Names, part: Part, path: Path) -> None:
+    towers = [
+        tower for tower, prefix in _PREFIX.items() if any(k.startswith(prefix) for k in chosen)
+    ]
+    if not towers or (part != "all" and part not in towers):
+        what = "an EVA-CLIP model" if part == "all" else f"a {part} tower"
         raise InputError(
-            f"{path}: '{key}' has shape {list(value.shape)}, but the model needs {list(shape)}: "
-            "it is of another architecture"
+            f"{path} ({names.layout} layout) holds no weights of {what}: none of its keys match "
+            "this architecture"
         )
-    return fitted
+    if part == "all" and len(towers) == 1:
+        other = "text" if towers == ["vision"] else "vision"
+        raise InputError(
+            f"{path} ({names.layout} layout) holds no {other} tower that matches: load the tower "
+            f"it has with part='{towers[0]}'"
+        )
+
+
+def _expected_gaps(
+    wanted: Iterable[str], chosen: Mapping[str, Entry], layout: Layout, part: Part, path: Path
+) -> tuple[str, ...]:
+    """The weights asked for that a checkpoint of this layout does not decide.
+
+    Raises:
+        InputError: others are missing, too.
+    """
+    absent = [key for key in wanted if key not in chosen]
+    if part == "all":
+        gaps: list[str] = []
+    else:
+        absent = [key for key in absent if key.startswith(_PREFIX[part])]
+        gaps = [key for key in absent if key.startswith(_JOINT) or may_lack(layout, key)]
+    missing = [key for key in absent if key not in gaps]
+    if missing:
+        raise InputError(
+            f"{path} lacks {_some(missing)} of this architecture: choose the architecture it is "
+            "of, or download it again"
+        )
+    return tuple(gaps)
+
+
+def _needs_resizing(
+    entry: Entry, stored: Mapping[str, StoredTensor], target: Tensor, path: Path
+) -> bool:
+    """Whether a weight fits only after resizing.
+
+    Raises:
+        InputError: it does not fit then either, or is no floating-point number.
+    """
+    for source in entry.sources:
+        if stored[source].dtype not in _NUMBERS:
+            raise InputError(
+                f"{path}: '{source}' has {_plain(stored[source].dtype)} values where fp64, fp32, "
+                "fp16 or bf16 is expected: give unquantised weights"
+            )
+    shape = _shape(entry, stored)
+    if shape == target.shape or (entry.native == "logit_scale" and math.prod(shape) == 1):
+        return False
+    if entry.native == _POSITIONS and _is_square_grid(shape) and shape[-1] == target.shape[-1]:
+        return True
+    is_kernel = entry.native == _PATCH_KERNEL and len(shape) == 4 and shape[2] == shape[3]
+    if is_kernel and shape[:2] == target.shape[:2]:
+        return True
+    raise InputError(
+        f"{path}: '{entry.native}' has shape {list(shape)}, but the model needs "
+        f"{list(target.shape)}: it is of another architecture"
+    )
+
+
+def _shape(entry: Entry, stored: Mapping[str, StoredTensor]) -> tuple[int, ...]:
+    shapes = {source: stored[source].shape for source in entry.sources}
+    if all(shapes.values()) or entry.join == "same":
+        return entry.shape(shapes)
+    return ()
+
+
+def _is_square_grid(shape: tuple[int, ...]) -> bool:
+    return (
+        len(shape) == 3
+        and shape[0] == 1
+        and shape[1] > 1
+        and math.isqrt(shape[1] - 1) ** 2 == shape[1] - 1
+    )
+
+
+def _fill(target: Tensor, entry: Entry, stored: Mapping[str, StoredTensor]) -> None:
+    if entry.join == "same" and stored[entry.sources[0]].shape.numel() == target.numel():
+        stored[entry.sources[0]].copy_to(target)
+        return
+    value = entry.joined({source: stored[source].read() for source in entry.sources})
+    if entry.native == _POSITIONS:
+        value = resize_positions(_wide(value), math.isqrt(target.shape[1] - 1))
+    elif entry.native == _PATCH_KERNEL:
+        value = resize_patch_kernel(_wide(value), target.shape[-1])
+    target.copy_(value)
+
+
+def _some(keys: Iterable[str]) -> str:
+    first, *more = keys
+    return f"'{first}'" + (f" and {len(more)} more" if more else "")
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

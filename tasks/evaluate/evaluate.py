@@ -24,7 +24,7 @@ from evaclip_model.create import open_model
 from evaclip_model.errors import InputError
 from evaclip_model.model_config import CONFIG_FILE, ModelConfig, list_models
 from evaclip_model.transform import image_transform
-from evaclip_model.weights import WEIGHTS_FILE
+from evaclip_model.weight_files import WEIGHTS_FILE
 from evaclip_model.zeroshot import TextTower, encode_texts, text_classifier
 from tasks.artifact import Made, sha256_of, write_atomically
 from tasks.evaluate.config import REPORT, RESULTS, STAGE, EvaluateConfig

@@ -1,13 +1,13 @@
 """What decides the model that training starts from.
 
-Covers: architecture, resolution, where each tower's weights come from, the seed of the rest.
+Covers: architecture, resolution, where weights come from, the seed of the rest.
 Not here: making it (initialise.py). Does not import torch.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.model_config import ALIASES, ModelConfig, list_models
 from tasks.artifact import Stage
 
+Role = Literal["clip", "vision", "text"]
 STAGE = Stage("initialise", 1, tools=("torch", "safetensors"))
 
 
@@ -26,10 +27,15 @@ class InitialiseConfig(Config):
     """A shipped architecture's name (`evaclip models`), or a JSON file of one."""
     image_px: int | None = Field(default=None, gt=0)
     """Side of the input in pixels, a multiple of the patch; none = the architecture's own."""
+    clip: Path | None = None
+    """File or folder of a whole CLIP to go on from, also at another resolution (L/14 at 336 px);
+    without `vision` and `text`."""
     vision: Path | None = None
     """File or folder of weights for the image tower; none = random."""
     text: Path | None = None
     """File or folder of weights for the text tower; none = random."""
+    allow_torchscript: bool = False
+    """Whether the files may be TorchScript archives, which hold code (OpenAI's CLIP)."""
     seed: int = Field(default=0, ge=0)
     """Decides every value that no file gives."""
 
@@ -41,10 +47,25 @@ class InitialiseConfig(Config):
             raise ValueError(str(error)) from None
         return self
 
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.clip is not None and (self.vision is not None or self.text is not None):
+            raise ValueError("give either clip, which is a whole model, or vision and text")
+        return self
+
     def architecture(self) -> ModelConfig:
         """The model's config at the resolution asked for."""
         config = ModelConfig.load(self.model)
         return config if self.image_px is None else config.at_image_px(self.image_px)
+
+    def sources(self) -> dict[Role, Path]:
+        """What gives weights, in the order it is loaded in."""
+        named: dict[Role, Path | None] = {
+            "clip": self.clip,
+            "vision": self.vision,
+            "text": self.text,
+        }
+        return {role: path for role, path in named.items() if path is not None}
 
     def files(self) -> dict[str, Path]:
         """Role -> every outside file (or folder of a saved model) that decides the result.
@@ -52,8 +73,7 @@ class InitialiseConfig(Config):
         Raises:
             InputError: one of them does not exist.
         """
-        named = {"vision": self.vision, "text": self.text}
-        files = {role: path for role, path in named.items() if path is not None}
+        files: dict[str, Path] = {role: path for role, path in self.sources().items()}
         if self.model not in [*list_models(), *ALIASES]:
             files["model"] = Path(self.model)
         for role, path in files.items():

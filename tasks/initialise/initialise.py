@@ -1,22 +1,25 @@
-"""The model that training starts from: random towers, or towers trained elsewhere.
+"""The model that training starts from: random, towers trained elsewhere, or a whole CLIP.
 
-Covers: making and saving it.
+Covers: making and saving it. A tower from a file leaves the image head, the text projection and
+the temperature at their initial values, and the norm inside EVA-02's attention, which pretraining
+lacks, at gain 1 and bias 0 (the authors' initialisation); a whole CLIP gives every value.
 Not here: architectures and initial values (evaclip_model); its address (config.py).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from evaclip_model.create import create_model
 from evaclip_model.model_config import CONFIG_FILE
-from evaclip_model.weights import WEIGHTS_FILE, load_weights, save_model
+from evaclip_model.weight_files import WEIGHTS_FILE
+from evaclip_model.weights import load_weights, save_model
 from tasks.artifact import Made
 from tasks.initialise.config import InitialiseConfig
 from tasks.progress import Report
 
 MODEL_FOLDER = "model"
+_WHAT = {"clip": "the whole model", "vision": "vision tower", "text": "text tower"}
 
 
 def initialise_model(config: InitialiseConfig, out: Path, report: Report) -> Made:
@@ -25,19 +28,21 @@ def initialise_model(config: InitialiseConfig, out: Path, report: Report) -> Mad
     Raises:
         InputError: weights that cannot be read or do not fit the architecture.
     """
-    parts: tuple[tuple[Literal["vision", "text"], Path | None], ...] = (
-        ("vision", config.vision),
-        ("text", config.text),
-    )
-    steps = 2 + sum(path is not None for _, path in parts)
+    sources = config.sources()
+    steps = 2 + len(sources)
     report(0, steps, "initial values")
     model = create_model(config.architecture(), seed=config.seed)
     counts = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
-    for step, (part, path) in enumerate(((p, f) for p, f in parts if f is not None), start=1):
-        report(step, steps, f"{part} tower from {path}")
-        loaded = load_weights(model, path, part)
-        counts[f"{part}.loaded"] = len(loaded.loaded)
-        counts[f"{part}.resized"] = len(loaded.resized)
+    for step, (role, path) in enumerate(sources.items(), start=1):
+        report(step, steps, f"{_WHAT[role]} from {path}")
+        part = "all" if role == "clip" else role
+        loaded = load_weights(model, path, part=part, allow_torchscript=config.allow_torchscript)
+        counts |= {
+            f"{role}.loaded": len(loaded.loaded),
+            f"{role}.resized": len(loaded.resized),
+            f"{role}.expected_gaps": len(loaded.expected_gaps),
+            f"{role}.ignored": len(loaded.ignored),
+        }
     report(steps - 1, steps, "saving")
     folder = out / MODEL_FOLDER
     save_model(model, folder)

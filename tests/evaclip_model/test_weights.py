@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -13,8 +14,9 @@ from evaclip_model.clip import EvaClip
 from evaclip_model.create import create_model, open_model
 from evaclip_model.errors import InputError
 from evaclip_model.model_config import ModelConfig
-from evaclip_model.weights import load_weights, resize_positions, save_model
+from evaclip_model.weights import load_weights, resize_positions, save_model, save_weights
 
+WEIGHT_AND_BIAS = ("weight", "bias")
 CONFIG = ModelConfig.load(
     {
         "embed_dim": 12,
@@ -84,7 +86,7 @@ def test_another_resolution_gets_resized_positions(tmp_path: Path):
     larger = model(1, CONFIG.at_image_px(24))
     report = load_weights(larger, tmp_path)
     assert report.resized == ("visual.pos_embed",)
-    assert report.kept == ()
+    assert report.expected_gaps == ()
     torch.testing.assert_close(
         larger.visual.pos_embed.detach(), resize_positions(model().visual.pos_embed.detach(), 6)
     )
@@ -97,8 +99,10 @@ def test_a_released_checkpoint_loads_with_its_tables_ignored(tmp_path: Path):
     target = model(1)
     report = load_weights(target, path)
     assert_equal(target, model())
-    assert len(report.ignored) == 2
-    assert report.kept == ()
+    assert report.layout == "native"
+    assert set(report.loaded) == set(target.state_dict())
+    assert report.ignored == ("visual.rope.freqs_cos", "visual.blocks.0.attn.rope.freqs_cos")
+    assert report.expected_gaps == report.unexpected == report.resized == ()
 
 
 def test_a_pretraining_file_fills_the_image_tower_but_not_its_head(tmp_path: Path):
@@ -110,11 +114,14 @@ def test_a_pretraining_file_fills_the_image_tower_but_not_its_head(tmp_path: Pat
     state |= {"mask_token": torch.zeros(1, 1, 16), "lm_head.weight": torch.zeros(5, 16)}
     save_file(state, tmp_path / "mim.safetensors")
     target = model(1)
-    report = load_weights(target, tmp_path / "mim.safetensors", "vision")
+    report = load_weights(target, tmp_path / "mim.safetensors", part="vision")
     assert_equal(target, model(), "visual.blocks")
     assert_equal(target, model(1), "text.")
     assert_equal(target, model(1), "visual.head.")
-    assert sum(".inner_attn_ln." in key for key in report.kept) == 4
+    inner = {f"visual.blocks.{i}.attn.inner_attn_ln.{v}" for i in (0, 1) for v in WEIGHT_AND_BIAS}
+    assert set(report.expected_gaps) == inner | {f"visual.head.{v}" for v in WEIGHT_AND_BIAS}
+    assert {"mask_token", "lm_head.weight", "rope.freqs_cos"} < set(report.ignored)
+    assert not [key for key in report.ignored if key.startswith("text.")]
 
 
 def test_an_unprefixed_text_tower_loads_without_its_projection(tmp_path: Path):
@@ -125,7 +132,10 @@ def test_an_unprefixed_text_tower_loads_without_its_projection(tmp_path: Path):
     }
     torch.save({**state, "context_length": torch.tensor(8)}, tmp_path / "openai.pt")
     target = model(1)
-    load_weights(target, tmp_path / "openai.pt", "text")
+    report = load_weights(target, tmp_path / "openai.pt", part="text")
+    assert report.layout == "openai"
+    assert report.expected_gaps == ("text.text_projection",)
+    assert set(report.ignored) == {"logit_scale", "text_projection", "context_length"}
     assert_equal(target, model(), "text.transformer")
     assert_equal(target, model(1), "text.text_projection")
     assert_equal(target, model(1), "visual.")
@@ -135,7 +145,7 @@ def test_an_unprefixed_text_tower_loads_without_its_projection(tmp_path: Path):
     ("change", "message"),
     [
         (lambda s: s.pop("visual.norm.weight"), "lacks 'visual.norm.weight'"),
-        (lambda s: s.update({"visual.extra": torch.zeros(1)}), "unknown tensor 'visual.extra'"),
+        (lambda s: s.update({"visual.extra": torch.zeros(1)}), "holds 'visual.extra', for which"),
         (
             lambda s: s.update({"visual.norm.weight": torch.zeros(9)}),
             r"'visual.norm.weight' has shape \[9\], but the model needs \[16\]",
@@ -152,11 +162,171 @@ def test_weights_that_do_not_fit_are_one_sentence_and_change_nothing(tmp_path, c
     assert_equal(target, model(1))
 
 
-@pytest.mark.parametrize("part", ["vision", "text"])
-def test_a_file_without_the_tower_is_refused(tmp_path: Path, part):
-    save_file({"something": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(InputError, match=f"no weights of a {part} tower"):
-        load_weights(model(), tmp_path / "other.safetensors", part)
+@pytest.mark.parametrize("allow_unexpected", [False, True])
+@pytest.mark.parametrize(("part", "other"), [("vision", "text."), ("text", "visual.")])
+def test_a_tower_that_is_not_there_never_passes(tmp_path: Path, part, other, allow_unexpected):
+    state = {key: value for key, value in released(model()).items() if key.startswith(other)}
+    save_file(state, tmp_path / "other.safetensors")
+    target = model(1)
+    with pytest.raises(InputError, match=f"no weights of a {part} tower: none of its keys match"):
+        load_weights(
+            target, tmp_path / "other.safetensors", part=part, allow_unexpected=allow_unexpected
+        )
+    assert_equal(target, model(1))
+
+
+def test_a_tower_alone_is_no_whole_model(tmp_path: Path):
+    state = {k: v for k, v in released(model()).items() if k.startswith("visual.")}
+    save_file(state, tmp_path / "tower.safetensors")
+    with pytest.raises(InputError, match=r"no text tower that matches: load .* part='vision'"):
+        load_weights(model(), tmp_path / "tower.safetensors")
+
+
+def test_what_was_allowed_to_be_left_out_is_reported(tmp_path: Path):
+    state = released(model()) | {"visual.extra": torch.zeros(1), "logit_bias": torch.zeros(1)}
+    save_file(state, tmp_path / "more.safetensors")
+    target = model(1)
+    report = load_weights(target, tmp_path / "more.safetensors", allow_unexpected=True)
+    assert set(report.unexpected) == {"visual.extra", "logit_bias"}
+    assert_equal(target, model())
+    with pytest.raises(InputError, match="holds 'logit_bias', for which"):
+        load_weights(target, tmp_path / "more.safetensors", part="text")
+
+
+def test_a_report_reads_as_a_sentence(tmp_path: Path):
+    save_weights(model(), tmp_path / "whole.safetensors")
+    target = model(1, CONFIG.at_image_px(24))
+    report = load_weights(target, tmp_path / "whole.safetensors", part="vision")
+    assert str(report) == (
+        "native layout; 47 loaded; resized: 'visual.pos_embed'; kept at the model's values: "
+        "'visual.head.weight' and 1 more; of no use: 'logit_scale' and 19 more"
+    )
+
+
+@pytest.mark.parametrize("file_dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_file_of_another_precision_fills_the_model_in_the_models_own(tmp_path, file_dtype):
+    state = {key: value.to(file_dtype) for key, value in released(model()).items()}
+    torch.save(state, tmp_path / "other.pt")
+    target = model(1)
+    load_weights(target, tmp_path / "other.pt")
+    for key, value in target.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value.reshape(-1), state[key].float().reshape(-1))
+
+
+def test_a_half_precision_table_is_resized_in_single_precision(tmp_path: Path):
+    half = {key: value.half() for key, value in released(model()).items()}
+    save_file(half, tmp_path / "half.safetensors")
+    larger = model(1, CONFIG.at_image_px(24))
+    load_weights(larger, tmp_path / "half.safetensors")
+    expected = resize_positions(half["visual.pos_embed"].float(), 6)
+    assert torch.equal(larger.visual.pos_embed.detach(), expected)
+
+
+def test_a_patch_kernel_and_its_positions_are_resized_together(tmp_path: Path):
+    save_weights(model(), tmp_path / "patch4.safetensors")
+    values = CONFIG.model_dump()
+    values["vision"] |= {"image_px": 40, "patch_px": 8, "rope_reference_grid": 4}
+    target = model(1, ModelConfig.load(values))
+    report = load_weights(target, tmp_path / "patch4.safetensors")
+    assert set(report.resized) == {"visual.pos_embed", "visual.patch_embed.proj.weight"}
+    kernel = model().visual.patch_embed.proj.weight.detach()
+    expected = F.interpolate(kernel, size=(8, 8), mode="bicubic", align_corners=False)
+    assert torch.equal(target.visual.patch_embed.proj.weight.detach(), expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("visual.norm.weight", torch.ones(16, dtype=torch.int8), "'visual.norm.weight' has int8"),
+        (
+            "text.ln_final.bias",
+            torch.full((16,), torch.nan),
+            "'text.ln_final.bias' has values that are not finite in float32",
+        ),
+        (
+            "visual.pos_embed",
+            torch.zeros(1, 19, 16),
+            r"'visual.pos_embed' has shape \[1, 19, 16\], but the model needs \[1, 17, 16\]",
+        ),
+        (
+            "visual.patch_embed.proj.weight",
+            torch.zeros(16, 1, 4, 4),
+            "'visual.patch_embed.proj.weight' has shape",
+        ),
+        ("logit_scale", torch.zeros(2), r"'logit_scale' has shape \[2\]"),
+    ],
+)
+def test_a_value_that_cannot_be_a_weight_is_one_sentence(tmp_path, key, value, message):
+    save_file(released(model()) | {key: value}, tmp_path / "wrong.safetensors")
+    with pytest.raises(InputError, match=message):
+        load_weights(model(1), tmp_path / "wrong.safetensors")
+
+
+def test_a_model_made_of_weights_has_its_final_dtype_and_exact_tables(tmp_path: Path):
+    save_weights(model(), tmp_path / "whole.safetensors")
+    made = create_model(CONFIG, weights=tmp_path / "whole.safetensors", precision="bf16")
+    expected = model().to(torch.bfloat16)
+    assert_equal(made, expected)
+    buffers = dict(expected.named_buffers())
+    assert {name for name, _ in made.named_buffers()} == set(buffers)
+    for name, table in made.named_buffers():
+        assert table.device.type == "cpu"
+        assert torch.equal(table, buffers[name])
+    batch = torch.ones(1, 3, 16, 16).bfloat16(), torch.tensor([[28, 3, 29]])
+    torch.testing.assert_close(made(*batch), expected(*batch), rtol=0, atol=0)
+
+
+def test_weights_are_written_as_safetensors_or_not_at_all(tmp_path: Path):
+    with pytest.raises(InputError, match=r"model\.pt: weights are written as safetensors"):
+        save_weights(model(), tmp_path / "model.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def transformers_names(source: EvaClip) -> dict[str, Tensor]:
+    """The text tower as Hugging Face's CLIP files have it, beside an image tower of theirs."""
+    state = source.text.state_dict()
+    found = {
+        "text_model.embeddings.token_embedding.weight": state["token_embedding.weight"],
+        "text_model.embeddings.position_embedding.weight": state["positional_embedding"],
+        "text_model.embeddings.position_ids": torch.arange(8)[None],
+        "text_model.final_layer_norm.weight": state["ln_final.weight"],
+        "text_model.final_layer_norm.bias": state["ln_final.bias"],
+        "text_projection.weight": state["text_projection"].t().contiguous(),
+        "vision_model.embeddings.class_embedding": torch.zeros(20),
+        "visual_projection.weight": torch.zeros(12, 20),
+        "logit_scale": torch.tensor(2.0),
+    }
+    here, there = "transformer.resblocks.0.", "text_model.encoder.layers.0."
+    for leaf in WEIGHT_AND_BIAS:
+        in_proj = state[f"{here}attn.in_proj_{leaf}"].chunk(3)
+        for name, value in zip("qkv", in_proj, strict=True):
+            found[f"{there}self_attn.{name}_proj.{leaf}"] = value.clone()
+        for ours, theirs in {
+            "attn.out_proj": "self_attn.out_proj",
+            "ln_1": "layer_norm1",
+            "ln_2": "layer_norm2",
+            "mlp.c_fc": "mlp.fc1",
+            "mlp.c_proj": "mlp.fc2",
+        }.items():
+            found[f"{there}{theirs}.{leaf}"] = state[f"{here}{ours}.{leaf}"]
+    return found
+
+
+def test_a_transformers_file_gives_its_text_tower(tmp_path: Path):
+    torch.save(transformers_names(model()), tmp_path / "pytorch_model.bin")
+    target = model(1)
+    report = load_weights(target, tmp_path / "pytorch_model.bin", part="text")
+    assert report.layout == "transformers"
+    assert_equal(target, model(), "text.transformer")
+    assert_equal(target, model(), "text.positional_embedding")
+    assert_equal(target, model(1), "text.text_projection")
+    assert_equal(target, model(1), "visual.")
+    assert {"vision_model.embeddings.class_embedding", "text_projection.weight"} < set(
+        report.ignored
+    )
+    with pytest.raises(InputError, match=r"no vision tower that matches: load .* part='text'"):
+        load_weights(target, tmp_path / "pytorch_model.bin")
 
 
 def test_a_file_that_would_run_code_is_not_opened(tmp_path: Path):
