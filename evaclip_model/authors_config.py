@@ -45,7 +45,7 @@ class _Vision(Config):
     image_size: int | tuple[int, int] = 224
     ls_init_value: float | None = None
     patch_dropout: Annotated[
-        float, _only(0, "masking is a setting of the training recipe, not of the architecture")
+        float, _only(0, "masking is a setting of training (patch_dropout of the recipe)")
     ] = 0.0
     global_average_pool: bool = False
     drop_path_rate: float | None = None

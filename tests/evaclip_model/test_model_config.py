@@ -140,7 +140,7 @@ def test_what_only_made_their_code_faster_has_no_effect(key: str):
         ("vision_cfg.sublm", True, "unknown key 'vision_cfg.sublm'; did you mean 'subln'"),
         ("quick_gelu", True, "'quick_gelu' can only be false here, because every published"),
         ("vision_cfg.qkv_bias", False, "'vision_cfg.qkv_bias' can only be true here"),
-        ("vision_cfg.patch_dropout", 0.5, "masking is a setting of the training recipe"),
+        ("vision_cfg.patch_dropout", 0.5, "masking is a setting of training"),
         ("vision_cfg.timm_model_name", "eva02", "only EVA image towers and CLIP text towers"),
         ("vision_cfg.intp_freq", False, "must be true: rope positions .* grid of 4 patches"),
         ("vision_cfg.naiveswiglu", False, "'vision_cfg.subln' needs naiveswiglu"),
