@@ -158,8 +158,16 @@ def train_crop(
     Returns:
         [3, S, S] uint8.
     """
+    box = train_box(*image.size, seed=seed, position=position, scale=scale)
+    return resized_crop(image, box, size)
+
+
+def train_box(
+    width: int, height: int, *, seed: int, position: int, scale: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom, in pixels, of the part that `train_crop` takes."""
     draw = SeededDraw(np.random.Generator(np.random.Philox(key=[seed % 2**64, position])))
-    return resized_crop(image, crop_box(*image.size, draw, scale), size)
+    return crop_box(width, height, draw, scale)
 
 
 class Draw(Protocol):
