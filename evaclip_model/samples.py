@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import json
 import os
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +21,7 @@ from pydantic import Field, field_validator
 
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
+from evaclip_model.tar_file import BrokenTar, Member, members
 
 SHARDS = "shards.json"
 """Name of the manifest, in the folder that its shards' paths are relative to."""
@@ -124,33 +124,92 @@ def read_samples(shard: Path) -> Iterator[Sample]:
         BrokenShard: truncated or unreadable tar, or a sample that lacks a member.
     """
     try:
-        with tarfile.open(shard, "r:") as tar:
-            for key, members in groupby(_members(tar), key=lambda member: member[0]):
-                yield _sample(shard, key, {extension: data for _, extension, data in members})
-    except (tarfile.TarError, OSError, EOFError) as error:
+        with shard.open("rb", buffering=0) as tar:
+            for key, found in _samples(members(tar.fileno())):
+                yield _sample(shard, key, {e: m.read(tar.fileno()) for e, m in found.items()})
+    except (BrokenTar, OSError) as error:
         raise BrokenShard(f"{shard} is no whole tar: {error}") from error
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
-    """(key, extension, content) of every regular file of an open tar."""
-    for member in tar:
-        file = tar.extractfile(member) if member.isfile() else None
-        if file is None:
-            continue
-        folder, _, name = member.name.rpartition("/")
-        stem, _, extension = name.partition(".")
-        yield f"{folder}/{stem}" if folder else stem, extension.lower(), file.read()
+class PairReader:
+    """Images and captions of a shard, read once, front to back, in parts."""
+
+    def __init__(self, shard: Path) -> None:
+        """Open the shard.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        self._shard = shard
+        self._tar = shard.open("rb", buffering=0)
+        self._samples = _samples(members(self._tar.fileno()))
+        self.next = 0
+        """Place of the sample that is read next, counted in stored order."""
+
+    def read(self, start: int, stop: int) -> list[tuple[bytes, str]]:
+        """Image (encoded) and caption of the samples `start` to `stop` (exclusive).
+
+        Fewer when the shard ends before; nothing is read of what lies before `start`, which must
+        not be behind `next`.
+
+        Raises:
+            BrokenShard: truncated or unreadable tar, or a sample without image or caption.
+        """
+        try:
+            skipped = sum(1 for _ in islice(self._samples, start - self.next))
+            taken = [self._pair(key, found) for key, found in islice(self._samples, stop - start)]
+        except (BrokenTar, OSError) as error:
+            raise BrokenShard(f"{self._shard} is no whole tar: {error}") from error
+        self.next += skipped + len(taken)
+        return taken
+
+    def close(self) -> None:
+        """Close the file; what was read stays."""
+        self._tar.close()
+
+    def _pair(self, key: str, found: dict[str, Member]) -> tuple[bytes, str]:
+        image = found[_image_extension(self._shard, key, found)]
+        tar = self._tar.fileno()
+        try:
+            return image.read(tar), found[CAPTION_EXTENSION].read(tar).decode()
+        except ValueError as error:
+            raise BrokenShard(f"{self._shard}: sample {key} cannot be read ({error})") from error
 
 
-def _sample(shard: Path, key: str, members: dict[str, bytes]) -> Sample:
-    images = [extension for extension in IMAGE_EXTENSIONS if extension in members]
-    if len(images) != 1 or not {CAPTION_EXTENSION, RECORD_EXTENSION} <= members.keys():
-        raise BrokenShard(f"{shard}: sample {key} holds {sorted(members)}, not image, txt and json")
+def _samples(found: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """(key, extension -> member) of neighbours that share a key, as webdataset groups them."""
+    named = ((*_key_and_extension(member.name), member) for member in found)
+    for key, group in groupby(named, key=lambda entry: entry[0]):
+        if key is not None:
+            yield key, {extension: member for _, extension, member in group}
+
+
+def _key_and_extension(name: str) -> tuple[str | None, str]:
+    """The key is all before the first dot of the file's name; no key: not part of a sample."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, extension = file.partition(".")
+    if not stem or not dot or name.startswith("__"):
+        return None, ""
+    return f"{folder}{slash}{stem}", extension.lower()
+
+
+def _image_extension(shard: Path, key: str, found: Mapping[str, object]) -> str:
+    """The one image among a sample's members, which must hold a caption too."""
+    images = [extension for extension in IMAGE_EXTENSIONS if extension in found]
+    if len(images) != 1 or CAPTION_EXTENSION not in found:
+        raise BrokenShard(f"{shard}: sample {key} holds {sorted(found)}, not image, txt and json")
+    return images[0]
+
+
+def _sample(shard: Path, key: str, content: dict[str, bytes]) -> Sample:
+    extension = _image_extension(shard, key, content)
+    if RECORD_EXTENSION not in content:
+        raise BrokenShard(f"{shard}: sample {key} holds {sorted(content)}, not image, txt and json")
     try:
-        caption = members[CAPTION_EXTENSION].decode()
-        record = json.loads(members[RECORD_EXTENSION])
+        caption = content[CAPTION_EXTENSION].decode()
+        record = json.loads(content[RECORD_EXTENSION])
     except ValueError as error:
         raise BrokenShard(f"{shard}: sample {key} cannot be read ({error})") from error
     if not isinstance(record, dict) or not {"uid", "source"} <= record.keys():
         raise BrokenShard(f"{shard}: the record of sample {key} lacks uid or source")
-    return Sample(key, members[images[0]], images[0], caption, record)
+    return Sample(key, content[extension], extension, caption, record)
