@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import regex
 import torch
+from ftfy.fixes import unescape_html
 from tokenizers.models import BPE
 from torch import Tensor
 
@@ -67,17 +68,19 @@ _PIECES = regex.compile(
 _NEUTRAL = (
     "\u05d0-\u05ea\u0621-\u063a\u0641-\u064a"  # Hebrew and Arabic letters
     "\u3001\u3002\u300c-\u300f\u3041-\u3094\u30a1-\u30fa\u30fc\u4e00-\u9fa5\uac00-\ud7a3"
-    "\u2600-\u26ff\u2701-\u27bf\ufe0f\U0001f300-\U0001f64f\U0001f680-\U0001f6c5"  # emoji
+    "\u200d\u2600-\u26ff\u2701-\u27bf\ufe0f"  # emoji
+    "\U0001f300-\U0001f64f\U0001f680-\U0001f6c5\U0001f900-\U0001f9ff"
 )
 _LOWER = "ß-öø-ÿāăąćĉċčďđēĕėęěĝğġģĥħĩīĭįıĵķĺļľłńņňōŏőŕŗřśŝşšţťŧũūŭůűųŵŷźżž"
-_ALONE = (
-    "À-ÁÄ-ÖØ-ÞĀĂĄĆĈĊČĎĐĒĔĖĘĚĜĞĠĢĤĦĨĪĬĮİĴĶĹĻĽŁŃŅŇŌŎŐŔŖŘŚŜŞŠŢŤŦŨŪŬŮŰŲŴŶŸŹŻŽ"
-    "\xa0¡¢£¥§©«®°±²³´µ·»¼½¾¿×÷–—‘’“”•…€™"
-)
 _GREEK_CYRILLIC = "ΆΈ-ΊΌΎ-ΡΣ-ώЁА-яё"
+_ALONE = (
+    "À-ÁÄ-ÖØ-ÞĀĂĄĆĈĊČĎĐĒĔĖĘĚĜĞĠĢĤĦĨĪĬĮİĴĶĹĻĽŁŃŅŇŌŎŐŔŖŘŚŜŞŠŢŤŦŨŪŬŮŰŲŴŶŸŹŻŽ¡¢£¥§©«®°±²³´µ»¼½¾¿×÷•€™"
+)
+_PUNCTUATION = "\xa0·–—…’"
 _UNCHANGED = re.compile(
     rf"(?>[\n\r\t -%'-~]++|&(?=[\n\t ]|\Z)|[{_NEUTRAL}]++"
-    rf"|(?>[{_LOWER}]++|[{_ALONE}]|[{_GREEK_CYRILLIC}]++)(?![^\x00-\x7f]))*+\Z"
+    rf"|(?>[{_ALONE}]|[{_PUNCTUATION}‘“”]++|(?>[{_LOWER}]++|[{_GREEK_CYRILLIC}]++)"
+    rf"[{_PUNCTUATION}]*+)(?![^\x00-\x7f]))*+\Z"
 )
 _STRAIGHT = str.maketrans("‘’“”", "''\"\"")
 
@@ -145,12 +148,12 @@ def _padded(
 
 
 def _clean(text: str) -> str:
-    if not _UNCHANGED.match(text):
+    # Resolving entities is ftfy's first repair. It leaves them alone beside a "<".
+    repaired = unescape_html(text) if "&" in text and "<" not in text else text
+    if not _UNCHANGED.match(repaired):
         # Twice, because captions taken from web pages are often escaped twice.
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    elif not text.isascii():
-        text = text.translate(_STRAIGHT)
-    return text.lower()
+        return html.unescape(html.unescape(ftfy.fix_text(text))).lower()
+    return (repaired if repaired.isascii() else repaired.translate(_STRAIGHT)).lower()
 
 
 class _Words:
@@ -187,7 +190,8 @@ class _Words:
         self._ends = array("q", [0])
 
     def _add(self, word: str) -> None:
-        for piece in _PIECES.findall(word):
+        is_one = word.isascii() and word.isalpha()  # most are, and the pattern takes its time
+        for piece in (word,) if is_one else _PIECES.findall(word):
             self._ids.extend(self._merged(piece))
         self._ends.append(len(self._ids))
         self._places[word] = len(self._places)
@@ -226,7 +230,8 @@ def _merges() -> BPE:
         *map("".join, merges),
     ]
     vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
-    return BPE(vocabulary, merges, end_of_word_suffix=_END_OF_WORD)
+    # No cache: a word is merged once.
+    return BPE(vocabulary, merges, end_of_word_suffix=_END_OF_WORD, cache_capacity=0)
 
 
 def _byte_characters() -> dict[int, str]:
