@@ -1,12 +1,14 @@
 """Which sample stands at which position of training, as pure arithmetic.
 
-Covers: the exact mix of sources, and each source's seeded order over epochs. Nothing is read.
+Covers: the exact mix of sources, and each source's seeded order: over epochs, or of shards drawn
+with replacement. Nothing is read.
 Not here: files, decoding, batches (reader.py).
 
 A step's global batch is cut into `lanes` equal runs of positions. A lane has its own share of every
 source and walks it shard after shard, shuffling windows of samples; so a rank that owns some lanes
 reads each of its shards once per epoch and front to back, and nothing depends on how many ranks
-there are. Every sample of a source is seen once before any is seen again.
+there are. In epochs every sample of a source is seen once before any is seen again; shards drawn
+with replacement are what the authors trained with (open_clip's `--dataset-resampled`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +25,9 @@ Ints = NDArray[np.int64]
 
 LONGEST_CYCLE = 1000
 """Draws within which the sources' shares are met as closely as they can be."""
+DRAWN_AT_ONCE = 1024
+"""Shards that a lane draws with replacement at a time; part of what decides the order."""
+_NONE: Ints = np.zeros(0, dtype=np.int64)
 EXACT = 1e-9
 """A longer cycle must come closer than this to be worth it."""
 
@@ -106,6 +112,59 @@ class Mixture:
         return positions % len(self._pattern)
 
 
+class Order(Protocol):
+    """One source's order of samples: every lane's draws, in windows that are loaded as a whole."""
+
+    total: int
+    """Samples of the source."""
+
+    def locate(self, lane: int, draw: int) -> tuple[int, int, int]:
+        """Epoch, window in the epoch, and place in the window, of the lane's draw number `draw`."""
+
+    def following(self, lane: int, epoch: int, window: int) -> tuple[int, int]:
+        """Epoch and number of the window after a window."""
+
+    def pieces(self, lane: int, epoch: int, window: int) -> list[Piece]:
+        """What the window consists of, in the order of reading."""
+
+    def shuffled(self, lane: int, epoch: int, window: int) -> Ints:
+        """Order in which the window's samples are drawn."""
+
+    def shards_from(self, lane: int, epoch: int, window: int, count: int) -> list[int]:
+        """The next `count` shards that the lane reads, from the window's first on."""
+
+
+@dataclass(frozen=True)
+class _LaidOut:
+    """Shards laid end to end."""
+
+    shards: Ints
+    ends: Ints
+    """Samples up to and with each shard."""
+
+    @property
+    def total(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def shards_between(self, start: int, stop: int) -> list[int]:
+        """Shards that hold the samples `start` to `stop` (exclusive)."""
+        first = int(np.searchsorted(self.ends, start, side="right"))
+        last = int(np.searchsorted(self.ends, stop, side="left"))
+        found: list[int] = self.shards[first : last + 1].tolist()
+        return found
+
+    def pieces(self, start: int, stop: int) -> list[Piece]:
+        """The samples `start` to `stop` (exclusive), shard by shard."""
+        first = int(np.searchsorted(self.ends, start, side="right"))
+        found = []
+        for place, shard in enumerate(self.shards_between(start, stop), start=first):
+            begin = int(self.ends[place - 1]) if place else 0
+            found.append(
+                Piece(shard, max(start, begin) - begin, min(stop, int(self.ends[place])) - begin)
+            )
+        return found
+
+
 class SourceOrder:
     """One source's order of samples: epoch after epoch, lane by lane.
 
@@ -120,6 +179,7 @@ class SourceOrder:
         self._key = (seed, source)
         self._lanes = lanes
         self._window = window
+        self._newest = (-1, _LaidOut(_NONE, _NONE))
         self.total = int(self._samples.sum())
 
     def lane_length(self, lane: int) -> int:
@@ -127,33 +187,100 @@ class SourceOrder:
         return self._bound(lane + 1) - self._bound(lane)
 
     def locate(self, lane: int, draw: int) -> tuple[int, int, int]:
-        """Epoch, window in the epoch, and place in the window, of the lane's draw number `draw`."""
         epoch, rest = divmod(draw, self.lane_length(lane))
         return epoch, rest // self._window, rest % self._window
 
+    def following(self, lane: int, epoch: int, window: int) -> tuple[int, int]:
+        last = (self.lane_length(lane) - 1) // self._window
+        return (epoch, window + 1) if window < last else (epoch + 1, 0)
+
     def pieces(self, lane: int, epoch: int, window: int) -> list[Piece]:
-        """What the window consists of, in the order of reading."""
         start = self._bound(lane) + window * self._window
         stop = min(start + self._window, self._bound(lane + 1))
-        shards = self._rng(0, epoch).permutation(len(self._samples))
-        ends = np.cumsum(self._samples[shards])
-        found = []
-        for place in range(int(np.searchsorted(ends, start, side="right")), len(shards)):
-            begin = int(ends[place] - self._samples[shards[place]])
-            if begin >= stop:
-                break
-            low, high = max(start, begin), min(stop, int(ends[place]))
-            if low < high:
-                found.append(Piece(int(shards[place]), low - begin, high - begin))
-        return found
+        return self._laid_out(epoch).pieces(start, stop)
 
     def shuffled(self, lane: int, epoch: int, window: int) -> Ints:
-        """Order in which the window's samples are drawn."""
         left = self.lane_length(lane) - window * self._window
         return self._rng(1, epoch, lane, window).permutation(min(self._window, left))
+
+    def shards_from(self, lane: int, epoch: int, window: int, count: int) -> list[int]:
+        start = self._bound(lane) + window * self._window
+        found = self._laid_out(epoch).shards_between(start, self._bound(lane + 1))[:count]
+        if len(found) < count:
+            found += self.shards_from(lane, epoch + 1, 0, count - len(found))
+        return found
+
+    def _laid_out(self, epoch: int) -> _LaidOut:
+        number, laid = self._newest
+        if number != epoch:
+            shards = self._rng(0, epoch).permutation(len(self._samples))
+            laid = _LaidOut(shards, np.cumsum(self._samples[shards]))
+            self._newest = (epoch, laid)
+        return laid
 
     def _bound(self, lane: int) -> int:
         return lane * self.total // self._lanes
 
     def _rng(self, *key: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(np.random.SeedSequence((*self._key, *key))))
+        return _generator(*self._key, *key)
+
+
+class ResampledOrder:
+    """One source's order when every lane draws its shards with replacement, without end.
+
+    A lane's draws are the samples of its drawn shards laid end to end, in windows that are
+    permuted. There is one endless epoch, number 0.
+    """
+
+    def __init__(
+        self, samples: Sequence[int], *, source: int, lanes: int, window: int, seed: int
+    ) -> None:
+        self._samples: Ints = np.array(samples, dtype=np.int64)
+        self._key = (seed, source)
+        self._window = window
+        self._drawn: dict[int, _LaidOut] = {}
+        self.total = int(self._samples.sum())
+
+    def locate(self, lane: int, draw: int) -> tuple[int, int, int]:
+        return 0, draw // self._window, draw % self._window
+
+    def following(self, lane: int, epoch: int, window: int) -> tuple[int, int]:
+        return epoch, window + 1
+
+    def pieces(self, lane: int, epoch: int, window: int) -> list[Piece]:
+        start = window * self._window
+        return self._until(lane, start + self._window).pieces(start, start + self._window)
+
+    def shuffled(self, lane: int, epoch: int, window: int) -> Ints:
+        return self._rng(1, lane, window).permutation(self._window)
+
+    def shards_from(self, lane: int, epoch: int, window: int, count: int) -> list[int]:
+        start = window * self._window
+        most = count * int(self._samples.max())
+        return self._until(lane, start + most).shards_between(start, start + most)[:count]
+
+    def _until(self, lane: int, stop: int) -> _LaidOut:
+        """The lane's shards from the first on, at least `stop` samples of them."""
+        # Sizes differ, so where a shard begins is known only by adding up all before it: sixteen
+        # bytes a shard that the lane has come to, kept.
+        laid = self._drawn.get(lane, _LaidOut(_NONE, _NONE))
+        while laid.total < stop:
+            block = self._rng(0, lane, len(laid.shards) // DRAWN_AT_ONCE)
+            drawn = block.integers(0, len(self._samples), DRAWN_AT_ONCE)
+            shards = np.concatenate([laid.shards, drawn])
+            self._drawn[lane] = laid = _LaidOut(shards, np.cumsum(self._samples[shards]))
+        return laid
+
+    def _rng(self, *key: int) -> np.random.Generator:
+        return _generator(*self._key, *key)
+
+
+ORDERS: Mapping[str, type[SourceOrder] | type[ResampledOrder]] = {
+    "exact": SourceOrder,
+    "resampled": ResampledOrder,
+}
+"""Kind of sampling -> the order of a source under it."""
+
+
+def _generator(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
