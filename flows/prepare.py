@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 from prefect import flow
 
 from flows.chart import find_files
 from flows.session import open_session
-from tasks.artifact import Artifact
+from tasks.artifact import Address, Artifact
 from tasks.demo.config import DemoConfig
 from tasks.demo.task import demo
 from tasks.demo.web import serving
+from tasks.download.download import Crew
 from tasks.download.task import download
+from tasks.merge.sources import find_metadata, is_url
 from tasks.merge.task import merge
 from tasks.verify.task import verify
 
@@ -30,20 +33,27 @@ def prepare(recipe: str = "demo", overrides: list[str] | None = None) -> Artifac
         if chart.demo and wanted.demo:
             session.make(demo, chart.demo, wanted.demo)
         files = {
-            source.name: find_files(source.files, chart.demo, f"merge.sources '{source.name}'")
+            source.name: _metadata(source.files, chart.demo, f"merge.sources '{source.name}'")
             for source in wanted.merge.sources
         }
         merged = session.make(merge, chart.merge, wanted.merge, files)
+        crew = Crew(
+            profile.download_processes, profile.download_threads, profile.download_distributor
+        )
         web = nullcontext() if chart.download.is_finished else _web(wanted.demo)
         with web:
             downloaded = session.make(
-                *(download, chart.download, wanted.download, merged),
-                *(profile.download_processes, profile.download_threads),
+                *(download, chart.download, wanted.download, merged, crew),
                 inputs={"merged": merged},
             )
         return session.make(
             *(verify, chart.verify, wanted.verify, downloaded), inputs={"downloaded": downloaded}
         )
+
+
+def _metadata(pattern: str, demo: Address | None, where: str) -> list[Path] | list[str]:
+    """The files or URLs of one source."""
+    return find_metadata(pattern, where) if is_url(pattern) else find_files(pattern, demo, where)
 
 
 def _web(demo: DemoConfig | None) -> AbstractContextManager[None]:

@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from evaclip_model.config import explain
 from evaclip_model.errors import InputError
+from tasks.download.spread import Distributor
 from tasks.tracking import TrackingStore
 
 
@@ -36,6 +37,8 @@ class Profile(BaseSettings):
     """Downloader processes."""
     download_threads: int = Field(32, gt=0)
     """Connections open at once in each downloader process."""
+    download_distributor: Distributor = "multiprocessing"
+    """What starts downloader processes: `multiprocessing`, or `pyspark` or `ray` over machines."""
 
     @property
     def mlflow_uri(self) -> str:

@@ -1,13 +1,13 @@
 """Whether a shard is what its own counts say, and clearing away what is not.
 
-Covers: a finished shard's agreement of plan, statistics, table and tar; removing unfinished ones.
-Not here: whether images decode (the verify stage); downloading again.
+Covers: a finished shard's agreement of plan, statistics, table and tar; names and removal of its
+files.
+Not here: which shards were checked before (ledger.py); whether images decode (the verify stage).
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import tarfile
 from collections import Counter
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evaclip_model.samples import RECORD_EXTENSION, BrokenShard
-from tasks.download.outcome import Outcome, outcome_of
+from tasks.download.outcome import NETWORK, Outcome, outcome_of, retry_after_s
 from tasks.download.plan import PlannedShard
 
 
@@ -29,10 +29,17 @@ class FinishedShard:
     outcomes: Counter[Outcome]
     """Adds up to the planned rows."""
     tar_bytes: int
+    retry_after_s: float
+    """Longest wait that a server asked for in a row that may pass later, in seconds; 0: none."""
 
     @property
     def success_rate(self) -> float:
         return self.outcomes[Outcome.SUCCESS] / self.planned.rows
+
+    @property
+    def network_failure_rate(self) -> float:
+        """Share of rows that ended as they do when our own network is down."""
+        return sum(self.outcomes[outcome] for outcome in NETWORK) / self.planned.rows
 
 
 def check_shard(folder: Path, planned: PlannedShard) -> FinishedShard:
@@ -52,7 +59,8 @@ def check_shard(folder: Path, planned: PlannedShard) -> FinishedShard:
         stated_rows, stated_successes = stats["count"], stats["successes"]
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid, tarfile.TarError) as error:
         raise BrokenShard(f"shard {planned.name} is unfinished or unreadable: {error}") from error
-    rows = zip(table["status"].to_pylist(), table["error_message"].to_pylist(), strict=True)
+    messages = table["error_message"].to_pylist()
+    rows = zip(table["status"].to_pylist(), messages, strict=True)
     outcomes = Counter(outcome_of(str(status), message) for status, message in rows)
     counted = {
         "rows planned": planned.rows,
@@ -68,27 +76,8 @@ def check_shard(folder: Path, planned: PlannedShard) -> FinishedShard:
         if len(set(numbers.values())) > 1:
             found = ", ".join(f"{number} {what}" for what, number in numbers.items())
             raise BrokenShard(f"shard {planned.name} contradicts itself: {found}")
-    return FinishedShard(planned, outcomes, tar_path.stat().st_size)
-
-
-def keep_finished(
-    folder: Path, planned: tuple[PlannedShard, ...]
-) -> tuple[list[FinishedShard], list[str]]:
-    """Remove everything of `folder` but whole shards; return those, and why others had to go."""
-    finished: list[FinishedShard] = []
-    problems: list[str] = []
-    for shard in planned:
-        try:
-            finished.append(check_shard(folder, shard))
-        except BrokenShard as problem:
-            problems.append(str(problem))
-    wanted = {path for shard in finished for path in shard_files(folder, shard.planned)}
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path not in wanted:
-            path.unlink()
-    return finished, problems
+    asked_s = max(map(retry_after_s, messages), default=0.0)
+    return FinishedShard(planned, outcomes, tar_path.stat().st_size, asked_s)
 
 
 def remove_shard(folder: Path, planned: PlannedShard) -> None:

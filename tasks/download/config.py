@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from evaclip_model.config import Config
 from tasks.artifact import Stage
 
-STAGE = Stage("download", 1, tools=("img2dataset", "webdataset", "pyarrow"))
+STAGE = Stage("download", 2, tools=("img2dataset", "webdataset", "pyarrow"))
 
 
 class DownloadConfig(Config):
@@ -51,11 +51,26 @@ class DownloadConfig(Config):
     retries: int = Field(1, ge=0, le=10)
     """How often a failure that may pass (time-out, connection, 429, 5xx) is tried again."""
     retry_wait_s: float = Field(0.5, ge=0)
-    """Pause before the first retry, in seconds; doubled for each further one."""
+    """Pause before the first retry, in seconds; doubled for each further one. A server's
+    Retry-After is waited for where it is longer, if the deadline lets us."""
+    passes: int = Field(2, ge=1, le=10)
+    """How often the whole list is gone through; after the first time only rows whose failure may
+    pass (time-out, connection, 429, 5xx) are tried, in shards of their own."""
+    pass_wait_s: float = Field(60.0, ge=0)
+    """Longest pause between two passes, in seconds; as long as servers asked for (Retry-After)."""
+    host_connections: int = Field(8, gt=0)
+    """Connections open at once to one host, in each downloading process."""
+    rest_after: int = Field(5, gt=0)
+    """After so many refusals for being busy (429, 503) in a row a host is left alone for a while;
+    its URLs of that time are left to the next pass."""
+    max_rest_s: float = Field(600.0, ge=0)
+    """Longest time for which a host is left alone, in seconds."""
     allowed_networks: tuple[str, ...] = ()
     """Networks that are not public but may be fetched from all the same: `127.0.0.1/32`."""
     user_agent_token: str = Field("evaclip", pattern=r"^[A-Za-z0-9._-]+$")
-    """Who we say we are; X-Robots-Tag directives addressed to it are obeyed."""
+    """Who we say we are; X-Robots-Tag directives and robots.txt rules for it are obeyed."""
+    contact: str = Field("", pattern=r"^[!-'*-~]*$")
+    """URL or e-mail address at which sites can reach you, sent with every request; may be empty."""
     disallowed_directives: tuple[str, ...] = (
         "noai",
         "noimageai",
@@ -64,8 +79,18 @@ class DownloadConfig(Config):
         "noml",
     )
     """X-Robots-Tag values with which a site declines use of its image."""
+    respect_tdm: bool = True
+    """Obey the TDM Reservation Protocol's header: `tdm-reservation: 1` declines."""
+    respect_robots: bool = False
+    """Ask every host for its robots.txt first; about one more request for every host and shard."""
+    hash_column: str = ""
+    """Column of the merged rows with the hash that the fetched bytes must have, in hex; rows
+    without one pass; empty: no row is compared."""
+    hash_algorithm: Literal["md5", "sha1", "sha256"] = "md5"
+    """What the hashes of hash_column are."""
     min_success_rate: float = Field(0.3, ge=0, le=1)
-    """Least share of rows that must become samples; fewer means that something is broken."""
+    """Least share of rows that the first pass must make samples of; fewer means that something is
+    broken."""
 
     @field_validator("allowed_networks")
     @classmethod

@@ -10,24 +10,25 @@ import os
 import struct
 import threading
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 from tasks.download.outcome import Outcome
 
 _ORDER = tuple(Outcome)
-_LAYOUT = struct.Struct(f"<{len(_ORDER) + 1}Q")
+_LAYOUT = struct.Struct(f"<{len(_ORDER) + 2}Q")
 
 
 @dataclass(frozen=True)
 class Progress:
     """What was counted over all shards that were begun."""
 
-    counts: Counter[Outcome]
+    counts: Counter[Outcome] = field(default_factory=Counter)
     """SUCCESS means fetched, not yet decoded."""
-    busy: frozenset[int]
-    """Ids of the processes that have a shard in hand."""
+    fetched_bytes: int = 0
+    busy: frozenset[int] = frozenset()
+    """Ids of the processes that have a shard in hand, on the machines where those are."""
 
 
 class OutcomeCounter:
@@ -36,12 +37,14 @@ class OutcomeCounter:
     def __init__(self, folder: Path, shard: int) -> None:
         self._file = os.open(folder / f"{shard}.counts", os.O_WRONLY | os.O_CREAT, 0o644)
         self._counts: Counter[Outcome] = Counter()
+        self._bytes = 0
         self._lock = threading.Lock()
         self._write(os.getpid())
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: Outcome, fetched_bytes: int) -> None:
         with self._lock:
             self._counts[outcome] += 1
+            self._bytes += fetched_bytes
             self._write(os.getpid())
 
     def __enter__(self) -> Self:
@@ -52,18 +55,44 @@ class OutcomeCounter:
         os.close(self._file)
 
     def _write(self, process: int) -> None:
-        content = _LAYOUT.pack(process, *(self._counts[word] for word in _ORDER))
-        os.pwrite(self._file, content, 0)
+        numbers = (self._counts[word] for word in _ORDER)
+        os.pwrite(self._file, _LAYOUT.pack(process, self._bytes, *numbers), 0)
 
 
-def read_counters(folder: Path) -> Progress:
-    """Sum the files of all shards."""
-    counts: Counter[Outcome] = Counter()
-    busy: set[int] = set()
-    for file in folder.glob("*.counts"):
-        content = file.read_bytes()
-        if len(content) == _LAYOUT.size:
-            process, *numbers = _LAYOUT.unpack(content)
-            counts.update(dict(zip(_ORDER, numbers, strict=True)))
-            busy |= {process} - {0}
-    return Progress(counts, frozenset(busy))
+class CounterReader:
+    """Sums the files of a folder; those of finished shards are taken in once and removed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._finished = Progress()
+        self._shards: list[int] = []
+
+    def take_finished(self) -> list[int]:
+        """Numbers of the shards whose end was seen since the last call, done well or not."""
+        taken, self._shards = self._shards, []
+        return taken
+
+    def read(self) -> Progress:
+        """The counts of now."""
+        total = self._finished
+        for file in self._folder.glob("*.counts"):
+            content = file.read_bytes()
+            if len(content) != _LAYOUT.size:
+                continue
+            process, fetched_bytes, *numbers = _LAYOUT.unpack(content)
+            counts = Counter(dict(zip(_ORDER, numbers, strict=True)))
+            busy = frozenset({process} - {0})
+            total = _added(total, Progress(counts, fetched_bytes, busy))
+            if not process:
+                self._finished = _added(self._finished, Progress(counts, fetched_bytes))
+                self._shards.append(int(file.stem))
+                file.unlink()
+        return total
+
+
+def _added(one: Progress, other: Progress) -> Progress:
+    return Progress(
+        one.counts + other.counts,
+        one.fetched_bytes + other.fetched_bytes,
+        one.busy | other.busy,
+    )

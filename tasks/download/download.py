@@ -1,7 +1,12 @@
 """Download the images of a merge into shards, once each, whatever interrupts it.
 
-Covers: resuming, running img2dataset in its own process tree, progress, judging the result.
-Not here: how a URL is fetched (fetch.py), what a whole shard is (check.py).
+Covers: passes, resuming, running img2dataset in its own process tree, judging the result.
+Not here: how a URL is fetched (fetch.py), what a whole shard is (check.py), which rows another pass
+tries (passes.py), when to stop early (watch.py).
+
+    out/shards            the first pass: every row
+    out/pass-N/rows       rows whose failure may pass, from the pass before
+    out/pass-N/shards     their shards, numbered on: keys are unique over all passes
 """
 
 from __future__ import annotations
@@ -16,20 +21,28 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from evaclip_model.errors import InputError
+from evaclip_model.samples import BrokenShard
 from tasks.artifact import Made, write_atomically
 from tasks.child import run_supervised
-from tasks.download.check import FinishedShard, keep_finished, remove_shard, shard_files
+from tasks.download import passes
+from tasks.download.check import FinishedShard, remove_shard, shard_files
 from tasks.download.config import DownloadConfig
-from tasks.download.counters import read_counters
+from tasks.download.counters import CounterReader
+from tasks.download.ledger import Ledger
 from tasks.download.outcome import Outcome
-from tasks.download.plan import Plan, expected_bytes, plan_download
+from tasks.download.plan import CAPTION_COLUMN, URL_COLUMN, Plan, expected_bytes, plan_download
+from tasks.download.spread import Distributor, require_distributor
+from tasks.download.watch import COLLAPSE_SHARE, Watch, dead_links, network_trouble
 from tasks.download.worker import WorkerJob, open_files_needed
 from tasks.progress import Report
 
 SHARDS_FOLDER = "shards"
+ROWS_FOLDER = "rows"
+WORK_FOLDER = ".work"
 REPORT = "report.json"
 LOG = "download.log"
 IDLE_STARTS = 2
@@ -37,50 +50,205 @@ IDLE_STARTS = 2
 STALL_S = 300.0
 """Time past deadline_s without a single URL done, after which img2dataset is started again."""
 GRACE_S = 2.0
-ABORT_AFTER_URLS = 2_000
-"""URLs, already shuffled over the web, after which the success rate is known to about 2 %."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who downloads; nothing of it changes what comes of it."""
+
+    processes: int
+    """Downloading processes; about 0.8 GB of memory each."""
+    threads: int
+    """Connections open at once in each process."""
+    distributor: Distributor = "multiprocessing"
+    """What starts the processes: Spark and Ray need a folder that all machines share."""
 
 
 def download_images(
-    config: DownloadConfig,
-    merged: Path,
-    out: Path,
-    processes: int,
-    threads: int,
-    report: Report,
+    config: DownloadConfig, merged: Path, out: Path, crew: Crew, report: Report
 ) -> Made:
-    """Make `out/shards` from every row of `merged/<source>/*.parquet`.
-
-    Args:
-        processes: downloading processes; about 0.8 GB of memory each.
-        threads: connections open at once in each process.
+    """Make shards under `out` from every row of `merged/<source>/*.parquet`.
 
     Raises:
-        InputError: unusable input, too little disk or too few open files, or fewer successes than
-            min_success_rate; the shards that did well are kept.
+        InputError: unusable input, too little disk or too few open files, no such distributor, a
+            network that is down, or fewer successes than min_success_rate; the shards that did well
+            are kept.
         RuntimeError: img2dataset, started again and again, finished none of the missing shards.
     """
+    require_distributor(crew.distributor)
     plan = plan_download(merged, config)
-    shards, work = out / SHARDS_FOLDER, out / ".work"
-    _claim(out, plan)
-    shards.mkdir(exist_ok=True)
-    finished, problems = keep_finished(shards, plan.shards)
-    idle_starts = 0
-    while len(finished) < len(plan.shards) and idle_starts < IDLE_STARTS:
-        rows_left = plan.rows - sum(shard.planned.rows for shard in finished)
-        _preflight(out, rows_left, config, threads)
-        job = _prepare(work, shards, plan, config, processes, threads)
-        with suppress(_LostWorker):
-            _run(job, work, out / LOG, rows_done=plan.rows - rows_left, plan=plan, report=report)
-        before, (finished, problems) = len(finished), keep_finished(shards, plan.shards)
-        idle_starts = 0 if len(finished) > before else idle_starts + 1
-    shutil.rmtree(work, ignore_errors=True)
-    if len(finished) < len(plan.shards):
-        raise _not_finished(out, problems)
-    _judge(config, shards, finished)
-    made = _describe(out, shards, finished)
+    first = _Pass(1, out, plan, config, crew, report)
+    done = [_completed(first, out)]
+    _judge(config, first, done[0])
+    columns = (*plan.extra_columns, CAPTION_COLUMN, URL_COLUMN)
+    last = first
+    for number in range(2, config.passes + 1):
+        if not passes.rows_to_retry(done[-1]):
+            break
+        folder = out / f"pass-{number}"
+        if not (folder / ROWS_FOLDER).exists():
+            _wait(passes.wait_before(done[-1], config.pass_wait_s), plan.rows, report)
+            folder.mkdir(exist_ok=True)
+            passes.write_rows_to_retry(
+                done[-1], last.shards, columns, folder / ROWS_FOLDER, config.samples_per_shard
+            )
+        begin = last.plan.shards[-1].number + 1
+        again = plan_download(folder / ROWS_FOLDER, config, begin)
+        last = _Pass(number, folder, again, config, crew, report)
+        done.append(_completed(last, out))
+    made = _describe(out, plan, done)
     report(plan.rows, plan.rows, f"{made.counts['samples']:,} images")
     return made
+
+
+class _Pass:
+    """One pass over rows: its folder, what it shall hold, and making it so."""
+
+    def __init__(
+        self,
+        number: int,
+        folder: Path,
+        plan: Plan,
+        config: DownloadConfig,
+        crew: Crew,
+        report: Report,
+    ) -> None:
+        _claim(folder, plan)
+        self.number = number
+        self.plan = plan
+        self.shards = folder / SHARDS_FOLDER
+        self.shards.mkdir(exist_ok=True)
+        self._folder = folder
+        self._config = config
+        self._crew = crew
+        self._report = report
+        self._ledger = Ledger(folder / "checked.jsonl", self.shards)
+        self._finished: list[FinishedShard] = []
+        self._problems: list[str] = []
+        self._look()
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self._finished) == len(self.plan.shards)
+
+    def complete(self) -> list[FinishedShard]:
+        """Download until every shard is whole; return them."""
+        self._tidy()
+        work, idle_starts = self._folder / WORK_FOLDER, 0
+        while not self.is_finished and idle_starts < IDLE_STARTS:
+            before = len(self._finished)
+            rows_left = self.plan.rows - sum(shard.planned.rows for shard in self._finished)
+            _preflight(self._folder, rows_left, self._config, self._crew.threads)
+            try:
+                with suppress(_LostWorker):
+                    self._run(_prepare(work, self._folder, self.plan, self._config, self._crew))
+            except _NetworkDown as down:
+                self._look()
+                self._forget_shards_without_network()
+                raise InputError(str(down)) from None
+            self._look()
+            self._tidy()
+            idle_starts = 0 if len(self._finished) > before else idle_starts + 1
+        shutil.rmtree(work, ignore_errors=True)
+        if not self.is_finished:
+            raise _not_finished(self._folder, self._problems)
+        return self._finished
+
+    def _look(self) -> None:
+        """Find out which shards are whole, and why others are not."""
+        self._finished, self._problems = [], []
+        for planned in self.plan.shards:
+            try:
+                self._finished.append(self._ledger.check(planned))
+            except BrokenShard as problem:
+                self._problems.append(str(problem))
+
+    def _tidy(self) -> None:
+        """Remove everything but whole shards."""
+        wanted = {
+            path for shard in self._finished for path in shard_files(self.shards, shard.planned)
+        }
+        for path in self.shards.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path not in wanted:
+                path.unlink()
+
+    def _forget_shards_without_network(self) -> None:
+        for shard in self._finished:
+            if shard.network_failure_rate >= COLLAPSE_SHARE:
+                remove_shard(self.shards, shard.planned)
+
+    def _run(self, job: WorkerJob) -> None:
+        """Run img2dataset to its end, reporting URLs as they are done.
+
+        Raises:
+            _LostWorker: one of its processes was killed, or nothing moves any more.
+            _NetworkDown: nearly nothing is answered any more.
+            InputError: almost nothing of the list can be fetched.
+        """
+        path = self._folder / WORK_FOLDER / "job.json"
+        write_atomically(path, job.model_dump_json(indent=1))
+        reader, moved, tried = CounterReader(job.counters), time.monotonic(), 0
+        rows_done = sum(shard.planned.rows for shard in self._finished)
+        watch = Watch(rows_done, self.plan.rows, self._config.min_success_rate)
+        stall_s = self._config.deadline_s + STALL_S
+
+        def poll() -> None:
+            nonlocal moved, tried
+            progress, now = reader.read(), time.monotonic()
+            if progress.counts.total() != tried:
+                moved, tried = now, progress.counts.total()
+            for number in reader.take_finished():
+                with suppress(BrokenShard):  # it will be found again when all is looked at
+                    self._ledger.check(self.plan.shards[number - job.first_number])
+            watch.see(now, progress)
+            prefix = f"pass {self.number}: " if self.number > 1 else ""
+            self._report(watch.rows_done, self.plan.rows, prefix + watch.line())
+            # its pool never hears of a killed process and would wait for that shard for ever
+            is_here = job.distributor == "multiprocessing"
+            if (is_here and not all(map(_is_alive, progress.busy))) or now - moved > stall_s:
+                raise _LostWorker
+            # a later pass holds only rows that failed before: most of them fail again
+            if self.number > 1:
+                return
+            if down := watch.network_down():
+                raise _NetworkDown(down)
+            if dead := watch.list_dead():
+                raise InputError(dead)
+
+        run_supervised(
+            [sys.executable, "-m", "tasks.download.worker", str(path)],
+            log=self._folder / LOG,
+            grace_s=GRACE_S,
+            env=_environment(self._config),
+            poll=poll,
+        )
+
+
+class _LostWorker(Exception):
+    """A downloading process is gone, so that img2dataset would not end by itself."""
+
+
+class _NetworkDown(Exception):
+    """Every further URL would be marked as failed, and so lost."""
+
+
+def _completed(wanted: _Pass, out: Path) -> list[FinishedShard]:
+    """The shards of a pass. If one of them is missing, later passes were made from others."""
+    if not wanted.is_finished:
+        for folder in out.glob("pass-*"):
+            if int(folder.name.removeprefix("pass-")) > wanted.number:
+                shutil.rmtree(folder)
+    return wanted.complete()
+
+
+def _wait(seconds: float, rows: int, report: Report) -> None:
+    """Pause before a further pass, saying so."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        report(rows, rows, f"waiting {left:.0f} s, as servers asked, before trying again")
+        time.sleep(min(left, 1.0))
 
 
 def _claim(out: Path, plan: Plan) -> None:
@@ -120,14 +288,7 @@ def _preflight(out: Path, rows: int, config: DownloadConfig, threads: int) -> No
         )
 
 
-def _prepare(
-    work: Path,
-    shards: Path,
-    plan: Plan,
-    config: DownloadConfig,
-    processes: int,
-    threads: int,
-) -> WorkerJob:
+def _prepare(work: Path, folder: Path, plan: Plan, config: DownloadConfig, crew: Crew) -> WorkerJob:
     """Lay out the inputs of one call: links whose order by name is the plan's order."""
     shutil.rmtree(work, ignore_errors=True)
     inputs, counters = work / "inputs", work / "counters"
@@ -138,55 +299,14 @@ def _prepare(
     return WorkerJob(
         config=config,
         inputs=inputs.resolve(),
-        output=shards.resolve(),
+        output=(folder / SHARDS_FOLDER).resolve(),
         counters=counters.resolve(),
         extra_columns=plan.extra_columns,
-        processes=processes,
-        threads=threads,
+        first_number=plan.shards[0].number,
+        processes=crew.processes,
+        threads=crew.threads,
+        distributor=crew.distributor,
     )
-
-
-def _run(
-    job: WorkerJob, work: Path, log: Path, *, rows_done: int, plan: Plan, report: Report
-) -> None:
-    """Run img2dataset to its end, reporting URLs as they are done.
-
-    Raises:
-        _LostWorker: one of its processes was killed, or nothing moves any more.
-        InputError: almost nothing can be fetched.
-    """
-    path = work / "job.json"
-    write_atomically(path, job.model_dump_json(indent=1))
-    began = moved = time.monotonic()
-    tried = 0
-
-    def poll() -> None:
-        nonlocal moved, tried
-        progress, now = read_counters(job.counters), time.monotonic()
-        counts = progress.counts
-        if counts.total() != tried:
-            moved, tried = now, counts.total()
-        # its pool never hears of a killed process and would wait for that shard for ever
-        if not all(map(_is_alive, progress.busy)) or now - moved > job.config.deadline_s + STALL_S:
-            raise _LostWorker
-        fetched, per_s = counts[Outcome.SUCCESS], tried / (now - began)
-        done = min(rows_done + tried, plan.rows)
-        report(done, plan.rows, f"{fetched:,} fetched, {tried - fetched:,} failed, {per_s:.0f}/s")
-        # a dead network would mark every shard as done; half the accepted rate is beyond doubt
-        if tried >= ABORT_AFTER_URLS and fetched < tried * job.config.min_success_rate / 2:
-            raise _too_few(job.config, counts, tried)
-
-    run_supervised(
-        [sys.executable, "-m", "tasks.download.worker", str(path)],
-        log=log,
-        grace_s=GRACE_S,
-        env=_environment(job.config),
-        poll=poll,
-    )
-
-
-class _LostWorker(Exception):
-    """A downloading process is gone, so that img2dataset would not end by itself."""
 
 
 def _is_alive(process: int) -> bool:
@@ -198,9 +318,12 @@ def _is_alive(process: int) -> bool:
 
 
 def _environment(config: DownloadConfig) -> dict[str, str]:
-    """The worker's: nothing that phones home, one CPU thread a process, bounded decoding."""
+    """The worker's: nothing that phones home, one CPU thread a process, bounded decoding, and name
+    servers given up before a whole deadline is gone."""
     return {
         **os.environ,
+        "RES_OPTIONS": "timeout:3 attempts:2",
+        "PYSPARK_PYTHON": sys.executable,
         "NO_ALBUMENTATIONS_UPDATE": "1",
         "WANDB_MODE": "disabled",
         "DO_NOT_TRACK": "1",
@@ -221,53 +344,42 @@ def _not_finished(out: Path, problems: Sequence[str]) -> Exception:
     )
 
 
-def _judge(config: DownloadConfig, shards: Path, finished: Sequence[FinishedShard]) -> None:
+def _judge(config: DownloadConfig, first: _Pass, finished: Sequence[FinishedShard]) -> None:
     """Refuse a systematic failure, and forget the shards that it spoiled so that they are redone.
 
     Raises:
         InputError: fewer rows than min_success_rate became samples.
     """
-    outcomes = _sum(finished)
-    rows = outcomes.total()
-    if outcomes[Outcome.SUCCESS] >= rows * config.min_success_rate:
+    outcomes = sum((shard.outcomes for shard in finished), Counter[Outcome]())
+    if outcomes[Outcome.SUCCESS] >= outcomes.total() * config.min_success_rate:
         return
     for shard in finished:
         if shard.success_rate < config.min_success_rate:
-            remove_shard(shards, shard.planned)
-    raise _too_few(config, outcomes, rows)
+            remove_shard(first.shards, shard.planned)
+    raise InputError(network_trouble(outcomes) or dead_links(outcomes, config.min_success_rate))
 
 
-def _too_few(config: DownloadConfig, outcomes: Counter[Outcome], rows: int) -> InputError:
-    reasons = ", ".join(
-        f"{number:,} {reason.value}"
-        for reason, number in outcomes.most_common()
-        if reason is not Outcome.SUCCESS and number
-    )
-    return InputError(
-        f"only {outcomes[Outcome.SUCCESS]:,} of {rows:,} URLs gave an image, less than "
-        f"min_success_rate = {config.min_success_rate:g} ({reasons}): mend the cause (network, "
-        "DNS, server, limits) and run the same command again"
-    )
+def _describe(out: Path, plan: Plan, done: Sequence[Sequence[FinishedShard]]) -> Made:
+    """Write the report and name the artifact's files.
 
-
-def _sum(shards: Sequence[FinishedShard]) -> Counter[Outcome]:
-    return sum((shard.outcomes for shard in shards), Counter[Outcome]())
-
-
-def _describe(out: Path, shards: Path, finished: Sequence[FinishedShard]) -> Made:
-    """Write the report and name the artifact's files."""
-    by_source: dict[str, Counter[Outcome]] = {}
-    for shard in finished:
-        by_source[shard.planned.source] = (
-            by_source.get(shard.planned.source, Counter()) + shard.outcomes
+    Raises:
+        RuntimeError: a row ended in no bucket, or in two.
+    """
+    by_source = passes.total_outcomes(done)
+    total = sum(by_source.values(), Counter[Outcome]())
+    if total.total() != plan.rows:
+        raise RuntimeError(
+            f"{plan.rows:,} rows were to be tried, {total.total():,} are accounted for"
         )
-    total = _sum(finished)
     counts: dict[str, int | float] = {
-        "rows": total.total(),
+        "rows": plan.rows,
         "samples": total[Outcome.SUCCESS],
-        "shards": len(finished),
-        "bytes": sum(shard.tar_bytes for shard in finished),
+        "shards": sum(map(len, done)),
+        "bytes": sum(shard.tar_bytes for finished in done for shard in finished),
     }
+    for number, finished in enumerate(done[1:], start=2):
+        counts[f"pass{number}.rows"] = sum(shard.planned.rows for shard in finished)
+        counts[f"pass{number}.samples"] = sum(s.outcomes[Outcome.SUCCESS] for s in finished)
     for reason in sorted(set(total) - {Outcome.SUCCESS}):
         counts[f"failed.{reason.value}"] = total[reason]
     for source, outcomes in sorted(by_source.items()):
@@ -279,5 +391,11 @@ def _describe(out: Path, shards: Path, finished: Sequence[FinishedShard]) -> Mad
         for source, outcomes in sorted(by_source.items())
     }
     write_atomically(out / REPORT, json.dumps({"sources": details, **counts}, indent=1) + "\n")
-    files = [path for shard in finished for path in shard_files(shards, shard.planned)]
+    folders = [out, *(out / f"pass-{number}" for number in range(2, len(done) + 1))]
+    files = [
+        path
+        for folder, finished in zip(folders, done, strict=True)
+        for shard in finished
+        for path in shard_files(folder / SHARDS_FOLDER, shard.planned)
+    ]
     return Made(counts, (*files, out / REPORT))

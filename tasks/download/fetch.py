@@ -1,16 +1,20 @@
-"""Fetch one URL of an untrusted list, safely: what replaces urllib's defaults in the downloader.
+"""Fetch one URL of an untrusted list, safely and politely: what replaces urllib's defaults.
 
 Covers: http and https only; the address of every connection checked, redirects included; bytes
-and total time bounded; no proxy; pages and SVG refused; retries of what may pass.
-Not here: what is done with the bytes; the rule about addresses (addresses.py).
+and total time bounded; no proxy; pages and SVG refused; sites that decline obeyed; hashes compared;
+retries of what may pass, waits that servers asked for.
+Not here: what is done with the bytes; the rules about addresses (addresses.py), headers
+(optout.py), hosts (hosts.py) and robots.txt (robots.py).
 
 urllib's own opener follows file:, ftp: and data: URLs, redirects into private networks, reads
 bodies without limit, and its timeout is for one receive, so that a dripping server holds it for
-ever. Names are resolved by the system, whose own time-outs are not under the deadline.
+ever. Names are resolved by the system; the worker's environment bounds how long it tries.
 """
 
 from __future__ import annotations
 
+import email.utils
+import hashlib
 import http.client
 import io
 import socket
@@ -19,44 +23,24 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
-from tasks.download import outcome
+from tasks.download import outcome, robots
 from tasks.download.addresses import address_is_allowed
 from tasks.download.config import DownloadConfig
+from tasks.download.hosts import HostGate
+from tasks.download.optout import declines
 
 CHUNK_BYTES = 1 << 16
 REFUSED_TYPES = frozenset({"text/html", "application/xhtml+xml", "image/svg+xml"})
-Fetch = Callable[[], tuple[io.BytesIO | None, str | None]]
-"""One attempt: the body, or why there is none."""
 
 
 class Refused(Exception):
     """We will not fetch this; the message is one of the constants of outcome.py."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a fetch may do; the part of the config that the opener needs."""
-
-    allowed_networks: tuple[str, ...]
-    max_bytes: int
-    deadline_s: float
-    retries: int
-    retry_wait_s: float
-
-    @classmethod
-    def of(cls, config: DownloadConfig) -> Limits:
-        return cls(
-            config.allowed_networks,
-            config.max_bytes,
-            config.deadline_s,
-            config.retries,
-            config.retry_wait_s,
-        )
 
 
 class Deadline(threading.local):
@@ -67,6 +51,10 @@ class Deadline(threading.local):
 
     def start(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
+
+    def extend(self, seconds: float) -> None:
+        """Give back time that was spent waiting for others."""
+        self.end += seconds
 
     def left(self, at_most: float | None = None) -> float:
         """Seconds left, no more than `at_most`.
@@ -80,11 +68,117 @@ class Deadline(threading.local):
         return left if at_most is None else min(left, at_most)
 
 
-def guarded_opener(limits: Limits, deadline: Deadline) -> urllib.request.OpenerDirector:
-    """An opener that can do nothing but GET from public addresses, within `limits`."""
+class Fetcher:
+    """Fetches for the threads of one shard; remembers which hosts are busy, and their rules."""
+
+    def __init__(self, config: DownloadConfig) -> None:
+        self._config = config
+        self._deadline = Deadline()
+        self._opener = guarded_opener(config, self._deadline)
+        self._hosts = HostGate(config.host_connections, config.rest_after, config.max_rest_s)
+        self._robots = robots.Robots(self._rules, config.user_agent_token)
+        contact = f"; +{config.contact}" if config.contact else ""
+        self._headers = {
+            "User-Agent": f"Mozilla/5.0 (compatible; {config.user_agent_token}{contact})",
+            "Accept": "image/*,*/*;q=0.5",
+        }
+
+    def get(self, url: str, digest: str | None = None) -> tuple[bytes | None, str | None]:
+        """The body of `url`, or None and why there is none.
+
+        Tries again until it works, fails for good, or time or tries are used up.
+
+        Args:
+            digest: hex hash that the body must have; None or empty: any.
+        """
+        config, message = self._config, ""
+        self._deadline.start(config.deadline_s)
+        wait_s = config.retry_wait_s
+        for tries_left in reversed(range(config.retries + 1)):
+            body, message = self._try(url, digest)
+            if body is not None:
+                return body, None
+            may_pass = outcome.outcome_of("failed_to_download", message) in outcome.RETRYABLE
+            pause_s = max(wait_s, outcome.retry_after_s(message))
+            too_late = time.monotonic() + pause_s >= self._deadline.end
+            if not may_pass or not tries_left or too_late or message == outcome.HOST_RESTS:
+                break
+            time.sleep(pause_s)
+            wait_s *= 2
+        return None, message
+
+    def _try(self, url: str, digest: str | None) -> tuple[bytes | None, str]:
+        """One attempt: the body, or why there is none."""
+        try:
+            host = urlsplit(url).hostname or ""
+            asked = time.monotonic()
+            with self._hosts.visiting(host):
+                self._deadline.extend(time.monotonic() - asked)
+                if self._hosts.rests(host):
+                    return None, outcome.HOST_RESTS
+                return self._visit(url, host, digest), ""
+        # whatever a hostile answer makes the libraries raise is this URL's failure, not the shard's
+        except Exception as error:
+            return None, str(error) or repr(error)
+
+    def _visit(self, url: str, host: str, digest: str | None) -> bytes:
+        """Ask for `url`, and tell the gate how its host answered.
+
+        Raises:
+            Refused: we may not or do not want to have it.
+            Exception: whatever else came of it; the text says what.
+        """
+        config = self._config
+        if config.respect_robots and not self._robots.allows(url):
+            raise Refused(outcome.ROBOTS_TXT)
+        try:
+            with self._open(url) as response:
+                self._hosts.answered(host, busy=False, retry_after_s=0)
+                _refuse_unwanted(response, config)
+                body: bytes = response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                wanted_s = retry_after(error.headers.get("Retry-After"), datetime.now(UTC))
+                busy = error.code in outcome.BUSY_STATUSES
+                self._hosts.answered(host, busy=busy, retry_after_s=wanted_s or 0)
+                raise OSError(outcome.with_retry_after(str(error), wanted_s)) from None
+        if digest and hashlib.new(config.hash_algorithm, body).hexdigest() != digest.lower():
+            raise Refused(outcome.HASH_MISMATCH)
+        return body
+
+    def _open(self, url: str) -> Any:
+        request = urllib.request.Request(url, headers=self._headers)
+        return self._opener.open(request, timeout=self._config.timeout_s)
+
+    def _rules(self, place: str) -> bytes | None:
+        try:
+            with self._open(place) as response:
+                content: bytes = response.read(robots.MAX_BYTES)
+                return content
+        except urllib.error.HTTPError as error:
+            with error:
+                if error.code < 500 and error.code not in outcome.BUSY_STATUSES:
+                    return None
+                # RFC 9309: a host that cannot say must be taken to forbid, for now
+                raise OSError(str(error)) from None
+
+
+def retry_after(value: str | None, now: datetime) -> float | None:
+    """Seconds that a Retry-After header asks to wait (RFC 9110 10.2.3); None if it says nothing."""
+    text = (value or "").strip()
+    if text.isascii() and text.isdigit():
+        return float(text)
+    try:
+        return max(0.0, (email.utils.parsedate_to_datetime(text) - now).total_seconds())
+    except (ValueError, TypeError, OverflowError):  # TypeError: a date without a zone
+        return None
+
+
+def guarded_opener(config: DownloadConfig, deadline: Deadline) -> urllib.request.OpenerDirector:
+    """An opener that can do nothing but GET from allowed addresses, within the config's limits."""
     opener = urllib.request.OpenerDirector()
     for handler in (
-        _GuardedHandler(limits, deadline),
+        _GuardedHandler(config, deadline),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPRedirectHandler(),
         urllib.request.HTTPErrorProcessor(),
@@ -94,30 +188,25 @@ def guarded_opener(limits: Limits, deadline: Deadline) -> urllib.request.OpenerD
     return opener
 
 
-def fetch_with_retries(
-    fetch: Fetch, limits: Limits, deadline: Deadline
-) -> tuple[io.BytesIO | None, str | None]:
-    """Try `fetch` until it works, fails for good, or time or tries are used up."""
-    deadline.start(limits.deadline_s)
-    wait_s = limits.retry_wait_s
-    for tries_left in reversed(range(limits.retries + 1)):
-        body, message = fetch()
-        if message is None:
-            return body, None
-        may_pass = outcome.outcome_of("failed_to_download", message) in outcome.RETRYABLE
-        if not may_pass or not tries_left or time.monotonic() + wait_s >= deadline.end:
-            break
-        time.sleep(wait_s)
-        wait_s *= 2
-    return None, message
+def _refuse_unwanted(response: http.client.HTTPResponse, config: DownloadConfig) -> None:
+    """Refuse by its headers what is no image, or an image that may not be used."""
+    if response.headers.get_content_type() in REFUSED_TYPES:
+        raise Refused(outcome.NOT_AN_IMAGE_TYPE)
+    if declines(
+        response.headers,
+        token=config.user_agent_token,
+        directives=config.disallowed_directives,
+        tdm=config.respect_tdm,
+    ):
+        raise Refused(outcome.OPTED_OUT)
 
 
 class _GuardedHandler(urllib.request.AbstractHTTPHandler):
-    """Opens http and https URLs over guarded connections, and looks at the answer's headers."""
+    """Opens http and https URLs over guarded connections, and looks at the answer's length."""
 
-    def __init__(self, limits: Limits, deadline: Deadline) -> None:
+    def __init__(self, config: DownloadConfig, deadline: Deadline) -> None:
         super().__init__()
-        self._limits = limits
+        self._config = config
         self._deadline = deadline
         self._tls = ssl.create_default_context()
 
@@ -133,11 +222,9 @@ class _GuardedHandler(urllib.request.AbstractHTTPHandler):
     def http_response(
         self, request: urllib.request.Request, response: http.client.HTTPResponse
     ) -> http.client.HTTPResponse:
-        if 200 <= response.status < 300:
-            if response.headers.get_content_type() in REFUSED_TYPES:
-                raise Refused(outcome.NOT_AN_IMAGE_TYPE)
-            if response.length is not None and response.length > self._limits.max_bytes:
-                raise Refused(outcome.TOO_MANY_BYTES)
+        limit, announced = self._config.max_bytes, response.length
+        if 200 <= response.status < 300 and announced is not None and announced > limit:
+            raise Refused(outcome.TOO_MANY_BYTES)
         return response
 
     https_request = http_request
@@ -146,7 +233,7 @@ class _GuardedHandler(urllib.request.AbstractHTTPHandler):
     def _answer(
         self, request: urllib.request.Request, tls: ssl.SSLContext | None
     ) -> http.client.HTTPResponse:
-        connection = partial(_Connection, limits=self._limits, deadline=self._deadline, tls=tls)
+        connection = partial(_Connection, config=self._config, deadline=self._deadline, tls=tls)
         return self.do_open(connection, request)  # type: ignore[arg-type, return-value]
 
 
@@ -157,23 +244,23 @@ class _Connection(http.client.HTTPConnection):
         self,
         host: str,
         *,
-        limits: Limits,
+        config: DownloadConfig,
         deadline: Deadline,
         tls: ssl.SSLContext | None,
         **options: Any,
     ) -> None:
         self.default_port = http.client.HTTP_PORT if tls is None else http.client.HTTPS_PORT
         super().__init__(host, **options)
-        self._limits = limits
+        self._config = config
         self._deadline = deadline
         self._tls = tls
         self.response_class = partial(  # type: ignore[assignment]
-            _Response, timeout_s=self.timeout, max_bytes=limits.max_bytes, deadline=deadline
+            _Response, timeout_s=self.timeout, max_bytes=config.max_bytes, deadline=deadline
         )
 
     def connect(self) -> None:
         sock = _connect(
-            self.host, self.port, self._limits.allowed_networks, self._deadline, self.timeout
+            self.host, self.port, self._config.allowed_networks, self._deadline, self.timeout
         )
         if self._tls is not None:
             try:

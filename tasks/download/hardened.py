@@ -10,60 +10,63 @@ from __future__ import annotations
 import heapq
 import importlib
 import io
-import urllib.request
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from img2dataset.downloader import Downloader, download_image
+import pyarrow as pa
+from img2dataset.downloader import Downloader
 from img2dataset.writer import WebDatasetSampleWriter
 
+from tasks.download.config import DownloadConfig
 from tasks.download.counters import OutcomeCounter
-from tasks.download.fetch import Deadline, Limits, fetch_with_retries, guarded_opener
+from tasks.download.fetch import Fetcher
 from tasks.download.outcome import outcome_of
 
 
 class HardenedDownloader(Downloader):
-    """Fetches with a guarded opener, counts every URL, writes shards that can be repeated."""
+    """Fetches with our fetcher, counts every URL, writes shards that can be repeated."""
 
-    def __init__(self, *, limits: Limits, counters: Path, **options: Any) -> None:
+    def __init__(self, *, config: DownloadConfig, counters: Path, **options: Any) -> None:
         super().__init__(**{**options, "sample_writer_class": OrderedWriter})
-        self._limits = limits
+        self._config = config
         self._counters = counters
 
     def __call__(self, row: tuple[int, str]) -> tuple[bool, tuple[int, str]]:
-        limits, deadline = self._limits, Deadline()
-        urllib.request.install_opener(guarded_opener(limits, deadline))
-        with OutcomeCounter(self._counters, shard=row[0]) as counter:
+        shard, rows_file = row
+        fetcher = Fetcher(self._config)
+        digests = _column(rows_file, self._config.hash_column)
+        with OutcomeCounter(self._counters, shard) as counter:
             # img2dataset looks this name up in its module for every URL; there is no other way
             # in. importlib, because a package's attribute of a module's name may be a function.
             module: Any = importlib.import_module("img2dataset.downloader")
-            module.download_image_with_retry = partial(_fetch, limits, deadline, counter)
+            module.download_image_with_retry = partial(_fetch, fetcher, digests, counter)
             done: tuple[bool, tuple[int, str]] = super().__call__(row)
         return done
 
 
+def _column(rows_file: str, name: str) -> Sequence[str | None]:
+    """A column of a shard's rows as img2dataset laid them out; nothing for no name."""
+    if not name:
+        return ()
+    with open(rows_file, "rb") as file:
+        values: list[str | None] = pa.ipc.open_file(file).read_all()[name].to_pylist()
+        return values
+
+
 def _fetch(
-    limits: Limits,
-    deadline: Deadline,
+    fetcher: Fetcher,
+    digests: Sequence[str | None],
     counter: OutcomeCounter,
     row: tuple[int, str],
-    timeout: float,
-    retries: int,
-    user_agent_token: str | None,
-    disallowed_header_directives: set[str] | None,
+    **_: object,
 ) -> tuple[int, io.BytesIO | None, str | None]:
-    """What img2dataset calls for a row (key, URL), as its own function of this signature."""
-
-    def attempt() -> tuple[io.BytesIO | None, str | None]:
-        _, body, message = download_image(
-            row, timeout, user_agent_token, disallowed_header_directives
-        )
-        return body, message
-
-    body, message = fetch_with_retries(attempt, limits, deadline)
-    counter.add(outcome_of("success" if message is None else "failed", message))
-    return row[0], body, message
+    """What img2dataset calls for a row (its place, URL), with options that the fetcher knows."""
+    place, url = row
+    body, message = fetcher.get(url, digests[place] if digests else None)
+    counter.add(outcome_of("success" if message is None else "failed", message), len(body or b""))
+    return place, None if body is None else io.BytesIO(body), message
 
 
 class OrderedWriter(WebDatasetSampleWriter):

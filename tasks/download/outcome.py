@@ -1,6 +1,7 @@
 """What became of a URL: img2dataset's free text as one of a few words.
 
-Covers: the words, the rule from text to word, which of them may pass when tried again.
+Covers: the words, the rule from text to word, which of them may pass when tried again, which of
+them speak of our own network, and how long a server asked to wait.
 Not here: counting, retrying.
 """
 
@@ -31,6 +32,8 @@ class Outcome(StrEnum):
     TOO_MANY_BYTES = "too_many_bytes"
     NOT_AN_IMAGE_TYPE = "not_an_image_type"
     OPTED_OUT = "opted_out"
+    ROBOTS_TXT = "robots_txt"
+    HASH_MISMATCH = "hash_mismatch"
     UNDECODABLE = "undecodable"
     TOO_SMALL = "too_small"
     TOO_MANY_PIXELS = "too_many_pixels"
@@ -48,12 +51,18 @@ RETRYABLE = frozenset(
         Outcome.INCOMPLETE,
     }
 )
+NETWORK = frozenset({Outcome.DNS, Outcome.CONNECTION, Outcome.TIMEOUT})
+"""What nearly every URL ends in when our own network or name service is down."""
 
 # What tasks/download/fetch.py says when it refuses, so that its words and these cannot part.
 ADDRESS_REFUSED = "refused: the address is not public"
 TOO_MANY_BYTES = "refused: more bytes than max_bytes"
 NOT_AN_IMAGE_TYPE = "refused: the content type is no image"
 DEADLINE = "refused: longer than deadline_s"
+OPTED_OUT = "refused: the site declines such use (X-Robots-Tag or tdm-reservation)"
+ROBOTS_TXT = "refused: disallowed by robots.txt"
+HASH_MISMATCH = "refused: hash mismatch"
+HOST_RESTS = "refused: the host asked to be left alone for now"
 
 _OF_HTTP_STATUS = {
     401: Outcome.FORBIDDEN,
@@ -71,7 +80,10 @@ _OF_TEXT = tuple(
         (re.escape(TOO_MANY_BYTES), Outcome.TOO_MANY_BYTES),
         (re.escape(NOT_AN_IMAGE_TYPE), Outcome.NOT_AN_IMAGE_TYPE),
         (re.escape(DEADLINE), Outcome.DEADLINE),
-        (r"x-robots-tag", Outcome.OPTED_OUT),
+        (re.escape(OPTED_OUT), Outcome.OPTED_OUT),
+        (re.escape(ROBOTS_TXT), Outcome.ROBOTS_TXT),
+        (re.escape(HASH_MISMATCH), Outcome.HASH_MISMATCH),
+        (re.escape(HOST_RESTS), Outcome.RATE_LIMITED),
         (r"unknown url type|control characters|codec can't encode|no host given", Outcome.BAD_URL),
         (r"nonnumeric port|invalid ipv6|label (empty|too long)|invalid url", Outcome.BAD_URL),
         (r"incompleteread", Outcome.INCOMPLETE),
@@ -86,6 +98,20 @@ _OF_TEXT = tuple(
     )
 )
 _HTTP_ERROR = re.compile(r"HTTP Error (\d{3})")
+_RETRY_AFTER = re.compile(r"\(retry after ([0-9.]+) s\)")
+BUSY_STATUSES = frozenset({429, 503})
+"""HTTP answers with which a host asks for fewer requests."""
+
+
+def with_retry_after(message: str, seconds: float | None) -> str:
+    """`message` with what the server's Retry-After asked for; `retry_after_s` reads it back."""
+    return message if seconds is None else f"{message} (retry after {seconds:g} s)"
+
+
+def retry_after_s(message: str | None) -> float:
+    """Seconds for which the server asked to wait; 0 if it did not."""
+    found = _RETRY_AFTER.search(message or "")
+    return float(found.group(1)) if found else 0.0
 
 
 def outcome_of(status: str, message: str | None) -> Outcome:

@@ -1,6 +1,6 @@
 """Which rows become which shard, before anything is downloaded.
 
-Covers: listing the merged files, checking that img2dataset can keep their columns, numbering the
+Covers: listing the files of rows, checking that img2dataset can keep their columns, numbering the
 shards as img2dataset will, and a fingerprint of all that a half-finished folder must agree with.
 Not here: downloading.
 """
@@ -24,6 +24,11 @@ SHARD_DIGITS = 6
 URL_COLUMN = "url"
 CAPTION_COLUMN = "caption"
 REQUIRED_COLUMNS = ("uid", "source", URL_COLUMN, CAPTION_COLUMN)
+WRITTEN_COLUMNS = (
+    *("key", "status", "error_message", "exif", "md5", "sha256", "sha512"),
+    *("width", "height", "original_width", "original_height"),
+)
+"""What img2dataset writes itself, so that rows may not bring it."""
 
 
 @dataclass(frozen=True)
@@ -57,30 +62,30 @@ class Plan:
         return sum(shard.rows for shard in self.shards)
 
 
-def plan_download(merged: Path, config: DownloadConfig) -> Plan:
-    """Read the metadata of `merged/<source>/*.parquet` and number the shards.
+def plan_download(rows: Path, config: DownloadConfig, first_number: int = 0) -> Plan:
+    """Read the metadata of `rows/<source>/*.parquet` and number the shards from `first_number`.
 
     Raises:
         InputError: no file, no row, or a file that cannot be read or lacks a column.
     """
-    files = sorted(merged.glob("*/*.parquet"))
-    metadata = {file: _metadata(file) for file in files}
+    files = sorted(rows.glob("*/*.parquet"))
+    metadata = {file: _metadata(file, config) for file in files}
     shards: list[PlannedShard] = []
-    for file, (rows, _) in metadata.items():
-        for begin in range(0, rows, config.samples_per_shard):
-            in_shard = min(config.samples_per_shard, rows - begin)
-            shards.append(PlannedShard(len(shards), file.parent.name, in_shard))
+    for file, (in_file, _) in metadata.items():
+        for begin in range(0, in_file, config.samples_per_shard):
+            in_shard = min(config.samples_per_shard, in_file - begin)
+            shards.append(PlannedShard(first_number + len(shards), file.parent.name, in_shard))
     if not shards:
-        raise InputError(f"{merged} holds no rows to download: look at the merge's drop reasons")
+        raise InputError(f"{rows} holds no rows to download: look at the merge's drop reasons")
     columns = {tuple(names) for _, names in metadata.values()}
     if len(columns) > 1:
-        raise InputError(f"the parquet files of {merged} differ in their columns: merge again")
+        raise InputError(f"the parquet files of {rows} differ in their columns: merge again")
     extra = tuple(name for name in columns.pop() if name not in (URL_COLUMN, CAPTION_COLUMN))
     decides = {
         "config": config.model_dump(mode="json"),
         "files": [
-            (str(file.relative_to(merged)), rows, file.stat().st_size)
-            for file, (rows, _) in metadata.items()
+            (str(file.relative_to(rows)), in_file, file.stat().st_size)
+            for file, (in_file, _) in metadata.items()
         ],
     }
     fingerprint = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
@@ -96,7 +101,7 @@ def expected_bytes(rows: int, image_px: int) -> int:
     return rows * math.ceil(0.4 * image_px**2 + 4096)
 
 
-def _metadata(file: Path) -> tuple[int, list[str]]:
+def _metadata(file: Path, config: DownloadConfig) -> tuple[int, list[str]]:
     """(rows, column names) of a parquet file whose columns were checked."""
     try:
         parquet = pq.ParquetFile(file)
@@ -106,7 +111,17 @@ def _metadata(file: Path) -> tuple[int, list[str]]:
     for name in REQUIRED_COLUMNS:
         if name not in schema.names:
             raise InputError(f"{file} has no column '{name}': it is no file of a finished merge")
+    if config.hash_column not in ("", *schema.names):
+        raise InputError(
+            f"{file} has no column '{config.hash_column}': set download.hash_column to one of "
+            f"{', '.join(schema.names)}, or leave it empty"
+        )
     for field in schema:
+        if field.name in WRITTEN_COLUMNS:
+            raise InputError(
+                f"{file}: column '{field.name}' has the name of one that the download adds: "
+                "give it another in the merge"
+            )
         # img2dataset writes records as JSON and loses whole samples, silently, when it cannot
         if not _fits_json(field.type):
             raise InputError(

@@ -7,7 +7,7 @@ from prefect.cache_policies import NO_CACHE
 
 from tasks.artifact import Address, Artifact, produce
 from tasks.download.config import DownloadConfig
-from tasks.download.download import download_images
+from tasks.download.download import Crew, download_images
 from tasks.progress import Report
 
 
@@ -16,12 +16,11 @@ def download(
     address: Address,
     config: DownloadConfig,
     merged: Artifact,
-    processes: int,
-    threads: int,
+    crew: Crew,
     report: Report,
 ) -> Artifact:
     """The shards of `merged` at `address`, downloaded now or found finished."""
     return produce(
         address,
-        lambda out: download_images(config, merged.folder, out, processes, threads, report),
+        lambda out: download_images(config, merged.folder, out, crew, report),
     )

@@ -12,8 +12,10 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
+import os
 import resource
 import sys
+from collections.abc import Callable
 from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import Any
 from evaclip_model.config import Config
 from tasks.download.config import DownloadConfig
 from tasks.download.plan import CAPTION_COLUMN, SHARD_DIGITS, URL_COLUMN
+from tasks.download.spread import Distributor
 
 FILES_PER_THREAD = 3
 OTHER_FILES = 256
@@ -39,10 +42,14 @@ class WorkerJob(Config):
     """Folder for tasks/download/counters.py."""
     extra_columns: tuple[str, ...]
     """Columns besides url and caption to keep with every sample."""
+    first_number: int
+    """Number of the first shard."""
     processes: int
     """Downloading processes, each with its own shard."""
     threads: int
     """Connections open at once in each process."""
+    distributor: Distributor
+    """What starts the processes."""
 
 
 def open_files_needed(threads: int) -> int:
@@ -65,8 +72,7 @@ def run(job: WorkerJob) -> None:
         output_format="webdataset",
         processes_count=job.processes,
         thread_count=job.threads,
-        timeout=config.timeout_s,
-        retries=config.retries,
+        distributor=job.distributor,
         image_size=config.image_px,
         resize_mode=config.resize_mode,
         resize_only_if_bigger=config.resize_only_if_bigger,
@@ -80,33 +86,54 @@ def run(job: WorkerJob) -> None:
         min_image_size=config.min_image_px,
         max_image_area=config.max_pixels,
         max_aspect_ratio=config.max_aspect_ratio,
-        user_agent_token=config.user_agent_token,
-        disallowed_header_directives=list(config.disallowed_directives),
         enable_wandb=False,
         incremental_mode="incremental",
     )
 
 
 def _adapted_img2dataset(job: WorkerJob) -> Any:
-    """img2dataset's main module, with our downloader and a cheaper way to start processes."""
-    # The fork server imports while this process does. Processes forked from it start at once and
-    # share its memory; img2dataset's own spawning imports for 5 s and 0.8 GB in each of them.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tasks.download.hardened"])
-    forkserver.ensure_running()
-
-    from tasks.download.fetch import Limits
+    """img2dataset's main module, with our downloader, our numbers and cheaper processes."""
+    if job.distributor == "multiprocessing":
+        _share_imports()
     from tasks.download.hardened import HardenedDownloader
 
     # `import img2dataset.main` would give the function of that name, and patch nothing
     main: Any = importlib.import_module("img2dataset.main")
-    distributor: Any = importlib.import_module("img2dataset.distributor")
-    main.Downloader = partial(
-        HardenedDownloader, limits=Limits.of(job.config), counters=job.counters
-    )
+    main.Downloader = partial(HardenedDownloader, config=job.config, counters=job.counters)
     main.LoggerProcess = _NoLogger
-    distributor.get_context = lambda method: context
+    main.Reader = partial(_numbered_reader, main.Reader, job.first_number)
+    if job.distributor == "pyspark":
+        _open_spark(job.processes)
     return main
+
+
+def _share_imports() -> None:
+    """Fork downloading processes from one that has imported everything, at once and in its memory;
+    img2dataset's own spawning imports for 5 s and 0.8 GB in each of them."""
+    # The fork server imports while this process does.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tasks.download.hardened"])
+    forkserver.ensure_running()
+    distributor: Any = importlib.import_module("img2dataset.distributor")
+    distributor.get_context = lambda method: context
+
+
+def _numbered_reader(reader: Callable[..., Any], first_number: int, *options: Any) -> Any:
+    """img2dataset's reader, counting shards from `first_number`, which is its last option."""
+    return reader(*options[:-1], first_number)
+
+
+def _open_spark(processes: int) -> None:
+    """The session that img2dataset then finds; its own would take 16 GB for the driver.
+
+    A cluster is chosen as for any Spark program: PYSPARK_SUBMIT_ARGS="--master spark://... ".
+    """
+    from pyspark.sql import SparkSession
+
+    builder = SparkSession.builder.appName("evaclip download")
+    if "--master" not in os.environ.get("PYSPARK_SUBMIT_ARGS", ""):
+        builder = builder.master(f"local[{processes}]").config("spark.ui.enabled", "false")
+    builder.getOrCreate()
 
 
 class _NoLogger:

@@ -28,7 +28,7 @@ CHECKED = "checked"
 def verify_shards(
     config: VerifyConfig, downloaded: Path, out: Path, threads: int, report: Report
 ) -> Made:
-    """Write `out/shards.json` from `downloaded/shards/*.tar`.
+    """Write `out/shards.json` from `downloaded/**/shards/*.tar`, all passes of the download.
 
     Args:
         threads: shards looked at at once; decoding and hashing run in parallel.
@@ -36,7 +36,7 @@ def verify_shards(
     Raises:
         InputError: there is no shard that can be trained on.
     """
-    tars = sorted((downloaded / "shards").glob("*.tar"))
+    tars = sorted(downloaded.glob("**/shards/*.tar"))
     if not tars:
         raise InputError(f"{downloaded} holds no shards: download again")
     checked = out / CHECKED

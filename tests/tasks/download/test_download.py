@@ -25,10 +25,11 @@ from evaclip_model.errors import InputError
 from evaclip_model.samples import BrokenShard, read_samples
 from tasks.artifact import Made
 from tasks.download import download as download_module
-from tasks.download.check import check_shard, keep_finished
+from tasks.download.check import check_shard
 from tasks.download.config import DownloadConfig
-from tasks.download.counters import read_counters
-from tasks.download.download import download_images
+from tasks.download.counters import CounterReader
+from tasks.download.download import Crew, download_images
+from tasks.download.ledger import Ledger
 from tasks.download.outcome import Outcome
 from tasks.download.plan import PlannedShard, plan_download
 from tasks.download.worker import open_files_needed
@@ -42,6 +43,7 @@ CONFIG = DownloadConfig(
     max_bytes=100_000,
     retries=1,
     retry_wait_s=0.01,
+    passes=1,
     allowed_networks=("127.0.0.1/32",),
 )
 FAULTS = {
@@ -128,8 +130,7 @@ def run(web, tmp_path_factory: pytest.TempPathFactory) -> Run:
         CONFIG,
         merged,
         out,
-        1,
-        4,
+        Crew(1, 4),
         lambda done, total, detail="": reports.append((done, total, detail)),
     )
     return Run(merged, out, made, reports)
@@ -176,12 +177,12 @@ def test_progress_ends_at_the_number_of_rows(run: Run) -> None:
     done, total, detail = run.reports[-1]
     assert done == total == LAION_ROWS + COYO_ROWS
     assert detail == "58 images"
-    assert any("fetched" in detail for _, _, detail in run.reports)
+    assert any("fetched (" in detail and "URLs/s" in detail for _, _, detail in run.reports)
 
 
 def test_a_second_call_downloads_nothing(run: Run, web) -> None:
     before = web.hits.total()
-    again = download_images(CONFIG, run.merged, run.out, 1, 4, lambda *_: None)
+    again = download_images(CONFIG, run.merged, run.out, Crew(1, 4), lambda *_: None)
     assert web.hits.total() == before
     assert again.counts == run.made.counts
 
@@ -189,7 +190,7 @@ def test_a_second_call_downloads_nothing(run: Run, web) -> None:
 def test_other_options_in_the_same_folder_are_refused(run: Run) -> None:
     other = CONFIG.model_copy(update={"samples_per_shard": 4})
     with pytest.raises(InputError, match="other rows or with other options"):
-        download_images(other, run.merged, run.out, 1, 4, lambda *_: None)
+        download_images(other, run.merged, run.out, Crew(1, 4), lambda *_: None)
 
 
 def test_kill_9_of_the_flow_then_of_a_downloader_gives_the_same_bytes(
@@ -200,9 +201,10 @@ def test_kill_9_of_the_flow_then_of_a_downloader_gives_the_same_bytes(
     code = (
         "import sys; from pathlib import Path\n"
         "from tasks.download.config import DownloadConfig\n"
-        "from tasks.download.download import download_images\n"
+        "from tasks.download.download import Crew, download_images\n"
         "config = DownloadConfig.model_validate_json(sys.argv[1])\n"
-        "download_images(config, Path(sys.argv[2]), Path(sys.argv[3]), 1, 1, lambda *_: None)\n"
+        "merged, out = map(Path, sys.argv[2:])\n"
+        "download_images(config, merged, out, Crew(1, 1), lambda *_: None)\n"
     )
     arguments = [CONFIG.model_dump_json(), str(run.merged), str(out)]
     checkout = Path(download_module.__file__).parents[2]
@@ -222,12 +224,13 @@ def test_kill_9_of_the_flow_then_of_a_downloader_gives_the_same_bytes(
     killed: list[int] = []
 
     def kill_a_downloader(done: float, total: float, detail: str = "") -> None:
-        busy = read_counters(out / ".work" / "counters").busy if not killed else ()
+        counters = out / ".work" / "counters"
+        busy = CounterReader(counters).read().busy if not killed else ()
         for process in busy:
             killed.append(process)
             os.kill(process, signal.SIGKILL)
 
-    made = download_images(CONFIG, run.merged, out, 1, 2, kill_a_downloader)
+    made = download_images(CONFIG, run.merged, out, Crew(1, 2), kill_a_downloader)
     assert killed
     assert not is_left(out)
     assert made.counts == run.made.counts
@@ -248,8 +251,25 @@ def test_a_shard_that_contradicts_its_counts_is_broken(run: Run, tmp_path: Path)
         pass
     with pytest.raises(BrokenShard, match="0 samples in its tar"):
         check_shard(tmp_path, planned)
-    finished, problems = keep_finished(tmp_path, (planned,))
-    assert (finished, len(problems), list(tmp_path.iterdir())) == ([], 1, [])
+
+
+def test_a_checked_shard_is_not_read_again_until_its_files_change(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for path in (run.out / "shards").glob("000000*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    planned, path = PlannedShard(0, "coyo700m", 8), tmp_path / "checked.jsonl"
+    first = Ledger(path, folder).check(planned)
+    with path.open("a") as file:
+        file.write('{"shard": "0000')  # a kill in the middle of a line
+    tar = folder / "000000.tar"
+    content, stat = tar.read_bytes(), tar.stat()
+    tar.write_bytes(bytes(len(content)))
+    os.utime(tar, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert Ledger(path, folder).check(planned) == first, "same sizes and times: not opened"
+    os.utime(tar)
+    with pytest.raises(BrokenShard):
+        Ledger(path, folder).check(planned)
 
 
 def test_too_few_successes_are_refused_and_what_did_well_is_kept(run: Run, tmp_path: Path) -> None:
@@ -258,7 +278,7 @@ def test_too_few_successes_are_refused_and_what_did_well_is_kept(run: Run, tmp_p
     for path in (run.out / "shards").iterdir():
         (tmp_path / "shards" / path.name).write_bytes(path.read_bytes())
     with pytest.raises(InputError, match=r"only 58 of 66 URLs gave an image.*1 not_found"):
-        download_images(strict, run.merged, tmp_path, 1, 4, lambda *_: None)
+        download_images(strict, run.merged, tmp_path, Crew(1, 4), lambda *_: None)
     assert len(list((tmp_path / "shards").glob("*.tar"))) == 9 - 2  # faults are in two shards
 
 
@@ -287,6 +307,10 @@ def test_shards_are_planned_as_img2dataset_numbers_them(small: Path) -> None:
         (lambda t: t.drop_columns(["uid"]), "no column 'uid'"),
         (lambda t: t.slice(0, 0), "holds no rows"),
         (
+            lambda t: t.append_column("width", t["width_hint"]),
+            "column 'width' has the name of one that the download adds",
+        ),
+        (
             lambda t: t.append_column("seen", pa.array([0] * t.num_rows, pa.timestamp("ms"))),
             r"column 'seen' is timestamp\[ms\]",
         ),
@@ -300,6 +324,12 @@ def test_unusable_metadata_are_one_sentence(
         plan_download(small.parents[1], CONFIG)
 
 
+def test_a_hash_column_that_is_not_there_is_named(small: Path) -> None:
+    wrong = CONFIG.model_copy(update={"hash_column": "md5sum"})
+    with pytest.raises(InputError, match=r"no column 'md5sum': set download\.hash_column to"):
+        plan_download(small.parents[1], wrong)
+
+
 def test_an_unreadable_parquet_is_named(small: Path) -> None:
     small.write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"part-00000\.parquet cannot be read as parquet"):
@@ -311,10 +341,10 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_fetched(
 ) -> None:
     wide = CONFIG.model_copy(update={"image_px": 10**8})
     with pytest.raises(InputError, match="GB free: free some space"):
-        download_images(wide, small.parents[1], tmp_path, 1, 4, lambda *_: None)
+        download_images(wide, small.parents[1], tmp_path, Crew(1, 4), lambda *_: None)
 
 
 def test_too_many_threads_for_the_open_files_are_refused(small: Path, tmp_path: Path) -> None:
     threads = 10**9
     with pytest.raises(InputError, match=f"need {open_files_needed(threads)} open files"):
-        download_images(CONFIG, small.parents[1], tmp_path, 1, threads, lambda *_: None)
+        download_images(CONFIG, small.parents[1], tmp_path, Crew(1, threads), lambda *_: None)
