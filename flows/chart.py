@@ -22,6 +22,7 @@ from tasks.download.config import STAGE as DOWNLOAD
 from tasks.evaluate.config import STAGE as EVALUATE
 from tasks.initialise.config import STAGE as INITIALISE
 from tasks.merge.config import STAGE as MERGE
+from tasks.merge.sources import find_metadata, is_url, outside_files, remote_fingerprint
 from tasks.register.config import STAGE as REGISTER
 from tasks.train.config import STAGE as TRAIN
 from tasks.verify.config import STAGE as VERIFY
@@ -77,8 +78,8 @@ def draw_chart(recipe: Recipe, root: Path, tracking_uri: str) -> Chart:
 
     demo = at(DEMO, recipe.demo) if recipe.demo else None
     metadata = {
-        source.name: _origin(source.files, demo, f"merge.sources '{source.name}'")
-        for source in recipe.merge.sources
+        outside.role: _origin(outside.files, demo, f"merge.{outside.where}")
+        for outside in outside_files(recipe.merge)
     }
     merge = at(MERGE, recipe.merge, **metadata)
     download = at(DOWNLOAD, recipe.download, merge=merge.digest)
@@ -106,12 +107,16 @@ def draw_chart(recipe: Recipe, root: Path, tracking_uri: str) -> Chart:
     return Chart(demo, merge, download, verify, initialise, tuple(train), evaluate, register)
 
 
-def find_files(pattern: str, demo: Address | None, where: str) -> list[Path]:
+def find_files(pattern: str, demo: Address | None, where: str) -> list[Path] | list[str]:
     """The files (or the folder) a recipe's pattern names; `demo:` is the demo artifact's folder.
+
+    A URL with wildcards names URLs.
 
     Raises:
         InputError: nothing matches, or `demo:` is used in a recipe without a [demo] table.
     """
+    if is_url(pattern):
+        return find_metadata(pattern, where)
     if pattern.startswith(DEMO_PREFIX):
         if demo is None:
             raise InputError(f"{where}: '{pattern}' needs a [demo] table in the recipe")
@@ -126,5 +131,8 @@ def _origin(pattern: str, demo: Address | None, where: str) -> str:
     """What stands for outside data in a digest: the demo's, or a fingerprint of the files."""
     if pattern.startswith(DEMO_PREFIX) and demo is not None:
         return demo.digest
-    marks = "".join(map(fingerprint, find_files(pattern, demo, where)))
+    files = find_files(pattern, demo, where)
+    if is_url(pattern):
+        return remote_fingerprint([str(url) for url in files])
+    marks = "".join(fingerprint(Path(file)) for file in files)
     return hashlib.sha256(marks.encode()).hexdigest()[:DIGEST_CHARS]

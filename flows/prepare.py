@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 from prefect import flow
 
 from flows.chart import find_files
 from flows.session import open_session
-from tasks.artifact import Address, Artifact
+from tasks.artifact import Artifact
 from tasks.demo.config import DemoConfig
 from tasks.demo.task import demo
 from tasks.demo.web import serving
 from tasks.download.download import Crew
 from tasks.download.task import download
-from tasks.merge.sources import find_metadata, is_url
 from tasks.merge.task import merge
 from tasks.verify.task import verify
 
@@ -33,7 +31,7 @@ def prepare(recipe: str = "demo", overrides: list[str] | None = None) -> Artifac
         if chart.demo and wanted.demo:
             session.make(demo, chart.demo, wanted.demo)
         files = {
-            source.name: _metadata(source.files, chart.demo, f"merge.sources '{source.name}'")
+            source.name: find_files(source.files, chart.demo, f"merge.sources '{source.name}'")
             for source in wanted.merge.sources
         }
         merged = session.make(merge, chart.merge, wanted.merge, files)
@@ -49,11 +47,6 @@ def prepare(recipe: str = "demo", overrides: list[str] | None = None) -> Artifac
         return session.make(
             *(verify, chart.verify, wanted.verify, downloaded), inputs={"downloaded": downloaded}
         )
-
-
-def _metadata(pattern: str, demo: Address | None, where: str) -> list[Path] | list[str]:
-    """The files or URLs of one source."""
-    return find_metadata(pattern, where) if is_url(pattern) else find_files(pattern, demo, where)
 
 
 def _web(demo: DemoConfig | None) -> AbstractContextManager[None]:

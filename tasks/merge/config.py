@@ -1,25 +1,27 @@
 """What a merge is made from: sources, column maps, filters, target counts.
 
 Covers: the pydantic models of the recipe's merge table.
-Not here: any reading of files; see inputs.py and schema.py.
+Not here: any reading of files; see sources.py and schema.py.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from evaclip_model.config import Config
 from tasks.artifact import Stage
+from tasks.merge.withdrawn import why_refused
 
-STAGE = Stage("merge", 1, tools=("duckdb",), ignores=("partitions", "memory_limit"))
+STAGE = Stage("merge", 2, tools=("duckdb",), ignores=("engine", "partitions", "memory_limit"))
 
 Policy = Literal["keep", "drop"]
 
 
 class ColumnMap(Config):
-    """Which column of a source's parquet files plays which part."""
+    """Which column of a source's files plays which part."""
 
     url: str
     """Address of the image; text."""
@@ -38,11 +40,35 @@ class ColumnMap(Config):
     (UNLIKELY, UNSURE, NSFW). One unsafe column makes the row unsafe."""
     watermark: str | None = None
     """Watermark score, 0 to 1."""
+    language: str | None = None
+    """Language of the caption, as the collection writes it; text."""
+    image_hash: str | None = None
+    """Hash of the image's bytes or look (md5, sha256, pHash) in hex, for the hash blocklists."""
 
     @field_validator("unsafe", mode="before")
     @classmethod
     def _one_or_many(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
+
+
+class SidecarConfig(Config):
+    """Files that hold further columns of a source's rows, found by a key."""
+
+    files: str = Field(min_length=1)
+    """Glob of the files, local or a URL."""
+    on: Literal["laion_hash", "url", "id"] = "laion_hash"
+    """What the key is: LAION's 64-bit hash of URL and caption (the source's `hash` column where it
+    has one), the URL as published, or the row id."""
+    key: str = "hash"
+    """The sidecar's column that holds the key."""
+    columns: tuple[str, ...] = Field(min_length=1)
+    """Columns to add, for example punsafe and pwatermark. Rows without a partner get none, and the
+    filter's `unknown_...` policy decides; of several partners the largest value counts."""
+
+    @field_validator("files")
+    @classmethod
+    def _is_published(cls, value: str) -> str:
+        return _not_withdrawn(value)
 
 
 class SourceConfig(Config):
@@ -51,22 +77,72 @@ class SourceConfig(Config):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     """Name in reports, folders and sampling weights, for example laion2b."""
     files: str = Field(min_length=1)
-    """Glob of its parquet files; a leading `demo:` means inside the demo artifact. The flow finds
-    them."""
+    """Glob of its files: local, or a URL (s3://bucket/*.parquet, hf://datasets/owner/name/*); a
+    leading `demo:` means inside the demo artifact."""
+    format: Literal["auto", "parquet", "csv", "jsonl"] = "auto"
+    """What the files are; auto = told from their suffix, before a .gz or .zst."""
     columns: Literal["auto", "laion", "coyo"] | ColumnMap = "auto"
     """Published layout (auto = told from the column names), or an explicit column map."""
+    diff_against: str | None = Field(default=None, min_length=1)
+    """Glob of the cleaned edition's parquet files; rows whose address it lacks are dropped. Old
+    copies of LAION's metadata are refused without it."""
+    own_rows: bool = False
+    """The rows are yours, only their columns have LAION's old names: nothing to compare with."""
+    sidecars: tuple[SidecarConfig, ...] = ()
+    """Files with further columns of the same rows."""
     target_count: int | None = Field(default=None, gt=0)
-    """At most so many rows are selected; none = all that pass."""
+    """At most so many samples are wanted; none = all rows that pass are selected."""
+    expected_success: float = Field(default=1.0, gt=0, le=1)
+    """Share of selected rows that the download is expected to get; target_count divided by it is
+    selected."""
+    skip_count: int = Field(default=0, ge=0)
+    """Back-fill: so many rows at the beginning of the selection order are left out, because an
+    earlier merge with the same seed has given them."""
+
+    @property
+    def wanted_rows(self) -> int | None:
+        """How many rows are selected at most."""
+        return self.target_count and math.ceil(self.target_count / self.expected_success)
+
+    @field_validator("files", "diff_against")
+    @classmethod
+    def _is_published(cls, value: str | None) -> str | None:
+        return value if value is None else _not_withdrawn(value)
+
+
+def _not_withdrawn(files: str) -> str:
+    reason = why_refused(files)
+    if reason:
+        raise ValueError(reason)
+    return files
+
+
+class BlocklistConfig(Config):
+    """Text files with one entry a line; empty lines and lines that begin with # do not count."""
+
+    urls: tuple[str, ...] = ()
+    """URLs, compared after normalisation: scheme, port and escapes do not matter."""
+    domains: tuple[str, ...] = ()
+    """Host names; a name blocks the hosts below it too."""
+    hashes: tuple[str, ...] = ()
+    """Hashes in hex: md5 or sha256 of a URL (as published, or as fetched), or whatever the source's
+    image_hash column holds."""
 
 
 class FilterConfig(Config):
     """Rules a row must pass. A rule without a limit is off; a source is not judged by a rule
     whose column it does not have."""
 
+    blocklists: BlocklistConfig = BlocklistConfig()
+    """What is never fetched."""
     min_caption_chars: int = Field(default=3, ge=1)
     """Shortest caption, in characters after white space is tidied."""
     max_caption_chars: int | None = Field(default=1_000, ge=1)
     """Longest caption, in characters."""
+    languages: tuple[str, ...] = ()
+    """Languages that are kept, as the source writes them; empty = all."""
+    unknown_language: Policy = "keep"
+    """What happens to rows without a language, when it is judged."""
     min_side: int | None = Field(default=None, ge=1)
     """Smallest published side in pixels; unknown sizes (none, 0) pass: the download measures."""
     max_aspect: float | None = Field(default=None, ge=1)
@@ -94,9 +170,10 @@ class FilterConfig(Config):
 
 
 class MergeConfig(Config):
-    """One merge. What decides its result is everything but `partitions` and `memory_limit`."""
+    """One merge. What decides its result is everything but `engine`, `partitions` and
+    `memory_limit`."""
 
-    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    sources: tuple[SourceConfig, ...] = Field(min_length=1, max_length=32)
     """In order of preference: of two rows with the same URL the earlier source's stays."""
     filters: FilterConfig = FilterConfig()
     """Rules before deduplication."""
@@ -105,6 +182,9 @@ class MergeConfig(Config):
     selects the same rows and more."""
     rows_per_file: int = Field(default=10_000, gt=0)
     """Rows of an output file; a multiple of the download's samples_per_shard."""
+    engine: Literal["duckdb", "spark"] = "duckdb"
+    """What deduplicates: DuckDB, partition by partition, or the Spark cluster of the environment
+    (extra `spark`, Java 17). The rows are the same."""
     partitions: int | None = Field(default=None, ge=1, le=4096)
     """Parts the keys are split into, one in memory at a time; none = one for 4 million rows."""
     memory_limit: str = Field(default="2GB", pattern=r"^[0-9]+(\.[0-9]+)? ?([KMGT]i?)?B$")

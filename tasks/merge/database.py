@@ -1,21 +1,26 @@
 """The embedded database a merge runs in.
 
-Covers: opening and closing DuckDB with bounded memory, its statements as files, its errors as
-sentences, and the one function SQL lacks (international host names).
-Not here: what the statements mean; see sql/ and merge.py.
+Covers: opening and closing DuckDB with bounded memory, its reading of URLs through fsspec, its
+statements as files, its errors as sentences, and the functions SQL lacks (international host names,
+LAION's row key).
+Not here: what the statements mean; see sql/ and units.py.
 """
 
 from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import duckdb
+import pyarrow as pa
 
 from evaclip_model.errors import InputError
+from tasks.merge.murmur import laion_hash
+from tasks.merge.sources import file_system, is_url
 
 SQL = Path(__file__).parent / "sql"
 NOT_ABOUT_CONTENT = (
@@ -27,14 +32,17 @@ NOT_ABOUT_CONTENT = (
     duckdb.ParserException,
 )
 """What a damaged file does not cause; damage itself may surface as any other error."""
+PARAMETER = re.compile(r"\$([a-z_]+)")
 ASCII_HOST = re.compile(r"[a-z0-9._-]+")
 
 
 @contextmanager
 def database(
-    spill: Path, memory_limit: str, threads: int | None
+    spill: Path, memory_limit: str, threads: int | None, paths: Iterable[str] = ()
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """An in-memory database that spills to the folder `spill`; closed whatever happens.
+
+    `paths` are what will be read: where they are URLs, fsspec opens them.
 
     Raises:
         InputError: the memory limit is too small for the work.
@@ -59,6 +67,9 @@ def database(
         connection.create_function(
             "idna_host", idna_host, ["VARCHAR"], "VARCHAR", null_handling="special"
         )
+        connection.create_function("laion_hash", _laion_hash, ["VARCHAR"], "BIGINT", type="arrow")
+        for url in {path.partition("://")[0]: path for path in paths if is_url(path)}.values():
+            connection.register_filesystem(file_system(url))
         yield connection
     except duckdb.OutOfMemoryException as error:
         raise InputError(
@@ -79,7 +90,7 @@ def database(
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: str, what: str = "parquet") -> Iterator[None]:
     """Turn the database's complaints about the content of a metadata file into a sentence."""
     try:
         yield
@@ -89,7 +100,7 @@ def reading(path: Path) -> Iterator[None]:
         if _is_disk_full(error):
             raise
         raise InputError(
-            f"{path} cannot be read as parquet: fetch it again or take it out of 'files' "
+            f"{path} cannot be read as {what}: fetch it again or take it out of 'files' "
             f"({_first_line(error)})"
         ) from error
 
@@ -100,6 +111,16 @@ def statement(name: str, **parts: str) -> str:
     for part, replacement in parts.items():
         text = text.replace("{" + part + "}", replacement)
     return text
+
+
+def run(
+    connection: duckdb.DuckDBPyConnection, query: str, parameters: Mapping[str, Any]
+) -> list[tuple[Any, ...]]:
+    """The rows of a statement, given those of the `parameters` that it names."""
+    named = set(PARAMETER.findall(query))
+    wanted = {name: value for name, value in parameters.items() if name in named}
+    found: list[tuple[Any, ...]] = connection.execute(query, wanted).fetchall()
+    return found
 
 
 def copy(query: str, options: str) -> str:
@@ -114,6 +135,10 @@ def idna_host(host: str | None) -> str | None:
     except UnicodeError:
         return None
     return name if ASCII_HOST.fullmatch(name) else None
+
+
+def _laion_hash(texts: pa.ChunkedArray) -> pa.Array:
+    return pa.array(laion_hash(texts.to_pylist()))
 
 
 def _is_disk_full(error: duckdb.Error) -> bool:

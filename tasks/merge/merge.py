@@ -1,21 +1,23 @@
 """Merge metadata collections: filter, normalise, deduplicate, select, write.
 
-Covers: the phases, their order, and what makes them restartable.
-Not here: the rules themselves (sql/), the meaning of columns (schema.py), the settings (config.py).
+Covers: the phases in order, what makes them restartable, the selection, and the totals.
+Not here: the rules (filters.py, sql/), the meaning of columns (schema.py), the settings
+(config.py), one phase's units (units.py), another engine (spark.py).
 
 Memory depends on the size of a partition, never on the number of rows:
 
+    ask     metadata file      -> sidecar keys of its rows, split over partitions
+    tell    sidecar file       -> its keys and columns, split over partitions
+    answer  partition          -> the sidecar's columns for the rows of every file
+    know    cleaned edition    -> keys of the addresses it still has, split over partitions
     scan    metadata file      -> 16-byte keys of passing rows, split over partitions; reasons
     dedupe  partition of keys  -> the row that stays of every address, with its selection rank
     cut     source             -> exact ranks where its selection, and each range of it, ends
     gather  metadata file      -> the selected rows, split over ranges of the selection order
     write   range              -> sorted output files
 
-Rank = md5(seed, key): the `target_count` smallest ranks of a source are selected, so a larger
-count selects the same rows and more, and hosts are mixed along the output.
-
-Each unit of work makes a folder or file beside its place and renames it; a unit whose result is
-there is not done again. Everything temporary is under `out/_tmp`.
+Rank = md5(seed, key): the smallest ranks of a source are selected, so a larger count selects the
+same rows and more, and hosts are mixed along the output. Everything temporary is under `out/_tmp`.
 """
 
 from __future__ import annotations
@@ -24,9 +26,7 @@ import json
 import shutil
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -35,99 +35,43 @@ from duckdb import DuckDBPyConnection
 
 from evaclip_model.errors import InputError
 from tasks.artifact import Made, write_atomically
-from tasks.merge.config import FilterConfig, MergeConfig
-from tasks.merge.database import copy, database, reading, statement
-from tasks.merge.schema import column_map, select_list
+from tasks.merge.config import ColumnMap, MergeConfig, SidecarConfig, SourceConfig
+from tasks.merge.database import database, reading, statement
+from tasks.merge.filters import REASONS
+from tasks.merge.schema import Published, column_map, quoted, select_list
+from tasks.merge.sources import READERS, find_metadata, format_of, identity
+from tasks.merge.units import (
+    PHASES,
+    Chunk,
+    Cut,
+    Edition,
+    MetadataFile,
+    Plan,
+    Sidecar,
+    files_of_range,
+    once,
+    read_cuts,
+    run_chunk,
+    text_of,
+)
 from tasks.progress import Report, silent
 
-Files = Mapping[str, Sequence[Path]]
-"""Source name -> its parquet files, in order."""
-
-REASONS = (
-    "missing_url",
-    "unsupported_url",
-    "missing_caption",
-    "short_caption",
-    "long_caption",
-    "small_image",
-    "extreme_aspect",
-    "low_similarity",
-    "unknown_similarity",
-    "unsafe",
-    "unknown_unsafe",
-    "watermark",
-    "unknown_watermark",
-    "duplicate_in_source",
-    "duplicate_across_sources",
-    "not_selected",
-)
-"""Why a row is dropped: the first rule, in this order, that it fails."""
+Files = Mapping[str, Sequence[Path | str]]
+"""Source name -> its files or URLs, in order."""
+Runner = Callable[[Sequence[Chunk]], Iterator[int]]
+"""Does the chunks of one phase, here or elsewhere; yields the number of every unit that is done."""
 
 REPORT = "report.json"
-KNOWN_TAGS = ("UNLIKELY", "UNSURE", "NSFW")
 ROWS_PER_PARTITION = 4_000_000
-ROWS_PER_RANGE = 1_000_000
 BUCKETS = 1 << 16
-SHARE_OF_TIME = {"scan": 0.5, "dedupe": 0.2, "gather": 0.2, "write": 0.1}
+MOST_CHUNKS = 500
+"""Of one phase: more tasks than this only cost the orchestrator."""
 
 
-@dataclass(frozen=True)
-class MetadataFile:
-    """One input file: what to read of it, and how many rows it must give."""
-
-    number: int
-    """Place among all files of the merge."""
-    path: Path
-    source: int
-    """Place of its source in the config."""
-    columns: str
-    """Select list that gives it the common columns."""
-    rows: int
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How many rows of a source are selected, and the last rank of each range of them."""
-
-    selected: int
-    last_ranks: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Merge:
-    """Everything the phases share; nothing of it changes while they run."""
-
-    config: MergeConfig
-    out: Path
-    files: tuple[MetadataFile, ...]
-    connection: DuckDBPyConnection
-    report: Report
-
-    @property
-    def temporary(self) -> Path:
-        return self.out / "_tmp"
-
-    @property
-    def rows(self) -> int:
-        return sum(file.rows for file in self.files)
-
-    @property
-    def partitions(self) -> int:
-        return self.config.partitions or -(-self.rows // ROWS_PER_PARTITION)
-
-    @property
-    def rows_per_range(self) -> int:
-        """A multiple of the rows of a file, so that every file lies in one range."""
-        return max(1, ROWS_PER_RANGE // self.config.rows_per_file) * self.config.rows_per_file
-
-    def of_source(self, source: int) -> list[MetadataFile]:
-        return [file for file in self.files if file.source == source]
-
-    def progress(self, phase: str, share: float, detail: str) -> None:
-        phases = list(SHARE_OF_TIME)
-        before = sum(SHARE_OF_TIME[name] for name in phases[: phases.index(phase)])
-        done = (before + share * SHARE_OF_TIME[phase]) * self.rows
-        self.report(round(done), self.rows, f"{phase}: {detail}")
+def one_after_another(chunks: Sequence[Chunk]) -> Iterator[int]:
+    """The `Runner` of one process: the database's own threads do the work side by side."""
+    for chunk in chunks:
+        yield from run_chunk(chunk)
 
 
 def merge_sources(
@@ -137,32 +81,61 @@ def merge_sources(
     report: Report = silent,
     *,
     threads: int | None = None,
+    run: Runner = one_after_another,
+    chunks: int = 1,
+    memory_limit: str | None = None,
 ) -> Made:
     """Merge `files` into `out/<source>/part-*.parquet` and `out/report.json`.
 
-    `threads` (none = every core) never changes the result. Columns of the output: uid (md5 of
-    address and caption, hex), source, url, caption, original_id, similarity, width_hint and
-    height_hint; rows in selection order, `rows_per_file` in every file but a source's last.
+    `run`, `chunks` (into how many each phase is cut, at most 500), and `threads` and `memory_limit`
+    of one chunk's database (none = every core, the config's limit) never change the result.
+    Columns of the output: uid (md5 of address and caption, hex), source, url, caption, original_id,
+    similarity, width_hint, height_hint, and also_in (other sources that have the address, with
+    commas); rows in selection order, `rows_per_file` in every file but a source's last.
 
     Raises:
         InputError: a source has no file, a file cannot be read or lacks a column, or a source gives
             no row.
     """
-    temporary = out / "_tmp"
     _forget_other_work(out, config, files)
-    with database(temporary / "spill", config.memory_limit, threads) as connection:
-        work = Merge(config, out, _inspect(connection, config, files), connection, report)
-        _scan(work)
-        _dedupe(work)
-        dropped = _count_reasons(work)
-        cuts = _cut(work, dropped)
-        _gather(work, cuts)
-        parts = _write(work, cuts)
-        totals = _totals(work, dropped, cuts)
-        _check_output(work, parts, cuts)
+    plan = make_plan(config, files, out, threads, memory_limit or config.memory_limit)
+    if config.engine == "spark":
+        from tasks.merge.spark import run_with_spark  # an extra that few installations have
+
+        run_with_spark(plan, lambda done, detail: report(done * plan.rows, plan.rows, detail))
+    else:
+        names = list(PHASES)
+        _run_phases(plan, names[: names.index("gather")], run, chunks, report)
+        save_cuts(plan)
+        _run_phases(plan, names[names.index("gather") :], run, chunks, report)
+    with database(plan.temporary / "spill", plan.memory_limit, threads) as connection:
+        cuts = read_cuts(plan)
+        totals = _totals(connection, plan, cuts)
+        parts = [path for range_ in plan.ranges() for path in files_of_range(plan, *range_)]
+        written = _rows_in(connection, text_of(parts))
+    if written != sum(cut.selected for cut in cuts):
+        raise RuntimeError(f"{sum(cut.selected for cut in cuts)} rows selected, {written} written")
     write_atomically(out / REPORT, json.dumps(totals, indent=1) + "\n")
-    shutil.rmtree(temporary)
+    shutil.rmtree(plan.temporary)
+    report(plan.rows, plan.rows, "merged")
     return Made(_flat_counts(totals), (*parts, out / REPORT))
+
+
+def _run_phases(plan: Plan, names: Iterable[str], run: Runner, chunks: int, report: Report) -> None:
+    for name in names:
+        before = sum(PHASES[other].share for other in list(PHASES)[: list(PHASES).index(name)])
+        units = PHASES[name].count(plan)
+        detail = f"{name}: %d of {units}"
+        report(round(before * plan.rows), plan.rows, detail % 0)
+        for done, _ in enumerate(run(_in_chunks(plan, name, units, chunks)), 1):
+            share = before + PHASES[name].share * done / units
+            report(round(share * plan.rows), plan.rows, detail % done)
+
+
+def _in_chunks(plan: Plan, phase: str, units: int, chunks: int) -> list[Chunk]:
+    """Every n-th unit each, so that large files that lie together are shared out."""
+    apart = min(chunks, units, MOST_CHUNKS)
+    return [Chunk(plan, phase, tuple(range(first, units, apart))) for first in range(apart)]
 
 
 def _forget_other_work(out: Path, config: MergeConfig, files: Files) -> None:
@@ -171,10 +144,7 @@ def _forget_other_work(out: Path, config: MergeConfig, files: Files) -> None:
     wanted = json.dumps(
         {
             "config": config.model_dump(mode="json", exclude={"memory_limit"}),
-            "files": {
-                name: [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-                for name, paths in files.items()
-            },
+            "files": {name: [identity(str(path)) for path in files[name]] for name in files},
         },
         sort_keys=True,
     )
@@ -186,257 +156,258 @@ def _forget_other_work(out: Path, config: MergeConfig, files: Files) -> None:
     write_atomically(plan, wanted)
 
 
+def make_plan(
+    config: MergeConfig, files: Files, out: Path, threads: int | None, memory_limit: str
+) -> Plan:
+    """Schema and row count of every file, before any of the long work.
+
+    Raises:
+        InputError: a file cannot be read, lacks a column, or is withdrawn; a source is empty.
+    """
+    sidecars = tuple(
+        Sidecar(number, place, sidecar, tuple(find_metadata(sidecar.files, f"sidecar of {name}")))
+        for number, (name, source) in enumerate((s.name, s) for s in config.sources)
+        for place, sidecar in enumerate(source.sidecars)
+    )
+    outside = [str(path) for paths in files.values() for path in paths]
+    compared = [source.diff_against for source in config.sources if source.diff_against]
+    outside += [path for sidecar in sidecars for path in sidecar.paths] + compared
+    spill = out / "_tmp" / "spill"
+    with database(spill, memory_limit, threads, outside) as connection:
+        added = {
+            (sidecar.source, sidecar.place): _sidecar_columns(connection, config, sidecar)
+            for sidecar in sidecars
+        }
+        found: list[MetadataFile] = []
+        for number, source in enumerate(config.sources):
+            if not files.get(source.name):
+                raise InputError(f"source '{source.name}': no file matches '{source.files}'")
+            extra = {
+                name: kind
+                for (at, _), columns in added.items()
+                if at == number
+                for name, kind in columns.items()
+            }
+            for path in map(str, files[source.name]):
+                found.append(
+                    _inspect(connection, len(found), path, number, source, extra, out / "_tmp")
+                )
+            if not any(file.rows for file in found if file.source == number):
+                raise InputError(
+                    f"source '{source.name}' is empty: '{source.files}' has "
+                    f"{len(files[source.name])} file(s) without a single row; put its metadata "
+                    "there or remove the source"
+                )
+        editions = _editions(connection, config)
+    rows = sum(file.rows for file in found)
+    partitions = config.partitions or -(-rows // ROWS_PER_PARTITION)
+    return Plan(config, out, tuple(found), sidecars, editions, partitions, threads, memory_limit)
+
+
 def _inspect(
-    connection: DuckDBPyConnection, config: MergeConfig, files: Files
-) -> tuple[MetadataFile, ...]:
-    """Schema and row count of every file, before any of the long work."""
-    found: list[MetadataFile] = []
+    connection: DuckDBPyConnection,
+    number: int,
+    path: str,
+    source_number: int,
+    source: SourceConfig,
+    extra: Published,
+    temporary: Path,
+) -> MetadataFile:
+    kind = format_of(path, source)
+    if kind != "parquet":
+        converted = temporary / "converted" / f"{number:06d}"
+        with reading(path, kind):
+            once(converted, lambda folder: _convert(connection, READERS[kind], path, folder))
+        path = str(converted / "rows.parquet")
+    own = _published(connection, path)
+    with reading(path):
+        rows = _rows_in(connection, [path])
+    published = {**own, **extra}
+    columns = column_map(source, published, path)
+    keys = tuple(_sidecar_key(sidecar, columns, own) for sidecar in source.sidecars)
+    select = select_list(columns, published)
+    return MetadataFile(number, path, source_number, select, keys, rows)
+
+
+def _convert(connection: DuckDBPyConnection, reader: str, path: str, folder: Path) -> None:
+    """Rows of a text file as parquet, in order: rows are told apart by their numbers."""
+    connection.execute("SET preserve_insertion_order = true")
+    connection.execute(
+        f"COPY (SELECT * FROM {reader}) TO $target (FORMAT parquet)",
+        {"path": path, "target": str(folder / "rows.parquet")},
+    )
+    connection.execute("SET preserve_insertion_order = false")
+
+
+def _published(connection: DuckDBPyConnection, path: str) -> dict[str, str]:
+    with reading(path):
+        description = connection.execute(
+            f"DESCRIBE SELECT * FROM {READERS['parquet']}", {"path": path}
+        ).fetchall()
+    return {name: kind for name, kind, *_ in description}
+
+
+def _sidecar_columns(
+    connection: DuckDBPyConnection, config: MergeConfig, sidecar: Sidecar
+) -> dict[str, str]:
+    source = config.sources[sidecar.source].name
+    published = _published(connection, sidecar.paths[0])
+    for path in sidecar.paths:
+        columns = _published(connection, path)
+        for name in (sidecar.config.key, *sidecar.config.columns):
+            if name not in columns:
+                raise InputError(
+                    f"{path}: sidecar of source '{source}' has no column '{name}'; "
+                    f"its columns are {', '.join(columns)}"
+                )
+    return {name: published[name] for name in sidecar.config.columns}
+
+
+def _sidecar_key(sidecar: SidecarConfig, columns: ColumnMap, published: Published) -> str:
+    """SQL of a row's key in a sidecar."""
+    if sidecar.on == "url":
+        return quoted(columns.url)
+    if sidecar.on == "id":
+        return quoted(columns.id) if columns.id else "NULL"
+    if "hash" in published:
+        return quoted("hash")
+    text = " || ".join(f"coalesce({quoted(name)}, '')" for name in (columns.url, columns.caption))
+    return f"laion_hash({text})"
+
+
+def _editions(connection: DuckDBPyConnection, config: MergeConfig) -> tuple[Edition, ...]:
+    compared: dict[str, list[int]] = {}
     for number, source in enumerate(config.sources):
-        if not files.get(source.name):
-            raise InputError(f"source '{source.name}': no file matches '{source.files}'")
-        for path in files[source.name]:
-            with reading(path):
-                description = connection.execute(
-                    "DESCRIBE SELECT * FROM read_parquet($path, hive_partitioning = false)",
-                    {"path": str(path)},
-                ).fetchall()
-                rows = _rows_in(connection, [path])
-            published = {name: kind for name, kind, *_ in description}
-            columns = select_list(column_map(source, published, path), published)
-            found.append(MetadataFile(len(found), path, number, columns, rows))
-        if not any(file.rows for file in found if file.source == number):
-            raise InputError(
-                f"source '{source.name}' is empty: '{source.files}' has {len(files[source.name])} "
-                "file(s) without a single row; put its metadata there or remove the source"
-            )
-    return tuple(found)
+        if source.diff_against:
+            compared.setdefault(source.diff_against, []).append(number)
+    editions = []
+    for pattern, sources in compared.items():
+        cleaned = SourceConfig(name="cleaned", files=pattern)
+        paths = find_metadata(pattern, "diff_against")
+        columns = [column_map(cleaned, _published(connection, path), path) for path in paths]
+        urls = [column.url for column in columns]
+        editions.append(Edition(tuple(sources), tuple(zip(paths, urls, strict=True))))
+    return tuple(editions)
 
 
-def _scan(work: Merge) -> None:
-    for file in work.files:
-        work.progress("scan", file.number / len(work.files), file.path.name)
-        _once(work.temporary / "keys" / f"{file.number:06d}", partial(_scan_file, work, file))
-
-
-def _scan_file(work: Merge, file: MetadataFile, folder: Path) -> None:
-    query = statement("scan", normalise=statement("normalise"), columns=file.columns)
-    with reading(file.path):
-        work.connection.execute(
-            copy(query, "PARTITION_BY (part)"),
-            {
-                **_rule_parameters(work.config.filters),
-                "path": str(file.path),
-                "source": file.source,
-                "file": file.number,
-                "partitions": work.partitions,
-                "target": str(folder),
-            },
-        )
-
-
-def _dedupe(work: Merge) -> None:
-    for part in range(work.partitions):
-        work.progress("dedupe", part / work.partitions, f"part {part + 1} of {work.partitions}")
-        keys = sorted(work.temporary.glob(f"keys/*/part={part}/*.parquet"))
-        if keys:
-            _once(
-                work.temporary / "kept" / f"{part:06d}",
-                partial(_dedupe_partition, work, keys),
-            )
-
-
-def _dedupe_partition(work: Merge, keys: Sequence[Path], folder: Path) -> None:
-    connection = work.connection
-    connection.execute(statement("dedupe"), {"paths": _text(keys), "seed": work.config.seed})
-    connection.execute(
-        copy("SELECT source, reason, count(*) AS rows FROM deduped GROUP BY ALL", "CODEC zstd"),
-        {"target": str(folder / "reasons.parquet")},
-    )
-    connection.execute(
-        copy(
-            "SELECT source, ('0x' || left(rank::VARCHAR, 4))::INTEGER AS bucket, "
-            "count(*) AS rows FROM deduped WHERE reason IS NULL GROUP BY ALL",
-            "CODEC zstd",
-        ),
-        {"target": str(folder / "histogram.parquet")},
-    )
-    (folder / "rows").mkdir()
-    connection.execute(
-        copy(
-            "SELECT file, row_in_file, rank FROM deduped WHERE reason IS NULL",
-            "PARTITION_BY (file)",
-        ),
-        {"target": str(folder / "rows")},
-    )
-    connection.execute("DROP TABLE deduped")
-
-
-def _count_reasons(work: Merge) -> list[Counter[str]]:
+def dropped_rows(connection: DuckDBPyConnection, plan: Plan) -> list[Counter[str]]:
     """Dropped rows of every source by reason, before selection."""
-    counts = [Counter[str]() for _ in work.config.sources]
-    rejected = sorted(work.temporary.glob("keys/*/part=-1/*.parquet"))
-    duplicates = sorted(work.temporary.glob("kept/*/reasons.parquet"))
+    counts = [Counter[str]() for _ in plan.config.sources]
+    rejected = sorted(plan.temporary.glob("keys/*/part=-1/*.parquet"))
+    duplicates = sorted(plan.temporary.glob("kept/*/reasons.parquet"))
     for paths, number in ((rejected, "count(*)"), (duplicates, "sum(rows)")):
         if paths:
-            for source, reason, rows in work.connection.execute(
+            for source, reason, rows in connection.execute(
                 f"SELECT source, reason, {number} FROM read_parquet($paths, "
                 "hive_partitioning = false) WHERE reason IS NOT NULL GROUP BY ALL",
-                {"paths": _text(paths)},
+                {"paths": text_of(paths)},
             ).fetchall():
                 counts[source][reason] += int(rows)
     return counts
 
 
-def _cut(work: Merge, dropped: Sequence[Counter[str]]) -> list[Cut]:
-    """Select: where each source's selection ends in rank order, and the ranges it is written in.
+def save_cuts(plan: Plan) -> None:
+    """Select: save where each source's selection ends in rank order, and the ranges it has.
 
     Raises:
         InputError: a source has no row left.
     """
-    for source, (settings, reasons) in enumerate(zip(work.config.sources, dropped, strict=True)):
-        rows = sum(file.rows for file in work.of_source(source))
-        if reasons.total() == rows:
-            main, number = reasons.most_common(1)[0]
-            raise InputError(
-                f"source '{settings.name}' has no row left of {rows}: most ({number}) were "
-                f"dropped as {main}; check [merge.filters] and the source's columns"
-            )
-    saved = work.temporary / "cuts.json"
-    if not saved.is_file():
-        cuts = [_cut_source(work, source) for source in range(len(work.config.sources))]
-        write_atomically(saved, json.dumps([[cut.selected, cut.last_ranks] for cut in cuts]))
-    return [Cut(selected, tuple(ranks)) for selected, ranks in json.loads(saved.read_text())]
+    saved = plan.temporary / "cuts.json"
+    if saved.is_file():
+        return
+    with database(plan.temporary / "spill", plan.memory_limit, plan.threads) as connection:
+        for source, reasons in enumerate(dropped_rows(connection, plan)):
+            _check_something_is_left(plan, source, reasons)
+        cuts = [_cut_source(connection, plan, source) for source in range(len(plan.config.sources))]
+    write_atomically(saved, json.dumps([[cut.selected, cut.after, cut.last_ranks] for cut in cuts]))
 
 
-def _cut_source(work: Merge, source: int) -> Cut:
+def _check_something_is_left(plan: Plan, source: int, reasons: Counter[str]) -> None:
+    settings = plan.config.sources[source]
+    rows = sum(file.rows for file in plan.of_source(source))
+    survivors = rows - reasons.total()
+    if survivors == 0:
+        main, number = reasons.most_common(1)[0]
+        raise InputError(
+            f"source '{settings.name}' has no row left of {rows}: most ({number}) were "
+            f"dropped as {main}; check [merge.filters] and the source's columns"
+        )
+    if survivors <= settings.skip_count:
+        raise InputError(
+            f"source '{settings.name}' has no row left: {survivors} pass, and skip_count = "
+            f"{settings.skip_count} leaves them out; there is nothing to fill back with"
+        )
+
+
+def _cut_source(connection: DuckDBPyConnection, plan: Plan, source: int) -> Cut:
     histogram = [0] * BUCKETS
-    for bucket, rows in work.connection.execute(
+    for bucket, rows in connection.execute(
         "SELECT bucket, sum(rows) FROM read_parquet($paths, hive_partitioning = false) "
         "WHERE source = $source GROUP BY bucket",
-        {"paths": _text(sorted(work.temporary.glob("kept/*/histogram.parquet"))), "source": source},
+        {
+            "paths": text_of(sorted(plan.temporary.glob("kept/*/histogram.parquet"))),
+            "source": source,
+        },
     ).fetchall():
         histogram[bucket] = int(rows)
+    kept = [
+        path
+        for file in plan.of_source(source)
+        for path in sorted(plan.temporary.glob(f"kept/*/rows/file={file.number}/*.parquet"))
+    ]
+
+    def ranks_at(buckets: Sequence[int], places: Sequence[int]) -> list[str]:
+        return [
+            rank
+            for (rank,) in connection.execute(
+                statement("cut"),
+                {"buckets": list(buckets), "places": list(places), "paths": text_of(kept)},
+            ).fetchall()
+        ]
+
+    return cut_at(plan, source, histogram, ranks_at)
+
+
+def cut_at(
+    plan: Plan,
+    source: int,
+    histogram: Sequence[int],
+    ranks_at: Callable[[Sequence[int], Sequence[int]], list[str]],
+) -> Cut:
+    """The cut of a source: how many of its rows are selected, and the ranks that bound them.
+
+    Args:
+        histogram: survivors by the first 16 bits of their rank.
+        ranks_at: (buckets, places in them from 1) -> the ranks there, in order.
+    """
+    settings = plan.config.sources[source]
     up_to = list(accumulate(histogram))
-    target = work.config.sources[source].target_count
-    selected = up_to[-1] if target is None else min(target, up_to[-1])
-    ends = [*range(work.rows_per_range, selected, work.rows_per_range), selected]
+    first = settings.skip_count
+    left = up_to[-1] - first
+    selected = left if settings.wanted_rows is None else min(settings.wanted_rows, left)
+    steps = [*range(plan.rows_per_range, selected, plan.rows_per_range), selected]
+    ends = [*([first] if first else []), *(first + step for step in steps)]
     buckets = [bisect_left(up_to, end) for end in ends]
     places = [
         end - (up_to[bucket] - histogram[bucket]) for end, bucket in zip(ends, buckets, strict=True)
     ]
-    kept = [
-        path
-        for file in work.of_source(source)
-        for path in sorted(work.temporary.glob(f"kept/*/rows/file={file.number}/*.parquet"))
-    ]
-    ranks = work.connection.execute(
-        statement("cut"), {"buckets": buckets, "places": places, "paths": _text(kept)}
-    ).fetchall()
+    ranks = ranks_at(buckets, places)
     if len(ranks) != len(ends):
         raise RuntimeError(f"{len(ends)} cuts wanted, {len(ranks)} found")
-    return Cut(selected, tuple(rank for (rank,) in ranks))
+    return Cut(selected, ranks[0] if first else None, tuple(ranks[1 if first else 0 :]))
 
 
-def _gather(work: Merge, cuts: Sequence[Cut]) -> None:
-    for file in work.files:
-        work.progress("gather", file.number / len(work.files), file.path.name)
-        kept = sorted(work.temporary.glob(f"kept/*/rows/file={file.number}/*.parquet"))
-        if kept:
-            _once(
-                work.temporary / "rows" / f"{file.number:06d}",
-                partial(_gather_file, work, file, kept, cuts[file.source]),
-            )
-
-
-def _gather_file(
-    work: Merge, file: MetadataFile, kept: Sequence[Path], cut: Cut, folder: Path
-) -> None:
-    query = statement("gather", normalise=statement("normalise"), columns=file.columns)
-    with reading(file.path):
-        work.connection.execute(
-            copy(query, "CODEC zstd, PARTITION_BY (part)"),
-            {
-                "path": str(file.path),
-                "kept": _text(kept),
-                "last_ranks": list(cut.last_ranks),
-                "source": work.config.sources[file.source].name,
-                "target": str(folder),
-            },
-        )
-
-
-def _write(work: Merge, cuts: Sequence[Cut]) -> list[Path]:
-    """Write every range's files; its gathered rows go once they are no longer needed."""
-    per_file = work.config.rows_per_file
-    ranges = sum(len(cut.last_ranks) for cut in cuts)
-    parts: list[Path] = []
-    done = 0
-    for source, cut in enumerate(cuts):
-        folder = work.out / work.config.sources[source].name
-        folder.mkdir(exist_ok=True)
-        digits = max(5, len(str(cut.selected // per_file)))
-        for number in range(len(cut.last_ranks)):
-            first = number * work.rows_per_range
-            last = min(first + work.rows_per_range, cut.selected)
-            wanted = {
-                folder / f"part-{start // per_file:0{digits}d}.parquet": start - first
-                for start in range(first, last, per_file)
-            }
-            work.progress("write", done / ranges, folder.name)
-            _write_range(work, source, number, wanted)
-            parts += wanted
-            done += 1
-    work.report(work.rows, work.rows, "merged")
-    return parts
-
-
-def _write_range(work: Merge, source: int, number: int, wanted: Mapping[Path, int]) -> None:
-    folders = [
-        work.temporary / "rows" / f"{file.number:06d}" / f"part={number}"
-        for file in work.of_source(source)
-    ]
-    missing = {path: start for path, start in wanted.items() if not path.is_file()}
-    if missing:
-        gathered = [path for folder in folders for path in sorted(folder.glob("*.parquet"))]
-        work.connection.execute(statement("order"), {"paths": _text(gathered)})
-        for path, start in missing.items():
-            beside = work.temporary / path.name
-            work.connection.execute(
-                copy(statement("write"), "CODEC zstd"),
-                {
-                    "first": start,
-                    "last": start + work.config.rows_per_file,
-                    "target": str(beside),
-                },
-            )
-            beside.replace(path)
-        work.connection.execute("DROP TABLE ordered")
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _totals(
-    work: Merge, dropped: Sequence[Counter[str]], cuts: Sequence[Cut]
-) -> dict[str, list[dict[str, Any]] | dict[str, Any]]:
-    """The report: every row read is selected or in exactly one bucket.
-
-    Raises:
-        RuntimeError: the rows do not add up; a bug, never the user's doing.
-    """
+def _totals(connection: DuckDBPyConnection, plan: Plan, cuts: Sequence[Cut]) -> dict[str, Any]:
     sources: list[dict[str, Any]] = []
-    for number, settings in enumerate(work.config.sources):
-        reasons = dropped[number]
-        read = sum(file.rows for file in work.of_source(number))
+    overlaps = _overlaps(connection, plan)
+    for number, (settings, dropped) in enumerate(
+        zip(plan.config.sources, dropped_rows(connection, plan), strict=True)
+    ):
+        read = sum(file.rows for file in plan.of_source(number))
         selected = cuts[number].selected
-        survivors = work.connection.execute(
-            "SELECT coalesce(sum(rows), 0) FROM read_parquet($paths, hive_partitioning = false) "
-            "WHERE source = $source AND reason IS NULL",
-            {
-                "paths": _text(sorted(work.temporary.glob("kept/*/reasons.parquet"))),
-                "source": number,
-            },
-        ).fetchall()
-        reasons = reasons + Counter({"not_selected": int(survivors[0][0]) - selected})
+        survivors = _survivors(connection, plan, number)
+        given = min(settings.skip_count, survivors)
+        reasons = dropped + Counter(given_before=given, not_selected=survivors - given - selected)
         if reasons.total() + selected != read or not set(reasons) <= set(REASONS):
             raise RuntimeError(
                 f"source '{settings.name}': {selected} selected and {reasons.total()} dropped "
@@ -445,11 +416,12 @@ def _totals(
         sources.append(
             {
                 "name": settings.name,
-                "files": len(work.of_source(number)),
+                "files": len(plan.of_source(number)),
                 "target_count": settings.target_count,
                 "rows_read": read,
                 "selected": selected,
                 "dropped": {reason: reasons[reason] for reason in REASONS},
+                "also_in": overlaps[number],
             }
         )
     total = {
@@ -462,11 +434,30 @@ def _totals(
     return {"total": total, "sources": sources}
 
 
-def _check_output(work: Merge, parts: Sequence[Path], cuts: Sequence[Cut]) -> None:
-    written = _rows_in(work.connection, parts)
-    selected = sum(cut.selected for cut in cuts)
-    if written != selected:
-        raise RuntimeError(f"{selected} rows selected, {written} written")
+def _survivors(connection: DuckDBPyConnection, plan: Plan, source: int) -> int:
+    found = connection.execute(
+        "SELECT coalesce(sum(rows), 0) FROM read_parquet($paths, hive_partitioning = false) "
+        "WHERE source = $source",
+        {
+            "paths": text_of(sorted(plan.temporary.glob("kept/*/histogram.parquet"))),
+            "source": source,
+        },
+    ).fetchall()
+    return int(found[0][0])
+
+
+def _overlaps(connection: DuckDBPyConnection, plan: Plan) -> list[dict[str, int]]:
+    """Of every source: how many of its surviving addresses each later source has too."""
+    counts = [Counter[str]() for _ in plan.config.sources]
+    for source, others, rows in connection.execute(
+        "SELECT source, others, sum(rows) FROM read_parquet($paths, hive_partitioning = false) "
+        "WHERE reason IS NULL GROUP BY ALL",
+        {"paths": text_of(sorted(plan.temporary.glob("kept/*/reasons.parquet")))},
+    ).fetchall():
+        for number, other in enumerate(plan.config.sources):
+            if others >> number & 1:
+                counts[source][other.name] += int(rows)
+    return [{name: count[name] for name in sorted(count)} for count in counts]
 
 
 def _flat_counts(totals: Mapping[str, Any]) -> dict[str, int]:
@@ -485,29 +476,8 @@ def _flat_counts(totals: Mapping[str, Any]) -> dict[str, int]:
     return counts
 
 
-def _rule_parameters(filters: FilterConfig) -> dict[str, Any]:
-    return {**filters.model_dump(), "known_tags": [*KNOWN_TAGS, *filters.unsafe_tags]} | {
-        "unsafe_tags": list(filters.unsafe_tags)
-    }
-
-
-def _rows_in(connection: DuckDBPyConnection, paths: Sequence[Path]) -> int:
+def _rows_in(connection: DuckDBPyConnection, paths: Sequence[str]) -> int:
     found = connection.execute(
-        "SELECT sum(num_rows) FROM parquet_file_metadata($paths)", {"paths": _text(paths)}
+        "SELECT sum(num_rows) FROM parquet_file_metadata($paths)", {"paths": list(paths)}
     ).fetchall()
     return int(found[0][0])
-
-
-def _once(folder: Path, make: Callable[[Path], None]) -> None:
-    """Call `make` on a folder beside `folder` and rename it, unless `folder` is there."""
-    if folder.is_dir():
-        return
-    beside = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    make(beside)
-    beside.rename(folder)
-
-
-def _text(paths: Iterable[Path]) -> list[str]:
-    return [str(path) for path in paths]

@@ -1,7 +1,7 @@
 """What the columns of a metadata file mean.
 
-Covers: telling the published layouts apart by their column names, checking a column map against a
-file, and the SQL select list that gives every layout the same columns.
+Covers: telling the published layouts apart by their column names, refusing withdrawn ones, checking
+a column map against a file, and the SQL select list that gives every layout the same columns.
 Not here: reading files; rules on values.
 
 Layouts: LAION-400M, LAION-2B-en and their joined editions (URL, TEXT), Re-LAION (url, caption),
@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from evaclip_model.errors import InputError
 from tasks.merge.config import ColumnMap, SourceConfig
+from tasks.merge.withdrawn import CLEANED, is_old_edition
 
 Published = Mapping[str, str]
 """Column name -> DuckDB type, as found in a file."""
@@ -29,6 +29,8 @@ LAION: Mapping[str, tuple[str, ...]] = {
     "similarity": ("similarity",),
     "unsafe": ("punsafe", "NSFW"),
     "watermark": ("pwatermark",),
+    "language": ("LANGUAGE", "language"),
+    "image_hash": ("md5", "sha256"),
 }
 COYO: Mapping[str, tuple[str, ...]] = {
     "url": ("url",),
@@ -39,6 +41,7 @@ COYO: Mapping[str, tuple[str, ...]] = {
     "similarity": ("clip_similarity_vitb32", "clip_similarity_vitl14"),
     "unsafe": ("nsfw_score_opennsfw2", "nsfw_score_gantman"),
     "watermark": ("watermark_score",),
+    "image_hash": ("image_phash",),
 }
 ONLY_IN_COYO = {"image_phash", "clip_similarity_vitb32", "nsfw_score_opennsfw2"}
 INTEGERS = {
@@ -46,14 +49,24 @@ INTEGERS = {
 }
 NUMBERS = INTEGERS | {"HUGEINT", "FLOAT", "DOUBLE"}
 TEXT = "VARCHAR"
+TEXTS = ("url", "caption", "language", "image_hash")
+"""Parts that only text can play."""
 
 
-def column_map(source: SourceConfig, published: Published, file: Path) -> ColumnMap:
+def column_map(source: SourceConfig, published: Published, file: str) -> ColumnMap:
     """The column map of one file: the source's own, or the published layout's.
 
     Raises:
-        InputError: a column is missing or of a type that cannot play its part.
+        InputError: a column is missing or of a type that cannot play its part, or the file is an
+            old copy of a withdrawn collection and there is nothing to compare it with.
     """
+    if is_old_edition(published) and not (source.diff_against or source.own_rows):
+        raise InputError(
+            f"{file}: source '{source.name}' has the columns of LAION's metadata of before "
+            "December 2023, withdrawn because it held links to suspected child sexual abuse "
+            f"material: use {CLEANED}, or set diff_against to its files to keep only what it "
+            "still has (own_rows = true if the rows are not LAION's)"
+        )
     chosen = source.columns
     if not isinstance(chosen, ColumnMap):
         is_coyo = chosen == "coyo" or (chosen == "auto" and not ONLY_IN_COYO.isdisjoint(published))
@@ -78,8 +91,8 @@ def select_list(columns: ColumnMap, published: Published) -> str:
 
     raw_url, raw_caption, original_id: text; width, height: BIGINT, none when not positive;
     similarity: DOUBLE, none outside -1 to 1; watermark: DOUBLE and unsafe_scores: DOUBLE[], none
-    when not finite; unsafe_tags: VARCHAR[], upper case, '' when missing; has_*: whether there is
-    such a column.
+    when not finite; unsafe_tags: VARCHAR[], upper case, '' when missing; language, image_hash:
+    text; has_*: whether there is such a column.
     """
     tags = [name for name in columns.unsafe if published[name] == TEXT]
     scores = [_number(name) for name in columns.unsafe if published[name] != TEXT]
@@ -93,6 +106,9 @@ def select_list(columns: ColumnMap, published: Published) -> str:
         "watermark": _number(columns.watermark),
         "unsafe_scores": f"[{', '.join(scores)}]::DOUBLE[]",
         "unsafe_tags": f"[{', '.join(_tag(name) for name in tags)}]::VARCHAR[]",
+        "language": _text(columns.language),
+        "image_hash": _text(columns.image_hash),
+        "has_language": _flag(columns.language),
         "has_similarity": _flag(columns.similarity),
         "has_watermark": _flag(columns.watermark),
     }
@@ -105,7 +121,7 @@ def quoted(identifier: str) -> str:
 
 
 def _from_layout(
-    layout: Mapping[str, tuple[str, ...]], source: SourceConfig, published: Published, file: Path
+    layout: Mapping[str, tuple[str, ...]], source: SourceConfig, published: Published, file: str
 ) -> ColumnMap:
     found = {part: [name for name in names if name in published] for part, names in layout.items()}
     for part in ("url", "caption"):
@@ -127,7 +143,7 @@ def _parts(columns: ColumnMap) -> Iterator[tuple[str, str]]:
 
 
 def _can_play(part: str, kind: str) -> bool:
-    if part in ("url", "caption"):
+    if part in TEXTS:
         return kind == TEXT
     is_number = kind in NUMBERS or kind.startswith("DECIMAL")
     return is_number or (kind == TEXT and part in ("id", "unsafe"))
@@ -139,6 +155,10 @@ def _hint(name: str, published: Published) -> str:
     if near:
         return f"did you mean '{lowered[near[0]]}'?"
     return f"its columns are {', '.join(published) or 'none'}"
+
+
+def _text(name: str | None) -> str:
+    return "NULL::VARCHAR" if name is None else f"nullif(trim({quoted(name)}), '')"
 
 
 def _number(name: str | None) -> str:

@@ -4,14 +4,15 @@ WITH ranges AS (
     unnest(range(len($last_ranks::VARCHAR[]))) AS part
 ),
 selected AS (
-  SELECT kept.row_in_file, kept.rank, ranges.part
+  SELECT kept.row_in_file, kept.rank, kept.others, ranges.part
   FROM read_parquet($kept, hive_partitioning = false) AS kept
   ASOF JOIN ranges ON kept.rank <= ranges.last_rank
+  WHERE $after::VARCHAR IS NULL OR kept.rank > $after::UUID
 ),
 published AS (
-  SELECT selected.row_in_file, selected.rank, selected.part,
+  SELECT selected.row_in_file, selected.rank, selected.others, selected.part,
     {columns}
-  FROM read_parquet($path, file_row_number = true, hive_partitioning = false) AS row_of_file
+  FROM {rows} AS row_of_file
   JOIN selected ON row_of_file.file_row_number = selected.row_in_file
 ),
 {normalise}
@@ -24,6 +25,9 @@ SELECT
   similarity,
   width AS width_hint,
   height AS height_hint,
+  CASE WHEN others = 0 THEN '' ELSE array_to_string(
+    list_filter($names::VARCHAR[], lambda name, place: (others >> (place - 1)) & 1 = 1), ','
+  ) END AS also_in,
   rank,
   part
 FROM normalised

@@ -5,23 +5,31 @@
 -- The scheme and host are lower case, the scheme's own port and the fragment are dropped, and
 -- the path and query hold ASCII only: what needs no escape is not escaped, what does is (RFC 3986
 -- section 6.2.2, RFC 3987 section 3.1). Credentials, other schemes and bad hosts give none.
--- The regular expressions that look twice spare the dear rewriting for the rows that need it.
+-- Most URLs are in that form already: one look at `is_normal` spares them everything below. The
+-- other regular expressions that look twice spare the dear rewriting for the rows that need it.
+seen AS (
+  SELECT *, coalesce(regexp_full_match(
+    raw_url,
+    'https?://[a-z0-9._\-]+/(?:[A-Za-z0-9\-._~!$&''()*+,;=:@/?]|%(?:[0189A-F][0-9A-F]|2[0-9A-CF]|3[A-F]|[46]0|5[B-E]|7[BCDF]))*'
+  ), false) AS is_normal
+  FROM published
+),
 trimmed AS (
   SELECT *,
-    CASE WHEN regexp_matches(raw_url, '[\x00-\x20]')
-      THEN regexp_replace(raw_url, '^[\x00-\x20]+|[\x00-\x20]+$|[\t\n\r]+', '', 'g')
-      ELSE raw_url END AS clean_url,
+    CASE WHEN is_normal OR NOT regexp_matches(raw_url, '[\x00-\x20]') THEN raw_url
+      ELSE regexp_replace(raw_url, '^[\x00-\x20]+|[\x00-\x20]+$|[\t\n\r]+', '', 'g')
+      END AS clean_url,
     CASE WHEN regexp_matches(raw_caption, '^ | $|  |\p{Cc}|[^\P{Z} ]')
       THEN trim(regexp_replace(raw_caption, '[\p{Z}\p{Cc}]+', ' ', 'g'))
       ELSE raw_caption END AS caption
-  FROM published
+  FROM seen
 ),
 split AS (
-  SELECT *, regexp_extract(
+  SELECT *, CASE WHEN NOT is_normal THEN regexp_extract(
     clean_url,
     '^(?i:(https?))://([^/?#:@\[\]\\]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{0,5}))?((?:[/?][^#]*)?)(?:#|$)',
     ['scheme', 'host', 'port', 'path']
-  ) AS parts
+  ) END AS parts
   FROM trimmed
 ),
 mended AS (
@@ -49,7 +57,9 @@ mended AS (
 ),
 addressed AS (
   SELECT * EXCLUDE (host, port, path),
-    CASE WHEN scheme <> '' AND (port IS NULL OR port BETWEEN 1 AND 65535) THEN
+    CASE WHEN is_normal
+      THEN CASE WHEN starts_with(raw_url, 'https') THEN substr(raw_url, 9) ELSE substr(raw_url, 8) END
+    WHEN scheme <> '' AND (port IS NULL OR port BETWEEN 1 AND 65535) THEN
       host || CASE
         WHEN port IS NULL OR (scheme = 'http' AND port = 80) OR (scheme = 'https' AND port = 443)
           THEN ''
@@ -57,4 +67,7 @@ addressed AS (
     END AS address
   FROM mended
 ),
-normalised AS (SELECT *, scheme || '://' || address AS url FROM addressed)
+normalised AS (
+  SELECT *, CASE WHEN is_normal THEN raw_url ELSE scheme || '://' || address END AS url
+  FROM addressed
+)

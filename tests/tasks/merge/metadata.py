@@ -57,7 +57,14 @@ COYO_700M = pa.schema(
         ("aesthetic_score_laion_v2", pa.float64()),
     ]
 )
-RELAION = pa.schema([("url", pa.string()), ("caption", pa.string()), ("similarity", pa.float64())])
+RELAION = pa.schema(
+    [
+        ("url", pa.string()),
+        ("caption", pa.string()),
+        ("similarity", pa.float64()),
+        ("language", pa.string()),
+    ]
+)
 
 DEFAULTS = {
     "HEIGHT": 300,

@@ -82,12 +82,45 @@ def tidy(caption: str) -> str:
     return re.sub(" +", " ", spaced).strip(" ")
 
 
-def reason(row: Row, filters: FilterConfig, has: set[str]) -> str | None:
+class Blocked(NamedTuple):
+    """The entries of the blocklists."""
+
+    urls: Sequence[str] = ()
+    domains: Sequence[str] = ()
+    hashes: Sequence[str] = ()
+
+
+NOTHING_BLOCKED = Blocked()
+
+
+def blocked(row: Row, lists: Blocked) -> str | None:
+    """Which blocklist a row with a good URL is on."""
+    address, url = address_and_url(row["url"])  # type: ignore[misc]
+    if address in {found[0] for found in map(address_and_url, lists.urls) if found}:
+        return "blocked_url"
+    host = re.match(r"\[[^\]]*\]|[^/:]*", address)[0]  # type: ignore[index]
+    labels = host.split(".")
+    above = {".".join(labels[place:]) for place in range(len(labels))}
+    if above & {domain.lower() for domain in lists.domains}:
+        return "blocked_domain"
+    marks = {
+        algorithm(text.encode()).hexdigest()
+        for algorithm in (hashlib.md5, hashlib.sha256)
+        for text in (url, row["url"])
+    }
+    marks.add((row.get("image_hash") or "").strip(" ").lower())
+    return "blocked_hash" if marks & {entry.lower() for entry in lists.hashes} else None
+
+
+def reason(row: Row, filters: FilterConfig, has: set[str], lists: Blocked) -> str | None:
     """The first rule, in the documented order, that a row with common names fails."""
     if not (row["url"] or "").strip("".join(map(chr, range(33)))):
         return "missing_url"
     if address_and_url(row["url"]) is None:
         return "unsupported_url"
+    listed = blocked(row, lists)
+    if listed:
+        return listed
     caption = tidy(row["caption"] or "")
     if not caption:
         return "missing_caption"
@@ -95,6 +128,12 @@ def reason(row: Row, filters: FilterConfig, has: set[str]) -> str | None:
         return "short_caption"
     if filters.max_caption_chars is not None and len(caption) > filters.max_caption_chars:
         return "long_caption"
+    if filters.languages and "language" in has:
+        language = (row["language"] or "").strip(" ")
+        if language and language not in filters.languages:
+            return "language"
+        if not language and filters.unknown_language == "drop":
+            return "unknown_language"
     sides = [side for side in (row["width"], row["height"]) if side is not None and side > 0]
     if sides and filters.min_side is not None and min(sides) < filters.min_side:
         return "small_image"
@@ -132,37 +171,65 @@ def _cosine(value: float | None) -> float | None:
 
 
 def merge(
-    config: MergeConfig, rows: Mapping[str, Sequence[Sequence[Row]]], has: Mapping[str, set[str]]
+    config: MergeConfig,
+    rows: Mapping[str, Sequence[Sequence[Row]]],
+    has: Mapping[str, set[str]],
+    lists: Blocked = NOTHING_BLOCKED,
+    cleaned: Mapping[str, set[str]] | None = None,
 ) -> tuple[dict[str, list[Row]], dict[str, Counter[str]]]:
     """(selected rows of every source in order, dropped rows of every source by reason).
 
-    `rows`: source name -> files -> rows with common names; `has`: the columns a source has.
+    `rows`: source name -> files -> rows with common names; `has`: the columns a source has;
+    `cleaned`: source name -> addresses of the edition it is compared with.
     """
+    compared = cleaned or {}
+    survivors: dict[str, dict[str, Candidate]] = {}
     dropped = {source.name: Counter[str]() for source in config.sources}
     taken: set[str] = set()
-    selected: dict[str, list[Row]] = {}
+    selected: dict[str, list[Candidate]] = {}
     for source in config.sources:
         best: dict[str, Candidate] = {}
         for file, content in enumerate(rows[source.name]):
             for place, row in enumerate(content):
-                why = reason(row, config.filters, has[source.name])
+                why = reason(row, config.filters, has[source.name], lists)
                 if why:
                     dropped[source.name][why] += 1
                     continue
                 candidate = _candidate(source.name, row, (file, place))
+                if candidate.address not in compared.get(source.name, {candidate.address}):
+                    dropped[source.name]["withdrawn"] += 1
+                    continue
                 rival = best.get(candidate.address)
                 if rival is not None:
                     dropped[source.name]["duplicate_in_source"] += 1
                 if rival is None or candidate.preference < rival.preference:
                     best[candidate.address] = candidate
+        survivors[source.name] = best
         fresh = [value for key, value in best.items() if key not in taken]
         dropped[source.name]["duplicate_across_sources"] += len(best) - len(fresh)
         taken |= set(best)
         fresh.sort(key=lambda candidate: rank(config.seed, candidate.address))
-        chosen = fresh[: source.target_count]
-        dropped[source.name]["not_selected"] += len(fresh) - len(chosen)
-        selected[source.name] = [candidate.output for candidate in chosen]
-    return selected, {name: +counts for name, counts in dropped.items()}
+        left = fresh[source.skip_count :]
+        wanted = source.target_count and math.ceil(source.target_count / source.expected_success)
+        chosen = left[:wanted]
+        dropped[source.name]["given_before"] += len(fresh) - len(left)
+        dropped[source.name]["not_selected"] += len(left) - len(chosen)
+        selected[source.name] = chosen
+    outputs = {
+        name: [
+            {
+                **candidate.output,
+                "also_in": ",".join(
+                    other
+                    for other, best in survivors.items()
+                    if other != name and candidate.address in best
+                ),
+            }
+            for candidate in chosen
+        ]
+        for name, chosen in selected.items()
+    }
+    return outputs, {name: +counts for name, counts in dropped.items()}
 
 
 def rank(seed: int, address: str) -> str:

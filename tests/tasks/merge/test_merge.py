@@ -60,7 +60,12 @@ def collections(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(collections: Path, **changes: object) -> MergeConfig:
     targets = changes.pop("targets", (800, 200))
     sources = [
-        {"name": name, "files": str(collections / f"{name}/*.parquet"), "target_count": target}
+        {
+            "name": name,
+            "files": str(collections / f"{name}/*.parquet"),
+            "own_rows": True,
+            "target_count": target,
+        }
         for name, target in zip(("laion", "coyo"), targets, strict=True)  # type: ignore[call-overload]
     ]
     return MergeConfig.from_mapping(
@@ -104,7 +109,7 @@ def test_the_range_size_changes_no_byte(
     collections: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(recipe(collections), tmp_path / "one")
-    monkeypatch.setattr("tasks.merge.merge.ROWS_PER_RANGE", 130)
+    monkeypatch.setattr("tasks.merge.units.ROWS_PER_RANGE", 130)
     run(recipe(collections), tmp_path / "many")
     assert digests(tmp_path / "one") == digests(tmp_path / "many")
 
@@ -140,7 +145,9 @@ def test_the_winner_does_not_depend_on_how_rows_lie_in_files(tmp_path: Path) -> 
     write(tmp_path / "b/laion/1.parquet", metadata.LAION_2B, rows[:40][::-1])
     found = []
     for folder in ("a", "b"):
-        source = SourceConfig(name="laion", files=str(tmp_path / folder / "laion/*.parquet"))
+        source = SourceConfig(
+            name="laion", files=str(tmp_path / folder / "laion/*.parquet"), own_rows=True
+        )
         made = run(MergeConfig(sources=(source,)), tmp_path / f"out-{folder}")
         found.append(output_rows(made.files))
     assert found[0] == found[1]
@@ -235,7 +242,7 @@ def test_published_layouts_are_told_from_their_columns(
     tmp_path: Path, schema: object, rows: list[dict[str, object]], expected: set[str | None]
 ) -> None:
     path = write(tmp_path / "part.parquet", schema, rows)
-    config = MergeConfig(sources=(SourceConfig(name="any", files=str(path)),))
+    config = MergeConfig(sources=(SourceConfig(name="any", files=str(path), own_rows=True),))
     assert {
         row["original_id"] for row in output_rows(run(config, tmp_path / "out").files)
     } == expected
@@ -249,7 +256,8 @@ def test_an_explicit_column_map_may_name_any_column(tmp_path: Path) -> None:
             [{"url": "http://a.example", "caption": "cat"}],
         )
     )
-    pq.write_table(table.rename_columns(['the "url"', "select", "score"]), tmp_path / "x.parquet")
+    names = ['the "url"', "select", "score", "language"]
+    pq.write_table(table.rename_columns(names), tmp_path / "x.parquet")
     columns = ColumnMap(url='the "url"', caption="select", similarity="score")
     source = SourceConfig(name="mine", files=str(tmp_path / "x.parquet"), columns=columns)
     [row] = output_rows(run(MergeConfig(sources=(source,)), tmp_path / "out").files)

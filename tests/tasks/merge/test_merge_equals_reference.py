@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections import Counter
@@ -10,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from evaclip_model.errors import InputError
-from tasks.merge.config import FilterConfig, MergeConfig, SourceConfig
-from tasks.merge.merge import REASONS, merge_sources
+from tasks.merge.config import BlocklistConfig, FilterConfig, MergeConfig, SourceConfig
+from tasks.merge.filters import REASONS
+from tasks.merge.merge import merge_sources
 from tests.tasks.merge import metadata, reference
 
 URLS = [
@@ -79,6 +81,7 @@ coyo_rows = st.fixed_dictionaries(
         "nsfw_score_opennsfw2": st.sampled_from(SCORES),
         "nsfw_score_gantman": st.sampled_from(SCORES),
         "watermark_score": st.sampled_from(SCORES),
+        "image_phash": st.sampled_from([None, "0011223344556677", "ffeeddccbbaa9988"]),
     }
 )
 relaion_rows = st.fixed_dictionaries(
@@ -86,6 +89,7 @@ relaion_rows = st.fixed_dictionaries(
         "url": urls,
         "caption": st.sampled_from(CAPTIONS),
         "similarity": st.sampled_from(SIMILARITIES),
+        "language": st.sampled_from(["en", "en", "de", " ", None]),
     }
 )
 LAYOUTS = {
@@ -102,8 +106,9 @@ NAMES = {
     | {"watermark": "pwatermark"},
     "coyo": {"url": "url", "caption": "text", "id": "id"}
     | {"width": "width", "height": "height", "similarity": "clip_similarity_vitb32"}
-    | {"watermark": "watermark_score"},
-    "relaion": {"url": "url", "caption": "caption", "similarity": "similarity"},
+    | {"watermark": "watermark_score", "image_hash": "image_phash"},
+    "relaion": {"url": "url", "caption": "caption", "similarity": "similarity"}
+    | {"language": "language"},
 }
 TAGS = {"laion2b": ["NSFW"]}
 UNSAFE_SCORES = {
@@ -115,6 +120,8 @@ filters = st.builds(
     FilterConfig,
     min_caption_chars=st.integers(1, 5),
     max_caption_chars=st.sampled_from([None, 30]),
+    languages=st.sampled_from([(), ("en",), ("en", "de")]),
+    unknown_language=policies,
     min_side=st.sampled_from([None, 100]),
     max_aspect=st.sampled_from([None, 1.0, 3.0]),
     min_similarity=st.sampled_from([None, None, 0.2, 0.3]),
@@ -127,8 +134,19 @@ filters = st.builds(
 )
 
 
+blocklists = st.builds(
+    reference.Blocked,
+    urls=st.just(()) | st.just(("https://D.example/%37", "nonsense")),
+    domains=st.just(()) | st.sampled_from([("B.example", "co.uk"), ("example",)]),
+    hashes=st.just(())
+    | st.just(("FFEEDDCCBBAA9988", hashlib.md5(b"http://d.example/5").hexdigest())),
+)
+
+
 @st.composite
-def merges(draw: st.DrawFn) -> tuple[MergeConfig, dict[str, list[list[dict[str, Any]]]]]:
+def merges(
+    draw: st.DrawFn,
+) -> tuple[MergeConfig, dict[str, list[list[dict[str, Any]]]], reference.Blocked]:
     names = draw(st.lists(st.sampled_from(list(LAYOUTS)), min_size=1, max_size=3, unique=True))
     content = {
         name: draw(
@@ -138,7 +156,14 @@ def merges(draw: st.DrawFn) -> tuple[MergeConfig, dict[str, list[list[dict[str, 
     }
     config = MergeConfig(
         sources=tuple(
-            SourceConfig(name=name, files="-", target_count=draw(st.none() | st.integers(1, 15)))
+            SourceConfig(
+                name=name,
+                files="-",
+                own_rows=True,
+                target_count=draw(st.none() | st.integers(1, 15)),
+                expected_success=draw(st.sampled_from([1.0, 0.7])),
+                skip_count=draw(st.sampled_from([0, 0, 3])),
+            )
             for name in names
         ),
         filters=draw(filters),
@@ -146,19 +171,30 @@ def merges(draw: st.DrawFn) -> tuple[MergeConfig, dict[str, list[list[dict[str, 
         rows_per_file=draw(st.integers(1, 7)),
         partitions=draw(st.integers(1, 3)),
     )
-    return config, content
+    return config, content, draw(blocklists)
 
 
 def common_names(name: str, row: dict[str, Any]) -> dict[str, Any]:
     named = {part: row[column] for part, column in NAMES[name].items()}
     scores = [row[column] for column in UNSAFE_SCORES.get(name, [])]
     return {
-        **dict.fromkeys(["id", "width", "height", "similarity"]),
+        **dict.fromkeys(["id", "width", "height", "similarity", "language", "image_hash"]),
         **named,
         "watermark": _number(named.get("watermark")),
         "unsafe_scores": [_number(score) for score in scores],
         "unsafe_tags": [row[column] for column in TAGS.get(name, [])],
     }
+
+
+def with_blocklists(config: MergeConfig, lists: reference.Blocked, folder: Path) -> MergeConfig:
+    """The config with the entries in files."""
+    paths: dict[str, tuple[str, ...]] = {}
+    for kind, entries in lists._asdict().items():
+        path = folder / f"{kind}.txt"
+        path.write_text("# not an entry\n\n" + "".join(f" {entry}\n" for entry in entries))
+        paths[kind] = (str(path),) if entries else ()
+    filters = config.filters.model_copy(update={"blocklists": BlocklistConfig(**paths)})
+    return config.model_copy(update={"filters": filters})
 
 
 def _number(value: float | None) -> float | None:
@@ -168,15 +204,15 @@ def _number(value: float | None) -> float | None:
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(merges())
 def test_the_merge_equals_a_plain_python_merge_row_by_row(
-    merge: tuple[MergeConfig, dict[str, list[list[dict[str, Any]]]]],
+    merge: tuple[MergeConfig, dict[str, list[list[dict[str, Any]]]], reference.Blocked],
 ) -> None:
-    config, content = merge
+    config, content, lists = merge
     rows = {
         name: [[common_names(name, row) for row in file] for file in files]
         for name, files in content.items()
     }
     has = {name: set(NAMES[name]) for name in content}
-    expected, dropped = reference.merge(config, rows, has)
+    expected, dropped = reference.merge(config, rows, has, lists)
     with tempfile.TemporaryDirectory() as folder:
         paths = {
             name: [
@@ -185,13 +221,14 @@ def test_the_merge_equals_a_plain_python_merge_row_by_row(
             ]
             for name, files in content.items()
         }
+        config = with_blocklists(config, lists, Path(folder))
         out = Path(folder, "out")
         out.mkdir()
         emptied = [name for name, kept in expected.items() if not kept]
         try:
             made = merge_sources(config, paths, out, threads=1)
         except InputError as error:
-            assert any(f"source '{name}' has no row left" in str(error) for name in emptied)
+            assert any(f"source '{name}' has no row left" in str(error) for name in emptied), error
             return
         assert not emptied
         report = json.loads((out / "report.json").read_text())

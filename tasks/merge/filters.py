@@ -1,0 +1,164 @@
+"""The rules a row must pass, as SQL expressions.
+
+Covers: every reason for which a row is dropped, in the order in which the rules are asked, and the
+SQL expression that gives a row's reason under a `FilterConfig`.
+Not here: the columns they are asked about (schema.py, sql/normalise.sql); duplicates (dedupe.sql).
+
+An expression is true when the row fails. Rules that are off are left out of the statement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.merge.config import FilterConfig
+
+KNOWN_TAGS = ("UNLIKELY", "UNSURE", "NSFW")
+LABELS_OF_A_DOMAIN = 6
+"""A blocked name with more labels than this blocks that very host only."""
+
+HOST = r"regexp_extract(address, '^(?:\[[^\]]*\]|[^/:]*)')"
+HOST_AND_ABOVE = (
+    HOST,
+    *(
+        f"array_to_string(list_slice(string_split({HOST}, '.'), -{labels}, -1), '.')"
+        for labels in range(1, LABELS_OF_A_DOMAIN + 1)
+    ),
+)
+HASHES = ("md5(url)", "md5(raw_url)", "sha256(url)", "sha256(raw_url)", "lower(image_hash)")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One reason to drop a row."""
+
+    reason: str
+    fails: str
+    """SQL over the columns of `normalised`; `$name` is a field of `FilterConfig`."""
+    is_on: Callable[[FilterConfig], object] = lambda filters: True
+
+
+def _listed(values: Iterable[str], table: str) -> str:
+    return " OR ".join(f"{value} IN (SELECT entry FROM {table})" for value in values)
+
+
+RULES = (
+    Rule("missing_url", "coalesce(clean_url, '') = ''"),
+    Rule("unsupported_url", "url IS NULL"),
+    Rule(
+        "blocked_url",
+        _listed(["address"], "blocked_addresses"),
+        lambda filters: filters.blocklists.urls,
+    ),
+    Rule(
+        "blocked_domain",
+        _listed(HOST_AND_ABOVE, "blocked_domains"),
+        lambda filters: filters.blocklists.domains,
+    ),
+    Rule(
+        "blocked_hash",
+        _listed(HASHES, "blocked_hashes"),
+        lambda filters: filters.blocklists.hashes,
+    ),
+    Rule("missing_caption", "coalesce(caption, '') = ''"),
+    Rule(
+        "short_caption",
+        "length(caption) < $min_caption_chars",
+        lambda filters: filters.min_caption_chars > 1,
+    ),
+    Rule(
+        "long_caption",
+        "length(caption) > $max_caption_chars",
+        lambda filters: filters.max_caption_chars is not None,
+    ),
+    Rule(
+        "language",
+        "NOT list_contains($languages::VARCHAR[], language)",
+        lambda filters: filters.languages,
+    ),
+    Rule(
+        "unknown_language",
+        "has_language AND language IS NULL",
+        lambda filters: filters.languages and filters.unknown_language == "drop",
+    ),
+    Rule(
+        "small_image",
+        "least(width, height) < $min_side",
+        lambda filters: filters.min_side is not None,
+    ),
+    Rule(
+        "extreme_aspect",
+        "greatest(width, height) > $max_aspect::DOUBLE * least(width, height)",
+        lambda filters: filters.max_aspect is not None,
+    ),
+    Rule(
+        "low_similarity",
+        "similarity < $min_similarity::DOUBLE",
+        lambda filters: filters.min_similarity is not None,
+    ),
+    Rule(
+        "unknown_similarity",
+        "has_similarity AND similarity IS NULL",
+        lambda filters: filters.min_similarity is not None and filters.unknown_similarity == "drop",
+    ),
+    Rule(
+        "unsafe",
+        "list_max(unsafe_scores) > $max_unsafe::DOUBLE",
+        lambda filters: filters.max_unsafe is not None,
+    ),
+    Rule(
+        "unsafe",
+        "list_has_any(unsafe_tags, $unsafe_tags::VARCHAR[])",
+        lambda filters: filters.unsafe_tags,
+    ),
+    Rule(
+        "unknown_unsafe",
+        "list_count(unsafe_scores) < len(unsafe_scores)",
+        lambda filters: filters.unknown_unsafe == "drop" and filters.max_unsafe is not None,
+    ),
+    Rule(
+        "unknown_unsafe",
+        "NOT list_has_all($known_tags::VARCHAR[], unsafe_tags)",
+        lambda filters: filters.unknown_unsafe == "drop" and filters.unsafe_tags,
+    ),
+    Rule(
+        "watermark",
+        "watermark > $max_watermark::DOUBLE",
+        lambda filters: filters.max_watermark is not None,
+    ),
+    Rule(
+        "unknown_watermark",
+        "has_watermark AND watermark IS NULL",
+        lambda filters: filters.max_watermark is not None and filters.unknown_watermark == "drop",
+    ),
+)
+
+REASONS = (
+    *dict.fromkeys(rule.reason for rule in RULES),
+    "withdrawn",
+    "duplicate_in_source",
+    "duplicate_across_sources",
+    "given_before",
+    "not_selected",
+)
+"""Why a row is dropped: the first, in this order, that applies to it."""
+
+
+def reason_expression(filters: FilterConfig) -> str:
+    """SQL that gives the first rule a row fails, NULL for a row that passes."""
+    cases = "\n      ".join(
+        f"WHEN {rule.fails} THEN '{rule.reason}'" for rule in RULES if rule.is_on(filters)
+    )
+    return f"CASE {cases} END"
+
+
+def rule_parameters(filters: FilterConfig) -> dict[str, Any]:
+    """Values of the parameters that `RULES` name."""
+    return {
+        **filters.model_dump(exclude={"blocklists", "languages", "unsafe_tags"}),
+        "languages": list(filters.languages),
+        "unsafe_tags": list(filters.unsafe_tags),
+        "known_tags": [*KNOWN_TAGS, *filters.unsafe_tags],
+    }

@@ -1,0 +1,485 @@
+"""The work of a merge in units that are done once each, in any order inside a phase, anywhere.
+
+Covers: what all units share (`Plan`, `Cut`), every unit of every phase, and chunks of units.
+Not here: the order of phases, the selection and the totals (merge.py); the rules (filters.py,
+sql/).
+
+A unit makes a folder or file beside its place and renames it; a unit whose result is there is not
+done again. So a chunk may be tried again after any failure, and chunks of one phase may run at the
+same time, in processes or on machines that share the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from duckdb import DuckDBPyConnection
+
+from tasks.merge.config import MergeConfig, SidecarConfig
+from tasks.merge.database import copy, database, reading, run, statement
+from tasks.merge.filters import reason_expression, rule_parameters
+from tasks.merge.schema import quoted
+from tasks.merge.sources import read_lists
+
+ROWS_PER_RANGE = 1_000_000
+BUCKET = "('0x' || left(rank::VARCHAR, 4))::INTEGER"
+
+
+@dataclass(frozen=True)
+class MetadataFile:
+    """One input file: what to read of it, and how many rows it must give."""
+
+    number: int
+    """Place among all files of the merge."""
+    path: str
+    """The parquet file that is read: as published, or made from the published file."""
+    source: int
+    """Place of its source in the config."""
+    columns: str
+    """Select list that gives it the common columns."""
+    sidecar_keys: tuple[str, ...]
+    """SQL of its key for each sidecar of its source."""
+    rows: int
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """One sidecar of a source."""
+
+    source: int
+    place: int
+    """Its place among the source's sidecars."""
+    config: SidecarConfig
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Edition:
+    """A cleaned edition that old copies are compared with."""
+
+    sources: tuple[int, ...]
+    """Who is compared with it."""
+    files: tuple[tuple[str, str], ...]
+    """(path, name of its URL column)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the units share; nothing of it changes while they run."""
+
+    config: MergeConfig
+    out: Path
+    files: tuple[MetadataFile, ...]
+    sidecars: tuple[Sidecar, ...]
+    editions: tuple[Edition, ...]
+    partitions: int
+    threads: int | None
+    memory_limit: str
+    """Memory of the database of one chunk."""
+
+    @property
+    def temporary(self) -> Path:
+        return self.out / "_tmp"
+
+    @property
+    def rows(self) -> int:
+        return sum(file.rows for file in self.files)
+
+    @property
+    def rows_per_range(self) -> int:
+        """A multiple of the rows of a file, so that every file lies in one range."""
+        return max(1, ROWS_PER_RANGE // self.config.rows_per_file) * self.config.rows_per_file
+
+    @property
+    def outside_paths(self) -> list[str]:
+        told = [path for sidecar in self.sidecars for path in sidecar.paths]
+        known = [path for edition in self.editions for path, _ in edition.files]
+        return [file.path for file in self.files] + told + known
+
+    def of_source(self, source: int) -> list[MetadataFile]:
+        return [file for file in self.files if file.source == source]
+
+    def sidecars_of(self, source: int) -> list[tuple[int, Sidecar]]:
+        return [(n, sidecar) for n, sidecar in enumerate(self.sidecars) if sidecar.source == source]
+
+    def asks(self) -> list[tuple[int, MetadataFile]]:
+        return [
+            (number, file) for file in self.files for number, _ in self.sidecars_of(file.source)
+        ]
+
+    def tells(self) -> list[tuple[int, str]]:
+        return [(n, path) for n, sidecar in enumerate(self.sidecars) for path in sidecar.paths]
+
+    def knows(self) -> list[tuple[int, str, str]]:
+        return [(n, *file) for n, edition in enumerate(self.editions) for file in edition.files]
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """(source, place of the range in it) of every range; only after the cut."""
+        return [
+            (source, number)
+            for source, cut in enumerate(read_cuts(self))
+            for number in range(len(cut.last_ranks))
+        ]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How many rows of a source are selected, and the ranks that bound them."""
+
+    selected: int
+    after: str | None
+    """The last rank that an earlier merge has given."""
+    last_ranks: tuple[str, ...]
+    """The last rank of each range."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Units of one kind."""
+
+    count: Callable[[Plan], int]
+    make: Callable[[DuckDBPyConnection, Plan, int], None]
+    share: float
+    """Share of the whole merge's time, measured."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some units of one phase: what one worker does at a time. Plain values, fit to be sent."""
+
+    plan: Plan
+    phase: str
+    numbers: tuple[int, ...]
+
+
+def run_chunk(chunk: Chunk) -> Iterator[int]:
+    """Do a chunk's units in a database of their own; yields every unit's number when it is done.
+
+    Raises:
+        InputError: a file cannot be read, or the memory limit is too small.
+    """
+    plan, phase = chunk.plan, PHASES[chunk.phase]
+    spill = plan.temporary / "spill" / f"{chunk.phase}-{chunk.numbers[0]}"
+    with database(spill, plan.memory_limit, plan.threads, plan.outside_paths) as connection:
+        if chunk.phase == "scan":
+            fill_blocklists(connection, plan.config)
+        if plan.partitions > 100:
+            connection.execute(f"SET partitioned_write_max_open_files = {plan.partitions + 1}")
+        for number in chunk.numbers:
+            phase.make(connection, plan, number)
+            yield number
+
+
+def read_cuts(plan: Plan) -> list[Cut]:
+    """The selection, as the cut has saved it."""
+    saved = json.loads((plan.temporary / "cuts.json").read_text())
+    return [Cut(selected, after, tuple(ranks)) for selected, after, ranks in saved]
+
+
+def once(folder: Path, make: Callable[[Path], None]) -> None:
+    """Call `make` on a folder beside `folder` and rename it, unless `folder` is there."""
+    if folder.is_dir():
+        return
+    beside = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    make(beside)
+    beside.rename(folder)
+
+
+def text_of(paths: Iterable[Path]) -> list[str]:
+    """Paths as the database takes them."""
+    return [str(path) for path in paths]
+
+
+def fill_blocklists(connection: DuckDBPyConnection, config: MergeConfig) -> None:
+    """The tables that the blocklist rules ask: addresses, host names and hashes, in normal form."""
+    lists = config.filters.blocklists
+    urls = (
+        "WITH published AS (SELECT unnest($entries::VARCHAR[]) AS raw_url, "
+        f"NULL::VARCHAR AS raw_caption), {statement('normalise')} "
+        "SELECT address AS entry FROM normalised WHERE address IS NOT NULL"
+    )
+    lowered = "SELECT lower(unnest($entries::VARCHAR[])) AS entry"
+    for table, query, paths in (
+        ("blocked_addresses", urls, lists.urls),
+        ("blocked_domains", lowered, lists.domains),
+        ("blocked_hashes", lowered, lists.hashes),
+    ):
+        if paths:
+            connection.execute(
+                f"CREATE TEMP TABLE {table} AS {query}", {"entries": read_lists(paths)}
+            )
+
+
+def _ask(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
+    sidecar, file = plan.asks()[number]
+    key = file.sidecar_keys[plan.sidecars[sidecar].place]
+    _split(
+        *(connection, plan, f"asked/{sidecar}/{file.number:06d}", file.path),
+        *(statement("ask", key=key), {"file": file.number}),
+    )
+
+
+def _tell(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
+    sidecar, path = plan.tells()[number]
+    config = plan.sidecars[sidecar].config
+    columns = ", ".join(map(quoted, config.columns))
+    query = statement("tell", key=quoted(config.key), columns=columns)
+    _split(connection, plan, f"told/{sidecar}/{number:06d}", path, query, {})
+
+
+def _know(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
+    edition, path, url = plan.knows()[number]
+    query = statement("know", url=quoted(url), normalise=statement("normalise"))
+    _split(connection, plan, f"known/edition={edition}/{number:06d}", path, query, {})
+
+
+def _split(
+    connection: DuckDBPyConnection,
+    plan: Plan,
+    place: str,
+    path: str,
+    query: str,
+    parameters: Mapping[str, Any],
+) -> None:
+    """Write what `query` gives of the file `path` under `place`, split over the partitions."""
+
+    def make(folder: Path) -> None:
+        with reading(path):
+            run(
+                connection,
+                copy(query, "PARTITION_BY (part)"),
+                {
+                    **parameters,
+                    "path": path,
+                    "partitions": plan.partitions,
+                    "target": str(folder),
+                },
+            )
+
+    once(plan.temporary / place, make)
+
+
+def _answer(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
+    sidecar, part = divmod(number, plan.partitions)
+    columns = [quoted(name) for name in plan.sidecars[sidecar].config.columns]
+    query = statement(
+        "answer",
+        columns=", ".join(columns),
+        largest=", ".join(f"max({name}) AS {name}" for name in columns),
+    )
+    asked = sorted(plan.temporary.glob(f"asked/{sidecar}/*/part={part}/*.parquet"))
+    told = sorted(plan.temporary.glob(f"told/{sidecar}/*/part={part}/*.parquet"))
+
+    def make(folder: Path) -> None:
+        run(
+            connection,
+            copy(query, "PARTITION_BY (file)"),
+            {"asked": text_of(asked), "told": text_of(told), "target": str(folder)},
+        )
+
+    if asked and told:
+        once(plan.temporary / f"answers/{sidecar}/{part:06d}", make)
+
+
+def rows_of(plan: Plan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
+    """(SQL of a file's numbered rows with its sidecars' columns, parameters)."""
+    added, joins = "", ""
+    parameters: dict[str, Any] = {"path": file.path}
+    for number, sidecar in plan.sidecars_of(file.source):
+        found = sorted(plan.temporary.glob(f"answers/{number}/*/file={file.number}/*.parquet"))
+        for name in map(quoted, sidecar.config.columns):
+            added += f", sidecar_{number}.{name}" if found else f", NULL AS {name}"
+        if found:
+            letters = "abcdefghijklmnopqrstuvwxyz"
+            answers = f"answers_{letters[number]}"
+            parameters[answers] = text_of(found)
+            joins += (
+                f"LEFT JOIN read_parquet(${answers}, hive_partitioning = false) "
+                f"AS sidecar_{number} ON sidecar_{number}.row_in_file = alone.file_row_number\n"
+            )
+    return statement("rows", added=added, joins=joins), parameters
+
+
+def scan_query(plan: Plan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
+    """(statement that judges every row of a file, its parameters)."""
+    rows, parameters = rows_of(plan, file)
+    query = statement(
+        "scan",
+        reason=reason_expression(plan.config.filters),
+        normalise=statement("normalise"),
+        columns=file.columns,
+        rows=rows,
+    )
+    return query, {
+        **rule_parameters(plan.config.filters),
+        **parameters,
+        "source": file.source,
+        "file": file.number,
+        "partitions": plan.partitions,
+    }
+
+
+def _scan(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
+    file = plan.files[number]
+
+    def make(folder: Path) -> None:
+        query, parameters = scan_query(plan, file)
+        with reading(file.path):
+            run(
+                connection,
+                copy(query, "PARTITION_BY (part)"),
+                {**parameters, "target": str(folder)},
+            )
+
+    once(plan.temporary / "keys" / f"{number:06d}", make)
+
+
+def _dedupe(connection: DuckDBPyConnection, plan: Plan, part: int) -> None:
+    keys = sorted(plan.temporary.glob(f"keys/*/part={part}/*.parquet"))
+    if keys:
+        once(
+            plan.temporary / "kept" / f"{part:06d}",
+            partial(_dedupe_keys, connection, plan, part, text_of(keys)),
+        )
+
+
+def _dedupe_keys(
+    connection: DuckDBPyConnection, plan: Plan, part: int, paths: Sequence[str], folder: Path
+) -> None:
+    keys, parameters = _keys(connection, plan, part)
+    run(
+        connection,
+        statement("dedupe", keys=keys),
+        {**parameters, "paths": paths, "seed": plan.config.seed},
+    )
+    for name, query in {
+        "reasons": "SELECT source, reason, others, count(*) AS rows FROM deduped "
+        "WHERE reason IS NOT NULL OR others <> 0 GROUP BY ALL",
+        "histogram": f"SELECT source, {BUCKET} AS bucket, count(*) AS rows FROM deduped "
+        "WHERE reason IS NULL GROUP BY ALL",
+    }.items():
+        connection.execute(copy(query, "CODEC zstd"), {"target": str(folder / f"{name}.parquet")})
+    (folder / "rows").mkdir()
+    connection.execute(
+        copy(
+            "SELECT file, row_in_file, rank, others FROM deduped WHERE reason IS NULL",
+            "PARTITION_BY (file)",
+        ),
+        {"target": str(folder / "rows")},
+    )
+    connection.execute("DROP TABLE deduped")
+
+
+def _keys(connection: DuckDBPyConnection, plan: Plan, part: int) -> tuple[str, dict[str, Any]]:
+    """(SQL of one partition's keys with `withdrawn`, parameters)."""
+    plain = "SELECT *, false AS withdrawn FROM read_parquet($paths, hive_partitioning = false)"
+    if not plan.editions:
+        return plain, {}
+    compared = [(s, n) for n, edition in enumerate(plan.editions) for s in edition.sources]
+    known = {
+        number: text_of(
+            sorted(plan.temporary.glob(f"known/edition={number}/*/part={part}/*.parquet"))
+        )
+        for number in range(len(plan.editions))
+    }
+    connection.execute("CREATE OR REPLACE TEMP TABLE known (edition INTEGER, key UUID)")
+    for number, paths in known.items():
+        if paths:
+            connection.execute(
+                "INSERT INTO known SELECT DISTINCT $edition::INTEGER, key "
+                "FROM read_parquet($known, hive_partitioning = false)",
+                {"edition": number, "known": paths},
+            )
+    return statement("keys"), {
+        "compared": [source for source, _ in compared],
+        "editions": [number for _, number in compared],
+    }
+
+
+def _gather(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
+    file = plan.files[number]
+    kept = sorted(plan.temporary.glob(f"kept/*/rows/file={number}/*.parquet"))
+
+    def make(folder: Path) -> None:
+        rows, parameters = rows_of(plan, file)
+        query = statement(
+            "gather", normalise=statement("normalise"), columns=file.columns, rows=rows
+        )
+        cut = read_cuts(plan)[file.source]
+        with reading(file.path):
+            run(
+                connection,
+                copy(query, "CODEC zstd, PARTITION_BY (part)"),
+                {
+                    **parameters,
+                    "kept": text_of(kept),
+                    "after": cut.after,
+                    "last_ranks": list(cut.last_ranks),
+                    "source": plan.config.sources[file.source].name,
+                    "names": [source.name for source in plan.config.sources],
+                    "target": str(folder),
+                },
+            )
+
+    if kept:
+        once(plan.temporary / "rows" / str(file.source) / f"{number:06d}", make)
+
+
+def files_of_range(plan: Plan, source: int, number: int) -> dict[Path, int]:
+    """Output file -> its first place in the range, for every file of a range of the selection."""
+    cut = read_cuts(plan)[source]
+    per_file = plan.config.rows_per_file
+    digits = max(5, len(str(cut.selected // per_file)))
+    first = number * plan.rows_per_range
+    last = min(first + plan.rows_per_range, cut.selected)
+    folder = plan.out / plan.config.sources[source].name
+    return {
+        folder / f"part-{start // per_file:0{digits}d}.parquet": start - first
+        for start in range(first, last, per_file)
+    }
+
+
+def _write(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
+    source, place = plan.ranges()[number]
+    wanted = files_of_range(plan, source, place)
+    missing = {path: start for path, start in wanted.items() if not path.is_file()}
+    folders = sorted(plan.temporary.glob(f"rows/{source}/*/part={place}"))
+    if missing:
+        (plan.out / plan.config.sources[source].name).mkdir(exist_ok=True)
+        gathered = [path for folder in folders for path in sorted(folder.glob("*.parquet"))]
+        connection.execute(statement("order"), {"paths": text_of(gathered)})
+        for path, start in missing.items():
+            beside = plan.temporary / f"{source}-{path.name}"
+            connection.execute(
+                copy(statement("write"), "CODEC zstd"),
+                {
+                    "first": start,
+                    "last": start + plan.config.rows_per_file,
+                    "target": str(beside),
+                },
+            )
+            beside.replace(path)
+        connection.execute("DROP TABLE ordered")
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+PHASES: Mapping[str, Phase] = {
+    "ask": Phase(lambda plan: len(plan.asks()), _ask, 0.0),
+    "tell": Phase(lambda plan: len(plan.tells()), _tell, 0.0),
+    "answer": Phase(lambda plan: len(plan.sidecars) * plan.partitions, _answer, 0.0),
+    "know": Phase(lambda plan: len(plan.knows()), _know, 0.0),
+    "scan": Phase(lambda plan: len(plan.files), _scan, 0.4),
+    "dedupe": Phase(lambda plan: plan.partitions, _dedupe, 0.2),
+    "gather": Phase(lambda plan: len(plan.files), _gather, 0.3),
+    "write": Phase(lambda plan: len(plan.ranges()), _write, 0.1),
+}
+"""In order: every phase reads what the ones before have made."""
