@@ -34,7 +34,7 @@ from evaclip_model.masking import kept_patches
 from evaclip_model.model_config import ModelConfig
 from evaclip_model.optim import lr_factor
 from evaclip_model.reader import Batch, BatchReader
-from evaclip_model.tokenizer import cut_padding, tokenize
+from evaclip_model.tokenizer import tokenize
 from evaclip_model.train_config import (
     CHECKPOINTS,
     METRICS_FILE,
@@ -155,12 +155,14 @@ class _Run:
     def _step(self, batch: Batch) -> _Outcome:
         config = self._config
         images = normalize_images(batch.images.to(self._device)).to(_DTYPES[config.precision])
-        tokens = self._tokenize(batch).to(self._device)
+        tokens = self._tokenize(batch)  # the text tower plans on the CPU, then sends what it needs
         kept = None
         if config.patch_dropout > 0:
             patches = self._model.config.vision.num_patches
             share = 1 - config.patch_dropout
             kept = kept_patches(config.seed, batch.positions, patches, share).to(self._device)
+        if self._model.config.vision.drop_path > 0:  # a resumed run drops the same branches
+            torch.manual_seed(config.seed + batch.step * self._ranks + self._rank)
         image_features, text_features, scale = self._engine.module(images, tokens, kept)
         terms = gathered_terms(image_features, text_features, scale)
         # One exchange carries what is reported and what all ranks must decide alike.
@@ -199,7 +201,7 @@ class _Run:
         }
 
     def _tokenize(self, batch: Batch) -> Tensor:
-        """Ids of the batch's captions in their templates, [b, L], L the longest caption's."""
+        """Ids of the batch's captions in their templates, [b, L], on the CPU."""
         rows = []
         for caption, position in zip(batch.captions, batch.positions.tolist(), strict=True):
             text = vary_caption(caption, self._config, position)
@@ -209,7 +211,7 @@ class _Run:
                 length = self._model.config.text.context_length
                 self._tokens[text] = tokenize([text], length)[0]
             rows.append(self._tokens[text])
-        return cut_padding(torch.stack(rows))
+        return torch.stack(rows)
 
     def _save(self) -> None:
         self._progress = replace(
