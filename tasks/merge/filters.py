@@ -105,22 +105,22 @@ RULES = (
     ),
     Rule(
         "unsafe",
-        "list_max(unsafe_scores) > $max_unsafe::DOUBLE",
+        "unsafe_score > $max_unsafe::DOUBLE",
         lambda filters: filters.max_unsafe is not None,
     ),
     Rule(
         "unsafe",
-        "list_has_any(unsafe_tags, $unsafe_tags::VARCHAR[])",
+        "unsafe_tag",
         lambda filters: filters.unsafe_tags,
     ),
     Rule(
         "unknown_unsafe",
-        "list_count(unsafe_scores) < len(unsafe_scores)",
+        "lacks_score",
         lambda filters: filters.unknown_unsafe == "drop" and filters.max_unsafe is not None,
     ),
     Rule(
         "unknown_unsafe",
-        "NOT list_has_all($known_tags::VARCHAR[], unsafe_tags)",
+        "unknown_tag",
         lambda filters: filters.unknown_unsafe == "drop" and filters.unsafe_tags,
     ),
     Rule(

@@ -62,6 +62,7 @@ Runner = Callable[[Sequence[Chunk]], Iterator[int]]
 """Does the chunks of one phase, here or elsewhere; yields the number of every unit that is done."""
 
 REPORT = "report.json"
+REMOVED = "_tmp.removed"
 ROWS_PER_PARTITION = 4_000_000
 BUCKETS = 1 << 16
 MOST_CHUNKS = 500
@@ -115,8 +116,11 @@ def merge_sources(
         written = _rows_in(connection, text_of(parts))
     if written != sum(cut.selected for cut in cuts):
         raise RuntimeError(f"{sum(cut.selected for cut in cuts)} rows selected, {written} written")
-    write_atomically(out / REPORT, json.dumps(totals, indent=1) + "\n")
-    shutil.rmtree(plan.temporary)
+    write_atomically(plan.temporary / REPORT, json.dumps(totals, indent=1) + "\n")
+    (plan.temporary / REPORT).replace(out / REPORT)
+    # a half-removed folder of units would look finished, so it goes out of their sight first
+    plan.temporary.rename(out / REMOVED)
+    shutil.rmtree(out / REMOVED)
     report(plan.rows, plan.rows, "merged")
     return Made(_flat_counts(totals), (*parts, out / REPORT))
 
@@ -140,6 +144,7 @@ def _in_chunks(plan: Plan, phase: str, units: int, chunks: int) -> list[Chunk]:
 
 def _forget_other_work(out: Path, config: MergeConfig, files: Files) -> None:
     """Clear what a killed run left when it was made from other files or settings."""
+    shutil.rmtree(out / REMOVED, ignore_errors=True)
     plan = out / "_tmp" / "plan.json"
     wanted = json.dumps(
         {

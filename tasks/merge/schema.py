@@ -11,7 +11,7 @@ COYO-700M (url, text, clip_similarity_vitb32).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from evaclip_model.errors import InputError
 from tasks.merge.config import ColumnMap, SourceConfig
@@ -90,11 +90,12 @@ def select_list(columns: ColumnMap, published: Published) -> str:
     """Select list with the same names and types for every layout; identifiers are quoted.
 
     raw_url, raw_caption, original_id: text; width, height: BIGINT, none when not positive;
-    similarity: DOUBLE, none outside -1 to 1; watermark: DOUBLE and unsafe_scores: DOUBLE[], none
-    when not finite; unsafe_tags: VARCHAR[], upper case, '' when missing; language, image_hash:
-    text; has_*: whether there is such a column.
+    similarity: DOUBLE, none outside -1 to 1; watermark, unsafe_score (the largest): DOUBLE, none
+    when not finite; language, image_hash: text; lacks_score: a safety score is missing; unsafe_tag,
+    unknown_tag: a safety tag is in `$unsafe_tags`, or not in `$known_tags`; has_*: whether there is
+    such a column.
     """
-    tags = [name for name in columns.unsafe if published[name] == TEXT]
+    tags = [_tag(name) for name in columns.unsafe if published[name] == TEXT]
     scores = [_number(name) for name in columns.unsafe if published[name] != TEXT]
     items = {
         "raw_url": quoted(columns.url),
@@ -104,8 +105,10 @@ def select_list(columns: ColumnMap, published: Published) -> str:
         "height": _side(columns.height),
         "similarity": _cosine(columns.similarity),
         "watermark": _number(columns.watermark),
-        "unsafe_scores": f"[{', '.join(scores)}]::DOUBLE[]",
-        "unsafe_tags": f"[{', '.join(_tag(name) for name in tags)}]::VARCHAR[]",
+        "unsafe_score": f"greatest({', '.join(scores)})" if scores else "NULL::DOUBLE",
+        "lacks_score": _any(f"{score} IS NULL" for score in scores),
+        "unsafe_tag": _any(f"list_contains($unsafe_tags::VARCHAR[], {tag})" for tag in tags),
+        "unknown_tag": _any(f"NOT list_contains($known_tags::VARCHAR[], {tag})" for tag in tags),
         "language": _text(columns.language),
         "image_hash": _text(columns.image_hash),
         "has_language": _flag(columns.language),
@@ -184,6 +187,10 @@ def _side(name: str | None) -> str:
 
 def _tag(name: str) -> str:
     return f"coalesce(upper(trim({quoted(name)})), '')"
+
+
+def _any(conditions: Iterable[str]) -> str:
+    return " OR ".join(f"({condition})" for condition in conditions) or "false"
 
 
 def _flag(name: str | None) -> str:

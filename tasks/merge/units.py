@@ -417,8 +417,9 @@ def _gather(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
         with reading(file.path):
             run(
                 connection,
-                copy(query, "CODEC zstd, PARTITION_BY (part)"),
+                copy(query, "PARTITION_BY (part)"),
                 {
+                    **rule_parameters(plan.config.filters),
                     **parameters,
                     "kept": text_of(kept),
                     "after": cut.after,
@@ -459,7 +460,7 @@ def _write(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
         for path, start in missing.items():
             beside = plan.temporary / f"{source}-{path.name}"
             connection.execute(
-                copy(statement("write"), "CODEC zstd"),
+                copy(statement("write"), "CODEC zstd, COMPRESSION_LEVEL 1"),
                 {
                     "first": start,
                     "last": start + plan.config.rows_per_file,

@@ -17,7 +17,6 @@ published AS (
 ),
 {normalise}
 SELECT
-  md5(address || chr(10) || caption) AS uid,
   $source::VARCHAR AS source,
   url,
   caption,

@@ -33,6 +33,7 @@ URLS = [
     "http://c.example/2",
     "http://c.example/3",
     "http://c.example/4",
+    "http://c.example/http://d.example/1",
     "ftp://c.example/1",
     "file:///etc/passwd",
     "http://user:word@c.example/1",
