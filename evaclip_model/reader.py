@@ -1,32 +1,44 @@
-"""Batches for training, the same whatever the number of ranks.
+"""Batches for training, the same whatever the number of ranks and of reading processes.
 
-Covers: reading shards in the order that order.py decides, decoding, cropping, captions, a memory
-of decoded images. Not here: the order itself; tokens and masks (trainer.py).
+Covers: reading shards in the order that order.py decides, decoding ahead, cropping, captions, a
+memory of decoded images.
+Not here: the order itself; pixels (decode.py); fetching shards (shard_store.py); worker processes
+(read_worker.py); tokens and masks (trainer.py).
 
 A batch is a function of (shards, settings, step): a run that resumes asks for the next step, and
 nothing has to be replayed. A sample that cannot be decoded is counted and replaced by the one after
 it in the same window.
+
+webdataset's pipelines are not used for that: they know no place to go on from, and spend as long on
+a sample's three tar members as its decoding takes here.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from evaclip_model.decode import DECODERS, Picture
 from evaclip_model.errors import InputError
-from evaclip_model.order import Mixture, Piece, SourceOrder
-from evaclip_model.samples import BrokenShard, Shard, ShardManifest, read_samples
+from evaclip_model.locations import is_url
+from evaclip_model.order import ORDERS, Mixture, Order, Piece
+from evaclip_model.read_worker import Worker
+from evaclip_model.samples import BrokenShard, PairReader, Shard, ShardManifest
+from evaclip_model.shard_store import LocalShards, RemoteShards, ShardStore
 from evaclip_model.train_config import TrainConfig
-from evaclip_model.transform import UnreadableImageError, decode_image, train_crop
+from evaclip_model.transform import UnreadableImageError
+
+SHARDS_AHEAD = 2
+"""Shards of every lane and source at hand or on their way: the one in use, and the next."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +53,42 @@ class Batch:
     """[b] int64, place of each sample in the whole of training."""
 
 
+@dataclass(frozen=True)
+class ReadSettings:
+    """What reading may cost; no batch depends on it."""
+
+    cache_bytes: int = 0
+    """Memory for decoded images, when all shards fit into it; 0 decodes every time."""
+    workers: int = 0
+    """Processes that read and decode ahead, at most; 0: a thread."""
+    shard_cache: Path | None = None
+    """Folder for shards that are fetched from a URL."""
+    shard_cache_bytes: int = 0
+    """Room for them."""
+
+    def of_worker(self, workers: int) -> ReadSettings:
+        """The part of one of `workers` workers."""
+        return ReadSettings(
+            self.cache_bytes // workers, 0, self.shard_cache, self.shard_cache_bytes // workers
+        )
+
+
 class _Loaded:
     """A sample in memory: its caption, and its image encoded or, when kept, decoded."""
 
     __slots__ = ("caption", "image")
 
-    def __init__(self, image: bytes | Image.Image, caption: str) -> None:
+    def __init__(self, image: bytes | Picture, caption: str) -> None:
         self.image = image
         self.caption = caption
+
+
+@dataclass(frozen=True)
+class _Window:
+    epoch: int
+    number: int
+    samples: list[_Loaded]
+    shuffled: list[int]
 
 
 class BatchReader:
@@ -59,16 +99,27 @@ class BatchReader:
     """
 
     def __init__(
-        self, shards: Path, config: TrainConfig, *, rank: int, ranks: int, cache_bytes: int
+        self,
+        shards: Path | str,
+        config: TrainConfig,
+        *,
+        rank: int,
+        ranks: int,
+        settings: ReadSettings,
     ) -> None:
         """Plan the reading of a manifest's shards; files are opened when their turn comes.
+
+        Args:
+            shards: the manifest, a path or a URL.
 
         Raises:
             InputError: a source without shards or weight, fewer samples than lanes, or ranks that
                 do not divide the lanes.
         """
         self._config = config
-        self._folder = shards.parent
+        self._location = shards
+        self._rank, self._ranks = rank, ranks
+        self._settings = settings
         by_source = ShardManifest.read(shards).by_source()
         weights = _weights(by_source, config, shards)
         if config.lanes % ranks:
@@ -80,8 +131,8 @@ class BatchReader:
         self._lanes = range(rank * per_rank, (rank + 1) * per_rank)
         self._mixture = Mixture(weights, config.global_batch, config.lanes)
         self._shards = [by_source[name] for name in weights]
-        self._orders = [
-            SourceOrder(
+        self._orders: list[Order] = [
+            ORDERS[config.sampling](
                 [shard.samples for shard in by_source[name]],
                 source=number,
                 lanes=config.lanes,
@@ -96,22 +147,39 @@ class BatchReader:
                     f"source '{name}' has {order.total} samples for {config.lanes} lanes: "
                     "set 'lanes' lower, or add samples"
                 )
+        self._decode = DECODERS[config.decode]
+        self._store = _store(shards, settings, rank, ranks)
         total = sum(shard.bytes for shards in self._shards for shard in shards)
-        self._room_for_all = total <= cache_bytes
-        self._room = cache_bytes - total if self._room_for_all else 0
+        self._room_for_all = total <= settings.cache_bytes
+        self._room = settings.cache_bytes - total if self._room_for_all else 0
         self._kept: dict[tuple[int, int], list[_Loaded]] = {}
         self._streams: dict[tuple[int, int], _ShardStream] = {}
         self._windows: dict[tuple[int, int], _Window] = {}
+        self._coming: dict[tuple[int, int], tuple[tuple[int, int], Future[_Window]]] = {}
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="windows")
         self.bad: Counter[str] = Counter()
 
     def batches(self, first_step: int, steps: int) -> Generator[Batch, None, None]:
-        """Batches from `first_step` to `steps` (exclusive), the next one made while one is used."""
-        with ThreadPoolExecutor(1, thread_name_prefix="reader") as ahead:
-            following: Future[Batch] | None = None
+        """Batches from `first_step` to `steps` (exclusive), the next ones made while one is used.
+
+        Raises:
+            InputError: as `batch` does.
+            WorkerFailed: a reading process crashed or was killed.
+        """
+        workers = _evenly(self._settings.workers, len(self._lanes))
+        if not workers:
+            with ThreadPoolExecutor(1, thread_name_prefix="reader") as ahead:
+                following: Future[Batch] | None = None
+                for step in range(first_step, steps):
+                    batch = following.result() if following else self.batch(step)
+                    following = ahead.submit(self.batch, step + 1) if step + 1 < steps else None
+                    yield batch
+            return
+        with closing(_Team(self._workers(workers, first_step, steps))) as team:
             for step in range(first_step, steps):
-                batch = following.result() if following else self.batch(step)
-                following = ahead.submit(self.batch, step + 1) if step + 1 < steps else None
-                yield batch
+                images, captions, bad = team.parts()
+                self.bad.update(bad)
+                yield Batch(step, images, captions, self._positions(step))
 
     def batch(self, step: int) -> Batch:
         """This rank's share of one step.
@@ -119,17 +187,17 @@ class BatchReader:
         Raises:
             InputError: a shard cannot be read, or a whole window holds no usable sample.
         """
-        images, captions, positions = [], [], []
+        positions = self._positions(step)
+        numbered = iter(positions.tolist())
+        images, captions = [], []
         for lane in self._lanes:
             drawn = self._mixture.drawn_before(step, lane)
-            start = step * self._config.global_batch + lane * self._mixture.per_lane
-            for place, source in enumerate(self._mixture.draws(step, lane).tolist()):
-                image, caption = self._sample(source, lane, int(drawn[source]), start + place)
+            for source in self._mixture.draws(step, lane).tolist():
+                image, caption = self._sample(source, lane, int(drawn[source]), next(numbered))
                 drawn[source] += 1
                 images.append(image)
                 captions.append(caption)
-                positions.append(start + place)
-        return Batch(step, torch.stack(images), tuple(captions), torch.tensor(positions))
+        return Batch(step, torch.stack(images), tuple(captions), positions)
 
     def drawn(self, steps: int) -> dict[str, int]:
         """Samples of each source in the first `steps` steps, over all ranks."""
@@ -137,10 +205,41 @@ class BatchReader:
         counts = sum(self._mixture.drawn_before(steps, lane) for lane in lanes)
         return dict(zip(self._mixture.sources, np.asarray(counts).tolist(), strict=True))
 
+    def close(self) -> None:
+        """Close files, and clear away what was fetched; for when no further batch is wanted."""
+        self._loader.shutdown(cancel_futures=True)
+        for stream in self._streams.values():
+            stream.close()
+        self._store.close()
+
+    def _positions(self, step: int) -> Tensor:
+        first = step * self._config.global_batch + self._lanes.start * self._mixture.per_lane
+        return torch.arange(first, first + len(self._lanes) * self._mixture.per_lane)
+
+    def _workers(self, workers: int, first_step: int, steps: int) -> Iterator[Worker]:
+        config = self._config
+        images = len(self._lanes) // workers * self._mixture.per_lane
+        part = self._settings.of_worker(workers)
+        for worker in range(workers):
+            settings = {
+                "shards": str(self._location),
+                "config": config.model_dump(mode="json"),
+                "rank": self._rank * workers + worker,
+                "ranks": self._ranks * workers,
+                "cache_bytes": part.cache_bytes,
+                "shard_cache": part.shard_cache and str(part.shard_cache),
+                "shard_cache_bytes": part.shard_cache_bytes,
+                "first_step": first_step,
+                "steps": steps,
+            }
+            yield Worker(settings, (images, 3, config.image_px, config.image_px))
+
     def _sample(self, source: int, lane: int, draw: int, position: int) -> tuple[Tensor, str]:
         """The cropped image and the caption of a draw, or of the next usable one in its window."""
         epoch, number, place = self._orders[source].locate(lane, draw)
         window = self._window(source, lane, epoch, number)
+        if not self._room_for_all and place >= len(window.samples) // 2:
+            self._prepare_after(source, lane, epoch, number)
         for offset in range(len(window.samples)):
             loaded = window.samples[window.shuffled[(place + offset) % len(window.samples)]]
             try:
@@ -155,16 +254,15 @@ class BatchReader:
         )
 
     def _crop(self, loaded: _Loaded, position: int) -> Tensor:
-        image = loaded.image
-        if isinstance(image, bytes):
-            image = decode_image(image)
-            size = image.width * image.height * len(image.getbands())
-            if size <= self._room:
-                self._room -= size
-                loaded.image = image
+        picture = loaded.image
+        if isinstance(picture, bytes):
+            picture = self._decode(picture)
+            if picture.bytes <= self._room:
+                self._room -= picture.bytes
+                loaded.image = picture
         config = self._config
-        return train_crop(
-            image, config.image_px, seed=config.seed, position=position, scale=config.crop_scale
+        return picture.train_crop(
+            config.image_px, seed=config.seed, position=position, scale=config.crop_scale
         )
 
     def _window(self, source: int, lane: int, epoch: int, number: int) -> _Window:
@@ -172,48 +270,107 @@ class BatchReader:
         held = self._windows.get((source, lane))
         if held is not None and (held.epoch, held.number) == (epoch, number):
             return held
-        samples: list[_Loaded] = []
-        for piece in self._orders[source].pieces(lane, epoch, number):
-            samples.extend(self._load(source, lane, piece))
-        shuffled = self._orders[source].shuffled(lane, epoch, number).tolist()
-        self._windows[source, lane] = window = _Window(epoch, number, samples, shuffled)
+        wanted, coming = self._coming.pop((source, lane), (None, None))
+        # Only one window of a lane is loaded at a time: they share an open shard.
+        window = coming.result() if coming is not None else None
+        if window is None or wanted != (epoch, number):
+            window = self._load_window(source, lane, epoch, number)
+        self._windows[source, lane] = window
         return window
+
+    def _prepare_after(self, source: int, lane: int, epoch: int, number: int) -> None:
+        """Begin to load the window after this one."""
+        if (source, lane) not in self._coming:
+            after = self._orders[source].following(lane, epoch, number)
+            future = self._loader.submit(self._load_window, source, lane, *after)
+            self._coming[source, lane] = (after, future)
+
+    def _load_window(self, source: int, lane: int, epoch: int, number: int) -> _Window:
+        order = self._orders[source]
+        ahead = order.shards_from(lane, epoch, number, SHARDS_AHEAD)
+        self._store.expect(self._shards[source][shard] for shard in ahead)
+        samples: list[_Loaded] = []
+        for piece in order.pieces(lane, epoch, number):
+            samples.extend(self._load(source, lane, piece))
+        return _Window(epoch, number, samples, order.shuffled(lane, epoch, number).tolist())
 
     def _load(self, source: int, lane: int, piece: Piece) -> list[_Loaded]:
         """A piece, from memory when all shards fit into it, else from where the lane stands."""
         shard = self._shards[source][piece.shard]
         if self._room_for_all:
             if (source, piece.shard) not in self._kept:
-                stream = _ShardStream(self._folder / shard.path, shard)
-                self._kept[source, piece.shard] = stream.take(0, shard.samples)
+                with closing(_ShardStream(self._store, shard)) as stream:
+                    self._kept[source, piece.shard] = stream.take(0, shard.samples)
             return self._kept[source, piece.shard][piece.start : piece.stop]
         open_stream = self._streams.get((source, lane))
         if open_stream is None or not open_stream.reaches(shard, piece.start):
-            open_stream = _ShardStream(self._folder / shard.path, shard)
+            if open_stream is not None:
+                open_stream.close()
+            open_stream = _ShardStream(self._store, shard)
             self._streams[source, lane] = open_stream
         return open_stream.take(piece.start, piece.stop)
 
 
-@dataclass(frozen=True)
-class _Window:
-    epoch: int
-    number: int
-    samples: list[_Loaded]
-    shuffled: list[int]
+def serve_batches(settings: Mapping[str, Any]) -> Iterator[tuple[Batch, Mapping[str, int]]]:
+    """A worker's batches, with what was bad in each, from the settings that its rank sent."""
+    cache = settings["shard_cache"]
+    reader = BatchReader(
+        settings["shards"],
+        TrainConfig.from_mapping(settings["config"], where="the settings of a reading process"),
+        rank=settings["rank"],
+        ranks=settings["ranks"],
+        settings=ReadSettings(
+            settings["cache_bytes"], 0, cache and Path(cache), settings["shard_cache_bytes"]
+        ),
+    )
+    with closing(reader):
+        for batch in reader.batches(settings["first_step"], settings["steps"]):
+            bad = dict(reader.bad)
+            reader.bad.clear()
+            yield batch, bad
+
+
+class _Team:
+    """A rank's workers, whose parts lie end to end."""
+
+    def __init__(self, workers: Iterator[Worker]) -> None:
+        self._workers: list[Worker] = []
+        try:
+            self._workers.extend(workers)
+        except BaseException:
+            self.close()
+            raise
+
+    def parts(self) -> tuple[Tensor, tuple[str, ...], Counter[str]]:
+        """Images, captions, and what was bad, of the next step."""
+        parts = [worker.part() for worker in self._workers]
+        bad: Counter[str] = Counter()
+        for part in parts:
+            bad.update(part.bad)
+        captions = tuple(caption for part in parts for caption in part.captions)
+        return torch.cat([part.images for part in parts]), captions, bad
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.close()
 
 
 class _ShardStream:
     """A shard read front to back, once, in parts."""
 
-    def __init__(self, path: Path, shard: Shard) -> None:
-        self._path = path
+    def __init__(self, store: ShardStore, shard: Shard) -> None:
         self._shard = shard
-        self._samples = read_samples(path)
-        self._next = 0
+        self._path = store.path(shard)
+        try:
+            self._pairs = PairReader(self._path, shard.left_out)
+        except OSError as error:
+            raise InputError(
+                f"{self._path} cannot be opened ({error}): verify the shards again"
+            ) from error
 
     def reaches(self, shard: Shard, start: int) -> bool:
         """Whether sample `start` of `shard` is still ahead."""
-        return self._shard is shard and self._next <= start
+        return self._shard is shard and self._pairs.next <= start
 
     def take(self, start: int, stop: int) -> list[_Loaded]:
         """Samples `start` to `stop` (exclusive), skipping what lies before them.
@@ -222,7 +379,7 @@ class _ShardStream:
             InputError: the shard does not hold what its manifest says.
         """
         try:
-            taken = list(islice(self._samples, start - self._next, stop - self._next))
+            taken = self._pairs.read(start, stop)
         except BrokenShard as error:
             raise InputError(f"{error}; verify the shards again") from error
         if len(taken) < stop - start:
@@ -230,12 +387,34 @@ class _ShardStream:
                 f"{self._path} ends before sample {stop} of {self._shard.samples}: "
                 "verify the shards again"
             )
-        self._next = stop
-        return [_Loaded(sample.image, sample.caption) for sample in taken]
+        return [_Loaded(image, caption) for image, caption in taken]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._pairs.close()
+
+
+def _evenly(most: int, lanes: int) -> int:
+    """The largest number of workers, up to `most`, that share the lanes evenly."""
+    return next((workers for workers in range(min(most, lanes), 0, -1) if lanes % workers == 0), 0)
+
+
+def _store(shards: Path | str, settings: ReadSettings, rank: int, ranks: int) -> ShardStore:
+    if not is_url(shards):
+        return LocalShards(Path(shards).parent)
+    if settings.shard_cache is None:
+        raise InputError(f"{shards} is a URL: name a folder to fetch its shards into")
+    return RemoteShards(
+        str(shards).rpartition("/")[0],
+        settings.shard_cache,
+        settings.shard_cache_bytes,
+        rank=rank,
+        ranks=ranks,
+    )
 
 
 def _weights(
-    by_source: Mapping[str, Sequence[Shard]], config: TrainConfig, shards: Path
+    by_source: Mapping[str, Sequence[Shard]], config: TrainConfig, shards: Path | str
 ) -> dict[str, float]:
     """Share of each source that is drawn, in the order of the sources' names."""
     if not config.source_weights:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from pydantic import Field, field_validator
 
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
+from evaclip_model.locations import read_text
 from evaclip_model.tar_file import BrokenTar, Member, members
 
 SHARDS = "shards.json"
@@ -28,6 +29,8 @@ SHARDS = "shards.json"
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 CAPTION_EXTENSION = "txt"
 RECORD_EXTENSION = "json"
+Stored = tuple[str, dict[str, Member]]
+"""Key of a sample, and its members by extension."""
 
 
 class BrokenShard(ValueError):
@@ -56,11 +59,14 @@ class Shard(Config):
     source: str
     """The one metadata collection that all its samples come from."""
     samples: int = Field(ge=1)
-    """Number of samples in the tar."""
+    """Number of samples to train on: those of the tar, less its tombstones."""
     bytes: int = Field(ge=1)
     """Size of the tar."""
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     """Of the tar's bytes."""
+    tombstones: str = Field(default="", pattern=r"^(\d+( \d+)*)?$")
+    """Places of the tar's samples that nobody may read, counted from 0 in stored order, separated
+    by spaces; text, because two billion samples have millions of them and few are needed at once."""
 
     @field_validator("path")
     @classmethod
@@ -69,6 +75,11 @@ class Shard(Config):
         if not path.endswith(".tar") or ":" in path or path.startswith("/"):
             raise ValueError("should be the path of a .tar, relative to the manifest's folder")
         return path
+
+    @property
+    def left_out(self) -> frozenset[int]:
+        """The tombstones as numbers."""
+        return frozenset(map(int, self.tombstones.split()))
 
 
 class ShardManifest(Config):
@@ -91,14 +102,14 @@ class ShardManifest(Config):
         return sum(shard.samples for shard in self.shards)
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read a manifest from its file.
+    def read(cls, path: Path | str) -> Self:
+        """Read a manifest from its file, on this machine or at a URL.
 
         Raises:
             InputError: no such file, or not a manifest.
         """
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(read_text(path))
         except FileNotFoundError:
             raise InputError(f"{path} does not exist: verify the shards to make it") from None
         except (OSError, ValueError) as error:
@@ -118,7 +129,7 @@ class ShardManifest(Config):
 
 
 def read_samples(shard: Path) -> Iterator[Sample]:
-    """Yield the samples of a shard in stored order, holding one image in memory at a time.
+    """Yield all samples of a shard in stored order, holding one image in memory at a time.
 
     Raises:
         BrokenShard: truncated or unreadable tar, or a sample that lacks a member.
@@ -134,17 +145,21 @@ def read_samples(shard: Path) -> Iterator[Sample]:
 class PairReader:
     """Images and captions of a shard, read once, front to back, in parts."""
 
-    def __init__(self, shard: Path) -> None:
+    def __init__(self, shard: Path, left_out: Set[int] = frozenset()) -> None:
         """Open the shard.
+
+        Args:
+            shard: the tar.
+            left_out: places of samples that do not count (`Shard.left_out`).
 
         Raises:
             OSError: it cannot be opened.
         """
         self._shard = shard
         self._tar = shard.open("rb", buffering=0)
-        self._samples = _samples(members(self._tar.fileno()))
+        self._samples = _kept(_samples(members(self._tar.fileno())), left_out)
         self.next = 0
-        """Place of the sample that is read next, counted in stored order."""
+        """Place of the sample that is read next, among those that count, in stored order."""
 
     def read(self, start: int, stop: int) -> list[tuple[bytes, str]]:
         """Image (encoded) and caption of the samples `start` to `stop` (exclusive).
@@ -176,12 +191,17 @@ class PairReader:
             raise BrokenShard(f"{self._shard}: sample {key} cannot be read ({error})") from error
 
 
-def _samples(found: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+def _samples(found: Iterator[Member]) -> Iterator[Stored]:
     """(key, extension -> member) of neighbours that share a key, as webdataset groups them."""
     named = ((*_key_and_extension(member.name), member) for member in found)
     for key, group in groupby(named, key=lambda entry: entry[0]):
         if key is not None:
             yield key, {extension: member for _, extension, member in group}
+
+
+def _kept(found: Iterator[Stored], left_out: Set[int]) -> Iterator[Stored]:
+    """All but those whose place is left out."""
+    return (one for place, one in enumerate(found) if place not in left_out)
 
 
 def _key_and_extension(name: str) -> tuple[str | None, str]:

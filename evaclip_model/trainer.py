@@ -33,13 +33,14 @@ from evaclip_model.loss import gathered_terms
 from evaclip_model.masking import kept_patches
 from evaclip_model.model_config import ModelConfig
 from evaclip_model.optim import lr_factor
-from evaclip_model.reader import Batch, BatchReader
+from evaclip_model.reader import Batch, BatchReader, ReadSettings
 from evaclip_model.tokenizer import tokenize
 from evaclip_model.train_config import (
     CHECKPOINTS,
     METRICS_FILE,
     MODEL_FOLDER,
     RESULT_FILE,
+    SHARD_CACHE,
     TrainConfig,
     TrainJob,
 )
@@ -102,7 +103,16 @@ class _Run:
         self._ranks = dist.get_world_size() if joined else 1
         self._device = _device()
         self._reader = BatchReader(
-            job.shards, config, rank=self._rank, ranks=self._ranks, cache_bytes=job.cache_bytes
+            job.shards,
+            config,
+            rank=self._rank,
+            ranks=self._ranks,
+            settings=ReadSettings(
+                job.cache_bytes,
+                job.read_workers,
+                job.shard_cache or job.run_dir / SHARD_CACHE,
+                job.shard_cache_bytes,
+            ),
         )
         self._model = _starting_model(job).to(self._device, _DTYPES[config.precision])
         self._model.set_grad_checkpointing(config.grad_checkpointing)
@@ -238,6 +248,7 @@ class _Run:
 
     def _finish(self) -> Mapping[str, Any]:
         config, run_dir = self._config, self._job.run_dir
+        self._reader.close()
         bad = self._bad_samples()
         rows = [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
         last = [row["loss"] for row in rows[-FINAL_LOSS_STEPS:]]

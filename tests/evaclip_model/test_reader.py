@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from evaclip_model.errors import InputError
-from evaclip_model.reader import BatchReader
+from evaclip_model.reader import BatchReader, ReadSettings
 from evaclip_model.samples import ShardManifest
 from evaclip_model.train_config import TrainConfig
 
@@ -20,10 +20,10 @@ def config(**changes):
     return TrainConfig(**{**settings, **changes})
 
 
-def reader(folder, *, rank=0, ranks=1, memory=PLENTY, **changes):
-    return BatchReader(
-        folder / "shards.json", config(**changes), rank=rank, ranks=ranks, cache_bytes=memory
-    )
+def reader(folder, *, rank=0, ranks=1, memory=PLENTY, workers=0, **changes):
+    settings = ReadSettings(cache_bytes=memory, workers=workers)
+    manifest = folder / "shards.json"
+    return BatchReader(manifest, config(**changes), rank=rank, ranks=ranks, settings=settings)
 
 
 def assert_same(ours, theirs):

@@ -1,0 +1,44 @@
+"""Files that may lie behind a URL.
+
+Covers: telling URLs from paths, the filesystem of a URL, small texts.
+Not here: large files (shard_store.py); writing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from evaclip_model.errors import InputError
+
+
+def is_url(location: Path | str) -> bool:
+    """Whether a location is a URL, not a path of this machine."""
+    return isinstance(location, str) and "://" in location
+
+
+def filesystem(url: str) -> Any:
+    """fsspec's filesystem for a URL.
+
+    Raises:
+        InputError: nothing installed knows this kind of URL.
+    """
+    import fsspec  # only who reads from elsewhere waits for it
+
+    try:
+        return fsspec.filesystem(url.partition("://")[0])
+    except (ImportError, ValueError) as error:
+        raise InputError(f"{url} cannot be read: {error}") from None
+
+
+def read_text(location: Path | str) -> str:
+    """Content of a small text file on this machine or at a URL.
+
+    Raises:
+        InputError: nothing installed knows this kind of URL.
+        OSError: it is not there, or cannot be read.
+    """
+    if not is_url(location):
+        return Path(location).read_text()
+    content: bytes = filesystem(str(location)).cat_file(str(location))
+    return content.decode()

@@ -1,0 +1,166 @@
+"""Reading and decoding in processes of their own, ahead of the training.
+
+Covers: starting a rank's workers, what passes between them and it, their end.
+Not here: which samples a batch holds and how they are read (reader.py).
+
+A worker is a rank within the rank: it owns an equal run of the rank's lanes and makes their part of
+every step, so how many there are changes no batch and no shard is read twice. Images come in memory
+shared with the rank, a ring of `SLOTS` steps; captions and counts in a line of JSON. A worker whose
+rank is gone reads the end of its standard input, or fails to write, and ends.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaclip_model.errors import InputError
+
+SLOTS = 3
+"""Steps that a worker may be ahead of its rank."""
+END_S = 10.0
+"""Seconds for a worker to end once its input is closed."""
+_GO = b"."
+
+
+@dataclass(frozen=True)
+class Part:
+    """A worker's part of a step."""
+
+    images: Tensor
+    """[b, 3, S, S] uint8, in shared memory until the next part is asked for."""
+    captions: tuple[str, ...]
+    bad: Mapping[str, int]
+    """Reason -> samples that could not be used for it."""
+
+
+class WorkerFailed(RuntimeError):
+    """A worker ended without a reason of the user's making; its standard error says why."""
+
+
+class Worker:
+    """One worker, seen from its rank."""
+
+    def __init__(self, settings: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+        """Start it; its first parts are made at once.
+
+        Args:
+            settings: what `run` gets, of JSON's types.
+            shape: of the part's images, [b, 3, S, S].
+        """
+        memory = os.memfd_create("evaclip-images")
+        os.ftruncate(memory, SLOTS * int(np.prod(shape)))
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=[memory],
+            )
+            self._slots = _slots(memory, shape)
+            self._tell(json.dumps({"memory": memory, "shape": shape, **settings}).encode() + b"\n")
+        finally:
+            os.close(memory)
+        self._taken = 0
+        self._tell(_GO * SLOTS)
+
+    def part(self) -> Part:
+        """The next step's part, once it is there.
+
+        Raises:
+            InputError: as the reader would.
+            WorkerFailed: it crashed or was killed.
+        """
+        if self._taken:
+            self._tell(_GO)  # the slot of the part before is free again
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line.endswith(b"\n"):
+            raise WorkerFailed(f"a reading process ended with status {self._process.wait()}")
+        said = json.loads(line)
+        if "error" in said:
+            raise InputError(said["error"])
+        images = self._slots[self._taken % SLOTS]
+        self._taken += 1
+        return Part(images, tuple(said["captions"]), said["bad"])
+
+    def close(self) -> None:
+        """End the worker."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with suppress(BrokenPipeError):
+                pipe.close()
+        try:
+            self._process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _tell(self, data: bytes) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(data)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise WorkerFailed(
+                f"a reading process ended with status {self._process.wait()}"
+            ) from None
+
+
+def serve(run: Callable[[Mapping[str, Any]], Any]) -> int:
+    """Be a worker: make parts of `run(settings)`, an iterable of batches, as fast as there is room.
+
+    Returns:
+        The exit code.
+    """
+    # Ctrl-C and a launcher's SIGTERM reach the whole group; the rank still saves a checkpoint.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print is no answer
+    torch.set_num_threads(1)
+    settings = json.loads(sys.stdin.buffer.readline())
+    slots = _slots(settings["memory"], tuple(settings["shape"]))
+    try:
+        for number, (batch, bad) in enumerate(run(settings)):
+            if not sys.stdin.buffer.read(1):
+                return 0
+            slots[number % SLOTS].copy_(batch.images)
+            _answer(answers, {"captions": batch.captions, "bad": bad})
+    except InputError as error:
+        _answer(answers, {"error": str(error)})
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+def _answer(answers: Any, said: Mapping[str, Any]) -> None:
+    answers.write(json.dumps(said).encode() + b"\n")
+    answers.flush()
+
+
+def _slots(memory: int, shape: Sequence[int]) -> list[Tensor]:
+    size = int(np.prod(shape))
+    mapped = mmap.mmap(memory, SLOTS * size)
+    return [
+        torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=number * size).view(*shape)
+        for number in range(SLOTS)
+    ]
+
+
+if __name__ == "__main__":
+    from evaclip_model.reader import serve_batches
+
+    sys.exit(serve(serve_batches))

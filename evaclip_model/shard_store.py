@@ -1,0 +1,204 @@
+"""The files of shards, on this machine or behind a URL.
+
+Covers: shards in a folder; shards at any URL that fsspec knows (s3://, gs://, hf://, https://),
+fetched ahead into a bounded folder.
+Not here: which shards are wanted when (reader.py); what is in them (samples.py).
+
+A fetched shard is named after its sha256 and appears by rename, so a killed run's files are used
+again and several processes may share one folder; each clears away what it brought or took over.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from evaclip_model.errors import InputError
+from evaclip_model.locations import filesystem
+from evaclip_model.samples import Shard
+
+FETCHES_AT_ONCE = 4
+"""Shards that one process fetches at the same time."""
+ATTEMPTS = 6
+"""Times a shard is fetched before its process gives up."""
+FIRST_PAUSE_S = 1.0
+"""Seconds before the second attempt; doubled for each further one."""
+_CHUNK = 4 * 2**20
+
+
+class ShardStore(Protocol):
+    """Where a reader gets its shards."""
+
+    def path(self, shard: Shard) -> Path:
+        """The shard as a file of this machine, once it is there.
+
+        Raises:
+            InputError: it cannot be had.
+        """
+
+    def expect(self, shards: Iterable[Shard]) -> None:
+        """Say which shards come next, so that they may be brought; never waits."""
+
+    def close(self) -> None:
+        """Clear away what was brought."""
+
+
+class LocalShards:
+    """Shards in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def path(self, shard: Shard) -> Path:
+        return self._folder / shard.path
+
+    def expect(self, shards: Iterable[Shard]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class RemoteShards:
+    """Shards at a URL, fetched into a folder that holds no more than it may.
+
+    Room is made by the shard that was asked for the longest time ago. One that is asked for now is
+    always fetched, even when it alone is larger than the folder may be.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        cache: Path,
+        cache_bytes: int,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+        first_pause_s: float = FIRST_PAUSE_S,
+    ) -> None:
+        """Take over this process's part of what a killed run left in `cache`.
+
+        Raises:
+            InputError: nothing installed knows this kind of URL.
+        """
+        self._url = url.rstrip("/")
+        self._files = filesystem(url)
+        self._cache = cache
+        self._limit = cache_bytes
+        self._held: dict[str, tuple[int, Future[Path]]] = {}
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._first_pause_s = first_pause_s
+        self._fetchers = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="shards")
+        cache.mkdir(parents=True, exist_ok=True)
+        _clear_unfinished(cache)
+        for left in sorted(cache.glob("*.tar"))[rank::ranks]:
+            found: Future[Path] = Future()
+            found.set_result(left)
+            with suppress(FileNotFoundError):
+                self._held[left.stem] = (left.stat().st_size, found)
+
+    def path(self, shard: Shard) -> Path:
+        for _ in range(ATTEMPTS):
+            path: Path = self._ask(shard, must=True).result()
+            if path.exists():
+                return path
+            self._forget(shard)  # another process took it over, and cleared it away
+        raise InputError(
+            f"{self._url}/{shard.path} is cleared away as soon as it is fetched: "
+            "give the shards' cache more room"
+        )
+
+    def expect(self, shards: Iterable[Shard]) -> None:
+        for shard in shards:
+            if self._ask(shard, must=False) is None:
+                return
+
+    def close(self) -> None:
+        self._closing.set()
+        self._fetchers.shutdown(cancel_futures=True)
+        for key in self._held:
+            (self._cache / f"{key}.tar").unlink(missing_ok=True)
+
+    def _forget(self, shard: Shard) -> None:
+        with self._lock:
+            self._held.pop(shard.sha256, None)
+
+    def _ask(self, shard: Shard, *, must: bool) -> Any:
+        """The shard's file to come; none when there is no room and it is no must."""
+        with self._lock:
+            held = self._held.pop(shard.sha256, None)
+            if held is None:
+                if not self._make_room(shard.bytes) and not must:
+                    return None
+                held = (shard.bytes, self._fetchers.submit(self._fetch, shard))
+            self._held[shard.sha256] = held  # the newest is the last
+            return held[1]
+
+    def _make_room(self, needed: int) -> bool:
+        used = sum(size for size, _ in self._held.values())
+        for key, (size, fetched) in list(self._held.items()):
+            if used + needed <= self._limit:
+                break
+            if fetched.done():
+                # A file that is being read stays readable: only its name goes.
+                (self._cache / f"{key}.tar").unlink(missing_ok=True)
+                del self._held[key]
+                used -= size
+        return used + needed <= self._limit
+
+    def _fetch(self, shard: Shard) -> Path:
+        path = self._cache / f"{shard.sha256}.tar"
+        url = f"{self._url}/{shard.path}"
+        problem = "the run ended"
+        for attempt in range(ATTEMPTS):
+            if path.exists():
+                return path
+            pause_s = self._first_pause_s * 2 ** (attempt - 1) if attempt else 0.0
+            if self._closing.wait(pause_s):
+                break
+            try:
+                if not (problem := self._bring(url, shard, path)):
+                    return path
+            except FileNotFoundError:
+                raise InputError(f"{url} does not exist: verify the shards again") from None
+            except Exception as error:  # every protocol has its own kinds
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                problem = str(error) or type(error).__name__
+        raise InputError(f"{url} could not be fetched in {ATTEMPTS} attempts: {problem}")
+
+    def _bring(self, url: str, shard: Shard, path: Path) -> str:
+        """Fetch once; what is wrong with what came, or nothing."""
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        digest = hashlib.sha256()
+        try:
+            with self._files.open(url, "rb") as remote, beside.open("wb") as local:
+                while chunk := remote.read(_CHUNK):
+                    digest.update(chunk)
+                    local.write(chunk)
+            if digest.hexdigest() != shard.sha256:
+                size = beside.stat().st_size
+                return f"{size} bytes came that are not the {shard.bytes} of the manifest"
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+        return ""
+
+
+def _clear_unfinished(cache: Path) -> None:
+    """Remove what processes that are gone were fetching."""
+    for part in cache.glob(".*.tar.*"):
+        try:
+            os.kill(int(part.suffix[1:]), 0)
+        except ProcessLookupError:
+            part.unlink(missing_ok=True)
+        except (ValueError, PermissionError):
+            continue
