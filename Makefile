@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-.PHONY: help setup demo test check coverage test-faults ablation bench bench-model up down clean
+.PHONY: help setup demo test check coverage test-faults test-download-faults ablation bench bench-model up down clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -32,6 +32,10 @@ coverage: $(VENV)/.dev ## test coverage of the pure modules
 
 test-faults: $(VENV)/.dev ## kill -9 of flow, download and rank at three moments each, and compare (20 min)
 	@PYTHONPATH=. $(PY) tests/faults/interruptions.py
+
+test-download-faults: $(VENV)/.dev ## 5,000 faulty URLs on loopback, kill -9 at ten random moments, the network cut off (6 min)
+	@PYTHONPATH=. $(PY) tests/faults/downloads.py
+	@$(PY) -m pytest -m slow tests/tasks/download
 
 ablation: $(VENV)/.pipeline ## the demo with one technique off at a time, as a table (15 min)
 	@PYTHONPATH=. $(PY) tests/benchmarks/ablate_demo.py

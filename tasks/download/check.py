@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evaclip_model.samples import RECORD_EXTENSION, BrokenShard
-from tasks.download.outcome import NETWORK, Outcome, outcome_of, retry_after_s
+from tasks.download.outcome import Outcome, outcome_of, retry_after_s
 from tasks.download.plan import PlannedShard
 
 
@@ -35,11 +35,6 @@ class FinishedShard:
     @property
     def success_rate(self) -> float:
         return self.outcomes[Outcome.SUCCESS] / self.planned.rows
-
-    @property
-    def network_failure_rate(self) -> float:
-        """Share of rows that ended as they do when our own network is down."""
-        return sum(self.outcomes[outcome] for outcome in NETWORK) / self.planned.rows
 
 
 def check_shard(folder: Path, planned: PlannedShard) -> FinishedShard:

@@ -36,7 +36,7 @@ from tasks.download.ledger import Ledger
 from tasks.download.outcome import Outcome
 from tasks.download.plan import CAPTION_COLUMN, URL_COLUMN, Plan, expected_bytes, plan_download
 from tasks.download.spread import Distributor, require_distributor
-from tasks.download.watch import COLLAPSE_SHARE, Watch, dead_links, network_trouble
+from tasks.download.watch import Watch, dead_links, network_trouble
 from tasks.download.worker import WorkerJob, open_files_needed
 from tasks.progress import Report
 
@@ -50,6 +50,8 @@ IDLE_STARTS = 2
 STALL_S = 300.0
 """Time past deadline_s without a single URL done, after which img2dataset is started again."""
 GRACE_S = 2.0
+SPOILED_ROWS = 50
+"""Rows of a shard that are enough to tell a dead network from a few dead hosts."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +144,12 @@ class _Pass:
             try:
                 with suppress(_LostWorker):
                     self._run(_prepare(work, self._folder, self.plan, self._config, self._crew))
-            except _NetworkDown as down:
+            finally:
                 self._look()
-                self._forget_shards_without_network()
-                raise InputError(str(down)) from None
-            self._look()
+                lost = self._forget_shards_without_network()
             self._tidy()
+            if lost is not None:
+                raise InputError(lost)
             idle_starts = 0 if len(self._finished) > before else idle_starts + 1
         shutil.rmtree(work, ignore_errors=True)
         if not self.is_finished:
@@ -174,18 +176,28 @@ class _Pass:
             elif path not in wanted:
                 path.unlink()
 
-    def _forget_shards_without_network(self) -> None:
-        for shard in self._finished:
-            if shard.network_failure_rate >= COLLAPSE_SHARE:
-                remove_shard(self.shards, shard.planned)
+    def _forget_shards_without_network(self) -> str | None:
+        """Remove shards in which nearly no host answered, and say so; None if there are none.
+
+        The network may have gone in the last moments of a run, too short for it to be stopped.
+        """
+        if self.number > 1:
+            return None
+        lost = [
+            shard
+            for shard in self._finished
+            if shard.planned.rows >= SPOILED_ROWS and network_trouble(shard.outcomes)
+        ]
+        for shard in lost:
+            remove_shard(self.shards, shard.planned)
+        return network_trouble(passes.sum_of(lost)) if lost else None
 
     def _run(self, job: WorkerJob) -> None:
         """Run img2dataset to its end, reporting URLs as they are done.
 
         Raises:
             _LostWorker: one of its processes was killed, or nothing moves any more.
-            _NetworkDown: nearly nothing is answered any more.
-            InputError: almost nothing of the list can be fetched.
+            InputError: nearly no host answers any more, or nearly nothing can be fetched.
         """
         path = self._folder / WORK_FOLDER / "job.json"
         write_atomically(path, job.model_dump_json(indent=1))
@@ -212,10 +224,8 @@ class _Pass:
             # a later pass holds only rows that failed before: most of them fail again
             if self.number > 1:
                 return
-            if down := watch.network_down():
-                raise _NetworkDown(down)
-            if dead := watch.list_dead():
-                raise InputError(dead)
+            if problem := watch.network_down() or watch.list_dead():
+                raise InputError(problem)
 
         run_supervised(
             [sys.executable, "-m", "tasks.download.worker", str(path)],
@@ -228,10 +238,6 @@ class _Pass:
 
 class _LostWorker(Exception):
     """A downloading process is gone, so that img2dataset would not end by itself."""
-
-
-class _NetworkDown(Exception):
-    """Every further URL would be marked as failed, and so lost."""
 
 
 def _completed(wanted: _Pass, out: Path) -> list[FinishedShard]:
@@ -350,7 +356,7 @@ def _judge(config: DownloadConfig, first: _Pass, finished: Sequence[FinishedShar
     Raises:
         InputError: fewer rows than min_success_rate became samples.
     """
-    outcomes = sum((shard.outcomes for shard in finished), Counter[Outcome]())
+    outcomes = passes.sum_of(finished)
     if outcomes[Outcome.SUCCESS] >= outcomes.total() * config.min_success_rate:
         return
     for shard in finished:

@@ -92,19 +92,22 @@ class Fetcher:
             digest: hex hash that the body must have; None or empty: any.
         """
         config, message = self._config, ""
+        earlier: str | None = None
         self._deadline.start(config.deadline_s)
         wait_s = config.retry_wait_s
         for tries_left in reversed(range(config.retries + 1)):
             body, message = self._try(url, digest)
             if body is not None:
                 return body, None
+            if message == outcome.DEADLINE and earlier is not None:
+                return None, earlier  # why it took long says more, and may pass another time
             may_pass = outcome.outcome_of("failed_to_download", message) in outcome.RETRYABLE
             pause_s = max(wait_s, outcome.retry_after_s(message))
             too_late = time.monotonic() + pause_s >= self._deadline.end
             if not may_pass or not tries_left or too_late or message == outcome.HOST_RESTS:
                 break
             time.sleep(pause_s)
-            wait_s *= 2
+            wait_s, earlier = wait_s * 2, message
         return None, message
 
     def _try(self, url: str, digest: str | None) -> tuple[bytes | None, str]:

@@ -22,9 +22,15 @@ SHARDS_PER_FILE = 20
 """Shards' worth of rows in one file of rows; so many are in memory at once."""
 
 
+def sum_of(finished: Sequence[FinishedShard]) -> Counter[Outcome]:
+    """How the rows of these shards ended."""
+    return sum((shard.outcomes for shard in finished), Counter[Outcome]())
+
+
 def rows_to_retry(finished: Sequence[FinishedShard]) -> int:
     """How many rows of these shards another pass would try."""
-    return sum(shard.outcomes[outcome] for shard in finished for outcome in RETRYABLE)
+    outcomes = sum_of(finished)
+    return sum(outcomes[outcome] for outcome in RETRYABLE)
 
 
 def wait_before(finished: Sequence[FinishedShard], longest_s: float) -> float:

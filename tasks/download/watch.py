@@ -104,8 +104,9 @@ def network_trouble(counts: Counter[Outcome]) -> str | None:
         return None
     return (
         f"the network or its name service is down: {failed:,} of the last {counts.total():,} URLs "
-        f"failed without an answer ({_reasons(counts, NETWORK)}): mend it and run the same command "
-        "again; what was downloaded is kept"
+        f"failed without an answer ({_reasons(counts, NETWORK)}): mend it (or, if all these rows "
+        "are of one dead site, drop that source) and run the same command again; what was "
+        "downloaded is kept"
     )
 
 

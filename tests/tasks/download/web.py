@@ -47,16 +47,17 @@ class Web(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, port: int = 0) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
+    def __init__(self, port: int = 0, host: str = "127.0.0.1") -> None:
+        super().__init__((host, port), Handler)
         self.port = self.server_address[1]
         self.hits: Counter[str] = Counter()
         self.agents: set[str] = set()
+        self.tired_until = float("inf")
         self.crowd = self.crowd_at_most = 0
         self.lock = threading.Lock()
 
-    def url(self, path: str, host: str = "127.0.0.1") -> str:
-        return f"http://{host}:{self.port}/{path}"
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}/{path}"
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients that give up are what the faults are for."""
@@ -68,7 +69,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.hits[self.path] += 1
         self.server.agents.add(self.headers.get("User-Agent", ""))
-        kind, _, rest = self.path.strip("/").replace("robots.txt", "robots").partition("/")
+        kind, _, rest = (
+            self.path.partition("?")[0].strip("/").replace("robots.txt", "robots").partition("/")
+        )
         try:
             getattr(self, f"answer_{kind}", self.answer_missing)(rest)
         except (BrokenPipeError, ConnectionResetError):
@@ -137,6 +140,19 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.answer_ok("4")
 
+    def answer_tired(self, rest: str) -> None:
+        """Refused for two seconds after the first request, then there."""
+        with self.server.lock:
+            if self.server.tired_until == float("inf"):
+                self.server.tired_until = time.monotonic() + 2.0
+        if time.monotonic() < self.server.tired_until:
+            self.answer(b"", 429, Retry_After="2")
+        else:
+            self.answer_ok(rest)
+
+    def answer_forbidden(self, rest: str) -> None:
+        self.answer(b"", 403)
+
     def answer_broken(self, rest: str) -> None:
         self.answer(b"", 500)
 
@@ -187,7 +203,7 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(0.05)
 
     def answer_silence(self, rest: str) -> None:
-        time.sleep(1.5)
+        time.sleep(2.5)
 
     def answer_flaky(self, rest: str) -> None:
         if self.server.hits[self.path] == 1:
@@ -200,9 +216,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(port: int = 0) -> Iterator[Web]:
+def serving(port: int = 0, host: str = "127.0.0.1") -> Iterator[Web]:
     """A web that answers until the end of the block."""
-    with Web(port) as server:
+    with Web(port, host) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield server
         server.shutdown()
