@@ -28,6 +28,7 @@ from tasks.download.spread import Distributor
 
 FILES_PER_THREAD = 3
 OTHER_FILES = 256
+LOOPBACK = "127.0.0.1"
 
 
 class WorkerJob(Config):
@@ -132,7 +133,10 @@ def _open_spark(processes: int) -> None:
 
     builder = SparkSession.builder.appName("evaclip download")
     if "--master" not in os.environ.get("PYSPARK_SUBMIT_ARGS", ""):
-        builder = builder.master(f"local[{processes}]").config("spark.ui.enabled", "false")
+        here = {"spark.driver.host": LOOPBACK, "spark.driver.bindAddress": LOOPBACK}
+        builder = builder.master(f"local[{processes}]").config(
+            map={**here, "spark.ui.enabled": "false"}
+        )
     builder.getOrCreate()
 
 

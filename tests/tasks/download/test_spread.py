@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from evaclip_model.errors import InputError
 from tasks.download import spread
 from tasks.download.config import DownloadConfig
 from tasks.download.download import Crew, download_images
+from tests.tasks.download.faults import CONFIG, four_hosts, outcomes_of, rows_of, write_rows
 
 
 @pytest.mark.parametrize("name", ["pyspark", "ray"])
@@ -32,3 +35,23 @@ def test_spark_needs_java(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAVA_HOME", "/usr/lib/jvm/some")
     spread.require_distributor("pyspark")
     spread.require_distributor("multiprocessing")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pyspark", "ray"])
+def test_rows_end_the_same_whoever_starts_the_processes(
+    name: spread.Distributor, tmp_path: Path
+) -> None:
+    if find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    if name == "pyspark" and shutil.which("java") is None:
+        pytest.skip("there is no Java")
+    out = tmp_path / "out"
+    out.mkdir()
+    config = CONFIG.model_copy(update={"samples_per_shard": 16})
+    with four_hosts() as webs:
+        rows = write_rows(tmp_path / "merged", rows_of(webs["127.0.0.1"].port, 96, 1, 1))
+        crew = Crew(processes=2, threads=8, distributor=name)
+        made = download_images(config, tmp_path / "merged", out, crew, lambda *_: None)
+    assert outcomes_of(out) == {uid: row.expected for uid, row in rows.items()}
+    assert made.counts["rows"] == len(rows)
