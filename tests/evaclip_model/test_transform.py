@@ -136,3 +136,17 @@ def test_bytes_that_are_no_image_are_named_as_such(data: bytes):
 def test_an_image_that_claims_too_many_pixels_is_not_decoded():
     with pytest.raises(UnreadableImageError, match="40 x 40 pixels, more than 1,000"):
         decode_image(png((40, 40)), max_pixels=1000)
+
+
+def test_a_tall_image_is_resized_columns_first_whichever_pillow_is_installed():
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 2, (324, 247, 3), dtype=np.uint8) * 255
+    box = (0, 0, 247, 324)
+    # One axis at a time: no version has an order to choose.
+    columns = Image.fromarray(noise).resize((224, 324), Image.Resampling.BICUBIC)
+    turned = columns.transpose(Image.Transpose.TRANSPOSE).resize(
+        (224, 224), Image.Resampling.BICUBIC
+    )
+    expected = np.asarray(turned.transpose(Image.Transpose.TRANSPOSE))
+    got = resized_crop(Image.fromarray(noise), box, 224)
+    assert np.array_equal(got.permute(1, 2, 0).numpy(), expected)
