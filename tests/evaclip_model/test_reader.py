@@ -1,12 +1,16 @@
 """Batches depend on their step alone: not on ranks, memory, or what was read before."""
 
 import shutil
+import subprocess
+import sys
 from collections import Counter
 
+import psutil
 import pytest
 import torch
 
 from evaclip_model.errors import InputError
+from evaclip_model.read_worker import WorkerFailed
 from evaclip_model.reader import BatchReader, ReadSettings
 from evaclip_model.samples import ShardManifest
 from evaclip_model.train_config import TrainConfig
@@ -71,13 +75,19 @@ def test_without_weights_sources_are_drawn_as_large_as_they_are(small_shards):
     assert reader(small_shards, source_weights={}).drawn(3) == {"a": 48, "b": 24}
 
 
-def test_a_bad_image_is_counted_and_replaced_by_its_neighbour(small_shards, tmp_path):
+def spoilt_copy(shards, tmp_path):
+    """The shards, one image of them no image any more."""
     folder = tmp_path / "spoilt"
-    shutil.copytree(small_shards, folder)
+    shutil.copytree(shards, folder)
     shard = folder / "a0.tar"
     content = bytearray(shard.read_bytes())
     content[1024 - 512 : 1024 - 512 + 64] = b"\xff" * 64  # the first image's header
     shard.write_bytes(content)
+    return folder
+
+
+def test_a_bad_image_is_counted_and_replaced_by_its_neighbour(small_shards, tmp_path):
+    folder = spoilt_copy(small_shards, tmp_path)
     spoilt, whole = reader(folder), reader(small_shards)
     for step in range(10):
         ours, theirs = spoilt.batch(step), whole.batch(step)
@@ -95,6 +105,84 @@ def test_a_truncated_shard_is_one_sentence(small_shards, tmp_path):
     with pytest.raises(InputError, match=r"a0\.tar.*verify the shards again"):
         for batch in reader(folder).batches(0, 10):
             assert batch.captions
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_worker_processes_make_the_same_batches_and_end(small_shards, workers):
+    expected = list(reader(small_shards).batches(2, 9))
+    shared = reader(small_shards, memory=0, workers=workers)
+    for ours, theirs in zip(shared.batches(2, 9), expected, strict=True):
+        assert ours.step == theirs.step
+        assert_same(ours, theirs)
+    assert not psutil.Process().children()
+
+
+def test_bad_images_that_workers_meet_are_counted_by_the_rank(small_shards, tmp_path):
+    folder = spoilt_copy(small_shards, tmp_path)
+    alone, shared = reader(folder), reader(folder, workers=3)
+    for ours, theirs in zip(shared.batches(0, 10), alone.batches(0, 10), strict=True):
+        assert_same(ours, theirs)
+    assert shared.bad == alone.bad
+    assert shared.bad.total() >= 1
+
+
+def test_a_killed_worker_is_an_error_at_once_and_leaves_no_other(small_shards):
+    batches = reader(small_shards, workers=2).batches(0, 500)
+    next(batches)
+    workers = psutil.Process().children()
+    assert len(workers) == 2
+    workers[1].kill()
+    with pytest.raises(WorkerFailed, match="-9"):
+        for batch in batches:
+            assert batch.captions
+    assert not psutil.Process().children()
+
+
+def test_what_a_worker_cannot_read_is_the_same_sentence(small_shards, tmp_path):
+    folder = tmp_path / "short"
+    shutil.copytree(small_shards, folder)
+    path = folder / "a0.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"a0\.tar.*verify the shards again"):
+        for batch in reader(folder, workers=2).batches(0, 10):
+            assert batch.captions
+
+
+def test_workers_end_when_their_rank_is_killed(small_shards, tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import sys; from pathlib import Path\n"
+        "from evaclip_model.reader import BatchReader, ReadSettings\n"
+        "from evaclip_model.train_config import TrainConfig\n"
+        "config = TrainConfig(**eval(sys.argv[2]))\n"
+        "manifest, settings = Path(sys.argv[1]), ReadSettings(workers=2)\n"
+        "reader = BatchReader(manifest, config, rank=0, ranks=1, settings=settings)\n"
+        "for batch in reader.batches(0, 10**6): print(batch.step, flush=True)\n"
+    )
+    command = [sys.executable, script, small_shards / "shards.json", repr(config().model_dump())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as rank:
+        assert rank.stdout.readline() == b"0\n"
+        workers = psutil.Process(rank.pid).children()
+        assert len(workers) == 2
+        rank.kill()
+        _, left = psutil.wait_procs(workers, timeout=10)
+    assert not left
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_resampled_batches_depend_on_their_step_alone(small_shards, ranks):
+    whole = reader(small_shards, sampling="resampled")
+    whole_batches = [whole.batch(step) for step in range(12)]
+    for rank in range(ranks):
+        part = reader(small_shards, memory=0, rank=rank, ranks=ranks, sampling="resampled")
+        size = 24 // ranks
+        for batch in part.batches(5, 12):
+            theirs = whole_batches[batch.step]
+            assert batch.captions == theirs.captions[rank * size : (rank + 1) * size]
+            assert torch.equal(batch.images, theirs.images[rank * size : (rank + 1) * size])
+    exact = reader(small_shards)
+    assert exact.batch(0).captions != whole_batches[0].captions
+    assert whole.drawn(10) == exact.drawn(10)
 
 
 @pytest.mark.parametrize(
