@@ -93,6 +93,7 @@ class RemoteShards:
         self._cache = cache
         self._limit = cache_bytes
         self._held: dict[str, tuple[int, Future[Path]]] = {}
+        self._used: set[str] = set()
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._first_pause_s = first_pause_s
@@ -104,6 +105,7 @@ class RemoteShards:
             found.set_result(left)
             with suppress(FileNotFoundError):
                 self._held[left.stem] = (left.stat().st_size, found)
+                self._used.add(left.stem)
 
     def path(self, shard: Shard) -> Path:
         for _ in range(ATTEMPTS):
@@ -136,21 +138,26 @@ class RemoteShards:
         with self._lock:
             held = self._held.pop(shard.sha256, None)
             if held is None:
-                if not self._make_room(shard.bytes) and not must:
+                if not self._make_room(shard.bytes, must) and not must:
                     return None
                 held = (shard.bytes, self._fetchers.submit(self._fetch, shard))
             self._held[shard.sha256] = held  # the newest is the last
+            if must:
+                self._used.add(shard.sha256)
             return held[1]
 
-    def _make_room(self, needed: int) -> bool:
+    def _make_room(self, needed: int, must: bool) -> bool:
+        """Clear away what was used longest ago; what is still to be used, only if it must be."""
         used = sum(size for size, _ in self._held.values())
-        for key, (size, fetched) in list(self._held.items()):
-            if used + needed <= self._limit:
+        for key in sorted(self._held, key=lambda key: key not in self._used):
+            size, fetched = self._held[key]
+            if used + needed <= self._limit or not (must or key in self._used):
                 break
             if fetched.done():
                 # A file that is being read stays readable: only its name goes.
                 (self._cache / f"{key}.tar").unlink(missing_ok=True)
                 del self._held[key]
+                self._used.discard(key)
                 used -= size
         return used + needed <= self._limit
 

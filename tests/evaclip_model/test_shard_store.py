@@ -1,0 +1,166 @@
+"""Shards behind a URL: a real server on loopback that is slow, wrong or away; a bounded cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import threading
+from collections import Counter
+from contextlib import closing
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from evaclip_model.errors import InputError
+from evaclip_model.reader import BatchReader, ReadSettings
+from evaclip_model.samples import ShardManifest
+from evaclip_model.shard_store import RemoteShards
+from evaclip_model.train_config import TrainConfig
+
+CONFIG = TrainConfig(
+    name="x", image_px=16, samples_seen=24 * 30, global_batch=24, lanes=6, shuffle_buffer=4
+)
+
+
+class Web(ThreadingHTTPServer):
+    """A folder at an address; `faults` are taken from the front, one a request."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.faults: list[str] = []
+        self.asked: Counter[str] = Counter()
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    server: Web
+
+    def do_GET(self) -> None:
+        self.server.asked[self.path] += 1
+        fault = self.server.faults.pop(0) if self.server.faults else ""
+        if fault == "503":
+            self.send_error(503)
+            return
+        if fault == "cut":
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            self.wfile.write(b"x" * 1000)
+            return
+        if fault == "other":
+            self.path = "/b0.tar"
+        super().do_GET()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web(small_shards, tmp_path):
+    """The small shards with their true sums, served on loopback."""
+    folder = tmp_path / "served"
+    shutil.copytree(small_shards, folder)
+    shards = []
+    for shard in ShardManifest.read(folder / "shards.json").shards:
+        digest = hashlib.sha256((folder / shard.path).read_bytes()).hexdigest()
+        shards.append(shard.model_copy(update={"sha256": digest}))
+    ShardManifest(shards=tuple(shards)).write(folder / "shards.json")
+    server = Web(folder)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def shards_of(web: Web):
+    return ShardManifest.read(f"{web.url}/shards.json").shards
+
+
+def store(web: Web, cache: Path, cache_bytes: int = 2**30) -> RemoteShards:
+    return RemoteShards(web.url, cache, cache_bytes, first_pause_s=0.01)
+
+
+def test_batches_from_a_url_are_those_from_the_folder(web, small_shards, tmp_path):
+    local = BatchReader(
+        small_shards / "shards.json", CONFIG, rank=0, ranks=1, settings=ReadSettings()
+    )
+    size = max(shard.bytes for shard in shards_of(web))
+    settings = ReadSettings(shard_cache=tmp_path / "cache", shard_cache_bytes=2 * size)
+    remote = BatchReader(f"{web.url}/shards.json", CONFIG, rank=0, ranks=1, settings=settings)
+    with closing(remote):
+        for ours, theirs in zip(remote.batches(0, 8), local.batches(0, 8), strict=True):
+            assert ours.captions == theirs.captions
+            assert torch.equal(ours.images, theirs.images)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("faults", [["503"], ["cut", "cut"], ["other", "503"]])
+def test_a_fetch_that_goes_wrong_is_repeated(web, tmp_path, faults):
+    shard = shards_of(web)[0]
+    web.faults = [*faults]
+    with closing(store(web, tmp_path)) as shards:
+        content = shards.path(shard).read_bytes()
+    assert hashlib.sha256(content).hexdigest() == shard.sha256
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_shard_that_never_comes_right_is_one_sentence(web, tmp_path):
+    shard = shards_of(web)[0]
+    (Path(tmp_path, "served") / shard.path).write_bytes(b"short")
+    with (
+        closing(store(web, tmp_path / "cache")) as shards,
+        pytest.raises(InputError, match=r"a0\.tar could not be fetched in 6 attempts: 5 bytes"),
+    ):
+        shards.path(shard)
+
+
+def test_a_shard_that_is_not_there_is_not_asked_for_again(web, tmp_path):
+    shard = shards_of(web)[0].model_copy(update={"path": "gone.tar"})
+    with (
+        closing(store(web, tmp_path / "cache")) as shards,
+        pytest.raises(InputError, match=r"gone\.tar does not exist"),
+    ):
+        shards.path(shard)
+    assert web.asked["/gone.tar"] == 1
+
+
+def test_the_cache_holds_no_more_than_it_may_and_nothing_is_fetched_twice_while_held(web, tmp_path):
+    all_of_them = shards_of(web)
+    room = all_of_them[0].bytes + all_of_them[1].bytes
+    with closing(store(web, tmp_path / "cache", room)) as shards:
+        shards.expect(all_of_them)
+        for shard in all_of_them:
+            assert shards.path(shard).stat().st_size == shard.bytes
+            assert shards.path(shard).exists()
+            held = [path.stat().st_size for path in (tmp_path / "cache").glob("*.tar")]
+            assert sum(held) <= room
+    assert all(web.asked[f"/{shard.path}"] == 1 for shard in all_of_them)
+
+
+def test_what_a_killed_run_fetched_is_used_again_and_what_it_was_fetching_is_removed(web, tmp_path):
+    shard = shards_of(web)[0]
+    with closing(store(web, tmp_path / "first")) as shards:
+        content = shards.path(shard).read_bytes()
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / f"{shard.sha256}.tar").write_bytes(content)
+    dead = os.posix_spawn("/bin/true", ["true"], {})
+    os.waitpid(dead, 0)
+    (cache / f".{'0' * 64}.tar.{dead}").write_bytes(b"half")
+    with closing(store(web, cache)) as shards:
+        assert shards.path(shard).read_bytes() == content
+        assert len(list(cache.iterdir())) == 1
+    assert web.asked[f"/{shard.path}"] == 1
+
+
+def test_a_url_that_nothing_installed_knows_is_one_sentence():
+    with pytest.raises(InputError, match=r"nowhere://bucket/shards\.json cannot be read"):
+        ShardManifest.read("nowhere://bucket/shards.json")
