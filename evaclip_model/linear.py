@@ -45,12 +45,12 @@ def is_traced() -> bool:
 
 def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
+        not is_traced()
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() > 0  # oneDNN has no product of nothing
         and _HAS_ONEDNN
         and not torch.is_autocast_enabled("cpu")
-        and not is_traced()
     )
 
 

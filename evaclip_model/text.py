@@ -95,7 +95,7 @@ class TextTower(nn.Module):
             )
         packed = (
             pack_padded(tokens)
-            if is_traced() or len(tokens) == 0
+            if is_traced() or tokens.shape[0] == 0
             else pack(tokens, self.positional_embedding.device)
         )
         x = F.embedding(packed.tokens, self.token_embedding.weight)

@@ -120,7 +120,7 @@ class VisionTower(nn.Module):
         patches = self.patch_embed(images, kept)
         positions = self.pos_embed[0, 1:]  # [N, W]
         patches = patches + (positions if kept is None else F.embedding(kept, positions))
-        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
+        first = (self.cls_token + self.pos_embed[:, :1]).expand(images.shape[0], -1, -1)
         return torch.cat((first, patches), dim=1)
 
     def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:

@@ -96,3 +96,13 @@ def test_no_captions_give_no_features():
 def test_too_many_tokens_are_refused():
     with pytest.raises(ValueError, match="21 tokens, the model at most 20"):
         small_model().encode_text(torch.zeros(1, 21, dtype=torch.long))
+
+
+def test_an_exporter_records_a_tower_for_batches_of_any_size():
+    images, tokens, _ = small_batch(7)
+    model = small_model().eval()
+    sizes = ({0: torch.export.Dim("batch")},)
+    for tower, batch in ((model.text, tokens), (model.visual, images)):
+        recorded = torch.export.export(tower, (batch[:2],), dynamic_shapes=sizes).module()
+        for part in (batch, batch[2:5]):
+            torch.testing.assert_close(recorded(part), tower(part), rtol=0, atol=1e-5)
