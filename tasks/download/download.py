@@ -333,6 +333,7 @@ def _environment(config: DownloadConfig) -> dict[str, str]:
         "NO_ALBUMENTATIONS_UPDATE": "1",
         "WANDB_MODE": "disabled",
         "DO_NOT_TRACK": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
         "OPENCV_IO_MAX_IMAGE_PIXELS": str(config.max_pixels),
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
