@@ -32,7 +32,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.locations import is_url
 from evaclip_model.order import ORDERS, Mixture, Order, Piece
 from evaclip_model.read_worker import Worker
-from evaclip_model.samples import BrokenShard, PairReader, Shard, ShardManifest
+from evaclip_model.samples import BrokenShard, Shard, ShardManifest
 from evaclip_model.shard_store import LocalShards, RemoteShards, ShardStore
 from evaclip_model.train_config import TrainConfig
 from evaclip_model.transform import UnreadableImageError
@@ -360,13 +360,7 @@ class _ShardStream:
 
     def __init__(self, store: ShardStore, shard: Shard) -> None:
         self._shard = shard
-        self._path = store.path(shard)
-        try:
-            self._pairs = PairReader(self._path, shard.left_out)
-        except OSError as error:
-            raise InputError(
-                f"{self._path} cannot be opened ({error}): verify the shards again"
-            ) from error
+        self._pairs = store.open(shard)
 
     def reaches(self, shard: Shard, start: int) -> bool:
         """Whether sample `start` of `shard` is still ahead."""
@@ -384,7 +378,7 @@ class _ShardStream:
             raise InputError(f"{error}; verify the shards again") from error
         if len(taken) < stop - start:
             raise InputError(
-                f"{self._path} ends before sample {stop} of {self._shard.samples}: "
+                f"{self._shard.path} ends before sample {stop} of {self._shard.samples}: "
                 "verify the shards again"
             )
         return [_Loaded(image, caption) for image, caption in taken]

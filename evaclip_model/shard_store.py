@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from evaclip_model.errors import InputError
 from evaclip_model.locations import filesystem
-from evaclip_model.samples import Shard
+from evaclip_model.samples import PairReader, Shard
 
 FETCHES_AT_ONCE = 4
 """Shards that one process fetches at the same time."""
@@ -36,8 +36,8 @@ _CHUNK = 4 * 2**20
 class ShardStore(Protocol):
     """Where a reader gets its shards."""
 
-    def path(self, shard: Shard) -> Path:
-        """The shard as a file of this machine, once it is there.
+    def open(self, shard: Shard) -> PairReader:
+        """Open the shard, once it is there, to read those of its samples that count.
 
         Raises:
             InputError: it cannot be had.
@@ -56,8 +56,14 @@ class LocalShards:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def path(self, shard: Shard) -> Path:
-        return self._folder / shard.path
+    def open(self, shard: Shard) -> PairReader:
+        path = self._folder / shard.path
+        try:
+            return PairReader(path, shard.left_out)
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be opened ({error}): verify the shards again"
+            ) from None
 
     def expect(self, shards: Iterable[Shard]) -> None:
         pass
@@ -107,12 +113,12 @@ class RemoteShards:
                 self._held[left.stem] = (left.stat().st_size, found)
                 self._used.add(left.stem)
 
-    def path(self, shard: Shard) -> Path:
+    def open(self, shard: Shard) -> PairReader:
         for _ in range(ATTEMPTS):
-            path: Path = self._ask(shard, must=True).result()
-            if path.exists():
-                return path
-            self._forget(shard)  # another process took it over, and cleared it away
+            try:
+                return PairReader(self._ask(shard, must=True).result(), shard.left_out)
+            except FileNotFoundError:
+                self._forget(shard)  # another process took it over, and cleared it away
         raise InputError(
             f"{self._url}/{shard.path} is cleared away as soon as it is fetched: "
             "give the shards' cache more room"
