@@ -76,7 +76,9 @@ class EvaClip(nn.Module):
         """Features of captions.
 
         Args:
-            tokens: [B, L] ids of `tokenizer.tokenize`, L at most the context length.
+            tokens: [B, L] ids of `tokenizer.tokenize`, L at most the context length; on the CPU,
+                wherever the model is: lengths are needed there, and ids on an accelerator would
+                have to be waited for.
             normalize: unit length, in at least float32.
 
         Returns:
@@ -92,7 +94,7 @@ class EvaClip(nn.Module):
 
         Args:
             images: [B, 3, H, H] normalised.
-            tokens: [B, L] ids.
+            tokens: [B, L] ids, on the CPU as for `encode_text`.
             kept: [B, K] patches to look at, or none for all.
 
         Returns:

@@ -73,8 +73,9 @@ class TrainConfig(Config):
     adapt_no_decay: bool = False
     """Whether LAMB adapts parameters without weight decay too (biases, norms, logit scale)."""
     grad_checkpointing: Literal["none", "selective", "full"] = "none"
-    """Recompute activations in the backward pass. "full" keeps only each block's input: least
-    memory, about a quarter more time; "selective" keeps the results of matrix products too."""
+    """Recompute activations in the backward pass. "full" keeps only each block's input: a third of
+    the memory for 30 % more time; "selective" keeps the results of matrix products too: two thirds
+    for 4 % (fp32) to 20 % (bf16)."""
     zero_stage: Literal[1, 2] = 1
     """DeepSpeed ZeRO: 1 shards optimizer states over ranks, 2 gradients too."""
     source_weights: dict[str, float] = Field(default_factory=dict)
