@@ -64,6 +64,7 @@ def database(
         # Parquet statistics leave NaN out, so rewriting by them lets NaN through every range rule;
         # on the way out they decide which columns are called required, file by file.
         connection.execute("SET disabled_optimizers = 'statistics_propagation'")
+        connection.execute("SET enable_progress_bar = false")
         connection.create_function(
             "idna_host", idna_host, ["VARCHAR"], "VARCHAR", null_handling="special"
         )

@@ -26,7 +26,7 @@ import json
 import shutil
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from tasks.merge.database import database, reading, statement
 from tasks.merge.filters import REASONS
 from tasks.merge.schema import Published, column_map, quoted, select_list
 from tasks.merge.sources import READERS, find_metadata, format_of, identity
+from tasks.merge.spark import spark_runner
 from tasks.merge.units import (
     PHASES,
     Chunk,
@@ -101,14 +102,10 @@ def merge_sources(
     _forget_other_work(out, config, files)
     plan = make_plan(config, files, out, threads, memory_limit or config.memory_limit)
     if config.engine == "spark":
-        from tasks.merge.spark import run_with_spark  # an extra that few installations have
-
-        run_with_spark(plan, lambda done, detail: report(done * plan.rows, plan.rows, detail))
+        with spark_runner() as run_on_spark:
+            _run_phases(plan, run_on_spark, MOST_CHUNKS, report)
     else:
-        names = list(PHASES)
-        _run_phases(plan, names[: names.index("gather")], run, chunks, report)
-        save_cuts(plan)
-        _run_phases(plan, names[names.index("gather") :], run, chunks, report)
+        _run_phases(plan, run, chunks, report)
     with database(plan.temporary / "spill", plan.memory_limit, threads) as connection:
         cuts = read_cuts(plan)
         totals = _totals(connection, plan, cuts)
@@ -125,8 +122,10 @@ def merge_sources(
     return Made(_flat_counts(totals), (*parts, out / REPORT))
 
 
-def _run_phases(plan: Plan, names: Iterable[str], run: Runner, chunks: int, report: Report) -> None:
-    for name in names:
+def _run_phases(plan: Plan, run: Runner, chunks: int, report: Report) -> None:
+    for name in PHASES:
+        if name == "gather":
+            save_cuts(plan)
         before = sum(PHASES[other].share for other in list(PHASES)[: list(PHASES).index(name)])
         units = PHASES[name].count(plan)
         detail = f"{name}: %d of {units}"

@@ -6,7 +6,7 @@ WITH wanted AS (
 placed AS (
   SELECT bucket, rank, row_number() OVER (PARTITION BY bucket ORDER BY rank) AS place
   FROM (
-    SELECT rank, ('0x' || left(rank::VARCHAR, 4))::INTEGER AS bucket
+    SELECT rank::UUID AS rank, ('0x' || left(rank::VARCHAR, 4))::INTEGER AS bucket
     FROM read_parquet($paths, hive_partitioning = false)
   )
   WHERE list_contains($buckets::INTEGER[], bucket)

@@ -5,7 +5,10 @@ WITH ranges AS (
 ),
 selected AS (
   SELECT kept.row_in_file, kept.rank, kept.others, ranges.part
-  FROM read_parquet($kept, hive_partitioning = false) AS kept
+  FROM (
+    SELECT row_in_file, rank::UUID AS rank, others
+    FROM read_parquet($kept, hive_partitioning = false)
+  ) AS kept
   ASOF JOIN ranges ON kept.rank <= ranges.last_rank
   WHERE $after::VARCHAR IS NULL OR kept.rank > $after::UUID
 ),

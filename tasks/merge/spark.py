@@ -1,0 +1,189 @@
+"""The merge on a Spark cluster: when one machine is outgrown.
+
+Covers: a `Runner` that hands the units of every phase to Spark's workers, and deduplicates with
+Spark's own shuffle instead of partition by partition.
+Not here: the rules, the selection and the files, which are the same (filters.py, sql/, units.py).
+
+A row's rules are the statements of the other engine, which every worker runs in a DuckDB of its own
+over one metadata file at a time; Spark decides which row of an address stays, and spills as large
+shuffles need. So there are no rules twice, and the rows are the same. The folder of the merge and
+the metadata must be under the same path on every worker. The cluster is the environment's
+(SPARK_CONF_DIR, spark-submit); without one it is this machine's cores.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from evaclip_model.errors import InputError
+from tasks.merge.database import database
+from tasks.merge.units import Chunk, Plan, once, run_chunk, text_of
+
+KEYS = (
+    "source int, file int, row_in_file long, key string, similarity double, original_id string",
+    "SELECT source, file, row_in_file, key::VARCHAR AS key, similarity, original_id",
+)
+"""Columns of a key for Spark, and the select list that reads them."""
+KEY_COLUMNS = ["source", "file", "row_in_file", "key", "similarity", "original_id"]
+KNOWN = ("key string", "SELECT DISTINCT key::VARCHAR AS key")
+ROWS_OF_A_BATCH = 100_000
+
+
+@contextmanager
+def spark_runner() -> Iterator[Callable[[Sequence[Chunk]], Iterator[int]]]:
+    """The `Runner` of a Spark session that lasts as long as the context.
+
+    Raises:
+        InputError: pyspark or Java is missing, or a worker met a user's mistake.
+    """
+    try:
+        from pyspark.errors import PySparkException
+        from pyspark.sql import SparkSession
+    except ImportError as error:
+        raise InputError(
+            "engine = 'spark' needs pyspark and Java 17: pip install 'evaclip[spark]'"
+        ) from error
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    root = str(Path(__file__).parents[2])
+    building = SparkSession.builder.appName("evaclip merge")
+    try:
+        session = building.config("spark.executorEnv.PYTHONPATH", root).getOrCreate()
+    except (PySparkException, OSError) as error:
+        raise InputError(
+            f"Spark does not start ({_cause(error)}): it needs Java 17, as JAVA_HOME or `java`"
+        ) from error
+    try:
+        yield partial(_run, session)
+    except PySparkException as error:
+        raise InputError(f"Spark gave up: {_cause(error)}") from error
+    finally:
+        session.stop()
+
+
+def _run(session: Any, chunks: Sequence[Chunk]) -> Iterator[int]:
+    numbers = [number for chunk in chunks for number in chunk.numbers]
+    if not chunks:
+        return
+    if chunks[0].phase == "dedupe":
+        plan = chunks[0].plan
+        once(plan.temporary / "kept" / "000000", partial(_dedupe, session, plan))
+    else:
+        session.sparkContext.parallelize(chunks, len(chunks)).foreach(_do)
+    yield from numbers
+
+
+def _do(chunk: Chunk) -> None:
+    for _ in run_chunk(chunk):
+        pass
+
+
+def _dedupe(session: Any, plan: Plan, folder: Path) -> None:
+    """What the unit `dedupe` leaves for one partition, for all of them at once."""
+    from pyspark.sql import Window
+    from pyspark.sql import functions as F
+
+    keys = _read(session, plan, "keys/*/part=[0-9]*/*.parquet", *KEYS)
+    passing, withdrawn = _compare(session, plan, keys)
+    best_first = Window.partitionBy("key").orderBy(
+        "source",
+        F.col("similarity").desc_nulls_last(),
+        F.col("original_id").asc_nulls_last(),
+        "file",
+        "row_in_file",
+    )
+    before = F.lag("source").over(best_first)
+    everyone = F.bit_or(F.expr("shiftleft(1L, source)")).over(Window.partitionBy("key"))
+    deduped = passing.select(
+        "source",
+        "file",
+        "row_in_file",
+        F.when(before == F.col("source"), "duplicate_in_source")
+        .when(before.isNotNull(), "duplicate_across_sources")
+        .alias("reason"),
+        (everyone - F.expr("shiftleft(1L, source)")).alias("others"),
+        F.md5(F.concat(F.lit(f"{plan.config.seed}:"), F.col("key"))).alias("rank"),
+    ).persist()
+    kept = deduped.where("reason IS NULL")
+    kept.select("file", "row_in_file", "rank", "others").write.partitionBy("file").parquet(
+        str(folder / "rows")
+    )
+    counted = deduped.where("reason IS NOT NULL OR others <> 0")
+    reasons = counted.groupBy("source", "reason", "others").count()
+    if withdrawn is not None:
+        lost = withdrawn.selectExpr("source", "'withdrawn' AS reason", "0L AS others")
+        reasons = reasons.unionByName(lost.groupBy("source", "reason", "others").count())
+    bucket = F.conv(F.substring("rank", 1, 4), 16, 10).cast("int").alias("bucket")
+    histogram = kept.groupBy("source", bucket).count()
+    kinds = {"source": pa.int32(), "reason": pa.string(), "others": pa.int64()}
+    _save(reasons, folder / "reasons.parquet", kinds)
+    _save(histogram, folder / "histogram.parquet", {"source": pa.int32(), "bucket": pa.int32()})
+    deduped.unpersist()
+
+
+def _compare(session: Any, plan: Plan, keys: Any) -> tuple[Any, Any]:
+    """(keys that pass, keys whose cleaned edition lacks their address; none without editions)."""
+    from pyspark.sql import functions as F
+
+    judged = [source for edition in plan.editions for source in edition.sources]
+    if not judged:
+        return keys, None
+    passing, withdrawn = keys.where(~F.col("source").isin(judged)), None
+    for number, edition in enumerate(plan.editions):
+        own = keys.where(F.col("source").isin(list(edition.sources)))
+        known = _read(session, plan, f"known/edition={number}/*/part=*/*.parquet", *KNOWN)
+        passing = passing.unionByName(
+            own.join(known.distinct(), "key", "left_semi").select(KEY_COLUMNS)
+        )
+        lost = own.join(known, "key", "left_anti").select(KEY_COLUMNS)
+        withdrawn = lost if withdrawn is None else withdrawn.unionByName(lost)
+    return passing, withdrawn
+
+
+def _read(session: Any, plan: Plan, pattern: str, schema: str, select: str) -> Any:
+    """Rows of the units' parquet files: DuckDB reads what Spark does not (16-byte keys)."""
+    paths = text_of(sorted(plan.temporary.glob(pattern)))
+    frame = session.createDataFrame([(path,) for path in paths], "path string")
+    spread = frame.repartition(max(1, min(len(paths), 500)))
+    return spread.mapInArrow(
+        partial(_batches, str(plan.temporary), plan.memory_limit, select), schema
+    )
+
+
+def _batches(
+    temporary: str, memory_limit: str, select: str, paths: Iterator[pa.RecordBatch]
+) -> Iterator[pa.RecordBatch]:
+    spill = Path(temporary, "spill", f"read-{os.getpid()}")
+    with database(spill, memory_limit, 1) as connection:
+        for batch in paths:
+            for path in batch.column(0).to_pylist():
+                rows = connection.execute(
+                    f"{select} FROM read_parquet($path, hive_partitioning = false)", {"path": path}
+                )
+                yield from rows.to_arrow_reader(ROWS_OF_A_BATCH)
+
+
+def _save(counted: Any, path: Path, kinds: dict[str, pa.DataType]) -> None:
+    """Write the few rows of a count as the unit does: its groups, and `rows`."""
+    rows = [tuple(row) for row in counted.select(*kinds, "count").collect()]
+    columns = list(zip(*rows, strict=True)) or [()] * (len(kinds) + 1)
+    arrays = [
+        pa.array(values, kind)
+        for values, kind in zip(columns, (*kinds.values(), pa.int64()), strict=True)
+    ]
+    pq.write_table(pa.table(arrays, names=[*kinds, "rows"]), path)
+
+
+def _cause(error: Exception) -> str:
+    """The last line of an error that says something: workers' errors come with their traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    ours = [line for line in lines if "InputError" in line]
+    return (ours or lines or [type(error).__name__])[-1].rpartition("InputError: ")[2][:300]
