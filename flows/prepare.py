@@ -12,7 +12,7 @@ from tasks.artifact import Artifact
 from tasks.demo.config import DemoConfig
 from tasks.demo.task import demo
 from tasks.demo.web import serving
-from tasks.download.download import Crew
+from tasks.download.download import PROGRESS, Crew
 from tasks.download.task import download
 from tasks.merge.task import merge
 from tasks.verify.task import verify
@@ -43,6 +43,7 @@ def prepare(recipe: str = "demo", overrides: list[str] | None = None) -> Artifac
             downloaded = session.make(
                 *(download, chart.download, wanted.download, merged, crew),
                 inputs={"merged": merged},
+                follow=PROGRESS,
             )
         return session.make(
             *(verify, chart.verify, wanted.verify, downloaded), inputs={"downloaded": downloaded}

@@ -47,7 +47,7 @@ def watching(title: str, *, already_there: bool = False) -> Iterator[Report]:
         def report(done: float, total: float, detail: str = "") -> None:
             nonlocal last_line
             bar.update(row, completed=done, total=total or None, detail=detail)
-            in_ui.update(done, total)
+            in_ui.update(done, total, detail)
             if not console.is_terminal and time.monotonic() - last_line > LINE_EVERY_S:
                 last_line = time.monotonic()
                 console.print(f"  {title}: {done:,.0f} of {total:,.0f} {detail}")
@@ -67,16 +67,17 @@ class _PrefectProgress:
         self._artifact: UUID | None = None
         self._next = 0.0
 
-    def update(self, done: float, total: float) -> None:
+    def update(self, done: float, total: float, detail: str) -> None:
         if time.monotonic() < self._next or not total:
             return
         self._next = time.monotonic() + PREFECT_EVERY_S
         percent = 100.0 * done / total
+        description = f"{self._title}: {detail}" if detail else self._title
         if self._artifact is None:
-            made = create_progress_artifact(percent, description=self._title)
+            made = create_progress_artifact(percent, description=description)
             self._artifact = cast(UUID, made)  # a coroutine only inside async flows
         else:
-            update_progress_artifact(self._artifact, percent)
+            update_progress_artifact(self._artifact, percent, description)
 
 
 def say_done(title: str, artifact: Artifact, *, seconds: float, reused: bool) -> None:

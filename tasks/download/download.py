@@ -45,6 +45,9 @@ ROWS_FOLDER = "rows"
 WORK_FOLDER = ".work"
 REPORT = "report.json"
 LOG = "download.log"
+PROGRESS = "progress.jsonl"
+"""Speed and success while it ran, for tracking; no part of the artifact."""
+NOTE_EVERY_S = 10.0
 IDLE_STARTS = 2
 """After so many starts in a row that finished no shard, img2dataset is not started again."""
 STALL_S = 300.0
@@ -79,7 +82,8 @@ def download_images(
     """
     require_distributor(crew.distributor)
     plan = plan_download(merged, config)
-    first = _Pass(1, out, plan, config, crew, report)
+    order = _Order(out, config, crew, report)
+    first = _Pass(1, order, plan, rows_before=0)
     done = [_completed(first, out)]
     _judge(config, first, done[0])
     columns = (*plan.extra_columns, CAPTION_COLUMN, URL_COLUMN)
@@ -87,7 +91,7 @@ def download_images(
     for number in range(2, config.passes + 1):
         if not passes.rows_to_retry(done[-1]):
             break
-        folder = out / f"pass-{number}"
+        folder = _folder(out, number)
         if not (folder / ROWS_FOLDER).exists():
             _wait(passes.wait_before(done[-1], config.pass_wait_s), plan.rows, report)
             folder.mkdir(exist_ok=True)
@@ -96,34 +100,37 @@ def download_images(
             )
         begin = last.plan.shards[-1].number + 1
         again = plan_download(folder / ROWS_FOLDER, config, begin)
-        last = _Pass(number, folder, again, config, crew, report)
+        rows_before = sum(shard.planned.rows for finished in done for shard in finished)
+        last = _Pass(number, order, again, rows_before)
         done.append(_completed(last, out))
     made = _describe(out, plan, done)
     report(plan.rows, plan.rows, f"{made.counts['samples']:,} images")
     return made
 
 
+@dataclass(frozen=True)
+class _Order:
+    """What all passes of one download have in common."""
+
+    out: Path
+    config: DownloadConfig
+    crew: Crew
+    report: Report
+
+
 class _Pass:
     """One pass over rows: its folder, what it shall hold, and making it so."""
 
-    def __init__(
-        self,
-        number: int,
-        folder: Path,
-        plan: Plan,
-        config: DownloadConfig,
-        crew: Crew,
-        report: Report,
-    ) -> None:
+    def __init__(self, number: int, order: _Order, plan: Plan, rows_before: int) -> None:
+        folder = _folder(order.out, number)
         _claim(folder, plan)
         self.number = number
         self.plan = plan
         self.shards = folder / SHARDS_FOLDER
         self.shards.mkdir(exist_ok=True)
+        self._order = order
+        self._rows_before = rows_before
         self._folder = folder
-        self._config = config
-        self._crew = crew
-        self._report = report
         self._ledger = Ledger(folder / "checked.jsonl", self.shards)
         self._finished: list[FinishedShard] = []
         self._problems: list[str] = []
@@ -136,14 +143,15 @@ class _Pass:
     def complete(self) -> list[FinishedShard]:
         """Download until every shard is whole; return them."""
         self._tidy()
+        config, crew = self._order.config, self._order.crew
         work, idle_starts = self._folder / WORK_FOLDER, 0
         while not self.is_finished and idle_starts < IDLE_STARTS:
             before = len(self._finished)
             rows_left = self.plan.rows - sum(shard.planned.rows for shard in self._finished)
-            _preflight(self._folder, rows_left, self._config, self._crew.threads)
+            _preflight(self._folder, rows_left, config, crew.threads)
             try:
                 with suppress(_LostWorker):
-                    self._run(_prepare(work, self._folder, self.plan, self._config, self._crew))
+                    self._run(_prepare(work, self._folder, self.plan, config, crew))
             finally:
                 self._look()
                 lost = self._forget_shards_without_network()
@@ -203,11 +211,11 @@ class _Pass:
         write_atomically(path, job.model_dump_json(indent=1))
         reader, moved, tried = CounterReader(job.counters), time.monotonic(), 0
         rows_done = sum(shard.planned.rows for shard in self._finished)
-        watch = Watch(rows_done, self.plan.rows, self._config.min_success_rate)
-        stall_s = self._config.deadline_s + STALL_S
+        watch = Watch(rows_done, self.plan.rows, job.config.min_success_rate)
+        stall_s, noted = job.config.deadline_s + STALL_S, time.monotonic()
 
         def poll() -> None:
-            nonlocal moved, tried
+            nonlocal moved, tried, noted
             progress, now = reader.read(), time.monotonic()
             if progress.counts.total() != tried:
                 moved, tried = now, progress.counts.total()
@@ -216,7 +224,10 @@ class _Pass:
                     self._ledger.check(self.plan.shards[number - job.first_number])
             watch.see(now, progress)
             prefix = f"pass {self.number}: " if self.number > 1 else ""
-            self._report(watch.rows_done, self.plan.rows, prefix + watch.line())
+            self._order.report(watch.rows_done, self.plan.rows, prefix + watch.line())
+            if now - noted > NOTE_EVERY_S:
+                noted = now
+                self._note(watch)
             # its pool never hears of a killed process and would wait for that shard for ever
             is_here = job.distributor == "multiprocessing"
             if (is_here and not all(map(_is_alive, progress.busy))) or now - moved > stall_s:
@@ -231,13 +242,25 @@ class _Pass:
             [sys.executable, "-m", "tasks.download.worker", str(path)],
             log=self._folder / LOG,
             grace_s=GRACE_S,
-            env=_environment(self._config),
+            env=_environment(job.config),
             poll=poll,
         )
+
+    def _note(self, watch: Watch) -> None:
+        """Add the figures of now to the file that tracking follows; steps are rows tried."""
+        step = self._rows_before + watch.rows_done
+        line = {"step": step, "time": time.time(), **watch.figures()}
+        with (self._order.out / PROGRESS).open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 class _LostWorker(Exception):
     """A downloading process is gone, so that img2dataset would not end by itself."""
+
+
+def _folder(out: Path, number: int) -> Path:
+    """Where a pass has its files."""
+    return out if number == 1 else out / f"pass-{number}"
 
 
 def _completed(wanted: _Pass, out: Path) -> list[FinishedShard]:
@@ -398,11 +421,10 @@ def _describe(out: Path, plan: Plan, done: Sequence[Sequence[FinishedShard]]) ->
         for source, outcomes in sorted(by_source.items())
     }
     write_atomically(out / REPORT, json.dumps({"sources": details, **counts}, indent=1) + "\n")
-    folders = [out, *(out / f"pass-{number}" for number in range(2, len(done) + 1))]
     files = [
         path
-        for folder, finished in zip(folders, done, strict=True)
+        for number, finished in enumerate(done, start=1)
         for shard in finished
-        for path in shard_files(folder / SHARDS_FOLDER, shard.planned)
+        for path in shard_files(_folder(out, number) / SHARDS_FOLDER, shard.planned)
     ]
     return Made(counts, (*files, out / REPORT))

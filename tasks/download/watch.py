@@ -71,6 +71,15 @@ class Watch:
         eta = f", {timedelta(seconds=round(left / per_s))} left" if per_s and left else ""
         return f"{fetched:,} fetched{share}, {_size(now.fetched_bytes)}, {per_s:.0f} URLs/s{eta}"
 
+    def figures(self) -> dict[str, float]:
+        """The same as numbers."""
+        now, tried = self._now, self._now.counts.total()
+        return {
+            "urls_per_s": self._urls_per_s(),
+            "success_rate": now.counts[Outcome.SUCCESS] / tried if tried else 0.0,
+            "fetched_bytes": float(now.fetched_bytes),
+        }
+
     def _urls_per_s(self) -> float:
         now_s, now = self._seen[-1]
         recent = [(time_s, seen) for time_s, seen in self._seen if now_s - time_s <= RATE_S]

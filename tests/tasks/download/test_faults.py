@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from collections import Counter
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tasks.artifact import Made
+from tasks.download import download as download_module
 from tasks.download.download import Crew, download_images
 from tasks.download.outcome import RETRYABLE, Outcome
 from tests.tasks.download.faults import (
@@ -55,7 +57,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             if (out / "pass-2" / "shards").exists():
                 raise Interrupted
 
-        with pytest.raises(Interrupted):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(download_module, "NOTE_EVERY_S", 0.0)
             download_images(SMALL, merged, out, Crew(2, 8), stop)
         made = download_images(SMALL, merged, out, Crew(2, 8), lambda *_: None)
         before = sum(web.hits.total() for web in webs.values())
@@ -94,6 +97,16 @@ def test_the_second_pass_tries_what_may_pass_and_nothing_else(run: Run) -> None:
     assert retryable <= counts["pass2.rows"] <= retryable + 8
     assert counts["pass2.samples"] == counts["pass2.rows"] - retryable
     assert not (run.out / "pass-3").exists()
+
+
+def test_speed_and_success_are_noted_for_tracking(run: Run) -> None:
+    notes = [json.loads(line) for line in (run.out / "progress.jsonl").read_text().splitlines()]
+    steps = [note["step"] for note in notes]
+    assert steps == sorted(steps)
+    assert steps[-1] >= ROWS
+    assert max(note["urls_per_s"] for note in notes) > 0
+    assert 0 < max(note["success_rate"] for note in notes) <= 1
+    assert run.out / "progress.jsonl" not in run.made.files
 
 
 def names_in(path: Path) -> list[str]:

@@ -23,6 +23,7 @@ def test_the_line_says_how_far_how_fast_and_how_long() -> None:
     watch.see(10.0, progress(success=900, not_found=100, fetched_bytes=25_000_000))
     assert watch.line() == "900 fetched (90.0%), 25 MB, 100 URLs/s, 0:16:20 left"
     assert watch.rows_done == 2_000
+    assert watch.figures() == {"urls_per_s": 100, "success_rate": 0.9, "fetched_bytes": 25e6}
 
 
 def test_the_speed_is_that_of_the_last_minute() -> None:
