@@ -92,7 +92,7 @@ class Mixture:
 
     def drawn_before(self, step: int, lane: int) -> Ints:
         """How often the lane drew from each source in all steps before this one, [sources]."""
-        cycle = len(self._pattern) // gcd(len(self._pattern), self.global_batch)
+        cycle = len(self._pattern)
         cycles, rest = divmod(step, cycle)
         whole = self._counted(np.arange(cycle), lane) * cycles if cycles else 0
         return np.asarray(whole + self._counted(np.arange(rest), lane), dtype=np.int64)
@@ -108,8 +108,14 @@ class Mixture:
         return np.asarray(partial + before[length] * rounds * len(steps))
 
     def _first(self, steps: Ints, lane: int) -> Ints:
-        positions: Ints = steps * self.global_batch + lane * self.per_lane
-        return positions % len(self._pattern)
+        """Place in the pattern of the lane's first draw in each step."""
+        length = len(self._pattern)
+        shared = gcd(length, self.global_batch)
+        # Where batch and pattern share a factor a lane would come back to the same places after
+        # length / shared steps, and draw some source more than others do: it moves on by one then.
+        moved = steps // (length // shared) % shared
+        positions: Ints = steps * self.global_batch + lane * self.per_lane + moved
+        return positions % length
 
 
 class Order(Protocol):

@@ -1,5 +1,6 @@
 """Batches depend on their step alone: not on ranks, memory, or what was read before."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,11 @@ def test_without_weights_sources_are_drawn_as_large_as_they_are(small_shards):
     assert reader(small_shards, source_weights={}).drawn(3) == {"a": 48, "b": 24}
 
 
+def workers_of(rank):
+    children = psutil.Process(rank).children()
+    return [child for child in children if "evaclip_model.read_worker" in child.cmdline()]
+
+
 def spoilt_copy(shards, tmp_path):
     """The shards, one image of them no image any more."""
     folder = tmp_path / "spoilt"
@@ -114,7 +120,7 @@ def test_worker_processes_make_the_same_batches_and_end(small_shards, workers):
     for ours, theirs in zip(shared.batches(2, 9), expected, strict=True):
         assert ours.step == theirs.step
         assert_same(ours, theirs)
-    assert not psutil.Process().children()
+    assert not workers_of(os.getpid())
 
 
 def test_bad_images_that_workers_meet_are_counted_by_the_rank(small_shards, tmp_path):
@@ -129,13 +135,13 @@ def test_bad_images_that_workers_meet_are_counted_by_the_rank(small_shards, tmp_
 def test_a_killed_worker_is_an_error_at_once_and_leaves_no_other(small_shards):
     batches = reader(small_shards, workers=2).batches(0, 500)
     next(batches)
-    workers = psutil.Process().children()
+    workers = workers_of(os.getpid())
     assert len(workers) == 2
     workers[1].kill()
     with pytest.raises(WorkerFailed, match="-9"):
         for batch in batches:
             assert batch.captions
-    assert not psutil.Process().children()
+    assert not workers_of(os.getpid())
 
 
 def test_what_a_worker_cannot_read_is_the_same_sentence(small_shards, tmp_path):
@@ -162,7 +168,7 @@ def test_workers_end_when_their_rank_is_killed(small_shards, tmp_path):
     command = [sys.executable, script, small_shards / "shards.json", repr(config().model_dump())]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as rank:
         assert rank.stdout.readline() == b"0\n"
-        workers = psutil.Process(rank.pid).children()
+        workers = workers_of(rank.pid)
         assert len(workers) == 2
         rank.kill()
         _, left = psutil.wait_procs(workers, timeout=10)

@@ -36,6 +36,15 @@ def test_draws_are_counted_as_they_are_made(weights, lanes, per_lane, step):
         assert counted.tolist() == mixture.drawn_before(step, lane).tolist()
 
 
+@pytest.mark.parametrize(("global_batch", "lanes"), [(12, 6), (6, 2), (24, 4), (8, 4)])
+def test_every_lane_draws_every_source_in_its_share_whatever_the_batch(global_batch, lanes):
+    mixture = Mixture({"a": 2, "b": 1, "c": 3}, global_batch=global_batch, lanes=lanes)
+    steps = 6 * global_batch
+    for lane in range(lanes):
+        drawn = mixture.drawn_before(steps, lane)
+        assert (drawn * [3, 6, 2] == mixture.per_lane * steps).all()
+
+
 @pytest.mark.parametrize("window", [1, 7, 1000])
 def test_an_epoch_holds_every_sample_once_and_the_next_has_another_order(window):
     samples, lanes = [10, 3, 25, 8], 4
