@@ -34,7 +34,7 @@ from typing import Any
 import duckdb
 
 from tasks.merge.config import MergeConfig
-from tasks.merge.database import database, run, statement
+from tasks.merge.database import database, normalise, run
 from tasks.merge.filters import reason_expression, rule_parameters
 from tasks.merge.merge import make_plan, merge_sources
 from tests.tasks.merge.reference import address_and_url, tidy
@@ -143,7 +143,7 @@ def _in_one_statement(files: Files, out: Path, memory: str, threads: int, dedupe
         (out / name).mkdir()
     query = (
         f"CREATE TEMP TABLE deduped AS WITH published AS ({published}), "
-        f"{statement('normalise')}, "
+        f"{normalise()}, "
         f"passing AS (SELECT * FROM normalised WHERE {reason} IS NULL), deduped AS ({deduped}) "
         "SELECT *, md5('0:' || md5(address)::UUID::VARCHAR) AS rank FROM deduped"
     )

@@ -4,16 +4,16 @@ WITH ranges AS (
     unnest(range(len($last_ranks::VARCHAR[]))) AS part
 ),
 selected AS (
-  SELECT kept.row_in_file, kept.rank, kept.others, ranges.part
+  SELECT kept.row_in_file, kept.rank, kept.others, kept.as_is, ranges.part
   FROM (
-    SELECT row_in_file, rank::UUID AS rank, others
+    SELECT row_in_file, rank::UUID AS rank, others, as_is
     FROM read_parquet($kept, hive_partitioning = false)
   ) AS kept
   ASOF JOIN ranges ON kept.rank <= ranges.last_rank
   WHERE $after::VARCHAR IS NULL OR kept.rank > $after::UUID
 ),
 published AS (
-  SELECT selected.row_in_file, selected.rank, selected.others, selected.part,
+  SELECT selected.row_in_file, selected.rank, selected.others, selected.as_is, selected.part,
     {columns}
   FROM {rows} AS row_of_file
   JOIN selected ON row_of_file.file_row_number = selected.row_in_file

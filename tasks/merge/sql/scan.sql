@@ -18,5 +18,6 @@ SELECT
   CASE WHEN reason IS NULL THEN hash::UUID END AS key,
   CASE WHEN reason IS NULL THEN similarity END AS similarity,
   CASE WHEN reason IS NULL THEN original_id END AS original_id,
+  CASE WHEN reason IS NULL THEN is_normal AND is_tidy END AS as_is,
   CASE WHEN reason IS NULL THEN ('0x' || left(hash, 4))::INTEGER % $partitions ELSE -1 END AS part
 FROM judged

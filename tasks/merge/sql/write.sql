@@ -1,5 +1,5 @@
--- One output file: consecutive places of the selection order; uid = md5 of address and caption.
-SELECT md5(substr(url, strpos(url, '://') + 3) || chr(10) || caption) AS uid, source, url, caption, original_id, similarity, width_hint, height_hint, also_in
-FROM ordered
-WHERE place >= $first AND place < $last
-ORDER BY place
+-- One range of the selection order, sorted; uid = md5 of address and caption.
+SELECT md5(substr(url, strpos(url, '://') + 3) || chr(10) || caption) AS uid, source, url, caption,
+  original_id, similarity, width_hint, height_hint, also_in
+FROM read_parquet($paths, hive_partitioning = false)
+ORDER BY rank
