@@ -1,4 +1,4 @@
-"""The command line: `python -m flows list | show | plan | run | pull`.
+"""The command line: `python -m flows list | show | plan | run | pull | trace | takedown`.
 
 Covers: reading arguments, printing, exit codes (0 done, 2 a user's mistake, 130 interrupted).
 Not here: any work; prefect is imported only when a flow runs.
@@ -21,12 +21,13 @@ from flows.profile import Profile, load_profile
 from flows.recipe import Recipe, load_recipe, recipe_names
 from flows.results import print_results
 from flows.terminal import console
+from tasks.lineage.journal import JOURNALS
 from tasks.tracking import TrackingStore
 
 FLOWS = {
     "pipeline": "metadata to registered model: prepare, train, evaluate, register",
-    "prepare": "metadata to verified shards: merge, download, verify",
-    "train": "verified shards to a model: initialise, then every training stage",
+    "prepare": "metadata to a dataset version: merge, download, verify, dataset",
+    "train": "a dataset version to a model: initialise, then every training stage",
     "evaluate": "a trained model to its report and its registry entry: evaluate, register",
 }
 
@@ -73,6 +74,17 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("flow", help=f"one of: {', '.join(FLOWS)}")
     with_recipe(run)
     run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    trace = command("trace", _trace, "where one sample came from, where it is, what was made of it")
+    asked = trace.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--url", help="address of the image; http or https does not matter")
+    asked.add_argument("--uid", help="the sample's uid, as shards and the index have it")
+    asked.add_argument("--sha256", help="of the image file, as downloaded or as stored")
+    takedown = command(
+        "takedown",
+        _takedown,
+        "new dataset versions without some samples, and the models they are in",
+    )
+    takedown.add_argument("file", type=Path, help="URLs, uids or SHA-256s, one a line")
     pull = command("pull", _pull, "fetch a registered model as a folder for `evaclip`")
     pull.add_argument("model", help="NAME@ALIAS or NAME/VERSION")
     pull.add_argument("folder", type=Path, help="where to put it; must not exist yet")
@@ -137,8 +149,37 @@ def _nothing_to_do(recipe: Recipe, profile: Profile, chart: Chart) -> bool:
 
     store = TrackingStore.at(profile.mlflow_uri, recipe.name)
     forget_if_gone(chart.register, store)
-    tracking = Tracking(store, profile.root.resolve() / "tracking")
+    tracking = Tracking(store, profile.root.resolve() / JOURNALS)
     return chart.is_finished and not tracking.has_unfinished(recipe.digest)
+
+
+def _trace(arguments: argparse.Namespace) -> None:
+    from flows.trace import describe, trace  # imports duckdb
+
+    root = load_profile().root.resolve()
+    found = trace(url=arguments.url, uid=arguments.uid, sha256=arguments.sha256, root=root)
+    for number, one in enumerate(found):
+        lines = [*([""] if number else []), *describe(one, root)]
+        console.print("\n".join(lines), soft_wrap=True, markup=False)
+    if not found:
+        raise InputError(f"no sample under {root} has that; what was never stored is not in shards")
+
+
+def _takedown(arguments: argparse.Namespace) -> None:
+    from flows.takedown import describe, take_down  # imports duckdb
+
+    root = load_profile().root.resolve()
+    done = take_down(arguments.file, root)
+    for one in done:
+        console.print("\n".join(describe(one, root)), soft_wrap=True, markup=False)
+    if not done:
+        console.print(f"no dataset version under {root} holds any of these samples")
+        return
+    console.print(
+        f'the next run leaves them out with `takedowns = ["{arguments.file}"]` in the table '
+        "\\[dataset] of the recipe",
+        soft_wrap=True,
+    )
 
 
 def _pull(arguments: argparse.Namespace) -> None:

@@ -17,6 +17,9 @@ from evaclip_model.errors import InputError
 from flows.profile import Profile, load_profile
 from flows.recipe import Recipe, load_recipe
 from tasks.artifact import DIGEST_CHARS, Address, Stage, fingerprint
+from tasks.dataset.config import RULES_IN_FILES
+from tasks.dataset.config import STAGE as DATASET
+from tasks.dataset.lists import read_takedowns, takedowns_digest
 from tasks.demo.config import STAGE as DEMO
 from tasks.download.config import STAGE as DOWNLOAD
 from tasks.evaluate.config import STAGE as EVALUATE
@@ -38,6 +41,7 @@ class Chart:
     merge: Address
     download: Address
     verify: Address
+    dataset: Address
     initialise: Address
     train: tuple[Address, ...]
     """One a training stage, in order."""
@@ -48,8 +52,8 @@ class Chart:
         """All addresses in the order they are made."""
         if self.demo:
             yield self.demo
-        yield from (self.merge, self.download, self.verify, self.initialise, *self.train)
-        yield from (self.evaluate, self.register)
+        yield from (self.merge, self.download, self.verify, self.dataset)
+        yield from (self.initialise, *self.train, self.evaluate, self.register)
 
     @property
     def is_finished(self) -> bool:
@@ -84,12 +88,13 @@ def draw_chart(recipe: Recipe, root: Path, tracking_uri: str) -> Chart:
     merge = at(MERGE, recipe.merge, **metadata)
     download = at(DOWNLOAD, recipe.download, merge=merge.digest)
     verify = at(VERIFY, recipe.verify, download=download.digest)
+    dataset = at(DATASET, recipe.dataset, verify=verify.digest, **_dataset_files(recipe, demo))
     weights = {role: fingerprint(path) for role, path in recipe.initialise.files().items()}
     initialise = at(INITIALISE, recipe.initialise, **weights)
     train: list[Address] = []
     for stage in recipe.train:
         start = train[-1] if train else initialise
-        train.append(at(TRAIN, stage, start_from=start.digest, verify=verify.digest))
+        train.append(at(TRAIN, stage, start_from=start.digest, dataset=dataset.digest))
     sets = {
         wanted.name: _origin(wanted.folder, demo, f"evaluate.sets '{wanted.name}'")
         for wanted in recipe.evaluate.sets
@@ -104,7 +109,9 @@ def draw_chart(recipe: Recipe, root: Path, tracking_uri: str) -> Chart:
         evaluate=evaluate.digest,
         tracking=hashlib.sha256(tracking_uri.encode()).hexdigest()[:DIGEST_CHARS],
     )
-    return Chart(demo, merge, download, verify, initialise, tuple(train), evaluate, register)
+    return Chart(
+        *(demo, merge, download, verify, dataset, initialise, tuple(train), evaluate, register)
+    )
 
 
 def find_files(pattern: str, demo: Address | None, where: str) -> list[Path] | list[str]:
@@ -124,6 +131,36 @@ def find_files(pattern: str, demo: Address | None, where: str) -> list[Path] | l
     found = sorted(Path(match) for match in glob.glob(pattern))
     if not found:
         raise InputError(f"{where}: no file matches '{pattern}'")
+    return found
+
+
+def _dataset_files(recipe: Recipe, demo: Address | None) -> dict[str, str]:
+    """What stands for the files that the dataset's rules name."""
+    rules = recipe.dataset
+    marks = {
+        name: [_origin(pattern, demo, f"dataset.{name}") for pattern in getattr(rules, name)]
+        for name in RULES_IN_FILES
+    }
+    found = {
+        name: hashlib.sha256("".join(origins).encode()).hexdigest()[:DIGEST_CHARS]
+        for name, origins in marks.items()
+        if origins
+    }
+    entries = read_takedowns(find_all(rules.takedowns, demo, "dataset.takedowns"))
+    return {**found, "takedowns": takedowns_digest(entries)} if entries else found
+
+
+def find_all(patterns: Sequence[str], demo: Address | None, where: str) -> list[Path]:
+    """The files (or folders) of several patterns, in their order.
+
+    Raises:
+        InputError: a pattern matches nothing, or is a URL.
+    """
+    found = []
+    for path in (path for pattern in patterns for path in find_files(pattern, demo, where)):
+        if isinstance(path, str):
+            raise InputError(f"{where}: '{path}' is a URL; give a copy of it on this machine")
+        found.append(path)
     return found
 
 

@@ -98,6 +98,7 @@ def _expected_sizes(recipe: Recipe) -> dict[str, str]:
         "merge": f"at most {rows} from {len(targets)} sources",
         "download": f"about {_download_bytes(recipe) / 1e6:,.0f} MB, {recipe.download.image_px} px",
         "verify": "every shard opened, every image decoded",
+        "dataset": "what is left out, as tombstones; a card",
         "initialise": f"model {recipe.initialise.model}",
         "evaluate": f"{len(recipe.evaluate.sets)} sets, trained and untrained model",
         "register": f"{recipe.registry.model_name}@{recipe.registry.alias}",

@@ -1,4 +1,4 @@
-"""From metadata to verified shards."""
+"""From metadata to a dataset version."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from contextlib import AbstractContextManager, nullcontext
 
 from prefect import flow
 
-from flows.chart import find_files
+from flows.chart import find_all, find_files
 from flows.session import open_session
-from tasks.artifact import Artifact
+from flows.takedown import obeying
+from tasks.artifact import CARD, Artifact
+from tasks.dataset.config import RULES_IN_FILES
+from tasks.dataset.dataset import OutsideFiles
+from tasks.dataset.lists import read_takedowns
+from tasks.dataset.task import dataset
 from tasks.demo.config import DemoConfig
 from tasks.demo.task import demo
 from tasks.demo.web import serving
@@ -20,7 +25,7 @@ from tasks.verify.task import verify
 
 @flow(name="prepare")
 def prepare(recipe: str = "demo", overrides: list[str] | None = None) -> Artifact:
-    """Merge the sources' metadata, download the images, verify every shard.
+    """Merge the sources' metadata, download the images, verify every shard, choose samples.
 
     Args:
         recipe: Name of a recipe, or path of a .toml file.
@@ -45,8 +50,22 @@ def prepare(recipe: str = "demo", overrides: list[str] | None = None) -> Artifac
                 inputs={"merged": merged},
                 follow=PROGRESS,
             )
-        return session.make(
+        verified = session.make(
             *(verify, chart.verify, wanted.verify, downloaded), inputs={"downloaded": downloaded}
+        )
+        rules = wanted.dataset
+        outside = OutsideFiles(
+            *(
+                tuple(find_all(getattr(rules, name), chart.demo, f"dataset.{name}"))
+                for name in RULES_IN_FILES
+            )
+        )
+        lists = find_all(rules.takedowns, chart.demo, "dataset.takedowns")
+        return session.make(
+            *(dataset, chart.dataset, rules, (merged, downloaded, verified), outside),
+            obeying(read_takedowns(lists), chart.dataset),
+            inputs={"verified": verified},
+            attach=(CARD,),
         )
 
 

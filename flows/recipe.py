@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 from evaclip_model.train_config import TrainConfig
+from tasks.dataset.config import DatasetConfig
 from tasks.demo.config import DemoConfig
 from tasks.download.config import DownloadConfig
 from tasks.evaluate.config import EvaluateConfig
@@ -44,6 +45,7 @@ class Recipe(Config):
     merge: MergeConfig
     download: DownloadConfig
     verify: VerifyConfig
+    dataset: DatasetConfig = DatasetConfig()
     initialise: InitialiseConfig
     train: tuple[TrainConfig, ...] = Field(min_length=1)
     """Training stages in order; each starts from the one before, the first from `initialise`."""

@@ -25,6 +25,7 @@ from flows.profile import Profile
 from flows.progress import say_done, watching
 from flows.recipe import Recipe
 from tasks.artifact import Address, Artifact, read_artifact
+from tasks.lineage.journal import JOURNALS
 from tasks.lineage.mlflow_store import PipelineRun, Tracking
 from tasks.tracking import TrackingStore
 
@@ -104,7 +105,7 @@ def open_session(flow: str, recipe: str, overrides: Sequence[str]) -> Iterator[S
         return
     resolved, profile, chart = load_chart(recipe, overrides)
     store = TrackingStore.at(profile.mlflow_uri, resolved.name)
-    tracking = Tracking(store, profile.root.resolve() / "tracking")
+    tracking = Tracking(store, profile.root.resolve() / JOURNALS)
     ui_url = runtime.flow_run.ui_url if os.environ.get("PREFECT_UI_URL") else None
     with tracking.pipeline_run(
         f"{flow} {resolved.name}",

@@ -1,4 +1,4 @@
-"""From verified shards to a trained model."""
+"""From a dataset version to a trained model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def train(
     """
     with open_session("train", recipe, overrides or []) as session:
         chart, wanted = session.chart, session.recipe
-        shards = shards or session.finished(chart.verify, "prepare")
+        shards = shards or session.finished(chart.dataset, "prepare")
         model = session.make(initialise, chart.initialise, wanted.initialise)
         for config, address in zip(wanted.train, chart.train, strict=True):
             model = session.make(

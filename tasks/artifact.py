@@ -27,6 +27,8 @@ from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 
 MANIFEST = "manifest.json"
+CARD = "card.md"
+"""An artifact's description for people, where it has one."""
 DIGEST_CHARS = 16
 FINGERPRINT_BYTES = 1 << 20
 Counts = Mapping[str, int | float]
@@ -150,6 +152,12 @@ def read_artifact(folder: Path) -> Artifact:
         ) from None
     fields = {key: manifest[key] for key in Artifact.model_fields if key in manifest}
     return Artifact.from_mapping({**fields, "folder": folder}, where=str(path))
+
+
+def read_artifacts(root: Path) -> list[Artifact]:
+    """Every finished artifact under `root`, in the order in which they were made."""
+    found = [read_artifact(path.parent) for path in root.glob(f"*/*/{MANIFEST}")]
+    return sorted(found, key=lambda artifact: (artifact.created, artifact.digest))
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -11,7 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "tasks", "evaclip_model")
-STAGES = ("demo", "merge", "download", "verify", "initialise", "train", "evaluate", "register")
+STAGES = (
+    *("demo", "merge", "download", "verify", "dataset"),
+    *("initialise", "train", "evaluate", "register"),
+)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -52,7 +55,7 @@ def test_stage_packages_import_nothing_by_themselves() -> None:
 def test_no_module_is_called_utils_or_named_after_a_dependency() -> None:
     installed = set(importlib.metadata.packages_distributions()) - set(PACKAGES)
     shadowing = installed | set(sys.stdlib_module_names) | {"utils", "helpers", "common", "misc"}
-    shadowing -= {"config", "profile"}  # words of this project; nobody imports the profiler here
+    shadowing -= {"config", "profile", "trace"}  # our words; nobody imports the profilers here
     for package in PACKAGES:
         for path in (ROOT / package).glob("*.py"):
             assert path.stem not in shadowing, path

@@ -21,6 +21,8 @@ from typing import IO, Any, Self
 from tasks.artifact import write_atomically
 
 Event = Mapping[str, Any]
+JOURNALS = "tracking"
+"""Folder of all journals, under the root of the artifacts."""
 PIPELINE = ""
 """Key of the pipeline's own run; a stage's key is its title and digest."""
 RUNNING = "RUNNING"
@@ -159,3 +161,11 @@ def _cut_torn_line(path: Path) -> None:
         if len(whole) != len(content):
             with path.open("r+b") as file:
                 file.truncate(len(whole))
+
+
+def runs_of_digest(journals: Path, digest: str) -> list[str]:
+    """MLflow's ids of the runs of one stage's artifact, as far as this machine's journals know."""
+    cursors = [Cursor.read(path) for path in sorted(journals.glob("*/cursor.json"))]
+    return [
+        run for cursor in cursors for key, run in cursor.runs.items() if key.endswith(f"-{digest}")
+    ]

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tasks.artifact import MANIFEST, Address, Artifact
+from tasks.artifact import CARD, MANIFEST, Address, Artifact
 
 PREFIX = "evaclip."
 MAX_PARAM_CHARS = 6000
@@ -77,18 +77,20 @@ def series_metrics(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def dataset(artifact: Artifact, context: str) -> dict[str, str]:
-    """An artifact as an MLflow dataset: its digest, its manifest as source, its counts as profile.
+    """An artifact as an MLflow dataset: its digest, manifest and card as source, counts as profile.
 
     Args:
         artifact: what a stage reads.
         context: what it reads it for, in MLflow's column "context" (training, evaluation, …).
     """
-    manifest = (artifact.folder / MANIFEST).resolve()
+    source = {"uri": (artifact.folder / MANIFEST).resolve().as_uri()}
+    if CARD in artifact.files:
+        source["card"] = (artifact.folder / CARD).resolve().as_uri()
     return {
         "name": artifact.kind,
         "digest": artifact.digest,
         "source_type": "local",
-        "source": json.dumps({"uri": manifest.as_uri()}),
+        "source": json.dumps(source),
         "profile": json.dumps(artifact.counts)[:16_000],
         "context": context,
     }

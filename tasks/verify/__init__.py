@@ -1,1 +1,1 @@
-"""Verify: downloaded shards in, a manifest of those that can be trained on out."""
+"""Verify: downloaded shards in, a verdict on each and an index of their samples out."""

@@ -1,6 +1,6 @@
 """What a shard must be to be trained on: the `[verify]` table of a recipe.
 
-Covers: the config, and the stage's name and version.
+Covers: the config, the stage's name and version, the names of what it makes.
 Not here: reading shards.
 """
 
@@ -11,7 +11,9 @@ from pydantic import Field
 from evaclip_model.config import Config
 from tasks.artifact import Stage
 
-STAGE = Stage("verify", 1, tools=("pillow",))
+STAGE = Stage(
+    "verify", 2, tools=("pillow", "numpy", "pyarrow", "duckdb"), ignores=("memory_limit",)
+)
 
 
 class VerifyConfig(Config):
@@ -24,7 +26,9 @@ class VerifyConfig(Config):
     max_bad_share: float = Field(0.02, ge=0, lt=1)
     """Largest accepted share of bad samples in a shard; a shard with more is left out.
 
-    Training counts and skips bad samples. At web scale about one JPEG in a thousand is truncated
-    so that the downloader's decoder takes it and Pillow does not; without tolerance every shard
-    of 10,000 would go.
+    Bad samples of other shards are left out one by one. At web scale about one JPEG in a thousand
+    is truncated so that the downloader's decoder takes it and Pillow does not; without tolerance
+    every shard of 10,000 would go.
     """
+    memory_limit: str = Field(default="2GB", pattern=r"^[0-9]+(\.[0-9]+)? ?([KMGT]i?)?B$")
+    """Memory for sorting the index; what does not fit goes to disk."""

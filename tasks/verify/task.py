@@ -17,8 +17,8 @@ from tasks.verify.verify import verify_shards
 def verify(
     address: Address, config: VerifyConfig, downloaded: Artifact, report: Report
 ) -> Artifact:
-    """The manifest of the shards of `downloaded` at `address`, made now or found finished."""
-    threads = os.cpu_count() or 1
+    """Verdicts on the shards of `downloaded` and their index, made now or found finished."""
+    processes = len(os.sched_getaffinity(0))
     return produce(
-        address, lambda out: verify_shards(config, downloaded.folder, out, threads, report)
+        address, lambda out: verify_shards(config, downloaded.folder, out, processes, report)
     )

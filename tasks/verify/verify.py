@@ -1,37 +1,45 @@
-"""Verify every shard of a download and write the manifest that training reads.
+"""Look at every shard of a download, and index every sample in them.
 
-Covers: going through all shards, continuing where a killed run stopped, manifest and report.
-Not here: what is looked at in a shard (shard.py); how shards are made.
+Covers: going through all shards, continuing where a killed run stopped, verdicts, index, report.
+Not here: what is looked at in a shard (shard.py); what training reads of them (tasks/dataset).
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import warnings
+import sys
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from evaclip_model.errors import InputError
-from evaclip_model.samples import SHARDS, ShardManifest
 from tasks.artifact import Made, write_atomically
+from tasks.checked_shards import Verdict, write_verdicts
+from tasks.child import run_supervised
 from tasks.progress import Report
+from tasks.sample_index import INDEX, write_index
 from tasks.verify.config import VerifyConfig
-from tasks.verify.shard import Flaw, Verdict, verify_shard
+from tasks.verify.shard import read_verdict
+from tasks.verify.worker import ShardJob, WorkerJob
 
 REPORT = "report.json"
-CHECKED = "checked"
+TABLES = ".tables"
+"""A small table a shard: what was looked at already. Kept, so that a new config of what comes after
+or an index with another layout does not decode anything again."""
+LOG = "verify.log"
+GRACE_S = 2.0
+POLL_S = 0.2
 
 
 def verify_shards(
-    config: VerifyConfig, downloaded: Path, out: Path, threads: int, report: Report
+    config: VerifyConfig, downloaded: Path, out: Path, processes: int, report: Report
 ) -> Made:
-    """Write `out/shards.json` from `downloaded/**/shards/*.tar`, all passes of the download.
+    """Verify `downloaded/**/shards/*.tar`, all passes of the download.
 
     Args:
-        threads: shards looked at at once; decoding and hashing run in parallel.
+        processes: shards looked at at once; each takes about 0.1 GB.
 
     Raises:
         InputError: there is no shard that can be trained on.
@@ -39,75 +47,82 @@ def verify_shards(
     tars = sorted(downloaded.glob("**/shards/*.tar"))
     if not tars:
         raise InputError(f"{downloaded} holds no shards: download again")
-    checked = out / CHECKED
-    checked.mkdir(parents=True, exist_ok=True)
-    verdicts = _look_at_all(config, tars, out, checked, threads, report)
-    shards = tuple(verdict.shard for verdict in verdicts if verdict.shard is not None)
-    if not shards:
+    tables = [out / TABLES / f"{tar.stem}.parquet" for tar in tars]
+    _look_at_all(config, tars, tables, out, processes, report)
+    verdicts = [read_verdict(table) for table in tables]
+    if not any(verdict.shard for verdict in verdicts):
         raise InputError(
             f"none of the {len(tars)} shards of {downloaded} can be trained on; "
             f"{verdicts[0].path}: {verdicts[0].left_out}"
         )
-    manifest = ShardManifest(shards=shards)
-    manifest.write(out / SHARDS)
-    return _describe(out, manifest, verdicts)
+    report(len(tars), len(tars), "indexing")
+    index = write_index(tables, out / INDEX, config.memory_limit)
+    counts = _counts(verdicts)
+    left_out = {verdict.path: verdict.left_out for verdict in verdicts if verdict.left_out}
+    write_atomically(out / REPORT, json.dumps({**counts, "left_out": left_out}, indent=1) + "\n")
+    return Made(counts, (write_verdicts(verdicts, out), out / REPORT, *index))
 
 
 def _look_at_all(
     config: VerifyConfig,
     tars: Sequence[Path],
+    tables: Sequence[Path],
     out: Path,
-    checked: Path,
-    threads: int,
+    processes: int,
     report: Report,
-) -> list[Verdict]:
-    """One verdict a tar, in the order of `tars`; those of a killed run are read back."""
-    verdicts: dict[Path, Verdict] = {}
+) -> None:
+    """Make the table of every shard that has none yet."""
+    folder = out / TABLES
+    folder.mkdir(parents=True, exist_ok=True)
+    for torn in folder.glob(".*"):
+        torn.unlink()
+    missing = [
+        ShardJob(tar=tar.resolve(), path=os.path.relpath(tar, out), target=table.resolve())
+        for tar, table in zip(tars, tables, strict=True)
+        if not table.exists()
+    ]
+    before = len(tars) - len(missing)
+    left = {job.target for job in missing}
 
-    def note(tar: Path, verdict: Verdict) -> None:
-        verdicts[tar] = verdict
-        found = sum(known.shard.samples for known in verdicts.values() if known.shard)
-        report(len(verdicts), len(tars), f"{found:,} samples")
+    def poll() -> None:
+        left.difference_update([target for target in left if target.exists()])
+        report(before + len(missing) - len(left), len(tars), "shards")
 
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
-        # Pillow warns of large images and odd metadata; our own rules decide
-        warnings.simplefilter("ignore")
-        waiting = {}
-        for tar in tars:
-            known = checked / f"{tar.stem}.json"
-            if known.exists():
-                note(tar, Verdict.from_mapping(json.loads(known.read_text()), where=str(known)))
-            else:
-                path = os.path.relpath(tar, out)
-                waiting[pool.submit(verify_shard, tar, path, config)] = tar
-        try:
-            for future in as_completed(waiting):
-                tar, verdict = waiting[future], future.result()
-                write_atomically(checked / f"{tar.stem}.json", verdict.model_dump_json())
-                note(tar, verdict)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return [verdicts[tar] for tar in tars]
+    if not missing:
+        return
+    job = WorkerJob(config=config, shards=tuple(missing), processes=min(processes, len(missing)))
+    path, log = out / "job.json", out / LOG
+    write_atomically(path, job.model_dump_json())
+    status = run_supervised(
+        [sys.executable, "-m", "tasks.verify.worker", str(path)],
+        log=log,
+        grace_s=GRACE_S,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        poll=poll,
+        poll_s=POLL_S,
+    )
+    poll()
+    if left:
+        raise _not_finished(status, len(left), log)
 
 
-def _describe(out: Path, manifest: ShardManifest, verdicts: Sequence[Verdict]) -> Made:
-    """Write the report and name the artifact's files."""
-    flaws: Counter[Flaw] = Counter()
-    for verdict in verdicts:
-        if verdict.shard is not None:
-            flaws.update(verdict.flaws)
-    left_out = {verdict.path: verdict.left_out for verdict in verdicts if verdict.left_out}
+def _not_finished(status: int, shards: int, log: Path) -> Exception:
+    """Why the worker left shards undone."""
+    said = log.read_text(errors="replace")[-100_000:]
+    if os.strerror(errno.ENOSPC) in said:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log.parent))
+    last = (said.strip().splitlines() or ["nothing was said"])[-1]
+    return RuntimeError(f"{shards} shards were not looked at (status {status}: {last}); see {log}")
+
+
+def _counts(verdicts: Sequence[Verdict]) -> dict[str, int | float]:
+    usable = [verdict for verdict in verdicts if verdict.shard is not None]
+    flaws = sum((Counter(verdict.flaws) for verdict in usable), Counter[str]())
     counts: dict[str, int | float] = {
-        "shards": len(manifest.shards),
-        "shards_left_out": len(left_out),
-        "samples": manifest.samples,
-        "bytes": sum(shard.bytes for shard in manifest.shards),
+        "shards": len(usable),
+        "shards_left_out": len(verdicts) - len(usable),
+        "samples": sum(verdict.stored for verdict in usable) - flaws.total(),
+        "samples_left_out": sum(v.stored for v in verdicts if v.shard is None),
+        "bytes": sum(verdict.shard.bytes for verdict in usable if verdict.shard),
     }
-    for flaw in sorted(flaws):
-        counts[f"bad.{flaw.value}"] = flaws[flaw]
-    for source, shards in manifest.by_source().items():
-        counts[f"{source}.shards"] = len(shards)
-        counts[f"{source}.samples"] = sum(shard.samples for shard in shards)
-    write_atomically(out / REPORT, json.dumps({**counts, "left_out": left_out}, indent=1) + "\n")
-    return Made(counts, (out / SHARDS, out / REPORT))
+    return counts | {f"bad.{flaw}": flaws[flaw] for flaw in sorted(flaws)}

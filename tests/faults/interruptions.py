@@ -35,7 +35,10 @@ SMALL = [
     "train.stage2.checkpoint_every_steps=5",
 ]
 TIMEOUT_S = 600
-KEPT = ("demo", "merge", "download", "verify", "initialise", "train", "evaluate", "register")
+KEPT = (
+    *("demo", "merge", "download", "verify", "dataset"),
+    *("initialise", "train", "evaluate", "register"),
+)
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,7 @@ def shards_done(count: int) -> Callable[[Path], bool]:
 
 
 MERGED = ("demo", "merge")
-DATA = (*MERGED, "download", "verify", "initialise")
+DATA = (*MERGED, "download", "verify", "dataset", "initialise")
 CASES = (
     Case("flow-early", "flow", exists("merge/*")),
     Case("flow-middle", "flow", steps_done(0, 14), DATA),

@@ -255,7 +255,7 @@ def test_a_disk_that_fills_up_during_training_is_one_sentence_and_leaves_no_half
 ) -> None:
     disk, there = tmp_path / "disk", tmp_path / "there"
     disk.mkdir()
-    for stage in ("demo", "merge", "download", "verify", "initialise"):
+    for stage in ("demo", "merge", "download", "verify", "dataset", "initialise"):
         shutil.copytree(finished.root / stage, there / stage)
     used = sum(file.stat().st_size for file in there.rglob("*") if file.is_file())
     # 56 MiB are enough by the plan's estimate, and too few for a checkpoint

@@ -8,7 +8,10 @@ from flows.plan import check_disk, make_plan, plan_markdown
 from flows.recipe import load_recipe
 from tasks.artifact import Made, produce
 
-ORDER = ["demo", "merge", "download", "verify", "initialise", "train", "train", "evaluate"]
+ORDER = [
+    *("demo", "merge", "download", "verify", "dataset"),
+    *("initialise", "train", "train", "evaluate"),
+]
 
 
 def chart_of(root: Path, *overrides: str):
@@ -25,7 +28,7 @@ def test_a_changed_setting_moves_its_stage_and_all_that_follow_and_nothing_befor
 ) -> None:
     before, after = chart_of(tmp_path), chart_of(tmp_path, "train.stage2.lr_vision=1e-5")
     moved = [b.digest != a.digest for b, a in zip(before.steps(), after.steps(), strict=True)]
-    assert moved == [False] * 6 + [True] * 3
+    assert moved == [False] * 7 + [True] * 3
 
 
 def test_how_the_merge_works_does_not_move_its_address(tmp_path: Path) -> None:
@@ -68,8 +71,8 @@ def test_a_plan_tells_what_is_there_what_is_unfinished_and_what_is_to_make(tmp_p
     rows = make_plan(recipe, chart)
     assert [row.state for row in rows[:3]] == ["there", "unfinished", "to make"]
     assert rows[0].size == "concepts 7"
-    assert [row.title for row in rows[5:7]] == ["train stage1", "train stage2"]
-    assert f"steps of {recipe.train[0].global_batch}" in rows[5].size
+    assert [row.title for row in rows[6:8]] == ["train stage1", "train stage2"]
+    assert f"steps of {recipe.train[0].global_batch}" in rows[6].size
     assert plan_markdown(recipe, chart).count("\n") == len(rows) + 3
 
 

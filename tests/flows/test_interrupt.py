@@ -62,7 +62,7 @@ def test_an_interrupted_download_leaves_no_process_and_its_shards(
 def test_an_interrupted_training_leaves_no_process_and_a_checkpoint(
     finished: Demo, root_with: Callable[..., Path], interrupt: Callable[..., None]
 ) -> None:
-    root = root_with("demo", "merge", "download", "verify", "initialise", "train")
+    root = root_with("demo", "merge", "download", "verify", "dataset", "initialise", "train")
     before = set(root.glob("train/*"))
     with started(finished.arguments("run", "pipeline", also=LONG_TRAINING), root) as process:
         wait_for(lambda: steps_done(root, before) >= 2, process)

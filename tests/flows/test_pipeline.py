@@ -23,8 +23,11 @@ from tasks.artifact import MANIFEST, Artifact, read_artifact, sha256_of
 from tasks.demo.concepts import read_drawings
 from tests.flows.command import Demo, Ended, environment, run
 
-STAGES = ("demo", "merge", "download", "verify", "initialise", "train", "evaluate", "register")
-TITLES = (*STAGES[:5], "train stage1", "train stage2", *STAGES[6:])
+STAGES = (
+    *("demo", "merge", "download", "verify", "dataset"),
+    *("initialise", "train", "evaluate", "register"),
+)
+TITLES = (*STAGES[:6], "train stage1", "train stage2", *STAGES[7:])
 STEPS = {"stage1": 10, "stage2": 5}
 GLOBAL_BATCH = 64
 RED_APPLE = "1f34e"
@@ -93,9 +96,10 @@ def test_every_parent_is_a_finished_artifact_and_the_chain_is_the_pipelines(
         "merge": {"laion2b": "demo", "coyo700m": "demo"},
         "download": {"merge": "merge"},
         "verify": {"download": "download"},
+        "dataset": {"verify": "verify"},
         "initialise": {},
-        "train stage1": {"start_from": "initialise", "verify": "verify"},
-        "train stage2": {"start_from": "train stage1", "verify": "verify"},
+        "train stage1": {"start_from": "initialise", "dataset": "dataset"},
+        "train stage2": {"start_from": "train stage1", "dataset": "dataset"},
         "evaluate": {
             "train": "train stage2",
             "initialise": "initialise",
@@ -144,11 +148,11 @@ def test_the_download_accounts_for_every_row_and_met_the_webs_faults(
 
 
 def test_the_shard_manifest_lists_every_shard_as_it_is(artifacts: dict[str, Artifact]) -> None:
-    manifest = ShardManifest.read(artifacts["verify"].folder / SHARDS)
+    manifest = ShardManifest.read(artifacts["dataset"].folder / SHARDS)
     assert sum(s.samples for s in manifest.shards) == artifacts["download"].counts["samples"]
     assert set(manifest.by_source()) == {"laion2b", "coyo700m"}
     for shard in manifest.shards:
-        path = artifacts["verify"].folder / shard.path
+        path = artifacts["dataset"].folder / shard.path
         assert (path.stat().st_size, sha256_of(path)) == (shard.bytes, shard.sha256)
         with tarfile.open(path) as tar:
             about = [
@@ -271,7 +275,9 @@ def test_tracking_names_the_data_by_their_digests(
 ) -> None:
     for stage in ("train stage1", "train stage2"):
         (data,) = stage_runs[stage].inputs.dataset_inputs
-        assert data.dataset.digest == artifacts["verify"].digest
+        assert data.dataset.digest == artifacts["dataset"].digest
+        card = json.loads(data.dataset.source)["card"]
+        assert Path(card.removeprefix("file://")).read_text().startswith("# Dataset ")
         assert [(tag.key, tag.value) for tag in data.tags] == [("mlflow.data.context", "training")]
 
 

@@ -1,18 +1,22 @@
-"""Verification of small real shards: what is kept, what is left out, and why."""
+"""Verification of small real shards: what is found, what is left out, and why."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 from PIL import Image
 
 from evaclip_model.errors import InputError
-from evaclip_model.samples import ShardManifest
 from tasks.artifact import Made, sha256_of
+from tasks.checked_shards import read_verdicts
+from tasks.sample_index import SampleIndex
 from tasks.verify.config import VerifyConfig
 from tasks.verify.verify import verify_shards
 
@@ -62,25 +66,38 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "verify" / "def"
 
 
-def test_the_manifest_names_whole_shards_by_relative_path_and_digest(
+def test_a_verdict_names_a_whole_shard_by_relative_path_and_digest(
     downloaded: Path, out: Path
 ) -> None:
     made = verify(downloaded, out)
-    manifest = ShardManifest.read(out / "shards.json")
-    assert [shard.path for shard in manifest.shards] == [
+    shards = [verdict.shard for verdict in read_verdicts(out)]
+    assert [shard.path for shard in shards] == [
         "../../download/abc/shards/000000.tar",
         "../../download/abc/shards/000001.tar",
     ]
-    for shard in manifest.shards:
+    for shard in shards:
         assert sha256_of(out / shard.path) == shard.sha256
         assert (out / shard.path).stat().st_size == shard.bytes
-    assert [(shard.source, shard.samples) for shard in manifest.shards] == [
-        ("laion2b", 5),
-        ("coyo700m", 3),
-    ]
+    assert [(shard.source, shard.samples) for shard in shards] == [("laion2b", 5), ("coyo700m", 3)]
     assert made.counts["samples"] == 8
-    assert made.counts["coyo700m.samples"] == 3
-    assert set(made.files) == {out / "shards.json", out / "report.json"}
+    assert {"checked.json", "report.json", "by_uid.parquet"} <= {file.name for file in made.files}
+
+
+def test_the_index_has_every_sample_by_shard_and_place(downloaded: Path, out: Path) -> None:
+    image = encoded()
+    record = {"uid": "u", "source": "laion2b", "url": "http://a.example/1", "sha256": "a" * 64}
+    write_shard(downloaded, "000000", [sample(0), sample(1, jpg=image, json=json.dumps(record))])
+    verify(downloaded, out)
+    (table,) = SampleIndex(out).chunks("row", "shard", "place", "key", "uid", "url", "sha256")
+    assert table.slice(1, 1).to_pylist() == [
+        {"row": 1, "shard": 0, "place": 1, "key": "000001"}
+        | {name: record[name] for name in ("uid", "url", "sha256")}
+    ]
+    assert [row["shard"] for row in table.to_pylist()] == [0, 0, 1, 1, 1]
+    (hashes,) = SampleIndex(out).chunks("stored_sha256", "phash", "flaw")
+    assert hashes["stored_sha256"][1].as_py() == hashlib.sha256(image).hexdigest()
+    assert hashes["phash"].null_count == 0
+    assert hashes["flaw"].null_count == 5
 
 
 @pytest.mark.parametrize(
@@ -101,7 +118,9 @@ def test_a_bad_sample_is_counted_and_its_shard_kept(
     made = verify(downloaded, out)
     assert made.counts[f"bad.{reason}"] == 1
     assert made.counts["shards"] == 2
-    assert ShardManifest.read(out / "shards.json").shards[0].samples == 5
+    assert [verdict.stored for verdict in read_verdicts(out)] == [5, 3]
+    (table,) = SampleIndex(out).chunks("flaw")
+    assert table["flaw"].to_pylist() == [None] * 4 + [reason] + [None] * 3
 
 
 def test_a_shard_with_too_many_bad_samples_is_left_out(downloaded: Path, out: Path) -> None:
@@ -143,7 +162,7 @@ def test_no_usable_shard_is_one_sentence(downloaded: Path, out: Path) -> None:
         path.write_bytes(b"not a tar")
     with pytest.raises(InputError, match=r"none of the 2 shards .* can be trained on"):
         verify(downloaded, out)
-    assert not (out / "shards.json").exists()
+    assert not (out / "checked.json").exists()
 
 
 def test_no_shard_at_all_is_one_sentence(tmp_path: Path) -> None:
@@ -156,14 +175,55 @@ def test_a_stopped_verification_goes_on_where_it_was(downloaded: Path, out: Path
         pass
 
     def stop(done: float, total: float, detail: str = "") -> None:
-        if done == 1:
+        if detail == "indexing":
             raise Stop
 
     with pytest.raises(Stop):
         verify_shards(CONFIG, downloaded, out, 1, stop)
-    assert not (out / "shards.json").exists()
-    (kept,) = (out / "checked").glob("*.json")
-    written = kept.stat().st_mtime_ns
+    assert not (out / "checked.json").exists()
+    first, second = sorted((out / ".tables").glob("*.parquet"))
+    second.unlink()
+    written = first.stat().st_mtime_ns
     made = verify(downloaded, out)
     assert made.counts["samples"] == 8
-    assert kept.stat().st_mtime_ns == written
+    assert first.stat().st_mtime_ns == written
+    assert second.exists()
+
+
+def write_record(downloaded: Path, name: str, statuses: list[str], successes: int) -> None:
+    """What img2dataset writes beside a tar."""
+    keys = [f"{number:06d}" for number in range(len(statuses))]
+    table = pa.table({"key": keys, "status": statuses})
+    pq.write_table(table, downloaded / "shards" / f"{name}.parquet")
+    stats = {"count": len(statuses), "successes": successes}
+    (downloaded / "shards" / f"{name}_stats.json").write_text(json.dumps(stats))
+
+
+def test_a_shard_that_agrees_with_its_table_and_statistics_is_kept(
+    downloaded: Path, out: Path
+) -> None:
+    write_record(downloaded, "000000", ["success"] * 5 + ["failed_to_download"], 5)
+    assert verify(downloaded, out).counts["shards_left_out"] == 0
+
+
+@pytest.mark.parametrize(
+    ("statuses", "successes", "reason"),
+    [
+        (["success"] * 5, 6, "its statistics count 6 samples, its table 5, and the tar holds 5"),
+        (["success"] * 4 + ["failed_to_download"], 4, "its table 4, and the tar holds 5"),
+        (["failed_to_download"] + ["success"] * 5, 5, "the tar holds 5, 4 of them the table's"),
+    ],
+)
+def test_a_shard_that_contradicts_its_table_or_statistics_is_left_out(
+    downloaded: Path, out: Path, statuses: list[str], successes: int, reason: str
+) -> None:
+    write_record(downloaded, "000000", statuses, successes)
+    assert verify(downloaded, out).counts["shards_left_out"] == 1
+    assert reason in str(read_verdicts(out)[0].left_out)
+
+
+def test_a_table_without_statistics_is_an_unfinished_shard(downloaded: Path, out: Path) -> None:
+    write_record(downloaded, "000000", ["success"] * 5, 5)
+    (downloaded / "shards" / "000000_stats.json").unlink()
+    verify(downloaded, out)
+    assert "its table or statistics cannot be read" in str(read_verdicts(out)[0].left_out)

@@ -1,0 +1,78 @@
+"""What was made from what: from a dataset version down to the models that saw it.
+
+Covers: walking the manifests under one root.
+Not here: samples (trace.py, takedown.py), MLflow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaclip_model.errors import InputError
+from tasks.artifact import Artifact
+from tasks.lineage.journal import JOURNALS, runs_of_digest
+from tasks.register.config import REGISTERED
+from tasks.register.config import STAGE as REGISTER
+from tasks.train.config import STAGE as TRAIN
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model."""
+
+    name: str
+    """Of the training stage that made it."""
+    digest: str
+    registered: tuple[str, ...]
+    """Versions in the registry, as `NAME/VERSION`."""
+
+
+def parent_of(artifact: Artifact, role: str, artifacts: Sequence[Artifact]) -> Artifact:
+    """The artifact that `artifact` was made from.
+
+    Raises:
+        InputError: it is not there any more.
+    """
+    digest = artifact.parents[role]
+    for other in artifacts:
+        if other.digest == digest:
+            return other
+    raise InputError(
+        f"{artifact.folder} was made from {role} {digest}, which is gone: run its recipe again"
+    )
+
+
+def models_of(dataset: Artifact, artifacts: Sequence[Artifact]) -> list[Model]:
+    """Every model trained on a dataset version, or started from such a model, in their order."""
+    models: list[Model] = []
+    waiting = [dataset.digest]
+    while waiting:
+        made_from = waiting.pop(0)
+        for artifact in artifacts:
+            known = any(model.digest == artifact.digest for model in models)
+            if artifact.kind == TRAIN.name and made_from in artifact.parents.values() and not known:
+                waiting.append(artifact.digest)
+                versions = _registered(artifact, artifacts)
+                models.append(Model(str(artifact.config["name"]), artifact.digest, versions))
+    return models
+
+
+def describe_model(model: Model, root: Path) -> Iterator[str]:
+    """A model as lines for a person: where it is, its runs in tracking, its registered versions."""
+    yield f"  model     {model.name} {model.digest}"
+    for run in runs_of_digest(root / JOURNALS, model.digest):
+        yield f"    run     {run}"
+    for version in model.registered:
+        yield f"    version {version}"
+
+
+def _registered(model: Artifact, artifacts: Sequence[Artifact]) -> tuple[str, ...]:
+    registrations = [
+        json.loads((artifact.folder / REGISTERED).read_text())
+        for artifact in artifacts
+        if artifact.kind == REGISTER.name and artifact.parents.get("train") == model.digest
+    ]
+    return tuple(f"{one['name']}/{one['version']}" for one in registrations)

@@ -1,0 +1,133 @@
+"""A dataset version for people: where it comes from, what was left out, how much is there.
+
+Covers: the Markdown of `card.md`, from the manifests of all that the version was made from.
+Not here: any decision; figures are copied, never computed anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tasks.artifact import Artifact, write_atomically
+from tasks.dataset.config import LEFT_OUT, TAKEN_DOWN, DatasetConfig
+
+UNSTATED = "not stated in the recipe"
+Counts = Mapping[str, int | float]
+
+
+def write_card(
+    path: Path,
+    config: DatasetConfig,
+    ancestors: Sequence[Artifact],
+    counts: Counts,
+    by_source: Mapping[str, Mapping[str, int]],
+    takedowns: int,
+) -> None:
+    """Write the card of the version whose artifact is the folder of `path`.
+
+    Args:
+        path: of the card.
+        config: the version's rules.
+        ancestors: what it was made from, in the order of work; kinds other than merge, download
+            and verify only appear in the list of digests.
+        counts: the version's totals.
+        by_source: what became of every source's verified samples.
+        takedowns: entries of the takedown lists.
+    """
+    by_kind = {artifact.kind: artifact for artifact in ancestors}
+    lines = [
+        f"# Dataset {path.parent.name}",
+        "",
+        f"{counts['samples']:,} image-text pairs in {counts['shards']:,} shards "
+        f"({counts['bytes'] / 1e9:,.2f} GB).",
+        "",
+        "For research. Captions and image addresses come from the collections below; every image "
+        "keeps its owner's copyright. LAION says of its collections that they are not made for "
+        "ready products.",
+        "",
+    ]
+    if merge := by_kind.get("merge"):
+        lines += [*_sources(merge, by_source), *_filters(merge)]
+    if download := by_kind.get("download"):
+        lines += _download(download)
+    lines += [*_left_out(config, counts, takedowns), *_made_from(ancestors)]
+    write_atomically(path, "\n".join(lines) + "\n")
+
+
+def _sources(merge: Artifact, by_source: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+    yield from ("## Sources", "")
+    heads = ["source", "files", "revision", "licence of the metadata", "rows read", "selected"]
+    rows = []
+    for source in merge.config["sources"]:
+        name = source["name"]
+        read, selected = (
+            merge.counts.get(f"{name}.{what}", 0) for what in ("rows_read", "selected")
+        )
+        kept = by_source.get(name, {}).get("samples", 0)
+        stated = [source.get(key) or UNSTATED for key in ("revision", "licence")]
+        rows.append([name, f"`{source['files']}`", *stated, read, selected, kept])
+    yield from _table([*heads, "in this version"], rows)
+
+
+def _filters(merge: Artifact) -> Iterator[str]:
+    yield from ("## Rows that were not selected", "")
+    prefix = "dropped."
+    dropped = {
+        name.removeprefix(prefix): n for name, n in merge.counts.items() if name.startswith(prefix)
+    }
+    yield from _table(["reason", "rows"], [[reason, rows] for reason, rows in dropped.items()])
+    settings = ", ".join(f"{name} = {value!r}" for name, value in merge.config["filters"].items())
+    yield from (f"Filters: {settings}.", "")
+
+
+def _download(download: Artifact) -> Iterator[str]:
+    counts, config = download.counts, download.config
+    yield from ("## Download", "")
+    share = counts["samples"] / counts["rows"] if counts["rows"] else 0.0
+    yield (
+        f"{counts['samples']:,} of {counts['rows']:,} images ({share:.1%}), finished "
+        f"{download.created}. Sites' refusals of such use were obeyed: X-Robots-Tag "
+        f"{', '.join(config['disallowed_directives'])}."
+    )
+    yield ""
+    prefix = "failed."
+    failed = {name.removeprefix(prefix): n for name, n in counts.items() if name.startswith(prefix)}
+    yield from _table(["failure", "rows"], [[reason, rows] for reason, rows in failed.items()])
+
+
+def _left_out(config: DatasetConfig, counts: Counts, takedowns: int) -> Iterator[str]:
+    yield from ("## Samples that are on disk but left out", "")
+    prefix = "left_out."
+    reasons = {
+        name.removeprefix(prefix): n for name, n in counts.items() if name.startswith(prefix)
+    }
+    yield from _table(["reason", "samples"], [[reason, rows] for reason, rows in reasons.items()])
+    near = config.near_duplicates == "drop"
+    compared = ", ".join(f"`{name}`" for name in config.evaluation_sets) or "none"
+    yield from (
+        f"- exact duplicates: {config.exact_duplicates}; near duplicates: "
+        + (f"drop, up to {config.max_distance} of 64 bits" if near else "keep"),
+        f"- evaluation sets whose images were looked for: {compared}",
+        f"- blocklists: {len(config.blocklists)}; takedowns obeyed: {takedowns} (`{TAKEN_DOWN}`)",
+        f"- sample by sample: `{LEFT_OUT}`",
+        "",
+    )
+
+
+def _made_from(ancestors: Sequence[Artifact]) -> Iterator[str]:
+    yield from ("## Made from", "")
+    rows = [[artifact.kind, f"`{artifact.digest}`", artifact.created] for artifact in ancestors]
+    yield from _table(["stage", "digest", "finished"], rows)
+    yield "Every shard's SHA-256 is in `shards.json`."
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
+    if rows:
+        yield f"| {' | '.join(heads)} |"
+        yield "|---" * len(heads) + "|"
+    for row in rows:
+        cells = (f"{cell:,}" if isinstance(cell, int | float) else str(cell) for cell in row)
+        yield f"| {' | '.join(cells)} |"
+    yield from ("",) if rows else ("None.", "")

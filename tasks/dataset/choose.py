@@ -1,0 +1,215 @@
+"""Which samples are left out, and why: one reason each, the first that holds.
+
+Covers: flaws, blocklists, evaluation images, repeated samples and images, takedowns.
+Not here: looking into shards (the verify stage), writing what was chosen (dataset.py).
+
+Where samples resemble each other the one that comes first in the index stays. Takedowns come last,
+so that none of them brings back a copy that was left out beside the sample that is taken down.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tasks.checked_shards import Verdict
+from tasks.dataset.config import DatasetConfig
+from tasks.dataset.evaluation_images import EvaluationImages
+from tasks.dataset.lists import SHA256, is_url
+from tasks.phash import Hashes, KnownHashes, near_pairs
+from tasks.sample_index import Ints, Kind, SampleIndex
+
+Rows = npt.NDArray[np.int64]
+Asked = Mapping[Kind, tuple[str, ...]]
+"""What is looked for, by kind."""
+
+
+class Reason(StrEnum):
+    """Why a sample is left out; those with a flaw go by `bad.` and the flaw's name."""
+
+    SHARD = "shard"
+    BLOCKED = "blocked"
+    EVALUATION = "evaluation"
+    REPEATED_UID = "repeated_uid"
+    EXACT_DUPLICATE = "exact_duplicate"
+    NEAR_DUPLICATE = "near_duplicate"
+    TAKEDOWN = "takedown"
+    TAKEDOWN_COPY = "takedown_copy"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What decides, read from files."""
+
+    config: DatasetConfig
+    blocked: tuple[str, ...] = ()
+    """MD5 and SHA-256 of images nobody may use."""
+    evaluation: EvaluationImages | None = None
+
+
+class Choice:
+    """For every row of an index, why it is left out, if it is."""
+
+    def __init__(self, rows: int) -> None:
+        """Nothing is left out yet."""
+        self._names: list[str] = [""]
+        self._codes = np.zeros(rows, dtype=np.uint8)
+
+    @classmethod
+    def of(cls, rows: int, table: pa.Table) -> Choice:
+        """The choice that was kept as `table`."""
+        choice = cls(rows)
+        for reason in pc.unique(table["reason"]).to_pylist():
+            mine = pc.equal(table["reason"], reason)
+            choice.leave_out(table["row"].filter(mine).to_numpy(), reason)
+        return choice
+
+    def leave_out(self, rows: Rows | npt.NDArray[np.bool_], reason: str) -> None:
+        """Leave rows out (numbers, or a mask of all) that no earlier reason did."""
+        if reason not in self._names:
+            self._names.append(reason)
+        places = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
+        new = places[self._codes[places] == 0]
+        self._codes[new] = self._names.index(reason)
+
+    @property
+    def left_out(self) -> npt.NDArray[np.bool_]:
+        """Which rows are left out, [rows]."""
+        mask: npt.NDArray[np.bool_] = self._codes != 0
+        return mask
+
+    def counts(self, start: int, stop: int) -> dict[str, int]:
+        """Rows left out among `start` to `stop` (exclusive), by reason."""
+        by_code = np.bincount(self._codes[start:stop], minlength=len(self._names))
+        return {n: int(c) for n, c in zip(self._names, by_code, strict=True) if n and c}
+
+    def table(self) -> pa.Table:
+        """(row, reason) of all that is left out, by row."""
+        rows = np.flatnonzero(self._codes)
+        names = pa.DictionaryArray.from_arrays(self._codes[rows], self._names)
+        return pa.table({"row": rows, "reason": names.cast(pa.string())})
+
+
+def choose(index: SampleIndex, verdicts: Sequence[Verdict], rules: Rules) -> Choice:
+    """Apply every rule but takedowns."""
+    choice, config = Choice(index.rows), rules.config
+    looks = _go_through(index, verdicts, rules, choice)
+    blocked = index.find(Kind.HASH, rules.blocked) if rules.blocked else []
+    choice.leave_out(_rows_of(blocked), Reason.BLOCKED)
+    if rules.evaluation is not None:
+        tested = index.find(Kind.HASH, sorted(rules.evaluation.sha256))
+        choice.leave_out(_rows_of(tested), Reason.EVALUATION)
+    choice.leave_out(_later(*index.repeated(Kind.UID), choice), Reason.REPEATED_UID)
+    if config.exact_duplicates == "drop":
+        choice.leave_out(_later(*index.repeated(Kind.HASH), choice), Reason.EXACT_DUPLICATE)
+    if config.near_duplicates == "drop":
+        choice.leave_out(_later_looks(looks, config.max_distance, choice), Reason.NEAR_DUPLICATE)
+    return choice
+
+
+def take_down(index: SampleIndex, asked: Asked, choice: Choice) -> None:
+    """Leave out the samples that were asked for, and those with the same image."""
+    found = [row for kind, values in asked.items() if values for row in index.find(kind, values)]
+    choice.leave_out(_rows_of(found), Reason.TAKEDOWN)
+    copies = index.find(Kind.HASH, image_hashes(found)) if found else []
+    choice.leave_out(_rows_of(copies), Reason.TAKEDOWN_COPY)
+
+
+def sort_by_kind(entries: Iterable[str]) -> Asked:
+    """What each entry of takedown lists is; a hash of 64 digits may be a uid as well."""
+    urls = tuple(entry for entry in entries if is_url(entry))
+    others = tuple(entry for entry in entries if not is_url(entry))
+    hashes = tuple(entry for entry in others if SHA256.fullmatch(entry))
+    return {Kind.URL: urls, Kind.UID: others, Kind.HASH: hashes}
+
+
+def image_hashes(found: Iterable[Mapping[str, Any]]) -> list[str]:
+    """SHA-256 of the images of some rows, as downloaded and as stored."""
+    names = ("sha256", "stored_sha256")
+    return sorted({row[name] for row in found for name in names if row[name] is not None})
+
+
+def _go_through(
+    index: SampleIndex, verdicts: Sequence[Verdict], rules: Rules, choice: Choice
+) -> Hashes:
+    """One pass over the rows: shards, flaws, evaluation images by their looks.
+
+    Returns:
+        The perceptual hash of every row where near duplicates are looked for; 0 where there is
+        none.
+    """
+    unusable = np.array([verdict.shard is None for verdict in verdicts])
+    near = rules.config.near_duplicates == "drop"
+    looks = np.zeros(index.rows if near else 0, dtype=np.uint64)
+    known = None
+    if rules.evaluation is not None:
+        known = KnownHashes(rules.evaluation.looks, rules.config.max_distance)
+    start = 0
+    for table in index.chunks("shard", "flaw", "phash"):
+        rows = np.arange(start, start + table.num_rows)
+        choice.leave_out(rows[unusable[table["shard"].to_numpy()]], Reason.SHARD)
+        for flaw in pc.unique(table["flaw"].drop_null()).to_pylist():
+            bad = pc.fill_null(pc.equal(table["flaw"], flaw), False).to_numpy()
+            choice.leave_out(rows[bad], f"bad.{flaw}")
+        hashes = pc.fill_null(table["phash"], 0).to_numpy()
+        if known is not None:
+            alike = known.near(hashes) & table["phash"].is_valid().to_numpy()
+            choice.leave_out(rows[alike], Reason.EVALUATION)
+        if near:
+            looks[rows] = hashes
+        start += table.num_rows
+    return looks
+
+
+def _later(rows: Ints, groups: Ints, choice: Choice) -> Rows:
+    """Rows that share a group with an earlier row that stays; `rows` ascend."""
+    taken: set[int] = set()
+    later = []
+    mine: list[int] = []
+    left_out = choice.left_out[rows].tolist()
+    numbers = rows.tolist()
+    for place, (row, group) in enumerate(zip(numbers, groups.tolist(), strict=True)):
+        if left_out[place]:
+            continue
+        mine.append(group)
+        if place + 1 < len(numbers) and numbers[place + 1] == row:
+            continue
+        if taken.isdisjoint(mine):
+            taken.update(mine)
+        else:
+            later.append(row)
+        mine = []
+    return np.array(later, dtype=np.int64)
+
+
+def _later_looks(looks: Hashes, most: int, choice: Choice) -> Rows:
+    """Rows that look like an earlier row that stays."""
+    candidates = np.flatnonzero(~choice.left_out)
+    hashes, inverse, counts = np.unique(looks[candidates], return_inverse=True, return_counts=True)
+    neighbours: defaultdict[int, list[int]] = defaultdict(list)
+    for left, right in near_pairs(hashes, most).tolist():
+        neighbours[left].append(right)
+        neighbours[right].append(left)
+    alike = counts > 1
+    alike[list(neighbours)] = True
+    later = []
+    taken: set[int] = set()
+    places = np.flatnonzero(alike[inverse])
+    for place, look in zip(places.tolist(), inverse[places].tolist(), strict=True):
+        if look in taken or not taken.isdisjoint(neighbours.get(look, ())):
+            later.append(place)
+        else:
+            taken.add(look)
+    return candidates[np.array(later, dtype=np.int64)]
+
+
+def _rows_of(found: Iterable[Mapping[str, Any]]) -> Rows:
+    return np.array([row["row"] for row in found], dtype=np.int64)

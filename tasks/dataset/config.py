@@ -1,0 +1,51 @@
+"""Which of the verified samples are used: the `[dataset]` table of a recipe.
+
+Covers: the config, the stage's name and version, the names of what it makes.
+Not here: looking into shards (the verify stage), applying any rule.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from evaclip_model.config import Config
+from tasks.artifact import Stage
+
+RULES_IN_FILES = ("evaluation_sets", "blocklists")
+STAGE = Stage(
+    "dataset",
+    1,
+    tools=("duckdb", "numpy", "pyarrow", "pillow"),
+    # what the files hold is among the parents, so that moving one changes nothing
+    ignores=(*RULES_IN_FILES, "takedowns", "memory_limit"),
+)
+REPORT = "report.json"
+"""Counts by source, and the rules that the digest knows by their content."""
+LEFT_OUT = "left_out.parquet"
+"""(row of the index, reason) of every sample that is not used, by row."""
+TAKEN_DOWN = "takedowns.txt"
+"""Every takedown that this version obeys, one a line."""
+
+
+class DatasetConfig(Config):
+    """The `[dataset]` table."""
+
+    exact_duplicates: Literal["drop", "keep"] = "drop"
+    """Samples whose image has the same bytes as an earlier one's, as downloaded or as stored."""
+    near_duplicates: Literal["drop", "keep"] = "keep"
+    """Samples whose image looks like an earlier one's; takes 16 bytes of memory a sample."""
+    evaluation_sets: tuple[str, ...] = ()
+    """Folders of evaluation images or webdatasets; what has their bytes or their look is left
+    out. A leading `demo:` means inside the demo artifact."""
+    max_distance: int = Field(4, ge=0, le=8)
+    """Bits of the 64 of a perceptual hash in which two images that look alike may differ."""
+    blocklists: tuple[str, ...] = ()
+    """Text files with one MD5 or SHA-256 a line (hex, of the file as downloaded or of the stored
+    image), as md5sum and sha256sum write them."""
+    takedowns: tuple[str, ...] = ()
+    """Text files with one URL, uid or SHA-256 a line: samples that may be used no longer, and
+    all samples with the same image."""
+    memory_limit: str = Field(default="2GB", pattern=r"^[0-9]+(\.[0-9]+)? ?([KMGT]i?)?B$")
+    """Memory of the database; what does not fit goes to disk."""

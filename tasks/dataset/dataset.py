@@ -1,0 +1,164 @@
+"""One version of the data: which verified samples are used, as training reads it.
+
+Covers: applying the rules, the manifest with tombstones, the list of what is left out, the card.
+Not here: which samples a rule leaves out (choose.py); looking into shards; making a new download.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from evaclip_model.errors import InputError
+from evaclip_model.samples import SHARDS, Shard, ShardManifest
+from tasks.artifact import CARD, Artifact, Made, write_atomically
+from tasks.checked_shards import Verdict, read_verdicts
+from tasks.dataset.card import write_card
+from tasks.dataset.choose import Asked, Choice, Rules, choose, take_down
+from tasks.dataset.config import (
+    LEFT_OUT,
+    REPORT,
+    RULES_IN_FILES,
+    TAKEN_DOWN,
+    DatasetConfig,
+)
+from tasks.dataset.evaluation_images import read_evaluation_images
+from tasks.dataset.lists import read_hashes
+from tasks.progress import Report
+from tasks.sample_index import SampleIndex
+
+_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Takedowns:
+    """Samples that may be used no longer."""
+
+    entries: tuple[str, ...] = ()
+    """As they were handed over: URLs, uids, hashes."""
+    asked: Asked | None = None
+    """The same by kind, URLs as the merge writes them."""
+    before: Path | None = None
+    """Folder of a version of the same data by the same rules that obeys none or some of these
+    takedowns, if there is one: its choice is taken over, because takedowns only add to it."""
+
+
+@dataclass(frozen=True)
+class OutsideFiles:
+    """Files that a dataset's rules name, found."""
+
+    evaluation_sets: tuple[Path, ...] = ()
+    blocklists: tuple[Path, ...] = ()
+
+
+def make_dataset(
+    config: DatasetConfig,
+    ancestors: Sequence[Artifact],
+    outside: OutsideFiles,
+    takedowns: Takedowns,
+    out: Path,
+    report: Report,
+) -> Made:
+    """Write the version into `out`; nothing of the shards is read again or rewritten.
+
+    Args:
+        config: the rules.
+        ancestors: what the data was made from, the verification last.
+        outside: files that the rules name.
+        takedowns: what is taken down besides.
+        report: told of every step.
+
+    Raises:
+        InputError: a list or an evaluation set cannot be read, or nothing is left.
+    """
+    verified = ancestors[-1].folder
+    index = SampleIndex(verified, config.memory_limit)
+    verdicts = read_verdicts(verified)
+    report(0, _STEPS, f"{index.rows:,} samples")
+    if takedowns.before is None:
+        choice = choose(index, verdicts, _read_rules(config, outside))
+    else:
+        choice = Choice.of(index.rows, pq.read_table(takedowns.before / LEFT_OUT))
+    report(1, _STEPS, "takedowns")
+    if takedowns.asked:
+        take_down(index, takedowns.asked, choice)
+    report(2, _STEPS, "manifest")
+    shards, by_source = _shards(verdicts, verified, choice, out)
+    if not shards:
+        reasons = choice.counts(0, index.rows).items()
+        said = ", ".join(f"{count:,} {reason}" for reason, count in reasons)
+        raise InputError(f"nothing is left of {index.rows:,} samples: {said}")
+    ShardManifest(shards=shards).write(out / SHARDS)
+    pq.write_table(choice.table(), out / LEFT_OUT, compression="zstd")
+    write_atomically(out / TAKEN_DOWN, "".join(f"{entry}\n" for entry in takedowns.entries))
+    counts = _counts(index.rows, shards, choice, by_source)
+    rules = config.model_dump(include=set(RULES_IN_FILES))
+    details = {**counts, "sources": by_source, "rules": rules}
+    write_atomically(out / REPORT, json.dumps(details, indent=1) + "\n")
+    write_card(out / CARD, config, ancestors, counts, by_source, len(takedowns.entries))
+    report(_STEPS, _STEPS, f"{counts['samples']:,} samples")
+    names = (SHARDS, LEFT_OUT, TAKEN_DOWN, REPORT, CARD)
+    return Made(counts, tuple(out / name for name in names))
+
+
+def _read_rules(config: DatasetConfig, outside: OutsideFiles) -> Rules:
+    evaluation = None
+    if outside.evaluation_sets:
+        threads = len(os.sched_getaffinity(0))
+        evaluation = read_evaluation_images(outside.evaluation_sets, threads)
+    return Rules(config, read_hashes(outside.blocklists), evaluation)
+
+
+def _shards(
+    verdicts: Sequence[Verdict], verified: Path, choice: Choice, out: Path
+) -> tuple[tuple[Shard, ...], dict[str, dict[str, int]]]:
+    """Shards with anything left in them, and by source what became of its samples."""
+    shards: list[Shard] = []
+    by_source: dict[str, Counter[str]] = {}
+    start = 0
+    for verdict in verdicts:
+        stop = start + verdict.stored
+        if verdict.shard is not None:
+            gone = np.flatnonzero(choice.left_out[start:stop]).tolist()
+            left = verdict.stored - len(gone)
+            counts = by_source.setdefault(verdict.shard.source, Counter())
+            counts.update(shards=int(left > 0), samples=left)
+            counts.update({f"left_out.{n}": c for n, c in choice.counts(start, stop).items()})
+            if left:
+                path = os.path.relpath(verified / verdict.path, out)
+                tombstones = " ".join(map(str, gone))
+                update = {"path": path, "samples": left, "tombstones": tombstones}
+                shards.append(Shard.model_validate(verdict.shard.model_dump() | update))
+        start = stop
+    return tuple(shards), {source: dict(by_source[source]) for source in sorted(by_source)}
+
+
+def _counts(
+    rows: int,
+    shards: Sequence[Shard],
+    choice: Choice,
+    by_source: Mapping[str, Mapping[str, int]],
+) -> dict[str, int | float]:
+    reasons = choice.counts(0, rows)
+    samples = sum(shard.samples for shard in shards)
+    if samples + sum(reasons.values()) != rows:
+        raise RuntimeError(f"{rows} samples were verified, but {samples} and {reasons} add up not")
+    return {
+        "samples": samples,
+        "shards": len(shards),
+        "left_out": sum(reasons.values()),
+        "bytes": sum(shard.bytes for shard in shards),
+        **{f"left_out.{reason}": count for reason, count in sorted(reasons.items())},
+        **{
+            f"{source}.{name}": counts[name]
+            for source, counts in by_source.items()
+            for name in ("shards", "samples")
+        },
+    }

@@ -1,0 +1,133 @@
+"""How an image looks, in 64 bits, and which of many look nearly the same.
+
+Covers: the perceptual hash, finding hashes within a few bits of each other.
+Not here: decoding (who hashes has the image open), what is done with images that look alike.
+
+The hash is the usual pHash: of the 32 x 32 grey image, is each of the 64 lowest frequencies of its
+cosine transform above their median? Row by row, the first is the highest bit, as imagehash writes
+it. Two hashes that differ in at most d of 64 bits are equal in at least e of any d + e bands, so
+images that look alike are found by sorting, once for every choice of e bands, and never by
+comparing all with all (Manku, Jain, Das Sarma: Detecting near-duplicates for web crawling, 2007).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations, pairwise
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+Hashes = npt.NDArray[np.uint64]
+Places = npt.NDArray[np.int64]
+
+BITS = 64
+GREY_PX = 32
+_LOW = 8
+_NOISE_DECIMALS = 6
+"""Frequencies that an image does not have come out as 1e-11, with a sign that means nothing."""
+_MOST_IN_A_BUCKET = 16
+_MOST_EQUAL_BANDS = 4
+_ONES = np.array([number.bit_count() for number in range(1 << 16)], dtype=np.uint8)
+_COSINES = np.cos(
+    np.pi * np.arange(_LOW)[:, None] * (2 * np.arange(GREY_PX)[None, :] + 1) / (2 * GREY_PX)
+)
+
+
+def grey_of(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """What the hash is made from: the image in grey, [32, 32]."""
+    small = image.convert("L").resize((GREY_PX, GREY_PX), Image.Resampling.LANCZOS)
+    return np.asarray(small)
+
+
+def hashes_of(greys: npt.NDArray[np.uint8]) -> Hashes:
+    """Perceptual hashes of n grey images, [n, 32, 32] -> [n]."""
+    low = np.round(_COSINES @ greys.astype(np.float64) @ _COSINES.T, _NOISE_DECIMALS)
+    flat = low.reshape(-1, BITS)
+    above = flat > np.median(flat, axis=1, keepdims=True)
+    return np.packbits(above, axis=1).view(">u8").ravel().astype(np.uint64)
+
+
+def distance(left: Hashes, right: Hashes) -> npt.NDArray[np.int64]:
+    """Bits in which two arrays of hashes differ, element by element."""
+    differing = np.atleast_1d(left ^ right)
+    counts = _ONES[np.ascontiguousarray(differing).view(np.uint16)]
+    result: Places = counts.reshape(*differing.shape, 4).sum(axis=-1, dtype=np.int64)
+    return result
+
+
+def near_pairs(hashes: Hashes, most: int) -> npt.NDArray[np.int64]:
+    """All pairs of places (i < j, sorted) whose hashes differ in at most `most` bits, [m, 2].
+
+    `hashes` must differ from each other: equal ones would all be paired with each other.
+    """
+    found = [_pairs_with_equal_bands(hashes, mask, most) for mask in _masks(most, len(hashes))]
+    return np.unique(np.concatenate(found), axis=0)
+
+
+class KnownHashes:
+    """Hashes to find again, such as those of evaluation images."""
+
+    def __init__(self, hashes: Hashes, most: int) -> None:
+        """Sort them once a band; `most` is how many bits may differ."""
+        known = np.unique(hashes)
+        self._most = most
+        self._by_band = []
+        for mask in _masks(most, len(known)):
+            order = np.argsort(known & mask, kind="stable")
+            self._by_band.append((mask, known[order] & mask, known[order]))
+
+    def near(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
+        """Which of `hashes` are within the distance of a known one, [n]."""
+        result = np.zeros(len(hashes), dtype=np.bool_)
+        for mask, keys, known in self._by_band:
+            asked = hashes & mask
+            first = np.searchsorted(keys, asked, side="left")
+            last = np.searchsorted(keys, asked, side="right")
+            open_places: Places = np.flatnonzero((first < last) & ~result)
+            at = first[open_places]
+            while len(open_places):
+                close = distance(hashes[open_places], known[at]) <= self._most
+                result[open_places[close]] = True
+                at += 1
+                more = ~close & (at < last[open_places])
+                open_places, at = open_places[more], at[more]
+        return result
+
+
+def _pairs_with_equal_bands(hashes: Hashes, mask: np.uint64, most: int) -> npt.NDArray[np.int64]:
+    """Pairs (i < j) that agree in all bits of `mask` and differ in at most `most` others."""
+    order: Places = np.argsort(hashes & mask, kind="stable")
+    keys = (hashes & mask)[order]
+    here: Places = np.arange(len(hashes) - 1)
+    found, step = [np.empty((0, 2), dtype=np.int64)], 1
+    while len(here):
+        here = here[here + step < len(keys)]
+        here = here[keys[here] == keys[here + step]]
+        left, right = order[here], order[here + step]
+        close = distance(hashes[left], hashes[right]) <= most
+        pairs = np.stack([left, right], axis=1)[close]
+        found.append(np.sort(pairs, axis=1))
+        step += 1
+    return np.concatenate(found)
+
+
+def _masks(most: int, hashes: int) -> Iterator[np.uint64]:
+    """Bits that are looked at together, for every choice of the bands that may have to be equal.
+
+    More bands in each choice mean smaller buckets and more sorting; taken are the fewest with which
+    buckets stay small.
+    """
+    equal = next(
+        (e for e in range(1, _MOST_EQUAL_BANDS) if hashes < _MOST_IN_A_BUCKET << _bits(most, e)),
+        _MOST_EQUAL_BANDS,
+    )
+    edges = np.linspace(0, BITS, most + equal + 1).round().astype(int).tolist()
+    bands = [(1 << stop) - (1 << start) for start, stop in pairwise(edges)]
+    for chosen in combinations(bands, equal):
+        yield np.uint64(sum(chosen))
+
+
+def _bits(most: int, equal: int) -> int:
+    return BITS * equal // (most + equal)

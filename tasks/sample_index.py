@@ -1,0 +1,287 @@
+"""Every sample that was stored, findable by uid, URL or hash in seconds among a hundred million.
+
+Covers: the index's columns, making it from one small table a shard, looking samples up, finding
+repeated ones. Not here: looking into shards (tasks/verify), deciding what is left out
+(tasks/dataset).
+
+    index/rows/00000.parquet   a row a sample, ordered by shard and place; `row` counts through
+    index/by_uid.parquet       (mark, row), ordered by mark; so are by_url and by_hash
+
+A mark is the lower half of the MD5 of a uid, of a URL without its scheme, or of a hash in hex.
+Because a look-up table is ordered by mark, its row groups' statistics lead to the few thousand rows
+that may hold one; because rows are ordered, so do theirs. Marks may collide, so that what is found
+is compared with what was asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import duckdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Ints = npt.NDArray[np.int64]
+
+INDEX = "index"
+"""Folder of the index inside the artifact of a verification."""
+ROWS_PER_FILE = 5_000_000
+ROWS_PER_GROUP = 1 << 17
+"""A look-up reads one group: small enough for milliseconds, large enough to compress."""
+LOOKUP_ROWS_PER_GROUP = 1 << 16
+COLUMNS = pa.schema(
+    [
+        ("key", pa.string()),  # in its shard
+        ("uid", pa.string()),
+        ("source", pa.string()),
+        ("original_id", pa.string()),  # the metadata collection's own row id
+        ("url", pa.string()),
+        ("sha256", pa.string()),  # of the file as it was downloaded; none when not recorded
+        ("stored_sha256", pa.string()),  # of the image as it lies in the shard
+        ("md5", pa.string()),  # of the download where that was recorded, else of what is stored
+        ("phash", pa.uint64()),  # none when the image cannot be decoded
+        ("flaw", pa.string()),  # why the sample cannot be used; none = it can
+    ]
+)
+"""What is known of a sample, by its place in the shard; the shard's number and `row` are added."""
+
+
+class Kind(StrEnum):
+    """What a sample can be looked up by."""
+
+    UID = "uid"
+    URL = "url"
+    HASH = "hash"
+    """SHA-256 or MD5 in hex, of the download or of what is stored."""
+
+
+_ADDRESS = r"regexp_replace(url, '^https?://', '')"
+_MARKED = {
+    Kind.UID: "SELECT uid AS value, row FROM stored",
+    Kind.URL: f"SELECT {_ADDRESS} AS value, row FROM stored WHERE url IS NOT NULL",
+    Kind.HASH: "SELECT sha256 AS value, row FROM stored UNION ALL "
+    "SELECT stored_sha256, row FROM stored WHERE stored_sha256 IS DISTINCT FROM sha256 UNION ALL "
+    "SELECT md5, row FROM stored",
+}
+_MATCHES = {
+    Kind.UID: "uid IN (FROM asked)",
+    Kind.URL: f"{_ADDRESS} IN (FROM asked)",
+    Kind.HASH: "sha256 IN (FROM asked) OR stored_sha256 IN (FROM asked) OR md5 IN (FROM asked)",
+}
+
+
+def write_index(tables: Sequence[Path], folder: Path, memory_limit: str) -> list[Path]:
+    """Make the index of the shards whose tables (of `COLUMNS`) are given, in their order.
+
+    Files that a killed run finished are kept. Memory does not depend on the number of samples.
+
+    Returns:
+        The index's files.
+    """
+    rows = folder / "rows"
+    rows.mkdir(parents=True, exist_ok=True)
+    files, first_row = [], 0
+    for number, group in enumerate(_groups(tables)):
+        file = rows / f"{number:05d}.parquet"
+        if not file.exists():
+            _write_rows(group, first_row, file)
+        files.append(file)
+        first_row += pq.read_metadata(file).num_rows
+    for kind in Kind:
+        files.append(lookup := folder / f"by_{kind}.parquet")
+        if not lookup.exists():
+            _write_lookup(kind, files, lookup, memory_limit)
+    return files
+
+
+class SampleIndex:
+    """The index of one verification, open for reading."""
+
+    def __init__(self, folder: Path, memory_limit: str = "2GB") -> None:
+        """Look at the files' footers.
+
+        Args:
+            folder: the verification's, which holds `index/`.
+            memory_limit: of a query, as DuckDB writes it.
+        """
+        self._folder = folder / INDEX
+        self._memory_limit = memory_limit
+        self.files = sorted((self._folder / "rows").glob("*.parquet"))
+        self.rows = sum(pq.read_metadata(file).num_rows for file in self.files)
+
+    def find(self, kind: Kind, values: Sequence[str]) -> list[dict[str, Any]]:
+        """Rows of the samples that have one of `values`, by row.
+
+        Args:
+            kind: what the values are; URLs as merge writes them (their scheme does not matter),
+                hashes in lower case.
+
+        Returns:
+            Dicts of `COLUMNS` with `row`, `shard` (number) and `place` (in the shard).
+        """
+        if not values or not self.files:
+            return []
+        query = f"""
+            SELECT * FROM read_parquet($rows)
+            WHERE row IN (
+                SELECT row FROM read_parquet($lookup)
+                WHERE mark IN (SELECT md5_number_lower(value) FROM asked)
+            ) AND ({_MATCHES[kind]})
+            ORDER BY row"""
+        asked = [_without_scheme(value) if kind is Kind.URL else value for value in values]
+        with _database(self._memory_limit, self._folder) as database:
+            database.register(
+                "asked", pa.table({"value": pa.array(sorted(set(asked)), pa.string())})
+            )
+            found = database.execute(query, {"rows": self._rows, "lookup": self._lookup(kind)})
+            names = [column[0] for column in found.description]
+            return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+
+    def chunks(self, *columns: str) -> Iterator[pa.Table]:
+        """These columns of all rows, in their order, a row group at a time."""
+        for file in self.files:
+            with pq.ParquetFile(file) as parquet:
+                for group in range(parquet.num_row_groups):
+                    yield parquet.read_row_group(group, columns=list(columns))
+
+    def repeated(self, kind: Kind) -> tuple[Ints, Ints]:
+        """Which rows share a uid, or an image (as downloaded or as stored), with another row.
+
+        Returns:
+            Rows, ascending, and what they share as a number; a row may share two things.
+        """
+        if kind not in (Kind.UID, Kind.HASH):
+            raise ValueError(f"rows may well share a {kind}")
+        values = "[uid]" if kind is Kind.UID else "[sha256, stored_sha256]"
+        query = f"""
+            WITH suspects AS (
+                SELECT DISTINCT row, unnest({values}) AS value FROM read_parquet($rows)
+                WHERE row IN (SELECT row FROM suspected)
+            ), shared AS (
+                SELECT value, row_number() OVER (ORDER BY value) AS number FROM suspects
+                WHERE value IS NOT NULL GROUP BY value HAVING count(*) > 1
+            )
+            SELECT row, number FROM suspects JOIN shared USING (value) ORDER BY row, number"""
+        suspected = pa.table({"row": _rows_with_equal_marks(Path(self._lookup(kind)))})
+        with _database(self._memory_limit, self._folder) as database:
+            database.register("suspected", suspected)
+            found = database.execute(query, {"rows": self._rows}).fetchnumpy()
+        return found["row"].astype(np.int64), found["number"].astype(np.int64)
+
+    @property
+    def _rows(self) -> list[str]:
+        return list(map(str, self.files))
+
+    def _lookup(self, kind: Kind) -> str:
+        return str(self._folder / f"by_{kind}.parquet")
+
+
+def _groups(tables: Sequence[Path]) -> Iterator[list[tuple[int, Path]]]:
+    """Runs of (number, table) with about `ROWS_PER_FILE` rows together."""
+    group: list[tuple[int, Path]] = []
+    held = 0
+    for number, table in enumerate(tables):
+        group.append((number, table))
+        held += pq.read_metadata(table).num_rows
+        if held >= ROWS_PER_FILE:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
+
+
+def _write_rows(tables: Sequence[tuple[int, Path]], first_row: int, target: Path) -> None:
+    """One file of rows, from the tables of some shards."""
+    added = [("row", pa.int64()), ("shard", pa.int32()), ("place", pa.int32())]
+    schema = pa.schema([*added, *COLUMNS])
+    beside = _beside(target)
+    with pq.ParquetWriter(beside, schema, compression="zstd") as writer:
+        waiting: list[pa.Table] = []
+        for number, file in tables:
+            table = pq.read_table(file, schema=COLUMNS)
+            size = table.num_rows
+            columns = [
+                pa.array(np.arange(first_row, first_row + size)),
+                pa.array(np.full(size, number, dtype=np.int32)),
+                pa.array(np.arange(size, dtype=np.int32)),
+            ]
+            waiting.append(pa.Table.from_arrays([*columns, *table.columns], schema=schema))
+            first_row += size
+            if sum(table.num_rows for table in waiting) >= ROWS_PER_GROUP:
+                writer.write_table(pa.concat_tables(waiting), ROWS_PER_GROUP)
+                waiting = []
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting), ROWS_PER_GROUP)
+    _put(beside, target)
+
+
+def _write_lookup(kind: Kind, files: Sequence[Path], target: Path, memory_limit: str) -> None:
+    """The look-up table of one kind; sorted on disk when it does not fit into memory."""
+    query = f"""
+        COPY (
+            WITH stored AS (FROM read_parquet($rows)), marked AS ({_MARKED[kind]})
+            SELECT md5_number_lower(value) AS mark, row FROM marked
+            WHERE value IS NOT NULL ORDER BY mark, row
+        ) TO $target (FORMAT parquet, ROW_GROUP_SIZE {LOOKUP_ROWS_PER_GROUP})"""
+    rows = [str(file) for file in files if file.parent.name == "rows"]
+    beside = _beside(target)
+    with _database(memory_limit, target.parent) as database:
+        database.execute(query, {"rows": rows, "target": str(beside)})
+    _put(beside, target)
+
+
+def _rows_with_equal_marks(lookup: Path) -> Ints:
+    """Rows whose mark another row has too: neighbours, because marks are in order."""
+    found: list[Ints] = []
+    last_mark, last_row = None, 0
+    with pq.ParquetFile(lookup) as parquet:
+        for group in range(parquet.num_row_groups):
+            table = parquet.read_row_group(group)
+            marks, rows = table["mark"].to_numpy(), table["row"].to_numpy()
+            same = marks[1:] == marks[:-1]
+            found += [rows[1:][same], rows[:-1][same]]
+            if last_mark is not None and marks[0] == last_mark:
+                found.append(np.array([last_row, rows[0]]))
+            last_mark, last_row = marks[-1], rows[-1]
+    return np.unique(np.concatenate(found)) if found else np.empty(0, dtype=np.int64)
+
+
+@contextmanager
+def _database(memory_limit: str, spill: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """An empty database that spills beside the index; closed whatever happens."""
+    with TemporaryDirectory(prefix=".spill-", dir=spill) as folder:
+        settings: dict[str, Any] = {
+            "memory_limit": memory_limit,
+            "temp_directory": folder,
+            "preserve_insertion_order": False,
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+        }
+        connection = duckdb.connect(":memory:", config=settings)
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}")
+
+
+def _put(beside: Path, target: Path) -> None:
+    """Give a file that was written whole its name."""
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())
+    beside.replace(target)
+
+
+def _without_scheme(url: str) -> str:
+    return url.partition("://")[2] or url

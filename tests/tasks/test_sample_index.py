@@ -1,0 +1,128 @@
+"""The index of stored samples: made from tables a shard, searched, and asked for repetitions."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tasks import sample_index
+from tasks.sample_index import COLUMNS, INDEX, Kind, SampleIndex, write_index
+
+
+def sha256(text: object) -> str:
+    return hashlib.sha256(str(text).encode()).hexdigest()
+
+
+def row(number: int, **changes: object) -> dict[str, object]:
+    return {
+        "key": f"{number:06d}",
+        "uid": f"uid-{number}",
+        "source": "laion2b",
+        "original_id": str(number),
+        "url": f"https://a.example/{number}.jpg",
+        "sha256": sha256(number),
+        "stored_sha256": sha256(f"stored {number}"),
+        "md5": sha256(number)[:32],
+        "phash": number,
+        "flaw": None,
+        **changes,
+    }
+
+
+def write_tables(folder: Path, shards: list[list[dict[str, object]]]) -> list[Path]:
+    files = []
+    for number, rows in enumerate(shards):
+        files.append(folder / f"{number}.parquet")
+        pq.write_table(pa.Table.from_pylist(rows, schema=COLUMNS), files[-1])
+    return files
+
+
+def index_of(folder: Path, *shards: list[dict[str, object]]) -> SampleIndex:
+    write_index(write_tables(folder, list(shards)), folder / INDEX, "200MB")
+    return SampleIndex(folder)
+
+
+@pytest.fixture
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several files and row groups, for a few hundred rows."""
+    monkeypatch.setattr(sample_index, "ROWS_PER_FILE", 250)
+    monkeypatch.setattr(sample_index, "ROWS_PER_GROUP", 64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (Kind.UID, "uid-307"),
+        (Kind.URL, "https://a.example/307.jpg"),
+        (Kind.URL, "http://a.example/307.jpg"),
+        (Kind.HASH, sha256(307)),
+        (Kind.HASH, sha256("stored 307")),
+        (Kind.HASH, sha256(307)[:32]),
+    ],
+)
+def test_a_sample_is_found_by_each_of_its_names(
+    tmp_path: Path, small_groups: None, kind: Kind, value: str
+) -> None:
+    index = index_of(tmp_path, *[[row(100 * s + n) for n in range(100)] for s in range(5)])
+    assert len(index.files) > 1
+    (found,) = index.find(kind, [value])
+    assert found == {"row": 307, "shard": 3, "place": 7, **row(307)}
+
+
+def test_many_are_found_at_once_and_what_is_not_there_is_not(tmp_path: Path) -> None:
+    index = index_of(tmp_path, [row(number) for number in range(50)])
+    asked = [f"uid-{number}" for number in (3, 49, 50, 3)]
+    assert [found["row"] for found in index.find(Kind.UID, asked)] == [3, 49]
+    assert index.find(Kind.UID, []) == index.find(Kind.HASH, ["uid-3"]) == []
+
+
+def test_look_up_tables_are_in_order_and_hold_every_row(tmp_path: Path, small_groups: None) -> None:
+    index = index_of(tmp_path, [row(number) for number in range(400)])
+    for kind, names in ((Kind.UID, 1), (Kind.URL, 1), (Kind.HASH, 3)):
+        table = pq.read_table(tmp_path / INDEX / f"by_{kind}.parquet")
+        marks = table["mark"].to_numpy()
+        assert (np.diff(marks.astype(object)) >= 0).all()
+        assert sorted(table["row"].to_pylist()) == sorted(list(range(index.rows)) * names)
+
+
+def test_rows_that_share_a_uid_or_an_image_are_found_with_what_they_share(tmp_path: Path) -> None:
+    same = sha256("the same")
+    index = index_of(
+        tmp_path,
+        [row(0, stored_sha256=same), row(1, uid="uid-2"), row(2)],
+        [row(3, sha256=None, stored_sha256=same), row(4), row(5, sha256=sha256(4))],
+        [row(6, sha256=None), row(7, sha256=None)],
+    )
+    rows, groups = index.repeated(Kind.UID)
+    assert rows.tolist() == [1, 2]
+    assert len(set(groups.tolist())) == 1
+    rows, groups = index.repeated(Kind.HASH)
+    assert rows.tolist() == [0, 3, 4, 5]
+    assert groups[0] == groups[1] != groups[2] == groups[3]
+    with pytest.raises(ValueError, match="may well share a url"):
+        index.repeated(Kind.URL)
+
+
+def test_marks_that_collide_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # every uid gets the same mark
+    monkeypatch.setitem(sample_index._MARKED, Kind.UID, "SELECT 'uid-1' AS value, row FROM stored")
+    index = index_of(tmp_path, [row(0), row(1), row(2)])
+    assert [found["row"] for found in index.find(Kind.UID, ["uid-1"])] == [1]
+    assert index.repeated(Kind.UID)[0].tolist() == []
+
+
+def test_files_that_a_killed_run_finished_are_kept(tmp_path: Path, small_groups: None) -> None:
+    tables = write_tables(tmp_path, [[row(100 * s + n) for n in range(100)] for s in range(6)])
+    files = write_index(tables, tmp_path / INDEX, "200MB")
+    content = {file: file.read_bytes() for file in files}
+    kept = files[0].stat().st_mtime_ns
+    files[1].unlink()
+    files[-1].unlink()
+    assert write_index(tables, tmp_path / INDEX, "200MB") == files
+    assert {file: file.read_bytes() for file in files} == content
+    assert files[0].stat().st_mtime_ns == kept
