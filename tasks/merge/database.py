@@ -59,6 +59,7 @@ def database(
     }
     if threads is not None:
         settings["threads"] = threads
+    spill.mkdir(parents=True, exist_ok=True)  # the database makes only the last folder of a path
     connection = duckdb.connect(":memory:", config=settings)
     try:
         # Parquet statistics leave NaN out, so rewriting by them lets NaN through every range rule;
@@ -112,6 +113,14 @@ def statement(name: str, **parts: str) -> str:
     for part, replacement in parts.items():
         text = text.replace("{" + part + "}", replacement)
     return text
+
+
+def normalise(as_is: str = "false") -> str:
+    """The tables that lead from `published` to `normalised`.
+
+    `as_is`: SQL that is true for rows whose URL and caption are known to be in normal form.
+    """
+    return statement("normalise", as_is=as_is)
 
 
 def run(

@@ -118,6 +118,11 @@ def select_list(columns: ColumnMap, published: Published) -> str:
     return ",\n    ".join(f"{expression} AS {name}" for name, expression in items.items())
 
 
+def is_number(kind: str, whole: bool = True) -> bool:
+    """Whether a type of the database is a number; without `whole` ones, a score."""
+    return (kind in NUMBERS and (whole or kind not in INTEGERS)) or kind.startswith("DECIMAL")
+
+
 def quoted(identifier: str) -> str:
     """An SQL identifier that means exactly this name."""
     return '"' + identifier.replace('"', '""') + '"'
@@ -148,8 +153,7 @@ def _parts(columns: ColumnMap) -> Iterator[tuple[str, str]]:
 def _can_play(part: str, kind: str) -> bool:
     if part in TEXTS:
         return kind == TEXT
-    is_number = kind in NUMBERS or kind.startswith("DECIMAL")
-    return is_number or (kind == TEXT and part in ("id", "unsafe"))
+    return is_number(kind) or (kind == TEXT and part in ("id", "unsafe"))
 
 
 def _hint(name: str, published: Published) -> str:

@@ -29,11 +29,11 @@ from tasks.merge.database import database
 from tasks.merge.units import Chunk, Plan, once, run_chunk, text_of
 
 KEYS = (
-    "source int, file int, row_in_file long, key string, similarity double, original_id string",
-    "SELECT source, file, row_in_file, key::VARCHAR AS key, similarity, original_id",
+    "source int, file int, row_in_file long, key string, similarity double, original_id string, as_is boolean",
+    "SELECT source, file, row_in_file, key::VARCHAR AS key, similarity, original_id, as_is",
 )
 """Columns of a key for Spark, and the select list that reads them."""
-KEY_COLUMNS = ["source", "file", "row_in_file", "key", "similarity", "original_id"]
+KEY_COLUMNS = ["source", "file", "row_in_file", "key", "similarity", "original_id", "as_is"]
 KNOWN = ("key string", "SELECT DISTINCT key::VARCHAR AS key")
 ROWS_OF_A_BATCH = 100_000
 
@@ -106,6 +106,7 @@ def _dedupe(session: Any, plan: Plan, folder: Path) -> None:
         "source",
         "file",
         "row_in_file",
+        "as_is",
         F.when(before == F.col("source"), "duplicate_in_source")
         .when(before.isNotNull(), "duplicate_across_sources")
         .alias("reason"),
@@ -113,7 +114,7 @@ def _dedupe(session: Any, plan: Plan, folder: Path) -> None:
         F.md5(F.concat(F.lit(f"{plan.config.seed}:"), F.col("key"))).alias("rank"),
     ).persist()
     kept = deduped.where("reason IS NULL")
-    kept.select("file", "row_in_file", "rank", "others").write.partitionBy("file").parquet(
+    kept.select("file", "row_in_file", "rank", "others", "as_is").write.partitionBy("file").parquet(
         str(folder / "rows")
     )
     counted = deduped.where("reason IS NOT NULL OR others <> 0")

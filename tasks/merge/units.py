@@ -19,15 +19,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
 
 from tasks.merge.config import MergeConfig, SidecarConfig
-from tasks.merge.database import copy, database, reading, run, statement
+from tasks.merge.database import copy, database, normalise, reading, run, statement
 from tasks.merge.filters import reason_expression, rule_parameters
 from tasks.merge.schema import quoted
 from tasks.merge.sources import read_lists
 
 ROWS_PER_RANGE = 1_000_000
+COMPRESSION: Mapping[str, Any] = {"compression": "zstd", "compression_level": 1}
+REPEATED = ["source", "also_in"]
+"""Columns whose values repeat; for others a dictionary would only cost time."""
 BUCKET = "('0x' || left(rank::VARCHAR, 4))::INTEGER"
 
 
@@ -203,7 +208,7 @@ def fill_blocklists(connection: DuckDBPyConnection, config: MergeConfig) -> None
     lists = config.filters.blocklists
     urls = (
         "WITH published AS (SELECT unnest($entries::VARCHAR[]) AS raw_url, "
-        f"NULL::VARCHAR AS raw_caption), {statement('normalise')} "
+        f"NULL::VARCHAR AS raw_caption), {normalise()} "
         "SELECT address AS entry FROM normalised WHERE address IS NOT NULL"
     )
     lowered = "SELECT lower(unnest($entries::VARCHAR[])) AS entry"
@@ -237,7 +242,7 @@ def _tell(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
 
 def _know(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
     edition, path, url = plan.knows()[number]
-    query = statement("know", url=quoted(url), normalise=statement("normalise"))
+    query = statement("know", url=quoted(url), normalise=normalise())
     _split(connection, plan, f"known/edition={edition}/{number:06d}", path, query, {})
 
 
@@ -314,7 +319,7 @@ def scan_query(plan: Plan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
     query = statement(
         "scan",
         reason=reason_expression(plan.config.filters),
-        normalise=statement("normalise"),
+        normalise=normalise(),
         columns=file.columns,
         rows=rows,
     )
@@ -370,7 +375,7 @@ def _dedupe_keys(
     (folder / "rows").mkdir()
     connection.execute(
         copy(
-            "SELECT file, row_in_file, rank, others FROM deduped WHERE reason IS NULL",
+            "SELECT file, row_in_file, rank, others, as_is FROM deduped WHERE reason IS NULL",
             "PARTITION_BY (file)",
         ),
         {"target": str(folder / "rows")},
@@ -411,7 +416,7 @@ def _gather(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
     def make(folder: Path) -> None:
         rows, parameters = rows_of(plan, file)
         query = statement(
-            "gather", normalise=statement("normalise"), columns=file.columns, rows=rows
+            "gather", normalise=normalise(as_is="as_is"), columns=file.columns, rows=rows
         )
         cut = read_cuts(plan)[file.source]
         with reading(file.path):
@@ -434,43 +439,52 @@ def _gather(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
         once(plan.temporary / "rows" / str(file.source) / f"{number:06d}", make)
 
 
-def files_of_range(plan: Plan, source: int, number: int) -> dict[Path, int]:
-    """Output file -> its first place in the range, for every file of a range of the selection."""
+def files_of_range(plan: Plan, source: int, number: int) -> list[Path]:
+    """The output files of a range of the selection, in order."""
     cut = read_cuts(plan)[source]
     per_file = plan.config.rows_per_file
     digits = max(5, len(str(cut.selected // per_file)))
     first = number * plan.rows_per_range
     last = min(first + plan.rows_per_range, cut.selected)
     folder = plan.out / plan.config.sources[source].name
-    return {
-        folder / f"part-{start // per_file:0{digits}d}.parquet": start - first
+    return [
+        folder / f"part-{start // per_file:0{digits}d}.parquet"
         for start in range(first, last, per_file)
-    }
+    ]
 
 
 def _write(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
     source, place = plan.ranges()[number]
     wanted = files_of_range(plan, source, place)
-    missing = {path: start for path, start in wanted.items() if not path.is_file()}
+    missing = {path for path in wanted if not path.is_file()}
     folders = sorted(plan.temporary.glob(f"rows/{source}/*/part={place}"))
     if missing:
         (plan.out / plan.config.sources[source].name).mkdir(exist_ok=True)
         gathered = [path for folder in folders for path in sorted(folder.glob("*.parquet"))]
-        connection.execute(statement("order"), {"paths": text_of(gathered)})
-        for path, start in missing.items():
-            beside = plan.temporary / f"{source}-{path.name}"
-            connection.execute(
-                copy(statement("write"), "CODEC zstd, COMPRESSION_LEVEL 1"),
-                {
-                    "first": start,
-                    "last": start + plan.config.rows_per_file,
-                    "target": str(beside),
-                },
-            )
-            beside.replace(path)
-        connection.execute("DROP TABLE ordered")
+        ordered = connection.execute(statement("write"), {"paths": text_of(gathered)})
+        batches = ordered.to_arrow_reader(plan.config.rows_per_file)
+        for path, rows in zip(wanted, _in_files(batches, plan.config.rows_per_file), strict=True):
+            if path in missing:
+                beside = plan.temporary / f"{source}-{path.name}"
+                pq.write_table(rows, beside, use_dictionary=REPEATED, **COMPRESSION)
+                beside.replace(path)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _in_files(batches: Iterable[pa.RecordBatch], rows_per_file: int) -> Iterator[pa.Table]:
+    """Cut a stream of rows into tables of `rows_per_file`, the last one shorter."""
+    waiting: list[pa.RecordBatch] = []
+    rows = 0
+    for batch in batches:
+        while rows + batch.num_rows >= rows_per_file:
+            fits = rows_per_file - rows
+            yield pa.Table.from_batches([*waiting, batch.slice(0, fits)])
+            waiting, rows, batch = [], 0, batch.slice(fits)
+        waiting.append(batch)
+        rows += batch.num_rows
+    if rows:
+        yield pa.Table.from_batches(waiting)
 
 
 PHASES: Mapping[str, Phase] = {
