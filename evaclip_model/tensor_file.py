@@ -32,7 +32,7 @@ from torch import Tensor
 from evaclip_model.errors import InputError
 
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
-_FORBIDDEN = re.compile(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)")
+_FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
 """What torch's reader says about content that is no plain tensor."""
 _WRAPPERS = ("model", "module", "state_dict")
 """Keys under which training programs keep the weights beside other state."""
