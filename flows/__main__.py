@@ -16,6 +16,7 @@ from rich.table import Table
 
 from evaclip_model.errors import InputError
 from flows.chart import Chart, load_chart
+from flows.estimate import estimate_table, is_large
 from flows.plan import check_disk, make_plan
 from flows.profile import Profile, load_profile
 from flows.recipe import Recipe, load_recipe, recipe_names
@@ -85,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
         "new dataset versions without some samples, and the models they are in",
     )
     takedown.add_argument("file", type=Path, help="URLs, uids or SHA-256s, one a line")
+    inspect = command("sources", _sources, "what metadata files hold, before they become a source")
+    inspect.add_argument("action", choices=["inspect"])
+    inspect.add_argument("files", metavar="PATH", help="a file, a glob, or a URL with wildcards")
+    inspect.add_argument(
+        "--read", type=int, default=4, help="files to read for shares and histograms (4)"
+    )
     pull = command("pull", _pull, "fetch a registered model as a folder for `evaclip`")
     pull.add_argument("model", help="NAME@ALIAS or NAME/VERSION")
     pull.add_argument("folder", type=Path, help="where to put it; must not exist yet")
@@ -114,6 +121,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         table.add_row(row.title, f"[{colour}]{row.state}[/]", row.size, row.digest)
     console.print(f"[bold]{recipe.name}[/]  {recipe.title}  ({recipe.digest})")
     console.print(table)
+    if is_large(recipe):
+        console.print(estimate_table(recipe))
     console.print(f"artifacts in {profile.root.resolve()}, tracking at {profile.mlflow_uri}")
 
 
@@ -180,6 +189,12 @@ def _takedown(arguments: argparse.Namespace) -> None:
         "\\[dataset] of the recipe",
         soft_wrap=True,
     )
+
+
+def _sources(arguments: argparse.Namespace) -> None:
+    from flows.sources import inspect_sources  # imports duckdb
+
+    inspect_sources(arguments.files, arguments.read, console)
 
 
 def _pull(arguments: argparse.Namespace) -> None:

@@ -39,7 +39,7 @@ def prepare(recipe: str = "demo", overrides: list[str] | None = None) -> Artifac
             source.name: find_files(source.files, chart.demo, f"merge.sources '{source.name}'")
             for source in wanted.merge.sources
         }
-        merged = session.make(merge, chart.merge, wanted.merge, files)
+        merged = session.make(merge, chart.merge, wanted.merge, files, profile.merge_workers)
         crew = Crew(
             profile.download_processes, profile.download_threads, profile.download_distributor
         )

@@ -33,6 +33,8 @@ class Profile(BaseSettings):
     """MLflow server or database; empty: SQLite under `root`."""
     ranks: int = Field(0, ge=0)
     """Training processes; 0: one a GPU, or two on a CPU with two cores and more."""
+    merge_workers: int = Field(1, gt=0)
+    """Tasks that work on a phase of the merge at once; 1: no tasks, the database's own threads."""
     download_processes: int = Field(default_factory=lambda: os.cpu_count() or 1, gt=0)
     """Downloader processes."""
     download_threads: int = Field(32, gt=0)

@@ -90,6 +90,10 @@ class SourceConfig(Config):
     """The rows are yours, only their columns have LAION's old names: nothing to compare with."""
     sidecars: tuple[SidecarConfig, ...] = ()
     """Files with further columns of the same rows."""
+    revision: str = ""
+    """Which edition the files are, for the dataset's card: a date, a commit, a release."""
+    licence: str = ""
+    """Licence of the metadata, for the dataset's card; images keep their owners' copyright."""
     target_count: int | None = Field(default=None, gt=0)
     """At most so many samples are wanted; none = all rows that pass are selected."""
     expected_success: float = Field(default=1.0, gt=0, le=1)

@@ -115,6 +115,17 @@ def statement(name: str, **parts: str) -> str:
     return text
 
 
+def share_of_memory(limit: str, shares: int) -> str:
+    """A memory limit divided by a number of databases.
+
+    >>> share_of_memory("2GB", 4)
+    '524288KB'
+    """
+    number, unit = re.fullmatch(r"([0-9.]+) ?([KMGT]?)i?B", limit).groups()  # type: ignore[union-attr]
+    kilobytes = float(number) * 1024 ** ("KMGT".index(unit) if unit else -1)
+    return f"{max(1, int(kilobytes / shares))}KB"
+
+
 def normalise(as_is: str = "false") -> str:
     """The tables that lead from `published` to `normalised`.
 

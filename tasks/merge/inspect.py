@@ -83,9 +83,14 @@ def inspect_files(pattern: str, read_files: int = 4) -> Inspection:
                 "the columns are those of LAION's metadata of before December 2023, which was "
                 "withdrawn: as a source it needs diff_against"
             )
-        counted = [
-            _count(connection, path, READERS[kinds[path]], published) for path in paths[:read_files]
-        ]
+        counted = []
+        for path in paths[:read_files]:
+            if _columns(connection, path, READERS[kinds[path]]) != published:
+                raise InputError(
+                    f"{path} has other columns than {first}: inspect them apart, and make each "
+                    "kind of file a source of its own"
+                )
+            counted.append(_count(connection, path, READERS[kinds[path]], published))
     read_rows = sum(count[0] for count in counted)
     found = tuple(
         Column(
@@ -124,7 +129,7 @@ def _count(
     scores = [name for name, kind in published.items() if is_number(kind, whole=False)]
     values = [f"count({quoted(name)})" for name in published]
     bins = [
-        f"count_if(greatest(0, least({BINS - 1}, floor({quoted(name)} * {BINS}))) = {place})"
+        f"count(*) FILTER (floor({quoted(name)} * {BINS}) {_compared(place)} {place})"
         for name in scores
         for place in range(BINS)
     ]
@@ -138,6 +143,11 @@ def _count(
         name: places[start * BINS : (start + 1) * BINS] for start, name in enumerate(scores)
     }
     return rows, dict(zip(published, there, strict=True)), histograms
+
+
+def _compared(place: int) -> str:
+    """What the first and last bin hold is open to one side."""
+    return {0: "<=", BINS - 1: ">="}.get(place, "=")
 
 
 def _part_of(name: str, columns: ColumnMap | None) -> str | None:

@@ -29,7 +29,8 @@ from tasks.merge.database import database
 from tasks.merge.units import Chunk, Plan, once, run_chunk, text_of
 
 KEYS = (
-    "source int, file int, row_in_file long, key string, similarity double, original_id string, as_is boolean",
+    "source int, file int, row_in_file long, key string, similarity double, original_id string, "
+    "as_is boolean",
     "SELECT source, file, row_in_file, key::VARCHAR AS key, similarity, original_id, as_is",
 )
 """Columns of a key for Spark, and the select list that reads them."""

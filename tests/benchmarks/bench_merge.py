@@ -148,7 +148,6 @@ def _in_one_statement(files: Files, out: Path, memory: str, threads: int, dedupe
         "SELECT *, md5('0:' || md5(address)::UUID::VARCHAR) AS rank FROM deduped"
     )
     spill = out / "_tmp" / "spill"
-    spill.mkdir(parents=True)
     with database(spill, memory, threads) as connection:
         run(connection, query, rule_parameters(config.filters))
         for source, name in enumerate(files):

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import pickle
 import random
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -19,6 +22,7 @@ from tasks.artifact import Address, Made
 from tasks.merge.config import STAGE, ColumnMap, FilterConfig, MergeConfig, SourceConfig
 from tasks.merge.database import database
 from tasks.merge.merge import merge_sources
+from tasks.merge.units import Chunk, run_chunk
 from tests.tasks.merge import metadata
 from tests.tasks.merge.metadata import coyo, find_files, laion, output_rows, write
 
@@ -302,3 +306,94 @@ def test_rules_of_missing_values_follow_their_policy(tmp_path: Path) -> None:
     assert kept("strict", strict) == ["2"]
     loose = FilterConfig(min_similarity=0.1, unknown_similarity="keep", unknown_unsafe="keep")
     assert kept("loose", loose) == ["1", "2", "3"]
+
+
+def test_chunks_in_any_order_and_side_by_side_change_no_byte(
+    collections: Path, tmp_path: Path
+) -> None:
+    phases: list[tuple[str, int]] = []
+
+    def backwards_on_threads(chunks: Sequence[Chunk]) -> Iterator[int]:
+        phases.extend((chunk.phase, len(chunk.numbers)) for chunk in chunks)
+        with ThreadPoolExecutor(3) as pool:
+            sent = pickle.loads(pickle.dumps(list(reversed(chunks))))
+            for numbers in pool.map(lambda chunk: list(run_chunk(chunk)), sent):
+                yield from numbers
+
+    config = recipe(collections, partitions=5, rows_per_file=16)
+    run(config, tmp_path / "one")
+    out = tmp_path / "many"
+    out.mkdir()
+    merge_sources(*(config, find_files(config), out), threads=1, run=backwards_on_threads, chunks=3)
+    assert digests(out) == digests(tmp_path / "one")
+    sizes = {name: [size for phase, size in phases if phase == name] for name, _ in phases}
+    assert sizes["scan"] == sizes["dedupe"] == [2, 2, 1]
+
+
+def test_what_was_finished_before_a_kill_is_not_done_again(
+    collections: Path, tmp_path: Path
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop_before_rows_are_gathered(done: float, total: float, detail: str = "") -> None:
+        if detail.startswith("gather"):
+            raise Stop
+
+    config = recipe(collections, partitions=40, rows_per_file=16)
+    (tmp_path / "recipe.json").write_text(config.model_dump_json())
+    out = tmp_path / "killed"
+    command = [sys.executable, "-c", KILLED_RUN, str(tmp_path / "recipe.json"), str(out)]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("_tmp/kept/??????"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    units = [*out.glob("_tmp/keys/??????"), *out.glob("_tmp/kept/??????")]
+    before = {
+        file: (file.stat().st_ino, file.stat().st_mtime_ns)
+        for unit in units
+        for file in unit.rglob("*.parquet")
+    }
+    finished = len(list(out.glob("_tmp/kept/??????")))
+    assert 5 <= finished < 40 and len(list(out.glob("_tmp/keys/??????"))) == 5
+    with pytest.raises(Stop):
+        merge_sources(config, find_files(config), out, stop_before_rows_are_gathered, threads=1)
+    assert len(list(out.glob("_tmp/kept/??????"))) == 40
+    assert before == {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in before}
+    merge_sources(config, find_files(config), out, threads=1)
+    run(config, tmp_path / "whole")
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_back_fill_goes_on_where_the_first_selection_ended(
+    collections: Path, tmp_path: Path
+) -> None:
+    def rows(out: str, **source: object) -> list[str]:
+        settings = {"name": "laion", "files": str(collections / "laion/*.parquet"), **source}
+        config = MergeConfig.from_mapping(
+            {"sources": [{**settings, "own_rows": True}], "seed": 7}, where="test"
+        )
+        return [row["uid"] for row in output_rows(run(config, tmp_path / out).files)]
+
+    everything = rows("all")
+    first = rows("first", target_count=60, expected_success=0.6)
+    assert first == everything[:100]
+    assert (
+        rows("more", target_count=30, expected_success=0.6, skip_count=100) == everything[100:150]
+    )
+    assert rows("rest", skip_count=150) == everything[150:]
+    with pytest.raises(InputError, match="nothing to fill back with"):
+        rows("none", skip_count=len(everything))
+
+
+def test_rows_tell_which_other_sources_have_them_and_the_report_how_many(
+    collections: Path, tmp_path: Path
+) -> None:
+    made = run(recipe(collections, targets=(None, None)), tmp_path / "out")
+    shared = [row for row in output_rows(made.files) if row["also_in"]]
+    assert {(row["source"], row["also_in"]) for row in shared} == {("laion", "coyo")}
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["sources"][0]["also_in"] == {"coyo": len(shared)} and shared
+    assert report["sources"][1]["also_in"] == {}

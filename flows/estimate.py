@@ -1,0 +1,104 @@
+"""What the data of a recipe costs: rows, bytes, machines, days, each with where the rate is from.
+
+Covers: the estimate of a recipe's merge and download, and its table.
+Not here: one run's plan and disk check (plan.py); training.
+
+A cap counts samples; what is asked for is more, by each source's `expected_success`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from flows.recipe import Recipe
+from tasks.download.plan import expected_bytes
+
+LARGE_ROWS = 1_000_000
+"""From here on an estimate is worth its lines."""
+METADATA_BYTES_PER_ROW = 222
+"""Re-LAION-2B: 467 GB of parquet for 2.1 billion rows."""
+SHARE_SELECTED = 0.65
+"""Rows selected of rows read: COYO has 12 % duplicate URLs, rules and overlaps take the rest."""
+MERGE_ROWS_PER_CPU_S = 200_000
+"""`make bench-merge` at 5 million rows: 217,000 on two cores."""
+KEY_BYTES = 45
+"""Of a passing row: its key, id, similarity and place, as parquet."""
+ROW_BYTES = 250
+"""Of a selected row that waits to be sorted, as parquet."""
+URLS_PER_MACHINE_S = 1_000
+"""img2dataset's documentation: one 16-core machine (c6i.4xlarge) at 256 to 384 px."""
+MACHINES = 10
+"""What LAION used for LAION-5B in seven days."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure of an estimate."""
+
+    what: str
+    figure: str
+    origin: str
+
+
+def is_large(recipe: Recipe) -> bool:
+    """Whether a recipe's caps make an estimate worth printing; without caps nobody knows."""
+    return _wanted(recipe) >= LARGE_ROWS
+
+
+def estimate(recipe: Recipe, machines: int = MACHINES) -> list[Line]:
+    """The figures of a recipe whose sources all have a `target_count`."""
+    wanted = _wanted(recipe)
+    samples = sum(source.target_count or 0 for source in recipe.merge.sources)
+    read = wanted / SHARE_SELECTED
+    per_shard = recipe.download.samples_per_shard
+    days = wanted / (URLS_PER_MACHINE_S * machines) / 86_400
+    image_px = recipe.download.image_px
+    caps = " + ".join(
+        f"{source.target_count or 0:,} {source.name} at {source.expected_success:.0%} success"
+        for source in recipe.merge.sources
+    )
+    return [
+        Line("samples, at most", f"{samples:,}", caps),
+        Line("rows selected", f"{wanted:,}", "target_count / expected_success"),
+        Line("metadata rows read", f"{read:,.0f}", f"{SHARE_SELECTED:.0%} of rows are selected"),
+        Line(
+            "metadata",
+            f"{read * METADATA_BYTES_PER_ROW / 1e9:,.0f} GB, read twice",
+            f"{METADATA_BYTES_PER_ROW} bytes a row, as Re-LAION-2B",
+        ),
+        Line(
+            "merge",
+            f"{read / MERGE_ROWS_PER_CPU_S / 3600:,.1f} CPU-hours",
+            f"{MERGE_ROWS_PER_CPU_S:,} rows per CPU-second, make bench-merge",
+        ),
+        Line(
+            "merge, temporary disk",
+            f"{(read * KEY_BYTES + wanted * ROW_BYTES) / 1e9:,.0f} GB",
+            f"{KEY_BYTES} bytes a row of keys, {ROW_BYTES} a selected row until it is sorted",
+        ),
+        Line("shards", f"{-(-wanted // per_shard):,}", f"{per_shard:,} rows each"),
+        Line(
+            "images",
+            f"{expected_bytes(samples, image_px) / 1e12:,.1f} TB",
+            f"{expected_bytes(1, image_px):,} bytes a sample at {image_px} px",
+        ),
+        Line(
+            f"download on {machines} machines",
+            f"{days:,.1f} days",
+            f"{URLS_PER_MACHINE_S:,} URLs/s on 16 cores, img2dataset's documentation",
+        ),
+    ]
+
+
+def estimate_table(recipe: Recipe) -> Table:
+    """The estimate for a terminal."""
+    table = Table("estimate", "figure", "from", box=None, pad_edge=False)
+    for line in estimate(recipe):
+        table.add_row(line.what, line.figure, line.origin)
+    return table
+
+
+def _wanted(recipe: Recipe) -> int:
+    return sum(source.wanted_rows or 0 for source in recipe.merge.sources)

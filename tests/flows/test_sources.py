@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flows.__main__ import main
+from flows.estimate import estimate, is_large
+from flows.recipe import load_recipe
+from flows.sources import bars
+
+
+def test_sources_inspect_prints_columns_rows_and_histograms(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {"url": ["http://a", None], "caption": ["a cat", "b"], "similarity": [0.05, 0.95]}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    assert main(["sources", "inspect", str(tmp_path / "*.parquet")]) == 0
+    shown = capsys.readouterr().out
+    assert "1 files, 2 rows" in shown
+    [url] = [line.split() for line in shown.splitlines() if line.startswith("url")]
+    assert url == ["url", "VARCHAR", "url", "50.0%"]
+    [score] = [line.split() for line in shown.splitlines() if line.startswith("similarity")]
+    assert score[:4] == ["similarity", "DOUBLE", "similarity", "0.0%"] and score[4][0] == "█"
+
+
+def test_a_withdrawn_collection_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sources", "inspect", "hf://datasets/laion/laion2B-en/*.parquet"]) == 2
+    assert "withdrawn in December 2023" in capsys.readouterr().err
+
+
+def test_bars_are_blank_only_where_nothing_is() -> None:
+    assert bars([0, 1, 1_000]) == " ▁█"
+    assert bars([0, 0]) == "" == bars([])
+
+
+def test_the_estimate_of_merged_2b_adds_up() -> None:
+    caps = {"laion2b": 1_600_000_000, "coyo700m": 400_000_000}
+    overrides = [f"merge.sources.{name}.target_count={cap}" for name, cap in caps.items()]
+    overrides += [f"merge.sources.{name}.expected_success=0.5" for name in caps]
+    overrides += ["merge.rows_per_file=10000", "download.samples_per_shard=10000"]
+    recipe = load_recipe("demo", [*overrides, "download.image_px=256"])
+    assert is_large(recipe) and not is_large(load_recipe("demo"))
+    figures = {line.what: line.figure for line in estimate(recipe, machines=10)}
+    assert figures["samples, at most"] == "2,000,000,000"
+    assert figures["rows selected"] == "4,000,000,000"
+    assert figures["shards"] == "400,000"
+    assert figures["images"] == "60.6 TB"
+    assert figures["download on 10 machines"] == "4.6 days"
+    assert all(line.origin for line in estimate(recipe))

@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from evaclip_model.errors import InputError
+from tasks.merge.config import MergeConfig
+from tasks.merge.inspect import inspect_files
+from tasks.merge.merge import merge_sources
+from tasks.merge.murmur import laion_hash
+from tasks.merge.sources import find_metadata, outside_files, remote_fingerprint
+from tests.tasks.merge import metadata
+from tests.tasks.merge.metadata import coyo, laion, output_rows, write
+
+
+def merged(tmp_path: Path, source: dict[str, Any], **changes: object) -> tuple[Any, Any]:
+    """(rows, report of the one source) of a merge of `source`."""
+    config = MergeConfig.from_mapping(
+        {"sources": [{"name": "mine", **source}], **changes}, where="test"
+    )
+    out = tmp_path / "out"
+    out.mkdir(parents=True)
+    files = {"mine": find_metadata(config.sources[0].files, "test")}
+    made = merge_sources(config, files, out, threads=1)
+    [report] = json.loads((out / "report.json").read_text())["sources"]
+    return output_rows(made.files), report
+
+
+ROWS = [
+    {"url": f"http://a.example/{n}", "caption": f'a "cat", {n}\nü', "similarity": n / 200}
+    for n in range(120)
+]
+
+
+def write_csv(path: Path, delimiter: str = ",") -> None:
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "wt", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(ROWS[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def write_jsonl(path: Path) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("rows.csv", {}),
+        ("rows.csv.gz", {}),
+        ("rows.tsv", {}),
+        ("rows.jsonl", {}),
+        ("rows.txt", {"format": "jsonl"}),
+    ],
+)
+def test_text_files_give_the_rows_that_parquet_gives(
+    tmp_path: Path, name: str, changes: dict[str, str]
+) -> None:
+    write(tmp_path / "parquet" / "rows.parquet", metadata.RELAION, ROWS)
+    expected, _ = merged(tmp_path / "parquet", {"files": str(tmp_path / "parquet/*.parquet")})
+    path = tmp_path / name
+    if "csv" in name or "tsv" in name:
+        write_csv(path, "\t" if "tsv" in name else ",")
+    else:
+        write_jsonl(path)
+    rows, _ = merged(tmp_path, {"files": str(path), **changes})
+    assert rows == expected and len(rows) == 120
+
+
+def test_a_suffix_that_says_nothing_is_asked_about(tmp_path: Path) -> None:
+    (tmp_path / "rows.dat").write_text("x")
+    with pytest.raises(InputError, match=r"rows.dat: source 'mine' reads .*set its 'format'"):
+        merged(tmp_path, {"files": str(tmp_path / "rows.dat")})
+
+
+def test_a_damaged_text_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"url": "http://a.example/1", "caption": "a cat"}\n{"url": \n')
+    with pytest.raises(InputError, match=r"rows.jsonl cannot be read as jsonl"):
+        merged(tmp_path, {"files": str(path)})
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    """An object store of its own: fsspec's, in memory."""
+    filesystem = fsspec.filesystem("memory")
+    yield "memory://metadata"
+    filesystem.rm("/metadata", recursive=True)
+
+
+def test_files_behind_urls_are_read_through_fsspec(tmp_path: Path, bucket: str) -> None:
+    local = write(tmp_path / "0.parquet", metadata.RELAION, ROWS)
+    fsspec.filesystem("memory").put(str(local), f"{bucket}/part-0.parquet")
+    rows, _ = merged(tmp_path, {"files": f"{bucket}/*.parquet"})
+    (tmp_path / "local").mkdir()
+    assert rows == merged(tmp_path / "local", {"files": str(local)})[0]
+    before = remote_fingerprint(find_metadata(f"{bucket}/*", "test"))
+    fsspec.filesystem("memory").pipe(f"{bucket}/part-1.parquet", local.read_bytes())
+    assert remote_fingerprint(find_metadata(f"{bucket}/*", "test")) != before
+
+
+def test_a_protocol_without_its_package_is_one_sentence() -> None:
+    with pytest.raises(InputError, match="'nothing://a/b' cannot be opened"):
+        find_metadata("nothing://a/b", "test")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        "hf://datasets/laion/laion2B-en/*.parquet",
+        "hf://datasets/laion/laion400m/*.parquet",
+        "https://huggingface.co/datasets/laion/laion1B-nolang/resolve/main/0.parquet",
+        "s3://bucket/laion/laion5B/part-0.parquet",
+    ],
+)
+def test_withdrawn_collections_are_refused_by_name_with_the_reason(files: str) -> None:
+    with pytest.raises(InputError) as refused:
+        MergeConfig.from_mapping({"sources": [{"name": "a", "files": files}]}, where="r.toml")
+    assert "withdrawn in December 2023" in str(refused.value)
+    assert "relaion2B-en-research-safe" in str(refused.value)
+
+
+def test_the_cleaned_edition_is_not_refused() -> None:
+    files = "hf://datasets/laion/relaion2B-en-research-safe/*.parquet"
+    MergeConfig.from_mapping({"sources": [{"name": "a", "files": files}]}, where="r.toml")
+
+
+def test_an_old_copy_alone_is_refused_and_compared_keeps_what_the_cleaned_edition_has(
+    tmp_path: Path,
+) -> None:
+    old = write(tmp_path / "old.parquet", metadata.LAION_2B, [laion(n) for n in range(50)])
+    with pytest.raises(InputError, match="set diff_against to its files"):
+        merged(tmp_path, {"files": str(old)})
+    known = [
+        {"url": laion(n)["URL"].replace("http:", "HTTPS:"), "caption": "other"} for n in range(30)
+    ]
+    write(tmp_path / "new/0.parquet", metadata.RELAION, known[:20])
+    write(tmp_path / "new/1.parquet", metadata.RELAION, known[20:])
+    (tmp_path / "again").mkdir()
+    rows, report = merged(
+        tmp_path / "again",
+        {"files": str(old), "diff_against": str(tmp_path / "new/*.parquet")},
+        partitions=3,
+    )
+    assert {int(row["original_id"]) for row in rows} == set(range(30))
+    assert report["dropped"]["withdrawn"] == 20
+
+
+def test_laion_hash_is_mmh3s() -> None:
+    # values of mmh3.hash64(text)[0], mmh3 5
+    expected = {
+        "foo": -2129773440516405919,
+        "": 0,
+        "http://a.example/1.jpga picture of a cat": -4056582365720639693,
+        "é" * 15 + "x": 4307244915617939933,
+        "0123456789abcdef": 5467490433528156583,
+        "0123456789abcde": -6472281833689111727,
+    }
+    assert list(laion_hash(list(expected))) == list(expected.values())
+
+
+def sidecar(path: Path, rows: list[tuple[object, float | None]], key: pa.DataType) -> str:
+    keys, scores = zip(*rows, strict=True)
+    table = pa.table({"hash": pa.array(keys, key), "punsafe": pa.array(scores, pa.float32())})
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(table, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("policy", ["drop", "keep"])
+def test_a_sidecar_is_joined_by_laions_hash_and_gaps_follow_the_policy(
+    tmp_path: Path, policy: str
+) -> None:
+    rows = [laion(n) for n in range(60)]
+    path = write(tmp_path / "a.parquet", metadata.LAION_2B, rows)
+    hashes = laion_hash([row["URL"] + row["TEXT"] for row in rows])
+    scores = [(int(key), 0.9 if n % 5 == 0 else 0.1) for n, key in enumerate(hashes[:40])]
+    # of two rows with one key the worse counts
+    sidecar(tmp_path / "side/0.parquet", [*scores[:20], (int(hashes[1]), 0.8)], pa.int64())
+    sidecar(tmp_path / "side/1.parquet", scores[20:], pa.int64())
+    found, report = merged(
+        tmp_path,
+        {
+            "files": str(path),
+            "own_rows": True,
+            "sidecars": [{"files": str(tmp_path / "side/*.parquet"), "columns": ["punsafe"]}],
+        },
+        partitions=3,
+        filters={"unknown_unsafe": policy},
+    )
+    safe = {n for n in range(40) if n % 5 and n != 1}
+    expected = safe if policy == "drop" else safe | set(range(40, 60))
+    assert {int(row["original_id"]) for row in found} == expected
+    assert report["dropped"]["unsafe"] == 9
+    assert report["dropped"]["unknown_unsafe"] == (20 if policy == "drop" else 0)
+
+
+@pytest.mark.parametrize(("on", "key"), [("url", "url"), ("id", "id")])
+def test_a_sidecar_is_joined_by_url_or_id(tmp_path: Path, on: str, key: str) -> None:
+    rows = [coyo(n) for n in range(20)]
+    table = metadata.write(tmp_path / "a.parquet", metadata.COYO_700M, rows)
+    scores = [(row[key], 0.9 if n < 5 else 0.1) for n, row in enumerate(rows)]
+    kind = pa.string() if on == "url" else pa.int64()
+    files = sidecar(tmp_path / "side" / "0.parquet", scores, kind)
+    found, _ = merged(
+        tmp_path,
+        {
+            "files": str(table),
+            "columns": {"url": "url", "caption": "text", "id": "id", "unsafe": "punsafe"},
+            "sidecars": [{"files": files, "on": on, "columns": ["punsafe"]}],
+        },
+    )
+    assert {int(row["original_id"]) for row in found} == set(range(5, 20))
+
+
+def test_a_sidecar_without_its_column_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", metadata.COYO_700M, [coyo(1)])
+    files = sidecar(tmp_path / "side" / "0.parquet", [(1, 0.5)], pa.int64())
+    with pytest.raises(InputError, match="sidecar of source 'mine' has no column 'pwatermark'"):
+        merged(
+            tmp_path,
+            {"files": str(path), "sidecars": [{"files": files, "columns": ["pwatermark"]}]},
+        )
+
+
+def test_a_missing_blocklist_is_one_sentence(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", metadata.COYO_700M, [coyo(1)])
+    lists = {"blocklists": {"urls": [str(tmp_path / "none.txt")]}}
+    with pytest.raises(InputError, match=r"blocklist .*none.txt cannot be read"):
+        merged(tmp_path, {"files": str(path)}, filters=lists)
+
+
+def test_everything_a_merge_reads_is_named_once() -> None:
+    config = MergeConfig.from_mapping(
+        {
+            "sources": [
+                {
+                    "name": "a",
+                    "files": "x",
+                    "diff_against": "y",
+                    "sidecars": [{"files": "z", "columns": ["punsafe"]}],
+                }
+            ],
+            "filters": {"blocklists": {"domains": ["d"], "hashes": ["h", "i"]}},
+        },
+        where="test",
+    )
+    found = list(outside_files(config))
+    assert [outside.files for outside in found] == ["x", "y", "z", "d", "h", "i"]
+    assert len({outside.role for outside in found}) == 6
+
+
+def test_inspect_tells_schema_counts_gaps_and_histograms(tmp_path: Path) -> None:
+    for part in range(3):
+        rows = [coyo(n, watermark_score=n / 10 if n else None) for n in range(10)]
+        write(tmp_path / f"{part}.parquet", metadata.COYO_700M, rows)
+    found = inspect_files(str(tmp_path / "*.parquet"), read_files=2)
+    assert (found.files, found.rows, found.read_files, found.read_rows) == (3, 30, 2, 20)
+    column = {column.name: column for column in found.columns}["watermark_score"]
+    assert (column.part, column.null_share) == ("watermark", pytest.approx(0.1))
+    assert column.histogram == (0, *[2] * 9)
+    assert found.problem is None
+
+
+def test_inspect_says_what_keeps_files_from_being_a_source(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"adress": ["http://a"], "text": ["x"]}), tmp_path / "a.parquet")
+    assert "no column 'URL' for its url" in str(inspect_files(str(tmp_path / "a.parquet")).problem)
+    write(tmp_path / "b.parquet", metadata.LAION_2B, [laion(1)])
+    assert "diff_against" in str(inspect_files(str(tmp_path / "b.parquet")).problem)
+    with pytest.raises(InputError, match="has other columns than"):
+        inspect_files(str(tmp_path / "*.parquet"))
