@@ -152,10 +152,14 @@ def _answer(answers: Any, said: Mapping[str, Any]) -> None:
 
 
 def _slots(memory: int, shape: Sequence[int]) -> list[Tensor]:
+    """Tensors of a shape [b, 3, S, S] in shared memory, where the channels come last."""
+    images, channels, height, width = shape
     size = int(np.prod(shape))
     mapped = mmap.mmap(memory, SLOTS * size)
     return [
-        torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=number * size).view(*shape)
+        torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=number * size)
+        .view(images, height, width, channels)
+        .permute(0, 3, 1, 2)
         for number in range(SLOTS)
     ]
 

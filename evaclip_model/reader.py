@@ -47,7 +47,7 @@ class Batch:
 
     step: int
     images: Tensor
-    """[b, 3, S, S] uint8."""
+    """[b, 3, S, S] uint8, the channels last in memory."""
     captions: tuple[str, ...]
     positions: Tensor
     """[b] int64, place of each sample in the whole of training."""
@@ -188,16 +188,22 @@ class BatchReader:
             InputError: a shard cannot be read, or a whole window holds no usable sample.
         """
         positions = self._positions(step)
-        numbered = iter(positions.tolist())
-        images, captions = [], []
+        size = self._config.image_px
+        images = torch.empty(
+            (len(positions), 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last
+        )
+        captions: list[str] = []
         for lane in self._lanes:
             drawn = self._mixture.drawn_before(step, lane)
             for source in self._mixture.draws(step, lane).tolist():
-                image, caption = self._sample(source, lane, int(drawn[source]), next(numbered))
+                place = len(captions)
+                image, caption = self._sample(
+                    source, lane, int(drawn[source]), int(positions[place])
+                )
                 drawn[source] += 1
-                images.append(image)
+                images[place] = image
                 captions.append(caption)
-        return Batch(step, torch.stack(images), tuple(captions), positions)
+        return Batch(step, images, tuple(captions), positions)
 
     def drawn(self, steps: int) -> dict[str, int]:
         """Samples of each source in the first `steps` steps, over all ranks."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 _BLOCK = 512
 _REGULAR = (b"0", b"\0", b"7")
+_AT_ONCE = 4096
 _LONGEST_NAME = 1 << 16
 
 
@@ -49,7 +50,13 @@ def members(tar: int) -> Iterator[Member]:
     """
     size_of_tar = os.fstat(tar).st_size
     offset, extended = 0, _Extended()
-    while header := os.pread(tar, _BLOCK, offset):
+    near, around = b"", 0  # the bytes from `around` on: small members lie between their headers
+    while True:
+        if not around <= offset <= around + len(near) - _BLOCK:
+            near, around = os.pread(tar, _AT_ONCE, offset), offset
+        header = near[offset - around : offset - around + _BLOCK]
+        if not header:
+            return
         if len(header) < _BLOCK:
             raise BrokenTar(f"it ends inside the header at byte {offset}")
         if not header.strip(b"\0"):

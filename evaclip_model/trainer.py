@@ -164,7 +164,8 @@ class _Run:
 
     def _step(self, batch: Batch) -> _Outcome:
         config = self._config
-        images = normalize_images(batch.images.to(self._device)).to(_DTYPES[config.precision])
+        pixels = batch.images.to(self._device).contiguous()
+        images = normalize_images(pixels).to(_DTYPES[config.precision])
         tokens = self._tokenize(batch)  # the text tower plans on the CPU, then sends what it needs
         kept = None
         if config.patch_dropout > 0:
