@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-.PHONY: help setup demo test check coverage test-faults test-download-faults ablation bench bench-model up down clean
+.PHONY: help setup demo test check coverage test-faults test-download-faults ablation bench bench-model bench-trace up down clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -42,6 +42,9 @@ ablation: $(VENV)/.pipeline ## the demo with one technique off at a time, as a t
 
 bench: $(VENV)/.dev ## benchmarks; figures go to BENCHMARKS.md by hand
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; PYTHONPATH=. $(PY) $$file || exit 1; done
+
+bench-trace: $(VENV)/.dev ## trace and takedown on an index of ten million samples (2 min, 3 GB)
+	@PYTHONPATH=. $(PY) tests/benchmarks/bench_trace.py
 
 bench-model: $(VENV)/.dev ## the model's speed and memory beside open_clip's (15 min)
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_model.py

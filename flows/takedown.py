@@ -12,12 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flows.descent import Model, describe_model, models_of, parent_of
 from tasks.artifact import Address, Artifact, produce, read_artifacts
-from tasks.dataset.choose import Asked, image_hashes, sort_by_kind
+from tasks.dataset.choose import Asked, find_asked, sort_by_kind
 from tasks.dataset.config import LEFT_OUT, REPORT, STAGE, TAKEN_DOWN, DatasetConfig
 from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
 from tasks.dataset.lists import read_takedowns, takedowns_digest
@@ -73,7 +74,8 @@ def obeying(entries: tuple[str, ...], address: Address) -> Takedowns:
     parents = {role: digest for role, digest in address.parents.items() if role != ROLE}
     plain = replace(address, parents=parents)
     before = plain.folder if plain.is_finished else None
-    return Takedowns(entries, asked_for(entries), before)
+    asked = asked_for(entries)
+    return Takedowns(entries, lambda index: find_asked(index, asked), before)
 
 
 def left_out(version: Artifact, rows: Sequence[int]) -> dict[int, str]:
@@ -118,21 +120,22 @@ def _succeed(
     """The version that obeys all takedowns of `versions` and `entries`; None if none is needed."""
     verified = parent_of(versions[0], "verify", artifacts)
     index = SampleIndex(verified.folder)
-    found = [row for kind, values in asked.items() if values for row in index.find(kind, values)]
-    copies = index.find(Kind.HASH, image_hashes(found)) if found else []
-    rows = sorted({row["row"] for row in (*found, *copies)})
-    holding = [version for version in versions if set(rows) - left_out(version, rows).keys()]
+    rows = find_asked(index, asked)
+    wanted = rows.tolist()
+    holding = [version for version in versions if set(wanted) - left_out(version, wanted).keys()]
     if not holding:
         return None
     old = max(versions, key=lambda version: version.counts["left_out"])
-    texts = ((version.folder / TAKEN_DOWN).read_text() for version in versions)
-    obeyed = {entry for text in texts for entry in text.splitlines()} | set(entries)
+    obeyed = {entry for version in versions for entry in _entries(version)} | set(entries)
+    others = obeyed - set(_entries(old)) - set(entries)
+    if others:  # obeyed by a version that is not among the ancestors of `old`
+        rows = np.union1d(rows, find_asked(index, asked_for(others)))
     downloaded = parent_of(verified, "download", artifacts)
     merged = parent_of(downloaded, "merge", artifacts)
     rules = json.loads((old.folder / REPORT).read_text())["rules"]
     config = DatasetConfig.from_mapping({**old.config, **rules}, where=str(old.folder / REPORT))
     parents = {**old.parents, ROLE: takedowns_digest(obeyed)}
-    takedowns = Takedowns(tuple(sorted(obeyed)), asked_for(obeyed), old.folder)
+    takedowns = Takedowns(tuple(sorted(obeyed)), lambda _: rows, old.folder)
     new = produce(
         Address.of(root, STAGE, config, parents),
         lambda out: make_dataset(
@@ -142,3 +145,8 @@ def _succeed(
     removed = int(new.counts["left_out"] - old.counts["left_out"])
     models = {m.digest: m for version in holding for m in models_of(version, artifacts)}
     return Succession(old, new, removed, tuple(models.values()))
+
+
+def _entries(version: Artifact) -> list[str]:
+    """The takedowns that a dataset version obeys."""
+    return (version.folder / TAKEN_DOWN).read_text().splitlines()

@@ -33,12 +33,10 @@ class Verdict(Config):
     """Why the shard is left out."""
 
 
-def write_verdicts(verdicts: Sequence[Verdict], folder: Path) -> Path:
+def write_verdicts(verdicts: Sequence[Verdict], folder: Path) -> None:
     """Write the verdicts on all shards, in the order of their numbers in the index."""
-    path = folder / CHECKED
     lines = ",\n".join(verdict.model_dump_json() for verdict in verdicts)
-    write_atomically(path, f"[\n{lines}\n]\n")
-    return path
+    write_atomically(folder / CHECKED, f"[\n{lines}\n]\n")
 
 
 def read_verdicts(folder: Path) -> list[Verdict]:

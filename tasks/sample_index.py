@@ -78,13 +78,10 @@ _MATCHES = {
 }
 
 
-def write_index(tables: Sequence[Path], folder: Path, memory_limit: str) -> list[Path]:
+def write_index(tables: Sequence[Path], folder: Path, memory_limit: str) -> None:
     """Make the index of the shards whose tables (of `COLUMNS`) are given, in their order.
 
     Files that a killed run finished are kept. Memory does not depend on the number of samples.
-
-    Returns:
-        The index's files.
     """
     rows = folder / "rows"
     rows.mkdir(parents=True, exist_ok=True)
@@ -96,10 +93,9 @@ def write_index(tables: Sequence[Path], folder: Path, memory_limit: str) -> list
         files.append(file)
         first_row += pq.read_metadata(file).num_rows
     for kind in Kind:
-        files.append(lookup := folder / f"by_{kind}.parquet")
+        lookup = folder / f"by_{kind}.parquet"
         if not lookup.exists():
             _write_lookup(kind, files, lookup, memory_limit)
-    return files
 
 
 class SampleIndex:
@@ -231,10 +227,9 @@ def _write_lookup(kind: Kind, files: Sequence[Path], target: Path, memory_limit:
             SELECT md5_number_lower(value) AS mark, row FROM marked
             WHERE value IS NOT NULL ORDER BY mark, row
         ) TO $target (FORMAT parquet, ROW_GROUP_SIZE {LOOKUP_ROWS_PER_GROUP})"""
-    rows = [str(file) for file in files if file.parent.name == "rows"]
     beside = _beside(target)
     with _database(memory_limit, target.parent) as database:
-        database.execute(query, {"rows": rows, "target": str(beside)})
+        database.execute(query, {"rows": list(map(str, files)), "target": str(beside)})
     _put(beside, target)
 
 

@@ -42,7 +42,6 @@ class Reason(StrEnum):
     EXACT_DUPLICATE = "exact_duplicate"
     NEAR_DUPLICATE = "near_duplicate"
     TAKEDOWN = "takedown"
-    TAKEDOWN_COPY = "takedown_copy"
 
 
 @dataclass(frozen=True)
@@ -115,12 +114,12 @@ def choose(index: SampleIndex, verdicts: Sequence[Verdict], rules: Rules) -> Cho
     return choice
 
 
-def take_down(index: SampleIndex, asked: Asked, choice: Choice) -> None:
-    """Leave out the samples that were asked for, and those with the same image."""
+def find_asked(index: SampleIndex, asked: Asked) -> Rows:
+    """Rows of the samples that are asked for, and of those with the same image, ascending."""
     found = [row for kind, values in asked.items() if values for row in index.find(kind, values)]
-    choice.leave_out(_rows_of(found), Reason.TAKEDOWN)
-    copies = index.find(Kind.HASH, image_hashes(found)) if found else []
-    choice.leave_out(_rows_of(copies), Reason.TAKEDOWN_COPY)
+    names = ("sha256", "stored_sha256")
+    images = {row[name] for row in found for name in names if row[name] is not None}
+    return np.unique(_rows_of([*found, *index.find(Kind.HASH, sorted(images))]))
 
 
 def sort_by_kind(entries: Iterable[str]) -> Asked:
@@ -129,12 +128,6 @@ def sort_by_kind(entries: Iterable[str]) -> Asked:
     others = tuple(entry for entry in entries if not is_url(entry))
     hashes = tuple(entry for entry in others if SHA256.fullmatch(entry))
     return {Kind.URL: urls, Kind.UID: others, Kind.HASH: hashes}
-
-
-def image_hashes(found: Iterable[Mapping[str, Any]]) -> list[str]:
-    """SHA-256 of the images of some rows, as downloaded and as stored."""
-    names = ("sha256", "stored_sha256")
-    return sorted({row[name] for row in found for name in names if row[name] is not None})
 
 
 def _go_through(

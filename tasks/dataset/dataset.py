@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from evaclip_model.samples import SHARDS, Shard, ShardManifest
 from tasks.artifact import CARD, Artifact, Made, write_atomically
 from tasks.checked_shards import Verdict, read_verdicts
 from tasks.dataset.card import write_card
-from tasks.dataset.choose import Asked, Choice, Rules, choose, take_down
+from tasks.dataset.choose import Choice, Reason, Rows, Rules, choose
 from tasks.dataset.config import (
     LEFT_OUT,
     REPORT,
@@ -43,8 +43,8 @@ class Takedowns:
 
     entries: tuple[str, ...] = ()
     """As they were handed over: URLs, uids, hashes."""
-    asked: Asked | None = None
-    """The same by kind, URLs as the merge writes them."""
+    find: Callable[[SampleIndex], Rows] | None = None
+    """Which rows that means, apart from those that `before` leaves out already."""
     before: Path | None = None
     """Folder of a version of the same data by the same rules that obeys none or some of these
     takedowns, if there is one: its choice is taken over, because takedowns only add to it."""
@@ -87,8 +87,8 @@ def make_dataset(
     else:
         choice = Choice.of(index.rows, pq.read_table(takedowns.before / LEFT_OUT))
     report(1, _STEPS, "takedowns")
-    if takedowns.asked:
-        take_down(index, takedowns.asked, choice)
+    if takedowns.find is not None:
+        choice.leave_out(takedowns.find(index), Reason.TAKEDOWN)
     report(2, _STEPS, "manifest")
     shards, by_source = _shards(verdicts, verified, choice, out)
     if not shards:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from evaclip_model.errors import InputError
 from tasks.artifact import Made, write_atomically
-from tasks.checked_shards import Verdict, write_verdicts
+from tasks.checked_shards import CHECKED, Verdict, read_verdicts, write_verdicts
 from tasks.child import run_supervised
 from tasks.progress import Report
 from tasks.sample_index import INDEX, write_index
@@ -26,8 +27,7 @@ from tasks.verify.worker import ShardJob, WorkerJob
 
 REPORT = "report.json"
 TABLES = ".tables"
-"""A small table a shard: what was looked at already. Kept, so that a new config of what comes after
-or an index with another layout does not decode anything again."""
+"""A small table a shard: what a killed run looked at already. They go when the index is there."""
 LOG = "verify.log"
 GRACE_S = 2.0
 POLL_S = 0.2
@@ -44,6 +44,17 @@ def verify_shards(
     Raises:
         InputError: there is no shard that can be trained on.
     """
+    if not (out / CHECKED).exists():
+        _verify(config, downloaded, out, processes, report)
+    shutil.rmtree(out / TABLES, ignore_errors=True)
+    index = sorted((out / INDEX).rglob("*.parquet"))
+    return Made(_counts(read_verdicts(out)), (out / CHECKED, out / REPORT, *index))
+
+
+def _verify(
+    config: VerifyConfig, downloaded: Path, out: Path, processes: int, report: Report
+) -> None:
+    """Write everything, the verdicts last."""
     tars = sorted(downloaded.glob("**/shards/*.tar"))
     if not tars:
         raise InputError(f"{downloaded} holds no shards: download again")
@@ -56,11 +67,11 @@ def verify_shards(
             f"{verdicts[0].path}: {verdicts[0].left_out}"
         )
     report(len(tars), len(tars), "indexing")
-    index = write_index(tables, out / INDEX, config.memory_limit)
-    counts = _counts(verdicts)
+    write_index(tables, out / INDEX, config.memory_limit)
     left_out = {verdict.path: verdict.left_out for verdict in verdicts if verdict.left_out}
-    write_atomically(out / REPORT, json.dumps({**counts, "left_out": left_out}, indent=1) + "\n")
-    return Made(counts, (write_verdicts(verdicts, out), out / REPORT, *index))
+    details = {**_counts(verdicts), "left_out": left_out}
+    write_atomically(out / REPORT, json.dumps(details, indent=1) + "\n")
+    write_verdicts(verdicts, out)
 
 
 def _look_at_all(

@@ -143,6 +143,31 @@ def test_a_takedown_makes_a_version_without_the_sample_and_names_the_models(
     assert {str(wanted["url"]), first["uid"][0].as_py()} <= set(entries)
 
 
+def test_a_takedown_obeys_those_of_versions_that_were_made_beside_each_other(
+    root: Path, made: dict[str, Artifact], tmp_path: Path
+) -> None:
+    chunk = next(SampleIndex(made["verify"].folder).chunks("uid"))
+    first, second, third = chunk["uid"].to_pylist()[-3:]
+
+    def takedown_of(*uids: str) -> Artifact:
+        file = tmp_path / "-".join(uids)
+        file.write_text("\n".join(uids))
+        return take_down(file, root)[0].new
+
+    versions = {artifact.digest for artifact in read_artifacts(root)}
+    beside = takedown_of(first)
+    for path in root.glob("dataset/*"):  # as if the next one was made on another machine
+        if path.name not in versions:
+            path.rename(root / "beside")
+    takedown_of(second)
+    (root / "beside").rename(beside.folder)
+    last = takedown_of(third)
+    for uid in (first, second, third):
+        held_by = {v.digest: v.left_out for v in trace(root=root, uid=uid)[0].versions}
+        assert held_by[last.digest] == "takedown"
+    assert held(last) == last.counts["samples"]
+
+
 def test_a_takedown_of_what_no_dataset_holds_changes_nothing(root: Path, tmp_path: Path) -> None:
     file = tmp_path / "requests.txt"
     file.write_text("nobody-knows-this-uid\n")

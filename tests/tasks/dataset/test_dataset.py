@@ -18,7 +18,7 @@ from PIL import Image
 from evaclip_model.errors import InputError
 from evaclip_model.samples import PairReader, ShardManifest
 from tasks.artifact import Address, Artifact, Made, produce
-from tasks.dataset.choose import Choice, sort_by_kind
+from tasks.dataset.choose import Choice, find_asked, sort_by_kind
 from tasks.dataset.config import DatasetConfig
 from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
 from tasks.dataset.lists import read_hashes, read_takedowns, takedowns_digest
@@ -94,6 +94,10 @@ def version(
         config, [verified], outside or OutsideFiles(), takedowns or Takedowns(), out, silent
     )
     return out, made
+
+
+def takedowns_of(*entries: str) -> Takedowns:
+    return Takedowns(entries, lambda index: find_asked(index, sort_by_kind(entries)))
 
 
 def captions(folder: Path) -> list[str]:
@@ -235,7 +239,7 @@ def test_a_line_that_is_no_hash_is_named(tmp_path: Path) -> None:
     "entry", ["a1", "https://a.example/a1.jpg", hashlib.sha256(picture(1)).hexdigest()]
 )
 def test_a_takedown_names_a_sample_by_uid_url_or_hash(verified: Artifact, entry: str) -> None:
-    takedowns = Takedowns((entry,), sort_by_kind([entry]))
+    takedowns = takedowns_of(entry)
     folder, made = version(verified, takedowns=takedowns)
     assert uids_read(folder) == without("a1")
     assert made.counts["left_out.takedown"] == 1
@@ -248,17 +252,17 @@ def test_a_takedown_takes_copies_with_it_and_brings_none_back(tmp_path: Path) ->
         ("laion2b", {"a0": picture(0), "a1": picture(1)}),
         ("coyo700m", {"b0": picture(0), "b1": picture(5)}),
     )
-    takedowns = Takedowns(("a0",), sort_by_kind(["a0"]))
+    takedowns = takedowns_of("a0")
     deduplicated, _ = version(verified, "deduplicated", takedowns=takedowns)
     assert uids_read(deduplicated) == ["a1", "b1"]
     folder, made = version(verified, takedowns=takedowns, exact_duplicates="keep")
     assert uids_read(folder) == ["a1", "b1"]
-    assert made.counts["left_out.takedown_copy"] == 1
+    assert made.counts["left_out.takedown"] == 2
 
 
 def test_a_version_after_another_is_the_one_made_from_scratch(verified: Artifact) -> None:
-    takedowns = Takedowns(("a1", "b3"), sort_by_kind(["a1", "b3"]))
-    before, _ = version(verified, "before", takedowns=Takedowns(("a1",), sort_by_kind(["a1"])))
+    takedowns = takedowns_of("a1", "b3")
+    before, _ = version(verified, "before", takedowns=takedowns_of("a1"))
     scratch, first = version(verified, "scratch", takedowns=takedowns)
     after, second = version(verified, "after", takedowns=replace(takedowns, before=before))
     assert first.counts == second.counts
@@ -284,7 +288,7 @@ def test_takedowns_are_known_by_what_they_say_however_they_are_spread(tmp_path: 
 
 def test_a_version_with_nothing_left_is_one_sentence(verified: Artifact) -> None:
     with pytest.raises(InputError, match="nothing is left of 10 samples: 10 takedown"):
-        version(verified, takedowns=Takedowns(tuple(ALL), sort_by_kind(ALL)))
+        version(verified, takedowns=takedowns_of(*ALL))
 
 
 def test_every_sample_has_the_first_reason_alone() -> None:
