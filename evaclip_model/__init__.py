@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from evaclip_model.clip import EvaClip
     from evaclip_model.create import create_model, open_model
     from evaclip_model.errors import InputError
+    from evaclip_model.export import export_model, export_onnx
     from evaclip_model.loss import contrastive_loss, gathered_contrastive_loss
     from evaclip_model.masking import kept_patches
     from evaclip_model.model_config import ModelConfig, list_models
@@ -24,6 +25,8 @@ _HOME = {
     "EvaClip": "clip",
     "create_model": "create",
     "InputError": "errors",
+    "export_model": "export",
+    "export_onnx": "export",
     "contrastive_loss": "loss",
     "gathered_contrastive_loss": "loss",
     "kept_patches": "masking",
@@ -47,6 +50,8 @@ __all__ = [
     "contrastive_loss",
     "create_model",
     "decode_image",
+    "export_model",
+    "export_onnx",
     "gathered_contrastive_loss",
     "image_transform",
     "kept_patches",

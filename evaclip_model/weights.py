@@ -81,18 +81,7 @@ def save_weights(model: EvaClip, path: str | Path) -> None:
         InputError: `path` does not end in `.safetensors`.
         OSError: the disk is full; what was at `path` is still there.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise InputError(f"{path}: weights are written as safetensors; end the name in it")
-    tensors = {
-        name: value.detach().cpu().contiguous()
-        for name, value in model.state_dict(keep_vars=True).items()
-    }
-    tensors["logit_scale"] = tensors["logit_scale"].reshape(())
-    # A name without a process id: what a killed run left is written over, not kept with the model.
-    beside = path.with_name(f".{path.name}")
-    write_tensors(tensors, beside, metadata={"format": "pt"})
-    beside.replace(path)
+    write_weights(released_tensors(model), Path(path))
 
 
 def save_model(model: EvaClip, folder: str | Path) -> None:
@@ -100,12 +89,40 @@ def save_model(model: EvaClip, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder / WEIGHTS_FILE)
-    beside = folder / f".{CONFIG_FILE}"
+    write_text(model.config.model_dump_json(indent=1), folder / CONFIG_FILE)
+
+
+def released_tensors(model: EvaClip) -> dict[str, Tensor]:
+    """A model's weights with the names and shapes of the released files, without copies."""
+    tensors = {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}
+    tensors["logit_scale"] = tensors["logit_scale"].reshape(())
+    return tensors
+
+
+def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as one safetensors file, never seen half-written.
+
+    Raises:
+        InputError: `path` does not end in `.safetensors`.
+        OSError: the disk is full; what was at `path` is still there.
+    """
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path}: weights are written as safetensors; end the name in it")
+    # A name without a process id: what a killed run left is written over, not kept with the model.
+    beside = path.with_name(f".{path.name}")
+    plain = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    write_tensors(plain, beside, metadata={"format": "pt"})
+    beside.replace(path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a line or more of text, never seen half-written."""
+    beside = path.with_name(f".{path.name}")
     with beside.open("w") as file:
-        file.write(model.config.model_dump_json(indent=1) + "\n")
+        file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(folder / CONFIG_FILE)
+    beside.replace(path)
 
 
 @torch.no_grad()
