@@ -16,6 +16,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.model_config import ModelConfig
 from evaclip_model.weights import load_weights, resize_positions, save_model, save_weights
 
+DATA = Path(__file__).parent / "data" / "models"
 WEIGHT_AND_BIAS = ("weight", "bias")
 CONFIG = ModelConfig.load(
     {
@@ -221,6 +222,14 @@ def test_a_half_precision_table_is_resized_in_single_precision(tmp_path: Path):
     load_weights(larger, tmp_path / "half.safetensors")
     expected = resize_positions(half["visual.pos_embed"].float(), 6)
     assert torch.equal(larger.visual.pos_embed.detach(), expected)
+
+
+def test_positions_of_openais_form_resize_as_the_original_with_corners_aligned():
+    tables = load_file(DATA / "openai_positions.safetensors")
+    before, after = tables["openai_positions.before"], tables["openai_positions.after"]
+    resized = resize_positions(before, 24, align_corners=True)
+    torch.testing.assert_close(resized, after, rtol=0, atol=1e-6)
+    assert (resize_positions(before, 24) - after).abs().max() > 1e-2
 
 
 def test_a_patch_kernel_and_its_positions_are_resized_together(tmp_path: Path):

@@ -10,7 +10,7 @@ import torch
 
 from evaclip_model.create import create_model, open_model
 from evaclip_model.errors import InputError
-from evaclip_model.weights import save_model
+from evaclip_model.weights import resize_positions, save_model, save_weights
 from tasks.artifact import Address, Artifact, fingerprint, produce
 from tasks.initialise.config import STAGE, InitialiseConfig
 from tasks.initialise.initialise import initialise_model
@@ -54,6 +54,56 @@ def test_a_tower_can_come_from_another_model(tmp_path: Path):
     assert "text.loaded" not in artifact.counts
 
 
+def test_a_whole_clip_gives_every_value_at_another_resolution(tmp_path: Path):
+    source = create_model(DEMO, seed=9)
+    save_weights(source, tmp_path / "clip.safetensors")
+    artifact = make(tmp_path, clip=str(tmp_path / "clip.safetensors"), image_px=48)
+    made, given = open_model(artifact.folder / "model").state_dict(), source.state_dict()
+    positions = resize_positions(given["visual.pos_embed"], 6)
+    torch.testing.assert_close(made.pop("visual.pos_embed"), positions)
+    assert all(torch.equal(value, given[key]) for key, value in made.items())
+    assert artifact.counts["clip.loaded"] == len(given) - 1
+    assert artifact.counts["clip.resized"] == 1
+    assert artifact.counts["clip.expected_gaps"] == 0
+
+
+def test_towers_of_two_sources_start_a_clip_as_the_authors_do(tmp_path: Path):
+    """Pretraining's image tower and CLIP's text tower; what joins them is new, as is the norm
+    that pretraining ran without."""
+    source, fresh = create_model(DEMO, seed=9).half(), create_model(DEMO, seed=3).state_dict()
+    vision = {k: v for k, v in source.visual.state_dict().items() if not k.startswith("head.")}
+    vision = {key: value for key, value in vision.items() if ".inner_attn_ln." not in key}
+    useless = {"mask_token": torch.ones(1), "rope.freqs_cos": torch.ones(16, 16, 64)}
+    torch.save({"module": vision | useless}, tmp_path / "mim.pt")
+    scalars = {"logit_scale": torch.tensor(4.0), "vocab_size": torch.tensor(49_408)}
+    torch.save(source.text.state_dict() | scalars, tmp_path / "openai.pt")
+
+    artifact = make(
+        tmp_path, vision=str(tmp_path / "mim.pt"), text=str(tmp_path / "openai.pt"), seed=3
+    )
+    model = open_model(artifact.folder / "model")
+    for key, value in model.state_dict().items():
+        if key.startswith(("visual.head.", "text.text_projection", "logit_scale")):
+            assert torch.equal(value, fresh[key]), key
+        elif ".inner_attn_ln." in key:
+            assert torch.equal(value, torch.full_like(value, float(key.endswith("weight"))))
+        else:
+            assert torch.equal(value, source.state_dict()[key].float()), key
+    layers = model.config.vision.layers
+    assert artifact.counts["vision.expected_gaps"] == 2 * layers + 2
+    assert artifact.counts["vision.ignored"] == 2
+    assert artifact.counts["text.expected_gaps"] == 1
+    assert artifact.counts["text.ignored"] == 3
+
+
+def test_a_text_source_that_matches_nothing_stops_the_stage(tmp_path: Path):
+    """The authors' code read the image file for the text tower and left it random, silently."""
+    vision = create_model(DEMO, seed=9).visual.state_dict()
+    torch.save(vision, tmp_path / "mim.pt")
+    with pytest.raises(InputError, match="holds no weights of a text tower"):
+        make(tmp_path, text=str(tmp_path / "mim.pt"))
+
+
 def test_other_content_under_the_same_path_is_another_artifact(tmp_path: Path):
     config = InitialiseConfig(model=DEMO, vision=tmp_path / "other")
     digests = set()
@@ -69,6 +119,7 @@ def test_other_content_under_the_same_path_is_another_artifact(tmp_path: Path):
         ({"model": "EVA02-CLIP-dema"}, "did you mean 'EVA02-CLIP-demo'"),
         ({"model": DEMO, "image_px": 50}, "50 is no multiple of patch_px 8"),
         ({"model": DEMO, "sed": 1}, "did you mean 'seed'"),
+        ({"model": DEMO, "clip": "a", "text": "b"}, "either clip, which is a whole model, or"),
     ],
 )
 def test_a_wrong_table_is_one_sentence(values: dict[str, object], message: str):
