@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-.PHONY: help setup demo test check coverage test-faults test-download-faults ablation bench bench-model bench-trace up down clean
+.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume ablation bench bench-model bench-loader bench-trace up down clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -37,6 +37,9 @@ test-download-faults: $(VENV)/.dev ## 5,000 faulty URLs on loopback, kill -9 at 
 	@PYTHONPATH=. $(PY) tests/faults/downloads.py
 	@$(PY) -m pytest -m slow tests/tasks/download
 
+test-resume: $(VENV)/.dev ## two epochs over one, two and three ranks with kills, reading processes too (1 min)
+	@$(PY) -m pytest tests/evaclip_model/test_reader_resume.py
+
 ablation: $(VENV)/.pipeline ## the demo with one technique off at a time, as a table (15 min)
 	@PYTHONPATH=. $(PY) tests/benchmarks/ablate_demo.py
 
@@ -45,6 +48,9 @@ bench: $(VENV)/.dev ## benchmarks; figures go to BENCHMARKS.md by hand
 
 bench-trace: $(VENV)/.dev ## trace and takedown on an index of ten million samples (2 min, 3 GB)
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_trace.py
+
+bench-loader: $(VENV)/.dev ## images read, decoded and cropped a second and core, beside open_clip's loader (4 min)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_loader.py
 
 bench-model: $(VENV)/.dev ## the model's speed and memory beside open_clip's (15 min)
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_model.py
