@@ -126,14 +126,6 @@ def share_of_memory(limit: str, shares: int) -> str:
     return f"{max(1, int(kilobytes / shares))}KB"
 
 
-def normalise(as_is: str = "false") -> str:
-    """The tables that lead from `published` to `normalised`.
-
-    `as_is`: SQL that is true for rows whose URL and caption are known to be in normal form.
-    """
-    return statement("normalise", as_is=as_is)
-
-
 def run(
     connection: duckdb.DuckDBPyConnection, query: str, parameters: Mapping[str, Any]
 ) -> list[tuple[Any, ...]]:

@@ -10,14 +10,15 @@ Memory depends on the size of a partition, never on the number of rows:
     tell    sidecar file       -> its keys and columns, split over partitions
     answer  partition          -> the sidecar's columns for the rows of every file
     know    cleaned edition    -> keys of the addresses it still has, split over partitions
-    scan    metadata file      -> 16-byte keys of passing rows, split over partitions; reasons
-    dedupe  partition of keys  -> the row that stays of every address, with its selection rank
-    cut     source             -> exact ranks where its selection, and each range of it, ends
-    gather  metadata file      -> the selected rows, split over ranges of the selection order
+    scan    metadata file      -> passing rows with 16-byte keys, split over partitions; reasons
+    dedupe  partition          -> from its narrow columns: the row that stays of every address
+    cut     source             -> exact keys where its selection, and each range of it, ends
     write   range              -> sorted output files
 
-Rank = md5(seed, key): the smallest ranks of a source are selected, so a larger count selects the
-same rows and more, and hosts are mixed along the output. Everything temporary is under `out/_tmp`.
+Key = md5(seed, address): a partition is a range of keys, and the smallest keys of a source are
+selected, so a larger count selects the same rows and more, and hosts are mixed along the output.
+Every metadata file is read once, every passing row written once and read about twice before it is
+in its output file. Everything temporary is under `out/_tmp`.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from tasks.merge.schema import Published, column_map, quoted, select_list
 from tasks.merge.sources import READERS, find_metadata, format_of, identity
 from tasks.merge.spark import spark_runner
 from tasks.merge.units import (
+    BUCKET_BITS,
     PHASES,
     Chunk,
     Cut,
@@ -50,6 +52,7 @@ from tasks.merge.units import (
     Plan,
     Sidecar,
     files_of_range,
+    kept_in,
     once,
     read_cuts,
     run_chunk,
@@ -64,8 +67,8 @@ Runner = Callable[[Sequence[Chunk]], Iterator[int]]
 
 REPORT = "report.json"
 REMOVED = "_tmp.removed"
-ROWS_PER_PARTITION = 4_000_000
-BUCKETS = 1 << 16
+ROWS_PER_PARTITION = 2_000_000
+BUCKETS = 1 << BUCKET_BITS
 MOST_CHUNKS = 500
 """Of one phase: more tasks than this only cost the orchestrator."""
 
@@ -124,7 +127,7 @@ def merge_sources(
 
 def _run_phases(plan: Plan, run: Runner, chunks: int, report: Report) -> None:
     for name in PHASES:
-        if name == "gather":
+        if name == "write":
             save_cuts(plan)
         before = sum(PHASES[other].share for other in list(PHASES)[: list(PHASES).index(name)])
         units = PHASES[name].count(plan)
@@ -297,7 +300,7 @@ def _editions(connection: DuckDBPyConnection, config: MergeConfig) -> tuple[Edit
 def dropped_rows(connection: DuckDBPyConnection, plan: Plan) -> list[Counter[str]]:
     """Dropped rows of every source by reason, before selection."""
     counts = [Counter[str]() for _ in plan.config.sources]
-    rejected = sorted(plan.temporary.glob("keys/*/part=-1/*.parquet"))
+    rejected = sorted(plan.temporary.glob("rows/*/part=-1/*.parquet"))
     duplicates = sorted(plan.temporary.glob("kept/*/reasons.parquet"))
     for paths, number in ((rejected, "count(*)"), (duplicates, "sum(rows)")):
         if paths:
@@ -311,7 +314,7 @@ def dropped_rows(connection: DuckDBPyConnection, plan: Plan) -> list[Counter[str
 
 
 def save_cuts(plan: Plan) -> None:
-    """Select: save where each source's selection ends in rank order, and the ranges it has.
+    """Select: save where each source's selection ends in key order, and the ranges it has.
 
     Raises:
         InputError: a source has no row left.
@@ -323,7 +326,7 @@ def save_cuts(plan: Plan) -> None:
         for source, reasons in enumerate(dropped_rows(connection, plan)):
             _check_something_is_left(plan, source, reasons)
         cuts = [_cut_source(connection, plan, source) for source in range(len(plan.config.sources))]
-    write_atomically(saved, json.dumps([[cut.selected, cut.after, cut.last_ranks] for cut in cuts]))
+    write_atomically(saved, json.dumps([[cut.selected, cut.after, cut.last_keys] for cut in cuts]))
 
 
 def _check_something_is_left(plan: Plan, source: int, reasons: Counter[str]) -> None:
@@ -354,35 +357,34 @@ def _cut_source(connection: DuckDBPyConnection, plan: Plan, source: int) -> Cut:
         },
     ).fetchall():
         histogram[bucket] = int(rows)
-    kept = [
-        path
-        for file in plan.of_source(source)
-        for path in sorted(plan.temporary.glob(f"kept/*/rows/file={file.number}/*.parquet"))
-    ]
 
-    def ranks_at(buckets: Sequence[int], places: Sequence[int]) -> list[str]:
-        return [
-            rank
-            for (rank,) in connection.execute(
-                statement("cut"),
-                {"buckets": list(buckets), "places": list(places), "paths": text_of(kept)},
-            ).fetchall()
-        ]
+    def keys_at(buckets: Sequence[int], places: Sequence[int]) -> list[str]:
+        parts = sorted({bucket * plan.partitions >> BUCKET_BITS for bucket in buckets})
+        found = connection.execute(
+            statement("cut"),
+            {
+                "buckets": list(buckets),
+                "places": list(places),
+                "paths": kept_in(plan, parts),
+                "source": source,
+            },
+        ).fetchall()
+        return [key for (key,) in found]
 
-    return cut_at(plan, source, histogram, ranks_at)
+    return cut_at(plan, source, histogram, keys_at)
 
 
 def cut_at(
     plan: Plan,
     source: int,
     histogram: Sequence[int],
-    ranks_at: Callable[[Sequence[int], Sequence[int]], list[str]],
+    keys_at: Callable[[Sequence[int], Sequence[int]], list[str]],
 ) -> Cut:
-    """The cut of a source: how many of its rows are selected, and the ranks that bound them.
+    """The cut of a source: how many of its rows are selected, and the keys that bound them.
 
     Args:
-        histogram: survivors by the first 16 bits of their rank.
-        ranks_at: (buckets, places in them from 1) -> the ranks there, in order.
+        histogram: survivors by the first 16 bits of their key.
+        keys_at: (buckets, places in them from 1) -> the keys there, in order.
     """
     settings = plan.config.sources[source]
     up_to = list(accumulate(histogram))
@@ -395,10 +397,10 @@ def cut_at(
     places = [
         end - (up_to[bucket] - histogram[bucket]) for end, bucket in zip(ends, buckets, strict=True)
     ]
-    ranks = ranks_at(buckets, places)
-    if len(ranks) != len(ends):
-        raise RuntimeError(f"{len(ends)} cuts wanted, {len(ranks)} found")
-    return Cut(selected, ranks[0] if first else None, tuple(ranks[1 if first else 0 :]))
+    keys = keys_at(buckets, places)
+    if len(keys) != len(ends):
+        raise RuntimeError(f"{len(ends)} cuts wanted, {len(keys)} found")
+    return Cut(selected, keys[0] if first else None, tuple(keys[1 if first else 0 :]))
 
 
 def _totals(connection: DuckDBPyConnection, plan: Plan, cuts: Sequence[Cut]) -> dict[str, Any]:

@@ -26,15 +26,14 @@ import pyarrow.parquet as pq
 
 from evaclip_model.errors import InputError
 from tasks.merge.database import database
-from tasks.merge.units import Chunk, Plan, once, run_chunk, text_of
+from tasks.merge.units import BUCKET_BITS, Chunk, Plan, once, run_chunk, text_of
 
 KEYS = (
-    "source int, file int, row_in_file long, key string, similarity double, original_id string, "
-    "as_is boolean",
-    "SELECT source, file, row_in_file, key::VARCHAR AS key, similarity, original_id, as_is",
+    "source int, file int, row_in_file long, key string, similarity double, original_id string",
+    "SELECT source, file, row_in_file, key::VARCHAR AS key, similarity, original_id",
 )
 """Columns of a key for Spark, and the select list that reads them."""
-KEY_COLUMNS = ["source", "file", "row_in_file", "key", "similarity", "original_id", "as_is"]
+KEY_COLUMNS = ["source", "file", "row_in_file", "key", "similarity", "original_id"]
 KNOWN = ("key string", "SELECT DISTINCT key::VARCHAR AS key")
 ROWS_OF_A_BATCH = 100_000
 
@@ -92,7 +91,7 @@ def _dedupe(session: Any, plan: Plan, folder: Path) -> None:
     from pyspark.sql import Window
     from pyspark.sql import functions as F
 
-    keys = _read(session, plan, "keys/*/part=[0-9]*/*.parquet", *KEYS)
+    keys = _read(session, plan, "rows/*/part=[0-9]*/*.parquet", *KEYS)
     passing, withdrawn = _compare(session, plan, keys)
     best_first = Window.partitionBy("key").orderBy(
         "source",
@@ -107,24 +106,24 @@ def _dedupe(session: Any, plan: Plan, folder: Path) -> None:
         "source",
         "file",
         "row_in_file",
-        "as_is",
+        "key",
         F.when(before == F.col("source"), "duplicate_in_source")
         .when(before.isNotNull(), "duplicate_across_sources")
         .alias("reason"),
         (everyone - F.expr("shiftleft(1L, source)")).alias("others"),
-        F.md5(F.concat(F.lit(f"{plan.config.seed}:"), F.col("key"))).alias("rank"),
+        F.conv(F.substring("key", 1, 4), 16, 10).cast("int").alias("bucket"),
     ).persist()
     kept = deduped.where("reason IS NULL")
-    kept.select("file", "row_in_file", "rank", "others", "as_is").write.partitionBy("file").parquet(
-        str(folder / "rows")
-    )
+    part = F.expr(f"shiftright(bucket * {plan.partitions}, {BUCKET_BITS})").alias("part")
+    kept.select("source", "file", "row_in_file", "key", "others", part).write.partitionBy(
+        "part"
+    ).parquet(str(folder / "rows"))
     counted = deduped.where("reason IS NOT NULL OR others <> 0")
     reasons = counted.groupBy("source", "reason", "others").count()
     if withdrawn is not None:
         lost = withdrawn.selectExpr("source", "'withdrawn' AS reason", "0L AS others")
         reasons = reasons.unionByName(lost.groupBy("source", "reason", "others").count())
-    bucket = F.conv(F.substring("rank", 1, 4), 16, 10).cast("int").alias("bucket")
-    histogram = kept.groupBy("source", bucket).count()
+    histogram = kept.groupBy("source", "bucket").count()
     kinds = {"source": pa.int32(), "reason": pa.string(), "others": pa.int64()}
     _save(reasons, folder / "reasons.parquet", kinds)
     _save(histogram, folder / "histogram.parquet", {"source": pa.int32(), "bucket": pa.int32()})

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
 
 from tasks.merge.config import MergeConfig, SidecarConfig
-from tasks.merge.database import copy, database, normalise, reading, run, statement
+from tasks.merge.database import copy, database, reading, run, statement
 from tasks.merge.filters import reason_expression, rule_parameters
 from tasks.merge.schema import quoted
 from tasks.merge.sources import read_lists
@@ -33,7 +33,8 @@ ROWS_PER_RANGE = 1_000_000
 COMPRESSION: Mapping[str, Any] = {"compression": "zstd", "compression_level": 1}
 REPEATED = ["source", "also_in"]
 """Columns whose values repeat; for others a dictionary would only cost time."""
-BUCKET = "('0x' || left(rank::VARCHAR, 4))::INTEGER"
+BUCKET_BITS = 16
+BUCKET = "('0x' || left(key::VARCHAR, 4))::INTEGER"
 
 
 @dataclass(frozen=True)
@@ -129,19 +130,19 @@ class Plan:
         return [
             (source, number)
             for source, cut in enumerate(read_cuts(self))
-            for number in range(len(cut.last_ranks))
+            for number in range(len(cut.last_keys))
         ]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How many rows of a source are selected, and the ranks that bound them."""
+    """How many rows of a source are selected, and the keys that bound them."""
 
     selected: int
     after: str | None
-    """The last rank that an earlier merge has given."""
-    last_ranks: tuple[str, ...]
-    """The last rank of each range."""
+    """The last key that an earlier merge has given."""
+    last_keys: tuple[str, ...]
+    """The last key of each range."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def fill_blocklists(connection: DuckDBPyConnection, config: MergeConfig) -> None
     lists = config.filters.blocklists
     urls = (
         "WITH published AS (SELECT unnest($entries::VARCHAR[]) AS raw_url, "
-        f"NULL::VARCHAR AS raw_caption), {normalise()} "
+        f"NULL::VARCHAR AS raw_caption), {statement('normalise')} "
         "SELECT address AS entry FROM normalised WHERE address IS NOT NULL"
     )
     lowered = "SELECT lower(unnest($entries::VARCHAR[])) AS entry"
@@ -242,7 +243,7 @@ def _tell(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
 
 def _know(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
     edition, path, url = plan.knows()[number]
-    query = statement("know", url=quoted(url), normalise=normalise())
+    query = statement("know", url=quoted(url), normalise=statement("normalise"))
     _split(connection, plan, f"known/edition={edition}/{number:06d}", path, query, {})
 
 
@@ -264,6 +265,7 @@ def _split(
                 {
                     **parameters,
                     "path": path,
+                    "seed": plan.config.seed,
                     "partitions": plan.partitions,
                     "target": str(folder),
                 },
@@ -319,7 +321,7 @@ def scan_query(plan: Plan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
     query = statement(
         "scan",
         reason=reason_expression(plan.config.filters),
-        normalise=normalise(),
+        normalise=statement("normalise"),
         columns=file.columns,
         rows=rows,
     )
@@ -328,6 +330,7 @@ def scan_query(plan: Plan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
         **parameters,
         "source": file.source,
         "file": file.number,
+        "seed": plan.config.seed,
         "partitions": plan.partitions,
     }
 
@@ -344,11 +347,11 @@ def _scan(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
                 {**parameters, "target": str(folder)},
             )
 
-    once(plan.temporary / "keys" / f"{number:06d}", make)
+    once(plan.temporary / "rows" / f"{number:06d}", make)
 
 
 def _dedupe(connection: DuckDBPyConnection, plan: Plan, part: int) -> None:
-    keys = sorted(plan.temporary.glob(f"keys/*/part={part}/*.parquet"))
+    keys = sorted(plan.temporary.glob(f"rows/*/part={part}/*.parquet"))
     if keys:
         once(
             plan.temporary / "kept" / f"{part:06d}",
@@ -363,7 +366,7 @@ def _dedupe_keys(
     run(
         connection,
         statement("dedupe", keys=keys),
-        {**parameters, "paths": paths, "seed": plan.config.seed},
+        {**parameters, "paths": paths},
     )
     for name, query in {
         "reasons": "SELECT source, reason, others, count(*) AS rows FROM deduped "
@@ -372,20 +375,24 @@ def _dedupe_keys(
         "WHERE reason IS NULL GROUP BY ALL",
     }.items():
         connection.execute(copy(query, "CODEC zstd"), {"target": str(folder / f"{name}.parquet")})
-    (folder / "rows").mkdir()
+    rows = folder / "rows" / f"part={part}"
+    rows.mkdir(parents=True)
     connection.execute(
         copy(
-            "SELECT file, row_in_file, rank, others, as_is FROM deduped WHERE reason IS NULL",
-            "PARTITION_BY (file)",
+            "SELECT source, file, row_in_file, key, others FROM deduped WHERE reason IS NULL",
+            "CODEC snappy",
         ),
-        {"target": str(folder / "rows")},
+        {"target": str(rows / "rows.parquet")},
     )
     connection.execute("DROP TABLE deduped")
 
 
 def _keys(connection: DuckDBPyConnection, plan: Plan, part: int) -> tuple[str, dict[str, Any]]:
     """(SQL of one partition's keys with `withdrawn`, parameters)."""
-    plain = "SELECT *, false AS withdrawn FROM read_parquet($paths, hive_partitioning = false)"
+    plain = (
+        "SELECT source, file, row_in_file, key, similarity, original_id, false AS withdrawn "
+        "FROM read_parquet($paths, hive_partitioning = false)"
+    )
     if not plan.editions:
         return plain, {}
     compared = [(s, n) for n, edition in enumerate(plan.editions) for s in edition.sources]
@@ -409,34 +416,19 @@ def _keys(connection: DuckDBPyConnection, plan: Plan, part: int) -> tuple[str, d
     }
 
 
-def _gather(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
-    file = plan.files[number]
-    kept = sorted(plan.temporary.glob(f"kept/*/rows/file={number}/*.parquet"))
+def parts_between(plan: Plan, first: str | None, last: str) -> range:
+    """The partitions that hold the keys from `first` (none = the least) to `last`."""
+    begin = 0 if first is None else int(first[:4], 16) * plan.partitions >> BUCKET_BITS
+    return range(begin, (int(last[:4], 16) * plan.partitions >> BUCKET_BITS) + 1)
 
-    def make(folder: Path) -> None:
-        rows, parameters = rows_of(plan, file)
-        query = statement(
-            "gather", normalise=normalise(as_is="as_is"), columns=file.columns, rows=rows
-        )
-        cut = read_cuts(plan)[file.source]
-        with reading(file.path):
-            run(
-                connection,
-                copy(query, "PARTITION_BY (part)"),
-                {
-                    **rule_parameters(plan.config.filters),
-                    **parameters,
-                    "kept": text_of(kept),
-                    "after": cut.after,
-                    "last_ranks": list(cut.last_ranks),
-                    "source": plan.config.sources[file.source].name,
-                    "names": [source.name for source in plan.config.sources],
-                    "target": str(folder),
-                },
-            )
 
-    if kept:
-        once(plan.temporary / "rows" / str(file.source) / f"{number:06d}", make)
+def kept_in(plan: Plan, parts: Iterable[int]) -> list[str]:
+    """The files of the rows that stay, of some partitions."""
+    return [
+        str(path)
+        for part in parts
+        for path in sorted(plan.temporary.glob(f"kept/*/rows/part={part}/*.parquet"))
+    ]
 
 
 def files_of_range(plan: Plan, source: int, number: int) -> list[Path]:
@@ -457,19 +449,36 @@ def _write(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
     source, place = plan.ranges()[number]
     wanted = files_of_range(plan, source, place)
     missing = {path for path in wanted if not path.is_file()}
-    folders = sorted(plan.temporary.glob(f"rows/{source}/*/part={place}"))
     if missing:
+        cut = read_cuts(plan)[source]
+        after = cut.last_keys[place - 1] if place else cut.after
+        parts = parts_between(plan, after, cut.last_keys[place])
         (plan.out / plan.config.sources[source].name).mkdir(exist_ok=True)
-        gathered = [path for folder in folders for path in sorted(folder.glob("*.parquet"))]
-        ordered = connection.execute(statement("write"), {"paths": text_of(gathered)})
+        rows = [
+            path
+            for file in plan.of_source(source)
+            for part in parts
+            for path in sorted(plan.temporary.glob(f"rows/{file.number:06d}/part={part}/*.parquet"))
+        ]
+        parameters = {
+            "rows": text_of(rows),
+            "kept": kept_in(plan, parts),
+            "last": cut.last_keys[place],
+            "source": source,
+            "name": plan.config.sources[source].name,
+            "names": [settings.name for settings in plan.config.sources],
+        }
+        beyond = "" if after is None else "AND key > $after::UUID"
+        ordered = connection.execute(
+            statement("write", after=beyond),
+            parameters if after is None else {**parameters, "after": after},
+        )
         batches = ordered.to_arrow_reader(plan.config.rows_per_file)
-        for path, rows in zip(wanted, _in_files(batches, plan.config.rows_per_file), strict=True):
+        for path, table in zip(wanted, _in_files(batches, plan.config.rows_per_file), strict=True):
             if path in missing:
                 beside = plan.temporary / f"{source}-{path.name}"
-                pq.write_table(rows, beside, use_dictionary=REPEATED, **COMPRESSION)
+                pq.write_table(table, beside, use_dictionary=REPEATED, **COMPRESSION)
                 beside.replace(path)
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _in_files(batches: Iterable[pa.RecordBatch], rows_per_file: int) -> Iterator[pa.Table]:
@@ -492,9 +501,8 @@ PHASES: Mapping[str, Phase] = {
     "tell": Phase(lambda plan: len(plan.tells()), _tell, 0.0),
     "answer": Phase(lambda plan: len(plan.sidecars) * plan.partitions, _answer, 0.0),
     "know": Phase(lambda plan: len(plan.knows()), _know, 0.0),
-    "scan": Phase(lambda plan: len(plan.files), _scan, 0.4),
+    "scan": Phase(lambda plan: len(plan.files), _scan, 0.5),
     "dedupe": Phase(lambda plan: plan.partitions, _dedupe, 0.2),
-    "gather": Phase(lambda plan: len(plan.files), _gather, 0.3),
-    "write": Phase(lambda plan: len(plan.ranges()), _write, 0.1),
+    "write": Phase(lambda plan: len(plan.ranges()), _write, 0.3),
 }
 """In order: every phase reads what the ones before have made."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tasks.merge.database import database, normalise
+from tasks.merge.database import database, statement
 
 
 def normal_urls(urls: Sequence[str]) -> list[str | None]:
@@ -17,7 +17,7 @@ def normal_urls(urls: Sequence[str]) -> list[str | None]:
     query = (
         "WITH published AS (SELECT raw_url, place, NULL::VARCHAR AS raw_caption "
         "FROM (SELECT unnest($urls::VARCHAR[]) AS raw_url, unnest(range(len($urls))) AS place)), "
-        + normalise()
+        + statement("normalise")
         + " SELECT url FROM normalised ORDER BY place"
     )
     with TemporaryDirectory() as spill, database(Path(spill), "1GB", 1) as connection:

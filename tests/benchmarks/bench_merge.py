@@ -34,7 +34,7 @@ from typing import Any
 import duckdb
 
 from tasks.merge.config import MergeConfig
-from tasks.merge.database import database, normalise, run
+from tasks.merge.database import database, run, statement
 from tasks.merge.filters import reason_expression, rule_parameters
 from tasks.merge.merge import make_plan, merge_sources
 from tests.tasks.merge.reference import address_and_url, tidy
@@ -143,9 +143,9 @@ def _in_one_statement(files: Files, out: Path, memory: str, threads: int, dedupe
         (out / name).mkdir()
     query = (
         f"CREATE TEMP TABLE deduped AS WITH published AS ({published}), "
-        f"{normalise()}, "
+        f"{statement('normalise')}, "
         f"passing AS (SELECT * FROM normalised WHERE {reason} IS NULL), deduped AS ({deduped}) "
-        "SELECT *, md5('0:' || md5(address)::UUID::VARCHAR) AS rank FROM deduped"
+        "SELECT *, md5('0:' || address) AS rank FROM deduped"
     )
     spill = out / "_tmp" / "spill"
     with database(spill, memory, threads) as connection:
@@ -296,8 +296,7 @@ def _md5(text: str) -> str:
 
 
 def _rank(address: str) -> str:
-    key = _md5(address)
-    return _md5(f"0:{key[:8]}-{key[8:12]}-{key[12:16]}-{key[16:20]}-{key[20:]}")
+    return _md5(f"0:{address}")
 
 
 WAYS: dict[str, tuple[Callable[[Files, Path, str, int], None], str]] = {
@@ -448,7 +447,7 @@ def print_table(best: Mapping[tuple[int, str, str], Mapping[str, Any]]) -> None:
         print(
             f"\nAt {WEB_SCALE:,} rows: {hours:.1f} CPU-hours, if a row goes on costing what it "
             f"does at {rows:,} ({memory}): every phase works on one file or one partition at "
-            "a time, and a partition holds 4 million rows however many there are."
+            "a time, and a partition holds 2 million rows however many there are."
         )
 
 

@@ -4,6 +4,6 @@ WITH published AS (
   FROM read_parquet($path, hive_partitioning = false)
 ),
 {normalise}
-SELECT DISTINCT hash::UUID AS key, ('0x' || left(hash, 4))::INTEGER % $partitions AS part
-FROM (SELECT md5(address) AS hash FROM normalised)
+SELECT DISTINCT hash::UUID AS key, (('0x' || left(hash, 4))::INTEGER * $partitions) >> 16 AS part
+FROM (SELECT md5($seed::VARCHAR || ':' || address) AS hash FROM normalised)
 WHERE hash IS NOT NULL

@@ -5,18 +5,16 @@
 -- The scheme and host are lower case, the scheme's own port and the fragment are dropped, and
 -- the path and query hold ASCII only: what needs no escape is not escaped, what does is (RFC 3986
 -- section 6.2.2, RFC 3987 section 3.1). Credentials, other schemes and bad hosts give none.
--- Most URLs are in that form already: one look at `is_normal` spares them everything below, and
--- rows of which `{as_is}` is known need not even that look. The lists of one element give the
--- parts of a URL a name inside the branch, where only the other URLs pay for them.
+-- Most URLs are in that form already: one look at `is_normal` spares them everything below. The
+-- list of one element gives the parts of a URL a name inside the branch, where only the other URLs
+-- pay for them.
 seen AS (
   SELECT *,
-    CASE WHEN {as_is} THEN true
-      ELSE NOT coalesce(regexp_matches(raw_caption, '^ | $|  |\p{Cc}|[^\P{Z} ]'), false)
-      END AS is_tidy,
-    CASE WHEN {as_is} THEN true ELSE coalesce(regexp_full_match(
+    NOT coalesce(regexp_matches(raw_caption, '^ | $|  |\p{Cc}|[^\P{Z} ]'), false) AS is_tidy,
+    coalesce(regexp_full_match(
       raw_url,
       'https?://[a-z0-9._\-]+/(?:[A-Za-z0-9\-._~!$&''()*+,;=:@/?]|%(?:[0189A-F][0-9A-F]|2[0-9A-CF]|3[A-F]|[46]0|5[B-E]|7[BCDF]))*'
-    ), false) END AS is_normal
+    ), false) AS is_normal
   FROM published
 ),
 trimmed AS (

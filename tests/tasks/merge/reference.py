@@ -7,7 +7,6 @@ import math
 import re
 import string
 import unicodedata
-import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -233,8 +232,7 @@ def merge(
 
 
 def rank(seed: int, address: str) -> str:
-    key = uuid.UUID(hashlib.md5(address.encode()).hexdigest())
-    return hashlib.md5(f"{seed}:{key}".encode()).hexdigest()
+    return hashlib.md5(f"{seed}:{address}".encode()).hexdigest()
 
 
 def _candidate(source: str, row: Row, place: tuple[int, int]) -> Candidate:

@@ -194,7 +194,7 @@ def test_what_another_recipe_left_in_the_folder_is_cleared(
     collections: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    (out / "_tmp/keys/000000").mkdir(parents=True)
+    (out / "_tmp/rows/000000").mkdir(parents=True)
     (out / "_tmp/plan.json").write_text("{}")
     (out / "laion").mkdir()
     (out / "laion/part-99999.parquet").write_text("old")
@@ -207,18 +207,18 @@ def test_finished_units_are_not_done_again(collections: Path, tmp_path: Path) ->
     class Stop(Exception):
         pass
 
-    def stop_at_gather(done: float, total: float, detail: str = "") -> None:
-        if detail.startswith("gather"):
+    def stop_at_write(done: float, total: float, detail: str = "") -> None:
+        if detail.startswith("write"):
             raise Stop
 
     config, out = recipe(collections), tmp_path / "out"
     out.mkdir()
     with pytest.raises(Stop):
-        merge_sources(config, find_files(config), out, stop_at_gather, threads=1)
-    before = {path: os.stat(path).st_mtime_ns for path in (out / "_tmp").glob("ke*/*/**/*.parquet")}
+        merge_sources(config, find_files(config), out, stop_at_write, threads=1)
+    before = {path: os.stat(path).st_mtime_ns for path in (out / "_tmp").glob("*/*/**/*.parquet")}
     assert before
     with pytest.raises(Stop):
-        merge_sources(config, find_files(config), out, stop_at_gather, threads=1)
+        merge_sources(config, find_files(config), out, stop_at_write, threads=1)
     assert before == {path: os.stat(path).st_mtime_ns for path in before}
 
 
@@ -336,8 +336,8 @@ def test_what_was_finished_before_a_kill_is_not_done_again(
     class Stop(Exception):
         pass
 
-    def stop_before_rows_are_gathered(done: float, total: float, detail: str = "") -> None:
-        if detail.startswith("gather"):
+    def stop_before_rows_are_written(done: float, total: float, detail: str = "") -> None:
+        if detail.startswith("write"):
             raise Stop
 
     config = recipe(collections, partitions=40, rows_per_file=16)
@@ -350,16 +350,16 @@ def test_what_was_finished_before_a_kill_is_not_done_again(
         time.sleep(0.002)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    units = [*out.glob("_tmp/keys/??????"), *out.glob("_tmp/kept/??????")]
+    units = [*out.glob("_tmp/rows/??????"), *out.glob("_tmp/kept/??????")]
     before = {
         file: (file.stat().st_ino, file.stat().st_mtime_ns)
         for unit in units
         for file in unit.rglob("*.parquet")
     }
     finished = len(list(out.glob("_tmp/kept/??????")))
-    assert 5 <= finished < 40 and len(list(out.glob("_tmp/keys/??????"))) == 5
+    assert 5 <= finished < 40 and len(list(out.glob("_tmp/rows/??????"))) == 5
     with pytest.raises(Stop):
-        merge_sources(config, find_files(config), out, stop_before_rows_are_gathered, threads=1)
+        merge_sources(config, find_files(config), out, stop_before_rows_are_written, threads=1)
     assert len(list(out.glob("_tmp/kept/??????"))) == 40
     assert before == {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in before}
     merge_sources(config, find_files(config), out, threads=1)

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.merge.database import database, normalise
+from tasks.merge.database import database, statement
 from tests.tasks.merge.reference import address_and_url, tidy
 
 QUERY = (
     "WITH published AS (SELECT unnest($urls::VARCHAR[]) AS raw_url, "
     "unnest($captions::VARCHAR[]) AS raw_caption), "
-    + normalise()
+    + statement("normalise")
     + " SELECT url, address, caption FROM normalised"
 )
 
