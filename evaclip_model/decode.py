@@ -1,15 +1,16 @@
 """From a sample's bytes to the square a model trains on.
 
-Covers: the two ways a recipe can ask for: the reference's pixels, or nearly those in a third of the
-time. Not here: what part of an image is taken (transform.py); reading shards (reader.py).
+Covers: the two ways a recipe can ask for: the reference's pixels, or nearly those in less than half
+the time. Not here: what part of an image is taken (transform.py); reading shards (reader.py).
 
 "reference" is Pillow throughout, as the authors' transform. "fast" does the same for JPEGs with
 libjpeg-turbo called directly and the bicubic filter of torch, which is vectorised: the decoded
 pixels are the same, the resized ones differ by at most `TOLERANCE` of 255. All else (PNG, WebP,
 CMYK, whatever libjpeg warns of) goes the reference's way, with exactly its result.
 
-Scaled decoding in the DCT domain would save a sixth on images of 800 pixels, nothing on those of
-the usual 256 to 512, and cost the tolerance; OpenCV's resizing is either not antialiased or slower.
+Decoding at a smaller scale in the DCT domain would save a sixth on images of 800 pixels, nothing on
+those of the usual 256 to 512, and cost the tolerance; OpenCV's resizing is not antialiased, or it
+is slower.
 """
 
 from __future__ import annotations

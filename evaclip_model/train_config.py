@@ -88,8 +88,8 @@ class TrainConfig(Config):
     """Where a caption may be cut: a random number of its parts, from the first on, is kept, so that
     a title is learnt with and without the tags behind it. None keeps captions whole."""
     decode: Literal["fast", "reference"] = "fast"
-    """How images become pixels. "reference" is the authors' transform to the bit; "fast" is three
-    times as fast on JPEGs and within 2 levels of 255 of it, and the same on everything else."""
+    """How images become pixels. "reference" is the authors' transform to the bit; "fast" takes less
+    than half its time on JPEGs, within 2 levels of 255 of it, and is the same on all else."""
     sampling: Literal["exact", "resampled"] = "exact"
     """Order of a source. "exact" shows every sample once before any again; "resampled" draws whole
     shards with replacement, as the authors' runs did."""

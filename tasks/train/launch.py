@@ -26,6 +26,11 @@ def count_gpus(visible: str | None, devices: Path = Path("/dev")) -> int:
     return len(list(devices.glob("nvidia[0-9]*")))
 
 
+def default_read_workers(cores: int, ranks: int, gpus: int) -> int:
+    """Processes of each rank that read: a GPU's rank needs one core itself, a CPU's all it has."""
+    return max(0, cores // ranks - 1) if gpus else 0
+
+
 def command(job: Path, ranks: int) -> list[str]:
     """What starts `ranks` ranks of the job file: torchrun on loopback, or one plain process."""
     worker = ["evaclip_model.train", str(job)]

@@ -26,7 +26,13 @@ from evaclip_model.train_config import (
 from tasks.artifact import Made, write_atomically
 from tasks.child import run_supervised
 from tasks.progress import Report
-from tasks.train.launch import command, count_gpus, default_ranks, environment
+from tasks.train.launch import (
+    command,
+    count_gpus,
+    default_ranks,
+    default_read_workers,
+    environment,
+)
 
 LOG_FILE = "train.log"
 GRACE_S = 20.0
@@ -77,6 +83,7 @@ def _run(
         shards=shards.resolve(),
         run_dir=out.resolve(),
         threads=max(1, cores // ranks),
+        read_workers=default_read_workers(cores, ranks, gpus),
     )
     write_atomically(out / JOB_FILE, job.model_dump_json(indent=1) + "\n")
     env = environment(os.environ, ranks, cores, use_gpus=gpus > 0)

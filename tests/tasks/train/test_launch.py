@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from tasks.train.launch import command, count_gpus, default_ranks, environment
+from tasks.train.launch import (
+    command,
+    count_gpus,
+    default_ranks,
+    default_read_workers,
+    environment,
+)
 
 
 def test_one_rank_is_a_plain_process_and_more_are_torchruns():
@@ -42,3 +48,11 @@ def test_gpus_are_counted_as_they_are_visible(tmp_path):
     assert count_gpus("0", tmp_path) == 1
     assert count_gpus("", tmp_path) == 0
     assert count_gpus("-1", tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "gpus", "workers"),
+    [(64, 8, 8, 7), (4, 4, 4, 0), (2, 4, 4, 0), (64, 2, 0, 0)],
+)
+def test_reading_processes_get_the_cores_that_gpus_leave(cores, ranks, gpus, workers):
+    assert default_read_workers(cores, ranks, gpus) == workers
