@@ -1,13 +1,13 @@
-"""open_clip and timm, importable beside a CPU build of torch too.
+"""open_clip, timm and transformers, importable beside a CPU build of torch too.
 
-Covers: the torchvision that both import. The one of the package index is compiled for CUDA; beside
+Covers: the torchvision that all import. The one of the package index is compiled for CUDA; beside
 a CPU build of torch its operators do not load, and its import fails at the first it describes.
 Not here: the operators themselves; no EVA-CLIP uses one.
 """
 
 import torch
 
-__all__ = ["open_clip", "timm"]
+__all__ = ["open_clip", "timm", "transformers"]
 
 try:
     import torchvision  # noqa: F401
@@ -18,3 +18,4 @@ except RuntimeError:  # "operator torchvision::nms does not exist"
 
 import open_clip
 import timm
+import transformers
