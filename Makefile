@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume ablation bench bench-model bench-loader bench-trace up down clean
+.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume ablation bench bench-model bench-loader bench-merge bench-trace test-spark up down clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -40,11 +40,23 @@ test-download-faults: $(VENV)/.dev ## 5,000 faulty URLs on loopback, kill -9 at 
 test-resume: $(VENV)/.dev ## two epochs over one, two and three ranks with kills, reading processes too (1 min)
 	@$(PY) -m pytest tests/evaclip_model/test_reader_resume.py
 
+$(VENV)/.spark: $(STAMP)
+	@python3 infra/environment.py $(VENV) pipeline dev spark && touch $@ $(VENV)/.pipeline $(VENV)/.dev
+
+test-spark: $(VENV)/.spark ## the merge on Spark gives DuckDB's rows; needs Java 17 (1 min)
+	@$(PY) -m pytest tests/tasks/merge/test_spark.py
+
 ablation: $(VENV)/.pipeline ## the demo with one technique off at a time, as a table (15 min)
 	@PYTHONPATH=. $(PY) tests/benchmarks/ablate_demo.py
 
 bench: $(VENV)/.dev ## benchmarks; figures go to BENCHMARKS.md by hand
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; PYTHONPATH=. $(PY) $$file || exit 1; done
+
+$(VENV)/.bench: $(STAMP)
+	@python3 infra/environment.py $(VENV) pipeline dev bench && touch $@ $(VENV)/.pipeline $(VENV)/.dev
+
+bench-merge: $(VENV)/.bench ## the merge at 5, 10 and 20 million rows beside plain SQL, polars and pandas (40 min, 10 GB)
+	@PYTHONPATH=. $(PY) tests/benchmarks/bench_merge.py
 
 bench-trace: $(VENV)/.dev ## trace and takedown on an index of ten million samples (2 min, 3 GB)
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_trace.py

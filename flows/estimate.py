@@ -22,11 +22,9 @@ METADATA_BYTES_PER_ROW = 222
 SHARE_SELECTED = 0.65
 """Rows selected of rows read: COYO has 12 % duplicate URLs, rules and overlaps take the rest."""
 MERGE_ROWS_PER_CPU_S = 200_000
-"""`make bench-merge` at 5 million rows: 217,000 on two cores."""
-KEY_BYTES = 45
-"""Of a passing row: its key, id, similarity and place, as parquet."""
-ROW_BYTES = 250
-"""Of a selected row that waits to be sorted, as parquet."""
+"""`make bench-merge` at 5 million rows: 227,000 on two cores, one thread's work beside it."""
+WAITING_BYTES = 200
+"""Of a passing row with its key until it is in its output file, as parquet."""
 URLS_PER_MACHINE_S = 1_000
 """img2dataset's documentation: one 16-core machine (c6i.4xlarge) at 256 to 384 px."""
 MACHINES = 10
@@ -65,7 +63,7 @@ def estimate(recipe: Recipe, machines: int = MACHINES) -> list[Line]:
         Line("metadata rows read", f"{read:,.0f}", f"{SHARE_SELECTED:.0%} of rows are selected"),
         Line(
             "metadata",
-            f"{read * METADATA_BYTES_PER_ROW / 1e9:,.0f} GB, read twice",
+            f"{read * METADATA_BYTES_PER_ROW / 1e9:,.0f} GB, read once",
             f"{METADATA_BYTES_PER_ROW} bytes a row, as Re-LAION-2B",
         ),
         Line(
@@ -75,8 +73,8 @@ def estimate(recipe: Recipe, machines: int = MACHINES) -> list[Line]:
         ),
         Line(
             "merge, temporary disk",
-            f"{(read * KEY_BYTES + wanted * ROW_BYTES) / 1e9:,.0f} GB",
-            f"{KEY_BYTES} bytes a row of keys, {ROW_BYTES} a selected row until it is sorted",
+            f"{read * WAITING_BYTES / 1e9:,.0f} GB",
+            f"{WAITING_BYTES} bytes a row until it is sorted",
         ),
         Line("shards", f"{-(-wanted // per_shard):,}", f"{per_shard:,} rows each"),
         Line(
