@@ -40,7 +40,7 @@ timm's form through `TimmWrapperModel`."""
 OPEN_CLIP_WEIGHTS_FILE = "open_clip_model.safetensors"
 OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
 ONNX_OPSET = 20
-"""First with exact GELU as one operator. Attention as one operator (23) was no faster in onnxruntime
+"""First with exact GELU as one operator. Attention as one operator (23) is no faster in onnxruntime
 on a CPU, and older runtimes lack it."""
 
 _FOLDERS: dict[Library, tuple[str, str]] = {
