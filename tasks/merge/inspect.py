@@ -7,7 +7,6 @@ Not here: printing them; any judgement of rows (filters.py).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from duckdb import DuckDBPyConnection
 from evaclip_model.errors import InputError
 from tasks.merge.config import ColumnMap, SourceConfig
 from tasks.merge.database import database, reading
+from tasks.merge.plan import rows_in
 from tasks.merge.schema import Published, column_map, is_number, quoted
 from tasks.merge.sources import READERS, find_metadata, format_of
 from tasks.merge.withdrawn import is_old_edition, why_refused
@@ -71,7 +71,10 @@ def inspect_files(pattern: str, read_files: int = 4) -> Inspection:
     ):
         rows = None
         if set(kinds.values()) == {"parquet"}:
-            rows = _rows_in_footers(connection, paths)
+            rows = 0
+            for path in paths:
+                with reading(path):
+                    rows += rows_in(connection, [path])
         first, problem, columns = paths[0], None, None
         published = _columns(connection, first, READERS[kinds[first]])
         try:
@@ -103,17 +106,6 @@ def inspect_files(pattern: str, read_files: int = 4) -> Inspection:
         for name, kind in published.items()
     )
     return Inspection(len(paths), rows, len(counted), read_rows, found, problem)
-
-
-def _rows_in_footers(connection: DuckDBPyConnection, paths: Sequence[str]) -> int:
-    total = 0
-    for path in paths:
-        with reading(path):
-            found = connection.execute(
-                "SELECT sum(num_rows) FROM parquet_file_metadata($path)", {"path": path}
-            ).fetchall()
-        total += int(found[0][0])
-    return total
 
 
 def _columns(connection: DuckDBPyConnection, path: str, reader: str) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Merge metadata collections: filter, normalise, deduplicate, select, write.
 
 Covers: the phases in order, what makes them restartable, the selection, and the totals.
-Not here: the rules (filters.py, sql/), the meaning of columns (schema.py), the settings
-(config.py), one phase's units (units.py), another engine (spark.py).
+Not here: looking at the files first (plan.py), one phase's units (units.py), the rules (filters.py,
+sql/), another engine (spark.py).
 
 Memory depends on the size of a partition, never on the number of rows:
 
@@ -36,38 +36,31 @@ from duckdb import DuckDBPyConnection
 
 from evaclip_model.errors import InputError
 from tasks.artifact import Made, write_atomically
-from tasks.merge.config import ColumnMap, MergeConfig, SidecarConfig, SourceConfig
-from tasks.merge.database import database, reading, statement
+from tasks.merge.config import MergeConfig
+from tasks.merge.database import database, statement
 from tasks.merge.filters import REASONS
-from tasks.merge.schema import Published, column_map, quoted, select_list
-from tasks.merge.sources import READERS, find_metadata, format_of, identity
+from tasks.merge.plan import Files, make_plan, rows_in
+from tasks.merge.sources import identity
 from tasks.merge.spark import spark_runner
 from tasks.merge.units import (
     BUCKET_BITS,
     PHASES,
     Chunk,
     Cut,
-    Edition,
-    MetadataFile,
     Plan,
-    Sidecar,
     files_of_range,
     kept_in,
-    once,
     read_cuts,
     run_chunk,
     text_of,
 )
 from tasks.progress import Report, silent
 
-Files = Mapping[str, Sequence[Path | str]]
-"""Source name -> its files or URLs, in order."""
 Runner = Callable[[Sequence[Chunk]], Iterator[int]]
 """Does the chunks of one phase, here or elsewhere; yields the number of every unit that is done."""
 
 REPORT = "report.json"
 REMOVED = "_tmp.removed"
-ROWS_PER_PARTITION = 2_000_000
 BUCKETS = 1 << BUCKET_BITS
 MOST_CHUNKS = 500
 """Of one phase: more tasks than this only cost the orchestrator."""
@@ -113,7 +106,7 @@ def merge_sources(
         cuts = read_cuts(plan)
         totals = _totals(connection, plan, cuts)
         parts = [path for range_ in plan.ranges() for path in files_of_range(plan, *range_)]
-        written = _rows_in(connection, text_of(parts))
+        written = rows_in(connection, text_of(parts))
     if written != sum(cut.selected for cut in cuts):
         raise RuntimeError(f"{sum(cut.selected for cut in cuts)} rows selected, {written} written")
     write_atomically(plan.temporary / REPORT, json.dumps(totals, indent=1) + "\n")
@@ -161,140 +154,6 @@ def _forget_other_work(out: Path, config: MergeConfig, files: Files) -> None:
         shutil.rmtree(leaving, ignore_errors=True)
     plan.parent.mkdir(parents=True)
     write_atomically(plan, wanted)
-
-
-def make_plan(
-    config: MergeConfig, files: Files, out: Path, threads: int | None, memory_limit: str
-) -> Plan:
-    """Schema and row count of every file, before any of the long work.
-
-    Raises:
-        InputError: a file cannot be read, lacks a column, or is withdrawn; a source is empty.
-    """
-    sidecars = tuple(
-        Sidecar(number, place, sidecar, tuple(find_metadata(sidecar.files, f"sidecar of {name}")))
-        for number, (name, source) in enumerate((s.name, s) for s in config.sources)
-        for place, sidecar in enumerate(source.sidecars)
-    )
-    outside = [str(path) for paths in files.values() for path in paths]
-    compared = [source.diff_against for source in config.sources if source.diff_against]
-    outside += [path for sidecar in sidecars for path in sidecar.paths] + compared
-    spill = out / "_tmp" / "spill"
-    with database(spill, memory_limit, threads, outside) as connection:
-        added = {
-            (sidecar.source, sidecar.place): _sidecar_columns(connection, config, sidecar)
-            for sidecar in sidecars
-        }
-        found: list[MetadataFile] = []
-        for number, source in enumerate(config.sources):
-            if not files.get(source.name):
-                raise InputError(f"source '{source.name}': no file matches '{source.files}'")
-            extra = {
-                name: kind
-                for (at, _), columns in added.items()
-                if at == number
-                for name, kind in columns.items()
-            }
-            for path in map(str, files[source.name]):
-                found.append(
-                    _inspect(connection, len(found), path, number, source, extra, out / "_tmp")
-                )
-            if not any(file.rows for file in found if file.source == number):
-                raise InputError(
-                    f"source '{source.name}' is empty: '{source.files}' has "
-                    f"{len(files[source.name])} file(s) without a single row; put its metadata "
-                    "there or remove the source"
-                )
-        editions = _editions(connection, config)
-    rows = sum(file.rows for file in found)
-    partitions = config.partitions or -(-rows // ROWS_PER_PARTITION)
-    return Plan(config, out, tuple(found), sidecars, editions, partitions, threads, memory_limit)
-
-
-def _inspect(
-    connection: DuckDBPyConnection,
-    number: int,
-    path: str,
-    source_number: int,
-    source: SourceConfig,
-    extra: Published,
-    temporary: Path,
-) -> MetadataFile:
-    kind = format_of(path, source)
-    if kind != "parquet":
-        converted = temporary / "converted" / f"{number:06d}"
-        with reading(path, kind):
-            once(converted, lambda folder: _convert(connection, READERS[kind], path, folder))
-        path = str(converted / "rows.parquet")
-    own = _published(connection, path)
-    with reading(path):
-        rows = _rows_in(connection, [path])
-    published = {**own, **extra}
-    columns = column_map(source, published, path)
-    keys = tuple(_sidecar_key(sidecar, columns, own) for sidecar in source.sidecars)
-    select = select_list(columns, published)
-    return MetadataFile(number, path, source_number, select, keys, rows)
-
-
-def _convert(connection: DuckDBPyConnection, reader: str, path: str, folder: Path) -> None:
-    """Rows of a text file as parquet, in order: rows are told apart by their numbers."""
-    connection.execute("SET preserve_insertion_order = true")
-    connection.execute(
-        f"COPY (SELECT * FROM {reader}) TO $target (FORMAT parquet)",
-        {"path": path, "target": str(folder / "rows.parquet")},
-    )
-    connection.execute("SET preserve_insertion_order = false")
-
-
-def _published(connection: DuckDBPyConnection, path: str) -> dict[str, str]:
-    with reading(path):
-        description = connection.execute(
-            f"DESCRIBE SELECT * FROM {READERS['parquet']}", {"path": path}
-        ).fetchall()
-    return {name: kind for name, kind, *_ in description}
-
-
-def _sidecar_columns(
-    connection: DuckDBPyConnection, config: MergeConfig, sidecar: Sidecar
-) -> dict[str, str]:
-    source = config.sources[sidecar.source].name
-    published = _published(connection, sidecar.paths[0])
-    for path in sidecar.paths:
-        columns = _published(connection, path)
-        for name in (sidecar.config.key, *sidecar.config.columns):
-            if name not in columns:
-                raise InputError(
-                    f"{path}: sidecar of source '{source}' has no column '{name}'; "
-                    f"its columns are {', '.join(columns)}"
-                )
-    return {name: published[name] for name in sidecar.config.columns}
-
-
-def _sidecar_key(sidecar: SidecarConfig, columns: ColumnMap, published: Published) -> str:
-    """SQL of a row's key in a sidecar."""
-    if sidecar.on == "url":
-        return quoted(columns.url)
-    if sidecar.on == "id":
-        return quoted(columns.id) if columns.id else "NULL"
-    if "hash" in published:
-        return quoted("hash")
-    text = " || ".join(f"coalesce({quoted(name)}, '')" for name in (columns.url, columns.caption))
-    return f"laion_hash({text})"
-
-
-def _editions(connection: DuckDBPyConnection, config: MergeConfig) -> tuple[Edition, ...]:
-    compared: dict[str, list[int]] = {}
-    for number, source in enumerate(config.sources):
-        if source.diff_against:
-            compared.setdefault(source.diff_against, []).append(number)
-    editions = []
-    for pattern, sources in compared.items():
-        cleaned = SourceConfig(name="cleaned", files=pattern)
-        paths = find_metadata(pattern, "diff_against")
-        columns = [column_map(cleaned, _published(connection, path), path) for path in paths]
-        urls = [column.url for column in columns]
-        editions.append(Edition(tuple(sources), tuple(zip(paths, urls, strict=True))))
-    return tuple(editions)
 
 
 def dropped_rows(connection: DuckDBPyConnection, plan: Plan) -> list[Counter[str]]:
@@ -480,10 +339,3 @@ def _flat_counts(totals: Mapping[str, Any]) -> dict[str, int]:
             if rows:
                 counts[f"{prefix}dropped.{reason}"] = rows
     return counts
-
-
-def _rows_in(connection: DuckDBPyConnection, paths: Sequence[str]) -> int:
-    found = connection.execute(
-        "SELECT sum(num_rows) FROM parquet_file_metadata($paths)", {"paths": list(paths)}
-    ).fetchall()
-    return int(found[0][0])
