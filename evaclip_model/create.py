@@ -20,7 +20,7 @@ from evaclip_model.clip import EvaClip, initialise
 from evaclip_model.errors import InputError
 from evaclip_model.model_config import CONFIG_FILE, ModelConfig
 from evaclip_model.weight_files import WEIGHTS_FILE
-from evaclip_model.weights import load_weights
+from evaclip_model.weights import LoadReport, load_weights
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,19 +49,27 @@ def create_model(
     """
     if precision not in _DTYPES:
         raise InputError(f"precision '{precision}' is unknown: choose one of {', '.join(_DTYPES)}")
-    config = ModelConfig.load(name)
-    if weights is None:
-        model = _random_model(config, seed, attention)
-    else:
-        with torch.device("meta"), _WithoutValues():
-            model = EvaClip(config, attention)
-    require_dtype(attention, _DTYPES[precision])
-    model = model.to(_DTYPES[precision])
     if weights is not None:
-        # Memory is taken once, in the final dtype, and filled from the file alone.
-        model = model.to_empty(device=torch.get_default_device())
-        load_weights(model, weights)
-    return model
+        return load_model(name, weights, precision=precision, attention=attention)[0]
+    model = _random_model(ModelConfig.load(name), seed, attention)
+    require_dtype(attention, _DTYPES[precision])
+    return model.to(_DTYPES[precision])
+
+
+def load_model(
+    name: str | Path | Mapping[str, Any] | ModelConfig,
+    weights: str | Path,
+    *,
+    precision: Precision = "fp32",
+    attention: AttentionChoice = "auto",
+) -> tuple[EvaClip, LoadReport]:
+    """`create_model` with weights, and what was found in them."""
+    with torch.device("meta"), _WithoutValues():
+        model = EvaClip(ModelConfig.load(name), attention)
+    require_dtype(attention, _DTYPES[precision])
+    # Memory is taken once, in the final dtype, and filled from the file alone.
+    model = model.to(_DTYPES[precision]).to_empty(device=torch.get_default_device())
+    return model, load_weights(model, weights)
 
 
 class _WithoutValues(TorchFunctionMode):

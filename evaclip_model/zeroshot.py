@@ -21,7 +21,7 @@ from torch import Tensor
 
 from evaclip_model.errors import InputError
 from evaclip_model.prompts import PLACEHOLDER
-from evaclip_model.tokenizer import cut_padding, tokenize
+from evaclip_model.tokenizer import CONTEXT_LENGTH, cut_padding, tokenize
 
 ROWS = 256
 """Queries ranked at once; bounds memory at ROWS x gallery logits and changes no result."""
@@ -62,6 +62,7 @@ def encode_texts(
     model: TextTower,
     texts: Sequence[str],
     *,
+    context_length: int = CONTEXT_LENGTH,
     batch_size: int = 256,
     device: str = "cpu",
     progress: Callable[[int], None] = lambda done: None,
@@ -69,8 +70,8 @@ def encode_texts(
     """Normalised fp32 features of `texts` [N, D]; equal texts get bitwise equal features.
 
     Every text is encoded once, in order of length, cut after the longest end-of-text of its batch:
-    attention is causal, so tokens behind the end cannot reach the feature. `progress` gets the
-    number of distinct texts done.
+    attention is causal, so tokens behind the end cannot reach the feature. `context_length` is the
+    model's, in tokens; `progress` gets the number of distinct texts done.
 
     Raises:
         InputError: no texts, or features that are not finite.
@@ -78,7 +79,7 @@ def encode_texts(
     if not texts:
         raise InputError("there is no text to encode: give at least one class name or caption")
     place = {text: index for index, text in enumerate(dict.fromkeys(texts))}
-    tokens = tokenize(list(place))
+    tokens = tokenize(list(place), context_length)
     order = tokens.argmax(dim=1).argsort(stable=True)  # the end-of-text token has the largest id
     features: list[Tensor] = []
     with torch.inference_mode():

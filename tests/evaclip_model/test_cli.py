@@ -1,0 +1,220 @@
+"""The command line: classify, embed, convert, models; and its mistakes, one sentence each."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from evaclip_model.cli import _Progress, classify, main
+from evaclip_model.create import create_model, open_model
+from evaclip_model.tokenizer import tokenize
+from evaclip_model.transform import image_transform
+from evaclip_model.weights import save_model
+
+COLOURS = ("red", "green", "blue")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model, an image, and a folder of three images, a broken one and a note."""
+    folder = tmp_path_factory.mktemp("saved")
+    save_model(create_model("EVA02-CLIP-demo", seed=0), folder / "model")
+    Image.new("RGBA", (90, 50), "red").save(folder / "red.png")
+    pictures = folder / "pictures"
+    (pictures / "more").mkdir(parents=True)
+    for number, colour in enumerate(COLOURS):
+        place = pictures / "more" if colour == "green" else pictures
+        Image.new("RGB", (60 + number, 50), colour).save(place / f"{colour}.JPG")
+    (pictures / "broken.png").write_bytes((folder / "red.png").read_bytes()[:40])
+    (pictures / "note.txt").write_text("no image")
+    return folder
+
+
+def readable(saved: Path) -> list[Path]:
+    pictures = saved / "pictures"
+    return [pictures / "blue.JPG", pictures / "more" / "green.JPG", pictures / "red.JPG"]
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def test_classify_orders_labels_by_probability(saved: Path):
+    labels = ["a red apple", "a dog", "a boat"]
+    ranked = classify(saved / "red.png", labels, saved / "model", "a picture of {}")
+    assert sorted(label for label, _ in ranked) == sorted(labels)
+    shares = [share for _, share in ranked]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_command_prints_a_line_a_label(saved: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["classify", str(saved / "red.png"), "a dog", "a cat"]
+    assert main([*arguments, "--model", str(saved / "model")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(line.split("  ")[-1] for line in lines) == ["a cat", "a dog"]
+
+
+def test_the_architectures_are_listed(capsys: pytest.CaptureFixture[str]):
+    assert main(["models"]) == 0
+    assert "EVA02-CLIP-E-14-plus" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("image", "labels", "model", "message"),
+    [
+        ("none.png", ["a", "b"], "model", "none.png does not exist"),
+        ("red.png", ["a", "a"], "model", "at least two different labels"),
+        ("red.png", ["a", "b"], "nowhere", "nowhere is no saved model"),
+        ("model/config.json", ["a", "b"], "model", "cannot be decoded"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_status_2(saved, capsys, image, labels, model, message):
+    status = main(["classify", str(saved / image), *labels, "--model", str(saved / model)])
+    captured = capsys.readouterr()
+    assert status == 2
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_a_folder_gets_a_line_an_image_and_the_unreadable_are_named(saved, capsys):
+    assert run("classify", saved / "pictures", "a dog", "a cat", "--model", saved / "model") == 0
+    captured = capsys.readouterr()
+    assert [line.split("  ")[-1] for line in captured.out.splitlines()] == [
+        str(path) for path in readable(saved)
+    ]
+    assert "1 of 4 images cannot be read:" in captured.err
+    assert "broken.png" in captured.err
+
+
+def test_features_of_a_folder_equal_the_models(saved, tmp_path, capsys):
+    out = tmp_path / "x.npy"
+    options = ["--model", saved / "model", "--batch-size", 2, "--out", out]
+    assert run("embed", saved / "pictures", saved / "red.png", *options) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("4 images: ")
+    assert "1 of 5 images cannot be read:" in captured.err
+    files = [*readable(saved), saved / "red.png"]
+    about = json.loads((tmp_path / "x.json").read_text())
+    assert about["names"] == [str(path) for path in files]
+    assert list(about["unreadable"]) == [str(saved / "pictures" / "broken.png")]
+    model = open_model(saved / "model")
+    pixels = torch.stack([image_transform(model)(Image.open(path)) for path in files])
+    with torch.inference_mode():
+        expected = model.encode_image(pixels, normalize=True)
+    torch.testing.assert_close(torch.from_numpy(np.load(out)), expected, rtol=0, atol=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npy"]
+
+
+def test_features_of_captions_keep_the_order_of_the_lines(saved, tmp_path):
+    texts = ["a red apple on a table", "Straße", "a red apple on a table", "x"]
+    (tmp_path / "captions.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    out = tmp_path / "x.npy"
+    options = ["--model", saved / "model", "--out", out]
+    assert run("embed", "--text", tmp_path / "captions.txt", *options) == 0
+    model = open_model(saved / "model")
+    with torch.inference_mode():
+        expected = model.encode_text(tokenize(texts), normalize=True)
+    torch.testing.assert_close(torch.from_numpy(np.load(out)), expected, rtol=0, atol=1e-5)
+    assert json.loads((tmp_path / "x.json").read_text())["names"] == texts
+
+
+def test_an_architecture_and_a_file_of_weights_are_a_model_too(saved, tmp_path):
+    weights = ["--weights", saved / "model" / "model.safetensors", "--precision", "bf16"]
+    out = tmp_path / "x.npy"
+    options = ["--model", "EVA02-CLIP-demo", *weights, "--out", out]
+    assert run("embed", saved / "red.png", *options) == 0
+    assert np.load(out).dtype == np.float32
+    assert np.linalg.norm(np.load(out)) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("form", ["native", "transformers"])
+def test_a_checkpoint_is_written_in_another_form_and_read_back(saved, tmp_path, capsys, form):
+    part = ["--part", "text"] if form == "transformers" else []
+    weights = tmp_path / "x.safetensors"
+    assert run("convert", saved / "model", weights, "--as", form, *part) == 0
+    assert "native layout" in capsys.readouterr().out
+    back = ["--model", "EVA02-CLIP-demo", *part, "--as", form]
+    assert run("convert", weights, tmp_path / "back.safetensors", *back) == 0
+    assert f"{form} layout" in capsys.readouterr().out
+    ours, theirs = load_file(weights), load_file(tmp_path / "back.safetensors")
+    decided = ours.keys() - {"text_projection.weight"}  # it belongs to both towers
+    assert len(decided) > 30
+    assert all(torch.equal(ours[key], theirs[key]) for key in decided)
+
+
+def test_weights_alone_do_not_say_their_architecture(saved, tmp_path, capsys):
+    weights = saved / "model" / "model.safetensors"
+    assert run("convert", weights, tmp_path / "x", "--as", "native") == 2
+    assert "name it with --model" in capsys.readouterr().err
+
+
+def test_a_tower_alone_is_no_whole_model(saved, tmp_path, capsys):
+    options = ["--as", "native", "--part", "vision"]
+    assert run("convert", saved / "model", tmp_path / "x", *options) == 2
+    assert "can be written as timm" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["red.png", "--out", "x.npz", "--model", "model"], "end the name in it"),
+        (["red.png", "--out", "none/x.npy", "--model", "model"], "make it first"),
+        (["--out", "x.npy", "--model", "model"], "give images or folders of them"),
+        (["model", "--out", "x.npy", "--model", "model"], "has no images"),
+        (["--text", "empty", "--out", "x.npy", "--model", "model"], "one caption a line"),
+        (["--text", "red.png", "--out", "x.npy", "--model", "model"], "cannot be read as lines"),
+        (["red.png", "--out", "x.npy", "--model", "EVA02-CLIP-B-16"], "add --weights FILE"),
+        (["red.png", "--out", "x.npy", "--model", "model", "--device", "gpu9"], "cannot be used"),
+    ],
+)
+def test_what_cannot_be_embedded_is_said_in_one_sentence(
+    saved, capsys, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(saved)
+    (saved / "empty").touch()
+    assert run("embed", *arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (saved / "x.npy").exists()
+
+
+def test_weights_that_have_diverged_are_named(saved, tmp_path, capsys):
+    spoilt = load_file(saved / "model" / "model.safetensors")
+    spoilt["visual.norm.weight"] = torch.full_like(spoilt["visual.norm.weight"], 3e38)
+    save_file(spoilt, tmp_path / "spoilt.safetensors")
+    options = ["--weights", tmp_path / "spoilt.safetensors", "--out", tmp_path / "x.npy"]
+    assert run("embed", saved / "red.png", "--model", "EVA02-CLIP-demo", *options) == 2
+    assert "features that are not finite" in capsys.readouterr().err
+
+
+def test_long_commands_say_how_far_they_are(capsys, monkeypatch):
+    now = iter([0.0, 1.0, 11.0, 12.0, 22.5])
+    monkeypatch.setattr("evaclip_model.cli.time.monotonic", lambda: next(now))
+    progress = _Progress("images", 400)
+    for done in (100, 200, 300, 400):
+        progress(done)
+    assert capsys.readouterr().err.splitlines() == [
+        "200 of 400 images, 18.2 a second",
+        "400 of 400 images, 17.8 a second",
+    ]
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys; from evaclip_model.cli import main\n"
+        "try: main(['embed', '--help'])\n"
+        "except SystemExit: assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
