@@ -24,7 +24,7 @@ def main(manifest, config, first, steps, workers, folder, kill):
         for batch in reader.batches(int(first), int(steps)):
             seen = {"step": batch.step, "captions": batch.captions}
             seen["positions"] = batch.positions.tolist()
-            seen["pixels"] = [zlib.crc32(image.numpy()) for image in batch.images]
+            seen["pixels"] = [zlib.crc32(image.contiguous().numpy()) for image in batch.images]
             line = json.dumps(seen) + "\n"
             if batch.step == int(kill) and rank == ranks - 1:
                 out.write(line[: len(line) // 2])
