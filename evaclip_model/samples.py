@@ -65,8 +65,10 @@ class Shard(Config):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     """Of the tar's bytes."""
     tombstones: str = Field(default="", pattern=r"^(\d+( \d+)*)?$")
-    """Places of the tar's samples that nobody may read, counted from 0 in stored order, separated
-    by spaces; text, because two billion samples have millions of them and few are needed at once."""
+    """Places of the tar's samples that nobody may read, counted from 0, separated by spaces.
+
+    Text, because two billion samples have millions of them and few are needed at once.
+    """
 
     @field_validator("path")
     @classmethod
