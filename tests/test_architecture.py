@@ -92,3 +92,13 @@ def test_every_dependency_has_bounds_a_reason_and_a_tested_version() -> None:
 def test_the_back_port_that_breaks_prefect_is_not_installed() -> None:
     installed = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
     assert "dataclasses" not in installed, "run `make setup`, or pip uninstall dataclasses"
+
+
+@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"])
+def test_files_and_targets_that_a_page_names_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
+    paths = re.findall(r"`((?:flows|tasks|evaclip_model|infra|tests)/[\w./-]+\.\w+)`", text)
+    assert [path for path in paths if not (ROOT / path).is_file()] == []
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = set(re.findall(r"`make ([\w-]+)`", text))
+    assert named <= set(targets), named - set(targets)
