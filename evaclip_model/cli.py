@@ -162,7 +162,12 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 
 def _add_precision(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
+    command.add_argument(
+        "--precision",
+        default="fp32",
+        choices=("fp32", "bf16", "fp16"),
+        help="dtype of the weights (default: fp32)",
+    )
 
 
 def _positive(text: str) -> int:
@@ -291,6 +296,9 @@ def _run_convert(options: argparse.Namespace) -> None:
         )
     model.eval()
     print(f"{options.source}: {report}")
+    if report.expected_gaps:
+        gaps = ", ".join(report.expected_gaps[:2]) + ", …" * (len(report.expected_gaps) > 2)
+        print(f"evaclip: not taken from the source, so at initial values: {gaps}", file=sys.stderr)
     if options.form == "onnx":
         written = export_onnx(model, options.dest)
     else:
