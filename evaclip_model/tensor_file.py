@@ -99,6 +99,7 @@ def write_tensors(
     """
     try:
         save_file(dict(tensors), path, metadata)
+        path.chmod(0o644)  # safetensors leaves files that their owner alone can read
         with path.open("rb") as file:
             os.fsync(file.fileno())
     except BaseException as error:

@@ -130,10 +130,19 @@ class TrainTransform:
 
 
 def centre_crop(image: Image.Image, size: int) -> Tensor:
-    """Shortest side to `size` (bicubic, antialiased), then the middle: [3, S, S] uint8."""
-    width, height = image.size
-    short = min(width, height)
-    image = _resized(image, int(size * width / short), int(size * height / short))
+    """Shortest side to `size` (bicubic, antialiased), then the middle: [3, S, S] uint8.
+
+    Raises:
+        UnreadableImageError: the image is so narrow that its resized form passes `MAX_PIXELS`.
+    """
+    short = min(image.size)
+    width, height = (int(size * side / short) for side in image.size)
+    if width * height > MAX_PIXELS:
+        raise UnreadableImageError(
+            f"{image.width} x {image.height} pixels would be resized to {width} x {height}, "
+            f"more than {MAX_PIXELS:,}"
+        )
+    image = _resized(image, width, height)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return _to_uint8(image.crop((left, top, left + size, top + size)))
 

@@ -150,3 +150,8 @@ def test_a_tall_image_is_resized_columns_first_whichever_pillow_is_installed():
     expected = np.asarray(turned.transpose(Image.Transpose.TRANSPOSE))
     got = resized_crop(Image.fromarray(noise), box, 224)
     assert np.array_equal(got.permute(1, 2, 0).numpy(), expected)
+
+
+def test_a_line_of_pixels_is_refused_before_it_is_blown_up():
+    with pytest.raises(UnreadableImageError, match="1 x 60000 pixels would be resized"):
+        image_transform(224)(Image.new("RGB", (1, 60_000)))
