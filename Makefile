@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume ablation bench bench-model bench-loader bench-merge bench-trace test-spark up down clean
+.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume ablation exactness bench bench-model bench-loader bench-merge bench-trace test-spark up down clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -64,8 +64,13 @@ bench-trace: $(VENV)/.dev ## trace and takedown on an index of ten million sampl
 bench-loader: $(VENV)/.dev ## images read, decoded and cropped a second and core, beside open_clip's loader (4 min)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_loader.py
 
-bench-model: $(VENV)/.dev ## the model's speed and memory beside open_clip's (15 min)
+bench-model: $(VENV)/.dev ## speed and memory of model and tokenizer beside open_clip's (15 min)
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_model.py
+	@PYTHONPATH=. $(PY) tests/benchmarks/bench_tokenizer.py
+
+exactness: $(VENV)/.dev ## largest differences to timm and open_clip, and every checkpoint layout, as tables (1 min)
+	@PYTHONPATH=. $(PY) tests/benchmarks/exactness.py
+	@PYTHONPATH=. $(PY) tests/benchmarks/checkpoint_layouts.py
 
 up: $(VENV)/.pipeline ## Prefect server and UI, MLflow, and a worker with the deployments
 	@$(PY) infra/up.py up
