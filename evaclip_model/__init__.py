@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from evaclip_model.create import create_model, open_model
     from evaclip_model.errors import InputError
     from evaclip_model.export import export_model, export_onnx
-    from evaclip_model.loss import contrastive_loss, gathered_contrastive_loss
-    from evaclip_model.masking import kept_patches
     from evaclip_model.model_config import ModelConfig, list_models
     from evaclip_model.tokenizer import tokenize
+    from evaclip_model.training.loss import contrastive_loss, gathered_contrastive_loss
+    from evaclip_model.training.masking import kept_patches
     from evaclip_model.transform import decode_image, image_transform
     from evaclip_model.weights import LoadReport, load_weights, save_model, save_weights
 
@@ -27,9 +27,9 @@ _HOME = {
     "InputError": "errors",
     "export_model": "export",
     "export_onnx": "export",
-    "contrastive_loss": "loss",
-    "gathered_contrastive_loss": "loss",
-    "kept_patches": "masking",
+    "contrastive_loss": "training.loss",
+    "gathered_contrastive_loss": "training.loss",
+    "kept_patches": "training.masking",
     "ModelConfig": "model_config",
     "list_models": "model_config",
     "tokenize": "tokenizer",

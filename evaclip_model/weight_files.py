@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evaclip_model.checkpoint import MANIFEST, checkpoints, stored_parameters
 from evaclip_model.errors import InputError
 from evaclip_model.tensor_file import StoredTensor, read_safetensors, read_torch
+from evaclip_model.training.checkpoint import MANIFEST, checkpoints, stored_parameters
 
 WEIGHTS_FILE = "model.safetensors"
 """Name of the weights in a saved model's folder, here and at Hugging Face."""
@@ -40,7 +40,7 @@ def open_tensors(
 
     Args:
         path: a .safetensors, .pt or .bin file; the index of a sharded checkpoint; a folder that
-            holds one of these or a `save_model`; a folder of DeepSpeed or of `evaclip_model.train`.
+            holds one of these or a `save_model`; a folder of DeepSpeed or of our training.
         shapes: of parameters by name; training checkpoints of this package keep them flat.
         allow_torchscript: as `read_torch`.
 

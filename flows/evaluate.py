@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import flow
 from prefect.artifacts import create_link_artifact
 
-from evaclip_model.train_config import METRICS_FILE, MODEL_FOLDER
+from evaclip_model.training.config import METRICS_FILE, MODEL_FOLDER
 from flows.chart import find_files
 from flows.session import open_session
 from tasks.artifact import Artifact, read_artifact

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
-from evaclip_model.train_config import TrainConfig
+from evaclip_model.training.config import TrainConfig
 from tasks.dataset.config import DatasetConfig
 from tasks.demo.config import DemoConfig
 from tasks.download.config import DownloadConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
-from evaclip_model.train_config import METRICS_FILE, RESULT_FILE
+from evaclip_model.training.config import METRICS_FILE, RESULT_FILE
 from flows.session import open_session
 from tasks.artifact import Artifact
 from tasks.initialise.task import initialise

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaclip_model.config import Config
-from evaclip_model.samples import Shard
+from evaclip_model.reading.samples import Shard
 from tasks.artifact import write_atomically
 
 CHECKED = "checked.json"

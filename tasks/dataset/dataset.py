@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from evaclip_model.errors import InputError
-from evaclip_model.samples import SHARDS, Shard, ShardManifest
+from evaclip_model.reading.samples import SHARDS, Shard, ShardManifest
 from tasks.artifact import CARD, Artifact, Made, write_atomically
 from tasks.checked_shards import Verdict, read_verdicts
 from tasks.dataset.card import write_card

@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evaclip_model.samples import RECORD_EXTENSION, BrokenShard
+from evaclip_model.reading.samples import RECORD_EXTENSION, BrokenShard
 from tasks.download.outcome import Outcome, outcome_of, retry_after_s
 from tasks.download.plan import PlannedShard
 

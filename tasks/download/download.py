@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaclip_model.errors import InputError
-from evaclip_model.samples import BrokenShard
+from evaclip_model.reading.samples import BrokenShard
 from tasks.artifact import Made, write_atomically
 from tasks.child import run_supervised
 from tasks.download import passes

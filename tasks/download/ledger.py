@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from evaclip_model.samples import BrokenShard
+from evaclip_model.reading.samples import BrokenShard
 from tasks.download.check import FinishedShard, check_shard, shard_files
 from tasks.download.outcome import Outcome
 from tasks.download.plan import PlannedShard

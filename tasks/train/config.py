@@ -1,6 +1,6 @@
 """The training stage's name and version.
 
-Not here: the settings themselves (evaclip_model/train_config.py).
+Not here: the settings themselves (evaclip_model/training/config.py).
 """
 
 from __future__ import annotations

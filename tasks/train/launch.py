@@ -33,7 +33,7 @@ def default_read_workers(cores: int, ranks: int, gpus: int) -> int:
 
 def command(job: Path, ranks: int) -> list[str]:
     """What starts `ranks` ranks of the job file: torchrun on loopback, or one plain process."""
-    worker = ["evaclip_model.train", str(job)]
+    worker = ["evaclip_model.training.worker", str(job)]
     if ranks == 1:
         return [sys.executable, "-m", *worker]
     launcher = [sys.executable, "-m", "torch.distributed.run"]

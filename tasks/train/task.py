@@ -5,8 +5,8 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from evaclip_model.samples import SHARDS
-from evaclip_model.train_config import MODEL_FOLDER, TrainConfig
+from evaclip_model.reading.samples import SHARDS
+from evaclip_model.training.config import MODEL_FOLDER, TrainConfig
 from tasks.artifact import Address, Artifact, produce
 from tasks.progress import Report
 from tasks.train.train import train_model

@@ -1,7 +1,7 @@
 """Train one stage in processes of its own, and follow it through its folder.
 
 Covers: the job file, running and restarting the ranks, progress, what the artifact holds.
-Not here: the training itself (evaclip_model/train.py); what starts ranks (launch.py).
+Not here: the training itself (evaclip_model/training/worker.py); what starts ranks (launch.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evaclip_model.errors import InputError
-from evaclip_model.train_config import (
+from evaclip_model.training.config import (
     ERROR_FILE,
     JOB_FILE,
     METRICS_FILE,

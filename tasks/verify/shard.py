@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
-from evaclip_model.samples import BrokenShard, Sample, Shard, read_samples
+from evaclip_model.reading.samples import BrokenShard, Sample, Shard, read_samples
 from tasks.artifact import sha256_of
 from tasks.checked_shards import Verdict
 from tasks.phash import grey_of, hashes_of

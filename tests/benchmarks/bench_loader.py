@@ -33,10 +33,10 @@ import webdataset
 from PIL import Image
 from webdataset import tariterators
 
-from evaclip_model.decode import decode_fast
-from evaclip_model.reader import BatchReader, ReadSettings
-from evaclip_model.samples import PairReader, Shard, ShardManifest
-from evaclip_model.train_config import TrainConfig
+from evaclip_model.reading.decode import decode_fast
+from evaclip_model.reading.reader import BatchReader, ReadSettings
+from evaclip_model.reading.samples import PairReader, Shard, ShardManifest
+from evaclip_model.training.config import TrainConfig
 from evaclip_model.transform import normalize_images
 from tests.evaclip_model.peer_libraries import open_clip
 

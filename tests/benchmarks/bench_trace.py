@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evaclip_model.samples import Shard
+from evaclip_model.reading.samples import Shard
 from tasks.artifact import Address, Artifact, Made, produce
 from tasks.checked_shards import CHECKED, Verdict, write_verdicts
 from tasks.dataset.config import STAGE as DATASET

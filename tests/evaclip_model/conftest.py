@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaclip_model.samples import Shard, ShardManifest
+from evaclip_model.reading.samples import Shard, ShardManifest
 
 
 class Ranks:

@@ -20,7 +20,7 @@ import torch._dynamo  # noqa: E402, F401
 from deepspeed.runtime.zero import stage_1_and_2  # noqa: E402, F401
 from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: E402, F401
 
-import evaclip_model.trainer  # noqa: E402, F401
+import evaclip_model.training.trainer  # noqa: E402, F401
 
 
 def become_rank(rank, ask):

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from evaclip_model.loss import gathered_terms
+from evaclip_model.training.loss import gathered_terms
 
 RANKS = 2
 

@@ -11,8 +11,8 @@ import sys
 import zlib
 from pathlib import Path
 
-from evaclip_model.reader import BatchReader, ReadSettings
-from evaclip_model.train_config import TrainConfig
+from evaclip_model.reading.reader import BatchReader, ReadSettings
+from evaclip_model.training.config import TrainConfig
 
 
 def main(manifest, config, first, steps, workers, folder, kill):

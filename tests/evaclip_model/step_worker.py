@@ -9,8 +9,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 
-from evaclip_model.engine import DeepSpeedEngine, TorchEngine, start_distributed
-from evaclip_model.train_config import TrainConfig
+from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.engine import DeepSpeedEngine, TorchEngine, start_distributed
 
 
 class Network(nn.Module):

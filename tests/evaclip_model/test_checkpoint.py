@@ -2,8 +2,8 @@
 
 import torch
 
-from evaclip_model.checkpoint import Progress, checkpoints, load_newest, save_checkpoint
-from evaclip_model.engine import StateFragment
+from evaclip_model.training.checkpoint import Progress, checkpoints, load_newest, save_checkpoint
+from evaclip_model.training.engine import StateFragment
 
 
 def fragment(name, offset, values):

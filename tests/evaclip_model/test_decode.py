@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evaclip_model.decode import TOLERANCE, decode_fast, decode_reference
+from evaclip_model.reading.decode import TOLERANCE, decode_fast, decode_reference
 from evaclip_model.transform import UnreadableImageError, decode_image, train_crop
 
 MEAN_DIFFERENCE = 0.05

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evaclip_model.engine import deepspeed_config
-from evaclip_model.train_config import TrainConfig
+from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.engine import deepspeed_config
 
 WORKER = Path(__file__).with_name("step_worker.py")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evaclip_model.lamb import Fragment, Lamb, Layout, Part
+from evaclip_model.training.lamb import Fragment, Lamb, Layout, Part
 
 DATA = Path(__file__).parent / "data" / "optim"
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from evaclip_model.checkpoint import Progress, save_checkpoint
 from evaclip_model.clip import EvaClip
 from evaclip_model.create import create_model
-from evaclip_model.engine import StateFragment
 from evaclip_model.errors import InputError
+from evaclip_model.training.checkpoint import Progress, save_checkpoint
+from evaclip_model.training.engine import StateFragment
 from evaclip_model.weights import load_weights, save_model, save_weights
 
 DEMO = "EVA02-CLIP-demo"

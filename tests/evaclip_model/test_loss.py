@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from evaclip_model.loss import contrastive_loss, contrastive_terms, gathered_terms
+from evaclip_model.training.loss import contrastive_loss, contrastive_terms, gathered_terms
 
 HERE = Path(__file__).parent
 WORKER = HERE / "gather_worker.py"

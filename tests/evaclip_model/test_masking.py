@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evaclip_model.masking import kept_patches
+from evaclip_model.training.masking import kept_patches
 
 PINNED = [[1, 2, 3, 6], [0, 5, 6, 8], [0, 5, 12, 14]]
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from evaclip_model.clip import EvaClip
 from evaclip_model.create import create_model
 from evaclip_model.errors import InputError
-from evaclip_model.loss import contrastive_loss
-from evaclip_model.masking import kept_patches
 from evaclip_model.rope import GridRope
+from evaclip_model.training.loss import contrastive_loss
+from evaclip_model.training.masking import kept_patches
 
 TINY = {
     "embed_dim": 16,

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from evaclip_model.clip import EvaClip
 from evaclip_model.create import create_model
-from evaclip_model.loss import contrastive_loss
 from evaclip_model.model_config import ModelConfig, list_models, shipped_name
 from evaclip_model.rope import GridRope, rotate
+from evaclip_model.training.loss import contrastive_loss
 from evaclip_model.weights import resize_patch_kernel, resize_positions
 
 DATA = Path(__file__).parent / "data" / "models"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaclip_model.optim import lr_factor, parameter_groups
-from evaclip_model.train_config import TrainConfig
+from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.optim import lr_factor, parameter_groups
 
 DATA = Path(__file__).parent / "data" / "optim"
 

@@ -8,7 +8,7 @@ from itertools import groupby, pairwise
 import numpy as np
 import pytest
 
-from evaclip_model.order import DRAWN_AT_ONCE, ORDERS, Order
+from evaclip_model.reading.order import DRAWN_AT_ONCE, ORDERS, Order
 
 SAMPLES = [10, 3, 25, 8]
 

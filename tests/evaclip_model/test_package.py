@@ -12,7 +12,7 @@ import evaclip_model
 
 def test_reading_errors_configs_and_names_does_not_wait_for_torch():
     code = (
-        "import sys, evaclip_model, evaclip_model.errors, evaclip_model.samples, evaclip_model.cli;"
+        "import sys, evaclip_model.errors, evaclip_model.reading.samples, evaclip_model.cli;"
         "evaclip_model.ModelConfig.load('EVA02-CLIP-demo'); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from evaclip_model.errors import InputError
-from evaclip_model.read_worker import WorkerFailed
-from evaclip_model.reader import BatchReader, ReadSettings
-from evaclip_model.samples import ShardManifest
-from evaclip_model.train_config import TrainConfig
+from evaclip_model.reading.read_worker import WorkerFailed
+from evaclip_model.reading.reader import BatchReader, ReadSettings
+from evaclip_model.reading.samples import ShardManifest
+from evaclip_model.training.config import TrainConfig
 
 PLENTY = 2**30
 
@@ -78,7 +78,7 @@ def test_without_weights_sources_are_drawn_as_large_as_they_are(small_shards):
 
 def workers_of(rank):
     children = psutil.Process(rank).children()
-    return [child for child in children if "evaclip_model.read_worker" in child.cmdline()]
+    return [child for child in children if "evaclip_model.reading.read_worker" in child.cmdline()]
 
 
 def spoilt_copy(shards, tmp_path):
@@ -158,8 +158,8 @@ def test_workers_end_when_their_rank_is_killed(small_shards, tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(
         "import sys; from pathlib import Path\n"
-        "from evaclip_model.reader import BatchReader, ReadSettings\n"
-        "from evaclip_model.train_config import TrainConfig\n"
+        "from evaclip_model.reading.reader import BatchReader, ReadSettings\n"
+        "from evaclip_model.training.config import TrainConfig\n"
         "config = TrainConfig(**eval(sys.argv[2]))\n"
         "manifest, settings = Path(sys.argv[1]), ReadSettings(workers=2)\n"
         "reader = BatchReader(manifest, config, rank=0, ranks=1, settings=settings)\n"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaclip_model.order import Mixture, SourceOrder, mixing_pattern
+from evaclip_model.reading.order import Mixture, SourceOrder, mixing_pattern
 
 
 def test_sources_are_drawn_four_to_one_exactly():

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from evaclip_model.reader import BatchReader, ReadSettings
-from evaclip_model.train_config import TrainConfig
+from evaclip_model.reading.reader import BatchReader, ReadSettings
+from evaclip_model.training.config import TrainConfig
 
 RANK = Path(__file__).with_name("reading_rank.py")
 EPOCH = 72 // 12

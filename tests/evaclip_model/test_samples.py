@@ -9,7 +9,7 @@ import pytest
 import webdataset
 
 from evaclip_model.errors import InputError
-from evaclip_model.samples import BrokenShard, Shard, ShardManifest, read_samples
+from evaclip_model.reading.samples import BrokenShard, Shard, ShardManifest, read_samples
 
 
 def write_tar(path: Path, samples: list[dict[str, object]]) -> Path:

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from evaclip_model.errors import InputError
-from evaclip_model.reader import BatchReader, ReadSettings
-from evaclip_model.samples import Shard, ShardManifest
-from evaclip_model.shard_store import RemoteShards
-from evaclip_model.train_config import TrainConfig
+from evaclip_model.reading.reader import BatchReader, ReadSettings
+from evaclip_model.reading.samples import Shard, ShardManifest
+from evaclip_model.reading.shard_store import RemoteShards
+from evaclip_model.training.config import TrainConfig
 
 CONFIG = TrainConfig(
     name="x", image_px=16, samples_seen=24 * 30, global_batch=24, lanes=6, shuffle_buffer=4

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from evaclip_model.create import create_model
-from evaclip_model.train import DATA_ERROR, RESUMABLE
-from evaclip_model.train_config import TrainConfig
-from evaclip_model.trainer import vary_caption
+from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.trainer import vary_caption
+from evaclip_model.training.worker import DATA_ERROR, RESUMABLE
 from evaclip_model.weights import save_model
 
 TINY = {
@@ -75,7 +75,7 @@ def write_job(data, run_dir, *, engine="deepspeed", **changes):
 
 
 def start(ranks, count, job):
-    return ranks.start(count, job.parent, "evaclip_model.train", job)
+    return ranks.start(count, job.parent, "evaclip_model.training.worker", job)
 
 
 def finish(ranks, pids, job, expected=0):

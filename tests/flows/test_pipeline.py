@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from evaclip_model.model_config import ModelConfig
-from evaclip_model.samples import SHARDS, ShardManifest
+from evaclip_model.reading.samples import SHARDS, ShardManifest
 from tasks.artifact import MANIFEST, Artifact, read_artifact, sha256_of
 from tasks.demo.concepts import read_drawings
 from tests.flows.command import Demo, Ended, environment, run

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from evaclip_model.samples import PairReader, ShardManifest
+from evaclip_model.reading.samples import PairReader, ShardManifest
 from flows.chart import draw_chart
 from flows.recipe import load_recipe
 from flows.takedown import take_down

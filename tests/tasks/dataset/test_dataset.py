@@ -16,7 +16,7 @@ import webdataset
 from PIL import Image
 
 from evaclip_model.errors import InputError
-from evaclip_model.samples import PairReader, ShardManifest
+from evaclip_model.reading.samples import PairReader, ShardManifest
 from tasks.artifact import Address, Artifact, Made, produce
 from tasks.dataset.choose import Choice, find_asked, sort_by_kind
 from tasks.dataset.config import DatasetConfig

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaclip_model.errors import InputError
-from evaclip_model.samples import BrokenShard, read_samples
+from evaclip_model.reading.samples import BrokenShard, read_samples
 from tasks.artifact import Made
 from tasks.download import download as download_module
 from tasks.download.check import check_shard

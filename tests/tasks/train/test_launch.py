@@ -16,12 +16,12 @@ from tasks.train.launch import (
 
 def test_one_rank_is_a_plain_process_and_more_are_torchruns():
     job = Path("/somewhere/train.json")
-    assert command(job, 1) == [sys.executable, "-m", "evaclip_model.train", str(job)]
+    assert command(job, 1) == [sys.executable, "-m", "evaclip_model.training.worker", str(job)]
     two = command(job, 2)
     assert two[1:3] == ["-m", "torch.distributed.run"]
     assert "--nproc-per-node=2" in two
     assert "--rdzv-endpoint=127.0.0.1:0" in two
-    assert two[-3:] == ["-m", "evaclip_model.train", str(job)]
+    assert two[-3:] == ["-m", "evaclip_model.training.worker", str(job)]
 
 
 def test_cores_are_shared_out_and_gloo_stays_on_loopback():

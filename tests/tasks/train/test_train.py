@@ -14,8 +14,8 @@ from PIL import Image
 
 from evaclip_model.create import create_model, open_model
 from evaclip_model.errors import InputError
-from evaclip_model.samples import Shard, ShardManifest
-from evaclip_model.train_config import TrainConfig
+from evaclip_model.reading.samples import Shard, ShardManifest
+from evaclip_model.training.config import TrainConfig
 from evaclip_model.weights import save_model
 from tasks.progress import silent
 from tasks.train.train import train_model

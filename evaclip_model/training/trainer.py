@@ -1,7 +1,7 @@
 """The training loop of one rank.
 
 Covers: from a job to a trained model: batches, masks, loss, steps, metrics, checkpoints, resuming.
-Not here: starting ranks and exit codes (train.py); optimizer and sharding (engine.py).
+Not here: starting ranks and exit codes (worker.py); optimizer and sharding (engine.py).
 
 All that is random about a sample (crop, mask, template) depends on the seed and its position alone,
 and the learning rate on the step alone; so a run that resumes goes on exactly as it would have.
@@ -25,17 +25,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from evaclip_model.checkpoint import Progress, load_newest, save_checkpoint
 from evaclip_model.clip import EvaClip
 from evaclip_model.create import create_model
-from evaclip_model.engine import DeepSpeedEngine, Engine, Stepped, TorchEngine
-from evaclip_model.loss import gathered_terms
-from evaclip_model.masking import kept_patches
 from evaclip_model.model_config import ModelConfig
-from evaclip_model.optim import lr_factor
-from evaclip_model.reader import Batch, BatchReader, ReadSettings
+from evaclip_model.reading.reader import Batch, BatchReader, ReadSettings
 from evaclip_model.tokenizer import tokenize
-from evaclip_model.train_config import (
+from evaclip_model.training.checkpoint import Progress, load_newest, save_checkpoint
+from evaclip_model.training.config import (
     CHECKPOINTS,
     METRICS_FILE,
     MODEL_FOLDER,
@@ -44,6 +40,10 @@ from evaclip_model.train_config import (
     TrainConfig,
     TrainJob,
 )
+from evaclip_model.training.engine import DeepSpeedEngine, Engine, Stepped, TorchEngine
+from evaclip_model.training.loss import gathered_terms
+from evaclip_model.training.masking import kept_patches
+from evaclip_model.training.optim import lr_factor
 from evaclip_model.transform import normalize_images
 from evaclip_model.weights import save_model
 

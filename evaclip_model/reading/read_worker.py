@@ -165,6 +165,6 @@ def _slots(memory: int, shape: Sequence[int]) -> list[Tensor]:
 
 
 if __name__ == "__main__":
-    from evaclip_model.reader import serve_batches
+    from evaclip_model.reading.reader import serve_batches
 
     sys.exit(serve(serve_batches))

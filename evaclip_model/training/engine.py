@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from evaclip_model.errors import InputError
-from evaclip_model.lamb import Fragment, Lamb, Layout, Part
-from evaclip_model.optim import Group, parameter_groups
-from evaclip_model.train_config import TrainConfig
+from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.lamb import Fragment, Lamb, Layout, Part
+from evaclip_model.training.optim import Group, parameter_groups
 
 LOGIT_SCALE_MAX = math.log(100)
 """Upper bound of the logarithm of the inverse temperature (CLIP, section 2.5)."""

@@ -27,14 +27,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaclip_model.decode import DECODERS, Picture
 from evaclip_model.errors import InputError
-from evaclip_model.locations import is_url
-from evaclip_model.order import ORDERS, Mixture, Order, Piece
-from evaclip_model.read_worker import Worker
-from evaclip_model.samples import BrokenShard, Shard, ShardManifest
-from evaclip_model.shard_store import LocalShards, RemoteShards, ShardStore
-from evaclip_model.train_config import TrainConfig
+from evaclip_model.reading.decode import DECODERS, Picture
+from evaclip_model.reading.locations import is_url
+from evaclip_model.reading.order import ORDERS, Mixture, Order, Piece
+from evaclip_model.reading.read_worker import Worker
+from evaclip_model.reading.samples import BrokenShard, Shard, ShardManifest
+from evaclip_model.reading.shard_store import LocalShards, RemoteShards, ShardStore
+from evaclip_model.training.config import TrainConfig
 from evaclip_model.transform import UnreadableImageError
 
 SHARDS_AHEAD = 2

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from evaclip_model.errors import InputError
-from evaclip_model.locations import filesystem
-from evaclip_model.samples import PairReader, Shard
+from evaclip_model.reading.locations import filesystem
+from evaclip_model.reading.samples import PairReader, Shard
 
 FETCHES_AT_ONCE = 4
 """Shards that one process fetches at the same time."""

@@ -21,8 +21,8 @@ from pydantic import Field, field_validator
 
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
-from evaclip_model.locations import read_text
-from evaclip_model.tar_file import BrokenTar, Member, members
+from evaclip_model.reading.locations import read_text
+from evaclip_model.reading.tar_file import BrokenTar, Member, members
 
 SHARDS = "shards.json"
 """Name of the manifest, in the folder that its shards' paths are relative to."""

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from evaclip_model.train_config import TrainConfig
+from evaclip_model.training.config import TrainConfig
 
 Tower = Literal["vision", "text", "other"]
 

@@ -1,4 +1,4 @@
-"""What every rank runs: `python -m evaclip_model.train TRAIN_JSON`.
+"""What every rank runs: `python -m evaclip_model.training.worker TRAIN_JSON`.
 
 Covers: joining the other ranks, stopping on SIGTERM, exit codes.
 Not here: the loop (trainer.py); starting ranks (tasks/train, or any launcher that sets RANK,
@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from evaclip_model.errors import InputError
-from evaclip_model.train_config import ERROR_FILE, RESUMABLE_FILE, TrainJob
+from evaclip_model.training.config import ERROR_FILE, RESUMABLE_FILE, TrainJob
 
 DONE, RESUMABLE, DATA_ERROR, DIVERGED = 0, 75, 76, 77
 """Exit codes: finished; stopped with a checkpoint; input its author must mend; loss not finite.
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     job = TrainJob.from_mapping(json.loads(Path(arguments[0]).read_text()), where=arguments[0])
     stop = _stop_on_sigterm()
     _set_threads(job.threads)
-    from evaclip_model.trainer import Diverged, Interrupted, train
+    from evaclip_model.training.trainer import Diverged, Interrupted, train
 
     try:
         if job.engine == "deepspeed" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -75,7 +75,7 @@ def _join() -> None:
     """Enter the process group; alone, without a launcher, as the only rank."""
     import torch
 
-    from evaclip_model.engine import start_distributed
+    from evaclip_model.training.engine import start_distributed
 
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:

@@ -24,9 +24,9 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from evaclip_model.engine import StateFragment
 from evaclip_model.errors import InputError
 from evaclip_model.tensor_file import StoredTensor, read_safetensors, write_tensors
+from evaclip_model.training.engine import StateFragment
 
 MANIFEST = "manifest.json"
 _PREFIX = "step-"

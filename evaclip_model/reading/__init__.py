@@ -1,0 +1,1 @@
+"""Reading webdataset shards for training: their manifest, their order, their pixels."""

@@ -1,0 +1,1 @@
+"""Training on any number of ranks: settings, loss, optimizers, checkpoints, the loop."""
