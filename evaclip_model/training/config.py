@@ -59,10 +59,23 @@ class TrainConfig(Config):
     """Largest norm of the whole gradient, in the loss's units; none switches clipping off."""
     warmup_steps: int = Field(default=2000, ge=0)
     """Optimizer steps of linear warm-up."""
-    schedule: Literal["cosine"] = "cosine"
-    """Shape of the learning rate after warm-up: half a cosine down to 0."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after warm-up: half a cosine down to 0, a line down to 0, or as it is."""
     patch_dropout: float = Field(default=0.5, ge=0, lt=1)
     """Share of image patches masked out in training (FLIP); 0 keeps all."""
+    patch_dropout_end: float | None = Field(default=None, ge=0, lt=1)
+    """Share at the end of training; it changes in a line from `patch_dropout`. None: it stays."""
+    unmasked_final_share: float = Field(default=0.0, ge=0, le=1)
+    """Last part of the steps that sees whole images (FLIP's unmasked tuning)."""
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    """Chance that a sample skips the vision tower's last block; less for earlier ones."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target that is spread evenly over the whole global batch."""
+    freeze: tuple[Literal["vision", "text", "logit_scale"], ...] = ()
+    """Parts that keep their weights; they have no optimizer state."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of a running mean of the weights, kept beside them and saved as `model-ema/`; none: no
+    such mean."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of weights and activations; masters and optimizer states are fp32 always."""
     trust_scope: Literal["parameter", "partition"] = "parameter"
@@ -76,8 +89,11 @@ class TrainConfig(Config):
     """Recompute activations in the backward pass. "full" keeps only each block's input: a third of
     the memory for 30 % more time; "selective" keeps the results of matrix products too: two thirds
     for 4 % (fp32) to 20 % (bf16)."""
-    zero_stage: Literal[1, 2] = 1
-    """DeepSpeed ZeRO: 1 shards optimizer states over ranks, 2 gradients too."""
+    loss_impl: Literal["auto", "full", "streamed"] = "auto"
+    """How the loss is computed; the figures are the same. "full" keeps the logits, "streamed" makes
+    them twice, a chunk at a time; "auto" streams when the logits would take more than a gibibyte."""
+    zero_stage: Literal[0, 1, 2] = 1
+    """DeepSpeed ZeRO: 1 shards optimizer states over ranks, 2 gradients too, 0 nothing."""
     source_weights: dict[str, float] = Field(default_factory=dict)
     """Source name -> share of the draws, any scale; empty: in proportion to their samples."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
@@ -101,6 +117,16 @@ class TrainConfig(Config):
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, gt=0)
     """Newest checkpoints kept on disk."""
+    spike_action: Literal["log", "skip", "rollback"] = "log"
+    """What happens when loss or gradient norm leave their recent range: a line in the log; the step
+    is not taken; or back to the newest checkpoint, and past the data that led there."""
+    spike_deviations: float = Field(default=8.0, gt=0)
+    """Standard deviations above the running mean that make a spike."""
+    max_nonfinite_steps: int = Field(default=3, ge=0)
+    """Steps in a row that may have a loss or gradient that is no number, and are not taken, before
+    training stops; overflows that only lower fp16's loss scale do not count."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time; slower on GPUs."""
     seed: int = Field(default=4096, ge=0)
     """Decides order, crops, masks and templates, each by the sample's position alone."""
 
@@ -141,8 +167,20 @@ class TrainJob(Config):
     """Where metrics, checkpoints and the finished model go."""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     """What steps the optimizer; "torch" is for one rank in fp32 only, and quicker to start."""
+    micro_batch: int | None = Field(default=None, gt=0)
+    """Pairs of a rank that are in memory at once; none: its whole share of the global batch. The
+    gradient is the same: features of all come first, then each part again with its gradient."""
     threads: int | None = Field(default=None, gt=0)
     """CPU threads of each rank; none leaves torch's choice."""
+    watchdog_s: float = Field(default=1800, gt=0)
+    """Seconds without a step after which every rank writes its stacks to `stacks-RANK.txt` and the
+    run ends, to be resumed."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step that torch's profiler records on rank 0, into `profile/`; none: none."""
+    tensorboard: bool = False
+    """Whether metrics are written as TensorBoard events too, into `tensorboard/`."""
+    dry_run: bool = False
+    """Stop after the self-test and one step that is thrown away; report memory and time."""
     cache_bytes: int = Field(default=2 * 2**30, ge=0)
     """Memory each rank may fill with decoded images; 0 decodes every time."""
     read_workers: int = Field(default=0, ge=0)
