@@ -91,7 +91,7 @@ class TrainConfig(Config):
     for 4 % (fp32) to 20 % (bf16)."""
     loss_impl: Literal["auto", "full", "streamed"] = "auto"
     """How the loss is computed; the figures are the same. "full" keeps the logits, "streamed" makes
-    them twice, a chunk at a time; "auto" streams when the logits would take more than a gibibyte."""
+    them twice, a chunk at a time; "auto" streams when the logits would take over a gibibyte."""
     zero_stage: Literal[0, 1, 2] = 1
     """DeepSpeed ZeRO: 1 shards optimizer states over ranks, 2 gradients too, 0 nothing."""
     source_weights: dict[str, float] = Field(default_factory=dict)
