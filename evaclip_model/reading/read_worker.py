@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,15 @@ END_S = 10.0
 _GO = b"."
 
 
+class Origin(NamedTuple):
+    """Where a sample of a batch comes from."""
+
+    shard: str
+    """Path of its tar, relative to the manifest."""
+    key: str
+    """Unique inside the shard."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A worker's part of a step."""
@@ -42,6 +51,7 @@ class Part:
     images: Tensor
     """[b, 3, S, S] uint8, in shared memory until the next part is asked for."""
     captions: tuple[str, ...]
+    origins: tuple[Origin, ...]
     bad: Mapping[str, int]
     """Reason -> samples that could not be used for it."""
 
@@ -94,7 +104,8 @@ class Worker:
             raise InputError(said["error"])
         images = self._slots[self._taken % SLOTS]
         self._taken += 1
-        return Part(images, tuple(said["captions"]), said["bad"])
+        origins = tuple(Origin(*origin) for origin in said["origins"])
+        return Part(images, tuple(said["captions"]), origins, said["bad"])
 
     def close(self) -> None:
         """End the worker."""
@@ -138,7 +149,8 @@ def serve(run: Callable[[Mapping[str, Any]], Any]) -> int:
             if not sys.stdin.buffer.read(1):
                 return 0
             slots[number % SLOTS].copy_(batch.images)
-            _answer(answers, {"captions": batch.captions, "bad": bad})
+            said = {"captions": batch.captions, "origins": batch.origins, "bad": bad}
+            _answer(answers, said)
     except InputError as error:
         _answer(answers, {"error": str(error)})
     except BrokenPipeError:

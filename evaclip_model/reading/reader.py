@@ -31,7 +31,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.reading.decode import DECODERS, Picture
 from evaclip_model.reading.locations import is_url
 from evaclip_model.reading.order import ORDERS, Mixture, Order, Piece
-from evaclip_model.reading.read_worker import Worker
+from evaclip_model.reading.read_worker import Origin, Worker
 from evaclip_model.reading.samples import BrokenShard, Shard, ShardManifest
 from evaclip_model.reading.shard_store import LocalShards, RemoteShards, ShardStore
 from evaclip_model.training.config import TrainConfig
@@ -51,6 +51,7 @@ class Batch:
     captions: tuple[str, ...]
     positions: Tensor
     """[b] int64, place of each sample in the whole of training."""
+    origins: tuple[Origin, ...]
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,12 @@ class ReadSettings:
 class _Loaded:
     """A sample in memory: its caption, and its image encoded or, when kept, decoded."""
 
-    __slots__ = ("caption", "image")
+    __slots__ = ("caption", "image", "origin")
 
-    def __init__(self, image: bytes | Picture, caption: str) -> None:
+    def __init__(self, image: bytes | Picture, caption: str, origin: Origin) -> None:
         self.image = image
         self.caption = caption
+        self.origin = origin
 
 
 @dataclass(frozen=True)
@@ -177,9 +179,9 @@ class BatchReader:
             return
         with closing(_Team(self._workers(workers, first_step, steps))) as team:
             for step in range(first_step, steps):
-                images, captions, bad = team.parts()
+                images, captions, origins, bad = team.parts()
                 self.bad.update(bad)
-                yield Batch(step, images, captions, self._positions(step))
+                yield Batch(step, images, captions, self._positions(step), origins)
 
     def batch(self, step: int) -> Batch:
         """This rank's share of one step.
@@ -193,17 +195,19 @@ class BatchReader:
             (len(positions), 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last
         )
         captions: list[str] = []
+        origins: list[Origin] = []
         for lane in self._lanes:
             drawn = self._mixture.drawn_before(step, lane)
             for source in self._mixture.draws(step, lane).tolist():
                 place = len(captions)
-                image, caption = self._sample(
+                image, loaded = self._sample(
                     source, lane, int(drawn[source]), int(positions[place])
                 )
                 drawn[source] += 1
                 images[place] = image
-                captions.append(caption)
-        return Batch(step, images, tuple(captions), positions)
+                captions.append(loaded.caption)
+                origins.append(loaded.origin)
+        return Batch(step, images, tuple(captions), positions, tuple(origins))
 
     def drawn(self, steps: int) -> dict[str, int]:
         """Samples of each source in the first `steps` steps, over all ranks."""
@@ -240,8 +244,8 @@ class BatchReader:
             }
             yield Worker(settings, (images, 3, config.image_px, config.image_px))
 
-    def _sample(self, source: int, lane: int, draw: int, position: int) -> tuple[Tensor, str]:
-        """The cropped image and the caption of a draw, or of the next usable one in its window."""
+    def _sample(self, source: int, lane: int, draw: int, position: int) -> tuple[Tensor, _Loaded]:
+        """The cropped image and the sample of a draw, or of the next usable one in its window."""
         epoch, number, place = self._orders[source].locate(lane, draw)
         window = self._window(source, lane, epoch, number)
         if not self._room_for_all and place >= len(window.samples) // 2:
@@ -249,7 +253,7 @@ class BatchReader:
         for offset in range(len(window.samples)):
             loaded = window.samples[window.shuffled[(place + offset) % len(window.samples)]]
             try:
-                return self._crop(loaded, position), loaded.caption
+                return self._crop(loaded, position), loaded
             except UnreadableImageError as error:
                 self.bad[str(error).partition(":")[0]] += 1
         pieces = self._orders[source].pieces(lane, epoch, number)
@@ -347,14 +351,15 @@ class _Team:
             self.close()
             raise
 
-    def parts(self) -> tuple[Tensor, tuple[str, ...], Counter[str]]:
-        """Images, captions, and what was bad, of the next step."""
+    def parts(self) -> tuple[Tensor, tuple[str, ...], tuple[Origin, ...], Counter[str]]:
+        """Images, captions, origins, and what was bad, of the next step."""
         parts = [worker.part() for worker in self._workers]
         bad: Counter[str] = Counter()
         for part in parts:
             bad.update(part.bad)
         captions = tuple(caption for part in parts for caption in part.captions)
-        return torch.cat([part.images for part in parts]), captions, bad
+        origins = tuple(origin for part in parts for origin in part.origins)
+        return torch.cat([part.images for part in parts]), captions, origins, bad
 
     def close(self) -> None:
         for worker in self._workers:
@@ -387,7 +392,8 @@ class _ShardStream:
                 f"{self._shard.path} ends before sample {stop} of {self._shard.samples}: "
                 "verify the shards again"
             )
-        return [_Loaded(image, caption) for image, caption in taken]
+        path = self._shard.path
+        return [_Loaded(pair.image, pair.caption, Origin(path, pair.key)) for pair in taken]
 
     def close(self) -> None:
         """Close the file."""

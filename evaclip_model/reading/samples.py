@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from pydantic import Field, field_validator
 
@@ -144,6 +144,16 @@ def read_samples(shard: Path) -> Iterator[Sample]:
         raise BrokenShard(f"{shard} is no whole tar: {error}") from error
 
 
+class Pair(NamedTuple):
+    """What training needs of a sample."""
+
+    image: bytes
+    """Encoded."""
+    caption: str
+    key: str
+    """Unique inside its shard."""
+
+
 class PairReader:
     """Images and captions of a shard, read once, front to back, in parts."""
 
@@ -163,8 +173,8 @@ class PairReader:
         self.next = 0
         """Place of the sample that is read next, among those that count, in stored order."""
 
-    def read(self, start: int, stop: int) -> list[tuple[bytes, str]]:
-        """Image (encoded) and caption of the samples `start` to `stop` (exclusive).
+    def read(self, start: int, stop: int) -> list[Pair]:
+        """The samples `start` to `stop` (exclusive).
 
         Fewer when the shard ends before; nothing is read of what lies before `start`, which must
         not be behind `next`.
@@ -184,11 +194,11 @@ class PairReader:
         """Close the file; what was read stays."""
         self._tar.close()
 
-    def _pair(self, key: str, found: dict[str, Member]) -> tuple[bytes, str]:
+    def _pair(self, key: str, found: dict[str, Member]) -> Pair:
         image = found[_image_extension(self._shard, key, found)]
         tar = self._tar.fileno()
         try:
-            return image.read(tar), found[CAPTION_EXTENSION].read(tar).decode()
+            return Pair(image.read(tar), found[CAPTION_EXTENSION].read(tar).decode(), key)
         except ValueError as error:
             raise BrokenShard(f"{self._shard}: sample {key} cannot be read ({error})") from error
 

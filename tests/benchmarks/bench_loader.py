@@ -161,7 +161,7 @@ def by_decoding(manifest: Path, images: int, px: int, *, crop: bool) -> Iterator
     for number in range(SHARDS):
         path = manifest.parent / f"{number:05d}.tar"
         with closing(PairReader(path)) as pairs:
-            encoded = [image for image, _ in pairs.read(0, images // SHARDS)]
+            encoded = [pair.image for pair in pairs.read(0, images // SHARDS)]
         for position, image in enumerate(encoded):
             if crop:
                 decode_fast(image).train_crop(px, seed=0, position=position, scale=SCALE)

@@ -33,8 +33,18 @@ def reader(folder, *, rank=0, ranks=1, memory=PLENTY, workers=0, **changes):
 
 def assert_same(ours, theirs):
     assert ours.captions == theirs.captions
+    assert ours.origins == theirs.origins
     assert torch.equal(ours.images, theirs.images)
     assert torch.equal(ours.positions, theirs.positions)
+
+
+def test_a_batch_says_where_each_of_its_samples_comes_from(small_shards):
+    sources = {"a0.tar": range(20), "a1.tar": range(20, 35), "a2.tar": range(35, 48)}
+    sources |= {"b0.tar": range(48, 58), "b1.tar": range(58, 72)}
+    batch = reader(small_shards).batch(1)
+    for origin, caption in zip(batch.origins, batch.captions, strict=True):
+        assert caption.endswith(f"number {origin.key}")
+        assert int(origin.key) in sources[origin.shard]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 6])

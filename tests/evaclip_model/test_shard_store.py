@@ -17,7 +17,7 @@ import torch
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.reader import BatchReader, ReadSettings
-from evaclip_model.reading.samples import Shard, ShardManifest
+from evaclip_model.reading.samples import Pair, Shard, ShardManifest
 from evaclip_model.reading.shard_store import RemoteShards
 from evaclip_model.training.config import TrainConfig
 
@@ -88,7 +88,7 @@ def store(web: Web, cache: Path, cache_bytes: int = 2**30) -> RemoteShards:
     return RemoteShards(web.url, cache, cache_bytes, first_pause_s=0.01)
 
 
-def read(shards: RemoteShards, shard: Shard) -> list[tuple[bytes, str]]:
+def read(shards: RemoteShards, shard: Shard) -> list[Pair]:
     with closing(shards.open(shard)) as pairs:
         return pairs.read(0, shard.samples)
 
