@@ -11,7 +11,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from evaclip_model.errors import InputError
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.lamb import Fragment, Lamb, Layout, Part
-from evaclip_model.training.optim import Group, parameter_groups
+from evaclip_model.training.optim import Group, parameter_groups, tower_of
 
 LOGIT_SCALE_MAX = math.log(100)
 """Upper bound of the logarithm of the inverse temperature (CLIP, section 2.5)."""
@@ -47,9 +47,15 @@ class Stepped:
     """What a step did."""
 
     grad_norm: float
-    """Norm of the whole gradient before clipping."""
+    """Norm of the whole gradient before clipping; infinite when skipped."""
     skipped: bool
-    """The gradient overflowed in fp16: nothing was changed but the loss scale."""
+    """The gradient was no number: nothing was changed but fp16's loss scale."""
+    loss_scale: float | None = None
+    """Factor on fp16's loss in this step; none in other precisions."""
+    clipped: bool = False
+    """The gradient was longer than `grad_clip_norm`, and made that long."""
+    trust: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    """Tower -> smallest, median and largest trust ratio of its adapted parameters; AdamW: empty."""
 
 
 class Engine(Protocol):
@@ -58,8 +64,24 @@ class Engine(Protocol):
     module: nn.Module
     """What to call for the forward pass."""
 
-    def step(self, loss: Tensor, lr_factor: float) -> Stepped:
-        """Backward, clip, update with `lr_factor` times the groups' peak learning rates."""
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of one micro-batch; `last` completes the step's, over all ranks.
+
+        Ranks' gradients are averaged, those of a rank's micro-batches are added up.
+        """
+
+    def grad_norms(self) -> Mapping[str, float]:
+        """Norm of the whole gradient ("total") and of each tower's, unscaled, before clipping.
+
+        After the last backward and before `step` or `discard`; every rank calls it, and gets the
+        same. What is no number shows as one that is not finite.
+        """
+
+    def step(self, lr_factor: float) -> Stepped:
+        """Clip, and update with `lr_factor` times the groups' peak learning rates."""
+
+    def discard(self) -> None:
+        """Forget the gradient: this step is not taken, and nothing remembers it."""
 
     def fragments(self) -> list[StateFragment]:
         """The state this rank holds; over all ranks, every element of every parameter once."""
@@ -84,19 +106,30 @@ class TorchEngine:
         self._optimizer = make_optimizer(model, self._groups, config)
         self._scale = _named_logit_scale(self.fragments())
 
-    def step(self, loss: Tensor, lr_factor: float) -> Stepped:
-        self._optimizer.zero_grad()
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         torch.autograd.backward(loss)
+
+    def grad_norms(self) -> Mapping[str, float]:
+        return _norms(
+            (name, parameter.grad)
+            for name, parameter in self.module.named_parameters()
+            if parameter.grad is not None
+        )
+
+    def step(self, lr_factor: float) -> Stepped:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = torch.stack(torch._foreach_norm(gradients)).norm()
-        if self._config.grad_clip_norm is not None:
-            excess = (norm + 1e-6) / self._config.grad_clip_norm
-            if excess > 1:
-                torch._foreach_div_(gradients, excess)
+        norm, limit = self.grad_norms()["total"], self._config.grad_clip_norm
+        clipped = limit is not None and norm > limit
+        if clipped and limit is not None:
+            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
         _set_lr(self._optimizer, self._groups, lr_factor)
         self._optimizer.step()
         _bound_logit_scale(self._scale)
-        return Stepped(float(norm), skipped=False)
+        self.discard()
+        return Stepped(norm, skipped=False, clipped=clipped)
+
+    def discard(self) -> None:
+        self._optimizer.zero_grad()
 
     def fragments(self) -> list[StateFragment]:
         return [
@@ -118,6 +151,7 @@ class DeepSpeedEngine:
         import deepspeed
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+        self._config = config
         self._groups = _groups(model, config)
         self._optimizer = make_optimizer(model, self._groups, config)
         self._named = dict(model.named_parameters())
@@ -138,15 +172,38 @@ class DeepSpeedEngine:
         self._fragments = self._name(placed)
         self._scale = _named_logit_scale(self._fragments)
 
-    def step(self, loss: Tensor, lr_factor: float) -> Stepped:
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def grad_norms(self) -> Mapping[str, float]:
+        names = {parameter: name for name, parameter in self._named.items()}
+        held: list[tuple[str, Tensor]] = []
+        for number, parameters in enumerate(self._zero.params_in_partition):
+            slices = self._zero.averaged_gradients[number]
+            real = [part for part in slices if not getattr(part, "_zero_padding", False)]
+            held += zip((names[parameter] for parameter in parameters), real, strict=False)
+        scale = self._zero.loss_scale
+        return {tower: norm / scale for tower, norm in _norms(held).items()}
+
+    def step(self, lr_factor: float) -> Stepped:
         _set_lr(self._optimizer, self._groups, lr_factor)
-        self._engine.backward(loss)
+        scale = float(self._zero.loss_scale) if self._zero.dtype == torch.float16 else None
         self._engine.step()
         _bound_logit_scale(self._scale)
         self._named["logit_scale"].data.clamp_(0, LOGIT_SCALE_MAX)
         skipped = bool(self._zero.overflow)
-        norm = self._engine.get_global_grad_norm()
-        return Stepped(float("inf") if skipped or norm is None else float(norm), skipped)
+        found = self._engine.get_global_grad_norm()
+        norm = float("inf") if skipped or found is None else float(found)
+        limit = self._config.grad_clip_norm
+        return Stepped(norm, skipped, scale, clipped=limit is not None and norm > limit)
+
+    def discard(self) -> None:
+        zero = self._zero
+        zero.zero_grad()
+        zero._release_preflattened_grad_buffers()
+        for number in zero.averaged_gradients:
+            zero.averaged_gradients[number] = zero.all_grad_tensors[number] = None
 
     def fragments(self) -> list[StateFragment]:
         return self._fragments
@@ -296,6 +353,27 @@ def _named_logit_scale(fragments: Iterable[StateFragment]) -> list[StateFragment
 
 def _groups(model: nn.Module, config: TrainConfig) -> list[Group]:
     return parameter_groups(((n, p.shape) for n, p in model.named_parameters()), config)
+
+
+def _norms(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
+    """Norms of all ranks' gradients together, "total" and by tower.
+
+    Args:
+        gradients: name of a parameter, and the piece of its gradient that only this rank holds.
+    """
+    held = list(gradients)
+    towers = ("vision", "text", "other")
+    squares = torch.zeros(len(towers), dtype=torch.float64)
+    if held:
+        # In fp32: squares of fp16 overflow long before the gradient does.
+        norms = torch._foreach_norm([part for _, part in held], 2, torch.float32)
+        squares = squares.to(norms[0].device)
+        owner = torch.tensor([towers.index(tower_of(name)) for name, _ in held])
+        squares.index_add_(0, owner.to(squares.device), torch.stack(norms).double().square())
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(squares)
+    found = dict(zip(towers, squares.sqrt().tolist(), strict=True))
+    return {"total": float(squares.sum().sqrt()), **found}
 
 
 def _set_lr(optimizer: Lamb, groups: list[Group], factor: float) -> None:

@@ -188,7 +188,8 @@ class _Run:
                 "in bf16 or fp32"
             )
         factor = lr_factor(batch.step, config.warmup_steps, config.steps)
-        stepped = self._engine.step(terms.loss, factor)
+        self._engine.backward(terms.loss, last=True)
+        stepped = self._engine.step(factor)
         return _Outcome(loss, to_text, to_image, float(scale.detach()), stepped, stop_ranks > 0)
 
     def _row(self, outcome: _Outcome, step: int, waited: float, took: float) -> dict[str, Any]:

@@ -50,7 +50,8 @@ def main(out, engine, options):
     for x, y in zip(data, target, strict=True):
         x, y = x.chunk(ranks)[rank], y.chunk(ranks)[rank]
         loss = (engine.module(x).float() - y).square().mean()
-        norms.append(engine.step(loss, 1.0).grad_norm)
+        engine.backward(loss, last=True)
+        norms.append(engine.step(1.0).grad_norm)
     masters = torch.zeros(1)
     for fragment in engine.fragments():
         if fragment.name == "logit_scale":
