@@ -19,7 +19,7 @@ from evaclip_model.attention import (
     attention_kernel,
     resolved_attention,
 )
-from evaclip_model.layers import SwiGluMlp
+from evaclip_model.layers import SwiGluMlp, drop_path_rates
 from evaclip_model.model_config import ModelConfig
 from evaclip_model.recompute import GradCheckpointing, require_mode
 from evaclip_model.text import TextBlock, TextTower
@@ -57,7 +57,11 @@ class EvaClip(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((1,), INITIAL_LOGIT_SCALE))
 
     def encode_image(
-        self, images: Tensor, normalize: bool = False, kept: Tensor | None = None
+        self,
+        images: Tensor,
+        normalize: bool = False,
+        kept: Tensor | None = None,
+        branches: Tensor | None = None,
     ) -> Tensor:
         """Features of images.
 
@@ -65,11 +69,13 @@ class EvaClip(nn.Module):
             images: [B, 3, H, H] normalised (`transform.normalize_images`), H = image_px.
             normalize: unit length, in at least float32.
             kept: [B, K] indices of the patches to look at (`masking.kept_patches`); none for all.
+            branches: [B, blocks, 2] what each sample passes (`masking.kept_branches`) in training
+                with drop path; none draws it from torch's generator.
 
         Returns:
             [B, E].
         """
-        features: Tensor = self.visual(images, kept)
+        features: Tensor = self.visual(images, kept, branches)
         return _unit(features) if normalize else features
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
@@ -88,7 +94,11 @@ class EvaClip(nn.Module):
         return _unit(features) if normalize else features
 
     def forward(
-        self, images: Tensor, tokens: Tensor, kept: Tensor | None = None
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        kept: Tensor | None = None,
+        branches: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Everything the contrastive loss needs.
 
@@ -96,13 +106,14 @@ class EvaClip(nn.Module):
             images: [B, 3, H, H] normalised.
             tokens: [B, L] ids, on the CPU as for `encode_text`.
             kept: [B, K] patches to look at, or none for all.
+            branches: [B, blocks, 2] what each sample passes, as for `encode_image`.
 
         Returns:
             image features [B, E] and text features [B, E], of unit length, and the inverse
             temperature [] (exp of `logit_scale`), all in at least float32.
         """
         return (
-            self.encode_image(images, normalize=True, kept=kept),
+            self.encode_image(images, normalize=True, kept=kept, branches=branches),
             self.encode_text(tokens, normalize=True),
             _wide(self.logit_scale).exp().squeeze(0),
         )
@@ -125,6 +136,13 @@ class EvaClip(nn.Module):
         self.visual.grad_checkpointing = self.text.transformer.grad_checkpointing = require_mode(
             mode
         )
+
+    def set_drop_path(self, rate: float) -> None:
+        """Chance that a sample skips a branch of the image tower's last block, in training; less
+        for earlier blocks. The architecture's own is `config.vision.drop_path`."""
+        blocks = list(cast(Iterable[VisionBlock], self.visual.blocks))
+        for block, own in zip(blocks, drop_path_rates(rate, len(blocks)), strict=True):
+            block.drop_path.rate = own
 
     def compile_blocks(self) -> None:
         """Compile the image tower's blocks with `torch.compile`, in place; each runs as one graph.

@@ -165,9 +165,20 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, branch: Tensor) -> Tensor:
-        """[B, S, W] -> [B, S, W]; what is kept is scaled up, so that its mean stays."""
+    def forward(self, branch: Tensor, kept: Tensor | None = None) -> Tensor:
+        """[B, S, W] -> [B, S, W]; what is kept is scaled up, so that its mean stays.
+
+        Args:
+            kept: [B] which samples keep the branch (`masking.kept_branches`); none draws them from
+                torch's generator.
+        """
         if not self.training or self.rate == 0:
             return branch
-        kept = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.rate)
-        return branch * (kept / (1 - self.rate))
+        if kept is None:
+            kept = branch.new_empty(len(branch)).bernoulli_(1 - self.rate)
+        return branch * (kept.to(branch.dtype) / (1 - self.rate))[:, None, None]
+
+
+def drop_path_rates(last: float, blocks: int) -> list[float]:
+    """Chance of skipping a branch of each block: from 0 at the first in a line to `last`."""
+    return [last * depth / max(1, blocks - 1) for depth in range(blocks)]

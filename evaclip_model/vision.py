@@ -16,7 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaclip_model.attention import AttentionKernel
-from evaclip_model.layers import DropPath, GeluMlp, SwiGluMlp, VisionAttention
+from evaclip_model.layers import (
+    DropPath,
+    GeluMlp,
+    SwiGluMlp,
+    VisionAttention,
+    drop_path_rates,
+)
 from evaclip_model.linear import Linear, linear
 from evaclip_model.model_config import VisionConfig
 from evaclip_model.recompute import GradCheckpointing, run_block
@@ -71,20 +77,28 @@ class VisionBlock(nn.Module):
             self.gamma_2 = nn.Parameter(torch.full((config.width,), config.layer_scale_init))
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, first_only: bool = False
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        first_only: bool = False,
+        branches: Tensor | None = None,
     ) -> Tensor:
-        """[B, S, W] -> [B, S, W], or with `first_only` the class token of it alone, [B, 1, W]."""
+        """[B, S, W] -> [B, S, W], or with `first_only` the class token of it alone, [B, 1, W].
+
+        `branches` [B, 2] says which samples pass attention and MLP; none leaves it to chance.
+        """
+        by_attention, by_mlp = (None, None) if branches is None else branches.unbind(1)
         attended = self.attn(x if self.is_post_norm else self.norm1(x), rope, first_only)
         x = x[:, :1] if first_only else x
         if self.is_post_norm:
-            x = x + self._branch(self.norm1(attended), "gamma_1")
-            return x + self._branch(self.norm2(self.mlp(x)), "gamma_2")
-        x = x + self._branch(attended, "gamma_1")
-        return x + self._branch(self.mlp(self.norm2(x)), "gamma_2")
+            x = x + self._branch(self.norm1(attended), "gamma_1", by_attention)
+            return x + self._branch(self.norm2(self.mlp(x)), "gamma_2", by_mlp)
+        x = x + self._branch(attended, "gamma_1", by_attention)
+        return x + self._branch(self.mlp(self.norm2(x)), "gamma_2", by_mlp)
 
-    def _branch(self, branch: Tensor, gamma: str) -> Tensor:
+    def _branch(self, branch: Tensor, gamma: str, kept: Tensor | None) -> Tensor:
         scaled = getattr(self, gamma) * branch if self.has_layer_scale else branch
-        dropped: Tensor = self.drop_path(scaled)
+        dropped: Tensor = self.drop_path(scaled, kept)
         return dropped
 
 
@@ -103,10 +117,9 @@ class VisionTower(nn.Module):
             if config.rope_reference_grid is not None
             else None
         )
-        steps = max(1, config.layers - 1)
         self.blocks = nn.ModuleList(
-            VisionBlock(config, kernel, config.drop_path * depth / steps)
-            for depth in range(config.layers)
+            VisionBlock(config, kernel, rate)
+            for rate in drop_path_rates(config.drop_path, config.layers)
         )
         pools_mean = config.pooling == "mean"
         self.norm, self.fc_norm = (
@@ -123,12 +136,16 @@ class VisionTower(nn.Module):
         first = (self.cls_token + self.pos_embed[:, :1]).expand(images.shape[0], -1, -1)
         return torch.cat((first, patches), dim=1)
 
-    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, kept: Tensor | None = None, branches: Tensor | None = None
+    ) -> Tensor:
         """Features of images, or of what is left of them.
 
         Args:
             images: [B, 3, image_px, image_px] normalised; cast to the tower's dtype.
             kept: [B, K] indices of the patches to look at, in any order; none for all.
+            branches: [B, blocks, 2] which samples pass attention and MLP of each block in training
+                with drop path; none draws them from torch's generator.
 
         Returns:
             [B, E], not normalised.
@@ -144,11 +161,12 @@ class VisionTower(nn.Module):
         x = self.embed(images.to(self.cls_token.dtype), kept)
         rope = None if self.rope is None else self.rope(kept)
         *earlier, last = cast(Iterable[VisionBlock], self.blocks)
-        for block in earlier:
-            x = run_block(self.grad_checkpointing, block, x, rope)
+        passed = [None] * len(self.blocks) if branches is None else branches.unbind(1)
+        for block, through in zip(earlier, passed[:-1], strict=True):
+            x = run_block(self.grad_checkpointing, block, x, rope, False, through)
         # Pooling the class token, nothing else of the last block's output is used.
         first_only = self.config.pooling == "class_token"
-        x = run_block(self.grad_checkpointing, last, x, rope, first_only)
+        x = run_block(self.grad_checkpointing, last, x, rope, first_only, passed[-1])
         pooled = self.fc_norm(self.norm(x).mean(dim=1))
         features: Tensor = self.head(pooled)
         return features

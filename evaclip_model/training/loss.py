@@ -1,19 +1,52 @@
 """The symmetric contrastive loss (CLIP, figure 3), in one process or over many.
 
-Covers: the loss and the accuracies of a global batch, in at least float32.
-Not here: the model; averaging of parameter gradients over ranks, which the engine does.
+Covers: the loss and the accuracies of a global batch, in at least float32, with label smoothing;
+the choice between keeping the logits and making them twice.
+Not here: making them twice (streamed_loss.py); the model; averaging of parameter gradients over
+ranks, which the engine does.
 
 Shapes: b samples of a rank, B samples of the global batch, E joint channels.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from evaclip_model.training.streamed_loss import streamed_terms
+
+STREAM_FROM_BYTES = 2**30
+"""Memory of the logits above which "auto" streams: below it the full loss is faster and its logits
+are small beside the activations of as many samples."""
+LOGITS_COPIES = 6
+"""Matrices of logits that the full loss has at its peak: in both directions the logits, their
+log-softmax and their gradient."""
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """How the loss is computed."""
+
+    impl: Literal["auto", "full", "streamed"] = "auto"
+    """"full" keeps the logits, "streamed" makes them twice, chunk by chunk; "auto" streams when the
+    full loss would take more than `STREAM_FROM_BYTES`. The results are the same."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over all B columns, the right one too; in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+
+    def streams(self, rows: int, columns: int) -> bool:
+        """Whether `rows` x `columns` float32 logits of each direction are streamed."""
+        if self.impl == "auto":
+            return LOGITS_COPIES * 4 * rows * columns > STREAM_FROM_BYTES
+        return self.impl == "streamed"
 
 
 class ContrastiveTerms(NamedTuple):
@@ -25,6 +58,9 @@ class ContrastiveTerms(NamedTuple):
     """Share of images whose own caption has the highest score; without gradient."""
     text_to_image_accuracy: Tensor
     """Share of captions whose own image has the highest score; without gradient."""
+
+
+_PLAIN = LossSettings()
 
 
 def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
@@ -51,11 +87,15 @@ def gathered_contrastive_loss(
 
 
 def contrastive_terms(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    settings: LossSettings = _PLAIN,
 ) -> ContrastiveTerms:
-    """Loss and accuracies of a whole batch in one process; arguments as `contrastive_loss`."""
+    """Loss and accuracies of a whole batch in one process; arguments as `gathered_terms`."""
+    _require_pairs(image_features, text_features)
     image, text = _wide(image_features), _wide(text_features)
-    return _terms(image, text, image, text, logit_scale, first_row=0)
+    return _terms(image, text, image, text, logit_scale, 0, settings)
 
 
 def gathered_terms(
@@ -63,25 +103,32 @@ def gathered_terms(
     text_features: Tensor,
     logit_scale: Tensor,
     group: dist.ProcessGroup | None = None,
+    settings: LossSettings = _PLAIN,
 ) -> ContrastiveTerms:
     """This rank's rows against the columns of every rank.
 
     Gradients flow through the gathered columns back to the ranks they came from, so that the mean
     over ranks of each parameter's gradient is the gradient of the whole batch in one process. The
-    mean over ranks of the loss (and of the accuracies) is that of the whole batch.
+    mean over ranks of the loss (and of the accuracies) is that of the whole batch. There is no
+    switch for columns without gradient: that is the gradient of no loss.
 
     Args:
         image_features, text_features: [b, E] of unit length; the same b on every rank.
         logit_scale: [] inverse temperature.
         group: process group; none for all ranks. A group of one needs no communication.
+        settings: how, and how smooth the targets are.
+
+    Raises:
+        ValueError: images and captions are not pairs of features of one size.
     """
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return contrastive_terms(image_features, text_features, logit_scale)
+        return contrastive_terms(image_features, text_features, logit_scale, settings)
+    _require_pairs(image_features, text_features)
     image, text = _wide(image_features), _wide(text_features)
     both = _gather(torch.stack((image, text)), group)  # [ranks, 2, b, E]
     all_image, all_text = both[:, 0].flatten(0, 1), both[:, 1].flatten(0, 1)  # [B, E]
     first_row = dist.get_rank(group) * len(image)
-    return _terms(image, text, all_image, all_text, logit_scale, first_row)
+    return _terms(image, text, all_image, all_text, logit_scale, first_row, settings)
 
 
 def _terms(
@@ -91,17 +138,33 @@ def _terms(
     all_text: Tensor,
     logit_scale: Tensor,
     first_row: int,
+    settings: LossSettings,
 ) -> ContrastiveTerms:
-    labels = torch.arange(first_row, first_row + len(image), device=image.device)
     with torch.autocast(image.device.type, enabled=False):  # half-precision logits cost accuracy
         scale = _wide(logit_scale)
+        smoothing = settings.label_smoothing
+        if settings.streams(len(image), len(all_image)):
+            return ContrastiveTerms(
+                *streamed_terms(image, text, all_image, all_text, scale, first_row, smoothing)
+            )
+        labels = torch.arange(first_row, first_row + len(image), device=image.device)
         image_logits = scale * image @ all_text.T  # [b, B]
         text_logits = scale * text @ all_image.T
-        loss = (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
+        losses = [
+            F.cross_entropy(logits, labels, label_smoothing=smoothing)
+            for logits in (image_logits, text_logits)
+        ]
     with torch.no_grad():
         image_hits = (image_logits.argmax(1) == labels).float().mean()
         text_hits = (text_logits.argmax(1) == labels).float().mean()
-    return ContrastiveTerms(loss, image_hits, text_hits)
+    return ContrastiveTerms((losses[0] + losses[1]) / 2, image_hits, text_hits)
+
+
+def _require_pairs(image: Tensor, text: Tensor) -> None:
+    if image.dim() != 2 or image.shape != text.shape:
+        raise ValueError(
+            f"features of pairs must both be [b, E], not {list(image.shape)} and {list(text.shape)}"
+        )
 
 
 def _gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
