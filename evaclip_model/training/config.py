@@ -122,9 +122,15 @@ class TrainConfig(Config):
     is not taken; or back to the newest checkpoint, and past the data that led there."""
     spike_deviations: float = Field(default=8.0, gt=0)
     """Standard deviations above the running mean that make a spike."""
+    spike_window_steps: int = Field(default=100, gt=1)
+    """Steps that the running mean covers; before there were as many, nothing is a spike."""
+    max_rollbacks: int = Field(default=10, ge=0)
+    """Times that a stage may go back before training stops."""
     max_nonfinite_steps: int = Field(default=3, ge=0)
     """Steps in a row that may have a loss or gradient that is no number, and are not taken, before
     training stops; overflows that only lower fp16's loss scale do not count."""
+    probe_every_steps: int = Field(default=0, ge=0)
+    """Optimizer steps between zero-shot classifications of the job's `probe` set; 0: never."""
     deterministic: bool = False
     """Only algorithms that give the same bits every time; slower on GPUs."""
     seed: int = Field(default=4096, ge=0)
@@ -172,6 +178,9 @@ class TrainJob(Config):
     gradient is the same: features of all come first, then each part again with its gradient."""
     threads: int | None = Field(default=None, gt=0)
     """CPU threads of each rank; none leaves torch's choice."""
+    probe: Path | None = None
+    """A small evaluation set, in the published layout, that is classified every
+    `probe_every_steps`; none: no such probe."""
     watchdog_s: float = Field(default=1800, gt=0)
     """Seconds without a step after which every rank writes its stacks to `stacks-RANK.txt` and the
     run ends, to be resumed."""

@@ -1,0 +1,199 @@
+"""When a step must not be taken: its figures are no numbers, or they left their recent range.
+
+Covers: the verdict on a step, what the verdicts after it depend on, and that as JSON.
+Not here: measuring, going back to a checkpoint, naming samples, files (trainer.py, nonfinite.py).
+
+Everything is a pure function of values that are the same on every rank, so all ranks decide alike
+without another word; and of a state that is saved with a checkpoint, so a resumed run decides as
+the uninterrupted one did.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
+from typing import Any
+
+from evaclip_model.training.config import TrainConfig
+
+LEAST_DEVIATION = 0.01
+"""Share of the mean that the deviation counts as at least: a flat line is no reason to stop."""
+MAX_OVERFLOWS = 50
+"""Overflowing steps in a row after which an fp16 run has diverged, whatever its loss scale."""
+MIN_LOSS_SCALE = 1.0
+"""A gradient that overflows at this loss scale does so by itself."""
+
+
+class Diverged(RuntimeError):
+    """Training no longer makes progress; the message says since when, and what may help."""
+
+
+class Verdict(Enum):
+    """What becomes of a step."""
+
+    TAKE = "take"
+    DISCARD = "discard"
+    ROLL_BACK = "roll back"
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A step before it is taken; the same on every rank."""
+
+    step: int
+    """Number of the step, counted from 1."""
+    loss: float
+    """Mean over the global batch, nats."""
+    grad_norm: float
+    """Of the whole gradient, before clipping."""
+    finite: bool
+    """All features on all ranks are numbers."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A verdict, and why it is not simply to take the step."""
+
+    verdict: Verdict
+    kind: str = ""
+    """"nonfinite", "overflow", "spike", or empty."""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Running:
+    """Mean and variance of the recent values of a figure: all of them at first, later a window."""
+
+    count: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+
+    def limit(self, deviations: float) -> float:
+        """The largest value that is no spike."""
+        least = LEAST_DEVIATION * abs(self.mean)
+        return self.mean + deviations * max(math.sqrt(self.variance), least)
+
+    def following(self, value: float, window: int) -> Running:
+        """With one more value, whose weight is 1 / `window` once there were as many."""
+        weight = 1 / min(self.count + 1, window)
+        distance = value - self.mean
+        variance = (1 - weight) * (self.variance + weight * distance**2)
+        return Running(self.count + 1, self.mean + weight * distance, variance)
+
+
+@dataclass(frozen=True)
+class GuardState:
+    """What verdicts depend on besides the step."""
+
+    nonfinite: int = 0
+    """Steps in a row, up to now, whose figures were no numbers."""
+    overflows: int = 0
+    """Steps in a row, up to now, that fp16 overflowed in."""
+    rollbacks: int = 0
+    """Times that training went back, in the whole stage."""
+    loss: Running = field(default_factory=Running)
+    grad_norm: Running = field(default_factory=Running)
+
+    def as_json(self) -> dict[str, Any]:
+        """Values for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> GuardState:
+        """The state that `as_json` was called on; of an empty mapping, the one to begin with."""
+        running = {name: Running(**values[name]) for name in ("loss", "grad_norm") if values}
+        return cls(**{**values, **running})
+
+
+def judge(state: GuardState, seen: Observed, config: TrainConfig) -> tuple[Judged, GuardState]:
+    """What becomes of a step, and the state for the next one.
+
+    A gradient that is no number is fp16's way to find its loss scale: the engine, told to take the
+    step, leaves it out and lowers the scale.
+
+    Raises:
+        Diverged: more than `max_nonfinite_steps` in a row, more than `max_rollbacks` in all, or
+            more than `MAX_OVERFLOWS` overflows in a row.
+    """
+    loss_is_number = seen.finite and math.isfinite(seen.loss)
+    if loss_is_number and math.isfinite(seen.grad_norm):
+        return _judge_numbers(replace(state, nonfinite=0, overflows=0), seen, config)
+    if loss_is_number and config.precision == "fp16":
+        return _judge_overflow(replace(state, overflows=state.overflows + 1), seen)
+    state = replace(state, nonfinite=state.nonfinite + 1)
+    what = _nonfinite(seen)
+    if state.nonfinite > config.max_nonfinite_steps:
+        raise Diverged(
+            f"{what} at step {seen.step}, {_times(state.nonfinite)} in a row: lower the learning "
+            "rate, or train in bf16 or fp32"
+        )
+    return Judged(Verdict.DISCARD, "nonfinite", f"step {seen.step} is not taken: {what}"), state
+
+
+def check_loss_scale(step: int, skipped: bool, loss_scale: float | None) -> None:
+    """Raises: Diverged: the step overflowed although the loss was not scaled up."""
+    if skipped and loss_scale is not None and loss_scale <= MIN_LOSS_SCALE:
+        raise Diverged(
+            f"the gradient overflows fp16 at step {step} at the smallest loss scale, "
+            f"{loss_scale:g}: lower the learning rate, or train in bf16 or fp32"
+        )
+
+
+def _judge_overflow(state: GuardState, seen: Observed) -> tuple[Judged, GuardState]:
+    if state.overflows > MAX_OVERFLOWS:
+        raise Diverged(
+            f"{state.overflows} steps in a row overflowed fp16, the last at step {seen.step}: "
+            "train in bf16 or fp32"
+        )
+    return Judged(Verdict.TAKE, "overflow", f"step {seen.step} overflowed fp16"), state
+
+
+def _judge_numbers(
+    state: GuardState, seen: Observed, config: TrainConfig
+) -> tuple[Judged, GuardState]:
+    window, deviations = config.spike_window_steps, config.spike_deviations
+    found: list[str] = []
+    followed = {}
+    for name, running, value in (
+        ("loss", state.loss, seen.loss),
+        ("grad_norm", state.grad_norm, seen.grad_norm),
+    ):
+        limit = running.limit(deviations)
+        spiked = running.count >= window and value > limit
+        if spiked:
+            found.append(
+                f"{name.replace('_', ' ')} {value:.4g}, lately {running.mean:.4g} and up to "
+                f"{limit:.4g}"
+            )
+        # A spike moves the mean as the largest allowed value would: it does not hide the next one,
+        # and a level that has changed for good is normal after a while.
+        followed[name] = running.following(limit if spiked else value, window)
+    state = replace(state, loss=followed["loss"], grad_norm=followed["grad_norm"])
+    if not found:
+        return Judged(Verdict.TAKE), state
+    reason = f"spike at step {seen.step}: {' and '.join(found)}"
+    if config.spike_action == "log":
+        return Judged(Verdict.TAKE, "spike", reason), state
+    if config.spike_action == "skip":
+        return Judged(Verdict.DISCARD, "spike", reason), state
+    if state.rollbacks >= config.max_rollbacks:
+        raise Diverged(
+            f"{reason}; training went back {_times(state.rollbacks)} before: lower the learning "
+            "rate, raise 'spike_deviations', or look at the data around this step"
+        )
+    rolled = replace(state, rollbacks=state.rollbacks + 1)
+    return Judged(Verdict.ROLL_BACK, "spike", reason), rolled
+
+
+def _nonfinite(seen: Observed) -> str:
+    if not seen.finite:
+        return "features are no numbers"
+    if not math.isfinite(seen.loss):
+        return f"the loss is {seen.loss}"
+    return f"the gradient's norm is {seen.grad_norm}"
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
