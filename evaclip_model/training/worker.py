@@ -1,8 +1,8 @@
 """What every rank runs: `python -m evaclip_model.training.worker TRAIN_JSON`.
 
 Covers: joining the other ranks, stopping on SIGTERM, exit codes.
-Not here: the loop (trainer.py); starting ranks (tasks/train, or any launcher that sets RANK,
-LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT).
+Not here: the loop (trainer.py); starting ranks (tasks/train, Slurm's srun, or any launcher
+that sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from types import FrameType
 
 from evaclip_model.errors import InputError
 from evaclip_model.training.config import ERROR_FILE, RESUMABLE_FILE, TrainJob
+from evaclip_model.training.slurm import place_from_slurm
 
 DONE, RESUMABLE, DATA_ERROR, DIVERGED = 0, 75, 76, 77
 """Exit codes: finished; stopped with a checkpoint; input its author must mend; loss not finite.
@@ -32,6 +33,7 @@ def main(arguments: list[str]) -> int:
     job = TrainJob.from_mapping(json.loads(Path(arguments[0]).read_text()), where=arguments[0])
     stop = _stop_on_sigterm()
     _set_threads(job.threads)
+    os.environ.update(place_from_slurm(os.environ))
     from evaclip_model.training.trainer import Diverged, Interrupted, train
 
     try:
