@@ -3,8 +3,9 @@
 Covers: loss, accuracies and gradients, logits made chunk by chunk and again in the backward pass.
 Not here: the choice between this and keeping the logits, exchange between ranks (loss.py).
 
-The logarithm of the softmax's denominator is built up over chunks of columns; the backward pass
-needs no more than that number of each row. Memory: a chunk, whatever the batch.
+Each row's highest logit, and the sum of the exponentials below it, are built up over chunks of
+columns; the backward pass needs no more than these two. Kept apart they lose nothing: the logarithm
+of the whole sum would be rounded at the size of the logits. Memory: a chunk, whatever the batch.
 
 Shapes: b rows of a rank, B columns of all, E joint channels.
 """
@@ -57,26 +58,24 @@ class _Streamed(torch.autograd.Function):
         first_row: int,
         smoothing: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        image_log_sums, image_loss, image_hits = _rows_loss(
+        image_sums, image_loss, image_hits = _rows_loss(
             image, all_text, text, scale, first_row, smoothing
         )
-        text_log_sums, text_loss, text_hits = _rows_loss(
+        text_sums, text_loss, text_hits = _rows_loss(
             text, all_image, image, scale, first_row, smoothing
         )
-        ctx.save_for_backward(
-            image, text, all_image, all_text, scale, image_log_sums, text_log_sums
-        )
+        ctx.save_for_backward(image, text, all_image, all_text, scale, *image_sums, *text_sums)
         ctx.first_row, ctx.smoothing = first_row, smoothing
         ctx.mark_non_differentiable(image_hits, text_hits)
         return (image_loss + text_loss) / 2, image_hits, text_hits
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        image, text, all_image, all_text, scale, *log_sums = ctx.saved_tensors
+        image, text, all_image, all_text, scale, *sums = ctx.saved_tensors
         weight = gradients[0] / (2 * len(image))
         rest = scale, weight, ctx.first_row, ctx.smoothing
-        d_image, d_all_text = _rows_gradient(image, all_text, log_sums[0], *rest)
-        d_text, d_all_image = _rows_gradient(text, all_image, log_sums[1], *rest)
+        d_image, d_all_text = _rows_gradient(image, all_text, sums[0], sums[1], *rest)
+        d_text, d_all_image = _rows_gradient(text, all_image, sums[2], sums[3], *rest)
         d_scale = (d_image * image).sum() + (d_text * text).sum()
         return (
             d_image.mul_(scale),
@@ -91,33 +90,34 @@ class _Streamed(torch.autograd.Function):
 
 def _rows_loss(
     rows: Tensor, columns: Tensor, own: Tensor, scale: Tensor, first_row: int, smoothing: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of rows [b, E] with their `own` columns [b, E]: log-sum-exp [b], mean loss and hits []."""
-    log_sums = rows.new_full((len(rows),), -torch.inf)
-    best = rows.new_full((len(rows),), -torch.inf)
-    best_column = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """Of rows [b, E] with their `own` columns [b, E]: each row's highest logit and sum of the
+    exponentials of the distances to it, both [b]; mean loss and hits []."""
+    highest = rows.new_full((len(rows),), -torch.inf)
+    sums = torch.zeros_like(highest)
+    best = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
     for high, wide in _chunks(len(rows), len(columns)):
         logits = scale * rows[high] @ columns[wide].T
-        log_sums[high] = torch.logaddexp(log_sums[high], logits.logsumexp(1))
         top, place = logits.max(1)
-        better = top > best[high]  # of equal ones the first, as argmax has it
-        best_column[high] = torch.where(better, place + wide.start, best_column[high])
-        best[high] = torch.where(better, top, best[high])
+        # Of equal ones the first, as argmax has it.
+        best[high] = torch.where(top > highest[high], place + wide.start, best[high])
+        top = torch.maximum(top, highest[high])
+        chunk_sums = logits.sub_(top[:, None]).exp_().sum(1)
+        sums[high] = sums[high] * (highest[high] - top).exp() + chunk_sums
+        highest[high] = top
     targets = (1 - smoothing) * (rows * own).sum(1)
     if smoothing:
         targets = targets + smoothing * (rows @ columns.mean(0))
     labels = torch.arange(first_row, first_row + len(rows), device=rows.device)
-    return (
-        log_sums,
-        (log_sums - scale * targets).mean(),
-        (best_column == labels).float().mean(),
-    )
+    loss = (highest + sums.log() - scale * targets).mean()
+    return (highest, sums), loss, (best == labels).float().mean()
 
 
 def _rows_gradient(
     rows: Tensor,
     columns: Tensor,
-    log_sums: Tensor,
+    highest: Tensor,
+    sums: Tensor,
     scale: Tensor,
     weight: Tensor,
     first_row: int,
@@ -127,7 +127,8 @@ def _rows_gradient(
     d_rows, d_columns = torch.zeros_like(rows), torch.zeros_like(columns)
     labels = torch.arange(first_row, first_row + len(rows), device=rows.device)
     for high, wide in _chunks(len(rows), len(columns)):
-        part = torch.addmm(-log_sums[high, None], scale * rows[high], columns[wide].T).exp_()
+        part = scale * rows[high] @ columns[wide].T
+        part.sub_(highest[high, None]).exp_().div_(sums[high, None])
         place = labels[high, None] - wide.start
         width = part.shape[1]
         inside = (place >= 0) & (place < width)  # without a branch, nothing waits for a GPU
