@@ -19,7 +19,8 @@ from flows.chart import Chart, load_chart
 from flows.estimate import estimate_table, is_large
 from flows.plan import check_disk, make_plan
 from flows.profile import Profile, load_profile
-from flows.recipe import Recipe, load_recipe, recipe_names
+from flows.recipe import Recipe, load_recipe
+from flows.recipe_file import recipe_names
 from flows.results import print_results
 from flows.terminal import console
 from tasks.lineage.journal import JOURNALS
@@ -133,6 +134,7 @@ def _run(arguments: argparse.Namespace) -> None:
         _plan(arguments)
         return
     recipe, profile, chart = load_chart(arguments.recipe, arguments.overrides)
+    chart.require(arguments.flow)
     if arguments.flow == "pipeline" and _nothing_to_do(recipe, profile, chart):
         console.print(f"[bold]{recipe.name}[/]: everything is there, nothing to do")
         print_results(recipe, chart, profile)

@@ -1,6 +1,7 @@
 """The chart of a recipe: the address of every artifact it would make, before anything runs.
 
-Covers: the one graph of stages (what is made from what), and resolving `demo:` paths.
+Covers: the one graph of stages (what is made from what), resolving `demo:` paths, and what is not on
+this machine yet: a chart can be drawn without it, so that it can be planned, but not be run.
 Not here: running a stage (prepare.py, train.py, evaluate.py), printing a plan (plan.py).
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,19 @@ from tasks.train.config import STAGE as TRAIN
 from tasks.verify.config import STAGE as VERIFY
 
 DEMO_PREFIX = "demo:"
+ABSENT = "absent"
+"""Stands among an address's parents for outside data that is not here. Such an address, and all
+that follow from it, are not the ones that a run would have."""
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Outside data that a recipe reads and that is not on this machine."""
+
+    stage: str
+    """Name of the stage that reads it."""
+    sentence: str
+    """What it is, and where to get it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,7 @@ class Chart:
     """One a training stage, in order."""
     evaluate: Address
     register: Address
+    absent: tuple[Absent, ...] = ()
 
     def steps(self) -> Iterator[Address]:
         """All addresses in the order they are made."""
@@ -54,6 +69,24 @@ class Chart:
             yield self.demo
         yield from (self.merge, self.download, self.verify, self.dataset)
         yield from (self.initialise, *self.train, self.evaluate, self.register)
+
+    def unsettled(self) -> frozenset[str]:
+        """Digests of addresses that will be others once what is absent is there."""
+        found: set[str] = set()
+        for address in self.steps():
+            if found.union([ABSENT]) & set(address.parents.values()):
+                found.add(address.digest)
+        return frozenset(found)
+
+    def require(self, flow: str) -> None:
+        """Raises: InputError: the flow of this name reads what is not on this machine."""
+        stages = [address.stage.name for address in self.steps()]
+        last = {"prepare": DATASET.name, "train": TRAIN.name}.get(flow, EVALUATE.name)
+        read = stages[: stages.index(last) + 1]
+        absent = [one.sentence for one in self.absent if one.stage in read]
+        if absent:
+            more = f" ({len(absent) - 1} more: see the plan)" if len(absent) > 1 else ""
+            raise InputError(f"{absent[0]}{more}")
 
     @property
     def is_finished(self) -> bool:
@@ -64,54 +97,104 @@ def load_chart(recipe: str, overrides: Sequence[str]) -> tuple[Recipe, Profile, 
     """Load a recipe and the profile, and draw their chart.
 
     Raises:
-        InputError: the recipe, an override, the profile or a source's files are wrong.
+        InputError: the recipe, an override or the profile is wrong.
     """
     resolved, profile = load_recipe(recipe, overrides), load_profile()
     return resolved, profile, draw_chart(resolved, profile.root.resolve(), profile.mlflow_uri)
 
 
 def draw_chart(recipe: Recipe, root: Path, tracking_uri: str) -> Chart:
-    """Address every artifact of `recipe` under `root`.
+    """Address every artifact of `recipe` under `root`; what is not here is in the chart's `absent`.
 
     Raises:
-        InputError: metadata or evaluation files outside the pipeline do not exist.
+        InputError: the recipe names files of the demo and has no demo.
     """
 
-    def at(stage: Stage, config: Config, **parents: str) -> Address:
+    def at(stage: Stage, config: Config, parents: Mapping[str, str]) -> Address:
         return Address.of(root, stage, config, parents)
 
-    demo = at(DEMO, recipe.demo) if recipe.demo else None
-    metadata = {
-        outside.role: _origin(outside.files, demo, f"merge.{outside.where}")
-        for outside in outside_files(recipe.merge)
-    }
-    merge = at(MERGE, recipe.merge, **metadata)
-    download = at(DOWNLOAD, recipe.download, merge=merge.digest)
-    verify = at(VERIFY, recipe.verify, download=download.digest)
-    dataset = at(DATASET, recipe.dataset, verify=verify.digest, **_dataset_files(recipe, demo))
-    weights = {role: fingerprint(path) for role, path in recipe.initialise.files().items()}
-    initialise = at(INITIALISE, recipe.initialise, **weights)
+    demo = at(DEMO, recipe.demo, {}) if recipe.demo else None
+    outside = _Outside(demo)
+    merge = at(MERGE, recipe.merge, _metadata(recipe, outside))
+    download = at(DOWNLOAD, recipe.download, {"merge": merge.digest})
+    verify = at(VERIFY, recipe.verify, {"download": download.digest})
+    rules = _dataset_files(recipe, outside)
+    dataset = at(DATASET, recipe.dataset, {"verify": verify.digest, **rules})
+    initialise = at(INITIALISE, recipe.initialise, _weights(recipe, outside))
     train: list[Address] = []
     for stage in recipe.train:
         start = train[-1] if train else initialise
-        train.append(at(TRAIN, stage, start_from=start.digest, dataset=dataset.digest))
+        train.append(at(TRAIN, stage, {"start_from": start.digest, "dataset": dataset.digest}))
     sets = {
-        wanted.name: _origin(wanted.folder, demo, f"evaluate.sets '{wanted.name}'")
-        for wanted in recipe.evaluate.sets
+        one.name: outside.mark(EVALUATE, one.folder, f"evaluate.sets '{one.name}'")
+        for one in recipe.evaluate.sets
     }
-    evaluate = at(
-        EVALUATE, recipe.evaluate, train=train[-1].digest, initialise=initialise.digest, **sets
-    )
-    register = at(
-        REGISTER,
-        recipe.registry,
-        train=train[-1].digest,
-        evaluate=evaluate.digest,
-        tracking=hashlib.sha256(tracking_uri.encode()).hexdigest()[:DIGEST_CHARS],
-    )
+    models = {"train": train[-1].digest, "initialise": initialise.digest}
+    evaluate = at(EVALUATE, recipe.evaluate, {**models, **sets})
+    tracking = hashlib.sha256(tracking_uri.encode()).hexdigest()[:DIGEST_CHARS]
+    made = {"train": train[-1].digest, "evaluate": evaluate.digest, "tracking": tracking}
+    register = at(REGISTER, recipe.registry, made)
     return Chart(
-        *(demo, merge, download, verify, dataset, initialise, tuple(train), evaluate, register)
+        *(demo, merge, download, verify, dataset, initialise, tuple(train), evaluate, register),
+        tuple(outside.absent),
     )
+
+
+class NotHere(InputError):
+    """Outside data that a recipe names is not to be found from this machine."""
+
+
+class _Outside:
+    """Marks of outside data, and what of it is absent."""
+
+    def __init__(self, demo: Address | None) -> None:
+        self.demo = demo
+        self.absent: list[Absent] = []
+
+    def mark(self, stage: Stage, pattern: str, where: str, edition: str = "") -> str:
+        """What stands for the files of `pattern` among the parents of the stage's artifact."""
+        try:
+            return _origin(pattern, self.demo, where)
+        except NotHere as error:
+            return self.lacks(stage, f"{error}; it is {edition}" if edition else str(error))
+
+    def lacks(self, stage: Stage, sentence: str) -> str:
+        """Note that something is absent; what stands for it."""
+        self.absent.append(Absent(stage.name, sentence))
+        return ABSENT
+
+
+def _metadata(recipe: Recipe, outside: _Outside) -> dict[str, str]:
+    editions = {source.name: source.revision for source in recipe.merge.sources}
+    return {
+        one.role: outside.mark(MERGE, one.files, f"merge.{one.where}", editions.get(one.role, ""))
+        for one in outside_files(recipe.merge)
+    }
+
+
+def _weights(recipe: Recipe, outside: _Outside) -> dict[str, str]:
+    absent = recipe.initialise.absent()
+    return {
+        role: outside.lacks(INITIALISE, absent[role]) if role in absent else fingerprint(path)
+        for role, path in recipe.initialise.named().items()
+    }
+
+
+def _dataset_files(recipe: Recipe, outside: _Outside) -> dict[str, str]:
+    """What stands for the files that the dataset's rules name."""
+    rules = recipe.dataset
+    found: dict[str, str] = {}
+    for name in RULES_IN_FILES:
+        where = f"dataset.{name}"
+        marks = [outside.mark(DATASET, pattern, where) for pattern in getattr(rules, name)]
+        if marks:
+            known = hashlib.sha256("".join(marks).encode()).hexdigest()[:DIGEST_CHARS]
+            found[name] = ABSENT if ABSENT in marks else known
+    try:
+        entries = read_takedowns(find_all(rules.takedowns, outside.demo, "dataset.takedowns"))
+    except NotHere as error:
+        return {**found, "takedowns": outside.lacks(DATASET, str(error))}
+    return {**found, "takedowns": takedowns_digest(entries)} if entries else found
 
 
 def find_files(pattern: str, demo: Address | None, where: str) -> list[Path] | list[str]:
@@ -120,41 +203,30 @@ def find_files(pattern: str, demo: Address | None, where: str) -> list[Path] | l
     A URL with wildcards names URLs.
 
     Raises:
-        InputError: nothing matches, or `demo:` is used in a recipe without a [demo] table.
+        NotHere: nothing matches.
+        InputError: `demo:` is used in a recipe without a [demo] table.
     """
     if is_url(pattern):
-        return find_metadata(pattern, where)
+        try:
+            return find_metadata(pattern, where)
+        except InputError as error:
+            raise NotHere(str(error)) from error
     if pattern.startswith(DEMO_PREFIX):
         if demo is None:
             raise InputError(f"{where}: '{pattern}' needs a [demo] table in the recipe")
         pattern = str(Path(glob.escape(str(demo.folder))) / pattern.removeprefix(DEMO_PREFIX))
     found = sorted(Path(match) for match in glob.glob(pattern))
     if not found:
-        raise InputError(f"{where}: no file matches '{pattern}'")
+        raise NotHere(f"{where}: no file matches '{pattern}'")
     return found
-
-
-def _dataset_files(recipe: Recipe, demo: Address | None) -> dict[str, str]:
-    """What stands for the files that the dataset's rules name."""
-    rules = recipe.dataset
-    marks = {
-        name: [_origin(pattern, demo, f"dataset.{name}") for pattern in getattr(rules, name)]
-        for name in RULES_IN_FILES
-    }
-    found = {
-        name: hashlib.sha256("".join(origins).encode()).hexdigest()[:DIGEST_CHARS]
-        for name, origins in marks.items()
-        if origins
-    }
-    entries = read_takedowns(find_all(rules.takedowns, demo, "dataset.takedowns"))
-    return {**found, "takedowns": takedowns_digest(entries)} if entries else found
 
 
 def find_all(patterns: Sequence[str], demo: Address | None, where: str) -> list[Path]:
     """The files (or folders) of several patterns, in their order.
 
     Raises:
-        InputError: a pattern matches nothing, or is a URL.
+        NotHere: a pattern matches nothing.
+        InputError: a pattern is a URL.
     """
     found = []
     for path in (path for pattern in patterns for path in find_files(pattern, demo, where)):

@@ -104,6 +104,7 @@ def open_session(flow: str, recipe: str, overrides: Sequence[str]) -> Iterator[S
         yield around
         return
     resolved, profile, chart = load_chart(recipe, overrides)
+    chart.require(flow)
     store = TrackingStore.at(profile.mlflow_uri, resolved.name)
     tracking = Tracking(store, profile.root.resolve() / JOURNALS)
     ui_url = runtime.flow_run.ui_url if os.environ.get("PREFECT_UI_URL") else None

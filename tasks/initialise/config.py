@@ -17,7 +17,7 @@ from evaclip_model.model_config import ALIASES, ModelConfig, list_models
 from tasks.artifact import Stage
 
 Role = Literal["clip", "vision", "text"]
-STAGE = Stage("initialise", 1, tools=("torch", "safetensors"))
+STAGE = Stage("initialise", 1, tools=("torch", "safetensors"), ignores=("origins",))
 
 
 class InitialiseConfig(Config):
@@ -36,6 +36,8 @@ class InitialiseConfig(Config):
     """File or folder of weights for the text tower; none = random."""
     allow_torchscript: bool = False
     """Whether the files may be TorchScript archives, which hold code (OpenAI's CLIP)."""
+    origins: dict[str, str] = Field(default_factory=dict)
+    """Path, as it is named above -> where people get such a file, for when it is not there."""
     seed: int = Field(default=0, ge=0)
     """Decides every value that no file gives."""
 
@@ -67,19 +69,28 @@ class InitialiseConfig(Config):
         }
         return {role: path for role, path in named.items() if path is not None}
 
+    def named(self) -> dict[str, Path]:
+        """Role -> every outside file (or folder of a saved model) that decides the result."""
+        files: dict[str, Path] = {role: path for role, path in self.sources().items()}
+        if self.model not in [*list_models(), *ALIASES]:
+            files["model"] = Path(self.model)
+        return files
+
+    def absent(self) -> dict[str, str]:
+        """Role -> one sentence on each file that does not exist: which, and where to get it."""
+        return {
+            role: f"initialise.{role}: {path} does not exist: "
+            + self.origins.get(str(path), "give a file, or a saved model's folder")
+            for role, path in self.named().items()
+            if not path.exists()
+        }
+
     def files(self) -> dict[str, Path]:
-        """Role -> every outside file (or folder of a saved model) that decides the result.
+        """What `named` gives, all of it there.
 
         Raises:
             InputError: one of them does not exist.
         """
-        files: dict[str, Path] = {role: path for role, path in self.sources().items()}
-        if self.model not in [*list_models(), *ALIASES]:
-            files["model"] = Path(self.model)
-        for role, path in files.items():
-            if not path.exists():
-                raise InputError(
-                    f"initialise.{role}: {path} does not exist: give a file, "
-                    "or a saved model's folder"
-                )
-        return files
+        for sentence in self.absent().values():
+            raise InputError(sentence)
+        return self.named()

@@ -52,9 +52,34 @@ def test_outside_metadata_is_known_by_its_content(tmp_path: Path) -> None:
     assert chart_of(tmp_path, override).merge.digest != first
 
 
-def test_a_pattern_that_matches_nothing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"merge.sources 'laion2b': no file matches '.*none"):
-        chart_of(tmp_path, f"merge.sources.laion2b.files={tmp_path}/none*.parquet")
+def test_what_is_not_here_stops_the_flows_that_read_it_and_no_plan(tmp_path: Path) -> None:
+    chart = chart_of(
+        tmp_path,
+        f"merge.sources.laion2b.files={tmp_path}/none*.parquet",
+        "merge.sources.laion2b.revision=edition 7",
+    )
+    sentence = f"merge.sources 'laion2b': no file matches '{tmp_path}/none*.parquet'"
+    assert [one.sentence for one in chart.absent] == [f"{sentence}; it is edition 7"]
+    for flow in ("prepare", "train", "pipeline"):
+        with pytest.raises(InputError, match="no file matches"):
+            chart.require(flow)
+    settled = {a.stage.name for a in chart.steps() if a.digest not in chart.unsettled()}
+    assert settled == {"demo", "initialise"}
+
+
+def test_weights_that_are_not_here_stop_training_and_not_the_data(tmp_path: Path) -> None:
+    origins = {"there.pt": "the shop"}
+    chart = chart_of(
+        tmp_path,
+        "initialise.vision=there.pt",
+        "initialise.text=nowhere.pt",
+        f"initialise.origins={origins}".replace("': '", "' = '"),
+    )
+    chart.require("prepare")
+    with pytest.raises(InputError, match=r"initialise.vision: there.pt .*: the shop \(1 more"):
+        chart.require("train")
+    unsettled = {a.stage.name for a in chart.steps() if a.digest in chart.unsettled()}
+    assert unsettled == {"initialise", "train", "evaluate", "register"}
 
 
 def test_demo_files_need_a_demo(tmp_path: Path) -> None:
