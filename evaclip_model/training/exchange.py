@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,8 @@ class RankRow(NamedTuple):
     """1 when its own features are numbers, else 0."""
     stop: float
     """1 when it was asked to stop, else 0."""
+    save_failed: float
+    """1 when its part of the last checkpoint could not be written, else 0."""
     data_wait_s: float
     """Seconds it waited for its samples."""
     forward_s: float
@@ -60,6 +62,11 @@ class Together:
         return any(row.stop for row in self.rows)
 
     @property
+    def save_failed(self) -> bool:
+        """The last checkpoint could not be written: all ranks are to learn why."""
+        return any(row.save_failed for row in self.rows)
+
+    @property
     def slowest(self) -> tuple[int, float, float]:
         """The rank that needed longest before it met the others, its seconds, and the median."""
         own = [row.data_wait_s + row.forward_s for row in self.rows]
@@ -83,11 +90,11 @@ def exchange(row: Sequence[Tensor | float], device: torch.device) -> Together:
     return Together(tuple(RankRow(*row) for row in table.tolist()))
 
 
-def from_all(value: object) -> list[object]:
+def from_all(value: Any) -> list[Any]:
     """`value` of every rank, in the order of ranks; for what is rare or small."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
-    found: list[object] = [None] * dist.get_world_size()
+    found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
 

@@ -50,6 +50,17 @@ class Observed:
     """Of the whole gradient, before clipping."""
     finite: bool
     """All features on all ranks are numbers."""
+    whose: str = ""
+    """Which rank's and sample's are not, for a sentence."""
+
+    def has_numbers(self, config: TrainConfig) -> bool:
+        """Features, loss and gradient are numbers; fp16's gradient may overflow instead, which is
+        how it finds its loss scale."""
+        return (
+            self.finite
+            and math.isfinite(self.loss)
+            and (config.precision == "fp16" or math.isfinite(self.grad_norm))
+        )
 
 
 @dataclass(frozen=True)
@@ -110,17 +121,16 @@ class GuardState:
 def judge(state: GuardState, seen: Observed, config: TrainConfig) -> tuple[Judged, GuardState]:
     """What becomes of a step, and the state for the next one.
 
-    A gradient that is no number is fp16's way to find its loss scale: the engine, told to take the
-    step, leaves it out and lowers the scale.
+    An engine that is told to take a step whose fp16 gradient overflowed leaves it out and lowers
+    the loss scale.
 
     Raises:
         Diverged: more than `max_nonfinite_steps` in a row, more than `max_rollbacks` in all, or
             more than `MAX_OVERFLOWS` overflows in a row.
     """
-    loss_is_number = seen.finite and math.isfinite(seen.loss)
-    if loss_is_number and math.isfinite(seen.grad_norm):
-        return _judge_numbers(replace(state, nonfinite=0, overflows=0), seen, config)
-    if loss_is_number and config.precision == "fp16":
+    if seen.has_numbers(config):
+        if math.isfinite(seen.grad_norm):
+            return _judge_numbers(replace(state, nonfinite=0, overflows=0), seen, config)
         return _judge_overflow(replace(state, overflows=state.overflows + 1), seen)
     state = replace(state, nonfinite=state.nonfinite + 1)
     what = _nonfinite(seen)
@@ -189,7 +199,9 @@ def _judge_numbers(
 
 def _nonfinite(seen: Observed) -> str:
     if not seen.finite:
-        return "features are no numbers"
+        return (
+            f"features are no numbers ({seen.whose})" if seen.whose else "features are no numbers"
+        )
     if not math.isfinite(seen.loss):
         return f"the loss is {seen.loss}"
     return f"the gradient's norm is {seen.grad_norm}"

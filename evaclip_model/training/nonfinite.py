@@ -1,0 +1,61 @@
+"""Whose figures were no numbers, and what was in that step.
+
+Covers: naming rank, shard and sample; a file with the samples of such a step.
+Not here: whether the run goes on (guards.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from evaclip_model.reading.reader import Batch
+
+NAMED = 3
+"""Samples that a sentence names at most."""
+
+
+def described(rank: int, batch: Batch, finite_rows: Tensor) -> dict[str, Any]:
+    """A rank's samples of a step, in JSON's types.
+
+    Args:
+        finite_rows: [b] whether the features of each are numbers.
+    """
+    samples = [
+        {"position": position, "shard": origin.shard, "key": origin.key, "finite": bool(finite)}
+        | {"caption": caption}
+        for position, origin, caption, finite in zip(
+            batch.positions.tolist(),
+            batch.origins,
+            batch.captions,
+            finite_rows.tolist(),
+            strict=True,
+        )
+    ]
+    return {"rank": rank, "samples": samples}
+
+
+def whose(ranks: Sequence[dict[str, Any]]) -> str:
+    """Rank, sample and shard of the features that are no numbers; empty when all are."""
+    bad = [
+        f"rank {rank['rank']}, sample {sample['key']} of {sample['shard']}"
+        for rank in ranks
+        for sample in rank["samples"]
+        if not sample["finite"]
+    ]
+    more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+    return "; ".join(bad[:NAMED]) + more
+
+
+def write_dump(run_dir: Path, step: int, figures: dict[str, Any]) -> Path:
+    """Write `nonfinite-STEP.json`, beside its place first."""
+    path = run_dir / f"nonfinite-{step:08d}.json"
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(figures, indent=1) + "\n")
+    beside.replace(path)
+    return path
