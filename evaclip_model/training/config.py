@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -22,6 +22,18 @@ RESUMABLE_FILE = "resumable"
 CHECKPOINTS = "checkpoints"
 MODEL_FOLDER = "model"
 SHARD_CACHE = "shard-cache"
+
+DECIDE_NOTHING = (
+    "checkpoint_every_steps",
+    "grad_checkpointing",
+    "keep_checkpoints",
+    "keep_every_steps",
+    "loss_impl",
+    "max_nonfinite_steps",
+    "zero_stage",
+)
+"""Fields of TrainConfig that change how long training takes, what it needs and what it leaves
+behind, never its result (rounding apart): a run may go on, and an artifact holds, without them."""
 
 
 class TrainConfig(Config):
@@ -117,6 +129,8 @@ class TrainConfig(Config):
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, gt=0)
     """Newest checkpoints kept on disk."""
+    keep_every_steps: int | None = Field(default=None, gt=0)
+    """Checkpoints of steps that this divides are kept for good; none: only the newest are."""
     spike_action: Literal["log", "skip", "rollback"] = "log"
     """What happens when loss or gradient norm leave their recent range: a line in the log; the step
     is not taken; or back to the newest checkpoint, and past the data that led there."""
@@ -140,6 +154,11 @@ class TrainConfig(Config):
     def steps(self) -> int:
         """Optimizer steps of the whole stage."""
         return math.ceil(self.samples_seen / self.global_batch)
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide the result, in JSON's types: a checkpoint belongs to them."""
+        return self.model_dump(mode="json", exclude=set(DECIDE_NOTHING))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -171,6 +190,9 @@ class TrainJob(Config):
     shards lie where it lies."""
     run_dir: Path
     """Where metrics, checkpoints and the finished model go."""
+    checkpoints: str | None = None
+    """URL that fsspec knows (s3://bucket/run) where checkpoints go instead, this run's alone; none:
+    `checkpoints/` of the run's folder, which all ranks have to share."""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     """What steps the optimizer; "torch" is for one rank in fp32 only, and quicker to start."""
     micro_batch: int | None = Field(default=None, gt=0)

@@ -30,7 +30,7 @@ from evaclip_model.create import create_model
 from evaclip_model.model_config import ModelConfig
 from evaclip_model.reading.reader import Batch, BatchReader, ReadSettings
 from evaclip_model.tokenizer import tokenize
-from evaclip_model.training.checkpoint import Progress, load_newest, save_checkpoint
+from evaclip_model.training.checkpoint import CheckpointWriter, Progress, load_newest
 from evaclip_model.training.config import (
     CHECKPOINTS,
     METRICS_FILE,
@@ -89,6 +89,8 @@ class _Outcome:
     stepped: Stepped
     stop: bool
     """Some rank was asked to stop."""
+    save_failed: bool
+    """Some rank knows that the last checkpoint could not be written."""
 
 
 class _Run:
@@ -123,23 +125,29 @@ class _Run:
             else TorchEngine(self._model, config)
         )
         self._tokens: dict[str, Tensor] = {}
+        self._checkpoints = job.checkpoints or job.run_dir / CHECKPOINTS
+        self._writer = CheckpointWriter(
+            self._checkpoints, config.keep_checkpoints, keep_every_steps=config.keep_every_steps
+        )
         self._progress = self._resume()
+        self._writer.prepare(self._engine.fragments())
 
     def _resume(self) -> Progress:
-        digest = hashlib.sha256(self._config.model_dump_json().encode()).hexdigest()
-        folder = self._job.run_dir / CHECKPOINTS
-        found = load_newest(folder, self._engine.fragments(), digest)
+        model = self._model.config.model_dump(mode="json")
+        settings = {**self._config.deciding, "model": model}
+        found = load_newest(self._checkpoints, self._engine.fragments(), settings)
         if found is not None:
             self._engine.restored(found.counters)
         if self._rank == 0:
             _cut_back(self._job.run_dir / METRICS_FILE, found.step if found else 0)
-        return found or Progress(0, self._engine.counters(), {}, 0.0, digest)
+        return found or Progress(0, self._engine.counters(), {}, 0.0, settings)
 
     def to_the_end(self) -> Mapping[str, Any]:
         config = self._config
         every, skipped = config.checkpoint_every_steps, 0
         batches = self._reader.batches(self._progress.step, config.steps)
-        with (self._job.run_dir / METRICS_FILE).open("a") as metrics, closing(batches):
+        metrics_file = (self._job.run_dir / METRICS_FILE).open("a")
+        with metrics_file as metrics, closing(batches), self._writer:
             started = time.perf_counter()
             for batch in batches:
                 waited = time.perf_counter() - started
@@ -156,9 +164,12 @@ class _Run:
                 skipped = skipped + 1 if outcome.stepped.skipped else 0
                 if skipped > MAX_SKIPPED:
                     raise Diverged(f"{skipped} steps in a row overflowed fp16: use bf16 or fp32")
+                if outcome.save_failed:
+                    self._writer.wait()
                 if step < config.steps and (outcome.stop or step % every == 0):
                     self._save()
                     if outcome.stop:
+                        self._writer.wait()
                         raise Interrupted(f"stopped at step {step} of {config.steps}")
         return self._finish()
 
@@ -177,11 +188,13 @@ class _Run:
         image_features, text_features, scale = self._engine.module(images, tokens, kept)
         terms = gathered_terms(image_features, text_features, scale)
         # One exchange carries what is reported and what all ranks must decide alike.
-        stop = torch.tensor(float(self._should_stop()), device=self._device)
-        shared = torch.stack([*(term.detach().float() for term in terms), stop])
+        flags = torch.tensor(
+            [float(self._should_stop()), float(self._writer.poll())], device=self._device
+        )
+        shared = torch.cat([torch.stack([term.detach().float() for term in terms]), flags])
         if self._ranks > 1:
             dist.all_reduce(shared)
-        loss, to_text, to_image, stop_ranks = (shared / self._ranks).tolist()
+        loss, to_text, to_image, stop_ranks, failed_ranks = (shared / self._ranks).tolist()
         if not math.isfinite(loss):
             raise Diverged(
                 f"the loss is {loss} at step {batch.step + 1}: lower the learning rate, or train "
@@ -190,7 +203,15 @@ class _Run:
         factor = lr_factor(batch.step, config.warmup_steps, config.steps)
         self._engine.backward(terms.loss, last=True)
         stepped = self._engine.step(factor)
-        return _Outcome(loss, to_text, to_image, float(scale.detach()), stepped, stop_ranks > 0)
+        return _Outcome(
+            loss,
+            to_text,
+            to_image,
+            float(scale.detach()),
+            stepped,
+            stop=stop_ranks > 0,
+            save_failed=failed_ranks > 0,
+        )
 
     def _row(self, outcome: _Outcome, step: int, waited: float, took: float) -> dict[str, Any]:
         """A line of `metrics.jsonl`; losses in nats, times in seconds."""
@@ -227,14 +248,12 @@ class _Run:
 
     def _save(self) -> None:
         self._progress = replace(
-            self._progress, counters=self._engine.counters(), bad_samples=self._bad_samples()
-        )
-        save_checkpoint(
-            self._job.run_dir / CHECKPOINTS,
-            self._engine.fragments(),
             self._progress,
-            keep=self._config.keep_checkpoints,
+            counters=self._engine.counters(),
+            bad_samples=self._bad_samples(),
+            samples=self._progress.step * self._config.global_batch,
         )
+        self._writer.save(self._engine.fragments(), self._progress)
 
     def _bad_samples(self) -> dict[str, int]:
         """Reason -> samples that could not be used, on all ranks, since the run began."""

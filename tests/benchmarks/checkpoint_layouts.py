@@ -198,7 +198,7 @@ def deepspeed(model: EvaClip, folder: Path) -> Path:
 def training(model: EvaClip, folder: Path) -> Path:
     flat = {key: value.detach().reshape(-1).clone() for key, value in model.named_parameters()}
     pieces = [StateFragment(key, 0, {"param": value}) for key, value in flat.items()]
-    save_checkpoint(folder, pieces, Progress(1, {}, {}, 1.0, "digest"), keep=1)
+    save_checkpoint(folder, pieces, Progress(1, {}, {}, 1.0, {}), keep=1)
     return folder
 
 

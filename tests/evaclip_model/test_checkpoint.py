@@ -1,9 +1,13 @@
 """Checkpoints: whole or absent, for any cut of the parameters."""
 
+import pytest
 import torch
 
+from evaclip_model.errors import InputError
 from evaclip_model.training.checkpoint import Progress, checkpoints, load_newest, save_checkpoint
 from evaclip_model.training.engine import StateFragment
+
+SETTINGS = {"lr": 0.1, "towers": ["vision", "text"]}
 
 
 def fragment(name, offset, values):
@@ -13,7 +17,7 @@ def fragment(name, offset, values):
 
 
 def progress(step):
-    return Progress(step, {"updates": step}, {}, 1.0, "digest")
+    return Progress(step, {"updates": step}, {}, 1.0, SETTINGS)
 
 
 def blank(name, offset, size):
@@ -23,11 +27,12 @@ def blank(name, offset, size):
 def test_what_was_written_in_some_pieces_is_read_in_others(tmp_path):
     written = [fragment("w", 0, [1.0, 2, 3]), fragment("w", 3, [4.0, 5]), fragment("b", 0, [9.0])]
     save_checkpoint(tmp_path, written, progress(7), keep=2)
-    read = [blank("w", 1, 3), blank("b", 0, 1)]
-    assert load_newest(tmp_path, read, "digest") == progress(7)
-    assert read[0].tensors["param"].tolist() == [2, 3, 4]
-    assert read[0].tensors["exp_avg_sq"].tolist() == [4, 5, 6]
-    assert read[1].tensors["exp_avg"].tolist() == [10]
+    read = [blank("w", 0, 1), blank("w", 1, 3), blank("w", 4, 1), blank("b", 0, 1)]
+    assert load_newest(tmp_path, read, SETTINGS) == progress(7)
+    assert read[1].tensors["param"].tolist() == [2, 3, 4]
+    assert read[1].tensors["exp_avg_sq"].tolist() == [4, 5, 6]
+    assert read[2].tensors["param"].tolist() == [5]
+    assert read[3].tensors["exp_avg"].tolist() == [10]
 
 
 def test_the_newest_are_kept_and_a_spoilt_one_is_passed_over(tmp_path):
@@ -37,16 +42,17 @@ def test_the_newest_are_kept_and_a_spoilt_one_is_passed_over(tmp_path):
     shard = tmp_path / "step-00000003/shard-0.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     read = [blank("w", 0, 1)]
-    found = load_newest(tmp_path, read, "digest")
+    found = load_newest(tmp_path, read, SETTINGS)
     assert found is not None
     assert found.step == 2
     assert read[0].tensors["param"].tolist() == [2]
 
 
-def test_a_checkpoint_of_other_settings_or_a_half_written_one_is_none(tmp_path):
+def test_a_checkpoint_of_other_settings_is_refused_and_a_half_written_one_is_none(tmp_path):
     save_checkpoint(tmp_path, [fragment("w", 0, [1.0])], progress(1), keep=2)
     read = [blank("w", 0, 1)]
-    assert load_newest(tmp_path, read, "other") is None
+    with pytest.raises(InputError, match=r"step-00000001/manifest.json was saved with lr = 0.1"):
+        load_newest(tmp_path, read, {**SETTINGS, "lr": 0.2})
     (tmp_path / "step-00000001").rename(tmp_path / "step-00000001.tmp")
-    assert load_newest(tmp_path, read, "digest") is None
-    assert load_newest(tmp_path / "nowhere", read, "digest") is None
+    assert load_newest(tmp_path, read, SETTINGS) is None
+    assert load_newest(tmp_path / "nowhere", read, SETTINGS) is None

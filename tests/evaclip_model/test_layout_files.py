@@ -195,7 +195,7 @@ def write_training_state(folder: Path, state: dict[str, Tensor]) -> None:
                 piece = flat[start:stop].clone()
                 tensors = {"param": piece, "exp_avg": torch.full_like(piece, 7.0)}
                 fragments.append(StateFragment(name, start, tensors))
-    save_checkpoint(folder, fragments, Progress(4, {}, {}, 1.0, "digest"), keep=1)
+    save_checkpoint(folder, fragments, Progress(4, {}, {}, 1.0, {}), keep=1)
 
 
 def test_a_training_checkpoint_without_one_shard_is_refused(tmp_path, state):

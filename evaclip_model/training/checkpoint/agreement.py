@@ -1,0 +1,87 @@
+"""What all ranks decide alike: results exchanged, and one rank's failure made everybody's.
+
+Covers: exchanges over a process group, of one rank alone too.
+Not here: exchanges of tensors in a training step.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from evaclip_model.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The ranks of a process group."""
+
+    rank: int
+    count: int
+    group: dist.ProcessGroup | None
+    """None: the default one."""
+
+    @classmethod
+    def all(cls) -> Peers:
+        """Every rank, over the default group."""
+        if not dist.is_initialized():
+            return cls(0, 1, None)
+        return cls(dist.get_rank(), dist.get_world_size(), None)
+
+    @classmethod
+    def apart(cls) -> Peers:
+        """Every rank, over a gloo group of its own, which another thread may use; every rank has to
+        call this at the same point."""
+        everybody = cls.all()
+        if everybody.count == 1:
+            return everybody
+        return cls(everybody.rank, everybody.count, dist.new_group(backend="gloo"))
+
+    def gather(self, value: T) -> list[T]:
+        """What every rank gave, in order of ranks."""
+        values: list[Any] = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def together(self, action: Callable[[], T]) -> list[T]:
+        """Results of every rank's own `action`.
+
+        Raises:
+            Exception: what this rank's action raised; or, when another's did, its InputError or
+                OSError, or an OSError that tells of another kind of error.
+        """
+        own: Exception | None = None
+        result: T | None = None
+        try:
+            result = action()
+        except Exception as error:
+            own = error
+        outcomes = self.gather((result, None if own is None else _told(own)))
+        if own is not None:
+            raise own
+        for _, told in outcomes:
+            if told is not None:
+                raise told
+        results: list[Any] = [result for result, _ in outcomes]
+        return results
+
+    def first(self, action: Callable[[], T]) -> T:
+        """Result of `action`, which rank 0 alone does; errors as in `together`."""
+        result: Any = self.together(lambda: action() if self.rank == 0 else None)[0]
+        return result  # type: ignore[no-any-return]
+
+
+def _told(error: Exception) -> Exception:
+    """An error that other processes can be sent."""
+    if isinstance(error, InputError):
+        return InputError(str(error))
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, str(error.strerror), str(error.filename or ""))
+    return OSError(errno.EIO, f"{type(error).__name__}: {error}")
