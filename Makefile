@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume ablation exactness bench bench-model bench-loader bench-merge bench-trace test-spark up down clean
+.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume test-train-grid ablation exactness bench bench-model bench-loader bench-train bench-merge bench-trace test-spark up down clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -40,6 +40,9 @@ test-download-faults: $(VENV)/.dev ## 5,000 faulty URLs on loopback, kill -9 at 
 test-resume: $(VENV)/.dev ## two epochs over one, two and three ranks with kills, reading processes too (1 min)
 	@$(PY) -m pytest tests/evaclip_model/test_reader_resume.py
 
+test-train-grid: $(VENV)/.dev ## 20 steps on 1, 2, 3 ranks in 1, 2, 4 parts, with every setting that touches the step (2 min)
+	@$(PY) -m pytest -m slow tests/evaclip_model/test_step.py
+
 $(VENV)/.spark: $(STAMP)
 	@python3 infra/environment.py $(VENV) pipeline dev spark && touch $@ $(VENV)/.pipeline $(VENV)/.dev
 
@@ -63,6 +66,9 @@ bench-trace: $(VENV)/.dev ## trace and takedown on an index of ten million sampl
 
 bench-loader: $(VENV)/.dev ## images read, decoded and cropped a second and core, beside open_clip's loader (4 min)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_loader.py
+
+bench-train: $(VENV)/.dev ## whole training steps beside open_clip's trainer, memory of the loss, cost of saving (30 min)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_train.py
 
 bench-model: $(VENV)/.dev ## speed and memory of model and tokenizer beside open_clip's (15 min)
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_model.py

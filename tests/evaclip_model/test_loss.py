@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from evaclip_model.training import loss as loss_module
 from evaclip_model.training import streamed_loss
 from evaclip_model.training.loss import (
     ContrastiveTerms,
@@ -147,14 +146,13 @@ def test_a_feature_that_is_no_number_makes_a_loss_that_is_none(way):
     assert contrastive_terms(image, text, torch.tensor(3.0), LossSettings(way)).loss.isnan()
 
 
-def test_auto_streams_when_the_logits_would_fill_its_limit(monkeypatch):
-    copies = loss_module.LOGITS_COPIES
+def test_auto_streams_when_the_full_loss_would_take_over_a_gibibyte():
     assert not LossSettings().streams(4096, 4096)
     assert LossSettings().streams(8192, 8192)
     assert LossSettings().streams(2048, 32768)
-    monkeypatch.setattr(loss_module, "STREAM_FROM_BYTES", copies * 4 * 10 * 100)
-    assert not LossSettings().streams(10, 100)
-    assert LossSettings().streams(10, 101)
+    most = 2**30 // (6 * 4)  # six matrices of four bytes an element
+    assert not LossSettings().streams(1, most)
+    assert LossSettings().streams(1, most + 1)
     assert LossSettings("streamed").streams(2, 2)
     assert not LossSettings("full").streams(2**20, 2**20)
 
