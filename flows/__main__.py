@@ -17,12 +17,14 @@ from rich.table import Table
 from evaclip_model.errors import InputError
 from flows.chart import Chart, load_chart
 from flows.estimate import estimate_table, is_large
+from flows.machines import Machines
 from flows.plan import check_disk, make_plan
 from flows.profile import Profile, load_profile
 from flows.recipe import Recipe, load_recipe
 from flows.recipe_file import recipe_names
 from flows.results import print_results
 from flows.terminal import console
+from flows.training_estimate import engine_settings, training_table
 from tasks.lineage.journal import JOURNALS
 from tasks.tracking import TrackingStore
 
@@ -69,13 +71,31 @@ def _parser() -> argparse.ArgumentParser:
             help="change one setting of the recipe; may be given again",
         )
 
+    def with_gpus(added: argparse.ArgumentParser) -> None:
+        added.add_argument(
+            "--gpus",
+            action="append",
+            metavar="16xA100-40GB@2.5",
+            help="plan training on these GPUs, @ the price of one's hour; may be given again "
+            "(the recipe's published ones)",
+        )
+        added.add_argument(
+            "--utilisation",
+            type=float,
+            metavar="SHARE",
+            help="share of the GPUs' peak that you expect (what the paper's Table 6 reached)",
+        )
+
     command("list", _list, "the flows and the recipes there are")
     with_recipe(command("show", _show, "a recipe, resolved: every setting with its value"))
-    with_recipe(command("plan", _plan, "what a run would do, what is already there, and the sizes"))
+    plan = command("plan", _plan, "what a run would do, what is already there, and what it costs")
+    with_recipe(plan)
+    with_gpus(plan)
     run = command("run", _run, "run a flow")
     run.add_argument("flow", help=f"one of: {', '.join(FLOWS)}")
     with_recipe(run)
     run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    with_gpus(run)
     trace = command("trace", _trace, "where one sample came from, where it is, what was made of it")
     asked = trace.add_mutually_exclusive_group(required=True)
     asked.add_argument("--url", help="address of the image; http or https does not matter")
@@ -106,7 +126,7 @@ def _list(_: argparse.Namespace) -> None:
     ):
         console.print(f"[bold]{title}[/]")
         for name, text in rows.items():
-            console.print(f"  {name:<14} {text}")
+            console.print(f"  {name:<23} {text}")
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -116,14 +136,28 @@ def _show(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     recipe, profile, chart = load_chart(arguments.recipe, arguments.overrides)
+    published = [recipe.published.gpus] if recipe.published.gpus else []
+    lists = [Machines.parse(text) for text in arguments.gpus or published]
+    share = arguments.utilisation
+    if share is not None and not 0 < share <= 1:
+        raise InputError(f"--utilisation {share:g}: expected a share above 0, at most 1")
     table = Table("stage", "state", "what", "digest", box=None, pad_edge=False)
     for row in make_plan(recipe, chart):
         colour = {"there": "green", "unfinished": "yellow", "to make": "white"}[row.state]
         table.add_row(row.title, f"[{colour}]{row.state}[/]", row.size, row.digest)
     console.print(f"[bold]{recipe.name}[/]  {recipe.title}  ({recipe.digest})")
     console.print(table)
+    for absent in chart.absent:
+        console.print(f"not here: {absent.sentence}", soft_wrap=True, markup=False)
     if is_large(recipe):
         console.print(estimate_table(recipe))
+    for machines in lists:
+        console.print(training_table(recipe, machines, share))
+        for train in recipe.train:
+            settings = engine_settings(recipe, train, machines)
+            if settings:
+                text = f"DeepSpeed for {train.name} on {machines}: {settings}"
+                console.print(text, soft_wrap=True, markup=False)
     console.print(f"artifacts in {profile.root.resolve()}, tracking at {profile.mlflow_uri}")
 
 

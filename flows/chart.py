@@ -1,7 +1,7 @@
 """The chart of a recipe: the address of every artifact it would make, before anything runs.
 
-Covers: the one graph of stages (what is made from what), resolving `demo:` paths, and what is not on
-this machine yet: a chart can be drawn without it, so that it can be planned, but not be run.
+Covers: the one graph of stages (what is made from what), resolving `demo:` paths, and what is not
+here yet: a chart can be drawn without it, so that it can be planned, but not be run.
 Not here: running a stage (prepare.py, train.py, evaluate.py), printing a plan (plan.py).
 """
 

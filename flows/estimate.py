@@ -3,17 +3,20 @@
 Covers: the estimate of a recipe's merge and download, and its table.
 Not here: one run's plan and disk check (plan.py); training.
 
-A cap counts samples; what is asked for is more, by each source's `expected_success`.
+A cap counts samples; what is asked for is more, by each source's `expected_success`, but never more
+than the published metadata can give.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rich.table import Table
 
 from flows.recipe import Recipe
 from tasks.download.plan import expected_bytes
+from tasks.merge.config import SourceConfig
 
 LARGE_ROWS = 1_000_000
 """From here on an estimate is worth its lines."""
@@ -40,16 +43,44 @@ class Line:
     origin: str
 
 
+@dataclass(frozen=True)
+class Reach:
+    """What a source can give."""
+
+    source: SourceConfig
+    wanted: int
+    """Rows that its cap asks for."""
+    there: int | None
+    """Rows of its metadata that pass; none where nobody has counted them."""
+
+    @property
+    def selected(self) -> int:
+        return self.wanted if self.there is None else min(self.wanted, self.there)
+
+    @property
+    def samples(self) -> int:
+        """Of the selected rows, after the download."""
+        cap = self.source.target_count or 0
+        return min(cap, math.floor(self.selected * self.source.expected_success))
+
+
 def is_large(recipe: Recipe) -> bool:
     """Whether a recipe's caps make an estimate worth printing; without caps nobody knows."""
-    return _wanted(recipe) >= LARGE_ROWS
+    return sum(reach.wanted for reach in _reaches(recipe)) >= LARGE_ROWS
+
+
+def expected_samples(recipe: Recipe) -> int:
+    """Samples after the download of a recipe's capped sources."""
+    return sum(reach.samples for reach in _reaches(recipe))
 
 
 def estimate(recipe: Recipe, machines: int = MACHINES) -> list[Line]:
     """The figures of a recipe whose sources all have a `target_count`."""
-    wanted = _wanted(recipe)
-    samples = sum(source.target_count or 0 for source in recipe.merge.sources)
-    read = wanted / SHARE_SELECTED
+    reaches = _reaches(recipe)
+    wanted = sum(reach.selected for reach in reaches)
+    samples = expected_samples(recipe)
+    published = recipe.published.metadata_rows
+    read = sum(published.get(reach.source.name, reach.wanted / SHARE_SELECTED) for reach in reaches)
     per_shard = recipe.download.samples_per_shard
     days = wanted / (URLS_PER_MACHINE_S * machines) / 86_400
     image_px = recipe.download.image_px
@@ -58,9 +89,14 @@ def estimate(recipe: Recipe, machines: int = MACHINES) -> list[Line]:
         for source in recipe.merge.sources
     )
     return [
-        Line("samples, at most", f"{samples:,}", caps),
-        Line("rows selected", f"{wanted:,}", "target_count / expected_success"),
-        Line("metadata rows read", f"{read:,.0f}", f"{SHARE_SELECTED:.0%} of rows are selected"),
+        Line("samples, at most", f"{sum(r.source.target_count or 0 for r in reaches):,}", caps),
+        *(_shortfall(reach) for reach in reaches if reach.selected < reach.wanted),
+        Line("rows selected", f"{wanted:,}", "target_count / expected_success, or all there are"),
+        Line(
+            "metadata rows read",
+            f"{read:,.0f}",
+            "as published" if published else f"{SHARE_SELECTED:.0%} of rows are selected",
+        ),
         Line(
             "metadata",
             f"{read * METADATA_BYTES_PER_ROW / 1e9:,.0f} GB, read once",
@@ -90,6 +126,15 @@ def estimate(recipe: Recipe, machines: int = MACHINES) -> list[Line]:
     ]
 
 
+def _shortfall(reach: Reach) -> Line:
+    return Line(
+        f"{reach.source.name} can give",
+        f"about {reach.samples:,} samples, not {reach.source.target_count or 0:,}",
+        f"{reach.selected:,} of its rows pass ({SHARE_SELECTED:.0%}), "
+        f"{reach.source.expected_success:.0%} are downloaded",
+    )
+
+
 def estimate_table(recipe: Recipe) -> Table:
     """The estimate for a terminal."""
     table = Table("estimate", "figure", "from", box=None, pad_edge=False)
@@ -98,5 +143,15 @@ def estimate_table(recipe: Recipe) -> Table:
     return table
 
 
-def _wanted(recipe: Recipe) -> int:
-    return sum(source.wanted_rows or 0 for source in recipe.merge.sources)
+def _reaches(recipe: Recipe) -> list[Reach]:
+    published = recipe.published.metadata_rows
+    return [
+        Reach(
+            source,
+            source.wanted_rows or 0,
+            math.floor(published[source.name] * SHARE_SELECTED)
+            if source.name in published
+            else None,
+        )
+        for source in recipe.merge.sources
+    ]

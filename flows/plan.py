@@ -1,26 +1,29 @@
 """What a run would do, before it does it.
 
 Covers: one row a stage (there, unfinished, to make), its size, and the disk it needs.
-Not here: making anything; memory, cost and days of a real recipe.
+Not here: making anything; what a real recipe's data (estimate.py) and training
+(training_estimate.py) cost.
 """
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from evaclip_model.errors import InputError
+from evaclip_model.training.cost import parameter_counts
 from flows.chart import Chart
+from flows.estimate import expected_samples
 from flows.recipe import Recipe
 from flows.terminal import summarise
 from tasks.artifact import Address, read_artifact
+from tasks.download.plan import expected_bytes
 
-JPEG_BYTES_PER_PIXEL = 0.75
-"""A photograph at quality 95, measured on img2dataset's output; line art takes less."""
-BYTES_PER_PARAMETER_SAVED = 4 + 12
-"""fp32 weights, and a checkpoint of weights and two moments."""
+BYTES_PER_PARAMETER_SAVED = 4 + 8
+"""A checkpoint: fp32 weights and two moments."""
+SMALL_BYTES = 50_000_000
+"""Reports, databases, what else a run leaves."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class PlanRow:
     size: str
     """How much, for a person."""
     digest: str
+    """"not known" as long as something it is made from is not here."""
     folder: Path
 
 
@@ -50,13 +54,14 @@ def stage_titles(recipe: Recipe, chart: Chart) -> dict[str, Address]:
 
 def make_plan(recipe: Recipe, chart: Chart) -> list[PlanRow]:
     """The plan's rows, in the order of work."""
-    sizes = _expected_sizes(recipe)
+    sizes, unsettled = _expected_sizes(recipe), chart.unsettled()
     rows = []
     for title, address in stage_titles(recipe, chart).items():
         size = sizes[title]
         if address.is_finished:
             size = summarise(read_artifact(address.folder).counts)
-        rows.append(PlanRow(title, _state(address), size, address.digest, address.folder))
+        digest = "not known" if address.digest in unsettled else address.digest
+        rows.append(PlanRow(title, _state(address), size, digest, address.folder))
     return rows
 
 
@@ -75,7 +80,11 @@ def check_disk(recipe: Recipe, chart: Chart, root: Path) -> None:
             "set EVACLIP_ROOT to another one"
         ) from None
     needed = 0 if chart.download.is_finished else _download_bytes(recipe)
-    needed += 50_000_000 if not chart.is_finished else 0
+    needed += 0 if chart.is_finished else SMALL_BYTES
+    parameters = sum(parameter_counts(recipe.initialise.architecture()).values())
+    for stage, address in zip(recipe.train, chart.train, strict=True):
+        if not address.is_finished:  # one more is written before the oldest goes
+            needed += parameters * BYTES_PER_PARAMETER_SAVED * (stage.keep_checkpoints + 1)
     free = shutil.disk_usage(root).free
     if free < needed:
         raise InputError(
@@ -96,7 +105,7 @@ def _expected_sizes(recipe: Recipe) -> dict[str, str]:
     sizes = {
         "demo": "metadata and evaluation sets of the demo web",
         "merge": f"at most {rows} from {len(targets)} sources",
-        "download": f"about {_download_bytes(recipe) / 1e6:,.0f} MB, {recipe.download.image_px} px",
+        "download": f"about {_size(_download_bytes(recipe))}, {recipe.download.image_px} px",
         "verify": "every shard opened, every image decoded",
         "dataset": "what is left out, as tombstones; a card",
         "initialise": f"model {recipe.initialise.model}",
@@ -111,8 +120,11 @@ def _expected_sizes(recipe: Recipe) -> dict[str, str]:
 
 
 def _download_bytes(recipe: Recipe) -> int:
-    counts = [source.target_count or 0 for source in recipe.merge.sources]
-    return math.ceil(sum(counts) * recipe.download.image_px**2 * JPEG_BYTES_PER_PIXEL)
+    return expected_bytes(expected_samples(recipe), recipe.download.image_px)
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e12:,.1f} TB" if number >= 1e12 else f"{number / 1e6:,.0f} MB"
 
 
 def plan_markdown(recipe: Recipe, chart: Chart) -> str:

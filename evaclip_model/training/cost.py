@@ -9,13 +9,30 @@ A FLOP is half a multiply-add of a matrix product; norms, activations and the lo
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from typing import Literal
 
 from evaclip_model.model_config import ModelConfig, TextConfig, VisionConfig
+from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.deepspeed_json import LARGEST_BUCKET
 
+Mode = Literal["none", "selective", "full"]
+"""Of gradient checkpointing."""
 PACKED_TEXT_TOKENS = 20.0
 """Tokens of a web caption with its start and end, on average; what packing computes of 77."""
 BACKWARD_PASSES = 2
 """Forward passes that a backward pass is worth: gradients of inputs, and of weights."""
+
+STREAM_FROM_BYTES = 2**30
+"""Memory of the logits above which "auto" streams the loss: below it the full loss is faster and
+its logits are small beside the activations of as many samples."""
+LOGITS_COPIES = 6
+"""Matrices of logits that the full loss has at its peak: in both directions the logits, their
+log-softmax and their gradient."""
+STREAMED_LOSS_BYTES = 2**28
+"""Memory of the streamed loss whatever the batch: a chunk of logits and what is made of it."""
+LIBRARIES_BYTES = 1.5 * 2**30
+"""CUDA's context, the communication library's buffers, workspaces of matrix products."""
 
 BF16_PEAKS: tuple[tuple[str, float], ...] = (
     ("A100", 312e12),
@@ -127,3 +144,124 @@ def _text_parameters(text: TextConfig, embed_dim: int) -> int:
     block = 12 * width**2 + 13 * width
     embed = (text.vocab_size + text.context_length) * width
     return embed + text.layers * block + 2 * width + width * embed_dim
+
+
+def stage_flops_per_sample(config: ModelConfig, train: TrainConfig, *, text_tokens: float) -> float:
+    """`train_flops_per_sample`, averaged over a training stage's schedule of masking."""
+    first, end = train.patch_dropout, train.patch_dropout_end
+    last = first if end is None else end
+    # FLOPs are a quadratic of the tokens, so Simpson's three values give a line's mean exactly.
+    whole, begin, middle, final = (
+        train_flops_per_sample(config, patch_dropout=share, text_tokens=text_tokens)
+        for share in (0.0, first, (first + last) / 2, last)
+    )
+    unmasked = train.unmasked_final_share
+    return unmasked * whole + (1 - unmasked) * (begin + 4 * middle + final) / 6
+
+
+def loss_streams(impl: Literal["auto", "full", "streamed"], rows: int, columns: int) -> bool:
+    """Whether a rank's float32 logits, `rows` x `columns` in each direction, are streamed."""
+    if impl == "auto":
+        return LOGITS_COPIES * 4 * rows * columns > STREAM_FROM_BYTES
+    return impl == "streamed"
+
+
+def gpu_memory(
+    config: ModelConfig,
+    train: TrainConfig,
+    *,
+    ranks: int,
+    micro_batch: int,
+    text_tokens: float = PACKED_TEXT_TOKENS,
+) -> dict[str, float]:
+    """Bytes that a rank's GPU holds at the worst moment of a step, by what they are.
+
+    Weights, gradients and optimizer states follow from ZeRO's stages; activations are what blocks
+    keep for their backward pass with a fused attention kernel, which holds no scores.
+
+    Args:
+        config: the model at the stage's image size.
+        ranks: GPUs; the rank's share of the global batch is `train.global_batch / ranks`.
+        micro_batch: pairs whose activations are in memory at once, at most the share.
+    """
+    counts = parameter_counts(config)
+    towers = {"logit_scale": "other"}
+    frozen = sum(counts[towers.get(part, part)] for part in train.freeze)
+    parameters = sum(counts.values())
+    trained = parameters - frozen
+    wide = 4 if train.precision == "fp32" else 2
+    shared = ranks if train.zero_stage > 0 else 1
+    has_masters = train.zero_stage > 0 or train.precision != "fp32"
+    share = train.global_batch // ranks
+    features = 2 * 4 * config.embed_dim
+    memory = {
+        "weights": parameters * wide,
+        "gradients": trained * wide * (1 / ranks if train.zero_stage == 2 else 1 + 1 / shared),
+        "optimizer": trained * (12 if has_masters else 8) / shared,
+        # Sums of the parts' gradients are kept in fp32.
+        "sum of gradients": trained * 4 / (ranks if train.zero_stage == 2 else 1)
+        if micro_batch < share and wide == 2
+        else 0,
+        "average of weights": trained * 4 / shared if train.ema_decay is not None else 0,
+        "buckets": min(parameters, LARGEST_BUCKET) * wide,
+        "activations": micro_batch * _activations(config, train, text_tokens) * wide,
+        "pixels": micro_batch * 3 * config.vision.image_px**2 * (1 + wide),
+        # Of the share and of all ranks' shares, each with its gradient.
+        "features": 2 * features * (share + train.global_batch),
+        "loss": STREAMED_LOSS_BYTES
+        if loss_streams(train.loss_impl, share, train.global_batch)
+        else LOGITS_COPIES * 4 * share * train.global_batch,
+        "CUDA and libraries": LIBRARIES_BYTES,
+    }
+    return {what: size for what, size in memory.items() if size}
+
+
+def _activations(config: ModelConfig, train: TrainConfig, text_tokens: float) -> float:
+    """Numbers kept of one image-text pair."""
+    vision, text = config.vision, config.text
+    is_whole = train.unmasked_final_share > 0
+    least = 0.0 if is_whole else min(train.patch_dropout, train.patch_dropout_end or 1.0)
+    image_tokens = 1 + vision.num_patches * (1 - least)
+    swiglu = vision.mlp == "swiglu"
+    norms = 2 if vision.sub_norm else 0
+    image = _Block(
+        width=vision.width,
+        # Inputs of both norms and what they give, queries, keys, values, attention's result.
+        kept=7 * vision.width
+        + (vision.width if norms else 0)
+        # SwiGLU: both products, the gate, what they make, and its norm; GELU: before and after.
+        + (4 + norms // 2 if swiglu else 2) * vision.mlp_width,
+        products=7 * vision.width + (2 if swiglu else 1) * vision.mlp_width,
+        working=2 * vision.mlp_width,
+    )
+    caption = _Block(
+        width=text.width,
+        kept=15 * text.width,
+        products=11 * text.width,
+        working=8 * text.width,
+    )
+    mode = train.grad_checkpointing
+    return image_tokens * (
+        vision.layers * image.held(mode) + image.at_once(mode)
+    ) + text_tokens * text.layers * caption.held(mode)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Numbers of one token in one transformer block."""
+
+    width: int
+    kept: int
+    """Everything the backward pass needs."""
+    products: int
+    """The block's input, and results of its matrix products and its attention."""
+    working: int
+    """Gradients inside the block, while its backward pass runs."""
+
+    def held(self, mode: Mode) -> int:
+        """What stays until the backward pass reaches the block."""
+        return {"none": self.kept, "selective": self.products, "full": self.width}[mode]
+
+    def at_once(self, mode: Mode) -> int:
+        """What the one block at work has besides."""
+        return self.kept - self.held(mode) + self.working

@@ -18,14 +18,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from evaclip_model.training.cost import loss_streams
 from evaclip_model.training.streamed_loss import streamed_terms
-
-STREAM_FROM_BYTES = 2**30
-"""Memory of the logits above which "auto" streams: below it the full loss is faster and its logits
-are small beside the activations of as many samples."""
-LOGITS_COPIES = 6
-"""Matrices of logits that the full loss has at its peak: in both directions the logits, their
-log-softmax and their gradient."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +28,7 @@ class LossSettings:
 
     impl: Literal["auto", "full", "streamed"] = "auto"
     """"full" keeps the logits, "streamed" makes them twice, chunk by chunk; "auto" streams when the
-    full loss would take more than `STREAM_FROM_BYTES`. The results are the same."""
+    full loss would take more than `cost.STREAM_FROM_BYTES`. The results are the same."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all B columns, the right one too; in [0, 1)."""
 
@@ -44,9 +38,7 @@ class LossSettings:
 
     def streams(self, rows: int, columns: int) -> bool:
         """Whether `rows` x `columns` float32 logits of each direction are streamed."""
-        if self.impl == "auto":
-            return LOGITS_COPIES * 4 * rows * columns > STREAM_FROM_BYTES
-        return self.impl == "streamed"
+        return loss_streams(self.impl, rows, columns)
 
 
 class ContrastiveTerms(NamedTuple):
