@@ -199,10 +199,11 @@ class SeededDraw:
     generator: np.random.Generator
 
     def share(self, low: float, high: float) -> float:
-        return self.generator.uniform(low, high)
+        # Generator.uniform computes just this, in four times the time
+        return low + (high - low) * self.generator.random()
 
     def ratio(self, low: float, high: float) -> float:
-        return math.exp(self.generator.uniform(math.log(low), math.log(high)))
+        return math.exp(self.share(math.log(low), math.log(high)))
 
     def offset(self, most: int) -> int:
         return int(self.generator.integers(0, most + 1))

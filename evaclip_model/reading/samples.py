@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Set
+import re
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 from pydantic import Field, field_validator
+from webdataset.tariterators import group_by_keys
 
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
@@ -30,7 +32,10 @@ IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 CAPTION_EXTENSION = "txt"
 RECORD_EXTENSION = "json"
 Stored = tuple[str, dict[str, Member]]
-"""Key of a sample, and its members by extension."""
+"""Key of a sample, and its members by extension: all behind the first dot, in lower case."""
+T = TypeVar("T")
+_META = re.compile(r"__[^/]*__($|/)").match
+"""Names that webdataset passes over: notes about the shard, not parts of a sample."""
 
 
 class BrokenShard(ValueError):
@@ -138,7 +143,7 @@ def read_samples(shard: Path) -> Iterator[Sample]:
     """
     try:
         with shard.open("rb", buffering=0) as tar:
-            for key, found in _samples(members(tar.fileno())):
+            for key, found in grouped(members(tar.fileno())):
                 yield _sample(shard, key, {e: m.read(tar.fileno()) for e, m in found.items()})
     except (BrokenTar, OSError) as error:
         raise BrokenShard(f"{shard} is no whole tar: {error}") from error
@@ -169,7 +174,7 @@ class PairReader:
         """
         self._shard = shard
         self._tar = shard.open("rb", buffering=0)
-        self._samples = _kept(_samples(members(self._tar.fileno())), left_out)
+        self._samples = kept(grouped(members(self._tar.fileno())), left_out)
         self.next = 0
         """Place of the sample that is read next, among those that count, in stored order."""
 
@@ -203,26 +208,36 @@ class PairReader:
             raise BrokenShard(f"{self._shard}: sample {key} cannot be read ({error})") from error
 
 
-def _samples(found: Iterator[Member]) -> Iterator[Stored]:
-    """(key, extension -> member) of neighbours that share a key, as webdataset groups them."""
-    named = ((*_key_and_extension(member.name), member) for member in found)
-    for key, group in groupby(named, key=lambda entry: entry[0]):
-        if key is not None:
-            yield key, {extension: member for _, extension, member in group}
+def grouped(found: Iterable[Member]) -> Iterator[Stored]:
+    """(key, extension -> member) of neighbours that share a key: webdataset groups them.
+
+    Raises:
+        BrokenTar: two members of a sample have the same extension.
+    """
+    files = (
+        {"fname": member.name, "data": member, "__url__": ""}
+        for member in found
+        if not _META(member.name)
+    )
+    try:
+        for sample in group_by_keys(files):
+            key = sample.pop("__key__")
+            del sample["__url__"]
+            yield key, sample
+    except BrokenTar:
+        raise
+    except ValueError as error:
+        raise BrokenTar(f"two members have the same name ({error.args[0]})") from error
 
 
-def _kept(found: Iterator[Stored], left_out: Set[int]) -> Iterator[Stored]:
-    """All but those whose place is left out."""
-    return (one for place, one in enumerate(found) if place not in left_out)
+def kept(samples: Iterable[T], left_out: Set[int]) -> Iterator[T]:
+    """A shard's samples, read in stored order by whatever reads them, without its tombstones.
 
-
-def _key_and_extension(name: str) -> tuple[str | None, str]:
-    """The key is all before the first dot of the file's name; no key: not part of a sample."""
-    folder, slash, file = name.rpartition("/")
-    stem, dot, extension = file.partition(".")
-    if not stem or not dot or name.startswith("__"):
-        return None, ""
-    return f"{folder}{slash}{stem}", extension.lower()
+    Args:
+        samples: of the whole shard: `webdataset.WebDataset(path, shardshuffle=False)`, say.
+        left_out: `Shard.left_out`.
+    """
+    return (one for place, one in enumerate(samples) if place not in left_out)
 
 
 def _image_extension(shard: Path, key: str, found: Mapping[str, object]) -> str:

@@ -1,7 +1,8 @@
 """Where the members of a tar lie, found from its headers alone.
 
 Covers: uncompressed ustar, PAX and GNU tars, as webdataset and img2dataset write them.
-Not here: what the members mean (samples.py); compressed or sparse tars; making tars.
+Not here: what the members mean (samples.py); making tars; compressed or sparse ones, which are
+refused.
 
 webdataset's own reading goes through Python's tarfile: a dozen objects a member, and every byte of
 members that nobody asked for. Here a header is one read of 512 bytes, and what is not wanted is
@@ -11,27 +12,32 @@ never read.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _BLOCK = 512
 _REGULAR = (b"0", b"\0", b"7")
-_AT_ONCE = 4096
+_WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")
+"""Links, devices, folders: nothing lies behind their headers, whatever size those give."""
+_AT_ONCE = 8192
 _LONGEST_NAME = 1 << 16
+_ADLER = 65521
 
 
 class BrokenTar(ValueError):
-    """No tar, or one that ends too early; the message says where."""
+    """No tar, or one that cannot be read to its end; the message says where and why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """A regular file inside a tar."""
 
     name: str
     offset: int
     """Of its first byte, from the beginning of the tar."""
     size: int
+    content: bytes | None = None
+    """Its bytes, if they came along with its header."""
 
     def read(self, tar: int) -> bytes:
         """Its content, from the open tar's file descriptor.
@@ -39,7 +45,7 @@ class Member:
         Raises:
             BrokenTar: the tar ends inside it.
         """
-        return _read(tar, self.offset, self.size)
+        return _read(tar, self.offset, self.size) if self.content is None else self.content
 
 
 def members(tar: int) -> Iterator[Member]:
@@ -49,60 +55,83 @@ def members(tar: int) -> Iterator[Member]:
         BrokenTar: a header that is none, or a tar that ends inside a member.
     """
     size_of_tar = os.fstat(tar).st_size
-    offset, extended = 0, _Extended()
+    offset, extended = 0, _NOTHING
     near, around = b"", 0  # the bytes from `around` on: small members lie between their headers
     while True:
-        if not around <= offset <= around + len(near) - _BLOCK:
-            near, around = os.pread(tar, _AT_ONCE, offset), offset
-        header = near[offset - around : offset - around + _BLOCK]
+        at = offset - around
+        if not 0 <= at <= len(near) - _BLOCK:
+            near, around, at = os.pread(tar, _AT_ONCE, offset), offset, 0
+        header = near[at : at + _BLOCK]
         if not header:
             return
         if len(header) < _BLOCK:
             raise BrokenTar(f"it ends inside the header at byte {offset}")
         if not header.strip(b"\0"):
             return
-        size = extended.size if extended.size is not None else _number(header[124:136], offset)
         if not _is_header(header):
             raise BrokenTar(f"there is no header at byte {offset}")
+        kind = header[156:157]
+        size = extended.size if extended.size is not None else _number(header[124:136], offset)
+        if kind in _WITHOUT_CONTENT:
+            size = 0
         content = offset + _BLOCK
         behind = content + (size + _BLOCK - 1) // _BLOCK * _BLOCK
         if behind > size_of_tar:
             raise BrokenTar(f"it ends inside the member at byte {offset}")
-        kind = header[156:157]
+        inside = at + _BLOCK + size <= len(near)
         if kind in (b"x", b"L"):
             if size > _LONGEST_NAME:
                 raise BrokenTar(f"the header at byte {offset} claims a name of {size} bytes")
-            extended = _Extended.of(kind, _read(tar, content, size))
+            body = near[at + _BLOCK : at + _BLOCK + size] if inside else _read(tar, content, size)
+            extended = _after(extended, kind, body)
         else:
             if kind in _REGULAR:
-                yield Member(extended.name or _name(header), content, size)
-            extended = _Extended()
+                body_here = near[at + _BLOCK : at + _BLOCK + size] if inside else None
+                yield Member(extended.name or _name(header), content, size, body_here)
+            elif kind == b"S":
+                raise BrokenTar(f"the member at byte {offset} is sparse: pack it without holes")
+            if kind != b"K":  # a long link's name stands between a long name and its member
+                extended = _NOTHING
         offset = behind
 
 
-@dataclass(frozen=True)
-class _Extended:
-    """What an extra header says about the member behind it."""
+class _Extended(NamedTuple):
+    """What extra headers say about the member behind them."""
 
     name: str | None = None
     size: int | None = None
 
-    @classmethod
-    def of(cls, kind: bytes, content: bytes) -> _Extended:
-        if kind == b"L":
-            return cls(name=_text(content.rstrip(b"\0")))
-        # PAX: "LENGTH key=value\n", again and again
-        found: dict[bytes, bytes] = {}
-        while content:
-            length, _, rest = content.partition(b" ")
-            if not length.isdigit() or not len(length) < int(length) <= len(content):
-                raise BrokenTar("an extended header holds no key and value")
-            key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
-            found[key] = value
-            content = content[int(length) :]
-        size = found.get(b"size")
-        name = found.get(b"path")
-        return cls(_text(name) if name else None, int(size) if size else None)
+
+_NOTHING = _Extended()
+
+
+def _after(before: _Extended, kind: bytes, content: bytes) -> _Extended:
+    """What is known after one more extra header; where two speak of a name, the later one counts.
+
+    Raises:
+        BrokenTar: no keys and values, or those of a sparse member.
+    """
+    if kind == b"L":
+        return before._replace(name=_text(content.split(b"\0", 1)[0]))
+    if not any(key in content for key in (b" path=", b" size=", b" GNU.sparse")):
+        return before  # times and owners, as nearly always
+    # PAX: "LENGTH key=value\n", again and again
+    found: dict[bytes, bytes] = {}
+    while content:
+        length, _, rest = content.partition(b" ")
+        if not length.isdigit() or not len(length) < int(length) <= len(content):
+            raise BrokenTar("an extended header holds no key and value")
+        key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
+        found[key] = value
+        content = content[int(length) :]
+    if any(key.startswith(b"GNU.sparse") for key in found):
+        raise BrokenTar("it holds a sparse member: pack it without holes")
+    name, size = found.get(b"path"), found.get(b"size", b"")
+    if size and not size.isdigit():
+        raise BrokenTar("an extended header gives a size that is no number")
+    return _Extended(
+        _text(name.rstrip(b"/")) if name else before.name, int(size) if size else before.size
+    )
 
 
 def _read(tar: int, offset: int, size: int) -> bytes:
@@ -117,11 +146,14 @@ def _read(tar: int, offset: int, size: int) -> bytes:
 
 def _is_header(header: bytes) -> bool:
     """Whether the sum in a header is that of its bytes, the sum's own counted as spaces."""
-    stored = header[148:156].strip(b" \0")
+    field = header[148:156]
     try:
-        return int(stored, 8) == sum(header) - sum(header[148:156]) + 8 * 32
+        stored = int(field.strip(b" \0"), 8)
     except ValueError:
         return False
+    # Adler-32 begins with the sum of all bytes, plus one: a tenth of the time of adding them here
+    added = (zlib.adler32(header) & 0xFFFF) - 1 - sum(field) + 8 * 32
+    return (stored - added) % _ADLER == 0
 
 
 def _number(field: bytes, offset: int) -> int:
