@@ -129,7 +129,8 @@ class CheckpointWriter:
         return self._copy_of(key, tensor).copy_(tensor.detach(), non_blocking=True)
 
     def _copy_of(self, key: str, tensor: Tensor) -> Tensor:
-        if key not in self._copies:
+        held = self._copies.get(key)
+        if held is None or held.shape != tensor.shape:
             self._copies[key] = torch.empty(
                 tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
             )
