@@ -1,8 +1,9 @@
 """What turns a loss into an optimizer step: DeepSpeed ZeRO over ranks, or plain torch in one.
 
-Covers: building the optimizer, backward, clipping, the step, the bound on the logit scale, and a
-view of the fp32 state by parameter name (for checkpoints). The only importer of deepspeed.
-Not here: the model, the loss, the schedule's shape, files.
+Covers: building the optimizer, backward, clipping, the step, the bound on the logit scale, the
+verdict on overflow, and a view of the fp32 state by parameter name (for checkpoints). The only
+importer of deepspeed.
+Not here: the model, the loss, the schedule's shape, files; DeepSpeed's buffers (zero.py).
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, Protocol
 
 import torch
@@ -20,13 +22,15 @@ from torch import Tensor, nn
 
 from evaclip_model.errors import InputError
 from evaclip_model.training.config import TrainConfig
-from evaclip_model.training.lamb import Fragment, Lamb, Layout, Part
-from evaclip_model.training.optim import Group, parameter_groups, tower_of
+from evaclip_model.training.deepspeed_json import MIN_LOSS_SCALE, deepspeed_config
+from evaclip_model.training.ema import RunningMean
+from evaclip_model.training.lamb import Lamb, Part
+from evaclip_model.training.optim import TOWERS, Group, is_frozen, parameter_groups, tower_of
+from evaclip_model.training.zero import Buffered, Copied, Master, Masters, Partitioned
 
 LOGIT_SCALE_MAX = math.log(100)
 """Upper bound of the logarithm of the inverse temperature (CLIP, section 2.5)."""
-LARGEST_BUCKET = 200_000_000
-"""Gradient elements reduced together at most."""
+LOGIT_SCALE = "logit_scale"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -39,7 +43,12 @@ class StateFragment:
     offset: int
     """First element inside the flattened parameter."""
     tensors: Mapping[str, Tensor]
-    """`param` (fp32 master), `exp_avg` and `exp_avg_sq`, each [size]."""
+    """`param` (fp32 master), `exp_avg` and `exp_avg_sq`, with `ema_decay` also `ema` (the master's
+    running mean), each [size]."""
+
+
+class LossScaleExhausted(RuntimeError):
+    """Gradients overflow fp16 even at the lowest loss scale; all ranks raise it together."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +87,22 @@ class Engine(Protocol):
         """
 
     def step(self, lr_factor: float) -> Stepped:
-        """Clip, and update with `lr_factor` times the groups' peak learning rates."""
+        """Clip, update with `lr_factor` times the groups' peak learning rates, bound the logit
+        scale.
+
+        A gradient that is no number changes no weight. In fp16 it must come here all the same, not
+        to `discard`: that is how the loss scale learns of it.
+
+        Raises:
+            LossScaleExhausted: it has learnt enough.
+        """
 
     def discard(self) -> None:
-        """Forget the gradient: this step is not taken, and nothing remembers it."""
+        """Forget the gradient: this step is not taken. Also between parts, after a failure."""
 
     def fragments(self) -> list[StateFragment]:
-        """The state this rank holds; over all ranks, every element of every parameter once."""
+        """The state this rank holds; over all ranks, every element of every trainable parameter
+        once."""
 
     def counters(self) -> dict[str, Any]:
         """What else decides the next step: JSON values, the same on every rank."""
@@ -94,148 +112,192 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """Plain torch: one rank, fp32."""
+    """Plain torch: one rank, fp32 or bf16 with fp32 masters. Needs no DeepSpeed."""
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        """Raises: InputError: a precision this engine does not have."""
-        if config.precision != "fp32":
-            raise InputError(f"engine 'torch' trains in fp32 only, not in {config.precision}")
+        """Take up a model, in the type that `config.precision` says.
+
+        Raises:
+            InputError: a precision this engine does not have.
+        """
+        if config.precision == "fp16":
+            raise InputError("engine 'torch' has no loss scale: take precision bf16 or fp32 there")
         self.module = model
         self._config = config
         self._groups = _groups(model, config)
-        self._optimizer = make_optimizer(model, self._groups, config)
-        self._scale = _named_logit_scale(self.fragments())
+        self._named = _trainable(model, config)
+        self._masters = {name: _master(parameter) for name, parameter in self._named.items()}
+        self._optimizer = make_optimizer(self._masters, self._groups, config)
+        self._fragments, self._mean = _fragments(
+            [Master(name, 0, held, 0, held.numel()) for name, held in self._masters.items()],
+            self._optimizer,
+            config,
+        )
+        self._norms: Mapping[str, float] | None = None
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         torch.autograd.backward(loss)
 
     def grad_norms(self) -> Mapping[str, float]:
-        return _norms(
-            (name, parameter.grad)
-            for name, parameter in self.module.named_parameters()
-            if parameter.grad is not None
-        )
+        if self._norms is None:
+            self._norms = _norms(
+                (name, master.grad)
+                for name, master in self._masters.items()
+                if master.grad is not None
+            )
+        return self._norms
 
     def step(self, lr_factor: float) -> Stepped:
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm, limit = self.grad_norms()["total"], self._config.grad_clip_norm
+        if not math.isfinite(norm):
+            self.discard()
+            return Stepped(math.inf, skipped=True)
         clipped = limit is not None and norm > limit
-        if clipped and limit is not None:
+        if limit is not None and clipped:
+            gradients = [held.grad for held in self._masters.values() if held.grad is not None]
             torch._foreach_mul_(gradients, limit / (norm + 1e-6))
         _set_lr(self._optimizer, self._groups, lr_factor)
         self._optimizer.step()
-        _bound_logit_scale(self._scale)
+        _bound_logit_scale(self._fragments)
+        self._write_back()
+        if self._mean is not None:
+            self._mean.follow()
         self.discard()
-        return Stepped(norm, skipped=False, clipped=clipped)
+        trust = _trust(self._optimizer, self._groups)
+        return Stepped(norm, skipped=False, clipped=clipped, trust=trust)
 
     def discard(self) -> None:
-        self._optimizer.zero_grad()
+        self._norms = None
+        for master in self._masters.values():
+            master.grad = None
 
     def fragments(self) -> list[StateFragment]:
-        return [
-            _state(name, 0, parameter.data.view(-1), self._optimizer.moments(parameter))
-            for name, parameter in self.module.named_parameters()
-        ]
+        return self._fragments
 
     def counters(self) -> dict[str, Any]:
         return {"updates": self._optimizer.updates}
 
     def restored(self, counters: Mapping[str, Any]) -> None:
         self._optimizer.updates = counters["updates"]
+        self._write_back()
+
+    @torch.no_grad()
+    def _write_back(self) -> None:
+        for name, parameter in self._named.items():
+            if parameter is not self._masters[name]:
+                parameter.copy_(self._masters[name])
 
 
 class DeepSpeedEngine:
     """DeepSpeed ZeRO, one model copy a rank; needs torch's RANK, WORLD_SIZE, MASTER_* variables."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig, *, accumulates: bool = False) -> None:
+        """Take up a model, in the type that `config.precision` says.
+
+        Args:
+            accumulates: whether a step's gradient will come in parts.
+        """
         import deepspeed
-        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
         self._config = config
         self._groups = _groups(model, config)
-        self._optimizer = make_optimizer(model, self._groups, config)
-        self._named = dict(model.named_parameters())
-        self._engine, zero, _, _ = deepspeed.initialize(
+        self._named = _trainable(model, config)
+        self._optimizer = make_optimizer(self._named, self._groups, config)
+        # One of DeepSpeed's optimizers tries itself out with a step, which must not decay weights.
+        _set_lr(self._optimizer, self._groups, 0.0)
+        self._engine, wrapped, _, _ = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,
             config=deepspeed_config(
-                config, dist.get_world_size(), sum(p.numel() for p in self._named.values())
+                config,
+                dist.get_world_size(),
+                sum(parameter.numel() for parameter in model.parameters()),
+                accumulates=accumulates,
             ),
             dist_init_required=False,
         )
-        if not isinstance(zero, DeepSpeedZeroOptimizer):
-            raise RuntimeError(f"LAMB cannot be bound to {type(zero).__name__}")
-        self._zero = zero
+        self._optimizer.updates = 0
         self.module: nn.Module = self._engine
-        placed = layouts(zero)
-        self._optimizer.bind(placed)
-        self._fragments = self._name(placed)
-        self._scale = _named_logit_scale(self._fragments)
+        self._masters = _masters_of(wrapped, self._optimizer, self._named)
+        if self._masters.layouts is not None:
+            self._optimizer.bind(self._masters.layouts)
+        self._fragments, self._mean = _fragments(self._masters.held, self._optimizer, config)
+        self._norms: Mapping[str, float] | None = None
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
+        loss = self._masters.before_backward(loss, last=last)
         self._engine.backward(loss, scale_wrt_gas=False)
+        self._masters.after_backward(last=last)
 
     def grad_norms(self) -> Mapping[str, float]:
-        names = {parameter: name for name, parameter in self._named.items()}
-        held: list[tuple[str, Tensor]] = []
-        for number, parameters in enumerate(self._zero.params_in_partition):
-            slices = self._zero.averaged_gradients[number]
-            real = [part for part in slices if not getattr(part, "_zero_padding", False)]
-            held += zip((names[parameter] for parameter in parameters), real, strict=False)
-        scale = self._zero.loss_scale
-        return {tower: norm / scale for tower, norm in _norms(held).items()}
+        if self._norms is None:
+            scale = self._loss_scale() or 1.0
+            found = _norms(self._masters.gradients())
+            self._norms = {tower: norm / scale for tower, norm in found.items()}
+        return self._norms
 
     def step(self, lr_factor: float) -> Stepped:
+        norm, limit = self.grad_norms()["total"], self._config.grad_clip_norm
+        scale, finite = self._loss_scale(), math.isfinite(norm)
+        if not finite and scale is not None and scale <= MIN_LOSS_SCALE:
+            raise LossScaleExhausted(
+                f"gradients overflow fp16 at the lowest loss scale, {MIN_LOSS_SCALE}: lower the "
+                "learning rates, or train in bf16 or fp32"
+            )
+        if not finite and scale is None:
+            self.discard()
+            return Stepped(math.inf, skipped=True)
         _set_lr(self._optimizer, self._groups, lr_factor)
-        scale = float(self._zero.loss_scale) if self._zero.dtype == torch.float16 else None
         self._engine.step()
-        _bound_logit_scale(self._scale)
-        self._named["logit_scale"].data.clamp_(0, LOGIT_SCALE_MAX)
-        skipped = bool(self._zero.overflow)
-        found = self._engine.get_global_grad_norm()
-        norm = float("inf") if skipped or found is None else float(found)
-        limit = self._config.grad_clip_norm
-        return Stepped(norm, skipped, scale, clipped=limit is not None and norm > limit)
+        self._norms = None
+        if not finite:  # DeepSpeed has seen it too, and lowered the scale
+            return Stepped(math.inf, skipped=True, loss_scale=scale)
+        self._bound_logit_scale()
+        if self._mean is not None:
+            self._mean.follow()
+        clipped = limit is not None and norm > limit
+        trust = _trust(self._optimizer, self._groups)
+        return Stepped(norm, skipped=False, loss_scale=scale, clipped=clipped, trust=trust)
 
     def discard(self) -> None:
-        zero = self._zero
-        zero.zero_grad()
-        zero._release_preflattened_grad_buffers()
-        for number in zero.averaged_gradients:
-            zero.averaged_gradients[number] = zero.all_grad_tensors[number] = None
+        self._norms = None
+        self._masters.forget_gradients()
 
     def fragments(self) -> list[StateFragment]:
         return self._fragments
 
-    def _name(self, placed: list[Layout]) -> list[StateFragment]:
-        names = {parameter: name for name, parameter in self._named.items()}
-        found = []
-        for parameters, flat, layout in zip(
-            self._zero.bit16_groups, self._zero.single_partition_of_fp32_groups, placed, strict=True
-        ):
-            moments = self._optimizer.moments(flat)
-            for piece in layout.fragments:
-                span = (0, piece.start, piece.size)
-                parts = {name: moment.narrow(*span) for name, moment in moments.items()}
-                name = names[parameters[piece.parameter]]
-                found.append(_state(name, piece.offset, flat.data.narrow(*span), parts))
-        return found
-
     def counters(self) -> dict[str, Any]:
-        scaler = self._zero.loss_scaler
-        return {
-            "updates": self._optimizer.updates,
-            "scaler": {
+        scaler = self._masters.scaler
+        counters: dict[str, Any] = {"updates": self._optimizer.updates}
+        if scaler is not None:
+            counters["scaler"] = {
                 name: getattr(scaler, name) for name in _SCALER_FIELDS if hasattr(scaler, name)
-            },
-        }
+            }
+        return counters
 
     def restored(self, counters: Mapping[str, Any]) -> None:
         self._optimizer.updates = counters["updates"]
         for name, value in counters.get("scaler", {}).items():
-            setattr(self._zero.loss_scaler, name, value)
-        self._zero.update_lp_params()
+            setattr(self._masters.scaler, name, value)
+        if dist.get_world_size() > 1:
+            for master, owner in self._masters.copies:
+                for moment in self._optimizer.moments(master.tensor).values():
+                    dist.broadcast(moment, owner)
+        self._masters.write_back()
+
+    def _loss_scale(self) -> float | None:
+        scaler = self._masters.scaler
+        return None if scaler is None else float(scaler.cur_scale)
+
+    @torch.no_grad()
+    def _bound_logit_scale(self) -> None:
+        _bound_logit_scale(self._fragments)
+        for master, _ in self._masters.copies:  # those of other ranks are stepped here too
+            if master.name == LOGIT_SCALE:
+                master.tensor.clamp_(0, LOGIT_SCALE_MAX)
+        if LOGIT_SCALE in self._named:
+            self._named[LOGIT_SCALE].clamp_(0, LOGIT_SCALE_MAX)
 
 
 def start_distributed(device: str) -> None:
@@ -256,38 +318,10 @@ def start_distributed(device: str) -> None:
     deepspeed.init_distributed("gloo" if device == "cpu" else "nccl", auto_mpi_discovery=False)
 
 
-def deepspeed_config(config: TrainConfig, ranks: int, parameters: int) -> dict[str, Any]:
-    """DeepSpeed's configuration of a training stage; the micro-batch is all of a rank's share.
-
-    Args:
-        parameters: elements of the whole model.
-    """
-    settings: dict[str, Any] = {
-        "train_batch_size": config.global_batch,
-        "train_micro_batch_size_per_gpu": config.global_batch // ranks,
-        "gradient_accumulation_steps": 1,
-        "steps_per_print": 2**31,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            # Reordering would break the map from parameters to their fp32 masters.
-            "round_robin_gradients": False,
-            # DeepSpeed allocates as much in every step, however small the model is.
-            "reduce_bucket_size": min(parameters, LARGEST_BUCKET),
-        },
-    }
-    if config.grad_clip_norm is not None:
-        settings["gradient_clipping"] = config.grad_clip_norm
-    if config.precision == "bf16":
-        settings["bf16"] = {"enabled": True}
-    if config.precision == "fp16":
-        settings["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
-    return settings
-
-
-def make_optimizer(model: nn.Module, groups: list[Group], config: TrainConfig) -> Lamb:
-    """The optimizer over `groups`, in their order."""
-    named = dict(model.named_parameters())
+def make_optimizer(
+    named: Mapping[str, Tensor], groups: Sequence[Group], config: TrainConfig
+) -> Lamb:
+    """The optimizer over `groups`, in their order, of the tensors `named`."""
     whole_tensors = config.trust_scope == "partition"
     return Lamb(
         [
@@ -304,55 +338,86 @@ def make_optimizer(model: nn.Module, groups: list[Group], config: TrainConfig) -
     )
 
 
-def layouts(zero: Any) -> list[Layout]:
-    """Where each parameter lies in this rank's flat fp32 tensors, group by group, checked.
+def _masters_of(wrapped: Any, optimizer: Lamb, named: Mapping[str, Tensor]) -> Masters:
+    """What DeepSpeed made of `optimizer`, seen as one of the kinds that can be trained with."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    Args:
-        zero: DeepSpeed's ZeRO stage 1 or 2 optimizer. Its fragment map is private to DeepSpeed but
-            stands behind its public `safe_get_full_fp32_param`.
+    names = {parameter: name for name, parameter in named.items()}
+    if isinstance(wrapped, DeepSpeedZeroOptimizer):
+        return Partitioned(wrapped, names)
+    if isinstance(wrapped, BF16_Optimizer):
+        return Buffered(wrapped, names)
+    if wrapped is optimizer or isinstance(wrapped, FP16_UnfusedOptimizer):
+        return Copied(wrapped, named)
+    raise RuntimeError(f"LAMB cannot be bound to {type(wrapped).__name__}")
 
-    Raises:
-        RuntimeError: the map contradicts the tensors.
-    """
-    found = []
-    for number, (parameters, flat) in enumerate(
-        zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True)
-    ):
-        pieces = []
-        for place, parameter in enumerate(parameters):
-            held = parameter._hp_mapping
-            if held is None:
-                continue
-            here, there = held.lp_fragment_address, held.hp_fragment_address
-            pieces.append(Fragment(place, here.start, there.start, there.numel))
-            module_values = parameter.data.reshape(-1).narrow(0, here.start, here.numel)
-            masters = flat.data.narrow(0, there.start, there.numel)
-            if not torch.equal(masters.to(module_values.dtype), module_values):
-                raise RuntimeError("DeepSpeed's map from parameters to fp32 masters is wrong")
-        process_group = zero.real_dp_process_group[number]
-        covered = torch.zeros(len(parameters), dtype=torch.int64, device=flat.device)
-        for piece in pieces:
-            covered[piece.parameter] = piece.size
-        dist.all_reduce(covered, group=process_group)
-        if covered.tolist() != [parameter.numel() for parameter in parameters]:
-            raise RuntimeError("DeepSpeed's fp32 masters do not cover every parameter once")
-        alone = dist.get_world_size(process_group) == 1
-        found.append(Layout(tuple(pieces), None if alone else process_group))
+
+def _trainable(model: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
+    """The model's parameters without the frozen ones, which get no gradient from now on."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not is_frozen(name, config))
+        if parameter.requires_grad:
+            found[name] = parameter
     return found
+
+
+@torch.no_grad()
+def _master(parameter: nn.Parameter) -> Tensor:
+    """What is stepped: the parameter, or an fp32 copy of a low one, which takes its gradients."""
+    if parameter.dtype == torch.float32:
+        return parameter
+    master = parameter.float()
+
+    def hand_over(from_part: Tensor) -> None:
+        if from_part.grad is not None:
+            gradient = from_part.grad.float()
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            from_part.grad = None
+
+    parameter.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
+    return master
+
+
+def _fragments(
+    held: Sequence[Master], optimizer: Lamb, config: TrainConfig
+) -> tuple[list[StateFragment], RunningMean | None]:
+    """Views of a rank's share of the state, and the running mean that is part of it, if any."""
+    masters = [piece.of(piece.tensor) for piece in held]
+    mean = None if config.ema_decay is None else RunningMean(masters, config.ema_decay)
+    found = []
+    for number, (piece, master) in enumerate(zip(held, masters, strict=True)):
+        moments = optimizer.moments(piece.tensor)
+        tensors = {"param": master, **{name: piece.of(moments[name]) for name in MOMENTS}}
+        if mean is not None:
+            tensors["ema"] = mean.means[number]
+        found.append(StateFragment(piece.name, piece.offset, tensors))
+    return found, mean
 
 
 def _bound_logit_scale(fragments: Iterable[StateFragment]) -> None:
     """Keep the fp32 master in [0, ln 100]: bounding the module's copy would leave it to drift."""
     for fragment in fragments:
-        fragment.tensors["param"].clamp_(0, LOGIT_SCALE_MAX)
-
-
-def _named_logit_scale(fragments: Iterable[StateFragment]) -> list[StateFragment]:
-    return [fragment for fragment in fragments if fragment.name == "logit_scale"]
+        if fragment.name == LOGIT_SCALE:
+            fragment.tensors["param"].clamp_(0, LOGIT_SCALE_MAX)
 
 
 def _groups(model: nn.Module, config: TrainConfig) -> list[Group]:
-    return parameter_groups(((n, p.shape) for n, p in model.named_parameters()), config)
+    groups = parameter_groups(((n, p.shape) for n, p in model.named_parameters()), config)
+    if not groups:
+        raise InputError(f"freeze = {list(config.freeze)} leaves nothing to train: take one out")
+    return groups
+
+
+def _trust(optimizer: Lamb, groups: Sequence[Group]) -> dict[str, tuple[float, float, float]]:
+    """Tower -> smallest, median and largest ratio of the last step."""
+    ratios: dict[str, list[float]] = {}
+    for group, found in zip(groups, optimizer.trust_ratios(), strict=True):
+        if found:
+            ratios.setdefault(group.tower, []).extend(found)
+    return {tower: (min(all_), median(all_), max(all_)) for tower, all_ in ratios.items()}
 
 
 def _norms(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
@@ -362,25 +427,19 @@ def _norms(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
         gradients: name of a parameter, and the piece of its gradient that only this rank holds.
     """
     held = list(gradients)
-    towers = ("vision", "text", "other")
-    squares = torch.zeros(len(towers), dtype=torch.float64)
+    squares = torch.zeros(len(TOWERS), dtype=torch.float64)
     if held:
         # In fp32: squares of fp16 overflow long before the gradient does.
         norms = torch._foreach_norm([part for _, part in held], 2, torch.float32)
         squares = squares.to(norms[0].device)
-        owner = torch.tensor([towers.index(tower_of(name)) for name, _ in held])
+        owner = torch.tensor([TOWERS.index(tower_of(name)) for name, _ in held])
         squares.index_add_(0, owner.to(squares.device), torch.stack(norms).double().square())
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(squares)
-    found = dict(zip(towers, squares.sqrt().tolist(), strict=True))
+    found = dict(zip(TOWERS, squares.sqrt().tolist(), strict=True))
     return {"total": float(squares.sum().sqrt()), **found}
 
 
-def _set_lr(optimizer: Lamb, groups: list[Group], factor: float) -> None:
+def _set_lr(optimizer: Lamb, groups: Sequence[Group], factor: float) -> None:
     for part, group in zip(optimizer.parts, groups, strict=True):
         part.lr = group.lr_peak * factor
-
-
-def _state(name: str, offset: int, master: Tensor, moments: Mapping[str, Tensor]) -> StateFragment:
-    held = {moment: moments[moment].view(-1) for moment in MOMENTS}
-    return StateFragment(name, offset, {"param": master, **held})

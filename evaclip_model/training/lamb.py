@@ -113,6 +113,7 @@ class Lamb(torch.optim.Optimizer):
             ]
             group["owners"] = owners
             group["ranks"] = None
+            group["ratios"] = None
 
     def bind(self, layouts: Iterable[Layout]) -> None:
         """State where parameters lie in each group's flat tensor, group by group.
@@ -141,6 +142,25 @@ class Lamb(torch.optim.Optimizer):
     def updates(self, count: int) -> None:
         for group in self.param_groups:
             group["updates"] = count
+
+    def trust_ratios(self) -> list[list[float]]:
+        """The last step's ratio of every parameter, by part; nothing for a part without.
+
+        With `adapt_whole_tensors` that of every tensor handed over, which under ZeRO is this
+        rank's alone.
+        """
+        found: list[list[float]] = []
+        for group in self.param_groups:
+            of_parts: list[list[float]] = [[] for _ in group["parts"]]
+            if group["ratios"] is not None:
+                owners = (
+                    [0] * len(group["ratios"]) if self._adapt_whole_tensors else group["owners"]
+                )
+                for owner, ratio in zip(owners, group["ratios"].tolist(), strict=True):
+                    if self._adapts(group["parts"][owner]):
+                        of_parts[owner].append(ratio)
+            found += of_parts
+        return found
 
     def moments(self, tensor: Tensor) -> dict[str, Tensor]:
         """First and second moment of a tensor (`exp_avg`, `exp_avg_sq`), zeros if new."""
@@ -230,9 +250,9 @@ class Lamb(torch.optim.Optimizer):
             squares.index_add_(1, owner, torch.stack(norms).double().square().view(2, -1))
         if ranks is not None:
             dist.all_reduce(squares, group=ranks)
+        group["ratios"] = ratios = self._trust_ratio(*squares.sqrt()).to(weights[0].dtype)
         if pieces:
-            ratio = self._trust_ratio(*squares.sqrt()).to(weights[0].dtype)
-            torch._foreach_mul_(cut_directions, list(ratio[owner].unbind()))
+            torch._foreach_mul_(cut_directions, list(ratios[owner].unbind()))
 
     def _adapts(self, part: Part) -> bool:
         return self._adapt and (part.weight_decay != 0 or self._adapt_no_decay)

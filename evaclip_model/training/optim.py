@@ -19,6 +19,8 @@ import torch
 from evaclip_model.training.config import TrainConfig
 
 Tower = Literal["vision", "text", "other"]
+Schedule = Literal["cosine", "linear", "constant"]
+TOWERS: tuple[Tower, ...] = ("vision", "text", "other")
 
 _EMBEDDINGS = (
     "patch_embed",
@@ -48,10 +50,11 @@ def parameter_groups(shapes: Iterable[tuple[str, torch.Size]], config: TrainConf
     """Group parameters by tower, layer and weight decay: vision first, then text, then the rest.
 
     Args:
-        shapes: name and shape of every trainable parameter, in the model's order.
+        shapes: name and shape of every parameter, in the model's order. Frozen ones are in no
+            group.
     """
-    parameters = list(shapes)
-    depths = {tower: _depth(tower, (name for name, _ in parameters)) for tower in _TOWERS}
+    parameters = [(name, shape) for name, shape in shapes if not is_frozen(name, config)]
+    depths = {tower: _depth(tower, (name for name, _ in parameters)) for tower in TOWERS}
     members: dict[tuple[Tower, int, bool], list[str]] = {}
     for name, shape in parameters:
         tower = tower_of(name)
@@ -68,7 +71,7 @@ def parameter_groups(shapes: Iterable[tuple[str, torch.Size]], config: TrainConf
             config.weight_decay if decayed else 0.0,
             tuple(names),
         )
-        for tower_wanted in _TOWERS
+        for tower_wanted in TOWERS
         for (tower, layer, decayed), names in members.items()
         if tower == tower_wanted
     ]
@@ -79,6 +82,11 @@ def tower_of(name: str) -> Tower:
     if name.startswith("visual."):
         return "vision"
     return "text" if name.startswith("text.") else "other"
+
+
+def is_frozen(name: str, config: TrainConfig) -> bool:
+    """Whether `config.freeze` names the parameter, or its tower."""
+    return name in config.freeze or tower_of(name) in config.freeze
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -94,18 +102,20 @@ def is_decayed(name: str, shape: torch.Size) -> bool:
     return len(shape) > 1 and not name.endswith(".bias") and name.split(".")[-1] not in _POSITIONS
 
 
-def lr_factor(step: int, warmup_steps: int, total_steps: int) -> float:
+def lr_factor(
+    step: int, warmup_steps: int, total_steps: int, schedule: Schedule = "cosine"
+) -> float:
     """Share of the peak learning rate at optimizer step `step`, counted from 0.
 
-    Linear from 1/warmup to 1, then half a cosine that reaches 0 at `total_steps`.
+    A line from 1/warmup to 1; then half a cosine, or a line, that reaches 0 at `total_steps`; or 1.
+    Steps that were not taken count: rate and data stay side by side.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-_TOWERS: tuple[Tower, ...] = ("vision", "text", "other")
+    if schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _lr(tower: Tower, config: TrainConfig) -> float:
