@@ -1,0 +1,153 @@
+"""Plans of every recipe, where nothing that they read is on the machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from evaclip_model.errors import InputError
+from flows.__main__ import main
+from flows.chart import draw_chart
+from flows.estimate import estimate, is_large
+from flows.machines import Machines
+from flows.plan import make_plan
+from flows.recipe import Recipe, load_recipe
+from flows.recipe_file import recipe_names
+from flows.training_estimate import (
+    cut_share,
+    engine_settings,
+    estimate_stage,
+    table_6_utilisation,
+)
+
+
+def figures(recipe: Recipe, machines: str, stage: int = 0, **given: float) -> dict[str, str]:
+    lines = estimate_stage(recipe, recipe.train[stage], Machines.parse(machines), **given)
+    assert all(line.origin for line in lines)
+    return {line.what: f"{line.figure} ({line.origin})" for line in lines}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_charted_and_planned(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    chart = draw_chart(recipe, tmp_path, "sqlite:///there.db")
+    rows = make_plan(recipe, chart)
+    assert {row.state for row in rows} == {"to make"}
+    assert ("not known" in {row.digest for row in rows}) == bool(chart.absent)
+    if name != "demo":
+        assert is_large(recipe) and all(line.origin for line in estimate(recipe))
+
+
+@pytest.mark.parametrize("name", sorted(set(recipe_names()) - {"demo"}))
+def test_every_paper_recipe_fits_whole_on_the_papers_gpus(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.published.gpus is not None
+    machines = Machines.parse(recipe.published.gpus)
+    for number, train in enumerate(recipe.train):
+        shown = figures(recipe, recipe.published.gpus, number)
+        assert ", whole" in shown["batch"]
+        assert "GPU-hours" in shown["time"]
+        settings = json.loads(engine_settings(recipe, train, machines) or "")
+        assert settings["train_batch_size"] == train.global_batch
+        assert settings["train_micro_batch_size_per_gpu"] * machines.count == train.global_batch
+
+
+@pytest.mark.parametrize("name", ["eva02-clip-b-16", "eva02-clip-l-14-plus"])
+def test_fewer_gpus_take_smaller_parts_for_longer_and_never_another_batch(name: str) -> None:
+    recipe = load_recipe(name)
+    few, many = (figures(recipe, f"{count}xH100-80GB") for count in (8, 64))
+    assert few["steps"] == many["steps"]
+    for count in (1, 8, 64):
+        machines = Machines(count, "H100", 80)
+        model = recipe.initialise.architecture().at_image_px(recipe.train[0].image_px)
+        cut = cut_share(model, recipe.train[0], machines)
+        assert cut.fits
+        assert cut.parts * cut.micro_batch * count == recipe.train[0].global_batch
+        assert cut.parts > 1 or count == 64
+
+
+def test_one_gpu_can_train_a_batch_of_131072() -> None:
+    shown = figures(load_recipe("eva02-clip-b-16"), "1xH100-80GB@2")
+    assert "EVACLIP_MICRO_BATCH=" in shown["batch"]
+    assert "2 a GPU-hour" in shown["price"]
+
+
+def test_what_does_not_fit_is_said_with_what_is_too_much_and_what_is_less() -> None:
+    shown = figures(load_recipe("eva02-clip-e-14-plus"), "8xA100-40GB")
+    assert "GiB" in shown["does not fit"]
+    assert "zero_stage=2 (" in shown["does not fit"] and "more GPUs" in shown["does not fit"]
+    assert "time" not in shown
+
+
+@pytest.mark.parametrize(
+    ("machines", "sentence"),
+    [
+        ("48xA100-40GB", "global_batch 131,072 is no multiple of 48: use 32 GPUs"),
+        ("512xA100-40GB", "512 is no divisor of 256 lanes: use 256 GPUs, .*lanes=512"),
+    ],
+)
+def test_numbers_of_gpus_that_cannot_share_a_batch_are_refused_with_one_that_can(
+    machines: str, sentence: str
+) -> None:
+    import re
+
+    recipe = load_recipe("eva02-clip-b-16")
+    shown = figures(recipe, machines)
+    assert list(shown) == ["ranks"] and re.search(sentence, shown["ranks"])
+    assert engine_settings(recipe, recipe.train[0], Machines.parse(machines)) is None
+
+
+def test_time_follows_from_flops_and_the_share_of_the_peak() -> None:
+    """13 days at the paper's minutes; ours computes 20 tokens of a caption instead of 77."""
+    recipe = load_recipe("eva01-clip-b-16")
+    shown = figures(recipe, "16xA100-40GB")
+    assert shown["the paper's"].startswith("2.9 days, 1,100 GPU-hours")
+    assert shown["time"].startswith("2.3 days")
+    twice = 2 * table_6_utilisation(masked=True)
+    assert figures(recipe, "16xA100-40GB", utilisation=twice)["time"].startswith("1.2 days")
+    assert table_6_utilisation(masked=True) == pytest.approx(0.227, abs=0.005)
+    assert table_6_utilisation(masked=False) == pytest.approx(0.288, abs=0.005)
+
+
+def test_gpus_are_read_as_a_person_writes_them() -> None:
+    assert Machines.parse("16xA100-40GB@2.5") == Machines(16, "A100", 40, 2.5)
+    assert Machines.parse("8xH100 PCIe-80GB") == Machines(8, "H100 PCIe", 80)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("A100", "names no GPUs: write COUNTxGPU-MEMORYGB"),
+        ("0xA100-40GB", "names no GPUs"),
+        ("4xA100-40GB@", "names no GPUs"),
+        ("4xV100-32GB", "'V100' has no known peak rate; there are: A100"),
+    ],
+)
+def test_other_words_for_gpus_are_refused(text: str, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        Machines.parse(text)
+
+
+def test_a_plan_is_printed_where_nothing_is_there_and_a_run_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVACLIP_ROOT", str(tmp_path / "runs"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "eva02-clip-b-16", "--gpus", "8xH100-80GB@2.5"]) == 0
+    shown = capsys.readouterr().out
+    assert "not here: initialise.vision: weights/EVA02_B_psz14to16.pt does not exist" in shown
+    assert "819,000,000 samples" in shown
+    assert "training on 8 x H100 80 GB" in shown
+    assert '"train_batch_size": 131072' in shown
+    assert main(["run", "pipeline", "eva02-clip-b-16"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: merge.sources 'laion2b': no file matches")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_share_of_the_peak_is_a_share(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "eva02-clip-b-16", "--utilisation", "40"]) == 2
+    assert "expected a share above 0, at most 1" in capsys.readouterr().err
