@@ -21,6 +21,8 @@ ERROR_FILE = "error.txt"
 RESUMABLE_FILE = "resumable"
 CHECKPOINTS = "checkpoints"
 MODEL_FOLDER = "model"
+EMA_FOLDER = "model-ema"
+DRY_RUN_FILE = "dry_run.json"
 SHARD_CACHE = "shard-cache"
 
 DECIDE_NOTHING = (
@@ -30,6 +32,8 @@ DECIDE_NOTHING = (
     "keep_every_steps",
     "loss_impl",
     "max_nonfinite_steps",
+    "max_rollbacks",
+    "probe_every_steps",
     "zero_stage",
 )
 """Fields of TrainConfig that change how long training takes, what it needs and what it leaves

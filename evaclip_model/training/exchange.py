@@ -10,7 +10,7 @@ number, and also says which rank was slow, or had features that are no numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -74,20 +74,22 @@ class Together:
         return rank, own[rank], median(own)
 
 
-def exchange(row: Sequence[Tensor | float], device: torch.device) -> Together:
+def exchange(row: Mapping[str, Tensor | float], device: torch.device) -> Together:
     """Tell all ranks this rank's row, and hear theirs; waits for the device, once.
 
     Args:
-        row: as `RankRow`, tensors [] as they come from the device.
+        row: the fields of `RankRow`; tensors [] as they come from the device.
     """
     joined = dist.is_initialized()
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-    cells = [torch.as_tensor(cell, dtype=torch.float64, device=device) for cell in row]
+    cells = [
+        torch.as_tensor(row[name], dtype=torch.float64, device=device) for name in RankRow._fields
+    ]
     table = torch.zeros(ranks, len(cells), dtype=torch.float64, device=device)
     table[rank] = torch.stack(cells)
     if ranks > 1:
         dist.all_reduce(table)
-    return Together(tuple(RankRow(*row) for row in table.tolist()))
+    return Together(tuple(RankRow(*cells) for cells in table.tolist()))
 
 
 def from_all(value: Any) -> list[Any]:

@@ -38,7 +38,8 @@ class ForwardClock:
 
     def _start(self, module: nn.Module, inputs: Any) -> None:
         if self._on_gpu:
-            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            event: Any = torch.cuda.Event
+            pair = event(enable_timing=True), event(enable_timing=True)
             pair[0].record()
             self._events.append(pair)
         self._started = time.perf_counter()

@@ -20,10 +20,6 @@ from evaclip_model.training.config import TrainConfig
 
 LEAST_DEVIATION = 0.01
 """Share of the mean that the deviation counts as at least: a flat line is no reason to stop."""
-MAX_OVERFLOWS = 50
-"""Overflowing steps in a row after which an fp16 run has diverged, whatever its loss scale."""
-MIN_LOSS_SCALE = 1.0
-"""A gradient that overflows at this loss scale does so by itself."""
 
 
 class Diverged(RuntimeError):
@@ -100,8 +96,6 @@ class GuardState:
 
     nonfinite: int = 0
     """Steps in a row, up to now, whose figures were no numbers."""
-    overflows: int = 0
-    """Steps in a row, up to now, that fp16 overflowed in."""
     rollbacks: int = 0
     """Times that training went back, in the whole stage."""
     loss: Running = field(default_factory=Running)
@@ -121,17 +115,16 @@ class GuardState:
 def judge(state: GuardState, seen: Observed, config: TrainConfig) -> tuple[Judged, GuardState]:
     """What becomes of a step, and the state for the next one.
 
-    An engine that is told to take a step whose fp16 gradient overflowed leaves it out and lowers
-    the loss scale.
+    A step whose fp16 gradient overflows is to be taken: the engine then leaves it out, lowers the
+    loss scale, and knows when it is low enough to give up.
 
     Raises:
-        Diverged: more than `max_nonfinite_steps` in a row, more than `max_rollbacks` in all, or
-            more than `MAX_OVERFLOWS` overflows in a row.
+        Diverged: more than `max_nonfinite_steps` in a row, or more than `max_rollbacks` in all.
     """
     if seen.has_numbers(config):
         if math.isfinite(seen.grad_norm):
-            return _judge_numbers(replace(state, nonfinite=0, overflows=0), seen, config)
-        return _judge_overflow(replace(state, overflows=state.overflows + 1), seen)
+            return _judge_numbers(replace(state, nonfinite=0), seen, config)
+        return Judged(Verdict.TAKE, "overflow", f"step {seen.step} overflows fp16"), state
     state = replace(state, nonfinite=state.nonfinite + 1)
     what = _nonfinite(seen)
     if state.nonfinite > config.max_nonfinite_steps:
@@ -140,24 +133,6 @@ def judge(state: GuardState, seen: Observed, config: TrainConfig) -> tuple[Judge
             "rate, or train in bf16 or fp32"
         )
     return Judged(Verdict.DISCARD, "nonfinite", f"step {seen.step} is not taken: {what}"), state
-
-
-def check_loss_scale(step: int, skipped: bool, loss_scale: float | None) -> None:
-    """Raises: Diverged: the step overflowed although the loss was not scaled up."""
-    if skipped and loss_scale is not None and loss_scale <= MIN_LOSS_SCALE:
-        raise Diverged(
-            f"the gradient overflows fp16 at step {step} at the smallest loss scale, "
-            f"{loss_scale:g}: lower the learning rate, or train in bf16 or fp32"
-        )
-
-
-def _judge_overflow(state: GuardState, seen: Observed) -> tuple[Judged, GuardState]:
-    if state.overflows > MAX_OVERFLOWS:
-        raise Diverged(
-            f"{state.overflows} steps in a row overflowed fp16, the last at step {seen.step}: "
-            "train in bf16 or fp32"
-        )
-    return Judged(Verdict.TAKE, "overflow", f"step {seen.step} overflowed fp16"), state
 
 
 def _judge_numbers(

@@ -14,37 +14,24 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from evaclip_model.training.config import TrainConfig
-from evaclip_model.training.cost import peak_flops
+import torch
+
+from evaclip_model.model_config import ModelConfig
+from evaclip_model.training.config import METRICS_FILE, TrainConfig, TrainJob
+from evaclip_model.training.cost import peak_flops, train_flops_per_sample
 from evaclip_model.training.engine import Stepped
-from evaclip_model.training.exchange import Together, is_straggler
-from evaclip_model.training.guards import GuardState, Judged, Verdict
+from evaclip_model.training.exchange import is_straggler
+from evaclip_model.training.guards import Judged
+from evaclip_model.training.loop_state import LoopState
+from evaclip_model.training.masking import patch_dropout_at
+from evaclip_model.training.rank import Gradient
+from evaclip_model.training.tensorboard_log import TENSORBOARD_FOLDER, TensorBoardLog
 
 TOWERS = ("vision", "text", "other")
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """Where the seconds of a step went, on rank 0."""
-
-    data_wait_s: float
-    """For samples."""
-    prepare_s: float
-    """Captions to ids, masks, and the way to the device."""
-    gradient_s: float
-    """Forward and backward passes and the loss, with waiting for other ranks."""
-    update_s: float
-    """Gradient norms, verdict, clipping, optimizer."""
-    save_s: float
-    """Copying the state for the checkpoint of the step before; 0 where there was none."""
-    step_s: float
-    """From the end of the step before to the end of this one."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +92,18 @@ class StepRow:
     """Model FLOP/s as a share of the devices' peak; nothing that is computed twice counts twice.
     None on devices whose peak is not known."""
     data_wait_s: float
+    """Seconds rank 0 waited for its samples."""
     prepare_s: float
+    """Captions to ids, and masks."""
     gradient_s: float
+    """Forward and backward passes, the loss and the gradient norms, with waiting for other
+    ranks."""
     update_s: float
+    """Verdict, clipping, optimizer."""
     save_s: float
+    """Copying the state for the checkpoint of the step before; 0 where there was none."""
     step_s: float
-    """As `StepTimes` has them."""
+    """Sum of these five: from the end of the step before to the end of this one."""
     forward_s: float
     """Rank 0's own forward passes."""
     slowest_rank_s: float
@@ -136,85 +129,91 @@ class StepRow:
 
 def step_row(
     *,
-    step: int,
-    samples: int,
+    state: LoopState,
     config: TrainConfig,
+    model: ModelConfig,
     lr_factor: float,
-    together: Together,
-    logit_scale: float,
-    grad_norms: Mapping[str, float],
+    gradient: Gradient,
     judged: Judged,
-    guards: GuardState,
     stepped: Stepped | None,
-    skipped_steps: int,
-    patch_dropout: float,
-    times: StepTimes,
-    sample_flops: float,
-    device_name: str,
-    memory_peak_bytes: int | None,
+    updated_s: float,
+    saved_s: float,
+    device: torch.device,
 ) -> StepRow:
     """The line of a step.
 
     Args:
+        state: after the step.
         stepped: what the engine did; none when the step was discarded.
-        sample_flops: FLOPs of forward and backward for one pair.
-        device_name: of the GPU, as torch says it; empty on a CPU.
+        updated_s, saved_s: `update_s` and `save_s`.
+        device: of this rank.
     """
+    together, grad_norms = gradient.together, gradient.norms
+    spent = (gradient.waited_s, gradient.prepared_s, gradient.computed_s, updated_s, saved_s)
+    step_s = sum(spent)
+    masked = patch_dropout_at(config, state.step - 1)
+    text_tokens = together.mean("text_tokens")
+    flops = train_flops_per_sample(model, patch_dropout=masked, text_tokens=text_tokens)
     ranks = len(together.rows)
-    rate = config.global_batch / times.step_s
-    peak = peak_flops(device_name) if device_name else None
+    rate = config.global_batch / step_s
+    on_gpu = device.type == "cuda"
+    peak = peak_flops(torch.cuda.get_device_name(device)) if on_gpu else None
     slow_rank, slowest_s, median_s = together.slowest
-    taken = judged.verdict is Verdict.TAKE and stepped is not None and not stepped.skipped
     return StepRow(
-        step=step,
-        samples=samples,
+        step=state.step,
+        samples=state.step * config.global_batch,
         loss=_number(together.mean("loss")),
         image_to_text_accuracy=_number(together.mean("image_to_text_accuracy")),
         text_to_image_accuracy=_number(together.mean("text_to_image_accuracy")),
-        logit_scale=logit_scale,
+        logit_scale=float(gradient.terms.logit_scale),
         lr_vision=config.lr_vision * lr_factor,
         lr_text=config.lr_text * lr_factor,
         lr_other=config.lr_other * lr_factor,
-        taken=int(taken),
-        skipped_steps=skipped_steps,
+        taken=int(stepped is not None and not stepped.skipped),
+        skipped_steps=state.skipped_steps,
         grad_norm=_number(grad_norms["total"]),
         grad_norm_vision=_number(grad_norms["vision"]),
         grad_norm_text=_number(grad_norms["text"]),
         grad_norm_other=_number(grad_norms["other"]),
         clipped=int(stepped is not None and stepped.clipped),
         spike=int(judged.kind == "spike"),
-        rollbacks=guards.rollbacks,
+        rollbacks=state.guards.rollbacks,
         loss_scale=stepped.loss_scale if stepped else None,
         **_trust(stepped),
-        patch_dropout=patch_dropout,
-        text_tokens=together.mean("text_tokens"),
+        patch_dropout=masked,
+        text_tokens=text_tokens,
         images_per_second=rate,
         samples_per_second_per_rank=rate / ranks,
-        mfu=rate / ranks * sample_flops / peak if peak else None,
-        data_wait_s=times.data_wait_s,
-        prepare_s=times.prepare_s,
-        gradient_s=times.gradient_s,
-        update_s=times.update_s,
-        save_s=times.save_s,
-        step_s=times.step_s,
+        mfu=rate / ranks * flops / peak if peak else None,
+        data_wait_s=gradient.waited_s,
+        prepare_s=gradient.prepared_s,
+        gradient_s=gradient.computed_s,
+        update_s=updated_s,
+        save_s=saved_s,
+        step_s=step_s,
         forward_s=together.rows[0].forward_s,
         slowest_rank_s=slowest_s,
         median_rank_s=median_s,
         slow_rank=slow_rank if is_straggler(slowest_s, median_s) else None,
-        memory_peak_bytes=memory_peak_bytes,
+        memory_peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
         time=time.time(),
     )
 
 
-class MetricsFile:
-    """`metrics.jsonl` as rank 0 writes it; a line is there when its step is over."""
+class MetricsLog:
+    """`metrics.jsonl`, and TensorBoard's events where the job asks for them; a context.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    A line is there when its step is over. Every rank has one, and only rank 0's writes.
+    """
+
+    def __init__(self, job: TrainJob, *, writes: bool) -> None:
+        """Raises: InputError: events are asked for, and what writes them is not installed."""
+        self._path = job.run_dir / METRICS_FILE
+        self._writes = writes
         self._file: TextIO | None = None
+        self._board = TensorBoardLog(job.run_dir / TENSORBOARD_FOLDER) if job.tensorboard else None
 
     def __enter__(self) -> Self:
-        self._file = self._path.open("a")
         return self
 
     def __exit__(
@@ -225,24 +224,35 @@ class MetricsFile:
     ) -> None:
         if self._file is not None:
             self._file.close()
+        if self._board is not None:
+            self._board.close()
 
     def write(self, row: StepRow) -> None:
         """Add a line."""
-        assert self._file is not None
-        self._file.write(json.dumps(row.as_json()) + "\n")
+        if not self._writes:
+            return
+        line = row.as_json()
+        if self._file is None:
+            self._file = self._path.open("a")
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        if self._board is not None:
+            self._board.write(line)
 
     def cut_back(self, step: int) -> None:
         """Keep only the whole lines up to `step`: what came after it is done again."""
+        if not self._writes:
+            return
         if self._file is not None:
             self._file.close()
+            self._file = None
         lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
         kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
         beside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         beside.write_bytes(b"".join(kept))
         beside.replace(self._path)
-        if self._file is not None:
-            self._file = self._path.open("a")
+        if self._board is not None:
+            self._board.cut_back()
 
     def last(self, name: str, count: int) -> list[float]:
         """The newest values of a figure, oldest first, at most `count` of them."""

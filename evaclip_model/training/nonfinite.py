@@ -6,8 +6,6 @@ Not here: whether the run goes on (guards.py).
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from evaclip_model.reading.reader import Batch
+from evaclip_model.training.results import write_json
 
 NAMED = 3
 """Samples that a sentence names at most."""
@@ -55,7 +54,5 @@ def whose(ranks: Sequence[dict[str, Any]]) -> str:
 def write_dump(run_dir: Path, step: int, figures: dict[str, Any]) -> Path:
     """Write `nonfinite-STEP.json`, beside its place first."""
     path = run_dir / f"nonfinite-{step:08d}.json"
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(figures, indent=1) + "\n")
-    beside.replace(path)
+    write_json(path, figures)
     return path

@@ -32,12 +32,12 @@ class ProfileWindow:
             if torch.cuda.is_available():
                 activities.append(ProfilerActivity.CUDA)
             self._profile = profile(activities=activities, profile_memory=True)
-            self._profile.__enter__()
+            self._profile.start()
 
     def after(self, step: int) -> None:
         """Call after it; writes `steps-FIRST-LAST.json` after the last."""
         if self._profile is not None and step >= self._last:
-            self._profile.__exit__(None, None, None)
+            self._profile.stop()
             self._folder.mkdir(parents=True, exist_ok=True)
             trace = self._folder / f"steps-{self._first}-{step}.json"
             self._profile.export_chrome_trace(str(trace))

@@ -19,13 +19,8 @@ _AXES = ("step", "time")
 class TensorBoardLog:
     """Events in a folder; a resumed run goes on in it."""
 
-    def __init__(self, folder: Path, first_step: int) -> None:
-        """Args:
-            first_step: first step that will be written; what is there of later ones is void.
-
-        Raises:
-            InputError: the package is not installed.
-        """
+    def __init__(self, folder: Path) -> None:
+        """Raises: InputError: the package is not installed."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -33,16 +28,24 @@ class TensorBoardLog:
                 "tensorboard = true needs the package tensorboard: pip install "
                 "'evaclip[tensorboard]', or set it to false"
             ) from None
-        self._writer = SummaryWriter(str(folder), purge_step=first_step)  # type: ignore[no-untyped-call]
+        self._open: Any = SummaryWriter
+        self._folder = folder
+        self._writer: Any = None
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Add a line of metrics, as JSON has it."""
+        if self._writer is None:
+            self._writer = self._open(str(self._folder), purge_step=row["step"])
         for name, value in row.items():
             if name not in _AXES:
-                self._writer.add_scalar(  # type: ignore[no-untyped-call]
-                    name, value, row["step"], walltime=row["time"]
-                )
+                self._writer.add_scalar(name, value, row["step"], walltime=row["time"])
+
+    def cut_back(self) -> None:
+        """The next step written voids what is there of it and of later ones."""
+        self.close()
 
     def close(self) -> None:
         """Write what is left."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

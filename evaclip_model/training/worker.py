@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import signal
 import sys
@@ -34,7 +35,10 @@ def main(arguments: list[str]) -> int:
     stop = _stop_on_sigterm()
     _set_threads(job.threads)
     os.environ.update(place_from_slurm(os.environ))
-    from evaclip_model.training.trainer import Diverged, Interrupted, train
+    _log_to_stderr()
+    from evaclip_model.training.engine import LossScaleExhausted
+    from evaclip_model.training.guards import Diverged
+    from evaclip_model.training.trainer import Interrupted, train
 
     try:
         if job.engine == "deepspeed" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -43,7 +47,7 @@ def main(arguments: list[str]) -> int:
     except Interrupted:
         (job.run_dir / RESUMABLE_FILE).touch()
         return RESUMABLE
-    except (InputError, Diverged) as error:
+    except (InputError, Diverged, LossScaleExhausted) as error:
         (job.run_dir / ERROR_FILE).write_text(f"{error}\n")
         return DATA_ERROR if isinstance(error, InputError) else DIVERGED
     except OSError as error:
@@ -64,6 +68,12 @@ def _stop_on_sigterm() -> list[int]:
 
     signal.signal(signal.SIGTERM, remember)
     return came
+
+
+def _log_to_stderr() -> None:
+    log = logging.getLogger("evaclip_model")
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.StreamHandler())
 
 
 def _set_threads(threads: int | None) -> None:

@@ -8,13 +8,11 @@ import pytest
 
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.guards import (
-    MAX_OVERFLOWS,
     Diverged,
     GuardState,
     Observed,
     Running,
     Verdict,
-    check_loss_scale,
     judge,
 )
 
@@ -64,23 +62,13 @@ def test_steps_without_numbers_are_left_out_and_too_many_in_a_row_end_the_run(ba
         judge(state, observed(7, **bad), config())
 
 
-def test_an_fp16_gradient_that_overflows_is_left_to_the_loss_scale_but_not_for_ever():
-    settings, state = config(precision="fp16"), GuardState()
-    for _ in range(MAX_OVERFLOWS):
-        judged, state = judge(state, observed(grad_norm=math.inf), settings)
-        assert (judged.verdict, judged.kind) == (Verdict.TAKE, "overflow")
-    assert state.nonfinite == 0
-    with pytest.raises(Diverged, match="overflowed"):
-        judge(state, observed(grad_norm=math.inf), settings)
-    judged, _ = judge(state, observed(loss=math.nan), settings)
+def test_an_fp16_gradient_that_overflows_is_left_to_the_loss_scale():
+    settings, state = config(precision="fp16"), GuardState(nonfinite=2)
+    judged, state = judge(state, observed(grad_norm=math.inf), settings)
+    assert (judged.verdict, judged.kind) == (Verdict.TAKE, "overflow")
+    assert state.nonfinite == 2
+    judged, state = judge(state, observed(loss=math.nan), settings)
     assert judged.verdict is Verdict.DISCARD
-
-
-def test_an_overflow_at_the_smallest_loss_scale_is_an_error():
-    check_loss_scale(5, True, 2.0)
-    check_loss_scale(5, False, 1.0)
-    with pytest.raises(Diverged, match="step 5"):
-        check_loss_scale(5, True, 1.0)
 
 
 @pytest.mark.parametrize(

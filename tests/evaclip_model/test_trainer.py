@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from evaclip_model.create import create_model
+from evaclip_model.training.captions import vary_caption
 from evaclip_model.training.config import TrainConfig
-from evaclip_model.training.trainer import vary_caption
 from evaclip_model.training.worker import DATA_ERROR, RESUMABLE
 from evaclip_model.weights import save_model
 
