@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume test-train-grid ablation exactness bench bench-model bench-loader bench-train bench-merge bench-trace test-spark up down clean
+.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume test-launch test-train-grid ablation exactness bench bench-model bench-loader bench-train bench-merge bench-trace test-spark up down clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -42,6 +42,9 @@ test-resume: $(VENV)/.dev ## two epochs over one, two and three ranks with kills
 
 test-train-grid: $(VENV)/.dev ## 20 steps on 1, 2, 3 ranks in 1, 2, 4 parts, with every setting that touches the step (2 min)
 	@$(PY) -m pytest -m slow tests/evaclip_model/test_step.py
+
+test-launch: $(VENV)/.dev ## kill -9 of every launcher, preempted Slurm jobs, MLflow away for a while (5 min)
+	@$(PY) -m pytest -m slow tests/tasks/train tests/tasks/lineage
 
 $(VENV)/.spark: $(STAMP)
 	@python3 infra/environment.py $(VENV) pipeline dev spark && touch $@ $(VENV)/.pipeline $(VENV)/.dev
