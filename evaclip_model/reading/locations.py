@@ -40,5 +40,10 @@ def read_text(location: Path | str) -> str:
     """
     if not is_url(location):
         return Path(location).read_text()
-    content: bytes = filesystem(str(location)).cat_file(str(location))
+    try:
+        content: bytes = filesystem(str(location)).cat_file(str(location))
+    except (OSError, InputError):
+        raise
+    except Exception as error:  # every protocol has its own kinds: botocore's are no OSError
+        raise OSError(str(error) or type(error).__name__) from error
     return content.decode()

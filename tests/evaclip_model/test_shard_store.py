@@ -12,6 +12,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
@@ -167,3 +168,18 @@ def test_what_a_killed_run_fetched_is_used_again_and_what_it_was_fetching_is_rem
 def test_a_url_that_nothing_installed_knows_is_one_sentence():
     with pytest.raises(InputError, match=r"nowhere://bucket/shards\.json cannot be read"):
         ShardManifest.read("nowhere://bucket/shards.json")
+
+
+class Away(fsspec.AbstractFileSystem):
+    """An object store whose library has errors of its own kind, as botocore has."""
+
+    protocol = "away"
+
+    def cat_file(self, path: str, *_: object, **__: object) -> bytes:
+        raise RuntimeError(f"Could not connect to the endpoint of {path}")
+
+
+def test_an_object_store_that_does_not_answer_is_one_sentence():
+    fsspec.register_implementation("away", Away, clobber=True)
+    with pytest.raises(InputError, match=r"away://b/shards\.json cannot be read .*the endpoint"):
+        ShardManifest.read("away://b/shards.json")
