@@ -96,3 +96,17 @@ def test_without_adaptation_it_is_adamw():
         lamb.step()
         adamw.step()
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_trust_ratios_are_those_it_stepped_with():
+    torch.manual_seed(0)
+    plain, bias = (torch.nn.Parameter(torch.randn(shape)) for shape in ((4, 3), (5,)))
+    optimizer = Lamb([Part([plain], 0.1, 0.2), Part([bias], 0.1, 0.0)], packed=True)
+    assert optimizer.trust_ratios() == [[], []]
+    before = plain.detach().clone()
+    plain.grad, bias.grad = torch.randn(4, 3), torch.randn(5)
+    optimizer.step()
+    direction = plain.grad  # a step leaves the scaled direction there
+    ((ratio,), of_no_decay) = optimizer.trust_ratios()
+    assert of_no_decay == []
+    assert ratio == pytest.approx((before.norm() / (direction / ratio).norm()).item(), rel=1e-5)

@@ -67,3 +67,38 @@ def test_learning_rates_equal_the_authors_schedule():
 
 def test_schedule_without_warmup_starts_at_the_peak():
     assert lr_factor(0, 0, 10) == 1
+
+
+def test_schedules_warm_up_alike_and_end_where_their_names_say():
+    for schedule in ("cosine", "linear", "constant"):
+        assert [lr_factor(step, 4, 12, schedule) for step in range(4)] == [0.25, 0.5, 0.75, 1]
+        assert lr_factor(4, 4, 12, schedule) == 1
+    assert [lr_factor(8, 4, 12, name) for name in ("cosine", "linear", "constant")] == [
+        pytest.approx(0.5),
+        0.5,
+        1,
+    ]
+    assert [lr_factor(12, 4, 12, name) for name in ("cosine", "linear", "constant")] == [0, 0, 1]
+    assert lr_factor(99, 4, 12, "linear") == 0
+
+
+@pytest.mark.parametrize(
+    ("freeze", "towers"),
+    [(("vision",), {"text", "other"}), (("text", "logit_scale"), {"vision"}), ((), None)],
+    ids=str,
+)
+def test_frozen_parameters_are_in_no_group_and_leave_the_others_as_they_are(freeze, towers):
+    shapes = [
+        (name, torch.Size([2, 2]))
+        for name in (
+            "visual.blocks.0.w",
+            "visual.blocks.3.w",
+            "text.blocks.1.w",
+            "text.head",
+            "logit_scale",
+        )
+    ]
+    every = parameter_groups(shapes, config())
+    left = parameter_groups(shapes, config(freeze=freeze))
+    assert left == [group for group in every if towers is None or group.tower in towers]
+    assert {group.tower for group in every} == {"vision", "text", "other"}
