@@ -43,6 +43,8 @@ RECOMPUTED = {"none": 0.0, "selective": 0.6, "full": 1.0}
 """Forward passes' worth of time spent again by gradient checkpointing; "selective" as measured in
 bf16, where it costs a fifth of a step (make bench-model)."""
 HOURS_A_DAY = 24
+READ_AHEAD_STEPS = 2
+"""Steps whose pixels a rank holds: the one that is trained on, and the next."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,7 @@ def estimate_stage(
     model = recipe.initialise.architecture().at_image_px(train.image_px)
     cut = cut_share(model, train, machines)
     lines = [
-        Line(
-            "batch",
-            f"{train.global_batch:,} = {machines.count} x {cut.share:,}, "
-            + ("whole" if cut.parts == 1 else f"in {cut.parts:,} parts of {cut.micro_batch:,}"),
-            "the largest parts that fit; the gradient is the same for any"
-            + ("" if cut.parts == 1 else f": EVACLIP_MICRO_BATCH={cut.micro_batch}"),
-        ),
+        Line("batch", *_batch(cut, machines.count)),
         Line(
             "steps",
             f"{train.steps:,} for {train.samples_seen:,} samples",
@@ -108,12 +104,7 @@ def estimate_stage(
         ),
         Line("memory of a GPU", *_memory(cut)),
         *([] if cut.fits else [Line("does not fit", *_remedy(model, train, machines, cut))]),
-        Line(
-            "memory of a rank's reader",
-            f"{_reader_bytes(recipe, train) / machines.count / GIB:,.1f} GiB",
-            f"{train.lanes} lanes x {train.shuffle_buffer:,} samples of every source, shared by "
-            "all ranks",
-        ),
+        Line("memory of a rank's reader", *_reader(recipe, train, machines.count)),
     ]
     if cut.fits:
         lines += _time(recipe, model, train, machines, cut, utilisation)
@@ -134,6 +125,19 @@ def _cannot_share(train: TrainConfig, ranks: int) -> str | None:
             f"samples by --set train.{train.name}.lanes={other}"
         )
     return None
+
+
+def _batch(cut: Cut, ranks: int) -> tuple[str, str]:
+    figure = f"{cut.share * ranks:,} = {ranks} x {cut.share:,}"
+    if not cut.fits:
+        return figure, "the recipe's; not even one pair at once fits"
+    if cut.parts == 1:
+        return f"{figure}, whole", "a rank's share fits at once"
+    return (
+        f"{figure}, in {cut.parts:,} parts of {cut.micro_batch:,}",
+        "the largest equal parts that fit; the gradient is the same for any: set "
+        f"EVACLIP_MICRO_BATCH={cut.micro_batch}",
+    )
 
 
 def _memory(cut: Cut) -> tuple[str, str]:
@@ -158,15 +162,22 @@ def _remedy(
     for name, change in changes.items():
         other = cut_share(model, train.model_copy(update=change), machines)
         if sum(other.memory.values()) < 0.99 * needed:
-            helpful.append(f"{name} ({sum(other.memory.values()) / GIB:,.1f} GiB)")
+            fits = ", which fits" if other.fits else ""
+            helpful.append(f"{name} ({sum(other.memory.values()) / GIB:,.1f} GiB{fits})")
     helpful.append("more GPUs, which share the optimizer, or larger ones")
     return f"{largest} take {cut.memory[largest] / GIB:,.1f} GiB", "less with " + ", ".join(helpful)
 
 
-def _reader_bytes(recipe: Recipe, train: TrainConfig) -> int:
+def _reader(recipe: Recipe, train: TrainConfig, ranks: int) -> tuple[str, str]:
+    """Memory of the host, for each rank."""
     sources = len(train.source_weights) or len(recipe.merge.sources)
-    samples = train.lanes * train.shuffle_buffer * sources
-    return expected_bytes(samples, recipe.download.image_px)
+    samples = train.lanes // ranks * train.shuffle_buffer * sources
+    pixels = READ_AHEAD_STEPS * train.global_batch // ranks * 3 * train.image_px**2
+    return (
+        f"{(expected_bytes(samples, recipe.download.image_px) + pixels) / GIB:,.1f} GiB",
+        f"{train.lanes // ranks} lanes x {train.shuffle_buffer:,} stored samples x {sources} "
+        f"sources, pixels of {READ_AHEAD_STEPS} steps",
+    )
 
 
 def _time(
@@ -187,8 +198,9 @@ def _time(
         f"{again:.2f} forward passes again for checkpointing and parts",
     )
     peak = peak_flops(machines.gpu)
-    if peak is None:
-        raise ValueError(f"{machines.gpu} was not checked")
+    if peak is None or train.precision == "fp32":
+        yield Line("time", "not estimated", "rates are of fp16 and bf16, not of fp32")
+        return
     share, origin = (
         (utilisation, "given")
         if utilisation is not None

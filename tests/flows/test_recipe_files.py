@@ -96,3 +96,15 @@ def test_an_override_without_a_value_takes_a_setting_out() -> None:
     changed = load_recipe("eva02-clip-b-16", ["initialise.vision=", "train_defaults.seed="])
     assert changed.initialise.vision is None
     assert changed.initialise.text is not None
+
+
+def test_what_others_published_decides_nothing() -> None:
+    recipe = load_recipe("eva02-clip-b-16")
+    other = load_recipe("eva02-clip-b-16", ["published.imagenet_top1=1.0"])
+    assert other.published != recipe.published
+    assert other.digest == recipe.digest
+
+
+def test_published_gpus_are_gpus() -> None:
+    with pytest.raises(InputError, match=r"'published'.*names no GPUs"):
+        load_recipe("demo", ["published.gpus=many"])
