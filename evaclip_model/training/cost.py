@@ -222,23 +222,23 @@ def _activations(config: ModelConfig, train: TrainConfig, text_tokens: float) ->
     is_whole = train.unmasked_final_share > 0
     least = 0.0 if is_whole else min(train.patch_dropout, train.patch_dropout_end or 1.0)
     image_tokens = 1 + vision.num_patches * (1 - least)
-    swiglu = vision.mlp == "swiglu"
-    norms = 2 if vision.sub_norm else 0
+    swiglu, sub_norm = vision.mlp == "swiglu", int(vision.sub_norm)
+    gains = 2 if vision.layer_scale_init is not None else 0
     image = _Block(
         width=vision.width,
-        # Inputs of both norms and what they give, queries, keys, values, attention's result.
-        kept=7 * vision.width
-        + (vision.width if norms else 0)
-        # SwiGLU: both products, the gate, what they make, and its norm; GELU: before and after.
-        + (4 + norms // 2 if swiglu else 2) * vision.mlp_width,
+        # Of the stream: before and behind both norms, queries, keys, values, what attention gives,
+        # its norm, what gains are multiplied with. Inside the MLP: GELU's input and output, or both
+        # products, the gate, what they make, its norm.
+        kept=(8 + sub_norm + gains) * vision.width
+        + (4 + sub_norm if swiglu else 2) * vision.mlp_width,
         products=7 * vision.width + (2 if swiglu else 1) * vision.mlp_width,
-        working=2 * vision.mlp_width,
+        working=vision.mlp_width,
     )
     caption = _Block(
         width=text.width,
-        kept=15 * text.width,
+        kept=16 * text.width,
         products=11 * text.width,
-        working=8 * text.width,
+        working=4 * text.width,
     )
     mode = train.grad_checkpointing
     return image_tokens * (
@@ -256,7 +256,8 @@ class _Block:
     products: int
     """The block's input, and results of its matrix products and its attention."""
     working: int
-    """Gradients inside the block, while its backward pass runs."""
+    """What gradients inside the block take while its backward pass runs, beyond what it has let go
+    of by then."""
 
     def held(self, mode: Mode) -> int:
         """What stays until the backward pass reaches the block."""

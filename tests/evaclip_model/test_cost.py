@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor
 
+from evaclip_model.clip import EvaClip
+from evaclip_model.create import create_model
 from evaclip_model.model_config import ModelConfig
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.cost import (
@@ -93,14 +97,16 @@ def total(model: str, train: TrainConfig, ranks: int, micro_batch: int, tokens: 
     return sum(memory.values())
 
 
+@pytest.mark.parametrize("model", ["EVA01-CLIP-B-16", "EVA02-CLIP-B-16"])
 @pytest.mark.parametrize(("masked", "published_gib"), [(0.5, 16), (0.0, 26)])
-def test_memory_is_that_of_the_papers_table_6_within_a_tenth(
-    masked: float, published_gib: float
+def test_memory_is_that_of_the_papers_table_6_within_six_percent(
+    model: str, masked: float, published_gib: float
 ) -> None:
-    """Rows with flash attention: 16 A100s, batch 32k, fp16, ZeRO-1, checkpointing, padded text."""
+    """Rows with flash attention: 16 A100s, batch 32k, fp16, ZeRO-1, checkpointing, padded text; the
+    table does not say which of the two B/16 it is about."""
     train = stage(patch_dropout=masked, precision="fp16", grad_checkpointing="full")
-    ours = total("EVA01-CLIP-B-16", train, 16, 2048, 77)
-    assert ours / 2**30 == pytest.approx(published_gib, rel=0.1)
+    ours = total(model, train, 16, 2048, 77)
+    assert ours / 2**30 == pytest.approx(published_gib, rel=0.06)
 
 
 # MiB above weights and gradients of batches of 16 on a CPU, the difference to a batch of none left
@@ -122,7 +128,7 @@ def test_checkpointing_saves_what_it_was_measured_to_save() -> None:
         for mode in MEASURED
     }
     for mode, measured in MEASURED.items():
-        assert ours["none"] - ours[mode] == pytest.approx(MEASURED["none"] - measured, rel=0.25)
+        assert ours["none"] - ours[mode] == pytest.approx(MEASURED["none"] - measured, rel=0.2)
 
 
 def test_each_setting_that_saves_memory_saves_it() -> None:
@@ -149,3 +155,43 @@ def test_a_stages_flops_are_the_mean_over_its_schedule_of_masking() -> None:
     ]
     mean = sum(every) / len(every)
     assert stage_flops_per_sample(model, train, text_tokens=20) == pytest.approx(mean, rel=1e-3)
+
+
+def numbers_kept(model: EvaClip, images: Tensor, tokens: Tensor) -> int:
+    """Numbers that autograd keeps of a forward pass, weights left out, each storage once."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(images, tokens)
+    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights) // 4
+
+
+@pytest.mark.parametrize("name", ["EVA01-CLIP-B-16", "EVA02-CLIP-B-16", "EVA02-CLIP-E-14"])
+def test_a_block_keeps_the_numbers_that_autograd_keeps(name: str) -> None:
+    """Two blocks more in both towers, of small widths in the published proportions."""
+    values = ModelConfig.load(name).model_dump()
+    values["text"] |= {"vocab_size": 100, "width": 64, "heads": 2}
+    vision = values["vision"]
+    vision |= {
+        "image_px": 8 * vision["patch_px"],
+        "width": 96,
+        "mlp_width": 96 * vision["mlp_width"] // vision["width"],
+        "heads": 3,
+    }
+    found = []
+    for layers in (2, 4):
+        values["vision"]["layers"] = values["text"]["layers"] = layers
+        config = ModelConfig.model_validate(values)
+        model = create_model(config, seed=0, attention="sdpa").train()
+        images = torch.zeros(2, 3, vision["image_px"], vision["image_px"])
+        tokens = torch.tensor([[1] * 19 + [99]] * 2)
+        train = stage(patch_dropout=0, image_px=vision["image_px"])
+        estimate = gpu_memory(config, train, ranks=1, micro_batch=2, text_tokens=20)
+        found.append((numbers_kept(model, images, tokens), estimate["activations"] / 4))
+    (few, few_estimated), (many, many_estimated) = found
+    assert many_estimated - few_estimated == pytest.approx(many - few, rel=0.03)
