@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -80,8 +80,10 @@ def photographs(width: int, height: int, quality: int) -> list[bytes]:
     return found
 
 
-def write_shards(folder: Path, pictures: list[bytes], images: int) -> Path:
-    """Shards as img2dataset writes them; the manifest's path."""
+def write_shards(
+    folder: Path, pictures: list[bytes], images: int, captions: Sequence[str] = ("a caption",)
+) -> Path:
+    """Shards as img2dataset writes them, pictures and captions in turn; the manifest's path."""
     shards = []
     for number in range(SHARDS):
         path = folder / f"{number:05d}.tar"
@@ -90,7 +92,8 @@ def write_shards(folder: Path, pictures: list[bytes], images: int) -> Path:
                 key = f"{number:05d}{place:04d}"
                 record = {"uid": key, "source": "a", "url": f"http://x/{key}", "status": "success"}
                 sample = {"__key__": key, "jpg": pictures[place % len(pictures)]}
-                tar.write({**sample, "txt": f"caption {key}", "json": json.dumps(record)})
+                caption = captions[(number * (images // SHARDS) + place) % len(captions)]
+                tar.write({**sample, "txt": caption, "json": json.dumps(record)})
         size = path.stat().st_size
         samples = images // SHARDS
         shards.append(
