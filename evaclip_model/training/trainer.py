@@ -19,7 +19,12 @@ from dataclasses import replace
 from typing import Any
 
 from evaclip_model.reading.reader import Batch
-from evaclip_model.training.checkpoint import CheckpointWriter, Progress, load_newest
+from evaclip_model.training.checkpoint import (
+    CheckpointWriter,
+    Progress,
+    load_newest,
+    settings_of,
+)
 from evaclip_model.training.config import CHECKPOINTS, RESULT_FILE, TrainJob
 from evaclip_model.training.dry_run import dry_run
 from evaclip_model.training.engine import Stepped
@@ -71,8 +76,7 @@ class _Run:
         profiled = job.profile_steps if self._leads else None
         self._profile = ProfileWindow(profiled, job.run_dir / PROFILE_FOLDER)
         self._checkpoints = job.checkpoints or job.run_dir / CHECKPOINTS
-        architecture = rank.model.config.model_dump(mode="json")
-        self._settings = {**job.train.deciding, "model": architecture}
+        self._settings = settings_of(job.train, rank.model.config)
         self._state = LoopState()
         self._seconds = 0.0
         self._bad: Counter[str] = Counter()

@@ -7,7 +7,7 @@ alike in agreement.py, the checkpoints of other programs in importing.py.
 Not here: when to save (trainer.py); finished models (weights.py).
 """
 
-from evaclip_model.training.checkpoint.form import MANIFEST, Progress
+from evaclip_model.training.checkpoint.form import MANIFEST, Progress, settings_of
 from evaclip_model.training.checkpoint.reading import checkpoints, load_newest, stored_parameters
 from evaclip_model.training.checkpoint.writing import CheckpointWriter, save_checkpoint
 
@@ -18,5 +18,6 @@ __all__ = [
     "checkpoints",
     "load_newest",
     "save_checkpoint",
+    "settings_of",
     "stored_parameters",
 ]

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from evaclip_model.errors import InputError
+from evaclip_model.model_config import ModelConfig
+from evaclip_model.training.config import TrainConfig
 
 MANIFEST = "manifest.json"
 VERSION = 2
@@ -48,12 +50,20 @@ class Progress:
     seconds: float
     """Training time so far."""
     settings: dict[str, Any]
-    """What decides the result, in JSON's types (`TrainConfig.deciding` and the architecture): the
-    state belongs to these settings and to no others."""
+    """`settings_of` the run: the state belongs to these and to no others."""
     samples: int = 0
     """Image-text pairs seen."""
     loop: dict[str, Any] = field(default_factory=dict)
     """The training loop's: where its data stands, and what its guards have seen (JSON)."""
+
+
+def settings_of(config: TrainConfig, architecture: ModelConfig) -> dict[str, Any]:
+    """`Progress.settings` of a run.
+
+    Args:
+        architecture: of the model that is trained, at the size of its images.
+    """
+    return {**config.deciding, "model": architecture.model_dump(mode="json")}
 
 
 class ShardFile(NamedTuple):
