@@ -373,7 +373,7 @@ def loss_once(impl: Any, pairs: int) -> dict[str, float]:
 
 
 def saving(options: argparse.Namespace) -> Iterator[str]:
-    yield f"A checkpoint of {MODEL} in fp32 with both moments; steps of {options.saved_batch} pairs."
+    yield f"A checkpoint of {MODEL} in fp32, with moments; steps of {options.saved_batch} pairs."
     yield "| | s |"
     yield "|---|---|"
     told = apart("--saving-of", json.dumps([options.saved_batch, str(options.folder)]))
