@@ -1,13 +1,14 @@
 """The `evaclip` command: use models and their files without the pipeline that makes them.
 
 Covers: listing architectures, classifying images against given labels, features of images and
-captions, conversion of checkpoints.
-Not here: training, evaluation sets, the registry.
+captions, conversion of checkpoints, taking over a training.
+Not here: training itself, evaluation sets, the registry.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_classify(commands.add_parser("classify", help="say which label fits an image"))
     _add_embed(commands.add_parser("embed", help="write features of images or of captions"))
     _add_convert(commands.add_parser("convert", help="write a checkpoint in another form"))
+    _add_take_over(commands.add_parser("take-over", help="go on with a DeepSpeed training"))
     return parser
 
 
@@ -142,6 +144,16 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
         help="open OpenAI's archives, which hold code besides weights",
     )
     _add_precision(command)
+
+
+def _add_take_over(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_run_take_over)
+    command.add_argument(
+        "source", type=Path, metavar="SOURCE", help="folder of a ZeRO-1, ZeRO-2 or universal one"
+    )
+    command.add_argument(
+        "job", type=Path, metavar="TRAIN_JSON", help="the run to come, which then starts there"
+    )
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -305,6 +317,22 @@ def _run_convert(options: argparse.Namespace) -> None:
         written = export_model(model, options.dest, options.form)
     for path in written:
         print(path)
+
+
+def _run_take_over(options: argparse.Namespace) -> None:
+    try:
+        settings = json.loads(options.job.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{options.job} cannot be read as a training job ({error})") from None
+
+    from evaclip_model.training.checkpoint.importing import import_checkpoint
+    from evaclip_model.training.config import CHECKPOINTS, TrainJob
+
+    job = TrainJob.from_mapping(settings, where=str(options.job))
+    location = job.checkpoints or job.run_dir / CHECKPOINTS
+    architecture = ModelConfig.load(job.start_from)
+    progress = import_checkpoint(options.source, location, job.train, architecture)
+    print(f"{location}: step {progress.step:,} of {job.train.steps:,}")
 
 
 def _open(options: argparse.Namespace) -> EvaClip:

@@ -8,15 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evaclip_model.cli import main
 from evaclip_model.create import create_model
 from evaclip_model.errors import InputError
 from evaclip_model.layouts import foreign_names
 from evaclip_model.model_config import ModelConfig
 from evaclip_model.training.checkpoint import load_newest, settings_of
 from evaclip_model.training.checkpoint.importing import import_checkpoint
-from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.config import TrainConfig, TrainJob
 from evaclip_model.training.engine import StateFragment
 from evaclip_model.training.optim import is_frozen
+from evaclip_model.weights import save_model
 
 RANK = Path(__file__).with_name("deepspeed_rank.py")
 TINY = {
@@ -166,3 +168,19 @@ def test_checkpoints_that_are_there_are_left_alone(written, architecture, tmp_pa
     import_checkpoint(written, tmp_path, settings(), architecture)
     with pytest.raises(InputError, match="holds checkpoints already"):
         import_checkpoint(written, tmp_path, settings(), architecture)
+
+
+def test_the_command_starts_a_run_there(written, architecture, tmp_path, capsys):
+    save_model(create_model(architecture, seed=0), tmp_path / "start")
+    config = settings()
+    job = TrainJob(
+        train=config, start_from=tmp_path / "start", shards="shards.json", run_dir=tmp_path
+    )
+    (tmp_path / "train.json").write_text(job.model_dump_json())
+    assert main(["take-over", str(written), str(tmp_path / "train.json")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/checkpoints: step 4 of 20\n"
+    read = list(blanks(architecture, config).values())
+    found = load_newest(tmp_path / "checkpoints", read, settings_of(config, architecture))
+    assert found is not None
+    assert main(["take-over", str(written), str(tmp_path / "none.json")]) == 2
+    assert "none.json cannot be read as a training job" in capsys.readouterr().err
