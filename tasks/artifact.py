@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -27,6 +28,8 @@ from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 
 MANIFEST = "manifest.json"
+BULK = "bulk.jsonl"
+"""List of an artifact's bulk files: `{"path": ..., "size": ...}` a line."""
 CARD = "card.md"
 """An artifact's description for people, where it has one."""
 DIGEST_CHARS = 16
@@ -95,7 +98,8 @@ class Artifact(Config):
     counts: dict[str, int | float]
     """Totals for people and for tracking: rows, samples, shards, bytes, reasons."""
     files: dict[str, dict[str, int | str]]
-    """Path inside the folder -> {size, sha256} of every file that the artifact consists of."""
+    """Path inside the folder -> {size, sha256} of every file that the artifact consists of, but
+    for bulk files, whose list is among them."""
     created: str
     """UTC time of publication, ISO 8601."""
 
@@ -106,6 +110,10 @@ class Made:
 
     counts: Counts
     files: tuple[Path, ...]
+    """Hashed when the artifact is published."""
+    bulk: tuple[Path, ...] = ()
+    """Files that are not: two billion samples are 50 TB of shards, which a later stage reads to
+    their end and hashes then. Their sizes go into the list `BULK`, which is hashed."""
 
 
 def produce(address: Address, make: Callable[[Path], Made]) -> Artifact:
@@ -160,6 +168,24 @@ def read_artifacts(root: Path) -> list[Artifact]:
     return sorted(found, key=lambda artifact: (artifact.created, artifact.digest))
 
 
+def read_bulk(folder: Path) -> dict[Path, int] | None:
+    """Size in bytes of every bulk file that a finished artifact lists; None if it has no list.
+
+    Raises:
+        InputError: the list cannot be read.
+    """
+    path = folder / BULK
+    if not path.exists():
+        return None
+    try:
+        entries = [json.loads(line) for line in path.read_text().splitlines()]
+        return {folder / entry["path"]: int(entry["size"]) for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} cannot be read ({error}): delete {folder} and run again"
+        ) from None
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file beside its place and rename it, so that it is never seen half-written."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -196,10 +222,7 @@ def fingerprint(path: Path) -> str:
 
 def _publish(address: Address, made: Made) -> Artifact:
     folder = address.folder
-    files = {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in sorted(made.files)
-    }
+    files = [*made.files, *_listed(made.bulk, folder)]
     manifest = {
         "kind": address.stage.name,
         "version": address.stage.version,
@@ -207,12 +230,29 @@ def _publish(address: Address, made: Made) -> Artifact:
         "parents": dict(address.parents),
         "config": address.config,
         "counts": dict(made.counts),
-        "files": files,
+        "files": _described(sorted(files), folder),
         "tools": {name: metadata.version(name) for name in address.stage.tools},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return read_artifact(folder)
+
+
+def _listed(bulk: tuple[Path, ...], folder: Path) -> Iterator[Path]:
+    """Write the list of the bulk files, if there are any; the list's path."""
+    if bulk:
+        entries = ({"path": str(f.relative_to(folder)), "size": f.stat().st_size} for f in bulk)
+        write_atomically(folder / BULK, "".join(f"{json.dumps(entry)}\n" for entry in entries))
+        yield folder / BULK
+
+
+def _described(files: list[Path], folder: Path) -> dict[str, dict[str, int | str]]:
+    """Size and hash of every file; a core each at once, because hashing leaves Python's lock."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "hashing") as pool:
+        return {
+            str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256}
+            for path, sha256 in zip(files, pool.map(sha256_of, files), strict=True)
+        }
 
 
 @contextmanager

@@ -421,10 +421,10 @@ def _describe(out: Path, plan: Plan, done: Sequence[Sequence[FinishedShard]]) ->
         for source, outcomes in sorted(by_source.items())
     }
     write_atomically(out / REPORT, json.dumps({"sources": details, **counts}, indent=1) + "\n")
-    files = [
+    shards = tuple(
         path
         for number, finished in enumerate(done, start=1)
         for shard in finished
         for path in shard_files(_folder(out, number) / SHARDS_FOLDER, shard.planned)
-    ]
-    return Made(counts, (*files, out / REPORT))
+    )
+    return Made(counts, (out / REPORT,), bulk=shards)

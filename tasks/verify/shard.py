@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ from tasks.sample_index import COLUMNS
 from tasks.verify.config import VerifyConfig
 
 _VERDICT = b"verdict"
+_CPU_S = b"cpu_s"
 
 
 class Flaw(StrEnum):
@@ -45,7 +47,9 @@ class Flaw(StrEnum):
     REPEATED_UID = "repeated_uid"
 
 
-def verify_shard(tar: Path, path: str, config: VerifyConfig, target: Path) -> None:
+def verify_shard(
+    tar: Path, path: str, config: VerifyConfig, target: Path, size: int | None = None
+) -> None:
     """Read `tar` to its end and write what was found to the file `target`.
 
     Args:
@@ -54,24 +58,35 @@ def verify_shard(tar: Path, path: str, config: VerifyConfig, target: Path) -> No
         config: when a sample is bad.
         target: a parquet file, written beside its place and renamed: a row a sample (the columns of
             the index), the verdict in its metadata.
+        size: bytes that the tar should have, if that is known.
     """
+    begin_s = time.process_time()
     seen = _Seen(config)
     left_out = None
     try:
         for sample in read_samples(tar):
             seen.look_at(sample)
-        left_out = _why_not_as_recorded(tar, seen) or _why_left_out(seen, config)
+        left_out = _why_not_as_recorded(tar, seen, size) or _why_left_out(seen, config)
     except BrokenShard as problem:
         left_out = str(problem)
     shard = None
     if left_out is None:
         (source,) = seen.sources
-        size, sha256 = tar.stat().st_size, sha256_of(tar)
-        shard = Shard(path=path, source=source, samples=seen.samples, bytes=size, sha256=sha256)
+        shard = Shard(
+            path=path,
+            source=source,
+            samples=seen.samples,
+            bytes=tar.stat().st_size,
+            sha256=sha256_of(tar),
+        )
     verdict = Verdict(
         path=path, stored=seen.samples, shard=shard, flaws=dict(seen.flaws), left_out=left_out
     )
-    table = seen.table().replace_schema_metadata({_VERDICT: verdict.model_dump_json()})
+    table = seen.table()
+    cpu_s = time.process_time() - begin_s
+    table = table.replace_schema_metadata(
+        {_VERDICT: verdict.model_dump_json(), _CPU_S: repr(cpu_s)}
+    )
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     pq.write_table(table, beside, compression="zstd")
     beside.replace(target)
@@ -81,6 +96,11 @@ def read_verdict(target: Path) -> Verdict:
     """The verdict in a file that `verify_shard` wrote."""
     metadata = pq.read_metadata(target).metadata
     return Verdict.from_mapping(json.loads(metadata[_VERDICT]), where=str(target))
+
+
+def read_cpu_s(target: Path) -> float:
+    """CPU seconds that looking at the shard took."""
+    return float(pq.read_metadata(target).metadata[_CPU_S])
 
 
 @dataclass
@@ -169,11 +189,13 @@ def _why_left_out(seen: _Seen, config: VerifyConfig) -> str | None:
     return None
 
 
-def _why_not_as_recorded(tar: Path, seen: _Seen) -> str | None:
+def _why_not_as_recorded(tar: Path, seen: _Seen, size: int | None) -> str | None:
     """What the downloader wrote beside the tar and what is in the tar must be the same samples.
 
     A tar without table and statistics was not made by img2dataset, and stands for itself.
     """
+    if size is not None and tar.stat().st_size != size:
+        return f"it has {tar.stat().st_size} bytes, but {size} when it was downloaded"
     statistics, table = tar.with_name(f"{tar.stem}_stats.json"), tar.with_suffix(".parquet")
     if not statistics.exists() and not table.exists():
         return None

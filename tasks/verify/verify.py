@@ -12,17 +12,17 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evaclip_model.errors import InputError
-from tasks.artifact import Made, write_atomically
+from tasks.artifact import Made, read_bulk, write_atomically
 from tasks.checked_shards import CHECKED, Verdict, read_verdicts, write_verdicts
 from tasks.child import run_supervised
 from tasks.progress import Report
 from tasks.sample_index import INDEX, write_index
 from tasks.verify.config import VerifyConfig
-from tasks.verify.shard import read_verdict
+from tasks.verify.shard import read_cpu_s, read_verdict
 from tasks.verify.worker import ShardJob, WorkerJob
 
 REPORT = "report.json"
@@ -36,7 +36,7 @@ POLL_S = 0.2
 def verify_shards(
     config: VerifyConfig, downloaded: Path, out: Path, processes: int, report: Report
 ) -> Made:
-    """Verify `downloaded/**/shards/*.tar`, all passes of the download.
+    """Verify every tar that `downloaded` lists as bulk; without a list, `**/shards/*.tar`.
 
     Args:
         processes: shards looked at at once; each takes about 0.1 GB.
@@ -55,12 +55,14 @@ def _verify(
     config: VerifyConfig, downloaded: Path, out: Path, processes: int, report: Report
 ) -> None:
     """Write everything, the verdicts last."""
-    tars = sorted(downloaded.glob("**/shards/*.tar"))
+    tars = _tars(downloaded)
     if not tars:
         raise InputError(f"{downloaded} holds no shards: download again")
     tables = [out / TABLES / f"{tar.stem}.parquet" for tar in tars]
     _look_at_all(config, tars, tables, out, processes, report)
     verdicts = [read_verdict(table) for table in tables]
+    speed = _speed(verdicts, tables)
+    report(len(tars), len(tars), f"{speed['images_per_core_s']:,.0f} images a second and core")
     if not any(verdict.shard for verdict in verdicts):
         raise InputError(
             f"none of the {len(tars)} shards of {downloaded} can be trained on; "
@@ -69,14 +71,31 @@ def _verify(
     report(len(tars), len(tars), "indexing")
     write_index(tables, out / INDEX, config.memory_limit)
     left_out = {verdict.path: verdict.left_out for verdict in verdicts if verdict.left_out}
-    details = {**_counts(verdicts), "left_out": left_out}
+    details = {**_counts(verdicts), "left_out": left_out, "speed": speed}
     write_atomically(out / REPORT, json.dumps(details, indent=1) + "\n")
     write_verdicts(verdicts, out)
 
 
+def _tars(downloaded: Path) -> dict[Path, int | None]:
+    """The shards, in the order of their names, with the size that the download gave them.
+
+    A shard that the list names and the folder lacks is among them, so that it is missed.
+    """
+    listed = read_bulk(downloaded)
+    if listed is None:  # not downloaded by us, or before there were lists
+        return dict.fromkeys(sorted(downloaded.glob("**/shards/*.tar")))
+    return {path: listed[path] for path in sorted(listed) if path.suffix == ".tar"}
+
+
+def _speed(verdicts: Sequence[Verdict], tables: Sequence[Path]) -> dict[str, float]:
+    """CPU seconds of looking at all shards, over all runs that had a part in it; images in each."""
+    images, cpu_s = sum(verdict.stored for verdict in verdicts), sum(map(read_cpu_s, tables))
+    return {"cpu_s": round(cpu_s, 3), "images_per_core_s": round(images / max(cpu_s, 1e-9), 1)}
+
+
 def _look_at_all(
     config: VerifyConfig,
-    tars: Sequence[Path],
+    tars: Mapping[Path, int | None],
     tables: Sequence[Path],
     out: Path,
     processes: int,
@@ -88,8 +107,10 @@ def _look_at_all(
     for torn in folder.glob(".*"):
         torn.unlink()
     missing = [
-        ShardJob(tar=tar.resolve(), path=os.path.relpath(tar, out), target=table.resolve())
-        for tar, table in zip(tars, tables, strict=True)
+        ShardJob(
+            tar=tar.resolve(), size=size, path=os.path.relpath(tar, out), target=table.resolve()
+        )
+        for (tar, size), table in zip(tars.items(), tables, strict=True)
         if not table.exists()
     ]
     before = len(tars) - len(missing)

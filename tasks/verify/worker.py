@@ -24,6 +24,8 @@ class ShardJob(Config):
     """One shard to look at."""
 
     tar: Path
+    size: int | None
+    """Bytes that it should have; None if nobody knows."""
     path: str
     """What the verdict calls it."""
     target: Path
@@ -47,7 +49,7 @@ def main(job: WorkerJob) -> None:
 
 
 def _look(config: VerifyConfig, shard: ShardJob) -> None:
-    verify_shard(shard.tar, shard.path, config, shard.target)
+    verify_shard(shard.tar, shard.path, config, shard.target, shard.size)
 
 
 if __name__ == "__main__":

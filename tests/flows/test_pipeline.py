@@ -19,7 +19,7 @@ from mlflow.entities import Run
 
 from evaclip_model.model_config import ModelConfig
 from evaclip_model.reading.samples import SHARDS, ShardManifest
-from tasks.artifact import MANIFEST, Artifact, read_artifact, sha256_of
+from tasks.artifact import MANIFEST, Artifact, read_artifact, read_bulk, sha256_of
 from tasks.demo.concepts import read_drawings
 from tests.flows.command import Demo, Ended, environment, run
 
@@ -116,6 +116,10 @@ def test_every_file_is_as_its_manifest_says(artifacts: dict[str, Artifact]) -> N
         for name, expected in artifact.files.items():
             path = artifact.folder / name
             assert {"size": path.stat().st_size, "sha256": sha256_of(path)} == expected, path
+    bulk = read_bulk(artifacts["download"].folder)
+    assert bulk == {path: path.stat().st_size for path in bulk}
+    tars = {path for path in bulk if path.suffix == ".tar"}
+    assert tars == set(artifacts["download"].folder.glob("**/shards/*.tar"))
 
 
 def test_the_merge_accounts_for_every_row(artifacts: dict[str, Artifact]) -> None:

@@ -8,7 +8,18 @@ import pytest
 
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
-from tasks.artifact import MANIFEST, Address, Made, Stage, fingerprint, produce, read_artifact
+from tasks.artifact import (
+    BULK,
+    MANIFEST,
+    Address,
+    Made,
+    Stage,
+    fingerprint,
+    produce,
+    read_artifact,
+    read_bulk,
+    sha256_of,
+)
 
 
 class Wanted(Config):
@@ -85,6 +96,43 @@ def test_two_runs_do_not_make_the_same_artifact_and_a_killed_one_frees_it(tmp_pa
     other.kill()
     other.join()
     assert produce(address(tmp_path), make_number).counts == {"numbers": 1}
+
+
+def test_bulk_files_are_listed_by_size_and_never_read(tmp_path: Path) -> None:
+    def make(out: Path) -> Made:
+        (out / "shards").mkdir()
+        for name in ("0.tar", "1.tar"):
+            with (out / "shards" / name).open("wb") as file:
+                file.truncate(1 << 40)  # a hole: nobody could hash it in a day
+        (out / "report.json").write_text("{}")
+        return Made({}, (out / "report.json",), bulk=tuple((out / "shards").iterdir()))
+
+    made = produce(address(tmp_path), make)
+    assert set(made.files) == {"report.json", BULK}
+    assert made.files[BULK]["sha256"] == sha256_of(made.folder / BULK)
+    shards = made.folder / "shards"
+    assert read_bulk(made.folder) == {shards / "0.tar": 1 << 40, shards / "1.tar": 1 << 40}
+    assert read_bulk(produce(address(tmp_path, number=2), make_number).folder) is None
+
+
+def test_many_files_keep_their_own_hashes(tmp_path: Path) -> None:
+    def make(out: Path) -> Made:
+        for number in range(40):
+            (out / f"{number}.bin").write_bytes(bytes([number]) * (number * 50_000))
+        return Made({}, tuple(out.glob("*.bin")))
+
+    made = produce(address(tmp_path), make)
+    assert len(made.files) == 40
+    for name, said in made.files.items():
+        path = made.folder / name
+        assert said == {"size": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def test_a_damaged_list_of_bulk_files_is_named(tmp_path: Path) -> None:
+    made = produce(address(tmp_path), make_number)
+    (made.folder / BULK).write_text('{"path": "0.tar"}\n')
+    with pytest.raises(InputError, match=r"bulk\.jsonl cannot be read"):
+        read_bulk(made.folder)
 
 
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:

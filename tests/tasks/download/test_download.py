@@ -167,7 +167,7 @@ def test_shards_never_mix_sources_and_keep_what_the_merge_knew(run: Run) -> None
 
 
 def test_only_the_artifacts_files_are_left(run: Run) -> None:
-    kept = {path for path in run.made.files if path.parent.name == "shards"}
+    kept = {path for path in run.made.bulk if path.parent.name == "shards"}
     assert set((run.out / "shards").iterdir()) == kept
     assert not (run.out / ".work").exists()
     assert not is_left(run.out)

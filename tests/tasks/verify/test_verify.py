@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,9 +17,9 @@ import webdataset
 from PIL import Image
 
 from evaclip_model.errors import InputError
-from tasks.artifact import Made, sha256_of
+from tasks.artifact import BULK, Made, sha256_of
 from tasks.checked_shards import read_verdicts
-from tasks.sample_index import SampleIndex
+from tasks.sample_index import COLUMNS, SampleIndex
 from tasks.verify.config import VerifyConfig
 from tasks.verify.verify import verify_shards
 
@@ -189,6 +192,93 @@ def test_a_stopped_verification_goes_on_where_it_was(downloaded: Path, out: Path
     assert made.counts["samples"] == 8
     assert not (out / ".tables").exists(), "the index has it all"
     assert verify(downloaded, out) == made, "killed before the manifest was written"
+
+
+def write_list(downloaded: Path, **sizes: int) -> None:
+    """The list of bulk files that a finished download has; `sizes` are other than they are."""
+    paths = sorted((downloaded / "shards").iterdir())
+    lines = [
+        {"path": f"shards/{path.name}", "size": sizes.get(f"n{path.stem}", path.stat().st_size)}
+        for path in paths
+    ]
+    (downloaded / BULK).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def test_a_shard_that_the_download_lists_and_nobody_has_any_more_is_missed(
+    downloaded: Path, out: Path
+) -> None:
+    write_list(downloaded)
+    (downloaded / "shards" / "000000.tar").unlink()
+    write_shard(downloaded, "000007", [sample(7)])
+    made = verify(downloaded, out)
+    assert (made.counts["shards"], made.counts["shards_left_out"]) == (1, 1)
+    lost, whole = read_verdicts(out)
+    assert "000000.tar" in str(lost.left_out)
+    assert "No such file" in str(lost.left_out)
+    assert whole.path.endswith("000001.tar"), "what the list does not name is nobody's"
+
+
+def test_a_shard_of_another_size_than_was_downloaded_is_left_out(
+    downloaded: Path, out: Path
+) -> None:
+    write_list(downloaded, n000001=99)
+    verify(downloaded, out)
+    assert "bytes, but 99 when it was downloaded" in str(read_verdicts(out)[1].left_out)
+
+
+def test_the_report_says_how_many_images_a_core_looked_at_in_a_second(
+    downloaded: Path, out: Path
+) -> None:
+    said: list[str] = []
+    verify_shards(CONFIG, downloaded, out, 1, lambda done, total, detail="": said.append(detail))
+    speed = json.loads((out / "report.json").read_text())["speed"]
+    assert speed["images_per_core_s"] == pytest.approx(8 / speed["cpu_s"], rel=0.05)
+    assert f"{speed['images_per_core_s']:,.0f} images a second and core" in said
+
+
+VERIFY = """
+import sys
+from pathlib import Path
+from tasks.verify.config import VerifyConfig
+from tasks.verify.verify import verify_shards
+verify_shards(VerifyConfig(), Path(sys.argv[1]), Path(sys.argv[2]), 2, lambda *_: None)
+"""
+
+
+def start(downloaded: Path, out: Path) -> subprocess.Popen[bytes]:
+    """A verification in a process of its own, as a flow's worker is."""
+    return subprocess.Popen([sys.executable, "-c", VERIFY, str(downloaded), str(out)])
+
+
+def test_killed_in_the_middle_it_looks_at_no_finished_shard_again(
+    tmp_path: Path, out: Path
+) -> None:
+    downloaded, shards, image = tmp_path / "download", 8, encoded((640, 480))
+    for number in range(shards):
+        held = [sample(100 * number + place, jpg=image) for place in range(40)]
+        write_shard(downloaded, f"{number:06d}", held)
+    undisturbed = tmp_path / "verify" / "undisturbed"
+    verify(downloaded, undisturbed, VerifyConfig())
+
+    process = start(downloaded, out)
+    until = time.monotonic() + 100
+    while len(kept := list((out / ".tables").glob("*.parquet"))) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert len(kept) < shards, "nothing was left to do"
+    for table in kept:  # who looks at a finished shard again finds none
+        (downloaded / "shards" / f"{table.stem}.tar").write_bytes(b"gone")
+    verify(downloaded, out, VerifyConfig())
+    assert read_verdicts(out) == read_verdicts(undisturbed)
+    for one, other in zip(
+        SampleIndex(out).chunks(*COLUMNS.names),
+        SampleIndex(undisturbed).chunks(*COLUMNS.names),
+        strict=True,
+    ):
+        assert one.equals(other)
 
 
 def write_record(downloaded: Path, name: str, statuses: list[str], successes: int) -> None:
