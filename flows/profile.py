@@ -16,10 +16,11 @@ from evaclip_model.config import explain
 from evaclip_model.errors import InputError
 from tasks.download.spread import Distributor
 from tasks.tracking import TrackingStore
+from tasks.train.config import Launch
 
 
-class Profile(BaseSettings):
-    """Storage, servers and machine of this run."""
+class Profile(BaseSettings, Launch):
+    """Storage, servers and machines of this run; what starts training processes is inherited."""
 
     model_config = SettingsConfigDict(
         env_prefix="EVACLIP_", env_file=".env", extra="ignore", frozen=True, populate_by_name=True
@@ -31,8 +32,6 @@ class Profile(BaseSettings):
         "", validation_alias=AliasChoices("EVACLIP_TRACKING_URI", "MLFLOW_TRACKING_URI")
     )
     """MLflow server or database; empty: SQLite under `root`."""
-    ranks: int = Field(0, ge=0)
-    """Training processes; 0: one a GPU, or two on a CPU with two cores and more."""
     merge_workers: int = Field(1, gt=0)
     """Tasks that work on a phase of the merge at once; 1: no tasks, the database's own threads."""
     download_processes: int = Field(default_factory=lambda: os.cpu_count() or 1, gt=0)
@@ -41,6 +40,11 @@ class Profile(BaseSettings):
     """Connections open at once in each downloader process."""
     download_distributor: Distributor = "multiprocessing"
     """What starts downloader processes: `multiprocessing`, or `pyspark` or `ray` over machines."""
+
+    @property
+    def launch(self) -> Launch:
+        """What starts training processes."""
+        return Launch(**{name: getattr(self, name) for name in Launch.model_fields})
 
     @property
     def mlflow_uri(self) -> str:
@@ -57,7 +61,10 @@ def load_profile() -> Profile:
     try:
         profile = Profile()
     except ValidationError as error:
-        field = str(error.errors()[0]["loc"][0])
+        where = error.errors()[0]["loc"]
+        if not where:  # settings that do not fit each other name themselves
+            raise InputError(explain(Profile, error)) from None
+        field = str(where[0])
         name = field if field.isupper() else f"EVACLIP_{field.upper()}"
         wrong = explain(Profile, error).replace(f"'{field}'", name, 1)
         raise InputError(f"environment setting {wrong}") from None

@@ -28,7 +28,7 @@ def train(
         model = session.make(initialise, chart.initialise, wanted.initialise)
         for config, address in zip(wanted.train, chart.train, strict=True):
             model = session.make(
-                *(train_stage, address, config, model, shards, session.profile.ranks),
+                *(train_stage, address, config, model, shards, session.profile.launch),
                 title=f"train {config.name}",
                 inputs={"training": shards},
                 attach=(METRICS_FILE, RESULT_FILE),

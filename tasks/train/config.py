@@ -1,10 +1,100 @@
-"""The training stage's name and version.
+"""The training stage's name and version, and how and where its ranks are started.
 
-Not here: the settings themselves (evaclip_model/training/config.py).
+Not here: what decides a result (evaclip_model/training/config.py); starting anything (launch.py).
 """
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from evaclip_model.config import Config
+from evaclip_model.training.config import DECIDE_NOTHING
 from tasks.artifact import Stage
 
-STAGE = Stage("train", 1, tools=("torch", "deepspeed"))
+STAGE = Stage("train", 1, tools=("torch", "deepspeed"), ignores=DECIDE_NOTHING)
+
+Launcher = Literal["auto", "torchrun", "deepspeed", "slurm", "kubernetes", "external"]
+
+
+class Launch(Config):
+    """Where and how the ranks of a training run are started; it never changes a result.
+
+    The field `x` is read from the environment as `EVACLIP_X`.
+    """
+
+    launcher: Launcher = "auto"
+    """What starts training processes. auto: one plain process, or torchrun for several of them;
+    deepspeed: its launcher over the machines of `hostfile`; slurm, kubernetes: a job from
+    `job_template`, submitted and followed; external: your own `submit_command`."""
+    ranks: int = Field(0, ge=0)
+    """Training processes of each machine; 0: one a GPU, or two on a CPU with two cores and more."""
+    nodes: int = Field(1, gt=0)
+    """Machines."""
+    rendezvous: str | None = None
+    """Where torchrun's machines meet, `host:port` of the first of them."""
+    hostfile: Path | None = None
+    """Machines of the deepspeed launcher, one a line: `name slots=PROCESSES`."""
+    job_template: Path | None = None
+    """Your own copy of infra/slurm/train.sbatch or infra/kubernetes/train-job.yaml."""
+    submit_command: str | None = None
+    """Starts all ranks and ends when they do. `{job}`, `{run_dir}`, `{ranks}`, `{nodes}` are
+    filled in; every rank must run `python -m evaclip_model.training.worker {job}`."""
+    train_engine: Literal["deepspeed", "torch"] | None = None
+    """What steps the optimizer; unset: DeepSpeed."""
+    micro_batch: int | None = Field(None, gt=0)
+    """Pairs of a rank in memory at once; unset: its whole share of the global batch."""
+    read_workers: int | None = Field(None, ge=0)
+    """Reading processes of each rank; unset: the cores that the machine's GPUs leave."""
+    watchdog_s: float | None = Field(None, gt=0)
+    """Seconds without a step after which training is stopped and started again."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step that torch's profiler records, as `100-110`."""
+    tensorboard: bool = False
+    """Whether metrics are written as TensorBoard events too."""
+
+    @field_validator("rendezvous")
+    @classmethod
+    def _is_address(cls, value: str | None) -> str | None:
+        if value is not None and re.fullmatch(r"\S+:\d+", value) is None:
+            raise ValueError("must be host:port")
+        return value
+
+    @field_validator("profile_steps", mode="before")
+    @classmethod
+    def _from_text(cls, value: object) -> object:
+        if value is None:
+            return value
+        text = "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        found = re.fullmatch(r"(\d+)-(\d+)", text)
+        if found is None or int(found[1]) > int(found[2]):
+            raise ValueError("must be the first and the last step, as 100-110")
+        return int(found[1]), int(found[2])
+
+    @model_validator(mode="after")
+    def _fits_the_launcher(self) -> Self:
+        here = self.launcher in ("auto", "torchrun")
+        if self.launcher == "auto" and self.nodes > 1:
+            raise ValueError("EVACLIP_NODES is above 1: say what starts them by EVACLIP_LAUNCHER")
+        if here and self.nodes > 1 and self.rendezvous is None:
+            raise ValueError(
+                "EVACLIP_NODES is above 1: torchrun needs EVACLIP_RENDEZVOUS=host:port too"
+            )
+        if self.launcher == "deepspeed" and self.hostfile is None:
+            raise ValueError("EVACLIP_LAUNCHER=deepspeed needs EVACLIP_HOSTFILE=path")
+        if self.launcher == "deepspeed" and (self.ranks or self.nodes > 1):
+            raise ValueError(
+                "EVACLIP_LAUNCHER=deepspeed takes machines and processes from EVACLIP_HOSTFILE: "
+                "leave EVACLIP_RANKS and EVACLIP_NODES unset"
+            )
+        if self.launcher == "external" and self.submit_command is None:
+            raise ValueError("EVACLIP_LAUNCHER=external needs EVACLIP_SUBMIT_COMMAND")
+        if self.launcher in ("slurm", "kubernetes", "external") and not self.ranks:
+            raise ValueError(
+                f"EVACLIP_LAUNCHER={self.launcher} needs EVACLIP_RANKS, the processes of each "
+                "machine (one a GPU): this machine's GPUs say nothing about the others"
+            )
+        return self

@@ -1,22 +1,40 @@
-"""How the ranks of a training run are started on this machine.
+"""How the ranks of a training run are started: command lines and environments, as pure functions.
 
-Covers: the command line and the environment, as pure functions.
-Not here: running it (train.py); clusters.
+Covers: one plain process, torchrun (on one machine or several), the deepspeed launcher over a
+hostfile, a command of the user's own; how many ranks a machine gets, and their environment.
+Not here: running any of it (train.py); jobs of Slurm and Kubernetes (cluster.py).
+
+Every rank gets the path of the job file and no other argument: launchers mix their options with
+those of what they launch.
 """
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 
+from evaclip_model.errors import InputError
+from evaclip_model.training.config import ERROR_FILE, RESULT_FILE
+from tasks.train.config import Launch
+
+WORKER = "evaclip_model.training.worker"
+LOOPBACK = "127.0.0.1"
 CPU_RANKS = 2
 """Ranks on a machine without GPUs: the least that shards anything, and few for a laptop."""
+_HOST = re.compile(r"(\S+)\s+slots=(\d+)\s*")
 
 
-def default_ranks(cores: int, gpus: int) -> int:
-    """Ranks when nobody chose: one a GPU, or two on a CPU that has the cores."""
-    return gpus or min(CPU_RANKS, cores)
+def default_ranks(cores: int, gpus: int, lanes: int) -> int:
+    """Ranks when nobody chose: one a GPU, or two on a CPU that has the cores.
+
+    Fewer when `lanes` cannot be shared out among them, so that a machine that lost a GPU goes on.
+    """
+    wanted = gpus or min(CPU_RANKS, cores)
+    return max(ranks for ranks in range(1, wanted + 1) if lanes % ranks == 0)
 
 
 def count_gpus(visible: str | None, devices: Path = Path("/dev")) -> int:
@@ -32,14 +50,94 @@ def default_read_workers(cores: int, ranks: int, gpus: int) -> int:
 
 
 def command(job: Path, ranks: int) -> list[str]:
-    """What starts `ranks` ranks of the job file: torchrun on loopback, or one plain process."""
-    worker = ["evaclip_model.training.worker", str(job)]
+    """What starts `ranks` ranks on this machine: torchrun on loopback, or one plain process."""
     if ranks == 1:
-        return [sys.executable, "-m", *worker]
-    launcher = [sys.executable, "-m", "torch.distributed.run"]
+        return [sys.executable, "-m", WORKER, str(job)]
     # Port 0: the launcher takes a free one, so that two runs on a machine never meet.
-    meeting = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
-    return [*launcher, *meeting, "--nnodes=1", f"--nproc-per-node={ranks}", "-m", *worker]
+    return _torchrun(job, ranks, 1, f"{LOOPBACK}:0", [f"--local-addr={LOOPBACK}"])
+
+
+def torchrun(job: Path, launch: Launch, ranks: int) -> list[str]:
+    """What every machine runs: `ranks` ranks each, which meet at the rendezvous."""
+    if launch.nodes == 1 or launch.rendezvous is None:
+        return _torchrun(job, ranks, 1, f"{LOOPBACK}:0", [f"--local-addr={LOOPBACK}"])
+    # The run's folder as id: another run at the same meeting point is not joined.
+    return _torchrun(job, ranks, launch.nodes, launch.rendezvous, [f"--rdzv-id={job.parent.name}"])
+
+
+def join_script(words: Sequence[str], run_dir: Path) -> str:
+    """What the other machines run: their part of the ranks, until the stage is over."""
+    over = " || ".join(f"[ -e {quote(str(run_dir / name))} ]" for name in (RESULT_FILE, ERROR_FILE))
+    return f"#!/bin/sh\nuntil {over}; do {shlex.join(words)}; sleep 5; done\n"
+
+
+def _torchrun(job: Path, ranks: int, nodes: int, endpoint: str, more: list[str]) -> list[str]:
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", *more]
+    size = [f"--nnodes={nodes}", f"--nproc-per-node={ranks}"]
+    return [sys.executable, "-m", "torch.distributed.run", *meeting, *size, "-m", WORKER, str(job)]
+
+
+def deepspeed(job: Path, hostfile: Path, hosts: Mapping[str, int], port: int) -> list[str]:
+    """The deepspeed launcher over `hosts`; a single one is taken to be this machine, without ssh.
+
+    Args:
+        port: on which ranks meet; free on the first machine.
+    """
+    # It would put `--local_rank=N` before the job file.
+    plain = ["--no_local_rank", f"--master_port={port}", "--module", WORKER, str(job)]
+    here = ["--no_ssh_check", f"--master_addr={LOOPBACK}"] if len(hosts) == 1 else []
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile}"]
+    return [*runner, *here, *plain]
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Machines of a deepspeed hostfile and the processes of each, in their order.
+
+    The launcher itself goes on with this machine alone when the file is missing.
+
+    Raises:
+        InputError: it cannot be read, or a line is not `name slots=N`.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise InputError(
+            f"EVACLIP_HOSTFILE={path} cannot be read ({error.strerror}): give a file with lines "
+            "`name slots=PROCESSES`"
+        ) from None
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        found = _HOST.fullmatch(text)
+        if found is None or not int(found[2]) or found[1] in hosts:
+            raise InputError(
+                f"{path}, line {number}: '{text}' must be `name slots=PROCESSES`, each name once"
+            )
+        hosts[found[1]] = int(found[2])
+    if not hosts:
+        raise InputError(f"{path} names no machine: write a line `name slots=PROCESSES` for each")
+    return hosts
+
+
+def external(job: Path, launch: Launch) -> list[str]:
+    """The user's own command with its places filled in.
+
+    Raises:
+        InputError: it names a place that there is not, or is no command.
+    """
+    places = {"job": job, "run_dir": job.parent, "ranks": launch.ranks, "nodes": launch.nodes}
+    try:
+        words = [word.format(**places) for word in shlex.split(launch.submit_command or "")]
+    except (KeyError, IndexError, ValueError) as error:
+        raise InputError(
+            f"EVACLIP_SUBMIT_COMMAND is no command with places {{job}}, {{run_dir}}, {{ranks}}, "
+            f"{{nodes}} ({error}): write a brace that is meant as itself twice"
+        ) from None
+    if not words:
+        raise InputError("EVACLIP_SUBMIT_COMMAND is empty: give the command that starts all ranks")
+    return words
 
 
 def environment(base: Mapping[str, str], ranks: int, cores: int, use_gpus: bool) -> dict[str, str]:

@@ -9,7 +9,8 @@ from evaclip_model.reading.samples import SHARDS
 from evaclip_model.training.config import MODEL_FOLDER, TrainConfig
 from tasks.artifact import Address, Artifact, produce
 from tasks.progress import Report
-from tasks.train.train import train_model
+from tasks.train.config import Launch
+from tasks.train.train import Inputs, train_model
 
 
 @task(name="train", cache_policy=NO_CACHE)
@@ -18,9 +19,9 @@ def train_stage(
     config: TrainConfig,
     start_from: Artifact,
     verified: Artifact,
-    ranks: int,
+    launch: Launch,
     report: Report,
 ) -> Artifact:
     """Train one stage from the model in `start_from`, or return what was trained before."""
-    model, shards = start_from.folder / MODEL_FOLDER, verified.folder / SHARDS
-    return produce(address, lambda out: train_model(config, model, shards, out, ranks, report))
+    inputs = Inputs(start_from.folder / MODEL_FOLDER, verified.folder / SHARDS)
+    return produce(address, lambda out: train_model(config, inputs, out, launch, report))

@@ -1,19 +1,26 @@
 """Train one stage in processes of its own, and follow it through its folder.
 
-Covers: the job file, running and restarting the ranks, progress, what the artifact holds.
-Not here: the training itself (evaclip_model/training/worker.py); what starts ranks (launch.py).
+Covers: the job file, running and restarting the ranks, what the artifact holds, trying a stage out.
+Not here: the training itself (evaclip_model/training/worker.py); what starts ranks (launch.py,
+cluster.py); progress (follow.py).
 """
 
 from __future__ import annotations
 
 import json
 import os
-import time
+import shutil
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evaclip_model.errors import InputError
 from evaclip_model.training.config import (
+    DRY_RUN_FILE,
+    EMA_FOLDER,
     ERROR_FILE,
     JOB_FILE,
     METRICS_FILE,
@@ -26,20 +33,32 @@ from evaclip_model.training.config import (
 from tasks.artifact import Made, write_atomically
 from tasks.child import run_supervised
 from tasks.progress import Report
+from tasks.train.cluster import CLUSTERS, Kind, job_name, job_script
+from tasks.train.config import Launch
+from tasks.train.follow import Follower
 from tasks.train.launch import (
+    LOOPBACK,
     command,
     count_gpus,
+    deepspeed,
     default_ranks,
     default_read_workers,
     environment,
+    external,
+    join_script,
+    read_hostfile,
+    torchrun,
 )
 
 LOG_FILE = "train.log"
+JOIN_SCRIPT = "join.sh"
+"""What the other machines of a torchrun run."""
 GRACE_S = 20.0
 """Time for the ranks to save a checkpoint between SIGTERM and SIGKILL."""
 MAX_IDLE_RESTARTS = 2
-"""Restarts in a row without a single new step before a crash is given up on."""
-_RATE_STEPS = 20
+"""Restarts in a row without a single new step before a run is given up on."""
+CLUSTER_LOOK_S = 10.0
+"""Time between two questions to the cluster, whether the job is over."""
 _LOG_TAIL = 2000
 
 
@@ -47,115 +66,232 @@ class TrainingCrashed(RuntimeError):
     """The ranks died again and again without a reason of the user's making; the log's end is in."""
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a training stage reads."""
+
+    start_from: Path
+    """Folder of the model to start from."""
+    shards: Path
+    """`shards.json` of the verified shards."""
+
+
 def train_model(
-    config: TrainConfig, start_from: Path, shards: Path, out: Path, ranks: int, report: Report
+    config: TrainConfig, inputs: Inputs, out: Path, launch: Launch, report: Report
 ) -> Made:
     """Train to the end, from the newest checkpoint in `out` if a killed run left one.
 
     Args:
-        start_from: folder of the model to start from.
-        shards: `shards.json` of the verified shards.
         out: the artifact's folder; the trainer's run folder.
-        ranks: processes; each gets an equal part of this machine's cores. 0: as the machine has.
+        launch: what starts the ranks; on this machine each gets an equal part of its cores.
 
     Raises:
-        InputError: the trainer found a mistake of the user's, or the loss diverged.
-        TrainingCrashed: the ranks crash without making progress.
+        InputError: the trainer found a mistake of the user's, the loss diverged, or what starts the
+            ranks is not there.
+        TrainingCrashed: the ranks end without making progress.
     """
     if not (out / RESULT_FILE).is_file():
-        _run(config, start_from, shards, out, ranks, report)
+        _run(config, inputs, out, launch, report)
     result = json.loads((out / RESULT_FILE).read_text())
     report(config.steps, config.steps, f"loss {result['final_loss']:.3f}")
     kept = [JOB_FILE, METRICS_FILE, RESULT_FILE]
-    files = (*(out / name for name in kept), *sorted((out / MODEL_FOLDER).iterdir()))
-    return Made(_counts(result), files)
+    models = [out / name for name in (MODEL_FOLDER, EMA_FOLDER) if (out / name).is_dir()]
+    weights = [file for model in models for file in sorted(model.iterdir())]
+    return Made(_counts(result), (*(out / name for name in kept), *weights))
 
 
-def _run(
-    config: TrainConfig, start_from: Path, shards: Path, out: Path, ranks: int, report: Report
-) -> None:
-    cores = len(os.sched_getaffinity(0))
-    gpus = count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
-    ranks = ranks or default_ranks(cores, gpus)
-    job = TrainJob(
-        train=config,
-        start_from=start_from.resolve(),
-        shards=shards.resolve(),
-        run_dir=out.resolve(),
-        threads=max(1, cores // ranks),
-        read_workers=default_read_workers(cores, ranks, gpus),
-    )
-    write_atomically(out / JOB_FILE, job.model_dump_json(indent=1) + "\n")
-    env = environment(os.environ, ranks, cores, use_gpus=gpus > 0)
-    follower = _Follower(config, out / METRICS_FILE, report)
+def try_out(
+    config: TrainConfig, inputs: Inputs, out: Path, launch: Launch, report: Report
+) -> dict[str, Any]:
+    """Start the ranks for one step that is thrown away; nothing but `out` is written to.
+
+    Returns:
+        What the trainer's `dry_run.json` says.
+
+    Raises:
+        InputError, TrainingCrashed: as `train_model`.
+    """
+    follower = Follower(config, out / METRICS_FILE, report)
+    status = _start(config, inputs, out.resolve(), launch, follower, dry_run=True)
+    _check_error(config, out)
+    if not (out / DRY_RUN_FILE).is_file():
+        raise TrainingCrashed(
+            f"training stage '{config.name}' ended with status {status} in its first step; "
+            f"{_log_end(out)}"
+        )
+    found: dict[str, Any] = json.loads((out / DRY_RUN_FILE).read_text())
+    return found
+
+
+def _run(config: TrainConfig, inputs: Inputs, out: Path, launch: Launch, report: Report) -> None:
+    follower = Follower(config, out / METRICS_FILE, report)
     idle = 0
     while idle <= MAX_IDLE_RESTARTS:
-        for name in (ERROR_FILE, RESUMABLE_FILE):
-            (out / name).unlink(missing_ok=True)
         before = follower.step
-        status = run_supervised(
-            command(out.resolve() / JOB_FILE, ranks),
-            log=out / LOG_FILE,
-            grace_s=GRACE_S,
-            env=env,
-            poll=follower.look,
-        )
-        follower.look()
-        if (out / ERROR_FILE).is_file():
-            raise InputError(f"training stage '{config.name}': {_text(out / ERROR_FILE)}")
-        if status == 0:
+        # Anew every time: the machine may have lost a GPU.
+        status = _start(config, inputs, out.resolve(), launch, follower)
+        _check_error(config, out)
+        if (out / RESULT_FILE).is_file():
             return
+        stopped = (out / RESUMABLE_FILE).is_file()
+        follower.say("stopped by a signal: goes on" if stopped else f"status {status}: goes on")
         idle = 0 if follower.step > before else idle + 1
+    stacks = ", ".join(sorted(path.name for path in out.glob("stacks-*.txt")))
     raise TrainingCrashed(
-        f"training stage '{config.name}' ended {idle} times with status {status} and no new step; "
-        f"the end of {out / LOG_FILE}:\n{_text(out / LOG_FILE)[-_LOG_TAIL:]}"
+        f"training stage '{config.name}' ended {idle} times with status {status} and no new step"
+        f"{f' ({stacks} say where it hung)' if stacks else ''}; {_log_end(out)}"
     )
 
 
-class _Follower:
-    """Reads the metrics file as it grows and says how far training is."""
-
-    def __init__(self, config: TrainConfig, metrics: Path, report: Report) -> None:
-        self._config = config
-        self._metrics = metrics
-        self._report = report
-        self._recent: list[dict[str, Any]] = []
-        self.step = 0
-
-    def look(self) -> None:
-        rows = _last_rows(self._metrics, _RATE_STEPS)
-        if not rows or rows == self._recent:
-            return
-        self._recent = rows
-        self.step = rows[-1]["step"]
-        self._report(self.step, self._config.steps, _detail(rows, self._config.steps))
+def _check_error(config: TrainConfig, out: Path) -> None:
+    """Raises: InputError: the trainer left a sentence for the user."""
+    if (out / ERROR_FILE).is_file():
+        raise InputError(f"training stage '{config.name}': {_text(out / ERROR_FILE)}")
 
 
-def _detail(rows: list[dict[str, Any]], steps: int) -> str:
-    """Loss, speed, logit scale and time left, from the newest rows."""
-    newest = rows[-1]
-    seconds = sum(row["step_s"] for row in rows) / len(rows)
-    speed = sum(row["images_per_second"] for row in rows) / len(rows)
-    left = time.strftime("%H:%M:%S", time.gmtime((steps - newest["step"]) * seconds))
-    return (
-        f"loss {newest['loss']:.3f}  {speed:,.0f} images/s  "
-        f"logit scale {newest['logit_scale']:.1f}  {left} left"
+def _log_end(out: Path) -> str:
+    return f"the end of {out / LOG_FILE}:\n{_text(out / LOG_FILE)[-_LOG_TAIL:]}"
+
+
+def _start(
+    config: TrainConfig,
+    inputs: Inputs,
+    out: Path,
+    launch: Launch,
+    follower: Follower,
+    *,
+    dry_run: bool = False,
+) -> int:
+    """Run the ranks once, to whatever end; returns the status of what started them."""
+    here = _this_machine(config, launch)
+    job = out / JOB_FILE
+    content = _job(config, inputs, out, launch, here).model_copy(update={"dry_run": dry_run})
+    write_atomically(job, content.model_dump_json(indent=1) + "\n")
+    for name in (ERROR_FILE, RESUMABLE_FILE):
+        (out / name).unlink(missing_ok=True)
+    env = environment(os.environ, here.ranks, here.cores, here.gpus > 0)
+    status = run_supervised(
+        starter(launch, job, inputs, here.ranks),
+        log=out / LOG_FILE,
+        grace_s=GRACE_S,
+        env=env if _stays_here(launch) else os.environ,
+        poll=follower.look,
+    )
+    follower.look()
+    return status
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """What this machine has, and how many ranks it gets."""
+
+    cores: int
+    gpus: int
+    ranks: int
+
+
+def _this_machine(config: TrainConfig, launch: Launch) -> _Machine:
+    cores = len(os.sched_getaffinity(0))
+    gpus = count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if launch.hostfile is not None and launch.launcher == "deepspeed":
+        ranks = max(read_hostfile(launch.hostfile).values())
+    else:
+        ranks = launch.ranks or default_ranks(cores, gpus, config.lanes)
+    return _Machine(cores, gpus, ranks)
+
+
+def _stays_here(launch: Launch) -> bool:
+    """Whether all ranks run on this machine, so that its cores say what each gets."""
+    if launch.launcher == "deepspeed" and launch.hostfile is not None:
+        return len(read_hostfile(launch.hostfile)) == 1
+    return launch.launcher in ("auto", "torchrun") and launch.nodes == 1
+
+
+def _job(
+    config: TrainConfig, inputs: Inputs, out: Path, launch: Launch, here: _Machine
+) -> TrainJob:
+    chosen: dict[str, Any] = {
+        "engine": launch.train_engine,
+        "micro_batch": launch.micro_batch,
+        "watchdog_s": launch.watchdog_s,
+        "profile_steps": launch.profile_steps,
+        "tensorboard": launch.tensorboard,
+        "read_workers": launch.read_workers,
+    }
+    fitting: dict[str, Any] = {}
+    if _stays_here(launch):
+        fitting["threads"] = max(1, here.cores // here.ranks)
+        fitting["read_workers"] = default_read_workers(here.cores, here.ranks, here.gpus)
+    return TrainJob(
+        train=config,
+        start_from=inputs.start_from.resolve(),
+        shards=inputs.shards.resolve(),
+        run_dir=out,
+        **{**fitting, **{name: value for name, value in chosen.items() if value is not None}},
     )
 
 
-def _last_rows(metrics: Path, count: int) -> list[dict[str, Any]]:
-    """The newest whole lines, oldest first."""
-    if not metrics.is_file():
-        return []
-    with metrics.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1000 * count))
-        lines = file.read().split(b"\n")
-    whole = lines[1 if size > 1000 * count else 0 : -1]
-    return [json.loads(line) for line in whole[-count:]]
+def starter(launch: Launch, job: Path, inputs: Inputs, ranks: int) -> list[str]:
+    """The command that starts ranks and ends when they do; files that it needs are written.
+
+    Raises:
+        InputError: a program, the hostfile or the job template is missing or wrong.
+    """
+    match launch.launcher:
+        case "auto":
+            return command(job, ranks)
+        case "torchrun":
+            words = torchrun(job, launch, ranks)
+            if launch.nodes > 1:
+                write_atomically(job.parent / JOIN_SCRIPT, join_script(words, job.parent))
+            return words
+        case "external":
+            words = external(job, launch)
+            _need("external", words[0])
+            return words
+        case "deepspeed":
+            assert launch.hostfile is not None, "Launch refuses it"
+            hosts = read_hostfile(launch.hostfile)
+            if len(hosts) > 1:
+                _need("deepspeed", "pdsh")
+            return deepspeed(job, launch.hostfile, hosts, _free_port())
+        case "slurm" | "kubernetes" as kind:
+            return _submission(kind, launch, job, inputs)
 
 
-def _counts(result: dict[str, Any]) -> dict[str, int | float]:
+def _submission(kind: Kind, launch: Launch, job: Path, inputs: Inputs) -> list[str]:
+    cluster = CLUSTERS[kind]
+    for tool in sorted(cluster.tools):
+        _need(kind, tool)
+    script = job.parent / cluster.script
+    text = job_script(
+        launch.job_template or cluster.template,
+        job=job,
+        reads=(inputs.start_from.resolve(), inputs.shards.resolve()),
+        log=job.parent / LOG_FILE,
+        ranks=launch.ranks,
+        nodes=launch.nodes,
+    )
+    write_atomically(script, text)
+    submit = [sys.executable, "-m", "tasks.train.submit"]
+    return [*submit, kind, str(script), job_name(job.parent), str(CLUSTER_LOOK_S)]
+
+
+def _need(launcher: str, program: str) -> None:
+    if shutil.which(program) is None:
+        raise InputError(
+            f"EVACLIP_LAUNCHER={launcher} needs the program '{program}', which is not on the PATH: "
+            "install it, or choose another launcher"
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+def _counts(result: Mapping[str, Any]) -> dict[str, int | float]:
     counts = {name: result[name] for name in ("steps", "samples_seen", "final_loss", "seconds")}
     drawn = {f"{name}.samples": count for name, count in result["source_samples"].items()}
     bad = {f"bad.{reason}": count for reason, count in result["bad_samples"].items()}
