@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume test-launch test-train-grid ablation exactness bench bench-model bench-loader bench-train bench-merge bench-trace test-spark up down clean
+.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume test-launch test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace test-spark up down clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -80,6 +80,9 @@ bench-model: $(VENV)/.dev ## speed and memory of model and tokenizer beside open
 exactness: $(VENV)/.dev ## largest differences to timm and open_clip, and every checkpoint layout, as tables (1 min)
 	@PYTHONPATH=. $(PY) tests/benchmarks/exactness.py
 	@PYTHONPATH=. $(PY) tests/benchmarks/checkpoint_layouts.py
+
+lamb-table: $(VENV)/.dev ## LAMB under ZeRO beside plain LAMB: naive and ours, every stage and precision, as a table (1 min)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/lamb_table.py
 
 up: $(VENV)/.pipeline ## Prefect server and UI, MLflow, and a worker with the deployments
 	@$(PY) infra/up.py up

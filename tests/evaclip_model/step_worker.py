@@ -27,14 +27,21 @@ from evaclip_model.training.whole import whole_tensors
 
 
 class Network(nn.Module):
-    """Odd sizes, so that partitions cut through parameters; names as a CLIP model's."""
+    """Odd sizes, so that partitions cut through parameters; matrices of several norms in a layer,
+    so that one ratio for all is wrong; names as a CLIP model's."""
 
     def __init__(self):
         super().__init__()
-        blocks = [nn.Sequential(nn.Linear(13, 13), nn.LayerNorm(13)) for _ in range(3)]
+        blocks = [
+            nn.Sequential(nn.Linear(13, 17), nn.Tanh(), nn.Linear(17, 13), nn.LayerNorm(13))
+            for _ in range(3)
+        ]
         self.visual = nn.ModuleDict({"blocks": nn.ModuleList(blocks), "head": nn.Linear(13, 3)})
         self.text = nn.ModuleDict({"proj": nn.Linear(13, 5, bias=False)})
         self.logit_scale = nn.Parameter(torch.tensor([4.6]))
+        for block in blocks:
+            block[2].weight.data.mul_(4)
+            block[3].bias.data.normal_()  # of zeros no difference would be small
 
     def forward(self, x):
         x = x.to(self.logit_scale.dtype)
