@@ -83,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
             "--utilisation",
             type=float,
             metavar="SHARE",
-            help="share of the GPUs' peak that you expect (what the paper's Table 6 reached)",
+            help="share of the GPUs' peak that you expect, recomputed FLOPs counted too (what the "
+            "paper's Table 6 reached)",
         )
 
     command("list", _list, "the flows and the recipes there are")
@@ -94,7 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     run = command("run", _run, "run a flow")
     run.add_argument("flow", help=f"one of: {', '.join(FLOWS)}")
     with_recipe(run)
-    run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    dry_run = "print the plan and stop; for train, try a step of each training stage too"
+    run.add_argument("--dry-run", action="store_true", help=dry_run)
     with_gpus(run)
     trace = command("trace", _trace, "where one sample came from, where it is, what was made of it")
     asked = trace.add_mutually_exclusive_group(required=True)
@@ -165,7 +167,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.flow not in FLOWS:
         raise InputError(f"unknown flow '{arguments.flow}'; there are: {', '.join(FLOWS)}")
     if arguments.dry_run:
-        _plan(arguments)
+        _dry_run(arguments)
         return
     recipe, profile, chart = load_chart(arguments.recipe, arguments.overrides)
     chart.require(arguments.flow)
@@ -183,6 +185,15 @@ def _run(arguments: argparse.Namespace) -> None:
         run(recipe=arguments.recipe, overrides=arguments.overrides)
     if arguments.flow == "pipeline":
         print_results(recipe, chart, profile)
+
+
+def _dry_run(arguments: argparse.Namespace) -> None:
+    _plan(arguments)
+    if arguments.flow == "train":
+        from flows.rehearse import rehearse  # starts processes
+
+        for line in rehearse(*load_chart(arguments.recipe, arguments.overrides)):
+            console.print(line, soft_wrap=True, markup=False)
 
 
 def _nothing_to_do(recipe: Recipe, profile: Profile, chart: Chart) -> bool:

@@ -28,7 +28,7 @@ PIPELINE = ""
 RUNNING = "RUNNING"
 
 
-@dataclass
+@dataclass(frozen=True)
 class SeriesCursor:
     """How far a file of metrics was shipped."""
 
@@ -36,6 +36,9 @@ class SeriesCursor:
     """Bytes read; a hint only, the file may have been cut back."""
     step: int = -1
     """Last step shipped; lines at or before it are not sent again."""
+    file: int = 0
+    """Inode of the file that `offset` belongs to: a resumed trainer puts a shorter one in its
+    place, which may have grown past `offset` since."""
 
 
 @dataclass

@@ -22,10 +22,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,10 +39,13 @@ from tasks.tracking import TrackingStore, import_mlflow, is_refusal
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
 MAX_METRICS_PER_CALL = 1000
 POLL_S = 1.0
 LONGEST_BACKOFF_S = 30.0
+LEFTOVERS_S = 10.0
+"""How long what earlier runs left may keep back the events of a run that is at work."""
 RECIPE_FILE = "recipe.json"
 _log = logging.getLogger(__name__)
 
@@ -329,16 +334,17 @@ class _Shipper(threading.Thread):
             )
 
     def run(self) -> None:
-        backoff = POLL_S
+        backoff, leftovers = POLL_S, True
         try:
             while True:
                 closing = self._closing.is_set()
                 self._changed.clear()
                 try:
-                    self._ship(self._journal)
+                    self._ship(self._journal, self._abandoned.is_set)
                     backoff = POLL_S
+                    if leftovers or closing:
+                        leftovers = self._ship_leftovers(closing)
                     if closing:
-                        self._ship_leftovers()
                         return
                 except Exception as error:  # the store may fail in any way; work must go on
                     self._last_error = error
@@ -351,17 +357,31 @@ class _Shipper(threading.Thread):
         finally:
             self._journal.release()
 
-    def _ship_leftovers(self) -> None:
-        """Ship what earlier runs could not, and close in the store what was killed."""
+    def _ship_leftovers(self, closing: bool) -> bool:
+        """Ship what earlier runs could not, and close in the store what was killed.
+
+        Meanwhile this run's own events wait, so that until it closes there is a limit of time;
+        returns whether something is left.
+        """
+        until = time.monotonic() + (float("inf") if closing else LEFTOVERS_S)
+
+        def give_up() -> bool:
+            return self._abandoned.is_set() or time.monotonic() > until
+
         for left in Journal.unshipped(self._journals):
             try:
-                if left.about["uri"] != self._store.uri or self._abandoned.is_set():
+                if left.about["uri"] != self._store.uri:
                     continue
-                self._ship(left)
-                if not left.is_closed:
+                if give_up():
+                    return True
+                if self._ship(left, give_up) and not left.is_closed:
                     _close_killed(self._connected(), left)
+            except Exception as error:  # one that can never be shipped must not keep back others
+                self._last_error = error
+                _log.warning("%s waits for another run: %s", left.folder, str(error)[:200])
             finally:
                 left.release()
+        return False
 
     def _connected(self) -> MlflowClient:
         if self._client is None:
@@ -373,24 +393,26 @@ class _Shipper(threading.Thread):
             self._experiments[name] = TrackingStore(self._store.uri, name).experiment_id(client)
         return self._experiments[name]
 
-    def _ship(self, journal: Journal) -> None:
+    def _ship(self, journal: Journal, give_up: Callable[[], bool]) -> bool:
+        """Apply the journal's events that wait; False when `give_up()` ended it early."""
         client = self._connected()
         experiment = self._experiment_id(client, journal.about["experiment"])
         series = _open_series(journal)
         for offset, event in journal.events(journal.cursor.offset):
-            if self._abandoned.is_set():
-                return
+            if give_up():
+                return False
             if event["op"] == "series":
                 series.setdefault(event["run"], []).append(Path(event["file"]))
             elif event["op"] == "end":
                 for file in series.pop(event["run"], []):
-                    _ship_series(client, journal, event["run"], file)
+                    if not _ship_series(client, journal, event["run"], file, give_up):
+                        return False
             try:
                 _apply(client, experiment, journal, event)
             except (FileNotFoundError, KeyError) as error:
                 _log.warning("tracking event %s skipped: %s", event["op"], error)
             except Exception as error:
-                if not is_refusal(error):
+                if not _is_answer(client, error):
                     raise
                 _log.warning("tracking store refused %s: %s", event["op"], str(error)[:300])
             with self._shipped_one:
@@ -399,9 +421,19 @@ class _Shipper(threading.Thread):
                 self._shipped_one.notify_all()
         for key, files in series.items():
             for file in files:
-                _ship_series(client, journal, key, file)
+                if not _ship_series(client, journal, key, file, give_up):
+                    return False
         if journal.is_closed:
             journal.mark_shipped()
+        return True
+
+
+def _is_answer(client: MlflowClient, error: Exception) -> bool:
+    """Whether the store itself said no: what stands before it says 404 while it is away."""
+    if not is_refusal(error):
+        return False
+    client.search_experiments(max_results=1)  # raises when the store is away
+    return True
 
 
 def _open_series(journal: Journal) -> dict[str, list[Path]]:
@@ -501,45 +533,61 @@ def _close_killed(client: MlflowClient, journal: Journal) -> None:
             client.set_terminated(journal.cursor.runs[key], "KILLED")
 
 
-def _ship_series(client: MlflowClient, journal: Journal, key: str, file: Path) -> None:
-    """Send the new lines of one metrics file."""
+def _ship_series(
+    client: MlflowClient, journal: Journal, key: str, file: Path, give_up: Callable[[], bool]
+) -> bool:
+    """Send the new lines of one metrics file; False when `give_up()` ended it early.
+
+    A batch that is sent twice, because its answer was lost, changes nothing: the database knows a
+    point by all it says, its time included.
+    """
+    run, name = journal.cursor.runs.get(key), f"{key}|{file}"
+    if run is None:
+        return True
+    for points, reached in _batches(file, journal.cursor.series.get(name, SeriesCursor())):
+        if points:
+            try:
+                client.log_batch(run, metrics=points)
+            except Exception as error:
+                if not _is_answer(client, error):
+                    raise
+                _log.warning("tracking store refused metrics: %s", str(error)[:300])
+        if journal.cursor.series.get(name) != reached:
+            journal.cursor.series[name] = reached
+            journal.save_cursor()
+        if give_up():
+            return False
+    return True
+
+
+def _batches(file: Path, at: SeriesCursor) -> Iterator[tuple[list[Metric], SeriesCursor]]:
+    """New lines as points, as many as one request may hold, each time with the cursor behind."""
     from mlflow.entities import Metric
 
-    at = journal.cursor.series.setdefault(f"{key}|{file}", SeriesCursor())
-    run = journal.cursor.runs.get(key)
-    if run is None:
-        return
-    batch: list[Metric] = []
-    reached = SeriesCursor(at.offset, at.step)
-
-    def send() -> None:
-        if batch:
-            client.log_batch(run, metrics=batch)
-            batch.clear()
-        if vars(at) != vars(reached):
-            at.offset, at.step = reached.offset, reached.step
-            journal.save_cursor()
-
-    for offset, line in _new_lines(file, at.offset):
-        step = line.get("step")
-        if isinstance(step, int) and step > reached.step:
-            stamp = _milliseconds(line.get("time"))
-            points = [Metric(k, v, stamp, step) for k, v in record.series_metrics(line).items()]
-            if len(batch) + len(points) > MAX_METRICS_PER_CALL:
-                send()
-            batch += points
-            reached.step = step
-        reached.offset = offset
-    send()
+    points: list[Metric] = []
+    reached = at
+    for here, line in _new_lines(file, at):
+        step, shipped = line.get("step"), reached.step
+        more: list[Metric] = []
+        if isinstance(step, int) and step > shipped:
+            shipped, stamp = step, _milliseconds(line.get("time"))
+            more = [Metric(k, v, stamp, step) for k, v in record.series_metrics(line).items()]
+        if points and len(points) + len(more) > MAX_METRICS_PER_CALL:
+            yield points, reached
+            points = []
+        points += more
+        reached = replace(here, step=shipped)
+    yield points, reached
 
 
-def _new_lines(file: Path, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Whole lines from byte `offset` on, or from the start when the file was cut back meanwhile."""
+def _new_lines(file: Path, at: SeriesCursor) -> Iterator[tuple[SeriesCursor, dict[str, Any]]]:
+    """Whole lines behind `at`, or all when the file was cut back meanwhile; each with its end."""
     if not file.exists():
         return
     with file.open("rb") as stream:
+        inode, offset = os.fstat(stream.fileno()).st_ino, at.offset
         stream.seek(max(offset - 1, 0))
-        if offset and stream.read(1) != b"\n":
+        if inode != at.file or (offset and stream.read(1) != b"\n"):
             offset = 0
         stream.seek(offset)
         for line in stream:
@@ -549,7 +597,7 @@ def _new_lines(file: Path, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
             with suppress(ValueError):
                 parsed = json.loads(line)
                 if isinstance(parsed, dict):
-                    yield offset, parsed
+                    yield SeriesCursor(offset, at.step, inode), parsed
 
 
 def _milliseconds(value: object) -> int:

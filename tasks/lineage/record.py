@@ -66,14 +66,24 @@ def metrics(artifact: Artifact) -> dict[str, float]:
 
 
 def series_metrics(line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of one line of `metrics.jsonl`, less its axes (step, time)."""
-    return {
-        metric_name(name): float(value)
-        for name, value in line.items()
-        if name not in ("step", "time")
-        and isinstance(value, int | float)
-        and not isinstance(value, bool)
-    }
+    """The numbers of one line of `metrics.jsonl`, less its axes (step, time).
+
+    What is nested gets the names on the way to it: `{"trust": {"vision": {"min": 0.1}}}` is
+    `trust_vision_min`, items of a list go by their place.
+    """
+    rest = {name: value for name, value in line.items() if name not in ("step", "time")}
+    return {metric_name(name): number for name, number in _numbers("", rest)}
+
+
+def _numbers(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _numbers(f"{prefix}_{key}" if prefix else str(key), inner)
+    elif isinstance(value, list | tuple):
+        for place, inner in enumerate(value):
+            yield from _numbers(f"{prefix}_{place}", inner)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield prefix, float(value)
 
 
 def dataset(artifact: Artifact, context: str) -> dict[str, str]:
