@@ -6,7 +6,6 @@ Not here: samples (trace.py, takedown.py), MLflow.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from evaclip_model.errors import InputError
 from tasks.artifact import Artifact
 from tasks.lineage.journal import JOURNALS, runs_of_digest
-from tasks.register.config import REGISTERED
+from tasks.register.aliases import RegisteredVersion
 from tasks.register.config import STAGE as REGISTER
 from tasks.train.config import STAGE as TRAIN
 
@@ -26,8 +25,7 @@ class Model:
     name: str
     """Of the training stage that made it."""
     digest: str
-    registered: tuple[str, ...]
-    """Versions in the registry, as `NAME/VERSION`."""
+    registered: tuple[RegisteredVersion, ...]
 
 
 def parent_of(artifact: Artifact, role: str, artifacts: Sequence[Artifact]) -> Artifact:
@@ -61,18 +59,25 @@ def models_of(dataset: Artifact, artifacts: Sequence[Artifact]) -> list[Model]:
 
 
 def describe_model(model: Model, root: Path) -> Iterator[str]:
-    """A model as lines for a person: where it is, its runs in tracking, its registered versions."""
+    """A model as lines for a person: where it is, its runs in tracking, its registered versions
+    with the aliases that they have now (which asks the registry)."""
     yield f"  model     {model.name} {model.digest}"
     for run in runs_of_digest(root / JOURNALS, model.digest):
         yield f"    run     {run}"
     for version in model.registered:
-        yield f"    version {version}"
+        yield f"    version {version}{_aliases(version)}"
 
 
-def _registered(model: Artifact, artifacts: Sequence[Artifact]) -> tuple[str, ...]:
-    registrations = [
-        json.loads((artifact.folder / REGISTERED).read_text())
+def _aliases(version: RegisteredVersion) -> str:
+    aliases = version.aliases()
+    if aliases is None:
+        return f" (its aliases are unknown: {version.tracking_uri} does not answer)"
+    return "".join(f" @{alias}" for alias in aliases)
+
+
+def _registered(model: Artifact, artifacts: Sequence[Artifact]) -> tuple[RegisteredVersion, ...]:
+    return tuple(
+        RegisteredVersion.of(artifact.folder)
         for artifact in artifacts
         if artifact.kind == REGISTER.name and artifact.parents.get("train") == model.digest
-    ]
-    return tuple(f"{one['name']}/{one['version']}" for one in registrations)
+    )
