@@ -69,8 +69,7 @@ def check_disk(recipe: Recipe, chart: Chart, root: Path) -> None:
     """Refuse a run that the disk cannot hold.
 
     Raises:
-        InputError: less is free than the unfinished stages are expected to write, or `root` cannot
-            be made.
+        InputError: less is free than the unfinished stages write at least, or `root` cannot be made.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -81,10 +80,9 @@ def check_disk(recipe: Recipe, chart: Chart, root: Path) -> None:
         ) from None
     needed = 0 if chart.download.is_finished else _download_bytes(recipe)
     needed += 0 if chart.is_finished else SMALL_BYTES
-    parameters = sum(parameter_counts(recipe.initialise.architecture()).values())
-    for stage, address in zip(recipe.train, chart.train, strict=True):
-        if not address.is_finished:  # one more is written before the oldest goes
-            needed += parameters * BYTES_PER_PARAMETER_SAVED * (stage.keep_checkpoints + 1)
+    if not all(address.is_finished for address in chart.train):  # one checkpoint at the very least
+        parameters = sum(parameter_counts(recipe.initialise.architecture()).values())
+        needed += parameters * BYTES_PER_PARAMETER_SAVED
     free = shutil.disk_usage(root).free
     if free < needed:
         raise InputError(

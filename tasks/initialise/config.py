@@ -37,7 +37,7 @@ class InitialiseConfig(Config):
     allow_torchscript: bool = False
     """Whether the files may be TorchScript archives, which hold code (OpenAI's CLIP)."""
     origins: dict[str, str] = Field(default_factory=dict)
-    """Path, as it is named above -> where people get such a file, for when it is not there."""
+    """Path, as it is named above -> what to do when it is not there, for people."""
     seed: int = Field(default=0, ge=0)
     """Decides every value that no file gives."""
 
@@ -79,7 +79,7 @@ class InitialiseConfig(Config):
     def absent(self) -> dict[str, str]:
         """Role -> one sentence on each file that does not exist: which, and where to get it."""
         return {
-            role: f"initialise.{role}: {path} does not exist: "
+            role: f"initialise.{role}: {path} does not exist; "
             + self.origins.get(str(path), "give a file, or a saved model's folder")
             for role, path in self.named().items()
             if not path.exists()

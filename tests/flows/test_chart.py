@@ -76,7 +76,9 @@ def test_weights_that_are_not_here_stop_training_and_not_the_data(tmp_path: Path
         f"initialise.origins={origins}".replace("': '", "' = '"),
     )
     chart.require("prepare")
-    with pytest.raises(InputError, match=r"initialise.vision: there.pt .*: the shop \(1 more"):
+    with pytest.raises(
+        InputError, match=r"initialise.vision: there.pt does not exist; the shop \(1 more"
+    ):
         chart.require("train")
     unsettled = {a.stage.name for a in chart.steps() if a.digest in chart.unsettled()}
     assert unsettled == {"initialise", "train", "evaluate", "register"}
