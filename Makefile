@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume test-launch test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace test-spark up down clean
+.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume test-train-faults test-launch test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace test-spark up down clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -39,6 +39,9 @@ test-download-faults: $(VENV)/.dev ## 5,000 faulty URLs on loopback, kill -9 at 
 
 test-resume: $(VENV)/.dev ## two epochs over one, two and three ranks with kills, reading processes too (1 min)
 	@$(PY) -m pytest tests/evaclip_model/test_reader_resume.py
+
+test-train-faults: $(VENV)/.dev ## kill -9 ranks at random moments, also within a save, go on with as many or others, and compare (15 min)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/faults/training.py
 
 test-train-grid: $(VENV)/.dev ## 20 steps on 1, 2, 3 ranks in 1, 2, 4 parts, with every setting that touches the step (2 min)
 	@$(PY) -m pytest -m slow tests/evaclip_model/test_step.py
