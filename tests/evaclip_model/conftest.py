@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evaclip_model.create import create_model
 from evaclip_model.reading.samples import Shard, ShardManifest
+from evaclip_model.weights import save_model
+from tests.evaclip_model.trainer_runs import TINY
 
 
 class Ranks:
@@ -105,7 +108,10 @@ def write_shard(path, source, names, rng):
 @pytest.fixture(scope="session")
 def small_shards(tmp_path_factory):
     """A folder with `shards.json`: source a in three shards of 48 samples, b in two of 24."""
-    folder = tmp_path_factory.mktemp("data")
+    return write_small_shards(tmp_path_factory.mktemp("data"))
+
+
+def write_small_shards(folder):
     rng = np.random.default_rng(0)
     shards, first = [], 0
     for source, sizes in {"a": [20, 15, 13], "b": [10, 14]}.items():
@@ -118,3 +124,10 @@ def small_shards(tmp_path_factory):
             shards.append(Shard(**described))
     ShardManifest(shards=tuple(shards)).write(folder / "shards.json")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(small_shards):
+    """`small_shards` and, in `start/`, a tiny model to start training from."""
+    save_model(create_model(TINY, seed=0), small_shards / "start")
+    return small_shards
