@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume test-train-faults test-launch test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace test-spark up down clean
+.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume test-train-faults test-launch test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace test-spark up down clean check-gpu
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -79,6 +79,9 @@ bench-train: $(VENV)/.dev ## whole training steps beside open_clip's trainer, me
 bench-model: $(VENV)/.dev ## speed and memory of model and tokenizer beside open_clip's (15 min)
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_model.py
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_tokenizer.py
+
+check-gpu: $(VENV)/.dev ## what only a CUDA GPU shows, into runs/check-gpu: parity, kernels, fp16, Table 6, MFU (20 min)
+	@PYTHONPATH=. $(PY) tests/benchmarks/check_gpu.py runs/check-gpu
 
 exactness: $(VENV)/.dev ## largest differences to timm and open_clip, and every checkpoint layout, as tables (1 min)
 	@PYTHONPATH=. $(PY) tests/benchmarks/exactness.py

@@ -1,0 +1,99 @@
+"""What a job may ask of a training run besides the plain one."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from evaclip_model.training.worker import DATA_ERROR
+from tests.evaclip_model.trainer_runs import finish, job_of, start
+
+SHORT = {"samples_seen": 6 * 24}
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_data, ranks, tmp_path_factory):
+    """Six steps of two ranks, each with its whole share at once: its folder and its metrics."""
+    job = job_of(tiny_data, tmp_path_factory.mktemp("plain"), **SHORT)
+    return job.parent, finish(ranks, start(ranks, 2, job), job)
+
+
+def test_a_share_in_parts_gives_the_steps_of_the_whole_share(tiny_data, ranks, plain, tmp_path):
+    job = job_of(tiny_data, tmp_path / "run", **SHORT, job={"micro_batch": 4})
+    rows = finish(ranks, start(ranks, 2, job), job)
+    for ours, theirs in zip(rows, plain[1], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
+def test_parts_that_do_not_divide_the_share_are_refused(tiny_data, ranks, tmp_path):
+    job = job_of(tiny_data, tmp_path / "run", **SHORT, job={"micro_batch": 5})
+    assert ranks.wait(start(ranks, 2, job)) == [DATA_ERROR] * 2
+    error = (job.parent / "error.txt").read_text()
+    assert "micro_batch = 5 must divide" in error
+    assert "12 pairs" in error
+
+
+def test_a_dry_run_reports_a_step_and_leaves_nothing_else(tiny_data, ranks, plain, tmp_path):
+    job = job_of(tiny_data, tmp_path / "run", **SHORT, job={"dry_run": True, "micro_batch": 6})
+    assert ranks.wait(start(ranks, 2, job)) == [0, 0]
+    found = json.loads((job.parent / "dry_run.json").read_text())
+    assert found["loss"] == pytest.approx(plain[1][0]["loss"], rel=2e-5)
+    assert found["micro_batch"] == 6
+    assert found["gradient_s"] > 0
+    assert found["memory_peak_bytes"] > 2**20
+    assert found["self_test"]["lamb"] < 1e-6
+    left = {path.name for path in job.parent.iterdir()} - {"rank-0.log", "rank-1.log"}
+    assert left == {"train.json", "dry_run.json"}
+
+
+def test_a_line_of_metrics_says_where_the_step_stands_and_where_its_time_went(plain):
+    for row in plain[1]:
+        parts = ("data_wait_s", "prepare_s", "gradient_s", "update_s", "save_s")
+        assert row["step_s"] == pytest.approx(sum(row[name] for name in parts))
+        assert row["samples_per_second_per_rank"] == pytest.approx(row["images_per_second"] / 2)
+        squares = sum(row[f"grad_norm_{tower}"] ** 2 for tower in ("vision", "text", "other"))
+        assert squares**0.5 == pytest.approx(row["grad_norm"], rel=1e-5)
+        assert row["trust_min_vision"] <= row["trust_median_vision"] <= row["trust_max_vision"]
+        assert 0 < row["median_rank_s"] <= row["slowest_rank_s"] <= row["step_s"]
+        assert (row["taken"], row["skipped_steps"], row["rollbacks"]) == (1, 0, 0)
+        assert row["patch_dropout"] == 0.5
+        assert 7 < row["text_tokens"] < 15  # "a red thing number 00001"
+    assert [row["save_s"] > 0 for row in plain[1]] == [False] * 4 + [True, False]
+
+
+def test_masks_end_before_training_does_and_a_mean_of_weights_is_kept(tiny_data, ranks, tmp_path):
+    job = job_of(
+        tiny_data,
+        tmp_path / "run",
+        **SHORT,
+        patch_dropout_end=0.25,
+        unmasked_final_share=0.34,
+        drop_path=0.2,
+        ema_decay=0.5,
+        deterministic=True,
+        job={"profile_steps": [2, 3]},
+    )
+    rows = finish(ranks, start(ranks, 2, job), job)
+    assert [row["patch_dropout"] for row in rows][0::3] == [0.5, 0.25]
+    assert [row["patch_dropout"] for row in rows][4:] == [0.0, 0.0]
+    weights, mean = (
+        load_file(job.parent / folder / "model.safetensors") for folder in ("model", "model-ema")
+    )
+    assert weights.keys() == mean.keys()
+    assert not torch.equal(weights["logit_scale"], mean["logit_scale"])
+    trace = json.loads((job.parent / "profile/steps-2-3.json").read_text())
+    assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_events_without_their_package_are_refused_with_what_to_install(tiny_data, ranks, tmp_path):
+    job = job_of(tiny_data, tmp_path / "run", **SHORT, job={"tensorboard": True})
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        assert ranks.wait(start(ranks, 2, job)) == [DATA_ERROR] * 2
+        assert "evaclip[tensorboard]" in (job.parent / "error.txt").read_text()
+    else:
+        finish(ranks, start(ranks, 2, job), job)
+        assert list((job.parent / "tensorboard").glob("events.out.tfevents.*"))
