@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +34,17 @@ from tasks.download.config import DownloadConfig
 from tasks.download.counters import CounterReader
 from tasks.download.ledger import Ledger
 from tasks.download.outcome import Outcome
-from tasks.download.plan import CAPTION_COLUMN, URL_COLUMN, Plan, expected_bytes, plan_download
+from tasks.download.plan import (
+    CAPTION_COLUMN,
+    URL_COLUMN,
+    Plan,
+    PlannedShard,
+    expected_bytes,
+    plan_download,
+)
 from tasks.download.spread import Distributor, require_distributor
 from tasks.download.watch import Watch, dead_links, network_trouble
+from tasks.download.witness import network_gone, silent_hosts
 from tasks.download.worker import WorkerJob, open_files_needed
 from tasks.progress import Report
 
@@ -53,6 +61,8 @@ IDLE_STARTS = 2
 STALL_S = 300.0
 """Time past deadline_s without a single URL done, after which img2dataset is started again."""
 GRACE_S = 2.0
+ASK_WITNESSES_EVERY_S = 60.0
+"""How often a later pass, most of whose URLs stay silent, makes sure that the network is there."""
 SPOILED_ROWS = 50
 """Rows of a shard that are enough to tell a dead network from a few dead hosts."""
 
@@ -101,7 +111,7 @@ def download_images(
         begin = last.plan.shards[-1].number + 1
         again = plan_download(folder / ROWS_FOLDER, config, begin)
         rows_before = sum(shard.planned.rows for finished in done for shard in finished)
-        last = _Pass(number, order, again, rows_before)
+        last = _Pass(number, order, again, rows_before, first)
         done.append(_completed(last, out))
     made = _describe(out, plan, done)
     report(plan.rows, plan.rows, f"{made.counts['samples']:,} images")
@@ -121,7 +131,14 @@ class _Order:
 class _Pass:
     """One pass over rows: its folder, what it shall hold, and making it so."""
 
-    def __init__(self, number: int, order: _Order, plan: Plan, rows_before: int) -> None:
+    def __init__(
+        self,
+        number: int,
+        order: _Order,
+        plan: Plan,
+        rows_before: int,
+        first: _Pass | None = None,
+    ) -> None:
         folder = _folder(order.out, number)
         _claim(folder, plan)
         self.number = number
@@ -130,6 +147,7 @@ class _Pass:
         self.shards.mkdir(exist_ok=True)
         self._order = order
         self._rows_before = rows_before
+        self._first = first
         self._folder = folder
         self._ledger = Ledger(folder / "checked.jsonl", self.shards)
         self._finished: list[FinishedShard] = []
@@ -146,7 +164,7 @@ class _Pass:
         config, crew = self._order.config, self._order.crew
         work, idle_starts = self._folder / WORK_FOLDER, 0
         while not self.is_finished and idle_starts < IDLE_STARTS:
-            before = len(self._finished)
+            whole_before = {shard.planned for shard in self._finished}
             rows_left = self.plan.rows - sum(shard.planned.rows for shard in self._finished)
             _preflight(self._folder, rows_left, config, crew.threads)
             try:
@@ -154,11 +172,11 @@ class _Pass:
                     self._run(_prepare(work, self._folder, self.plan, config, crew))
             finally:
                 self._look()
-                lost = self._forget_shards_without_network()
+                lost = self._forget_shards_without_network(whole_before)
             self._tidy()
             if lost is not None:
                 raise InputError(lost)
-            idle_starts = 0 if len(self._finished) > before else idle_starts + 1
+            idle_starts = 0 if len(self._finished) > len(whole_before) else idle_starts + 1
         shutil.rmtree(work, ignore_errors=True)
         if not self.is_finished:
             raise _not_finished(self._folder, self._problems)
@@ -184,21 +202,39 @@ class _Pass:
             elif path not in wanted:
                 path.unlink()
 
-    def _forget_shards_without_network(self) -> str | None:
+    def _forget_shards_without_network(self, whole_before: Set[PlannedShard]) -> str | None:
         """Remove shards in which nearly no host answered, and say so; None if there are none.
 
-        The network may have gone in the last moments of a run, too short for it to be stopped.
+        The network may have gone in the last moments of a run, too short for it to be stopped. In a
+        later pass, where silent hosts are nothing special, only shards of this run are in question,
+        and only if hosts that answered before are silent too.
         """
-        if self.number > 1:
-            return None
-        lost = [
-            shard
-            for shard in self._finished
-            if shard.planned.rows >= SPOILED_ROWS and network_trouble(shard.outcomes)
-        ]
-        for shard in lost:
-            remove_shard(self.shards, shard.planned)
-        return network_trouble(passes.sum_of(lost)) if lost else None
+        if self._first is None:
+            lost = [
+                shard
+                for shard in self._finished
+                if shard.planned.rows >= SPOILED_ROWS and network_trouble(shard.outcomes)
+            ]
+            problem = network_trouble(passes.sum_of(lost)) if lost else None
+        else:
+            lost = [
+                shard
+                for shard in self._finished
+                if shard.planned not in whole_before and network_trouble(shard.outcomes)
+            ]
+            problem = self._network_gone(passes.sum_of(lost)) if lost else None
+        if problem is not None:
+            for shard in lost:
+                remove_shard(self.shards, shard.planned)
+            self._look()
+        return problem
+
+    def _network_gone(self, counts: Counter[Outcome]) -> str | None:
+        """Why every further URL of a later pass would fail; None if hosts of the first answer."""
+        assert self._first is not None
+        first = self._first
+        silent = silent_hosts(first._finished, first.shards, self._order.config)
+        return network_gone(counts, silent) if silent else None
 
     def _run(self, job: WorkerJob) -> None:
         """Run img2dataset to its end, reporting URLs as they are done.
@@ -213,9 +249,10 @@ class _Pass:
         rows_done = sum(shard.planned.rows for shard in self._finished)
         watch = Watch(rows_done, self.plan.rows, job.config.min_success_rate)
         stall_s, noted = job.config.deadline_s + STALL_S, time.monotonic()
+        asked = float("-inf")
 
         def poll() -> None:
-            nonlocal moved, tried, noted
+            nonlocal moved, tried, noted, asked
             progress, now = reader.read(), time.monotonic()
             if progress.counts.total() != tried:
                 moved, tried = now, progress.counts.total()
@@ -232,10 +269,17 @@ class _Pass:
             is_here = job.distributor == "multiprocessing"
             if (is_here and not all(map(_is_alive, progress.busy))) or now - moved > stall_s:
                 raise _LostWorker
-            # a later pass holds only rows that failed before: most of them fail again
-            if self.number > 1:
-                return
-            if problem := watch.network_down() or watch.list_dead():
+            problem = watch.network_down()
+            if self._first is None:
+                problem = problem or watch.list_dead()
+            elif problem and now - asked > ASK_WITNESSES_EVERY_S:
+                # only rows that failed before are tried here: most of them fail again, and why
+                # is a question to hosts that did well
+                asked = now
+                problem = self._network_gone(progress.counts)
+            else:
+                problem = None
+            if problem:
                 raise InputError(problem)
 
         run_supervised(
