@@ -190,7 +190,8 @@ class MergeConfig(Config):
     """What deduplicates: DuckDB, partition by partition, or the Spark cluster of the environment
     (extra `spark`, Java 17). The rows are the same."""
     partitions: int | None = Field(default=None, ge=1, le=4096)
-    """Parts the keys are split into, one in memory at a time; none = one for 4 million rows."""
+    """Parts the keys are split into, one in memory at a time; none = one for 250,000 rows,
+    at most 2,048."""
     memory_limit: str = Field(default="2GB", pattern=r"^[0-9]+(\.[0-9]+)? ?([KMGT]i?)?B$")
     """Memory of the database; what does not fit goes to disk."""
 

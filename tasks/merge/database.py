@@ -66,6 +66,8 @@ def database(
         # on the way out they decide which columns are called required, file by file.
         connection.execute("SET disabled_optimizers = 'statistics_propagation'")
         connection.execute("SET enable_progress_bar = false")
+        # Texts of a batch may be longer than 2 GB.
+        connection.execute("SET arrow_large_buffer_size = true")
         connection.create_function(
             "idna_host", idna_host, ["VARCHAR"], "VARCHAR", null_handling="special"
         )
@@ -130,10 +132,25 @@ def run(
     connection: duckdb.DuckDBPyConnection, query: str, parameters: Mapping[str, Any]
 ) -> list[tuple[Any, ...]]:
     """The rows of a statement, given those of the `parameters` that it names."""
-    named = set(PARAMETER.findall(query))
-    wanted = {name: value for name, value in parameters.items() if name in named}
-    found: list[tuple[Any, ...]] = connection.execute(query, wanted).fetchall()
+    found: list[tuple[Any, ...]] = execute(connection, query, parameters).fetchall()
     return found
+
+
+def execute(
+    connection: duckdb.DuckDBPyConnection, query: str, parameters: Mapping[str, Any]
+) -> duckdb.DuckDBPyConnection:
+    """A statement's result, to be fetched; it takes those of the `parameters` that it names."""
+    named = set(PARAMETER.findall(query))
+    return connection.execute(
+        query, {name: value for name, value in parameters.items() if name in named}
+    )
+
+
+def stream(
+    connection: duckdb.DuckDBPyConnection, query: str, parameters: Mapping[str, Any], rows: int
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a statement in batches of `rows`, the last one shorter."""
+    yield from execute(connection, query, parameters).to_arrow_reader(rows)
 
 
 def copy(query: str, options: str) -> str:

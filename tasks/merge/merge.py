@@ -11,14 +11,16 @@ Memory depends on the size of a partition, never on the number of rows:
     answer  partition          -> the sidecar's columns for the rows of every file
     know    cleaned edition    -> keys of the addresses it still has, split over partitions
     scan    metadata file      -> passing rows with 16-byte keys, split over partitions; reasons
-    dedupe  partition          -> from its narrow columns: the row that stays of every address
+    dedupe  partition          -> from its keys alone: the row that stays of every address
     cut     source             -> exact keys where its selection, and each range of it, ends
     write   range              -> sorted output files
 
 Key = md5(seed, address): a partition is a range of keys, and the smallest keys of a source are
 selected, so a larger count selects the same rows and more, and hosts are mixed along the output.
-Every metadata file is read once, every passing row written once and read about twice before it is
-in its output file. Everything temporary is under `out/_tmp`.
+Every metadata file is read once; a passing row is written once and its text read once before it is
+in its output file. In memory are a run of a metadata file (scan) or the rows of one partition
+(dedupe, write), so what is needed follows the rows of a partition: 250,000 until there are 2,048
+partitions (half a billion rows), then a 2,048th of all. Everything temporary is under `out/_tmp`.
 """
 
 from __future__ import annotations
@@ -40,10 +42,10 @@ from tasks.merge.config import MergeConfig
 from tasks.merge.database import database, statement
 from tasks.merge.filters import REASONS
 from tasks.merge.plan import Files, make_plan, rows_in
+from tasks.merge.shuffle import BUCKET_BITS, LAYOUT
 from tasks.merge.sources import identity
 from tasks.merge.spark import spark_runner
 from tasks.merge.units import (
-    BUCKET_BITS,
     PHASES,
     Chunk,
     Cut,
@@ -143,6 +145,7 @@ def _forget_other_work(out: Path, config: MergeConfig, files: Files) -> None:
     plan = out / "_tmp" / "plan.json"
     wanted = json.dumps(
         {
+            "layout": LAYOUT,
             "config": config.model_dump(mode="json", exclude={"memory_limit"}),
             "files": {name: [identity(str(path)) for path in files[name]] for name in files},
         },
@@ -159,16 +162,16 @@ def _forget_other_work(out: Path, config: MergeConfig, files: Files) -> None:
 def dropped_rows(connection: DuckDBPyConnection, plan: Plan) -> list[Counter[str]]:
     """Dropped rows of every source by reason, before selection."""
     counts = [Counter[str]() for _ in plan.config.sources]
-    rejected = sorted(plan.temporary.glob("rows/*/part=-1/*.parquet"))
-    duplicates = sorted(plan.temporary.glob("kept/*/reasons.parquet"))
-    for paths, number in ((rejected, "count(*)"), (duplicates, "sum(rows)")):
-        if paths:
-            for source, reason, rows in connection.execute(
-                f"SELECT source, reason, {number} FROM read_parquet($paths, "
-                "hive_partitioning = false) WHERE reason IS NOT NULL GROUP BY ALL",
-                {"paths": text_of(paths)},
-            ).fetchall():
-                counts[source][reason] += int(rows)
+    counted = [
+        *sorted(plan.temporary.glob("rows/*/reasons.parquet")),
+        *sorted(plan.temporary.glob("kept/*/reasons.parquet")),
+    ]
+    for source, reason, rows in connection.execute(
+        "SELECT source, reason, sum(rows) FROM read_parquet($paths, union_by_name = true, "
+        "hive_partitioning = false) WHERE reason IS NOT NULL GROUP BY ALL",
+        {"paths": text_of(counted)},
+    ).fetchall():
+        counts[source][reason] += int(rows)
     return counts
 
 

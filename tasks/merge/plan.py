@@ -22,7 +22,11 @@ from tasks.merge.units import Edition, MetadataFile, Plan, Sidecar, once
 Files = Mapping[str, Sequence[Path | str]]
 """Source name -> its files or URLs, in order."""
 
-ROWS_PER_PARTITION = 2_000_000
+ROWS_PER_PARTITION = 250_000
+"""What a partition holds, of all sources together: its rows stay in the processor's cache while
+they are put in order, and four times as many take a third more CPU-seconds."""
+MOST_PARTITIONS = 2_048
+"""More than this and the pieces of a run get so small that their headers cost more than they."""
 
 
 def make_plan(
@@ -69,7 +73,7 @@ def make_plan(
                 )
         editions = _editions(connection, config)
     rows = sum(file.rows for file in found)
-    partitions = config.partitions or -(-rows // ROWS_PER_PARTITION)
+    partitions = config.partitions or min(MOST_PARTITIONS, -(-rows // ROWS_PER_PARTITION))
     return Plan(config, out, tuple(found), sidecars, editions, partitions, threads, memory_limit)
 
 

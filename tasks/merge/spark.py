@@ -26,15 +26,15 @@ import pyarrow.parquet as pq
 
 from evaclip_model.errors import InputError
 from tasks.merge.database import database
-from tasks.merge.units import BUCKET_BITS, Chunk, Plan, once, run_chunk, text_of
+from tasks.merge.shuffle import BUCKET_BITS, partitions_in, read_keys
+from tasks.merge.units import Chunk, Plan, once, rows_folder, run_chunk, text_of
 
 KEYS = (
-    "source int, file int, row_in_file long, key string, similarity double, original_id string",
-    "SELECT source, file, row_in_file, key::VARCHAR AS key, similarity, original_id",
+    "source int, file int, row_in_file long, place int, key string, bucket int, "
+    "similarity double, original_id string"
 )
-"""Columns of a key for Spark, and the select list that reads them."""
-KEY_COLUMNS = ["source", "file", "row_in_file", "key", "similarity", "original_id"]
-KNOWN = ("key string", "SELECT DISTINCT key::VARCHAR AS key")
+"""Columns of a key for Spark; its texts are those of the database: `key::VARCHAR`."""
+KEY_COLUMNS = [column.split()[0] for column in KEYS.split(", ")]
 ROWS_OF_A_BATCH = 100_000
 
 
@@ -91,7 +91,10 @@ def _dedupe(session: Any, plan: Plan, folder: Path) -> None:
     from pyspark.sql import Window
     from pyspark.sql import functions as F
 
-    keys = _read(session, plan, "rows/*/part=[0-9]*/*.parquet", *KEYS)
+    folders = [(str(rows_folder(plan, file)), file.source, file.number) for file in plan.files]
+    keys = _spread(session, folders, "path string, source int, file int").mapInArrow(
+        partial(_keys, str(plan.temporary), plan.memory_limit), KEYS
+    )
     passing, withdrawn = _compare(session, plan, keys)
     best_first = Window.partitionBy("key").orderBy(
         "source",
@@ -105,17 +108,17 @@ def _dedupe(session: Any, plan: Plan, folder: Path) -> None:
     deduped = passing.select(
         "source",
         "file",
-        "row_in_file",
+        "place",
         "key",
+        "bucket",
         F.when(before == F.col("source"), "duplicate_in_source")
         .when(before.isNotNull(), "duplicate_across_sources")
         .alias("reason"),
         (everyone - F.expr("shiftleft(1L, source)")).alias("others"),
-        F.conv(F.substring("key", 1, 4), 16, 10).cast("int").alias("bucket"),
     ).persist()
     kept = deduped.where("reason IS NULL")
     part = F.expr(f"shiftright(bucket * {plan.partitions}, {BUCKET_BITS})").alias("part")
-    kept.select("source", "file", "row_in_file", "key", "others", part).write.partitionBy(
+    kept.select("source", "file", "place", "key", "bucket", "others", part).write.partitionBy(
         "part"
     ).parquet(str(folder / "rows"))
     counted = deduped.where("reason IS NOT NULL OR others <> 0")
@@ -140,7 +143,7 @@ def _compare(session: Any, plan: Plan, keys: Any) -> tuple[Any, Any]:
     passing, withdrawn = keys.where(~F.col("source").isin(judged)), None
     for number, edition in enumerate(plan.editions):
         own = keys.where(F.col("source").isin(list(edition.sources)))
-        known = _read(session, plan, f"known/edition={number}/*/part=*/*.parquet", *KNOWN)
+        known = _read_known(session, plan, f"known/edition={number}/*/part=*/*.parquet")
         passing = passing.unionByName(
             own.join(known.distinct(), "key", "left_semi").select(KEY_COLUMNS)
         )
@@ -149,27 +152,56 @@ def _compare(session: Any, plan: Plan, keys: Any) -> tuple[Any, Any]:
     return passing, withdrawn
 
 
-def _read(session: Any, plan: Plan, pattern: str, schema: str, select: str) -> Any:
-    """Rows of the units' parquet files: DuckDB reads what Spark does not (16-byte keys)."""
-    paths = text_of(sorted(plan.temporary.glob(pattern)))
-    frame = session.createDataFrame([(path,) for path in paths], "path string")
-    spread = frame.repartition(max(1, min(len(paths), 500)))
-    return spread.mapInArrow(
-        partial(_batches, str(plan.temporary), plan.memory_limit, select), schema
+def _spread(session: Any, rows: list[tuple[Any, ...]], schema: str) -> Any:
+    """A frame whose rows, few but much work each, lie on as many workers as there are."""
+    return session.createDataFrame(rows, schema).repartition(max(1, min(len(rows), 500)))
+
+
+def _keys(
+    temporary: str, memory_limit: str, folders: Iterator[pa.RecordBatch]
+) -> Iterator[pa.RecordBatch]:
+    """The keys in the units' folders of rows: Spark does not read their 16 bytes."""
+    with database(_spill_of(temporary), memory_limit, 1) as connection:
+        connection.execute("SET arrow_large_buffer_size = false")
+        for batch in folders:
+            for folder in batch.to_pylist():
+                path = Path(folder["path"])
+                for part in range(partitions_in(path)):
+                    keys = read_keys(path, folder["source"], folder["file"], part)
+                    connection.register("part_keys", keys)
+                    columns = ", ".join(
+                        "key::VARCHAR AS key" if name == "key" else name for name in KEY_COLUMNS
+                    )
+                    rows = connection.execute(f"SELECT {columns} FROM part_keys")
+                    yield from rows.to_arrow_reader(ROWS_OF_A_BATCH)
+                    connection.unregister("part_keys")
+
+
+def _read_known(session: Any, plan: Plan, pattern: str) -> Any:
+    """Keys of a cleaned edition."""
+    paths = [(path,) for path in text_of(sorted(plan.temporary.glob(pattern)))]
+    return _spread(session, paths, "path string").mapInArrow(
+        partial(_known, str(plan.temporary), plan.memory_limit), "key string"
     )
 
 
-def _batches(
-    temporary: str, memory_limit: str, select: str, paths: Iterator[pa.RecordBatch]
+def _known(
+    temporary: str, memory_limit: str, paths: Iterator[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
-    spill = Path(temporary, "spill", f"read-{os.getpid()}")
-    with database(spill, memory_limit, 1) as connection:
+    with database(_spill_of(temporary), memory_limit, 1) as connection:
+        connection.execute("SET arrow_large_buffer_size = false")
         for batch in paths:
             for path in batch.column(0).to_pylist():
                 rows = connection.execute(
-                    f"{select} FROM read_parquet($path, hive_partitioning = false)", {"path": path}
+                    "SELECT DISTINCT key::VARCHAR AS key "
+                    "FROM read_parquet($path, hive_partitioning = false)",
+                    {"path": path},
                 )
                 yield from rows.to_arrow_reader(ROWS_OF_A_BATCH)
+
+
+def _spill_of(temporary: str) -> Path:
+    return Path(temporary, "spill", f"read-{os.getpid()}")
 
 
 def _save(counted: Any, path: Path, kinds: dict[str, pa.DataType]) -> None:

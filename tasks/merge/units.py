@@ -13,28 +13,49 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
 
 from tasks.merge.config import MergeConfig, SidecarConfig
-from tasks.merge.database import copy, database, reading, run, statement
+from tasks.merge.database import copy, database, execute, reading, run, statement, stream
 from tasks.merge.filters import reason_expression, rule_parameters
 from tasks.merge.schema import quoted
+from tasks.merge.shuffle import (
+    BUCKET_BITS,
+    is_alone,
+    read_keys,
+    read_rows,
+    rows_per_run,
+    write_rows,
+)
 from tasks.merge.sources import read_lists
 
 ROWS_PER_RANGE = 1_000_000
 COMPRESSION: Mapping[str, Any] = {"compression": "zstd", "compression_level": 1}
+OUTPUT = pa.schema(
+    [
+        ("uid", pa.string()),
+        ("source", pa.string()),
+        ("url", pa.string()),
+        ("caption", pa.string()),
+        ("original_id", pa.string()),
+        ("similarity", pa.float64()),
+        ("width_hint", pa.int64()),
+        ("height_hint", pa.int64()),
+        ("also_in", pa.string()),
+    ]
+)
 REPEATED = ["source", "also_in"]
 """Columns whose values repeat; for others a dictionary would only cost time."""
-BUCKET_BITS = 16
-BUCKET = "('0x' || left(key::VARCHAR, 4))::INTEGER"
 
 
 @dataclass(frozen=True)
@@ -341,37 +362,35 @@ def _scan(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
     def make(folder: Path) -> None:
         query, parameters = scan_query(plan, file)
         with reading(file.path):
-            run(
-                connection,
-                copy(query, "PARTITION_BY (part)"),
-                {**parameters, "target": str(folder)},
-            )
+            judged = stream(connection, query, parameters, rows_per_run(plan.partitions))
+            write_rows(judged, folder, file.source, plan.partitions)
 
-    once(plan.temporary / "rows" / f"{number:06d}", make)
+    once(rows_folder(plan, file), make)
+
+
+def rows_folder(plan: Plan, file: MetadataFile) -> Path:
+    """Where the passing rows of a metadata file are, split over the partitions."""
+    return plan.temporary / "rows" / f"{file.number:06d}"
 
 
 def _dedupe(connection: DuckDBPyConnection, plan: Plan, part: int) -> None:
-    keys = sorted(plan.temporary.glob(f"rows/*/part={part}/*.parquet"))
-    if keys:
-        once(
-            plan.temporary / "kept" / f"{part:06d}",
-            partial(_dedupe_keys, connection, plan, part, text_of(keys)),
-        )
+    once(plan.temporary / "kept" / f"{part:06d}", partial(_dedupe_keys, connection, plan, part))
 
 
-def _dedupe_keys(
-    connection: DuckDBPyConnection, plan: Plan, part: int, paths: Sequence[str], folder: Path
-) -> None:
-    keys, parameters = _keys(connection, plan, part)
-    run(
-        connection,
-        statement("dedupe", keys=keys),
-        {**parameters, "paths": paths},
-    )
+def _dedupe_keys(connection: DuckDBPyConnection, plan: Plan, part: int, folder: Path) -> None:
+    query, parameters = _keys(connection, plan, part)
+    keys = [
+        read_keys(rows_folder(plan, file), file.source, file.number, part) for file in plan.files
+    ]
+    part_keys = pa.concat_tables(keys)
+    part_keys = part_keys.append_column("alone", pa.array(is_alone(part_keys)))
+    connection.register("part_keys", part_keys)
+    run(connection, statement("dedupe", keys=query), parameters)
+    connection.unregister("part_keys")
     for name, query in {
         "reasons": "SELECT source, reason, others, count(*) AS rows FROM deduped "
         "WHERE reason IS NOT NULL OR others <> 0 GROUP BY ALL",
-        "histogram": f"SELECT source, {BUCKET} AS bucket, count(*) AS rows FROM deduped "
+        "histogram": "SELECT source, bucket, count(*) AS rows FROM deduped "
         "WHERE reason IS NULL GROUP BY ALL",
     }.items():
         connection.execute(copy(query, "CODEC zstd"), {"target": str(folder / f"{name}.parquet")})
@@ -379,8 +398,8 @@ def _dedupe_keys(
     rows.mkdir(parents=True)
     connection.execute(
         copy(
-            "SELECT source, file, row_in_file, key, others FROM deduped WHERE reason IS NULL",
-            "CODEC snappy",
+            "SELECT source, file, place, key, bucket, others FROM deduped WHERE reason IS NULL",
+            "CODEC uncompressed",
         ),
         {"target": str(rows / "rows.parquet")},
     )
@@ -389,10 +408,7 @@ def _dedupe_keys(
 
 def _keys(connection: DuckDBPyConnection, plan: Plan, part: int) -> tuple[str, dict[str, Any]]:
     """(SQL of one partition's keys with `withdrawn`, parameters)."""
-    plain = (
-        "SELECT source, file, row_in_file, key, similarity, original_id, false AS withdrawn "
-        "FROM read_parquet($paths, hive_partitioning = false)"
-    )
+    plain = "SELECT *, false AS withdrawn FROM part_keys"
     if not plan.editions:
         return plain, {}
     compared = [(s, n) for n, edition in enumerate(plan.editions) for s in edition.sources]
@@ -454,46 +470,73 @@ def _write(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
         after = cut.last_keys[place - 1] if place else cut.after
         parts = parts_between(plan, after, cut.last_keys[place])
         (plan.out / plan.config.sources[source].name).mkdir(exist_ok=True)
-        rows = [
-            path
-            for file in plan.of_source(source)
-            for part in parts
-            for path in sorted(plan.temporary.glob(f"rows/{file.number:06d}/part={part}/*.parquet"))
-        ]
-        parameters = {
-            "rows": text_of(rows),
-            "kept": kept_in(plan, parts),
-            "last": cut.last_keys[place],
-            "source": source,
-            "name": plan.config.sources[source].name,
-            "names": [settings.name for settings in plan.config.sources],
-        }
-        beyond = "" if after is None else "AND key > $after::UUID"
-        ordered = connection.execute(
-            statement("write", after=beyond),
-            parameters if after is None else {**parameters, "after": after},
+        tables = (
+            _chosen(connection, plan, source, part, after, cut.last_keys[place]) for part in parts
         )
-        batches = ordered.to_arrow_reader(plan.config.rows_per_file)
-        for path, table in zip(wanted, _in_files(batches, plan.config.rows_per_file), strict=True):
+        for path, table in zip(wanted, _in_files(tables, plan.config.rows_per_file), strict=True):
             if path in missing:
                 beside = plan.temporary / f"{source}-{path.name}"
-                pq.write_table(table, beside, use_dictionary=REPEATED, **COMPRESSION)
+                pq.write_table(
+                    table.combine_chunks(), beside, use_dictionary=REPEATED, **COMPRESSION
+                )
                 beside.replace(path)
 
 
-def _in_files(batches: Iterable[pa.RecordBatch], rows_per_file: int) -> Iterator[pa.Table]:
+def _chosen(
+    connection: DuckDBPyConnection,
+    plan: Plan,
+    source: int,
+    part: int,
+    after: str | None,
+    last: str,
+) -> pa.Table:
+    """The rows that a range of a source takes from one partition, in order."""
+    kept = kept_in(plan, [part])
+    if not kept:
+        return OUTPUT.empty_table()
+    beyond = "" if after is None else "AND key::UUID > $after::UUID"
+    parameters = {"kept": kept, "source": source, "last": last, "after": after}
+    places = execute(connection, statement("chosen", after=beyond), parameters).fetchnumpy()
+    files = plan.of_source(source)
+    keys = [read_rows(rows_folder(plan, file), "keys", part) for file in files]
+    texts = [read_rows(rows_folder(plan, file), "texts", part) for file in files]
+    begins = np.cumsum([0, *map(len, keys)])[:-1]
+    indices = begins[places["file"] - files[0].number] + places["place"]
+    narrow = pa.concat_tables(keys).select(["original_id", "similarity"])
+    wide = pa.concat_tables(texts)
+    del keys, texts
+    rows = _taken(wide, indices), _taken(narrow, indices)
+    columns = {name: table.column(name) for table in rows for name in table.column_names}
+    columns["others"] = pa.chunked_array([pa.array(places["others"])])
+    connection.register("chosen", pa.table(columns))
+    names = [settings.name for settings in plan.config.sources]
+    made = execute(connection, statement("write"), {"names": names}).to_arrow_table()
+    connection.unregister("chosen")
+    columns |= {name: made.column(name) for name in made.column_names}
+    columns["source"] = pa.chunked_array([pa.repeat(plan.config.sources[source].name, len(made))])
+    return pa.table([columns[name] for name in OUTPUT.names], names=OUTPUT.names)
+
+
+def _taken(table: pa.Table, indices: npt.NDArray[np.int64]) -> pa.Table:
+    """Rows of a table, copied; its chunks are joined first, as their rows lie anywhere."""
+    return table.combine_chunks().take(pa.array(indices))
+
+
+def _in_files(tables: Iterable[pa.Table], rows_per_file: int) -> Iterator[pa.Table]:
     """Cut a stream of rows into tables of `rows_per_file`, the last one shorter."""
-    waiting: list[pa.RecordBatch] = []
-    rows = 0
-    for batch in batches:
-        while rows + batch.num_rows >= rows_per_file:
-            fits = rows_per_file - rows
-            yield pa.Table.from_batches([*waiting, batch.slice(0, fits)])
-            waiting, rows, batch = [], 0, batch.slice(fits)
-        waiting.append(batch)
-        rows += batch.num_rows
-    if rows:
-        yield pa.Table.from_batches(waiting)
+    waiting = OUTPUT.empty_table()
+    for table in tables:
+        first = rows_per_file - len(waiting)
+        if len(table) < first:
+            waiting = pa.concat_tables([waiting, table.cast(OUTPUT)])
+            continue
+        yield pa.concat_tables([waiting, table.slice(0, first).cast(OUTPUT)])
+        whole = first + (len(table) - first) // rows_per_file * rows_per_file
+        for begin in range(first, whole, rows_per_file):
+            yield table.slice(begin, rows_per_file).cast(OUTPUT)
+        waiting = pa.concat_tables([table.slice(whole).cast(OUTPUT)])
+    if len(waiting):
+        yield waiting
 
 
 PHASES: Mapping[str, Phase] = {

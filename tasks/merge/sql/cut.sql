@@ -6,7 +6,7 @@ WITH wanted AS (
 placed AS (
   SELECT bucket, key, row_number() OVER (PARTITION BY bucket ORDER BY key) AS place
   FROM (
-    SELECT key::UUID AS key, ('0x' || left(key::VARCHAR, 4))::INTEGER AS bucket
+    SELECT key::UUID AS key, bucket
     FROM read_parquet($paths, hive_partitioning = false)
     WHERE source = $source
   )

@@ -3,14 +3,14 @@
 CREATE OR REPLACE TEMP TABLE deduped AS
 WITH keys AS ({keys}),
 compared AS (
-  SELECT source, file, row_in_file, key,
+  SELECT source, file, place, key, bucket,
     CASE
       WHEN lag(source) OVER best_first = source THEN 'duplicate_in_source'
       WHEN row_number() OVER best_first > 1 THEN 'duplicate_across_sources'
     END AS reason,
     bit_or(1::BIGINT << source) OVER (PARTITION BY key) - (1::BIGINT << source) AS others
   FROM keys
-  WHERE NOT withdrawn
+  WHERE NOT withdrawn AND NOT alone
   WINDOW best_first AS (
     PARTITION BY key
     ORDER BY source, similarity DESC NULLS LAST, original_id NULLS LAST, file, row_in_file
@@ -18,4 +18,6 @@ compared AS (
 )
 FROM compared
 UNION ALL
-SELECT source, file, row_in_file, key, 'withdrawn', 0 FROM keys WHERE withdrawn
+SELECT source, file, place, key, bucket, CASE WHEN withdrawn THEN 'withdrawn' END, 0
+FROM keys
+WHERE withdrawn OR alone

@@ -1,6 +1,6 @@
 -- One partition of keys, with whether the edition its source is compared with lacks the address.
 SELECT keys.*, compared.source IS NOT NULL AND known.key IS NULL AS withdrawn
-FROM read_parquet($paths, hive_partitioning = false) AS keys
+FROM part_keys AS keys
 LEFT JOIN (
   SELECT unnest($compared::INTEGER[]) AS source, unnest($editions::INTEGER[]) AS edition
 ) AS compared USING (source)

@@ -1,0 +1,182 @@
+"""Rows between the scan and the output: Arrow batches on disk, split over the partitions.
+
+Covers: writing what passes of one metadata file, in runs of bounded size; reading one partition of
+it; counting what does not pass.
+Not here: the rules (filters.py, sql/), which row stays (dedupe.sql), the output (units.py).
+
+A folder holds the passing rows of one metadata file twice in the same order: `keys.arrows` is what
+deduplication reads, `texts.arrows` what only the output needs. Each is a row of Arrow IPC messages,
+one for a run and partition, beside `*.ends.npy`, where each of them ends: one file instead of one
+for a partition, however many there are, and no encoding that costs more than the rows are worth.
+"""
+
+from __future__ import annotations
+
+import binascii
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+ROWS_PER_RUN, ROWS_PER_PIECE = 125_000, 256
+"""Rows of a metadata file that are in memory at once: so many, or so many for each partition."""
+BUCKET_BITS = 16
+"""First bits of a key that say which partition it is in."""
+STRIDES = 1024
+"""Parts of a run that are in the order of the output, so that a partition is gathered from memory
+that lies together; more of them would make this sorting the slow one."""
+TEXT = pa.large_string()
+"""Offsets of 64 bits: a run of very long URLs is larger than 2 GB."""
+LAYOUT = 3
+"""Version of what lies in the folders: units of another one are made again."""
+KEYS = pa.schema(
+    [
+        ("row_in_file", pa.int64()),
+        ("key", pa.uuid()),
+        ("bucket", pa.int32()),
+        ("similarity", pa.float64()),
+        ("original_id", TEXT),
+    ]
+)
+TEXTS = pa.schema(
+    [("url", TEXT), ("caption", TEXT), ("width_hint", pa.int64()), ("height_hint", pa.int64())]
+)
+REASONS = pa.schema([("source", pa.int32()), ("reason", pa.string()), ("rows", pa.int64())])
+
+
+class _Kind(NamedTuple):
+    """One of the two files."""
+
+    name: str
+    schema: pa.Schema
+
+
+KINDS = (_Kind("keys", KEYS), _Kind("texts", TEXTS))
+
+
+def rows_per_run(partitions: int) -> int:
+    """Rows of a batch for `write_rows`."""
+    return max(ROWS_PER_RUN, ROWS_PER_PIECE * partitions)
+
+
+def write_rows(
+    judged: Iterable[pa.RecordBatch], folder: Path, source: int, partitions: int
+) -> None:
+    """Split the passing rows of one metadata file over the partitions.
+
+    Args:
+        judged: rows of scan.sql, one batch a run; `key` as 32 hex digits, none where `reason` says
+            why a row is dropped.
+    """
+    dropped = Counter[str]()
+    ends: list[list[list[int]]] = []
+    with ExitStack() as stack:
+        files = [stack.enter_context((folder / f"{kind.name}.arrows").open("wb")) for kind in KINDS]
+        for run in judged:
+            for count in pc.value_counts(pc.drop_null(run.column("reason"))).to_pylist():
+                dropped[count["values"]] += count["counts"]
+            ends.append([_append(files, batch) for batch in _split(run, partitions)])
+    found = np.array(ends, np.int64).reshape(-1, partitions, len(KINDS))
+    for number, kind in enumerate(KINDS):
+        np.save(folder / f"{kind.name}.ends.npy", np.ascontiguousarray(found[:, :, number]))
+    counts = [{"source": source, "reason": name, "rows": rows} for name, rows in dropped.items()]
+    pq.write_table(pa.Table.from_pylist(counts, REASONS), folder / "reasons.parquet")
+
+
+def read_rows(folder: Path, kind: str, part: int) -> pa.Table:
+    """One partition of a folder's `keys` or `texts`; both have the same rows in the same order."""
+    schema = dict(KINDS)[kind]
+    ends = np.load(folder / f"{kind}.ends.npy", mmap_mode="r")
+    every = ends.reshape(-1)
+    with (folder / f"{kind}.arrows").open("rb") as file:
+        batches = []
+        for at in range(part, len(every), ends.shape[1]):
+            begin = int(every[at - 1]) if at else 0
+            size = int(every[at]) - begin
+            if size:
+                file.seek(begin)
+                batches.append(pa.ipc.read_record_batch(pa.py_buffer(file.read(size)), schema))
+    return pa.Table.from_batches(batches, schema)
+
+
+def read_keys(folder: Path, source: int, file: int, part: int) -> pa.Table:
+    """Keys of a partition with source, file and `place`: their number in `read_rows`."""
+    keys = read_rows(folder, "keys", part)
+    rows = len(keys)
+    origin: dict[str, Any] = {
+        "source": np.full(rows, source, np.int32),
+        "file": np.full(rows, file, np.int32),
+        "place": np.arange(rows, dtype=np.int32),
+    }
+    for name, values in origin.items():
+        keys = keys.append_column(name, pa.array(values))
+    return keys
+
+
+def is_alone(keys: pa.Table) -> npt.NDArray[np.bool_]:
+    """[rows] Whether no other row's key begins with the same 64 bits: it has no duplicate."""
+    stored = [chunk.storage for chunk in keys.column("key").chunks]
+    begins = [
+        np.frombuffer(chunk.buffers()[1], np.uint64)[2 * chunk.offset :][: 2 * len(chunk) : 2]
+        for chunk in stored
+    ]
+    first = np.concatenate([np.empty(0, np.uint64), *begins])
+    order = np.argsort(first)
+    ordered = first[order]
+    differs = ordered[1:] != ordered[:-1]
+    alone = np.empty(len(first), np.bool_)
+    alone[order] = np.append(True, differs) & np.append(differs, True)
+    return alone
+
+
+def partitions_in(folder: Path) -> int:
+    """How many partitions a folder's rows are split over."""
+    return int(np.load(folder / "keys.ends.npy", mmap_mode="r").shape[1])
+
+
+def _append(files: Sequence[BinaryIO], batch: pa.RecordBatch) -> list[int]:
+    """Write a batch's columns to the file of their kind; returns where each file ends then."""
+    for kind, file in zip(KINDS, files, strict=True):
+        if batch.num_rows:
+            file.write(batch.select(kind.schema.names).serialize())
+    return [file.tell() for file in files]
+
+
+def _split(run: pa.RecordBatch, partitions: int) -> Iterator[pa.RecordBatch]:
+    """The passing rows of a run, one batch a partition."""
+    hexadecimal = run.column("key")
+    passing = np.flatnonzero(hexadecimal.is_valid().to_numpy(zero_copy_only=False))
+    keys = np.frombuffer(binascii.unhexlify(_characters(hexadecimal)), np.uint8).reshape(-1, 16)
+    if len(keys) != len(passing):
+        raise RuntimeError(f"{len(passing)} keys wanted, {len(keys)} found")
+    bucket = keys[:, 0].astype(np.int32) << 8 | keys[:, 1]
+    strides = max(1, STRIDES // partitions)
+    stride = (bucket.astype(np.int64) * (partitions * strides) >> BUCKET_BITS).astype(np.uint16)
+    order = np.argsort(stride, kind="stable")
+    bounds = np.searchsorted(stride[order], np.arange(partitions + 1) * strides)
+    taken = run.drop_columns(["key", "reason"]).take(pa.array(passing[order]))
+    stored = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(16), len(order), [None, pa.py_buffer(keys[order])]
+    )
+    columns = {name: taken.column(name) for name in taken.schema.names}
+    columns["key"] = pa.ExtensionArray.from_storage(pa.uuid(), stored)
+    columns["bucket"] = pa.array(bucket[order])
+    names = [*KEYS.names, *TEXTS.names]
+    sorted_run = pa.RecordBatch.from_arrays([columns[name] for name in names], names=names)
+    for first, end in pairwise(bounds):
+        yield sorted_run.slice(first, end - first)
+
+
+def _characters(texts: pa.Array) -> memoryview:
+    """All characters of a text column in a row; what is none has none."""
+    _, offsets, data = texts.buffers()
+    bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    return memoryview(data)[bounds[0] : bounds[-1]] if data is not None else memoryview(b"")
