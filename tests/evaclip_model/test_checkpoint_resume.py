@@ -1,9 +1,13 @@
 """Two cells of the resume matrix; `make test-train-faults` plays all of them, with more kills."""
 
+import json
+import os
 import random
+import signal
 
 import pytest
 
+from tests.evaclip_model.trainer_runs import finish, job_of, start, wait_for
 from tests.faults.training import TOLERANCE, Training, differences
 
 STEPS = 12
@@ -29,3 +33,29 @@ def test_killed_in_the_middle_of_a_save_it_goes_on_as_if_it_had_not_been(
         assert of_loss == of_weights == 0
     else:
         assert 0 < of_loss < TOLERANCE["bf16"]
+
+
+def test_checkpoints_may_lie_at_a_url(ranks, tiny_data, tmp_path):
+    store = tmp_path / "store"
+    job = job_of(
+        tiny_data,
+        tmp_path / "run",
+        engine="torch",
+        samples_seen=12 * 24,
+        job={"checkpoints": f"file://{store}"},
+    )
+    pids = start(ranks, 1, job)
+    wait_for(job.parent / "metrics.jsonl", 10)
+    os.kill(pids[0], signal.SIGKILL)
+    ranks.wait(pids)
+    before = [row["time"] for row in rows_of(job)]
+    rows = finish(ranks, start(ranks, 1, job), job)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["time"] for row in rows][:4] == before[:4]
+    assert not (job.parent / "checkpoints").exists()
+    assert sorted(path.name for path in store.iterdir()) == ["step-00000004", "step-00000008"]
+
+
+def rows_of(job):
+    lines = (job.parent / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]

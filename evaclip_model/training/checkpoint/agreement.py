@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from evaclip_model.errors import InputError
 
 T = TypeVar("T")
+SLOWEST = timedelta(hours=6)
+"""What ranks wait for each other when files are written; a rank that died is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Peers:
         everybody = cls.all()
         if everybody.count == 1:
             return everybody
-        return cls(everybody.rank, everybody.count, dist.new_group(backend="gloo"))
+        return cls(everybody.rank, everybody.count, dist.new_group(backend="gloo", timeout=SLOWEST))
 
     def gather(self, value: T) -> list[T]:
         """What every rank gave, in order of ranks."""
