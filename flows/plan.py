@@ -69,7 +69,7 @@ def check_disk(recipe: Recipe, chart: Chart, root: Path) -> None:
     """Refuse a run that the disk cannot hold.
 
     Raises:
-        InputError: less is free than the unfinished stages write at least, or `root` cannot be made.
+        InputError: less is free than unfinished stages write at least, or `root` cannot be made.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
