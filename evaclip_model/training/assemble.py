@@ -18,8 +18,6 @@ from evaclip_model.reading.reader import BatchReader, ReadSettings
 from evaclip_model.training.config import SHARD_CACHE, TrainConfig, TrainJob
 from evaclip_model.training.engine import DeepSpeedEngine, Engine, TorchEngine
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def device_of_rank() -> torch.device:
     """This rank's GPU, made torch's current one; the CPU where there is none."""
@@ -52,7 +50,7 @@ def starting_model(job: TrainJob, device: torch.device) -> EvaClip:
     config = job.train
     architecture = ModelConfig.load(job.start_from).at_image_px(config.image_px)
     model = create_model(architecture, weights=job.start_from)
-    model.to(device, DTYPES[config.precision])
+    model.to(device)  # its type is the engine's matter: masters begin at the exact weights
     model.set_grad_checkpointing(config.grad_checkpointing)
     model.set_drop_path(config.drop_path)
     model.train()

@@ -32,6 +32,7 @@ LOGIT_SCALE_MAX = math.log(100)
 """Upper bound of the logarithm of the inverse temperature (CLIP, section 2.5)."""
 LOGIT_SCALE = "logit_scale"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -115,7 +116,7 @@ class TorchEngine:
     """Plain torch: one rank, fp32 or bf16 with fp32 masters. Needs no DeepSpeed."""
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        """Take up a model, in the type that `config.precision` says.
+        """Take up a model, which gets the type that `config.precision` says.
 
         Raises:
             InputError: a precision this engine does not have.
@@ -126,7 +127,10 @@ class TorchEngine:
         self._config = config
         self._groups = _groups(model, config)
         self._named = _trainable(model, config)
-        self._masters = {name: _master(parameter) for name, parameter in self._named.items()}
+        exact = _made_low(model, self._named, config)
+        self._masters = {
+            name: _master(parameter, exact.get(name)) for name, parameter in self._named.items()
+        }
         self._optimizer = make_optimizer(self._masters, self._groups, config)
         self._fragments, self._mean = _fragments(
             [Master(name, 0, held, 0, held.numel()) for name, held in self._masters.items()],
@@ -192,7 +196,7 @@ class DeepSpeedEngine:
     """DeepSpeed ZeRO, one model copy a rank; needs torch's RANK, WORLD_SIZE, MASTER_* variables."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, *, accumulates: bool = False) -> None:
-        """Take up a model, in the type that `config.precision` says.
+        """Take up a model, which gets the type that `config.precision` says.
 
         Args:
             accumulates: whether a step's gradient will come in parts.
@@ -202,6 +206,7 @@ class DeepSpeedEngine:
         self._config = config
         self._groups = _groups(model, config)
         self._named = _trainable(model, config)
+        exact = _made_low(model, self._named, config)
         self._optimizer = make_optimizer(self._named, self._groups, config)
         # One of DeepSpeed's optimizers tries itself out with a step, which must not decay weights.
         _set_lr(self._optimizer, self._groups, 0.0)
@@ -221,6 +226,10 @@ class DeepSpeedEngine:
         self._masters = _masters_of(wrapped, self._optimizer, self._named)
         if self._masters.layouts is not None:
             self._optimizer.bind(self._masters.layouts)
+        for piece in [*self._masters.held, *(copy for copy, _ in self._masters.copies)]:
+            if piece.name in exact:
+                value = exact[piece.name].view(-1).narrow(0, piece.offset, piece.size)
+                piece.of(piece.tensor).copy_(value)
         self._fragments, self._mean = _fragments(self._masters.held, self._optimizer, config)
         self._norms: Mapping[str, float] | None = None
 
@@ -249,6 +258,7 @@ class DeepSpeedEngine:
             self.discard()
             return Stepped(math.inf, skipped=True)
         _set_lr(self._optimizer, self._groups, lr_factor)
+        self._masters.before_step(norm * (scale or 1.0))
         self._engine.step()
         self._norms = None
         if not finite:  # DeepSpeed has seen it too, and lowered the scale
@@ -364,12 +374,33 @@ def _trainable(model: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]
     return found
 
 
+def _made_low(
+    model: nn.Module, named: Mapping[str, nn.Parameter], config: TrainConfig
+) -> dict[str, Tensor]:
+    """Give the model the stage's type; of those of `named` that lose by it, the fp32 values.
+
+    DeepSpeed would make masters of what is left of them.
+    """
+    dtype = _DTYPES[config.precision]
+    exact = {
+        name: parameter.detach()
+        for name, parameter in named.items()
+        if parameter.dtype == torch.float32 != dtype
+    }
+    model.to(dtype)  # into new storage: the old stays with `exact`
+    return exact
+
+
 @torch.no_grad()
-def _master(parameter: nn.Parameter) -> Tensor:
-    """What is stepped: the parameter, or an fp32 copy of a low one, which takes its gradients."""
+def _master(parameter: nn.Parameter, exact: Tensor | None) -> Tensor:
+    """What is stepped: the parameter, or an fp32 copy of a low one, which takes its gradients.
+
+    Args:
+        exact: what the parameter was before it was made low, to begin at; none: nothing else.
+    """
     if parameter.dtype == torch.float32:
         return parameter
-    master = parameter.float()
+    master = parameter.float() if exact is None else exact.clone()
 
     def hand_over(from_part: Tensor) -> None:
         if from_part.grad is not None:

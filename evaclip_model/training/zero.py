@@ -11,6 +11,7 @@ hence the version range in pyproject.toml, and the checks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -55,6 +56,9 @@ class Masters(Protocol):
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Names and this rank's pieces of the reduced gradient, times the loss scale."""
 
+    def before_step(self, norm: float) -> None:
+        """What DeepSpeed's step asks for: the norm of the whole gradient, times the loss scale."""
+
     def forget_gradients(self) -> None:
         """Throw away what was added up since the last step."""
 
@@ -92,6 +96,9 @@ class _Sliced:
         ]
         self.copies: list[tuple[Master, int]] = []
 
+    def before_step(self, norm: float) -> None:
+        """Nothing: DeepSpeed finds the norm itself."""
+
     def write_back(self) -> None:
         self._zero.update_lp_params()
 
@@ -113,6 +120,9 @@ class Partitioned(_Sliced):
         super().__init__(zero, names, zero.bit16_groups, zero.bit16_groups_flat, flats)
         self._names = names
         self.scaler = zero.loss_scaler if zero.dtype == torch.float16 else None
+        # DeepSpeed would take the norm once more, from an fp32 copy of every gradient.
+        self._norm = -1.0
+        zero.scaled_global_norm = lambda norm_type=2: torch.tensor(self._norm, device=zero.device)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         for number, parameters in enumerate(self._zero.params_in_partition):
@@ -121,6 +131,9 @@ class Partitioned(_Sliced):
             real = [part for part in slices if not getattr(part, "_zero_padding", False)]
             for parameter, part in zip(parameters, real, strict=False):
                 yield self._names[parameter], part
+
+    def before_step(self, norm: float) -> None:
+        self._norm = norm if math.isfinite(norm) else -1.0  # which is how DeepSpeed writes it
 
     def forget_gradients(self) -> None:
         zero = self._zero
@@ -187,6 +200,9 @@ class Copied:
             gradient = self._parameters[master.name].grad
             if gradient is not None:
                 yield master.name, gradient
+
+    def before_step(self, norm: float) -> None:
+        """Nothing: DeepSpeed finds the norm itself."""
 
     def forget_gradients(self) -> None:
         self._sums.clear()

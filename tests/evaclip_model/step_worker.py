@@ -53,12 +53,11 @@ class Network(nn.Module):
 
 MOST = 20
 """Steps there is data for."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_engine(kind, config, parts):
     torch.manual_seed(0)
-    network = Network().to(DTYPES[config.precision])
+    network = Network()
     if kind == "torch":
         return network, TorchEngine(network, config)
     return network, DeepSpeedEngine(network, config, accumulates=parts > 1)

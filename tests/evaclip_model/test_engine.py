@@ -189,6 +189,20 @@ def test_what_is_frozen_keeps_its_weights_and_the_rest_trains(steps):
         assert (run["norms"][:, 1] == 0).all()
 
 
+@pytest.mark.parametrize("stage", [None, 0, 1, 2])
+def test_masters_begin_at_the_exact_weights_not_at_rounded_ones(steps, stage):
+    still = {"lr_vision": 0.0, "lr_text": 0.0, "lr_other": 0.0, "steps": 1}
+    start = steps("torch", **still)
+    engine, count = ("torch", 1) if stage is None else ("deepspeed", 2)
+    options = {} if stage is None else {"zero_stage": stage}
+    low = steps(engine, count, precision="bf16", ema_decay=0.5, **options, **still)
+    for name, value in start.items():
+        if name.startswith("param."):
+            assert torch.equal(low[name], value)
+            assert torch.equal(low[name.replace("param", "ema")], value)
+            assert torch.equal(low[name.removeprefix("param.")], value.bfloat16())
+
+
 def test_the_running_mean_is_that_of_the_masters(steps):
     masters = [steps("torch", steps=count)["param.text.proj.weight"] for count in (1, 2, 3)]
     start = steps("torch", steps=1, lr_text=0.0)["param.text.proj.weight"]
