@@ -100,7 +100,11 @@ class TrainConfig(Config):
     trust_clip: tuple[float, float] | None = (0.01, 10.0)
     """Bounds of LAMB's trust ratio; the lower one lets a near-zero projection head grow."""
     adapt_no_decay: bool = False
-    """Whether LAMB adapts parameters without weight decay too (biases, norms, logit scale)."""
+    """Whether LAMB adapts parameters without weight decay too (biases, norms, logit scale). The
+    authors' run did, with one ratio for all of a group; with a ratio of its own a bias that starts
+    at zero stays there (its norm is next to nothing after the first step), hence false, as in apex
+    and timm; for true, give `trust_clip` a lower bound. Their bits cannot be met either way:
+    their ratios depended on the number of GPUs."""
     grad_checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass. "full" keeps only each block's input: a third of
     the memory for 30 % more time; "selective" keeps the results of matrix products too: two thirds
@@ -175,6 +179,8 @@ class TrainConfig(Config):
             raise ValueError(f"crop_scale = [{low}, {high}] must rise and lie within 0 and 1")
         if self.trust_clip is not None and not 0 <= self.trust_clip[0] <= self.trust_clip[1]:
             raise ValueError("trust_clip must be two rising numbers, not below 0")
+        if {"vision", "text", "logit_scale"} == set(self.freeze):
+            raise ValueError("freeze leaves nothing to train: take a part out of it")
         for template in self.caption_templates:
             if template.count("{}") != 1:
                 raise ValueError(f"caption template '{template}' must contain {{}} exactly once")
@@ -198,7 +204,8 @@ class TrainJob(Config):
     """URL that fsspec knows (s3://bucket/run) where checkpoints go instead, this run's alone; none:
     `checkpoints/` of the run's folder, which all ranks have to share."""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
-    """What steps the optimizer; "torch" is for one rank in fp32 only, and quicker to start."""
+    """What steps the optimizer; "torch" is for one rank in fp32 or bf16, needs no DeepSpeed, and
+    starts more quickly."""
     micro_batch: int | None = Field(default=None, gt=0)
     """Pairs of a rank that are in memory at once; none: its whole share of the global batch. The
     gradient is the same: features of all come first, then each part again with its gradient."""

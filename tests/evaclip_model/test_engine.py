@@ -231,6 +231,8 @@ def test_a_model_without_anything_to_train_is_refused():
     model.visual = nn.Linear(2, 2)
     with pytest.raises(InputError, match="leaves nothing to train"):
         TorchEngine(model, settings(freeze=("vision",)))
+    with pytest.raises(ValueError, match="freeze leaves nothing to train"):
+        settings(freeze=("vision", "text", "logit_scale"))
 
 
 def test_plain_torch_trains_without_importing_deepspeed(tmp_path):
