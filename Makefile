@@ -80,7 +80,7 @@ bench-model: $(VENV)/.dev ## speed and memory of model and tokenizer beside open
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_model.py
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_tokenizer.py
 
-check-gpu: $(VENV)/.dev ## what only a CUDA GPU shows, into runs/check-gpu: parity, kernels, fp16, Table 6, MFU (20 min)
+check-gpu: $(VENV)/.dev ## what only a CUDA GPU shows, into runs/check-gpu: parity, kernels, fp16, Table 6, MFU
 	@PYTHONPATH=. $(PY) tests/benchmarks/check_gpu.py runs/check-gpu
 
 exactness: $(VENV)/.dev ## largest differences to timm and open_clip, and every checkpoint layout, as tables (1 min)

@@ -31,9 +31,10 @@ from evaclip_model.training.engine import Stepped
 from evaclip_model.training.exchange import Together, from_all
 from evaclip_model.training.guards import Judged, Observed, Verdict, judge
 from evaclip_model.training.loop_state import LoopState
-from evaclip_model.training.metrics import MetricsLog, step_row
+from evaclip_model.training.metrics import MetricsLog, StepRow, step_row
 from evaclip_model.training.nonfinite import described, whose, write_dump
 from evaclip_model.training.optim import lr_factor
+from evaclip_model.training.probe import open_probe, probe
 from evaclip_model.training.profiling import PROFILE_FOLDER, ProfileWindow
 from evaclip_model.training.rank import Gradient, Laps, Rank
 from evaclip_model.training.results import save_models, write_json
@@ -77,6 +78,7 @@ class _Run:
         self._profile = ProfileWindow(profiled, job.run_dir / PROFILE_FOLDER)
         self._checkpoints = job.checkpoints or job.run_dir / CHECKPOINTS
         self._settings = settings_of(job.train, rank.model.config)
+        self._probe = open_probe(job.probe, rank.number, rank.ranks) if job.probe else None
         self._state = LoopState()
         self._seconds = 0.0
         self._bad: Counter[str] = Counter()
@@ -169,8 +171,17 @@ class _Run:
             device=rank.device,
         )
         self._seconds += row.step_s
-        self._metrics.write(row)
+        self._metrics.write(self._probed(row))
+        laps.lap()  # a probe is no part of the next step
         return judged, gradient.together
+
+    def _probed(self, row: StepRow) -> StepRow:
+        """The line with the probe's figures, after the steps that have them."""
+        every = self._config.probe_every_steps
+        if self._probe is None or not every or row.step % every:
+            return row
+        first, five = probe(self._rank.model, self._probe)
+        return replace(row, probe_top1=first, probe_top5=five)
 
     def _observed(self, batch: Batch, gradient: Gradient) -> Observed:
         """What the guards are to know; of a step without numbers, whose fault that is, too."""

@@ -30,10 +30,14 @@ CRASHED = 1
 class Watchdog:
     """Watches this process; a context: what runs in it must call `beat` every now and then."""
 
-    def __init__(self, run_dir: Path, rank: int, limit_s: float) -> None:
+    def __init__(
+        self, run_dir: Path, rank: int, limit_s: float, *, grace_s: float = GRACE_S
+    ) -> None:
         """Args:
-        limit_s: seconds without a beat after which the process ends.
+        limit_s: seconds without a beat after which the stacks are written.
+        grace_s: seconds after that before the process ends.
         """
+        self._grace_s = grace_s
         self._stacks_path = run_dir / f"stacks-{rank}.txt"
         self._heartbeat = run_dir / f"heartbeat-{rank}.json"
         self._limit_s = limit_s
@@ -76,7 +80,7 @@ class Watchdog:
     def _arm(self) -> None:
         # A thread of Python's own does not run while foreign code holds the interpreter; this one
         # does, and ends the process should the thread below not have.
-        late = self._limit_s + 2 * GRACE_S
+        late = self._limit_s + 2 * self._grace_s
         faulthandler.dump_traceback_later(late, exit=True, file=self._stacks)
 
     def _watch(self) -> None:
@@ -85,5 +89,5 @@ class Watchdog:
                 continue
             print(f"no step for {self._limit_s:g} s", file=self._stacks, flush=True)
             faulthandler.dump_traceback(self._stacks, all_threads=True)
-            if not self._ended.wait(GRACE_S):
+            if not self._ended.wait(self._grace_s):
                 os._exit(CRASHED)

@@ -24,7 +24,7 @@ def slow():
 
 def main(folder, limit_s, behaviour):
     dist.init_process_group("gloo")
-    with Watchdog(folder, dist.get_rank(), limit_s) as watchdog:
+    with Watchdog(folder, dist.get_rank(), limit_s, grace_s=1.0) as watchdog:
         watchdog.beat(1)
         if behaviour == "stuck":
             if dist.get_rank() == 1:

@@ -1,11 +1,17 @@
 """What a job may ask of a training run besides the plain one."""
 
+import io
 import json
+import tarfile
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from evaclip_model.create import open_model
+from evaclip_model.errors import InputError
+from evaclip_model.training.probe import open_probe, probe
 from evaclip_model.training.worker import DATA_ERROR
 from tests.evaclip_model.trainer_runs import finish, job_of, start
 
@@ -85,6 +91,46 @@ def test_masks_end_before_training_does_and_a_mean_of_weights_is_kept(tiny_data,
     assert not torch.equal(weights["logit_scale"], mean["logit_scale"])
     trace = json.loads((job.parent / "profile/steps-2-3.json").read_text())
     assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
+
+
+@pytest.fixture(scope="module")
+def discs(tmp_path_factory):
+    """An evaluation set of ten images in two classes."""
+    folder = tmp_path_factory.mktemp("discs")
+    (folder / "test").mkdir()
+    (folder / "classnames.txt").write_text("red\nblue\n")
+    (folder / "zeroshot_classification_templates.txt").write_text("a {c} thing\n{c}\n")
+    (folder / "test/nshards.txt").write_text("1")
+    with tarfile.open(folder / "test/0.tar", "w") as tar:
+        for number in range(10):
+            image = io.BytesIO()
+            Image.new("RGB", (20, 20), ("red", "blue")[number % 2]).save(image, "png")
+            for name, data in (("png", image.getvalue()), ("cls", b"%d" % (number % 2))):
+                member = tarfile.TarInfo(f"{number:03d}.{name}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def test_a_probe_reports_the_present_weights_and_changes_no_step(
+    tiny_data, ranks, plain, discs, tmp_path
+):
+    job = job_of(
+        tiny_data, tmp_path / "run", **SHORT, probe_every_steps=3, job={"probe": str(discs)}
+    )
+    rows = finish(ranks, start(ranks, 2, job), job)
+    assert [row["loss"] for row in rows] == [row["loss"] for row in plain[1]]
+    assert [row["step"] for row in rows if "probe_top1" in row] == [3, 6]
+    final = open_model(job.parent / "model")
+    expected = probe(final, open_probe(discs, 0, 1))
+    assert (rows[-1]["probe_top1"], rows[-1]["probe_top5"]) == expected
+    assert expected[1] == 1.0
+    assert expected[0] in {count / 10 for count in range(11)}
+
+
+def test_a_probe_that_is_no_evaluation_set_is_refused(tmp_path):
+    with pytest.raises(InputError, match="cannot be read as an evaluation set"):
+        open_probe(tmp_path, 0, 1)
 
 
 def test_events_without_their_package_are_refused_with_what_to_install(tiny_data, ranks, tmp_path):
