@@ -16,7 +16,7 @@ is compared with what was asked for.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -78,10 +78,11 @@ _MATCHES = {
 }
 
 
-def write_index(tables: Sequence[Path], folder: Path, memory_limit: str) -> None:
+def write_index(tables: Iterable[Path], folder: Path, memory_limit: str) -> None:
     """Make the index of the shards whose tables (of `COLUMNS`) are given, in their order.
 
-    Files that a killed run finished are kept. Memory does not depend on the number of samples.
+    Files that a killed run finished are kept. Memory does not depend on the number of samples; a
+    table is not needed any more when the one `ROWS_PER_FILE` rows behind it is asked for.
     """
     rows = folder / "rows"
     rows.mkdir(parents=True, exist_ok=True)
@@ -180,7 +181,7 @@ class SampleIndex:
         return str(self._folder / f"by_{kind}.parquet")
 
 
-def _groups(tables: Sequence[Path]) -> Iterator[list[tuple[int, Path]]]:
+def _groups(tables: Iterable[Path]) -> Iterator[list[tuple[int, Path]]]:
     """Runs of (number, table) with about `ROWS_PER_FILE` rows together."""
     group: list[tuple[int, Path]] = []
     held = 0
@@ -226,7 +227,8 @@ def _write_lookup(kind: Kind, files: Sequence[Path], target: Path, memory_limit:
             WITH stored AS (FROM read_parquet($rows)), marked AS ({_MARKED[kind]})
             SELECT md5_number_lower(value) AS mark, row FROM marked
             WHERE value IS NOT NULL ORDER BY mark, row
-        ) TO $target (FORMAT parquet, ROW_GROUP_SIZE {LOOKUP_ROWS_PER_GROUP})"""
+        ) TO $target (FORMAT parquet, ROW_GROUP_SIZE {LOOKUP_ROWS_PER_GROUP}, CODEC zstd,
+            PARQUET_VERSION v2)"""  # version 2 stores differences: marks ascend
     beside = _beside(target)
     with _database(memory_limit, target.parent) as database:
         database.execute(query, {"rows": list(map(str, files)), "target": str(beside)})

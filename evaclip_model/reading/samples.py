@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 from pydantic import Field, field_validator
-from webdataset.tariterators import group_by_keys
 
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
@@ -36,6 +35,10 @@ Stored = tuple[str, dict[str, Member]]
 T = TypeVar("T")
 _META = re.compile(r"__[^/]*__($|/)").match
 """Names that webdataset passes over: notes about the shard, not parts of a sample."""
+_NAME = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)").fullmatch
+"""Key and extension: the file's name parts at its first dot; a key may not begin with one."""
+_TAKEN = ("__key__", "__url__")
+"""What webdataset adds to a sample's extensions."""
 
 
 class BrokenShard(ValueError):
@@ -209,25 +212,28 @@ class PairReader:
 
 
 def grouped(found: Iterable[Member]) -> Iterator[Stored]:
-    """(key, extension -> member) of neighbours that share a key: webdataset groups them.
+    """(key, extension -> member) of neighbours that share a key, as webdataset groups them.
+
+    Its own functions are not called, because importing webdataset imports torch, which few who look
+    into shards need.
 
     Raises:
         BrokenTar: two members of a sample have the same extension.
     """
-    files = (
-        {"fname": member.name, "data": member, "__url__": ""}
-        for member in found
-        if not _META(member.name)
-    )
-    try:
-        for sample in group_by_keys(files):
-            key = sample.pop("__key__")
-            del sample["__url__"]
-            yield key, sample
-    except BrokenTar:
-        raise
-    except ValueError as error:
-        raise BrokenTar(f"two members have the same name ({error.args[0]})") from error
+    key, parts = "", dict[str, Member]()
+    for member in found:
+        named = None if _META(member.name) else _NAME(member.name)
+        if named is None:
+            continue
+        if parts and named[1] != key:
+            yield key, parts
+            parts = {}
+        key, extension = named[1], named[2].lower()
+        if extension in parts or extension in _TAKEN:
+            raise BrokenTar(f"two members have the same name ({member.name})")
+        parts[extension] = member
+    if parts:
+        yield key, parts
 
 
 def kept(samples: Iterable[T], left_out: Set[int]) -> Iterator[T]:

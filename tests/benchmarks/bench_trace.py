@@ -1,26 +1,33 @@
-"""Trace and takedown on a large index: `bench_trace.py [SAMPLES] [--folder FOLDER]`.
+"""Trace and takedown on a large index: `bench_trace.py [SAMPLES ...] [--folder FOLDER] [--narrow]`.
 
-Invents the samples of a verification (10 million by default, about 0.2 GB a million in FOLDER),
-makes index and dataset version with the real code, and runs the real commands, each in a process of
-its own. Prints Markdown. What is there already in FOLDER is used again.
+Invents the samples of a verification (10 million by default, 0.17 GB a million in FOLDER and as
+much again for a moment), makes index and dataset version with the real code, and runs the real
+commands, each in a process of its own. Prints a Markdown table a size. What is there already in
+FOLDER is used again.
+
+With --narrow hashes hold 64 random bits, written several times: rows take half the disk, and the
+look-up tables, marks and row groups are those of the full width.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from evaclip_model.reading.samples import Shard
@@ -34,7 +41,7 @@ from tasks.download.config import DownloadConfig
 from tasks.merge.config import STAGE as MERGE
 from tasks.merge.config import MergeConfig, SourceConfig
 from tasks.progress import silent
-from tasks.sample_index import COLUMNS, INDEX, write_index
+from tasks.sample_index import COLUMNS, INDEX, ROWS_PER_FILE, write_index
 from tasks.verify.config import STAGE as VERIFY
 from tasks.verify.config import VerifyConfig
 
@@ -46,32 +53,35 @@ MERGED = MergeConfig(sources=(SourceConfig(name="laion2b", files="invented"),))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("samples", type=int, nargs="?", default=10_000_000)
+    parser.add_argument("samples", type=int, nargs="*", default=[10_000_000])
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--narrow", action="store_true")
     arguments = parser.parse_args()
-    if arguments.folder:
-        bench(arguments.samples, arguments.folder)
-        return
-    with tempfile.TemporaryDirectory(prefix="evaclip-bench-trace-") as folder:
-        bench(arguments.samples, Path(folder))
+    for samples in arguments.samples:
+        invented = Invented(samples, arguments.narrow)
+        if arguments.folder:
+            bench(invented, arguments.folder / f"{samples}{'-narrow' * arguments.narrow}")
+            continue
+        with tempfile.TemporaryDirectory(prefix="evaclip-bench-trace-") as folder:
+            bench(invented, Path(folder))
 
 
-def bench(samples: int, folder: Path) -> None:
+def bench(invented: Invented, folder: Path) -> None:
     """Make everything, time everything, print a table."""
-    root = folder / "runs"
+    root, samples = folder / "runs", invented.samples
     rows: list[tuple[str, float, float]] = []
-    verified = prepare(samples, root, rows)
-    example = sample(samples // 2)
+    verified = prepare(invented, root, rows)
+    example = invented.names(samples // 2)
     for option in ("uid", "url", "sha256"):
         command = ["trace", f"--{option}", example[option]]
         rows.extend((f"flows trace --{option}", *run(command, root)) for _ in range(REPEATS))
     requests = folder / "requests.txt"
     step = max(1, samples // TAKEN_DOWN)
     wanted = range(0, samples, step)
-    requests.write_text("".join(f"{sample(number)['url']}\n" for number in wanted))
+    requests.write_text("".join(f"{url_of(number)}\n" for number in wanted))
     rows.append((f"flows takedown, {len(wanted):,} URLs", *run(["takedown", str(requests)], root)))
     index = sum(path.stat().st_size for path in (verified.folder / INDEX).rglob("*.parquet"))
-    print(f"{samples:,} samples in {len(shard_sizes(samples)):,} shards\n")
+    print(f"{samples:,} samples in {len(invented.shards):,} shards\n")
     print("| step | wall, s | CPU, s |\n|---|---|---|")
     for name, wall, cpu in rows:
         print(f"| {name} | {wall:.2f} | {cpu:.2f} |")
@@ -79,8 +89,9 @@ def bench(samples: int, folder: Path) -> None:
     print(f"\nindex: {index / samples:.0f} bytes a sample; peak memory of making it {peak:.2f} GiB")
 
 
-def prepare(samples: int, root: Path, rows: list[tuple[str, float, float]]) -> Artifact:
+def prepare(invented: Invented, root: Path, rows: list[tuple[str, float, float]]) -> Artifact:
     """Finished artifacts from merge to a dataset version; the verification is returned."""
+    samples = invented.samples
     merged = produce(
         Address.of(root, MERGE, MERGED),
         lambda _: Made({"rows_read": samples, "selected": samples}, ()),
@@ -92,11 +103,12 @@ def prepare(samples: int, root: Path, rows: list[tuple[str, float, float]]) -> A
     config = VerifyConfig()
 
     def verify(out: Path) -> Made:
-        tables = list(write_tables(samples, out / "tables"))
         before = time.monotonic(), time.process_time()
-        write_index(tables, out / INDEX, config.memory_limit)
-        rows.append(("index", time.monotonic() - before[0], time.process_time() - before[1]))
-        write_verdicts(list(verdicts(samples)), out)
+        write_index(invented.tables(out / "tables"), out / INDEX, config.memory_limit)
+        shutil.rmtree(out / "tables")
+        made = (time.monotonic() - before[0], time.process_time() - before[1])
+        rows.append(("index, and inventing its samples", *made))
+        write_verdicts(list(verdicts(invented.shards)), out)
         return Made({"samples": samples}, (out / CHECKED,))
 
     verified = produce(Address.of(root, VERIFY, config, {"download": downloaded.digest}), verify)
@@ -113,51 +125,89 @@ def prepare(samples: int, root: Path, rows: list[tuple[str, float, float]]) -> A
     return verified
 
 
-def sample(number: int) -> dict[str, str]:
-    """The names of an invented sample; one in ten has the image of the one before."""
-    image = number - 1 if number % 10 == 9 else number
-    hashes = hashlib.sha512(b"image %d" % image).hexdigest()
-    return {
-        "uid": hashlib.md5(b"row %d" % number).hexdigest(),
-        "url": f"https://host{number % 50_000}.example/a/path/as/long/as/usual/image-{number}.jpg",
-        "sha256": hashes[:64],
-        "stored_sha256": hashes[64:],
-    }
+def url_of(number: int) -> str:
+    """Where an invented sample came from."""
+    return f"https://host{number % 50_000}.example/a/path/as/long/as/usual/image-{number}.jpg"
 
 
-def write_tables(samples: int, folder: Path) -> Iterator[Path]:
-    """What looking at shards leaves: a table a shard."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, size in enumerate(shard_sizes(samples)):
-        rows = [sample(number * PER_SHARD + place) for place in range(size)]
-        columns: dict[str, Any] = {
-            name: [row[name] for row in rows] for name in ("uid", "url", "sha256", "stored_sha256")
+@dataclass(frozen=True)
+class Invented:
+    """The samples of a verification; one in ten has the image of the one before."""
+
+    samples: int
+    narrow: bool
+    """Hashes of 64 random bits instead of all."""
+
+    @property
+    def shards(self) -> list[int]:
+        """Samples of every shard."""
+        whole, rest = divmod(self.samples, PER_SHARD)
+        return [PER_SHARD] * whole + [rest] * bool(rest)
+
+    def names(self, number: int) -> dict[str, str]:
+        """What one of them can be looked up by."""
+        shard, place = divmod(number, PER_SHARD)
+        hashes = self._hashes(shard)
+        return {name: column[place].as_py() for name, column in hashes.items()} | {
+            "url": url_of(number)
         }
-        columns |= {
-            "key": [f"{number * PER_SHARD + place:010d}" for place in range(size)],
+
+    def tables(self, folder: Path) -> Iterator[Path]:
+        """What looking at shards leaves: a table a shard, removed when it must have been read."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        waiting: deque[Path] = deque()
+        for shard in range(len(self.shards)):
+            path = folder / f"{shard:06d}.parquet"
+            pq.write_table(self._table(shard), path, compression="zstd")
+            waiting.append(path)
+            if len(waiting) > ROWS_PER_FILE // PER_SHARD + 1:
+                waiting.popleft().unlink()
+            yield path
+
+    def _table(self, shard: int) -> pa.Table:
+        size, first = self.shards[shard], shard * PER_SHARD
+        numbers = range(first, first + size)
+        hashes = self._hashes(shard)
+        columns: dict[str, Any] = {
+            **hashes,
+            "url": [url_of(number) for number in numbers],
+            "key": [f"{number:010d}" for number in numbers],
             "source": ["laion2b"] * size,
-            "original_id": [str(number * PER_SHARD + place) for place in range(size)],
-            "md5": [row["stored_sha256"][:32] for row in rows],
-            "phash": np.random.default_rng(number).integers(0, 2**63, size, dtype=np.uint64),
+            "original_id": list(map(str, numbers)),
+            "md5": pc.utf8_slice_codeunits(hashes["stored_sha256"], 0, 32),
+            "phash": np.random.default_rng(shard).integers(0, 2**63, size, dtype=np.uint64),
             "flaw": pa.nulls(size, pa.string()),
         }
-        path = folder / f"{number:06d}.parquet"
-        pq.write_table(pa.table(columns, schema=COLUMNS), path, compression="zstd")
-        yield path
+        return pa.table(columns, schema=COLUMNS)
+
+    def _hashes(self, shard: int) -> dict[str, pa.Array]:
+        """The uid, and the hashes of image and stored image, of every sample of a shard."""
+        size, rng = self.shards[shard], np.random.default_rng([shard, self.narrow])
+        places = np.arange(size)
+        images = np.where(places % 10 == 9, places - 1, places)
+        return {
+            "uid": _in_hex(rng, places, 16, 16),
+            "sha256": _in_hex(rng, images, 32, 8 if self.narrow else 32),
+            "stored_sha256": _in_hex(rng, images, 32, 8 if self.narrow else 32),
+        }
 
 
-def verdicts(samples: int) -> Iterator[Verdict]:
+def _in_hex(rng: np.random.Generator, chosen: np.ndarray, width: int, different: int) -> pa.Array:
+    """Strings in hex of `width` bytes, of which `different` are random; a row a chosen place."""
+    drawn = rng.integers(0, 256, (len(chosen), different), dtype=np.uint8)[chosen]
+    text = np.tile(drawn, width // different).tobytes().hex().encode()
+    offsets = np.arange(len(chosen) + 1, dtype=np.int32) * (2 * width)
+    buffers = (pa.py_buffer(offsets), pa.py_buffer(text))
+    return pa.StringArray.from_buffers(len(chosen), *buffers)
+
+
+def verdicts(shards: Sequence[int]) -> Iterator[Verdict]:
     """Every shard is whole; none of them exists."""
-    for number, size in enumerate(shard_sizes(samples)):
+    for number, size in enumerate(shards):
         path = f"../../download/shards/{number:06d}.tar"
         shard = Shard(path=path, source="laion2b", samples=size, bytes=size, sha256="0" * 64)
         yield Verdict(path=path, stored=size, shard=shard, flaws={}, left_out=None)
-
-
-def shard_sizes(samples: int) -> list[int]:
-    """Samples of every shard."""
-    whole, rest = divmod(samples, PER_SHARD)
-    return [PER_SHARD] * whole + [rest] * bool(rest)
 
 
 def run(command: list[str], root: Path) -> tuple[float, float]:
