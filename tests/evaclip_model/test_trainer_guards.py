@@ -17,6 +17,7 @@ from tests.evaclip_model.trainer_runs import finish, job_of, start, wait_for
 
 ODD = "00009"
 POISONED = Path(__file__).with_name("poisoned_worker.py")
+ON_CPU = Path(__file__).with_name("fp16_on_cpu.py")
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +110,16 @@ def test_a_spike_may_be_left_out_instead(tiny_data, ranks, tmp_path):
     assert spikes
     assert not any(row["taken"] for row in spikes)
     assert rows[-1]["skipped_steps"] == len(spikes)
+
+
+def test_fp16_overflows_are_counted_lower_the_loss_scale_and_end_no_run(tiny_data, ranks, tmp_path):
+    job = job_of(tiny_data, tmp_path / "run", precision="fp16", samples_seen=8 * 24)
+    pids = ranks.start(2, job.parent, ON_CPU, "evaclip_model.training.worker", job)
+    rows = finish(ranks, pids, job)
+    overflowed = [row for row in rows if not row["taken"]]
+    assert overflowed
+    assert not any("grad_norm" in row for row in overflowed)
+    assert all("loss" in row for row in rows)
+    assert rows[-1]["skipped_steps"] == len(overflowed)
+    assert rows[-1]["loss_scale"] < rows[0]["loss_scale"] == 2**16
+    assert not list(job.parent.glob("nonfinite-*.json"))
