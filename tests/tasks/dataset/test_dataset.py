@@ -108,7 +108,7 @@ def captions(folder: Path) -> list[str]:
         pairs = reader.read(0, shard.samples)
         assert len(pairs) == shard.samples
         assert reader.read(shard.samples, shard.samples + 1) == []
-        found += [caption for _, caption in pairs]
+        found += [pair.caption for pair in pairs]
         reader.close()
     return found
 
