@@ -15,7 +15,7 @@ from evaclip_model.config import Config
 from evaclip_model.training.config import DECIDE_NOTHING
 from tasks.artifact import Stage
 
-STAGE = Stage("train", 1, tools=("torch", "deepspeed"), ignores=DECIDE_NOTHING)
+STAGE = Stage("train", 2, tools=("torch", "deepspeed"), ignores=DECIDE_NOTHING)
 
 Launcher = Literal["auto", "torchrun", "deepspeed", "slurm", "kubernetes", "external"]
 
@@ -47,6 +47,11 @@ class Launch(Config):
     """What steps the optimizer; unset: DeepSpeed."""
     micro_batch: int | None = Field(None, gt=0)
     """Pairs of a rank in memory at once; unset: its whole share of the global batch."""
+    checkpoint_url: str | None = None
+    """Folder of checkpoints that fsspec knows (s3://bucket/runs), each stage under its digest;
+    unset: in the stage's own folder."""
+    probe: Path | None = None
+    """A small evaluation set that recipes with `probe_every_steps` classify during training."""
     read_workers: int | None = Field(None, ge=0)
     """Reading processes of each rank; unset: the cores that the machine's GPUs leave."""
     watchdog_s: float | None = Field(None, gt=0)

@@ -213,6 +213,8 @@ def _job(
     chosen: dict[str, Any] = {
         "engine": launch.train_engine,
         "micro_batch": launch.micro_batch,
+        "checkpoints": _checkpoints(launch, out),
+        "probe": launch.probe and launch.probe.resolve(),
         "watchdog_s": launch.watchdog_s,
         "profile_steps": launch.profile_steps,
         "tensorboard": launch.tensorboard,
@@ -229,6 +231,10 @@ def _job(
         run_dir=out,
         **{**fitting, **{name: value for name, value in chosen.items() if value is not None}},
     )
+
+
+def _checkpoints(launch: Launch, out: Path) -> str | None:
+    return launch.checkpoint_url and f"{launch.checkpoint_url.rstrip('/')}/{out.name}"
 
 
 def starter(launch: Launch, job: Path, inputs: Inputs, ranks: int) -> list[str]:

@@ -4,8 +4,8 @@ import psutil
 
 from evaclip_model.training.config import TrainConfig
 from tasks.progress import silent
+from tasks.train import train as stage
 from tasks.train.config import Launch
-from tasks.train.train import Inputs, train_model
 
 STEPS = 60
 
@@ -17,8 +17,14 @@ def config(**changes):
 
 
 def train(data, out, launch, report=silent, **changes):
-    inputs = Inputs(data / "start", data / "shards.json")
-    return train_model(config(**changes), inputs, out, Launch(**launch), report)
+    inputs = stage.Inputs(data / "start", data / "shards.json")
+    return stage.train_model(config(**changes), inputs, out, Launch(**launch), report)
+
+
+def try_out(data, out, launch, **changes):
+    out.mkdir()
+    inputs = stage.Inputs(data / "start", data / "shards.json")
+    return stage.try_out(config(**changes), inputs, out, Launch(**launch), silent)
 
 
 def processes_of(out):

@@ -54,7 +54,7 @@ def test_a_signal_that_was_not_ours_is_followed_by_a_start_from_the_last_step(da
             for rank in ranks_of(tmp_path):
                 rank.send_signal(signal.SIGTERM)
 
-    train(data, tmp_path, {**ONE, "train_engine": "torch"}, report, samples_seen=12 * 150)
+    train(data, tmp_path, {**ONE, "train_engine": "torch"}, report, samples_seen=12 * 100)
     assert any(detail == "stopped by a signal: goes on" for detail in told)
     assert not (tmp_path / "resumable").exists()
 

@@ -1,0 +1,65 @@
+"""Settings of the environment that say where and how training is started."""
+
+from pathlib import Path
+
+import pytest
+
+from evaclip_model.errors import InputError
+from flows.profile import load_profile
+from tasks.train.config import Launch
+
+
+@pytest.fixture
+def profile_of(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # no .env
+
+    def load(**settings):
+        for name, value in settings.items():
+            monkeypatch.setenv(f"EVACLIP_{name.upper()}", value)
+        return load_profile()
+
+    return load
+
+
+def test_what_starts_training_is_read_from_the_environment(profile_of):
+    profile = profile_of(
+        launcher="slurm",
+        ranks="8",
+        nodes="4",
+        micro_batch="512",
+        train_engine="deepspeed",
+        watchdog_s="600",
+        tensorboard="true",
+        profile_steps="100-110",
+        job_template="own.sbatch",
+    )
+    assert profile.launch == Launch(
+        launcher="slurm",
+        ranks=8,
+        nodes=4,
+        micro_batch=512,
+        train_engine="deepspeed",
+        watchdog_s=600,
+        tensorboard=True,
+        profile_steps=(100, 110),
+        job_template=Path("own.sbatch"),
+    )
+
+
+def test_without_settings_this_machine_is_used(profile_of):
+    assert profile_of().launch == Launch()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"launcher": "slurm"}, r"^EVACLIP_LAUNCHER=slurm needs EVACLIP_RANKS"),
+        ({"launcher": "slurmm"}, r"^environment setting EVACLIP_LAUNCHER should be 'auto'"),
+        ({"nodes": "0"}, r"^environment setting EVACLIP_NODES should be greater than 0, got '0'"),
+        ({"profile_steps": "7"}, r"setting EVACLIP_PROFILE_STEPS must be .* as 100-110, got 7"),
+        ({"rendezvous": "first"}, r"setting EVACLIP_RENDEZVOUS must be host:port, got 'first'"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence(profile_of, settings, sentence):
+    with pytest.raises(InputError, match=sentence):
+        profile_of(**settings)
