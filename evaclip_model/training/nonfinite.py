@@ -41,12 +41,13 @@ def described(rank: int, batch: Batch, finite_rows: Tensor) -> dict[str, Any]:
 
 def whose(ranks: Sequence[dict[str, Any]]) -> str:
     """Rank, sample and shard of the features that are no numbers; empty when all are."""
-    bad = [
-        f"rank {rank['rank']}, sample {sample['key']} of {sample['shard']}"
-        for rank in ranks
-        for sample in rank["samples"]
-        if not sample["finite"]
-    ]
+    bad: list[str] = []
+    for rank in ranks:
+        samples = [sample for sample in rank["samples"] if not sample["finite"]]
+        if samples and len(samples) == len(rank["samples"]):
+            bad.append(f"rank {rank['rank']}, all its samples")
+            continue
+        bad += [f"rank {rank['rank']}, sample {one['key']} of {one['shard']}" for one in samples]
     more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
     return "; ".join(bad[:NAMED]) + more
 
