@@ -30,9 +30,6 @@ ROWS_PER_RUN, ROWS_PER_PIECE = 125_000, 256
 """Rows of a metadata file that are in memory at once: so many, or so many for each partition."""
 BUCKET_BITS = 16
 """First bits of a key that say which partition it is in."""
-STRIDES = 1024
-"""Parts of a run that are in the order of the output, so that a partition is gathered from memory
-that lies together; more of them would make this sorting the slow one."""
 TEXT = pa.large_string()
 """Offsets of 64 bits: a run of very long URLs is larger than 2 GB."""
 LAYOUT = 3
@@ -158,10 +155,9 @@ def _split(run: pa.RecordBatch, partitions: int) -> Iterator[pa.RecordBatch]:
     if len(keys) != len(passing):
         raise RuntimeError(f"{len(passing)} keys wanted, {len(keys)} found")
     bucket = keys[:, 0].astype(np.int32) << 8 | keys[:, 1]
-    strides = max(1, STRIDES // partitions)
-    stride = (bucket.astype(np.int64) * (partitions * strides) >> BUCKET_BITS).astype(np.uint16)
-    order = np.argsort(stride, kind="stable")
-    bounds = np.searchsorted(stride[order], np.arange(partitions + 1) * strides)
+    part = (bucket.astype(np.int64) * partitions >> BUCKET_BITS).astype(np.uint16)
+    order = np.argsort(part, kind="stable")
+    bounds = np.searchsorted(part[order], np.arange(partitions + 1))
     taken = run.drop_columns(["key", "reason"]).take(pa.array(passing[order]))
     stored = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(16), len(order), [None, pa.py_buffer(keys[order])]
