@@ -84,7 +84,7 @@ class Pacing:
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
-        self._taken = -1  # the first step is not counted: it makes what later ones reuse
+        self._taken = -2  # a whole step is not counted: it makes what later ones reuse
         self._cpu = self._wall = 0.0
         self._answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # libraries write to stdout
