@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from evaclip_model.clip import EvaClip
 from evaclip_model.training.config import EMA_FOLDER, MODEL_FOLDER
@@ -26,18 +27,24 @@ def save_models(
 ) -> None:
     """Write `model/`, and `model-ema/` when the fragments have a running mean; all ranks call it.
 
-    Afterwards the model holds what was saved last.
+    The files hold the fp32 masters: the next training stage starts from what this one ended with,
+    not from its rounding. On rank 0 the model is used up: it ends in fp32 on the CPU.
     """
-    if rank == 0:
-        save_model(model, run_dir / MODEL_FOLDER)
-    if not any("ema" in fragment.tensors for fragment in fragments):
+    averaged = any("ema" in fragment.tensors for fragment in fragments)
+    kinds = {"param": MODEL_FOLDER, **({"ema": EMA_FOLDER} if averaged else {})}
+    found: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
+    for kind, values in found.items():
+        for name, value in whole_tensors(model, fragments, kind):
+            if rank == 0:
+                values[name] = value.cpu()
+    if rank != 0:
         return
-    named = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, mean in whole_tensors(model, fragments, "ema"):
-            named[name].copy_(mean)
-    if rank == 0:
-        save_model(model, run_dir / EMA_FOLDER)
+    model.to("cpu", torch.float32)
+    for kind, folder in kinds.items():
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(found[kind][name])
+        save_model(model, run_dir / folder)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
