@@ -45,7 +45,10 @@ def test_a_rank_killed_in_the_middle_is_restarted_and_the_stage_is_whole(data, t
     assert again.counts == made.counts
 
 
-def test_a_signal_that_was_not_ours_is_followed_by_a_start_from_the_last_step(data, tmp_path):
+def test_a_signal_that_was_not_ours_is_followed_by_a_start_from_the_last_step(
+    data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})  # threads wait for each other
     told = []
 
     def report(done: float, total: float, detail: str = "") -> None:
