@@ -1,0 +1,1 @@
+"""Commands of `python -m flows`, a module each: `HELP`, `arguments(parser)`, `run(parsed)`."""

@@ -1,0 +1,84 @@
+"""`run FLOW RECIPE`: run a flow, or only say what it would do.
+
+Covers: the flows there are, checks before the start, a Prefect server for the time of the run.
+Not here: the flows themselves; prefect is imported only when one runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+from evaclip_model.errors import InputError
+from flows.chart import Chart, load_chart
+from flows.commands import plan
+from flows.commands.recipe_arguments import with_gpus, with_recipe
+from flows.plan import check_disk
+from flows.profile import Profile
+from flows.recipe import Recipe
+from flows.results import print_results
+from flows.terminal import console
+from tasks.lineage.journal import JOURNALS
+from tasks.tracking import TrackingStore
+
+HELP = "run a flow"
+FLOWS = {
+    "pipeline": "metadata to registered model: prepare, train, evaluate, register",
+    "prepare": "metadata to a dataset version: merge, download, verify, dataset",
+    "train": "a dataset version to a model: initialise, then every training stage",
+    "evaluate": "a trained model to its report and its registry entry: evaluate, register",
+}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("flow", help=f"one of: {', '.join(FLOWS)}")
+    with_recipe(parser)
+    dry_run = "print the plan and stop; for train, try a step of each training stage too"
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
+    with_gpus(parser)
+
+
+def run(parsed: argparse.Namespace) -> None:
+    if parsed.flow not in FLOWS:
+        raise InputError(f"unknown flow '{parsed.flow}'; there are: {', '.join(FLOWS)}")
+    if parsed.dry_run:
+        _dry_run(parsed)
+        return
+    recipe, profile, chart = load_chart(parsed.recipe, parsed.overrides)
+    chart.require(parsed.flow)
+    if parsed.flow == "pipeline" and _nothing_to_do(recipe, profile, chart):
+        console.print(f"[bold]{recipe.name}[/]: everything is there, nothing to do")
+        print_results(recipe, chart, profile)
+        return
+    check_disk(recipe, chart, profile.root)
+    from flows.server import temporary_server  # starts processes: only for a run
+
+    with temporary_server(profile.root):
+        # the flow's module imports prefect, which reads its settings then
+        flow = getattr(importlib.import_module(f"flows.{parsed.flow}"), parsed.flow)
+        console.print(f"[bold]{recipe.name}[/]  {recipe.title}  ({recipe.digest})")
+        flow(recipe=parsed.recipe, overrides=parsed.overrides)
+    if parsed.flow == "pipeline":
+        print_results(recipe, chart, profile)
+
+
+def _dry_run(parsed: argparse.Namespace) -> None:
+    plan.run(parsed)
+    if parsed.flow == "train":
+        from flows.rehearse import rehearse  # starts processes
+
+        for line in rehearse(*load_chart(parsed.recipe, parsed.overrides)):
+            console.print(line, soft_wrap=True, markup=False)
+
+
+def _nothing_to_do(recipe: Recipe, profile: Profile, chart: Chart) -> bool:
+    """Whether everything is made, still registered, and no killed run waits for its end."""
+    if not chart.is_finished:
+        return False
+    from tasks.lineage.mlflow_store import Tracking  # imports mlflow, as the next one does
+    from tasks.register.registry import forget_if_gone
+
+    store = TrackingStore.at(profile.mlflow_uri, recipe.name)
+    forget_if_gone(chart.register, store)
+    tracking = Tracking(store, profile.root.resolve() / JOURNALS)
+    return chart.is_finished and not tracking.has_unfinished(recipe.digest)
