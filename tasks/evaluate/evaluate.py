@@ -27,10 +27,11 @@ from evaclip_model.transform import image_transform
 from evaclip_model.weight_files import WEIGHTS_FILE
 from evaclip_model.zeroshot import TextTower, encode_texts, text_classifier
 from tasks.artifact import Made, sha256_of, write_atomically
-from tasks.evaluate.config import REPORT, RESULTS, STAGE, EvaluateConfig
+from tasks.evaluate.config import RESULTS, STAGE, EvaluateConfig
 from tasks.evaluate.features import image_features
 from tasks.evaluate.figures import Scored, captions_of, chance_of, figures_of, score
-from tasks.evaluate.report import read_curve, write_report
+from tasks.evaluate.report.curves import read_curve
+from tasks.evaluate.report.write import write_reports
 from tasks.evaluate.sets import EvalSet, open_set
 from tasks.progress import Report
 
@@ -94,9 +95,9 @@ def evaluate_models(
             scored[evalset.name][name] = score(evalset, images, texts)
     results = results_of(config.title, described, scored)
     write_atomically(out / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    write_report(out / REPORT, results, scored, trained)
+    reports = write_reports(out, results, scored, trained)
     shutil.rmtree(out / "features")
-    return Made(counts_of(results), (out / RESULTS, out / REPORT))
+    return Made(counts_of(results), (out / RESULTS, *reports))
 
 
 def results_of(

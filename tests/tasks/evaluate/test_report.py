@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 from evaclip_model.errors import InputError
-from tasks.evaluate.pictures import Line, line_chart, short, thumbnail, ticks
-from tasks.evaluate.report import interval, loss_chart, ordinal, percent, read_curve, times
+from tasks.evaluate.report.charts import Line, line_chart, short, ticks
+from tasks.evaluate.report.curves import loss_chart, read_curve
+from tasks.evaluate.report.numbers import interval, ordinal, percent, times
+from tasks.evaluate.report.pictures import thumbnail
 
 
 def test_shares_are_shown_with_the_digits_they_deserve():

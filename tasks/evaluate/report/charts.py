@@ -1,36 +1,19 @@
-"""Pictures and charts that a page can hold without asking for another file.
+"""Charts as inline SVG, which a page can hold without asking for another file.
 
-Covers: thumbnails as data URIs, line charts as inline SVG.
-Not here: which pictures and which figures are shown.
+Covers: axes and their ticks, lines over common axes.
+Not here: which figures are drawn, pictures (pictures.py); colours are CSS classes of the page.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
-from PIL import Image
-
-THUMBNAIL_PX = 72
-QUALITY = 72
 
 WIDTH, HEIGHT = 520, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 34
-
-
-def thumbnail(content: bytes, px: int = THUMBNAIL_PX) -> str:
-    """An encoded image as a small WebP data URI, transparent parts on white."""
-    with Image.open(io.BytesIO(content)) as image:
-        rgba = image.convert("RGBA")
-    rgba.thumbnail((px, px), Image.Resampling.BICUBIC)
-    flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    out = io.BytesIO()
-    flat.save(out, "WEBP", quality=QUALITY, method=4)
-    return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,95 @@
+"""What the training stages wrote down, as the report shows it.
+
+Covers: reading `metrics.jsonl`, the chart of its losses.
+Not here: how charts are drawn (charts.py).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import log
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from markupsafe import Markup
+
+from evaclip_model.errors import InputError
+from tasks.evaluate.report.charts import Line, line_chart
+
+SMOOTH = 0.03
+"""Window of the smoothed loss, as a share of the curve."""
+CURVE_POINTS = 400
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one training stage wrote down, step by step."""
+
+    name: str
+    samples: tuple[float, ...]
+    """Image-text pairs seen so far."""
+    losses: tuple[float, ...]
+    batch: float
+    """Image-text pairs contrasted in one step."""
+    seconds: float
+    """Wall time of all steps."""
+    images_per_second: float
+    """Median over steps."""
+    logit_scale: float
+    """At the end."""
+
+
+def read_curve(path: Path) -> Curve:
+    """Read a training stage's `metrics.jsonl`; its name is in `train.json` beside it.
+
+    Raises:
+        InputError: no such file, or no step in it.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: a training stage writes it, train first") from None
+    steps = [step for step in map(_step, lines) if step is not None]
+    if not steps:
+        raise InputError(f"{path} holds no training step: train again")
+    job = path.with_name("train.json")
+    named = json.loads(job.read_text())["train"]["name"] if job.is_file() else path.parent.name
+    return Curve(
+        name=str(named),
+        samples=tuple(float(step["samples"]) for step in steps),
+        losses=tuple(float(step["loss"]) for step in steps),
+        batch=float(steps[-1]["samples"]) / int(steps[-1]["step"]),
+        seconds=sum(float(step.get("step_s", 0)) for step in steps),
+        images_per_second=median(float(step.get("images_per_second", 0)) for step in steps),
+        logit_scale=float(steps[-1].get("logit_scale", float("nan"))),
+    )
+
+
+def loss_chart(curve: Curve) -> Markup:
+    """Loss over samples seen, every step and smoothed, and the loss of guessing, ln(batch)."""
+    stride = max(1, len(curve.losses) // CURVE_POINTS)
+    raw = list(zip(curve.samples, curve.losses, strict=True))
+    width = max(1, round(len(raw) * SMOOTH))
+    smooth = [
+        (x, sum(part) / len(part))
+        for index, x in enumerate(curve.samples)
+        for part in (curve.losses[max(0, index - width + 1) : index + 1],)
+    ]
+    guessing = [(curve.samples[0], log(curve.batch)), (curve.samples[-1], log(curve.batch))]
+    lines = [
+        Line(guessing, "guessing", "chance"),
+        Line(raw[::stride], "each step", "raw"),
+        Line(smooth[::stride], f"mean of {width} steps", "subject"),
+    ]
+    return line_chart(lines, x="image-text pairs seen", y="contrastive loss")
+
+
+def _step(line: str) -> dict[str, Any] | None:
+    """One step; a line cut off by a kill is none."""
+    try:
+        step = json.loads(line)
+    except ValueError:
+        return None
+    return step if isinstance(step, dict) and {"step", "samples", "loss"} <= step.keys() else None
