@@ -1,0 +1,36 @@
+"""A takedown as a flow, so that it can be a deployment with a form.
+
+Covers: the form, and its answer as an artifact.
+Not here: what is done (takedown.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+
+from evaclip_model.errors import InputError
+from flows.profile import load_profile
+from flows.takedown import describe, take_down
+
+
+@flow(name="takedown")
+def takedown(file: str) -> list[str]:
+    """Replace every dataset version that holds a sample named in a list; name the models.
+
+    Args:
+        file: Path of a text file, as the worker sees it: URLs, uids or SHA-256s, one a line.
+
+    Returns:
+        Digests of the dataset versions that obey the list, where any held one of the samples.
+    """
+    if not file.strip():
+        raise InputError("file: expected the path of a list of samples, got nothing")
+    root = load_profile().root.resolve()
+    done = take_down(Path(file), root)
+    lines = [line for one in done for line in describe(one, root)]
+    said = "\n".join(lines) or "no dataset version holds any of these samples"
+    create_markdown_artifact(f"# Takedown of `{file}`\n\n```\n{said}\n```", key="takedown")
+    return [one.new.digest for one in done]
