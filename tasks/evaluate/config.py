@@ -6,38 +6,87 @@ Not here: reading sets, metrics, the report; torch is not imported.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from evaclip_model.config import Config
 from tasks.artifact import Stage
+from tasks.evaluate.registry import (
+    FOLDER,
+    Kind,
+    NameSource,
+    PromptSource,
+    find_set,
+    nearest_set,
+)
 
 STAGE = Stage("evaluate", 1, tools=("torch", "pillow", "numpy", "ftfy"))
 RESULTS = "results.json"
 """Every figure, with what it rests on."""
 REPORT = "report.html"
 """The page for people; it needs no other file."""
+OWN_PROMPTS: tuple[PromptSource, ...] = ("dataset", "openai")
+"""Sources of templates for a set that is not in the registry."""
+OWN_NAMES: tuple[NameSource, ...] = ("dataset",)
 
 
 class EvalSetConfig(Config):
-    """One `[[evaluate.sets]]` entry."""
+    """One `[[evaluate.sets]]` entry; for a set of the registry its name says everything."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """What the set is called in figures: `<name>.top1`."""
+    """What the set is called in figures, `<name>.top1`; one of the registry's, or your own."""
     folder: str = Field(min_length=1)
-    """Folder in the published webdataset layout; `demo:PATH` is inside the demo artifact."""
-    kind: Literal["classification", "retrieval"]
-    """Which figures are made: top-1/top-5 over class names, or R@1/5/10 in both directions."""
-    templates: Literal["dataset"] | tuple[str, ...] = "dataset"
-    """Prompts of a classification set: its own file, or these, each with {c} for the class name."""
+    """Folder in the published webdataset layout, `evaluation/<its published name>` of a known set;
+    `demo:PATH` is inside the demo artifact."""
+    kind: Kind
+    """Which figures are made: top-1/top-5 over class names, mAP over several classes an image, or
+    R@1/5/10 in both directions."""
+    templates: PromptSource | tuple[str, ...] = "dataset"
+    """Prompts of a set with classes: its own file, a named source, or these, with {c} each."""
+    classnames: NameSource | tuple[str, ...] = "dataset"
+    """Names of its classes in the order of labels: its own file, a named source, or these."""
+    crop_px: int = Field(default=0, ge=0, le=64)
+    """Pixels cut off every side of every image first; 2 takes off ObjectNet's red border, which
+    the paper does not."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_the_registrys(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or not isinstance(values.get("name"), str):
+            return values
+        name = values["name"]
+        known = find_set(name)
+        if known is None:
+            if "folder" not in values and "kind" not in values:
+                raise ValueError(
+                    f"set '{name}' is not in the registry ({nearest_set(name)}); a set of your "
+                    "own needs a folder and a kind"
+                )
+            return values
+        if values.get("kind", known.kind) != known.kind:
+            raise ValueError(
+                f"set '{name}' is a {known.kind} set; give another set of yours another name"
+            )
+        defaults = {"folder": f"{FOLDER}/{known.wds}", "kind": known.kind}
+        if known.kind != "retrieval":
+            defaults |= {"templates": known.prompts[0], "classnames": known.names[0]}
+        return {**defaults, **values}
+
+    @field_validator("templates", "classnames", mode="before")
+    @classmethod
+    def _are_a_source_or_a_list(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in get_args(PromptSource):
+            raise ValueError(f"needs a list, or one of {', '.join(get_args(PromptSource))}")
+        return value
 
     @field_validator("templates")
     @classmethod
     def _have_a_place_for_the_class(
-        cls, value: Literal["dataset"] | tuple[str, ...]
-    ) -> Literal["dataset"] | tuple[str, ...]:
-        if value != "dataset":
+        cls, value: PromptSource | tuple[str, ...]
+    ) -> PromptSource | tuple[str, ...]:
+        if not isinstance(value, str):
             if not value:
                 raise ValueError('needs at least one template, or "dataset" for the set\'s own')
             for template in value:
@@ -47,10 +96,26 @@ class EvalSetConfig(Config):
 
     @model_validator(mode="after")
     def _prompts_only_classes(self) -> Self:
-        if self.kind == "retrieval" and self.templates != "dataset":
+        if self.kind == "retrieval" and (self.templates, self.classnames) != ("dataset", "dataset"):
             raise ValueError(
-                f"set '{self.name}': retrieval compares captions as they are, leave out templates"
+                f"set '{self.name}': retrieval compares captions as they are, leave out templates "
+                "and classnames"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sources_have_the_set(self) -> Self:
+        known = find_set(self.name)
+        if self.kind != "retrieval":
+            for what, chosen, there in (
+                ("templates", self.templates, known.prompts if known else OWN_PROMPTS),
+                ("classnames", self.classnames, known.names if known else OWN_NAMES),
+            ):
+                if isinstance(chosen, str) and chosen not in there:
+                    raise ValueError(
+                        f"set '{self.name}' has no {what} in '{chosen}': give one of "
+                        f"{', '.join(there)}, or a list of your own"
+                    )
         return self
 
 

@@ -24,8 +24,8 @@ from typing import Literal
 
 from evaclip_model.errors import InputError
 from tasks.artifact import sha256_of
+from tasks.evaluate.registry import Kind, KnownSet
 
-Kind = Literal["classification", "retrieval"]
 IMAGE_EXTENSIONS = frozenset({"webp", "png", "jpg", "jpeg"})
 CLASSNAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
@@ -63,7 +63,9 @@ class EvalSample:
     key: str
     image: Span
     label: int = -1
-    """Line of the class in classnames.txt, from 0; -1 in a retrieval set."""
+    """Line of the class in classnames.txt, from 0; -1 in a set of another kind."""
+    labels: tuple[int, ...] = ()
+    """All its classes in a multilabel set, rising; an image may have none."""
     captions: tuple[str, ...] = ()
     """The captions of a retrieval set's image."""
 
@@ -78,6 +80,15 @@ class EvalSet:
     classnames: tuple[str, ...]
     templates: tuple[str, ...]
     fingerprint: str
+    """16 hex digits over everything that its figures depend on, a model apart."""
+    known: KnownSet | None = None
+    """Its entry in the registry."""
+    prompts_source: str = "dataset"
+    """Where class names and templates come from: "dataset", or "NAMES names, PROMPTS prompts"."""
+    crop_px: int = 0
+    """Pixels that whoever decodes an image of this set must cut off every side first."""
+    warnings: tuple[str, ...] = ()
+    """What is unexpected about the set itself."""
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -1,0 +1,101 @@
+"""The evaluation sets of the paper's Tables 1-4, as data: what each is, and what to beware of.
+
+Covers: the 33 sets (27 of images, 4 of video frames, 2 of retrieval) and variants of them.
+Not here: published figures (paper.py), prompts (prompts.py), reading a set (sets.py).
+
+Sizes and splits are those that reproduce the paper, where any do; "split not stated" marks the
+sets whose images the paper neither names nor betrays by its figures.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+from pathlib import Path
+from typing import Literal
+
+from evaclip_model.config import Config
+
+Kind = Literal["classification", "multilabel", "retrieval"]
+Metric = Literal["top1", "kinetics_mean", "map", "retrieval"]
+NameSource = Literal["dataset", "openai", "clip_benchmark"]
+PromptSource = Literal["dataset", "openai", "clip_benchmark", "grammar"]
+
+FOLDER = "evaluation"
+"""Where a recipe looks for a known set, unless it says otherwise."""
+_FILE = Path(__file__).with_name("registry.json")
+
+
+class KnownSet(Config):
+    """One set that others evaluate too."""
+
+    key: str
+    """Its name in recipes and figures."""
+    title: str
+    """Its name for people."""
+    tables: tuple[str, ...]
+    """Tables of the paper that have it: "1b", "2", "3", "4"; none of a variant."""
+    column: str
+    """Its column in those tables; "" where there are several, or none."""
+    kind: Kind = "classification"
+    metric: Metric = "top1"
+    """The paper's metric of this set; `kinetics_mean` is the mean of top-1 and top-5."""
+    classes: int | None = None
+    """Number of classes; None in a retrieval set."""
+    n: int | None = None
+    """Images of the set that reproduces the paper; None where nobody can know."""
+    n_note: str = ""
+    """What these images are, or why their number is not known."""
+    split: str
+    split_stated: bool = True
+    """Whether the paper says which images, or its figures agree with others' on these."""
+    names: tuple[NameSource, ...] = ("dataset",)
+    """Where its class names are to be had; the first is used unless told otherwise."""
+    prompts: tuple[PromptSource, ...] = ("dataset",)
+    """Where its prompt templates are to be had; the first is used unless told otherwise."""
+    templates: int | None = None
+    """Number of templates of the first source."""
+    names_from: str = ""
+    """Where those who published the set have its class names from."""
+    wheel_names: str | None = None
+    """Key of its class names in the distribution clip-benchmark."""
+    wheel_prompts: str | None = None
+    """Key of its templates there."""
+    subset_of: str | None = None
+    """Set of whose classes it has some; its labels count those only."""
+    torchvision: str | None = None
+    """Class of torchvision.datasets that has it."""
+    wds: str
+    """Name of its folder where it is published in the webdataset layout."""
+    licence: str
+    """Terms as generally understood; read them before use."""
+    obtain: str
+    """How to get it."""
+    tolerance: float | None = None
+    """Points within which a figure counts as reproduced; None: nothing is known to compare with."""
+    traps: tuple[str, ...] = ()
+    """What others have got wrong."""
+
+
+@functools.cache
+def all_sets() -> dict[str, KnownSet]:
+    """Every known set by its key, in the order of the paper's columns, variants last."""
+    entries = [KnownSet.model_validate(entry) for entry in json.loads(_FILE.read_text())]
+    return {entry.key: entry for entry in entries}
+
+
+def known_sets() -> dict[str, KnownSet]:
+    """The 33 sets of the paper by their keys, in the order of its columns."""
+    return {key: known for key, known in all_sets().items() if known.tables}
+
+
+def find_set(key: str) -> KnownSet | None:
+    """The known set, or variant, of this name."""
+    return all_sets().get(key)
+
+
+def nearest_set(key: str) -> str:
+    """A hint for a name that is not known: the nearest, or all."""
+    near = difflib.get_close_matches(key, all_sets(), n=1)
+    return f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(all_sets())}"
