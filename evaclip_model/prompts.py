@@ -11,8 +11,8 @@ import ast
 import functools
 from pathlib import Path
 
+from evaclip_model.carried import package_file
 from evaclip_model.errors import InputError
-from evaclip_model.tokenizer import package_file
 
 PLACEHOLDER = "{c}"
 """Where a template takes the class name."""

@@ -2,11 +2,12 @@
 
 Covers: captions to ids, exactly as the released models were trained; thousands at once.
 Not here: the vocabulary itself, a data file of the installed `open_clip_torch` distribution, which
-is read without importing that package; prompts (prompts.py).
+is read without importing that package (carried.py); splitting and merging one word
+(word_pieces.py); prompts (prompts.py).
 
 No token spans white space, so a caption's ids are those of its words, and captions are made of
 the same words again and again. Each distinct word is split and merged once, by the Rust library
-`tokenizers`; a batch is then a look-up in a table.
+`tokenizers` where there is one; a batch is then a look-up in a table.
 """
 
 from __future__ import annotations
@@ -14,52 +15,32 @@ from __future__ import annotations
 import functools
 import gzip
 import html
-import importlib.util
 import re
 import threading
 from array import array
 from collections.abc import Sequence
-from pathlib import Path
 
-import ftfy
 import numpy as np
 import numpy.typing as npt
-import regex
 import torch
-from ftfy.fixes import unescape_html
-from tokenizers.models import BPE
 from torch import Tensor
 
+from evaclip_model.carried import VOCABULARY, package_file, text_repair
 from evaclip_model.errors import InputError
+from evaclip_model.word_pieces import END_OF_WORD, Merge, merger, splitter
+
+ftfy = text_repair()
 
 START_TOKEN = 49_406
 END_TOKEN = 49_407
 PAD_TOKEN = 0
 CONTEXT_LENGTH = 77
 
-PACKAGE = "open_clip"
-"""Importable name of the package whose data files are read: vocabulary and prompts."""
-
 MOST_WORDS = 500_000
 """Distinct words remembered; beyond it the table starts anew. About 100 MB."""
 
-_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 _MERGES = 49_152 - 256 - 2
 _SPECIAL = {"<start_of_text>": START_TOKEN, "<end_of_text>": END_TOKEN}
-_END_OF_WORD = "</w>"
-_PIECES = regex.compile(
-    "|".join(
-        (
-            *map(regex.escape, _SPECIAL),
-            r"'(?:s|t|re|ve|m|ll|d)",
-            r"\p{L}+",
-            r"\p{N}",
-            r"[^\s\p{L}\p{N}]+",
-        )
-    ),
-    regex.IGNORECASE,
-)
-
 # Text that cleaning cannot change, but for its curly quotes; ftfy takes longer than all the rest.
 # Visible ASCII, with an ampersand only where no entity can begin; scripts without a part in
 # ftfy's signs of a wrong encoding; and characters with one, as far as a sign needs another such
@@ -124,16 +105,6 @@ def cut_padding(tokens: Tensor) -> Tensor:
     return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
 
 
-def package_file(name: str) -> Path | None:
-    """A data file of the installed `open_clip_torch`, found without running that package."""
-    spec = importlib.util.find_spec(PACKAGE)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / name
-        if path.is_file():
-            return path
-    return None
-
-
 def _padded(
     ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], context_length: int
 ) -> npt.NDArray[np.int64]:
@@ -152,7 +123,7 @@ def _padded(
 
 def _clean(text: str) -> str:
     # Resolving entities is ftfy's first repair. It leaves them alone beside a "<".
-    repaired = unescape_html(text) if "&" in text and "<" not in text else text
+    repaired = ftfy.fixes.unescape_html(text) if "&" in text and "<" not in text else text
     if not _UNCHANGED.match(repaired):
         # Twice, because captions taken from web pages are often escaped twice.
         return html.unescape(html.unescape(ftfy.fix_text(text))).lower()
@@ -166,7 +137,7 @@ class _Words(dict[str, int]):
     """
 
     def __init__(self) -> None:
-        self._characters, self._merges = _byte_characters(), _merges()
+        self._characters, self._split, self._merge = _byte_characters(), splitter(), _merges()
         self._lock = threading.Lock()
         self._start_anew()
 
@@ -195,8 +166,8 @@ class _Words(dict[str, int]):
 
     def __missing__(self, word: str) -> int:
         if word.isascii() and word.isalpha():  # most words, and the pattern takes its time
-            self._ids.extend([token.id for token in self._merges.tokenize(word)])
-        elif (pieces := _PIECES.findall(word)) == [word]:
+            self._ids.extend(self._merge(word))
+        elif (pieces := self._split(word)) == [word]:
             self._ids.extend(self._merged(word))
         else:  # the same digits, marks and endings come again and again: pieces are words, too
             for number in [self[piece] for piece in pieces]:
@@ -210,7 +181,7 @@ class _Words(dict[str, int]):
             return [_SPECIAL[piece]]
         if not (piece.isascii() and piece.isprintable()):  # visible ASCII stands for itself
             piece = "".join(self._characters[byte] for byte in piece.encode())
-        return [token.id for token in self._merges.tokenize(piece)]
+        return self._merge(piece)
 
 
 @functools.cache
@@ -218,12 +189,12 @@ def _words() -> _Words:
     return _Words()
 
 
-def _merges() -> BPE:
+def _merges() -> Merge:
     """CLIP's merges; a symbol's id is its place: bytes, bytes that end a word, then the merges."""
-    path = package_file(_VOCABULARY)
+    path = package_file(VOCABULARY)
     if path is None:
         raise InputError(
-            f"the tokenizer's vocabulary {_VOCABULARY} was not found: install open_clip_torch, "
+            f"the tokenizer's vocabulary {VOCABULARY} was not found: install open_clip_torch, "
             "which ships it"
         )
     lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : _MERGES + 1]
@@ -231,12 +202,11 @@ def _merges() -> BPE:
     alphabet = list(_byte_characters().values())
     symbols = [
         *alphabet,
-        *(character + _END_OF_WORD for character in alphabet),
+        *(character + END_OF_WORD for character in alphabet),
         *map("".join, merges),
     ]
     vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
-    # No cache: a word is merged once.
-    return BPE(vocabulary, merges, end_of_word_suffix=_END_OF_WORD, cache_capacity=0)
+    return merger(vocabulary, merges)
 
 
 def _byte_characters() -> dict[int, str]:

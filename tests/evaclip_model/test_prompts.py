@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from evaclip_model import prompts
+from evaclip_model.carried import package_file
 from evaclip_model.errors import InputError
 from evaclip_model.prompts import imagenet_classnames, imagenet_templates
-from evaclip_model.tokenizer import package_file
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from evaclip_model import tokenizer
+from evaclip_model.carried import package_file
 from evaclip_model.errors import InputError
 from evaclip_model.tokenizer import (
     CONTEXT_LENGTH,
     END_TOKEN,
     START_TOKEN,
     cut_padding,
-    package_file,
     tokenize,
 )
 
