@@ -1,8 +1,8 @@
-"""Zero-shot classification and retrieval: text classifiers, exact ranks, hit rates, intervals.
+"""Zero-shot classification and retrieval: text classifiers, exact ranks.
 
-Covers: encoding texts without padding, the prompt ensemble, ranks under a stated tie rule, hit
-rates, their chance levels and their uncertainty.
-Not here: reading evaluation sets, loops over image files, reports.
+Covers: encoding texts without padding, the prompt ensemble, fp32 logits, ranks under a stated tie
+rule.
+Not here: what ranks amount to (metrics.py), reading evaluation sets, loops over image files.
 
 Tie rule, the same everywhere: the rank of an answer is the number of answers with a strictly
 larger logit plus the number of equal ones with a lower index. Features may come in any precision;
@@ -11,8 +11,8 @@ they are normalised and multiplied in fp32, where ties between different answers
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,12 +25,6 @@ from evaclip_model.tokenizer import CONTEXT_LENGTH, cut_padding, tokenize
 
 ROWS = 256
 """Queries ranked at once; bounds memory at ROWS x gallery logits and changes no result."""
-
-Z95 = 1.959963984540054
-"""Two-sided 95 % quantile of the normal distribution."""
-
-BOOTSTRAP_DRAWS = 1000
-BOOTSTRAP_SEED = 20230327
 
 
 class TextTower(Protocol):
@@ -153,14 +147,21 @@ class Gallery:
         return cls(distinct, place)
 
     def logits(self, queries: Tensor) -> Tensor:
-        """Cosine logits in fp32 [Q, G] of unit vectors [Q, D]."""
-        return (queries.float() @ self.distinct.T)[:, self.place]
+        """Cosine logits in fp32 [Q, G] of unit vectors [Q, D] of any precision."""
+        with _whole_fp32(queries.device.type):
+            return (queries.float() @ self.distinct.T)[:, self.place]
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:
     """Indices of the k largest logits of every row [Q, k], equal ones by lower index first."""
-    order = logits.sort(dim=1, descending=True, stable=True).indices
-    return order[:, : min(k, logits.shape[1])]
+    k = min(k, logits.shape[1])
+    values, first = logits.topk(k, dim=1)
+    # Of equal logits `topk` takes any, in any order; sorting all answers of such rows only is an
+    # order of magnitude less work, because there are few of them.
+    tied = (values[:, 1:] == values[:, :-1]).any(dim=1)
+    tied |= (logits >= values[:, -1:]).sum(dim=1) > k
+    first[tied] = logits[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return first
 
 
 def rank_targets(logits: Tensor, targets: Tensor, k: int = 5) -> Ranking:
@@ -168,7 +169,7 @@ def rank_targets(logits: Tensor, targets: Tensor, k: int = 5) -> Ranking:
     value = logits.gather(1, targets[:, None])
     larger = (logits > value).sum(dim=1)
     equal = logits == value
-    before = torch.arange(logits.shape[1]) < targets[:, None]
+    before = torch.arange(logits.shape[1], device=logits.device) < targets[:, None]
     largest = logits.max(dim=1, keepdim=True).values
     return Ranking(
         ranks=larger + (equal & before).sum(dim=1),
@@ -186,6 +187,12 @@ def classify(images: Tensor, classifier: Tensor, labels: Tensor, k: int = 5) -> 
         rank_targets(gallery.logits(images[rows]), labels[rows], k)
         for rows in torch.split(torch.arange(len(images)), ROWS)
     )
+
+
+def class_scores(images: Tensor, classifier: Tensor) -> Tensor:
+    """Logit of every class [C, D] for every image [N, D], in fp32 [N, C]."""
+    gallery = Gallery.of(classifier)
+    return torch.cat([gallery.logits(rows) for rows in torch.split(images, ROWS)])
 
 
 def retrieve_texts(images: Tensor, texts: Tensor, image_of_text: Tensor, k: int = 10) -> Ranking:
@@ -209,65 +216,16 @@ def retrieve_images(images: Tensor, texts: Tensor, image_of_text: Tensor, k: int
     )
 
 
-def hit_rate(ranks: Tensor, k: int) -> float:
-    """Share of queries whose right answer is among the first k."""
-    return hits(ranks, k) / max(1, ranks.numel())
-
-
-def hits(ranks: Tensor, k: int) -> int:
-    """Number of queries whose right answer is among the first k."""
-    return int((ranks < k).sum())
-
-
-def mean_per_class(correct: Tensor, labels: Tensor) -> float:
-    """Unweighted mean of the recall of every class that occurs; both tensors are [N]."""
-    total = torch.bincount(labels)
-    right = torch.bincount(labels, weights=correct.double(), minlength=len(total))
-    occurs = total > 0
-    return float((right[occurs] / total[occurs]).mean())
-
-
-def wilson_interval(hits: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927), 95 % unless told otherwise."""
-    if n == 0:
-        return 0.0, 1.0
-    p = hits / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    # The bounds are 0 and 1 exactly when nothing or everything hits; rounding must not hide it.
-    low = 0.0 if hits == 0 else max(0.0, centre - half)
-    high = 1.0 if hits == n else min(1.0, centre + half)
-    return low, high
-
-
-def clustered_interval(
-    correct: Tensor, cluster: Tensor, draws: int = BOOTSTRAP_DRAWS
-) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of `correct` [N], drawing whole clusters [N].
-
-    For caption-level recall: the captions of one image succeed and fail together, so images are
-    drawn, not captions. The draws are seeded: the same input gives the same interval.
-    """
-    size = torch.bincount(cluster).double()
-    right = torch.bincount(cluster, weights=correct.double(), minlength=len(size))
-    right, size = right[size > 0], size[size > 0]
-    generator = torch.Generator().manual_seed(BOOTSTRAP_SEED)
-    means = torch.empty(draws, dtype=torch.float64)
-    for draw in range(draws):
-        chosen = torch.randint(len(size), (len(size),), generator=generator)
-        means[draw] = right[chosen].sum() / size[chosen].sum()
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
-
-
-def chance_of_hit(k: int, gallery: int, positives: Sequence[int]) -> float:
-    """Expected hit rate of random orders: mean over queries with so many right answers each.
-
-    One query: 1 - C(gallery - positives, k) / C(gallery, k).
-    """
-    k = min(k, gallery)
-    of = {m: 1 - math.comb(gallery - m, k) / math.comb(gallery, k) for m in set(positives)}
-    return sum(of[m] for m in positives) / len(positives)
+@contextmanager
+def _whole_fp32(device: str) -> Iterator[None]:
+    """Matrix products in fp32 proper, whatever the program around allows itself."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
 
 
 def _rank_best(logits: Tensor, right: Tensor, k: int) -> Ranking:

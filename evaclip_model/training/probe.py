@@ -20,8 +20,9 @@ from torch import Tensor
 
 from evaclip_model.clip import EvaClip
 from evaclip_model.errors import InputError
+from evaclip_model.metrics import hits
 from evaclip_model.transform import UnreadableImageError, decode_image, image_transform
-from evaclip_model.zeroshot import classify, hits, text_classifier
+from evaclip_model.zeroshot import classify, text_classifier
 
 BATCH = 64
 """Images of a rank that are encoded at once."""

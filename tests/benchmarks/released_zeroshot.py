@@ -29,8 +29,9 @@ from PIL import Image
 
 from evaclip_model.create import create_model
 from evaclip_model.features import image_features, image_files
+from evaclip_model.metrics import hits, wilson_interval
 from evaclip_model.prompts import imagenet_classnames, imagenet_templates
-from evaclip_model.zeroshot import classify, hits, text_classifier, wilson_interval
+from evaclip_model.zeroshot import classify, text_classifier
 
 
 @dataclass(frozen=True)

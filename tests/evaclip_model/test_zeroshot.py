@@ -1,15 +1,14 @@
-"""Ranks, ties, hit rates and intervals, against hand-made cases and a brute-force reference."""
+"""Ranks and ties against hand-made cases and a brute-force reference; text classifiers."""
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from evaclip_model import zeroshot
+from evaclip_model import metrics, zeroshot
 from evaclip_model.clip import EvaClip
 from evaclip_model.create import create_model
 from evaclip_model.errors import InputError
@@ -51,7 +50,7 @@ def test_a_collapsed_model_scores_the_share_of_the_first_class_and_says_that_all
     same = units(1, 8, seed=0).repeat(6, 1)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     ranking = zeroshot.classify(same, same[:3], labels)
-    assert zeroshot.hit_rate(ranking.ranks, 1) == pytest.approx(1 / 3)
+    assert metrics.hit_rate(ranking.ranks, 1) == pytest.approx(1 / 3)
     assert ranking.tied.all()
 
 
@@ -119,46 +118,6 @@ def test_the_verbatim_caption_of_another_image_wins_or_loses_by_index():
 def test_features_that_are_not_finite_are_refused_instead_of_ranking_first():
     with pytest.raises(InputError, match="diverged"):
         zeroshot.normalised(torch.tensor([[1.0, float("nan")]]), "image")
-
-
-def test_mean_per_class_counts_a_rare_class_as_much_as_a_common_one():
-    labels = torch.tensor([0, 0, 0, 2])
-    correct = torch.tensor([True, True, True, False])
-    assert zeroshot.mean_per_class(correct, labels) == pytest.approx(0.5)
-
-
-def test_wilson_interval_agrees_with_published_values():
-    # Newcombe (1998), Table I: 81/263, 15/148, 0/20 and 1/29, method 3.
-    for (hits, n), expected in {
-        (81, 263): (0.2553, 0.3662),
-        (15, 148): (0.0624, 0.1605),
-        (0, 20): (0.0000, 0.1611),
-        (1, 29): (0.0061, 0.1718),
-    }.items():
-        assert zeroshot.wilson_interval(hits, n) == pytest.approx(expected, abs=5e-5)
-    assert zeroshot.wilson_interval(20, 20)[1] == 1.0
-
-
-def test_captions_of_one_image_do_not_count_as_independent():
-    draw = torch.Generator().manual_seed(0)
-    per_image = torch.rand(200, generator=draw) < 0.4
-    cluster = torch.arange(200).repeat_interleave(5)
-    low, high = zeroshot.clustered_interval(per_image.repeat_interleave(5), cluster)
-    share = float(per_image.double().mean())
-    naive = zeroshot.wilson_interval(int(per_image.sum()) * 5, 1000)
-    honest = zeroshot.wilson_interval(int(per_image.sum()), 200)
-    assert low < share < high
-    assert high - low == pytest.approx(honest[1] - honest[0], rel=0.1)
-    assert high - low > 1.8 * (naive[1] - naive[0])
-
-
-def test_chance_is_the_share_of_all_orders_with_a_hit():
-    gallery, right, k = 6, 2, 3
-    drawn = list(itertools.combinations(range(gallery), k))
-    expected = sum(1 for first in drawn if set(first) & set(range(right))) / len(drawn)
-    assert zeroshot.chance_of_hit(k, gallery, [right]) == pytest.approx(expected)
-    assert zeroshot.chance_of_hit(1, 4, [1, 2]) == pytest.approx(3 / 8)
-    assert zeroshot.chance_of_hit(10, 4, [1]) == 1.0
 
 
 def test_texts_are_encoded_as_if_padded_and_equal_texts_get_equal_features(model: EvaClip):

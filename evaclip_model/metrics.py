@@ -1,0 +1,285 @@
+"""Figures from ranks and scores, and how sure they are: rates, class means, precision, tests.
+
+Covers: hit rates, mean per class, average precision, chance levels; Wilson and bootstrap intervals;
+paired tests between two models on the same samples.
+Not here: making ranks or scores (zeroshot.py), which figures a set has (tasks/evaluate).
+
+A bootstrap draws samples with replacement. Where a figure depends only on how many samples fall
+into each of a few cells (a class, answered right or wrong), the cells' counts are drawn instead,
+from the multinomial distribution that drawing samples gives them: the same bootstrap, a thousand
+times faster. Draws are seeded: the same input gives the same interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Z95 = 1.959963984540054
+"""Two-sided 95 % quantile of the normal distribution."""
+
+BOOTSTRAP_DRAWS = 1000
+BOOTSTRAP_SEED = 20230327
+_WEIGHTS_AT_ONCE = 1 << 22
+"""Samples times draws held at once; bounds memory and changes no result."""
+
+Ties = Literal["together", "won", "lost"]
+"""What equal scores mean: all of them are above the threshold or none is, or the right ones come
+first, or last."""
+Curve = Callable[[Tensor, Tensor], Tensor]
+"""Right ones so far [..., P] and precision [..., P], at each right one in order -> figure [...]."""
+
+
+def hits(ranks: Tensor, k: int) -> int:
+    """Number of queries whose right answer is among the first k."""
+    return int((ranks < k).sum())
+
+
+def hit_rate(ranks: Tensor, k: int) -> float:
+    """Share of queries whose right answer is among the first k."""
+    return hits(ranks, k) / max(1, ranks.numel())
+
+
+def mean_per_class(values: Tensor, labels: Tensor) -> float:
+    """Unweighted mean over the classes that occur of the mean of `values` [N] in each.
+
+    Of whether an answer was right, that is the mean recall.
+    """
+    total = torch.bincount(labels)
+    sums = torch.bincount(labels, weights=values.double(), minlength=len(total))
+    occurs = total > 0
+    return float((sums[occurs] / total[occurs]).mean())
+
+
+def chance_of_hit(k: int, gallery: int, positives: Sequence[int]) -> float:
+    """Expected hit rate of random orders: mean over queries with so many right answers each.
+
+    One query: 1 - C(gallery - positives, k) / C(gallery, k).
+    """
+    k = min(k, gallery)
+    of = {m: 1 - math.comb(gallery - m, k) / math.comb(gallery, k) for m in set(positives)}
+    return sum(of[m] for m in positives) / len(positives)
+
+
+def area(right: Tensor, precision: Tensor) -> Tensor:
+    """Area under the precision-recall curve: mean precision at the right ones.
+
+    Args:
+        right: right ones above each threshold [..., P], rising.
+        precision: of what is above it [..., P].
+    """
+    steps = torch.diff(right, dim=-1, prepend=torch.zeros_like(right[..., :1]))
+    return (steps * precision).sum(dim=-1) / right[..., -1]
+
+
+def eleven_points(right: Tensor, precision: Tensor) -> Tensor:
+    """Mean of the best precision at a recall of at least 0, 0.1, ... 1, as VOC 2007 defined it.
+
+    Takes what `area` takes.
+    """
+    best = precision.flip(-1).cummax(dim=-1).values.flip(-1)
+    total = right[..., -1:]
+    # Counts, not quotients: 3 of 10 right ones are a recall of 0.3, which 0.1 * 3 exceeds.
+    found = [(10 * right < tenth * total).sum(dim=-1, keepdim=True) for tenth in range(11)]
+    return torch.cat([best.gather(-1, place) for place in found], dim=-1).mean(dim=-1)
+
+
+def average_precisions(
+    scores: Tensor, positives: Tensor, curve: Curve = area, ties: Ties = "together"
+) -> Tensor:
+    """Average precision of every class [C], in fp64; not a number for a class without a positive.
+
+    Args:
+        scores: of every image for every class [N, C]; larger means more likely.
+        positives: which classes an image shows [N, C], bool.
+        curve: `area`, or `eleven_points`.
+        ties: with "together" the figure does not depend on the order of samples.
+    """
+    found = []
+    for order in _orders(scores, positives, ties):
+        weights = torch.ones(1, len(scores), dtype=torch.float64)
+        found.append(order.figure(weights, curve)[0])
+    return torch.stack(found)
+
+
+def mean_average_precision(
+    scores: Tensor, positives: Tensor, curve: Curve = area, ties: Ties = "together"
+) -> float:
+    """Mean of `average_precisions` over the classes that have a positive."""
+    return float(average_precisions(scores, positives, curve, ties).nanmean())
+
+
+def wilson_interval(hits: int, n: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927), 95 % unless told otherwise."""
+    if n == 0:
+        return 0.0, 1.0
+    p = hits / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    # The bounds are 0 and 1 exactly when nothing or everything hits; rounding must not hide it.
+    low = 0.0 if hits == 0 else max(0.0, centre - half)
+    high = 1.0 if hits == n else min(1.0, centre + half)
+    return low, high
+
+
+def resampled_means(values: Tensor, cluster: Tensor | None = None) -> Tensor:
+    """Bootstrap draws of the mean of `values` [N], whole clusters [N] drawn if given, [draws].
+
+    For caption-level recall: the captions of one image succeed and fail together, so images are
+    drawn, not captions.
+    """
+    cluster = torch.arange(len(values)) if cluster is None else cluster
+    size = torch.bincount(cluster).double()
+    sums = torch.bincount(cluster, weights=values.double(), minlength=len(size))
+    cells, counts = torch.unique(torch.stack([sums, size])[:, size > 0], dim=1, return_counts=True)
+    means = [(drawn @ cells[0]) / (drawn @ cells[1]) for drawn in _drawn_counts(counts)]
+    return torch.cat(means)
+
+
+def resampled_class_means(values: Tensor, labels: Tensor) -> Tensor:
+    """Bootstrap draws of `mean_per_class`, single samples drawn, [draws].
+
+    A class of which a draw holds no sample is left out of that draw's mean.
+    """
+    levels, level = torch.unique(values.double(), return_inverse=True)
+    classes = int(labels.max()) + 1
+    counts = torch.bincount(labels * len(levels) + level, minlength=classes * len(levels))
+    means = []
+    for drawn in _drawn_counts(counts):
+        cells = drawn.reshape(len(drawn), classes, len(levels))
+        size = cells.sum(dim=2)
+        means.append((cells @ levels / size).nanmean(dim=1))
+    return torch.cat(means)
+
+
+def resampled_precisions(scores: Tensor, positives: Tensor, curve: Curve = area) -> Tensor:
+    """Bootstrap draws of `mean_average_precision`, whole images drawn, [draws].
+
+    The same images are drawn for any scores [N, C], so that differences between two models are
+    differences on the same draws.
+    """
+    orders = list(_orders(scores, positives, "together"))
+    means = []
+    for weights in _drawn_weights(len(scores)):
+        means.append(torch.stack([one.figure(weights, curve) for one in orders]).nanmean(dim=0))
+    return torch.cat(means)
+
+
+def percentile_interval(draws: Tensor) -> tuple[float, float]:
+    """95 % percentile interval of bootstrap draws."""
+    low, high = draws.nanquantile(torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
+    return low, high
+
+
+def two_sided_p(differences: Tensor) -> float:
+    """How often bootstrap draws of a difference lie on the rarer side of none, doubled.
+
+    Never below 2 / (draws + 1): so many draws cannot say more.
+    """
+    rarer = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
+    return min(1.0, 2 * (rarer + 1) / (len(differences) + 1))
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Whether two models answer equally often right, from the samples on which they differ."""
+
+    exact: float
+    """Two-sided binomial p."""
+    mid: float
+    """The same, with half the weight of what was observed: closer to its nominal level."""
+
+
+def mcnemar(only_a: int, only_b: int) -> McNemar:
+    """McNemar's test (1947) of samples that only the one, or only the other, answered right.
+
+    Mid-p as Fagerland, Lydersen and Laake (2013) recommend it.
+    """
+    n, fewer = only_a + only_b, min(only_a, only_b)
+    # Logarithms of binomial probabilities: 2^-n is no number from n = 1075 on.
+    i = torch.arange(fewer + 1, dtype=torch.float64)
+    whole = torch.tensor(float(n), dtype=torch.float64)
+    logs = torch.lgamma(whole + 1) - torch.lgamma(i + 1) - torch.lgamma(whole - i + 1)
+    chances = torch.exp(logs - n * math.log(2))
+    both = 2 * float(chances.sum())
+    return McNemar(min(1.0, both), min(1.0, both - float(chances[-1])))
+
+
+def matched_interval(only_a: int, only_b: int, n: int, z: float = Z95) -> tuple[float, float]:
+    """Interval of the difference of two proportions on the same n samples, 95 % unless told.
+
+    Wald's with half a sample added to each of the four cells (Agresti and Min 2005), which keeps
+    its level where few samples differ.
+    """
+    if n == 0:
+        return -1.0, 1.0
+    more, less = only_a + 0.5, only_b + 0.5
+    centre = (more - less) / (n + 2)
+    half = z * math.sqrt(more + less - (more - less) ** 2 / (n + 2)) / (n + 2)
+    return max(-1.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Images in the order of one class's scores, and where its thresholds stand."""
+
+    images: Tensor
+    """[N], largest score first."""
+    positive: Tensor
+    """[N] in that order, fp64."""
+    ends: Tensor
+    """Of every positive in that order [P]: the last place that its threshold still admits."""
+
+    def figure(self, weights: Tensor, curve: Curve) -> Tensor:
+        """The class's figure for every row of how often each image counts [draws, N]."""
+        if not len(self.ends):
+            return torch.full((len(weights),), float("nan"), dtype=torch.float64)
+        mine = weights[:, self.images]
+        total = mine.cumsum(dim=1)[:, self.ends]
+        right = (mine * self.positive).cumsum(dim=1)[:, self.ends]
+        figure = curve(right, right / total.clamp_min(1))
+        return figure.masked_fill(right[:, -1] == 0, float("nan"))
+
+
+def _orders(scores: Tensor, positives: Tensor, ties: Ties) -> Iterator[_Order]:
+    """The order of each class [C]."""
+    for column, positive in zip(scores.float().T, positives.T, strict=True):
+        first = {"together": 0, "won": -1, "lost": 1}[ties] * positive.int()
+        by_tie = first.sort(stable=True).indices
+        images = by_tie[column[by_tie].sort(descending=True, stable=True).indices]
+        ends = torch.arange(len(images))
+        if ties == "together":
+            _, sizes = torch.unique_consecutive(column[images], return_counts=True)
+            ends = (sizes.cumsum(dim=0) - 1).repeat_interleave(sizes)
+        mine = positive[images]
+        yield _Order(images, mine.double(), ends[mine.bool()])
+
+
+def _drawn_counts(counts: Tensor) -> Iterator[Tensor]:
+    """How many samples each draw takes from cells that hold `counts` [cells]: [draws, cells]."""
+    n = int(counts.sum())
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    shares = counts.double().numpy() / n
+    for draws in _portions(len(counts)):
+        yield torch.from_numpy(generator.multinomial(n, shares, size=draws)).double()
+
+
+def _drawn_weights(n: int) -> Iterator[Tensor]:
+    """How often each draw takes each of n samples: [draws, n]."""
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    for draws in _portions(n):
+        rows = [np.bincount(generator.integers(0, n, n), minlength=n) for _ in range(draws)]
+        yield torch.from_numpy(np.stack(rows)).double()
+
+
+def _portions(width: int) -> Iterator[int]:
+    """All draws in portions of at most `_WEIGHTS_AT_ONCE` numbers."""
+    at_once = max(1, _WEIGHTS_AT_ONCE // max(1, width))
+    for start in range(0, BOOTSTRAP_DRAWS, at_once):
+        yield min(at_once, BOOTSTRAP_DRAWS - start)
