@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from evaclip_model.zeroshot import chance_of_hit, hit_rate
+from evaclip_model.metrics import chance_of_hit, hit_rate
 from tasks.evaluate.figures import TITLES, Scored, captions_of
 from tasks.evaluate.report.charts import Line, line_chart
 from tasks.evaluate.report.curves import Curve, loss_chart
