@@ -260,7 +260,7 @@ def _is_kinetics(evalset: EvalSet) -> bool:
 
 def _kinetics_values(ranks: Tensor) -> Tensor:
     """What every clip adds to the mean of top-1 and top-5 [N], in fp64."""
-    return sum((ranks < k).double() for k in CLASSIFICATION_KS) / len(CLASSIFICATION_KS)
+    return torch.stack([(ranks < k).double() for k in CLASSIFICATION_KS]).mean(dim=0)
 
 
 def _bounds(ranking: Ranking, k: int) -> tuple[float, float]:
