@@ -7,6 +7,7 @@ from prefect.artifacts import create_link_artifact
 
 from evaclip_model.training.config import METRICS_FILE, MODEL_FOLDER
 from flows.chart import find_files
+from flows.parameters import Handed, Overrides, RecipeName
 from flows.session import open_session
 from tasks.artifact import Artifact, read_artifact
 from tasks.evaluate.task import evaluate as evaluate_stage
@@ -15,7 +16,7 @@ from tasks.register.task import register
 
 @flow(name="evaluate")
 def evaluate(
-    recipe: str = "demo", overrides: list[str] | None = None, model: Artifact | None = None
+    recipe: RecipeName = "demo", overrides: Overrides = (), model: Handed = None
 ) -> Artifact:
     """Evaluate the trained beside the untrained model, write the report, register the model.
 
@@ -24,7 +25,7 @@ def evaluate(
         overrides: Changes to the recipe, each `table.key=value`.
         model: What `train` made; by default looked up from the recipe.
     """
-    with open_session("evaluate", recipe, overrides or []) as session:
+    with open_session("evaluate", recipe, overrides) as session:
         chart, wanted = session.chart, session.recipe
         model = model or session.finished(chart.train[-1], "train")
         untrained = session.finished(chart.initialise, "train")

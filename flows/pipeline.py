@@ -7,6 +7,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from flows.chart import load_chart
 from flows.evaluate import evaluate
+from flows.parameters import Overrides, RecipeName
 from flows.plan import check_disk, plan_markdown
 from flows.prepare import prepare
 from flows.results import results_markdown
@@ -15,9 +16,7 @@ from flows.train import train
 
 
 @flow(name="pipeline")
-def pipeline(
-    recipe: str = "demo", overrides: list[str] | None = None, dry_run: bool = False
-) -> None:
+def pipeline(recipe: RecipeName = "demo", overrides: Overrides = (), dry_run: bool = False) -> None:
     """Prepare the data, train, evaluate, register.
 
     Args:
@@ -25,7 +24,6 @@ def pipeline(
         overrides: Changes to the recipe, each `table.key=value`.
         dry_run: Only write the plan: what would run, what is already there, and the sizes.
     """
-    overrides = overrides or []
     if dry_run:
         wanted, _, chart = load_chart(recipe, overrides)
         create_markdown_artifact(plan_markdown(wanted, chart), key="plan")

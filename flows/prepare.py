@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from prefect import flow
 
 from flows.chart import find_all, find_files
+from flows.parameters import Overrides, RecipeName
 from flows.session import open_session
 from flows.takedown import obeying
 from tasks.artifact import CARD, Artifact
@@ -24,14 +25,14 @@ from tasks.verify.task import verify
 
 
 @flow(name="prepare")
-def prepare(recipe: str = "demo", overrides: list[str] | None = None) -> Artifact:
+def prepare(recipe: RecipeName = "demo", overrides: Overrides = ()) -> Artifact:
     """Merge the sources' metadata, download the images, verify every shard, choose samples.
 
     Args:
         recipe: Name of a recipe, or path of a .toml file.
         overrides: Changes to the recipe, each `table.key=value`.
     """
-    with open_session("prepare", recipe, overrides or []) as session:
+    with open_session("prepare", recipe, overrides) as session:
         chart, wanted, profile = session.chart, session.recipe, session.profile
         if chart.demo and wanted.demo:
             session.make(demo, chart.demo, wanted.demo)

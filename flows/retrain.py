@@ -7,13 +7,14 @@ from typing import Annotated, Literal
 from prefect import flow
 from pydantic import Field
 
+from flows.parameters import Overrides, RecipeName
 from flows.pipeline import pipeline
 
 
 @flow(name="retrain")
 def retrain(
-    recipe: str = "demo",
-    overrides: list[str] | None = None,
+    recipe: RecipeName = "demo",
+    overrides: Overrides = (),
     promote: Literal["gate", "never", "ask"] = "gate",
     min_new_rows: Annotated[int, Field(ge=1)] = 1,
     keep_rejected: bool = False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from evaclip_model.training.config import METRICS_FILE, RESULT_FILE
+from flows.parameters import Handed, Overrides, RecipeName
 from flows.session import open_session
 from tasks.artifact import Artifact
 from tasks.initialise.task import initialise
@@ -13,7 +14,7 @@ from tasks.train.task import train_stage
 
 @flow(name="train")
 def train(
-    recipe: str = "demo", overrides: list[str] | None = None, shards: Artifact | None = None
+    recipe: RecipeName = "demo", overrides: Overrides = (), shards: Handed = None
 ) -> Artifact:
     """Make the starting weights, then run every training stage of the recipe.
 
@@ -22,7 +23,7 @@ def train(
         overrides: Changes to the recipe, each `table.key=value`.
         shards: What `prepare` made; by default looked up from the recipe.
     """
-    with open_session("train", recipe, overrides or []) as session:
+    with open_session("train", recipe, overrides) as session:
         chart, wanted = session.chart, session.recipe
         shards = shards or session.finished(chart.dataset, "prepare")
         model = session.make(initialise, chart.initialise, wanted.initialise)

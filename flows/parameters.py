@@ -1,0 +1,27 @@
+"""What a person may fill into a flow's form: types whose rules the server checks before a run.
+
+Covers: a recipe's name, changes to it, what one flow hands another (no field of the form).
+Not here: what a recipe may say (recipe.py); that is checked when the run starts.
+
+Prefect stores each rule as JSON Schema with the deployment, so recipes that are added later are
+known to the form after the next `make up`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
+
+from flows.recipe_file import recipe_names
+from tasks.artifact import Artifact
+
+# A browser's regular expressions refuse most of what re.escape would write.
+_NAMES = "|".join(name.replace(".", "[.]") for name in recipe_names())
+RecipeName = Annotated[str, Field(pattern=rf"^({_NAMES}|.+[.]toml)$")]
+"""One of the project's recipes, or the path of a .toml file as the worker sees it."""
+Overrides = tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*([.][\w-]+)*=")], ...]
+"""Changes to a recipe, each `table.key=value`."""
+Handed = SkipJsonSchema[Artifact | None]
+"""An artifact from the flow before; alone, a flow looks it up from the recipe."""
