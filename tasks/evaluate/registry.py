@@ -47,6 +47,8 @@ class KnownSet(Config):
     """Images of the set that reproduces the paper; None where nobody can know."""
     n_note: str = ""
     """What these images are, or why their number is not known."""
+    captions: int | None = None
+    """Captions of these images in a retrieval set."""
     split: str
     split_stated: bool = True
     """Whether the paper says which images, or its figures agree with others' on these."""
