@@ -12,9 +12,9 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -48,8 +48,15 @@ class UnreadableImageError(ValueError):
     """These bytes are no image that can be used; one bad sample, not a failure of the run."""
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(
+    data: bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
+) -> Image.Image:
     """Decode a JPEG, PNG or WebP file, in its own mode; 16-bit grey becomes 8-bit.
+
+    Args:
+        data: the file's bytes.
+        max_pixels: width times height that is still decoded.
+        formats: Pillow's names of the formats that are tried; all that it knows by default.
 
     Raises:
         UnreadableImageError: truncated, of no known format, or larger than `max_pixels`.
@@ -57,7 +64,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=formats)
             if image.width * image.height > max_pixels:
                 raise UnreadableImageError(
                     f"{image.width} x {image.height} pixels, more than {max_pixels:,}"
@@ -129,6 +136,20 @@ class TrainTransform:
         return normalize_images(resized_crop(image, box, self.size))
 
 
+def preprocessing(size: int) -> dict[str, Any]:
+    """The evaluation transform for images of side `size` in words, to be compared with another's.
+
+    A model belongs to its preprocessing: other constants cost it accuracy, and nothing says so.
+    """
+    return {
+        "size": size,
+        "resize": "shortest side, bicubic, antialiased, columns before rows",
+        "crop": "centre",
+        "mean": list(MEAN),
+        "std": list(STD),
+    }
+
+
 def centre_crop(image: Image.Image, size: int) -> Tensor:
     """Shortest side to `size` (bicubic, antialiased), then the middle: [3, S, S] uint8.
 
@@ -175,8 +196,18 @@ def train_box(
     width: int, height: int, *, seed: int, position: int, scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
     """Left, top, right and bottom, in pixels, of the part that `train_crop` takes."""
-    draw = SeededDraw(np.random.Generator(np.random.Philox(key=[seed % 2**64, position])))
-    return crop_box(width, height, draw, scale)
+    generator = np.random.Generator(np.random.Philox(_Key((seed % 2**64, position))))
+    return crop_box(width, height, SeededDraw(generator), scale)
+
+
+class _Key(np.random.bit_generator.ISeedSequence):
+    """A generator's key as it is: given as `key`, numpy asks the system for randomness besides."""
+
+    def __init__(self, key: tuple[int, int]) -> None:
+        self._key = key
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> Any:
+        return np.array(self._key, dtype)
 
 
 class Draw(Protocol):

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tasks.artifact import CARD, MANIFEST, Address, Artifact
+from tasks.provenance import flat
 
 PREFIX = "evaclip."
 MAX_PARAM_CHARS = 6000
@@ -25,25 +26,12 @@ def metric_name(name: str) -> str:
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, str]:
-    """A nested config as flat parameters: `a.b.c` -> text.
-
-    Lists of tables are numbered, or go by their `name`; lists of plain values stay one parameter.
-    """
-    return {metric_name(key): value[:MAX_PARAM_CHARS] for key, value in _flat("", config)}
+    """A nested config as flat parameters: `a.b.c` -> text."""
+    return {metric_name(key): _text(value)[:MAX_PARAM_CHARS] for key, value in flat("", config)}
 
 
-def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner)
-    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
-        for place, item in enumerate(value):
-            name = item.get("name", place) if isinstance(item, Mapping) else place
-            yield from _flat(f"{prefix}.{name}", item)
-    elif isinstance(value, str):
-        yield prefix, value
-    else:
-        yield prefix, json.dumps(value, default=str)
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def stage_tags(address: Address, reused: bool) -> dict[str, str]:

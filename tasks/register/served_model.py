@@ -1,38 +1,66 @@
-"""The registered model as MLflow loads it: an image and candidate labels to probabilities.
+"""The registered model as MLflow loads it: images and labels to probabilities, or to embeddings.
 
 Covers: the pyfunc class. MLflow stores this file as source, beside a copy of `evaclip_model` and
 the weights, so it runs where this project is not installed and no pickle is involved.
 Not here: registering (registry.py). Nothing of `tasks` is imported: it is not shipped.
 
-A string is only ever base64 text, never a path: a served model that opens paths would give every
-client the files of its server.
+What a call asks for:
+
+    column `image`, parameter `candidate_labels`     -> columns label, probabilities
+    column `image`, parameter `output`="embeddings"  -> column embedding
+    column `text`                                    -> column embedding
+
+A string in `image` is only ever base64 text, never a path: a served model that opens paths would
+give every client the files of its server. What a request may cost is bounded.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pandas
 import torch
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
+from torch import Tensor
 
 from evaclip_model import InputError, decode_image, image_transform, open_model, tokenize
+from evaclip_model.weights_reference import at_hand
 
 IMAGE = "image"
+TEXT = "text"
 LABELS = "candidate_labels"
 OUTPUT = "output"
+OUTPUTS = ("probabilities", "embeddings")
+DEVICE = "device"
+"""Key of MLflow's `model_config`: where the model runs, the CPU by default."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""No other file is opened: Pillow starts a PostScript interpreter for some."""
+MOST_ROWS = 1024
+MOST_LABELS = 4096
+MOST_IMAGE_BYTES = 32 << 20
+MOST_CHARACTERS = 4096
+"""Of one text or label; only the first 75 tokens count."""
+_BATCH = 32
 
 
-class ZeroShotClassifier(PythonModel):
-    """Zero-shot classification with a trained CLIP model."""
+class ZeroShotModel(PythonModel):
+    """A trained CLIP model: zero-shot classification, image and text embeddings."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Open the shipped weights, on the CPU."""
-        self.model = open_model(Path(context.artifacts["model"]))
+        """Open the shipped weights, or fetch, verify and open those that are referred to."""
+        with at_hand(Path(context.artifacts["model"]), _download) as folder:
+            model = open_model(folder)
+        self.device = torch.device((context.model_config or {}).get(DEVICE, "cpu"))
+        self.model = model.to(self.device)
         self.transform = image_transform(self.model)
 
     def predict(
@@ -41,55 +69,107 @@ class ZeroShotClassifier(PythonModel):
         model_input: pandas.DataFrame,
         params: dict[str, Any] | None = None,
     ) -> pandas.DataFrame:
-        """Classify images, or embed them.
+        """Classify images, embed images, or embed texts.
 
         Args:
             context: not used; the weights are open.
-            model_input: column `image`, one image file's bytes (or their base64 text) a row.
+            model_input: column `image`, one image file's bytes (or their base64 text) a row; or
+                column `text`, one text a row.
             params: `candidate_labels`, texts such as "a red apple"; `output`, "probabilities"
                 (columns label, probabilities in the labels' order) or "embeddings" (column
                 embedding, unit length).
 
         Raises:
-            InputError: a row that is no image, no labels, or an unknown output.
+            MlflowException: a row that is no image or no text, no labels, an unknown output, or
+                more than one call may ask for. A server answers it with status 400.
         """
-        params = params or {}
-        output = params.get(OUTPUT, "probabilities")
-        if output not in ("probabilities", "embeddings"):
+        try:
+            with torch.inference_mode():
+                return self._answer(model_input, params or {})
+        except InputError as error:
+            raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from None
+
+    def _answer(self, rows: pandas.DataFrame, params: dict[str, Any]) -> pandas.DataFrame:
+        asked = [name for name in (IMAGE, TEXT) if name in rows]
+        if len(asked) != 1:
+            raise InputError(f"give one column: '{IMAGE}' with images, or '{TEXT}' with texts")
+        if not 0 < len(rows) <= MOST_ROWS:
+            raise InputError(f"give 1 to {MOST_ROWS} rows in one call, not {len(rows)}")
+        if asked == [TEXT]:
+            return _embeddings(self._texts(list(rows[TEXT]), f"column '{TEXT}'"))
+        output = params.get(OUTPUT, OUTPUTS[0])
+        if output not in OUTPUTS:
             raise InputError(f"'{OUTPUT}' is 'probabilities' or 'embeddings', not '{output}'")
-        labels = [str(label) for label in params.get(LABELS, ()) if str(label)]
-        if output == "probabilities" and not labels:
-            raise InputError(f"give the labels to choose from in the parameter '{LABELS}'")
-        with torch.inference_mode():
-            features = self._encode(list(model_input[IMAGE]))  # [N, D]
-            if output == "embeddings":
-                return pandas.DataFrame({"embedding": features.tolist()})
-            texts = self.model.encode_text(tokenize(labels), normalize=True)  # [L, D]
-            logits = self.model.logit_scale.exp() * features @ texts.T  # [N, L]
-            probabilities = logits.float().softmax(dim=-1)
+        if output == "embeddings":
+            return _embeddings(self._images(list(rows[IMAGE])))
+        labels = [label for label in params.get(LABELS, ()) if label != ""]
+        if not 0 < len(labels) <= MOST_LABELS:
+            raise InputError(
+                f"give the labels to choose from in the parameter '{LABELS}', at most {MOST_LABELS}"
+            )
+        texts = self._texts(labels, f"parameter '{LABELS}'")  # [L, D]
+        logits = self.model.logit_scale.exp().float() * self._images(list(rows[IMAGE])) @ texts.T
+        probabilities = logits.softmax(dim=-1)  # [N, L]
         return pandas.DataFrame(
             {
-                "label": [labels[best] for best in probabilities.argmax(dim=-1).tolist()],
+                "label": [str(labels[best]) for best in probabilities.argmax(dim=-1).tolist()],
                 "probabilities": probabilities.tolist(),
             }
         )
 
-    def _encode(self, images: list[object]) -> torch.Tensor:
-        pixels = [self.transform(_decoded(image, row)) for row, image in enumerate(images)]
-        return self.model.encode_image(torch.stack(pixels), normalize=True)
+    def _images(self, images: Sequence[object]) -> Tensor:
+        """[N, D], unit length."""
+
+        def encode(batch: Sequence[object], first: int) -> Tensor:
+            pixels = [self.transform(_decoded(one, first + n)) for n, one in enumerate(batch)]
+            return self.model.encode_image(torch.stack(pixels).to(self.device), normalize=True)
+
+        return _in_batches(images, encode)
+
+    def _texts(self, texts: Sequence[object], where: str) -> Tensor:
+        """[N, D], unit length."""
+
+        def encode(batch: Sequence[object], first: int) -> Tensor:
+            checked = [_checked(one, f"{where}, entry {first + n}") for n, one in enumerate(batch)]
+            tokens = tokenize(checked, self.model.config.text.context_length)
+            return self.model.encode_text(tokens.to(self.device), normalize=True)
+
+        return _in_batches(texts, encode)
+
+
+def _in_batches(
+    values: Sequence[object], encode: Callable[[Sequence[object], int], Tensor]
+) -> Tensor:
+    def parts() -> Iterator[Tensor]:
+        for first in range(0, len(values), _BATCH):
+            yield encode(values[first : first + _BATCH], first).float().cpu()
+
+    return torch.cat(list(parts()))
+
+
+def _embeddings(features: Tensor) -> pandas.DataFrame:
+    return pandas.DataFrame({"embedding": features.tolist()})
+
+
+def _checked(text: object, where: str) -> str:
+    if not isinstance(text, str) or len(text) > MOST_CHARACTERS:
+        raise InputError(f"{where}: expected a text of at most {MOST_CHARACTERS} characters")
+    return text
 
 
 def _decoded(image: object, row: int) -> Any:
     """A row's image; bytes as they are, text as base64.
 
     Raises:
-        InputError: neither, or bytes that are no image.
+        InputError: neither, or bytes that are no image of a known format, or too large.
     """
     try:
         data = base64.b64decode(image, validate=True) if isinstance(image, str) else image
         if not isinstance(data, bytes):
             raise TypeError(type(data).__name__)
-        return decode_image(data)
+        if len(data) > MOST_IMAGE_BYTES:
+            raise ValueError(f"{len(data):,} bytes, more than {MOST_IMAGE_BYTES:,}")
+        return decode_image(data, formats=FORMATS)
     except (binascii.Error, TypeError, ValueError) as error:
         raise InputError(
             f"row {row}, column '{IMAGE}': expected the bytes of an image file, or their base64 "
@@ -97,4 +177,8 @@ def _decoded(image: object, row: int) -> Any:
         ) from None
 
 
-set_model(ZeroShotClassifier())
+def _download(uri: str, folder: Path) -> Path:
+    return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
+
+
+set_model(ZeroShotModel())
