@@ -145,7 +145,7 @@ def chance_of(evalset: EvalSet) -> dict[str, float]:
     if evalset.kind == "classification":
         classes = len(evalset.classnames)
         values = {f"top{k}": min(1.0, k / classes) for k in CLASSIFICATION_KS}
-        if _is_kinetics(evalset):
+        if is_kinetics(evalset):
             values["kinetics_mean"] = sum(values.values()) / len(values)
         return {**values, "mean_per_class": 1 / classes}
     if evalset.kind == "multilabel":
@@ -173,13 +173,13 @@ def _of_classes(evalset: EvalSet, ranking: Ranking) -> Figures:
         figures[f"top{k}"] = hit_rate(ranking.ranks, k)
         figures["intervals"][f"top{k}"] = wilson_interval(hits(ranking.ranks, k), n)
         figures["bounds"][f"top{k}"] = _bounds(ranking, k)
-    if _is_kinetics(evalset):
-        figures["kinetics_mean"] = float(_kinetics_values(ranking.ranks).mean())
-        draws = resampled_means(_kinetics_values(ranking.ranks))
+    if is_kinetics(evalset):
+        figures["kinetics_mean"] = float(kinetics_values(ranking.ranks).mean())
+        draws = resampled_means(kinetics_values(ranking.ranks))
         figures["intervals"]["kinetics_mean"] = percentile_interval(draws)
         figures["bounds"]["kinetics_mean"] = (
-            float(_kinetics_values(ranking.worst_ranks).mean()),
-            float(_kinetics_values(ranking.best_ranks).mean()),
+            float(kinetics_values(ranking.worst_ranks).mean()),
+            float(kinetics_values(ranking.best_ranks).mean()),
         )
     correct, lost, won = (
         ranks < 1 for ranks in (ranking.ranks, ranking.worst_ranks, ranking.best_ranks)
@@ -253,12 +253,12 @@ def _of_retrieval(evalset: EvalSet, texts: Ranking, images: Ranking) -> Figures:
     return figures
 
 
-def _is_kinetics(evalset: EvalSet) -> bool:
+def is_kinetics(evalset: EvalSet) -> bool:
     """Whether the set is one of those whose figure is the mean of top-1 and top-5."""
     return evalset.known is not None and evalset.known.metric == "kinetics_mean"
 
 
-def _kinetics_values(ranks: Tensor) -> Tensor:
+def kinetics_values(ranks: Tensor) -> Tensor:
     """What every clip adds to the mean of top-1 and top-5 [N], in fp64."""
     return torch.stack([(ranks < k).double() for k in CLASSIFICATION_KS]).mean(dim=0)
 
