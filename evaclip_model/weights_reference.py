@@ -18,7 +18,6 @@ from pydantic import Field
 
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
-from evaclip_model.model_config import CONFIG_FILE
 from evaclip_model.weight_files import WEIGHTS_FILE
 
 REFERENCE_FILE = f"{WEIGHTS_FILE}.json"
@@ -105,7 +104,9 @@ def at_hand(folder: Path, download: Download) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="evaclip-weights-") as temporary:
         whole = Path(temporary) / "model"
         whole.mkdir()
-        (whole / CONFIG_FILE).symlink_to((folder / CONFIG_FILE).absolute())
+        for file in folder.iterdir():
+            if file.name != REFERENCE_FILE:
+                (whole / file.name).symlink_to(file.absolute())
         weights = reference.fetch(Path(temporary), download)
         (whole / WEIGHTS_FILE).symlink_to(weights.absolute())
         yield whole

@@ -22,7 +22,7 @@ from PIL import Image
 import evaclip_model
 from evaclip_model.carried import carry
 from evaclip_model.errors import InputError
-from evaclip_model.model_config import CONFIG_FILE
+from evaclip_model.weight_files import WEIGHTS_FILE
 from evaclip_model.weights_reference import REFERENCE_FILE, Reference
 from tasks.provenance import LINEAGE
 
@@ -149,8 +149,7 @@ def description(name: str, version: int | str) -> str:
 
 
 def _referring(model: Path, folder: Path, reference: Reference) -> Path:
-    folder.mkdir()
-    shutil.copyfile(model / CONFIG_FILE, folder / CONFIG_FILE)
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns(WEIGHTS_FILE))
     (folder / REFERENCE_FILE).write_text(reference.model_dump_json(indent=1) + "\n")
     return folder
 
