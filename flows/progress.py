@@ -1,7 +1,7 @@
 """What a person watching a run sees: one line a stage, a moving bar on long work.
 
-Covers: the terminal (rich), and the same progress as a Prefect artifact in the UI.
-Not here: the work, or what it reports.
+Covers: the terminal's bar, and the same progress as a Prefect artifact in the UI.
+Not here: the bar itself (terminal.py), the work, or what it reports.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from typing import cast
 from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from flows.terminal import console, summarise
+from flows.terminal import console, moving_bar, summarise
 from tasks.artifact import Artifact
 from tasks.progress import Report
 
 PREFECT_EVERY_S = 5.0
-LINE_EVERY_S = 20.0
 
 
 @contextmanager
@@ -29,28 +27,12 @@ def watching(title: str, *, already_there: bool = False) -> Iterator[Report]:
     if already_there:
         yield _nothing
         return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description:<16}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[detail]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        row = bar.add_task(title, total=None, detail="")
-        in_ui = _PrefectProgress(title)
-        last_line = time.monotonic()
+    in_ui = _PrefectProgress(title)
+    with moving_bar(title) as show:
 
         def report(done: float, total: float, detail: str = "") -> None:
-            nonlocal last_line
-            bar.update(row, completed=done, total=total or None, detail=detail)
+            show(done, total, detail)
             in_ui.update(done, total, detail)
-            if not console.is_terminal and time.monotonic() - last_line > LINE_EVERY_S:
-                last_line = time.monotonic()
-                console.print(f"  {title}: {done:,.0f} of {total:,.0f} {detail}")
 
         yield report
 

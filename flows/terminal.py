@@ -1,17 +1,50 @@
-"""What the command line prints with: one console, one way to put totals into a line."""
+"""What the command line prints with: one console, one bar, one way to put totals into a line."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from tasks.progress import Report
+
+LINE_EVERY_S = 20.0
 SHOWN_COUNTS = 3
 LOG_WIDTH = 120
 """Columns where nobody's window decides: a file, a pipe, CI."""
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
+
+
+@contextmanager
+def moving_bar(title: str) -> Iterator[Report]:
+    """Show long work under way, as a bar or, where nobody watches, a line now and then."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<16}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[detail]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        row = bar.add_task(title, total=None, detail="")
+        last_line = time.monotonic()
+
+        def report(done: float, total: float, detail: str = "") -> None:
+            nonlocal last_line
+            bar.update(row, completed=done, total=total or None, detail=detail)
+            if not console.is_terminal and time.monotonic() - last_line > LINE_EVERY_S:
+                last_line = time.monotonic()
+                console.print(f"  {title}: {done:,.0f} of {total:,.0f} {detail}", markup=False)
+
+        yield report
 
 
 def summarise(counts: Mapping[str, int | float]) -> str:

@@ -1,0 +1,1 @@
+"""Converters: other forms of evaluation sets into the published webdataset layout."""
