@@ -1,7 +1,8 @@
-"""Start and stop the lasting servers of one machine: Prefect, MLflow, and a worker.
+"""Start and stop the lasting servers of one machine: Prefect, MLflow, and two workers.
 
-Covers: `up` (start what is not running, apply the deployments), `down`, `status`; pid files and
-logs under `<root>/services`. Calling any of them twice is the same as calling it once.
+Covers: `up` (start what is not running, apply work pools, deployments and automations), `down`,
+`status`; pid files and logs under `<root>/services`. Calling any of them twice is the same as
+calling it once.
 Not here: servers of a team (compose, Kubernetes); the temporary server of a single run
 (flows/server.py). Standard library only, run by the project's own Python.
 
@@ -23,10 +24,10 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
-POOL = "local"
-DEPLOYMENTS = "infra/prefect.yaml"
+POOLS = ("cpu-io", "gpu")
+HEARTBEAT_S = 30  # automations.yaml takes a run for dead that misses three
 START_S = 180
-STOP_S = 40  # Prefect gives a flow 30 s to end before it kills it
+STOP_S = 45  # a worker gives itself 35 s
 
 
 class UserError(Exception):
@@ -64,7 +65,7 @@ class Service:
     def up(self):
         if self.pid():
             self._await_health()
-            say(f"{self.name:8} is up already {self.url or ''}")
+            say(f"{self.name:13} is up already {self.url or ''}")
             return
         with self.log.open("ab") as log:
             process = subprocess.Popen(
@@ -81,7 +82,7 @@ class Service:
         beside.write_text(json.dumps(noted) + "\n")
         beside.replace(self._pid_file)
         self._await_health(process)
-        say(f"{self.name:8} is up {self.url or ''}")
+        say(f"{self.name:13} is up {self.url or ''}")
 
     def _await_health(self, process=None):
         deadline = time.monotonic() + START_S
@@ -109,7 +110,7 @@ class Service:
         while any(map(is_alive, remaining)) and time.monotonic() < deadline + STOP_S:
             time.sleep(0.05)  # a killed process is gone only when the kernel has cleared it away
         self._pid_file.unlink(missing_ok=True)
-        say(f"{self.name:8} is down")
+        say(f"{self.name:13} is down")
 
 
 def services(options):
@@ -126,6 +127,7 @@ def services(options):
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # evaluation jobs that nothing here submits
         "PREFECT_API_URL": f"{prefect}/api",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
         "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
@@ -159,35 +161,36 @@ def services(options):
             health=f"{mlflow}/health",
             port=options.mlflow_port,
         ),
-        Service(
-            "worker",
-            folder,
-            [*run, *f"prefect worker start --pool {POOL} --type process --name local".split()],
-            settings,
+        *(
+            Service(
+                f"worker-{pool}",
+                folder,
+                [sys.executable, str(CHECKOUT / "infra" / "worker.py"), pool],
+                settings,
+            )
+            for pool in POOLS
         ),
     ]
 
 
 def up(options):
-    settings, (prefect, mlflow, worker) = services(options)
+    settings, (prefect, mlflow, *workers) = services(options)
     prefect.check_port()
     mlflow.check_port()
     prefect.up()
     mlflow.up()
-    if not worker.pid():
+    if not any(worker.pid() for worker in workers):
         crash_abandoned(prefect.url)
-    log = prefect.log.with_name("deploy.log")
-    pool = f"work-pool create {POOL} --type process --overwrite"
-    prefect_command(pool.split(), settings, log)
-    deploy = f"--no-prompt deploy --all --prefect-file {DEPLOYMENTS}"
-    prefect_command(deploy.split(), settings, log)
-    worker.up()
-    say(f"\nstart a run: {prefect.url}/deployments, 'pipeline/local', Run\nstop all: make down")
+    apply(settings, prefect.log.with_name("apply.log"))
+    for worker in workers:
+        worker.up()
+    say(f"\nstart a run: {prefect.url}/deployments, 'pipeline', Run\nstop all: make down")
 
 
 def down(options):
-    _, (prefect, mlflow, worker) = services(options)
-    worker.down()
+    _, (prefect, mlflow, *workers) = services(options)
+    for worker in workers:
+        worker.down()
     if prefect.pid():
         crash_abandoned(prefect.url)
     mlflow.down()
@@ -217,13 +220,14 @@ def status(options):
     _, found = services(options)
     for service in found:
         state = f"up, pid {service.pid()}" if service.pid() else "down"
-        say(f"{service.name:8} {state:16} {service.url or ''}  log {service.log}")
+        say(f"{service.name:13} {state:16} {service.url or ''}  log {service.log}")
 
 
-def prefect_command(arguments, settings, log):
+def apply(settings, log):
+    """Work pools, deployments and automations, as the files here have them."""
     with log.open("ab") as output:
         done = subprocess.run(
-            [sys.executable, "-m", "prefect", *arguments],
+            [sys.executable, str(CHECKOUT / "infra" / "apply.py")],
             cwd=CHECKOUT,
             env=settings,
             stdin=subprocess.DEVNULL,
@@ -231,7 +235,7 @@ def prefect_command(arguments, settings, log):
             stderr=output,
         )
     if done.returncode:
-        raise UserError(f"`prefect {' '.join(arguments)}` failed: {log} says why")
+        raise UserError(f"the server does not take deployments or automations: {log} says why")
 
 
 def answers(url):

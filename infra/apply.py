@@ -1,0 +1,117 @@
+"""Give a Prefect server what this project needs: work pools, deployments, automations.
+
+Covers: making what is missing and bringing the rest up to date, as often as one likes; the settings
+EVACLIP_ALERT_WEBHOOK and EVACLIP_PROMOTED_WEBHOOK, addresses that automations call.
+Not here: servers and workers (up.py, compose.yaml); which deployments there are (prefect.yaml).
+
+The server is the one of PREFECT_API_URL; it stores a webhook's address encrypted and shows it
+nowhere. A pool's concurrency limit and whether a schedule is active are set when they are made, and
+are the operator's from then on.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from prefect.blocks.webhook import Webhook
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.events.schemas.automations import AutomationCore
+from prefect.exceptions import ObjectNotFound
+
+INFRA = Path(__file__).resolve().parent
+LIMITS = {"cpu-io": 4, "gpu": 1}
+"""Pool -> flow runs at once: downloads and merges beside each other, one run a machine's GPUs."""
+WEBHOOKS = {"alert": "EVACLIP_ALERT_WEBHOOK", "promoted": "EVACLIP_PROMOTED_WEBHOOK"}
+
+
+async def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pools", choices=["process", "kubernetes"], default="process")
+    options = parser.parse_args(arguments)
+    async with get_client() as client:
+        for name, limit in LIMITS.items():
+            await apply_pool(client, name, limit, options.pools)
+        switched = {schedule_key(d, s): s.active for d, s in await schedules(client)}
+    # Its own process: Prefect's deploy is a command. It needs the pools.
+    deploy = ["--no-prompt", "deploy", "--all", "--prefect-file", str(INFRA / "prefect.yaml")]
+    deployed = subprocess.run([sys.executable, "-m", "prefect", *deploy], cwd=INFRA.parent)
+    if deployed.returncode:
+        return deployed.returncode
+    blocks = {name: await save_webhook(name, os.environ.get(key)) for name, key in WEBHOOKS.items()}
+    async with get_client() as client:
+        for deployment, schedule in await schedules(client):
+            active = switched.get(schedule_key(deployment, schedule), schedule.active)
+            if active != schedule.active:
+                await client.update_deployment_schedule(deployment.id, schedule.id, active=active)
+        for wanted in yaml.safe_load((INFRA / "automations.yaml").read_text())["automations"]:
+            await apply_automation(client, wanted, blocks)
+    return 0
+
+
+async def apply_pool(client, name, limit, kind):
+    """Make a pool, or bring its job template up to date."""
+    template = json.loads((INFRA / "work-pools" / f"{kind}.json").read_text())
+    try:
+        there = await client.read_work_pool(name)
+    except ObjectNotFound:
+        made = {"name": name, "type": kind, "concurrency_limit": limit}
+        await client.create_work_pool(WorkPoolCreate(**made, base_job_template=template))
+        return
+    if there.type != kind:
+        raise SystemExit(
+            f"the work pool {name} is of type {there.type}, not {kind}: delete it by `prefect "
+            f"work-pool delete {name}`, or apply with --pools {there.type}"
+        )
+    await client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
+
+
+async def schedules(client):
+    """Every deployment's schedules; a person switches them on and off in the UI."""
+    return [
+        (one, schedule) for one in await client.read_deployments() for schedule in one.schedules
+    ]
+
+
+def schedule_key(deployment, schedule):
+    return deployment.name, schedule.slug
+
+
+async def save_webhook(name, url):
+    """Id of the block that holds a webhook's address; None without an address."""
+    return str(await Webhook(url=url).save(name, overwrite=True)) if url else None
+
+
+async def apply_automation(client, wanted, blocks):
+    """Make an automation or replace the one of that name; remove it when its webhook is not set."""
+    there = await client.read_automations_by_name(wanted["name"])
+    actions = [with_block(action, blocks) for action in wanted["actions"]]
+    if None in actions:
+        for one in there:
+            await client.delete_automation(one.id)
+        return
+    automation = AutomationCore.model_validate({**wanted, "actions": actions})
+    if not there:
+        await client.create_automation(automation)
+        return
+    await client.update_automation(there[0].id, automation)
+    for double in there[1:]:
+        await client.delete_automation(double.id)
+
+
+def with_block(action, blocks):
+    """An action with its webhook's id; None when that has no address."""
+    if "block" not in action:
+        return action
+    rest = {key: value for key, value in action.items() if key != "block"}
+    found = blocks[action["block"]]
+    return found and {**rest, "block_document_id": found}
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main(sys.argv[1:])))

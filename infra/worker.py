@@ -1,0 +1,116 @@
+"""A Prefect worker that leaves no run behind as "Running": `python infra/worker.py POOL`.
+
+Covers: starting the worker, starting it again when it dies, stopping it on SIGTERM or SIGINT with
+its flow runs, and telling the server that those crashed.
+Not here: which pools there are (apply.py); machines that vanish (automations.yaml finds their runs
+by missing heartbeats). Standard library only.
+
+Prefect's worker takes its runs with it when it is stopped, and their state stays Running for ever;
+so does a place under their deployment's concurrency limit.
+"""
+
+import argparse
+import base64
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+RESTART_S = 5
+STOP_S = 35  # Prefect gives a flow 30 s to end before it kills it
+RUN_ID = b"PREFECT__FLOW_RUN_ID="
+UNFINISHED = ("RUNNING", "PENDING", "CANCELLING")
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pool")
+    parser.add_argument("--type", default="process")
+    options = parser.parse_args(arguments)
+    stopping = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stopping.append(number))
+    name = f"{options.pool}-{platform.node()}"
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--name", name]
+    command += ["--pool", options.pool, "--type", options.type]
+    while not stopping:
+        # A group of its own: whoever stops our group must not stop the worker before us.
+        worker = subprocess.Popen(command, process_group=0, preexec_fn=hear_interrupts)
+        while worker.poll() is None and not stopping:
+            time.sleep(0.2)
+        if stopping:
+            stop(worker)
+        else:
+            sys.stderr.write(f"the worker ended with {worker.returncode}; it is started again\n")
+            until = time.monotonic() + RESTART_S
+            while not stopping and time.monotonic() < until:
+                time.sleep(0.2)
+    return 0
+
+
+def hear_interrupts():
+    # Prefect's worker turns SIGTERM into SIGINT, which children of scripts inherit as ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def stop(worker):
+    """End the worker with all its flow runs, and say so to the server."""
+    runs = runs_of(os.getsid(0))
+    worker.terminate()
+    try:
+        worker.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        worker.kill()
+        worker.wait()
+    for run in sorted(runs - runs_of(os.getsid(0))):
+        try:
+            crash(run)
+        except OSError as error:
+            sys.stderr.write(f"run {run} cannot be marked as crashed: {error}\n")
+
+
+def runs_of(session):
+    """Ids of the flow runs whose processes are in a session."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found |= {
+                    one.removeprefix(RUN_ID).decode()
+                    for one in (folder / "environ").read_bytes().split(b"\0")
+                    if one.startswith(RUN_ID)
+                }
+        except OSError:
+            continue
+    return found
+
+
+def crash(run):
+    """Set a run that is not over to Crashed."""
+    state = call("GET", f"flow_runs/{run}")["state"]
+    if state["type"] in UNFINISHED:
+        message = "its worker was stopped; run it again to go on"
+        crashed = {"type": "CRASHED", "message": message}
+        call("POST", f"flow_runs/{run}/set_state", {"state": crashed, "force": True})
+
+
+def call(method, path, body=None):
+    """Ask the Prefect server that PREFECT_API_URL names."""
+    headers = {"Content-Type": "application/json"}
+    if auth := os.environ.get("PREFECT_API_AUTH_STRING"):
+        headers["Authorization"] = f"Basic {base64.b64encode(auth.encode()).decode()}"
+    url = f"{os.environ['PREFECT_API_URL'].rstrip('/')}/{path}"
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, headers, method=method)
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.load(answer)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

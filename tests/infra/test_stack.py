@@ -1,0 +1,222 @@
+"""`make up` for real: what the server then knows, refuses and does, and what `make down` leaves."""
+
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.flows.command import environment, free_port
+
+UP = Path(__file__).parents[2] / "infra" / "up.py"
+pytestmark = pytest.mark.slow
+
+
+class Heard(http.server.BaseHTTPRequestHandler):
+    """Keeps what a webhook is told."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.heard.append(json.loads(body))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_):
+        """Quiet."""
+
+
+class Stack:
+    """The servers of one root."""
+
+    def __init__(self, root, webhook):
+        self.root, self.webhook = root, webhook
+        self._ports = {name: free_port() for name in ("prefect", "mlflow")}
+        self.api = f"http://127.0.0.1:{self._ports['prefect']}/api"
+
+    def make(self, what):
+        alert = f"http://127.0.0.1:{self.webhook.server_port}/alert?token=very-secret"
+        settings = environment(self.root, EVACLIP_ALERT_WEBHOOK=alert)
+        ports = [word for name, port in self._ports.items() for word in (f"--{name}-port", port)]
+        words = [sys.executable, UP, what, "--root", self.root, *ports]
+        ended = subprocess.run(list(map(str, words)), env=settings, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    def ask(self, path, body=None, method="POST"):
+        data = json.dumps({} if body is None else body).encode() if method == "POST" else None
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.api}/{path}", data, headers, method=method)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def deployments(self):
+        return {one["name"]: one for one in self.ask("deployments/filter")}
+
+    def start(self, name, parameters):
+        path = f"deployments/{self.deployments()[name]['id']}/create_flow_run"
+        return self.ask(path, {"parameters": parameters})["id"]
+
+    def refused(self, name, parameters):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            self.start(name, parameters)
+        return json.load(error.value)["detail"]
+
+    def becomes(self, run, *states, within_s=90):
+        deadline = time.monotonic() + within_s
+        while (state := self.ask(f"flow_runs/{run}", method="GET")["state"]["name"]) not in states:
+            assert time.monotonic() < deadline, state
+            time.sleep(0.5)
+        return state
+
+    def worker(self, pool):
+        return json.loads((self.root / "services" / f"worker-{pool}.json").read_text())["pid"]
+
+    def processes(self):
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("EVACLIP_ROOT") == str(self.root):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    webhook = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Heard)
+    webhook.heard = []
+    threading.Thread(target=webhook.serve_forever, daemon=True).start()
+    made = Stack(tmp_path_factory.mktemp("stack") / "runs", webhook)
+    try:
+        made.make("up")
+        yield made
+    finally:
+        made.make("down")
+        webhook.shutdown()
+    assert made.processes() == []
+
+
+@pytest.fixture
+def endless(tmp_path):
+    """A takedown list that never comes to an end: a pipe that nobody writes to."""
+    path = tmp_path / "list.txt"
+    os.mkfifo(path)
+    return str(path)
+
+
+def test_up_twice_is_up_once(stack):
+    def known():
+        pools = [(p["name"], p["id"]) for p in stack.ask("work_pools/filter")]
+        automations = [(a["name"], a["id"]) for a in stack.ask("automations/filter")]
+        return pools, automations, sorted((n, d["id"]) for n, d in stack.deployments().items())
+
+    before, pids = known(), {one.pid for one in stack.processes()}
+    said = stack.make("up")
+    assert known() == before and len(before[1]) == 2
+    assert said.count("is up already") == 4
+    assert pids <= {one.pid for one in stack.processes()}
+
+
+def test_deployments_name_no_machine_and_pools_have_limits(stack):
+    for one in stack.deployments().values():
+        assert one["pull_steps"] == [] and one["path"] is None
+        assert one["concurrency_limit"] == 1 or one["global_concurrency_limit"]["limit"] == 1
+        shown = one["parameter_openapi_schema"]["properties"]
+        assert all(field["description"] and "$ref" not in field for field in shown.values())
+    limits = {pool["name"]: pool["concurrency_limit"] for pool in stack.ask("work_pools/filter")}
+    assert limits == {"cpu-io": 4, "gpu": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "field"),
+    [
+        ("pipeline", {"recipe": "dmeo"}, "recipe"),
+        ("train", {"overrides": ["nonsense"]}, "overrides[0]"),
+        ("pipeline", {"dry_run": "perhaps"}, "dry_run"),
+        ("retrain", {"promote": "yes"}, "promote"),
+        ("takedown", {}, "file"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_field_before_anything_starts(
+    stack, name, parameters, field
+):
+    assert f"'{field}'" in stack.refused(name, parameters)
+
+
+def test_a_schedule_that_a_person_switched_on_stays_on(stack):
+    retrain = stack.deployments()["retrain"]
+    (schedule,) = retrain["schedules"]
+    assert not schedule["active"] and schedule["schedule"]["cron"] == "0 3 * * 1"
+    request = urllib.request.Request(
+        f"{stack.api}/deployments/{retrain['id']}/schedules/{schedule['id']}",
+        b'{"active": true}',
+        {"Content-Type": "application/json"},
+        method="PATCH",
+    )
+    urllib.request.urlopen(request, timeout=30).close()
+    stack.make("up")
+    (schedule,) = stack.deployments()["retrain"]["schedules"]
+    assert schedule["active"]
+
+
+def test_a_failed_run_is_reported_and_the_address_of_the_report_is_not_shown(stack):
+    run = stack.start("takedown", {"file": "/nowhere/list.txt"})
+    assert stack.becomes(run, "Completed", "Failed", "Crashed") == "Failed"
+    deadline = time.monotonic() + 30
+    while not stack.webhook.heard:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert "of takedown is Failed" in stack.webhook.heard[0]["text"]
+    assert "/nowhere/list.txt" in stack.webhook.heard[0]["text"]
+    assert len(stack.webhook.heard) == 1
+    shown = json.dumps(stack.ask("block_documents/filter"))
+    assert "alert" in shown and "very-secret" not in shown
+    assert "very-secret" not in json.dumps(stack.ask("automations/filter"))
+
+
+def test_a_stopped_worker_leaves_its_run_crashed_and_no_process(stack, endless):
+    run = stack.start("takedown", {"file": endless})
+    stack.becomes(run, "Running")
+    os.kill(stack.worker("cpu-io"), signal.SIGTERM)
+    assert stack.becomes(run, "Completed", "Failed", "Crashed", within_s=60) == "Crashed"
+    here = [one for one in stack.processes() if one.environ().get("PREFECT__FLOW_RUN_ID") == run]
+    assert here == []
+    stack.make("up")
+
+
+def test_a_killed_worker_is_replaced_and_its_run_goes_on(stack, endless):
+    run = stack.start("takedown", {"file": endless})
+    stack.becomes(run, "Running")
+    (worker,) = [
+        one
+        for one in psutil.Process(stack.worker("cpu-io")).children()
+        if "worker" in one.cmdline()
+    ]
+    worker.kill()
+    time.sleep(15)
+    assert stack.becomes(run, "Running") == "Running"
+    Path(endless).write_text("0" * 64 + "\n")
+    assert stack.becomes(run, "Completed", "Failed", "Crashed") == "Completed"
+    assert psutil.Process(stack.worker("cpu-io")).children()
+
+
+def test_a_second_run_waits_and_a_second_retraining_is_cancelled(stack, endless):
+    first = stack.start("takedown", {"file": endless})
+    stack.becomes(first, "Running")
+    second = stack.start("takedown", {"file": "/nowhere/list.txt"})
+    time.sleep(15)
+    assert stack.becomes(second, "AwaitingConcurrencySlot", "Scheduled", "Late")
+    Path(endless).write_text("0" * 64 + "\n")
+    assert stack.becomes(second, "Completed", "Failed", "Crashed", within_s=120) == "Failed"
+    options = stack.deployments()["retrain"]["concurrency_options"]
+    assert options["collision_strategy"] == "CANCEL_NEW"
