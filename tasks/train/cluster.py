@@ -45,6 +45,8 @@ class Cluster:
     """Words that say the job is there, but nothing of it runs or will run again."""
     cancel: tuple[str, ...]
     """Ends the job, SIGTERM first."""
+    beside: frozenset[str] = frozenset()
+    """Words that are not about the job, but about what is submitted with it."""
 
     @property
     def tools(self) -> frozenset[str]:
@@ -53,7 +55,7 @@ class Cluster:
 
     def is_over(self, said: str) -> bool:
         """Whether nothing of the job runs or will run, by what `state` printed."""
-        words = said.split()
+        words = set(said.split()) - self.beside
         return not words or not self.ended.isdisjoint(words)
 
 
@@ -72,12 +74,15 @@ CLUSTERS: Mapping[Kind, Cluster] = {
         template=INFRA / "kubernetes" / "train-job.yaml",
         script="job.yaml",
         submit=(_DELETE, ("kubectl", "apply", "--filename={script}")),
+        # What the template made: a Job, a JobSet or a TrainJob, alone or in a list with its Service.
         state=(
-            *("kubectl", "get", "job/{name}", "--ignore-not-found"),
-            "--output=jsonpath={{.metadata.name}} {{.status.conditions[*].type}}",
+            *("kubectl", "get", "--filename={script}", "--ignore-not-found"),
+            "--output=jsonpath={{.kind}} {{.items[*].kind}} {{.status.conditions[*].type}} "
+            "{{.items[*].status.conditions[*].type}}",
         ),
-        ended=frozenset({"Complete", "Failed"}),
+        ended=frozenset({"Complete", "Completed", "Failed"}),
         cancel=_DELETE,
+        beside=frozenset({"List", "Service"}),
     ),
 }
 

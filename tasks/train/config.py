@@ -39,7 +39,7 @@ class Launch(Config):
     hostfile: Path | None = None
     """Machines of the deepspeed launcher, one a line: `name slots=PROCESSES`."""
     job_template: Path | None = None
-    """Your own copy of infra/slurm/train.sbatch or infra/kubernetes/train-job.yaml."""
+    """Your own copy of infra/slurm/train.sbatch or of one of infra/kubernetes/train-*.yaml."""
     submit_command: str | None = None
     """Starts all ranks and ends when they do. `{job}`, `{run_dir}`, `{ranks}`, `{nodes}` are
     filled in; every rank must run `python -m evaclip_model.training.worker {job}`."""
