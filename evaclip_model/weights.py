@@ -12,6 +12,7 @@ models were.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -28,8 +29,11 @@ from evaclip_model.errors import InputError
 from evaclip_model.layouts import Entry, Layout, Names, may_lack, native_names
 from evaclip_model.model_config import CONFIG_FILE
 from evaclip_model.tensor_file import StoredTensor, write_tensors
+from evaclip_model.transform import preprocessing
 from evaclip_model.weight_files import WEIGHTS_FILE, open_tensors
 
+PREPROCESSING_FILE = "preprocessing.json"
+"""What a saved model's images went through (`transform.preprocessing`)."""
 Part = Literal["all", "vision", "text"]
 _PREFIX = {"vision": "visual.", "text": "text."}
 _JOINT = ("visual.head.", "text.text_projection", "logit_scale")
@@ -85,10 +89,12 @@ def save_weights(model: EvaClip, path: str | Path) -> None:
 
 
 def save_model(model: EvaClip, folder: str | Path) -> None:
-    """Write `config.json` and `model.safetensors`; neither is ever seen half-written."""
+    """Write `config.json`, `model.safetensors` and `preprocessing.json`, each whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder / WEIGHTS_FILE)
+    used = preprocessing(model.config.vision.image_px)
+    write_text(json.dumps(used, indent=1), folder / PREPROCESSING_FILE)
     write_text(model.config.model_dump_json(indent=1), folder / CONFIG_FILE)
 
 

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from prefect import flow
+from prefect import flow, runtime
 from prefect.artifacts import create_link_artifact
 
 from evaclip_model.training.config import METRICS_FILE, MODEL_FOLDER
 from flows.chart import find_files
+from flows.gate import Promote, register_and_judge, settle
 from flows.parameters import Handed, Overrides, RecipeName
 from flows.session import open_session
 from tasks.artifact import Artifact, read_artifact
 from tasks.evaluate.task import evaluate as evaluate_stage
-from tasks.register.task import register
 
 
 @flow(name="evaluate")
 def evaluate(
-    recipe: RecipeName = "demo", overrides: Overrides = (), model: Handed = None
+    recipe: RecipeName = "demo",
+    overrides: Overrides = (),
+    model: Handed = None,
+    promote: Promote = "gate",
 ) -> Artifact:
-    """Evaluate the trained beside the untrained model, write the report, register the model.
+    """Evaluate the trained beside the untrained model, write the report, register the model, and
+    let the gate decide whether it becomes champion.
 
     Args:
         recipe: Name of a recipe, or path of a .toml file.
         overrides: Changes to the recipe, each `table.key=value`.
         model: What `train` made; by default looked up from the recipe.
+        promote: What happens to a better model. gate: it becomes champion; ask: once a person has
+            said yes; never: it stays challenger.
     """
     with open_session("evaluate", recipe, overrides) as session:
         chart, wanted = session.chart, session.recipe
@@ -38,12 +44,13 @@ def evaluate(
             {"trained": model.folder / MODEL_FOLDER, "untrained": untrained.folder / MODEL_FOLDER},
             sets,
             [address.folder / METRICS_FILE for address in chart.train],
+            session.profile.machine,
             inputs={"evaluation": read_artifact(chart.demo.folder)} if chart.demo else {},
             attach=("report.html", "results.json"),
         )
         report = session.run.url() or (evaluated.folder / "report.html").as_uri()
         create_link_artifact(link=report, link_text="Evaluation report", key="evaluation-report")
-        return session.make(
-            *(register, chart.register, wanted.registry, model, evaluated),
-            *(session.store, session.root, session.run.run_id()),
-        )
+        registered = register_and_judge(session, chart.register, model, evaluated)
+    if runtime.flow_run.parent_flow_run_id is None:
+        settle(session, registered, promote)
+    return registered

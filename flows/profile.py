@@ -15,8 +15,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from evaclip_model.config import explain
 from evaclip_model.errors import InputError
 from tasks.download.spread import Distributor
+from tasks.evaluate.config import Machine
 from tasks.tracking import TrackingStore
 from tasks.train.config import Launch
+from tasks.train.launch import count_gpus
 
 
 class Profile(BaseSettings, Launch):
@@ -40,6 +42,24 @@ class Profile(BaseSettings, Launch):
     """Connections open at once in each downloader process."""
     download_distributor: Distributor = "multiprocessing"
     """What starts downloader processes: `multiprocessing`, or `pyspark` or `ray` over machines."""
+
+    evaluate_ranks: int = Field(0, ge=0)
+    """Processes that encode for an evaluation; 0: one a GPU, or one on the CPU."""
+    evaluate_workers: int | None = Field(None, ge=0)
+    """Decoding threads of each; unset: the cores that its GPU leaves."""
+    evaluate_cache_gb: float = Field(20.0, ge=0)
+    """Most that features of evaluations take under `root`, in GB."""
+
+    @property
+    def machine(self) -> Machine:
+        """Where evaluations run."""
+        return Machine(
+            ranks=self.evaluate_ranks,
+            workers=self.evaluate_workers,
+            cache=self.root.resolve() / "cache" / "evaluate",
+            cache_gb=self.evaluate_cache_gb,
+            gpus=count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")),
+        )
 
     @property
     def launch(self) -> Launch:

@@ -6,8 +6,10 @@ Not here: reading sets, metrics, the report; torch is not imported.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import Any, Self, get_args
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -22,7 +24,8 @@ from tasks.evaluate.registry import (
     nearest_set,
 )
 
-STAGE = Stage("evaluate", 1, tools=("torch", "pillow", "numpy", "ftfy"))
+STAGE = Stage("evaluate", 2, tools=("torch", "pillow", "numpy", "ftfy"), ignores=("batch_size",))
+Precision = Literal["fp32", "bf16", "fp16"]
 RESULTS = "results.json"
 """Every figure, with what it rests on."""
 REPORT = "report.html"
@@ -124,8 +127,10 @@ class EvaluateConfig(Config):
 
     sets: tuple[EvalSetConfig, ...] = Field(min_length=1)
     """Evaluation sets, in the order of the report."""
+    precision: Precision = "fp32"
+    """Of the model that makes features; they are compared in fp32 whatever it is."""
     batch_size: int = Field(default=256, gt=0)
-    """Images, or texts, encoded at once."""
+    """Ignored: the model sees chunks of one size, so that no batch decides a figure."""
     title: str = "Zero-shot evaluation"
     """Heading of the report."""
 
@@ -137,3 +142,33 @@ class EvaluateConfig(Config):
             if names.count(name) > 1:
                 raise ValueError(f"needs names that differ: two sets are called '{name}'")
         return value
+
+
+class Machine(Config):
+    """Where an evaluation runs; it never changes a figure. Read from EVACLIP_EVALUATE_<FIELD>."""
+
+    ranks: int = Field(0, ge=0)
+    """Processes that encode; 0: one a GPU, or one on the CPU, each on one of its cores."""
+    workers: int | None = Field(None, ge=0)
+    """Decoding threads of each rank; unset: the cores that its GPU leaves, none on the CPU."""
+    cache: Path | None = None
+    """Where features are kept for later evaluations; unset: nowhere."""
+    cache_gb: float = Field(20.0, ge=0)
+    """Most that is kept there, in GB; what was used longest ago goes first."""
+    gpus: int = Field(0, ge=0)
+    """GPUs of this machine; with none the CPU does it all."""
+
+    @property
+    def rank_count(self) -> int:
+        return self.ranks or self.gpus or 1
+
+    @property
+    def worker_count(self) -> int:
+        if self.workers is not None:
+            return self.workers
+        cores = len(os.sched_getaffinity(0))
+        return max(1, cores // self.rank_count - 1) if self.gpus else 0
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        return "cuda" if self.gpus else "cpu"

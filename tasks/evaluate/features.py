@@ -1,135 +1,131 @@
-"""Image features of a set, computed in blocks that survive a kill.
+"""Image features of a set, in blocks that any process can make and none makes twice.
 
-Covers: decoding and encoding every image of a set once, the files finished blocks lie in.
-Not here: ranks and figures; text features, which take seconds.
+Covers: decoding and encoding the images of one block, which blocks a set has, joining them.
+Not here: text features (classifiers.py), files (blocks.py), who makes which block (worker.py).
 
-A block is a fixed range of samples, always encoded in the same batches, so an evaluation that was
-killed and continued has bitwise the features of one that was not.
+The model always sees chunks of one size, the last padded with zeros, on one thread of a CPU: a
+feature is a function of its image alone, bit for bit. Libraries choose another order of summation
+for another size, and share rows out to threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from evaclip_model.errors import InputError
 from evaclip_model.transform import UnreadableImageError, decode_image
 from evaclip_model.zeroshot import normalised
-from tasks.evaluate.sets import EvalSample, EvalSet
+from tasks.evaluate.blocks import SUFFIX, read_block, write_block
+from tasks.evaluate.models import Subject
+from tasks.evaluate.sets import Span
 
-BLOCK_BATCHES = 4
-"""Batches in one block; a kill costs at most one block."""
+CHUNK = 64
+"""Images that a model sees at once."""
+BLOCK = 4 * CHUNK
+"""Images of one file; a kill costs at most one block."""
+_FEATURES = "features"
 
 
-class ImageTower(Protocol):
-    """What is needed of a model here."""
+@dataclass(frozen=True)
+class ImageList:
+    """The images of one set, as the processes that encode them are told of them."""
 
-    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor: ...
-
-
-class _Images(Dataset[Tensor | UnreadableImageError]):
-    """Samples as normalised model input [3, H, W].
-
-    A reason not to decode is returned, not raised: a DataLoader wraps what a worker raises in the
-    worker's traceback, and the user is owed a sentence.
-    """
-
-    def __init__(self, samples: tuple[EvalSample, ...], transform: Callable[..., Tensor]) -> None:
-        self._samples = samples
-        self._transform = transform
+    name: str
+    keys: tuple[str, ...]
+    spans: tuple[Span, ...]
+    crop_px: int = 0
+    """Cut off every side of every image first."""
 
     def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> Tensor | UnreadableImageError:
-        sample = self._samples[index]
-        try:
-            return self._transform(decode_image(sample.image.read()))
-        except UnreadableImageError as error:
-            return UnreadableImageError(f"{sample.image.tar}: image {sample.key}: {error}")
+        return len(self.keys)
 
 
-def _stacked(images: list[Tensor | UnreadableImageError]) -> Tensor | UnreadableImageError:
-    """Model input [B, 3, H, W], or why the first of the undecodable ones is."""
-    failed = next((one for one in images if isinstance(one, UnreadableImageError)), None)
-    return failed or torch.stack([one for one in images if isinstance(one, Tensor)])
+class UnusableSetError(InputError):
+    """An image of a set cannot be decoded: the set fails, the others do not."""
 
 
-def image_features(
-    model: ImageTower,
-    transform: Callable[..., Tensor],
-    evalset: EvalSet,
-    blocks: Path,
-    *,
-    batch_size: int,
-    workers: int = 0,
-    device: str = "cpu",
-    progress: Callable[[int], None] = lambda done: None,
-) -> Tensor:
-    """Normalised fp32 features of all images [N, D], in the order of the set.
-
-    `blocks` holds the finished blocks of this very model and set; the caller names it after both.
-    `progress` gets the number of images done.
+def begin_block(
+    subject: Subject, images: ImageList, number: int, pool: Executor | None
+) -> Iterator[Tensor]:
+    """The model's input [3, S, S] of each image of a block; with a pool, all are begun at once.
 
     Raises:
-        InputError: an image cannot be decoded, or features are not finite.
+        UnusableSetError: an image cannot be decoded; raised when its turn comes.
     """
-    blocks.mkdir(parents=True, exist_ok=True)
-    size = batch_size * BLOCK_BATCHES
-    parts: list[Tensor] = []
-    done = 0
-    for start in range(0, len(evalset), size):
-        samples = evalset.samples[start : start + size]
-        path = blocks / f"{start:09d}-{len(samples)}.safetensors"
-        part = _read_block(path, len(samples))
-        if part is None:
-            images = DataLoader(
-                _Images(samples, transform), batch_size, num_workers=workers, collate_fn=_stacked
-            )
-            batches: list[Tensor] = []
-            for batch in images:
-                if isinstance(batch, UnreadableImageError):
-                    raise InputError(
-                        f"{batch}; every image of a set is evaluated or none, so fetch or write "
-                        "this set again"
-                    )
-                batches.append(encode_batch(model, batch, device))
-                progress(done + sum(len(features) for features in batches))
-            part = torch.cat(batches)
-            _write_block(path, part)
-        parts.append(part)
-        done += len(part)
-        progress(done)
+    start = number * BLOCK
+    rows = range(start, min(start + BLOCK, len(images)))
+    decode = partial(_pixels, images, subject.transform)
+    return map(decode, rows) if pool is None else pool.map(decode, rows)
+
+
+def encode_block(
+    subject: Subject, images: ImageList, number: int, decoded: Iterator[Tensor], folder: Path
+) -> int:
+    """Make a block of what `begin_block` began and put it in its place; the number of its images.
+
+    Raises:
+        UnusableSetError: an image cannot be decoded.
+        InputError: features are not finite.
+    """
+    parts = []
+    while pixels := list(islice(decoded, CHUNK)):
+        count = len(pixels)
+        padded = torch.zeros(CHUNK, *pixels[0].shape)
+        padded[:count] = torch.stack(pixels)
+        with torch.inference_mode():
+            encoded = subject.encode_image(padded)[:count]
+            parts.append(normalised(encoded.cpu(), "image"))
     features = torch.cat(parts)
-    if len(features) != len(evalset):
-        raise RuntimeError(
-            f"set '{evalset.name}': {len(features)} images evaluated, {len(evalset)} in its index"
-        )
-    return features
+    write_block(_path(folder, number, len(images)), {_FEATURES: features})
+    return len(features)
 
 
-def encode_batch(model: ImageTower, images: Tensor, device: str) -> Tensor:
-    """Normalised fp32 features [B, D] of model input [B, 3, H, W], on the CPU."""
-    with torch.inference_mode():
-        return normalised(model.encode_image(images.to(device)).cpu(), "image")
+def missing_blocks(folder: Path, images: int) -> list[int]:
+    """Blocks of a set that are not there, or not whole."""
+    return [one for one in _blocks_of(images) if _read(folder, one, images) is None]
 
 
-def _read_block(path: Path, rows: int) -> Tensor | None:
+def read_features(folder: Path, images: int) -> Tensor | None:
+    """Unit features of all images [N, D] in the order of the set; None if a block is missing."""
+    parts = [_read(folder, one, images) for one in _blocks_of(images)]
+    whole = [part for part in parts if part is not None]
+    return torch.cat(whole) if len(whole) == len(parts) else None
+
+
+def _blocks_of(images: int) -> range:
+    return range((images + BLOCK - 1) // BLOCK)
+
+
+def _path(folder: Path, number: int, images: int) -> Path:
+    """Where a block lies; its name says which samples it holds."""
+    start = number * BLOCK
+    return folder / f"{start:09d}-{min(BLOCK, images - start)}{SUFFIX}"
+
+
+def _read(folder: Path, number: int, images: int) -> Tensor | None:
+    features = (read_block(_path(folder, number, images)) or {}).get(_FEATURES)
+    expected = min(BLOCK, images - number * BLOCK)
+    return features if features is not None and len(features) == expected else None
+
+
+def _pixels(images: ImageList, transform: Callable[[Image.Image], Tensor], row: int) -> Tensor:
     try:
-        features = load_file(path)["features"]
-    except (FileNotFoundError, KeyError, SafetensorError):
-        return None
-    return features if len(features) == rows else None
-
-
-def _write_block(path: Path, features: Tensor) -> None:
-    beside = path.with_suffix(".part")
-    save_file({"features": features.contiguous()}, beside)
-    beside.replace(path)
+        image = decode_image(images.spans[row].read())
+        if images.crop_px:
+            edge = images.crop_px
+            image = image.crop((edge, edge, image.width - edge, image.height - edge))
+        return transform(image)
+    except (UnreadableImageError, InputError) as error:  # undecodable, or its tar was cut short
+        raise UnusableSetError(
+            f"{images.spans[row].tar}: image {images.keys[row]}: {error}; every image of a set is "
+            "evaluated or none, so fetch or write this set again"
+        ) from None

@@ -9,7 +9,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from tasks.artifact import Address, Artifact, produce
-from tasks.evaluate.config import EvaluateConfig
+from tasks.evaluate.config import EvaluateConfig, Machine
 from tasks.evaluate.evaluate import evaluate_models
 from tasks.progress import Report
 
@@ -18,10 +18,14 @@ from tasks.progress import Report
 def evaluate(
     address: Address,
     config: EvaluateConfig,
-    models: Mapping[str, Path],
+    models: Mapping[str, str | Path],
     sets: Mapping[str, Path],
     curves: Sequence[Path],
+    machine: Machine,
     report: Report,
 ) -> Artifact:
     """The evaluation at `address`: `models` on `sets`, made now or found finished."""
-    return produce(address, lambda out: evaluate_models(config, models, sets, curves, out, report))
+    return produce(
+        address,
+        lambda out: evaluate_models(config, models, sets, curves, out, report, machine=machine),
+    )

@@ -13,7 +13,7 @@ from pathlib import Path
 from evaclip_model.create import create_model
 from evaclip_model.model_config import CONFIG_FILE
 from evaclip_model.weight_files import WEIGHTS_FILE
-from evaclip_model.weights import load_weights, save_model
+from evaclip_model.weights import PREPROCESSING_FILE, load_weights, save_model
 from tasks.artifact import Made
 from tasks.initialise.config import InitialiseConfig
 from tasks.progress import Report
@@ -23,7 +23,7 @@ _WHAT = {"clip": "the whole model", "vision": "vision tower", "text": "text towe
 
 
 def initialise_model(config: InitialiseConfig, out: Path, report: Report) -> Made:
-    """Write `model/config.json` and `model/model.safetensors` into `out`.
+    """Write the model's folder into `out`.
 
     Raises:
         InputError: weights that cannot be read or do not fit the architecture.
@@ -47,4 +47,5 @@ def initialise_model(config: InitialiseConfig, out: Path, report: Report) -> Mad
     folder = out / MODEL_FOLDER
     save_model(model, folder)
     report(steps, steps, "saved")
-    return Made(counts, (folder / CONFIG_FILE, folder / WEIGHTS_FILE))
+    names = (CONFIG_FILE, WEIGHTS_FILE, PREPROCESSING_FILE)
+    return Made(counts, tuple(folder / name for name in names))

@@ -67,6 +67,7 @@ def test_a_saved_model_opens_as_it_was(tmp_path: Path):
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
         "config.json",
         "model.safetensors",
+        "preprocessing.json",
     ]
 
 

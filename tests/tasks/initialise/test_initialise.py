@@ -31,7 +31,8 @@ def make(root: Path, **values: object) -> Artifact:
 
 def test_the_artifact_is_the_model_its_config_decides(tmp_path: Path):
     artifact = make(tmp_path, image_px=48, seed=3)
-    assert sorted(artifact.files) == ["model/config.json", "model/model.safetensors"]
+    names = ("config.json", "model.safetensors", "preprocessing.json")
+    assert sorted(artifact.files) == [f"model/{name}" for name in names]
     opened = open_model(artifact.folder / "model")
     assert opened.config.vision.image_px == 48
     expected = create_model(opened.config, seed=3).state_dict()

@@ -37,7 +37,8 @@ def test_a_rank_killed_in_the_middle_is_restarted_and_the_stage_is_whole(data, t
     assert any("goes on" in detail for _, _, detail in told)
     names = {str(path.relative_to(tmp_path)) for path in made.files}
     kept = {"train.json", "metrics.jsonl", "result.json"}
-    assert names == kept | {"model/config.json", "model/model.safetensors"}
+    model = {"config.json", "model.safetensors", "preprocessing.json"}
+    assert names == kept | {f"model/{name}" for name in model}
     assert open_model(tmp_path / "model").config.vision.image_px == 8
     assert processes_of(tmp_path) == []
 

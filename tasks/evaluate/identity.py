@@ -1,0 +1,44 @@
+"""What a model is, as results say it.
+
+Covers: the record of digests, size and preprocessing that stands beside every figure of a model.
+Not here: making it (models.py, open_clip_model.py); torch is not imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from evaclip_model.config import Config
+
+DIGEST_CHARS = 16
+
+
+class Identity(Config):
+    """A model, whatever folder it lies in."""
+
+    digest: str
+    """Of architecture and weights."""
+    text_digest: str
+    """Of the text tower's architecture, weights and tokenizer: models that share it share text
+    features."""
+    transform_digest: str
+    """Of `preprocessing`."""
+    architecture: str
+    params: int
+    """Weights, both towers."""
+    gflops: float | None
+    """Of one image, in billions; a FLOP is half a multiply-add of a matrix product."""
+    source: str
+    """How it was named."""
+    preprocessing: dict[str, Any]
+    """How an image becomes the model's input."""
+    warnings: tuple[str, ...] = ()
+    """What a reader of its figures should know."""
+
+
+def digest_of(value: Any) -> str:
+    """16 hex digits over anything JSON can hold."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARS]

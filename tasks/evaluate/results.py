@@ -1,0 +1,129 @@
+"""What `results.json` holds: every figure, with what it rests on.
+
+Covers: putting figures, chance, the paper, comparisons and provenance together; the totals of the
+artifact.
+Not here: computing any of it, warnings (checks.py), reports.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from tasks.evaluate.checks import warnings_of
+from tasks.evaluate.config import STAGE, EvaluateConfig
+from tasks.evaluate.figures import Figures, Scored, captions_of, chance_of, figures_of
+from tasks.evaluate.identity import Identity
+from tasks.evaluate.paper import paper_model, published, verdict
+from tasks.evaluate.sets import EvalSet
+
+RULE = (
+    "rank = answers with a strictly larger fp32 cosine + equal ones with a lower index; "
+    "hit@k = rank < k; every sample of a set's index is evaluated exactly once"
+)
+
+
+def results_of(
+    config: EvaluateConfig,
+    models: Mapping[str, Identity],
+    sets: Mapping[str, EvalSet],
+    scored: Mapping[str, Mapping[str, Scored]],
+    failed: Mapping[str, str],
+) -> dict[str, Any]:
+    """Everything `results.json` holds; sets that failed have only a reason."""
+    subject = next(iter(models))
+    whole = {name: one for name, one in sets.items() if name in scored}
+    results = {
+        name: {model: figures_of(one) for model, one in by_model.items()}
+        for name, by_model in scored.items()
+    }
+    chance = {name: chance_of(one) for name, one in whole.items()}
+    return {
+        "title": config.title,
+        "subject": subject,
+        "models": {
+            name: {**one.model_dump(mode="json"), "precision": config.precision}
+            for name, one in models.items()
+        },
+        "sets": {
+            name: {
+                **_about(one),
+                "warnings": warnings_of(
+                    one, scored[name][subject], results[name][subject], chance[name]
+                ),
+            }
+            for name, one in whole.items()
+        },
+        "results": results,
+        "chance": chance,
+        "paper": {name: _paper(whole[name], results[name], models) for name in whole},
+        "failed": dict(failed),
+        "rule": RULE,
+        "versions": {tool: metadata.version(tool) for tool in ("evaclip", *STAGE.tools)},
+    }
+
+
+def counts_of(results: Mapping[str, Any]) -> dict[str, float]:
+    """Totals of the manifest: `SET.METRIC`, `SET.OTHER-MODEL.METRIC`, `SET.chance.METRIC`."""
+    counts: dict[str, float] = {}
+    for name, by_model in results["results"].items():
+        for model, figures in by_model.items():
+            prefix = name if model == results["subject"] else f"{name}.{model}"
+            for metric in results["chance"][name]:
+                counts[f"{prefix}.{metric}"] = figures[metric]
+        counts[f"{name}.n"] = results["sets"][name]["n"]
+        for metric, value in results["chance"][name].items():
+            counts[f"{name}.chance.{metric}"] = value
+    return counts
+
+
+def prompts_digest(evalset: EvalSet) -> str:
+    """16 hex digits over the class names and templates, or the captions, that were encoded."""
+    texts = [list(evalset.classnames), list(evalset.templates), captions_of(evalset)]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
+
+def _about(evalset: EvalSet) -> dict[str, Any]:
+    known = evalset.known
+    return {
+        "kind": evalset.kind,
+        "metric": known.metric if known else None,
+        "n": len(evalset),
+        "expected_n": known.n if known else None,
+        "classes": len(evalset.classnames) or None,
+        "split": known.split if known else None,
+        "fingerprint": evalset.fingerprint,
+        "images_digest": evalset.images_digest,
+        "crop_px": evalset.crop_px,
+        "templates": list(evalset.templates),
+        "prompts_source": evalset.prompts_source,
+        "prompts_digest": prompts_digest(evalset),
+    }
+
+
+def _paper(
+    evalset: EvalSet, results: Mapping[str, Figures], models: Mapping[str, Identity]
+) -> dict[str, dict[str, Any]]:
+    """Model -> metric -> what the paper prints, and how ours stands to it."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, figures in results.items():
+        model = paper_model(models[name].source, models[name].architecture)
+        if model is None:
+            continue
+        for metric, value in figures.items():
+            reference = published(model.row, evalset.name, metric)
+            if reference is None:
+                continue
+            ruling = verdict(value, reference, evalset, model)
+            found.setdefault(name, {})[metric] = {
+                "published": reference.value / 100,
+                "tolerance": reference.tolerance,
+                "row": model.row,
+                "verdict": ruling.verdict,
+                "reason": ruling.reason,
+                "errata": list(reference.errata),
+            }
+    return found
