@@ -51,6 +51,16 @@ class Ranking:
     def __len__(self) -> int:
         return int(self.ranks.numel())
 
+    def of(self, queries: Tensor) -> Ranking:
+        """The same of some queries only: their mask, or their numbers."""
+        return Ranking(
+            self.ranks[queries],
+            self.best_ranks[queries],
+            self.worst_ranks[queries],
+            self.tied[queries],
+            self.top[queries],
+        )
+
 
 def encode_texts(
     model: TextTower,

@@ -67,7 +67,7 @@ def compare(a: Scored, b: Scored) -> dict[str, Paired]:
     """
     if a.evalset.fingerprint != b.evalset.fingerprint:
         raise InputError(
-            f"evaluation set '{a.evalset.name}': the two models were not asked about the same images "
+            f"evaluation set '{a.evalset.name}': the models were not asked about the same images "
             "with the same prompts, so their answers cannot be paired: evaluate both again"
         )
     if a.classes is not None and b.classes is not None:
