@@ -325,11 +325,11 @@ def _corrections(table: str) -> dict[tuple[str | None, str], float | str]:
 
 def _footnote(erratum: Erratum, model: str | None = None, column: str = "") -> str:
     """An erratum in words, with what is printed in the cell it stands at."""
-    printed = [
-        f" (printed: {cell.printed})"
+    printed = dict.fromkeys(
+        f" (printed: {cell.printed if isinstance(cell.printed, str) else f'{cell.printed:,.10g}'})"
         for cell in erratum.cells
         if cell.model == model and column in ("", cell.column)
-    ]
+    )
     return f"{erratum.id}, {erratum.kind}: {erratum.about}{''.join(printed)}"
 
 

@@ -1,6 +1,7 @@
 """Which examples the report shows, with their pictures.
 
-Covers: searches in both directions, mistakes, confusions; the rule by which they are drawn.
+Covers: searches in both directions and for classes, mistakes, confusions, what each class is taken
+for; the rule by which examples are drawn.
 Not here: figures, the page.
 
 Examples are drawn at random with a seed made of the set's fingerprint, never picked by looks;
@@ -11,22 +12,41 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from evaclip_model.zeroshot import Ranking
-from tasks.evaluate.figures import Scored, captions_of, image_of_caption
+from evaclip_model.zeroshot import Ranking, top_k
+from tasks.evaluate.figures import SHOWN, Scored, captions_of, image_of_caption
 from tasks.evaluate.report.pictures import thumbnail
 from tasks.evaluate.sets import EvalSet
 
-QUERIES_RIGHT, QUERIES_ANY = 3, 5
-MISTAKES = 15
 CAPTIONS_SHOWN = 4
 
 
-def searches(scored: Scored) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Amount:
+    """How many examples of one set are shown: a page over many sets shows fewer of each."""
+
+    right: int
+    """Queries drawn from those answered right, each direction."""
+    others: int
+    """Queries drawn from the others."""
+    mistakes: int
+    confusions: int
+
+    @classmethod
+    def for_sets(cls, count: int) -> Amount:
+        """What keeps the page of `count` sets below a few megabytes."""
+        return cls(3, 5, 15, 10) if count <= FEW_SETS else cls(2, 3, 5, 5)
+
+
+FEW_SETS = 6
+
+
+def searches(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
     """Text to image: a caption and the first images, its own marked."""
     assert scored.images is not None
     captions, owner = captions_of(scored.evalset), image_of_caption(scored.evalset)
@@ -42,11 +62,11 @@ def searches(scored: Scored) -> list[dict[str, Any]]:
             ],
             "own": _picture(scored.evalset, int(owner[query])),
         }
-        for group, query in _drawn(scored.evalset, scored.images, QUERIES_RIGHT, QUERIES_ANY)
+        for group, query in _drawn(scored.evalset, scored.images, amount)
     ]
 
 
-def readings(scored: Scored) -> list[dict[str, Any]]:
+def readings(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
     """Image to text: an image and the first captions, its own marked."""
     assert scored.texts is not None
     captions, owner = captions_of(scored.evalset), image_of_caption(scored.evalset)
@@ -61,16 +81,16 @@ def readings(scored: Scored) -> list[dict[str, Any]]:
                 for text in scored.texts.top[query, :CAPTIONS_SHOWN].tolist()
             ],
         }
-        for group, query in _drawn(scored.evalset, scored.texts, QUERIES_RIGHT, QUERIES_ANY)
+        for group, query in _drawn(scored.evalset, scored.texts, amount)
     ]
 
 
-def mistakes(scored: Scored) -> list[dict[str, Any]]:
+def mistakes(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
     """Wrongly classified images beside an image of the class they were taken for."""
     assert scored.classes is not None
     evalset, ranks = scored.evalset, scored.classes.ranks
     wrong = torch.nonzero(ranks > 0).flatten().tolist()
-    of_class = {sample.label: index for index, sample in reversed([*enumerate(evalset.samples)])}
+    of_class = _first_of_class(evalset)
     return [
         {
             "picture": _picture(evalset, index),
@@ -79,29 +99,101 @@ def mistakes(scored: Scored) -> list[dict[str, Any]]:
             "example": _picture(evalset, of_class[said]) if said in of_class else None,
             "rank": int(ranks[index]) + 1,
         }
-        for index in sorted(_sample(evalset, wrong, MISTAKES))
+        for index in sorted(_sample(evalset, wrong, amount.mistakes))
         for said in (int(scored.classes.top[index, 0]),)
     ]
 
 
-def confusions(scored: Scored) -> list[tuple[str, str, int]]:
-    """The commonest mistakes (true class, given class, times), of those made more than once."""
+@dataclass(frozen=True)
+class Confusion:
+    """Images of one class that were taken for one other."""
+
+    actual: int
+    said: int
+    images: tuple[int, ...]
+    """Samples that were."""
+    of: int
+    """Images of the class."""
+
+
+def commonest_confusions(scored: Scored, count: int) -> list[Confusion]:
+    """The commonest mistakes, of those made more than once."""
     assert scored.classes is not None
     labels = [sample.label for sample in scored.evalset.samples]
-    given = scored.classes.top[:, 0].tolist()
-    pairs = Counter(pair for pair in zip(labels, given, strict=True) if pair[0] != pair[1])
-    names = scored.evalset.classnames
-    return [(names[t], names[g], n) for (t, g), n in pairs.most_common(10) if n > 1]
+    sizes = Counter(labels)
+    made: dict[tuple[int, int], list[int]] = {}
+    for index, pair in enumerate(zip(labels, scored.classes.top[:, 0].tolist(), strict=True)):
+        if pair[0] != pair[1]:
+            made.setdefault(pair, []).append(index)
+    commonest = sorted(made.items(), key=lambda item: -len(item[1]))[:count]
+    return [
+        Confusion(actual, said, tuple(images), sizes[actual])
+        for (actual, said), images in commonest
+        if len(images) > 1
+    ]
 
 
-def _drawn(evalset: EvalSet, ranking: Ranking, right: int, whatever: int) -> list[tuple[str, int]]:
-    """Queries to show: some of those answered right, then some of all."""
+def confusions(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
+    """The commonest confusions, each with one of its images and one of the other class."""
+    evalset, of_class = scored.evalset, _first_of_class(scored.evalset)
+    return [
+        {
+            "actual": evalset.classnames[one.actual],
+            "said": evalset.classnames[one.said],
+            "times": len(one.images),
+            "of": one.of,
+            "picture": _picture(evalset, _sample(evalset, one.images, 1)[0]),
+            "example": _picture(evalset, of_class[one.said]) if one.said in of_class else None,
+        }
+        for one in commonest_confusions(scored, amount.confusions)
+    ]
+
+
+def class_searches(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
+    """Classes of a multi-label set and their first images, those that show the class marked."""
+    assert scored.scores is not None
+    evalset = scored.evalset
+    shown = [set(sample.labels) for sample in evalset.samples]
+    occurring = sorted(set().union(*shown))
+    chosen = sorted(_sample(evalset, occurring, amount.right + amount.others))
+    first = top_k(scored.scores.T[chosen], SHOWN).tolist()
+    return [
+        {
+            "query": evalset.classnames[label],
+            "images": [
+                {"uri": _picture(evalset, image), "right": label in shown[image]}
+                for image in images
+            ],
+        }
+        for label, images in zip(chosen, first, strict=True)
+    ]
+
+
+def taken_for(scored: Scored) -> Mapping[int, tuple[int, int]]:
+    """Class -> the other class its images were most often given, and how often."""
+    assert scored.classes is not None
+    labels = (sample.label for sample in scored.evalset.samples)
+    pairs = Counter(zip(labels, scored.classes.top[:, 0].tolist(), strict=True))
+    found: dict[int, tuple[int, int]] = {}
+    for (actual, said), times in pairs.most_common():
+        if actual != said and actual not in found:
+            found[actual] = (said, times)
+    return found
+
+
+def _first_of_class(evalset: EvalSet) -> dict[int, int]:
+    return {sample.label: index for index, sample in reversed([*enumerate(evalset.samples)])}
+
+
+def _drawn(evalset: EvalSet, ranking: Ranking, amount: Amount) -> list[tuple[str, int]]:
+    """Queries to show: some of those answered right, then some of all others."""
     among = torch.nonzero(ranking.ranks == 0).flatten().tolist()
-    good = _sample(evalset, among, right)
+    good = _sample(evalset, among, amount.right)
     rest = [query for query in range(len(ranking)) if query not in set(good)]
     told = f"drawn from the {len(among):,} of {len(ranking):,} answered right"
     return [(told, query) for query in good] + [
-        (f"drawn from the other {len(rest):,}", query) for query in _sample(evalset, rest, whatever)
+        (f"drawn from the other {len(rest):,}", query)
+        for query in _sample(evalset, rest, amount.others)
     ]
 
 

@@ -1,10 +1,15 @@
 """Numbers as people read them.
 
-Covers: shares, intervals, ratios, ranks, p-values as words.
+Covers: shares, intervals, differences, ratios, ranks, sizes and p-values as words.
 Not here: which numbers are shown.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+NOTHING = "–"
+"""Stands where there is no number."""
 
 
 def percent(value: float) -> str:
@@ -13,10 +18,29 @@ def percent(value: float) -> str:
     return f"{100 * value:.{digits}f} %" if value < 1 else "100 %"
 
 
-def interval(bounds: tuple[float, float]) -> str:
+def interval(bounds: Sequence[float]) -> str:
     """A range of shares: 5.12 – 7.51 %."""
     low, high = (percent(value).removesuffix(" %") for value in bounds)
     return f"{low} – {high} %"
+
+
+def as_printed(share: float | None) -> str:
+    """A share as the paper's tables print it: percent with one decimal and no sign."""
+    return NOTHING if share is None else f"{100 * share:.1f}"
+
+
+def signed(points: float | None, digits: int = 1) -> str:
+    """A difference in percentage points: +0.3, −1.2, 0.0."""
+    if points is None:
+        return NOTHING
+    text = f"{abs(points):.{digits}f}"
+    sign = "" if float(text) == 0 else "+" if points > 0 else "−"
+    return sign + text
+
+
+def p_value(p: float) -> str:
+    """A p-value with the digits that matter: 0.31, 0.012, < 0.001."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
 def times(value: float, chance: float) -> str:
@@ -30,3 +54,18 @@ def ordinal(number: int) -> str:
     teens = number % 100 in (11, 12, 13)
     suffix = "th" if teens else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
     return f"{number:,}{suffix}"
+
+
+def size(count: float) -> str:
+    """A large count as the paper prints it: 149M, 1.0B, 4.7B, 13B."""
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            value = count / unit
+            whole = value >= 10 or unit < 1e9 or (value == int(value) and value > 1)
+            return f"{value:.0f}{name}" if whole else f"{value:.1f}{name}"
+    return f"{count:.0f}"
+
+
+def plural(count: int, noun: str, plural_noun: str | None = None) -> str:
+    """A count with its noun: 1 set, 33 sets, 2 classes."""
+    return f"{count:,} {noun if count == 1 else plural_noun or noun + 's'}"
