@@ -35,7 +35,7 @@ def main(folder, extras):
     target = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
     run_with_progress([*install, "-e", target], " + ".join(["evaclip", *extras]), started)
     if "dev" in extras:
-        # Its prompts and metrics are what tests compare with; what it depends on, 200 MB of
+        # Its prompts and metrics are what tests compare with; what it depends on, 100 MB of
         # captioning tools, is not.
         run_with_progress([*install, "--no-deps", "clip-benchmark"], "clip-benchmark", started)
     # img2dataset asks for the Python 3.6 back-port of `dataclasses`; Prefect's embedded server
