@@ -2,7 +2,7 @@
 
 Covers: putting figures, chance, the paper, comparisons and provenance together; the totals of the
 artifact.
-Not here: computing any of it, warnings (checks.py), reports.
+Not here: computing any of it, warnings (doubts.py), reports.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from tasks.evaluate.checks import warnings_of
+from tasks.evaluate.doubts import warnings_of
 from tasks.evaluate.config import STAGE, EvaluateConfig
 from tasks.evaluate.figures import Figures, Scored, captions_of, chance_of, figures_of
 from tasks.evaluate.identity import Identity
