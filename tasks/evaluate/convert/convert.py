@@ -40,7 +40,7 @@ class Words:
     classnames: str = ""
     """A source's name or a file; the sources' own names where empty."""
     templates: str = ""
-    """A source's name, a file, or "none"; the known set's first source beside itself where empty."""
+    """A source's name, a file, or "none"; the known set's first other source where empty."""
 
     def names(self, own: Sequence[str]) -> tuple[str, ...]:
         """Class names of a set whose sources call them `own`.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -26,6 +27,8 @@ from tasks.evaluate.convert.write import Found, Source, UnusableSourceError, png
 SUFFIXES = frozenset((".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv"))
 
 _UCF_FILE = re.compile(r"v_([A-Za-z]+)_g\d+_c\d+$")
+_WHOLE = 0.95
+"""Share of the promised seconds from which a video counts as whole; sound may last longer."""
 _BEFORE_CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
@@ -74,8 +77,8 @@ def video_sources(folders: Sequence[Path], listing: Path | None = None) -> list[
 def centre_frame(path: Path) -> tuple[Image.Image, str]:
     """Decoded frame n // 2 of the n in the first video stream, as RGB, and a remark.
 
-    The remark, empty as a rule, says that a file promises more frames than it has: it may have been
-    cut short.
+    The remark, empty as a rule, says that a file promises more than it has: it may have been cut
+    short.
 
     Raises:
         UnusableSourceError: it cannot be decoded to its end, or has no frame.
@@ -83,23 +86,34 @@ def centre_frame(path: Path) -> tuple[Image.Image, str]:
     """
     av = _av()
     try:
+        count, remark = _count(av, path)
+        # A second pass: all frames of a long video at once would not fit into memory.
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise UnusableSourceError("has no video stream")
-            promised = container.streams.video[0].frames
-            count = sum(1 for _ in container.decode(video=0))
+            frame = next(itertools.islice(container.decode(video=0), count // 2, None))
+            return frame.to_image(), remark
+    except av.FFmpegError as error:
+        raise UnusableSourceError(f"cannot be decoded: {error.strerror}") from None
+    except StopIteration:
+        raise UnusableSourceError("gave fewer frames when it was read again") from None
+
+
+def _count(av: Any, path: Path) -> tuple[int, str]:
+    """Frames of the first video stream, and what is odd about their number."""
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise UnusableSourceError("has no video stream")
+        stream = container.streams.video[0]
+        count, last = 0, 0.0
+        for frame in container.decode(stream):
+            count, last = count + 1, frame.time or last
         if not count:
             raise UnusableSourceError("has no frame")
-        with av.open(str(path)) as container:
-            for number, frame in enumerate(container.decode(video=0)):
-                if number == count // 2:
-                    remark = f"{count} of {promised} promised frames" if count < promised else ""
-                    return frame.to_image(), remark
-    except (av.FFmpegError, ValueError) as error:
-        if isinstance(error, UnusableSourceError):
-            raise
-        raise UnusableSourceError(f"cannot be decoded: {error}") from None
-    raise UnusableSourceError("gave fewer frames when it was read again")
+        if stream.frames > count:
+            return count, f"{count} of {stream.frames} promised frames"
+        promised = (container.duration or 0) / av.time_base
+        if last < _WHOLE * promised - 1:
+            return count, f"{last:.1f} of {promised:.1f} promised seconds"
+        return count, ""
 
 
 def _read(path: Path, label: int) -> Found:

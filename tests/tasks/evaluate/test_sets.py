@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import os
 import shutil
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from evaclip_model.errors import InputError
+from evaclip_model.prompts import imagenet_classnames
+from evaclip_model.transform import decode_image
+from tasks.evaluate.config import EvalSetConfig
+from tasks.evaluate.prompts import subset_classes
+from tasks.evaluate.registry import all_sets, find_set
 from tasks.evaluate.sets import open_set
+from tests.tasks.evaluate.all_sets import write_all_sets, write_known_set
 
 
 def test_every_sample_of_every_tar_is_indexed_once_and_its_bytes_are_the_members(
@@ -113,3 +124,194 @@ def test_a_sample_that_occurs_in_two_tars_is_refused(tmp_path: Path, write: Call
     folder = write(tmp_path / "twice", [members, members], classnames="x\n")
     with pytest.raises(InputError, match="sample a occurs twice"):
         open_set("twice", folder, "classification", ("{c}",))
+
+
+def test_the_same_samples_are_the_same_set_in_however_many_tars(
+    tmp_path: Path, write: Callable[..., Path], disc: Callable[[str, int], bytes]
+):
+    samples = [
+        [(f"s{n:07d}.webp", disc("red", n)), (f"s{n:07d}.cls", str(n % 2).encode())]
+        for n in range(21)
+    ]
+    texts = {"classnames": "a\nb\n", "zeroshot_classification_templates": "{c}\n"}
+    one = write(tmp_path / "one", [[*chain(*samples)]], **texts)
+    seven = write(tmp_path / "seven", [[*chain(*samples[i::7])] for i in range(7)], **texts)
+    first, other = (open_set("c", folder, "classification") for folder in (one, seven))
+    assert [s.key for s in other.samples] == [s.key for s in first.samples]
+    assert [s.image.read() for s in other.samples] == [s.image.read() for s in first.samples]
+    assert other.fingerprint == first.fingerprint
+    assert other.images_digest == first.images_digest
+
+
+def test_answers_decide_the_fingerprint_and_not_the_digest_of_images(
+    tmp_path: Path, write: Callable[..., Path], disc: Callable[[str, int], bytes]
+):
+    opened = []
+    for label in (b"0", b"1"):
+        members = [("a.webp", disc("red", 1)), ("a.cls", label)]
+        folder = write(tmp_path / label.decode(), [members], classnames="x\ny\n")
+        opened.append(open_set("c", folder, "classification", ("{c}",)))
+    assert opened[0].fingerprint != opened[1].fingerprint
+    assert opened[0].images_digest == opened[1].images_digest
+
+
+def test_a_crop_makes_it_another_set_of_images(classification: Path):
+    whole = open_set("c", classification, "classification")
+    cut = open_set("c", classification, "classification", crop_px=2)
+    assert cut.crop_px == 2
+    assert cut.fingerprint != whole.fingerprint
+    assert cut.images_digest != whole.images_digest
+
+
+def test_a_multilabel_set_has_the_classes_of_each_image(
+    tmp_path: Path, write: Callable[..., Path], disc: Callable[[str, int], bytes]
+):
+    members = []
+    for number, vector in enumerate(([0, 1, 1], [0, 0, 0], [1, 0, 0])):
+        members.append((f"s{number}.webp", disc("red", number)))
+        members.append((f"s{number}.npy", npy(np.array(vector))))
+    folder = write(
+        *(tmp_path / "several", [members]),
+        dataset_type="multilabel\n",
+        classnames="cat\ndog\nsofa\n",
+        zeroshot_classification_templates="a {c}\n",
+    )
+    found = open_set("several", folder, "multilabel")
+    assert [sample.labels for sample in found.samples] == [(1, 2), (), (0,)]
+    (folder / "classnames.txt").write_text("cat\ndog\n")
+    with pytest.raises(InputError, match=r"s0\.npy is for 3 classes, but .* names 2"):
+        open_set("several", folder, "multilabel")
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"1 0 1", "cannot be read as a vector"),
+        (b"", "cannot be read as a vector"),
+        ([0, 2, 1], "must hold one 0 or 1 a class"),
+        ([[0, 1]], "must hold one 0 or 1 a class"),
+    ],
+)
+def test_a_vector_that_is_none_is_named(
+    tmp_path: Path, write: Callable[..., Path], content: Any, complaint: str
+):
+    data = content if isinstance(content, bytes) else npy(np.array(content))
+    members = [("s0.webp", b"x"), ("s0.npy", data)]
+    folder = write(tmp_path / "odd", [members], dataset_type="multilabel", classnames="x\n")
+    with pytest.raises(InputError, match=rf"s0\.npy {complaint}"):
+        open_set("odd", folder, "multilabel", ("{c}",))
+
+
+def test_an_unknown_kind_of_set_is_refused(classification: Path):
+    (classification / "dataset_type.txt").write_text("segmentation\n")
+    with pytest.raises(InputError, match="must hold one of classification, multilabel, retrieval"):
+        open_set("c", classification, "classification")
+
+
+def test_a_kept_index_is_used_without_reading_the_tars(classification: Path, tmp_path: Path):
+    first = open_set("c", classification, "classification", index_cache=tmp_path / "index")
+    for number in range(2):
+        tar = classification / "test" / f"{number}.tar"
+        times = (tar.stat().st_atime_ns, tar.stat().st_mtime_ns)
+        tar.write_bytes(bytes(tar.stat().st_size))
+        os.utime(tar, ns=times)
+    again = open_set("c", classification, "classification", index_cache=tmp_path / "index")
+    assert again == first
+
+
+def test_an_index_is_made_again_when_a_tar_has_changed(
+    classification: Path, tmp_path: Path, disc: Callable[[str, int], bytes]
+):
+    first = open_set("c", classification, "classification", index_cache=tmp_path / "index")
+    tar = classification / "test" / "1.tar"
+    other = tar.read_bytes().replace(disc("green", 9), disc("red", 9).ljust(len(disc("green", 9))))
+    tar.write_bytes(other)
+    os.utime(tar, ns=(0, 1))
+    again = open_set("c", classification, "classification", index_cache=tmp_path / "index")
+    assert again.fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("damage", ["", "{}", '{"version": 1', "[]"])
+def test_a_damaged_index_is_made_again(classification: Path, tmp_path: Path, damage: str):
+    first = open_set("c", classification, "classification", index_cache=tmp_path)
+    [kept] = tmp_path.glob("*.json")
+    kept.write_text(damage)
+    assert open_set("c", classification, "classification", index_cache=tmp_path) == first
+    assert kept.read_text() != damage
+
+
+def test_what_differs_from_the_known_set_is_a_warning_and_no_failure(tmp_path: Path):
+    folder = write_known_set(tmp_path / "cars", find_set("stanford-cars"))
+    found = open_set("stanford-cars", folder, "classification", known=find_set("stanford-cars"))
+    assert found.warnings == ("48 images, where the known set has 8,041",)
+    (folder / "classnames.txt").write_text("car\n" * 197)
+    (folder / "zeroshot_classification_templates.txt").write_text("{c}\n")
+    found = open_set("stanford-cars", folder, "classification", known=find_set("stanford-cars"))
+    assert found.warnings[1:] == (
+        "197 classes, where the known set has 196",
+        "1 templates, where the known set has 8",
+    )
+
+
+def test_captions_that_were_cut_to_five_are_noticed(tmp_path: Path):
+    folder = write_known_set(tmp_path / "coco", find_set("coco"))
+    found = open_set("coco", folder, "retrieval", known=find_set("coco"))
+    assert found.warnings[1] == "244 captions, where the known set has 25,010"
+
+
+def test_a_subset_of_imagenet_may_come_with_its_200_names(tmp_path: Path):
+    known = find_set("imagenet-r")
+    folder = write_known_set(tmp_path / "r", known)
+    own = open_set("imagenet-r", folder, "classification", known=known)
+    assert len(own.classnames) == 200
+    assert max(sample.label for sample in own.samples) < 200
+    named = open_set("imagenet-r", folder, "classification", known=known, classnames="openai")
+    assert named.classnames == own.classnames
+    assert named.prompts_source == "dataset, class names openai"
+
+
+def test_a_subset_of_imagenet_with_the_thousands_names_and_labels_is_cut(
+    tmp_path: Path, write: Callable[..., Path], disc: Callable[[str, int], bytes]
+):
+    known = find_set("imagenet-a")
+    classes = subset_classes(known)
+    members = []
+    for number, place in enumerate((0, 17, 199)):
+        members.append((f"s{number}.webp", disc("red", number)))
+        members.append((f"s{number}.cls", str(classes[place]).encode()))
+    folder = write(tmp_path / "a", [members], classnames="\n".join(imagenet_classnames()))
+    found = open_set("imagenet-a", folder, "classification", ("{c}",), known=known)
+    assert [sample.label for sample in found.samples] == [0, 17, 199]
+    assert found.classnames[17] == imagenet_classnames()[classes[17]]
+    assert len(found.classnames) == 200
+    other = next(label for label in range(1000) if label not in classes)
+    members[1] = ("s0.cls", str(other).encode())
+    write(folder, [members])
+    with pytest.raises(InputError, match=f"label {other}, which is none of the 200 classes"):
+        open_set("imagenet-a", folder, "classification", ("{c}",), known=known)
+
+
+def test_a_subset_of_imagenet_with_another_number_of_names_is_refused(tmp_path: Path):
+    known = find_set("imagenet-a")
+    folder = write_known_set(tmp_path / "a", known)
+    (folder / "classnames.txt").write_text("x\n" * 199)
+    with pytest.raises(InputError, match="has 200 classes, but 199 class names"):
+        open_set("imagenet-a", folder, "classification", known=known)
+
+
+def test_every_known_set_is_read_with_its_own_classes_and_templates(tmp_path: Path):
+    for key, folder in write_all_sets(tmp_path, keys=[*all_sets()], images=12).items():
+        known = find_set(key)
+        config = EvalSetConfig(name=key)
+        found = open_set(key, folder, config.kind, config.templates, known=known)
+        assert len(found) == 12
+        assert len(found.classnames) == (known.classes or 0)
+        assert len(found.templates) == (known.templates or 0)
+        for sample in found.samples:
+            decode_image(sample.image.read())
+
+
+def npy(vector: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, vector)
+    return out.getvalue()
