@@ -11,8 +11,19 @@ import sys
 from collections.abc import Sequence
 
 from evaclip_model.errors import InputError
+from flows.commands import (
+    evalsets,
+    plan,
+    promote,
+    pull,
+    rollback,
+    run,
+    show,
+    sources,
+    takedown,
+    trace,
+)
 from flows.commands import list as list_everything
-from flows.commands import plan, pull, run, show, sources, takedown, trace
 from flows.terminal import console
 
 COMMANDS = {
@@ -23,7 +34,10 @@ COMMANDS = {
     "trace": trace,
     "takedown": takedown,
     "sources": sources,
+    "evalsets": evalsets,
     "pull": pull,
+    "promote": promote,
+    "rollback": rollback,
 }
 
 

@@ -7,6 +7,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from flows.chart import load_chart
 from flows.evaluate import evaluate
+from flows.gate import Promote, settle
 from flows.parameters import Overrides, RecipeName
 from flows.plan import check_disk, plan_markdown
 from flows.prepare import prepare
@@ -16,12 +17,19 @@ from flows.train import train
 
 
 @flow(name="pipeline")
-def pipeline(recipe: RecipeName = "demo", overrides: Overrides = (), dry_run: bool = False) -> None:
-    """Prepare the data, train, evaluate, register.
+def pipeline(
+    recipe: RecipeName = "demo",
+    overrides: Overrides = (),
+    promote: Promote = "gate",
+    dry_run: bool = False,
+) -> None:
+    """Prepare the data, train, evaluate, register; the gate decides which model is champion.
 
     Args:
         recipe: Name of a recipe, or path of a .toml file.
         overrides: Changes to the recipe, each `table.key=value`.
+        promote: What happens to a better model. gate: it becomes champion; ask: once a person has
+            said yes; never: it stays challenger.
         dry_run: Only write the plan: what would run, what is already there, and the sizes.
     """
     if dry_run:
@@ -32,5 +40,6 @@ def pipeline(recipe: RecipeName = "demo", overrides: Overrides = (), dry_run: bo
         check_disk(session.recipe, session.chart, session.root)
         shards = prepare(recipe, overrides)
         model = train(recipe, overrides, shards)
-        evaluate(recipe, overrides, model)
+        registered = evaluate(recipe, overrides, model)
         create_markdown_artifact(results_markdown(session.recipe, session.chart), key="summary")
+    settle(session, registered, promote)

@@ -17,7 +17,8 @@ from flows.profile import Profile
 from flows.recipe import Recipe
 from flows.terminal import console
 from tasks.evaluate.config import REPORT, RESULTS
-from tasks.register.config import REGISTERED
+from tasks.register.aliases import RegisteredVersion
+from tasks.register.promotion import read_decision
 
 COLUMNS = ("set", "metric", "trained", "untrained", "chance")
 
@@ -51,12 +52,15 @@ def print_results(recipe: Recipe, chart: Chart, profile: Profile) -> None:
     table = Table(*COLUMNS, box=None, pad_edge=False)
     for figure in read_figures(chart):
         table.add_row(*figure.cells())
-    registered = json.loads((chart.register.folder / REGISTERED).read_text())
-    name = f"{registered['name']}@{registered['alias']}"
+    version = RegisteredVersion.of(chart.register.folder)
+    aliases = version.aliases() or ()
+    name = f"{version.name}@{aliases[0]}" if aliases else str(version)
     console.print()
     console.print(table)
     console.print(f"\nreport    {chart.evaluate.folder / REPORT}")
-    console.print(f"registry  {name} = version {registered['version']} in {profile.mlflow_uri}")
+    named = "".join(f" @{alias}" for alias in aliases)
+    console.print(f"registry  {version}{named} in {profile.mlflow_uri}")
+    console.print(f"gate      {read_decision(chart.register.folder).summary}", soft_wrap=True)
     console.print(f"next      python -m flows pull {name} my-model")
     console.print('          evaclip classify IMAGE "a red apple" "a dog" --model my-model')
 

@@ -32,4 +32,4 @@ def retrain(
         keep_rejected: Train on the data of rejected models again, instead of setting it aside.
         dry_run: Only say what is new and what would be made.
     """
-    pipeline(recipe, overrides, dry_run)
+    pipeline(recipe, overrides, promote, dry_run)

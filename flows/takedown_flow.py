@@ -7,17 +7,18 @@ Not here: what is done (takedown.py).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
+from pydantic import Field
 
-from evaclip_model.errors import InputError
 from flows.profile import load_profile
 from flows.takedown import describe, take_down
 
 
 @flow(name="takedown")
-def takedown(file: str) -> list[str]:
+def takedown(file: Annotated[str, Field(min_length=1)]) -> list[str]:
     """Replace every dataset version that holds a sample named in a list; name the models.
 
     Args:
@@ -26,8 +27,6 @@ def takedown(file: str) -> list[str]:
     Returns:
         Digests of the dataset versions that obey the list, where any held one of the samples.
     """
-    if not file.strip():
-        raise InputError("file: expected the path of a list of samples, got nothing")
     root = load_profile().root.resolve()
     done = take_down(Path(file), root)
     lines = [line for one in done for line in describe(one, root)]

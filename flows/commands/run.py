@@ -72,13 +72,17 @@ def _dry_run(parsed: argparse.Namespace) -> None:
 
 
 def _nothing_to_do(recipe: Recipe, profile: Profile, chart: Chart) -> bool:
-    """Whether everything is made, still registered, and no killed run waits for its end."""
+    """Whether everything is made, still registered, settled, and no killed run waits for its
+    end."""
     if not chart.is_finished:
         return False
     from tasks.lineage.mlflow_store import Tracking  # imports mlflow, as the next one does
+    from tasks.register.promotion import is_unsettled
     from tasks.register.registry import forget_if_gone
 
     store = TrackingStore.at(profile.mlflow_uri, recipe.name)
     forget_if_gone(chart.register, store)
+    if not chart.is_finished or is_unsettled(store, recipe.registry, chart.register.folder):
+        return False
     tracking = Tracking(store, profile.root.resolve() / JOURNALS)
-    return chart.is_finished and not tracking.has_unfinished(recipe.digest)
+    return not tracking.has_unfinished(recipe.digest)

@@ -1,8 +1,9 @@
 """A trained model as a version of a registered model: loadable anywhere, traceable to its rows.
 
 Covers: packing (source, weights, signature; no pickle), uploading, the version with its tags, the
-alias.
-Not here: the model as it runs when loaded (served_model.py), pulling it back (pull.py).
+alias of a candidate.
+Not here: the model as it runs when loaded (served_model.py), pulling it back (pull.py), whether it
+replaces the version in use (gate.py, promotion.py).
 
 Killed at any moment, the next call finds what is there by its tags and goes on from it.
 """
@@ -24,6 +25,7 @@ from tasks.artifact import MANIFEST, Address, Artifact, Made, sha256_of, write_a
 from tasks.progress import Report, silent
 from tasks.register.ancestry import ancestry
 from tasks.register.config import REGISTERED, RegisterConfig
+from tasks.register.promotion import DIGEST_TAG, WEIGHTS_TAG
 from tasks.tracking import TrackingStore, is_refusal
 
 if TYPE_CHECKING:
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
 
-DIGEST_TAG = "evaclip.digest"
-WEIGHTS_TAG = "evaclip.weights_sha256"
 SERVED = Path(__file__).with_name("served_model.py")
 REQUIREMENTS = (
     *("mlflow", "torch", "numpy", "safetensors", "pydantic", "pillow", "ftfy", "regex"),
@@ -52,10 +52,10 @@ def register_model(
     run_id: str | None = None,
     report: Report = silent,
 ) -> Made:
-    """Register `trained` under the config's name, give it the alias, write `registered.json`.
+    """Register `trained` under the config's name as a candidate, write `registered.json`.
 
     Args:
-        config: name and alias.
+        config: name and aliases.
         trained: the artifact whose folder `model/` is registered.
         evaluated: its evaluation; its figures become tags of the version.
         store: the tracking store whose registry takes it.
@@ -82,7 +82,9 @@ def register_model(
             )
             report(3, _STEPS, f"registering {config.model_name}")
             version = _create_version(client, store, config.model_name, model_id, run_id, tags)
-        client.set_registered_model_alias(config.model_name, config.alias, version.version)
+        client.set_registered_model_alias(
+            config.model_name, config.candidate_alias, version.version
+        )
     except (MlflowException, RequestException) as error:
         if is_refusal(error):
             raise
@@ -92,12 +94,12 @@ def register_model(
     registered = {
         "name": config.model_name,
         "version": int(version.version),
-        "alias": config.alias,
-        "uri": f"models:/{config.model_name}@{config.alias}",
+        "alias": config.candidate_alias,
+        "uri": f"models:/{config.model_name}/{version.version}",
         "tracking_uri": store.uri,
     }
     write_atomically(out / REGISTERED, json.dumps(registered, indent=1) + "\n")
-    report(_STEPS, _STEPS, f"{config.model_name} version {version.version} is {config.alias}")
+    report(_STEPS, _STEPS, f"{config.model_name} version {version.version} is there")
     return Made({"version": int(version.version)}, (out / REGISTERED,))
 
 

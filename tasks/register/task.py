@@ -7,9 +7,11 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.artifact import Address, Artifact, produce
+from tasks.artifact import Address, Artifact, Made, produce
 from tasks.progress import Report, silent
 from tasks.register.config import RegisterConfig
+from tasks.register.gate import Decision
+from tasks.register.promotion import write_decision
 from tasks.register.registry import forget_if_gone, register_model
 from tasks.tracking import TrackingStore
 
@@ -20,14 +22,20 @@ def register(
     config: RegisterConfig,
     trained: Artifact,
     evaluated: Artifact,
+    decision: Decision,
     store: TrackingStore,
     root: Path,
     run_id: str | None = None,
     report: Report = silent,
 ) -> Artifact:
-    """The registration at `address`, made now, or found finished and still in the registry."""
+    """The registration at `address` with what the gate says of it, made now, or found finished and
+    still in the registry."""
     forget_if_gone(address, store)
-    return produce(
-        address,
-        lambda out: register_model(config, trained, evaluated, store, root, out, run_id, report),
-    )
+
+    def make(out: Path) -> Made:
+        made = register_model(config, trained, evaluated, store, root, out, run_id, report)
+        version = int(made.counts["version"])
+        files = write_decision(store, config.model_name, version, decision, out)
+        return Made(made.counts, (*made.files, *files))
+
+    return produce(address, make)

@@ -234,8 +234,8 @@ def test_the_registration_says_where_the_model_is(
     assert registered == {
         "name": "evaclip-demo",
         "version": 1,
-        "alias": "champion",
-        "uri": "models:/evaclip-demo@champion",
+        "alias": "challenger",
+        "uri": "models:/evaclip-demo/1",
         "tracking_uri": f"sqlite:///{finished.root}/mlflow.db",
     }
 
@@ -294,6 +294,7 @@ def test_tracking_keeps_the_recipe_the_report_and_the_curves(
     assert kept(pipeline_run) == {"recipe.json"}
     assert kept(stage_runs["evaluate"]) == {"report.html", "results.json"}
     assert kept(stage_runs["train stage2"]) >= {"metrics.jsonl", "result.json"}
+    assert kept(stage_runs["register"]) == {"decision.json", "decision.md"}
 
 
 def test_the_champion_is_the_trained_model_and_names_what_it_was_made_from(
@@ -306,6 +307,19 @@ def test_the_champion_is_the_trained_model_and_names_what_it_was_made_from(
     assert champion.tags["evaclip.weights_sha256"] == sha256_of(weights)
     named = set(champion.tags.values())
     assert {one.digest for title, one in artifacts.items() if title != "register"} <= named
+
+
+def test_the_gate_promoted_the_first_model_and_said_why(
+    first_run: Ended, finished: Demo, artifacts: dict[str, Artifact], store: MlflowClient
+) -> None:
+    decision = json.loads((artifacts["register"].folder / "decision.json").read_text())
+    assert (decision["outcome"], decision["champion"]) == ("promote", None)
+    assert "gate      PROMOTE: no champion yet" in first_run.output
+    aliases = store.get_registered_model("evaclip-demo").aliases
+    assert {alias: int(version) for alias, version in aliases.items()} == {
+        "champion": 1,
+        "challenger": 1,
+    }
 
 
 def test_the_same_command_again_prints_the_figures_without_starting_anything(

@@ -26,7 +26,7 @@ LOAD = """
     assert importlib.util.find_spec("evaclip_model") is None
     import mlflow, pandas
     mlflow.set_tracking_uri(sys.argv[1])
-    model = mlflow.pyfunc.load_model("models:/served@champion", dst_path=sys.argv[2])
+    model = mlflow.pyfunc.load_model("models:/served@challenger", dst_path=sys.argv[2])
     example = model.input_example
     print(model.predict(example, params={"candidate_labels": ["a red square", "a dog"]}).label[0])
 """
@@ -118,9 +118,9 @@ def test_a_run_without_its_server_arrives_later_and_a_model_is_registered_loaded
         out.mkdir()
         config = RegisterConfig(model_name="served")
         register_model(config, trained, evaluated, store, root, out, run_id=made.info.run_id)
-        version = client.get_model_version_by_alias("served", "champion")
+        version = client.get_model_version_by_alias("served", "challenger")
         assert (version.status, version.run_id) == ("READY", made.info.run_id)
-        open_model(pull(store.uri, "served@champion", tmp_path / "pulled"))
+        open_model(pull(store.uri, "served@challenger", tmp_path / "pulled"))
 
         packages = next(path for path in sys.path if path.endswith("site-packages"))
         settings = {**os.environ, "PYTHONPATH": packages, "OMP_NUM_THREADS": "1"}

@@ -16,11 +16,13 @@ from evaclip_model import InputError, create_model, open_model, save_model
 from evaclip_model.config import Config
 from tasks.artifact import Address, Artifact, Made, Stage, produce
 from tasks.register.config import REGISTERED, STAGE, RegisterConfig
+from tasks.register.promotion import promote
 from tasks.register.pull import pull
 from tasks.register.registry import forget_if_gone, pack, register_model
 from tasks.tracking import TrackingStore
 
 CONFIG = RegisterConfig(model_name="evaclip-test")
+KNOWN = "evaclip-test@challenger, evaclip-test@champion; evaclip-test/1"
 
 
 class Named(Config):
@@ -55,10 +57,13 @@ def registered(root: Path, store: TrackingStore, seed: int = 0) -> Artifact:
         root, STAGE, CONFIG, {"train": trained.digest, "evaluate": evaluated.digest}
     )
     forget_if_gone(address, store)
-    return produce(
-        address,
-        lambda out: register_model(CONFIG, trained, evaluated, store, root, out),
-    )
+
+    def make(out: Path) -> Made:
+        made = register_model(CONFIG, trained, evaluated, store, root, out)
+        promote(store, "evaclip-test", "champion", int(made.counts["version"]), "gate", "me", "")
+        return made
+
+    return produce(address, make)
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +203,9 @@ def test_a_pulled_folder_opens_without_mlflow_and_a_second_pull_replaces_it(
     ("model", "sentence"),
     [
         ("nothing@champion", "no model 'nothing' is registered; there are: evaclip-test"),
-        ("evaclip-test@best", "names no version; there are: evaclip-test@champion; evaclip-test/1"),
-        ("evaclip-test/7", "names no version; there are: evaclip-test@champion; evaclip-test/1"),
-        ("evaclip-test", "lacks alias or version; there are: evaclip-test@champion"),
+        ("evaclip-test@best", f"names no version; there are: {KNOWN}"),
+        ("evaclip-test/7", f"names no version; there are: {KNOWN}"),
+        ("evaclip-test", f"lacks alias or version; there are: {KNOWN}"),
     ],
 )
 def test_a_pull_of_what_is_not_there_says_what_is(

@@ -1,0 +1,41 @@
+"""`promote NAME/VERSION`: make a version champion by hand."""
+
+from __future__ import annotations
+
+import argparse
+
+from evaclip_model.errors import InputError
+from flows.profile import load_profile
+from flows.terminal import console
+from tasks.tracking import TrackingStore
+
+HELP = "make a version champion that the gate would promote, or any with --force"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="NAME/VERSION", help="as evaclip/7")
+    parser.add_argument("--alias", default="champion", help="alias that it takes over (champion)")
+    parser.add_argument("--force", action="store_true", help="whatever the gate said of it")
+    parser.add_argument("--reason", default="", help="why; kept with the version; --force needs it")
+
+
+def run(parsed: argparse.Namespace) -> None:
+    from tasks.register.gate import Outcome
+    from tasks.register.promotion import How, promote, standing_of, who  # import mlflow
+
+    name, slash, number = parsed.model.removeprefix("models:/").rpartition("/")
+    if not slash or not number.isdecimal():
+        raise InputError(f"'{parsed.model}' names no version: give NAME/VERSION, as evaclip/7")
+    if parsed.force and not parsed.reason.strip():
+        raise InputError("--force needs --reason TEXT: it is kept with the version")
+    store = TrackingStore.at(load_profile().mlflow_uri, experiment="")
+    standing = standing_of(store, name, int(number))
+    if not parsed.force and standing.gate != Outcome.PROMOTE:
+        said = f"said {standing.gate.upper()}" if standing.gate else "was not asked"
+        raise InputError(
+            f"the gate {said} of {name}/{number}: add --force --reason TEXT to make it "
+            f"{parsed.alias} all the same"
+        )
+    how: How = "force" if parsed.force else "command"
+    moved = promote(store, name, parsed.alias, int(number), how, who(), parsed.reason)
+    console.print(f"{name}/{number} {'is' if moved else 'was'} {parsed.alias}", markup=False)

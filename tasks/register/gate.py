@@ -1,0 +1,232 @@
+"""Whether a new model replaces the one in use: a pure function of figures and a policy.
+
+Covers: what the gate knows of a model (from an evaluation's results), the decision, saying it.
+Not here: evaluating, moving aliases (promotion.py), asking people.
+
+Every rule gives a reason of its own; the decision is the worst of them:
+
+    REJECT  something is wrong: a certain loss, contamination, too large, too slow
+    HOLD    nothing is wrong, and nothing shows that it is better
+    PROMOTE better for certain, and nothing is wrong; or there is no model in use yet
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from typing import Any
+
+from pydantic import Field
+
+from evaclip_model.config import Config
+from tasks.register.config import GatePolicy
+
+FIRST_METRICS = ("top1", "kinetics_mean", "map", "image_to_text_r1", "text_to_image_r1")
+"""Of every kind of set; those that a set has are judged."""
+CERTAIN_P = 0.05
+"""Of a two-sided test; what the 95 % intervals stand for."""
+
+
+class Outcome(StrEnum):
+    """What becomes of a candidate, from good to bad."""
+
+    PROMOTE = "promote"
+    HOLD = "hold"
+    REJECT = "reject"
+
+
+class Gain(Config):
+    """The candidate's figure less the champion's on the same samples, as shares of 1."""
+
+    difference: float
+    interval: tuple[float, float]
+    """95 %, paired."""
+    p: float
+    """Two-sided, of no difference."""
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.difference:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f})"
+
+
+class Champion(Config):
+    """The model in use."""
+
+    version: int
+    """In the registry."""
+    weights: str
+    """SHA-256 of its weights."""
+    bytes: int
+    """Size of its weights."""
+    latency_ms: float | None = None
+    """Time of one image; none: not measured."""
+
+
+class Candidate(Config):
+    """The model that may replace it."""
+
+    weights: str
+    """SHA-256 of its weights."""
+    bytes: int
+    """Size of its weights."""
+    latency_ms: float | None = None
+    """Time of one image, on the machine on which the champion's was taken; none: not measured."""
+    gains: dict[str, Gain] = Field(default_factory=dict)
+    """SET.METRIC -> gain over the champion."""
+    failed: dict[str, str] = Field(default_factory=dict)
+    """Set -> why it has no figures."""
+    contaminated: dict[str, float] = Field(default_factory=dict)
+    """Set -> share of its images that the candidate was trained on."""
+
+
+class Reason(Config):
+    """What one rule says."""
+
+    rule: str
+    outcome: Outcome
+    says: str
+
+
+class Decision(Config):
+    """What the gate says of a candidate."""
+
+    outcome: Outcome
+    reasons: tuple[Reason, ...]
+    champion: int | None
+    """Version that it was compared with."""
+    policy: GatePolicy
+
+    @property
+    def summary(self) -> str:
+        """The reasons that decided, as one line."""
+        deciding = [one.says for one in self.reasons if one.outcome is self.outcome]
+        if self.outcome is Outcome.PROMOTE:  # every rule let it pass; the last one wanted it
+            deciding = deciding[-1:]
+        return f"{self.outcome.upper()}: {'; '.join(deciding)}"
+
+    def to_markdown(self, name: str) -> str:
+        """The decision on the version `name` as a page."""
+        against = f"version {self.champion}" if self.champion is not None else "no champion"
+        rows = [f"| {one.rule} | {one.outcome} | {one.says} |" for one in self.reasons]
+        head = [f"# {name}: {self.outcome.upper()}", "", f"Compared with {against}.", ""]
+        return "\n".join([*head, "| rule | says | why |", "|---|---|---|", *rows]) + "\n"
+
+
+def decide(candidate: Candidate, champion: Champion | None, policy: GatePolicy) -> Decision:
+    """Whether `candidate` replaces `champion` (None: there is none yet)."""
+    reasons = tuple(_reasons(candidate, champion, policy))
+    order = list(Outcome)
+    outcome = max((one.outcome for one in reasons), key=order.index)
+    return Decision(
+        outcome=outcome,
+        reasons=reasons,
+        champion=champion.version if champion else None,
+        policy=policy,
+    )
+
+
+def gains_in(results: Mapping[str, Any], champion: str) -> dict[str, Gain]:
+    """SET.METRIC -> the subject's gain over the model called `champion`, from `results.json`."""
+    found = {}
+    for evalset, by_other in results.get("paired", {}).items():
+        for metric, one in by_other.get(champion, {}).items():
+            kept = {name: one[name] for name in Gain.model_fields}
+            found[f"{evalset}.{metric}"] = Gain.from_mapping(kept, where=f"{evalset}.{metric}")
+    return found
+
+
+def contaminated_in(results: Mapping[str, Any]) -> dict[str, float]:
+    """Set -> share of its samples found among the training data, from `results.json`."""
+    return {
+        evalset: one["flagged"] / max(1, results["sets"][evalset]["n"])
+        for evalset, one in results.get("contamination", {}).items()
+    }
+
+
+def _reasons(
+    candidate: Candidate, champion: Champion | None, policy: GatePolicy
+) -> Iterator[Reason]:
+    yield from _contamination(candidate, policy)
+    if champion is None:
+        yield Reason(rule="champion", outcome=Outcome.PROMOTE, says="no champion yet")
+        return
+    if candidate.weights == champion.weights:
+        says = f"these are the weights of the champion, version {champion.version}"
+        yield Reason(rule="champion", outcome=Outcome.HOLD, says=says)
+        return
+    for evalset, reason in candidate.failed.items():
+        says = f"{evalset} has no figures: {reason}"
+        yield Reason(rule="evaluation", outcome=Outcome.HOLD, says=says)
+    yield from _costs(candidate, champion, policy)
+    yield from _losses(candidate, policy)
+    yield _gain(candidate, policy)
+
+
+def _contamination(candidate: Candidate, policy: GatePolicy) -> Iterator[Reason]:
+    for evalset, share in candidate.contaminated.items():
+        within = share <= policy.max_contaminated
+        says = (
+            f"{evalset}: {share:.2%} of the images were in the training data, "
+            f"{policy.max_contaminated:.2%} are allowed"
+        )
+        outcome = Outcome.PROMOTE if within else Outcome.REJECT
+        yield Reason(rule="contamination", outcome=outcome, says=says)
+
+
+def _costs(candidate: Candidate, champion: Champion, policy: GatePolicy) -> Iterator[Reason]:
+    size = candidate.bytes / champion.bytes
+    measured = [("size", "the weights take", size, policy.max_size_ratio)]
+    if policy.max_latency_ratio is not None:
+        if candidate.latency_ms is None or champion.latency_ms is None:
+            says = "the time of an image was not measured, and max_latency_ratio asks for it"
+            yield Reason(rule="latency", outcome=Outcome.HOLD, says=says)
+        else:
+            slower = candidate.latency_ms / champion.latency_ms
+            measured.append(("latency", "an image takes", slower, policy.max_latency_ratio))
+    for rule, what, ratio, limit in measured:
+        if limit is not None:
+            says = f"{what} {ratio:.2f} times the champion's, {limit:g} are allowed"
+            outcome = Outcome.PROMOTE if ratio <= limit else Outcome.REJECT
+            yield Reason(rule=rule, outcome=outcome, says=says)
+
+
+def _losses(candidate: Candidate, policy: GatePolicy) -> Iterator[Reason]:
+    judged = [*_first_metrics(candidate), *policy.metrics]
+    for name in dict.fromkeys(judged):
+        gain = candidate.gains.get(name)
+        if gain is None or -100 * gain.difference <= policy.max_loss_points:
+            continue
+        certain = gain.interval[1] < 0
+        says = f"{name} {gain}, {policy.max_loss_points:g} points may be lost" + (
+            "" if certain else "; the loss may be chance"
+        )
+        outcome = Outcome.REJECT if certain else Outcome.HOLD
+        yield Reason(rule="loss", outcome=outcome, says=says)
+
+
+def _gain(candidate: Candidate, policy: GatePolicy) -> Reason:
+    wanted = list(policy.metrics) or _first_metrics(candidate)
+    missing = [name for name in wanted if name not in candidate.gains]
+    if missing or not wanted:
+        which = f"{', '.join(missing)} was not" if missing else "no metric was"
+        says = f"{which} compared with the champion"
+        return Reason(rule="gain", outcome=Outcome.HOLD, says=says)
+    tests = len(wanted) if policy.need == "any" else 1
+    better = [name for name in wanted if _is_better(candidate.gains[name], tests, policy)]
+    enough = len(better) == len(wanted) if policy.need == "all" else bool(better)
+    told = better if enough else [name for name in wanted if name not in better]
+    figures = "; ".join(f"{name} {candidate.gains[name]}" for name in told)
+    if enough:
+        return Reason(rule="gain", outcome=Outcome.PROMOTE, says=f"better: {figures}")
+    above = f" by more than {policy.min_gain_points:g} points" if policy.min_gain_points else ""
+    return Reason(
+        rule="gain", outcome=Outcome.HOLD, says=f"not better for certain{above}: {figures}"
+    )
+
+
+def _is_better(gain: Gain, tests: int, policy: GatePolicy) -> bool:
+    return 100 * gain.interval[0] > policy.min_gain_points and gain.p * tests <= CERTAIN_P
+
+
+def _first_metrics(candidate: Candidate) -> list[str]:
+    return [name for name in candidate.gains if name.rpartition(".")[2] in FIRST_METRICS]

@@ -1,0 +1,335 @@
+"""Which version of a registered model is in use: promoting, rolling back, and who did it when.
+
+Covers: moving an alias, its history as tags of the versions, carrying out a gate's decision.
+Not here: deciding (gate.py), registering (registry.py), asking a person.
+
+The alias moves first and is written down then; whoever finds it moved and not written down writes
+it, so that a process killed in between loses nothing.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from evaclip_model.errors import InputError
+from tasks.artifact import write_atomically
+from tasks.register.config import DECISION, DECISION_PAGE, REGISTERED, RegisterConfig
+from tasks.register.gate import Decision, Outcome
+from tasks.tracking import TrackingStore, is_refusal
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+DIGEST_TAG = "evaclip.digest"
+WEIGHTS_TAG = "evaclip.weights_sha256"
+GATE_TAG = "evaclip.gate"
+"""What the gate said of a version; its reasons in `evaclip.gate.reasons`."""
+HISTORY_TAG = "evaclip.alias"
+"""`evaclip.alias.ALIAS.TIME`: at that time this version got the alias, and how."""
+DECLINED_TAG = "evaclip.declined"
+"""Who said no to a version that the gate would promote, and why."""
+MAX_TAG_CHARS = 4000
+
+How = Literal["gate", "approval", "command", "force", "rollback", "outside"]
+
+
+@dataclass(frozen=True)
+class Move:
+    """An alias got to a version."""
+
+    at: str
+    """UTC, ISO 8601."""
+    version: int
+    how: How
+    by: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A version of a registered model, as the registry describes it."""
+
+    version: int
+    digest: str
+    """Of the training that made it; empty if it was registered by others."""
+    weights: str
+    """SHA-256 of its weights; empty if it was registered by others."""
+    run_id: str | None
+    gate: str
+    """What the gate said of it; empty: it was not asked."""
+    declined: str
+    """Who said no to it, and why."""
+
+
+def champion_of(store: TrackingStore, name: str, alias: str) -> Standing | None:
+    """The version that has the alias; None if there is none.
+
+    Raises:
+        InputError: the store does not answer.
+    """
+    with _answering(store):
+        client = store.client()
+        number = _holder(client, name, alias)
+        return None if number is None else _standing(client.get_model_version(name, str(number)))
+
+
+def history(store: TrackingStore, name: str, alias: str) -> list[Move]:
+    """Every time a version got the alias, in order.
+
+    Raises:
+        InputError: the store does not answer.
+    """
+    with _answering(store):
+        return _moves(store.client(), name, alias)
+
+
+def line_of(moves: Sequence[Move]) -> list[int]:
+    """The versions in use one after another, the present one last, without those rolled back."""
+    line: list[int] = []
+    for move in moves:
+        if move.how == "rollback" and move.version in line:
+            del line[len(line) - line[::-1].index(move.version) :]
+        elif not line or line[-1] != move.version:
+            line.append(move.version)
+    return line
+
+
+def promote(
+    store: TrackingStore, name: str, alias: str, version: int, how: How, by: str, why: str
+) -> bool:
+    """Give a version the alias; whether it had not got it yet.
+
+    Raises:
+        InputError: there is no such version, or the store does not answer.
+    """
+    with _answering(store):
+        client = store.client()
+        _version(client, name, version)
+        holder = _holder(client, name, alias)
+        moves = _moves(client, name, alias)
+        if holder is not None and (not moves or moves[-1].version != holder):
+            outside = "the alias was moved without being written down"
+            if holder == version:  # by a process that was killed, maybe this very one
+                _write_down(client, name, alias, version, how, by, why)
+                return True
+            _write_down(client, name, alias, holder, "outside", "unknown", outside)
+        if holder == version:
+            return False
+        client.set_registered_model_alias(name, alias, str(version))
+        _write_down(client, name, alias, version, how, by, why)
+        return True
+
+
+def roll_back(
+    store: TrackingStore, name: str, alias: str, to: int | None, by: str, why: str
+) -> tuple[int, int]:
+    """Give the alias back to the version that had it before, or to `to`.
+
+    Returns:
+        The versions that had it until now, and that has it now.
+
+    Raises:
+        InputError: nothing to go back to, no such version, or the store does not answer.
+    """
+    with _answering(store):
+        client = store.client()
+        holder = _holder(client, name, alias)
+        if holder is None:
+            raise InputError(f"no version of '{name}' is {alias}: there is nothing to go back from")
+        line = line_of(_moves(client, name, alias))
+        if not line or line[-1] != holder:
+            line.append(holder)
+        if to is None:
+            if len(line) < 2:
+                raise InputError(
+                    f"version {holder} of '{name}' is the first that was {alias}: say which one "
+                    "shall be with --to VERSION"
+                )
+            to = line[-2]
+    promote(store, name, alias, to, "rollback", by, why)
+    return holder, to
+
+
+def carry_out(
+    store: TrackingStore, config: RegisterConfig, version: int, decision: Decision
+) -> bool:
+    """Make the version champion if the gate says so; whether it became champion now.
+
+    Nothing happens where the champion is another than the gate compared it with, or where the
+    version was champion before (and was rolled back since).
+
+    Raises:
+        InputError: the store does not answer.
+    """
+    if not is_due(store, config, version, decision):
+        return False
+    return promote(
+        *(store, config.model_name, config.alias, version, "gate", "gate", decision.summary)
+    )
+
+
+def is_due(store: TrackingStore, config: RegisterConfig, version: int, decision: Decision) -> bool:
+    """Whether the gate's decision to promote still waits to be carried out."""
+    if decision.outcome is not Outcome.PROMOTE:
+        return False
+    with _answering(store):
+        client = store.client()
+        if _standing(_version(client, config.model_name, version)).declined:
+            return False
+        moves = _moves(client, config.model_name, config.alias)
+        if any(move.version == version for move in moves):
+            return False
+        holder = _holder(client, config.model_name, config.alias)
+    return holder in (decision.champion, version)
+
+
+def is_stale(store: TrackingStore, config: RegisterConfig, version: int, known: Decision) -> bool:
+    """Whether a promotion was not carried out, and the champion is another by now."""
+    if known.outcome is not Outcome.PROMOTE or is_due(store, config, version, known):
+        return False
+    with _answering(store):
+        client = store.client()
+        if _standing(_version(client, config.model_name, version)).declined:
+            return False
+        moves = _moves(client, config.model_name, config.alias)
+        return not any(move.version == version for move in moves)
+
+
+def is_unsettled(store: TrackingStore, config: RegisterConfig, folder: Path) -> bool:
+    """Whether there is something to do yet for the registration in `folder`: carry out what the
+    gate said, or ask it again.
+
+    Raises:
+        InputError: the store does not answer.
+    """
+    decision = read_decision(folder)
+    version = int(json.loads((folder / REGISTERED).read_text())["version"])
+    return is_due(store, config, version, decision) or is_stale(store, config, version, decision)
+
+
+def write_decision(
+    store: TrackingStore, name: str, version: int, decision: Decision, out: Path
+) -> tuple[Path, Path]:
+    """What the gate says, as tags of the version and as files in `out`; returns the files.
+
+    Raises:
+        InputError: the store does not answer.
+    """
+    with _answering(store):
+        client = store.client()
+        tags = {GATE_TAG: str(decision.outcome), f"{GATE_TAG}.reasons": decision.summary}
+        for key, value in tags.items():
+            client.set_model_version_tag(name, str(version), key, value[:MAX_TAG_CHARS])
+    write_atomically(out / DECISION, decision.model_dump_json(indent=1) + "\n")
+    write_atomically(out / DECISION_PAGE, decision.to_markdown(f"{name}/{version}"))
+    return out / DECISION, out / DECISION_PAGE
+
+
+def read_decision(folder: Path) -> Decision:
+    """The decision in the folder of a registration."""
+    path = folder / DECISION
+    return Decision.from_mapping(json.loads(path.read_text()), where=str(path))
+
+
+def decline(store: TrackingStore, name: str, version: int, by: str, why: str) -> None:
+    """Write down that a person said no.
+
+    Raises:
+        InputError: the store does not answer.
+    """
+    with _answering(store):
+        said = f"{by}: {why}"[:MAX_TAG_CHARS]
+        store.client().set_model_version_tag(name, str(version), DECLINED_TAG, said)
+
+
+def standing_of(store: TrackingStore, name: str, version: int) -> Standing:
+    """A version as the registry describes it.
+
+    Raises:
+        InputError: there is no such version, or the store does not answer.
+    """
+    with _answering(store):
+        return _standing(_version(store.client(), name, version))
+
+
+def who() -> str:
+    """The person at the keyboard."""
+    return getpass.getuser()
+
+
+@contextmanager
+def _answering(store: TrackingStore) -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+    from requests.exceptions import RequestException
+
+    if store.database is not None and not store.database.is_file():
+        store.client()  # makes it: asked before the first model, it is empty
+    try:
+        yield
+    except (MlflowException, RequestException) as error:
+        if is_refusal(error):
+            raise
+        raise store.away(error) from error
+
+
+def _holder(client: MlflowClient, name: str, alias: str) -> int | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = client.get_registered_model(name).aliases.get(alias)
+    except MlflowException as error:
+        if not is_refusal(error):
+            raise
+        return None
+    return None if found is None else int(found)
+
+
+def _version(client: MlflowClient, name: str, version: int) -> ModelVersion:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version(name, str(version))
+    except MlflowException as error:
+        if not is_refusal(error):
+            raise
+        known = sorted(int(v.version) for v in client.search_model_versions(f"name = '{name}'"))
+        versions = ", ".join(map(str, known)) or "none"
+        raise InputError(
+            f"model '{name}' has no version {version}; there are: {versions}"
+        ) from None
+
+
+def _standing(version: ModelVersion) -> Standing:
+    tags = version.tags
+    return Standing(
+        int(version.version),
+        *(tags.get(DIGEST_TAG, ""), tags.get(WEIGHTS_TAG, ""), version.run_id),
+        *(tags.get(GATE_TAG, ""), tags.get(DECLINED_TAG, "")),
+    )
+
+
+def _moves(client: MlflowClient, name: str, alias: str) -> list[Move]:
+    prefix = f"{HISTORY_TAG}.{alias}."
+    moves = [
+        Move(key.removeprefix(prefix), int(version.version), **json.loads(text))
+        for version in client.search_model_versions(f"name = '{name}'")
+        for key, text in version.tags.items()
+        if key.startswith(prefix)
+    ]
+    return sorted(moves, key=lambda move: move.at)
+
+
+def _write_down(
+    client: MlflowClient, name: str, alias: str, version: int, how: How, by: str, why: str
+) -> None:
+    at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    text = json.dumps({"how": how, "by": by, "why": why[: MAX_TAG_CHARS // 2]})
+    client.set_model_version_tag(name, str(version), f"{HISTORY_TAG}.{alias}.{at}", text)

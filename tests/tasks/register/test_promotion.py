@@ -1,0 +1,206 @@
+"""Aliases and their history in a real registry: promoted, refused, forced, rolled back, killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+from mlflow import MlflowClient
+
+from evaclip_model import InputError
+from tasks.register.config import GatePolicy, RegisterConfig
+from tasks.register.gate import Candidate, Champion, Decision, decide
+from tasks.register.promotion import (
+    Move,
+    carry_out,
+    champion_of,
+    decline,
+    history,
+    is_due,
+    is_stale,
+    line_of,
+    promote,
+    read_decision,
+    roll_back,
+    standing_of,
+    write_decision,
+)
+from tasks.tracking import TrackingStore
+
+CONFIG = RegisterConfig(model_name="clip")
+FIRST = decide(Candidate(weights="w1", bytes=1), None, GatePolicy())
+
+
+def better_than(version: int) -> Decision:
+    champion = Champion(version=version, weights="old", bytes=1)
+    tie = decide(Candidate(weights="new", bytes=1), champion, GatePolicy())
+    return tie.model_copy(update={"outcome": FIRST.outcome})
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A database without a model, made once."""
+    folder = tmp_path_factory.mktemp("empty")
+    TrackingStore.at(f"sqlite:///{folder}/mlflow.db", "e").client()
+    return (folder / "mlflow.db").read_bytes()
+
+
+@pytest.fixture
+def store(tmp_path: Path, empty: bytes) -> TrackingStore:
+    """A registry with three versions, none of which is champion."""
+    (tmp_path / "mlflow.db").write_bytes(empty)
+    store = TrackingStore.at(f"sqlite:///{tmp_path}/mlflow.db", "e")
+    client = store.client()
+    client.create_registered_model("clip")
+    for number in (1, 2, 3):
+        client.create_model_version("clip", source=f"file:///nothing/{number}")
+    return store
+
+
+def alias(store: TrackingStore) -> int | None:
+    champion = champion_of(store, "clip", "champion")
+    return champion and champion.version
+
+
+def move(version: int, how: str = "gate") -> Move:
+    return Move("", version, how, "me", "")  # type: ignore[arg-type]
+
+
+def test_before_the_first_model_there_is_no_champion(tmp_path: Path, empty: bytes) -> None:
+    (tmp_path / "mlflow.db").write_bytes(empty)
+    store = TrackingStore.at(f"sqlite:///{tmp_path}/mlflow.db", "e")
+    assert champion_of(store, "clip", "champion") is None
+    assert history(store, "clip", "champion") == []
+
+
+def test_the_gates_word_is_carried_out_once_and_written_down(store: TrackingStore) -> None:
+    assert carry_out(store, CONFIG, 1, FIRST)
+    assert not carry_out(store, CONFIG, 1, FIRST)
+    assert alias(store) == 1
+    (only,) = history(store, "clip", "champion")
+    assert (only.version, only.how, only.by, only.why) == (
+        *(1, "gate", "gate"),
+        "PROMOTE: no champion yet",
+    )
+
+
+def test_a_word_about_another_champion_is_not_carried_out_but_stale(store: TrackingStore) -> None:
+    carry_out(store, CONFIG, 1, FIRST)
+    promote(store, "clip", "champion", 3, "force", "me", "a hunch")
+    assert not carry_out(store, CONFIG, 2, better_than(1))
+    assert is_stale(store, CONFIG, 2, better_than(1))
+    assert alias(store) == 3
+
+
+def test_a_word_that_waits_is_due_and_not_stale(store: TrackingStore) -> None:
+    carry_out(store, CONFIG, 1, FIRST)
+    assert is_due(store, CONFIG, 2, better_than(1))
+    assert not is_stale(store, CONFIG, 2, better_than(1))
+
+
+def test_a_killed_promotion_is_written_down_by_the_next_one(store: TrackingStore) -> None:
+    carry_out(store, CONFIG, 1, FIRST)
+    store.client().set_registered_model_alias("clip", "champion", "2")  # and killed here
+    assert is_due(store, CONFIG, 2, better_than(1))
+    assert carry_out(store, CONFIG, 2, better_than(1))
+    assert [(m.version, m.how) for m in history(store, "clip", "champion")] == [
+        (1, "gate"),
+        (2, "gate"),
+    ]
+
+
+def test_an_alias_that_somebody_moved_is_written_down_too(store: TrackingStore) -> None:
+    carry_out(store, CONFIG, 1, FIRST)
+    store.client().set_registered_model_alias("clip", "champion", "3")
+    promote(store, "clip", "champion", 2, "force", "me", "better in use")
+    assert [(m.version, m.how) for m in history(store, "clip", "champion")] == [
+        *((1, "gate"), (3, "outside")),
+        (2, "force"),
+    ]
+
+
+def test_a_rolled_back_version_is_not_promoted_again_by_its_old_word(store: TrackingStore) -> None:
+    carry_out(store, CONFIG, 1, FIRST)
+    carry_out(store, CONFIG, 2, better_than(1))
+    assert roll_back(store, "clip", "champion", None, "me", "slow") == (2, 1)
+    assert alias(store) == 1
+    assert not carry_out(store, CONFIG, 2, better_than(1))
+    assert not is_stale(store, CONFIG, 2, better_than(1))
+    assert history(store, "clip", "champion")[-1].how == "rollback"
+
+
+def test_rolling_back_twice_goes_back_twice_and_then_says_what_to_do(store: TrackingStore) -> None:
+    for version in (1, 2, 3):
+        promote(store, "clip", "champion", version, "force", "me", "test")
+    roll_back(store, "clip", "champion", None, "me", "")
+    assert roll_back(store, "clip", "champion", None, "me", "") == (2, 1)
+    with pytest.raises(InputError, match="--to VERSION"):
+        roll_back(store, "clip", "champion", None, "me", "")
+    assert roll_back(store, "clip", "champion", 3, "me", "") == (1, 3)
+    assert alias(store) == 3
+
+
+def test_a_version_or_model_that_is_not_there_is_one_sentence(store: TrackingStore) -> None:
+    with pytest.raises(InputError, match="'clip' has no version 9; there are: 1, 2, 3"):
+        promote(store, "clip", "champion", 9, "force", "me", "")
+    with pytest.raises(InputError, match="'clap' has no version 1; there are: none"):
+        promote(store, "clap", "champion", 1, "force", "me", "")
+    with pytest.raises(InputError, match="no version of 'clip' is champion"):
+        roll_back(store, "clip", "champion", None, "me", "")
+
+
+def test_a_no_is_kept_and_ends_the_waiting(store: TrackingStore) -> None:
+    carry_out(store, CONFIG, 1, FIRST)
+    decline(store, "clip", 2, "Ada", "the captions look wrong")
+    assert standing_of(store, "clip", 2).declined == "Ada: the captions look wrong"
+    assert not is_due(store, CONFIG, 2, better_than(1))
+    assert not is_stale(store, CONFIG, 2, better_than(1))
+
+
+def test_a_refusal_is_a_file_a_page_and_tags_of_the_version(
+    store: TrackingStore, tmp_path: Path
+) -> None:
+    held = decide(
+        Candidate(weights="w2", bytes=9), Champion(version=1, weights="w", bytes=1), GatePolicy()
+    )
+    files = write_decision(store, "clip", 2, held, tmp_path)
+    assert read_decision(tmp_path) == held
+    assert files[1].read_text().startswith("# clip/2: REJECT")
+    tags = store.client().get_model_version("clip", "2").tags
+    assert (tags["evaclip.gate"], tags["evaclip.gate.reasons"]) == ("reject", held.summary)
+    assert standing_of(store, "clip", 2).gate == "reject"
+
+
+def test_a_registry_that_is_away_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    store = TrackingStore.at("http://127.0.0.1:9", "e")
+    with pytest.raises(InputError, match="does not answer"):
+        champion_of(store, "clip", "champion")
+
+
+def test_what_others_registered_has_no_digest(store: TrackingStore) -> None:
+    client: MlflowClient = store.client()
+    client.set_registered_model_alias("clip", "champion", "1")
+    champion = champion_of(store, "clip", "champion")
+    assert champion is not None
+    assert (champion.digest, champion.weights) == ("", "")
+
+
+@given(some.lists(some.integers(1, 5), max_size=8))
+def test_without_rollbacks_the_line_is_every_change(versions: list[int]) -> None:
+    line = line_of([move(version) for version in versions])
+    assert line == [v for place, v in enumerate(versions) if place == 0 or versions[place - 1] != v]
+
+
+@given(some.lists(some.integers(1, 5), min_size=1, max_size=8))
+def test_going_back_step_by_step_ends_at_the_first(versions: list[int]) -> None:
+    moves = [move(version) for version in versions]
+    first = line_of(moves)[0]
+    while len(line_of(moves)) > 1:
+        before = line_of(moves)
+        moves.append(move(before[-2], "rollback"))
+        assert len(line_of(moves)) < len(before)
+        assert line_of(moves)[-1] == before[-2]
+    assert line_of(moves)[0] == first
