@@ -53,6 +53,8 @@ def starting_model(job: TrainJob, device: torch.device) -> EvaClip:
     model.to(device)  # its type is the engine's matter: masters begin at the exact weights
     model.set_grad_checkpointing(config.grad_checkpointing)
     model.set_drop_path(config.drop_path)
+    if job.compile:
+        model.compile_blocks()
     model.train()
     return model
 

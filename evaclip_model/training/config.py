@@ -209,6 +209,10 @@ class TrainJob(Config):
     micro_batch: int | None = Field(default=None, gt=0)
     """Pairs of a rank that are in memory at once; none: its whole share of the global batch. The
     gradient is the same: features of all come first, then each part again with its gradient."""
+    compile: bool = False
+    """Whether torch's compiler fuses what is between the matrix products of every block: a fifth
+    to two fifths more pairs a second on an H200, a fifth less memory, half a minute at the start.
+    Results differ as rounding does."""
     threads: int | None = Field(default=None, gt=0)
     """CPU threads of each rank; none leaves torch's choice."""
     probe: Path | None = None

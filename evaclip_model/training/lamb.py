@@ -14,7 +14,7 @@ own may be packed into one group.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -25,6 +25,8 @@ from torch import Tensor
 
 CHUNK = 1 << 17
 """Elements updated at a time on a CPU: a chunk and its temporaries stay in a core's cache."""
+BATCH = 1 << 27
+"""Elements updated at a time elsewhere: many tensors in one kernel, half a gigabyte beside them."""
 
 
 @dataclass
@@ -108,7 +110,7 @@ class Lamb(torch.optim.Optimizer):
         for group in self.param_groups:
             owners = [number for number, part in enumerate(group["parts"]) for _ in part.params]
             group["pieces"] = [
-                _Piece(number, number, owner, 0, tensor.numel())
+                Piece(number, number, owner, 0, tensor.numel())
                 for number, (tensor, owner) in enumerate(zip(group["params"], owners, strict=True))
             ]
             group["owners"] = owners
@@ -129,7 +131,7 @@ class Lamb(torch.optim.Optimizer):
                 raise ValueError("a fragment lies outside the group's flat tensor")
             group["ranks"] = layout.ranks
             group["pieces"] = [
-                _Piece(0, cut.parameter, group["owners"][cut.parameter], cut.start, cut.size)
+                Piece(0, cut.parameter, group["owners"][cut.parameter], cut.start, cut.size)
                 for cut in layout.fragments
             ]
 
@@ -185,46 +187,54 @@ class Lamb(torch.optim.Optimizer):
         weights = [tensor.view(-1) for tensor in tensors]
         directions = [_gradient(tensor).reshape(-1) for tensor in tensors]
         spans = _spans(group["pieces"])
-        for span in spans:
-            moments = (moment.view(-1) for moment in self.moments(tensors[span.tensor]).values())
-            self._turn_into_direction(
-                span.of(directions[span.tensor]),
-                span.of(weights[span.tensor]),
-                *(span.of(moment) for moment in moments),
+        moments = [tuple(self.moments(tensor).values()) for tensor in tensors]
+        for weight_decay, batch in batches_of(spans, group["parts"], weights[0].device):
+            self._turn_into_directions(
+                [piece.of(directions[piece.tensor]) for piece in batch],
+                [piece.of(weights[piece.tensor]) for piece in batch],
+                *(
+                    [piece.of(moments[piece.tensor][which].view(-1)) for piece in batch]
+                    for which in (0, 1)
+                ),
                 updates=group["updates"],
-                weight_decay=group["parts"][span.part].weight_decay,
+                weight_decay=weight_decay,
             )
         self._scale(group, weights, directions)
-        for span in spans:
-            weight, direction = span.of(weights[span.tensor]), span.of(directions[span.tensor])
-            weight.add_(direction, alpha=-group["parts"][span.part].lr)
+        for part, of_part in groupby(spans, key=lambda span: span.part):
+            held = list(of_part)
+            torch._foreach_add_(
+                [span.of(weights[span.tensor]) for span in held],
+                [span.of(directions[span.tensor]) for span in held],
+                alpha=-group["parts"][part].lr,
+            )
 
-    def _turn_into_direction(
+    def _turn_into_directions(
         self,
-        gradient: Tensor,
-        weight: Tensor,
-        mean: Tensor,
-        square: Tensor,
+        gradients: list[Tensor],
+        weights: list[Tensor],
+        means: list[Tensor],
+        squares: list[Tensor],
         *,
         updates: int,
         weight_decay: float,
     ) -> None:
-        """Advance the moments; put m / (sqrt(v) + eps) + decay * weight in the gradient's place.
+        """Advance the moments; put m / (sqrt(v) + eps) + decay * weight in the gradients' place.
 
-        m and v are bias-corrected. All tensors [n].
+        m and v are bias-corrected. Lists of tensors of one dimension, of equal sizes place by
+        place.
         """
         beta1, beta2 = self._betas
-        mean_correction = 1 - beta1**updates
-        root_correction = (1 - beta2**updates) ** 0.5
-        size = CHUNK if weight.device.type == "cpu" else max(1, weight.numel())
-        chunks = (torch.split(part, size) for part in (gradient, weight, mean, square))
-        for g, w, m, v in zip(*chunks, strict=True):
-            m.lerp_(g, 1 - beta1)
-            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            root = v.sqrt().div_(root_correction).add_(self._eps)
-            torch.div(m, root, out=g).div_(mean_correction)
-            if weight_decay != 0:
-                g.add_(w, alpha=weight_decay)
+        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_div_(roots, (1 - beta2**updates) ** 0.5)
+        torch._foreach_add_(roots, self._eps)
+        torch._foreach_copy_(gradients, means)
+        torch._foreach_div_(gradients, roots)
+        torch._foreach_div_(gradients, 1 - beta1**updates)
+        if weight_decay != 0:
+            torch._foreach_add_(gradients, weights, alpha=weight_decay)
 
     def _scale(
         self, group: dict[str, Any], weights: list[Tensor], directions: list[Tensor]
@@ -233,7 +243,7 @@ class Lamb(torch.optim.Optimizer):
         if not any(self._adapts(part) for part in group["parts"]):
             return
         if self._adapt_whole_tensors:
-            pieces = [_Piece(n, n, 0, 0, weight.numel()) for n, weight in enumerate(weights)]
+            pieces = [Piece(n, n, 0, 0, weight.numel()) for n, weight in enumerate(weights)]
             count, ranks = len(pieces), None
         else:
             pieces = [
@@ -264,7 +274,7 @@ class Lamb(torch.optim.Optimizer):
         return ratio if self._trust_clip is None else ratio.clamp(*self._trust_clip)
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """A range of a flattened tensor that belongs to one parameter, or to one part."""
 
     tensor: int
@@ -277,8 +287,15 @@ class _Piece(NamedTuple):
     def of(self, flat: Tensor) -> Tensor:
         return flat.narrow(0, self.start, self.size)
 
+    def cut(self, size: int) -> list[Piece]:
+        """Pieces of at most `size` elements."""
+        return [
+            self._replace(start=self.start + first, size=min(size, self.size - first))
+            for first in range(0, self.size, size)
+        ]
 
-def _spans(pieces: Sequence[_Piece]) -> list[_Piece]:
+
+def _spans(pieces: Sequence[Piece]) -> list[Piece]:
     """Neighbouring pieces of the same part as one: fewer, longer operations."""
     spans = []
     for _, run in groupby(pieces, key=lambda piece: (piece.tensor, piece.part)):
@@ -286,6 +303,25 @@ def _spans(pieces: Sequence[_Piece]) -> list[_Piece]:
         first, last = held[0], held[-1]
         spans.append(first._replace(size=last.start + last.size - first.start))
     return spans
+
+
+def batches_of(
+    spans: Sequence[Piece], parts: Sequence[Part], device: torch.device
+) -> Iterator[tuple[float, list[Piece]]]:
+    """(weight decay, pieces) of what is updated at a time: a chunk on a CPU, as much as fits in
+    `BATCH` elsewhere, where starting a kernel costs more than a small tensor's update."""
+    size = CHUNK if device.type == "cpu" else BATCH
+    by_decay: dict[float, list[Piece]] = {}
+    for span in spans:
+        by_decay.setdefault(parts[span.part].weight_decay, []).extend(span.cut(size))
+    for weight_decay, pieces in by_decay.items():
+        batch: list[Piece] = []
+        for piece in pieces:
+            if batch and sum(held.size for held in batch) + piece.size > size:
+                yield weight_decay, batch
+                batch = []
+            batch.append(piece)
+        yield weight_decay, batch
 
 
 def _gradient(tensor: Tensor) -> Tensor:

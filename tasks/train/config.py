@@ -47,6 +47,8 @@ class Launch(Config):
     """What steps the optimizer; unset: DeepSpeed."""
     micro_batch: int | None = Field(None, gt=0)
     """Pairs of a rank in memory at once; unset: its whole share of the global batch."""
+    compile: bool = False
+    """Whether torch's compiler fuses the operations of every block; worth it on a GPU."""
     checkpoint_url: str | None = None
     """Folder of checkpoints that fsspec knows (s3://bucket/runs), each stage under its digest;
     unset: in the stage's own folder."""

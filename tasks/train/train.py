@@ -213,6 +213,7 @@ def _job(
     chosen: dict[str, Any] = {
         "engine": launch.train_engine,
         "micro_batch": launch.micro_batch,
+        "compile": launch.compile,
         "checkpoints": _checkpoints(launch, out),
         "probe": launch.probe and launch.probe.resolve(),
         "watchdog_s": launch.watchdog_s,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from evaclip_model.training.assemble import starting_model
+from evaclip_model.training.config import TrainConfig, TrainJob
+from evaclip_model.weights import save_model
 from tests.evaclip_model.small_models import FAMILIES, small_batch, small_model
 
 BACKEND = "aot_eager"  # it traces forward and backward as every backend does, and builds nothing
@@ -59,3 +62,18 @@ def test_compiling_a_models_blocks_changes_neither_features_nor_parameter_names(
     torch.testing.assert_close(
         model.encode_image(images, kept=kept), plain.encode_image(images, kept=kept)
     )
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_machine_may_ask_for_compiled_blocks(tmp_path, asked):
+    save_model(small_model(), tmp_path)
+    stage = TrainConfig(name="s", image_px=32, samples_seen=8, global_batch=8, lanes=1)
+    job = TrainJob(
+        train=stage.model_copy(update={"image_px": small_model().config.vision.image_px}),
+        start_from=tmp_path,
+        shards=tmp_path / "shards.json",
+        run_dir=tmp_path,
+        compile=asked,
+    )
+    blocks = starting_model(job, torch.device("cpu")).visual.blocks
+    assert all((block._compiled_call_impl is not None) is asked for block in blocks)

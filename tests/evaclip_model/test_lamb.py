@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evaclip_model.training.lamb import Fragment, Lamb, Layout, Part
+from evaclip_model.training import lamb
+from evaclip_model.training.lamb import Fragment, Lamb, Layout, Part, Piece, batches_of
 
 DATA = Path(__file__).parent / "data" / "optim"
 
@@ -110,3 +111,18 @@ def test_trust_ratios_are_those_it_stepped_with():
     ((ratio,), of_no_decay) = optimizer.trust_ratios()
     assert of_no_decay == []
     assert ratio == pytest.approx((before.norm() / (direction / ratio).norm()).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_element_is_updated_once_with_others_of_its_decay(device, monkeypatch):
+    monkeypatch.setattr(lamb, "CHUNK", 7)
+    monkeypatch.setattr(lamb, "BATCH", 20)
+    parts = [Part([], 1.0, decay) for decay in (0.0, 0.1, 0.0)]
+    spans = [Piece(n, n, n % 3, 5 * n, size) for n, size in enumerate((3, 50, 6, 11, 1))]
+    largest, updated = {"cpu": 7, "cuda": 20}[device], []
+    for decay, batch in batches_of(spans, parts, torch.device(device)):
+        assert sum(piece.size for piece in batch) <= largest
+        assert {parts[piece.part].weight_decay for piece in batch} == {decay}
+        updated += [(p.tensor, e) for p in batch for e in range(p.start, p.start + p.size)]
+    expected = [(s.tensor, e) for s in spans for e in range(s.start, s.start + s.size)]
+    assert sorted(updated) == sorted(expected)

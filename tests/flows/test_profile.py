@@ -30,6 +30,7 @@ def test_what_starts_training_is_read_from_the_environment(profile_of):
         train_engine="deepspeed",
         watchdog_s="600",
         tensorboard="true",
+        compile="true",
         profile_steps="100-110",
         job_template="own.sbatch",
     )
@@ -41,6 +42,7 @@ def test_what_starts_training_is_read_from_the_environment(profile_of):
         train_engine="deepspeed",
         watchdog_s=600,
         tensorboard=True,
+        compile=True,
         profile_steps=(100, 110),
         job_template=Path("own.sbatch"),
     )
