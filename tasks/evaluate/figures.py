@@ -211,10 +211,11 @@ def _of_labels(evalset: EvalSet, scores: Tensor) -> Figures:
         figures[metric] = mean_average_precision(scores, positives, curve)
         draws = resampled_precisions(scores, positives, curve)
         figures["intervals"][metric] = percentile_interval(draws)
-        figures["bounds"][metric] = (
-            mean_average_precision(scores, positives, curve, "lost"),
-            mean_average_precision(scores, positives, curve, "won"),
+        lost, won = (
+            mean_average_precision(scores, positives, curve, ties) for ties in ("lost", "won")
         )
+        # Images that tie are one threshold, which may be worth more than any order of them.
+        figures["bounds"][metric] = (min(lost, figures[metric]), max(won, figures[metric]))
     counts = positives.sum(dim=0).tolist()
     precisions = average_precisions(scores, positives).tolist()
     figures["per_class"] = [

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
 from torch import Tensor
 
 from evaclip_model import metrics, zeroshot
@@ -25,7 +28,7 @@ def units(rows: int, width: int, seed: int) -> Tensor:
     return zeroshot.normalised(drawn, "test")
 
 
-def brute_order(logits: list[float]) -> list[int]:
+def brute_order(logits: Sequence[float]) -> list[int]:
     """Answers from best to worst: larger first, equal ones by index."""
     return sorted(range(len(logits)), key=lambda index: (-logits[index], index))
 
@@ -66,6 +69,60 @@ def test_ranks_equal_a_brute_force_sort_of_coarse_logits_full_of_ties(seed: int)
         assert ranking.top[query].tolist() == order[:7]
         assert ranking.tied[query] == (row.count(max(row)) > 1)
         assert ranking.best_ranks[query] <= ranking.ranks[query] <= ranking.worst_ranks[query]
+
+
+@given(some.data())
+@settings(max_examples=60, deadline=None)
+def test_any_ties_are_ranked_as_a_stable_sort_ranks_them(data: some.DataObject):
+    gallery = data.draw(some.integers(1, 9))
+    row = data.draw(some.lists(some.integers(0, 3), min_size=gallery, max_size=gallery))
+    target, k = data.draw(some.integers(0, gallery - 1)), data.draw(some.integers(1, 10))
+    ranking = zeroshot.rank_targets(torch.tensor([row]).float(), torch.tensor([target]), k)
+    order = brute_order(row)
+    assert ranking.top[0].tolist() == order[:k]
+    assert int(ranking.ranks) == order.index(target)
+    assert int(ranking.best_ranks) == sum(value > row[target] for value in row)
+    assert int(ranking.worst_ranks) == sum(value >= row[target] for value in row) - 1
+    assert bool(ranking.tied) == (row.count(max(row)) > 1)
+
+
+def test_logits_are_fp32_whatever_the_program_around_allows_itself():
+    images, classes = units(70, 32, seed=7), units(9, 32, seed=8)
+    expected = zeroshot.Gallery.of(classes).logits(images)
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = zeroshot.Gallery.of(classes).logits(images)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_features_of_less_precision_have_fp32_logits_without_ties(dtype: torch.dtype):
+    images, classes = units(400, 64, seed=9).to(dtype), units(50, 64, seed=10).to(dtype)
+    labels = torch.arange(400) % 50
+    found = zeroshot.classify(images, classes, labels)
+    assert torch.equal(
+        found.ranks, zeroshot.classify(images.float(), classes.float(), labels).ranks
+    )
+    assert not found.tied.any()
+
+
+def test_scores_of_many_images_are_those_of_each():
+    images, classes = units(zeroshot.ROWS + 3, 16, seed=11), units(5, 16, seed=12)
+    scores = zeroshot.class_scores(images, classes)
+    assert torch.allclose(scores, images @ classes.T, atol=1e-6)
+
+
+def test_a_ranking_of_some_queries_is_theirs():
+    logits = torch.tensor([[0.5, 0.9, 0.9], [0.1, 0.2, 0.3], [0.3, 0.2, 0.1]])
+    whole = zeroshot.rank_targets(logits, torch.tensor([2, 2, 2]))
+    some_of_them = whole.of(torch.tensor([True, False, True]))
+    assert some_of_them.ranks.tolist() == [1, 2] and some_of_them.tied.tolist() == [True, False]
+    assert len(some_of_them) == 2 and some_of_them.top.tolist() == [[1, 2, 0], [0, 1, 2]]
 
 
 def test_duplicate_class_names_tie_exactly_wherever_they_stand():
