@@ -5,8 +5,8 @@ its flow runs, and telling the server that those crashed.
 Not here: which pools there are (apply.py); machines that vanish (automations.yaml finds their runs
 by missing heartbeats). Standard library only.
 
-Prefect's worker takes its runs with it when it is stopped, and their state stays Running for ever;
-so does a place under their deployment's concurrency limit.
+Prefect's worker leaves its runs as Running for ever when it is stopped, and they keep their place
+under their deployment's concurrency limit.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from pathlib import Path
 
 RESTART_S = 5
 STOP_S = 35  # Prefect gives a flow 30 s to end before it kills it
-RUN_ID = b"PREFECT__FLOW_RUN_ID="
+LEFT_S = 5
+RUN_ID = "PREFECT__FLOW_RUN_ID="
 UNFINISHED = ("RUNNING", "PENDING", "CANCELLING")
 
 
@@ -44,7 +45,7 @@ def main(arguments):
         while worker.poll() is None and not stopping:
             time.sleep(0.2)
         if stopping:
-            stop(worker)
+            stop(worker, name)
         else:
             sys.stderr.write(f"the worker ended with {worker.returncode}; it is started again\n")
             until = time.monotonic() + RESTART_S
@@ -58,36 +59,42 @@ def hear_interrupts():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def stop(worker):
+def stop(worker, name):
     """End the worker with all its flow runs, and say so to the server."""
-    runs = runs_of(os.getsid(0))
+    runs = set(runs_of(name).values())
     worker.terminate()
     try:
         worker.wait(STOP_S)
     except subprocess.TimeoutExpired:
         worker.kill()
         worker.wait()
-    for run in sorted(runs - runs_of(os.getsid(0))):
+    deadline = time.monotonic() + LEFT_S
+    while runs_of(name) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for pid in runs_of(name):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    for run in sorted(runs):
         try:
             crash(run)
         except OSError as error:
             sys.stderr.write(f"run {run} cannot be marked as crashed: {error}\n")
 
 
-def runs_of(session):
-    """Ids of the flow runs whose processes are in a session."""
-    found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
+def runs_of(name):
+    """Process -> flow run, of every process that works for a run of this worker."""
+    found = {}
+    ours = {f"PREFECT__WORKER_NAME={name}", f"PREFECT_API_URL={os.environ['PREFECT_API_URL']}"}
+    for environ in Path("/proc").glob("[0-9]*/environ"):
         try:
-            fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
-            if int(fields[3]) == session and fields[0] != "Z":
-                found |= {
-                    one.removeprefix(RUN_ID).decode()
-                    for one in (folder / "environ").read_bytes().split(b"\0")
-                    if one.startswith(RUN_ID)
-                }
+            settings = environ.read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
+        runs = [one.removeprefix(RUN_ID) for one in settings if one.startswith(RUN_ID)]
+        if runs and ours <= set(settings):
+            found[int(environ.parent.name)] = runs[0]
     return found
 
 
