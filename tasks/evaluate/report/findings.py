@@ -7,7 +7,7 @@ Not here: computing any figure, wording, layout.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -160,10 +160,6 @@ class Findings:
         """How many images are near-duplicates of training images, and figures without them."""
         found: Mapping[str, Any] | None = self._part("contamination").get(evalset)
         return found
-
-    def warnings(self) -> Sequence[tuple[str, str]]:
-        """(set, warning) of all sets."""
-        return [(one, text) for one in self.sets for text in self.set(one)["warnings"]]
 
     def _part(self, name: str) -> Mapping[str, Any]:
         """A part of the results, empty where this evaluation has none."""

@@ -56,13 +56,11 @@ def ordinal(number: int) -> str:
     return f"{number:,}{suffix}"
 
 
-def size(count: float) -> str:
-    """A large count as the paper prints it: 149M, 1.0B, 4.7B, 13B."""
+def size(count: float, digits: int = 0) -> str:
+    """A large count as the paper prints it: 149M, 13B; with digits, from a billion on: 1.0B."""
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= unit:
-            value = count / unit
-            whole = value >= 10 or unit < 1e9 or (value == int(value) and value > 1)
-            return f"{value:.0f}{name}" if whole else f"{value:.1f}{name}"
+            return f"{count / unit:.{digits if unit >= 1e9 else 0}f}{name}"
     return f"{count:.0f}"
 
 

@@ -36,18 +36,21 @@ def anchor(evalset: str) -> str:
 
 
 def at_a_glance(found: Findings) -> Table:
-    """One row a set (two for retrieval): our figure beside the published one and chance."""
+    """One row a set, two of retrieval: our figure beside the published one and chance.
+
+    It is top-1 unless the row says otherwise.
+    """
     notes = Footnotes()
     with_paper = any(_published(found, one) for one in found.sets)
-    head = ["set", "images", "metric", found.subject, "95 % interval", "0 … 100 %"]
+    head = ["set", found.subject, "95 % interval", "0 … 100 %"]
     head += ["published", "difference", "verdict"] if with_paper else []
-    head += [*found.others, "chance"]
+    head += [*found.others, "chance", "images", "warnings"]
     rows = []
     for evalset in found.sets:
         for metric in found.headlines(evalset):
             rows.append(row(*_glance(found, evalset, metric, notes, with_paper)))
-    words = frozenset({2, 8} if with_paper else {2})
-    return Table(tuple(head), tuple(rows), tuple(notes.texts), words, frozenset({5}))
+    words = frozenset({6} if with_paper else ())
+    return Table(tuple(head), tuple(rows), tuple(notes.texts), words, frozenset({3}))
 
 
 def verdicts(found: Findings) -> Table | None:
@@ -241,10 +244,8 @@ def _glance(
     bounds = found.interval(evalset, found.subject, metric)
     chance = found.chance(evalset, metric)
     published = found.published(evalset, found.subject, metric)
-    warned = notes.numbers(found.set(evalset)["warnings"]) if found.set(evalset)["warnings"] else ()
-    yield Cell(found.name(evalset), link=anchor(evalset), notes=warned)
-    yield f"{found.set(evalset)['n']:,}"
-    yield title_of(metric)
+    name = found.name(evalset) + ("" if metric == "top1" else f" · {title_of(metric)}")
+    yield Cell(name, link=anchor(evalset))
     yield Cell(percent(ours), "value")
     yield interval(bounds) if bounds else NOTHING
     reference = published.value if published else None
@@ -258,6 +259,9 @@ def _glance(
         share = found.share(evalset, other, metric)
         yield NOTHING if share is None else percent(share)
     yield NOTHING if chance is None else percent(chance)
+    yield f"{found.set(evalset)['n']:,}"
+    warnings = len(found.set(evalset)["warnings"])
+    yield Cell(str(warnings), "warned", link=anchor(evalset)) if warnings else ""
 
 
 def _published(found: Findings, evalset: str) -> Sequence[Published]:

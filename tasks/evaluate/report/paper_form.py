@@ -120,7 +120,9 @@ def _printed(value: Any, unit: str) -> str:
         return f"{value['count']} × {value['type']} ({value['memory_gb']} GB)"
     if isinstance(value, str) or unit.startswith("pixels"):
         return str(value)
-    return f"{float(value):.1f}" if unit.startswith("percent") else size(float(value))
+    if unit.startswith("percent"):
+        return f"{float(value):.1f}"
+    return size(float(value), digits=1 if unit == "parameters" else 0)
 
 
 def _ours(
@@ -181,7 +183,7 @@ def _setting(found: Findings, model: str, column: Column) -> str | None:
     about = found.about(model)
     params = about.get("params")
     if column.key == "params_total" and params:
-        return size(float(params))
+        return size(float(params), digits=1)
     if column.key == "image_size":
         return str(about["architecture"]).rpartition(" at ")[2].removesuffix(" px") or NOTHING
     return NOTHING

@@ -193,9 +193,10 @@ def _beware(found: Findings) -> Iterator[str]:
             f"near-duplicates in the training data, most of all {found.name(worst[0])} "
             f"({percent(worst[1] / int(found.set(worst[0])['n']))})."
         )
-    warned = {evalset for evalset, _ in found.warnings()}
+    warned = [one for one in found.sets if found.set(one)["warnings"]]
     if warned:
-        yield f"{plural(len(warned), 'set')} {_come(len(warned))} with warnings; read them first."
+        texts = plural(sum(len(found.set(one)["warnings"]) for one in warned), "warning")
+        yield f"{plural(len(warned), 'set')} {_come(len(warned))} with {texts}: read them first."
 
 
 def _are(count: int) -> str:
