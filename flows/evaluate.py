@@ -6,11 +6,13 @@ from prefect import flow, runtime
 from prefect.artifacts import create_link_artifact
 
 from evaclip_model.training.config import METRICS_FILE, MODEL_FOLDER
-from flows.chart import find_files
+from flows.chart import Chart, find_files
 from flows.gate import Promote, register_and_judge, settle
 from flows.parameters import Handed, Overrides, RecipeName
 from flows.session import open_session
 from tasks.artifact import Artifact, read_artifact
+from tasks.dataset.config import LEFT_OUT
+from tasks.evaluate.contamination import TrainingData
 from tasks.evaluate.task import evaluate as evaluate_stage
 
 
@@ -45,6 +47,7 @@ def evaluate(
             sets,
             [address.folder / METRICS_FILE for address in chart.train],
             session.profile.machine,
+            trained_on(chart),
             inputs={"evaluation": read_artifact(chart.demo.folder)} if chart.demo else {},
             attach=("report.html", "results.json"),
         )
@@ -54,3 +57,9 @@ def evaluate(
     if runtime.flow_run.parent_flow_run_id is None:
         settle(session, registered, promote)
     return registered
+
+
+def trained_on(chart: Chart) -> list[TrainingData]:
+    """The data that test images are looked for in; none where they were cleared away."""
+    data = TrainingData(chart.verify.folder, chart.dataset.folder / LEFT_OUT)
+    return [data] if chart.verify.is_finished and data.left_out.is_file() else []

@@ -129,6 +129,9 @@ class EvaluateConfig(Config):
     """Evaluation sets, in the order of the report."""
     precision: Precision = "fp32"
     """Of the model that makes features; they are compared in fp32 whatever it is."""
+    max_distance: int = Field(4, ge=0, le=8)
+    """Bits of the 64 of a perceptual hash in which a test image and a training image that look
+    alike may differ."""
     batch_size: int = Field(default=256, gt=0)
     """Ignored: the model sees chunks of one size, so that no batch decides a figure."""
     title: str = "Zero-shot evaluation"

@@ -18,6 +18,7 @@ from evaclip_model.errors import InputError
 from tasks.artifact import Made, write_atomically
 from tasks.evaluate.blocks import Cache
 from tasks.evaluate.config import RESULTS, EvaluateConfig, Machine
+from tasks.evaluate.contamination import Mask, TrainingData, hash_set, seen_in_training
 from tasks.evaluate.figures import Scored, score
 from tasks.evaluate.identity import Identity
 from tasks.evaluate.models import identify
@@ -44,6 +45,7 @@ def evaluate_models(
     report: Report,
     *,
     machine: Machine | None = None,
+    trained_on: Sequence[TrainingData] = (),
 ) -> Made:
     """Evaluate models (name -> what opens it) on sets (name -> folder); write results and reports.
 
@@ -57,6 +59,7 @@ def evaluate_models(
         curves: the `metrics.jsonl` of the training stages, in order.
         out: folder of results and reports.
         machine: what does the work; it decides no figure.
+        trained_on: the data of the model evaluated, to tell which test images it has seen.
 
     Raises:
         InputError: a set, a model or a curve is missing or unreadable, or a model has diverged.
@@ -74,7 +77,8 @@ def evaluate_models(
     if len(features.failed) == len(opened):
         _require_all(features.failed, "there are no others")
     scored = _scored(features, identities, opened)
-    results = results_of(config, identities, opened, scored, features.failed)
+    seen = _seen({name: opened[name] for name in scored}, trained_on, config, cache, report)
+    results = results_of(config, identities, opened, scored, features.failed, seen)
     write_atomically(out / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     written = write_reports(out, results, scored, trained)
     _require_all(features.failed, f"the others are in {out}")
@@ -118,6 +122,22 @@ def _scored(
             images, given = features.images(model, name), features.answers(texts, name)
             scored[name][model] = score(evalset, images, given)
     return scored
+
+
+def _seen(
+    sets: Mapping[str, EvalSet],
+    trained_on: Sequence[TrainingData],
+    config: EvaluateConfig,
+    cache: Cache,
+    report: Report,
+) -> dict[str, Mask]:
+    """Which images of every set the model evaluated was trained on, if its data are known."""
+    if not trained_on:
+        return {}
+    hashes = {
+        name: hash_set(one, cache.folder("hashes", one.images_digest)) for name, one in sets.items()
+    }
+    return seen_in_training(hashes, trained_on, config.max_distance, report)
 
 
 def _require_all(failed: Mapping[str, str], others: str) -> None:

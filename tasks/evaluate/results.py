@@ -10,13 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
-from tasks.evaluate.doubts import warnings_of
+from tasks.evaluate.averages import ROBUSTNESS, TABLES, average, members_of, robustness, values_of
 from tasks.evaluate.config import STAGE, EvaluateConfig
+from tasks.evaluate.contamination import Mask, figures_without
+from tasks.evaluate.doubts import warnings_of
 from tasks.evaluate.figures import Figures, Scored, captions_of, chance_of, figures_of
 from tasks.evaluate.identity import Identity
+from tasks.evaluate.paired import compare
 from tasks.evaluate.paper import paper_model, published, verdict
 from tasks.evaluate.sets import EvalSet
 
@@ -32,8 +36,18 @@ def results_of(
     sets: Mapping[str, EvalSet],
     scored: Mapping[str, Mapping[str, Scored]],
     failed: Mapping[str, str],
+    seen: Mapping[str, Mask],
 ) -> dict[str, Any]:
-    """Everything `results.json` holds; sets that failed have only a reason."""
+    """Everything `results.json` holds; sets that failed have only a reason.
+
+    Args:
+        config: of the evaluation.
+        models: what each is; the first is the subject, which the others are compared with.
+        sets: all of them.
+        scored: set -> model -> answers, of the sets that did not fail.
+        failed: set -> why it could not be evaluated.
+        seen: set -> which of its images the subject was trained on; of some sets, or none.
+    """
     subject = next(iter(models))
     whole = {name: one for name, one in sets.items() if name in scored}
     results = {
@@ -60,6 +74,16 @@ def results_of(
         "results": results,
         "chance": chance,
         "paper": {name: _paper(whole[name], results[name], models) for name in whole},
+        "paired": {name: _paired(by_model, subject) for name, by_model in scored.items()},
+        "averages": _averages(results, models),
+        "robustness": _robustness(results, models),
+        "contamination": {
+            name: {
+                "flagged": int(mask.sum()),
+                "figures_without": figures_without(scored[name][subject], mask),
+            }
+            for name, mask in seen.items()
+        },
         "failed": dict(failed),
         "rule": RULE,
         "versions": {tool: metadata.version(tool) for tool in ("evaclip", *STAGE.tools)},
@@ -127,3 +151,45 @@ def _paper(
                 "errata": list(reference.errata),
             }
     return found
+
+
+def _paired(by_model: Mapping[str, Scored], subject: str) -> dict[str, dict[str, Any]]:
+    """Other model -> metric -> how far the subject is from it on the same samples."""
+    return {
+        name: {metric: asdict(one) for metric, one in compare(by_model[subject], other).items()}
+        for name, other in by_model.items()
+        if name != subject
+    }
+
+
+def _averages(
+    results: Mapping[str, Mapping[str, Figures]], models: Mapping[str, Identity]
+) -> dict[str, dict[str, Any]]:
+    """Table -> model -> the average over its sets, of tables of which a set was evaluated."""
+    return {
+        table: {
+            name: asdict(average(table, _values(results, name), _row(one)))
+            for name, one in models.items()
+        }
+        for table in TABLES
+        if members_of(table).keys() & results.keys()
+    }
+
+
+def _robustness(
+    results: Mapping[str, Mapping[str, Figures]], models: Mapping[str, Identity]
+) -> dict[str, Any]:
+    if not members_of(ROBUSTNESS).keys() & results.keys():
+        return {}
+    return {
+        name: asdict(robustness(_values(results, name), _row(one))) for name, one in models.items()
+    }
+
+
+def _values(results: Mapping[str, Mapping[str, Figures]], model: str) -> dict[str, float]:
+    return values_of({name: by_model[model] for name, by_model in results.items()})
+
+
+def _row(model: Identity) -> str | None:
+    found = paper_model(model.source, model.architecture)
+    return found.row if found else None

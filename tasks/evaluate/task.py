@@ -10,6 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from tasks.artifact import Address, Artifact, produce
 from tasks.evaluate.config import EvaluateConfig, Machine
+from tasks.evaluate.contamination import TrainingData
 from tasks.evaluate.evaluate import evaluate_models
 from tasks.progress import Report
 
@@ -22,10 +23,14 @@ def evaluate(
     sets: Mapping[str, Path],
     curves: Sequence[Path],
     machine: Machine,
+    trained_on: Sequence[TrainingData],
     report: Report,
 ) -> Artifact:
-    """The evaluation at `address`: `models` on `sets`, made now or found finished."""
+    """The evaluation at `address`: `models` on `sets`, made now or found finished; `trained_on`
+    is the data of the first of them."""
     return produce(
         address,
-        lambda out: evaluate_models(config, models, sets, curves, out, report, machine=machine),
+        lambda out: evaluate_models(
+            *(config, models, sets, curves, out, report), machine=machine, trained_on=trained_on
+        ),
     )

@@ -106,10 +106,11 @@ def test_what_decides_a_figure_is_written_beside_it(made: tuple[Made, Path]):
 def test_the_report_is_one_page_that_asks_for_nothing(made: tuple[Made, Path]):
     text = (made[1] / "report.html").read_text()
     links = re.findall(r"(?:src|href|url|action|data)\s*[=(]\s*[\"']?([^\"')\s>]+)", text)
-    assert links and all(link.startswith("data:image/webp;base64,") for link in links)
+    outside = [link for link in links if not link.startswith(("#", "data:image/webp;base64,"))]
+    assert links and not outside
     assert "<script" not in text and "@import" not in text
     assert "Discs &amp; colours" in text and "first light" in text
-    assert text.count("<svg") == 3
+    assert text.count("<svg") >= 3
     assert len(text) < 1_000_000
 
 
@@ -230,7 +231,7 @@ def test_the_task_returns_a_finished_evaluation_without_doing_it_again(
     tmp_path: Path, saved_model: SavedModel, sets: Mapping[str, Path]
 ):
     address = Address.of(tmp_path / "runs", STAGE, CONFIG, {"train": "0" * 16})
-    arguments = (address, CONFIG, {"trained": saved_model(1)}, sets, [], Machine())
+    arguments = (address, CONFIG, {"trained": saved_model(1)}, sets, [], Machine(), [])
     first = evaluate.fn(*arguments, silent)
 
     def refuse(done: float, total: float, detail: str = "") -> None:
