@@ -63,12 +63,12 @@ def compare(a: Scored, b: Scored) -> dict[str, Paired]:
     """Every figure of both, by metric.
 
     Raises:
-        InputError: they were not asked the same questions.
+        InputError: they were not evaluated on the same images and classes.
     """
     if a.evalset.fingerprint != b.evalset.fingerprint:
         raise InputError(
-            f"evaluation set '{a.evalset.name}': the models were not asked about the same images "
-            "with the same prompts, so their answers cannot be paired: evaluate both again"
+            f"evaluation set '{a.evalset.name}': the two models were not evaluated on the same "
+            "images and classes, so their answers cannot be paired: evaluate both again"
         )
     if a.classes is not None and b.classes is not None:
         return _of_classes(a, a.classes, b.classes)
