@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.table import Table
 
@@ -20,7 +20,7 @@ from tasks.evaluate.registry import FOLDER, KnownSet, all_sets, find_set, neares
 if TYPE_CHECKING:
     from tasks.evaluate.convert.write import Conversion
 
-HELP = "evaluation sets: list, show, check, convert from images, torchvision, videos or captions"
+HELP = "evaluation sets: list, show, check, convert from images, videos, captions, torchvision, VOC"
 SHOWN_PROBLEMS = 5
 
 Handler = Callable[[argparse.Namespace], None]
@@ -60,6 +60,12 @@ def _with_forms(forms: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     videos.add_argument("source", type=Path)
     _with_target(videos)
     videos.add_argument("--list", type=Path, help="file that names the videos to take (all)")
+    voc = _action(forms, "voc", "PASCAL VOC's test images: its boxes, or whole", _voc)
+    voc.add_argument("source", type=Path, help="the folder VOCdevkit/VOC2007")
+    _with_target(voc, known=False)
+    voc.add_argument(
+        "--whole", action="store_true", help="whole images with all their classes (boxes)"
+    )
     captions = _action(forms, "captions", "images and a JSON file of Karpathy's form", _captions)
     captions.add_argument("listing", type=Path, help="dataset_coco.json, dataset_flickr30k.json")
     captions.add_argument("source", type=Path, help="folder of the images")
@@ -166,6 +172,18 @@ def _videos(parsed: argparse.Namespace) -> None:
     words = Words(_known_or_none(parsed), parsed.classnames, parsed.templates)
     with moving_bar("convert") as report:
         made = convert_videos(parsed.source, parsed.folder, words, parsed.list, report)
+    _say(made)
+
+
+def _voc(parsed: argparse.Namespace) -> None:
+    from tasks.evaluate.convert.convert import Words, convert_voc
+
+    words = Words(None, parsed.classnames, parsed.templates)
+    kind: Literal["classification", "multilabel"] = (
+        "multilabel" if parsed.whole else "classification"
+    )
+    with moving_bar("convert") as report:
+        made = convert_voc(parsed.source, parsed.folder, words, kind, report)
     _say(made)
 
 

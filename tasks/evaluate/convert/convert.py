@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from evaclip_model.errors import InputError
+from tasks.evaluate.convert import voc
 from tasks.evaluate.convert.captions import captioned_sources
-from tasks.evaluate.convert.imagefolder import Order, class_folders, image_sources, names_of
+from tasks.evaluate.convert.imagefolder import (
+    Order,
+    class_folders,
+    image_sources,
+    names_of,
+    objectnet_folders,
+)
 from tasks.evaluate.convert.torchvision_sets import (
     TORCHVISION,
     dataset_sources,
@@ -24,9 +31,12 @@ from tasks.evaluate.convert.torchvision_sets import (
 from tasks.evaluate.convert.videos import video_names, video_sources
 from tasks.evaluate.convert.write import Conversion, Source, write_set
 from tasks.evaluate.prompts import find_classnames, find_templates, read_lines
-from tasks.evaluate.registry import KnownSet, NameSource, PromptSource
+from tasks.evaluate.registry import Kind, KnownSet, NameSource, PromptSource, find_set
 from tasks.progress import Report, silent
 
+OBJECTNET = "objectnet"
+VOC = {"classification": "voc2007", "multilabel": "voc2007-multilabel"}
+"""Kind -> key of the set that VOC's test images become."""
 NO_TEMPLATES = "none"
 """Leaves the file of templates out: the recipe must name some then."""
 
@@ -84,14 +94,18 @@ class Words:
 def convert_imagefolder(
     root: Path, folder: Path, words: Words, order: Order = "text", report: Report = silent
 ) -> Conversion:
-    """A folder of one folder of images a class.
+    """A folder of one folder of images a class; of ObjectNet, those that ImageNet has too.
 
     Raises:
-        InputError: see `class_folders`, `names_of`, `Words` and `write_set`.
+        InputError: see `class_folders`, `names_of`, `objectnet_folders`, `Words`, `write_set`.
     """
-    folders = class_folders(root, order)
-    # With names from elsewhere, the folders need not have any.
-    own = [path.name for path in folders] if words.classnames else names_of(folders, words.known)
+    own: Sequence[str]
+    if words.known is not None and words.known.key == OBJECTNET:
+        folders, own = objectnet_folders(root)
+    else:
+        folders = class_folders(root, order)
+        # With names from elsewhere, the folders need not have any.
+        own = [one.name for one in folders] if words.classnames else names_of(folders, words.known)
     return _write(folder, image_sources(folders), "imagefolder", words.names(own), words, report)
 
 
@@ -135,6 +149,24 @@ def convert_videos(
     return _write(folder, sources, "videos", words.names(video_names(folders)), words, report)
 
 
+def convert_voc(
+    root: Path,
+    folder: Path,
+    words: Words,
+    kind: Literal["classification", "multilabel"] = "classification",
+    report: Report = silent,
+) -> Conversion:
+    """VOC's test images in `root` (VOCdevkit/VOC2007): its boxes, or whole with all classes.
+
+    Raises:
+        InputError: see `box_sources`, `Words` and `write_set`.
+    """
+    sources = voc.box_sources(root) if kind == "classification" else voc.image_sources(root)
+    words = replace(words, known=find_set(VOC[kind]))
+    names = words.names(voc.voc_classes(root))
+    return _write(folder, sources, f"voc {kind}", names, words, report, kind)
+
+
 def convert_captions(
     listing: Path, images: Path, folder: Path, split: str = "test", report: Report = silent
 ) -> Conversion:
@@ -156,12 +188,13 @@ def _write(
     names: Sequence[str],
     words: Words,
     report: Report,
+    kind: Kind = "classification",
 ) -> Conversion:
     plan: dict[str, Any] = {"form": form, "sources": _digest(sources)}
     return write_set(
         folder,
         sources,
-        kind="classification",
+        kind=kind,
         plan=plan,
         classnames=names,
         templates=words.prompts(),

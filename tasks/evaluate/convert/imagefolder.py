@@ -1,6 +1,6 @@
 """A folder of folders of images, one a class, as an evaluation set.
 
-Covers: which folder is which label, and what the class is called.
+Covers: which folder is which label, and what the class is called; ObjectNet's, of which some count.
 Not here: writing the set (write.py).
 
 Labels follow the folders' names sorted as text, as torchvision's ImageFolder does, or as numbers.
@@ -8,6 +8,7 @@ Labels follow the folders' names sorted as text, as torchvision's ImageFolder do
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,31 @@ def names_of(folders: Sequence[Path], known: KnownSet | None) -> tuple[str, ...]
             )
         return imagenet_classnames()
     return tuple(" ".join(word.replace("_", " ").split()) for word in words)
+
+
+def objectnet_folders(root: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """The folders of the classes that ObjectNet shares with ImageNet, and what they are called.
+
+    Args:
+        root: ObjectNet's folder, with `images` and `mappings` in it.
+
+    Raises:
+        InputError: it has not, or a class has no folder.
+    """
+    try:
+        labels, shared = (
+            json.loads((root / "mappings" / name).read_text())
+            for name in ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{root} is not ObjectNet's folder ({error}): expected images and mappings in it"
+        ) from None
+    folders = [root / "images" / name for name in sorted(labels) if labels[name] in shared]
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"{folder} is missing: unpack all of ObjectNet's images")
+    return folders, tuple(labels[folder.name].lower() for folder in folders)
 
 
 def image_sources(folders: Sequence[Path]) -> list[Source]:
