@@ -70,7 +70,7 @@ bench-merge: $(VENV)/.bench ## the merge at 5, 10 and 20 million rows beside pla
 bench-trace: $(VENV)/.dev ## trace and takedown on an index of ten million samples (2 min, 3 GB)
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_trace.py
 
-bench-loader: $(VENV)/.dev ## images read, decoded and cropped a second and core, beside open_clip's loader (4 min)
+bench-loader: $(VENV)/.dev ## images read, decoded and cropped a second and core, beside open_clip's loader (10 min)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_loader.py
 
 bench-train: $(VENV)/.dev ## whole training steps beside open_clip's trainer, memory of the loss, cost of saving (30 min)

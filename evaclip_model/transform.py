@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -196,8 +196,8 @@ def train_box(
     width: int, height: int, *, seed: int, position: int, scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
     """Left, top, right and bottom, in pixels, of the part that `train_crop` takes."""
-    generator = np.random.Generator(np.random.Philox(_Key((seed % 2**64, position))))
-    return crop_box(width, height, SeededDraw(generator), scale)
+    key = cast(np.random.SeedSequence, _Key((seed % 2**64, position)))  # numpy's types are narrower
+    return crop_box(width, height, SeededDraw(np.random.Generator(np.random.Philox(key))), scale)
 
 
 class _Key(np.random.bit_generator.ISeedSequence):

@@ -30,6 +30,7 @@ from torch import Tensor
 from evaclip_model.errors import InputError
 from evaclip_model.reading.decode import DECODERS, Picture
 from evaclip_model.reading.locations import is_url
+from evaclip_model.reading.memory import BatchMemory
 from evaclip_model.reading.order import ORDERS, Mixture, Order, Piece
 from evaclip_model.reading.read_worker import Origin, Worker
 from evaclip_model.reading.samples import BrokenShard, Shard, ShardManifest
@@ -132,6 +133,7 @@ class BatchReader:
         per_rank = config.lanes // ranks
         self._lanes = range(rank * per_rank, (rank + 1) * per_rank)
         self._mixture = Mixture(weights, config.global_batch, config.lanes)
+        self._memory = BatchMemory(per_rank * self._mixture.per_lane, config.image_px)
         self._shards = [by_source[name] for name in weights]
         self._orders: list[Order] = [
             ORDERS[config.sampling](
@@ -179,7 +181,8 @@ class BatchReader:
             return
         with closing(_Team(self._workers(workers, first_step, steps))) as team:
             for step in range(first_step, steps):
-                images, captions, origins, bad = team.parts()
+                images = self._memory.take()
+                captions, origins, bad = team.parts(images)
                 self.bad.update(bad)
                 yield Batch(step, images, captions, self._positions(step), origins)
 
@@ -190,10 +193,7 @@ class BatchReader:
             InputError: a shard cannot be read, or a whole window holds no usable sample.
         """
         positions = self._positions(step)
-        size = self._config.image_px
-        images = torch.empty(
-            (len(positions), 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last
-        )
+        images = self._memory.take()
         captions: list[str] = []
         origins: list[Origin] = []
         for lane in self._lanes:
@@ -351,15 +351,16 @@ class _Team:
             self.close()
             raise
 
-    def parts(self) -> tuple[Tensor, tuple[str, ...], tuple[Origin, ...], Counter[str]]:
-        """Images, captions, origins, and what was bad, of the next step."""
+    def parts(self, images: Tensor) -> tuple[tuple[str, ...], tuple[Origin, ...], Counter[str]]:
+        """Captions, origins, and what was bad, of the next step; its images go into `images`."""
         parts = [worker.part() for worker in self._workers]
+        torch.cat([part.images for part in parts], out=images)
         bad: Counter[str] = Counter()
         for part in parts:
             bad.update(part.bad)
         captions = tuple(caption for part in parts for caption in part.captions)
         origins = tuple(origin for part in parts for origin in part.origins)
-        return torch.cat([part.images for part in parts]), captions, origins, bad
+        return captions, origins, bad
 
     def close(self) -> None:
         for worker in self._workers:

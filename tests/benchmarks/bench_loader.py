@@ -1,6 +1,6 @@
 """How many images a core reads, decodes and crops for training, beside open_clip's own loader.
 
-    python tests/benchmarks/bench_loader.py [--images 1024] [--rounds 3] [--px 224] [--workers 0]
+    python tests/benchmarks/bench_loader.py [--images 4096] [--rounds 3] [--px 224] [--workers 0]
 
 Covers: the same shards of photograph-like JPEGs, in the four sizes that collections are stored in,
 read by open_clip's webdataset pipeline with its training transform and by this project's reader,
@@ -198,7 +198,7 @@ def sides(manifest: Path, images: int, px: int, workers: int) -> dict[str, Calla
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--images", type=int, default=1024, help=f"a multiple of {BATCH * SHARDS}")
+    options.add_argument("--images", type=int, default=4096, help=f"a multiple of {BATCH * SHARDS}")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--px", type=int, default=224, help="side of the crops")
     options.add_argument("--workers", type=int, default=0, help="processes of a loader")

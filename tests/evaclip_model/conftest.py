@@ -68,8 +68,9 @@ class Ranks:
         for pid in self._running:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        self._server.kill()  # it keeps nothing, and leaving Python takes long on a busy machine
+        self._server.wait()
         self._server.stdin.close()
-        self._server.wait(10)
 
     def _ask(self, question):
         self._server.stdin.write(json.dumps(question) + "\n")
