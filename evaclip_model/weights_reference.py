@@ -67,19 +67,15 @@ class Reference(Config):
             "differs): put the originals back, or register the model again"
         )
 
-    def fetch(self, folder: Path, download: Download) -> Path:
-        """The checked weights: in their place if that can be reached, else put into `folder`.
+    def obtain(self, folder: Path, download: Download) -> Path:
+        """The weights: in their place if that can be reached, else put into `folder`.
 
         Raises:
-            InputError: they are gone, cannot be reached, or are others.
+            InputError: they are gone, or cannot be reached.
         """
-        file = self.path
         try:
-            if file is None:
-                file = download(self.uri, folder)
-            self.check(file)
-        except InputError:
-            raise
+            file = self.path or download(self.uri, folder)
+            file.stat()
         except Exception as error:  # every store has errors of its own
             raise InputError(
                 f"the weights at {self.uri} cannot be read ({type(error).__name__}: "
@@ -95,7 +91,7 @@ def at_hand(folder: Path, download: Download) -> Iterator[Path]:
     What had to be fetched is deleted at the end.
 
     Raises:
-        InputError: as `Reference.fetch`.
+        InputError: as `Reference.obtain` and `Reference.check`.
     """
     reference = Reference.read(folder)
     if reference is None:
@@ -107,6 +103,7 @@ def at_hand(folder: Path, download: Download) -> Iterator[Path]:
         for file in folder.iterdir():
             if file.name != REFERENCE_FILE:
                 (whole / file.name).symlink_to(file.absolute())
-        weights = reference.fetch(Path(temporary), download)
+        weights = reference.obtain(Path(temporary), download)
+        reference.check(weights)
         (whole / WEIGHTS_FILE).symlink_to(weights.absolute())
         yield whole

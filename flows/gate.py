@@ -91,7 +91,7 @@ def register_and_judge(
         decision = _judge(session, trained, evaluated, champion)
     registered = session.make(
         *(register, address, config, trained, evaluated, decision),
-        *(store, session.root, session.run.run_id()),
+        *(store, session.root, session.run.run_id(), session.profile.large_weights),
         attach=(DECISION, DECISION_PAGE),
     )
     page = (registered.folder / DECISION_PAGE).read_text()

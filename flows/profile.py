@@ -16,6 +16,7 @@ from evaclip_model.config import explain
 from evaclip_model.errors import InputError
 from tasks.download.spread import Distributor
 from tasks.evaluate.config import Machine
+from tasks.register.config import COPIED, LargeWeights
 from tasks.tracking import TrackingStore
 from tasks.train.config import Launch
 from tasks.train.launch import count_gpus
@@ -49,6 +50,16 @@ class Profile(BaseSettings, Launch):
     """Decoding threads of each; unset: the cores that its GPU leaves."""
     evaluate_cache_gb: float = Field(20.0, ge=0)
     """Most that features of evaluations take under `root`, in GB."""
+
+    registry_copy_gb: float = Field(COPIED.above_gb, ge=0)
+    """Weights of more GB are not copied into the registry: it gets where they are, and which."""
+    registry_weights: str = COPIED.place
+    """Folder or `s3://…` for them, each once; empty: they stay where they were trained."""
+
+    @property
+    def large_weights(self) -> LargeWeights:
+        """What becomes of weights too large for the registry."""
+        return LargeWeights(self.registry_copy_gb, self.registry_weights)
 
     @property
     def machine(self) -> Machine:

@@ -7,6 +7,7 @@ Not here: the registry itself, deciding (gate.py); mlflow is not imported.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -88,3 +89,18 @@ class RegisterConfig(Config):
         if self.alias == self.candidate_alias:
             raise ValueError(f"alias and candidate_alias are both '{self.alias}'")
         return self
+
+
+@dataclass(frozen=True)
+class LargeWeights:
+    """What becomes of weights that are large."""
+
+    above_gb: float = 5.0
+    """Files of more than this many 10^9 bytes are referred to; smaller ones are copied."""
+    place: str = ""
+    """Folder or URI of an object store that gets them, once each; empty: they stay where the
+    training left them, and every loader has to reach that path."""
+
+
+COPIED = LargeWeights()
+"""What becomes of them by default."""

@@ -6,29 +6,14 @@ Not here: the reference's form, fetching (evaclip_model/weights_reference.py), p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from evaclip_model.errors import InputError
 from evaclip_model.weight_files import WEIGHTS_FILE
 from evaclip_model.weights_reference import Reference
+from tasks.register.config import LargeWeights
 
 GB = 10**9
-
-
-@dataclass(frozen=True)
-class LargeWeights:
-    """What becomes of weights that are large."""
-
-    above_gb: float = 5.0
-    """Files of more than this many 10^9 bytes are referred to; smaller ones are copied."""
-    place: str = ""
-    """Folder or URI of an object store that gets them, once each; empty: they stay where the
-    training left them, and every loader has to reach that path."""
-
-
-COPIED = LargeWeights()
-"""What becomes of them by default."""
 
 
 def reference_to(model: Path, sha256: str, large: LargeWeights) -> Reference | None:

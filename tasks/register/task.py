@@ -9,7 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from tasks.artifact import Address, Artifact, Made, produce
 from tasks.progress import Report, silent
-from tasks.register.config import RegisterConfig
+from tasks.register.config import COPIED, LargeWeights, RegisterConfig
 from tasks.register.gate import Decision
 from tasks.register.promotion import write_decision
 from tasks.register.registry import forget_if_gone, register_model
@@ -26,6 +26,7 @@ def register(
     store: TrackingStore,
     root: Path,
     run_id: str | None = None,
+    large: LargeWeights = COPIED,
     report: Report = silent,
 ) -> Artifact:
     """The registration at `address` with what the gate says of it, made now, or found finished and
@@ -33,7 +34,9 @@ def register(
     forget_if_gone(address, store)
 
     def make(out: Path) -> Made:
-        made = register_model(config, trained, evaluated, store, root, out, run_id, report)
+        made = register_model(
+            *(config, trained, evaluated, store, root, out), run_id, report, large
+        )
         version = int(made.counts["version"])
         files = write_decision(store, config.model_name, version, decision, out)
         return Made(made.counts, (*made.files, *files))

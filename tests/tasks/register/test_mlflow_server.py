@@ -2,15 +2,10 @@
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import textwrap
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from evaclip_model import create_model, open_model, save_model
@@ -20,6 +15,8 @@ from tasks.register.config import RegisterConfig
 from tasks.register.pull import pull
 from tasks.register.registry import register_model
 from tasks.tracking import TrackingStore
+from tests.flows.command import free_port
+from tests.tasks.register.servers import mlflow_server
 
 LOAD = """
     import importlib.util, sys
@@ -30,50 +27,6 @@ LOAD = """
     example = model.input_example
     print(model.predict(example, params={"candidate_labels": ["a red square", "a dog"]}).label[0])
 """
-
-
-@contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator[None]:
-    folder.mkdir()
-    command = [
-        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
-        *("--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
-        *("--artifacts-destination", str(folder / "files")),
-    ]
-    settings = {
-        **os.environ,
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    }
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(
-            command, env=settings, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + 120
-        while not answers(port):
-            assert time.monotonic() < deadline and server.poll() is None, (
-                folder / "log"
-            ).read_text()
-            time.sleep(0.2)
-        yield
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
-def answers(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_a_run_without_its_server_arrives_later_and_a_model_is_registered_loaded_and_pulled(

@@ -1,7 +1,5 @@
 """Registering, loading elsewhere and pulling back, with a real model and a real registry."""
 
-import base64
-import io
 import json
 import os
 import subprocess
@@ -18,7 +16,7 @@ from tasks.artifact import Address, Artifact, Made, Stage, produce
 from tasks.register.config import REGISTERED, STAGE, RegisterConfig
 from tasks.register.promotion import promote
 from tasks.register.pull import pull
-from tasks.register.registry import forget_if_gone, pack, register_model
+from tasks.register.registry import forget_if_gone, register_model
 from tasks.tracking import TrackingStore
 
 CONFIG = RegisterConfig(model_name="evaclip-test")
@@ -127,17 +125,6 @@ def test_the_champion_classifies_in_a_process_that_cannot_import_this_project(
     assert sum(answer["probabilities"]) == pytest.approx(1)
 
 
-def test_what_is_registered_has_no_pickle_no_tests_and_no_caches(
-    root: Path, tmp_path: Path
-) -> None:
-    trained, _ = chain(root)
-    pack(trained.folder / "model", tmp_path)
-    files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
-    assert {"clip.py", "model.safetensors", "served_model.py"} <= {file.name for file in files}
-    assert {file.suffix for file in files}.isdisjoint({".pkl", ".pyc", ".pickle"})
-    assert not [file for file in files if {"tests", "tasks", "__pycache__"} & set(file.parts)]
-
-
 def test_the_version_names_every_ancestor_and_its_figures(store: TrackingStore, root: Path) -> None:
     trained, evaluated = chain(root)
     tags = store.client().get_model_version_by_alias("evaclip-test", "champion").tags
@@ -228,24 +215,3 @@ def test_a_pull_from_no_registry_makes_none(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no registry at"):
         pull(f"sqlite:///{tmp_path}/mlflow.db", "evaclip-test@champion", tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_base64_is_read_and_a_path_is_not_opened(store: TrackingStore, picture: Path) -> None:
-    import mlflow
-    import pandas
-
-    version = store.client().get_model_version_by_alias("evaclip-test", "champion")
-    source = store.client().get_model_version_download_uri("evaclip-test", version.version)
-    model = mlflow.pyfunc.load_model(source)
-    labels = {"candidate_labels": ["a red apple", "a dog"]}
-    data = picture.read_bytes()
-    rows = pandas.DataFrame({"image": [data, base64.b64encode(data).decode()]})
-    first, second = model.predict(rows, params=labels)["probabilities"]
-    assert first == pytest.approx(second)
-    (embedding,) = model.predict(rows[:1], params={"output": "embeddings"})["embedding"]
-    assert sum(value**2 for value in embedding) == pytest.approx(1, abs=1e-4)
-    for wrong in (str(picture), "x" * 10, io.BytesIO(b"not an image").getvalue()):
-        with pytest.raises(ValueError, match="expected the bytes of an image file"):
-            model.predict(pandas.DataFrame({"image": [wrong]}), params=labels)
-    with pytest.raises(ValueError, match="give the labels"):
-        model.predict(rows)

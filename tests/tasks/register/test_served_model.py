@@ -19,8 +19,9 @@ from evaclip_model import InputError, create_model, image_transform, save_model,
 from evaclip_model.clip import EvaClip
 from evaclip_model.weights_reference import REFERENCE_FILE, Reference
 from tasks.artifact import sha256_of
+from tasks.register.config import LargeWeights
 from tasks.register.packing import description, pack, signature
-from tasks.register.references import LargeWeights, reference_to
+from tasks.register.references import reference_to
 
 LABELS = {"candidate_labels": ["a red apple", "a dog"]}
 
@@ -184,7 +185,7 @@ def test_a_reference_to_what_is_gone_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"cannot be read \(FileNotFoundError.* reachable from here"
     ):
-        gone.fetch(tmp_path, lambda uri, folder: folder)
+        gone.obtain(tmp_path, lambda uri, folder: folder)
 
 
 def test_a_place_that_takes_nothing_is_one_sentence(saved: Path, tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""Pulling a version in each form, its weights copied or referred to; never half of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from evaclip_model import InputError, create_model, open_model, save_model
+from tasks.artifact import sha256_of
+from tasks.register import pull as pulling
+from tasks.register.config import LargeWeights
+from tasks.register.pull import Form, pull
+from tasks.tracking import TrackingStore
+from tests.tasks.register.registrations import register_random_model, trained_and_evaluated
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def store(root: Path) -> TrackingStore:
+    """A registry with one version whose weights are copied, and one that refers to them."""
+    store = TrackingStore.at(f"sqlite:///{root}/mlflow.db", "evaclip")
+    register_random_model(store, root, "clip", seed=0)
+    register_random_model(store, root, "clip", seed=1, large=LargeWeights(0, f"{root}/weights"))
+    return store
+
+
+@pytest.mark.parametrize(
+    ("form", "files"),
+    [
+        ("open_clip", {"open_clip_model.safetensors"}),
+        ("timm", {"model.safetensors", "config.json"}),
+        ("transformers", {"model.safetensors", "config.json"}),
+        pytest.param("onnx", {"image.onnx", "text.onnx"}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_version_comes_in_the_form_of_another_library(
+    store: TrackingStore, tmp_path: Path, form: Form, files: set[str]
+) -> None:
+    folder = pull(store.uri, "clip/1", tmp_path / "model", form)
+    assert files <= {path.name for path in folder.iterdir()}
+    about = json.loads((folder / "pulled.json").read_text())
+    assert (about["name"], about["version"], about["form"]) == ("clip", 1, form)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_weights_that_are_referred_to_come_along(
+    store: TrackingStore, root: Path, tmp_path: Path
+) -> None:
+    trained, _ = trained_and_evaluated(root, seed=1)
+    registry = root / "mlflow-artifacts"
+    assert len(list(registry.rglob("model.safetensors"))) == 1, "of version 1 alone"
+    folder = pull(store.uri, "clip@champion", tmp_path / "model")
+    weights = "model.safetensors"
+    assert sha256_of(folder / weights) == sha256_of(trained.folder / "model" / weights)
+    assert not (folder / f"{weights}.json").exists()
+    open_model(folder)
+
+
+def test_a_pulled_form_keeps_the_weights_dtype(tmp_path: Path) -> None:
+    save_model(create_model("EVA02-CLIP-demo", seed=0, precision="bf16"), tmp_path)
+    assert pulling._precision(tmp_path / "model.safetensors") == "bf16"
+
+
+def test_a_disk_without_room_is_one_sentence_and_nothing_is_left(
+    store: TrackingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(pulling._ROOM, "native", 10**9)
+    for model in ("clip/1", "clip/2"):
+        with pytest.raises(InputError, match="GB free and this pull needs"):
+            pull(store.uri, model, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_gone_or_others_leave_what_was_pulled_before(
+    store: TrackingStore, root: Path, tmp_path: Path
+) -> None:
+    folder = pull(store.uri, "clip/1", tmp_path / "model")
+    before = sha256_of(folder / "model.safetensors")
+    (weights,) = (root / "weights").rglob("model.safetensors")
+    kept = weights.read_bytes()
+    try:
+        weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        with pytest.raises(InputError, match="are not those that were registered"):
+            pull(store.uri, "clip/2", folder)
+        weights.unlink()
+        with pytest.raises(InputError, match="make that place reachable"):
+            pull(store.uri, "clip/2", folder)
+    finally:
+        weights.write_bytes(kept)
+    assert sha256_of(folder / "model.safetensors") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
