@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from prefect import flow, runtime
-from prefect.artifacts import create_link_artifact
 
 from evaclip_model.training.config import METRICS_FILE, MODEL_FOLDER
 from flows.chart import Chart, find_files
 from flows.gate import Promote, register_and_judge, settle
 from flows.parameters import Handed, Overrides, RecipeName
 from flows.session import open_session
+from flows.told import publish_evaluation, told_of
 from tasks.artifact import Artifact, read_artifact
 from tasks.dataset.config import LEFT_OUT
 from tasks.evaluate.contamination import TrainingData
@@ -49,10 +49,9 @@ def evaluate(
             session.profile.machine,
             trained_on(chart),
             inputs={"evaluation": read_artifact(chart.demo.folder)} if chart.demo else {},
-            attach=("report.html", "results.json"),
+            **told_of(sets),
         )
-        report = session.run.url() or (evaluated.folder / "report.html").as_uri()
-        create_link_artifact(link=report, link_text="Evaluation report", key="evaluation-report")
+        publish_evaluation(evaluated, session.run.stage_url(chart.evaluate))
         registered = register_and_judge(session, chart.register, model, evaluated)
     if runtime.flow_run.parent_flow_run_id is None:
         settle(session, registered, promote)

@@ -1,14 +1,16 @@
 """What came out: the figures of a finished recipe, and what a person can do next.
 
-Covers: reading the evaluation's and the registration's artifacts; a terminal table, a Markdown one.
-Not here: making figures (tasks/evaluate); the full report.
+Covers: reading the evaluation's and the registration's artifacts; a terminal table, a Markdown
+summary.
+Not here: making figures (tasks/evaluate); the full report (tasks/evaluate/report); what tracking
+and the page of a flow run are told of it (flows/told.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from rich.table import Table
 
@@ -17,46 +19,47 @@ from flows.profile import Profile
 from flows.recipe import Recipe
 from flows.terminal import console
 from tasks.evaluate.config import REPORT, RESULTS
+from tasks.evaluate.report.files import SUMMARY
+from tasks.evaluate.report.findings import Findings
 from tasks.register.aliases import RegisteredVersion
 from tasks.register.promotion import read_decision
 
-COLUMNS = ("set", "metric", "trained", "untrained", "chance")
+ROWS_IN_FULL = 24
+"""Up to so many figures all are printed; beyond, the paper's metric of every set."""
+NOTHING = "–"
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One row of the results, as shares of 1."""
-
-    evalset: str
-    metric: str
-    trained: float
-    untrained: float
-    chance: float
-
-    def cells(self) -> tuple[str, str, str, str, str]:
-        shares = (f"{100 * share:.2f} %" for share in (self.trained, self.untrained, self.chance))
-        return (self.evalset, self.metric, *shares)  # type: ignore[return-value]
+def read_findings(folder: Path) -> Findings:
+    """What a finished evaluation found."""
+    return Findings(json.loads((folder / RESULTS).read_text()))
 
 
-def read_figures(chart: Chart) -> Iterator[Figure]:
-    """The rows of the finished evaluation, in the order of the report."""
-    results = json.loads((chart.evaluate.folder / RESULTS).read_text())
-    for name, by_model in results["results"].items():
-        for metric, chance in results["chance"][name].items():
-            trained, untrained = by_model["trained"][metric], by_model["untrained"][metric]
-            yield Figure(name, metric, trained, untrained, chance)
+def figures_table(found: Findings) -> Table:
+    """The figures of any number of sets and models for a terminal, averages last."""
+    total = sum(len(found.metrics(one)) for one in found.sets)
+    with_paper = any(found.raw.get("paper", {}).values())
+    published = ("published",) if with_paper else ()
+    table = Table("set", "metric", *found.models, *published, "chance", box=None, pad_edge=False)
+    for evalset in found.sets:
+        chosen = found.metrics if total <= ROWS_IN_FULL else found.headlines
+        for metric in chosen(evalset):
+            shares = [found.share(evalset, model, metric) for model in found.models]
+            reference = found.published(evalset, found.subject, metric)
+            beside = [reference.value if reference else None] if with_paper else []
+            chance = found.chance(evalset, metric)
+            table.add_row(evalset, metric, *map(_percent, [*shares, *beside, chance]))
+    for cells in _averages(found, with_paper):
+        table.add_row(*cells)
+    return table
 
 
 def print_results(recipe: Recipe, chart: Chart, profile: Profile) -> None:
     """Print the figures, where everything lies, and the commands that come next."""
-    table = Table(*COLUMNS, box=None, pad_edge=False)
-    for figure in read_figures(chart):
-        table.add_row(*figure.cells())
     version = RegisteredVersion.of(chart.register.folder)
     aliases = version.aliases() or ()
     name = f"{version.name}@{aliases[0]}" if aliases else str(version)
     console.print()
-    console.print(table)
+    console.print(figures_table(read_findings(chart.evaluate.folder)))
     console.print(f"\nreport    {chart.evaluate.folder / REPORT}")
     named = "".join(f" @{alias}" for alias in aliases)
     console.print(f"registry  {version}{named} in {profile.mlflow_uri}")
@@ -66,7 +69,21 @@ def print_results(recipe: Recipe, chart: Chart, profile: Profile) -> None:
 
 
 def results_markdown(recipe: Recipe, chart: Chart) -> str:
-    """The figures as a Markdown table under the recipe's title."""
-    head = [f"# {recipe.title}", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    rows = ["| " + " | ".join(figure.cells()) + " |" for figure in read_figures(chart)]
-    return "\n".join([*head, *rows, "", f"Recipe digest `{recipe.digest}`."])
+    """The evaluation's summary under the recipe's title."""
+    summary = (chart.evaluate.folder / SUMMARY).read_text()
+    body = summary.partition("\n")[2].strip()
+    return f"# {recipe.title}\n\n{body}\n\nRecipe digest `{recipe.digest}`."
+
+
+def _averages(found: Findings, with_paper: bool) -> Iterator[list[str]]:
+    tables: Mapping[str, Mapping[str, Mapping[str, float | None]]] = found.raw.get("averages", {})
+    for table in tables:
+        averages = [found.average(table, model) or {} for model in found.models]
+        shares = [one.get("value") for one in averages]
+        beside = [averages[0].get("published")] if with_paper else []
+        points = [None if one is None else one / 100 for one in [*shares, *beside]]
+        yield [f"Table {table}", "average", *map(_percent, points), NOTHING]
+
+
+def _percent(share: float | None) -> str:
+    return NOTHING if share is None else f"{100 * share:.2f} %"

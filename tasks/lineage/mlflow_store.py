@@ -228,13 +228,19 @@ class PipelineRun(_Run):
             title: what people see; the stage's name when it appears once in the flow.
         """
         title = title or address.stage.name
-        run = StageRun(
-            self._tracking, self._journal, self._shipper, f"{title}-{address.digest}", address
-        )
+        run = self._stage(address, title)
         run.begin(title, parent=self.key, tags=record.stage_tags(address, run.is_reused))
         run.log_params(address.config)
         with run.closing():
             yield run
+
+    def stage_url(self, address: Address, title: str | None = None) -> str | None:
+        """The page of a stage's run under this one, where `url` would have one."""
+        return self._stage(address, title or address.stage.name).url()
+
+    def _stage(self, address: Address, title: str) -> StageRun:
+        key = f"{title}-{address.digest}"
+        return StageRun(self._tracking, self._journal, self._shipper, key, address)
 
 
 class StageRun(_Run):
@@ -251,6 +257,7 @@ class StageRun(_Run):
         artifact: Artifact,
         *,
         inputs: Mapping[str, Artifact] | None = None,
+        outside: Sequence[Mapping[str, str]] = (),
         attach: Sequence[Path] = (),
     ) -> None:
         """Record what the stage made.
@@ -258,10 +265,12 @@ class StageRun(_Run):
         Args:
             artifact: its counts become metrics.
             inputs: context (training, evaluation, …) -> the data it read, logged as datasets.
+            outside: data it read that no stage made, as `record.outside_dataset` describes them.
             attach: files kept with the run, such as a report.
         """
         self.log_metrics(record.metrics(artifact))
         datasets = [record.dataset(data, context) for context, data in (inputs or {}).items()]
+        datasets += [dict(one) for one in outside]
         if datasets:
             self.append({"op": "inputs", "datasets": datasets})
         for file in attach:

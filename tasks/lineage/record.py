@@ -94,6 +94,20 @@ def dataset(artifact: Artifact, context: str) -> dict[str, str]:
     }
 
 
+def outside_dataset(
+    name: str, digest: str, uri: str, profile: Mapping[str, Any], context: str
+) -> dict[str, str]:
+    """Data that no stage made, such as an evaluation set, as an MLflow dataset."""
+    return {
+        "name": name,
+        "digest": digest,
+        "source_type": "local",
+        "source": json.dumps({"uri": uri}),
+        "profile": json.dumps(profile)[:16_000],
+        "context": context,
+    }
+
+
 def note(text: str, links: Mapping[str, str]) -> str:
     """A run's description in Markdown: one sentence and its links."""
     lines = [text, *(f"[{name}]({address})" for name, address in links.items())]
