@@ -80,7 +80,7 @@ def carry(package: Path) -> None:
             is_needed = file.suffix == ".py" or "licenses" in file.parts
             if is_needed and ".." not in file.parts:
                 info = zipfile.ZipInfo(str(file), _EPOCH)
-                archive.writestr(info, file.locate().read_bytes(), zipfile.ZIP_DEFLATED)
+                archive.writestr(info, Path(file.locate()).read_bytes(), zipfile.ZIP_DEFLATED)
 
 
 def _ranges(pattern: str) -> Iterator[tuple[int, int]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -49,7 +49,7 @@ class UnreadableImageError(ValueError):
 
 
 def decode_image(
-    data: bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
+    data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
     """Decode a JPEG, PNG or WebP file, in its own mode; 16-bit grey becomes 8-bit.
 
