@@ -148,6 +148,7 @@ class Verdict:
     """One clause."""
 
 
+@functools.cache
 def table_of(key: str, *, as_printed: bool = False) -> PaperTable:
     """Table `key` ("1a", "1b", "2" ... "10")."""
     raw = _data()["tables"][key]
