@@ -1,0 +1,72 @@
+"""Any models on any sets, outside a recipe's training: figures and a report, nothing registered.
+
+Covers: the flow.
+Not here: what its arguments mean (scoring.py), figures (tasks/evaluate), the command line
+(commands/score.py).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from prefect import flow, runtime
+from prefect.artifacts import create_link_artifact
+from pydantic import Field
+
+from flows.parameters import Overrides
+from flows.profile import load_profile
+from flows.scoring import fetched, read_asked
+from flows.session import make
+from tasks.artifact import Artifact
+from tasks.evaluate.config import REPORT, RESULTS
+from tasks.evaluate.registry import FOLDER
+from tasks.evaluate.task import evaluate as evaluate_stage
+from tasks.lineage.journal import JOURNALS
+from tasks.lineage.mlflow_store import Tracking
+from tasks.tracking import TrackingStore
+
+EXPERIMENT = "scores"
+"""Of the tracking store."""
+Models = Annotated[list[str], Field(min_length=1)]
+Recipe = Annotated[str, Field(pattern=r"^$|^[A-Za-z0-9][\w.-]*$|^.+[.]toml$")]
+
+
+@flow(name="score")
+def score(
+    models: Models,
+    recipe: Recipe = "",
+    sets: tuple[str, ...] = (),
+    data: str = FOLDER,
+    overrides: Overrides = (),
+) -> Artifact:
+    """Evaluate models side by side, the first one as the subject, and write the report.
+
+    Args:
+        models: Each a saved model's folder, WEIGHTS:ARCHITECTURE, open_clip:NAME/WEIGHTS, or
+            models:/NAME@ALIAS of the registry; NAME=... before it names it.
+        recipe: Recipe whose sets are taken; leave it out and name sets instead.
+        sets: Sets of the registry, or folders of your own in `data`.
+        data: Folder that holds the sets.
+        overrides: Changes to the recipe, each `table.key=value`.
+    """
+    profile = load_profile()
+    root = profile.root.resolve()
+    asked = read_asked(models, recipe, sets, data, overrides, root)
+    specs = fetched(asked.models, profile)
+    address = asked.address(root, specs)
+    store = TrackingStore.at(profile.mlflow_uri, EXPERIMENT)
+    with Tracking(store, root / JOURNALS).pipeline_run(
+        f"score {', '.join(specs)}",
+        address.digest,
+        params={"flow": "score", "models": " ".join(models), "recipe": recipe},
+        tags={"prefect.flow_run_id": str(runtime.flow_run.id)},
+    ) as run:
+        made: Artifact = make(
+            *(run, evaluate_stage, address, asked.config, specs, asked.sets),
+            *([], profile.machine, []),
+            title="score",
+            attach=(REPORT, RESULTS),
+        )
+        report = run.url() or (made.folder / REPORT).as_uri()
+        create_link_artifact(link=report, link_text="Evaluation report", key="evaluation-report")
+    return made

@@ -1,0 +1,110 @@
+"""`score`: what its arguments mean, and a whole run of it as a person starts it."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from evaclip_model.create import create_model
+from evaclip_model.errors import InputError
+from evaclip_model.model_config import ModelConfig
+from evaclip_model.weights import save_model
+from flows.scoring import read_asked
+from tests.flows.command import run
+
+COLOURS = ("red", "green", "blue")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of two saved models, as training stages leave them."""
+    folder = tmp_path_factory.mktemp("models")
+    config = ModelConfig.load("EVA02-CLIP-demo").at_image_px(16)
+    for seed, name in enumerate(("first", "second")):
+        save_model(create_model(config, seed=seed), folder / name / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder that holds the set `squares`."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "squares" / "test").mkdir(parents=True)
+    (folder / "squares" / "test" / "nshards.txt").write_text("1\n")
+    (folder / "squares" / "classnames.txt").write_text("\n".join(COLOURS))
+    (folder / "squares" / "zeroshot_classification_templates.txt").write_text("a {c} square\n")
+    with tarfile.open(folder / "squares" / "test" / "0.tar", "w") as tar:
+        for number in range(12):
+            picture = io.BytesIO()
+            Image.new("RGB", (20, 20), COLOURS[number % 3]).save(picture, "PNG")
+            for name, content in (
+                (f"s{number:07d}.png", picture.getvalue()),
+                (f"s{number:07d}.cls", str(number % 3).encode()),
+            ):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return folder
+
+
+def asked(models: list[str], data: Path, recipe: str = "", sets: tuple[str, ...] = ("squares",)):
+    return read_asked(models, recipe, sets, str(data), (), data / "root")
+
+
+def test_models_are_named_by_the_telling_part_of_what_opens_them(models: Path, data: Path):
+    first = str(models / "first" / "model")
+    weights = f"{models / 'second' / 'model' / 'model.safetensors'}:EVA02-CLIP-demo"
+    specs = [first, f"mine={first}", weights, "models:/evaclip@champion", "open_clip:ViT-B-32/tag"]
+    named = asked(specs, data).models
+    assert list(named) == [
+        *("first", "mine", "EVA02-CLIP-demo", "evaclip@champion", "ViT-B-32/tag"),
+    ]
+    assert named["first"] == named["mine"] == first
+
+
+@pytest.mark.parametrize(
+    ("models_given", "recipe", "sets", "complaint"),
+    [
+        (["{first}"], "", (), "give a recipe, or the names of sets"),
+        (["{first}"], "demo", ("squares",), "give a recipe, or the names of sets"),
+        (["{first}"], "", ("circles",), "expected the folder"),
+        (["{first}"], "", ("imagenet1k",), "wds_imagenet1k"),
+        (["{first}", "{first}"], "", ("squares",), "two models are called 'first'"),
+        (["{first}x"], "", ("squares",), "is not there"),
+        (["{first}/model.safetensors"], "", ("squares",), "say its architecture too"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_explained(
+    models_given, recipe, sets, complaint, models: Path, data: Path
+):
+    given = [one.replace("{first}", str(models / "first" / "model")) for one in models_given]
+    with pytest.raises(InputError, match=complaint):
+        asked(given, data, recipe, sets)
+
+
+def test_the_address_knows_weights_sets_and_which_model_is_the_subject(models: Path, data: Path):
+    specs = [str(models / name / "model") for name in ("first", "second")]
+    digests = set()
+    for given in (specs, specs[::-1], specs[:1]):
+        one = asked(given, data)
+        digests.add(one.address(data / "root", one.models).digest)
+        assert one.address(data / "root", one.models).digest in digests
+    assert len(digests) == 3
+
+
+def test_two_models_are_scored_by_a_command(models: Path, data: Path, tmp_path: Path):
+    specs = [str(models / "first" / "model"), f"other={models / 'second' / 'model'}"]
+    ended = run(["score", *specs, "--sets", "squares", "--data", str(data)], tmp_path)
+    assert ended.status == 0, ended.errors
+    assert "squares" in ended.output and "mean_per_class" in ended.output
+    (results,) = tmp_path.glob("evaluate/*/results.json")
+    found = json.loads(results.read_text())
+    assert list(found["models"]) == ["first", "other"] and found["subject"] == "first"
+    assert found["results"]["squares"]["other"]["n"] == 12
+    assert "top1" in found["paired"]["squares"]["other"]
+    assert (results.parent / "report.html").is_file()
