@@ -12,6 +12,8 @@ from pathlib import Path
 
 from evaclip_model.errors import InputError
 from tasks.artifact import Artifact
+from tasks.join.config import STAGE as JOIN
+from tasks.join.join import read_parts
 from tasks.lineage.journal import JOURNALS, runs_of_digest
 from tasks.register.aliases import RegisteredVersion
 from tasks.register.config import STAGE as REGISTER
@@ -41,6 +43,41 @@ def parent_of(artifact: Artifact, role: str, artifacts: Sequence[Artifact]) -> A
     raise InputError(
         f"{artifact.folder} was made from {role} {digest}, which is gone: run its recipe again"
     )
+
+
+def ancestors_of(data: Artifact, artifacts: Sequence[Artifact]) -> list[Artifact]:
+    """What a verification or a join was made of, in the order of work, itself the last.
+
+    Raises:
+        InputError: something of it is not there any more.
+    """
+    if data.kind != JOIN.name:
+        downloaded = parent_of(data, "download", artifacts)
+        return [parent_of(downloaded, "merge", artifacts), downloaded, data]
+    parts = parts_of(data, artifacts)
+    return [*(one for part in parts for one in ancestors_of(part, artifacts)), data]
+
+
+def parts_of(data: Artifact, artifacts: Sequence[Artifact]) -> list[Artifact]:
+    """The verifications in a join, in its order; a verification is its own one part.
+
+    Raises:
+        InputError: one of them is not there any more.
+    """
+    if data.kind != JOIN.name:
+        return [data]
+    return [parent_of(data, role, artifacts) for role in data.parents]
+
+
+def places_of(verified: Artifact, artifacts: Sequence[Artifact]) -> dict[str, int]:
+    """Digest -> first row of a verification's samples, in its own index and in every join of it."""
+    places = {verified.digest: 0}
+    for artifact in artifacts:
+        if artifact.kind == JOIN.name:
+            for part in read_parts(artifact.folder):
+                if part.digest == verified.digest:
+                    places[artifact.digest] = part.first_row
+    return places
 
 
 def models_of(dataset: Artifact, artifacts: Sequence[Artifact]) -> list[Model]:

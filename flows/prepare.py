@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from prefect import flow
 
 from flows.chart import find_all, find_files
 from flows.parameters import Overrides, RecipeName
-from flows.session import open_session
+from flows.session import Session, open_session
 from flows.takedown import obeying
-from tasks.artifact import CARD, Artifact
+from tasks.artifact import CARD, Address, Artifact
 from tasks.dataset.config import RULES_IN_FILES
 from tasks.dataset.dataset import OutsideFiles
 from tasks.dataset.lists import read_takedowns
@@ -40,34 +41,46 @@ def prepare(recipe: RecipeName = "demo", overrides: Overrides = ()) -> Artifact:
             source.name: find_files(source.files, chart.demo, f"merge.sources '{source.name}'")
             for source in wanted.merge.sources
         }
-        merged = session.make(merge, chart.merge, wanted.merge, files, profile.merge_workers)
-        crew = Crew(
-            profile.download_processes, profile.download_threads, profile.download_distributor
+        merged = session.make(merge, chart.merge, wanted.merge, files, profile.merge_workers, ())
+        downloaded, verified = fetch(session, merged, chart.download, chart.verify)
+        return choose(session, (merged, downloaded, verified), chart.dataset)
+
+
+def fetch(
+    session: Session, merged: Artifact, download_at: Address, verify_at: Address
+) -> tuple[Artifact, Artifact]:
+    """Download what a merge selected, and verify it; the download and the verification."""
+    wanted, profile = session.recipe, session.profile
+    crew = Crew(profile.download_processes, profile.download_threads, profile.download_distributor)
+    web = nullcontext() if download_at.is_finished else _web(wanted.demo)
+    with web:
+        downloaded = session.make(
+            *(download, download_at, wanted.download, merged, crew),
+            inputs={"merged": merged},
+            follow=PROGRESS,
         )
-        web = nullcontext() if chart.download.is_finished else _web(wanted.demo)
-        with web:
-            downloaded = session.make(
-                *(download, chart.download, wanted.download, merged, crew),
-                inputs={"merged": merged},
-                follow=PROGRESS,
-            )
-        verified = session.make(
-            *(verify, chart.verify, wanted.verify, downloaded), inputs={"downloaded": downloaded}
+    verified = session.make(
+        *(verify, verify_at, wanted.verify, downloaded), inputs={"downloaded": downloaded}
+    )
+    return downloaded, verified
+
+
+def choose(session: Session, ancestors: Sequence[Artifact], address: Address) -> Artifact:
+    """The dataset version at `address`, of the last of `ancestors`, by the recipe's rules."""
+    chart, rules = session.chart, session.recipe.dataset
+    outside = OutsideFiles(
+        *(
+            tuple(find_all(getattr(rules, name), chart.demo, f"dataset.{name}"))
+            for name in RULES_IN_FILES
         )
-        rules = wanted.dataset
-        outside = OutsideFiles(
-            *(
-                tuple(find_all(getattr(rules, name), chart.demo, f"dataset.{name}"))
-                for name in RULES_IN_FILES
-            )
-        )
-        lists = find_all(rules.takedowns, chart.demo, "dataset.takedowns")
-        return session.make(
-            *(dataset, chart.dataset, rules, (merged, downloaded, verified), outside),
-            obeying(read_takedowns(lists), chart.dataset),
-            inputs={"verified": verified},
-            attach=(CARD,),
-        )
+    )
+    lists = find_all(rules.takedowns, chart.demo, "dataset.takedowns")
+    return session.make(
+        *(dataset, address, rules, ancestors, outside),
+        obeying(read_takedowns(lists), address),
+        inputs={"verified": ancestors[-1]},
+        attach=(CARD,),
+    )
 
 
 def _web(demo: DemoConfig | None) -> AbstractContextManager[None]:

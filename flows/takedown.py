@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from flows.descent import Model, describe_model, models_of, parent_of
+from flows.descent import Model, ancestors_of, describe_model, models_of, parent_of
 from tasks.artifact import Address, Artifact, produce, read_artifacts
 from tasks.dataset.choose import Asked, find_asked, sort_by_kind
 from tasks.dataset.config import LEFT_OUT, REPORT, STAGE, TAKEN_DOWN, DatasetConfig
@@ -130,17 +130,14 @@ def _succeed(
     others = obeyed - set(_entries(old)) - set(entries)
     if others:  # obeyed by a version that is not among the ancestors of `old`
         rows = np.union1d(rows, find_asked(index, asked_for(others)))
-    downloaded = parent_of(verified, "download", artifacts)
-    merged = parent_of(downloaded, "merge", artifacts)
+    ancestors = ancestors_of(verified, artifacts)
     rules = json.loads((old.folder / REPORT).read_text())["rules"]
     config = DatasetConfig.from_mapping({**old.config, **rules}, where=str(old.folder / REPORT))
     parents = {**old.parents, ROLE: takedowns_digest(obeyed)}
     takedowns = Takedowns(tuple(sorted(obeyed)), lambda _: rows, old.folder)
     new = produce(
         Address.of(root, STAGE, config, parents),
-        lambda out: make_dataset(
-            config, (merged, downloaded, verified), OutsideFiles(), takedowns, out, silent
-        ),
+        lambda out: make_dataset(config, ancestors, OutsideFiles(), takedowns, out, silent),
     )
     removed = int(new.counts["left_out"] - old.counts["left_out"])
     models = {m.digest: m for version in holding for m in models_of(version, artifacts)}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.descent import Model, describe_model, models_of, parent_of
+from flows.descent import Model, describe_model, models_of, parent_of, places_of
 from flows.takedown import asked_for, left_out
 from tasks.artifact import Artifact, read_artifacts
 from tasks.checked_shards import read_verdicts
@@ -73,20 +73,27 @@ def _in_one_verification(
     rows = [row for kind, values in asked.items() for row in index.find(kind, values)]
     if not rows:
         return
-    numbers = [row["row"] for row in rows]
-    versions = [
-        a for a in artifacts if a.kind == DATASET.name and verified.digest in a.parents.values()
-    ]
-    reasons = {version.digest: left_out(version, numbers) for version in versions}
-    models = {version.digest: tuple(models_of(version, artifacts)) for version in versions}
+    first_rows = places_of(verified, artifacts)
+    versions = {
+        a.digest: (a, first_rows[a.parents["verify"]])
+        for a in artifacts
+        if a.kind == DATASET.name and a.parents["verify"] in first_rows
+    }
+    reasons = {
+        digest: left_out(version, [first + row["row"] for row in rows])
+        for digest, (version, first) in versions.items()
+    }
+    models = {
+        digest: tuple(models_of(version, artifacts)) for digest, (version, _) in versions.items()
+    }
     verdicts = read_verdicts(verified.folder)
     download = verified.parents["download"]
     merge = parent_of(verified, "download", artifacts).parents["merge"]
     for row in rows:
         held = []
-        for version in versions:
-            reason = reasons[version.digest].get(row["row"])
-            held.append(Version(version.digest, reason, () if reason else models[version.digest]))
+        for digest, (_, first) in versions.items():
+            reason = reasons[digest].get(first + row["row"])
+            held.append(Version(digest, reason, () if reason else models[digest]))
         shard = (verified.folder / verdicts[row["shard"]].path).resolve()
         yield Trace(row, shard, merge, download, verified.digest, tuple(held))
 

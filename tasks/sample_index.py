@@ -16,6 +16,7 @@ is compared with what was asked for.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -27,6 +28,7 @@ import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 Ints = npt.NDArray[np.int64]
@@ -93,6 +95,31 @@ def write_index(tables: Iterable[Path], folder: Path, memory_limit: str) -> None
             _write_rows(group, first_row, file)
         files.append(file)
         first_row += pq.read_metadata(file).num_rows
+    for kind in Kind:
+        lookup = folder / f"by_{kind}.parquet"
+        if not lookup.exists():
+            _write_lookup(kind, files, lookup, memory_limit)
+
+
+def join_indexes(parts: Sequence[tuple[Path, int, int]], folder: Path, memory_limit: str) -> None:
+    """Make one index of several, in their order; files that a killed run finished are kept.
+
+    Args:
+        parts: of each the folder that holds its `index/`, its first row, its first shard in here.
+        folder: where the index goes.
+        memory_limit: of a query, as DuckDB writes it.
+    """
+    rows = folder / "rows"
+    rows.mkdir(parents=True, exist_ok=True)
+    files: list[Path] = []
+    for part, first_row, first_shard in parts:
+        for source in sorted((part / INDEX / "rows").glob("*.parquet")):
+            target = rows / f"{len(files):05d}.parquet"
+            if not target.exists() and first_row == first_shard == 0:
+                _link(source, target)
+            elif not target.exists():
+                _renumber(source, first_row, first_shard, target)
+            files.append(target)
     for kind in Kind:
         lookup = folder / f"by_{kind}.parquet"
         if not lookup.exists():
@@ -217,6 +244,33 @@ def _write_rows(tables: Sequence[tuple[int, Path]], first_row: int, target: Path
                 waiting = []
         if waiting:
             writer.write_table(pa.concat_tables(waiting), ROWS_PER_GROUP)
+    _put(beside, target)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name; a copy where it would be on another disk."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        beside = _beside(target)
+        shutil.copyfile(source, beside)
+        _put(beside, target)
+
+
+def _renumber(source: Path, first_row: int, first_shard: int, target: Path) -> None:
+    """Rows of another index, numbered on."""
+    beside = _beside(target)
+    with pq.ParquetFile(source) as parquet:
+        schema = parquet.schema_arrow
+        with pq.ParquetWriter(beside, schema, compression="zstd") as writer:
+            for group in range(parquet.num_row_groups):
+                table = parquet.read_row_group(group)
+                for name, first in (("row", first_row), ("shard", first_shard)):
+                    place = table.schema.get_field_index(name)
+                    kind = table.schema.field(name).type
+                    moved = pc.add(table[name], pa.scalar(first, kind))
+                    table = table.set_column(place, name, moved)
+                writer.write_table(table, ROWS_PER_GROUP)
     _put(beside, target)
 
 

@@ -6,6 +6,7 @@ Not here: any decision; figures are copied, never computed anew.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,12 @@ def write_card(
     Args:
         path: of the card.
         config: the version's rules.
-        ancestors: what it was made from, in the order of work; kinds other than merge, download
-            and verify only appear in the list of digests.
+        ancestors: what it was made from, in the order of work: one merge, download and verification
+            or several; other kinds only appear in the list of digests.
         counts: the version's totals.
         by_source: what became of every source's verified samples.
         takedowns: entries of the takedown lists.
     """
-    by_kind = {artifact.kind: artifact for artifact in ancestors}
     lines = [
         f"# Dataset {path.parent.name}",
         "",
@@ -48,53 +48,61 @@ def write_card(
         "ready products.",
         "",
     ]
-    if merge := by_kind.get("merge"):
-        lines += [*_sources(merge, by_source), *_filters(merge)]
-    if download := by_kind.get("download"):
-        lines += _download(download)
+    if merges := [artifact for artifact in ancestors if artifact.kind == "merge"]:
+        lines += [*_sources(merges, by_source), *_filters(merges)]
+    if downloads := [artifact for artifact in ancestors if artifact.kind == "download"]:
+        lines += _downloads(downloads)
     lines += [*_left_out(config, counts, takedowns), *_made_from(ancestors)]
     write_atomically(path, "\n".join(lines) + "\n")
 
 
-def _sources(merge: Artifact, by_source: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+def _sources(
+    merges: Sequence[Artifact], by_source: Mapping[str, Mapping[str, int]]
+) -> Iterator[str]:
     yield from ("## Sources", "")
     heads = ["source", "files", "revision", "licence of the metadata", "rows read", "selected"]
     rows = []
-    for source in merge.config["sources"]:
-        name = source["name"]
-        read, selected = (
-            merge.counts.get(f"{name}.{what}", 0) for what in ("rows_read", "selected")
-        )
+    counts = _sum(merges)
+    newest = {source["name"]: source for merge in merges for source in merge.config["sources"]}
+    for name, source in newest.items():
+        read, selected = (counts.get(f"{name}.{what}", 0) for what in ("rows_read", "selected"))
         kept = by_source.get(name, {}).get("samples", 0)
         stated = [source.get(key) or UNSTATED for key in ("revision", "licence")]
         rows.append([name, f"`{source['files']}`", *stated, read, selected, kept])
     yield from _table([*heads, "in this version"], rows)
 
 
-def _filters(merge: Artifact) -> Iterator[str]:
+def _filters(merges: Sequence[Artifact]) -> Iterator[str]:
     yield from ("## Rows that were not selected", "")
     prefix = "dropped."
     dropped = {
-        name.removeprefix(prefix): n for name, n in merge.counts.items() if name.startswith(prefix)
+        name.removeprefix(prefix): n for name, n in _sum(merges).items() if name.startswith(prefix)
     }
     yield from _table(["reason", "rows"], [[reason, rows] for reason, rows in dropped.items()])
-    settings = ", ".join(f"{name} = {value!r}" for name, value in merge.config["filters"].items())
+    filters = merges[-1].config["filters"]
+    settings = ", ".join(f"{name} = {value!r}" for name, value in filters.items())
     yield from (f"Filters: {settings}.", "")
 
 
-def _download(download: Artifact) -> Iterator[str]:
-    counts, config = download.counts, download.config
+def _downloads(downloads: Sequence[Artifact]) -> Iterator[str]:
+    counts, last = _sum(downloads), downloads[-1]
     yield from ("## Download", "")
     share = counts["samples"] / counts["rows"] if counts["rows"] else 0.0
+    several = f" in {len(downloads)} downloads" if len(downloads) > 1 else ""
     yield (
-        f"{counts['samples']:,} of {counts['rows']:,} images ({share:.1%}), finished "
-        f"{download.created}. Sites' refusals of such use were obeyed: X-Robots-Tag "
-        f"{', '.join(config['disallowed_directives'])}."
+        f"{counts['samples']:,} of {counts['rows']:,} images ({share:.1%}){several}, finished "
+        f"{last.created}. Sites' refusals of such use were obeyed: X-Robots-Tag "
+        f"{', '.join(last.config['disallowed_directives'])}."
     )
     yield ""
     prefix = "failed."
     failed = {name.removeprefix(prefix): n for name, n in counts.items() if name.startswith(prefix)}
     yield from _table(["failure", "rows"], [[reason, rows] for reason, rows in failed.items()])
+
+
+def _sum(artifacts: Sequence[Artifact]) -> Counter[str]:
+    """The counts of all of them together."""
+    return sum((Counter(artifact.counts) for artifact in artifacts), Counter[str]())
 
 
 def _left_out(config: DatasetConfig, counts: Counts, takedowns: int) -> Iterator[str]:

@@ -9,7 +9,8 @@ Memory depends on the size of a partition, never on the number of rows:
     ask     metadata file      -> sidecar keys of its rows, split over partitions
     tell    sidecar file       -> its keys and columns, split over partitions
     answer  partition          -> the sidecar's columns for the rows of every file
-    know    cleaned edition    -> keys of the addresses it still has, split over partitions
+    know    cleaned edition    -> keys of the addresses it still has, split over partitions;
+                                  of those that earlier merges have given likewise
     scan    metadata file      -> passing rows with 16-byte keys, split over partitions; reasons
     dedupe  partition          -> from its keys alone: the row that stays of every address
     cut     source             -> exact keys where its selection, and each range of it, ends
@@ -43,7 +44,7 @@ from tasks.merge.database import database, statement
 from tasks.merge.filters import REASONS
 from tasks.merge.plan import Files, make_plan, rows_in
 from tasks.merge.shuffle import BUCKET_BITS, LAYOUT
-from tasks.merge.sources import identity
+from tasks.merge.sources import identity, mark_of
 from tasks.merge.spark import spark_runner
 from tasks.merge.units import (
     PHASES,
@@ -62,6 +63,8 @@ Runner = Callable[[Sequence[Chunk]], Iterator[int]]
 """Does the chunks of one phase, here or elsewhere; yields the number of every unit that is done."""
 
 REPORT = "report.json"
+INPUTS = "inputs.json"
+"""Source -> marks (`mark_of`) of the files that were merged."""
 REMOVED = "_tmp.removed"
 BUCKETS = 1 << BUCKET_BITS
 MOST_CHUNKS = 500
@@ -84,8 +87,12 @@ def merge_sources(
     run: Runner = one_after_another,
     chunks: int = 1,
     memory_limit: str | None = None,
+    given: Sequence[Path] = (),
 ) -> Made:
-    """Merge `files` into `out/<source>/part-*.parquet` and `out/report.json`.
+    """Merge `files` into `out/<source>/part-*.parquet`, `out/report.json` and `out/inputs.json`.
+
+    `given` are folders of earlier merges: an address that one of them selected counts as dropped,
+    and there may be none left.
 
     `run`, `chunks` (into how many each phase is cut, at most 500), and `threads` and `memory_limit`
     of one chunk's database (none = every core, the config's limit) never change the result.
@@ -97,8 +104,9 @@ def merge_sources(
         InputError: a source has no file, a file cannot be read or lacks a column, or a source gives
             no row.
     """
-    _forget_other_work(out, config, files)
-    plan = make_plan(config, files, out, threads, memory_limit or config.memory_limit)
+    before = [str(path) for folder in given for path in sorted(folder.glob("*/part-*.parquet"))]
+    _forget_other_work(out, config, files, before)
+    plan = make_plan(config, files, out, threads, memory_limit or config.memory_limit, before)
     if config.engine == "spark":
         with spark_runner() as run_on_spark:
             _run_phases(plan, run_on_spark, MOST_CHUNKS, report)
@@ -108,16 +116,18 @@ def merge_sources(
         cuts = read_cuts(plan)
         totals = _totals(connection, plan, cuts)
         parts = [path for range_ in plan.ranges() for path in files_of_range(plan, *range_)]
-        written = rows_in(connection, text_of(parts))
+        written = rows_in(connection, text_of(parts)) if parts else 0
     if written != sum(cut.selected for cut in cuts):
         raise RuntimeError(f"{sum(cut.selected for cut in cuts)} rows selected, {written} written")
+    marks = {name: sorted(map(mark_of, files[name])) for name in files}
+    write_atomically(out / INPUTS, json.dumps(marks, indent=1) + "\n")
     write_atomically(plan.temporary / REPORT, json.dumps(totals, indent=1) + "\n")
     (plan.temporary / REPORT).replace(out / REPORT)
     # a half-removed folder of units would look finished, so it goes out of their sight first
     plan.temporary.rename(out / REMOVED)
     shutil.rmtree(out / REMOVED)
     report(plan.rows, plan.rows, "merged")
-    return Made(_flat_counts(totals), (*parts, out / REPORT))
+    return Made(_flat_counts(totals), (*parts, out / REPORT, out / INPUTS))
 
 
 def _run_phases(plan: Plan, run: Runner, chunks: int, report: Report) -> None:
@@ -139,7 +149,16 @@ def _in_chunks(plan: Plan, phase: str, units: int, chunks: int) -> list[Chunk]:
     return [Chunk(plan, phase, tuple(range(first, units, apart))) for first in range(apart)]
 
 
-def _forget_other_work(out: Path, config: MergeConfig, files: Files) -> None:
+def read_inputs(folder: Path) -> dict[str, set[str]]:
+    """Source -> marks of the files that a finished merge has read; none for one of before there was
+    such a list."""
+    path = folder / INPUTS
+    if not path.is_file():
+        return {}
+    return {name: set(marks) for name, marks in json.loads(path.read_text()).items()}
+
+
+def _forget_other_work(out: Path, config: MergeConfig, files: Files, given: Sequence[str]) -> None:
     """Clear what a killed run left when it was made from other files or settings."""
     shutil.rmtree(out / REMOVED, ignore_errors=True)
     plan = out / "_tmp" / "plan.json"
@@ -148,6 +167,7 @@ def _forget_other_work(out: Path, config: MergeConfig, files: Files) -> None:
             "layout": LAYOUT,
             "config": config.model_dump(mode="json", exclude={"memory_limit"}),
             "files": {name: [identity(str(path)) for path in files[name]] for name in files},
+            "given": list(given),
         },
         sort_keys=True,
     )
@@ -186,7 +206,8 @@ def save_cuts(plan: Plan) -> None:
         return
     with database(plan.temporary / "spill", plan.memory_limit, plan.threads) as connection:
         for source, reasons in enumerate(dropped_rows(connection, plan)):
-            _check_something_is_left(plan, source, reasons)
+            if not plan.given:
+                _check_something_is_left(plan, source, reasons)
         cuts = [_cut_source(connection, plan, source) for source in range(len(plan.config.sources))]
     write_atomically(saved, json.dumps([[cut.selected, cut.after, cut.last_keys] for cut in cuts]))
 
@@ -253,6 +274,8 @@ def cut_at(
     first = settings.skip_count
     left = up_to[-1] - first
     selected = left if settings.wanted_rows is None else min(settings.wanted_rows, left)
+    if selected <= 0:
+        return Cut(0, None, ())
     steps = [*range(plan.rows_per_range, selected, plan.rows_per_range), selected]
     ends = [*([first] if first else []), *(first + step for step in steps)]
     buckets = [bisect_left(up_to, end) for end in ends]

@@ -30,9 +30,16 @@ MOST_PARTITIONS = 2_048
 
 
 def make_plan(
-    config: MergeConfig, files: Files, out: Path, threads: int | None, memory_limit: str
+    config: MergeConfig,
+    files: Files,
+    out: Path,
+    threads: int | None,
+    memory_limit: str,
+    given: Sequence[str] = (),
 ) -> Plan:
     """Schema and row count of every file, before any of the long work.
+
+    With files of what was `given` before a source may be empty: there may be nothing new.
 
     Raises:
         InputError: a file cannot be read, lacks a column, or is withdrawn; a source is empty.
@@ -44,7 +51,7 @@ def make_plan(
     )
     outside = [str(path) for paths in files.values() for path in paths]
     compared = [source.diff_against for source in config.sources if source.diff_against]
-    outside += [path for sidecar in sidecars for path in sidecar.paths] + compared
+    outside += [path for sidecar in sidecars for path in sidecar.paths] + compared + list(given)
     spill = out / "_tmp" / "spill"
     with database(spill, memory_limit, threads, outside) as connection:
         added = {
@@ -65,7 +72,7 @@ def make_plan(
                 found.append(
                     _inspect(connection, len(found), path, number, source, extra, out / "_tmp")
                 )
-            if not any(file.rows for file in found if file.source == number):
+            if not given and not any(file.rows for file in found if file.source == number):
                 raise InputError(
                     f"source '{source.name}' is empty: '{source.files}' has "
                     f"{len(files[source.name])} file(s) without a single row; put its metadata "
@@ -74,7 +81,10 @@ def make_plan(
         editions = _editions(connection, config)
     rows = sum(file.rows for file in found)
     partitions = config.partitions or min(MOST_PARTITIONS, -(-rows // ROWS_PER_PARTITION))
-    return Plan(config, out, tuple(found), sidecars, editions, partitions, threads, memory_limit)
+    return Plan(
+        *(config, out, tuple(found), sidecars, editions, max(1, partitions)),
+        *(threads, memory_limit, tuple(given)),
+    )
 
 
 def _inspect(

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import fsspec
 
 from evaclip_model.errors import InputError
+from tasks.artifact import fingerprint
 from tasks.merge.config import MergeConfig, SourceConfig
 
 Format = Literal["parquet", "csv", "jsonl"]
@@ -134,6 +135,12 @@ def identity(path: str) -> tuple[str, ...]:
         return (path, *(str(information[mark]) for mark in marks if mark in information))
     status = Path(path).stat()
     return (path, str(status.st_size), str(status.st_mtime_ns))
+
+
+def mark_of(path: Path | str) -> str:
+    """What tells a metadata file from others wherever it lies: its content's, or at a URL its
+    identity's, as 16 hex characters."""
+    return remote_fingerprint([str(path)]) if is_url(str(path)) else fingerprint(Path(path))
 
 
 def remote_fingerprint(paths: Sequence[str]) -> str:

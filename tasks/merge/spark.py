@@ -95,7 +95,7 @@ def _dedupe(session: Any, plan: Plan, folder: Path) -> None:
     keys = _spread(session, folders, "path string, source int, file int").mapInArrow(
         partial(_keys, str(plan.temporary), plan.memory_limit), KEYS
     )
-    passing, withdrawn = _compare(session, plan, keys)
+    passing, lost = _compare(session, plan, keys)
     best_first = Window.partitionBy("key").orderBy(
         "source",
         F.col("similarity").desc_nulls_last(),
@@ -123,9 +123,9 @@ def _dedupe(session: Any, plan: Plan, folder: Path) -> None:
     ).parquet(str(folder / "rows"))
     counted = deduped.where("reason IS NOT NULL OR others <> 0")
     reasons = counted.groupBy("source", "reason", "others").count()
-    if withdrawn is not None:
-        lost = withdrawn.selectExpr("source", "'withdrawn' AS reason", "0L AS others")
-        reasons = reasons.unionByName(lost.groupBy("source", "reason", "others").count())
+    for reason, frame in lost:
+        counted = frame.selectExpr("source", f"'{reason}' AS reason", "0L AS others")
+        reasons = reasons.unionByName(counted.groupBy("source", "reason", "others").count())
     histogram = kept.groupBy("source", "bucket").count()
     kinds = {"source": pa.int32(), "reason": pa.string(), "others": pa.int64()}
     _save(reasons, folder / "reasons.parquet", kinds)
@@ -133,23 +133,29 @@ def _dedupe(session: Any, plan: Plan, folder: Path) -> None:
     deduped.unpersist()
 
 
-def _compare(session: Any, plan: Plan, keys: Any) -> tuple[Any, Any]:
-    """(keys that pass, keys whose cleaned edition lacks their address; none without editions)."""
+def _compare(session: Any, plan: Plan, keys: Any) -> tuple[Any, list[tuple[str, Any]]]:
+    """(keys that pass, by reason keys that do not: their cleaned edition lacks the address, or an
+    earlier merge has given it)."""
     from pyspark.sql import functions as F
 
     judged = [source for edition in plan.editions for source in edition.sources]
-    if not judged:
-        return keys, None
-    passing, withdrawn = keys.where(~F.col("source").isin(judged)), None
+    passing, lost = keys, list[tuple[str, Any]]()
+    if judged:
+        passing = keys.where(~F.col("source").isin(judged))
     for number, edition in enumerate(plan.editions):
         own = keys.where(F.col("source").isin(list(edition.sources)))
         known = _read_known(session, plan, f"known/edition={number}/*/part=*/*.parquet")
         passing = passing.unionByName(
             own.join(known.distinct(), "key", "left_semi").select(KEY_COLUMNS)
         )
-        lost = own.join(known, "key", "left_anti").select(KEY_COLUMNS)
-        withdrawn = lost if withdrawn is None else withdrawn.unionByName(lost)
-    return passing, withdrawn
+        gone = own.join(known, "key", "left_anti").select(KEY_COLUMNS)
+        lost.append(("withdrawn", gone))
+    if plan.given:
+        number = len(plan.editions)
+        given = _read_known(session, plan, f"known/edition={number}/*/part=*/*.parquet").distinct()
+        lost.append(("given_before", passing.join(given, "key", "left_semi").select(KEY_COLUMNS)))
+        passing = passing.join(given, "key", "left_anti").select(KEY_COLUMNS)
+    return passing, lost
 
 
 def _spread(session: Any, rows: list[tuple[Any, ...]], schema: str) -> Any:

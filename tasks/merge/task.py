@@ -22,15 +22,22 @@ from tasks.progress import Report
 
 @task(name="merge", cache_policy=NO_CACHE)
 def merge(
-    address: Address, config: MergeConfig, files: Files, workers: int, report: Report
+    address: Address,
+    config: MergeConfig,
+    files: Files,
+    workers: int,
+    given: Sequence[Artifact],
+    report: Report,
 ) -> Artifact:
-    """The merge of `files` (source name -> its files) at `address`, made now or found.
+    """The merge of `files` (source name -> its files) at `address`, made now or found, without what
+    the merges in `given` have selected.
 
     With several `workers` every phase is that many tasks, on whatever the flow's task runner has,
     which must share the artifact's folder; each gets its part of the memory limit and the cores.
     """
+    before = [artifact.folder for artifact in given]
     if workers == 1:
-        return produce(address, lambda out: merge_sources(config, files, out, report))
+        return produce(address, lambda out: merge_sources(config, files, out, report, given=before))
     threads = max(1, (os.cpu_count() or 1) // workers)
     memory_limit = share_of_memory(config.memory_limit, workers)
     return produce(
@@ -41,6 +48,7 @@ def merge(
             run=one_after_another if config.engine == "spark" else _as_tasks,
             chunks=workers,
             memory_limit=memory_limit,
+            given=before,
         ),
     )
 

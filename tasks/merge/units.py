@@ -109,6 +109,8 @@ class Plan:
     threads: int | None
     memory_limit: str
     """Memory of the database of one chunk."""
+    given: tuple[str, ...] = ()
+    """Files of rows that earlier merges selected: their addresses are not selected again."""
 
     @property
     def temporary(self) -> Path:
@@ -127,7 +129,7 @@ class Plan:
     def outside_paths(self) -> list[str]:
         told = [path for sidecar in self.sidecars for path in sidecar.paths]
         known = [path for edition in self.editions for path, _ in edition.files]
-        return [file.path for file in self.files] + told + known
+        return [file.path for file in self.files] + told + known + list(self.given)
 
     def of_source(self, source: int) -> list[MetadataFile]:
         return [file for file in self.files if file.source == source]
@@ -144,7 +146,9 @@ class Plan:
         return [(n, path) for n, sidecar in enumerate(self.sidecars) for path in sidecar.paths]
 
     def knows(self) -> list[tuple[int, str, str]]:
-        return [(n, *file) for n, edition in enumerate(self.editions) for file in edition.files]
+        """(number, path, name of its URL column): of editions, then of what was given before."""
+        editions = [(n, *file) for n, edition in enumerate(self.editions) for file in edition.files]
+        return editions + [(len(self.editions), path, "url") for path in self.given]
 
     def ranges(self) -> list[tuple[int, int]]:
         """(source, place of the range in it) of every range; only after the cut."""
@@ -407,16 +411,16 @@ def _dedupe_keys(connection: DuckDBPyConnection, plan: Plan, part: int, folder: 
 
 
 def _keys(connection: DuckDBPyConnection, plan: Plan, part: int) -> tuple[str, dict[str, Any]]:
-    """(SQL of one partition's keys with `withdrawn`, parameters)."""
-    plain = "SELECT *, false AS withdrawn FROM part_keys"
-    if not plan.editions:
+    """(SQL of one partition's keys with `dropped`, why they are none; parameters)."""
+    plain = "SELECT *, NULL::VARCHAR AS dropped FROM part_keys"
+    if not plan.editions and not plan.given:
         return plain, {}
     compared = [(s, n) for n, edition in enumerate(plan.editions) for s in edition.sources]
     known = {
         number: text_of(
             sorted(plan.temporary.glob(f"known/edition={number}/*/part={part}/*.parquet"))
         )
-        for number in range(len(plan.editions))
+        for number in range(len(plan.editions) + 1)
     }
     connection.execute("CREATE OR REPLACE TEMP TABLE known (edition INTEGER, key UUID)")
     for number, paths in known.items():
@@ -429,6 +433,7 @@ def _keys(connection: DuckDBPyConnection, plan: Plan, part: int) -> tuple[str, d
     return statement("keys"), {
         "compared": [source for source, _ in compared],
         "editions": [number for _, number in compared],
+        "given": len(plan.editions),
     }
 
 

@@ -10,7 +10,7 @@ compared AS (
     END AS reason,
     bit_or(1::BIGINT << source) OVER (PARTITION BY key) - (1::BIGINT << source) AS others
   FROM keys
-  WHERE NOT withdrawn AND NOT alone
+  WHERE dropped IS NULL AND NOT alone
   WINDOW best_first AS (
     PARTITION BY key
     ORDER BY source, similarity DESC NULLS LAST, original_id NULLS LAST, file, row_in_file
@@ -18,6 +18,6 @@ compared AS (
 )
 FROM compared
 UNION ALL
-SELECT source, file, place, key, bucket, CASE WHEN withdrawn THEN 'withdrawn' END, 0
+SELECT source, file, place, key, bucket, dropped, 0
 FROM keys
-WHERE withdrawn OR alone
+WHERE dropped IS NOT NULL OR alone

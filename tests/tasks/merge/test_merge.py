@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from evaclip_model.errors import InputError
 from tasks.artifact import Address, Made
 from tasks.merge.config import STAGE, ColumnMap, FilterConfig, MergeConfig, SourceConfig
 from tasks.merge.database import database
-from tasks.merge.merge import merge_sources
+from tasks.merge.merge import merge_sources, read_inputs
 from tasks.merge.units import Chunk, run_chunk
 from tests.tasks.merge import metadata
 from tests.tasks.merge.metadata import coyo, find_files, laion, output_rows, write
@@ -397,3 +398,51 @@ def test_rows_tell_which_other_sources_have_them_and_the_report_how_many(
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["sources"][0]["also_in"] == {"coyo": len(shared)} and shared
     assert report["sources"][1]["also_in"] == {}
+
+
+def addresses(files: Sequence[Path]) -> set[str]:
+    return {row["url"].partition("://")[2] for row in output_rows(files)}
+
+
+def test_what_earlier_merges_gave_is_not_given_again(collections: Path, tmp_path: Path) -> None:
+    everything = run(recipe(collections, targets=(None, None)), tmp_path / "all")
+    first = run(recipe(collections, targets=(300, 100)), tmp_path / "first")
+    config = recipe(collections, targets=(None, None), seed=99, partitions=3)
+    (tmp_path / "rest").mkdir()
+    given = [tmp_path / "first"]
+    rest = merge_sources(config, find_files(config), tmp_path / "rest", threads=1, given=given)
+    assert addresses(first.files).isdisjoint(addresses(rest.files))
+    assert addresses(first.files) | addresses(rest.files) == addresses(everything.files)
+    # coyo's copy of an address that laion gave before is given before too, not a duplicate
+    assert rest.counts["dropped.given_before"] >= 400
+    for name in ("laion", "coyo"):
+        counts = {k: n for k, n in rest.counts.items() if k.startswith(f"{name}.dropped.")}
+        selected = rest.counts[f"{name}.selected"]
+        assert rest.counts[f"{name}.rows_read"] == selected + sum(counts.values())
+
+
+def test_a_merge_after_everything_was_given_has_no_row_and_says_so_in_its_counts(
+    collections: Path, tmp_path: Path
+) -> None:
+    config = recipe(collections, targets=(None, None))
+    run(config, tmp_path / "first")
+    (tmp_path / "none").mkdir()
+    none = merge_sources(
+        config, find_files(config), tmp_path / "none", threads=1, given=[tmp_path / "first"]
+    )
+    assert none.counts["selected"] == 0
+    assert output_rows(none.files) == []
+
+
+def test_a_merge_lists_its_files_by_content_so_that_moving_them_changes_nothing(
+    collections: Path, tmp_path: Path
+) -> None:
+    run(recipe(collections), tmp_path / "here")
+    shutil.copytree(collections, tmp_path / "moved")
+    run(recipe(tmp_path / "moved"), tmp_path / "there")
+    assert read_inputs(tmp_path / "here") == read_inputs(tmp_path / "there")
+    assert {name: len(marks) for name, marks in read_inputs(tmp_path / "here").items()} == {
+        "laion": 3,
+        "coyo": 2,
+    }
+    assert read_inputs(tmp_path) == {}, "made before there was such a list"

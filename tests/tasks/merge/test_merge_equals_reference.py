@@ -233,7 +233,7 @@ def test_the_merge_equals_a_plain_python_merge_row_by_row(
             return
         assert not emptied
         report = json.loads((out / "report.json").read_text())
-        assert {path.name for path in out.iterdir()} == {*content, "report.json"}
+        assert {path.name for path in out.iterdir()} == {*content, "report.json", "inputs.json"}
         for source in report["sources"]:
             name = source["name"]
             files = sorted((out / name).iterdir())

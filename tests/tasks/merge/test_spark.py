@@ -78,11 +78,16 @@ def recipe(folder: Path, **changes: object) -> MergeConfig:
 @pytest.mark.slow
 def test_spark_gives_the_same_rows_in_the_same_files_as_duckdb(tmp_path: Path) -> None:
     found = {}
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    few = recipe(tmp_path).sources[1].model_copy(update={"target_count": 9})
+    first = MergeConfig(sources=(few,))
+    merge_sources(first, find_files(first), earlier, threads=1)
     for engine in ("duckdb", "spark"):
         config = recipe(tmp_path, engine=engine)
         out = tmp_path / engine
         out.mkdir()
-        made = merge_sources(config, find_files(config), out, threads=1)
+        made = merge_sources(config, find_files(config), out, threads=1, given=[earlier])
         found[engine] = (
             [str(path.relative_to(out)) for path in made.files],
             output_rows(made.files),
@@ -94,7 +99,7 @@ def test_spark_gives_the_same_rows_in_the_same_files_as_duckdb(tmp_path: Path) -
     for reason in ("withdrawn", "not_selected", "duplicate_in_source"):
         assert counts[f"laion.dropped.{reason}"] > 0
     assert counts["coyo.dropped.duplicate_across_sources"] > 0
-    assert counts["coyo.dropped.given_before"] == 20
+    assert counts["coyo.dropped.given_before"] == 20 + 9
 
 
 def test_without_java_or_pyspark_the_need_is_one_sentence(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Several verifications as one, so that a dataset version may be made of many downloads."""

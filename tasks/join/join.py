@@ -1,0 +1,81 @@
+"""Several verifications as one: their verdicts one after another, and one index over all samples.
+
+Covers: joining, which rows came from which verification.
+Not here: looking into shards (tasks/verify), choosing samples (tasks/dataset), which reads a join
+as it reads a verification.
+
+The rows of the first verification keep their numbers, and so do those of every join that this one
+goes on from: what is at the front is linked, not written again. Only the look-up tables are made
+anew. Where samples resemble each other the dataset keeps the one that comes first, so that a later
+download never takes a sample out of an earlier version.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tasks.artifact import Artifact, Made, write_atomically
+from tasks.checked_shards import CHECKED, Verdict, read_verdicts, write_verdicts
+from tasks.join.config import PARTS, JoinConfig
+from tasks.progress import Report
+from tasks.sample_index import INDEX, join_indexes
+
+
+@dataclass(frozen=True)
+class JoinedPart:
+    """Where a verification's samples are in a join."""
+
+    digest: str
+    """Of the verification."""
+    first_row: int
+    """In the join's index."""
+    first_shard: int
+
+
+def join_verifications(
+    config: JoinConfig, verified: Sequence[Artifact], out: Path, report: Report
+) -> Made:
+    """Write verdicts and index of all of `verified`, in that order, into `out`."""
+    verdicts: list[Verdict] = []
+    parts: list[JoinedPart] = []
+    rows = 0
+    for part in verified:
+        own = read_verdicts(part.folder)
+        parts.append(JoinedPart(part.digest, rows, len(verdicts)))
+        rows += sum(verdict.stored for verdict in own)
+        verdicts += [_seen_from(out, part.folder, verdict) for verdict in own]
+    report(0, rows, "joining the indexes")
+    join_indexes(
+        [
+            (part.folder, one.first_row, one.first_shard)
+            for part, one in zip(verified, parts, strict=True)
+        ],
+        out / INDEX,
+        config.memory_limit,
+    )
+    write_verdicts(verdicts, out)
+    write_atomically(out / PARTS, json.dumps([asdict(part) for part in parts], indent=1) + "\n")
+    report(rows, rows, f"{rows:,} samples of {len(parts)} downloads")
+    counts = {
+        "parts": len(parts),
+        "shards": sum(verdict.shard is not None for verdict in verdicts),
+        "samples": rows,
+    }
+    index = sorted((out / INDEX).rglob("*.parquet"))
+    return Made(counts, (out / CHECKED, out / PARTS, *index))
+
+
+def read_parts(folder: Path) -> list[JoinedPart]:
+    """What a finished join was made of, in its order."""
+    return [JoinedPart(**part) for part in json.loads((folder / PARTS).read_text())]
+
+
+def _seen_from(out: Path, folder: Path, verdict: Verdict) -> Verdict:
+    """The verdict with the shard's path as it is from `out`."""
+    path = os.path.relpath(folder / verdict.path, out)
+    shard = verdict.shard and verdict.shard.model_copy(update={"path": path})
+    return verdict.model_copy(update={"path": path, "shard": shard})
