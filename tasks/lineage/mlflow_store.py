@@ -14,8 +14,8 @@ A pipeline run that was killed is continued by the next one of the same recipe d
 entered twice is one run; a stage whose artifact was there before is tagged `evaclip.reused`.
 Nothing here raises because of the store: events wait in the journal and a later run ships them.
 
-Not here: what is logged of an artifact (record.py), the journal's files (journal.py), the model
-registry (tasks/register).
+Not here: what is logged of an artifact (record.py), logged models (models.py), the journal's files
+(journal.py), the model registry (tasks/register).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.artifact import Address, Artifact
-from tasks.lineage import record
+from tasks.lineage import models, record
 from tasks.lineage.journal import PIPELINE, RUNNING, Event, Journal, SeriesCursor
 from tasks.tracking import TrackingStore, import_mlflow, is_refusal
 
@@ -263,7 +263,8 @@ class StageRun(_Run):
         """Record what the stage made.
 
         Args:
-            artifact: its counts become metrics.
+            artifact: its counts become metrics; a model becomes a logged model, linked to the run
+                that made it and to those that read it.
             inputs: context (training, evaluation, …) -> the data it read, logged as datasets.
             outside: data it read that no stage made, as `record.outside_dataset` describes them.
             attach: files kept with the run, such as a report.
@@ -273,6 +274,9 @@ class StageRun(_Run):
         datasets += [dict(one) for one in outside]
         if datasets:
             self.append({"op": "inputs", "datasets": datasets})
+        of_models = models.event(artifact, self.is_reused)
+        if of_models is not None:
+            self.append({**of_models, "time": _now()})
         for file in attach:
             self.attach(file)
 
@@ -489,6 +493,8 @@ def _apply(client: MlflowClient, experiment: str, journal: Journal, event: Event
                     for data in event["datasets"]
                 ],
             )
+        case "models":
+            models.apply(client, experiment, run, event, event["time"])
         case "text":
             client.log_text(run, event["text"], event["file"])
         case "file":
