@@ -21,7 +21,10 @@ from tasks.artifact import Artifact
 _NAMES = "|".join(name.replace(".", "[.]") for name in recipe_names())
 RecipeName = Annotated[str, Field(pattern=rf"^({_NAMES}|.+[.]toml)$")]
 """One of the project's recipes, or the path of a .toml file as the worker sees it."""
-Overrides = tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*([.][\w-]+)*=")], ...]
-"""Changes to a recipe, each `table.key=value`."""
+# No address with an "@": the server keeps parameters in clear, a password too.
+_NO_PASSWORD = "([^@]*|([^:]|:[^/]|:/[^/])*)"
+_OVERRIDE = rf"^[A-Za-z_][\w-]*([.][\w-]+)*={_NO_PASSWORD}$"
+Overrides = tuple[Annotated[str, Field(pattern=_OVERRIDE)], ...]
+"""Changes to a recipe, each `table.key=value`; none with a password in an address."""
 Handed = SkipJsonSchema[Artifact | None]
 """An artifact from the flow before; alone, a flow looks it up from the recipe."""

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from evaclip_model.errors import InputError
+from tasks.redact import redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -64,8 +65,14 @@ class TrackingStore:
         """The store at `uri`; a relative SQLite path is taken from the current folder.
 
         Raises:
-            InputError: `uri` is neither an SQLite file nor an HTTP address.
+            InputError: `uri` is neither an SQLite file nor an HTTP address, or holds a password:
+                the address is logged and shown in many places.
         """
+        if redact(uri) != uri:
+            raise InputError(
+                f"the tracking address '{redact(uri)}' holds a password: leave it out, and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+            )
         if uri.startswith(SQLITE):
             return cls(SQLITE + str(Path(uri.removeprefix(SQLITE)).resolve()), experiment)
         if uri.startswith(("http://", "https://")):

@@ -1,0 +1,38 @@
+"""What is hidden when settings are logged, and what is not."""
+
+from __future__ import annotations
+
+import pytest
+
+from evaclip_model.errors import InputError
+from tasks.redact import redact, redacted
+from tasks.tracking import TrackingStore
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://me:pw@host:5000", "http://me:***@host:5000"),
+        ("postgresql+psycopg2://u:p%40s@db/mlflow", "postgresql+psycopg2://u:***@db/mlflow"),
+        ("s3://b/k?X-Amz-Signature=ab12&X-Amz-Date=1", "s3://b/k?X-Amz-Signature=***&X-Amz-Date=1"),
+        ("https://h/x?access_token=t#f", "https://h/x?access_token=***#f"),
+        ('{"files": "https://a:b@h/*.parquet"}', '{"files": "https://a:***@h/*.parquet"}'),
+        ("http://host:5000/a@b", "http://host:5000/a@b"),
+        ("merge.sources.a.files=s3://bucket/x", "merge.sources.a.files=s3://bucket/x"),
+        ("train.stage1.text_tokens=77", "train.stage1.text_tokens=77"),
+    ],
+)
+def test_passwords_and_tokens_are_hidden_and_nothing_else(text: str, shown: str) -> None:
+    assert redact(text) == shown
+    assert redact(shown) == shown
+
+
+def test_every_text_of_nested_settings_is_looked_at() -> None:
+    nested = {"a": [{"b": "http://u:p@h"}], "c": 3, "d": None}
+    assert redacted(nested) == {"a": [{"b": "http://u:***@h"}], "c": 3, "d": None}
+
+
+def test_a_password_in_the_tracking_address_is_refused_without_being_repeated() -> None:
+    with pytest.raises(InputError, match=r"holds a password: .*MLFLOW_TRACKING_PASSWORD") as error:
+        TrackingStore.at("http://admin:hunter2@host:5000", "x")
+    assert "hunter2" not in str(error.value)
