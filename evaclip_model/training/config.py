@@ -113,7 +113,9 @@ class TrainConfig(Config):
     """How the loss is computed; the figures are the same. "full" keeps the logits, "streamed" makes
     them twice, a chunk at a time; "auto" streams when the logits would take over a gibibyte."""
     zero_stage: Literal[0, 1, 2] = 1
-    """DeepSpeed ZeRO: 1 shards optimizer states over ranks, 2 gradients too, 0 nothing."""
+    """DeepSpeed ZeRO: 1 shards optimizer states over ranks, 2 gradients too, 0 nothing. There is no
+    3: the largest of these models has 10 GB of weights in half precision, which fit, and LAMB's
+    ratios would need a second map for weights that are cut one by one."""
     source_weights: dict[str, float] = Field(default_factory=dict)
     """Source name -> share of the draws, any scale; empty: in proportion to their samples."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
