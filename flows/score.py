@@ -10,15 +10,14 @@ from __future__ import annotations
 from typing import Annotated
 
 from prefect import flow, runtime
-from prefect.artifacts import create_link_artifact
 from pydantic import Field
 
 from flows.parameters import Overrides
 from flows.profile import load_profile
 from flows.scoring import fetched, read_asked
 from flows.session import make
+from flows.told import publish_evaluation, told_of
 from tasks.artifact import Artifact
-from tasks.evaluate.config import REPORT, RESULTS
 from tasks.evaluate.registry import FOLDER
 from tasks.evaluate.task import evaluate as evaluate_stage
 from tasks.lineage.journal import JOURNALS
@@ -45,7 +44,7 @@ def score(
         models: Each a saved model's folder, WEIGHTS:ARCHITECTURE, open_clip:NAME/WEIGHTS, or
             models:/NAME@ALIAS of the registry; NAME=... before it names it.
         recipe: Recipe whose sets are taken; leave it out and name sets instead.
-        sets: Sets of the registry, or folders of your own in `data`.
+        sets: Sets of the registry, or folders of your own in `data`; `paper` for all 33.
         data: Folder that holds the sets.
         overrides: Changes to the recipe, each `table.key=value`.
     """
@@ -65,8 +64,7 @@ def score(
             *(run, evaluate_stage, address, asked.config, specs, asked.sets),
             *([], profile.machine, []),
             title="score",
-            attach=(REPORT, RESULTS),
+            **told_of(asked.sets),
         )
-        report = run.url() or (made.folder / REPORT).as_uri()
-        create_link_artifact(link=report, link_text="Evaluation report", key="evaluation-report")
+        publish_evaluation(made, run.stage_url(address, "score"))
     return made

@@ -20,10 +20,12 @@ from tasks.artifact import Address, fingerprint
 from tasks.demo.config import STAGE as DEMO
 from tasks.evaluate.config import STAGE, EvaluateConfig
 from tasks.evaluate.models import OPEN_CLIP, files_of
-from tasks.evaluate.registry import find_set
+from tasks.evaluate.registry import find_set, known_sets
 from tasks.evaluate.sets import kind_of
 
 REGISTRY = "models:/"
+PAPER = "paper"
+"""Stands for all sets of the paper's tables."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def _sets_of_recipe(
 def _named_sets(names: Sequence[str], data: Path) -> tuple[EvaluateConfig, dict[str, Path]]:
     entries: list[dict[str, Any]] = []
     folders: dict[str, Path] = {}
-    for name in names:
+    for name in known_sets() if tuple(names) == (PAPER,) else names:
         known = find_set(name)
         folder = data / (known.wds if known else name)
         if not folder.is_dir():

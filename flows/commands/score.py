@@ -7,14 +7,11 @@ Not here: the flow (flows/score.py), the reports.
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
-
-from rich.table import Table
 
 from flows.profile import load_profile
+from flows.results import figures_table, read_findings
 from flows.terminal import console
-from tasks.evaluate.config import REPORT, RESULTS
+from tasks.evaluate.config import REPORT
 from tasks.evaluate.registry import FOLDER
 
 HELP = "evaluate any models on any sets, side by side"
@@ -30,7 +27,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--recipe", default="", help="take the sets of this recipe")
     parser.add_argument(
-        "--sets", default="", metavar="NAME,NAME", help="known sets, or folders of your own"
+        "--sets",
+        default="",
+        metavar="NAME,NAME",
+        help="known sets, folders of your own, or paper for all 33",
     )
     parser.add_argument("--data", default=FOLDER, help=f"folder that holds them ({FOLDER})")
     parser.add_argument(
@@ -60,18 +60,5 @@ def run(parsed: argparse.Namespace) -> None:
         from flows.score import score  # imports prefect, which reads its settings then
 
         made = score(**asked)
-    console.print(figures_table(made.folder))
+    console.print(figures_table(read_findings(made.folder)))
     console.print(f"report    {made.folder / REPORT}")
-
-
-def figures_table(folder: Path) -> Table:
-    """Every figure of every model beside chance, as the evaluation in `folder` found them."""
-    results = json.loads((folder / RESULTS).read_text())
-    models = list(results["models"])
-    table = Table("set", "metric", *models, "chance", box=None, pad_edge=False)
-    for name, chance in results["chance"].items():
-        by_model = results["results"][name]
-        for metric, value in chance.items():
-            shares = [by_model[model][metric] for model in models]
-            table.add_row(name, metric, *(f"{100 * one:.2f} %" for one in (*shares, value)))
-    return table

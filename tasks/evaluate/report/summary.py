@@ -70,7 +70,7 @@ def average_interval(found: Findings, table: str, model: str) -> tuple[float, fl
             halves.append((spread[1] - spread[0]) / 2)
             values.append(value)
     mean, half = sum(values) / len(values), sqrt(sum(h * h for h in halves)) / len(values)
-    return mean - half, mean + half
+    return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def _tables(found: Findings) -> list[str]:
@@ -120,7 +120,7 @@ def _average_tiles(found: Findings) -> Iterator[Tile]:
         facts += [("published", f"{reference:.1f} %")] if reference is not None else []
         gap = found.robustness(found.subject) if table == "1b" else None
         if gap and gap.get("delta") is not None:
-            facts.append(("gap Δ to ImageNet-1K", f"{gap['delta']:.1f}"))
+            facts.append(("gap Δ", f"{gap['delta']:.1f}"))
         yield Tile(f"Average of {TABLES[table]}", f"{value:.1f} %", facts=facts)
 
 
@@ -172,7 +172,12 @@ def _against_others(found: Findings) -> Iterator[str]:
         ]
         sure = [one for one in tests if one.get("p") is not None and one["p"] < SURE]
         better = sum(one["difference"] > 0 for one in sure)
-        if tests:
+        if tests and not sure:
+            yield (
+                f"Beside {other}, {found.subject} cannot be told apart on any of "
+                f"{plural(len(tests), 'headline figure')} (paired tests, p < {SURE})."
+            )
+        elif tests:
             yield (
                 f"Beside {other}, {found.subject} is better on {better} and worse on "
                 f"{len(sure) - better} of {plural(len(tests), 'headline figure')} (paired tests, "
