@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from evaclip_model.errors import InputError
 from flows.commands import (
     evalsets,
+    lineage,
     plan,
     promote,
     pull,
@@ -34,6 +35,7 @@ COMMANDS = {
     "run": run,
     "score": score,
     "trace": trace,
+    "lineage": lineage,
     "takedown": takedown,
     "sources": sources,
     "evalsets": evalsets,

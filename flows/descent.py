@@ -80,6 +80,11 @@ def places_of(verified: Artifact, artifacts: Sequence[Artifact]) -> dict[str, in
     return places
 
 
+def children_of(digest: str, artifacts: Sequence[Artifact]) -> list[Artifact]:
+    """What was made directly of an artifact, in its order."""
+    return [artifact for artifact in artifacts if digest in artifact.parents.values()]
+
+
 def models_of(dataset: Artifact, artifacts: Sequence[Artifact]) -> list[Model]:
     """Every model trained on a dataset version, or started from such a model, in their order."""
     models: list[Model] = []

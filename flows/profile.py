@@ -35,6 +35,8 @@ class Profile(BaseSettings, Launch):
         "", validation_alias=AliasChoices("EVACLIP_TRACKING_URI", "MLFLOW_TRACKING_URI")
     )
     """MLflow server or database; empty: SQLite under `root`."""
+    openlineage_file: Path | None = None
+    """File that gets every run as OpenLineage events, for a catalogue that reads them."""
     merge_workers: int = Field(1, gt=0)
     """Tasks that work on a phase of the merge at once; 1: no tasks, the database's own threads."""
     download_processes: int = Field(default_factory=lambda: os.cpu_count() or 1, gt=0)

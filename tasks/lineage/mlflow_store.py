@@ -14,8 +14,8 @@ A pipeline run that was killed is continued by the next one of the same recipe d
 entered twice is one run; a stage whose artifact was there before is tagged `evaclip.reused`.
 Nothing here raises because of the store: events wait in the journal and a later run ships them.
 
-Not here: what is logged of an artifact (record.py), logged models (models.py), the journal's files
-(journal.py), the model registry (tasks/register).
+Not here: what is logged of an artifact (record.py), logged models (models.py), the events of
+OpenLineage (openlineage.py), the journal's files (journal.py), the model registry (tasks/register).
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.artifact import Address, Artifact
-from tasks.lineage import models, record
+from tasks.lineage import models, openlineage, record
 from tasks.lineage.journal import PIPELINE, RUNNING, Event, Journal, SeriesCursor
+from tasks.lineage.openlineage import EventFile, Job
+from tasks.redact import redacted
 from tasks.tracking import TrackingStore, import_mlflow, is_refusal
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ class Tracking:
         *,
         patience_s: float = 20.0,
         system_every_s: float = 5.0,
+        openlineage: Path | None = None,
     ) -> None:
         """Nothing is contacted yet.
 
@@ -68,11 +71,13 @@ class Tracking:
             journals: folder of the journals, one sub-folder a pipeline run.
             patience_s: longest wait for the store when a pipeline run closes, in seconds.
             system_every_s: time between two samples of system metrics, in seconds.
+            openlineage: file that gets the runs as OpenLineage events, too.
         """
         self.store = store
         self.journals = journals
         self.patience_s = patience_s
         self.system_every_s = system_every_s
+        self.events = EventFile(openlineage)
 
     @contextmanager
     def pipeline_run(
@@ -101,11 +106,12 @@ class Tracking:
         import_mlflow()
         journal = self._journal(digest)
         shipper = _Shipper(self, journal)
-        run = PipelineRun(self, journal, shipper)
+        run = PipelineRun(self, journal, shipper, name)
         described = {"mlflow.note.content": record.note("", links)} if links else {}
         own = {f"{record.PREFIX}recipe_digest": digest, "mlflow.source.name": name}
         run.begin(name, parent=None, tags={**own, **described, **(tags or {})})
         run.log_params(params or {})
+        self.events.append(openlineage.started(run.job, None, run.is_continued))
         if recipe:
             run.append({"op": "text", "file": RECIPE_FILE, "text": recipe})
         shipper.start()
@@ -143,11 +149,14 @@ def _is_of(journal: Journal, about: Mapping[str, str]) -> bool:
 class _Run:
     """What pipeline and stage runs share: events that name their run, and its address."""
 
-    def __init__(self, tracking: Tracking, journal: Journal, shipper: _Shipper, key: str) -> None:
+    def __init__(
+        self, tracking: Tracking, journal: Journal, shipper: _Shipper, key: str, job: Job
+    ) -> None:
         self._tracking = tracking
         self._journal = journal
         self._shipper = shipper
         self.key = key
+        self.job = job
         status = journal.runs().get(key)
         self.is_continued = status is not None
         self.is_over = status == "FINISHED"
@@ -160,7 +169,7 @@ class _Run:
         if self.is_over:
             return
         try:
-            self._journal.append({**event, "run": self.key})
+            self._journal.append(redacted({**event, "run": self.key}))
         except OSError as error:
             _log.warning("lineage lost an event (%s): %s", event["op"], error)
         self._shipper.wake()
@@ -207,16 +216,25 @@ class _Run:
             status = "FAILED" if isinstance(error, Exception) else "KILLED"
             reason = str(error) or type(error).__name__
             self.set_tags({f"{record.PREFIX}error": reason[:500]})
-            self.append({"op": "end", "status": status, "time": _now()})
+            self._end(status, reason)
             raise
-        self.append({"op": "end", "status": "FINISHED", "time": _now()})
+        self._end("FINISHED", "")
+
+    def _end(self, status: str, reason: str) -> None:
+        self.append({"op": "end", "status": status, "time": _now()})
+        if not self.is_over:
+            self._tell_end(status, reason)
+
+    def _tell_end(self, status: str, reason: str) -> None:
+        self._tracking.events.append(openlineage.ended(self.job, status, None, None, reason))
 
 
 class PipelineRun(_Run):
     """The parent run of one execution of a flow."""
 
-    def __init__(self, tracking: Tracking, journal: Journal, shipper: _Shipper) -> None:
-        super().__init__(tracking, journal, shipper, PIPELINE)
+    def __init__(self, tracking: Tracking, journal: Journal, shipper: _Shipper, name: str) -> None:
+        job = Job.of_pipeline(journal.about["key"], name)
+        super().__init__(tracking, journal, shipper, PIPELINE, job)
 
     @contextmanager
     def stage_run(self, address: Address, title: str | None = None) -> Iterator[StageRun]:
@@ -231,6 +249,7 @@ class PipelineRun(_Run):
         run = self._stage(address, title)
         run.begin(title, parent=self.key, tags=record.stage_tags(address, run.is_reused))
         run.log_params(address.config)
+        run.tell_start()
         with run.closing():
             yield run
 
@@ -240,17 +259,37 @@ class PipelineRun(_Run):
 
     def _stage(self, address: Address, title: str) -> StageRun:
         key = f"{title}-{address.digest}"
-        return StageRun(self._tracking, self._journal, self._shipper, key, address)
+        job = self.job.stage(key, title)
+        return StageRun(self._tracking, self._journal, self._shipper, key, job, address)
 
 
 class StageRun(_Run):
     """The run of one stage."""
 
     def __init__(
-        self, tracking: Tracking, journal: Journal, shipper: _Shipper, key: str, address: Address
+        self,
+        tracking: Tracking,
+        journal: Journal,
+        shipper: _Shipper,
+        key: str,
+        job: Job,
+        address: Address,
     ) -> None:
-        super().__init__(tracking, journal, shipper, key)
+        super().__init__(tracking, journal, shipper, key, job)
         self.is_reused = address.is_finished and not self.is_continued
+        self._address = address
+        self._made: Artifact | None = None
+
+    def tell_start(self) -> None:
+        """Tell OpenLineage, where it is written."""
+        if not (self.is_reused or self.is_over):
+            event = openlineage.started(self.job, self._address, self.is_continued)
+            self._tracking.events.append(event)
+
+    def _tell_end(self, status: str, reason: str) -> None:
+        if not self.is_reused:
+            event = openlineage.ended(self.job, status, self._address, self._made, reason)
+            self._tracking.events.append(event)
 
     def done(
         self,
@@ -269,6 +308,7 @@ class StageRun(_Run):
             outside: data it read that no stage made, as `record.outside_dataset` describes them.
             attach: files kept with the run, such as a report.
         """
+        self._made = artifact
         self.log_metrics(record.metrics(artifact))
         datasets = [record.dataset(data, context) for context, data in (inputs or {}).items()]
         datasets += [dict(one) for one in outside]

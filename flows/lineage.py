@@ -1,0 +1,161 @@
+"""Where a model came from and what became of its data, as trees for a person.
+
+Covers: the tree of a registered version with what changed since the one before it; an artifact's
+tree upwards and downwards; everything that was made of a source.
+Not here: single samples (trace.py), walking manifests (tasks/provenance.py, descent.py), the
+registry (tasks/register/versions.py), the picture (tasks/lineage/picture.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evaclip_model.errors import InputError
+from flows.descent import children_of
+from flows.terminal import summarise
+from tasks.artifact import Artifact, read_artifacts
+from tasks.merge.config import STAGE as MERGE
+from tasks.provenance import Change, Lineage, Node, changes, lineage_of
+
+if TYPE_CHECKING:
+    from tasks.register.versions import Described
+
+SHORTEST_DIGEST = 6
+"""Characters of a digest that are taken for one."""
+_ABOVE = "(see above)"
+
+
+def version_tree(version: Described, before: Described | None) -> Iterator[str]:
+    """A registered version as lines: what it was made from, what changed since `before`."""
+    aliases = "".join(f" @{alias}" for alias in version.aliases)
+    day = datetime.fromtimestamp(version.created / 1000, UTC).strftime("%Y-%m-%d %H:%M")
+    yield f"{version}{aliases}  registered {day} UTC"
+    if version.lineage is None:
+        yield "  it was registered without a lineage: its tags name the digests"
+        for tag, value in sorted(version.tags.items()):
+            if tag.startswith("evaclip.digest"):
+                yield f"  {tag.removeprefix('evaclip.digest').lstrip('.') or 'model':<24} {value}"
+        return
+    yield from upward(version.lineage)
+    if before is None:
+        yield f"\nno other version of {version.name} to compare with"
+    elif before.lineage is None:
+        yield f"\n{before} has no lineage to compare with"
+    else:
+        yield f"\nsince {before}:"
+        yield from describe_changes(changes(before.lineage, version.lineage))
+
+
+def describe_changes(found: Sequence[Change]) -> Iterator[str]:
+    """What differs between two recipes, a line each."""
+    if not found:
+        yield "  no setting and no data changed"
+    for change in found:
+        if change.old is None:
+            yield f"  {change.where}: {_short(change.new)} (new)"
+        elif change.new is None:
+            yield f"  {change.where}: {_short(change.old)} (gone)"
+        else:
+            yield f"  {change.where}: {_short(change.old)} -> {_short(change.new)}"
+
+
+def upward(lineage: Lineage) -> Iterator[str]:
+    """What every head was made from, as a tree; what was shown already is named only."""
+    shown: set[str] = set()
+
+    def parents(digest: str) -> list[tuple[str, str]]:
+        node = lineage.node(digest)
+        return [] if node is None else list(node.parents.items())
+
+    def line(role: str, digest: str) -> str:
+        node = lineage.node(digest)
+        if node is None:
+            return f"{role} {digest}  (data from outside)"
+        return _line(node, role)
+
+    for head in lineage.heads:
+        if head not in shown:
+            yield line("", head)
+            yield from _branches(head, parents, line, shown, "")
+
+
+def downward(artifact: Artifact, artifacts: Sequence[Artifact]) -> Iterator[str]:
+    """An artifact and what was made of it, as a tree."""
+    nodes = {one.digest: Node.of(one) for one in artifacts}
+
+    def children(digest: str) -> list[tuple[str, str]]:
+        return [("", child.digest) for child in children_of(digest, artifacts)]
+
+    def line(role: str, digest: str) -> str:
+        return _line(nodes[digest], role)
+
+    yield line("", artifact.digest)
+    yield from _branches(artifact.digest, children, line, set(), "")
+
+
+def artifact_trees(root: Path, what: str) -> Iterator[str]:
+    """The trees of the artifact whose digest begins with `what`, or of all data of a source.
+
+    Raises:
+        InputError: nothing under `root` has such a digest or such a source.
+    """
+    artifacts = read_artifacts(root)
+    found = [
+        one for one in artifacts if len(what) >= SHORTEST_DIGEST and one.digest.startswith(what)
+    ]
+    for artifact in found:
+        yield "made from"
+        yield from upward(lineage_of([artifact], root))
+        yield "\nmade of it"
+        yield from downward(artifact, artifacts)
+    if found:
+        return
+    digests = {one.digest for one in artifacts}
+    users = [one for one in artifacts if one.kind == MERGE.name and what in one.parents]
+    if not users:
+        known = sorted(
+            {role for one in artifacts if one.kind == MERGE.name for role in one.parents}
+        )
+        raise InputError(
+            f"nothing under {root} has the digest or is the source '{what}'; sources are: "
+            f"{', '.join(known) or 'none yet'}; a model goes by NAME@ALIAS"
+        )
+    for user in users:
+        data = user.parents[what]
+        kind = "an artifact" if data in digests else "data from outside"
+        yield f"{what} {data}  ({kind})"
+        yield from downward(user, artifacts)
+        yield ""
+
+
+def _branches(
+    digest: str,
+    next_of: Callable[[str], list[tuple[str, str]]],
+    line: Callable[[str, str], str],
+    shown: set[str],
+    indent: str,
+) -> Iterator[str]:
+    shown.add(digest)
+    following = next_of(digest)
+    for place, (role, other) in enumerate(following):
+        is_last = place == len(following) - 1
+        again = other in shown and bool(next_of(other))
+        yield f"{indent}{'└─' if is_last else '├─'} {line(role, other)}{f'  {_ABOVE}' * again}"
+        if not again:
+            deeper = indent + ("   " if is_last else "│  ")
+            yield from _branches(other, next_of, line, shown, deeper)
+
+
+def _line(node: Node, role: str) -> str:
+    title = f"{node.kind} {node.name}" if node.name else node.kind
+    named = f"{role}: {title}" if role and role != node.kind else title
+    told = summarise(node.counts)
+    return f"{named} {node.digest}  {node.created[:16].replace('T', ' ')}  {told}".rstrip()
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
