@@ -53,6 +53,9 @@ class EvalSetConfig(Config):
     crop_px: int = Field(default=0, ge=0, le=64)
     """Pixels cut off every side of every image first; 2 takes off ObjectNet's red border, which
     the paper does not."""
+    split: str = ""
+    """Which images these are, in words: where the paper does not name its own, figures are
+    compared with its only if this says so."""
 
     @model_validator(mode="before")
     @classmethod

@@ -49,6 +49,7 @@ def results_of(
         seen: set -> which of its images the subject was trained on; of some sets, or none.
     """
     subject = next(iter(models))
+    splits = {one.name: one.split for one in config.sets}
     whole = {name: one for name, one in sets.items() if name in scored}
     results = {
         name: {model: figures_of(one) for model, one in by_model.items()}
@@ -64,7 +65,7 @@ def results_of(
         },
         "sets": {
             name: {
-                **_about(one),
+                **_about(one, splits[name]),
                 "warnings": warnings_of(
                     one, scored[name][subject], results[name][subject], chance[name]
                 ),
@@ -73,7 +74,9 @@ def results_of(
         },
         "results": results,
         "chance": chance,
-        "paper": {name: _paper(whole[name], results[name], models) for name in whole},
+        "paper": {
+            name: _paper(one, results[name], models, splits[name]) for name, one in whole.items()
+        },
         "paired": {name: _paired(by_model, subject) for name, by_model in scored.items()},
         "averages": _averages(results, models),
         "robustness": _robustness(results, models),
@@ -110,7 +113,7 @@ def prompts_digest(evalset: EvalSet) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
-def _about(evalset: EvalSet) -> dict[str, Any]:
+def _about(evalset: EvalSet, split: str) -> dict[str, Any]:
     known = evalset.known
     return {
         "kind": evalset.kind,
@@ -118,7 +121,7 @@ def _about(evalset: EvalSet) -> dict[str, Any]:
         "n": len(evalset),
         "expected_n": known.n if known else None,
         "classes": len(evalset.classnames) or None,
-        "split": known.split if known else None,
+        "split": split or (known.split if known else None),
         "fingerprint": evalset.fingerprint,
         "images_digest": evalset.images_digest,
         "crop_px": evalset.crop_px,
@@ -129,7 +132,10 @@ def _about(evalset: EvalSet) -> dict[str, Any]:
 
 
 def _paper(
-    evalset: EvalSet, results: Mapping[str, Figures], models: Mapping[str, Identity]
+    evalset: EvalSet,
+    results: Mapping[str, Figures],
+    models: Mapping[str, Identity],
+    split: str,
 ) -> dict[str, dict[str, Any]]:
     """Model -> metric -> what the paper prints, and how ours stands to it."""
     found: dict[str, dict[str, Any]] = {}
@@ -141,7 +147,7 @@ def _paper(
             reference = published(model.row, evalset.name, metric)
             if reference is None:
                 continue
-            ruling = verdict(value, reference, evalset, model)
+            ruling = verdict(value, reference, evalset, model, split=split)
             found.setdefault(name, {})[metric] = {
                 "published": reference.value / 100,
                 "tolerance": reference.tolerance,
