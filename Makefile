@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume test-train-faults test-launch test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace test-spark up down clean check-gpu
+.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume test-train-faults test-launch test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace test-spark up down clean check-gpu dry-run-eval
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -79,6 +79,10 @@ bench-train: $(VENV)/.dev ## whole training steps beside open_clip's trainer, me
 bench-model: $(VENV)/.dev ## speed and memory of model and tokenizer beside open_clip's (15 min)
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_model.py
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_tokenizer.py
+
+dry-run-eval: $(VENV)/.dev ## all 33 sets of the paper with made-up images, through the command line to the report (4 min)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/dry_run_eval.py
+	@$(PY) -m pytest -m slow tests/tasks/evaluate/test_report_page.py
 
 check-gpu: $(VENV)/.dev ## what only a CUDA GPU shows, into runs/check-gpu: parity, kernels, fp16, Table 6, MFU
 	@PYTHONPATH=. $(PY) tests/benchmarks/check_gpu.py runs/check-gpu
