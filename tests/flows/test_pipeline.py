@@ -285,6 +285,16 @@ def test_tracking_names_the_data_by_their_digests(
         assert [(tag.key, tag.value) for tag in data.tags] == [("mlflow.data.context", "training")]
 
 
+def test_every_evaluation_set_is_a_dataset_of_the_evaluations_run(
+    stage_runs: dict[str, Run], artifacts: dict[str, Artifact]
+) -> None:
+    results = json.loads((artifacts["evaluate"].folder / "results.json").read_text())
+    read = {one.dataset.name: one.dataset for one in stage_runs["evaluate"].inputs.dataset_inputs}
+    for name, about in results["sets"].items():
+        assert read[name].digest == about["fingerprint"]
+        assert json.loads(read[name].profile)["n"] == about["n"]
+
+
 def test_tracking_keeps_the_recipe_the_report_and_the_curves(
     store: MlflowClient, pipeline_run: Run, stage_runs: dict[str, Run]
 ) -> None:
@@ -292,7 +302,8 @@ def test_tracking_keeps_the_recipe_the_report_and_the_curves(
         return {file.path for file in store.list_artifacts(one.info.run_id)}
 
     assert kept(pipeline_run) == {"recipe.json"}
-    assert kept(stage_runs["evaluate"]) == {"report.html", "results.json"}
+    reports = {"report.html", "report.md", "results.json", "figures.csv"}
+    assert kept(stage_runs["evaluate"]) == reports
     assert kept(stage_runs["train stage2"]) >= {"metrics.jsonl", "result.json"}
     assert kept(stage_runs["register"]) == {"decision.json", "decision.md"}
 
