@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from evaclip_model.errors import InputError
 from flows.commands import (
+    doctor,
     evalsets,
     lineage,
     plan,
@@ -32,6 +33,7 @@ COMMANDS = {
     "list": list_everything,
     "show": show,
     "plan": plan,
+    "doctor": doctor,
     "run": run,
     "score": score,
     "trace": trace,

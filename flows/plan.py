@@ -78,17 +78,22 @@ def check_disk(recipe: Recipe, chart: Chart, root: Path) -> None:
             f"the folder of all artifacts, {root}, cannot be made ({error.strerror}): "
             "set EVACLIP_ROOT to another one"
         ) from None
-    needed = 0 if chart.download.is_finished else _download_bytes(recipe)
-    needed += 0 if chart.is_finished else SMALL_BYTES
-    if not all(address.is_finished for address in chart.train):  # one checkpoint at the very least
-        parameters = sum(parameter_counts(recipe.initialise.architecture()).values())
-        needed += parameters * BYTES_PER_PARAMETER_SAVED
-    free = shutil.disk_usage(root).free
+    needed, free = disk_bytes(recipe, chart), shutil.disk_usage(root).free
     if free < needed:
         raise InputError(
             f"the disk of {root} has {free / 1e9:.1f} GB free and this run needs about "
             f"{needed / 1e9:.1f} GB: free some, or set EVACLIP_ROOT to another disk"
         )
+
+
+def disk_bytes(recipe: Recipe, chart: Chart) -> int:
+    """What the stages that are not finished write at least, one checkpoint of each model."""
+    needed = 0 if chart.download.is_finished else _download_bytes(recipe)
+    needed += 0 if chart.is_finished else SMALL_BYTES
+    if not all(address.is_finished for address in chart.train):
+        parameters = sum(parameter_counts(recipe.initialise.architecture()).values())
+        needed += parameters * BYTES_PER_PARAMETER_SAVED
+    return needed
 
 
 def _state(address: Address) -> str:

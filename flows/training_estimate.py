@@ -168,13 +168,18 @@ def _remedy(
     return f"{largest} take {cut.memory[largest] / GIB:,.1f} GiB", "less with " + ", ".join(helpful)
 
 
-def _reader(recipe: Recipe, train: TrainConfig, ranks: int) -> tuple[str, str]:
-    """Memory of the host, for each rank."""
+def reader_bytes(recipe: Recipe, train: TrainConfig, ranks: int) -> int:
+    """Memory of the host that each of `ranks` ranks reads ahead into."""
     sources = len(train.source_weights) or len(recipe.merge.sources)
     samples = train.lanes // ranks * train.shuffle_buffer * sources
     pixels = READ_AHEAD_STEPS * train.global_batch // ranks * 3 * train.image_px**2
+    return expected_bytes(samples, recipe.download.image_px) + pixels
+
+
+def _reader(recipe: Recipe, train: TrainConfig, ranks: int) -> tuple[str, str]:
+    sources = len(train.source_weights) or len(recipe.merge.sources)
     return (
-        f"{(expected_bytes(samples, recipe.download.image_px) + pixels) / GIB:,.1f} GiB",
+        f"{reader_bytes(recipe, train, ranks) / GIB:,.1f} GiB",
         f"{train.lanes // ranks} lanes x {train.shuffle_buffer:,} stored samples x {sources} "
         f"sources, pixels of {READ_AHEAD_STEPS} steps",
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,10 +122,34 @@ class TrackingStore:
             made_meanwhile = client.get_experiment_by_name(self.experiment)
             return str(made_meanwhile.experiment_id)
 
+    def try_out(self) -> str:
+        """Write a run and a file of it, and read the file again; returns where files go.
+
+        It is always the same run of the experiment, so that trying again leaves nothing new.
+
+        Raises:
+            InputError: the store or the place of its files does not take it.
+        """
+        name, text = "written.txt", uuid.uuid4().hex
+        try:
+            client = self.client()
+            experiment = self.experiment_id(client)
+            there = client.search_runs([experiment], max_results=1)
+            run = there[0] if there else client.create_run(experiment, run_name="write test")
+            client.log_text(run.info.run_id, text, name)
+            with TemporaryDirectory() as folder:
+                read = Path(client.download_artifacts(run.info.run_id, name, folder)).read_text()
+            client.set_terminated(run.info.run_id)
+        except Exception as error:
+            raise self.away(error) from None
+        if read != text:
+            raise InputError(f"what was written to {run.info.artifact_uri} is not what is read")
+        return str(run.info.artifact_uri)
+
     def away(self, error: Exception) -> InputError:
         """The sentence for a person when the store does not answer."""
         return InputError(
-            f"the tracking store {self.uri} does not answer ({str(error)[:160]}): "
+            f"the tracking store {self.uri} does not answer ({redact(str(error))[:160]}): "
             "start it, or give another address, and run the same command again"
         )
 

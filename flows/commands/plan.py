@@ -14,12 +14,13 @@ from evaclip_model.errors import InputError
 from flows.chart import load_chart
 from flows.commands.recipe_arguments import with_gpus, with_recipe
 from flows.estimate import estimate_table, is_large
+from flows.fit import Machine, recipe_findings, sentence
 from flows.machines import Machines
 from flows.plan import make_plan
 from flows.terminal import console
 from flows.training_estimate import engine_settings, training_table
 
-HELP = "what a run would do, what is already there, and what it costs"
+HELP = "what a run would do, what is already there, what it costs, and whether it fits here"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,3 +53,9 @@ def run(parsed: argparse.Namespace) -> None:
                 text = f"DeepSpeed for {train.name} on {machines}: {settings}"
                 console.print(text, soft_wrap=True, markup=False)
     console.print(f"artifacts in {profile.root.resolve()}, tracking at {profile.mlflow_uri}")
+    machine = Machine.here(profile.root.resolve())
+    for given in map(Machines.parse, parsed.gpus) if parsed.gpus else [None]:
+        fits = sentence(recipe_findings(recipe, chart, profile, machine, given))
+        on = f" with {given}" if given else ""
+        console.print(f"[bold]fits{on}:[/] ", end="")
+        console.print(fits, soft_wrap=True, markup=False)

@@ -1,0 +1,95 @@
+"""What `python -m flows doctor` finds on machines that are not ready."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from flows import doctor
+from flows.__main__ import main
+from flows.profile import Profile, load_profile
+
+PINNED = {"prefect": "3.8.8", "open-clip-torch": "3.3.0"}
+
+
+def versions_of(**installed: str | None) -> dict[str, tuple[str, str]]:
+    wanted = map(Requirement, ("prefect>=3.8.8,<3.9", "open_clip_torch>=2.32,<4"))
+    found = doctor.version_findings(wanted, PINNED, installed.get)
+    return {one.what: (one.level, one.do) for one in found}
+
+
+def test_versions_are_as_tested_within_bounds_or_wrong() -> None:
+    assert versions_of(prefect="3.8.8", open_clip_torch="3.3.0+cpu") == {}
+    assert versions_of(prefect="3.8.9", open_clip_torch="3.3.0") == {
+        "prefect": ("warn", "tested was 3.8.8")
+    }
+    found = versions_of(prefect="3.9.1", open_clip_torch=None, dataclasses="0.6")
+    assert found["prefect"][0] == found["open_clip_torch"][0] == found["dataclasses"][0] == "fail"
+    assert found["prefect"][1].startswith("pip install 'prefect==3.8.8'")
+
+
+def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(profile: Profile) -> list[doctor.Finding]:
+        raise RuntimeError("http://me:secret@host is odd")
+
+    monkeypatch.setattr(doctor, "CHECKS", (broken, doctor.python))
+    first, second = doctor.examine(Profile(_env_file=None, root=tmp_path))
+    assert (first.level, second.level) == ("fail", "ok")
+    assert first.found == "RuntimeError: http://me:***@host is odd"
+
+
+def test_what_is_wrong_is_one_line_each_and_the_exit_code_is_1(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        settings = {
+            "EVACLIP_ROOT": str(tmp_path / "file" / "runs"),
+            "EVACLIP_TRACKING_URI": "http://127.0.0.1:1",
+            "EVACLIP_LAUNCHER": "kubernetes",
+            "EVACLIP_RANKS": "8",
+            "EVACLIP_PREFECT_PORT": str(other.getsockname()[1]),
+            "PREFECT_API_URL": "http://127.0.0.1:1/api",
+            "PATH": str(tmp_path),
+        }
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        # The store is tried for longer than a test waits.
+        checks = [check for check in doctor.CHECKS if check is not doctor.tracking]
+        monkeypatch.setattr(doctor, "CHECKS", tuple(checks))
+        with pytest.raises(SystemExit) as ended:
+            main(["doctor", "--recipe", "eva02-clip-b-16"])
+    assert ended.value.code == 1
+    lines = capsys.readouterr().out.splitlines()
+    said = {line[6:].partition(": ")[0]: line for line in lines}
+    for what in ("artifact root", "Prefect", "MLflow", "kubernetes", "inputs of merge", "disk"):
+        assert said[what].startswith("fail") and " -> " in said[what], lines
+    assert next(line for line in lines if "another program's" in line).startswith("warn")
+    assert said["tokenizer"] == "ok    tokenizer: sha256 924691ac288e5440, as published"
+    assert "failed" in lines[-1]
+
+
+def test_a_store_that_takes_runs_and_files_is_fine_as_often_as_one_looks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EVACLIP_ROOT", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (first,), (second,) = doctor.tracking(load_profile()), doctor.tracking(load_profile())
+    assert first == second and first.level == "ok"
+    assert len(list((tmp_path / "mlflow-artifacts").rglob("written.txt"))) == 1
+
+
+def test_the_vocabulary_is_compared_with_the_published_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    other = tmp_path / "vocabulary.gz"
+    other.write_bytes(b"another one")
+    monkeypatch.setattr(doctor, "package_file", lambda name: other)
+    (found,) = doctor.tokenizer(Profile(_env_file=None, root=tmp_path))
+    assert found.level == "fail" and "open_clip_torch" in found.do
