@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefect import runtime
+from prefect import Task, runtime
 from prefect.artifacts import create_link_artifact
 
 from evaclip_model.errors import InputError
@@ -24,6 +24,7 @@ from flows.chart import Chart, load_chart
 from flows.profile import Profile
 from flows.progress import say_done, watching
 from flows.recipe import Recipe
+from flows.terminal import summarise
 from tasks.artifact import Address, Artifact, read_artifact
 from tasks.lineage.journal import JOURNALS
 from tasks.lineage.mlflow_store import PipelineRun, Tracking
@@ -59,33 +60,49 @@ class Session:
         return read_artifact(address.folder)
 
     def make(
-        self,
-        task: Callable[..., Artifact],
-        address: Address,
-        *arguments: Any,
-        title: str | None = None,
-        inputs: Mapping[str, Artifact] | None = None,
-        attach: Sequence[str] = (),
-        follow: str | None = None,
+        self, task: Task[..., Artifact], address: Address, *rest: Any, **more: Any
     ) -> Artifact:
-        """Run the stage task `task(address, *arguments, report)` and record what it made.
+        """`make` in this execution's run."""
+        return make(self.run, task, address, *rest, **more)
 
-        Args:
-            title: what people see; the stage's name by default.
-            inputs: context -> data the stage read, for the tracking run's datasets.
-            attach: files of the artifact that are kept with the tracking run.
-            follow: a metrics file of the artifact that is streamed to tracking while it grows.
-        """
-        title = title or address.stage.name
-        reused = address.is_finished
-        started = time.monotonic()
-        with self.run.stage_run(address, title) as tracked:
-            following = tracked.follow(address.folder / follow) if follow else nullcontext()
-            with following, watching(title, already_there=reused) as report:
-                artifact = task(address, *arguments, report)
-            tracked.done(artifact, inputs=inputs, attach=[artifact.folder / a for a in attach])
-        say_done(title, artifact, seconds=time.monotonic() - started, reused=reused)
-        return artifact
+
+def make(
+    run: PipelineRun,
+    task: Task[..., Artifact],
+    address: Address,
+    *arguments: Any,
+    title: str | None = None,
+    inputs: Mapping[str, Artifact] | None = None,
+    outside: Callable[[Artifact], Sequence[Mapping[str, str]]] | None = None,
+    attach: Sequence[str] = (),
+    follow: str | None = None,
+) -> Artifact:
+    """Run the stage task `task(address, *arguments, report)` and record what it made.
+
+    Args:
+        run: the tracking run that the stage's is part of.
+        title: what people see; the stage's name by default.
+        inputs: context -> data the stage read, for the tracking run's datasets.
+        outside: what else the stage read that no stage made, told by what it made.
+        attach: files of the artifact that are kept with the tracking run.
+        follow: a metrics file of the artifact that is streamed to tracking while it grows.
+    """
+    title = title or address.stage.name
+    reused = address.is_finished
+    started = time.monotonic()
+    with run.stage_run(address, title) as tracked:
+        following = tracked.follow(address.folder / follow) if follow else nullcontext()
+        with following, watching(title, already_there=reused) as report:
+            artifact = task.with_options(task_run_name=title)(address, *arguments, report)
+            report(1, 1, summarise(artifact.counts))
+        tracked.done(
+            artifact,
+            inputs=inputs,
+            outside=outside(artifact) if outside else (),
+            attach=[artifact.folder / a for a in attach],
+        )
+    say_done(title, artifact, seconds=time.monotonic() - started, reused=reused)
+    return artifact
 
 
 _open: ContextVar[Session | None] = ContextVar("session", default=None)
@@ -106,7 +123,8 @@ def open_session(flow: str, recipe: str, overrides: Sequence[str]) -> Iterator[S
     resolved, profile, chart = load_chart(recipe, overrides)
     chart.require(flow)
     store = TrackingStore.at(profile.mlflow_uri, resolved.name)
-    tracking = Tracking(store, profile.root.resolve() / JOURNALS)
+    journals = profile.root.resolve() / JOURNALS
+    tracking = Tracking(store, journals, openlineage=profile.openlineage_file)
     ui_url = runtime.flow_run.ui_url if os.environ.get("PREFECT_UI_URL") else None
     with tracking.pipeline_run(
         f"{flow} {resolved.name}",

@@ -121,6 +121,16 @@ class Tracking:
         finally:
             shipper.finish(self.patience_s)
 
+    def close_killed(self) -> None:
+        """Show in the store what died and could not say so, where the next run has not done it.
+
+        A run that is at work, in whatever process, is left alone; one that was killed is still
+        continued by the next of its recipe.
+        """
+        import_mlflow()
+        for left in Journal.unshipped(self.journals):
+            _Shipper(self, left).ship_left(left, give_up=lambda: False)
+
     def has_unfinished(self, digest: str) -> bool:
         """Whether a pipeline run of this recipe was killed and waits to be continued."""
         about = self._about(digest)
@@ -422,19 +432,25 @@ class _Shipper(threading.Thread):
             return self._abandoned.is_set() or time.monotonic() > until
 
         for left in Journal.unshipped(self._journals):
-            try:
-                if left.about["uri"] != self._store.uri:
-                    continue
-                if give_up():
-                    return True
-                if self._ship(left, give_up) and not left.is_closed:
-                    _close_killed(self._connected(), left)
-            except Exception as error:  # one that can never be shipped must not keep back others
-                self._last_error = error
-                _log.warning("%s waits for another run: %s", left.folder, str(error)[:200])
-            finally:
+            if give_up():
                 left.release()
+                return True
+            self.ship_left(left, give_up)
         return False
+
+    def ship_left(self, left: Journal, give_up: Callable[[], bool]) -> None:
+        """Ship one journal that an earlier run left, close in the store what was killed, let the
+        journal go. One that can never be shipped must not keep back others: nothing is raised."""
+        try:
+            if left.about["uri"] != self._store.uri:
+                return
+            if self._ship(left, give_up) and not left.is_closed:
+                _close_killed(self._connected(), left)
+        except Exception as error:
+            self._last_error = error
+            _log.warning("%s waits for another run: %s", left.folder, str(error)[:200])
+        finally:
+            left.release()
 
     def _connected(self) -> MlflowClient:
         if self._client is None:

@@ -222,6 +222,20 @@ def test_another_recipe_shows_the_killed_run_as_killed(
     assert {found[name][0].info.status for name in ("demo", "train")} == {"KILLED"}
 
 
+def test_a_hook_shows_a_killed_run_as_killed_once_it_is_dead_and_it_can_still_be_continued(
+    store: TrackingStore, tracking: Tracking, tmp_path: Path
+) -> None:
+    child = run_child(tmp_path, "0", 60)
+    tracking.close_killed()
+    assert {runs(store)[name][0].info.status for name in ("demo", "train")} == {"RUNNING"}
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    tracking.close_killed()
+    assert {runs(store)[name][0].info.status for name in ("demo", "train")} == {"KILLED"}
+    assert run_child(tmp_path, "1", 0).wait() == 0
+    assert [run.info.status for run in runs(store)["demo"]] == ["FINISHED"]
+
+
 def test_work_goes_on_when_the_store_is_away_and_a_later_run_ships_what_waited(
     tmp_path: Path,
 ) -> None:

@@ -1,0 +1,23 @@
+"""What a run that died can no longer do itself: it is closed in MLflow, too.
+
+Covers: the hook of every deployed flow, which Prefect's worker runs when a run crashed (even by
+kill -9) or was cancelled.
+Not here: ending a run's processes (tasks/supervise.py), finding runs whose machine is gone
+(infra/automations.yaml); those are closed in MLflow by the next run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flows.profile import load_profile
+from tasks.lineage.journal import JOURNALS
+from tasks.lineage.mlflow_store import Tracking
+from tasks.tracking import TrackingStore
+
+
+def close_tracking(flow: object, flow_run: object, state: Any) -> None:
+    """Close whatever died on this machine; called by Prefect, with these names."""
+    profile = load_profile()
+    store = TrackingStore.at(profile.mlflow_uri, experiment="")
+    Tracking(store, profile.root.resolve() / JOURNALS).close_killed()
