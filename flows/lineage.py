@@ -19,6 +19,8 @@ from flows.terminal import summarise
 from tasks.artifact import Artifact, read_artifacts
 from tasks.merge.config import STAGE as MERGE
 from tasks.provenance import Change, Lineage, Node, changes, lineage_of
+from tasks.register.aliases import RegisteredVersion
+from tasks.register.config import STAGE as REGISTER
 
 if TYPE_CHECKING:
     from tasks.register.versions import Described
@@ -85,50 +87,54 @@ def upward(lineage: Lineage) -> Iterator[str]:
 def downward(artifact: Artifact, artifacts: Sequence[Artifact]) -> Iterator[str]:
     """An artifact and what was made of it, as a tree."""
     nodes = {one.digest: Node.of(one) for one in artifacts}
+    folders = {one.digest: one.folder for one in artifacts}
 
     def children(digest: str) -> list[tuple[str, str]]:
         return [("", child.digest) for child in children_of(digest, artifacts)]
 
     def line(role: str, digest: str) -> str:
-        return _line(nodes[digest], role)
+        node = nodes[digest]
+        if node.kind != REGISTER.name:
+            return _line(node, role)
+        return f"{_line(node, role)} of {RegisteredVersion.of(folders[digest]).name}"
 
     yield line("", artifact.digest)
     yield from _branches(artifact.digest, children, line, set(), "")
 
 
-def artifact_trees(root: Path, what: str) -> Iterator[str]:
-    """The trees of the artifact whose digest begins with `what`, or of all data of a source.
+def find(root: Path, what: str) -> list[Artifact]:
+    """Every artifact under `root` whose digest begins with `what`."""
+    if len(what) < SHORTEST_DIGEST:
+        return []
+    return [one for one in read_artifacts(root) if one.digest.startswith(what)]
+
+
+def artifact_trees(artifact: Artifact, root: Path) -> Iterator[str]:
+    """An artifact's two trees: what it was made from, what was made of it."""
+    yield "made from"
+    yield from upward(lineage_of([artifact], root))
+    yield "\nmade of it"
+    yield from downward(artifact, read_artifacts(root))
+
+
+def source_trees(root: Path, source: str) -> Iterator[str]:
+    """Everything that was made of a source's metadata.
 
     Raises:
-        InputError: nothing under `root` has such a digest or such a source.
+        InputError: no merge under `root` read such a source.
     """
     artifacts = read_artifacts(root)
-    found = [
-        one for one in artifacts if len(what) >= SHORTEST_DIGEST and one.digest.startswith(what)
-    ]
-    for artifact in found:
-        yield "made from"
-        yield from upward(lineage_of([artifact], root))
-        yield "\nmade of it"
-        yield from downward(artifact, artifacts)
-    if found:
-        return
-    digests = {one.digest for one in artifacts}
-    users = [one for one in artifacts if one.kind == MERGE.name and what in one.parents]
+    merges = [one for one in artifacts if one.kind == MERGE.name]
+    users = [one for one in merges if source in one.parents]
     if not users:
-        known = sorted(
-            {role for one in artifacts if one.kind == MERGE.name for role in one.parents}
-        )
+        known = ", ".join(sorted({role for one in merges for role in one.parents}))
         raise InputError(
-            f"nothing under {root} has the digest or is the source '{what}'; sources are: "
-            f"{', '.join(known) or 'none yet'}; a model goes by NAME@ALIAS"
+            f"'{source}' is no digest of anything under {root}, and no source of it; sources are: "
+            f"{known or 'none yet'}; a model goes by NAME@ALIAS"
         )
-    for user in users:
-        data = user.parents[what]
-        kind = "an artifact" if data in digests else "data from outside"
-        yield f"{what} {data}  ({kind})"
+    for place, user in enumerate(users):
+        yield f"{'' if not place else chr(10)}{source} {user.parents[source]}"
         yield from downward(user, artifacts)
-        yield ""
 
 
 def _branches(

@@ -50,16 +50,18 @@ def _of_a_model(profile: Profile, what: str, alias: str, svg: Path | None) -> It
 
 
 def _of_data(profile: Profile, what: str) -> Iterator[str]:
-    from flows.lineage import artifact_trees
+    from flows.lineage import artifact_trees, find, source_trees
     from tasks.register.versions import made_from
 
+    root = profile.root.resolve()
+    found = find(root, what)
     database = TrackingStore.at(profile.mlflow_uri, "").database
     is_there = database is None or database.is_file()
-    versions = made_from(profile.mlflow_uri, what) if is_there else []
-    try:
-        yield from artifact_trees(profile.root.resolve(), what)
-    except InputError:
-        if not versions:
-            raise
+    digest = found[0].digest if found else what
+    versions = made_from(profile.mlflow_uri, digest) if is_there else []
+    for artifact in found:
+        yield from artifact_trees(artifact, root)
+    if not found and not versions:
+        yield from source_trees(root, what)
     if versions:
         yield f"\nregistered from it: {', '.join(versions)}"

@@ -15,8 +15,8 @@ from tasks.provenance import Lineage, Node
 BOX_WIDTH, BOX_HEIGHT = 168, 66
 GAP_X, GAP_Y = 44, 22
 MARGIN = 16
-_CHARS = 25
-"""Of the monospaced small print that fit into a box."""
+_CHARS = 24
+"""Of the small print, or of a title, that fit into a box."""
 _STYLE = """
 .lineage text{font:12px system-ui,sans-serif;fill:#1d2733}
 .lineage .small{font:10px ui-monospace,monospace;fill:#5a6876}
@@ -49,7 +49,8 @@ def lineage_svg(lineage: Lineage, name: str = "") -> str:
 
     Args:
         lineage: what to draw; data from outside is drawn with dashed borders.
-        name: of what was registered from it, such as `evaclip/3 @champion`; a last box, if given.
+        name: of what was registered from it and, behind a space, what goes below it, such as
+            `evaclip/3 @champion`; a last box, if given.
     """
     boxes = _boxes(lineage, name)
     places = _places(boxes)
@@ -97,7 +98,9 @@ def _boxes(lineage: Lineage, name: str) -> list[_Box]:
         )
     if name:
         column = 1 + max(columns.values(), default=-1)
-        boxes.append(_Box(name, "model head", name, ("registered",), column, lineage.heads))
+        title, _, below = name.partition(" ")
+        lines = ("registered", *([below] if below else []))
+        boxes.append(_Box(name, "model head", title, lines, column, lineage.heads))
     return boxes
 
 

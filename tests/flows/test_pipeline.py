@@ -301,7 +301,7 @@ def test_tracking_keeps_the_recipe_the_report_and_the_curves(
     def kept(one: Run) -> set[str]:
         return {file.path for file in store.list_artifacts(one.info.run_id)}
 
-    assert kept(pipeline_run) == {"recipe.json"}
+    assert kept(pipeline_run) == {"recipe.json", "lineage.svg"}
     reports = {"report.html", "report.md", "results.json", "figures.csv"}
     assert kept(stage_runs["evaluate"]) == reports
     assert kept(stage_runs["train stage2"]) >= {"metrics.jsonl", "result.json"}

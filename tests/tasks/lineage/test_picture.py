@@ -60,7 +60,7 @@ def test_every_artifact_and_every_source_is_a_box_and_none_covers_another() -> N
         "dataset",
         "train <stage & one>",
         "evaluate",
-        "evaclip/3 @champion",
+        "evaclip/3",
     )
     assert [left[title] for title in order] == sorted(left[title] for title in order)
     assert ET.fromstring(picture).get("viewBox")

@@ -1,0 +1,80 @@
+"""`lineage` on what the small demo left: upwards from the model, downwards from its data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from flows.lineage import describe_changes, upward
+from tasks.artifact import read_artifacts
+from tasks.provenance import Change, Lineage
+from tests.flows.command import Demo, run
+
+
+def digests(root: Path) -> dict[str, str]:
+    return {
+        f"train {one.config['name']}" if one.kind == "train" else one.kind: one.digest
+        for one in read_artifacts(root)
+    }
+
+
+def test_a_models_tree_names_all_that_it_was_made_from_and_is_drawn(
+    finished: Demo, tmp_path: Path
+) -> None:
+    picture = tmp_path / "lineage.svg"
+    command = ["lineage", "models:/evaclip-demo@champion", "--svg", str(picture)]
+    ended = run(command, finished.root)
+    assert ended.status == 0, ended.errors
+    made = digests(finished.root)
+    del made["register"]
+    for title, digest in made.items():
+        assert f"{title} {digest}" in ended.output
+        assert digest in picture.read_text()
+    first, *_ = ended.output.splitlines()
+    assert first.startswith("evaclip-demo/1 ") and "@champion" in first
+    assert "no other version of evaclip-demo to compare with" in ended.output
+
+
+def test_a_source_and_a_dataset_lead_down_to_the_registered_version(finished: Demo) -> None:
+    made = digests(finished.root)
+    down = run(["lineage", "laion2b"], finished.root)
+    assert down.status == 0, down.errors
+    for title in ("merge", "dataset", "train stage2", "register"):
+        assert made[title] in down.output
+    both = run(["lineage", made["dataset"][:8]], finished.root)
+    up, _, below = both.output.partition("made of it")
+    assert made["merge"] in up and made["train stage2"] in below
+    assert "registered from it: evaclip-demo/1" in below
+
+
+def test_what_is_not_there_is_one_sentence_with_what_is(finished: Demo) -> None:
+    ended = run(["lineage", "laion5b"], finished.root)
+    assert ended.status == 2
+    assert "sources are: coyo700m, laion2b" in ended.errors
+    ended = run(["lineage", "evaclip-demo@best"], finished.root)
+    assert ended.status == 2
+    assert "evaclip-demo@champion" in ended.errors
+
+
+def test_a_registration_keeps_the_document_that_travels_with_the_model(finished: Demo) -> None:
+    (file,) = finished.root.glob("register/*/lineage.json")
+    lineage = Lineage.from_mapping(json.loads(file.read_text()), "lineage.json")
+    (shipped,) = finished.root.glob("mlflow-artifacts/**/lineage.json")
+    assert shipped.read_text() == file.read_text()
+    lines = list(upward(lineage))
+    assert lines[0].startswith("evaluate ")
+    assert sum("merge " in line for line in lines) == 1, "what was shown is only named again"
+
+
+def test_changes_are_told_one_a_line() -> None:
+    found = [
+        Change("train.one: lr", 0.1, 0.2),
+        Change("train.two", None, "ab"),
+        Change("x", 1, None),
+    ]
+    assert list(describe_changes(found)) == [
+        "  train.one: lr: 0.1 -> 0.2",
+        "  train.two: ab (new)",
+        "  x: 1 (gone)",
+    ]
+    assert list(describe_changes([])) == ["  no setting and no data changed"]
