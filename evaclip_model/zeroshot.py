@@ -24,7 +24,9 @@ from evaclip_model.prompts import PLACEHOLDER
 from evaclip_model.tokenizer import CONTEXT_LENGTH, cut_padding, tokenize
 
 ROWS = 256
-"""Queries ranked at once; bounds memory at ROWS x gallery logits and changes no result."""
+"""Most queries ranked at once."""
+LOGITS = 1 << 23
+"""Most logits held at once, as long as one query has fewer; bounds memory for large galleries."""
 
 
 class TextTower(Protocol):
@@ -161,6 +163,11 @@ class Gallery:
         with _whole_fp32(queries.device.type):
             return (queries.float() @ self.distinct.T)[:, self.place]
 
+    def portions(self, queries: int) -> Sequence[Tensor]:
+        """Numbers of so many queries, in portions whose logits fit into memory."""
+        rows = max(1, min(ROWS, LOGITS // len(self.place)))
+        return torch.split(torch.arange(queries), rows)
+
 
 def top_k(logits: Tensor, k: int) -> Tensor:
     """Indices of the k largest logits of every row [Q, k], equal ones by lower index first."""
@@ -195,14 +202,14 @@ def classify(images: Tensor, classifier: Tensor, labels: Tensor, k: int = 5) -> 
     gallery = Gallery.of(classifier)
     return _joined(
         rank_targets(gallery.logits(images[rows]), labels[rows], k)
-        for rows in torch.split(torch.arange(len(images)), ROWS)
+        for rows in gallery.portions(len(images))
     )
 
 
 def class_scores(images: Tensor, classifier: Tensor) -> Tensor:
     """Logit of every class [C, D] for every image [N, D], in fp32 [N, C]."""
     gallery = Gallery.of(classifier)
-    return torch.cat([gallery.logits(rows) for rows in torch.split(images, ROWS)])
+    return torch.cat([gallery.logits(images[rows]) for rows in gallery.portions(len(images))])
 
 
 def retrieve_texts(images: Tensor, texts: Tensor, image_of_text: Tensor, k: int = 10) -> Ranking:
@@ -213,7 +220,7 @@ def retrieve_texts(images: Tensor, texts: Tensor, image_of_text: Tensor, k: int 
     gallery = Gallery.of(texts)
     return _joined(
         _rank_best(gallery.logits(images[rows]), image_of_text[None, :] == rows[:, None], k)
-        for rows in torch.split(torch.arange(len(images)), ROWS)
+        for rows in gallery.portions(len(images))
     )
 
 
@@ -222,7 +229,7 @@ def retrieve_images(images: Tensor, texts: Tensor, image_of_text: Tensor, k: int
     gallery = Gallery.of(images)
     return _joined(
         rank_targets(gallery.logits(texts[rows]), image_of_text[rows], k)
-        for rows in torch.split(torch.arange(len(texts)), ROWS)
+        for rows in gallery.portions(len(texts))
     )
 
 

@@ -156,6 +156,17 @@ def test_retrieval_both_ways_equals_a_brute_force_search():
         assert to_image.ranks[text] == brute_order(row).index(int(owner[text]))
 
 
+def test_how_many_logits_are_held_at_once_changes_no_rank(monkeypatch: pytest.MonkeyPatch):
+    images, texts, owner = units(30, 8, seed=5), units(70, 8, seed=6), torch.arange(70) % 30
+    whole = zeroshot.retrieve_texts(images, texts, owner)
+    monkeypatch.setattr(zeroshot, "LOGITS", 300)
+    portions = zeroshot.Gallery.of(texts).portions(30)
+    assert [len(rows) for rows in portions] == [4] * 7 + [2]
+    assert torch.equal(zeroshot.retrieve_texts(images, texts, owner).top, whole.top)
+    monkeypatch.setattr(zeroshot, "LOGITS", 1)
+    assert torch.equal(zeroshot.retrieve_texts(images, texts, owner).ranks, whole.ranks)
+
+
 def test_ties_among_an_images_own_captions_cost_nothing():
     image = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     texts = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
