@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume test-train-faults test-launch test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace test-spark up down clean check-gpu dry-run-eval
+.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume test-train-faults test-launch test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace test-spark up down clean check-gpu check-infra dry-run-eval
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -94,7 +94,13 @@ exactness: $(VENV)/.dev ## largest differences to timm and open_clip, and every 
 lamb-table: $(VENV)/.dev ## LAMB under ZeRO beside plain LAMB: naive and ours, every stage and precision, as a table (1 min)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/lamb_table.py
 
-up: $(VENV)/.pipeline ## Prefect server and UI, MLflow, and a worker with the deployments
+$(VENV)/.infra: $(STAMP)
+	@python3 infra/environment.py $(VENV) pipeline dev infra && touch $@ $(VENV)/.pipeline $(VENV)/.dev
+
+check-infra: $(VENV)/.infra ## infra/ against its validators and real PostgreSQL, S3, Slurm; as root, INSTALL=1 fetches them (15 min)
+	@PYTHONPATH=. $(PY) tests/infra/check_infra.py $(if $(INSTALL),--install)
+
+up: $(VENV)/.pipeline ## Prefect server and UI, MLflow, and workers with the deployments
 	@$(PY) infra/up.py up
 
 down: ## stop what `make up` started
