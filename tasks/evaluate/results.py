@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
@@ -94,7 +95,11 @@ def results_of(
 
 
 def counts_of(results: Mapping[str, Any]) -> dict[str, float]:
-    """Totals of the manifest: `SET.METRIC`, `SET.OTHER-MODEL.METRIC`, `SET.chance.METRIC`."""
+    """Totals of the manifest: `SET.METRIC`, `SET.OTHER-MODEL.METRIC`, `SET.chance.METRIC`.
+
+    And of the subject alone, where there is such: `average.TABLE`, a share, and how many figures
+    have each verdict, `paper.reproduced`, `paper.differs`, `paper.not_comparable`.
+    """
     counts: dict[str, float] = {}
     for name, by_model in results["results"].items():
         for model, figures in by_model.items():
@@ -104,7 +109,16 @@ def counts_of(results: Mapping[str, Any]) -> dict[str, float]:
         counts[f"{name}.n"] = results["sets"][name]["n"]
         for metric, value in results["chance"][name].items():
             counts[f"{name}.chance.{metric}"] = value
-    return counts
+    subject = results["subject"]
+    for table, by_model in results["averages"].items():
+        if by_model[subject]["value"] is not None:
+            counts[f"average.{table}"] = by_model[subject]["value"] / 100
+    verdicts = Counter(
+        one["verdict"].replace(" ", "_")
+        for by_model in results["paper"].values()
+        for one in by_model.get(subject, {}).values()
+    )
+    return {**counts, **{f"paper.{verdict}": times for verdict, times in verdicts.items()}}
 
 
 def prompts_digest(evalset: EvalSet) -> str:

@@ -233,7 +233,7 @@ def interval_bar(
     chance: float | None = None,
 ) -> Markup:
     """One share on a scale from 0 to 1: its interval, what is published, what chance reaches."""
-    width, high = 150, 18
+    width, high = 130, 18
     middle = high / 2
 
     def at(share: float) -> str:

@@ -29,6 +29,11 @@ def as_printed(share: float | None) -> str:
     return NOTHING if share is None else f"{100 * share:.1f}"
 
 
+def points(value: float | None) -> str:
+    """Percentage points or percents without a sign before positive ones: 2.3, −1.0."""
+    return NOTHING if value is None else f"{value:.1f}".replace("-", "−")
+
+
 def signed(points: float | None, digits: int = 1) -> str:
     """A difference in percentage points: +0.3, −1.2, 0.0."""
     if points is None:

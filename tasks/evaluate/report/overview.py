@@ -12,7 +12,15 @@ from typing import Any
 from tasks.evaluate.figures import TITLES
 from tasks.evaluate.report.charts import interval_bar
 from tasks.evaluate.report.findings import Findings, Published
-from tasks.evaluate.report.numbers import NOTHING, interval, p_value, percent, plural, signed
+from tasks.evaluate.report.numbers import (
+    NOTHING,
+    interval,
+    p_value,
+    percent,
+    plural,
+    points,
+    signed,
+)
 from tasks.evaluate.report.tables import Cell, Footnotes, Row, Table, row
 
 VERDICTS = ("reproduced", "differs", "not comparable")
@@ -112,8 +120,8 @@ def averages(found: Findings) -> Table | None:
                     model,
                     Cell("refused", "bad", notes=why) if value is None else f"{value:.1f}",
                     f"{len(sets)} of {len(sets) + len(missing)}",
-                    NOTHING if common is None else f"{common:.1f}",
-                    NOTHING if reference is None else f"{reference:.1f}",
+                    points(common),
+                    points(reference),
                     NOTHING if common is None or reference is None else signed(common - reference),
                 )
             )
@@ -141,10 +149,10 @@ def robustness(found: Findings) -> Table | None:
         rows.append(
             row(
                 model,
-                _points(gap.get("imagenet1k")),
-                _points(gap.get("average")),
-                Cell("refused", "bad", notes=why) if delta is None else f"{delta:.1f}",
-                NOTHING if published is None else f"{published:.1f}",
+                points(gap.get("imagenet1k")),
+                points(gap.get("average")),
+                Cell("refused", "bad", notes=why) if delta is None else points(delta),
+                points(published),
             )
         )
     head = ("model", "ImageNet-1K", "average of the six", "gap Δ", "published Δ")
@@ -321,10 +329,6 @@ def _direction(one: Mapping[str, Any], sure: bool) -> str:
     if not sure:
         return "quiet"
     return "good" if one["difference"] > 0 else "bad"
-
-
-def _points(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.1f}"
 
 
 def sets_and_images(found: Findings) -> str:

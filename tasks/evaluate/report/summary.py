@@ -12,7 +12,7 @@ from math import sqrt
 
 from tasks.evaluate.registry import known_sets
 from tasks.evaluate.report.findings import Findings
-from tasks.evaluate.report.numbers import interval, percent, plural, signed
+from tasks.evaluate.report.numbers import interval, percent, plural, points, signed
 from tasks.evaluate.report.overview import (
     SURE,
     TABLES,
@@ -120,7 +120,7 @@ def _average_tiles(found: Findings) -> Iterator[Tile]:
         facts += [("published", f"{reference:.1f} %")] if reference is not None else []
         gap = found.robustness(found.subject) if table == "1b" else None
         if gap and gap.get("delta") is not None:
-            facts.append(("gap Δ", f"{gap['delta']:.1f}"))
+            facts.append(("gap Δ", points(gap["delta"])))
         yield Tile(f"Average of {TABLES[table]}", f"{value:.1f} %", facts=facts)
 
 
@@ -148,9 +148,15 @@ def _agreement(found: Findings) -> Iterator[str]:
         average = found.average(table, found.subject) or {}
         value, reference = average.get("value"), average.get("intersection_reference")
         if value is not None and reference is not None:
+            unlike = _not_comparable(found, table)
+            beside = (
+                f"though {unlike} of its figures {_are(unlike)} not comparable"
+                if unlike
+                else f"a difference of {signed(value - reference)}"
+            )
             yield (
-                f"The average over {TABLES[table]} is {value:.1f} %, published {reference:.1f} % "
-                f"({signed(value - reference)})."
+                f"The average over {TABLES[table]} is {value:.1f} %, published {reference:.1f} %, "
+                f"{beside}."
             )
         elif value is not None:
             yield f"The average over {TABLES[table]} is {value:.1f} %."
@@ -160,6 +166,16 @@ def _agreement(found: Findings) -> Iterator[str]:
                 f"{plural(len(average['missing']), 'set')} of it "
                 f"{_are(len(average['missing']))} missing."
             )
+
+
+def _not_comparable(found: Findings, table: str) -> int:
+    """How many of the subject's figures in a table's average cannot be held against the paper's."""
+    given = [
+        found.published(key, found.subject, known.metric)
+        for key, known in known_sets().items()
+        if table in known.tables
+    ]
+    return sum(one is not None and one.verdict == "not comparable" for one in given)
 
 
 def _against_others(found: Findings) -> Iterator[str]:
