@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from prefect import flow
+from prefect.artifacts import create_table_artifact
 
 from flows.chart import find_all, find_files
+from flows.ending import close_tracking
+from flows.overview import per_source
 from flows.parameters import Overrides, RecipeName
 from flows.session import Session, open_session
 from flows.takedown import obeying
@@ -25,7 +28,7 @@ from tasks.merge.task import merge
 from tasks.verify.task import verify
 
 
-@flow(name="prepare")
+@flow(name="prepare", on_crashed=[close_tracking], on_cancellation=[close_tracking])
 def prepare(recipe: RecipeName = "demo", overrides: Overrides = ()) -> Artifact:
     """Merge the sources' metadata, download the images, verify every shard, choose samples.
 
@@ -43,7 +46,13 @@ def prepare(recipe: RecipeName = "demo", overrides: Overrides = ()) -> Artifact:
         }
         merged = session.make(merge, chart.merge, wanted.merge, files, profile.merge_workers, ())
         downloaded, verified = fetch(session, merged, chart.download, chart.verify)
-        return choose(session, (merged, downloaded, verified), chart.dataset)
+        version = choose(session, (merged, downloaded, verified), chart.dataset)
+        create_table_artifact(
+            per_source(merged, downloaded, version),
+            key="sources",
+            description="What became of every source's rows",
+        )
+        return version
 
 
 def fetch(

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import cast
 from uuid import UUID
 
+from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from flows.terminal import console, moving_bar, summarise
@@ -42,7 +43,7 @@ def _nothing(done: float, total: float, detail: str = "") -> None:
 
 
 class _PrefectProgress:
-    """One progress artifact, written at most every few seconds: each write is a request."""
+    """One progress artifact, written every few seconds and at the end: each write is a request."""
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -50,7 +51,7 @@ class _PrefectProgress:
         self._next = 0.0
 
     def update(self, done: float, total: float, detail: str) -> None:
-        if time.monotonic() < self._next or not total:
+        if not total or (time.monotonic() < self._next and done < total):
             return
         self._next = time.monotonic() + PREFECT_EVERY_S
         percent = 100.0 * done / total
@@ -63,9 +64,11 @@ class _PrefectProgress:
 
 
 def say_done(title: str, artifact: Artifact, *, seconds: float, reused: bool) -> None:
-    """Print the one line that stays: what was made, how much, how long it took."""
+    """Print the one line that stays: what was made, how much, how long it took; the run's log in
+    the UI gets it, too."""
     summary = summarise(artifact.counts)
     mark, took = ("[dim]=[/]", "already there") if reused else ("[green]✓[/]", f"{seconds:.0f} s")
+    get_run_logger().info("%s: %s; %s, %s", title, summary, artifact.folder, took)
     console.print(
         f"{mark} {title:<14} {summary:<60} [dim]{artifact.digest[:8]}  {took}[/]", soft_wrap=True
     )

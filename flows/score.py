@@ -12,6 +12,7 @@ from typing import Annotated
 from prefect import flow, runtime
 from pydantic import Field
 
+from flows.ending import close_tracking
 from flows.parameters import Overrides
 from flows.profile import load_profile
 from flows.scoring import fetched, read_asked
@@ -30,7 +31,7 @@ Models = Annotated[list[str], Field(min_length=1)]
 Recipe = Annotated[str, Field(pattern=r"^$|^[A-Za-z0-9][\w.-]*$|^.+[.]toml$")]
 
 
-@flow(name="score")
+@flow(name="score", on_crashed=[close_tracking], on_cancellation=[close_tracking])
 def score(
     models: Models,
     recipe: Recipe = "",

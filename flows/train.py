@@ -5,6 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from evaclip_model.training.config import METRICS_FILE, RESULT_FILE
+from flows.ending import close_tracking
 from flows.parameters import Handed, Overrides, RecipeName
 from flows.session import open_session
 from tasks.artifact import Artifact
@@ -12,7 +13,7 @@ from tasks.initialise.task import initialise
 from tasks.train.task import train_stage
 
 
-@flow(name="train")
+@flow(name="train", on_crashed=[close_tracking], on_cancellation=[close_tracking])
 def train(
     recipe: RecipeName = "demo", overrides: Overrides = (), shards: Handed = None
 ) -> Artifact:
