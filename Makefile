@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume test-train-faults test-launch test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace test-spark up down clean check-gpu check-infra dry-run-eval
+.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume test-train-faults test-launch test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace bench-eval acceptance test-spark up down clean check-gpu check-infra dry-run-eval
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -99,6 +99,13 @@ $(VENV)/.infra: $(STAMP)
 
 check-infra: $(VENV)/.infra ## infra/ against its validators and real PostgreSQL, S3, Slurm; as root, INSTALL=1 fetches them (15 min)
 	@PYTHONPATH=. $(PY) tests/infra/check_infra.py $(if $(INSTALL),--install)
+
+acceptance: $(VENV)/.dev ## 60,000 real pictures from URLs to figures, the same from every way of evaluating; needs two Debian packages (20 min)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/acceptance.py
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests/tasks/evaluate/test_ranks.py
+
+bench-eval: $(VENV)/.dev ## text classifiers and a whole evaluation beside open_clip and clip_benchmark (20 min)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_eval.py
 
 up: $(VENV)/.pipeline ## Prefect server and UI, MLflow, and workers with the deployments
 	@$(PY) infra/up.py up

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -127,7 +128,8 @@ def _device(job: Job, rank: int) -> str:
 
 @contextmanager
 def _exact(device: str) -> Iterator[None]:
-    """One thread on a CPU, and no TF32: features must not depend on where they are made."""
+    """One thread on a CPU, and no TF32: features must not depend on where they are made. Pillow's
+    remarks on odd palettes are for nobody."""
     threads, convolutions = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
     matmul = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -135,7 +137,9 @@ def _exact(device: str) -> Iterator[None]:
     if device == "cpu":
         torch.set_num_threads(1)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")
+            yield
     finally:
         torch.set_num_threads(threads)
         torch.backends.cudnn.allow_tf32 = convolutions
