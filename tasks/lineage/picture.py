@@ -99,8 +99,8 @@ def _boxes(lineage: Lineage, name: str) -> list[_Box]:
     if name:
         column = 1 + max(columns.values(), default=-1)
         title, _, below = name.partition(" ")
-        lines = ("registered", *([below] if below else []))
-        boxes.append(_Box(name, "model head", title, lines, column, lineage.heads))
+        small = ("registered", *([below] if below else []))
+        boxes.append(_Box(name, "model head", title, small, column, lineage.heads))
     return boxes
 
 
