@@ -13,23 +13,25 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from types import FrameType
 
 from evaclip_model.errors import InputError
-from evaclip_model.training.config import ERROR_FILE, RESUMABLE_FILE, TrainJob
+from evaclip_model.training.config import ERROR_FILE, MEMORY_FILE, RESUMABLE_FILE, TrainJob
 from evaclip_model.training.slurm import place_from_slurm
 
-DONE, RESUMABLE, DATA_ERROR, DIVERGED = 0, 75, 76, 77
-"""Exit codes: finished; stopped with a checkpoint; input its author must mend; loss not finite.
-Any other code is a crash, after which the newest checkpoint holds."""
+DONE, RESUMABLE, DATA_ERROR, DIVERGED, OUT_OF_MEMORY = 0, 75, 76, 77, 137
+"""Exit codes: finished; stopped with a checkpoint; input its author must mend; loss not finite;
+memory ran out, as the kernel says it. Any other code is a crash, after which the newest checkpoint
+holds."""
 
 
 def main(arguments: list[str]) -> int:
     """Run this rank of the job in the file `arguments[0]`; returns the exit code.
 
     A launcher may turn the code into its own, so the reason is a file in the run's folder too:
-    `error.txt` (one sentence) or `resumable` (empty).
+    `error.txt` (one sentence), `resumable` or `out-of-memory` (empty).
     """
     job = TrainJob.from_mapping(json.loads(Path(arguments[0]).read_text()), where=arguments[0])
     stop = _stop_on_sigterm()
@@ -56,7 +58,22 @@ def main(arguments: list[str]) -> int:
         sentence = f"the disk is full at {job.run_dir}: free some space and run the same command "
         (job.run_dir / ERROR_FILE).write_text(f"{sentence}again; the newest checkpoint is kept\n")
         return DATA_ERROR
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        traceback.print_exc()
+        (job.run_dir / MEMORY_FILE).touch()
+        return OUT_OF_MEMORY
     return DONE
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on a GPU or in the machine's memory.
+
+    torch has a type of its own for the first alone, and that not in every place.
+    """
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _stop_on_sigterm() -> list[int]:

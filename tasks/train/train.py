@@ -23,6 +23,7 @@ from evaclip_model.training.config import (
     EMA_FOLDER,
     ERROR_FILE,
     JOB_FILE,
+    MEMORY_FILE,
     METRICS_FILE,
     MODEL_FOLDER,
     RESULT_FILE,
@@ -86,8 +87,8 @@ def train_model(
         launch: what starts the ranks; on this machine each gets an equal part of its cores.
 
     Raises:
-        InputError: the trainer found a mistake of the user's, the loss diverged, or what starts the
-            ranks is not there.
+        InputError: the trainer found a mistake of the user's, the loss diverged, memory does not
+            suffice for half as many pairs at once either, or what starts the ranks is not there.
         TrainingCrashed: the ranks end without making progress.
     """
     if not (out / RESULT_FILE).is_file():
@@ -126,13 +127,18 @@ def try_out(
 def _run(config: TrainConfig, inputs: Inputs, out: Path, launch: Launch, report: Report) -> None:
     follower = Follower(config, out / METRICS_FILE, report)
     idle = 0
+    smaller: Launch | None = None
     while idle <= MAX_IDLE_RESTARTS:
-        before = follower.step
+        before, killed = follower.step, kernel_kills()
         # Anew every time: the machine may have lost a GPU.
-        status = _start(config, inputs, out.resolve(), launch, follower)
+        status = _start(config, inputs, out.resolve(), smaller or launch, follower)
         _check_error(config, out)
         if (out / RESULT_FILE).is_file():
             return
+        if (out / MEMORY_FILE).is_file() or kernel_kills() > killed:
+            smaller = _with_smaller_parts(config, launch, tried=smaller)
+            follower.say(f"memory ran out: goes on with {smaller.micro_batch} pairs a rank at once")
+            continue
         stopped = (out / RESUMABLE_FILE).is_file()
         follower.say("stopped by a signal: goes on" if stopped else f"status {status}: goes on")
         idle = 0 if follower.step > before else idle + 1
@@ -141,6 +147,37 @@ def _run(config: TrainConfig, inputs: Inputs, out: Path, launch: Launch, report:
         f"training stage '{config.name}' ended {idle} times with status {status} and no new step"
         f"{f' ({stacks} say where it hung)' if stacks else ''}; {_log_end(out)}"
     )
+
+
+def _with_smaller_parts(config: TrainConfig, launch: Launch, tried: Launch | None) -> Launch:
+    """`launch` with half as many pairs of a rank in memory at once.
+
+    Raises:
+        InputError: that was `tried`, or the number is odd.
+    """
+    share = config.global_batch // (_this_machine(config, launch).ranks * _machines(launch))
+    pairs = min((tried or launch).micro_batch or share, share)
+    if tried is not None or pairs % 2:
+        raise InputError(
+            f"training stage '{config.name}': memory does not suffice for {pairs} pairs of a rank "
+            "at once: set EVACLIP_MICRO_BATCH to less (a divisor of its share of the batch, "
+            f"{share}), use more ranks, or grad_checkpointing in the recipe"
+        )
+    return launch.model_copy(update={"micro_batch": pairs // 2})
+
+
+def _machines(launch: Launch) -> int:
+    return len(read_hostfile(launch.hostfile)) if launch.hostfile is not None else launch.nodes
+
+
+def kernel_kills(counters: Path = Path("/proc/vmstat")) -> int:
+    """Processes that this machine's kernel has killed for memory since it started; 0 where it does
+    not count. A killed rank says nothing itself, and launchers do not hand on how it died."""
+    try:
+        lines = counters.read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
 
 
 def _check_error(config: TrainConfig, out: Path) -> None:
@@ -167,7 +204,7 @@ def _start(
     job = out / JOB_FILE
     content = _job(config, inputs, out, launch, here).model_copy(update={"dry_run": dry_run})
     write_atomically(job, content.model_dump_json(indent=1) + "\n")
-    for name in (ERROR_FILE, RESUMABLE_FILE):
+    for name in (ERROR_FILE, RESUMABLE_FILE, MEMORY_FILE):
         (out / name).unlink(missing_ok=True)
     env = environment(os.environ, here.ranks, here.cores, here.gpus > 0)
     status = run_supervised(

@@ -3,12 +3,16 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from evaclip_model.create import open_model
 from evaclip_model.errors import InputError
+from evaclip_model.training.worker import is_out_of_memory
+from tasks.train.train import kernel_kills
 from tests.tasks.train.stage import processes_of, ranks_of, train
 
 ONE, TWO = {"ranks": 1}, {"ranks": 2}
@@ -88,3 +92,54 @@ def test_nothing_is_left_when_the_caller_is_interrupted(data, tmp_path):
     assert processes_of(tmp_path) == []
     assert not (tmp_path / "result.json").exists()
     assert Path(tmp_path / "metrics.jsonl").exists()
+
+
+NOT_ENOUGH = """
+import json, os, sys
+from pathlib import Path
+
+job = Path(sys.argv[1])
+if (json.loads(job.read_text())["micro_batch"] or 12) > int(sys.argv[2]):
+    (job.parent / "out-of-memory").touch()
+    sys.exit(137)
+os.execv(sys.executable, [sys.executable, "-m", "evaclip_model.training.worker", str(job)])
+"""
+"""Starts a rank on a machine whose memory holds so many pairs at once."""
+
+
+def launch_where_memory_holds(pairs: int, folder: Path) -> dict[str, object]:
+    script = folder / "not_enough.py"
+    script.write_text(NOT_ENOUGH)
+    command = f"{sys.executable} {script} {{job}} {pairs}"
+    return {"launcher": "external", "ranks": 1, "submit_command": command}
+
+
+def test_when_memory_runs_out_training_goes_on_once_with_half_as_many_pairs(data, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    told = []
+    launch = launch_where_memory_holds(6, tmp_path)
+    made = train(data, out, launch, lambda done, total, detail="": told.append(detail))
+    assert made.counts["steps"] == 60
+    assert json.loads((out / "train.json").read_text())["micro_batch"] == 6
+    assert "memory ran out: goes on with 6 pairs a rank at once" in told
+
+
+def test_when_half_is_too_much_too_it_says_what_to_set(data, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(InputError, match=r"not suffice for 6 pairs .* set EVACLIP_MICRO_BATCH"):
+        train(data, out, launch_where_memory_holds(3, tmp_path))
+
+
+def test_an_allocation_that_fails_is_told_from_other_errors():
+    with pytest.raises(RuntimeError) as failed:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(failed.value)
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+def test_the_kernels_count_of_kills_is_read(tmp_path):
+    (tmp_path / "vmstat").write_text("nr_free_pages 5\noom_kill 3\n")
+    assert kernel_kills(tmp_path / "vmstat") == 3
+    assert kernel_kills(tmp_path / "absent") == 0
