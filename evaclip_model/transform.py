@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from evaclip_model.errors import InputError
@@ -73,6 +73,9 @@ def decode_image(
             return _eight_bit(image)
     except UnreadableImageError:
         raise
+    except UnidentifiedImageError:
+        # Pillow's own words have the address of an object in memory, different in every run.
+        raise UnreadableImageError("these bytes are no image of a known format") from None
     except Exception as error:  # Pillow's decoders raise whatever their parsers meet
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
 

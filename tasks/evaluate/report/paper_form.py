@@ -26,7 +26,6 @@ UPRIGHT_FROM = 12
 """Columns from which the head is set upright."""
 RETRIEVALS = {"text": "image_to_text", "image": "text_to_image"}
 """What the paper calls a retrieval, by what is found -> our name of its direction."""
-MISSING = "not evaluated"
 
 
 @dataclass(frozen=True)
@@ -197,7 +196,7 @@ def _why_not(found: Findings, key: str, model: str, column: Column) -> list[str]
     for evalset, columns in _places(key).items():
         if column.key in columns:
             reason = found.failed.get(evalset)
-            return [f"{found.name(evalset)}: {reason}" if reason else MISSING]
+            return [f"{found.name(evalset)}: {reason}"] if reason else []
     return []
 
 
