@@ -5,12 +5,15 @@ Not here: evaluation proper (tasks/evaluate): intervals, retrieval, per-class fi
 
 The set lies in the published layout: `classnames.txt`, `zeroshot_classification_templates.txt`, and
 `test/nshards.txt` beside `test/0.tar` ..., of `KEY.cls` (line of the class, from 0) and one image.
+
+Every rank encodes its part of the images and of the prompts. What one gives is gathered by all, so
+that no rank ends or goes on alone; a probe stops training for its share of the work, no longer.
 """
 
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +24,17 @@ from torch import Tensor
 from evaclip_model.clip import EvaClip
 from evaclip_model.errors import InputError
 from evaclip_model.metrics import hits
+from evaclip_model.prompts import PLACEHOLDER
+from evaclip_model.tokenizer import tokenize
 from evaclip_model.transform import UnreadableImageError, decode_image, image_transform
-from evaclip_model.zeroshot import classify, text_classifier
+from evaclip_model.zeroshot import classify
 
 BATCH = 64
 """Images of a rank that are encoded at once."""
-_LABEL = ".cls"
+TEXT_BATCH = 256
+"""Prompts of a rank that are encoded at once."""
+_LABEL = "cls"
+_IMAGES = ("webp", "png", "jpg", "jpeg")
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ def open_probe(folder: Path, rank: int, ranks: int) -> ProbeSet:
     """
     try:
         names, templates = (
-            tuple((folder / name).read_text().splitlines())
+            tuple((folder / name).read_text().strip().splitlines())
             for name in ("classnames.txt", "zeroshot_classification_templates.txt")
         )
         count = int((folder / "test" / "nshards.txt").read_text())
@@ -78,14 +86,16 @@ def open_probe(folder: Path, rank: int, ranks: int) -> ProbeSet:
 def probe(model: EvaClip, part: ProbeSet) -> tuple[float, float]:
     """Shares of all ranks' images whose class is first, and among the first five; every rank calls.
 
-    An image that cannot be decoded, or whose feature is no number, counts as wrong.
+    An image that cannot be decoded, or whose feature is no number, counts as wrong; all do when
+    a prompt's feature is none.
     """
     device = model.logit_scale.device
     training = model.training
     model.eval()
-    classifier = text_classifier(model, part.classnames, part.templates, device=str(device))
+    classifier = _classifier(model, part)
     right = torch.zeros(3, dtype=torch.float64, device=device)
-    for first in range(0, len(part.images), BATCH):
+    # A logit that is no number would rank every answer first.
+    for first in range(0, len(part.images) if classifier.isfinite().all() else 0, BATCH):
         features, labels = _features(
             model, part.images[first : first + BATCH], part.labels[first : first + BATCH]
         )
@@ -94,10 +104,42 @@ def probe(model: EvaClip, part: ProbeSet) -> tuple[float, float]:
             right += torch.tensor([hits(ranking.ranks, 1), hits(ranking.ranks, 5), 0.0]).to(right)
     right[2] = len(part.images)
     model.train(training)
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if _place()[1] > 1:
         dist.all_reduce(right)
     first_right, five_right, total = right.tolist()
     return first_right / max(1.0, total), five_right / max(1.0, total)
+
+
+def _classifier(model: EvaClip, part: ProbeSet) -> Tensor:
+    """One unit vector a class [C, E] on the CPU, the same on every rank."""
+    names = list(dict.fromkeys(part.classnames))
+    prompts = [one.replace(PLACEHOLDER, name) for name in names for one in part.templates]
+    features = _text_features(model, prompts)
+    means = features.reshape(len(names), len(part.templates), -1).mean(dim=1)
+    distinct = torch.nn.functional.normalize(means, dim=-1)
+    return distinct[torch.tensor([names.index(name) for name in part.classnames])]
+
+
+def _text_features(model: EvaClip, prompts: Sequence[str]) -> Tensor:
+    """Unit features of all prompts [N, E] on the CPU, each encoded by one rank."""
+    rank, ranks = _place()
+    share = -(-len(prompts) // ranks)
+    mine = torch.zeros(share, model.config.embed_dim, device=model.logit_scale.device)
+    tokens = tokenize(list(prompts[rank::ranks]), model.config.text.context_length)
+    for first in range(0, len(tokens), TEXT_BATCH):
+        batch = tokens[first : first + TEXT_BATCH]
+        encoded = model.encode_text(batch, normalize=True).float()
+        mine[first : first + len(batch)] = encoded
+    if ranks == 1:
+        return mine.cpu()
+    parts = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(parts, mine)
+    return torch.stack(parts, dim=1).flatten(0, 1)[: len(prompts)].cpu()
+
+
+def _place() -> tuple[int, int]:
+    """This rank's number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _features(
@@ -128,10 +170,12 @@ def _samples(path: Path) -> Iterator[tuple[bytes | None, int | None]]:
             content = tar.extractfile(member)
             if content is None:
                 continue
-            key, dot, extension = member.name.rpartition(".")
-            if dot + extension == _LABEL:
+            folder, slash, base = member.name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            key = f"{folder}{slash}{stem}"
+            if extension == _LABEL:
                 labels[key] = int(content.read())
-            else:
+            elif extension.lower() in _IMAGES:
                 images[key] = content.read()
     for key in dict.fromkeys([*images, *labels]):
         yield images.get(key), labels.get(key)

@@ -17,6 +17,7 @@ import torch
 
 from evaclip_model.create import open_model
 from evaclip_model.tokenizer import tokenize
+from evaclip_model.training.probe import open_probe, probe
 from evaclip_model.zeroshot import normalised, text_classifier
 from tasks.evaluate.blocks import Cache, read_block, write_block
 from tasks.evaluate.classifiers import TextFeatures, answers, encode_texts
@@ -252,3 +253,19 @@ def test_a_tower_that_is_not_causal_gets_its_whole_context(tmp_path: Path):
 
     encode_texts(Bidirectional(), ["a", "a long text of many words"], tmp_path)
     assert seen == [(32, 77)]
+
+
+def test_the_probe_of_a_training_gives_the_evaluators_figures(
+    tmp_path: Path, both: dict[str, Path], saved_model: SavedModel
+):
+    found = json.loads(results_of({"a": saved_model(1)}, both, tmp_path / "out"))
+    figures = found["results"]["discs"]["a"]
+    for ranks in (1, 3):
+        parts = [open_probe(both["discs"], rank, ranks) for rank in range(ranks)]
+        shares = [probe(open_model(saved_model(1)), part) for part in parts]
+        top1, top5 = (
+            sum(share[k] * len(part.images) for share, part in zip(shares, parts, strict=True))
+            for k in (0, 1)
+        )
+        assert round(top1) == round(figures["top1"] * IMAGES)
+        assert round(top5) == round(figures["top5"] * IMAGES)
