@@ -343,11 +343,14 @@ def _installed(name: str) -> str | None:
 
 
 def _get(url: str) -> tuple[str, str | None]:
-    """Body and date of an answer; who asks is told to the server that the setting is for."""
-    auth = os.environ.get("PREFECT_API_AUTH_STRING")
-    prefect = url.startswith(os.environ.get("PREFECT_API_URL") or "-")
+    """Body and date of an answer; each server is told who asks by its own setting."""
+    if "/api/" in url:
+        auth = os.environ.get("PREFECT_API_AUTH_STRING", "")
+    else:
+        names = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+        auth = ":".join(filter(None, map(os.environ.get, names)))
     headers = {"Authorization": f"Basic {b64encode(auth.encode()).decode()}"} if auth else {}
-    request = urllib.request.Request(url, headers=headers if prefect else {})
+    request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=5) as answer:
         return answer.read().decode(), answer.headers.get("Date")
 

@@ -139,7 +139,7 @@ class TrackingStore:
             client.log_text(run.info.run_id, text, name)
             with TemporaryDirectory() as folder:
                 read = Path(client.download_artifacts(run.info.run_id, name, folder)).read_text()
-            client.set_terminated(run.info.run_id)
+            client.update_run(run.info.run_id, status="FINISHED")
         except Exception as error:
             raise self.away(error) from None
         if read != text:
