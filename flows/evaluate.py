@@ -5,18 +5,16 @@ from __future__ import annotations
 from prefect import flow, runtime
 
 from evaclip_model.training.config import METRICS_FILE, MODEL_FOLDER
-from flows.chart import Chart, find_files
+from flows.ending import close_tracking
 from flows.gate import Promote, register_and_judge, settle
+from flows.measure import measure
 from flows.parameters import Handed, Overrides, RecipeName
 from flows.session import open_session
-from flows.told import publish_evaluation, told_of
-from tasks.artifact import Artifact, read_artifact
-from tasks.dataset.config import LEFT_OUT
-from tasks.evaluate.contamination import TrainingData
-from tasks.evaluate.task import evaluate as evaluate_stage
+from flows.told import publish_evaluation
+from tasks.artifact import Artifact
 
 
-@flow(name="evaluate")
+@flow(name="evaluate", on_crashed=[close_tracking], on_cancellation=[close_tracking])
 def evaluate(
     recipe: RecipeName = "demo",
     overrides: Overrides = (),
@@ -34,31 +32,18 @@ def evaluate(
             said yes; never: it stays challenger.
     """
     with open_session("evaluate", recipe, overrides) as session:
-        chart, wanted = session.chart, session.recipe
+        chart = session.chart
         model = model or session.finished(chart.train[-1], "train")
         untrained = session.finished(chart.initialise, "train")
-        sets = {
-            one.name: find_files(one.folder, chart.demo, f"evaluate.sets '{one.name}'")[0]
-            for one in wanted.evaluate.sets
-        }
-        evaluated = session.make(
-            *(evaluate_stage, chart.evaluate, wanted.evaluate),
+        evaluated = measure(
+            session,
+            chart.evaluate,
             {"trained": model.folder / MODEL_FOLDER, "untrained": untrained.folder / MODEL_FOLDER},
-            sets,
             [address.folder / METRICS_FILE for address in chart.train],
-            session.profile.machine,
-            trained_on(chart),
-            inputs={"evaluation": read_artifact(chart.demo.folder)} if chart.demo else {},
-            **told_of(sets),
+            chart.dataset,
         )
         publish_evaluation(evaluated, session.run.stage_url(chart.evaluate))
         registered = register_and_judge(session, chart.register, model, evaluated)
     if runtime.flow_run.parent_flow_run_id is None:
-        settle(session, registered, promote)
+        settle(session.recipe.registry, session.store, registered, promote)
     return registered
-
-
-def trained_on(chart: Chart) -> list[TrainingData]:
-    """The data that test images are looked for in; none where they were cleared away."""
-    data = TrainingData(chart.verify.folder, chart.dataset.folder / LEFT_OUT)
-    return [data] if chart.verify.is_finished and data.left_out.is_file() else []

@@ -21,14 +21,14 @@ from pydantic import Field
 
 from evaclip_model.training.config import METRICS_FILE, MODEL_FOLDER
 from evaclip_model.weight_files import WEIGHTS_FILE
-from flows.chart import find_files
+from flows.measure import measure
+from flows.pictured import publish_lineage
 from flows.session import Session
 from flows.terminal import console
-from tasks.artifact import MANIFEST, Address, Artifact, read_artifact, sha256_of
+from tasks.artifact import MANIFEST, Address, Artifact, sha256_of
 from tasks.evaluate.config import RESULTS
 from tasks.evaluate.config import STAGE as EVALUATE
-from tasks.evaluate.task import evaluate as evaluate_stage
-from tasks.register.config import DECISION, DECISION_PAGE, REGISTERED
+from tasks.register.config import DECISION, DECISION_PAGE, REGISTERED, RegisterConfig
 from tasks.register.gate import (
     Candidate,
     Champion,
@@ -50,6 +50,7 @@ from tasks.register.promotion import (
 from tasks.register.pull import pull
 from tasks.register.registry import forget_if_gone
 from tasks.register.task import register
+from tasks.tracking import TrackingStore
 from tasks.train.config import STAGE as TRAIN
 
 Promote = Literal["gate", "never", "ask"]
@@ -96,11 +97,14 @@ def register_and_judge(
     )
     page = (registered.folder / DECISION_PAGE).read_text()
     create_markdown_artifact(page, key="promotion")
+    publish_lineage(session, registered)
     console.print(f"  gate      {decision.summary}", soft_wrap=True, markup=False)
     return registered
 
 
-def settle(session: Session, registered: Artifact, wanted: Promote) -> bool:
+def settle(
+    config: RegisterConfig, store: TrackingStore, registered: Artifact, wanted: Promote
+) -> bool:
     """Carry out the gate's decision on a registration as far as `wanted` lets it, asking a person
     where one shall be asked; whether the version became champion now.
 
@@ -110,13 +114,12 @@ def settle(session: Session, registered: Artifact, wanted: Promote) -> bool:
     Raises:
         InputError: the registry does not answer.
     """
-    config, store = session.recipe.registry, session.store
     decision = read_decision(registered.folder)
     version = int(registered.counts["version"])
     if wanted == "never" or not is_due(store, config, version, decision):
         return False
     if wanted == "ask" or config.gate.approval:
-        moved = _ask(session, registered, version, decision)
+        moved = _ask(config, store, registered, version, decision)
     else:
         moved = carry_out(store, config, version, decision)
     if moved:
@@ -195,18 +198,9 @@ def _compared(
     chart, config = session.chart, session.recipe.evaluate
     marks = {one.name: chart.evaluate.parents[one.name] for one in config.sets}
     parents = {"train": trained.digest, CHAMPION: champion[:16], **marks}
-    sets = {
-        one.name: find_files(one.folder, chart.demo, f"evaluate.sets '{one.name}'")[0]
-        for one in config.sets
-    }
-    compared = session.make(
-        *(evaluate_stage, Address.of(session.root, EVALUATE, config, parents), config),
-        *(folders, sets, [trained.folder / METRICS_FILE], session.profile.machine),
-        title="compare",
-        inputs={"evaluation": read_artifact(chart.demo.folder)} if chart.demo else {},
-        attach=("report.html", RESULTS),
-    )
-    return _results(compared)
+    address = Address.of(session.root, EVALUATE, config, parents)
+    curves = [trained.folder / METRICS_FILE]
+    return _results(measure(session, address, folders, curves, chart.dataset, title="compare"))
 
 
 def _results(evaluated: Artifact) -> dict[str, Any]:
@@ -218,10 +212,15 @@ def _size(folder: Path) -> int:
     return (folder / WEIGHTS_FILE).stat().st_size
 
 
-def _ask(session: Session, registered: Artifact, version: int, decision: Decision) -> bool:
+def _ask(
+    config: RegisterConfig,
+    store: TrackingStore,
+    registered: Artifact,
+    version: int,
+    decision: Decision,
+) -> bool:
     """Suspend the run until a person has said yes or no; a run that cannot be resumed from the UI
     leaves the version as it is."""
-    config, store = session.recipe.registry, session.store
     name = config.model_name
     if runtime.deployment.id is None:
         command = f"python -m flows promote {name}/{version}"

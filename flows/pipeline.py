@@ -6,17 +6,18 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from flows.chart import load_chart
+from flows.ending import close_tracking
 from flows.evaluate import evaluate
 from flows.gate import Promote, settle
+from flows.overview import overview_markdown
 from flows.parameters import Overrides, RecipeName
 from flows.plan import check_disk, plan_markdown
 from flows.prepare import prepare
-from flows.results import results_markdown
 from flows.session import open_session
 from flows.train import train
 
 
-@flow(name="pipeline")
+@flow(name="pipeline", on_crashed=[close_tracking], on_cancellation=[close_tracking])
 def pipeline(
     recipe: RecipeName = "demo",
     overrides: Overrides = (),
@@ -38,8 +39,10 @@ def pipeline(
         return
     with open_session("pipeline", recipe, overrides) as session:
         check_disk(session.recipe, session.chart, session.root)
-        shards = prepare(recipe, overrides)
-        model = train(recipe, overrides, shards)
-        registered = evaluate(recipe, overrides, model)
-        create_markdown_artifact(results_markdown(session.recipe, session.chart), key="summary")
-    settle(session, registered, promote)
+        name = session.recipe.name  # in the run's graph, instead of one that says nothing
+        shards = prepare.with_options(flow_run_name=name)(recipe, overrides)
+        model = train.with_options(flow_run_name=name)(recipe, overrides, shards)
+        registered = evaluate.with_options(flow_run_name=name)(recipe, overrides, model)
+        page = overview_markdown(session.recipe, session.chart, session.run.url())
+        create_markdown_artifact(page, key="summary")
+    settle(session.recipe.registry, session.store, registered, promote)

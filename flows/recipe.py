@@ -51,6 +51,19 @@ class Published(Config):
         return self
 
 
+class RetrainConfig(Config):
+    """The `[retrain]` table: how training goes on from the champion when there is new data."""
+
+    stages: tuple[str, ...] = ()
+    """Names of the training stages that run, in the order of the recipe; empty: all."""
+    samples_seen: int | None = Field(default=None, gt=0)
+    """Image-text pairs that each of them trains on; none: as many as the stage says."""
+    lr_scale: float = Field(default=1.0, gt=0)
+    """Factor on their learning rates: the champion needs smaller steps than a beginning."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Optimizer steps of linear warm-up; none: as the stage says."""
+
+
 class Recipe(Config):
     """The stages' configs side by side; the tables of the TOML file have the same names."""
 
@@ -68,6 +81,8 @@ class Recipe(Config):
     train: tuple[TrainConfig, ...] = Field(min_length=1)
     """Training stages in order; each starts from the one before, the first from `initialise`."""
     evaluate: EvaluateConfig
+    retrain: RetrainConfig = RetrainConfig()
+    """What the flow `retrain` does otherwise than the first training."""
     published: Published = Published()
     """What there is to compare with."""
     registry: RegisterConfig = Field(alias="register")
@@ -84,6 +99,19 @@ class Recipe(Config):
                 f"download.samples_per_shard ({self.download.samples_per_shard}), or every file "
                 "ends in a short shard"
             )
+        for name in self.retrain.stages:
+            if name not in names:
+                raise ValueError(
+                    f"retrain.stages names '{name}', which is no training stage "
+                    f"({', '.join(names)})"
+                )
+        sets = [one.name for one in self.evaluate.sets]
+        for metric in self.registry.gate.metrics:
+            if metric.rpartition(".")[0] not in sets:
+                raise ValueError(
+                    f"register.gate.metrics names '{metric}', whose set is none of evaluate.sets "
+                    f"({', '.join(sets)})"
+                )
         sources = {source.name for source in self.merge.sources}
         for stage in self.train:
             unknown = sorted(set(stage.source_weights) - sources)
@@ -93,6 +121,26 @@ class Recipe(Config):
                     f"of merge.sources ({', '.join(sorted(sources))})"
                 )
         return self
+
+    def retraining(self) -> tuple[TrainConfig, ...]:
+        """The training stages that go on from a champion."""
+        wanted = self.retrain
+        changes: dict[str, int] = {}
+        if wanted.samples_seen is not None:
+            changes["samples_seen"] = wanted.samples_seen
+        if wanted.warmup_steps is not None:
+            changes["warmup_steps"] = wanted.warmup_steps
+        rates = ("lr_vision", "lr_text", "lr_other")
+        return tuple(
+            stage.model_copy(
+                update={
+                    **changes,
+                    **{name: getattr(stage, name) * wanted.lr_scale for name in rates},
+                }
+            )
+            for stage in self.train
+            if not wanted.stages or stage.name in wanted.stages
+        )
 
     @property
     def digest(self) -> str:

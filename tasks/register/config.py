@@ -42,9 +42,10 @@ class GatePolicy(Config):
     max_loss_points: float = Field(default=1.0, ge=0)
     """No first metric of any set, and none of `metrics`, may lose more than this; a loss that is
     larger but not certain holds the candidate back, one that is certain rejects it."""
-    max_contaminated: float = Field(default=0.02, ge=0, le=1)
-    """Largest share of a set's images that the candidate may have been trained on; sets for which
-    nobody looked are not judged."""
+    max_contaminated: float | None = Field(default=None, ge=0, le=1)
+    """Largest share of a set's images that may be among the candidate's training data; none: it is
+    told, not judged, because pictures of little content (drawings, digits) look like each other,
+    and because published models have several percent of some sets."""
     max_size_ratio: float | None = Field(default=1.5, gt=0)
     """Largest size of the weights, as a multiple of the champion's."""
     max_latency_ratio: float | None = Field(default=None, gt=0)

@@ -163,12 +163,11 @@ def _reasons(
 
 
 def _contamination(candidate: Candidate, policy: GatePolicy) -> Iterator[Reason]:
+    limit = policy.max_contaminated
     for evalset, share in candidate.contaminated.items():
-        within = share <= policy.max_contaminated
-        says = (
-            f"{evalset}: {share:.2%} of the images were in the training data, "
-            f"{policy.max_contaminated:.2%} are allowed"
-        )
+        within = limit is None or share <= limit
+        allowed = "any share is" if limit is None else f"{limit:.2%} are"
+        says = f"{evalset}: {share:.2%} of the images look like training data, {allowed} allowed"
         outcome = Outcome.PROMOTE if within else Outcome.REJECT
         yield Reason(rule="contamination", outcome=outcome, says=says)
 

@@ -51,8 +51,10 @@ def test_the_first_model_is_promoted_because_there_is_none_yet() -> None:
 
 
 def test_a_first_model_that_was_trained_on_the_test_is_rejected() -> None:
-    decision = decide(candidate(contaminated={"imagenet": 0.5}), None, GatePolicy())
+    seen = candidate(contaminated={"imagenet": 0.5})
+    decision = decide(seen, None, GatePolicy(max_contaminated=0.1))
     assert decision.outcome is Outcome.REJECT
+    assert decide(seen, None, GatePolicy()).outcome is Outcome.PROMOTE
     assert rules(decision, Outcome.REJECT) == ["contamination"]
 
 
@@ -149,7 +151,8 @@ def test_latency_is_judged_where_the_policy_asks(latency: float | None, outcome:
 
 @pytest.mark.parametrize(("share", "outcome"), [(0.02, Outcome.PROMOTE), (0.021, Outcome.REJECT)])
 def test_contamination_is_judged_by_its_share(share: float, outcome: Outcome) -> None:
-    assert judged(gains={"a.top1": gain(9)}, contaminated={"a": share}).outcome is outcome
+    policy = GatePolicy(max_contaminated=0.02)
+    assert judged(policy, gains={"a.top1": gain(9)}, contaminated={"a": share}).outcome is outcome
 
 
 def test_a_decision_survives_its_file_and_has_a_page() -> None:
@@ -202,6 +205,7 @@ policies = some.builds(
     need=some.sampled_from(["any", "all"]),
     min_gain_points=some.floats(0, 3),
     max_loss_points=some.floats(0, 3),
+    max_contaminated=some.just(0.1),
 )
 
 
