@@ -81,7 +81,7 @@ def test_the_command_says_where_a_sample_is_and_what_was_made_of_it(
     for name in ("url", "source", "key"):
         assert str(wanted[name]) in ended.output
     assert "    run     " in ended.output
-    assert "    version evaclip-demo/1 @champion\n" in ended.output
+    assert "    version evaclip-demo/1 @challenger @champion\n" in ended.output
     assert f"{made['dataset'].digest}: holds it" in ended.output
 
 
@@ -118,7 +118,7 @@ def test_a_takedown_makes_a_version_without_the_sample_and_names_the_models(
     assert removed >= 1
     assert held(new) == new.counts["samples"]
     assert f"{made['dataset'].digest} -> {new.digest}" in ended.output
-    assert all(digest in ended.output for digest in (*trained(root), "evaclip-demo/1 @champion"))
+    assert all(digest in ended.output for digest in (*trained(root), "evaclip-demo/1 @challenger"))
     assert kept == {path: path.stat().st_mtime_ns for path in root.glob("download/*/**/*")}
 
     before, after = next(iter(trace(root=root, uid=str(wanted["uid"])))).versions
