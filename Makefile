@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume test-train-faults test-launch test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace bench-eval acceptance test-spark up down clean check-gpu check-infra dry-run-eval
+.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume test-train-faults test-launch test-retrain test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace bench-eval acceptance test-spark up down clean check-gpu check-infra dry-run-eval
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -48,6 +48,9 @@ test-train-grid: $(VENV)/.dev ## 20 steps on 1, 2, 3 ranks in 1, 2, 4 parts, wit
 
 test-launch: $(VENV)/.dev ## kill -9 of every launcher, preempted Slurm jobs, MLflow away for a while (5 min)
 	@$(PY) -m pytest -m slow tests/tasks/train tests/tasks/lineage
+
+test-retrain: $(VENV)/.dev ## three weeks of retraining with kill -9, link rot, a takedown and a bad week; approval by a person (5 min)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests/flows/test_retrain.py tests/flows/test_approval.py
 
 $(VENV)/.spark: $(STAMP)
 	@python3 infra/environment.py $(VENV) pipeline dev spark && touch $@ $(VENV)/.pipeline $(VENV)/.dev
