@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ CLUSTERS: Mapping[Kind, Cluster] = {
         template=INFRA / "kubernetes" / "train-job.yaml",
         script="job.yaml",
         submit=(_DELETE, ("kubectl", "apply", "--filename={script}")),
-        # What the template made: a Job, a JobSet or a TrainJob, alone or in a list with its Service.
+        # A Job, a JobSet or a TrainJob, alone or in a list with its Service.
         state=(
             *("kubectl", "get", "--filename={script}", "--ignore-not-found"),
             "--output=jsonpath={{.kind}} {{.items[*].kind}} {{.status.conditions[*].type}} "
@@ -110,17 +111,18 @@ def job_script(
     Raises:
         InputError: the template cannot be read, or names something that is not there to fill in.
     """
-    places = {
+    places: dict[str, str | int] = {
         "name": job_name(job.parent),
-        "job": job,
-        "run_dir": job.parent,
+        "job": str(job),
+        "run_dir": str(job.parent),
         "root": os.path.commonpath([job.parent, *reads]),
-        "log": log,
+        "log": str(log),
         "python": sys.executable,
         "ranks": ranks,
         "nodes": nodes,
     }
     strict = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    strict.filters["quote"] = shlex.quote  # a shell's word; `tojson` is a YAML value
     try:
         return strict.from_string(template.read_text()).render(places)
     except (OSError, UnicodeDecodeError, TemplateError) as error:

@@ -1,6 +1,7 @@
 """How ranks are started: the command line and the environment."""
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -175,6 +176,18 @@ def test_the_kubernetes_job_is_a_pod_for_each_machine_that_finds_the_first():
     mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert mounted == {"artifacts": "/somewhere", "shared-memory": "/dev/shm"}
     assert {volume["name"] for volume in pod["volumes"]} == set(mounted)
+
+
+@pytest.mark.parametrize("kind", ["slurm", "kubernetes"])
+def test_no_name_of_a_folder_becomes_a_command_or_a_setting(kind):
+    job = Path("/some where/$(touch x): #1/0a1b/train.json")
+    places = {"job": job, "reads": (job.parent,), "log": job.parent / "train.log"}
+    text = job_script(CLUSTERS[kind].template, **places, ranks=8, nodes=4)
+    if kind == "slurm":
+        assert shlex.split(text.splitlines()[-1])[-1] == str(job)
+    else:
+        pod = list(yaml.safe_load_all(text))[1]["spec"]["template"]["spec"]
+        assert pod["containers"][0]["command"][-1] == str(job)
 
 
 def test_a_template_that_cannot_be_filled_in_is_named(tmp_path):
