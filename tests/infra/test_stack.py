@@ -10,6 +10,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import uuid
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
@@ -43,8 +45,9 @@ class Stack:
         self.api = f"http://127.0.0.1:{self._ports['prefect']}/api"
 
     def make(self, what):
-        alert = f"http://127.0.0.1:{self.webhook.server_port}/alert?token=very-secret"
-        settings = environment(self.root, EVACLIP_ALERT_WEBHOOK=alert)
+        address = f"http://127.0.0.1:{self.webhook.server_port}/hook?token=very-secret"
+        hooks = {"EVACLIP_ALERT_WEBHOOK": address, "EVACLIP_PROMOTED_WEBHOOK": address}
+        settings = environment(self.root, **hooks)
         ports = [word for name, port in self._ports.items() for word in (f"--{name}-port", port)]
         words = [sys.executable, UP, what, "--root", self.root, *ports]
         ended = subprocess.run(list(map(str, words)), env=settings, capture_output=True, text=True)
@@ -76,6 +79,14 @@ class Stack:
             assert time.monotonic() < deadline, state
             time.sleep(0.5)
         return state
+
+    def told(self, key, within_s=30):
+        """The first message of the webhook that has this key."""
+        deadline = time.monotonic() + within_s
+        while not (messages := [one for one in self.webhook.heard if key in one]):
+            assert time.monotonic() < deadline, self.webhook.heard
+            time.sleep(0.2)
+        return messages[0]
 
     def worker(self, pool):
         return json.loads((self.root / "services" / f"worker-{pool}.json").read_text())["pid"]
@@ -122,7 +133,7 @@ def test_up_twice_is_up_once(stack):
 
     before, pids = known(), {one.pid for one in stack.processes()}
     said = stack.make("up")
-    assert known() == before and len(before[1]) == 2
+    assert known() == before and len(before[1]) == 3
     assert said.count("is up already") == 4
     assert pids <= {one.pid for one in stack.processes()}
 
@@ -172,16 +183,47 @@ def test_a_schedule_that_a_person_switched_on_stays_on(stack):
 def test_a_failed_run_is_reported_and_the_address_of_the_report_is_not_shown(stack):
     run = stack.start("takedown", {"file": "/nowhere/list.txt"})
     assert stack.becomes(run, "Completed", "Failed", "Crashed") == "Failed"
-    deadline = time.monotonic() + 30
-    while not stack.webhook.heard:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    assert "of takedown is Failed" in stack.webhook.heard[0]["text"]
-    assert "/nowhere/list.txt" in stack.webhook.heard[0]["text"]
-    assert len(stack.webhook.heard) == 1
+    told = stack.told("text")["text"]
+    assert "of takedown is Failed" in told and "/nowhere/list.txt" in told
+    assert sum("text" in message for message in stack.webhook.heard) == 1
     shown = json.dumps(stack.ask("block_documents/filter"))
     assert "alert" in shown and "very-secret" not in shown
     assert "very-secret" not in json.dumps(stack.ask("automations/filter"))
+
+
+def test_serving_hears_of_a_promoted_model(stack):
+    request = urllib.request.Request(
+        f"{stack.api}/events",
+        json.dumps(
+            [
+                {
+                    "id": str(uuid.uuid4()),
+                    "occurred": datetime.now(UTC).isoformat(),
+                    "event": "evaclip.model.promoted",
+                    "resource": {"prefect.resource.id": "evaclip.model.evaclip-demo"},
+                    "payload": {"version": "7"},
+                }
+            ]
+        ).encode(),
+        {"Content-Type": "application/json"},
+    )
+    urllib.request.urlopen(request, timeout=30).close()
+    told = stack.told("event")
+    assert told["resource"]["prefect.resource.id"] == "evaclip.model.evaclip-demo"
+    assert told["payload"] == {"version": "7"}
+
+
+def test_a_run_whose_machine_is_gone_crashes_without_anybody(stack, endless):
+    run = stack.start("takedown", {"file": endless})
+    stack.becomes(run, "Running")
+    time.sleep(5)  # the first heartbeat
+    supervisor = psutil.Process(stack.worker("cpu-io"))
+    for process in [supervisor, *supervisor.children(recursive=True)]:
+        process.kill()
+    gone = time.monotonic()
+    assert stack.becomes(run, "Completed", "Failed", "Crashed", within_s=200) == "Crashed"
+    print(f"crashed {time.monotonic() - gone:.0f} s after its machine was gone")
+    stack.make("up")
 
 
 def test_a_stopped_worker_leaves_its_run_crashed_and_no_process(stack, endless):
