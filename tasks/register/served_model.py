@@ -31,6 +31,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from torch import Tensor
 
+import evaclip_model
 from evaclip_model import InputError, decode_image, image_transform, open_model, tokenize
 from evaclip_model.weights_reference import at_hand
 
@@ -181,4 +182,23 @@ def _download(uri: str, folder: Path) -> Path:
     return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
 
 
+def _require_own_code() -> None:
+    """Refuse to run on another version's code: Python keeps one package of a name a process.
+
+    Raises:
+        ImportError: the package that is imported is not the one beside this file.
+    """
+    own, imported = Path(__file__).parent / "code" / "evaclip_model", Path(evaclip_model.__file__)
+    if own.is_dir() and _sources(own) != _sources(imported.parent):
+        raise ImportError(
+            f"this process runs other code of evaclip_model already ({imported.parent}): load this "
+            "version of the model in a process of its own"
+        )
+
+
+def _sources(package: Path) -> dict[Path, bytes]:
+    return {file.relative_to(package): file.read_bytes() for file in package.rglob("*.py")}
+
+
+_require_own_code()
 set_model(ZeroShotModel())

@@ -149,6 +149,17 @@ def test_the_description_has_a_request_that_the_signature_takes() -> None:
     assert "models:/clip/3" in text
 
 
+def test_two_versions_of_the_code_do_not_meet_in_one_process(saved: Path, tmp_path: Path) -> None:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    pack(saved, tmp_path)
+    with (tmp_path / "model" / "code" / "evaclip_model" / "clip.py").open("a") as source:
+        source.write("# of another time\n")
+    with pytest.raises(MlflowException, match="in a process of its own"):
+        mlflow.pyfunc.load_model(str(tmp_path / "model"))
+
+
 def test_large_weights_are_referred_to_where_they_are_and_checked(
     saved: Path, tmp_path: Path
 ) -> None:
