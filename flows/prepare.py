@@ -38,13 +38,14 @@ def prepare(recipe: RecipeName = "demo", overrides: Overrides = ()) -> Artifact:
     """
     with open_session("prepare", recipe, overrides) as session:
         chart, wanted, profile = session.chart, session.recipe, session.profile
-        if chart.demo and wanted.demo:
-            session.make(demo, chart.demo, wanted.demo)
+        world = [session.make(demo, chart.demo, wanted.demo)] if chart.demo and wanted.demo else []
         files = {
             source.name: find_files(source.files, chart.demo, f"merge.sources '{source.name}'")
             for source in wanted.merge.sources
         }
-        merged = session.make(merge, chart.merge, wanted.merge, files, profile.merge_workers, ())
+        merged = session.make(
+            *(merge, chart.merge, wanted.merge, files, profile.merge_workers, ()), after=world
+        )
         downloaded, verified = fetch(session, merged, chart.download, chart.verify)
         version = choose(session, (merged, downloaded, verified), chart.dataset)
         create_table_artifact(

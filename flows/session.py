@@ -72,6 +72,7 @@ def make(
     address: Address,
     *arguments: Any,
     title: str | None = None,
+    after: Sequence[Artifact] = (),
     inputs: Mapping[str, Artifact] | None = None,
     outside: Callable[[Artifact], Sequence[Mapping[str, str]]] | None = None,
     attach: Sequence[str] = (),
@@ -82,6 +83,7 @@ def make(
     Args:
         run: the tracking run that the stage's is part of.
         title: what people see; the stage's name by default.
+        after: what the stage needs and is not handed, for the arrows of the run's graph.
         inputs: context -> data the stage read, for the tracking run's datasets.
         outside: what else the stage read that no stage made, told by what it made.
         attach: files of the artifact that are kept with the tracking run.
@@ -93,7 +95,8 @@ def make(
     with run.stage_run(address, title) as tracked:
         following = tracked.follow(address.folder / follow) if follow else nullcontext()
         with following, watching(title, already_there=reused) as report:
-            artifact = task.with_options(task_run_name=title)(address, *arguments, report)
+            named = task.with_options(task_run_name=title)
+            artifact = named(address, *arguments, report, wait_for=after)
             report(1, 1, summarise(artifact.counts))
         tracked.done(
             artifact,
