@@ -164,7 +164,7 @@ def _identify(spec: str) -> Identity:
         transform_digest=digest_of(used),
         architecture=architecture_name(config),
         params=parameters,
-        gflops=round(image_flops(config) / 1e9, 3),
+        gflops=round(image_flops(config) / 1e9, 6),
         source=spec,
         preprocessing=used,
         warnings=_differences(path, used),

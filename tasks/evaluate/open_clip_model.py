@@ -135,12 +135,15 @@ def _is_causal(text: Any) -> bool:
 def _gflops(subject: OpenClipSubject) -> float | None:
     size = subject.model.visual.image_size
     height, width = size if isinstance(size, tuple | list) else (size, size)
-    # Fused attention kernels on the CPU are not counted; the plain formula's products are.
+    # What is fused is not counted; the plain formula's products are.
     plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     with torch.inference_mode(), plain, FlopCounterMode(display=False) as counter:
         subject.encode_image(torch.zeros(1, 3, height, width))
+    torch.backends.mha.set_fastpath_enabled(fused)
     flops: int = counter.get_total_flops()
-    return round(flops / 1e9, 3)
+    return round(flops / 1e9, 6)
 
 
 def _digest(about: str, state: dict[str, Tensor]) -> str:
