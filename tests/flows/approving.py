@@ -1,0 +1,20 @@
+"""A flow that asks a person about a registration, as deployments of the project's flows do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import flow
+
+from flows.gate import settle
+from tasks.artifact import read_artifact
+from tasks.register.config import RegisterConfig
+from tasks.tracking import TrackingStore
+
+
+@flow(name="approving")
+def approving(root: str, registered: str) -> bool:
+    """Settle the registration in the folder `registered`, in the registry under `root`."""
+    store = TrackingStore.at(f"sqlite:///{root}/mlflow.db", "e")
+    config = RegisterConfig(model_name="clip")
+    return settle(config, store, read_artifact(Path(registered)), "ask")
