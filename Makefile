@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume test-train-faults test-launch test-retrain test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace bench-eval acceptance test-spark up down clean check-gpu check-infra dry-run-eval
+.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume test-browser pictures test-crash-table test-train-faults test-launch test-retrain test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace bench-eval acceptance test-spark up down clean check-gpu check-infra dry-run-eval
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -45,6 +45,18 @@ test-train-faults: $(VENV)/.dev ## kill -9 ranks at random moments, also within 
 
 test-train-grid: $(VENV)/.dev ## 20 steps on 1, 2, 3 ranks in 1, 2, 4 parts, with every setting that touches the step (2 min)
 	@$(PY) -m pytest -m slow tests/evaclip_model/test_step.py
+
+$(VENV)/.browser: $(STAMP)
+	@python3 infra/environment.py $(VENV) pipeline dev browser && touch $@ $(VENV)/.pipeline $(VENV)/.dev
+
+test-browser: $(VENV)/.browser ## the demo from the form in Prefect's UI to the model in MLflow's; needs chromium-driver (8 min)
+	@$(PY) -m pytest -m slow tests/browser
+
+pictures: $(VENV)/.browser ## the same, and what was on the screen into docs/pictures
+	@PICTURES=docs/pictures $(PY) -m pytest -m slow tests/browser
+
+test-crash-table: $(VENV)/.dev ## kill, cancel and cut off a training that a worker runs, in every way; what Prefect and MLflow show (20 min)
+	@PYTHONPATH=. $(PY) tests/faults/orchestration.py
 
 test-launch: $(VENV)/.dev ## kill -9 of every launcher, preempted Slurm jobs, MLflow away for a while (5 min)
 	@$(PY) -m pytest -m slow tests/tasks/train tests/tasks/lineage

@@ -1,0 +1,107 @@
+"""Prefect, MLflow and two workers as `make up` starts them, in a folder and on ports of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.flows.command import CHECKOUT, environment, free_port
+
+OVER = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Servers and workers of `infra/up.py`."""
+
+    root: Path
+    prefect_port: int
+    mlflow_port: int
+
+    @property
+    def prefect(self) -> str:
+        return f"http://127.0.0.1:{self.prefect_port}"
+
+    @property
+    def mlflow(self) -> str:
+        return f"http://127.0.0.1:{self.mlflow_port}"
+
+    def command(self, what: str) -> None:
+        """`infra/up.py up` or `down`."""
+        ports = ["--prefect-port", str(self.prefect_port), "--mlflow-port", str(self.mlflow_port)]
+        subprocess.run(
+            [sys.executable, "infra/up.py", what, "--root", str(self.root), *ports],
+            cwd=CHECKOUT,
+            env=environment(self.root),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+
+    def service(self, name: str) -> psutil.Process:
+        """The process that `up` started under this name."""
+        noted = json.loads((self.root / "services" / f"{name}.json").read_text())
+        return psutil.Process(noted["pid"])
+
+    def kill(self, name: str) -> None:
+        """Kill -9 of a server with its children."""
+        server = self.service(name)
+        for process in [*server.children(recursive=True), server]:
+            process.kill()
+
+    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """Prefect's answer."""
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.prefect}/api/{path}", data, headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def start(self, flow: str, overrides: Sequence[str]) -> str:
+        """Id of a new run of the flow's deployment, with the demo's recipe."""
+        deployment = self.ask(f"deployments/name/{flow}/{flow}")["id"]
+        parameters = {"recipe": "demo", "overrides": list(overrides)}
+        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+        return str(self.ask(f"deployments/{deployment}/create_flow_run", body)["id"])
+
+    def state(self, run_id: str) -> str:
+        """Type of its state; "?" while the server is away."""
+        try:
+            return str(self.ask(f"flow_runs/{run_id}")["state"]["type"])
+        except (urllib.error.URLError, OSError):
+            return "?"
+
+    def until_over(self, run_id: str, timeout_s: float) -> str:
+        """The state it ends in, or is in when the time is over."""
+        wait_for(lambda: self.state(run_id) in OVER, timeout_s)
+        return self.state(run_id)
+
+
+@contextmanager
+def serving(root: Path) -> Iterator[Site]:
+    """Servers and workers, for the time of the block."""
+    site = Site(root, free_port(), free_port())
+    try:
+        site.command("up")
+        yield site
+    finally:
+        site.command("down")
+
+
+def wait_for(is_so: Callable[[], bool], timeout_s: float) -> bool:
+    """Whether it became so in time."""
+    until = time.monotonic() + timeout_s
+    while not (so := is_so()) and time.monotonic() < until:
+        time.sleep(0.2)
+    return so
