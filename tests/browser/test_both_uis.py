@@ -6,7 +6,6 @@ With PICTURES=FOLDER, what the person sees on the way is kept there.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Prefect, MLflow and two workers as `make up` starts them, in a folder and on ports of their own."""
+"""Prefect, MLflow and two workers as `make up` starts them, in a folder of their own."""
 
 from __future__ import annotations
 
