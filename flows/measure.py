@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from evaclip_model.errors import InputError
 from flows.chart import find_files
 from flows.session import Session
 from flows.told import told_of
@@ -16,6 +17,8 @@ from tasks.artifact import Address, Artifact, read_artifact
 from tasks.dataset.config import LEFT_OUT
 from tasks.evaluate.contamination import TrainingData
 from tasks.evaluate.task import evaluate as evaluate_stage
+from tasks.lineage.picture import lineage_svg
+from tasks.provenance import lineage_of
 
 
 def measure(
@@ -44,10 +47,19 @@ def measure(
     return session.make(
         *(evaluate_stage, address, config, models, sets, curves),
         *(session.profile.machine, _training_data(session.root, data)),
+        _lineage(session.root, next(iter(models.values()))),
         title=title,
         inputs={"evaluation": read_artifact(chart.demo.folder)} if chart.demo else {},
         **told_of(sets),
     )
+
+
+def _lineage(root: Path, model: Path) -> str:
+    """What the model in an artifact's folder was made from, as a picture; empty for any other."""
+    try:
+        return lineage_svg(lineage_of([read_artifact(model.parent)], root))
+    except InputError:
+        return ""
 
 
 def _training_data(root: Path, data: Address) -> list[TrainingData]:

@@ -63,7 +63,7 @@ def score(
     ) as run:
         made: Artifact = make(
             *(run, evaluate_stage, address, asked.config, specs, asked.sets),
-            *([], profile.machine, []),
+            *([], profile.machine, [], ""),
             title="score",
             **told_of(asked.sets),
         )

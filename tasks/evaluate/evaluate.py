@@ -46,6 +46,7 @@ def evaluate_models(
     *,
     machine: Machine | None = None,
     trained_on: Sequence[TrainingData] = (),
+    lineage: str = "",
 ) -> Made:
     """Evaluate models (name -> what opens it) on sets (name -> folder); write results and reports.
 
@@ -60,6 +61,7 @@ def evaluate_models(
         out: folder of results and reports.
         machine: what does the work; it decides no figure.
         trained_on: the data of the model evaluated, to tell which test images it has seen.
+        lineage: what that model was made from, as an SVG for the page.
 
     Raises:
         InputError: a set, a model or a curve is missing or unreadable, or a model has diverged.
@@ -80,7 +82,7 @@ def evaluate_models(
     seen = _seen({name: opened[name] for name in scored}, trained_on, config, cache, report)
     results = results_of(config, identities, opened, scored, features.failed, seen)
     write_atomically(out / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    written = write_reports(out, results, scored, trained)
+    written = write_reports(out, results, scored, trained, lineage)
     _require_all(features.failed, f"the others are in {out}")
     if machine.cache is None:
         shutil.rmtree(cache.root)

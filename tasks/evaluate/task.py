@@ -24,13 +24,17 @@ def evaluate(
     curves: Sequence[Path],
     machine: Machine,
     trained_on: Sequence[TrainingData],
+    lineage: str,
     report: Report,
 ) -> Artifact:
     """The evaluation at `address`: `models` on `sets`, made now or found finished; `trained_on`
-    is the data of the first of them."""
+    is the data of the first of them, `lineage` a picture of what that was made from."""
     return produce(
         address,
         lambda out: evaluate_models(
-            *(config, models, sets, curves, out, report), machine=machine, trained_on=trained_on
+            *(config, models, sets, curves, out, report),
+            machine=machine,
+            trained_on=trained_on,
+            lineage=lineage,
         ),
     )

@@ -78,3 +78,15 @@ def test_changes_are_told_one_a_line() -> None:
         "  x: 1 (gone)",
     ]
     assert list(describe_changes([])) == ["  no setting and no data changed"]
+
+
+def test_the_report_and_the_tracking_run_show_the_picture(finished: Demo) -> None:
+    made = digests(finished.root)
+    (report,) = finished.root.glob(f"evaluate/{made['evaluate']}/report.html")
+    page = report.read_text()
+    assert 'aria-label="Lineage"' in page
+    (kept,) = finished.root.glob("mlflow-artifacts/*/artifacts/lineage.svg")
+    picture = kept.read_text()
+    for title in ("merge", "dataset", "train stage1", "train stage2"):
+        assert f">{made[title]}</text>" in page and f">{made[title]}</text>" in picture
+    assert "evaclip-demo/1" in picture

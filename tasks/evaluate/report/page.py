@@ -51,8 +51,9 @@ def page(
     results: Mapping[str, Any],
     scored: Mapping[str, Mapping[str, Scored]],
     curves: Sequence[Curve],
+    lineage: str = "",
 ) -> str:
-    """The whole page as text."""
+    """The whole page as text; `lineage` is an SVG, drawn by this project."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -86,6 +87,7 @@ def page(
         tiles=summary.tiles(found),
         extent=overview.sets_and_images(found),
         images_seen=images_seen(curves),
+        lineage=lineage,
         **parts,
     )
 

@@ -27,6 +27,7 @@ def write_reports(
     results: Mapping[str, Any],
     scored: Mapping[str, Mapping[str, Scored]],
     curves: Sequence[Curve] = (),
+    lineage: str = "",
 ) -> tuple[Path, ...]:
     """Write the reports of `results` (results.json's content) into `folder`; their paths.
 
@@ -35,9 +36,10 @@ def write_reports(
         results: every figure, with what it rests on.
         scored: set -> model -> rankings, for pictures and examples.
         curves: of the training stages behind the model, in order.
+        lineage: what the model was made from, as an SVG.
     """
     texts = {
-        REPORT: page(results, scored, curves),
+        REPORT: page(results, scored, curves, lineage),
         MARKDOWN: markdown(results, scored, curves),
         SUMMARY: short_markdown(results),
         FIGURES: figures_csv(results),
