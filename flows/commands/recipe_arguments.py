@@ -12,6 +12,11 @@ import argparse
 def with_recipe(parser: argparse.ArgumentParser) -> None:
     """`RECIPE` and `--set table.key=value`."""
     parser.add_argument("recipe", help="name of a recipe, or path of a .toml file")
+    with_overrides(parser)
+
+
+def with_overrides(parser: argparse.ArgumentParser) -> None:
+    """`--set table.key=value`."""
     parser.add_argument(
         *("--set", "-s"),
         dest="overrides",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 
+from flows.commands.recipe_arguments import with_overrides
 from flows.profile import load_profile
 from flows.results import figures_table, read_findings
 from flows.terminal import console
@@ -33,14 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="known sets, folders of your own, or paper for all 33",
     )
     parser.add_argument("--data", default=FOLDER, help=f"folder that holds them ({FOLDER})")
-    parser.add_argument(
-        *("--set", "-s"),
-        dest="overrides",
-        metavar="table.key=value",
-        action="append",
-        default=[],
-        help="change one setting of the recipe; may be given again",
-    )
+    with_overrides(parser)
 
 
 def run(parsed: argparse.Namespace) -> None:

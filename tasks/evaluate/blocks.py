@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from evaclip_model.tensor_file import write_tensors
 
 SUFFIX = ".safetensors"
 _HASH = "sha256"
@@ -28,14 +29,16 @@ _USED = ".used"
 
 
 def write_block(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Put a block in its place, whole."""
+    """Put a block in its place, whole.
+
+    Raises:
+        OSError: the disk is full.
+    """
     plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
     # A name of this process alone: two that compute the same block do not write into one file.
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(plain, beside, metadata={_HASH: _hash(plain)})
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
+    write_tensors(plain, beside, metadata={_HASH: _hash(plain)})
     beside.replace(path)
 
 

@@ -37,6 +37,8 @@ from tasks.artifact import write_atomically
 from tasks.evaluate.identity import DIGEST_CHARS, Identity, digest_of
 
 OPEN_CLIP = "open_clip:"
+_FORM = 1
+"""Rises when an identity would be another for the same files."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -182,7 +184,7 @@ def _differences(path: Path, used: Mapping[str, Any]) -> tuple[str, ...]:
     Raises:
         InputError: pixels would have other values than in training.
     """
-    recorded = path / PREPROCESSING_FILE
+    recorded = (path if path.is_dir() else path.parent) / PREPROCESSING_FILE
     if not recorded.is_file():
         return ()
     said = json.loads(recorded.read_text())
@@ -229,4 +231,4 @@ def _seen(spec: str) -> str:
             stat = path.stat()
             stats.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino])
     versions = {tool: metadata.version(tool) for tool in ("evaclip", "open_clip_torch")}
-    return digest_of({"spec": spec, "files": stats, **versions})
+    return digest_of({"form": _FORM, "spec": spec, "files": stats, **versions})

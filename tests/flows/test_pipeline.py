@@ -216,6 +216,20 @@ def test_figures_stand_beside_chance_and_the_untrained_model_and_are_printed(
             assert re.search(row, first_run.output)
 
 
+def test_the_registered_model_scores_the_same_outside_its_recipe(
+    finished: Demo, artifacts: dict[str, Artifact]
+) -> None:
+    sets = [part for override in finished.overrides for part in ("--set", override)]
+    uri = "models:/evaclip-demo@champion"
+    ended = run(["score", f"mine={uri}", "--recipe", "demo", *sets], finished.root)
+    assert ended.status == 0, ended.errors
+    found = [json.loads(path.read_text()) for path in finished.root.glob("evaluate/*/results.json")]
+    (scored,) = [one for one in found if "mine" in one["models"]]
+    results = json.loads((artifacts["evaluate"].folder / "results.json").read_text())
+    for name, by_model in results["results"].items():
+        assert scored["results"][name]["mine"] == by_model["trained"]
+
+
 def test_the_report_shows_pictures_curves_and_figures_and_needs_no_other_file(
     artifacts: dict[str, Artifact],
 ) -> None:
