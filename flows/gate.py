@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from prefect import runtime
 from prefect.artifacts import create_markdown_artifact
-from prefect.events import emit_event
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from pydantic import Field
@@ -23,6 +22,7 @@ from evaclip_model.training.config import METRICS_FILE, MODEL_FOLDER
 from evaclip_model.weight_files import WEIGHTS_FILE
 from flows.measure import measure
 from flows.pictured import publish_lineage
+from flows.promoted import announce
 from flows.session import Session
 from flows.terminal import console
 from tasks.artifact import MANIFEST, Address, Artifact, sha256_of
@@ -58,8 +58,6 @@ Promote = Literal["gate", "never", "ask"]
 PULLED = "pulled"
 """Folder under the root for champions that were trained elsewhere."""
 APPROVAL_WAIT_S = 7 * 24 * 3600
-PROMOTED = "evaclip.model.promoted"
-"""The event that an automation can wait for."""
 TRAINED, CHAMPION = "trained", "champion"
 """What the two models are called in a comparison."""
 
@@ -123,7 +121,7 @@ def settle(
     else:
         moved = carry_out(store, config, version, decision)
     if moved:
-        _tell(config.model_name, version, decision.champion, config.alias)
+        announce(config.model_name, version, decision.champion, config.alias)
     return moved
 
 
@@ -236,15 +234,3 @@ def _ask(
         return False
     why = answer.why or decision.summary
     return promote(store, name, config.alias, version, "approval", answer.by, why)
-
-
-def _tell(name: str, version: int, before: int | None, alias: str) -> None:
-    emit_event(
-        event=PROMOTED,
-        resource={
-            "prefect.resource.id": f"evaclip.model.{name}",
-            "prefect.resource.name": name,
-            "evaclip.version": str(version),
-        },
-        payload={"name": name, "version": version, "before": before, "alias": alias},
-    )

@@ -6,6 +6,7 @@ import argparse
 
 from evaclip_model.errors import InputError
 from flows.profile import load_profile
+from flows.promoted import announce_where_served
 from flows.terminal import console
 from tasks.tracking import TrackingStore
 
@@ -21,7 +22,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     from tasks.register.gate import Outcome
-    from tasks.register.promotion import How, promote, standing_of, who  # import mlflow
+    from tasks.register.promotion import (
+        How,
+        champion_of,
+        promote,
+        standing_of,
+        who,
+    )
 
     name, slash, number = parsed.model.removeprefix("models:/").rpartition("/")
     if not slash or not number.isdecimal():
@@ -36,6 +43,9 @@ def run(parsed: argparse.Namespace) -> None:
             f"the gate {said} of {name}/{number}: add --force --reason TEXT to make it "
             f"{parsed.alias} all the same"
         )
+    before = champion_of(store, name, parsed.alias)
     how: How = "force" if parsed.force else "command"
     moved = promote(store, name, parsed.alias, int(number), how, who(), parsed.reason)
+    if moved:
+        announce_where_served(name, int(number), before.version if before else None, parsed.alias)
     console.print(f"{name}/{number} {'is' if moved else 'was'} {parsed.alias}", markup=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from flows.profile import load_profile
+from flows.promoted import announce_where_served
 from flows.terminal import console
 from tasks.tracking import TrackingStore
 
@@ -23,6 +24,7 @@ def run(parsed: argparse.Namespace) -> None:
 
     store = TrackingStore.at(load_profile().mlflow_uri, experiment="")
     before, now = roll_back(store, parsed.name, parsed.alias, parsed.to, who(), parsed.reason)
+    announce_where_served(parsed.name, now, before, parsed.alias)
     console.print(f"{parsed.name}@{parsed.alias}: version {before} -> {now}", markup=False)
     for move in history(store, parsed.name, parsed.alias):
         why = f": {move.why}" if move.why else ""

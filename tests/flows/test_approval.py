@@ -15,6 +15,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.runner import Runner
 from prefect.testing.utilities import prefect_test_harness
 
+from flows.promoted import EVENT
 from tasks.artifact import Address, Artifact, Made, Stage, produce
 from tasks.register.config import REGISTERED, RegisterConfig
 from tasks.register.gate import Candidate, Champion, decide
@@ -100,6 +101,14 @@ def answer(run: UUID, **said: object) -> None:
         client.resume_flow_run(run, run_input=said)
 
 
+def promotions_told() -> list[dict[str, object]]:
+    """Payloads of the events that an automation could have acted on."""
+    wanted = {"filter": {"event": {"name": [EVENT]}}}
+    with get_client(sync_client=True) as client:
+        found = client.request("POST", "/events/filter", json=wanted).json()
+    return [event["payload"] for event in found["events"]]
+
+
 def test_a_better_model_waits_for_a_yes_and_a_no_is_kept(server: None, registry: Registry) -> None:
     second, third = registry.registered
     run = deployed_run(registry, second)
@@ -111,6 +120,8 @@ def test_a_better_model_waits_for_a_yes_and_a_no_is_kept(server: None, registry:
     assert registry.champion == 2
     last = history(registry.store, "clip", "champion")[-1]
     assert (last.version, last.how, last.by, last.why) == (2, "approval", "Ada", "it looks right")
+    told = {"name": "clip", "version": 2, "before": 1, "alias": "champion"}
+    assert promotions_told() == [told]
 
     promote(registry.store, "clip", "champion", 1, "rollback", "me", "")
     run = deployed_run(registry, third)

@@ -1,0 +1,39 @@
+"""The event that tells others of a promotion, so that an automation can act on it.
+
+Covers: its name and content, sending it from a flow, and from a command where there is a server.
+Not here: promoting (tasks/register/promotion.py), who listens (infra/automations.yaml).
+"""
+
+from __future__ import annotations
+
+import os
+
+EVENT = "evaclip.model.promoted"
+
+
+def announce(name: str, version: int, before: int | None, alias: str) -> None:
+    """Send the event to the Prefect server in use; it is on its way when the process ends.
+
+    Args:
+        name: of the registered model.
+        version: that has the alias now.
+        before: version that had it until now; None if there was none.
+        alias: the alias.
+    """
+    from prefect.events import emit_event  # a command without a server has no need of it
+
+    emit_event(
+        event=EVENT,
+        resource={
+            "prefect.resource.id": f"evaclip.model.{name}",
+            "prefect.resource.name": name,
+            "evaclip.version": str(version),
+        },
+        payload={"name": name, "version": version, "before": before, "alias": alias},
+    )
+
+
+def announce_where_served(name: str, version: int, before: int | None, alias: str) -> None:
+    """`announce`, from a command: only where PREFECT_API_URL names a server that could listen."""
+    if os.environ.get("PREFECT_API_URL"):
+        announce(name, version, before, alias)
