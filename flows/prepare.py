@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
@@ -14,6 +15,7 @@ from flows.overview import per_source
 from flows.parameters import Overrides, RecipeName
 from flows.session import Session, open_session
 from flows.takedown import obeying
+from flows.told import metadata_read
 from tasks.artifact import CARD, Address, Artifact
 from tasks.dataset.config import RULES_IN_FILES
 from tasks.dataset.dataset import OutsideFiles
@@ -44,7 +46,9 @@ def prepare(recipe: RecipeName = "demo", overrides: Overrides = ()) -> Artifact:
             for source in wanted.merge.sources
         }
         merged = session.make(
-            *(merge, chart.merge, wanted.merge, files, profile.merge_workers, ()), after=world
+            *(merge, chart.merge, wanted.merge, files, profile.merge_workers, ()),
+            outside=partial(metadata_read, config=wanted.merge),
+            after=world,
         )
         downloaded, verified = fetch(session, merged, chart.download, chart.verify)
         version = choose(session, (merged, downloaded, verified), chart.dataset)

@@ -7,6 +7,7 @@ Not here: what is new (increment.py), the gate (gate.py), when it runs (infra/pr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,7 @@ from flows.prepare import choose, fetch, prepare
 from flows.recipe import Recipe
 from flows.session import Session, open_session
 from flows.terminal import console
-from flows.told import publish_evaluation
+from flows.told import metadata_read, publish_evaluation
 from flows.train import train
 from tasks.artifact import Artifact
 from tasks.demo.task import demo
@@ -113,7 +114,8 @@ def _merge_what_is_new(session: Session, news: News) -> list[Artifact]:
     address, config = planned
     files = {source.name: news.files[source.name] for source in config.sources}
     workers = session.profile.merge_workers
-    return [session.make(merge, address, config, files, workers, news.known)]
+    read = partial(metadata_read, config=config)
+    return [session.make(merge, address, config, files, workers, news.known, outside=read)]
 
 
 def _train_on(session: Session, news: News, merges: Sequence[Artifact]) -> Artifact:

@@ -1,6 +1,6 @@
-"""What tracking and the page of a flow run are told of an evaluation.
+"""What tracking and the page of a flow run are told of a merge and of an evaluation.
 
-Covers: the sets it read as datasets, the files that are kept, the report's address and summary.
+Covers: what they read as datasets, the files that are kept, the report's address and summary.
 Not here: figures as metrics, which every artifact's totals become (tasks/lineage/record.py).
 """
 
@@ -18,6 +18,22 @@ from tasks.artifact import Artifact
 from tasks.evaluate.config import REPORT
 from tasks.evaluate.report.files import ATTACHED, SUMMARY
 from tasks.lineage.record import outside_dataset
+from tasks.merge.config import MergeConfig
+
+
+def metadata_read(merged: Artifact, config: MergeConfig) -> list[dict[str, str]]:
+    """The sources that a finished merge read, as tracking's datasets."""
+    return [
+        outside_dataset(
+            source.name,
+            merged.parents[source.name],
+            source.files,
+            {"target_count": source.target_count},
+            "metadata",
+        )
+        for source in config.sources
+        if source.name in merged.parents
+    ]
 
 
 def told_of(sets: Mapping[str, Path | str]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ FORMS = {
     "onnx": "onnxruntime.InferenceSession('{folder}/image.onnx')",
 }
 """Form -> what opens it."""
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+"""Written where open_clip has the architecture by name."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,4 +35,6 @@ def run(parsed: argparse.Namespace) -> None:
     with moving_bar(f"pull {parsed.model}") as report:
         folder = pull(profile.mlflow_uri, parsed.model, parsed.folder, parsed.form, report)
     opened = FORMS[parsed.form].format(folder=folder)
+    if parsed.form == "open_clip" and not (folder / OPEN_CLIP_CONFIG).is_file():
+        opened = "open_clip's model around such an image tower; it has none of this one by name"
     console.print(f"{parsed.model} is in {folder}; try: {opened}", soft_wrap=True, markup=False)

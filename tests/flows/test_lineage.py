@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from mlflow import MlflowClient
+
 from flows.lineage import describe_changes, upward
 from tasks.artifact import read_artifacts
 from tasks.provenance import Change, Lineage
@@ -90,3 +92,12 @@ def test_the_report_and_the_tracking_run_show_the_picture(finished: Demo) -> Non
     for title in ("merge", "dataset", "train stage1", "train stage2"):
         assert f">{made[title]}</text>" in page and f">{made[title]}</text>" in picture
     assert "evaclip-demo/1" in picture
+
+
+def test_tracking_names_the_sources_that_the_merge_read(finished: Demo) -> None:
+    store = MlflowClient(f"sqlite:///{finished.root}/mlflow.db")
+    experiment = store.get_experiment_by_name("demo").experiment_id
+    (merge,) = store.search_runs([experiment], "attributes.run_name = 'merge'")
+    read = {one.dataset.name: one.dataset.digest for one in merge.inputs.dataset_inputs}
+    demo = digests(finished.root)["demo"]
+    assert read == {"laion2b": demo, "coyo700m": demo}
