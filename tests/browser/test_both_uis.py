@@ -28,6 +28,10 @@ pytestmark = [
 RUN_S = 1200.0
 TEXT_FIELDS = "//textarea[contains(@class, 'p-textarea__control')]"
 SUBMIT = "//button[@type='submit']"
+STATE = (
+    "//*[contains(@class, 'page-heading-flow-run')]//*[contains(@class, 'state-badge')]"
+    "[contains(., '{}')]"
+)
 RECENTER = "//button[starts-with(@title, 'Recenter')]"
 ASSISTANT = "//button[@data-component-id='mlflow.assistant.chat_panel.close']"
 SHOWN = "^(loss|logit_scale|grad_norm|images_per_second|lr_vision|text_to_image_accuracy)$"
@@ -78,9 +82,8 @@ def fill_the_form(site: Site, somebody: Person) -> None:
 
 def watch(site: Site, somebody: Person) -> None:
     somebody.click("(//a[contains(@href, '/runs/flow-run/')])[1]")
-    somebody.sees("Running", wait_s=RUN_S)
-    somebody.sees("Completed", wait_s=RUN_S)
-    somebody.sees("register")  # a line of the log
+    somebody.find(STATE.format("Running"), RUN_S)
+    somebody.find(STATE.format("Completed"), RUN_S)
     somebody.click(RECENTER)
     somebody.picture("prefect-run")
     (run,) = site.ask("flow_runs/filter", {"flow_runs": {"parent_task_run_id": {"is_null_": True}}})
@@ -88,11 +91,12 @@ def watch(site: Site, somebody: Person) -> None:
     children = site.ask("flow_runs/filter", {"flow_runs": child, "sort": "START_TIME_ASC"})
     assert len(children) == 3  # prepare, train, evaluate
     somebody.visit(f"{site.prefect}/runs/flow-run/{children[0]['id']}")
-    somebody.sees("Completed", "dataset: ")
+    somebody.find(STATE.format("Completed"))
+    somebody.sees("dataset: samples")  # in the log
     somebody.click(RECENTER)
     somebody.picture("prefect-stages")
     somebody.visit(f"{site.prefect}/runs/flow-run/{run['id']}")
-    somebody.sees("Completed")
+    somebody.find(STATE.format("Completed"))
 
 
 def read_the_summary(site: Site, somebody: Person) -> str:
@@ -129,4 +133,4 @@ def follow_to_mlflow(site: Site, somebody: Person, tracked: str) -> None:
     somebody.picture("mlflow-model")
 
     somebody.visit(back)
-    somebody.sees("Completed", "pipeline")
+    somebody.find(STATE.format("Completed"))
