@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from evaclip_model.errors import InputError
 from flows.profile import load_profile
 from flows.promoted import announce_where_served
 from flows.terminal import console
-from tasks.tracking import TrackingStore
+
+if TYPE_CHECKING:
+    from tasks.register.promotion import How
 
 HELP = "make a version champion that the gate would promote, or any with --force"
 
@@ -21,31 +24,26 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    from tasks.register.gate import Outcome
-    from tasks.register.promotion import (
-        How,
-        champion_of,
-        promote,
-        standing_of,
-        who,
-    )
-
     name, slash, number = parsed.model.removeprefix("models:/").rpartition("/")
     if not slash or not number.isdecimal():
         raise InputError(f"'{parsed.model}' names no version: give NAME/VERSION, as evaclip/7")
     if parsed.force and not parsed.reason.strip():
         raise InputError("--force needs --reason TEXT: it is kept with the version")
-    store = TrackingStore.at(load_profile().mlflow_uri, experiment="")
-    standing = standing_of(store, name, int(number))
-    if not parsed.force and standing.gate != Outcome.PROMOTE:
-        said = f"said {standing.gate.upper()}" if standing.gate else "was not asked"
-        raise InputError(
-            f"the gate {said} of {name}/{number}: add --force --reason TEXT to make it "
-            f"{parsed.alias} all the same"
-        )
-    before = champion_of(store, name, parsed.alias)
-    how: How = "force" if parsed.force else "command"
-    moved = promote(store, name, parsed.alias, int(number), how, who(), parsed.reason)
+    from tasks.register.promotion import champion_of, promote, standing_of, who  # import mlflow
+    from tasks.register.versions import registry
+
+    with registry(load_profile().mlflow_uri) as (store, _):
+        standing = standing_of(store, name, int(number))
+        if not parsed.force and standing.gate != "promote":
+            said = f"said {standing.gate.upper()}" if standing.gate else "was not asked"
+            raise InputError(
+                f"the gate {said} of {name}/{number}: add --force --reason TEXT to make it "
+                f"{parsed.alias} all the same"
+            )
+        before = champion_of(store, name, parsed.alias)
+        how: How = "force" if parsed.force else "command"
+        moved = promote(store, name, parsed.alias, int(number), how, who(), parsed.reason)
     if moved:
-        announce_where_served(name, int(number), before.version if before else None, parsed.alias)
+        was = before.version if before else None
+        announce_where_served(name, int(number), was, parsed.alias)
     console.print(f"{name}/{number} {'is' if moved else 'was'} {parsed.alias}", markup=False)

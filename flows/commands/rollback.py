@@ -7,7 +7,6 @@ import argparse
 from flows.profile import load_profile
 from flows.promoted import announce_where_served
 from flows.terminal import console
-from tasks.tracking import TrackingStore
 
 HELP = "make the version champion again that was it before"
 
@@ -21,12 +20,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     from tasks.register.promotion import history, roll_back, who  # imports mlflow
+    from tasks.register.versions import registry
 
-    store = TrackingStore.at(load_profile().mlflow_uri, experiment="")
-    before, now = roll_back(store, parsed.name, parsed.alias, parsed.to, who(), parsed.reason)
+    with registry(load_profile().mlflow_uri) as (store, _):
+        before, now = roll_back(store, parsed.name, parsed.alias, parsed.to, who(), parsed.reason)
+        moves = history(store, parsed.name, parsed.alias)
     announce_where_served(parsed.name, now, before, parsed.alias)
     console.print(f"{parsed.name}@{parsed.alias}: version {before} -> {now}", markup=False)
-    for move in history(store, parsed.name, parsed.alias):
+    for move in moves:
         why = f": {move.why}" if move.why else ""
         text = f"  {move.at[:19]}  version {move.version}  {move.how} by {move.by}{why}"
         console.print(text, soft_wrap=True, markup=False)
