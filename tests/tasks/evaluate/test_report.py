@@ -5,16 +5,37 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from evaclip_model.errors import InputError
-from tasks.evaluate.report.charts import Line, line_chart, short, ticks
+from tasks.evaluate.report.charts import (
+    Bubble,
+    Line,
+    bubble_chart,
+    interval_bar,
+    line_chart,
+    short,
+    ticks,
+)
+from tasks.evaluate.report.compute import published_gflops
 from tasks.evaluate.report.curves import loss_chart, read_curve
-from tasks.evaluate.report.numbers import interval, ordinal, percent, times
+from tasks.evaluate.report.numbers import (
+    interval,
+    ordinal,
+    p_value,
+    percent,
+    plural,
+    points,
+    signed,
+    size,
+    times,
+)
 from tasks.evaluate.report.pictures import thumbnail
+from tasks.evaluate.report.tables import Cell, Footnotes, Table, escaped, markdown_of, row
 
 
 def test_shares_are_shown_with_the_digits_they_deserve():
@@ -32,6 +53,15 @@ def test_shares_are_shown_with_the_digits_they_deserve():
 def test_ranks_are_shown_as_ordinals():
     shown = " ".join(ordinal(n) for n in (1, 2, 3, 4, 11, 12, 13, 21, 102, 111, 1_023))
     assert shown == "1st 2nd 3rd 4th 11th 12th 13th 21st 102nd 111th 1,023rd"
+
+
+def test_differences_sizes_and_counts_are_words_too():
+    assert [signed(v) for v in (0.31, -1.24, -0.04, None)] == ["+0.3", "−1.2", "0.0", "–"]
+    assert [points(v) for v in (2.3, -1.0, None)] == ["2.3", "−1.0", "–"]
+    assert [size(v) for v in (149e6, 13e9, 790)] == ["149M", "13B", "790"]
+    assert [size(v, digits=1) for v in (5.04e9, 427.8e6)] == ["5.0B", "428M"]
+    assert [p_value(v) for v in (0.314, 0.0123, 0.0001)] == ["0.31", "0.012", "< 0.001"]
+    assert (plural(1, "set"), plural(2_000, "class", "classes")) == ("1 set", "2,000 classes")
 
 
 @pytest.mark.parametrize("bounds", [(0, 5.54), (0, 100), (0.0123, 0.0177), (-3, 3), (7, 7), (0, 0)])
@@ -80,3 +110,45 @@ def test_a_thumbnail_is_small_and_puts_transparency_on_white():
     decoded = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
     assert decoded.size == (72, 36) and decoded.mode == "RGB"
     assert min(decoded.getpixel((10, 10))) > 250
+
+
+def test_circles_keep_their_names_apart_and_the_unknown_ones_are_dashed():
+    crowd = [Bubble(100 + i, 70 + i / 10, 1e12, f"model {i} <b>", "eva") for i in range(6)]
+    svg = str(bubble_chart([*crowd, Bubble(35, 71, None, "ours", "subject")], x="x", y="y"))
+    places = set(re.findall(r'<text class="name [a-z]+" x="([^"]+)" y="([^"]+)"', svg))
+    assert len(places) == 7
+    assert svg.count("<circle") == 7 and svg.count('class="subject unknown"') == 1
+    assert "<b>" not in svg and "nan" not in svg
+    assert "no points" in bubble_chart([], x="x", y="y")
+
+
+def test_a_bar_shows_what_there_is():
+    everything = interval_bar(0.5, (0.4, 0.6), published=0.7, chance=0.1)
+    assert all(f'class="{one}"' in everything for one in ("range", "published", "chance"))
+    alone = interval_bar(0.5, None)
+    assert "range" not in alone and "published" not in alone
+
+
+def test_compute_of_published_models_is_what_others_count():
+    gflops = published_gflops()
+    assert len(gflops) == 16
+    assert gflops["EVA-02-CLIP-B/16"] == pytest.approx(35.1, abs=0.1)
+    assert gflops["OpenAI CLIP-L/14"] == pytest.approx(162, abs=1)
+    assert gflops["EVA-02-CLIP-E/14+"] == pytest.approx(2264, abs=1)
+
+
+def test_a_table_in_markdown_has_its_footnotes_once_and_escapes_its_cells():
+    notes = Footnotes()
+    marked = Cell("1.0", notes=notes.numbers(["first", "second"]))
+    again = Cell("2.0", notes=notes.numbers(["second"]))
+    table = Table(("a", "b"), (row("x | y", marked), row("z", again)), tuple(notes.texts))
+    assert markdown_of(table).splitlines() == [
+        "| a | b |",
+        "| :-- | --: |",
+        r"| x \| y | 1.0<sup>1</sup><sup>2</sup> |",
+        "| z | 2.0<sup>2</sup> |",
+        "",
+        "1. first",
+        "2. second",
+    ]
+    assert escaped("a\n<b> [c] *d* \\") == r"a &lt;b> \[c\] \*d\* \\"
