@@ -185,7 +185,8 @@ def test_the_doctor_finds_both_servers_well(team):
 def test_the_whole_pipeline_goes_through_them(team, monkeypatch):
     monkeypatch.setattr("tests.flows.command.TIMEOUT_S", 800)
     demo = small_demo(team.root)
-    ended = run(demo.arguments("run", "pipeline"), team.root, **team.settings)
+    often = ["train.stage1.checkpoint_every_steps=4"]  # by itself too small to save any
+    ended = run(demo.arguments("run", "pipeline", also=often), team.root, **team.settings)
     assert ended.status == 0, ended.output[-3000:] + ended.errors[-3000:]
     assert "evaclip-demo" in ended.output
     assert team.rows("mlflow", "select count(*) from model_versions") == ["1"]
