@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume test-browser pictures test-crash-table test-train-faults test-launch test-retrain test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace bench-eval acceptance test-spark up down clean check-gpu check-infra dry-run-eval
+.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume test-browser pictures test-crash-table test-train-faults test-launch test-retrain test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace bench-registry bench-eval acceptance test-spark up down clean check-gpu check-infra dry-run-eval
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -84,6 +84,9 @@ bench-merge: $(VENV)/.bench ## the merge at 5, 10 and 20 million rows beside pla
 
 bench-trace: $(VENV)/.dev ## trace and takedown on an index of ten million samples (2 min, 3 GB)
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_trace.py
+
+bench-registry: $(VENV)/.dev ## a registered B/16 loaded, served and pulled where this project is not installed (8 min, 6 GB)
+	@PYTHONPATH=. $(PY) tests/benchmarks/bench_registry.py
 
 bench-loader: $(VENV)/.dev ## images read, decoded and cropped a second and core, beside open_clip's loader (10 min)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_loader.py

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from evaclip_model.errors import InputError
 from evaclip_model.weight_files import WEIGHTS_FILE
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from evaclip_model.create import Precision
 
 Form = Literal["native", "open_clip", "timm", "transformers", "onnx"]
+FORMS: tuple[Form, ...] = get_args(Form)
 PULLED = "pulled.json"
 _ROOM: dict[Form, int] = {"native": 1, "open_clip": 2, "timm": 2, "transformers": 2, "onnx": 3}
 """Most bytes on the disk at once, as a multiple of the weights': they are there first, beside what

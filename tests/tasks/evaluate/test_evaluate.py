@@ -231,7 +231,7 @@ def test_the_task_returns_a_finished_evaluation_without_doing_it_again(
     tmp_path: Path, saved_model: SavedModel, sets: Mapping[str, Path]
 ):
     address = Address.of(tmp_path / "runs", STAGE, CONFIG, {"train": "0" * 16})
-    arguments = (address, CONFIG, {"trained": saved_model(1)}, sets, [], Machine(), [], "<svg></svg>")
+    arguments = (address, CONFIG, {"trained": saved_model(1)}, sets, [], Machine(), [], "<svg/>")
     first = evaluate.fn(*arguments, silent)
 
     def refuse(done: float, total: float, detail: str = "") -> None:

@@ -12,11 +12,13 @@ from tasks.register.registry import register_model
 from tasks.tracking import TrackingStore
 
 
-def trained_and_evaluated(root: Path, seed: int = 0) -> tuple[Artifact, Artifact]:
+def trained_and_evaluated(
+    root: Path, seed: int = 0, architecture: str = "EVA02-CLIP-demo"
+) -> tuple[Artifact, Artifact]:
     """A model and its evaluation, as artifacts under `root`."""
 
     def train(out: Path) -> Made:
-        save_model(create_model("EVA02-CLIP-demo", seed=seed), out / "model")
+        save_model(create_model(architecture, seed=seed), out / "model")
         return Made({"steps": 1}, tuple((out / "model").iterdir()))
 
     trained = produce(Address(root, Stage("train", 1), {"name": "stage-1", "seed": seed}), train)
@@ -28,10 +30,15 @@ def trained_and_evaluated(root: Path, seed: int = 0) -> tuple[Artifact, Artifact
 
 
 def register_random_model(
-    store: TrackingStore, root: Path, name: str, seed: int = 0, large: LargeWeights = COPIED
+    store: TrackingStore,
+    root: Path,
+    name: str,
+    seed: int = 0,
+    large: LargeWeights = COPIED,
+    architecture: str = "EVA02-CLIP-demo",
 ) -> Artifact:
     """Register one, make it champion; returns the registration."""
-    trained, evaluated = trained_and_evaluated(root, seed)
+    trained, evaluated = trained_and_evaluated(root, seed, architecture)
     config = RegisterConfig(model_name=name)
     made_from = {"train": trained.digest, "evaluate": evaluated.digest, "tracking": store.uri}
     registered = produce(

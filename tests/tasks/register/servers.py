@@ -38,15 +38,18 @@ def mlflow_server(
 
 
 @contextmanager
-def model_server(folder: Path, tracking_uri: str, model: str) -> Iterator[str]:
-    """`mlflow models serve` in the environment of the tests; yields the address of its answers."""
+def model_server(
+    folder: Path, tracking_uri: str, model: str, python: str = sys.executable
+) -> Iterator[str]:
+    """`mlflow models serve` in an environment, the tests' own by default; yields the address of
+    its answers."""
     port = free_port()
     command = [
-        *(sys.executable, "-m", "mlflow", "models", "serve", "-m", model),
+        *(python, "-m", "mlflow", "models", "serve", "-m", model),
         *("--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)),
     ]
     # It starts uvicorn by its name.
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{Path(python).parent}:{os.environ['PATH']}"
     settings = {**os.environ, **QUIET, "MLFLOW_TRACKING_URI": tracking_uri, "PATH": path}
     with _running(command, settings, folder / "serving.log", port):
         yield f"http://127.0.0.1:{port}/invocations"
