@@ -1,7 +1,8 @@
 """Give a Prefect server what this project needs: work pools, deployments, automations.
 
 Covers: making what is missing and bringing the rest up to date, as often as one likes; the settings
-EVACLIP_ALERT_WEBHOOK and EVACLIP_PROMOTED_WEBHOOK, addresses that automations call.
+EVACLIP_ALERT_WEBHOOK and EVACLIP_PROMOTED_WEBHOOK, addresses that automations call, and
+EVACLIP_WORKING_DIR, the folder that relative paths start from.
 Not here: servers and workers (up.py, compose.yaml); which deployments there are (prefect.yaml).
 
 The server is the one of PREFECT_API_URL; it stores a webhook's address encrypted and shows it
@@ -57,6 +58,9 @@ async def main(arguments):
 async def apply_pool(client, name, limit, kind):
     """Make a pool, or bring its job template up to date."""
     template = json.loads((INFRA / "work-pools" / f"{kind}.json").read_text())
+    folder = os.environ.get("EVACLIP_WORKING_DIR")
+    if folder and kind == "process":  # or every run gets an empty folder, and paths lead nowhere
+        template["variables"]["properties"]["working_dir"]["default"] = folder
     try:
         there = await client.read_work_pool(name)
     except ObjectNotFound:

@@ -123,6 +123,7 @@ def services(options):
         **os.environ,
         "DO_NOT_TRACK": "1",
         "EVACLIP_ROOT": str(root),
+        "EVACLIP_WORKING_DIR": os.getcwd(),  # recipes name weights and metadata from here
         "EVACLIP_TRACKING_URI": mlflow,
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # evaluation jobs that nothing here submits
@@ -288,7 +289,7 @@ def is_alive(pid):
 
 
 def session_of(leader):
-    """Every process of a session; a worker's flow runs are in it, in groups of their own."""
+    """Every process of a session; Prefect's worker is in that of worker.py, in its own group."""
     pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
     return [pid for pid in pids if (fields := stat_of(pid)) and int(fields[3]) == leader]
 
@@ -305,6 +306,16 @@ def say(line):
     sys.stdout.flush()
 
 
+def settings_file(path):
+    """Settings of a `.env` file; the command line of the flows reads the same one."""
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return {}
+    pairs = [line.partition("=") for line in lines if line.startswith("EVACLIP_")]
+    return {name.strip(): value.strip().strip("'\"") for name, _, value in pairs}
+
+
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="infra/up.py", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["up", "down", "status"])
@@ -319,6 +330,8 @@ def main(arguments=None):
     # Started with `&` from a script, this process ignores SIGINT and its children would inherit
     # that; Prefect's worker turns SIGTERM into SIGINT, so it could never be stopped.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name, value in settings_file(Path(".env")).items():
+        os.environ.setdefault(name, value)
     options = parse(arguments)
     try:
         {"up": up, "down": down, "status": status}[options.what](options)

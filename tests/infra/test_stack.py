@@ -164,6 +164,15 @@ def test_a_wrong_value_is_refused_by_its_field_before_anything_starts(
     assert f"'{field}'" in stack.refused(name, parameters)
 
 
+def test_relative_paths_start_where_up_was_typed(stack):
+    pools = {pool["name"]: pool for pool in stack.ask("work_pools/filter")}
+    for pool in ("cpu-io", "gpu"):
+        variables = pools[pool]["base_job_template"]["variables"]["properties"]
+        assert variables["working_dir"]["default"] == os.getcwd()
+    run = stack.start("takedown", {"file": "no-such-list.txt"})
+    assert stack.becomes(run, "Completed", "Failed", "Crashed") == "Failed"
+
+
 def test_a_schedule_that_a_person_switched_on_stays_on(stack):
     retrain = stack.deployments()["retrain"]
     (schedule,) = retrain["schedules"]

@@ -34,6 +34,17 @@ def test_a_port_in_use_is_one_sentence_and_nothing_is_started(
     assert list((tmp_path / "services").iterdir()) == []
 
 
+def test_settings_come_from_the_file_that_the_flows_read_too(
+    up: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", {"EVACLIP_MLFLOW_PORT": "5001"})
+    (tmp_path / ".env").write_text("# mine\nEVACLIP_ROOT='there'\nEVACLIP_MLFLOW_PORT=5002\n")
+    assert up.main(["down"]) == 0
+    assert (tmp_path / "there" / "services").is_dir()
+    assert os.environ == {"EVACLIP_ROOT": "there", "EVACLIP_MLFLOW_PORT": "5001"}
+
+
 def test_down_without_servers_does_nothing(up: ModuleType, tmp_path: Path) -> None:
     assert up.main(["down", "--root", str(tmp_path)]) == 0
 
@@ -45,7 +56,7 @@ def test_down_leaves_a_program_alone_that_got_the_pid_of_a_dead_server(
     services = tmp_path / "services"
     services.mkdir()
     noted = {"pid": bystander.pid, "started": "12345", "url": None}
-    (services / "worker.json").write_text(json.dumps(noted))
+    (services / "worker-gpu.json").write_text(json.dumps(noted))
     try:
         assert up.main(["down", "--root", str(tmp_path)]) == 0
         assert bystander.poll() is None
@@ -74,7 +85,7 @@ def test_down_ends_a_service_with_everything_in_its_session(up: ModuleType, tmp_
     services = tmp_path / "services"
     services.mkdir()
     noted = {"pid": leader.pid, "started": up.started_at(leader.pid), "url": None}
-    (services / "worker.json").write_text(json.dumps(noted))
+    (services / "worker-gpu.json").write_text(json.dumps(noted))
     assert up.main(["down", "--root", str(tmp_path)]) == 0
     leader.wait(10)
     assert not up.is_alive(left)
