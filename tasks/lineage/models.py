@@ -26,7 +26,8 @@ WEIGHTS = "model/model.safetensors"
 MODEL_TAG = f"{PREFIX}model"
 """Of a logged model: digest of the stage's artifact. A registered version's has others."""
 JUDGED = "train"
-"""Role of the model, among an evaluation's parents, that its figures are of."""
+"""Role of the trained model among the parents of an evaluation, whose figures are of it, and of a
+registration."""
 
 
 def event(artifact: Artifact, reused: bool) -> dict[str, Any] | None:
@@ -35,7 +36,7 @@ def event(artifact: Artifact, reused: bool) -> dict[str, Any] | None:
     weights = artifact.files.get(WEIGHTS)
     judged = artifact.parents.get(JUDGED) if artifact.kind == "evaluate" else None
     used = {role: digest for role, digest in artifact.parents.items() if role != "dataset"}
-    if weights is None and judged is None:
+    if weights is None and JUDGED not in artifact.parents:
         return None
     return {
         "op": "models",

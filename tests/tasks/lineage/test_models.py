@@ -22,7 +22,7 @@ def weights(out: Path) -> Made:
 
 
 def run_stages(pipeline: PipelineRun, root: Path) -> dict[str, Artifact]:
-    """Initialise, dataset, two stages of training, evaluation; title -> artifact."""
+    """Initialise, dataset, two stages of training, evaluation, registration; title -> artifact."""
     made: dict[str, Artifact] = {}
 
     def stage(title: str, kind: str, config: dict[str, str], **parents: str) -> None:
@@ -38,6 +38,7 @@ def run_stages(pipeline: PipelineRun, root: Path) -> dict[str, Artifact]:
     stage("train one", "train", {"name": "one"}, start_from="initialise", dataset="dataset")
     stage("train two", "train", {"name": "two"}, start_from="train one", dataset="dataset")
     stage("evaluate", "evaluate", {}, train="train two", initialise="initialise")
+    stage("register", "register", {}, train="train two", evaluate="evaluate")
     return made
 
 
@@ -84,6 +85,9 @@ def test_every_model_is_logged_once_with_its_place_and_links_its_runs(
         assert [one.model_id for one in run.outputs.model_outputs] == [model.model_id]
         started_from = logged[made[start].digest].model_id
         assert [one.model_id for one in run.inputs.model_inputs] == [started_from]
+    for title, count in (("evaluate", 2), ("register", 1)):
+        read = {one.model_id for one in first_run(client, experiment, title).inputs.model_inputs}
+        assert len(read) == count and logged[made["train two"].digest].model_id in read
     judged = client.get_logged_model(logged[made["train two"].digest].model_id)
     assert [(figure.key, figure.value) for figure in judged.metrics] == [("x", 1)]
 
