@@ -74,23 +74,22 @@ def verdicts(found: Findings) -> Table | None:
                 (
                     ("differs", "not comparable", "reproduced").index(published.verdict),
                     row(
-                        Cell(found.name(evalset), link=anchor(evalset)),
+                        Cell(_figure(found, evalset, metric), link=anchor(evalset)),
                         *([model] if several else []),
-                        title_of(metric),
+                        Cell(published.verdict, STYLES[published.verdict]),
                         NOTHING if ours is None else percent(ours),
                         _published_cell(published, notes),
                         signed(difference, 2),
                         NOTHING if published.tolerance is None else f"± {published.tolerance:g}",
-                        Cell(published.verdict, STYLES[published.verdict]),
                         published.reason or "within the tolerance",
                     ),
                 )
             )
     if not rows:
         return None
-    head = ["set", *(["model"] if several else []), "figure", "ours", "published"]
-    head += ["difference", "tolerance", "verdict", "why"]
-    words = {1, 6, 7} if not several else {1, 2, 7, 8}
+    head = ["set", *(["model"] if several else []), "verdict", "ours", "published"]
+    head += ["difference", "tolerance", "why"]
+    words = {head.index(name) for name in ("model", "verdict", "why") if name in head}
     ordered = tuple(one for _, one in sorted(rows, key=lambda item: item[0]))
     return Table(tuple(head), ordered, tuple(notes.texts), frozenset(words))
 
@@ -252,8 +251,7 @@ def _glance(
     bounds = found.interval(evalset, found.subject, metric)
     chance = found.chance(evalset, metric)
     published = found.published(evalset, found.subject, metric)
-    name = found.name(evalset) + ("" if metric == "top1" else f" · {title_of(metric)}")
-    yield Cell(name, link=anchor(evalset))
+    yield Cell(_figure(found, evalset, metric), link=anchor(evalset))
     yield Cell(percent(ours), "value")
     yield interval(bounds) if bounds else NOTHING
     reference = published.value if published else None
@@ -270,6 +268,11 @@ def _glance(
     yield f"{found.set(evalset)['n']:,}"
     warnings = len(found.set(evalset)["warnings"])
     yield Cell(str(warnings), "warned", link=anchor(evalset)) if warnings else ""
+
+
+def _figure(found: Findings, evalset: str, metric: str) -> str:
+    """A set and its figure in one name; of top-1 the set's alone."""
+    return found.name(evalset) + ("" if metric == "top1" else f" · {title_of(metric)}")
 
 
 def _published(found: Findings, evalset: str) -> Sequence[Published]:
