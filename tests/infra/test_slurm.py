@@ -14,7 +14,7 @@ from tests.tasks.train.stage import STEPS, processes_of, train
 
 CORES, GPUS = os.cpu_count(), 2
 SLURM = {"launcher": "slurm", "ranks": 2}
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import pytest
 from tests.flows.command import environment, free_port
 
 UP = Path(__file__).parents[2] / "infra" / "up.py"
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 class Heard(http.server.BaseHTTPRequestHandler):

@@ -17,7 +17,7 @@ from tests.infra.servers import listens, postgres, running, s3
 
 ADMIN, SECRET = "admin", "a-password-of-the-test"
 ACCESS_KEY = "evaclip"
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 def ask(url, user=None):
@@ -183,7 +183,7 @@ def test_the_doctor_finds_both_servers_well(team):
 
 
 def test_the_whole_pipeline_goes_through_them(team, monkeypatch):
-    monkeypatch.setattr("tests.flows.command.TIMEOUT_S", 800)
+    monkeypatch.setattr("tests.flows.command.TIMEOUT_S", 1200)
     demo = small_demo(team.root)
     often = ["train.stage1.checkpoint_every_steps=4"]  # by itself too small to save any
     ended = run(demo.arguments("run", "pipeline", also=often), team.root, **team.settings)
