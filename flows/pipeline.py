@@ -8,6 +8,7 @@ from prefect.artifacts import create_markdown_artifact
 from flows.chart import load_chart
 from flows.ending import close_tracking
 from flows.evaluate import evaluate
+from flows.fit import Machine, recipe_findings, sentence
 from flows.gate import Promote, settle
 from flows.overview import overview_markdown
 from flows.parameters import Overrides, RecipeName
@@ -31,11 +32,14 @@ def pipeline(
         overrides: Changes to the recipe, each `table.key=value`.
         promote: What happens to a better model. gate: it becomes champion; ask: once a person has
             said yes; never: it stays challenger.
-        dry_run: Only write the plan: what would run, what is already there, and the sizes.
+        dry_run: Only write the plan: what would run, what is there, the sizes, does it fit here.
     """
     if dry_run:
-        wanted, _, chart = load_chart(recipe, overrides)
-        create_markdown_artifact(plan_markdown(wanted, chart), key="plan")
+        wanted, profile, chart = load_chart(recipe, overrides)
+        machine = Machine.here(profile.root.resolve())
+        fits = sentence(recipe_findings(wanted, chart, profile, machine))
+        page = f"{plan_markdown(wanted, chart)}\n\nDoes it fit this machine? {fits}"
+        create_markdown_artifact(page, key="plan")
         return
     with open_session("pipeline", recipe, overrides) as session:
         check_disk(session.recipe, session.chart, session.root)
