@@ -81,7 +81,7 @@ def _data(merged: Artifact, downloaded: Artifact, version: Artifact, sources: in
 def _training(stages: Sequence[Artifact]) -> str:
     pairs = sum(stage.counts["samples_seen"] for stage in stages)
     hours = sum(stage.counts["seconds"] for stage in stages) / 3600
-    took = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+    took = f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
     return f"{pairs:,} pairs shown in {len(stages)} stage{'s' * (len(stages) > 1)}, {took}"
 
 

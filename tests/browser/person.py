@@ -22,7 +22,7 @@ FLAGS = (
     *("disable-sync", "hide-scrollbars", "no-proxy-server", f"window-size={WIDTH},{HEIGHT}"),
 )
 LOADS_S = 90.0
-SETTLES_S = 2.0
+SETTLES_S = 4.0
 """Time for a page's movements to end before a picture."""
 COLOURS = 128
 """Of a picture; pages of flat colours look the same with so few, at a third of the size."""
