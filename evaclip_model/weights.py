@@ -89,7 +89,7 @@ def save_weights(model: EvaClip, path: str | Path) -> None:
 
 
 def save_model(model: EvaClip, folder: str | Path) -> None:
-    """Write `config.json`, `model.safetensors` and `preprocessing.json`, each whole or not at all."""
+    """Write `config.json`, `model.safetensors` and `preprocessing.json`, none of them in halves."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder / WEIGHTS_FILE)
