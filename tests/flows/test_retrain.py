@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,8 @@ from flows.commands.run import FLOWS
 from flows.increment import News, describe, look
 from flows.pipeline import pipeline
 from flows.retrain import retrain
+from flows.takedown import take_down
+from flows.trace import trace
 from tasks.artifact import Artifact, read_artifacts
 from tasks.demo.concepts import Concept, read_concepts, read_drawings
 from tasks.demo.metadata import write_metadata
@@ -324,6 +327,30 @@ def test_the_lineage_of_the_champion_is_a_tree_over_both_weeks(web: Web) -> None
     for kind in ("merge", "download", "verify", "join", "dataset", "train"):
         for artifact in web.made(kind)[:2] if kind != "join" else web.made(kind)[:1]:
             assert artifact.digest[:8] in tree, (kind, tree)
+
+
+def test_a_sample_is_traced_and_taken_down_through_every_weeks_version(
+    web: Web, tmp_path: Path
+) -> None:
+    first, second = web.made("dataset")[:2]
+    (found,) = trace(root=web.root, url=web.row(web.concepts[0]).url)
+    reasons = {version.digest: version.left_out for version in found.versions}
+    assert (reasons[first.digest], reasons[second.digest]) == (None, "takedown")
+
+    url = web.row(web.concepts[FIRST]).url  # came in the second week
+    assert url is not None
+    (found,) = trace(root=web.root, url=url)
+    assert first.digest not in {version.digest for version in found.versions}
+    held = {version.digest: version for version in found.versions}[second.digest]
+    assert [str(one) for model in held.models for one in model.registered][:1] == ["weekly/2"]
+
+    copy = tmp_path / "runs"
+    shutil.copytree(web.root, copy, ignore=shutil.ignore_patterns("prefect", "mlflow*", "cache"))
+    (tmp_path / "list.txt").write_text(f"{url}\n")
+    replaced = {one.old.digest: one.new for one in take_down(tmp_path / "list.txt", copy)}
+    assert first.digest not in replaced
+    assert replaced[second.digest].counts["left_out.takedown"] == 2
+    assert replaced[second.digest].counts["samples"] == FIRST + SECOND - 2
 
 
 def test_a_rollback_gives_the_alias_back_and_sets_that_data_aside(web: Web) -> None:
