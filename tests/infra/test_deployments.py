@@ -1,0 +1,87 @@
+"""Deployments and automations as files: entry points, forms and triggers, without a server."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from prefect.events.schemas.automations import AutomationCore
+from prefect.utilities.callables import parameter_schema
+
+INFRA = Path(__file__).parents[2] / "infra"
+DEPLOYMENTS = yaml.safe_load((INFRA / "prefect.yaml").read_text())
+BY_NAME = {one["name"]: one for one in DEPLOYMENTS["deployments"]}
+
+
+@pytest.fixture(scope="module")
+def apply() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("infra_apply", INFRA / "apply.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def form(name: str) -> dict[str, Any]:
+    module, _, flow = BY_NAME[name]["entrypoint"].rpartition(".")
+    return parameter_schema(getattr(importlib.import_module(module), flow)).model_dump()
+
+
+def test_every_way_to_use_the_system_is_a_deployment_in_a_pool_that_there_is(
+    apply: ModuleType,
+) -> None:
+    assert set(BY_NAME) == {
+        *("pipeline", "prepare", "train", "evaluate", "score", "retrain", "takedown")
+    }
+    assert DEPLOYMENTS["pull"] == []
+    assert {one["work_pool"]["name"] for one in BY_NAME.values()} == set(apply.LIMITS)
+    assert BY_NAME["retrain"]["concurrency_limit"]["collision_strategy"] == "CANCEL_NEW"
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_form_is_flat_described_and_accepts_what_the_deployment_gives(name: str) -> None:
+    schema = form(name)
+    assert schema["definitions"] == {}
+    for field, shown in schema["properties"].items():
+        assert shown.get("description"), field
+        assert shown.get("type") in ("string", "integer", "boolean", "array"), field
+    given = BY_NAME[name].get("parameters", {})
+    jsonschema.validate(given, {**schema, "required": list(given)})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "taken"),
+    [
+        (
+            ["train.stage1.lr_vision=1e-3", "merge.sources.laion2b.files=s3://bucket/a.parquet"],
+            True,
+        ),
+        (["register.model_name=me@home", "train.stage1.seed="], True),
+        (["lr"], False),
+        (["=3"], False),
+        (["merge.sources.a.files=https://me:secret@host/x.parquet"], False),
+    ],
+)
+def test_changes_are_settings_and_hold_no_password(overrides: list[str], taken: bool) -> None:
+    validator = jsonschema.Draft202012Validator(form("pipeline"))
+    assert validator.is_valid({"overrides": overrides}) is taken
+
+
+def test_automations_are_what_prefect_takes_and_wait_for_their_webhook(apply: ModuleType) -> None:
+    webhooks = set()
+    for one in yaml.safe_load((INFRA / "automations.yaml").read_text())["automations"]:
+        without = [
+            apply.with_block(action, dict.fromkeys(apply.WEBHOOKS)) for action in one["actions"]
+        ]
+        webhooks |= {action["block"] for action in one["actions"] if "block" in action}
+        assert (None in without) == any("block" in action for action in one["actions"])
+        blocks = dict.fromkeys(apply.WEBHOOKS, "0a1b2c3d-0000-4000-8000-000000000000")
+        actions = [apply.with_block(action, blocks) for action in one["actions"]]
+        AutomationCore.model_validate({**one, "actions": actions})
+    assert webhooks == set(apply.WEBHOOKS)
