@@ -28,7 +28,10 @@ from tests.tasks.register.registrations import register_random_model, trained_an
 from tests.tasks.register.servers import mlflow_server
 
 URL = os.environ.get("EVACLIP_TEST_S3_URL", "")
-pytestmark = pytest.mark.skipif(not URL, reason="EVACLIP_TEST_S3_URL names no S3 server")
+pytestmark = [
+    pytest.mark.skipif(not URL, reason="EVACLIP_TEST_S3_URL names no S3 server"),
+    pytest.mark.timeout(900),
+]
 
 LOAD = """
     import importlib.util, json, os, sys, tempfile
@@ -107,7 +110,7 @@ PUT = """
     from pathlib import Path
     from evaclip_model import InputError
     from tasks.register.config import LargeWeights
-from tasks.register.references import reference_to
+    from tasks.register.references import reference_to
     try:
         reference_to(Path(sys.argv[1]), "0" * 64, LargeWeights(0, sys.argv[2]))
     except InputError as error:
