@@ -225,6 +225,8 @@ def play(scene: Scene, event: Event, undisturbed: Mapping[str, Any]) -> bool:
     took = time.monotonic() - struck
     wait_for(lambda: not of_run(run_id), GRACE_S)
     left = len(of_run(run_id))
+    for process in of_run(run_id):
+        print(f"left over: {process.cmdline()}", file=sys.stderr)
     wait_for(lambda: tracked(site, run_id) in CLOSED, GRACE_S)
     shown = tracked(site, run_id)
     then = "not needed"
