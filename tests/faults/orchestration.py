@@ -223,12 +223,12 @@ def play(scene: Scene, event: Event, undisturbed: Mapping[str, Any]) -> bool:
     event.cause(site, run_id)
     state = site.until_over(run_id, TIMEOUT_S)
     took = time.monotonic() - struck
+    wait_for(lambda: tracked(site, run_id) in CLOSED, GRACE_S)
+    shown = tracked(site, run_id)
     wait_for(lambda: not of_run(run_id), GRACE_S)
     left = len(of_run(run_id))
     for process in of_run(run_id):
         print(f"left over: {process.cmdline()}", file=sys.stderr)
-    wait_for(lambda: tracked(site, run_id) in CLOSED, GRACE_S)
-    shown = tracked(site, run_id)
     then = "not needed"
     if state != "COMPLETED":
         site.command("up")  # a worker that was stopped or lost
