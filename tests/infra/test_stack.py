@@ -58,8 +58,15 @@ class Stack:
         data = json.dumps({} if body is None else body).encode() if method == "POST" else None
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.api}/{path}", data, headers, method=method)
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)
+        for left in reversed(range(30)):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as error:
+                if error.code != 503 or not left:  # SQLite is busy; Prefect's clients ask again too
+                    raise
+                time.sleep(1)
+        raise AssertionError("the last try returns or raises")
 
     def deployments(self):
         return {one["name"]: one for one in self.ask("deployments/filter")}
