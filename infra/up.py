@@ -214,8 +214,15 @@ def crash_abandoned(prefect):
 def post(url, body):
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)
+    for left in reversed(range(30)):
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            if error.code != 503 or not left:
+                raise UserError(f"the Prefect server refuses {url}: {error}") from None
+            time.sleep(1)  # its database is busy
+    raise AssertionError("the last try returns or raises")
 
 
 def status(options):
