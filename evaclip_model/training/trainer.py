@@ -202,6 +202,7 @@ class _Run:
     def _follow(self, judged: Judged, factor: float) -> Stepped | None:
         """Take the step, or forget its gradient."""
         if judged.verdict is Verdict.TAKE:
+            self._writer.settle()
             return self._rank.engine.step(factor)
         self._rank.engine.discard()
         return None

@@ -391,11 +391,12 @@ def saving_once(batch: int, folder: str) -> dict[str, float]:
     images = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8)
     tokens = tokenize(captions(batch))
 
-    def step(number: int) -> float:
+    def step(number: int, before_update: Callable[[], None] = lambda: None) -> float:
         started_at = time.perf_counter()
         positions = torch.arange(batch) + number * batch
         inputs = step_inputs(config, model.config.vision, number, images, tokens, positions)
         forward_backward(engine, inputs.parts(None), loss=loss_settings(config))
+        before_update()
         engine.step(1.0)
         return time.perf_counter() - started_at
 
@@ -413,13 +414,21 @@ def saving_once(batch: int, folder: str) -> dict[str, float]:
         rest = [step(number) for number in range(1, 4)]
         with CheckpointWriter(Path(made) / "beside", keep=1) as writer:
             writer.prepare(engine.fragments())
-            stalls, meanwhile = [], []
+            stalls, meanwhile, settling = [], [], [0.0]
+
+            def settle() -> None:
+                started_at = time.perf_counter()
+                writer.settle()
+                settling[-1] += time.perf_counter() - started_at
+
             for number in (1, 2, 3):
                 started_at = time.perf_counter()
                 writer.save(engine.fragments(), progress(number))
-                stalls.append(time.perf_counter() - started_at)
+                settling.append(time.perf_counter() - started_at)
                 steps = math.ceil(1.5 * statistics.median(synchronous) / statistics.median(rest))
-                meanwhile += [sum(step(9) for _ in range(steps)) - steps * statistics.median(rest)]
+                spent = sum(step(9, settle) for _ in range(steps))
+                meanwhile.append(spent - steps * statistics.median(rest))
+                stalls.append(settling[-1])
                 writer.wait()
     whole, stall = statistics.median(synchronous), statistics.median(stalls)
     return {

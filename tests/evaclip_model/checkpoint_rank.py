@@ -44,6 +44,7 @@ def main(folder, steps, fails_on):
                 value.fill_(step)
                 if step != 5:
                     writer.save(state, Progress(step, {}, {}, 0.0, {}))
+                writer.settle()
                 value.fill_(-1)
                 ended["done"] = step
             writer.wait()

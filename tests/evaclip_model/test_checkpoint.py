@@ -195,6 +195,7 @@ def test_training_may_go_on_while_the_state_of_a_moment_is_written(location):
         for step in (1, 2):
             state[1].tensors["param"].fill_(step)
             writer.save(state, progress(step))
+            writer.settle()
             state[1].tensors["param"].fill_(-1)
     read = [blank("w", 0, 1), blank("big", 0, 300_000)]
     assert load_newest(location, read, SETTINGS) == progress(2)

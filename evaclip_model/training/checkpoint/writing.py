@@ -32,7 +32,9 @@ from evaclip_model.training.engine import StateFragment
 
 
 class CheckpointWriter:
-    """Saves in a thread: training waits only while the state is copied to host memory.
+    """Saves in a thread: training waits only while a GPU's state is copied to host memory.
+
+    State that lies there is copied beside the next step's gradient; `settle` waits for that.
 
     Every rank makes one at the same point and calls the same methods in the same order. The threads
     agree over a process group of their own, so no exchange of the training is in their way.
@@ -57,6 +59,8 @@ class CheckpointWriter:
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._settled = threading.Event()
+        self._settled.set()
 
     def prepare(self, fragments: Iterable[StateFragment]) -> None:
         """Set aside the memory for copies of `fragments`, so that the first save does not."""
@@ -64,19 +68,28 @@ class CheckpointWriter:
             self._copy_of(key, tensor).zero_()  # memory is there when it was written to
 
     def save(self, fragments: Iterable[StateFragment], progress: Progress) -> None:
-        """Copy the state and begin to write it; waits for the save before, if it goes on.
+        """Begin to copy the state and to write it; waits for the save before, if it goes on.
+
+        Call `settle` before the state is changed.
 
         Raises:
             InputError, OSError: of the save before, the same on every rank.
         """
         self.wait()
-        held = {key: self._copied(key, tensor) for key, tensor in _named(fragments).items()}
-        if torch.cuda.is_available():
+        state = _named(fragments)
+        here = {key: tensor for key, tensor in state.items() if not tensor.is_cuda}
+        held = {key: self._copied(key, state[key]) for key in state.keys() - here.keys()}
+        if held:
             torch.cuda.synchronize()  # copies to pinned memory go on after their call
+        self._settled.clear()
         self._thread = threading.Thread(
-            target=self._write, args=(held, progress), name="checkpoint", daemon=True
+            target=self._write, args=(here, held, progress), name="checkpoint", daemon=True
         )
         self._thread.start()
+
+    def settle(self) -> None:
+        """Return when the state of the last save is copied, and may be changed."""
+        self._settled.wait()
 
     def poll(self) -> bool:
         """Whether the last save has failed, as far as this rank knows; never waits.
@@ -101,6 +114,7 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """`wait`, and let go of the copies."""
+        self.settle()
         self._copies.clear()
         self.wait()
 
@@ -119,9 +133,15 @@ class CheckpointWriter:
         with suppress(Exception):  # the error that is under way tells more
             self.close()
 
-    def _write(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
+    def _write(
+        self, here: Mapping[str, Tensor], held: Mapping[str, Tensor], progress: Progress
+    ) -> None:
         try:
-            self._target.write(tensors, progress)
+            try:
+                copies = {key: self._copied(key, tensor) for key, tensor in here.items()}
+            finally:
+                self._settled.set()
+            self._target.write({**held, **copies}, progress)
         except Exception as error:  # it is raised where the training waits
             self._error = error
 
