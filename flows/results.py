@@ -57,7 +57,8 @@ def print_results(recipe: Recipe, chart: Chart, profile: Profile) -> None:
     """Print the figures, where everything lies, and the commands that come next."""
     version = RegisteredVersion.of(chart.register.folder)
     aliases = version.aliases() or ()
-    name = f"{version.name}@{aliases[0]}" if aliases else str(version)
+    wanted = recipe.registry.alias  # the one in use, where the gate gave it to this version
+    name = f"{version.name}@{wanted}" if wanted in aliases else str(version)
     console.print()
     console.print(figures_table(read_findings(chart.evaluate.folder)))
     console.print(f"\nreport    {chart.evaluate.folder / REPORT}")

@@ -27,7 +27,7 @@ HOST = "127.0.0.1"
 POOLS = ("cpu-io", "gpu")
 HEARTBEAT_S = 30  # automations.yaml takes a run for dead that misses three
 START_S = 180
-STOP_S = 45  # a worker gives itself 35 s
+STOP_S = 65  # a worker gives itself 60 s
 
 
 class UserError(Exception):
