@@ -111,17 +111,40 @@ def text_classifier(
     Raises:
         InputError: no class, no template, or a template without `{c}`.
     """
+    asked = prompts(classnames, templates)
+    features = encode_texts(model, asked, batch_size=batch_size, device=device, progress=progress)
+    means, place = class_means(features, classnames)
+    return normalised(means, "text")[place]
+
+
+def prompts(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Templates filled in, class by class; a name that occurs again is asked once.
+
+    Raises:
+        InputError: no class, no template, or a template without `{c}`.
+    """
     if not classnames or not templates:
         raise InputError("a text classifier needs at least one class name and one template")
     for template in templates:
         if PLACEHOLDER not in template:
             raise InputError(f"template '{template}' has no {PLACEHOLDER} for the class name")
-    names = list(dict.fromkeys(classnames))
-    prompts = [t.replace(PLACEHOLDER, name) for name in names for t in templates]
-    features = encode_texts(model, prompts, batch_size=batch_size, device=device, progress=progress)
-    means = features.reshape(len(names), len(templates), -1).mean(dim=1)
-    distinct = normalised(means, "text")
-    return distinct[torch.tensor([names.index(name) for name in classnames])]
+    names = dict.fromkeys(classnames)
+    return [template.replace(PLACEHOLDER, name) for name in names for template in templates]
+
+
+def class_means(features: Tensor, classnames: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Means of each class's prompts, and the row of every class.
+
+    Args:
+        features: [U * T, D] of the T prompts of each of the U distinct names, in `prompts`' order.
+        classnames: the C classes, names that occur again among them.
+
+    Returns:
+        [U, D] means, not normalised; [C] rows of them.
+    """
+    row = {name: number for number, name in enumerate(dict.fromkeys(classnames))}
+    means = features.reshape(len(row), -1, features.shape[-1]).mean(dim=1)
+    return means, torch.tensor([row[name] for name in classnames])
 
 
 def normalised(features: Tensor, what: str) -> Tensor:

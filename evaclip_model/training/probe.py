@@ -27,7 +27,7 @@ from evaclip_model.metrics import hits
 from evaclip_model.prompts import PLACEHOLDER
 from evaclip_model.tokenizer import tokenize
 from evaclip_model.transform import UnreadableImageError, decode_image, image_transform
-from evaclip_model.zeroshot import classify
+from evaclip_model.zeroshot import class_means, classify
 
 BATCH = 64
 """Images of a rank that are encoded at once."""
@@ -112,12 +112,10 @@ def probe(model: EvaClip, part: ProbeSet) -> tuple[float, float]:
 
 def _classifier(model: EvaClip, part: ProbeSet) -> Tensor:
     """One unit vector a class [C, E] on the CPU, the same on every rank."""
-    names = list(dict.fromkeys(part.classnames))
+    names = dict.fromkeys(part.classnames)
     prompts = [one.replace(PLACEHOLDER, name) for name in names for one in part.templates]
-    features = _text_features(model, prompts)
-    means = features.reshape(len(names), len(part.templates), -1).mean(dim=1)
-    distinct = torch.nn.functional.normalize(means, dim=-1)
-    return distinct[torch.tensor([names.index(name) for name in part.classnames])]
+    means, place = class_means(_text_features(model, prompts), part.classnames)
+    return torch.nn.functional.normalize(means, dim=-1)[place]
 
 
 def _text_features(model: EvaClip, prompts: Sequence[str]) -> Tensor:

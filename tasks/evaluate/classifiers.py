@@ -19,9 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evaclip_model.errors import InputError
-from evaclip_model.prompts import PLACEHOLDER
-from evaclip_model.zeroshot import normalised
+from evaclip_model.zeroshot import class_means, normalised, prompts
 from tasks.evaluate.blocks import SUFFIX, read_block, write_block
 from tasks.evaluate.models import Subject
 from tasks.evaluate.sets import EvalSet
@@ -40,20 +38,6 @@ def texts_of(evalset: EvalSet) -> list[str]:
     if evalset.kind == "retrieval":
         return list(dict.fromkeys(c for one in evalset.samples for c in one.captions))
     return list(dict.fromkeys(prompts(evalset.classnames, evalset.templates)))
-
-
-def prompts(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Templates filled in, class by class.
-
-    Raises:
-        InputError: no class, no template, or a template without `{c}`.
-    """
-    if not classnames or not templates:
-        raise InputError("a text classifier needs at least one class name and one template")
-    for template in templates:
-        if PLACEHOLDER not in template:
-            raise InputError(f"template '{template}' has no {PLACEHOLDER} for the class name")
-    return [one.replace(PLACEHOLDER, name) for name in classnames for one in templates]
 
 
 class TextFeatures:
@@ -107,11 +91,9 @@ def answers(evalset: EvalSet, features: TextFeatures) -> Tensor:
     """What the images of a set are compared with: a classifier [C, D], or its captions [T, D]."""
     if evalset.kind == "retrieval":
         return features.of([c for one in evalset.samples for c in one.captions])
-    names = list(dict.fromkeys(evalset.classnames))
-    each = features.of(prompts(names, evalset.templates))
-    means = each.reshape(len(names), len(evalset.templates), -1).mean(dim=1)
-    place = {name: row for row, name in enumerate(names)}
-    return normalised(means, "text")[torch.tensor([place[name] for name in evalset.classnames])]
+    each = features.of(prompts(evalset.classnames, evalset.templates))
+    means, place = class_means(each, evalset.classnames)
+    return normalised(means, "text")[place]
 
 
 def encode_texts(

@@ -29,7 +29,8 @@ import torch
 from PIL import Image
 
 from evaclip_model.prompts import imagenet_classnames, imagenet_templates
-from tasks.evaluate.classifiers import TextFeatures, answers, encode_texts, prompts
+from evaclip_model.zeroshot import prompts
+from tasks.evaluate.classifiers import TextFeatures, answers, encode_texts
 from tasks.evaluate.convert.write import Found, Source, write_set
 from tasks.evaluate.open_clip_model import open_clip_subject
 from tasks.evaluate.sets import open_set
