@@ -49,7 +49,7 @@ class UnreadableImageError(ValueError):
 
 
 def decode_image(
-    data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
+    data: bytes | memoryview, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
     """Decode a JPEG, PNG or WebP file, in its own mode; 16-bit grey becomes 8-bit.
 

@@ -50,7 +50,7 @@ class Picture(Protocol):
 class Decoder(Protocol):
     """Encoded image -> picture."""
 
-    def __call__(self, data: bytes) -> Picture:
+    def __call__(self, data: bytes | memoryview) -> Picture:
         """Decode an image.
 
         Raises:
@@ -97,18 +97,18 @@ class _Pixels:
         return interpolate(part, (size, size), mode="bicubic", antialias=True)[0]
 
 
-def decode_reference(data: bytes) -> Picture:
+def decode_reference(data: bytes | memoryview) -> Picture:
     """Decode by Pillow; see `Decoder`."""
     return _Reference(decode_image(data))
 
 
-def decode_fast(data: bytes) -> Picture:
+def decode_fast(data: bytes | memoryview) -> Picture:
     """Decode a JPEG directly, anything else by Pillow; see `Decoder`."""
-    pixels = _jpeg_pixels(data) if data.startswith(_JPEG) else None
+    pixels = _jpeg_pixels(data) if data[: len(_JPEG)] == _JPEG else None
     return decode_reference(data) if pixels is None else _Pixels(pixels)
 
 
-def _jpeg_pixels(data: bytes) -> NDArray[np.uint8] | None:
+def _jpeg_pixels(data: bytes | memoryview) -> NDArray[np.uint8] | None:
     """Pixels of a whole JPEG, [H, W, 3]; none for one that only the reference can judge."""
     # strict, as by default: libjpeg's warnings are errors
     try:

@@ -15,6 +15,7 @@ a sample's three tar members as its decoding takes here.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,7 +31,7 @@ from torch import Tensor
 from evaclip_model.errors import InputError
 from evaclip_model.reading.decode import DECODERS, Picture
 from evaclip_model.reading.locations import is_url
-from evaclip_model.reading.memory import BatchMemory
+from evaclip_model.reading.memory import Memory
 from evaclip_model.reading.order import ORDERS, Mixture, Order, Piece
 from evaclip_model.reading.read_worker import Origin, Worker
 from evaclip_model.reading.samples import BrokenShard, Shard, ShardManifest
@@ -80,7 +81,7 @@ class _Loaded:
 
     __slots__ = ("caption", "image", "origin")
 
-    def __init__(self, image: bytes | Picture, caption: str, origin: Origin) -> None:
+    def __init__(self, image: bytes | memoryview | Picture, caption: str, origin: Origin) -> None:
         self.image = image
         self.caption = caption
         self.origin = origin
@@ -133,7 +134,8 @@ class BatchReader:
         per_rank = config.lanes // ranks
         self._lanes = range(rank * per_rank, (rank + 1) * per_rank)
         self._mixture = Mixture(weights, config.global_batch, config.lanes)
-        self._memory = BatchMemory(per_rank * self._mixture.per_lane, config.image_px)
+        self._shape = (per_rank * self._mixture.per_lane, config.image_px, config.image_px, 3)
+        self._memory = Memory(math.prod(self._shape))
         self._shards = [by_source[name] for name in weights]
         self._orders: list[Order] = [
             ORDERS[config.sampling](
@@ -181,7 +183,7 @@ class BatchReader:
             return
         with closing(_Team(self._workers(workers, first_step, steps))) as team:
             for step in range(first_step, steps):
-                images = self._memory.take()
+                images = self._images()
                 captions, origins, bad = team.parts(images)
                 self.bad.update(bad)
                 yield Batch(step, images, captions, self._positions(step), origins)
@@ -193,7 +195,7 @@ class BatchReader:
             InputError: a shard cannot be read, or a whole window holds no usable sample.
         """
         positions = self._positions(step)
-        images = self._memory.take()
+        images = self._images()
         captions: list[str] = []
         origins: list[Origin] = []
         for lane in self._lanes:
@@ -221,6 +223,11 @@ class BatchReader:
         for stream in self._streams.values():
             stream.close()
         self._store.close()
+
+    def _images(self) -> Tensor:
+        """[b, 3, S, S] uint8 of any content, the channels last in memory."""
+        memory = torch.frombuffer(self._memory.take(), dtype=torch.uint8)
+        return memory.view(self._shape).permute(0, 3, 1, 2)
 
     def _positions(self, step: int) -> Tensor:
         first = step * self._config.global_batch + self._lanes.start * self._mixture.per_lane
@@ -265,7 +272,7 @@ class BatchReader:
 
     def _crop(self, loaded: _Loaded, position: int) -> Tensor:
         picture = loaded.image
-        if isinstance(picture, bytes):
+        if isinstance(picture, bytes | memoryview):
             picture = self._decode(picture)
             if picture.bytes <= self._room:
                 self._room -= picture.bytes

@@ -23,7 +23,8 @@ from pydantic import Field, field_validator
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 from evaclip_model.reading.locations import read_text
-from evaclip_model.reading.tar_file import BrokenTar, Member, members
+from evaclip_model.reading.memory import Memory
+from evaclip_model.reading.tar_file import STRETCH, BrokenTar, Member, TarReader
 
 SHARDS = "shards.json"
 """Name of the manifest, in the folder that its shards' paths are relative to."""
@@ -146,7 +147,7 @@ def read_samples(shard: Path) -> Iterator[Sample]:
     """
     try:
         with shard.open("rb", buffering=0) as tar:
-            for key, found in grouped(members(tar.fileno())):
+            for key, found in grouped(TarReader(tar.fileno())):
                 yield _sample(shard, key, {e: m.read(tar.fileno()) for e, m in found.items()})
     except (BrokenTar, OSError) as error:
         raise BrokenShard(f"{shard} is no whole tar: {error}") from error
@@ -155,7 +156,7 @@ def read_samples(shard: Path) -> Iterator[Sample]:
 class Pair(NamedTuple):
     """What training needs of a sample."""
 
-    image: bytes
+    image: bytes | memoryview
     """Encoded."""
     caption: str
     key: str
@@ -165,19 +166,25 @@ class Pair(NamedTuple):
 class PairReader:
     """Images and captions of a shard, read once, front to back, in parts."""
 
-    def __init__(self, shard: Path, left_out: Set[int] = frozenset()) -> None:
+    def __init__(
+        self, shard: Path, left_out: Set[int] = frozenset(), memory: Memory | None = None
+    ) -> None:
         """Open the shard.
 
         Args:
             shard: the tar.
             left_out: places of samples that do not count (`Shard.left_out`).
+            memory: of arrays of `STRETCH` bytes, which the images of several readers share; its
+                own by default.
 
         Raises:
             OSError: it cannot be opened.
         """
         self._shard = shard
+        self._memory = memory or Memory(STRETCH)
         self._tar = shard.open("rb", buffering=0)
-        self._samples = kept(grouped(members(self._tar.fileno())), left_out)
+        self._members = TarReader(self._tar.fileno())
+        self._samples = kept(grouped(self._members), left_out)
         self.next = 0
         """Place of the sample that is read next, among those that count, in stored order."""
 
@@ -191,7 +198,9 @@ class PairReader:
             BrokenShard: truncated or unreadable tar, or a sample without image or caption.
         """
         try:
+            self._members.memory = None
             skipped = sum(1 for _ in islice(self._samples, start - self.next))
+            self._members.memory = self._memory
             taken = [self._pair(key, found) for key, found in islice(self._samples, stop - start)]
         except (BrokenTar, OSError) as error:
             raise BrokenShard(f"{self._shard} is no whole tar: {error}") from error
@@ -206,7 +215,8 @@ class PairReader:
         image = found[_image_extension(self._shard, key, found)]
         tar = self._tar.fileno()
         try:
-            return Pair(image.read(tar), found[CAPTION_EXTENSION].read(tar).decode(), key)
+            caption = str(found[CAPTION_EXTENSION].look(tar), "utf-8")
+            return Pair(image.look(tar), caption, key)
         except ValueError as error:
             raise BrokenShard(f"{self._shard}: sample {key} cannot be read ({error})") from error
 

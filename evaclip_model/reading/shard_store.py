@@ -22,7 +22,9 @@ from typing import Any, Protocol
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.locations import filesystem
+from evaclip_model.reading.memory import Memory
 from evaclip_model.reading.samples import PairReader, Shard
+from evaclip_model.reading.tar_file import STRETCH
 
 FETCHES_AT_ONCE = 4
 """Shards that one process fetches at the same time."""
@@ -55,11 +57,12 @@ class LocalShards:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._memory = Memory(STRETCH)
 
     def open(self, shard: Shard) -> PairReader:
         path = self._folder / shard.path
         try:
-            return PairReader(path, shard.left_out)
+            return PairReader(path, shard.left_out, self._memory)
         except OSError as error:
             raise InputError(
                 f"{path} cannot be opened ({error}): verify the shards again"
@@ -98,6 +101,7 @@ class RemoteShards:
         self._files = filesystem(url)
         self._cache = cache
         self._limit = cache_bytes
+        self._memory = Memory(STRETCH)
         self._held: dict[str, tuple[int, Future[Path]]] = {}
         self._used: set[str] = set()
         self._lock = threading.Lock()
@@ -116,7 +120,8 @@ class RemoteShards:
     def open(self, shard: Shard) -> PairReader:
         for _ in range(ATTEMPTS):
             try:
-                return PairReader(self._ask(shard, must=True).result(), shard.left_out)
+                path = self._ask(shard, must=True).result()
+                return PairReader(path, shard.left_out, self._memory)
             except FileNotFoundError:
                 self._forget(shard)  # another process took it over, and cleared it away
         raise InputError(

@@ -5,8 +5,8 @@ Not here: what the members mean (samples.py); making tars; compressed or sparse 
 refused.
 
 webdataset's own reading goes through Python's tarfile: a dozen objects a member, and every byte of
-members that nobody asked for. Here a header is one read of 512 bytes, and what is not wanted is
-never read.
+members that nobody asked for. Here a header is one read of a few kilobytes, and what is not wanted
+is not read; who wants everything has it read in long stretches, headers and contents at once.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from evaclip_model.reading.memory import Memory
+
 _BLOCK = 512
 _REGULAR = (b"0", b"\0", b"7")
 _WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")
 """Links, devices, folders: nothing lies behind their headers, whatever size those give."""
 _AT_ONCE = 8192
+STRETCH = 1 << 20
+"""Bytes of a stretch: a dozen images, and a member that does not fit is read by itself."""
 _LONGEST_NAME = 1 << 16
 _ADLER = 65521
 
@@ -36,7 +40,7 @@ class Member(NamedTuple):
     offset: int
     """Of its first byte, from the beginning of the tar."""
     size: int
-    content: bytes | None = None
+    content: memoryview | None = None
     """Its bytes, if they came along with its header."""
 
     def read(self, tar: int) -> bytes:
@@ -45,54 +49,80 @@ class Member(NamedTuple):
         Raises:
             BrokenTar: the tar ends inside it.
         """
+        return _read(tar, self.offset, self.size) if self.content is None else bytes(self.content)
+
+    def look(self, tar: int) -> bytes | memoryview:
+        """Its content as `read` gives it, not copied where it came along."""
         return _read(tar, self.offset, self.size) if self.content is None else self.content
 
 
-def members(tar: int) -> Iterator[Member]:
+class TarReader:
     """The regular files of a tar, in stored order, from its file descriptor.
 
-    Raises:
-        BrokenTar: a header that is none, or a tar that ends inside a member.
+    Attributes:
+        memory: where stretches of the tar are read to; none while only headers are wanted. May be
+            set and taken away between two members.
     """
-    size_of_tar = os.fstat(tar).st_size
-    offset, extended = 0, _NOTHING
-    near, around = b"", 0  # the bytes from `around` on: small members lie between their headers
-    while True:
-        at = offset - around
-        if not 0 <= at <= len(near) - _BLOCK:
-            near, around, at = os.pread(tar, _AT_ONCE, offset), offset, 0
-        header = near[at : at + _BLOCK]
-        if not header:
-            return
-        if len(header) < _BLOCK:
-            raise BrokenTar(f"it ends inside the header at byte {offset}")
-        if not header.strip(b"\0"):
-            return
-        if not _is_header(header):
-            raise BrokenTar(f"there is no header at byte {offset}")
-        kind = header[156:157]
-        size = extended.size if extended.size is not None else _number(header[124:136], offset)
-        if kind in _WITHOUT_CONTENT:
-            size = 0
-        content = offset + _BLOCK
-        behind = content + (size + _BLOCK - 1) // _BLOCK * _BLOCK
-        if behind > size_of_tar:
-            raise BrokenTar(f"it ends inside the member at byte {offset}")
-        inside = at + _BLOCK + size <= len(near)
-        if kind in (b"x", b"L"):
-            if size > _LONGEST_NAME:
-                raise BrokenTar(f"the header at byte {offset} claims a name of {size} bytes")
-            body = near[at + _BLOCK : at + _BLOCK + size] if inside else _read(tar, content, size)
-            extended = _after(extended, kind, body)
-        else:
-            if kind in _REGULAR:
-                body_here = near[at + _BLOCK : at + _BLOCK + size] if inside else None
-                yield Member(extended.name or _name(header), content, size, body_here)
-            elif kind == b"S":
-                raise BrokenTar(f"the member at byte {offset} is sparse: pack it without holes")
-            if kind != b"K":  # a long link's name stands between a long name and its member
-                extended = _NOTHING
-        offset = behind
+
+    def __init__(self, tar: int) -> None:
+        self._tar = tar
+        self.memory: Memory | None = None
+
+    def _from(self, offset: int) -> memoryview:
+        """What is read at once from a header on."""
+        if self.memory is None:
+            return memoryview(os.pread(self._tar, _AT_ONCE, offset))
+        stretch = self.memory.take()
+        return stretch[: os.preadv(self._tar, [stretch], offset)]
+
+    def __iter__(self) -> Iterator[Member]:
+        """Yield all members.
+
+        Raises:
+            BrokenTar: a header that is none, or a tar that ends inside a member.
+        """
+        size_of_tar = os.fstat(self._tar).st_size
+        offset, extended = 0, _NOTHING
+        near, around = memoryview(b""), 0  # the bytes from `around` on
+        while True:
+            at = offset - around
+            if not 0 <= at <= len(near) - _BLOCK:
+                near, around, at = self._from(offset), offset, 0
+            header = bytes(near[at : at + _BLOCK])
+            if not header:
+                return
+            if len(header) < _BLOCK:
+                raise BrokenTar(f"it ends inside the header at byte {offset}")
+            if not header.strip(b"\0"):
+                return
+            if not _is_header(header):
+                raise BrokenTar(f"there is no header at byte {offset}")
+            kind = header[156:157]
+            size = extended.size if extended.size is not None else _number(header[124:136], offset)
+            if kind in _WITHOUT_CONTENT:
+                size = 0
+            content = offset + _BLOCK
+            behind = content + (size + _BLOCK - 1) // _BLOCK * _BLOCK
+            if behind > size_of_tar:
+                raise BrokenTar(f"it ends inside the member at byte {offset}")
+            room = 0 if self.memory is None else self.memory.size - _BLOCK
+            if at and len(near) - at - _BLOCK < size <= room:
+                near, around, at = self._from(offset), offset, 0
+            start, stop = at + _BLOCK, at + _BLOCK + size
+            if kind in (b"x", b"L"):
+                if size > _LONGEST_NAME:
+                    raise BrokenTar(f"the header at byte {offset} claims a name of {size} bytes")
+                body = near[start:stop] if stop <= len(near) else _read(self._tar, content, size)
+                extended = _after(extended, kind, bytes(body))
+            else:
+                if kind in _REGULAR:
+                    here = near[start:stop] if stop <= len(near) else None
+                    yield Member(extended.name or _name(header), content, size, here)
+                elif kind == b"S":
+                    raise BrokenTar(f"the member at byte {offset} is sparse: pack it without holes")
+                if kind != b"K":  # a long link's name stands between a long name and its member
+                    extended = _NOTHING
+            offset = behind
 
 
 class _Extended(NamedTuple):

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evaclip_model.reading.tar_file import BrokenTar, members
+from evaclip_model.reading.memory import Memory
+from evaclip_model.reading.tar_file import BrokenTar, TarReader
 
 NAMES = ["a.txt", "folder/b.jpg", "x" * 90 + ".json", "y/" * 60 + "z.txt", "é" * 120 + ".png"]
 
@@ -28,9 +29,13 @@ def write(path: Path, format: int, names: list[str] = NAMES) -> Path:
     return path
 
 
-def read(path: Path) -> list[tuple[str, bytes]]:
+def read(path: Path, memory: Memory | None = None) -> list[tuple[str, bytes]]:
     with path.open("rb") as tar:
-        return [(member.name, member.read(tar.fileno())) for member in members(tar.fileno())]
+        reader = TarReader(tar.fileno())
+        reader.memory = memory
+        found = [(member, bytes(member.look(tar.fileno()))) for member in reader]
+        assert [member.read(tar.fileno()) for member, _ in found] == [data for _, data in found]
+        return [(member.name, data) for member, data in found]
 
 
 def read_by_tarfile(path: Path) -> list[tuple[str, bytes]]:
@@ -50,6 +55,24 @@ def test_a_long_name_split_over_two_fields_is_put_together(tmp_path: Path) -> No
     assert read(path) == read_by_tarfile(path)
 
 
+@pytest.mark.parametrize("stretch", [512, 1024, 1536, 2560, 4096, 1 << 20])
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_stretches_of_any_length_hold_the_same(tmp_path: Path, format: int, stretch: int) -> None:
+    path = write(tmp_path / "0.tar", format)
+    assert read(path, Memory(stretch)) == read_by_tarfile(path)
+
+
+def test_stretches_may_begin_and_end_anywhere(tmp_path: Path) -> None:
+    path = write(tmp_path / "0.tar", tarfile.PAX_FORMAT, [f"{n}.txt" for n in range(20)])
+    memory, found = Memory(6000), []
+    with path.open("rb") as tar:
+        reader = TarReader(tar.fileno())
+        for number, member in enumerate(reader):
+            found.append((member.name, member.look(tar.fileno())))
+            reader.memory = memory if number % 3 else None
+    assert found == read_by_tarfile(path)
+
+
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -62,7 +85,7 @@ def test_a_cut_tar_gives_whole_members_and_then_says_so(tmp_path: Path, cut: int
     got = []
     with short.open("rb") as tar:
         try:
-            for member in members(tar.fileno()):
+            for member in TarReader(tar.fileno()):
                 got.append((member.name, member.read(tar.fileno())))
         except BrokenTar:
             pass

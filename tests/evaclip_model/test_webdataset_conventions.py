@@ -21,7 +21,7 @@ from evaclip_model.reading.samples import (
     kept,
     read_samples,
 )
-from evaclip_model.reading.tar_file import BrokenTar, members
+from evaclip_model.reading.tar_file import BrokenTar, TarReader
 from tests.evaclip_model.test_samples import stored, write_tar
 
 Found = list[tuple[str, dict[str, bytes]]]
@@ -71,7 +71,7 @@ def pack(path: Path, names: Sequence[str], format: int = tarfile.PAX_FORMAT) -> 
 def read_here(path: Path) -> Found:
     with path.open("rb") as tar:
         file = tar.fileno()
-        found = grouped(members(file))
+        found = grouped(TarReader(file))
         return [(key, {kind: one.read(file) for kind, one in held.items()}) for key, held in found]
 
 

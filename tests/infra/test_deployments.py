@@ -39,6 +39,7 @@ def test_every_way_to_use_the_system_is_a_deployment_in_a_pool_that_there_is(
     assert set(BY_NAME) == {
         *("pipeline", "prepare", "train", "evaluate", "score", "retrain", "takedown")
     }
+    assert len(BY_NAME) == len(DEPLOYMENTS["deployments"]), "a name stands twice"
     assert DEPLOYMENTS["pull"] == []
     assert {one["work_pool"]["name"] for one in BY_NAME.values()} == set(apply.LIMITS)
     assert BY_NAME["retrain"]["concurrency_limit"]["collision_strategy"] == "CANCEL_NEW"
