@@ -332,7 +332,7 @@ def loss_memory(options: argparse.Namespace) -> Iterator[str]:
     yield "| pairs | full | streamed | share | CPU s, full | streamed | ratio |"
     yield "|---" * 7 + "|"
     for pairs in options.pairs:
-        needed = 6 * 4 * pairs**2
+        needed = 4.3 * 4 * pairs**2  # four matrices of all pairs at a time
         cells: list[dict[str, float] | None] = [
             None
             if impl == "full" and needed > 0.9 * 1024 * _kib("/proc/meminfo", "MemAvailable")
