@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from evaclip_model.reading.reader import Batch
+from evaclip_model.training.allocator import keep_freed_memory
 from evaclip_model.training.assemble import (
     device_of_rank,
     make_engine,
@@ -84,6 +85,8 @@ class Rank:
         self.number, self.ranks = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
         set_determinism(config)
         self.device = device_of_rank()
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.part_size = size_of_parts(job, self.ranks)
         self.reader = open_reader(job, self.number, self.ranks)
         self.model = starting_model(job, self.device)
