@@ -232,7 +232,7 @@ def _publish(address: Address, made: Made) -> Artifact:
         "counts": dict(made.counts),
         "files": _described(sorted(files), folder),
         "tools": {name: metadata.version(name) for name in address.stage.tools},
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return read_artifact(folder)

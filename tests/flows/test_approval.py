@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,12 +102,19 @@ def answer(run: UUID, **said: object) -> None:
         client.resume_flow_run(run, run_input=said)
 
 
-def promotions_told() -> list[dict[str, object]]:
-    """Payloads of the events that an automation could have acted on."""
+def promotions_told(count: int) -> list[dict[str, object]]:
+    """Payloads of the events that an automation could have acted on, once there are so many.
+
+    The server stores events some time after it got them.
+    """
     wanted = {"filter": {"event": {"name": [EVENT]}}}
-    with get_client(sync_client=True) as client:
-        found = client.request("POST", "/events/filter", json=wanted).json()
-    return [event["payload"] for event in found["events"]]
+    until = time.monotonic() + 30
+    while True:
+        with get_client(sync_client=True) as client:
+            found = client.request("POST", "/events/filter", json=wanted).json()["events"]
+        if len(found) >= count or time.monotonic() > until:
+            return [event["payload"] for event in found]
+        time.sleep(0.2)
 
 
 def test_a_better_model_waits_for_a_yes_and_a_no_is_kept(server: None, registry: Registry) -> None:
@@ -121,7 +129,7 @@ def test_a_better_model_waits_for_a_yes_and_a_no_is_kept(server: None, registry:
     last = history(registry.store, "clip", "champion")[-1]
     assert (last.version, last.how, last.by, last.why) == (2, "approval", "Ada", "it looks right")
     told = {"name": "clip", "version": 2, "before": 1, "alias": "champion"}
-    assert promotions_told() == [told]
+    assert promotions_told(1) == [told]
 
     promote(registry.store, "clip", "champion", 1, "rollback", "me", "")
     run = deployed_run(registry, third)
