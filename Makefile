@@ -49,7 +49,7 @@ test-train-grid: $(VENV)/.dev ## 20 steps on 1, 2, 3 ranks in 1, 2, 4 parts, wit
 $(VENV)/.browser: $(STAMP)
 	@python3 infra/environment.py $(VENV) pipeline dev browser && touch $@ $(VENV)/.pipeline $(VENV)/.dev
 
-test-browser: $(VENV)/.browser ## the demo from the form in Prefect's UI to the model in MLflow's; needs chromium-driver (8 min)
+test-browser: $(VENV)/.browser ## the demo from the form in Prefect's UI to the model in MLflow's; needs chromium-driver (4 min)
 	@$(PY) -m pytest -m slow tests/browser
 
 pictures: $(VENV)/.browser ## the same, and what was on the screen into docs/pictures
@@ -115,7 +115,7 @@ lamb-table: $(VENV)/.dev ## LAMB under ZeRO beside plain LAMB: naive and ours, e
 $(VENV)/.infra: $(STAMP)
 	@python3 infra/environment.py $(VENV) pipeline dev infra && touch $@ $(VENV)/.pipeline $(VENV)/.dev
 
-check-infra: $(VENV)/.infra ## infra/ against its validators and real PostgreSQL, S3, Slurm; as root, INSTALL=1 fetches them (35 min on two busy cores)
+check-infra: $(VENV)/.infra ## infra/ against its validators and real PostgreSQL, S3, Slurm; as root, INSTALL=1 fetches them (11 min)
 	@PYTHONPATH=. $(PY) tests/infra/check_infra.py $(if $(INSTALL),--install)
 
 acceptance: $(VENV)/.dev ## 60,000 real pictures from URLs to figures, the same from every way of evaluating; needs two Debian packages (20 min)
