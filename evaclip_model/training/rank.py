@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
+from evaclip_model.allocator import keep_freed_memory
 from evaclip_model.reading.reader import Batch
-from evaclip_model.training.allocator import keep_freed_memory
 from evaclip_model.training.assemble import (
     device_of_rank,
     make_engine,

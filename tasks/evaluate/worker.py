@@ -16,11 +16,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
+from evaclip_model.allocator import freed_memory_kept
 from evaclip_model.errors import InputError
 from tasks.artifact import write_atomically
 from tasks.evaluate.classifiers import encode_texts
@@ -47,7 +48,7 @@ def work(job: Job, rank: int, progress: Progress) -> dict[str, str]:
         done += count
         progress(done, detail)
 
-    with _exact(job.device), _decoders(job.workers) as pool:
+    with _exact(job.device), _memory_of(job.device), _decoders(job.workers) as pool:
         for todo in job.models:
             device = _device(job, rank)
             subject = open_subject(todo.spec, device=device, precision=job.precision)
@@ -144,6 +145,10 @@ def _exact(device: str) -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.backends.cudnn.allow_tf32 = convolutions
         torch.set_float32_matmul_precision(matmul)
+
+
+def _memory_of(device: str) -> AbstractContextManager[None]:
+    return freed_memory_kept() if device == "cpu" else nullcontext()
 
 
 @contextmanager
