@@ -63,10 +63,13 @@ class WorkerFailed(RuntimeError):
 class Worker:
     """One worker, seen from its rank."""
 
-    def __init__(self, settings: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, program: Sequence[str], settings: Mapping[str, Any], shape: tuple[int, ...]
+    ) -> None:
         """Start it; its first parts are made at once.
 
         Args:
+            program: command of a process that calls `serve`.
             settings: what `run` gets, of JSON's types.
             shape: of the part's images, [b, 3, S, S].
         """
@@ -74,7 +77,7 @@ class Worker:
         os.ftruncate(memory, SLOTS * int(np.prod(shape)))
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__],
+                program,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=[memory],
@@ -174,9 +177,3 @@ def _slots(memory: int, shape: Sequence[int]) -> list[Tensor]:
         .permute(0, 3, 1, 2)
         for number in range(SLOTS)
     ]
-
-
-if __name__ == "__main__":
-    from evaclip_model.reading.reader import serve_batches
-
-    sys.exit(serve(serve_batches))

@@ -16,6 +16,7 @@ a sample's three tar members as its decoding takes here.
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +34,7 @@ from evaclip_model.reading.decode import DECODERS, Picture
 from evaclip_model.reading.locations import is_url
 from evaclip_model.reading.memory import Memory
 from evaclip_model.reading.order import ORDERS, Mixture, Order, Piece
-from evaclip_model.reading.read_worker import Origin, Worker
+from evaclip_model.reading.read_worker import Origin, Worker, serve
 from evaclip_model.reading.samples import BrokenShard, Shard, ShardManifest
 from evaclip_model.reading.shard_store import LocalShards, RemoteShards, ShardStore
 from evaclip_model.training.config import TrainConfig
@@ -41,6 +42,8 @@ from evaclip_model.transform import UnreadableImageError
 
 SHARDS_AHEAD = 2
 """Shards of every lane and source at hand or on their way: the one in use, and the next."""
+WORKER = (sys.executable, "-m", __name__)
+"""Command of a reading process."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +252,7 @@ class BatchReader:
                 "first_step": first_step,
                 "steps": steps,
             }
-            yield Worker(settings, (images, 3, config.image_px, config.image_px))
+            yield Worker(WORKER, settings, (images, 3, config.image_px, config.image_px))
 
     def _sample(self, source: int, lane: int, draw: int, position: int) -> tuple[Tensor, _Loaded]:
         """The cropped image and the sample of a draw, or of the next usable one in its window."""
@@ -443,3 +446,7 @@ def _weights(
     return {
         name: config.source_weights[name] for name in by_source if name in config.source_weights
     }
+
+
+if __name__ == "__main__":
+    sys.exit(serve(serve_batches))

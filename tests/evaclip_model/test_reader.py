@@ -12,7 +12,7 @@ import torch
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.read_worker import WorkerFailed
-from evaclip_model.reading.reader import BatchReader, ReadSettings
+from evaclip_model.reading.reader import WORKER, BatchReader, ReadSettings
 from evaclip_model.reading.samples import ShardManifest
 from evaclip_model.training.config import TrainConfig
 
@@ -88,7 +88,7 @@ def test_without_weights_sources_are_drawn_as_large_as_they_are(small_shards):
 
 def workers_of(rank):
     children = psutil.Process(rank).children()
-    return [child for child in children if "evaclip_model.reading.read_worker" in child.cmdline()]
+    return [child for child in children if child.cmdline()[1:] == list(WORKER[1:])]
 
 
 def spoilt_copy(shards, tmp_path):
