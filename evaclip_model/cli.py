@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evaclip_model.allocator import freed_memory_kept
 from evaclip_model.errors import InputError
 from evaclip_model.model_config import ALIASES, CONFIG_FILE, ModelConfig, list_models
 
@@ -238,10 +239,11 @@ def _run_embed(options: argparse.Namespace) -> None:
         raise InputError(f"--out {options.out}: the folder does not exist, make it first")
     if bool(options.images) == (options.text is not None):
         raise InputError("give images or folders of them, or --text FILE, and not both")
-    if options.text is not None:
-        _embed_texts(options)
-    else:
-        _embed_images(options)
+    with freed_memory_kept():
+        if options.text is not None:
+            _embed_texts(options)
+        else:
+            _embed_images(options)
 
 
 def _embed_images(options: argparse.Namespace) -> None:
