@@ -85,7 +85,7 @@ bench-merge: $(VENV)/.bench ## the merge at 5, 10 and 20 million rows beside pla
 bench-trace: $(VENV)/.dev ## trace and takedown on an index of ten million samples (2 min, 3 GB)
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_trace.py
 
-bench-registry: $(VENV)/.dev ## a registered B/16 loaded, served and pulled where this project is not installed (8 min, 6 GB)
+bench-registry: $(VENV)/.dev ## a registered B/16 loaded, served and pulled where this project is not installed (3 min, 6 GB)
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_registry.py
 
 bench-loader: $(VENV)/.dev ## images read, decoded and cropped a second and core, beside open_clip's loader (10 min)
