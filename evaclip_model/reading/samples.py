@@ -174,8 +174,8 @@ class PairReader:
         Args:
             shard: the tar.
             left_out: places of samples that do not count (`Shard.left_out`).
-            memory: of arrays of `STRETCH` bytes, which the images of several readers share; its
-                own by default.
+            memory: of stretches of `STRETCH` bytes, which several readers may share; its own by
+                default.
 
         Raises:
             OSError: it cannot be opened.

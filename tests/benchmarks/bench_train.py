@@ -30,7 +30,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -276,15 +276,10 @@ def speed(options: argparse.Namespace) -> Iterator[str]:
             settings = settings_of(options, ranks, folder, shards)
             found: dict[str, list[dict[str, float]]] = {"open_clip": [], "ours": []}
             begin = partial(started, ranks=ranks, settings=settings, log=folder)
-            with ExitStack() as kept:
-                both = {} if options.apart else {s: kept.enter_context(begin(s)) for s in found}
-                for _ in range(options.rounds):
-                    for side, figures in found.items():
-                        if options.apart:
-                            with begin(side) as alone:
-                                figures.append(alone())
-                        else:
-                            figures.append(both[side]())
+            for _ in range(options.rounds):
+                for side, figures in found.items():  # one at a time: both would fill the memory
+                    with begin(side) as measured:
+                        figures.append(measured())
             cells = []
             for unit in ("cpu_s", "wall_s"):
                 other, own = (
@@ -469,9 +464,6 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="of a round")
-    parser.add_argument(
-        "--apart", action="store_true", help="start a side anew each round: half the memory"
-    )
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--their-precision", default="amp_bf16", help="pure_bf16, fp32, ...")
     parser.add_argument("--optimizer", choices=("lamb", "adamw"), default="lamb", help="ours")

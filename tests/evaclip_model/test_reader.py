@@ -47,6 +47,12 @@ def test_a_batch_says_where_each_of_its_samples_comes_from(small_shards):
         assert int(origin.key) in sources[origin.shard]
 
 
+def test_the_channels_of_a_batch_are_last_in_memory(small_shards):
+    images = reader(small_shards).batch(0).images
+    assert images.shape == (24, 3, 16, 16)
+    assert images.stride() == (768, 1, 48, 3)
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 6])
 def test_ranks_together_read_what_one_reads_in_the_same_order(small_shards, ranks):
     whole = reader(small_shards)
