@@ -24,6 +24,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.deepspeed_json import MIN_LOSS_SCALE, deepspeed_config
 from evaclip_model.training.ema import RunningMean
+from evaclip_model.training.gloo import all_gather_into_tensor
 from evaclip_model.training.lamb import Lamb, Part
 from evaclip_model.training.optim import TOWERS, Group, is_frozen, parameter_groups, tower_of
 from evaclip_model.training.zero import Buffered, Copied, Master, Masters, Partitioned
@@ -314,7 +315,7 @@ def start_distributed(device: str) -> None:
     """Join the other ranks: gloo on "cpu", NCCL on "cuda".
 
     DeepSpeed would compile a shared-memory operator for the CPU; it is told that there is none, so
-    that no compiler is needed.
+    that no compiler is needed. Over gloo it gathers by a function of ours (gloo.py).
     """
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -326,6 +327,8 @@ def start_distributed(device: str) -> None:
     # DeepSpeed calls collectives by names that torch is retiring: once a call, in every log.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed("gloo" if device == "cpu" else "nccl", auto_mpi_discovery=False)
+    if device == "cpu":
+        deepspeed.comm.comm.cdb.all_gather_function = all_gather_into_tensor
 
 
 def make_optimizer(

@@ -1,0 +1,43 @@
+"""One rank of the gathering over gloo: it fails by itself when a part is not where it belongs."""
+
+import torch
+import torch.distributed as dist
+
+from evaclip_model.training.engine import start_distributed
+from evaclip_model.training.gloo import all_gather_into_tensor
+
+SIZE = 5
+
+
+def part(rank):
+    return torch.arange(SIZE, dtype=torch.bfloat16) + 10 * rank
+
+
+def main():
+    start_distributed("cpu")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    everything = torch.cat([part(number) for number in range(ranks)])
+
+    whole = torch.zeros(ranks * SIZE, dtype=torch.bfloat16)
+    all_gather_into_tensor(whole, part(rank))
+    assert whole.equal(everything)
+
+    whole = torch.zeros(ranks * SIZE, dtype=torch.bfloat16)
+    own = whole[rank * SIZE : (rank + 1) * SIZE]
+    own.copy_(part(rank))
+    all_gather_into_tensor(output_tensor=whole, input_tensor=own, async_op=True).wait()
+    assert whole.equal(everything)
+
+    last_two = dist.new_group([ranks - 2, ranks - 1])
+    if rank >= ranks - 2:
+        some = torch.zeros(2, SIZE, dtype=torch.bfloat16)
+        all_gather_into_tensor(some, part(rank), group=last_two)
+        assert some.flatten().equal(everything[-2 * SIZE :])
+
+    from deepspeed.comm.comm import cdb
+
+    assert cdb.all_gather_function is all_gather_into_tensor
+    dist.destroy_process_group()
+
+
+main()
