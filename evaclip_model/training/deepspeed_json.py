@@ -48,7 +48,8 @@ def deepspeed_config(
     if config.grad_clip_norm is not None:
         settings["gradient_clipping"] = config.grad_clip_norm
     if config.precision == "bf16":
-        settings["bf16"] = {"enabled": True}
+        # A gradient that is no number never gets as far as DeepSpeed's step (engine.py).
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": False}
     if config.precision == "fp16":
         settings["fp16"] = {
             "enabled": True,
