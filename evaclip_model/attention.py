@@ -89,7 +89,7 @@ def attention_kernel(choice: AttentionChoice, head_widths: Sequence[int] = ()) -
 def resolved_attention(
     choice: AttentionChoice, device: torch.device, dtype: torch.dtype
 ) -> AttentionChoice:
-    """The kernel that runs for tensors on `device` in `dtype`: what "auto" stands for there."""
+    """The kernel that runs for images on `device` in `dtype`: what "auto" stands for there."""
     if choice != "auto":
         return choice
     # On a CPU the fused backward in bfloat16 is several times slower than plain products.
@@ -127,8 +127,16 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 def auto_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """The faster of torch's two for this device and dtype."""
-    return _BUILT_IN[resolved_attention("auto", q.device, q.dtype)](q, k, v, causal)
+    """The faster of torch's two for this device and dtype; on a CPU, captions in bfloat16 go by
+    float32.
+
+    Groups of captions have new sizes in every batch, and oneDNN, which multiplies bfloat16,
+    compiles a program for each and keeps a thousand; fused attention in float32 needs none.
+    """
+    choice = resolved_attention("auto", q.device, q.dtype)
+    if causal and choice == "eager":
+        return sdpa_attention(q.float(), k.float(), v.float(), causal).to(q.dtype)
+    return _BUILT_IN[choice](q, k, v, causal)
 
 
 _BUILT_IN: dict[str, AttentionKernel] = {

@@ -120,7 +120,7 @@ class EvaClip(nn.Module):
 
     @property
     def attention(self) -> AttentionChoice:
-        """The attention kernel that runs for the weights' present device and dtype."""
+        """The attention kernel that runs for images, on the weights' device and in their dtype."""
         return resolved_attention(self._attention, self.logit_scale.device, self.logit_scale.dtype)
 
     def set_grad_checkpointing(self, mode: GradCheckpointing) -> None:

@@ -7,6 +7,9 @@ Attention is causal and features are pooled at the first end token, so nothing b
 influence: leaving it out, or having other tokens there, changes neither features nor gradients.
 Captions are sorted by length and cut into groups of equal length; a group is as long as its longest
 caption. Linear layers see the whole stream at once, attention one group at a time.
+
+On a CPU a few tokens that nothing looks at fill the stream up to one of a few lengths: for every
+new one oneDNN compiles each product anew, and it keeps a thousand of them.
 """
 
 from __future__ import annotations
@@ -28,11 +31,12 @@ class Packing:
     """Where the tokens of a batch [B, L] stand in its stream [S]."""
 
     groups: tuple[tuple[int, int], ...]
-    """(captions, tokens of each) in the stream's order; their products add up to S."""
+    """(captions, tokens of each) in the stream's order; their products add up to S. Filling tokens
+    come last, as captions of one."""
     tokens: Tensor
     """[S] ids."""
     positions: Tensor
-    """[S] place of each token in its caption."""
+    """[S] place of each token in its caption; 0 of filling ones."""
     ends: Tensor
     """[B] place in the stream of each caption's end token, in the batch's order."""
 
@@ -65,10 +69,14 @@ def pack(tokens: Tensor, device: torch.device) -> Packing:
     counts, lengths = np.array(groups).T
     rows = np.repeat(lengths, counts)  # [B] tokens of each sorted caption
     starts = np.cumsum(rows) - rows
-    positions = np.arange(rows.sum()) - np.repeat(starts, rows)
+    total = int(rows.sum())
+    positions = np.arange(total) - np.repeat(starts, rows)
     stream = ids[np.repeat(order, rows), positions]
     places = np.empty_like(starts)
     places[order] = starts + ends[order]
+    if device.type == "cpu" and (fill := filled_length(total) - total):
+        groups = (*groups, (fill, 1))
+        positions, stream = (np.pad(array, (0, fill)) for array in (positions, stream))
     return Packing(
         groups,
         *(
@@ -76,6 +84,12 @@ def pack(tokens: Tensor, device: torch.device) -> Packing:
             for array in (stream, positions, places)
         ),
     )
+
+
+def filled_length(tokens: int) -> int:
+    """The next of 32 lengths between a power of two and its double: at most a 32nd longer."""
+    step = max(1, (1 << tokens.bit_length() - 1) // 32)
+    return -(-tokens // step) * step
 
 
 def group_lengths(histogram: np.ndarray, group_cost: int) -> tuple[tuple[int, int], ...]:

@@ -1,6 +1,6 @@
 """Whole training steps beside open_clip's trainer; memory of the loss; cost of saving. Markdown.
 
-    python tests/benchmarks/bench_train.py [--part speed|loss|saving] [--batch 32] [--rounds 3]
+    python tests/benchmarks/bench_train.py [--part speed|loss|saving] [--batch 32] [--rounds 5]
 
 Covers: EVA02-CLIP-B/16 from webdataset shards to updated weights, on one rank and on two: this
 project's trainer as it runs (reader, masking, DeepSpeed ZeRO-1, LAMB, metrics) and open_clip's
@@ -462,8 +462,8 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, help="one table alone")
     parser.add_argument("--batch", type=int, default=32, help="pairs of a rank")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2, help="of a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="of a round")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--their-precision", default="amp_bf16", help="pure_bf16, fp32, ...")
     parser.add_argument("--optimizer", choices=("lamb", "adamw"), default="lamb", help="ours")

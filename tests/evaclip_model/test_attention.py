@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from evaclip_model import attention
-from evaclip_model.attention import attention_kernel, eager_attention, sdpa_attention
+from evaclip_model.attention import (
+    attention_kernel,
+    auto_attention,
+    eager_attention,
+    sdpa_attention,
+)
 from evaclip_model.create import create_model
 from evaclip_model.errors import InputError
 from evaclip_model.training.loss import contrastive_loss
@@ -34,7 +39,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("kernel", [sdpa_attention, eager_attention])
+@pytest.mark.parametrize("kernel", [sdpa_attention, eager_attention, auto_attention])
 @pytest.mark.parametrize(
     ("queries", "keys", "causal"), [(9, 9, False), (9, 9, True), (1, 9, False), (1, 1, True)]
 )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaclip_model import packing
-from evaclip_model.packing import group_lengths, pack, pack_padded
+from evaclip_model.packing import filled_length, group_lengths, pack, pack_padded
 from tests.evaclip_model.small_models import END, small_batch, small_model
 
 CPU = torch.device("cpu")
@@ -51,6 +51,21 @@ def test_a_stream_holds_every_caption_up_to_its_end():
         assert torch.equal(packed.positions[own], torch.arange(length))
     assert len(packed.tokens) == sum(captions * length for captions, length in packed.groups)
     assert len(packed.tokens) < tokens.numel() / 2
+
+
+def test_streams_have_few_lengths_and_little_that_nothing_looks_at():
+    filled = {tokens: filled_length(tokens) for tokens in range(1, 5000)}
+    assert all(tokens <= length <= tokens * 33 / 32 for tokens, length in filled.items())
+    assert len({filled[tokens] for tokens in range(2048, 4096)}) <= 33
+    tokens = torch.tensor([[*range(1, size), END, *[0] * (77 - size)] for size in range(2, 70)])
+    packed = pack(tokens, CPU)
+    looked_at = sum(captions * length for captions, length in packed.groups[:-1])
+    fill, one = packed.groups[-1]
+    assert one == 1
+    assert len(packed.tokens) == looked_at + fill == filled_length(looked_at)
+    assert int(packed.ends.max()) < looked_at
+    elsewhere = pack(tokens, torch.device("meta"))
+    assert all(length > 1 for _, length in elsewhere.groups)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
