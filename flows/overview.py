@@ -6,13 +6,17 @@ Not here: the figures of an evaluation (results.py), the gate's rules (tasks/reg
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flows.chart import Chart
+from flows.descent import ancestors_of, parent_of
 from flows.recipe import Recipe
 from flows.results import results_markdown
-from tasks.artifact import Artifact, read_artifact
+from tasks.artifact import Artifact, Stage, read_artifact, read_artifacts
+from tasks.download.config import STAGE as DOWNLOAD
+from tasks.merge.config import STAGE as MERGE
 from tasks.register.aliases import RegisteredVersion
 from tasks.register.promotion import read_decision
 
@@ -20,19 +24,21 @@ SEEN = "shown in training"
 Row = Mapping[str, Any]
 
 
-def per_source(merged: Artifact, downloaded: Artifact, version: Artifact) -> list[dict[str, Any]]:
+def per_source(made: Sequence[Artifact], version: Artifact) -> list[dict[str, Any]]:
     """What became of every source's rows, a row a source, most images first.
 
     Args:
+        made: merges and their downloads; others do not matter.
         version: the dataset version that was chosen of what was downloaded.
     """
-    names = [key.removesuffix(".rows_read") for key in merged.counts if key.endswith(".rows_read")]
+    merged, downloaded = _counted(made, MERGE), _counted(made, DOWNLOAD)
+    names = [key.removesuffix(".rows_read") for key in merged if key.endswith(".rows_read")]
     rows = [
         {
             "source": name,
-            "rows of metadata": merged.counts[f"{name}.rows_read"],
-            "selected": merged.counts.get(f"{name}.selected", 0),
-            "downloaded": downloaded.counts.get(f"{name}.samples", 0),
+            "rows of metadata": merged[f"{name}.rows_read"],
+            "selected": merged[f"{name}.selected"],
+            "downloaded": downloaded[f"{name}.samples"],
             "in the dataset": version.counts.get(f"{name}.samples", 0),
         }
         for name in names
@@ -41,22 +47,22 @@ def per_source(merged: Artifact, downloaded: Artifact, version: Artifact) -> lis
 
 
 def overview_markdown(recipe: Recipe, chart: Chart, url: str | None) -> str:
-    """The page of a finished recipe.
+    """The page of a finished recipe, or retraining.
 
     Args:
+        chart: from the dataset on; what that was made of is found by its descent.
         url: of its tracking run; None for a store without pages.
     """
-    merged, downloaded, version = (
-        read_artifact(address.folder) for address in (chart.merge, chart.download, chart.dataset)
-    )
+    version, artifacts = read_artifact(chart.dataset.folder), read_artifacts(chart.dataset.root)
+    made = ancestors_of(parent_of(version, "verify", artifacts), artifacts)
     stages = [read_artifact(address.folder) for address in chart.train]
     decision = read_decision(chart.register.folder)
     registered = RegisteredVersion.of(chart.register.folder)
-    rows = per_source(merged, downloaded, version)
+    rows = per_source(made, version)
     facts = {
         "Model": f"`{registered}`",
         "Decision": decision.summary,
-        "Data": _data(merged, downloaded, version, len(rows)),
+        "Data": _data(made, version, len(rows)),
         "Training": _training(stages),
         "Record": f"[MLflow run]({url}), dataset `{version.digest}`" if url else version.digest,
     }
@@ -69,13 +75,22 @@ def overview_markdown(recipe: Recipe, chart: Chart, url: str | None) -> str:
     return f"{title}\n\n| | |\n|---|---|\n{told}\n\n{_table(seen)}\n{figures}"
 
 
-def _data(merged: Artifact, downloaded: Artifact, version: Artifact, sources: int) -> str:
-    rows, got = merged.counts["selected"], downloaded.counts["samples"]
+def _data(made: Sequence[Artifact], version: Artifact, sources: int) -> str:
+    rows, got = _counted(made, MERGE)["selected"], _counted(made, DOWNLOAD)["samples"]
     share = f" ({got / rows:.0%} of those asked for)" if rows else ""
     return (
         f"{version.counts['samples']:,} images with captions from {sources} sources; "
         f"{got:,} were downloaded{share}"
     )
+
+
+def _counted(made: Sequence[Artifact], stage: Stage) -> Counter[str]:
+    """The counts of all artifacts of a stage together."""
+    counts: Counter[str] = Counter()
+    for artifact in made:
+        if artifact.kind == stage.name:
+            counts.update(artifact.counts)
+    return counts
 
 
 def _training(stages: Sequence[Artifact]) -> str:

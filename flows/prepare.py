@@ -53,7 +53,7 @@ def prepare(recipe: RecipeName = "demo", overrides: Overrides = ()) -> Artifact:
         downloaded, verified = fetch(session, merged, chart.download, chart.verify)
         version = choose(session, (merged, downloaded, verified), chart.dataset)
         create_table_artifact(
-            per_source(merged, downloaded, version),
+            per_source((merged, downloaded), version),
             key="sources",
             description="What became of every source's rows",
         )

@@ -30,6 +30,7 @@ from flows.increment import (
     rows_of,
 )
 from flows.measure import measure
+from flows.overview import overview_markdown
 from flows.parameters import Overrides, RecipeName
 from flows.prepare import choose, fetch, prepare
 from flows.recipe import Recipe
@@ -89,7 +90,7 @@ def retrain(
     with open_session("retrain", recipe, overrides) as session:
         if news.is_first:
             shards = prepare(recipe, overrides)
-            registered = evaluate(recipe, overrides, train(recipe, overrides, shards))
+            registered, made = evaluate(recipe, overrides, train(recipe, overrides, shards)), chart
         else:
             merges = [*news.waiting, *_merge_what_is_new(session, news)]
             rows = rows_of(merges)
@@ -100,8 +101,10 @@ def retrain(
                 _tell(wanted, news, end)
                 _settle_last(wanted, store, news, promote)
                 return None
-            registered = _train_on(session, news, merges)
+            registered, made = _train_on(session, news, merges)
         _tell(wanted, news, read_decision(registered.folder).summary)
+        page = overview_markdown(session.recipe, made, session.run.url())
+        create_markdown_artifact(page, key="summary")
     settle(wanted.registry, store, registered, promote)
     return registered
 
@@ -118,8 +121,8 @@ def _merge_what_is_new(session: Session, news: News) -> list[Artifact]:
     return [session.make(merge, address, config, files, workers, news.known, outside=read)]
 
 
-def _train_on(session: Session, news: News, merges: Sequence[Artifact]) -> Artifact:
-    """From merges of what is new to a registered and judged model."""
+def _train_on(session: Session, news: News, merges: Sequence[Artifact]) -> tuple[Artifact, Chart]:
+    """From merges of what is new to a registered and judged model; it, and the chart it is on."""
     made = [one for merged in merges if rows_of([merged]) for one in _part(session, merged)]
     verified = [*news.used, *(one for one in made if one.kind == "verify")]
     chart, joined = draw_retraining(
@@ -132,7 +135,7 @@ def _train_on(session: Session, news: News, merges: Sequence[Artifact]) -> Artif
     model = _trained(session, news, chart, shards)
     evaluated = _evaluated(session, news, chart, model)
     publish_evaluation(evaluated, session.run.stage_url(chart.evaluate))
-    return register_and_judge(session, chart.register, model, evaluated)
+    return register_and_judge(session, chart.register, model, evaluated), chart
 
 
 def _part(session: Session, merged: Artifact) -> tuple[Artifact, Artifact, Artifact]:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import prefect.artifacts
 import pyarrow.parquet as pq
 import pytest
 import webdataset
@@ -257,6 +258,18 @@ def test_week_2_only_what_is_new_is_fetched_and_the_gate_promotes(web: Web) -> N
     ]
     assert top1(web)["trained"] > top1(web)["champion"]
     assert "nothing new" in web.said()
+
+    page = summary_page()
+    assert decision.summary in page
+    of_both_weeks = FIRST + SECOND + ROTTED + KNOWN, FIRST + SECOND + ROTTED, FIRST + SECOND
+    assert f"| laion2b | {' | '.join(map(str, of_both_weeks))} | {FIRST + SECOND - 1} |" in page
+
+
+def summary_page() -> str:
+    """The newest page for whoever pays for it."""
+    found = prefect.artifacts.Artifact.get("summary")
+    assert found is not None
+    return str(found.data)
 
 
 def kill_while_training(web: Web) -> None:
