@@ -173,6 +173,14 @@ def is_refusal(error: Exception) -> bool:
     return getattr(error, "error_code", None) in _ANSWERED_NO
 
 
+def is_answer(client: MlflowClient, error: Exception) -> bool:
+    """Whether the store itself said no: what stands before it says 404 while it is away."""
+    if not is_refusal(error):
+        return False
+    client.search_experiments(max_results=1)  # raises when the store is away
+    return True
+
+
 def _make_database(path: Path) -> None:
     """Make an empty MLflow database beside its place and put it there whole.
 

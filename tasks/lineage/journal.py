@@ -1,7 +1,7 @@
 """What happened, on disk first: the events of one pipeline run, and how far they were shipped.
 
 Covers: appending events, reading those not shipped yet, the cursor, finding an unfinished run.
-Not here: MLflow (mlflow_store.py ships what this file keeps).
+Not here: MLflow (shipper.py carries there what this file keeps).
 
 One folder a pipeline run: `run.json` (what it is), `events.jsonl` (append only), `cursor.json`
 (how many bytes of events were shipped, the MLflow run of every key, how far each series is).
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -172,3 +173,8 @@ def runs_of_digest(journals: Path, digest: str) -> list[str]:
     return [
         run for cursor in cursors for key, run in cursor.runs.items() if key.endswith(f"-{digest}")
     ]
+
+
+def now_ms() -> int:
+    """Milliseconds since 1970, as MLflow counts the time of an event."""
+    return int(time.time() * 1000)

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from evaclip_model.config import Config
 from tasks.artifact import Address, Stage
-from tasks.lineage import mlflow_store
+from tasks.lineage import shipper
 from tasks.lineage.mlflow_store import Tracking
 from tasks.tracking import TrackingStore
 from tests.flows.command import free_port
@@ -70,7 +70,7 @@ class Server:
 def server(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    monkeypatch.setattr(mlflow_store, "LONGEST_BACKOFF_S", 4.0)
+    monkeypatch.setattr(shipper, "LONGEST_BACKOFF_S", 4.0)
     (tmp_path / "artifacts").mkdir()
     made = Server(tmp_path)
     made.start()

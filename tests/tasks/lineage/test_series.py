@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tasks.lineage.journal import SeriesCursor
-from tasks.lineage.mlflow_store import MAX_METRICS_PER_CALL, _batches
 from tasks.lineage.record import series_metrics
+from tasks.lineage.series import MAX_METRICS_PER_CALL, batches
 
 
 def test_every_number_of_a_line_is_a_metric_and_nested_ones_have_their_path():
@@ -34,7 +34,7 @@ def read(file, at):
     """Points as (name, step) by request, and the cursor behind them."""
     found = []
     behind = at
-    for points, reached in _batches(file, at):
+    for points, reached in batches(file, at):
         assert len(points) <= MAX_METRICS_PER_CALL
         found.append([(point.key, point.step) for point in points])
         behind = reached
