@@ -9,9 +9,10 @@ same shards, ranks, batch and masking; peak memory of the streamed and the full 
 checkpoint keeps the training waiting.
 Not here: the model alone (bench_model.py), the loader alone (bench_loader.py).
 
-Each rank of each side is a process that waits between rounds; sides alternate, and the figures are
-medians over rounds of CPU time, of all ranks and all their threads. What a side reads ahead while
-it waits is counted, too. Loss and saving are measured in a process for each case.
+A round starts the ranks of one side, lets them warm up and measures the steps that follow, alone on
+the machine; sides alternate, and the figures are medians over rounds of CPU time, of all ranks and
+all their threads, and of time on the clock. Loss and saving are measured in a process for each
+case.
 """
 
 from __future__ import annotations
