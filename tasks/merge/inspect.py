@@ -15,7 +15,7 @@ from duckdb import DuckDBPyConnection
 from evaclip_model.errors import InputError
 from tasks.merge.config import ColumnMap, SourceConfig
 from tasks.merge.database import database, reading
-from tasks.merge.plan import rows_in
+from tasks.merge.planning import rows_in
 from tasks.merge.schema import Published, column_map, is_number, quoted
 from tasks.merge.sources import READERS, find_metadata, format_of
 from tasks.merge.withdrawn import is_old_edition, why_refused

@@ -42,21 +42,12 @@ from tasks.artifact import Made, write_atomically
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import database, statement
 from tasks.merge.filters import REASONS
-from tasks.merge.plan import Files, make_plan, rows_in
+from tasks.merge.plan import Cut, Plan, read_cuts
+from tasks.merge.planning import Files, make_plan, rows_in
 from tasks.merge.shuffle import BUCKET_BITS, LAYOUT
 from tasks.merge.sources import identity, mark_of
 from tasks.merge.spark import spark_runner
-from tasks.merge.units import (
-    PHASES,
-    Chunk,
-    Cut,
-    Plan,
-    files_of_range,
-    kept_in,
-    read_cuts,
-    run_chunk,
-    text_of,
-)
+from tasks.merge.units import PHASES, Chunk, files_of_range, kept_in, run_chunk, text_of
 from tasks.progress import Report, silent
 
 Runner = Callable[[Sequence[Chunk]], Iterator[int]]

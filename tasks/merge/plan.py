@@ -1,181 +1,146 @@
-"""The plan of a merge: what every file holds, before any of the long work.
+"""What all units of a merge share: its files, its settings, and later its cut.
 
-Covers: schema, column map and row count of every metadata file, sidecar and cleaned edition; text
-files turned into parquet; how many partitions there are.
-Not here: the work itself (units.py), the meaning of columns (schema.py).
+Covers: the plan as plain values, fit to be sent to a worker; the saved cut; making a folder once.
+Not here: making the plan (planning.py), the units (units.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from duckdb import DuckDBPyConnection
+from tasks.merge.config import MergeConfig, SidecarConfig
 
-from evaclip_model.errors import InputError
-from tasks.merge.config import ColumnMap, MergeConfig, SidecarConfig, SourceConfig
-from tasks.merge.database import database, reading
-from tasks.merge.schema import Published, column_map, quoted, select_list
-from tasks.merge.sources import READERS, find_metadata, format_of
-from tasks.merge.units import Edition, MetadataFile, Plan, Sidecar, once
-
-Files = Mapping[str, Sequence[Path | str]]
-"""Source name -> its files or URLs, in order."""
-
-ROWS_PER_PARTITION = 250_000
-"""What a partition holds, of all sources together: its rows stay in the processor's cache while
-they are put in order, and four times as many take a third more CPU-seconds."""
-MOST_PARTITIONS = 2_048
-"""More than this and the pieces of a run get so small that their headers cost more than they."""
+ROWS_PER_RANGE = 1_000_000
 
 
-def make_plan(
-    config: MergeConfig,
-    files: Files,
-    out: Path,
-    threads: int | None,
-    memory_limit: str,
-    given: Sequence[str] = (),
-) -> Plan:
-    """Schema and row count of every file, before any of the long work.
+@dataclass(frozen=True)
+class MetadataFile:
+    """One input file: what to read of it, and how many rows it must give."""
 
-    With files of what was `given` before a source may be empty: there may be nothing new.
-
-    Raises:
-        InputError: a file cannot be read, lacks a column, or is withdrawn; a source is empty.
-    """
-    sidecars = tuple(
-        Sidecar(number, place, sidecar, tuple(find_metadata(sidecar.files, f"sidecar of {name}")))
-        for number, (name, source) in enumerate((s.name, s) for s in config.sources)
-        for place, sidecar in enumerate(source.sidecars)
-    )
-    outside = [str(path) for paths in files.values() for path in paths]
-    compared = [source.diff_against for source in config.sources if source.diff_against]
-    outside += [path for sidecar in sidecars for path in sidecar.paths] + compared + list(given)
-    spill = out / "_tmp" / "spill"
-    with database(spill, memory_limit, threads, outside) as connection:
-        added = {
-            (sidecar.source, sidecar.place): _sidecar_columns(connection, config, sidecar)
-            for sidecar in sidecars
-        }
-        found: list[MetadataFile] = []
-        for number, source in enumerate(config.sources):
-            if not files.get(source.name):
-                raise InputError(f"source '{source.name}': no file matches '{source.files}'")
-            extra = {
-                name: kind
-                for (at, _), columns in added.items()
-                if at == number
-                for name, kind in columns.items()
-            }
-            for path in map(str, files[source.name]):
-                found.append(
-                    _inspect(connection, len(found), path, number, source, extra, out / "_tmp")
-                )
-            if not given and not any(file.rows for file in found if file.source == number):
-                raise InputError(
-                    f"source '{source.name}' is empty: '{source.files}' has "
-                    f"{len(files[source.name])} file(s) without a single row; put its metadata "
-                    "there or remove the source"
-                )
-        editions = _editions(connection, config)
-    rows = sum(file.rows for file in found)
-    partitions = config.partitions or min(MOST_PARTITIONS, -(-rows // ROWS_PER_PARTITION))
-    return Plan(
-        *(config, out, tuple(found), sidecars, editions, max(1, partitions)),
-        *(threads, memory_limit, tuple(given)),
-    )
+    number: int
+    """Place among all files of the merge."""
+    path: str
+    """The parquet file that is read: as published, or made from the published file."""
+    source: int
+    """Place of its source in the config."""
+    columns: str
+    """Select list that gives it the common columns."""
+    sidecar_keys: tuple[str, ...]
+    """SQL of its key for each sidecar of its source."""
+    rows: int
 
 
-def _inspect(
-    connection: DuckDBPyConnection,
-    number: int,
-    path: str,
-    source_number: int,
-    source: SourceConfig,
-    extra: Published,
-    temporary: Path,
-) -> MetadataFile:
-    kind = format_of(path, source)
-    if kind != "parquet":
-        converted = temporary / "converted" / f"{number:06d}"
-        with reading(path, kind):
-            once(converted, lambda folder: _convert(connection, READERS[kind], path, folder))
-        path = str(converted / "rows.parquet")
-    own = _published(connection, path)
-    with reading(path):
-        rows = rows_in(connection, [path])
-    published = {**own, **extra}
-    columns = column_map(source, published, path)
-    keys = tuple(_sidecar_key(sidecar, columns, own) for sidecar in source.sidecars)
-    select = select_list(columns, published)
-    return MetadataFile(number, path, source_number, select, keys, rows)
+@dataclass(frozen=True)
+class Sidecar:
+    """One sidecar of a source."""
+
+    source: int
+    place: int
+    """Its place among the source's sidecars."""
+    config: SidecarConfig
+    paths: tuple[str, ...]
 
 
-def _convert(connection: DuckDBPyConnection, reader: str, path: str, folder: Path) -> None:
-    """Rows of a text file as parquet, in order: rows are told apart by their numbers."""
-    connection.execute("SET preserve_insertion_order = true")
-    connection.execute(
-        f"COPY (SELECT * FROM {reader}) TO $target (FORMAT parquet)",
-        {"path": path, "target": str(folder / "rows.parquet")},
-    )
-    connection.execute("SET preserve_insertion_order = false")
+@dataclass(frozen=True)
+class Edition:
+    """A cleaned edition that old copies are compared with."""
+
+    sources: tuple[int, ...]
+    """Who is compared with it."""
+    files: tuple[tuple[str, str], ...]
+    """(path, name of its URL column)."""
 
 
-def _published(connection: DuckDBPyConnection, path: str) -> dict[str, str]:
-    with reading(path):
-        description = connection.execute(
-            f"DESCRIBE SELECT * FROM {READERS['parquet']}", {"path": path}
-        ).fetchall()
-    return {name: kind for name, kind, *_ in description}
+@dataclass(frozen=True)
+class Plan:
+    """Everything the units share; nothing of it changes while they run."""
+
+    config: MergeConfig
+    out: Path
+    files: tuple[MetadataFile, ...]
+    sidecars: tuple[Sidecar, ...]
+    editions: tuple[Edition, ...]
+    partitions: int
+    threads: int | None
+    memory_limit: str
+    """Memory of the database of one chunk."""
+    given: tuple[str, ...] = ()
+    """Files of rows that earlier merges selected: their addresses are not selected again."""
+
+    @property
+    def temporary(self) -> Path:
+        return self.out / "_tmp"
+
+    @property
+    def rows(self) -> int:
+        return sum(file.rows for file in self.files)
+
+    @property
+    def rows_per_range(self) -> int:
+        """A multiple of the rows of a file, so that every file lies in one range."""
+        return max(1, ROWS_PER_RANGE // self.config.rows_per_file) * self.config.rows_per_file
+
+    @property
+    def outside_paths(self) -> list[str]:
+        told = [path for sidecar in self.sidecars for path in sidecar.paths]
+        known = [path for edition in self.editions for path, _ in edition.files]
+        return [file.path for file in self.files] + told + known + list(self.given)
+
+    def of_source(self, source: int) -> list[MetadataFile]:
+        return [file for file in self.files if file.source == source]
+
+    def sidecars_of(self, source: int) -> list[tuple[int, Sidecar]]:
+        return [(n, sidecar) for n, sidecar in enumerate(self.sidecars) if sidecar.source == source]
+
+    def asks(self) -> list[tuple[int, MetadataFile]]:
+        return [
+            (number, file) for file in self.files for number, _ in self.sidecars_of(file.source)
+        ]
+
+    def tells(self) -> list[tuple[int, str]]:
+        return [(n, path) for n, sidecar in enumerate(self.sidecars) for path in sidecar.paths]
+
+    def knows(self) -> list[tuple[int, str, str]]:
+        """(number, path, name of its URL column): of editions, then of what was given before."""
+        editions = [(n, *file) for n, edition in enumerate(self.editions) for file in edition.files]
+        return editions + [(len(self.editions), path, "url") for path in self.given]
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """(source, place of the range in it) of every range; only after the cut."""
+        return [
+            (source, number)
+            for source, cut in enumerate(read_cuts(self))
+            for number in range(len(cut.last_keys))
+        ]
 
 
-def _sidecar_columns(
-    connection: DuckDBPyConnection, config: MergeConfig, sidecar: Sidecar
-) -> dict[str, str]:
-    source = config.sources[sidecar.source].name
-    published = _published(connection, sidecar.paths[0])
-    for path in sidecar.paths:
-        columns = _published(connection, path)
-        for name in (sidecar.config.key, *sidecar.config.columns):
-            if name not in columns:
-                raise InputError(
-                    f"{path}: sidecar of source '{source}' has no column '{name}'; "
-                    f"its columns are {', '.join(columns)}"
-                )
-    return {name: published[name] for name in sidecar.config.columns}
+@dataclass(frozen=True)
+class Cut:
+    """How many rows of a source are selected, and the keys that bound them."""
+
+    selected: int
+    after: str | None
+    """The last key that an earlier merge has given."""
+    last_keys: tuple[str, ...]
+    """The last key of each range."""
 
 
-def _sidecar_key(sidecar: SidecarConfig, columns: ColumnMap, published: Published) -> str:
-    """SQL of a row's key in a sidecar."""
-    if sidecar.on == "url":
-        return quoted(columns.url)
-    if sidecar.on == "id":
-        return quoted(columns.id) if columns.id else "NULL"
-    if "hash" in published:
-        return quoted("hash")
-    text = " || ".join(f"coalesce({quoted(name)}, '')" for name in (columns.url, columns.caption))
-    return f"laion_hash({text})"
+def read_cuts(plan: Plan) -> list[Cut]:
+    """The selection, as the cut has saved it."""
+    saved = json.loads((plan.temporary / "cuts.json").read_text())
+    return [Cut(selected, after, tuple(ranks)) for selected, after, ranks in saved]
 
 
-def _editions(connection: DuckDBPyConnection, config: MergeConfig) -> tuple[Edition, ...]:
-    compared: dict[str, list[int]] = {}
-    for number, source in enumerate(config.sources):
-        if source.diff_against:
-            compared.setdefault(source.diff_against, []).append(number)
-    editions = []
-    for pattern, sources in compared.items():
-        cleaned = SourceConfig(name="cleaned", files=pattern)
-        paths = find_metadata(pattern, "diff_against")
-        columns = [column_map(cleaned, _published(connection, path), path) for path in paths]
-        urls = [column.url for column in columns]
-        editions.append(Edition(tuple(sources), tuple(zip(paths, urls, strict=True))))
-    return tuple(editions)
-
-
-def rows_in(connection: DuckDBPyConnection, paths: Sequence[str]) -> int:
-    """Rows of parquet files, as their footers tell."""
-    found = connection.execute(
-        "SELECT sum(num_rows) FROM parquet_file_metadata($paths)", {"paths": list(paths)}
-    ).fetchall()
-    return int(found[0][0])
+def once(folder: Path, make: Callable[[Path], None]) -> None:
+    """Call `make` on a folder beside `folder` and rename it, unless `folder` is there."""
+    if folder.is_dir():
+        return
+    beside = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    make(beside)
+    beside.rename(folder)

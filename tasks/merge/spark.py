@@ -26,8 +26,9 @@ import pyarrow.parquet as pq
 
 from evaclip_model.errors import InputError
 from tasks.merge.database import database
+from tasks.merge.plan import Plan, once
 from tasks.merge.shuffle import BUCKET_BITS, partitions_in, read_keys
-from tasks.merge.units import Chunk, Plan, once, rows_folder, run_chunk, text_of
+from tasks.merge.units import Chunk, rows_folder, run_chunk, text_of
 
 KEYS = (
     "source int, file int, row_in_file long, place int, key string, bucket int, "

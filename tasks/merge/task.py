@@ -15,7 +15,7 @@ from tasks.artifact import Address, Artifact, produce
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import share_of_memory
 from tasks.merge.merge import merge_sources, one_after_another
-from tasks.merge.plan import Files
+from tasks.merge.planning import Files
 from tasks.merge.units import Chunk, run_chunk
 from tasks.progress import Report
 

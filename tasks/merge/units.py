@@ -1,8 +1,8 @@
 """The work of a merge in units that are done once each, in any order inside a phase, anywhere.
 
-Covers: what all units share (`Plan`, `Cut`), every unit of every phase, and chunks of units.
-Not here: the order of phases, the selection and the totals (merge.py); the rules (filters.py,
-sql/).
+Covers: every unit of every phase, and chunks of units.
+Not here: what they share (plan.py); the order of phases, the selection and the totals (merge.py);
+the rules (filters.py, sql/).
 
 A unit makes a folder or file beside its place and renames it; a unit whose result is there is not
 done again. So a chunk may be tried again after any failure, and chunks of one phase may run at the
@@ -11,8 +11,6 @@ same time, in processes or on machines that share the folder.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
 
-from tasks.merge.config import MergeConfig, SidecarConfig
+from tasks.merge.config import MergeConfig
 from tasks.merge.database import copy, database, execute, reading, run, statement, stream
 from tasks.merge.filters import reason_expression, rule_parameters
+from tasks.merge.plan import MetadataFile, Plan, once, read_cuts
 from tasks.merge.schema import quoted
 from tasks.merge.shuffle import (
     BUCKET_BITS,
@@ -39,7 +38,6 @@ from tasks.merge.shuffle import (
 )
 from tasks.merge.sources import read_lists
 
-ROWS_PER_RANGE = 1_000_000
 COMPRESSION: Mapping[str, Any] = {"compression": "zstd", "compression_level": 1}
 OUTPUT = pa.schema(
     [
@@ -56,118 +54,6 @@ OUTPUT = pa.schema(
 )
 REPEATED = ["source", "also_in"]
 """Columns whose values repeat; for others a dictionary would only cost time."""
-
-
-@dataclass(frozen=True)
-class MetadataFile:
-    """One input file: what to read of it, and how many rows it must give."""
-
-    number: int
-    """Place among all files of the merge."""
-    path: str
-    """The parquet file that is read: as published, or made from the published file."""
-    source: int
-    """Place of its source in the config."""
-    columns: str
-    """Select list that gives it the common columns."""
-    sidecar_keys: tuple[str, ...]
-    """SQL of its key for each sidecar of its source."""
-    rows: int
-
-
-@dataclass(frozen=True)
-class Sidecar:
-    """One sidecar of a source."""
-
-    source: int
-    place: int
-    """Its place among the source's sidecars."""
-    config: SidecarConfig
-    paths: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Edition:
-    """A cleaned edition that old copies are compared with."""
-
-    sources: tuple[int, ...]
-    """Who is compared with it."""
-    files: tuple[tuple[str, str], ...]
-    """(path, name of its URL column)."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything the units share; nothing of it changes while they run."""
-
-    config: MergeConfig
-    out: Path
-    files: tuple[MetadataFile, ...]
-    sidecars: tuple[Sidecar, ...]
-    editions: tuple[Edition, ...]
-    partitions: int
-    threads: int | None
-    memory_limit: str
-    """Memory of the database of one chunk."""
-    given: tuple[str, ...] = ()
-    """Files of rows that earlier merges selected: their addresses are not selected again."""
-
-    @property
-    def temporary(self) -> Path:
-        return self.out / "_tmp"
-
-    @property
-    def rows(self) -> int:
-        return sum(file.rows for file in self.files)
-
-    @property
-    def rows_per_range(self) -> int:
-        """A multiple of the rows of a file, so that every file lies in one range."""
-        return max(1, ROWS_PER_RANGE // self.config.rows_per_file) * self.config.rows_per_file
-
-    @property
-    def outside_paths(self) -> list[str]:
-        told = [path for sidecar in self.sidecars for path in sidecar.paths]
-        known = [path for edition in self.editions for path, _ in edition.files]
-        return [file.path for file in self.files] + told + known + list(self.given)
-
-    def of_source(self, source: int) -> list[MetadataFile]:
-        return [file for file in self.files if file.source == source]
-
-    def sidecars_of(self, source: int) -> list[tuple[int, Sidecar]]:
-        return [(n, sidecar) for n, sidecar in enumerate(self.sidecars) if sidecar.source == source]
-
-    def asks(self) -> list[tuple[int, MetadataFile]]:
-        return [
-            (number, file) for file in self.files for number, _ in self.sidecars_of(file.source)
-        ]
-
-    def tells(self) -> list[tuple[int, str]]:
-        return [(n, path) for n, sidecar in enumerate(self.sidecars) for path in sidecar.paths]
-
-    def knows(self) -> list[tuple[int, str, str]]:
-        """(number, path, name of its URL column): of editions, then of what was given before."""
-        editions = [(n, *file) for n, edition in enumerate(self.editions) for file in edition.files]
-        return editions + [(len(self.editions), path, "url") for path in self.given]
-
-    def ranges(self) -> list[tuple[int, int]]:
-        """(source, place of the range in it) of every range; only after the cut."""
-        return [
-            (source, number)
-            for source, cut in enumerate(read_cuts(self))
-            for number in range(len(cut.last_keys))
-        ]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How many rows of a source are selected, and the keys that bound them."""
-
-    selected: int
-    after: str | None
-    """The last key that an earlier merge has given."""
-    last_keys: tuple[str, ...]
-    """The last key of each range."""
 
 
 @dataclass(frozen=True)
@@ -205,23 +91,6 @@ def run_chunk(chunk: Chunk) -> Iterator[int]:
         for number in chunk.numbers:
             phase.make(connection, plan, number)
             yield number
-
-
-def read_cuts(plan: Plan) -> list[Cut]:
-    """The selection, as the cut has saved it."""
-    saved = json.loads((plan.temporary / "cuts.json").read_text())
-    return [Cut(selected, after, tuple(ranks)) for selected, after, ranks in saved]
-
-
-def once(folder: Path, make: Callable[[Path], None]) -> None:
-    """Call `make` on a folder beside `folder` and rename it, unless `folder` is there."""
-    if folder.is_dir():
-        return
-    beside = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    make(beside)
-    beside.rename(folder)
 
 
 def text_of(paths: Iterable[Path]) -> list[str]:

@@ -114,7 +114,7 @@ def test_the_range_size_changes_no_byte(
     collections: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(recipe(collections), tmp_path / "one")
-    monkeypatch.setattr("tasks.merge.units.ROWS_PER_RANGE", 130)
+    monkeypatch.setattr("tasks.merge.plan.ROWS_PER_RANGE", 130)
     run(recipe(collections), tmp_path / "many")
     assert digests(tmp_path / "one") == digests(tmp_path / "many")
 
