@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 
 from flows.chart import load_chart
-from flows.recipe import RECIPES, load_recipe
+from flows.recipe import load_recipe
+from flows.recipe_file import RECIPES
 
 SET = "emoji-twemoji"
 SHARE = 0.4
