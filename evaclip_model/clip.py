@@ -34,6 +34,7 @@ class EvaClip(nn.Module):
 
     Attributes:
         config: the architecture.
+        kernel: attention of both towers, an `attention.AttentionKernel`.
         visual, text: the towers.
         logit_scale: [1] logarithm of the inverse temperature. Published checkpoints have shape
             []; it has one dimension here because sharded optimizers refuse parameters without.
@@ -47,13 +48,13 @@ class EvaClip(nn.Module):
                 (`attention.attention_kernel`).
         """
         super().__init__()
-        kernel = attention_kernel(
+        self.kernel = attention_kernel(
             attention, (config.vision.head_width, config.text.width // config.text.heads)
         )
         self.config = config
         self._attention: AttentionChoice = attention
-        self.visual = VisionTower(config.vision, config.embed_dim, kernel)
-        self.text = TextTower(config.text, config.embed_dim, kernel)
+        self.visual = VisionTower(config.vision, config.embed_dim, self.kernel)
+        self.text = TextTower(config.text, config.embed_dim, self.kernel)
         self.logit_scale = nn.Parameter(torch.full((1,), INITIAL_LOGIT_SCALE))
 
     def encode_image(

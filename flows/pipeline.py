@@ -10,11 +10,11 @@ from flows.ending import close_tracking
 from flows.evaluate import evaluate
 from flows.fit import Machine, recipe_findings, sentence
 from flows.gate import Promote, settle
-from flows.overview import overview_markdown
 from flows.parameters import Overrides, RecipeName
 from flows.plan import check_disk, plan_markdown
 from flows.prepare import prepare
 from flows.session import open_session
+from flows.told import publish_overview
 from flows.train import train
 
 
@@ -47,6 +47,5 @@ def pipeline(
         shards = prepare.with_options(flow_run_name=name)(recipe, overrides)
         model = train.with_options(flow_run_name=name)(recipe, overrides, shards)
         registered = evaluate.with_options(flow_run_name=name)(recipe, overrides, model)
-        page = overview_markdown(session.recipe, session.chart, session.run.url())
-        create_markdown_artifact(page, key="summary")
+        publish_overview(session, session.chart)
     settle(session.recipe.registry, session.store, registered, promote)

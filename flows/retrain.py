@@ -30,13 +30,12 @@ from flows.increment import (
     rows_of,
 )
 from flows.measure import measure
-from flows.overview import overview_markdown
 from flows.parameters import Overrides, RecipeName
 from flows.prepare import choose, fetch, prepare
 from flows.recipe import Recipe
 from flows.session import Session, open_session
 from flows.terminal import console
-from flows.told import metadata_read, publish_evaluation
+from flows.told import metadata_read, publish_evaluation, publish_overview
 from flows.train import train
 from tasks.artifact import Artifact
 from tasks.demo.task import demo
@@ -90,7 +89,7 @@ def retrain(
     with open_session("retrain", recipe, overrides) as session:
         if news.is_first:
             shards = prepare(recipe, overrides)
-            registered, made = evaluate(recipe, overrides, train(recipe, overrides, shards)), chart
+            registered = evaluate(recipe, overrides, train(recipe, overrides, shards))
         else:
             merges = [*news.waiting, *_merge_what_is_new(session, news)]
             rows = rows_of(merges)
@@ -101,10 +100,9 @@ def retrain(
                 _tell(wanted, news, end)
                 _settle_last(wanted, store, news, promote)
                 return None
-            registered, made = _train_on(session, news, merges)
+            registered, chart = _train_on(session, news, merges)
         _tell(wanted, news, read_decision(registered.folder).summary)
-        page = overview_markdown(session.recipe, made, session.run.url())
-        create_markdown_artifact(page, key="summary")
+        publish_overview(session, chart)
     settle(wanted.registry, store, registered, promote)
     return registered
 

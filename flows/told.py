@@ -1,6 +1,7 @@
-"""What tracking and the page of a flow run are told of a merge and of an evaluation.
+"""What tracking and the page of a flow run are told of a merge, an evaluation, a finished recipe.
 
-Covers: what they read as datasets, the files that are kept, the report's address and summary.
+Covers: what they read as datasets, the files that are kept, the report's address and summary, the
+page for whoever pays.
 Not here: figures as metrics, which every artifact's totals become (tasks/lineage/record.py).
 """
 
@@ -13,7 +14,10 @@ from typing import Any
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
+from flows.chart import Chart
+from flows.overview import overview_markdown
 from flows.results import read_findings
+from flows.session import Session
 from tasks.artifact import Artifact
 from tasks.evaluate.config import REPORT
 from tasks.evaluate.report.files import ATTACHED, SUMMARY
@@ -73,3 +77,9 @@ def publish_evaluation(artifact: Artifact, url: str | None) -> None:
     create_link_artifact(link=link, link_text="Evaluation report", key="evaluation-report")
     text = (artifact.folder / SUMMARY).read_text()
     create_markdown_artifact(text, key="evaluation-summary", description="Figures of an evaluation")
+
+
+def publish_overview(session: Session, chart: Chart) -> None:
+    """Put the page for whoever pays beside the flow run (`overview_markdown`)."""
+    page = overview_markdown(session.recipe, chart, session.run.url())
+    create_markdown_artifact(page, key="summary")

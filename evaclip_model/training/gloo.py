@@ -3,8 +3,8 @@
 Covers: the gathering of tensors by which ZeRO's ranks get each other's updated weights.
 Not here: who calls it (DeepSpeed, told in engine.py); NCCL, whose own is what it should be.
 
-gloo's own gathers into memory of its own and copies from there: between two ranks of B/16 in bf16 a
-fifth of the whole training step. BENCHMARKS.md has the figures.
+gloo's own gathering of B/16's weights took two ranks 1.0 to 1.4 s of a training step of 6.6 s,
+these broadcasts take 0.06 s.
 """
 
 from __future__ import annotations

@@ -30,15 +30,15 @@ _log = logging.getLogger(__name__)
 
 def open_series(journal: Journal) -> dict[str, list[Path]]:
     """Series that shipped events opened and no shipped event closed."""
-    open_series: dict[str, list[Path]] = {}
+    found: dict[str, list[Path]] = {}
     for offset, event in journal.events():
         if offset > journal.cursor.offset:
             break
         if event["op"] == "series":
-            open_series.setdefault(event["run"], []).append(Path(event["file"]))
+            found.setdefault(event["run"], []).append(Path(event["file"]))
         elif event["op"] == "end":
-            open_series.pop(event["run"], None)
-    return open_series
+            found.pop(event["run"], None)
+    return found
 
 
 def ship_series(
