@@ -10,36 +10,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evaclip_model.clip import EvaClip
     from evaclip_model.create import create_model, open_model
     from evaclip_model.errors import InputError
-    from evaclip_model.export import export_model, export_onnx
-    from evaclip_model.model_config import ModelConfig, list_models
-    from evaclip_model.tokenizer import tokenize
-    from evaclip_model.training.loss import contrastive_loss, gathered_contrastive_loss
+    from evaclip_model.model.clip import EvaClip
+    from evaclip_model.model.model_config import ModelConfig, list_models
+    from evaclip_model.reading.transform import decode_image, image_transform
+    from evaclip_model.tokenizer.tokenizer import tokenize
+    from evaclip_model.training.loss.contrastive import contrastive_loss, gathered_contrastive_loss
     from evaclip_model.training.masking import kept_patches
-    from evaclip_model.transform import decode_image, image_transform
-    from evaclip_model.weights import LoadReport, load_weights, save_model, save_weights
+    from evaclip_model.weights.export import export_model, export_onnx
+    from evaclip_model.weights.load import LoadReport, load_weights, save_model, save_weights
 
 _HOME = {
-    "EvaClip": "clip",
+    "EvaClip": "model.clip",
     "create_model": "create",
     "InputError": "errors",
-    "export_model": "export",
-    "export_onnx": "export",
-    "contrastive_loss": "training.loss",
-    "gathered_contrastive_loss": "training.loss",
+    "export_model": "weights.export",
+    "export_onnx": "weights.export",
+    "contrastive_loss": "training.loss.contrastive",
+    "gathered_contrastive_loss": "training.loss.contrastive",
     "kept_patches": "training.masking",
-    "ModelConfig": "model_config",
-    "list_models": "model_config",
-    "tokenize": "tokenizer",
-    "decode_image": "transform",
-    "image_transform": "transform",
-    "LoadReport": "weights",
-    "load_weights": "weights",
+    "ModelConfig": "model.model_config",
+    "list_models": "model.model_config",
+    "tokenize": "tokenizer.tokenizer",
+    "decode_image": "reading.transform",
+    "image_transform": "reading.transform",
+    "LoadReport": "weights.load",
+    "load_weights": "weights.load",
     "open_model": "create",
-    "save_model": "weights",
-    "save_weights": "weights",
+    "save_model": "weights.load",
+    "save_weights": "weights.load",
 }
 
 __all__ = [

@@ -15,16 +15,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evaclip_model.allocator import freed_memory_kept
+from evaclip_model.cpu.allocator import freed_memory_kept
 from evaclip_model.errors import InputError
-from evaclip_model.model_config import ALIASES, CONFIG_FILE, ModelConfig, list_models
+from evaclip_model.model.model_config import ALIASES, CONFIG_FILE, ModelConfig, list_models
 
 # torch and what needs it are imported by the commands: it is slow, and neither the help nor most
 # mistakes need it.
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evaclip_model.clip import EvaClip
+    from evaclip_model.model.clip import EvaClip
 
 MOST_NAMED = 10
 """Unreadable images named on the terminal; `embed` writes all of them to its file of names."""
@@ -63,7 +63,7 @@ def classify(
         raise InputError(f"image {image} does not exist")
 
     from evaclip_model.create import open_model
-    from evaclip_model.features import image_features
+    from evaclip_model.zeroshot.image_files import image_features
 
     model = open_model(model_folder)
     values = image_features(model, [image]).values
@@ -192,7 +192,7 @@ def _positive(text: str) -> int:
 def _run_models(options: argparse.Namespace) -> None:
     import torch
 
-    from evaclip_model.clip import EvaClip
+    from evaclip_model.model.clip import EvaClip
 
     aliases = {name: alias for alias, name in ALIASES.items()}
     print(f"{'':<22}{'parameters':>14}{'image':>8}{'text':>7}{'px':>5}{'patch':>7}{'joint':>7}")
@@ -214,7 +214,7 @@ def _run_models(options: argparse.Namespace) -> None:
 def _run_classify(options: argparse.Namespace) -> None:
     _check_labels(options.labels, options.template)
 
-    from evaclip_model.features import image_features, image_files
+    from evaclip_model.zeroshot.image_files import image_features, image_files
 
     files = image_files(options.images)
     model = _open(options)
@@ -247,7 +247,12 @@ def _run_embed(options: argparse.Namespace) -> None:
 
 
 def _embed_images(options: argparse.Namespace) -> None:
-    from evaclip_model.features import image_features, image_files, names_file, write_features
+    from evaclip_model.zeroshot.image_files import (
+        image_features,
+        image_files,
+        names_file,
+        write_features,
+    )
 
     files = list(dict.fromkeys(file for source in options.images for file in image_files(source)))
     model = _open(options)
@@ -268,8 +273,8 @@ def _embed_texts(options: argparse.Namespace) -> None:
     if not texts:
         raise InputError(f"{options.text} is empty: expected one caption a line")
 
-    from evaclip_model.features import names_file, write_features
-    from evaclip_model.zeroshot import encode_texts
+    from evaclip_model.zeroshot.exact_ranks import encode_texts
+    from evaclip_model.zeroshot.image_files import names_file, write_features
 
     model = _open(options)
     values = encode_texts(
@@ -297,8 +302,8 @@ def _run_convert(options: argparse.Namespace) -> None:
         )
 
     from evaclip_model.create import create_model, load_model
-    from evaclip_model.export import export_model, export_onnx
-    from evaclip_model.weights import load_weights
+    from evaclip_model.weights.export import export_model, export_onnx
+    from evaclip_model.weights.load import load_weights
 
     architecture = options.source if options.model is None else options.model
     if options.part == "all":
@@ -327,7 +332,7 @@ def _run_take_over(options: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"{options.job} cannot be read as a training job ({error})") from None
 
-    from evaclip_model.training.checkpoint.importing import import_checkpoint
+    from evaclip_model.training.checkpoint.deepspeed_import import import_checkpoint
     from evaclip_model.training.config import CHECKPOINTS, TrainJob
 
     job = TrainJob.from_mapping(settings, where=str(options.job))
@@ -370,7 +375,7 @@ def _check_labels(labels: Sequence[str], template: str) -> None:
 
 def _shares(model: EvaClip, images: Tensor, labels: Sequence[str], template: str) -> Tensor:
     """Probabilities [N, L] of labels for image features [N, E]."""
-    from evaclip_model.zeroshot import encode_texts
+    from evaclip_model.zeroshot.exact_ranks import encode_texts
 
     texts = encode_texts(
         model,

@@ -27,7 +27,7 @@ from flows.commands import (
     trace,
 )
 from flows.commands import list as list_everything
-from flows.terminal import console
+from flows.console.terminal import console
 
 COMMANDS = {
     "list": list_everything,

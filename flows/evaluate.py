@@ -5,13 +5,13 @@ from __future__ import annotations
 from prefect import flow, runtime
 
 from evaclip_model.training.config import METRICS_FILE, MODEL_FOLDER
-from flows.ending import close_tracking
-from flows.gate import Promote, register_and_judge, settle
-from flows.measure import measure
-from flows.parameters import Handed, Overrides, RecipeName
-from flows.session import open_session
-from flows.told import publish_evaluation
-from tasks.artifact import Artifact
+from flows.config.form_types import Handed, Overrides, RecipeName
+from flows.graph.runner import open_session
+from flows.promotion.apply_decision import Promote, register_and_judge, settle
+from flows.promotion.compare_models import measure
+from flows.reporting.crash_hook import close_tracking
+from flows.reporting.prefect_artifacts import publish_evaluation
+from tasks.artifacts.artifact import Artifact
 
 
 @flow(name="evaluate", on_crashed=[close_tracking], on_cancellation=[close_tracking])

@@ -5,16 +5,16 @@ from __future__ import annotations
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from flows.chart import load_chart
-from flows.ending import close_tracking
+from flows.config.form_types import Overrides, RecipeName
 from flows.evaluate import evaluate
-from flows.fit import Machine, recipe_findings, sentence
-from flows.gate import Promote, settle
-from flows.parameters import Overrides, RecipeName
-from flows.plan import check_disk, plan_markdown
+from flows.graph.graph import load_chart
+from flows.graph.runner import open_session
+from flows.planning.feasibility import Machine, recipe_findings, sentence
+from flows.planning.run_plan import check_disk, plan_markdown
 from flows.prepare import prepare
-from flows.session import open_session
-from flows.told import publish_overview
+from flows.promotion.apply_decision import Promote, settle
+from flows.reporting.crash_hook import close_tracking
+from flows.reporting.prefect_artifacts import publish_overview
 from flows.train import train
 
 

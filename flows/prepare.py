@@ -9,21 +9,21 @@ from functools import partial
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
-from flows.chart import find_all, find_files
-from flows.ending import close_tracking
-from flows.overview import per_source
-from flows.parameters import Overrides, RecipeName
-from flows.session import Session, open_session
-from flows.takedown import obeying
-from flows.told import metadata_read
-from tasks.artifact import CARD, Address, Artifact
+from flows.audit.dataset_replacement import obeying
+from flows.config.form_types import Overrides, RecipeName
+from flows.graph.graph import find_all, find_files
+from flows.graph.runner import Session, open_session
+from flows.reporting.crash_hook import close_tracking
+from flows.reporting.prefect_artifacts import metadata_read
+from flows.reporting.run_summary import per_source
+from tasks.artifacts.artifact import CARD, Address, Artifact
 from tasks.dataset.config import RULES_IN_FILES
 from tasks.dataset.dataset import OutsideFiles
 from tasks.dataset.lists import read_takedowns
 from tasks.dataset.task import dataset
 from tasks.demo.config import DemoConfig
+from tasks.demo.demo_web import serving
 from tasks.demo.task import demo
-from tasks.demo.web import serving
 from tasks.download.download import PROGRESS, Crew
 from tasks.download.task import download
 from tasks.merge.task import merge

@@ -16,11 +16,12 @@ from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
 from evaclip_model.training.config import METRICS_FILE, MODEL_FOLDER, RESULT_FILE
-from flows.chart import Chart, load_chart
-from flows.ending import close_tracking
+from flows.config.form_types import Overrides, RecipeName
+from flows.config.recipe import Recipe
+from flows.console.terminal import console
 from flows.evaluate import evaluate
-from flows.gate import CHAMPION, TRAINED, Promote, champions_folder, register_and_judge, settle
-from flows.increment import (
+from flows.graph.graph import Chart, load_chart
+from flows.graph.incremental import (
     News,
     describe,
     draw_retraining,
@@ -29,15 +30,21 @@ from flows.increment import (
     part_of,
     rows_of,
 )
-from flows.measure import measure
-from flows.parameters import Overrides, RecipeName
+from flows.graph.runner import Session, open_session
 from flows.prepare import choose, fetch, prepare
-from flows.recipe import Recipe
-from flows.session import Session, open_session
-from flows.terminal import console
-from flows.told import metadata_read, publish_evaluation, publish_overview
+from flows.promotion.apply_decision import (
+    CHAMPION,
+    TRAINED,
+    Promote,
+    champions_folder,
+    register_and_judge,
+    settle,
+)
+from flows.promotion.compare_models import measure
+from flows.reporting.crash_hook import close_tracking
+from flows.reporting.prefect_artifacts import metadata_read, publish_evaluation, publish_overview
 from flows.train import train
-from tasks.artifact import Artifact
+from tasks.artifacts.artifact import Artifact
 from tasks.demo.task import demo
 from tasks.initialise.task import initialise
 from tasks.join.config import JoinConfig

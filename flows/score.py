@@ -12,14 +12,14 @@ from typing import Annotated
 from prefect import flow, runtime
 from pydantic import Field
 
-from flows.ending import close_tracking
-from flows.parameters import Overrides
-from flows.profile import load_profile
-from flows.scoring import fetched, read_asked
-from flows.session import make
-from flows.told import publish_evaluation, told_of
-from tasks.artifact import Artifact
-from tasks.evaluate.registry import FOLDER
+from flows.config.form_types import Overrides
+from flows.config.profile import load_profile
+from flows.graph.runner import make
+from flows.graph.score_request import fetched, read_asked
+from flows.reporting.crash_hook import close_tracking
+from flows.reporting.prefect_artifacts import publish_evaluation, told_of
+from tasks.artifacts.artifact import Artifact
+from tasks.evaluate.sets.set_registry import FOLDER
 from tasks.evaluate.task import evaluate as evaluate_stage
 from tasks.lineage.journal import JOURNALS
 from tasks.lineage.mlflow_store import Tracking

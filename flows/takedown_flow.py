@@ -13,8 +13,8 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
-from flows.profile import load_profile
-from flows.takedown import describe, take_down
+from flows.audit.dataset_replacement import describe, take_down
+from flows.config.profile import load_profile
 
 
 @flow(name="takedown")

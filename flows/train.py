@@ -5,10 +5,10 @@ from __future__ import annotations
 from prefect import flow
 
 from evaclip_model.training.config import METRICS_FILE, RESULT_FILE
-from flows.ending import close_tracking
-from flows.parameters import Handed, Overrides, RecipeName
-from flows.session import open_session
-from tasks.artifact import Artifact
+from flows.config.form_types import Handed, Overrides, RecipeName
+from flows.graph.runner import open_session
+from flows.reporting.crash_hook import close_tracking
+from tasks.artifacts.artifact import Artifact
 from tasks.initialise.task import initialise
 from tasks.train.task import train_stage
 

@@ -4,7 +4,7 @@ Covers: `up` (start what is not running, apply work pools, deployments and autom
 `status`; pid files and logs under `<root>/services`. Calling any of them twice is the same as
 calling it once.
 Not here: servers of a team (compose, Kubernetes); the temporary server of a single run
-(flows/server.py). Standard library only, run by the project's own Python.
+(flows/graph/ephemeral_server.py). Standard library only, run by the project's own Python.
 
 MLflow serves the same database and the same files as `make demo` writes without a server, so that
 both see the same runs and models.

@@ -113,7 +113,9 @@ def crash(run):
 def close_tracking():
     """Close the runs' MLflow runs, which Prefect's hooks would do if there were a worker."""
     try:
-        subprocess.run([sys.executable, "-m", "flows.ending"], timeout=CLOSE_S, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "flows.reporting.crash_hook"], timeout=CLOSE_S, check=True
+        )
     except (subprocess.SubprocessError, OSError) as error:
         sys.stderr.write(f"MLflow runs are closed by the next run: {error}\n")
 

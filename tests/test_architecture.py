@@ -34,7 +34,7 @@ def test_no_other_distribution_owns_our_package_names() -> None:
 
 def test_importing_a_pure_module_does_not_drag_prefect_torch_or_mlflow_in() -> None:
     code = (
-        "import flows.chart, sys; "
+        "import flows.graph.graph, sys; "
         "print([m for m in ('prefect', 'torch', 'mlflow', 'duckdb', 'deepspeed') "
         "if m in sys.modules])"
     )

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from evaclip_model.transform import MAX_PIXELS, decode_image, resized_crop, train_box
+from evaclip_model.reading.transform import MAX_PIXELS, decode_image, resized_crop, train_box
 
 TOLERANCE = 2
 """Largest difference of a "fast" pixel from the reference's, in levels of 255."""

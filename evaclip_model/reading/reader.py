@@ -29,16 +29,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaclip_model.cpu.buffer_pool import Memory
 from evaclip_model.errors import InputError
 from evaclip_model.reading.decode import DECODERS, Picture
-from evaclip_model.reading.locations import is_url
-from evaclip_model.reading.memory import Memory
 from evaclip_model.reading.order import ORDERS, Mixture, Order, Piece
 from evaclip_model.reading.read_worker import Origin, Worker, serve
 from evaclip_model.reading.samples import BrokenShard, Shard, ShardManifest
 from evaclip_model.reading.shard_store import LocalShards, RemoteShards, ShardStore
+from evaclip_model.reading.transform import UnreadableImageError
+from evaclip_model.reading.urls import is_url
 from evaclip_model.training.config import TrainConfig
-from evaclip_model.transform import UnreadableImageError
 
 SHARDS_AHEAD = 2
 """Shards of every lane and source at hand or on their way: the one in use, and the next."""

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple, Self, TypeVar
 from pydantic import Field, field_validator
 
 from evaclip_model.config import Config
+from evaclip_model.cpu.buffer_pool import Memory
 from evaclip_model.errors import InputError
-from evaclip_model.reading.locations import read_text
-from evaclip_model.reading.memory import Memory
 from evaclip_model.reading.tar_file import STRETCH, BrokenTar, Member, TarReader
+from evaclip_model.reading.urls import read_text
 
 SHARDS = "shards.json"
 """Name of the manifest, in the folder that its shards' paths are relative to."""

@@ -20,11 +20,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from evaclip_model.cpu.buffer_pool import Memory
 from evaclip_model.errors import InputError
-from evaclip_model.reading.locations import filesystem
-from evaclip_model.reading.memory import Memory
 from evaclip_model.reading.samples import PairReader, Shard
 from evaclip_model.reading.tar_file import STRETCH
+from evaclip_model.reading.urls import filesystem
 
 FETCHES_AT_ONCE = 4
 """Shards that one process fetches at the same time."""

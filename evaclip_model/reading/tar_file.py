@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from evaclip_model.reading.memory import Memory
+from evaclip_model.cpu.buffer_pool import Memory
 
 _BLOCK = 512
 _REGULAR = (b"0", b"\0", b"7")

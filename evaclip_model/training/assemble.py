@@ -10,13 +10,13 @@ import os
 
 import torch
 
-from evaclip_model.clip import EvaClip
 from evaclip_model.create import create_model
 from evaclip_model.errors import InputError
-from evaclip_model.model_config import ModelConfig
+from evaclip_model.model.clip import EvaClip
+from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.reading.reader import BatchReader, ReadSettings
 from evaclip_model.training.config import SHARD_CACHE, TrainConfig, TrainJob
-from evaclip_model.training.engine import DeepSpeedEngine, Engine, TorchEngine
+from evaclip_model.training.engine.engine import DeepSpeedEngine, Engine, TorchEngine
 
 
 def device_of_rank() -> torch.device:

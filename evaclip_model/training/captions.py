@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evaclip_model.tokenizer import tokenize
+from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.training.config import TrainConfig
 
 KEPT_CAPTIONS = 100_000

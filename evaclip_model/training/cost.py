@@ -12,9 +12,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from evaclip_model.model_config import ModelConfig, TextConfig, VisionConfig
+from evaclip_model.model.model_config import ModelConfig, TextConfig, VisionConfig
 from evaclip_model.training.config import TrainConfig
-from evaclip_model.training.deepspeed_json import LARGEST_BUCKET
+from evaclip_model.training.engine.deepspeed_config import LARGEST_BUCKET
 
 Mode = Literal["none", "selective", "full"]
 """Of gradient checkpointing."""

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from evaclip_model.training.config import DRY_RUN_FILE, TrainJob
-from evaclip_model.training.exchange import from_all
+from evaclip_model.training.monitoring.rank_stats import from_all
 from evaclip_model.training.rank import Laps, Rank
-from evaclip_model.training.results import write_json
+from evaclip_model.training.stage_outputs import write_json
 
 
 def dry_run(job: TrainJob) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-from evaclip_model.training.guards import GuardState
+from evaclip_model.training.monitoring.spike_guard import GuardState
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from evaclip_model.allocator import keep_freed_memory
+from evaclip_model.cpu.allocator import keep_freed_memory
 from evaclip_model.reading.reader import Batch
 from evaclip_model.training.assemble import (
     device_of_rank,
@@ -25,9 +25,9 @@ from evaclip_model.training.assemble import (
 )
 from evaclip_model.training.captions import CaptionTokens, caption_lengths
 from evaclip_model.training.config import TrainJob
-from evaclip_model.training.exchange import Together, exchange
-from evaclip_model.training.forward_clock import ForwardClock
-from evaclip_model.training.self_test import self_test
+from evaclip_model.training.monitoring.forward_clock import ForwardClock
+from evaclip_model.training.monitoring.rank_stats import Together, exchange
+from evaclip_model.training.monitoring.self_test import self_test
 from evaclip_model.training.step import StepTerms, forward_backward, loss_settings, step_inputs
 
 

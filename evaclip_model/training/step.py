@@ -20,13 +20,13 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from evaclip_model.layers import drop_path_rates
-from evaclip_model.model_config import VisionConfig
+from evaclip_model.model.layers import drop_path_rates
+from evaclip_model.model.model_config import VisionConfig
+from evaclip_model.reading.transform import normalize_images
 from evaclip_model.training.config import TrainConfig
-from evaclip_model.training.engine import Engine
-from evaclip_model.training.loss import ContrastiveTerms, LossSettings, gathered_terms
+from evaclip_model.training.engine.engine import Engine
+from evaclip_model.training.loss.contrastive import ContrastiveTerms, LossSettings, gathered_terms
 from evaclip_model.training.masking import kept_branches, kept_patches, patch_dropout_at
-from evaclip_model.transform import normalize_images
 
 
 @dataclass(frozen=True)

@@ -27,18 +27,18 @@ from evaclip_model.training.checkpoint import (
 )
 from evaclip_model.training.config import CHECKPOINTS, RESULT_FILE, TrainJob
 from evaclip_model.training.dry_run import dry_run
-from evaclip_model.training.engine import Stepped
-from evaclip_model.training.exchange import Together, from_all
-from evaclip_model.training.guards import Judged, Observed, Verdict, judge
+from evaclip_model.training.engine.engine import Stepped
 from evaclip_model.training.loop_state import LoopState
-from evaclip_model.training.metrics import MetricsLog, StepRow, step_row
-from evaclip_model.training.nonfinite import described, whose, write_dump
-from evaclip_model.training.optim import lr_factor
-from evaclip_model.training.probe import open_probe, probe
-from evaclip_model.training.profiling import PROFILE_FOLDER, ProfileWindow
+from evaclip_model.training.monitoring.nonfinite_report import described, whose, write_dump
+from evaclip_model.training.monitoring.profiling import PROFILE_FOLDER, ProfileWindow
+from evaclip_model.training.monitoring.rank_stats import Together, from_all
+from evaclip_model.training.monitoring.spike_guard import Judged, Observed, Verdict, judge
+from evaclip_model.training.monitoring.step_metrics import MetricsLog, StepRow, step_row
+from evaclip_model.training.monitoring.watchdog import Watchdog
+from evaclip_model.training.monitoring.zeroshot_probe import open_probe, probe
+from evaclip_model.training.optimizer.parameter_groups import lr_factor
 from evaclip_model.training.rank import Gradient, Laps, Rank
-from evaclip_model.training.results import save_models, write_json
-from evaclip_model.training.watchdog import Watchdog
+from evaclip_model.training.stage_outputs import save_models, write_json
 
 FINAL_LOSS_STEPS = 20
 """Last steps that the reported final loss is the mean of."""

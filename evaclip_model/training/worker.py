@@ -38,8 +38,8 @@ def main(arguments: list[str]) -> int:
     _set_threads(job.threads)
     os.environ.update(place_from_slurm(os.environ))
     _log_to_stderr()
-    from evaclip_model.training.engine import LossScaleExhausted
-    from evaclip_model.training.guards import Diverged
+    from evaclip_model.training.engine.engine import LossScaleExhausted
+    from evaclip_model.training.monitoring.spike_guard import Diverged
     from evaclip_model.training.trainer import Interrupted, train
 
     try:
@@ -104,7 +104,7 @@ def _join() -> None:
     """Enter the process group; alone, without a launcher, as the only rank."""
     import torch
 
-    from evaclip_model.training.engine import start_distributed
+    from evaclip_model.training.engine.engine import start_distributed
 
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from flows.chart import load_chart
-from flows.doctor import examine, weights
-from flows.fit import Finding, Machine, recipe_findings
-from flows.profile import load_profile
-from flows.terminal import console
+from flows.config.profile import load_profile
+from flows.console.terminal import console
+from flows.graph.graph import load_chart
+from flows.planning.feasibility import Finding, Machine, recipe_findings
+from flows.planning.health_checks import examine, weights
 
 HELP = "whether this machine is ready: versions, disk, stores, servers, GPUs, and what to do"
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Literal
 from rich.table import Table
 
 from evaclip_model.errors import InputError
-from flows.terminal import console, moving_bar
-from tasks.evaluate.registry import FOLDER, KnownSet, all_sets, find_set, nearest_set
+from flows.console.terminal import console, moving_bar
+from tasks.evaluate.sets.set_registry import FOLDER, KnownSet, all_sets, find_set, nearest_set
 
 if TYPE_CHECKING:
-    from tasks.evaluate.convert.write import Conversion
+    from tasks.evaluate.sets.convert.shard_writer import Conversion
 
 HELP = "evaluation sets: list, show, check, convert from images, videos, captions, torchvision, VOC"
 SHOWN_PROBLEMS = 5
@@ -126,8 +126,8 @@ def _show(parsed: argparse.Namespace) -> None:
 
 
 def _check(parsed: argparse.Namespace) -> None:
-    from tasks.evaluate.check import check_set  # imports torch
-    from tasks.evaluate.sets import kind_of, open_set
+    from tasks.evaluate.sets.check_set import check_set  # imports torch
+    from tasks.evaluate.sets.published_layout import kind_of, open_set
 
     known = _known(parsed.known) if parsed.known else None
     templates = parsed.templates or (known.prompts[0] if known and known.prompts else "dataset")
@@ -146,7 +146,7 @@ def _check(parsed: argparse.Namespace) -> None:
 
 
 def _imagefolder(parsed: argparse.Namespace) -> None:
-    from tasks.evaluate.convert.convert import Words, convert_imagefolder
+    from tasks.evaluate.sets.convert.convert import Words, convert_imagefolder
 
     words = Words(_known_or_none(parsed), parsed.classnames, parsed.templates)
     with moving_bar("convert") as report:
@@ -155,7 +155,7 @@ def _imagefolder(parsed: argparse.Namespace) -> None:
 
 
 def _torchvision(parsed: argparse.Namespace) -> None:
-    from tasks.evaluate.convert.convert import Words, convert_torchvision
+    from tasks.evaluate.sets.convert.convert import Words, convert_torchvision
 
     known = _known(parsed.name)
     words = Words(known, parsed.classnames, parsed.templates)
@@ -167,7 +167,7 @@ def _torchvision(parsed: argparse.Namespace) -> None:
 
 
 def _videos(parsed: argparse.Namespace) -> None:
-    from tasks.evaluate.convert.convert import Words, convert_videos
+    from tasks.evaluate.sets.convert.convert import Words, convert_videos
 
     words = Words(_known_or_none(parsed), parsed.classnames, parsed.templates)
     with moving_bar("convert") as report:
@@ -176,7 +176,7 @@ def _videos(parsed: argparse.Namespace) -> None:
 
 
 def _voc(parsed: argparse.Namespace) -> None:
-    from tasks.evaluate.convert.convert import Words, convert_voc
+    from tasks.evaluate.sets.convert.convert import Words, convert_voc
 
     words = Words(None, parsed.classnames, parsed.templates)
     kind: Literal["classification", "multilabel"] = (
@@ -188,7 +188,7 @@ def _voc(parsed: argparse.Namespace) -> None:
 
 
 def _captions(parsed: argparse.Namespace) -> None:
-    from tasks.evaluate.convert.convert import convert_captions
+    from tasks.evaluate.sets.convert.convert import convert_captions
 
     with moving_bar("convert") as report:
         made = convert_captions(parsed.listing, parsed.source, parsed.folder, parsed.split, report)

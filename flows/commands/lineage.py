@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from evaclip_model.errors import InputError
-from flows.profile import Profile, load_profile
-from flows.terminal import console
+from flows.config.profile import Profile, load_profile
+from flows.console.terminal import console
 from tasks.tracking import TrackingStore
 
 HELP = "what a model was made from; what was made of a dataset or a source"
@@ -24,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     profile = load_profile()
-    from tasks.register.versions import is_address  # imports mlflow
+    from tasks.register.model_versions import is_address  # imports mlflow
 
     if is_address(parsed.what):
         lines = _of_a_model(profile, parsed.what, parsed.alias, parsed.svg)
@@ -37,9 +37,9 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def _of_a_model(profile: Profile, what: str, alias: str, svg: Path | None) -> Iterator[str]:
-    from flows.lineage import version_tree
-    from tasks.lineage.picture import lineage_svg
-    from tasks.register.versions import describe, predecessor
+    from flows.audit.lineage_tree import version_tree
+    from tasks.lineage.lineage_svg import lineage_svg
+    from tasks.register.model_versions import describe, predecessor
 
     version = describe(profile.mlflow_uri, what)
     yield from version_tree(version, predecessor(profile.mlflow_uri, version, alias))
@@ -50,8 +50,8 @@ def _of_a_model(profile: Profile, what: str, alias: str, svg: Path | None) -> It
 
 
 def _of_data(profile: Profile, what: str) -> Iterator[str]:
-    from flows.lineage import artifact_trees, find, source_trees
-    from tasks.register.versions import made_from
+    from flows.audit.lineage_tree import artifact_trees, find, source_trees
+    from tasks.register.model_versions import made_from
 
     root = profile.root.resolve()
     found = find(root, what)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from flows.commands.run import FLOWS
-from flows.recipe import load_recipe
-from flows.recipe_file import recipe_names
-from flows.terminal import console
+from flows.config.recipe import load_recipe
+from flows.config.recipe_loader import recipe_names
+from flows.console.terminal import console
 
 HELP = "the flows and the recipes there are"
 

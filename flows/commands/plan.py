@@ -1,7 +1,8 @@
 """`plan RECIPE`: what a run would do, what is there already, and what it costs.
 
 Covers: the arguments and printing.
-Not here: the plan (flows/plan.py) and the estimates (flows/estimate.py, training_estimate.py).
+Not here: the plan (flows/planning/run_plan.py) and the estimates (flows/planning/data_cost.py,
+training_estimate.py).
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import argparse
 from rich.table import Table
 
 from evaclip_model.errors import InputError
-from flows.chart import load_chart
 from flows.commands.recipe_arguments import with_gpus, with_recipe
-from flows.estimate import estimate_table, is_large
-from flows.fit import Machine, recipe_findings, sentence
-from flows.machines import Machines
-from flows.plan import make_plan
-from flows.terminal import console
-from flows.training_estimate import engine_settings, training_table
+from flows.config.gpu_spec import Machines
+from flows.console.terminal import console
+from flows.graph.graph import load_chart
+from flows.planning.data_cost import estimate_table, is_large
+from flows.planning.feasibility import Machine, recipe_findings, sentence
+from flows.planning.run_plan import make_plan
+from flows.planning.training_cost import engine_settings, training_table
 
 HELP = "what a run would do, what is already there, what it costs, and whether it fits here"
 

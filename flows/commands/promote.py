@@ -6,9 +6,9 @@ import argparse
 from typing import TYPE_CHECKING
 
 from evaclip_model.errors import InputError
-from flows.profile import load_profile
-from flows.promoted import announce_where_served
-from flows.terminal import console
+from flows.config.profile import load_profile
+from flows.console.terminal import console
+from flows.promotion.promotion_events import announce_where_served
 
 if TYPE_CHECKING:
     from tasks.register.promotion import How
@@ -29,8 +29,8 @@ def run(parsed: argparse.Namespace) -> None:
         raise InputError(f"'{parsed.model}' names no version: give NAME/VERSION, as evaclip/7")
     if parsed.force and not parsed.reason.strip():
         raise InputError("--force needs --reason TEXT: it is kept with the version")
+    from tasks.register.model_versions import registry
     from tasks.register.promotion import champion_of, promote, standing_of, who  # import mlflow
-    from tasks.register.versions import registry
 
     with registry(load_profile().mlflow_uri) as (store, _):
         standing = standing_of(store, name, int(number))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from flows.profile import load_profile
-from flows.terminal import console, moving_bar
+from flows.config.profile import load_profile
+from flows.console.terminal import console, moving_bar
 
 HELP = "fetch a registered model as a folder, for `evaclip` or another library"
 FORMS = {
@@ -29,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    from tasks.register.pull import pull  # imports mlflow
+    from tasks.register.pull_model import pull  # imports mlflow
 
     profile = load_profile()
     with moving_bar(f"pull {parsed.model}") as report:

@@ -1,7 +1,7 @@
 """Arguments that several commands share: which recipe, with which changes, on which GPUs.
 
 Covers: adding them to a parser.
-Not here: what they mean (flows/recipe_file.py, flows/machines.py).
+Not here: what they mean (flows/config/recipe_loader.py, flows/config/gpu_spec.py).
 """
 
 from __future__ import annotations

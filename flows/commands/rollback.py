@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from flows.profile import load_profile
-from flows.promoted import announce_where_served
-from flows.terminal import console
+from flows.config.profile import load_profile
+from flows.console.terminal import console
+from flows.promotion.promotion_events import announce_where_served
 
 HELP = "make the version champion again that was it before"
 
@@ -19,8 +19,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
+    from tasks.register.model_versions import registry
     from tasks.register.promotion import history, roll_back, who  # imports mlflow
-    from tasks.register.versions import registry
 
     with registry(load_profile().mlflow_uri) as (store, _):
         before, now = roll_back(store, parsed.name, parsed.alias, parsed.to, who(), parsed.reason)

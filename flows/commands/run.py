@@ -10,14 +10,14 @@ import argparse
 import importlib
 
 from evaclip_model.errors import InputError
-from flows.chart import Chart, load_chart
 from flows.commands import plan
 from flows.commands.recipe_arguments import with_gpus, with_recipe
-from flows.plan import check_disk
-from flows.profile import Profile
-from flows.recipe import Recipe
-from flows.results import print_results
-from flows.terminal import console
+from flows.config.profile import Profile
+from flows.config.recipe import Recipe
+from flows.console.terminal import console
+from flows.graph.graph import Chart, load_chart
+from flows.planning.run_plan import check_disk
+from flows.reporting.results_table import print_results
 from tasks.lineage.journal import JOURNALS
 from tasks.tracking import TrackingStore
 
@@ -63,7 +63,7 @@ def run(parsed: argparse.Namespace) -> None:
         return
     if parsed.flow != "retrain":  # which downloads a part; the stage itself looks at the disk
         check_disk(recipe, chart, profile.root)
-    from flows.server import temporary_server  # starts processes: only for a run
+    from flows.graph.ephemeral_server import temporary_server  # starts processes: only for a run
 
     with temporary_server(profile.root):
         # the flow's module imports prefect, which reads its settings then
@@ -81,7 +81,7 @@ def _dry_run(parsed: argparse.Namespace) -> None:
         return
     plan.run(parsed)
     if parsed.flow == "train":
-        from flows.rehearse import rehearse  # starts processes
+        from flows.planning.dry_run import rehearse  # starts processes
 
         for line in rehearse(*load_chart(parsed.recipe, parsed.overrides)):
             console.print(line, soft_wrap=True, markup=False)
@@ -92,7 +92,7 @@ def _nothing_new(recipe: Recipe, profile: Profile, chart: Chart, told: bool = Fa
     `told` whatever there is."""
     if recipe.demo and not (chart.demo and chart.demo.is_finished):
         return False  # its metadata is made first
-    from flows.increment import describe, look  # imports duckdb
+    from flows.graph.incremental import describe, look  # imports duckdb
     from tasks.register.promotion import is_unsettled  # imports mlflow
 
     store = TrackingStore.at(profile.mlflow_uri, recipe.name)
@@ -112,8 +112,8 @@ def _nothing_to_do(recipe: Recipe, profile: Profile, chart: Chart) -> bool:
     if not chart.is_finished:
         return False
     from tasks.lineage.mlflow_store import Tracking  # imports mlflow, as the next one does
+    from tasks.register.model_registry import forget_if_gone
     from tasks.register.promotion import is_unsettled
-    from tasks.register.registry import forget_if_gone
 
     store = TrackingStore.at(profile.mlflow_uri, recipe.name)
     forget_if_gone(chart.register, store)

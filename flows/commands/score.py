@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 
 from flows.commands.recipe_arguments import with_overrides
-from flows.profile import load_profile
-from flows.results import figures_table, read_findings
-from flows.terminal import console
+from flows.config.profile import load_profile
+from flows.console.terminal import console
+from flows.reporting.results_table import figures_table, read_findings
 from tasks.evaluate.config import REPORT
-from tasks.evaluate.registry import FOLDER
+from tasks.evaluate.sets.set_registry import FOLDER
 
 HELP = "evaluate any models on any sets, side by side"
 
@@ -46,8 +46,8 @@ def run(parsed: argparse.Namespace) -> None:
         "overrides": tuple(parsed.overrides),
     }
     root = load_profile().root
-    from flows.scoring import read_asked  # imports torch
-    from flows.server import temporary_server  # starts processes: only for a run
+    from flows.graph.ephemeral_server import temporary_server  # starts processes: only for a run
+    from flows.graph.score_request import read_asked  # imports torch
 
     read_asked(**asked, root=root.resolve())
     with temporary_server(root):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from flows.commands.recipe_arguments import with_recipe
-from flows.recipe import load_recipe
-from flows.terminal import console
+from flows.config.recipe import load_recipe
+from flows.console.terminal import console
 
 HELP = "a recipe, resolved: every setting with its value"
 arguments = with_recipe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from flows.terminal import console
+from flows.console.terminal import console
 
 HELP = "what metadata files hold, before they become a source"
 
@@ -18,6 +18,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    from flows.sources import inspect_sources  # imports duckdb
+    from flows.audit.metadata_table import inspect_sources  # imports duckdb
 
     inspect_sources(parsed.files, parsed.read, console)

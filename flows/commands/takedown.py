@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from flows.profile import load_profile
-from flows.terminal import console
+from flows.config.profile import load_profile
+from flows.console.terminal import console
 
 HELP = "new dataset versions without some samples, and the models they are in"
 
@@ -16,7 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    from flows.takedown import describe, take_down  # imports duckdb
+    from flows.audit.dataset_replacement import describe, take_down  # imports duckdb
 
     root = load_profile().root.resolve()
     done = take_down(parsed.file, root)

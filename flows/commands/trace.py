@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from evaclip_model.errors import InputError
-from flows.profile import load_profile
-from flows.terminal import console
+from flows.config.profile import load_profile
+from flows.console.terminal import console
 
 HELP = "where one sample came from, where it is, what was made of it"
 
@@ -19,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    from flows.trace import describe, trace  # imports duckdb
+    from flows.audit.sample_trace import describe, trace  # imports duckdb
 
     root = load_profile().root.resolve()
     found = trace(url=parsed.url, uid=parsed.uid, sha256=parsed.sha256, root=root)

@@ -20,12 +20,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks.checked_shards import Verdict
 from tasks.dataset.config import DatasetConfig
 from tasks.dataset.evaluation_images import EvaluationImages
 from tasks.dataset.lists import SHA256, is_url
-from tasks.phash import Hashes, KnownHashes, near_pairs
-from tasks.sample_index import Ints, Kind, SampleIndex
+from tasks.index.perceptual_hash import Hashes, KnownHashes, near_pairs
+from tasks.index.sample_index import Ints, Kind, SampleIndex
+from tasks.index.shard_verdicts import Verdict
 
 Rows = npt.NDArray[np.int64]
 Asked = Mapping[Kind, tuple[str, ...]]

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from evaclip_model.config import Config
-from tasks.artifact import Stage
+from tasks.artifacts.artifact import Stage
 
 RULES_IN_FILES = ("evaluation_sets", "blocklists")
 STAGE = Stage(

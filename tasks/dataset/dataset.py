@@ -18,8 +18,7 @@ import pyarrow.parquet as pq
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import SHARDS, Shard, ShardManifest
-from tasks.artifact import CARD, Artifact, Made, write_atomically
-from tasks.checked_shards import Verdict, read_verdicts
+from tasks.artifacts.artifact import CARD, Artifact, Made, write_atomically
 from tasks.dataset.card import write_card
 from tasks.dataset.choose import Choice, Reason, Rows, Rules, choose
 from tasks.dataset.config import (
@@ -31,8 +30,9 @@ from tasks.dataset.config import (
 )
 from tasks.dataset.evaluation_images import read_evaluation_images
 from tasks.dataset.lists import read_hashes
+from tasks.index.sample_index import SampleIndex
+from tasks.index.shard_verdicts import Verdict, read_verdicts
 from tasks.progress import Report
-from tasks.sample_index import SampleIndex
 
 _STEPS = 3
 

@@ -1,7 +1,7 @@
 """The images that a model is tested on, as hashes, so that none of them is trained on.
 
 Covers: folders of image files, and webdatasets of any layout.
-Not here: hashing an image (tasks/image_hashes.py), comparing with samples (choose.py).
+Not here: hashing an image (tasks/index/image_hashes.py), comparing with samples (choose.py).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from evaclip_model.errors import InputError
-from tasks.image_hashes import hash_images
-from tasks.phash import Hashes
+from tasks.index.image_hashes import hash_images
+from tasks.index.perceptual_hash import Hashes
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2")
 

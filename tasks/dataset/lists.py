@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from evaclip_model.errors import InputError
-from tasks.artifact import DIGEST_CHARS
+from tasks.artifacts.artifact import DIGEST_CHARS
 
 _HASH = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")
 SHA256 = re.compile(r"[0-9A-Fa-f]{64}")

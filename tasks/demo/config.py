@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from evaclip_model.config import Config
-from tasks.artifact import Stage
+from tasks.artifacts.artifact import Stage
 
 STAGE = Stage("demo", 1, tools=("pyarrow",))
 """Its version also rises when the committed drawings or captions change."""

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.demo.plan import Row, Source
+from tasks.demo.web_plan import Row, Source
 
 LAION_SCHEMA = pa.schema(
     [

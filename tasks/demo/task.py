@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.artifact import Address, Artifact, produce
+from tasks.artifacts.artifact import Address, Artifact, produce
 from tasks.demo.config import DemoConfig
 from tasks.demo.world import make_demo
 from tasks.progress import Report

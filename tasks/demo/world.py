@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
-from tasks.artifact import Made
+from tasks.artifacts.artifact import Made
 from tasks.demo.concepts import read_concepts
 from tasks.demo.config import DemoConfig
-from tasks.demo.evalsets import write_eval_sets
+from tasks.demo.demo_evalsets import write_eval_sets
 from tasks.demo.metadata import write_metadata
-from tasks.demo.plan import Source, plan_rows
+from tasks.demo.web_plan import Source, plan_rows
 from tasks.progress import Report, silent
 
 SOURCES: tuple[Source, ...] = get_args(Source)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from tasks.download.outcome import Outcome
+from tasks.download.fetch_outcome import Outcome
 
 _ORDER = tuple(Outcome)
 _LAYOUT = struct.Struct(f"<{len(_ORDER) + 2}Q")

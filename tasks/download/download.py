@@ -2,7 +2,7 @@
 
 Covers: passes, resuming, running img2dataset in its own process tree, judging the result.
 Not here: how a URL is fetched (fetch.py), what a whole shard is (check.py), which rows another pass
-tries (passes.py), when to stop early (watch.py).
+tries (retry_passes.py), when to stop early (watch.py).
 
     out/shards            the first pass: every row
     out/pass-N/rows       rows whose failure may pass, from the pass before
@@ -26,15 +26,16 @@ from pathlib import Path
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import BrokenShard
-from tasks.artifact import Made, write_atomically
-from tasks.child import run_supervised
-from tasks.download import passes
-from tasks.download.check import FinishedShard, remove_shard, shard_files
+from tasks.artifacts.artifact import Made, write_atomically
+from tasks.download import retry_passes
+from tasks.download.check_shards import FinishedShard, remove_shard, shard_files
 from tasks.download.config import DownloadConfig
 from tasks.download.counters import CounterReader
-from tasks.download.ledger import Ledger
-from tasks.download.outcome import Outcome
-from tasks.download.plan import (
+from tasks.download.download_worker import WorkerJob, open_files_needed
+from tasks.download.executors import Distributor, require_distributor
+from tasks.download.fetch_outcome import Outcome
+from tasks.download.network_probe import network_gone, silent_hosts
+from tasks.download.url_tables import (
     CAPTION_COLUMN,
     URL_COLUMN,
     Plan,
@@ -42,10 +43,9 @@ from tasks.download.plan import (
     expected_bytes,
     plan_download,
 )
-from tasks.download.spread import Distributor, require_distributor
-from tasks.download.watch import Watch, dead_links, network_trouble
-from tasks.download.witness import network_gone, silent_hosts
-from tasks.download.worker import WorkerJob, open_files_needed
+from tasks.download.validated_shards import Ledger
+from tasks.download.watch_progress import Watch, dead_links, network_trouble
+from tasks.process.child import run_supervised
 from tasks.progress import Report
 
 SHARDS_FOLDER = "shards"
@@ -99,13 +99,13 @@ def download_images(
     columns = (*plan.extra_columns, CAPTION_COLUMN, URL_COLUMN)
     last = first
     for number in range(2, config.passes + 1):
-        if not passes.rows_to_retry(done[-1]):
+        if not retry_passes.rows_to_retry(done[-1]):
             break
         folder = _folder(out, number)
         if not (folder / ROWS_FOLDER).exists():
-            _wait(passes.wait_before(done[-1], config.pass_wait_s), plan.rows, report)
+            _wait(retry_passes.wait_before(done[-1], config.pass_wait_s), plan.rows, report)
             folder.mkdir(exist_ok=True)
-            passes.write_rows_to_retry(
+            retry_passes.write_rows_to_retry(
                 done[-1], last.shards, columns, folder / ROWS_FOLDER, config.samples_per_shard
             )
         begin = last.plan.shards[-1].number + 1
@@ -215,14 +215,14 @@ class _Pass:
                 for shard in self._finished
                 if shard.planned.rows >= SPOILED_ROWS and network_trouble(shard.outcomes)
             ]
-            problem = network_trouble(passes.sum_of(lost)) if lost else None
+            problem = network_trouble(retry_passes.sum_of(lost)) if lost else None
         else:
             lost = [
                 shard
                 for shard in self._finished
                 if shard.planned not in whole_before and network_trouble(shard.outcomes)
             ]
-            problem = self._network_gone(passes.sum_of(lost)) if lost else None
+            problem = self._network_gone(retry_passes.sum_of(lost)) if lost else None
         if problem is not None:
             for shard in lost:
                 remove_shard(self.shards, shard.planned)
@@ -283,7 +283,7 @@ class _Pass:
                 raise InputError(problem)
 
         run_supervised(
-            [sys.executable, "-m", "tasks.download.worker", str(path)],
+            [sys.executable, "-m", "tasks.download.download_worker", str(path)],
             log=self._folder / LOG,
             grace_s=GRACE_S,
             env=_environment(job.config),
@@ -424,7 +424,7 @@ def _judge(config: DownloadConfig, first: _Pass, finished: Sequence[FinishedShar
     Raises:
         InputError: fewer rows than min_success_rate became samples.
     """
-    outcomes = passes.sum_of(finished)
+    outcomes = retry_passes.sum_of(finished)
     if outcomes[Outcome.SUCCESS] >= outcomes.total() * config.min_success_rate:
         return
     for shard in finished:
@@ -439,7 +439,7 @@ def _describe(out: Path, plan: Plan, done: Sequence[Sequence[FinishedShard]]) ->
     Raises:
         RuntimeError: a row ended in no bucket, or in two.
     """
-    by_source = passes.total_outcomes(done)
+    by_source = retry_passes.total_outcomes(done)
     total = sum(by_source.values(), Counter[Outcome]())
     if total.total() != plan.rows:
         raise RuntimeError(

@@ -29,10 +29,10 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from tasks.download import outcome, robots
+from tasks.download import fetch_outcome, robots
 from tasks.download.addresses import address_is_allowed
 from tasks.download.config import DownloadConfig
-from tasks.download.hosts import HostGate
+from tasks.download.host_rate_limiter import HostGate
 from tasks.download.optout import declines
 
 CHUNK_BYTES = 1 << 16
@@ -40,7 +40,7 @@ REFUSED_TYPES = frozenset({"text/html", "application/xhtml+xml", "image/svg+xml"
 
 
 class Refused(Exception):
-    """We will not fetch this; the message is one of the constants of outcome.py."""
+    """We will not fetch this; the message is one of the constants of fetch_outcome.py."""
 
 
 class Deadline(threading.local):
@@ -64,7 +64,7 @@ class Deadline(threading.local):
         """
         left = self.end - time.monotonic()
         if left <= 0:
-            raise Refused(outcome.DEADLINE)
+            raise Refused(fetch_outcome.DEADLINE)
         return left if at_most is None else min(left, at_most)
 
 
@@ -99,12 +99,14 @@ class Fetcher:
             body, message = self._try(url, digest)
             if body is not None:
                 return body, None
-            if message == outcome.DEADLINE and earlier is not None:
+            if message == fetch_outcome.DEADLINE and earlier is not None:
                 return None, earlier  # why it took long says more, and may pass another time
-            may_pass = outcome.outcome_of("failed_to_download", message) in outcome.RETRYABLE
-            pause_s = max(wait_s, outcome.retry_after_s(message))
+            may_pass = (
+                fetch_outcome.outcome_of("failed_to_download", message) in fetch_outcome.RETRYABLE
+            )
+            pause_s = max(wait_s, fetch_outcome.retry_after_s(message))
             too_late = time.monotonic() + pause_s >= self._deadline.end
-            if not may_pass or not tries_left or too_late or message == outcome.HOST_RESTS:
+            if not may_pass or not tries_left or too_late or message == fetch_outcome.HOST_RESTS:
                 break
             time.sleep(pause_s)
             wait_s, earlier = wait_s * 2, message
@@ -118,7 +120,7 @@ class Fetcher:
             with self._hosts.visiting(host):
                 self._deadline.extend(time.monotonic() - asked)
                 if self._hosts.rests(host):
-                    return None, outcome.HOST_RESTS
+                    return None, fetch_outcome.HOST_RESTS
                 return self._visit(url, host, digest), ""
         # whatever a hostile answer makes the libraries raise is this URL's failure, not the shard's
         except Exception as error:
@@ -133,7 +135,7 @@ class Fetcher:
         """
         config = self._config
         if config.respect_robots and not self._robots.allows(url):
-            raise Refused(outcome.ROBOTS_TXT)
+            raise Refused(fetch_outcome.ROBOTS_TXT)
         try:
             with self._open(url) as response:
                 self._hosts.answered(host, busy=False, retry_after_s=0)
@@ -142,11 +144,11 @@ class Fetcher:
         except urllib.error.HTTPError as error:
             with error:
                 wanted_s = retry_after(error.headers.get("Retry-After"), datetime.now(UTC))
-                busy = error.code in outcome.BUSY_STATUSES
+                busy = error.code in fetch_outcome.BUSY_STATUSES
                 self._hosts.answered(host, busy=busy, retry_after_s=wanted_s or 0)
-                raise OSError(outcome.with_retry_after(str(error), wanted_s)) from None
+                raise OSError(fetch_outcome.with_retry_after(str(error), wanted_s)) from None
         if digest and hashlib.new(config.hash_algorithm, body).hexdigest() != digest.lower():
-            raise Refused(outcome.HASH_MISMATCH)
+            raise Refused(fetch_outcome.HASH_MISMATCH)
         return body
 
     def _open(self, url: str) -> Any:
@@ -160,7 +162,7 @@ class Fetcher:
                 return content
         except urllib.error.HTTPError as error:
             with error:
-                if error.code < 500 and error.code not in outcome.BUSY_STATUSES:
+                if error.code < 500 and error.code not in fetch_outcome.BUSY_STATUSES:
                     return None
                 # RFC 9309: a host that cannot say must be taken to forbid, for now
                 raise OSError(str(error)) from None
@@ -194,14 +196,14 @@ def guarded_opener(config: DownloadConfig, deadline: Deadline) -> urllib.request
 def _refuse_unwanted(response: http.client.HTTPResponse, config: DownloadConfig) -> None:
     """Refuse by its headers what is no image, or an image that may not be used."""
     if response.headers.get_content_type() in REFUSED_TYPES:
-        raise Refused(outcome.NOT_AN_IMAGE_TYPE)
+        raise Refused(fetch_outcome.NOT_AN_IMAGE_TYPE)
     if declines(
         response.headers,
         token=config.user_agent_token,
         directives=config.disallowed_directives,
         tdm=config.respect_tdm,
     ):
-        raise Refused(outcome.OPTED_OUT)
+        raise Refused(fetch_outcome.OPTED_OUT)
 
 
 class _GuardedHandler(urllib.request.AbstractHTTPHandler):
@@ -227,7 +229,7 @@ class _GuardedHandler(urllib.request.AbstractHTTPHandler):
     ) -> http.client.HTTPResponse:
         limit, announced = self._config.max_bytes, response.length
         if 200 <= response.status < 300 and announced is not None and announced > limit:
-            raise Refused(outcome.TOO_MANY_BYTES)
+            raise Refused(fetch_outcome.TOO_MANY_BYTES)
         return response
 
     https_request = http_request
@@ -286,7 +288,7 @@ def _connect(
 
     The very address that was checked is connected to: a second look-up could answer otherwise.
     """
-    problem: Exception = Refused(outcome.ADDRESS_REFUSED)
+    problem: Exception = Refused(fetch_outcome.ADDRESS_REFUSED)
     for family, kind, protocol, _, target in socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM
     ):
@@ -338,7 +340,7 @@ class _Response(http.client.HTTPResponse):
         while part := super().read(CHUNK_BYTES):
             size += len(part)
             if size > self._max_bytes:
-                raise Refused(outcome.TOO_MANY_BYTES)
+                raise Refused(fetch_outcome.TOO_MANY_BYTES)
             parts.append(part)
         if self.length:
             raise http.client.IncompleteRead(b"".join(parts), self.length)

@@ -14,8 +14,8 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field, field_validator, model_validator
 
 from evaclip_model.config import Config
-from tasks.artifact import Stage
-from tasks.evaluate.registry import (
+from tasks.artifacts.artifact import Stage
+from tasks.evaluate.sets.set_registry import (
     FOLDER,
     Kind,
     NameSource,

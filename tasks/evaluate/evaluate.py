@@ -15,19 +15,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evaclip_model.errors import InputError
-from tasks.artifact import Made, write_atomically
-from tasks.evaluate.blocks import Cache
+from tasks.artifacts.artifact import Made, write_atomically
 from tasks.evaluate.config import RESULTS, EvaluateConfig, Machine
-from tasks.evaluate.contamination import Mask, TrainingData, hash_set, seen_in_training
-from tasks.evaluate.figures import Scored, score
-from tasks.evaluate.identity import Identity
-from tasks.evaluate.models import identify
-from tasks.evaluate.ranks import Features
-from tasks.evaluate.registry import find_set
+from tasks.evaluate.encode.distributed import Features
+from tasks.evaluate.encode.feature_cache import Cache
+from tasks.evaluate.encode.model_identity import Identity
+from tasks.evaluate.encode.open_models import identify
+from tasks.evaluate.metrics.compute import Scored, score
+from tasks.evaluate.metrics.contamination import Mask, TrainingData, hash_set, seen_in_training
 from tasks.evaluate.report.curves import read_curve
-from tasks.evaluate.report.write import write_reports
+from tasks.evaluate.report.write_reports import write_reports
 from tasks.evaluate.results import counts_of, results_of
-from tasks.evaluate.sets import EvalSet, open_set
+from tasks.evaluate.sets.published_layout import EvalSet, open_set
+from tasks.evaluate.sets.set_registry import find_set
 from tasks.progress import Report
 
 _JOB = "job"

@@ -15,15 +15,22 @@ from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
-from tasks.evaluate.averages import ROBUSTNESS, TABLES, average, members_of, robustness, values_of
 from tasks.evaluate.config import STAGE, EvaluateConfig
-from tasks.evaluate.contamination import Mask, figures_without
-from tasks.evaluate.doubts import warnings_of
-from tasks.evaluate.figures import Figures, Scored, captions_of, chance_of, figures_of
-from tasks.evaluate.identity import Identity
-from tasks.evaluate.paired import compare
-from tasks.evaluate.paper import paper_model, published, verdict
-from tasks.evaluate.sets import EvalSet
+from tasks.evaluate.encode.model_identity import Identity
+from tasks.evaluate.metrics.compute import Figures, Scored, captions_of, chance_of, figures_of
+from tasks.evaluate.metrics.contamination import Mask, figures_without
+from tasks.evaluate.metrics.sanity_warnings import warnings_of
+from tasks.evaluate.metrics.significance import compare
+from tasks.evaluate.paper.averages import (
+    ROBUSTNESS,
+    TABLES,
+    average,
+    members_of,
+    robustness,
+    values_of,
+)
+from tasks.evaluate.paper.published import paper_model, published, verdict
+from tasks.evaluate.sets.published_layout import EvalSet
 
 RULE = (
     "rank = answers with a strictly larger fp32 cosine + equal ones with a lower index; "

@@ -8,10 +8,10 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.artifact import Address, Artifact, produce
+from tasks.artifacts.artifact import Address, Artifact, produce
 from tasks.evaluate.config import EvaluateConfig, Machine
-from tasks.evaluate.contamination import TrainingData
 from tasks.evaluate.evaluate import evaluate_models
+from tasks.evaluate.metrics.contamination import TrainingData
 from tasks.progress import Report
 
 

@@ -13,8 +13,8 @@ from pydantic import Field, model_validator
 
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
-from evaclip_model.model_config import ALIASES, ModelConfig, list_models
-from tasks.artifact import Stage
+from evaclip_model.model.model_config import ALIASES, ModelConfig, list_models
+from tasks.artifacts.artifact import Stage
 
 Role = Literal["clip", "vision", "text"]
 STAGE = Stage("initialise", 1, tools=("torch", "safetensors"), ignores=("origins",))

@@ -11,10 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from evaclip_model.create import create_model
-from evaclip_model.model_config import CONFIG_FILE
-from evaclip_model.weight_files import WEIGHTS_FILE
-from evaclip_model.weights import PREPROCESSING_FILE, load_weights, save_model
-from tasks.artifact import Made
+from evaclip_model.model.model_config import CONFIG_FILE
+from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
+from evaclip_model.weights.load import PREPROCESSING_FILE, load_weights, save_model
+from tasks.artifacts.artifact import Made
 from tasks.initialise.config import InitialiseConfig
 from tasks.progress import Report
 

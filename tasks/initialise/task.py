@@ -7,7 +7,7 @@ from functools import partial
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.artifact import Address, Artifact, produce
+from tasks.artifacts.artifact import Address, Artifact, produce
 from tasks.initialise.config import InitialiseConfig
 from tasks.initialise.initialise import initialise_model
 from tasks.progress import Report

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from evaclip_model.config import Config
-from tasks.artifact import Stage
+from tasks.artifacts.artifact import Stage
 
 STAGE = Stage("join", 1, tools=("duckdb", "pyarrow"), ignores=("memory_limit",))
 PARTS = "parts.json"

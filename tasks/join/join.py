@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tasks.artifact import Artifact, Made, write_atomically
-from tasks.checked_shards import CHECKED, Verdict, read_verdicts, write_verdicts
+from tasks.artifacts.artifact import Artifact, Made, write_atomically
+from tasks.index.sample_index import INDEX, join_indexes
+from tasks.index.shard_verdicts import CHECKED, Verdict, read_verdicts, write_verdicts
 from tasks.join.config import PARTS, JoinConfig
 from tasks.progress import Report
-from tasks.sample_index import INDEX, join_indexes
 
 
 @dataclass(frozen=True)

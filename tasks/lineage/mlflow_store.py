@@ -15,7 +15,8 @@ entered twice is one run; a stage whose artifact was there before is tagged `eva
 Nothing here raises because of the store: events wait in the journal and a later run ships them.
 
 Not here: the way from the journal to MLflow (shipper.py), what is logged of an artifact
-(record.py), logged models (models.py), the events of OpenLineage (openlineage.py), the journal's
+(stage_record.py), logged models (model_lineage.py), the events of OpenLineage (openlineage.py),
+the journal's
 files (journal.py), the model registry (tasks/register).
 """
 
@@ -27,8 +28,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tasks.artifact import Address, Artifact
-from tasks.lineage import models, openlineage, record
+from tasks.artifacts.artifact import Address, Artifact
+from tasks.lineage import model_lineage, openlineage, stage_record
 from tasks.lineage.journal import PIPELINE, Event, Journal, now_ms
 from tasks.lineage.openlineage import EventFile, Job
 from tasks.lineage.shipper import Shipper
@@ -95,8 +96,8 @@ class Tracking:
         journal = self._journal(digest)
         shipper = Shipper(self.store, self.journals, journal)
         run = PipelineRun(self, journal, shipper, name)
-        described = {"mlflow.note.content": record.note("", links)} if links else {}
-        own = {f"{record.PREFIX}recipe_digest": digest, "mlflow.source.name": name}
+        described = {"mlflow.note.content": stage_record.note("", links)} if links else {}
+        own = {f"{stage_record.PREFIX}recipe_digest": digest, "mlflow.source.name": name}
         run.begin(name, parent=None, tags={**own, **described, **(tags or {})})
         run.log_params(params or {})
         self.events.append(openlineage.started(run.job, None, run.is_continued))
@@ -179,7 +180,7 @@ class _Run:
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log settings, flattened; a parameter that is there keeps its first value."""
         if params and not self.is_continued:
-            self.append({"op": "params", "params": record.flatten(params)})
+            self.append({"op": "params", "params": stage_record.flatten(params)})
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         self.append({"op": "metrics", "metrics": dict(metrics), "time": now_ms()})
@@ -213,7 +214,7 @@ class _Run:
         except BaseException as error:
             status = "FAILED" if isinstance(error, Exception) else "KILLED"
             reason = str(error) or type(error).__name__
-            self.set_tags({f"{record.PREFIX}error": reason[:500]})
+            self.set_tags({f"{stage_record.PREFIX}error": reason[:500]})
             self._end(status, reason)
             raise
         self._end("FINISHED", "")
@@ -245,7 +246,7 @@ class PipelineRun(_Run):
         """
         title = title or address.stage.name
         run = self._stage(address, title)
-        run.begin(title, parent=self.key, tags=record.stage_tags(address, run.is_reused))
+        run.begin(title, parent=self.key, tags=stage_record.stage_tags(address, run.is_reused))
         run.log_params(address.config)
         run.tell_start()
         with run.closing():
@@ -303,16 +304,17 @@ class StageRun(_Run):
             artifact: its counts become metrics; a model becomes a logged model, linked to the run
                 that made it and to those that read it.
             inputs: context (training, evaluation, …) -> the data it read, logged as datasets.
-            outside: data it read that no stage made, as `record.outside_dataset` describes them.
+            outside: data it read that no stage made, as `stage_record.outside_dataset` describes
+            them.
             attach: files kept with the run, such as a report.
         """
         self._made = artifact
-        self.log_metrics(record.metrics(artifact))
-        datasets = [record.dataset(data, context) for context, data in (inputs or {}).items()]
+        self.log_metrics(stage_record.metrics(artifact))
+        datasets = [stage_record.dataset(data, context) for context, data in (inputs or {}).items()]
         datasets += [dict(one) for one in outside]
         if datasets:
             self.append({"op": "inputs", "datasets": datasets})
-        of_models = models.event(artifact, self.is_reused)
+        of_models = model_lineage.event(artifact, self.is_reused)
         if of_models is not None:
             self.append({**of_models, "time": now_ms()})
         for file in attach:
@@ -328,7 +330,7 @@ class StageRun(_Run):
         if self.is_reused or self.is_over:
             yield
             return
-        system = self._journal.folder / f"system-{record.metric_name(self.key)}.jsonl"
+        system = self._journal.folder / f"system-{stage_record.metric_name(self.key)}.jsonl"
         for file in (metrics_file, system):
             self.append({"op": "series", "file": str(file.resolve())})
         sampler = SystemSampler(system, self._tracking.system_every_s)

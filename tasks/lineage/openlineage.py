@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tasks.artifact import Address, Artifact
+from tasks.artifacts.artifact import Address, Artifact
 from tasks.redact import redacted
 
 SPEC = "https://openlineage.io/spec"

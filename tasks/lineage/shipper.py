@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.lineage.events import apply, close_killed
 from tasks.lineage.journal import Journal
-from tasks.lineage.series import open_series, ship_series
+from tasks.lineage.metric_series import open_series, ship_series
+from tasks.lineage.run_events import apply, close_killed
 from tasks.tracking import TrackingStore, is_answer
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from evaclip_model.config import Config
-from tasks.artifact import Stage
+from tasks.artifacts.artifact import Stage
 from tasks.merge.withdrawn import why_refused
 
 STAGE = Stage("merge", 2, tools=("duckdb",), ignores=("engine", "partitions", "memory_limit"))

@@ -19,8 +19,8 @@ import duckdb
 import pyarrow as pa
 
 from evaclip_model.errors import InputError
+from tasks.merge.metadata_files import file_system, is_url
 from tasks.merge.murmur import laion_hash
-from tasks.merge.sources import file_system, is_url
 
 SQL = Path(__file__).parent / "sql"
 NOT_ABOUT_CONTENT = (

@@ -38,15 +38,15 @@ from typing import Any
 from duckdb import DuckDBPyConnection
 
 from evaclip_model.errors import InputError
-from tasks.artifact import Made, write_atomically
+from tasks.artifacts.artifact import Made, write_atomically
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import database, statement
 from tasks.merge.filters import REASONS
-from tasks.merge.plan import Cut, Plan, read_cuts
-from tasks.merge.planning import Files, make_plan, rows_in
+from tasks.merge.merge_plan import Cut, Plan, read_cuts
+from tasks.merge.metadata_files import identity, mark_of
 from tasks.merge.shuffle import BUCKET_BITS, LAYOUT
-from tasks.merge.sources import identity, mark_of
 from tasks.merge.spark import spark_runner
+from tasks.merge.survey_files import Files, make_plan, rows_in
 from tasks.merge.units import PHASES, Chunk, files_of_range, kept_in, run_chunk, text_of
 from tasks.progress import Report, silent
 

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from evaclip_model.errors import InputError
 from tasks.merge.database import database
-from tasks.merge.plan import Plan, once
+from tasks.merge.merge_plan import Plan, once
 from tasks.merge.shuffle import BUCKET_BITS, partitions_in, read_keys
 from tasks.merge.units import Chunk, rows_folder, run_chunk, text_of
 

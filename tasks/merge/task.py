@@ -11,11 +11,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import as_completed
 
 from evaclip_model.errors import InputError
-from tasks.artifact import Address, Artifact, produce
+from tasks.artifacts.artifact import Address, Artifact, produce
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import share_of_memory
 from tasks.merge.merge import merge_sources, one_after_another
-from tasks.merge.planning import Files
+from tasks.merge.survey_files import Files
 from tasks.merge.units import Chunk, run_chunk
 from tasks.progress import Report
 

@@ -26,7 +26,8 @@ from duckdb import DuckDBPyConnection
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import copy, database, execute, reading, run, statement, stream
 from tasks.merge.filters import reason_expression, rule_parameters
-from tasks.merge.plan import MetadataFile, Plan, once, read_cuts
+from tasks.merge.merge_plan import MetadataFile, Plan, once, read_cuts
+from tasks.merge.metadata_files import read_lists
 from tasks.merge.schema import quoted
 from tasks.merge.shuffle import (
     BUCKET_BITS,
@@ -36,7 +37,6 @@ from tasks.merge.shuffle import (
     rows_per_run,
     write_rows,
 )
-from tasks.merge.sources import read_lists
 
 COMPRESSION: Mapping[str, Any] = {"compression": "zstd", "compression_level": 1}
 OUTPUT = pa.schema(

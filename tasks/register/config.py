@@ -13,7 +13,7 @@ from typing import Literal, Self
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from evaclip_model.config import Config
-from tasks.artifact import Stage
+from tasks.artifacts.artifact import Stage
 
 STAGE = Stage("register", 2, tools=("mlflow",))
 REGISTERED = "registered.json"

@@ -1,7 +1,8 @@
 """Weights too large to copy into the registry: where they stay, and the reference to them.
 
 Covers: choosing between a copy and a reference, putting weights into a store of their own.
-Not here: the reference's form, fetching (evaclip_model/weights_reference.py), packing (packing.py).
+Not here: the reference's form, fetching (evaclip_model/weights/external_weights.py), packing
+(packing.py).
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from evaclip_model.errors import InputError
-from evaclip_model.weight_files import WEIGHTS_FILE
-from evaclip_model.weights_reference import Reference
+from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
+from evaclip_model.weights.external_weights import Reference
 from tasks.register.config import LargeWeights
 
 GB = 10**9

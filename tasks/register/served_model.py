@@ -33,7 +33,7 @@ from torch import Tensor
 
 import evaclip_model
 from evaclip_model import InputError, decode_image, image_transform, open_model, tokenize
-from evaclip_model.weights_reference import at_hand
+from evaclip_model.weights.external_weights import at_hand
 
 IMAGE = "image"
 TEXT = "text"

@@ -7,12 +7,12 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.artifact import Address, Artifact, Made, produce
+from tasks.artifacts.artifact import Address, Artifact, Made, produce
 from tasks.progress import Report, silent
 from tasks.register.config import COPIED, LargeWeights, RegisterConfig
 from tasks.register.gate import Decision
+from tasks.register.model_registry import forget_if_gone, register_model
 from tasks.register.promotion import write_decision
-from tasks.register.registry import forget_if_gone, register_model
 from tasks.tracking import TrackingStore
 
 

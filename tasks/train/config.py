@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from evaclip_model.config import Config
 from evaclip_model.training.config import DECIDE_NOTHING
-from tasks.artifact import Stage
+from tasks.artifacts.artifact import Stage
 
 STAGE = Stage("train", 2, tools=("torch", "deepspeed"), ignores=DECIDE_NOTHING)
 

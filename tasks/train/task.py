@@ -7,7 +7,7 @@ from prefect.cache_policies import NO_CACHE
 
 from evaclip_model.reading.samples import SHARDS
 from evaclip_model.training.config import MODEL_FOLDER, TrainConfig
-from tasks.artifact import Address, Artifact, produce
+from tasks.artifacts.artifact import Address, Artifact, produce
 from tasks.progress import Report
 from tasks.train.config import Launch
 from tasks.train.train import Inputs, train_model

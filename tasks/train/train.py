@@ -31,8 +31,8 @@ from evaclip_model.training.config import (
     TrainConfig,
     TrainJob,
 )
-from tasks.artifact import Made, write_atomically
-from tasks.child import run_supervised
+from tasks.artifacts.artifact import Made, write_atomically
+from tasks.process.child import run_supervised
 from tasks.progress import Report
 from tasks.train.cluster import CLUSTERS, Kind, job_name, job_script
 from tasks.train.config import Launch

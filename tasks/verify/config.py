@@ -9,7 +9,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from evaclip_model.config import Config
-from tasks.artifact import Stage
+from tasks.artifacts.artifact import Stage
 
 STAGE = Stage(
     "verify", 2, tools=("pillow", "numpy", "pyarrow", "duckdb"), ignores=("memory_limit",)

@@ -7,7 +7,7 @@ import os
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.artifact import Address, Artifact, produce
+from tasks.artifacts.artifact import Address, Artifact, produce
 from tasks.progress import Report
 from tasks.verify.config import VerifyConfig
 from tasks.verify.verify import verify_shards

@@ -16,14 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evaclip_model.errors import InputError
-from tasks.artifact import Made, read_bulk, write_atomically
-from tasks.checked_shards import CHECKED, Verdict, read_verdicts, write_verdicts
-from tasks.child import run_supervised
+from tasks.artifacts.artifact import Made, read_bulk, write_atomically
+from tasks.index.sample_index import INDEX, write_index
+from tasks.index.shard_verdicts import CHECKED, Verdict, read_verdicts, write_verdicts
+from tasks.process.child import run_supervised
 from tasks.progress import Report
-from tasks.sample_index import INDEX, write_index
 from tasks.verify.config import VerifyConfig
-from tasks.verify.shard import read_cpu_s, read_verdict
-from tasks.verify.worker import ShardJob, WorkerJob
+from tasks.verify.verify_shard import read_cpu_s, read_verdict
+from tasks.verify.verify_worker import ShardJob, WorkerJob
 
 REPORT = "report.json"
 TABLES = ".tables"
@@ -126,7 +126,7 @@ def _look_at_all(
     path, log = out / "job.json", out / LOG
     write_atomically(path, job.model_dump_json())
     status = run_supervised(
-        [sys.executable, "-m", "tasks.verify.worker", str(path)],
+        [sys.executable, "-m", "tasks.verify.verify_worker", str(path)],
         log=log,
         grace_s=GRACE_S,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -15,9 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from flows.chart import load_chart
-from flows.recipe import load_recipe
-from flows.recipe_file import RECIPES
+from flows.config.recipe import load_recipe
+from flows.config.recipe_loader import RECIPES
+from flows.graph.graph import load_chart
 
 SET = "emoji-twemoji"
 SHARE = 0.4

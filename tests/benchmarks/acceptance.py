@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tasks.evaluate.convert.write import Found, Source, image_file, write_set
+from tasks.evaluate.sets.convert.shard_writer import Found, Source, image_file, write_set
 
 WORK = Path("runs/acceptance").absolute()
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -240,7 +240,7 @@ def serve() -> None:
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from flows.recipe import load_recipe
+from flows.config.recipe import load_recipe
 from tasks.evaluate.config import Machine
 from tasks.evaluate.evaluate import evaluate_models
 from tasks.progress import silent

@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from evaclip_model.prompts import imagenet_classnames, imagenet_templates
-from evaclip_model.zeroshot import prompts
-from tasks.evaluate.classifiers import TextFeatures, answers, encode_texts
-from tasks.evaluate.convert.write import Found, Source, write_set
-from tasks.evaluate.open_clip_model import open_clip_subject
-from tasks.evaluate.sets import open_set
+from evaclip_model.zeroshot.exact_ranks import prompts
+from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames, imagenet_templates
+from tasks.evaluate.encode.open_clip_model import open_clip_subject
+from tasks.evaluate.encode.text_features import TextFeatures, answers, encode_texts
+from tasks.evaluate.sets.convert.shard_writer import Found, Source, write_set
+from tasks.evaluate.sets.published_layout import open_set
 
 HERE = Path(__file__).resolve()
 PEERS = HERE.parents[1] / "evaclip_model" / "peer_libraries.py"

@@ -36,8 +36,8 @@ from webdataset import tariterators
 from evaclip_model.reading.decode import decode_fast
 from evaclip_model.reading.reader import BatchReader, ReadSettings
 from evaclip_model.reading.samples import PairReader, Shard, ShardManifest
+from evaclip_model.reading.transform import normalize_images
 from evaclip_model.training.config import TrainConfig
-from evaclip_model.transform import normalize_images
 from tests.evaclip_model.peer_libraries import open_clip
 
 STORED = ((800, 600, 88), (512, 384, 95), (341, 256, 95), (299, 224, 95))

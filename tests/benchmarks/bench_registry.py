@@ -28,7 +28,7 @@ from pathlib import Path
 from PIL import Image
 
 from tasks.register.config import COPIED, LargeWeights
-from tasks.register.pull import FORMS, pull
+from tasks.register.pull_model import FORMS, pull
 from tasks.tracking import TrackingStore
 from tests.flows.command import free_port
 from tests.tasks.register.registrations import register_random_model

@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from evaclip_model.carried import package_file
-from evaclip_model.tokenizer import tokenize
+from evaclip_model.tokenizer.bundled_assets import package_file
+from evaclip_model.tokenizer.tokenizer import tokenize
 
 ENDINGS = (
     *(["", ".", ", vector illustration", " | Stock Photo", "!", " - 12.5 x 30 cm", " (2019)"] * 16),

@@ -31,17 +31,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from evaclip_model.reading.samples import Shard
-from tasks.artifact import Address, Artifact, Made, produce
-from tasks.checked_shards import CHECKED, Verdict, write_verdicts
+from tasks.artifacts.artifact import Address, Artifact, Made, produce
 from tasks.dataset.config import STAGE as DATASET
 from tasks.dataset.config import DatasetConfig
 from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
 from tasks.download.config import STAGE as DOWNLOAD
 from tasks.download.config import DownloadConfig
+from tasks.index.sample_index import COLUMNS, INDEX, ROWS_PER_FILE, write_index
+from tasks.index.shard_verdicts import CHECKED, Verdict, write_verdicts
 from tasks.merge.config import STAGE as MERGE
 from tasks.merge.config import MergeConfig, SourceConfig
 from tasks.progress import silent
-from tasks.sample_index import COLUMNS, INDEX, ROWS_PER_FILE, write_index
 from tasks.verify.config import STAGE as VERIFY
 from tasks.verify.config import VerifyConfig
 

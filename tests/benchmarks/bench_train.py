@@ -41,14 +41,14 @@ import torch.distributed as dist
 from torch import nn
 
 from evaclip_model.create import create_model
-from evaclip_model.tokenizer import tokenize
+from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.training.checkpoint import CheckpointWriter, Progress, save_checkpoint
 from evaclip_model.training.config import TrainConfig, TrainJob
-from evaclip_model.training.engine import TorchEngine, start_distributed
-from evaclip_model.training.loss import LossSettings, contrastive_terms
+from evaclip_model.training.engine.engine import TorchEngine, start_distributed
+from evaclip_model.training.loss.contrastive import LossSettings, contrastive_terms
 from evaclip_model.training.step import forward_backward, loss_settings, step_inputs
 from evaclip_model.training.trainer import train
-from evaclip_model.weights import save_model
+from evaclip_model.weights.load import save_model
 from tests.benchmarks.bench_loader import SHARDS, photographs, write_shards
 
 MODEL = "EVA02-CLIP-B-16"

@@ -20,12 +20,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from evaclip_model.clip import EvaClip
 from evaclip_model.create import create_model
-from evaclip_model.model_config import ModelConfig
+from evaclip_model.model.clip import EvaClip
+from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.training.checkpoint import Progress, save_checkpoint
-from evaclip_model.training.engine import StateFragment
-from evaclip_model.weights import LoadReport, Part, load_weights, save_model
+from evaclip_model.training.engine.engine import StateFragment
+from evaclip_model.weights.load import LoadReport, Part, load_weights, save_model
 from tests.evaclip_model.peer_libraries import transformers
 from tests.evaclip_model.peers import FAMILIES, randomise, twin_of
 

@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 
 from evaclip_model.create import create_model
-from evaclip_model.weights import released_tensors, save_model
-from tasks.evaluate.registry import known_sets
+from evaclip_model.weights.load import released_tensors, save_model
+from tasks.evaluate.sets.set_registry import known_sets
 from tests.flows.command import CHECKOUT, Ended, environment
 from tests.tasks.evaluate.all_sets import write_all_sets
 

@@ -24,10 +24,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from evaclip_model.clip import EvaClip
 from evaclip_model.create import create_model
-from evaclip_model.model_config import ModelConfig
-from evaclip_model.training.loss import contrastive_loss
+from evaclip_model.model.clip import EvaClip
+from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.training.loss.contrastive import contrastive_loss
 from tests.evaclip_model.peer_libraries import open_clip, timm
 from tests.evaclip_model.peers import FAMILIES, batch_of, in_their_names, randomise, twin_of
 

@@ -28,10 +28,10 @@ import torch
 from PIL import Image
 
 from evaclip_model.create import create_model
-from evaclip_model.features import image_features, image_files
-from evaclip_model.metrics import hits, wilson_interval
-from evaclip_model.prompts import imagenet_classnames, imagenet_templates
-from evaclip_model.zeroshot import classify, text_classifier
+from evaclip_model.zeroshot.exact_ranks import classify, text_classifier
+from evaclip_model.zeroshot.image_files import image_features, image_files
+from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames, imagenet_templates
+from evaclip_model.zeroshot.statistics import hits, wilson_interval
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from evaclip_model.training.config import TrainConfig
-from evaclip_model.training.engine import DeepSpeedEngine, TorchEngine, start_distributed
+from evaclip_model.training.engine.engine import DeepSpeedEngine, TorchEngine, start_distributed
 from evaclip_model.training.step import forward_backward, loss_settings, step_inputs
 from tests.evaclip_model.small_models import small_batch, small_model
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from evaclip_model.training.checkpoint import CheckpointWriter, Progress, load_newest
-from evaclip_model.training.engine import StateFragment, start_distributed
+from evaclip_model.training.engine.engine import StateFragment, start_distributed
 
 SIZE = 90_000
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from evaclip_model.create import create_model
 from evaclip_model.reading.samples import Shard, ShardManifest
-from evaclip_model.weights import save_model
+from evaclip_model.weights.load import save_model
 from tests.evaclip_model.trainer_runs import TINY
 
 

@@ -14,7 +14,7 @@ from fp16_on_cpu import allow
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from evaclip_model.training.engine import start_distributed
+from evaclip_model.training.engine.engine import start_distributed
 
 STEPS = 4
 

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from evaclip_model.training import streamed_loss
-from evaclip_model.training.loss import LossSettings, gathered_terms
+from evaclip_model.training.loss import streamed_loss
+from evaclip_model.training.loss.contrastive import LossSettings, gathered_terms
 
 WAYS = {
     "full": LossSettings("full"),

@@ -3,8 +3,8 @@
 import torch
 import torch.distributed as dist
 
-from evaclip_model.training.engine import start_distributed
-from evaclip_model.training.gloo import all_gather_into_tensor
+from evaclip_model.cpu.gloo_gather import all_gather_into_tensor
+from evaclip_model.training.engine.engine import start_distributed
 
 SIZE = 5
 

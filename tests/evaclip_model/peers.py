@@ -13,9 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from evaclip_model.clip import EvaClip
-from evaclip_model.layouts import foreign_names
-from evaclip_model.model_config import ModelConfig, VisionConfig
+from evaclip_model.model.clip import EvaClip
+from evaclip_model.model.model_config import ModelConfig, VisionConfig
+from evaclip_model.weights.name_maps import foreign_names
 from tests.evaclip_model.peer_libraries import open_clip, timm
 
 EVA01 = {

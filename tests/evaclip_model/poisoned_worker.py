@@ -4,8 +4,8 @@ import sys
 
 import torch
 
-from evaclip_model.clip import EvaClip
-from evaclip_model.tokenizer import tokenize
+from evaclip_model.model.clip import EvaClip
+from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.training.worker import main
 
 (NINE,) = set(tokenize(["9"])[0].tolist()) - set(tokenize(["0"])[0].tolist())

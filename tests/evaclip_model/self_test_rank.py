@@ -9,8 +9,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from evaclip_model.create import create_model
-from evaclip_model.training import lamb, self_test
 from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.monitoring import self_test
+from evaclip_model.training.optimizer import lamb
 
 MODEL = {
     "embed_dim": 8,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaclip_model.clip import EvaClip
 from evaclip_model.create import create_model
+from evaclip_model.model.clip import EvaClip
 from evaclip_model.training.masking import kept_patches
 
 START, END = 98, 99

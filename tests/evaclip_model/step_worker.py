@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from evaclip_model.training.config import TrainConfig
-from evaclip_model.training.engine import (
+from evaclip_model.training.engine.engine import (
     DeepSpeedEngine,
     LossScaleExhausted,
     TorchEngine,
     start_distributed,
 )
-from evaclip_model.training.whole import whole_tensors
+from evaclip_model.training.engine.gather_weights import whole_tensors
 
 
 class Network(nn.Module):

@@ -12,7 +12,7 @@ import pytest
 PROGRAM = """
 import json, resource, sys, torch
 from contextlib import nullcontext
-from evaclip_model.allocator import freed_memory_kept, keep_freed_memory
+from evaclip_model.cpu.allocator import freed_memory_kept, keep_freed_memory
 
 def faults():
     for _ in range(40):  # the first ones may leave gaps that are a few bytes too small

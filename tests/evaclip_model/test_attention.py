@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from evaclip_model import attention
-from evaclip_model.attention import (
+from evaclip_model.create import create_model
+from evaclip_model.errors import InputError
+from evaclip_model.model import attention
+from evaclip_model.model.attention import (
     attention_kernel,
     auto_attention,
     eager_attention,
     sdpa_attention,
 )
-from evaclip_model.create import create_model
-from evaclip_model.errors import InputError
-from evaclip_model.training.loss import contrastive_loss
+from evaclip_model.training.loss.contrastive import contrastive_loss
 from tests.evaclip_model.small_models import FAMILIES, small_batch, small_config, small_model
 
 # From float64; the rounding of inputs, weights of the softmax and sums in each dtype.

@@ -17,7 +17,7 @@ from evaclip_model.training.checkpoint import (
     load_newest,
     save_checkpoint,
 )
-from evaclip_model.training.engine import StateFragment
+from evaclip_model.training.engine.engine import StateFragment
 
 SETTINGS = {"lr": 0.1, "towers": ["vision", "text"]}
 

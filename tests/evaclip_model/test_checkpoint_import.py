@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from evaclip_model.cli import main
 from evaclip_model.create import create_model
 from evaclip_model.errors import InputError
-from evaclip_model.layouts import foreign_names
-from evaclip_model.model_config import ModelConfig
+from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.training.checkpoint import load_newest, settings_of
-from evaclip_model.training.checkpoint.importing import import_checkpoint
+from evaclip_model.training.checkpoint.deepspeed_import import import_checkpoint
 from evaclip_model.training.config import TrainConfig, TrainJob
-from evaclip_model.training.engine import StateFragment
-from evaclip_model.training.optim import is_frozen
-from evaclip_model.weights import save_model
+from evaclip_model.training.engine.engine import StateFragment
+from evaclip_model.training.optimizer.parameter_groups import is_frozen
+from evaclip_model.weights.load import save_model
+from evaclip_model.weights.name_maps import foreign_names
 
 RANK = Path(__file__).with_name("deepspeed_rank.py")
 TINY = {

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from evaclip_model.cli import _Progress, classify, main
 from evaclip_model.create import create_model, open_model
-from evaclip_model.tokenizer import tokenize
-from evaclip_model.transform import image_transform
-from evaclip_model.weights import save_model
+from evaclip_model.reading.transform import image_transform
+from evaclip_model.tokenizer.tokenizer import tokenize
+from evaclip_model.weights.load import save_model
 
 COLOURS = ("red", "green", "blue")
 

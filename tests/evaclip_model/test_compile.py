@@ -7,7 +7,7 @@ import torch
 
 from evaclip_model.training.assemble import starting_model
 from evaclip_model.training.config import TrainConfig, TrainJob
-from evaclip_model.weights import save_model
+from evaclip_model.weights.load import save_model
 from tests.evaclip_model.small_models import FAMILIES, small_batch, small_model
 
 BACKEND = "aot_eager"  # it traces forward and backward as every backend does, and builds nothing

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from evaclip_model.clip import EvaClip
 from evaclip_model.create import create_model
-from evaclip_model.model_config import ModelConfig
+from evaclip_model.model.clip import EvaClip
+from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.cost import (
     gpu_memory,

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from evaclip_model.training.config import TrainConfig
-from evaclip_model.training.deepspeed_json import deepspeed_config
+from evaclip_model.training.engine.deepspeed_config import deepspeed_config
 
 
 def settings(**changes):
@@ -62,7 +62,7 @@ def test_a_gradient_that_comes_in_parts_is_added_up_in_fp32(changes, in_fp32):
 
 def test_making_it_needs_neither_torch_nor_deepspeed():
     code = (
-        "import sys, evaclip_model.training.deepspeed_json\n"
+        "import sys, evaclip_model.training.engine.deepspeed_config\n"
         "assert not {'torch', 'deepspeed'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

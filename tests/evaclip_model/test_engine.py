@@ -13,7 +13,7 @@ from torch import nn
 
 from evaclip_model.errors import InputError
 from evaclip_model.training.config import TrainConfig
-from evaclip_model.training.engine import TorchEngine
+from evaclip_model.training.engine.engine import TorchEngine
 
 HERE = Path(__file__).parent
 GENTLE = {"lr_vision": 0.003, "lr_text": 0.003, "lr_other": 0.003}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from evaclip_model.training.exchange import RankRow, Together, exchange, is_straggler
+from evaclip_model.training.monitoring.rank_stats import RankRow, Together, exchange, is_straggler
 
 
 def row(**changes):

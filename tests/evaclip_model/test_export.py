@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evaclip_model.clip import EvaClip
 from evaclip_model.create import create_model, open_model
 from evaclip_model.errors import InputError
-from evaclip_model.export import export_model, export_onnx
-from evaclip_model.weights import load_weights
+from evaclip_model.model.clip import EvaClip
+from evaclip_model.weights.export import export_model, export_onnx
+from evaclip_model.weights.load import load_weights
 from tests.evaclip_model.peer_libraries import open_clip, timm, transformers
 from tests.evaclip_model.peers import peer_of
 from tests.evaclip_model.small_models import (
@@ -196,7 +196,7 @@ def test_onnx_graphs_say_how_to_use_them(tmp_path):
 
 def test_onnx_weights_of_a_large_tower_lie_beside_its_graph(tmp_path, monkeypatch):
     model = small_model().eval()
-    monkeypatch.setattr("evaclip_model.export._INLINE_BYTES", 200_000)
+    monkeypatch.setattr("evaclip_model.weights.export._INLINE_BYTES", 200_000)
     names = {path.name for path in export_onnx(model, tmp_path)}
     assert names == {"image.onnx", "image.onnx.data", "text.onnx", "text.onnx.data"}
     assert {path.name for path in tmp_path.iterdir()} == names

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evaclip_model.errors import InputError
-from evaclip_model.training.loss import contrastive_loss
+from evaclip_model.training.loss.contrastive import contrastive_loss
 from tests.evaclip_model.small_models import FAMILIES, small_batch, small_model
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evaclip_model.training import lamb
-from evaclip_model.training.lamb import Fragment, Lamb, Layout, Part, Piece, batches_of
+from evaclip_model.training.optimizer import lamb
+from evaclip_model.training.optimizer.lamb import Fragment, Lamb, Layout, Part, Piece, batches_of
 
 DATA = Path(__file__).parent / "data" / "optim"
 

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from evaclip_model.clip import EvaClip
 from evaclip_model.create import create_model
 from evaclip_model.errors import InputError
+from evaclip_model.model.clip import EvaClip
 from evaclip_model.training.checkpoint import Progress, save_checkpoint
-from evaclip_model.training.engine import StateFragment
-from evaclip_model.weights import load_weights, save_model, save_weights
+from evaclip_model.training.engine.engine import StateFragment
+from evaclip_model.weights.load import load_weights, save_model, save_weights
 
 DEMO = "EVA02-CLIP-demo"
 REPOSITORY = Path(__file__).parents[2]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evaclip_model.clip import EvaClip
 from evaclip_model.errors import InputError
-from evaclip_model.layouts import Layout, foreign_names, may_lack, native_names
-from evaclip_model.model_config import ModelConfig, list_models
-from evaclip_model.weights import released_tensors
+from evaclip_model.model.clip import EvaClip
+from evaclip_model.model.model_config import ModelConfig, list_models
+from evaclip_model.weights.load import released_tensors
+from evaclip_model.weights.name_maps import Layout, foreign_names, may_lack, native_names
 from tests.evaclip_model.small_models import FAMILIES, small_config, small_model
 
 LAYOUTS: tuple[Layout, ...] = (

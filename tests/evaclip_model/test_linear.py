@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from evaclip_model.linear import Linear, linear
+from evaclip_model.cpu.linear import Linear, linear
 
 SHAPES = [((5, 7, 24), 40, True), ((3, 16), 8, False), ((4, 1, 32), 16, True), ((0, 16), 8, True)]
 

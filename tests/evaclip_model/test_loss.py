@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from evaclip_model.training import streamed_loss
-from evaclip_model.training.loss import (
+from evaclip_model.training.loss import streamed_loss
+from evaclip_model.training.loss.contrastive import (
     ContrastiveTerms,
     LossSettings,
     contrastive_loss,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evaclip_model.layers import drop_path_rates
+from evaclip_model.model.layers import drop_path_rates
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.masking import kept_branches, kept_patches, patch_dropout_at
 from tests.evaclip_model.small_models import small_batch, small_model

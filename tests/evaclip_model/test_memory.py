@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from evaclip_model.reading.memory import Memory
+from evaclip_model.cpu.buffer_pool import Memory
 
 
 def test_a_stretch_that_is_let_go_gives_its_memory_to_the_next() -> None:

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch import Tensor
 
-from evaclip_model import metrics
+from evaclip_model.zeroshot import statistics
 
 
 def test_mean_per_class_counts_a_rare_class_as_much_as_a_common_one():
     labels = torch.tensor([0, 0, 0, 2])
     correct = torch.tensor([True, True, True, False])
-    assert metrics.mean_per_class(correct, labels) == pytest.approx(0.5)
+    assert statistics.mean_per_class(correct, labels) == pytest.approx(0.5)
 
 
 def test_wilson_interval_agrees_with_published_values():
@@ -30,20 +30,20 @@ def test_wilson_interval_agrees_with_published_values():
         (0, 20): (0.0000, 0.1611),
         (1, 29): (0.0061, 0.1718),
     }.items():
-        assert metrics.wilson_interval(hits, n) == pytest.approx(expected, abs=5e-5)
-    assert metrics.wilson_interval(20, 20)[1] == 1.0
+        assert statistics.wilson_interval(hits, n) == pytest.approx(expected, abs=5e-5)
+    assert statistics.wilson_interval(20, 20)[1] == 1.0
 
 
 def test_captions_of_one_image_do_not_count_as_independent():
     draw = torch.Generator().manual_seed(0)
     per_image = torch.rand(200, generator=draw) < 0.4
     cluster = torch.arange(200).repeat_interleave(5)
-    low, high = metrics.percentile_interval(
-        metrics.resampled_means(per_image.repeat_interleave(5), cluster)
+    low, high = statistics.percentile_interval(
+        statistics.resampled_means(per_image.repeat_interleave(5), cluster)
     )
     share = float(per_image.double().mean())
-    naive = metrics.wilson_interval(int(per_image.sum()) * 5, 1000)
-    honest = metrics.wilson_interval(int(per_image.sum()), 200)
+    naive = statistics.wilson_interval(int(per_image.sum()) * 5, 1000)
+    honest = statistics.wilson_interval(int(per_image.sum()), 200)
     assert low < share < high
     assert high - low == pytest.approx(honest[1] - honest[0], rel=0.1)
     assert high - low > 1.8 * (naive[1] - naive[0])
@@ -53,33 +53,33 @@ def test_chance_is_the_share_of_all_orders_with_a_hit():
     gallery, right, k = 6, 2, 3
     drawn = list(itertools.combinations(range(gallery), k))
     expected = sum(1 for first in drawn if set(first) & set(range(right))) / len(drawn)
-    assert metrics.chance_of_hit(k, gallery, [right]) == pytest.approx(expected)
-    assert metrics.chance_of_hit(1, 4, [1, 2]) == pytest.approx(3 / 8)
-    assert metrics.chance_of_hit(10, 4, [1]) == 1.0
+    assert statistics.chance_of_hit(k, gallery, [right]) == pytest.approx(expected)
+    assert statistics.chance_of_hit(1, 4, [1, 2]) == pytest.approx(3 / 8)
+    assert statistics.chance_of_hit(10, 4, [1]) == 1.0
 
 
 def test_average_precision_is_the_mean_precision_at_the_right_ones():
     scores = torch.tensor([[0.9], [0.8], [0.7], [0.6]])
     shown = torch.tensor([[True], [False], [True], [False]])
-    assert metrics.mean_average_precision(scores, shown) == pytest.approx((1 + 2 / 3) / 2)
+    assert statistics.mean_average_precision(scores, shown) == pytest.approx((1 + 2 / 3) / 2)
     # Recalls of 0 to 0.5 reach a precision of 1, those above 2/3.
-    eleven = metrics.mean_average_precision(scores, shown, metrics.eleven_points)
+    eleven = statistics.mean_average_precision(scores, shown, statistics.eleven_points)
     assert eleven == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
 
 
 def test_a_recall_of_three_tenths_is_reached_by_three_of_ten():
     shown = torch.tensor([True] * 3 + [False] * 90 + [True] * 7)[:, None]
     scores = -torch.arange(100.0)[:, None]
-    eleven = metrics.mean_average_precision(scores, shown, metrics.eleven_points)
+    eleven = statistics.mean_average_precision(scores, shown, statistics.eleven_points)
     # The recalls of 0, 0.1, 0.2 and 0.3 have a precision of 1; the best above them is 10 of 100.
     assert eleven == pytest.approx((4 * 1 + 7 * 0.1) / 11)
 
 
 def test_a_class_that_no_image_shows_has_no_average_precision_and_no_say_in_the_mean():
     scores, shown = torch.rand(6, 2), torch.tensor([[True, False]] * 3 + [[False, False]] * 3)
-    of_each = metrics.average_precisions(scores, shown)
+    of_each = statistics.average_precisions(scores, shown)
     assert bool(of_each[1].isnan())
-    assert metrics.mean_average_precision(scores, shown) == pytest.approx(float(of_each[0]))
+    assert statistics.mean_average_precision(scores, shown) == pytest.approx(float(of_each[0]))
 
 
 @given(some.data())
@@ -99,8 +99,8 @@ def test_average_precision_is_that_of_a_walk_over_thresholds(data: some.DataObje
         curve.append((recall, precision))
     eleven = [max(p for r, p in curve if r >= Fraction(tenth, 10)) for tenth in range(11)]
     columns = torch.tensor(scores, dtype=torch.float32)[:, None], torch.tensor(shown)[:, None]
-    assert metrics.mean_average_precision(*columns) == pytest.approx(float(area))
-    found = metrics.mean_average_precision(*columns, metrics.eleven_points)
+    assert statistics.mean_average_precision(*columns) == pytest.approx(float(area))
+    found = statistics.mean_average_precision(*columns, statistics.eleven_points)
     assert found == pytest.approx(float(sum(eleven) / 11))
 
 
@@ -109,8 +109,8 @@ def test_the_order_of_images_decides_no_average_precision(order: list[int], scor
     columns = torch.tensor(scores, dtype=torch.float32)[:, None]
     shown = torch.tensor([number % 3 == 0 for number in range(9)])[:, None]
     for ties in ("together", "won", "lost"):
-        straight = metrics.average_precisions(columns, shown, ties=ties)
-        shuffled = metrics.average_precisions(columns[order], shown[order], ties=ties)
+        straight = statistics.average_precisions(columns, shown, ties=ties)
+        shuffled = statistics.average_precisions(columns[order], shown[order], ties=ties)
         assert torch.equal(straight, shuffled)
 
 
@@ -123,10 +123,10 @@ def test_ties_that_are_won_and_lost_bound_every_order_of_the_tied(
         return
     scores = torch.tensor([float(score) for score, _ in images])[:, None]
     lost, won = (
-        metrics.mean_average_precision(scores, shown, ties=ties) for ties in ("lost", "won")
+        statistics.mean_average_precision(scores, shown, ties=ties) for ties in ("lost", "won")
     )
     apart = scores - torch.arange(len(images))[:, None] / 100  # some order of those that tie
-    one = metrics.mean_average_precision(apart, shown)
+    one = statistics.mean_average_precision(apart, shown)
     assert lost - 1e-12 <= one <= won + 1e-12
 
 
@@ -134,26 +134,26 @@ def test_draws_of_a_mean_per_class_are_those_of_drawing_samples():
     draw = torch.Generator().manual_seed(3)
     labels = torch.randint(0, 7, (400,), generator=draw) ** 2 % 7
     correct = torch.rand(400, generator=draw) < 0.3 + labels / 12
-    drawn = metrics.resampled_class_means(correct, labels)
+    drawn = statistics.resampled_class_means(correct, labels)
     naive = []
     for _ in range(1000):
         chosen = torch.randint(0, 400, (400,), generator=draw)
-        naive.append(metrics.mean_per_class(correct[chosen], labels[chosen]))
+        naive.append(statistics.mean_per_class(correct[chosen], labels[chosen]))
     expected = torch.tensor(naive, dtype=torch.float64)
     assert float(drawn.mean()) == pytest.approx(float(expected.mean()), abs=2e-3)
     assert float(drawn.std()) == pytest.approx(float(expected.std()), rel=0.1)
 
 
-@pytest.mark.parametrize("curve", [metrics.area, metrics.eleven_points])
-def test_draws_of_a_mean_average_precision_are_those_of_the_images_drawn(curve: metrics.Curve):
+@pytest.mark.parametrize("curve", [statistics.area, statistics.eleven_points])
+def test_draws_of_a_mean_average_precision_are_those_of_the_images_drawn(curve: statistics.Curve):
     draw = torch.Generator().manual_seed(4)
     scores = torch.randint(0, 30, (60, 4), generator=draw).float()
     shown = torch.rand(60, 4, generator=draw) < 0.2
-    drawn = metrics.resampled_precisions(scores, shown, curve)
-    numbers = np.random.default_rng(metrics.BOOTSTRAP_SEED)
+    drawn = statistics.resampled_precisions(scores, shown, curve)
+    numbers = np.random.default_rng(statistics.BOOTSTRAP_SEED)
     for number in range(20):
         chosen = torch.from_numpy(numbers.integers(0, 60, 60))
-        again = metrics.mean_average_precision(scores[chosen], shown[chosen], curve)
+        again = statistics.mean_average_precision(scores[chosen], shown[chosen], curve)
         assert float(drawn[number]) == pytest.approx(again, abs=1e-12)
 
 
@@ -163,19 +163,19 @@ def test_how_many_draws_are_held_at_once_changes_no_draw(monkeypatch: pytest.Mon
 
     def draws() -> list[Tensor]:
         return [
-            metrics.resampled_precisions(scores, shown),
-            metrics.resampled_class_means(shown[:, 0], labels),
-            metrics.resampled_means(shown[:, 0], labels),
+            statistics.resampled_precisions(scores, shown),
+            statistics.resampled_class_means(shown[:, 0], labels),
+            statistics.resampled_means(shown[:, 0], labels),
         ]
 
     whole = draws()
-    monkeypatch.setattr(metrics, "_WEIGHTS_AT_ONCE", 97)
+    monkeypatch.setattr(statistics, "_WEIGHTS_AT_ONCE", 97)
     assert all(map(torch.equal, whole, draws()))
 
 
 def test_mcnemars_test_agrees_with_published_values():
     # Fagerland, Lydersen and Laake (2013): 1 and 7 children of 21 changed.
-    found = metrics.mcnemar(1, 7)
+    found = statistics.mcnemar(1, 7)
     assert (round(found.exact, 3), round(found.mid, 3)) == (0.070, 0.039)
 
 
@@ -184,16 +184,16 @@ def test_mcnemars_test_is_the_binomial_one(only_a: int, only_b: int):
     n, fewer = only_a + only_b, min(only_a, only_b)
     tail = Fraction(sum(math.comb(n, i) for i in range(fewer + 1)), 2**n)
     observed = Fraction(math.comb(n, fewer), 2**n)
-    found = metrics.mcnemar(only_a, only_b)
+    found = statistics.mcnemar(only_a, only_b)
     assert found.exact == pytest.approx(float(min(Fraction(1), 2 * tail)))
     assert found.mid == pytest.approx(float(min(Fraction(1), 2 * tail - observed)))
-    assert found == metrics.mcnemar(only_b, only_a)
+    assert found == statistics.mcnemar(only_b, only_a)
 
 
 def test_mcnemars_test_takes_as_many_samples_as_imagenet_has():
-    assert 0.9 < metrics.mcnemar(25_000, 25_010).mid < 1
-    assert metrics.mcnemar(24_000, 26_000).exact < 1e-15
-    assert metrics.mcnemar(0, 0) == metrics.McNemar(1.0, 1.0)
+    assert 0.9 < statistics.mcnemar(25_000, 25_010).mid < 1
+    assert statistics.mcnemar(24_000, 26_000).exact < 1e-15
+    assert statistics.mcnemar(0, 0) == statistics.McNemar(1.0, 1.0)
 
 
 @given(some.integers(0, 300), some.integers(0, 300), some.integers(0, 400))
@@ -201,14 +201,14 @@ def test_a_matched_interval_holds_the_difference_and_is_never_a_point(
     only_a: int, only_b: int, same: int
 ):
     n = only_a + only_b + same
-    low, high = metrics.matched_interval(only_a, only_b, n)
+    low, high = statistics.matched_interval(only_a, only_b, n)
     assert low < high
     if n:
         assert low <= (only_a - only_b) / n * n / (n + 2) <= high
-    assert metrics.matched_interval(only_b, only_a, n) == pytest.approx((-high, -low))
+    assert statistics.matched_interval(only_b, only_a, n) == pytest.approx((-high, -low))
 
 
 def test_draws_on_both_sides_of_none_are_no_evidence_and_draws_on_one_are_limited_evidence():
-    assert metrics.two_sided_p(torch.tensor([-1.0, 1.0, -1.0, 1.0])) == 1.0
-    assert metrics.two_sided_p(torch.ones(999)) == pytest.approx(2 / 1000)
-    assert metrics.two_sided_p(torch.zeros(999)) == 1.0
+    assert statistics.two_sided_p(torch.tensor([-1.0, 1.0, -1.0, 1.0])) == 1.0
+    assert statistics.two_sided_p(torch.ones(999)) == pytest.approx(2 / 1000)
+    assert statistics.two_sided_p(torch.zeros(999)) == 1.0

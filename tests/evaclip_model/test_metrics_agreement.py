@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from evaclip_model import metrics, zeroshot
+from evaclip_model.zeroshot import exact_ranks, statistics
 from tests.evaclip_model.peer_torchvision import torchvision  # noqa: F401
 
 classification = pytest.importorskip(
@@ -37,10 +37,10 @@ def near(value: float) -> object:
 def features(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor, Tensor]:
     """Images near the classes they are of, classes, and labels of uneven frequency."""
     draw = torch.Generator().manual_seed(request.param)
-    classes = zeroshot.normalised(torch.randn(CLASSES, WIDTH, generator=draw), "class")
+    classes = exact_ranks.normalised(torch.randn(CLASSES, WIDTH, generator=draw), "class")
     labels = (torch.rand(IMAGES, generator=draw) ** 2 * CLASSES).long()
     noise = torch.randn(IMAGES, WIDTH, generator=draw) / 3
-    return zeroshot.normalised(classes[labels] + noise, "image"), classes, labels
+    return exact_ranks.normalised(classes[labels] + noise, "image"), classes, labels
 
 
 @pytest.fixture
@@ -53,9 +53,9 @@ def old_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("old_numpy")
 def test_top_1_top_5_and_mean_per_class_are_theirs(features: tuple[Tensor, Tensor, Tensor]):
     images, classes, labels = features
-    ranking, logits = zeroshot.classify(images, classes, labels), images @ classes.T
+    ranking, logits = exact_ranks.classify(images, classes, labels), images @ classes.T
     assert not ranking.tied.any()
-    first, fifth = (metrics.hit_rate(ranking.ranks, k) for k in (1, 5))
+    first, fifth = (statistics.hit_rate(ranking.ranks, k) for k in (1, 5))
     assert 0.1 < first < fifth < 1
     assert [near(first), near(fifth)] == their_classes.accuracy(logits, labels, topk=(1, 5))
     for k, ours in ((1, first), (5, fifth)):
@@ -63,7 +63,7 @@ def test_top_1_top_5_and_mean_per_class_are_theirs(features: tuple[Tensor, Tenso
             logits, labels, num_classes=CLASSES, average="micro", top_k=k
         )
         assert near(ours) == float(theirs)
-    ours = metrics.mean_per_class(ranking.ranks < 1, labels)
+    ours = statistics.mean_per_class(ranking.ranks < 1, labels)
     said = logits.argmax(dim=1)
     assert near(ours) == their_classes.balanced_accuracy_score(labels, said)
     assert near(ours) == float(
@@ -76,7 +76,7 @@ def test_mean_average_precision_is_theirs(seed: int):
     draw = torch.Generator().manual_seed(seed)
     shown = torch.rand(500, 20, generator=draw) < 0.1
     scores = torch.randn(500, 20, generator=draw) + shown
-    ours = metrics.mean_average_precision(scores, shown)
+    ours = statistics.mean_average_precision(scores, shown)
     assert near(ours) == float(their_classes.average_precision_per_class(scores, shown).mean())
     theirs = classification.multilabel_average_precision(
         scores, shown.long(), num_labels=20, average="macro"
@@ -92,26 +92,26 @@ def test_average_precision_with_ties_is_torchmetrics():
         scores, shown.long(), num_labels=6, average="none"
     )
     assert torch.allclose(
-        metrics.average_precisions(scores, shown).float(), theirs, rtol=0, atol=TOLERANCE
+        statistics.average_precisions(scores, shown).float(), theirs, rtol=0, atol=TOLERANCE
     )
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_hit_rates_of_retrieval_both_ways_are_theirs(seed: int):
     draw = torch.Generator().manual_seed(seed)
-    images = zeroshot.normalised(torch.randn(120, WIDTH, generator=draw), "image")
+    images = exact_ranks.normalised(torch.randn(120, WIDTH, generator=draw), "image")
     owner = torch.cat([torch.arange(120).repeat(4), torch.arange(0, 120, 7)])
     noise = torch.randn(len(owner), WIDTH, generator=draw)
-    texts = zeroshot.normalised(images[owner] + noise / 1.5, "text")
+    texts = exact_ranks.normalised(images[owner] + noise / 1.5, "text")
     scores, right = texts @ images.T, owner[:, None] == torch.arange(120)[None, :]
-    to_text = zeroshot.retrieve_texts(images, texts, owner)
-    to_image = zeroshot.retrieve_images(images, texts, owner)
+    to_text = exact_ranks.retrieve_texts(images, texts, owner)
+    to_image = exact_ranks.retrieve_images(images, texts, owner)
     for k in (1, 5, 10):
         for ranking, logits, positives in (
             (to_text, scores.T, right.T),
             (to_image, scores, right),
         ):
-            ours = metrics.hit_rate(ranking.ranks, k)
+            ours = statistics.hit_rate(ranking.ranks, k)
             assert 0.1 < ours < 1
             found = their_retrieval.recall_at_k(logits, positives, k) > 0
             assert near(ours) == float(found.float().mean())

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from evaclip_model.clip import EvaClip
 from evaclip_model.create import create_model
 from evaclip_model.errors import InputError
-from evaclip_model.rope import GridRope
-from evaclip_model.training.loss import contrastive_loss
+from evaclip_model.model.clip import EvaClip
+from evaclip_model.model.rope import GridRope
+from evaclip_model.training.loss.contrastive import contrastive_loss
 from evaclip_model.training.masking import kept_patches
 
 TINY = {

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from evaclip_model.clip import EvaClip
 from evaclip_model.errors import InputError
-from evaclip_model.model_config import ALIASES, ModelConfig, list_models
+from evaclip_model.model.clip import EvaClip
+from evaclip_model.model.model_config import ALIASES, ModelConfig, list_models
 
 DATA = Path(__file__).parent / "data" / "models"
 PUBLISHED = json.loads((DATA / "authors_configs.json").read_text())

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from evaclip_model.clip import EvaClip
 from evaclip_model.create import create_model
-from evaclip_model.model_config import ModelConfig, list_models, shipped_name
-from evaclip_model.rope import GridRope, rotate
-from evaclip_model.training.loss import contrastive_loss
-from evaclip_model.weights import resize_patch_kernel, resize_positions
+from evaclip_model.model.clip import EvaClip
+from evaclip_model.model.model_config import ModelConfig, list_models, shipped_name
+from evaclip_model.model.rope import GridRope, rotate
+from evaclip_model.training.loss.contrastive import contrastive_loss
+from evaclip_model.weights.load import resize_patch_kernel, resize_positions
 
 DATA = Path(__file__).parent / "data" / "models"
 RELEASED = json.loads(gzip.decompress((DATA / "released_keys.json.gz").read_bytes()))

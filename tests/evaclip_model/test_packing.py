@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaclip_model import packing
-from evaclip_model.packing import filled_length, group_lengths, pack, pack_padded
+from evaclip_model.model import caption_packing
+from evaclip_model.model.caption_packing import filled_length, group_lengths, pack, pack_padded
 from tests.evaclip_model.small_models import END, small_batch, small_model
 
 CPU = torch.device("cpu")
@@ -75,9 +75,9 @@ def test_packed_captions_have_the_features_and_gradients_of_padded_ones(attentio
     for form in ("packed", "one group a length", "padded"):
         with monkeypatch.context() as patch:
             if form == "padded":
-                patch.setattr("evaclip_model.text.pack", lambda ids, device: pack_padded(ids))
+                patch.setattr("evaclip_model.model.text.pack", lambda ids, device: pack_padded(ids))
             elif form == "one group a length":
-                patch.setitem(packing.GROUP_COST, "cpu", 0)
+                patch.setitem(caption_packing.GROUP_COST, "cpu", 0)
             model = small_model(precision="fp64", attention=attention)
             features = model.encode_text(tokens)
             (features**2).sum().backward()

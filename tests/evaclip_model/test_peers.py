@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evaclip_model.clip import EvaClip
-from evaclip_model.model_config import ModelConfig
-from evaclip_model.tokenizer import tokenize
-from evaclip_model.training.loss import contrastive_loss
+from evaclip_model.model.clip import EvaClip
+from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.tokenizer.tokenizer import tokenize
+from evaclip_model.training.loss.contrastive import contrastive_loss
 from tests.evaclip_model.peer_libraries import open_clip
 from tests.evaclip_model.peers import (
     FAMILIES,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from evaclip_model.training.config import TrainConfig
-from evaclip_model.training.loss import LossSettings
+from evaclip_model.training.loss.contrastive import LossSettings
 from evaclip_model.training.step import (
     ModelInputs,
     forward_backward,

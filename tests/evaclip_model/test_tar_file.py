@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evaclip_model.reading.memory import Memory
+from evaclip_model.cpu.buffer_pool import Memory
 from evaclip_model.reading.tar_file import BrokenTar, TarReader
 
 NAMES = ["a.txt", "folder/b.jpg", "x" * 90 + ".json", "y/" * 60 + "z.txt", "é" * 120 + ".png"]

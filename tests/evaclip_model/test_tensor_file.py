@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from evaclip_model import create_model, save_model
-from evaclip_model.tensor_file import write_tensors
+from evaclip_model.weights.tensor_files import write_tensors
 
 
 @contextmanager

@@ -18,10 +18,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from evaclip_model import tokenizer
-from evaclip_model.carried import package_file
 from evaclip_model.errors import InputError
-from evaclip_model.tokenizer import (
+from evaclip_model.tokenizer import tokenizer
+from evaclip_model.tokenizer.bundled_assets import package_file
+from evaclip_model.tokenizer.tokenizer import (
     CONTEXT_LENGTH,
     END_TOKEN,
     START_TOKEN,
@@ -195,7 +195,7 @@ def test_cutting_padding_keeps_every_end_token():
 
 def test_the_package_that_ships_the_vocabulary_is_not_imported():
     code = (
-        "import sys; from evaclip_model.tokenizer import tokenize; tokenize('a cat');"
+        "import sys; from evaclip_model.tokenizer.tokenizer import tokenize; tokenize('a cat');"
         "assert 'open_clip' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

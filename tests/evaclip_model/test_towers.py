@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evaclip_model.layers import DropPath
+from evaclip_model.model.layers import DropPath
 from tests.evaclip_model.small_models import FAMILIES, small_batch, small_model
 
 

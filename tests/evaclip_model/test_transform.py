@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from evaclip_model.errors import InputError
-from evaclip_model.model_config import ModelConfig
-from evaclip_model.transform import (
+from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.reading.transform import (
     SeededDraw,
     UnreadableImageError,
     crop_box,

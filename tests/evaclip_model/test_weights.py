@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from evaclip_model.clip import EvaClip
 from evaclip_model.create import create_model, open_model
 from evaclip_model.errors import InputError
-from evaclip_model.model_config import ModelConfig
-from evaclip_model.weights import load_weights, resize_positions, save_model, save_weights
+from evaclip_model.model.clip import EvaClip
+from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.weights.load import load_weights, resize_positions, save_model, save_weights
 
 DATA = Path(__file__).parent / "data" / "models"
 WEIGHT_AND_BIAS = ("weight", "bias")

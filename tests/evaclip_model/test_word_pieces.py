@@ -14,10 +14,9 @@ import pytest
 import torch
 
 import evaclip_model
-from evaclip_model import tokenizer
-from evaclip_model.carried import CLASSES, SOURCES, carry
-from evaclip_model.tokenizer import tokenize
-from evaclip_model.word_pieces import plain_splitter, splitter
+from evaclip_model.tokenizer.bundled_assets import CLASSES, SOURCES, carry
+from evaclip_model.tokenizer.tokenizer import tokenize
+from evaclip_model.tokenizer.word_pieces import plain_splitter, splitter
 
 CAPTIONS = [
     *json.loads((Path(__file__).parent / "data" / "tokenizer" / "tokens.json").read_text()),
@@ -27,7 +26,7 @@ CAPTIONS = [
 HIDDEN = ("regex", "tokenizers", "ftfy", "open_clip", "evaclip")
 TOKENIZE = """
 import json, sys
-from evaclip_model.tokenizer import ftfy, tokenize
+from evaclip_model.tokenizer.tokenizer import ftfy, tokenize
 print(json.dumps(tokenize(json.load(sys.stdin)).tolist()))
 assert "carried" in ftfy.__file__, ftfy.__file__
 assert not {"regex", "tokenizers"} & set(sys.modules)
@@ -85,4 +84,4 @@ def test_equal_sources_make_equal_archives_with_their_licence(copy: Path, tmp_pa
 
 
 def test_an_installed_package_carries_nothing() -> None:
-    assert not (Path(tokenizer.__file__).parent / "carried").exists()
+    assert not (Path(evaclip_model.__file__).parent / "carried").exists()

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from evaclip_model.training.lamb import Fragment
-from evaclip_model.training.zero import Partitioned, layouts
+from evaclip_model.training.engine.fp32_state import Partitioned, layouts
+from evaclip_model.training.optimizer.lamb import Fragment
 
 
 @pytest.fixture

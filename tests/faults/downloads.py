@@ -28,7 +28,7 @@ import psutil
 
 from tasks.download.config import DownloadConfig
 from tasks.download.download import Crew, download_images
-from tasks.download.outcome import Outcome
+from tasks.download.fetch_outcome import Outcome
 from tests.tasks.download.faults import (
     CONFIG,
     PRIVATE,

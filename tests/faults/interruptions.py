@@ -139,7 +139,7 @@ def find(victim: str, flow: int) -> list[int]:
     """Process ids to kill: the flow itself, img2dataset's process, or one training rank."""
     if victim == "flow":
         return [flow]
-    marks = {"download": "tasks.download.worker", "rank": "evaclip_model.training.worker"}
+    marks = {"download": "tasks.download.download_worker", "rank": "evaclip_model.training.worker"}
     family = psutil.Process(flow).children(recursive=True)
     found = [child for child in family if is_running(child, marks[victim])]
     return [found[-1].pid] if found else []

@@ -138,7 +138,7 @@ def kill_rank(site: Site, run_id: str) -> None:
 
 
 def kill_downloader(site: Site, run_id: str) -> None:
-    running(run_id, "tasks.download.worker")[-1].kill()
+    running(run_id, "tasks.download.download_worker")[-1].kill()
 
 
 def kill_worker(site: Site, run_id: str) -> None:

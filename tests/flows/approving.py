@@ -6,8 +6,8 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.gate import settle
-from tasks.artifact import read_artifact
+from flows.promotion.apply_decision import settle
+from tasks.artifacts.artifact import read_artifact
 from tasks.register.config import RegisterConfig
 from tasks.tracking import TrackingStore
 

@@ -16,8 +16,8 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.runner import Runner
 from prefect.testing.utilities import prefect_test_harness
 
-from flows.promoted import EVENT
-from tasks.artifact import Address, Artifact, Made, Stage, produce
+from flows.promotion.promotion_events import EVENT
+from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce
 from tasks.register.config import REGISTERED, RegisterConfig
 from tasks.register.gate import Candidate, Champion, decide
 from tasks.register.promotion import (

@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 
 from evaclip_model.errors import InputError
-from flows.chart import draw_chart, find_files
-from flows.plan import check_disk, make_plan, plan_markdown
-from flows.recipe import load_recipe
-from tasks.artifact import Made, produce
+from flows.config.recipe import load_recipe
+from flows.graph.graph import draw_chart, find_files
+from flows.planning.run_plan import check_disk, make_plan, plan_markdown
+from tasks.artifacts.artifact import Made, produce
 
 ORDER = [
     *("demo", "merge", "download", "verify", "dataset"),

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from flows import doctor
 from flows.__main__ import main
-from flows.profile import Profile, load_profile
+from flows.config.profile import Profile, load_profile
+from flows.planning import health_checks
 
 PINNED = {"prefect": "3.8.8", "open-clip-torch": "3.3.0"}
 
 
 def versions_of(**installed: str | None) -> dict[str, tuple[str, str]]:
     wanted = map(Requirement, ("prefect>=3.8.8,<3.9", "open_clip_torch>=2.32,<4"))
-    found = doctor.version_findings(wanted, PINNED, installed.get)
+    found = health_checks.version_findings(wanted, PINNED, installed.get)
     return {one.what: (one.level, one.do) for one in found}
 
 
@@ -34,11 +34,11 @@ def test_versions_are_as_tested_within_bounds_or_wrong() -> None:
 def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def broken(profile: Profile) -> list[doctor.Finding]:
+    def broken(profile: Profile) -> list[health_checks.Finding]:
         raise RuntimeError("http://me:secret@host is odd")
 
-    monkeypatch.setattr(doctor, "CHECKS", (broken, doctor.python))
-    first, second = doctor.examine(Profile(_env_file=None, root=tmp_path))
+    monkeypatch.setattr(health_checks, "CHECKS", (broken, health_checks.python))
+    first, second = health_checks.examine(Profile(_env_file=None, root=tmp_path))
     assert (first.level, second.level) == ("fail", "ok")
     assert first.found == "RuntimeError: http://me:***@host is odd"
 
@@ -60,8 +60,8 @@ def test_what_is_wrong_is_one_line_each_and_the_exit_code_is_1(
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
         # The store is tried for longer than a test waits.
-        checks = [check for check in doctor.CHECKS if check is not doctor.tracking]
-        monkeypatch.setattr(doctor, "CHECKS", tuple(checks))
+        checks = [check for check in health_checks.CHECKS if check is not health_checks.tracking]
+        monkeypatch.setattr(health_checks, "CHECKS", tuple(checks))
         with pytest.raises(SystemExit) as ended:
             main(["doctor", "--recipe", "eva02-clip-b-16"])
     assert ended.value.code == 1
@@ -80,7 +80,10 @@ def test_a_store_that_takes_runs_and_files_is_fine_as_often_as_one_looks(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EVACLIP_ROOT", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (first,), (second,) = doctor.tracking(load_profile()), doctor.tracking(load_profile())
+    (first,), (second,) = (
+        health_checks.tracking(load_profile()),
+        health_checks.tracking(load_profile()),
+    )
     assert first == second and first.level == "ok"
     assert len(list((tmp_path / "mlflow-artifacts").rglob("written.txt"))) == 1
 
@@ -90,6 +93,6 @@ def test_the_vocabulary_is_compared_with_the_published_one(
 ) -> None:
     other = tmp_path / "vocabulary.gz"
     other.write_bytes(b"another one")
-    monkeypatch.setattr(doctor, "package_file", lambda name: other)
-    (found,) = doctor.tokenizer(Profile(_env_file=None, root=tmp_path))
+    monkeypatch.setattr(health_checks, "package_file", lambda name: other)
+    (found,) = health_checks.tokenizer(Profile(_env_file=None, root=tmp_path))
     assert found.level == "fail" and "open_clip_torch" in found.do

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from flows.__main__ import main
-from tasks.evaluate.registry import all_sets, find_set
+from tasks.evaluate.sets.set_registry import all_sets, find_set
 from tests.tasks.evaluate.all_sets import write_known_set
 
 

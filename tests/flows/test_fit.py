@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from flows.chart import draw_chart
-from flows.fit import Finding, Machine, recipe_findings, sentence
-from flows.machines import Machines
-from flows.profile import Profile
-from flows.recipe import load_recipe
+from flows.config.gpu_spec import Machines
+from flows.config.profile import Profile
+from flows.config.recipe import load_recipe
+from flows.graph.graph import draw_chart
+from flows.planning.feasibility import Finding, Machine, recipe_findings, sentence
 
 LAPTOP = Machine(cores=4, memory_bytes=16 * 10**9, free_bytes=50 * 10**9)
 STORE = "sqlite:///there.db"

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from evaclip_model.errors import InputError
-from flows.chart import Chart, draw_chart
-from flows.increment import News, draw_retraining, increment, part_of, rows_of
-from flows.recipe import Recipe, load_recipe
-from tasks.artifact import Artifact
+from flows.config.recipe import Recipe, load_recipe
+from flows.graph.graph import Chart, draw_chart
+from flows.graph.incremental import News, draw_retraining, increment, part_of, rows_of
+from tasks.artifacts.artifact import Artifact
 from tasks.register.promotion import Standing
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from flows.lineage import describe_changes, upward
-from tasks.artifact import read_artifacts
-from tasks.provenance import Change, Lineage
+from flows.audit.lineage_tree import describe_changes, upward
+from tasks.artifacts.artifact import read_artifacts
+from tasks.artifacts.provenance import Change, Lineage
 from tests.flows.command import Demo, run
 
 

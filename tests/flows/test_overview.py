@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from flows.overview import per_source
-from tasks.artifact import Artifact
+from flows.reporting.run_summary import per_source
+from tasks.artifacts.artifact import Artifact
 
 
 def artifact(kind: str, **counts: int) -> Artifact:

@@ -17,9 +17,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from evaclip_model.model_config import ModelConfig
+from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.reading.samples import SHARDS, ShardManifest
-from tasks.artifact import MANIFEST, Artifact, read_artifact, read_bulk, sha256_of
+from tasks.artifacts.artifact import MANIFEST, Artifact, read_artifact, read_bulk, sha256_of
 from tasks.demo.concepts import read_drawings
 from tests.flows.command import Demo, Ended, environment, run
 

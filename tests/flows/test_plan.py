@@ -10,13 +10,13 @@ import pytest
 
 from evaclip_model.errors import InputError
 from flows.__main__ import main
-from flows.chart import draw_chart
-from flows.estimate import estimate, is_large
-from flows.machines import Machines
-from flows.plan import make_plan
-from flows.recipe import Recipe, load_recipe
-from flows.recipe_file import recipe_names
-from flows.training_estimate import (
+from flows.config.gpu_spec import Machines
+from flows.config.recipe import Recipe, load_recipe
+from flows.config.recipe_loader import recipe_names
+from flows.graph.graph import draw_chart
+from flows.planning.data_cost import estimate, is_large
+from flows.planning.run_plan import make_plan
+from flows.planning.training_cost import (
     cut_share,
     engine_settings,
     estimate_stage,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from evaclip_model.errors import InputError
-from flows.profile import load_profile
+from flows.config.profile import load_profile
 from tasks.train.config import Launch
 
 

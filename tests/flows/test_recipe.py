@@ -3,8 +3,8 @@ import re
 import pytest
 
 from evaclip_model.errors import InputError
-from flows.recipe import load_recipe
-from flows.recipe_file import recipe_names
+from flows.config.recipe import load_recipe
+from flows.config.recipe_loader import recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from evaclip_model.errors import InputError
-from flows.recipe import load_recipe
-from flows.recipe_file import merged, read_recipe
+from flows.config.recipe import load_recipe
+from flows.config.recipe_loader import merged, read_recipe
 
 
 def write(folder: Path, **files: str) -> Path:

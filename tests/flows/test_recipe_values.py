@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from flows.recipe import Recipe, load_recipe
-from flows.recipe_file import find_recipe, read_recipe, recipe_names
-from tasks.evaluate.paper import rows_of
+from flows.config.recipe import Recipe, load_recipe
+from flows.config.recipe_loader import find_recipe, read_recipe, recipe_names
+from tasks.evaluate.paper.published import rows_of
 
 TABLE_1 = {row.model: row.cells for row in rows_of("1a")}
 SETTINGS = {row.model: row.cells for table in ("8", "9", "10") for row in rows_of(table)}

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from flows.results import figures_table, read_findings
-from flows.told import ATTACHED, sets_read
-from tasks.artifact import Artifact
+from flows.reporting.prefect_artifacts import ATTACHED, sets_read
+from flows.reporting.results_table import figures_table, read_findings
+from tasks.artifacts.artifact import Artifact
 from tasks.evaluate.report.findings import Findings
-from tasks.evaluate.report.write import write_reports
+from tasks.evaluate.report.write_reports import write_reports
 from tests.tasks.evaluate.made_up import made_up
 
 SETS = ("cifar10", "flickr30k")

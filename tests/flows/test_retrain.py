@@ -21,17 +21,17 @@ import pytest
 import webdataset
 from prefect.testing.utilities import prefect_test_harness
 
-from flows.chart import load_chart
+from flows.audit.dataset_replacement import take_down
+from flows.audit.sample_trace import trace
 from flows.commands.run import FLOWS
-from flows.increment import News, describe, look
+from flows.graph.graph import load_chart
+from flows.graph.incremental import News, describe, look
 from flows.pipeline import pipeline
 from flows.retrain import retrain
-from flows.takedown import take_down
-from flows.trace import trace
-from tasks.artifact import Artifact, read_artifacts
+from tasks.artifacts.artifact import Artifact, read_artifacts
 from tasks.demo.concepts import Concept, read_concepts, read_drawings
 from tasks.demo.metadata import write_metadata
-from tasks.demo.plan import Row
+from tasks.demo.web_plan import Row
 from tasks.register.promotion import champion_of, history, read_decision, roll_back
 from tasks.tracking import TrackingStore
 from tests.flows.command import free_port, run, started

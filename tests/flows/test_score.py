@@ -12,9 +12,9 @@ from PIL import Image
 
 from evaclip_model.create import create_model
 from evaclip_model.errors import InputError
-from evaclip_model.model_config import ModelConfig
-from evaclip_model.weights import save_model
-from flows.scoring import read_asked
+from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.weights.load import save_model
+from flows.graph.score_request import read_asked
 from tests.flows.command import run
 
 COLOURS = ("red", "green", "blue")

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from evaclip_model.reading.samples import PairReader, ShardManifest
-from flows.chart import draw_chart
-from flows.recipe import load_recipe
-from flows.takedown import take_down
-from flows.trace import trace
-from tasks.artifact import Artifact, read_artifacts
-from tasks.sample_index import SampleIndex
+from flows.audit.dataset_replacement import take_down
+from flows.audit.sample_trace import trace
+from flows.config.recipe import load_recipe
+from flows.graph.graph import draw_chart
+from tasks.artifacts.artifact import Artifact, read_artifacts
+from tasks.index.sample_index import SampleIndex
 from tests.flows.command import Demo, run
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.profile import Profile
+from flows.config.profile import Profile
 from tasks.train.cluster import job_name, job_script
 from tasks.train.launch import read_hostfile
 

@@ -8,7 +8,7 @@ import pytest
 
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
-from tasks.artifact import (
+from tasks.artifacts.artifact import (
     BULK,
     MANIFEST,
     Address,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tasks import image_hashes
-from tasks.image_hashes import hash_images
-from tasks.phash import grey_of, hashes_of
+from tasks.index import image_hashes
+from tasks.index.image_hashes import hash_images
+from tasks.index.perceptual_hash import grey_of, hashes_of
 
 
 def encoded(seed: int, kind: str = "PNG") -> bytes:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from tasks.phash import KnownHashes, distance, grey_of, hashes_of, near_pairs
+from tasks.index.perceptual_hash import KnownHashes, distance, grey_of, hashes_of, near_pairs
 
 RNG = np.random.default_rng(0)
 

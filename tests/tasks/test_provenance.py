@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tasks.artifact import Address, Artifact, Made, Stage, produce
-from tasks.provenance import Change, Lineage, changes, lineage_of
+from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce
+from tasks.artifacts.provenance import Change, Lineage, changes, lineage_of
 
 
 def made(root: Path, kind: str, config: dict[str, Any], **parents: str) -> Artifact:

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks import sample_index
-from tasks.sample_index import COLUMNS, INDEX, Kind, SampleIndex, write_index
+from tasks.index import sample_index
+from tasks.index.sample_index import COLUMNS, INDEX, Kind, SampleIndex, write_index
 
 
 def sha256(text: object) -> str:

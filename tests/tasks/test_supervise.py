@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks import supervise
-from tasks.child import run_supervised, supervised
+from tasks.process import supervise
+from tasks.process.child import run_supervised, supervised
 
 PYTHON = sys.executable
 # A command that starts two more processes, one of them in a session of its own, and writes pids.
@@ -69,7 +69,7 @@ def test_a_command_ended_by_a_signal_gives_128_plus_its_number(tmp_path: Path) -
 
 def test_output_goes_to_the_log_and_modules_are_found_from_any_folder(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "child.log"
-    command = [PYTHON, "-m", "tasks.supervise", "without the dashes"]
+    command = [PYTHON, "-m", "tasks.process.supervise", "without the dashes"]
     assert run_supervised(command, log=log, grace_s=1, cwd=tmp_path) == 2
     assert log.read_text().startswith("usage: ")
 
@@ -100,7 +100,7 @@ def test_kill_9_of_the_starter_leaves_no_process(tmp_path: Path) -> None:
         [
             PYTHON,
             "-c",
-            "import sys; from pathlib import Path; from tasks.child import run_supervised\n"
+            "import sys; from pathlib import Path; from tasks.process.child import run_supervised\n"
             f"run_supervised({family(pids, 60)!r}, log=Path({str(tmp_path / 'log')!r}), grace_s=1)",
         ],
         cwd=Path(supervise.__file__).parents[1],

@@ -7,9 +7,13 @@ alike in agreement.py, the checkpoints of other programs in importing.py.
 Not here: when to save (trainer.py); finished models (weights.py).
 """
 
-from evaclip_model.training.checkpoint.form import MANIFEST, Progress, settings_of
-from evaclip_model.training.checkpoint.reading import checkpoints, load_newest, stored_parameters
-from evaclip_model.training.checkpoint.writing import CheckpointWriter, save_checkpoint
+from evaclip_model.training.checkpoint.checkpoint_format import MANIFEST, Progress, settings_of
+from evaclip_model.training.checkpoint.read_checkpoint import (
+    checkpoints,
+    load_newest,
+    stored_parameters,
+)
+from evaclip_model.training.checkpoint.write_checkpoint import CheckpointWriter, save_checkpoint
 
 __all__ = [
     "MANIFEST",

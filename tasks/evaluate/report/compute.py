@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from evaclip_model.model_config import ModelConfig
+from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.training.cost import image_flops
-from tasks.evaluate.paper import rows_of
+from tasks.evaluate.paper.published import rows_of
 from tasks.evaluate.report.charts import Bubble, bubble_chart
 from tasks.evaluate.report.findings import Findings
 from tasks.evaluate.report.paper_form import beside_of

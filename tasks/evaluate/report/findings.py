@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from tasks.evaluate.registry import KnownSet, find_set
+from tasks.evaluate.sets.set_registry import KnownSet, find_set
 
 HEADLINES = {
     "top1": ("top1",),

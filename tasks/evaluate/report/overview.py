@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tasks.evaluate.figures import TITLES
+from tasks.evaluate.metrics.compute import TITLES
 from tasks.evaluate.report.charts import interval_bar
 from tasks.evaluate.report.findings import Findings, Published
 from tasks.evaluate.report.numbers import (

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.evaluate.paper import Column, PaperModel, PaperTable, paper_model, table_of
-from tasks.evaluate.paper import Row as PaperRow
-from tasks.evaluate.registry import known_sets
+from tasks.evaluate.paper.published import Column, PaperModel, PaperTable, paper_model, table_of
+from tasks.evaluate.paper.published import Row as PaperRow
 from tasks.evaluate.report.findings import Findings
 from tasks.evaluate.report.numbers import NOTHING, as_printed, signed, size
 from tasks.evaluate.report.tables import Cell, Footnotes, Row, Table, row
+from tasks.evaluate.sets.set_registry import known_sets
 
 GROUPS = {
     "a": "(a) beside CLIP-Base baselines",

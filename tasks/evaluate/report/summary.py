@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 
-from tasks.evaluate.registry import known_sets
 from tasks.evaluate.report.findings import Findings
 from tasks.evaluate.report.numbers import interval, percent, plural, points, signed
 from tasks.evaluate.report.overview import (
@@ -20,6 +19,7 @@ from tasks.evaluate.report.overview import (
     title_of,
     verdict_counts,
 )
+from tasks.evaluate.sets.set_registry import known_sets
 
 MOST_TILES = 8
 SETS_IN_FULL = 3

@@ -17,7 +17,7 @@ from PIL import Image
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import PairReader, ShardManifest
-from tasks.artifact import Address, Artifact, Made, produce
+from tasks.artifacts.artifact import Address, Artifact, Made, produce
 from tasks.dataset.choose import Choice, find_asked, sort_by_kind
 from tasks.dataset.config import DatasetConfig
 from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset

@@ -5,7 +5,7 @@ import pytest
 
 from tasks.demo.concepts import read_concepts
 from tasks.demo.metadata import write_metadata
-from tasks.demo.plan import plan_rows
+from tasks.demo.web_plan import plan_rows
 
 PUBLISHED = {
     "laion2b": """SAMPLE_ID int64, URL string, TEXT string, HEIGHT int32, WIDTH int32,

@@ -6,7 +6,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from tasks.demo.concepts import read_concepts
-from tasks.demo.plan import (
+from tasks.demo.demo_web import split_path
+from tasks.demo.web_plan import (
     ADDED,
     DAMAGED,
     FILTERED,
@@ -16,7 +17,6 @@ from tasks.demo.plan import (
     SPELLINGS_EACH,
     plan_rows,
 )
-from tasks.demo.web import split_path
 
 CONCEPTS = read_concepts()
 SOURCES = ("laion2b", "coyo700m")

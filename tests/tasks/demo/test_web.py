@@ -18,8 +18,8 @@ import pytest
 from evaclip_model.errors import InputError
 from tasks.demo.concepts import read_concepts, read_drawings
 from tasks.demo.config import DemoConfig
-from tasks.demo.plan import WORKING, plan_rows
-from tasks.demo.web import Web, read_web, serving, split_path
+from tasks.demo.demo_web import Web, read_web, serving, split_path
+from tasks.demo.web_plan import WORKING, plan_rows
 
 KEY = "1f34e"
 APPLE = read_drawings("noto")[KEY]
@@ -156,7 +156,7 @@ def test_a_port_in_use_is_one_clear_sentence():
         ):
             pass
         alone = subprocess.run(
-            [sys.executable, "-m", "tasks.demo.web", "--port", str(port)],
+            [sys.executable, "-m", "tasks.demo.demo_web", "--port", str(port)],
             cwd=CHECKOUT,
             capture_output=True,
             text=True,
@@ -174,7 +174,7 @@ def test_the_server_dies_with_a_caller_that_is_killed():
             "-c",
             "import time\n"
             "from tasks.demo.config import DemoConfig\n"
-            "from tasks.demo.web import serving\n"
+            "from tasks.demo.demo_web import serving\n"
             f"with serving(DemoConfig(port={port})):\n"
             "    print('up', flush=True)\n"
             "    time.sleep(60)\n",

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from evaclip_model.errors import InputError
-from tasks.artifact import Address, sha256_of
+from tasks.artifacts.artifact import Address, sha256_of
 from tasks.demo.concepts import ARTISTS, CONCEPTS_FILE, artist_zip, read_concepts, read_drawings
 from tasks.demo.config import STAGE, DemoConfig
 from tasks.demo.task import demo

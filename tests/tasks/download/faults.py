@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.download.config import DownloadConfig
-from tasks.download.outcome import Outcome, outcome_of
+from tasks.download.fetch_outcome import Outcome, outcome_of
 from tests.tasks.download.web import Web, picture, serving
 
 GOOD, PRIVATE, TIRED, BUSY = "127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4"

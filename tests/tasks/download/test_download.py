@@ -23,16 +23,16 @@ import pytest
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import BrokenShard, read_samples
-from tasks.artifact import Made
+from tasks.artifacts.artifact import Made
 from tasks.download import download as download_module
-from tasks.download.check import check_shard
+from tasks.download.check_shards import check_shard
 from tasks.download.config import DownloadConfig
 from tasks.download.counters import CounterReader
 from tasks.download.download import Crew, download_images
-from tasks.download.ledger import Ledger
-from tasks.download.outcome import Outcome
-from tasks.download.plan import PlannedShard, plan_download
-from tasks.download.worker import open_files_needed
+from tasks.download.download_worker import open_files_needed
+from tasks.download.fetch_outcome import Outcome
+from tasks.download.url_tables import PlannedShard, plan_download
+from tasks.download.validated_shards import Ledger
 
 CONFIG = DownloadConfig(
     samples_per_shard=8,

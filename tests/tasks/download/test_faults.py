@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tasks.artifact import Made
+from tasks.artifacts.artifact import Made
 from tasks.download import download as download_module
 from tasks.download.download import Crew, download_images
-from tasks.download.outcome import RETRYABLE, Outcome
+from tasks.download.fetch_outcome import RETRYABLE, Outcome
 from tests.tasks.download.faults import (
     BUSY,
     CONFIG,

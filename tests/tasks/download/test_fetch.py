@@ -12,7 +12,7 @@ import pytest
 
 from tasks.download.config import DownloadConfig
 from tasks.download.fetch import Fetcher, retry_after
-from tasks.download.outcome import Outcome, outcome_of, retry_after_s
+from tasks.download.fetch_outcome import Outcome, outcome_of, retry_after_s
 
 CONFIG = DownloadConfig(
     allowed_networks=("127.0.0.1/32",),

@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaclip_model.errors import InputError
-from tasks.download import watch
-from tasks.download.check import FinishedShard
+from tasks.download import watch_progress
+from tasks.download.check_shards import FinishedShard
 from tasks.download.config import DownloadConfig
 from tasks.download.download import Crew, download_images
-from tasks.download.outcome import Outcome
-from tasks.download.plan import PlannedShard
-from tasks.download.witness import AT_ONCE, silent_hosts
+from tasks.download.fetch_outcome import Outcome
+from tasks.download.network_probe import AT_ONCE, silent_hosts
+from tasks.download.url_tables import PlannedShard
 from tests.tasks.download.test_download import write_rows
 from tests.tasks.download.web import serving
 
@@ -58,8 +58,8 @@ def test_a_network_that_dies_in_the_second_pass_stops_it_early_and_costs_nothing
                 tried.append(done)
                 if web.socket.fileno() >= 0:
                     # that few URLs would stop the first pass too, whose rows are not mixed here
-                    monkeypatch.setattr(watch, "COLLAPSE_URLS", 8)
-                    monkeypatch.setattr(watch, "COLLAPSE_S", 1.0)
+                    monkeypatch.setattr(watch_progress, "COLLAPSE_URLS", 8)
+                    monkeypatch.setattr(watch_progress, "COLLAPSE_S", 1.0)
                     web.shutdown()
                     web.server_close()
 

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from tasks.download.counters import CounterReader, OutcomeCounter, Progress
-from tasks.download.outcome import Outcome
-from tasks.download.watch import Watch
+from tasks.download.fetch_outcome import Outcome
+from tasks.download.watch_progress import Watch
 
 
 def progress(fetched_bytes: int = 0, **counts: int) -> Progress:

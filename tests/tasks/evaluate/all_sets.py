@@ -20,9 +20,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from webdataset import TarWriter
 
-from evaclip_model.prompts import imagenet_classnames, imagenet_templates
-from tasks.evaluate.prompts import subset_classes
-from tasks.evaluate.registry import KnownSet, all_sets, known_sets
+from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames, imagenet_templates
+from tasks.evaluate.sets.prompts import subset_classes
+from tasks.evaluate.sets.set_registry import KnownSet, all_sets, known_sets
 
 IMAGES = 48
 """Images a set, unless told otherwise."""

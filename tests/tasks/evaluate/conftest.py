@@ -11,8 +11,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from evaclip_model.create import create_model
-from evaclip_model.model_config import ModelConfig
-from evaclip_model.weights import save_model
+from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.weights.load import save_model
 
 COLOURS = ("red", "green", "blue", "yellow")
 

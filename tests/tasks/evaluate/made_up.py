@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from evaclip_model.zeroshot import Ranking
-from tasks.evaluate.averages import TABLES, average, robustness, values_of
-from tasks.evaluate.figures import Scored, chance_of, figures_of
-from tasks.evaluate.paired import compare
-from tasks.evaluate.paper import PaperModel, published, verdict
-from tasks.evaluate.registry import KnownSet, find_set
-from tasks.evaluate.sets import EvalSample, EvalSet, Span
+from evaclip_model.zeroshot.exact_ranks import Ranking
+from tasks.evaluate.metrics.compute import Scored, chance_of, figures_of
+from tasks.evaluate.metrics.significance import compare
+from tasks.evaluate.paper.averages import TABLES, average, robustness, values_of
+from tasks.evaluate.paper.published import PaperModel, published, verdict
+from tasks.evaluate.sets.published_layout import EvalSample, EvalSet, Span
+from tasks.evaluate.sets.set_registry import KnownSet, find_set
 
 ROW = "EVA-02-CLIP-B/16"
 """Model of the paper that the made-up ones are near."""

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tasks.artifact import Made
+from tasks.artifacts.artifact import Made
 from tasks.evaluate.config import EvaluateConfig
 from tasks.evaluate.evaluate import evaluate_models
-from tasks.evaluate.registry import all_sets
+from tasks.evaluate.sets.set_registry import all_sets
 from tasks.progress import silent
 from tests.tasks.evaluate.all_sets import write_all_sets
 

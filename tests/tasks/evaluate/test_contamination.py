@@ -14,18 +14,18 @@ import pytest
 import torch
 from PIL import Image
 
-from evaclip_model.zeroshot import Ranking
-from tasks.evaluate.contamination import (
+from evaclip_model.zeroshot.exact_ranks import Ranking
+from tasks.evaluate.metrics.compute import Scored, figures_of
+from tasks.evaluate.metrics.contamination import (
     TrainingData,
     figures_without,
     hash_set,
     seen_in_training,
 )
-from tasks.evaluate.figures import Scored, figures_of
-from tasks.evaluate.sets import EvalSet, open_set
-from tasks.image_hashes import hash_images
+from tasks.evaluate.sets.published_layout import EvalSet, open_set
+from tasks.index.image_hashes import hash_images
+from tasks.index.sample_index import COLUMNS, INDEX, write_index
 from tasks.progress import silent
-from tasks.sample_index import COLUMNS, INDEX, write_index
 from tests.tasks.evaluate.answers import answered, caption_set, class_set, label_set
 
 IMAGES = 8

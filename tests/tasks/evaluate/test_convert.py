@@ -19,20 +19,26 @@ import webdataset
 from PIL import Image
 
 from evaclip_model.errors import InputError
-from evaclip_model.prompts import imagenet_classnames
-from tasks.evaluate.convert.captions import captioned_sources
-from tasks.evaluate.convert.convert import (
+from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames
+from tasks.evaluate.sets.convert.caption_sets import captioned_sources
+from tasks.evaluate.sets.convert.convert import (
     NO_TEMPLATES,
     Words,
     convert_captions,
     convert_imagefolder,
 )
-from tasks.evaluate.convert.imagefolder import class_folders, image_sources, names_of
-from tasks.evaluate.convert.torchvision_sets import class_names, dataset_sources
-from tasks.evaluate.convert.write import Found, Source, UnusableSourceError, png, write_set
-from tasks.evaluate.prompts import imagenet_synsets, subset_classes
-from tasks.evaluate.registry import find_set
-from tasks.evaluate.sets import open_set
+from tasks.evaluate.sets.convert.imagefolder import class_folders, image_sources, names_of
+from tasks.evaluate.sets.convert.shard_writer import (
+    Found,
+    Source,
+    UnusableSourceError,
+    png,
+    write_set,
+)
+from tasks.evaluate.sets.convert.torchvision_sets import class_names, dataset_sources
+from tasks.evaluate.sets.prompts import imagenet_synsets, subset_classes
+from tasks.evaluate.sets.published_layout import open_set
+from tasks.evaluate.sets.set_registry import find_set
 
 OWN = Words(templates=NO_TEMPLATES)
 
@@ -174,8 +180,8 @@ def test_a_killed_conversion_goes_on(tmp_path: Path, birds: Path) -> None:
         """
         import os, signal, sys
         from pathlib import Path
-        from tasks.evaluate.convert.imagefolder import class_folders, image_sources
-        from tasks.evaluate.convert.write import write_set
+        from tasks.evaluate.sets.convert.imagefolder import class_folders, image_sources
+        from tasks.evaluate.sets.convert.shard_writer import write_set
         sources = image_sources(class_folders(Path(sys.argv[1])))
         def report(done, total, detail=""):
             if done == 7:

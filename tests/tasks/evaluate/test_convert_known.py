@@ -12,9 +12,9 @@ from PIL import Image
 
 from evaclip_model.errors import InputError
 from flows.__main__ import main
-from tasks.evaluate.convert.convert import Words, convert_imagefolder, convert_voc
-from tasks.evaluate.registry import find_set
-from tasks.evaluate.sets import EvalSet, open_set
+from tasks.evaluate.sets.convert.convert import Words, convert_imagefolder, convert_voc
+from tasks.evaluate.sets.published_layout import EvalSet, open_set
+from tasks.evaluate.sets.set_registry import find_set
 
 OWN = Words(templates="none")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaclip_model.zeroshot import classify
-from tasks.evaluate.doubts import permuted_classes, warnings_of
-from tasks.evaluate.figures import Scored, chance_of, figures_of
-from tasks.evaluate.sets import EvalSample, EvalSet, Span
+from evaclip_model.zeroshot.exact_ranks import classify
+from tasks.evaluate.metrics.compute import Scored, chance_of, figures_of
+from tasks.evaluate.metrics.sanity_warnings import permuted_classes, warnings_of
+from tasks.evaluate.sets.published_layout import EvalSample, EvalSet, Span
 
 CLASSES, EACH = 10, 20
 

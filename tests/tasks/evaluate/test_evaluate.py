@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from evaclip_model.create import open_model
 from evaclip_model.errors import InputError
-from evaclip_model.tokenizer import tokenize
-from evaclip_model.transform import decode_image, image_transform
-from tasks.artifact import Address, Made
+from evaclip_model.reading.transform import decode_image, image_transform
+from evaclip_model.tokenizer.tokenizer import tokenize
+from tasks.artifacts.artifact import Address, Made
 from tasks.evaluate.config import STAGE, EvalSetConfig, EvaluateConfig, Machine
 from tasks.evaluate.evaluate import evaluate_models
 from tasks.evaluate.task import evaluate

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evaclip_model.zeroshot import Ranking
-from tasks.evaluate.figures import Scored, chance_of, figures_of, positives_of, score
-from tasks.evaluate.registry import known_sets
+from evaclip_model.zeroshot.exact_ranks import Ranking
+from tasks.evaluate.metrics.compute import Scored, chance_of, figures_of, positives_of, score
+from tasks.evaluate.sets.set_registry import known_sets
 from tests.tasks.evaluate.answers import answered, caption_set, class_set, label_set
 
 NAMES = ("cat", "dog", "fox", "owl", "rat", "yak")

@@ -14,11 +14,11 @@ from PIL import Image
 
 from evaclip_model.create import open_model
 from evaclip_model.errors import InputError
-from evaclip_model.weights import save_model
-from tasks.evaluate.classifiers import TextFeatures, encode_texts
+from evaclip_model.weights.load import save_model
 from tasks.evaluate.config import EvalSetConfig, EvaluateConfig
+from tasks.evaluate.encode.open_models import identify, open_subject
+from tasks.evaluate.encode.text_features import TextFeatures, encode_texts
 from tasks.evaluate.evaluate import evaluate_models
-from tasks.evaluate.models import identify, open_subject
 from tasks.progress import silent
 
 SavedModel = Callable[[int], Path]

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from evaclip_model.errors import InputError
-from evaclip_model.zeroshot import Ranking
-from tasks.evaluate.figures import Scored, chance_of, figures_of
-from tasks.evaluate.paired import compare
-from tasks.evaluate.registry import known_sets
+from evaclip_model.zeroshot.exact_ranks import Ranking
+from tasks.evaluate.metrics.compute import Scored, chance_of, figures_of
+from tasks.evaluate.metrics.significance import compare
+from tasks.evaluate.sets.set_registry import known_sets
 from tests.tasks.evaluate.answers import answered, caption_set, class_set, label_set
 
 NAMES = tuple(f"class {number}" for number in range(10))

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from tasks.evaluate.averages import average, members_of, robustness, values_of
-from tasks.evaluate.paper import (
+from tasks.evaluate.paper.averages import average, members_of, robustness, values_of
+from tasks.evaluate.paper.published import (
     CAPTIONS,
     PaperModel,
     Verdict,
@@ -17,8 +17,8 @@ from tasks.evaluate.paper import (
     rows_of,
     verdict,
 )
-from tasks.evaluate.registry import known_sets
-from tasks.evaluate.sets import EvalSet
+from tasks.evaluate.sets.published_layout import EvalSet
+from tasks.evaluate.sets.set_registry import known_sets
 from tests.tasks.evaluate.answers import caption_set, class_set
 
 ROW = "EVA-02-CLIP-B/16"

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from evaclip_model.model_config import ModelConfig, list_models
-from tasks.evaluate.averages import TABLES, members_of
-from tasks.evaluate.models import architecture_name
-from tasks.evaluate.paper import Row, errata, paper_model, rows_of, table_of
-from tasks.evaluate.registry import known_sets
+from evaclip_model.model.model_config import ModelConfig, list_models
+from tasks.evaluate.encode.open_models import architecture_name
+from tasks.evaluate.paper.averages import TABLES, members_of
+from tasks.evaluate.paper.published import Row, errata, paper_model, rows_of, table_of
+from tasks.evaluate.sets.set_registry import known_sets
 
 IMAGENETS = ("in1k", "in_a", "in_r", "in_v2", "in_sketch", "objectnet")
 EXACT_MILLIONS = {

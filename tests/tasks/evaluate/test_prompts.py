@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from evaclip_model.errors import InputError
-from evaclip_model.prompts import imagenet_classnames, imagenet_templates
-from tasks.evaluate import prompts
-from tasks.evaluate.prompts import (
+from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames, imagenet_templates
+from tasks.evaluate.sets import prompts
+from tasks.evaluate.sets.prompts import (
     find_classnames,
     find_templates,
     grammar_templates,
     imagenet_synsets,
     subset_classes,
 )
-from tasks.evaluate.registry import all_sets, find_set
+from tasks.evaluate.sets.set_registry import all_sets, find_set
 
 NOWHERE = Path("nowhere")
 

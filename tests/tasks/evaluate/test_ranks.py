@@ -16,15 +16,15 @@ import pytest
 import torch
 
 from evaclip_model.create import open_model
-from evaclip_model.tokenizer import tokenize
-from evaclip_model.training.probe import open_probe, probe
-from evaclip_model.zeroshot import normalised, text_classifier
-from tasks.evaluate.blocks import Cache, read_block, write_block
-from tasks.evaluate.classifiers import TextFeatures, answers, encode_texts
+from evaclip_model.tokenizer.tokenizer import tokenize
+from evaclip_model.training.monitoring.zeroshot_probe import open_probe, probe
+from evaclip_model.zeroshot.exact_ranks import normalised, text_classifier
 from tasks.evaluate.config import EvalSetConfig, EvaluateConfig, Machine
+from tasks.evaluate.encode.feature_cache import Cache, read_block, write_block
+from tasks.evaluate.encode.open_models import open_subject
+from tasks.evaluate.encode.text_features import TextFeatures, answers, encode_texts
 from tasks.evaluate.evaluate import evaluate_models
-from tasks.evaluate.models import open_subject
-from tasks.evaluate.sets import open_set
+from tasks.evaluate.sets.published_layout import open_set
 from tasks.progress import silent
 
 SavedModel = Callable[[int], Path]
@@ -143,7 +143,8 @@ def first_block(cache: Path, process: subprocess.Popen[bytes]) -> list[psutil.Pr
         ranks = [
             child
             for child in psutil.Process(process.pid).children(recursive=True)
-            if "tasks.evaluate.worker" in child.cmdline() and "--" not in child.cmdline()
+            if "tasks.evaluate.encode.encode_worker" in child.cmdline()
+            and "--" not in child.cmdline()
         ]
         if ranks and any(cache.rglob("*.safetensors")):
             return ranks

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import tasks.evaluate.registry
+import tasks.evaluate.paper.published
 from evaclip_model.errors import InputError
-from flows.recipe import load_recipe
-from flows.recipe_file import recipe_names
+from flows.config.recipe import load_recipe
+from flows.config.recipe_loader import recipe_names
 from tasks.evaluate.config import EvalSetConfig, EvaluateConfig
-from tasks.evaluate.registry import all_sets, find_set, known_sets
+from tasks.evaluate.sets.set_registry import all_sets, find_set, known_sets
 
 
 def config_of(**values: object) -> EvalSetConfig:
@@ -27,7 +27,7 @@ def test_there_are_27_image_4_video_and_2_retrieval_sets() -> None:
 
 
 def test_every_column_of_the_papers_tables_is_one_set() -> None:
-    file = Path(tasks.evaluate.registry.__file__).with_name("paper_tables.json")
+    file = Path(tasks.evaluate.paper.published.__file__).with_name("paper_tables.json")
     tables = json.loads(file.read_text())["tables"]
     for table in ("1b", "2", "3"):
         columns = [column["key"] for column in tables[table]["columns"]]

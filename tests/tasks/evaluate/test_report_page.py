@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from tasks.evaluate.figures import Scored
-from tasks.evaluate.registry import known_sets
+from tasks.evaluate.metrics.compute import Scored
 from tasks.evaluate.report.findings import Findings
 from tasks.evaluate.report.overview import averages, verdict_counts
 from tasks.evaluate.report.summary import average_interval, sentences, tiles
-from tasks.evaluate.report.write import write_reports
+from tasks.evaluate.report.write_reports import write_reports
+from tasks.evaluate.sets.set_registry import known_sets
 from tests.tasks.evaluate.made_up import made_up
 
 IMAGENETS = (

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from tasks.evaluate.config import EvaluateConfig
-from tasks.evaluate.figures import Scored
-from tasks.evaluate.identity import Identity
-from tasks.evaluate.registry import known_sets
+from tasks.evaluate.encode.model_identity import Identity
+from tasks.evaluate.metrics.compute import Scored
 from tasks.evaluate.results import counts_of, results_of
+from tasks.evaluate.sets.set_registry import known_sets
 from tests.tasks.evaluate.answers import answered, class_set
 
 RELEASED = Identity(

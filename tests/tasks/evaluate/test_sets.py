@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from evaclip_model.errors import InputError
-from evaclip_model.prompts import imagenet_classnames
-from evaclip_model.transform import decode_image
+from evaclip_model.reading.transform import decode_image
+from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames
 from tasks.evaluate.config import EvalSetConfig
-from tasks.evaluate.prompts import subset_classes
-from tasks.evaluate.registry import all_sets, find_set
-from tasks.evaluate.sets import open_set
+from tasks.evaluate.sets.prompts import subset_classes
+from tasks.evaluate.sets.published_layout import open_set
+from tasks.evaluate.sets.set_registry import all_sets, find_set
 from tests.tasks.evaluate.all_sets import write_all_sets, write_known_set
 
 

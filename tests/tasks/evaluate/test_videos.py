@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from evaclip_model.errors import InputError
-from tasks.evaluate.convert.convert import Words, convert_videos
-from tasks.evaluate.convert.imagefolder import class_folders
-from tasks.evaluate.convert.videos import centre_frame, video_names, video_sources
-from tasks.evaluate.convert.write import UnusableSourceError
-from tasks.evaluate.registry import find_set
-from tasks.evaluate.sets import open_set
+from tasks.evaluate.sets.convert.convert import Words, convert_videos
+from tasks.evaluate.sets.convert.imagefolder import class_folders
+from tasks.evaluate.sets.convert.shard_writer import UnusableSourceError
+from tasks.evaluate.sets.convert.videos import centre_frame, video_names, video_sources
+from tasks.evaluate.sets.published_layout import open_set
+from tasks.evaluate.sets.set_registry import find_set
 
 pytest.importorskip("av")
 from tests.tasks.evaluate.videos import number_of, write_video

@@ -10,8 +10,8 @@ import torch
 
 from evaclip_model.create import create_model, open_model
 from evaclip_model.errors import InputError
-from evaclip_model.weights import resize_positions, save_model, save_weights
-from tasks.artifact import Address, Artifact, fingerprint, produce
+from evaclip_model.weights.load import resize_positions, save_model, save_weights
+from tasks.artifacts.artifact import Address, Artifact, fingerprint, produce
 from tasks.initialise.config import STAGE, InitialiseConfig
 from tasks.initialise.initialise import initialise_model
 from tasks.progress import silent

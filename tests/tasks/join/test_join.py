@@ -9,14 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.artifact import Address, Artifact, produce
-from tasks.checked_shards import read_verdicts
+from tasks.artifacts.artifact import Address, Artifact, produce
 from tasks.dataset.config import DatasetConfig
 from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
+from tasks.index.sample_index import INDEX, Kind, SampleIndex
+from tasks.index.shard_verdicts import read_verdicts
 from tasks.join.config import STAGE, JoinConfig
 from tasks.join.join import JoinedPart, join_verifications, read_parts
 from tasks.progress import silent
-from tasks.sample_index import INDEX, Kind, SampleIndex
 from tasks.verify.config import STAGE as VERIFY
 from tasks.verify.config import VerifyConfig
 from tasks.verify.verify import verify_shards

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from evaclip_model.config import Config
-from tasks.artifact import Address, Artifact, Made, Stage, produce
+from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce
 from tasks.lineage.mlflow_store import Tracking
 from tasks.tracking import TrackingStore
 
@@ -159,7 +159,7 @@ KILLED_IN_TRAINING = """
     import json, sys, time
     from pathlib import Path
     from evaclip_model.config import Config
-    from tasks.artifact import Address, Stage
+    from tasks.artifacts.artifact import Address, Stage
     from tasks.lineage.mlflow_store import Tracking
     from tasks.tracking import TrackingStore
 

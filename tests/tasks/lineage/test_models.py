@@ -8,9 +8,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, Run
 
-from tasks.artifact import Address, Artifact, Made, Stage, produce
+from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce
 from tasks.lineage.mlflow_store import PipelineRun, Tracking
-from tasks.lineage.models import MODEL_TAG, WEIGHTS
+from tasks.lineage.model_lineage import MODEL_TAG, WEIGHTS
 from tasks.tracking import TrackingStore
 
 

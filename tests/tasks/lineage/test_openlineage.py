@@ -22,7 +22,7 @@ from openlineage.client.facet_v2 import (
     parent_run,
 )
 
-from tasks.artifact import Address, Made, Stage, produce
+from tasks.artifacts.artifact import Address, Made, Stage, produce
 from tasks.lineage.mlflow_store import Tracking
 from tasks.tracking import TrackingStore
 

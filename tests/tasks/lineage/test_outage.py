@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from evaclip_model.config import Config
-from tasks.artifact import Address, Stage
+from tasks.artifacts.artifact import Address, Stage
 from tasks.lineage import shipper
 from tasks.lineage.mlflow_store import Tracking
 from tasks.tracking import TrackingStore

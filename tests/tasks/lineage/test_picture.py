@@ -6,8 +6,8 @@ import re
 import xml.etree.ElementTree as ET
 from itertools import combinations
 
-from tasks.lineage.picture import BOX_HEIGHT, BOX_WIDTH, lineage_svg
-from tasks.provenance import Lineage, Node
+from tasks.artifacts.provenance import Lineage, Node
+from tasks.lineage.lineage_svg import BOX_HEIGHT, BOX_WIDTH, lineage_svg
 
 NAME = "evaclip/3 @champion"
 SVG = "{http://www.w3.org/2000/svg}"

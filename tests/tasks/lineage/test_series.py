@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tasks.lineage.journal import SeriesCursor
-from tasks.lineage.record import series_metrics
-from tasks.lineage.series import MAX_METRICS_PER_CALL, batches
+from tasks.lineage.metric_series import MAX_METRICS_PER_CALL, batches
+from tasks.lineage.stage_record import series_metrics
 
 
 def test_every_number_of_a_line_is_a_metric_and_nested_ones_have_their_path():

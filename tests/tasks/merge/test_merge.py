@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaclip_model.errors import InputError
-from tasks.artifact import Address, Made
+from tasks.artifacts.artifact import Address, Made
 from tasks.merge.config import STAGE, ColumnMap, FilterConfig, MergeConfig, SourceConfig
 from tasks.merge.database import database
 from tasks.merge.merge import merge_sources, read_inputs
@@ -114,7 +114,7 @@ def test_the_range_size_changes_no_byte(
     collections: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(recipe(collections), tmp_path / "one")
-    monkeypatch.setattr("tasks.merge.plan.ROWS_PER_RANGE", 130)
+    monkeypatch.setattr("tasks.merge.merge_plan.ROWS_PER_RANGE", 130)
     run(recipe(collections), tmp_path / "many")
     assert digests(tmp_path / "one") == digests(tmp_path / "many")
 

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaclip_model.errors import InputError
-from tasks.artifact import Address, produce
+from tasks.artifacts.artifact import Address, produce
 from tasks.merge.config import STAGE, MergeConfig
 from tasks.merge.merge import merge_sources
 from tests.tasks.merge.metadata import COYO_700M, coyo, find_files, write

@@ -14,10 +14,10 @@ import pytest
 
 from evaclip_model.errors import InputError
 from tasks.merge.config import MergeConfig
-from tasks.merge.inspect import inspect_files
+from tasks.merge.inspect_metadata import inspect_files
 from tasks.merge.merge import merge_sources
+from tasks.merge.metadata_files import find_metadata, outside_files, remote_fingerprint
 from tasks.merge.murmur import laion_hash
-from tasks.merge.sources import find_metadata, outside_files, remote_fingerprint
 from tests.tasks.merge import metadata
 from tests.tasks.merge.metadata import coyo, laion, output_rows, write
 

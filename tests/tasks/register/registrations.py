@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from evaclip_model import create_model, save_model
-from tasks.artifact import Address, Artifact, Made, Stage, produce
+from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce
 from tasks.register.config import COPIED, STAGE, LargeWeights, RegisterConfig
+from tasks.register.model_registry import register_model
 from tasks.register.promotion import promote
-from tasks.register.registry import register_model
 from tasks.tracking import TrackingStore
 
 

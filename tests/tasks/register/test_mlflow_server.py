@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 from evaclip_model import create_model, open_model, save_model
-from tasks.artifact import Address, Made, Stage, produce
+from tasks.artifacts.artifact import Address, Made, Stage, produce
 from tasks.lineage.mlflow_store import Tracking
 from tasks.register.config import RegisterConfig
-from tasks.register.pull import pull
-from tasks.register.registry import register_model
+from tasks.register.model_registry import register_model
+from tasks.register.pull_model import pull
 from tasks.tracking import TrackingStore
 from tests.flows.command import free_port
 from tests.tasks.register.servers import mlflow_server

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from evaclip_model import InputError, create_model, open_model, save_model
-from tasks.artifact import sha256_of
-from tasks.register import pull as pulling
+from tasks.artifacts.artifact import sha256_of
+from tasks.register import pull_model as pulling
 from tasks.register.config import LargeWeights
-from tasks.register.pull import Form, pull
+from tasks.register.pull_model import Form, pull
 from tasks.tracking import TrackingStore
 from tests.tasks.register.registrations import register_random_model, trained_and_evaluated
 

@@ -12,11 +12,11 @@ from PIL import Image
 
 from evaclip_model import InputError, create_model, open_model, save_model
 from evaclip_model.config import Config
-from tasks.artifact import Address, Artifact, Made, Stage, produce
+from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce
 from tasks.register.config import REGISTERED, STAGE, RegisterConfig
+from tasks.register.model_registry import forget_if_gone, register_model
 from tasks.register.promotion import promote
-from tasks.register.pull import pull
-from tasks.register.registry import forget_if_gone, register_model
+from tasks.register.pull_model import pull
 from tasks.tracking import TrackingStore
 
 CONFIG = RegisterConfig(model_name="evaclip-test")

@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 
 from evaclip_model import InputError, open_model
-from evaclip_model.weights_reference import Reference
-from tasks.artifact import sha256_of
+from evaclip_model.weights.external_weights import Reference
+from tasks.artifacts.artifact import sha256_of
 from tasks.register.config import COPIED, LargeWeights
-from tasks.register.pull import pull
+from tasks.register.pull_model import pull
 from tasks.register.references import reference_to
 from tasks.tracking import TrackingStore
 from tests.flows.command import free_port

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from evaclip_model import InputError, create_model, image_transform, save_model, tokenize
-from evaclip_model.clip import EvaClip
-from evaclip_model.weights_reference import REFERENCE_FILE, Reference
-from tasks.artifact import sha256_of
+from evaclip_model.model.clip import EvaClip
+from evaclip_model.weights.external_weights import REFERENCE_FILE, Reference
+from tasks.artifacts.artifact import sha256_of
 from tasks.register.config import LargeWeights
-from tasks.register.packing import description, pack, signature
+from tasks.register.model_package import description, pack, signature
 from tasks.register.references import reference_to
 
 LABELS = {"candidate_labels": ["a red apple", "a dog"]}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tasks.provenance import Change, changes
+from tasks.artifacts.provenance import Change, changes
+from tasks.register.model_versions import describe, is_address, made_from, predecessor
 from tasks.register.promotion import roll_back
-from tasks.register.versions import describe, is_address, made_from, predecessor
 from tasks.tracking import TrackingStore
 from tests.tasks.register.registrations import register_random_model, trained_and_evaluated
 

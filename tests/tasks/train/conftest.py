@@ -10,7 +10,7 @@ from PIL import Image
 
 from evaclip_model.create import create_model
 from evaclip_model.reading.samples import Shard, ShardManifest
-from evaclip_model.weights import save_model
+from evaclip_model.weights.load import save_model
 
 SAMPLES = 24
 VISION = {"image_px": 8, "patch_px": 4, "width": 16, "layers": 1, "heads": 2, "mlp_width": 32}

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tasks.artifact import Address
+from tasks.artifacts.artifact import Address
 from tasks.train.config import STAGE
 from tests.tasks.train.stage import config, try_out
 

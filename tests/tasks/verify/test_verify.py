@@ -17,9 +17,9 @@ import webdataset
 from PIL import Image
 
 from evaclip_model.errors import InputError
-from tasks.artifact import BULK, Made, sha256_of
-from tasks.checked_shards import read_verdicts
-from tasks.sample_index import COLUMNS, SampleIndex
+from tasks.artifacts.artifact import BULK, Made, sha256_of
+from tasks.index.sample_index import COLUMNS, SampleIndex
+from tasks.index.shard_verdicts import read_verdicts
 from tasks.verify.config import VerifyConfig
 from tasks.verify.verify import verify_shards
 

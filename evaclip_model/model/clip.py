@@ -1,0 +1,204 @@
+"""EVA-CLIP: two towers and a temperature.
+
+Covers: the model and its initial values.
+Not here: making one by name (create.py); the loss (loss.py); weights on disk (weights.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evaclip_model.model.activation_checkpointing import GradCheckpointing, require_mode
+from evaclip_model.model.attention import (
+    AttentionChoice,
+    attention_kernel,
+    resolved_attention,
+)
+from evaclip_model.model.layers import SwiGluMlp, drop_path_rates
+from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.model.text import TextBlock, TextTower
+from evaclip_model.model.vision import VisionBlock, VisionTower
+
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+"""Natural logarithm of the initial inverse temperature (CLIP, section 2.5)."""
+
+
+class EvaClip(nn.Module):
+    """An image tower and a text tower that project into one space.
+
+    Attributes:
+        config: the architecture.
+        kernel: attention of both towers, an `attention.AttentionKernel`.
+        visual, text: the towers.
+        logit_scale: [1] logarithm of the inverse temperature. Published checkpoints have shape
+            []; it has one dimension here because sharded optimizers refuse parameters without.
+    """
+
+    def __init__(self, config: ModelConfig, attention: AttentionChoice = "auto") -> None:
+        """Build with torch's default values; `create_model` gives EVA-CLIP's initial values.
+
+        Raises:
+            InputError: no attention kernel of that name, or it cannot be had here
+                (`attention.attention_kernel`).
+        """
+        super().__init__()
+        self.kernel = attention_kernel(
+            attention, (config.vision.head_width, config.text.width // config.text.heads)
+        )
+        self.config = config
+        self._attention: AttentionChoice = attention
+        self.visual = VisionTower(config.vision, config.embed_dim, self.kernel)
+        self.text = TextTower(config.text, config.embed_dim, self.kernel)
+        self.logit_scale = nn.Parameter(torch.full((1,), INITIAL_LOGIT_SCALE))
+
+    def encode_image(
+        self,
+        images: Tensor,
+        normalize: bool = False,
+        kept: Tensor | None = None,
+        branches: Tensor | None = None,
+    ) -> Tensor:
+        """Features of images.
+
+        Args:
+            images: [B, 3, H, H] normalised (`transform.normalize_images`), H = image_px.
+            normalize: unit length, in at least float32.
+            kept: [B, K] indices of the patches to look at (`masking.kept_patches`); none for all.
+            branches: [B, blocks, 2] what each sample passes (`masking.kept_branches`) in training
+                with drop path; none draws it from torch's generator.
+
+        Returns:
+            [B, E].
+        """
+        features: Tensor = self.visual(images, kept, branches)
+        return _unit(features) if normalize else features
+
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+        """Features of captions.
+
+        Args:
+            tokens: [B, L] ids of `tokenizer.tokenize`, L at most the context length; on the CPU,
+                wherever the model is: lengths are needed there, and ids on an accelerator would
+                have to be waited for.
+            normalize: unit length, in at least float32.
+
+        Returns:
+            [B, E].
+        """
+        features: Tensor = self.text(tokens)
+        return _unit(features) if normalize else features
+
+    def forward(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        kept: Tensor | None = None,
+        branches: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Everything the contrastive loss needs.
+
+        Args:
+            images: [B, 3, H, H] normalised.
+            tokens: [B, L] ids, on the CPU as for `encode_text`.
+            kept: [B, K] patches to look at, or none for all.
+            branches: [B, blocks, 2] what each sample passes, as for `encode_image`.
+
+        Returns:
+            image features [B, E] and text features [B, E], of unit length, and the inverse
+            temperature [] (exp of `logit_scale`), all in at least float32.
+        """
+        return (
+            self.encode_image(images, normalize=True, kept=kept, branches=branches),
+            self.encode_text(tokens, normalize=True),
+            _wide(self.logit_scale).exp().squeeze(0),
+        )
+
+    @property
+    def attention(self) -> AttentionChoice:
+        """The attention kernel that runs for images, on the weights' device and in their dtype."""
+        return resolved_attention(self._attention, self.logit_scale.device, self.logit_scale.dtype)
+
+    def set_grad_checkpointing(self, mode: GradCheckpointing) -> None:
+        """How much of each block the backward pass computes again; results stay the same.
+
+        Args:
+            mode: "none"; "selective", all but matrix products and fused attention; or "full",
+                everything, so that a block keeps its input alone.
+
+        Raises:
+            InputError: another mode.
+        """
+        self.visual.grad_checkpointing = self.text.transformer.grad_checkpointing = require_mode(
+            mode
+        )
+
+    def set_drop_path(self, rate: float) -> None:
+        """Chance that a sample skips a branch of the image tower's last block, in training; less
+        for earlier blocks. The architecture's own is `config.vision.drop_path`."""
+        blocks = list(cast(Iterable[VisionBlock], self.visual.blocks))
+        for block, own in zip(blocks, drop_path_rates(rate, len(blocks)), strict=True):
+            block.drop_path.rate = own
+
+    def compile_blocks(self) -> None:
+        """Compile the image tower's blocks with `torch.compile`, in place; each runs as one graph.
+
+        The first step then takes a minute or so longer. The text tower stays as it is: its shapes
+        differ from batch to batch, and each would be compiled anew.
+        """
+        for block in cast(Iterable[VisionBlock], self.visual.blocks):
+            block.compile(fullgraph=True)
+
+
+@torch.no_grad()
+def initialise(model: EvaClip) -> None:
+    """Give both towers EVA-CLIP's initial values, drawn from torch's global generator.
+
+    Image tower: std 0.02, the last projection of both branches of block i (from 1) divided by
+    sqrt(2 i), the head a thousandth. Text tower: CLIP's (section 2.4 of its paper's appendix, as
+    published in its code). The patch convolution and the text MLP's biases keep torch's defaults.
+    """
+    _initialise_vision(model.visual)
+    _initialise_text(model.text)
+    model.logit_scale.fill_(INITIAL_LOGIT_SCALE)
+
+
+def _initialise_vision(tower: VisionTower) -> None:
+    for module in tower.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    nn.init.normal_(tower.cls_token, std=0.02)
+    nn.init.normal_(tower.pos_embed, std=0.02)
+    for depth, block in enumerate(cast(Iterable[VisionBlock], tower.blocks), start=1):
+        last = block.mlp.w3 if isinstance(block.mlp, SwiGluMlp) else block.mlp.fc2
+        for projection in (block.attn.proj, last):
+            projection.weight.div_(math.sqrt(2 * depth))
+    tower.head.weight.mul_(1e-3)
+
+
+def _initialise_text(tower: TextTower) -> None:
+    width, layers = tower.config.width, tower.config.layers
+    nn.init.normal_(tower.token_embedding.weight, std=0.02)
+    nn.init.normal_(tower.positional_embedding, std=0.01)
+    for block in cast(Iterable[TextBlock], tower.transformer.resblocks):
+        nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+        nn.init.normal_(block.attn.out_proj.weight, std=(width * 2 * layers) ** -0.5)
+        nn.init.zeros_(block.attn.out_proj.bias)
+        nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(block.mlp.c_proj.weight, std=(width * 2 * layers) ** -0.5)
+    nn.init.normal_(tower.text_projection, std=width**-0.5)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _unit(features: Tensor) -> Tensor:
+    return F.normalize(_wide(features), dim=-1)

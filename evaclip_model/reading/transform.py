@@ -1,0 +1,310 @@
+"""Images to tensors, as EVA-CLIP was trained and is evaluated.
+
+Covers: decoding, the evaluation transform, the training crop, normalisation.
+Not here: reading shards; masking patches.
+
+The geometric step comes before the conversion to RGB, as in the reference: it matters for images
+with a palette or transparency.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from evaclip_model.errors import InputError
+from evaclip_model.model.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    from evaclip_model.model.clip import EvaClip
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Mean of the red, green and blue channels on [0, 1] (CLIP)."""
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""Standard deviation of the channels on [0, 1] (CLIP)."""
+
+MAX_PIXELS = 64_000_000
+"""More than this is refused before decoding: a small file can claim a huge picture."""
+
+CROP_SCALE = (0.9, 1.0)
+"""Smallest and largest share of an image's area that a training crop takes."""
+
+_CROP_RATIO = (3 / 4, 4 / 3)
+_CROP_ATTEMPTS = 10
+_PREMULTIPLIED = {"LA": "La", "RGBA": "RGBa"}
+"""Mode with transparency -> the mode that Pillow resizes it in."""
+
+
+class UnreadableImageError(ValueError):
+    """These bytes are no image that can be used; one bad sample, not a failure of the run."""
+
+
+def decode_image(
+    data: bytes | memoryview, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
+) -> Image.Image:
+    """Decode a JPEG, PNG or WebP file, in its own mode; 16-bit grey becomes 8-bit.
+
+    Args:
+        data: the file's bytes.
+        max_pixels: width times height that is still decoded.
+        formats: Pillow's names of the formats that are tried; all that it knows by default.
+
+    Raises:
+        UnreadableImageError: truncated, of no known format, or larger than `max_pixels`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=formats)
+            if image.width * image.height > max_pixels:
+                raise UnreadableImageError(
+                    f"{image.width} x {image.height} pixels, more than {max_pixels:,}"
+                )
+            image.load()
+            return _eight_bit(image)
+    except UnreadableImageError:
+        raise
+    except UnidentifiedImageError:
+        # Pillow's own words have the address of an object in memory, different in every run.
+        raise UnreadableImageError("these bytes are no image of a known format") from None
+    except Exception as error:  # Pillow's decoders raise whatever their parsers meet
+        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    # Pillow's conversion to RGB would clip 16-bit grey to white. Older versions open it as "I".
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
+
+
+def image_transform(
+    model: EvaClip | ModelConfig | int, train: bool = False
+) -> Callable[[Image.Image], Tensor]:
+    """What turns an image of any mode and size into [3, S, S] float32, normalised; picklable.
+
+    For evaluation the shortest side is resized to S (bicubic, antialiased) and the middle taken;
+    for training a random part (`CROP_SCALE` of the area, ratio 3:4 to 4:3) is resized to S x S.
+    The random part is drawn from torch's global generator, in torchvision's order: what torch is
+    seeded with decides it, in a data loader's workers too.
+
+    Args:
+        model: a model or its config, for its size; or the size S in pixels.
+        train: the training transform instead of the evaluation transform.
+
+    Raises:
+        InputError: a size below 1.
+    """
+    if not isinstance(model, int):
+        config = model if isinstance(model, ModelConfig) else model.config
+        model = config.vision.image_px
+    if model < 1:
+        raise InputError(f"image size {model} is no number of pixels: give 1 or more")
+    return TrainTransform(model) if train else EvalTransform(model)
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """The evaluation transform of `image_transform`."""
+
+    size: int
+    """Side S of the result, in pixels."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Image -> [3, S, S] float32 of its middle, normalised."""
+        return normalize_images(centre_crop(image, self.size))
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """The training transform of `image_transform`."""
+
+    size: int
+    """Side S of the result, in pixels."""
+    scale: tuple[float, float] = CROP_SCALE
+    """Smallest and largest share of the image's area."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Image -> [3, S, S] float32 of a random part, normalised."""
+        box = crop_box(*image.size, _GlobalDraw(), self.scale)
+        return normalize_images(resized_crop(image, box, self.size))
+
+
+def preprocessing(size: int) -> dict[str, Any]:
+    """The evaluation transform for images of side `size` in words, to be compared with another's.
+
+    A model belongs to its preprocessing: other constants cost it accuracy, and nothing says so.
+    """
+    return {
+        "size": size,
+        "resize": "shortest side, bicubic, antialiased, columns before rows",
+        "crop": "centre",
+        "mean": list(MEAN),
+        "std": list(STD),
+    }
+
+
+def centre_crop(image: Image.Image, size: int) -> Tensor:
+    """Shortest side to `size` (bicubic, antialiased), then the middle: [3, S, S] uint8.
+
+    Raises:
+        UnreadableImageError: the image is so narrow that its resized form passes `MAX_PIXELS`.
+    """
+    short = min(image.size)
+    width, height = (int(size * side / short) for side in image.size)
+    if width * height > MAX_PIXELS:
+        raise UnreadableImageError(
+            f"{image.width} x {image.height} pixels would be resized to {width} x {height}, "
+            f"more than {MAX_PIXELS:,}"
+        )
+    image = _resized(image, width, height)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return _to_uint8(image.crop((left, top, left + size, top + size)))
+
+
+def train_crop(
+    image: Image.Image,
+    size: int,
+    *,
+    seed: int,
+    position: int,
+    scale: tuple[float, float] = CROP_SCALE,
+) -> Tensor:
+    """A random part of the image, resized: the only augmentation EVA-CLIP trains with.
+
+    Args:
+        image: decoded, in any mode.
+        size: side S of the result, in pixels.
+        seed: of the training stage.
+        position: of the sample in the whole training stream; the crop depends on nothing else.
+        scale: smallest and largest share of the image's area; its aspect ratio is 3:4 to 4:3.
+
+    Returns:
+        [3, S, S] uint8.
+    """
+    box = train_box(*image.size, seed=seed, position=position, scale=scale)
+    return resized_crop(image, box, size)
+
+
+def train_box(
+    width: int, height: int, *, seed: int, position: int, scale: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom, in pixels, of the part that `train_crop` takes."""
+    key = cast(np.random.SeedSequence, _Key((seed % 2**64, position)))  # numpy's types are narrower
+    return crop_box(width, height, SeededDraw(np.random.Generator(np.random.Philox(key))), scale)
+
+
+class _Key(np.random.bit_generator.ISeedSequence):
+    """A generator's key as it is: given as `key`, numpy asks the system for randomness besides."""
+
+    def __init__(self, key: tuple[int, int]) -> None:
+        self._key = key
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> Any:
+        return np.array(self._key, dtype)
+
+
+class Draw(Protocol):
+    """Where the random numbers of a crop come from."""
+
+    def share(self, low: float, high: float) -> float:
+        """Uniform on [low, high)."""
+
+    def ratio(self, low: float, high: float) -> float:
+        """From low to high, its logarithm uniform."""
+
+    def offset(self, most: int) -> int:
+        """Uniform among 0 ... most."""
+
+
+@dataclass(frozen=True)
+class SeededDraw:
+    """Numbers of a generator of numpy's."""
+
+    generator: np.random.Generator
+
+    def share(self, low: float, high: float) -> float:
+        # Generator.uniform computes just this, in four times the time
+        return low + (high - low) * self.generator.random()
+
+    def ratio(self, low: float, high: float) -> float:
+        return math.exp(self.share(math.log(low), math.log(high)))
+
+    def offset(self, most: int) -> int:
+        return int(self.generator.integers(0, most + 1))
+
+
+class _GlobalDraw:
+    """Numbers of torch's global generator, rounded as torchvision's RandomResizedCrop rounds."""
+
+    def share(self, low: float, high: float) -> float:
+        return torch.empty(1).uniform_(low, high).item()
+
+    def ratio(self, low: float, high: float) -> float:
+        start, end = torch.tensor((low, high)).log().tolist()
+        return torch.empty(1).uniform_(start, end).exp().item()
+
+    def offset(self, most: int) -> int:
+        return int(torch.randint(0, most + 1, (1,)).item())
+
+
+def crop_box(
+    width: int, height: int, draw: Draw, scale: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a random part, in pixels (Inception crop).
+
+    When ten draws do not fit, the largest middle part of an allowed ratio.
+    """
+    for _ in range(_CROP_ATTEMPTS):
+        area = width * height * draw.share(*scale)
+        ratio = draw.ratio(*_CROP_RATIO)
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = draw.offset(height - h), draw.offset(width - w)
+            return left, top, left + w, top + h
+    w, h = width, height
+    if width / height < _CROP_RATIO[0]:
+        h = round(width / _CROP_RATIO[0])
+    elif width / height > _CROP_RATIO[1]:
+        w = round(height * _CROP_RATIO[1])
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def resized_crop(image: Image.Image, box: tuple[int, int, int, int], size: int) -> Tensor:
+    """Cut `box` (left, top, right, bottom) and resize it (bicubic): [3, S, S] uint8."""
+    return _to_uint8(_resized(image.crop(box), size, size))
+
+
+def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Bicubic, antialiased: columns first, then rows, rounded between them.
+
+    Pillow had that order until version 13, which takes tall images the other way round: up to 30
+    levels of 255 away from what the models were trained with, at sharp edges.
+    """
+    if image.mode in _PREMULTIPLIED:
+        weighted = _resized(image.convert(_PREMULTIPLIED[image.mode]), width, height)
+        return weighted.convert(image.mode)
+    bicubic = Image.Resampling.BICUBIC
+    return image.resize((width, image.height), bicubic).resize((width, height), bicubic)
+
+
+def normalize_images(images: Tensor) -> Tensor:
+    """uint8 [..., 3, H, W] -> float32 of the same shape, channels normalised by `MEAN`, `STD`."""
+    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+    return images.float().div_(255).sub_(mean).div_(std)
+
+
+def _to_uint8(image: Image.Image) -> Tensor:
+    pixels = np.array(image.convert("RGB"), dtype=np.uint8)  # [H, W, 3]
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

@@ -1,0 +1,92 @@
+"""What a registered model's copy of this package carries, so that torch and Pillow are enough.
+
+Covers: the folder beside the code with the tokenizer's vocabulary, the classes of characters and
+ftfy's source; writing it from what is installed; importing ftfy, carried or installed.
+Not here: the tokenizer (tokenizer.py), how it does without compiled libraries (word_pieces.py).
+
+In a checkout and in an installed package the folder does not exist.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import shutil
+import sys
+import zipfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+PACKAGE = "open_clip"
+"""Importable name of the package whose data files are read: vocabulary and prompts."""
+VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+CLASSES = "letters_and_numbers.json"
+"""Unicode's letters and numbers as [first, last] pairs of code points."""
+SOURCES = "ftfy.zip"
+
+_FOLDER = "carried"
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+"""One time for every file, so that equal sources make equal archives."""
+
+
+def carried_file(name: str) -> Path | None:
+    """A file of the folder in this package, if it is there."""
+    path = Path(__file__).parents[1] / _FOLDER / name
+    return path if path.is_file() else None
+
+
+def package_file(name: str) -> Path | None:
+    """A data file of the installed `open_clip_torch`, found without running that package; or the
+    carried one."""
+    spec = importlib.util.find_spec(PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / name
+        if path.is_file():
+            return path
+    return carried_file(name)
+
+
+def text_repair() -> ModuleType:
+    """The library ftfy: the installed one, or the carried one.
+
+    Raises:
+        ModuleNotFoundError: neither is there.
+    """
+    sources = carried_file(SOURCES)
+    if sources is not None and importlib.util.find_spec("ftfy") is None:
+        sys.path.append(str(sources))
+    return importlib.import_module("ftfy")
+
+
+def carry(package: Path) -> None:
+    """Write the folder into `package`, a copy of this package, from what is installed here.
+
+    Raises:
+        FileNotFoundError: open_clip_torch, which ships the vocabulary, is not installed.
+    """
+    folder = package / _FOLDER
+    folder.mkdir()
+    vocabulary = package_file(VOCABULARY)
+    if vocabulary is None:
+        raise FileNotFoundError(VOCABULARY)
+    shutil.copyfile(vocabulary, folder / VOCABULARY)
+    classes = {name: list(_ranges(rf"\p{{{name}}}+")) for name in ("L", "N")}
+    (folder / CLASSES).write_text(json.dumps(classes, separators=(",", ":")))
+    with zipfile.ZipFile(folder / SOURCES, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(metadata.files("ftfy") or [], key=str):
+            is_needed = file.suffix == ".py" or "licenses" in file.parts
+            if is_needed and ".." not in file.parts:
+                info = zipfile.ZipInfo(str(file), _EPOCH)
+                archive.writestr(info, Path(file.locate()).read_bytes(), zipfile.ZIP_DEFLATED)
+
+
+def _ranges(pattern: str) -> Iterator[tuple[int, int]]:
+    """First and last code point of every run of characters that `regex` finds."""
+    import regex  # a loader of the carried copy does without it
+
+    every = "".join(map(chr, range(sys.maxunicode + 1)))
+    for match in regex.finditer(pattern, every):
+        yield match.start(), match.end() - 1

@@ -1,0 +1,221 @@
+"""CLIP's byte-pair tokenizer.
+
+Covers: captions to ids, exactly as the released models were trained; thousands at once.
+Not here: the vocabulary itself, a data file of the installed `open_clip_torch` distribution, which
+is read without importing that package (carried.py); splitting and merging one word
+(word_pieces.py); prompts (prompts.py).
+
+No token spans white space, so a caption's ids are those of its words, and captions are made of
+the same words again and again. Each distinct word is split and merged once, by the Rust library
+`tokenizers` where there is one; a batch is then a look-up in a table.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import html
+import re
+import threading
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from evaclip_model.errors import InputError
+from evaclip_model.tokenizer.bundled_assets import VOCABULARY, package_file, text_repair
+from evaclip_model.tokenizer.word_pieces import END_OF_WORD, Merge, merger, splitter
+
+ftfy = text_repair()
+
+START_TOKEN = 49_406
+END_TOKEN = 49_407
+PAD_TOKEN = 0
+CONTEXT_LENGTH = 77
+
+MOST_WORDS = 500_000
+"""Distinct words remembered; beyond it the table starts anew. About 100 MB."""
+
+_MERGES = 49_152 - 256 - 2
+_SPECIAL = {"<start_of_text>": START_TOKEN, "<end_of_text>": END_TOKEN}
+# Text that cleaning cannot change, but for its curly quotes; ftfy takes longer than all the rest.
+# Visible ASCII, with an ampersand only where no entity can begin; scripts without a part in
+# ftfy's signs of a wrong encoding; and characters with one, as far as a sign needs another such
+# character beside them. All are composed (NFC) and none combines with a neighbour.
+_NEUTRAL = (
+    "\u05d0-\u05ea\u0621-\u063a\u0641-\u064a"  # Hebrew and Arabic letters
+    "\u3001\u3002\u300c-\u300f\u3041-\u3094\u30a1-\u30fa\u30fc\u4e00-\u9fa5\uac00-\ud7a3"
+    "\u200d\u2600-\u26ff\u2701-\u27bf\ufe0f"  # emoji
+    "\U0001f300-\U0001f64f\U0001f680-\U0001f6c5\U0001f900-\U0001f9ff"
+)
+_LOWER = "ß-öø-ÿāăąćĉċčďđēĕėęěĝğġģĥħĩīĭįıĵķĺļľłńņňōŏőŕŗřśŝşšţťŧũūŭůűųŵŷźżž"
+_GREEK_CYRILLIC = "ΆΈ-ΊΌΎ-ΡΣ-ώЁА-яё"
+_ALONE = (
+    "À-ÁÄ-ÖØ-ÞĀĂĄĆĈĊČĎĐĒĔĖĘĚĜĞĠĢĤĦĨĪĬĮİĴĶĹĻĽŁŃŅŇŌŎŐŔŖŘŚŜŞŠŢŤŦŨŪŬŮŰŲŴŶŸŹŻŽ¡¢£¥§©«®°±²³´µ»¼½¾¿×÷•€™"
+)
+_PUNCTUATION = "\xa0·–—…’"
+_UNCHANGED = re.compile(
+    rf"(?>[\n\r\t -%'-~]++|&(?=[\n\t ]|\Z)|[{_NEUTRAL}]++"
+    rf"|(?>[{_ALONE}]|[{_PUNCTUATION}‘“”]++|(?>[{_LOWER}]++|[{_GREEK_CYRILLIC}]++)"
+    rf"[{_PUNCTUATION}]*+)(?![^\x00-\x7f]))*+\Z"
+)
+_BREAK = "\x00"
+"""A word between captions: cleaning leaves no such character in them."""
+_STRAIGHT = str.maketrans("‘’“”", "''\"\"")
+
+
+def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH) -> Tensor:
+    """Ids of captions: start token, pieces, end token, zeros.
+
+    Text is repaired (ftfy), HTML entities are resolved, white space is collapsed, letters are
+    lower-cased. A caption that is too long loses its end and keeps the end token. A literal
+    `<start_of_text>` or `<end_of_text>` becomes that token, as in the original.
+
+    Args:
+        texts: one caption or several.
+        context_length: L, tokens a row, at least 2.
+
+    Returns:
+        [B, L] int64.
+
+    Raises:
+        InputError: the vocabulary file is missing; a context without room for start and end.
+    """
+    if context_length < 2:
+        raise InputError(
+            f"context_length is {context_length}, but the start and the end token need 2: "
+            f"give 2 or more (the released models have {CONTEXT_LENGTH})"
+        )
+    texts = [texts] if isinstance(texts, str) else texts
+    # One split for all captions takes half the time of one split each.
+    words = "".join([f"{_clean(text)} {_BREAK} " for text in texts]).split()
+    ids, lengths = _words().look_up(words)
+    return torch.from_numpy(_padded(ids, lengths, context_length))
+
+
+def cut_padding(tokens: Tensor) -> Tensor:
+    """Leave out the columns behind the last end token of the batch: [B, L] -> [B, L' <= L].
+
+    Exact for features and gradients, because the text tower is causal and pools at the first end
+    token; a long way cheaper for short captions.
+    """
+    return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
+
+
+def _padded(
+    ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], context_length: int
+) -> npt.NDArray[np.int64]:
+    """Consecutive rows of `lengths` [B] ids as [B, L], between start and end token."""
+    rows = np.full((len(lengths), context_length), PAD_TOKEN)
+    room = context_length - 2
+    if len(lengths) and lengths.max() > room:
+        column = np.arange(len(ids)) - np.repeat(lengths.cumsum() - lengths, lengths)
+        ids, lengths = ids[column < room], np.minimum(lengths, room)
+    starts = np.arange(len(lengths)) * context_length + 1
+    place = np.arange(len(ids)) + np.repeat(starts - (lengths.cumsum() - lengths), lengths)
+    flat = rows.reshape(-1)
+    flat[starts - 1], flat[place], flat[starts + lengths] = START_TOKEN, ids, END_TOKEN
+    return rows
+
+
+def _clean(text: str) -> str:
+    # Resolving entities is ftfy's first repair. It leaves them alone beside a "<".
+    repaired = ftfy.fixes.unescape_html(text) if "&" in text and "<" not in text else text
+    if not _UNCHANGED.match(repaired):
+        # Twice, because captions taken from web pages are often escaped twice.
+        return html.unescape(html.unescape(ftfy.fix_text(text))).lower()
+    return (repaired if repaired.isascii() else repaired.translate(_STRAIGHT)).lower()
+
+
+class _Words(dict[str, int]):
+    """Word -> its number; the ids of all words lie one word behind the other in one array.
+
+    A word met for the first time gets a number. Safe to use from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._characters, self._split, self._merge = _byte_characters(), splitter(), _merges()
+        self._lock = threading.Lock()
+        self._start_anew()
+
+    def look_up(self, words: Sequence[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Ids of all words in their order [N], and how many each caption has [B].
+
+        Every caption ends with `_BREAK`, a word without ids.
+        """
+        with self._lock:
+            if len(self) > MOST_WORDS:
+                self._start_anew()
+            numbers = np.fromiter(map(self.__getitem__, words), np.int64, len(words))
+            ends = np.asarray(self._ends)
+            starts = ends[numbers]
+            widths = ends[numbers + 1] - starts
+            behind = widths.cumsum()
+            shift = starts - (behind - widths)
+            ids = np.asarray(self._ids)[np.arange(widths.sum()) + np.repeat(shift, widths)]
+        return ids, np.diff(behind[numbers == 0], prepend=0)
+
+    def _start_anew(self) -> None:
+        self.clear()
+        self[_BREAK] = 0
+        self._ids = array("q")
+        self._ends = array("q", [0, 0])
+
+    def __missing__(self, word: str) -> int:
+        if word.isascii() and word.isalpha():  # most words, and the pattern takes its time
+            self._ids.extend(self._merge(word))
+        elif (pieces := self._split(word)) == [word]:
+            self._ids.extend(self._merged(word))
+        else:  # the same digits, marks and endings come again and again: pieces are words, too
+            for number in [self[piece] for piece in pieces]:
+                self._ids.extend(self._ids[self._ends[number] : self._ends[number + 1]])
+        self._ends.append(len(self._ids))
+        self[word] = number = len(self)
+        return number
+
+    def _merged(self, piece: str) -> list[int]:
+        if piece in _SPECIAL:
+            return [_SPECIAL[piece]]
+        if not (piece.isascii() and piece.isprintable()):  # visible ASCII stands for itself
+            piece = "".join(self._characters[byte] for byte in piece.encode())
+        return self._merge(piece)
+
+
+@functools.cache
+def _words() -> _Words:
+    return _Words()
+
+
+def _merges() -> Merge:
+    """CLIP's merges; a symbol's id is its place: bytes, bytes that end a word, then the merges."""
+    path = package_file(VOCABULARY)
+    if path is None:
+        raise InputError(
+            f"the tokenizer's vocabulary {VOCABULARY} was not found: install open_clip_torch, "
+            "which ships it"
+        )
+    lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : _MERGES + 1]
+    merges = [(first, second) for first, second in map(str.split, lines)]
+    alphabet = list(_byte_characters().values())
+    symbols = [
+        *alphabet,
+        *(character + END_OF_WORD for character in alphabet),
+        *map("".join, merges),
+    ]
+    vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
+    return merger(vocabulary, merges)
+
+
+def _byte_characters() -> dict[int, str]:
+    """A visible character for every byte: itself where it is visible Latin-1, else from U+0100 on.
+
+    The order (visible bytes first) is the order of the first ids.
+    """
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {
+        byte: chr(0x100 + index) for index, byte in enumerate(hidden)
+    }

@@ -1,0 +1,272 @@
+"""What the files of a checkpoint look like, and whether they belong together.
+
+Covers: names, the manifest, shards (safetensors files of flat fp32 pieces), checksums; which pieces
+make up a parameter.
+Not here: where the files lie (places.py), who writes and reads them (writing.py, reading.py).
+
+There is no state of random generators in it: all that is random in training depends on the seed and
+a sample's position.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from evaclip_model.errors import InputError
+from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.training.config import TrainConfig
+
+MANIFEST = "manifest.json"
+VERSION = 2
+"""Of the form; a manifest without one is of the first."""
+SLAB_BYTES = 8 << 20
+"""Read or written at once."""
+_DTYPE = "F32"
+
+
+class Unusable(ValueError):
+    """A checkpoint is not whole; the text says which file and why."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training is: everything besides tensors that the next step depends on."""
+
+    step: int
+    """Optimizer steps done (batches consumed, those skipped for overflow included)."""
+    counters: dict[str, Any]
+    """The engine's."""
+    bad_samples: dict[str, int]
+    """Reason -> samples that could not be used, over all ranks."""
+    seconds: float
+    """Training time so far."""
+    settings: dict[str, Any]
+    """`settings_of` the run: the state belongs to these and to no others."""
+    samples: int = 0
+    """Image-text pairs seen."""
+    loop: dict[str, Any] = field(default_factory=dict)
+    """The training loop's: where its data stands, and what its guards have seen (JSON)."""
+
+
+def settings_of(config: TrainConfig, architecture: ModelConfig) -> dict[str, Any]:
+    """`Progress.settings` of a run.
+
+    Args:
+        architecture: of the model that is trained, at the size of its images.
+    """
+    return {**config.deciding, "model": architecture.model_dump(mode="json")}
+
+
+class ShardFile(NamedTuple):
+    """A file as the manifest knows it."""
+
+    name: str
+    bytes: int
+    crc32: int
+    """zlib's, of the whole file."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `manifest.json`."""
+
+    shards: tuple[ShardFile, ...]
+    """One of each rank that wrote, in order of ranks."""
+    progress: Progress
+
+    def to_text(self) -> str:
+        content = {
+            "version": VERSION,
+            "shards": [shard._asdict() for shard in self.shards],
+            "progress": asdict(self.progress),
+        }
+        return json.dumps({**content, "crc32": _crc_of(content)})
+
+    @classmethod
+    def from_text(cls, text: str, where: str) -> Manifest:
+        """Raises: Unusable: it was altered, cut off, or is of the first form.
+        InputError: it is of a form that this version does not know yet."""
+        try:
+            content = json.loads(text)
+            version = content.get("version", 1)
+            if version > VERSION:
+                raise InputError(
+                    f"{where} is of form {version}, and this version knows forms up to {VERSION}: "
+                    "continue with the version that wrote it, or a newer one"
+                )
+            if version < VERSION:
+                raise Unusable(f"{where} was written by an earlier version")
+            if content.pop("crc32") != _crc_of(content):
+                raise Unusable(f"{where} was altered after it was written")
+            known = {field.name for field in fields(Progress)}
+            progress = {k: v for k, v in content["progress"].items() if k in known}
+            return cls(
+                tuple(ShardFile(**shard) for shard in content["shards"]), Progress(**progress)
+            )
+        except (InputError, Unusable):
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Unusable(f"{where} is cut off or no manifest of a checkpoint") from error
+
+
+class Piece(NamedTuple):
+    """A run of one parameter's values, and where it lies."""
+
+    name: str
+    kind: str
+    """`param`, `exp_avg` …: as in StateFragment."""
+    offset: int
+    """First element inside the flattened parameter."""
+    size: int
+    """Elements."""
+    shard: int
+    """Number of the shard."""
+    place: int
+    """First byte in the shard."""
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.size
+
+
+def key_of(name: str, offset: int, kind: str) -> str:
+    """What a piece is called in its shard."""
+    return f"{name}@{offset}#{kind}"
+
+
+def write_shard(file: BinaryIO, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Write `tensors` ([n] fp32 on the CPU, by `key_of`) as a safetensors file.
+
+    Neither copies them nor holds Python's lock while it writes and sums, so a training step may run
+    beside it.
+
+    Returns:
+        Bytes and crc32 of the file.
+    """
+    entries, end = {}, 0
+    for key, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or tensor.dim() != 1 or not tensor.is_contiguous():
+            raise TypeError(f"'{key}' is no contiguous [n] fp32 tensor")
+        begin, end = end, end + tensor.nbytes
+        entries[key] = {"dtype": _DTYPE, "shape": [tensor.numel()], "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    size, crc = 0, 0
+    for part in chain((struct.pack("<Q", len(text)), text), _slabs(tensors.values())):
+        file.write(part)
+        size, crc = size + len(part), zlib.crc32(part, crc)
+    return size, crc
+
+
+def checked_pieces(file: BinaryIO, shard: ShardFile, number: int, where: str) -> list[Piece]:
+    """Read a whole shard once: what is in it, when it is as it was written.
+
+    Raises:
+        Unusable: its length, checksum or header is not as it should be.
+    """
+    size, crc = 0, 0
+    start = b""
+    while data := file.read(SLAB_BYTES):
+        start = start or data
+        size, crc = size + len(data), zlib.crc32(data, crc)
+    if size != shard.bytes:
+        raise Unusable(f"{where} has {size:,} bytes where {shard.bytes:,} were written")
+    if crc != shard.crc32:
+        raise Unusable(f"{where} was altered after it was written: its checksum differs")
+    (length,) = struct.unpack("<Q", start[:8])
+    if 8 + length > len(start):
+        file.seek(0)
+        start = file.read(8 + length)
+    header = json.loads(start[8 : 8 + length])
+    return [
+        _piece(key, entry, number, 8 + length)
+        for key, entry in header.items()
+        if key != "__metadata__"
+    ]
+
+
+def key_parts(key: str) -> tuple[str, int, str]:
+    """Name, offset and kind of `key_of`."""
+    place, _, kind = key.rpartition("#")
+    name, _, offset = place.rpartition("@")
+    return name, int(offset), kind
+
+
+def sizes_of(pieces: Iterable[Piece], where: str) -> dict[tuple[str, str], int]:
+    """Elements of each (parameter, kind).
+
+    Raises:
+        Unusable: pieces overlap, or one is missing between others.
+    """
+    ends: dict[tuple[str, str], int] = {}
+    for piece in sorted(pieces, key=lambda piece: (piece.name, piece.kind, piece.offset)):
+        held = (piece.name, piece.kind)
+        if piece.offset != ends.get(held, 0):
+            raise Unusable(f"{where} lacks elements of '{piece.name}' ({piece.kind})")
+        ends[held] = piece.end
+    return ends
+
+
+def difference(
+    stored: Mapping[tuple[str, str], int], wanted: Mapping[tuple[str, str], int]
+) -> str | None:
+    """Why stored sizes are not those that training needs; none when they are."""
+    for (name, kind), size in sorted(wanted.items()):
+        held = stored.get((name, kind))
+        if held is None:
+            return f"holds no '{name}' ({kind})"
+        if held != size:
+            return f"holds {held:,} elements of '{name}' ({kind}) where the model has {size:,}"
+    if beyond := sorted(set(stored) - set(wanted)):
+        return f"holds '{beyond[0][0]}' ({beyond[0][1]}), which is not trained now"
+    return None
+
+
+def _piece(key: str, entry: Mapping[str, Any], number: int, begin: int) -> Piece:
+    name, offset, kind = key_parts(key)
+    (size,) = entry["shape"]
+    return Piece(name, kind, offset, size, number, begin + entry["data_offsets"][0])
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, to read or to fill."""
+    return tensor.detach().view(torch.uint8).numpy().data
+
+
+def _slabs(tensors: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
+    for tensor in tensors:
+        data = bytes_of(tensor)
+        for done in range(0, len(data), SLAB_BYTES):
+            yield data[done : done + SLAB_BYTES]
+
+
+def _crc_of(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def step_name(step: int) -> str:
+    """Name of a checkpoint's folder."""
+    return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step that a folder's name tells; none when it is no checkpoint's."""
+    digits = name.removeprefix("step-")
+    return int(digits) if digits != name and digits.isdecimal() else None
+
+
+def retired(steps: Sequence[int], newest: int, keep: int, keep_every: int | None) -> list[int]:
+    """Checkpoints that go once `newest` is whole: the older ones beyond `keep`, and later ones,
+    which were spoilt or belong to a course that was left. Multiples of `keep_every` stay."""
+    older = sorted((step for step in steps if step <= newest), reverse=True)[keep:]
+    passing = [step for step in older if keep_every is None or step % keep_every]
+    return passing + [step for step in steps if step > newest]

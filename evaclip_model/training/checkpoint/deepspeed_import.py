@@ -1,0 +1,311 @@
+"""DeepSpeed's training checkpoints as ones of ours.
+
+Covers: ZeRO stage 1 and 2 checkpoints of any number of ranks, and universal ones
+(`zero/NAME/{fp32,exp_avg,exp_avg_sq}.pt`): fp32 masters, both moments, the loss scale, how far
+training was; names of every layout that layouts.py knows.
+Not here: weights alone, which `weights.py` reads from the same folders; ZeRO-3 and model-parallel
+checkpoints, which are refused.
+
+The files are pickles. They are opened with torch's restricted reader and stand-ins for the few
+classes that DeepSpeed puts in, so that no code of theirs is run; and mapped into memory rather than
+read, so that what is written piece by piece never lies in memory whole.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evaclip_model.errors import InputError
+from evaclip_model.model.clip import EvaClip
+from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.training.checkpoint.checkpoint_format import Progress, settings_of
+from evaclip_model.training.checkpoint.storage import place_of
+from evaclip_model.training.checkpoint.write_checkpoint import save_checkpoint
+from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.engine.engine import StateFragment
+from evaclip_model.training.optimizer.parameter_groups import is_frozen
+from evaclip_model.weights.name_maps import Entry, native_names
+
+_MODEL_STATES = "mp_rank_00_model_states.pt"
+_OPTIMIZER_STATES = (
+    "zero_pp_rank_{}_mp_rank_00_optim_states.pt",
+    "bf16_zero_pp_rank_{}_mp_rank_00_optim_states.pt",
+)
+"""Of rank {}; DeepSpeed names those of a bf16 run in a way of its own."""
+_NEWEST = "latest"
+_KINDS = {"fp32": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+"""A universal checkpoint's files -> our names."""
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+Pieces = Sequence[Mapping[str, Tensor]]
+"""Of one parameter, in order: our kind -> [n] fp32."""
+
+
+def import_checkpoint(
+    source: Path, location: Path | str, config: TrainConfig, architecture: ModelConfig
+) -> Progress:
+    """Make a checkpoint of ours out of DeepSpeed's, from which any number of ranks goes on.
+
+    The step is DeepSpeed's count of optimizer steps: the learning rate and the data go on behind
+    it. With `ema_decay` the running mean starts at the weights.
+
+    Args:
+        source: a checkpoint's folder, or the one with the file `latest`.
+        location: where the run to come looks for its checkpoints; must hold none.
+        config: settings of the run to come.
+        architecture: of the run to come.
+
+    Raises:
+        InputError: no such checkpoint, cut off or with objects that are not let in; other
+            parameters or shapes than the architecture's; the location holds checkpoints.
+        OSError: it cannot be written.
+    """
+    if place_of(location).steps():
+        raise InputError(f"{location} holds checkpoints already: give a location without any")
+    found = _universal(source) if (source / "zero").is_dir() else _zero(_newest(source))
+    progress = Progress(
+        step=found.step,
+        counters={"updates": found.updates, "scaler": dict(found.scaler)},
+        bad_samples={},
+        seconds=0.0,
+        settings=settings_of(config, architecture.at_image_px(config.image_px)),
+        samples=found.step * config.global_batch,
+    )
+    fragments = [
+        StateFragment(name, offset, _with_mean(tensors, config))
+        for name, pieces in _of_model(found, source, config, architecture).items()
+        for offset, tensors in _placed(pieces)
+    ]
+    save_checkpoint(location, fragments, progress, keep=sys.maxsize)
+    return progress
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A checkpoint of DeepSpeed's; tensors are mapped from its files."""
+
+    shapes: Mapping[str, torch.Size]
+    pieces: Mapping[str, Pieces]
+    step: int
+    updates: int
+    scaler: Mapping[str, Any]
+    """The fp16 loss scaler's fields; empty in other precisions."""
+
+
+def _newest(folder: Path) -> Path:
+    named = folder / _NEWEST
+    return folder / Path(named.read_text().strip()).name if named.is_file() else folder
+
+
+def _zero(folder: Path) -> _Found:
+    """ZeRO-1 and ZeRO-2: every rank's file holds its cut of each group's flat tensors."""
+    model = _opened(folder / _MODEL_STATES)
+    others = sorted(folder.glob("*mp_rank_01*"))
+    if others:
+        raise InputError(f"{others[0]} is of a model-parallel run: join it with DeepSpeed's tools")
+    with _well_formed(folder):
+        ranks = int(model["dp_world_size"])
+        shapes = dict(chain.from_iterable(group.items() for group in model["param_shapes"]))
+        states = [_opened(_of_rank(folder, rank))["optimizer_state_dict"] for rank in range(ranks)]
+        pieces: dict[str, list[Mapping[str, Tensor]]] = {name: [] for name in shapes}
+        for state in states:
+            if int(state.get("zero_stage", 1)) > 2:
+                raise InputError(f"{folder} is of ZeRO stage 3: convert it to a universal one")
+            for group, mapping in enumerate(state["param_slice_mappings"]):
+                moments = state["base_optimizer_state"]["state"][group]
+                flat = {
+                    "param": state["single_partition_of_fp32_groups"][group],
+                    "exp_avg": moments["exp_avg"],
+                    "exp_avg_sq": moments["exp_avg_sq"],
+                }
+                for name, cut in mapping.items():
+                    pieces[name].append(
+                        {
+                            kind: tensor.detach().narrow(0, int(cut.start), int(cut.numel)).float()
+                            for kind, tensor in flat.items()
+                        }
+                    )
+        first = states[0]
+        optimizer = first["base_optimizer_state"]
+        return _Found(
+            shapes,
+            pieces,
+            int(model["global_steps"]),
+            _updates(optimizer["state"][0], optimizer["param_groups"][0]),
+            _scaler(first),
+        )
+
+
+def _universal(folder: Path) -> _Found:
+    model = _opened(folder / _MODEL_STATES)
+    state = _opened(folder / "zero" / "optimizer_state.pt")
+    with _well_formed(folder):
+        shapes, pieces = {}, {}
+        for name, shape in chain.from_iterable(group.items() for group in model["param_shapes"]):
+            files = {kind: folder / "zero" / name / f"{file}.pt" for file, kind in _KINDS.items()}
+            content = {kind: _opened(file) for kind, file in files.items()}
+            shapes[name] = shape
+            pieces[name] = [
+                {
+                    kind: (held["param"] if isinstance(held, Mapping) else held)
+                    .detach()
+                    .float()
+                    .reshape(-1)
+                    for kind, held in content.items()
+                }
+            ]
+        steps = folder / "zero" / next(iter(shapes)) / "step.pt"
+        held = {"step": _opened(steps)} if steps.is_file() else {}
+        return _Found(
+            shapes,
+            pieces,
+            int(model["global_steps"]),
+            _updates(held, state["param_groups"][0]),
+            _scaler(state),
+        )
+
+
+def _of_rank(folder: Path, rank: int) -> Path:
+    paths = [folder / name.format(rank) for name in _OPTIMIZER_STATES]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
+def _updates(*held: Mapping[str, Any]) -> int:
+    """Updates done, where the optimizer counts them: beside its moments, or in its group."""
+    found = [int(values["step"]) for values in held if "step" in values]
+    return found[0]
+
+
+def _scaler(state: Mapping[str, Any]) -> dict[str, Any]:
+    if not state.get("dynamic_loss_scale"):
+        return {}
+    fields = vars(state["loss_scaler"])
+    return {name: fields[name] for name in _SCALER_FIELDS if name in fields}
+
+
+def _of_model(
+    found: _Found, source: Path, config: TrainConfig, architecture: ModelConfig
+) -> dict[str, Pieces]:
+    """The pieces under the names of what is trained, each parameter's elements in our order."""
+    with torch.device("meta"):
+        model = EvaClip(architecture.at_image_px(config.image_px))
+    wanted = {
+        name: value.shape for name, value in model.named_parameters() if not is_frozen(name, config)
+    }
+    names = native_names(found.pieces, where=str(source))
+    entries = {entry.native: entry for entry in names.entries}
+    known = {name for name, _ in model.named_parameters()}
+    for name in [*sorted(wanted.keys() - entries.keys()), *sorted(entries.keys() - known)]:
+        verb = "lacks" if name in wanted else "holds"
+        raise InputError(
+            f"{source} {verb} the state of '{name}', unlike the architecture: choose the one it "
+            "was trained with"
+        )
+    pieces = {}
+    for name, shape in wanted.items():
+        held = entries[name].shape(found.shapes)
+        if torch.Size(held).numel() != shape.numel():
+            raise InputError(
+                f"{source} holds '{name}' in shape {list(held)}, and the architecture has "
+                f"{list(shape)}: choose the one it was trained with"
+            )
+        pieces[name] = _joined(entries[name], found)
+    return pieces
+
+
+def _joined(entry: Entry, found: _Found) -> Pieces:
+    if entry.join == "same":
+        return found.pieces[entry.sources[0]]
+    kinds = found.pieces[entry.sources[0]][0]
+    return [
+        {
+            kind: entry.joined(
+                {
+                    key: torch.cat([piece[kind] for piece in found.pieces[key]]).view(
+                        found.shapes[key]
+                    )
+                    for key in entry.sources
+                }
+            ).reshape(-1)
+            for kind in kinds
+        }
+    ]
+
+
+def _placed(pieces: Pieces) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+    """Each piece behind its first element's place in the parameter."""
+    offset = 0
+    for tensors in pieces:
+        yield offset, tensors
+        offset += tensors["param"].numel()
+
+
+def _with_mean(tensors: Mapping[str, Tensor], config: TrainConfig) -> Mapping[str, Tensor]:
+    return tensors if config.ema_decay is None else {**tensors, "ema": tensors["param"]}
+
+
+class _Cut:
+    """Stands in for DeepSpeed's place of a parameter in a flat tensor."""
+
+    start: int
+    numel: int
+
+
+class _Fields:
+    """Stands in for DeepSpeed's loss scalers: their fields, without what they do."""
+
+
+_LET_IN: list[Any] = [
+    (_Cut, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (_Fields, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (_Fields, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+]
+
+
+def _opened(path: Path) -> Any:
+    """Content of a file of DeepSpeed's, its tensors mapped from the disk."""
+    if not path.is_file():
+        raise InputError(
+            f"{path} is missing: give the folder of a DeepSpeed checkpoint with its optimizer state"
+        )
+    try:
+        with torch.serialization.safe_globals(_LET_IN):
+            strangers = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            if strangers:
+                raise InputError(
+                    f"{path} holds objects of {strangers[0]}, and opening it would run pickled "
+                    "code: save the checkpoint again without them"
+                )
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except InputError:
+        raise
+    # Malformed content can make torch's reader stumble in any way.
+    except (Exception, pickle.UnpicklingError) as error:
+        raise InputError(
+            f"{path} cannot be read ({type(error).__name__}): it is cut off or no torch file; copy "
+            "it again"
+        ) from error
+
+
+@contextmanager
+def _well_formed(folder: Path) -> Iterator[None]:
+    """What DeepSpeed's files lack becomes one sentence."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(
+            f"{folder} is no ZeRO-1, ZeRO-2 or universal checkpoint with Adam's or LAMB's moments "
+            f"({error!r}): give one of those"
+        ) from error

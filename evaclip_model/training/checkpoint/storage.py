@@ -1,0 +1,195 @@
+"""Where checkpoints are kept: a folder, or a URL that fsspec knows.
+
+Covers: files of a checkpoint in the making, giving it its name at once, listing, removing.
+Not here: what is in the files (form.py); who writes which (writing.py).
+
+In a folder a checkpoint grows as `step-N.tmp` and gets its name by a rename. An object store has no
+rename: there its files have their names at once, and the manifest, put last, makes it whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from evaclip_model.reading.urls import filesystem, is_url
+from evaclip_model.training.checkpoint.checkpoint_format import (
+    MANIFEST,
+    SLAB_BYTES,
+    step_name,
+    step_of,
+)
+
+_UNFINISHED = ".tmp"
+
+
+class Place(Protocol):
+    """Checkpoints of one run; every rank has access to all of it. All may raise OSError."""
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that have a manifest, newest first."""
+
+    def clear(self, step: int) -> None:
+        """Remove what was begun for a step and not published; and a published one of an object
+        store, which has no room for two."""
+
+    def create(self, step: int, name: str) -> Any:
+        """A context with the new file of a checkpoint in the making, to write to; when it is left
+        without an error, the file will outlast a crash of the machine."""
+
+    def publish(self, step: int, manifest: str) -> None:
+        """Make a checkpoint whole, all files of which were written; replaces an earlier one."""
+
+    def remove(self, step: int) -> None:
+        """Remove a checkpoint, which is at no moment without its files and with its manifest."""
+
+    def sweep(self) -> None:
+        """Remove what killed runs began and did not finish."""
+
+    def read(self, step: int, name: str) -> BinaryIO:
+        """A file of a checkpoint, to read and seek in."""
+
+    def full_name(self, step: int, name: str) -> str:
+        """How to call a file to its owner."""
+
+
+def place_of(location: Path | str) -> Place:
+    """The checkpoints in a folder or at a URL; nothing needs to be there yet.
+
+    Raises:
+        InputError: nothing installed knows this kind of URL.
+    """
+    return StorePlace(str(location)) if is_url(location) else FolderPlace(Path(location))
+
+
+class FolderPlace:
+    """A folder of a file system that all ranks share."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def steps(self) -> list[int]:
+        found = [step_of(path.parent.name) for path in self._folder.glob(f"step-*/{MANIFEST}")]
+        return sorted((step for step in found if step is not None), reverse=True)
+
+    def clear(self, step: int) -> None:
+        unfinished = self._unfinished(step)
+        if unfinished.exists():
+            shutil.rmtree(unfinished)
+
+    @contextmanager
+    def create(self, step: int, name: str) -> Iterator[BinaryIO]:
+        folder = self._unfinished(step)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / name).open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+
+    def publish(self, step: int, manifest: str) -> None:
+        with self.create(step, MANIFEST) as file:
+            file.write(manifest.encode())
+        _sync(self._unfinished(step))
+        earlier = self._put_aside(step)
+        self._unfinished(step).replace(self._final(step))
+        _sync(self._folder)
+        shutil.rmtree(earlier, ignore_errors=True)
+
+    def remove(self, step: int) -> None:
+        shutil.rmtree(self._put_aside(step), ignore_errors=True)
+
+    def sweep(self) -> None:
+        for path in self._folder.glob(f"step-*{_UNFINISHED}"):
+            shutil.rmtree(path)
+
+    def read(self, step: int, name: str) -> BinaryIO:
+        return (self._final(step) / name).open("rb")
+
+    def full_name(self, step: int, name: str) -> str:
+        return str(self._final(step) / name)
+
+    def _final(self, step: int) -> Path:
+        return self._folder / step_name(step)
+
+    def _unfinished(self, step: int) -> Path:
+        return self._folder / f"{step_name(step)}{_UNFINISHED}"
+
+    def _put_aside(self, step: int) -> Path:
+        """Where a published checkpoint, if there is one, is no checkpoint any more."""
+        aside = self._folder / f"{step_name(step)}.old{_UNFINISHED}"
+        shutil.rmtree(aside, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            self._final(step).replace(aside)
+        return aside
+
+
+class StorePlace:
+    """An object store, by its URL."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        self._files = filesystem(url)
+
+    def steps(self) -> list[int]:
+        found = [step_of(name) for name, files in self._listed().items() if MANIFEST in files]
+        return sorted((step for step in found if step is not None), reverse=True)
+
+    def clear(self, step: int) -> None:
+        self.remove(step)
+
+    @contextmanager
+    def create(self, step: int, name: str) -> Iterator[BinaryIO]:
+        url = self.full_name(step, name)
+        self._files.makedirs(url.rpartition("/")[0], exist_ok=True)
+        with self._files.open(url, "wb", block_size=SLAB_BYTES) as file:
+            yield file
+
+    def publish(self, step: int, manifest: str) -> None:
+        with self.create(step, MANIFEST) as file:
+            file.write(manifest.encode())
+
+    def remove(self, step: int) -> None:
+        self._remove(step_name(step))
+
+    def sweep(self) -> None:
+        for name, files in self._listed().items():
+            if MANIFEST not in files:
+                self._remove(name)
+
+    def read(self, step: int, name: str) -> BinaryIO:
+        opened: BinaryIO = self._files.open(self.full_name(step, name), "rb", block_size=SLAB_BYTES)
+        return opened
+
+    def full_name(self, step: int, name: str) -> str:
+        return f"{self._url}/{step_name(step)}/{name}"
+
+    def _listed(self) -> dict[str, set[str]]:
+        """Files of everything that has a checkpoint's name."""
+        self._files.invalidate_cache()
+        found: dict[str, set[str]] = {}
+        with suppress(FileNotFoundError):
+            for path in self._files.find(self._url):
+                *_, folder, name = ["", *str(path).split("/")]
+                if step_of(folder) is not None:
+                    found.setdefault(folder, set()).add(name)
+        return found
+
+    def _remove(self, folder: str) -> None:
+        files = self._listed().get(folder, set())
+        for name in sorted(files, key=lambda name: name != MANIFEST):
+            self._files.rm_file(f"{self._url}/{folder}/{name}")
+        with suppress(OSError):  # object stores have no folders, and none to remove
+            self._files.rmdir(f"{self._url}/{folder}")
+
+
+def _sync(path: Path) -> None:
+    """Force a folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""From a loss to an optimizer step: DeepSpeed's ZeRO, or plain torch."""

@@ -1,0 +1,1 @@
+"""What a training reports of itself, and what stops it."""

@@ -1,0 +1,173 @@
+"""Two seconds at the start of a run that prove, over its real ranks, what a week would rest on.
+
+Covers: LAMB on tensors that are cut over ranks, the gathered loss, the attention kernel, each
+against a plain computation on tiny tensors.
+Not here: the engine's own checks of where parameters lie (engine.py); tests.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from evaclip_model.model.attention import eager_attention
+from evaclip_model.model.clip import EvaClip
+from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.loss.contrastive import contrastive_terms, gathered_terms
+from evaclip_model.training.monitoring.rank_stats import from_all
+from evaclip_model.training.optimizer.lamb import Fragment, Lamb, Layout, Part
+from evaclip_model.training.step import loss_settings
+
+_SHAPES = ((5, 3), (7, 4), (11,))
+"""Odd sizes, so that ranks cut through the middle of parameters."""
+_ROWS, _CHANNELS = 4, 8
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+EXACT = 1e-5
+"""Largest difference in fp32 that is rounding."""
+
+
+class SelfTestFailed(RuntimeError):
+    """Something that training rests on does not hold on this machine."""
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """Largest differences to the plain computation, over all ranks."""
+
+    lamb: float
+    """Weights after a step, relative to the largest."""
+    loss: float
+    """Of the global batch, nats, or of its gradient by the features of this rank."""
+    attention: float
+    """Of the model's kernel, relative to the largest output."""
+    attention_kernel: str
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Values for a report."""
+        return asdict(self)
+
+
+def self_test(model: EvaClip, config: TrainConfig) -> SelfTest:
+    """Every rank calls it with its model on its device.
+
+    Raises:
+        SelfTestFailed: on every rank, when a difference on some rank is more than rounding.
+    """
+    started = time.perf_counter()
+    device, dtype = model.logit_scale.device, model.logit_scale.dtype
+    own = (
+        _lamb_difference(config, device),
+        _loss_difference(config, device),
+        _attention_difference(model, device, dtype),
+    )
+    lamb, loss, attention = (max(found) for found in zip(*from_all(own), strict=True))
+    for what, difference, limit in (
+        ("LAMB over these ranks differs from LAMB on whole tensors", lamb, EXACT),
+        ("the loss over these ranks differs from that of one process", loss, EXACT),
+        (
+            f"attention '{model.attention}' differs from plain products",
+            attention,
+            _TOLERANCES[dtype],
+        ),
+    ):
+        if not difference <= limit:
+            raise SelfTestFailed(f"self-test: {what} by {difference:.2g}, more than {limit:g}")
+    return SelfTest(lamb, loss, attention, model.attention, time.perf_counter() - started)
+
+
+def _lamb_difference(config: TrainConfig, device: torch.device) -> float:
+    rank, ranks = _rank_and_ranks()
+    draw = torch.Generator().manual_seed(1)
+    values = [torch.randn(shape, generator=draw).to(device) for shape in _SHAPES]
+    gradients = [torch.randn(shape, generator=draw).to(device) for shape in _SHAPES]
+    whole = [value.clone() for value in values]
+    plain = _lamb(whole, config)
+    for tensor, gradient in zip(whole, gradients, strict=True):
+        tensor.grad = gradient.clone()
+    plain.step()
+
+    flat_values, flat_gradients, flat_whole = (
+        torch.cat([tensor.reshape(-1) for tensor in tensors])
+        for tensors in (values, gradients, whole)
+    )
+    size = -(-len(flat_values) // ranks)
+    start, stop = rank * size, min((rank + 1) * size, len(flat_values))
+    cut = _lamb(values, config)
+    piece = flat_values[start:stop].clone()
+    piece.grad = flat_gradients[start:stop].clone()
+    cut.param_groups[0]["params"] = [piece]
+    group = dist.group.WORLD if ranks > 1 else None
+    cut.bind([Layout(_fragments(start, stop), group)])
+    cut.step()
+    if start >= stop:
+        return 0.0
+    return float((piece - flat_whole[start:stop]).abs().max() / flat_whole.abs().max())
+
+
+def _lamb(tensors: list[Tensor], config: TrainConfig) -> Lamb:
+    return Lamb(
+        [Part(tensors, 0.1, config.weight_decay)],
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        packed=True,
+        trust_clip=config.trust_clip,
+        adapt_no_decay=True,
+    )
+
+
+def _fragments(start: int, stop: int) -> tuple[Fragment, ...]:
+    """What elements `start` to `stop` (exclusive) of all tensors end to end are made of."""
+    found, first = [], 0
+    for number, shape in enumerate(_SHAPES):
+        numel = torch.Size(shape).numel()
+        low, high = max(start, first), min(stop, first + numel)
+        if low < high:
+            found.append(Fragment(number, low - first, low - start, high - low))
+        first += numel
+    return tuple(found)
+
+
+def _loss_difference(config: TrainConfig, device: torch.device) -> float:
+    rank, ranks = _rank_and_ranks()
+    draw = torch.Generator().manual_seed(2)
+    features = torch.randn(2, ranks * _ROWS, _CHANNELS, generator=draw)
+    image, text = torch.nn.functional.normalize(features, dim=-1).to(device)
+    scale, settings = torch.tensor(50.0, device=device), loss_settings(config)
+    image.requires_grad_()
+    expected = contrastive_terms(image, text, scale, settings).loss
+    (whole,) = torch.autograd.grad(expected, image)
+    mine = slice(rank * _ROWS, (rank + 1) * _ROWS)
+    own = image.detach()[mine].clone().requires_grad_()
+    loss = gathered_terms(own, text[mine], scale, settings=settings).loss
+    (gradient,) = torch.autograd.grad(loss, own)
+    mean = loss.detach().clone()
+    if ranks > 1:
+        dist.all_reduce(mean)
+    value = (mean / ranks - expected.detach()).abs() / expected.detach().abs()
+    slope = (gradient / ranks - whole[mine]).abs().max() / whole.abs().max()
+    return float(torch.maximum(value, slope))
+
+
+def _attention_difference(model: EvaClip, device: torch.device, dtype: torch.dtype) -> float:
+    draw = torch.Generator().manual_seed(3)
+    worst = 0.0
+    text = model.config.text
+    for heads, width, causal in (
+        (model.config.vision.heads, model.config.vision.head_width, False),
+        (text.heads, text.width // text.heads, True),
+    ):
+        q, k, v = torch.randn(3, 2, 9, heads, width, generator=draw).to(device, dtype)
+        expected = eager_attention(q.float(), k.float(), v.float(), causal)
+        found = model.kernel(q, k, v, causal).float()
+        worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
+    return worst
+
+
+def _rank_and_ranks() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

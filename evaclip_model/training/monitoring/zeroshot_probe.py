@@ -1,0 +1,179 @@
+"""Zero-shot classification of a small set while training goes on.
+
+Covers: reading the set once, classifying it with the present weights, spread over all ranks.
+Not here: evaluation proper (tasks/evaluate): intervals, retrieval, per-class figures.
+
+The set lies in the published layout: `classnames.txt`, `zeroshot_classification_templates.txt`, and
+`test/nshards.txt` beside `test/0.tar` ..., of `KEY.cls` (line of the class, from 0) and one image.
+
+Every rank encodes its part of the images and of the prompts. What one gives is gathered by all, so
+that no rank ends or goes on alone; a probe stops training for its share of the work, no longer.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from evaclip_model.errors import InputError
+from evaclip_model.model.clip import EvaClip
+from evaclip_model.reading.transform import UnreadableImageError, decode_image, image_transform
+from evaclip_model.tokenizer.tokenizer import tokenize
+from evaclip_model.zeroshot.exact_ranks import class_means, classify
+from evaclip_model.zeroshot.imagenet_prompts import PLACEHOLDER
+from evaclip_model.zeroshot.statistics import hits
+
+BATCH = 64
+"""Images of a rank that are encoded at once."""
+TEXT_BATCH = 256
+"""Prompts of a rank that are encoded at once."""
+_LABEL = "cls"
+_IMAGES = ("webp", "png", "jpg", "jpeg")
+
+
+@dataclass(frozen=True)
+class ProbeSet:
+    """A rank's part of the images, encoded; and all classes."""
+
+    classnames: tuple[str, ...]
+    templates: tuple[str, ...]
+    images: tuple[bytes, ...]
+    labels: tuple[int, ...]
+
+
+def open_probe(folder: Path, rank: int, ranks: int) -> ProbeSet:
+    """Read every image number `rank`, `rank` + `ranks` ... of a set into memory.
+
+    Raises:
+        InputError: the folder holds no such set, or a sample has no image or no class.
+    """
+    try:
+        names, templates = (
+            tuple((folder / name).read_text().strip().splitlines())
+            for name in ("classnames.txt", "zeroshot_classification_templates.txt")
+        )
+        count = int((folder / "test" / "nshards.txt").read_text())
+        found = [
+            sample
+            for number in range(count)
+            for sample in _samples(folder / "test" / f"{number}.tar")
+        ]
+    except (OSError, ValueError, tarfile.TarError) as error:
+        raise InputError(
+            f"probe {folder} cannot be read as an evaluation set ({error}): expected "
+            "classnames.txt, zeroshot_classification_templates.txt and test/nshards.txt with its "
+            "tars, or leave 'probe' out"
+        ) from None
+    for image, label in found:
+        if image is None or label is None or not 0 <= label < len(names):
+            raise InputError(
+                f"probe {folder}: every sample needs an image and a class of the {len(names)} in "
+                "classnames.txt, counted from 0"
+            )
+    mine = [(image, label) for image, label in found[rank::ranks] if image and label is not None]
+    return ProbeSet(
+        names, templates, tuple(image for image, _ in mine), tuple(label for _, label in mine)
+    )
+
+
+@torch.no_grad()
+def probe(model: EvaClip, part: ProbeSet) -> tuple[float, float]:
+    """Shares of all ranks' images whose class is first, and among the first five; every rank calls.
+
+    An image that cannot be decoded, or whose feature is no number, counts as wrong; all do when
+    a prompt's feature is none.
+    """
+    device = model.logit_scale.device
+    training = model.training
+    model.eval()
+    classifier = _classifier(model, part)
+    right = torch.zeros(3, dtype=torch.float64, device=device)
+    # A logit that is no number would rank every answer first.
+    for first in range(0, len(part.images) if classifier.isfinite().all() else 0, BATCH):
+        features, labels = _features(
+            model, part.images[first : first + BATCH], part.labels[first : first + BATCH]
+        )
+        if len(labels):
+            ranking = classify(features, classifier, labels)
+            right += torch.tensor([hits(ranking.ranks, 1), hits(ranking.ranks, 5), 0.0]).to(right)
+    right[2] = len(part.images)
+    model.train(training)
+    if _place()[1] > 1:
+        dist.all_reduce(right)
+    first_right, five_right, total = right.tolist()
+    return first_right / max(1.0, total), five_right / max(1.0, total)
+
+
+def _classifier(model: EvaClip, part: ProbeSet) -> Tensor:
+    """One unit vector a class [C, E] on the CPU, the same on every rank."""
+    names = dict.fromkeys(part.classnames)
+    prompts = [one.replace(PLACEHOLDER, name) for name in names for one in part.templates]
+    means, place = class_means(_text_features(model, prompts), part.classnames)
+    return torch.nn.functional.normalize(means, dim=-1)[place]
+
+
+def _text_features(model: EvaClip, prompts: Sequence[str]) -> Tensor:
+    """Unit features of all prompts [N, E] on the CPU, each encoded by one rank."""
+    rank, ranks = _place()
+    share = -(-len(prompts) // ranks)
+    mine = torch.zeros(share, model.config.embed_dim, device=model.logit_scale.device)
+    tokens = tokenize(list(prompts[rank::ranks]), model.config.text.context_length)
+    for first in range(0, len(tokens), TEXT_BATCH):
+        batch = tokens[first : first + TEXT_BATCH]
+        encoded = model.encode_text(batch, normalize=True).float()
+        mine[first : first + len(batch)] = encoded
+    if ranks == 1:
+        return mine.cpu()
+    parts = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(parts, mine)
+    return torch.stack(parts, dim=1).flatten(0, 1)[: len(prompts)].cpu()
+
+
+def _place() -> tuple[int, int]:
+    """This rank's number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _features(
+    model: EvaClip, images: tuple[bytes, ...], labels: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Unit features [n, E] of those that have any, on the CPU, and their labels [n]."""
+    transform, pixels, known = image_transform(model), [], []
+    for image, label in zip(images, labels, strict=True):
+        try:
+            pixels.append(transform(decode_image(image)))
+            known.append(label)
+        except UnreadableImageError:
+            continue
+    if not pixels:
+        return torch.zeros(0, model.config.embed_dim), torch.zeros(0, dtype=torch.long)
+    stacked = torch.stack(pixels).to(model.logit_scale.device, model.logit_scale.dtype)
+    features = model.encode_image(stacked, normalize=True).float().cpu()
+    finite = features.isfinite().all(1)
+    return features[finite], torch.tensor(known)[finite]
+
+
+def _samples(path: Path) -> Iterator[tuple[bytes | None, int | None]]:
+    """Image and class of each key, in stored order."""
+    images: dict[str, bytes] = {}
+    labels: dict[str, int] = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            content = tar.extractfile(member)
+            if content is None:
+                continue
+            folder, slash, base = member.name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            key = f"{folder}{slash}{stem}"
+            if extension == _LABEL:
+                labels[key] = int(content.read())
+            elif extension.lower() in _IMAGES:
+                images[key] = content.read()
+    for key in dict.fromkeys([*images, *labels]):
+        yield images.get(key), labels.get(key)

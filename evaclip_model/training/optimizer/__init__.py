@@ -1,0 +1,1 @@
+"""LAMB, parameter groups, the running mean of weights."""

@@ -1,0 +1,1 @@
+"""Weights on disk: every layout that is read, and what is written."""

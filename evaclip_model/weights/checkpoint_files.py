@@ -1,0 +1,162 @@
+"""Which files make up a checkpoint, and the tensors in them by name.
+
+Covers: single files, sharded checkpoints with an index, saved models' folders, DeepSpeed's and
+this package's training checkpoints; names without what training programs put before them.
+Not here: one file's form (tensor_file.py); what the names mean (layouts.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from evaclip_model.errors import InputError
+from evaclip_model.training.checkpoint import MANIFEST, checkpoints, stored_parameters
+from evaclip_model.weights.tensor_files import StoredTensor, read_safetensors, read_torch
+
+WEIGHTS_FILE = "model.safetensors"
+"""Name of the weights in a saved model's folder, here and at Hugging Face."""
+_INDEX = ".index.json"
+_DEEPSPEED_FILE = "mp_rank_00_model_states.pt"
+_DEEPSPEED_NEWEST = "latest"
+"""DeepSpeed's file that names the newest folder beside it."""
+_WRAPPING_MODULES = {"module", "_orig_mod"}
+"""Parts of names that come from DataParallel, DeepSpeed and torch.compile."""
+
+
+def open_tensors(
+    path: str | Path,
+    *,
+    shapes: Mapping[str, torch.Size],
+    allow_torchscript: bool = False,
+) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint by name, still on disk.
+
+    Args:
+        path: a .safetensors, .pt or .bin file; the index of a sharded checkpoint; a folder that
+            holds one of these or a `save_model`; a folder of DeepSpeed or of our training.
+        shapes: of parameters by name; training checkpoints of this package keep them flat.
+        allow_torchscript: as `read_torch`.
+
+    Raises:
+        InputError: nothing there, or not readable (`read_safetensors`, `read_torch`).
+    """
+    path = Path(path)
+    if path.is_dir():
+        tensors = _of_folder(path, shapes, allow_torchscript)
+    elif path.name.endswith(_INDEX):
+        tensors = _of_index(path, allow_torchscript)
+    else:
+        tensors = _of_file(path, allow_torchscript)
+    if not tensors:
+        raise InputError(f"{path} holds no tensors with names: give a state dict of a model")
+    return _unwrapped(tensors, path)
+
+
+def _of_file(path: Path, allow_torchscript: bool) -> dict[str, StoredTensor]:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: give a .safetensors or .pt file of weights")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    return read_torch(path, allow_torchscript=allow_torchscript)
+
+
+def _of_folder(
+    folder: Path, shapes: Mapping[str, torch.Size], allow_torchscript: bool
+) -> dict[str, StoredTensor]:
+    if (folder / MANIFEST).is_file() and any(folder.glob("shard-*.safetensors")):
+        return _of_training(folder, shapes)
+    if whole := checkpoints(folder):
+        return _of_training(whole[0], shapes)
+    if states := sorted(folder.glob("mp_rank_*_model_states.pt")):
+        return _of_deepspeed(folder, states)
+    if (folder / _DEEPSPEED_NEWEST).is_file():
+        newest = folder / Path((folder / _DEEPSPEED_NEWEST).read_text().strip()).name
+        return _of_deepspeed(newest, sorted(newest.glob("mp_rank_*_model_states.pt")))
+    if (folder / WEIGHTS_FILE).is_file():
+        return read_safetensors(folder / WEIGHTS_FILE)
+    for ending in (f".safetensors{_INDEX}", _INDEX):
+        if found := sorted(folder.glob(f"*{ending}")):
+            return _of_index(_only(found, folder), allow_torchscript)
+    for endings in (("safetensors",), ("bin", "pt", "pth")):
+        if found := [path for ending in endings for path in sorted(folder.glob(f"*.{ending}"))]:
+            return _of_file(_only(found, folder), allow_torchscript)
+    raise InputError(
+        f"{folder} holds no weights: expected {WEIGHTS_FILE}, another .safetensors, .bin or .pt "
+        "file, a sharded checkpoint's index, or a training checkpoint"
+    )
+
+
+def _only(found: list[Path], folder: Path) -> Path:
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found[:3]) + (" …" if len(found) > 3 else "")
+        raise InputError(f"{folder} holds several files of weights ({names}): name the one to load")
+    return found[0]
+
+
+def _of_index(index: Path, allow_torchscript: bool) -> dict[str, StoredTensor]:
+    """The shards of a checkpoint as Hugging Face's libraries write it."""
+    try:
+        places = json.loads(index.read_text())["weight_map"]
+        names = sorted(set(places.values()))
+        is_plain = all(Path(name).name == name for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{index} is no index of a sharded checkpoint ({error!r}): expected 'weight_map' with "
+            "the file of each tensor"
+        ) from error
+    if not is_plain:
+        raise InputError(f"{index} names files outside its own folder: give the original index")
+    shards = {name: _of_file(index.with_name(name), allow_torchscript) for name in names}
+    missing = [key for key, name in places.items() if key not in shards[name]]
+    if missing:
+        raise InputError(
+            f"{index.with_name(places[missing[0]])} lacks '{missing[0]}', which {index.name} says "
+            "it holds: download both again"
+        )
+    return {key: shards[name][key] for key, name in places.items()}
+
+
+def _of_deepspeed(folder: Path, states: list[Path]) -> dict[str, StoredTensor]:
+    if [path.name for path in states] != [_DEEPSPEED_FILE]:
+        raise InputError(
+            f"{folder} holds {len(states)} model states where one is expected, {_DEEPSPEED_FILE}: "
+            "join a model-parallel checkpoint with DeepSpeed's own tools first"
+        )
+    return read_torch(states[0])
+
+
+def _of_training(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, StoredTensor]:
+    found = {}
+    for name, pieces in stored_parameters(folder).items():
+        whole = _in_a_row(pieces)
+        shape = shapes.get(name, whole.shape)
+        found[name] = replace(whole, shape=shape) if shape.numel() == whole.shape[0] else whole
+    return found
+
+
+def _in_a_row(pieces: Sequence[StoredTensor]) -> StoredTensor:
+    """Several [n] tensors as one."""
+
+    def values() -> Iterator[Tensor]:
+        return chain.from_iterable(piece.pieces() for piece in pieces)
+
+    size = sum(piece.shape.numel() for piece in pieces)
+    return StoredTensor(torch.Size([size]), pieces[0].dtype, values)
+
+
+def _unwrapped(tensors: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:
+    """Every name without the modules that training programs wrap a model in."""
+    named: dict[str, StoredTensor] = {}
+    for key, tensor in tensors.items():
+        name = ".".join(part for part in key.split(".") if part not in _WRAPPING_MODULES)
+        if name in named:
+            raise InputError(f"{path} holds '{name}' twice, also as '{key}': keep one of them")
+        named[name] = tensor
+    return named

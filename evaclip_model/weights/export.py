@@ -1,0 +1,328 @@
+"""A model in the form that other libraries load.
+
+Covers: weights and configs for open_clip, timm and transformers; both towers as ONNX graphs.
+Not here: what those libraries call each weight (layouts.py); reading their files (weights.py).
+
+What they compute is what EVA-CLIP computes: exact GELU in the text tower, norms with the same eps.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from evaclip_model.errors import InputError
+from evaclip_model.model.clip import EvaClip
+from evaclip_model.model.model_config import CONFIG_FILE, ModelConfig, VisionConfig
+from evaclip_model.reading.transform import MEAN, STD
+from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
+from evaclip_model.weights.load import (
+    released_tensors,
+    save_model,
+    save_weights,
+    write_text,
+    write_weights,
+)
+from evaclip_model.weights.name_maps import foreign_names
+
+Library = Literal["native", "open_clip", "timm", "transformers"]
+"""native: this package's own and the released files' names. open_clip: both towers. timm: the
+image tower with its head. transformers: the text tower with its projection, as
+`CLIPTextModelWithProjection` has it; of EVA's image towers it has none of its own, but opens
+timm's form through `TimmWrapperModel`."""
+
+OPEN_CLIP_WEIGHTS_FILE = "open_clip_model.safetensors"
+OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
+ONNX_OPSET = 20
+"""First with exact GELU as one operator. Attention as one operator (23) is no faster in onnxruntime
+on a CPU, and older runtimes lack it."""
+
+_FOLDERS: dict[Library, tuple[str, str]] = {
+    "native": (WEIGHTS_FILE, CONFIG_FILE),
+    "open_clip": (OPEN_CLIP_WEIGHTS_FILE, OPEN_CLIP_CONFIG_FILE),
+    "timm": (WEIGHTS_FILE, CONFIG_FILE),
+    "transformers": (WEIGHTS_FILE, CONFIG_FILE),
+}
+"""Names of the weights and of the config in a folder."""
+_TIMM_NAMES = {
+    "EVA01-CLIP-g-14": "eva_giant_patch14_clip_224",
+    "EVA02-CLIP-B-16": "eva02_base_patch16_clip_224",
+    "EVA02-CLIP-L-14": "eva02_large_patch14_clip_224",
+    "EVA02-CLIP-L-14-336": "eva02_large_patch14_clip_336",
+    "EVA02-CLIP-E-14": "eva02_enormous_patch14_clip_224",
+}
+_INLINE_BYTES = 1 << 30
+"""Largest tower kept inside its graph's file: protobuf ends at 2 GiB."""
+
+
+def export_model(model: EvaClip, path: str | Path, as_: Library) -> tuple[Path, ...]:
+    """Write a model for another library; tensors keep their dtype.
+
+    Args:
+        model: whose weights to write.
+        path: a file that ends in `.safetensors`, for the weights alone; or a folder, for the
+            weights and the config under the names the library looks for: timm opens it as
+            `local-dir:FOLDER`, transformers with `from_pretrained`, open_clip as
+            `local-dir:FOLDER` where timm has the image tower by name. open_clip has no config for
+            other image towers; their weights fit its model around such a tower.
+        as_: whose form.
+
+    Returns:
+        The files written.
+
+    Raises:
+        InputError: `as_` is unknown, `path` has another suffix of weights, or the library has no
+            such architecture.
+    """
+    path = Path(path)
+    if as_ not in _FOLDERS:
+        known = ", ".join(_FOLDERS)
+        raise InputError(f"there is no export as '{as_}': choose one of {known}")
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        raise InputError(
+            f"{path}: exports are written as safetensors, never as pickled files; give a name "
+            "that ends in .safetensors, or a folder"
+        )
+    is_file = path.suffix == ".safetensors"
+    (path.parent if is_file else path).mkdir(parents=True, exist_ok=True)
+    if as_ == "native":
+        if is_file:
+            save_weights(model, path)
+            return (path,)
+        save_model(model, path)
+        return path / WEIGHTS_FILE, path / CONFIG_FILE
+    if as_ in ("open_clip", "timm"):
+        _require_timm(model.config.vision, as_)
+    weights_name, config_name = _FOLDERS[as_]
+    weights_path = path if is_file else path / weights_name
+    write_weights(_foreign_tensors(model, as_), weights_path)
+    config = None if is_file else _config(model, as_)
+    if config is None:
+        return (weights_path,)
+    write_text(json.dumps(config, indent=1), path / config_name)
+    return weights_path, path / config_name
+
+
+def export_onnx(model: EvaClip, folder: str | Path) -> tuple[Path, ...]:
+    """Write both towers as ONNX graphs in float32, whatever the model's dtype, for any batch size.
+
+    `image.onnx` maps `images` [B, 3, H, H], normalised, to `image_features` [B, E]; `text.onnx`
+    maps `tokens` int64 [B, L], L the context length, to `text_features` [B, E]. Neither normalises
+    its features. Both carry as metadata `logit_scale` (the multiplier of cosines), `image_px`,
+    `image_mean`, `image_std` (of RGB in [0, 1]) and `context_length`. Weights of a tower larger
+    than 1 GiB lie beside its graph, in `image.onnx.data` or `text.onnx.data`.
+
+    Args:
+        model: whose towers to write; not changed.
+        folder: made if need be.
+
+    Returns:
+        The files written.
+
+    Raises:
+        InputError: torch's exporter lacks a package; `pip install 'evaclip[onnx]'` brings it.
+    """
+    for package in ("onnx", "onnxscript"):
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            raise InputError(
+                f"ONNX export needs the package '{package}': pip install 'evaclip[onnx]'"
+            ) from None
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    twin = _plain_twin(model)
+    vision, text = model.config.vision, model.config.text
+    facts = {
+        "logit_scale": repr(float(twin.logit_scale.exp())),
+        "image_px": str(vision.image_px),
+        "image_mean": json.dumps(MEAN),
+        "image_std": json.dumps(STD),
+        "context_length": str(text.context_length),
+    }
+    images = torch.zeros(2, 3, vision.image_px, vision.image_px)
+    tokens = torch.zeros(2, text.context_length, dtype=torch.long)
+    return (
+        *_write_graph(
+            twin.visual, ("images", images), "image_features", folder / "image.onnx", facts
+        ),
+        *_write_graph(twin.text, ("tokens", tokens), "text_features", folder / "text.onnx", facts),
+    )
+
+
+def _plain_twin(model: EvaClip) -> EvaClip:
+    """The model in float32 on the CPU with kernels that can be recorded; weights are shared."""
+    with torch.device("meta"):
+        twin = EvaClip(model.config, "sdpa")
+    twin = twin.to_empty(device="cpu")  # tables are computed; weights' memory is never touched
+    weights = {name: value.cpu().float() for name, value in model.state_dict().items()}
+    twin.load_state_dict(weights, assign=True)
+    return twin.eval().requires_grad_(False)
+
+
+def _write_graph(
+    tower: nn.Module, example: tuple[str, Tensor], output: str, path: Path, facts: dict[str, str]
+) -> tuple[Path, ...]:
+    name, value = example
+    program = torch.onnx.export(
+        tower,
+        (value,),
+        dynamo=True,
+        opset_version=ONNX_OPSET,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        input_names=[name],
+        output_names=[output],
+        external_data=False,
+        verbose=False,
+    )
+    assert program is not None  # it is when no path is given
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, with paths of this machine
+    program.model.metadata_props.update(facts)
+    is_large = sum(p.numel() * p.element_size() for p in tower.parameters()) > _INLINE_BYTES
+    # In a folder of its own: a graph holds the name of its weights' file.
+    beside = path.with_name(f".{path.name}")
+    beside.mkdir(exist_ok=True)
+    program.save(beside / path.name, external_data=is_large)
+    names = [f"{path.name}.data", path.name] if is_large else [path.name]
+    for written in names:
+        (beside / written).replace(path.with_name(written))
+    shutil.rmtree(beside)
+    return tuple(path.with_name(written) for written in names)
+
+
+def _foreign_tensors(
+    model: EvaClip, library: Literal["open_clip", "timm", "transformers"]
+) -> dict[str, Tensor]:
+    tensors = released_tensors(model)
+    found: dict[str, Tensor] = {}
+    for entry in foreign_names(tensors, library):
+        found |= entry.split(tensors[entry.native])
+    return found
+
+
+def _require_timm(config: VisionConfig, library: Library) -> None:
+    """Raises: InputError: timm's Eva, which open_clip uses too, cannot be built like this."""
+    missing = {
+        "pooling 'mean' over the class token too": config.pooling != "class_token",
+        "SwiGLU without sub_norm in two weights": config.mlp == "swiglu" and not config.sub_norm,
+        "layer scale after residual post-norm": config.norm_placement == "residual_post"
+        and config.layer_scale_init is not None,
+    }
+    for what, is_asked in missing.items():
+        if is_asked:
+            raise InputError(
+                f"this image tower has no equal in timm, so there is no export as '{library}': "
+                f"timm has no {what}; export it as 'native' or ONNX"
+            )
+
+
+def _timm_name(config: VisionConfig) -> str | None:
+    """timm's name of an image tower, if it has one."""
+    for name, timm_name in _TIMM_NAMES.items():
+        known = ModelConfig.load(name).vision
+        if known.model_copy(update={"drop_path": config.drop_path}) == config:
+            return timm_name
+    return None
+
+
+def _config(model: EvaClip, library: Library) -> dict[str, Any] | None:
+    """What the library builds the architecture from; none where it cannot express it."""
+    if library == "timm":
+        return _timm_config(model.config)
+    if library == "transformers":
+        return _transformers_config(model.config, model.logit_scale.dtype)
+    return _open_clip_config(model.config)
+
+
+def _timm_config(config: ModelConfig) -> dict[str, Any]:
+    vision, reference = config.vision, config.vision.rope_reference_grid
+    arguments: dict[str, Any] = {
+        "img_size": vision.image_px,
+        "patch_size": vision.patch_px,
+        "embed_dim": vision.width,
+        "depth": vision.layers,
+        "num_heads": vision.heads,
+        "qkv_fused": vision.fused_qkv,
+        "mlp_ratio": (vision.mlp_width + 0.5) / vision.width,  # timm rounds the product down
+        "swiglu_mlp": vision.mlp == "swiglu",
+        "scale_mlp": vision.sub_norm,
+        "scale_attn_inner": vision.sub_norm,
+        "use_rot_pos_emb": reference is not None,
+        "ref_feat_shape": None if reference is None else [reference, reference],
+        "init_values": vision.layer_scale_init,
+        "use_post_norm": vision.norm_placement == "residual_post",
+        "global_pool": "token",
+    }
+    return {
+        # The arguments give the whole geometry; a name is only where timm starts from.
+        "architecture": _timm_name(vision) or _TIMM_NAMES["EVA02-CLIP-B-16"],
+        "num_classes": config.embed_dim,
+        "num_features": vision.width,
+        "global_pool": "token",
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [3, vision.image_px, vision.image_px],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "mean": MEAN,
+            "std": STD,
+            "num_classes": config.embed_dim,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+
+
+def _transformers_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    text = config.text
+    return {
+        "architectures": ["CLIPTextModelWithProjection"],
+        "model_type": "clip_text_model",
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.width,
+        "intermediate_size": 4 * text.width,
+        "projection_dim": config.embed_dim,
+        "num_hidden_layers": text.layers,
+        "num_attention_heads": text.heads,
+        "max_position_embeddings": text.context_length,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": text.vocab_size - 2,
+        "eos_token_id": text.vocab_size - 1,
+        "pad_token_id": 0,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _open_clip_config(config: ModelConfig) -> dict[str, Any] | None:
+    timm_name = _timm_name(config.vision)
+    if timm_name is None:
+        return None
+    return {
+        "model_cfg": {
+            "embed_dim": config.embed_dim,
+            "vision_cfg": {
+                "image_size": config.vision.image_px,
+                "timm_model_name": timm_name,
+                "timm_model_pretrained": False,
+                "timm_pool": "token",
+                "timm_proj": None,
+            },
+            "text_cfg": config.text.model_dump(),
+            "custom_text": True,
+        },
+        "preprocess_cfg": {
+            "mean": MEAN,
+            "std": STD,
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+        },
+    }

@@ -1,0 +1,109 @@
+"""Weights that stay where they are: a small file in their place says where, how many, and which.
+
+Covers: the reference's form, reading it, having the weights at hand and checked.
+Not here: how another machine's files come here (the caller's function), saved models (weights.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from pydantic import Field
+
+from evaclip_model.config import Config
+from evaclip_model.errors import InputError
+from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
+
+REFERENCE_FILE = f"{WEIGHTS_FILE}.json"
+"""Stands in a saved model's folder where the weights would."""
+Download = Callable[[str, Path], Path]
+"""From a URI and a folder to the file that was put there."""
+
+
+class Reference(Config):
+    """Where a model's weights are."""
+
+    uri: str
+    """`file:///…`, or a URI of an object store."""
+    size: int = Field(gt=0)
+    """Bytes."""
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+    @classmethod
+    def read(cls, folder: Path) -> Reference | None:
+        """The reference in a model's folder; None if it has none.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        path = folder / REFERENCE_FILE
+        if not path.is_file():
+            return None
+        try:
+            return cls.from_mapping(json.loads(path.read_text()), where=str(path))
+        except ValueError as error:
+            raise InputError(f"{path} is no reference to weights ({error})") from None
+
+    @property
+    def path(self) -> Path | None:
+        """The file, if it is one of this machine's or of a disk that it shares."""
+        parts = urlsplit(self.uri)
+        return Path(unquote(parts.path)) if parts.scheme == "file" else None
+
+    def check(self, file: Path) -> None:
+        """Raises: InputError: these are not the weights."""
+        if file.stat().st_size == self.size:
+            with file.open("rb") as content:
+                if hashlib.file_digest(content, "sha256").hexdigest() == self.sha256:
+                    return
+        raise InputError(
+            f"the weights at {self.uri} are not those that were registered (size or sha256 "
+            "differs): put the originals back, or register the model again"
+        )
+
+    def obtain(self, folder: Path, download: Download) -> Path:
+        """The weights: in their place if that can be reached, else put into `folder`.
+
+        Raises:
+            InputError: they are gone, or cannot be reached.
+        """
+        try:
+            file = self.path or download(self.uri, folder)
+            file.stat()
+        except Exception as error:  # every store has errors of its own
+            raise InputError(
+                f"the weights at {self.uri} cannot be read ({type(error).__name__}: "
+                f"{str(error)[:160]}): make that place reachable from here"
+            ) from error
+        return file
+
+
+@contextmanager
+def at_hand(folder: Path, download: Download) -> Iterator[Path]:
+    """A saved model's folder with its weights in it, whether they are there or referred to.
+
+    What had to be fetched is deleted at the end.
+
+    Raises:
+        InputError: as `Reference.obtain` and `Reference.check`.
+    """
+    reference = Reference.read(folder)
+    if reference is None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="evaclip-weights-") as temporary:
+        whole = Path(temporary) / "model"
+        whole.mkdir()
+        for file in folder.iterdir():
+            if file.name != REFERENCE_FILE:
+                (whole / file.name).symlink_to(file.absolute())
+        weights = reference.obtain(Path(temporary), download)
+        reference.check(weights)
+        (whole / WEIGHTS_FILE).symlink_to(weights.absolute())
+        yield whole

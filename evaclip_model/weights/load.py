@@ -1,0 +1,356 @@
+"""Weights on disk: saving a model, and starting from anybody's checkpoint.
+
+Covers: writing released names; loading a file or folder of any known layout into a model or one of
+its towers, with a report; resizing what depends on the image or patch size.
+Not here: a saved folder as a model (create.py); reading files (weight_files.py); whose names are
+whose (layouts.py); writing other libraries' layouts (export.py); training state (checkpoint.py).
+
+Loading is strict: whatever is in a file either belongs to the model, or is known to be of no use,
+or is an error. Position tables are resized bicubically without antialiasing, as the released
+models were.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evaclip_model.errors import InputError
+from evaclip_model.model.clip import EvaClip
+from evaclip_model.model.model_config import CONFIG_FILE
+from evaclip_model.reading.transform import preprocessing
+from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE, open_tensors
+from evaclip_model.weights.name_maps import Entry, Layout, Names, may_lack, native_names
+from evaclip_model.weights.tensor_files import StoredTensor, write_tensors
+
+PREPROCESSING_FILE = "preprocessing.json"
+"""What a saved model's images went through (`transform.preprocessing`)."""
+Part = Literal["all", "vision", "text"]
+_PREFIX = {"vision": "visual.", "text": "text."}
+_JOINT = ("visual.head.", "text.text_projection", "logit_scale")
+"""The joint space: it belongs to the pair of towers, so one tower's file does not decide it."""
+_NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_POSITIONS = "visual.pos_embed"
+_PATCH_KERNEL = "visual.patch_embed.proj.weight"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a checkpoint gave to a model. `str` of it is a summary for people."""
+
+    layout: Layout
+    """Whose names the checkpoint has."""
+    loaded: tuple[str, ...]
+    """The model's weights that were taken as they are."""
+    expected_gaps: tuple[str, ...]
+    """The model's weights that kept their values, because such a checkpoint does not decide them:
+    the projection to the joint space when one tower is loaded, and the norm inside the attention
+    when it comes from pretraining."""
+    resized: tuple[str, ...]
+    """The model's weights taken after resizing to its image or patch size; not in `loaded`."""
+    unexpected: tuple[str, ...]
+    """Weights of the checkpoint, under EVA-CLIP's names, that the model has no place for; empty
+    unless they were allowed."""
+    ignored: tuple[str, ...]
+    """The checkpoint's own names of what is known to be of no use: RoPE tables (recomputed),
+    pretraining heads, the tower and the projection that were not asked for."""
+
+    def __str__(self) -> str:
+        lists = {
+            "resized": self.resized,
+            "kept at the model's values": self.expected_gaps,
+            "unexpected": self.unexpected,
+            "of no use": self.ignored,
+        }
+        said = [f"{what}: {_some(keys)}" for what, keys in lists.items() if keys]
+        return f"{self.layout} layout; " + "; ".join([f"{len(self.loaded)} loaded", *said])
+
+
+def save_weights(model: EvaClip, path: str | Path) -> None:
+    """Write a model's weights as one safetensors file, never seen half-written.
+
+    Tensors keep their dtype and have the names and shapes of the released checkpoints; RoPE tables
+    are left out, since they follow from the architecture.
+
+    Raises:
+        InputError: `path` does not end in `.safetensors`.
+        OSError: the disk is full; what was at `path` is still there.
+    """
+    write_weights(released_tensors(model), Path(path))
+
+
+def save_model(model: EvaClip, folder: str | Path) -> None:
+    """Write `config.json`, `model.safetensors` and `preprocessing.json`, none of them in halves."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(model, folder / WEIGHTS_FILE)
+    used = preprocessing(model.config.vision.image_px)
+    write_text(json.dumps(used, indent=1), folder / PREPROCESSING_FILE)
+    write_text(model.config.model_dump_json(indent=1), folder / CONFIG_FILE)
+
+
+def released_tensors(model: EvaClip) -> dict[str, Tensor]:
+    """A model's weights with the names and shapes of the released files, without copies."""
+    tensors = {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}
+    tensors["logit_scale"] = tensors["logit_scale"].reshape(())
+    return tensors
+
+
+def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as one safetensors file, never seen half-written.
+
+    Raises:
+        InputError: `path` does not end in `.safetensors`.
+        OSError: the disk is full; what was at `path` is still there.
+    """
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path}: weights are written as safetensors; end the name in it")
+    # A name without a process id: what a killed run left is written over, not kept with the model.
+    beside = path.with_name(f".{path.name}")
+    plain = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    write_tensors(plain, beside, metadata={"format": "pt"})
+    beside.replace(path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a line or more of text, never seen half-written."""
+    beside = path.with_name(f".{path.name}")
+    with beside.open("w") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+@torch.no_grad()
+def load_weights(
+    model: EvaClip,
+    path: str | Path,
+    *,
+    part: Part = "all",
+    allow_unexpected: bool = False,
+    allow_torchscript: bool = False,
+) -> LoadReport:
+    """Give a model, or one of its towers, the weights of a checkpoint of any known layout.
+
+    A tower alone leaves the joint space as it is: the image head or text projection and the
+    temperature (they belong to a pair of towers, as in the authors' initialisation). EVA-CLIP's
+    text tower computes exact GELU also with OpenAI's weights, which were trained with QuickGELU.
+
+    Values go from the file to their place piece by piece, in the model's dtype and on its device.
+
+    Args:
+        model: changed in place; untouched when names, shapes or types do not fit.
+        path: a file or folder as `weight_files.open_tensors` takes it: safetensors, .pt or .bin,
+            sharded with an index, a saved model, DeepSpeed's or this package's training state.
+        part: which tower to load, or all of the model.
+        allow_unexpected: leave out weights that the model has no place for, and report them.
+        allow_torchscript: open OpenAI's TorchScript archives, which hold code.
+
+    Raises:
+        InputError: an unreadable file, an unknown layout, nothing that matches, a missing or
+            unexpected weight, another shape, integers, values that are not finite.
+    """
+    path = Path(path)
+    wanted = model.state_dict()
+    stored = open_tensors(
+        path,
+        shapes={key: value.shape for key, value in wanted.items()},
+        allow_torchscript=allow_torchscript,
+    )
+    names = native_names(stored, where=str(path))
+    asked = [entry for entry in names.entries if _is_asked(entry.native, part)]
+    unexpected = [entry.native for entry in asked if entry.native not in wanted]
+    chosen = {entry.native: entry for entry in asked if entry.native in wanted}
+    _require_something(chosen, names, part, path)
+    if unexpected and not allow_unexpected:
+        raise InputError(
+            f"{path} holds {_some(unexpected)}, for which this architecture has no place: choose "
+            "the architecture it is of, or allow_unexpected to leave that out"
+        )
+    gaps = _expected_gaps(wanted, chosen, names.layout, part, path)
+    resized = [
+        key for key, entry in chosen.items() if _needs_resizing(entry, stored, wanted[key], path)
+    ]
+    for key, entry in chosen.items():
+        _fill(wanted[key], entry, stored)
+        if not all(bound.isfinite() for bound in torch.aminmax(wanted[key])):
+            raise InputError(
+                f"{path}: '{key}' has values that are not finite in {_plain(wanted[key].dtype)}: "
+                "take a checkpoint from before training diverged, or load in another precision"
+            )
+    left = [
+        source
+        for entry in names.entries
+        if not _is_asked(entry.native, part)
+        for source in entry.sources
+    ]
+    return LoadReport(
+        layout=names.layout,
+        loaded=tuple(key for key in chosen if key not in resized),
+        expected_gaps=gaps,
+        resized=tuple(resized),
+        unexpected=tuple(unexpected),
+        ignored=(*names.ignored, *left),
+    )
+
+
+def resize_positions(table: Tensor, grid: int, *, align_corners: bool = False) -> Tensor:
+    """Resize [1, 1 + n * n, W] to [1, 1 + grid * grid, W]; the class token's row stays.
+
+    Bicubic without antialiasing, in at least float32; the dtype stays.
+
+    Args:
+        table: positions of the class token and of a square grid, row by row; or [1 + n * n, W], as
+            OpenAI's image towers have it.
+        grid: patches a side wanted.
+        align_corners: how OpenAI's tables are resized by EVA-CLIP's code; EVA's own are not.
+    """
+    if table.ndim == 2:
+        return resize_positions(table[None], grid, align_corners=align_corners)[0]
+    old = math.isqrt(table.shape[1] - 1)
+    if old == grid:
+        return table
+    first, patches = table[:, :1], table[:, 1:]
+    image = patches.reshape(1, old, old, -1).permute(0, 3, 1, 2)  # [1, W, n, n]
+    image = _bicubic(image, grid, align_corners)
+    return torch.cat((first, image.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
+
+
+def resize_patch_kernel(kernel: Tensor, patch_px: int) -> Tensor:
+    """Resize [W, 3, p, p] to [W, 3, patch_px, patch_px], bicubic as positions are."""
+    return kernel if kernel.shape[-1] == patch_px else _bicubic(kernel, patch_px)
+
+
+def _bicubic(image: Tensor, size: int, align_corners: bool = False) -> Tensor:
+    resized = F.interpolate(
+        _wide(image), size=(size, size), mode="bicubic", align_corners=align_corners
+    )
+    return resized.to(image.dtype)
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _is_asked(native: str, part: Part) -> bool:
+    """Whether a weight is to be loaded; one that belongs to no tower is, so that it is seen."""
+    if part == "all":
+        return True
+    other = _PREFIX["text" if part == "vision" else "vision"]
+    return not native.startswith((other, *_JOINT))
+
+
+def _require_something(chosen: Mapping[str, Entry], names: Names, part: Part, path: Path) -> None:
+    towers = [
+        tower for tower, prefix in _PREFIX.items() if any(k.startswith(prefix) for k in chosen)
+    ]
+    if not towers or (part != "all" and part not in towers):
+        what = "an EVA-CLIP model" if part == "all" else f"a {part} tower"
+        raise InputError(
+            f"{path} ({names.layout} layout) holds no weights of {what}: none of its keys match "
+            "this architecture"
+        )
+    if part == "all" and len(towers) == 1:
+        other = "text" if towers == ["vision"] else "vision"
+        raise InputError(
+            f"{path} ({names.layout} layout) holds no {other} tower that matches: load the tower "
+            f"it has with part='{towers[0]}'"
+        )
+
+
+def _expected_gaps(
+    wanted: Iterable[str], chosen: Mapping[str, Entry], layout: Layout, part: Part, path: Path
+) -> tuple[str, ...]:
+    """The weights asked for that a checkpoint of this layout does not decide.
+
+    Raises:
+        InputError: others are missing, too.
+    """
+    absent = [key for key in wanted if key not in chosen]
+    if part == "all":
+        gaps: list[str] = []
+    else:
+        absent = [key for key in absent if key.startswith(_PREFIX[part])]
+        gaps = [key for key in absent if key.startswith(_JOINT) or may_lack(layout, key)]
+    missing = [key for key in absent if key not in gaps]
+    if missing:
+        raise InputError(
+            f"{path} lacks {_some(missing)} of this architecture: choose the architecture it is "
+            "of, or download it again"
+        )
+    return tuple(gaps)
+
+
+def _needs_resizing(
+    entry: Entry, stored: Mapping[str, StoredTensor], target: Tensor, path: Path
+) -> bool:
+    """Whether a weight fits only after resizing.
+
+    Raises:
+        InputError: it does not fit then either, or is no floating-point number.
+    """
+    for source in entry.sources:
+        if stored[source].dtype not in _NUMBERS:
+            raise InputError(
+                f"{path}: '{source}' has {_plain(stored[source].dtype)} values where fp64, fp32, "
+                "fp16 or bf16 is expected: give unquantised weights"
+            )
+    shape = _shape(entry, stored)
+    if shape == target.shape or (entry.native == "logit_scale" and math.prod(shape) == 1):
+        return False
+    if entry.native == _POSITIONS and _is_square_grid(shape) and shape[-1] == target.shape[-1]:
+        return True
+    is_kernel = entry.native == _PATCH_KERNEL and len(shape) == 4 and shape[2] == shape[3]
+    if is_kernel and shape[:2] == target.shape[:2]:
+        return True
+    raise InputError(
+        f"{path}: '{entry.native}' has shape {list(shape)}, but the model needs "
+        f"{list(target.shape)}: it is of another architecture"
+    )
+
+
+def _shape(entry: Entry, stored: Mapping[str, StoredTensor]) -> tuple[int, ...]:
+    shapes = {source: stored[source].shape for source in entry.sources}
+    if all(shapes.values()) or entry.join == "same":
+        return entry.shape(shapes)
+    return ()
+
+
+def _is_square_grid(shape: tuple[int, ...]) -> bool:
+    return (
+        len(shape) == 3
+        and shape[0] == 1
+        and shape[1] > 1
+        and math.isqrt(shape[1] - 1) ** 2 == shape[1] - 1
+    )
+
+
+def _fill(target: Tensor, entry: Entry, stored: Mapping[str, StoredTensor]) -> None:
+    if entry.join == "same" and stored[entry.sources[0]].shape.numel() == target.numel():
+        stored[entry.sources[0]].copy_to(target)
+        return
+    value = entry.joined({source: stored[source].read() for source in entry.sources})
+    if entry.native == _POSITIONS:
+        value = resize_positions(_wide(value), math.isqrt(target.shape[1] - 1))
+    elif entry.native == _PATCH_KERNEL:
+        value = resize_patch_kernel(_wide(value), target.shape[-1])
+    target.copy_(value)
+
+
+def _some(keys: Iterable[str]) -> str:
+    first, *more = keys
+    return f"'{first}'" + (f" and {len(more)} more" if more else "")
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,297 @@
+"""Zero-shot classification and retrieval: text classifiers, exact ranks.
+
+Covers: encoding texts without padding, the prompt ensemble, fp32 logits, ranks under a stated tie
+rule.
+Not here: what ranks amount to (metrics.py), reading evaluation sets, loops over image files.
+
+Tie rule, the same everywhere: the rank of an answer is the number of answers with a strictly
+larger logit plus the number of equal ones with a lower index. Features may come in any precision;
+they are normalised and multiplied in fp32, where ties between different answers all but vanish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from evaclip_model.errors import InputError
+from evaclip_model.tokenizer.tokenizer import CONTEXT_LENGTH, cut_padding, tokenize
+from evaclip_model.zeroshot.imagenet_prompts import PLACEHOLDER
+
+ROWS = 256
+"""Most queries ranked at once."""
+LOGITS = 1 << 23
+"""Most logits held at once, as long as one query has fewer; bounds memory for large galleries."""
+
+
+class TextTower(Protocol):
+    """What is needed of a model here."""
+
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Where the right answer of every query stands; all tensors have one entry per query [Q]."""
+
+    ranks: Tensor
+    """Rank of the right answer under the tie rule, 0 = first."""
+    best_ranks: Tensor
+    """Its rank if all ties went its way."""
+    worst_ranks: Tensor
+    """Its rank if all ties went against it."""
+    tied: Tensor
+    """Whether the largest logit is shared by several answers."""
+    top: Tensor
+    """Indices of the first answers under the tie rule [Q, k]."""
+
+    def __len__(self) -> int:
+        return int(self.ranks.numel())
+
+    def of(self, queries: Tensor) -> Ranking:
+        """The same of some queries only: their mask, or their numbers."""
+        return Ranking(
+            self.ranks[queries],
+            self.best_ranks[queries],
+            self.worst_ranks[queries],
+            self.tied[queries],
+            self.top[queries],
+        )
+
+
+def encode_texts(
+    model: TextTower,
+    texts: Sequence[str],
+    *,
+    context_length: int = CONTEXT_LENGTH,
+    batch_size: int = 256,
+    device: str = "cpu",
+    progress: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """Normalised fp32 features of `texts` [N, D]; equal texts get bitwise equal features.
+
+    Every text is encoded once, in order of length, cut after the longest end-of-text of its batch:
+    attention is causal, so tokens behind the end cannot reach the feature. `context_length` is the
+    model's, in tokens; `progress` gets the number of distinct texts done.
+
+    Raises:
+        InputError: no texts, or features that are not finite.
+    """
+    if not texts:
+        raise InputError("there is no text to encode: give at least one class name or caption")
+    place = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+    tokens = tokenize(list(place), context_length)
+    order = tokens.argmax(dim=1).argsort(stable=True)  # the end-of-text token has the largest id
+    features: list[Tensor] = []
+    with torch.inference_mode():
+        for rows in torch.split(order, batch_size):
+            encoded = model.encode_text(cut_padding(tokens[rows]).to(device))
+            features.append(normalised(encoded.cpu(), "text"))
+            progress(sum(len(part) for part in features))
+        distinct = torch.cat(features)[order.argsort()]
+        return distinct[torch.tensor([place[text] for text in texts])]
+
+
+def text_classifier(
+    model: TextTower,
+    classnames: Sequence[str],
+    templates: Sequence[str],
+    *,
+    batch_size: int = 256,
+    device: str = "cpu",
+    progress: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """One fp32 unit vector a class [C, D]: the renormalised mean of its normalised prompts.
+
+    Raises:
+        InputError: no class, no template, or a template without `{c}`.
+    """
+    asked = prompts(classnames, templates)
+    features = encode_texts(model, asked, batch_size=batch_size, device=device, progress=progress)
+    means, place = class_means(features, classnames)
+    return normalised(means, "text")[place]
+
+
+def prompts(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Templates filled in, class by class; a name that occurs again is asked once.
+
+    Raises:
+        InputError: no class, no template, or a template without `{c}`.
+    """
+    if not classnames or not templates:
+        raise InputError("a text classifier needs at least one class name and one template")
+    for template in templates:
+        if PLACEHOLDER not in template:
+            raise InputError(f"template '{template}' has no {PLACEHOLDER} for the class name")
+    names = dict.fromkeys(classnames)
+    return [template.replace(PLACEHOLDER, name) for name in names for template in templates]
+
+
+def class_means(features: Tensor, classnames: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Means of each class's prompts, and the row of every class.
+
+    Args:
+        features: [U * T, D] of the T prompts of each of the U distinct names, in `prompts`' order.
+        classnames: the C classes, names that occur again among them.
+
+    Returns:
+        [U, D] means, not normalised; [C] rows of them.
+    """
+    row = {name: number for number, name in enumerate(dict.fromkeys(classnames))}
+    means = features.reshape(len(row), -1, features.shape[-1]).mean(dim=1)
+    return means, torch.tensor([row[name] for name in classnames])
+
+
+def normalised(features: Tensor, what: str) -> Tensor:
+    """Features [..., D] as fp32 unit vectors.
+
+    Raises:
+        InputError: a value is not finite; such features would rank every answer first.
+    """
+    features = features.float()
+    if not bool(torch.isfinite(features).all()):
+        raise InputError(
+            f"the model gives {what} features that are not finite: its weights have diverged, "
+            "train again with a lower learning rate or from an earlier checkpoint"
+        )
+    return torch.nn.functional.normalize(features, dim=-1)
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Answers to choose from, each distinct one multiplied once.
+
+    Equal answers so get bitwise equal logits. A matrix product alone does not promise that: its
+    kernels treat columns at the edge of a block in another order of summation.
+    """
+
+    distinct: Tensor
+    """Distinct fp32 unit vectors [U, D]."""
+    place: Tensor
+    """Row of `distinct` of every answer [G]."""
+
+    @classmethod
+    def of(cls, features: Tensor) -> Gallery:
+        """Gallery of unit vectors [G, D]."""
+        distinct, place = torch.unique(features.float(), dim=0, return_inverse=True)
+        return cls(distinct, place)
+
+    def logits(self, queries: Tensor) -> Tensor:
+        """Cosine logits in fp32 [Q, G] of unit vectors [Q, D] of any precision."""
+        with _whole_fp32(queries.device.type):
+            return (queries.float() @ self.distinct.T)[:, self.place]
+
+    def portions(self, queries: int) -> Sequence[Tensor]:
+        """Numbers of so many queries, in portions whose logits fit into memory."""
+        rows = max(1, min(ROWS, LOGITS // len(self.place)))
+        return torch.split(torch.arange(queries), rows)
+
+
+def top_k(logits: Tensor, k: int) -> Tensor:
+    """Indices of the k largest logits of every row [Q, k], equal ones by lower index first."""
+    k = min(k, logits.shape[1])
+    values, first = logits.topk(k, dim=1)
+    # Of equal logits `topk` takes any, in any order; sorting all answers of such rows only is an
+    # order of magnitude less work, because there are few of them.
+    tied = (values[:, 1:] == values[:, :-1]).any(dim=1)
+    tied |= (logits >= values[:, -1:]).sum(dim=1) > k
+    first[tied] = logits[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return first
+
+
+def rank_targets(logits: Tensor, targets: Tensor, k: int = 5) -> Ranking:
+    """Rank answer `targets[q]` [Q] of every query among all its answers [Q, G]."""
+    value = logits.gather(1, targets[:, None])
+    larger = (logits > value).sum(dim=1)
+    equal = logits == value
+    before = torch.arange(logits.shape[1], device=logits.device) < targets[:, None]
+    largest = logits.max(dim=1, keepdim=True).values
+    return Ranking(
+        ranks=larger + (equal & before).sum(dim=1),
+        best_ranks=larger,
+        worst_ranks=larger + equal.sum(dim=1) - 1,
+        tied=(logits == largest).sum(dim=1) > 1,
+        top=top_k(logits, k),
+    )
+
+
+def classify(images: Tensor, classifier: Tensor, labels: Tensor, k: int = 5) -> Ranking:
+    """Rank the true class `labels` [N] of images [N, D] among the classes [C, D]."""
+    gallery = Gallery.of(classifier)
+    return _joined(
+        rank_targets(gallery.logits(images[rows]), labels[rows], k)
+        for rows in gallery.portions(len(images))
+    )
+
+
+def class_scores(images: Tensor, classifier: Tensor) -> Tensor:
+    """Logit of every class [C, D] for every image [N, D], in fp32 [N, C]."""
+    gallery = Gallery.of(classifier)
+    return torch.cat([gallery.logits(images[rows]) for rows in gallery.portions(len(images))])
+
+
+def retrieve_texts(images: Tensor, texts: Tensor, image_of_text: Tensor, k: int = 10) -> Ranking:
+    """Image-to-text: the best-ranked caption of every image [N, D] among all captions [T, D].
+
+    `image_of_text` [T] is the image each caption belongs to; every image has one or more.
+    """
+    gallery = Gallery.of(texts)
+    return _joined(
+        _rank_best(gallery.logits(images[rows]), image_of_text[None, :] == rows[:, None], k)
+        for rows in gallery.portions(len(images))
+    )
+
+
+def retrieve_images(images: Tensor, texts: Tensor, image_of_text: Tensor, k: int = 10) -> Ranking:
+    """Text-to-image: the image [N, D] of every caption [T, D] among all images."""
+    gallery = Gallery.of(images)
+    return _joined(
+        rank_targets(gallery.logits(texts[rows]), image_of_text[rows], k)
+        for rows in gallery.portions(len(texts))
+    )
+
+
+@contextmanager
+def _whole_fp32(device: str) -> Iterator[None]:
+    """Matrix products in fp32 proper, whatever the program around allows itself."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+
+
+def _rank_best(logits: Tensor, right: Tensor, k: int) -> Ranking:
+    """Rank the first of several right answers (mask [Q, G]) of every query."""
+    best = logits.masked_fill(~right, -torch.inf).max(dim=1, keepdim=True).values
+    candidates = right & (logits == best)
+    first = top_k(candidates.int(), 1)[:, 0]
+    ranking = rank_targets(logits, first, k)
+    # Ties among an image's own captions cost nothing, whichever of them comes first.
+    others = (logits == best).sum(dim=1) - candidates.sum(dim=1)
+    return Ranking(
+        ranking.ranks,
+        ranking.best_ranks,
+        ranking.best_ranks + others,
+        ranking.tied,
+        ranking.top,
+    )
+
+
+def _joined(parts: Iterable[Ranking]) -> Ranking:
+    """Rankings of consecutive queries as one."""
+    rankings = list(parts)
+    return Ranking(
+        ranks=torch.cat([part.ranks for part in rankings]),
+        best_ranks=torch.cat([part.best_ranks for part in rankings]),
+        worst_ranks=torch.cat([part.worst_ranks for part in rankings]),
+        tied=torch.cat([part.tied for part in rankings]),
+        top=torch.cat([part.top for part in rankings]),
+    )

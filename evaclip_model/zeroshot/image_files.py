@@ -1,0 +1,142 @@
+"""Features of image files, and files of features.
+
+Covers: finding images, reading them ahead while the model works, naming those that cannot be
+read; writing features beside the names of what they are of.
+Not here: the model; evaluation sets in shards (tasks); what is done with features (zeroshot.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from evaclip_model.errors import InputError
+from evaclip_model.model.clip import EvaClip
+from evaclip_model.reading.transform import UnreadableImageError, decode_image, image_transform
+from evaclip_model.zeroshot.exact_ranks import normalised
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""Endings, in any case, of the files of a folder that are taken for images."""
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What a model makes of image files."""
+
+    files: tuple[Path, ...]
+    """Those that could be read, in the order given."""
+    values: Tensor
+    """Their features as fp32 unit vectors [N, E]."""
+    unreadable: Mapping[Path, str]
+    """The others, with the reason."""
+
+
+def image_files(source: Path) -> list[Path]:
+    """A file itself, or the images of a folder and the folders in it, sorted by path.
+
+    Raises:
+        InputError: it does not exist, or the folder has no images.
+    """
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise InputError(f"image {source} does not exist: give an image or a folder of images")
+    found = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise InputError(f"{source} has no images: expected {', '.join(IMAGE_SUFFIXES)} files")
+    return found
+
+
+def image_features(
+    model: EvaClip,
+    files: Sequence[Path],
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int], None] = lambda done: None,
+) -> ImageFeatures:
+    """Encode image files, on the model's device and in its precision.
+
+    Args:
+        model: in evaluation mode.
+        files: images of any size and mode.
+        batch_size: images encoded at once; twice as many are held decoded.
+        progress: gets the number of files done, readable or not.
+
+    Raises:
+        InputError: none of the files can be read, or features are not finite.
+    """
+    transform = image_transform(model)
+    parameter = next(model.parameters())
+    read: list[Path] = []
+    values: list[Tensor] = []
+    unreadable: dict[Path, str] = {}
+    done = 0
+    with ThreadPoolExecutor() as pool, torch.inference_mode():
+        for batch in _read_ahead(pool, lambda path: _read(path, transform), files, batch_size):
+            images = {path: image for path, image in batch if isinstance(image, Tensor)}
+            unreadable |= {path: str(image) for path, image in batch if path not in images}
+            if images:
+                pixels = torch.stack(list(images.values())).to(parameter.device, parameter.dtype)
+                values.append(normalised(model.encode_image(pixels).cpu(), "image"))
+                read += images
+            done += len(batch)
+            progress(done)
+    if not read:
+        raise InputError(f"image {files[0]} cannot be decoded ({unreadable[files[0]]})")
+    return ImageFeatures(tuple(read), torch.cat(values), unreadable)
+
+
+def write_features(
+    path: Path, values: Tensor, names: Sequence[str], about: Mapping[str, object]
+) -> None:
+    """Write features [N, E] as `path` (.npy) and what row is of what as JSON beside it.
+
+    The JSON has the keys of `about`, and `names`, one a row. It is in place before the features
+    are, and neither is ever seen half-written.
+    """
+    described = json.dumps({**about, "names": list(names)}, ensure_ascii=False, indent=0)
+    beside = path.with_name(f".{path.name}.json")
+    beside.write_text(described + "\n", encoding="utf-8")
+    beside.replace(names_file(path))
+    beside = path.with_name(f".{path.name}")
+    with beside.open("wb") as file:
+        np.save(file, values.numpy())
+    beside.replace(path)
+
+
+def names_file(path: Path) -> Path:
+    """Where `write_features` puts the names of the rows of `path`."""
+    return path.with_suffix(".json")
+
+
+def _read(path: Path, transform: Callable[[Image.Image], Tensor]) -> tuple[Path, Tensor | str]:
+    """The image as a tensor, or why there is none."""
+    try:
+        return path, transform(decode_image(path.read_bytes()))
+    except (UnreadableImageError, OSError) as error:
+        return path, str(error)
+
+
+def _read_ahead(
+    pool: Executor,
+    read: Callable[[Path], tuple[Path, Tensor | str]],
+    files: Sequence[Path],
+    batch_size: int,
+) -> Iterator[list[tuple[Path, Tensor | str]]]:
+    """Batches in order, the next one being read while one is used."""
+    waiting: deque[list[Future[tuple[Path, Tensor | str]]]] = deque()
+    for start in range(0, len(files), batch_size):
+        waiting.append([pool.submit(read, path) for path in files[start : start + batch_size]])
+        if len(waiting) > 1:
+            yield [future.result() for future in waiting.popleft()]
+    for batch in waiting:
+        yield [future.result() for future in batch]

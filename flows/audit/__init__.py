@@ -1,0 +1,1 @@
+"""Where a sample or a model comes from, and taking samples out."""

@@ -1,0 +1,149 @@
+"""Samples that may be used no longer: new dataset versions, and the models that saw them.
+
+Covers: finding the versions that hold what is asked for, making their successors without download
+or decoding, what was trained on them. Not here: what a takedown leaves out (tasks/dataset).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from flows.graph.ancestry import Model, ancestors_of, describe_model, models_of, parent_of
+from tasks.artifacts.artifact import Address, Artifact, produce, read_artifacts
+from tasks.dataset.choose import Asked, find_asked, sort_by_kind
+from tasks.dataset.config import LEFT_OUT, REPORT, STAGE, TAKEN_DOWN, DatasetConfig
+from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
+from tasks.dataset.lists import read_takedowns, takedowns_digest
+from tasks.index.sample_index import Kind, SampleIndex
+from tasks.merge.urls import normal_urls
+from tasks.progress import silent
+
+ROLE = "takedowns"
+"""Of the entries among a version's parents."""
+
+
+@dataclass(frozen=True)
+class Succession:
+    """A dataset version and the one that replaces it."""
+
+    old: Artifact
+    new: Artifact
+    removed: int
+    """Samples that the old version had and the new one has not."""
+    models: tuple[Model, ...]
+    """Trained on any of them."""
+
+
+def take_down(file: Path, root: Path) -> list[Succession]:
+    """Replace every dataset version under `root` that holds a sample named in `file`.
+
+    Raises:
+        InputError: the file cannot be read, or nothing would be left of a version.
+    """
+    entries = read_takedowns([file])
+    asked = asked_for(entries)
+    artifacts = read_artifacts(root)
+    return [
+        succession
+        for versions in _by_rules(artifacts)
+        if (succession := _succeed(versions, entries, asked, artifacts, root)) is not None
+    ]
+
+
+def asked_for(entries: Iterable[str]) -> Asked:
+    """Entries of takedown lists by kind, URLs as the merge writes them."""
+    by_kind = dict(sort_by_kind(entries))
+    if by_kind[Kind.URL]:
+        normal = zip(by_kind[Kind.URL], normal_urls(by_kind[Kind.URL]), strict=True)
+        by_kind[Kind.URL] = tuple(ours or theirs for theirs, ours in normal)
+    return by_kind
+
+
+def obeying(entries: tuple[str, ...], address: Address) -> Takedowns:
+    """What the version at `address` leaves out besides its rules, from what is there already."""
+    if not entries:
+        return Takedowns()
+    parents = {role: digest for role, digest in address.parents.items() if role != ROLE}
+    plain = replace(address, parents=parents)
+    before = plain.folder if plain.is_finished else None
+    asked = asked_for(entries)
+    return Takedowns(entries, lambda index: find_asked(index, asked), before)
+
+
+def left_out(version: Artifact, rows: Sequence[int]) -> dict[int, str]:
+    """Those of an index's rows that a dataset version leaves out, with the reason."""
+    # row groups whose statistics say that they hold none of the rows are not read
+    table = pq.read_table(version.folder / LEFT_OUT, filters=pc.field("row").isin(list(rows)))
+    return dict(zip(table["row"].to_pylist(), table["reason"].to_pylist(), strict=True))
+
+
+def describe(done: Succession, root: Path) -> Iterator[str]:
+    """A succession as lines for a person."""
+    if done.new.digest == done.old.digest:
+        yield f"dataset     {done.old.digest} obeys this already"
+    else:
+        yield (
+            f"dataset     {done.old.digest} -> {done.new.digest}: {done.removed:,} samples left "
+            f"out, {done.new.counts['samples']:,} stay"
+        )
+    if done.models:
+        yield "  models trained on samples that are taken down:"
+    for model in done.models:
+        yield from describe_model(model, root)
+
+
+def _by_rules(artifacts: Iterable[Artifact]) -> Iterator[list[Artifact]]:
+    """Dataset versions that differ in their takedowns alone, oldest first."""
+    groups: defaultdict[str, list[Artifact]] = defaultdict(list)
+    for artifact in artifacts:
+        if artifact.kind == STAGE.name:
+            parents = {role: one for role, one in artifact.parents.items() if role != ROLE}
+            groups[json.dumps([parents, artifact.config], sort_keys=True)].append(artifact)
+    yield from groups.values()
+
+
+def _succeed(
+    versions: Sequence[Artifact],
+    entries: Sequence[str],
+    asked: Asked,
+    artifacts: Sequence[Artifact],
+    root: Path,
+) -> Succession | None:
+    """The version that obeys all takedowns of `versions` and `entries`; None if none is needed."""
+    verified = parent_of(versions[0], "verify", artifacts)
+    index = SampleIndex(verified.folder)
+    rows = find_asked(index, asked)
+    wanted = rows.tolist()
+    holding = [version for version in versions if set(wanted) - left_out(version, wanted).keys()]
+    if not holding:
+        return None
+    old = max(versions, key=lambda version: version.counts["left_out"])
+    obeyed = {entry for version in versions for entry in _entries(version)} | set(entries)
+    others = obeyed - set(_entries(old)) - set(entries)
+    if others:  # obeyed by a version that is not among the ancestors of `old`
+        rows = np.union1d(rows, find_asked(index, asked_for(others)))
+    ancestors = ancestors_of(verified, artifacts)
+    rules = json.loads((old.folder / REPORT).read_text())["rules"]
+    config = DatasetConfig.from_mapping({**old.config, **rules}, where=str(old.folder / REPORT))
+    parents = {**old.parents, ROLE: takedowns_digest(obeyed)}
+    takedowns = Takedowns(tuple(sorted(obeyed)), lambda _: rows, old.folder)
+    new = produce(
+        Address.of(root, STAGE, config, parents),
+        lambda out: make_dataset(config, ancestors, OutsideFiles(), takedowns, out, silent),
+    )
+    removed = int(new.counts["left_out"] - old.counts["left_out"])
+    models = {m.digest: m for version in holding for m in models_of(version, artifacts)}
+    return Succession(old, new, removed, tuple(models.values()))
+
+
+def _entries(version: Artifact) -> list[str]:
+    """The takedowns that a dataset version obeys."""
+    return (version.folder / TAKEN_DOWN).read_text().splitlines()

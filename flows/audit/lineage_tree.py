@@ -1,0 +1,168 @@
+"""Where a model came from and what became of its data, as trees for a person.
+
+Covers: the tree of a registered version with what changed since the one before it; an artifact's
+tree upwards and downwards; everything that was made of a source.
+Not here: single samples (trace.py), walking manifests (tasks/artifacts/provenance.py, descent.py),
+the
+registry (tasks/register/model_versions.py), the picture (tasks/lineage/lineage_svg.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evaclip_model.errors import InputError
+from flows.console.terminal import summarise
+from flows.graph.ancestry import children_of
+from tasks.artifacts.artifact import Artifact, read_artifacts
+from tasks.artifacts.provenance import Change, Lineage, Node, changes, lineage_of
+from tasks.merge.config import STAGE as MERGE
+from tasks.register.aliases import RegisteredVersion
+from tasks.register.config import STAGE as REGISTER
+
+if TYPE_CHECKING:
+    from tasks.register.model_versions import Described
+
+SHORTEST_DIGEST = 6
+"""Characters of a digest that are taken for one."""
+_ABOVE = "(see above)"
+
+
+def version_tree(version: Described, before: Described | None) -> Iterator[str]:
+    """A registered version as lines: what it was made from, what changed since `before`."""
+    aliases = "".join(f" @{alias}" for alias in version.aliases)
+    day = datetime.fromtimestamp(version.created / 1000, UTC).strftime("%Y-%m-%d %H:%M")
+    yield f"{version}{aliases}  registered {day} UTC"
+    if version.lineage is None:
+        yield "  it was registered without a lineage: its tags name the digests"
+        for tag, value in sorted(version.tags.items()):
+            if tag.startswith("evaclip.digest"):
+                yield f"  {tag.removeprefix('evaclip.digest').lstrip('.') or 'model':<24} {value}"
+        return
+    yield from upward(version.lineage)
+    if before is None:
+        yield f"\nno other version of {version.name} to compare with"
+    elif before.lineage is None:
+        yield f"\n{before} has no lineage to compare with"
+    else:
+        yield f"\nsince {before}:"
+        yield from describe_changes(changes(before.lineage, version.lineage))
+
+
+def describe_changes(found: Sequence[Change]) -> Iterator[str]:
+    """What differs between two recipes, a line each."""
+    if not found:
+        yield "  no setting and no data changed"
+    for change in found:
+        if change.old is None:
+            yield f"  {change.where}: {_short(change.new)} (new)"
+        elif change.new is None:
+            yield f"  {change.where}: {_short(change.old)} (gone)"
+        else:
+            yield f"  {change.where}: {_short(change.old)} -> {_short(change.new)}"
+
+
+def upward(lineage: Lineage) -> Iterator[str]:
+    """What every head was made from, as a tree; what was shown already is named only."""
+    shown: set[str] = set()
+
+    def parents(digest: str) -> list[tuple[str, str]]:
+        node = lineage.node(digest)
+        return [] if node is None else list(node.parents.items())
+
+    def line(role: str, digest: str) -> str:
+        node = lineage.node(digest)
+        if node is None:
+            return f"{role} {digest}  (data from outside)"
+        return _line(node, role)
+
+    for head in lineage.heads:
+        if head not in shown:
+            yield line("", head)
+            yield from _branches(head, parents, line, shown, "")
+
+
+def downward(artifact: Artifact, artifacts: Sequence[Artifact]) -> Iterator[str]:
+    """An artifact and what was made of it, as a tree."""
+    nodes = {one.digest: Node.of(one) for one in artifacts}
+    folders = {one.digest: one.folder for one in artifacts}
+
+    def children(digest: str) -> list[tuple[str, str]]:
+        return [("", child.digest) for child in children_of(digest, artifacts)]
+
+    def line(role: str, digest: str) -> str:
+        node = nodes[digest]
+        if node.kind != REGISTER.name:
+            return _line(node, role)
+        return f"{_line(node, role)} of {RegisteredVersion.of(folders[digest]).name}"
+
+    yield line("", artifact.digest)
+    yield from _branches(artifact.digest, children, line, set(), "")
+
+
+def find(root: Path, what: str) -> list[Artifact]:
+    """Every artifact under `root` whose digest begins with `what`."""
+    if len(what) < SHORTEST_DIGEST:
+        return []
+    return [one for one in read_artifacts(root) if one.digest.startswith(what)]
+
+
+def artifact_trees(artifact: Artifact, root: Path) -> Iterator[str]:
+    """An artifact's two trees: what it was made from, what was made of it."""
+    yield "made from"
+    yield from upward(lineage_of([artifact], root))
+    yield "\nmade of it"
+    yield from downward(artifact, read_artifacts(root))
+
+
+def source_trees(root: Path, source: str) -> Iterator[str]:
+    """Everything that was made of a source's metadata.
+
+    Raises:
+        InputError: no merge under `root` read such a source.
+    """
+    artifacts = read_artifacts(root)
+    merges = [one for one in artifacts if one.kind == MERGE.name]
+    users = [one for one in merges if source in one.parents]
+    if not users:
+        known = ", ".join(sorted({role for one in merges for role in one.parents}))
+        raise InputError(
+            f"'{source}' is no digest of anything under {root}, and no source of it; sources are: "
+            f"{known or 'none yet'}; a model goes by NAME@ALIAS"
+        )
+    for place, user in enumerate(users):
+        yield f"{'' if not place else chr(10)}{source} {user.parents[source]}"
+        yield from downward(user, artifacts)
+
+
+def _branches(
+    digest: str,
+    next_of: Callable[[str], list[tuple[str, str]]],
+    line: Callable[[str, str], str],
+    shown: set[str],
+    indent: str,
+) -> Iterator[str]:
+    shown.add(digest)
+    following = next_of(digest)
+    for place, (role, other) in enumerate(following):
+        is_last = place == len(following) - 1
+        again = other in shown and bool(next_of(other))
+        yield f"{indent}{'└─' if is_last else '├─'} {line(role, other)}{f'  {_ABOVE}' * again}"
+        if not again:
+            deeper = indent + ("   " if is_last else "│  ")
+            yield from _branches(other, next_of, line, shown, deeper)
+
+
+def _line(node: Node, role: str) -> str:
+    title = f"{node.kind} {node.name}" if node.name else node.kind
+    named = f"{role}: {title}" if role and role != node.kind else title
+    told = summarise(node.counts)
+    return f"{named} {node.digest}  {node.created[:16].replace('T', ' ')}  {told}".rstrip()
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"

@@ -1,0 +1,119 @@
+"""One sample's way: its source row, its shard, the dataset versions and models that hold it.
+
+Covers: finding a sample by URL, uid or hash, what was made from it; saying so.
+Not here: the index that is searched (tasks/index/sample_index.py), removing anything (takedown.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.audit.dataset_replacement import asked_for, left_out
+from flows.graph.ancestry import Model, describe_model, models_of, parent_of, places_of
+from tasks.artifacts.artifact import Artifact, read_artifacts
+from tasks.dataset.choose import Asked
+from tasks.dataset.config import STAGE as DATASET
+from tasks.index.sample_index import Kind, SampleIndex
+from tasks.index.shard_verdicts import read_verdicts
+from tasks.verify.config import STAGE as VERIFY
+
+
+@dataclass(frozen=True)
+class Version:
+    """A dataset version made from the shard that holds the sample."""
+
+    digest: str
+    left_out: str | None
+    """Why it does not hold the sample; None if it does."""
+    models: tuple[Model, ...]
+    """What was trained on it, if it holds the sample."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One stored copy of what was looked for."""
+
+    row: dict[str, Any]
+    """The sample's row in the index: uid, source, original_id, url, hashes, key."""
+    shard: Path
+    merge: str
+    """Digest of the merge that selected its row; so are the next two."""
+    download: str
+    verify: str
+    versions: tuple[Version, ...]
+
+
+def trace(
+    *, root: Path, url: str | None = None, uid: str | None = None, sha256: str | None = None
+) -> list[Trace]:
+    """Every stored sample under `root` that has this URL, uid and hash, of which one is given."""
+    given: dict[Kind, tuple[str, ...]] = {}
+    if url is not None:
+        given[Kind.URL] = asked_for([url.strip()])[Kind.URL]
+    if uid is not None:
+        given[Kind.UID] = (uid,)
+    if sha256 is not None:
+        given[Kind.HASH] = (sha256.lower(),)
+    artifacts = read_artifacts(root)
+    return [
+        one
+        for verified in artifacts
+        if verified.kind == VERIFY.name
+        for one in _in_one_verification(verified, given, artifacts)
+    ]
+
+
+def _in_one_verification(
+    verified: Artifact, asked: Asked, artifacts: Sequence[Artifact]
+) -> Iterator[Trace]:
+    index = SampleIndex(verified.folder)
+    rows = [row for kind, values in asked.items() for row in index.find(kind, values)]
+    if not rows:
+        return
+    first_rows = places_of(verified, artifacts)
+    versions = {
+        a.digest: (a, first_rows[a.parents["verify"]])
+        for a in artifacts
+        if a.kind == DATASET.name and a.parents["verify"] in first_rows
+    }
+    reasons = {
+        digest: left_out(version, [first + row["row"] for row in rows])
+        for digest, (version, first) in versions.items()
+    }
+    models = {
+        digest: tuple(models_of(version, artifacts)) for digest, (version, _) in versions.items()
+    }
+    verdicts = read_verdicts(verified.folder)
+    download = verified.parents["download"]
+    merge = parent_of(verified, "download", artifacts).parents["merge"]
+    for row in rows:
+        held = []
+        for digest, (_, first) in versions.items():
+            reason = reasons[digest].get(first + row["row"])
+            held.append(Version(digest, reason, () if reason else models[digest]))
+        shard = (verified.folder / verdicts[row["shard"]].path).resolve()
+        yield Trace(row, shard, merge, download, verified.digest, tuple(held))
+
+
+def describe(found: Trace, root: Path) -> Iterator[str]:
+    """A trace as lines for a person."""
+    row = found.row
+    yield f"uid         {row['uid']}"
+    yield f"source      {row['source']}, row {row['original_id'] or 'without an id'}"
+    yield f"url         {row['url']}"
+    yield f"sha256      {row['sha256'] or 'not recorded'} (stored {row['stored_sha256']})"
+    yield f"shard       {found.shard}, key {row['key']}"
+    yield f"made by     merge {found.merge}, download {found.download}, verify {found.verify}"
+    if not found.versions:
+        yield "dataset     none was made of this shard"
+    for version in found.versions:
+        yield f"dataset     {version.digest}: {_state(version)}"
+        for model in version.models:
+            yield from describe_model(model, root)
+
+
+def _state(version: Version) -> str:
+    return f"left out ({version.left_out})" if version.left_out else "holds it"

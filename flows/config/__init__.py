@@ -1,0 +1,1 @@
+"""Recipes and profiles: loading, overrides, validation."""

@@ -1,0 +1,105 @@
+"""The profile: where things run. It never changes a result.
+
+Covers: the settings read from the environment (prefix EVACLIP_) or a `.env` file.
+Not here: anything that decides a result; that is the recipe's.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import AliasChoices, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from evaclip_model.config import explain
+from evaclip_model.errors import InputError
+from tasks.download.executors import Distributor
+from tasks.evaluate.config import Machine
+from tasks.register.config import COPIED, LargeWeights
+from tasks.tracking import TrackingStore
+from tasks.train.config import Launch
+from tasks.train.launch import count_gpus
+
+
+class Profile(BaseSettings, Launch):
+    """Storage, servers and machines of this run; what starts training processes is inherited."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="EVACLIP_", env_file=".env", extra="ignore", frozen=True, populate_by_name=True
+    )
+
+    root: Path = Path("runs")
+    """Folder of all artifacts; also of the embedded servers' databases."""
+    tracking_uri: str = Field(
+        "", validation_alias=AliasChoices("EVACLIP_TRACKING_URI", "MLFLOW_TRACKING_URI")
+    )
+    """MLflow server or database; empty: SQLite under `root`."""
+    openlineage_file: Path | None = None
+    """File that gets every run as OpenLineage events, for a catalogue that reads them."""
+    merge_workers: int = Field(1, gt=0)
+    """Tasks that work on a phase of the merge at once; 1: no tasks, the database's own threads."""
+    download_processes: int = Field(default_factory=lambda: os.cpu_count() or 1, gt=0)
+    """Downloader processes."""
+    download_threads: int = Field(32, gt=0)
+    """Connections open at once in each downloader process."""
+    download_distributor: Distributor = "multiprocessing"
+    """What starts downloader processes: `multiprocessing`, or `pyspark` or `ray` over machines."""
+
+    evaluate_ranks: int = Field(0, ge=0)
+    """Processes that encode for an evaluation; 0: one a GPU, or one on the CPU."""
+    evaluate_workers: int | None = Field(None, ge=0)
+    """Decoding threads of each; unset: the cores that its GPU leaves."""
+    evaluate_cache_gb: float = Field(20.0, ge=0)
+    """Most that features of evaluations take under `root`, in GB."""
+
+    registry_copy_gb: float = Field(COPIED.above_gb, ge=0)
+    """Weights of more GB are not copied into the registry: it gets where they are, and which."""
+    registry_weights: str = COPIED.place
+    """Folder or `s3://…` for them, each once; empty: they stay where they were trained."""
+
+    @property
+    def large_weights(self) -> LargeWeights:
+        """What becomes of weights too large for the registry."""
+        return LargeWeights(self.registry_copy_gb, self.registry_weights)
+
+    @property
+    def machine(self) -> Machine:
+        """Where evaluations run."""
+        return Machine(
+            ranks=self.evaluate_ranks,
+            workers=self.evaluate_workers,
+            cache=self.root.resolve() / "cache" / "evaluate",
+            cache_gb=self.evaluate_cache_gb,
+            gpus=count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")),
+        )
+
+    @property
+    def launch(self) -> Launch:
+        """What starts training processes."""
+        return Launch(**{name: getattr(self, name) for name in Launch.model_fields})
+
+    @property
+    def mlflow_uri(self) -> str:
+        """The tracking URI with its default filled in."""
+        return self.tracking_uri or f"sqlite:///{self.root.resolve()}/mlflow.db"
+
+
+def load_profile() -> Profile:
+    """Read the profile.
+
+    Raises:
+        InputError: a setting has a wrong value, or the tracking URI is of no kind that is known.
+    """
+    try:
+        profile = Profile()
+    except ValidationError as error:
+        where = error.errors()[0]["loc"]
+        if not where:  # settings that do not fit each other name themselves
+            raise InputError(explain(Profile, error)) from None
+        field = str(where[0])
+        name = field if field.isupper() else f"EVACLIP_{field.upper()}"
+        wrong = explain(Profile, error).replace(f"'{field}'", name, 1)
+        raise InputError(f"environment setting {wrong}") from None
+    TrackingStore.at(profile.mlflow_uri, experiment="")
+    return profile

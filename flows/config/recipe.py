@@ -1,0 +1,164 @@
+"""A recipe: everything that decides a result, one TOML file and what it includes.
+
+Covers: the stages' configs side by side, loading recipes, the recipe's digest.
+Not here: putting files together (recipe_file.py), where things run (profile.py), what would be made
+(chart.py), any stage's own settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+from pydantic import Field, model_validator
+
+from evaclip_model.config import Config
+from evaclip_model.errors import InputError
+from evaclip_model.training.config import TrainConfig
+from flows.config.gpu_spec import Machines
+from flows.config.recipe_loader import find_recipe, read_recipe
+from tasks.dataset.config import DatasetConfig
+from tasks.demo.config import DemoConfig
+from tasks.download.config import DownloadConfig
+from tasks.evaluate.config import EvaluateConfig
+from tasks.initialise.config import InitialiseConfig
+from tasks.merge.config import MergeConfig
+from tasks.register.config import RegisterConfig
+from tasks.verify.config import VerifyConfig
+
+
+class Published(Config):
+    """What others wrote of this model or this data. It decides nothing; a plan shows it beside its
+    own figures."""
+
+    gpus: str | None = None
+    """GPUs the model was trained on, like "64xA100-40GB"."""
+    minutes_per_40m_samples: float | None = Field(default=None, gt=0)
+    """Time on those GPUs for 40 million samples."""
+    imagenet_top1: float | None = Field(default=None, ge=0, le=100)
+    """Zero-shot top-1 on ImageNet-1K, percent."""
+    metadata_rows: dict[str, int] = Field(default_factory=dict)
+    """Source -> rows of its published metadata."""
+
+    @model_validator(mode="after")
+    def _gpus_are_known(self) -> Published:
+        if self.gpus is not None:
+            try:
+                Machines.parse(self.gpus)
+            except InputError as error:
+                raise ValueError(str(error)) from None
+        return self
+
+
+class RetrainConfig(Config):
+    """The `[retrain]` table: how training goes on from the champion when there is new data."""
+
+    stages: tuple[str, ...] = ()
+    """Names of the training stages that run, in the order of the recipe; empty: all."""
+    samples_seen: int | None = Field(default=None, gt=0)
+    """Image-text pairs that each of them trains on; none: as many as the stage says."""
+    lr_scale: float = Field(default=1.0, gt=0)
+    """Factor on their learning rates: the champion needs smaller steps than a beginning."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Optimizer steps of linear warm-up; none: as the stage says."""
+
+
+class Recipe(Config):
+    """The stages' configs side by side; the tables of the TOML file have the same names."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    """What it is called in run names and tags."""
+    title: str
+    """One line for a person: what it makes, on what."""
+    demo: DemoConfig | None = None
+    """The loopback web and its metadata; only recipes that bring their own data have it."""
+    merge: MergeConfig
+    download: DownloadConfig
+    verify: VerifyConfig
+    dataset: DatasetConfig = DatasetConfig()
+    initialise: InitialiseConfig
+    train: tuple[TrainConfig, ...] = Field(min_length=1)
+    """Training stages in order; each starts from the one before, the first from `initialise`."""
+    evaluate: EvaluateConfig
+    retrain: RetrainConfig = RetrainConfig()
+    """What the flow `retrain` does otherwise than the first training."""
+    published: Published = Published()
+    """What there is to compare with."""
+    registry: RegisterConfig = Field(alias="register")
+    """Table `[register]`; the attribute has another name because every class has `register`."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Recipe:
+        names = [stage.name for stage in self.train]
+        if len(set(names)) < len(names):
+            raise ValueError(f"training stages must have different names, got {names}")
+        if self.merge.rows_per_file % self.download.samples_per_shard:
+            raise ValueError(
+                f"merge.rows_per_file ({self.merge.rows_per_file}) must be a multiple of "
+                f"download.samples_per_shard ({self.download.samples_per_shard}), or every file "
+                "ends in a short shard"
+            )
+        for name in self.retrain.stages:
+            if name not in names:
+                raise ValueError(
+                    f"retrain.stages names '{name}', which is no training stage "
+                    f"({', '.join(names)})"
+                )
+        sets = [one.name for one in self.evaluate.sets]
+        for metric in self.registry.gate.metrics:
+            if metric.rpartition(".")[0] not in sets:
+                raise ValueError(
+                    f"register.gate.metrics names '{metric}', whose set is none of evaluate.sets "
+                    f"({', '.join(sets)})"
+                )
+        sources = {source.name for source in self.merge.sources}
+        for stage in self.train:
+            unknown = sorted(set(stage.source_weights) - sources)
+            if unknown:
+                raise ValueError(
+                    f"training stage '{stage.name}' weights source '{unknown[0]}', which is none "
+                    f"of merge.sources ({', '.join(sorted(sources))})"
+                )
+        return self
+
+    def retraining(self) -> tuple[TrainConfig, ...]:
+        """The training stages that go on from a champion."""
+        wanted = self.retrain
+        changes: dict[str, int] = {}
+        if wanted.samples_seen is not None:
+            changes["samples_seen"] = wanted.samples_seen
+        if wanted.warmup_steps is not None:
+            changes["warmup_steps"] = wanted.warmup_steps
+        rates = ("lr_vision", "lr_text", "lr_other")
+        return tuple(
+            stage.model_copy(
+                update={
+                    **changes,
+                    **{name: getattr(stage, name) * wanted.lr_scale for name in rates},
+                }
+            )
+            for stage in self.train
+            if not wanted.stages or stage.name in wanted.stages
+        )
+
+    @property
+    def digest(self) -> str:
+        """16 hex characters over all that decides a result; equal recipes have equal digests."""
+        decides = self.model_dump(mode="json", by_alias=True, exclude={"published"})
+        text = json.dumps(decides, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        """The resolved recipe, all defaults filled in."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1) + "\n"
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a recipe by name (`demo`) or path (`my/own.toml`), with `table.key=value` overrides.
+
+    Raises:
+        InputError: no such recipe, not TOML, a wrong key, an override that fits nothing.
+    """
+    path = find_recipe(name_or_path)
+    return Recipe.from_mapping(read_recipe(path, overrides), where=path.name)

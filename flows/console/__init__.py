@@ -1,0 +1,1 @@
+"""Progress and tables in the terminal."""

@@ -1,0 +1,1 @@
+"""The graph of a recipe's steps: addresses, inputs, running them."""

@@ -1,0 +1,86 @@
+"""A Prefect server for the time of one command, when none is configured.
+
+Covers: quiet settings for command-line runs, and a temporary server that cannot
+outlive its command.
+Not here: the lasting server of a team (infra/).
+
+Prefect would start its own embedded server, but as a plain child: it survives a killed parent.
+This one runs under the supervisor and ends with the command, however that ends.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from evaclip_model.errors import InputError
+from tasks.process.child import supervised
+
+START_TIMEOUT_S = 120
+
+
+@contextmanager
+def temporary_server(root: Path) -> Iterator[None]:
+    """Serve the Prefect API on a free loopback port, unless PREFECT_API_URL names a server.
+
+    Must be entered before prefect is imported: it reads its settings then.
+
+    Raises:
+        InputError: the server did not start; names its log.
+    """
+    quiet = {
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_LEVEL": "CRITICAL",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+        "PREFECT_HOME": str((root / "prefect").resolve()),
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    if os.environ.get("PREFECT_API_URL"):
+        yield
+        return
+    port = _free_port()
+    log = root / "prefect" / "server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [
+        *(sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"),
+        *("--host", "127.0.0.1", "--port", str(port), "--log-level", "error"),
+    ]
+    settings = {**os.environ, "PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1"}
+    with supervised(command, log=log, grace_s=5, env=settings) as process:
+        address = f"http://127.0.0.1:{port}/api"
+        _wait_until_healthy(f"{address}/health", process, log)
+        os.environ["PREFECT_API_URL"] = address
+        try:
+            yield
+        finally:
+            del os.environ["PREFECT_API_URL"]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            pass
+        time.sleep(0.1)
+    failed = "ended" if process.poll() is not None else f"gave no answer in {START_TIMEOUT_S} s"
+    raise InputError(f"the temporary Prefect server {failed} while it started: {log} says why")

@@ -1,0 +1,332 @@
+"""What is new since a model was last trained, and what a retraining would make of it.
+
+Covers: earlier attempts and what became of them, new metadata files, the addresses of everything.
+Not here: making anything (retrain.py), deciding (tasks/register/gate.py).
+
+The data of a registered model is a row of parts, each a merge with its download and verification.
+Every attempt adds parts with what is new, and none is made twice: a new merge leaves out whatever
+an earlier one has selected, whether that was trained on or not. The next dataset takes the
+champion's parts, those of attempts that were held, and the new ones; the parts that a rejected or
+rolled back model added are set aside.
+
+A merge that is finished and that no attempt has used yet waits: for its download, if a run was
+killed, or for more rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from evaclip_model.errors import InputError
+from flows.config.recipe import Recipe
+from flows.graph.ancestry import ancestors_of, parent_of, parts_of
+from flows.graph.graph import Chart, find_files
+from tasks.artifacts.artifact import DIGEST_CHARS, Address, Artifact, read_artifacts
+from tasks.dataset.config import STAGE as DATASET
+from tasks.download.config import STAGE as DOWNLOAD
+from tasks.evaluate.config import STAGE as EVALUATE
+from tasks.join.config import STAGE as JOIN
+from tasks.join.config import JoinConfig
+from tasks.merge.config import STAGE as MERGE
+from tasks.merge.config import MergeConfig
+from tasks.merge.merge import read_inputs
+from tasks.merge.metadata_files import mark_of
+from tasks.register.config import DECISION
+from tasks.register.config import STAGE as REGISTER
+from tasks.register.gate import Decision, Outcome
+from tasks.register.promotion import (
+    Standing,
+    champion_of,
+    history,
+    read_decision,
+    standing_of,
+)
+from tasks.tracking import TrackingStore
+from tasks.train.config import STAGE as TRAIN
+from tasks.verify.config import STAGE as VERIFY
+
+GIVEN = "given"
+"""Role of the merges whose rows an increment leaves out, among its parents."""
+Found = Sequence[Path | str]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A model that was trained, registered and judged."""
+
+    registered: Artifact
+    trained: Artifact
+    data: Artifact
+    """Verification or join that its dataset was made of."""
+    parts: tuple[Artifact, ...]
+    """Verifications in it."""
+    merges: tuple[Artifact, ...]
+    decision: Decision
+
+    @property
+    def version(self) -> int:
+        return int(self.registered.counts["version"])
+
+
+@dataclass(frozen=True)
+class News:
+    """What a retraining starts from."""
+
+    champion: Standing | None
+    start: Artifact | None
+    """Training that made the champion."""
+    last: Attempt | None
+    """The newest attempt."""
+    used: tuple[Artifact, ...]
+    """Verifications that the next dataset begins with."""
+    set_aside: tuple[str, ...]
+    """Sentences on the parts that it leaves out."""
+    known: tuple[Artifact, ...]
+    """Merges whose rows are not selected again, oldest first."""
+    waiting: tuple[Artifact, ...]
+    """Of them, those that no attempt has used yet."""
+    files: Mapping[str, Found]
+    """Source -> its new metadata files."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether nothing was ever trained under this name."""
+        return self.last is None
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether there is nothing to merge, to download, or to train on."""
+        return not self.is_first and not self.files and not rows_of(self.waiting)
+
+
+def rows_of(merges: Sequence[Artifact]) -> int:
+    """Rows that the merges have selected together."""
+    return sum(int(merge.counts["selected"]) for merge in merges)
+
+
+def look(recipe: Recipe, chart: Chart, store: TrackingStore, keep_rejected: bool) -> News:
+    """Compare the metadata there is with that of every attempt so far.
+
+    Raises:
+        InputError: the champion was made elsewhere, so that its data is not known here; something
+            of it is gone; or the registry does not answer.
+    """
+    root, name = chart.merge.root, recipe.registry.model_name
+    artifacts = read_artifacts(root)
+    attempts = _attempts(chart, name, artifacts)
+    champion = champion_of(store, name, recipe.registry.alias)
+    base = next((one for one in attempts if champion and one.version == champion.version), None)
+    if champion is not None and base is None:
+        raise InputError(
+            f"{name}/{champion.version} is {recipe.registry.alias}, but was not registered from "
+            f"{root}: its data is not known here; retrain where it was made, or set EVACLIP_ROOT"
+        )
+    merges = _merges_of(attempts)
+    waiting = _waiting(name, merges, artifacts)
+    known = (*merges, *waiting)
+    used, set_aside = _sorted_out(store, recipe, attempts, base, keep_rejected)
+    return News(
+        champion,
+        base.trained if base else None,
+        attempts[-1] if attempts else None,
+        *(used, set_aside, known, waiting, _new_files(recipe, chart, known)),
+    )
+
+
+def increment(recipe: Recipe, chart: Chart, news: News) -> tuple[Address, MergeConfig] | None:
+    """Address and settings of the merge of what is new; None if no source takes any more rows."""
+    sources = []
+    for source in recipe.merge.sources:
+        if source.name not in news.files:
+            continue
+        wanted = source.wanted_rows
+        if wanted is not None:
+            wanted -= sum(int(m.counts.get(f"{source.name}.selected", 0)) for m in news.known)
+            if wanted <= 0:
+                continue
+        changes = {"target_count": wanted, "expected_success": 1.0, "skip_count": 0}
+        sources.append({**source.model_dump(), **changes})
+    if not sources:
+        return None
+    names = {str(source["name"]) for source in sources}
+    config = MergeConfig.from_mapping(
+        {**recipe.merge.model_dump(), "sources": sources}, where="merge"
+    )
+    others = {
+        role: mark
+        for role, mark in chart.merge.parents.items()
+        if role not in {one.name for one in recipe.merge.sources}
+        and (role.partition(".")[0] in {*names, "blocklists"})
+    }
+    new = {name: _digest(map(mark_of, news.files[name])) for name in sorted(names)}
+    given = _given(recipe.registry.model_name, news.known)
+    address = Address.of(chart.merge.root, MERGE, config, {**new, **others, GIVEN: given})
+    return address, config
+
+
+def part_of(recipe: Recipe, merge: Address | Artifact, root: Path) -> tuple[Address, Address]:
+    """Where the download and the verification of a merge are or will be."""
+    download = Address.of(root, DOWNLOAD, recipe.download, {"merge": merge.digest})
+    return download, Address.of(root, VERIFY, recipe.verify, {"download": download.digest})
+
+
+def draw_retraining(
+    recipe: Recipe, chart: Chart, news: News, verified: Sequence[str]
+) -> tuple[Chart, Address | None]:
+    """The chart from the data of `verified` (digests) on, and their join, if they are several.
+
+    Its `merge`, `download` and `initialise` are the recipe's own and mean nothing here.
+    """
+    root = chart.merge.root
+    join = None
+    if len(verified) > 1:
+        parts = {f"part{number:04d}": digest for number, digest in enumerate(verified)}
+        join = Address.of(root, JOIN, JoinConfig(), parts)
+    data = join.digest if join else verified[0]
+    dataset = Address.of(root, DATASET, recipe.dataset, {**chart.dataset.parents, "verify": data})
+    start = news.start.digest if news.start else chart.initialise.digest
+    train: list[Address] = []
+    for stage in recipe.retraining() if news.start else recipe.train:
+        begin = train[-1].digest if train else start
+        parents = {"start_from": begin, "dataset": dataset.digest}
+        train.append(Address.of(root, TRAIN, stage, parents))
+    sets = {one.name: chart.evaluate.parents[one.name] for one in recipe.evaluate.sets}
+    beside = (
+        {"champion": news.champion.weights[:DIGEST_CHARS]}
+        if news.champion
+        else {"initialise": chart.initialise.digest}
+    )
+    evaluate = Address.of(
+        root, EVALUATE, recipe.evaluate, {"train": train[-1].digest, **beside, **sets}
+    )
+    made = {"train": train[-1].digest, "evaluate": evaluate.digest}
+    tracking = {"tracking": chart.register.parents["tracking"]}
+    register = Address.of(root, REGISTER, recipe.registry, {**made, **tracking})
+    return (
+        replace(chart, dataset=dataset, train=tuple(train), evaluate=evaluate, register=register),
+        join,
+    )
+
+
+def describe(news: News, recipe: Recipe) -> Iterator[str]:
+    """What is new as lines for a person."""
+    name = recipe.registry.model_name
+    if news.is_first:
+        yield f"nothing was trained as {name} yet: all metadata is new"
+        return
+    champion = f"{name}/{news.champion.version}" if news.champion else "no version"
+    yield f"champion    {champion}"
+    for source, files in news.files.items():
+        yield f"new         {len(files):,} metadata file{'s' * (len(files) != 1)} of {source}"
+    if rows_of(news.waiting):
+        yield f"waiting     {rows_of(news.waiting):,} rows that were merged and not trained on yet"
+    yield from (f"set aside   {sentence}" for sentence in news.set_aside)
+    if news.is_nothing:
+        marks = [mark for merge in news.known for mark in read_inputs(merge.folder).values()]
+        last = news.last
+        assert last is not None, "or everything would be new"
+        yield (
+            f"nothing new: all {sum(map(len, marks)):,} metadata files were merged before; the "
+            "last model was "
+            f"{name}/{last.version} ({last.decision.summary})"
+        )
+
+
+def _attempts(chart: Chart, name: str, artifacts: Sequence[Artifact]) -> list[Attempt]:
+    """Every registration under the model's name in the same registry, in their order."""
+    found = []
+    for artifact in artifacts:
+        if artifact.kind != REGISTER.name or artifact.config["model_name"] != name:
+            continue
+        if artifact.parents["tracking"] != chart.register.parents["tracking"]:
+            continue
+        if DECISION not in artifact.files:
+            continue  # of before there was a gate
+        trained = parent_of(artifact, "train", artifacts)
+        dataset = parent_of(trained, "dataset", artifacts)
+        data = parent_of(dataset, "verify", artifacts)
+        parts = tuple(parts_of(data, artifacts))
+        merges = tuple(
+            one for part in parts for one in ancestors_of(part, artifacts) if one.kind == MERGE.name
+        )
+        decision = read_decision(artifact.folder)
+        found.append(Attempt(artifact, trained, data, parts, merges, decision))
+    return found
+
+
+def _merges_of(attempts: Sequence[Attempt]) -> tuple[Artifact, ...]:
+    """The merges of all attempts, each once, oldest first."""
+    by_digest = {merge.digest: merge for attempt in attempts for merge in attempt.merges}
+    return tuple(sorted(by_digest.values(), key=lambda merge: (merge.created, merge.digest)))
+
+
+def _waiting(
+    name: str, merges: Sequence[Artifact], artifacts: Sequence[Artifact]
+) -> tuple[Artifact, ...]:
+    """Finished merges that go on from `merges` and that no attempt has used yet, in a row."""
+    waiting: list[Artifact] = []
+    while merges:
+        given = _given(name, (*merges, *waiting))
+        following = [a for a in artifacts if a.kind == MERGE.name and a.parents.get(GIVEN) == given]
+        if not following:
+            break
+        waiting.append(following[0])
+    return tuple(waiting)
+
+
+def _sorted_out(
+    store: TrackingStore,
+    recipe: Recipe,
+    attempts: Sequence[Attempt],
+    base: Attempt | None,
+    keep_rejected: bool,
+) -> tuple[tuple[Artifact, ...], tuple[str, ...]]:
+    """(verifications that stay, sentences on those that do not)."""
+    name = recipe.registry.model_name
+    were_champion = {move.version for move in history(store, name, recipe.registry.alias)}
+    stay = {part.digest: part for part in base.parts} if base else {}
+    aside: dict[str, str] = {}
+    for attempt in attempts:
+        new = [part for part in attempt.parts if part.digest not in {*stay, *aside}]
+        standing = standing_of(store, name, attempt.version)
+        why = ""
+        if attempt.decision.outcome is Outcome.REJECT:
+            why = "was rejected"
+        elif standing.declined:
+            why = f"was declined by {standing.declined}"
+        elif attempt.version in were_champion and attempt is not base:
+            why = "was rolled back"
+        for part in new:
+            if why and not keep_rejected:
+                aside[part.digest] = f"data of {name}/{attempt.version}, which {why}"
+            else:
+                stay[part.digest] = part
+    ordered = sorted(stay.values(), key=lambda part: (part.created, part.digest))
+    return tuple(ordered), tuple(dict.fromkeys(aside.values()))
+
+
+def _new_files(recipe: Recipe, chart: Chart, known: Sequence[Artifact]) -> dict[str, Found]:
+    """Source -> files whose content no merge has read."""
+    seen: dict[str, set[str]] = {}
+    for merge in known:
+        for name, marks in read_inputs(merge.folder).items():
+            seen.setdefault(name, set()).update(marks)
+    found: dict[str, Found] = {}
+    for source in recipe.merge.sources:
+        files = find_files(source.files, chart.demo, f"merge.sources '{source.name}'")
+        read = seen.get(source.name, set())
+        new = [file for file in files if mark_of(file) not in read]
+        if new:
+            found[source.name] = new
+    return found
+
+
+def _given(name: str, merges: Sequence[Artifact]) -> str:
+    return _digest([name, *sorted(merge.digest for merge in merges)])
+
+
+def _digest(words: Iterator[str] | Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:DIGEST_CHARS]

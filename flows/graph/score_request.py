@@ -1,0 +1,157 @@
+"""What `score` is asked: which models, which sets, and where that goes.
+
+Covers: models by their specs and names, sets by recipe or by name, fetching registered models,
+the artifact's address.
+Not here: opening models (tasks/evaluate/encode/open_models.py), the flow (score.py); prefect is
+not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaclip_model.errors import InputError
+from flows.config.profile import Profile
+from flows.config.recipe import load_recipe
+from flows.graph.graph import find_files
+from tasks.artifacts.artifact import Address, fingerprint
+from tasks.demo.config import STAGE as DEMO
+from tasks.evaluate.config import STAGE, EvaluateConfig
+from tasks.evaluate.encode.open_models import OPEN_CLIP, files_of
+from tasks.evaluate.sets.published_layout import kind_of
+from tasks.evaluate.sets.set_registry import find_set, known_sets
+
+REGISTRY = "models:/"
+PAPER = "paper"
+"""Stands for all sets of the paper's tables."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is evaluated on what."""
+
+    models: dict[str, str]
+    """Name -> its spec; the first is the subject."""
+    config: EvaluateConfig
+    sets: dict[str, Path]
+
+    def address(self, root: Path, specs: dict[str, str]) -> Address:
+        """Where the evaluation goes, from the specs that open the models on this machine."""
+        parents = {f"model.{name}": _mark(spec) for name, spec in specs.items()}
+        parents |= {f"set.{name}": fingerprint(folder) for name, folder in self.sets.items()}
+        # Which model is the subject decides what is compared with what.
+        parents["subject"] = next(iter(specs))
+        return Address.of(root, STAGE, self.config, parents)
+
+
+def read_asked(
+    models: Sequence[str],
+    recipe: str,
+    sets: Sequence[str],
+    data: str,
+    overrides: Sequence[str],
+    root: Path,
+) -> Asked:
+    """What the arguments of `score` mean.
+
+    Raises:
+        InputError: no or two sources of sets, a set or a model that is not there, two of a name.
+    """
+    if bool(recipe) == bool(sets):
+        raise InputError("say what to evaluate on: give a recipe, or the names of sets")
+    config, folders = (
+        _sets_of_recipe(recipe, overrides, root) if recipe else _named_sets(sets, Path(data))
+    )
+    return Asked(_named_models(models), config, folders)
+
+
+def fetched(models: dict[str, str], profile: Profile) -> dict[str, str]:
+    """The specs with registered models as folders under the root.
+
+    Raises:
+        InputError: the registry has no such model, or does not answer.
+    """
+    return {
+        name: _fetched(spec, profile) if spec.startswith(REGISTRY) else spec
+        for name, spec in models.items()
+    }
+
+
+def _sets_of_recipe(
+    recipe: str, overrides: Sequence[str], root: Path
+) -> tuple[EvaluateConfig, dict[str, Path]]:
+    whole = load_recipe(recipe, overrides)
+    demo = Address.of(root, DEMO, whole.demo) if whole.demo else None
+    folders = {}
+    for one in whole.evaluate.sets:
+        found = find_files(one.folder, demo, f"evaluate.sets '{one.name}'")[0]
+        folders[one.name] = Path(found)
+    return whole.evaluate, folders
+
+
+def _named_sets(names: Sequence[str], data: Path) -> tuple[EvaluateConfig, dict[str, Path]]:
+    entries: list[dict[str, Any]] = []
+    folders: dict[str, Path] = {}
+    for name in known_sets() if tuple(names) == (PAPER,) else names:
+        known = find_set(name)
+        folder = data / (known.wds if known else name)
+        if not folder.is_dir():
+            raise InputError(
+                f"evaluation set '{name}' is not in {data}: expected the folder {folder}"
+                + (f" ({known.obtain})" if known else ", or the name of a known set")
+            )
+        folders[name] = folder
+        own = {} if known else {"kind": kind_of(folder)}
+        entries.append({"name": name, "folder": str(folder), **own})
+    return EvaluateConfig.from_mapping({"sets": entries}, where="the sets named"), folders
+
+
+def _named_models(models: Sequence[str]) -> dict[str, str]:
+    specs: dict[str, str] = {}
+    for model in models:
+        name, equals, spec = model.partition("=")
+        if not equals:
+            name, spec = _short_name(model), model
+        if name in specs:
+            raise InputError(
+                f"two models are called '{name}': put a name of your own before one, as "
+                f"other={spec}"
+            )
+        if not spec.startswith(REGISTRY):
+            _mark(spec)
+        specs[name] = spec
+    return specs
+
+
+def _short_name(spec: str) -> str:
+    """The telling end of a spec: a folder's name, an alias, an architecture."""
+    if spec.startswith((OPEN_CLIP, REGISTRY)):
+        return spec.partition(":")[2].strip("/")
+    path, _, architecture = spec.rpartition(":")
+    if path and not Path(spec).exists():
+        return Path(architecture).stem if architecture.endswith(".json") else architecture
+    folder = Path(spec)
+    return folder.parent.name if folder.name in ("model", "ema") else folder.name
+
+
+def _fetched(uri: str, profile: Profile) -> str:
+    """A registered model as a folder under the root."""
+    from tasks.register.pull_model import pull  # imports mlflow
+
+    name = uri.removeprefix(REGISTRY)
+    folder = profile.root.resolve() / "cache" / "models" / name.replace("/", "-")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return str(pull(profile.mlflow_uri, name, folder))
+
+
+def _mark(spec: str) -> str:
+    """What stands for a model in the digest: its files' fingerprint, or its name at open_clip."""
+    files = files_of(spec)
+    missing = [path for path in files if not path.exists()]
+    if not spec.startswith(OPEN_CLIP) and (missing or not files):
+        raise InputError(f"model '{spec}' is not there: {', '.join(map(str, missing)) or 'empty'}")
+    marks = [fingerprint(path) for path in files if path.exists()]
+    return "-".join([*marks, spec]) if spec.startswith(OPEN_CLIP) else "-".join(marks)

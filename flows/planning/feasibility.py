@@ -1,0 +1,192 @@
+"""Whether a recipe fits this machine: what is missing, disk, memory, GPUs, each with what to do.
+
+Covers: findings and their levels, a recipe's needs beside what the machine has, the yes or no at
+the end of a plan.
+Not here: looking at the machine itself (doctor.py), what a run costs (estimate.py,
+training_estimate.py).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from evaclip_model.training.cost import PACKED_TEXT_TOKENS, stage_flops_per_sample
+from flows.config.gpu_spec import Machines
+from flows.config.profile import Profile
+from flows.config.recipe import Recipe
+from flows.graph.graph import Chart
+from flows.planning.run_plan import disk_bytes
+from flows.planning.training_cost import GIB, cut_share, reader_bytes
+from tasks.train.launch import count_gpus, default_ranks
+
+Level = Literal["ok", "warn", "fail"]
+CPU_FLOPS_PER_CORE = 20e9
+"""fp32 matrix products of one core in the trainer, as on the two cores this was written on."""
+CPU_DAYS = 30
+"""Training on a CPU that takes longer than this is a mistake."""
+ELSEWHERE = ("slurm", "kubernetes", "external", "deepspeed")
+"""Launchers whose machines are others than the one that plans."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    level: Level
+    what: str
+    found: str
+    do: str = ""
+    """What to do about it; empty where all is well."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this machine has."""
+
+    cores: int
+    memory_bytes: int
+    free_bytes: int
+    """Of the disk of all artifacts."""
+    gpus: Machines | None = None
+
+    @classmethod
+    def here(cls, root: Path) -> Machine:
+        """This machine, with the disk that `root` is on or would be made on."""
+        there = next(path for path in (root, *root.parents) if path.exists())
+        cores = len(os.sched_getaffinity(0))
+        memory = psutil.virtual_memory().total
+        return cls(cores, memory, shutil.disk_usage(there).free, gpus_here())
+
+
+def gpus_here() -> Machines | None:
+    """The GPUs that training would use, all taken to be like the smallest; None without any."""
+    count = count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    asked = ask_driver("name,memory.total") if count else []
+    if not count or not asked:
+        return None
+    name, memory = min(asked, key=lambda gpu: float(gpu[1]))
+    return Machines(count, name, round(float(memory) / 1024))
+
+
+def ask_driver(fields: str) -> list[list[str]]:
+    """Fields of every GPU by nvidia-smi; empty without a driver that answers."""
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = ended.stdout.splitlines() if ended.returncode == 0 else []
+    return [[word.strip() for word in line.split(",")] for line in lines if line.strip()]
+
+
+def recipe_findings(
+    recipe: Recipe, chart: Chart, profile: Profile, machine: Machine, given: Machines | None = None
+) -> Iterator[Finding]:
+    """What a recipe needs beside what there is.
+
+    Args:
+        given: the GPUs that training is planned on, wherever they are; by default this machine's.
+    """
+    for stage in dict.fromkeys(absent.stage for absent in chart.absent):
+        missing = [absent.sentence for absent in chart.absent if absent.stage == stage]
+        yield Finding("fail", f"inputs of {stage}", f"{len(missing)} not here", missing[0])
+    yield _disk(recipe, chart, profile.root, machine)
+    if not all(address.is_finished for address in chart.train):
+        if given is None:
+            yield _memory(recipe, profile, machine)
+        yield from _training(recipe, profile, machine, given)
+
+
+def sentence(findings: Iterable[Finding]) -> str:
+    """Yes or no: whether a recipe fits, and what is in the way."""
+    findings = list(findings)
+    failed = [one for one in findings if one.level == "fail"]
+    shown = "; ".join(f"{one.what}: {one.found}" for one in failed or findings)
+    return f"{'no' if failed else 'yes'}: {shown}"
+
+
+def _disk(recipe: Recipe, chart: Chart, root: Path, machine: Machine) -> Finding:
+    needed = disk_bytes(recipe, chart)
+    found = f"needs {_size(needed)}, {_size(machine.free_bytes)} are free"
+    if needed > machine.free_bytes:
+        return Finding("fail", "disk", found, f"free some of {root}, or set EVACLIP_ROOT")
+    return Finding("ok", "disk", found)
+
+
+def _memory(recipe: Recipe, profile: Profile, machine: Machine) -> Finding:
+    """Of the host: what all ranks here read ahead, and on a CPU what they train with."""
+    if profile.launcher in ELSEWHERE:
+        return Finding("ok", "memory", "of other machines")
+    needed = 0.0
+    for train in recipe.train:
+        ranks = profile.ranks or default_ranks(
+            machine.cores, machine.gpus.count if machine.gpus else 0, train.lanes
+        )
+        stage = float(ranks * reader_bytes(recipe, train, ranks))
+        if machine.gpus is None:
+            model = recipe.initialise.architecture().at_image_px(train.image_px)
+            like = Machines(ranks, "CPU", max(1, machine.memory_bytes // ranks // 10**9))
+            stage += ranks * sum(cut_share(model, train, like).memory.values())
+        needed = max(needed, stage)
+    found = f"needs {_size(needed)} of {_size(machine.memory_bytes)}"
+    if needed > machine.memory_bytes:
+        do = "train with fewer ranks (EVACLIP_RANKS), or a smaller shuffle_buffer"
+        return Finding("fail", "memory", found, do)
+    return Finding("ok", "memory", found)
+
+
+def _training(
+    recipe: Recipe, profile: Profile, machine: Machine, given: Machines | None
+) -> Iterator[Finding]:
+    machines = given or (None if profile.launcher in ELSEWHERE else machine.gpus)
+    if machines is None and profile.launcher in ELSEWHERE:
+        known = f"{profile.nodes} x {profile.ranks} ranks by {profile.launcher}"
+        do = "their memory is not known here: plan with --gpus"
+        yield Finding("warn", "GPUs", f"{known}, not looked at", do)
+        return
+    for train in recipe.train:
+        model = recipe.initialise.architecture().at_image_px(train.image_px)
+        if machines is None:
+            each = stage_flops_per_sample(model, train, text_tokens=PACKED_TEXT_TOKENS)
+            days = each * train.samples_seen / machine.cores / CPU_FLOPS_PER_CORE / 86_400
+            found = f"none, {_duration(days)} on {machine.cores} cores"
+            if days > CPU_DAYS:
+                do = "train on GPUs, here or on a cluster (EVACLIP_LAUNCHER)"
+                yield Finding("fail", f"GPUs for {train.name}", found, do)
+            else:
+                yield Finding("ok", f"GPUs for {train.name}", found)
+            continue
+        if train.global_batch % machines.count or train.lanes % machines.count:
+            found = f"{machines} cannot share batches of {train.global_batch:,}"
+            do = "plan with --gpus says which number can"
+            yield Finding("fail", f"GPUs for {train.name}", found, do)
+            continue
+        cut = cut_share(model, train, machines)
+        needed = sum(cut.memory.values())
+        found = f"needs {needed / GIB:,.1f} of {cut.limit / GIB:,.1f} GiB on {machines}"
+        if not cut.fits:
+            do = "plan with --gpus says what would help"
+            yield Finding("fail", f"GPUs for {train.name}", found, do)
+        else:
+            yield Finding("ok", f"GPUs for {train.name}", found)
+
+
+def _duration(days: float) -> str:
+    if days >= 365:
+        return f"{days / 365:,.0f} years"
+    return f"{days:,.1f} days" if days >= 1 else f"{days * 24 * 60:,.0f} minutes"
+
+
+def _size(number: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9)):
+        if number >= size:
+            return f"{number / size:,.1f} {unit}"
+    return f"{number / 1e6:,.0f} MB"

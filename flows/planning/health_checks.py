@@ -1,0 +1,363 @@
+"""Whether this machine is ready: versions, disk, stores, servers, GPUs, and what to do if not.
+
+Covers: one finding a check, the worst of them as an exit code.
+Not here: what a recipe needs (fit.py); mending anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+import sys
+import time
+import tomllib
+import urllib.request
+import uuid
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Iterator
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from evaclip_model.errors import InputError
+from evaclip_model.tokenizer.bundled_assets import VOCABULARY, package_file
+from flows.config.profile import Profile
+from flows.config.recipe import Recipe
+from flows.planning.feasibility import Finding, ask_driver
+from tasks.redact import redact
+from tasks.tracking import TrackingStore
+from tasks.train.cluster import CLUSTERS, Kind
+from tasks.train.launch import count_gpus, read_hostfile
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+PACKAGES = ("flows", "tasks", "evaclip_model")
+VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+"""Of the file that OpenAI published with CLIP."""
+FREE_BYTES = 10_000_000_000
+SHARED_BYTES = 1_000_000_000
+CLOCK_S = 5.0
+PORTS = {"prefect": 4200, "mlflow": 5000}
+"""Of `make up`, where EVACLIP_PREFECT_PORT and EVACLIP_MLFLOW_PORT do not say otherwise."""
+Check = Callable[[Profile], Iterable[Finding]]
+
+
+def examine(profile: Profile) -> Iterator[Finding]:
+    """Every check's findings; a check that breaks is itself a finding."""
+    for check in CHECKS:
+        try:
+            yield from check(profile)
+        except Exception as error:
+            what = check.__name__.replace("_", " ")
+            yield Finding("fail", what, f"{type(error).__name__}: {redact(str(error))[:200]}")
+
+
+def python(_: Profile) -> Iterator[Finding]:
+    found = platform.python_version()
+    if (3, 11) <= sys.version_info < (3, 13):
+        yield Finding("ok", "Python", found)
+    else:
+        yield Finding("fail", "Python", found, "make the environment anew with 3.11 or 3.12")
+
+
+def versions(_: Profile) -> Iterator[Finding]:
+    """Installed versions beside the bounds of pyproject.toml and the tested ones."""
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["pipeline"]]
+    lines = (CHECKOUT / "infra" / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line)
+    tested = {_normal(name): version for name, version in pinned.items()}
+    bad = list(version_findings(map(Requirement, wanted), tested, _installed))
+    yield from bad or [Finding("ok", "versions", f"{len(wanted)} packages as tested")]
+
+
+def version_findings(
+    wanted: Iterable[Requirement], tested: dict[str, str], installed: Callable[[str], str | None]
+) -> Iterator[Finding]:
+    """What is not installed, out of bounds, or another version than was tested."""
+    for requirement in wanted:
+        found = installed(requirement.name)
+        expected = tested.get(_normal(requirement.name), "")
+        if found is None:
+            do = f"run `make setup`, or pip install '{requirement}'"
+            yield Finding("fail", requirement.name, "not installed", do)
+        elif not requirement.specifier.contains(found.partition("+")[0], prereleases=True):
+            do = f"pip install '{requirement.name}=={expected}': it must be {requirement.specifier}"
+            yield Finding("fail", requirement.name, found, do)
+        elif found.partition("+")[0] != expected:
+            yield Finding("warn", requirement.name, found, f"tested was {expected}")
+    if installed("dataclasses") is not None:
+        do = "pip uninstall dataclasses: Prefect's server imports this back-port and breaks"
+        yield Finding("fail", "dataclasses", "installed", do)
+
+
+def names(_: Profile) -> Iterator[Finding]:
+    """Whether our import names lead here, whatever else is installed."""
+    owners = importlib.metadata.packages_distributions()
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin) if spec and spec.origin else None
+        others = set(owners.get(name, ())) - {"evaclip"}
+        if origin is None or not origin.is_relative_to(CHECKOUT) or others:
+            by = f"{origin or 'nothing'}{', owned by ' if others else ''}{', '.join(others)}"
+            do = f"uninstall what else is called {name}, or use an environment of its own"
+            yield Finding("fail", f"import {name}", by, do)
+            return
+    yield Finding("ok", "import names", ", ".join(PACKAGES))
+
+
+def root(profile: Profile) -> Iterator[Finding]:
+    """Free space, and a file written, renamed and removed."""
+    folder = profile.root.resolve()
+    probe = folder / f".doctor-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.replace(probe.with_suffix(".renamed"))
+        probe.with_suffix(".renamed").unlink()
+    except OSError as error:
+        do = "make it writable, or set EVACLIP_ROOT to another folder"
+        yield Finding("fail", "artifact root", f"{folder}: {error.strerror}", do)
+        return
+    free = shutil.disk_usage(folder).free
+    found = f"{folder} is writable, {free / 1e9:,.1f} GB are free"
+    if free < FREE_BYTES:
+        do = "free some, or set EVACLIP_ROOT to another disk"
+        yield Finding("warn", "artifact root", found, do)
+    else:
+        yield Finding("ok", "artifact root", found)
+
+
+def tracking(profile: Profile) -> Iterator[Finding]:
+    """A run and a file written to the tracking store and read again."""
+    store = TrackingStore.at(profile.mlflow_uri, "doctor")
+    try:
+        written_to = store.try_out()
+    except InputError as error:
+        yield Finding("fail", "tracking", "does not take a run or a file", str(error))
+        return
+    yield Finding("ok", "tracking", f"{store.uri} takes runs, {redact(written_to)} takes files")
+
+
+def servers(profile: Profile) -> Iterator[Finding]:
+    """Whether the servers that are named answer, and with our versions."""
+    api = os.environ.get("PREFECT_API_URL")
+    if api:
+        yield _server("Prefect", f"{api.rstrip('/')}/admin/version", _installed("prefect"))
+    else:
+        yield Finding("ok", "Prefect", "no server is named: every run brings its own")
+    if profile.mlflow_uri.startswith("http"):
+        yield _server("MLflow", f"{profile.mlflow_uri.rstrip('/')}/version", _installed("mlflow"))
+
+
+def _server(name: str, url: str, ours: str | None) -> Finding:
+    try:
+        answered = _get(url)[0].strip('"')
+    except (OSError, ValueError) as error:
+        do = "start it, or correct its address"
+        return Finding("fail", name, f"{redact(url)} does not answer: {error}", do)
+    if answered != ours:
+        do = f"use {ours} on both sides"
+        return Finding("warn", name, f"the server is {answered}, here is {ours}", do)
+    return Finding("ok", name, f"{redact(url).rpartition('/')[0]} is {answered}")
+
+
+def ports(_: Profile) -> Iterator[Finding]:
+    """Whether `make up` could have its ports, or has them."""
+    for name, usual in PORTS.items():
+        port = int(os.environ.get(f"EVACLIP_{name.upper()}_PORT", usual))
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                taken = True
+            else:
+                taken = False
+        path = {"prefect": "api/health", "mlflow": "health"}[name]
+        if not taken:
+            yield Finding("ok", f"port {port}", f"free for {name}")
+        elif _answers(f"http://127.0.0.1:{port}/{path}"):
+            yield Finding("ok", f"port {port}", f"{name} answers there")
+        else:
+            do = f"stop that, or give `make up` another: EVACLIP_{name.upper()}_PORT"
+            yield Finding("warn", f"port {port}", f"another program's, {name} wants it", do)
+
+
+def gpus(_: Profile) -> Iterator[Finding]:
+    count = count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if not count:
+        yield Finding("ok", "GPUs", "none, training runs on the CPU")
+        return
+    asked = ask_driver("name,memory.total,driver_version")
+    if not asked:
+        yield Finding("fail", "GPUs", f"{count}, but nvidia-smi does not answer", "mend the driver")
+        return
+    import torch  # takes seconds: only where there is something to ask
+
+    kinds = {f"{name} {float(memory) / 1024:.0f} GB" for name, memory, _ in asked}
+    driver = f"driver {asked[0][2]}, CUDA {torch.version.cuda}"
+    found = f"{count} of {', '.join(sorted(kinds))}, {driver}"
+    if not torch.cuda.is_available():
+        do = "install a PyTorch for this driver's CUDA (TORCH_INDEX_URL), then `make setup`"
+        yield Finding("fail", "GPUs", f"{found}: torch cannot use them", do)
+    elif len(kinds) > 1:
+        do = "name equal ones in CUDA_VISIBLE_DEVICES: ranks wait for the slowest"
+        yield Finding("warn", "GPUs", found, do)
+    else:
+        yield Finding("ok", "GPUs", found)
+    flash = _installed("flash-attn")
+    yield Finding("ok", "flash-attn", flash or "not installed, torch's own fused attention is used")
+
+
+def tokenizer(_: Profile) -> Iterator[Finding]:
+    path = package_file(VOCABULARY)
+    do = "pip install --force-reinstall open_clip_torch"
+    if path is None:
+        yield Finding("fail", "tokenizer", f"{VOCABULARY} is not installed", do)
+        return
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest == VOCABULARY_SHA256:
+        yield Finding("ok", "tokenizer", f"sha256 {digest[:16]}, as published")
+    else:
+        yield Finding("fail", "tokenizer", f"{path} has sha256 {digest[:16]}", do)
+
+
+def weights(recipe: Recipe) -> Iterator[Finding]:
+    """Size and checksum of every file that a recipe begins with, for comparison by a person."""
+    for role, path in recipe.initialise.named().items():
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in (one for one in files if one.is_file()):
+            with file.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            found = f"{file}, {file.stat().st_size / 1e6:,.0f} MB, sha256 {digest}"
+            yield Finding("ok", f"weights of {role}", found)
+
+
+def launcher(profile: Profile) -> Iterator[Finding]:
+    """Programs and files that starting training needs."""
+    if profile.launcher in CLUSTERS:
+        cluster = CLUSTERS[_kind(profile.launcher)]
+        missing = sorted(tool for tool in cluster.tools if shutil.which(tool) is None)
+        template = profile.job_template or cluster.template
+        if missing:
+            do = "install the cluster's client, or choose another EVACLIP_LAUNCHER"
+            found = f"{', '.join(missing)} not on the PATH"
+            yield Finding("fail", profile.launcher, found, do)
+        elif not template.is_file():
+            do = "correct EVACLIP_JOB_TEMPLATE"
+            yield Finding("fail", profile.launcher, f"{template} is no file", do)
+        else:
+            yield Finding("ok", profile.launcher, f"jobs from {template}")
+    elif profile.launcher == "deepspeed" and profile.hostfile is not None:
+        try:
+            hosts = read_hostfile(profile.hostfile)
+        except InputError as error:
+            yield Finding("fail", "deepspeed", "the hostfile cannot be used", str(error))
+            return
+        if len(hosts) > 1 and shutil.which("pdsh") is None:
+            yield Finding("fail", "deepspeed", "pdsh is not on the PATH", "install pdsh")
+        else:
+            yield Finding("ok", "deepspeed", f"{len(hosts)} machines, {sum(hosts.values())} ranks")
+
+
+def shared_memory(_: Profile) -> Iterator[Finding]:
+    """Reading processes hand images over in /dev/shm."""
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        return
+    free = shutil.disk_usage(folder).free
+    found = f"{free / 1e9:,.1f} GB are free"
+    if free < SHARED_BYTES:
+        do = "give the container more (--shm-size=16g), or set EVACLIP_READ_WORKERS=0"
+        yield Finding("warn", "/dev/shm", found, do)
+    else:
+        yield Finding("ok", "/dev/shm", found)
+
+
+def open_files(profile: Profile) -> Iterator[Finding]:
+    """A downloader process holds its connections, and servers theirs."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 512 + 2 * profile.download_threads
+    if 0 <= soft < needed:
+        do = f"ulimit -n {max(needed, 4096)}"
+        yield Finding("warn", "open files", f"{soft} allowed, {needed} may be needed", do)
+    else:
+        yield Finding("ok", "open files", f"{soft} allowed" if soft >= 0 else "not limited")
+
+
+def clock(profile: Profile) -> Iterator[Finding]:
+    """This clock beside a server's; signatures of S3 and heartbeats need them together."""
+    api = os.environ.get("PREFECT_API_URL")
+    urls = [f"{api.rstrip('/')}/health"] if api else []
+    urls += [f"{profile.mlflow_uri}/health"] if profile.mlflow_uri.startswith("http") else []
+    for url in urls:
+        try:
+            stamp = _get(url)[1]
+        except (OSError, ValueError):
+            continue  # said by `servers`
+        if stamp:
+            apart = abs(time.time() - parsedate_to_datetime(stamp).timestamp())
+            found = f"{apart:.0f} s from the server's"
+            if apart > CLOCK_S:
+                yield Finding("warn", "clock", found, "set both by NTP: S3 refuses at 15 minutes")
+            else:
+                yield Finding("ok", "clock", found)
+            return
+    year = time.gmtime().tm_year
+    newest = max(path.stat().st_mtime for path in (CHECKOUT / "pyproject.toml", CHECKOUT / "flows"))
+    if time.time() < newest - 86_400:
+        yield Finding("warn", "clock", f"it is {year}, before these files were written", "set it")
+    else:
+        yield Finding("ok", "clock", "no server to compare it with")
+
+
+CHECKS: tuple[Check, ...] = (
+    *(python, versions, names, root, tracking, servers, ports),
+    *(gpus, tokenizer, launcher, shared_memory, open_files, clock),
+)
+
+
+def _kind(launcher: str) -> Kind:
+    return "slurm" if launcher == "slurm" else "kubernetes"
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@functools.cache
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _get(url: str) -> tuple[str, str | None]:
+    """Body and date of an answer; each server is told who asks by its own setting."""
+    if "/api/" in url:
+        auth = os.environ.get("PREFECT_API_AUTH_STRING", "")
+    else:
+        names = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+        auth = ":".join(filter(None, map(os.environ.get, names)))
+    headers = {"Authorization": f"Basic {b64encode(auth.encode()).decode()}"} if auth else {}
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        return answer.read().decode(), answer.headers.get("Date")
+
+
+def _answers(url: str) -> bool:
+    try:
+        _get(url)
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,283 @@
+"""What training a recipe costs on given GPUs: parts, memory, hours, price, each with its origin.
+
+Covers: how a rank's share of the global batch is cut, whether it fits and what would help, time
+from FLOPs and a rate, beside the paper's own.
+Not here: FLOPs and memory themselves (evaclip_model/training/cost.py); data (estimate.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.cost import (
+    PACKED_TEXT_TOKENS,
+    gpu_memory,
+    parameter_counts,
+    peak_flops,
+    stage_flops_per_sample,
+    train_flops_per_sample,
+)
+from evaclip_model.training.engine.deepspeed_config import deepspeed_config
+from flows.config.gpu_spec import Machines
+from flows.config.recipe import Published, Recipe
+from flows.planning.data_cost import Line
+from tasks.download.url_tables import expected_bytes
+
+GIB = 2**30
+USABLE_SHARE = 0.92
+"""Of a GPU's memory, so that what the allocator cannot use in pieces has room."""
+TABLE_6_MODEL = "EVA01-CLIP-B-16"
+TABLE_6_MINUTES = {0.0: 76, 0.5: 55}
+"""Masked share -> minutes for 40 million samples on 16 A100s with flash attention and gradient
+checkpointing (paper, Table 6)."""
+TABLE_6_GPUS = Machines(16, "A100", 40)
+RECOMPUTED = {"none": 0.0, "selective": 0.6, "full": 1.0}
+"""Forward passes' worth of time spent again by gradient checkpointing; "selective" as measured in
+bf16, where it costs a fifth of a step (make bench-model)."""
+HOURS_A_DAY = 24
+READ_AHEAD_STEPS = 2
+"""Steps whose pixels a rank holds: the one that is trained on, and the next."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a rank's share of the global batch goes through its GPU."""
+
+    share: int
+    """Pairs of a rank in every step."""
+    micro_batch: int
+    """Pairs at once; one even where not one fits."""
+    memory: dict[str, float]
+    """Bytes, by what they are."""
+    limit: float
+    """Bytes that may be used."""
+
+    @property
+    def parts(self) -> int:
+        return self.share // self.micro_batch
+
+    @property
+    def fits(self) -> bool:
+        return sum(self.memory.values()) <= self.limit
+
+
+def cut_share(model: ModelConfig, train: TrainConfig, machines: Machines) -> Cut:
+    """The largest parts of a rank's share that its memory holds; `count` divides the batch."""
+    share = train.global_batch // machines.count
+    limit = machines.memory_gb * GIB * USABLE_SHARE
+    for parts in (number for number in range(1, share + 1) if share % number == 0):
+        micro_batch = share // parts
+        memory = gpu_memory(model, train, ranks=machines.count, micro_batch=micro_batch)
+        cut = Cut(share, micro_batch, memory, limit)
+        if cut.fits:
+            break
+    return cut
+
+
+def estimate_stage(
+    recipe: Recipe, train: TrainConfig, machines: Machines, utilisation: float | None = None
+) -> list[Line]:
+    """The figures of one training stage on `machines`.
+
+    Args:
+        utilisation: share of the GPUs' peak that is reached; none takes the paper's.
+    """
+    impossible = _cannot_share(train, machines.count)
+    if impossible:
+        return [Line("ranks", f"{machines.count} cannot share the batch", impossible)]
+    model = recipe.initialise.architecture().at_image_px(train.image_px)
+    cut = cut_share(model, train, machines)
+    lines = [
+        Line("batch", *_batch(cut, machines.count)),
+        Line(
+            "steps",
+            f"{train.steps:,} for {train.samples_seen:,} samples",
+            "the recipe's, on any GPUs",
+        ),
+        Line("memory of a GPU", *_memory(cut)),
+        *([] if cut.fits else [Line("does not fit", *_remedy(model, train, machines, cut))]),
+        Line("memory of a rank's reader", *_reader(recipe, train, machines.count)),
+    ]
+    if cut.fits:
+        lines += _time(recipe, model, train, machines, cut, utilisation)
+    return lines
+
+
+def _cannot_share(train: TrainConfig, ranks: int) -> str | None:
+    """Why so many ranks cannot train this stage, and which can; none if they can."""
+    batch, lanes = train.global_batch, train.lanes
+    fewer = next(n for n in range(ranks, 0, -1) if batch % n == 0 and lanes % n == 0)
+    if batch % ranks:
+        return f"global_batch {batch:,} is no multiple of {ranks}: use {fewer} GPUs"
+    if lanes % ranks:
+        other = math.lcm(lanes, ranks)
+        other = ranks if batch % other else other
+        return (
+            f"{ranks} is no divisor of {lanes} lanes: use {fewer} GPUs, or another order of "
+            f"samples by --set train.{train.name}.lanes={other}"
+        )
+    return None
+
+
+def _batch(cut: Cut, ranks: int) -> tuple[str, str]:
+    figure = f"{cut.share * ranks:,} = {ranks} x {cut.share:,}"
+    if not cut.fits:
+        return figure, "the recipe's; not even one pair at once fits"
+    if cut.parts == 1:
+        return f"{figure}, whole", "a rank's share fits at once"
+    return (
+        f"{figure}, in {cut.parts:,} parts of {cut.micro_batch:,}",
+        "the largest equal parts that fit; the gradient is the same for any: set "
+        f"EVACLIP_MICRO_BATCH={cut.micro_batch}",
+    )
+
+
+def _memory(cut: Cut) -> tuple[str, str]:
+    terms = sorted(cut.memory.items(), key=lambda term: -term[1])
+    shown = ", ".join(f"{what} {size / GIB:,.1f}" for what, size in terms if size >= 5e7)
+    return f"{sum(cut.memory.values()) / GIB:,.1f} of {cut.limit / GIB:,.1f} GiB", shown
+
+
+def _remedy(
+    model: ModelConfig, train: TrainConfig, machines: Machines, cut: Cut
+) -> tuple[str, str]:
+    """Which memory is too much though the parts are as small as can be, and what is less."""
+    largest = max(cut.memory, key=lambda what: cut.memory[what])
+    changes: dict[str, dict[str, Any]] = {
+        "grad_checkpointing=full": {"grad_checkpointing": "full"},
+        "zero_stage=2": {"zero_stage": 2},
+        "loss_impl=streamed": {"loss_impl": "streamed"},
+        "precision=bf16": {"precision": "bf16"} if train.precision == "fp32" else {},
+    }
+    needed = sum(cut.memory.values())
+    helpful = []
+    for name, change in changes.items():
+        other = cut_share(model, train.model_copy(update=change), machines)
+        if sum(other.memory.values()) < 0.99 * needed:
+            fits = ", which fits" if other.fits else ""
+            helpful.append(f"{name} ({sum(other.memory.values()) / GIB:,.1f} GiB{fits})")
+    helpful.append("more GPUs, which share the optimizer, or larger ones")
+    return f"{largest} take {cut.memory[largest] / GIB:,.1f} GiB", "less with " + ", ".join(helpful)
+
+
+def reader_bytes(recipe: Recipe, train: TrainConfig, ranks: int) -> int:
+    """Memory of the host that each of `ranks` ranks reads ahead into."""
+    sources = len(train.source_weights) or len(recipe.merge.sources)
+    samples = train.lanes // ranks * train.shuffle_buffer * sources
+    pixels = READ_AHEAD_STEPS * train.global_batch // ranks * 3 * train.image_px**2
+    return expected_bytes(samples, recipe.download.image_px) + pixels
+
+
+def _reader(recipe: Recipe, train: TrainConfig, ranks: int) -> tuple[str, str]:
+    sources = len(train.source_weights) or len(recipe.merge.sources)
+    return (
+        f"{reader_bytes(recipe, train, ranks) / GIB:,.1f} GiB",
+        f"{train.lanes // ranks} lanes x {train.shuffle_buffer:,} stored samples x {sources} "
+        f"sources, pixels of {READ_AHEAD_STEPS} steps",
+    )
+
+
+def _time(
+    recipe: Recipe,
+    model: ModelConfig,
+    train: TrainConfig,
+    machines: Machines,
+    cut: Cut,
+    utilisation: float | None,
+) -> Iterator[Line]:
+    flops = stage_flops_per_sample(model, train, text_tokens=PACKED_TEXT_TOKENS)
+    again = RECOMPUTED[train.grad_checkpointing] + (cut.parts - 1) / cut.parts
+    spent = flops * (1 + again / 3)
+    yield Line(
+        "FLOPs of a sample",
+        f"{flops / 1e9:,.0f} G, {spent / 1e9:,.0f} G with what is computed again",
+        f"matrix products, {PACKED_TEXT_TOKENS:.0f} tokens a caption, "
+        f"{again:.2f} forward passes again for checkpointing and parts",
+    )
+    peak = peak_flops(machines.gpu)
+    if peak is None or train.precision == "fp32":
+        yield Line("time", "not estimated", "rates are of fp16 and bf16, not of fp32")
+        return
+    share, origin = (
+        (utilisation, "given")
+        if utilisation is not None
+        else (table_6_utilisation(train.patch_dropout > 0), _table_6(train.patch_dropout > 0))
+    )
+    rate = peak * share / spent
+    seconds = train.samples_seen / rate / machines.count
+    hours = seconds / 3600 * machines.count
+    yield Line(
+        "rate",
+        f"{rate:,.0f} samples/s a GPU",
+        f"{share:.0%} of {peak / 1e12:,.0f} TFLOP/s: {origin}",
+    )
+    yield Line(
+        "time",
+        f"{seconds / 3600 / HOURS_A_DAY:,.1f} days, {hours:,.0f} GPU-hours",
+        f"{train.samples_seen:,} samples at that rate, without stops",
+    )
+    if machines.price is not None:
+        yield Line("price", f"{hours * machines.price:,.0f}", f"{machines.price:g} a GPU-hour")
+    yield from _beside(recipe.published, train)
+
+
+def table_6_utilisation(masked: bool) -> float:
+    """Share of an A100's peak that the paper's run reached, what it computed again included."""
+    model, dropout = ModelConfig.load(TABLE_6_MODEL), 0.5 if masked else 0.0
+    flops = train_flops_per_sample(
+        model, patch_dropout=dropout, text_tokens=model.text.context_length
+    )
+    per_gpu = 40e6 / (TABLE_6_MINUTES[dropout] * 60) / TABLE_6_GPUS.count
+    return per_gpu * flops * (1 + RECOMPUTED["full"] / 3) / (peak_flops(TABLE_6_GPUS.gpu) or 0)
+
+
+def _table_6(masked: bool) -> str:
+    which = "half of the patches masked" if masked else "whole images"
+    return (
+        f"what the paper's Table 6 reached on 16 A100s ({which}, flash attention), taken for any "
+        "model and GPU"
+    )
+
+
+def _beside(published: Published, train: TrainConfig) -> Iterator[Line]:
+    if published.gpus is None:
+        return
+    machines = Machines.parse(published.gpus)
+    if published.minutes_per_40m_samples is None:
+        yield Line("the paper's", f"on {machines}", "its time is not published")
+        return
+    hours = train.samples_seen / 40e6 * published.minutes_per_40m_samples / 60
+    yield Line(
+        "the paper's",
+        f"{hours / HOURS_A_DAY:,.1f} days, {hours * machines.count:,.0f} GPU-hours on {machines}",
+        f"by its {published.minutes_per_40m_samples:g} minutes for 40 million samples (Table 6)",
+    )
+
+
+def engine_settings(recipe: Recipe, train: TrainConfig, machines: Machines) -> str | None:
+    """DeepSpeed's JSON for the stage on `machines`, in one line; none where they cannot train."""
+    if _cannot_share(train, machines.count):
+        return None
+    model = recipe.initialise.architecture().at_image_px(train.image_px)
+    cut = cut_share(model, train, machines)
+    parameters = sum(parameter_counts(model).values())
+    settings = deepspeed_config(train, machines.count, parameters, accumulates=cut.parts > 1)
+    return json.dumps(settings)
+
+
+def training_table(recipe: Recipe, machines: Machines, utilisation: float | None) -> Table:
+    """The estimate of every training stage on `machines`, for a terminal."""
+    table = Table(f"training on {machines}", "figure", "from", box=None, pad_edge=False)
+    for train in recipe.train:
+        table.add_row(f"[bold]{train.name}[/]")
+        for line in estimate_stage(recipe, train, machines, utilisation):
+            table.add_row(line.what, line.figure, line.origin)
+    return table

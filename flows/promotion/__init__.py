@@ -1,0 +1,1 @@
+"""Comparing a candidate with the champion, and acting on the gate's decision."""

@@ -1,0 +1,1 @@
+"""Artifacts and summaries in Prefect, and tables of results."""

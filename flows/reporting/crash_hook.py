@@ -1,0 +1,34 @@
+"""What a run that died can no longer do itself: it is closed in MLflow, too.
+
+Covers: the hook of every deployed flow, which Prefect's worker runs when a run crashed (even by
+kill -9) or was cancelled; the same as `python -m flows.reporting.crash_hook`, for whoever stops a
+worker and with
+it its hooks.
+Not here: ending a run's processes (tasks/process/supervise.py), finding runs whose machine is gone
+(infra/automations.yaml); those are closed in MLflow by the next run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flows.config.profile import load_profile
+from tasks.lineage.journal import JOURNALS
+from tasks.lineage.mlflow_store import Tracking
+from tasks.tracking import TrackingStore
+
+
+def close_tracking(flow: object, flow_run: object, state: Any) -> None:
+    """Close whatever died on this machine; called by Prefect, with these names."""
+    close_killed()
+
+
+def close_killed() -> None:
+    """Close in MLflow whatever died on this machine."""
+    profile = load_profile()
+    store = TrackingStore.at(profile.mlflow_uri, experiment="")
+    Tracking(store, profile.root.resolve() / JOURNALS).close_killed()
+
+
+if __name__ == "__main__":
+    close_killed()

@@ -1,0 +1,111 @@
+"""A run in one page for whoever pays for it: how much data, how much training, how good, what now.
+
+Covers: the page, and the table of what became of every source's rows.
+Not here: the figures of an evaluation (results.py), the gate's rules (tasks/register/gate.py).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flows.config.recipe import Recipe
+from flows.graph.ancestry import ancestors_of, parent_of
+from flows.graph.graph import Chart
+from flows.reporting.results_table import results_markdown
+from tasks.artifacts.artifact import Artifact, Stage, read_artifact, read_artifacts
+from tasks.download.config import STAGE as DOWNLOAD
+from tasks.merge.config import STAGE as MERGE
+from tasks.register.aliases import RegisteredVersion
+from tasks.register.promotion import read_decision
+
+SEEN = "shown in training"
+Row = Mapping[str, Any]
+
+
+def per_source(made: Sequence[Artifact], version: Artifact) -> list[dict[str, Any]]:
+    """What became of every source's rows, a row a source, most images first.
+
+    Args:
+        made: merges and their downloads; others do not matter.
+        version: the dataset version that was chosen of what was downloaded.
+    """
+    merged, downloaded = _counted(made, MERGE), _counted(made, DOWNLOAD)
+    names = [key.removesuffix(".rows_read") for key in merged if key.endswith(".rows_read")]
+    rows = [
+        {
+            "source": name,
+            "rows of metadata": merged[f"{name}.rows_read"],
+            "selected": merged[f"{name}.selected"],
+            "downloaded": downloaded[f"{name}.samples"],
+            "in the dataset": version.counts.get(f"{name}.samples", 0),
+        }
+        for name in names
+    ]
+    return sorted(rows, key=lambda row: -int(row["in the dataset"]))
+
+
+def overview_markdown(recipe: Recipe, chart: Chart, url: str | None) -> str:
+    """The page of a finished recipe, or retraining.
+
+    Args:
+        chart: from the dataset on; what that was made of is found by its descent.
+        url: of its tracking run; None for a store without pages.
+    """
+    version, artifacts = read_artifact(chart.dataset.folder), read_artifacts(chart.dataset.root)
+    made = ancestors_of(parent_of(version, "verify", artifacts), artifacts)
+    stages = [read_artifact(address.folder) for address in chart.train]
+    decision = read_decision(chart.register.folder)
+    registered = RegisteredVersion.of(chart.register.folder)
+    rows = per_source(made, version)
+    facts = {
+        "Model": f"`{registered}`",
+        "Decision": decision.summary,
+        "Data": _data(made, version, len(rows)),
+        "Training": _training(stages),
+        "Record": f"[MLflow run]({url}), dataset `{version.digest}`" if url else version.digest,
+    }
+    seen = [
+        {**row, SEEN: sum(stage.counts.get(f"{row['source']}.samples", 0) for stage in stages)}
+        for row in rows
+    ]
+    title, _, figures = results_markdown(recipe, chart).partition("\n")
+    told = "\n".join(f"| {name} | {text} |" for name, text in facts.items())
+    return f"{title}\n\n| | |\n|---|---|\n{told}\n\n{_table(seen)}\n{figures}"
+
+
+def _data(made: Sequence[Artifact], version: Artifact, sources: int) -> str:
+    rows, got = _counted(made, MERGE)["selected"], _counted(made, DOWNLOAD)["samples"]
+    share = f" ({got / rows:.0%} of those asked for)" if rows else ""
+    return (
+        f"{version.counts['samples']:,} images with captions from {sources} sources; "
+        f"{got:,} were downloaded{share}"
+    )
+
+
+def _counted(made: Sequence[Artifact], stage: Stage) -> Counter[str]:
+    """The counts of all artifacts of a stage together."""
+    counts: Counter[str] = Counter()
+    for artifact in made:
+        if artifact.kind == stage.name:
+            counts.update(artifact.counts)
+    return counts
+
+
+def _training(stages: Sequence[Artifact]) -> str:
+    pairs = sum(stage.counts["samples_seen"] for stage in stages)
+    hours = sum(stage.counts["seconds"] for stage in stages) / 3600
+    took = f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+    return f"{pairs:,} pairs shown in {len(stages)} stage{'s' * (len(stages) > 1)}, {took}"
+
+
+def _table(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    cells = [
+        [f"{value:,}" if isinstance(value, int | float) else str(value) for value in row.values()]
+        for row in rows
+    ]
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

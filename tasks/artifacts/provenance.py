@@ -1,0 +1,172 @@
+"""Everything that artifacts were made from, as one document that can travel with a model.
+
+Covers: walking manifests up from artifacts, the document, what changed between two of them.
+Not here: what was made of an artifact (flows/graph/ancestry.py), MLflow, pictures (tasks/lineage).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaclip_model.config import Config
+from evaclip_model.errors import InputError
+from tasks.artifacts.artifact import Artifact, read_artifact
+
+LINEAGE = "lineage.json"
+"""The document's file name, wherever it lies."""
+
+
+class Node(Config):
+    """One artifact, as its manifest describes it."""
+
+    kind: str
+    name: str = ""
+    """Of the stage, where a recipe has several of its kind."""
+    digest: str
+    created: str
+    """UTC time of publication, ISO 8601."""
+    parents: dict[str, str]
+    """Role -> digest of another node, or fingerprint of outside data."""
+    counts: dict[str, int | float]
+    config: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """`train.stage-1`, or the kind alone."""
+        return f"{self.kind}.{self.name}" if self.name else self.kind
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> Node:
+        name = artifact.config.get("name")
+        shared = {"kind", "digest", "created", "parents", "counts", "config"}
+        fields = artifact.model_dump(include=shared)
+        return cls(name=name if isinstance(name, str) else "", **fields)
+
+
+class Lineage(Config):
+    """What some artifacts were made from, themselves included."""
+
+    heads: tuple[str, ...]
+    """Digests of the artifacts that were asked for."""
+    nodes: tuple[Node, ...]
+    """Every artifact once, each behind all that it was made from."""
+
+    def node(self, digest: str) -> Node | None:
+        """The node of a digest; None for outside data."""
+        return next((node for node in self.nodes if node.digest == digest), None)
+
+    def outside(self) -> dict[str, str]:
+        """`KIND.ROLE` -> fingerprint of all data that came from outside."""
+        return {
+            f"{node.label}.{role}": digest
+            for node in self.nodes
+            for role, digest in node.parents.items()
+            if self.node(digest) is None
+        }
+
+    def labelled(self) -> dict[str, str]:
+        """A name of its own for every digest: its label, then its label and digest."""
+        digests: dict[str, str] = {}
+        for node in reversed(self.nodes):
+            taken = node.label in digests
+            digests[f"{node.label}.{node.digest}" if taken else node.label] = node.digest
+        return {**digests, **self.outside()}
+
+    def to_json(self) -> str:
+        """The document."""
+        return self.model_dump_json(indent=1) + "\n"
+
+
+def lineage_of(artifacts: Sequence[Artifact], root: Path) -> Lineage:
+    """Everything that `artifacts` were made from, as far as it is under `root`."""
+    found: dict[str, Node] = {}
+
+    def visit(artifact: Artifact) -> None:
+        if artifact.digest in found:
+            return
+        for digest in artifact.parents.values():
+            parent = None if digest in found else _read(root, digest)
+            if parent is not None:
+                visit(parent)
+        found[artifact.digest] = Node.of(artifact)
+
+    for artifact in artifacts:
+        visit(artifact)
+    return Lineage(heads=tuple(a.digest for a in artifacts), nodes=tuple(found.values()))
+
+
+def _read(root: Path, digest: str) -> Artifact | None:
+    for folder in root.glob(f"*/{digest}"):
+        try:
+            return read_artifact(folder)
+        except InputError:
+            continue
+    return None
+
+
+@dataclass(frozen=True)
+class Change:
+    """One difference between two lineages; None stands for what one of them does not have."""
+
+    where: str
+    """`train.stage1: lr_vision`, `merge: laion2b` (outside data), `train.stage3` (a stage)."""
+    old: Any
+    new: Any
+
+
+def changes(old: Lineage, new: Lineage) -> list[Change]:
+    """What decides a result and differs: settings, outside data, stages; in the new one's order.
+
+    A stage is told by its label. What follows from a change, such as digests, is not listed.
+    """
+    before, after = _by_label(old), _by_label(new)
+    found: list[Change] = []
+    for label in dict.fromkeys((*after, *before)):
+        if label not in before or label not in after:
+            found.append(
+                Change(label, _digest(before.get(label)), _digest(after.get(label))),
+            )
+            continue
+        found += _compared(label, _decides(before[label], old), _decides(after[label], new))
+    return found
+
+
+def _by_label(lineage: Lineage) -> dict[str, Node]:
+    return {node.label: node for node in lineage.nodes}
+
+
+def _digest(node: Node | None) -> str | None:
+    return node.digest if node else None
+
+
+def _decides(node: Node, lineage: Lineage) -> dict[str, Any]:
+    """A node's settings, flat, and the fingerprints of its outside data."""
+    outside = {
+        role: digest for role, digest in node.parents.items() if lineage.node(digest) is None
+    }
+    return {**dict(flat("", node.config)), **outside}
+
+
+def flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Nested settings as pairs: `a.b.c` and a value that is no table.
+
+    Lists of tables are numbered, or go by their `name`; lists of plain values stay one value.
+    """
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from flat(f"{prefix}.{key}" if prefix else str(key), inner)
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+        for place, item in enumerate(value):
+            name = item.get("name", place) if isinstance(item, Mapping) else place
+            yield from flat(f"{prefix}.{name}", item)
+    else:
+        yield prefix, value
+
+
+def _compared(label: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
+    for key in dict.fromkeys((*new, *old)):
+        if old.get(key) != new.get(key):
+            yield Change(f"{label}: {key}", old.get(key), new.get(key))

@@ -1,0 +1,87 @@
+"""Whether a shard is what its own counts say, and clearing away what is not.
+
+Covers: a finished shard's agreement of plan, statistics, table and tar; names and removal of its
+files.
+Not here: which shards were checked before (ledger.py); whether images decode (the verify stage).
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from evaclip_model.reading.samples import RECORD_EXTENSION, BrokenShard
+from tasks.download.fetch_outcome import Outcome, outcome_of, retry_after_s
+from tasks.download.url_tables import PlannedShard
+
+
+@dataclass(frozen=True)
+class FinishedShard:
+    """A shard that holds what was planned."""
+
+    planned: PlannedShard
+    outcomes: Counter[Outcome]
+    """Adds up to the planned rows."""
+    tar_bytes: int
+    retry_after_s: float
+    """Longest wait that a server asked for in a row that may pass later, in seconds; 0: none."""
+
+    @property
+    def success_rate(self) -> float:
+        return self.outcomes[Outcome.SUCCESS] / self.planned.rows
+
+
+def check_shard(folder: Path, planned: PlannedShard) -> FinishedShard:
+    """Compare a shard's plan, statistics, table and tar.
+
+    Raises:
+        BrokenShard: a file is missing or cannot be read, or two of them disagree.
+    """
+    tar_path = folder / f"{planned.name}.tar"
+    try:
+        stats = json.loads((folder / f"{planned.name}_stats.json").read_text())
+        table = pq.read_table(
+            folder / f"{planned.name}.parquet", columns=["status", "error_message"]
+        )
+        with tarfile.open(tar_path, "r:") as tar:
+            in_tar = sum(name.endswith(f".{RECORD_EXTENSION}") for name in tar.getnames())
+        stated_rows, stated_successes = stats["count"], stats["successes"]
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid, tarfile.TarError) as error:
+        raise BrokenShard(f"shard {planned.name} is unfinished or unreadable: {error}") from error
+    messages = table["error_message"].to_pylist()
+    rows = zip(table["status"].to_pylist(), messages, strict=True)
+    outcomes = Counter(outcome_of(str(status), message) for status, message in rows)
+    counted = {
+        "rows planned": planned.rows,
+        "rows in its statistics": stated_rows,
+        "rows in its table": table.num_rows,
+    }
+    succeeded = {
+        "successes in its statistics": stated_successes,
+        "successes in its table": outcomes[Outcome.SUCCESS],
+        "samples in its tar": in_tar,
+    }
+    for numbers in (counted, succeeded):
+        if len(set(numbers.values())) > 1:
+            found = ", ".join(f"{number} {what}" for what, number in numbers.items())
+            raise BrokenShard(f"shard {planned.name} contradicts itself: {found}")
+    asked_s = max(map(retry_after_s, messages), default=0.0)
+    return FinishedShard(planned, outcomes, tar_path.stat().st_size, asked_s)
+
+
+def remove_shard(folder: Path, planned: PlannedShard) -> None:
+    """Remove a shard, its statistics first: without them img2dataset does it again."""
+    for path in reversed(shard_files(folder, planned)):
+        path.unlink(missing_ok=True)
+
+
+def shard_files(folder: Path, planned: PlannedShard) -> tuple[Path, Path, Path]:
+    """Its tar, its table of all rows, its statistics (which img2dataset writes last)."""
+    names = (f"{planned.name}.tar", f"{planned.name}.parquet", f"{planned.name}_stats.json")
+    return (folder / names[0], folder / names[1], folder / names[2])

@@ -1,0 +1,143 @@
+"""What the counters say while a download runs: how far, how fast, and whether to stop it.
+
+Covers: the line a person sees, and the two reasons to stop early: our network is down, or the list
+is mostly dead. Pure: it is told what was counted, and when.
+Not here: reading the counters (counters.py); stopping.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable
+from datetime import timedelta
+
+from tasks.download.counters import Progress
+from tasks.download.fetch_outcome import NETWORK, Outcome
+
+RATE_S = 60.0
+"""The speed shown is that of so many last seconds."""
+COLLAPSE_URLS = 200
+COLLAPSE_S = 5.0
+COLLAPSE_SHARE = 0.9
+"""The network is down when this share of the last URLs (so many, over so long) fails like it. Hosts
+are mixed, so that dead ones cannot look like this; a link that is down for a blink may."""
+ABORT_AFTER_URLS = 2_000
+"""URLs, already shuffled over the web, after which the success rate is known to about 2 %."""
+
+
+class Watch:
+    """Looks at one run of the downloader.
+
+    Args:
+        rows_done: rows of shards that were finished before this run.
+        rows_total: rows of all shards.
+        min_success_rate: the accepted share; half of it, missed, is beyond doubt.
+    """
+
+    def __init__(self, rows_done: int, rows_total: int, min_success_rate: float) -> None:
+        self._rows_done = rows_done
+        self._rows_total = rows_total
+        self._min_success_rate = min_success_rate
+        self._seen: deque[tuple[float, Progress]] = deque()
+
+    def see(self, now_s: float, progress: Progress) -> None:
+        """Take in what was counted until `now_s` (of any clock that does not go back)."""
+        self._seen.append((now_s, progress))
+        while len(self._seen) > 2 and self._is_past(*self._seen[1]):
+            self._seen.popleft()
+
+    def _is_past(self, time_s: float, then: Progress) -> bool:
+        """Whether nothing before `then` matters any more."""
+        now_s, now = self._seen[-1]
+        enough = now.counts.total() - then.counts.total() >= COLLAPSE_URLS
+        return enough and now_s - time_s >= RATE_S
+
+    @property
+    def rows_done(self) -> int:
+        """Rows that are done, finished shards included."""
+        return min(self._rows_done + self._now.counts.total(), self._rows_total)
+
+    @property
+    def _now(self) -> Progress:
+        return self._seen[-1][1]
+
+    def line(self) -> str:
+        """`12,345 fetched (93.1 %), 4.2 GB, 812 URLs/s, 3:12:40 left`."""
+        now, tried = self._now, self._now.counts.total()
+        fetched = now.counts[Outcome.SUCCESS]
+        share = f" ({fetched / tried:.1%})" if tried else ""
+        per_s = self._urls_per_s()
+        left = self._rows_total - self.rows_done
+        eta = f", {timedelta(seconds=round(left / per_s))} left" if per_s and left else ""
+        return f"{fetched:,} fetched{share}, {_size(now.fetched_bytes)}, {per_s:.0f} URLs/s{eta}"
+
+    def figures(self) -> dict[str, float]:
+        """The same as numbers."""
+        now, tried = self._now, self._now.counts.total()
+        return {
+            "urls_per_s": self._urls_per_s(),
+            "success_rate": now.counts[Outcome.SUCCESS] / tried if tried else 0.0,
+            "fetched_bytes": float(now.fetched_bytes),
+        }
+
+    def _urls_per_s(self) -> float:
+        now_s, now = self._seen[-1]
+        recent = [(time_s, seen) for time_s, seen in self._seen if now_s - time_s <= RATE_S]
+        begin_s, then = recent[0]
+        elapsed_s = now_s - begin_s
+        return (now.counts.total() - then.counts.total()) / elapsed_s if elapsed_s > 0 else 0.0
+
+    def network_down(self) -> str | None:
+        """Why every further URL would fail without an answer; None if that is not so."""
+        now_s, now = self._seen[-1]
+        for time_s, then in reversed(self._seen):
+            lately = now.counts - then.counts
+            if now_s - time_s >= COLLAPSE_S and lately.total() >= COLLAPSE_URLS:
+                return network_trouble(lately)
+        return None
+
+    def list_dead(self) -> str | None:
+        """Why the list as a whole cannot give enough images; None if it may."""
+        counts = self._now.counts
+        tried = counts.total()
+        needed = tried * self._min_success_rate / 2
+        if tried < ABORT_AFTER_URLS or counts[Outcome.SUCCESS] >= needed:
+            return None
+        return dead_links(counts, self._min_success_rate)
+
+
+def network_trouble(counts: Counter[Outcome]) -> str | None:
+    """The sentence for URLs that nearly all failed as if nothing were connected; else None."""
+    failed = sum(counts[outcome] for outcome in NETWORK)
+    if failed < counts.total() * COLLAPSE_SHARE:
+        return None
+    return (
+        f"the network or its name service is down: {failed:,} of the last {counts.total():,} URLs "
+        f"failed without an answer ({_reasons(counts, NETWORK)}): mend it (or, if all these rows "
+        "are of one dead site, drop that source) and run the same command again; what was "
+        "downloaded is kept"
+    )
+
+
+def dead_links(counts: Counter[Outcome], min_success_rate: float) -> str:
+    """The sentence for too few images."""
+    return (
+        f"only {counts[Outcome.SUCCESS]:,} of {counts.total():,} URLs gave an image, less than "
+        f"min_success_rate = {min_success_rate:g} "
+        f"({_reasons(counts, set(counts) - {Outcome.SUCCESS})}): mend the cause (a dead list, "
+        "the server, limits) and run the same command "
+        "again; what did well is kept"
+    )
+
+
+def _reasons(counts: Counter[Outcome], wanted: Iterable[Outcome]) -> str:
+    chosen = Counter({outcome: counts[outcome] for outcome in wanted if counts[outcome]})
+    return ", ".join(f"{number:,} {outcome.value}" for outcome, number in chosen.most_common())
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.2f} TB"

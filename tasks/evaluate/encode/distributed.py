@@ -1,0 +1,274 @@
+"""Getting every feature that an evaluation needs: what is missing, and the ranks that make it.
+
+Covers: planning, starting ranks, starting them again after a kill, progress over all of them.
+Not here: one rank's work (worker.py); what features are used for (evaluate.py).
+
+One rank without a GPU works in this process; several, or any on a GPU, are processes of their own
+under supervision, so that nothing of them outlives the evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from subprocess import TimeoutExpired
+
+from torch import Tensor
+
+from evaclip_model.errors import InputError
+from tasks.artifacts.artifact import write_atomically
+from tasks.evaluate.config import Machine, Precision
+from tasks.evaluate.encode.encode_job import (
+    ImageWork,
+    Job,
+    ModelWork,
+    failed_file,
+    progress_file,
+    sentence_file,
+)
+from tasks.evaluate.encode.encode_worker import work, write_images
+from tasks.evaluate.encode.feature_cache import Cache
+from tasks.evaluate.encode.image_features import BLOCK, ImageList, missing_blocks, read_features
+from tasks.evaluate.encode.model_identity import Identity
+from tasks.evaluate.encode.text_features import TextFeatures, answers, texts_of
+from tasks.evaluate.sets.published_layout import EvalSet
+from tasks.process.child import supervised
+from tasks.progress import Report
+
+GRACE_S = 2.0
+"""A rank has nothing to save: its finished blocks are in their place."""
+POLL_S = 0.2
+MAX_IDLE_STARTS = 2
+"""Times in a row that ranks may end without a new block before it is given up."""
+_LOG_TAIL = 1500
+
+
+@dataclass(frozen=True)
+class Features:
+    """Where the features of some models on some sets are, or will be."""
+
+    cache: Cache
+    machine: Machine
+    precision: Precision
+    specs: Mapping[str, str]
+    """Model -> what opens it."""
+    models: Mapping[str, Identity]
+    sets: Mapping[str, EvalSet]
+    failed: dict[str, str] = field(default_factory=dict)
+    """Set -> why it cannot be evaluated."""
+
+    def compute(self, folder: Path, report: Report) -> None:
+        """Make what is missing; sets that cannot be evaluated are in `failed` then.
+
+        Args:
+            folder: for the ranks' orders and logs, of this evaluation alone.
+            report: gets images and texts of all models on all sets.
+
+        Raises:
+            InputError: a model cannot be opened, its features are not finite, or ranks die again
+                and again.
+        """
+        total = sum(len(one) + len(texts_of(one)) for one in self.sets.values()) * len(self.models)
+        idle, before = 0, -1
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        while models := self._missing(folder):
+            left = sum(map(_amount, models))
+            idle = idle + 1 if left == before else 0
+            if idle > MAX_IDLE_STARTS:
+                raise InputError(
+                    f"the ranks of the evaluation ended {idle} times without a new block; the "
+                    f"end of their log:\n{_log_end(folder)}"
+                )
+            before = left
+            job = Job(
+                models=tuple(models),
+                ranks=min(self.machine.rank_count, max(map(_blocks, models))),
+                workers=self.machine.worker_count,
+                device=self.machine.device,
+                precision=self.precision,
+            )
+            self.failed.update(_run(job, folder, _Counter(report, total - left, total)))
+        shutil.rmtree(folder)
+        report(total, total)
+
+    def images(self, model: str, name: str) -> Tensor:
+        """Unit features of all images of a set [N, D].
+
+        Raises:
+            RuntimeError: they are not all there.
+        """
+        evalset = self.sets[name]
+        features = read_features(self._image_folder(model, evalset), len(evalset))
+        if features is None or len(features) != len(evalset):
+            raise RuntimeError(f"set '{name}': not all of its {len(evalset)} images were evaluated")
+        return features
+
+    def texts(self, model: str) -> TextFeatures:
+        """The text features of a model."""
+        return TextFeatures(self._text_folder(model))
+
+    def answers(self, texts: TextFeatures, name: str) -> Tensor:
+        """What a set's images are compared with [C or T, D]."""
+        return answers(self.sets[name], texts)
+
+    def _missing(self, folder: Path) -> list[ModelWork]:
+        """Work that is left, of the sets that have not failed; texts that two models share are
+        the first one's."""
+        found: list[ModelWork] = []
+        planned: set[Path] = set()
+        sets = {name: one for name, one in self.sets.items() if name not in self.failed}
+        wanted = list(dict.fromkeys(text for one in sets.values() for text in texts_of(one)))
+        for number, model in enumerate(self.models):
+            text_folder = self._text_folder(model)
+            texts = [] if text_folder in planned else TextFeatures(text_folder).missing(wanted)
+            planned.add(text_folder)
+            listed = folder / f"texts-{number}.json"
+            if texts:
+                write_atomically(listed, json.dumps(texts))
+            images = tuple(self._missing_images(model, sets, folder, planned))
+            if texts or images:
+                found.append(
+                    ModelWork(
+                        name=model,
+                        spec=self.specs[model],
+                        texts=listed if texts else None,
+                        text_count=len(texts),
+                        text_folder=text_folder,
+                        images=images,
+                    )
+                )
+        return found
+
+    def _missing_images(
+        self, model: str, sets: Mapping[str, EvalSet], folder: Path, planned: set[Path]
+    ) -> list[ImageWork]:
+        found = []
+        for number, (name, evalset) in enumerate(sets.items()):
+            place = self._image_folder(model, evalset)
+            blocks = [] if place in planned else missing_blocks(place, len(evalset))
+            planned.add(place)
+            if blocks:
+                listed = folder / f"images-{number}.json"
+                if not listed.is_file():
+                    write_images(listed, _listed(evalset))
+                count = sum(min(BLOCK, len(evalset) - block * BLOCK) for block in blocks)
+                found.append(
+                    ImageWork(
+                        name=name,
+                        listed=listed,
+                        folder=place,
+                        blocks=tuple(blocks),
+                        count=count,
+                        crop_px=evalset.crop_px,
+                    )
+                )
+        return found
+
+    def _image_folder(self, model: str, evalset: EvalSet) -> Path:
+        one = self.models[model]
+        return self.cache.folder(
+            "images", f"{one.digest}-{one.transform_digest}-{self._made_by}", evalset.images_digest
+        )
+
+    def _text_folder(self, model: str) -> Path:
+        one = self.models[model]
+        return self.cache.folder("texts", f"{one.text_digest}-{self._made_by}")
+
+    @property
+    def _made_by(self) -> str:
+        """What else decides the last bits of a feature."""
+        return f"{self.precision}-{self.machine.device}-torch{metadata.version('torch')}"
+
+
+class _Counter:
+    """Progress over all ranks, that never goes back."""
+
+    def __init__(self, report: Report, before: int, total: int) -> None:
+        self._report, self._before, self._total = report, before, total
+
+    def __call__(self, done: int, detail: str) -> None:
+        self._report(min(self._before + done, self._total), self._total, detail)
+
+
+def _run(job: Job, folder: Path, progress: _Counter) -> dict[str, str]:
+    """Run all ranks once, to whatever end."""
+    if job.ranks == 1 and job.device == "cpu":
+        return work(job, 0, progress)
+    path = folder / "job.json"
+    write_atomically(path, job.model_dump_json(indent=1))
+    for rank in range(job.ranks):
+        for file in (progress_file, failed_file, sentence_file):
+            file(path, rank).unlink(missing_ok=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    module = "tasks.evaluate.encode.encode_worker"
+    with ExitStack() as stack:
+        waiting = [
+            stack.enter_context(
+                supervised(
+                    [sys.executable, "-m", module, str(path), str(rank)],
+                    log=folder / f"rank-{rank}.log",
+                    grace_s=GRACE_S,
+                    env=env,
+                )
+            )
+            for rank in range(job.ranks)
+        ]
+        for process in waiting:
+            while process.poll() is None:
+                with suppress(TimeoutExpired):
+                    process.wait(POLL_S)
+                progress(*_progress(path, job.ranks))
+                _check_sentences(path, job.ranks)
+    _check_sentences(path, job.ranks)
+    failed: dict[str, str] = {}
+    for rank in range(job.ranks):
+        with suppress(FileNotFoundError):
+            failed |= json.loads(failed_file(path, rank).read_text())
+    return failed
+
+
+def _progress(path: Path, ranks: int) -> tuple[int, str]:
+    said = []
+    for rank in range(ranks):
+        with suppress(FileNotFoundError):
+            said.append(json.loads(progress_file(path, rank).read_text()))
+    return sum(one["done"] for one in said), said[0]["detail"] if said else ""
+
+
+def _check_sentences(path: Path, ranks: int) -> None:
+    """Raises: InputError: a rank left one."""
+    for rank in range(ranks):
+        if sentence_file(path, rank).is_file():
+            raise InputError(sentence_file(path, rank).read_text())
+
+
+def _listed(evalset: EvalSet) -> ImageList:
+    samples = evalset.samples
+    return ImageList(
+        evalset.name,
+        tuple(one.key for one in samples),
+        tuple(one.image for one in samples),
+        evalset.crop_px,
+    )
+
+
+def _amount(work: ModelWork) -> int:
+    return work.text_count + sum(one.count for one in work.images)
+
+
+def _blocks(work: ModelWork) -> int:
+    """Blocks of the most work that can be shared out at once."""
+    return max([1, *(len(one.blocks) for one in work.images), work.text_count // BLOCK])
+
+
+def _log_end(folder: Path) -> str:
+    logs: Sequence[Path] = sorted(folder.glob("rank-*.log"))
+    return "\n".join(path.read_text(errors="replace")[-_LOG_TAIL:] for path in logs)

@@ -1,0 +1,190 @@
+"""One rank of an evaluation: `python -m tasks.evaluate.encode.encode_worker JOB RANK`.
+
+Covers: the work that is to be done, as a file; one rank's share of it; its progress and the
+sentence it leaves for the user.
+Not here: what is missing and who starts ranks (ranks.py); how a block is made (features.py,
+classifiers.py).
+
+Ranks meet in files alone: each takes every RANKS-th block of what was missing when they started,
+and puts blocks in their place whole. A rank that is killed costs the block it was at.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+
+from evaclip_model.cpu.allocator import freed_memory_kept
+from evaclip_model.errors import InputError
+from tasks.artifacts.artifact import write_atomically
+from tasks.evaluate.encode.encode_job import (
+    ImageWork,
+    Job,
+    ModelWork,
+    failed_file,
+    progress_file,
+    sentence_file,
+)
+from tasks.evaluate.encode.image_features import (
+    ImageList,
+    UnusableSetError,
+    begin_block,
+    encode_block,
+)
+from tasks.evaluate.encode.open_models import Subject, open_subject
+from tasks.evaluate.encode.text_features import encode_texts
+from tasks.evaluate.sets.published_layout import Span
+
+Progress = Callable[[int, str], None]
+"""Called with the number of images and texts done, and what they are of."""
+
+
+def work(job: Job, rank: int, progress: Progress) -> dict[str, str]:
+    """Do a rank's share of everything; returns set -> why it cannot be evaluated.
+
+    Raises:
+        InputError: a model cannot be opened, or its features are not finite.
+    """
+    failed: dict[str, str] = {}
+    done = 0
+
+    def add(count: int, detail: str) -> None:
+        nonlocal done
+        done += count
+        progress(done, detail)
+
+    with _exact(job.device), _memory_of(job.device), _decoders(job.workers) as pool:
+        for todo in job.models:
+            device = _device(job, rank)
+            subject = open_subject(todo.spec, device=device, precision=job.precision)
+            _do_texts(subject, todo, rank, job.ranks, add)
+            for images in todo.images:
+                if images.name not in failed:
+                    try:
+                        _do_images(subject, todo, images, rank, job.ranks, pool, add)
+                    except UnusableSetError as error:
+                        failed[images.name] = str(error)
+    return failed
+
+
+def _do_texts(
+    subject: Subject, todo: ModelWork, rank: int, ranks: int, add: Callable[[int, str], None]
+) -> None:
+    if not todo.texts:
+        return
+    texts = json.loads(todo.texts.read_text())
+    before = 0
+
+    def progress(done: int) -> None:
+        nonlocal before
+        add(done - before, f"{todo.name}: texts")
+        before = done
+
+    encode_texts(subject, texts, todo.text_folder, rank=rank, ranks=ranks, progress=progress)
+
+
+def _do_images(
+    subject: Subject,
+    todo: ModelWork,
+    images: ImageWork,
+    rank: int,
+    ranks: int,
+    pool: Executor | None,
+    add: Callable[[int, str], None],
+) -> None:
+    mine = images.blocks[rank::ranks]
+    if not mine:
+        return
+    listed = read_images(images)
+    for number, decoded in _ahead(subject, listed, mine, pool):
+        done = encode_block(subject, listed, number, decoded, images.folder)
+        add(done, f"{todo.name} on {images.name}")
+
+
+def _ahead(
+    subject: Subject, images: ImageList, blocks: Sequence[int], pool: Executor | None
+) -> Iterator[tuple[int, Iterator[torch.Tensor]]]:
+    """Each block with its images; the next one's are begun before this one is encoded."""
+    begun = [begin_block(subject, images, blocks[0], pool)]
+    for number, following in zip(blocks, [*blocks[1:], None], strict=True):
+        if following is not None:
+            begun.append(begin_block(subject, images, following, pool))
+        yield number, begun.pop(0)
+
+
+def write_images(path: Path, images: ImageList) -> None:
+    """Write down where the images of a set lie, for `read_images`."""
+    tars = list(dict.fromkeys(str(span.tar) for span in images.spans))
+    number = {tar: index for index, tar in enumerate(tars)}
+    rows = [[number[str(span.tar)], span.offset, span.size] for span in images.spans]
+    write_atomically(path, json.dumps({"tars": tars, "keys": images.keys, "spans": rows}))
+
+
+def read_images(work: ImageWork) -> ImageList:
+    """What `write_images` wrote."""
+    said = json.loads(work.listed.read_text())
+    tars = [Path(tar) for tar in said["tars"]]
+    spans = tuple(Span(tars[tar], offset, size) for tar, offset, size in said["spans"])
+    return ImageList(work.name, tuple(said["keys"]), spans, work.crop_px)
+
+
+def _device(job: Job, rank: int) -> str:
+    return job.device if job.device == "cpu" else f"{job.device}:{rank % torch.cuda.device_count()}"
+
+
+@contextmanager
+def _exact(device: str) -> Iterator[None]:
+    """One thread on a CPU, and no TF32: features must not depend on where they are made. Pillow's
+    remarks on odd palettes are for nobody."""
+    threads, convolutions = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+    matmul = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    if device == "cpu":
+        torch.set_num_threads(1)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(matmul)
+
+
+def _memory_of(device: str) -> AbstractContextManager[None]:
+    return freed_memory_kept() if device == "cpu" else nullcontext()
+
+
+@contextmanager
+def _decoders(workers: int) -> Iterator[Executor | None]:
+    with ThreadPoolExecutor(workers, "decode") if workers else nullcontext() as pool:
+        yield pool
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Do a rank's share of the job in a file; exits with 2 after a mistake of the user's."""
+    path, rank = Path(arguments[0]), int(arguments[1])
+    job = Job.model_validate_json(path.read_text())
+
+    def progress(done: int, detail: str) -> None:
+        write_atomically(progress_file(path, rank), json.dumps({"done": done, "detail": detail}))
+
+    try:
+        failed = work(job, rank, progress)
+    except InputError as error:
+        write_atomically(sentence_file(path, rank), str(error))
+        return 2
+    write_atomically(failed_file(path, rank), json.dumps(failed))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

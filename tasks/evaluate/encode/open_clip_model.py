@@ -1,0 +1,187 @@
+"""open_clip's models behind the form of models.py; the one place that imports that library.
+
+Covers: naming one, its identity, its own preprocessing, texts cut at their end where that changes
+nothing.
+Not here: our own models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from evaclip_model.create import Precision
+from evaclip_model.errors import InputError
+from tasks.evaluate.encode.model_identity import DIGEST_CHARS, Identity, digest_of
+
+_CUT_POOLING = ("argmax", "eos")
+"""Poolings that look at the end token alone."""
+
+
+def open_clip_subject(named: str, device: str, precision: Precision) -> OpenClipSubject:
+    """Open `NAME/WEIGHTS`: a file, or one of open_clip's pretrained tags, which it downloads.
+
+    Raises:
+        InputError: the library cannot be imported, or has no such model, tag or file.
+    """
+    open_clip = _library()
+    name, _, weights = named.partition("/")
+    if name not in open_clip.list_models():
+        raise InputError(f"open_clip has no model '{name}': `open_clip.list_models()` names them")
+    if not weights:
+        raise InputError(f"open_clip:{name} names no weights: add /FILE or /TAG, a pretrained tag")
+    try:
+        model = open_clip.create_model(name, pretrained=weights, precision=precision)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise InputError(
+            f"open_clip:{name} cannot be opened with weights '{weights}': {str(error)[:300]}"
+        ) from error
+    return OpenClipSubject(model.eval().to(device), open_clip.get_tokenizer(name), open_clip)
+
+
+def open_clip_identity(named: str) -> Identity:
+    """What `NAME/WEIGHTS` is; the model is loaded for it."""
+    subject = open_clip_subject(named, "cpu", "fp32")
+    name = named.partition("/")[0]
+    model = subject.model
+    preprocessing = {"by": "open_clip", **model.visual.preprocess_cfg}
+    state = model.state_dict()
+    texts = {key: value for key, value in state.items() if not key.startswith("visual.")}
+    return Identity(
+        digest=_digest(name, state),
+        text_digest=_digest(f"{name} {subject.tokenizer_name}", texts),
+        transform_digest=digest_of(preprocessing),
+        architecture=f"open_clip {name}",
+        params=sum(value.numel() for value in model.parameters()),
+        gflops=_gflops(subject),
+        source=f"open_clip:{named}",
+        preprocessing=preprocessing,
+    )
+
+
+class OpenClipSubject:
+    """A model of open_clip's; a `models.Subject`."""
+
+    def __init__(self, model: Any, tokenizer: Any, library: Any) -> None:
+        self.model = model
+        parameter = next(model.parameters())
+        self._device, self._dtype = parameter.device, parameter.dtype
+        self._tokenizer = tokenizer
+        self.transform = library.transform.image_transform_v2(
+            library.transform.PreprocessCfg(**model.visual.preprocess_cfg), is_train=False
+        )
+        self._text = model.text if hasattr(model, "text") else model
+        self._pooling = getattr(self._text, "pool_type", getattr(model, "text_pool_type", ""))
+        self._causal = _is_causal(self._text) and self._pooling in _CUT_POOLING
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What decides the ids of a text, in words."""
+        kind = type(self._tokenizer).__name__
+        return f"{kind} {getattr(self._tokenizer, 'context_length', '')}"
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self.model.encode_image(pixels.to(self._device, self._dtype))
+        return features
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        tokens: Tensor = self._tokenizer(list(texts))
+        return tokens
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        return (
+            self._ends(tokens) + 1 if self._causal else torch.full((len(tokens),), tokens.shape[1])
+        )
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        tokens = tokens.to(self._device)
+        if not self._causal:
+            features: Tensor = self.model.encode_text(tokens)
+            return features
+        text, length = self._text, tokens.shape[1]
+        x = text.token_embedding(tokens).to(self._dtype)
+        x = x + text.positional_embedding[:length].to(self._dtype)
+        x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:length, :length]))
+        pooled: Tensor = x[torch.arange(len(x), device=x.device), self._ends(tokens)]
+        projection = text.text_projection
+        if projection is None:
+            return pooled
+        whole = isinstance(projection, torch.nn.Linear)
+        projected: Tensor = projection(pooled) if whole else pooled @ projection
+        return projected
+
+    def _ends(self, tokens: Tensor) -> Tensor:
+        """Place of the token that is pooled [N]."""
+        if self._pooling == "eos":
+            end = int(getattr(self._text, "eos_id", getattr(self.model, "text_eos_id", -1)))
+            return tokens.eq(end).int().argmax(dim=1)
+        return tokens.argmax(dim=1)
+
+
+def _is_causal(text: Any) -> bool:
+    """Whether a text tower is CLIP's own transformer: later tokens reach no earlier one."""
+    parts = ("token_embedding", "positional_embedding", "transformer", "ln_final", "attn_mask")
+    return all(getattr(text, part, None) is not None for part in parts) and (
+        getattr(text, "cls_emb", None) is None
+    )
+
+
+def _gflops(subject: OpenClipSubject) -> float | None:
+    size = subject.model.visual.image_size
+    height, width = size if isinstance(size, tuple | list) else (size, size)
+    # What is fused is not counted; the plain formula's products are.
+    plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    with torch.inference_mode(), plain, FlopCounterMode(display=False) as counter:
+        subject.encode_image(torch.zeros(1, 3, height, width))
+    torch.backends.mha.set_fastpath_enabled(fused)
+    flops: int = counter.get_total_flops()
+    return round(flops / 1e9, 6)
+
+
+def _digest(about: str, state: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(about.encode())
+    for key, value in sorted(state.items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:DIGEST_CHARS]
+
+
+def _library() -> Any:
+    _describe_operators()
+    try:
+        import open_clip
+    except (ImportError, RuntimeError) as error:
+        raise InputError(
+            f"open_clip cannot be imported ({str(error)[:200]}): install the project with its "
+            "'open_clip' extra, and a torchvision that fits the installed torch"
+        ) from error
+    return open_clip
+
+
+def _describe_operators() -> None:
+    """Let torchvision be imported beside a CPU build of torch.
+
+    The one of the package index is compiled for CUDA: its operators do not load then, and its
+    import fails at the first that it describes. No CLIP uses one.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _KEPT.append(library)
+    except ImportError:
+        return
+
+
+_KEPT: list[Any] = []
+"""Described operators go when what described them does."""

@@ -1,0 +1,234 @@
+"""Any model behind one form: ours, a released file, or one of open_clip's.
+
+Covers: what a model is asked for here, naming one in a line of text, its identity without building
+it: digests of weights, of the text tower, of preprocessing.
+Not here: fetching from a registry (the flow does that first), open_clip (open_clip_model.py).
+
+    FOLDER                     a saved model
+    PATH:ARCHITECTURE          weights of any layout that `load_weights` reads, as an architecture
+    open_clip:NAME/WEIGHTS     a model of open_clip's, with a file or one of its pretrained tags
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from evaclip_model.create import Precision, create_model, open_model
+from evaclip_model.errors import InputError
+from evaclip_model.model.model_config import CONFIG_FILE, ModelConfig, list_models
+from evaclip_model.reading.transform import image_transform, preprocessing
+from evaclip_model.tokenizer.tokenizer import tokenize
+from evaclip_model.training.cost import image_flops
+from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE, open_tensors
+from evaclip_model.weights.load import PREPROCESSING_FILE
+from evaclip_model.weights.name_maps import native_names
+from evaclip_model.weights.tensor_files import StoredTensor
+from tasks.artifacts.artifact import write_atomically
+from tasks.evaluate.encode.model_identity import DIGEST_CHARS, Identity, digest_of
+
+OPEN_CLIP = "open_clip:"
+_FORM = 1
+"""Rises when an identity would be another for the same files."""
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Subject(Protocol):
+    """A model that is open; features come as it gives them, not normalised."""
+
+    @property
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        """An image of any size and mode to [3, S, S] float32."""
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Images [B, 3, S, S] to features [B, D]."""
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Texts to ids [N, L], L the whole context."""
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        """How many ids of each text [N, L] decide its feature [N]: up to the end token in a causal
+        tower, all of them in any other."""
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Ids [B, L'], cut to any length that holds what decides, to features [B, D]."""
+
+
+def identify(spec: str, cache: Path | None = None) -> Identity:
+    """What a model is; kept in `cache` until one of its files changes.
+
+    Raises:
+        InputError: no such model, or its preprocessing is not the one it was trained with.
+    """
+    known = cache / f"{_seen(spec)}.json" if cache else None
+    if known is not None and known.is_file():
+        return Identity.model_validate_json(known.read_text())
+    found = _identify(spec)
+    if known is not None:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(known, found.model_dump_json(indent=1) + "\n")
+    return found
+
+
+def open_subject(spec: str, *, device: str = "cpu", precision: Precision = "fp32") -> Subject:
+    """Open a model to encode on `device`.
+
+    Raises:
+        InputError: no such model, or weights that do not fit it.
+    """
+    if spec.startswith(OPEN_CLIP):
+        from tasks.evaluate.encode.open_clip_model import open_clip_subject
+
+        return open_clip_subject(spec.removeprefix(OPEN_CLIP), device, precision)
+    path, architecture = _parts(spec)
+    model = (
+        create_model(architecture, weights=path, precision=precision)
+        if architecture
+        else open_model(path, precision=precision)
+    )
+    return _EvaSubject(model.eval().to(device), _DTYPES[precision])
+
+
+def files_of(spec: str) -> list[Path]:
+    """The files a model is made of, as far as they are on this machine."""
+    path = Path(spec.partition("/")[2]) if spec.startswith(OPEN_CLIP) else _parts(spec)[0]
+    return sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+
+
+def architecture_name(config: ModelConfig) -> str:
+    """Name of the shipped architecture a config is, whatever its image size, and that size."""
+    px = config.vision.image_px
+    for name in list_models():
+        shipped = ModelConfig.load(name)
+        if shipped.vision.patch_px == config.vision.patch_px and shipped.at_image_px(px) == config:
+            return f"{name} at {px} px"
+    return f"own architecture at {px} px"
+
+
+class _EvaSubject:
+    """A model of this package."""
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        self._model = model
+        self._dtype = dtype
+        self._device = model.logit_scale.device
+        self._context = model.config.text.context_length
+        self.transform = image_transform(model)
+        self.tokenize = partial(tokenize, context_length=self._context)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self._model.encode_image(pixels.to(self._device, self._dtype))
+        return features
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        return tokens.argmax(dim=1) + 1  # the end token has the largest id
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        features: Tensor = self._model.encode_text(tokens)
+        return features
+
+
+def _identify(spec: str) -> Identity:
+    if spec.startswith(OPEN_CLIP):
+        from tasks.evaluate.encode.open_clip_model import open_clip_identity
+
+        return open_clip_identity(spec.removeprefix(OPEN_CLIP))
+    path, architecture = _parts(spec)
+    config = _config(path, architecture)
+    stored = open_tensors(path / WEIGHTS_FILE if not architecture else path, shapes={})
+    entries = sorted(native_names(stored, where=str(path)).entries, key=lambda one: one.native)
+    text = hashlib.sha256(config.text.model_dump_json().encode())
+    whole = hashlib.sha256(config.model_dump_json().encode())
+    parameters = 0
+    for entry in entries:
+        both = [whole, text] if entry.native.startswith("text.") else [whole]
+        for source in entry.sources:
+            tensor = stored[source]
+            parameters += tensor.shape.numel()
+            for one in both:
+                one.update(f"{entry.native} {entry.join} {tensor.dtype}\n".encode())
+            for piece in _bytes(tensor):
+                for one in both:
+                    one.update(piece)
+    used = preprocessing(config.vision.image_px)
+    return Identity(
+        digest=whole.hexdigest()[:DIGEST_CHARS],
+        text_digest=text.hexdigest()[:DIGEST_CHARS],
+        transform_digest=digest_of(used),
+        architecture=architecture_name(config),
+        params=parameters,
+        gflops=round(image_flops(config) / 1e9, 6),
+        source=spec,
+        preprocessing=used,
+        warnings=_differences(path, used),
+    )
+
+
+def _bytes(tensor: StoredTensor) -> Any:
+    for piece in tensor.pieces():
+        yield piece.contiguous().view(torch.uint8).numpy().data
+
+
+def _differences(path: Path, used: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the model was trained with, if that was written down, and is not done here.
+
+    Raises:
+        InputError: pixels would have other values than in training.
+    """
+    recorded = (path if path.is_dir() else path.parent) / PREPROCESSING_FILE
+    if not recorded.is_file():
+        return ()
+    said = json.loads(recorded.read_text())
+    other = sorted(name for name in used if said.get(name, used[name]) != used[name])
+    if set(other) & {"mean", "std"}:
+        raise InputError(
+            f"{recorded} says that the model was trained on images normalised by mean "
+            f"{said.get('mean')} and std {said.get('std')}, which is not done here: correct that "
+            "file if it is wrong, or evaluate the model with what trained it"
+        )
+    return tuple(
+        f"preprocessing differs from the model's own: {name} is {used[name]}, was {said[name]}"
+        for name in other
+    )
+
+
+def _config(path: Path, architecture: str) -> ModelConfig:
+    if architecture:
+        return ModelConfig.load(architecture)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (path / name).is_file():
+            raise InputError(f"{path} is no saved model: {path / name} is missing")
+    return ModelConfig.load(path)
+
+
+def _parts(spec: str) -> tuple[Path, str]:
+    """Path and architecture of a model that is not open_clip's; a saved folder says its own."""
+    path, colon, architecture = spec.rpartition(":")
+    if not colon or Path(spec).exists():
+        if Path(spec).is_file():
+            raise InputError(
+                f"{spec} is a file of weights: say its architecture too, as {spec}:EVA02-CLIP-B-16 "
+                f"(one of {', '.join(list_models())}, or a .json file)"
+            )
+        return Path(spec), ""
+    return Path(path), architecture
+
+
+def _seen(spec: str) -> str:
+    """What an identity is kept under: the model's files as they are now, and what reads them."""
+    stats = []
+    for path in files_of(spec):
+        if path.exists():
+            stat = path.stat()
+            stats.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino])
+    versions = {tool: metadata.version(tool) for tool in ("evaclip", "open_clip_torch")}
+    return digest_of({"form": _FORM, "spec": spec, "files": stats, **versions})

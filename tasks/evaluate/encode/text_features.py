@@ -1,0 +1,159 @@
+"""Text features, each text of all sets encoded once; and classifiers made of them.
+
+Covers: which texts a set asks, the features that are on disk for a text tower, encoding the
+others, the mean of a class's prompts.
+Not here: image features (features.py), which process encodes what (worker.py).
+
+Texts are grouped by their exact number of tokens and cut behind the last, so nothing is spent on
+padding; a tower that is not causal gets its whole context. The model sees chunks of one size: a
+feature is a function of its text alone, whatever else is encoded. A text tower's features are
+kept in files to which later evaluations add, so sets and models that share texts share the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from evaclip_model.zeroshot.exact_ranks import class_means, normalised, prompts
+from tasks.evaluate.encode.feature_cache import SUFFIX, read_block, write_block
+from tasks.evaluate.encode.open_models import Subject
+from tasks.evaluate.sets.published_layout import EvalSet
+
+CHUNK = 32
+"""Texts that a model sees at once: at ten tokens a text enough rows to be fast, and few enough to
+waste little where only some texts have a length."""
+BLOCK = 16 * CHUNK
+"""Texts of one file; a kill costs at most one block."""
+_KEYS, _FEATURES = "keys", "features"
+_KEY_BYTES = 16
+
+
+def texts_of(evalset: EvalSet) -> list[str]:
+    """Every text that a set asks of a model, each once, in order."""
+    if evalset.kind == "retrieval":
+        return list(dict.fromkeys(c for one in evalset.samples for c in one.captions))
+    return list(dict.fromkeys(prompts(evalset.classnames, evalset.templates)))
+
+
+class TextFeatures:
+    """The features of one text tower that are on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read what `folder` holds; what another process adds later is seen by `refresh`."""
+        self._folder = folder
+        self._read: set[str] = set()
+        self._row: dict[bytes, int] = {}
+        self._features = torch.empty(0)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the files that were added."""
+        blocks = [self._features] if self._row else []
+        rows = len(self._row)
+        for path in sorted(self._folder.glob(f"*{SUFFIX}")):
+            if path.name in self._read:
+                continue
+            block = read_block(path)
+            if block is None or not {_KEYS, _FEATURES} <= block.keys():
+                continue
+            self._read.add(path.name)
+            content = block[_KEYS].numpy().tobytes()
+            fresh: list[int] = []
+            for row in range(len(block[_FEATURES])):
+                key = content[row * _KEY_BYTES : (row + 1) * _KEY_BYTES]
+                if key not in self._row:
+                    self._row[key] = rows + len(fresh)
+                    fresh.append(row)
+            blocks.append(block[_FEATURES][fresh])
+            rows += len(fresh)
+        if blocks:
+            self._features = torch.cat(blocks)
+
+    def missing(self, texts: Sequence[str]) -> list[str]:
+        """Those of `texts` whose features are not there."""
+        return [text for text in texts if _key(text) not in self._row]
+
+    def of(self, texts: Sequence[str]) -> Tensor:
+        """Unit features of `texts` [N, D]; equal texts get equal ones.
+
+        Raises:
+            KeyError: a text is missing.
+        """
+        return self._features[torch.tensor([self._row[_key(text)] for text in texts])]
+
+
+def answers(evalset: EvalSet, features: TextFeatures) -> Tensor:
+    """What the images of a set are compared with: a classifier [C, D], or its captions [T, D]."""
+    if evalset.kind == "retrieval":
+        return features.of([c for one in evalset.samples for c in one.captions])
+    each = features.of(prompts(evalset.classnames, evalset.templates))
+    means, place = class_means(each, evalset.classnames)
+    return normalised(means, "text")[place]
+
+
+def encode_texts(
+    subject: Subject,
+    texts: Sequence[str],
+    folder: Path,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Encode this rank's share of distinct `texts` into files of `folder`.
+
+    Every rank is given the same texts and takes the blocks whose number is its own, modulo ranks.
+
+    Raises:
+        InputError: features are not finite.
+    """
+    blocks = list(_blocks(subject, texts))
+    done = 0
+    for number in range(rank, len(blocks), ranks):
+        chunks = blocks[number]
+        features = torch.cat([_encode(subject, chunk) for _, chunk in chunks])
+        named = [texts[row] for rows, _ in chunks for row in rows]
+        keys = b"".join(map(_key, named))
+        name = hashlib.sha256(keys).hexdigest()[:32]
+        stored = {
+            _KEYS: torch.frombuffer(bytearray(keys), dtype=torch.uint8).reshape(-1, _KEY_BYTES),
+            _FEATURES: features,
+        }
+        write_block(folder / f"{name}{SUFFIX}", stored)
+        done += len(named)
+        progress(done)
+
+
+def _blocks(subject: Subject, texts: Sequence[str]) -> Iterator[list[tuple[Sequence[int], Tensor]]]:
+    """Chunks (rows of `texts`, their ids cut to one length), a block at a time."""
+    tokens = subject.tokenize(texts)
+    lengths = subject.lengths(tokens)
+    block: list[tuple[Sequence[int], Tensor]] = []
+    held = 0
+    for length in sorted(set(lengths.tolist())):
+        rows = torch.nonzero(lengths == length).flatten()
+        for part in torch.split(rows, CHUNK):
+            block.append((part.tolist(), tokens[part, :length]))
+            held += len(part)
+            if held + CHUNK > BLOCK:
+                yield block
+                block, held = [], 0
+    if block:
+        yield block
+
+
+def _encode(subject: Subject, tokens: Tensor) -> Tensor:
+    """Unit features [B, D] of ids [B, L], encoded as a whole chunk."""
+    padding = tokens[-1:].expand(CHUNK - len(tokens), -1)
+    with torch.inference_mode():
+        encoded = subject.encode_text(torch.cat([tokens, padding]))[: len(tokens)]
+        return normalised(encoded.cpu(), "text")
+
+
+def _key(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()[:_KEY_BYTES]

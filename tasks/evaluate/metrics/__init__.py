@@ -1,0 +1,1 @@
+"""Metrics of an evaluation, their significance, and doubts about them."""

@@ -1,0 +1,126 @@
+"""Which test images a model has seen in training, and its figures without them.
+
+Covers: near-duplicates and exact copies of test images among the samples of a dataset version, by
+the index of its verification; figures of the images that have none.
+Not here: hashing (tasks/index/image_hashes.py, tasks/index/perceptual_hash.py), leaving such
+samples out before training
+(the dataset stage, for the sets it is told of).
+
+Looks are compared with 64 bits, so that pictures of little content (blank ones, digits, plain
+text) may be taken for each other: figures without such images are a bound, not a correction.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from tasks.evaluate.metrics.compute import Figures, Scored, figures_of, image_of_caption
+from tasks.evaluate.sets.published_layout import EvalSet
+from tasks.index.image_hashes import ImageHashes, hash_images
+from tasks.index.perceptual_hash import KnownHashes
+from tasks.index.sample_index import Kind, SampleIndex
+from tasks.progress import Report
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """One version of a dataset that a model was trained on."""
+
+    verified: Path
+    """Folder of the verification, which holds the index."""
+    left_out: Path
+    """Parquet of (row of the index, reason): what the version does not use."""
+
+
+def hash_set(evalset: EvalSet, blocks: Path) -> ImageHashes:
+    """Hashes of a set's images in the order of its samples, kept in `blocks` for the next time."""
+    file = blocks / f"{evalset.name}-{evalset.fingerprint}.npz"
+    if file.is_file():
+        with np.load(file) as kept:
+            return ImageHashes(tuple(kept["sha256"].tolist()), kept["looks"], kept["decoded"])
+    threads = len(os.sched_getaffinity(0))
+    hashes = hash_images((sample.image.read() for sample in evalset.samples), threads)
+    blocks.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.{os.getpid()}.npz")
+    np.savez(beside, sha256=hashes.sha256, looks=hashes.looks, decoded=hashes.decoded)
+    beside.replace(file)
+    return hashes
+
+
+def seen_in_training(
+    sets: Mapping[str, ImageHashes],
+    trained_on: Sequence[TrainingData],
+    most: int,
+    report: Report,
+) -> dict[str, Mask]:
+    """Which images of each set have a copy, or a look-alike, among the samples trained on.
+
+    All sets are looked for in one pass over each index.
+
+    Args:
+        sets: name -> hashes.
+        trained_on: samples that these versions leave out do not count.
+        most: bits of the 64 of a perceptual hash in which two images that look alike may differ.
+        report: told of rows gone through.
+    """
+    digests = sorted({digest for hashes in sets.values() for digest in hashes.sha256})
+    looks = [hashes.looks[hashes.decoded] for hashes in sets.values()]
+    tested = KnownHashes(np.concatenate([np.empty(0, np.uint64), *looks]), most)
+    indexes = [SampleIndex(one.verified) for one in trained_on]
+    total, done = sum(index.rows for index in indexes), 0
+    copies: set[str] = set()
+    alike = [np.empty(0, np.uint64)]
+    for index, data in zip(indexes, trained_on, strict=True):
+        used = np.ones(index.rows, np.bool_)
+        used[pq.read_table(data.left_out, columns=["row"])["row"].to_numpy()] = False
+        for row in index.find(Kind.HASH, digests):
+            if used[row["row"]]:
+                copies.update(row[name] for name in ("sha256", "stored_sha256") if row[name])
+        start = 0
+        for table in index.chunks("phash"):
+            here = used[start : start + table.num_rows] & table["phash"].is_valid().to_numpy()
+            hashes = pc.fill_null(table["phash"], 0).to_numpy()[here]
+            alike.append(np.unique(hashes[tested.near(hashes)]))
+            start += table.num_rows
+            done += table.num_rows
+            report(done, total, "test images among training samples")
+    known = KnownHashes(np.concatenate(alike), most)
+    return {
+        name: np.array([digest in copies for digest in hashes.sha256], np.bool_)
+        | (known.near(hashes.looks) & hashes.decoded)
+        for name, hashes in sets.items()
+    }
+
+
+def figures_without(scored: Scored, seen: Mask) -> Figures | None:
+    """Figures of the images that were not seen; none where all were.
+
+    Of retrieval, the questions of the images left and of their captions; the answers to choose
+    from stay all there are, so that a question is as hard as it was.
+    """
+    left = torch.from_numpy(~seen)
+    if not bool(left.any()):
+        return None
+    evalset = scored.evalset
+    samples = tuple(one for one, gone in zip(evalset.samples, seen, strict=True) if not gone)
+    captions = left[image_of_caption(evalset)]
+    return figures_of(
+        Scored(
+            replace(evalset, samples=samples),
+            classes=scored.classes and scored.classes.of(left),
+            texts=scored.texts and scored.texts.of(left),
+            images=scored.images and scored.images.of(captions),
+            scores=None if scored.scores is None else scored.scores[left],
+        )
+    )

@@ -1,0 +1,351 @@
+"""What the paper prints, and whether ours is the same: reproduced, differs or not comparable.
+
+Covers: Tables 1 to 10 of the paper as data with their errata, which row a model is, the figure
+published for a model on a set, the verdict on ours.
+Not here: averages over sets (averages.py), tables to look at (report).
+
+Cells are kept as printed; errata are applied when they are read, unless printed cells are asked
+for. What an erratum corrects, and what it only remarks on, is footnoted either way.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from evaclip_model.config import Config
+from evaclip_model.model.model_config import ModelConfig, list_models
+from tasks.evaluate.sets.published_layout import EvalSet
+from tasks.evaluate.sets.set_registry import KnownSet, find_set
+
+_FILE = Path(__file__).with_name("paper_tables.json")
+HEADER = "header"
+"""Stands for a table's heading where an erratum names a column."""
+
+UNKNOWN_TOLERANCE = 1.5
+"""Points; of sets that nobody has measured twice in the same way, the loosest of the others."""
+CAPTIONS = {"flickr30k": 5_000, "coco": 25_010}
+"""Captions of the retrieval sets as the paper's figures have them."""
+_DIRECTIONS = {"image_to_text": "text", "text_to_image": "image"}
+"""Our direction of a retrieval -> what the paper calls it, by what is found."""
+
+Ruling = Literal["reproduced", "differs", "not comparable"]
+
+
+class Correction(Config):
+    """One printed cell, and what it should be."""
+
+    table: str
+    model: str | None
+    """Row; None for the label of a column, or for the heading."""
+    column: str
+    printed: float | str
+    expected: float | str
+
+
+class Remark(Config):
+    """Cells that an erratum is about without correcting them."""
+
+    table: str
+    models: tuple[str, ...]
+    """Rows; none for the table as a whole."""
+    columns: tuple[str, ...]
+    """None for all."""
+
+
+class Erratum(Config):
+    """One thing that is wrong in the paper, or looks wrong."""
+
+    id: str
+    kind: str
+    about: str
+    cells: tuple[Correction, ...]
+    rows: tuple[Remark, ...]
+
+
+class Released(Config):
+    """How the weights behind a row are called where they were published."""
+
+    row: str
+    architecture: str | None
+    """Of ours, or none."""
+    files: tuple[str, ...]
+    open_clip: tuple[str, ...]
+    """NAME/TAG."""
+    note: str
+    """What to know before comparing with this row."""
+
+
+class Column(Config):
+    """What the cells below a heading are."""
+
+    key: str
+    label: str = ""
+    unit: str = ""
+    metric: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model, or one line of an ablation."""
+
+    model: str
+    """"" where rows are no models."""
+    cells: Mapping[str, Any]
+    """By column, and `group`: "a", "b" or "c" where the table is in parts; rates in percent."""
+    notes: Mapping[str, tuple[str, ...]]
+    """Footnotes by column."""
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """One table of the paper."""
+
+    title: str
+    header: str
+    """Its heading, where models stand in it."""
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+    """Remarks on the table as a whole."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A published figure."""
+
+    row: str
+    """Model, as the paper calls it."""
+    value: float
+    """Percent."""
+    tolerance: float | None
+    """Points within which ours counts as the same."""
+    errata: tuple[str, ...] = ()
+    """Footnotes."""
+    note: str = ""
+    """What to know about the row before comparing with it."""
+
+
+@dataclass(frozen=True)
+class PaperModel:
+    """The row of the paper that a model belongs beside."""
+
+    row: str
+    is_released: bool
+    """Whether it is the very model, by the name of its weights; else one of its architecture."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a figure of ours stands to the published one."""
+
+    verdict: Ruling
+    reason: str
+    """One clause."""
+
+
+@functools.cache
+def table_of(key: str, *, as_printed: bool = False) -> PaperTable:
+    """Table `key` ("1a", "1b", "2" ... "10")."""
+    raw = _data()["tables"][key]
+    corrected = {} if as_printed else _corrections(key)
+    columns = tuple(Column.model_validate(column) for column in raw["columns"])
+    return PaperTable(
+        title=raw["title"],
+        header=str(corrected.get((None, HEADER), raw.get(HEADER, ""))),
+        columns=tuple(
+            column.model_copy(update={"label": corrected.get((None, column.key), column.label)})
+            for column in columns
+        ),
+        rows=tuple(_row(key, row, corrected) for row in raw["rows"]),
+        notes=tuple(
+            _footnote(erratum)
+            for erratum in errata()
+            if any(one.table == key and not one.models for one in erratum.rows)
+            or any(one.table == key and one.model is None for one in erratum.cells)
+        ),
+    )
+
+
+def rows_of(key: str, *, as_printed: bool = False) -> tuple[Row, ...]:
+    """The rows of table `key`, in its order."""
+    return table_of(key, as_printed=as_printed).rows
+
+
+@functools.cache
+def errata() -> tuple[Erratum, ...]:
+    """All of them, E1 first."""
+    return tuple(Erratum.model_validate(entry) for entry in _data()["errata"])
+
+
+def paper_model(source: str, architecture: str) -> PaperModel | None:
+    """The row that a model belongs beside; none where the paper has no such architecture.
+
+    Args:
+        source: how the model was named: FOLDER, FILE:ARCHITECTURE or open_clip:NAME/TAG.
+        architecture: its name and size, such as "EVA02-CLIP-B-16 at 224 px".
+    """
+    kind, _, named = source.partition(":")
+    file = Path(source.rpartition(":")[0]).name
+    name, _, px = architecture.removesuffix(" px").partition(" at ")
+    for one in _released():
+        if file in one.files or (kind == "open_clip" and named in one.open_clip):
+            return PaperModel(one.row, True)
+    for one in _released():
+        if one.architecture is not None and px and _is_same(one.architecture, name, int(px)):
+            return PaperModel(one.row, False)
+    return None
+
+
+def published(row: str, set_key: str, metric: str, *, as_printed: bool = False) -> Reference | None:
+    """The paper's figure of a model (its row) on a set; none where it prints none.
+
+    Args:
+        metric: as figures name it: `top1`, `kinetics_mean`, `image_to_text_r1`, ...
+    """
+    known = find_set(set_key)
+    column = _column(known, metric) if known is not None else None
+    if known is None or column is None:
+        return None
+    for one in rows_of(known.tables[0], as_printed=as_printed):
+        if one.model == row:
+            note = next(model.note for model in _released() if model.row == row)
+            return Reference(
+                row, float(one.cells[column]), known.tolerance, one.notes.get(column, ()), note
+            )
+    return None
+
+
+def verdict(
+    ours: float,
+    reference: Reference,
+    evalset: EvalSet,
+    model: PaperModel,
+    *,
+    split: str = "",
+) -> Verdict:
+    """Whether a figure of ours, a share, is the published one.
+
+    Args:
+        reference: of the row `model` belongs beside, on this set.
+        split: which images these are, where the recipe says it; only then can a set be compared
+            whose images the paper does not name.
+    """
+    why_not = next(_obstacles(reference, evalset, model, split), None)
+    if why_not is not None:
+        return Verdict("not comparable", why_not)
+    tolerance = UNKNOWN_TOLERANCE if reference.tolerance is None else reference.tolerance
+    apart = abs(100 * ours - reference.value)
+    told = f"{apart:.2f} points from {reference.value:.1f}, where {tolerance:g} count as the same"
+    if apart <= tolerance + 1e-9:
+        return Verdict("reproduced", told)
+    return Verdict("differs", f"{told}; {reference.note}" if reference.note else told)
+
+
+def _obstacles(
+    reference: Reference, evalset: EvalSet, model: PaperModel, split: str
+) -> Iterator[str]:
+    """Why a figure of ours cannot be held against the published one."""
+    known = evalset.known
+    if known is None or not known.tables:
+        yield "the set is not one of the paper's"
+        return
+    if not model.is_released:
+        yield f"the model has the architecture of {model.row}, not its weights"
+    if any(note.startswith("E25") for note in reference.errata):
+        yield "the paper measured this model with another normalisation than it was trained with"
+    n, captions = len(evalset), sum(len(sample.captions) for sample in evalset.samples)
+    if known.n is not None and n != known.n:
+        yield f"these are {n:,} images, the figure is of {known.n:,}"
+    if captions != CAPTIONS.get(known.key, captions):
+        yield f"these are {captions:,} captions, the figure is of {CAPTIONS[known.key]:,}"
+    if known.classes is not None and len(evalset.classnames) != known.classes:
+        yield f"these are {len(evalset.classnames):,} classes, the figure is of {known.classes:,}"
+    if known.templates is not None and len(evalset.templates) != known.templates:
+        yield f"these are {len(evalset.templates)} prompts a class, others use {known.templates}"
+    if evalset.crop_px:
+        yield f"{evalset.crop_px} pixels are cut off every image, which the paper does not do"
+    if not known.split_stated and not split:
+        yield "split not stated by the paper: say in the recipe which images these are"
+
+
+def _column(known: KnownSet, metric: str) -> str | None:
+    """Column of a set's figure; none where the paper prints another metric."""
+    if not known.tables:
+        return None
+    if known.metric != "retrieval":
+        return known.column if metric == known.metric else None
+    direction, _, depth = metric.rpartition("_")
+    return f"{known.key}_{_DIRECTIONS[direction]}_{depth}" if direction in _DIRECTIONS else None
+
+
+def _row(table: str, raw: Mapping[str, Any], corrected: Mapping[Any, Any]) -> Row:
+    model = str(raw.get("model", ""))
+    cells = {
+        column: corrected.get((model, column), value)
+        for column, value in raw.items()
+        if column != "model"
+    }
+    notes: dict[str, tuple[str, ...]] = {}
+    for column in cells.keys() - {"group"}:
+        found = tuple(
+            _footnote(one, model, column)
+            for one in errata()
+            if _concerns(one, table, model, column)
+        )
+        if found:
+            notes[column] = found
+    return Row(model, cells, notes)
+
+
+def _concerns(erratum: Erratum, table: str, model: str, column: str) -> bool:
+    """Whether an erratum names a cell, as one to correct or to remark on."""
+    corrects = any(
+        (one.table, one.model, one.column) == (table, model, column) for one in erratum.cells
+    )
+    remarks = any(
+        one.table == table and model in one.models and (not one.columns or column in one.columns)
+        for one in erratum.rows
+    )
+    return corrects or remarks
+
+
+def _corrections(table: str) -> dict[tuple[str | None, str], float | str]:
+    """(Row or None, column) -> what the cell should be."""
+    return {
+        (cell.model, cell.column): cell.expected
+        for erratum in errata()
+        for cell in erratum.cells
+        if cell.table == table
+    }
+
+
+def _footnote(erratum: Erratum, model: str | None = None, column: str = "") -> str:
+    """An erratum in words, with what is printed in the cell it stands at."""
+    printed = dict.fromkeys(
+        f" (printed: {cell.printed if isinstance(cell.printed, str) else f'{cell.printed:,.10g}'})"
+        for cell in erratum.cells
+        if cell.model == model and column in ("", cell.column)
+    )
+    return f"{erratum.id}, {erratum.kind}: {erratum.about}{''.join(printed)}"
+
+
+def _is_same(shipped: str, name: str, px: int) -> bool:
+    """Whether two names of architectures, one with a size of image, mean the same."""
+    is_known = name in list_models()
+    return is_known and ModelConfig.load(name).at_image_px(px) == ModelConfig.load(shipped)
+
+
+@functools.cache
+def _released() -> tuple[Released, ...]:
+    return tuple(Released.model_validate(entry) for entry in _data()["models"])
+
+
+@functools.cache
+def _data() -> Mapping[str, Any]:
+    loaded: Mapping[str, Any] = json.loads(_FILE.read_text())
+    return loaded

@@ -1,0 +1,1 @@
+"""Evaluation sets: what they are, reading, checking and converting them."""

@@ -1,0 +1,301 @@
+"""Writing an evaluation set in the published webdataset layout, which CLIP_benchmark reads too.
+
+Covers: tars of a fixed number of sources, written beside and renamed; going on after a kill; the
+list of sources that could not be used; image files as they are, or losslessly as PNG.
+Not here: where images and answers come from (imagefolder.py, videos.py ...), reading (sets.py).
+
+A set grows in a hidden folder beside its place and is renamed when it is whole. A tar depends on
+its own sources only and carries no times, so the same sources give the same bytes, in one go or
+in several.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from evaclip_model.errors import InputError
+from evaclip_model.reading.transform import UnreadableImageError, decode_image
+from tasks.artifacts.artifact import write_atomically
+from tasks.evaluate.sets.prompts import CLASSNAMES, TEMPLATES
+from tasks.evaluate.sets.published_layout import DATASET_TYPE, SHARDS, SPLIT
+from tasks.evaluate.sets.set_registry import Kind
+from tasks.progress import Report, silent
+
+CONVERSION = "conversion.json"
+"""What a set was made from: readers of the layout pass over it."""
+FAILURES = "failures.txt"
+"""`SOURCE<tab>REASON` of every source that gave no image; absent if there is none."""
+REMARKS = "remarks.txt"
+"""`SOURCE<tab>REMARK` of sources that were used and are odd; absent if there is none."""
+IMAGES_PER_TAR = 1000
+"""Sources a tar; what a kill costs at most."""
+
+_COPIED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+"""Format of an image file -> its extension in a tar; other formats become PNG."""
+_RECORDS = "records"
+
+Answer = int | Sequence[int] | Sequence[str]
+
+
+class UnusableSourceError(ValueError):
+    """This source gives no image; the set is made without it, and it is listed."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one source holds."""
+
+    image: bytes
+    extension: str
+    answer: Answer
+    """Label; or one 0 or 1 a class (multilabel); or captions."""
+    remark: str = ""
+    """What is odd about it."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something that becomes one sample."""
+
+    name: str
+    """How it is listed if it fails."""
+    read: Callable[[], Found]
+    """Called in a thread; raises UnusableSourceError."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written."""
+
+    folder: Path
+    images: int
+    tars: int
+    failures: tuple[tuple[str, str], ...]
+    """(source, reason)"""
+    remarks: tuple[tuple[str, str], ...]
+
+
+def write_set(
+    folder: Path,
+    sources: Sequence[Source],
+    *,
+    kind: Kind,
+    plan: Any,
+    classnames: Sequence[str] = (),
+    templates: Sequence[str] = (),
+    images_per_tar: int = IMAGES_PER_TAR,
+    threads: int | None = None,
+    report: Report = silent,
+) -> Conversion:
+    """Write the set of all `sources`, in their order, or go on where a killed run stopped.
+
+    Args:
+        plan: what decides the content, as JSON: another plan starts anew.
+        classnames: of a set with classes, in the order of labels.
+        templates: likewise; none writes no file of them.
+
+    Raises:
+        InputError: the folder holds something else, no source can be used, or another run is
+            writing here.
+    """
+    decides = {"kind": kind, "plan": plan, "images_per_tar": images_per_tar}
+    decides |= {"classnames": list(classnames), "templates": list(templates)}
+    if folder.exists():
+        return _finished(folder, decides)
+    growing = folder.with_name(f".{folder.name}.part")
+    growing.mkdir(parents=True, exist_ok=True)
+    with _only_writer(growing):
+        _start(growing, decides)
+        parts = range(0, len(sources), images_per_tar)
+        with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), "convert") as pool:
+            for number, first in enumerate(parts):
+                part = sources[first : first + images_per_tar]
+                if not _record(growing, number).exists():
+                    _write_tar(growing, number, first, part, kind, pool, report, len(sources))
+                report(first + len(part), len(sources), folder.name)
+        made = _close(growing, folder, decides, len(parts))
+    return made
+
+
+def image_file(content: bytes) -> tuple[str, bytes]:
+    """Extension and content under which an image file goes into a tar: itself where it may.
+
+    Raises:
+        UnusableSourceError: it cannot be decoded.
+    """
+    try:
+        image = decode_image(content)
+    except UnreadableImageError as error:
+        # Pillow names the object it read from, by its address.
+        raise UnusableSourceError(re.sub(r" <_io[^>]*>", "", f"is no image: {error}")) from None
+    if image.format in _COPIED:
+        return _COPIED[image.format], content
+    return "png", png(image)
+
+
+def png(image: Image.Image) -> bytes:
+    """An image without loss, in its own mode where PNG has it."""
+    out = io.BytesIO()
+    kept = image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else None
+    (kept or image.convert("RGB")).save(out, "PNG", compress_level=3)
+    return out.getvalue()
+
+
+def _start(growing: Path, decides: dict[str, Any]) -> None:
+    """Keep what is there if it is of the same plan, and empty the folder if it is not."""
+    path = growing / CONVERSION
+    if path.exists() and json.loads(path.read_text())["decides"] == _plain(decides):
+        return
+    for entry in growing.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != ".lock":
+            entry.unlink()
+    (growing / SPLIT).mkdir()
+    (growing / _RECORDS).mkdir()
+    write_atomically(path, json.dumps({"decides": decides}, ensure_ascii=False))
+
+
+def _write_tar(
+    growing: Path,
+    number: int,
+    first: int,
+    sources: Sequence[Source],
+    kind: Kind,
+    pool: ThreadPoolExecutor,
+    report: Report,
+    total: int,
+) -> None:
+    failures: list[tuple[str, str]] = []
+    remarks: list[tuple[str, str]] = []
+    images = 0
+    path = growing / SPLIT / f"{number}.tar"
+    beside = path.with_name(f".{path.name}.part")
+    with tarfile.open(beside, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for place, (source, found) in enumerate(
+            zip(sources, pool.map(_read, sources), strict=True), first
+        ):
+            if isinstance(found, UnusableSourceError):
+                failures.append((source.name, str(found)))
+            else:
+                key = f"s{place:07d}"
+                _add(tar, f"{key}.{found.extension}", found.image)
+                _add(tar, *_answer(key, found.answer, kind))
+                images += 1
+                if found.remark:
+                    remarks.append((source.name, found.remark))
+            report(place + 1, total, source.name)
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())
+    beside.replace(path)
+    record = {"images": images, "failures": failures, "remarks": remarks}
+    write_atomically(_record(growing, number), json.dumps(record, ensure_ascii=False))
+
+
+def _read(source: Source) -> Found | UnusableSourceError:
+    try:
+        return source.read()
+    except UnusableSourceError as error:
+        return error
+    except OSError as error:
+        return UnusableSourceError(f"cannot be read: {error.strerror or error}")
+
+
+def _answer(key: str, answer: Any, kind: Kind) -> tuple[str, bytes]:
+    """Name and content of the member with the answer."""
+    if kind == "classification":
+        return f"{key}.cls", str(answer).encode()
+    if kind == "multilabel":
+        out = io.BytesIO()
+        np.save(out, np.asarray(answer, np.int64))
+        return f"{key}.npy", out.getvalue()
+    # CLIP_benchmark parts captions at every line separator that Python knows of.
+    lines = [r"\n".join(caption.strip().splitlines()) for caption in answer]
+    return f"{key}.txt", "\n".join(lines).encode()
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)  # its time and owner are zero: the same bytes every time
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _close(growing: Path, folder: Path, decides: dict[str, Any], tars: int) -> Conversion:
+    """Write what belongs to the whole set, and put it in its place."""
+    records = [json.loads(_record(growing, number).read_text()) for number in range(tars)]
+    made = _conversion(folder, records)
+    if not made.images:
+        why = f" (the first {made.failures[0][1]})" if made.failures else ""
+        raise InputError(f"no image for {folder}: none of {len(made.failures)} could be used{why}")
+    for name, lines in ((CLASSNAMES, decides["classnames"]), (TEMPLATES, decides["templates"])):
+        if lines:
+            write_atomically(growing / name, "".join(f"{line}\n" for line in lines))
+    if decides["kind"] != "classification":
+        write_atomically(growing / DATASET_TYPE, f"{decides['kind']}\n")
+    for name, listed in ((FAILURES, made.failures), (REMARKS, made.remarks)):
+        if listed:
+            text = "".join("\t".join(" ".join(p.split()) for p in one) + "\n" for one in listed)
+            write_atomically(growing / name, text)
+    write_atomically(growing / SPLIT / SHARDS, f"{tars}\n")
+    text = json.dumps({"decides": decides, "records": records}, ensure_ascii=False)
+    write_atomically(growing / CONVERSION, text + "\n")
+    shutil.rmtree(growing / _RECORDS)
+    (growing / ".lock").unlink()
+    growing.replace(folder)
+    return made
+
+
+def _finished(folder: Path, decides: dict[str, Any]) -> Conversion:
+    """The set that is there already, if this command made it."""
+    path = folder / CONVERSION
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    if found.get("decides") != _plain(decides):
+        raise InputError(
+            f"{folder} is there already, and not from these sources: remove it, or name another "
+            "folder"
+        )
+    return _conversion(folder, found["records"])
+
+
+def _conversion(folder: Path, records: Sequence[dict[str, Any]]) -> Conversion:
+    failures, remarks = (
+        tuple((name, reason) for record in records for name, reason in record[kind])
+        for kind in ("failures", "remarks")
+    )
+    images = sum(record["images"] for record in records)
+    return Conversion(folder, images, len(records), failures, remarks)
+
+
+def _record(growing: Path, number: int) -> Path:
+    """What a finished tar holds; it is written after the tar."""
+    return growing / _RECORDS / f"{number}.json"
+
+
+def _plain(value: dict[str, Any]) -> Any:
+    """The value as it comes back from JSON."""
+    return json.loads(json.dumps(value))
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run is writing {folder}: wait for it, or stop it") from None
+        yield

@@ -1,0 +1,190 @@
+"""Class names and prompt templates of a set, each from a source that the recipe names.
+
+Covers: the set's own files, ImageNet's lists, the lists of the distribution clip-benchmark (read as
+data, nothing of it is run), templates built by a grammar, and the classes of ImageNet's subsets.
+Not here: encoding them (classifiers.py), which sets have which source (registry.py).
+
+There is no source of last resort: a set whose source lacks it is an error, because a figure under
+other prompts looks like any other figure.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
+from evaclip_model.errors import InputError
+from evaclip_model.zeroshot.imagenet_prompts import (
+    PLACEHOLDER,
+    imagenet_classnames,
+    imagenet_templates,
+)
+from tasks.evaluate.sets.set_registry import KnownSet, NameSource, PromptSource
+
+CLASSNAMES = "classnames.txt"
+TEMPLATES = "zeroshot_classification_templates.txt"
+
+WHEEL = "clip_benchmark"
+"""Importable name of the distribution clip-benchmark."""
+_WHEEL_NAMES = "en_classnames.json"
+_WHEEL_TEMPLATES = "en_zeroshot_classification_templates.json"
+
+_MEDIA = ("photo", "video", "example", "demonstration")
+_VERBS = ("", "using ", "doing ", "during ", "performing ", "practicing ")
+_SUBSETS = {"imagenet-a": "imagenet_a_indices.txt", "imagenet-r": "imagenet_r_indices.txt"}
+_SYNSETS = "imagenet_synsets.txt"
+
+
+def find_templates(
+    name: str, source: PromptSource | Sequence[str], known: KnownSet | None, folder: Path
+) -> tuple[str, ...]:
+    """Templates of a set, each with `{c}` for the class name, in the order of their source.
+
+    Raises:
+        InputError: the source has none for this set, or one of them has no `{c}`.
+    """
+    if not isinstance(source, str):
+        found = tuple(source)
+    elif source == "dataset":
+        found = read_lines(folder / TEMPLATES, f"one prompt template with {PLACEHOLDER} a line")
+    elif source == "openai":
+        found = imagenet_templates()
+    elif source == "grammar":
+        found = grammar_templates(known.key if known else name)
+    else:
+        found = _from_wheel(_WHEEL_TEMPLATES, known.wheel_prompts if known else None, name)
+    for template in found:
+        if PLACEHOLDER not in template:
+            where = str(folder / TEMPLATES) if source == "dataset" else f"set '{name}'"
+            raise InputError(
+                f"{where}: template '{template}' has no {PLACEHOLDER} for the class name"
+            )
+    return found
+
+
+def find_classnames(
+    name: str, source: NameSource | Sequence[str], known: KnownSet | None, folder: Path
+) -> tuple[str, ...]:
+    """Class names of a set in the order of its labels.
+
+    Raises:
+        InputError: the source has none for this set.
+    """
+    if not isinstance(source, str):
+        return tuple(source)
+    if source == "dataset":
+        return read_lines(folder / CLASSNAMES, "one class name a line")
+    if source == "clip_benchmark":
+        return _from_wheel(_WHEEL_NAMES, known.wheel_names if known else None, name)
+    names = imagenet_classnames()
+    classes = subset_classes(known)
+    return tuple(names[index] for index in classes) if classes else names
+
+
+def grammar_templates(key: str) -> tuple[str, ...]:
+    """OpenAI's templates of a set, where they are the product of a few words, in OpenAI's order.
+
+    Raises:
+        InputError: those of this set are not.
+    """
+    if key == "ucf101":
+        return tuple(
+            f"a {medium} of {article} person {verb}{PLACEHOLDER}."
+            for verb, article, medium in product(_VERBS, ("a", "the"), _MEDIA)
+        )
+    if key.startswith("kinetics"):
+        forms = ("", *(f"a person {verb}" for verb in _VERBS))
+        return tuple(
+            f"a {medium} of {form}{PLACEHOLDER}." for medium, form in product(_MEDIA, forms)
+        )
+    if key == "resisc45":
+        kinds = product(("", "a ", "the "), ("imagery", "photo", "view"), ("satellite", "aerial"))
+        return tuple(f"{seen} {form} of {article}{PLACEHOLDER}." for article, form, seen in kinds)
+    if key == "birdsnap":
+        return (f"a photo of a {PLACEHOLDER}, a type of bird.",)
+    raise InputError(
+        f"set '{key}' has no templates built by a grammar: UCF-101, Kinetics, RESISC45 and "
+        "Birdsnap have"
+    )
+
+
+@functools.cache
+def subset_classes(known: KnownSet | None) -> tuple[int, ...]:
+    """Indices, rising, of a set's classes among ImageNet's 1000; none where it has no such subset.
+
+    Raises:
+        InputError: the installed timm, whose lists these are, has them in another form.
+    """
+    if known is None or known.subset_of is None:
+        return ()
+    classes = tuple(int(line) for line in _timm_lines(_SUBSETS[known.key]))
+    if len(classes) != known.classes or list(classes) != sorted(set(classes)):
+        raise InputError(
+            f"timm's {_SUBSETS[known.key]} does not list {known.classes} classes in order: "
+            "install a version of timm from 1.0 on and below 2"
+        )
+    return classes
+
+
+@functools.cache
+def imagenet_synsets() -> tuple[str, ...]:
+    """WordNet ids of ImageNet's 1000 classes ("n01440764" ...), in the order of its labels.
+
+    Raises:
+        InputError: timm, whose list this is, is not installed.
+    """
+    return _timm_lines(_SYNSETS)
+
+
+def read_lines(path: Path, expected: str) -> tuple[str, ...]:
+    """The lines of a text file of which each counts.
+
+    Raises:
+        InputError: the file is missing, empty, or has an empty line.
+    """
+    try:
+        lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").split("\n"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: expected {expected}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no UTF-8 text: expected {expected}") from None
+    # A trailing blank line is a text file's end; one inside would shift every label after it.
+    while lines and not lines[-1]:
+        lines = lines[:-1]
+    if not lines or not all(lines):
+        raise InputError(f"{path} is empty or has an empty line: expected {expected}")
+    return lines
+
+
+def _from_wheel(file: str, key: str | None, name: str) -> tuple[str, ...]:
+    path = _data_file(WHEEL, f"datasets/{file}")
+    if path is None:
+        raise InputError(
+            f"set '{name}': its list comes from the distribution clip-benchmark, which is not "
+            "installed: `pip install --no-deps clip-benchmark`, or name another source"
+        )
+    lists = json.loads(path.read_text(encoding="utf-8"))
+    if key is None or key not in lists:
+        raise InputError(f"set '{name}' has no list in {path}: name another source")
+    return tuple(lists[key])
+
+
+def _timm_lines(file: str) -> tuple[str, ...]:
+    path = _data_file("timm", f"data/_info/{file}")
+    if path is None:
+        raise InputError(f"ImageNet's classes, timm's {file}, were not found: install timm")
+    return tuple(path.read_text().split())
+
+
+def _data_file(package: str, name: str) -> Path | None:
+    """A data file of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / name
+        if path.is_file():
+            return path
+    return None

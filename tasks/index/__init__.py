@@ -1,0 +1,1 @@
+"""The index of stored samples, verdicts on shards, image hashes."""

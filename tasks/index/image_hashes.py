@@ -1,0 +1,66 @@
+"""Both hashes of encoded images: of their bytes, and of how they look.
+
+Covers: hashing many images on several threads, images that cannot be decoded among them.
+Not here: what the look of an image is and which looks are near (phash.py), reading images from
+where they lie, what is done with images that are alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from tasks.index.perceptual_hash import GREY_PX, Hashes, grey_of, hashes_of
+
+_AT_ONCE = 1000
+"""Images held in memory."""
+
+
+@dataclass(frozen=True)
+class ImageHashes:
+    """Of n images, in their order."""
+
+    sha256: tuple[str, ...]
+    """Of the bytes, in hex."""
+    looks: Hashes
+    """Perceptual hashes [n]; without meaning where an image cannot be decoded."""
+    decoded: npt.NDArray[np.bool_]
+    """Which can be [n]."""
+
+    def __len__(self) -> int:
+        return len(self.sha256)
+
+
+def hash_images(images: Iterable[bytes], threads: int) -> ImageHashes:
+    """Hash encoded images of any format that Pillow reads."""
+    digests: list[str] = []
+    looks, decoded = [np.empty(0, np.uint64)], [np.empty(0, np.bool_)]
+    coming = iter(images)
+    with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about odd metadata
+        while batch := list(islice(coming, _AT_ONCE)):
+            digests += [hashlib.sha256(image).hexdigest() for image in batch]
+            greys = list(pool.map(_grey, batch))
+            nothing = np.zeros((GREY_PX, GREY_PX), np.uint8)
+            looks.append(hashes_of(np.stack([nothing if g is None else g for g in greys])))
+            decoded.append(np.array([grey is not None for grey in greys]))
+    return ImageHashes(tuple(digests), np.concatenate(looks), np.concatenate(decoded))
+
+
+def _grey(encoded: bytes) -> npt.NDArray[np.uint8] | None:
+    """The image small and grey, as a sample's is; None when it cannot be decoded."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            grey = grey_of(image.convert("RGB"))
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError):
+        return None
+    return grey

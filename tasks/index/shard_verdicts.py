@@ -1,0 +1,45 @@
+"""What a verification says of every shard: the file between the stages verify and dataset.
+
+Covers: the verdict on a shard, the file that holds all of them.
+Not here: reaching a verdict (tasks/verify), choosing samples (tasks/dataset).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from evaclip_model.config import Config
+from evaclip_model.reading.samples import Shard
+from tasks.artifacts.artifact import write_atomically
+
+CHECKED = "checked.json"
+"""In the folder of the verification."""
+
+
+class Verdict(Config):
+    """What was found in one shard."""
+
+    path: str
+    """Of the tar, relative to the verification's folder."""
+    stored: int
+    """Samples that could be read, bad ones included: its rows in the index."""
+    shard: Shard | None
+    """All its samples, none left out yet; None if nobody may read it."""
+    flaws: dict[str, int]
+    """Bad samples by reason; each counts once."""
+    left_out: str | None
+    """Why the shard is left out."""
+
+
+def write_verdicts(verdicts: Sequence[Verdict], folder: Path) -> None:
+    """Write the verdicts on all shards, in the order of their numbers in the index."""
+    lines = ",\n".join(verdict.model_dump_json() for verdict in verdicts)
+    write_atomically(folder / CHECKED, f"[\n{lines}\n]\n")
+
+
+def read_verdicts(folder: Path) -> list[Verdict]:
+    """The verdicts of a finished verification, by shard number."""
+    path = folder / CHECKED
+    return [Verdict.from_mapping(one, where=str(path)) for one in json.loads(path.read_text())]

@@ -1,0 +1,151 @@
+"""What is in metadata files: columns, layout, rows, shares of missing values, histograms.
+
+Covers: the facts one needs before naming files as a source, read in bounded memory.
+Not here: printing them; any judgement of rows (filters.py).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from duckdb import DuckDBPyConnection
+
+from evaclip_model.errors import InputError
+from tasks.merge.config import ColumnMap, SourceConfig
+from tasks.merge.database import database, reading
+from tasks.merge.metadata_files import READERS, find_metadata, format_of
+from tasks.merge.schema import Published, column_map, is_number, quoted
+from tasks.merge.survey_files import rows_in
+from tasks.merge.withdrawn import is_old_edition, why_refused
+
+BINS = 10
+MEMORY_LIMIT = "1GB"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column over the files that were read."""
+
+    name: str
+    kind: str
+    """The database's type."""
+    part: str | None
+    """What it would be in a column map."""
+    null_share: float
+    histogram: tuple[int, ...]
+    """Rows in ten equal bins of 0 to 1, values outside in the first and last; only scores."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What the files of one pattern hold."""
+
+    files: int
+    rows: int | None
+    """Of all files; none when they are not parquet, whose footers tell it."""
+    read_files: int
+    """How many were read for the columns."""
+    read_rows: int
+    columns: tuple[Column, ...]
+    problem: str | None
+    """Why the files cannot be a source as they are."""
+
+
+def inspect_files(pattern: str, read_files: int = 4) -> Inspection:
+    """Look at the files of a glob or URL; the first `read_files` of them are read.
+
+    Raises:
+        InputError: nothing matches, or a file cannot be read.
+    """
+    refused = why_refused(pattern)
+    if refused:
+        raise InputError(refused)
+    paths = find_metadata(pattern, "sources inspect")
+    source = SourceConfig(name="inspected", files=pattern, own_rows=True)
+    kinds = {path: format_of(path, source) for path in paths}
+    with (
+        tempfile.TemporaryDirectory() as spill,
+        database(Path(spill), MEMORY_LIMIT, None, paths) as connection,
+    ):
+        rows = None
+        if set(kinds.values()) == {"parquet"}:
+            rows = 0
+            for path in paths:
+                with reading(path):
+                    rows += rows_in(connection, [path])
+        first, problem, columns = paths[0], None, None
+        published = _columns(connection, first, READERS[kinds[first]])
+        try:
+            columns = column_map(source, published, first)
+        except InputError as error:
+            problem = str(error)
+        if is_old_edition(published):
+            problem = (
+                "the columns are those of LAION's metadata of before December 2023, which was "
+                "withdrawn: as a source it needs diff_against"
+            )
+        counted = []
+        for path in paths[:read_files]:
+            if _columns(connection, path, READERS[kinds[path]]) != published:
+                raise InputError(
+                    f"{path} has other columns than {first}: inspect them apart, and make each "
+                    "kind of file a source of its own"
+                )
+            counted.append(_count(connection, path, READERS[kinds[path]], published))
+    read_rows = sum(count[0] for count in counted)
+    found = tuple(
+        Column(
+            name,
+            kind,
+            _part_of(name, columns),
+            1 - sum(count[1][name] for count in counted) / max(read_rows, 1),
+            tuple(map(sum, zip(*(count[2].get(name, ()) for count in counted), strict=True))),
+        )
+        for name, kind in published.items()
+    )
+    return Inspection(len(paths), rows, len(counted), read_rows, found, problem)
+
+
+def _columns(connection: DuckDBPyConnection, path: str, reader: str) -> dict[str, str]:
+    with reading(path, "metadata"):
+        rows = connection.execute(f"DESCRIBE SELECT * FROM {reader}", {"path": path}).fetchall()
+    return {name: kind for name, kind, *_ in rows}
+
+
+def _count(
+    connection: DuckDBPyConnection, path: str, reader: str, published: Published
+) -> tuple[int, dict[str, int], dict[str, list[int]]]:
+    """(rows, values that are there by column, histogram by score column) of one file."""
+    scores = [name for name, kind in published.items() if is_number(kind, whole=False)]
+    values = [f"count({quoted(name)})" for name in published]
+    bins = [
+        f"count(*) FILTER (floor({quoted(name)} * {BINS}) {_compared(place)} {place})"
+        for name in scores
+        for place in range(BINS)
+    ]
+    with reading(path, "metadata"):
+        [found] = connection.execute(
+            f"SELECT count(*), {', '.join([*values, *bins])} FROM {reader}", {"path": path}
+        ).fetchall()
+    rows, counts = int(found[0]), [int(value) for value in found[1:]]
+    there, places = counts[: len(published)], counts[len(published) :]
+    histograms = {
+        name: places[start * BINS : (start + 1) * BINS] for start, name in enumerate(scores)
+    }
+    return rows, dict(zip(published, there, strict=True)), histograms
+
+
+def _compared(place: int) -> str:
+    """What the first and last bin hold is open to one side."""
+    return {0: "<=", BINS - 1: ">="}.get(place, "=")
+
+
+def _part_of(name: str, columns: ColumnMap | None) -> str | None:
+    if columns is None:
+        return None
+    for part, value in columns.model_dump().items():
+        if name == value or (isinstance(value, tuple) and name in value):
+            return str(part)
+    return None

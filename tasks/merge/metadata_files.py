@@ -1,0 +1,173 @@
+"""Where metadata lies: globs of local files and of URLs, formats, the identity of a file.
+
+Covers: finding a source's files, telling their format, the reading function of the database for
+it, what outside files a merge reads, and whether a file is still the one it was.
+Not here: what the columns mean (schema.py); the database (database.py).
+
+URLs (s3://, gs://, hf://, https://) are opened by fsspec; a protocol's package is installed with
+its own extra, and its credentials come from where that package looks for them.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import fsspec
+
+from evaclip_model.errors import InputError
+from tasks.artifacts.artifact import fingerprint
+from tasks.merge.config import MergeConfig, SourceConfig
+
+Format = Literal["parquet", "csv", "jsonl"]
+FORMAT_OF_SUFFIX: Mapping[str, Format] = {
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+}
+COMPRESSED = (".gz", ".zst")
+READERS: Mapping[Format, str] = {
+    "parquet": "read_parquet($path, hive_partitioning = false)",
+    "csv": "read_csv($path, header = true, sample_size = 200000, hive_partitioning = false)",
+    "jsonl": "read_ndjson($path, sample_size = 200000, hive_partitioning = false)",
+}
+"""Table functions that read the file of the parameter `$path`, whole and in order."""
+
+
+def is_url(path: str) -> bool:
+    """Whether a path names something that is not a local file."""
+    return "://" in path
+
+
+def find_metadata(pattern: str, where: str) -> list[str]:
+    """The files that a local glob or a URL with wildcards names, sorted.
+
+    Raises:
+        InputError: nothing matches, or the protocol's package or access is missing.
+    """
+    if is_url(pattern):
+        filesystem = file_system(pattern)
+        try:
+            names = filesystem.glob(pattern)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{where}: '{pattern}' cannot be listed ({_first_line(error)}): check the address "
+                "and, for private or gated data, the credentials in the environment"
+            ) from error
+        found = [filesystem.unstrip_protocol(name) for name in names]
+    else:
+        found = glob.glob(pattern)
+    if not found:
+        raise InputError(f"{where}: no file matches '{pattern}'")
+    return sorted(found)
+
+
+def file_system(url: str) -> Any:
+    """The fsspec file system of a URL.
+
+    Raises:
+        InputError: there is no such protocol, or its package is not installed.
+    """
+    protocol = url.partition("://")[0]
+    try:
+        return fsspec.filesystem(protocol)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"'{url}' cannot be opened: {_first_line(error)}") from error
+
+
+def format_of(path: str, source: SourceConfig) -> Format:
+    """What a file of `source` is.
+
+    Raises:
+        InputError: the format is to be told from a suffix that says nothing.
+    """
+    if source.format != "auto":
+        return source.format
+    name = path.lower()
+    for ending in COMPRESSED:
+        name = name.removesuffix(ending)
+    for suffix, kind in FORMAT_OF_SUFFIX.items():
+        if name.endswith(suffix):
+            return kind
+    raise InputError(
+        f"{path}: source '{source.name}' reads {', '.join(FORMAT_OF_SUFFIX)}; set its 'format' if "
+        "the file is one of them under another name"
+    )
+
+
+class Outside(NamedTuple):
+    """Something a merge reads that is not in its settings; it belongs in the artifact's address."""
+
+    role: str
+    """Name of this parent."""
+    where: str
+    """The setting that names it."""
+    files: str
+    """Its glob."""
+
+
+def outside_files(config: MergeConfig) -> Iterator[Outside]:
+    """Everything a merge reads besides its settings."""
+    for source in config.sources:
+        name, where = source.name, f"sources '{source.name}'"
+        yield Outside(name, where, source.files)
+        if source.diff_against:
+            yield Outside(f"{name}.diff_against", f"{where}.diff_against", source.diff_against)
+        for number, sidecar in enumerate(source.sidecars):
+            part = f"sidecars.{number}"
+            yield Outside(f"{name}.{part}", f"{where}.{part}", sidecar.files)
+    lists = config.filters.blocklists
+    for kind, paths in (("urls", lists.urls), ("domains", lists.domains), ("hashes", lists.hashes)):
+        for number, path in enumerate(paths):
+            yield Outside(f"blocklists.{kind}.{number}", f"filters.blocklists.{kind}", path)
+
+
+def identity(path: str) -> tuple[str, ...]:
+    """What tells whether a file is still the one it was: size, and time, version or checksum."""
+    if is_url(path):
+        information = file_system(path).info(path)
+        marks = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "blob_id", "md5")
+        return (path, *(str(information[mark]) for mark in marks if mark in information))
+    status = Path(path).stat()
+    return (path, str(status.st_size), str(status.st_mtime_ns))
+
+
+def mark_of(path: Path | str) -> str:
+    """What tells a metadata file from others wherever it lies: its content's, or at a URL its
+    identity's, as 16 hex characters."""
+    return remote_fingerprint([str(path)]) if is_url(str(path)) else fingerprint(Path(path))
+
+
+def remote_fingerprint(paths: Sequence[str]) -> str:
+    """Identity of files behind URLs, without reading them: 16 hex characters."""
+    text = "\0".join("\0".join(identity(path)) for path in paths)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_lists(paths: Sequence[str]) -> list[str]:
+    """The entries of text files with one a line.
+
+    Raises:
+        InputError: a file is missing or is not text.
+    """
+    entries: list[str] = []
+    for path in paths:
+        try:
+            with fsspec.open(path, "rt", encoding="utf-8") as file:
+                lines = [line.strip() for line in file]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"blocklist {path} cannot be read ({_first_line(error)}): name a text file with "
+                "one entry a line"
+            ) from error
+        entries += [line for line in lines if line and not line.startswith("#")]
+    return entries
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]

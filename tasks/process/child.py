@@ -1,0 +1,119 @@
+"""Another process that never outlives the one that asked for it.
+
+Covers: running a command under tasks/process/supervise.py, its log, its end on any exception.
+Not here: which command (download, train and demo each build their own); retries.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tasks.process import supervise
+
+CHECKOUT = Path(supervise.__file__).resolve().parents[2]
+MARK = "EVACLIP_SUPERVISED"
+"""Environment variable by which a command's processes are known if their supervisor is killed."""
+KILL_MARGIN_S = 15.0
+"""How long past its grace a supervisor may take to kill and collect what is left."""
+
+
+def run_supervised(
+    command: Sequence[str],
+    *,
+    log: Path,
+    grace_s: float,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    poll: Callable[[], None] | None = None,
+    poll_s: float = 0.5,
+) -> int:
+    """Run `command` to its end; return its exit status (128 + N if signal N ended it).
+
+    `poll` is called every `poll_s` seconds; whatever it raises, KeyboardInterrupt included, stops
+    the command and everything it started before it goes on.
+    """
+    with supervised(command, log=log, grace_s=grace_s, env=env, cwd=cwd) as process:
+        while True:
+            try:
+                return process.wait(poll_s)
+            except subprocess.TimeoutExpired:
+                if poll is not None:
+                    poll()
+
+
+@contextmanager
+def supervised(
+    command: Sequence[str],
+    *,
+    log: Path,
+    grace_s: float,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `command` beside the caller; at the end of the block nothing of it is left.
+
+    Args:
+        command: what to run; `sys.executable -m tasks.x` works from any folder.
+        log: file that stdout and stderr are appended to.
+        grace_s: seconds between SIGTERM and SIGKILL.
+        env: replaces the caller's environment, None keeps it.
+    """
+    mark = uuid.uuid4().hex
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # -S -P -E: the supervisor needs nothing but the standard library, and must start at once
+    supervisor = [sys.executable, "-SPE", supervise.__file__, str(grace_s), "--"]
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [*supervisor, *command],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=_with_checkout(os.environ if env is None else env, mark),
+            cwd=cwd,
+        )
+    try:
+        yield process
+    finally:
+        _stop(process, grace_s)
+        if process.returncode < 0:
+            _kill_marked(mark)
+
+
+def _with_checkout(env: Mapping[str, str], mark: str) -> dict[str, str]:
+    """The environment in which `-m tasks.x` is found whatever the working directory."""
+    paths = [str(CHECKOUT), *filter(None, [env.get("PYTHONPATH")])]
+    return {**env, "PYTHONPATH": os.pathsep.join(paths), MARK: mark}
+
+
+def _stop(process: subprocess.Popen[bytes], grace_s: float) -> None:
+    """End of file at its stdin tells the supervisor to stop; a second ctrl-C ends its grace."""
+    assert process.stdin is not None
+    process.stdin.close()
+    try:
+        process.wait(grace_s + KILL_MARGIN_S)
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGTERM)
+        process.wait(KILL_MARGIN_S)
+        raise
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _kill_marked(mark: str) -> None:
+    """Kill what a killed supervisor can no longer kill."""
+    wanted = f"{MARK}={mark}".encode()
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if wanted in environ.read_bytes().split(b"\0"):
+                os.kill(int(environ.parent.name), signal.SIGKILL)
+        except OSError:
+            continue

@@ -1,0 +1,161 @@
+"""Run one command so that nothing of it survives: `python -m tasks.process.supervise GRACE --
+CMD...`
+
+Covers: a process that starts CMD in its own session, stops it when told to or when whoever
+started the supervisor is gone, and kills every process that CMD left behind.
+Not here: what is run, logs, retries (tasks/process/child.py starts this file and waits for it).
+
+Stops on end of file at stdin (the starter died, even by kill -9), SIGTERM, SIGINT or SIGHUP:
+SIGTERM to CMD's group, GRACE seconds for it to end, then SIGKILL to all that is left. A second
+signal ends the grace. Exits with CMD's status, 128 + N if signal N ended it.
+Standard library only: it must start in milliseconds and under any environment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+KILL_WAIT_S = 10.0
+TICK_S = 0.05
+
+
+def supervise(command: list[str], grace_s: float) -> int:
+    """Run `command` to its end, or to the end of whoever holds our stdin; return its status."""
+    signals = _SignalPipe()
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_supervisor
+    )
+    stdin = sys.stdin.fileno()
+    stopping = False
+    while child.poll() is None and not stopping:
+        ready, _, _ = select.select([stdin, signals.reader], [], [])
+        stopping = signals.take_stop() or (stdin in ready and not os.read(stdin, 1024))
+    if stopping:
+        _signal_group(child.pid, signal.SIGTERM)
+        deadline = time.monotonic() + grace_s
+        while time.monotonic() < deadline and not signals.take_stop():
+            child.poll()
+            _reap(child.pid)
+            if not _descendants(os.getpid()):
+                break
+            time.sleep(TICK_S)
+    _kill_all(child)
+    status = child.wait()
+    return status if status >= 0 else 128 - status
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) < 3 or arguments[1] != "--":
+        sys.stderr.write("usage: python -m tasks.process.supervise GRACE_SECONDS -- COMMAND...\n")
+        return 2
+    return supervise(arguments[2:], float(arguments[0]))
+
+
+class _SignalPipe:
+    """Signals as bytes in a pipe, so that one `select` waits for them, for stdin and for CMD."""
+
+    def __init__(self) -> None:
+        self.reader, writer = os.pipe()
+        for end in (self.reader, writer):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in (*STOP_SIGNALS, signal.SIGCHLD):
+            signal.signal(number, _noted)
+
+    def take_stop(self) -> bool:
+        """Whether a stop signal came since the last call."""
+        try:
+            numbers = os.read(self.reader, 1024)
+        except BlockingIOError:
+            return False
+        return any(number in numbers for number in STOP_SIGNALS)
+
+
+def _noted(number: int, frame: FrameType | None) -> None:
+    """The wake-up pipe carries the news; a handler only keeps the default action away."""
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def _die_with_supervisor() -> None:
+    # Safe here, unlike in a flow: the supervisor has one thread, so the signal means its death.
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):
+        return
+
+
+def _kill_all(child: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the group and every descendant, until none is left."""
+    deadline = time.monotonic() + KILL_WAIT_S
+    _signal_group(child.pid, signal.SIGKILL)
+    while time.monotonic() < deadline:
+        child.poll()
+        _reap(child.pid)
+        left = _descendants(os.getpid())
+        if not left:
+            return
+        for process in left:
+            try:
+                os.kill(process, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(TICK_S)
+
+
+def _reap(keep: int) -> None:
+    """Collect ended orphans handed to us; `keep` is left for its Popen to collect."""
+    for process in _children().get(os.getpid(), ()):
+        if process != keep:
+            try:
+                os.waitpid(process, os.WNOHANG)
+            except ChildProcessError:
+                continue
+
+
+def _descendants(root: int) -> list[int]:
+    """Every live process below `root`; empty where there is no /proc."""
+    children = _children()
+    found: list[int] = []
+    queue = [root]
+    while queue:
+        below = children.get(queue.pop(), ())
+        found.extend(below)
+        queue.extend(below)
+    return found
+
+
+def _children() -> dict[int, list[int]]:
+    """Parent -> children, over all processes of the machine that /proc shows."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # the command name, in parentheses, may itself hold spaces and parentheses
+            fields = stat.read_text(errors="replace").rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    return children
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,177 @@
+"""A saved model as an MLflow model: source, weights or where they are, signature, no pickle.
+
+Covers: what is packed, the signature and the example, what a loader needs to have installed.
+Not here: the model as it runs when loaded (served_model.py), the registry (registry.py).
+
+MLflow, torch, safetensors and Pillow are enough to load it: what else the tokenizer needs travels
+with the source (evaclip_model/tokenizer/bundled_assets.py), and MLflow itself brings the rest.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+import evaclip_model
+from evaclip_model.errors import InputError
+from evaclip_model.tokenizer.bundled_assets import carry
+from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
+from evaclip_model.weights.external_weights import REFERENCE_FILE, Reference
+from tasks.artifacts.provenance import LINEAGE
+
+if TYPE_CHECKING:
+    from mlflow.models import ModelSignature
+
+SERVED = Path(__file__).with_name("served_model.py")
+REQUIREMENTS = (
+    *("mlflow", "torch", "safetensors", "pillow"),
+    *("numpy", "pandas", "pydantic", "wcwidth"),
+)
+"""Distributions the loaded model imports; those of the second line come with MLflow."""
+LABELS = ("a red square", "a dog")
+CALLS = """\
+Load it in Python, with `mlflow`, `torch`, `safetensors` and `pillow` installed:
+
+    model = mlflow.pyfunc.load_model("models:/{name}/{version}")
+    model.predict(pandas.DataFrame({{"image": [image_bytes]}}),
+                  params={{"candidate_labels": ["a cat", "a dog"]}})        # label, probabilities
+    model.predict(pandas.DataFrame({{"image": [image_bytes]}}),
+                  params={{"output": "embeddings"}})                        # embedding of an image
+    model.predict(pandas.DataFrame({{"text": ["a cat on a mat"]}}))         # embedding of a text
+
+Serve it, and ask over HTTP:
+
+    mlflow models serve -m models:/{name}/{version} --env-manager local -p 5001
+    curl http://127.0.0.1:5001/invocations -H 'content-type: application/json' -d '{request}'
+"""
+"""A version's description: what a person who finds it in the registry can do with it."""
+
+
+def pack(
+    model: Path,
+    packed: Path,
+    *,
+    reference: Reference | None = None,
+    lineage: str | None = None,
+    model_id: str | None = None,
+    run_id: str | None = None,
+) -> None:
+    """Write `packed/model`: an MLflow model of the saved model in the folder `model`.
+
+    Args:
+        model: what `save_model` wrote.
+        packed: made anew.
+        reference: where the weights are, if they shall not travel with it.
+        lineage: what it was made from, as the text of `lineage.json`.
+        model_id: MLflow's id of the model.
+        run_id: MLflow's id of the run that made it.
+
+    Raises:
+        InputError: something is not installed that a loader would need.
+    """
+    from mlflow import pyfunc
+    from mlflow.models import Model
+
+    shutil.rmtree(packed, ignore_errors=True)
+    source = packed / "source" / "evaclip_model"
+    shutil.copytree(
+        Path(evaclip_model.__file__).parent,
+        source,
+        ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"),
+    )
+    carry(source)
+    if reference is not None:
+        model = _referring(model, packed / "source" / "model", reference)
+    pyfunc.save_model(
+        str(packed / "model"),
+        python_model=str(SERVED),
+        artifacts={"model": str(model)},
+        code_paths=[str(source)],
+        signature=signature(),
+        input_example=_example(),
+        pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
+        mlflow_model=Model(model_uuid=model_id, model_id=model_id, run_id=run_id),
+        model_config={"device": "cpu"},
+    )
+    for cache in list((packed / "model").rglob("__pycache__")):
+        shutil.rmtree(cache)
+    if lineage is not None:
+        (packed / "model" / LINEAGE).write_text(lineage)
+
+
+def signature() -> ModelSignature:
+    """Inputs, outputs and parameters of the registered model."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import Array, DataType
+
+    numbers = Array(DataType.double)
+    return ModelSignature(
+        inputs=Schema(
+            [
+                ColSpec(DataType.binary, "image", required=False),
+                ColSpec(DataType.string, "text", required=False),
+            ]
+        ),
+        outputs=Schema(
+            [
+                ColSpec(DataType.string, "label", required=False),
+                ColSpec(numbers, "probabilities", required=False),
+                ColSpec(numbers, "embedding", required=False),
+            ]
+        ),
+        params=ParamSchema(
+            [
+                ParamSpec("candidate_labels", DataType.string, [""], shape=(-1,)),
+                ParamSpec("output", DataType.string, "probabilities"),
+            ]
+        ),
+    )
+
+
+def description(name: str, version: int | str) -> str:
+    """How a registered version is called, for people."""
+    request = {
+        "dataframe_split": {
+            "columns": ["image"],
+            "data": [[base64.b64encode(_picture()).decode()]],
+        },
+        "params": {"candidate_labels": list(LABELS)},
+    }
+    return CALLS.format(name=name, version=version, request=json.dumps(request))
+
+
+def _referring(model: Path, folder: Path, reference: Reference) -> Path:
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns(WEIGHTS_FILE))
+    (folder / REFERENCE_FILE).write_text(reference.model_dump_json(indent=1) + "\n")
+    return folder
+
+
+def _example() -> tuple[object, dict[str, list[str]]]:
+    import pandas
+
+    return pandas.DataFrame({"image": [_picture()]}), {"candidate_labels": list(LABELS)}
+
+
+def _picture() -> bytes:
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(picture, "PNG")
+    return picture.getvalue()
+
+
+def _public_version(distribution: str) -> str:
+    """Its version without the local part (`+cpu`), which no package index offers."""
+    try:
+        return metadata.version(distribution).split("+")[0]
+    except metadata.PackageNotFoundError:
+        raise InputError(
+            f"'{distribution}' is not installed, but the registered model needs it: "
+            "install the project with its 'pipeline' extra"
+        ) from None

@@ -1,0 +1,170 @@
+"""Versions of registered models by the names that people use, and the lineage they carry.
+
+Covers: resolving NAME@ALIAS and NAME/VERSION, the sentences when there is none, reading the
+lineage document of a version, finding versions by what they were made from.
+Not here: fetching the model (pull.py), which version is in use (promotion.py).
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evaclip_model.errors import InputError
+from tasks.artifacts.provenance import LINEAGE, Lineage
+from tasks.register.promotion import DIGEST_TAG, history, line_of
+from tasks.tracking import TrackingStore, is_refusal
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+_MODELS = "models:/"
+
+
+@dataclass(frozen=True)
+class Described:
+    """A version with what it was made from."""
+
+    name: str
+    version: int
+    aliases: tuple[str, ...]
+    created: int
+    """UNIX time in milliseconds."""
+    tags: dict[str, str]
+    lineage: Lineage | None
+    """None for one that was registered without."""
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.version}"
+
+
+def is_address(text: str) -> bool:
+    """Whether a person's word names a version: NAME@ALIAS, NAME/VERSION, with `models:/` or not."""
+    return text.startswith(_MODELS) or "@" in text or text.rpartition("/")[2].isdecimal()
+
+
+@contextmanager
+def registry(tracking_uri: str) -> Iterator[tuple[TrackingStore, MlflowClient]]:
+    """The registry at an address that has one.
+
+    Raises:
+        InputError: there is none, or it does not answer.
+    """
+    from requests.exceptions import RequestException
+
+    store = TrackingStore.at(tracking_uri, experiment="")
+    if store.database is not None and not store.database.is_file():
+        raise InputError(
+            f"there is no registry at {store.uri}: run the pipeline first, or name its address "
+            "in EVACLIP_TRACKING_URI"
+        )
+    client = store.client()
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield store, client
+    except (MlflowException, RequestException) as error:
+        raise store.away(error) from error
+
+
+def resolve(client: MlflowClient, model: str) -> ModelVersion:
+    """The version that `NAME@ALIAS` or `NAME/VERSION` means, or one sentence with what there is."""
+    from mlflow.exceptions import MlflowException
+
+    model = model.removeprefix(_MODELS)
+    name, at, alias = model.partition("@")
+    number = ""
+    if not at:
+        name, _, number = model.partition("/")
+    try:
+        registered = client.get_registered_model(name)
+    except MlflowException as error:
+        if not is_refusal(error):
+            raise
+        names = ", ".join(sorted(known.name for known in client.search_registered_models()))
+        raise InputError(
+            f"no model '{name}' is registered; there are: {names or 'none yet'}"
+        ) from None
+    versions = sorted(
+        int(known.version) for known in client.search_model_versions(f"name='{name}'")
+    )
+    if alias in registered.aliases:
+        number = str(registered.aliases[alias])
+    if number.isdecimal() and int(number) in versions:
+        return client.get_model_version(name, number)
+    aliases = ", ".join(f"{name}@{known}" for known in sorted(registered.aliases)) or "no alias"
+    numbers = ", ".join(f"{name}/{known}" for known in versions) or "no version"
+    wrong = f"'{model}' names no version" if at or number else f"'{model}' lacks alias or version"
+    raise InputError(f"{wrong}; there are: {aliases}; {numbers}")
+
+
+def describe(tracking_uri: str, model: str) -> Described:
+    """The version that a person names.
+
+    Raises:
+        InputError: there is none, or the registry does not answer.
+    """
+    with registry(tracking_uri) as (store, client):
+        return _described(store, client, resolve(client, model))
+
+
+def predecessor(tracking_uri: str, version: Described, alias: str) -> Described | None:
+    """The version that had the alias before this one got it; for one that never had it, the one
+    that has it now; None if there is no other.
+
+    Raises:
+        InputError: the registry does not answer.
+    """
+    with registry(tracking_uri) as (store, client):
+        line = line_of(history(store, version.name, alias))
+        if version.version in line:
+            line = line[: line.index(version.version)]
+        if not line:
+            return None
+        found = client.get_model_version(version.name, str(line[-1]))
+        return _described(store, client, found)
+
+
+def made_from(tracking_uri: str, digest: str) -> list[str]:
+    """NAME/VERSION of every version whose lineage has this digest, by its tags.
+
+    Raises:
+        InputError: the registry does not answer.
+    """
+    with registry(tracking_uri) as (_, client):
+        return [
+            f"{version.name}/{version.version}"
+            for registered in client.search_registered_models()
+            for version in client.search_model_versions(f"name='{registered.name}'")
+            if any(
+                tag.startswith(DIGEST_TAG) and value == digest
+                for tag, value in version.tags.items()
+            )
+        ]
+
+
+def _described(store: TrackingStore, client: MlflowClient, version: ModelVersion) -> Described:
+    return Described(
+        *(version.name, int(version.version), tuple(sorted(version.aliases))),
+        *(version.creation_timestamp, dict(version.tags), _lineage(store, client, version)),
+    )
+
+
+def _lineage(store: TrackingStore, client: MlflowClient, version: ModelVersion) -> Lineage | None:
+    from mlflow.artifacts import download_artifacts, list_artifacts
+
+    source = client.get_model_version_download_uri(version.name, version.version)
+    files = list_artifacts(artifact_uri=source, tracking_uri=store.uri)
+    if LINEAGE not in {Path(file.path).name for file in files}:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = download_artifacts(
+            artifact_uri=f"{source}/{LINEAGE}", dst_path=folder, tracking_uri=store.uri
+        )
+        return Lineage.from_mapping(json.loads(Path(path).read_text()), where=LINEAGE)

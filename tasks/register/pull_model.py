@@ -1,0 +1,167 @@
+"""A registered model back as a plain folder, for `evaclip` or for another library.
+
+Covers: room on the disk, downloading, weights that are referred to, checking, the other library's
+form, publishing the folder.
+Not here: resolving a name (versions.py), writing the forms (evaclip_model/weights/export.py),
+loading it
+as an MLflow model (`mlflow.pyfunc.load_model` does that).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+from evaclip_model.errors import InputError
+from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
+from evaclip_model.weights.external_weights import REFERENCE_FILE, Reference
+from tasks.artifacts.artifact import sha256_of
+from tasks.progress import Report, silent
+from tasks.register.model_versions import registry, resolve
+from tasks.register.promotion import WEIGHTS_TAG
+from tasks.tracking import TrackingStore
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+    from evaclip_model.create import Precision
+
+Form = Literal["native", "open_clip", "timm", "transformers", "onnx"]
+FORMS: tuple[Form, ...] = get_args(Form)
+PULLED = "pulled.json"
+_ROOM: dict[Form, int] = {"native": 1, "open_clip": 2, "timm": 2, "transformers": 2, "onnx": 3}
+"""Most bytes on the disk at once, as a multiple of the weights': they are there first, beside what
+is made of them; an ONNX graph is float32 whatever the weights are."""
+
+
+def pull(
+    tracking_uri: str,
+    model: str,
+    dest: str | Path,
+    as_: Form = "native",
+    report: Report = silent,
+) -> Path:
+    """Fetch `NAME@ALIAS` or `NAME/VERSION` into the folder `dest`; returns it.
+
+    The folder gets the files of the form and `pulled.json` (name, version, form, tags): for
+    "native" `config.json` and `model.safetensors`, else what `export_model` or `export_onnx`
+    writes. It appears whole or not at all; one that an earlier pull made is replaced.
+
+    Raises:
+        InputError: no such name, alias or version (says what there is), a folder of other things,
+            a store that does not answer, too little room, weights that are not those that were
+            registered, or an architecture that the other library has not.
+    """
+    dest = Path(dest).absolute()
+    if dest.exists() and not (dest / PULLED).is_file() and (dest.is_file() or any(dest.iterdir())):
+        raise InputError(f"{dest} holds other things: give a new or an empty folder")
+    with _beside(dest) as beside, registry(tracking_uri) as (store, client):
+        version = resolve(client, model)
+        source = client.get_model_version_download_uri(version.name, version.version)
+        got = _fetched(store, f"{source}/artifacts/model", beside, as_, report)
+        report(2, 4, "checking the weights")
+        _check_weights(got, version)
+        report(3, 4, f"writing it as {as_}")
+        made = got if as_ == "native" else _exported(got, beside / "exported", as_)
+        about = {
+            **{"name": version.name, "version": int(version.version), "form": as_},
+            "tags": version.tags,
+        }
+        (made / PULLED).write_text(json.dumps(about, indent=1) + "\n")
+        if dest.exists():
+            dest.rename(beside / "replaced")
+        made.rename(dest)
+    report(4, 4, f"{version.name}/{version.version}")
+    return dest
+
+
+@contextmanager
+def _beside(dest: Path) -> Iterator[Path]:
+    """A folder on the same disk, gone at the end."""
+    beside = dest.with_name(f".{dest.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _fetched(store: TrackingStore, source: str, beside: Path, as_: Form, report: Report) -> Path:
+    """The saved model's folder under `beside`, with its weights, wherever they were."""
+    from mlflow.artifacts import download_artifacts, list_artifacts
+
+    def download(uri: str, folder: Path) -> Path:
+        got = download_artifacts(artifact_uri=uri, dst_path=str(folder), tracking_uri=store.uri)
+        return Path(got)
+
+    report(0, 4, "looking for room")
+    files = list_artifacts(artifact_uri=source, tracking_uri=store.uri)
+    sizes = {Path(file.path).name: file.file_size or 0 for file in files}
+    if REFERENCE_FILE not in sizes:
+        _require_room(beside, sizes.get(WEIGHTS_FILE, 0) * _ROOM[as_])
+        report(1, 4, "downloading")
+        return download(source, beside)
+    folder = download(source, beside)
+    reference = Reference.read(folder)
+    assert reference is not None, "its file is there"
+    _require_room(beside, reference.size * _ROOM[as_])
+    report(1, 4, "fetching the weights")
+    weights = reference.obtain(beside, download)
+    if weights.is_relative_to(beside):
+        weights.rename(folder / WEIGHTS_FILE)
+    else:
+        shutil.copyfile(weights, folder / WEIGHTS_FILE)
+    (folder / REFERENCE_FILE).unlink()
+    return folder
+
+
+def _require_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"the disk of {folder.parent} has {free / 1e9:.1f} GB free and this pull needs "
+            f"{needed / 1e9:.1f} GB: free some space, or give a folder on another disk"
+        )
+
+
+def _exported(folder: Path, dest: Path, as_: Form) -> Path:
+    from evaclip_model.create import create_model
+    from evaclip_model.model.model_config import ModelConfig
+    from evaclip_model.weights.export import export_model, export_onnx
+
+    weights = folder / WEIGHTS_FILE
+    config = ModelConfig.load(folder)
+    model = create_model(config, weights=weights, precision=_precision(weights)).eval()
+    if as_ == "onnx":
+        export_onnx(model, dest)
+    else:
+        export_model(model, dest, as_)
+    return dest
+
+
+def _precision(weights: Path) -> Precision:
+    """The dtype of most of the weights."""
+    import torch
+
+    from evaclip_model.weights.tensor_files import read_safetensors
+
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in read_safetensors(weights).values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.shape.numel()
+    known: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return known.get(max(sizes, key=sizes.__getitem__), "fp32")
+
+
+def _check_weights(folder: Path, version: ModelVersion) -> None:
+    expected = version.tags.get(WEIGHTS_TAG)
+    if expected and sha256_of(folder / WEIGHTS_FILE) != expected:
+        raise InputError(
+            f"the weights of {version.name}/{version.version} are not those that were registered "
+            "(sha256 differs): register the model again"
+        )

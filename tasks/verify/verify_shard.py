@@ -1,0 +1,221 @@
+"""Look at one shard: read every sample, decode every image, keep what is found as a small table.
+
+Covers: the verdict on a shard and on each of its samples, hashes, agreement with the downloader's
+own table and statistics. Not here: which shards there are (verify.py), comparing samples of
+different shards (tasks/dataset).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import time
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, UnidentifiedImageError
+
+from evaclip_model.reading.samples import BrokenShard, Sample, Shard, read_samples
+from tasks.artifacts.artifact import sha256_of
+from tasks.index.perceptual_hash import grey_of, hashes_of
+from tasks.index.sample_index import COLUMNS
+from tasks.index.shard_verdicts import Verdict
+from tasks.verify.config import VerifyConfig
+
+_VERDICT = b"verdict"
+_CPU_S = b"cpu_s"
+
+
+class Flaw(StrEnum):
+    """Why a sample cannot be trained on."""
+
+    UNDECODABLE = "undecodable"
+    TOO_SMALL = "too_small"
+    TOO_MANY_PIXELS = "too_many_pixels"
+    EMPTY_CAPTION = "empty_caption"
+    REPEATED_UID = "repeated_uid"
+
+
+def verify_shard(
+    tar: Path, path: str, config: VerifyConfig, target: Path, size: int | None = None
+) -> None:
+    """Read `tar` to its end and write what was found to the file `target`.
+
+    Args:
+        tar: the shard; the downloader's table and statistics lie beside it or not at all.
+        path: what the verdict will call it.
+        config: when a sample is bad.
+        target: a parquet file, written beside its place and renamed: a row a sample (the columns of
+            the index), the verdict in its metadata.
+        size: bytes that the tar should have, if that is known.
+    """
+    begin_s = time.process_time()
+    seen = _Seen(config)
+    left_out = None
+    try:
+        for sample in read_samples(tar):
+            seen.look_at(sample)
+        left_out = _why_not_as_recorded(tar, seen, size) or _why_left_out(seen, config)
+    except BrokenShard as problem:
+        left_out = str(problem)
+    shard = None
+    if left_out is None:
+        (source,) = seen.sources
+        shard = Shard(
+            path=path,
+            source=source,
+            samples=seen.samples,
+            bytes=tar.stat().st_size,
+            sha256=sha256_of(tar),
+        )
+    verdict = Verdict(
+        path=path, stored=seen.samples, shard=shard, flaws=dict(seen.flaws), left_out=left_out
+    )
+    table = seen.table()
+    cpu_s = time.process_time() - begin_s
+    table = table.replace_schema_metadata(
+        {_VERDICT: verdict.model_dump_json(), _CPU_S: repr(cpu_s)}
+    )
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    pq.write_table(table, beside, compression="zstd")
+    beside.replace(target)
+
+
+def read_verdict(target: Path) -> Verdict:
+    """The verdict in a file that `verify_shard` wrote."""
+    metadata = pq.read_metadata(target).metadata
+    return Verdict.from_mapping(json.loads(metadata[_VERDICT]), where=str(target))
+
+
+def read_cpu_s(target: Path) -> float:
+    """CPU seconds that looking at the shard took."""
+    return float(pq.read_metadata(target).metadata[_CPU_S])
+
+
+@dataclass
+class _Seen:
+    """The samples of a shard so far."""
+
+    config: VerifyConfig
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    greys: list[npt.NDArray[np.uint8]] = field(default_factory=list)
+    uids: set[str] = field(default_factory=set)
+    sources: set[str] = field(default_factory=set)
+    flaws: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def samples(self) -> int:
+        return len(self.rows)
+
+    def look_at(self, sample: Sample) -> None:
+        record = sample.record
+        uid = str(record["uid"])
+        grey, flaw = _decoded(sample.image, self.config)
+        if flaw is None and not sample.caption.strip():
+            flaw = Flaw.EMPTY_CAPTION
+        if uid in self.uids:
+            flaw = Flaw.REPEATED_UID
+        if flaw is not None:
+            self.flaws[flaw.value] += 1
+        if grey is not None:
+            self.greys.append(grey)
+        self.uids.add(uid)
+        self.sources.add(str(record["source"]))
+        self.rows.append(
+            {
+                "key": sample.key,
+                "uid": uid,
+                "source": str(record["source"]),
+                "original_id": _text(record, "original_id"),
+                "url": _text(record, "url"),
+                "sha256": _text(record, "sha256"),
+                "stored_sha256": hashlib.sha256(sample.image).hexdigest(),
+                "md5": _text(record, "md5")
+                or hashlib.md5(sample.image, usedforsecurity=False).hexdigest(),
+                "phash": None if grey is None else 0,
+                "flaw": flaw,
+            }
+        )
+
+    def table(self) -> pa.Table:
+        """A row a sample, with the perceptual hashes of all that could be decoded."""
+        table = pa.Table.from_pylist(self.rows, schema=COLUMNS)
+        decoded = table["phash"].is_valid().to_numpy()
+        hashes = np.zeros(self.samples, dtype=np.uint64)
+        if self.greys:
+            hashes[decoded] = hashes_of(np.stack(self.greys))
+        place = COLUMNS.get_field_index("phash")
+        return table.set_column(place, COLUMNS.field(place), pa.array(hashes, mask=~decoded))
+
+
+def _decoded(
+    encoded: bytes, config: VerifyConfig
+) -> tuple[npt.NDArray[np.uint8] | None, Flaw | None]:
+    """The image small and grey, when it can be decoded, and what is wrong with it, if anything."""
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(encoded)) as image:
+            # Pillow warns of large images and odd metadata; our own rules decide
+            warnings.simplefilter("ignore")
+            width, height = image.size
+            if width * height > config.max_pixels:
+                return None, Flaw.TOO_MANY_PIXELS
+            grey = grey_of(image.convert("RGB"))
+    except Image.DecompressionBombError:
+        return None, Flaw.TOO_MANY_PIXELS
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError):
+        return None, Flaw.UNDECODABLE
+    return grey, Flaw.TOO_SMALL if min(width, height) < config.min_image_px else None
+
+
+def _why_left_out(seen: _Seen, config: VerifyConfig) -> str | None:
+    samples, bad = seen.samples, seen.flaws.total()
+    if samples == 0:
+        return "it holds no samples"
+    if len(seen.sources) > 1:
+        return f"it mixes the sources {', '.join(sorted(seen.sources))}"
+    if bad == samples or bad > samples * config.max_bad_share:
+        return f"{bad} of its {samples} samples are bad"
+    return None
+
+
+def _why_not_as_recorded(tar: Path, seen: _Seen, size: int | None) -> str | None:
+    """What the downloader wrote beside the tar and what is in the tar must be the same samples.
+
+    A tar without table and statistics was not made by img2dataset, and stands for itself.
+    """
+    if size is not None and tar.stat().st_size != size:
+        return f"it has {tar.stat().st_size} bytes, but {size} when it was downloaded"
+    statistics, table = tar.with_name(f"{tar.stem}_stats.json"), tar.with_suffix(".parquet")
+    if not statistics.exists() and not table.exists():
+        return None
+    try:
+        stated = json.loads(statistics.read_text())["successes"]
+        rows = pq.read_table(table, columns=["key", "status"]).to_pydict()
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
+        return f"its table or statistics cannot be read ({error})"
+    successes = {
+        key for key, status in zip(rows["key"], rows["status"], strict=True) if status == "success"
+    }
+    keys = {row["key"] for row in seen.rows}
+    if not stated == len(successes) == seen.samples or keys != successes:
+        return (
+            f"its statistics count {stated} samples, its table {len(successes)}, and the tar holds "
+            f"{seen.samples}, {len(keys & successes)} of them the table's"
+        )
+    return None
+
+
+def _text(record: Mapping[str, Any], name: str) -> str | None:
+    value = record.get(name)
+    return None if value in (None, "") else str(value)

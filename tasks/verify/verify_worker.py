@@ -1,0 +1,57 @@
+"""The process in which shards are looked at: `python -m tasks.verify.verify_worker JOB.json`.
+
+Covers: the job it is given, spreading shards over processes.
+Not here: what is looked at (shard.py), who starts this and counts what is done (verify.py).
+
+A process of its own, because decoding holds Python's lock for a good part of its time, and because
+a pool started inside a flow would outlive the flow's being killed.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+from evaclip_model.config import Config
+from tasks.verify.config import VerifyConfig
+from tasks.verify.verify_shard import verify_shard
+
+
+class ShardJob(Config):
+    """One shard to look at."""
+
+    tar: Path
+    size: int | None
+    """Bytes that it should have; None if nobody knows."""
+    path: str
+    """What the verdict calls it."""
+    target: Path
+    """Where its table goes."""
+
+
+class WorkerJob(Config):
+    """All that one call does."""
+
+    config: VerifyConfig
+    shards: tuple[ShardJob, ...]
+    processes: int
+
+
+def main(job: WorkerJob) -> None:
+    """Look at every shard of the job."""
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(job.processes, mp_context=context) as pool:
+        for shard in as_completed([pool.submit(_look, job.config, one) for one in job.shards]):
+            shard.result()
+
+
+def _look(config: VerifyConfig, shard: ShardJob) -> None:
+    verify_shard(shard.tar, shard.path, config, shard.target, shard.size)
+
+
+if __name__ == "__main__":
+    where = Path(sys.argv[1])
+    main(WorkerJob.from_mapping(json.loads(where.read_text()), where=str(where)))
