@@ -36,7 +36,7 @@ from tasks.merge.merge import read_inputs
 from tasks.merge.metadata_files import mark_of
 from tasks.register.config import DECISION
 from tasks.register.config import STAGE as REGISTER
-from tasks.register.gate import Decision, Outcome
+from tasks.register.gate import Decision, GateOutcome
 from tasks.register.promotion import (
     Standing,
     champion_of,
@@ -293,7 +293,7 @@ def _sorted_out(
         new = [part for part in attempt.parts if part.digest not in {*stay, *aside}]
         standing = standing_of(store, name, attempt.version)
         why = ""
-        if attempt.decision.outcome is Outcome.REJECT:
+        if attempt.decision.outcome is GateOutcome.REJECT:
             why = "was rejected"
         elif standing.declined:
             why = f"was declined by {standing.declined}"

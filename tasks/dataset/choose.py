@@ -25,14 +25,14 @@ from tasks.dataset.evaluation_images import EvaluationImages
 from tasks.dataset.lists import SHA256, is_url
 from tasks.index.perceptual_hash import Hashes, KnownHashes, near_pairs
 from tasks.index.sample_index import Ints, Kind, SampleIndex
-from tasks.index.shard_verdicts import Verdict
+from tasks.index.shard_verdicts import ShardVerdict
 
 Rows = npt.NDArray[np.int64]
 Asked = Mapping[Kind, tuple[str, ...]]
 """What is looked for, by kind."""
 
 
-class Reason(StrEnum):
+class LeftOutReason(StrEnum):
     """Why a sample is left out; those with a flaw go by `bad.` and the flaw's name."""
 
     SHARD = "shard"
@@ -97,20 +97,22 @@ class Choice:
         return pa.table({"row": rows, "reason": names.cast(pa.string())})
 
 
-def choose(index: SampleIndex, verdicts: Sequence[Verdict], rules: Rules) -> Choice:
+def choose(index: SampleIndex, verdicts: Sequence[ShardVerdict], rules: Rules) -> Choice:
     """Apply every rule but takedowns."""
     choice, config = Choice(index.rows), rules.config
     looks = _go_through(index, verdicts, rules, choice)
     blocked = index.find(Kind.HASH, rules.blocked) if rules.blocked else []
-    choice.leave_out(_rows_of(blocked), Reason.BLOCKED)
+    choice.leave_out(_rows_of(blocked), LeftOutReason.BLOCKED)
     if rules.evaluation is not None:
         tested = index.find(Kind.HASH, sorted(rules.evaluation.sha256))
-        choice.leave_out(_rows_of(tested), Reason.EVALUATION)
-    choice.leave_out(_later(*index.repeated(Kind.UID), choice), Reason.REPEATED_UID)
+        choice.leave_out(_rows_of(tested), LeftOutReason.EVALUATION)
+    choice.leave_out(_later(*index.repeated(Kind.UID), choice), LeftOutReason.REPEATED_UID)
     if config.exact_duplicates == "drop":
-        choice.leave_out(_later(*index.repeated(Kind.HASH), choice), Reason.EXACT_DUPLICATE)
+        choice.leave_out(_later(*index.repeated(Kind.HASH), choice), LeftOutReason.EXACT_DUPLICATE)
     if config.near_duplicates == "drop":
-        choice.leave_out(_later_looks(looks, config.max_distance, choice), Reason.NEAR_DUPLICATE)
+        choice.leave_out(
+            _later_looks(looks, config.max_distance, choice), LeftOutReason.NEAR_DUPLICATE
+        )
     return choice
 
 
@@ -131,7 +133,7 @@ def sort_by_kind(entries: Iterable[str]) -> Asked:
 
 
 def _go_through(
-    index: SampleIndex, verdicts: Sequence[Verdict], rules: Rules, choice: Choice
+    index: SampleIndex, verdicts: Sequence[ShardVerdict], rules: Rules, choice: Choice
 ) -> Hashes:
     """One pass over the rows: shards, flaws, evaluation images by their looks.
 
@@ -148,14 +150,14 @@ def _go_through(
     start = 0
     for table in index.chunks("shard", "flaw", "phash"):
         rows = np.arange(start, start + table.num_rows)
-        choice.leave_out(rows[unusable[table["shard"].to_numpy()]], Reason.SHARD)
+        choice.leave_out(rows[unusable[table["shard"].to_numpy()]], LeftOutReason.SHARD)
         for flaw in pc.unique(table["flaw"].drop_null()).to_pylist():
             bad = pc.fill_null(pc.equal(table["flaw"], flaw), False).to_numpy()
             choice.leave_out(rows[bad], f"bad.{flaw}")
         hashes = pc.fill_null(table["phash"], 0).to_numpy()
         if known is not None:
             alike = known.near(hashes) & table["phash"].is_valid().to_numpy()
-            choice.leave_out(rows[alike], Reason.EVALUATION)
+            choice.leave_out(rows[alike], LeftOutReason.EVALUATION)
         if near:
             looks[rows] = hashes
         start += table.num_rows

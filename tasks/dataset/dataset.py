@@ -20,7 +20,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import SHARDS, Shard, ShardManifest
 from tasks.artifacts.artifact import CARD, Artifact, Made, write_atomically
 from tasks.dataset.card import write_card
-from tasks.dataset.choose import Choice, Reason, Rows, Rules, choose
+from tasks.dataset.choose import Choice, LeftOutReason, Rows, Rules, choose
 from tasks.dataset.config import (
     LEFT_OUT,
     REPORT,
@@ -31,7 +31,7 @@ from tasks.dataset.config import (
 from tasks.dataset.evaluation_images import read_evaluation_images
 from tasks.dataset.lists import read_hashes
 from tasks.index.sample_index import SampleIndex
-from tasks.index.shard_verdicts import Verdict, read_verdicts
+from tasks.index.shard_verdicts import ShardVerdict, read_verdicts
 from tasks.progress import Report
 
 _STEPS = 3
@@ -88,7 +88,7 @@ def make_dataset(
         choice = Choice.of(index.rows, pq.read_table(takedowns.before / LEFT_OUT))
     report(1, _STEPS, "takedowns")
     if takedowns.find is not None:
-        choice.leave_out(takedowns.find(index), Reason.TAKEDOWN)
+        choice.leave_out(takedowns.find(index), LeftOutReason.TAKEDOWN)
     report(2, _STEPS, "manifest")
     shards, by_source = _shards(verdicts, verified, choice, out)
     if not shards:
@@ -117,7 +117,7 @@ def _read_rules(config: DatasetConfig, outside: OutsideFiles) -> Rules:
 
 
 def _shards(
-    verdicts: Sequence[Verdict], verified: Path, choice: Choice, out: Path
+    verdicts: Sequence[ShardVerdict], verified: Path, choice: Choice, out: Path
 ) -> tuple[tuple[Shard, ...], dict[str, dict[str, int]]]:
     """Shards with anything left in them, and by source what became of its samples."""
     shards: list[Shard] = []

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.demo.web_plan import Row, Source
+from tasks.demo.web_plan import DemoRow, Source
 
 LAION_SCHEMA = pa.schema(
     [
@@ -58,7 +58,7 @@ NSFW_TAG = {"safe": "UNLIKELY", "unsure": "UNSURE", "unsafe": "NSFW", None: None
 NSFW_SCORE = {"safe": 0.02, "unsure": 0.45, "unsafe": 0.95, None: None}
 
 
-def write_metadata(source: Source, rows: Sequence[Row], folder: Path) -> list[Path]:
+def write_metadata(source: Source, rows: Sequence[DemoRow], folder: Path) -> list[Path]:
     """Write the source's rows as `part-NNNNN.snappy.parquet` files into `folder`."""
     schema, columns_of = WRITTEN_AS[source]
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def write_metadata(source: Source, rows: Sequence[Row], folder: Path) -> list[Pa
     return paths
 
 
-def laion_columns(row: Row, number: int) -> dict[str, Any]:
+def laion_columns(row: DemoRow, number: int) -> dict[str, Any]:
     return {
         "SAMPLE_ID": _bits("laion-id", row, number),
         "URL": row.url,
@@ -88,7 +88,7 @@ def laion_columns(row: Row, number: int) -> dict[str, Any]:
     }
 
 
-def coyo_columns(row: Row, number: int) -> dict[str, Any]:
+def coyo_columns(row: DemoRow, number: int) -> dict[str, Any]:
     text = row.caption or ""
     words = len(text.split())
     return {
@@ -112,13 +112,13 @@ def coyo_columns(row: Row, number: int) -> dict[str, Any]:
     }
 
 
-WRITTEN_AS: Mapping[Source, tuple[pa.Schema, Callable[[Row, int], dict[str, Any]]]] = {
+WRITTEN_AS: Mapping[Source, tuple[pa.Schema, Callable[[DemoRow, int], dict[str, Any]]]] = {
     "laion2b": (LAION_SCHEMA, laion_columns),
     "coyo700m": (COYO_SCHEMA, coyo_columns),
 }
 
 
-def _bits(purpose: str, row: Row, number: int) -> int:
+def _bits(purpose: str, row: DemoRow, number: int) -> int:
     """63 bits that tell rows apart, also where they repeat each other."""
     text = f"{purpose}\0{row.concept.key}\0{row.kind}\0{number}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

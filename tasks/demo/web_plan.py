@@ -65,7 +65,7 @@ DEAD_PORT = 9
 
 
 @dataclass(frozen=True)
-class Row:
+class DemoRow:
     """One row of metadata, before it is written in its source's columns."""
 
     concept: Concept
@@ -81,7 +81,7 @@ class Row:
     watermarked: bool = False
 
 
-def plan_rows(source: Source, concepts: Sequence[Concept], port: int) -> list[Row]:
+def plan_rows(source: Source, concepts: Sequence[Concept], port: int) -> list[DemoRow]:
     """All rows of a source, in the order in which its files hold them."""
     return _Planner(source, concepts, port).rows()
 
@@ -108,11 +108,11 @@ NOT_HTTP = (
 """URLs that no downloader may fetch."""
 
 
-def _long(row: Row) -> Row:
+def _long(row: DemoRow) -> DemoRow:
     return replace(row, caption=f"{row.caption} " * 200)
 
 
-FILTERED: dict[str, tuple[int, Callable[[Row], Row]]] = {
+FILTERED: dict[str, tuple[int, Callable[[DemoRow], DemoRow]]] = {
     "null-url": (4, lambda row: replace(row, url=None)),
     "null-caption": (6, lambda row: replace(row, caption=None)),
     "empty-caption": (4, lambda row: replace(row, caption="  ")),
@@ -139,12 +139,12 @@ class _Planner:
     concepts: Sequence[Concept]
     port: int
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[DemoRow]:
         rows = [*self._one_each(), *self._added()]
         order = [_hash(self.source, str(number)) for number in range(len(rows))]
         return [rows[number] for number in sorted(range(len(rows)), key=order.__getitem__)]
 
-    def _one_each(self) -> list[Row]:
+    def _one_each(self) -> list[DemoRow]:
         """One row per concept, a few of them damaged."""
         rows = {concept.key: self._row(concept, "img") for concept in self.concepts}
         spare = iter(_shuffled(self.concepts, self.source, "damaged"))
@@ -161,7 +161,7 @@ class _Planner:
             rows[concept.key] = replace(row, caption=caption, kind="entities")
         return list(rows.values())
 
-    def _added(self) -> Iterator[Row]:
+    def _added(self) -> Iterator[DemoRow]:
         spare = iter(_shuffled(self.concepts, self.source, "added"))
         for route, count in ADDED.items():
             for concept in _take(spare, count):
@@ -175,7 +175,7 @@ class _Planner:
             yield replace(self._row(concept, "img"), url=url, kind="not-http")
         yield from self._repeats()
 
-    def _repeats(self) -> Iterator[Row]:
+    def _repeats(self) -> Iterator[DemoRow]:
         sound = iter(_shuffled([*self._sound()], self.source, "repeats"))
         for concept in _take(sound, REPEATED):
             yield self._again(concept, "repeated")
@@ -193,7 +193,7 @@ class _Planner:
         if self.source == "coyo700m":
             yield from self._shared()
 
-    def _shared(self) -> Iterator[Row]:
+    def _shared(self) -> Iterator[DemoRow]:
         """Rows whose picture another source lists as well."""
         laion = _Planner("laion2b", self.concepts, self.port)
         sound = iter(_shuffled([*laion._sound()], self.source, "shared"))
@@ -207,8 +207,8 @@ class _Planner:
     def _sound(self) -> Iterator[Concept]:
         return (row.concept for row in self._one_each() if row.kind == "sound")
 
-    def _row(self, concept: Concept, route: Route) -> Row:
-        return Row(
+    def _row(self, concept: Concept, route: Route) -> DemoRow:
+        return DemoRow(
             concept=concept,
             url=self._url(concept, route),
             caption=concept.noto if self.source == "laion2b" else concept.fluent,
@@ -216,12 +216,12 @@ class _Planner:
             kind="sound" if route == "img" else route,
         )
 
-    def _copy(self, concept: Concept, route: Route, kind: str) -> Row:
+    def _copy(self, concept: Concept, route: Route, kind: str) -> DemoRow:
         """A further row with a URL of its own, so that it is no repeat of the concept's row."""
         row = self._row(concept, route)
         return replace(row, url=f"{row.url}?copy={kind}", kind=kind)
 
-    def _again(self, concept: Concept, kind: str) -> Row:
+    def _again(self, concept: Concept, kind: str) -> DemoRow:
         return replace(_less_similar(self._row(concept, "img")), kind=kind)
 
     def _url(self, concept: Concept, route: Route) -> str:
@@ -229,7 +229,7 @@ class _Planner:
         return f"http://127.0.0.1:{port}/{route}/{ARTIST_OF[self.source]}/{concept.key}.webp"
 
 
-def _less_similar(row: Row) -> Row:
+def _less_similar(row: DemoRow) -> DemoRow:
     """The same row, which loses against the original where the most similar one is kept."""
     return replace(row, similarity=(row.similarity or 0.0) - 0.01)
 

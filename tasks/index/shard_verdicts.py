@@ -18,7 +18,7 @@ CHECKED = "checked.json"
 """In the folder of the verification."""
 
 
-class Verdict(Config):
+class ShardVerdict(Config):
     """What was found in one shard."""
 
     path: str
@@ -33,13 +33,13 @@ class Verdict(Config):
     """Why the shard is left out."""
 
 
-def write_verdicts(verdicts: Sequence[Verdict], folder: Path) -> None:
+def write_verdicts(verdicts: Sequence[ShardVerdict], folder: Path) -> None:
     """Write the verdicts on all shards, in the order of their numbers in the index."""
     lines = ",\n".join(verdict.model_dump_json() for verdict in verdicts)
     write_atomically(folder / CHECKED, f"[\n{lines}\n]\n")
 
 
-def read_verdicts(folder: Path) -> list[Verdict]:
+def read_verdicts(folder: Path) -> list[ShardVerdict]:
     """The verdicts of a finished verification, by shard number."""
     path = folder / CHECKED
-    return [Verdict.from_mapping(one, where=str(path)) for one in json.loads(path.read_text())]
+    return [ShardVerdict.from_mapping(one, where=str(path)) for one in json.loads(path.read_text())]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tasks.artifacts.artifact import Artifact, Made, write_atomically
 from tasks.index.sample_index import INDEX, join_indexes
-from tasks.index.shard_verdicts import CHECKED, Verdict, read_verdicts, write_verdicts
+from tasks.index.shard_verdicts import CHECKED, ShardVerdict, read_verdicts, write_verdicts
 from tasks.join.config import PARTS, JoinConfig
 from tasks.progress import Report
 
@@ -40,7 +40,7 @@ def join_verifications(
     config: JoinConfig, verified: Sequence[Artifact], out: Path, report: Report
 ) -> Made:
     """Write verdicts and index of all of `verified`, in that order, into `out`."""
-    verdicts: list[Verdict] = []
+    verdicts: list[ShardVerdict] = []
     parts: list[JoinedPart] = []
     rows = 0
     for part in verified:
@@ -74,7 +74,7 @@ def read_parts(folder: Path) -> list[JoinedPart]:
     return [JoinedPart(**part) for part in json.loads((folder / PARTS).read_text())]
 
 
-def _seen_from(out: Path, folder: Path, verdict: Verdict) -> Verdict:
+def _seen_from(out: Path, folder: Path, verdict: ShardVerdict) -> ShardVerdict:
     """The verdict with the shard's path as it is from `out`."""
     path = os.path.relpath(folder / verdict.path, out)
     shard = verdict.shard and verdict.shard.model_copy(update={"path": path})

@@ -35,7 +35,7 @@ _MODELS = ("initialise", "train")
 
 
 @dataclass(frozen=True)
-class _Box:
+class _LineageBox:
     key: str
     kind: str
     title: str
@@ -76,9 +76,9 @@ def lineage_svg(lineage: Lineage, name: str = "") -> str:
     return "\n".join(parts) + "\n"
 
 
-def _boxes(lineage: Lineage, name: str) -> list[_Box]:
+def _boxes(lineage: Lineage, name: str) -> list[_LineageBox]:
     columns: dict[str, int] = {}
-    boxes: list[_Box] = []
+    boxes: list[_LineageBox] = []
     for node in lineage.nodes:
         parents: list[str] = []
         for role, digest in node.parents.items():
@@ -87,7 +87,7 @@ def _boxes(lineage: Lineage, name: str) -> list[_Box]:
                 key = f"{node.label}.{role}"
                 columns[key] = 0
                 lines = (f"{node.label}'s data", digest)
-                boxes.append(_Box(key, "outside", role, lines, 0, ()))
+                boxes.append(_LineageBox(key, "outside", role, lines, 0, ()))
             if key not in parents:
                 parents.append(key)
         column = 1 + max((columns.get(parent, 0) for parent in parents), default=-1)
@@ -95,13 +95,13 @@ def _boxes(lineage: Lineage, name: str) -> list[_Box]:
         kind = "model" if node.kind in _MODELS else "stage"
         kind = f"{kind} head" if node.digest in lineage.heads else kind
         boxes.append(
-            _Box(node.digest, kind, _title(node), _small_print(node), column, tuple(parents))
+            _LineageBox(node.digest, kind, _title(node), _small_print(node), column, tuple(parents))
         )
     if name:
         column = 1 + max(columns.values(), default=-1)
         title, _, below = name.partition(" ")
         small = ("registered", *([below] if below else []))
-        boxes.append(_Box(name, "model head", title, small, column, lineage.heads))
+        boxes.append(_LineageBox(name, "model head", title, small, column, lineage.heads))
     return boxes
 
 
@@ -119,7 +119,7 @@ def _count(name: str, value: float) -> str:
     return f"{value:,.4g} {name}" if isinstance(value, float) else f"{value:,} {name}"
 
 
-def _places(boxes: Sequence[_Box]) -> Mapping[str, tuple[int, int]]:
+def _places(boxes: Sequence[_LineageBox]) -> Mapping[str, tuple[int, int]]:
     """Left upper corner of every box: a column for each step, in a column by what it is made from.
 
     A box goes beside the middle of its parents, or below the one above it.
@@ -157,7 +157,7 @@ def _arrow(start: tuple[int, int], end: tuple[int, int]) -> str:
     return f'<path d="{curve}" marker-end="url(#lineage-tip)"/>'
 
 
-def _drawn(box: _Box, x: int, y: int) -> str:
+def _drawn(box: _LineageBox, x: int, y: int) -> str:
     def texts() -> Iterator[str]:
         yield f'<text x="{x + 10}" y="{y + 18}">{escape(_cut(box.title))}</text>'
         for number, line in enumerate(box.lines):

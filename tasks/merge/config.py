@@ -1,7 +1,7 @@
 """What a merge is made from: sources, column maps, filters, target counts.
 
 Covers: the pydantic models of the recipe's merge table.
-Not here: any reading of files; see sources.py and schema.py.
+Not here: any reading of files; see metadata_files.py and schema.py.
 """
 
 from __future__ import annotations

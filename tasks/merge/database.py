@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import mmh3
 import pyarrow as pa
 
 from evaclip_model.errors import InputError
 from tasks.merge.metadata_files import file_system, is_url
-from tasks.merge.murmur import laion_hash
 
 SQL = Path(__file__).parent / "sql"
 NOT_ABOUT_CONTENT = (
@@ -32,7 +32,7 @@ NOT_ABOUT_CONTENT = (
     duckdb.ParserException,
 )
 """What a damaged file does not cause; damage itself may surface as any other error."""
-PARAMETER = re.compile(r"\$([a-z_]+)")
+PARAMETER = re.compile(r"\$([a-z][a-z0-9_]*)")
 ASCII_HOST = re.compile(r"[a-z0-9._-]+")
 
 
@@ -71,7 +71,9 @@ def database(
         connection.create_function(
             "idna_host", idna_host, ["VARCHAR"], "VARCHAR", null_handling="special"
         )
-        connection.create_function("laion_hash", _laion_hash, ["VARCHAR"], "BIGINT", type="arrow")
+        connection.create_function(
+            "laion_hash", _laion_hash_column, ["VARCHAR"], "BIGINT", type="arrow"
+        )
         for url in {path.partition("://")[0]: path for path in paths if is_url(path)}.values():
             connection.register_filesystem(file_system(url))
         yield connection
@@ -167,8 +169,17 @@ def idna_host(host: str | None) -> str | None:
     return name if ASCII_HOST.fullmatch(name) else None
 
 
-def _laion_hash(texts: pa.ChunkedArray) -> pa.Array:
-    return pa.array(laion_hash(texts.to_pylist()))
+def laion_hashes(texts: Iterable[str]) -> list[int]:
+    """LAION's row keys: the first 64 bits of MurmurHash3 (x64, 128 bits, seed 0), signed.
+
+    LAION published its safety and watermark scores beside the metadata under this hash of
+    `url + caption`, with '' for what is missing.
+    """
+    return [mmh3.hash64(text)[0] for text in texts]
+
+
+def _laion_hash_column(texts: pa.ChunkedArray) -> pa.Array:
+    return pa.array(laion_hashes(texts.to_pylist()), pa.int64())
 
 
 def _is_disk_full(error: duckdb.Error) -> bool:

@@ -16,7 +16,7 @@ from evaclip_model.errors import InputError
 from tasks.merge.config import ColumnMap, SourceConfig
 from tasks.merge.database import database, reading
 from tasks.merge.metadata_files import READERS, find_metadata, format_of
-from tasks.merge.schema import Published, column_map, is_number, quoted
+from tasks.merge.schema import PublishedColumns, column_map, is_number, quoted
 from tasks.merge.survey_files import rows_in
 from tasks.merge.withdrawn import is_old_edition, why_refused
 
@@ -25,7 +25,7 @@ MEMORY_LIMIT = "1GB"
 
 
 @dataclass(frozen=True)
-class Column:
+class ColumnSummary:
     """One column over the files that were read."""
 
     name: str
@@ -48,7 +48,7 @@ class Inspection:
     read_files: int
     """How many were read for the columns."""
     read_rows: int
-    columns: tuple[Column, ...]
+    columns: tuple[ColumnSummary, ...]
     problem: str | None
     """Why the files cannot be a source as they are."""
 
@@ -96,7 +96,7 @@ def inspect_files(pattern: str, read_files: int = 4) -> Inspection:
             counted.append(_count(connection, path, READERS[kinds[path]], published))
     read_rows = sum(count[0] for count in counted)
     found = tuple(
-        Column(
+        ColumnSummary(
             name,
             kind,
             _part_of(name, columns),
@@ -115,7 +115,7 @@ def _columns(connection: DuckDBPyConnection, path: str, reader: str) -> dict[str
 
 
 def _count(
-    connection: DuckDBPyConnection, path: str, reader: str, published: Published
+    connection: DuckDBPyConnection, path: str, reader: str, published: PublishedColumns
 ) -> tuple[int, dict[str, int], dict[str, list[int]]]:
     """(rows, values that are there by column, histogram by score column) of one file."""
     scores = [name for name, kind in published.items() if is_number(kind, whole=False)]

@@ -1,20 +1,22 @@
 """Merge metadata collections: filter, normalise, deduplicate, select, write.
 
 Covers: the phases in order, what makes them restartable, the selection, and the totals.
-Not here: looking at the files first (plan.py), one phase's units (units.py), the rules (filters.py,
-sql/), another engine (spark.py).
+Not here: looking at the files first (survey_files.py), one phase's units (units.py), the rules
+(filters.py, sql/), another engine (spark.py).
 
 Memory depends on the size of a partition, never on the number of rows:
 
-    ask     metadata file      -> sidecar keys of its rows, split over partitions
-    tell    sidecar file       -> its keys and columns, split over partitions
-    answer  partition          -> the sidecar's columns for the rows of every file
-    know    cleaned edition    -> keys of the addresses it still has, split over partitions;
-                                  of those that earlier merges have given likewise
-    scan    metadata file      -> passing rows with 16-byte keys, split over partitions; reasons
-    dedupe  partition          -> from its keys alone: the row that stays of every address
-    cut     source             -> exact keys where its selection, and each range of it, ends
-    write   range              -> sorted output files
+    phase                    unit             makes
+    partition_sidecar_keys   metadata file    sidecar keys of its rows, split over partitions
+    partition_sidecars       sidecar file     its keys and columns, split over partitions
+    join_sidecars            partition        the sidecar's columns for the rows of every file
+    partition_known_keys     cleaned edition  keys of the addresses that it still has, split over
+                             or earlier merge partitions; or of those that were selected before
+    scan                     metadata file    passing rows with 16-byte keys, split over
+                                              partitions; dropped rows by reason
+    dedupe                   partition        from its keys alone: which row of an address stays
+    (cut)                    source           keys where its selection, and each range of it, ends
+    write                    range            sorted output files
 
 Key = md5(seed, address): a partition is a range of keys, and the smallest keys of a source are
 selected, so a larger count selects the same rows and more, and hosts are mixed along the output.
@@ -42,7 +44,7 @@ from tasks.artifacts.artifact import Made, write_atomically
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import database, statement
 from tasks.merge.filters import REASONS
-from tasks.merge.merge_plan import Cut, Plan, read_cuts
+from tasks.merge.merge_plan import MergePlan, SelectionCut, read_cuts
 from tasks.merge.metadata_files import identity, mark_of
 from tasks.merge.shuffle import BUCKET_BITS, LAYOUT
 from tasks.merge.spark import spark_runner
@@ -121,7 +123,7 @@ def merge_sources(
     return Made(_flat_counts(totals), (*parts, out / REPORT, out / INPUTS))
 
 
-def _run_phases(plan: Plan, run: Runner, chunks: int, report: Report) -> None:
+def _run_phases(plan: MergePlan, run: Runner, chunks: int, report: Report) -> None:
     for name in PHASES:
         if name == "write":
             save_cuts(plan)
@@ -134,7 +136,7 @@ def _run_phases(plan: Plan, run: Runner, chunks: int, report: Report) -> None:
             report(round(share * plan.rows), plan.rows, detail % done)
 
 
-def _in_chunks(plan: Plan, phase: str, units: int, chunks: int) -> list[Chunk]:
+def _in_chunks(plan: MergePlan, phase: str, units: int, chunks: int) -> list[Chunk]:
     """Every n-th unit each, so that large files that lie together are shared out."""
     apart = min(chunks, units, MOST_CHUNKS)
     return [Chunk(plan, phase, tuple(range(first, units, apart))) for first in range(apart)]
@@ -170,7 +172,7 @@ def _forget_other_work(out: Path, config: MergeConfig, files: Files, given: Sequ
     write_atomically(plan, wanted)
 
 
-def dropped_rows(connection: DuckDBPyConnection, plan: Plan) -> list[Counter[str]]:
+def dropped_rows(connection: DuckDBPyConnection, plan: MergePlan) -> list[Counter[str]]:
     """Dropped rows of every source by reason, before selection."""
     counts = [Counter[str]() for _ in plan.config.sources]
     counted = [
@@ -186,7 +188,7 @@ def dropped_rows(connection: DuckDBPyConnection, plan: Plan) -> list[Counter[str
     return counts
 
 
-def save_cuts(plan: Plan) -> None:
+def save_cuts(plan: MergePlan) -> None:
     """Select: save where each source's selection ends in key order, and the ranges it has.
 
     Raises:
@@ -203,7 +205,7 @@ def save_cuts(plan: Plan) -> None:
     write_atomically(saved, json.dumps([[cut.selected, cut.after, cut.last_keys] for cut in cuts]))
 
 
-def _check_something_is_left(plan: Plan, source: int, reasons: Counter[str]) -> None:
+def _check_something_is_left(plan: MergePlan, source: int, reasons: Counter[str]) -> None:
     settings = plan.config.sources[source]
     rows = sum(file.rows for file in plan.of_source(source))
     survivors = rows - reasons.total()
@@ -220,7 +222,7 @@ def _check_something_is_left(plan: Plan, source: int, reasons: Counter[str]) -> 
         )
 
 
-def _cut_source(connection: DuckDBPyConnection, plan: Plan, source: int) -> Cut:
+def _cut_source(connection: DuckDBPyConnection, plan: MergePlan, source: int) -> SelectionCut:
     histogram = [0] * BUCKETS
     for bucket, rows in connection.execute(
         "SELECT bucket, sum(rows) FROM read_parquet($paths, hive_partitioning = false) "
@@ -249,11 +251,11 @@ def _cut_source(connection: DuckDBPyConnection, plan: Plan, source: int) -> Cut:
 
 
 def cut_at(
-    plan: Plan,
+    plan: MergePlan,
     source: int,
     histogram: Sequence[int],
     keys_at: Callable[[Sequence[int], Sequence[int]], list[str]],
-) -> Cut:
+) -> SelectionCut:
     """The cut of a source: how many of its rows are selected, and the keys that bound them.
 
     Args:
@@ -266,7 +268,7 @@ def cut_at(
     left = up_to[-1] - first
     selected = left if settings.wanted_rows is None else min(settings.wanted_rows, left)
     if selected <= 0:
-        return Cut(0, None, ())
+        return SelectionCut(0, None, ())
     steps = [*range(plan.rows_per_range, selected, plan.rows_per_range), selected]
     ends = [*([first] if first else []), *(first + step for step in steps)]
     buckets = [bisect_left(up_to, end) for end in ends]
@@ -276,10 +278,12 @@ def cut_at(
     keys = keys_at(buckets, places)
     if len(keys) != len(ends):
         raise RuntimeError(f"{len(ends)} cuts wanted, {len(keys)} found")
-    return Cut(selected, keys[0] if first else None, tuple(keys[1 if first else 0 :]))
+    return SelectionCut(selected, keys[0] if first else None, tuple(keys[1 if first else 0 :]))
 
 
-def _totals(connection: DuckDBPyConnection, plan: Plan, cuts: Sequence[Cut]) -> dict[str, Any]:
+def _totals(
+    connection: DuckDBPyConnection, plan: MergePlan, cuts: Sequence[SelectionCut]
+) -> dict[str, Any]:
     sources: list[dict[str, Any]] = []
     overlaps = _overlaps(connection, plan)
     for number, (settings, dropped) in enumerate(
@@ -316,7 +320,7 @@ def _totals(connection: DuckDBPyConnection, plan: Plan, cuts: Sequence[Cut]) -> 
     return {"total": total, "sources": sources}
 
 
-def _survivors(connection: DuckDBPyConnection, plan: Plan, source: int) -> int:
+def _survivors(connection: DuckDBPyConnection, plan: MergePlan, source: int) -> int:
     found = connection.execute(
         "SELECT coalesce(sum(rows), 0) FROM read_parquet($paths, hive_partitioning = false) "
         "WHERE source = $source",
@@ -328,7 +332,7 @@ def _survivors(connection: DuckDBPyConnection, plan: Plan, source: int) -> int:
     return int(found[0][0])
 
 
-def _overlaps(connection: DuckDBPyConnection, plan: Plan) -> list[dict[str, int]]:
+def _overlaps(connection: DuckDBPyConnection, plan: MergePlan) -> list[dict[str, int]]:
     """Of every source: how many of its surviving addresses each later source has too."""
     counts = [Counter[str]() for _ in plan.config.sources]
     for source, others, rows in connection.execute(

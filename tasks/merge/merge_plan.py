@@ -1,7 +1,7 @@
 """What all units of a merge share: its files, its settings, and later its cut.
 
 Covers: the plan as plain values, fit to be sent to a worker; the saved cut; making a folder once.
-Not here: making the plan (planning.py), the units (units.py).
+Not here: making the plan (survey_files.py), the units (units.py).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Edition:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MergePlan:
     """Everything the units share; nothing of it changes while they run."""
 
     config: MergeConfig
@@ -86,9 +86,9 @@ class Plan:
 
     @property
     def outside_paths(self) -> list[str]:
-        told = [path for sidecar in self.sidecars for path in sidecar.paths]
-        known = [path for edition in self.editions for path, _ in edition.files]
-        return [file.path for file in self.files] + told + known + list(self.given)
+        sidecars = [path for sidecar in self.sidecars for path in sidecar.paths]
+        editions = [path for edition in self.editions for path, _ in edition.files]
+        return [file.path for file in self.files] + sidecars + editions + list(self.given)
 
     def of_source(self, source: int) -> list[MetadataFile]:
         return [file for file in self.files if file.source == source]
@@ -96,15 +96,15 @@ class Plan:
     def sidecars_of(self, source: int) -> list[tuple[int, Sidecar]]:
         return [(n, sidecar) for n, sidecar in enumerate(self.sidecars) if sidecar.source == source]
 
-    def asks(self) -> list[tuple[int, MetadataFile]]:
+    def sidecar_key_files(self) -> list[tuple[int, MetadataFile]]:
         return [
             (number, file) for file in self.files for number, _ in self.sidecars_of(file.source)
         ]
 
-    def tells(self) -> list[tuple[int, str]]:
+    def sidecar_files(self) -> list[tuple[int, str]]:
         return [(n, path) for n, sidecar in enumerate(self.sidecars) for path in sidecar.paths]
 
-    def knows(self) -> list[tuple[int, str, str]]:
+    def known_key_files(self) -> list[tuple[int, str, str]]:
         """(number, path, name of its URL column): of editions, then of what was given before."""
         editions = [(n, *file) for n, edition in enumerate(self.editions) for file in edition.files]
         return editions + [(len(self.editions), path, "url") for path in self.given]
@@ -119,7 +119,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Cut:
+class SelectionCut:
     """How many rows of a source are selected, and the keys that bound them."""
 
     selected: int
@@ -129,10 +129,10 @@ class Cut:
     """The last key of each range."""
 
 
-def read_cuts(plan: Plan) -> list[Cut]:
+def read_cuts(plan: MergePlan) -> list[SelectionCut]:
     """The selection, as the cut has saved it."""
     saved = json.loads((plan.temporary / "cuts.json").read_text())
-    return [Cut(selected, after, tuple(ranks)) for selected, after, ranks in saved]
+    return [SelectionCut(selected, after, tuple(ranks)) for selected, after, ranks in saved]
 
 
 def once(folder: Path, make: Callable[[Path], None]) -> None:

@@ -17,7 +17,7 @@ from evaclip_model.errors import InputError
 from tasks.merge.config import ColumnMap, SourceConfig
 from tasks.merge.withdrawn import CLEANED, is_old_edition
 
-Published = Mapping[str, str]
+PublishedColumns = Mapping[str, str]
 """Column name -> DuckDB type, as found in a file."""
 
 LAION: Mapping[str, tuple[str, ...]] = {
@@ -53,7 +53,7 @@ TEXTS = ("url", "caption", "language", "image_hash")
 """Parts that only text can play."""
 
 
-def column_map(source: SourceConfig, published: Published, file: str) -> ColumnMap:
+def column_map(source: SourceConfig, published: PublishedColumns, file: str) -> ColumnMap:
     """The column map of one file: the source's own, or the published layout's.
 
     Raises:
@@ -86,7 +86,7 @@ def column_map(source: SourceConfig, published: Published, file: str) -> ColumnM
     return chosen
 
 
-def select_list(columns: ColumnMap, published: Published) -> str:
+def select_list(columns: ColumnMap, published: PublishedColumns) -> str:
     """Select list with the same names and types for every layout; identifiers are quoted.
 
     raw_url, raw_caption, original_id: text; width, height: BIGINT, none when not positive;
@@ -129,7 +129,10 @@ def quoted(identifier: str) -> str:
 
 
 def _from_layout(
-    layout: Mapping[str, tuple[str, ...]], source: SourceConfig, published: Published, file: str
+    layout: Mapping[str, tuple[str, ...]],
+    source: SourceConfig,
+    published: PublishedColumns,
+    file: str,
 ) -> ColumnMap:
     found = {part: [name for name in names if name in published] for part, names in layout.items()}
     for part in ("url", "caption"):
@@ -156,7 +159,7 @@ def _can_play(part: str, kind: str) -> bool:
     return is_number(kind) or (kind == TEXT and part in ("id", "unsafe"))
 
 
-def _hint(name: str, published: Published) -> str:
+def _hint(name: str, published: PublishedColumns) -> str:
     lowered = {known.lower(): known for known in published}
     near = difflib.get_close_matches(name.lower(), lowered, n=1)
     if near:

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from evaclip_model.errors import InputError
 from tasks.merge.database import database
-from tasks.merge.merge_plan import Plan, once
+from tasks.merge.merge_plan import MergePlan, once
 from tasks.merge.shuffle import BUCKET_BITS, partitions_in, read_keys
 from tasks.merge.units import Chunk, rows_folder, run_chunk, text_of
 
@@ -87,7 +87,7 @@ def _do(chunk: Chunk) -> None:
         pass
 
 
-def _dedupe(session: Any, plan: Plan, folder: Path) -> None:
+def _dedupe(session: Any, plan: MergePlan, folder: Path) -> None:
     """What the unit `dedupe` leaves for one partition, for all of them at once."""
     from pyspark.sql import Window
     from pyspark.sql import functions as F
@@ -134,7 +134,7 @@ def _dedupe(session: Any, plan: Plan, folder: Path) -> None:
     deduped.unpersist()
 
 
-def _compare(session: Any, plan: Plan, keys: Any) -> tuple[Any, list[tuple[str, Any]]]:
+def _compare(session: Any, plan: MergePlan, keys: Any) -> tuple[Any, list[tuple[str, Any]]]:
     """(keys that pass, by reason keys that do not: their cleaned edition lacks the address, or an
     earlier merge has given it)."""
     from pyspark.sql import functions as F
@@ -184,7 +184,7 @@ def _keys(
                     connection.unregister("part_keys")
 
 
-def _read_known(session: Any, plan: Plan, pattern: str) -> Any:
+def _read_known(session: Any, plan: MergePlan, pattern: str) -> Any:
     """Keys of a cleaned edition."""
     paths = [(path,) for path in text_of(sorted(plan.temporary.glob(pattern)))]
     return _spread(session, paths, "path string").mapInArrow(

@@ -2,7 +2,7 @@
 
 Covers: schema, column map and row count of every metadata file, sidecar and cleaned edition; text
 files turned into parquet; how many partitions there are.
-Not here: the plan itself (plan.py), the work (units.py), the meaning of columns (schema.py).
+Not here: the plan itself (merge_plan.py), the work (units.py), the meaning of columns (schema.py).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from duckdb import DuckDBPyConnection
 from evaclip_model.errors import InputError
 from tasks.merge.config import ColumnMap, MergeConfig, SidecarConfig, SourceConfig
 from tasks.merge.database import database, reading
-from tasks.merge.merge_plan import Edition, MetadataFile, Plan, Sidecar, once
+from tasks.merge.merge_plan import Edition, MergePlan, MetadataFile, Sidecar, once
 from tasks.merge.metadata_files import READERS, find_metadata, format_of
-from tasks.merge.schema import Published, column_map, quoted, select_list
+from tasks.merge.schema import PublishedColumns, column_map, quoted, select_list
 
 Files = Mapping[str, Sequence[Path | str]]
 """Source name -> its files or URLs, in order."""
@@ -36,7 +36,7 @@ def make_plan(
     threads: int | None,
     memory_limit: str,
     given: Sequence[str] = (),
-) -> Plan:
+) -> MergePlan:
     """Schema and row count of every file, before any of the long work.
 
     With files of what was `given` before a source may be empty: there may be nothing new.
@@ -81,7 +81,7 @@ def make_plan(
         editions = _editions(connection, config)
     rows = sum(file.rows for file in found)
     partitions = config.partitions or min(MOST_PARTITIONS, -(-rows // ROWS_PER_PARTITION))
-    return Plan(
+    return MergePlan(
         *(config, out, tuple(found), sidecars, editions, max(1, partitions)),
         *(threads, memory_limit, tuple(given)),
     )
@@ -93,7 +93,7 @@ def _inspect(
     path: str,
     source_number: int,
     source: SourceConfig,
-    extra: Published,
+    extra: PublishedColumns,
     temporary: Path,
 ) -> MetadataFile:
     kind = format_of(path, source)
@@ -146,7 +146,7 @@ def _sidecar_columns(
     return {name: published[name] for name in sidecar.config.columns}
 
 
-def _sidecar_key(sidecar: SidecarConfig, columns: ColumnMap, published: Published) -> str:
+def _sidecar_key(sidecar: SidecarConfig, columns: ColumnMap, published: PublishedColumns) -> str:
     """SQL of a row's key in a sidecar."""
     if sidecar.on == "url":
         return quoted(columns.url)

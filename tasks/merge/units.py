@@ -1,8 +1,8 @@
 """The work of a merge in units that are done once each, in any order inside a phase, anywhere.
 
 Covers: every unit of every phase, and chunks of units.
-Not here: what they share (plan.py); the order of phases, the selection and the totals (merge.py);
-the rules (filters.py, sql/).
+Not here: what they share (merge_plan.py); the order of phases, the selection and the totals
+(merge.py); the rules (filters.py, sql/).
 
 A unit makes a folder or file beside its place and renames it; a unit whose result is there is not
 done again. So a chunk may be tried again after any failure, and chunks of one phase may run at the
@@ -26,7 +26,7 @@ from duckdb import DuckDBPyConnection
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import copy, database, execute, reading, run, statement, stream
 from tasks.merge.filters import reason_expression, rule_parameters
-from tasks.merge.merge_plan import MetadataFile, Plan, once, read_cuts
+from tasks.merge.merge_plan import MergePlan, MetadataFile, once, read_cuts
 from tasks.merge.metadata_files import read_lists
 from tasks.merge.schema import quoted
 from tasks.merge.shuffle import (
@@ -60,8 +60,8 @@ REPEATED = ["source", "also_in"]
 class Phase:
     """Units of one kind."""
 
-    count: Callable[[Plan], int]
-    make: Callable[[DuckDBPyConnection, Plan, int], None]
+    count: Callable[[MergePlan], int]
+    make: Callable[[DuckDBPyConnection, MergePlan, int], None]
     share: float
     """Share of the whole merge's time, measured."""
 
@@ -70,7 +70,7 @@ class Phase:
 class Chunk:
     """Some units of one phase: what one worker does at a time. Plain values, fit to be sent."""
 
-    plan: Plan
+    plan: MergePlan
     phase: str
     numbers: tuple[int, ...]
 
@@ -118,32 +118,32 @@ def fill_blocklists(connection: DuckDBPyConnection, config: MergeConfig) -> None
             )
 
 
-def _ask(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
-    sidecar, file = plan.asks()[number]
+def _partition_sidecar_keys(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
+    sidecar, file = plan.sidecar_key_files()[number]
     key = file.sidecar_keys[plan.sidecars[sidecar].place]
     _split(
-        *(connection, plan, f"asked/{sidecar}/{file.number:06d}", file.path),
-        *(statement("ask", key=key), {"file": file.number}),
+        *(connection, plan, f"sidecar_keys/{sidecar}/{file.number:06d}", file.path),
+        *(statement("partition_sidecar_keys", key=key), {"file": file.number}),
     )
 
 
-def _tell(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
-    sidecar, path = plan.tells()[number]
+def _partition_sidecars(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
+    sidecar, path = plan.sidecar_files()[number]
     config = plan.sidecars[sidecar].config
     columns = ", ".join(map(quoted, config.columns))
-    query = statement("tell", key=quoted(config.key), columns=columns)
-    _split(connection, plan, f"told/{sidecar}/{number:06d}", path, query, {})
+    query = statement("partition_sidecars", key=quoted(config.key), columns=columns)
+    _split(connection, plan, f"sidecars/{sidecar}/{number:06d}", path, query, {})
 
 
-def _know(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
-    edition, path, url = plan.knows()[number]
-    query = statement("know", url=quoted(url), normalise=statement("normalise"))
+def _partition_known_keys(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
+    edition, path, url = plan.known_key_files()[number]
+    query = statement("partition_known_keys", url=quoted(url), normalise=statement("normalise"))
     _split(connection, plan, f"known/edition={edition}/{number:06d}", path, query, {})
 
 
 def _split(
     connection: DuckDBPyConnection,
-    plan: Plan,
+    plan: MergePlan,
     place: str,
     path: str,
     query: str,
@@ -168,48 +168,46 @@ def _split(
     once(plan.temporary / place, make)
 
 
-def _answer(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
+def _join_sidecars(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
     sidecar, part = divmod(number, plan.partitions)
     columns = [quoted(name) for name in plan.sidecars[sidecar].config.columns]
     query = statement(
-        "answer",
+        "join_sidecars",
         columns=", ".join(columns),
         largest=", ".join(f"max({name}) AS {name}" for name in columns),
     )
-    asked = sorted(plan.temporary.glob(f"asked/{sidecar}/*/part={part}/*.parquet"))
-    told = sorted(plan.temporary.glob(f"told/{sidecar}/*/part={part}/*.parquet"))
+    wanted = sorted(plan.temporary.glob(f"sidecar_keys/{sidecar}/*/part={part}/*.parquet"))
+    found = sorted(plan.temporary.glob(f"sidecars/{sidecar}/*/part={part}/*.parquet"))
 
     def make(folder: Path) -> None:
         run(
             connection,
             copy(query, "PARTITION_BY (file)"),
-            {"asked": text_of(asked), "told": text_of(told), "target": str(folder)},
+            {"wanted": text_of(wanted), "sidecar": text_of(found), "target": str(folder)},
         )
 
-    if asked and told:
-        once(plan.temporary / f"answers/{sidecar}/{part:06d}", make)
+    if wanted and found:
+        once(plan.temporary / f"joined/{sidecar}/{part:06d}", make)
 
 
-def rows_of(plan: Plan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
+def rows_of(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
     """(SQL of a file's numbered rows with its sidecars' columns, parameters)."""
     added, joins = "", ""
     parameters: dict[str, Any] = {"path": file.path}
     for number, sidecar in plan.sidecars_of(file.source):
-        found = sorted(plan.temporary.glob(f"answers/{number}/*/file={file.number}/*.parquet"))
+        found = sorted(plan.temporary.glob(f"joined/{number}/*/file={file.number}/*.parquet"))
         for name in map(quoted, sidecar.config.columns):
             added += f", sidecar_{number}.{name}" if found else f", NULL AS {name}"
         if found:
-            letters = "abcdefghijklmnopqrstuvwxyz"
-            answers = f"answers_{letters[number]}"
-            parameters[answers] = text_of(found)
+            parameters[f"files_{number}"] = text_of(found)
             joins += (
-                f"LEFT JOIN read_parquet(${answers}, hive_partitioning = false) "
+                f"LEFT JOIN read_parquet($files_{number}, hive_partitioning = false) "
                 f"AS sidecar_{number} ON sidecar_{number}.row_in_file = alone.file_row_number\n"
             )
     return statement("rows", added=added, joins=joins), parameters
 
 
-def scan_query(plan: Plan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
+def scan_query(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
     """(statement that judges every row of a file, its parameters)."""
     rows, parameters = rows_of(plan, file)
     query = statement(
@@ -229,7 +227,7 @@ def scan_query(plan: Plan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
     }
 
 
-def _scan(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
+def _scan(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
     file = plan.files[number]
 
     def make(folder: Path) -> None:
@@ -241,16 +239,16 @@ def _scan(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
     once(rows_folder(plan, file), make)
 
 
-def rows_folder(plan: Plan, file: MetadataFile) -> Path:
+def rows_folder(plan: MergePlan, file: MetadataFile) -> Path:
     """Where the passing rows of a metadata file are, split over the partitions."""
     return plan.temporary / "rows" / f"{file.number:06d}"
 
 
-def _dedupe(connection: DuckDBPyConnection, plan: Plan, part: int) -> None:
+def _dedupe(connection: DuckDBPyConnection, plan: MergePlan, part: int) -> None:
     once(plan.temporary / "kept" / f"{part:06d}", partial(_dedupe_keys, connection, plan, part))
 
 
-def _dedupe_keys(connection: DuckDBPyConnection, plan: Plan, part: int, folder: Path) -> None:
+def _dedupe_keys(connection: DuckDBPyConnection, plan: MergePlan, part: int, folder: Path) -> None:
     query, parameters = _keys(connection, plan, part)
     keys = [
         read_keys(rows_folder(plan, file), file.source, file.number, part) for file in plan.files
@@ -279,7 +277,7 @@ def _dedupe_keys(connection: DuckDBPyConnection, plan: Plan, part: int, folder: 
     connection.execute("DROP TABLE deduped")
 
 
-def _keys(connection: DuckDBPyConnection, plan: Plan, part: int) -> tuple[str, dict[str, Any]]:
+def _keys(connection: DuckDBPyConnection, plan: MergePlan, part: int) -> tuple[str, dict[str, Any]]:
     """(SQL of one partition's keys with `dropped`, why they are none; parameters)."""
     plain = "SELECT *, NULL::VARCHAR AS dropped FROM part_keys"
     if not plan.editions and not plan.given:
@@ -306,13 +304,13 @@ def _keys(connection: DuckDBPyConnection, plan: Plan, part: int) -> tuple[str, d
     }
 
 
-def parts_between(plan: Plan, first: str | None, last: str) -> range:
+def parts_between(plan: MergePlan, first: str | None, last: str) -> range:
     """The partitions that hold the keys from `first` (none = the least) to `last`."""
     begin = 0 if first is None else int(first[:4], 16) * plan.partitions >> BUCKET_BITS
     return range(begin, (int(last[:4], 16) * plan.partitions >> BUCKET_BITS) + 1)
 
 
-def kept_in(plan: Plan, parts: Iterable[int]) -> list[str]:
+def kept_in(plan: MergePlan, parts: Iterable[int]) -> list[str]:
     """The files of the rows that stay, of some partitions."""
     return [
         str(path)
@@ -321,7 +319,7 @@ def kept_in(plan: Plan, parts: Iterable[int]) -> list[str]:
     ]
 
 
-def files_of_range(plan: Plan, source: int, number: int) -> list[Path]:
+def files_of_range(plan: MergePlan, source: int, number: int) -> list[Path]:
     """The output files of a range of the selection, in order."""
     cut = read_cuts(plan)[source]
     per_file = plan.config.rows_per_file
@@ -335,7 +333,7 @@ def files_of_range(plan: Plan, source: int, number: int) -> list[Path]:
     ]
 
 
-def _write(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
+def _write(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
     source, place = plan.ranges()[number]
     wanted = files_of_range(plan, source, place)
     missing = {path for path in wanted if not path.is_file()}
@@ -358,7 +356,7 @@ def _write(connection: DuckDBPyConnection, plan: Plan, number: int) -> None:
 
 def _chosen(
     connection: DuckDBPyConnection,
-    plan: Plan,
+    plan: MergePlan,
     source: int,
     part: int,
     after: str | None,
@@ -414,10 +412,14 @@ def _in_files(tables: Iterable[pa.Table], rows_per_file: int) -> Iterator[pa.Tab
 
 
 PHASES: Mapping[str, Phase] = {
-    "ask": Phase(lambda plan: len(plan.asks()), _ask, 0.0),
-    "tell": Phase(lambda plan: len(plan.tells()), _tell, 0.0),
-    "answer": Phase(lambda plan: len(plan.sidecars) * plan.partitions, _answer, 0.0),
-    "know": Phase(lambda plan: len(plan.knows()), _know, 0.0),
+    "partition_sidecar_keys": Phase(
+        lambda plan: len(plan.sidecar_key_files()), _partition_sidecar_keys, 0.0
+    ),
+    "partition_sidecars": Phase(lambda plan: len(plan.sidecar_files()), _partition_sidecars, 0.0),
+    "join_sidecars": Phase(lambda plan: len(plan.sidecars) * plan.partitions, _join_sidecars, 0.0),
+    "partition_known_keys": Phase(
+        lambda plan: len(plan.known_key_files()), _partition_known_keys, 0.0
+    ),
     "scan": Phase(lambda plan: len(plan.files), _scan, 0.5),
     "dedupe": Phase(lambda plan: plan.partitions, _dedupe, 0.2),
     "write": Phase(lambda plan: len(plan.ranges()), _write, 0.3),

@@ -27,7 +27,7 @@ CERTAIN_P = 0.05
 """Of a two-sided test; what the 95 % intervals stand for."""
 
 
-class Outcome(StrEnum):
+class GateOutcome(StrEnum):
     """What becomes of a candidate, from good to bad."""
 
     PROMOTE = "promote"
@@ -79,19 +79,19 @@ class Candidate(Config):
     """Set -> share of its images that the candidate was trained on."""
 
 
-class Reason(Config):
+class GateReason(Config):
     """What one rule says."""
 
     rule: str
-    outcome: Outcome
+    outcome: GateOutcome
     says: str
 
 
 class Decision(Config):
     """What the gate says of a candidate."""
 
-    outcome: Outcome
-    reasons: tuple[Reason, ...]
+    outcome: GateOutcome
+    reasons: tuple[GateReason, ...]
     champion: int | None
     """Version that it was compared with."""
     policy: GatePolicy
@@ -100,7 +100,7 @@ class Decision(Config):
     def summary(self) -> str:
         """The reasons that decided, as one line."""
         deciding = [one.says for one in self.reasons if one.outcome is self.outcome]
-        if self.outcome is Outcome.PROMOTE:  # every rule let it pass; the last one wanted it
+        if self.outcome is GateOutcome.PROMOTE:  # every rule let it pass; the last one wanted it
             deciding = deciding[-1:]
         return f"{self.outcome.upper()}: {'; '.join(deciding)}"
 
@@ -115,7 +115,7 @@ class Decision(Config):
 def decide(candidate: Candidate, champion: Champion | None, policy: GatePolicy) -> Decision:
     """Whether `candidate` replaces `champion` (None: there is none yet)."""
     reasons = tuple(_reasons(candidate, champion, policy))
-    order = list(Outcome)
+    order = list(GateOutcome)
     outcome = max((one.outcome for one in reasons), key=order.index)
     return Decision(
         outcome=outcome,
@@ -145,51 +145,51 @@ def contaminated_in(results: Mapping[str, Any]) -> dict[str, float]:
 
 def _reasons(
     candidate: Candidate, champion: Champion | None, policy: GatePolicy
-) -> Iterator[Reason]:
+) -> Iterator[GateReason]:
     yield from _contamination(candidate, policy)
     if champion is None:
-        yield Reason(rule="champion", outcome=Outcome.PROMOTE, says="no champion yet")
+        yield GateReason(rule="champion", outcome=GateOutcome.PROMOTE, says="no champion yet")
         return
     if candidate.weights == champion.weights:
         says = f"these are the weights of the champion, version {champion.version}"
-        yield Reason(rule="champion", outcome=Outcome.HOLD, says=says)
+        yield GateReason(rule="champion", outcome=GateOutcome.HOLD, says=says)
         return
     for evalset, reason in candidate.failed.items():
         says = f"{evalset} has no figures: {reason}"
-        yield Reason(rule="evaluation", outcome=Outcome.HOLD, says=says)
+        yield GateReason(rule="evaluation", outcome=GateOutcome.HOLD, says=says)
     yield from _costs(candidate, champion, policy)
     yield from _losses(candidate, policy)
     yield _gain(candidate, policy)
 
 
-def _contamination(candidate: Candidate, policy: GatePolicy) -> Iterator[Reason]:
+def _contamination(candidate: Candidate, policy: GatePolicy) -> Iterator[GateReason]:
     limit = policy.max_contaminated
     for evalset, share in candidate.contaminated.items():
         within = limit is None or share <= limit
         allowed = "any share is" if limit is None else f"{limit:.2%} are"
         says = f"{evalset}: {share:.2%} of the images look like training data, {allowed} allowed"
-        outcome = Outcome.PROMOTE if within else Outcome.REJECT
-        yield Reason(rule="contamination", outcome=outcome, says=says)
+        outcome = GateOutcome.PROMOTE if within else GateOutcome.REJECT
+        yield GateReason(rule="contamination", outcome=outcome, says=says)
 
 
-def _costs(candidate: Candidate, champion: Champion, policy: GatePolicy) -> Iterator[Reason]:
+def _costs(candidate: Candidate, champion: Champion, policy: GatePolicy) -> Iterator[GateReason]:
     size = candidate.bytes / champion.bytes
     measured = [("size", "the weights take", size, policy.max_size_ratio)]
     if policy.max_latency_ratio is not None:
         if candidate.latency_ms is None or champion.latency_ms is None:
             says = "the time of an image was not measured, and max_latency_ratio asks for it"
-            yield Reason(rule="latency", outcome=Outcome.HOLD, says=says)
+            yield GateReason(rule="latency", outcome=GateOutcome.HOLD, says=says)
         else:
             slower = candidate.latency_ms / champion.latency_ms
             measured.append(("latency", "an image takes", slower, policy.max_latency_ratio))
     for rule, what, ratio, limit in measured:
         if limit is not None:
             says = f"{what} {ratio:.2f} times the champion's, {limit:g} are allowed"
-            outcome = Outcome.PROMOTE if ratio <= limit else Outcome.REJECT
-            yield Reason(rule=rule, outcome=outcome, says=says)
+            outcome = GateOutcome.PROMOTE if ratio <= limit else GateOutcome.REJECT
+            yield GateReason(rule=rule, outcome=outcome, says=says)
 
 
-def _losses(candidate: Candidate, policy: GatePolicy) -> Iterator[Reason]:
+def _losses(candidate: Candidate, policy: GatePolicy) -> Iterator[GateReason]:
     judged = [*_first_metrics(candidate), *policy.metrics]
     for name in dict.fromkeys(judged):
         gain = candidate.gains.get(name)
@@ -199,27 +199,27 @@ def _losses(candidate: Candidate, policy: GatePolicy) -> Iterator[Reason]:
         says = f"{name} {gain}, {policy.max_loss_points:g} points may be lost" + (
             "" if certain else "; the loss may be chance"
         )
-        outcome = Outcome.REJECT if certain else Outcome.HOLD
-        yield Reason(rule="loss", outcome=outcome, says=says)
+        outcome = GateOutcome.REJECT if certain else GateOutcome.HOLD
+        yield GateReason(rule="loss", outcome=outcome, says=says)
 
 
-def _gain(candidate: Candidate, policy: GatePolicy) -> Reason:
+def _gain(candidate: Candidate, policy: GatePolicy) -> GateReason:
     wanted = list(policy.metrics) or _first_metrics(candidate)
     missing = [name for name in wanted if name not in candidate.gains]
     if missing or not wanted:
         which = f"{', '.join(missing)} was not" if missing else "no metric was"
         says = f"{which} compared with the champion"
-        return Reason(rule="gain", outcome=Outcome.HOLD, says=says)
+        return GateReason(rule="gain", outcome=GateOutcome.HOLD, says=says)
     tests = len(wanted) if policy.need == "any" else 1
     better = [name for name in wanted if _is_better(candidate.gains[name], tests, policy)]
     enough = len(better) == len(wanted) if policy.need == "all" else bool(better)
     told = better if enough else [name for name in wanted if name not in better]
     figures = "; ".join(f"{name} {candidate.gains[name]}" for name in told)
     if enough:
-        return Reason(rule="gain", outcome=Outcome.PROMOTE, says=f"better: {figures}")
+        return GateReason(rule="gain", outcome=GateOutcome.PROMOTE, says=f"better: {figures}")
     above = f" by more than {policy.min_gain_points:g} points" if policy.min_gain_points else ""
-    return Reason(
-        rule="gain", outcome=Outcome.HOLD, says=f"not better for certain{above}: {figures}"
+    return GateReason(
+        rule="gain", outcome=GateOutcome.HOLD, says=f"not better for certain{above}: {figures}"
     )
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from evaclip_model.errors import InputError
 from tasks.artifacts.artifact import write_atomically
 from tasks.register.config import DECISION, DECISION_PAGE, REGISTERED, RegisterConfig
-from tasks.register.gate import Decision, Outcome
+from tasks.register.gate import Decision, GateOutcome
 from tasks.tracking import TrackingStore, is_refusal
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def carry_out(
 
 def is_due(store: TrackingStore, config: RegisterConfig, version: int, decision: Decision) -> bool:
     """Whether the gate's decision to promote still waits to be carried out."""
-    if decision.outcome is not Outcome.PROMOTE:
+    if decision.outcome is not GateOutcome.PROMOTE:
         return False
     with _answering(store):
         client = store.client()
@@ -193,7 +193,7 @@ def is_due(store: TrackingStore, config: RegisterConfig, version: int, decision:
 
 def is_stale(store: TrackingStore, config: RegisterConfig, version: int, known: Decision) -> bool:
     """Whether a promotion was not carried out, and the champion is another by now."""
-    if known.outcome is not Outcome.PROMOTE or is_due(store, config, version, known):
+    if known.outcome is not GateOutcome.PROMOTE or is_due(store, config, version, known):
         return False
     with _answering(store):
         client = store.client()

@@ -18,12 +18,12 @@ from pathlib import Path
 from evaclip_model.errors import InputError
 from tasks.artifacts.artifact import Made, read_bulk, write_atomically
 from tasks.index.sample_index import INDEX, write_index
-from tasks.index.shard_verdicts import CHECKED, Verdict, read_verdicts, write_verdicts
+from tasks.index.shard_verdicts import CHECKED, ShardVerdict, read_verdicts, write_verdicts
 from tasks.process.child import run_supervised
 from tasks.progress import Report
 from tasks.verify.config import VerifyConfig
 from tasks.verify.verify_shard import read_cpu_s, read_verdict
-from tasks.verify.verify_worker import ShardJob, WorkerJob
+from tasks.verify.verify_worker import ShardJob, VerifyJob
 
 REPORT = "report.json"
 TABLES = ".tables"
@@ -87,7 +87,7 @@ def _tars(downloaded: Path) -> dict[Path, int | None]:
     return {path: listed[path] for path in sorted(listed) if path.suffix == ".tar"}
 
 
-def _speed(verdicts: Sequence[Verdict], tables: Sequence[Path]) -> dict[str, float]:
+def _speed(verdicts: Sequence[ShardVerdict], tables: Sequence[Path]) -> dict[str, float]:
     """CPU seconds of looking at all shards, over all runs that had a part in it; images in each."""
     images, cpu_s = sum(verdict.stored for verdict in verdicts), sum(map(read_cpu_s, tables))
     return {"cpu_s": round(cpu_s, 3), "images_per_core_s": round(images / max(cpu_s, 1e-9), 1)}
@@ -122,7 +122,7 @@ def _look_at_all(
 
     if not missing:
         return
-    job = WorkerJob(config=config, shards=tuple(missing), processes=min(processes, len(missing)))
+    job = VerifyJob(config=config, shards=tuple(missing), processes=min(processes, len(missing)))
     path, log = out / "job.json", out / LOG
     write_atomically(path, job.model_dump_json())
     status = run_supervised(
@@ -147,7 +147,7 @@ def _not_finished(status: int, shards: int, log: Path) -> Exception:
     return RuntimeError(f"{shards} shards were not looked at (status {status}: {last}); see {log}")
 
 
-def _counts(verdicts: Sequence[Verdict]) -> dict[str, int | float]:
+def _counts(verdicts: Sequence[ShardVerdict]) -> dict[str, int | float]:
     usable = [verdict for verdict in verdicts if verdict.shard is not None]
     flaws = sum((Counter(verdict.flaws) for verdict in usable), Counter[str]())
     counts: dict[str, int | float] = {

@@ -30,7 +30,7 @@ from evaclip_model.reading.samples import BrokenShard, Sample, Shard, read_sampl
 from tasks.artifacts.artifact import sha256_of
 from tasks.index.perceptual_hash import grey_of, hashes_of
 from tasks.index.sample_index import COLUMNS
-from tasks.index.shard_verdicts import Verdict
+from tasks.index.shard_verdicts import ShardVerdict
 from tasks.verify.config import VerifyConfig
 
 _VERDICT = b"verdict"
@@ -79,7 +79,7 @@ def verify_shard(
             bytes=tar.stat().st_size,
             sha256=sha256_of(tar),
         )
-    verdict = Verdict(
+    verdict = ShardVerdict(
         path=path, stored=seen.samples, shard=shard, flaws=dict(seen.flaws), left_out=left_out
     )
     table = seen.table()
@@ -92,10 +92,10 @@ def verify_shard(
     beside.replace(target)
 
 
-def read_verdict(target: Path) -> Verdict:
+def read_verdict(target: Path) -> ShardVerdict:
     """The verdict in a file that `verify_shard` wrote."""
     metadata = pq.read_metadata(target).metadata
-    return Verdict.from_mapping(json.loads(metadata[_VERDICT]), where=str(target))
+    return ShardVerdict.from_mapping(json.loads(metadata[_VERDICT]), where=str(target))
 
 
 def read_cpu_s(target: Path) -> float:

@@ -32,7 +32,7 @@ class ShardJob(Config):
     """Where its table goes."""
 
 
-class WorkerJob(Config):
+class VerifyJob(Config):
     """All that one call does."""
 
     config: VerifyConfig
@@ -40,7 +40,7 @@ class WorkerJob(Config):
     processes: int
 
 
-def main(job: WorkerJob) -> None:
+def main(job: VerifyJob) -> None:
     """Look at every shard of the job."""
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(job.processes, mp_context=context) as pool:
@@ -54,4 +54,4 @@ def _look(config: VerifyConfig, shard: ShardJob) -> None:
 
 if __name__ == "__main__":
     where = Path(sys.argv[1])
-    main(WorkerJob.from_mapping(json.loads(where.read_text()), where=str(where)))
+    main(VerifyJob.from_mapping(json.loads(where.read_text()), where=str(where)))

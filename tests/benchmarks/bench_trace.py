@@ -38,7 +38,7 @@ from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
 from tasks.download.config import STAGE as DOWNLOAD
 from tasks.download.config import DownloadConfig
 from tasks.index.sample_index import COLUMNS, INDEX, ROWS_PER_FILE, write_index
-from tasks.index.shard_verdicts import CHECKED, Verdict, write_verdicts
+from tasks.index.shard_verdicts import CHECKED, ShardVerdict, write_verdicts
 from tasks.merge.config import STAGE as MERGE
 from tasks.merge.config import MergeConfig, SourceConfig
 from tasks.progress import silent
@@ -202,12 +202,12 @@ def _in_hex(rng: np.random.Generator, chosen: np.ndarray, width: int, different:
     return pa.StringArray.from_buffers(len(chosen), *buffers)
 
 
-def verdicts(shards: Sequence[int]) -> Iterator[Verdict]:
+def verdicts(shards: Sequence[int]) -> Iterator[ShardVerdict]:
     """Every shard is whole; none of them exists."""
     for number, size in enumerate(shards):
         path = f"../../download/shards/{number:06d}.tar"
         shard = Shard(path=path, source="laion2b", samples=size, bytes=size, sha256="0" * 64)
-        yield Verdict(path=path, stored=size, shard=shard, flaws={}, left_out=None)
+        yield ShardVerdict(path=path, stored=size, shard=shard, flaws={}, left_out=None)
 
 
 def run(command: list[str], root: Path) -> tuple[float, float]:

@@ -31,7 +31,7 @@ from flows.retrain import retrain
 from tasks.artifacts.artifact import Artifact, read_artifacts
 from tasks.demo.concepts import Concept, read_concepts, read_drawings
 from tasks.demo.metadata import write_metadata
-from tasks.demo.web_plan import Row
+from tasks.demo.web_plan import DemoRow
 from tasks.register.promotion import champion_of, history, read_decision, roll_back
 from tasks.tracking import TrackingStore
 from tests.flows.command import free_port, run, started
@@ -143,11 +143,11 @@ class Web:
     def store(self) -> TrackingStore:
         return TrackingStore.at(f"sqlite:///{self.root}/mlflow.db", "weekly")
 
-    def row(self, concept: Concept, route: str = "img", copy: str = "") -> Row:
+    def row(self, concept: Concept, route: str = "img", copy: str = "") -> DemoRow:
         url = f"http://127.0.0.1:{self.port}/{route}/noto/{concept.key}.webp{copy}"
-        return Row(concept, url, concept.name, similarity=0.3)
+        return DemoRow(concept, url, concept.name, similarity=0.3)
 
-    def publish(self, week: str, rows: Sequence[Row]) -> None:
+    def publish(self, week: str, rows: Sequence[DemoRow]) -> None:
         write_metadata("laion2b", rows, self.folder / "metadata" / week)
 
     def made(self, kind: str) -> list[Artifact]:

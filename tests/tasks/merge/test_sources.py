@@ -14,10 +14,10 @@ import pytest
 
 from evaclip_model.errors import InputError
 from tasks.merge.config import MergeConfig
+from tasks.merge.database import laion_hashes
 from tasks.merge.inspect_metadata import inspect_files
 from tasks.merge.merge import merge_sources
 from tasks.merge.metadata_files import find_metadata, outside_files, remote_fingerprint
-from tasks.merge.murmur import laion_hash
 from tests.tasks.merge import metadata
 from tests.tasks.merge.metadata import coyo, laion, output_rows, write
 
@@ -156,8 +156,7 @@ def test_an_old_copy_alone_is_refused_and_compared_keeps_what_the_cleaned_editio
     assert report["dropped"]["withdrawn"] == 20
 
 
-def test_laion_hash_is_mmh3s() -> None:
-    # values of mmh3.hash64(text)[0], mmh3 5
+def test_laion_hash_keeps_its_values() -> None:
     expected = {
         "foo": -2129773440516405919,
         "": 0,
@@ -166,7 +165,7 @@ def test_laion_hash_is_mmh3s() -> None:
         "0123456789abcdef": 5467490433528156583,
         "0123456789abcde": -6472281833689111727,
     }
-    assert list(laion_hash(list(expected))) == list(expected.values())
+    assert laion_hashes(expected) == list(expected.values())
 
 
 def sidecar(path: Path, rows: list[tuple[object, float | None]], key: pa.DataType) -> str:
@@ -183,7 +182,7 @@ def test_a_sidecar_is_joined_by_laions_hash_and_gaps_follow_the_policy(
 ) -> None:
     rows = [laion(n) for n in range(60)]
     path = write(tmp_path / "a.parquet", metadata.LAION_2B, rows)
-    hashes = laion_hash([row["URL"] + row["TEXT"] for row in rows])
+    hashes = laion_hashes([row["URL"] + row["TEXT"] for row in rows])
     scores = [(int(key), 0.9 if n % 5 == 0 else 0.1) for n, key in enumerate(hashes[:40])]
     # of two rows with one key the worse counts
     sidecar(tmp_path / "side/0.parquet", [*scores[:20], (int(hashes[1]), 0.8)], pa.int64())

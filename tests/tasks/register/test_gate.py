@@ -13,14 +13,14 @@ from tasks.register.gate import (
     Champion,
     Decision,
     Gain,
-    Outcome,
+    GateOutcome,
     contaminated_in,
     decide,
     gains_in,
 )
 
 CHAMPION = Champion(version=3, weights="a" * 64, bytes=1000, latency_ms=10.0)
-ORDER = list(Outcome)
+ORDER = list(GateOutcome)
 
 
 def gain(points: float, spread: float = 0.5, p: float | None = None) -> Gain:
@@ -39,13 +39,13 @@ def judged(policy: GatePolicy | None = None, **changes: object) -> Decision:
     return decide(candidate(**changes), CHAMPION, policy or GatePolicy())
 
 
-def rules(decision: Decision, outcome: Outcome) -> list[str]:
+def rules(decision: Decision, outcome: GateOutcome) -> list[str]:
     return [reason.rule for reason in decision.reasons if reason.outcome is outcome]
 
 
 def test_the_first_model_is_promoted_because_there_is_none_yet() -> None:
     decision = decide(candidate(), None, GatePolicy())
-    assert decision.outcome is Outcome.PROMOTE
+    assert decision.outcome is GateOutcome.PROMOTE
     assert decision.summary == "PROMOTE: no champion yet"
     assert decision.champion is None
 
@@ -53,9 +53,9 @@ def test_the_first_model_is_promoted_because_there_is_none_yet() -> None:
 def test_a_first_model_that_was_trained_on_the_test_is_rejected() -> None:
     seen = candidate(contaminated={"imagenet": 0.5})
     decision = decide(seen, None, GatePolicy(max_contaminated=0.1))
-    assert decision.outcome is Outcome.REJECT
-    assert decide(seen, None, GatePolicy()).outcome is Outcome.PROMOTE
-    assert rules(decision, Outcome.REJECT) == ["contamination"]
+    assert decision.outcome is GateOutcome.REJECT
+    assert decide(seen, None, GatePolicy()).outcome is GateOutcome.PROMOTE
+    assert rules(decision, GateOutcome.REJECT) == ["contamination"]
 
 
 def test_the_champion_itself_is_held() -> None:
@@ -72,52 +72,52 @@ def test_a_certain_gain_promotes_and_says_by_how_much() -> None:
 @pytest.mark.parametrize("points", [0.0, 0.4, -0.4])
 def test_a_tie_is_held(points: float) -> None:
     decision = judged(gains={"a.top1": gain(points)})
-    assert decision.outcome is Outcome.HOLD
-    assert rules(decision, Outcome.HOLD) == ["gain"]
+    assert decision.outcome is GateOutcome.HOLD
+    assert rules(decision, GateOutcome.HOLD) == ["gain"]
 
 
 def test_a_gain_within_the_asked_margin_is_held() -> None:
     policy = GatePolicy(min_gain_points=2)
-    assert judged(policy, gains={"a.top1": gain(2.4)}).outcome is Outcome.HOLD
-    assert judged(policy, gains={"a.top1": gain(2.6)}).outcome is Outcome.PROMOTE
+    assert judged(policy, gains={"a.top1": gain(2.4)}).outcome is GateOutcome.HOLD
+    assert judged(policy, gains={"a.top1": gain(2.6)}).outcome is GateOutcome.PROMOTE
 
 
 def test_one_gain_of_several_is_enough_unless_all_are_needed() -> None:
     gains = {"a.top1": gain(2), "b.top1": gain(0.1)}
-    assert judged(gains=gains).outcome is Outcome.PROMOTE
+    assert judged(gains=gains).outcome is GateOutcome.PROMOTE
     decision = judged(GatePolicy(need="all"), gains=gains)
-    assert decision.outcome is Outcome.HOLD
+    assert decision.outcome is GateOutcome.HOLD
     assert "b.top1" in decision.summary and "a.top1" not in decision.summary
 
 
 def test_the_best_of_many_must_be_better_than_the_best_of_many_equal_models() -> None:
     borderline = gain(0.6, p=0.02)
-    assert judged(gains={"a.top1": borderline}).outcome is Outcome.PROMOTE
+    assert judged(gains={"a.top1": borderline}).outcome is GateOutcome.PROMOTE
     twins = {f"{name}.top1": gain(0) for name in "bcd"}
-    assert judged(gains={"a.top1": borderline, **twins}).outcome is Outcome.HOLD
+    assert judged(gains={"a.top1": borderline, **twins}).outcome is GateOutcome.HOLD
 
 
 def test_a_certain_loss_beyond_the_rail_rejects_whatever_was_gained() -> None:
     decision = judged(gains={"a.top1": gain(9), "b.text_to_image_r1": gain(-3)})
-    assert decision.outcome is Outcome.REJECT
+    assert decision.outcome is GateOutcome.REJECT
     assert decision.summary.startswith("REJECT: b.text_to_image_r1 -3.00 points (-3.50 to -2.50)")
 
 
 def test_a_loss_that_may_be_chance_holds() -> None:
     decision = judged(gains={"a.top1": gain(9), "small.top1": gain(-3, spread=5)})
-    assert decision.outcome is Outcome.HOLD
+    assert decision.outcome is GateOutcome.HOLD
     assert "the loss may be chance" in decision.summary
 
 
 def test_a_loss_within_the_rail_is_allowed() -> None:
-    assert judged(gains={"a.top1": gain(9), "b.top1": gain(-0.9)}).outcome is Outcome.PROMOTE
+    assert judged(gains={"a.top1": gain(9), "b.top1": gain(-0.9)}).outcome is GateOutcome.PROMOTE
 
 
 def test_the_rail_guards_first_metrics_and_those_that_were_chosen() -> None:
     gains = {"a.top1": gain(9), "a.top5": gain(-5), "a.mean_per_class": gain(-5)}
-    assert judged(gains=gains).outcome is Outcome.PROMOTE
+    assert judged(gains=gains).outcome is GateOutcome.PROMOTE
     policy = GatePolicy(metrics=("a.top1", "a.top5"))
-    assert judged(policy, gains=gains).outcome is Outcome.REJECT
+    assert judged(policy, gains=gains).outcome is GateOutcome.REJECT
 
 
 def test_a_metric_that_nobody_compared_holds_and_is_named() -> None:
@@ -131,26 +131,32 @@ def test_a_set_without_figures_holds() -> None:
     assert decision.summary == "HOLD: b has no figures: an image cannot be read"
 
 
-@pytest.mark.parametrize(("size", "outcome"), [(1500, Outcome.PROMOTE), (1501, Outcome.REJECT)])
-def test_weights_beyond_the_allowed_size_are_rejected(size: int, outcome: Outcome) -> None:
+@pytest.mark.parametrize(
+    ("size", "outcome"), [(1500, GateOutcome.PROMOTE), (1501, GateOutcome.REJECT)]
+)
+def test_weights_beyond_the_allowed_size_are_rejected(size: int, outcome: GateOutcome) -> None:
     assert judged(gains={"a.top1": gain(9)}, bytes=size).outcome is outcome
     unlimited = GatePolicy(max_size_ratio=None)
-    assert judged(unlimited, gains={"a.top1": gain(9)}, bytes=size).outcome is Outcome.PROMOTE
+    assert judged(unlimited, gains={"a.top1": gain(9)}, bytes=size).outcome is GateOutcome.PROMOTE
 
 
 @pytest.mark.parametrize(
     ("latency", "outcome"),
-    [(12.0, Outcome.PROMOTE), (12.1, Outcome.REJECT), (None, Outcome.HOLD)],
+    [(12.0, GateOutcome.PROMOTE), (12.1, GateOutcome.REJECT), (None, GateOutcome.HOLD)],
 )
-def test_latency_is_judged_where_the_policy_asks(latency: float | None, outcome: Outcome) -> None:
+def test_latency_is_judged_where_the_policy_asks(
+    latency: float | None, outcome: GateOutcome
+) -> None:
     policy = GatePolicy(max_latency_ratio=1.2)
     decision = judged(policy, gains={"a.top1": gain(9)}, latency_ms=latency)
     assert decision.outcome is outcome
-    assert judged(gains={"a.top1": gain(9)}, latency_ms=latency).outcome is Outcome.PROMOTE
+    assert judged(gains={"a.top1": gain(9)}, latency_ms=latency).outcome is GateOutcome.PROMOTE
 
 
-@pytest.mark.parametrize(("share", "outcome"), [(0.02, Outcome.PROMOTE), (0.021, Outcome.REJECT)])
-def test_contamination_is_judged_by_its_share(share: float, outcome: Outcome) -> None:
+@pytest.mark.parametrize(
+    ("share", "outcome"), [(0.02, GateOutcome.PROMOTE), (0.021, GateOutcome.REJECT)]
+)
+def test_contamination_is_judged_by_its_share(share: float, outcome: GateOutcome) -> None:
     policy = GatePolicy(max_contaminated=0.02)
     assert judged(policy, gains={"a.top1": gain(9)}, contaminated={"a": share}).outcome is outcome
 
@@ -225,7 +231,7 @@ def test_no_pair_of_models_replaces_each_other_where_all_metrics_count(
 ) -> None:
     policy = GatePolicy(need="all", max_loss_points=loss)
     outcomes = {judged(policy, gains=one).outcome for one in (gains, mirrored(gains))}
-    assert outcomes != {Outcome.PROMOTE}
+    assert outcomes != {GateOutcome.PROMOTE}
 
 
 @given(gains_of_sets, policies)
@@ -257,7 +263,7 @@ def test_nothing_bad_ever_makes_a_decision_better(
         worse["gains"] = {**gains, **bad["gains"]}  # type: ignore[dict-item]
     before, after = judged(policy, gains=gains), judged(policy, **worse)
     assert ORDER.index(after.outcome) >= ORDER.index(before.outcome)
-    assert after.outcome is not Outcome.PROMOTE
+    assert after.outcome is not GateOutcome.PROMOTE
 
 
 @given(gains_of_sets, policies, some.sampled_from(["a.top1", "b.top1"]), some.floats(0, 5))
