@@ -31,6 +31,7 @@ from torch import Tensor
 
 from evaclip_model.cpu.buffer_pool import Memory
 from evaclip_model.errors import InputError
+from evaclip_model.reading.config import SamplingConfig
 from evaclip_model.reading.decode import DECODERS, Picture
 from evaclip_model.reading.order import ORDERS, Mixture, Order, Piece
 from evaclip_model.reading.read_worker import Origin, Worker, serve
@@ -38,7 +39,6 @@ from evaclip_model.reading.samples import BrokenShard, Shard, ShardManifest
 from evaclip_model.reading.shard_store import LocalShards, RemoteShards, ShardStore
 from evaclip_model.reading.transform import UnreadableImageError
 from evaclip_model.reading.urls import is_url
-from evaclip_model.training.config import TrainConfig
 
 SHARDS_AHEAD = 2
 """Shards of every lane and source at hand or on their way: the one in use, and the next."""
@@ -108,7 +108,7 @@ class BatchReader:
     def __init__(
         self,
         shards: Path | str,
-        config: TrainConfig,
+        config: SamplingConfig,
         *,
         rank: int,
         ranks: int,
@@ -243,7 +243,9 @@ class BatchReader:
         for worker in range(workers):
             settings = {
                 "shards": str(self._location),
-                "config": config.model_dump(mode="json"),
+                "sampling": config.model_dump(
+                    mode="json", include=set(SamplingConfig.model_fields)
+                ),
                 "rank": self._rank * workers + worker,
                 "ranks": self._ranks * workers,
                 "cache_bytes": part.cache_bytes,
@@ -336,7 +338,7 @@ def serve_batches(settings: Mapping[str, Any]) -> Iterator[tuple[Batch, Mapping[
     cache = settings["shard_cache"]
     reader = BatchReader(
         settings["shards"],
-        TrainConfig.from_mapping(settings["config"], where="the settings of a reading process"),
+        SamplingConfig.from_mapping(settings["sampling"], where="settings of a reading process"),
         rank=settings["rank"],
         ranks=settings["ranks"],
         settings=ReadSettings(
@@ -431,7 +433,7 @@ def _store(shards: Path | str, settings: ReadSettings, rank: int, ranks: int) ->
 
 
 def _weights(
-    by_source: Mapping[str, Sequence[Shard]], config: TrainConfig, shards: Path | str
+    by_source: Mapping[str, Sequence[Shard]], config: SamplingConfig, shards: Path | str
 ) -> dict[str, float]:
     """Share of each source that is drawn, in the order of the sources' names."""
     if not config.source_weights:

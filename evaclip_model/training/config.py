@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from evaclip_model.config import Config
+from evaclip_model.reading.config import SamplingConfig
 
 JOB_FILE = "train.json"
 METRICS_FILE = "metrics.jsonl"
@@ -41,17 +42,13 @@ DECIDE_NOTHING = (
 behind, never its result (rounding apart): a run may go on, and an artifact holds, without them."""
 
 
-class TrainConfig(Config):
+class TrainConfig(SamplingConfig):
     """One training stage; defaults as the paper's EVA-02-CLIP-B/16 (Table 8) where it has one."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     """Name of the training stage."""
-    image_px: int = Field(gt=0)
-    """Side of the square training images, pixels; must be a multiple of the model's patch."""
     samples_seen: int = Field(gt=0)
     """Image-text pairs to train on, repeats counted; rounded up to whole global batches."""
-    global_batch: int = Field(gt=1)
-    """Image-text pairs in one optimizer step, over all ranks: each is contrasted with all."""
     optimizer: Literal["lamb", "adamw"] = "lamb"
     """Update rule; LAMB scales each parameter's step by the ratio of its norm to its update's."""
     lr_vision: float = Field(default=2e-4, ge=0)
@@ -117,25 +114,11 @@ class TrainConfig(Config):
     """DeepSpeed ZeRO: 1 shards optimizer states over ranks, 2 gradients too, 0 nothing. There is no
     3: the largest of these models has 10 GB of weights in half precision, which fit, and LAMB's
     ratios would need a second map for weights that are cut one by one."""
-    source_weights: dict[str, float] = Field(default_factory=dict)
-    """Source name -> share of the draws, any scale; empty: in proportion to their samples."""
-    crop_scale: tuple[float, float] = (0.9, 1.0)
-    """Smallest and largest area of the random crop, as a share of the image's."""
     caption_templates: tuple[str, ...] = Field(default=("{}",), min_length=1)
     """Texts around the caption, one of them drawn for every sample; `{}` stands for the caption."""
     caption_separator: str | None = Field(default=None, min_length=1)
     """Where a caption may be cut: a random number of its parts, from the first on, is kept, so that
     a title is learnt with and without the tags behind it. None keeps captions whole."""
-    decode: Literal["fast", "reference"] = "fast"
-    """How images become pixels. "reference" is the authors' transform to the bit; "fast" takes less
-    than half its time on JPEGs, within 2 levels of 255 of it, and is the same on all else."""
-    sampling: Literal["exact", "resampled"] = "exact"
-    """Order of a source. "exact" shows every sample once before any again; "resampled" draws whole
-    shards with replacement, as the authors' runs did."""
-    lanes: int = Field(default=16, gt=0)
-    """Parallel sample streams; every rank reads whole lanes, so ranks must divide this number."""
-    shuffle_buffer: int = Field(default=1000, gt=0)
-    """Samples of one lane and source that are shuffled together."""
     checkpoint_every_steps: int = Field(default=500, gt=0)
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, gt=0)
@@ -158,8 +141,6 @@ class TrainConfig(Config):
     """Optimizer steps between zero-shot classifications of the job's `probe` set; 0: never."""
     deterministic: bool = False
     """Only algorithms that give the same bits every time; slower on GPUs."""
-    seed: int = Field(default=4096, ge=0)
-    """Decides order, crops, masks and templates, each by the sample's position alone."""
 
     @property
     def steps(self) -> int:
@@ -173,13 +154,6 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.global_batch % self.lanes:
-            raise ValueError(
-                f"global_batch = {self.global_batch} must be a multiple of lanes = {self.lanes}"
-            )
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"crop_scale = [{low}, {high}] must rise and lie within 0 and 1")
         if self.trust_clip is not None and not 0 <= self.trust_clip[0] <= self.trust_clip[1]:
             raise ValueError("trust_clip must be two rising numbers, not below 0")
         if {"vision", "text", "logit_scale"} == set(self.freeze):
@@ -187,8 +161,6 @@ class TrainConfig(Config):
         for template in self.caption_templates:
             if template.count("{}") != 1:
                 raise ValueError(f"caption template '{template}' must contain {{}} exactly once")
-        if any(weight <= 0 for weight in self.source_weights.values()):
-            raise ValueError("source_weights must be above 0; leave a source out to not draw it")
         return self
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from evaclip_model.reading.reader import Batch
 from evaclip_model.training.checkpoint import (
     CheckpointWriter,
-    Progress,
+    TrainingProgress,
     load_newest,
     settings_of,
 )
@@ -32,7 +32,7 @@ from evaclip_model.training.loop_state import LoopState
 from evaclip_model.training.monitoring.nonfinite_report import described, whose, write_dump
 from evaclip_model.training.monitoring.profiling import PROFILE_FOLDER, ProfileWindow
 from evaclip_model.training.monitoring.rank_stats import Together, from_all
-from evaclip_model.training.monitoring.spike_guard import Judged, Observed, Verdict, judge
+from evaclip_model.training.monitoring.spike_guard import Judged, Observed, StepVerdict, judge
 from evaclip_model.training.monitoring.step_metrics import MetricsLog, StepRow, step_row
 from evaclip_model.training.monitoring.watchdog import Watchdog
 from evaclip_model.training.monitoring.zeroshot_probe import open_probe, probe
@@ -115,7 +115,7 @@ class _Run:
             self._save()  # something to go back to
         self._metrics.cut_back(self._state.step)
 
-    def _load(self) -> Progress | None:
+    def _load(self) -> TrainingProgress | None:
         engine = self._rank.engine
         found = load_newest(self._checkpoints, engine.fragments(), self._settings)
         if found is not None:
@@ -136,7 +136,7 @@ class _Run:
                 self._watchdog.beat(step)
                 if together.save_failed:
                     self._writer.wait()
-                if judged.verdict is Verdict.ROLL_BACK or step == config.steps:
+                if judged.verdict is StepVerdict.ROLL_BACK or step == config.steps:
                     return
                 if together.stop or step % config.checkpoint_every_steps == 0:
                     self._save()
@@ -154,7 +154,7 @@ class _Run:
             _log.warning("%s", judged.reason)
         factor = lr_factor(before.step, config.warmup_steps, config.steps, config.schedule)
         stepped = self._follow(judged, factor)
-        if judged.verdict is Verdict.ROLL_BACK:
+        if judged.verdict is StepVerdict.ROLL_BACK:
             self._go_back(before, guards.rollbacks)
             return judged, gradient.together
         self._state = before.after(guards, taken=stepped is not None and not stepped.skipped)
@@ -201,7 +201,7 @@ class _Run:
 
     def _follow(self, judged: Judged, factor: float) -> Stepped | None:
         """Take the step, or forget its gradient."""
-        if judged.verdict is Verdict.TAKE:
+        if judged.verdict is StepVerdict.TAKE:
             self._writer.settle()
             return self._rank.engine.step(factor)
         self._rank.engine.discard()
@@ -221,7 +221,7 @@ class _Run:
 
     def _save(self) -> None:
         self._count_bad_samples()
-        progress = Progress(
+        progress = TrainingProgress(
             step=self._state.step,
             counters=self._rank.engine.counters(),
             bad_samples=dict(self._bad),

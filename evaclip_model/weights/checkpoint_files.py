@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from evaclip_model.errors import InputError
-from evaclip_model.training.checkpoint import MANIFEST, checkpoints, stored_parameters
+from evaclip_model.weights.checkpoint_format import MANIFEST, checkpoints, stored_parameters
 from evaclip_model.weights.tensor_files import StoredTensor, read_safetensors, read_torch
 
 WEIGHTS_FILE = "model.safetensors"

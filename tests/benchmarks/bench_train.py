@@ -42,7 +42,7 @@ from torch import nn
 
 from evaclip_model.create import create_model
 from evaclip_model.tokenizer.tokenizer import tokenize
-from evaclip_model.training.checkpoint import CheckpointWriter, Progress, save_checkpoint
+from evaclip_model.training.checkpoint import CheckpointWriter, TrainingProgress, save_checkpoint
 from evaclip_model.training.config import TrainConfig, TrainJob
 from evaclip_model.training.engine.engine import TorchEngine, start_distributed
 from evaclip_model.training.loss.contrastive import LossSettings, contrastive_terms
@@ -399,8 +399,8 @@ def saving_once(batch: int, folder: str) -> dict[str, float]:
         engine.step(1.0)
         return time.perf_counter() - started_at
 
-    def progress(number: int) -> Progress:
-        return Progress(number, engine.counters(), {}, 0.0, {})
+    def progress(number: int) -> TrainingProgress:
+        return TrainingProgress(number, engine.counters(), {}, 0.0, {})
 
     step(0)
     size = sum(t.nbytes for f in engine.fragments() for t in f.tensors.values())

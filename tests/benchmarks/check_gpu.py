@@ -36,7 +36,7 @@ from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.cost import peak_flops, train_flops_per_sample
 from evaclip_model.training.engine.engine import DeepSpeedEngine, TorchEngine, start_distributed
 from evaclip_model.training.monitoring.self_test import self_test
-from evaclip_model.training.optimizer.lamb import Lamb, Part
+from evaclip_model.training.optimizer.lamb import Lamb, LambPart
 from evaclip_model.training.step import forward_backward, loss_settings, step_inputs
 
 Row = dict[str, Any]
@@ -237,7 +237,7 @@ def fused_lamb(setting: Setting) -> Iterator[Row]:
     rules: Row = {"betas": (0.9, 0.98), "eps": 1e-6}
 
     def ours(tensors: list[Tensor]) -> Any:
-        part = Part(tensors, 1e-3, 0.05)
+        part = LambPart(tensors, 1e-3, 0.05)
         return Lamb([part], **rules, trust_clip=(0.01, 10.0), adapt_no_decay=True)
 
     expected, ms = stepped(ours)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from evaclip_model.create import create_model
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.model_config import ModelConfig
-from evaclip_model.training.checkpoint import Progress, save_checkpoint
+from evaclip_model.training.checkpoint import TrainingProgress, save_checkpoint
 from evaclip_model.training.engine.engine import StateFragment
 from evaclip_model.weights.load import LoadReport, Part, load_weights, save_model
 from tests.evaclip_model.peer_libraries import transformers
@@ -198,7 +198,7 @@ def deepspeed(model: EvaClip, folder: Path) -> Path:
 def training(model: EvaClip, folder: Path) -> Path:
     flat = {key: value.detach().reshape(-1).clone() for key, value in model.named_parameters()}
     pieces = [StateFragment(key, 0, {"param": value}) for key, value in flat.items()]
-    save_checkpoint(folder, pieces, Progress(1, {}, {}, 1.0, {}), keep=1)
+    save_checkpoint(folder, pieces, TrainingProgress(1, {}, {}, 1.0, {}), keep=1)
     return folder
 
 

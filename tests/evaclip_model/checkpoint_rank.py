@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from evaclip_model.training.checkpoint import CheckpointWriter, Progress, load_newest
+from evaclip_model.training.checkpoint import CheckpointWriter, TrainingProgress, load_newest
 from evaclip_model.training.engine.engine import StateFragment, start_distributed
 
 SIZE = 90_000
@@ -43,7 +43,7 @@ def main(folder, steps, fails_on):
                     writer.wait()
                 value.fill_(step)
                 if step != 5:
-                    writer.save(state, Progress(step, {}, {}, 0.0, {}))
+                    writer.save(state, TrainingProgress(step, {}, {}, 0.0, {}))
                 writer.settle()
                 value.fill_(-1)
                 ended["done"] = step

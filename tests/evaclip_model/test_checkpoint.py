@@ -12,12 +12,12 @@ import torch
 from evaclip_model.errors import InputError
 from evaclip_model.training.checkpoint import (
     CheckpointWriter,
-    Progress,
-    checkpoints,
+    TrainingProgress,
     load_newest,
     save_checkpoint,
 )
 from evaclip_model.training.engine.engine import StateFragment
+from evaclip_model.weights.checkpoint_format import checkpoints
 
 SETTINGS = {"lr": 0.1, "towers": ["vision", "text"]}
 
@@ -29,7 +29,7 @@ def fragment(name, offset, values):
 
 
 def progress(step):
-    return Progress(step, {"updates": step}, {}, 1.0, SETTINGS)
+    return TrainingProgress(step, {"updates": step}, {}, 1.0, SETTINGS)
 
 
 def blank(name, offset, size):

@@ -12,7 +12,7 @@ from evaclip_model.training.monitoring.spike_guard import (
     GuardState,
     Observed,
     Running,
-    Verdict,
+    StepVerdict,
     judge,
 )
 
@@ -54,9 +54,9 @@ def test_steps_without_numbers_are_left_out_and_too_many_in_a_row_end_the_run(ba
     state = GuardState()
     for _ in range(3):
         judged, state = judge(state, observed(**bad), config())
-        assert (judged.verdict, judged.kind) == (Verdict.DISCARD, "nonfinite")
+        assert (judged.verdict, judged.kind) == (StepVerdict.DISCARD, "nonfinite")
     judged, good = judge(state, observed(), config())
-    assert judged.verdict is Verdict.TAKE
+    assert judged.verdict is StepVerdict.TAKE
     assert good.nonfinite == 0
     with pytest.raises(Diverged, match="at step 7, 4 times in a row"):
         judge(state, observed(7, **bad), config())
@@ -65,22 +65,22 @@ def test_steps_without_numbers_are_left_out_and_too_many_in_a_row_end_the_run(ba
 def test_an_fp16_gradient_that_overflows_is_left_to_the_loss_scale():
     settings, state = config(precision="fp16"), GuardState(nonfinite=2)
     judged, state = judge(state, observed(grad_norm=math.inf), settings)
-    assert (judged.verdict, judged.kind) == (Verdict.TAKE, "overflow")
+    assert (judged.verdict, judged.kind) == (StepVerdict.TAKE, "overflow")
     assert state.nonfinite == 2
     judged, state = judge(state, observed(loss=math.nan), settings)
-    assert judged.verdict is Verdict.DISCARD
+    assert judged.verdict is StepVerdict.DISCARD
 
 
 @pytest.mark.parametrize(
     ("action", "verdict"),
-    [("log", Verdict.TAKE), ("skip", Verdict.DISCARD), ("rollback", Verdict.ROLL_BACK)],
+    [("log", StepVerdict.TAKE), ("skip", StepVerdict.DISCARD), ("rollback", StepVerdict.ROLL_BACK)],
 )
 def test_a_spike_is_far_above_the_recent_range_and_only_after_a_warm_up(action, verdict):
     settings = config(spike_action=action)
     calm = [3 + 0.1 * math.sin(step) for step in range(30)]
-    assert after([9.0, *calm[:5], 9.0], settings)[0] == [Verdict.TAKE] * 7
+    assert after([9.0, *calm[:5], 9.0], settings)[0] == [StepVerdict.TAKE] * 7
     verdicts, state = after(calm, settings)
-    assert set(verdicts) == {Verdict.TAKE}
+    assert set(verdicts) == {StepVerdict.TAKE}
     judged, _ = judge(state, observed(31, 3.2), settings)
     assert judged.kind == ""
     judged, _ = judge(state, observed(31, 5.0), settings)
@@ -89,22 +89,22 @@ def test_a_spike_is_far_above_the_recent_range_and_only_after_a_warm_up(action, 
     judged, _ = judge(state, observed(31, 3.0, grad_norm=40.0), settings)
     assert "grad norm 40" in judged.reason
     judged, _ = judge(state, observed(31, 0.1), settings)
-    assert judged.verdict is Verdict.TAKE
+    assert judged.verdict is StepVerdict.TAKE
 
 
 def test_a_level_that_has_changed_for_good_stops_being_a_spike():
     settings = config(spike_action="skip")
     _, state = after([3 + 0.1 * math.sin(step) for step in range(30)], settings)
     verdicts, _ = after([5.0] * 30, settings, state)
-    assert verdicts[0] is Verdict.DISCARD
-    assert verdicts[-1] is Verdict.TAKE
+    assert verdicts[0] is StepVerdict.DISCARD
+    assert verdicts[-1] is StepVerdict.TAKE
 
 
 def test_training_goes_back_no_more_often_than_allowed():
     settings = config(spike_action="rollback", max_rollbacks=1)
     _, calm = after([3 + 0.1 * math.sin(step) for step in range(30)], settings)
     judged, state = judge(calm, observed(31, 50.0), settings)
-    assert judged.verdict is Verdict.ROLL_BACK
+    assert judged.verdict is StepVerdict.ROLL_BACK
     assert state.rollbacks == 1
     with pytest.raises(Diverged, match="went back once before"):
         judge(state, observed(32, 500.0), settings)

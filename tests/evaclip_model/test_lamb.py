@@ -8,14 +8,21 @@ import torch
 from safetensors.torch import load_file
 
 from evaclip_model.training.optimizer import lamb
-from evaclip_model.training.optimizer.lamb import Fragment, Lamb, Layout, Part, Piece, batches_of
+from evaclip_model.training.optimizer.lamb import (
+    FlatSlice,
+    Fragment,
+    Lamb,
+    LambPart,
+    Layout,
+    batches_of,
+)
 
 DATA = Path(__file__).parent / "data" / "optim"
 
 
 def lamb_of(parameters, case, **options):
     parts = [
-        Part([parameters[name] for name in group["names"]], group["lr"], group["weight_decay"])
+        LambPart([parameters[name] for name in group["names"]], group["lr"], group["weight_decay"])
         for group in case["groups"]
     ]
     return Lamb(parts, betas=tuple(case["betas"]), eps=case["eps"], **options)
@@ -61,10 +68,10 @@ def test_a_flat_tensor_with_its_layout_steps_like_its_parameters():
         for number, (start, part) in enumerate(zip(starts, plain, strict=True))
     )
     separate, naive = (
-        Lamb([Part(held, lr=0.1, weight_decay=0.1)])
+        Lamb([LambPart(held, lr=0.1, weight_decay=0.1)])
         for held in (plain, [torch.nn.Parameter(flat.detach().clone())])
     )
-    bound = Lamb([Part(plain, lr=0.1, weight_decay=0.1)])
+    bound = Lamb([LambPart(plain, lr=0.1, weight_decay=0.1)])
     bound.param_groups[0]["params"] = [flat]  # as ZeRO does
     bound.bind([Layout(fragments, None)])
     for _ in range(5):
@@ -81,7 +88,7 @@ def test_a_flat_tensor_with_its_layout_steps_like_its_parameters():
 
 
 def test_binding_refuses_a_fragment_outside_the_flat_tensor():
-    optimizer = Lamb([Part([torch.nn.Parameter(torch.zeros(4))], 1e-3, 0.0)])
+    optimizer = Lamb([LambPart([torch.nn.Parameter(torch.zeros(4))], 1e-3, 0.0)])
     with pytest.raises(ValueError, match="outside"):
         optimizer.bind([Layout((Fragment(0, 0, 2, 3),), None)])
 
@@ -89,7 +96,7 @@ def test_binding_refuses_a_fragment_outside_the_flat_tensor():
 def test_without_adaptation_it_is_adamw():
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4)) for _ in range(2))
-    lamb = Lamb([Part([ours], 0.02, 0.3)], betas=(0.9, 0.98), eps=1e-6, adapt=False)
+    lamb = Lamb([LambPart([ours], 0.02, 0.3)], betas=(0.9, 0.98), eps=1e-6, adapt=False)
     adamw = torch.optim.AdamW([theirs], lr=0.02, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.3)
     for _ in range(10):
         gradient = torch.randn(3, 4)
@@ -102,7 +109,7 @@ def test_without_adaptation_it_is_adamw():
 def test_trust_ratios_are_those_it_stepped_with():
     torch.manual_seed(0)
     plain, bias = (torch.nn.Parameter(torch.randn(shape)) for shape in ((4, 3), (5,)))
-    optimizer = Lamb([Part([plain], 0.1, 0.2), Part([bias], 0.1, 0.0)], packed=True)
+    optimizer = Lamb([LambPart([plain], 0.1, 0.2), LambPart([bias], 0.1, 0.0)], packed=True)
     assert optimizer.trust_ratios() == [[], []]
     before = plain.detach().clone()
     plain.grad, bias.grad = torch.randn(4, 3), torch.randn(5)
@@ -117,8 +124,8 @@ def test_trust_ratios_are_those_it_stepped_with():
 def test_every_element_is_updated_once_with_others_of_its_decay(device, monkeypatch):
     monkeypatch.setattr(lamb, "CHUNK", 7)
     monkeypatch.setattr(lamb, "BATCH", 20)
-    parts = [Part([], 1.0, decay) for decay in (0.0, 0.1, 0.0)]
-    spans = [Piece(n, n, n % 3, 5 * n, size) for n, size in enumerate((3, 50, 6, 11, 1))]
+    parts = [LambPart([], 1.0, decay) for decay in (0.0, 0.1, 0.0)]
+    spans = [FlatSlice(n, n, n % 3, 5 * n, size) for n, size in enumerate((3, 50, 6, 11, 1))]
     largest, updated = {"cpu": 7, "cuda": 20}[device], []
     for decay, batch in batches_of(spans, parts, torch.device(device)):
         assert sum(piece.size for piece in batch) <= largest

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from evaclip_model.create import create_model
 from evaclip_model.errors import InputError
 from evaclip_model.model.clip import EvaClip
-from evaclip_model.training.checkpoint import Progress, save_checkpoint
+from evaclip_model.training.checkpoint import TrainingProgress, save_checkpoint
 from evaclip_model.training.engine.engine import StateFragment
 from evaclip_model.weights.load import load_weights, save_model, save_weights
 
@@ -195,7 +195,7 @@ def write_training_state(folder: Path, state: dict[str, Tensor]) -> None:
                 piece = flat[start:stop].clone()
                 tensors = {"param": piece, "exp_avg": torch.full_like(piece, 7.0)}
                 fragments.append(StateFragment(name, start, tensors))
-    save_checkpoint(folder, fragments, Progress(4, {}, {}, 1.0, {}), keep=1)
+    save_checkpoint(folder, fragments, TrainingProgress(4, {}, {}, 1.0, {}), keep=1)
 
 
 def test_a_training_checkpoint_without_one_shard_is_refused(tmp_path, state):

@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file
 
 from evaclip_model.create import create_model
-from evaclip_model.training.checkpoint import checkpoints
+from evaclip_model.weights.checkpoint_format import checkpoints
 from evaclip_model.weights.load import save_model
 from tests.evaclip_model.conftest import Ranks, write_small_shards
 from tests.evaclip_model.trainer_runs import TINY, finish, job_of

@@ -28,12 +28,13 @@ from torch import Tensor
 from evaclip_model.errors import InputError
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.model_config import ModelConfig
-from evaclip_model.training.checkpoint.checkpoint_format import Progress, settings_of
+from evaclip_model.training.checkpoint.read_checkpoint import settings_of
 from evaclip_model.training.checkpoint.storage import place_of
 from evaclip_model.training.checkpoint.write_checkpoint import save_checkpoint
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.engine.engine import StateFragment
 from evaclip_model.training.optimizer.parameter_groups import is_frozen
+from evaclip_model.weights.checkpoint_format import TrainingProgress
 from evaclip_model.weights.name_maps import Entry, native_names
 
 _MODEL_STATES = "mp_rank_00_model_states.pt"
@@ -52,7 +53,7 @@ Pieces = Sequence[Mapping[str, Tensor]]
 
 def import_checkpoint(
     source: Path, location: Path | str, config: TrainConfig, architecture: ModelConfig
-) -> Progress:
+) -> TrainingProgress:
     """Make a checkpoint of ours out of DeepSpeed's, from which any number of ranks goes on.
 
     The step is DeepSpeed's count of optimizer steps: the learning rate and the data go on behind
@@ -72,7 +73,7 @@ def import_checkpoint(
     if place_of(location).steps():
         raise InputError(f"{location} holds checkpoints already: give a location without any")
     found = _universal(source) if (source / "zero").is_dir() else _zero(_newest(source))
-    progress = Progress(
+    progress = TrainingProgress(
         step=found.step,
         counters={"updates": found.updates, "scaler": dict(found.scaler)},
         bad_samples={},

@@ -1,7 +1,8 @@
-"""Taking up a checkpoint: found, checked by all ranks, and only then read.
+"""Restoring a checkpoint: found, checked by all ranks, and only then read.
 
-Covers: the newest whole checkpoint into a rank's tensors; a checkpoint's parameters alone.
-Not here: the form of files (form.py), checkpoints of other programs (importing.py).
+Covers: the newest whole checkpoint into a rank's tensors; the settings it has to belong to.
+Not here: the files' format (weights/checkpoint_format.py), checkpoints of other programs
+(deepspeed_import.py).
 
 Every shard is read once by one rank, which sums its checksum; all ranks tell each other what they
 found, and decide alike before any tensor is touched. Then each reads the pieces it holds.
@@ -21,38 +22,46 @@ import torch
 from torch import Tensor
 
 from evaclip_model.errors import InputError
-from evaclip_model.training.checkpoint.checkpoint_format import (
+from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.training.checkpoint.consensus import Peers
+from evaclip_model.training.checkpoint.storage import Place, place_of
+from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.engine.engine import StateFragment
+from evaclip_model.weights.checkpoint_format import (
     MANIFEST,
     SLAB_BYTES,
-    Manifest,
-    Piece,
-    Progress,
-    Unusable,
+    CheckpointManifest,
+    StoredPiece,
+    TrainingProgress,
+    UnusableCheckpoint,
     bytes_of,
     checked_pieces,
     difference,
-    key_parts,
     sizes_of,
-    step_name,
 )
-from evaclip_model.training.checkpoint.consensus import Peers
-from evaclip_model.training.checkpoint.storage import FolderPlace, Place, place_of
-from evaclip_model.training.engine.engine import StateFragment
-from evaclip_model.weights.tensor_files import StoredTensor, read_safetensors
 
 _log = logging.getLogger(__name__)
 
 
+def settings_of(config: TrainConfig, architecture: ModelConfig) -> dict[str, Any]:
+    """The settings that a run's checkpoints belong to, `TrainingProgress.settings`.
+
+    Args:
+        architecture: of the model that is trained, at the size of its images.
+    """
+    return {**config.deciding, "model": architecture.model_dump(mode="json")}
+
+
 def load_newest(
     location: Path | str, fragments: Sequence[StateFragment], settings: Mapping[str, Any]
-) -> Progress | None:
+) -> TrainingProgress | None:
     """Fill `fragments` from the newest checkpoint that is whole; None: there is none.
 
     Every rank calls it. One that is not whole is passed over, and the log says why.
 
     Args:
         location: a folder or URL, as for CheckpointWriter.
-        settings: the present ones, as in `Progress.settings`.
+        settings: the present ones, as in `TrainingProgress.settings`.
 
     Raises:
         InputError: the checkpoints belong to other settings, or to a later version of this package;
@@ -63,58 +72,16 @@ def load_newest(
     for step in peers.first(place.steps):
         where = place.full_name(step, MANIFEST)
         try:
-            manifest = Manifest.from_text(peers.first(partial(_text, place, step)), where)
+            manifest = CheckpointManifest.from_text(peers.first(partial(_text, place, step)), where)
             _require_same(manifest.progress.settings, settings, where)
             pieces = _checked(place, peers, step, manifest, fragments)
-        except Unusable as fault:
+        except UnusableCheckpoint as fault:
             if peers.rank == 0:
                 _log.warning("checkpoint of step %d is passed over: %s", step, fault)
             continue
         peers.together(partial(_fill, fragments, place, step, manifest, pieces))
         return manifest.progress
     return None
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints in a folder, newest first."""
-    return [folder / step_name(step) for step in FolderPlace(folder).steps()]
-
-
-def stored_parameters(folder: Path) -> dict[str, list[StoredTensor]]:
-    """The parameters in a checkpoint, `folder/step-N`, by name; their values stay on disk.
-
-    Returns:
-        For each parameter its fp32 pieces, [n] each; one after another they are all of it, flat.
-
-    Raises:
-        InputError: a shard is missing, cut off or unreadable.
-    """
-    where = folder / MANIFEST
-    try:
-        manifest = Manifest.from_text(where.read_text(), str(where))
-        pieces: dict[str, list[tuple[int, StoredTensor]]] = defaultdict(list)
-        for shard in manifest.shards:
-            stored = read_safetensors(folder / shard.name)
-            if (folder / shard.name).stat().st_size != shard.bytes:
-                raise Unusable(f"{folder / shard.name} is not as long as it was written")
-            for key, tensor in stored.items():
-                name, offset, kind = key_parts(key)
-                if kind == "param":
-                    pieces[name].append((offset, tensor))
-    except (OSError, Unusable) as error:
-        raise InputError(f"{error}: take another checkpoint") from error
-    return {name: _in_a_row(name, found, folder) for name, found in pieces.items()}
-
-
-def _in_a_row(
-    name: str, pieces: Sequence[tuple[int, StoredTensor]], folder: Path
-) -> list[StoredTensor]:
-    end, ordered = 0, sorted(pieces, key=lambda piece: piece[0])
-    for offset, tensor in ordered:
-        if offset != end:
-            raise InputError(f"{folder} lacks a piece of '{name}': take another checkpoint")
-        end += tensor.shape.numel()
-    return [tensor for _, tensor in ordered]
 
 
 def _text(place: Place, step: int) -> str:
@@ -133,17 +100,21 @@ def _require_same(stored: Mapping[str, Any], present: Mapping[str, Any], where: 
 
 
 def _checked(
-    place: Place, peers: Peers, step: int, manifest: Manifest, fragments: Sequence[StateFragment]
-) -> list[Piece]:
+    place: Place,
+    peers: Peers,
+    step: int,
+    manifest: CheckpointManifest,
+    fragments: Sequence[StateFragment],
+) -> list[StoredPiece]:
     """Pieces of all shards, when they are as they were written and what all ranks need.
 
     Raises:
-        Unusable: they are not; the same on every rank.
+        UnusableCheckpoint: they are not; the same on every rank.
     """
     found = peers.together(lambda: _share_of_check(place, peers, step, manifest))
     faults = [fault for _, fault in found if fault is not None]
     if faults:
-        raise Unusable(faults[0])
+        raise UnusableCheckpoint(faults[0])
     pieces = [piece for share, _ in found for piece in share]
     where = place.full_name(step, MANIFEST).removesuffix(f"/{MANIFEST}")
     wanted: dict[tuple[str, str], int] = defaultdict(int)
@@ -152,13 +123,13 @@ def _checked(
             wanted[held] = max(wanted[held], end)
     reason = difference(sizes_of(pieces, where), wanted)
     if reason is not None:
-        raise Unusable(f"{where} {reason}")
+        raise UnusableCheckpoint(f"{where} {reason}")
     return pieces
 
 
 def _share_of_check(
-    place: Place, peers: Peers, step: int, manifest: Manifest
-) -> tuple[list[Piece], str | None]:
+    place: Place, peers: Peers, step: int, manifest: CheckpointManifest
+) -> tuple[list[StoredPiece], str | None]:
     """Pieces of the shards that fall to this rank, or what is wrong with one of them."""
     pieces = []
     try:
@@ -169,8 +140,8 @@ def _share_of_check(
                 with place.read(step, shard.name) as file:
                     pieces += checked_pieces(file, shard, number, where)
             except FileNotFoundError:
-                raise Unusable(f"{where} is missing") from None
-    except Unusable as fault:
+                raise UnusableCheckpoint(f"{where} is missing") from None
+    except UnusableCheckpoint as fault:
         return [], str(fault)
     return pieces, None
 
@@ -189,11 +160,11 @@ def _fill(
     fragments: Sequence[StateFragment],
     place: Place,
     step: int,
-    manifest: Manifest,
-    pieces: Iterable[Piece],
+    manifest: CheckpointManifest,
+    pieces: Iterable[StoredPiece],
 ) -> None:
     """Read this rank's fragments, shard by shard and from front to back, a slab at a time."""
-    index: dict[tuple[str, str], list[Piece]] = defaultdict(list)
+    index: dict[tuple[str, str], list[StoredPiece]] = defaultdict(list)
     for piece in pieces:
         index[piece.name, piece.kind].append(piece)
     reads: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)

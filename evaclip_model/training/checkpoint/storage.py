@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from evaclip_model.reading.urls import filesystem, is_url
-from evaclip_model.training.checkpoint.checkpoint_format import (
+from evaclip_model.weights.checkpoint_format import (
     MANIFEST,
     SLAB_BYTES,
+    checkpoint_steps,
     step_name,
     step_of,
 )
@@ -73,8 +74,7 @@ class FolderPlace:
         self._folder = folder
 
     def steps(self) -> list[int]:
-        found = [step_of(path.parent.name) for path in self._folder.glob(f"step-*/{MANIFEST}")]
-        return sorted((step for step in found if step is not None), reverse=True)
+        return checkpoint_steps(self._folder)
 
     def clear(self, step: int) -> None:
         unfinished = self._unfinished(step)

@@ -18,17 +18,17 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from evaclip_model.training.checkpoint.checkpoint_format import (
-    Manifest,
-    Progress,
+from evaclip_model.training.checkpoint.consensus import Peers
+from evaclip_model.training.checkpoint.storage import Place, place_of
+from evaclip_model.training.engine.engine import StateFragment
+from evaclip_model.weights.checkpoint_format import (
+    CheckpointManifest,
     ShardFile,
+    TrainingProgress,
     key_of,
     retired,
     write_shard,
 )
-from evaclip_model.training.checkpoint.consensus import Peers
-from evaclip_model.training.checkpoint.storage import Place, place_of
-from evaclip_model.training.engine.engine import StateFragment
 
 
 class CheckpointWriter:
@@ -67,7 +67,7 @@ class CheckpointWriter:
         for key, tensor in _named(fragments).items():
             self._copy_of(key, tensor).zero_()  # memory is there when it was written to
 
-    def save(self, fragments: Iterable[StateFragment], progress: Progress) -> None:
+    def save(self, fragments: Iterable[StateFragment], progress: TrainingProgress) -> None:
         """Begin to copy the state and to write it; waits for the save before, if it goes on.
 
         Call `settle` before the state is changed.
@@ -134,7 +134,7 @@ class CheckpointWriter:
             self.close()
 
     def _write(
-        self, here: Mapping[str, Tensor], held: Mapping[str, Tensor], progress: Progress
+        self, here: Mapping[str, Tensor], held: Mapping[str, Tensor], progress: TrainingProgress
     ) -> None:
         try:
             try:
@@ -158,7 +158,7 @@ class CheckpointWriter:
 
 
 def save_checkpoint(
-    location: Path | str, fragments: Iterable[StateFragment], progress: Progress, keep: int
+    location: Path | str, fragments: Iterable[StateFragment], progress: TrainingProgress, keep: int
 ) -> None:
     """Write a checkpoint together with all other ranks, and wait until it is whole.
 
@@ -180,12 +180,12 @@ class _Target:
     keep: int
     keep_every_steps: int | None
 
-    def write(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
+    def write(self, tensors: Mapping[str, Tensor], progress: TrainingProgress) -> None:
         """Write this rank's shard; when all are on disk, rank 0 makes them a checkpoint."""
         self.peers.first(lambda: self.place.clear(progress.step))
         try:
             shards = self.peers.together(lambda: self._write_shard(tensors, progress.step))
-            manifest = Manifest(tuple(shards), progress).to_text()
+            manifest = CheckpointManifest(tuple(shards), progress).to_text()
             self.peers.first(lambda: self.place.publish(progress.step, manifest))
         except Exception:
             if self.peers.rank == 0:

@@ -25,7 +25,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.engine.deepspeed_config import MIN_LOSS_SCALE, deepspeed_config
 from evaclip_model.training.engine.fp32_state import Buffered, Copied, Master, Masters, Partitioned
-from evaclip_model.training.optimizer.lamb import Lamb, Part
+from evaclip_model.training.optimizer.lamb import Lamb, LambPart
 from evaclip_model.training.optimizer.parameter_groups import (
     TOWERS,
     Group,
@@ -344,7 +344,7 @@ def make_optimizer(
     whole_tensors = config.trust_scope == "partition"
     return Lamb(
         [
-            Part([named[name] for name in group.names], group.lr_peak, group.weight_decay)
+            LambPart([named[name] for name in group.names], group.lr_peak, group.weight_decay)
             for group in groups
         ],
         betas=(config.beta1, config.beta2),

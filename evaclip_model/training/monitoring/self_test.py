@@ -20,7 +20,7 @@ from evaclip_model.model.clip import EvaClip
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.loss.contrastive import contrastive_terms, gathered_terms
 from evaclip_model.training.monitoring.rank_stats import from_all
-from evaclip_model.training.optimizer.lamb import Fragment, Lamb, Layout, Part
+from evaclip_model.training.optimizer.lamb import Fragment, Lamb, LambPart, Layout
 from evaclip_model.training.step import loss_settings
 
 _SHAPES = ((5, 3), (7, 4), (11,))
@@ -112,7 +112,7 @@ def _lamb_difference(config: TrainConfig, device: torch.device) -> float:
 
 def _lamb(tensors: list[Tensor], config: TrainConfig) -> Lamb:
     return Lamb(
-        [Part(tensors, 0.1, config.weight_decay)],
+        [LambPart(tensors, 0.1, config.weight_decay)],
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         packed=True,

@@ -26,7 +26,7 @@ class Diverged(RuntimeError):
     """Training no longer makes progress; the message says since when, and what may help."""
 
 
-class Verdict(Enum):
+class StepVerdict(Enum):
     """What becomes of a step."""
 
     TAKE = "take"
@@ -63,7 +63,7 @@ class Observed:
 class Judged:
     """A verdict, and why it is not simply to take the step."""
 
-    verdict: Verdict
+    verdict: StepVerdict
     kind: str = ""
     """"nonfinite", "overflow", "spike", or empty."""
     reason: str = ""
@@ -124,7 +124,7 @@ def judge(state: GuardState, seen: Observed, config: TrainConfig) -> tuple[Judge
     if seen.has_numbers(config):
         if math.isfinite(seen.grad_norm):
             return _judge_numbers(replace(state, nonfinite=0), seen, config)
-        return Judged(Verdict.TAKE, "overflow", f"step {seen.step} overflows fp16"), state
+        return Judged(StepVerdict.TAKE, "overflow", f"step {seen.step} overflows fp16"), state
     state = replace(state, nonfinite=state.nonfinite + 1)
     what = _nonfinite(seen)
     if state.nonfinite > config.max_nonfinite_steps:
@@ -132,7 +132,7 @@ def judge(state: GuardState, seen: Observed, config: TrainConfig) -> tuple[Judge
             f"{what} at step {seen.step}, {_times(state.nonfinite)} in a row: lower the learning "
             "rate, or train in bf16 or fp32"
         )
-    return Judged(Verdict.DISCARD, "nonfinite", f"step {seen.step} is not taken: {what}"), state
+    return Judged(StepVerdict.DISCARD, "nonfinite", f"step {seen.step} is not taken: {what}"), state
 
 
 def _judge_numbers(
@@ -157,19 +157,19 @@ def _judge_numbers(
         followed[name] = running.following(limit if spiked else value, window)
     state = replace(state, loss=followed["loss"], grad_norm=followed["grad_norm"])
     if not found:
-        return Judged(Verdict.TAKE), state
+        return Judged(StepVerdict.TAKE), state
     reason = f"spike at step {seen.step}: {' and '.join(found)}"
     if config.spike_action == "log":
-        return Judged(Verdict.TAKE, "spike", reason), state
+        return Judged(StepVerdict.TAKE, "spike", reason), state
     if config.spike_action == "skip":
-        return Judged(Verdict.DISCARD, "spike", reason), state
+        return Judged(StepVerdict.DISCARD, "spike", reason), state
     if state.rollbacks >= config.max_rollbacks:
         raise Diverged(
             f"{reason}; training went back {_times(state.rollbacks)} before: lower the learning "
             "rate, raise 'spike_deviations', or look at the data around this step"
         )
     rolled = replace(state, rollbacks=state.rollbacks + 1)
-    return Judged(Verdict.ROLL_BACK, "spike", reason), rolled
+    return Judged(StepVerdict.ROLL_BACK, "spike", reason), rolled
 
 
 def _nonfinite(seen: Observed) -> str:

@@ -30,7 +30,7 @@ BATCH = 1 << 27
 
 
 @dataclass
-class Part:
+class LambPart:
     """Parameters that are stepped alike; `lr` may be changed between steps."""
 
     params: Sequence[Tensor]
@@ -71,7 +71,7 @@ class Lamb(torch.optim.Optimizer):
 
     def __init__(
         self,
-        parts: Iterable[Part],
+        parts: Iterable[LambPart],
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-6,
         *,
@@ -110,7 +110,7 @@ class Lamb(torch.optim.Optimizer):
         for group in self.param_groups:
             owners = [number for number, part in enumerate(group["parts"]) for _ in part.params]
             group["pieces"] = [
-                Piece(number, number, owner, 0, tensor.numel())
+                FlatSlice(number, number, owner, 0, tensor.numel())
                 for number, (tensor, owner) in enumerate(zip(group["params"], owners, strict=True))
             ]
             group["owners"] = owners
@@ -131,7 +131,7 @@ class Lamb(torch.optim.Optimizer):
                 raise ValueError("a fragment lies outside the group's flat tensor")
             group["ranks"] = layout.ranks
             group["pieces"] = [
-                Piece(0, cut.parameter, group["owners"][cut.parameter], cut.start, cut.size)
+                FlatSlice(0, cut.parameter, group["owners"][cut.parameter], cut.start, cut.size)
                 for cut in layout.fragments
             ]
 
@@ -243,7 +243,7 @@ class Lamb(torch.optim.Optimizer):
         if not any(self._adapts(part) for part in group["parts"]):
             return
         if self._adapt_whole_tensors:
-            pieces = [Piece(n, n, 0, 0, weight.numel()) for n, weight in enumerate(weights)]
+            pieces = [FlatSlice(n, n, 0, 0, weight.numel()) for n, weight in enumerate(weights)]
             count, ranks = len(pieces), None
         else:
             pieces = [
@@ -264,7 +264,7 @@ class Lamb(torch.optim.Optimizer):
         if pieces:
             torch._foreach_mul_(cut_directions, list(ratios[owner].unbind()))
 
-    def _adapts(self, part: Part) -> bool:
+    def _adapts(self, part: LambPart) -> bool:
         return self._adapt and (part.weight_decay != 0 or self._adapt_no_decay)
 
     def _trust_ratio(self, weight_norm: Tensor, direction_norm: Tensor) -> Tensor:
@@ -274,7 +274,7 @@ class Lamb(torch.optim.Optimizer):
         return ratio if self._trust_clip is None else ratio.clamp(*self._trust_clip)
 
 
-class Piece(NamedTuple):
+class FlatSlice(NamedTuple):
     """A range of a flattened tensor that belongs to one parameter, or to one part."""
 
     tensor: int
@@ -287,7 +287,7 @@ class Piece(NamedTuple):
     def of(self, flat: Tensor) -> Tensor:
         return flat.narrow(0, self.start, self.size)
 
-    def cut(self, size: int) -> list[Piece]:
+    def cut(self, size: int) -> list[FlatSlice]:
         """Pieces of at most `size` elements."""
         return [
             self._replace(start=self.start + first, size=min(size, self.size - first))
@@ -295,7 +295,7 @@ class Piece(NamedTuple):
         ]
 
 
-def _spans(pieces: Sequence[Piece]) -> list[Piece]:
+def _spans(pieces: Sequence[FlatSlice]) -> list[FlatSlice]:
     """Neighbouring pieces of the same part as one: fewer, longer operations."""
     spans = []
     for _, run in groupby(pieces, key=lambda piece: (piece.tensor, piece.part)):
@@ -306,16 +306,16 @@ def _spans(pieces: Sequence[Piece]) -> list[Piece]:
 
 
 def batches_of(
-    spans: Sequence[Piece], parts: Sequence[Part], device: torch.device
-) -> Iterator[tuple[float, list[Piece]]]:
+    spans: Sequence[FlatSlice], parts: Sequence[LambPart], device: torch.device
+) -> Iterator[tuple[float, list[FlatSlice]]]:
     """(weight decay, pieces) of what is updated at a time: a chunk on a CPU, as much as fits in
     `BATCH` elsewhere, where starting a kernel costs more than a small tensor's update."""
     size = CHUNK if device.type == "cpu" else BATCH
-    by_decay: dict[float, list[Piece]] = {}
+    by_decay: dict[float, list[FlatSlice]] = {}
     for span in spans:
         by_decay.setdefault(parts[span.part].weight_decay, []).extend(span.cut(size))
     for weight_decay, pieces in by_decay.items():
-        batch: list[Piece] = []
+        batch: list[FlatSlice] = []
         for piece in pieces:
             if batch and sum(held.size for held in batch) + piece.size > size:
                 yield weight_decay, batch

@@ -1,8 +1,8 @@
-"""What the files of a checkpoint look like, and whether they belong together.
+"""The files of a training checkpoint, and the check that they belong together.
 
 Covers: names, the manifest, shards (safetensors files of flat fp32 pieces), checksums; which pieces
-make up a parameter.
-Not here: where the files lie (places.py), who writes and reads them (writing.py, reading.py).
+make up a parameter; the parameters alone, for loading a model.
+Not here: where the files lie, who writes and restores them (training/checkpoint/).
 
 There is no state of random generators in it: all that is random in training depends on the seed and
 a sample's position.
@@ -13,17 +13,18 @@ from __future__ import annotations
 import json
 import struct
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
 from evaclip_model.errors import InputError
-from evaclip_model.model.model_config import ModelConfig
-from evaclip_model.training.config import TrainConfig
+from evaclip_model.weights.tensor_files import StoredTensor, read_safetensors
 
 MANIFEST = "manifest.json"
 VERSION = 2
@@ -33,12 +34,12 @@ SLAB_BYTES = 8 << 20
 _DTYPE = "F32"
 
 
-class Unusable(ValueError):
+class UnusableCheckpoint(ValueError):
     """A checkpoint is not whole; the text says which file and why."""
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """How far training is: everything besides tensors that the next step depends on."""
 
     step: int
@@ -57,15 +58,6 @@ class Progress:
     """The training loop's: where its data stands, and what its guards have seen (JSON)."""
 
 
-def settings_of(config: TrainConfig, architecture: ModelConfig) -> dict[str, Any]:
-    """`Progress.settings` of a run.
-
-    Args:
-        architecture: of the model that is trained, at the size of its images.
-    """
-    return {**config.deciding, "model": architecture.model_dump(mode="json")}
-
-
 class ShardFile(NamedTuple):
     """A file as the manifest knows it."""
 
@@ -76,12 +68,12 @@ class ShardFile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CheckpointManifest:
     """The content of `manifest.json`."""
 
     shards: tuple[ShardFile, ...]
     """One of each rank that wrote, in order of ranks."""
-    progress: Progress
+    progress: TrainingProgress
 
     def to_text(self) -> str:
         content = {
@@ -92,8 +84,8 @@ class Manifest:
         return json.dumps({**content, "crc32": _crc_of(content)})
 
     @classmethod
-    def from_text(cls, text: str, where: str) -> Manifest:
-        """Raises: Unusable: it was altered, cut off, or is of the first form.
+    def from_text(cls, text: str, where: str) -> CheckpointManifest:
+        """Raises: UnusableCheckpoint: it was altered, cut off, or is of the first form.
         InputError: it is of a form that this version does not know yet."""
         try:
             content = json.loads(text)
@@ -104,21 +96,24 @@ class Manifest:
                     "continue with the version that wrote it, or a newer one"
                 )
             if version < VERSION:
-                raise Unusable(f"{where} was written by an earlier version")
+                raise UnusableCheckpoint(f"{where} was written by an earlier version")
             if content.pop("crc32") != _crc_of(content):
-                raise Unusable(f"{where} was altered after it was written")
-            known = {field.name for field in fields(Progress)}
+                raise UnusableCheckpoint(f"{where} was altered after it was written")
+            known = {field.name for field in fields(TrainingProgress)}
             progress = {k: v for k, v in content["progress"].items() if k in known}
             return cls(
-                tuple(ShardFile(**shard) for shard in content["shards"]), Progress(**progress)
+                tuple(ShardFile(**shard) for shard in content["shards"]),
+                TrainingProgress(**progress),
             )
-        except (InputError, Unusable):
+        except (InputError, UnusableCheckpoint):
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Unusable(f"{where} is cut off or no manifest of a checkpoint") from error
+            raise UnusableCheckpoint(
+                f"{where} is cut off or no manifest of a checkpoint"
+            ) from error
 
 
-class Piece(NamedTuple):
+class StoredPiece(NamedTuple):
     """A run of one parameter's values, and where it lies."""
 
     name: str
@@ -167,11 +162,11 @@ def write_shard(file: BinaryIO, tensors: Mapping[str, Tensor]) -> tuple[int, int
     return size, crc
 
 
-def checked_pieces(file: BinaryIO, shard: ShardFile, number: int, where: str) -> list[Piece]:
+def checked_pieces(file: BinaryIO, shard: ShardFile, number: int, where: str) -> list[StoredPiece]:
     """Read a whole shard once: what is in it, when it is as it was written.
 
     Raises:
-        Unusable: its length, checksum or header is not as it should be.
+        UnusableCheckpoint: its length, checksum or header is not as it should be.
     """
     size, crc = 0, 0
     start = b""
@@ -179,9 +174,9 @@ def checked_pieces(file: BinaryIO, shard: ShardFile, number: int, where: str) ->
         start = start or data
         size, crc = size + len(data), zlib.crc32(data, crc)
     if size != shard.bytes:
-        raise Unusable(f"{where} has {size:,} bytes where {shard.bytes:,} were written")
+        raise UnusableCheckpoint(f"{where} has {size:,} bytes where {shard.bytes:,} were written")
     if crc != shard.crc32:
-        raise Unusable(f"{where} was altered after it was written: its checksum differs")
+        raise UnusableCheckpoint(f"{where} was altered after it was written: its checksum differs")
     (length,) = struct.unpack("<Q", start[:8])
     if 8 + length > len(start):
         file.seek(0)
@@ -201,17 +196,17 @@ def key_parts(key: str) -> tuple[str, int, str]:
     return name, int(offset), kind
 
 
-def sizes_of(pieces: Iterable[Piece], where: str) -> dict[tuple[str, str], int]:
+def sizes_of(pieces: Iterable[StoredPiece], where: str) -> dict[tuple[str, str], int]:
     """Elements of each (parameter, kind).
 
     Raises:
-        Unusable: pieces overlap, or one is missing between others.
+        UnusableCheckpoint: pieces overlap, or one is missing between others.
     """
     ends: dict[tuple[str, str], int] = {}
     for piece in sorted(pieces, key=lambda piece: (piece.name, piece.kind, piece.offset)):
         held = (piece.name, piece.kind)
         if piece.offset != ends.get(held, 0):
-            raise Unusable(f"{where} lacks elements of '{piece.name}' ({piece.kind})")
+            raise UnusableCheckpoint(f"{where} lacks elements of '{piece.name}' ({piece.kind})")
         ends[held] = piece.end
     return ends
 
@@ -231,10 +226,10 @@ def difference(
     return None
 
 
-def _piece(key: str, entry: Mapping[str, Any], number: int, begin: int) -> Piece:
+def _piece(key: str, entry: Mapping[str, Any], number: int, begin: int) -> StoredPiece:
     name, offset, kind = key_parts(key)
     (size,) = entry["shape"]
-    return Piece(name, kind, offset, size, number, begin + entry["data_offsets"][0])
+    return StoredPiece(name, kind, offset, size, number, begin + entry["data_offsets"][0])
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -270,3 +265,51 @@ def retired(steps: Sequence[int], newest: int, keep: int, keep_every: int | None
     older = sorted((step for step in steps if step <= newest), reverse=True)[keep:]
     passing = [step for step in older if keep_every is None or step % keep_every]
     return passing + [step for step in steps if step > newest]
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints in a folder, newest first."""
+    found = [step_of(path.parent.name) for path in folder.glob(f"step-*/{MANIFEST}")]
+    return sorted((step for step in found if step is not None), reverse=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints in a folder, newest first."""
+    return [folder / step_name(step) for step in checkpoint_steps(folder)]
+
+
+def stored_parameters(folder: Path) -> dict[str, list[StoredTensor]]:
+    """The parameters in a checkpoint, `folder/step-N`, by name; their values stay on disk.
+
+    Returns:
+        For each parameter its fp32 pieces, [n] each; one after another they are all of it, flat.
+
+    Raises:
+        InputError: a shard is missing, cut off or unreadable.
+    """
+    where = folder / MANIFEST
+    try:
+        manifest = CheckpointManifest.from_text(where.read_text(), str(where))
+        pieces: dict[str, list[tuple[int, StoredTensor]]] = defaultdict(list)
+        for shard in manifest.shards:
+            stored = read_safetensors(folder / shard.name)
+            if (folder / shard.name).stat().st_size != shard.bytes:
+                raise UnusableCheckpoint(f"{folder / shard.name} is not as long as it was written")
+            for key, tensor in stored.items():
+                name, offset, kind = key_parts(key)
+                if kind == "param":
+                    pieces[name].append((offset, tensor))
+    except (OSError, UnusableCheckpoint) as error:
+        raise InputError(f"{error}: take another checkpoint") from error
+    return {name: _in_order(name, found, folder) for name, found in pieces.items()}
+
+
+def _in_order(
+    name: str, pieces: Sequence[tuple[int, StoredTensor]], folder: Path
+) -> list[StoredTensor]:
+    end, ordered = 0, sorted(pieces, key=lambda piece: piece[0])
+    for offset, tensor in ordered:
+        if offset != end:
+            raise InputError(f"{folder} lacks a piece of '{name}': take another checkpoint")
+        end += tensor.shape.numel()
+    return [tensor for _, tensor in ordered]
