@@ -1,6 +1,7 @@
 """The base of every configuration object: frozen, strict, and clear about what is wrong.
 
-Covers: the pydantic base class and the one-sentence rendering of its validation errors.
+Covers: the pydantic base class, the one-sentence rendering of its validation errors, and the form
+that digests are taken of, which outlives renamed and added settings.
 Not here: any setting; each lives beside the code that uses it.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from types import UnionType
-from typing import Any, Self, Union, get_args, get_origin
+from typing import Any, ClassVar, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -20,6 +21,12 @@ class Config(BaseModel):
     """Settings of one part: immutable, without unknown keys, comparable and serialisable."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    RENAMED: ClassVar[Mapping[str, str]] = {}
+    """First key of a setting -> its present key, dotted where it moved into a table of this one.
+    The first key is refused with a sentence that names the present one."""
+    ADDED: ClassVar[tuple[str, ...]] = ()
+    """Settings that came after there were artifacts."""
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> Self:
@@ -33,6 +40,42 @@ class Config(BaseModel):
         except ValidationError as error:
             raise InputError(f"{where}: {explain(cls, error)}") from None
 
+    def identity(self) -> dict[str, Any]:
+        """The settings in JSON's types, in the form that digests and checkpoints are tied to.
+
+        It stays the same when the settings are only written differently: a setting of `RENAMED` has
+        its first key here, and one of `ADDED` is left out while it has its default. So whatever was
+        made before the change is still found.
+        """
+        identity: dict[str, Any] = _identity(self, self.model_dump(mode="json", by_alias=True))
+        return identity
+
+
+def _identity(value: Any, dumped: Any) -> Any:
+    """`dumped`, pydantic's JSON form of `value`, with every table in it as `Config.identity`."""
+    if isinstance(value, Config):
+        found = {}
+        for name, field in type(value).model_fields.items():
+            held = getattr(value, name)
+            is_default = held == field.get_default(call_default_factory=True)
+            if name not in value.ADDED or not is_default:
+                key = field.alias or name
+                found[key] = _identity(held, dumped[key])
+        for first, present in value.RENAMED.items():
+            *tables, last = present.split(".")
+            table = found
+            for name in tables:
+                table = table[name]
+            found[first] = table.pop(last)
+        moved_to = {present.partition(".")[0] for present in value.RENAMED.values()}
+        return {key: held for key, held in found.items() if held != {} or key not in moved_to}
+    if isinstance(value, list | tuple):
+        return [_identity(*pair) for pair in zip(value, dumped, strict=True)]
+    if isinstance(value, dict):
+        pairs = zip(value.values(), dumped.items(), strict=True)
+        return {key: _identity(held, dump) for held, (key, dump) in pairs}
+    return dumped
+
 
 def explain(model: type[BaseModel], error: ValidationError) -> str:
     """Render the first problem of a pydantic validation error as one sentence."""
@@ -41,7 +84,12 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
     key = ".".join(str(part) for part in location)
     more = f" ({error.error_count() - 1} more problems follow)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        known = sorted(_fields_at(model, location[:-1]))
+        table = _model_at(model, location[:-1])
+        renamed = getattr(table, "RENAMED", {}).get(str(location[-1]))
+        if renamed is not None:
+            present = ".".join([*map(str, location[:-1]), renamed])
+            return f"'{key}' is called '{present}' now: write it under that name{more}"
+        known = sorted(getattr(table, "model_fields", ()))
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key '{key}'; {hint}{more}"
@@ -54,17 +102,17 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
     return f"'{key}' {reason}, got {got[:80]}{more}"
 
 
-def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
-    """Known keys of the (nested) model that `location` leads to; empty when it leads elsewhere."""
+def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> Any:
+    """The (nested) model that `location` leads to; none when it leads elsewhere."""
     current: Any = model
     for part in location:
         if isinstance(part, int):
             continue
         field = current.model_fields.get(part) if hasattr(current, "model_fields") else None
         if field is None:
-            return set()
+            return None
         current = _model_inside(field.annotation)
-    return set(current.model_fields) if hasattr(current, "model_fields") else set()
+    return current
 
 
 def _model_inside(annotation: Any) -> Any:

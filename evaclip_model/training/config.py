@@ -7,8 +7,9 @@ Not here: how any of it is done; where it runs (number of ranks, threads), which
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -38,12 +39,74 @@ DECIDE_NOTHING = (
     "probe_every_steps",
     "zero_stage",
 )
-"""Fields of TrainConfig that change how long training takes, what it needs and what it leaves
-behind, never its result (rounding apart): a run may go on, and an artifact holds, without them."""
+"""Settings, by their names in `TrainConfig.identity`, that change how long training takes, what it
+needs and what it leaves behind, never its result (rounding apart): a run may go on, and an artifact
+holds, without them."""
+
+
+class LambConfig(Config):
+    """The `[train.lamb]` table: the trust ratios of `optimizer = "lamb"`."""
+
+    trust_scope: Literal["parameter", "partition"] = "parameter"
+    """What one LAMB trust ratio covers. "partition" (a rank's slice of a group, as the authors' run
+    had it) makes the result depend on the number of ranks."""
+    trust_clip: tuple[float, float] | None = (0.01, 10.0)
+    """Bounds of LAMB's trust ratio; the lower one lets a near-zero projection head grow."""
+    adapt_no_decay: bool = False
+    """Whether LAMB adapts parameters without weight decay too (biases, norms, logit scale). The
+    authors' run did, with one ratio for all of a group; with a ratio of its own a bias that starts
+    at zero stays there (its norm is next to nothing after the first step), hence false, as in apex
+    and timm; for true, give `trust_clip` a lower bound. Their bits cannot be met either way:
+    their ratios depended on the number of GPUs."""
+
+    @model_validator(mode="after")
+    def _bounds_rise(self) -> Self:
+        if self.trust_clip is not None and not 0 <= self.trust_clip[0] <= self.trust_clip[1]:
+            raise ValueError("trust_clip must be two rising numbers, not below 0")
+        return self
+
+
+class RetentionConfig(Config):
+    """The `[train.checkpoints]` table: the checkpoints that stay on disk."""
+
+    keep: int = Field(default=2, gt=0)
+    """Newest checkpoints kept on disk."""
+    keep_every_steps: int | None = Field(default=None, gt=0)
+    """Checkpoints of steps that this divides are kept for good; none: only the newest are."""
+
+
+class GuardConfig(Config):
+    """The `[train.guards]` table: the steps that are not taken, and when training stops."""
+
+    spike_action: Literal["log", "skip", "rollback"] = "log"
+    """What happens when loss or gradient norm leave their recent range: a line in the log; the step
+    is not taken; or back to the newest checkpoint, and past the data that led there."""
+    spike_deviations: float = Field(default=8.0, gt=0)
+    """Standard deviations above the running mean that make a spike."""
+    spike_window_steps: int = Field(default=100, gt=1)
+    """Steps that the running mean covers; before there were as many, nothing is a spike."""
+    max_rollbacks: int = Field(default=10, ge=0)
+    """Times that a stage may go back before training stops."""
+    max_nonfinite_steps: int = Field(default=3, ge=0)
+    """Steps in a row that may have a loss or gradient that is no number, and are not taken, before
+    training stops; overflows that only lower fp16's loss scale do not count."""
 
 
 class TrainConfig(SamplingConfig):
     """One training stage; defaults as the paper's EVA-02-CLIP-B/16 (Table 8) where it has one."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "trust_scope": "lamb.trust_scope",
+        "trust_clip": "lamb.trust_clip",
+        "adapt_no_decay": "lamb.adapt_no_decay",
+        "keep_checkpoints": "checkpoints.keep",
+        "keep_every_steps": "checkpoints.keep_every_steps",
+        "spike_action": "guards.spike_action",
+        "spike_deviations": "guards.spike_deviations",
+        "spike_window_steps": "guards.spike_window_steps",
+        "max_rollbacks": "guards.max_rollbacks",
+        "max_nonfinite_steps": "guards.max_nonfinite_steps",
+    }
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     """Name of the training stage."""
@@ -92,17 +155,7 @@ class TrainConfig(SamplingConfig):
     such mean."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of weights and activations; masters and optimizer states are fp32 always."""
-    trust_scope: Literal["parameter", "partition"] = "parameter"
-    """What one LAMB trust ratio covers. "partition" (a rank's slice of a group, as the authors' run
-    had it) makes the result depend on the number of ranks."""
-    trust_clip: tuple[float, float] | None = (0.01, 10.0)
-    """Bounds of LAMB's trust ratio; the lower one lets a near-zero projection head grow."""
-    adapt_no_decay: bool = False
-    """Whether LAMB adapts parameters without weight decay too (biases, norms, logit scale). The
-    authors' run did, with one ratio for all of a group; with a ratio of its own a bias that starts
-    at zero stays there (its norm is next to nothing after the first step), hence false, as in apex
-    and timm; for true, give `trust_clip` a lower bound. Their bits cannot be met either way:
-    their ratios depended on the number of GPUs."""
+    lamb: LambConfig = LambConfig()
     grad_checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass. "full" keeps only each block's input: a third of
     the memory for 30 % more time; "selective" keeps the results of matrix products too: two thirds
@@ -121,22 +174,8 @@ class TrainConfig(SamplingConfig):
     a title is learnt with and without the tags behind it. None keeps captions whole."""
     checkpoint_every_steps: int = Field(default=500, gt=0)
     """Optimizer steps between checkpoints."""
-    keep_checkpoints: int = Field(default=2, gt=0)
-    """Newest checkpoints kept on disk."""
-    keep_every_steps: int | None = Field(default=None, gt=0)
-    """Checkpoints of steps that this divides are kept for good; none: only the newest are."""
-    spike_action: Literal["log", "skip", "rollback"] = "log"
-    """What happens when loss or gradient norm leave their recent range: a line in the log; the step
-    is not taken; or back to the newest checkpoint, and past the data that led there."""
-    spike_deviations: float = Field(default=8.0, gt=0)
-    """Standard deviations above the running mean that make a spike."""
-    spike_window_steps: int = Field(default=100, gt=1)
-    """Steps that the running mean covers; before there were as many, nothing is a spike."""
-    max_rollbacks: int = Field(default=10, ge=0)
-    """Times that a stage may go back before training stops."""
-    max_nonfinite_steps: int = Field(default=3, ge=0)
-    """Steps in a row that may have a loss or gradient that is no number, and are not taken, before
-    training stops; overflows that only lower fp16's loss scale do not count."""
+    checkpoints: RetentionConfig = RetentionConfig()
+    guards: GuardConfig = GuardConfig()
     probe_every_steps: int = Field(default=0, ge=0)
     """Optimizer steps between zero-shot classifications of the job's `probe` set; 0: never."""
     deterministic: bool = False
@@ -150,12 +189,11 @@ class TrainConfig(SamplingConfig):
     @property
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the result, in JSON's types: a checkpoint belongs to them."""
-        return self.model_dump(mode="json", exclude=set(DECIDE_NOTHING))
+        identity = self.identity()
+        return {name: value for name, value in identity.items() if name not in DECIDE_NOTHING}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.trust_clip is not None and not 0 <= self.trust_clip[0] <= self.trust_clip[1]:
-            raise ValueError("trust_clip must be two rising numbers, not below 0")
         if {"vision", "text", "logit_scale"} == set(self.freeze):
             raise ValueError("freeze leaves nothing to train: take a part out of it")
         for template in self.caption_templates:

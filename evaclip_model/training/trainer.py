@@ -94,8 +94,8 @@ class _Run:
             self._writer = held.enter_context(
                 CheckpointWriter(
                     self._checkpoints,
-                    config.keep_checkpoints,
-                    keep_every_steps=config.keep_every_steps,
+                    config.checkpoints.keep,
+                    keep_every_steps=config.checkpoints.keep_every_steps,
                 )
             )
             held.enter_context(self._metrics)
@@ -111,7 +111,7 @@ class _Run:
         if found is not None:
             self._seconds, self._bad = found.seconds, Counter(found.bad_samples)
             self._state = LoopState.from_json(found.step, found.loop)
-        elif self._config.spike_action == "rollback":
+        elif self._config.guards.spike_action == "rollback":
             self._save()  # something to go back to
         self._metrics.cut_back(self._state.step)
 

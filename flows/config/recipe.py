@@ -145,7 +145,8 @@ class Recipe(Config):
     @property
     def digest(self) -> str:
         """16 hex characters over all that decides a result; equal recipes have equal digests."""
-        decides = self.model_dump(mode="json", by_alias=True, exclude={"published"})
+        identity = self.identity()
+        decides = {name: value for name, value in identity.items() if name != "published"}
         text = json.dumps(decides, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -46,7 +46,8 @@ class Stage:
     tools: tuple[str, ...] = ()
     """Distributions whose version belongs in the manifest."""
     ignores: tuple[str, ...] = ()
-    """Config fields that decide how the work is done (memory, parallelism), never its result."""
+    """Config fields, by their names in `Config.identity`, that decide how the work is done (memory,
+    parallelism), never its result."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Address:
     def of(
         cls, root: Path, stage: Stage, config: Config, parents: Mapping[str, str] | None = None
     ) -> Address:
-        decides = config.model_dump(mode="json", exclude=set(stage.ignores))
+        identity = config.identity()
+        decides = {name: value for name, value in identity.items() if name not in stage.ignores}
         return cls(root, stage, decides, dict(parents or {}))
 
     @property

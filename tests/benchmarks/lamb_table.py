@@ -21,7 +21,7 @@ from tests.evaclip_model.conftest import Ranks
 
 RANK = Path(__file__).parents[1] / "evaclip_model"
 Run = Mapping[str, Tensor]
-NAIVE = {"trust_scope": "partition"}
+NAIVE = {"lamb": {"trust_scope": "partition"}}
 
 
 def runner(ranks: Ranks, folder: Path, common: Mapping[str, Any]) -> Callable[..., Run]:

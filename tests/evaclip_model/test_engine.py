@@ -53,7 +53,7 @@ def difference(ours, theirs):
     ("options", "counts"),
     [
         ({}, (1, 2, 3, 5)),
-        ({"adapt_no_decay": True, "trust_clip": None}, (2, 3)),
+        ({"lamb": {"adapt_no_decay": True, "trust_clip": None}}, (2, 3)),
         ({"zero_stage": 2, "parts": 3}, (1, 2, 5)),
         ({"zero_stage": 0, "parts": 3}, (2, 5)),
         ({"optimizer": "adamw"}, (2, 3)),
@@ -70,7 +70,9 @@ def test_sharded_steps_equal_plain_ones_at_any_number_of_ranks(steps, options, c
 
 def test_naive_lamb_fails_that_test(steps):
     plain = steps("torch")
-    naive = {count: steps("deepspeed", count, trust_scope="partition") for count in (1, 2, 3)}
+    naive = {
+        count: steps("deepspeed", count, lamb={"trust_scope": "partition"}) for count in (1, 2, 3)
+    }
     for run in naive.values():
         assert difference(run, plain) > 1e-2
     assert difference(naive[3], naive[2]) > 1e-2  # what it gives depends on the number of ranks

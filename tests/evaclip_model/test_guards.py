@@ -17,9 +17,10 @@ from evaclip_model.training.monitoring.spike_guard import (
 )
 
 
-def config(**changes):
+def config(precision="fp32", **guards):
     settings = {"name": "x", "image_px": 16, "samples_seen": 480, "global_batch": 48}
-    return TrainConfig(**settings, **{"spike_window_steps": 10, **changes})
+    guards = {"spike_window_steps": 10, **guards}
+    return TrainConfig(**settings, precision=precision, guards=guards)
 
 
 def observed(step=1, loss=2.0, grad_norm=1.0, finite=True):

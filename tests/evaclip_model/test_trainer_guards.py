@@ -62,15 +62,16 @@ def test_a_sample_without_numbers_is_named_and_its_step_left_out(one_bad_sample,
 def test_too_many_steps_without_numbers_end_the_run_with_a_sentence(
     one_bad_sample, ranks, tmp_path
 ):
-    job = job_of(one_bad_sample, tmp_path / "run", **ONE_SOURCE, max_nonfinite_steps=0)
+    job = job_of(one_bad_sample, tmp_path / "run", **ONE_SOURCE, guards={"max_nonfinite_steps": 0})
     assert ranks.wait(run_poisoned(ranks, job)) == [DIVERGED] * 2
     error = (job.parent / "error.txt").read_text()
     assert f"sample {ODD} of a0.tar" in error
     assert error.count("\n") == 1
 
 
-NERVOUS = {"spike_action": "rollback", "spike_window_steps": 2, "spike_deviations": 0.6}
-NERVOUS |= {"lr_vision": 3e-3, "lr_text": 3e-3, "schedule": "constant", "max_rollbacks": 40}
+GUARDS = {"spike_action": "rollback", "spike_window_steps": 2, "spike_deviations": 0.6}
+GUARDS |= {"max_rollbacks": 40}
+NERVOUS = {"lr_vision": 3e-3, "lr_text": 3e-3, "schedule": "constant", "guards": GUARDS}
 """Ordinary noise is a spike."""
 
 
@@ -98,13 +99,17 @@ def test_a_run_that_goes_back_resumes_like_one_that_was_not_killed(tiny_data, ra
 
 
 def test_spikes_without_end_end_the_run(tiny_data, ranks, tmp_path):
-    job = job_of(tiny_data, tmp_path / "run", **{**NERVOUS, "max_rollbacks": 0})
+    job = job_of(
+        tiny_data, tmp_path / "run", **{**NERVOUS, "guards": GUARDS | {"max_rollbacks": 0}}
+    )
     assert ranks.wait(start(ranks, 2, job)) == [DIVERGED] * 2
     assert "spike at step" in (job.parent / "error.txt").read_text()
 
 
 def test_a_spike_may_be_left_out_instead(tiny_data, ranks, tmp_path):
-    job = job_of(tiny_data, tmp_path / "run", **{**NERVOUS, "spike_action": "skip"})
+    job = job_of(
+        tiny_data, tmp_path / "run", **{**NERVOUS, "guards": GUARDS | {"spike_action": "skip"}}
+    )
     rows = finish(ranks, start(ranks, 2, job), job)
     spikes = [row for row in rows if row["spike"]]
     assert spikes

@@ -92,6 +92,13 @@ def test_overrides_reach_what_was_included_and_what_stages_share() -> None:
     assert changed.evaluate.sets[0].folder == "elsewhere"
 
 
+def test_a_setting_that_moved_is_refused_by_its_new_name() -> None:
+    with pytest.raises(InputError, match=r"'train\.0\.guards\.max_rollbacks' now"):
+        load_recipe("demo", ["train.stage1.max_rollbacks=3"])
+    changed = load_recipe("demo", ["train.stage1.guards.max_rollbacks=3"])
+    assert [stage.guards.max_rollbacks for stage in changed.train] == [3, 10]
+
+
 def test_an_override_without_a_value_takes_a_setting_out() -> None:
     changed = load_recipe("eva02-clip-b-16", ["initialise.vision=", "train_defaults.seed="])
     assert changed.initialise.vision is None

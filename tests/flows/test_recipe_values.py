@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from evaclip_model.training.config import LambConfig
 from flows.config.recipe import Recipe, load_recipe
 from flows.config.recipe_loader import find_recipe, read_recipe, recipe_names
 from tasks.evaluate.paper.published import rows_of
@@ -75,9 +76,7 @@ NOT_IN_TABLES = {
     "seed": {4096, 4097},
     "patch_dropout": {0.0, 0.5},
     # This project's own.
-    "trust_scope": {"parameter"},
-    "trust_clip": {(0.01, 10.0)},
-    "adapt_no_decay": {True},
+    "lamb": {LambConfig(trust_scope="parameter", trust_clip=(0.01, 10.0), adapt_no_decay=True)},
     "sampling": {"exact"},
     "lanes": {256, 384, 896, 1152},
     "checkpoint_every_steps": {500},

@@ -341,7 +341,7 @@ def make_optimizer(
     named: Mapping[str, Tensor], groups: Sequence[Group], config: TrainConfig
 ) -> Lamb:
     """The optimizer over `groups`, in their order, of the tensors `named`."""
-    whole_tensors = config.trust_scope == "partition"
+    whole_tensors = config.lamb.trust_scope == "partition"
     return Lamb(
         [
             LambPart([named[name] for name in group.names], group.lr_peak, group.weight_decay)
@@ -350,9 +350,9 @@ def make_optimizer(
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         packed=not whole_tensors,
-        trust_clip=config.trust_clip,
+        trust_clip=config.lamb.trust_clip,
         adapt=config.optimizer == "lamb",
-        adapt_no_decay=config.adapt_no_decay,
+        adapt_no_decay=config.lamb.adapt_no_decay,
         adapt_whole_tensors=whole_tensors,
     )
 

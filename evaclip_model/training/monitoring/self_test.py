@@ -116,7 +116,7 @@ def _lamb(tensors: list[Tensor], config: TrainConfig) -> Lamb:
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         packed=True,
-        trust_clip=config.trust_clip,
+        trust_clip=config.lamb.trust_clip,
         adapt_no_decay=True,
     )
 

@@ -127,7 +127,7 @@ def judge(state: GuardState, seen: Observed, config: TrainConfig) -> tuple[Judge
         return Judged(StepVerdict.TAKE, "overflow", f"step {seen.step} overflows fp16"), state
     state = replace(state, nonfinite=state.nonfinite + 1)
     what = _nonfinite(seen)
-    if state.nonfinite > config.max_nonfinite_steps:
+    if state.nonfinite > config.guards.max_nonfinite_steps:
         raise Diverged(
             f"{what} at step {seen.step}, {_times(state.nonfinite)} in a row: lower the learning "
             "rate, or train in bf16 or fp32"
@@ -138,7 +138,7 @@ def judge(state: GuardState, seen: Observed, config: TrainConfig) -> tuple[Judge
 def _judge_numbers(
     state: GuardState, seen: Observed, config: TrainConfig
 ) -> tuple[Judged, GuardState]:
-    window, deviations = config.spike_window_steps, config.spike_deviations
+    window, deviations = config.guards.spike_window_steps, config.guards.spike_deviations
     found: list[str] = []
     followed = {}
     for name, running, value in (
@@ -159,14 +159,14 @@ def _judge_numbers(
     if not found:
         return Judged(StepVerdict.TAKE), state
     reason = f"spike at step {seen.step}: {' and '.join(found)}"
-    if config.spike_action == "log":
+    if config.guards.spike_action == "log":
         return Judged(StepVerdict.TAKE, "spike", reason), state
-    if config.spike_action == "skip":
+    if config.guards.spike_action == "skip":
         return Judged(StepVerdict.DISCARD, "spike", reason), state
-    if state.rollbacks >= config.max_rollbacks:
+    if state.rollbacks >= config.guards.max_rollbacks:
         raise Diverged(
             f"{reason}; training went back {_times(state.rollbacks)} before: lower the learning "
-            "rate, raise 'spike_deviations', or look at the data around this step"
+            "rate, raise 'guards.spike_deviations', or look at the data around this step"
         )
     rolled = replace(state, rollbacks=state.rollbacks + 1)
     return Judged(StepVerdict.ROLL_BACK, "spike", reason), rolled
