@@ -28,6 +28,7 @@ from flows.reporting.lineage_artifact import publish_lineage
 from tasks.artifacts.artifact import MANIFEST, Address, Artifact, sha256_of
 from tasks.evaluate.config import RESULTS
 from tasks.evaluate.config import STAGE as EVALUATE
+from tasks.evaluate.metrics.metric import judged_metrics
 from tasks.register.config import DECISION, DECISION_PAGE, REGISTERED, RegisterConfig
 from tasks.register.gate import (
     Candidate,
@@ -175,6 +176,7 @@ def _judge(
         bytes=_size(folders[TRAINED]),
         latency_ms=times.get(TRAINED),
         gains=gains_in(results, CHAMPION),
+        headlines=judged_metrics(),
         failed=results.get("failed", {}),
         contaminated=contaminated_in(results),
     )

@@ -21,8 +21,8 @@ from tasks.evaluate.encode.distributed import Features
 from tasks.evaluate.encode.feature_cache import Cache
 from tasks.evaluate.encode.model_identity import Identity
 from tasks.evaluate.encode.open_models import identify
-from tasks.evaluate.metrics.compute import Scored, score
 from tasks.evaluate.metrics.contamination import Mask, TrainingData, hash_set, seen_in_training
+from tasks.evaluate.metrics.scored import Scored, score
 from tasks.evaluate.report.curves import read_curve
 from tasks.evaluate.report.write_reports import write_reports
 from tasks.evaluate.results import counts_of, results_of

@@ -17,10 +17,11 @@ from typing import Any
 
 from tasks.evaluate.config import STAGE, EvaluateConfig
 from tasks.evaluate.encode.model_identity import Identity
-from tasks.evaluate.metrics.compute import Figures, Scored, captions_of, chance_of, figures_of
+from tasks.evaluate.metrics.compute import Figures, chance_levels, compare_models, compute_figures
 from tasks.evaluate.metrics.contamination import Mask, figures_without
+from tasks.evaluate.metrics.metric import metrics_in
 from tasks.evaluate.metrics.sanity_warnings import warnings_of
-from tasks.evaluate.metrics.significance import compare
+from tasks.evaluate.metrics.scored import Scored, captions_of
 from tasks.evaluate.paper.averages import (
     ROBUSTNESS,
     TABLES,
@@ -60,10 +61,10 @@ def results_of(
     splits = {one.name: one.split for one in config.sets}
     whole = {name: one for name, one in sets.items() if name in scored}
     results = {
-        name: {model: figures_of(one) for model, one in by_model.items()}
+        name: {model: compute_figures(one) for model, one in by_model.items()}
         for name, by_model in scored.items()
     }
-    chance = {name: chance_of(one) for name, one in whole.items()}
+    chance = {name: chance_levels(one) for name, one in whole.items()}
     return {
         "title": config.title,
         "subject": subject,
@@ -111,8 +112,8 @@ def counts_of(results: Mapping[str, Any]) -> dict[str, float]:
     for name, by_model in results["results"].items():
         for model, figures in by_model.items():
             prefix = name if model == results["subject"] else f"{name}.{model}"
-            for metric in results["chance"][name]:
-                counts[f"{prefix}.{metric}"] = figures[metric]
+            for metric in metrics_in(figures):
+                counts[f"{prefix}.{metric.name}"] = figures[metric.name]
         counts[f"{name}.n"] = results["sets"][name]["n"]
         for metric, value in results["chance"][name].items():
             counts[f"{name}.chance.{metric}"] = value
@@ -183,7 +184,9 @@ def _paper(
 def _paired(by_model: Mapping[str, Scored], subject: str) -> dict[str, dict[str, Any]]:
     """Other model -> metric -> how far the subject is from it on the same samples."""
     return {
-        name: {metric: asdict(one) for metric, one in compare(by_model[subject], other).items()}
+        name: {
+            metric: asdict(one) for metric, one in compare_models(by_model[subject], other).items()
+        }
         for name, other in by_model.items()
         if name != subject
     }

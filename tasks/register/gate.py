@@ -21,8 +21,6 @@ from pydantic import Field
 from evaclip_model.config import Config
 from tasks.register.config import GatePolicy
 
-FIRST_METRICS = ("top1", "kinetics_mean", "map", "image_to_text_r1", "text_to_image_r1")
-"""Of every kind of set; those that a set has are judged."""
 CERTAIN_P = 0.05
 """Of a two-sided test; what the 95 % intervals stand for."""
 
@@ -71,6 +69,8 @@ class Candidate(Config):
     """Size of its weights."""
     latency_ms: float | None = None
     """Time of one image, on the machine on which the champion's was taken; none: not measured."""
+    headlines: tuple[str, ...]
+    """Metrics that are judged in every set that has them, beside those that the policy names."""
     gains: dict[str, Gain] = Field(default_factory=dict)
     """SET.METRIC -> gain over the champion."""
     failed: dict[str, str] = Field(default_factory=dict)
@@ -190,7 +190,7 @@ def _costs(candidate: Candidate, champion: Champion, policy: GatePolicy) -> Iter
 
 
 def _losses(candidate: Candidate, policy: GatePolicy) -> Iterator[GateReason]:
-    judged = [*_first_metrics(candidate), *policy.metrics]
+    judged = [*_headline_gains(candidate), *policy.metrics]
     for name in dict.fromkeys(judged):
         gain = candidate.gains.get(name)
         if gain is None or -100 * gain.difference <= policy.max_loss_points:
@@ -204,7 +204,7 @@ def _losses(candidate: Candidate, policy: GatePolicy) -> Iterator[GateReason]:
 
 
 def _gain(candidate: Candidate, policy: GatePolicy) -> GateReason:
-    wanted = list(policy.metrics) or _first_metrics(candidate)
+    wanted = list(policy.metrics) or _headline_gains(candidate)
     missing = [name for name in wanted if name not in candidate.gains]
     if missing or not wanted:
         which = f"{', '.join(missing)} was not" if missing else "no metric was"
@@ -227,5 +227,5 @@ def _is_better(gain: Gain, tests: int, policy: GatePolicy) -> bool:
     return 100 * gain.interval[0] > policy.min_gain_points and gain.p * tests <= CERTAIN_P
 
 
-def _first_metrics(candidate: Candidate) -> list[str]:
-    return [name for name in candidate.gains if name.rpartition(".")[2] in FIRST_METRICS]
+def _headline_gains(candidate: Candidate) -> list[str]:
+    return [name for name in candidate.gains if name.rpartition(".")[2] in candidate.headlines]

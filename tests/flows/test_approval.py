@@ -65,7 +65,9 @@ def registry(tmp_path: Path) -> Registry:
     for number in (1, 2, 3):
         client.create_model_version("clip", source=f"file:///nothing/{number}")
     promote(store, "clip", "champion", 1, "gate", "gate", "no champion yet")
-    first = decide(Candidate(weights="w", bytes=1), None, RegisterConfig(model_name="c").gate)
+    first = decide(
+        Candidate(weights="w", bytes=1, headlines=()), None, RegisterConfig(model_name="c").gate
+    )
     champion = Champion(version=1, weights="w", bytes=1)
     better = first.model_copy(update={"champion": champion.version})
 

@@ -23,7 +23,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from tasks.evaluate.metrics.compute import Figures, Scored, figures_of, image_of_caption
+from tasks.evaluate.metrics.compute import Figures, compute_figures
+from tasks.evaluate.metrics.scored import Scored, image_of_caption
 from tasks.evaluate.sets.published_layout import EvalSet
 from tasks.index.image_hashes import ImageHashes, hash_images
 from tasks.index.perceptual_hash import KnownHashes
@@ -115,7 +116,7 @@ def figures_without(scored: Scored, seen: Mask) -> Figures | None:
     evalset = scored.evalset
     samples = tuple(one for one, gone in zip(evalset.samples, seen, strict=True) if not gone)
     captions = left[image_of_caption(evalset)]
-    return figures_of(
+    return compute_figures(
         Scored(
             replace(evalset, samples=samples),
             classes=scored.classes and scored.classes.of(left),

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from tasks.evaluate.metrics.compute import Scored
+from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.sets.published_layout import EvalSet
 
 TIES_WORTH_TELLING = 0.001

@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 from evaclip_model.config import Config
 from evaclip_model.model.model_config import ModelConfig, list_models
+from tasks.evaluate.metrics.metric import printed_columns
 from tasks.evaluate.sets.published_layout import EvalSet
-from tasks.evaluate.sets.set_registry import KnownSet, find_set
+from tasks.evaluate.sets.set_registry import find_set
 
 _FILE = Path(__file__).with_name("paper_tables.json")
 HEADER = "header"
@@ -30,8 +31,6 @@ UNKNOWN_TOLERANCE = 1.5
 """Points; of sets that nobody has measured twice in the same way, the loosest of the others."""
 CAPTIONS = {"flickr30k": 5_000, "coco": 25_010}
 """Captions of the retrieval sets as the paper's figures have them."""
-_DIRECTIONS = {"image_to_text": "text", "text_to_image": "image"}
-"""Our direction of a retrieval -> what the paper calls it, by what is found."""
 
 Ruling = Literal["reproduced", "differs", "not comparable"]
 
@@ -208,9 +207,10 @@ def published(row: str, set_key: str, metric: str, *, as_printed: bool = False) 
         metric: as figures name it: `top1`, `kinetics_mean`, `image_to_text_r1`, ...
     """
     known = find_set(set_key)
-    column = _column(known, metric) if known is not None else None
-    if known is None or column is None:
+    columns = {figure: column for column, figure in printed_columns(known).items()} if known else {}
+    if known is None or metric not in columns:
         return None
+    column = columns[metric]
     for one in rows_of(known.tables[0], as_printed=as_printed):
         if one.model == row:
             note = next(model.note for model in _released() if model.row == row)
@@ -271,16 +271,6 @@ def _obstacles(
         yield f"{evalset.crop_px} pixels are cut off every image, which the paper does not do"
     if not known.split_stated and not split:
         yield "split not stated by the paper: say in the recipe which images these are"
-
-
-def _column(known: KnownSet, metric: str) -> str | None:
-    """Column of a set's figure; none where the paper prints another metric."""
-    if not known.tables:
-        return None
-    if known.metric != "retrieval":
-        return known.column if metric == known.metric else None
-    direction, _, depth = metric.rpartition("_")
-    return f"{known.key}_{_DIRECTIONS[direction]}_{depth}" if direction in _DIRECTIONS else None
 
 
 def _row(table: str, raw: Mapping[str, Any], corrected: Mapping[Any, Any]) -> Row:

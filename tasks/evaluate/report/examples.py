@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from evaclip_model.zeroshot.exact_ranks import Ranking, top_k
-from tasks.evaluate.metrics.compute import SHOWN, Scored, captions_of, image_of_caption
+from tasks.evaluate.metrics.scored import SHOWN, Scored, captions_of, image_of_caption
 from tasks.evaluate.report.pictures import thumbnail
 from tasks.evaluate.sets.published_layout import EvalSet
 

@@ -12,15 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from tasks.evaluate.metrics.metric import headlines_of, metrics_in
 from tasks.evaluate.sets.set_registry import KnownSet, find_set
-
-HEADLINES = {
-    "top1": ("top1",),
-    "kinetics_mean": ("kinetics_mean",),
-    "map": ("map",),
-    "retrieval": ("text_to_image_r1", "image_to_text_r1"),
-}
-"""The paper's metric of a set -> the figures that are shown first."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +88,12 @@ class Findings:
 
     def metrics(self, evalset: str) -> tuple[str, ...]:
         """The figures of a set, in the order in which they are shown."""
-        return tuple(self.raw["chance"][evalset])
+        return tuple(one.name for one in metrics_in(self.figures(evalset, self.subject) or {}))
 
     def headlines(self, evalset: str) -> tuple[str, ...]:
         """The figures of a set that are shown first: the paper's metric."""
-        metric = self.set(evalset).get("metric") or (
-            "retrieval" if self.set(evalset)["kind"] == "retrieval" else "top1"
-        )
-        return HEADLINES[metric]
+        about = self.set(evalset)
+        return tuple(one.name for one in headlines_of(about["kind"], about.get("metric")))
 
     def share(self, evalset: str, model: str, metric: str) -> float | None:
         """A figure as a share of 1."""

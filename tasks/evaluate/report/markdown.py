@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tasks.evaluate.metrics.compute import Scored
+from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.report import overview, set_tables, summary
 from tasks.evaluate.report.curves import Curve
 from tasks.evaluate.report.examples import commonest_confusions, taken_for

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tasks.evaluate.metrics.compute import TITLES
+from tasks.evaluate.metrics.metric import title_of
 from tasks.evaluate.report.charts import interval_bar
 from tasks.evaluate.report.findings import Findings, Published
 from tasks.evaluate.report.numbers import (
@@ -31,11 +31,6 @@ TABLES = {
     "3": "four video sets (Table 3)",
 }
 """Tables of the paper that have an average."""
-
-
-def title_of(metric: str) -> str:
-    """A metric's name for people."""
-    return TITLES.get(metric, metric.replace("_", " "))
 
 
 def anchor(evalset: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 
 from evaclip_model.zeroshot.statistics import chance_of_hit, hit_rate
-from tasks.evaluate.metrics.compute import Scored, captions_of
+from tasks.evaluate.metrics.scored import Scored, captions_of
 from tasks.evaluate.report import overview, set_tables, summary
 from tasks.evaluate.report.charts import Line, line_chart
 from tasks.evaluate.report.compute import compute_chart

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tasks.evaluate.metrics.metric import printed_columns
 from tasks.evaluate.paper.published import Column, PaperModel, PaperTable, paper_model, table_of
 from tasks.evaluate.paper.published import Row as PaperRow
 from tasks.evaluate.report.findings import Findings
@@ -24,8 +25,6 @@ GROUPS = {
 }
 UPRIGHT_FROM = 12
 """Columns from which the head is set upright."""
-RETRIEVALS = {"text": "image_to_text", "image": "text_to_image"}
-"""What the paper calls a retrieval, by what is found -> our name of its direction."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +59,9 @@ def _places(table: str) -> Mapping[str, dict[str, str]]:
     """Set -> column of the table -> our figure that stands in it."""
     if table == "1a":
         return {"imagenet1k": {"in1k_zs_top1": "top1"}}
-    places: dict[str, dict[str, str]] = {}
-    for key, known in known_sets().items():
-        if table not in known.tables:
-            continue
-        if known.metric == "retrieval":
-            places[key] = {
-                f"{key}_{found}_r{k}": f"{direction}_r{k}"
-                for found, direction in RETRIEVALS.items()
-                for k in (1, 5, 10)
-            }
-        else:
-            places[key] = {known.column: known.metric}
-    return places
+    return {
+        key: printed_columns(known) for key, known in known_sets().items() if table in known.tables
+    }
 
 
 def _form(found: Findings, key: str) -> Table:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tasks.evaluate.metrics.metric import title_of
 from tasks.evaluate.report.examples import Confusion
 from tasks.evaluate.report.findings import Findings
 from tasks.evaluate.report.numbers import NOTHING, interval, percent, plural, times
-from tasks.evaluate.report.overview import title_of
 from tasks.evaluate.report.tables import Cell, Row, Table, row
 
 TEMPLATES_SHOWN = 4

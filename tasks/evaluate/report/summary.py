@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 
+from tasks.evaluate.metrics.metric import title_of
 from tasks.evaluate.report.findings import Findings
 from tasks.evaluate.report.numbers import interval, percent, plural, points, signed
 from tasks.evaluate.report.overview import (
     SURE,
     TABLES,
     sets_and_images,
-    title_of,
     verdict_counts,
 )
 from tasks.evaluate.sets.set_registry import known_sets

@@ -14,7 +14,7 @@ from typing import Any
 
 from tasks.artifacts.artifact import write_atomically
 from tasks.evaluate.config import REPORT
-from tasks.evaluate.metrics.compute import Scored
+from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.report.curves import Curve
 from tasks.evaluate.report.findings import Findings
 from tasks.evaluate.report.markdown import markdown, short_markdown

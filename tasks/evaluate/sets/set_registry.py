@@ -18,7 +18,7 @@ from typing import Literal
 from evaclip_model.config import Config
 
 Kind = Literal["classification", "multilabel", "retrieval"]
-Metric = Literal["top1", "kinetics_mean", "map", "retrieval"]
+PaperMetric = Literal["top1", "kinetics_mean", "map", "retrieval"]
 NameSource = Literal["dataset", "openai", "clip_benchmark"]
 PromptSource = Literal["dataset", "openai", "clip_benchmark", "grammar"]
 
@@ -39,7 +39,7 @@ class KnownSet(Config):
     column: str
     """Its column in those tables; "" where there are several, or none."""
     kind: Kind = "classification"
-    metric: Metric = "top1"
+    metric: PaperMetric = "top1"
     """The paper's metric of this set; `kinetics_mean` is the mean of top-1 and top-5."""
     classes: int | None = None
     """Number of classes; None in a retrieval set."""

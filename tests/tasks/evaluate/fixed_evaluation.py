@@ -17,7 +17,7 @@ import torch
 from evaclip_model.zeroshot.exact_ranks import rank_targets
 from tasks.evaluate.config import EvaluateConfig
 from tasks.evaluate.encode.model_identity import Identity
-from tasks.evaluate.metrics.compute import Scored
+from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.results import results_of
 from tasks.evaluate.sets.published_layout import EvalSample, EvalSet
 from tests.tasks.evaluate.made_up import made_up

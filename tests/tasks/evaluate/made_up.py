@@ -18,8 +18,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from evaclip_model.zeroshot.exact_ranks import Ranking
-from tasks.evaluate.metrics.compute import Scored, chance_of, figures_of
-from tasks.evaluate.metrics.significance import compare
+from tasks.evaluate.metrics.compute import chance_levels, compare_models, compute_figures
+from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.paper.averages import TABLES, average, robustness, values_of
 from tasks.evaluate.paper.published import PaperModel, published, verdict
 from tasks.evaluate.sets.published_layout import EvalSample, EvalSet, Span
@@ -48,7 +48,7 @@ def made_up(
         for key, one in opened.items()
     }
     figures = {
-        key: {name: figures_of(one) for name, one in by_model.items()}
+        key: {name: compute_figures(one) for name, one in by_model.items()}
         for key, by_model in scored.items()
     }
     values = {
@@ -62,12 +62,12 @@ def made_up(
         "models": {name: _about(name) for name in models},
         "sets": {key: _about_set(one) for key, one in sets.items()},
         "results": figures,
-        "chance": {key: chance_of(one) for key, one in sets.items()},
+        "chance": {key: chance_levels(one) for key, one in sets.items()},
         "paired": {
             key: {
                 "champion": {
                     metric: asdict(one)
-                    for metric, one in compare(by["candidate"], by["champion"]).items()
+                    for metric, one in compare_models(by["candidate"], by["champion"]).items()
                 }
             }
             for key, by in scored.items()
@@ -83,7 +83,7 @@ def made_up(
                 "flagged": len(sets[key]) // 40,
                 "figures_without": {
                     metric: figures[key]["candidate"][metric] - 0.004
-                    for metric in chance_of(sets[key])
+                    for metric in chance_levels(sets[key])
                 },
             }
             for key in keys[:3]

@@ -15,13 +15,14 @@ import torch
 from PIL import Image
 
 from evaclip_model.zeroshot.exact_ranks import Ranking
-from tasks.evaluate.metrics.compute import Scored, figures_of
+from tasks.evaluate.metrics.compute import compute_figures
 from tasks.evaluate.metrics.contamination import (
     TrainingData,
     figures_without,
     hash_set,
     seen_in_training,
 )
+from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.sets.published_layout import EvalSet, open_set
 from tasks.index.image_hashes import hash_images
 from tasks.index.sample_index import COLUMNS, INDEX, write_index
@@ -160,9 +161,9 @@ def test_figures_without_some_images_are_those_of_the_set_without_them() -> None
     whole = Scored(evalset, classes=answered(evalset, said))
     found = figures_without(whole, np.array([True, False, False, False]))
     smaller = class_set(labels[1:], names)
-    assert found == figures_of(Scored(smaller, classes=answered(smaller, said[1:])))
+    assert found == compute_figures(Scored(smaller, classes=answered(smaller, said[1:])))
     assert figures_without(whole, np.ones(4, np.bool_)) is None
-    assert figures_without(whole, np.zeros(4, np.bool_)) == figures_of(whole)
+    assert figures_without(whole, np.zeros(4, np.bool_)) == compute_figures(whole)
 
 
 def test_figures_without_some_images_leave_their_captions_out_and_keep_the_answers() -> None:
@@ -185,4 +186,4 @@ def test_figures_without_some_images_of_several_classes() -> None:
     scores = torch.tensor([[3.0, 1], [2, 2], [1, 3], [0, 0]])
     found = figures_without(Scored(evalset, scores=scores), np.array([True, False, False, False]))
     smaller = label_set(shown[1:], ("a", "b"))
-    assert found == figures_of(Scored(smaller, scores=scores[1:]))
+    assert found == compute_figures(Scored(smaller, scores=scores[1:]))

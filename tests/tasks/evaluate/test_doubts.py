@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from evaclip_model.zeroshot.exact_ranks import classify
-from tasks.evaluate.metrics.compute import Scored, chance_of, figures_of
+from tasks.evaluate.metrics.compute import chance_levels, compute_figures
 from tasks.evaluate.metrics.sanity_warnings import permuted_classes, warnings_of
+from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.sets.published_layout import EvalSample, EvalSet, Span
 
 CLASSES, EACH = 10, 20
@@ -28,7 +29,7 @@ def scored(answers: list[int], names: list[str] | None = None) -> Scored:
 
 
 def told(one: Scored) -> list[str]:
-    return warnings_of(one.evalset, one, figures_of(one), chance_of(one.evalset))
+    return warnings_of(one.evalset, one, compute_figures(one), chance_levels(one.evalset))
 
 
 def right() -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tasks.evaluate.metrics.compute import Scored
+from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.report.findings import Findings
 from tasks.evaluate.report.overview import averages, verdict_counts
 from tasks.evaluate.report.summary import average_interval, sentences, tiles

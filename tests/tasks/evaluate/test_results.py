@@ -8,7 +8,7 @@ import pytest
 
 from tasks.evaluate.config import EvaluateConfig
 from tasks.evaluate.encode.model_identity import Identity
-from tasks.evaluate.metrics.compute import Scored
+from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.results import counts_of, results_of
 from tasks.evaluate.sets.set_registry import known_sets
 from tests.tasks.evaluate.answers import answered, class_set

@@ -7,6 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as some
 
 from evaclip_model import InputError
+from tasks.evaluate.metrics.metric import judged_metrics
 from tasks.register.config import GatePolicy, RegisterConfig
 from tasks.register.gate import (
     Candidate,
@@ -32,7 +33,8 @@ def gain(points: float, spread: float = 0.5, p: float | None = None) -> Gain:
 
 
 def candidate(**changes: object) -> Candidate:
-    return Candidate(**{"weights": "b" * 64, "bytes": 1000, "latency_ms": 10.0, **changes})
+    given = {"weights": "b" * 64, "bytes": 1000, "latency_ms": 10.0, "headlines": judged_metrics()}
+    return Candidate(**{**given, **changes})
 
 
 def judged(policy: GatePolicy | None = None, **changes: object) -> Decision:

@@ -30,12 +30,12 @@ from tasks.register.promotion import (
 from tasks.tracking import TrackingStore
 
 CONFIG = RegisterConfig(model_name="clip")
-FIRST = decide(Candidate(weights="w1", bytes=1), None, GatePolicy())
+FIRST = decide(Candidate(weights="w1", bytes=1, headlines=()), None, GatePolicy())
 
 
 def better_than(version: int) -> Decision:
     champion = Champion(version=version, weights="old", bytes=1)
-    tie = decide(Candidate(weights="new", bytes=1), champion, GatePolicy())
+    tie = decide(Candidate(weights="new", bytes=1, headlines=()), champion, GatePolicy())
     return tie.model_copy(update={"outcome": FIRST.outcome})
 
 
@@ -163,7 +163,9 @@ def test_a_refusal_is_a_file_a_page_and_tags_of_the_version(
     store: TrackingStore, tmp_path: Path
 ) -> None:
     held = decide(
-        Candidate(weights="w2", bytes=9), Champion(version=1, weights="w", bytes=1), GatePolicy()
+        Candidate(weights="w2", bytes=9, headlines=()),
+        Champion(version=1, weights="w", bytes=1),
+        GatePolicy(),
     )
     files = write_decision(store, "clip", 2, held, tmp_path)
     assert read_decision(tmp_path) == held

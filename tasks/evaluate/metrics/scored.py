@@ -1,0 +1,108 @@
+"""The answers of one model to one evaluation set: rankings, or scores for several classes an image.
+
+Covers: the true answers of a set as tensors, scoring features against texts, ranks under ties.
+Not here: ranking itself (evaclip_model/zeroshot/exact_ranks.py), figures (metric.py, compute.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evaclip_model.zeroshot.exact_ranks import (
+    Ranking,
+    class_scores,
+    classify,
+    retrieve_images,
+    retrieve_texts,
+)
+from tasks.evaluate.sets.published_layout import EvalSet
+from tasks.evaluate.sets.set_registry import Kind
+
+SHOWN = 8
+"""First answers kept of every query, for the report."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One model's answers to one set; the fields that the kind of the set calls for are filled."""
+
+    evalset: EvalSet
+    classes: Ranking | None = None
+    """Of a classification set, one query an image."""
+    texts: Ranking | None = None
+    """Image-to-text retrieval, one query an image."""
+    images: Ranking | None = None
+    """Text-to-image retrieval, one query a caption."""
+    scores: Tensor | None = None
+    """Of a multilabel set: fp32 logits [N, C]."""
+
+    def rankings(self) -> dict[str, Ranking]:
+        """The rankings there are, by the direction of the question."""
+        named = {
+            "image → class": self.classes,
+            "image → text": self.texts,
+            "text → image": self.images,
+        }
+        return {name: ranking for name, ranking in named.items() if ranking is not None}
+
+    def check_complete(self) -> None:
+        """Compare the queries answered with the set's index.
+
+        Raises:
+            RuntimeError: not every sample of the index was answered exactly once.
+        """
+        images, captions = len(self.evalset), sum(len(s.captions) for s in self.evalset.samples)
+        counts: dict[Kind, list[tuple[Ranking | Tensor | None, int]]] = {
+            "classification": [(self.classes, images)],
+            "multilabel": [(self.scores, images)],
+            "retrieval": [(self.texts, images), (self.images, captions)],
+        }
+        for answers, expected in counts[self.evalset.kind]:
+            if answers is None:
+                raise RuntimeError(f"set '{self.evalset.name}' was not ranked")
+            if len(answers) != expected:
+                raise RuntimeError(
+                    f"set '{self.evalset.name}': {len(answers)} queries ranked, its index holds "
+                    f"{expected}"
+                )
+
+
+def labels_of(evalset: EvalSet) -> Tensor:
+    """Class of every image [N]."""
+    return torch.tensor([sample.label for sample in evalset.samples])
+
+
+def positives_of(evalset: EvalSet) -> Tensor:
+    """Classes that every image of a multilabel set shows [N, C], bool."""
+    shown = torch.zeros(len(evalset), len(evalset.classnames), dtype=torch.bool)
+    for row, sample in enumerate(evalset.samples):
+        shown[row, list(sample.labels)] = True
+    return shown
+
+
+def captions_of(evalset: EvalSet) -> list[str]:
+    """All captions of a retrieval set [T], image by image."""
+    return [caption for sample in evalset.samples for caption in sample.captions]
+
+
+def image_of_caption(evalset: EvalSet) -> Tensor:
+    """Image of every caption [T]."""
+    counts = torch.tensor([len(sample.captions) for sample in evalset.samples])
+    return torch.repeat_interleave(torch.arange(len(evalset)), counts)
+
+
+def score(evalset: EvalSet, images: Tensor, texts: Tensor) -> Scored:
+    """Rank images [N, D] against a text classifier [C, D], or captions [T, D] both ways."""
+    if evalset.kind == "classification":
+        return Scored(evalset, classes=classify(images, texts, labels_of(evalset), SHOWN))
+    if evalset.kind == "multilabel":
+        return Scored(evalset, scores=class_scores(images, texts))
+    owner = image_of_caption(evalset)
+    return Scored(
+        evalset,
+        texts=retrieve_texts(images, texts, owner, SHOWN),
+        images=retrieve_images(images, texts, owner, SHOWN),
+    )
