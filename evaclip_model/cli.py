@@ -7,14 +7,17 @@ Not here: training itself, evaluation sets, the registry.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from typer import Argument, Option, Typer
+from typer.exceptions import TyperException
+
+from evaclip_model.choices import Form, Precision
 from evaclip_model.cpu.allocator import freed_memory_kept
 from evaclip_model.errors import InputError
 from evaclip_model.model.model_config import ALIASES, CONFIG_FILE, ModelConfig, list_models
@@ -32,16 +35,35 @@ MOST_NAMED = 10
 _TOWER_FORMS = {"vision": "timm", "text": "transformers"}
 """Part of a model -> the form that holds this part alone."""
 
+ModelName = Annotated[
+    str,
+    Option(
+        "--model",
+        metavar="DIR|NAME",
+        help="a saved model's folder; or with --weights an architecture's name or JSON file",
+    ),
+]
+Weights = Annotated[Path | None, Option(metavar="FILE", help="a checkpoint of any known layout")]
+Device = Annotated[str, Option(help="such as cuda")]
+BatchSize = Annotated[int, Option(min=1, help="images or captions at once")]
+WeightsPrecision = Annotated[Precision, Option("--precision", help="dtype of the weights")]
+
+commands = Typer(
+    help="Use EVA-CLIP models and their files.",
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 2 after a mistake of the user's."""
-    options = _parser().parse_args(arguments)
     try:
-        options.run(options)
-    except InputError as error:
-        print(f"evaclip: {error}", file=sys.stderr)
+        status = commands(arguments, prog_name="evaclip", standalone_mode=False)
+    except (InputError, TyperException) as error:
+        text = str(error) if isinstance(error, InputError) else error.format_message()
+        print(f"evaclip: {text}", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
 def classify(
@@ -71,125 +93,9 @@ def classify(
     return sorted(zip(labels, shares, strict=True), key=lambda pair: -pair[1])
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="evaclip", description="Use EVA-CLIP models and their files."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    command = commands.add_parser("models", help="list the architectures that ship")
-    command.set_defaults(run=_run_models)
-    _add_classify(commands.add_parser("classify", help="say which label fits an image"))
-    _add_embed(commands.add_parser("embed", help="write features of images or of captions"))
-    _add_convert(commands.add_parser("convert", help="write a checkpoint in another form"))
-    _add_take_over(commands.add_parser("take-over", help="go on with a DeepSpeed training"))
-    return parser
-
-
-def _add_classify(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(run=_run_classify)
-    command.add_argument("images", type=Path, metavar="IMAGE", help="an image, or a folder of them")
-    command.add_argument("labels", nargs="+", metavar="LABEL", help="at least two captions")
-    _add_model(command)
-    command.add_argument(
-        "--template", default="{}", help="prompt around each label (default: the label alone)"
-    )
-
-
-def _add_embed(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(run=_run_embed)
-    command.add_argument(
-        "images", type=Path, nargs="*", metavar="IMAGE", help="images, or folders of them"
-    )
-    command.add_argument(
-        "--text", type=Path, metavar="FILE", help="captions, one a line, instead of images"
-    )
-    _add_model(command)
-    command.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="X.npy",
-        help="unit vectors [N, E] in float32; X.json says what each row is of",
-    )
-
-
-def _add_convert(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(run=_run_convert)
-    command.add_argument(
-        "source", type=Path, metavar="SOURCE", help="a checkpoint of any known layout"
-    )
-    command.add_argument(
-        "dest", type=Path, metavar="DEST", help="a folder, or a .safetensors file of weights alone"
-    )
-    command.add_argument(
-        "--as",
-        dest="form",
-        required=True,
-        choices=("native", "open_clip", "timm", "transformers", "onnx"),
-        help="whose names and files",
-    )
-    command.add_argument(
-        "--model",
-        metavar="NAME",
-        help="its architecture: a name or a JSON file (a saved model's folder says it itself)",
-    )
-    command.add_argument(
-        "--part",
-        default="all",
-        choices=("all", *_TOWER_FORMS),
-        help="the tower that SOURCE holds, when it holds one alone",
-    )
-    command.add_argument(
-        "--allow-torchscript",
-        action="store_true",
-        help="open OpenAI's archives, which hold code besides weights",
-    )
-    _add_precision(command)
-
-
-def _add_take_over(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(run=_run_take_over)
-    command.add_argument(
-        "source", type=Path, metavar="SOURCE", help="folder of a ZeRO-1, ZeRO-2 or universal one"
-    )
-    command.add_argument(
-        "job", type=Path, metavar="TRAIN_JSON", help="the run to come, which then starts there"
-    )
-
-
-def _add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--model",
-        required=True,
-        metavar="DIR|NAME",
-        help="a saved model's folder; or with --weights an architecture's name or JSON file",
-    )
-    command.add_argument(
-        "--weights", type=Path, metavar="FILE", help="a checkpoint of any known layout"
-    )
-    command.add_argument("--device", default="cpu", help="such as cuda (default: cpu)")
-    command.add_argument(
-        "--batch-size", type=_positive, default=64, help="images or captions at once (default: 64)"
-    )
-    _add_precision(command)
-
-
-def _add_precision(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--precision",
-        default="fp32",
-        choices=("fp32", "bf16", "fp16"),
-        help="dtype of the weights (default: fp32)",
-    )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number from 1 on")
-    return int(text)
-
-
-def _run_models(options: argparse.Namespace) -> None:
+@commands.command("models")
+def list_architectures() -> None:
+    """List the architectures that ship."""
     import torch
 
     from evaclip_model.model.clip import EvaClip
@@ -211,42 +117,81 @@ def _run_models(options: argparse.Namespace) -> None:
         )
 
 
-def _run_classify(options: argparse.Namespace) -> None:
-    _check_labels(options.labels, options.template)
+@commands.command("classify")
+def classify_images(
+    images: Annotated[Path, Argument(metavar="IMAGE", help="an image, or a folder of them")],
+    labels: Annotated[list[str], Argument(metavar="LABEL", help="at least two captions")],
+    model_name: ModelName,
+    weights: Weights = None,
+    device: Device = "cpu",
+    batch_size: BatchSize = 64,
+    precision: WeightsPrecision = "fp32",
+    template: Annotated[
+        str, Option(help="prompt around each label", show_default="the label alone")
+    ] = "{}",
+) -> None:
+    """Say which label fits an image."""
+    _check_labels(labels, template)
 
     from evaclip_model.zeroshot.image_files import image_features, image_files
 
-    files = image_files(options.images)
-    model = _open(options)
+    files = image_files(images)
+    model = _open(model_name, weights, device, precision)
     found = image_features(
-        model, files, batch_size=options.batch_size, progress=_Progress("images", len(files))
+        model, files, batch_size=batch_size, progress=_Progress("images", len(files))
     )
-    shares = _shares(model, found.values, options.labels, options.template)
-    if files == [options.images]:
-        for share, label in sorted(zip(shares[0].tolist(), options.labels, strict=True))[::-1]:
+    shares = _shares(model, found.values, labels, template)
+    if files == [images]:
+        for share, label in sorted(zip(shares[0].tolist(), labels, strict=True))[::-1]:
             print(f"{share:7.1%}  {label}")
     else:
         best, places = (values.tolist() for values in shares.max(dim=1))
         for file, share, place in zip(found.files, best, places, strict=True):
-            print(f"{share:7.1%}  {options.labels[place]}  {file}")
+            print(f"{share:7.1%}  {labels[place]}  {file}")
     _warn_of_unreadable(found.unreadable, len(files))
 
 
-def _run_embed(options: argparse.Namespace) -> None:
-    if options.out.suffix != ".npy":
-        raise InputError(f"--out {options.out}: features are written as .npy, end the name in it")
-    if not options.out.absolute().parent.is_dir():
-        raise InputError(f"--out {options.out}: the folder does not exist, make it first")
-    if bool(options.images) == (options.text is not None):
+@commands.command("embed")
+def embed(
+    model_name: ModelName,
+    out: Annotated[
+        Path,
+        Option(
+            metavar="X.npy", help="unit vectors [N, E] in float32; X.json says what each row is of"
+        ),
+    ],
+    images: Annotated[
+        list[Path] | None, Argument(metavar="IMAGE", help="images, or folders of them")
+    ] = None,
+    text: Annotated[
+        Path | None, Option(metavar="FILE", help="captions, one a line, instead of images")
+    ] = None,
+    weights: Weights = None,
+    device: Device = "cpu",
+    batch_size: BatchSize = 64,
+    precision: WeightsPrecision = "fp32",
+) -> None:
+    """Write features of images or of captions."""
+    if out.suffix != ".npy":
+        raise InputError(f"--out {out}: features are written as .npy, end the name in it")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out}: the folder does not exist, make it first")
+    if bool(images) == (text is not None):
         raise InputError("give images or folders of them, or --text FILE, and not both")
+
+    def open_named() -> EvaClip:
+        return _open(model_name, weights, device, precision)
+
     with freed_memory_kept():
-        if options.text is not None:
-            _embed_texts(options)
+        if text is not None:
+            _embed_texts(text, open_named, out, batch_size)
         else:
-            _embed_images(options)
+            _embed_images(images or [], open_named, out, batch_size)
 
 
-def _embed_images(options: argparse.Namespace) -> None:
+def _embed_images(
+    images: Sequence[Path], open_named: Callable[[], EvaClip], out: Path, batch_size: int
+) -> None:
     from evaclip_model.zeroshot.image_files import (
         image_features,
         image_files,
@@ -254,50 +199,76 @@ def _embed_images(options: argparse.Namespace) -> None:
         write_features,
     )
 
-    files = list(dict.fromkeys(file for source in options.images for file in image_files(source)))
-    model = _open(options)
+    files = list(dict.fromkeys(file for source in images for file in image_files(source)))
     found = image_features(
-        model, files, batch_size=options.batch_size, progress=_Progress("images", len(files))
+        open_named(), files, batch_size=batch_size, progress=_Progress("images", len(files))
     )
     about = {"unreadable": {str(file): why for file, why in found.unreadable.items()}}
-    write_features(options.out, found.values, list(map(str, found.files)), about)
+    write_features(out, found.values, list(map(str, found.files)), about)
     _warn_of_unreadable(found.unreadable, len(files))
-    print(f"{len(found.files):,} images: {options.out}, {names_file(options.out)}")
+    print(f"{len(found.files):,} images: {out}, {names_file(out)}")
 
 
-def _embed_texts(options: argparse.Namespace) -> None:
+def _embed_texts(file: Path, open_named: Callable[[], EvaClip], out: Path, batch_size: int) -> None:
     try:
-        texts = options.text.read_text(encoding="utf-8").splitlines()
+        texts = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{options.text} cannot be read as lines of text ({error})") from None
+        raise InputError(f"{file} cannot be read as lines of text ({error})") from None
     if not texts:
-        raise InputError(f"{options.text} is empty: expected one caption a line")
+        raise InputError(f"{file} is empty: expected one caption a line")
 
     from evaclip_model.zeroshot.exact_ranks import encode_texts
     from evaclip_model.zeroshot.image_files import names_file, write_features
 
-    model = _open(options)
+    model = open_named()
     values = encode_texts(
         model,
         texts,
         context_length=model.config.text.context_length,
-        batch_size=options.batch_size,
-        device=options.device,
+        batch_size=batch_size,
+        device=str(model.logit_scale.device),
         progress=_Progress("captions", len(set(texts))),
     )
-    write_features(options.out, values, texts, {})
-    print(f"{len(texts):,} captions: {options.out}, {names_file(options.out)}")
+    write_features(out, values, texts, {})
+    print(f"{len(texts):,} captions: {out}, {names_file(out)}")
 
 
-def _run_convert(options: argparse.Namespace) -> None:
-    if options.part != "all" and options.form != _TOWER_FORMS[options.part]:
+@commands.command("convert")
+def convert(
+    source: Annotated[Path, Argument(metavar="SOURCE", help="a checkpoint of any known layout")],
+    dest: Annotated[
+        Path, Argument(metavar="DEST", help="a folder, or a .safetensors file of weights alone")
+    ],
+    form: Annotated[Form, Option("--as", help="whose names and files")],
+    architecture: Annotated[
+        str | None,
+        Option(
+            "--model",
+            metavar="NAME",
+            help="its architecture: a name or a JSON file (a saved model's folder says it itself)",
+        ),
+    ] = None,
+    part: Annotated[
+        Literal["all", "vision", "text"],
+        Option(help="the tower that SOURCE holds, when it holds one alone"),
+    ] = "all",
+    allow_torchscript: Annotated[
+        bool,
+        Option(
+            "--allow-torchscript", help="open OpenAI's archives, which hold code besides weights"
+        ),
+    ] = False,
+    precision: WeightsPrecision = "fp32",
+) -> None:
+    """Write a checkpoint in another form."""
+    if part != "all" and form != _TOWER_FORMS[part]:
         raise InputError(
-            f"--part {options.part}: a tower alone can be written as "
-            f"{_TOWER_FORMS[options.part]}, but {options.form} would need the other one, too"
+            f"--part {part}: a tower alone can be written as "
+            f"{_TOWER_FORMS[part]}, but {form} would need the other one, too"
         )
-    if options.model is None and not (options.source / CONFIG_FILE).is_file():
+    if architecture is None and not (source / CONFIG_FILE).is_file():
         raise InputError(
-            f"{options.source} does not say its architecture: name it with --model "
+            f"{source} does not say its architecture: name it with --model "
             "(`evaclip models` lists them)"
         )
 
@@ -305,65 +276,65 @@ def _run_convert(options: argparse.Namespace) -> None:
     from evaclip_model.weights.export import export_model, export_onnx
     from evaclip_model.weights.load import load_weights
 
-    architecture = options.source if options.model is None else options.model
-    if options.part == "all":
-        model, report = load_model(architecture, options.source, precision=options.precision)
+    if part == "all":
+        model, report = load_model(architecture or source, source, precision=precision)
     else:  # the other tower is there and is not written
-        model = create_model(architecture, precision=options.precision, seed=0)
-        report = load_weights(
-            model, options.source, part=options.part, allow_torchscript=options.allow_torchscript
-        )
+        model = create_model(architecture or source, precision=precision, seed=0)
+        report = load_weights(model, source, part=part, allow_torchscript=allow_torchscript)
     model.eval()
-    print(f"{options.source}: {report}")
+    print(f"{source}: {report}")
     if report.expected_gaps:
         gaps = ", ".join(report.expected_gaps[:2]) + ", …" * (len(report.expected_gaps) > 2)
         print(f"evaclip: not taken from the source, so at initial values: {gaps}", file=sys.stderr)
-    if options.form == "onnx":
-        written = export_onnx(model, options.dest)
-    else:
-        written = export_model(model, options.dest, options.form)
-    for path in written:
+    for path in export_onnx(model, dest) if form == "onnx" else export_model(model, dest, form):
         print(path)
 
 
-def _run_take_over(options: argparse.Namespace) -> None:
+@commands.command("take-over")
+def take_over(
+    source: Annotated[
+        Path, Argument(metavar="SOURCE", help="folder of a ZeRO-1, ZeRO-2 or universal one")
+    ],
+    job_file: Annotated[
+        Path, Argument(metavar="TRAIN_JSON", help="the run to come, which then starts there")
+    ],
+) -> None:
+    """Go on with a DeepSpeed training."""
     try:
-        settings = json.loads(options.job.read_text())
+        settings = json.loads(job_file.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{options.job} cannot be read as a training job ({error})") from None
+        raise InputError(f"{job_file} cannot be read as a training job ({error})") from None
 
     from evaclip_model.training.checkpoint.deepspeed_import import import_checkpoint
     from evaclip_model.training.config import CHECKPOINTS, TrainJob
 
-    job = TrainJob.from_mapping(settings, where=str(options.job))
+    job = TrainJob.from_mapping(settings, where=str(job_file))
     location = job.checkpoints or job.run_dir / CHECKPOINTS
     architecture = ModelConfig.load(job.start_from)
-    progress = import_checkpoint(options.source, location, job.train, architecture)
+    progress = import_checkpoint(source, location, job.train, architecture)
     print(f"{location}: step {progress.step:,} of {job.train.steps:,}")
 
 
-def _open(options: argparse.Namespace) -> EvaClip:
-    """The model that `_add_model`'s options name, in evaluation mode on its device."""
+def _open(name: str, weights: Path | None, device: str, precision: Precision) -> EvaClip:
+    """Open the model that the options name, in evaluation mode on its device."""
     import torch
 
     from evaclip_model.create import create_model, open_model
 
-    if options.weights is not None:
-        model = create_model(
-            options.model, weights=options.weights, precision=options.precision
-        ).eval()
-    elif options.model in (*list_models(), *ALIASES) and not Path(options.model).exists():
+    if weights is not None:
+        model = create_model(name, weights=weights, precision=precision).eval()
+    elif name in (*list_models(), *ALIASES) and not Path(name).exists():
         raise InputError(
-            f"--model {options.model} is an architecture: add --weights FILE, or give the folder "
+            f"--model {name} is an architecture: add --weights FILE, or give the folder "
             "of a saved model"
         )
     else:
-        model = open_model(options.model, options.precision)
+        model = open_model(name, precision)
     try:
-        return model.to(torch.device(options.device))
+        return model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         first = str(error).splitlines()[0]
-        raise InputError(f"--device {options.device} cannot be used here ({first})") from None
+        raise InputError(f"--device {device} cannot be used here ({first})") from None
 
 
 def _check_labels(labels: Sequence[str], template: str) -> None:

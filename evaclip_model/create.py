@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from evaclip_model.choices import Precision
 from evaclip_model.errors import InputError
 from evaclip_model.model.attention import AttentionChoice, require_dtype
 from evaclip_model.model.clip import EvaClip, initialise
@@ -22,7 +23,6 @@ from evaclip_model.model.model_config import CONFIG_FILE, ModelConfig
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
 from evaclip_model.weights.load import LoadReport, load_weights
 
-Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -1,75 +1,52 @@
-"""The command line: `python -m flows COMMAND`; each command is a module of flows/commands.
+"""The command line: `python -m flows COMMAND`.
 
-Covers: which commands there are, exit codes (0 done, 2 a user's mistake, 130 interrupted).
-Not here: any work.
+Covers: which commands there are, exit codes (0 done, 1 doctor found a failure, 2 a user's mistake,
+130 interrupted).
+Not here: the commands (flows/commands).
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
+from typer import Typer
+from typer.exceptions import TyperException
+
 from evaclip_model.errors import InputError
-from flows.commands import (
-    doctor,
-    evalsets,
-    lineage,
-    plan,
-    promote,
-    pull,
-    rollback,
-    run,
-    score,
-    show,
-    sources,
-    takedown,
-    trace,
-)
-from flows.commands import list as list_everything
+from flows.commands.data import lineage, sources, takedown, trace
+from flows.commands.evalsets import evalsets
+from flows.commands.models import promote, pull, rollback
+from flows.commands.recipes import doctor, list_recipes, plan, show
+from flows.commands.run import run, score
 from flows.console.terminal import console
 
-COMMANDS = {
-    "list": list_everything,
-    "show": show,
-    "plan": plan,
-    "doctor": doctor,
-    "run": run,
-    "score": score,
-    "trace": trace,
-    "lineage": lineage,
-    "takedown": takedown,
-    "sources": sources,
-    "evalsets": evalsets,
-    "pull": pull,
-    "promote": promote,
-    "rollback": rollback,
-}
+INTERRUPTED = 130
+
+commands = Typer(
+    help="The command line of the pipeline: metadata in, a registered EVA-CLIP model out.",
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+commands.command("list")(list_recipes)
+for command in (show, plan, doctor, run, score, trace, lineage, takedown, pull, promote, rollback):
+    commands.command()(command)
+commands.add_typer(sources, name="sources")
+commands.add_typer(evalsets, name="evalsets")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    parsed = _parser().parse_args(arguments)
     try:
-        parsed.command(parsed)
-    except InputError as error:
+        status = commands(arguments, prog_name="python -m flows", standalone_mode=False)
+    except (InputError, TyperException) as error:
         console.file.flush()
-        print(f"error: {error}", file=sys.stderr)
+        text = str(error) if isinstance(error, InputError) else error.format_message()
+        print(f"error: {text}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    if status == INTERRUPTED:
         print("\nstopped: the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m flows", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True, metavar="command")
-    for name, module in COMMANDS.items():
-        added = commands.add_parser(name, help=module.HELP, description=module.HELP)
-        module.arguments(added)
-        added.set_defaults(command=module.run)
-    return parser
+    return status or 0
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from evaclip_model.choices import Library
 from evaclip_model.errors import InputError
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.model_config import CONFIG_FILE, ModelConfig, VisionConfig
@@ -30,12 +31,6 @@ from evaclip_model.weights.load import (
     write_weights,
 )
 from evaclip_model.weights.name_maps import foreign_names
-
-Library = Literal["native", "open_clip", "timm", "transformers"]
-"""native: this package's own and the released files' names. open_clip: both towers. timm: the
-image tower with its head. transformers: the text tower with its projection, as
-`CLIPTextModelWithProjection` has it; of EVA's image towers it has none of its own, but opens
-timm's form through `TimmWrapperModel`."""
 
 OPEN_CLIP_WEIGHTS_FILE = "open_clip_model.safetensors"
 OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"

@@ -1,93 +1,123 @@
-"""`run FLOW RECIPE`: run a flow, or only say what it would do.
+"""`run FLOW RECIPE` and `score MODEL...`: run a flow, or only say what it would do.
 
-Covers: the flows there are, checks before the start, a Prefect server for the time of the run.
+Covers: their arguments, checks before the start, a Prefect server for the time of the run.
 Not here: the flows themselves; prefect is imported only when one runs.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
+from typing import Annotated, Literal
+
+from typer import Argument, Option
 
 from evaclip_model.errors import InputError
-from flows.commands import plan
-from flows.commands.recipe_arguments import with_gpus, with_recipe
-from flows.config.profile import Profile
+from flows.commands.options import Gpus, Overrides, RecipeName, Utilisation
+from flows.commands.recipes import FLOWS, plan
+from flows.config.profile import Profile, load_profile
 from flows.config.recipe import Recipe
 from flows.console.terminal import console
 from flows.graph.graph import Chart, load_chart
-from flows.planning.run_plan import check_disk
-from flows.reporting.results_table import print_results
+from flows.reporting.results_table import figures_table, print_results, read_findings
+from tasks.evaluate.config import REPORT
+from tasks.evaluate.sets.set_registry import FOLDER
 from tasks.lineage.journal import JOURNALS
 from tasks.tracking import TrackingStore
 
-HELP = "run a flow"
-FLOWS = {
-    "pipeline": "metadata to registered model: prepare, train, evaluate, register",
-    "prepare": "metadata to a dataset version: merge, download, verify, dataset",
-    "train": "a dataset version to a model: initialise, then every training stage",
-    "evaluate": "a trained model to its report and its registry entry: evaluate, register",
-    "retrain": "what is new since the last model: merge, download, train on, compare, judge",
-}
 JUDGED = ("pipeline", "evaluate", "retrain")
 """Flows that end with the gate."""
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("flow", help=f"one of: {', '.join(FLOWS)}")
-    with_recipe(parser)
-    dry_run = "print the plan and stop; for train, try a step of each training stage too"
-    parser.add_argument("--dry-run", action="store_true", help=dry_run)
-    parser.add_argument(
-        "--promote",
-        choices=("gate", "never"),
-        default="gate",
-        help="whether a better model becomes champion, or stays challenger (gate)",
-    )
-    with_gpus(parser)
+def run(
+    flow: Annotated[str, Argument(metavar="FLOW", help=f"one of: {', '.join(FLOWS)}")],
+    recipe: RecipeName,
+    overrides: Overrides,
+    gpus: Gpus,
+    utilisation: Utilisation = None,
+    dry_run: Annotated[
+        bool,
+        Option(
+            "--dry-run",
+            help="print the plan and stop; for train, try a step of each training stage too",
+        ),
+    ] = False,
+    promote: Annotated[
+        Literal["gate", "never"],
+        Option(help="whether a better model becomes champion, or stays challenger"),
+    ] = "gate",
+) -> None:
+    """Run a flow."""
+    if flow not in FLOWS:
+        raise InputError(f"unknown flow '{flow}'; there are: {', '.join(FLOWS)}")
+    if dry_run and flow != "retrain":
+        plan(recipe, overrides, gpus, utilisation)
+        if flow == "train":
+            from flows.planning.dry_run import rehearse  # starts processes
 
+            for line in rehearse(*load_chart(recipe, overrides)):
+                console.print(line, soft_wrap=True, markup=False)
+        return
+    loaded, profile, chart = load_chart(recipe, overrides)
+    if dry_run:
+        _is_nothing_new(loaded, profile, chart, told=True)
+        return
+    chart.require(flow)
+    if flow == "pipeline" and _is_everything_there(loaded, profile, chart):
+        console.print(f"[bold]{loaded.name}[/]: everything is there, nothing to do")
+        print_results(loaded, chart, profile)
+        return
+    if flow == "retrain":  # downloads a part; the stage itself looks at the disk
+        if _is_nothing_new(loaded, profile, chart):
+            return
+    else:
+        from flows.planning.run_plan import check_disk  # imports pyarrow
 
-def run(parsed: argparse.Namespace) -> None:
-    if parsed.flow not in FLOWS:
-        raise InputError(f"unknown flow '{parsed.flow}'; there are: {', '.join(FLOWS)}")
-    if parsed.dry_run:
-        _dry_run(parsed)
-        return
-    recipe, profile, chart = load_chart(parsed.recipe, parsed.overrides)
-    chart.require(parsed.flow)
-    if parsed.flow == "pipeline" and _nothing_to_do(recipe, profile, chart):
-        console.print(f"[bold]{recipe.name}[/]: everything is there, nothing to do")
-        print_results(recipe, chart, profile)
-        return
-    if parsed.flow == "retrain" and _nothing_new(recipe, profile, chart):
-        return
-    if parsed.flow != "retrain":  # which downloads a part; the stage itself looks at the disk
-        check_disk(recipe, chart, profile.root)
+        check_disk(loaded, chart, profile.root)
     from flows.graph.ephemeral_server import temporary_server  # starts processes: only for a run
 
     with temporary_server(profile.root):
         # the flow's module imports prefect, which reads its settings then
-        flow = getattr(importlib.import_module(f"flows.{parsed.flow}"), parsed.flow)
-        console.print(f"[bold]{recipe.name}[/]  {recipe.title}  ({recipe.digest})")
-        judged = {"promote": parsed.promote} if parsed.flow in JUDGED else {}
-        flow(recipe=parsed.recipe, overrides=parsed.overrides, **judged)
-    if parsed.flow == "pipeline":
-        print_results(recipe, chart, profile)
+        run_flow = getattr(importlib.import_module(f"flows.{flow}"), flow)
+        console.print(f"[bold]{loaded.name}[/]  {loaded.title}  ({loaded.digest})")
+        judged = {"promote": promote} if flow in JUDGED else {}
+        run_flow(recipe=recipe, overrides=overrides, **judged)
+    if flow == "pipeline":
+        print_results(loaded, chart, profile)
 
 
-def _dry_run(parsed: argparse.Namespace) -> None:
-    if parsed.flow == "retrain":
-        _nothing_new(*load_chart(parsed.recipe, parsed.overrides), told=True)
-        return
-    plan.run(parsed)
-    if parsed.flow == "train":
-        from flows.planning.dry_run import rehearse  # starts processes
+def score(
+    models: Annotated[
+        list[str],
+        Argument(
+            metavar="MODEL",
+            help="a saved model's folder, WEIGHTS:ARCHITECTURE, open_clip:NAME/WEIGHTS, or "
+            "models:/NAME@ALIAS of the registry; NAME=MODEL names it",
+        ),
+    ],
+    overrides: Overrides,
+    recipe: Annotated[str, Option(help="take the sets of this recipe")] = "",
+    sets: Annotated[
+        str,
+        Option(metavar="NAME,NAME", help="known sets, folders of your own, or paper for all 33"),
+    ] = "",
+    data: Annotated[str, Option(help="folder that holds them")] = FOLDER,
+) -> None:
+    """Evaluate any models on any sets, side by side."""
+    names = tuple(filter(None, sets.split(",")))
+    root = load_profile().root
+    from flows.graph.ephemeral_server import temporary_server  # starts processes: only for a run
+    from flows.graph.score_request import read_asked  # imports torch
 
-        for line in rehearse(*load_chart(parsed.recipe, parsed.overrides)):
-            console.print(line, soft_wrap=True, markup=False)
+    read_asked(models, recipe, names, data, overrides, root.resolve())
+    with temporary_server(root):
+        from flows.score import score as run_flow  # imports prefect, which reads its settings then
+
+        made = run_flow(models, recipe, names, data, tuple(overrides))
+    console.print(figures_table(read_findings(made.folder)))
+    console.print(f"report    {made.folder / REPORT}")
 
 
-def _nothing_new(recipe: Recipe, profile: Profile, chart: Chart, told: bool = False) -> bool:
+def _is_nothing_new(recipe: Recipe, profile: Profile, chart: Chart, told: bool = False) -> bool:
     """Whether there is no new metadata, and nothing waits from the last time; says so, or with
     `told` whatever there is."""
     if recipe.demo and not (chart.demo and chart.demo.is_finished):
@@ -106,7 +136,7 @@ def _nothing_new(recipe: Recipe, profile: Profile, chart: Chart, told: bool = Fa
     return is_nothing
 
 
-def _nothing_to_do(recipe: Recipe, profile: Profile, chart: Chart) -> bool:
+def _is_everything_there(recipe: Recipe, profile: Profile, chart: Chart) -> bool:
     """Whether everything is made, still registered, settled, and no killed run waits for its
     end."""
     if not chart.is_finished:

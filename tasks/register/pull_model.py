@@ -15,8 +15,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
+from evaclip_model.choices import Form, Precision
 from evaclip_model.errors import InputError
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
 from evaclip_model.weights.external_weights import REFERENCE_FILE, Reference
@@ -29,9 +30,6 @@ from tasks.tracking import TrackingStore
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-    from evaclip_model.create import Precision
-
-Form = Literal["native", "open_clip", "timm", "transformers", "onnx"]
 FORMS: tuple[Form, ...] = get_args(Form)
 PULLED = "pulled.json"
 _ROOM: dict[Form, int] = {"native": 1, "open_clip": 2, "timm": 2, "transformers": 2, "onnx": 3}

@@ -23,7 +23,7 @@ from prefect.testing.utilities import prefect_test_harness
 
 from flows.audit.dataset_replacement import take_down
 from flows.audit.sample_trace import trace
-from flows.commands.run import FLOWS
+from flows.commands.recipes import FLOWS
 from flows.graph.graph import load_chart
 from flows.graph.incremental import News, describe, look
 from flows.pipeline import pipeline

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from evaclip_model.create import Precision
+from evaclip_model.choices import Precision
 from evaclip_model.errors import InputError
 from tasks.evaluate.encode.model_identity import DIGEST_CHARS, Identity, digest_of
 

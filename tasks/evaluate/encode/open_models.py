@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evaclip_model.create import Precision, create_model, open_model
+from evaclip_model.choices import Precision
+from evaclip_model.create import create_model, open_model
 from evaclip_model.errors import InputError
 from evaclip_model.model.model_config import CONFIG_FILE, ModelConfig, list_models
 from evaclip_model.reading.transform import image_transform, preprocessing

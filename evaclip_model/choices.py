@@ -1,0 +1,17 @@
+"""Choices that functions and command lines share: precision, and the form a model is written in.
+
+Not here: what they do (evaclip_model/create.py, evaclip_model/weights/export.py). Does not import
+torch, so that command lines start without it.
+"""
+
+from typing import Literal
+
+Precision = Literal["fp32", "bf16", "fp16"]
+"""dtype of a model's weights."""
+Library = Literal["native", "open_clip", "timm", "transformers"]
+"""native: this package's own and the released files' names. open_clip: both towers. timm: the
+image tower with its head. transformers: the text tower with its projection, as
+`CLIPTextModelWithProjection` has it; of EVA's image towers it has none of its own, but opens
+timm's form through `TimmWrapperModel`."""
+Form = Literal["native", "open_clip", "timm", "transformers", "onnx"]
+"""A `Library`, or both towers as ONNX graphs."""

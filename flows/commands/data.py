@@ -1,0 +1,136 @@
+"""Commands about data: `trace`, `lineage`, `takedown`, `sources inspect`.
+
+Covers: their arguments, and printing.
+Not here: the answers (flows/audit/sample_trace.py, flows/audit/lineage_tree.py,
+flows/audit/dataset_replacement.py, flows/audit/metadata_table.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option, Typer
+
+from evaclip_model.errors import InputError
+from flows.config.profile import Profile, load_profile
+from flows.console.terminal import console
+from tasks.tracking import TrackingStore
+
+sources = Typer(help="Look at metadata files before they become a source.")
+
+
+def trace(
+    url: Annotated[
+        str | None, Option(help="address of the image; http or https does not matter")
+    ] = None,
+    uid: Annotated[
+        str | None, Option(help="the sample's uid, as shards and the index have it")
+    ] = None,
+    sha256: Annotated[
+        str | None, Option(help="of the image file, as downloaded or as stored")
+    ] = None,
+) -> None:
+    """Say where one sample came from, where it is, and what was made of it."""
+    if [url, uid, sha256].count(None) != 2:
+        raise InputError("give one of --url, --uid and --sha256")
+    from flows.audit import sample_trace  # imports duckdb
+
+    root = load_profile().root.resolve()
+    found = sample_trace.trace(url=url, uid=uid, sha256=sha256, root=root)
+    for number, one in enumerate(found):
+        lines = [*([""] if number else []), *sample_trace.describe(one, root)]
+        console.print("\n".join(lines), soft_wrap=True, markup=False)
+    if not found:
+        raise InputError(f"no sample under {root} has that; what was never stored is not in shards")
+
+
+def lineage(
+    what: Annotated[
+        str,
+        Argument(
+            metavar="WHAT",
+            help="NAME@ALIAS or NAME/VERSION of a model, a digest of anything made, or a source's "
+            "name",
+        ),
+    ],
+    alias: Annotated[str, Option(help="whose last holder a model is compared with")] = "champion",
+    svg: Annotated[
+        Path | None, Option(help="of a model: write the picture to this file, too")
+    ] = None,
+) -> None:
+    """Say what a model was made from, or what was made of a dataset or a source."""
+    profile = load_profile()
+    from tasks.register.model_versions import is_address  # imports mlflow
+
+    if is_address(what):
+        lines = _lineage_of_model(profile, what, alias, svg)
+    elif svg is not None:
+        raise InputError("--svg draws a model: name it as NAME@ALIAS or NAME/VERSION")
+    else:
+        lines = _lineage_of_data(profile, what)
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def takedown(
+    file: Annotated[Path, Argument(metavar="FILE", help="URLs, uids or SHA-256s, one a line")],
+) -> None:
+    """Make new dataset versions without some samples; name the models that have seen them."""
+    from flows.audit.dataset_replacement import describe, take_down  # imports duckdb
+
+    root = load_profile().root.resolve()
+    done = take_down(file, root)
+    for one in done:
+        console.print("\n".join(describe(one, root)), soft_wrap=True, markup=False)
+    if not done:
+        console.print(f"no dataset version under {root} holds any of these samples")
+        return
+    console.print(
+        f'the next run leaves them out with `takedowns = ["{file}"]` in the table '
+        "\\[dataset] of the recipe",
+        soft_wrap=True,
+    )
+
+
+@sources.command("inspect")
+def inspect_source(
+    files: Annotated[str, Argument(metavar="PATH", help="a file, a glob, or a URL with wildcards")],
+    read: Annotated[int, Option(help="files to read for shares and histograms")] = 4,
+) -> None:
+    """Say what metadata files hold, before they become a source."""
+    from flows.audit.metadata_table import inspect_sources  # imports duckdb
+
+    inspect_sources(files, read, console)
+
+
+def _lineage_of_model(profile: Profile, what: str, alias: str, svg: Path | None) -> Iterator[str]:
+    from flows.audit.lineage_tree import version_tree
+    from tasks.lineage.lineage_svg import lineage_svg
+    from tasks.register.model_versions import describe, predecessor
+
+    version = describe(profile.mlflow_uri, what)
+    yield from version_tree(version, predecessor(profile.mlflow_uri, version, alias))
+    if svg is not None and version.lineage is not None:
+        aliases = "".join(f" @{alias}" for alias in version.aliases)
+        svg.write_text(lineage_svg(version.lineage, f"{version}{aliases}"))
+        yield f"\nthe picture is in {svg}"
+
+
+def _lineage_of_data(profile: Profile, what: str) -> Iterator[str]:
+    from flows.audit.lineage_tree import artifact_trees, find, source_trees
+    from tasks.register.model_versions import made_from
+
+    root = profile.root.resolve()
+    found = find(root, what)
+    database = TrackingStore.at(profile.mlflow_uri, "").database
+    is_there = database is None or database.is_file()
+    digest = found[0].digest if found else what
+    versions = made_from(profile.mlflow_uri, digest) if is_there else []
+    for artifact in found:
+        yield from artifact_trees(artifact, root)
+    if not found and not versions:
+        yield from source_trees(root, what)
+    if versions:
+        yield f"\nregistered from it: {', '.join(versions)}"

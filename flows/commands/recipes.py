@@ -1,0 +1,119 @@
+"""Commands about recipes, before anything runs: `list`, `show`, `plan`, `doctor`.
+
+Covers: their arguments, and printing.
+Not here: the plan (flows/planning/run_plan.py), the estimates (flows/planning/data_cost.py,
+flows/planning/training_cost.py), the checks (flows/planning/health_checks.py).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from rich.table import Table
+from typer import Exit, Option
+
+from evaclip_model.errors import InputError
+from flows.commands.options import Gpus, Overrides, RecipeName, Utilisation
+from flows.config.gpu_spec import Machines
+from flows.config.profile import load_profile
+from flows.config.recipe import load_recipe
+from flows.config.recipe_loader import recipe_names
+from flows.console.terminal import console
+
+if TYPE_CHECKING:
+    from flows.planning.feasibility import Finding
+
+FLOWS = {
+    "pipeline": "metadata to registered model: prepare, train, evaluate, register",
+    "prepare": "metadata to a dataset version: merge, download, verify, dataset",
+    "train": "a dataset version to a model: initialise, then every training stage",
+    "evaluate": "a trained model to its report and its registry entry: evaluate, register",
+    "retrain": "what is new since the last model: merge, download, train on, compare, judge",
+}
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+def list_recipes() -> None:
+    """List the flows and the recipes there are."""
+    for title, rows in (
+        ("flows", FLOWS),
+        ("recipes", {name: load_recipe(name).title for name in recipe_names()}),
+    ):
+        console.print(f"[bold]{title}[/]")
+        for name, text in rows.items():
+            console.print(f"  {name:<23} {text}")
+
+
+def show(recipe: RecipeName, overrides: Overrides) -> None:
+    """Show a recipe, resolved: every setting with its value."""
+    console.file.write(load_recipe(recipe, overrides).to_json())
+
+
+def plan(
+    recipe: RecipeName, overrides: Overrides, gpus: Gpus, utilisation: Utilisation = None
+) -> None:
+    """Say what a run would do, what is already there, what it costs, and whether it fits here."""
+    from flows.graph.graph import load_chart  # imports pyarrow, as the next ones do
+    from flows.planning.data_cost import estimate_table, is_large
+    from flows.planning.feasibility import Machine, recipe_findings, sentence
+    from flows.planning.run_plan import make_plan
+    from flows.planning.training_cost import engine_settings, training_table
+
+    loaded, profile, chart = load_chart(recipe, overrides)
+    published = [loaded.published.gpus] if loaded.published.gpus else []
+    if utilisation is not None and not 0 < utilisation <= 1:
+        raise InputError(f"--utilisation {utilisation:g}: expected a share above 0, at most 1")
+    table = Table("stage", "state", "what", "digest", box=None, pad_edge=False)
+    for row in make_plan(loaded, chart):
+        colour = {"there": "green", "unfinished": "yellow", "to make": "white"}[row.state]
+        table.add_row(row.title, f"[{colour}]{row.state}[/]", row.size, row.digest)
+    console.print(f"[bold]{loaded.name}[/]  {loaded.title}  ({loaded.digest})")
+    console.print(table)
+    for absent in chart.absent:
+        console.print(f"not here: {absent.sentence}", soft_wrap=True, markup=False)
+    if is_large(loaded):
+        console.print(estimate_table(loaded))
+    for machines in [Machines.parse(text) for text in gpus or published]:
+        console.print(training_table(loaded, machines, utilisation))
+        for train in loaded.train:
+            settings = engine_settings(loaded, train, machines)
+            if settings:
+                text = f"DeepSpeed for {train.name} on {machines}: {settings}"
+                console.print(text, soft_wrap=True, markup=False)
+    console.print(f"artifacts in {profile.root.resolve()}, tracking at {profile.mlflow_uri}")
+    machine = Machine.here(profile.root.resolve())
+    for given in map(Machines.parse, gpus) if gpus else [None]:
+        fits = sentence(recipe_findings(loaded, chart, profile, machine, given))
+        on = f" with {given}" if given else ""
+        console.print(f"[bold]fits{on}:[/] ", end="")
+        console.print(fits, soft_wrap=True, markup=False)
+
+
+def doctor(
+    recipe: Annotated[
+        str | None, Option(help="what this recipe needs too: its name or .toml file")
+    ] = None,
+) -> None:
+    """Check that this machine is ready: versions, disk, stores, servers, GPUs; say what to do."""
+    from flows.graph.graph import load_chart  # imports pyarrow, as the next ones do
+    from flows.planning.feasibility import Machine, recipe_findings
+    from flows.planning.health_checks import examine, weights
+
+    levels = [_print_finding(finding) for finding in examine(load_profile())]
+    if recipe:
+        loaded, profile, chart = load_chart(recipe, ())
+        machine = Machine.here(profile.root.resolve())
+        levels += [_print_finding(one) for one in recipe_findings(loaded, chart, profile, machine)]
+        levels += [_print_finding(one) for one in weights(loaded)]
+    failed, warned = levels.count("fail"), levels.count("warn")
+    console.print(f"{len(levels)} looked at, {failed} failed, {warned} to look at")
+    if failed:
+        raise Exit(1)
+
+
+def _print_finding(finding: Finding) -> str:
+    """Print one line; returns the finding's level."""
+    console.print(f"[{COLOURS[finding.level]}]{finding.level:4}[/]  ", end="")
+    do = f" -> {finding.do}" if finding.do else ""
+    console.print(f"{finding.what}: {finding.found}{do}", soft_wrap=True, markup=False)
+    return finding.level
