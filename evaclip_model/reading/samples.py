@@ -10,7 +10,6 @@ A shard is a webdataset tar. A sample is three members that share a key: `KEY.jp
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pydantic import Field, field_validator
 from evaclip_model.config import Config
 from evaclip_model.cpu.buffer_pool import Memory
 from evaclip_model.errors import InputError
+from evaclip_model.files import write_atomically
 from evaclip_model.reading.tar_file import STRETCH, BrokenTar, Member, TarReader
 from evaclip_model.reading.urls import read_text
 
@@ -130,13 +130,8 @@ class ShardManifest(Config):
         return cls.from_mapping(values, where=str(path))
 
     def write(self, path: Path) -> None:
-        """Write the manifest beside its place and rename it."""
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        with beside.open("w") as file:
-            file.write(json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        """Write the manifest, never seen half-written."""
+        write_atomically(path, json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
 
 
 def read_samples(shard: Path) -> Iterator[Sample]:

@@ -7,7 +7,6 @@ Not here: checkpoints, metrics.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evaclip_model.files import write_atomically
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.training.config import EMA_FOLDER, MODEL_FOLDER
 from evaclip_model.training.engine.engine import StateFragment
@@ -48,7 +48,5 @@ def save_models(
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a file beside its place and rename it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=1) + "\n")
-    beside.replace(path)
+    """Write `value` as indented JSON, never seen half-written."""
+    write_atomically(path, json.dumps(value, indent=1) + "\n")

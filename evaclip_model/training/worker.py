@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from evaclip_model.errors import InputError
+from evaclip_model.ports import find_free_port
 from evaclip_model.training.config import ERROR_FILE, MEMORY_FILE, RESUMABLE_FILE, TrainJob
 from evaclip_model.training.slurm import place_from_slurm
 
@@ -108,16 +109,8 @@ def _join() -> None:
 
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
-        os.environ.update({**alone, "MASTER_PORT": str(_free_port())})
+        os.environ.update({**alone, "MASTER_PORT": str(find_free_port())})
     start_distributed("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

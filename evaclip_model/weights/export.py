@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from evaclip_model.choices import Library
 from evaclip_model.errors import InputError
+from evaclip_model.files import write_atomically
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.model_config import CONFIG_FILE, ModelConfig, VisionConfig
 from evaclip_model.reading.transform import MEAN, STD
@@ -27,7 +28,6 @@ from evaclip_model.weights.load import (
     released_tensors,
     save_model,
     save_weights,
-    write_text,
     write_weights,
 )
 from evaclip_model.weights.name_maps import foreign_names
@@ -100,7 +100,7 @@ def export_model(model: EvaClip, path: str | Path, as_: Library) -> tuple[Path, 
     config = None if is_file else _config(model, as_)
     if config is None:
         return (weights_path,)
-    write_text(json.dumps(config, indent=1), path / config_name)
+    write_atomically(path / config_name, json.dumps(config, indent=1) + "\n")
     return weights_path, path / config_name
 
 

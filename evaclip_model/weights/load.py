@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaclip_model.errors import InputError
+from evaclip_model.files import replace_file, write_atomically
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.model_config import CONFIG_FILE
 from evaclip_model.reading.transform import preprocessing
@@ -94,8 +94,8 @@ def save_model(model: EvaClip, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder / WEIGHTS_FILE)
     used = preprocessing(model.config.vision.image_px)
-    write_text(json.dumps(used, indent=1), folder / PREPROCESSING_FILE)
-    write_text(model.config.model_dump_json(indent=1), folder / CONFIG_FILE)
+    write_atomically(folder / PREPROCESSING_FILE, json.dumps(used, indent=1) + "\n")
+    write_atomically(folder / CONFIG_FILE, model.config.model_dump_json(indent=1) + "\n")
 
 
 def released_tensors(model: EvaClip) -> dict[str, Tensor]:
@@ -114,21 +114,11 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
     """
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: weights are written as safetensors; end the name in it")
-    # A name without a process id: what a killed run left is written over, not kept with the model.
-    beside = path.with_name(f".{path.name}")
     plain = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    write_tensors(plain, beside, metadata={"format": "pt"})
-    beside.replace(path)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write a line or more of text, never seen half-written."""
-    beside = path.with_name(f".{path.name}")
-    with beside.open("w") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    # A name without a process id: what a killed run left is written over, not kept with the model.
+    hidden = path.with_name(f".{path.name}")
+    with replace_file(path, beside=hidden, sync=False) as beside:  # write_tensors syncs
+        write_tensors(plain, beside, metadata={"format": "pt"})
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from evaclip_model.errors import InputError
+from evaclip_model.files import replace_file, write_atomically
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.reading.transform import UnreadableImageError, decode_image, image_transform
 from evaclip_model.zeroshot.exact_ranks import normalised
@@ -104,13 +105,9 @@ def write_features(
     are, and neither is ever seen half-written.
     """
     described = json.dumps({**about, "names": list(names)}, ensure_ascii=False, indent=0)
-    beside = path.with_name(f".{path.name}.json")
-    beside.write_text(described + "\n", encoding="utf-8")
-    beside.replace(names_file(path))
-    beside = path.with_name(f".{path.name}")
-    with beside.open("wb") as file:
+    write_atomically(names_file(path), described + "\n")
+    with replace_file(path) as beside, beside.open("wb") as file:
         np.save(file, values.numpy())
-    beside.replace(path)
 
 
 def names_file(path: Path) -> Path:

@@ -11,7 +11,6 @@ This one runs under the supervisor and ends with the command, however that ends.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from evaclip_model.errors import InputError
+from evaclip_model.ports import find_free_port
 from tasks.process.child import supervised
 
 START_TIMEOUT_S = 120
@@ -48,7 +48,7 @@ def temporary_server(root: Path) -> Iterator[None]:
     if os.environ.get("PREFECT_API_URL"):
         yield
         return
-    port = _free_port()
+    port = find_free_port()
     log = root / "prefect" / "server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [
@@ -64,12 +64,6 @@ def temporary_server(root: Path) -> Iterator[None]:
             yield
         finally:
             del os.environ["PREFECT_API_URL"]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -11,7 +11,6 @@ with a manifest is finished; without one it is unfinished, and its stage continu
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ from typing import Any
 
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
+from evaclip_model.files import lock_file, write_atomically
 
 MANIFEST = "manifest.json"
 BULK = "bulk.jsonl"
@@ -188,16 +188,6 @@ def read_bulk(folder: Path) -> dict[Path, int] | None:
         ) from None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file beside its place and rename it, so that it is never seen half-written."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-
-
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
@@ -259,12 +249,8 @@ def _described(files: list[Path], folder: Path) -> dict[str, dict[str, int | str
 
 @contextmanager
 def _only_maker(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; the kernel drops it when its holder dies, however it dies."""
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another run is making {folder}: wait for it, or stop it first"
-            ) from None
+    lock = lock_file(folder / ".lock")
+    if lock is None:
+        raise InputError(f"another run is making {folder}: wait for it, or stop it first")
+    with lock:
         yield

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.artifacts.artifact import Artifact, write_atomically
+from evaclip_model.files import write_atomically
+from tasks.artifacts.artifact import Artifact
 from tasks.dataset.config import LEFT_OUT, TAKEN_DOWN, DatasetConfig
 
 UNSTATED = "not stated in the recipe"

@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from evaclip_model.errors import InputError
+from evaclip_model.files import write_atomically
 from evaclip_model.reading.samples import SHARDS, Shard, ShardManifest
-from tasks.artifacts.artifact import CARD, Artifact, Made, write_atomically
+from tasks.artifacts.artifact import CARD, Artifact, Made
 from tasks.dataset.card import write_card
 from tasks.dataset.choose import Choice, LeftOutReason, Rows, Rules, choose
 from tasks.dataset.config import (

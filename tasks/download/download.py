@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaclip_model.errors import InputError
+from evaclip_model.files import write_atomically
 from evaclip_model.reading.samples import BrokenShard
-from tasks.artifacts.artifact import Made, write_atomically
+from tasks.artifacts.artifact import Made
 from tasks.download import retry_passes
 from tasks.download.check_shards import FinishedShard, remove_shard, shard_files
 from tasks.download.config import DownloadConfig

@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evaclip_model.errors import InputError
-from tasks.artifacts.artifact import Made, write_atomically
+from evaclip_model.files import write_atomically
+from tasks.artifacts.artifact import Made
 from tasks.evaluate.config import RESULTS, EvaluateConfig, Machine
 from tasks.evaluate.encode.distributed import Features
 from tasks.evaluate.encode.feature_cache import Cache

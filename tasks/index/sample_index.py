@@ -15,7 +15,6 @@ is compared with what was asked for.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from evaclip_model.files import replace_file
 
 Ints = npt.NDArray[np.int64]
 
@@ -226,8 +227,10 @@ def _write_rows(tables: Sequence[tuple[int, Path]], first_row: int, target: Path
     """One file of rows, from the tables of some shards."""
     added = [("row", pa.int64()), ("shard", pa.int32()), ("place", pa.int32())]
     schema = pa.schema([*added, *COLUMNS])
-    beside = _beside(target)
-    with pq.ParquetWriter(beside, schema, compression="zstd") as writer:
+    with (
+        replace_file(target) as beside,
+        pq.ParquetWriter(beside, schema, compression="zstd") as writer,
+    ):
         waiting: list[pa.Table] = []
         for number, file in tables:
             table = pq.read_table(file, schema=COLUMNS)
@@ -244,7 +247,6 @@ def _write_rows(tables: Sequence[tuple[int, Path]], first_row: int, target: Path
                 waiting = []
         if waiting:
             writer.write_table(pa.concat_tables(waiting), ROWS_PER_GROUP)
-    _put(beside, target)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -252,15 +254,13 @@ def _link(source: Path, target: Path) -> None:
     try:
         target.hardlink_to(source)
     except OSError:
-        beside = _beside(target)
-        shutil.copyfile(source, beside)
-        _put(beside, target)
+        with replace_file(target) as beside:
+            shutil.copyfile(source, beside)
 
 
 def _renumber(source: Path, first_row: int, first_shard: int, target: Path) -> None:
     """Rows of another index, numbered on."""
-    beside = _beside(target)
-    with pq.ParquetFile(source) as parquet:
+    with replace_file(target) as beside, pq.ParquetFile(source) as parquet:
         schema = parquet.schema_arrow
         with pq.ParquetWriter(beside, schema, compression="zstd") as writer:
             for group in range(parquet.num_row_groups):
@@ -271,7 +271,6 @@ def _renumber(source: Path, first_row: int, first_shard: int, target: Path) -> N
                     moved = pc.add(table[name], pa.scalar(first, kind))
                     table = table.set_column(place, name, moved)
                 writer.write_table(table, ROWS_PER_GROUP)
-    _put(beside, target)
 
 
 def _write_lookup(kind: Kind, files: Sequence[Path], target: Path, memory_limit: str) -> None:
@@ -283,10 +282,8 @@ def _write_lookup(kind: Kind, files: Sequence[Path], target: Path, memory_limit:
             WHERE value IS NOT NULL ORDER BY mark, row
         ) TO $target (FORMAT parquet, ROW_GROUP_SIZE {LOOKUP_ROWS_PER_GROUP}, CODEC zstd,
             PARQUET_VERSION v2)"""  # version 2 stores differences: marks ascend
-    beside = _beside(target)
-    with _database(memory_limit, target.parent) as database:
+    with replace_file(target) as beside, _database(memory_limit, target.parent) as database:
         database.execute(query, {"rows": list(map(str, files)), "target": str(beside)})
-    _put(beside, target)
 
 
 def _rows_with_equal_marks(lookup: Path) -> Ints:
@@ -321,17 +318,6 @@ def _database(memory_limit: str, spill: Path) -> Iterator[duckdb.DuckDBPyConnect
             yield connection
         finally:
             connection.close()
-
-
-def _beside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{os.getpid()}")
-
-
-def _put(beside: Path, target: Path) -> None:
-    """Give a file that was written whole its name."""
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(target)
 
 
 def _without_scheme(url: str) -> str:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaclip_model.config import Config
+from evaclip_model.files import write_atomically
 from evaclip_model.reading.samples import Shard
-from tasks.artifacts.artifact import write_atomically
 
 CHECKED = "checked.json"
 """In the folder of the verification."""

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tasks.artifacts.artifact import Artifact, Made, write_atomically
+from evaclip_model.files import write_atomically
+from tasks.artifacts.artifact import Artifact, Made
 from tasks.index.sample_index import INDEX, join_indexes
 from tasks.index.shard_verdicts import CHECKED, ShardVerdict, read_verdicts, write_verdicts
 from tasks.join.config import PARTS, JoinConfig

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self
 
-from tasks.artifacts.artifact import write_atomically
+from evaclip_model.files import write_atomically
 
 Event = Mapping[str, Any]
 JOURNALS = "tracking"

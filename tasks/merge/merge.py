@@ -40,7 +40,8 @@ from typing import Any
 from duckdb import DuckDBPyConnection
 
 from evaclip_model.errors import InputError
-from tasks.artifacts.artifact import Made, write_atomically
+from evaclip_model.files import write_atomically
+from tasks.artifacts.artifact import Made
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import database, statement
 from tasks.merge.filters import REASONS
@@ -114,8 +115,7 @@ def merge_sources(
         raise RuntimeError(f"{sum(cut.selected for cut in cuts)} rows selected, {written} written")
     marks = {name: sorted(map(mark_of, files[name])) for name in files}
     write_atomically(out / INPUTS, json.dumps(marks, indent=1) + "\n")
-    write_atomically(plan.temporary / REPORT, json.dumps(totals, indent=1) + "\n")
-    (plan.temporary / REPORT).replace(out / REPORT)
+    write_atomically(out / REPORT, json.dumps(totals, indent=1) + "\n")
     # a half-removed folder of units would look finished, so it goes out of their sight first
     plan.temporary.rename(out / REMOVED)
     shutil.rmtree(out / REMOVED)

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
 
+from evaclip_model.files import replace_file
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import copy, database, execute, reading, run, statement, stream
 from tasks.merge.filters import reason_expression, rule_parameters
@@ -347,11 +348,11 @@ def _write(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None
         )
         for path, table in zip(wanted, _in_files(tables, plan.config.rows_per_file), strict=True):
             if path in missing:
-                beside = plan.temporary / f"{source}-{path.name}"
-                pq.write_table(
-                    table.combine_chunks(), beside, use_dictionary=REPEATED, **COMPRESSION
-                )
-                beside.replace(path)
+                temporary = plan.temporary / f"{source}-{path.name}"
+                with replace_file(path, beside=temporary, sync=False) as beside:
+                    pq.write_table(
+                        table.combine_chunks(), beside, use_dictionary=REPEATED, **COMPRESSION
+                    )
 
 
 def _chosen(

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.artifacts.artifact import MANIFEST, Address, Artifact, Made, sha256_of, write_atomically
+from evaclip_model.files import write_atomically
+from tasks.artifacts.artifact import MANIFEST, Address, Artifact, Made, sha256_of
 from tasks.artifacts.provenance import LINEAGE, Lineage, lineage_of
 from tasks.progress import Report, silent
 from tasks.register.config import COPIED, REGISTERED, LargeWeights, RegisterConfig

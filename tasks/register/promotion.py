@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from evaclip_model.errors import InputError
-from tasks.artifacts.artifact import write_atomically
+from evaclip_model.files import write_atomically
 from tasks.register.config import DECISION, DECISION_PAGE, REGISTERED, RegisterConfig
 from tasks.register.gate import Decision, GateOutcome
 from tasks.tracking import TrackingStore, is_refusal

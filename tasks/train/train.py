@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from evaclip_model.errors import InputError
+from evaclip_model.files import write_atomically
+from evaclip_model.ports import find_free_port
 from evaclip_model.training.config import (
     DRY_RUN_FILE,
     EMA_FOLDER,
@@ -31,14 +32,13 @@ from evaclip_model.training.config import (
     TrainConfig,
     TrainJob,
 )
-from tasks.artifacts.artifact import Made, write_atomically
+from tasks.artifacts.artifact import Made
 from tasks.process.child import run_supervised
 from tasks.progress import Report
 from tasks.train.cluster import CLUSTERS, Kind, job_name, job_script
 from tasks.train.config import Launch
 from tasks.train.follow import Follower
 from tasks.train.launch import (
-    LOOPBACK,
     command,
     count_gpus,
     deepspeed,
@@ -298,7 +298,7 @@ def starter(launch: Launch, job: Path, inputs: Inputs, ranks: int) -> list[str]:
             hosts = read_hostfile(launch.hostfile)
             if len(hosts) > 1:
                 _need("deepspeed", "pdsh")
-            return deepspeed(job, launch.hostfile, hosts, _free_port())
+            return deepspeed(job, launch.hostfile, hosts, find_free_port())
         case "slurm" | "kubernetes" as kind:
             return _submission(kind, launch, job, inputs)
 
@@ -327,12 +327,6 @@ def _need(launcher: str, program: str) -> None:
             f"EVACLIP_LAUNCHER={launcher} needs the program '{program}', which is not on the PATH: "
             "install it, or choose another launcher"
         )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
 
 
 def _counts(result: Mapping[str, Any]) -> dict[str, int | float]:

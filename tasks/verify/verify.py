@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evaclip_model.errors import InputError
-from tasks.artifacts.artifact import Made, read_bulk, write_atomically
+from evaclip_model.files import write_atomically
+from tasks.artifacts.artifact import Made, read_bulk
 from tasks.index.sample_index import INDEX, write_index
 from tasks.index.shard_verdicts import CHECKED, ShardVerdict, read_verdicts, write_verdicts
 from tasks.process.child import run_supervised

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import time
 import warnings
 from collections import Counter
@@ -26,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
+from evaclip_model.files import replace_file
 from evaclip_model.reading.samples import BrokenShard, Sample, Shard, read_samples
 from tasks.artifacts.artifact import sha256_of
 from tasks.index.perceptual_hash import grey_of, hashes_of
@@ -87,9 +87,8 @@ def verify_shard(
     table = table.replace_schema_metadata(
         {_VERDICT: verdict.model_dump_json(), _CPU_S: repr(cpu_s)}
     )
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    pq.write_table(table, beside, compression="zstd")
-    beside.replace(target)
+    with replace_file(target) as beside:
+        pq.write_table(table, beside, compression="zstd")
 
 
 def read_verdict(target: Path) -> ShardVerdict:

@@ -27,10 +27,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from evaclip_model.ports import find_free_port
 from tasks.register.config import COPIED, LargeWeights
 from tasks.register.pull_model import FORMS, pull
 from tasks.tracking import TrackingStore
-from tests.flows.command import free_port
 from tests.tasks.register.registrations import register_random_model
 from tests.tasks.register.servers import mlflow_server, model_server
 
@@ -93,7 +93,7 @@ def made_stores(root: Path, model: str, servers: ExitStack) -> dict[str, Trackin
     """A registry with the model as champion, for each way of keeping it."""
     stores = {"this disk": TrackingStore.at(f"sqlite:///{root}/mlflow.db", "bench")}
     for name in ("a server", "a server, weights referred to"):
-        port = free_port()
+        port = find_free_port()
         servers.enter_context(mlflow_server(root / f"server-{port}", port))
         stores[name] = TrackingStore.at(f"http://127.0.0.1:{port}", "bench")
     for name, store in stores.items():

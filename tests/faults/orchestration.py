@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 
-from tests.flows.command import free_port
+from evaclip_model.ports import find_free_port
 from tests.infra.site import OVER, Site, serving, wait_for
 
 STEPS = 60
@@ -194,7 +194,7 @@ COLUMNS = ("event", "state after", "in s", "processes left", "MLflow run", "Retr
 
 
 def main(wanted: Sequence[str]) -> int:
-    overrides = (f"demo.port={free_port()}", *OVERRIDES)
+    overrides = (f"demo.port={find_free_port()}", *OVERRIDES)
     with (
         tempfile.TemporaryDirectory(prefix="evaclip-crashes-") as folder,
         serving(Path(folder)) as site,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from evaclip_model.ports import find_free_port
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 FROM_OUTSIDE = ("EVACLIP_", "MLFLOW_", "PREFECT_", "PYTHONPATH")
@@ -49,7 +50,7 @@ def small_demo(root: Path) -> Demo:
     return Demo(
         root,
         (
-            f"demo.port={free_port()}",
+            f"demo.port={find_free_port()}",
             "merge.sources.laion2b.target_count=400",
             "merge.sources.coyo700m.target_count=200",
             "download.timeout_s=2",
@@ -121,10 +122,3 @@ def processes_of(root: Path) -> list[psutil.Process]:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return found
-
-
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 on which nobody listens now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -21,6 +21,7 @@ import pytest
 import webdataset
 from prefect.testing.utilities import prefect_test_harness
 
+from evaclip_model.ports import find_free_port
 from flows.audit.dataset_replacement import take_down
 from flows.audit.sample_trace import trace
 from flows.commands.recipes import FLOWS
@@ -34,7 +35,7 @@ from tasks.demo.metadata import write_metadata
 from tasks.demo.web_plan import DemoRow
 from tasks.register.promotion import champion_of, history, read_decision, roll_back
 from tasks.tracking import TrackingStore
-from tests.flows.command import free_port, run, started
+from tests.flows.command import run, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -172,7 +173,7 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
     folder = tmp_path_factory.mktemp("weekly")
     named = {concept.name: concept for concept in read_concepts()}
     concepts = tuple(named[name] for name in sorted(named))[: FIRST + SECOND]
-    made = Web(folder, free_port(), concepts)
+    made = Web(folder, find_free_port(), concepts)
     (folder / "weekly.toml").write_text(RECIPE.format(port=made.port, folder=folder))
     (folder / "small.json").write_text(json.dumps(SMALL))
     (folder / "takedowns.txt").write_text("# nobody asked yet\n")

@@ -14,7 +14,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.flows.command import free_port
+from evaclip_model.ports import find_free_port
 
 SERVERS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 START_S, END_S = 120.0, 40.0
@@ -66,7 +66,7 @@ def postgres(folder, databases, password):
                 above.chmod(above.stat().st_mode | 0o011)
     secret = folder / "password"
     secret.write_text(password)
-    data, port = folder / "data", free_port()
+    data, port = folder / "data", find_free_port()
     words = ["-D", data, "--username=evaclip", f"--pwfile={secret}", "--auth=scram-sha-256"]
     subprocess.run(
         [postgres_program("initdb"), *words], check=True, capture_output=True, user=user, cwd="/"
@@ -112,7 +112,7 @@ def s3(folder, access_key, secret_key):
 
 
 def low_port():
-    while (port := free_port()) > 50_000:
+    while (port := find_free_port()) > 50_000:
         continue
     return port
 

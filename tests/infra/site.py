@@ -16,7 +16,8 @@ from typing import Any
 
 import psutil
 
-from tests.flows.command import CHECKOUT, environment, free_port
+from evaclip_model.ports import find_free_port
+from tests.flows.command import CHECKOUT, environment
 
 OVER = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
@@ -91,7 +92,7 @@ class Site:
 @contextmanager
 def serving(root: Path) -> Iterator[Site]:
     """Servers and workers, for the time of the block."""
-    site = Site(root, free_port(), free_port())
+    site = Site(root, find_free_port(), find_free_port())
     try:
         site.command("up")
         yield site

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import time
 
-from tests.flows.command import free_port
+from evaclip_model.ports import find_free_port
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "munged")
 ENDS_S = 30.0
@@ -76,8 +76,8 @@ class Slurm:
             f"""\
 ClusterName=evaclip
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={free_port()}
-SlurmdPort={free_port()}
+SlurmctldPort={find_free_port()}
+SlurmdPort={find_free_port()}
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={self.socket}

@@ -17,7 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.flows.command import environment, free_port
+from evaclip_model.ports import find_free_port
+from tests.flows.command import environment
 
 UP = Path(__file__).parents[2] / "infra" / "up.py"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -41,7 +42,7 @@ class Stack:
 
     def __init__(self, root, webhook):
         self.root, self.webhook = root, webhook
-        self._ports = {name: free_port() for name in ("prefect", "mlflow")}
+        self._ports = {name: find_free_port() for name in ("prefect", "mlflow")}
         self.api = f"http://127.0.0.1:{self._ports['prefect']}/api"
 
     def make(self, what):

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.command import environment, free_port, run, small_demo
+from evaclip_model.ports import find_free_port
+from tests.flows.command import environment, run, small_demo
 from tests.infra.servers import listens, postgres, running, s3
 
 ADMIN, SECRET = "admin", "a-password-of-the-test"
@@ -38,8 +39,8 @@ def refused(url):
 class Team:
     def __init__(self, root, database, store):
         self.root, self.database, self.store = root, database, store
-        self.prefect = f"http://127.0.0.1:{free_port()}/api"
-        self.mlflow = f"http://127.0.0.1:{free_port()}"
+        self.prefect = f"http://127.0.0.1:{find_free_port()}/api"
+        self.mlflow = f"http://127.0.0.1:{find_free_port()}"
 
     @property
     def settings(self):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from dataclasses import dataclass, fields
 from types import TracebackType
@@ -20,6 +19,7 @@ from typing import Any, Self, TextIO
 
 import torch
 
+from evaclip_model.files import write_atomically
 from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.training.config import METRICS_FILE, TrainConfig, TrainJob
 from evaclip_model.training.cost import peak_flops, train_flops_per_sample
@@ -248,9 +248,7 @@ class MetricsLog:
             self._file = None
         lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
         kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
-        beside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        beside.write_bytes(b"".join(kept))
-        beside.replace(self._path)
+        write_atomically(self._path, b"".join(kept))
         if self._board is not None:
             self._board.cut_back()
 

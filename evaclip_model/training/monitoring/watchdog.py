@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from evaclip_model.files import write_atomically
+
 GRACE_S = 5.0
 """Seconds between the stacks and the end."""
 HEARTBEAT_S = 10.0
@@ -73,9 +75,9 @@ class Watchdog:
         self._arm()
         if self._last - self._written >= HEARTBEAT_S:
             self._written = self._last
-            beside = self._heartbeat.with_name(f".{self._heartbeat.name}.{os.getpid()}")
-            beside.write_text(json.dumps({"step": step, "time": time.time()}) + "\n")
-            beside.replace(self._heartbeat)
+            beat = json.dumps({"step": step, "time": time.time()}) + "\n"
+            # A step does not wait for the disk; a heartbeat means nothing after a power cut.
+            write_atomically(self._heartbeat, beat, sync=False)
 
     def _arm(self) -> None:
         # A thread of Python's own does not run while foreign code holds the interpreter; this one

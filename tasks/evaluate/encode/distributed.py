@@ -23,7 +23,7 @@ from subprocess import TimeoutExpired
 from torch import Tensor
 
 from evaclip_model.errors import InputError
-from tasks.artifacts.artifact import write_atomically
+from evaclip_model.files import write_atomically
 from tasks.evaluate.config import Machine, Precision
 from tasks.evaluate.encode.encode_job import (
     ImageWork,

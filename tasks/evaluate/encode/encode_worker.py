@@ -23,7 +23,7 @@ import torch
 
 from evaclip_model.cpu.allocator import freed_memory_kept
 from evaclip_model.errors import InputError
-from tasks.artifacts.artifact import write_atomically
+from evaclip_model.files import write_atomically
 from tasks.evaluate.encode.encode_job import (
     ImageWork,
     Job,

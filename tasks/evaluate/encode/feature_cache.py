@@ -10,7 +10,6 @@ torn by a crash or damaged later reads as absent, and is computed again.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,6 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from evaclip_model.files import replace_file
 from evaclip_model.weights.tensor_files import write_tensors
 
 SUFFIX = ".safetensors"
@@ -35,11 +35,9 @@ def write_block(path: Path, tensors: Mapping[str, Tensor]) -> None:
         OSError: the disk is full.
     """
     plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    # A name of this process alone: two that compute the same block do not write into one file.
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(plain, beside, metadata={_HASH: _hash(plain)})
-    beside.replace(path)
+    with replace_file(path, sync=False) as beside:  # write_tensors syncs
+        write_tensors(plain, beside, metadata={_HASH: _hash(plain)})
 
 
 def read_block(path: Path) -> dict[str, Tensor] | None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from evaclip_model.choices import Precision
 from evaclip_model.create import create_model, open_model
 from evaclip_model.errors import InputError
+from evaclip_model.files import write_atomically
 from evaclip_model.model.model_config import CONFIG_FILE, ModelConfig, list_models
 from evaclip_model.reading.transform import image_transform, preprocessing
 from evaclip_model.tokenizer.tokenizer import tokenize
@@ -34,7 +35,6 @@ from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE, open_tensors
 from evaclip_model.weights.load import PREPROCESSING_FILE
 from evaclip_model.weights.name_maps import native_names
 from evaclip_model.weights.tensor_files import StoredTensor
-from tasks.artifacts.artifact import write_atomically
 from tasks.evaluate.encode.model_identity import DIGEST_CHARS, Identity, digest_of
 
 OPEN_CLIP = "open_clip:"

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from evaclip_model.files import replace_file
 from tasks.evaluate.metrics.compute import Figures, compute_figures
 from tasks.evaluate.metrics.scored import Scored, image_of_caption
 from tasks.evaluate.sets.published_layout import EvalSet
@@ -53,9 +54,8 @@ def hash_set(evalset: EvalSet, blocks: Path) -> ImageHashes:
     threads = len(os.sched_getaffinity(0))
     hashes = hash_images((sample.image.read() for sample in evalset.samples), threads)
     blocks.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}.npz")
-    np.savez(beside, sha256=hashes.sha256, looks=hashes.looks, decoded=hashes.decoded)
-    beside.replace(file)
+    with replace_file(file) as beside, beside.open("wb") as stream:
+        np.savez(stream, sha256=hashes.sha256, looks=hashes.looks, decoded=hashes.decoded)
     return hashes
 
 

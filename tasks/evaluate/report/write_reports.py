@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.artifacts.artifact import write_atomically
+from evaclip_model.files import write_atomically
 from tasks.evaluate.config import REPORT
 from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.report.curves import Curve

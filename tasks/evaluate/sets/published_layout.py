@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from evaclip_model.errors import InputError
-from tasks.artifacts.artifact import write_atomically
+from evaclip_model.files import write_atomically
 from tasks.evaluate.sets.prompts import (
     CLASSNAMES,
     find_classnames,

@@ -34,7 +34,7 @@ def origin():
         web.shutdown()
 
 
-def free_port():
+def find_free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -135,7 +135,7 @@ def test_rows_that_should_work_do_and_damaged_rows_do_not(origin):
 
 
 def test_the_server_runs_for_the_length_of_the_block():
-    port = free_port()
+    port = find_free_port()
     with (
         serving(DemoConfig(port=port)),
         urlopen(f"http://127.0.0.1:{port}/img/noto/{KEY}.webp") as answer,
@@ -167,7 +167,7 @@ def test_a_port_in_use_is_one_clear_sentence():
 
 
 def test_the_server_dies_with_a_caller_that_is_killed():
-    port = free_port()
+    port = find_free_port()
     caller = subprocess.Popen(
         [
             sys.executable,

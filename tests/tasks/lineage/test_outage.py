@@ -14,11 +14,11 @@ import pytest
 from mlflow import MlflowClient
 
 from evaclip_model.config import Config
+from evaclip_model.ports import find_free_port
 from tasks.artifacts.artifact import Address, Stage
 from tasks.lineage import shipper
 from tasks.lineage.mlflow_store import Tracking
 from tasks.tracking import TrackingStore
-from tests.flows.command import free_port
 
 FIGURES = 30
 LINES_A_SECOND = 40
@@ -35,7 +35,7 @@ class Server:
     """`mlflow server` over one database, as often as it is started."""
 
     def __init__(self, folder):
-        self.port = free_port()
+        self.port = find_free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         where = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
         store = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--no-serve-artifacts"]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.flows.command import free_port
+from evaclip_model.ports import find_free_port
 
 START_S = 120
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -43,7 +43,7 @@ def model_server(
 ) -> Iterator[str]:
     """`mlflow models serve` in an environment, the tests' own by default; yields the address of
     its answers."""
-    port = free_port()
+    port = find_free_port()
     command = [
         *(python, "-m", "mlflow", "models", "serve", "-m", model),
         *("--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)),

@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 from evaclip_model import create_model, open_model, save_model
+from evaclip_model.ports import find_free_port
 from tasks.artifacts.artifact import Address, Made, Stage, produce
 from tasks.lineage.mlflow_store import Tracking
 from tasks.register.config import RegisterConfig
 from tasks.register.model_registry import register_model
 from tasks.register.pull_model import pull
 from tasks.tracking import TrackingStore
-from tests.flows.command import free_port
 from tests.tasks.register.servers import mlflow_server
 
 LOAD = """
@@ -32,7 +32,7 @@ LOAD = """
 def test_a_run_without_its_server_arrives_later_and_a_model_is_registered_loaded_and_pulled(
     tmp_path: Path,
 ) -> None:
-    port = free_port()
+    port = find_free_port()
     store = TrackingStore.at(f"http://127.0.0.1:{port}", "evaclip")
     tracking = Tracking(store, tmp_path / "journals", patience_s=60, system_every_s=0.2)
     root = tmp_path / "runs"

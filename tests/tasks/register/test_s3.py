@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 
 from evaclip_model import InputError, open_model
+from evaclip_model.ports import find_free_port
 from evaclip_model.weights.external_weights import Reference
 from tasks.artifacts.artifact import sha256_of
 from tasks.register.config import COPIED, LargeWeights
 from tasks.register.pull_model import pull
 from tasks.register.references import reference_to
 from tasks.tracking import TrackingStore
-from tests.flows.command import free_port
 from tests.tasks.register.registrations import register_random_model, trained_and_evaluated
 from tests.tasks.register.servers import mlflow_server
 
@@ -83,7 +83,7 @@ def test_a_version_on_s3_is_registered_loaded_elsewhere_and_pulled(
     bucket: str, tmp_path: Path, way: str
 ) -> None:
     """Through the server, its clients know nothing of S3; else they have keys of their own."""
-    port = free_port()
+    port = find_free_port()
     direct = ("--no-serve-artifacts", "--default-artifact-root", f"{bucket}/mlflow")
     artifacts = ("--artifacts-destination", f"{bucket}/mlflow")
     artifacts = artifacts if way == "through the server" else direct

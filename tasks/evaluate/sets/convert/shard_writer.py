@@ -11,7 +11,6 @@ in several.
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
@@ -29,8 +28,8 @@ import numpy as np
 from PIL import Image
 
 from evaclip_model.errors import InputError
+from evaclip_model.files import lock_file, replace_file, write_atomically
 from evaclip_model.reading.transform import UnreadableImageError, decode_image
-from tasks.artifacts.artifact import write_atomically
 from tasks.evaluate.sets.prompts import CLASSNAMES, TEMPLATES
 from tasks.evaluate.sets.published_layout import DATASET_TYPE, SHARDS, SPLIT
 from tasks.evaluate.sets.set_registry import Kind
@@ -185,8 +184,10 @@ def _write_tar(
     remarks: list[tuple[str, str]] = []
     images = 0
     path = growing / SPLIT / f"{number}.tar"
-    beside = path.with_name(f".{path.name}.part")
-    with tarfile.open(beside, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with (
+        replace_file(path) as beside,
+        tarfile.open(beside, "w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
         for place, (source, found) in enumerate(
             zip(sources, pool.map(_read, sources), strict=True), first
         ):
@@ -200,9 +201,6 @@ def _write_tar(
                 if found.remark:
                     remarks.append((source.name, found.remark))
             report(place + 1, total, source.name)
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(path)
     record = {"images": images, "failures": failures, "remarks": remarks}
     write_atomically(_record(growing, number), json.dumps(record, ensure_ascii=False))
 
@@ -293,9 +291,8 @@ def _plain(value: dict[str, Any]) -> Any:
 
 @contextmanager
 def _only_writer(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another run is writing {folder}: wait for it, or stop it") from None
+    lock = lock_file(folder / ".lock")
+    if lock is None:
+        raise InputError(f"another run is writing {folder}: wait for it, or stop it")
+    with lock:
         yield

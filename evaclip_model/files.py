@@ -1,0 +1,59 @@
+"""Files that several processes share: replaced whole, and locked.
+
+Covers: writing a file beside its place and renaming it, a lock that dies with its holder.
+Not here: safetensors (weights/tensor_files.py), checkpoints and object stores
+(training/checkpoint/storage.py).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def replace_file(path: Path, *, beside: Path | None = None, sync: bool = True) -> Iterator[Path]:
+    """Yield a path to write to; it takes the place of `path` when the block ends without an error.
+
+    So `path` is never seen half-written, and what was there stays when the block raises.
+
+    Args:
+        path: the file to make or replace; its folder must exist.
+        beside: what is yielded, on the file system of `path`; by default a hidden name in its
+            folder that no other process uses, so that two may write the same file.
+        sync: wait until the content is on the disk before the rename.
+    """
+    beside = beside or path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield beside
+        if sync:
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path, content: str | bytes, *, sync: bool = True) -> None:
+    """Write text (UTF-8) or bytes beside `path` and rename it: it is never seen half-written."""
+    with replace_file(path, sync=sync) as beside:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def lock_file(path: Path) -> IO[str] | None:
+    """Lock a file, made if need be; None when another process holds it.
+
+    Close what is returned to let go; the kernel lets go when the holder dies, however it dies.
+    """
+    lock = path.open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
