@@ -5,8 +5,8 @@ tested versions, removing the one back-port that breaks Prefect's embedded serve
 Not here: anything that needs the environment; this file runs on a bare Python of any 3.x version.
 
 Used by the Makefile: `python3 infra/environment.py .venv pipeline dev`.
-TORCH_INDEX_URL, if set, is the package index that torch alone is taken from (a CPU-only build,
-say, which is far smaller on Linux).
+TORCH_INDEX_URL, if set, is the package index that torch and torchvision are taken from (CPU-only
+builds, say, which are far smaller on Linux).
 """
 
 import os
@@ -31,7 +31,9 @@ def main(folder, extras):
     install = [*pip, "install", "--no-input", "-c", str(CONSTRAINTS)]
     if os.environ.get("TORCH_INDEX_URL"):
         index = ["--index-url", os.environ["TORCH_INDEX_URL"]]
-        run_with_progress([*install, *index, "torch"], "torch", started)
+        # Both from one index: a torchvision built against another torch cannot be imported, and
+        # without it neither can open_clip, timm and transformers' CLIP.
+        run_with_progress([*install, *index, "torch", "torchvision"], "torch", started)
     target = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
     run_with_progress([*install, "-e", target], " + ".join(["evaclip", *extras]), started)
     if "dev" in extras:

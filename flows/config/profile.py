@@ -7,6 +7,7 @@ Not here: anything that decides a result; that is the recipe's.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from pydantic import AliasChoices, Field, ValidationError
@@ -20,6 +21,9 @@ from tasks.register.config import COPIED, LargeWeights
 from tasks.tracking import TrackingStore
 from tasks.train.config import Launch
 from tasks.train.launch import count_gpus
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""A path that begins so is a URL whose double slash became one when it was read as a path."""
 
 
 class Profile(BaseSettings, Launch):
@@ -101,5 +105,11 @@ def load_profile() -> Profile:
         name = field if field.isupper() else f"EVACLIP_{field.upper()}"
         wrong = explain(Profile, error).replace(f"'{field}'", name, 1)
         raise InputError(f"environment setting {wrong}") from None
+    if URL.match(str(profile.root)):
+        raise InputError(
+            f"EVACLIP_ROOT is '{profile.root}': the root of all artifacts must be a folder "
+            "that every machine of the run mounts; object storage is for shards to read, "
+            "checkpoints (EVACLIP_CHECKPOINT_URL) and the registry's weights"
+        )
     TrackingStore.at(profile.mlflow_uri, experiment="")
     return profile

@@ -59,6 +59,7 @@ def test_without_settings_this_machine_is_used(profile_of):
         ({"launcher": "slurmm"}, r"^environment setting EVACLIP_LAUNCHER should be 'auto'"),
         ({"nodes": "0"}, r"^environment setting EVACLIP_NODES should be greater than 0, got '0'"),
         ({"profile_steps": "7"}, r"setting EVACLIP_PROFILE_STEPS must be .* as 100-110, got 7"),
+        ({"root": "s3://bucket/runs"}, r"^EVACLIP_ROOT is 's3:/bucket/runs': .* must be a folder"),
         ({"rendezvous": "first"}, r"setting EVACLIP_RENDEZVOUS must be host:port, got 'first'"),
     ],
 )

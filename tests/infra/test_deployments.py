@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
+import subprocess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +17,7 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.utilities.callables import parameter_schema
 
 INFRA = Path(__file__).parents[2] / "infra"
+KUBERNETES = INFRA / "kubernetes"
 DEPLOYMENTS = yaml.safe_load((INFRA / "prefect.yaml").read_text())
 BY_NAME = {one["name"]: one for one in DEPLOYMENTS["deployments"]}
 
@@ -86,3 +89,18 @@ def test_automations_are_what_prefect_takes_and_wait_for_their_webhook(apply: Mo
         actions = [apply.with_block(action, blocks) for action in one["actions"]]
         AutomationCore.model_validate({**one, "actions": actions})
     assert webhooks == set(apply.WEBHOOKS)
+
+
+def test_every_manifest_names_the_image_that_is_built_and_ranks_get_the_key_of_storage() -> None:
+    built = set(re.findall(r"--tag (evaclip:\S+)", (INFRA / "Dockerfile").read_text()))
+    files = [*KUBERNETES.glob("*.yaml"), INFRA / "work-pools" / "kubernetes.json"]
+    used = {image for file in files for image in re.findall(r"evaclip:[\w.]+", file.read_text())}
+    assert used == built and len(built) == 1
+    for name in ("train-job.yaml", "train-jobset.yaml", "training-runtime.yaml"):
+        assert "key: AWS_SECRET_ACCESS_KEY" in (KUBERNETES / name).read_text()
+
+
+def test_settings_with_secrets_are_not_committed() -> None:
+    ignored = ["git", "check-ignore", ".env", "infra/secrets/postgres"]
+    done = subprocess.run(ignored, cwd=INFRA.parent, capture_output=True, text=True)
+    assert done.stdout.split() == ignored[2:]
