@@ -18,7 +18,7 @@ from flows.config.profile import Profile, load_profile
 from flows.config.recipe import Recipe
 from flows.console.terminal import console
 from flows.graph.graph import Chart, load_chart
-from flows.reporting.results_table import figures_table, print_results, read_findings
+from flows.reporting.results_table import print_figures, print_results
 from tasks.evaluate.config import REPORT
 from tasks.evaluate.sets.set_registry import FOLDER
 from tasks.lineage.journal import JOURNALS
@@ -113,7 +113,7 @@ def score(
         from flows.score import score as run_flow  # imports prefect, which reads its settings then
 
         made = run_flow(models, recipe, names, data, tuple(overrides))
-    console.print(figures_table(read_findings(made.folder)))
+    print_figures(made.folder)
     console.print(f"report    {made.folder / REPORT}")
 
 

@@ -19,8 +19,7 @@ from flows.graph.runner import Session
 from flows.reporting.results_table import read_findings
 from flows.reporting.run_summary import overview_markdown
 from tasks.artifacts.artifact import Artifact
-from tasks.evaluate.config import REPORT
-from tasks.evaluate.report.report_files import ATTACHED, SUMMARY
+from tasks.evaluate.config import ATTACHED, REPORT, SUMMARY
 from tasks.lineage.stage_record import outside_dataset
 from tasks.merge.config import MergeConfig
 

@@ -1,56 +1,65 @@
-"""What came out: the figures of a finished recipe, and what a person can do next.
+"""The figures of a finished recipe, and the commands that come next.
 
 Covers: reading the evaluation's and the registration's artifacts; a terminal table, a Markdown
 summary.
-Not here: making figures (tasks/evaluate); the full report (tasks/evaluate/report); what tracking
-and the page of a flow run are told of it (flows/reporting/prefect_artifacts.py).
+Not here: making figures and the full report (tasks/evaluate); the artifacts of a flow run's page
+(flows/reporting/prefect_artifacts.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from flows.config.profile import Profile
 from flows.config.recipe import Recipe
 from flows.console.terminal import console
 from flows.graph.graph import Chart
-from tasks.evaluate.config import REPORT, RESULTS
-from tasks.evaluate.report.findings import Findings
-from tasks.evaluate.report.report_files import SUMMARY
+from tasks.evaluate.config import REPORT, RESULTS, SUMMARY
 from tasks.register.aliases import RegisteredVersion
 from tasks.register.promotion import read_decision
+from tasks.table import NOTHING, Table, terminal_table, words
+
+if TYPE_CHECKING:
+    from tasks.evaluate.report.findings import Findings
 
 ROWS_IN_FULL = 24
 """Up to so many figures all are printed; beyond, the paper's metric of every set."""
-NOTHING = "–"
 
 
 def read_findings(folder: Path) -> Findings:
-    """What a finished evaluation found."""
+    """The results of a finished evaluation."""
+    from tasks.evaluate.report.findings import Findings  # imports torch, which `plan` need not
+
     return Findings(json.loads((folder / RESULTS).read_text()))
 
 
 def figures_table(found: Findings) -> Table:
-    """The figures of any number of sets and models for a terminal, averages last."""
-    total = sum(len(found.metrics(one)) for one in found.sets)
+    """The figures of any number of sets and models, averages last."""
+    is_short = sum(len(found.metrics(one)) for one in found.sets) <= ROWS_IN_FULL
     with_paper = any(found.raw.get("paper", {}).values())
     published = ("published",) if with_paper else ()
-    table = Table("set", "metric", *found.models, *published, "chance", box=None, pad_edge=False)
+    table = Table.of("set", words("metric"), *found.models, *published, "chance")
     for evalset in found.sets:
-        chosen = found.metrics if total <= ROWS_IN_FULL else found.headlines
-        for metric in chosen(evalset):
-            shares = [found.share(evalset, model, metric) for model in found.models]
-            reference = found.published(evalset, found.subject, metric)
-            beside = [reference.value if reference else None] if with_paper else []
-            chance = found.chance(evalset, metric)
-            table.add_row(evalset, metric, *map(_percent, [*shares, *beside, chance]))
-    for cells in _averages(found, with_paper):
-        table.add_row(*cells)
+        for metric in found.metrics(evalset) if is_short else found.headlines(evalset):
+            figures = [found.figure(evalset, model, metric) for model in found.models]
+            first = figures[0]
+            paper = [first.published.value if first.published else None] if with_paper else []
+            shares = [*(one.value for one in figures), *paper, first.chance]
+            table.add(evalset, metric, *map(_percent, shares))
+    for key in found.raw.get("averages", {}):
+        averages = [found.average(key, model) for model in found.models]
+        paper = [averages[0]["published"]] if with_paper else []
+        points = [*(one["value"] for one in averages), *paper]
+        shares = [None if one is None else one / 100 for one in points]
+        table.add(f"Table {key}", "average", *map(_percent, shares), NOTHING)
     return table
+
+
+def print_figures(evaluation: Path) -> None:
+    """Print the figures of the finished evaluation in a folder."""
+    console.print(terminal_table(figures_table(read_findings(evaluation))))
 
 
 def print_results(recipe: Recipe, chart: Chart, profile: Profile) -> None:
@@ -60,7 +69,7 @@ def print_results(recipe: Recipe, chart: Chart, profile: Profile) -> None:
     wanted = recipe.registry.alias  # the one in use, where the gate gave it to this version
     name = f"{version.name}@{wanted}" if wanted in aliases else str(version)
     console.print()
-    console.print(figures_table(read_findings(chart.evaluate.folder)))
+    print_figures(chart.evaluate.folder)
     console.print(f"\nreport    {chart.evaluate.folder / REPORT}")
     named = "".join(f" @{alias}" for alias in aliases)
     console.print(f"registry  {version}{named} in {profile.mlflow_uri}")
@@ -74,16 +83,6 @@ def results_markdown(recipe: Recipe, chart: Chart) -> str:
     summary = (chart.evaluate.folder / SUMMARY).read_text()
     body = summary.partition("\n")[2].strip()
     return f"# {recipe.title}\n\n{body}\n\nRecipe digest `{recipe.digest}`."
-
-
-def _averages(found: Findings, with_paper: bool) -> Iterator[list[str]]:
-    tables: Mapping[str, Mapping[str, Mapping[str, float | None]]] = found.raw.get("averages", {})
-    for table in tables:
-        averages = [found.average(table, model) or {} for model in found.models]
-        shares = [one.get("value") for one in averages]
-        beside = [averages[0].get("published")] if with_paper else []
-        points = [None if one is None else one / 100 for one in [*shares, *beside]]
-        yield [f"Table {table}", "average", *map(_percent, points), NOTHING]
 
 
 def _percent(share: float | None) -> str:

@@ -1,7 +1,8 @@
-"""A run in one page for whoever pays for it: how much data, how much training, how good, what now.
+"""A run on one page, for those who pay for it: its data, its training, its figures, the decision.
 
-Covers: the page, and the table of what became of every source's rows.
-Not here: the figures of an evaluation (results.py), the gate's rules (tasks/register/gate.py).
+Covers: the page, and the table of how many of every source's rows reach each stage.
+Not here: the figures of an evaluation (results_table.py), the rules of the gate
+(tasks/register/gate.py).
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from tasks.download.config import STAGE as DOWNLOAD
 from tasks.merge.config import STAGE as MERGE
 from tasks.register.aliases import RegisteredVersion
 from tasks.register.promotion import read_decision
+from tasks.table import Cell, Table, markdown_table, words
 
 SEEN = "shown in training"
-Row = Mapping[str, Any]
 
 
 def per_source(made: Sequence[Artifact], version: Artifact) -> list[dict[str, Any]]:
@@ -59,20 +60,21 @@ def overview_markdown(recipe: Recipe, chart: Chart, url: str | None) -> str:
     decision = read_decision(chart.register.folder)
     registered = RegisteredVersion.of(chart.register.folder)
     rows = per_source(made, version)
-    facts = {
-        "Model": f"`{registered}`",
-        "Decision": decision.summary,
-        "Data": _data(made, version, len(rows)),
-        "Training": _training(stages),
-        "Record": f"[MLflow run]({url}), dataset `{version.digest}`" if url else version.digest,
-    }
+    facts = Table.of("", words(""))
+    facts.add("Model", str(registered))
+    facts.add("Decision", decision.summary)
+    facts.add("Data", _data(made, version, len(rows)))
+    facts.add("Training", _training(stages))
+    facts.add("Dataset", version.digest)
+    if url:
+        facts.add("Record", Cell("MLflow run", url=url))
     seen = [
         {**row, SEEN: sum(stage.counts.get(f"{row['source']}.samples", 0) for stage in stages)}
         for row in rows
     ]
     title, _, figures = results_markdown(recipe, chart).partition("\n")
-    told = "\n".join(f"| {name} | {text} |" for name, text in facts.items())
-    return f"{title}\n\n| | |\n|---|---|\n{told}\n\n{_table(seen)}\n{figures}"
+    parts = [title, markdown_table(facts), _source_table(seen), figures.strip()]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _data(made: Sequence[Artifact], version: Artifact, sources: int) -> str:
@@ -100,12 +102,11 @@ def _training(stages: Sequence[Artifact]) -> str:
     return f"{pairs:,} pairs shown in {len(stages)} stage{'s' * (len(stages) > 1)}, {took}"
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _source_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as Markdown; nothing where there are none."""
     if not rows:
         return ""
-    cells = [
-        [f"{value:,}" if isinstance(value, int | float) else str(value) for value in row.values()]
-        for row in rows
-    ]
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    table = Table.of(*rows[0])
+    for row in rows:
+        table.add(*(f"{one:,}" if isinstance(one, int | float) else one for one in row.values()))
+    return markdown_table(table)

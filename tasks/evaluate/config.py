@@ -30,6 +30,14 @@ RESULTS = "results.json"
 """Every figure, with what it rests on."""
 REPORT = "report.html"
 """The page for people; it needs no other file."""
+MARKDOWN = "report.md"
+"""The report as text."""
+SUMMARY = "summary.md"
+"""Its first screen, for the page of a flow run."""
+FIGURES = "figures.csv"
+"""Every figure as a flat table."""
+ATTACHED = (REPORT, MARKDOWN, RESULTS, FIGURES)
+"""Files that are kept with the tracking run."""
 OWN_PROMPTS: tuple[PromptSource, ...] = ("dataset", "openai")
 """Sources of templates for a set that is not in the registry."""
 OWN_NAMES: tuple[NameSource, ...] = ("dataset",)

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from flows.reporting.prefect_artifacts import ATTACHED, sets_read
+from flows.reporting.prefect_artifacts import sets_read
 from flows.reporting.results_table import figures_table, read_findings
 from tasks.artifacts.artifact import Artifact
+from tasks.evaluate.config import ATTACHED
 from tasks.evaluate.report.findings import Findings
 from tasks.evaluate.report.write_reports import write_reports
+from tasks.table import terminal_table
 from tests.tasks.evaluate.made_up import made_up
 
 SETS = ("cifar10", "flickr30k")
@@ -29,7 +31,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def printed(found: Findings) -> list[list[str]]:
     """The table's lines, each as its words of at least two spaces between."""
     out = io.StringIO()
-    Console(file=out, width=160).print(figures_table(found))
+    Console(file=out, width=160).print(terminal_table(figures_table(found)))
     return [line.split() for line in out.getvalue().splitlines()]
 
 

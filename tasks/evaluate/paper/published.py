@@ -79,7 +79,7 @@ class Released(Config):
     """What to know before comparing with this row."""
 
 
-class Column(Config):
+class PaperColumn(Config):
     """What the cells below a heading are."""
 
     key: str
@@ -89,7 +89,7 @@ class Column(Config):
 
 
 @dataclass(frozen=True)
-class Row:
+class PaperRow:
     """One model, or one line of an ablation."""
 
     model: str
@@ -107,8 +107,8 @@ class PaperTable:
     title: str
     header: str
     """Its heading, where models stand in it."""
-    columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
+    columns: tuple[PaperColumn, ...]
+    rows: tuple[PaperRow, ...]
     notes: tuple[str, ...]
     """Remarks on the table as a whole."""
 
@@ -152,7 +152,7 @@ def table_of(key: str, *, as_printed: bool = False) -> PaperTable:
     """Table `key` ("1a", "1b", "2" ... "10")."""
     raw = _data()["tables"][key]
     corrected = {} if as_printed else _corrections(key)
-    columns = tuple(Column.model_validate(column) for column in raw["columns"])
+    columns = tuple(PaperColumn.model_validate(column) for column in raw["columns"])
     return PaperTable(
         title=raw["title"],
         header=str(corrected.get((None, HEADER), raw.get(HEADER, ""))),
@@ -170,7 +170,7 @@ def table_of(key: str, *, as_printed: bool = False) -> PaperTable:
     )
 
 
-def rows_of(key: str, *, as_printed: bool = False) -> tuple[Row, ...]:
+def rows_of(key: str, *, as_printed: bool = False) -> tuple[PaperRow, ...]:
     """The rows of table `key`, in its order."""
     return table_of(key, as_printed=as_printed).rows
 
@@ -273,7 +273,7 @@ def _obstacles(
         yield "split not stated by the paper: say in the recipe which images these are"
 
 
-def _row(table: str, raw: Mapping[str, Any], corrected: Mapping[Any, Any]) -> Row:
+def _row(table: str, raw: Mapping[str, Any], corrected: Mapping[Any, Any]) -> PaperRow:
     model = str(raw.get("model", ""))
     cells = {
         column: corrected.get((model, column), value)
@@ -289,7 +289,7 @@ def _row(table: str, raw: Mapping[str, Any], corrected: Mapping[Any, Any]) -> Ro
         )
         if found:
             notes[column] = found
-    return Row(model, cells, notes)
+    return PaperRow(model, cells, notes)
 
 
 def _concerns(erratum: Erratum, table: str, model: str, column: str) -> bool:

@@ -1,4 +1,4 @@
-"""What the training stages wrote down, as the report shows it.
+"""The losses that the training stages wrote down, as the report shows them.
 
 Covers: reading `metrics.jsonl`, the chart of its losses.
 Not here: how charts are drawn (charts.py).
@@ -26,7 +26,7 @@ CURVE_POINTS = 400
 
 @dataclass(frozen=True)
 class Curve:
-    """What one training stage wrote down, step by step."""
+    """The metrics of one training stage, step by step."""
 
     name: str
     samples: tuple[float, ...]
@@ -68,7 +68,7 @@ def read_curve(path: Path) -> Curve:
     )
 
 
-def images_seen(curves: Sequence[Curve]) -> float:
+def count_images_seen(curves: Sequence[Curve]) -> float:
     """Image-text pairs seen in all stages together."""
     return sum(curve.samples[-1] for curve in curves)
 

@@ -1,8 +1,8 @@
-"""Which examples the report shows, with their pictures.
+"""The examples that the report shows, with their pictures.
 
 Covers: searches in both directions and for classes, mistakes, confusions, what each class is taken
-for; the rule by which examples are drawn.
-Not here: figures, the page.
+for; the rule by which examples are drawn; thumbnails as data URIs.
+Not here: figures, the page (page.py).
 
 Examples are drawn at random with a seed made of the set's fingerprint, never picked by looks;
 where only right answers or only mistakes are drawn from, the page says so.
@@ -10,6 +10,8 @@ where only right answers or only mistakes are drawn from, the page says so.
 
 from __future__ import annotations
 
+import base64
+import io
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,13 +19,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 
 from evaclip_model.zeroshot.exact_ranks import Ranking, top_k
 from tasks.evaluate.metrics.scored import SHOWN, Scored, captions_of, image_of_caption
-from tasks.evaluate.report.pictures import thumbnail
 from tasks.evaluate.sets.published_layout import EvalSet
 
 CAPTIONS_SHOWN = 4
+FEW_SETS = 6
+"""Up to so many sets, each shows more examples."""
+THUMBNAIL_PX = 72
+QUALITY = 72
+"""Of thumbnails, as WebP counts it."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +48,6 @@ class Amount:
     def for_sets(cls, count: int) -> Amount:
         """What keeps the page of `count` sets below a few megabytes."""
         return cls(3, 5, 15, 10) if count <= FEW_SETS else cls(2, 3, 5, 5)
-
-
-FEW_SETS = 6
 
 
 def searches(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
@@ -179,6 +183,17 @@ def taken_for(scored: Scored) -> Mapping[int, tuple[int, int]]:
         if actual != said and actual not in found:
             found[actual] = (said, times)
     return found
+
+
+def thumbnail(content: bytes) -> str:
+    """An encoded image as a small WebP data URI, transparent parts on white."""
+    with Image.open(io.BytesIO(content)) as image:
+        rgba = image.convert("RGBA")
+    rgba.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BICUBIC)
+    flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    out = io.BytesIO()
+    flat.save(out, "WEBP", quality=QUALITY, method=4)
+    return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def _first_of_class(evalset: EvalSet) -> dict[int, int]:

@@ -1,8 +1,8 @@
-"""What `results.json` says, by the questions a report asks of it.
+"""The content of `results.json` by the questions a report asks of it.
 
 Covers: the one place of the reports that knows the keys of `results.json`; what is missing reads
 as None or empty, so that a report can be made of any evaluation.
-Not here: computing any figure, wording, layout.
+Not here: computing any figure (tasks/evaluate/results.py), wording, layout.
 """
 
 from __future__ import annotations
@@ -12,16 +12,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from tasks.evaluate.metrics.metric import headlines_of, metrics_in
+from tasks.evaluate.metrics.metric import headlines_of, metrics_in, title_of
 from tasks.evaluate.sets.set_registry import KnownSet, find_set
+
+Json = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Published:
-    """What the paper prints for a figure, and how ours stands to it; shares are of 1."""
+class PublishedFigure:
+    """A figure that the paper prints, and how ours stands to it."""
 
-    value: float | None
+    value: float
+    """A share of 1."""
     tolerance: float | None
+    """Points."""
     verdict: str
     """ "reproduced", "differs" or "not comparable"."""
     reason: str
@@ -29,10 +33,37 @@ class Published:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A metric of one model on one set; shares are of 1, None is what is not known."""
+
+    evalset: str
+    metric: str
+    value: float | None
+    interval: tuple[float, float] | None
+    """95 %."""
+    bounds: tuple[float, float] | None
+    """The value if all ties were lost, and if all were won."""
+    chance: float | None
+    published: PublishedFigure | None
+
+    @property
+    def title(self) -> str:
+        """The metric's name for people."""
+        return title_of(self.metric)
+
+    @property
+    def difference(self) -> float | None:
+        """Points between ours and the published figure."""
+        if self.value is None or self.published is None:
+            return None
+        return 100 * (self.value - self.published.value)
+
+
+@dataclass(frozen=True)
 class Findings:
     """`results.json` of one evaluation."""
 
-    raw: Mapping[str, Any]
+    raw: Json
 
     @property
     def title(self) -> str:
@@ -52,9 +83,9 @@ class Findings:
     def others(self) -> tuple[str, ...]:
         return self.models[1:]
 
-    def about(self, model: str) -> Mapping[str, Any]:
+    def about(self, model: str) -> Json:
         """Digest, architecture, parameters, GFLOPs and source of a model."""
-        found: Mapping[str, Any] = self.raw["models"][model]
+        found: Json = self.raw["models"][model]
         return found
 
     @cached_property
@@ -63,12 +94,12 @@ class Findings:
         return tuple(self.raw["results"])
 
     @property
-    def failed(self) -> Mapping[str, str]:
-        """Sets that were not, with the reason."""
+    def failed(self) -> Json:
+        """Sets that could not be evaluated, with the reason."""
         return self._part("failed")
 
     def known(self, evalset: str) -> KnownSet | None:
-        """The set of the paper, or its variant, that this one is."""
+        """A set's entry in the registry."""
         return find_set(evalset)
 
     def name(self, evalset: str) -> str:
@@ -76,83 +107,77 @@ class Findings:
         known = self.known(evalset)
         return known.title if known else evalset
 
-    def set(self, evalset: str) -> Mapping[str, Any]:
-        """What is known of a set: its size, fingerprints, prompts and warnings."""
-        found: Mapping[str, Any] = self.raw["sets"][evalset]
+    def set(self, evalset: str) -> Json:
+        """Size, fingerprints, prompts and warnings of a set."""
+        found: Json = self.raw["sets"][evalset]
         return found
 
-    def figures(self, evalset: str, model: str) -> Mapping[str, Any] | None:
-        """All figures of a model on a set."""
-        found: Mapping[str, Any] | None = self._part("results").get(evalset, {}).get(model)
+    def results(self, evalset: str, model: str) -> Json:
+        """Everything that was found of a model on a set; empty where it was not evaluated."""
+        found: Json = self._part("results", evalset, model)
         return found
 
     def metrics(self, evalset: str) -> tuple[str, ...]:
-        """The figures of a set, in the order in which they are shown."""
-        return tuple(one.name for one in metrics_in(self.figures(evalset, self.subject) or {}))
+        """The metrics of a set, in the order in which they are shown."""
+        return tuple(one.name for one in metrics_in(self.results(evalset, self.subject)))
 
     def headlines(self, evalset: str) -> tuple[str, ...]:
-        """The figures of a set that are shown first: the paper's metric."""
+        """The metrics of a set that are shown first: the paper's."""
         about = self.set(evalset)
         return tuple(one.name for one in headlines_of(about["kind"], about.get("metric")))
 
-    def share(self, evalset: str, model: str, metric: str) -> float | None:
-        """A figure as a share of 1."""
-        figures = self.figures(evalset, model)
-        value = None if figures is None else figures.get(metric)
-        return None if value is None else float(value)
-
-    def interval(self, evalset: str, model: str, metric: str) -> tuple[float, float] | None:
-        """Its 95 % interval."""
-        figures = self.figures(evalset, model) or {}
-        found = figures.get("intervals", {}).get(metric)
-        return None if found is None else (float(found[0]), float(found[1]))
-
-    def bounds(self, evalset: str, model: str, metric: str) -> tuple[float, float] | None:
-        """What losing or winning every tie would give."""
-        figures = self.figures(evalset, model) or {}
-        found = figures.get("bounds", {}).get(metric)
-        return None if found is None else (float(found[0]), float(found[1]))
-
-    def chance(self, evalset: str, metric: str) -> float | None:
-        """What random answers reach."""
-        found = self.raw["chance"].get(evalset, {}).get(metric)
-        return None if found is None else float(found)
-
-    def published(self, evalset: str, model: str, metric: str) -> Published | None:
-        """What the paper prints for this figure of this model."""
-        found = self._part("paper").get(evalset, {}).get(model, {}).get(metric)
-        if not found:
-            return None
-        value = found.get("published")
-        return Published(
-            None if value is None else float(value),
-            found.get("tolerance"),
-            str(found["verdict"]),
-            str(found.get("reason", "")),
-            tuple(found.get("errata") or ()),
+    def figure(self, evalset: str, model: str, metric: str) -> Figure:
+        """A metric of a model on a set."""
+        results = self.results(evalset, model)
+        spread, bounds = (results.get(key, {}).get(metric) for key in ("intervals", "bounds"))
+        given = self._part("paper", evalset, model, metric)
+        return Figure(
+            evalset=evalset,
+            metric=metric,
+            value=results.get(metric),
+            interval=tuple(spread) if spread else None,
+            bounds=tuple(bounds) if bounds else None,
+            chance=self._part("chance", evalset).get(metric),
+            published=PublishedFigure(
+                value=given["published"],
+                tolerance=given["tolerance"],
+                verdict=given["verdict"],
+                reason=given["reason"],
+                errata=tuple(given["errata"]),
+            )
+            if given
+            else None,
         )
 
-    def paired(self, evalset: str) -> Mapping[str, Mapping[str, Any]]:
-        """Other model -> metric -> difference to it, its interval and p-value."""
-        found: Mapping[str, Mapping[str, Any]] = self._part("paired").get(evalset, {})
-        return found
+    def figures(self, evalset: str, model: str) -> list[Figure]:
+        """All metrics of a model on a set."""
+        return [self.figure(evalset, model, metric) for metric in self.metrics(evalset)]
 
-    def average(self, table: str, model: str) -> Mapping[str, Any] | None:
-        """A model's average over the sets of a table, or why there is none."""
-        found: Mapping[str, Any] | None = self._part("averages").get(table, {}).get(model)
-        return found
+    def headline_figures(self, evalset: str, model: str) -> list[Figure]:
+        """The figures of a model on a set that are shown first."""
+        return [self.figure(evalset, model, metric) for metric in self.headlines(evalset)]
 
-    def robustness(self, model: str) -> Mapping[str, Any] | None:
-        """The gap between ImageNet-1K and the average of the sets of Table 1b."""
-        found: Mapping[str, Any] | None = self._part("robustness").get(model)
-        return found
+    def paired(self, evalset: str, other: str) -> Mapping[str, Json]:
+        """Metric -> the subject's difference to another model, its interval and p-value."""
+        return self._part("paired", evalset, other)
 
-    def contamination(self, evalset: str) -> Mapping[str, Any] | None:
-        """How many images are near-duplicates of training images, and figures without them."""
-        found: Mapping[str, Any] | None = self._part("contamination").get(evalset)
-        return found
+    def average(self, table: str, model: str) -> Json:
+        """A model's average over the sets of a table, or why there is none; empty where no set of
+        the table was evaluated."""
+        return self._part("averages", table, model)
 
-    def _part(self, name: str) -> Mapping[str, Any]:
+    def robustness(self, model: str) -> Json:
+        """The gap between ImageNet-1K and the average of Table 1b; empty likewise."""
+        return self._part("robustness", model)
+
+    def contamination(self, evalset: str) -> Json:
+        """Images with near-duplicates in the training data, and figures without them; empty where
+        that is not known."""
+        return self._part("contamination", evalset)
+
+    def _part(self, *path: str) -> Json:
         """A part of the results, empty where this evaluation has none."""
-        found: Mapping[str, Any] = self.raw.get(name) or {}
+        found: Json = self.raw
+        for key in path:
+            found = found.get(key) or {}
         return found

@@ -1,6 +1,7 @@
 """Numbers as people read them.
 
-Covers: shares, intervals, differences, ratios, ranks, sizes and p-values as words.
+Covers: shares, intervals, differences, ratios, ranks, sizes and p-values as words; a dash where
+there is no number.
 Not here: which numbers are shown.
 """
 
@@ -8,18 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-NOTHING = "–"
-"""Stands where there is no number."""
+from tasks.table import NOTHING
 
 
-def percent(value: float) -> str:
+def percent(share: float | None) -> str:
     """A share as people read it: 6.21 %, 0.07 %, 100 %."""
-    digits = 2 if value < 0.1 else 1
-    return f"{100 * value:.{digits}f} %" if value < 1 else "100 %"
+    if share is None:
+        return NOTHING
+    digits = 2 if share < 0.1 else 1
+    return f"{100 * share:.{digits}f} %" if share < 1 else "100 %"
 
 
-def interval(bounds: Sequence[float]) -> str:
+def interval(bounds: Sequence[float] | None) -> str:
     """A range of shares: 5.12 – 7.51 %."""
+    if bounds is None:
+        return NOTHING
     low, high = (percent(value).removesuffix(" %") for value in bounds)
     return f"{low} – {high} %"
 
@@ -43,13 +47,17 @@ def signed(points: float | None, digits: int = 1) -> str:
     return sign + text
 
 
-def p_value(p: float) -> str:
+def p_value(p: float | None) -> str:
     """A p-value with the digits that matter: 0.31, 0.012, < 0.001."""
+    if p is None:
+        return NOTHING
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def times(value: float, chance: float) -> str:
-    """How many times chance a share is."""
+def times(value: float | None, chance: float | None) -> str:
+    """A share as a multiple of chance: 12 ×, 1.5 ×."""
+    if value is None or not chance:
+        return NOTHING
     ratio = value / chance
     return f"{ratio:.0f} ×" if ratio >= 10 else f"{ratio:.1f} ×"
 

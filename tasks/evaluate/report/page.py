@@ -1,8 +1,8 @@
 """The page of an evaluation: one HTML file that needs no other.
 
-Covers: what each part of the page is filled with.
-Not here: any figure (results.json has them all), what stands in tables (overview.py, paper_form.py,
-set_tables.py), drawing (charts.py, pictures.py), examples (examples.py), looks (report.html.j2).
+Covers: the content of each part of the page.
+Not here: any figure (results.json has them all), the rows of tables (all_sets.py, paper_form.py,
+one_set.py), drawing (charts.py), examples (examples.py), looks (report.html.j2, style.css).
 """
 
 from __future__ import annotations
@@ -12,25 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from evaclip_model.zeroshot.statistics import chance_of_hit, hit_rate
 from tasks.evaluate.metrics.scored import Scored, captions_of
-from tasks.evaluate.report import overview, set_tables, summary
+from tasks.evaluate.report import all_sets, examples, one_set
 from tasks.evaluate.report.charts import Line, line_chart
-from tasks.evaluate.report.compute import compute_chart
-from tasks.evaluate.report.curves import Curve, images_seen, loss_chart
-from tasks.evaluate.report.examples import (
-    Amount,
-    class_searches,
-    confusions,
-    mistakes,
-    readings,
-    searches,
-    taken_for,
-)
+from tasks.evaluate.report.compute_chart import compute_chart
+from tasks.evaluate.report.curves import Curve, count_images_seen, loss_chart
 from tasks.evaluate.report.findings import Findings
 from tasks.evaluate.report.numbers import ordinal, percent, plural
 from tasks.evaluate.report.paper_form import paper_tables
+from tasks.evaluate.report.summary import headline_tiles, summary_sentences
+from tasks.table import html_table
 
 SECTIONS = {
     "failures": ("failed", "Failed sets"),
@@ -47,7 +41,7 @@ SECTIONS = {
 """Part of the page -> its anchor and its name in the navigation, when it is there."""
 
 
-def page(
+def write_page(
     results: Mapping[str, Any],
     scored: Mapping[str, Mapping[str, Scored]],
     curves: Sequence[Curve],
@@ -62,37 +56,38 @@ def page(
         lstrip_blocks=True,
     )
     environment.filters["ordinal"] = ordinal
-    found = Findings(results)
+    environment.globals["table"] = html_table
+    found, images_seen = Findings(results), count_images_seen(curves)
     parts: dict[str, Any] = {
-        "failures": overview.failures(found),
-        "glance": overview.at_a_glance(found),
-        "verdicts": overview.verdicts(found),
+        "failures": all_sets.failure_table(found),
+        "glance": all_sets.glance_table(found),
+        "verdicts": all_sets.verdict_table(found),
         "paper": paper_tables(found),
-        "averages": overview.averages(found),
-        "robustness": overview.robustness(found),
-        "compute": compute_chart(found, images_seen(curves)),
-        "comparisons": overview.comparisons(found, headlines_only=True),
-        "all_comparisons": overview.comparisons(found, headlines_only=False),
-        "contamination": overview.contamination(found),
+        "averages": all_sets.average_table(found),
+        "robustness": all_sets.robustness_table(found),
+        "compute": compute_chart(found, images_seen),
+        "comparisons": all_sets.comparison_table(found, headlines_only=True),
+        "all_comparisons": all_sets.comparison_table(found, headlines_only=False),
+        "contamination": all_sets.contamination_table(found),
         "curves": [(curve, loss_chart(curve)) for curve in curves],
-        "sets": [*_sets(found, scored)],
-        "provenance": overview.provenance(found),
+        "sets": [*_describe_sets(found, scored)],
+        "provenance": all_sets.provenance_table(found),
     }
     return environment.get_template("report.html.j2").render(
         found=found,
         subject=found.subject,
         about=found.about(found.subject),
         sections=[place for part, place in SECTIONS.items() if parts[part]],
-        sentences=summary.sentences(found),
-        tiles=summary.tiles(found),
-        extent=overview.sets_and_images(found),
-        images_seen=images_seen(curves),
-        lineage=lineage,
+        sentences=summary_sentences(found),
+        tiles=headline_tiles(found),
+        extent=all_sets.count_sets_and_images(found),
+        images_seen=images_seen,
+        lineage=Markup(lineage),
         **parts,
     )
 
 
-def depth_chart(by_model: Mapping[str, Scored], subject: str) -> str:
+def depth_chart(by_model: Mapping[str, Scored], subject: str) -> Markup:
     """Share of right answers among the first k, over k, for every model and for chance."""
     rankings = {name: next(iter(one.rankings().values())) for name, one in by_model.items()}
     first = next(iter(by_model.values()))
@@ -107,39 +102,48 @@ def depth_chart(by_model: Mapping[str, Scored], subject: str) -> str:
     return line_chart(lines, x="first k answers", y="right answer among them, %", log_x=True)
 
 
-def _sets(found: Findings, scored: Mapping[str, Mapping[str, Scored]]) -> Iterator[dict[str, Any]]:
-    amount = Amount.for_sets(len(found.sets))
+def _describe_sets(
+    found: Findings, scored: Mapping[str, Mapping[str, Scored]]
+) -> Iterator[dict[str, Any]]:
+    amount = examples.Amount.for_sets(len(found.sets))
     for key in found.sets:
-        about, figures = found.set(key), found.figures(key, found.subject) or {}
+        about, results = found.set(key), found.results(key, found.subject)
         one = scored.get(key, {}).get(found.subject)
-        headlines = (found.share(key, found.subject, metric) for metric in found.headlines(key))
-        images = plural(int(about["n"]), "image")
-        captions = plural(int(figures.get("captions", 0)), "caption")
-        classes = plural(int(figures.get("classes", 0)), "class", "classes")
+        headlines = found.headline_figures(key, found.subject)
+        images, captions = (
+            plural(about["n"], "image"),
+            plural(results.get("captions", 0), "caption"),
+        )
+        classes = plural(results.get("classes", 0), "class", "classes")
         yield {
             "key": key,
-            "anchor": overview.anchor(key),
+            "anchor": all_sets.anchor(key),
             "name": found.name(key),
             "kind": about["kind"],
             "images": images,
             "captions": captions,
             "size": f"{images}, {captions if about['kind'] == 'retrieval' else classes}",
-            "headline": " / ".join(percent(share) for share in headlines if share is not None),
+            "headline": " / ".join(percent(x.value) for x in headlines if x.value is not None),
             "warnings": about["warnings"],
-            "figures": set_tables.figures(found, key),
-            "provenance": set_tables.provenance(found, key),
-            **_examples(found, key, one, amount),
+            "figures": one_set.figure_table(found, key),
+            "provenance": one_set.provenance_table(found, key),
+            **_draw_examples(found, key, one, amount),
             "depth": depth_chart(scored[key], found.subject) if one and one.rankings() else None,
         }
 
 
-def _examples(found: Findings, key: str, one: Scored | None, amount: Amount) -> dict[str, Any]:
-    ranked = one is not None and one.classes is not None
+def _draw_examples(
+    found: Findings, key: str, one: Scored | None, amount: examples.Amount
+) -> dict[str, Any]:
+    """The examples that a set's kind of answers has; the lists of others are empty."""
+    ranked = one if one and one.classes is not None else None
     return {
-        "classes": set_tables.classes(found, key, taken_for(one) if one and ranked else {}),
-        "confusions": confusions(one, amount) if one and ranked else [],
-        "mistakes": mistakes(one, amount) if one and ranked else [],
-        "class_searches": (class_searches(one, amount) if one and one.scores is not None else []),
-        "searches": searches(one, amount) if one and one.images is not None else [],
-        "readings": readings(one, amount) if one and one.texts is not None else [],
+        "classes": one_set.class_table(found, key, examples.taken_for(ranked) if ranked else {}),
+        "confusions": examples.confusions(ranked, amount) if ranked else [],
+        "mistakes": examples.mistakes(ranked, amount) if ranked else [],
+        "class_searches": (
+            examples.class_searches(one, amount) if one and one.scores is not None else []
+        ),
+        "searches": examples.searches(one, amount) if one and one.images is not None else [],
+        "readings": examples.readings(one, amount) if one and one.texts is not None else [],
     }

@@ -1,7 +1,8 @@
 """The paper's Tables 1 to 4 in the paper's form, published rows beside ours.
 
 Covers: which of our figures stands in which column; our rows and their differences.
-Not here: published figures and errata (paper.py), averages (averages.py), layout.
+Not here: published figures and errata (tasks/evaluate/paper/published.py), averages
+(tasks/evaluate/paper/averages.py), layout.
 """
 
 from __future__ import annotations
@@ -11,12 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.evaluate.metrics.metric import printed_columns
-from tasks.evaluate.paper.published import Column, PaperModel, PaperTable, paper_model, table_of
-from tasks.evaluate.paper.published import Row as PaperRow
+from tasks.evaluate.paper.published import (
+    PaperColumn,
+    PaperModel,
+    PaperRow,
+    PaperTable,
+    paper_model,
+    table_of,
+)
 from tasks.evaluate.report.findings import Findings
-from tasks.evaluate.report.numbers import NOTHING, as_printed, signed, size
-from tasks.evaluate.report.tables import Cell, Footnotes, Row, Table, row
+from tasks.evaluate.report.numbers import as_printed, signed, size
 from tasks.evaluate.sets.set_registry import known_sets
+from tasks.table import NOTHING, Cell, Table, TableColumn
 
 GROUPS = {
     "a": "(a) beside CLIP-Base baselines",
@@ -25,6 +32,16 @@ GROUPS = {
 }
 UPRIGHT_FROM = 12
 """Columns from which the head is set upright."""
+WORDS = ("precision", "data", "gpus", "image_size")
+"""Columns that are not numbers."""
+LABELS = {
+    "in1k_zs_top1": "IN-1K top-1",
+    "gpus": "GPUs",
+    "params_total": "params",
+    "params_image": "image",
+    "params_text": "text",
+}
+"""Of columns that have none in the data and whose key is not one."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +56,20 @@ class PaperForm:
 
 def paper_tables(found: Findings) -> list[PaperForm]:
     """Tables 1a, 1b, 2, 3 and 4, those of them that have a set of ours."""
-    forms = []
-    for key in ("1a", "1b", "2", "3", "4"):
-        if any(found.figures(one, found.subject) for one in _places(key)):
-            given = table_of(key)
-            forms.append(
-                PaperForm(f"table-{key}", f"Table {key}. {given.title}", _form(found, key))
-            )
-    return forms
+    return [
+        PaperForm(f"table-{key}", f"Table {key}. {table_of(key).title}", _fill(found, key))
+        for key in ("1a", "1b", "2", "3", "4")
+        if any(found.results(one, found.subject) for one in _columns_of_sets(key))
+    ]
 
 
 def beside_of(found: Findings, model: str) -> PaperModel | None:
     """The paper's row that a model of ours belongs beside."""
     about = found.about(model)
-    return paper_model(str(about.get("source") or ""), str(about["architecture"]))
+    return paper_model(str(about["source"] or ""), str(about["architecture"]))
 
 
-def _places(table: str) -> Mapping[str, dict[str, str]]:
+def _columns_of_sets(table: str) -> Mapping[str, dict[str, str]]:
     """Set -> column of the table -> our figure that stands in it."""
     if table == "1a":
         return {"imagenet1k": {"in1k_zs_top1": "top1"}}
@@ -64,40 +78,35 @@ def _places(table: str) -> Mapping[str, dict[str, str]]:
     }
 
 
-def _form(found: Findings, key: str) -> Table:
-    given, notes = table_of(key), Footnotes()
+def _fill(found: Findings, key: str) -> Table:
+    given = table_of(key)
     columns = [column for column in given.columns if column.key != "model"]
-    rows: list[Row] = []
+    heads = [TableColumn(_label(one), has_words=one.key in WORDS) for one in columns]
+    table = Table.of("model", *heads, is_upright=len(columns) >= UPRIGHT_FROM)
     group = ""
     for one in given.rows:
         if one.cells.get("group") != group:
             group = str(one.cells.get("group"))
-            rows.append(row(GROUPS.get(group, group), style="group"))
-        rows.append(_published(one, columns, notes))
-    rows.append(row("this evaluation", style="group"))
+            table.add(GROUPS.get(group, group), style="group")
+        _add_published(table, one, columns)
+    table.add("this evaluation", style="group")
     for model in found.models:
-        rows += _ours(found, key, model, given, columns, notes)
-    notes.numbers(given.notes)
-    words = frozenset(
-        place
-        for place, column in enumerate(columns, 1)
-        if column.key in ("precision", "data", "gpus", "image_size")
-    )
-    head = ("model", *(_label(column) for column in columns))
-    return Table(head, tuple(rows), tuple(notes.texts), words, narrow=len(columns) >= UPRIGHT_FROM)
+        _add_ours(table, found, key, model, given, columns)
+    table.cite(given.notes)
+    return table
 
 
-def _published(one: PaperRow, columns: list[Column], notes: Footnotes) -> Row:
+def _add_published(table: Table, one: PaperRow, columns: list[PaperColumn]) -> None:
     said = [set(one.notes.get(column.key, ())) for column in columns]
     of_row = set.intersection(*said)  # what concerns every cell stands at the model's name
     cells = [
         Cell(
             _printed(one.cells.get(column.key), column.unit),
-            notes=notes.numbers(text for text in sorted(texts - of_row)),
+            notes=table.cite(sorted(texts - of_row)),
         )
         for column, texts in zip(columns, said, strict=True)
     ]
-    return row(Cell(one.model, notes=notes.numbers(sorted(of_row))), *cells, style="published")
+    table.add(Cell(one.model, notes=table.cite(sorted(of_row))), *cells, style="published")
 
 
 def _printed(value: Any, unit: str) -> str:
@@ -113,90 +122,80 @@ def _printed(value: Any, unit: str) -> str:
     return size(float(value), digits=1 if unit == "parameters" else 0)
 
 
-def _ours(
+def _add_ours(
+    table: Table,
     found: Findings,
     key: str,
     model: str,
     given: PaperTable,
-    columns: list[Column],
-    notes: Footnotes,
-) -> Iterator[Row]:
+    columns: list[PaperColumn],
+) -> None:
+    """Our row, and its differences to the row it belongs beside."""
     values = dict(_values(found, key, model))
     cells = []
     for column in columns:
-        text = _setting(found, model, column) if key == "1a" else None
-        value = values.get(column.key)
-        if text is not None:
-            cells.append(Cell(text))
-        elif value is not None:
-            cells.append(Cell(as_printed(value)))
+        if key == "1a" and column.unit != "percent":
+            cells.append(Cell(_setting(found, model, column)))
+        elif column.key in values:
+            cells.append(Cell(as_printed(values[column.key])))
         else:
-            cells.append(Cell(NOTHING, notes=notes.numbers(_why_not(found, key, model, column))))
-    yield row(model, *cells, style="ours")
+            cells.append(Cell(NOTHING, notes=table.cite(_why_not(found, key, model, column))))
+    table.add(model, *cells, style="ours")
     ours = beside_of(found, model)
     beside = next((one for one in given.rows if ours and one.model == ours.row), None)
-    if beside is not None:
-        yield _differences(beside, columns, values)
-
-
-def _differences(beside: PaperRow, columns: list[Column], values: Mapping[str, float]) -> Row:
-    cells = []
+    if beside is None:
+        return
+    differences = []
     for column in columns:
-        ours, published = values.get(column.key), beside.cells.get(column.key)
-        if ours is None or published is None or column.unit == "parameters":
-            cells.append(Cell(""))
-            continue
-        cells.append(Cell(signed(100 * ours - float(published))))
-    return row(f"minus {beside.model}", *cells, style="difference")
+        value, published = values.get(column.key), beside.cells.get(column.key)
+        if value is None or published is None or column.unit == "parameters":
+            differences.append("")
+        else:
+            differences.append(signed(100 * value - float(published)))
+    table.add(f"minus {beside.model}", *differences, style="difference")
 
 
 def _values(found: Findings, key: str, model: str) -> Iterator[tuple[str, float]]:
     """Column -> our value, as a share."""
-    for evalset, columns in _places(key).items():
+    for evalset, columns in _columns_of_sets(key).items():
         for column, metric in columns.items():
-            share = found.share(evalset, model, metric)
+            share = found.results(evalset, model).get(metric)
             if share is not None:
                 yield column, share
     average, gap = found.average(key, model), found.robustness(model)
-    if average is not None and average.get("value") is not None:
-        yield "avg", float(average["value"]) / 100
-    if key == "1b" and gap is not None and gap.get("delta") is not None:
-        yield "delta", float(gap["delta"]) / 100
+    if average.get("value") is not None:
+        yield "avg", average["value"] / 100
+    if key == "1b" and gap.get("delta") is not None:
+        yield "delta", gap["delta"] / 100
 
 
-def _setting(found: Findings, model: str, column: Column) -> str | None:
-    """A cell of Table 1a that is no figure."""
-    if column.unit == "percent":
-        return None
+def _setting(found: Findings, model: str, column: PaperColumn) -> str:
+    """A cell of Table 1a that holds no figure."""
     about = found.about(model)
-    params = about.get("params")
-    if column.key == "params_total" and params:
-        return size(float(params), digits=1)
+    if column.key == "params_total" and about["params"]:
+        return size(float(about["params"]), digits=1)
     if column.key == "image_size":
         return str(about["architecture"]).rpartition(" at ")[2].removesuffix(" px") or NOTHING
     return NOTHING
 
 
-def _why_not(found: Findings, key: str, model: str, column: Column) -> list[str]:
-    """Why there is no figure of ours in a cell."""
+def _why_not(found: Findings, key: str, model: str, column: PaperColumn) -> list[str]:
+    """The reason why there is no figure of ours in a cell, where one is known."""
     if column.key in ("avg", "delta"):
-        average = found.average(key, model)
-        return [str(average["reason"])] if average and average.get("reason") else []
-    for evalset, columns in _places(key).items():
-        if column.key in columns:
-            reason = found.failed.get(evalset)
-            return [f"{found.name(evalset)}: {reason}"] if reason else []
-    return []
+        reason = found.average(key, model).get("reason")
+        return [str(reason)] if reason else []
+    return [
+        f"{found.name(evalset)}: {found.failed[evalset]}"
+        for evalset, columns in _columns_of_sets(key).items()
+        if column.key in columns and evalset in found.failed
+    ]
 
 
-def _label(column: Column) -> str:
-    if column.label:
-        return column.label
-    words = {"in1k_zs_top1": "IN-1K top-1", "gpus": "GPUs"}
-    if column.key in words:
-        return words[column.key]
+def _label(column: PaperColumn) -> str:
+    if column.label or column.key in LABELS:
+        return column.label or LABELS[column.key]
     for key, title in (("flickr30k", "Flickr30K"), ("coco", "COCO")):
         if column.key.startswith(key):
             what, _, depth = column.key.removeprefix(f"{key}_").partition("_")
             return f"{title} {what} {depth.upper().replace('R', 'R@')}"
-    return column.key.replace("params_total", "params").replace("_", " ").replace("params ", "")
+    return column.key.replace("_", " ")

@@ -1,4 +1,4 @@
-"""What a reader in a hurry is told: a few figures and a few sentences.
+"""The evaluation for a reader in a hurry: a few figures and a few sentences.
 
 Covers: the headline figures with their intervals, and the summary in words.
 Not here: tables, layout.
@@ -10,20 +10,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 
-from tasks.evaluate.metrics.metric import title_of
-from tasks.evaluate.report.findings import Findings
-from tasks.evaluate.report.numbers import interval, percent, plural, points, signed
-from tasks.evaluate.report.overview import (
+from tasks.evaluate.paper.averages import members_of
+from tasks.evaluate.report.all_sets import (
     SURE,
     TABLES,
-    sets_and_images,
-    verdict_counts,
+    compared_pairs,
+    count_sets_and_images,
+    count_verdicts,
 )
-from tasks.evaluate.sets.set_registry import known_sets
+from tasks.evaluate.report.findings import Figure, Findings
+from tasks.evaluate.report.numbers import interval, percent, plural, points, signed
 
 MOST_TILES = 8
 SETS_IN_FULL = 3
 """Up to so many sets, every set has its own headline figures; beyond, tables' averages do."""
+OTHERS_IN_TILES = 2
 
 
 @dataclass(frozen=True)
@@ -35,41 +36,38 @@ class Tile:
     refused: bool = False
     """Whether the value is a reason why there is no figure."""
     facts: Sequence[tuple[str, str]] = field(default=())
-    """What stands below it: (name, value)."""
+    """Name and value of what stands below it."""
 
 
-def tiles(found: Findings) -> list[Tile]:
+def headline_tiles(found: Findings) -> list[Tile]:
     """The headline figures: of every set when they are few, else of the paper's tables."""
     if len(found.sets) <= SETS_IN_FULL or not _tables(found):
-        chosen = [*_set_tiles(found)]
-    else:
-        chosen = [*_set_tiles(found, only="imagenet1k"), *_average_tiles(found)]
-        chosen += [tile for key in ("flickr30k", "coco") for tile in _set_tiles(found, only=key)]
-    return chosen[:MOST_TILES]
+        return _set_tiles(found, found.sets)[:MOST_TILES]
+    first, last = (
+        _set_tiles(found, [key for key in keys if key in found.sets])
+        for keys in (("imagenet1k",), ("flickr30k", "coco"))
+    )
+    averages = [_average_tile(found, table) for table in _tables(found)]
+    return [*first, *averages, *last][:MOST_TILES]
 
 
-def sentences(found: Findings) -> list[str]:
-    """The evaluation in a few sentences: how much, whether it agrees, what to beware of."""
-    return [*_extent(found), *_agreement(found), *_against_others(found), *_beware(found)]
+def summary_sentences(found: Findings) -> list[str]:
+    """The evaluation in a few sentences: size, agreement with the paper, things to beware of."""
+    return [*_extent(found), *_agreement(found), *_against_others(found), *_warnings(found)]
 
 
 def average_interval(found: Findings, table: str, model: str) -> tuple[float, float] | None:
     """95 % interval of a table's average, as a share: its sets' intervals, taken as independent.
 
-    None when a set of the table was not evaluated or has no interval.
+    None when a set of the table was not evaluated.
     """
-    halves, values = [], []
-    for key, known in known_sets().items():
-        if table in known.tables:
-            figures = found.figures(key, model)
-            metric = known.metric
-            spread = found.interval(key, model, metric) if figures else None
-            value = found.share(key, model, metric) if figures else None
-            if spread is None or value is None:
-                return None
-            halves.append((spread[1] - spread[0]) / 2)
-            values.append(value)
-    mean, half = sum(values) / len(values), sqrt(sum(h * h for h in halves)) / len(values)
+    figures = [found.figure(key, model, known.metric) for key, known in members_of(table).items()]
+    given = [(one.value, one.interval) for one in figures]
+    known = [(value, spread) for value, spread in given if value is not None and spread]
+    if len(known) < len(given):
+        return None
+    mean = sum(value for value, _ in known) / len(known)
+    half = sqrt(sum(((high - low) / 2) ** 2 for _, (low, high) in known)) / len(known)
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
@@ -77,78 +75,76 @@ def _tables(found: Findings) -> list[str]:
     return [table for table in TABLES if found.average(table, found.subject)]
 
 
-def _set_tiles(found: Findings, only: str | None = None) -> Iterator[Tile]:
-    for evalset in found.sets:
-        if only is not None and evalset != only:
-            continue
-        for metric in found.headlines(evalset):
-            value = found.share(evalset, found.subject, metric)
-            if value is None:
-                continue
-            spread = found.interval(evalset, found.subject, metric)
-            published = found.published(evalset, found.subject, metric)
-            chance = found.chance(evalset, metric)
-            facts = [("95 % interval", interval(spread))] if spread else []
-            if published is not None and published.value is not None:
-                facts.append(("published", f"{100 * published.value:.1f} %"))
-            for other in found.others[:2]:
-                share = found.share(evalset, other, metric)
-                facts += [(other, percent(share))] if share is not None else []
-            facts += [("chance", percent(chance))] if chance is not None else []
-            yield Tile(f"{found.name(evalset)} · {title_of(metric)}", percent(value), facts=facts)
+def _set_tiles(found: Findings, sets: Sequence[str]) -> list[Tile]:
+    figures = [one for key in sets for one in found.headline_figures(key, found.subject)]
+    return [
+        Tile(
+            f"{found.name(one.evalset)} · {one.title}",
+            percent(one.value),
+            facts=[*_facts(found, one)],
+        )
+        for one in figures
+        if one.value is not None
+    ]
 
 
-def _average_tiles(found: Findings) -> Iterator[Tile]:
-    for table in _tables(found):
-        average = found.average(table, found.subject)
-        assert average is not None
-        value, missing = average.get("value"), average.get("missing") or ()
-        reference = average.get("intersection_reference")
-        facts: list[tuple[str, str]] = []
-        if value is None:
-            common = average.get("intersection_value")
-            if common is not None:
-                evaluated = len(average.get("sets") or ())
-                facts.append((f"over {plural(evaluated, 'set')}", f"{common:.1f} %"))
-            if reference is not None:
-                facts.append(("published, same sets", f"{reference:.1f} %"))
-            refused = f"no average: {plural(len(missing), 'set')} missing"
-            yield Tile(f"Average of {TABLES[table]}", refused, True, facts)
-            continue
-        spread = average_interval(found, table, found.subject)
-        facts += [("95 % interval", interval(spread))] if spread else []
-        facts += [("published", f"{reference:.1f} %")] if reference is not None else []
-        gap = found.robustness(found.subject) if table == "1b" else None
-        if gap and gap.get("delta") is not None:
-            facts.append(("gap Δ", points(gap["delta"])))
-        yield Tile(f"Average of {TABLES[table]}", f"{value:.1f} %", facts=facts)
+def _facts(found: Findings, figure: Figure) -> Iterator[tuple[str, str]]:
+    if figure.interval:
+        yield "95 % interval", interval(figure.interval)
+    if figure.published:
+        yield "published", f"{100 * figure.published.value:.1f} %"
+    for other in found.others[:OTHERS_IN_TILES]:
+        theirs = found.figure(figure.evalset, other, figure.metric)
+        if theirs.value is not None:
+            yield other, percent(theirs.value)
+    if figure.chance is not None:
+        yield "chance", percent(figure.chance)
+
+
+def _average_tile(found: Findings, table: str) -> Tile:
+    average, title = found.average(table, found.subject), f"Average of {TABLES[table]}"
+    value, reference = average["value"], average["intersection_reference"]
+    facts: list[tuple[str, str]] = []
+    if value is None:
+        if average["intersection_value"] is not None:
+            over = f"over {plural(len(average['sets']), 'set')}"
+            facts.append((over, f"{average['intersection_value']:.1f} %"))
+        if reference is not None:
+            facts.append(("published, same sets", f"{reference:.1f} %"))
+        refused = f"no average: {plural(len(average['missing']), 'set')} missing"
+        return Tile(title, refused, refused=True, facts=facts)
+    spread = average_interval(found, table, found.subject)
+    facts += [("95 % interval", interval(spread))] if spread else []
+    facts += [("published", f"{reference:.1f} %")] if reference is not None else []
+    delta = found.robustness(found.subject).get("delta") if table == "1b" else None
+    facts += [("gap Δ", points(delta))] if delta is not None else []
+    return Tile(title, f"{value:.1f} %", facts=facts)
 
 
 def _extent(found: Findings) -> Iterator[str]:
-    about = found.about(found.subject)
     others = f", beside {', '.join(found.others)}" if found.others else ""
-    model = f"{found.subject} ({about['architecture']})"
-    yield f"{model} was evaluated on {sets_and_images(found)}{others}."
+    model = f"{found.subject} ({found.about(found.subject)['architecture']})"
+    yield f"{model} was evaluated on {count_sets_and_images(found)}{others}."
     if found.failed:
         names = ", ".join(found.name(one) for one in found.failed)
         yield f"{plural(len(found.failed), 'set')} could not be evaluated: {names}."
 
 
 def _agreement(found: Findings) -> Iterator[str]:
-    counts = verdict_counts(found, found.subject)
-    total = sum(counts.values())
-    if total:
+    counts = count_verdicts(found, found.subject)
+    same, other, unlike = (counts[one] for one in ("reproduced", "differs", "not comparable"))
+    if same + other + unlike:
         yield (
-            f"Of {plural(total, 'figure')} that the paper prints too, "
-            f"{counts['reproduced']} {_are(counts['reproduced'])} reproduced, "
-            f"{counts['differs']} {'differs' if counts['differs'] == 1 else 'differ'} and "
-            f"{counts['not comparable']} {_are(counts['not comparable'])} not comparable."
+            f"Of {plural(same + other + unlike, 'figure')} that the paper prints too, "
+            f"{same} {_are(same)} reproduced, {other} {'differs' if other == 1 else 'differ'} and "
+            f"{unlike} {_are(unlike)} not comparable."
         )
     for table in _tables(found):
-        average = found.average(table, found.subject) or {}
-        value, reference = average.get("value"), average.get("intersection_reference")
+        average = found.average(table, found.subject)
+        value, reference = average["value"], average["intersection_reference"]
+        missing = len(average["missing"])
         if value is not None and reference is not None:
-            unlike = _not_comparable(found, table)
+            unlike = _count_not_comparable(found, table)
             beside = (
                 f"though {unlike} of its figures {_are(unlike)} not comparable"
                 if unlike
@@ -160,33 +156,27 @@ def _agreement(found: Findings) -> Iterator[str]:
             )
         elif value is not None:
             yield f"The average over {TABLES[table]} is {value:.1f} %."
-        elif average.get("missing"):
+        elif missing:
             yield (
-                f"There is no average over {TABLES[table]}: "
-                f"{plural(len(average['missing']), 'set')} of it "
-                f"{_are(len(average['missing']))} missing."
+                f"There is no average over {TABLES[table]}: {plural(missing, 'set')} of it "
+                f"{_are(missing)} missing."
             )
 
 
-def _not_comparable(found: Findings, table: str) -> int:
-    """How many of the subject's figures in a table's average cannot be held against the paper's."""
+def _count_not_comparable(found: Findings, table: str) -> int:
+    """Number of the subject's figures in a table's average that the paper's cannot be compared
+    with."""
     given = [
-        found.published(key, found.subject, known.metric)
-        for key, known in known_sets().items()
-        if table in known.tables
+        found.figure(key, found.subject, known.metric).published
+        for key, known in members_of(table).items()
     ]
     return sum(one is not None and one.verdict == "not comparable" for one in given)
 
 
 def _against_others(found: Findings) -> Iterator[str]:
     for other in found.others:
-        tests = [
-            one
-            for evalset in found.sets
-            for metric, one in found.paired(evalset).get(other, {}).items()
-            if metric in found.headlines(evalset)
-        ]
-        sure = [one for one in tests if one.get("p") is not None and one["p"] < SURE]
+        tests = [one for *_, one in compared_pairs(found, other, headlines_only=True)]
+        sure = [one for one in tests if one["p"] < SURE]
         better = sum(one["difference"] > 0 for one in sure)
         if tests and not sure:
             yield (
@@ -201,28 +191,27 @@ def _against_others(found: Findings) -> Iterator[str]:
             )
 
 
-def _beware(found: Findings) -> Iterator[str]:
-    flagged = [
-        (one, int(about["flagged"]))
-        for one in found.sets
-        if (about := found.contamination(one)) and about["flagged"]
-    ]
+def _warnings(found: Findings) -> Iterator[str]:
+    shares = {
+        one: found.contamination(one).get("flagged", 0) / found.set(one)["n"] for one in found.sets
+    }
+    flagged = [one for one, share in shares.items() if share]
     if flagged:
-        worst = max(flagged, key=lambda item: item[1] / int(found.set(item[0])["n"]))
+        worst = max(flagged, key=lambda one: shares[one])
         yield (
             f"{plural(len(flagged), 'set')} {'has' if len(flagged) == 1 else 'have'} images with "
-            f"near-duplicates in the training data, most of all {found.name(worst[0])} "
-            f"({percent(worst[1] / int(found.set(worst[0])['n']))})."
+            f"near-duplicates in the training data, most of all {found.name(worst)} "
+            f"({percent(shares[worst])})."
         )
-    warned = [one for one in found.sets if found.set(one)["warnings"]]
+    counts = [len(found.set(one)["warnings"]) for one in found.sets]
+    warned = sum(map(bool, counts))
     if warned:
-        texts = plural(sum(len(found.set(one)["warnings"]) for one in warned), "warning")
-        yield f"{plural(len(warned), 'set')} {_come(len(warned))} with {texts}: read them first."
+        come = "comes" if warned == 1 else "come"
+        yield (
+            f"{plural(warned, 'set')} {come} with {plural(sum(counts), 'warning')}: read them "
+            "first."
+        )
 
 
 def _are(count: int) -> str:
     return "is" if count == 1 else "are"
-
-
-def _come(count: int) -> str:
-    return "comes" if count == 1 else "come"

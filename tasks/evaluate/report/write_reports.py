@@ -1,7 +1,8 @@
 """Write the reports of an evaluation beside its figures.
 
-Covers: the files for people that are made of `results.json` and the rankings behind it.
-Not here: any figure; what the reports hold (page.py, markdown.py).
+Covers: the files for people that are made of `results.json` and the rankings behind it; the flat
+table of figures.
+Not here: any figure; the content of the page and the Markdown (page.py, markdown.py).
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from evaclip_model.files import write_atomically
-from tasks.evaluate.config import REPORT
+from tasks.evaluate.config import FIGURES, MARKDOWN, REPORT, SUMMARY
 from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.report.curves import Curve
 from tasks.evaluate.report.findings import Findings
-from tasks.evaluate.report.markdown import markdown, short_markdown
-from tasks.evaluate.report.page import page
-from tasks.evaluate.report.report_files import FIGURES, MARKDOWN, SUMMARY
+from tasks.evaluate.report.markdown import write_markdown, write_short_markdown
+from tasks.evaluate.report.page import write_page
 
 
 def write_reports(
@@ -33,23 +33,23 @@ def write_reports(
 
     Args:
         folder: of the evaluation's artifact.
-        results: every figure, with what it rests on.
+        results: every figure, with the settings and data behind it.
         scored: set -> model -> rankings, for pictures and examples.
         curves: of the training stages behind the model, in order.
-        lineage: what the model was made from, as an SVG.
+        lineage: the artifacts behind the model, as an SVG.
     """
     texts = {
-        REPORT: page(results, scored, curves, lineage),
-        MARKDOWN: markdown(results, scored, curves),
-        SUMMARY: short_markdown(results),
-        FIGURES: figures_csv(results),
+        REPORT: write_page(results, scored, curves, lineage),
+        MARKDOWN: write_markdown(results, scored, curves),
+        SUMMARY: write_short_markdown(results),
+        FIGURES: write_csv(results),
     }
     for name, text in texts.items():
         write_atomically(folder / name, text)
     return tuple(folder / name for name in texts)
 
 
-def figures_csv(results: Mapping[str, Any]) -> str:
+def write_csv(results: Mapping[str, Any]) -> str:
     """Every figure of every model as a flat table, shares of 1."""
     found = Findings(results)
     out = io.StringIO()
@@ -57,20 +57,17 @@ def figures_csv(results: Mapping[str, Any]) -> str:
     rows.writerow(
         ("set", "model", "metric", "value", "low", "high", "chance", "published", "verdict", "n")
     )
-    for evalset in found.sets:
+    for key in found.sets:
         for model in found.models:
-            for metric in found.metrics(evalset):
-                value = found.share(evalset, model, metric)
-                if value is None:
-                    continue
-                published = found.published(evalset, model, metric)
+            for one in found.figures(key, model):
+                published = one.published
                 rows.writerow(
                     (
-                        *(evalset, model, metric, value),
-                        *(found.interval(evalset, model, metric) or ("", "")),
-                        found.chance(evalset, metric),
+                        *(key, model, one.metric, one.value),
+                        *(one.interval or ("", "")),
+                        one.chance,
                         *((published.value, published.verdict) if published else ("", "")),
-                        found.set(evalset)["n"],
+                        found.set(key)["n"],
                     )
                 )
     return out.getvalue()

@@ -11,7 +11,7 @@ import pytest
 from evaclip_model.model.model_config import ModelConfig, list_models
 from tasks.evaluate.encode.open_models import architecture_name
 from tasks.evaluate.paper.averages import TABLES, members_of
-from tasks.evaluate.paper.published import Row, errata, paper_model, rows_of, table_of
+from tasks.evaluate.paper.published import PaperRow, errata, paper_model, rows_of, table_of
 from tasks.evaluate.sets.set_registry import known_sets
 
 IMAGENETS = ("in1k", "in_a", "in_r", "in_v2", "in_sketch", "objectnet")
@@ -315,7 +315,7 @@ def test_a_corrected_cell_is_footnoted_with_what_is_printed() -> None:
 
 
 @pytest.mark.parametrize("row", rows_of("7"), ids=lambda row: row.model)
-def test_a_model_of_ours_belongs_beside_the_row_with_its_architecture(row: Row) -> None:
+def test_a_model_of_ours_belongs_beside_the_row_with_its_architecture(row: PaperRow) -> None:
     [name] = [
         shipped
         for shipped in list_models()

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from evaclip_model.errors import InputError
+from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.training.cost import image_flops
+from tasks.evaluate.paper.published import rows_of
 from tasks.evaluate.report.charts import (
     Bubble,
     Line,
@@ -21,8 +25,9 @@ from tasks.evaluate.report.charts import (
     short,
     ticks,
 )
-from tasks.evaluate.report.compute import published_gflops
+from tasks.evaluate.report.compute_chart import GFLOPS
 from tasks.evaluate.report.curves import loss_chart, read_curve
+from tasks.evaluate.report.examples import thumbnail
 from tasks.evaluate.report.numbers import (
     interval,
     ordinal,
@@ -34,8 +39,17 @@ from tasks.evaluate.report.numbers import (
     size,
     times,
 )
-from tasks.evaluate.report.pictures import thumbnail
-from tasks.evaluate.report.tables import Cell, Footnotes, Table, escaped, markdown_of, row
+from tasks.table import (
+    Cell,
+    Table,
+    TableColumn,
+    element,
+    escape_markdown,
+    html_table,
+    markdown_table,
+    terminal_table,
+    words,
+)
 
 
 def test_shares_are_shown_with_the_digits_they_deserve():
@@ -129,26 +143,89 @@ def test_a_bar_shows_what_there_is():
     assert "range" not in alone and "published" not in alone
 
 
-def test_compute_of_published_models_is_what_others_count():
-    gflops = published_gflops()
-    assert len(gflops) == 16
-    assert gflops["EVA-02-CLIP-B/16"] == pytest.approx(35.1, abs=0.1)
-    assert gflops["OpenAI CLIP-L/14"] == pytest.approx(162, abs=1)
-    assert gflops["EVA-02-CLIP-E/14+"] == pytest.approx(2264, abs=1)
+OURS = {
+    "EVA-01-CLIP-B/16": "EVA01-CLIP-B-16",
+    "EVA-01-CLIP-g/14": "EVA01-CLIP-g-14",
+    "EVA-01-CLIP-g/14+": "EVA01-CLIP-g-14-plus",
+    "EVA-02-CLIP-B/16": "EVA02-CLIP-B-16",
+    "EVA-02-CLIP-L/14": "EVA02-CLIP-L-14",
+    "EVA-02-CLIP-L/14+": "EVA02-CLIP-L-14-336",
+    "EVA-02-CLIP-E/14": "EVA02-CLIP-E-14",
+    "EVA-02-CLIP-E/14+": "EVA02-CLIP-E-14-plus",
+}
+PLAIN_VITS = {
+    # image size, patch, width, layers, width of the MLP, dimensions of the features
+    "OpenAI CLIP-B/16": (224, 16, 768, 12, 3072, 512),
+    "OpenAI CLIP-L/14": (224, 14, 1024, 24, 4096, 768),
+    "OpenAI CLIP-L/14+": (336, 14, 1024, 24, 4096, 768),
+    "Open CLIP-B/16": (224, 16, 768, 12, 3072, 512),
+    "Open CLIP-L/14": (224, 14, 1024, 24, 4096, 768),
+    "Open CLIP-H/14": (224, 14, 1280, 32, 5120, 1024),
+    "Open CLIP-g/14": (224, 14, 1408, 40, 6144, 1024),
+    "Open CLIP-G/14": (224, 14, 1664, 48, 8192, 1280),
+}
+
+
+def plain_vit(px: int, patch: int, width: int, layers: int, mlp: int, embed: int) -> ModelConfig:
+    """A plain ViT in the terms of our configs: only what its products depend on is set."""
+    plain = ModelConfig.load("EVA01-CLIP-B-16")
+    changes = {"image_px": px, "patch_px": patch, "width": width, "layers": layers}
+    vision = plain.vision.model_copy(update={**changes, "mlp_width": mlp})
+    return plain.model_copy(update={"vision": vision, "embed_dim": embed})
+
+
+def test_compute_of_published_models_is_that_of_their_architectures():
+    configs = {name: ModelConfig.load(shipped) for name, shipped in OURS.items()}
+    configs |= {name: plain_vit(*tower) for name, tower in PLAIN_VITS.items()}
+    assert GFLOPS.keys() == {row.model for row in rows_of("1a")}
+    counted = {name: image_flops(config) / 1e9 for name, config in configs.items()}
+    assert pytest.approx(counted, rel=1e-5) == GFLOPS
+
+
+def example() -> Table:
+    """Every kind of row and cell."""
+    table = Table.of("a", "b", words("c"), TableColumn("d", is_drawn=True))
+    first = Cell("1.0", "good", notes=table.cite(["first", "second"]))
+    drawn = Cell("", drawing=element("svg"))
+    table.add("a group", style="group")
+    table.add(Cell("x | y", link="there"), first, Cell("<b>", url="https://here/?a&b"), drawn)
+    again = Cell("2.0", share=0.25, notes=table.cite(["second"]))
+    table.add("z", again, None, drawn, style="ours")
+    return table
 
 
 def test_a_table_in_markdown_has_its_footnotes_once_and_escapes_its_cells():
-    notes = Footnotes()
-    marked = Cell("1.0", notes=notes.numbers(["first", "second"]))
-    again = Cell("2.0", notes=notes.numbers(["second"]))
-    table = Table(("a", "b"), (row("x | y", marked), row("z", again)), tuple(notes.texts))
-    assert markdown_of(table).splitlines() == [
-        "| a | b |",
-        "| :-- | --: |",
-        r"| x \| y | 1.0<sup>1</sup><sup>2</sup> |",
-        "| z | 2.0<sup>2</sup> |",
+    assert markdown_table(example()).splitlines() == [
+        "| a | b | c |",
+        "| :-- | --: | :-- |",
+        "| **a group** |  |  |",
+        r"| x \| y | 1.0<sup>1</sup><sup>2</sup> | [&lt;b>](https://here/?a&b) |",
+        "| **z** | **2.0**<sup>2</sup> |  |",
         "",
         "1. first",
         "2. second",
     ]
-    assert escaped("a\n<b> [c] *d* \\") == r"a &lt;b> \[c\] \*d\* \\"
+    assert escape_markdown("a\n<b> [c] *d* \\") == r"a &lt;b> \[c\] \*d\* \\"
+
+
+def test_a_table_in_html_names_its_rows_and_escapes_its_cells():
+    rows = [row for row in html_table(example(), is_wide=True).split("<tr")]
+    assert 'class="card scroll wide"' in rows[0]
+    assert '<th colspan="4" scope="rowgroup">a group</th>' in rows[2]
+    assert '<th scope="row"><a href="#there">x | y</a></th>' in rows[3]
+    assert '<td class="good">1.0<sup>1, 2</sup></td>' in rows[3]
+    assert '<td class="text"><a href="https://here/?a&amp;b">&lt;b&gt;</a></td>' in rows[3]
+    assert rows[3].rstrip().endswith("<td><svg></svg></td></tr>")
+    assert '<td class="share" style="--v:0.250"><span>2.0</span><sup>2</sup></td>' in rows[4]
+    assert '<ol class="notes"><li>first</li><li>second</li></ol>' in rows[4]
+
+
+def test_a_table_for_a_terminal_sets_numbers_right_and_leaves_drawings_out():
+    out = io.StringIO()
+    Console(file=out, width=60).print(terminal_table(example()))
+    assert [line.rstrip() for line in out.getvalue().splitlines()] == [
+        "a          b  c",
+        "a group",
+        "x | y    1.0  <b>",
+        "z        2.0",
+    ]

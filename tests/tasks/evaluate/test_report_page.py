@@ -13,9 +13,13 @@ from typing import Any
 import pytest
 
 from tasks.evaluate.metrics.scored import Scored
+from tasks.evaluate.report.all_sets import average_table, count_verdicts
 from tasks.evaluate.report.findings import Findings
-from tasks.evaluate.report.overview import averages, verdict_counts
-from tasks.evaluate.report.summary import average_interval, sentences, tiles
+from tasks.evaluate.report.summary import (
+    average_interval,
+    headline_tiles,
+    summary_sentences,
+)
 from tasks.evaluate.report.write_reports import write_reports
 from tasks.evaluate.sets.set_registry import known_sets
 from tests.tasks.evaluate.made_up import made_up
@@ -166,7 +170,7 @@ def test_one_set_alone_is_a_report(key: str, tmp_path: Path):
     assert f"set-{key}" in page.ids and "verdicts" not in page.ids and "models" not in page.ids
     assert markdown.read_text().startswith("# Made-up evaluation\n")
     assert len(summary.read_text()) < 3_000
-    assert len(tiles(Findings(results))) == (2 if key == "flickr30k" else 1)
+    assert len(headline_tiles(Findings(results))) == (2 if key == "flickr30k" else 1)
 
 
 def test_a_set_of_the_users_own_needs_no_entry_in_the_registry(
@@ -204,11 +208,11 @@ def test_every_figure_is_in_the_flat_table(made: tuple[Results, Rankings], repor
 
 def test_the_summary_says_how_many_figures_are_reproduced(made: tuple[Results, Rankings]):
     found = Findings(made[0])
-    counts = verdict_counts(found, "candidate")
-    said = next(one for one in sentences(found) if "the paper prints" in one)
+    counts = count_verdicts(found, "candidate")
+    said = next(one for one in summary_sentences(found) if "the paper prints" in one)
     assert f"Of {sum(counts.values())} figures" in said
     assert f"{counts['reproduced']} " in said
-    assert sentences(found)[1] == "1 set could not be evaluated: Birdsnap."
+    assert summary_sentences(found)[1] == "1 set could not be evaluated: Birdsnap."
 
 
 def test_an_average_has_an_interval_only_where_all_its_sets_have(made: tuple[Results, Rankings]):
@@ -217,7 +221,7 @@ def test_an_average_has_an_interval_only_where_all_its_sets_have(made: tuple[Res
     mean = made[0]["averages"]["1b"]["candidate"]["value"] / 100
     assert low < mean < high and high - low < 0.1
     assert average_interval(found, "2", "candidate") is None
-    table = averages(found)
+    table = average_table(found)
     assert table is not None
     assert [one.cells[2].text == "refused" for one in table.rows] == [
         *(False, False, True, True, True, True)

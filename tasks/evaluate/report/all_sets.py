@@ -1,0 +1,284 @@
+"""Tables over all sets: the figures at a glance, verdicts, averages, comparisons.
+
+Covers: their rows, in the words of a reader.
+Not here: the paper's tables (paper_form.py), tables of one set (one_set.py), layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tasks.evaluate.metrics.metric import title_of
+from tasks.evaluate.report.charts import interval_bar
+from tasks.evaluate.report.findings import Figure, Findings
+from tasks.evaluate.report.numbers import interval, p_value, percent, plural, points, signed
+from tasks.table import NOTHING, Cell, Table, TableColumn, words
+
+VERDICTS = ("differs", "not comparable", "reproduced")
+"""In the order of the table: what needs to be looked at first."""
+EMPHASIS = {"reproduced": "good", "differs": "bad", "not comparable": "quiet"}
+TABLES = {
+    "1b": "ImageNet, its variants and ObjectNet (Table 1b)",
+    "2": "27 image classification sets (Table 2)",
+    "3": "four video sets (Table 3)",
+}
+"""Tables of the paper that have an average."""
+SURE = 0.05
+"""p-value below which a difference is coloured."""
+
+
+def anchor(evalset: str) -> str:
+    """Anchor of a set's section on the page."""
+    return f"set-{evalset}"
+
+
+def glance_table(found: Findings) -> Table:
+    """One row a set, two of retrieval: our figure beside the published one and chance.
+
+    It is top-1 unless the row says otherwise.
+    """
+    figures = [one for key in found.sets for one in found.headline_figures(key, found.subject)]
+    with_paper = any(one.published for one in figures)
+    table = Table.of(
+        *("set", found.subject, "95 % interval", TableColumn("0 … 100 %", is_drawn=True)),
+        *(("published", "difference", words("verdict")) if with_paper else ()),
+        *(*found.others, "chance", "images", "warnings"),
+    )
+    for one in figures:
+        about, published = found.set(one.evalset), one.published
+        given: list[Cell | str] = []
+        if with_paper:
+            given = [_published_cell(one, table), signed(one.difference), _verdict_cell(one)]
+        bar = interval_bar(
+            one.value or 0.0,
+            one.interval,
+            published=published.value if published else None,
+            chance=one.chance,
+        )
+        warnings = len(about["warnings"])
+        table.add(
+            Cell(_name_figure(found, one), link=anchor(one.evalset)),
+            Cell(percent(one.value), "value"),
+            interval(one.interval),
+            Cell("", drawing=bar),
+            *given,
+            *(percent(found.figure(one.evalset, x, one.metric).value) for x in found.others),
+            percent(one.chance),
+            f"{about['n']:,}",
+            Cell(str(warnings), "warned", link=anchor(one.evalset)) if warnings else "",
+        )
+    return table
+
+
+def verdict_table(found: Findings) -> Table | None:
+    """Every figure of ours that the paper prints too; the ones that differ first."""
+    compared = [
+        (VERDICTS.index(one.published.verdict), model, one, one.published)
+        for model in found.models
+        for one in compared_figures(found, model)
+        if one.published
+    ]
+    if not compared:
+        return None
+    several = len({model for _, model, _, _ in compared}) > 1
+    model_column = (words("model"),) if several else ()
+    table = Table.of(
+        *("set", *model_column, words("verdict"), "ours", "published", "difference"),
+        *("tolerance", words("why")),
+    )
+    # Footnotes are numbered in the order of models and sets, which the order of rows is not.
+    table.cite(note for _, _, _, published in compared for note in published.errata)
+    for _, model, one, published in sorted(compared, key=lambda entry: entry[0]):
+        table.add(
+            Cell(_name_figure(found, one), link=anchor(one.evalset)),
+            *([model] if several else []),
+            _verdict_cell(one),
+            percent(one.value),
+            _published_cell(one, table),
+            signed(one.difference, 2),
+            NOTHING if published.tolerance is None else f"± {published.tolerance:g}",
+            published.reason or "within the tolerance",
+        )
+    return table
+
+
+def compared_figures(found: Findings, model: str) -> list[Figure]:
+    """The figures of a model that the paper prints too."""
+    return [one for key in found.sets for one in found.figures(key, model) if one.published]
+
+
+def count_verdicts(found: Findings, model: str) -> Mapping[str, int]:
+    """Number of a model's figures that have each verdict."""
+    given = [one.published.verdict for one in compared_figures(found, model) if one.published]
+    return {verdict: given.count(verdict) for verdict in VERDICTS}
+
+
+def average_table(found: Findings) -> Table | None:
+    """The paper's averages; where a set is missing there is none, but one over what is there."""
+    table = Table.of(
+        *("average over", words("model"), "average", "sets", "over the sets both have"),
+        *("published, same sets", "difference"),
+    )
+    for key, title in TABLES.items():
+        for model in found.models:
+            average = found.average(key, model)
+            if not average:
+                continue
+            common, reference = average["intersection_value"], average["intersection_reference"]
+            sets = len(average["sets"])
+            table.add(
+                title,
+                model,
+                _value_or_refusal(average["value"], average["reason"], table),
+                f"{sets} of {sets + len(average['missing'])}",
+                points(common),
+                points(reference),
+                signed(common - reference) if None not in (common, reference) else NOTHING,
+            )
+    return table if table.rows else None
+
+
+def robustness_table(found: Findings) -> Table | None:
+    """The gap Δ of Table 1b for every model that has it."""
+    table = Table.of("model", "ImageNet-1K", "average of the six", "gap Δ", "published Δ")
+    for model in found.models:
+        gap = found.robustness(model)
+        if gap:
+            table.add(
+                model,
+                points(gap["imagenet1k"]),
+                points(gap["average"]),
+                _value_or_refusal(gap["delta"], gap["reason"], table),
+                points(gap["published"]),
+            )
+    return table if table.rows else None
+
+
+def comparison_table(found: Findings, *, headlines_only: bool) -> Table | None:
+    """Differences to every other model on the same samples, with p-values."""
+    table = Table.of(
+        *("set", words("other model"), words("figure"), found.subject, "other"),
+        *("difference, points", "95 % interval", "p"),
+    )
+    for other in found.others:
+        for evalset, metric, one in compared_pairs(found, other, headlines_only=headlines_only):
+            low, high = (100 * bound for bound in one["interval"])
+            is_sure = one["p"] < SURE
+            direction = "good" if one["difference"] > 0 else "bad"
+            table.add(
+                Cell(found.name(evalset), link=anchor(evalset)),
+                other,
+                title_of(metric),
+                *(percent(found.figure(evalset, x, metric).value) for x in (found.subject, other)),
+                Cell(signed(100 * one["difference"], 2), direction if is_sure else "quiet"),
+                f"{signed(low, 2)} … {signed(high, 2)}",
+                Cell(p_value(one["p"]), "" if is_sure else "quiet"),
+            )
+    return table if table.rows else None
+
+
+def compared_pairs(
+    found: Findings, other: str, *, headlines_only: bool
+) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Set, metric and paired difference of the subject to another model."""
+    for evalset in found.sets:
+        for metric, one in found.paired(evalset, other).items():
+            if not headlines_only or metric in found.headlines(evalset):
+                yield evalset, metric, one
+
+
+def contamination_table(found: Findings) -> Table | None:
+    """Figures with and without the images that have near-duplicates in the training shards."""
+    table = Table.of(
+        *("set", "images seen in training", "share", words("figure"), "with them"),
+        *("without them", "difference"),
+    )
+    for evalset in found.sets:
+        one = found.contamination(evalset)
+        if not one:
+            continue
+        flagged, n = one["flagged"], found.set(evalset)["n"]
+        for figure in found.headline_figures(evalset, found.subject):
+            ours, cleaned = figure.value, (one["figures_without"] or {}).get(figure.metric)
+            table.add(
+                Cell(found.name(evalset), link=anchor(evalset)),
+                f"{flagged:,} of {n:,}",
+                percent(flagged / n),
+                figure.title,
+                percent(ours),
+                percent(cleaned),
+                NOTHING if ours is None or cleaned is None else signed(100 * (cleaned - ours), 2),
+            )
+    return table if table.rows else None
+
+
+def failure_table(found: Findings) -> Table | None:
+    """Sets that could not be evaluated."""
+    table = Table.of("set", words("why"))
+    for evalset, reason in found.failed.items():
+        table.add(found.name(evalset), reason)
+    return table if table.rows else None
+
+
+def provenance_table(found: Findings) -> Table:
+    """Models, the rule for ties and versions behind all figures."""
+    table = Table.of("what", words("is"))
+    for model in found.models:
+        table.add(f"model “{model}”", "; ".join(_describe_model(found.about(model))))
+    table.add("rule", str(found.raw["rule"]))
+    versions = found.raw["versions"].items()
+    table.add("versions", ", ".join(f"{tool} {version}" for tool, version in versions))
+    return table
+
+
+def count_sets_and_images(found: Findings) -> str:
+    """Size of the evaluation: 33 sets, 512,000 images."""
+    images = sum(int(found.set(one)["n"]) for one in found.sets)
+    return f"{plural(len(found.sets), 'set')}, {plural(images, 'image')}"
+
+
+def _describe_model(about: Mapping[str, Any]) -> Iterator[str]:
+    yield str(about["architecture"])
+    yield f"weights {about['digest']}"
+    yield f"text tower {about['text_digest']}"
+    yield f"preprocessing {about['transform_digest']}"
+    yield f"{about['params'] / 1e6:,.1f} million parameters"
+    if about["gflops"]:
+        yield f"{about['gflops']:,.1f} GFLOPs an image"
+    settings = about["preprocessing"].items()
+    if settings:
+        yield f"images: {', '.join(f'{name} {_describe_value(value)}' for name, value in settings)}"
+    if about["source"]:
+        yield f"from {about['source']}"
+
+
+def _describe_value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return " ".join(map(_describe_value, value))
+    return str(value)
+
+
+def _name_figure(found: Findings, figure: Figure) -> str:
+    """A set and its figure in one name; of top-1 the set's alone."""
+    return found.name(figure.evalset) + ("" if figure.metric == "top1" else f" · {figure.title}")
+
+
+def _verdict_cell(figure: Figure) -> Cell:
+    verdict = figure.published.verdict if figure.published else NOTHING
+    return Cell(verdict, EMPHASIS.get(verdict, ""))
+
+
+def _published_cell(figure: Figure, table: Table) -> Cell:
+    if figure.published is None:
+        return Cell(NOTHING)
+    notes = table.cite(figure.published.errata)
+    return Cell(f"{100 * figure.published.value:.1f} %", notes=notes)
+
+
+def _value_or_refusal(value: float | None, reason: str, table: Table) -> Cell:
+    if value is None:
+        return Cell("refused", "bad", notes=table.cite([reason] if reason else []))
+    return Cell(points(value))

@@ -1,0 +1,215 @@
+"""Tables: one model, and one writer each for HTML, Markdown and a terminal.
+
+Covers: columns, rows, cells, footnotes; the three writers; HTML and SVG elements with escaped text.
+Not here: the content of any table; how emphasis looks on a page (tasks/evaluate/report/style.css).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from markupsafe import Markup
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+NOTHING = "–"
+"""Stands where there is no number."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell."""
+
+    text: str
+    emphasis: str = ""
+    """CSS class of the page: value, good, bad, quiet, warned, code."""
+    link: str = ""
+    """Anchor on the page, without its #."""
+    url: str = ""
+    """Address elsewhere."""
+    drawing: Markup | None = None
+    """What the page shows instead of the text."""
+    share: float | None = None
+    """Drawn as a bar behind the text on the page, from 0 to 1."""
+    notes: tuple[int, ...] = ()
+    """Numbers of footnotes."""
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One row; a style of "group" is a heading across the table, "ours" is emphasised."""
+
+    cells: tuple[Cell, ...]
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class TableColumn:
+    """A column of numbers, set right, unless it has words."""
+
+    title: str
+    has_words: bool = False
+    is_drawn: bool = False
+    """Whether only the page has it, because it shows drawings."""
+
+
+def words(title: str) -> TableColumn:
+    """A column of words, set left; the first column always is one."""
+    return TableColumn(title, has_words=True)
+
+
+@dataclass
+class Table:
+    """A table whose first column names the row."""
+
+    columns: tuple[TableColumn, ...]
+    rows: list[TableRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Footnotes in the order in which they are first needed, each text once."""
+    is_upright: bool = False
+    """Whether the page sets the head upright, because there are many columns."""
+
+    @classmethod
+    def of(cls, *columns: TableColumn | str, is_upright: bool = False) -> Table:
+        """A table without rows; a column that is given by its title alone is one of numbers."""
+        made = [one if isinstance(one, TableColumn) else TableColumn(one) for one in columns]
+        return cls((words(made[0].title), *made[1:]), is_upright=is_upright)
+
+    def add(self, *cells: Cell | str | None, style: str = "") -> None:
+        """Add a row; a plain text is a cell without emphasis, None one that says nothing."""
+        made = [one if isinstance(one, Cell) else Cell(one or "") for one in cells]
+        self.rows.append(TableRow(tuple(made), style))
+
+    def cite(self, texts: Iterable[str]) -> tuple[int, ...]:
+        """Numbers, from 1, of the footnotes with these texts, which are added where missing."""
+        given = list(texts)
+        self.notes += [text for text in dict.fromkeys(given) if text not in self.notes]
+        return tuple(sorted(self.notes.index(text) + 1 for text in given))
+
+
+def element(name: str, *content: str, **attributes: str | float | None) -> Markup:
+    """An HTML or SVG element; texts are escaped, attributes of None or "" are left out.
+
+    Underscores in names of attributes are hyphens, and one at the end is dropped (`class_`).
+    Numbers that are no integers have one decimal.
+    """
+    given = Markup().join(
+        Markup(' {}="{}"').format(
+            key.removesuffix("_").replace("_", "-"),
+            f"{value:.1f}" if isinstance(value, float) else value,
+        )
+        for key, value in attributes.items()
+        if value is not None and value != ""
+    )
+    return Markup("<{0}{1}>{2}</{0}>").format(name, given, Markup().join(content))
+
+
+def html_table(table: Table, *, is_wide: bool = False) -> Markup:
+    """The table in HTML, its footnotes below it; a wide one keeps its first column in sight."""
+    heads = table.columns
+    head = [
+        element("th", one.title, scope="col", class_="text" if one.has_words and place else "")
+        for place, one in enumerate(heads)
+    ]
+    body = [_html_row(row, heads) for row in table.rows]
+    classes = f"card scroll{' wide' if is_wide else ''}{' upright' if table.is_upright else ''}"
+    made = element(
+        "div",
+        element(
+            "table",
+            element("thead", element("tr", *head)),
+            element("tbody", Markup("\n").join(body)),
+        ),
+        class_=classes,
+        tabindex=0,
+    )
+    notes = [element("li", note) for note in table.notes]
+    return made + (element("ol", *notes, class_="notes") if notes else Markup())
+
+
+def _html_row(row: TableRow, columns: Sequence[TableColumn]) -> Markup:
+    if row.style == "group":
+        across = element("th", row.cells[0].text, colspan=len(columns), scope="rowgroup")
+        return element("tr", across, class_="group")
+    cells = [
+        _html_cell(cell, place, column)
+        for place, (cell, column) in enumerate(zip(row.cells, columns, strict=True))
+    ]
+    return element("tr", *cells, class_=row.style)
+
+
+def _html_cell(cell: Cell, place: int, column: TableColumn) -> Markup:
+    is_bar = cell.share is not None
+    classes = [cell.emphasis, "text" if column.has_words and place else "", "share" * is_bar]
+    inside: str = cell.text
+    if cell.drawing is not None:
+        inside = cell.drawing
+    elif cell.link or cell.url:
+        inside = element("a", cell.text, href=cell.url or f"#{cell.link}")
+    elif is_bar:
+        inside = element("span", cell.text)
+    return element(
+        "td" if place else "th",
+        inside,
+        element("sup", ", ".join(map(str, cell.notes))) if cell.notes else "",
+        class_=" ".join(filter(None, classes)),
+        scope="" if place else "row",
+        style=f"--v:{cell.share:.3f}" if is_bar else "",
+    )
+
+
+def markdown_table(table: Table) -> str:
+    """The table in Markdown, its footnotes below it."""
+    shown = [place for place, one in enumerate(table.columns) if not one.is_drawn]
+    heads = [table.columns[place] for place in shown]
+    lines = [
+        _markdown_line(escape_markdown(one.title) for one in heads),
+        _markdown_line(":--" if one.has_words else "--:" for one in heads),
+    ]
+    for row in table.rows:
+        if row.style == "group":
+            title = f"**{escape_markdown(row.cells[0].text)}**"
+            lines.append(_markdown_line([title, *[""] * (len(shown) - 1)]))
+        else:
+            lines.append(_markdown_line(_markdown_cell(row.cells[i], row.style) for i in shown))
+    notes = [f"{number}. {escape_markdown(text)}" for number, text in enumerate(table.notes, 1)]
+    return "\n".join([*lines, *(["", *notes] if notes else [])])
+
+
+def escape_markdown(text: str) -> str:
+    """Text that Markdown and the HTML in it leave as it is, on one line."""
+    flat = " ".join(text.split())
+    for mark in "\\`*_[]|<":
+        flat = flat.replace(mark, "&lt;" if mark == "<" else f"\\{mark}")
+    return flat
+
+
+def _markdown_cell(cell: Cell, style: str) -> str:
+    text = escape_markdown(cell.text)
+    if cell.url:
+        text = f"[{text}]({cell.url})"
+    if style == "ours" and text:
+        text = f"**{text}**"
+    return text + "".join(f"<sup>{number}</sup>" for number in cell.notes)
+
+
+def _markdown_line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def terminal_table(table: Table) -> RichTable:
+    """The table for a terminal, without footnotes."""
+    from rich.table import Table as RichTable  # only where something is printed
+    from rich.text import Text
+
+    made = RichTable(box=None, pad_edge=False)
+    shown = [place for place, one in enumerate(table.columns) if not one.is_drawn]
+    for place in shown:
+        column = table.columns[place]
+        made.add_column(Text(column.title), justify="left" if column.has_words else "right")
+    for row in table.rows:
+        made.add_row(*(Text(row.cells[place].text) for place in shown if place < len(row.cells)))
+    return made
