@@ -35,7 +35,7 @@ from evaclip_model.reading.config import SamplingConfig
 from evaclip_model.reading.decode import DECODERS, Picture
 from evaclip_model.reading.order import ORDERS, Mixture, Order, Piece
 from evaclip_model.reading.read_worker import Origin, Worker, serve
-from evaclip_model.reading.samples import BrokenShard, Shard, ShardManifest
+from evaclip_model.reading.samples import BrokenShard, Pair, Shard, ShardManifest
 from evaclip_model.reading.shard_store import LocalShards, RemoteShards, ShardStore
 from evaclip_model.reading.transform import UnreadableImageError
 from evaclip_model.reading.urls import is_url
@@ -82,12 +82,13 @@ class ReadSettings:
 class _Loaded:
     """A sample in memory: its caption, and its image encoded or, when kept, decoded."""
 
-    __slots__ = ("caption", "image", "origin")
+    __slots__ = ("caption", "flaw", "image", "origin")
 
-    def __init__(self, image: bytes | memoryview | Picture, caption: str, origin: Origin) -> None:
-        self.image = image
-        self.caption = caption
-        self.origin = origin
+    def __init__(self, pair: Pair, path: str) -> None:
+        self.image: bytes | memoryview | Picture = pair.image
+        self.caption = pair.caption
+        self.origin = Origin(path, pair.key)
+        self.flaw = pair.flaw
 
 
 @dataclass(frozen=True)
@@ -271,11 +272,13 @@ class BatchReader:
         pieces = self._orders[source].pieces(lane, epoch, number)
         paths = sorted({self._shards[source][piece.shard].path for piece in pieces})
         raise InputError(
-            f"none of {len(window.samples)} images in {', '.join(paths)} can be decoded: "
+            f"none of {len(window.samples)} samples in {', '.join(paths)} can be used: "
             "verify the shards again"
         )
 
     def _crop(self, loaded: _Loaded, position: int) -> Tensor:
+        if loaded.flaw is not None:
+            raise UnreadableImageError(loaded.flaw)
         picture = loaded.image
         if isinstance(picture, bytes | memoryview):
             picture = self._decode(picture)
@@ -405,8 +408,7 @@ class _ShardStream:
                 f"{self._shard.path} ends before sample {stop} of {self._shard.samples}: "
                 "verify the shards again"
             )
-        path = self._shard.path
-        return [_Loaded(pair.image, pair.caption, Origin(path, pair.key)) for pair in taken]
+        return [_Loaded(pair, self._shard.path) for pair in taken]
 
     def close(self) -> None:
         """Close the file."""

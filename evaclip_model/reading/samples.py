@@ -3,8 +3,10 @@
 Covers: names inside a shard, reading its samples, `shards.json`.
 Not here: making shards, sampling them for training, decoding images; torch.
 
-A shard is a webdataset tar. A sample is three members that share a key: `KEY.jpg` (or png, webp),
-`KEY.txt` (the caption, UTF-8) and `KEY.json` (the record: uid, source, url, sizes, ...).
+A shard is a webdataset tar. A sample is members that share a key: an image (`KEY.jpg` or another of
+`IMAGE_EXTENSIONS`), `KEY.txt` (the caption, UTF-8) and, where whoever made the shard wrote one,
+`KEY.json` (the record: uid, source, url, sizes, ...). A sample that lacks something is flawed and
+costs itself, not its shard.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
@@ -24,26 +27,61 @@ from evaclip_model.cpu.buffer_pool import Memory
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.reading.tar_file import STRETCH, BrokenTar, Member, TarReader
-from evaclip_model.reading.urls import read_text
+from evaclip_model.reading.urls import is_url, read_text
 
 SHARDS = "shards.json"
 """Name of the manifest, in the folder that its shards' paths are relative to."""
-IMAGE_EXTENSIONS = ("jpg", "png", "webp")
+IMAGE_EXTENSIONS = (
+    "jpg",
+    "jpeg",
+    "jpe",
+    "jfif",
+    "png",
+    "webp",
+    "gif",
+    "bmp",
+    "tif",
+    "tiff",
+    "avif",
+)
+"""What may name a sample's image; what the image is, its bytes decide."""
 CAPTION_EXTENSION = "txt"
 RECORD_EXTENSION = "json"
+MAX_IMAGE_BYTES = 1 << 28
+"""Larger members are not read into memory: the sample is flawed."""
+MAX_TEXT_BYTES = 1 << 24
+"""The same for captions and records."""
+SHARD_SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "http", "https")
+"""Of the URLs at which a shard may lie."""
 Stored = tuple[str, dict[str, Member]]
 """Key of a sample, and its members by extension: all behind the first dot, in lower case."""
 T = TypeVar("T")
 _META = re.compile(r"__[^/]*__($|/)").match
 """Names that webdataset passes over: notes about the shard, not parts of a sample."""
+_FINDER = re.compile(r"(^|/)(\._|__MACOSX/|\.DS_Store$)").search
+"""Files that macOS puts into tars beside everybody's own."""
 _NAME = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)").fullmatch
 """Key and extension: the file's name parts at its first dot; a key may not begin with one."""
 _TAKEN = ("__key__", "__url__")
 """What webdataset adds to a sample's extensions."""
+_REPEATED = "__repeated__"
+"""Stands among a sample's members for further ones of an extension that it has already."""
 
 
 class BrokenShard(ValueError):
     """A shard that does not hold what the format promises; the message says where and what."""
+
+
+class MemberFlaw(StrEnum):
+    """What is wrong with a sample's members, before anybody decodes its image."""
+
+    NO_IMAGE = "no_image"
+    SEVERAL_IMAGES = "several_images"
+    NO_CAPTION = "no_caption"
+    REPEATED_MEMBER = "repeated_member"
+    TOO_LARGE = "too_large"
+    CAPTION_NOT_UTF8 = "caption_not_utf8"
+    UNREADABLE_RECORD = "unreadable_record"
 
 
 @dataclass(frozen=True)
@@ -53,20 +91,21 @@ class Sample:
     key: str
     """Unique inside its shard."""
     image: bytes
-    """Encoded as `extension` says."""
-    extension: str
+    """Encoded; empty where `flaw` says that there is none."""
     caption: str
     record: dict[str, Any]
-    """At least `uid` (never changes, unique over all shards) and `source`."""
+    """What the shard says of the sample besides, empty where it says nothing."""
+    flaw: MemberFlaw | None = None
+    """Why the sample cannot be used; None if nothing speaks against it so far."""
 
 
 class Shard(Config):
     """One whole, verified webdataset tar."""
 
     path: str
-    """Relative to the manifest's folder, with forward slashes."""
+    """Relative to the manifest's folder, with forward slashes; or a URL of `SHARD_SCHEMES`."""
     source: str
-    """The one metadata collection that all its samples come from."""
+    """The one collection that all its samples come from."""
     samples: int = Field(ge=1)
     """Number of samples to train on: those of the tar, less its tombstones."""
     bytes: int = Field(ge=1)
@@ -82,9 +121,14 @@ class Shard(Config):
     @field_validator("path")
     @classmethod
     def _is_a_plain_file(cls, path: str) -> str:
-        # webdataset would run a path such as "pipe:..." in a shell, and fetch a URL
-        if not path.endswith(".tar") or ":" in path or path.startswith("/"):
-            raise ValueError("should be the path of a .tar, relative to the manifest's folder")
+        # webdataset would run a path such as "pipe:..." in a shell
+        if path.endswith(".tar") and path.partition("://")[0] in SHARD_SCHEMES and is_url(path):
+            return path
+        if not path.endswith(".tar") or path.startswith("/") or ":" in path:
+            raise ValueError(
+                "should be the path of a .tar, relative to the manifest's folder, or a URL "
+                f"({', '.join(SHARD_SCHEMES)})"
+            )
         return path
 
     @property
@@ -135,15 +179,15 @@ class ShardManifest(Config):
 
 
 def read_samples(shard: Path) -> Iterator[Sample]:
-    """Yield all samples of a shard in stored order, holding one image in memory at a time.
+    """Yield all samples of a shard in stored order, flawed ones too, one image in memory at a time.
 
     Raises:
-        BrokenShard: truncated or unreadable tar, or a sample that lacks a member.
+        BrokenShard: truncated or unreadable tar.
     """
     try:
         with shard.open("rb", buffering=0) as tar:
             for key, found in grouped(TarReader(tar.fileno())):
-                yield _sample(shard, key, {e: m.read(tar.fileno()) for e, m in found.items()})
+                yield _sample(key, found, tar.fileno())
     except (BrokenTar, OSError) as error:
         raise BrokenShard(f"{shard} is no whole tar: {error}") from error
 
@@ -156,6 +200,8 @@ class Pair(NamedTuple):
     caption: str
     key: str
     """Unique inside its shard."""
+    flaw: MemberFlaw | None = None
+    """Why it cannot be used; image and caption are empty then."""
 
 
 class PairReader:
@@ -190,7 +236,7 @@ class PairReader:
         not be behind `next`.
 
         Raises:
-            BrokenShard: truncated or unreadable tar, or a sample without image or caption.
+            BrokenShard: truncated or unreadable tar.
         """
         try:
             self._members.memory = None
@@ -207,27 +253,27 @@ class PairReader:
         self._tar.close()
 
     def _pair(self, key: str, found: dict[str, Member]) -> Pair:
-        image = found[_image_extension(self._shard, key, found)]
+        flaw, image, caption = _members(found)
+        if flaw is not None or image is None or caption is None:
+            return Pair(b"", "", key, flaw)
         tar = self._tar.fileno()
         try:
-            caption = str(found[CAPTION_EXTENSION].look(tar), "utf-8")
-            return Pair(image.look(tar), caption, key)
-        except ValueError as error:
-            raise BrokenShard(f"{self._shard}: sample {key} cannot be read ({error})") from error
+            return Pair(image.look(tar), str(caption.look(tar), "utf-8"), key)
+        except UnicodeDecodeError:
+            return Pair(b"", "", key, MemberFlaw.CAPTION_NOT_UTF8)
 
 
 def grouped(found: Iterable[Member]) -> Iterator[Stored]:
     """(key, extension -> member) of neighbours that share a key, as webdataset groups them.
 
     Its own functions are not called, because importing webdataset imports torch, which few who look
-    into shards need.
-
-    Raises:
-        BrokenTar: two members of a sample have the same extension.
+    into shards need. Of two members with the same name the first counts and the sample is flawed;
+    webdataset refuses such a shard, or passes over the second if its handler says so. What macOS
+    adds (`is_sample_file`) is passed over.
     """
     key, parts = "", dict[str, Member]()
     for member in found:
-        named = None if _META(member.name) else _NAME(member.name)
+        named = _NAME(member.name) if is_sample_file(member.name) else None
         if named is None:
             continue
         if parts and named[1] != key:
@@ -235,39 +281,71 @@ def grouped(found: Iterable[Member]) -> Iterator[Stored]:
             parts = {}
         key, extension = named[1], named[2].lower()
         if extension in parts or extension in _TAKEN:
-            raise BrokenTar(f"two members have the same name ({member.name})")
+            extension = _REPEATED
         parts[extension] = member
     if parts:
         yield key, parts
+
+
+def is_sample_file(name: str) -> bool:
+    """Whether a member may be part of a sample; webdataset takes this as `select_files`."""
+    return not (_META(name) or _FINDER(name))
 
 
 def kept(samples: Iterable[T], left_out: Set[int]) -> Iterator[T]:
     """A shard's samples, read in stored order by whatever reads them, without its tombstones.
 
     Args:
-        samples: of the whole shard: `webdataset.WebDataset(path, shardshuffle=False)`, say.
+        samples: of the whole shard: `webdataset.WebDataset(path, shardshuffle=False,
+            select_files=is_sample_file)`, say.
         left_out: `Shard.left_out`.
     """
     return (one for place, one in enumerate(samples) if place not in left_out)
 
 
-def _image_extension(shard: Path, key: str, found: Mapping[str, object]) -> str:
-    """The one image among a sample's members, which must hold a caption too."""
-    images = [extension for extension in IMAGE_EXTENSIONS if extension in found]
-    if len(images) != 1 or CAPTION_EXTENSION not in found:
-        raise BrokenShard(f"{shard}: sample {key} holds {sorted(found)}, not image, txt and json")
-    return images[0]
+def _members(
+    found: Mapping[str, Member],
+) -> tuple[MemberFlaw | None, Member | None, Member | None]:
+    """What is wrong with a sample's members, if anything; its image and its caption, if it has them
+    and they are not too large to be read."""
+    images = [found[extension] for extension in IMAGE_EXTENSIONS if extension in found]
+    image = images[0] if len(images) == 1 else None
+    caption = found.get(CAPTION_EXTENSION)
+    too_large = [
+        member
+        for member, most in ((image, MAX_IMAGE_BYTES), (caption, MAX_TEXT_BYTES))
+        if member is not None and member.size > most
+    ]
+    flaw = None
+    if _REPEATED in found:
+        flaw = MemberFlaw.REPEATED_MEMBER
+    elif not images:
+        flaw = MemberFlaw.NO_IMAGE
+    elif image is None:
+        flaw = MemberFlaw.SEVERAL_IMAGES
+    elif caption is None:
+        flaw = MemberFlaw.NO_CAPTION
+    elif too_large:
+        flaw = MemberFlaw.TOO_LARGE
+    return flaw, None if image in too_large else image, None if caption in too_large else caption
 
 
-def _sample(shard: Path, key: str, content: dict[str, bytes]) -> Sample:
-    extension = _image_extension(shard, key, content)
-    if RECORD_EXTENSION not in content:
-        raise BrokenShard(f"{shard}: sample {key} holds {sorted(content)}, not image, txt and json")
-    try:
-        caption = content[CAPTION_EXTENSION].decode()
-        record = json.loads(content[RECORD_EXTENSION])
-    except ValueError as error:
-        raise BrokenShard(f"{shard}: sample {key} cannot be read ({error})") from error
-    if not isinstance(record, dict) or not {"uid", "source"} <= record.keys():
-        raise BrokenShard(f"{shard}: the record of sample {key} lacks uid or source")
-    return Sample(key, content[extension], extension, caption, record)
+def _sample(key: str, found: Mapping[str, Member], tar: int) -> Sample:
+    flaw, image_member, caption_member = _members(found)
+    image = b"" if image_member is None else image_member.read(tar)
+    caption = ""
+    if caption_member is not None:
+        try:
+            caption = caption_member.read(tar).decode()
+        except UnicodeDecodeError:
+            flaw = flaw or MemberFlaw.CAPTION_NOT_UTF8
+    record: Any = {}
+    stored = found.get(RECORD_EXTENSION)
+    if stored is not None:
+        try:
+            record = json.loads(stored.read(tar)) if stored.size <= MAX_TEXT_BYTES else None
+        except (ValueError, RecursionError):
+            record = None
+    if not isinstance(record, dict):
+        record, flaw = {}, flaw or MemberFlaw.UNREADABLE_RECORD
+    return Sample(key, image, caption, record, flaw)

@@ -25,7 +25,10 @@ _WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")
 _AT_ONCE = 8192
 STRETCH = 1 << 20
 """Bytes of a stretch: a dozen images, and a member that does not fit is read by itself."""
-_LONGEST_NAME = 1 << 16
+_LONGEST_NAME = 1 << 20
+"""Bytes of an extra header: a name, and on a Mac the file's attributes."""
+_LONGEST_NUMBER = 20
+"""Digits of a size, more than any file system needs."""
 _ADLER = 65521
 
 
@@ -149,7 +152,7 @@ def _after(before: _Extended, kind: bytes, content: bytes) -> _Extended:
     found: dict[bytes, bytes] = {}
     while content:
         length, _, rest = content.partition(b" ")
-        if not length.isdigit() or not len(length) < int(length) <= len(content):
+        if not _is_size(length) or not len(length) < int(length) <= len(content):
             raise BrokenTar("an extended header holds no key and value")
         key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
         found[key] = value
@@ -157,11 +160,15 @@ def _after(before: _Extended, kind: bytes, content: bytes) -> _Extended:
     if any(key.startswith(b"GNU.sparse") for key in found):
         raise BrokenTar("it holds a sparse member: pack it without holes")
     name, size = found.get(b"path"), found.get(b"size", b"")
-    if size and not size.isdigit():
+    if size and not _is_size(size):
         raise BrokenTar("an extended header gives a size that is no number")
     return _Extended(
         _text(name.rstrip(b"/")) if name else before.name, int(size) if size else before.size
     )
+
+
+def _is_size(text: bytes) -> bool:
+    return text.isdigit() and len(text) <= _LONGEST_NUMBER
 
 
 def _read(tar: int, offset: int, size: int) -> bytes:

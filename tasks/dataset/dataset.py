@@ -32,7 +32,7 @@ from tasks.dataset.config import (
 from tasks.dataset.evaluation_images import read_evaluation_images
 from tasks.dataset.lists import read_hashes
 from tasks.index.sample_index import SampleIndex
-from tasks.index.shard_verdicts import ShardVerdict, read_verdicts
+from tasks.index.shard_verdicts import ShardVerdict, read_verdicts, relative_path, shard_location
 from tasks.progress import Report
 
 _STEPS = 3
@@ -133,7 +133,7 @@ def _shards(
             counts.update(shards=int(left > 0), samples=left)
             counts.update({f"left_out.{n}": c for n, c in choice.counts(start, stop).items()})
             if left:
-                path = os.path.relpath(verified / verdict.path, out)
+                path = relative_path(shard_location(verified, verdict.path), out)
                 tombstones = " ".join(map(str, gone))
                 update = {"path": path, "samples": left, "tombstones": tombstones}
                 shards.append(Shard.model_validate(verdict.shard.model_dump() | update))

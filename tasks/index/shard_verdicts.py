@@ -7,12 +7,14 @@ Not here: reaching a verdict (tasks/verify), choosing samples (tasks/dataset).
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from evaclip_model.config import Config
 from evaclip_model.files import write_atomically
 from evaclip_model.reading.samples import Shard
+from evaclip_model.reading.urls import is_url
 
 CHECKED = "checked.json"
 """In the folder of the verification."""
@@ -22,7 +24,7 @@ class ShardVerdict(Config):
     """What was found in one shard."""
 
     path: str
-    """Of the tar, relative to the verification's folder."""
+    """Of the tar, relative to the verification's folder; or its URL."""
     stored: int
     """Samples that could be read, bad ones included: its rows in the index."""
     shard: Shard | None
@@ -43,3 +45,13 @@ def read_verdicts(folder: Path) -> list[ShardVerdict]:
     """The verdicts of a finished verification, by shard number."""
     path = folder / CHECKED
     return [ShardVerdict.from_mapping(one, where=str(path)) for one in json.loads(path.read_text())]
+
+
+def relative_path(location: Path | str, folder: Path) -> str:
+    """How a file of `folder` names a shard: a URL as it is, a path as it leads there."""
+    return str(location) if is_url(location) else os.path.relpath(location, folder)
+
+
+def shard_location(folder: Path, path: str) -> str:
+    """Where a shard lies that a file of `folder` names so."""
+    return path if is_url(path) else str(folder / path)

@@ -13,7 +13,6 @@ download never takes a sample out of an earlier version.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,14 @@ from pathlib import Path
 from evaclip_model.files import write_atomically
 from tasks.artifacts.artifact import Artifact, Made
 from tasks.index.sample_index import INDEX, join_indexes
-from tasks.index.shard_verdicts import CHECKED, ShardVerdict, read_verdicts, write_verdicts
+from tasks.index.shard_verdicts import (
+    CHECKED,
+    ShardVerdict,
+    read_verdicts,
+    relative_path,
+    shard_location,
+    write_verdicts,
+)
 from tasks.join.config import PARTS, JoinConfig
 from tasks.progress import Report
 
@@ -77,6 +83,6 @@ def read_parts(folder: Path) -> list[JoinedPart]:
 
 def _seen_from(out: Path, folder: Path, verdict: ShardVerdict) -> ShardVerdict:
     """The verdict with the shard's path as it is from `out`."""
-    path = os.path.relpath(folder / verdict.path, out)
+    path = relative_path(shard_location(folder, verdict.path), out)
     shard = verdict.shard and verdict.shard.model_copy(update={"path": path})
     return verdict.model_copy(update={"path": path, "shard": shard})

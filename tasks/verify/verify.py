@@ -12,18 +12,26 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from tasks.artifacts.artifact import Made, read_bulk
+from tasks.index.adopted_shards import ADOPTED, AdoptedShard, read_adopted, shard_size_and_mark
 from tasks.index.sample_index import INDEX, write_index
-from tasks.index.shard_verdicts import CHECKED, ShardVerdict, read_verdicts, write_verdicts
+from tasks.index.shard_verdicts import (
+    CHECKED,
+    ShardVerdict,
+    read_verdicts,
+    relative_path,
+    write_verdicts,
+)
 from tasks.process.child import run_supervised
 from tasks.progress import Report
 from tasks.verify.config import VerifyConfig
-from tasks.verify.verify_shard import read_cpu_s, read_verdict
+from tasks.verify.verify_shard import Adopted, read_cpu_s, read_verdict
 from tasks.verify.verify_worker import ShardJob, VerifyJob
 
 REPORT = "report.json"
@@ -37,13 +45,15 @@ POLL_S = 0.2
 def verify_shards(
     config: VerifyConfig, downloaded: Path, out: Path, processes: int, report: Report
 ) -> Made:
-    """Verify every tar that `downloaded` lists as bulk; without a list, `**/shards/*.tar`.
+    """Verify every shard that `downloaded` lists (`ADOPTED`, or tars as bulk); without a list,
+    `**/shards/*.tar`.
 
     Args:
+        downloaded: folder of a download or of an adoption.
         processes: shards looked at at once; each takes about 0.1 GB.
 
     Raises:
-        InputError: there is no shard that can be trained on.
+        InputError: there is no shard that can be trained on, or one changed since it was adopted.
     """
     if not (out / CHECKED).exists():
         _verify(config, downloaded, out, processes, report)
@@ -56,20 +66,20 @@ def _verify(
     config: VerifyConfig, downloaded: Path, out: Path, processes: int, report: Report
 ) -> None:
     """Write everything, the verdicts last."""
-    tars = _tars(downloaded)
-    if not tars:
+    listed = _list_shards(downloaded)
+    if not listed:
         raise InputError(f"{downloaded} holds no shards: download again")
-    tables = [out / TABLES / f"{tar.stem}.parquet" for tar in tars]
-    _look_at_all(config, tars, tables, out, processes, report)
+    tables = [out / TABLES / f"{number:06d}.parquet" for number in range(len(listed))]
+    _look_at_all(config, listed, tables, out, processes, report)
     verdicts = [read_verdict(table) for table in tables]
     speed = _speed(verdicts, tables)
-    report(len(tars), len(tars), f"{speed['images_per_core_s']:,.0f} images a second and core")
+    report(len(listed), len(listed), f"{speed['images_per_core_s']:,.0f} images a second and core")
     if not any(verdict.shard for verdict in verdicts):
         raise InputError(
-            f"none of the {len(tars)} shards of {downloaded} can be trained on; "
+            f"none of the {len(listed)} shards of {downloaded} can be trained on; "
             f"{verdicts[0].path}: {verdicts[0].left_out}"
         )
-    report(len(tars), len(tars), "indexing")
+    report(len(listed), len(listed), "indexing")
     write_index(tables, out / INDEX, config.memory_limit)
     left_out = {verdict.path: verdict.left_out for verdict in verdicts if verdict.left_out}
     details = {**_counts(verdicts), "left_out": left_out, "speed": speed}
@@ -77,15 +87,47 @@ def _verify(
     write_verdicts(verdicts, out)
 
 
-def _tars(downloaded: Path) -> dict[Path, int | None]:
-    """The shards, in the order of their names, with the size that the download gave them.
+class _Listed(NamedTuple):
+    """A shard to look at."""
 
-    A shard that the list names and the folder lacks is among them, so that it is missed.
+    location: str
+    size: int | None
+    """Bytes that it should have, if that is known."""
+    adopted: Adopted | None
+
+
+def _list_shards(downloaded: Path) -> list[_Listed]:
+    """The shards, in the order of their names, or in that of the adoption's list.
+
+    A shard that the download's list names and the folder lacks is among them, so that it is missed.
     """
+    if (downloaded / ADOPTED).exists():
+        shards = read_adopted(downloaded)
+        _refuse_changed(shards)
+        return [_Listed(s.location, s.size, Adopted(source=s.source, name=s.name)) for s in shards]
     listed = read_bulk(downloaded)
-    if listed is None:  # not downloaded by us, or before there were lists
-        return dict.fromkeys(sorted(downloaded.glob("**/shards/*.tar")))
-    return {path: listed[path] for path in sorted(listed) if path.suffix == ".tar"}
+    if listed is None:  # before there were lists, or packed by hand
+        tars = sorted(downloaded.glob("**/shards/*.tar"))
+        return [_Listed(str(tar.resolve()), None, None) for tar in tars]
+    tars = sorted(path for path in listed if path.suffix == ".tar")
+    return [_Listed(str(tar.resolve()), listed[tar], None) for tar in tars]
+
+
+def _refuse_changed(shards: Sequence[AdoptedShard]) -> None:
+    """Raises: InputError: a shard is not the one any more that was adopted."""
+    changed = []
+    for shard in shards:
+        try:
+            same = shard_size_and_mark(shard.location) == (shard.size, shard.mark)
+        except OSError:
+            same = False
+        if not same:
+            changed.append(shard.location)
+    if changed:
+        raise InputError(
+            f"{len(changed):,} of {len(shards):,} adopted shards changed or are gone since they "
+            f"were adopted, the first is {changed[0]}: run again to adopt what is there now"
+        )
 
 
 def _speed(verdicts: Sequence[ShardVerdict], tables: Sequence[Path]) -> dict[str, float]:
@@ -96,7 +138,7 @@ def _speed(verdicts: Sequence[ShardVerdict], tables: Sequence[Path]) -> dict[str
 
 def _look_at_all(
     config: VerifyConfig,
-    tars: Mapping[Path, int | None],
+    listed: Sequence[_Listed],
     tables: Sequence[Path],
     out: Path,
     processes: int,
@@ -109,17 +151,21 @@ def _look_at_all(
         torn.unlink()
     missing = [
         ShardJob(
-            tar=tar.resolve(), size=size, path=os.path.relpath(tar, out), target=table.resolve()
+            location=shard.location,
+            size=shard.size,
+            path=relative_path(shard.location, out.resolve()),
+            target=table.resolve(),
+            adopted=shard.adopted,
         )
-        for (tar, size), table in zip(tars.items(), tables, strict=True)
+        for shard, table in zip(listed, tables, strict=True)
         if not table.exists()
     ]
-    before = len(tars) - len(missing)
+    before = len(listed) - len(missing)
     left = {job.target for job in missing}
 
     def poll() -> None:
         left.difference_update([target for target in left if target.exists()])
-        report(before + len(missing) - len(left), len(tars), "shards")
+        report(before + len(missing) - len(left), len(listed), "shards")
 
     if not missing:
         return

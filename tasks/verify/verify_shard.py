@@ -7,13 +7,14 @@ different shards (tasks/dataset).
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import io
 import json
+import os
 import time
-import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -23,10 +24,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
 
+from evaclip_model.config import Config
+from evaclip_model.errors import InputError
 from evaclip_model.files import replace_file
 from evaclip_model.reading.samples import BrokenShard, Sample, Shard, read_samples
+from evaclip_model.reading.transform import UnreadableImageError, decode_image
+from evaclip_model.reading.urls import filesystem, is_url
 from tasks.artifacts.artifact import sha256_of
 from tasks.index.perceptual_hash import grey_of, hashes_of
 from tasks.index.sample_index import COLUMNS
@@ -38,7 +42,7 @@ _CPU_S = b"cpu_s"
 
 
 class Flaw(StrEnum):
-    """Why a sample cannot be trained on."""
+    """Why a sample cannot be trained on, apart from `MemberFlaw`."""
 
     UNDECODABLE = "undecodable"
     TOO_SMALL = "too_small"
@@ -47,8 +51,22 @@ class Flaw(StrEnum):
     REPEATED_UID = "repeated_uid"
 
 
+class Adopted(Config):
+    """Whose shard it is that somebody else made."""
+
+    source: str
+    """The recipe's name for the collection."""
+    name: str
+    """Of the shard, unique in its source."""
+
+
 def verify_shard(
-    tar: Path, path: str, config: VerifyConfig, target: Path, size: int | None = None
+    tar: Path,
+    path: str,
+    config: VerifyConfig,
+    target: Path,
+    size: int | None = None,
+    adopted: Adopted | None = None,
 ) -> None:
     """Read `tar` to its end and write what was found to the file `target`.
 
@@ -59,14 +77,20 @@ def verify_shard(
         target: a parquet file, written beside its place and renamed: a row a sample (the columns of
             the index), the verdict in its metadata.
         size: bytes that the tar should have, if that is known.
+        adopted: whose it is, if somebody else made it: its samples' source, whatever their records
+            say, and no share of bad samples is too large. None: ours.
     """
     begin_s = time.process_time()
-    seen = _Seen(config)
+    seen = _Seen(config, adopted or Adopted(source="", name=tar.name), adopted is not None)
     left_out = None
     try:
         for sample in read_samples(tar):
             seen.look_at(sample)
-        left_out = _why_not_as_recorded(tar, seen, size) or _why_left_out(seen, config)
+        if size is not None and tar.stat().st_size != size:
+            left_out = f"it has {tar.stat().st_size} bytes, but {size} when it was listed"
+        elif adopted is None:
+            left_out = _why_not_as_recorded(tar, seen)
+        left_out = left_out or _why_left_out(seen, config)
     except BrokenShard as problem:
         left_out = str(problem)
     shard = None
@@ -91,6 +115,29 @@ def verify_shard(
         pq.write_table(table, beside, compression="zstd")
 
 
+@contextmanager
+def on_this_machine(location: str, folder: Path) -> Iterator[Path]:
+    """A shard's file: where it lies, or what is fetched from its URL into `folder` and removed.
+
+    Raises:
+        InputError: it cannot be fetched.
+    """
+    if not is_url(location):
+        yield Path(location)
+        return
+    beside = folder / f".fetched.{os.getpid()}.tar"
+    try:
+        try:
+            filesystem(location).get_file(location, str(beside))
+        except Exception as error:  # every protocol has its own kinds
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise InputError(f"{location} cannot be fetched ({error}): run again") from error
+        yield beside
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def read_verdict(target: Path) -> ShardVerdict:
     """The verdict in a file that `verify_shard` wrote."""
     metadata = pq.read_metadata(target).metadata
@@ -107,6 +154,8 @@ class _Seen:
     """The samples of a shard so far."""
 
     config: VerifyConfig
+    adopted: Adopted
+    is_adopted: bool
     rows: list[dict[str, Any]] = field(default_factory=list)
     greys: list[npt.NDArray[np.uint8]] = field(default_factory=list)
     uids: set[str] = field(default_factory=set)
@@ -118,34 +167,44 @@ class _Seen:
         return len(self.rows)
 
     def look_at(self, sample: Sample) -> None:
-        record = sample.record
-        uid = str(record["uid"])
-        grey, flaw = _decoded(sample.image, self.config)
+        """Note what a sample is; whatever it holds, it costs nothing but itself."""
+        grey: npt.NDArray[np.uint8] | None = None
+        flaw: str | None = sample.flaw
+        if sample.image:
+            grey, problem = _decoded(sample.image, self.config)
+            flaw = flaw or problem
         if flaw is None and not sample.caption.strip():
             flaw = Flaw.EMPTY_CAPTION
-        if uid in self.uids:
+        row = self._identity(sample)
+        if row["uid"] in self.uids:
             flaw = Flaw.REPEATED_UID
         if flaw is not None:
-            self.flaws[flaw.value] += 1
+            self.flaws[str(flaw)] += 1
         if grey is not None:
             self.greys.append(grey)
-        self.uids.add(uid)
-        self.sources.add(str(record["source"]))
-        self.rows.append(
-            {
-                "key": sample.key,
-                "uid": uid,
-                "source": str(record["source"]),
-                "original_id": _text(record, "original_id"),
-                "url": _text(record, "url"),
-                "sha256": _text(record, "sha256"),
-                "stored_sha256": hashlib.sha256(sample.image).hexdigest(),
-                "md5": _text(record, "md5")
-                or hashlib.md5(sample.image, usedforsecurity=False).hexdigest(),
-                "phash": None if grey is None else 0,
-                "flaw": flaw,
-            }
-        )
+        self.uids.add(row["uid"])
+        self.sources.add(row["source"])
+        self.rows.append({**row, "phash": None if grey is None else 0, "flaw": flaw})
+
+    def _identity(self, sample: Sample) -> dict[str, Any]:
+        record = sample.record
+        url = _text(record, "url")
+        source = self.adopted.source if self.is_adopted else _text(record, "source")
+        if url is not None:  # as a merge would name the row
+            identity = f"{url.partition('://')[2] or url}\n{sample.caption}"
+        else:
+            identity = f"{source}\n{self.adopted.name}\n{sample.key}"
+        md5 = _text(record, "md5")
+        return {
+            "key": _writable(sample.key),
+            "uid": _text(record, "uid") or _md5(identity.encode(errors="replace")),
+            "source": source or "",
+            "original_id": _text(record, "original_id"),
+            "url": url,
+            "sha256": _text(record, "sha256"),
+            "stored_sha256": hashlib.sha256(sample.image).hexdigest() if sample.image else None,
+            "md5": md5 or (_md5(sample.image) if sample.image else None),
+        }
 
     def table(self) -> pa.Table:
         """A row a sample, with the perceptual hashes of all that could be decoded."""
@@ -163,18 +222,14 @@ def _decoded(
 ) -> tuple[npt.NDArray[np.uint8] | None, Flaw | None]:
     """The image small and grey, when it can be decoded, and what is wrong with it, if anything."""
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(encoded)) as image:
-            # Pillow warns of large images and odd metadata; our own rules decide
-            warnings.simplefilter("ignore")
-            width, height = image.size
-            if width * height > config.max_pixels:
-                return None, Flaw.TOO_MANY_PIXELS
-            grey = grey_of(image.convert("RGB"))
-    except Image.DecompressionBombError:
-        return None, Flaw.TOO_MANY_PIXELS
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError):
+        image = decode_image(encoded, config.max_pixels)
+        grey = grey_of(image.convert("RGB"))
+    except UnreadableImageError as error:
+        too_large = "more than" in str(error)
+        return None, Flaw.TOO_MANY_PIXELS if too_large else Flaw.UNDECODABLE
+    except Exception:  # converting meets what decoding passed over
         return None, Flaw.UNDECODABLE
-    return grey, Flaw.TOO_SMALL if min(width, height) < config.min_image_px else None
+    return grey, Flaw.TOO_SMALL if min(image.size) < config.min_image_px else None
 
 
 def _why_left_out(seen: _Seen, config: VerifyConfig) -> str | None:
@@ -183,18 +238,22 @@ def _why_left_out(seen: _Seen, config: VerifyConfig) -> str | None:
         return "it holds no samples"
     if len(seen.sources) > 1:
         return f"it mixes the sources {', '.join(sorted(seen.sources))}"
-    if bad == samples or bad > samples * config.max_bad_share:
-        return f"{bad} of its {samples} samples are bad"
+    if bad == samples:
+        return f"all of its {samples} samples are bad ({_said(seen.flaws)})"
+    if not seen.is_adopted and bad > samples * config.max_bad_share:
+        return f"{bad} of its {samples} samples are bad ({_said(seen.flaws)})"
     return None
 
 
-def _why_not_as_recorded(tar: Path, seen: _Seen, size: int | None) -> str | None:
+def _said(flaws: Counter[str]) -> str:
+    return ", ".join(f"{count} {flaw}" for flaw, count in flaws.most_common())
+
+
+def _why_not_as_recorded(tar: Path, seen: _Seen) -> str | None:
     """What the downloader wrote beside the tar and what is in the tar must be the same samples.
 
     A tar without table and statistics was not made by img2dataset, and stands for itself.
     """
-    if size is not None and tar.stat().st_size != size:
-        return f"it has {tar.stat().st_size} bytes, but {size} when it was downloaded"
     statistics, table = tar.with_name(f"{tar.stem}_stats.json"), tar.with_suffix(".parquet")
     if not statistics.exists() and not table.exists():
         return None
@@ -217,4 +276,13 @@ def _why_not_as_recorded(tar: Path, seen: _Seen, size: int | None) -> str | None
 
 def _text(record: Mapping[str, Any], name: str) -> str | None:
     value = record.get(name)
-    return None if value in (None, "") else str(value)
+    return None if value in (None, "") else _writable(str(value))
+
+
+def _writable(text: str) -> str:
+    """The text without halves of characters, which no file of text can hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()

@@ -17,19 +17,22 @@ from pathlib import Path
 
 from evaclip_model.config import Config
 from tasks.verify.config import VerifyConfig
-from tasks.verify.verify_shard import verify_shard
+from tasks.verify.verify_shard import Adopted, on_this_machine, verify_shard
 
 
 class ShardJob(Config):
     """One shard to look at."""
 
-    tar: Path
+    location: str
+    """Path or URL."""
     size: int | None
     """Bytes that it should have; None if nobody knows."""
     path: str
     """What the verdict calls it."""
     target: Path
     """Where its table goes."""
+    adopted: Adopted | None
+    """Whose it is, if it was adopted."""
 
 
 class VerifyJob(Config):
@@ -49,7 +52,8 @@ def main(job: VerifyJob) -> None:
 
 
 def _look(config: VerifyConfig, shard: ShardJob) -> None:
-    verify_shard(shard.tar, shard.path, config, shard.target, shard.size)
+    with on_this_machine(shard.location, shard.target.parent) as tar:
+        verify_shard(tar, shard.path, config, shard.target, shard.size, shard.adopted)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import webdataset
 
 from evaclip_model.errors import InputError
-from evaclip_model.reading.samples import BrokenShard, Shard, ShardManifest, read_samples
+from evaclip_model.reading.samples import (
+    BrokenShard,
+    PairReader,
+    Shard,
+    ShardManifest,
+    read_samples,
+)
 
 
 def write_tar(path: Path, samples: list[dict[str, object]]) -> Path:
@@ -34,7 +41,7 @@ def shard(path: str, source: str = "laion2b", samples: int = 3) -> Shard:
 def test_samples_come_back_as_they_were_stored(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "0.tar", [stored("000"), stored("001", txt="ein Würfel 🎲")])
     first, second = read_samples(path)
-    assert (first.key, first.extension, first.caption) == ("000", "jpg", "a 000")
+    assert (first.key, first.caption, first.flaw) == ("000", "a 000", None)
     assert first.image == b"\xff\xd8000"
     assert second.caption == "ein Würfel 🎲"
     assert second.record == {"uid": "uid-001", "source": "coyo700m"}
@@ -48,18 +55,31 @@ def test_a_truncated_tar_is_broken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "sample",
+    ("changes", "flaw"),
     [
-        {"__key__": "7", "txt": "no picture", "json": "{}"},
-        {"__key__": "7", "jpg": b"x", "json": "{}"},
-        stored("7", json="{"),
-        stored("7", json=json.dumps({"source": "x"})),
+        ({"jpg": None}, "no_image"),
+        ({"jpg": None, "jpeg": b"x"}, None),
+        ({"png": b"x"}, "several_images"),
+        ({"txt": None}, "no_caption"),
+        ({"txt": b"caf\xe9"}, "caption_not_utf8"),
+        ({"json": None}, None),
+        ({"json": "{"}, "unreadable_record"),
+        ({"json": "[" * 100_000}, "unreadable_record"),
+        ({"json": "7"}, "unreadable_record"),
+        ({"json": json.dumps({"source": "x"})}, None),
     ],
 )
-def test_a_sample_that_lacks_something_is_named(tmp_path: Path, sample: dict[str, object]) -> None:
-    path = write_tar(tmp_path / "0.tar", [sample])
-    with pytest.raises(BrokenShard, match="sample 7"):
-        list(read_samples(path))
+def test_a_flawed_sample_is_told_and_its_neighbours_are_read(
+    tmp_path: Path, changes: dict[str, object], flaw: str | None
+) -> None:
+    one = {name: value for name, value in stored("1", **changes).items() if value is not None}
+    path = write_tar(tmp_path / "0.tar", [stored("0"), one, stored("2")])
+    assert [sample.flaw for sample in read_samples(path)] == [None, flaw, None]
+    with closing(PairReader(path)) as pairs:
+        read = pairs.read(0, 3)
+    record_alone = flaw == "unreadable_record"
+    assert [pair.flaw for pair in read] == [None, None if record_alone else flaw, None]
+    assert [pair.caption for pair in read][::2] == ["a 0", "a 2"]
 
 
 def test_a_manifest_survives_writing_and_groups_by_source(tmp_path: Path) -> None:
@@ -75,7 +95,15 @@ def test_a_manifest_survives_writing_and_groups_by_source(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["shards.json"]
 
 
-@pytest.mark.parametrize("path", ["pipe:rm x.tar", "/etc/x.tar", "http://host/x.tar", "x"])
+def test_a_shard_may_lie_at_a_url_of_a_store() -> None:
+    assert shard("s3://bucket/a/0.tar").path == "s3://bucket/a/0.tar"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["pipe:rm x.tar", "pipe://rm x.tar", "/etc/x.tar", "file:///etc/x.tar", "s3:0.tar", "x"]
+    + ["simplecache::s3://bucket/x.tar", "s3://bucket/x"],
+)
 def test_a_shard_that_is_no_relative_path_of_a_tar_is_refused(path: str) -> None:
     with pytest.raises(ValueError, match="relative to the manifest"):
         shard(path)

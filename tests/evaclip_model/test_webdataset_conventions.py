@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from webdataset.tariterators import tarfile_samples
 
 from evaclip_model.reading.samples import (
-    BrokenShard,
     Shard,
     ShardManifest,
     grouped,
+    is_sample_file,
     kept,
     read_samples,
 )
@@ -76,25 +76,27 @@ def read_here(path: Path) -> Found:
 
 
 def read_by_webdataset(path: Path) -> Found:
+    """What webdataset groups, with those members passed over that it would end with."""
     return [
         (
             sample["__key__"],
             {kind: one for kind, one in sample.items() if kind not in ("__key__", "__url__")},
         )
-        for sample in tarfile_samples([{"url": str(path)}])
+        for sample in tarfile_samples(
+            [{"url": str(path)}],
+            handler=webdataset.ignore_and_continue,
+            select_files=is_sample_file,
+        )
     ]
 
 
 def assert_read_alike(path: Path) -> None:
-    """The same samples, or a refusal of both."""
-    try:
-        expected = read_by_webdataset(path)
-    except ValueError as error:
-        with pytest.raises(BrokenTar, match="the same name"):
-            read_here(path)
-        assert "duplicate file name" in str(error)
-    else:
-        assert read_here(path) == expected
+    """The same samples with the same members; repeated ones are only marked here."""
+    found = [
+        (key, {kind: one for kind, one in parts.items() if kind != "__repeated__"})
+        for key, parts in read_here(path)
+    ]
+    assert found == read_by_webdataset(path)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=["ustar", "pax", "gnu"])
@@ -110,10 +112,21 @@ def test_an_odd_shard_is_grouped_as_webdataset_groups_it(
     assert_read_alike(path)
 
 
-def test_two_members_of_one_name_are_refused_by_name(tmp_path: Path) -> None:
-    path = pack(tmp_path / "0.tar", ODD["one name twice"])
-    with pytest.raises(BrokenShard, match=r"0\.tar .*two members have the same name \(0\.jpg"):
-        list(read_samples(path))
+def test_two_members_of_one_name_cost_their_sample(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "0.tar", [stored("0"), stored("1"), stored("2")])
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(tarfile.TarInfo("2.jpg"))
+    assert [sample.flaw for sample in read_samples(path)] == [None, None, "repeated_member"]
+
+
+def test_what_a_mac_adds_to_a_tar_is_passed_over(tmp_path: Path) -> None:
+    names = ["d/0.jpg", "d/0.txt", "d/1.jpg", "d/1.txt"]
+    added = [n for name in names for n in (name.replace("d/", "d/._"), name)]
+    path = pack(tmp_path / "0.tar", ["._d", ".DS_Store", "__MACOSX/d/0.jpg", *added])
+    assert [(key, sorted(parts)) for key, parts in read_here(path)] == [
+        ("d/0", ["jpg", "txt"]),
+        ("d/1", ["jpg", "txt"]),
+    ]
 
 
 PIECES = st.sampled_from(["0", "1", "a", ".", "..", "/", "__", "_", "jpg", "TXT", "é", " "])

@@ -1,0 +1,77 @@
+"""Shards that lie where their owner put them: the list between the stages adopt and verify.
+
+Covers: one line a shard, what tells that a shard is still the one that was listed.
+Not here: finding shards (tasks/adopt), looking into them (tasks/verify).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import Field
+
+from evaclip_model.config import Config
+from evaclip_model.files import write_atomically
+from evaclip_model.reading.urls import filesystem, is_url
+from tasks.artifacts.artifact import DIGEST_CHARS
+
+ADOPTED = "adopted.jsonl"
+"""In the folder of the adoption."""
+SAMPLED_BYTES = 1 << 16
+"""Of either end of a shard: its first header has the time at which it was packed."""
+REMOTE_MARKS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "blob_id", "md5")
+
+
+class AdoptedShard(Config):
+    """One shard, as it was when it was listed."""
+
+    location: str
+    """Absolute path or URL; of a shard that was packed, the path inside the adoption's folder."""
+    name: str
+    """Its path below the folder that the source names: the same wherever the source lies."""
+    source: str
+    size: int = Field(ge=0)
+    """Bytes."""
+    mark: str
+    """`shard_mark` of it."""
+
+
+def write_adopted(shards: Iterable[AdoptedShard], folder: Path) -> None:
+    """Write the list, in the order in which the shards will be numbered."""
+    write_atomically(folder / ADOPTED, "".join(f"{one.model_dump_json()}\n" for one in shards))
+
+
+def read_adopted(folder: Path) -> list[AdoptedShard]:
+    """The list of a finished adoption; a packed shard's location is absolute."""
+    path = folder / ADOPTED
+    shards = []
+    for line in path.read_text().splitlines():
+        shard = AdoptedShard.from_mapping(json.loads(line), where=str(path))
+        if not is_url(shard.location):
+            shard = shard.model_copy(update={"location": str(folder / shard.location)})
+        shards.append(shard)
+    return shards
+
+
+def shard_size_and_mark(location: str) -> tuple[int, str]:
+    """Bytes of a shard, and what changes with its content: 128 KiB of it, or what the server says.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+    """
+    if is_url(location):
+        information = filesystem(location).info(location)
+        size = int(information["size"] or 0)
+        marks = [str(information[name]) for name in REMOTE_MARKS if name in information]
+        text = "\0".join((str(size), *marks)).encode()
+    else:
+        with Path(location).open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            text = str(size).encode() + file.read(SAMPLED_BYTES)
+            file.seek(max(0, size - SAMPLED_BYTES))
+            text += file.read(SAMPLED_BYTES)
+    return size, hashlib.sha256(text).hexdigest()[:DIGEST_CHARS]
