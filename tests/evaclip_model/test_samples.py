@@ -101,8 +101,10 @@ def test_a_shard_may_lie_at_a_url_of_a_store() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["pipe:rm x.tar", "pipe://rm x.tar", "/etc/x.tar", "file:///etc/x.tar", "s3:0.tar", "x"]
-    + ["simplecache::s3://bucket/x.tar", "s3://bucket/x"],
+    [
+        *("pipe:rm x.tar", "pipe://rm x.tar", "/etc/x.tar", "file:///etc/x.tar", "s3:0.tar", "x"),
+        *("simplecache::s3://bucket/x.tar", "s3://bucket/x"),
+    ],
 )
 def test_a_shard_that_is_no_relative_path_of_a_tar_is_refused(path: str) -> None:
     with pytest.raises(ValueError, match="relative to the manifest"):
