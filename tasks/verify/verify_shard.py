@@ -93,9 +93,13 @@ def verify_shard(
         left_out = left_out or _why_left_out(seen, config)
     except BrokenShard as problem:
         left_out = str(problem)
+    except MemoryError:
+        raise
+    except Exception as problem:  # whatever a stranger's bytes cause is the verdict on them
+        left_out = f"it cannot be read ({type(problem).__name__}: {problem})"
     shard = None
     if left_out is None:
-        (source,) = seen.sources
+        (source,) = seen.named_sources
         shard = Shard(
             path=path,
             source=source,
@@ -165,6 +169,11 @@ class _Seen:
     @property
     def samples(self) -> int:
         return len(self.rows)
+
+    @property
+    def named_sources(self) -> set[str]:
+        """What the records name; a sample without a record goes by its neighbours'."""
+        return self.sources - {""} or {""}
 
     def look_at(self, sample: Sample) -> None:
         """Note what a sample is; whatever it holds, it costs nothing but itself."""
@@ -236,8 +245,8 @@ def _why_left_out(seen: _Seen, config: VerifyConfig) -> str | None:
     samples, bad = seen.samples, seen.flaws.total()
     if samples == 0:
         return "it holds no samples"
-    if len(seen.sources) > 1:
-        return f"it mixes the sources {', '.join(sorted(seen.sources))}"
+    if len(seen.named_sources) > 1:
+        return f"it mixes the sources {', '.join(sorted(seen.named_sources))}"
     if bad == samples:
         return f"all of its {samples} samples are bad ({_said(seen.flaws)})"
     if not seen.is_adopted and bad > samples * config.max_bad_share:

@@ -1,0 +1,1 @@
+"""Adopt: what people have already (shards, folders, tables, parquet with images) as shards."""

@@ -1,0 +1,162 @@
+"""Adopt sources: list shards where they lie, pack what lies in folders and tables.
+
+Covers: the list of shards, packing by webdataset's writer, what was left out and why.
+Not here: finding files (find_source.py), reading pairs (read_pairs.py), looking into shards, which
+is verification's.
+
+Shards are never copied or rewritten. What is packed keeps its bytes; the same source gives the same
+tars, byte by byte, so that a killed run's leavings need no trust: they are packed again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from evaclip_model.errors import InputError
+from evaclip_model.files import replace_file, write_atomically
+from tasks.adopt.config import AdoptConfig
+from tasks.adopt.find_source import FoundSource, find_source
+from tasks.adopt.read_pairs import FoundPair, NoPair, read_pairs
+from tasks.artifacts.artifact import Made
+from tasks.index.adopted_shards import (
+    ADOPTED,
+    AdoptedShard,
+    shard_size_and_mark,
+    write_adopted,
+)
+from tasks.progress import Report
+
+LEFT_OUT = "left_out.jsonl"
+"""Source, place and reason of what was no pair: the first `MOST_NAMED` of every source."""
+MOST_NAMED = 10_000
+PACKED = "packed"
+"""Folder of the shards that are packed here, one folder a source."""
+
+
+@dataclass
+class _Left:
+    """What a source holds that is no pair."""
+
+    reasons: Counter[str] = field(default_factory=Counter)
+    named: list[NoPair] = field(default_factory=list)
+
+    def add(self, one: NoPair) -> None:
+        self.reasons[str(one.reason)] += 1
+        if len(self.named) < MOST_NAMED:
+            self.named.append(one)
+
+
+def adopt_sources(config: AdoptConfig, out: Path, report: Report) -> Made:
+    """Write the list of all shards into `out`, and pack there what has no shards.
+
+    Raises:
+        InputError: a source cannot be found or read, or holds no pair.
+    """
+    found = [find_source(source) for source in config.sources]
+    shutil.rmtree(out / PACKED, ignore_errors=True)
+    shards: list[AdoptedShard] = []
+    lines: list[str] = []
+    counts: Counter[str] = Counter()
+    for number, one in enumerate(found):
+        name = one.source.name
+        report(number, len(found), f"{name}: {one.form}")
+        if one.form == "shards":
+            own = [_where_it_lies(one, file) for file in one.files]
+        else:
+            left = _Left()
+            own = list(_pack(one, out, config.samples_per_shard, left))
+            counts[f"{name}.left_out"] = left.reasons.total()
+            counts.update({f"left_out.{reason}": n for reason, n in left.reasons.items()})
+            lines += [
+                json.dumps({"source": name, "where": gap.where, "reason": str(gap.reason)}) + "\n"
+                for gap in left.named
+            ]
+            counts["packed"] += len(own)
+        counts["shards"] += len(own)
+        counts["bytes"] += sum(shard.size for shard in own)
+        counts[f"{name}.shards"] = len(own)
+        shards += own
+    write_adopted(shards, out)
+    write_atomically(out / LEFT_OUT, "".join(lines))
+    report(len(found), len(found), f"{counts['shards']:,} shards")
+    packed = tuple(sorted((out / PACKED).rglob("*.tar")))
+    return Made(dict(counts), (out / ADOPTED, out / LEFT_OUT), packed)
+
+
+def _where_it_lies(found: FoundSource, file: str) -> AdoptedShard:
+    size, mark = shard_size_and_mark(file)
+    name = found.source.name
+    return AdoptedShard(location=file, name=found.name_of(file), source=name, size=size, mark=mark)
+
+
+def _pack(found: FoundSource, out: Path, per_shard: int, left: _Left) -> Iterator[AdoptedShard]:
+    """Pack a source's pairs; of what is none, `left` keeps the count.
+
+    Raises:
+        InputError: there is no pair.
+    """
+    pairs = _only_pairs(found, left)
+    folder = out / PACKED / found.source.name
+    folder.mkdir(parents=True)
+    number = 0
+    while batch := list(islice(pairs, per_shard)):
+        tar = folder / f"{number:06d}.tar"
+        _write_tar(tar, batch, found.source.name, number * per_shard)
+        size, mark = shard_size_and_mark(str(tar))
+        yield AdoptedShard(
+            location=str(tar.relative_to(out)),
+            name=tar.name,
+            source=found.source.name,
+            size=size,
+            mark=mark,
+        )
+        number += 1
+    if not number:
+        raise InputError(
+            f"adopt.sources '{found.source.name}': {found.source.files} holds no image with a "
+            f"caption{first_reasons(left.reasons, left.named)}"
+        )
+
+
+def first_reasons(reasons: Counter[str], named: Sequence[NoPair]) -> str:
+    """How many are left out for which reason, and the first of them, as the end of a sentence."""
+    if not reasons:
+        return ""
+    said = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+    return f" ({said}; the first is {named[0].where}: {named[0].reason})"
+
+
+def _only_pairs(found: FoundSource, left: _Left) -> Iterator[FoundPair]:
+    for one in read_pairs(found):
+        if isinstance(one, NoPair):
+            left.add(one)
+        else:
+            yield one
+
+
+def _write_tar(tar: Path, pairs: Sequence[FoundPair], source: str, first: int) -> None:
+    import webdataset  # it imports torch, which a source of shards needs not
+
+    with (
+        replace_file(tar) as beside,
+        beside.open("wb") as stream,
+        webdataset.TarWriter(stream, user="", group="", mtime=0, encoder=False) as writer,
+    ):
+        for number, pair in enumerate(pairs, first):
+            record = {"uid": pair.uid, "source": source, "original_id": pair.origin}
+            if pair.url:
+                record["url"] = pair.url
+            writer.write(
+                {
+                    "__key__": f"{number:09d}",
+                    pair.extension: pair.image,
+                    "txt": pair.caption.encode("utf-8", "replace"),
+                    "json": json.dumps(record).encode(),
+                }
+            )

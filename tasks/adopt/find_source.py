@@ -1,0 +1,318 @@
+"""What a source's `files` name: which files, of which form.
+
+Covers: globs, folders, lists of shards and single files, here or at a URL; telling the form by
+looking; what stands for the files in an artifact's address.
+Not here: reading images and captions (read_pairs.py), packing (adopt.py).
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import posixpath
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import braceexpand
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from evaclip_model.errors import InputError
+from evaclip_model.reading.samples import IMAGE_EXTENSIONS, grouped
+from evaclip_model.reading.tar_file import BrokenTar, TarReader
+from evaclip_model.reading.urls import filesystem, is_url
+from tasks.adopt.config import AdoptedSource, Form
+from tasks.artifacts.artifact import DIGEST_CHARS
+from tasks.index.adopted_shards import shard_size_and_mark
+from tasks.tables.text_tables import text_format
+
+TAR = ".tar"
+PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+LIST = ".txt"
+_WILD = frozenset("*?[")
+_LOOKED_AT = 200
+"""Samples of the first shard that are looked at before anything is adopted."""
+
+
+@dataclass(frozen=True)
+class FoundSource:
+    """A source's files, and what they are."""
+
+    source: AdoptedSource
+    form: Form
+    base: str
+    """Folder that all files lie in: names of samples and shards begin below it."""
+    files: tuple[str, ...]
+    """Absolute paths or URLs, in order: shards, tables, parquet files, or images and captions."""
+
+    def name_of(self, file: str) -> str:
+        """A file's path below `base`, with forward slashes."""
+        return posixpath.relpath(file, self.base)
+
+
+def find_source(source: AdoptedSource) -> FoundSource:
+    """The files of a source, and their form.
+
+    Raises:
+        InputError: nothing matches, a listed file is missing, the form cannot be told, or what is
+            there holds no image with a caption at all.
+    """
+    where = f"adopt.sources '{source.name}'"
+    base, files = _list_files(source.files, where)
+    if not files:
+        raise InputError(f"{where}: there is no file in {source.files}")
+    form = source.form or _tell_form(source, files, where)
+    chosen = [file for file in files if _may_be(form, file.lower())]
+    if not chosen:
+        raise InputError(
+            f"{where}: none of {len(files):,} files in {source.files} is of the form '{form}', the "
+            f"first is {files[0]}"
+        )
+    found = FoundSource(source, form, base, tuple(chosen))
+    if form == "shards":
+        _refuse_without_pairs(found, where)
+    return found
+
+
+def _may_be(form: Form, name: str) -> bool:
+    """Whether a file of this name, in lower case, has to do with a source of the form."""
+    if form == "shards":
+        return name.endswith(TAR)
+    if form == "folder":
+        return _suffix(name) in (*IMAGE_EXTENSIONS, "txt")
+    return name.endswith(".parquet") or (form == "table" and text_format(name) is not None)
+
+
+def source_mark(found: FoundSource) -> str:
+    """What changes when the files do: their names and parts of their content, 16 hex characters.
+
+    The images behind a table are known by the table alone.
+    """
+    digest = hashlib.sha256(found.form.encode())
+    for file in found.files:
+        try:
+            size, mark = shard_size_and_mark(file)
+        except OSError as error:
+            raise InputError(f"{file} cannot be read ({error})") from None
+        digest.update(f"{found.name_of(file)}\0{size}\0{mark}\0".encode())
+    return digest.hexdigest()[:DIGEST_CHARS]
+
+
+def _list_files(pattern: str, where: str) -> tuple[str, list[str]]:
+    """(folder that holds them, files) that a pattern names, sorted."""
+    if pattern.startswith("file://"):
+        pattern = pattern.removeprefix("file://")
+    expanded = list(braceexpand.braceexpand(pattern)) if "{" in pattern else [pattern]
+    if len(expanded) == 1 and not _WILD & set(pattern):
+        if _is_folder(pattern):
+            base = pattern.rstrip("/") if is_url(pattern) else str(Path(pattern).absolute())
+            return base, _walk(base)
+        if pattern.lower().endswith(LIST):
+            return _listed_files(pattern, where)
+    files: list[str] = []
+    for one in expanded:
+        matches = _glob(one)
+        if not matches:
+            raise InputError(f"{where}: no file matches '{one}'")
+        files += [
+            file for match in matches for file in (_walk(match) if _is_folder(match) else [match])
+        ]
+    return _base_of(expanded), sorted(dict.fromkeys(files))
+
+
+def _listed_files(path: str, where: str) -> tuple[str, list[str]]:
+    """The files that a list names, one a line, as they lie from the list's folder."""
+    folder = posixpath.dirname(path) if is_url(path) else str(Path(path).absolute().parent)
+    try:
+        text = filesystem(path).cat_file(path) if is_url(path) else Path(path).read_bytes()
+        lines = [line.strip() for line in text.decode().splitlines()]
+    except FileNotFoundError:
+        raise InputError(f"{where}: no file matches '{path}'") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{where}: {path} cannot be read as a list ({error})") from None
+    named = [(number, line) for number, line in enumerate(lines, 1) if line and line[0] != "#"]
+    files = [
+        line if is_url(line) else posixpath.normpath(posixpath.join(folder, line))
+        for _, line in named
+    ]
+    missing = [number for (number, _), file in zip(named, files, strict=True) if not _is_file(file)]
+    if missing:
+        line = dict(named)[missing[0]]
+        raise InputError(
+            f"{where}: {len(missing):,} of the {len(files):,} files that {path} lists are missing, "
+            f"the first is in line {missing[0]}: {line}"
+        )
+    local = [file for file in files if not is_url(file)]
+    base = os.path.commonpath([os.path.dirname(file) for file in local]) if local else folder
+    return base, list(dict.fromkeys(files))
+
+
+def _guarded(location: str, look: Callable[[Any], Any]) -> Any:
+    """What a store says, its own kinds of errors as one sentence."""
+    try:
+        return look(filesystem(location))
+    except (InputError, FileNotFoundError):
+        raise
+    except Exception as error:  # every protocol has its own kinds
+        said = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
+        raise InputError(
+            f"{location} cannot be listed ({said}): check the address and, for private or gated "
+            "data, the credentials in the environment"
+        ) from None
+
+
+def _is_folder(location: str) -> bool:
+    if not is_url(location):
+        return os.path.isdir(location)
+    return bool(_guarded(location, lambda files: files.isdir(location)))
+
+
+def _is_file(location: str) -> bool:
+    if not is_url(location):
+        return os.path.isfile(location)
+    return bool(_guarded(location, lambda files: files.isfile(location)))
+
+
+def _glob(pattern: str) -> list[str]:
+    if not is_url(pattern):
+        return sorted(str(Path(one).absolute()) for one in glob.glob(pattern, recursive=True))
+    if not _WILD & set(pattern):
+        return [pattern] if _is_file(pattern) or _is_folder(pattern) else []
+    found = _guarded(
+        pattern, lambda files: [files.unstrip_protocol(name) for name in files.glob(pattern)]
+    )
+    return sorted(found)
+
+
+def _walk(folder: str) -> list[str]:
+    """Every file below a folder, without hidden ones and what macOS adds."""
+    if is_url(folder):
+        files = _guarded(
+            folder, lambda files: [files.unstrip_protocol(name) for name in files.find(folder)]
+        )
+        return sorted(file for file in files if not posixpath.basename(file).startswith("."))
+    found = []
+    for at, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != "__MACOSX" and not name.startswith(".")]
+        found += [os.path.join(at, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def _base_of(patterns: Sequence[str]) -> str:
+    """The deepest folder that all patterns name without wildcards."""
+    folders = []
+    for pattern in patterns:
+        parts = posixpath.dirname(pattern).split("/")
+        plain = next((n for n, part in enumerate(parts) if _WILD & set(part)), len(parts))
+        folders.append("/".join(parts[:plain]))
+    if is_url(patterns[0]):
+        common = posixpath.commonprefix([f"{folder}/" for folder in folders])
+        return common.rpartition("/")[0]
+    return os.path.commonpath([os.path.abspath(folder) for folder in folders])
+
+
+def _suffix(name: str) -> str:
+    return name.rpartition(".")[2].lower() if "." in posixpath.basename(name) else ""
+
+
+def _tell_form(source: AdoptedSource, files: Sequence[str], where: str) -> Form:
+    """The form that the files have.
+
+    Raises:
+        InputError: none, or two that exclude each other.
+    """
+    by_suffix: defaultdict[str, list[str]] = defaultdict(list)
+    for file in files:
+        by_suffix[_suffix(file)].append(file)
+    if by_suffix["tar"]:
+        return "shards"
+    packed = [file for file in files if file.lower().endswith(PACKED_TARS)]
+    if packed:
+        raise InputError(
+            f"{where}: {len(packed):,} shards are compressed, the first is {packed[0]}: unpack "
+            "them to .tar, because training reads them where they lie"
+        )
+    images = [file for suffix in IMAGE_EXTENSIONS for file in by_suffix[suffix]]
+    captions = {file.rpartition(".")[0] for file in by_suffix["txt"]}
+    paired = sum(file.rpartition(".")[0] in captions for file in images)
+    tables = [file for file in files if text_format(file) is not None]
+    parquet = by_suffix["parquet"]
+    if paired and (tables or parquet):
+        raise InputError(
+            f"{where}: {source.files} holds {paired:,} images with a .txt beside them and "
+            f"{(tables or parquet)[0]}: set form = 'folder', or name the table as 'files'"
+        )
+    if paired:
+        return "folder"
+    if tables:
+        return "table"
+    if parquet:
+        return _form_of_parquet(source, parquet[0], where)
+    if images:
+        raise InputError(
+            f"{where}: {len(images):,} images in {source.files}, but no captions: put NAME.txt "
+            "beside NAME.jpg, or a table of image paths and captions"
+        )
+    kinds = ", ".join(sorted({f".{suffix}" if suffix else "no suffix" for suffix in by_suffix}))
+    raise InputError(
+        f"{where}: {source.files} holds {len(files):,} files ({kinds}), but no shards (.tar), no "
+        "images with captions, no table (.csv, .tsv, .jsonl) and no parquet"
+    )
+
+
+def _form_of_parquet(source: AdoptedSource, file: str, where: str) -> Form:
+    schema = parquet_schema(file, where)
+    if source.image is not None and source.image in schema.names:
+        return "parquet" if is_image_type(schema.field(source.image).type) else "table"
+    return "parquet" if any(is_image_type(field.type) for field in schema) else "table"
+
+
+def parquet_schema(file: str, where: str) -> pa.Schema:
+    """Columns of a parquet file here or at a URL.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        with filesystem(file).open(file, "rb") if is_url(file) else open(file, "rb") as raw:
+            return pq.read_schema(raw)
+    except Exception as error:  # every protocol has its own kinds
+        said = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
+        raise InputError(f"{where}: {file} cannot be read as parquet ({said})") from None
+
+
+def is_image_type(kind: pa.DataType) -> bool:
+    """Whether a column may hold images: bytes, or Hugging Face's struct of bytes and path."""
+    if pa.types.is_struct(kind):
+        return any(field.name == "bytes" and is_image_type(field.type) for field in kind)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _refuse_without_pairs(found: FoundSource, where: str) -> None:
+    """Raises: InputError: the first samples of the first shard are none; the rest is verified."""
+    first = found.files[0]
+    if is_url(first):
+        return
+    members: set[str] = set()
+    looked_at = 0
+    try:
+        with open(first, "rb", buffering=0) as tar:
+            for _, parts in grouped(TarReader(tar.fileno())):
+                looked_at += 1
+                if "txt" in parts and any(name in parts for name in IMAGE_EXTENSIONS):
+                    return
+                members.update(parts)
+                if looked_at == _LOOKED_AT:
+                    break
+    except (BrokenTar, OSError):
+        return  # one shard; verification says what is wrong with it
+    if len(found.files) > 1 and not looked_at:
+        return
+    raise InputError(
+        f"{where}: {first} has no image with a .txt beside it among its first {looked_at:,} "
+        f"samples, only members named {', '.join(f'.{name}' for name in sorted(members)) or 'none'}"
+    )

@@ -1,0 +1,329 @@
+"""Images with captions from folders, tables and parquet files, one at a time.
+
+Covers: which column plays which part, where an image's bytes lie, what is no pair and why.
+Not here: which files there are (find_source.py); packing; decoding, which verification does.
+
+Images keep their bytes. A pair's `uid` is a hash of its source, its image (the path as written, or
+the bytes where there is none) and its caption: it stays the same wherever the source lies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from evaclip_model.errors import InputError
+from evaclip_model.reading.samples import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
+from evaclip_model.reading.urls import filesystem, is_url
+from tasks.adopt.config import AdoptedSource
+from tasks.adopt.find_source import FoundSource, is_image_type, parquet_schema
+from tasks.tables.text_tables import column_names, read_text_table, text_format
+
+IMAGE_COLUMNS = (
+    *("image", "file_name", "image_path", "filepath", "filename", "image_file", "img"),
+    *("path", "file", "jpg", "png", "image_name"),
+)
+CAPTION_COLUMNS = ("caption", "text", "TEXT", "captions", "title", "sentence", "description")
+URL_COLUMNS = ("url", "URL", "image_url")
+ROWS_AT_ONCE = 64
+_MAGIC = (
+    (b"\xff\xd8\xff", "jpg"),
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"GIF8", "gif"),
+    (b"BM", "bmp"),
+    (b"II*\0", "tif"),
+    (b"MM\0*", "tif"),
+)
+
+
+class PairFlaw(StrEnum):
+    """Why a row or a file is no pair, apart from `LineFlaw`."""
+
+    NO_IMAGE = "no_image"
+    NO_CAPTION = "no_caption"
+    CAPTION_NOT_UTF8 = "caption_not_utf8"
+    MISSING_FILE = "missing_file"
+    UNREADABLE_FILE = "unreadable_file"
+    TOO_LARGE = "too_large"
+    NOT_AN_IMAGE = "not_an_image"
+
+
+@dataclass(frozen=True)
+class FoundPair:
+    """An image with its caption, as found."""
+
+    where: str
+    """File, and line or row where there is one, of the user's own."""
+    origin: str
+    """The same as a name that stays when the source moves."""
+    uid: str
+    image: bytes
+    extension: str
+    """What the bytes are: one of `IMAGE_EXTENSIONS`."""
+    caption: str
+    url: str | None = None
+    """Where a table says that the image comes from."""
+
+
+@dataclass(frozen=True)
+class NoPair:
+    """What was found instead of one."""
+
+    where: str
+    reason: str
+
+
+def read_pairs(found: FoundSource) -> Iterator[FoundPair | NoPair]:
+    """Yield what a source of any form but shards holds, in the order of its files and rows.
+
+    Raises:
+        InputError: a table or parquet file cannot be read or lacks a column.
+    """
+    if found.form == "folder":
+        yield from _folder_pairs(found)
+    for file in found.files if found.form != "folder" else ():
+        if found.form == "table" and not file.lower().endswith(".parquet"):
+            rows = _text_rows(found, file)
+        else:
+            rows = _parquet_rows(found, file)
+        for row in rows:
+            yield row if isinstance(row, NoPair) else _pair(found, file, row)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row with an image and a caption, not looked at yet."""
+
+    number: int
+    what: str
+    """line or row."""
+    image: bytes | str
+    """The bytes, or the path as written."""
+    caption: str
+    url: str | None
+
+
+def _folder_pairs(found: FoundSource) -> Iterator[FoundPair | NoPair]:
+    by_stem: dict[str, list[str]] = {}
+    for file in found.files:
+        by_stem.setdefault(file.rpartition(".")[0], []).append(file)
+    for files in by_stem.values():
+        captions = [file for file in files if file.lower().endswith(".txt")]
+        images = [file for file in files if file not in captions]
+        if not captions:
+            yield from (NoPair(image, PairFlaw.NO_CAPTION) for image in images)
+            continue
+        if not images:
+            yield NoPair(captions[0], PairFlaw.NO_IMAGE)
+            continue
+        content = _read_file(captions[0], MAX_TEXT_BYTES)
+        for image in images:
+            if isinstance(content, PairFlaw):
+                yield NoPair(captions[0], content)
+                continue
+            try:
+                caption = content.decode("utf-8-sig").strip()
+            except UnicodeDecodeError:
+                yield NoPair(captions[0], PairFlaw.CAPTION_NOT_UTF8)
+                continue
+            yield _checked(found, image, found.name_of(image), image, caption, None)
+
+
+def _text_rows(found: FoundSource, file: str) -> Iterator[_Row | NoPair]:
+    source, kind = found.source, text_format(file)
+    if kind is None:
+        raise InputError(f"{file}: adopt.sources '{source.name}' reads no such table")
+    names = column_names(file, kind, source.quoting, source.header)
+    image, caption, url = _columns(source, file, names)
+    for row in read_text_table(file, kind, source.quoting, source.header):
+        where = f"{file}, line {row.line}"
+        if row.flaw is not None:
+            yield NoPair(where, row.flaw)
+            continue
+        path, text = row.values.get(image), row.values.get(caption)
+        if not path:
+            yield NoPair(where, PairFlaw.NO_IMAGE)
+        elif not text or not text.strip():
+            yield NoPair(where, PairFlaw.NO_CAPTION)
+        else:
+            yield _Row(row.line, "line", path, text.strip(), row.values.get(url) if url else None)
+
+
+def _parquet_rows(found: FoundSource, file: str) -> Iterator[_Row | NoPair]:
+    source = found.source
+    schema = parquet_schema(file, f"adopt.sources '{source.name}'")
+    typed = [field.name for field in schema if is_image_type(field.type)]
+    image, caption, url = _columns(source, file, schema.names, typed)
+    columns = [name for name in (image, caption, url) if name]
+    number = 0
+    try:
+        with filesystem(file).open(file, "rb") if is_url(file) else open(file, "rb") as raw:
+            batches = pq.ParquetFile(raw).iter_batches(ROWS_AT_ONCE, columns=columns)
+            for batch in batches:
+                images = _values(batch.column(image))
+                captions = _values(batch.column(caption))
+                urls = _values(batch.column(url)) if url else [None] * len(images)
+                for held, texts, address in zip(images, captions, urls, strict=True):
+                    yield from _rows_of(file, number, held, texts, address)
+                    number += 1
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        said = str(error).partition("\n")[0][:200]
+        raise InputError(
+            f"{file} cannot be read behind row {number} ({said}): fetch it again or take it out "
+            "of 'files'"
+        ) from None
+
+
+def _rows_of(file: str, number: int, held: Any, texts: Any, address: Any) -> Iterator[Any]:
+    """The rows that one row is: one a caption."""
+    where = f"{file}, row {number}"
+    if isinstance(held, dict):
+        held = held.get("bytes") or held.get("path")
+    if isinstance(held, bytes) and not _extension(held) and len(held) < 4096:
+        try:  # text columns come as bytes: a path
+            held = held.decode()
+        except UnicodeDecodeError:
+            held = bytes(held)
+    if not held:
+        yield NoPair(where, PairFlaw.NO_IMAGE)
+        return
+    written = False
+    for text in texts if isinstance(texts, list) else [texts]:
+        try:
+            caption = text.decode().strip() if isinstance(text, bytes) else str(text or "").strip()
+            url = address.decode() if isinstance(address, bytes) else None
+        except UnicodeDecodeError:
+            yield NoPair(where, PairFlaw.CAPTION_NOT_UTF8)
+            return
+        if caption:
+            written = True
+            yield _Row(number, "row", held, caption, url)
+    if not written:
+        yield NoPair(where, PairFlaw.NO_CAPTION)
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """A column's values, texts as bytes: one that is not UTF-8 must not cost its neighbours."""
+    return list(column.cast(_as_bytes(column.type)).to_pylist())
+
+
+def _as_bytes(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pa.large_binary()
+    if pa.types.is_dictionary(kind):
+        return _as_bytes(kind.value_type)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pa.list_(_as_bytes(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _as_bytes(field.type)) for field in kind])
+    return kind
+
+
+def _columns(
+    source: AdoptedSource, file: str, names: Sequence[str], typed: Sequence[str] = ()
+) -> tuple[str, str, str | None]:
+    """Names of the columns of image, caption and, if there is one, address.
+
+    Raises:
+        InputError: naming the column that is not there.
+    """
+    where = f"{file}: adopt.sources '{source.name}'"
+    known = f"its columns are {', '.join(names) or 'none'}"
+    for part, name in (("image", source.image), ("caption", source.caption)):
+        if name is not None and name not in names:
+            raise InputError(f"{where} has no column '{name}' for its {part}; {known}")
+    image = source.image or next((n for n in (*typed, *IMAGE_COLUMNS) if n in names), None)
+    caption = source.caption or next((name for name in CAPTION_COLUMNS if name in names), None)
+    url = next((name for name in URL_COLUMNS if name in names), None)
+    if image is None and url is not None:
+        raise InputError(
+            f"{where} holds addresses of images ({url}), not images: name it in [[merge.sources]] "
+            "and let [download] fetch them"
+        )
+    if image is None or caption is None:
+        part = "image" if image is None else "caption"
+        raise InputError(f"{where}: which column is its {part}? Set '{part}'; {known}")
+    return image, caption, url
+
+
+def _pair(found: FoundSource, file: str, row: _Row) -> FoundPair | NoPair:
+    where = f"{file}, {row.what} {row.number}"
+    origin = f"{found.name_of(file)}:{row.number}"
+    if isinstance(row.image, bytes):
+        return _checked(found, where, origin, row.image, row.caption, row.url)
+    if row.image.startswith(("http://", "https://")):
+        raise InputError(
+            f"{where}: '{row.image[:80]}' is an address, not a file: name the table in "
+            "[[merge.sources]] and let [download] fetch its images"
+        )
+    root = found.source.image_root or posixpath.dirname(file)
+    path = row.image if is_url(row.image) else posixpath.join(root, row.image)
+    return _checked(found, where, origin, path, row.caption, row.url, written=row.image)
+
+
+def _checked(
+    found: FoundSource,
+    where: str,
+    origin: str,
+    image: bytes | str,
+    caption: str,
+    url: str | None,
+    written: str | None = None,
+) -> FoundPair | NoPair:
+    """A pair whose image is there and is one by its first bytes."""
+    content = _read_file(image, MAX_IMAGE_BYTES) if isinstance(image, str) else image
+    if isinstance(content, PairFlaw):
+        return NoPair(where, content)
+    if len(content) > MAX_IMAGE_BYTES:
+        return NoPair(where, PairFlaw.TOO_LARGE)
+    if not caption:
+        return NoPair(where, PairFlaw.NO_CAPTION)
+    extension = _extension(content)
+    if not extension:
+        return NoPair(where, PairFlaw.NOT_AN_IMAGE)
+    known = hashlib.sha256(content).hexdigest() if isinstance(image, bytes) else written or origin
+    identity = f"{found.source.name}\n{known}\n{caption}".encode("utf-8", "replace")
+    uid = hashlib.md5(identity, usedforsecurity=False).hexdigest()
+    return FoundPair(where, origin, uid, content, extension, caption, url)
+
+
+def _read_file(location: str, most: int) -> bytes | PairFlaw:
+    """A file's content, or why it cannot be had."""
+    try:
+        if is_url(location):
+            files = filesystem(location)
+            if not files.exists(location):
+                return PairFlaw.MISSING_FILE
+            if int(files.size(location) or 0) > most:
+                return PairFlaw.TOO_LARGE
+            return bytes(files.cat_file(location))
+        path = Path(location)
+        if not path.is_file():  # a pipe would be waited for
+            return PairFlaw.MISSING_FILE
+        if path.stat().st_size > most:
+            return PairFlaw.TOO_LARGE
+        return path.read_bytes()
+    except FileNotFoundError:
+        return PairFlaw.MISSING_FILE
+    except Exception:  # one file, whatever its store or its name says
+        return PairFlaw.UNREADABLE_FILE
+
+
+def _extension(content: bytes) -> str:
+    """What an image's first bytes say it is; empty when they say nothing."""
+    for magic, extension in _MAGIC:
+        if content.startswith(magic):
+            return extension
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return "webp"
+    if content[4:8] == b"ftyp" and content[8:12] in (b"avif", b"avis", b"mif1"):
+        return "avif"
+    return ""

@@ -1,0 +1,1 @@
+"""Tables of text that people made: CSV, TSV and JSON Lines, a row at a time."""

@@ -1,0 +1,242 @@
+"""Rows of CSV, TSV and JSON Lines files: every value is text, a bad line costs itself.
+
+Covers: the rule for quotes, names of columns, lines that cannot be read, with their numbers.
+Not here: what columns mean; parquet.
+
+The rule for quotes: in a CSV a value may stand in double quotes (RFC 4180: a quote inside is
+doubled, a line may end inside); in a TSV quotes are characters like others. `quoting` says
+otherwise. A quote that is not closed within `MAX_LINES_OF_ROW` lines costs its line, not what
+follows. No type is guessed: 1984 and 2021-03-01 are texts.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from evaclip_model.errors import InputError
+from evaclip_model.reading.urls import filesystem, is_url
+
+Quoting = Literal["auto", "quotes", "none"]
+TextFormat = Literal["csv", "jsonl"]
+COMPRESSED = (".gz", ".zst", ".bz2")
+FORMATS: dict[str, TextFormat] = {
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+    **dict.fromkeys((".jsonl", ".ndjson"), "jsonl"),
+}
+MAX_LINES_OF_ROW = 100
+MAX_LINE_BYTES = 1 << 24
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_BOM = b"\xef\xbb\xbf"
+_UNCLOSED = "unexpected end of data"
+
+
+class LineFlaw(StrEnum):
+    """Why a line is no row."""
+
+    NOT_UTF8 = "not_utf8"
+    TOO_LONG = "line_too_long"
+    UNCLOSED_QUOTE = "unclosed_quote"
+    WRONG_NUMBER_OF_COLUMNS = "wrong_number_of_columns"
+    NOT_JSON = "not_json"
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """One row, or a line that is none."""
+
+    line: int
+    """Number of its first line in the file, from 1."""
+    values: dict[str, str | None]
+    """By column; a column that a JSON row lacks is missing or None."""
+    flaw: LineFlaw | None = None
+
+
+def text_format(path: str) -> TextFormat | None:
+    """What a file is by its suffix, before a .gz, .zst or .bz2; None if it is no table of text."""
+    return FORMATS.get(_suffix(path))
+
+
+def read_text_table(
+    path: str, kind: TextFormat, quoting: Quoting = "auto", header: bool = True
+) -> Iterator[TextRow]:
+    """Yield the rows of a file, bad lines in their places.
+
+    Args:
+        path: of this machine, or a URL.
+        kind: what the file holds.
+        quoting: whether double quotes enclose values; auto: in CSV yes, in TSV no.
+        header: whether a CSV's first line names its columns; they are `column0`, `column1`, ...
+            otherwise.
+
+    Raises:
+        InputError: it cannot be opened, is UTF-16, or has no line with names.
+    """
+    lines = _lines(path)
+    if kind == "jsonl":
+        yield from map(_json_row, lines)
+        return
+    is_tsv = _suffix(path) == ".tsv"
+    quotes = quoting == "quotes" or (quoting == "auto" and not is_tsv)
+    names: list[str] | None = None
+    for line, values, flaw in _split_lines(lines, "\t" if is_tsv else ",", quotes):
+        if names is None and flaw is None:
+            names = values if header else [f"column{number}" for number in range(len(values))]
+            if header:
+                _refuse_unnamed(path, names)
+                continue
+        if flaw is None and names is not None and len(values) != len(names):
+            flaw = LineFlaw.WRONG_NUMBER_OF_COLUMNS
+        if flaw is not None or names is None:
+            yield TextRow(line, {}, flaw)
+        else:
+            yield TextRow(line, dict(zip(names, values, strict=True)))
+
+
+def column_names(path: str, kind: TextFormat, quoting: Quoting, header: bool) -> list[str]:
+    """Columns of the first rows of a file, in their order.
+
+    Raises:
+        InputError: as `read_text_table`; or the file has no row.
+    """
+    names: dict[str, None] = {}
+    for number, row in enumerate(read_text_table(path, kind, quoting, header)):
+        names.update(dict.fromkeys(row.values))
+        if number == 1000 or (kind == "csv" and names):
+            break
+    return list(names)
+
+
+def _suffix(path: str) -> str:
+    name = path.lower()
+    for ending in COMPRESSED:
+        name = name.removesuffix(ending)
+    return name[name.rfind(".") :] if "." in name else ""
+
+
+def _refuse_unnamed(path: str, names: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"{path}, line 1: two columns are named '{twice[0]}'")
+
+
+_Line = tuple[int, str, LineFlaw | None]
+
+
+def _lines(path: str) -> Iterator[_Line]:
+    """(number, text without its end, what is wrong with it) of every line that is not empty."""
+    try:
+        raw = filesystem(path).open(path, "rb") if is_url(path) else path
+        compression = "detect" if path.lower().endswith(COMPRESSED) else None
+        kind = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+        if is_url(path) and compression:
+            compression = next(name for end, name in kind.items() if path.lower().endswith(end))
+        stream = pa.input_stream(raw, compression=compression, buffer_size=1 << 20)
+    except Exception as error:  # every protocol has its own kinds
+        raise InputError(f"{path} cannot be opened ({_first_line(error)})") from None
+    number, rest, finished = 0, b"", False
+    with stream:
+        while not finished:
+            try:
+                block = stream.read(1 << 20)
+            except Exception as error:  # a damaged compressed file
+                raise InputError(
+                    f"{path} cannot be read to its end ({_first_line(error)}): fetch it again"
+                ) from None
+            if not number and not rest and block.startswith(_UTF16):
+                raise InputError(f"{path} is UTF-16: save it as UTF-8")
+            finished = not block
+            parts = (rest + block).split(b"\n")
+            rest = b"" if finished else parts.pop()
+            if len(rest) > 2 * MAX_LINE_BYTES:
+                rest = rest[: 2 * MAX_LINE_BYTES]  # it is too long whatever follows
+            for part in parts:
+                number += 1
+                content = part.removeprefix(_BOM) if number == 1 else part
+                content = content.removesuffix(b"\r")
+                if not content:
+                    continue
+                if len(content) > MAX_LINE_BYTES:
+                    yield number, "", LineFlaw.TOO_LONG
+                    continue
+                try:
+                    yield number, content.decode(), None
+                except UnicodeDecodeError:
+                    yield number, "", LineFlaw.NOT_UTF8
+
+
+def _split_lines(
+    lines: Iterator[_Line], delimiter: str, quotes: bool
+) -> Iterator[tuple[int, list[str], LineFlaw | None]]:
+    """(number, values, flaw) of every row of a CSV."""
+    waiting: deque[_Line] = deque()
+
+    def following() -> _Line | None:
+        return waiting.popleft() if waiting else next(lines, None)
+
+    while (first := following()) is not None:
+        number, text, flaw = first
+        if flaw is not None:
+            yield number, [], flaw
+        elif not quotes or '"' not in text:
+            yield number, text.split(delimiter), None
+        else:
+            taken: list[_Line] = []
+            values = _quoted_values(text, delimiter)
+            while values is None and len(taken) < MAX_LINES_OF_ROW:
+                more = following()
+                if more is None:
+                    break
+                taken.append(more)
+                if more[2] is not None:
+                    break
+                text += "\n" * (more[0] - number - text.count("\n")) + more[1]
+                values = _quoted_values(text, delimiter)
+            if values is None:
+                waiting.extendleft(reversed(taken))
+                yield number, [], LineFlaw.UNCLOSED_QUOTE
+            else:
+                yield number, values, None
+
+
+def _quoted_values(text: str, delimiter: str) -> list[str] | None:
+    """Values of a row with quotes; None if one is not closed."""
+    csv.field_size_limit(2 * MAX_LINE_BYTES)
+    try:
+        return next(csv.reader([text], delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        if _UNCLOSED in str(error):
+            return None
+    return next(csv.reader([text], delimiter=delimiter))
+
+
+def _json_row(line: _Line) -> TextRow:
+    number, text, flaw = line
+    if flaw is not None:
+        return TextRow(number, {}, flaw)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        return TextRow(number, {}, LineFlaw.NOT_JSON)
+    return TextRow(number, {name: _text(value) for name, value in found.items()})
+
+
+def _text(value: Any) -> str | None:
+    """A JSON value as text; halves of characters, which no text file can hold, are replaced."""
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text.encode("utf-8", "replace").decode()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
