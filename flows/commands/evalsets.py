@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from rich.markup import escape
 from rich.table import Table
 from typer import Argument, Option, Typer
 
@@ -29,12 +30,18 @@ Templates = Annotated[
     str,
     Option(metavar="FILE", help="or openai, clip_benchmark, grammar, none (the known set's)"),
 ]
+Order = Annotated[
+    Literal["", "text", "number"], Option(help="of classes that are numbers (by number)")
+]
+First = Annotated[
+    Literal["", "0", "1"], Option(help="number of the first class (told from the numbers)")
+]
 
 evalsets = Typer(
-    help="Evaluation sets: list, show, check, convert from images, videos, captions, torchvision, "
-    "VOC."
+    help="Evaluation sets: list, show, check, convert from images, tables, videos, captions, "
+    "torchvision, VOC."
 )
-convert = Typer(help="Write a set from images, videos or captions.")
+convert = Typer(help="Write a set from images, tables, videos or captions.")
 evalsets.add_typer(convert, name="convert")
 
 
@@ -95,15 +102,52 @@ def convert_imagefolder(
     known_as: Known = "",
     classnames: Classnames = "",
     templates: Templates = "",
-    order: Annotated[Literal["text", "number"], Option(help="of folders' names")] = "text",
+    order: Order = "",
+    first: First = "",
 ) -> None:
     """Convert a folder of one folder of images a class."""
     from tasks.evaluate.sets.convert.convert import Words, convert_imagefolder
 
     known = _find_known(known_as) if known_as else None
-    words = Words(known, classnames, templates)
+    words = Words(known, classnames, templates, order, int(first) if first else None)
     with moving_bar("convert") as report:
-        _print_conversion(convert_imagefolder(source, folder, words, order, report))
+        _print_conversion(convert_imagefolder(source, folder, words, report))
+
+
+@convert.command("table")
+def convert_table(
+    listing: Annotated[
+        Path, Argument(metavar="LISTING", help=".csv, .tsv, .jsonl, .parquet or .txt")
+    ],
+    source: Annotated[Path, Argument(metavar="SOURCE", help="folder that its paths lie in")],
+    folder: Target,
+    known_as: Known = "",
+    classnames: Classnames = "",
+    templates: Templates = "",
+    order: Order = "",
+    first: First = "",
+    path_column: Annotated[str, Option(metavar="NAME", help="(told by its name)")] = "",
+    label_column: Annotated[str, Option(metavar="NAME", help="(told by its name)")] = "",
+    multilabel: Annotated[
+        bool, Option("--multilabel", help="an image may have several labels, or none")
+    ] = False,
+    split: Annotated[str, Option(help="rows to take, by the column 'split' (all)")] = "",
+) -> None:
+    """Convert images, and a table of their paths and labels."""
+    from tasks.evaluate.sets.convert.convert import Words, convert_table
+
+    known = _find_known(known_as) if known_as else None
+    words = Words(known, classnames, templates, order, int(first) if first else None)
+    with moving_bar("convert") as report:
+        made = convert_table(
+            *(listing, source, folder, words),
+            path_column=path_column,
+            label_column=label_column,
+            several=multilabel,
+            split=split,
+            report=report,
+        )
+    _print_conversion(made)
 
 
 @convert.command("torchvision")
@@ -132,10 +176,10 @@ def convert_videos(
     classnames: Classnames = "",
     templates: Templates = "",
     listing: Annotated[
-        Path | None, Option("--list", help="file that names the videos to take (all)")
+        Path | None, Option("--list", help="the videos to take, and their classes (all)")
     ] = None,
 ) -> None:
-    """Convert a folder of one folder of videos a class."""
+    """Convert videos: in one folder a class, or anywhere with a list of their classes."""
     from tasks.evaluate.sets.convert.convert import Words, convert_videos
 
     known = _find_known(known_as) if known_as else None
@@ -166,13 +210,16 @@ def convert_voc(
 @convert.command("captions")
 def convert_captions(
     listing: Annotated[
-        Path, Argument(metavar="LISTING", help="dataset_coco.json, dataset_flickr30k.json")
+        Path,
+        Argument(
+            metavar="LISTING", help="Karpathy's, COCO's or BLIP's .json, Flickr's .token, a table"
+        ),
     ],
     source: Annotated[Path, Argument(metavar="SOURCE", help="folder of the images")],
     folder: Target,
-    split: Annotated[str, Option()] = "test",
+    split: Annotated[str, Option(help="of Karpathy's file")] = "test",
 ) -> None:
-    """Convert images and a JSON file of Karpathy's form."""
+    """Convert images and a file of their captions."""
     from tasks.evaluate.sets.convert.convert import convert_captions
 
     with moving_bar("convert") as report:
@@ -180,8 +227,18 @@ def convert_captions(
 
 
 def _print_conversion(made: Conversion) -> None:
+    from tasks.evaluate.sets.check_set import some_names
+
     text = f"{made.images:,} images in {made.tars} tars: {made.folder}"
-    console.print(f"[green]✓[/] {text}", soft_wrap=True)
+    again = " (made again: its sources or settings had changed)" if made.again else ""
+    console.print(f"[green]✓[/] {text}{again}", soft_wrap=True)
+    if made.classnames:
+        named = some_names(made.classnames)
+        console.print(f"  {len(made.classnames):,} classes: {named}", soft_wrap=True, markup=False)
+    for remark in made.about_names:
+        console.print(f"[yellow]![/] {escape(remark)}", soft_wrap=True)
+    for reason, count in made.left_out().items():
+        console.print(f"  {count:,} left out: {reason}", soft_wrap=True, markup=False)
     for what, listed, file in (
         ("gave no image", made.failures, "failures.txt"),
         ("were used, and are odd", made.remarks, "remarks.txt"),

@@ -78,7 +78,7 @@ def test_a_mistake_is_one_sentence(animals: Path, capsys: pytest.CaptureFixture[
     assert evalsets("convert", "captions", "no.json", animals, folder) == 2
     assert "no.json is missing" in capsys.readouterr().err
     assert evalsets("check", animals) == 2
-    assert "is no evaluation set" in capsys.readouterr().err
+    assert "is not an evaluation set" in capsys.readouterr().err
     assert not folder.exists()
 
 

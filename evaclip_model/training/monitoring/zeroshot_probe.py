@@ -3,8 +3,7 @@
 Covers: reading the set once, classifying it with the present weights, spread over all ranks.
 Not here: evaluation proper (tasks/evaluate): intervals, retrieval, per-class figures.
 
-The set lies in the published layout: `classnames.txt`, `zeroshot_classification_templates.txt`, and
-`test/nshards.txt` beside `test/0.tar` ..., of `KEY.cls` (line of the class, from 0) and one image.
+The set lies in the published layout (zeroshot/set_layout.py): one image and `KEY.cls` a sample.
 
 Every rank encodes its part of the images and of the prompts. What one gives is gathered by all, so
 that no rank ends or goes on alone; a probe stops training for its share of the work, no longer.
@@ -12,8 +11,7 @@ that no rank ends or goes on alone; a probe stops training for its share of the 
 
 from __future__ import annotations
 
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +25,16 @@ from evaclip_model.reading.transform import UnreadableImageError, decode_image, 
 from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.zeroshot.exact_ranks import class_means, classify
 from evaclip_model.zeroshot.imagenet_prompts import PLACEHOLDER
+from evaclip_model.zeroshot.set_layout import (
+    CLASSNAMES,
+    TEMPLATES,
+    Span,
+    find_image,
+    find_tars,
+    read_label,
+    read_lines,
+    read_members,
+)
 from evaclip_model.zeroshot.statistics import hits
 
 BATCH = 64
@@ -34,7 +42,6 @@ BATCH = 64
 TEXT_BATCH = 256
 """Prompts of a rank that are encoded at once."""
 _LABEL = "cls"
-_IMAGES = ("webp", "png", "jpg", "jpeg")
 
 
 @dataclass(frozen=True)
@@ -54,32 +61,38 @@ def open_probe(folder: Path, rank: int, ranks: int) -> ProbeSet:
         InputError: the folder holds no such set, or a sample has no image or no class.
     """
     try:
-        names, templates = (
-            tuple((folder / name).read_text().strip().splitlines())
-            for name in ("classnames.txt", "zeroshot_classification_templates.txt")
-        )
-        count = int((folder / "test" / "nshards.txt").read_text())
-        found = [
-            sample
-            for number in range(count)
-            for sample in _samples(folder / "test" / f"{number}.tar")
-        ]
-    except (OSError, ValueError, tarfile.TarError) as error:
+        names, templates, found = _read_index(folder)
+    except InputError as error:
         raise InputError(
-            f"probe {folder} cannot be read as an evaluation set ({error}): expected "
-            "classnames.txt, zeroshot_classification_templates.txt and test/nshards.txt with its "
-            "tars, or leave 'probe' out"
+            f"probe {folder} cannot be read as an evaluation set: {error}; or leave 'probe' out"
         ) from None
-    for image, label in found:
-        if image is None or label is None or not 0 <= label < len(names):
-            raise InputError(
-                f"probe {folder}: every sample needs an image and a class of the {len(names)} in "
-                "classnames.txt, counted from 0"
-            )
-    mine = [(image, label) for image, label in found[rank::ranks] if image and label is not None]
+    mine = found[rank::ranks]
     return ProbeSet(
-        names, templates, tuple(image for image, _ in mine), tuple(label for _, label in mine)
+        names, templates, tuple(span.read() for span, _ in mine), tuple(label for _, label in mine)
     )
+
+
+def _read_index(
+    folder: Path,
+) -> tuple[tuple[str, ...], tuple[str, ...], list[tuple[Span, int]]]:
+    """Class names, templates, and every sample's image and label, in the order of the tars."""
+    names = read_lines(folder / CLASSNAMES, "one class name a line")
+    templates = read_lines(folder / TEMPLATES, f"one template with {PLACEHOLDER} a line")
+    found: list[tuple[Span, int]] = []
+    for tar in find_tars(folder):
+        for key, members in read_members(tar).items():
+            where = f"{tar}: sample {key}"
+            image = find_image(members, where)
+            if _LABEL not in members:
+                raise InputError(f"{where} has no .{_LABEL} member, which a probe needs")
+            label = read_label(members[_LABEL].content, where)
+            if label >= len(names):
+                raise InputError(
+                    f"{where} has label {label}, but {folder / CLASSNAMES} names {len(names)} "
+                    "classes, counted from 0"
+                )
+            found.append((image.span, label))
+    return names, templates, found
 
 
 @torch.no_grad()
@@ -157,23 +170,3 @@ def _features(
     features = model.encode_image(stacked, normalize=True).float().cpu()
     finite = features.isfinite().all(1)
     return features[finite], torch.tensor(known)[finite]
-
-
-def _samples(path: Path) -> Iterator[tuple[bytes | None, int | None]]:
-    """Image and class of each key, in stored order."""
-    images: dict[str, bytes] = {}
-    labels: dict[str, int] = {}
-    with tarfile.open(path) as tar:
-        for member in tar:
-            content = tar.extractfile(member)
-            if content is None:
-                continue
-            folder, slash, base = member.name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            key = f"{folder}{slash}{stem}"
-            if extension == _LABEL:
-                labels[key] = int(content.read())
-            elif extension.lower() in _IMAGES:
-                images[key] = content.read()
-    for key in dict.fromkeys([*images, *labels]):
-        yield images.get(key), labels.get(key)

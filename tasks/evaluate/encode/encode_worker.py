@@ -24,6 +24,7 @@ import torch
 from evaclip_model.cpu.allocator import freed_memory_kept
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
+from evaclip_model.zeroshot.set_layout import Span
 from tasks.evaluate.encode.encode_job import (
     ImageWork,
     Job,
@@ -40,7 +41,6 @@ from tasks.evaluate.encode.image_features import (
 )
 from tasks.evaluate.encode.open_models import Subject, open_subject
 from tasks.evaluate.encode.text_features import encode_texts
-from tasks.evaluate.sets.published_layout import Span
 
 Progress = Callable[[int, str], None]
 """Called with the number of images and texts done, and what they are of."""

@@ -24,9 +24,9 @@ from torch import Tensor
 from evaclip_model.errors import InputError
 from evaclip_model.reading.transform import UnreadableImageError, decode_image
 from evaclip_model.zeroshot.exact_ranks import normalised
+from evaclip_model.zeroshot.set_layout import Span
 from tasks.evaluate.encode.feature_cache import SUFFIX, read_block, write_block
 from tasks.evaluate.encode.open_models import Subject
-from tasks.evaluate.sets.published_layout import Span
 
 CHUNK = 64
 """Images that a model sees at once."""

@@ -8,8 +8,8 @@ Not here: our own models.
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from evaclip_model.choices import Precision
 from evaclip_model.errors import InputError
 from tasks.evaluate.encode.model_identity import DIGEST_CHARS, Identity, digest_of
+from tasks.evaluate.torchvision_import import import_torchvision
 
 _CUT_POOLING = ("argmax", "eos")
 """Poolings that look at the end token alone."""
@@ -155,8 +156,9 @@ def _digest(about: str, state: dict[str, Tensor]) -> str:
 
 
 def _library() -> Any:
-    _describe_operators()
     try:
+        with suppress(ImportError):
+            import_torchvision()
         import open_clip
     except (ImportError, RuntimeError) as error:
         raise InputError(
@@ -164,24 +166,3 @@ def _library() -> Any:
             "'open_clip' extra, and a torchvision that fits the installed torch"
         ) from error
     return open_clip
-
-
-def _describe_operators() -> None:
-    """Let torchvision be imported beside a CPU build of torch.
-
-    The one of the package index is compiled for CUDA: its operators do not load then, and its
-    import fails at the first that it describes. No CLIP uses one.
-    """
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _KEPT.append(library)
-    except ImportError:
-        return
-
-
-_KEPT: list[Any] = []
-"""Described operators go when what described them does."""

@@ -1,23 +1,35 @@
 """What a set holds, and what is odd about it, before anything is evaluated on it.
 
-Covers: counts, classes without images, equal images, images that cannot be decoded.
-Not here: the layout's own checks (sets.py); figures.
+Covers: counts, what is odd about names, classes without images, equal images, images that cannot be
+decoded. Not here: the layout's own checks (published_layout.py); figures.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from evaclip_model.errors import InputError
 from evaclip_model.reading.transform import UnreadableImageError, decode_image
+from tasks.evaluate.sets.class_order import normalise_name, read_class_names
 from tasks.evaluate.sets.published_layout import EvalSample, EvalSet
+from tasks.evaluate.sets.set_registry import KnownSet
 from tasks.progress import Report, silent
 
 SHOWN = 3
 """Examples of each oddity."""
+_ODD_NAMES = (
+    ("are numbers", re.compile(r"^\d+$")),
+    ("are WordNet ids", re.compile(r"^n\d{8}")),
+    ("begin with a number", re.compile(r"^\d+[._-]")),
+    ("have an underscore", re.compile("_")),
+    ("look like files", re.compile(r"\.(jpe?g|png|webp|txt)$", re.I)),
+    ("have spaces or quotes at an end", re.compile(r"""^[\s"']|[\s"']$""")),
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,7 @@ class Checked:
         if one.kind == "retrieval":
             yield "captions", f"{sum(len(sample.captions) for sample in one.samples):,}"
         else:
-            yield "classes", f"{len(one.classnames):,}: {_some(one.classnames)}"
+            yield "classes", f"{len(one.classnames):,}: {some_names(one.classnames)}"
             yield "templates", f"{len(one.templates)} ({one.prompts_source}): {one.templates[0]}"
         yield "fingerprint", one.fingerprint
 
@@ -82,13 +94,65 @@ def _reason(sample: EvalSample) -> str:
     return ""
 
 
-def _of_classes(evalset: EvalSet) -> Iterator[str]:
-    if evalset.kind == "retrieval":
-        return
-    names = Counter(evalset.classnames)
+def odd_names(classnames: Sequence[str], known: KnownSet | None) -> Iterator[str]:
+    """What is odd about class names, a sentence each."""
+    names = Counter(classnames)
     shared = [name for name, count in names.items() if count > 1]
     if shared:
         yield f"{len(shared)} names stand for several classes, which tie exactly: {_some(shared)}"
+    spellings: dict[str, list[str]] = {}
+    for name in names:
+        spellings.setdefault(normalise_name(name), []).append(name)
+    alike = [" and ".join(each) for each in spellings.values() if len(each) > 1]
+    if alike:
+        yield f"{len(alike)} names differ from another in case or punctuation alone: {_some(alike)}"
+    for what, pattern in _ODD_NAMES:
+        odd = [name for name in names if pattern.search(name)]
+        if odd and not (known and known.key == "mnist"):
+            yield f"{len(odd)} names {what}, which a text tower reads as they stand: {_some(odd)}"
+    yield from _compare_with_known(classnames, known)
+
+
+def some_names(names: Sequence[str]) -> str:
+    """The first and the last names of a list; all where they are few."""
+    if len(names) <= 2 * SHOWN:
+        return ", ".join(names)
+    return f"{', '.join(names[:SHOWN])} ... {', '.join(names[-SHOWN:])}"
+
+
+def _compare_with_known(classnames: Sequence[str], known: KnownSet | None) -> Iterator[str]:
+    """Names against the known set's own list, where that is installed and of the same words."""
+    for source in known.names if known else ():
+        if source == "dataset":
+            continue
+        try:
+            expected = read_class_names(source, known).names
+        except InputError:  # its list is not installed: there is nothing to compare with
+            return
+        own, others = ([normalise_name(name) for name in one] for one in (classnames, expected))
+        moved = [
+            name for name, key, other in zip(classnames, own, others, strict=False) if key != other
+        ]
+        if not moved and len(own) == len(others):
+            return
+        if sorted(own) == sorted(others):
+            yield (
+                f"the names are those of {source}'s list in another order ({len(moved)} stand "
+                f"elsewhere: {_some(moved)}): right where the labels follow this order"
+            )
+        else:
+            extra = [name for name, key in zip(classnames, own, strict=True) if key not in others]
+            yield (
+                f"{len(extra)} names are not in {source}'s list of '{known.key if known else ''}': "
+                f"{_some(extra)}"
+            )
+        return
+
+
+def _of_classes(evalset: EvalSet) -> Iterator[str]:
+    if evalset.kind == "retrieval":
+        return
+    yield from odd_names(evalset.classnames, evalset.known)
     seen = {label for one in evalset.samples for label in (one.label, *one.labels)}
     empty = [name for label, name in enumerate(evalset.classnames) if label not in seen]
     if empty:

@@ -23,10 +23,8 @@ from evaclip_model.zeroshot.imagenet_prompts import (
     imagenet_classnames,
     imagenet_templates,
 )
+from evaclip_model.zeroshot.set_layout import CLASSNAMES, TEMPLATES, read_lines
 from tasks.evaluate.sets.set_registry import KnownSet, NameSource, PromptSource
-
-CLASSNAMES = "classnames.txt"
-TEMPLATES = "zeroshot_classification_templates.txt"
 
 WHEEL = "clip_benchmark"
 """Importable name of the distribution clip-benchmark."""
@@ -138,26 +136,6 @@ def imagenet_synsets() -> tuple[str, ...]:
         InputError: timm, whose list this is, is not installed.
     """
     return _timm_lines(_SYNSETS)
-
-
-def read_lines(path: Path, expected: str) -> tuple[str, ...]:
-    """The lines of a text file of which each counts.
-
-    Raises:
-        InputError: the file is missing, empty, or has an empty line.
-    """
-    try:
-        lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").split("\n"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: expected {expected}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is no UTF-8 text: expected {expected}") from None
-    # A trailing blank line is a text file's end; one inside would shift every label after it.
-    while lines and not lines[-1]:
-        lines = lines[:-1]
-    if not lines or not all(lines):
-        raise InputError(f"{path} is empty or has an empty line: expected {expected}")
-    return lines
 
 
 def _from_wheel(file: str, key: str | None, name: str) -> tuple[str, ...]:

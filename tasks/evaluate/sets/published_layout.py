@@ -1,14 +1,9 @@
 """Evaluation sets in the published webdataset layout, read through a tar member index.
 
 Covers: the index (which bytes of which tar are which image, label or caption), its checks, where it
-is kept, positioned reads, the fingerprint of a set's content.
-Not here: decoding images, models, metrics, where names and prompts come from (prompts.py). The
-layout:
-
-    classnames.txt, zeroshot_classification_templates.txt    one a line (sets with classes)
-    dataset_type.txt                                         "retrieval" or "multilabel"
-    test/nshards.txt, test/0.tar ... test/N-1.tar            KEY.webp|png|jpg|jpeg, and with it
-                                                             KEY.cls, .npy or .txt, by its kind
+is kept, the fingerprint of a set's content.
+Not here: the layout's files and tar members (evaclip_model/zeroshot/set_layout.py), decoding
+images, models, metrics, where names and prompts come from (prompts.py).
 
 Such sets have few shards, so they are never split by tar: samples are addressed one by one, in the
 order of their keys, and every one of them is evaluated exactly once. The same samples are the same
@@ -20,8 +15,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
-import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -32,48 +27,24 @@ import numpy as np
 
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
-from tasks.evaluate.sets.prompts import (
+from evaclip_model.zeroshot.set_layout import (
     CLASSNAMES,
-    find_classnames,
-    find_templates,
-    subset_classes,
+    DATASET_TYPE,
+    SPLIT,
+    Span,
+    TarMember,
+    find_image,
+    find_tars,
+    read_label,
+    read_members,
 )
+from tasks.evaluate.sets.prompts import find_classnames, find_templates, subset_classes
 from tasks.evaluate.sets.set_registry import Kind, KnownSet, NameSource, PromptSource
-
-IMAGE_EXTENSIONS = frozenset({"webp", "png", "jpg", "jpeg"})
-DATASET_TYPE = "dataset_type.txt"
-SPLIT = "test"
-"""Folder of the tars; the published layout has others, for training, beside it."""
-SHARDS = "nshards.txt"
 
 _ANSWERS = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
 """Kind -> extension of the member that says what is right."""
 _INDEX_VERSION = 1
 _THOUSAND = 1000
-
-
-@dataclass(frozen=True)
-class Span:
-    """Bytes of one tar member: where its content starts in its file, and how long it is."""
-
-    tar: Path
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        """The member's content.
-
-        Raises:
-            InputError: the file is shorter than its index says.
-        """
-        descriptor = os.open(self.tar, os.O_RDONLY)
-        try:
-            content = os.pread(descriptor, self.size, self.offset)
-        finally:
-            os.close(descriptor)
-        if len(content) != self.size:
-            raise InputError(f"{self.tar} has changed while it was read: run the evaluation again")
-        return content
 
 
 @dataclass(frozen=True)
@@ -190,29 +161,6 @@ def kind_of(folder: Path) -> Kind:
     raise InputError(f"{path} must hold one of {', '.join(_ANSWERS)}, got '{found[:40]}'")
 
 
-def find_tars(folder: Path) -> list[Path]:
-    """The tars of the set in `folder`, in their order.
-
-    Raises:
-        InputError: the folder holds no set, or a tar is missing.
-    """
-    count_file = folder / SPLIT / SHARDS
-    try:
-        count = int(count_file.read_text())
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder} is no evaluation set: {count_file} is missing (expected the published "
-            "webdataset layout, test/nshards.txt beside test/0.tar)"
-        ) from None
-    except ValueError:
-        raise InputError(f"{count_file} must hold one number, the number of tars") from None
-    tars = [folder / SPLIT / f"{index}.tar" for index in range(count)]
-    for tar in tars:
-        if not tar.is_file():
-            raise InputError(f"{tar} is missing: {count_file} says there are {count} tars")
-    return tars
-
-
 class _Entry(NamedTuple):
     """One sample of the index, as it is kept."""
 
@@ -266,76 +214,48 @@ def _read(tars: Sequence[Path], kind: Kind) -> list[_Entry]:
 
 
 def _entries(number: int, tar: Path, kind: Kind) -> list[_Entry]:
-    return [_entry(number, tar, key, members, kind) for key, members in _members(tar).items()]
+    found = read_members(tar, digest_images=True)
+    return [_entry(number, tar, key, members, kind) for key, members in found.items()]
 
 
-class _Member(NamedTuple):
-    offset: int
-    size: int
-    sha256: str
-    content: bytes
-    """Of an answer; images are not kept."""
-
-
-def _members(tar: Path) -> dict[str, dict[str, _Member]]:
-    """Key -> extension -> member, in tar order."""
-    found: dict[str, dict[str, _Member]] = {}
-    size = tar.stat().st_size
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            for member in archive:
-                content = archive.extractfile(member) if member.isfile() else None
-                if content is None:
-                    continue
-                if member.offset_data + member.size > size:
-                    raise tarfile.ReadError("unexpected end of data")
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
-                members = found.setdefault(key, {})
-                if extension in members:
-                    raise InputError(f"{tar}: member {member.name} occurs twice")
-                data = content.read()
-                is_image = extension in IMAGE_EXTENSIONS
-                members[extension] = _Member(
-                    *(member.offset_data, member.size),
-                    hashlib.sha256(data).hexdigest() if is_image else "",
-                    b"" if is_image else data,
-                )
-    except tarfile.TarError as error:
-        raise InputError(
-            f"{tar} cannot be read as a tar ({error}): fetch it again, it may be incomplete"
-        ) from None
-    return found
-
-
-def _entry(number: int, tar: Path, key: str, members: dict[str, _Member], kind: Kind) -> _Entry:
-    images = [member for extension, member in members.items() if extension in IMAGE_EXTENSIONS]
-    if len(images) != 1:
-        raise InputError(f"{tar}: sample {key} has {len(images)} images, expected one")
+def _entry(number: int, tar: Path, key: str, members: dict[str, TarMember], kind: Kind) -> _Entry:
+    image = find_image(members, f"{tar}: sample {key}")
     wanted = _ANSWERS[kind]
     if wanted not in members:
         raise InputError(f"{tar}: sample {key} has no .{wanted} member")
     answer = _READERS[kind](members[wanted].content, f"{tar}: {key}")
-    return _Entry(key, number, images[0].offset, images[0].size, images[0].sha256, answer)
-
-
-def _label(content: bytes, where: str) -> int:
-    text = content.decode("utf-8", "replace").strip()
-    if not text.isdecimal():
-        raise InputError(f"{where}.cls must hold a class number, got {text[:20]!r}")
-    return int(text)
+    return _Entry(key, number, image.span.offset, image.span.size, image.sha256, answer)
 
 
 def _labels(content: bytes, where: str) -> list[Any]:
     """[number of classes, [classes]] of a 0/1 vector."""
     try:
+        _check_npy_size(content)
         vector = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise InputError(f"{where}.npy cannot be read as a vector ({error})") from None
     if vector.ndim != 1 or not np.isin(vector, (0, 1)).all():
         raise InputError(f"{where}.npy must hold one 0 or 1 a class, got shape {vector.shape}")
     return [len(vector), np.flatnonzero(vector).tolist()]
+
+
+def _check_npy_size(content: bytes) -> None:
+    """Compare the size that a .npy header promises, which numpy allocates first, with the content.
+
+    Raises:
+        ValueError: they differ, or there is no such header.
+    """
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    elif version == (2, 0):
+        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    else:
+        raise ValueError(f"version {version} of the format")
+    promised = math.prod(shape) * dtype.itemsize
+    if promised != len(content) - file.tell():
+        raise ValueError(f"its header promises {promised:,} bytes")
 
 
 def _captions(content: bytes, where: str) -> list[str]:
@@ -347,7 +267,7 @@ def _captions(content: bytes, where: str) -> list[str]:
     return captions
 
 
-_READERS = {"classification": _label, "multilabel": _labels, "retrieval": _captions}
+_READERS = {"classification": read_label, "multilabel": _labels, "retrieval": _captions}
 
 
 def _in_subset(

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from evaclip_model.zeroshot.exact_ranks import Ranking, rank_targets
-from tasks.evaluate.sets.published_layout import EvalSample, EvalSet, Span
+from evaclip_model.zeroshot.set_layout import Span
+from tasks.evaluate.sets.published_layout import EvalSample, EvalSet
 from tasks.evaluate.sets.set_registry import KnownSet
 
 NOWHERE = Span(Path("nowhere.tar"), 0, 0)

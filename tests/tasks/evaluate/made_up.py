@@ -18,11 +18,12 @@ import torch
 from PIL import Image, ImageDraw
 
 from evaclip_model.zeroshot.exact_ranks import Ranking
+from evaclip_model.zeroshot.set_layout import Span
 from tasks.evaluate.metrics.compute import chance_levels, compare_models, compute_figures
 from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.paper.averages import TABLES, average, robustness, values_of
 from tasks.evaluate.paper.published import PaperModel, published, verdict
-from tasks.evaluate.sets.published_layout import EvalSample, EvalSet, Span
+from tasks.evaluate.sets.published_layout import EvalSample, EvalSet
 from tasks.evaluate.sets.set_registry import KnownSet, find_set
 
 ROW = "EVA-02-CLIP-B/16"

@@ -124,7 +124,7 @@ def test_what_is_not_as_voc_has_it_is_one_sentence(voc: Path, tmp_path: Path) ->
         convert_voc(voc, tmp_path / "set", OWN)
     for text in ("<annotation>", "<annotation><object><name>cat</name></object></annotation>"):
         (voc / "Annotations" / "000001.xml").write_text(text)
-        with pytest.raises(InputError, match="is no annotation of VOC's form"):
+        with pytest.raises(InputError, match="is not an annotation of VOC's form"):
             convert_voc(voc, tmp_path / "set", OWN)
     (voc / "Annotations" / "000001.xml").unlink()
     with pytest.raises(InputError, match=r"000001\.xml is missing: expected the boxes"):

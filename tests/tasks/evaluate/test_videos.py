@@ -12,9 +12,8 @@ from PIL import Image
 
 from evaclip_model.errors import InputError
 from tasks.evaluate.sets.convert.convert import Words, convert_videos
-from tasks.evaluate.sets.convert.imagefolder import class_folders
 from tasks.evaluate.sets.convert.shard_writer import UnusableSourceError
-from tasks.evaluate.sets.convert.videos import centre_frame, video_names, video_sources
+from tasks.evaluate.sets.convert.videos import centre_frame, find_videos
 from tasks.evaluate.sets.published_layout import open_set
 from tasks.evaluate.sets.set_registry import find_set
 
@@ -95,8 +94,9 @@ def test_videos_become_a_set_of_their_centre_frames(ucf: Path, tmp_path: Path) -
 
 def test_classes_of_other_folders_are_called_as_they_are(tmp_path: Path) -> None:
     for name in ("air drumming", "playing_ping_pong"):
-        (tmp_path / name).mkdir()
-    assert video_names(class_folders(tmp_path)) == ("air drumming", "playing ping pong")
+        write_video(tmp_path / "in" / name / "a.mp4", 10, "libx264")
+    made = convert_videos(tmp_path / "in", tmp_path / "set", OWN)
+    assert made.classnames == ("air drumming", "playing ping pong")
 
 
 def test_only_listed_videos_are_taken_and_missing_ones_are_counted(
@@ -114,25 +114,62 @@ def test_only_listed_videos_are_taken_and_missing_ones_are_counted(
     assert [sample.label for sample in samples] == [2, 0]
 
 
-def test_a_list_of_kinetics_names_videos_by_id_and_time(tmp_path: Path) -> None:
-    for name in ("abseiling/aB-1_c_000003_000013.mp4", "zumba/x_000100_000110.mp4"):
-        write_video(tmp_path / "val" / name, 10, "libx264")
-    listing = tmp_path / "val.csv"
-    listing.write_text(
-        "label,youtube_id,time_start,time_end,split\n"
-        "zumba,x,100,110,validate\nabseiling,aB-1_c,3,13,validate\nabseiling,gone,0,10,validate\n"
-    )
-    sources = video_sources(class_folders(tmp_path / "val"), listing)
-    assert [source.read().answer for source in sources[:2]] == [1, 0]
-    with pytest.raises(UnusableSourceError, match="is in the list"):
-        sources[2].read()
+KINETICS = (
+    "label,youtube_id,time_start,time_end,split\n"
+    "zumba,x,100,110,validate\nabseiling,aB-1_c,3,13,validate\nabseiling,gone,0,10,validate\n"
+)
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        ("abseiling/aB-1_c_000003_000013.mp4", "zumba/x_000100_000110.mp4"),
+        ("aB-1_c_000003_000013.mp4", "x_000100_000110.mp4"),
+        ("part_1/aB-1_c.mp4", "x.mp4"),
+    ],
+)
+def test_kinetics_list_decides_the_classes_wherever_the_clips_lie(
+    tmp_path: Path, places: tuple[str, str]
+) -> None:
+    for number, name in enumerate(places, 1):
+        write_video(tmp_path / "val" / name, 20 * number, "libx264")
+    (tmp_path / "val.csv").write_text(KINETICS)
+    made = convert_videos(tmp_path / "val", tmp_path / "set", OWN, tmp_path / "val.csv")
+    assert made.classnames == ("abseiling", "zumba")
+    assert made.failures == (("gone_000000_000010", "is in the list and not in the folders"),)
+    samples = open_set("k", made.folder, "classification", ("{c}",)).samples
+    numbers = [number_of(Image.open(io.BytesIO(sample.image.read()))) for sample in samples]
+    assert [(sample.label, number) for sample, number in zip(samples, numbers, strict=True)] == [
+        (1, 20),
+        (0, 10),
+    ]
+
+
+def test_ucfs_list_decides_the_classes_of_videos_in_one_folder(tmp_path: Path) -> None:
+    for name in ("v_YoYo_g01_c01", "v_HandStandPushups_g02_c01"):
+        write_video(tmp_path / "all" / f"{name}.avi", 20)
+    listing = tmp_path / "testlist01.txt"
+    listing.write_text("YoYo/v_YoYo_g01_c01.avi\nHandstandPushups/v_HandStandPushups_g02_c01.avi\n")
+    made = convert_videos(tmp_path / "all", tmp_path / "set", OWN, listing)
+    assert made.classnames == ("Hand Stand Pushups", "Yo Yo")
+    samples = open_set("ucf", made.folder, "classification", ("{c}",)).samples
+    assert [sample.label for sample in samples] == [1, 0]
+    with pytest.raises(InputError, match="expected one a class, or --list with the class of each"):
+        find_videos(tmp_path / "all")
+
+
+def test_two_files_for_one_line_of_a_list_are_refused(ucf: Path, tmp_path: Path) -> None:
+    write_video(ucf / "YoYo" / "again" / "v_YoYo_g01_c01.avi", 20)
+    (tmp_path / "list.txt").write_text("v_YoYo_g01_c01.avi\n")
+    with pytest.raises(InputError, match="'v_YoYo_g01_c01' could be"):
+        find_videos(ucf, tmp_path / "list.txt")
 
 
 @pytest.mark.parametrize("text", ["label,id\nx,y\n", "youtube_id,time_start,time_end\na,b,c\n"])
 def test_another_table_than_kinetics_is_refused(ucf: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "x.csv").write_text(text)
-    with pytest.raises(InputError, match="is no list of videos: expected CLASS/FILE"):
-        video_sources(class_folders(ucf), tmp_path / "x.csv")
+    with pytest.raises(InputError, match=r"x\.csv row 2 is not of a list of videos: expected"):
+        find_videos(ucf, tmp_path / "x.csv")
 
 
 def test_bad_videos_are_listed_with_their_reasons(ucf: Path, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
-"""Images with captions, as Karpathy's split files list them, as a retrieval set.
+"""Images with captions, in the forms in which people have them, as a retrieval set.
 
-Covers: dataset_coco.json and dataset_flickr30k.json, and files of that form.
-Not here: writing the set (write.py).
+Covers: Karpathy's split files (dataset_coco.json, dataset_flickr30k.json), COCO's own annotations
+(captions_val2014.json), BLIP's lists (coco_karpathy_test.json), Flickr's token files, tables with a
+column of images and one of captions.
+Not here: reading tables (table.py), writing the set (shard_writer.py).
 
 All captions of an image are kept: COCO's 5,000 test images have 25,010.
 """
@@ -9,53 +11,140 @@ All captions of an image are kept: COCO's 5,000 test images have 25,010.
 from __future__ import annotations
 
 import json
-from functools import partial
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from evaclip_model.errors import InputError
-from tasks.evaluate.sets.convert.shard_writer import Found, Source, image_file
+from tasks.evaluate.sets.convert.image_files import image_source, path_inside
+from tasks.evaluate.sets.convert.shard_writer import Source
+from tasks.evaluate.sets.convert.table import PATH_COLUMNS, read_rows
 
-_FORM = (
-    'expected {"images": [{"filename": ..., "split": ..., "sentences": [{"raw": ...}, ...]}, ...]}'
+_FORMS = (
+    'expected Karpathy\'s {"images": [{"filename", "split", "sentences": [{"raw"}]}]}, COCO\'s '
+    '{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}, a list of '
+    '{"image", "caption"}, Flickr\'s lines FILE#N<tab>CAPTION, or a table of images and captions'
 )
+_TOKEN_LINE = re.compile(r"(.+?)#\d+\t(.*)")
+_CAPTION_COLUMNS = (
+    "caption",
+    "captions",
+    "comment",
+    "text",
+    "sentence",
+    "sentences",
+    "raw",
+    "title",
+)
+
+Captions = dict[str, list[str]]
+"""File -> its captions."""
 
 
 def captioned_sources(listing: Path, images: Path, split: str = "test") -> list[Source]:
-    """The images of one split, in the order of the file, each with its captions.
+    """The images of a listing, in its order, each with all its captions.
 
     Args:
-        listing: JSON file of Karpathy's form.
-        images: folder that its `filepath`, where it has one, and `filename` lie in.
+        listing: see the forms above.
+        images: folder that its files lie in.
+        split: which images of a listing that has several splits (Karpathy's form).
 
     Raises:
-        InputError: the file is missing or of another form, or has nothing in this split.
+        InputError: the file is missing or of another form, has nothing in this split, names a file
+            outside `images`, or has an image without a caption.
     """
+    if not listing.is_file():
+        raise InputError(f"{listing} is missing: {_FORMS}")
+    if listing.suffix.lower() == ".json":
+        captions = _read_json(listing, split)
+    else:
+        captions = _read_text(listing)
+    if not captions:
+        raise InputError(f"{listing} has no image, or is not of a known form: {_FORMS}")
+    sources = []
+    for name, texts in captions.items():
+        kept = tuple(text for text in map(str.strip, texts) if text)
+        if not kept:
+            raise InputError(f"{listing}: {name} has no caption")
+        sources.append(image_source(path_inside(images, name, str(listing)), kept))
+    return sources
+
+
+def _read_json(listing: Path, split: str) -> Captions:
     try:
-        entries = json.loads(listing.read_text(encoding="utf-8"))["images"]
-        chosen = [entry for entry in entries if entry["split"] == split]
-        found = [_source(entry, images) for entry in chosen]
-    except FileNotFoundError:
-        raise InputError(f"{listing} is missing") from None
+        content = json.loads(listing.read_text(encoding="utf-8-sig"))
+        if isinstance(content, list):
+            return _collect((entry["image"], _texts(entry["caption"])) for entry in content)
+        if "annotations" in content:
+            return _read_official(content)
+        chosen = [entry for entry in content["images"] if entry["split"] == split]
+        if content["images"] and not chosen:
+            there = ", ".join(sorted({str(entry["split"]) for entry in content["images"]}))
+            raise InputError(f"{listing} has no image in the split '{split}'; there are: {there}")
+        return _collect(
+            (
+                str(Path(entry.get("filepath", "")) / entry["filename"]),
+                [sentence["raw"] for sentence in entry["sentences"]],
+            )
+            for entry in chosen
+        )
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{listing} is not of the known form: {_FORM}") from None
-    if not found:
-        there = ", ".join(sorted({str(entry["split"]) for entry in entries})) or "none"
-        raise InputError(f"{listing} has no image in the split '{split}'; there are: {there}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{listing} is not of a known form: {_FORMS}") from None
+
+
+def _read_official(content: Mapping[str, Any]) -> Captions:
+    """COCO's own form: images and captions in two lists, joined by the image's id."""
+    names = {entry["id"]: entry["file_name"] for entry in content["images"]}
+    found: Captions = {}
+    for entry in sorted(content["annotations"], key=lambda entry: entry["id"]):
+        found.setdefault(names[entry["image_id"]], []).append(entry["caption"])
+    # In the order of images, and without those that have no caption.
+    return _collect((name, found[name]) for name in names.values() if name in found)
+
+
+def _read_text(listing: Path) -> Captions:
+    try:
+        lines = listing.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        lines = []
+    if lines and _TOKEN_LINE.fullmatch(lines[0].rstrip("\r")):
+        matches = [_TOKEN_LINE.fullmatch(line.rstrip("\r")) for line in lines if line.strip()]
+        broken = next((number for number, match in enumerate(matches, 1) if not match), None)
+        if broken:
+            raise InputError(f"{listing} row {broken} is not FILE#NUMBER<tab>CAPTION")
+        return _collect((match[1], [match[2]]) for match in matches if match)
+    columns, rows = read_rows(listing)
+    plain = {column.strip().casefold(): column for column in reversed(columns)}
+    image = next((plain[name] for name in PATH_COLUMNS if name in plain), None)
+    caption = next((plain[name] for name in _CAPTION_COLUMNS if name in plain), None)
+    if image is None or caption is None:
+        raise InputError(
+            f"{listing} has the columns {', '.join(columns)}: expected one of images (image, path, "
+            "filename ...) and one of captions (caption, comment, text ...)"
+        )
+    return _collect(
+        (re.sub(r"#\d+$", "", str(row[image])), _texts(row[caption])) for _, row in rows
+    )
+
+
+def _texts(value: Any) -> Sequence[str]:
+    if isinstance(value, list | tuple):
+        return [str(one) for one in value]
+    return [] if value is None else [str(value)]
+
+
+def _collect(pairs: Iterator[tuple[str, Sequence[str]]]) -> Captions:
+    """Captions by file.
+
+    Raises:
+        TypeError: a file's name or a caption is not text.
+    """
+    found: Captions = {}
+    for name, texts in pairs:
+        if not all(isinstance(one, str) for one in (name, *texts)):
+            raise TypeError(name)
+        found.setdefault(name, []).extend(texts)
     return found
-
-
-def _source(entry: dict[str, Any], images: Path) -> Source:
-    path = images / entry.get("filepath", "") / entry["filename"]
-    captions = tuple(sentence["raw"].strip() for sentence in entry["sentences"])
-    captions = tuple(caption for caption in captions if caption)
-    if not captions:
-        raise InputError(f"{entry['filename']} has no caption")
-    return Source(str(path), partial(_read, path, captions))
-
-
-def _read(path: Path, captions: tuple[str, ...]) -> Found:
-    extension, content = image_file(path.read_bytes())
-    return Found(content, extension, captions)

@@ -1,37 +1,46 @@
-"""From images, videos or a data set object to an evaluation set, in one call each.
+"""From images, videos, tables or a data set object to an evaluation set, in one call each.
 
-Covers: where class names and templates of a new set come from, what decides that a set is the same.
-Not here: reading sources (imagefolder.py ...), writing (write.py).
+Covers: the templates of a new set, what decides that a set is the same, one function a form.
+Not here: labels and names (class_order.py), reading sources (imagefolder.py ...), writing
+(shard_writer.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from evaclip_model.errors import InputError
+from evaclip_model.zeroshot.set_layout import is_system_file, read_lines
+from tasks.evaluate.sets.class_order import (
+    ClassOrder,
+    Order,
+    order_classes,
+    read_class_names,
+)
 from tasks.evaluate.sets.convert import voc
 from tasks.evaluate.sets.convert.caption_sets import captioned_sources
+from tasks.evaluate.sets.convert.image_files import image_source, stamp_of
 from tasks.evaluate.sets.convert.imagefolder import (
-    Order,
     class_folders,
     image_sources,
-    names_of,
     objectnet_folders,
 )
 from tasks.evaluate.sets.convert.shard_writer import Conversion, Source, write_set
+from tasks.evaluate.sets.convert.table import read_label_table
 from tasks.evaluate.sets.convert.torchvision_sets import (
     TORCHVISION,
     dataset_sources,
     open_torchvision,
     torchvision_names,
+    torchvision_words,
 )
-from tasks.evaluate.sets.convert.videos import video_names, video_sources
-from tasks.evaluate.sets.prompts import find_classnames, find_templates, read_lines
-from tasks.evaluate.sets.set_registry import Kind, KnownSet, NameSource, PromptSource, find_set
+from tasks.evaluate.sets.convert.videos import find_videos
+from tasks.evaluate.sets.prompts import find_templates
+from tasks.evaluate.sets.set_registry import Kind, KnownSet, PromptSource, find_set
 from tasks.progress import Report, silent
 
 OBJECTNET = "objectnet"
@@ -48,24 +57,40 @@ class Words:
     known: KnownSet | None = None
     """The set it is."""
     classnames: str = ""
-    """A source's name or a file; the sources' own names where empty."""
+    """A source's name or a file (`read_class_names`); the rule of class_order.py where empty."""
     templates: str = ""
     """A source's name, a file, or "none"; the known set's first other source where empty."""
+    order: Order = ""
+    """How numbered classes are counted."""
+    first: int | None = None
+    """Number of the first class, where classes are numbers; told from them where unset."""
 
-    def names(self, own: Sequence[str]) -> tuple[str, ...]:
-        """Class names of a set whose sources call them `own`.
+    def classes(
+        self,
+        words: Sequence[str],
+        where: str,
+        display_names: Mapping[str, str] | None = None,
+        known: KnownSet | None = None,
+    ) -> ClassOrder:
+        """Labels and names of the classes that the source calls `words`.
+
+        Args:
+            known: the set it is, where the source says it and not the person.
 
         Raises:
-            InputError: a file or source that is not there, or has another number of classes.
+            InputError: see `read_class_names` and `order_classes`.
         """
-        if not self.classnames:
-            return tuple(own)
-        found = _chosen_names(self.classnames, self.known)
-        if len(found) != len(own):
-            raise InputError(
-                f"{self.classnames} has {len(found)} class names for {len(own)} classes"
-            )
-        return found
+        known = known or self.known
+        chosen = read_class_names(self.classnames, known) if self.classnames else None
+        return order_classes(
+            words,
+            chosen,
+            known,
+            where=where,
+            display_names=display_names,
+            order=self.order,
+            first=self.first,
+        )
 
     def prompts(self) -> tuple[str, ...]:
         """Templates of the set.
@@ -92,21 +117,70 @@ class Words:
 
 
 def convert_imagefolder(
-    root: Path, folder: Path, words: Words, order: Order = "text", report: Report = silent
+    root: Path, folder: Path, words: Words, report: Report = silent
 ) -> Conversion:
     """A folder of one folder of images a class; of ObjectNet, those that ImageNet has too.
 
     Raises:
-        InputError: see `class_folders`, `names_of`, `objectnet_folders`, `Words`, `write_set`.
+        InputError: see `class_folders`, `objectnet_folders`, `Words`, `write_set`.
     """
-    own: Sequence[str]
     if words.known is not None and words.known.key == OBJECTNET:
-        folders, own = objectnet_folders(root)
+        folders, names = objectnet_folders(root)
+        own = replace(words, known=None)
+        display = dict(zip((one.name for one in folders), names, strict=True))
+        classes = own.classes([one.name for one in folders], str(root), display)
+        beside = 0
     else:
-        folders = class_folders(root, order)
-        # With names from elsewhere, the folders need not have any.
-        own = [one.name for one in folders] if words.classnames else names_of(folders, words.known)
-    return _write(folder, image_sources(folders), "imagefolder", words.names(own), words, report)
+        folders = class_folders(root)
+        classes = words.classes([one.name for one in folders], str(root))
+        loose = (path for path in root.iterdir() if path.is_file())
+        beside = sum(not is_system_file(path.name) for path in loose)
+    sources = image_sources({one: classes.labels[one.name] for one in folders})
+    if beside:
+        remark = f"{beside} files beside the class folders of {root} were left out"
+        classes = replace(classes, remarks=(*classes.remarks, remark))
+    return _write(folder, sources, ("imagefolder", root), classes, words, report)
+
+
+def convert_table(
+    listing: Path,
+    images: Path,
+    folder: Path,
+    words: Words,
+    *,
+    path_column: str = "",
+    label_column: str = "",
+    several: bool = False,
+    split: str = "",
+    report: Report = silent,
+) -> Conversion:
+    """Images that a table names with their labels; one label each, or several.
+
+    Raises:
+        InputError: see `read_label_table`, `Words` and `write_set`.
+    """
+    table = read_label_table(
+        listing,
+        images,
+        path_column=path_column,
+        label_column=label_column,
+        several=several,
+        split=split,
+    )
+    classes = words.classes(table.words, str(listing))
+    labels = classes.labels
+
+    def answer(chosen: Sequence[str]) -> int | list[int]:
+        if not table.several:
+            return labels[chosen[0]]
+        there = {labels[word] for word in chosen}
+        return [int(label in there) for label in range(len(classes.names))]
+
+    sources = [image_source(one.path, answer(one.words)) for one in table.images]
+    kind: Kind = "multilabel" if table.several else "classification"
+    return _write(
+        folder, sources, ("table", listing, images), classes, words, report, kind, listing
+    )
 
 
 def convert_torchvision(
@@ -123,30 +197,31 @@ def convert_torchvision(
         InputError: see `open_torchvision`, `Words` and `write_set`.
     """
     dataset = open_torchvision(known, root, download)
-    entry = TORCHVISION[known.key]
+    relabel = TORCHVISION[known.key].relabel
+    names = torchvision_names(known, dataset)
+    classes = ClassOrder(names, {name: label for label, name in enumerate(names)})
     if words.classnames:
-        names = _chosen_names(words.classnames, known)
-    else:
-        names = torchvision_names(known, dataset)
-    sources = dataset_sources(dataset, entry.relabel)
-    return _write(folder, sources, known.key, names, words, report)
+        own = torchvision_words(dataset, names)
+        classes = replace(words, known=known).classes(own, f"torchvision's {known.torchvision}")
+        # The list's labels, in the order of torchvision's own.
+        relabel = tuple(classes.labels[own[label]] for label in relabel or range(len(own)))
+    sources = dataset_sources(dataset, relabel, stamp=_stamp_of_files(root))
+    return _write(folder, sources, (known.key, root), classes, words, report)
 
 
 def convert_videos(
     root: Path, folder: Path, words: Words, listing: Path | None = None, report: Report = silent
 ) -> Conversion:
-    """The centre frames of a folder of one folder of videos a class.
+    """The centre frames of the videos below `root`, by their folders or a list.
 
     Raises:
-        InputError: see `class_folders`, `video_sources`, `Words` and `write_set`.
+        InputError: see `find_videos`, `Words` and `write_set`.
     """
-    folders = class_folders(root)
-    if words.known is not None and words.known.classes != len(folders):
-        raise InputError(
-            f"{root} has {len(folders)} classes, but {words.known.title} has {words.known.classes}"
-        )
-    sources = video_sources(folders, listing)
-    return _write(folder, sources, "videos", words.names(video_names(folders)), words, report)
+    found = find_videos(root, listing)
+    classes = words.classes(found.words, str(root), found.display_names)
+    sources = found.sources(classes.labels)
+    origin = ("videos", root, listing or "")
+    return _write(folder, sources, origin, classes, words, report, listing=listing)
 
 
 def convert_voc(
@@ -161,54 +236,70 @@ def convert_voc(
     Raises:
         InputError: see `box_sources`, `Words` and `write_set`.
     """
-    sources = voc.box_sources(root) if kind == "classification" else voc.image_sources(root)
+    own = voc.voc_classes(root)
+    classes = words.classes(own, str(root))
+    places = [classes.labels[word] for word in own]
+    if kind == "classification":
+        sources = voc.box_sources(root, places)
+    else:
+        sources = voc.image_sources(root, places, len(classes.names))
     words = replace(words, known=find_set(VOC[kind]))
-    names = words.names(voc.voc_classes(root))
-    return _write(folder, sources, f"voc {kind}", names, words, report, kind)
+    return _write(folder, sources, (f"voc {kind}", root), classes, words, report, kind)
 
 
 def convert_captions(
     listing: Path, images: Path, folder: Path, split: str = "test", report: Report = silent
 ) -> Conversion:
-    """Images and captions of one split of a file of Karpathy's form.
+    """Images and captions of a listing; one split of it, where it has several.
 
     Raises:
         InputError: see `captioned_sources` and `write_set`.
     """
     sources = captioned_sources(listing, images, split)
-    content = hashlib.sha256(listing.read_bytes()).hexdigest()
-    plan = {"form": "captions", "listing": content, "split": split, "sources": _digest(sources)}
+    origin = ["captions", str(listing.absolute()), str(images.absolute()), split]
+    plan = {"origin": origin, "listing": _digest_of(listing), "sources": _digest(sources)}
     return write_set(folder, sources, kind="retrieval", plan=plan, report=report)
 
 
 def _write(
     folder: Path,
     sources: Sequence[Source],
-    form: str,
-    names: Sequence[str],
+    origin: Sequence[str | Path],
+    classes: ClassOrder,
     words: Words,
     report: Report,
     kind: Kind = "classification",
+    listing: Path | None = None,
 ) -> Conversion:
-    plan: dict[str, Any] = {"form": form, "sources": _digest(sources)}
-    return write_set(
+    places = [str(one.absolute() if isinstance(one, Path) else one) for one in origin]
+    plan: dict[str, Any] = {"origin": places, "sources": _digest(sources)}
+    plan["labels"] = hashlib.sha256(repr(sorted(classes.labels.items())).encode()).hexdigest()[:16]
+    if listing is not None:
+        plan["listing"] = _digest_of(listing)
+    made = write_set(
         folder,
         sources,
         kind=kind,
         plan=plan,
-        classnames=names,
+        classnames=classes.names,
         templates=words.prompts(),
         report=report,
     )
+    return replace(made, about_names=classes.remarks)
 
 
-def _chosen_names(chosen: str, known: KnownSet | None) -> tuple[str, ...]:
-    for source in get_args(NameSource):
-        if chosen == source != "dataset":
-            return find_classnames(known.key if known else "new", source, known, Path())
-    return read_lines(Path(chosen), "one class name a line")
+def _digest_of(listing: Path) -> str:
+    return hashlib.sha256(listing.read_bytes()).hexdigest()
 
 
 def _digest(sources: Sequence[Source]) -> str:
-    """16 hex digits over the list of sources: a count alone does not tell two lists apart."""
-    return hashlib.sha256("\n".join(source.name for source in sources).encode()).hexdigest()[:16]
+    """16 hex digits over the list of sources as they are now."""
+    lines = (f"{source.name}\t{source.stamp}" for source in sources)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _stamp_of_files(root: Path) -> str:
+    """16 hex digits over all files below `root`, by size and time of change."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    lines = (f"{path}\t{stamp_of(path)}" for path in files)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

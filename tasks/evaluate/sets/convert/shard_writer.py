@@ -2,11 +2,12 @@
 
 Covers: tars of a fixed number of sources, written beside and renamed; going on after a kill; the
 list of sources that could not be used; image files as they are, or losslessly as PNG.
-Not here: where images and answers come from (imagefolder.py, videos.py ...), reading (sets.py).
+Not here: where images and answers come from (imagefolder.py, videos.py ...), reading
+(published_layout.py).
 
 A set grows in a hidden folder beside its place and is renamed when it is whole. A tar depends on
 its own sources only and carries no times, so the same sources give the same bytes, in one go or
-in several.
+in several. The same command over changed sources makes the set anew.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import os
 import re
 import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,13 @@ from PIL import Image
 from evaclip_model.errors import InputError
 from evaclip_model.files import lock_file, replace_file, write_atomically
 from evaclip_model.reading.transform import UnreadableImageError, decode_image
-from tasks.evaluate.sets.prompts import CLASSNAMES, TEMPLATES
-from tasks.evaluate.sets.published_layout import DATASET_TYPE, SHARDS, SPLIT
+from evaclip_model.zeroshot.set_layout import (
+    CLASSNAMES,
+    DATASET_TYPE,
+    SHARDS,
+    SPLIT,
+    TEMPLATES,
+)
 from tasks.evaluate.sets.set_registry import Kind
 from tasks.progress import Report, silent
 
@@ -75,6 +82,8 @@ class Source:
     """How it is listed if it fails."""
     read: Callable[[], Found]
     """Called in a thread; raises UnusableSourceError."""
+    stamp: str = ""
+    """What changes with its content, as a file's size and time of change."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,16 @@ class Conversion:
     failures: tuple[tuple[str, str], ...]
     """(source, reason)"""
     remarks: tuple[tuple[str, str], ...]
+    classnames: tuple[str, ...] = ()
+    about_names: tuple[str, ...] = ()
+    """What a person should know of how names and classes were joined."""
+    again: bool = False
+    """Whether it took the place of a set that the same command had made of other sources."""
+
+    def left_out(self) -> dict[str, int]:
+        """How many sources gave no image, by reason, the most frequent first."""
+        reasons = Counter(reason for _, reason in self.failures)
+        return dict(reasons.most_common())
 
 
 def write_set(
@@ -104,7 +123,8 @@ def write_set(
     """Write the set of all `sources`, in their order, or go on where a killed run stopped.
 
     Args:
-        plan: what decides the content, as JSON: another plan starts anew.
+        plan: what decides the content, as JSON: another plan starts anew. With an `origin` in it,
+            a finished set of the same origin is replaced when anything else differs.
         classnames: of a set with classes, in the order of labels.
         templates: likewise; none writes no file of them.
 
@@ -114,8 +134,12 @@ def write_set(
     """
     decides = {"kind": kind, "plan": plan, "images_per_tar": images_per_tar}
     decides |= {"classnames": list(classnames), "templates": list(templates)}
+    replaced = False
     if folder.exists():
-        return _finished(folder, decides)
+        finished = _finished(folder, decides)
+        if finished is not None:
+            return finished
+        replaced = True
     growing = folder.with_name(f".{folder.name}.part")
     growing.mkdir(parents=True, exist_ok=True)
     with _only_writer(growing):
@@ -128,7 +152,7 @@ def write_set(
                     _write_tar(growing, number, first, part, kind, pool, report, len(sources))
                 report(first + len(part), len(sources), folder.name)
         made = _close(growing, folder, decides, len(parts))
-    return made
+    return replace(made, again=replaced)
 
 
 def image_file(content: bytes) -> tuple[str, bytes]:
@@ -141,7 +165,7 @@ def image_file(content: bytes) -> tuple[str, bytes]:
         image = decode_image(content)
     except UnreadableImageError as error:
         # Pillow names the object it read from, by its address.
-        raise UnusableSourceError(re.sub(r" <_io[^>]*>", "", f"is no image: {error}")) from None
+        raise UnusableSourceError(re.sub(r" <_io[^>]*>", "", f"is not an image: {error}")) from None
     if image.format in _COPIED:
         return _COPIED[image.format], content
     return "png", png(image)
@@ -185,7 +209,8 @@ def _write_tar(
     images = 0
     path = growing / SPLIT / f"{number}.tar"
     with (
-        replace_file(path) as beside,
+        # One name, as only one run writes here: what a killed run left is written over.
+        replace_file(path, beside=path.with_name(f".{path.name}.part")) as beside,
         tarfile.open(beside, "w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         for place, (source, found) in enumerate(
@@ -236,9 +261,9 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 def _close(growing: Path, folder: Path, decides: dict[str, Any], tars: int) -> Conversion:
     """Write what belongs to the whole set, and put it in its place."""
     records = [json.loads(_record(growing, number).read_text()) for number in range(tars)]
-    made = _conversion(folder, records)
+    made = _conversion(folder, records, decides)
     if not made.images:
-        why = f" (the first {made.failures[0][1]})" if made.failures else ""
+        why = " (the first, {}, {})".format(*made.failures[0]) if made.failures else ""
         raise InputError(f"no image for {folder}: none of {len(made.failures)} could be used{why}")
     for name, lines in ((CLASSNAMES, decides["classnames"]), (TEMPLATES, decides["templates"])):
         if lines:
@@ -254,29 +279,48 @@ def _close(growing: Path, folder: Path, decides: dict[str, Any], tars: int) -> C
     write_atomically(growing / CONVERSION, text + "\n")
     shutil.rmtree(growing / _RECORDS)
     (growing / ".lock").unlink()
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.replace(old)
     growing.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
     return made
 
 
-def _finished(folder: Path, decides: dict[str, Any]) -> Conversion:
-    """The set that is there already, if this command made it."""
+def _finished(folder: Path, decides: dict[str, Any]) -> Conversion | None:
+    """The set that is there already; None where the same command made it of other sources.
+
+    Raises:
+        InputError: something else is there.
+    """
     path = folder / CONVERSION
     found = json.loads(path.read_text()) if path.is_file() else {}
-    if found.get("decides") != _plain(decides):
-        raise InputError(
-            f"{folder} is there already, and not from these sources: remove it, or name another "
-            "folder"
-        )
-    return _conversion(folder, found["records"])
+    there = found.get("decides")
+    if there == _plain(decides):
+        return _conversion(folder, found["records"], decides)
+    origins = [
+        one.get("plan", {}).get("origin")
+        for one in (there, decides)
+        if isinstance(one, dict) and isinstance(one.get("plan"), dict)
+    ]
+    if len(origins) == 2 and origins[0] is not None and origins[0] == origins[1]:
+        return None
+    raise InputError(
+        f"{folder} is there already, and not from these sources: remove it, or name another folder"
+    )
 
 
-def _conversion(folder: Path, records: Sequence[dict[str, Any]]) -> Conversion:
+def _conversion(
+    folder: Path, records: Sequence[dict[str, Any]], decides: dict[str, Any]
+) -> Conversion:
     failures, remarks = (
         tuple((name, reason) for record in records for name, reason in record[kind])
         for kind in ("failures", "remarks")
     )
     images = sum(record["images"] for record in records)
-    return Conversion(folder, images, len(records), failures, remarks)
+    names = tuple(decides["classnames"])
+    return Conversion(folder, images, len(records), failures, remarks, names)
 
 
 def _record(growing: Path, number: int) -> Path:

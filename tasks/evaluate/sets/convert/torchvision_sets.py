@@ -2,13 +2,11 @@
 
 Covers: the 19 of the paper's sets that torchvision has, with their arguments; any data set object
 that gives (image, label) by index.
-Not here: writing the set (write.py). torchvision is imported here alone, when one of its sets is
-asked for.
+Not here: writing the set (shard_writer.py), importing torchvision (torchvision_import.py).
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +25,7 @@ from tasks.evaluate.sets.convert.shard_writer import (
 )
 from tasks.evaluate.sets.prompts import find_classnames
 from tasks.evaluate.sets.set_registry import KnownSet
+from tasks.evaluate.torchvision_import import import_torchvision
 
 Names = Literal["classes", "categories", "openai", "clip_benchmark", "digits"]
 
@@ -101,11 +100,11 @@ def open_torchvision(known: KnownSet, root: Path, download: bool = False) -> Map
     if entry is None or known.torchvision is None:
         raise InputError(f"torchvision has no set '{known.key}'; it has {', '.join(TORCHVISION)}")
     try:
-        module = importlib.import_module("torchvision.datasets")
-    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
+        module = import_torchvision("datasets")
+    except (ImportError, RuntimeError) as error:
         raise InputError(
-            f"torchvision cannot be imported ({error}): install the version that belongs to your "
-            "torch"
+            f"torchvision cannot be imported ({str(error)[:200]}): install the version that "
+            "belongs to your torch"
         ) from None
     arguments = dict(entry.arguments)
     if entry.reads_files:
@@ -154,15 +153,24 @@ def class_names(
     return tuple(str(name).translate(table).strip() for name in names)
 
 
-def dataset_sources(dataset: MapDataset, relabel: Sequence[int] = ()) -> list[Source]:
+def torchvision_words(dataset: MapDataset, names: Sequence[str]) -> list[str]:
+    """What the data set object itself calls its classes, in its order; else the usual names."""
+    own = [str(one) for one in getattr(dataset, "classes", ())]
+    return own if len(own) == len(names) == len(set(own)) else list(names)
+
+
+def dataset_sources(
+    dataset: MapDataset, relabel: Sequence[int] = (), stamp: str = ""
+) -> list[Source]:
     """Every sample of a data set object.
 
     Args:
         relabel: label in the set of each of the object's labels; none where they are the same.
+        stamp: what changes with the object's files.
     """
     name = type(dataset).__name__
     return [
-        Source(f"{name}[{index}]", partial(_read, dataset, index, tuple(relabel)))
+        Source(f"{name}[{index}]", partial(_read, dataset, index, tuple(relabel)), stamp)
         for index in range(len(dataset))
     ]
 

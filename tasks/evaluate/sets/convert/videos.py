@@ -1,7 +1,8 @@
 """The centre frame of every video, as an evaluation set of images (paper, Table 3).
 
 Covers: finding videos by class or by list, what the classes are called, decoding.
-Not here: writing the set (write.py). PyAV is imported here alone.
+Not here: labels and names (class_order.py), writing the set (shard_writer.py). PyAV is imported
+here alone.
 
 The centre is frame number n // 2 of the n that were decoded, from the first to the last: what a
 file says of its own length is often wrong, and seeking in it gives neighbours of the frame asked
@@ -10,11 +11,11 @@ for.
 
 from __future__ import annotations
 
-import csv
 import importlib
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,56 +23,128 @@ from typing import Any
 from PIL import Image
 
 from evaclip_model.errors import InputError
+from tasks.evaluate.sets.convert.image_files import stamp_of, walk_files
+from tasks.evaluate.sets.convert.imagefolder import class_folders
 from tasks.evaluate.sets.convert.shard_writer import Found, Source, UnusableSourceError, png
+from tasks.evaluate.sets.convert.table import read_rows
 
 SUFFIXES = frozenset((".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv"))
 
 _UCF_FILE = re.compile(r"v_([A-Za-z]+)_g\d+_c\d+$")
 _WHOLE = 0.95
 """Share of the promised seconds from which a video counts as whole; sound may last longer."""
+_ABSENT = "is in the list and not in the folders"
+_RANGE = re.compile(r"_\d{6}_\d{6}$")
 _BEFORE_CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
-def video_names(folders: Sequence[Path]) -> tuple[str, ...]:
-    """What the classes of these folders are called.
+@dataclass(frozen=True)
+class VideoFiles:
+    """Videos with the words for their classes."""
 
-    UCF-101's are written in one word, and best in its files' names ("HandStandPushups" in the
-    folder "HandstandPushups"): every capital begins a word. Others are the folders' names,
-    underscores being spaces.
-    """
-    return tuple(_name(folder) for folder in folders)
+    files: tuple[tuple[str, Path | None, str], ...]
+    """(name, file, word of its class); no file where a list names one that is missing."""
+    words: tuple[str, ...]
+    """Every class, sorted as text."""
+    display_names: Mapping[str, str]
+    """Names of the classes whose words are not names: UCF-101's."""
+    left_out: tuple[tuple[str, str], ...] = ()
+    """(file, reason)"""
+
+    def sources(self, labels: Mapping[str, int]) -> list[Source]:
+        """One source a video; what is missing is a source that fails: it is counted."""
+        here = [
+            Source(str(path), partial(_read, path, labels[word]), stamp_of(path))
+            for _, path, word in self.files
+            if path is not None
+        ]
+        gone = [(name, _ABSENT) for name, path, _ in self.files if path is None]
+        return here + [Source(name, partial(_fail, why)) for name, why in (*gone, *self.left_out)]
 
 
-def video_sources(folders: Sequence[Path], listing: Path | None = None) -> list[Source]:
-    """The videos of every class, class by class, by path; only those of a list, where one is given.
+def find_videos(root: Path, listing: Path | None = None) -> VideoFiles:
+    """The videos below `root`, by path, or those of a list, with their classes.
 
-    What a list names and the folders lack is a source that fails: it is counted, not passed over.
+    Without a list, and with one that has no classes, the folders of `root` are the classes. A list
+    with classes decides them, wherever the files lie below `root`.
+
+    UCF-101's classes are written in one word, and best in its files' names ("HandStandPushups" in
+    the folder "HandstandPushups"): every capital begins a word.
 
     Args:
-        folders: one a class, in the order of their labels.
-        listing: UCF-101's form, `CLASS/FILE` or `FILE` a line, or Kinetics', a .csv with the
-            columns youtube_id, time_start and time_end, whose files are called
-            `ID_START_END.mp4` with six digits each.
+        listing: UCF-101's form, `CLASS/FILE` or `FILE` a line; or Kinetics', a .csv with the
+            columns youtube_id, time_start and time_end, and best label, whose files are called
+            `ID_START_END.mp4` with six digits each, or `ID.mp4`.
 
     Raises:
-        InputError: there is no video, or the list is of another form.
+        InputError: there is no video, the list is of another form, or two files could be meant.
     """
-    found = {
-        path: label
-        for label, folder in enumerate(folders)
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
-    }
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder: expected a folder of videos")
+    everything = list(walk_files(root))
+    found = [path for path in everything if path.suffix.lower() in SUFFIXES]
     if not found:
-        raise InputError(f"{folders[0].parent} has no video in its folders")
+        raise InputError(f"{root} has no video in its folders")
+    if listing is None and not _has_folders(root):
+        raise InputError(
+            f"{root} has no folder in it: expected one a class, or --list with the class of each "
+            "video"
+        )
+    wanted = _wanted(listing) if listing else []
+    from_list = bool(wanted) and all(word for _, word in wanted)
+    folders = [] if from_list and not _has_folders(root) else class_folders(root)
+    words = {folder.name for folder in folders}
+    if from_list and not {word for _, word in wanted} <= words:
+        words = {word for _, word in wanted}
+    in_folders = [
+        (path.stem, path, path.relative_to(root).parts[0]) for path in found if path.parent != root
+    ]
+    left_out: list[tuple[str, str]] = []
+    files: list[tuple[str, Path | None, str]] = [*in_folders]
     if listing is None:
-        return [Source(str(path), partial(_read, path, label)) for path, label in found.items()]
-    by_stem = {path.stem: path for path in found}
-    wanted = dict.fromkeys(_wanted(listing))
-    paths = {name: by_stem[name] for name in wanted if name in by_stem}
-    here = [Source(str(path), partial(_read, path, found[path])) for path in paths.values()]
-    gone = [Source(name, _absent) for name in wanted if name not in paths]
-    return here + gone
+        for path in everything:
+            if path.suffix.lower() not in SUFFIXES:
+                left_out.append((str(path), f"is not a video ({path.suffix or 'no suffix'})"))
+            elif path.parent == root:
+                left_out.append((str(path), "lies in no folder of a class"))
+    else:
+        by_stem: dict[str, list[Path]] = {}
+        for path in found:
+            by_stem.setdefault(path.stem, []).append(path)
+        files = [_file_of(*one, root, by_stem, listing) for one in dict.fromkeys(wanted)]
+    if not any(path for _, path, _ in files):
+        raise InputError(
+            f"{root} has none of the {len(files)} videos of {listing or 'its folders'}"
+        )
+    return VideoFiles(
+        tuple(files), tuple(sorted(words)), _spoken_names([*in_folders, *files]), tuple(left_out)
+    )
+
+
+def _file_of(
+    stem: str, word: str, root: Path, by_stem: Mapping[str, list[Path]], listing: Path
+) -> tuple[str, Path | None, str]:
+    paths = by_stem.get(stem) or by_stem.get(_RANGE.sub("", stem), [])
+    inside = [path for path in paths if path.relative_to(root).parts[0] == word]
+    chosen = inside or paths
+    if len(chosen) > 1:
+        raise InputError(f"{listing}: '{stem}' could be {chosen[0]} or {chosen[1]}: remove one")
+    if not chosen:
+        return stem, None, word
+    return stem, chosen[0], word or chosen[0].relative_to(root).parts[0]
+
+
+def _has_folders(root: Path) -> bool:
+    return any(path.is_dir() and path.name[0] != "." for path in root.iterdir())
+
+
+def _spoken_names(files: Sequence[tuple[str, Path | None, str]]) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for name, path, word in sorted(files, key=lambda one: one[0]):
+        match = _UCF_FILE.match(path.stem if path else name)
+        if match:
+            names.setdefault(word, _BEFORE_CAPITAL.sub(" ", match[1]))
+    return names
 
 
 def centre_frame(path: Path) -> tuple[Image.Image, str]:
@@ -121,36 +194,32 @@ def _read(path: Path, label: int) -> Found:
     return Found(png(image), "png", label, remark)
 
 
-def _name(folder: Path) -> str:
-    names = sorted(match[1] for path in folder.iterdir() if (match := _UCF_FILE.match(path.stem)))
-    if names:
-        return _BEFORE_CAPITAL.sub(" ", names[0])
-    return " ".join(folder.name.replace("_", " ").split())
-
-
-def _wanted(listing: Path) -> Iterator[str]:
-    """Names of the files of a list, without their suffixes."""
+def _wanted(listing: Path) -> list[tuple[str, str]]:
+    """(name of a file without its suffix, word of its class or "") of every line of a list."""
+    expected = "expected CLASS/FILE a line, or a .csv with youtube_id, time_start and time_end"
+    if listing.suffix.lower() in (".csv", ".tsv"):
+        found = []
+        for where, row in read_rows(listing)[1]:
+            try:
+                start, end = (int(float(row[key])) for key in ("time_start", "time_end"))
+                stem = f"{row['youtube_id']}_{start:06d}_{end:06d}"
+            except (KeyError, ValueError, OverflowError):
+                raise InputError(f"{where} is not of a list of videos: {expected}") from None
+            found.append((stem, row.get("label", "")))
+        return found
     try:
-        with listing.open(encoding="utf-8", newline="") as file:
-            if listing.suffix == ".csv":
-                for row in csv.DictReader(file):
-                    start, end = (int(float(row[key])) for key in ("time_start", "time_end"))
-                    yield f"{row['youtube_id']}_{start:06d}_{end:06d}"
-            else:
-                for line in filter(None, map(str.strip, file)):
-                    # A label may follow the name, as in UCF-101's lists for training.
-                    yield Path(re.sub(r"\s+\d+$", "", line)).stem
-    except FileNotFoundError:
-        raise InputError(f"{listing} is missing: expected a list of videos") from None
-    except (KeyError, ValueError, TypeError, UnicodeDecodeError):
-        raise InputError(
-            f"{listing} is no list of videos: expected CLASS/FILE a line, or a .csv with "
-            "youtube_id, time_start and time_end"
-        ) from None
+        lines = [line.strip() for line in listing.read_text(encoding="utf-8-sig").split("\n")]
+    except OSError as error:
+        raise InputError(f"{listing} cannot be read ({error.strerror}): {expected}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{listing} is not a list of videos: {expected}") from None
+    # A label may follow the name, as in UCF-101's lists for training.
+    paths = [Path(re.sub(r"\s+\d+$", "", line)) for line in lines if line]
+    return [(path.stem, path.parent.name) for path in paths]
 
 
-def _absent() -> Found:
-    raise UnusableSourceError("is in the list and not in the folders")
+def _fail(reason: str) -> Found:
+    raise UnusableSourceError(reason)
 
 
 def _av() -> Any:

@@ -1,7 +1,7 @@
 """PASCAL VOC's test images as evaluation sets: its boxes cut out, or whole images with all classes.
 
 Covers: which boxes, which classes, cutting.
-Not here: writing the set (write.py).
+Not here: writing the set (shard_writer.py).
 
 The paper's column VOC2007 is the boxes, "difficult" ones too: 14,976 of one class each.
 """
@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.transform import UnreadableImageError, decode_image
+from tasks.evaluate.sets.convert.image_files import path_inside, stamp_of
 from tasks.evaluate.sets.convert.shard_writer import (
     Found,
     Source,
@@ -44,22 +45,34 @@ def voc_classes(root: Path, split: str = "test") -> tuple[str, ...]:
     return tuple(names)
 
 
-def box_sources(root: Path, split: str = "test") -> list[Source]:
+def box_sources(root: Path, labels: Sequence[int], split: str = "test") -> list[Source]:
     """Every annotated box of the split, image by image.
+
+    Args:
+        labels: label of each of VOC's classes, in their order.
 
     Raises:
         InputError: a list or an annotation is missing or of another form.
     """
     classes = voc_classes(root, split)
     return [
-        Source(f"{image}[{number}]", partial(_cut, _image(root, image), box, classes.index(label)))
+        Source(
+            f"{image}[{number}]",
+            partial(_cut, _image(root, image), box, labels[classes.index(label)]),
+            f"{stamp_of(_image(root, image))} {box}",
+        )
         for image in _images(root, split)
         for number, (label, box) in enumerate(_boxes(root, image, classes))
     ]
 
 
-def image_sources(root: Path, split: str = "test") -> list[Source]:
-    """Every image of the split with 0 or 1 for each class.
+def image_sources(
+    root: Path, labels: Sequence[int], count: int, split: str = "test"
+) -> list[Source]:
+    """Every image of the split with 0 or 1 for each of `count` classes.
+
+    Args:
+        labels: label of each of VOC's classes, in their order.
 
     Raises:
         InputError: a list or an annotation is missing or of another form.
@@ -67,9 +80,10 @@ def image_sources(root: Path, split: str = "test") -> list[Source]:
     classes = voc_classes(root, split)
     found = []
     for image in _images(root, split):
-        there = {label for label, _ in _boxes(root, image, classes)}
-        answer = [int(label in there) for label in classes]
-        found.append(Source(image, partial(_whole, _image(root, image), answer)))
+        there = {labels[classes.index(label)] for label, _ in _boxes(root, image, classes)}
+        answer = [int(label in there) for label in range(count)]
+        path = _image(root, image)
+        found.append(Source(image, partial(_whole, path, answer), stamp_of(path)))
     return found
 
 
@@ -82,7 +96,7 @@ def _images(root: Path, split: str) -> list[str]:
 
 
 def _image(root: Path, name: str) -> Path:
-    return root / "JPEGImages" / f"{name}.jpg"
+    return path_inside(root / "JPEGImages", f"{name}.jpg", "VOC's list of images")
 
 
 def _boxes(root: Path, image: str, classes: Sequence[str]) -> list[tuple[str, Box]]:
@@ -92,7 +106,7 @@ def _boxes(root: Path, image: str, classes: Sequence[str]) -> list[tuple[str, Bo
     except FileNotFoundError:
         raise InputError(f"{path} is missing: expected the boxes of this image") from None
     except (ElementTree.ParseError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is no annotation of VOC's form ({error})") from None
+        raise InputError(f"{path} is not an annotation of VOC's form ({error})") from None
     for label, _ in found:
         if label not in classes:
             raise InputError(f"{path}: class '{label}' is none of {', '.join(classes)}")
@@ -108,7 +122,10 @@ def _cut(path: Path, box: Box, label: int) -> Found:
     try:
         image = decode_image(path.read_bytes())
     except UnreadableImageError as error:
-        raise UnusableSourceError(f"is no image: {error}") from None
+        raise UnusableSourceError(f"is not an image: {error}") from None
+    left, top, right, bottom = box
+    if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
+        raise UnusableSourceError(f"its box {box} is not inside the image")
     return Found(png(image.convert("RGB").crop(box)), "png", label)
 
 

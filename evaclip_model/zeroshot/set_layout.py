@@ -1,0 +1,199 @@
+"""The published webdataset layout of evaluation sets, as far as evaluation and training share it.
+
+Covers: the names of its files, finding its tars, grouping tar members into samples, reading a
+label. Not here: what a whole set is (tasks/evaluate/sets), the probe while training
+(training/monitoring/zeroshot_probe.py).
+
+    classnames.txt, zeroshot_classification_templates.txt    one a line (sets with classes)
+    dataset_type.txt                                         "retrieval" or "multilabel"
+    test/nshards.txt, test/0.tar ... test/N-1.tar            KEY.webp|png|jpg|jpeg, and with it
+                                                             KEY.cls, .npy or .txt, by its kind
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaclip_model.errors import InputError
+
+CLASSNAMES = "classnames.txt"
+TEMPLATES = "zeroshot_classification_templates.txt"
+DATASET_TYPE = "dataset_type.txt"
+SPLIT = "test"
+"""Folder of the tars; the published layout has others, for training, beside it."""
+SHARDS = "nshards.txt"
+IMAGE_EXTENSIONS = frozenset({"webp", "png", "jpg", "jpeg"})
+
+_ANSWER_BYTES = 16 << 20
+"""Most that a label, a vector or the captions of one image may take."""
+_LABEL_DIGITS = 9
+_SYSTEM_FOLDERS = ("__MACOSX", "PaxHeader", "PaxHeaders")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes of one tar member: where its content starts in its file, and how long it is."""
+
+    tar: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """The member's content.
+
+        Raises:
+            InputError: the file is shorter than its index says.
+        """
+        descriptor = os.open(self.tar, os.O_RDONLY)
+        try:
+            content = os.pread(descriptor, self.size, self.offset)
+        finally:
+            os.close(descriptor)
+        if len(content) != self.size:
+            raise InputError(f"{self.tar} has changed while it was read: run the evaluation again")
+        return content
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """One file of a sample."""
+
+    span: Span
+    sha256: str
+    """Of an image, in hex, where it was asked for."""
+    content: bytes
+    """Of an answer; images are not kept."""
+
+
+def is_system_file(name: str) -> bool:
+    """Whether a path names what an operating system or tar adds beside the files of a person.
+
+    macOS writes the attributes of FILE as `._FILE`, pax headers may lie unpacked in a folder.
+    """
+    parts = Path(name).parts
+    return bool(parts) and (
+        parts[-1].startswith("._")
+        or parts[-1] in (".DS_Store", "Thumbs.db", "desktop.ini")
+        or any(part.partition(".")[0] in _SYSTEM_FOLDERS for part in parts[:-1])
+    )
+
+
+def read_lines(path: Path, expected: str) -> tuple[str, ...]:
+    """The lines of a text file of which each counts.
+
+    Raises:
+        InputError: the file is missing, empty, or has an empty line.
+    """
+    try:
+        lines = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: expected {expected}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text: expected {expected}") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): expected {expected}") from None
+    # A trailing blank line is a text file's end; one inside would shift every label after it.
+    while lines and not lines[-1]:
+        lines = lines[:-1]
+    if not lines or not all(lines):
+        raise InputError(f"{path} is empty or has an empty line: expected {expected}")
+    return lines
+
+
+def find_tars(folder: Path) -> list[Path]:
+    """The tars of the set in `folder`, in their order.
+
+    Raises:
+        InputError: the folder holds no set, or a tar is missing.
+    """
+    count_file = folder / SPLIT / SHARDS
+    try:
+        count = int(count_file.read_text())
+    except OSError:
+        raise InputError(
+            f"{folder} is not an evaluation set: {count_file} is missing (expected the published "
+            "webdataset layout, test/nshards.txt beside test/0.tar)"
+        ) from None
+    except ValueError:
+        raise InputError(f"{count_file} must hold one number, the number of tars") from None
+    tars: list[Path] = []
+    # The number may be anything: look for each tar before the list grows.
+    while len(tars) < count:
+        tar = folder / SPLIT / f"{len(tars)}.tar"
+        if not tar.is_file():
+            raise InputError(f"{tar} is missing: {count_file} says there are {count} tars")
+        tars.append(tar)
+    return tars
+
+
+def read_members(tar: Path, digest_images: bool = False) -> dict[str, dict[str, TarMember]]:
+    """Key -> extension -> member, in tar order; what macOS and pax add is passed over.
+
+    Args:
+        digest_images: whether images are read, for their SHA-256.
+
+    Raises:
+        InputError: the file is cut short or not a tar, a member occurs twice, an answer is larger
+            than 16 MiB.
+    """
+    found: dict[str, dict[str, TarMember]] = {}
+    total = tar.stat().st_size
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            for member in archive:
+                if not member.isfile() or is_system_file(member.name):
+                    continue
+                if member.offset_data + member.size > total:
+                    raise tarfile.ReadError("unexpected end of data")
+                folder, _, base = member.name.removeprefix("./").rpartition("/")
+                stem, _, extension = base.partition(".")
+                key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
+                members = found.setdefault(key, {})
+                if extension in members:
+                    raise InputError(f"{tar}: member {member.name} occurs twice")
+                is_image = extension in IMAGE_EXTENSIONS
+                if not is_image and member.size > _ANSWER_BYTES:
+                    raise InputError(
+                        f"{tar}: member {member.name} has {member.size:,} bytes, more than the "
+                        f"{_ANSWER_BYTES:,} an answer may have"
+                    )
+                span = Span(tar, member.offset_data, member.size)
+                data = b"" if is_image and not digest_images else span.read()
+                members[extension] = TarMember(
+                    span,
+                    hashlib.sha256(data).hexdigest() if is_image and digest_images else "",
+                    b"" if is_image else data,
+                )
+    except tarfile.TarError as error:
+        raise InputError(
+            f"{tar} cannot be read as a tar ({error}): fetch it again, it may be incomplete"
+        ) from None
+    return found
+
+
+def find_image(members: dict[str, TarMember], where: str) -> TarMember:
+    """The one image of a sample.
+
+    Raises:
+        InputError: it has none, or several.
+    """
+    images = [member for extension, member in members.items() if extension in IMAGE_EXTENSIONS]
+    if len(images) != 1:
+        raise InputError(f"{where} has {len(images)} images, expected one")
+    return images[0]
+
+
+def read_label(content: bytes, where: str) -> int:
+    """The class number of a `.cls` member.
+
+    Raises:
+        InputError: it is not a number of at most nine digits.
+    """
+    text = content.decode("utf-8", "replace").strip()
+    if not (text.isascii() and text.isdecimal() and len(text) <= _LABEL_DIGITS):
+        raise InputError(f"{where}.cls must hold a class number, got {text[:20]!r}")
+    return int(text)

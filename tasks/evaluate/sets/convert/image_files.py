@@ -1,0 +1,127 @@
+"""Image files in a folder, as sources of an evaluation set.
+
+Covers: walking folders and the links in them, finding a file that a list names, reading one; the
+stamp that tells a changed file from the one that was converted.
+Not here: which class a file has (imagefolder.py, table.py), writing the set (shard_writer.py).
+
+Every file is a source: one that is not an image is listed with its reason, none is passed over by
+its suffix. A list leads to files inside its folder of images only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from evaclip_model.errors import InputError
+from evaclip_model.zeroshot.set_layout import is_system_file
+from tasks.evaluate.sets.convert.shard_writer import (
+    Answer,
+    Found,
+    Source,
+    UnusableSourceError,
+    image_file,
+)
+
+_KNOWN_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
+_LARGEST = 512 << 20
+"""Bytes of a file that is still read."""
+
+
+def walk_files(folder: Path) -> Iterator[Path]:
+    """Every file below `folder`, by path, those in linked folders too; each real folder once a
+    branch, so that a link to a folder above it ends."""
+    yield from _walk(folder, (folder.resolve(),))
+
+
+def image_source(path: Path, answer: Answer) -> Source:
+    """An image file whose answer is known."""
+    return Source(str(path), partial(_read, path, answer), stamp_of(path))
+
+
+def stamp_of(path: Path) -> str:
+    """Size and time of change of a file; empty where it is missing."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return ""
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def path_inside(folder: Path, name: str, where: str) -> Path:
+    """The path that `name`, from a list, has in `folder`.
+
+    Raises:
+        InputError: it leads out of the folder, or is empty.
+    """
+    inside = os.path.abspath(folder)
+    relative = os.path.relpath(os.path.join(inside, name), inside) if "\0" not in name else ".."
+    if relative == "." or relative.split(os.sep)[0] == os.pardir:
+        raise InputError(
+            f"{where}: '{name[:200]}' is not a file inside {folder}: give the folder of images "
+            "that its paths lie in"
+        )
+    return folder / relative
+
+
+class FileFinder:
+    """Finds the files that a list names in a folder: by path, else by name without suffix."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._by_stem: dict[str, list[Path]] | None = None
+
+    def find(self, name: str, where: str) -> Path:
+        """The file called `name`; the path it should have where it is missing.
+
+        Raises:
+            InputError: it leads out of the folder, or several files could be meant.
+        """
+        path = path_inside(self._folder, name, where)
+        if path.exists():
+            return path
+        stem = path.name
+        if path.suffix.lower() in _KNOWN_SUFFIXES or os.sep in name:
+            return path
+        if self._by_stem is None:
+            self._by_stem = {}
+            for file in walk_files(self._folder):
+                self._by_stem.setdefault(file.stem, []).append(file)
+        found = self._by_stem.get(stem, [])
+        if len(found) > 1:
+            raise InputError(f"{where}: '{name}' could be {found[0]} or {found[1]}: give its path")
+        return found[0] if found else path
+
+
+def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir():
+            real = entry.resolve()
+            if real not in above and not (
+                entry.name.startswith(".") or is_system_file(f"{entry.name}/x")
+            ):
+                yield from _walk(entry, (*above, real))
+        else:
+            yield entry
+
+
+def _read(path: Path, answer: Answer) -> Found:
+    if is_system_file(path.name):
+        raise UnusableSourceError("is a file of the operating system")
+    if path.stat().st_size > _LARGEST:
+        raise UnusableSourceError(f"has more than {_LARGEST >> 20} MiB")
+    if path.suffix.lower() not in _KNOWN_SUFFIXES:
+        try:  # only the beginning is read: most other files are large and not images
+            with Image.open(path):
+                pass
+        except UnidentifiedImageError:
+            kind = path.suffix.lower() or "no suffix"
+            raise UnusableSourceError(f"is not an image ({kind})") from None
+        except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UnusableSourceError(f"is not a usable image: {error}") from None
+    extension, content = image_file(path.read_bytes())
+    return Found(content, extension, answer)

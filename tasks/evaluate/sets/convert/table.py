@@ -1,0 +1,301 @@
+"""Tables of images and what is right about them: CSV, TSV, JSON lines, parquet, plain lists.
+
+Covers: reading such a file into rows, telling which column is which, one label or several an image.
+Not here: which label a class gets (class_order.py), captions (caption_sets.py), files
+(image_files.py).
+
+    path,label        a header with known names, or the columns named by options
+    a/1.jpg cat       no header: where the first cell of the first row is a file
+    a/1.jpg;cat|dog   several labels: parted by | ; or , in one cell, a list in JSON and parquet,
+                      one row each, or one column of 0 and 1 a class
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaclip_model.errors import InputError
+from tasks.evaluate.sets.convert.image_files import FileFinder
+
+PATH_COLUMNS = (
+    "path", "image_path", "img_path", "file_path", "filepath", "image", "img", "file", "file_name",
+    "filename", "image_name", "image_file", "imageid", "image_id", "img_id", "id", "name",
+)  # fmt: skip
+LABEL_COLUMNS = (
+    "label", "labels", "class", "classes", "class_name", "classname", "category", "category_name",
+    "target", "targets", "tags", "y", "class_id", "class_index", "category_id", "label_id",
+    "predictionstring", "species", "breed", "wnid", "synset",
+)  # fmt: skip
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".lst", ".list")
+_FORMS = "expected .csv, .tsv, .jsonl, .parquet, or .txt with a path and a label a line"
+_SEPARATORS = "|;,"
+_SPLIT = "split"
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """One row, or all rows of one image."""
+
+    path: Path
+    words: tuple[str, ...]
+    """What the table calls its class, or its classes."""
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """What a table says of its images."""
+
+    images: tuple[LabelledImage, ...]
+    words: tuple[str, ...]
+    """Every class that occurs, or has a column, in the order of text, numbers by number."""
+    several: bool
+    """Whether an image may have several classes, or none."""
+
+
+def read_label_table(
+    listing: Path,
+    images: Path,
+    *,
+    path_column: str = "",
+    label_column: str = "",
+    several: bool = False,
+    split: str = "",
+) -> LabelTable:
+    """The images and labels of a table.
+
+    Args:
+        images: folder that its paths lie in.
+        path_column: name of the column of paths, where it has a name of its own.
+        label_column: likewise of labels.
+        several: whether an image may have several classes; a list in a cell says so itself.
+        split: rows that are taken of a table with a column "split"; needed where it has several.
+
+    Raises:
+        InputError: the file is missing or of another form, a column cannot be told, a row has no
+            path or no label, an image has two labels where one is expected.
+    """
+    columns, every_row = read_rows(listing, images)
+    rows = _rows_of_split(list(every_row), split, listing)
+    first = _find_column(columns, path_column, PATH_COLUMNS, listing, "paths of images")
+    try:
+        second = _find_column(columns, label_column, LABEL_COLUMNS, listing, "labels")
+    except InputError:
+        if not several or label_column:
+            raise
+        second = ""
+    indicators = [one for one in columns if one not in (first, _SPLIT)] if not second else []
+    finder = FileFinder(images)
+    found: dict[Path, dict[str, None]] = {}
+    rows_of: dict[Path, str] = {}
+    for where, row in rows:
+        name = row.get(first)
+        if isinstance(name, Mapping):
+            raise InputError(
+                f"{where}: '{first}' holds images themselves, not paths: write them to files first"
+            )
+        if name in (None, ""):
+            raise InputError(f"{where} has no path in '{first}'")
+        path = finder.find(str(name), where)
+        if indicators:
+            words = _words_of_indicators(row, indicators, where)
+        else:
+            cell = row.get(second)
+            several = several or isinstance(cell, list | tuple)
+            words = _words_of(cell, second, several, where)
+        if path in found and not several and list(found[path]) != words:
+            raise InputError(
+                f"{where}: {name} has the label '{words[0]}' here and '{next(iter(found[path]))}' "
+                f"at {rows_of[path]}: give --multilabel where images may have several"
+            )
+        rows_of.setdefault(path, where)
+        found.setdefault(path, {}).update(dict.fromkeys(words))
+    if not found:
+        raise InputError(f"{listing} has no row")
+    labelled = tuple(LabelledImage(path, tuple(words)) for path, words in found.items())
+    every = indicators or {word for one in labelled for word in one.words}
+    return LabelTable(labelled, sort_words(every), several)
+
+
+def sort_words(words: Iterable[str]) -> tuple[str, ...]:
+    """Words in the order of text; numbers by number, equal ones told apart as text."""
+    listed = list(words)
+    if all(word.isdecimal() for word in listed):
+        return tuple(sorted(listed, key=lambda word: (int(word), word)))
+    return tuple(sorted(listed))
+
+
+def read_rows(
+    listing: Path, images: Path | None = None
+) -> tuple[tuple[str, ...], Iterator[tuple[str, Mapping[str, Any]]]]:
+    """Names of the columns of a table, and its rows with where they stand, as "FILE row N".
+
+    A text table without a header has the columns "path" and "label": where `images` is given and
+    the first cell of its first row is a file in there, or where it has two cells of which none is a
+    known column.
+
+    Raises:
+        InputError: the file is missing, of no known form, or damaged.
+    """
+    suffix = listing.suffix.lower()
+    if not listing.is_file():
+        raise InputError(f"{listing} is missing: {_FORMS}")
+    if suffix not in TABLE_SUFFIXES:
+        raise InputError(f"{listing} is not a known form of table: {_FORMS}")
+    try:
+        if suffix == ".parquet":
+            return _parquet_rows(listing)
+        if suffix in (".jsonl", ".ndjson", ".json"):
+            return _json_rows(listing)
+        return _text_rows(listing, images)
+    except InputError:
+        raise
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise InputError(f"{listing} cannot be read ({str(error)[:200]}): {_FORMS}") from None
+
+
+def _parquet_rows(listing: Path) -> tuple[tuple[str, ...], Iterator[tuple[str, Mapping[str, Any]]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(listing)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(error) from None
+    rows = table.to_pylist()
+    return tuple(table.column_names), ((_at(listing, n), row) for n, row in enumerate(rows, 1))
+
+
+def _json_rows(listing: Path) -> tuple[tuple[str, ...], Iterator[tuple[str, Mapping[str, Any]]]]:
+    text = listing.read_text(encoding="utf-8-sig")
+    if listing.suffix.lower() == ".json":
+        rows = json.loads(text)
+        if not isinstance(rows, list):
+            raise ValueError("it does not hold a list")
+    else:
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise InputError(f"{_at(listing, number)} is not an object of columns")
+    columns = tuple(dict.fromkeys(key for row in rows for key in row))
+    return columns, ((_at(listing, n), row) for n, row in enumerate(rows, 1))
+
+
+def _text_rows(
+    listing: Path, images: Path | None
+) -> tuple[tuple[str, ...], Iterator[tuple[str, Mapping[str, Any]]]]:
+    try:
+        text = listing.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8 text") from None
+    rows = [row for row in _cells(listing, text) if any(cell.strip() for cell in row)]
+    if not rows:
+        raise InputError(f"{listing} is empty: {_FORMS}")
+    head = [cell.strip() for cell in rows[0]]
+    known = {cell.casefold() for cell in head} & {*PATH_COLUMNS, *LABEL_COLUMNS}
+    is_file = images is not None and bool(head[0]) and (images / head[0]).is_file()
+    begins = not is_file and (bool(known) or len(head) > 2)
+    if not begins and len(head) != 2:
+        raise InputError(
+            f"{_at(listing, 1)} has {len(head)} cells and is not a header: expected a path and a "
+            "label a row, or a header that names the columns"
+        )
+    columns = tuple(head) if begins else ("path", "label")
+    rest = rows[1:] if begins else rows
+    for number, row in enumerate(rest, 2 if begins else 1):
+        if len(row) != len(columns):
+            raise InputError(
+                f"{_at(listing, number)} has {len(row)} cells, expected {len(columns)}"
+            )
+    return columns, (
+        (_at(listing, number), dict(zip(columns, map(str.strip, row), strict=True)))
+        for number, row in enumerate(rest, 2 if begins else 1)
+    )
+
+
+def _cells(listing: Path, text: str) -> Iterator[list[str]]:
+    first = text.lstrip("\n").partition("\n")[0]
+    suffix = listing.suffix.lower()
+    if suffix == ".tsv" or (suffix != ".csv" and "\t" in first):
+        return csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_MINIMAL)
+    if suffix == ".csv":
+        counts = {one: first.count(one) for one in ",;|\t"}
+        return csv.reader(
+            io.StringIO(text, newline=""), delimiter=max(counts, key=lambda one: counts[one])
+        )
+    if "," in first and " " not in first.strip():
+        return csv.reader(io.StringIO(text, newline=""))
+    return (line.strip().rsplit(None, 1) for line in text.splitlines())
+
+
+def _rows_of_split(
+    rows: list[tuple[str, Mapping[str, Any]]], split: str, listing: Path
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """The rows of one split; all where the table has no such column, or one split alone."""
+    there = sorted({str(row[_SPLIT]) for _, row in rows if _SPLIT in row})
+    if split and split not in there:
+        raise InputError(f"{listing} has no split '{split}'; it has {', '.join(there) or 'none'}")
+    if not split and len(there) > 1:
+        raise InputError(f"{listing} has several splits ({', '.join(there)}): give --split")
+    return [one for one in rows if not split or str(one[1].get(_SPLIT)) == split]
+
+
+def _find_column(
+    columns: Sequence[str], asked: str, known: Sequence[str], listing: Path, what: str
+) -> str:
+    there = ", ".join(columns)
+    if asked:
+        if asked not in columns:
+            raise InputError(f"{listing} has no column '{asked}'; it has {there}")
+        return asked
+    plain = {column.strip().casefold().replace(" ", "_"): column for column in reversed(columns)}
+    for name in known:
+        if name in plain:
+            return plain[name]
+    option = "--path-column" if "paths" in what else "--label-column"
+    raise InputError(f"{listing}: which column has the {what}? give {option}; it has {there}")
+
+
+def _words_of(cell: Any, column: str, several: bool, where: str) -> list[str]:
+    if isinstance(cell, list | tuple):
+        return [_word(one) for one in cell]
+    word = "" if cell is None else _word(cell)
+    if column.casefold() == "predictionstring":  # ImageNet's: a WordNet id, and a box
+        word = word.partition(" ")[0]
+    if several:
+        for separator in _SEPARATORS:
+            if separator in word:
+                return [part.strip() for part in word.split(separator) if part.strip()]
+        return [word] if word else []
+    if not word:
+        raise InputError(f"{where} has no label in '{column}'")
+    return [word]
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():  # how a column of numbers with gaps is kept
+        value = int(value)
+    return str(value).strip()
+
+
+def _words_of_indicators(row: Mapping[str, Any], columns: Sequence[str], where: str) -> list[str]:
+    words = []
+    for column in columns:
+        value = _word(row.get(column, ""))
+        if value in ("1", "True", "true"):
+            words.append(column)
+        elif value not in ("0", "False", "false"):
+            raise InputError(
+                f"{where}: '{column}' holds '{value[:40]}', expected 0 or 1 in one column a class, "
+                "or a column of labels (--label-column)"
+            )
+    return words
+
+
+def _at(listing: Path, number: int) -> str:
+    return f"{listing} row {number}"
