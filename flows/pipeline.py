@@ -6,16 +6,15 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from flows.config.form_types import Overrides, RecipeName
-from flows.evaluate import evaluate
-from flows.graph.graph import load_chart
+from flows.evaluate import evaluate_and_register
+from flows.graph.graph import load_graph
 from flows.graph.runner import open_session
 from flows.planning.feasibility import Machine, recipe_findings, sentence
 from flows.planning.run_plan import check_disk, plan_markdown
-from flows.prepare import prepare
+from flows.prepare import prepare_data
 from flows.promotion.apply_decision import Promote, settle
 from flows.reporting.crash_hook import close_tracking
 from flows.reporting.prefect_artifacts import publish_overview
-from flows.train import train
 
 
 @flow(name="pipeline", on_crashed=[close_tracking], on_cancellation=[close_tracking])
@@ -35,17 +34,16 @@ def pipeline(
         dry_run: Only write the plan: what would run, what is there, the sizes, does it fit here.
     """
     if dry_run:
-        wanted, profile, chart = load_chart(recipe, overrides)
+        wanted, profile, graph = load_graph(recipe, overrides)
         machine = Machine.here(profile.root.resolve())
-        fits = sentence(recipe_findings(wanted, chart, profile, machine))
-        page = f"{plan_markdown(wanted, chart)}\n\nDoes it fit this machine? {fits}"
+        fits = sentence(recipe_findings(wanted, graph, profile, machine))
+        page = f"{plan_markdown(wanted, graph)}\n\nDoes it fit this machine? {fits}"
         create_markdown_artifact(page, key="plan")
         return
     with open_session("pipeline", recipe, overrides) as session:
-        check_disk(session.recipe, session.chart, session.root)
-        name = session.recipe.name  # in the run's graph, instead of one that says nothing
-        shards = prepare.with_options(flow_run_name=name)(recipe, overrides)
-        model = train.with_options(flow_run_name=name)(recipe, overrides, shards)
-        registered = evaluate.with_options(flow_run_name=name)(recipe, overrides, model)
-        publish_overview(session, session.chart)
+        check_disk(session.graph)
+        prepare_data(session)
+        session.make_all(session.graph.model_steps)
+        registered = evaluate_and_register(session, session.graph)
+        publish_overview(session, session.graph)
     settle(session.recipe.registry, session.store, registered, promote)

@@ -1,8 +1,8 @@
 """Any models on any sets, outside a recipe's training: figures and a report, nothing registered.
 
 Covers: the flow.
-Not here: what its arguments mean (scoring.py), figures (tasks/evaluate), the command line
-(commands/score.py).
+Not here: what its arguments mean (flows/graph/score_request.py), figures (tasks/evaluate), the
+command line (flows/commands/score.py).
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from pydantic import Field
 
 from flows.config.form_types import Overrides
 from flows.config.profile import load_profile
-from flows.graph.runner import make
+from flows.graph.runner import Session
 from flows.graph.score_request import fetched, read_asked
 from flows.reporting.crash_hook import close_tracking
-from flows.reporting.prefect_artifacts import publish_evaluation, told_of
+from flows.reporting.prefect_artifacts import publish_evaluation
 from tasks.artifacts.artifact import Artifact
 from tasks.evaluate.sets.set_registry import FOLDER
-from tasks.evaluate.task import evaluate as evaluate_stage
 from tasks.lineage.journal import JOURNALS
 from tasks.lineage.mlflow_store import Tracking
 from tasks.tracking import TrackingStore
@@ -53,19 +52,14 @@ def score(
     root = profile.root.resolve()
     asked = read_asked(models, recipe, sets, data, overrides, root)
     specs = fetched(asked.models, profile)
-    address = asked.address(root, specs)
+    step = asked.step(root, specs)
     store = TrackingStore.at(profile.mlflow_uri, EXPERIMENT)
     with Tracking(store, root / JOURNALS).pipeline_run(
         f"score {', '.join(specs)}",
-        address.digest,
+        step.digest,
         params={"flow": "score", "models": " ".join(models), "recipe": recipe},
         tags={"prefect.flow_run_id": str(runtime.flow_run.id)},
     ) as run:
-        made: Artifact = make(
-            *(run, evaluate_stage, address, asked.config, specs, asked.sets),
-            *([], profile.machine, [], ""),
-            title="score",
-            **told_of(asked.sets),
-        )
-        publish_evaluation(made, run.stage_url(address, "score"))
+        made = Session(profile, run).make(step)
+        publish_evaluation(made, run.stage_url(step.address, step.title))
     return made

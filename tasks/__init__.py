@@ -1,1 +1,1 @@
-"""How each stage does its work: one folder a stage, pure modules under one thin task.py."""
+"""How each stage does its work: one folder a stage, of modules that know no orchestrator."""

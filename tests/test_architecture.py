@@ -42,9 +42,19 @@ def test_importing_a_pure_module_does_not_drag_prefect_torch_or_mlflow_in() -> N
     assert ran.stdout.strip() == "[]", ran.stderr
 
 
-def test_every_stage_is_a_folder_with_config_and_task() -> None:
+def test_every_stage_is_a_folder_with_a_config() -> None:
     for stage in STAGES:
-        assert {"config.py", "task.py"} <= {p.name for p in (ROOT / "tasks" / stage).iterdir()}
+        assert (ROOT / "tasks" / stage / "config.py").is_file()
+
+
+def test_one_file_computes_every_address() -> None:
+    calling = [
+        path.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        if "Address.of(" in path.read_text()
+    ]
+    assert calling == ["flows/graph/step.py"]
 
 
 def test_stage_packages_import_nothing_by_themselves() -> None:

@@ -9,25 +9,24 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from flows.graph.ancestry import Model, ancestors_of, describe_model, models_of, parent_of
-from tasks.artifacts.artifact import Address, Artifact, produce, read_artifacts
-from tasks.dataset.choose import Asked, find_asked, sort_by_kind
+from flows.config.profile import Profile, load_profile
+from flows.graph.ancestry import Model, ancestors_of, data_of, describe_model, models_of
+from flows.graph.step import Role, Step
+from flows.graph.takedown_lists import asked_for
+from tasks.artifacts.artifact import Artifact, Made, read_artifacts
+from tasks.dataset.choose import Asked, find_asked
 from tasks.dataset.config import LEFT_OUT, REPORT, STAGE, TAKEN_DOWN, DatasetConfig
 from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
 from tasks.dataset.lists import read_takedowns, takedowns_digest
-from tasks.index.sample_index import Kind, SampleIndex
-from tasks.merge.urls import normal_urls
-from tasks.progress import silent
-
-ROLE = "takedowns"
-"""Of the entries among a version's parents."""
+from tasks.index.sample_index import SampleIndex
+from tasks.progress import Report, silent
 
 
 @dataclass(frozen=True)
@@ -58,26 +57,6 @@ def take_down(file: Path, root: Path) -> list[Succession]:
     ]
 
 
-def asked_for(entries: Iterable[str]) -> Asked:
-    """Entries of takedown lists by kind, URLs as the merge writes them."""
-    by_kind = dict(sort_by_kind(entries))
-    if by_kind[Kind.URL]:
-        normal = zip(by_kind[Kind.URL], normal_urls(by_kind[Kind.URL]), strict=True)
-        by_kind[Kind.URL] = tuple(ours or theirs for theirs, ours in normal)
-    return by_kind
-
-
-def obeying(entries: tuple[str, ...], address: Address) -> Takedowns:
-    """What the version at `address` leaves out besides its rules, from what is there already."""
-    if not entries:
-        return Takedowns()
-    parents = {role: digest for role, digest in address.parents.items() if role != ROLE}
-    plain = replace(address, parents=parents)
-    before = plain.folder if plain.is_finished else None
-    asked = asked_for(entries)
-    return Takedowns(entries, lambda index: find_asked(index, asked), before)
-
-
 def left_out(version: Artifact, rows: Sequence[int]) -> dict[int, str]:
     """Those of an index's rows that a dataset version leaves out, with the reason."""
     # row groups whose statistics say that they hold none of the rows are not read
@@ -105,7 +84,7 @@ def _by_rules(artifacts: Iterable[Artifact]) -> Iterator[list[Artifact]]:
     groups: defaultdict[str, list[Artifact]] = defaultdict(list)
     for artifact in artifacts:
         if artifact.kind == STAGE.name:
-            parents = {role: one for role, one in artifact.parents.items() if role != ROLE}
+            parents = {**artifact.parents, Role.TAKEDOWNS: ""}
             groups[json.dumps([parents, artifact.config], sort_keys=True)].append(artifact)
     yield from groups.values()
 
@@ -118,7 +97,7 @@ def _succeed(
     root: Path,
 ) -> Succession | None:
     """The version that obeys all takedowns of `versions` and `entries`; None if none is needed."""
-    verified = parent_of(versions[0], "verify", artifacts)
+    verified = data_of(versions[0], artifacts)
     index = SampleIndex(verified.folder)
     rows = find_asked(index, asked)
     wanted = rows.tolist()
@@ -133,12 +112,13 @@ def _succeed(
     ancestors = ancestors_of(verified, artifacts)
     rules = json.loads((old.folder / REPORT).read_text())["rules"]
     config = DatasetConfig.from_mapping({**old.config, **rules}, where=str(old.folder / REPORT))
-    parents = {**old.parents, ROLE: takedowns_digest(obeyed)}
     takedowns = Takedowns(tuple(sorted(obeyed)), lambda _: rows, old.folder)
-    new = produce(
-        Address.of(root, STAGE, config, parents),
-        lambda out: make_dataset(config, ancestors, OutsideFiles(), takedowns, out, silent),
-    )
+
+    def make(_: Profile, out: Path, report: Report) -> Made:
+        return make_dataset(config, ancestors, OutsideFiles(), takedowns, out, report)
+
+    inputs = {**old.parents, Role.TAKEDOWNS: takedowns_digest(obeyed)}
+    new = Step(root, STAGE, config, inputs, make).make(load_profile(), silent)
     removed = int(new.counts["left_out"] - old.counts["left_out"])
     models = {m.digest: m for version in holding for m in models_of(version, artifacts)}
     return Succession(old, new, removed, tuple(models.values()))

@@ -2,9 +2,9 @@
 
 Covers: the tree of a registered version with what changed since the one before it; an artifact's
 tree upwards and downwards; everything that was made of a source.
-Not here: single samples (trace.py), walking manifests (tasks/artifacts/provenance.py, descent.py),
-the
-registry (tasks/register/model_versions.py), the picture (tasks/lineage/lineage_svg.py).
+Not here: single samples (sample_trace.py), walking manifests (tasks/artifacts/provenance.py,
+flows/graph/ancestry.py), the registry (tasks/register/model_versions.py), the picture
+(tasks/lineage/lineage_svg.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """One sample's way: its source row, its shard, the dataset versions and models that hold it.
 
 Covers: finding a sample by URL, uid or hash, what was made from it; saying so.
-Not here: the index that is searched (tasks/index/sample_index.py), removing anything (takedown.py).
+Not here: the index that is searched (tasks/index/sample_index.py), removing anything
+(flows/audit/dataset_replacement.py).
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.audit.dataset_replacement import asked_for, left_out
-from flows.graph.ancestry import Model, describe_model, models_of, parent_of, places_of
+from flows.audit.dataset_replacement import left_out
+from flows.graph.ancestry import Model, ancestors_of, describe_model, first_row_in, models_of
+from flows.graph.takedown_lists import asked_for
 from tasks.artifacts.artifact import Artifact, read_artifacts
 from tasks.dataset.choose import Asked
 from tasks.dataset.config import STAGE as DATASET
@@ -39,10 +41,8 @@ class Trace:
     row: dict[str, Any]
     """The sample's row in the index: uid, source, original_id, url, hashes, key."""
     shard: Path
-    merge: str
-    """Digest of the merge that selected its row; so are the next two."""
-    download: str
-    verify: str
+    made_by: tuple[Artifact, ...]
+    """What was made of its row, from the merge that selected it to its verification."""
     versions: tuple[Version, ...]
 
 
@@ -73,11 +73,11 @@ def _in_one_verification(
     rows = [row for kind, values in asked.items() for row in index.find(kind, values)]
     if not rows:
         return
-    first_rows = places_of(verified, artifacts)
     versions = {
-        a.digest: (a, first_rows[a.parents["verify"]])
-        for a in artifacts
-        if a.kind == DATASET.name and a.parents["verify"] in first_rows
+        artifact.digest: (artifact, first)
+        for artifact in artifacts
+        if artifact.kind == DATASET.name
+        and (first := first_row_in(artifact, verified, artifacts)) is not None
     }
     reasons = {
         digest: left_out(version, [first + row["row"] for row in rows])
@@ -87,15 +87,14 @@ def _in_one_verification(
         digest: tuple(models_of(version, artifacts)) for digest, (version, _) in versions.items()
     }
     verdicts = read_verdicts(verified.folder)
-    download = verified.parents["download"]
-    merge = parent_of(verified, "download", artifacts).parents["merge"]
+    made_by = tuple(ancestors_of(verified, artifacts))
     for row in rows:
         held = []
         for digest, (_, first) in versions.items():
             reason = reasons[digest].get(first + row["row"])
             held.append(Version(digest, reason, () if reason else models[digest]))
         shard = (verified.folder / verdicts[row["shard"]].path).resolve()
-        yield Trace(row, shard, merge, download, verified.digest, tuple(held))
+        yield Trace(row, shard, made_by, tuple(held))
 
 
 def describe(found: Trace, root: Path) -> Iterator[str]:
@@ -106,7 +105,8 @@ def describe(found: Trace, root: Path) -> Iterator[str]:
     yield f"url         {row['url']}"
     yield f"sha256      {row['sha256'] or 'not recorded'} (stored {row['stored_sha256']})"
     yield f"shard       {found.shard}, key {row['key']}"
-    yield f"made by     merge {found.merge}, download {found.download}, verify {found.verify}"
+    steps = ", ".join(f"{artifact.kind} {artifact.digest}" for artifact in found.made_by)
+    yield f"made by     {steps}"
     if not found.versions:
         yield "dataset     none was made of this shard"
     for version in found.versions:

@@ -53,24 +53,24 @@ def plan(
     recipe: RecipeName, overrides: Overrides, gpus: Gpus, utilisation: Utilisation = None
 ) -> None:
     """Say what a run would do, what is already there, what it costs, and whether it fits here."""
-    from flows.graph.graph import load_chart  # imports pyarrow, as the next ones do
+    from flows.graph.graph import load_graph  # imports pyarrow, as the next ones do
     from flows.planning.data_cost import estimate_table, is_large
     from flows.planning.feasibility import Machine, recipe_findings, sentence
     from flows.planning.run_plan import make_plan
     from flows.planning.training_cost import engine_settings, training_table
 
-    loaded, profile, chart = load_chart(recipe, overrides)
+    loaded, profile, graph = load_graph(recipe, overrides)
     published = [loaded.published.gpus] if loaded.published.gpus else []
     if utilisation is not None and not 0 < utilisation <= 1:
         raise InputError(f"--utilisation {utilisation:g}: expected a share above 0, at most 1")
     table = Table("stage", "state", "what", "digest", box=None, pad_edge=False)
-    for row in make_plan(loaded, chart):
+    for row in make_plan(graph):
         colour = {"there": "green", "unfinished": "yellow", "to make": "white"}[row.state]
         table.add_row(row.title, f"[{colour}]{row.state}[/]", row.size, row.digest)
     console.print(f"[bold]{loaded.name}[/]  {loaded.title}  ({loaded.digest})")
     console.print(table)
-    for absent in chart.absent:
-        console.print(f"not here: {absent.sentence}", soft_wrap=True, markup=False)
+    for absent in (one for step in graph.steps for one in step.absent):
+        console.print(f"not here: {absent}", soft_wrap=True, markup=False)
     if is_large(loaded):
         console.print(estimate_table(loaded))
     for machines in [Machines.parse(text) for text in gpus or published]:
@@ -83,7 +83,7 @@ def plan(
     console.print(f"artifacts in {profile.root.resolve()}, tracking at {profile.mlflow_uri}")
     machine = Machine.here(profile.root.resolve())
     for given in map(Machines.parse, gpus) if gpus else [None]:
-        fits = sentence(recipe_findings(loaded, chart, profile, machine, given))
+        fits = sentence(recipe_findings(loaded, graph, profile, machine, given))
         on = f" with {given}" if given else ""
         console.print(f"[bold]fits{on}:[/] ", end="")
         console.print(fits, soft_wrap=True, markup=False)
@@ -95,15 +95,15 @@ def doctor(
     ] = None,
 ) -> None:
     """Check that this machine is ready: versions, disk, stores, servers, GPUs; say what to do."""
-    from flows.graph.graph import load_chart  # imports pyarrow, as the next ones do
+    from flows.graph.graph import load_graph  # imports pyarrow, as the next ones do
     from flows.planning.feasibility import Machine, recipe_findings
     from flows.planning.health_checks import examine, weights
 
     levels = [_print_finding(finding) for finding in examine(load_profile())]
     if recipe:
-        loaded, profile, chart = load_chart(recipe, ())
+        loaded, profile, graph = load_graph(recipe, ())
         machine = Machine.here(profile.root.resolve())
-        levels += [_print_finding(one) for one in recipe_findings(loaded, chart, profile, machine)]
+        levels += [_print_finding(one) for one in recipe_findings(loaded, graph, profile, machine)]
         levels += [_print_finding(one) for one in weights(loaded)]
     failed, warned = levels.count("fail"), levels.count("warn")
     console.print(f"{len(levels)} looked at, {failed} failed, {warned} to look at")

@@ -17,7 +17,7 @@ from flows.commands.recipes import FLOWS, plan
 from flows.config.profile import Profile, load_profile
 from flows.config.recipe import Recipe
 from flows.console.terminal import console
-from flows.graph.graph import Chart, load_chart
+from flows.graph.graph import Graph, load_graph
 from flows.reporting.results_table import print_figures, print_results
 from tasks.evaluate.config import REPORT
 from tasks.evaluate.sets.set_registry import FOLDER
@@ -54,25 +54,25 @@ def run(
         if flow == "train":
             from flows.planning.dry_run import rehearse  # starts processes
 
-            for line in rehearse(*load_chart(recipe, overrides)):
+            for line in rehearse(*load_graph(recipe, overrides)):
                 console.print(line, soft_wrap=True, markup=False)
         return
-    loaded, profile, chart = load_chart(recipe, overrides)
+    loaded, profile, graph = load_graph(recipe, overrides)
     if dry_run:
-        _is_nothing_new(loaded, profile, chart, told=True)
+        _is_nothing_new(loaded, profile, graph, told=True)
         return
-    chart.require(flow)
-    if flow == "pipeline" and _is_everything_there(loaded, profile, chart):
+    graph.require(flow)
+    if flow == "pipeline" and _is_everything_there(loaded, profile, graph):
         console.print(f"[bold]{loaded.name}[/]: everything is there, nothing to do")
-        print_results(loaded, chart, profile)
+        print_results(loaded, graph, profile)
         return
     if flow == "retrain":  # downloads a part; the stage itself looks at the disk
-        if _is_nothing_new(loaded, profile, chart):
+        if _is_nothing_new(loaded, profile, graph):
             return
     else:
         from flows.planning.run_plan import check_disk  # imports pyarrow
 
-        check_disk(loaded, chart, profile.root)
+        check_disk(graph)
     from flows.graph.ephemeral_server import temporary_server  # starts processes: only for a run
 
     with temporary_server(profile.root):
@@ -82,7 +82,7 @@ def run(
         judged = {"promote": promote} if flow in JUDGED else {}
         run_flow(recipe=recipe, overrides=overrides, **judged)
     if flow == "pipeline":
-        print_results(loaded, chart, profile)
+        print_results(loaded, graph, profile)
 
 
 def score(
@@ -117,16 +117,16 @@ def score(
     console.print(f"report    {made.folder / REPORT}")
 
 
-def _is_nothing_new(recipe: Recipe, profile: Profile, chart: Chart, told: bool = False) -> bool:
+def _is_nothing_new(recipe: Recipe, profile: Profile, graph: Graph, told: bool = False) -> bool:
     """Whether there is no new metadata, and nothing waits from the last time; says so, or with
     `told` whatever there is."""
-    if recipe.demo and not (chart.demo and chart.demo.is_finished):
+    if recipe.demo and not (graph.site.demo and graph.site.demo.is_finished):
         return False  # its metadata is made first
     from flows.graph.incremental import describe, look  # imports duckdb
     from tasks.register.promotion import is_unsettled  # imports mlflow
 
     store = TrackingStore.at(profile.mlflow_uri, recipe.name)
-    news = look(recipe, chart, store, keep_rejected=False)
+    news = look(recipe, graph, store, keep_rejected=False)
     is_nothing = news.is_nothing and not (
         news.last and is_unsettled(store, recipe.registry, news.last.registered.folder)
     )
@@ -136,18 +136,18 @@ def _is_nothing_new(recipe: Recipe, profile: Profile, chart: Chart, told: bool =
     return is_nothing
 
 
-def _is_everything_there(recipe: Recipe, profile: Profile, chart: Chart) -> bool:
+def _is_everything_there(recipe: Recipe, profile: Profile, graph: Graph) -> bool:
     """Whether everything is made, still registered, settled, and no killed run waits for its
     end."""
-    if not chart.is_finished:
+    if not graph.is_finished:
         return False
     from tasks.lineage.mlflow_store import Tracking  # imports mlflow, as the next one does
     from tasks.register.model_registry import forget_if_gone
     from tasks.register.promotion import is_unsettled
 
     store = TrackingStore.at(profile.mlflow_uri, recipe.name)
-    forget_if_gone(chart.register, store)
-    if not chart.is_finished or is_unsettled(store, recipe.registry, chart.register.folder):
+    forget_if_gone(graph.register.address, store)
+    if not graph.is_finished or is_unsettled(store, recipe.registry, graph.register.folder):
         return False
     tracking = Tracking(store, profile.root.resolve() / JOURNALS)
     return not tracking.has_unfinished(recipe.digest)

@@ -1,6 +1,6 @@
 """What a person may fill into a flow's form: types whose rules the server checks before a run.
 
-Covers: a recipe's name, changes to it, what one flow hands another (no field of the form).
+Covers: a recipe's name, changes to it.
 Not here: what a recipe may say (recipe.py); that is checked when the run starts.
 
 Prefect stores each rule as JSON Schema with the deployment, so recipes that are added later are
@@ -12,10 +12,8 @@ from __future__ import annotations
 from typing import Annotated
 
 from pydantic import Field
-from pydantic.json_schema import SkipJsonSchema
 
 from flows.config.recipe_loader import recipe_names
-from tasks.artifacts.artifact import Artifact
 
 # A browser's regular expressions refuse most of what re.escape would write.
 _NAMES = "|".join(name.replace(".", "[.]") for name in recipe_names())
@@ -26,5 +24,3 @@ _NO_PASSWORD = "([^@]*|([^:]|:[^/]|:/[^/])*)"
 _OVERRIDE = rf"^[A-Za-z_][\w-]*([.][\w-]+)*={_NO_PASSWORD}$"
 Overrides = tuple[Annotated[str, Field(pattern=_OVERRIDE)], ...]
 """Changes to a recipe, each `table.key=value`; none with a password in an address."""
-Handed = SkipJsonSchema[Artifact | None]
-"""An artifact from the flow before; alone, a flow looks it up from the recipe."""

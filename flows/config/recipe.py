@@ -1,8 +1,8 @@
 """A recipe: everything that decides a result, one TOML file and what it includes.
 
 Covers: the stages' configs side by side, loading recipes, the recipe's digest.
-Not here: putting files together (recipe_file.py), where things run (profile.py), what would be made
-(chart.py), any stage's own settings.
+Not here: putting files together (recipe_loader.py), where things run (profile.py), what would be
+made (flows/graph/graph.py), any stage's own settings.
 """
 
 from __future__ import annotations

@@ -1,23 +1,31 @@
 """What was made from what: from a dataset version down to the models that saw it.
 
 Covers: walking the manifests under one root.
-Not here: samples (trace.py, takedown.py), MLflow.
+Not here: samples (flows/audit/sample_trace.py, flows/audit/dataset_replacement.py), MLflow.
+
+A parent that is no artifact under the root is data from outside, unless its role says that a step
+made it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from evaclip_model.errors import InputError
+from flows.graph.step import Role
 from tasks.artifacts.artifact import Artifact
+from tasks.demo.config import STAGE as DEMO
 from tasks.join.config import STAGE as JOIN
 from tasks.join.join import read_parts
 from tasks.lineage.journal import JOURNALS, runs_of_digest
 from tasks.register.aliases import RegisteredVersion
 from tasks.register.config import STAGE as REGISTER
 from tasks.train.config import STAGE as TRAIN
+from tasks.verify.config import STAGE as VERIFY
+
+_OF_STEPS = (Role.MERGE, Role.DOWNLOAD, Role.DATA, Role.DATASET, Role.START, Role.TRAINED)
 
 
 @dataclass(frozen=True)
@@ -40,22 +48,34 @@ def parent_of(artifact: Artifact, role: str, artifacts: Sequence[Artifact]) -> A
     for other in artifacts:
         if other.digest == digest:
             return other
-    raise InputError(
-        f"{artifact.folder} was made from {role} {digest}, which is gone: run its recipe again"
-    )
+    raise _gone(artifact, role)
 
 
-def ancestors_of(data: Artifact, artifacts: Sequence[Artifact]) -> list[Artifact]:
-    """What a verification or a join was made of, in the order of work, itself the last.
+def ancestors_of(artifact: Artifact, artifacts: Sequence[Artifact]) -> list[Artifact]:
+    """What an artifact was made of, in the order of work, itself the last. The demo's world counts
+    as data from outside.
 
     Raises:
         InputError: something of it is not there any more.
     """
-    if data.kind != JOIN.name:
-        downloaded = parent_of(data, "download", artifacts)
-        return [parent_of(downloaded, "merge", artifacts), downloaded, data]
-    parts = parts_of(data, artifacts)
-    return [*(one for part in parts for one in ancestors_of(part, artifacts)), data]
+    known = {one.digest: one for one in artifacts}
+    found = list(_upward(artifact, known, {}))
+    for one in found:
+        for role, digest in one.parents.items():
+            if digest not in known and (role in _OF_STEPS or one.kind == JOIN.name):
+                raise _gone(one, role)
+    return found
+
+
+def data_of(version: Artifact, artifacts: Sequence[Artifact]) -> Artifact:
+    """What a dataset version was chosen from, whatever stages came between: the artifact that holds
+    the index, a verification or a join of several.
+
+    Raises:
+        InputError: something that the version was made of is not there any more.
+    """
+    above = ancestors_of(version, artifacts)
+    return next(one for one in reversed(above) if one.kind in (VERIFY.name, JOIN.name))
 
 
 def parts_of(data: Artifact, artifacts: Sequence[Artifact]) -> list[Artifact]:
@@ -69,15 +89,19 @@ def parts_of(data: Artifact, artifacts: Sequence[Artifact]) -> list[Artifact]:
     return [parent_of(data, role, artifacts) for role in data.parents]
 
 
-def places_of(verified: Artifact, artifacts: Sequence[Artifact]) -> dict[str, int]:
-    """Digest -> first row of a verification's samples, in its own index and in every join of it."""
-    places = {verified.digest: 0}
-    for artifact in artifacts:
-        if artifact.kind == JOIN.name:
-            for part in read_parts(artifact.folder):
-                if part.digest == verified.digest:
-                    places[artifact.digest] = part.first_row
-    return places
+def first_row_in(
+    version: Artifact, verified: Artifact, artifacts: Sequence[Artifact]
+) -> int | None:
+    """Where a verification's samples begin in the index that a dataset version was chosen from;
+    None if they are not in it."""
+    above = list(_upward(version, {one.digest: one for one in artifacts}, {}))
+    if all(one.digest != verified.digest for one in above):
+        return None
+    for join in (one for one in above if one.kind == JOIN.name):
+        for part in read_parts(join.folder):
+            if part.digest == verified.digest:
+                return part.first_row
+    return 0
 
 
 def children_of(digest: str, artifacts: Sequence[Artifact]) -> list[Artifact]:
@@ -87,17 +111,20 @@ def children_of(digest: str, artifacts: Sequence[Artifact]) -> list[Artifact]:
 
 def models_of(dataset: Artifact, artifacts: Sequence[Artifact]) -> list[Model]:
     """Every model trained on a dataset version, or started from such a model, in their order."""
-    models: list[Model] = []
+    models: dict[str, Model] = {}
     waiting = [dataset.digest]
     while waiting:
-        made_from = waiting.pop(0)
-        for artifact in artifacts:
-            known = any(model.digest == artifact.digest for model in models)
-            if artifact.kind == TRAIN.name and made_from in artifact.parents.values() and not known:
+        for artifact in children_of(waiting.pop(0), artifacts):
+            if artifact.kind == TRAIN.name and artifact.digest not in models:
                 waiting.append(artifact.digest)
-                versions = _registered(artifact, artifacts)
-                models.append(Model(str(artifact.config["name"]), artifact.digest, versions))
-    return models
+                versions = tuple(
+                    RegisteredVersion.of(child.folder)
+                    for child in children_of(artifact.digest, artifacts)
+                    if child.kind == REGISTER.name
+                )
+                name = str(artifact.config["name"])
+                models[artifact.digest] = Model(name, artifact.digest, versions)
+    return list(models.values())
 
 
 def describe_model(model: Model, root: Path) -> Iterator[str]:
@@ -117,9 +144,20 @@ def _aliases(version: RegisteredVersion) -> str:
     return "".join(f" @{alias}" for alias in aliases)
 
 
-def _registered(model: Artifact, artifacts: Sequence[Artifact]) -> tuple[RegisteredVersion, ...]:
-    return tuple(
-        RegisteredVersion.of(artifact.folder)
-        for artifact in artifacts
-        if artifact.kind == REGISTER.name and artifact.parents.get("train") == model.digest
+def _upward(
+    artifact: Artifact, known: Mapping[str, Artifact], seen: dict[str, Artifact]
+) -> Iterator[Artifact]:
+    """An artifact behind all that it was made from, each once."""
+    seen[artifact.digest] = artifact
+    for digest in artifact.parents.values():
+        parent = known.get(digest)
+        if parent is not None and digest not in seen and parent.kind != DEMO.name:
+            yield from _upward(parent, known, seen)
+    yield artifact
+
+
+def _gone(artifact: Artifact, role: str) -> InputError:
+    return InputError(
+        f"{artifact.folder} was made from {role} {artifact.parents[role]}, which is gone: run its "
+        "recipe again"
     )

@@ -1,247 +1,538 @@
-"""The chart of a recipe: the address of every artifact it would make, before anything runs.
+"""The graph of a recipe: every step that it would make, with its address, before anything runs.
 
-Covers: the one graph of stages (what is made from what), resolving `demo:` paths, and what is not
-here yet: a chart can be drawn without it, so that it can be planned, but not be run.
-Not here: running a stage (prepare.py, train.py, evaluate.py), printing a plan (plan.py).
+Covers: one entry a stage (what its artifact is made from, and the work that makes it), how entries
+are put together, for a whole recipe or for other data and another beginning.
+Not here: running steps (runner.py), what retraining and `score` put in (incremental.py,
+score_request.py).
+
+A plan imports no stage's work: each entry imports it when it runs. To add a stage is to add its
+entry, and to hand it on in `data_steps` or `model_steps`.
 """
 
 from __future__ import annotations
 
-import glob
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from os import sched_getaffinity
 from pathlib import Path
 
-from evaclip_model.config import Config
 from evaclip_model.errors import InputError
+from evaclip_model.reading.samples import SHARDS
+from evaclip_model.training.config import METRICS_FILE, MODEL_FOLDER, RESULT_FILE, TrainConfig
+from evaclip_model.training.cost import parameter_counts
 from flows.config.profile import Profile, load_profile
 from flows.config.recipe import Recipe, load_recipe
-from tasks.artifacts.artifact import DIGEST_CHARS, Address, Stage, fingerprint
-from tasks.dataset.config import RULES_IN_FILES
+from flows.graph.outside_data import (
+    NotHere,
+    OutsideMarks,
+    describe_sets,
+    describe_sources,
+    find_all,
+    find_files,
+    hash_marks,
+)
+from flows.graph.source_yield import expected_samples
+from flows.graph.step import ABSENT, Input, Record, Role, Step, digest_of, finished, walk
+from tasks.artifacts.artifact import CARD, Artifact, Made, Stage, fingerprint, read_artifacts
+from tasks.artifacts.provenance import lineage_of
+from tasks.dataset.config import LEFT_OUT, DatasetConfig
 from tasks.dataset.config import STAGE as DATASET
 from tasks.dataset.lists import read_takedowns, takedowns_digest
 from tasks.demo.config import STAGE as DEMO
+from tasks.demo.config import DemoConfig
 from tasks.download.config import STAGE as DOWNLOAD
+from tasks.download.config import DownloadConfig
+from tasks.download.download import PROGRESS, Crew, download_images
+from tasks.download.url_tables import expected_bytes
+from tasks.evaluate.config import ATTACHED, EvaluateConfig
 from tasks.evaluate.config import STAGE as EVALUATE
 from tasks.initialise.config import STAGE as INITIALISE
+from tasks.initialise.config import InitialiseConfig
+from tasks.join.config import STAGE as JOIN
+from tasks.join.config import JoinConfig
+from tasks.lineage.lineage_svg import lineage_svg
 from tasks.merge.config import STAGE as MERGE
-from tasks.merge.metadata_files import find_metadata, is_url, outside_files, remote_fingerprint
+from tasks.merge.config import MergeConfig
+from tasks.merge.metadata_files import outside_files
+from tasks.progress import Report
+from tasks.register.config import DECISION, DECISION_PAGE, RegisterConfig
 from tasks.register.config import STAGE as REGISTER
 from tasks.train.config import STAGE as TRAIN
 from tasks.verify.config import STAGE as VERIFY
+from tasks.verify.config import VerifyConfig
 
-DEMO_PREFIX = "demo:"
-ABSENT = "absent"
-"""Stands among an address's parents for outside data that is not here. Such an address, and all
-that follow from it, are not the ones that a run would have."""
-
-
-@dataclass(frozen=True)
-class Absent:
-    """Outside data that a recipe reads and that is not on this machine."""
-
-    stage: str
-    """Name of the stage that reads it."""
-    sentence: str
-    """What it is, and where to get it."""
+BYTES_PER_PARAMETER_SAVED = 4 + 8
+"""A checkpoint: fp32 weights and two moments."""
+TRAINED, UNTRAINED, CHAMPION = "trained", "untrained", "champion"
+"""What models are called in an evaluation."""
 
 
 @dataclass(frozen=True)
-class Chart:
-    """Every artifact of one recipe, addressed."""
+class Site:
+    """What all steps of a graph share."""
 
-    demo: Address | None
-    merge: Address
-    download: Address
-    verify: Address
-    dataset: Address
-    initialise: Address
-    train: tuple[Address, ...]
+    root: Path
+    """Absolute folder of all artifacts."""
+    tracking_uri: str
+    """Of the registry that models go to."""
+    demo: Step | None
+    """The demo's world, whose files a recipe with a [demo] table may name."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The model that stands beside the trained one in an evaluation."""
+
+    name: str
+    """In figures and reports."""
+    role: str
+    mark: Input
+    folder: Path
+    """Of the model."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Every step of a recipe."""
+
+    site: Site
+    dataset: Step
+    train: tuple[Step, ...]
     """One a training stage, in order."""
-    evaluate: Address
-    register: Address
-    absent: tuple[Absent, ...] = ()
+    results: tuple[Step, ...]
+    """What is made of the trained model, in order."""
 
-    def steps(self) -> Iterator[Address]:
-        """All addresses in the order they are made."""
-        if self.demo:
-            yield self.demo
-        yield from (self.merge, self.download, self.verify, self.dataset)
-        yield from (self.initialise, *self.train, self.evaluate, self.register)
+    @cached_property
+    def data_steps(self) -> tuple[Step, ...]:
+        """From metadata to the dataset version."""
+        return walk(self.site.demo, self.dataset)
 
-    def unsettled(self) -> frozenset[str]:
-        """Digests of addresses that will be others once what is absent is there."""
-        found: set[str] = set()
-        for address in self.steps():
-            if found.union([ABSENT]) & set(address.parents.values()):
-                found.add(address.digest)
-        return frozenset(found)
+    @cached_property
+    def model_steps(self) -> tuple[Step, ...]:
+        """From the starting weights to the trained model."""
+        return tuple(step for step in walk(*self.train) if step not in self.data_steps)
+
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """All of them, in the order of work."""
+        return (*self.data_steps, *self.model_steps, *self.results)
+
+    def find(self, stage: Stage) -> Step | None:
+        """The first step of a stage, if there is one."""
+        return next((step for step in self.steps if step.stage.name == stage.name), None)
+
+    def step(self, stage: Stage) -> Step:
+        """The first step of a stage.
+
+        Raises:
+            InputError: the recipe has none.
+        """
+        found = self.find(stage)
+        if found is None:
+            raise InputError(f"the recipe has no [{stage.name}] table: add one")
+        return found
+
+    @property
+    def evaluate(self) -> Step:
+        return self.step(EVALUATE)
+
+    @property
+    def register(self) -> Step:
+        return self.step(REGISTER)
+
+    @property
+    def is_finished(self) -> bool:
+        return all(step.is_finished for step in self.steps)
 
     def require(self, flow: str) -> None:
         """Raises: InputError: the flow of this name reads what is not on this machine."""
-        stages = [address.stage.name for address in self.steps()]
-        last = {"prepare": DATASET.name, "train": TRAIN.name}.get(flow, EVALUATE.name)
-        read = stages[: stages.index(last) + 1]
-        absent = [one.sentence for one in self.absent if one.stage in read]
+        data, model = self.data_steps, (*self.data_steps, *self.model_steps)
+        read = {"prepare": data, "train": model}.get(flow, self.steps)
+        absent = [sentence for step in read for sentence in step.absent]
         if absent:
             more = f" ({len(absent) - 1} more: see the plan)" if len(absent) > 1 else ""
             raise InputError(f"{absent[0]}{more}")
 
-    @property
-    def is_finished(self) -> bool:
-        return all(address.is_finished for address in self.steps())
 
-
-def load_chart(recipe: str, overrides: Sequence[str]) -> tuple[Recipe, Profile, Chart]:
-    """Load a recipe and the profile, and draw their chart.
+def load_graph(recipe: str, overrides: Sequence[str]) -> tuple[Recipe, Profile, Graph]:
+    """Load a recipe and the profile, and draw their graph.
 
     Raises:
         InputError: the recipe, an override or the profile is wrong.
     """
     resolved, profile = load_recipe(recipe, overrides), load_profile()
-    return resolved, profile, draw_chart(resolved, profile.root.resolve(), profile.mlflow_uri)
+    return resolved, profile, draw_graph(resolved, profile.root.resolve(), profile.mlflow_uri)
 
 
-def draw_chart(recipe: Recipe, root: Path, tracking_uri: str) -> Chart:
-    """Address every artifact of `recipe` under `root`; what is not here is in the chart's `absent`.
+def draw_graph(recipe: Recipe, root: Path, tracking_uri: str) -> Graph:
+    """The graph of `recipe` under `root`; what is not here is noted at the steps that read it.
 
     Raises:
         InputError: the recipe names files of the demo and has no demo.
     """
+    site = Site(root, tracking_uri, demo_step(root, recipe.demo) if recipe.demo else None)
+    data = data_steps(site, recipe, merge_step(site, recipe.merge))
+    start = initialise_step(site, recipe.initialise)
+    return model_steps(site, recipe, data, start, recipe.train, untrained(start))
 
-    def at(stage: Stage, config: Config, parents: Mapping[str, str]) -> Address:
-        return Address.of(root, stage, config, parents)
 
-    demo = at(DEMO, recipe.demo, {}) if recipe.demo else None
-    outside = _Outside(demo)
-    merge = at(MERGE, recipe.merge, _metadata(recipe, outside))
-    download = at(DOWNLOAD, recipe.download, {"merge": merge.digest})
-    verify = at(VERIFY, recipe.verify, {"download": download.digest})
-    rules = _dataset_files(recipe, outside)
-    dataset = at(DATASET, recipe.dataset, {"verify": verify.digest, **rules})
-    initialise = at(INITIALISE, recipe.initialise, _weights(recipe, outside))
-    train: list[Address] = []
-    for stage in recipe.train:
-        start = train[-1] if train else initialise
-        train.append(at(TRAIN, stage, {"start_from": start.digest, "dataset": dataset.digest}))
-    sets = {
-        one.name: outside.mark(EVALUATE, one.folder, f"evaluate.sets '{one.name}'")
-        for one in recipe.evaluate.sets
-    }
-    models = {"train": train[-1].digest, "initialise": initialise.digest}
-    evaluate = at(EVALUATE, recipe.evaluate, {**models, **sets})
-    tracking = hashlib.sha256(tracking_uri.encode()).hexdigest()[:DIGEST_CHARS]
-    made = {"train": train[-1].digest, "evaluate": evaluate.digest, "tracking": tracking}
-    register = at(REGISTER, recipe.registry, made)
-    return Chart(
-        *(demo, merge, download, verify, dataset, initialise, tuple(train), evaluate, register),
-        tuple(outside.absent),
+def data_steps(site: Site, recipe: Recipe, merged: Step | Artifact) -> Step:
+    """From a merge to what a dataset version chooses from; the last of the steps."""
+    downloaded = download_step(site, recipe, merged)
+    return verify_step(site, recipe.verify, downloaded)
+
+
+def model_steps(
+    site: Site,
+    recipe: Recipe,
+    data: Step | Artifact,
+    start: Step | Artifact,
+    stages: Sequence[TrainConfig],
+    beside: Beside,
+) -> Graph:
+    """From data and a model to start from, to a registered model.
+
+    Args:
+        site: of all steps.
+        recipe: whose rules, evaluation and registry are taken.
+        data: a verification, or several that were joined.
+        start: the model that the first of `stages` starts from.
+        stages: of the training, in order.
+        beside: what the trained model is evaluated beside.
+    """
+    dataset = dataset_step(site, recipe.dataset, data)
+    train: list[Step] = []
+    for stage in stages:
+        train.append(train_step(site, stage, train[-1] if train else start, dataset))
+    # A plan counts one checkpoint of the model, however many stages there are.
+    parameters = sum(parameter_counts(recipe.initialise.architecture()).values())
+    train[-1] = replace(train[-1], expected_bytes=parameters * BYTES_PER_PARAMETER_SAVED)
+    evaluated = comparison_step(site, recipe.evaluate, train, dataset, beside)
+    registered = register_step(site, recipe.registry, train[-1], evaluated)
+    return Graph(site, dataset, tuple(train), (evaluated, registered))
+
+
+def demo_step(root: Path, config: DemoConfig) -> Step:
+    """Metadata, evaluation sets and the plan of a loopback web."""
+
+    def make(_: Profile, out: Path, report: Report) -> Made:
+        from tasks.demo.world import make_demo
+
+        return make_demo(config, out, report)
+
+    return Step(root, DEMO, config, {}, make, "metadata and evaluation sets of the demo web")
+
+
+def merge_step(
+    site: Site,
+    config: MergeConfig,
+    inputs: Mapping[str, Input] | None = None,
+    files: Mapping[str, Sequence[Path | str]] | None = None,
+    given: Sequence[Artifact] = (),
+) -> Step:
+    """The rows of all sources that are to be downloaded.
+
+    Args:
+        site: of all steps.
+        config: the sources and rules.
+        inputs: role -> mark of everything outside that is read; by default looked at now.
+        files: source -> its files; by default those that the config names, found when it runs.
+        given: merges whose rows are left out; they are among `inputs`.
+    """
+    marks = OutsideMarks(site.demo)
+    if inputs is None:
+        editions = {source.name: source.revision for source in config.sources}
+        inputs = {
+            one.role: marks.mark(one.files, f"merge.{one.where}", editions.get(one.role, ""))
+            for one in outside_files(config)
+        }
+
+    def make(profile: Profile, out: Path, report: Report) -> Made:
+        from flows.graph.merge_chunks import merge_in_chunks
+
+        found = files or {
+            source.name: find_files(source.files, site.demo, f"merge.sources '{source.name}'")
+            for source in config.sources
+        }
+        before = [artifact.folder for artifact in given]
+        return merge_in_chunks(config, found, out, report, profile.merge_workers, before)
+
+    targets = [source.target_count for source in config.sources]
+    rows = f"{sum(t for t in targets if t):,} rows" if all(targets) else "every row that passes"
+    return Step(
+        site.root,
+        MERGE,
+        config,
+        inputs,
+        make,
+        what=f"at most {rows} from {len(targets)} sources",
+        absent=tuple(marks.absent),
+        record=Record(outside=partial(describe_sources, config=config)),
     )
 
 
-class NotHere(InputError):
-    """Outside data that a recipe names is not to be found from this machine."""
+def download_step(site: Site, recipe: Recipe, merged: Step | Artifact) -> Step:
+    """The images of a merge, as shards."""
+    config: DownloadConfig = recipe.download
+
+    def make(profile: Profile, out: Path, report: Report) -> Made:
+        from tasks.demo.demo_web import serving
+
+        crew = Crew(
+            profile.download_processes, profile.download_threads, profile.download_distributor
+        )
+        with serving(recipe.demo) if recipe.demo else nullcontext():
+            return download_images(config, finished(merged).folder, out, crew, report)
+
+    needed = expected_bytes(expected_samples(recipe), config.image_px)
+    size = f"{needed / 1e12:,.1f} TB" if needed >= 1e12 else f"{needed / 1e6:,.0f} MB"
+    return Step(
+        site.root,
+        DOWNLOAD,
+        config,
+        {Role.MERGE: merged},
+        make,
+        what=f"about {size}, {config.image_px} px",
+        expected_bytes=needed,
+        record=Record(datasets={"merged": merged}, metrics=PROGRESS),
+    )
 
 
-class _Outside:
-    """Marks of outside data, and what of it is absent."""
+def verify_step(site: Site, config: VerifyConfig, downloaded: Step) -> Step:
+    """A verdict on every shard, and an index of every stored sample."""
 
-    def __init__(self, demo: Address | None) -> None:
-        self.demo = demo
-        self.absent: list[Absent] = []
+    def make(_: Profile, out: Path, report: Report) -> Made:
+        from tasks.verify.verify import verify_shards
 
-    def mark(self, stage: Stage, pattern: str, where: str, edition: str = "") -> str:
-        """What stands for the files of `pattern` among the parents of the stage's artifact."""
-        try:
-            return _origin(pattern, self.demo, where)
-        except NotHere as error:
-            return self.lacks(stage, f"{error}; it is {edition}" if edition else str(error))
+        return verify_shards(config, downloaded.folder, out, len(sched_getaffinity(0)), report)
 
-    def lacks(self, stage: Stage, sentence: str) -> str:
-        """Note that something is absent; what stands for it."""
-        self.absent.append(Absent(stage.name, sentence))
-        return ABSENT
-
-
-def _metadata(recipe: Recipe, outside: _Outside) -> dict[str, str]:
-    editions = {source.name: source.revision for source in recipe.merge.sources}
-    return {
-        one.role: outside.mark(MERGE, one.files, f"merge.{one.where}", editions.get(one.role, ""))
-        for one in outside_files(recipe.merge)
-    }
+    return Step(
+        site.root,
+        VERIFY,
+        config,
+        {Role.DOWNLOAD: downloaded},
+        make,
+        what="every shard opened, every image decoded",
+        record=Record(datasets={"downloaded": downloaded}),
+    )
 
 
-def _weights(recipe: Recipe, outside: _Outside) -> dict[str, str]:
-    absent = recipe.initialise.absent()
-    return {
-        role: outside.lacks(INITIALISE, absent[role]) if role in absent else fingerprint(path)
-        for role, path in recipe.initialise.named().items()
-    }
+def join_step(site: Site, verified: Sequence[Step | Artifact]) -> Step:
+    """Several verifications as one."""
+    config = JoinConfig()
+
+    def make(_: Profile, out: Path, report: Report) -> Made:
+        from tasks.join.join import join_verifications
+
+        return join_verifications(config, [finished(one) for one in verified], out, report)
+
+    inputs = {f"{Role.PART}{number:04d}": one for number, one in enumerate(verified)}
+    return Step(site.root, JOIN, config, inputs, make, f"{len(verified)} verifications as one")
 
 
-def _dataset_files(recipe: Recipe, outside: _Outside) -> dict[str, str]:
-    """What stands for the files that the dataset's rules name."""
-    rules = recipe.dataset
-    found: dict[str, str] = {}
-    for name in RULES_IN_FILES:
-        where = f"dataset.{name}"
-        marks = [outside.mark(DATASET, pattern, where) for pattern in getattr(rules, name)]
-        if marks:
-            known = hashlib.sha256("".join(marks).encode()).hexdigest()[:DIGEST_CHARS]
-            found[name] = ABSENT if ABSENT in marks else known
+def dataset_step(site: Site, config: DatasetConfig, data: Step | Artifact) -> Step:
+    """A dataset version: which of the verified samples are used."""
+    marks = OutsideMarks(site.demo)
+    inputs: dict[str, Input] = {Role.DATA: data}
+    rules = {"evaluation_sets": config.evaluation_sets, "blocklists": config.blocklists}
+    for name, patterns in rules.items():
+        found = [digest_of(marks.mark(pattern, f"dataset.{name}")) for pattern in patterns]
+        if found:
+            inputs[name] = ABSENT if ABSENT in found else hash_marks(found)
+    plain = Step(site.root, DATASET, config, dict(inputs), work=_not_run)
+    entries: tuple[str, ...] = ()
     try:
-        entries = read_takedowns(find_all(rules.takedowns, outside.demo, "dataset.takedowns"))
+        entries = read_takedowns(find_all(config.takedowns, site.demo, "dataset.takedowns"))
     except NotHere as error:
-        return {**found, "takedowns": outside.lacks(DATASET, str(error))}
-    return {**found, "takedowns": takedowns_digest(entries)} if entries else found
+        inputs[Role.TAKEDOWNS] = marks.note_absent(str(error))
+    if entries:
+        inputs[Role.TAKEDOWNS] = takedowns_digest(entries)
+
+    def make(_: Profile, out: Path, report: Report) -> Made:
+        from flows.graph.ancestry import ancestors_of
+        from flows.graph.takedown_lists import takedowns_of
+        from tasks.dataset.dataset import OutsideFiles, make_dataset
+
+        files = {
+            name: tuple(find_all(patterns, site.demo, f"dataset.{name}"))
+            for name, patterns in rules.items()
+        }
+        outside = OutsideFiles(files["evaluation_sets"], files["blocklists"])
+        ancestors = ancestors_of(finished(data), read_artifacts(site.root))
+        takedowns = takedowns_of(entries, plain)
+        return make_dataset(config, ancestors, outside, takedowns, out, report)
+
+    return Step(
+        site.root,
+        DATASET,
+        config,
+        inputs,
+        make,
+        what="what is left out, as tombstones; a card",
+        absent=tuple(marks.absent),
+        record=Record(datasets={"verified": data}, files=(CARD,)),
+    )
 
 
-def find_files(pattern: str, demo: Address | None, where: str) -> list[Path] | list[str]:
-    """The files (or the folder) a recipe's pattern names; `demo:` is the demo artifact's folder.
+def initialise_step(site: Site, config: InitialiseConfig) -> Step:
+    """The model that training starts from."""
+    marks, absent = OutsideMarks(site.demo), config.absent()
+    inputs: dict[str, Input] = {
+        role: marks.note_absent(absent[role]) if role in absent else fingerprint(path)
+        for role, path in config.named().items()
+    }
 
-    A URL with wildcards names URLs.
+    def make(_: Profile, out: Path, report: Report) -> Made:
+        from tasks.initialise.initialise import initialise_model
 
-    Raises:
-        NotHere: nothing matches.
-        InputError: `demo:` is used in a recipe without a [demo] table.
+        return initialise_model(config, out, report)
+
+    return Step(
+        site.root,
+        INITIALISE,
+        config,
+        inputs,
+        make,
+        what=f"model {config.model}",
+        absent=tuple(marks.absent),
+    )
+
+
+def train_step(site: Site, config: TrainConfig, start: Step | Artifact, dataset: Step) -> Step:
+    """One training stage."""
+
+    def make(profile: Profile, out: Path, report: Report) -> Made:
+        from tasks.train.train import Inputs, train_model
+
+        inputs = Inputs(start.folder / MODEL_FOLDER, dataset.folder / SHARDS)
+        return train_model(config, inputs, out, profile.launch, report)
+
+    return Step(
+        site.root,
+        TRAIN,
+        config,
+        {Role.START: start, Role.DATASET: dataset},
+        make,
+        what=f"{config.steps:,} steps of {config.global_batch:,} = {config.samples_seen:,} samples",
+        title=f"{TRAIN.name} {config.name}",
+        record=Record(
+            {"training": dataset}, files=(METRICS_FILE, RESULT_FILE), metrics=METRICS_FILE
+        ),
+    )
+
+
+def untrained(start: Step) -> Beside:
+    """The model that a recipe's training starts from, to be evaluated beside the trained one."""
+    return Beside(UNTRAINED, Role.UNTRAINED, start, start.folder / MODEL_FOLDER)
+
+
+def comparison_step(
+    site: Site,
+    config: EvaluateConfig,
+    train: Sequence[Step],
+    dataset: Step,
+    beside: Beside,
+    title: str = "",
+) -> Step:
+    """A trained model beside another one on a recipe's evaluation sets."""
+    marks = OutsideMarks(site.demo)
+    folders = {one.name: (one.folder, f"evaluate.sets '{one.name}'") for one in config.sets}
+    sets = {name: marks.mark(*found) for name, found in folders.items()}
+    step = evaluate_step(
+        site.root,
+        config,
+        {Role.TRAINED: train[-1], beside.role: beside.mark, **sets},
+        {TRAINED: train[-1].folder / MODEL_FOLDER, beside.name: beside.folder},
+        lambda: {
+            name: find_all([folder], site.demo, where)[0]
+            for name, (folder, where) in folders.items()
+        },
+        train,
+        dataset,
+        title,
+    )
+    datasets = {"evaluation": site.demo} if site.demo else {}
+    return replace(
+        step,
+        what=f"{len(sets)} sets, {TRAINED} and {beside.name} model",
+        absent=tuple(marks.absent),
+        record=replace(step.record, datasets=datasets),
+    )
+
+
+def evaluate_step(
+    root: Path,
+    config: EvaluateConfig,
+    inputs: Mapping[str, Input],
+    models: Mapping[str, str | Path],
+    find_sets: Callable[[], Mapping[str, Path]],
+    train: Sequence[Step] = (),
+    dataset: Step | None = None,
+    title: str = "",
+) -> Step:
+    """Models on evaluation sets.
+
+    Args:
+        root: of all artifacts.
+        config: the sets, and how they are evaluated.
+        inputs: role -> what stands for the models and the sets.
+        models: name -> what opens it; the first one is the subject.
+        find_sets: name -> folder of every set.
+        train: training stages of the subject, for its curves and its lineage.
+        dataset: what it was trained on, for a look whether test images are among it.
+        title: what people see; the stage's name by default.
     """
-    if is_url(pattern):
-        try:
-            return find_metadata(pattern, where)
-        except InputError as error:
-            raise NotHere(str(error)) from error
-    if pattern.startswith(DEMO_PREFIX):
-        if demo is None:
-            raise InputError(f"{where}: '{pattern}' needs a [demo] table in the recipe")
-        pattern = str(Path(glob.escape(str(demo.folder))) / pattern.removeprefix(DEMO_PREFIX))
-    found = sorted(Path(match) for match in glob.glob(pattern))
-    if not found:
-        raise NotHere(f"{where}: no file matches '{pattern}'")
-    return found
+
+    def make(profile: Profile, out: Path, report: Report) -> Made:
+        from tasks.evaluate.evaluate import evaluate_models
+        from tasks.evaluate.metrics.contamination import TrainingData
+
+        trained_on = []
+        data = dataset.inputs[Role.DATA] if dataset else ABSENT
+        if dataset and not isinstance(data, str):
+            left_out = dataset.folder / LEFT_OUT
+            if data.folder.is_dir() and left_out.is_file():  # else it was cleared away
+                trained_on = [TrainingData(data.folder, left_out)]
+        made_from = lineage_of([finished(step) for step in train[-1:]], root)
+        return evaluate_models(
+            config,
+            models,
+            find_sets(),
+            [step.folder / METRICS_FILE for step in train],
+            out,
+            report,
+            machine=profile.machine,
+            trained_on=trained_on,
+            lineage=lineage_svg(made_from) if train else "",
+        )
+
+    def describe(evaluated: Artifact) -> list[dict[str, str]]:
+        return describe_sets(evaluated, find_sets())
+
+    record = Record(outside=describe, files=ATTACHED)
+    return Step(root, EVALUATE, config, inputs, make, title=title, record=record)
 
 
-def find_all(patterns: Sequence[str], demo: Address | None, where: str) -> list[Path]:
-    """The files (or folders) of several patterns, in their order.
+def register_step(site: Site, config: RegisterConfig, trained: Step, evaluated: Step) -> Step:
+    """A version in the registry; its work needs the gate's decision, which is made when it runs."""
+    inputs: dict[str, Input] = {
+        Role.TRAINED: trained,
+        Role.EVALUATION: evaluated,
+        Role.TRACKING: hash_marks([site.tracking_uri]),
+    }
+    return Step(
+        site.root,
+        REGISTER,
+        config,
+        inputs,
+        _not_run,
+        what=f"{config.model_name}@{config.alias}",
+        record=Record(files=(DECISION, DECISION_PAGE)),
+    )
 
-    Raises:
-        NotHere: a pattern matches nothing.
-        InputError: a pattern is a URL.
-    """
-    found = []
-    for path in (path for pattern in patterns for path in find_files(pattern, demo, where)):
-        if isinstance(path, str):
-            raise InputError(f"{where}: '{path}' is a URL; give a copy of it on this machine")
-        found.append(path)
-    return found
 
-
-def _origin(pattern: str, demo: Address | None, where: str) -> str:
-    """What stands for outside data in a digest: the demo's, or a fingerprint of the files."""
-    if pattern.startswith(DEMO_PREFIX) and demo is not None:
-        return demo.digest
-    files = find_files(pattern, demo, where)
-    if is_url(pattern):
-        return remote_fingerprint([str(url) for url in files])
-    marks = "".join(fingerprint(Path(file)) for file in files)
-    return hashlib.sha256(marks.encode()).hexdigest()[:DIGEST_CHARS]
+def _not_run(profile: Profile, out: Path, report: Report) -> Made:
+    """The work of a step that is asked for its address alone, until it gets another one."""
+    raise RuntimeError(f"{out} is not made by its step: whoever runs it gives it its work")

@@ -1,7 +1,7 @@
 """What is new since a model was last trained, and what a retraining would make of it.
 
-Covers: earlier attempts and what became of them, new metadata files, the addresses of everything.
-Not here: making anything (retrain.py), deciding (tasks/register/gate.py).
+Covers: earlier attempts and what became of them, new metadata files, the graph of a retraining.
+Not here: making anything (flows/retrain.py), deciding (tasks/register/gate.py).
 
 The data of a registered model is a row of parts, each a merge with its download and verification.
 Every attempt adds parts with what is new, and none is made twice: a new merge leaves out whatever
@@ -15,21 +15,25 @@ killed, or for more rows.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from evaclip_model.errors import InputError
 from flows.config.recipe import Recipe
-from flows.graph.ancestry import ancestors_of, parent_of, parts_of
-from flows.graph.graph import Chart, find_files
-from tasks.artifacts.artifact import DIGEST_CHARS, Address, Artifact, read_artifacts
-from tasks.dataset.config import STAGE as DATASET
-from tasks.download.config import STAGE as DOWNLOAD
-from tasks.evaluate.config import STAGE as EVALUATE
-from tasks.join.config import STAGE as JOIN
-from tasks.join.config import JoinConfig
+from flows.graph.ancestry import ancestors_of, data_of, parent_of, parts_of
+from flows.graph.graph import (
+    Beside,
+    Graph,
+    initialise_step,
+    join_step,
+    merge_step,
+    model_steps,
+    untrained,
+)
+from flows.graph.outside_data import find_files, hash_marks
+from flows.graph.step import Input, Role, Step
+from tasks.artifacts.artifact import Artifact, read_artifacts
 from tasks.merge.config import STAGE as MERGE
 from tasks.merge.config import MergeConfig
 from tasks.merge.merge import read_inputs
@@ -45,11 +49,7 @@ from tasks.register.promotion import (
     standing_of,
 )
 from tasks.tracking import TrackingStore
-from tasks.train.config import STAGE as TRAIN
-from tasks.verify.config import STAGE as VERIFY
 
-GIVEN = "given"
-"""Role of the merges whose rows an increment leaves out, among its parents."""
 Found = Sequence[Path | str]
 
 
@@ -107,16 +107,16 @@ def rows_of(merges: Sequence[Artifact]) -> int:
     return sum(int(merge.counts["selected"]) for merge in merges)
 
 
-def look(recipe: Recipe, chart: Chart, store: TrackingStore, keep_rejected: bool) -> News:
+def look(recipe: Recipe, graph: Graph, store: TrackingStore, keep_rejected: bool) -> News:
     """Compare the metadata there is with that of every attempt so far.
 
     Raises:
         InputError: the champion was made elsewhere, so that its data is not known here; something
             of it is gone; or the registry does not answer.
     """
-    root, name = chart.merge.root, recipe.registry.model_name
+    root, name = graph.site.root, recipe.registry.model_name
     artifacts = read_artifacts(root)
-    attempts = _attempts(chart, name, artifacts)
+    attempts = _attempts(graph, name, artifacts)
     champion = champion_of(store, name, recipe.registry.alias)
     base = next((one for one in attempts if champion and one.version == champion.version), None)
     if champion is not None and base is None:
@@ -132,12 +132,12 @@ def look(recipe: Recipe, chart: Chart, store: TrackingStore, keep_rejected: bool
         champion,
         base.trained if base else None,
         attempts[-1] if attempts else None,
-        *(used, set_aside, known, waiting, _new_files(recipe, chart, known)),
+        *(used, set_aside, known, waiting, _new_files(recipe, graph, known)),
     )
 
 
-def increment(recipe: Recipe, chart: Chart, news: News) -> tuple[Address, MergeConfig] | None:
-    """Address and settings of the merge of what is new; None if no source takes any more rows."""
+def new_merge_step(recipe: Recipe, graph: Graph, news: News) -> Step | None:
+    """The merge of what is new; None if no source takes any more rows."""
     sources = []
     for source in recipe.merge.sources:
         if source.name not in news.files:
@@ -151,64 +151,43 @@ def increment(recipe: Recipe, chart: Chart, news: News) -> tuple[Address, MergeC
         sources.append({**source.model_dump(), **changes})
     if not sources:
         return None
-    names = {str(source["name"]) for source in sources}
     config = MergeConfig.from_mapping(
-        {**recipe.merge.model_dump(), "sources": sources}, where="merge"
+        {**recipe.merge.model_dump(), "sources": sources}, where=MERGE.name
     )
+    files = {source.name: news.files[source.name] for source in config.sources}
     others = {
         role: mark
-        for role, mark in chart.merge.parents.items()
+        for role, mark in graph.step(MERGE).inputs.items()
         if role not in {one.name for one in recipe.merge.sources}
-        and (role.partition(".")[0] in {*names, "blocklists"})
+        and (role.partition(".")[0] in {*files, "blocklists"})
     }
-    new = {name: _digest(map(mark_of, news.files[name])) for name in sorted(names)}
-    given = _given(recipe.registry.model_name, news.known)
-    address = Address.of(chart.merge.root, MERGE, config, {**new, **others, GIVEN: given})
-    return address, config
-
-
-def part_of(recipe: Recipe, merge: Address | Artifact, root: Path) -> tuple[Address, Address]:
-    """Where the download and the verification of a merge are or will be."""
-    download = Address.of(root, DOWNLOAD, recipe.download, {"merge": merge.digest})
-    return download, Address.of(root, VERIFY, recipe.verify, {"download": download.digest})
+    new = {name: hash_marks(map(mark_of, files[name]), between="\0") for name in sorted(files)}
+    given = _mark_given(recipe.registry.model_name, news.known)
+    inputs: dict[str, Input] = {**new, **others, Role.GIVEN: given}
+    return merge_step(graph.site, config, inputs, files, news.known)
 
 
 def draw_retraining(
-    recipe: Recipe, chart: Chart, news: News, verified: Sequence[str]
-) -> tuple[Chart, Address | None]:
-    """The chart from the data of `verified` (digests) on, and their join, if they are several.
+    recipe: Recipe,
+    graph: Graph,
+    news: News,
+    verified: Sequence[Step | Artifact],
+    champion: Beside | None,
+) -> Graph:
+    """The recipe's graph with other data and another beginning.
 
-    Its `merge`, `download` and `initialise` are the recipe's own and mean nothing here.
+    Args:
+        recipe: whose rules, stages and evaluation are taken.
+        graph: the recipe's own.
+        news: what the retraining starts from.
+        verified: verifications that the data consists of.
+        champion: what the trained model is evaluated beside; without one, what it starts from.
     """
-    root = chart.merge.root
-    join = None
-    if len(verified) > 1:
-        parts = {f"part{number:04d}": digest for number, digest in enumerate(verified)}
-        join = Address.of(root, JOIN, JoinConfig(), parts)
-    data = join.digest if join else verified[0]
-    dataset = Address.of(root, DATASET, recipe.dataset, {**chart.dataset.parents, "verify": data})
-    start = news.start.digest if news.start else chart.initialise.digest
-    train: list[Address] = []
-    for stage in recipe.retraining() if news.start else recipe.train:
-        begin = train[-1].digest if train else start
-        parents = {"start_from": begin, "dataset": dataset.digest}
-        train.append(Address.of(root, TRAIN, stage, parents))
-    sets = {one.name: chart.evaluate.parents[one.name] for one in recipe.evaluate.sets}
-    beside = (
-        {"champion": news.champion.weights[:DIGEST_CHARS]}
-        if news.champion
-        else {"initialise": chart.initialise.digest}
-    )
-    evaluate = Address.of(
-        root, EVALUATE, recipe.evaluate, {"train": train[-1].digest, **beside, **sets}
-    )
-    made = {"train": train[-1].digest, "evaluate": evaluate.digest}
-    tracking = {"tracking": chart.register.parents["tracking"]}
-    register = Address.of(root, REGISTER, recipe.registry, {**made, **tracking})
-    return (
-        replace(chart, dataset=dataset, train=tuple(train), evaluate=evaluate, register=register),
-        join,
-    )
+    data = join_step(graph.site, verified) if len(verified) > 1 else verified[0]
+    first = initialise_step(graph.site, recipe.initialise)
+    stages = recipe.retraining() if news.start else recipe.train
+    beside = champion or untrained(first)
+    return model_steps(graph.site, recipe, data, news.start or first, stages, beside)
 
 
 def describe(news: News, recipe: Recipe) -> Iterator[str]:
@@ -235,23 +214,21 @@ def describe(news: News, recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _attempts(chart: Chart, name: str, artifacts: Sequence[Artifact]) -> list[Attempt]:
+def _attempts(graph: Graph, name: str, artifacts: Sequence[Artifact]) -> list[Attempt]:
     """Every registration under the model's name in the same registry, in their order."""
     found = []
     for artifact in artifacts:
         if artifact.kind != REGISTER.name or artifact.config["model_name"] != name:
             continue
-        if artifact.parents["tracking"] != chart.register.parents["tracking"]:
+        if artifact.parents[Role.TRACKING] != graph.register.inputs[Role.TRACKING]:
             continue
         if DECISION not in artifact.files:
             continue  # of before there was a gate
-        trained = parent_of(artifact, "train", artifacts)
-        dataset = parent_of(trained, "dataset", artifacts)
-        data = parent_of(dataset, "verify", artifacts)
+        trained = parent_of(artifact, Role.TRAINED, artifacts)
+        dataset = parent_of(trained, Role.DATASET, artifacts)
+        data = data_of(dataset, artifacts)
         parts = tuple(parts_of(data, artifacts))
-        merges = tuple(
-            one for part in parts for one in ancestors_of(part, artifacts) if one.kind == MERGE.name
-        )
+        merges = tuple(one for one in ancestors_of(data, artifacts) if one.kind == MERGE.name)
         decision = read_decision(artifact.folder)
         found.append(Attempt(artifact, trained, data, parts, merges, decision))
     return found
@@ -269,8 +246,12 @@ def _waiting(
     """Finished merges that go on from `merges` and that no attempt has used yet, in a row."""
     waiting: list[Artifact] = []
     while merges:
-        given = _given(name, (*merges, *waiting))
-        following = [a for a in artifacts if a.kind == MERGE.name and a.parents.get(GIVEN) == given]
+        given = _mark_given(name, (*merges, *waiting))
+        following = [
+            artifact
+            for artifact in artifacts
+            if artifact.kind == MERGE.name and artifact.parents.get(Role.GIVEN) == given
+        ]
         if not following:
             break
         waiting.append(following[0])
@@ -308,7 +289,7 @@ def _sorted_out(
     return tuple(ordered), tuple(dict.fromkeys(aside.values()))
 
 
-def _new_files(recipe: Recipe, chart: Chart, known: Sequence[Artifact]) -> dict[str, Found]:
+def _new_files(recipe: Recipe, graph: Graph, known: Sequence[Artifact]) -> dict[str, Found]:
     """Source -> files whose content no merge has read."""
     seen: dict[str, set[str]] = {}
     for merge in known:
@@ -316,7 +297,7 @@ def _new_files(recipe: Recipe, chart: Chart, known: Sequence[Artifact]) -> dict[
             seen.setdefault(name, set()).update(marks)
     found: dict[str, Found] = {}
     for source in recipe.merge.sources:
-        files = find_files(source.files, chart.demo, f"merge.sources '{source.name}'")
+        files = find_files(source.files, graph.site.demo, f"merge.sources '{source.name}'")
         read = seen.get(source.name, set())
         new = [file for file in files if mark_of(file) not in read]
         if new:
@@ -324,9 +305,5 @@ def _new_files(recipe: Recipe, chart: Chart, known: Sequence[Artifact]) -> dict[
     return found
 
 
-def _given(name: str, merges: Sequence[Artifact]) -> str:
-    return _digest([name, *sorted(merge.digest for merge in merges)])
-
-
-def _digest(words: Iterator[str] | Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:DIGEST_CHARS]
+def _mark_given(name: str, merges: Sequence[Artifact]) -> str:
+    return hash_marks([name, *sorted(merge.digest for merge in merges)], between="\0")

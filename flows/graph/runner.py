@@ -1,130 +1,117 @@
-"""One execution of a flow: its recipe, its chart, its MLflow run, and making its artifacts.
+"""One execution of a flow: making its steps, each with progress, tracking and a line for a person.
 
-Covers: opening a session (a subflow joins its parent's), and `Session.make`, which surrounds every
-stage with progress, tracking and the line a person sees.
-Not here: which stages, in which order.
+Covers: the tracking run of a recipe's flow, the Prefect task of a step.
+Not here: which steps, in which order (flows/graph/graph.py and the flows).
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from prefect import Task, runtime
+from prefect import runtime, task
 from prefect.artifacts import create_link_artifact
+from prefect.cache_policies import NO_CACHE
 
 from evaclip_model.errors import InputError
 from flows.config.profile import Profile
 from flows.config.recipe import Recipe
 from flows.console.stage_progress import say_done, watching
 from flows.console.terminal import summarise
-from flows.graph.graph import Chart, load_chart
-from tasks.artifacts.artifact import Address, Artifact, read_artifact
+from flows.graph.graph import Graph, load_graph
+from flows.graph.step import Step, digest_of, finished
+from tasks.artifacts.artifact import Artifact
 from tasks.lineage.journal import JOURNALS
 from tasks.lineage.mlflow_store import PipelineRun, Tracking
 from tasks.tracking import TrackingStore
 
 
+@task(cache_policy=NO_CACHE)
+def run_step(make: Callable[[], Artifact]) -> Artifact:
+    """One step of the graph. What it is finished by is its manifest, never Prefect's cache."""
+    return make()
+
+
 @dataclass(frozen=True)
 class Session:
-    """What the stages of one execution share."""
+    """What the steps of one execution share."""
 
-    recipe: Recipe
     profile: Profile
-    chart: Chart
-    store: TrackingStore
     run: PipelineRun
+    """The tracking run that every step's is part of."""
+    made: dict[str, Artifact] = field(default_factory=dict)
+    """Digest -> what was made or found so far."""
 
     @property
     def root(self) -> Path:
         """Absolute folder of all artifacts."""
         return self.profile.root.resolve()
 
-    def finished(self, address: Address, made_by: str) -> Artifact:
-        """The artifact at `address`, which the flow `made_by` makes.
+    def make(self, step: Step) -> Artifact:
+        """Make one step, or find it finished, and record it."""
+        is_reused, started = step.is_finished, time.monotonic()
+        digests = map(digest_of, step.inputs.values())
+        before = [self.made[digest] for digest in digests if digest in self.made]
+        named = run_step.with_options(name=step.stage.name, task_run_name=step.title)
+        with self.run.stage_run(step.address, step.title) as tracked:
+            metrics = step.record.metrics
+            following = tracked.follow(step.folder / metrics) if metrics else nullcontext()
+            with following, watching(step.title, already_there=is_reused) as report:
+                artifact = named(partial(step.make, self.profile, report), wait_for=before)
+                report(1, 1, summarise(artifact.counts))
+            tracked.done(
+                artifact,
+                inputs={name: finished(one) for name, one in step.record.datasets.items()},
+                outside=step.record.outside(artifact),
+                attach=[artifact.folder / file for file in step.record.files],
+            )
+        took = time.monotonic() - started
+        say_done(step.title, artifact, seconds=took, reused=is_reused)
+        self.made[artifact.digest] = artifact
+        return artifact
+
+    def make_all(self, steps: Iterable[Step]) -> None:
+        """Make steps in their order."""
+        for step in steps:
+            self.make(step)
+
+
+@dataclass(frozen=True)
+class RecipeSession(Session):
+    """What the steps of one execution of a recipe share."""
+
+    recipe: Recipe = field(kw_only=True)
+    graph: Graph = field(kw_only=True)
+    store: TrackingStore = field(kw_only=True)
+
+    def require(self, step: Step, made_by: str) -> Artifact:
+        """The artifact of a step that the flow `made_by` makes.
 
         Raises:
             InputError: it is not there yet.
         """
-        if not address.is_finished:
+        if not step.is_finished:
             raise InputError(
-                f"{address.stage.name} has not run for this recipe yet: first run "
+                f"{step.stage.name} has not run for this recipe yet: first run "
                 f"`python -m flows run {made_by} {self.recipe.name}` with the same settings"
             )
-        return read_artifact(address.folder)
-
-    def make(
-        self, task: Task[..., Artifact], address: Address, *rest: Any, **more: Any
-    ) -> Artifact:
-        """`make` in this execution's run."""
-        return make(self.run, task, address, *rest, **more)
-
-
-def make(
-    run: PipelineRun,
-    task: Task[..., Artifact],
-    address: Address,
-    *arguments: Any,
-    title: str | None = None,
-    after: Sequence[Artifact] = (),
-    inputs: Mapping[str, Artifact] | None = None,
-    outside: Callable[[Artifact], Sequence[Mapping[str, str]]] | None = None,
-    attach: Sequence[str] = (),
-    follow: str | None = None,
-) -> Artifact:
-    """Run the stage task `task(address, *arguments, report)` and record what it made.
-
-    Args:
-        run: the tracking run that the stage's is part of.
-        title: what people see; the stage's name by default.
-        after: what the stage needs and is not handed, for the arrows of the run's graph.
-        inputs: context -> data the stage read, for the tracking run's datasets.
-        outside: what else the stage read that no stage made, told by what it made.
-        attach: files of the artifact that are kept with the tracking run.
-        follow: a metrics file of the artifact that is streamed to tracking while it grows.
-    """
-    title = title or address.stage.name
-    reused = address.is_finished
-    started = time.monotonic()
-    with run.stage_run(address, title) as tracked:
-        following = tracked.follow(address.folder / follow) if follow else nullcontext()
-        with following, watching(title, already_there=reused) as report:
-            named = task.with_options(task_run_name=title)
-            artifact = named(address, *arguments, report, wait_for=after)
-            report(1, 1, summarise(artifact.counts))
-        tracked.done(
-            artifact,
-            inputs=inputs,
-            outside=outside(artifact) if outside else (),
-            attach=[artifact.folder / a for a in attach],
-        )
-    say_done(title, artifact, seconds=time.monotonic() - started, reused=reused)
-    return artifact
-
-
-_open: ContextVar[Session | None] = ContextVar("session", default=None)
-"""The session of the flow around this one: subflows cannot be handed objects, only plain values."""
+        return finished(step)
 
 
 @contextmanager
-def open_session(flow: str, recipe: str, overrides: Sequence[str]) -> Iterator[Session]:
-    """The session of this execution; inside another flow's session, that one.
+def open_session(flow: str, recipe: str, overrides: Sequence[str]) -> Iterator[RecipeSession]:
+    """The session of a flow of this name, which runs a recipe.
 
     Raises:
         InputError: the recipe, an override or the profile is wrong.
     """
-    around = _open.get()
-    if around is not None:
-        yield around
-        return
-    resolved, profile, chart = load_chart(recipe, overrides)
-    chart.require(flow)
+    resolved, profile, graph = load_graph(recipe, overrides)
+    graph.require(flow)
     store = TrackingStore.at(profile.mlflow_uri, resolved.name)
     journals = profile.root.resolve() / JOURNALS
     tracking = Tracking(store, journals, openlineage=profile.openlineage_file)
@@ -137,12 +124,7 @@ def open_session(flow: str, recipe: str, overrides: Sequence[str]) -> Iterator[S
         tags={"prefect.flow_run_id": str(runtime.flow_run.id)},
         links={"Prefect run": ui_url} if ui_url else None,
     ) as run:
-        session = Session(resolved, profile, chart, store, run)
-        token = _open.set(session)
-        try:
-            url = run.url()
-            if url:
-                create_link_artifact(link=url, link_text="MLflow run", key="mlflow-run")
-            yield session
-        finally:
-            _open.reset(token)
+        url = run.url()
+        if url:
+            create_link_artifact(link=url, link_text="MLflow run", key="mlflow-run")
+        yield RecipeSession(profile, run, recipe=resolved, graph=graph, store=store)

@@ -1,9 +1,9 @@
 """What `score` is asked: which models, which sets, and where that goes.
 
 Covers: models by their specs and names, sets by recipe or by name, fetching registered models,
-the artifact's address.
-Not here: opening models (tasks/evaluate/encode/open_models.py), the flow (score.py); prefect is
-not imported.
+the step.
+Not here: opening models (tasks/evaluate/encode/open_models.py), the flow (flows/score.py); prefect
+is not imported.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 from evaclip_model.errors import InputError
 from flows.config.profile import Profile
 from flows.config.recipe import load_recipe
-from flows.graph.graph import find_files
-from tasks.artifacts.artifact import Address, fingerprint
-from tasks.demo.config import STAGE as DEMO
-from tasks.evaluate.config import STAGE, EvaluateConfig
+from flows.graph.graph import demo_step, evaluate_step
+from flows.graph.outside_data import find_all
+from flows.graph.step import Input, Role, Step
+from tasks.artifacts.artifact import fingerprint
+from tasks.evaluate.config import EvaluateConfig
 from tasks.evaluate.encode.open_models import OPEN_CLIP, files_of
 from tasks.evaluate.sets.published_layout import kind_of
 from tasks.evaluate.sets.set_registry import find_set, known_sets
@@ -38,13 +39,13 @@ class Asked:
     config: EvaluateConfig
     sets: dict[str, Path]
 
-    def address(self, root: Path, specs: dict[str, str]) -> Address:
-        """Where the evaluation goes, from the specs that open the models on this machine."""
-        parents = {f"model.{name}": _mark(spec) for name, spec in specs.items()}
-        parents |= {f"set.{name}": fingerprint(folder) for name, folder in self.sets.items()}
+    def step(self, root: Path, specs: dict[str, str]) -> Step:
+        """The evaluation, from the specs that open the models on this machine."""
+        inputs: dict[str, Input] = {f"model.{name}": _mark(spec) for name, spec in specs.items()}
+        inputs |= {f"set.{name}": fingerprint(folder) for name, folder in self.sets.items()}
         # Which model is the subject decides what is compared with what.
-        parents["subject"] = next(iter(specs))
-        return Address.of(root, STAGE, self.config, parents)
+        inputs[Role.SUBJECT] = next(iter(specs))
+        return evaluate_step(root, self.config, inputs, specs, lambda: self.sets, title="score")
 
 
 def read_asked(
@@ -84,11 +85,11 @@ def _sets_of_recipe(
     recipe: str, overrides: Sequence[str], root: Path
 ) -> tuple[EvaluateConfig, dict[str, Path]]:
     whole = load_recipe(recipe, overrides)
-    demo = Address.of(root, DEMO, whole.demo) if whole.demo else None
-    folders = {}
-    for one in whole.evaluate.sets:
-        found = find_files(one.folder, demo, f"evaluate.sets '{one.name}'")[0]
-        folders[one.name] = Path(found)
+    demo = demo_step(root, whole.demo) if whole.demo else None
+    folders = {
+        one.name: find_all([one.folder], demo, f"evaluate.sets '{one.name}'")[0]
+        for one in whole.evaluate.sets
+    }
     return whole.evaluate, folders
 
 

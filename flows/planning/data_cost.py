@@ -1,29 +1,29 @@
 """What the data of a recipe costs: rows, bytes, machines, days, each with where the rate is from.
 
 Covers: the estimate of a recipe's merge and download, and its table.
-Not here: one run's plan and disk check (plan.py); training.
-
-A cap counts samples; what is asked for is more, by each source's `expected_success`, but never more
-than the published metadata can give.
+Not here: one run's plan and disk check (run_plan.py); how much sources give
+(flows/graph/source_yield.py); training.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from rich.table import Table
 
 from flows.config.recipe import Recipe
+from flows.graph.source_yield import (
+    SHARE_SELECTED,
+    SourceYield,
+    expected_samples,
+    source_yields,
+)
 from tasks.download.url_tables import expected_bytes
-from tasks.merge.config import SourceConfig
 
 LARGE_ROWS = 1_000_000
 """From here on an estimate is worth its lines."""
 METADATA_BYTES_PER_ROW = 222
 """Re-LAION-2B: 467 GB of parquet for 2.1 billion rows."""
-SHARE_SELECTED = 0.65
-"""Rows selected of rows read: COYO has 12 % duplicate URLs, rules and overlaps take the rest."""
 MERGE_ROWS_PER_CPU_S = 320_000
 """`make bench-merge`: 314,000 to 324,000 at 5 to 20 million rows, two threads."""
 WAITING_BYTES = 245
@@ -43,40 +43,14 @@ class Line:
     origin: str
 
 
-@dataclass(frozen=True)
-class Reach:
-    """What a source can give."""
-
-    source: SourceConfig
-    wanted: int
-    """Rows that its cap asks for."""
-    there: int | None
-    """Rows of its metadata that pass; none where nobody has counted them."""
-
-    @property
-    def selected(self) -> int:
-        return self.wanted if self.there is None else min(self.wanted, self.there)
-
-    @property
-    def samples(self) -> int:
-        """Of the selected rows, after the download."""
-        cap = self.source.target_count or 0
-        return min(cap, math.floor(self.selected * self.source.expected_success))
-
-
 def is_large(recipe: Recipe) -> bool:
     """Whether a recipe's caps make an estimate worth printing; without caps nobody knows."""
-    return sum(reach.wanted for reach in _reaches(recipe)) >= LARGE_ROWS
-
-
-def expected_samples(recipe: Recipe) -> int:
-    """Samples after the download of a recipe's capped sources."""
-    return sum(reach.samples for reach in _reaches(recipe))
+    return sum(reach.wanted for reach in source_yields(recipe)) >= LARGE_ROWS
 
 
 def estimate(recipe: Recipe, machines: int = MACHINES) -> list[Line]:
     """The figures of a recipe whose sources all have a `target_count`."""
-    reaches = _reaches(recipe)
+    reaches = source_yields(recipe)
     wanted = sum(reach.selected for reach in reaches)
     samples = expected_samples(recipe)
     published = recipe.published.metadata_rows
@@ -126,7 +100,7 @@ def estimate(recipe: Recipe, machines: int = MACHINES) -> list[Line]:
     ]
 
 
-def _shortfall(reach: Reach) -> Line:
+def _shortfall(reach: SourceYield) -> Line:
     return Line(
         f"{reach.source.name} can give",
         f"about {reach.samples:,} samples, not {reach.source.target_count or 0:,}",
@@ -141,17 +115,3 @@ def estimate_table(recipe: Recipe) -> Table:
     for line in estimate(recipe):
         table.add_row(line.what, line.figure, line.origin)
     return table
-
-
-def _reaches(recipe: Recipe) -> list[Reach]:
-    published = recipe.published.metadata_rows
-    return [
-        Reach(
-            source,
-            source.wanted_rows or 0,
-            math.floor(published[source.name] * SHARE_SELECTED)
-            if source.name in published
-            else None,
-        )
-        for source in recipe.merge.sources
-    ]

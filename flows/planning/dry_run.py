@@ -16,24 +16,26 @@ from evaclip_model.reading.samples import SHARDS
 from evaclip_model.training.config import MODEL_FOLDER
 from flows.config.profile import Profile
 from flows.config.recipe import Recipe
-from flows.graph.graph import Chart
+from flows.graph.graph import Graph
+from flows.graph.step import Role, Step
 from tasks.progress import silent
 from tasks.train.train import Inputs, try_out
 
 
-def rehearse(recipe: Recipe, profile: Profile, chart: Chart) -> Iterator[str]:
+def rehearse(recipe: Recipe, profile: Profile, graph: Graph) -> Iterator[str]:
     """Try every training stage whose data and starting weights are there; one line for each.
 
     Raises:
         InputError: a stage cannot work, in the words of the run that would fail.
     """
-    starts = [chart.initialise, *chart.train]
-    for config, start in zip(recipe.train, starts, strict=False):
-        missing = [one.stage.name for one in (chart.dataset, start) if not one.is_finished]
+    for config, step in zip(recipe.train, graph.train, strict=True):
+        start = step.inputs[Role.START]
+        assert isinstance(start, Step), "a recipe starts from weights that it makes"
+        missing = [one.stage.name for one in (graph.dataset, start) if not one.is_finished]
         if missing:
             yield f"{config.name}: not tried, {missing[0]} has not run yet"
             continue
-        inputs = Inputs(start.folder / MODEL_FOLDER, chart.dataset.folder / SHARDS)
+        inputs = Inputs(start.folder / MODEL_FOLDER, graph.dataset.folder / SHARDS)
         # Under the root, which all machines of a launch see.
         with TemporaryDirectory(dir=profile.root.resolve(), prefix=".dry-run-") as folder:
             found = try_out(config, inputs, Path(folder), profile.launch, silent)

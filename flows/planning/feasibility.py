@@ -22,7 +22,7 @@ from evaclip_model.training.cost import PACKED_TEXT_TOKENS, stage_flops_per_samp
 from flows.config.gpu_spec import Machines
 from flows.config.profile import Profile
 from flows.config.recipe import Recipe
-from flows.graph.graph import Chart
+from flows.graph.graph import Graph
 from flows.planning.run_plan import disk_bytes
 from flows.planning.training_cost import GIB, cut_share, reader_bytes
 from tasks.train.launch import count_gpus, default_ranks
@@ -88,18 +88,19 @@ def ask_driver(fields: str) -> list[list[str]]:
 
 
 def recipe_findings(
-    recipe: Recipe, chart: Chart, profile: Profile, machine: Machine, given: Machines | None = None
+    recipe: Recipe, graph: Graph, profile: Profile, machine: Machine, given: Machines | None = None
 ) -> Iterator[Finding]:
     """What a recipe needs beside what there is.
 
     Args:
         given: the GPUs that training is planned on, wherever they are; by default this machine's.
     """
-    for stage in dict.fromkeys(absent.stage for absent in chart.absent):
-        missing = [absent.sentence for absent in chart.absent if absent.stage == stage]
-        yield Finding("fail", f"inputs of {stage}", f"{len(missing)} not here", missing[0])
-    yield _disk(recipe, chart, profile.root, machine)
-    if not all(address.is_finished for address in chart.train):
+    for step in graph.steps:
+        if step.absent:
+            missing = f"{len(step.absent)} not here"
+            yield Finding("fail", f"inputs of {step.title}", missing, step.absent[0])
+    yield _disk(graph, profile.root, machine)
+    if not all(step.is_finished for step in graph.train):
         if given is None:
             yield _memory(recipe, profile, machine)
         yield from _training(recipe, profile, machine, given)
@@ -113,8 +114,8 @@ def sentence(findings: Iterable[Finding]) -> str:
     return f"{'no' if failed else 'yes'}: {shown}"
 
 
-def _disk(recipe: Recipe, chart: Chart, root: Path, machine: Machine) -> Finding:
-    needed = disk_bytes(recipe, chart)
+def _disk(graph: Graph, root: Path, machine: Machine) -> Finding:
+    needed = disk_bytes(graph)
     found = f"needs {_size(needed)}, {_size(machine.free_bytes)} are free"
     if needed > machine.free_bytes:
         return Finding("fail", "disk", found, f"free some of {root}, or set EVACLIP_ROOT")

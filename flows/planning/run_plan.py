@@ -1,8 +1,8 @@
 """What a run would do, before it does it.
 
 Covers: one row a stage (there, unfinished, to make), its size, and the disk it needs.
-Not here: making anything; what a real recipe's data (estimate.py) and training
-(training_estimate.py) cost.
+Not here: making anything; what a real recipe's data (data_cost.py) and training
+(training_cost.py) cost.
 """
 
 from __future__ import annotations
@@ -12,16 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaclip_model.errors import InputError
-from evaclip_model.training.cost import parameter_counts
 from flows.config.recipe import Recipe
 from flows.console.terminal import summarise
-from flows.graph.graph import Chart
-from flows.planning.data_cost import expected_samples
-from tasks.artifacts.artifact import Address, read_artifact
-from tasks.download.url_tables import expected_bytes
+from flows.graph.graph import Graph
+from flows.graph.step import Step, finished
 
-BYTES_PER_PARAMETER_SAVED = 4 + 8
-"""A checkpoint: fp32 weights and two moments."""
 SMALL_BYTES = 50_000_000
 """Reports, databases, what else a run leaves."""
 
@@ -40,37 +35,24 @@ class PlanRow:
     folder: Path
 
 
-def stage_titles(recipe: Recipe, chart: Chart) -> dict[str, Address]:
-    """Title -> address, in the order of work; training stages carry their own names."""
-    titles = {
-        address.stage.name: address for address in chart.steps() if address not in chart.train
-    }
-    trained = {
-        f"train {stage.name}": at for stage, at in zip(recipe.train, chart.train, strict=True)
-    }
-    before = {name: titles.pop(name) for name in ("evaluate", "register")}
-    return {**titles, **trained, **before}
-
-
-def make_plan(recipe: Recipe, chart: Chart) -> list[PlanRow]:
+def make_plan(graph: Graph) -> list[PlanRow]:
     """The plan's rows, in the order of work."""
-    sizes, unsettled = _expected_sizes(recipe), chart.unsettled()
     rows = []
-    for title, address in stage_titles(recipe, chart).items():
-        size = sizes[title]
-        if address.is_finished:
-            size = summarise(read_artifact(address.folder).counts)
-        digest = "not known" if address.digest in unsettled else address.digest
-        rows.append(PlanRow(title, _state(address), size, digest, address.folder))
+    for step in graph.steps:
+        size = summarise(finished(step).counts) if step.is_finished else step.what
+        digest = step.digest if step.is_settled else "not known"
+        rows.append(PlanRow(step.title, _state(step), size, digest, step.folder))
     return rows
 
 
-def check_disk(recipe: Recipe, chart: Chart, root: Path) -> None:
+def check_disk(graph: Graph) -> None:
     """Refuse a run that the disk cannot hold.
 
     Raises:
-        InputError: less is free than unfinished stages write at least, or `root` cannot be made.
+        InputError: less is free than unfinished stages write at least, or the root of all artifacts
+            cannot be made.
     """
+    root = graph.site.root
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -78,7 +60,7 @@ def check_disk(recipe: Recipe, chart: Chart, root: Path) -> None:
             f"the folder of all artifacts, {root}, cannot be made ({error.strerror}): "
             "set EVACLIP_ROOT to another one"
         ) from None
-    needed, free = disk_bytes(recipe, chart), shutil.disk_usage(root).free
+    needed, free = disk_bytes(graph), shutil.disk_usage(root).free
     if free < needed:
         raise InputError(
             f"the disk of {root} has {free / 1e9:.1f} GB free and this run needs about "
@@ -86,51 +68,19 @@ def check_disk(recipe: Recipe, chart: Chart, root: Path) -> None:
         )
 
 
-def disk_bytes(recipe: Recipe, chart: Chart) -> int:
-    """What the stages that are not finished write at least, one checkpoint of each model."""
-    needed = 0 if chart.download.is_finished else _download_bytes(recipe)
-    needed += 0 if chart.is_finished else SMALL_BYTES
-    if not all(address.is_finished for address in chart.train):
-        parameters = sum(parameter_counts(recipe.initialise.architecture()).values())
-        needed += parameters * BYTES_PER_PARAMETER_SAVED
-    return needed
+def disk_bytes(graph: Graph) -> int:
+    """What the steps that are not finished write at least."""
+    needed = [step.expected_bytes for step in graph.steps if not step.is_finished]
+    return sum(needed) + SMALL_BYTES if needed else 0
 
 
-def _state(address: Address) -> str:
-    if address.is_finished:
+def _state(step: Step) -> str:
+    if step.is_finished:
         return "there"
-    return "unfinished" if address.folder.is_dir() and any(address.folder.iterdir()) else "to make"
+    return "unfinished" if step.folder.is_dir() and any(step.folder.iterdir()) else "to make"
 
 
-def _expected_sizes(recipe: Recipe) -> dict[str, str]:
-    targets = [source.target_count for source in recipe.merge.sources]
-    rows = f"{sum(t for t in targets if t):,} rows" if all(targets) else "every row that passes"
-    sizes = {
-        "demo": "metadata and evaluation sets of the demo web",
-        "merge": f"at most {rows} from {len(targets)} sources",
-        "download": f"about {_size(_download_bytes(recipe))}, {recipe.download.image_px} px",
-        "verify": "every shard opened, every image decoded",
-        "dataset": "what is left out, as tombstones; a card",
-        "initialise": f"model {recipe.initialise.model}",
-        "evaluate": f"{len(recipe.evaluate.sets)} sets, trained and untrained model",
-        "register": f"{recipe.registry.model_name}@{recipe.registry.alias}",
-    }
-    for stage in recipe.train:
-        sizes[f"train {stage.name}"] = (
-            f"{stage.steps:,} steps of {stage.global_batch:,} = {stage.samples_seen:,} samples"
-        )
-    return sizes
-
-
-def _download_bytes(recipe: Recipe) -> int:
-    return expected_bytes(expected_samples(recipe), recipe.download.image_px)
-
-
-def _size(number: int) -> str:
-    return f"{number / 1e12:,.1f} TB" if number >= 1e12 else f"{number / 1e6:,.0f} MB"
-
-
-def plan_markdown(recipe: Recipe, chart: Chart) -> str:
+def plan_markdown(recipe: Recipe, graph: Graph) -> str:
     """The plan as a Markdown table."""
     head = [
         f"# Plan of {recipe.name}",
@@ -139,7 +89,6 @@ def plan_markdown(recipe: Recipe, chart: Chart) -> str:
         "|---|---|---|---|",
     ]
     rows = [
-        f"| {row.title} | {row.state} | {row.size} | `{row.digest}` |"
-        for row in make_plan(recipe, chart)
+        f"| {row.title} | {row.state} | {row.size} | `{row.digest}` |" for row in make_plan(graph)
     ]
     return "\n".join([*head, *rows])

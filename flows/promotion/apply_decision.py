@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,18 +19,20 @@ from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from pydantic import Field
 
-from evaclip_model.training.config import METRICS_FILE, MODEL_FOLDER
+from evaclip_model.training.config import MODEL_FOLDER
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
+from flows.config.profile import Profile
 from flows.console.terminal import console
-from flows.graph.runner import Session
-from flows.promotion.compare_models import measure
+from flows.graph.graph import CHAMPION, TRAINED, Beside, Graph, comparison_step
+from flows.graph.runner import RecipeSession
+from flows.graph.step import Role, finished
 from flows.promotion.promotion_events import announce
-from flows.reporting.lineage_artifact import publish_lineage
-from tasks.artifacts.artifact import MANIFEST, Address, Artifact, sha256_of
+from flows.reporting.prefect_artifacts import publish_lineage
+from tasks.artifacts.artifact import DIGEST_CHARS, MANIFEST, Address, Artifact, Made, sha256_of
 from tasks.evaluate.config import RESULTS
-from tasks.evaluate.config import STAGE as EVALUATE
 from tasks.evaluate.metrics.metric import judged_metrics
-from tasks.register.config import DECISION, DECISION_PAGE, REGISTERED, RegisterConfig
+from tasks.progress import Report
+from tasks.register.config import DECISION_PAGE, REGISTERED, RegisterConfig
 from tasks.register.gate import (
     Candidate,
     Champion,
@@ -38,7 +41,7 @@ from tasks.register.gate import (
     decide,
     gains_in,
 )
-from tasks.register.model_registry import forget_if_gone
+from tasks.register.model_registry import forget_if_gone, register_model
 from tasks.register.promotion import (
     Standing,
     carry_out,
@@ -48,9 +51,9 @@ from tasks.register.promotion import (
     is_stale,
     promote,
     read_decision,
+    write_decision,
 )
 from tasks.register.pull_model import pull
-from tasks.register.task import register
 from tasks.tracking import TrackingStore
 from tasks.train.config import STAGE as TRAIN
 
@@ -59,8 +62,6 @@ Promote = Literal["gate", "never", "ask"]
 PULLED = "pulled"
 """Folder under the root for champions that were trained elsewhere."""
 APPROVAL_WAIT_S = 7 * 24 * 3600
-TRAINED, CHAMPION = "trained", "champion"
-"""What the two models are called in a comparison."""
 
 
 class Approval(RunInput):
@@ -71,29 +72,34 @@ class Approval(RunInput):
     why: str = Field(default="", description="Why; it is kept with the version.")
 
 
-def register_and_judge(
-    session: Session, address: Address, trained: Artifact, evaluated: Artifact
-) -> Artifact:
-    """Register `trained` as a candidate, with the gate's decision on it beside; move nothing.
+def register_and_judge(session: RecipeSession, graph: Graph) -> Artifact:
+    """Register the graph's trained model as a candidate, with the gate's decision on it beside;
+    move nothing.
 
-    The champion is among `evaluated`'s models, or is compared with `trained` now.
+    The champion is among the models of the graph's evaluation, or is compared with now.
 
     Raises:
         InputError: the registry does not answer.
     """
-    config, store = session.recipe.registry, session.store
-    forget_if_gone(address, store)
-    _forget_if_stale(session, address)
-    if address.is_finished:
-        decision = read_decision(address.folder)
+    step, config, store = graph.register, session.recipe.registry, session.store
+    forget_if_gone(step.address, store)
+    _forget_if_stale(session, step.address)
+    if step.is_finished:
+        decision = read_decision(step.folder)
     else:
-        champion = champion_of(store, config.model_name, config.alias)
-        decision = _judge(session, trained, evaluated, champion)
-    registered = session.make(
-        *(register, address, config, trained, evaluated, decision),
-        *(store, session.root, session.run.run_id(), session.profile.large_weights),
-        attach=(DECISION, DECISION_PAGE),
-    )
+        decision = _judge(session, graph, champion_of(store, config.model_name, config.alias))
+    trained, evaluated = finished(graph.train[-1]), finished(graph.evaluate)
+
+    def register(profile: Profile, out: Path, report: Report) -> Made:
+        run, large = session.run.run_id(), profile.large_weights
+        made = register_model(
+            config, trained, evaluated, store, session.root, out, run, report, large
+        )
+        version = int(made.counts["version"])
+        files = write_decision(store, config.model_name, version, decision, out)
+        return Made(made.counts, (*made.files, *files))
+
+    registered = session.make(replace(step, work=register))
     page = (registered.folder / DECISION_PAGE).read_text()
     create_markdown_artifact(page, key="promotion")
     publish_lineage(session, registered)
@@ -126,25 +132,26 @@ def settle(
     return moved
 
 
-def champions_folder(session: Session, champion: Standing) -> Path:
-    """Folder of the champion's model: where it was trained, or a copy from the registry.
+def champion_beside(session: RecipeSession, champion: Standing) -> Beside:
+    """The champion as the model that another one is evaluated beside: where it was trained, or a
+    copy from the registry.
 
     Raises:
         InputError: the registry does not answer.
     """
-    if champion.digest:
-        here = session.root / TRAIN.name / champion.digest / MODEL_FOLDER
-        weights = here / WEIGHTS_FILE
-        if weights.is_file() and sha256_of(weights) == champion.weights:
-            return here
-    name = session.recipe.registry.model_name
-    copy = session.root / PULLED / (champion.weights[:16] or f"{name}-{champion.version}")
-    if not (copy / WEIGHTS_FILE).is_file():
-        pull(session.store.uri, f"{name}/{champion.version}", copy)
-    return copy
+    folder = session.root / TRAIN.name / champion.digest / MODEL_FOLDER
+    weights = folder / WEIGHTS_FILE
+    if not (champion.digest and weights.is_file() and sha256_of(weights) == champion.weights):
+        name = session.recipe.registry.model_name
+        named = champion.weights[:DIGEST_CHARS] or f"{name}-{champion.version}"
+        folder = session.root / PULLED / named
+        if not (folder / WEIGHTS_FILE).is_file():
+            pull(session.store.uri, f"{name}/{champion.version}", folder)
+    mark = champion.weights or sha256_of(folder / WEIGHTS_FILE)
+    return Beside(CHAMPION, Role.CHAMPION, mark[:DIGEST_CHARS], folder)
 
 
-def _forget_if_stale(session: Session, address: Address) -> None:
+def _forget_if_stale(session: RecipeSession, address: Address) -> None:
     """Unfinish a registration whose promotion was never carried out and is out of date."""
     if not address.is_finished:
         return
@@ -154,18 +161,19 @@ def _forget_if_stale(session: Session, address: Address) -> None:
         (address.folder / MANIFEST).unlink()
 
 
-def _judge(
-    session: Session, trained: Artifact, evaluated: Artifact, standing: Standing | None
-) -> Decision:
+def _judge(session: RecipeSession, graph: Graph, standing: Standing | None) -> Decision:
     policy = session.recipe.registry.gate
-    folders = {TRAINED: trained.folder / MODEL_FOLDER}
+    folders = {TRAINED: graph.train[-1].folder / MODEL_FOLDER}
     weights = {TRAINED: sha256_of(folders[TRAINED] / WEIGHTS_FILE)}
-    results = _results(evaluated)
+    results = _results(finished(graph.evaluate))
     if standing is not None:
-        folders[CHAMPION] = champions_folder(session, standing)
-        weights[CHAMPION] = standing.weights or sha256_of(folders[CHAMPION] / WEIGHTS_FILE)
+        beside = champion_beside(session, standing)
+        folders[CHAMPION] = beside.folder
+        weights[CHAMPION] = standing.weights or sha256_of(beside.folder / WEIGHTS_FILE)
         if weights[CHAMPION] != weights[TRAINED] and CHAMPION not in results["models"]:
-            results = _compared(session, trained, folders, weights[CHAMPION])
+            config, train, dataset = session.recipe.evaluate, graph.train, graph.dataset
+            step = comparison_step(graph.site, config, train, dataset, beside, title="compare")
+            results = _results(session.make(step))
     times: Mapping[str, float] = {}
     if policy.max_latency_ratio is not None and standing is not None:
         from tasks.register.latency import latencies_ms  # imports torch, for few policies only
@@ -189,18 +197,6 @@ def _judge(
         latency_ms=times.get(CHAMPION),
     )
     return decide(candidate, champion, policy)
-
-
-def _compared(
-    session: Session, trained: Artifact, folders: Mapping[str, Path], champion: str
-) -> dict[str, Any]:
-    """Results of the trained model beside the champion, on the recipe's sets."""
-    chart, config = session.chart, session.recipe.evaluate
-    marks = {one.name: chart.evaluate.parents[one.name] for one in config.sets}
-    parents = {"train": trained.digest, CHAMPION: champion[:16], **marks}
-    address = Address.of(session.root, EVALUATE, config, parents)
-    curves = [trained.folder / METRICS_FILE]
-    return _results(measure(session, address, folders, curves, chart.dataset, title="compare"))
 
 
 def _results(evaluated: Artifact) -> dict[str, Any]:

@@ -1,67 +1,44 @@
-"""What tracking and the page of a flow run are told of a merge, an evaluation, a finished recipe.
+"""What a flow run's page shows: links, summaries, tables and the picture of a model's lineage.
 
-Covers: what they read as datasets, the files that are kept, the report's address and summary, the
-page for whoever pays.
-Not here: figures as metrics, which every artifact's totals become (tasks/lineage/stage_record.py).
+Covers: what became of every source's rows, an evaluation's report, a registered version's lineage,
+the page of a finished recipe for managers.
+Not here: what tracking gets of every step (flows/graph/step.py), drawing (tasks/lineage).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+import base64
+import json
 from pathlib import Path
-from typing import Any
 
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
 
-from flows.graph.graph import Chart
-from flows.graph.runner import Session
-from flows.reporting.results_table import read_findings
-from flows.reporting.run_summary import overview_markdown
-from tasks.artifacts.artifact import Artifact
-from tasks.evaluate.config import ATTACHED, REPORT, SUMMARY
-from tasks.lineage.stage_record import outside_dataset
-from tasks.merge.config import MergeConfig
+from flows.graph.ancestry import ancestors_of
+from flows.graph.graph import Graph
+from flows.graph.runner import RecipeSession
+from flows.reporting.run_summary import overview_markdown, per_source
+from tasks.artifacts.artifact import Artifact, read_artifacts
+from tasks.artifacts.provenance import LINEAGE, Lineage
+from tasks.evaluate.config import REPORT, SUMMARY
+from tasks.lineage.lineage_svg import lineage_svg
+from tasks.register.aliases import RegisteredVersion
 
-
-def metadata_read(merged: Artifact, config: MergeConfig) -> list[dict[str, str]]:
-    """The sources that a finished merge read, as tracking's datasets."""
-    return [
-        outside_dataset(
-            source.name,
-            merged.parents[source.name],
-            source.files,
-            {"target_count": source.target_count},
-            "metadata",
-        )
-        for source in config.sources
-        if source.name in merged.parents
-    ]
+PICTURE = "lineage.svg"
 
 
-def told_of(sets: Mapping[str, Path | str]) -> dict[str, Any]:
-    """Arguments of `Session.make` for an evaluation of `sets` (name -> folder)."""
-    return {"outside": partial(sets_read, folders=sets), "attach": ATTACHED}
-
-
-def sets_read(artifact: Artifact, folders: Mapping[str, Path | str]) -> list[dict[str, str]]:
-    """The evaluation sets that a finished evaluation read, as tracking's datasets."""
-    found = read_findings(artifact.folder)
-    return [
-        outside_dataset(
-            name,
-            found.set(name)["fingerprint"],
-            _uri(folders[name]),
-            {key: found.set(name)[key] for key in ("n", "classes", "prompts_digest")},
-            "evaluation",
-        )
-        for name in found.sets
-        if name in folders
-    ]
-
-
-def _uri(folder: Path | str) -> str:
-    return folder if isinstance(folder, str) else folder.resolve().as_uri()
+def publish_sources(version: Artifact, root: Path) -> None:
+    """Put what became of every source's rows beside the flow run that made a dataset version."""
+    made = ancestors_of(version, read_artifacts(root))
+    create_table_artifact(
+        per_source(made, version),
+        key="sources",
+        description="What became of every source's rows",
+    )
 
 
 def publish_evaluation(artifact: Artifact, url: str | None) -> None:
@@ -78,7 +55,23 @@ def publish_evaluation(artifact: Artifact, url: str | None) -> None:
     create_markdown_artifact(text, key="evaluation-summary", description="Figures of an evaluation")
 
 
-def publish_overview(session: Session, chart: Chart) -> None:
-    """Put the page for whoever pays beside the flow run (`overview_markdown`)."""
-    page = overview_markdown(session.recipe, chart, session.run.url())
+def publish_overview(session: RecipeSession, graph: Graph) -> None:
+    """Put the page of a finished recipe beside the flow run (`overview_markdown`)."""
+    page = overview_markdown(session.recipe, graph, session.run.url())
     create_markdown_artifact(page, key="summary")
+
+
+def publish_lineage(session: RecipeSession, registered: Artifact) -> None:
+    """Put the picture of what a version was made from beside the flow run and its MLflow run."""
+    document = json.loads((registered.folder / LINEAGE).read_text())
+    lineage = Lineage.from_mapping(document, where=LINEAGE)
+    version = RegisteredVersion.of(registered.folder)
+    picture = lineage_svg(lineage, str(version))
+    session.run.append({"op": "text", "file": PICTURE, "text": picture})
+    # The picture itself: a flow run's page is read without this machine's files.
+    data = base64.b64encode(picture.encode()).decode()
+    create_image_artifact(
+        f"data:image/svg+xml;base64,{data}",
+        key="lineage",
+        description=f"What {version} was made from; `python -m flows lineage {version}` says more",
+    )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from flows.config.profile import Profile
 from flows.config.recipe import Recipe
 from flows.console.terminal import console
-from flows.graph.graph import Chart
+from flows.graph.graph import Graph
 from tasks.evaluate.config import REPORT, RESULTS, SUMMARY
 from tasks.register.aliases import RegisteredVersion
 from tasks.register.promotion import read_decision
@@ -62,25 +62,25 @@ def print_figures(evaluation: Path) -> None:
     console.print(terminal_table(figures_table(read_findings(evaluation))))
 
 
-def print_results(recipe: Recipe, chart: Chart, profile: Profile) -> None:
+def print_results(recipe: Recipe, graph: Graph, profile: Profile) -> None:
     """Print the figures, where everything lies, and the commands that come next."""
-    version = RegisteredVersion.of(chart.register.folder)
+    version = RegisteredVersion.of(graph.register.folder)
     aliases = version.aliases() or ()
     wanted = recipe.registry.alias  # the one in use, where the gate gave it to this version
     name = f"{version.name}@{wanted}" if wanted in aliases else str(version)
     console.print()
-    print_figures(chart.evaluate.folder)
-    console.print(f"\nreport    {chart.evaluate.folder / REPORT}")
+    print_figures(graph.evaluate.folder)
+    console.print(f"\nreport    {graph.evaluate.folder / REPORT}")
     named = "".join(f" @{alias}" for alias in aliases)
     console.print(f"registry  {version}{named} in {profile.mlflow_uri}")
-    console.print(f"gate      {read_decision(chart.register.folder).summary}", soft_wrap=True)
+    console.print(f"gate      {read_decision(graph.register.folder).summary}", soft_wrap=True)
     console.print(f"next      python -m flows pull {name} my-model")
     console.print('          evaclip classify IMAGE "a red apple" "a dog" --model my-model')
 
 
-def results_markdown(recipe: Recipe, chart: Chart) -> str:
+def results_markdown(recipe: Recipe, graph: Graph) -> str:
     """The evaluation's summary under the recipe's title."""
-    summary = (chart.evaluate.folder / SUMMARY).read_text()
+    summary = (graph.evaluate.folder / SUMMARY).read_text()
     body = summary.partition("\n")[2].strip()
     return f"# {recipe.title}\n\n{body}\n\nRecipe digest `{recipe.digest}`."
 

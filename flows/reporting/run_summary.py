@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flows.config.recipe import Recipe
-from flows.graph.ancestry import ancestors_of, parent_of
-from flows.graph.graph import Chart
+from flows.graph.ancestry import ancestors_of
+from flows.graph.graph import Graph
+from flows.graph.step import finished
 from flows.reporting.results_table import results_markdown
-from tasks.artifacts.artifact import Artifact, Stage, read_artifact, read_artifacts
+from tasks.artifacts.artifact import Artifact, Stage, read_artifacts
 from tasks.download.config import STAGE as DOWNLOAD
 from tasks.merge.config import STAGE as MERGE
 from tasks.register.aliases import RegisteredVersion
@@ -47,18 +48,19 @@ def per_source(made: Sequence[Artifact], version: Artifact) -> list[dict[str, An
     return sorted(rows, key=lambda row: -int(row["in the dataset"]))
 
 
-def overview_markdown(recipe: Recipe, chart: Chart, url: str | None) -> str:
+def overview_markdown(recipe: Recipe, graph: Graph, url: str | None) -> str:
     """The page of a finished recipe, or retraining.
 
     Args:
-        chart: from the dataset on; what that was made of is found by its descent.
+        recipe: that was run.
+        graph: of the run.
         url: of its tracking run; None for a store without pages.
     """
-    version, artifacts = read_artifact(chart.dataset.folder), read_artifacts(chart.dataset.root)
-    made = ancestors_of(parent_of(version, "verify", artifacts), artifacts)
-    stages = [read_artifact(address.folder) for address in chart.train]
-    decision = read_decision(chart.register.folder)
-    registered = RegisteredVersion.of(chart.register.folder)
+    version = finished(graph.dataset)
+    made = ancestors_of(version, read_artifacts(graph.site.root))
+    stages = [finished(step) for step in graph.train]
+    decision = read_decision(graph.register.folder)
+    registered = RegisteredVersion.of(graph.register.folder)
     rows = per_source(made, version)
     facts = Table.of("", words(""))
     facts.add("Model", str(registered))
@@ -72,7 +74,7 @@ def overview_markdown(recipe: Recipe, chart: Chart, url: str | None) -> str:
         {**row, SEEN: sum(stage.counts.get(f"{row['source']}.samples", 0) for stage in stages)}
         for row in rows
     ]
-    title, _, figures = results_markdown(recipe, chart).partition("\n")
+    title, _, figures = results_markdown(recipe, graph).partition("\n")
     parts = [title, markdown_table(facts), _source_table(seen), figures.strip()]
     return "\n\n".join(filter(None, parts)) + "\n"
 

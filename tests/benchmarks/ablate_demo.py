@@ -17,7 +17,7 @@ from pathlib import Path
 
 from flows.config.recipe import load_recipe
 from flows.config.recipe_loader import RECIPES
-from flows.graph.graph import load_chart
+from flows.graph.graph import load_graph
 
 SET = "emoji-twemoji"
 SHARE = 0.4
@@ -64,11 +64,11 @@ def row(title: str, recipe: str, overrides: list[str]) -> str:
     flags = [part for one in overrides for part in ("--set", one)]
     command = [sys.executable, "-m", "flows", "run", "pipeline", recipe, *flags]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    _, _, chart = load_chart(recipe, overrides)
-    results = json.loads((chart.evaluate.folder / "results.json").read_text())
+    _, _, graph = load_graph(recipe, overrides)
+    results = json.loads((graph.evaluate.folder / "results.json").read_text())
     figures, chance = results["results"][SET]["trained"], results["chance"][SET]["top1"]
     seconds = sum(
-        json.loads((at.folder / "result.json").read_text())["seconds"] for at in chart.train
+        json.loads((step.folder / "result.json").read_text())["seconds"] for step in graph.train
     )
     top1, top5 = figures["top1"], figures["top5"]
     shares = f"{100 * top1:.2f} % | {100 * top5:.2f} % | {top1 / chance:.0f}"

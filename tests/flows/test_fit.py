@@ -9,7 +9,7 @@ import pytest
 from flows.config.gpu_spec import Machines
 from flows.config.profile import Profile
 from flows.config.recipe import load_recipe
-from flows.graph.graph import draw_chart
+from flows.graph.graph import draw_graph
 from flows.planning.feasibility import Finding, Machine, recipe_findings, sentence
 
 LAPTOP = Machine(cores=4, memory_bytes=16 * 10**9, free_bytes=50 * 10**9)
@@ -24,7 +24,7 @@ def findings(
     **settings: str | int,
 ) -> dict[str, Finding]:
     recipe, profile = load_recipe(name), Profile(_env_file=None, root=root, **settings)
-    found = recipe_findings(recipe, draw_chart(recipe, root, STORE), profile, machine, given)
+    found = recipe_findings(recipe, draw_graph(recipe, root, STORE), profile, machine, given)
     return {one.what: one for one in found}
 
 

@@ -10,9 +10,11 @@ import pytest
 
 from evaclip_model.errors import InputError
 from flows.config.recipe import Recipe, load_recipe
-from flows.graph.graph import Chart, draw_chart
-from flows.graph.incremental import News, draw_retraining, increment, part_of, rows_of
+from flows.graph.graph import CHAMPION, Beside, Graph, data_steps, draw_graph
+from flows.graph.incremental import News, draw_retraining, new_merge_step, rows_of
+from flows.graph.step import Role, Step
 from tasks.artifacts.artifact import Artifact
+from tasks.merge.config import MergeConfig
 from tasks.register.promotion import Standing
 
 
@@ -22,8 +24,8 @@ def recipe() -> Recipe:
 
 
 @pytest.fixture
-def chart(recipe: Recipe, tmp_path: Path) -> Chart:
-    return draw_chart(recipe, tmp_path, f"sqlite:///{tmp_path}/mlflow.db")
+def graph(recipe: Recipe, tmp_path: Path) -> Graph:
+    return draw_graph(recipe, tmp_path, f"sqlite:///{tmp_path}/mlflow.db")
 
 
 def artifact(kind: str, digest: str, **counts: int) -> Artifact:
@@ -35,6 +37,11 @@ def merged(digest: str, laion2b: int, coyo700m: int) -> Artifact:
     counts = {"selected": laion2b + coyo700m}
     named = {"laion2b.selected": laion2b, "coyo700m.selected": coyo700m}
     return artifact("merge", digest, **counts, **named)
+
+
+def merge_config(step: Step) -> MergeConfig:
+    assert isinstance(step.config, MergeConfig)
+    return step.config
 
 
 @pytest.fixture
@@ -72,33 +79,34 @@ def test_a_stage_or_a_metric_that_is_not_there_is_refused_by_name() -> None:
 
 
 def test_the_merge_of_what_is_new_fills_every_source_up_to_its_target(
-    recipe: Recipe, chart: Chart, news: News
+    recipe: Recipe, graph: Graph, news: News
 ) -> None:
-    planned = increment(recipe, chart, news)
+    planned = new_merge_step(recipe, graph, news)
     assert planned is not None
-    address, config = planned
+    config = merge_config(planned)
     assert {s.name: s.wanted_rows for s in config.sources} == {"laion2b": 1100, "coyo700m": 1900}
-    assert {"laion2b", "coyo700m", "given"} == set(address.parents)
+    assert {"laion2b", "coyo700m", "given"} == set(planned.inputs)
     assert config.filters == recipe.merge.filters
 
 
 def test_a_source_that_is_full_or_has_nothing_new_is_not_merged(
-    recipe: Recipe, chart: Chart, news: News
+    recipe: Recipe, graph: Graph, news: News
 ) -> None:
     full = replace(news, known=(merged("m" * 16, 2000, 100),))
-    planned = increment(recipe, chart, full)
+    planned = new_merge_step(recipe, graph, full)
     assert planned is not None
-    assert [source.name for source in planned[1].sources] == ["coyo700m"]
-    assert increment(recipe, chart, replace(full, files={"laion2b": news.files["laion2b"]})) is None
+    assert [source.name for source in merge_config(planned).sources] == ["coyo700m"]
+    nothing = replace(full, files={"laion2b": news.files["laion2b"]})
+    assert new_merge_step(recipe, graph, nothing) is None
 
 
 def test_the_address_changes_with_the_files_content_and_with_what_was_given(
-    recipe: Recipe, chart: Chart, news: News, tmp_path: Path
+    recipe: Recipe, graph: Graph, news: News, tmp_path: Path
 ) -> None:
     def digest(one: News) -> str:
-        planned = increment(recipe, chart, one)
+        planned = new_merge_step(recipe, graph, one)
         assert planned is not None
-        return planned[0].digest
+        return planned.digest
 
     before = digest(news)
     assert digest(news) == before
@@ -108,27 +116,35 @@ def test_the_address_changes_with_the_files_content_and_with_what_was_given(
 
 
 def test_everything_behind_the_data_has_its_address_before_it_is_made(
-    recipe: Recipe, chart: Chart, news: News
+    recipe: Recipe, graph: Graph, news: News
 ) -> None:
-    drawn, join = draw_retraining(recipe, chart, news, ["a" * 16, "b" * 16])
-    assert join is not None and list(join.parents.values()) == ["a" * 16, "b" * 16]
-    assert drawn.dataset.parents["verify"] == join.digest
-    assert drawn.train[0].parents == {"start_from": "t" * 16, "dataset": drawn.dataset.digest}
-    assert drawn.evaluate.parents["champion"] == "w" * 16
-    assert "initialise" not in drawn.evaluate.parents
-    assert drawn.register.parents["evaluate"] == drawn.evaluate.digest
-    alone, none = draw_retraining(recipe, chart, news, ["a" * 16])
-    assert none is None
-    assert alone.dataset.parents["verify"] == "a" * 16
+    parts = [artifact("verify", "a" * 16), artifact("verify", "b" * 16)]
+    champion = Beside(CHAMPION, Role.CHAMPION, "w" * 16, Path("/champion"))
+    drawn = draw_retraining(recipe, graph, news, parts, champion)
+    join = drawn.dataset.inputs[Role.DATA]
+    assert isinstance(join, Step) and list(join.inputs.values()) == parts
+    assert drawn.train[0].address.parents == {
+        "start_from": "t" * 16,
+        "dataset": drawn.dataset.digest,
+    }
+    assert drawn.evaluate.inputs["champion"] == "w" * 16
+    assert "initialise" not in drawn.evaluate.inputs
+    assert drawn.register.inputs["evaluate"] is drawn.evaluate
+    assert [step.title for step in drawn.steps] == [
+        *("demo", "join", "dataset", "train stage1", "train stage2", "evaluate", "register")
+    ]
+    alone = draw_retraining(recipe, graph, news, parts[:1], champion)
+    assert alone.dataset.inputs[Role.DATA] == parts[0]
 
 
 def test_without_a_champion_training_begins_where_the_recipe_does(
-    recipe: Recipe, chart: Chart, news: News
+    recipe: Recipe, graph: Graph, news: News
 ) -> None:
     first = replace(news, champion=None, start=None)
-    drawn, _ = draw_retraining(recipe, chart, first, ["a" * 16])
-    assert drawn.train[0].parents["start_from"] == chart.initialise.digest
-    assert drawn.evaluate.parents["initialise"] == chart.initialise.digest
+    drawn = draw_retraining(recipe, graph, first, [artifact("verify", "a" * 16)], None)
+    start = graph.train[0].address.parents["start_from"]
+    assert drawn.train[0].address.parents["start_from"] == start
+    assert drawn.evaluate.address.parents["initialise"] == start
 
 
 def test_nothing_is_new_without_files_and_without_rows_that_wait(news: News) -> None:
@@ -142,7 +158,9 @@ def test_nothing_is_new_without_files_and_without_rows_that_wait(news: News) -> 
     assert rows_of([merged("x" * 16, 3, 4), merged("y" * 16, 1, 0)]) == 8
 
 
-def test_a_merges_download_and_verification_have_one_place(recipe: Recipe, tmp_path: Path) -> None:
-    download, verify = part_of(recipe, merged("m" * 16, 1, 1), tmp_path)
-    assert download.parents == {"merge": "m" * 16}
-    assert verify.parents == {"download": download.digest}
+def test_a_merges_download_and_verification_have_one_place(recipe: Recipe, graph: Graph) -> None:
+    verify = data_steps(graph.site, recipe, merged("m" * 16, 1, 1))
+    download = verify.inputs["download"]
+    assert isinstance(download, Step)
+    assert download.address.parents == {"merge": "m" * 16}
+    assert verify.address.parents == {"download": download.digest}

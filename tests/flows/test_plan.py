@@ -13,7 +13,7 @@ from flows.__main__ import main
 from flows.config.gpu_spec import Machines
 from flows.config.recipe import Recipe, load_recipe
 from flows.config.recipe_loader import recipe_names
-from flows.graph.graph import draw_chart
+from flows.graph.graph import draw_graph
 from flows.planning.data_cost import estimate, is_large
 from flows.planning.run_plan import make_plan
 from flows.planning.training_cost import (
@@ -31,12 +31,12 @@ def figures(recipe: Recipe, machines: str, stage: int = 0, **given: float) -> di
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_is_charted_and_planned(name: str, tmp_path: Path) -> None:
+def test_every_recipe_is_drawn_and_planned(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
-    chart = draw_chart(recipe, tmp_path, "sqlite:///there.db")
-    rows = make_plan(recipe, chart)
+    graph = draw_graph(recipe, tmp_path, "sqlite:///there.db")
+    rows = make_plan(graph)
     assert {row.state for row in rows} == {"to make"}
-    assert ("not known" in {row.digest for row in rows}) == bool(chart.absent)
+    assert ("not known" in {row.digest for row in rows}) == any(step.absent for step in graph.steps)
     if name != "demo":
         assert is_large(recipe) and all(line.origin for line in estimate(recipe))
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from flows.reporting.prefect_artifacts import sets_read
+from flows.graph.outside_data import describe_sets
 from flows.reporting.results_table import figures_table, read_findings
 from tasks.artifacts.artifact import Artifact
 from tasks.evaluate.config import ATTACHED
@@ -77,7 +77,7 @@ def test_sets_become_datasets_with_their_own_digest(results: dict[str, Any], tmp
         created="",
     )
     folders = {"cifar10": tmp_path / "cifar10", "flickr30k": "s3://sets/flickr30k"}
-    one, other = sets_read(made, folders)
+    one, other = describe_sets(made, folders)
     assert (one["name"], one["digest"]) == ("cifar10", results["sets"]["cifar10"]["fingerprint"])
     assert json.loads(one["source"])["uri"] == (tmp_path / "cifar10").as_uri()
     assert json.loads(other["source"])["uri"] == "s3://sets/flickr30k"

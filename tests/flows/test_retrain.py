@@ -25,7 +25,7 @@ from evaclip_model.ports import find_free_port
 from flows.audit.dataset_replacement import take_down
 from flows.audit.sample_trace import trace
 from flows.commands.recipes import FLOWS
-from flows.graph.graph import load_chart
+from flows.graph.graph import load_graph
 from flows.graph.incremental import News, describe, look
 from flows.pipeline import pipeline
 from flows.retrain import retrain
@@ -159,11 +159,11 @@ class Web:
         return found and found.version
 
     def news(self) -> News:
-        recipe, _, chart = load_chart(self.recipe, ())
-        return look(recipe, chart, self.store, keep_rejected=False)
+        recipe, _, graph = load_graph(self.recipe, ())
+        return look(recipe, graph, self.store, keep_rejected=False)
 
     def said(self) -> str:
-        recipe, _, _ = load_chart(self.recipe, ())
+        recipe, _, _ = load_graph(self.recipe, ())
         return "\n".join(describe(self.news(), recipe))
 
 

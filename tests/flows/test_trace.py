@@ -12,8 +12,8 @@ from evaclip_model.reading.samples import PairReader, ShardManifest
 from flows.audit.dataset_replacement import take_down
 from flows.audit.sample_trace import trace
 from flows.config.recipe import load_recipe
-from flows.graph.graph import draw_chart
-from tasks.artifacts.artifact import Artifact, read_artifacts
+from flows.graph.graph import draw_graph
+from tasks.artifacts.artifact import MANIFEST, Artifact, read_artifacts
 from tasks.index.sample_index import SampleIndex
 from tests.flows.command import Demo, run
 
@@ -56,9 +56,9 @@ def test_a_sample_is_traced_to_its_row_shard_dataset_and_models(
     ]
     assert {key: found.row[key] for key in wanted} == wanted
     assert found.shard.is_file()
-    assert (found.merge, found.download, found.verify) == tuple(
+    assert [artifact.digest for artifact in found.made_by] == [
         made[kind].digest for kind in ("merge", "download", "verify")
-    )
+    ]
     (version,) = found.versions
     assert (version.digest, version.left_out) == (made["dataset"].digest, None)
     assert sorted(model.digest for model in version.models) == sorted(trained(root))
@@ -83,6 +83,45 @@ def test_the_command_says_where_a_sample_is_and_what_was_made_of_it(
     assert "    run     " in ended.output
     assert "    version evaclip-demo/1 @challenger @champion\n" in ended.output
     assert f"{made['dataset'].digest}: holds it" in ended.output
+
+
+def test_a_stage_between_verification_and_dataset_breaks_neither_trace_nor_takedown(
+    root: Path, made: dict[str, Artifact], wanted: dict[str, object], tmp_path: Path
+) -> None:
+    """Whatever its name and its role: a later stage is found by walking, not by being known."""
+    copied = tmp_path / "runs"
+    shutil.copytree(root, copied)
+    between = {**manifest_of(made["verify"]), "kind": "score_images", "digest": "5" * 16}
+    put(copied, {**between, "parents": {"verify": made["verify"].digest}})
+    version = copied / "dataset" / ("d" * 16)
+    shutil.copytree(made["dataset"].folder, version)
+    put(
+        copied,
+        {**manifest_of(made["dataset"]), "digest": version.name, "parents": {"scores": "5" * 16}},
+    )
+    (found,) = [
+        one for one in trace(root=copied, uid=str(wanted["uid"])) if one.row["row"] == wanted["row"]
+    ]
+    assert {one.digest: one.left_out for one in found.versions} == {
+        made["dataset"].digest: None,
+        version.name: None,
+    }
+    file = tmp_path / "requests.txt"
+    file.write_text(f"{wanted['uid']}\n")
+    replaced = {one.old.digest: one.new for one in take_down(file, copied)}
+    assert set(replaced) == {made["dataset"].digest, version.name}
+    assert replaced[version.name].parents["scores"] == "5" * 16
+
+
+def manifest_of(artifact: Artifact) -> dict[str, object]:
+    found: dict[str, object] = json.loads((artifact.folder / MANIFEST).read_text())
+    return found
+
+
+def put(root: Path, manifest: dict[str, object]) -> None:
+    folder = root / str(manifest["kind"]) / str(manifest["digest"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 def test_what_was_never_stored_is_one_sentence(root: Path) -> None:
@@ -126,9 +165,9 @@ def test_a_takedown_makes_a_version_without_the_sample_and_names_the_models(
 
     # the recipe with this list asks for that very version
     overrides = [*finished.overrides, f"dataset.takedowns=['{file}']"]
-    chart = draw_chart(load_recipe("demo", overrides), root, f"sqlite:///{root}/mlflow.db")
-    assert chart.dataset.digest == new.digest
-    assert not chart.train[0].is_finished
+    graph = draw_graph(load_recipe("demo", overrides), root, f"sqlite:///{root}/mlflow.db")
+    assert graph.dataset.digest == new.digest
+    assert not graph.train[0].is_finished
 
     again = run(["takedown", str(file)], root)
     assert f"{new.digest} obeys this already" in again.output

@@ -7,18 +7,17 @@ import pytest
 from PIL import Image
 
 from evaclip_model.errors import InputError
-from tasks.artifacts.artifact import Address, sha256_of
+from tasks.artifacts.artifact import Address, produce, sha256_of
 from tasks.demo.concepts import ARTISTS, CONCEPTS_FILE, artist_zip, read_concepts, read_drawings
 from tasks.demo.config import STAGE, DemoConfig
-from tasks.demo.task import demo
-from tasks.progress import silent
+from tasks.demo.world import make_demo
 
 CONCEPTS = read_concepts()
 
 
 def make(root, port=8923):
     config = DemoConfig(port=port)
-    return demo.fn(Address.of(root, STAGE, config), config, silent)
+    return produce(Address.of(root, STAGE, config), lambda out: make_demo(config, out))
 
 
 @pytest.fixture(scope="module")

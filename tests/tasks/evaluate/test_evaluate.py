@@ -20,10 +20,9 @@ from evaclip_model.create import open_model
 from evaclip_model.errors import InputError
 from evaclip_model.reading.transform import decode_image, image_transform
 from evaclip_model.tokenizer.tokenizer import tokenize
-from tasks.artifacts.artifact import Address, Made
+from tasks.artifacts.artifact import Address, Made, produce
 from tasks.evaluate.config import STAGE, EvalSetConfig, EvaluateConfig, Machine
 from tasks.evaluate.evaluate import evaluate_models
-from tasks.evaluate.task import evaluate
 from tasks.progress import silent
 
 CONFIG = EvaluateConfig(
@@ -227,17 +226,20 @@ def test_a_diverged_model_is_refused(
         evaluate_models(CONFIG, {"m": broken}, sets, [], tmp_path, silent)
 
 
-def test_the_task_returns_a_finished_evaluation_without_doing_it_again(
+def test_a_finished_evaluation_is_not_done_again(
     tmp_path: Path, saved_model: SavedModel, sets: Mapping[str, Path]
 ):
     address = Address.of(tmp_path / "runs", STAGE, CONFIG, {"train": "0" * 16})
-    arguments = (address, CONFIG, {"trained": saved_model(1)}, sets, [], Machine(), [], "<svg/>")
-    first = evaluate.fn(*arguments, silent)
 
-    def refuse(done: float, total: float, detail: str = "") -> None:
+    def make(out: Path) -> Made:
+        models = {"trained": saved_model(1)}
+        return evaluate_models(CONFIG, models, sets, [], out, silent, lineage="<svg/>")
+
+    def refuse(out: Path) -> Made:
         raise AssertionError("evaluated a second time")
 
-    assert evaluate.fn(*arguments, refuse) == first
+    first = produce(address, make)
+    assert produce(address, refuse) == first
     assert {"results.json", "report.html"} <= set(first.files)
     assert first.kind == "evaluate"
 

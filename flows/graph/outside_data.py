@@ -1,0 +1,132 @@
+"""Data that a recipe names and no step makes: finding it, and what stands for it in a digest.
+
+Covers: patterns of files and URLs, `demo:` paths, what is not here (a graph can be drawn without
+it, so that it can be planned, but not be run), outside data as tracking's datasets.
+Not here: which steps read it (flows/graph/graph.py).
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from evaclip_model.errors import InputError
+from flows.graph.step import ABSENT, Input, Step
+from tasks.artifacts.artifact import DIGEST_CHARS, Artifact, fingerprint
+from tasks.evaluate.config import RESULTS
+from tasks.lineage.stage_record import outside_dataset
+from tasks.merge.config import MergeConfig
+from tasks.merge.metadata_files import find_metadata, is_url, remote_fingerprint
+
+DEMO_PREFIX = "demo:"
+
+
+class NotHere(InputError):
+    """Outside data that a recipe names is not to be found from this machine."""
+
+
+@dataclass(frozen=True)
+class OutsideMarks:
+    """Marks of the outside data of one step, and what of it is absent."""
+
+    demo: Step | None
+    absent: list[str] = field(default_factory=list)
+    """A sentence on everything that is not here."""
+
+    def mark(self, pattern: str, where: str, edition: str = "") -> Input:
+        """What stands for the files of `pattern`: the demo, or a fingerprint of the files."""
+        if pattern.startswith(DEMO_PREFIX) and self.demo is not None:
+            return self.demo
+        try:
+            files = find_files(pattern, self.demo, where)
+        except NotHere as error:
+            return self.note_absent(f"{error}; it is {edition}" if edition else str(error))
+        if is_url(pattern):
+            return remote_fingerprint([str(url) for url in files])
+        return hash_marks(fingerprint(Path(file)) for file in files)
+
+    def note_absent(self, sentence: str) -> str:
+        """Note that something is absent; returns what stands for it."""
+        self.absent.append(sentence)
+        return ABSENT
+
+
+def hash_marks(marks: Iterable[str], between: str = "") -> str:
+    """One mark for several, in their order."""
+    return hashlib.sha256(between.join(marks).encode()).hexdigest()[:DIGEST_CHARS]
+
+
+def find_files(pattern: str, demo: Step | None, where: str) -> list[Path] | list[str]:
+    """The files (or the folder) a recipe's pattern names; `demo:` is the demo artifact's folder.
+
+    A URL with wildcards names URLs.
+
+    Raises:
+        NotHere: nothing matches.
+        InputError: `demo:` is used in a recipe without a [demo] table.
+    """
+    if is_url(pattern):
+        try:
+            return find_metadata(pattern, where)
+        except InputError as error:
+            raise NotHere(str(error)) from error
+    if pattern.startswith(DEMO_PREFIX):
+        if demo is None:
+            raise InputError(f"{where}: '{pattern}' needs a [demo] table in the recipe")
+        pattern = str(Path(glob.escape(str(demo.folder))) / pattern.removeprefix(DEMO_PREFIX))
+    found = sorted(Path(match) for match in glob.glob(pattern))
+    if not found:
+        raise NotHere(f"{where}: no file matches '{pattern}'")
+    return found
+
+
+def find_all(patterns: Sequence[str], demo: Step | None, where: str) -> list[Path]:
+    """The files (or folders) of several patterns, in their order.
+
+    Raises:
+        NotHere: a pattern matches nothing.
+        InputError: a pattern is a URL.
+    """
+    found = []
+    for path in (path for pattern in patterns for path in find_files(pattern, demo, where)):
+        if isinstance(path, str):
+            raise InputError(f"{where}: '{path}' is a URL; give a copy of it on this machine")
+        found.append(path)
+    return found
+
+
+def describe_sources(merged: Artifact, config: MergeConfig) -> list[dict[str, str]]:
+    """The sources that a finished merge read, as tracking's datasets."""
+    return [
+        outside_dataset(
+            source.name,
+            merged.parents[source.name],
+            source.files,
+            {"target_count": source.target_count},
+            "metadata",
+        )
+        for source in config.sources
+        if source.name in merged.parents
+    ]
+
+
+def describe_sets(evaluated: Artifact, folders: Mapping[str, Path | str]) -> list[dict[str, str]]:
+    """The evaluation sets that a finished evaluation read, as tracking's datasets."""
+    from tasks.evaluate.report.findings import Findings  # imports torch
+
+    found = Findings(json.loads((evaluated.folder / RESULTS).read_text()))
+    return [
+        outside_dataset(
+            name,
+            found.set(name)["fingerprint"],
+            folder if isinstance(folder, str) else folder.resolve().as_uri(),
+            {key: found.set(name)[key] for key in ("n", "classes", "prompts_digest")},
+            "evaluation",
+        )
+        for name, folder in folders.items()
+        if name in found.sets
+    ]

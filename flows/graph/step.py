@@ -1,0 +1,155 @@
+"""One step of the graph: a stage, its config, its inputs by role, and the work that makes it.
+
+Covers: the names of roles, a step's address, walking the steps beneath some.
+Not here: which steps there are (flows/graph/graph.py), running them (flows/graph/runner.py).
+
+What decides the result (stage, config, inputs) is in the address; what only says how the work is
+done comes from the profile when the step runs, and so can never change an address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from evaclip_model.config import Config
+from flows.config.profile import Profile
+from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce, read_artifact
+from tasks.progress import Report
+
+ABSENT = "absent"
+"""Stands among a step's inputs for outside data that is not here. Such a step's address, and those
+of all steps that follow, are not the ones that a run would have."""
+Work = Callable[[Profile, Path, Report], Made]
+"""Makes an artifact in a folder, on the machines of a profile. All else that it needs is bound to
+it where the step is declared, so that the type checker sees every argument."""
+
+
+class Role:
+    """Names that inputs have among an artifact's parents. They are part of its digest: a changed
+    name is another artifact. Outside data has roles of its own, such as a source's name."""
+
+    MERGE = "merge"
+    DOWNLOAD = "download"
+    DATA = "verify"
+    """What a dataset version chooses from: a verification, or several that were joined."""
+    PART = "part"
+    """Of a join, with four digits behind."""
+    DATASET = "dataset"
+    START = "start_from"
+    TRAINED = "train"
+    EVALUATION = "evaluate"
+    UNTRAINED = "initialise"
+    CHAMPION = "champion"
+    """Outside data, like the next ones: the first characters of its weights' SHA-256."""
+    TAKEDOWNS = "takedowns"
+    GIVEN = "given"
+    """The merges whose rows an increment leaves out, together."""
+    TRACKING = "tracking"
+    SUBJECT = "subject"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a step's tracking run keeps besides its settings and its totals."""
+
+    datasets: Mapping[str, Step | Artifact] = field(default_factory=dict)
+    """Context (training, evaluation, …) -> input that is read as data in it."""
+    outside: Callable[[Artifact], Sequence[Mapping[str, str]]] = lambda _: ()
+    """Data that it read and no step made (`outside_dataset`), from what the step made."""
+    files: tuple[str, ...] = ()
+    """Files of the artifact that are kept with the run."""
+    metrics: str | None = None
+    """Metrics file of the artifact that is sent while it grows."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One artifact of the graph, made or not."""
+
+    root: Path
+    stage: Stage
+    config: Config
+    inputs: Mapping[str, Input]
+    """Role -> another step, an artifact that is finished, or the mark of outside data."""
+    work: Work
+    what: str = ""
+    """How much it will make, for a person."""
+    title: str = ""
+    """What people see; the stage's name by default."""
+    expected_bytes: int = 0
+    """Disk that it needs about, where that is much."""
+    absent: tuple[str, ...] = ()
+    """A sentence on everything from outside that it reads and that is not here."""
+    record: Record = Record()
+
+    def __post_init__(self) -> None:
+        if not self.title:
+            object.__setattr__(self, "title", self.stage.name)
+
+    @cached_property
+    def address(self) -> Address:
+        """Where it is or will be; the only place where the product computes an address."""
+        parents = {role: digest_of(given) for role, given in self.inputs.items()}
+        return Address.of(self.root, self.stage, self.config, parents)
+
+    @cached_property
+    def digest(self) -> str:
+        return self.address.digest
+
+    @cached_property
+    def folder(self) -> Path:
+        return self.address.folder
+
+    @property
+    def is_finished(self) -> bool:
+        return self.address.is_finished
+
+    def make(self, profile: Profile, report: Report) -> Artifact:
+        """Make the artifact, or find it finished."""
+        return produce(self.address, lambda out: self.work(profile, out, report))
+
+    @cached_property
+    def is_settled(self) -> bool:
+        """Whether the address is what a run would have: everything from outside is here."""
+        return all(
+            given.is_settled if isinstance(given, Step) else given != ABSENT
+            for given in self.inputs.values()
+        )
+
+
+Input = Step | Artifact | str
+
+
+def digest_of(given: Input) -> str:
+    """What stands for an input in the digest of what is made from it."""
+    return given if isinstance(given, str) else given.digest
+
+
+def finished(given: Step | Artifact) -> Artifact:
+    """An input's artifact.
+
+    Raises:
+        InputError: the step is not finished.
+    """
+    return read_artifact(given.folder) if isinstance(given, Step) else given
+
+
+def walk(*heads: Step | None) -> tuple[Step, ...]:
+    """Every step that `heads` are made from, themselves included, once, in the order of work."""
+    found: dict[str, Step] = {}
+
+    def visit(step: Step) -> None:
+        if step.digest in found:
+            return
+        for given in step.inputs.values():
+            if isinstance(given, Step):
+                visit(given)
+        found[step.digest] = step
+
+    for head in heads:
+        if head is not None:
+            visit(head)
+    return tuple(found.values())
