@@ -44,9 +44,10 @@ def score(
         models: Each a saved model's folder, WEIGHTS:ARCHITECTURE, open_clip:NAME/WEIGHTS, or
             models:/NAME@ALIAS of the registry; NAME=... before it names it.
         recipe: Recipe whose sets are taken; leave it out and name sets instead.
-        sets: Sets of the registry, or folders of your own in `data`; `paper` for all 33.
+        sets: Sets of the registry, folders of your own in `data`, paths, or NAME=FOLDER; `paper`
+            for all 33.
         data: Folder that holds the sets.
-        overrides: Changes to the recipe, each `table.key=value`.
+        overrides: Changes to the recipe, each `table.key=value`; with `sets`, to `evaluate`.
     """
     profile = load_profile()
     root = profile.root.resolve()

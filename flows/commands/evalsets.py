@@ -16,7 +16,14 @@ from typer import Argument, Option, Typer
 
 from evaclip_model.errors import InputError
 from flows.console.terminal import console, moving_bar
-from tasks.evaluate.sets.set_registry import FOLDER, KnownSet, all_sets, find_set, nearest_set
+from tasks.evaluate.sets.set_registry import (
+    FOLDER,
+    KnownSet,
+    all_sets,
+    find_set,
+    find_set_folder,
+    nearest_set,
+)
 
 if TYPE_CHECKING:
     from tasks.evaluate.sets.convert.shard_writer import Conversion
@@ -51,7 +58,7 @@ def list_sets() -> None:
     table = Table("name", "set", "tables", "metric", "classes", "images", "here", box=None)
     for key, known in all_sets().items():
         images = f"{known.n:,}" if known.n else "?"
-        here = "yes" if (Path(FOLDER) / known.wds).is_dir() else ""
+        here = "yes" if find_set_folder(known, Path(FOLDER)) else ""
         classes = str(known.classes or "")
         table.add_row(
             *(key, known.title, " ".join(known.tables), known.metric, classes, images, here)

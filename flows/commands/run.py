@@ -95,10 +95,15 @@ def score(
         ),
     ],
     overrides: Overrides,
-    recipe: Annotated[str, Option(help="take the sets of this recipe")] = "",
+    recipe: Annotated[
+        str, Option(help="take the sets of this recipe, or file with [evaluate] alone")
+    ] = "",
     sets: Annotated[
         str,
-        Option(metavar="NAME,NAME", help="known sets, folders of your own, or paper for all 33"),
+        Option(
+            metavar="NAME,NAME",
+            help="known sets, folders or paths of your own, NAME=FOLDER, or paper for all 33",
+        ),
     ] = "",
     data: Annotated[str, Option(help="folder that holds them")] = FOLDER,
 ) -> None:

@@ -58,7 +58,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     values = _with_included(path, ())
     for override in overrides:
-        values = _with_override(values, override)
+        values = apply_override(values, override)
     shared = values.pop(DEFAULTS, None)
     if shared is not None:
         stages = values.get(STAGES)
@@ -117,9 +117,13 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path.name} is not valid TOML: {error}") from None
 
 
-def _with_override(values: dict[str, Any], override: str) -> dict[str, Any]:
+def apply_override(values: dict[str, Any], override: str) -> dict[str, Any]:
     """A copy of `values` with one `table.key=value` set, or taken out where no value follows; list
-    items by index or by their name."""
+    items by index or by their name.
+
+    Raises:
+        InputError: it is of another form, or its key leads nowhere.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(f"--set {override}: expected table.key=value")

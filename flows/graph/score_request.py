@@ -16,6 +16,7 @@ from typing import Any
 from evaclip_model.errors import InputError
 from flows.config.profile import Profile
 from flows.config.recipe import load_recipe
+from flows.config.recipe_loader import apply_override, find_recipe, read_recipe
 from flows.graph.graph import demo_step, evaluate_step
 from flows.graph.outside_data import find_all
 from flows.graph.step import Input, Role, Step
@@ -23,9 +24,16 @@ from tasks.artifacts.artifact import fingerprint
 from tasks.evaluate.config import EvaluateConfig
 from tasks.evaluate.encode.open_models import OPEN_CLIP, files_of
 from tasks.evaluate.sets.published_layout import kind_of
-from tasks.evaluate.sets.set_registry import find_set, known_sets
+from tasks.evaluate.sets.set_registry import (
+    find_published_set,
+    find_set,
+    find_set_folder,
+    known_sets,
+)
 
 REGISTRY = "models:/"
+EVALUATE = "evaluate"
+"""Table of a recipe that says what is evaluated."""
 PAPER = "paper"
 """Stands for all sets of the paper's tables."""
 
@@ -64,7 +72,9 @@ def read_asked(
     if bool(recipe) == bool(sets):
         raise InputError("say what to evaluate on: give a recipe, or the names of sets")
     config, folders = (
-        _sets_of_recipe(recipe, overrides, root) if recipe else _named_sets(sets, Path(data))
+        _sets_of_recipe(recipe, overrides, root)
+        if recipe
+        else _named_sets(sets, Path(data), overrides)
     )
     return Asked(_named_models(models), config, folders)
 
@@ -84,30 +94,78 @@ def fetched(models: dict[str, str], profile: Profile) -> dict[str, str]:
 def _sets_of_recipe(
     recipe: str, overrides: Sequence[str], root: Path
 ) -> tuple[EvaluateConfig, dict[str, Path]]:
-    whole = load_recipe(recipe, overrides)
-    demo = demo_step(root, whole.demo) if whole.demo else None
+    path = find_recipe(recipe)
+    if set(read_recipe(path)) == {EVALUATE}:  # a file of evaluation alone
+        config, demo = _read_evaluation(read_recipe(path), overrides, path.name), None
+    else:
+        whole = load_recipe(recipe, overrides)
+        config, demo = whole.evaluate, demo_step(root, whole.demo) if whole.demo else None
     folders = {
         one.name: find_all([one.folder], demo, f"evaluate.sets '{one.name}'")[0]
-        for one in whole.evaluate.sets
+        for one in config.sets
     }
-    return whole.evaluate, folders
+    return config, folders
 
 
-def _named_sets(names: Sequence[str], data: Path) -> tuple[EvaluateConfig, dict[str, Path]]:
+def _read_evaluation(
+    values: dict[str, Any], overrides: Sequence[str], where: str
+) -> EvaluateConfig:
+    """The `[evaluate]` table alone, with its overrides."""
+    for override in overrides:
+        if not override.startswith(f"{EVALUATE}."):
+            raise InputError(
+                f"--set {override}: without a whole recipe there is only {EVALUATE}, as in "
+                f"{EVALUATE}.precision=bf16 or {EVALUATE}.sets.NAME.templates=openai"
+            )
+        values = apply_override(values, override)
+    return EvaluateConfig.from_mapping(values[EVALUATE], where=where)
+
+
+def _named_sets(
+    names: Sequence[str], data: Path, overrides: Sequence[str]
+) -> tuple[EvaluateConfig, dict[str, Path]]:
     entries: list[dict[str, Any]] = []
     folders: dict[str, Path] = {}
-    for name in known_sets() if tuple(names) == (PAPER,) else names:
-        known = find_set(name)
-        folder = data / (known.wds if known else name)
-        if not folder.is_dir():
-            raise InputError(
-                f"evaluation set '{name}' is not in {data}: expected the folder {folder}"
-                + (f" ({known.obtain})" if known else ", or the name of a known set")
-            )
+    for given in known_sets() if tuple(names) == (PAPER,) else names:
+        name, folder = _named_set(given, data)
         folders[name] = folder
-        own = {} if known else {"kind": kind_of(folder)}
+        own = {} if find_set(name) else {"kind": kind_of(folder)}
         entries.append({"name": name, "folder": str(folder), **own})
-    return EvaluateConfig.from_mapping({"sets": entries}, where="the sets named"), folders
+    return _read_evaluation({EVALUATE: {"sets": entries}}, overrides, "the sets named"), folders
+
+
+def _named_set(given: str, data: Path) -> tuple[str, Path]:
+    """Name and folder of a set: a known set's name, a folder in `data`, a path, or NAME=FOLDER.
+
+    A folder that has the name under which a known set is published is that set.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    name, equals, path = given.partition("=")
+    if equals:
+        folder: Path | None = Path(path)
+    elif known := find_set(given):
+        folder = find_set_folder(known, data)
+    else:
+        is_path = "/" in given or not (data / given).is_dir()
+        folder = Path(given) if is_path else data / given
+        known = find_published_set(folder)
+        name = known.key if known else folder.resolve().name
+    if folder is None or not folder.is_dir():
+        known = find_set(name)
+        expected = folder or data / (known.wds if known else given)
+        if not equals and not known and "/" not in given:
+            expected = data / given
+        raise InputError(
+            f"evaluation set '{name}' is not in {data}: expected the folder {expected}"
+            + (
+                f" ({known.obtain}), or {name}=FOLDER"
+                if known
+                else ", the name of a known set, a path, or NAME=FOLDER"
+            )
+        )
+    return name, folder
 
 
 def _named_models(models: Sequence[str]) -> dict[str, str]:

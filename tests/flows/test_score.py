@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -52,8 +53,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def asked(models: list[str], data: Path, recipe: str = "", sets: tuple[str, ...] = ("squares",)):
-    return read_asked(models, recipe, sets, str(data), (), data / "root")
+def asked(
+    models: list[str],
+    data: Path,
+    recipe: str = "",
+    sets: tuple[str, ...] = ("squares",),
+    overrides: tuple[str, ...] = (),
+):
+    return read_asked(models, recipe, sets, str(data), overrides, data / "root")
 
 
 def test_models_are_named_by_the_telling_part_of_what_opens_them(models: Path, data: Path):
@@ -85,6 +92,73 @@ def test_what_cannot_be_evaluated_is_explained(
     given = [one.replace("{first}", str(models / "first" / "model")) for one in models_given]
     with pytest.raises(InputError, match=complaint):
         asked(given, data, recipe, sets)
+
+
+def test_settings_given_beside_sets_are_used_or_refused(models: Path, data: Path):
+    first = [str(models / "first" / "model")]
+    changes = (
+        "evaluate.precision=bf16",
+        "evaluate.title=Mine",
+        "evaluate.sets.squares.crop_px=2",
+        'evaluate.sets.squares.templates=["a {c}"]',
+    )
+    config = asked(first, data, overrides=changes).config
+    assert (config.precision, config.title) == ("bf16", "Mine")
+    assert (config.sets[0].crop_px, config.sets[0].templates) == (2, ("a {c}",))
+    for change, complaint in (
+        ("no.such=1", "there is only evaluate"),
+        ("train.0.name=x", "there is only evaluate"),
+        ("evaluate.precison=bf16", "did you mean 'precision'"),
+        ("evaluate.sets.circles.crop_px=2", "no item 'circles' in this list, there are: squares"),
+        ("evaluate.sets.squares.prompts=x", "unknown key"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            asked(first, data, overrides=(change,))
+
+
+def test_a_file_with_evaluate_alone_is_a_recipe(models: Path, data: Path, tmp_path: Path):
+    first = [str(models / "first" / "model")]
+    recipe = tmp_path / "my.toml"
+    recipe.write_text(
+        '[evaluate]\nprecision = "fp16"\n[[evaluate.sets]]\nname = "squares"\n'
+        f'kind = "classification"\nfolder = "{data / "squares"}"\n'
+    )
+    found = asked(first, data, str(recipe), (), ("evaluate.sets.squares.crop_px=1",))
+    assert (found.config.precision, found.config.sets[0].crop_px) == ("fp16", 1)
+    assert found.sets == {"squares": data / "squares"}
+    with pytest.raises(InputError, match="there is only evaluate"):
+        asked(first, data, str(recipe), (), ("no.such=1",))
+
+
+def test_a_set_is_a_path_or_has_a_folder_of_any_name(models: Path, data: Path):
+    first = [str(models / "first" / "model")]
+    path = str(data / "squares")
+    assert asked(first, Path("nowhere"), sets=(path,)).sets == {"squares": data / "squares"}
+    found = asked(first, data, sets=(f"mine={path}", f"cifar10={path}"))
+    assert list(found.sets) == ["mine", "cifar10"]
+    assert found.config.sets[1].templates == "dataset"
+    with pytest.raises(InputError, match="a path, or NAME=FOLDER"):
+        asked(first, data, sets=(str(data / "circles"),))
+
+
+def test_known_sets_are_found_under_every_published_name(models: Path, data: Path, tmp_path: Path):
+    first = [str(models / "first" / "model")]
+    places = {
+        "cifar10": "wds_cifar10_test",
+        "cifar100": "wds_vtab-cifar100_test",
+        "pets": "wds_vtab-pets",
+        "dtd": "dtd",
+    }
+    for name in places.values():
+        shutil.copytree(data / "squares", tmp_path / name)
+    found = asked(first, tmp_path, sets=tuple(places))
+    assert found.sets == {key: tmp_path / name for key, name in places.items()}
+    (tmp_path / "wds_kinetics400").symlink_to(tmp_path / "dtd")
+    named = asked(first, tmp_path, sets=("wds_kinetics400", "wds_cifar10_test"))
+    assert [one.name for one in named.config.sets] == ["kinetics400", "cifar10"]
+    shutil.copytree(data / "squares", tmp_path / "cifar10")
+    with pytest.raises(InputError, match=r"'cifar10' could be .*: name one, as cifar10="):
+        asked(first, tmp_path, sets=("cifar10",))
 
 
 def test_the_address_knows_weights_sets_and_which_model_is_the_subject(models: Path, data: Path):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from evaclip_model.config import Config
+from evaclip_model.errors import InputError
 
 Kind = Literal["classification", "multilabel", "retrieval"]
 PaperMetric = Literal["top1", "kinetics_mean", "map", "retrieval"]
@@ -95,6 +96,41 @@ def known_sets() -> dict[str, KnownSet]:
 def find_set(key: str) -> KnownSet | None:
     """The known set, or variant, of this name."""
     return all_sets().get(key)
+
+
+def find_set_folder(known: KnownSet, data: Path) -> Path | None:
+    """The folder in `data` that holds a known set, by the names under which it is published.
+
+    CLIP_benchmark's name is looked for first. DataComp's copies are called `wds_NAME_test`, with
+    `vtab-` before the name or without; the key alone does as well.
+
+    Raises:
+        InputError: two folders of other names could be meant.
+    """
+    if (data / known.wds).is_dir():
+        return data / known.wds
+    found = [data / name for name in _published_names(known)[1:] if (data / name).is_dir()]
+    if len(found) > 1:
+        raise InputError(
+            f"set '{known.key}' could be {found[0]} or {found[1]}: name one, as "
+            f"{known.key}={found[0]}"
+        )
+    return found[0] if found else None
+
+
+def find_published_set(folder: Path) -> KnownSet | None:
+    """The known set that a folder of this name holds."""
+    for known in all_sets().values():
+        if folder.name in _published_names(known)[:-1]:
+            return known
+    return None
+
+
+def _published_names(known: KnownSet) -> tuple[str, ...]:
+    """Names of its folder, the usual one first, its key last."""
+    name = known.wds.removeprefix("wds_").removeprefix("vtab-")
+    others = [f"wds_{group}{name}{end}" for group in ("vtab-", "") for end in ("", "_test")]
+    return tuple(dict.fromkeys([known.wds, f"{known.wds}_test", *others, known.key]))
 
 
 def nearest_set(key: str) -> str:
