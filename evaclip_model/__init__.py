@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from evaclip_model.errors import InputError
     from evaclip_model.model.clip import EvaClip
     from evaclip_model.model.model_config import ModelConfig, list_models
-    from evaclip_model.reading.transform import decode_image, image_transform
+    from evaclip_model.reading.image_decoder import decode_image
+    from evaclip_model.reading.transform import image_transform
     from evaclip_model.tokenizer.tokenizer import tokenize
     from evaclip_model.training.loss.contrastive import contrastive_loss, gathered_contrastive_loss
     from evaclip_model.training.masking import kept_patches
@@ -33,7 +34,7 @@ _HOME = {
     "ModelConfig": "model.model_config",
     "list_models": "model.model_config",
     "tokenize": "tokenizer.tokenizer",
-    "decode_image": "reading.transform",
+    "decode_image": "reading.image_decoder",
     "image_transform": "reading.transform",
     "LoadReport": "weights.load",
     "load_weights": "weights.load",

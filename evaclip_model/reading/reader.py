@@ -33,11 +33,11 @@ from evaclip_model.cpu.buffer_pool import Memory
 from evaclip_model.errors import InputError
 from evaclip_model.reading.config import SamplingConfig
 from evaclip_model.reading.decode import DECODERS, Picture
+from evaclip_model.reading.image_decoder import UnreadableImageError
 from evaclip_model.reading.order import ORDERS, Mixture, Order, Piece
 from evaclip_model.reading.read_worker import Origin, Worker, serve
 from evaclip_model.reading.samples import BrokenShard, Pair, Shard, ShardManifest
 from evaclip_model.reading.shard_store import LocalShards, RemoteShards, ShardStore
-from evaclip_model.reading.transform import UnreadableImageError
 from evaclip_model.reading.urls import is_url
 
 SHARDS_AHEAD = 2

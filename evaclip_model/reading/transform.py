@@ -1,7 +1,7 @@
 """Images to tensors, as EVA-CLIP was trained and is evaluated.
 
-Covers: decoding, the evaluation transform, the training crop, normalisation.
-Not here: reading shards; masking patches.
+Covers: the evaluation transform, the training crop, normalisation.
+Not here: decoding (image_decoder.py); reading shards; masking patches.
 
 The geometric step comes before the conversion to RGB, as in the reference: it matters for images
 with a palette or transparency.
@@ -9,20 +9,19 @@ with a palette or transparency.
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from evaclip_model.errors import InputError
 from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.reading.image_decoder import MAX_PIXELS, UnreadableImageError
 
 if TYPE_CHECKING:
     from evaclip_model.model.clip import EvaClip
@@ -32,9 +31,6 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 """Standard deviation of the channels on [0, 1] (CLIP)."""
 
-MAX_PIXELS = 64_000_000
-"""More than this is refused before decoding: a small file can claim a huge picture."""
-
 CROP_SCALE = (0.9, 1.0)
 """Smallest and largest share of an image's area that a training crop takes."""
 
@@ -42,49 +38,6 @@ _CROP_RATIO = (3 / 4, 4 / 3)
 _CROP_ATTEMPTS = 10
 _PREMULTIPLIED = {"LA": "La", "RGBA": "RGBa"}
 """Mode with transparency -> the mode that Pillow resizes it in."""
-
-
-class UnreadableImageError(ValueError):
-    """These bytes are no image that can be used; one bad sample, not a failure of the run."""
-
-
-def decode_image(
-    data: bytes | memoryview, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
-) -> Image.Image:
-    """Decode a JPEG, PNG or WebP file, in its own mode; 16-bit grey becomes 8-bit.
-
-    Args:
-        data: the file's bytes.
-        max_pixels: width times height that is still decoded.
-        formats: Pillow's names of the formats that are tried; all that it knows by default.
-
-    Raises:
-        UnreadableImageError: truncated, of no known format, or larger than `max_pixels`.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=formats)
-            if image.width * image.height > max_pixels:
-                raise UnreadableImageError(
-                    f"{image.width} x {image.height} pixels, more than {max_pixels:,}"
-                )
-            image.load()
-            return _eight_bit(image)
-    except UnreadableImageError:
-        raise
-    except UnidentifiedImageError:
-        # Pillow's own words have the address of an object in memory, different in every run.
-        raise UnreadableImageError("these bytes are no image of a known format") from None
-    except Exception as error:  # Pillow's decoders raise whatever their parsers meet
-        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    # Pillow's conversion to RGB would clip 16-bit grey to white. Older versions open it as "I".
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image
 
 
 def image_transform(

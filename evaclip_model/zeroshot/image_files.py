@@ -22,7 +22,8 @@ from torch import Tensor
 from evaclip_model.errors import InputError
 from evaclip_model.files import replace_file, write_atomically
 from evaclip_model.model.clip import EvaClip
-from evaclip_model.reading.transform import UnreadableImageError, decode_image, image_transform
+from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
+from evaclip_model.reading.transform import image_transform
 from evaclip_model.zeroshot.exact_ranks import normalised
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")

@@ -287,7 +287,7 @@ class _Pass:
             [sys.executable, "-m", "tasks.download.download_worker", str(path)],
             log=self._folder / LOG,
             grace_s=GRACE_S,
-            env=_environment(job.config),
+            env=_environment(),
             poll=poll,
         )
 
@@ -391,18 +391,15 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _environment(config: DownloadConfig) -> dict[str, str]:
-    """The worker's: nothing that phones home, one CPU thread a process, bounded decoding, and name
-    servers given up before a whole deadline is gone."""
+def _environment() -> dict[str, str]:
+    """The worker's: nothing that phones home, one CPU thread a process."""
     return {
         **os.environ,
-        "RES_OPTIONS": "timeout:3 attempts:2",
         "PYSPARK_PYTHON": sys.executable,
         "NO_ALBUMENTATIONS_UPDATE": "1",
         "WANDB_MODE": "disabled",
         "DO_NOT_TRACK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "OPENCV_IO_MAX_IMAGE_PIXELS": str(config.max_pixels),
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
     }

@@ -35,6 +35,8 @@ class Outcome(StrEnum):
     ROBOTS_TXT = "robots_txt"
     HASH_MISMATCH = "hash_mismatch"
     UNDECODABLE = "undecodable"
+    DAMAGED = "damaged"
+    TOO_COSTLY = "too_costly"
     TOO_SMALL = "too_small"
     TOO_MANY_PIXELS = "too_many_pixels"
     ASPECT_RATIO = "aspect_ratio"
@@ -62,6 +64,12 @@ DEADLINE = "refused: longer than deadline_s"
 OPTED_OUT = "refused: the site declines such use (X-Robots-Tag or tdm-reservation)"
 ROBOTS_TXT = "refused: disallowed by robots.txt"
 HASH_MISMATCH = "refused: hash mismatch"
+DAMAGED = "refused: damaged content"
+TOO_COSTLY = "refused: costs too much to decode"
+TOO_MANY_PIXELS = "refused: more pixels than max_pixels"
+TOO_SMALL = "refused: smaller than min_image_px"
+ASPECT_RATIO = "refused: longer than max_aspect_ratio"
+UNDECODABLE = "refused: cannot be decoded"
 HOST_RESTS = "refused: the host asked to be left alone for now"
 
 _OF_HTTP_STATUS = {
@@ -84,6 +92,12 @@ _OF_TEXT = tuple(
         (re.escape(ROBOTS_TXT), Outcome.ROBOTS_TXT),
         (re.escape(HASH_MISMATCH), Outcome.HASH_MISMATCH),
         (re.escape(HOST_RESTS), Outcome.RATE_LIMITED),
+        (re.escape(DAMAGED), Outcome.DAMAGED),
+        (re.escape(TOO_COSTLY), Outcome.TOO_COSTLY),
+        (re.escape(TOO_MANY_PIXELS), Outcome.TOO_MANY_PIXELS),
+        (re.escape(TOO_SMALL), Outcome.TOO_SMALL),
+        (re.escape(ASPECT_RATIO), Outcome.ASPECT_RATIO),
+        (re.escape(UNDECODABLE), Outcome.UNDECODABLE),
         (r"unknown url type|control characters|codec can't encode|no host given", Outcome.BAD_URL),
         (r"nonnumeric port|invalid ipv6|label (empty|too long)|invalid url", Outcome.BAD_URL),
         (r"incompleteread", Outcome.INCOMPLETE),

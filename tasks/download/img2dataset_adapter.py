@@ -1,6 +1,7 @@
 """img2dataset's downloader with our fetching and our order of samples.
 
-Covers: the subclass that img2dataset pickles to its processes, and the writer it writes with.
+Covers: the subclass that img2dataset pickles to its processes, the resizer and the writer that it
+works with.
 Not here: the fetching itself (fetch.py), the call (worker.py). Imports img2dataset, which takes
 seconds and 0.8 GB: only the worker may import this.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import heapq
 import importlib
 import io
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,23 +19,42 @@ from typing import Any
 
 import pyarrow as pa
 from img2dataset.downloader import Downloader
+from img2dataset.resizer import ResizeMode, Resizer
 from img2dataset.writer import WebDatasetSampleWriter
+from PIL import Image
 
+from evaclip_model.reading.image_decoder import (
+    DamagedImageError,
+    DecodedImage,
+    TooCostlyImageError,
+    TooManyPixelsError,
+    decode_undamaged_image,
+)
+from tasks.download import fetch_outcome
 from tasks.download.config import DownloadConfig
 from tasks.download.counters import OutcomeCounter
 from tasks.download.fetch import Fetcher
 from tasks.download.fetch_outcome import outcome_of
 
+_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+"""`encode_format` -> Pillow's name of it."""
+
 
 class HardenedDownloader(Downloader):
-    """Fetches with our fetcher, counts every URL, writes shards that can be repeated."""
+    """Fetches with our fetcher, counts every URL, writes shards that can be repeated.
+
+    Name servers are given up before a whole deadline is gone.
+    """
 
     def __init__(self, *, config: DownloadConfig, counters: Path, **options: Any) -> None:
-        super().__init__(**{**options, "sample_writer_class": OrderedWriter})
+        resizer = BoundedResizer(options["resizer"], config)
+        super().__init__(**{**options, "sample_writer_class": OrderedWriter, "resizer": resizer})
         self._config = config
         self._counters = counters
 
     def __call__(self, row: tuple[int, str]) -> tuple[bool, tuple[int, str]]:
+        # Here and not where the worker is started: executors elsewhere have another environment.
+        os.environ["RES_OPTIONS"] = "timeout:3 attempts:2"
         shard, rows_file = row
         fetcher = Fetcher(self._config)
         digests = _column(rows_file, self._config.hash_column)
@@ -67,6 +88,83 @@ def _fetch(
     body, message = fetcher.get(url, digests[place] if digests else None)
     counter.add(outcome_of("success" if message is None else "failed", message), len(body or b""))
     return place, None if body is None else io.BytesIO(body), message
+
+
+class BoundedResizer:
+    """Decodes within the limits of `image_decoder`; img2dataset resizes and encodes.
+
+    img2dataset's own way is OpenCV, which has no limit but one on pixels from the environment,
+    passes over damage, ignores the orientation and saturates 16 bits. Images are stored upright,
+    with 8 bits a channel, transparent parts on white.
+    """
+
+    def __init__(self, resizer: Resizer, config: DownloadConfig) -> None:
+        self._resizer = resizer
+        self._config = config
+
+    def __call__(self, stream: io.BytesIO, _: object = None) -> tuple[Any, ...]:
+        """The bytes to store, their width and height, those of the original, None; or five times
+        None and why nothing is stored."""
+        data = stream.getvalue()
+        try:
+            decoded = decode_undamaged_image(data, self._config.max_pixels)
+            unwanted = self._unwanted_size(*decoded.image.size)
+            if unwanted is not None:
+                return (*[None] * 5, unwanted)
+            if self._keeps_bytes(decoded):
+                return (data, *decoded.image.size, *decoded.image.size, None)
+            pixels = _encode_netpbm(decoded.image)
+            del decoded  # 4 bytes a pixel
+        except Exception as error:  # one image must not end the shard
+            return (*[None] * 5, f"{_reason_for(error)} ({error})")
+        stored: tuple[Any, ...] = self._resizer(io.BytesIO(pixels))
+        return stored
+
+    def _unwanted_size(self, width: int, height: int) -> str | None:
+        shorter, longer = sorted((width, height))
+        if shorter < self._config.min_image_px:
+            return fetch_outcome.TOO_SMALL
+        return (
+            fetch_outcome.ASPECT_RATIO if longer / shorter > self._config.max_aspect_ratio else None
+        )
+
+    def _keeps_bytes(self, decoded: DecodedImage) -> bool:
+        """Whether the original file is stored: it has the format, the size and the look."""
+        config, image, mode = self._config, decoded.image, self._resizer.resize_mode
+        longer_counts = mode in (ResizeMode.border, ResizeMode.keep_ratio_largest)
+        side = max(image.size) if longer_counts else min(image.size)
+        is_resized = side > config.image_px or not config.resize_only_if_bigger
+        return (
+            config.skip_reencode
+            and decoded.format == _FORMATS[config.encode_format]
+            and not (is_resized and mode != ResizeMode.no)
+            and not decoded.is_changed
+            and not image.has_transparency_data
+        )
+
+
+def _reason_for(error: Exception) -> str:
+    """The words of fetch_outcome.py for what decoding raised."""
+    reasons = (
+        (TooManyPixelsError, fetch_outcome.TOO_MANY_PIXELS),
+        (TooCostlyImageError, fetch_outcome.TOO_COSTLY),
+        (DamagedImageError, fetch_outcome.DAMAGED),
+    )
+    kinds = (reason for kind, reason in reasons if isinstance(error, kind))
+    return next(kinds, fetch_outcome.UNDECODABLE)
+
+
+def _encode_netpbm(image: Image.Image) -> bytes:
+    """The image as a file without compression, in which OpenCV finds these very pixels."""
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.new("RGB", rgba.size, "white")
+        image.paste(rgba, mask=rgba)
+        del rgba
+    is_grey = image.mode in ("1", "L")
+    image = image.convert("L" if is_grey else "RGB")
+    kind = "P5" if is_grey else "P6"
+    return f"{kind} {image.width} {image.height} 255\n".encode() + image.tobytes()
 
 
 class OrderedWriter(WebDatasetSampleWriter):

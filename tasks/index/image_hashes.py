@@ -8,8 +8,6 @@ where they lie, what is done with images that are alike.
 from __future__ import annotations
 
 import hashlib
-import io
-import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,8 +15,8 @@ from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
 
+from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 from tasks.index.perceptual_hash import GREY_PX, Hashes, grey_of, hashes_of
 
 _AT_ONCE = 1000
@@ -41,12 +39,11 @@ class ImageHashes:
 
 
 def hash_images(images: Iterable[bytes], threads: int) -> ImageHashes:
-    """Hash encoded images of any format that Pillow reads."""
+    """Hash encoded images of any format that is decoded."""
     digests: list[str] = []
     looks, decoded = [np.empty(0, np.uint64)], [np.empty(0, np.bool_)]
     coming = iter(images)
-    with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, about odd metadata
+    with ThreadPoolExecutor(threads) as pool:
         while batch := list(islice(coming, _AT_ONCE)):
             digests += [hashlib.sha256(image).hexdigest() for image in batch]
             greys = list(pool.map(_grey, batch))
@@ -59,8 +56,6 @@ def hash_images(images: Iterable[bytes], threads: int) -> ImageHashes:
 def _grey(encoded: bytes) -> npt.NDArray[np.uint8] | None:
     """The image small and grey, as a sample's is; None when it cannot be decoded."""
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            grey = grey_of(image.convert("RGB"))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError):
+        return grey_of(decode_image(encoded).convert("RGB"))
+    except UnreadableImageError:
         return None
-    return grey

@@ -43,8 +43,6 @@ OUTPUTS = ("probabilities", "embeddings")
 DEVICE = "device"
 """Key of MLflow's `model_config`: where the model runs, the CPU by default."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""No other file is opened: Pillow starts a PostScript interpreter for some."""
 MOST_ROWS = 1024
 MOST_LABELS = 4096
 MOST_IMAGE_BYTES = 32 << 20
@@ -170,7 +168,7 @@ def _decoded(image: object, row: int) -> Any:
             raise TypeError(type(data).__name__)
         if len(data) > MOST_IMAGE_BYTES:
             raise ValueError(f"{len(data):,} bytes, more than {MOST_IMAGE_BYTES:,}")
-        return decode_image(data, formats=FORMATS)
+        return decode_image(data)
     except (binascii.Error, TypeError, ValueError) as error:
         raise InputError(
             f"row {row}, column '{IMAGE}': expected the bytes of an image file, or their base64 "

@@ -28,8 +28,14 @@ import pyarrow.parquet as pq
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 from evaclip_model.files import replace_file
+from evaclip_model.reading.image_decoder import (
+    DamagedImageError,
+    TooCostlyImageError,
+    TooManyPixelsError,
+    UnreadableImageError,
+    decode_undamaged_image,
+)
 from evaclip_model.reading.samples import BrokenShard, Sample, Shard, read_samples
-from evaclip_model.reading.transform import UnreadableImageError, decode_image
 from evaclip_model.reading.urls import filesystem, is_url
 from tasks.artifacts.artifact import sha256_of
 from tasks.index.perceptual_hash import grey_of, hashes_of
@@ -47,6 +53,10 @@ class Flaw(StrEnum):
     UNDECODABLE = "undecodable"
     TOO_SMALL = "too_small"
     TOO_MANY_PIXELS = "too_many_pixels"
+    TOO_COSTLY = "too_costly"
+    """Decoding takes more CPU time than an honest image of its size."""
+    DAMAGED = "damaged"
+    """A JPEG whose lost content libjpeg fills by guesses."""
     EMPTY_CAPTION = "empty_caption"
     REPEATED_UID = "repeated_uid"
 
@@ -231,11 +241,16 @@ def _decoded(
 ) -> tuple[npt.NDArray[np.uint8] | None, Flaw | None]:
     """The image small and grey, when it can be decoded, and what is wrong with it, if anything."""
     try:
-        image = decode_image(encoded, config.max_pixels)
+        image = decode_undamaged_image(encoded, config.max_pixels).image
         grey = grey_of(image.convert("RGB"))
-    except UnreadableImageError as error:
-        too_large = "more than" in str(error)
-        return None, Flaw.TOO_MANY_PIXELS if too_large else Flaw.UNDECODABLE
+    except TooManyPixelsError:
+        return None, Flaw.TOO_MANY_PIXELS
+    except TooCostlyImageError:
+        return None, Flaw.TOO_COSTLY
+    except DamagedImageError:
+        return None, Flaw.DAMAGED
+    except UnreadableImageError:
+        return None, Flaw.UNDECODABLE
     except Exception:  # converting meets what decoding passed over
         return None, Flaw.UNDECODABLE
     return grey, Flaw.TOO_SMALL if min(image.size) < config.min_image_px else None

@@ -15,11 +15,10 @@ from safetensors.torch import load_file
 
 from evaclip_model.errors import InputError
 from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 from evaclip_model.reading.transform import (
     SeededDraw,
-    UnreadableImageError,
     crop_box,
-    decode_image,
     image_transform,
     normalize_images,
     resized_crop,

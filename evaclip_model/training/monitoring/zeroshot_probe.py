@@ -21,7 +21,8 @@ from torch import Tensor
 
 from evaclip_model.errors import InputError
 from evaclip_model.model.clip import EvaClip
-from evaclip_model.reading.transform import UnreadableImageError, decode_image, image_transform
+from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
+from evaclip_model.reading.transform import image_transform
 from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.zeroshot.exact_ranks import class_means, classify
 from evaclip_model.zeroshot.imagenet_prompts import PLACEHOLDER

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from evaclip_model.errors import InputError
-from evaclip_model.reading.transform import UnreadableImageError, decode_image
+from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 from evaclip_model.zeroshot.exact_ranks import normalised
 from evaclip_model.zeroshot.set_layout import Span
 from tasks.evaluate.encode.feature_cache import SUFFIX, read_block, write_block

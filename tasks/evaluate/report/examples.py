@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from evaclip_model.reading.image_decoder import decode_image
 from evaclip_model.zeroshot.exact_ranks import Ranking, top_k
 from tasks.evaluate.metrics.scored import SHOWN, Scored, captions_of, image_of_caption
 from tasks.evaluate.sets.published_layout import EvalSet
@@ -187,8 +188,7 @@ def taken_for(scored: Scored) -> Mapping[int, tuple[int, int]]:
 
 def thumbnail(content: bytes) -> str:
     """An encoded image as a small WebP data URI, transparent parts on white."""
-    with Image.open(io.BytesIO(content)) as image:
-        rgba = image.convert("RGBA")
+    rgba = decode_image(content).convert("RGBA")
     rgba.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BICUBIC)
     flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     out = io.BytesIO()

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from evaclip_model.errors import InputError
-from evaclip_model.reading.transform import UnreadableImageError, decode_image
+from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 from tasks.evaluate.sets.class_order import normalise_name, read_class_names
 from tasks.evaluate.sets.published_layout import EvalSample, EvalSet
 from tasks.evaluate.sets.set_registry import KnownSet

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from evaclip_model.create import open_model
 from evaclip_model.errors import InputError
-from evaclip_model.reading.transform import decode_image, image_transform
+from evaclip_model.reading.image_decoder import decode_image
+from evaclip_model.reading.transform import image_transform
 from evaclip_model.tokenizer.tokenizer import tokenize
 from tasks.artifacts.artifact import Address, Made, produce
 from tasks.evaluate.config import STAGE, EvalSetConfig, EvaluateConfig, Machine

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from evaclip_model.errors import InputError
-from evaclip_model.reading.transform import decode_image
+from evaclip_model.reading.image_decoder import decode_image
 from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames
 from tasks.evaluate.config import EvalSetConfig
 from tasks.evaluate.sets.prompts import subset_classes

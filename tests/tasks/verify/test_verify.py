@@ -11,6 +11,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,6 +24,7 @@ from tasks.index.sample_index import COLUMNS, SampleIndex
 from tasks.index.shard_verdicts import read_verdicts
 from tasks.verify.config import VerifyConfig
 from tasks.verify.verify import verify_shards
+from tests.evaclip_model.hostile_images import jpeg_of_many_scans
 
 CONFIG = VerifyConfig(min_image_px=8, max_pixels=10_000, max_bad_share=0.3)
 
@@ -104,11 +106,21 @@ def test_the_index_has_every_sample_by_shard_and_place(downloaded: Path, out: Pa
     assert hashes["flaw"].null_count == 5
 
 
+def damaged_jpeg() -> bytes:
+    """A JPEG whose content libjpeg can only guess in places."""
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "JPEG")
+    return file.getvalue()[:700] + bytes(20) + file.getvalue()[720:]
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"jpg": b"\xff\xd8 nothing"}, "undecodable"),
         ({"jpg": encoded((60, 60))[:-300]}, "undecodable"),
+        ({"jpg": damaged_jpeg()}, "damaged"),
+        ({"jpg": jpeg_of_many_scans(64, 300)}, "too_costly"),
         ({"jpg": encoded((20, 4))}, "too_small"),
         ({"jpg": encoded((200, 100))}, "too_many_pixels"),
         ({"txt": "  \n"}, "empty_caption"),
@@ -242,6 +254,7 @@ import sys
 from pathlib import Path
 from tasks.verify.config import VerifyConfig
 from tasks.verify.verify import verify_shards
+from tests.evaclip_model.hostile_images import jpeg_of_many_scans
 verify_shards(VerifyConfig(), Path(sys.argv[1]), Path(sys.argv[2]), 2, lambda *_: None)
 """
 

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+
 
 from evaclip_model.errors import InputError
+from evaclip_model.reading.image_decoder import MAGIC_BYTES, identify_format
 from evaclip_model.zeroshot.set_layout import is_system_file
 from tasks.evaluate.sets.convert.shard_writer import (
     Answer,
@@ -115,13 +116,9 @@ def _read(path: Path, answer: Answer) -> Found:
     if path.stat().st_size > _LARGEST:
         raise UnusableSourceError(f"has more than {_LARGEST >> 20} MiB")
     if path.suffix.lower() not in _KNOWN_SUFFIXES:
-        try:  # only the beginning is read: most other files are large and not images
-            with Image.open(path):
-                pass
-        except UnidentifiedImageError:
-            kind = path.suffix.lower() or "no suffix"
-            raise UnusableSourceError(f"is not an image ({kind})") from None
-        except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UnusableSourceError(f"is not a usable image: {error}") from None
+        with path.open("rb") as file:  # most other files are large and not images
+            if identify_format(file.read(MAGIC_BYTES)) is None:
+                kind = path.suffix.lower() or "no suffix"
+                raise UnusableSourceError(f"is not an image ({kind})")
     extension, content = image_file(path.read_bytes())
     return Found(content, extension, answer)

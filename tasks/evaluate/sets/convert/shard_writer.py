@@ -31,7 +31,7 @@ from PIL import Image
 
 from evaclip_model.errors import InputError
 from evaclip_model.files import lock_file, replace_file, write_atomically
-from evaclip_model.reading.transform import UnreadableImageError, decode_image
+from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 from evaclip_model.zeroshot.set_layout import (
     CLASSNAMES,
     DATASET_TYPE,

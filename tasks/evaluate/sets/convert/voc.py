@@ -14,7 +14,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from evaclip_model.errors import InputError
-from evaclip_model.reading.transform import UnreadableImageError, decode_image
+from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 from tasks.evaluate.sets.convert.image_files import path_inside, stamp_of
 from tasks.evaluate.sets.convert.shard_writer import (
     Found,

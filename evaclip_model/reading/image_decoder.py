@@ -1,0 +1,311 @@
+"""The one place where bytes from strangers become pixels.
+
+Covers: the formats that are opened, and what an image may cost in bytes, pixels, JPEG scans, TIFF
+strips and CPU seconds; its orientation and bit depth. Not here: what part of an image is taken and
+how it is resized (transform.py), the decoder of the training's fast path (decode.py).
+
+Download, verification, training, evaluation, the served model and `evaclip` all decode here. Limits
+are checked in the header before anything is decoded; a clock stops what a header cannot tell. Only
+the first frame is decoded. No format is opened for which Pillow starts a program (EPS).
+
+An image is turned as its EXIF orientation says. 16 bits a channel become 8 by their high byte;
+pixels of 32 bits, whose range no header states, are refused. Everything else keeps its mode.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from PIL.Image import Transpose
+
+MAX_PIXELS = 64_000_000
+"""Largest width x height that is decoded: a small file can claim a huge picture."""
+MAX_BYTES = 2**28
+"""Largest encoded image."""
+MAX_JPEG_SCANS = 200
+"""Encoders use about ten; every scan visits all blocks again, however few bytes it has."""
+MAX_SCANNED_PIXELS = 2_000_000_000
+"""Largest scans x pixels of a JPEG: about a second of libjpeg's time for scans without content."""
+MAX_TIFF_STRIPS = 65_536
+"""Pillow makes a Python object for every strip or tile while it reads the header."""
+MAX_DECODE_CPU_S = 10.0
+"""CPU seconds for one image; honest ones of `MAX_PIXELS` take up to three."""
+
+MAGIC_BYTES = 12
+"""Bytes of a file that `identify_format` needs."""
+_MAGIC = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"RIFF": "WEBP",
+    b"GIF87a": "GIF",
+    b"GIF89a": "GIF",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+}
+"""First bytes -> Pillow's name of the format: all that is ever opened."""
+_TIFF_COMPRESSIONS = (1, 2, 3, 4, 5, 8, 32773, 32946)
+"""None, CCITT, LZW, deflate, PackBits; not JPEG, whose scans nobody would have counted."""
+_STRIP_TAGS = (273, 279, 324, 325)
+_COMPRESSION_TAG = 259
+_ORIENTATION_TAG = 0x0112
+_TURNS = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the image upright."""
+_PNG_DEPTH = 24
+"""Place of the bits a channel in a PNG."""
+_JPEG_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
+_END_OF_IMAGE, _START_OF_SCAN, _APP1 = 0xD9, 0xDA, 0xE1
+_EXIF = b"Exif\0\0"
+_JPEG_DAMAGE = ("Corrupt JPEG data", "Premature end")
+"""How libjpeg's warnings about lost content begin; its others are about odd headers."""
+
+
+class UnreadableImageError(ValueError):
+    """These bytes are not an image that can be used; one bad sample, not a failure of the run."""
+
+
+class TooManyPixelsError(UnreadableImageError):
+    """The image is larger than the caller's limit."""
+
+
+class TooCostlyImageError(UnreadableImageError):
+    """Decoding would take, or took, more CPU time than an honest image of that size needs."""
+
+
+class DamagedImageError(UnreadableImageError):
+    """The decoder filled gaps in damaged content by guesses."""
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """The first frame of a file."""
+
+    image: Image.Image
+    """Upright, 8 bits a channel, otherwise in its own mode."""
+    format: str
+    """Pillow's name of the file's format."""
+    is_changed: bool
+    """Whether it was turned or lost bits: who decodes the file otherwise sees another image."""
+
+
+def decode_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode the first frame of a JPEG, PNG, WebP, GIF, BMP or TIFF file.
+
+    Args:
+        data: the file's bytes.
+        max_pixels: largest width times height that is decoded.
+
+    Returns:
+        The upright image, 8 bits a channel, otherwise in its own mode.
+
+    Raises:
+        UnreadableImageError: truncated, not of these formats, or beyond one of the limits above;
+            the subclass says which.
+    """
+    return _guarded(_decode_by_pillow, bytes(data), max_pixels).image
+
+
+def decode_undamaged_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> DecodedImage:
+    """Decode as `decode_image`, but refuse a JPEG in which libjpeg had to guess.
+
+    Raises:
+        UnreadableImageError: as `decode_image`; `DamagedImageError` for such a JPEG.
+    """
+    return _guarded(_decode_strictly, bytes(data), max_pixels)
+
+
+def identify_format(data: bytes | memoryview) -> str | None:
+    """Pillow's name of the format that the first bytes announce, if it is one that is opened."""
+    start = bytes(data[:MAGIC_BYTES])
+    found = next((name for magic, name in _MAGIC.items() if start.startswith(magic)), None)
+    return None if found == "WEBP" and start[8:] != b"WEBP" else found
+
+
+def read_jpeg_orientation(data: bytes) -> int:
+    """The EXIF orientation of a JPEG, 1 to 8; 1 (upright) where it has none."""
+    for marker, start, stop in _jpeg_segments(data):
+        if marker == _START_OF_SCAN:
+            break
+        if marker == _APP1 and data.startswith(_EXIF, start):
+            return _orientation_in(data[start + len(_EXIF) : stop])
+    return 1
+
+
+def require_decodable_jpeg(data: bytes, width: int, height: int, max_pixels: int) -> None:
+    """Refuse a JPEG whose header says that decoding it would cost too much.
+
+    Raises:
+        TooManyPixelsError: it has more than `max_pixels`.
+        TooCostlyImageError: it has too many scans for its size.
+    """
+    _require_pixels(width, height, max_pixels)
+    # A count of the marker's bytes can only be too large (an embedded thumbnail has some, too).
+    most = min(MAX_JPEG_SCANS, MAX_SCANNED_PIXELS // max(1, width * height))
+    if data.count(b"\xff\xda") <= most:
+        return
+    scans = sum(marker == _START_OF_SCAN for marker, _, _ in _jpeg_segments(data))
+    if scans > most:
+        raise TooCostlyImageError(f"{scans} scans of {width} x {height} pixels, more than {most}")
+
+
+def _guarded(
+    decode: Callable[[bytes, int], DecodedImage], data: bytes, max_pixels: int
+) -> DecodedImage:
+    """Call `decode`; everything that hostile bytes make it raise becomes one kind of error."""
+    if len(data) > MAX_BYTES:
+        raise TooCostlyImageError(f"{len(data):,} bytes, more than {MAX_BYTES:,}")
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of large images and odd metadata; the limits here decide
+            warnings.simplefilter("ignore")
+            return decode(data, max_pixels)
+    except UnreadableImageError:
+        raise
+    except Image.DecompressionBombError as error:  # Pillow looks before we can
+        raise TooManyPixelsError(str(error)) from None
+    except UnidentifiedImageError:
+        # Pillow's own words have the address of an object in memory, different in every run.
+        raise UnreadableImageError("the header is not that of its format") from None
+    except Exception as error:  # Pillow's decoders raise whatever their parsers meet
+        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _decode_by_pillow(data: bytes, max_pixels: int) -> DecodedImage:
+    file_format = identify_format(data)
+    if file_format is None:
+        raise UnreadableImageError("these bytes are not an image of a known format")
+    if file_format == "TIFF":
+        _require_plain_tiff(data)
+    image: Image.Image = Image.open(_ClockedFile(data), formats=(file_format,))
+    _require_pixels(*image.size, max_pixels)
+    if file_format == "JPEG":
+        require_decodable_jpeg(data, *image.size, max_pixels)
+        orientation = read_jpeg_orientation(data)
+    else:
+        orientation = _orientation_in(image.info.get("exif", b"").removeprefix(_EXIF))
+    image.load()
+    # Pillow itself turns a TIFF while it loads it
+    turn = None if file_format == "TIFF" else _TURNS.get(orientation)
+    upright = image if turn is None else image.transpose(turn)
+    is_deep = file_format == "PNG" and data[_PNG_DEPTH] == 16
+    return DecodedImage(
+        _with_eight_bits(upright, file_format), file_format, turn is not None or is_deep
+    )
+
+
+def _decode_strictly(data: bytes, max_pixels: int) -> DecodedImage:
+    if identify_format(data) != "JPEG":
+        return _decode_by_pillow(data, max_pixels)
+    import simplejpeg  # not where a model is served, which needs `decode_image` alone
+
+    height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    require_decodable_jpeg(data, width, height, max_pixels)
+    wanted = {"Gray": "GRAY", "YCbCr": "RGB", "RGB": "RGB"}.get(space, "CMYK")
+    try:
+        pixels = simplejpeg.decode_jpeg(data, wanted)
+    except ValueError as error:
+        decoded = _decode_by_pillow(data, max_pixels)  # refuses what is cut short
+        if str(error).startswith(_JPEG_DAMAGE):
+            raise DamagedImageError(str(error)) from None
+        return decoded
+    if wanted == "CMYK":  # the values are inverted or not, as Pillow knows
+        return _decode_by_pillow(data, max_pixels)
+    image = Image.fromarray(pixels[:, :, 0] if wanted == "GRAY" else pixels)
+    turn = _TURNS.get(read_jpeg_orientation(data))
+    upright = image if turn is None else image.transpose(turn)
+    return DecodedImage(upright, "JPEG", turn is not None)
+
+
+def _require_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise TooManyPixelsError(f"{width} x {height} pixels, more than {max_pixels:,}")
+
+
+def _require_plain_tiff(data: bytes) -> None:
+    """Refuse a TIFF whose directory alone would cost too much, or that hides another format."""
+    order = "<" if data.startswith(b"II") else ">"
+    (directory,) = struct.unpack_from(f"{order}I", data, 4)
+    (entries,) = struct.unpack_from(f"{order}H", data, directory)
+    for number in range(entries):
+        entry = directory + 2 + 12 * number
+        tag, _, count, value = struct.unpack_from(f"{order}HHI4s", data, entry)
+        if tag in _STRIP_TAGS and count > MAX_TIFF_STRIPS:
+            raise TooCostlyImageError(f"{count:,} strips, more than {MAX_TIFF_STRIPS:,}")
+        if tag == _COMPRESSION_TAG:
+            (compression,) = struct.unpack_from(f"{order}H", value)
+            if compression not in _TIFF_COMPRESSIONS:
+                raise UnreadableImageError(f"TIFF compression {compression} is not read")
+
+
+class _ClockedFile(io.BytesIO):
+    """A file in memory that stops its reader after `MAX_DECODE_CPU_S` of the thread's CPU time.
+
+    Pillow reads headers, chunks and 64 KB of content at a time through Python: so its loops over
+    millions of empty blocks end here, too.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._end_s = time.thread_time() + MAX_DECODE_CPU_S
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if time.thread_time() > self._end_s:
+            raise TooCostlyImageError(f"decoding takes more than {MAX_DECODE_CPU_S:g} CPU seconds")
+        return super().read(size)
+
+
+def _with_eight_bits(image: Image.Image, file_format: str) -> Image.Image:
+    # Pillow's conversion to RGB would clip deep grey to white. Older versions open it as "I".
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format == "PNG"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise UnreadableImageError("pixels of 32 bits, whose range is not known")
+    return image
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, start and stop of the content of every segment up to the end of the image.
+
+    The compressed data behind a start of scan is passed over as libjpeg does: up to the next 0xff
+    that neither a zero nor a restart marker follows.
+    """
+    at = 2
+    while found := _JPEG_MARKER.search(data, at):
+        marker, start = found[0][-1], found.end()
+        if marker == _END_OF_IMAGE or start + 2 > len(data):
+            return
+        at = start + max(2, int.from_bytes(data[start : start + 2], "big"))
+        yield marker, start + 2, at
+
+
+def _orientation_in(exif: bytes) -> int:
+    """The orientation in an EXIF block, 1 to 8; 1 where it says nothing that can be understood."""
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    if order is None:
+        return 1
+    try:
+        (directory,) = struct.unpack_from(f"{order}I", exif, 4)
+        (entries,) = struct.unpack_from(f"{order}H", exif, directory)
+        for number in range(entries):
+            tag, _, _, value = struct.unpack_from(f"{order}HHIH", exif, directory + 2 + 12 * number)
+            if tag == _ORIENTATION_TAG:
+                return value if value in _TURNS else 1
+    except struct.error:  # the block is cut short
+        return 1
+    return 1
