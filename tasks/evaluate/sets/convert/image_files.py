@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-
-
 from evaclip_model.errors import InputError
 from evaclip_model.reading.image_decoder import MAGIC_BYTES, identify_format
 from evaclip_model.zeroshot.set_layout import is_system_file
