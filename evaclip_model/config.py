@@ -25,6 +25,8 @@ class Config(BaseModel):
     RENAMED: ClassVar[Mapping[str, str]] = {}
     """First key of a setting -> its present key, dotted where it moved into a table of this one.
     The first key is refused with a sentence that names the present one."""
+    REMOVED: ClassVar[Mapping[str, str]] = {}
+    """Key of a setting that is gone -> the reason, with which it is refused."""
     ADDED: ClassVar[tuple[str, ...]] = ()
     """Settings that came after there were artifacts."""
 
@@ -89,6 +91,9 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
         if renamed is not None:
             present = ".".join([*map(str, location[:-1]), renamed])
             return f"'{key}' is called '{present}' now: write it under that name{more}"
+        removed = getattr(table, "REMOVED", {}).get(str(location[-1]))
+        if removed is not None:
+            return f"'{key}' is no longer a setting: {removed}; leave it out{more}"
         known = sorted(getattr(table, "model_fields", ()))
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"

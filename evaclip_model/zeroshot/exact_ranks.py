@@ -29,7 +29,7 @@ LOGITS = 1 << 23
 """Most logits held at once, as long as one query has fewer; bounds memory for large galleries."""
 
 
-class TextTower(Protocol):
+class TextEncoder(Protocol):
     """What is needed of a model here."""
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor: ...
@@ -65,7 +65,7 @@ class Ranking:
 
 
 def encode_texts(
-    model: TextTower,
+    model: TextEncoder,
     texts: Sequence[str],
     *,
     context_length: int = CONTEXT_LENGTH,
@@ -98,7 +98,7 @@ def encode_texts(
 
 
 def text_classifier(
-    model: TextTower,
+    model: TextEncoder,
     classnames: Sequence[str],
     templates: Sequence[str],
     *,

@@ -226,7 +226,7 @@ def matched_interval(only_a: int, only_b: int, n: int, z: float = Z95) -> tuple[
 
 
 @dataclass(frozen=True)
-class _Order:
+class _ScoreOrder:
     """Images in the order of one class's scores, and where its thresholds stand."""
 
     images: Tensor
@@ -247,7 +247,7 @@ class _Order:
         return figure.masked_fill(right[:, -1] == 0, float("nan"))
 
 
-def _orders(scores: Tensor, positives: Tensor, ties: Ties) -> Iterator[_Order]:
+def _orders(scores: Tensor, positives: Tensor, ties: Ties) -> Iterator[_ScoreOrder]:
     """The order of each class [C]."""
     for column, positive in zip(scores.float().T, positives.T, strict=True):
         first = {"together": 0, "won": -1, "lost": 1}[ties] * positive.int()
@@ -258,7 +258,7 @@ def _orders(scores: Tensor, positives: Tensor, ties: Ties) -> Iterator[_Order]:
             _, sizes = torch.unique_consecutive(column[images], return_counts=True)
             ends = (sizes.cumsum(dim=0) - 1).repeat_interleave(sizes)
         mine = positive[images]
-        yield _Order(images, mine.double(), ends[mine.bool()])
+        yield _ScoreOrder(images, mine.double(), ends[mine.bool()])
 
 
 def _drawn_counts(counts: Tensor) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from evaclip_model.config import explain
 from evaclip_model.errors import InputError
 from tasks.download.executors import Distributor
-from tasks.evaluate.config import Machine
+from tasks.evaluate.config import EvaluationMachine
 from tasks.register.config import COPIED, LargeWeights
 from tasks.tracking import TrackingStore
 from tasks.train.config import Launch
@@ -68,9 +68,9 @@ class Profile(BaseSettings, Launch):
         return LargeWeights(self.registry_copy_gb, self.registry_weights)
 
     @property
-    def machine(self) -> Machine:
+    def machine(self) -> EvaluationMachine:
         """Where evaluations run."""
-        return Machine(
+        return EvaluationMachine(
             ranks=self.evaluate_ranks,
             workers=self.evaluate_workers,
             cache=self.root.resolve() / "cache" / "evaluate",

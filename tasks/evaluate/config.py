@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -24,7 +24,7 @@ from tasks.evaluate.sets.set_registry import (
     nearest_set,
 )
 
-STAGE = Stage("evaluate", 2, tools=("torch", "pillow", "numpy", "ftfy"), ignores=("batch_size",))
+STAGE = Stage("evaluate", 2, tools=("torch", "pillow", "numpy", "ftfy"))
 Precision = Literal["fp32", "bf16", "fp16"]
 RESULTS = "results.json"
 """Every figure, with what it rests on."""
@@ -136,6 +136,10 @@ class EvalSetConfig(Config):
 class EvaluateConfig(Config):
     """The `[evaluate]` table."""
 
+    REMOVED: ClassVar[Mapping[str, str]] = {
+        "batch_size": "the model sees chunks of one size, so that none decides a figure"
+    }
+
     sets: tuple[EvalSetConfig, ...] = Field(min_length=1)
     """Evaluation sets, in the order of the report."""
     precision: Precision = "fp32"
@@ -143,8 +147,6 @@ class EvaluateConfig(Config):
     max_distance: int = Field(4, ge=0, le=8)
     """Bits of the 64 of a perceptual hash in which a test image and a training image that look
     alike may differ."""
-    batch_size: int = Field(default=256, gt=0)
-    """Ignored: the model sees chunks of one size, so that no batch decides a figure."""
     title: str = "Zero-shot evaluation"
     """Heading of the report."""
 
@@ -158,7 +160,7 @@ class EvaluateConfig(Config):
         return value
 
 
-class Machine(Config):
+class EvaluationMachine(Config):
     """Where an evaluation runs; it never changes a figure. Read from EVACLIP_EVALUATE_<FIELD>."""
 
     ranks: int = Field(0, ge=0)

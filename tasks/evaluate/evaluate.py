@@ -17,7 +17,7 @@ from pathlib import Path
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from tasks.artifacts.artifact import Made
-from tasks.evaluate.config import RESULTS, EvaluateConfig, Machine
+from tasks.evaluate.config import RESULTS, EvaluateConfig, EvaluationMachine
 from tasks.evaluate.encode.distributed import Features
 from tasks.evaluate.encode.feature_cache import Cache
 from tasks.evaluate.encode.model_identity import Identity
@@ -45,7 +45,7 @@ def evaluate_models(
     out: Path,
     report: Report,
     *,
-    machine: Machine | None = None,
+    machine: EvaluationMachine | None = None,
     trained_on: Sequence[TrainingData] = (),
     lineage: str = "",
 ) -> Made:
@@ -69,7 +69,7 @@ def evaluate_models(
     """
     if not models:
         raise InputError("there is no model to evaluate")
-    machine = machine or Machine()
+    machine = machine or EvaluationMachine()
     cache = Cache(machine.cache or out / _OWN_CACHE, int(machine.cache_gb * 1e9))
     opened = _open_sets(config, sets, cache.root / "indices")
     trained = [read_curve(path) for path in curves]

@@ -166,14 +166,14 @@ main()
 OURS = f"""
 import json, sys
 from pathlib import Path
-from tasks.evaluate.config import EvalSetConfig, EvaluateConfig, Machine
+from tasks.evaluate.config import EvalSetConfig, EvaluateConfig, EvaluationMachine
 from tasks.evaluate.evaluate import evaluate_models
 from tasks.progress import silent
 given = json.loads(sys.argv[1])
 config = EvaluateConfig(sets=(EvalSetConfig(name="set", folder="-", kind="classification"),))
 evaluate_models(config, {{"m": "open_clip:{MODEL}/" + given["weights"]}},
                 {{"set": Path(given["set"])}}, [], Path(given["out"]), silent,
-                machine=Machine(cache=Path(given["cache"])))
+                machine=EvaluationMachine(cache=Path(given["cache"])))
 """
 
 

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
-from tasks.evaluate.config import Machine, Precision
+from tasks.evaluate.config import EvaluationMachine, Precision
 from tasks.evaluate.encode.encode_job import (
+    EncodeJob,
     ImageWork,
-    Job,
     ModelWork,
     failed_file,
     progress_file,
@@ -55,7 +55,7 @@ class Features:
     """Where the features of some models on some sets are, or will be."""
 
     cache: Cache
-    machine: Machine
+    machine: EvaluationMachine
     precision: Precision
     specs: Mapping[str, str]
     """Model -> what opens it."""
@@ -88,7 +88,7 @@ class Features:
                     f"end of their log:\n{_log_end(folder)}"
                 )
             before = left
-            job = Job(
+            job = EncodeJob(
                 models=tuple(models),
                 ranks=min(self.machine.rank_count, max(map(_blocks, models))),
                 workers=self.machine.worker_count,
@@ -198,7 +198,7 @@ class _Counter:
         self._report(min(self._before + done, self._total), self._total, detail)
 
 
-def _run(job: Job, folder: Path, progress: _Counter) -> dict[str, str]:
+def _run(job: EncodeJob, folder: Path, progress: _Counter) -> dict[str, str]:
     """Run all ranks once, to whatever end."""
     if job.ranks == 1 and job.device == "cpu":
         return work(job, 0, progress)

@@ -38,7 +38,7 @@ class ModelWork(Config):
     images: tuple[ImageWork, ...]
 
 
-class Job(Config):
+class EncodeJob(Config):
     """Everything that is missing, and how it is shared out."""
 
     models: tuple[ModelWork, ...]

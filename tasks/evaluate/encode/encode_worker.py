@@ -26,8 +26,8 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.zeroshot.set_layout import Span
 from tasks.evaluate.encode.encode_job import (
+    EncodeJob,
     ImageWork,
-    Job,
     ModelWork,
     failed_file,
     progress_file,
@@ -46,7 +46,7 @@ Progress = Callable[[int, str], None]
 """Called with the number of images and texts done, and what they are of."""
 
 
-def work(job: Job, rank: int, progress: Progress) -> dict[str, str]:
+def work(job: EncodeJob, rank: int, progress: Progress) -> dict[str, str]:
     """Do a rank's share of everything; returns set -> why it cannot be evaluated.
 
     Raises:
@@ -135,7 +135,7 @@ def read_images(work: ImageWork) -> ImageList:
     return ImageList(work.name, tuple(said["keys"]), spans, work.crop_px)
 
 
-def _device(job: Job, rank: int) -> str:
+def _device(job: EncodeJob, rank: int) -> str:
     return job.device if job.device == "cpu" else f"{job.device}:{rank % torch.cuda.device_count()}"
 
 
@@ -172,7 +172,7 @@ def _decoders(workers: int) -> Iterator[Executor | None]:
 def main(arguments: Sequence[str]) -> int:
     """Do a rank's share of the job in a file; exits with 2 after a mistake of the user's."""
     path, rank = Path(arguments[0]), int(arguments[1])
-    job = Job.model_validate_json(path.read_text())
+    job = EncodeJob.model_validate_json(path.read_text())
 
     def progress(done: int, detail: str) -> None:
         write_atomically(progress_file(path, rank), json.dumps({"done": done, "detail": detail}))

@@ -114,7 +114,7 @@ class PaperTable:
 
 
 @dataclass(frozen=True)
-class Reference:
+class PaperFigure:
     """A published figure."""
 
     row: str
@@ -139,7 +139,7 @@ class PaperModel:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PaperVerdict:
     """How a figure of ours stands to the published one."""
 
     verdict: Ruling
@@ -200,7 +200,9 @@ def paper_model(source: str, architecture: str) -> PaperModel | None:
     return None
 
 
-def published(row: str, set_key: str, metric: str, *, as_printed: bool = False) -> Reference | None:
+def published(
+    row: str, set_key: str, metric: str, *, as_printed: bool = False
+) -> PaperFigure | None:
     """The paper's figure of a model (its row) on a set; none where it prints none.
 
     Args:
@@ -214,7 +216,7 @@ def published(row: str, set_key: str, metric: str, *, as_printed: bool = False) 
     for one in rows_of(known.tables[0], as_printed=as_printed):
         if one.model == row:
             note = next(model.note for model in _released() if model.row == row)
-            return Reference(
+            return PaperFigure(
                 row, float(one.cells[column]), known.tolerance, one.notes.get(column, ()), note
             )
     return None
@@ -222,12 +224,12 @@ def published(row: str, set_key: str, metric: str, *, as_printed: bool = False) 
 
 def verdict(
     ours: float,
-    reference: Reference,
+    reference: PaperFigure,
     evalset: EvalSet,
     model: PaperModel,
     *,
     split: str = "",
-) -> Verdict:
+) -> PaperVerdict:
     """Whether a figure of ours, a share, is the published one.
 
     Args:
@@ -237,17 +239,17 @@ def verdict(
     """
     why_not = next(_obstacles(reference, evalset, model, split), None)
     if why_not is not None:
-        return Verdict("not comparable", why_not)
+        return PaperVerdict("not comparable", why_not)
     tolerance = UNKNOWN_TOLERANCE if reference.tolerance is None else reference.tolerance
     apart = abs(100 * ours - reference.value)
     told = f"{apart:.2f} points from {reference.value:.1f}, where {tolerance:g} count as the same"
     if apart <= tolerance + 1e-9:
-        return Verdict("reproduced", told)
-    return Verdict("differs", f"{told}; {reference.note}" if reference.note else told)
+        return PaperVerdict("reproduced", told)
+    return PaperVerdict("differs", f"{told}; {reference.note}" if reference.note else told)
 
 
 def _obstacles(
-    reference: Reference, evalset: EvalSet, model: PaperModel, split: str
+    reference: PaperFigure, evalset: EvalSet, model: PaperModel, split: str
 ) -> Iterator[str]:
     """Why a figure of ours cannot be held against the published one."""
     known = evalset.known

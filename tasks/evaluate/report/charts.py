@@ -22,7 +22,7 @@ EMPTY = Markup('<p class="quiet">no points to draw</p>')
 
 
 @dataclass(frozen=True)
-class Line:
+class ChartLine:
     """One line of a chart; `style` is a CSS class of the page."""
 
     points: Sequence[tuple[float, float]]
@@ -94,10 +94,10 @@ class _Frame:
         )
 
 
-def line_chart(lines: Sequence[Line], *, x: str, y: str, log_x: bool = False) -> Markup:
+def line_chart(lines: Sequence[ChartLine], *, x: str, y: str, log_x: bool = False) -> Markup:
     """Lines over common axes; `x` and `y` name them. Points that are not finite are left out."""
     finite = [
-        Line([p for p in line.points if all(map(math.isfinite, p))], line.label, line.style)
+        ChartLine([p for p in line.points if all(map(math.isfinite, p))], line.label, line.style)
         for line in lines
     ]
     points = [point for line in finite for point in line.points]

@@ -17,7 +17,7 @@ from typing import Any
 from markupsafe import Markup
 
 from evaclip_model.errors import InputError
-from tasks.evaluate.report.charts import Line, line_chart
+from tasks.evaluate.report.charts import ChartLine, line_chart
 
 SMOOTH = 0.03
 """Window of the smoothed loss, as a share of the curve."""
@@ -85,9 +85,9 @@ def loss_chart(curve: Curve) -> Markup:
     ]
     guessing = [(curve.samples[0], log(curve.batch)), (curve.samples[-1], log(curve.batch))]
     lines = [
-        Line(guessing, "guessing", "chance"),
-        Line(raw[::stride], "each step", "raw"),
-        Line(smooth[::stride], f"mean of {width} steps", "subject"),
+        ChartLine(guessing, "guessing", "chance"),
+        ChartLine(raw[::stride], "each step", "raw"),
+        ChartLine(smooth[::stride], f"mean of {width} steps", "subject"),
     ]
     return line_chart(lines, x="image-text pairs seen", y="contrastive loss")
 

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from evaclip_model.zeroshot.statistics import chance_of_hit, hit_rate
 from tasks.evaluate.metrics.scored import Scored, captions_of
 from tasks.evaluate.report import all_sets, examples, one_set
-from tasks.evaluate.report.charts import Line, line_chart
+from tasks.evaluate.report.charts import ChartLine, line_chart
 from tasks.evaluate.report.compute_chart import compute_chart
 from tasks.evaluate.report.curves import Curve, count_images_seen, loss_chart
 from tasks.evaluate.report.findings import Findings
@@ -95,10 +95,10 @@ def depth_chart(by_model: Mapping[str, Scored], subject: str) -> Markup:
     ks = sorted({max(1, round(answers ** (i / 40))) for i in range(41)})
     owned = [max(1, len(sample.captions)) for sample in first.evalset.samples]
     chance = [(k, 100 * chance_of_hit(k, answers, owned)) for k in ks]
-    lines = [Line(chance, "chance", "chance")]
+    lines = [ChartLine(chance, "chance", "chance")]
     for name, ranking in reversed(rankings.items()):
         style = "subject" if name == subject else "other"
-        lines.append(Line([(k, 100 * hit_rate(ranking.ranks, k)) for k in ks], name, style))
+        lines.append(ChartLine([(k, 100 * hit_rate(ranking.ranks, k)) for k in ks], name, style))
     return line_chart(lines, x="first k answers", y="right answer among them, %", log_x=True)
 
 

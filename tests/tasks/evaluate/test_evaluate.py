@@ -22,7 +22,7 @@ from evaclip_model.reading.image_decoder import decode_image
 from evaclip_model.reading.transform import image_transform
 from evaclip_model.tokenizer.tokenizer import tokenize
 from tasks.artifacts.artifact import Address, Made, produce
-from tasks.evaluate.config import STAGE, EvalSetConfig, EvaluateConfig, Machine
+from tasks.evaluate.config import STAGE, EvalSetConfig, EvaluateConfig, EvaluationMachine
 from tasks.evaluate.evaluate import evaluate_models
 from tasks.progress import silent
 
@@ -31,7 +31,6 @@ CONFIG = EvaluateConfig(
         EvalSetConfig(name="colours", folder="unused", kind="classification"),
         EvalSetConfig(name="discs", folder="unused", kind="retrieval"),
     ),
-    batch_size=2,
     title="Discs & colours",
 )
 SavedModel = Callable[[int], Path]
@@ -169,7 +168,9 @@ def test_workers_do_not_change_a_figure(
     out = tmp_path / "workers"
     out.mkdir()
     models = {"trained": saved_model(1), "untrained": saved_model(2)}
-    evaluate_models(CONFIG, models, sets, [curve], out, silent, machine=Machine(workers=2))
+    evaluate_models(
+        CONFIG, models, sets, [curve], out, silent, machine=EvaluationMachine(workers=2)
+    )
     assert (out / "results.json").read_bytes() == (made[1] / "results.json").read_bytes()
 
 
@@ -212,7 +213,7 @@ def test_one_unreadable_image_fails_the_set_in_one_sentence(
             [],
             tmp_path,
             silent,
-            machine=Machine(workers=workers),
+            machine=EvaluationMachine(workers=workers),
         )
     assert not (tmp_path / "results.json").exists()
 
@@ -258,6 +259,12 @@ def test_a_finished_evaluation_is_not_done_again(
 def test_a_wrong_set_in_a_recipe_is_explained(changes: dict, complaint: str):
     values = {"sets": [{"name": "a", "folder": "f", **changes}]}
     with pytest.raises(InputError, match=complaint):
+        EvaluateConfig.from_mapping(values, where="recipe")
+
+
+def test_a_batch_size_is_refused_with_the_reason():
+    values = {"sets": [{"name": "cifar10"}], "batch_size": 64}
+    with pytest.raises(InputError, match=r"'batch_size' is no longer a setting: .+; leave it out"):
         EvaluateConfig.from_mapping(values, where="recipe")
 
 

@@ -11,7 +11,7 @@ from tasks.evaluate.paper.averages import average, members_of, robustness, value
 from tasks.evaluate.paper.published import (
     CAPTIONS,
     PaperModel,
-    Verdict,
+    PaperVerdict,
     paper_model,
     published,
     rows_of,
@@ -35,8 +35,8 @@ def known_set(key: str, n: int | None = None) -> EvalSet:
     return class_set([i % len(names) for i in range(n)], names, known)
 
 
-def ruled(ours: float, key: str, metric: str = "top1", **told: object) -> Verdict:
-    """Verdict on a figure of the released B/16."""
+def ruled(ours: float, key: str, metric: str = "top1", **told: object) -> PaperVerdict:
+    """PaperVerdict on a figure of the released B/16."""
     reference = published(ROW, key, metric)
     assert reference is not None
     return verdict(ours, reference, known_set(key), RELEASED, **told)
@@ -106,7 +106,7 @@ def test_a_published_figure_is_the_corrected_one_unless_the_printed_one_is_asked
 def test_a_figure_within_the_tolerance_is_reproduced_and_one_outside_differs() -> None:
     assert ruled(0.7470, "imagenet1k").verdict == "reproduced"
     assert ruled(0.7455, "imagenet1k").verdict == "reproduced"
-    assert ruled(0.7454, "imagenet1k") == Verdict(
+    assert ruled(0.7454, "imagenet1k") == PaperVerdict(
         "differs", "0.16 points from 74.7, where 0.15 count as the same"
     )
     assert ruled(0.6290 - 0.0110, "objectnet").verdict == "reproduced"
@@ -170,7 +170,9 @@ def test_five_captions_an_image_are_not_cocos_25_010() -> None:
     assert reference is not None
     evalset = caption_set([5] * 5_000, known_sets()["coco"])
     told = verdict(0.422, reference, evalset, RELEASED)
-    assert told == Verdict("not comparable", "these are 25,000 captions, the figure is of 25,010")
+    assert told == PaperVerdict(
+        "not comparable", "these are 25,000 captions, the figure is of 25,010"
+    )
 
 
 def test_a_row_that_others_measured_otherwise_says_so_where_ours_differs() -> None:

@@ -19,7 +19,7 @@ from evaclip_model.create import open_model
 from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.training.monitoring.zeroshot_probe import open_probe, probe
 from evaclip_model.zeroshot.exact_ranks import normalised, text_classifier
-from tasks.evaluate.config import EvalSetConfig, EvaluateConfig, Machine
+from tasks.evaluate.config import EvalSetConfig, EvaluateConfig, EvaluationMachine
 from tasks.evaluate.encode.feature_cache import Cache, read_block, write_block
 from tasks.evaluate.encode.open_models import open_subject
 from tasks.evaluate.encode.text_features import TextFeatures, answers, encode_texts
@@ -42,13 +42,13 @@ CONFIG = EvaluateConfig(
 PROGRAM = f"""
 import json, sys
 from pathlib import Path
-from tasks.evaluate.config import EvaluateConfig, Machine
+from tasks.evaluate.config import EvaluateConfig, EvaluationMachine
 from tasks.evaluate.evaluate import evaluate_models
 from tasks.progress import silent
 given = json.loads(sys.argv[1])
 sets = {{name: Path(path) for name, path in given["sets"].items()}}
 evaluate_models(EvaluateConfig.model_validate_json({CONFIG.model_dump_json()!r}), given["models"],
-                sets, [], Path(given["out"]), silent, machine=Machine(**given["machine"]))
+                sets, [], Path(given["out"]), silent, machine=EvaluationMachine(**given["machine"]))
 """
 
 
@@ -84,7 +84,7 @@ def results_of(
     models: Mapping[str, object], sets: Mapping[str, Path], out: Path, **machine: object
 ) -> bytes:
     out.mkdir()
-    evaluate_models(CONFIG, models, sets, [], out, silent, machine=Machine(**machine))
+    evaluate_models(CONFIG, models, sets, [], out, silent, machine=EvaluationMachine(**machine))
     return (out / "results.json").read_bytes()
 
 
@@ -96,19 +96,6 @@ def test_ranks_workers_and_shards_change_no_digit(
     seven = write_both(tmp_path / "seven", write, disc, 7)
     assert results_of(models, seven, tmp_path / "ranks", ranks=2, workers=1) == expected
     assert results_of(models, seven, tmp_path / "workers", workers=4) == expected
-
-
-def test_a_batch_size_changes_no_digit(
-    tmp_path: Path, both: dict[str, Path], saved_model: SavedModel
-):
-    made = []
-    for size in (1, 100):
-        out = tmp_path / str(size)
-        out.mkdir()
-        config = CONFIG.model_copy(update={"batch_size": size})
-        evaluate_models(config, {"a": saved_model(1)}, both, [], out, silent)
-        made.append((out / "results.json").read_bytes())
-    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("victim", ["all", pytest.param("rank", marks=pytest.mark.slow)])
@@ -131,7 +118,7 @@ def test_whoever_is_killed_the_same_command_goes_on_and_gives_the_same_digits(
     kept = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
     assert kept
     wait_until_gone(ranks)
-    evaluate_models(CONFIG, models, both, [], out, silent, machine=Machine(**machine))
+    evaluate_models(CONFIG, models, both, [], out, silent, machine=EvaluationMachine(**machine))
     assert (out / "results.json").read_bytes() == expected
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
 

@@ -18,7 +18,7 @@ from evaclip_model.training.cost import image_flops
 from tasks.evaluate.paper.published import rows_of
 from tasks.evaluate.report.charts import (
     Bubble,
-    Line,
+    ChartLine,
     bubble_chart,
     interval_bar,
     line_chart,
@@ -87,15 +87,15 @@ def test_ticks_enclose_the_data_with_few_round_steps(bounds: tuple[float, float]
 
 
 def test_a_chart_leaves_out_points_that_are_not_finite_and_escapes_its_words():
-    lines = [Line([(1, 1), (2, float("nan")), (3, 2)], "<loss>", "subject")]
+    lines = [ChartLine([(1, 1), (2, float("nan")), (3, 2)], "<loss>", "subject")]
     svg = str(line_chart(lines, x="a < b", y="loss"))
     assert "nan" not in svg and "&lt;loss&gt;" in svg and "a &lt; b" in svg
     assert svg.count(",") == 2
 
 
 def test_a_chart_of_one_point_or_of_none_is_still_a_page():
-    assert "<svg" in line_chart([Line([(5, 5)], "one", "raw")], x="x", y="y", log_x=True)
-    assert "no points" in line_chart([Line([(1, float("inf"))], "none", "raw")], x="x", y="y")
+    assert "<svg" in line_chart([ChartLine([(5, 5)], "one", "raw")], x="x", y="y", log_x=True)
+    assert "no points" in line_chart([ChartLine([(1, float("inf"))], "none", "raw")], x="x", y="y")
 
 
 def test_a_curve_without_a_complete_step_is_refused(tmp_path: Path):
