@@ -1,8 +1,8 @@
-"""What `results.json` holds: every figure, with what it rests on.
+"""The content of `results.json`: every figure, with the data and settings behind it.
 
 Covers: putting figures, chance, the paper, comparisons and provenance together; the totals of the
 artifact.
-Not here: computing any of it, warnings (doubts.py), reports.
+Not here: computing any of it (metrics/compute.py), warnings (metrics/sanity_warnings.py), reports.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tasks.evaluate.paper.averages import (
     robustness,
     values_of,
 )
-from tasks.evaluate.paper.published import paper_model, published, verdict
+from tasks.evaluate.paper.published import PaperModel, paper_model, published, verdict
 from tasks.evaluate.sets.published_layout import EvalSet
 
 RULE = (
@@ -51,11 +51,11 @@ def results_of(
 
     Args:
         config: of the evaluation.
-        models: what each is; the first is the subject, which the others are compared with.
+        models: the identity of each; the first is the subject, which the others are compared with.
         sets: all of them.
         scored: set -> model -> answers, of the sets that did not fail.
         failed: set -> why it could not be evaluated.
-        seen: set -> which of its images the subject was trained on; of some sets, or none.
+        seen: set -> mask of the images that the subject was trained on; of some sets, or none.
     """
     subject = next(iter(models))
     splits = {one.name: one.split for one in config.sets}
@@ -65,6 +65,7 @@ def results_of(
         for name, by_model in scored.items()
     }
     chance = {name: chance_levels(one) for name, one in whole.items()}
+    rows = {name: paper_model(one.source, one.architecture) for name, one in models.items()}
     return {
         "title": config.title,
         "subject": subject,
@@ -84,11 +85,10 @@ def results_of(
         "results": results,
         "chance": chance,
         "paper": {
-            name: _paper(one, results[name], models, splits[name]) for name, one in whole.items()
+            name: _paper(one, results[name], rows, splits[name]) for name, one in whole.items()
         },
         "paired": {name: _paired(by_model, subject) for name, by_model in scored.items()},
-        "averages": _averages(results, models),
-        "robustness": _robustness(results, models),
+        **_averages(results, rows),
         "contamination": {
             name: {
                 "flagged": int(mask.sum()),
@@ -156,21 +156,20 @@ def _about(evalset: EvalSet, split: str) -> dict[str, Any]:
 def _paper(
     evalset: EvalSet,
     results: Mapping[str, Figures],
-    models: Mapping[str, Identity],
+    rows: Mapping[str, PaperModel | None],
     split: str,
 ) -> dict[str, dict[str, Any]]:
-    """Model -> metric -> what the paper prints, and how ours stands to it."""
+    """Model -> metric -> the figure that the paper prints, and how ours stands to it."""
     found: dict[str, dict[str, Any]] = {}
     for name, figures in results.items():
-        model = paper_model(models[name].source, models[name].architecture)
-        if model is None:
-            continue
-        for metric, value in figures.items():
-            reference = published(model.row, evalset.name, metric)
+        model = rows[name]
+        for metric in metrics_in(figures) if model else ():
+            assert model is not None
+            reference = published(model.row, evalset.name, metric.name)
             if reference is None:
                 continue
-            ruling = verdict(value, reference, evalset, model, split=split)
-            found.setdefault(name, {})[metric] = {
+            ruling = verdict(figures[metric.name], reference, evalset, model, split=split)
+            found.setdefault(name, {})[metric.name] = {
                 "published": reference.value / 100,
                 "tolerance": reference.tolerance,
                 "row": model.row,
@@ -182,44 +181,36 @@ def _paper(
 
 
 def _paired(by_model: Mapping[str, Scored], subject: str) -> dict[str, dict[str, Any]]:
-    """Other model -> metric -> how far the subject is from it on the same samples."""
-    return {
-        name: {
-            metric: asdict(one) for metric, one in compare_models(by_model[subject], other).items()
-        }
+    """Other model -> metric -> the subject's difference to it on the same samples."""
+    pairs = {
+        name: compare_models(by_model[subject], other)
         for name, other in by_model.items()
         if name != subject
+    }
+    return {
+        name: {metric: asdict(one) for metric, one in found.items()}
+        for name, found in pairs.items()
     }
 
 
 def _averages(
-    results: Mapping[str, Mapping[str, Figures]], models: Mapping[str, Identity]
-) -> dict[str, dict[str, Any]]:
-    """Table -> model -> the average over its sets, of tables of which a set was evaluated."""
-    return {
-        table: {
-            name: asdict(average(table, _values(results, name), _row(one)))
-            for name, one in models.items()
-        }
-        for table in TABLES
-        if members_of(table).keys() & results.keys()
-    }
-
-
-def _robustness(
-    results: Mapping[str, Mapping[str, Figures]], models: Mapping[str, Identity]
+    results: Mapping[str, Mapping[str, Figures]], rows: Mapping[str, PaperModel | None]
 ) -> dict[str, Any]:
-    if not members_of(ROBUSTNESS).keys() & results.keys():
-        return {}
-    return {
-        name: asdict(robustness(_values(results, name), _row(one))) for name, one in models.items()
+    """The parts `averages` (table -> model -> average) and `robustness` (model -> gap) of tables of
+    which a set was evaluated."""
+    values = {
+        name: values_of({key: by_model[name] for key, by_model in results.items()}) for name in rows
     }
-
-
-def _values(results: Mapping[str, Mapping[str, Figures]], model: str) -> dict[str, float]:
-    return values_of({name: by_model[model] for name, by_model in results.items()})
-
-
-def _row(model: Identity) -> str | None:
-    found = paper_model(model.source, model.architecture)
-    return found.row if found else None
+    beside = {name: row.row if row else None for name, row in rows.items()}
+    tables = [table for table in TABLES if members_of(table).keys() & results.keys()]
+    return {
+        "averages": {
+            table: {name: asdict(average(table, values[name], beside[name])) for name in rows}
+            for table in tables
+        },
+        "robustness": {
+            name: asdict(robustness(values[name], beside[name]))
+            for name in rows
+            if ROBUSTNESS in tables
+        },
+    }

@@ -1,7 +1,8 @@
 """The list of metrics, of which everything that is said of a figure derives.
 
 Covers: a metric (values of single samples, figure, interval, bounds under ties, paired test, chance
-level, place in reports and in the paper's tables), the ways to estimate one, the list.
+level, place in reports and in the paper's tables), the kinds of metrics by their statistics, the
+list.
 Not here: the statistics themselves (evaclip_model/zeroshot/statistics.py), the figures of a model
 on a set (compute.py).
 
@@ -16,7 +17,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from evaclip_model.zeroshot.exact_ranks import Ranking
@@ -48,8 +48,6 @@ from tasks.evaluate.sets.published_layout import EvalSet
 from tasks.evaluate.sets.set_registry import Kind, KnownSet, PaperMetric
 
 Interval = tuple[float, float]
-PerSample = Callable[[Scored, Ties], Tensor]
-"""Values of the queries of a set [Q] if ties are broken by index ("together"), won or lost."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +68,30 @@ class PairedDifference:
     """McNemar's binomial p, never too small."""
 
 
-class Estimate(ABC):
-    """How a figure, its interval and its paired test follow from a model's answers."""
+@dataclass(frozen=True, kw_only=True)
+class Metric(ABC):
+    """One figure that evaluation sets of a kind have, and everything that is told of it."""
+
+    name: str
+    """Key in `results.json` and in MLflow."""
+    title: str
+    """Name for people."""
+    kind: Kind
+    """Kind of the sets that have it."""
+    chance: Callable[[EvalSet], float] | None = None
+    """What random answers reach; None where that is not known."""
+    printed_for: PaperMetric | None = None
+    """Metric, as the registry names it, of the sets of which the paper prints this figure."""
+    column: str = ""
+    """Column of the paper's tables that prints it, of a registry entry's `key` and `column`."""
+    headline: int = 0
+    """Place among the figures shown first of those sets, which the gate judges; 0: none."""
+    is_theirs_alone: bool = False
+    """Whether only those sets have it, not every set of the kind."""
 
     @abstractmethod
     def value(self, scored: Scored, ties: Ties = "together") -> float:
-        """The figure, a share of 1."""
+        """The figure of a model on a set, a share of 1."""
 
     @abstractmethod
     def interval(self, scored: Scored) -> Interval:
@@ -83,95 +99,105 @@ class Estimate(ABC):
 
     @abstractmethod
     def compare(self, a: Scored, b: Scored) -> PairedDifference:
-        """The figure of a less that of b, on the same samples."""
+        """The figure of model a less that of model b, on the same samples."""
+
+    def bounds(self, scored: Scored) -> Interval:
+        """The figure if all ties were lost, and if all were won.
+
+        Images that tie count as one threshold of a precision, which may be worth more than any
+        order of them: the figure itself is never outside.
+        """
+        value = self.value(scored)
+        return min(value, self.value(scored, "lost")), max(value, self.value(scored, "won"))
+
+    def applies_to(self, evalset: EvalSet) -> bool:
+        """Whether a set has this figure."""
+        named = evalset.known.metric if evalset.known else None
+        return evalset.kind == self.kind and (not self.is_theirs_alone or named == self.printed_for)
 
 
-@dataclass(frozen=True)
-class HitShare(Estimate):
-    """Share of queries answered right.
+@dataclass(frozen=True, kw_only=True)
+class SampleMetric(Metric):
+    """A metric of which every query has a value of its own."""
 
-    Independent queries have Wilson's interval and McNemar's test. Queries that succeed and fail
-    together, such as the captions of one image, are drawn a whole cluster at a time in a bootstrap.
-    """
+    per_sample: Callable[[Scored, Ties], Tensor]
+    """Values of the queries [Q] if ties are broken by index ("together"), won or lost."""
 
-    per_sample: PerSample
-    """1 or true: right."""
-    cluster: Callable[[EvalSet], Tensor] | None = None
-    """Cluster of every query [Q]."""
+    def _values(self, scored: Scored, ties: Ties = "together") -> Tensor:
+        return self.per_sample(scored, ties).double()
+
+
+class HitShare(SampleMetric):
+    """Share of independent queries answered right: Wilson's interval, McNemar's test."""
 
     def value(self, scored: Scored, ties: Ties = "together") -> float:
-        hits = self.per_sample(scored, ties)
+        hits = self._values(scored, ties)
         return int(hits.sum()) / max(1, len(hits))
 
     def interval(self, scored: Scored) -> Interval:
-        hits, cluster = self.per_sample(scored, "together"), self._clusters(scored)
-        if cluster is None:
-            return wilson_interval(int(hits.sum()), len(hits))
-        return percentile_interval(resampled_means(hits, cluster))
+        hits = self._values(scored)
+        return wilson_interval(int(hits.sum()), len(hits))
 
     def compare(self, a: Scored, b: Scored) -> PairedDifference:
-        values, cluster = _differences(self.per_sample, a, b), self._clusters(a)
-        difference = float(values.mean())
-        if cluster is not None:
-            return _bootstrapped(difference, resampled_means(values, cluster), values)
+        values = self._values(a) - self._values(b)
         only_a, only_b = int((values > 0).sum()), int((values < 0).sum())
         test = mcnemar(only_a, only_b)
+        interval = matched_interval(only_a, only_b, len(values))
         return PairedDifference(
-            difference,
-            matched_interval(only_a, only_b, len(values)),
-            test.mid,
-            "McNemar, mid-p",
-            only_a,
-            only_b,
-            test.exact,
+            float(values.mean()), interval, test.mid, "McNemar, mid-p", only_a, only_b, test.exact
         )
 
-    def _clusters(self, scored: Scored) -> Tensor | None:
-        """Clusters, unless each holds one query."""
-        if self.cluster is None:
-            return None
-        clusters = self.cluster(scored.evalset)
-        return clusters if len(torch.unique(clusters)) < len(clusters) else None
 
-
-@dataclass(frozen=True)
-class SampleMean(Estimate):
-    """Mean of values of any size over samples, with a bootstrap over them."""
-
-    per_sample: PerSample
-
-    def value(self, scored: Scored, ties: Ties = "together") -> float:
-        return float(self.per_sample(scored, ties).mean())
+class CaptionHitShare(HitShare):
+    """Share of captions answered right. Those of one image succeed and fail together, so that
+    images are drawn, in a bootstrap, unless each has one caption."""
 
     def interval(self, scored: Scored) -> Interval:
-        return percentile_interval(resampled_means(self.per_sample(scored, "together")))
+        if _has_one_caption_each(scored):
+            return super().interval(scored)
+        owner = image_of_caption(scored.evalset)
+        return percentile_interval(resampled_means(self._values(scored), owner))
 
     def compare(self, a: Scored, b: Scored) -> PairedDifference:
-        values = _differences(self.per_sample, a, b)
+        if _has_one_caption_each(a):
+            return super().compare(a, b)
+        values = self._values(a) - self._values(b)
+        draws = resampled_means(values, image_of_caption(a.evalset))
+        return _bootstrapped(float(values.mean()), draws, values)
+
+
+class SampleMean(SampleMetric):
+    """Mean of values of any size over samples, with a bootstrap over them."""
+
+    def value(self, scored: Scored, ties: Ties = "together") -> float:
+        return float(self._values(scored, ties).mean())
+
+    def interval(self, scored: Scored) -> Interval:
+        return percentile_interval(resampled_means(self._values(scored)))
+
+    def compare(self, a: Scored, b: Scored) -> PairedDifference:
+        values = self._values(a) - self._values(b)
         return _bootstrapped(float(values.mean()), resampled_means(values))
 
 
-@dataclass(frozen=True)
-class ClassMean(Estimate):
+class ClassMean(SampleMetric):
     """Share of hits in each class, then the mean over classes, with a bootstrap over samples."""
 
-    per_sample: PerSample
-
     def value(self, scored: Scored, ties: Ties = "together") -> float:
-        return mean_per_class(self.per_sample(scored, ties), labels_of(scored.evalset))
+        return mean_per_class(self._values(scored, ties), labels_of(scored.evalset))
 
     def interval(self, scored: Scored) -> Interval:
-        hits = self.per_sample(scored, "together")
-        return percentile_interval(resampled_class_means(hits, labels_of(scored.evalset)))
+        labels = labels_of(scored.evalset)
+        return percentile_interval(resampled_class_means(self._values(scored), labels))
 
     def compare(self, a: Scored, b: Scored) -> PairedDifference:
-        values, labels = _differences(self.per_sample, a, b), labels_of(a.evalset)
+        values, labels = self._values(a) - self._values(b), labels_of(a.evalset)
         draws = resampled_class_means(values, labels)
         return _bootstrapped(mean_per_class(values, labels), draws, values)
 
 
-@dataclass(frozen=True)
-class MeanPrecision(Estimate):
+@dataclass(frozen=True, kw_only=True)
+class MeanPrecision(Metric):
     """Average precision of each class, then the mean over classes, with a bootstrap over images.
 
     It ranks images against each other, so no single image has a value of its own.
@@ -194,64 +220,12 @@ class MeanPrecision(Estimate):
         return resampled_precisions(_scores(scored), positives_of(scored.evalset), self.curve)
 
 
-@dataclass(frozen=True)
-class Metric:
-    """One figure that evaluation sets of a kind have, and everything that is told of it."""
-
-    name: str
-    """Key in `results.json` and in MLflow."""
-    title: str
-    """Name for people."""
-    kind: Kind
-    """Kind of the sets that have it."""
-    estimate: Estimate
-    chance: Callable[[EvalSet], float] | None = None
-    """What random answers reach; None where that is not known."""
-    printed_for: PaperMetric | None = None
-    """Metric, as the registry names it, of the sets of which the paper prints this figure."""
-    column: str = ""
-    """Column of the paper's tables that prints it, of a registry entry's `key` and `column`."""
-    headline: int = 0
-    """Place among the figures shown first of those sets, which the gate judges; 0: none."""
-    is_theirs_alone: bool = False
-    """Whether only those sets have it, not every set of the kind."""
-
-    def applies_to(self, evalset: EvalSet) -> bool:
-        """Whether a set has this figure."""
-        named = evalset.known.metric if evalset.known else None
-        return evalset.kind == self.kind and (not self.is_theirs_alone or named == self.printed_for)
-
-    def value(self, scored: Scored) -> float:
-        """The figure of a model on a set, a share of 1."""
-        return self.estimate.value(scored)
-
-    def interval(self, scored: Scored) -> Interval:
-        """Its 95 % interval."""
-        return self.estimate.interval(scored)
-
-    def bounds(self, scored: Scored) -> Interval:
-        """The figure if all ties were lost, and if all were won.
-
-        Images that tie count as one threshold of a precision, which may be worth more than any
-        order of them: the figure itself is never outside.
-        """
-        value, lost, won = (self.estimate.value(scored, one) for one in _TIES)
-        return min(value, lost), max(value, won)
-
-    def compare(self, a: Scored, b: Scored) -> PairedDifference:
-        """The figure of a less that of b, on the same samples."""
-        return self.estimate.compare(a, b)
-
-
 def _ranks(ranking: Ranking | None, ties: Ties) -> Tensor:
     """Ranks [Q] of the right answers under a rule for ties."""
     assert ranking is not None, "Scored.check_complete comes first"
-    by_rule = {
-        "together": ranking.ranks,
-        "won": ranking.best_ranks,
-        "lost": ranking.worst_ranks,
-    }
-    return by_rule[ties]
+    if ties == "together":
+        return ranking.ranks
+    return ranking.best_ranks if ties == "won" else ranking.worst_ranks
 
 
 def _scores(scored: Scored) -> Tensor:
@@ -259,34 +233,15 @@ def _scores(scored: Scored) -> Tensor:
     return scored.scores
 
 
-def _class_in_first(k: int) -> PerSample:
-    return lambda scored, ties: _ranks(scored.classes, ties) < k
-
-
-def _mean_of_top1_and_top5(scored: Scored, ties: Ties) -> Tensor:
-    ranks = _ranks(scored.classes, ties)
-    return ((ranks < 1).double() + (ranks < 5).double()) / 2
-
-
-def _differences(per_sample: PerSample, a: Scored, b: Scored) -> Tensor:
-    """Value of a less that of b of every query [Q], in fp64."""
-    return per_sample(a, "together").double() - per_sample(b, "together").double()
+def _has_one_caption_each(scored: Scored) -> bool:
+    return len(captions_of(scored.evalset)) == len(scored.evalset)
 
 
 def _bootstrapped(difference: float, draws: Tensor, hits: Tensor | None = None) -> PairedDifference:
     """A difference from bootstrap draws of it; `hits` [Q] are 1, 0 and -1 of what counts hits."""
-    return PairedDifference(
-        difference,
-        percentile_interval(draws),
-        two_sided_p(draws),
-        "paired bootstrap",
-        None if hits is None else int((hits > 0).sum()),
-        None if hits is None else int((hits < 0).sum()),
-    )
-
-
-def _chance_of_class(k: int) -> Callable[[EvalSet], float]:
-    return lambda evalset: min(1.0, k / len(evalset.classnames))
+    counts = (None, None) if hits is None else (int((hits > 0).sum()), int((hits < 0).sum()))
+    interval, p = percentile_interval(draws), two_sided_p(draws)
+    return PairedDifference(difference, interval, p, "paired bootstrap", *counts)
 
 
 def _chance_of_precision(evalset: EvalSet) -> float:
@@ -296,23 +251,25 @@ def _chance_of_precision(evalset: EvalSet) -> float:
 
 
 def define_top(k: int, **more: Any) -> Metric:
-    return Metric(
-        f"top{k}",
-        f"top-{k}",
-        "classification",
-        HitShare(_class_in_first(k)),
-        _chance_of_class(k),
+    """Share of images whose class is among the first k."""
+    return HitShare(
+        name=f"top{k}",
+        title=f"top-{k}",
+        kind="classification",
+        per_sample=lambda scored, ties: _ranks(scored.classes, ties) < k,
+        chance=lambda evalset: min(1.0, k / len(evalset.classnames)),
         **more,
     )
 
 
 def define_image_to_text(k: int, headline: int = 0) -> Metric:
-    return Metric(
-        f"image_to_text_r{k}",
-        f"image → text R@{k}",
-        "retrieval",
-        HitShare(lambda scored, ties: _ranks(scored.texts, ties) < k),
-        lambda evalset: chance_of_hit(
+    """Share of images with a caption of theirs among the first k."""
+    return HitShare(
+        name=f"image_to_text_r{k}",
+        title=f"image → text R@{k}",
+        kind="retrieval",
+        per_sample=lambda scored, ties: _ranks(scored.texts, ties) < k,
+        chance=lambda evalset: chance_of_hit(
             k, len(captions_of(evalset)), [len(sample.captions) for sample in evalset.samples]
         ),
         printed_for="retrieval",
@@ -322,62 +279,63 @@ def define_image_to_text(k: int, headline: int = 0) -> Metric:
 
 
 def define_text_to_image(k: int, headline: int = 0) -> Metric:
-    return Metric(
-        f"text_to_image_r{k}",
-        f"text → image R@{k}",
-        "retrieval",
-        HitShare(lambda scored, ties: _ranks(scored.images, ties) < k, image_of_caption),
-        lambda evalset: min(1.0, k / len(evalset)),
+    """Share of captions whose image is among the first k."""
+    return CaptionHitShare(
+        name=f"text_to_image_r{k}",
+        title=f"text → image R@{k}",
+        kind="retrieval",
+        per_sample=lambda scored, ties: _ranks(scored.images, ties) < k,
+        chance=lambda evalset: min(1.0, k / len(evalset)),
         printed_for="retrieval",
         column=f"{{key}}_image_r{k}",
         headline=headline,
     )
 
 
-_TIES: tuple[Ties, ...] = ("together", "lost", "won")
-METRICS = (
+def _mean_of_top1_and_top5(scored: Scored, ties: Ties) -> Tensor:
+    ranks = _ranks(scored.classes, ties)
+    return ((ranks < 1).double() + (ranks < 5).double()) / 2
+
+
+METRICS: tuple[Metric, ...] = (
     define_top(1, printed_for="top1", column="{column}", headline=1),
     define_top(5),
-    Metric(
-        "kinetics_mean",
-        "mean of top-1 and top-5",
-        "classification",
-        SampleMean(_mean_of_top1_and_top5),
-        lambda evalset: (_chance_of_class(1)(evalset) + _chance_of_class(5)(evalset)) / 2,
+    SampleMean(
+        name="kinetics_mean",
+        title="mean of top-1 and top-5",
+        kind="classification",
+        per_sample=_mean_of_top1_and_top5,
+        chance=lambda evalset: sum(min(1.0, k / len(evalset.classnames)) for k in (1, 5)) / 2,
         printed_for="kinetics_mean",
         column="{column}",
         headline=1,
         is_theirs_alone=True,
     ),
-    Metric(
-        "mean_per_class",
-        "mean per class",
-        "classification",
-        ClassMean(_class_in_first(1)),
-        lambda evalset: 1 / len(evalset.classnames),
+    ClassMean(
+        name="mean_per_class",
+        title="mean per class",
+        kind="classification",
+        per_sample=lambda scored, ties: _ranks(scored.classes, ties) < 1,
+        chance=lambda evalset: 1 / len(evalset.classnames),
     ),
-    Metric(
-        "map",
-        "mAP",
-        "multilabel",
-        MeanPrecision(area),
-        _chance_of_precision,
+    MeanPrecision(
+        name="map",
+        title="mAP",
+        kind="multilabel",
+        curve=area,
+        chance=_chance_of_precision,
         printed_for="map",
         headline=1,
     ),
-    Metric(
-        "map_11pt",
-        "mAP, 11 points",
-        "multilabel",
-        MeanPrecision(eleven_points),
-        _chance_of_precision,
+    MeanPrecision(
+        name="map_11pt",
+        title="mAP, 11 points",
+        kind="multilabel",
+        curve=eleven_points,
+        chance=_chance_of_precision,
     ),
-    define_image_to_text(1, headline=2),
-    define_image_to_text(5),
-    define_image_to_text(10),
-    define_text_to_image(1, headline=1),
-    define_text_to_image(5),
-    define_text_to_image(10),
+    *(define_image_to_text(k, headline=2 if k == 1 else 0) for k in (1, 5, 10)),
+    *(define_text_to_image(k, headline=1 if k == 1 else 0) for k in (1, 5, 10)),
 )
 """Every metric, in the order in which figures are shown."""
 

@@ -14,7 +14,6 @@ from tasks.evaluate.metrics.compute import chance_levels, compare_models, comput
 from tasks.evaluate.metrics.metric import (
     METRICS,
     HitShare,
-    Metric,
     SampleMean,
     define_top,
     headlines_of,
@@ -29,11 +28,11 @@ from tests.tasks.evaluate.fixed_evaluation import fixed_evaluation
 
 RANKS = torch.tensor([0, 3, 7, 20])
 KINETICS = class_set([0, 1, 2, 3], [f"class {n}" for n in range(30)], known_sets()["kinetics400"])
-IN_FIRST_20 = Metric(
-    "in_first_20",
-    "in the first 20",
-    "classification",
-    HitShare(lambda scored, ties: scored.classes.ranks < 20),
+IN_FIRST_20 = HitShare(
+    name="in_first_20",
+    title="in the first 20",
+    kind="classification",
+    per_sample=lambda scored, ties: scored.classes.ranks < 20,
 )
 """A metric of which nobody has said what chance reaches."""
 
@@ -57,7 +56,7 @@ def test_top_10_is_one_entry_and_changes_nothing_of_the_mean_of_top_1_and_top_5(
     assert chance_levels(KINETICS)["top10"] == pytest.approx(10 / 30)
     assert after["intervals"]["top10"][0] < 0.75 < after["intervals"]["top10"][1]
     assert compare_models(scored(), scored(RANKS + 5))["top10"].test == "McNemar, mid-p"
-    mean = next(one for one in METRICS if one.name == "kinetics_mean").estimate
+    mean = next(one for one in METRICS if one.name == "kinetics_mean")
     assert isinstance(mean, SampleMean)
     assert mean.per_sample(scored(), "together").tolist() == [1, 0.5, 0, 0]
     assert after["kinetics_mean"] == before["kinetics_mean"] == 0.375
