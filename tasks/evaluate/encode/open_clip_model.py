@@ -1,15 +1,16 @@
 """open_clip's models behind the form of models.py; the one place that imports that library.
 
-Covers: naming one, its identity, its own preprocessing, texts cut at their end where that changes
-nothing.
+Covers: naming one, its identity, its own preprocessing, what a file of weights does not say, texts
+cut at their end where that changes nothing.
 Not here: our own models.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,18 +22,43 @@ from evaclip_model.errors import InputError
 from tasks.evaluate.encode.model_identity import DIGEST_CHARS, Identity, digest_of
 from tasks.evaluate.torchvision_import import import_torchvision
 
+LOCAL_DIR = "local-dir:"
+"""Before a folder of open_clip_config.json and weights, as open_clip names such models itself."""
+CONFIG = "open_clip_config.json"
+_QUICK = "-quickgelu"
 _CUT_POOLING = ("argmax", "eos")
 """Poolings that look at the end token alone."""
 
 
+def open_clip_files(named: str) -> list[Path]:
+    """The files on this machine that decide what `named` is: weights, and a config beside them."""
+    if named.startswith(LOCAL_DIR):
+        folder = Path(named.removeprefix(LOCAL_DIR))
+        return sorted(path for path in folder.rglob("*") if path.is_file())
+    weights = Path(named.partition("/")[2])
+    if not weights.is_file():  # a tag
+        return []
+    config = _config_beside(weights)
+    return [weights, *([config] if config else [])]
+
+
 def open_clip_subject(named: str, device: str, precision: Precision) -> OpenClipSubject:
-    """Open `NAME/WEIGHTS`: a file, or one of open_clip's pretrained tags, which it downloads.
+    """Open `NAME/WEIGHTS` or `local-dir:FOLDER`.
+
+    WEIGHTS is a file, or one of open_clip's pretrained tags, which it downloads. Where
+    open_clip_config.json lies beside a file, it says what model that is, and how images are
+    prepared, instead of NAME's defaults.
 
     Raises:
-        InputError: the library cannot be imported, or has no such model, tag or file.
+        InputError: the library cannot be imported, or has no such model, tag, file or folder.
     """
     open_clip = _library()
     name, _, weights = named.partition("/")
+    config = _config_beside(Path(weights)) if weights else None
+    if named.startswith(LOCAL_DIR):
+        return _open_local(open_clip, named, None, device, precision)
+    if config is not None:
+        return _open_local(open_clip, f"{LOCAL_DIR}{config.parent}", weights, device, precision)
     if name not in open_clip.list_models():
         raise InputError(f"open_clip has no model '{name}': `open_clip.list_models()` names them")
     if not weights:
@@ -46,10 +72,28 @@ def open_clip_subject(named: str, device: str, precision: Precision) -> OpenClip
     return OpenClipSubject(model.eval().to(device), open_clip.get_tokenizer(name), open_clip)
 
 
+def _open_local(
+    open_clip: Any, folder: str, weights: str | None, device: str, precision: Precision
+) -> OpenClipSubject:
+    """A model as the open_clip_config.json of a folder describes it, its weights from there or a
+    file."""
+    try:
+        model = open_clip.create_model(folder, load_weights=weights is None, precision=precision)
+        if weights is not None:
+            open_clip.load_checkpoint(model, weights)
+        tokenizer = open_clip.get_tokenizer(folder)
+    except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"open_clip:{folder} cannot be opened{f' with {weights}' if weights else ''}: "
+            f"{str(error)[:300]}"
+        ) from error
+    return OpenClipSubject(model.eval().to(device), tokenizer, open_clip)
+
+
 def open_clip_identity(named: str) -> Identity:
-    """What `NAME/WEIGHTS` is; the model is loaded for it."""
+    """What `NAME/WEIGHTS` or `local-dir:FOLDER` is; the model is loaded for it."""
     subject = open_clip_subject(named, "cpu", "fp32")
-    name = named.partition("/")[0]
+    name = named if named.startswith(LOCAL_DIR) else named.partition("/")[0]
     model = subject.model
     preprocessing = {"by": "open_clip", **model.visual.preprocess_cfg}
     state = model.state_dict()
@@ -63,7 +107,48 @@ def open_clip_identity(named: str) -> Identity:
         gflops=_gflops(subject),
         source=f"open_clip:{named}",
         preprocessing=preprocessing,
+        warnings=_assumptions(named, preprocessing),
     )
+
+
+def _assumptions(named: str, preprocessing: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a file of weights does not say and was therefore taken from its architecture's name."""
+    open_clip = _library()
+    name, _, weights = named.partition("/")
+    if named.startswith(LOCAL_DIR) or _config_beside(Path(weights)) is not None:
+        return ()
+    is_quick = bool(open_clip.get_model_config(name).get("quick_gelu", False))
+    used = "QuickGELU" if is_quick else "GELU"
+    if not Path(weights).is_file():  # a tag: the library knows what it was trained with
+        trained = bool(open_clip.get_pretrained_cfg(name, weights).get("quick_gelu", is_quick))
+        if trained == is_quick:
+            return ()
+        return (
+            f"the activation of {name} is {used}, but '{weights}' was trained with the other one: "
+            f"evaluate {_twin(name)}/{weights}",
+        )
+    found = [
+        f"the file does not say how images were normalised in training: mean "
+        f"{preprocessing.get('mean')} and std {preprocessing.get('std')} of {name} were assumed "
+        f"({CONFIG} beside the file would say it)"
+    ]
+    if _twin(name) in open_clip.list_models():
+        found.append(
+            f"the file does not say which activation it was trained with: {used} of {name} was "
+            f"assumed; there is {_twin(name)} too, and weights that go back to OpenAI's, DFN's or "
+            "MetaCLIP's need QuickGELU"
+        )
+    return tuple(found)
+
+
+def _twin(name: str) -> str:
+    """The architecture that differs in its activation alone."""
+    return name.removesuffix(_QUICK) if name.endswith(_QUICK) else f"{name}{_QUICK}"
+
+
+def _config_beside(weights: Path) -> Path | None:
+    path = weights.parent / CONFIG
+    return path if weights.is_file() and path.is_file() else None
 
 
 class OpenClipSubject:

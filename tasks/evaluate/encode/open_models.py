@@ -7,6 +7,7 @@ Not here: fetching from a registry (the flow does that first), open_clip (open_c
     FOLDER                     a saved model
     PATH:ARCHITECTURE          weights of any layout that `load_weights` reads, as an architecture
     open_clip:NAME/WEIGHTS     a model of open_clip's, with a file or one of its pretrained tags
+    open_clip:local-dir:FOLDER the same, as open_clip_config.json in the folder describes it
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from evaclip_model.weights.tensor_files import StoredTensor
 from tasks.evaluate.encode.model_identity import DIGEST_CHARS, Identity, digest_of
 
 OPEN_CLIP = "open_clip:"
-_FORM = 1
+_FORM = 2
 """Rises when an identity would be another for the same files."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -101,7 +102,11 @@ def open_subject(spec: str, *, device: str = "cpu", precision: Precision = "fp32
 
 def files_of(spec: str) -> list[Path]:
     """The files a model is made of, as far as they are on this machine."""
-    path = Path(spec.partition("/")[2]) if spec.startswith(OPEN_CLIP) else _parts(spec)[0]
+    if spec.startswith(OPEN_CLIP):
+        from tasks.evaluate.encode.open_clip_model import open_clip_files
+
+        return open_clip_files(spec.removeprefix(OPEN_CLIP))
+    path = _parts(spec)[0]
     return sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
 
 

@@ -16,6 +16,7 @@ from evaclip_model.create import open_model
 from evaclip_model.errors import InputError
 from evaclip_model.weights.load import save_model
 from tasks.evaluate.config import EvalSetConfig, EvaluateConfig
+from tasks.evaluate.encode.open_clip_model import _assumptions
 from tasks.evaluate.encode.open_models import identify, open_subject
 from tasks.evaluate.encode.text_features import TextFeatures, encode_texts
 from tasks.evaluate.evaluate import evaluate_models
@@ -170,3 +171,44 @@ def test_ours_and_another_librarys_stand_side_by_side(
     assert results["models"]["theirs"]["architecture"] == "open_clip tiny-beside"
     assert set(results["results"]["colours"]) == {"ours", "theirs"}
     assert "top1" in results["paired"]["colours"]["theirs"]
+
+
+def test_what_a_file_of_open_clips_does_not_say_is_a_warning(tiny, open_clip, tmp_path: Path):
+    spec = tiny("tiny-assumed")
+    assumed = identify(spec).warnings
+    assert len(assumed) == 1 and "mean (0.48145466" in assumed[0] and "assumed" in assumed[0]
+    name, _, file = spec.removeprefix("open_clip:").partition("/")
+    config = open_clip.get_model_config(name)
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    shutil.copy(file, folder / "weights.pt")
+    (folder / "open_clip_config.json").write_text(
+        json.dumps(
+            {
+                "model_cfg": {**config, "quick_gelu": True},
+                "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
+            }
+        )
+    )
+    found = identify(f"open_clip:{name}/{folder / 'weights.pt'}")
+    assert found.warnings == ()
+    assert list(found.preprocessing["mean"]) == [0.5] * 3
+    pixels = torch.rand(1, 3, 32, 32)
+    opened, other = (
+        open_subject(one) for one in (f"open_clip:{name}/{folder / 'weights.pt'}", spec)
+    )
+    assert not torch.equal(opened.encode_image(pixels), other.encode_image(pixels))
+    (folder / "weights.pt").rename(folder / "model.pth")
+    local = identify(f"open_clip:local-dir:{folder}")
+    assert list(local.preprocessing["mean"]) == [0.5] * 3
+    assert torch.equal(
+        open_subject(f"open_clip:local-dir:{folder}").encode_image(pixels),
+        opened.encode_image(pixels),
+    )
+
+
+def test_an_activation_that_a_pretrained_tag_was_not_trained_with_is_a_warning(open_clip):
+    (said,) = _assumptions("ViT-B-32/openai", {})
+    assert "ViT-B-32-quickgelu/openai" in said
+    assert _assumptions("ViT-B-32-quickgelu/openai", {}) == ()
+    assert _assumptions("ViT-B-32/laion2b_s34b_b79k", {}) == ()
