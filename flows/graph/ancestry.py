@@ -9,13 +9,14 @@ made it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from evaclip_model.errors import InputError
 from flows.graph.step import Role
 from tasks.artifacts.artifact import Artifact
+from tasks.artifacts.provenance import walk_up
 from tasks.demo.config import STAGE as DEMO
 from tasks.join.config import STAGE as JOIN
 from tasks.join.join import read_parts
@@ -58,11 +59,11 @@ def ancestors_of(artifact: Artifact, artifacts: Sequence[Artifact]) -> list[Arti
     Raises:
         InputError: something of it is not there any more.
     """
-    known = {one.digest: one for one in artifacts}
-    found = list(_upward(artifact, known, {}))
+    found = _upward(artifact, artifacts)
+    digests = {one.digest for one in found}
     for one in found:
         for role, digest in one.parents.items():
-            if digest not in known and (role in _OF_STEPS or one.kind == JOIN.name):
+            if digest not in digests and (role in _OF_STEPS or one.kind == JOIN.name):
                 raise _gone(one, role)
     return found
 
@@ -94,7 +95,7 @@ def first_row_in(
 ) -> int | None:
     """Where a verification's samples begin in the index that a dataset version was chosen from;
     None if they are not in it."""
-    above = list(_upward(version, {one.digest: one for one in artifacts}, {}))
+    above = _upward(version, artifacts)
     if all(one.digest != verified.digest for one in above):
         return None
     for join in (one for one in above if one.kind == JOIN.name):
@@ -144,16 +145,10 @@ def _aliases(version: RegisteredVersion) -> str:
     return "".join(f" @{alias}" for alias in aliases)
 
 
-def _upward(
-    artifact: Artifact, known: Mapping[str, Artifact], seen: dict[str, Artifact]
-) -> Iterator[Artifact]:
+def _upward(artifact: Artifact, artifacts: Sequence[Artifact]) -> list[Artifact]:
     """An artifact behind all that it was made from, each once."""
-    seen[artifact.digest] = artifact
-    for digest in artifact.parents.values():
-        parent = known.get(digest)
-        if parent is not None and digest not in seen and parent.kind != DEMO.name:
-            yield from _upward(parent, known, seen)
-    yield artifact
+    known = {one.digest: one for one in artifacts if one.kind != DEMO.name}
+    return list(walk_up([artifact], known.get).values())
 
 
 def _gone(artifact: Artifact, role: str) -> InputError:

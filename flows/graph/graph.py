@@ -43,7 +43,6 @@ from tasks.dataset.lists import read_takedowns, takedowns_digest
 from tasks.demo.config import STAGE as DEMO
 from tasks.demo.config import DemoConfig
 from tasks.download.config import STAGE as DOWNLOAD
-from tasks.download.config import DownloadConfig
 from tasks.download.download import PROGRESS, Crew, download_images
 from tasks.download.url_tables import expected_bytes
 from tasks.evaluate.config import ATTACHED, EvaluateConfig
@@ -119,20 +118,16 @@ class Graph:
         """All of them, in the order of work."""
         return (*self.data_steps, *self.model_steps, *self.results)
 
-    def find(self, stage: Stage) -> Step | None:
-        """The first step of a stage, if there is one."""
-        return next((step for step in self.steps if step.stage.name == stage.name), None)
-
     def step(self, stage: Stage) -> Step:
         """The first step of a stage.
 
         Raises:
             InputError: the recipe has none.
         """
-        found = self.find(stage)
-        if found is None:
-            raise InputError(f"the recipe has no [{stage.name}] table: add one")
-        return found
+        for step in self.steps:
+            if step.stage.name == stage.name:
+                return step
+        raise InputError(f"the recipe has no [{stage.name}] table: add one")
 
     @property
     def evaluate(self) -> Step:
@@ -261,43 +256,29 @@ def merge_step(
 
     targets = [source.target_count for source in config.sources]
     rows = f"{sum(t for t in targets if t):,} rows" if all(targets) else "every row that passes"
-    return Step(
-        site.root,
-        MERGE,
-        config,
-        inputs,
-        make,
-        what=f"at most {rows} from {len(targets)} sources",
-        absent=tuple(marks.absent),
-        record=Record(outside=partial(describe_sources, config=config)),
-    )
+    what = f"at most {rows} from {len(targets)} sources"
+    record = Record(outside=partial(describe_sources, config=config))
+    return Step(site.root, MERGE, config, inputs, make, what, marks.absent, record)
 
 
 def download_step(site: Site, recipe: Recipe, merged: Step | Artifact) -> Step:
     """The images of a merge, as shards."""
-    config: DownloadConfig = recipe.download
+    config = recipe.download
 
     def make(profile: Profile, out: Path, report: Report) -> Made:
         from tasks.demo.demo_web import serving
 
-        crew = Crew(
-            profile.download_processes, profile.download_threads, profile.download_distributor
-        )
+        processes, threads = profile.download_processes, profile.download_threads
+        crew = Crew(processes, threads, profile.download_distributor)
         with serving(recipe.demo) if recipe.demo else nullcontext():
             return download_images(config, finished(merged).folder, out, crew, report)
 
     needed = expected_bytes(expected_samples(recipe), config.image_px)
     size = f"{needed / 1e12:,.1f} TB" if needed >= 1e12 else f"{needed / 1e6:,.0f} MB"
-    return Step(
-        site.root,
-        DOWNLOAD,
-        config,
-        {Role.MERGE: merged},
-        make,
-        what=f"about {size}, {config.image_px} px",
-        expected_bytes=needed,
-        record=Record(datasets={"merged": merged}, metrics=PROGRESS),
-    )
+    what = f"about {size}, {config.image_px} px"
+    record = Record({"merged": merged}, metrics=PROGRESS)
+    step = Step(site.root, DOWNLOAD, config, {Role.MERGE: merged}, make, what, record=record)
+    return replace(step, expected_bytes=needed)
 
 
 def verify_step(site: Site, config: VerifyConfig, downloaded: Step) -> Step:
@@ -308,15 +289,9 @@ def verify_step(site: Site, config: VerifyConfig, downloaded: Step) -> Step:
 
         return verify_shards(config, downloaded.folder, out, len(sched_getaffinity(0)), report)
 
-    return Step(
-        site.root,
-        VERIFY,
-        config,
-        {Role.DOWNLOAD: downloaded},
-        make,
-        what="every shard opened, every image decoded",
-        record=Record(datasets={"downloaded": downloaded}),
-    )
+    what, inputs = "every shard opened, every image decoded", {Role.DOWNLOAD: downloaded}
+    record = Record({"downloaded": downloaded})
+    return Step(site.root, VERIFY, config, inputs, make, what, record=record)
 
 
 def join_step(site: Site, verified: Sequence[Step | Artifact]) -> Step:
@@ -364,16 +339,9 @@ def dataset_step(site: Site, config: DatasetConfig, data: Step | Artifact) -> St
         takedowns = takedowns_of(entries, plain)
         return make_dataset(config, ancestors, outside, takedowns, out, report)
 
-    return Step(
-        site.root,
-        DATASET,
-        config,
-        inputs,
-        make,
-        what="what is left out, as tombstones; a card",
-        absent=tuple(marks.absent),
-        record=Record(datasets={"verified": data}, files=(CARD,)),
-    )
+    what = "what is left out, as tombstones; a card"
+    record = Record({"verified": data}, files=(CARD,))
+    return Step(site.root, DATASET, config, inputs, make, what, marks.absent, record)
 
 
 def initialise_step(site: Site, config: InitialiseConfig) -> Step:
@@ -389,15 +357,8 @@ def initialise_step(site: Site, config: InitialiseConfig) -> Step:
 
         return initialise_model(config, out, report)
 
-    return Step(
-        site.root,
-        INITIALISE,
-        config,
-        inputs,
-        make,
-        what=f"model {config.model}",
-        absent=tuple(marks.absent),
-    )
+    what = f"model {config.model}"
+    return Step(site.root, INITIALISE, config, inputs, make, what, marks.absent)
 
 
 def train_step(site: Site, config: TrainConfig, start: Step | Artifact, dataset: Step) -> Step:
@@ -409,18 +370,11 @@ def train_step(site: Site, config: TrainConfig, start: Step | Artifact, dataset:
         inputs = Inputs(start.folder / MODEL_FOLDER, dataset.folder / SHARDS)
         return train_model(config, inputs, out, profile.launch, report)
 
-    return Step(
-        site.root,
-        TRAIN,
-        config,
-        {Role.START: start, Role.DATASET: dataset},
-        make,
-        what=f"{config.steps:,} steps of {config.global_batch:,} = {config.samples_seen:,} samples",
-        title=f"{TRAIN.name} {config.name}",
-        record=Record(
-            {"training": dataset}, files=(METRICS_FILE, RESULT_FILE), metrics=METRICS_FILE
-        ),
-    )
+    inputs: dict[str, Input] = {Role.START: start, Role.DATASET: dataset}
+    what = f"{config.steps:,} steps of {config.global_batch:,} = {config.samples_seen:,} samples"
+    record = Record({"training": dataset}, files=(METRICS_FILE, RESULT_FILE), metrics=METRICS_FILE)
+    step = Step(site.root, TRAIN, config, inputs, make, what, record=record)
+    return replace(step, title=f"{TRAIN.name} {config.name}")
 
 
 def untrained(start: Step) -> Beside:
@@ -438,28 +392,20 @@ def comparison_step(
 ) -> Step:
     """A trained model beside another one on a recipe's evaluation sets."""
     marks = OutsideMarks(site.demo)
-    folders = {one.name: (one.folder, f"evaluate.sets '{one.name}'") for one in config.sets}
-    sets = {name: marks.mark(*found) for name, found in folders.items()}
-    step = evaluate_step(
-        site.root,
-        config,
-        {Role.TRAINED: train[-1], beside.role: beside.mark, **sets},
-        {TRAINED: train[-1].folder / MODEL_FOLDER, beside.name: beside.folder},
-        lambda: {
-            name: find_all([folder], site.demo, where)[0]
-            for name, (folder, where) in folders.items()
-        },
-        train,
-        dataset,
-        title,
-    )
-    datasets = {"evaluation": site.demo} if site.demo else {}
-    return replace(
-        step,
-        what=f"{len(sets)} sets, {TRAINED} and {beside.name} model",
-        absent=tuple(marks.absent),
-        record=replace(step.record, datasets=datasets),
-    )
+    where = {one.name: f"evaluate.sets '{one.name}'" for one in config.sets}
+
+    def find_sets() -> dict[str, Path]:
+        return {
+            one.name: find_all([one.folder], site.demo, where[one.name])[0] for one in config.sets
+        }
+
+    sets = {one.name: marks.mark(one.folder, where[one.name]) for one in config.sets}
+    inputs = {Role.TRAINED: train[-1], beside.role: beside.mark, **sets}
+    models = {TRAINED: train[-1].folder / MODEL_FOLDER, beside.name: beside.folder}
+    step = evaluate_step(site.root, config, inputs, models, find_sets, train, dataset, title)
+    what = f"{len(sets)} sets, {TRAINED} and {beside.name} model"
+    record = replace(step.record, datasets={"evaluation": site.demo} if site.demo else {})
+    return replace(step, what=what, absent=marks.absent, record=record)
 
 
 def evaluate_step(
@@ -495,24 +441,22 @@ def evaluate_step(
             left_out = dataset.folder / LEFT_OUT
             if data.folder.is_dir() and left_out.is_file():  # else it was cleared away
                 trained_on = [TrainingData(data.folder, left_out)]
-        made_from = lineage_of([finished(step) for step in train[-1:]], root)
+        curves = [step.folder / METRICS_FILE for step in train]
+        picture = lineage_svg(lineage_of([finished(train[-1])], root)) if train else ""
         return evaluate_models(
             config,
             models,
             find_sets(),
-            [step.folder / METRICS_FILE for step in train],
+            curves,
             out,
             report,
             machine=profile.machine,
             trained_on=trained_on,
-            lineage=lineage_svg(made_from) if train else "",
+            lineage=picture,
         )
 
-    def describe(evaluated: Artifact) -> list[dict[str, str]]:
-        return describe_sets(evaluated, find_sets())
-
-    record = Record(outside=describe, files=ATTACHED)
-    return Step(root, EVALUATE, config, inputs, make, title=title, record=record)
+    record = Record(outside=lambda made: describe_sets(made, find_sets()), files=ATTACHED)
+    return Step(root, EVALUATE, config, inputs, make, record=record, title=title)
 
 
 def register_step(site: Site, config: RegisterConfig, trained: Step, evaluated: Step) -> Step:
@@ -522,15 +466,8 @@ def register_step(site: Site, config: RegisterConfig, trained: Step, evaluated: 
         Role.EVALUATION: evaluated,
         Role.TRACKING: hash_marks([site.tracking_uri]),
     }
-    return Step(
-        site.root,
-        REGISTER,
-        config,
-        inputs,
-        _not_run,
-        what=f"{config.model_name}@{config.alias}",
-        record=Record(files=(DECISION, DECISION_PAGE)),
-    )
+    what, record = f"{config.model_name}@{config.alias}", Record(files=(DECISION, DECISION_PAGE))
+    return Step(site.root, REGISTER, config, inputs, _not_run, what, record=record)
 
 
 def _not_run(profile: Profile, out: Path, report: Report) -> Made:

@@ -77,13 +77,13 @@ class Step:
     work: Work
     what: str = ""
     """How much it will make, for a person."""
+    absent: Sequence[str] = ()
+    """A sentence on everything from outside that it reads and that is not here."""
+    record: Record = Record()
     title: str = ""
     """What people see; the stage's name by default."""
     expected_bytes: int = 0
     """Disk that it needs about, where that is much."""
-    absent: tuple[str, ...] = ()
-    """A sentence on everything from outside that it reads and that is not here."""
-    record: Record = Record()
 
     def __post_init__(self) -> None:
         if not self.title:

@@ -6,7 +6,7 @@ Not here: what was made of an artifact (flows/graph/ancestry.py), MLflow, pictur
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,20 +82,28 @@ class Lineage(Config):
 
 def lineage_of(artifacts: Sequence[Artifact], root: Path) -> Lineage:
     """Everything that `artifacts` were made from, as far as it is under `root`."""
-    found: dict[str, Node] = {}
+    found = walk_up(artifacts, lambda digest: _read(root, digest))
+    nodes = tuple(Node.of(artifact) for artifact in found.values())
+    return Lineage(heads=tuple(a.digest for a in artifacts), nodes=nodes)
+
+
+def walk_up(
+    artifacts: Iterable[Artifact], find: Callable[[str], Artifact | None]
+) -> dict[str, Artifact]:
+    """Everything that `artifacts` were made from, by digest, themselves included, each behind all
+    that it was made from; `find` gives the artifact of a digest, None for outside data."""
+    found: dict[str, Artifact] = {}
 
     def visit(artifact: Artifact) -> None:
-        if artifact.digest in found:
-            return
         for digest in artifact.parents.values():
-            parent = None if digest in found else _read(root, digest)
+            parent = None if digest in found else find(digest)
             if parent is not None:
                 visit(parent)
-        found[artifact.digest] = Node.of(artifact)
+        found.setdefault(artifact.digest, artifact)
 
     for artifact in artifacts:
         visit(artifact)
-    return Lineage(heads=tuple(a.digest for a in artifacts), nodes=tuple(found.values()))
+    return found
 
 
 def _read(root: Path, digest: str) -> Artifact | None:

@@ -16,8 +16,8 @@ MISTAKES = {
         "train_model(inputs, config, out, profile.launch, report)"
     ),
     # wrong
-    "Crew(\n            profile.download_processes, profile.download_threads, ": (
-        "Crew(\n            3.14, profile.download_threads, "
+    "Crew(processes, threads, profile.download_distributor)": (
+        "Crew(3.14, threads, profile.download_distributor)"
     ),
     # missing
     "join_verifications(config, [finished(one) for one in verified], out, report)": (
@@ -38,7 +38,7 @@ def test_a_swapped_a_wrong_and_a_missing_argument_are_errors_of_the_type_check(
         text = text.replace(right, wrong)
     for wrong in MISTAKES.values():
         line = text[: text.index(wrong)].count("\n") + 1
-        lines.add(line + wrong.count("\n"))
+        lines.add(line)
     planted = tmp_path / "graph.py"
     planted.write_text(text)
     checked = subprocess.run(
