@@ -2,7 +2,8 @@
 
 Covers: encoding texts without padding, the prompt ensemble, fp32 logits, ranks under a stated tie
 rule.
-Not here: what ranks amount to (metrics.py), reading evaluation sets, loops over image files.
+Not here: figures of ranks (statistics.py), evaluation sets (tasks/evaluate/sets), loops over image
+files (image_files.py).
 
 Tie rule, the same everywhere: the rank of an answer is the number of answers with a strictly
 larger logit plus the number of equal ones with a lower index. Features may come in any precision;
@@ -30,14 +31,14 @@ LOGITS = 1 << 23
 
 
 class TextEncoder(Protocol):
-    """What is needed of a model here."""
+    """A model that encodes texts."""
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Where the right answer of every query stands; all tensors have one entry per query [Q]."""
+    """Ranks of the right answer of every query; all tensors have one entry per query [Q]."""
 
     ranks: Tensor
     """Rank of the right answer under the tie rule, 0 = first."""

@@ -1,8 +1,9 @@
 """Features of image files, and files of features.
 
 Covers: finding images, reading them ahead while the model works, naming those that cannot be
-read; writing features beside the names of what they are of.
-Not here: the model; evaluation sets in shards (tasks); what is done with features (zeroshot.py).
+read; writing features beside the names of their files or texts.
+Not here: the model; evaluation sets in shards (tasks/evaluate/sets); ranking features
+(exact_ranks.py).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".we
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What a model makes of image files."""
+    """Features of image files, and the files that could not be read."""
 
     files: tuple[Path, ...]
     """Those that could be read, in the order given."""

@@ -2,7 +2,7 @@
 
 Covers: the 1000 names and 80 templates of OpenAI's CLIP, as EVA-CLIP is evaluated with.
 Not here: the texts themselves, part of the installed `open_clip_torch` distribution, whose source
-is read without running it; encoding them (zeroshot.py).
+is read without running it; encoding them (exact_ranks.py).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Figures from ranks and scores, and how sure they are: rates, class means, precision, tests.
+"""Figures from ranks and scores with their uncertainty: rates, class means, precision, tests.
 
 Covers: hit rates, mean per class, average precision, chance levels; Wilson and bootstrap intervals;
 paired tests between two models on the same samples.
-Not here: making ranks or scores (zeroshot.py), which figures a set has (tasks/evaluate).
+Not here: making ranks or scores (exact_ranks.py), the metrics of a set
+(tasks/evaluate/metrics/metric.py).
 
 A bootstrap draws samples with replacement. Where a figure depends only on how many samples fall
 into each of a few cells (a class, answered right or wrong), the cells' counts are drawn instead,
@@ -30,8 +31,8 @@ _WEIGHTS_AT_ONCE = 1 << 22
 """Samples times draws held at once; bounds memory and changes no result."""
 
 Ties = Literal["together", "won", "lost"]
-"""What equal scores mean: all of them are above the threshold or none is, or the right ones come
-first, or last."""
+"""Meaning of equal scores: all of them are above the threshold or none is ("together"), or the
+right ones come first ("won"), or last ("lost")."""
 Curve = Callable[[Tensor, Tensor], Tensor]
 """Right ones so far [..., P] and precision [..., P], at each right one in order -> figure [...]."""
 
@@ -178,7 +179,7 @@ def percentile_interval(draws: Tensor) -> tuple[float, float]:
 
 
 def two_sided_p(differences: Tensor) -> float:
-    """How often bootstrap draws of a difference lie on the rarer side of none, doubled.
+    """Share of bootstrap draws of a difference on the rarer side of zero, doubled.
 
     Never below 2 / (draws + 1): so many draws cannot say more.
     """
@@ -188,12 +189,12 @@ def two_sided_p(differences: Tensor) -> float:
 
 @dataclass(frozen=True)
 class McNemar:
-    """Whether two models answer equally often right, from the samples on which they differ."""
+    """p-values of two models being right equally often, from the samples on which they differ."""
 
     exact: float
     """Two-sided binomial p."""
     mid: float
-    """The same, with half the weight of what was observed: closer to its nominal level."""
+    """The same, with half the weight of the observed outcome: closer to its nominal level."""
 
 
 def mcnemar(only_a: int, only_b: int) -> McNemar:
@@ -227,7 +228,7 @@ def matched_interval(only_a: int, only_b: int, n: int, z: float = Z95) -> tuple[
 
 @dataclass(frozen=True)
 class _ScoreOrder:
-    """Images in the order of one class's scores, and where its thresholds stand."""
+    """Images in the order of one class's scores, and the places of its thresholds."""
 
     images: Tensor
     """[N], largest score first."""
@@ -262,7 +263,7 @@ def _orders(scores: Tensor, positives: Tensor, ties: Ties) -> Iterator[_ScoreOrd
 
 
 def _drawn_counts(counts: Tensor) -> Iterator[Tensor]:
-    """How many samples each draw takes from cells that hold `counts` [cells]: [draws, cells]."""
+    """Samples that each draw takes from cells that hold `counts` [cells]: [draws, cells]."""
     n = int(counts.sum())
     generator = np.random.default_rng(BOOTSTRAP_SEED)
     shares = counts.double().numpy() / n
@@ -271,7 +272,7 @@ def _drawn_counts(counts: Tensor) -> Iterator[Tensor]:
 
 
 def _drawn_weights(n: int) -> Iterator[Tensor]:
-    """How often each draw takes each of n samples: [draws, n]."""
+    """Number of times that each draw takes each of n samples: [draws, n]."""
     generator = np.random.default_rng(BOOTSTRAP_SEED)
     for draws in _portions(n):
         rows = [np.bincount(generator.integers(0, n, n), minlength=n) for _ in range(draws)]

@@ -1,7 +1,7 @@
-"""What is evaluated, and how: the `[evaluate]` table of a recipe.
+"""The `[evaluate]` table of a recipe: the sets, their prompts, the precision.
 
-Covers: the configs, the stage whose artifact they decide, and the names of its files.
-Not here: reading sets, metrics, the report; torch is not imported.
+Covers: the configs, the stage whose artifact they decide, the names of its files, the machine.
+Not here: reading sets (sets/), metrics (metrics/), the report (report/); torch is not imported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tasks.evaluate.sets.set_registry import (
 STAGE = Stage("evaluate", 2, tools=("torch", "pillow", "numpy", "ftfy"))
 Precision = Literal["fp32", "bf16", "fp16"]
 RESULTS = "results.json"
-"""Every figure, with what it rests on."""
+"""Every figure, with the data and settings behind it."""
 REPORT = "report.html"
 """The page for people; it needs no other file."""
 MARKDOWN = "report.md"
@@ -47,12 +47,12 @@ class EvalSetConfig(Config):
     """One `[[evaluate.sets]]` entry; for a set of the registry its name says everything."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """What the set is called in figures, `<name>.top1`; one of the registry's, or your own."""
+    """Name of the set in figures, `<name>.top1`; one of the registry's, or your own."""
     folder: str = Field(min_length=1)
     """Folder in the published webdataset layout, `evaluation/<its published name>` of a known set;
     `demo:PATH` is inside the demo artifact."""
     kind: Kind
-    """Which figures are made: top-1/top-5 over class names, mAP over several classes an image, or
+    """Decides the figures: top-1/top-5 over class names, mAP over several classes an image, or
     R@1/5/10 in both directions."""
     templates: PromptSource | tuple[str, ...] = "dataset"
     """Prompts of a set with classes: its own file, a named source, or these, with {c} each."""
@@ -62,8 +62,8 @@ class EvalSetConfig(Config):
     """Pixels cut off every side of every image first; 2 takes off ObjectNet's red border, which
     the paper does not."""
     split: str = ""
-    """Which images these are, in words: where the paper does not name its own, figures are
-    compared with its only if this says so."""
+    """The images of the set, in words: where the paper does not name its own, figures are compared
+    with the paper's only if this is given."""
 
     @model_validator(mode="before")
     @classmethod
@@ -161,18 +161,18 @@ class EvaluateConfig(Config):
 
 
 class EvaluationMachine(Config):
-    """Where an evaluation runs; it never changes a figure. Read from EVACLIP_EVALUATE_<FIELD>."""
+    """The machine of an evaluation, which changes no figure; from EVACLIP_EVALUATE_<FIELD>."""
 
     ranks: int = Field(0, ge=0)
     """Processes that encode; 0: one a GPU, or one on the CPU, each on one of its cores."""
     workers: int | None = Field(None, ge=0)
     """Decoding threads of each rank; unset: the cores that its GPU leaves, none on the CPU."""
     cache: Path | None = None
-    """Where features are kept for later evaluations; unset: nowhere."""
+    """Folder that keeps features for later evaluations; unset: none."""
     cache_gb: float = Field(20.0, ge=0)
-    """Most that is kept there, in GB; what was used longest ago goes first."""
+    """Most that is kept there, in GB; the least recently used features go first."""
     gpus: int = Field(0, ge=0)
-    """GPUs of this machine; with none the CPU does it all."""
+    """GPUs of this machine; 0: the CPU does everything."""
 
     @property
     def rank_count(self) -> int:

@@ -1,7 +1,8 @@
-"""Evaluate models on every set of a recipe, side by side, and write down what was found.
+"""Evaluate models on every set of a recipe, side by side, and write results and reports.
 
 Covers: the order of work, from opening sets to the reports.
-Not here: making features (ranks.py), figures (figures.py), what `results.json` holds (results.py).
+Not here: making features (encode/distributed.py), figures (metrics/compute.py), the content of
+`results.json` (results.py).
 
 The first model given is the one evaluated; the others (untrained, an older champion) stand beside
 it for comparison. Features are made first, of everything; the rest takes seconds.
@@ -32,7 +33,7 @@ from tasks.evaluate.sets.set_registry import find_set
 from tasks.progress import Report
 
 _JOB = "job"
-"""Folder of what the ranks are told."""
+"""Folder of the job and the logs of the ranks."""
 _OWN_CACHE = "features"
 """Folder of an evaluation that keeps its features nowhere else."""
 
@@ -49,20 +50,20 @@ def evaluate_models(
     trained_on: Sequence[TrainingData] = (),
     lineage: str = "",
 ) -> Made:
-    """Evaluate models (name -> what opens it) on sets (name -> folder); write results and reports.
+    """Evaluate models (name -> specification) on sets (name -> folder); write results and reports.
 
     A set with an image that cannot be decoded fails alone: the others are evaluated and reported,
     then the failure is raised, and a repeat finds their features kept.
 
     Args:
         config: the sets and their prompts.
-        models: as `models.py` names them; the first is the one evaluated.
+        models: as `encode/open_models.py` names them; the first is the one evaluated.
         sets: the folder of every set of `config`.
         curves: the `metrics.jsonl` of the training stages, in order.
         out: folder of results and reports.
-        machine: what does the work; it decides no figure.
+        machine: the processes and devices that do the work; it decides no figure.
         trained_on: the data of the model evaluated, to tell which test images it has seen.
-        lineage: what that model was made from, as an SVG for the page.
+        lineage: the artifacts behind that model, as an SVG for the page.
 
     Raises:
         InputError: a set, a model or a curve is missing or unreadable, or a model has diverged.
@@ -134,7 +135,7 @@ def _seen(
     cache: Cache,
     report: Report,
 ) -> dict[str, Mask]:
-    """Which images of every set the model evaluated was trained on, if its data are known."""
+    """Masks of the images of every set that the model evaluated was trained on, if known."""
     if not trained_on:
         return {}
     hashes = {
@@ -144,7 +145,11 @@ def _seen(
 
 
 def _require_all(failed: Mapping[str, str], others: str) -> None:
-    """Raises: InputError: a set failed."""
+    """Refuse to go on after a failure.
+
+    Raises:
+        InputError: a set failed.
+    """
     if failed:
         reasons = "; ".join(f"'{name}': {reason}" for name, reason in failed.items())
         raise InputError(

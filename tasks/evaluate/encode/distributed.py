@@ -1,7 +1,7 @@
-"""Getting every feature that an evaluation needs: what is missing, and the ranks that make it.
+"""Compute every feature that an evaluation needs: list the missing ones and run the ranks.
 
 Covers: planning, starting ranks, starting them again after a kill, progress over all of them.
-Not here: one rank's work (worker.py); what features are used for (evaluate.py).
+Not here: one rank's work (encode_worker.py); the use of features (tasks/evaluate/evaluate.py).
 
 One rank without a GPU works in this process; several, or any on a GPU, are processes of their own
 under supervision, so that nothing of them outlives the evaluation.
@@ -46,29 +46,29 @@ GRACE_S = 2.0
 """A rank has nothing to save: its finished blocks are in their place."""
 POLL_S = 0.2
 MAX_IDLE_STARTS = 2
-"""Times in a row that ranks may end without a new block before it is given up."""
+"""Times in a row that ranks may end without a new block before the evaluation fails."""
 _LOG_TAIL = 1500
 
 
 @dataclass(frozen=True)
 class Features:
-    """Where the features of some models on some sets are, or will be."""
+    """The features of some models on some sets: their places, and how they are computed."""
 
     cache: Cache
     machine: EvaluationMachine
     precision: Precision
     specs: Mapping[str, str]
-    """Model -> what opens it."""
+    """Model -> the specification that opens it."""
     models: Mapping[str, Identity]
     sets: Mapping[str, EvalSet]
     failed: dict[str, str] = field(default_factory=dict)
-    """Set -> why it cannot be evaluated."""
+    """Set -> the reason why it cannot be evaluated."""
 
     def compute(self, folder: Path, report: Report) -> None:
-        """Make what is missing; sets that cannot be evaluated are in `failed` then.
+        """Compute the missing features; add the sets that cannot be evaluated to `failed`.
 
         Args:
-            folder: for the ranks' orders and logs, of this evaluation alone.
+            folder: for the job and the logs of the ranks, of this evaluation alone.
             report: gets images and texts of all models on all sets.
 
         Raises:
@@ -116,7 +116,7 @@ class Features:
         return TextFeatures(self._text_folder(model))
 
     def answers(self, texts: TextFeatures, name: str) -> Tensor:
-        """What a set's images are compared with [C or T, D]."""
+        """The features that a set's images are compared with [C or T, D]."""
         return answers(self.sets[name], texts)
 
     def _missing(self, folder: Path) -> list[ModelWork]:
@@ -184,12 +184,12 @@ class Features:
 
     @property
     def _made_by(self) -> str:
-        """What else decides the last bits of a feature."""
+        """Precision, device and version, which decide the last bits of a feature."""
         return f"{self.precision}-{self.machine.device}-torch{metadata.version('torch')}"
 
 
 class _Counter:
-    """Progress over all ranks, that never goes back."""
+    """Progress over all ranks, which never goes back."""
 
     def __init__(self, report: Report, before: int, total: int) -> None:
         self._report, self._before, self._total = report, before, total
@@ -199,7 +199,7 @@ class _Counter:
 
 
 def _run(job: EncodeJob, folder: Path, progress: _Counter) -> dict[str, str]:
-    """Run all ranks once, to whatever end."""
+    """Run all ranks once, whether they succeed or fail; returns set -> the reason of a failure."""
     if job.ranks == 1 and job.device == "cpu":
         return work(job, 0, progress)
     path = folder / "job.json"
@@ -244,7 +244,11 @@ def _progress(path: Path, ranks: int) -> tuple[int, str]:
 
 
 def _check_sentences(path: Path, ranks: int) -> None:
-    """Raises: InputError: a rank left one."""
+    """Raise the message that a rank left for the user.
+
+    Raises:
+        InputError: a rank left one.
+    """
     for rank in range(ranks):
         if sentence_file(path, rank).is_file():
             raise InputError(sentence_file(path, rank).read_text())

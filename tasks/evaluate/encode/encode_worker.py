@@ -1,12 +1,12 @@
 """One rank of an evaluation: `python -m tasks.evaluate.encode.encode_worker JOB RANK`.
 
-Covers: the work that is to be done, as a file; one rank's share of it; its progress and the
-sentence it leaves for the user.
-Not here: what is missing and who starts ranks (ranks.py); how a block is made (features.py,
-classifiers.py).
+Covers: the job as a file, and the files that each rank leaves beside it; one rank's share of the
+work; its progress and the message it leaves for the user.
+Not here: listing the missing blocks and starting ranks (distributed.py); making a block
+(image_features.py, text_features.py).
 
-Ranks meet in files alone: each takes every RANKS-th block of what was missing when they started,
-and puts blocks in their place whole. A rank that is killed costs the block it was at.
+Ranks share files alone: each takes every RANKS-th block of those that were missing at the start,
+and renames finished blocks into place. A killed rank loses the block it was working on.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from tasks.evaluate.encode.open_models import Subject, open_subject
 from tasks.evaluate.encode.text_features import encode_texts
 
 Progress = Callable[[int, str], None]
-"""Called with the number of images and texts done, and what they are of."""
+"""Called with the number of images and texts done, and the names of their model and set."""
 
 
 def work(job: EncodeJob, rank: int, progress: Progress) -> dict[str, str]:
-    """Do a rank's share of everything; returns set -> why it cannot be evaluated.
+    """Do a rank's share of the job; returns set -> the reason why it cannot be evaluated.
 
     Raises:
         InputError: a model cannot be opened, or its features are not finite.
@@ -111,7 +111,7 @@ def _do_images(
 def _ahead(
     subject: Subject, images: ImageList, blocks: Sequence[int], pool: Executor | None
 ) -> Iterator[tuple[int, Iterator[torch.Tensor]]]:
-    """Each block with its images; the next one's are begun before this one is encoded."""
+    """Each block with its images; decoding the next one begins before this one is encoded."""
     begun = [begin_block(subject, images, blocks[0], pool)]
     for number, following in zip(blocks, [*blocks[1:], None], strict=True):
         if following is not None:
@@ -120,7 +120,7 @@ def _ahead(
 
 
 def write_images(path: Path, images: ImageList) -> None:
-    """Write down where the images of a set lie, for `read_images`."""
+    """Write the tars and byte ranges of a set's images, for `read_images`."""
     tars = list(dict.fromkeys(str(span.tar) for span in images.spans))
     number = {tar: index for index, tar in enumerate(tars)}
     rows = [[number[str(span.tar)], span.offset, span.size] for span in images.spans]
@@ -128,7 +128,7 @@ def write_images(path: Path, images: ImageList) -> None:
 
 
 def read_images(work: ImageWork) -> ImageList:
-    """What `write_images` wrote."""
+    """Read what `write_images` wrote."""
     said = json.loads(work.listed.read_text())
     tars = [Path(tar) for tar in said["tars"]]
     spans = tuple(Span(tars[tar], offset, size) for tar, offset, size in said["spans"])
@@ -141,8 +141,8 @@ def _device(job: EncodeJob, rank: int) -> str:
 
 @contextmanager
 def _exact(device: str) -> Iterator[None]:
-    """One thread on a CPU, and no TF32: features must not depend on where they are made. Pillow's
-    remarks on odd palettes are for nobody."""
+    """One thread on a CPU, and no TF32: features must not depend on where they are computed.
+    Pillow's warnings about odd palettes are silenced, because nobody can act on them."""
     threads, convolutions = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
     matmul = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -170,7 +170,7 @@ def _decoders(workers: int) -> Iterator[Executor | None]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Do a rank's share of the job in a file; exits with 2 after a mistake of the user's."""
+    """Do a rank's share of the job in a file; returns the exit code, 2 after a user's mistake."""
     path, rank = Path(arguments[0]), int(arguments[1])
     job = EncodeJob.model_validate_json(path.read_text())
 

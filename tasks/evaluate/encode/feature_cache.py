@@ -1,10 +1,10 @@
 """Features on disk: blocks that are whole or absent, and the bounded cache they lie in.
 
-Covers: writing and reading one block, the folders of the cache, which of them go when it is full.
-Not here: what the features are of (features.py, classifiers.py).
+Covers: writing and reading one block, the folders of the cache, evicting some when it is full.
+Not here: making features (image_features.py, text_features.py).
 
-A block is written beside its place, synced and renamed, and holds a hash of its content: what was
-torn by a crash or damaged later reads as absent, and is computed again.
+A block is written beside its place, synced and renamed, and holds a hash of its content: a block
+that a crash tore or that was damaged later reads as absent, and is computed again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from evaclip_model.weights.tensor_files import write_tensors
 SUFFIX = ".safetensors"
 _HASH = "sha256"
 _USED = ".used"
-"""File of a folder whose time says when it was last asked for."""
+"""File of a folder whose time is that of the last use of the folder."""
 
 
 def write_block(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -41,7 +41,7 @@ def write_block(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_block(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a block; None if there is none, or none that is as it was written."""
+    """The tensors of a block; None if the block is absent or damaged."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -61,21 +61,21 @@ def _hash(tensors: Mapping[str, Tensor]) -> str:
 
 @dataclass(frozen=True)
 class Cache:
-    """Folders of blocks under one root, that share a number of bytes."""
+    """Folders of blocks under one root, with a limit on their bytes together."""
 
     root: Path
     most_bytes: int
-    """What is kept at most when `trim` has run."""
+    """Most bytes that `trim` keeps."""
 
     def folder(self, *names: str) -> Path:
-        """The folder of what these names stand for; asking for it is using it."""
+        """The folder with these names, created where missing and marked as used now."""
         folder = self.root.joinpath(*names)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _USED).touch()
         return folder
 
     def trim(self) -> None:
-        """Remove the folders that were asked for longest ago until the rest fits."""
+        """Remove the least recently used folders until the rest fits."""
         by_age = sorted(self.root.rglob(_USED), key=_when, reverse=True)
         total = 0
         for mark in by_age:

@@ -1,7 +1,8 @@
 """Image features of a set, in blocks that any process can make and none makes twice.
 
 Covers: decoding and encoding the images of one block, which blocks a set has, joining them.
-Not here: text features (classifiers.py), files (blocks.py), who makes which block (worker.py).
+Not here: text features (text_features.py), files (feature_cache.py), the share of each process
+(encode_worker.py).
 
 The model always sees chunks of one size, the last padded with zeros, on one thread of a CPU: a
 feature is a function of its image alone, bit for bit. Libraries choose another order of summation
@@ -37,7 +38,7 @@ _FEATURES = "features"
 
 @dataclass(frozen=True)
 class ImageList:
-    """The images of one set, as the processes that encode them are told of them."""
+    """The images of one set, as the processes that encode them receive them."""
 
     name: str
     keys: tuple[str, ...]
@@ -56,7 +57,7 @@ class UnusableSetError(InputError):
 def begin_block(
     subject: Subject, images: ImageList, number: int, pool: Executor | None
 ) -> Iterator[Tensor]:
-    """The model's input [3, S, S] of each image of a block; with a pool, all are begun at once.
+    """The model's input [3, S, S] for each image of a block; with a pool, all are decoded ahead.
 
     Raises:
         UnusableSetError: an image cannot be decoded; raised when its turn comes.
@@ -70,7 +71,7 @@ def begin_block(
 def encode_block(
     subject: Subject, images: ImageList, number: int, decoded: Iterator[Tensor], folder: Path
 ) -> int:
-    """Make a block of what `begin_block` began and put it in its place; the number of its images.
+    """Encode the images that `begin_block` decodes and write the block; returns their number.
 
     Raises:
         UnusableSetError: an image cannot be decoded.
@@ -90,7 +91,7 @@ def encode_block(
 
 
 def missing_blocks(folder: Path, images: int) -> list[int]:
-    """Blocks of a set that are not there, or not whole."""
+    """Numbers of the blocks of a set that are absent or damaged."""
     return [one for one in _blocks_of(images) if _read(folder, one, images) is None]
 
 
@@ -106,7 +107,7 @@ def _blocks_of(images: int) -> range:
 
 
 def _path(folder: Path, number: int, images: int) -> Path:
-    """Where a block lies; its name says which samples it holds."""
+    """File of a block; its name has the range of its samples."""
     start = number * BLOCK
     return folder / f"{start:09d}-{min(BLOCK, images - start)}{SUFFIX}"
 

@@ -1,7 +1,7 @@
-"""What a model is, as results say it.
+"""The identity of a model, as results record it.
 
-Covers: the record of digests, size and preprocessing that stands beside every figure of a model.
-Not here: making it (models.py, open_clip_model.py); torch is not imported.
+Covers: the record of digests, size and preprocessing beside every figure of a model.
+Not here: computing it (open_models.py, open_clip_model.py); torch is not imported.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ DIGEST_CHARS = 16
 
 
 class Identity(Config):
-    """A model, whatever folder it lies in."""
+    """A model by its content, whatever folder holds it."""
 
     digest: str
     """Of architecture and weights."""
@@ -31,11 +31,11 @@ class Identity(Config):
     gflops: float | None
     """Of one image, in billions; a FLOP is half a multiply-add of a matrix product."""
     source: str
-    """How it was named."""
+    """The specification it was named by."""
     preprocessing: dict[str, Any]
-    """How an image becomes the model's input."""
+    """The steps that turn an image into the model's input."""
     warnings: tuple[str, ...] = ()
-    """What a reader of its figures should know."""
+    """Sentences that a reader of its figures should know."""
 
 
 def digest_of(value: Any) -> str:

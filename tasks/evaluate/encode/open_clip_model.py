@@ -1,8 +1,8 @@
-"""open_clip's models behind the form of models.py; the one place that imports that library.
+"""open_clip's models behind the interface of open_models.py; the only importer of that library.
 
-Covers: naming one, its identity, its own preprocessing, what a file of weights does not say, texts
-cut at their end where that changes nothing.
-Not here: our own models.
+Covers: opening one, its identity, its own preprocessing, the settings that a file of weights does
+not record, texts cut at their end where that changes nothing.
+Not here: our own models (open_models.py).
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _open_local(
 
 
 def open_clip_identity(named: str) -> Identity:
-    """What `NAME/WEIGHTS` or `local-dir:FOLDER` is; the model is loaded for it."""
+    """The identity of `NAME/WEIGHTS` or `local-dir:FOLDER`; the model is loaded for it."""
     subject = open_clip_subject(named, "cpu", "fp32")
     name = named if named.startswith(LOCAL_DIR) else named.partition("/")[0]
     model = subject.model
@@ -112,7 +112,8 @@ def open_clip_identity(named: str) -> Identity:
 
 
 def _assumptions(named: str, preprocessing: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a file of weights does not say and was therefore taken from its architecture's name."""
+    """Sentences on settings that a file of weights does not record, so that the architecture's
+    were assumed."""
     open_clip = _library()
     name, _, weights = named.partition("/")
     if named.startswith(LOCAL_DIR) or _config_beside(Path(weights)) is not None:
@@ -152,7 +153,7 @@ def _config_beside(weights: Path) -> Path | None:
 
 
 class OpenClipSubject:
-    """A model of open_clip's; a `models.Subject`."""
+    """A model of open_clip's; a `Subject`."""
 
     def __init__(self, model: Any, tokenizer: Any, library: Any) -> None:
         self.model = model
@@ -168,7 +169,7 @@ class OpenClipSubject:
 
     @property
     def tokenizer_name(self) -> str:
-        """What decides the ids of a text, in words."""
+        """Kind and context length of the tokenizer, which decide the ids of a text."""
         kind = type(self._tokenizer).__name__
         return f"{kind} {getattr(self._tokenizer, 'context_length', '')}"
 

@@ -1,8 +1,8 @@
-"""Any model behind one form: ours, a released file, or one of open_clip's.
+"""Any model behind one interface: ours, a released file, or one of open_clip's.
 
-Covers: what a model is asked for here, naming one in a line of text, its identity without building
-it: digests of weights, of the text tower, of preprocessing.
-Not here: fetching from a registry (the flow does that first), open_clip (open_clip_model.py).
+Covers: the interface of a model, naming one in a line of text, its identity without building it:
+digests of weights, of the text tower, of preprocessing.
+Not here: fetching from a registry (tasks/register/pull_model.py), open_clip (open_clip_model.py).
 
     FOLDER                     a saved model
     PATH:ARCHITECTURE          weights of any layout that `load_weights` reads, as an architecture
@@ -40,12 +40,12 @@ from tasks.evaluate.encode.model_identity import DIGEST_CHARS, Identity, digest_
 
 OPEN_CLIP = "open_clip:"
 _FORM = 2
-"""Rises when an identity would be another for the same files."""
+"""Raise it when the same files would get another identity."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Subject(Protocol):
-    """A model that is open; features come as it gives them, not normalised."""
+    """An open model; its features are not normalised."""
 
     @property
     def transform(self) -> Callable[[Image.Image], Tensor]:
@@ -58,15 +58,15 @@ class Subject(Protocol):
         """Texts to ids [N, L], L the whole context."""
 
     def lengths(self, tokens: Tensor) -> Tensor:
-        """How many ids of each text [N, L] decide its feature [N]: up to the end token in a causal
-        tower, all of them in any other."""
+        """Number of ids of each text [N, L] that decide its feature [N]: up to the end token in a
+        causal tower, all of them in any other."""
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Ids [B, L'], cut to any length that holds what decides, to features [B, D]."""
+        """Ids [B, L'], cut to any length of at least `lengths`, to features [B, D]."""
 
 
 def identify(spec: str, cache: Path | None = None) -> Identity:
-    """What a model is; kept in `cache` until one of its files changes.
+    """The identity of a model; kept in `cache` until one of its files changes.
 
     Raises:
         InputError: no such model, or its preprocessing is not the one it was trained with.
@@ -101,7 +101,7 @@ def open_subject(spec: str, *, device: str = "cpu", precision: Precision = "fp32
 
 
 def files_of(spec: str) -> list[Path]:
-    """The files a model is made of, as far as they are on this machine."""
+    """The files of a model that are on this machine."""
     if spec.startswith(OPEN_CLIP):
         from tasks.evaluate.encode.open_clip_model import open_clip_files
 
@@ -185,7 +185,7 @@ def _bytes(tensor: StoredTensor) -> Any:
 
 
 def _differences(path: Path, used: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the model was trained with, if that was written down, and is not done here.
+    """Differences between the recorded preprocessing of training and the one done here.
 
     Raises:
         InputError: pixels would have other values than in training.
@@ -212,12 +212,13 @@ def _config(path: Path, architecture: str) -> ModelConfig:
         return ModelConfig.load(architecture)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
-            raise InputError(f"{path} is no saved model: {path / name} is missing")
+            raise InputError(f"{path} is not a saved model: {path / name} is missing")
     return ModelConfig.load(path)
 
 
 def _parts(spec: str) -> tuple[Path, str]:
-    """Path and architecture of a model that is not open_clip's; a saved folder says its own."""
+    """Path and architecture of a model that is not open_clip's; "" for a saved folder, which
+    records its own."""
     path, colon, architecture = spec.rpartition(":")
     if not colon or Path(spec).exists():
         if Path(spec).is_file():
@@ -230,7 +231,7 @@ def _parts(spec: str) -> tuple[Path, str]:
 
 
 def _seen(spec: str) -> str:
-    """What an identity is kept under: the model's files as they are now, and what reads them."""
+    """Key of a kept identity: the model's files as they are, and the versions that read them."""
     stats = []
     for path in files_of(spec):
         if path.exists():

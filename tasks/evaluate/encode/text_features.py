@@ -1,8 +1,8 @@
 """Text features, each text of all sets encoded once; and classifiers made of them.
 
-Covers: which texts a set asks, the features that are on disk for a text tower, encoding the
-others, the mean of a class's prompts.
-Not here: image features (features.py), which process encodes what (worker.py).
+Covers: the texts of a set, the features that are on disk for a text tower, encoding the others, the
+mean of a class's prompts.
+Not here: image features (image_features.py), the share of each process (encode_worker.py).
 
 Texts are grouped by their exact number of tokens and cut behind the last, so nothing is spent on
 padding; a tower that is not causal gets its whole context. The model sees chunks of one size: a
@@ -44,7 +44,7 @@ class TextFeatures:
     """The features of one text tower that are on disk."""
 
     def __init__(self, folder: Path) -> None:
-        """Read what `folder` holds; what another process adds later is seen by `refresh`."""
+        """Read the features in `folder`; `refresh` reads those that other processes add later."""
         self._folder = folder
         self._read: set[str] = set()
         self._row: dict[bytes, int] = {}
@@ -75,7 +75,7 @@ class TextFeatures:
             self._features = torch.cat(blocks)
 
     def missing(self, texts: Sequence[str]) -> list[str]:
-        """Those of `texts` whose features are not there."""
+        """The texts among `texts` that have no feature yet."""
         return [text for text in texts if _key(text) not in self._row]
 
     def of(self, texts: Sequence[str]) -> Tensor:
@@ -88,7 +88,8 @@ class TextFeatures:
 
 
 def answers(evalset: EvalSet, features: TextFeatures) -> Tensor:
-    """What the images of a set are compared with: a classifier [C, D], or its captions [T, D]."""
+    """The features that a set's images are compared with: a classifier [C, D], or its captions
+    [T, D]."""
     if evalset.kind == "retrieval":
         return features.of([c for one in evalset.samples for c in one.captions])
     each = features.of(prompts(evalset.classnames, evalset.templates))

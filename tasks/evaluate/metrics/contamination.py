@@ -1,10 +1,9 @@
-"""Which test images a model has seen in training, and its figures without them.
+"""Test images that a model has seen in training, and its figures without them.
 
 Covers: near-duplicates and exact copies of test images among the samples of a dataset version, by
 the index of its verification; figures of the images that have none.
 Not here: hashing (tasks/index/image_hashes.py, tasks/index/perceptual_hash.py), leaving such
-samples out before training
-(the dataset stage, for the sets it is told of).
+samples out before training (tasks/dataset/choose.py).
 
 Looks are compared with 64 bits, so that pictures of little content (blank ones, digits, plain
 text) may be taken for each other: figures without such images are a bound, not a correction.
@@ -42,11 +41,11 @@ class TrainingData:
     verified: Path
     """Folder of the verification, which holds the index."""
     left_out: Path
-    """Parquet of (row of the index, reason): what the version does not use."""
+    """Parquet of (row of the index, reason): the samples that the version does not use."""
 
 
 def hash_set(evalset: EvalSet, blocks: Path) -> ImageHashes:
-    """Hashes of a set's images in the order of its samples, kept in `blocks` for the next time."""
+    """Hashes of a set's images in the order of its samples, cached in `blocks`."""
     file = blocks / f"{evalset.name}-{evalset.fingerprint}.npz"
     if file.is_file():
         with np.load(file) as kept:
@@ -65,15 +64,15 @@ def seen_in_training(
     most: int,
     report: Report,
 ) -> dict[str, Mask]:
-    """Which images of each set have a copy, or a look-alike, among the samples trained on.
+    """Masks of the images of each set with a copy, or a look-alike, among the training samples.
 
     All sets are looked for in one pass over each index.
 
     Args:
         sets: name -> hashes.
         trained_on: samples that these versions leave out do not count.
-        most: bits of the 64 of a perceptual hash in which two images that look alike may differ.
-        report: told of rows gone through.
+        most: bits of the 64 of a perceptual hash in which two look-alikes may differ.
+        report: gets the number of index rows looked at.
     """
     digests = sorted({digest for hashes in sets.values() for digest in hashes.sha256})
     looks = [hashes.looks[hashes.decoded] for hashes in sets.values()]

@@ -1,8 +1,8 @@
-"""What a reader of figures should know before trusting them.
+"""Warnings that a reader of figures should know before trusting them.
 
 Covers: the frequent mistakes that figures alone do not show: names in another order than labels,
 duplicate names, classes without images, ties that decide, figures at chance, an unexpected size.
-Not here: figures (figures.py), checks of a set's files (sets.py).
+Not here: figures (compute.py), checks of a set's files (tasks/evaluate/sets/check_set.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.sets.published_layout import EvalSet
 
 TIES_WORTH_TELLING = 0.001
-"""Width of the window that ties leave open, as a share, from which a reader is warned."""
+"""Share between the bounds under ties from which a reader is warned."""
 CONSISTENT = 0.5
 """Share of a class's images that get one wrong answer, from which the answer is that class's."""
 PERMUTED = 0.3

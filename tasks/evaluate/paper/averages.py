@@ -1,7 +1,7 @@
-"""Averages over the sets of a table, refused where one is missing, and the gap of robustness.
+"""Averages over the sets of a table, refused where one is missing, and the robustness gap.
 
 Covers: the paper's averages of Tables 1b, 2 and 3, its gap Δ, the same over the sets there are.
-Not here: single figures (figures.py), verdicts on them (paper.py).
+Not here: single figures (tasks/evaluate/metrics/compute.py), verdicts on them (published.py).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Average:
     value: float | None
     """None where a set is missing."""
     sets: tuple[str, ...]
-    """What there is, in the table's order."""
+    """Those that were evaluated, in the table's order."""
     missing: tuple[str, ...]
     reason: str
-    """Why there is no value; "" where there is."""
+    """The reason why there is no value; "" where there is one."""
     published: float | None
     """The paper's average of the row beside, over all sets."""
     intersection_value: float | None
@@ -42,7 +42,7 @@ class Average:
 
 @dataclass(frozen=True)
 class Gap:
-    """How much worse a model is on ImageNet's variants than on ImageNet, in points."""
+    """Points that a model loses on ImageNet's variants against ImageNet."""
 
     imagenet1k: float | None
     """Percent."""
@@ -52,7 +52,7 @@ class Gap:
     """The first less the second; the smaller the better."""
     published: float | None
     reason: str
-    """Why there is no gap; "" where there is."""
+    """The reason why there is no gap; "" where there is one."""
 
 
 def average(

@@ -1,8 +1,8 @@
-"""What the paper prints, and whether ours is the same: reproduced, differs or not comparable.
+"""The paper's figures, and the verdict on ours: reproduced, differs or not comparable.
 
 Covers: Tables 1 to 10 of the paper as data with their errata, which row a model is, the figure
 published for a model on a set, the verdict on ours.
-Not here: averages over sets (averages.py), tables to look at (report).
+Not here: averages over sets (averages.py), tables to look at (tasks/evaluate/report/paper_form.py).
 
 Cells are kept as printed; errata are applied when they are read, unless printed cells are asked
 for. What an erratum corrects, and what it only remarks on, is footnoted either way.
@@ -36,7 +36,7 @@ Ruling = Literal["reproduced", "differs", "not comparable"]
 
 
 class Correction(Config):
-    """One printed cell, and what it should be."""
+    """One printed cell and its correct value."""
 
     table: str
     model: str | None
@@ -67,7 +67,7 @@ class Erratum(Config):
 
 
 class Released(Config):
-    """How the weights behind a row are called where they were published."""
+    """The names under which the weights behind a row were published."""
 
     row: str
     architecture: str | None
@@ -76,11 +76,11 @@ class Released(Config):
     open_clip: tuple[str, ...]
     """NAME/TAG."""
     note: str
-    """What to know before comparing with this row."""
+    """A remark for whoever compares with this row."""
 
 
 class PaperColumn(Config):
-    """What the cells below a heading are."""
+    """The meaning of the cells below a heading."""
 
     key: str
     label: str = ""
@@ -93,7 +93,7 @@ class PaperRow:
     """One model, or one line of an ablation."""
 
     model: str
-    """"" where rows are no models."""
+    """"" where rows are not models."""
     cells: Mapping[str, Any]
     """By column, and `group`: "a", "b" or "c" where the table is in parts; rates in percent."""
     notes: Mapping[str, tuple[str, ...]]
@@ -126,7 +126,7 @@ class PaperFigure:
     errata: tuple[str, ...] = ()
     """Footnotes."""
     note: str = ""
-    """What to know about the row before comparing with it."""
+    """A remark for whoever compares with the row."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class PaperModel:
 
 @dataclass(frozen=True)
 class PaperVerdict:
-    """How a figure of ours stands to the published one."""
+    """The verdict on a figure of ours beside the published one."""
 
     verdict: Ruling
     reason: str
@@ -230,7 +230,7 @@ def verdict(
     *,
     split: str = "",
 ) -> PaperVerdict:
-    """Whether a figure of ours, a share, is the published one.
+    """The verdict on a figure of ours, a share, beside the published one.
 
     Args:
         reference: of the row `model` belongs beside, on this set.
@@ -251,7 +251,7 @@ def verdict(
 def _obstacles(
     reference: PaperFigure, evalset: EvalSet, model: PaperModel, split: str
 ) -> Iterator[str]:
-    """Why a figure of ours cannot be held against the published one."""
+    """Reasons why a figure of ours cannot be compared with the published one."""
     known = evalset.known
     if known is None or not known.tables:
         yield "the set is not one of the paper's"
