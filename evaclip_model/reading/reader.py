@@ -121,14 +121,15 @@ class BatchReader:
             shards: the manifest, a path or a URL.
 
         Raises:
-            InputError: a source without shards or weight, fewer samples than lanes, or ranks that
-                do not divide the lanes.
+            InputError: a source without shards or weight, fewer samples than lanes or than a step
+                takes, or ranks that do not divide the lanes.
         """
         self._config = config
         self._location = shards
         self._rank, self._ranks = rank, ranks
         self._settings = settings
-        by_source = ShardManifest.read(shards).by_source()
+        manifest = ShardManifest.read(shards)
+        by_source = manifest.by_source()
         weights = _weights(by_source, config, shards)
         if config.lanes % ranks:
             raise InputError(
@@ -157,8 +158,15 @@ class BatchReader:
                     f"source '{name}' has {order.total} samples for {config.lanes} lanes: "
                     "set 'lanes' lower, or add samples"
                 )
+        samples = sum(order.total for order in self._orders)
+        if samples < config.global_batch:
+            raise InputError(
+                f"global_batch = {config.global_batch:,} is larger than the {samples:,} samples of "
+                f"{', '.join(weights)}: a step would hold samples more than once and take their "
+                "copies for negatives; set it lower, or add samples"
+            )
         self._decode = DECODERS[config.decode]
-        self._store = _store(shards, settings, rank, ranks)
+        self._store = _store(shards, manifest, settings, rank, ranks)
         total = sum(shard.bytes for shards in self._shards for shard in shards)
         self._room_for_all = total <= settings.cache_bytes
         self._room = settings.cache_bytes - total if self._room_for_all else 0
@@ -420,18 +428,23 @@ def _evenly(most: int, lanes: int) -> int:
     return next((workers for workers in range(min(most, lanes), 0, -1) if lanes % workers == 0), 0)
 
 
-def _store(shards: Path | str, settings: ReadSettings, rank: int, ranks: int) -> ShardStore:
-    if not is_url(shards):
-        return LocalShards(Path(shards).parent)
-    if settings.shard_cache is None:
-        raise InputError(f"{shards} is a URL: name a folder to fetch its shards into")
-    return RemoteShards(
-        str(shards).rpartition("/")[0],
-        settings.shard_cache,
-        settings.shard_cache_bytes,
-        rank=rank,
-        ranks=ranks,
-    )
+def _store(
+    shards: Path | str, manifest: ShardManifest, settings: ReadSettings, rank: int, ranks: int
+) -> ShardStore:
+    remote = None
+    if is_url(shards) or any(is_url(shard.path) for shard in manifest.shards):
+        if settings.shard_cache is None:
+            raise InputError(f"{shards} has shards at URLs: name a folder to fetch them into")
+        remote = RemoteShards(
+            str(shards).rpartition("/")[0] if is_url(shards) else "",
+            settings.shard_cache,
+            settings.shard_cache_bytes,
+            rank=rank,
+            ranks=ranks,
+        )
+    if remote is not None and is_url(shards):
+        return remote
+    return LocalShards(Path(shards).parent, remote)
 
 
 def _weights(

@@ -24,7 +24,7 @@ from evaclip_model.cpu.buffer_pool import Memory
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import PairReader, Shard
 from evaclip_model.reading.tar_file import STRETCH
-from evaclip_model.reading.urls import filesystem
+from evaclip_model.reading.urls import filesystem, is_url
 
 FETCHES_AT_ONCE = 4
 """Shards that one process fetches at the same time."""
@@ -53,15 +53,25 @@ class ShardStore(Protocol):
 
 
 class LocalShards:
-    """Shards in a folder."""
+    """Shards on this machine; those that lie at URLs are fetched by another store."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, remote: ShardStore | None = None) -> None:
+        """Read what paths name from `folder` on, and URLs from `remote`."""
         self._folder = folder
+        self._remote = remote
         self._memory = Memory(STRETCH)
 
     def open(self, shard: Shard) -> PairReader:
+        if self._remote is not None and is_url(shard.path):
+            return self._remote.open(shard)
         path = self._folder / shard.path
         try:
+            size = path.stat().st_size
+            if size != shard.bytes:
+                raise InputError(
+                    f"{path} changed since it was verified: it has {size:,} bytes, not "
+                    f"{shard.bytes:,}: verify the shards again"
+                )
             return PairReader(path, shard.left_out, self._memory)
         except OSError as error:
             raise InputError(
@@ -69,14 +79,16 @@ class LocalShards:
             ) from None
 
     def expect(self, shards: Iterable[Shard]) -> None:
-        pass
+        if self._remote is not None:
+            self._remote.expect(shard for shard in shards if is_url(shard.path))
 
     def close(self) -> None:
-        pass
+        if self._remote is not None:
+            self._remote.close()
 
 
 class RemoteShards:
-    """Shards at a URL, fetched into a folder that holds no more than it may.
+    """Shards at URLs, fetched into a folder that holds no more than it may.
 
     Room is made by the shard that was asked for the longest time ago. One that is asked for now is
     always fetched, even when it alone is larger than the folder may be.
@@ -94,11 +106,14 @@ class RemoteShards:
     ) -> None:
         """Take over this process's part of what a killed run left in `cache`.
 
+        `url` is of the manifest's folder; empty if every shard has a URL of its own.
+
         Raises:
             InputError: nothing installed knows this kind of URL.
         """
         self._url = url.rstrip("/")
-        self._files = filesystem(url)
+        if url:
+            filesystem(url)
         self._cache = cache
         self._limit = cache_bytes
         self._memory = Memory(STRETCH)
@@ -125,7 +140,7 @@ class RemoteShards:
             except FileNotFoundError:
                 self._forget(shard)  # another process took it over, and cleared it away
         raise InputError(
-            f"{self._url}/{shard.path} is cleared away as soon as it is fetched: "
+            f"{self._url_of(shard)} is cleared away as soon as it is fetched: "
             "give the shards' cache more room"
         )
 
@@ -174,7 +189,7 @@ class RemoteShards:
 
     def _fetch(self, shard: Shard) -> Path:
         path = self._cache / f"{shard.sha256}.tar"
-        url = f"{self._url}/{shard.path}"
+        url = self._url_of(shard)
         problem = "the run ended"
         for attempt in range(ATTEMPTS):
             if path.exists():
@@ -193,12 +208,15 @@ class RemoteShards:
                 problem = str(error) or type(error).__name__
         raise InputError(f"{url} could not be fetched in {ATTEMPTS} attempts: {problem}")
 
+    def _url_of(self, shard: Shard) -> str:
+        return shard.path if is_url(shard.path) else f"{self._url}/{shard.path}"
+
     def _bring(self, url: str, shard: Shard, path: Path) -> str:
         """Fetch once; what is wrong with what came, or nothing."""
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         digest = hashlib.sha256()
         try:
-            with self._files.open(url, "rb") as remote, beside.open("wb") as local:
+            with filesystem(url).open(url, "rb") as remote, beside.open("wb") as local:
                 while chunk := remote.read(_CHUNK):
                     digest.update(chunk)
                     local.write(chunk)

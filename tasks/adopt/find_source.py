@@ -228,6 +228,7 @@ def _tell_form(source: AdoptedSource, files: Sequence[str], where: str) -> Form:
     by_suffix: defaultdict[str, list[str]] = defaultdict(list)
     for file in files:
         by_suffix[_suffix(file)].append(file)
+    kinds = ", ".join(sorted({f".{suffix}" if suffix else "no suffix" for suffix in by_suffix}))
     if by_suffix["tar"]:
         return "shards"
     packed = [file for file in files if file.lower().endswith(PACKED_TARS)]
@@ -257,7 +258,6 @@ def _tell_form(source: AdoptedSource, files: Sequence[str], where: str) -> Form:
             f"{where}: {len(images):,} images in {source.files}, but no captions: put NAME.txt "
             "beside NAME.jpg, or a table of image paths and captions"
         )
-    kinds = ", ".join(sorted({f".{suffix}" if suffix else "no suffix" for suffix in by_suffix}))
     raise InputError(
         f"{where}: {source.files} holds {len(files):,} files ({kinds}), but no shards (.tar), no "
         "images with captions, no table (.csv, .tsv, .jsonl) and no parquet"
