@@ -113,7 +113,8 @@ def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> Any:
     for part in location:
         if isinstance(part, int):
             continue
-        field = current.model_fields.get(part) if hasattr(current, "model_fields") else None
+        fields = getattr(current, "model_fields", {})
+        field = next((f for name, f in fields.items() if part in (name, f.alias)), None)
         if field is None:
             return None
         current = _model_inside(field.annotation)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evaclip_model.reading.urls import is_url
 from flows.audit.dataset_replacement import left_out
 from flows.graph.ancestry import Model, ancestors_of, describe_model, first_row_in, models_of
 from flows.graph.takedown_lists import asked_for
@@ -19,7 +20,7 @@ from tasks.artifacts.artifact import Artifact, read_artifacts
 from tasks.dataset.choose import Asked
 from tasks.dataset.config import STAGE as DATASET
 from tasks.index.sample_index import Kind, SampleIndex
-from tasks.index.shard_verdicts import read_verdicts
+from tasks.index.shard_verdicts import read_verdicts, shard_location
 from tasks.verify.config import STAGE as VERIFY
 
 
@@ -40,7 +41,8 @@ class Trace:
 
     row: dict[str, Any]
     """The sample's row in the index: uid, source, original_id, url, hashes, key."""
-    shard: Path
+    shard: str
+    """Path or URL of the tar."""
     made_by: tuple[Artifact, ...]
     """What was made of its row, from the merge that selected it to its verification."""
     versions: tuple[Version, ...]
@@ -93,7 +95,8 @@ def _in_one_verification(
         for digest, (_, first) in versions.items():
             reason = reasons[digest].get(first + row["row"])
             held.append(Version(digest, reason, () if reason else models[digest]))
-        shard = (verified.folder / verdicts[row["shard"]].path).resolve()
+        shard = shard_location(verified.folder.resolve(), verdicts[row["shard"]].path)
+        shard = shard if is_url(shard) else str(Path(shard).resolve())
         yield Trace(row, shard, made_by, tuple(held))
 
 

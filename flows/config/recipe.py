@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import ClassVar, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -18,6 +19,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.training.config import TrainConfig
 from flows.config.gpu_spec import Machines
 from flows.config.recipe_loader import find_recipe, read_recipe
+from tasks.adopt.config import AdoptConfig
 from tasks.dataset.config import DatasetConfig
 from tasks.demo.config import DemoConfig
 from tasks.download.config import DownloadConfig
@@ -26,6 +28,8 @@ from tasks.initialise.config import InitialiseConfig
 from tasks.merge.config import MergeConfig
 from tasks.register.config import RegisterConfig
 from tasks.verify.config import VerifyConfig
+
+Table = TypeVar("Table", bound=Config)
 
 
 class Published(Config):
@@ -73,54 +77,117 @@ class Recipe(Config):
     """One line for a person: what it makes, on what."""
     demo: DemoConfig | None = None
     """The loopback web and its metadata; only recipes that bring their own data have it."""
-    merge: MergeConfig
-    download: DownloadConfig
-    verify: VerifyConfig
+    merge_table: MergeConfig | None = Field(None, alias="merge")
+    """Metadata whose images are downloaded; `merge` is this table, where there must be one."""
+    download_table: DownloadConfig | None = Field(None, alias="download")
+    """How; beside `[merge]`, and only there."""
+    adopt: AdoptConfig | None = None
+    """Images and captions that exist already, instead of metadata or besides."""
+    verify: VerifyConfig = VerifyConfig()
     dataset: DatasetConfig = DatasetConfig()
     initialise: InitialiseConfig
     train: tuple[TrainConfig, ...] = Field(min_length=1)
     """Training stages in order; each starts from the one before, the first from `initialise`."""
-    evaluate: EvaluateConfig
+    evaluate_table: EvaluateConfig | None = Field(None, alias="evaluate")
+    """May be left out where nothing is evaluated."""
     retrain: RetrainConfig = RetrainConfig()
     """What the flow `retrain` does otherwise than the first training."""
     published: Published = Published()
     """What there is to compare with."""
-    registry: RegisterConfig = Field(alias="register")
-    """Table `[register]`; the attribute has another name because every class has `register`."""
+    register_table: RegisterConfig | None = Field(None, alias="register")
+    """May be left out where nothing is registered."""
+
+    ADDED: ClassVar[tuple[str, ...]] = ("adopt",)
+
+    @property
+    def merge(self) -> MergeConfig:
+        """The table `[merge]`. Raises: InputError: the recipe has none."""
+        return _required(self.merge_table, "merge")
+
+    @property
+    def download(self) -> DownloadConfig:
+        """The table `[download]`. Raises: InputError: the recipe has none."""
+        return _required(self.download_table, "download")
+
+    @property
+    def evaluate(self) -> EvaluateConfig:
+        """The table `[evaluate]`. Raises: InputError: the recipe has none."""
+        return _required(self.evaluate_table, "evaluate")
+
+    @property
+    def registry(self) -> RegisterConfig:
+        """The table `[register]`. Raises: InputError: the recipe has none."""
+        return _required(self.register_table, "register")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of all sources, those of metadata first."""
+        merged = [source.name for source in self.merge_table.sources] if self.merge_table else []
+        adopted = [source.name for source in self.adopt.sources] if self.adopt else []
+        return (*merged, *adopted)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
         names = [stage.name for stage in self.train]
         if len(set(names)) < len(names):
             raise ValueError(f"training stages must have different names, got {names}")
-        if self.merge.rows_per_file % self.download.samples_per_shard:
+        if self.merge_table is None and self.adopt is None:
+            raise ValueError(
+                "there is no data: give [merge] with [download], or [[adopt.sources]], or both"
+            )
+        if (self.merge_table is None) != (self.download_table is None):
+            raise ValueError("[merge] and [download] belong together: give both or neither")
+        if self.merge_table and self.merge.rows_per_file % self.download.samples_per_shard:
             raise ValueError(
                 f"merge.rows_per_file ({self.merge.rows_per_file}) must be a multiple of "
                 f"download.samples_per_shard ({self.download.samples_per_shard}), or every file "
                 "ends in a short shard"
             )
+        twice = sorted({name for name in self.sources if self.sources.count(name) > 1})
+        if twice:
+            raise ValueError(f"two sources are named '{twice[0]}'")
+        self._require_fitting_stages()
         for name in self.retrain.stages:
             if name not in names:
                 raise ValueError(
                     f"retrain.stages names '{name}', which is no training stage "
                     f"({', '.join(names)})"
                 )
-        sets = [one.name for one in self.evaluate.sets]
-        for metric in self.registry.gate.metrics:
+        if self.register_table is not None and self.evaluate_table is None:
+            raise ValueError("[register] needs [evaluate]: the gate judges by its figures")
+        sets = [one.name for one in self.evaluate_table.sets] if self.evaluate_table else []
+        for metric in self.register_table.gate.metrics if self.register_table else ():
             if metric.rpartition(".")[0] not in sets:
                 raise ValueError(
                     f"register.gate.metrics names '{metric}', whose set is none of evaluate.sets "
                     f"({', '.join(sets)})"
                 )
-        sources = {source.name for source in self.merge.sources}
         for stage in self.train:
-            unknown = sorted(set(stage.source_weights) - sources)
+            unknown = sorted(set(stage.source_weights) - set(self.sources))
             if unknown:
                 raise ValueError(
                     f"training stage '{stage.name}' weights source '{unknown[0]}', which is none "
-                    f"of merge.sources ({', '.join(sorted(sources))})"
+                    f"of the recipe's ({', '.join(sorted(self.sources))})"
                 )
         return self
+
+    def _require_fitting_stages(self) -> None:
+        """Raises: ValueError: a training stage cannot do what it says, whatever the data is."""
+        caps = (
+            [source.target_count for source in self.merge_table.sources] if self.merge_table else []
+        )
+        most = None if self.adopt or not all(caps) else sum(cap for cap in caps if cap)
+        for stage in self.train:
+            if stage.warmup_steps > stage.steps:
+                raise ValueError(
+                    f"training stage '{stage.name}' has {stage.steps:,} steps (samples_seen / "
+                    f"global_batch), fewer than warmup_steps = {stage.warmup_steps:,}"
+                )
+            if most is not None and stage.global_batch > most:
+                raise ValueError(
+                    f"training stage '{stage.name}' has global_batch = {stage.global_batch:,}, but "
+                    f"the sources' target_count gives at most {most:,} samples"
+                )
 
     def retraining(self) -> tuple[TrainConfig, ...]:
         """The training stages that go on from a champion."""
@@ -153,6 +220,12 @@ class Recipe(Config):
     def to_json(self) -> str:
         """The resolved recipe, all defaults filled in."""
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1) + "\n"
+
+
+def _required(table: Table | None, name: str) -> Table:
+    if table is None:
+        raise InputError(f"the recipe has no [{name}] table: add one")
+    return table
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -26,7 +26,10 @@ from tasks.register.config import STAGE as REGISTER
 from tasks.train.config import STAGE as TRAIN
 from tasks.verify.config import STAGE as VERIFY
 
-_OF_STEPS = (Role.MERGE, Role.DOWNLOAD, Role.DATA, Role.DATASET, Role.START, Role.TRAINED)
+_OF_STEPS = (
+    *(Role.MERGE, Role.DOWNLOAD, Role.ADOPT, Role.DATA),
+    *(Role.DATASET, Role.START, Role.TRAINED),
+)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from flows.config.recipe import Recipe, load_recipe
 from flows.graph.outside_data import (
     NotHere,
     OutsideMarks,
+    describe_adopted,
     describe_sets,
     describe_sources,
     find_all,
@@ -35,6 +36,9 @@ from flows.graph.outside_data import (
 )
 from flows.graph.source_yield import expected_samples
 from flows.graph.step import ABSENT, Input, Record, Role, Step, digest_of, finished, walk
+from tasks.adopt.config import STAGE as ADOPT
+from tasks.adopt.config import AdoptConfig
+from tasks.adopt.find_source import find_source, source_mark
 from tasks.artifacts.artifact import CARD, Artifact, Made, Stage, fingerprint, read_artifacts
 from tasks.artifacts.provenance import lineage_of
 from tasks.dataset.config import LEFT_OUT, DatasetConfig
@@ -142,7 +146,11 @@ class Graph:
         return all(step.is_finished for step in self.steps)
 
     def require(self, flow: str) -> None:
-        """Raises: InputError: the flow of this name reads what is not on this machine."""
+        """Raises: InputError: the flow of this name reads what is not on this machine, or makes
+        what the recipe says nothing about."""
+        if flow not in ("prepare", "train"):
+            for stage in (EVALUATE, REGISTER):
+                self.step(stage)
         data, model = self.data_steps, (*self.data_steps, *self.model_steps)
         read = {"prepare": data, "train": model}.get(flow, self.steps)
         absent = [sentence for step in read for sentence in step.absent]
@@ -168,9 +176,20 @@ def draw_graph(recipe: Recipe, root: Path, tracking_uri: str) -> Graph:
         InputError: the recipe names files of the demo and has no demo.
     """
     site = Site(root, tracking_uri, demo_step(root, recipe.demo) if recipe.demo else None)
-    data = data_steps(site, recipe, merge_step(site, recipe.merge))
+    data = all_data(site, recipe)
     start = initialise_step(site, recipe.initialise)
     return model_steps(site, recipe, data, start, recipe.train, untrained(start))
+
+
+def all_data(site: Site, recipe: Recipe) -> Step:
+    """What a recipe's dataset version chooses from: what is downloaded, what is adopted, or both
+    joined; the last of the steps."""
+    parts = []
+    if recipe.merge_table is not None:
+        parts.append(data_steps(site, recipe, merge_step(site, recipe.merge)))
+    if recipe.adopt is not None:
+        parts.append(verify_step(site, recipe.verify, adopt_step(site, recipe.adopt), Role.ADOPT))
+    return parts[0] if len(parts) == 1 else join_step(site, parts)
 
 
 def data_steps(site: Site, recipe: Recipe, merged: Step | Artifact) -> Step:
@@ -204,9 +223,12 @@ def model_steps(
     # A plan counts one checkpoint of the model, however many stages there are.
     parameters = sum(parameter_counts(recipe.initialise.architecture()).values())
     train[-1] = replace(train[-1], expected_bytes=parameters * BYTES_PER_PARAMETER_SAVED)
-    evaluated = comparison_step(site, recipe.evaluate, train, dataset, beside)
-    registered = register_step(site, recipe.registry, train[-1], evaluated)
-    return Graph(site, dataset, tuple(train), (evaluated, registered))
+    results: list[Step] = []
+    if recipe.evaluate_table is not None:
+        results.append(comparison_step(site, recipe.evaluate, train, dataset, beside))
+    if recipe.register_table is not None:
+        results.append(register_step(site, recipe.registry, train[-1], results[0]))
+    return Graph(site, dataset, tuple(train), tuple(results))
 
 
 def demo_step(root: Path, config: DemoConfig) -> Step:
@@ -281,15 +303,38 @@ def download_step(site: Site, recipe: Recipe, merged: Step | Artifact) -> Step:
     return replace(step, expected_bytes=needed)
 
 
-def verify_step(site: Site, config: VerifyConfig, downloaded: Step) -> Step:
-    """A verdict on every shard, and an index of every stored sample."""
+def adopt_step(site: Site, config: AdoptConfig) -> Step:
+    """Shards where they lie, and folders and tables as shards."""
+    inputs: dict[str, Input] = {}
+    marks = OutsideMarks(site.demo)
+    for source in config.sources:
+        try:
+            inputs[source.name] = source_mark(find_source(source))
+        except InputError as error:
+            inputs[source.name] = marks.note_absent(str(error))
+
+    def make(_: Profile, out: Path, report: Report) -> Made:
+        from tasks.adopt.adopt import adopt_sources
+
+        return adopt_sources(config, out, report)
+
+    what = f"{len(config.sources)} sources, shards stay where they lie"
+    record = Record(outside=partial(describe_adopted, config=config))
+    step = Step(site.root, ADOPT, config, inputs, make, what, record=record)
+    return replace(step, absent=tuple(marks.absent))
+
+
+def verify_step(
+    site: Site, config: VerifyConfig, downloaded: Step, role: str = Role.DOWNLOAD
+) -> Step:
+    """A verdict on every shard of a download or an adoption, and an index of every sample."""
 
     def make(_: Profile, out: Path, report: Report) -> Made:
         from tasks.verify.verify import verify_shards
 
         return verify_shards(config, downloaded.folder, out, len(sched_getaffinity(0)), report)
 
-    what, inputs = "every shard opened, every image decoded", {Role.DOWNLOAD: downloaded}
+    what, inputs = "every shard opened, every image decoded", {role: downloaded}
     record = Record({"downloaded": downloaded})
     return Step(site.root, VERIFY, config, inputs, make, what, record=record)
 

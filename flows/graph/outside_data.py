@@ -16,6 +16,7 @@ from pathlib import Path
 
 from evaclip_model.errors import InputError
 from flows.graph.step import ABSENT, Input, Step
+from tasks.adopt.config import AdoptConfig
 from tasks.artifacts.artifact import DIGEST_CHARS, Artifact, fingerprint
 from tasks.evaluate.config import RESULTS
 from tasks.lineage.stage_record import outside_dataset
@@ -111,6 +112,21 @@ def describe_sources(merged: Artifact, config: MergeConfig) -> list[dict[str, st
         )
         for source in config.sources
         if source.name in merged.parents
+    ]
+
+
+def describe_adopted(adopted: Artifact, config: AdoptConfig) -> list[dict[str, str]]:
+    """The sources that a finished adoption took, as tracking's datasets."""
+    return [
+        outside_dataset(
+            source.name,
+            adopted.parents[source.name],
+            source.files,
+            {"shards": adopted.counts.get(f"{source.name}.shards", 0)},
+            "adopted",
+        )
+        for source in config.sources
+        if source.name in adopted.parents
     ]
 
 

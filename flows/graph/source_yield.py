@@ -48,7 +48,7 @@ def source_yields(recipe: Recipe) -> list[SourceYield]:
             if source.name in published
             else None,
         )
-        for source in recipe.merge.sources
+        for source in (recipe.merge_table.sources if recipe.merge_table else ())
     ]
 
 

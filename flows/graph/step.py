@@ -33,6 +33,7 @@ class Role:
 
     MERGE = "merge"
     DOWNLOAD = "download"
+    ADOPT = "adopt"
     DATA = "verify"
     """What a dataset version chooses from: a verification, or several that were joined."""
     PART = "part"

@@ -43,6 +43,8 @@ RECOMPUTED = {"none": 0.0, "selective": 0.6, "full": 1.0}
 """Forward passes' worth of time spent again by gradient checkpointing; "selective" as measured in
 bf16, where it costs a fifth of a step (make bench-model)."""
 HOURS_A_DAY = 24
+ADOPTED_PX = 512
+"""Side of adopted images that a plan counts with: nobody has looked at them yet."""
 READ_AHEAD_STEPS = 2
 """Steps whose pixels a rank holds: the one that is trained on, and the next."""
 
@@ -170,14 +172,15 @@ def _remedy(
 
 def reader_bytes(recipe: Recipe, train: TrainConfig, ranks: int) -> int:
     """Memory of the host that each of `ranks` ranks reads ahead into."""
-    sources = len(train.source_weights) or len(recipe.merge.sources)
+    sources = len(train.source_weights) or len(recipe.sources)
     samples = train.lanes // ranks * train.shuffle_buffer * sources
     pixels = READ_AHEAD_STEPS * train.global_batch // ranks * 3 * train.image_px**2
-    return expected_bytes(samples, recipe.download.image_px) + pixels
+    stored_px = recipe.download.image_px if recipe.download_table else ADOPTED_PX
+    return expected_bytes(samples, stored_px) + pixels
 
 
 def _reader(recipe: Recipe, train: TrainConfig, ranks: int) -> tuple[str, str]:
-    sources = len(train.source_weights) or len(recipe.merge.sources)
+    sources = len(train.source_weights) or len(recipe.sources)
     return (
         f"{reader_bytes(recipe, train, ranks) / GIB:,.1f} GiB",
         f"{train.lanes // ranks} lanes x {train.shuffle_buffer:,} stored samples x {sources} "

@@ -16,6 +16,7 @@ from flows.graph.ancestry import ancestors_of
 from flows.graph.graph import Graph
 from flows.graph.step import finished
 from flows.reporting.results_table import results_markdown
+from tasks.adopt.config import STAGE as ADOPT
 from tasks.artifacts.artifact import Artifact, Stage, read_artifacts
 from tasks.download.config import STAGE as DOWNLOAD
 from tasks.merge.config import STAGE as MERGE
@@ -30,7 +31,7 @@ def per_source(made: Sequence[Artifact], version: Artifact) -> list[dict[str, An
     """What became of every source's rows, a row a source, most images first.
 
     Args:
-        made: merges and their downloads; others do not matter.
+        made: merges and their downloads, adoptions; others do not matter.
         version: the dataset version that was chosen of what was downloaded.
     """
     merged, downloaded = _counted(made, MERGE), _counted(made, DOWNLOAD)
@@ -44,6 +45,17 @@ def per_source(made: Sequence[Artifact], version: Artifact) -> list[dict[str, An
             "in the dataset": version.counts.get(f"{name}.samples", 0),
         }
         for name in names
+    ]
+    adopted = _counted(made, ADOPT)
+    rows += [
+        {
+            "source": name,
+            "rows of metadata": 0,
+            "selected": 0,
+            "downloaded": 0,
+            "in the dataset": version.counts.get(f"{name}.samples", 0),
+        }
+        for name in (key.removesuffix(".shards") for key in adopted if key.endswith(".shards"))
     ]
     return sorted(rows, key=lambda row: -int(row["in the dataset"]))
 

@@ -32,8 +32,8 @@ def write_card(
     Args:
         path: of the card.
         config: the version's rules.
-        ancestors: what it was made from, in the order of work: one merge, download and verification
-            or several; other kinds only appear in the list of digests.
+        ancestors: what it was made from, in the order of work: merges, downloads, adoptions and
+            verifications; other kinds only appear in the list of digests.
         counts: the version's totals.
         by_source: what became of every source's verified samples.
         takedowns: entries of the takedown lists.
@@ -49,6 +49,8 @@ def write_card(
         "ready products.",
         "",
     ]
+    if adoptions := [artifact for artifact in ancestors if artifact.kind == "adopt"]:
+        lines += _adopted(adoptions, by_source)
     if merges := [artifact for artifact in ancestors if artifact.kind == "merge"]:
         lines += [*_sources(merges, by_source), *_filters(merges)]
     if downloads := [artifact for artifact in ancestors if artifact.kind == "download"]:
@@ -71,6 +73,22 @@ def _sources(
         stated = [source.get(key) or UNSTATED for key in ("revision", "licence")]
         rows.append([name, f"`{source['files']}`", *stated, read, selected, kept])
     yield from _table([*heads, "in this version"], rows)
+
+
+def _adopted(
+    adoptions: Sequence[Artifact], by_source: Mapping[str, Mapping[str, int]]
+) -> Iterator[str]:
+    yield from ("## Adopted sources", "")
+    heads = ["source", "files", "revision", "licence", "shards", "no pairs", "in this version"]
+    counts = _sum(adoptions)
+    newest = {source["name"]: source for one in adoptions for source in one.config["sources"]}
+    rows = []
+    for name, source in newest.items():
+        stated = [source.get(key) or UNSTATED for key in ("revision", "licence")]
+        found = [counts.get(f"{name}.{what}", 0) for what in ("shards", "left_out")]
+        kept = by_source.get(name, {}).get("samples", 0)
+        rows.append([name, f"`{source['files']}`", *stated, *found, kept])
+    yield from _table(heads, rows)
 
 
 def _filters(merges: Sequence[Artifact]) -> Iterator[str]:

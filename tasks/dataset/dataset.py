@@ -100,6 +100,8 @@ def make_dataset(
     pq.write_table(choice.table(), out / LEFT_OUT, compression="zstd")
     write_atomically(out / TAKEN_DOWN, "".join(f"{entry}\n" for entry in takedowns.entries))
     counts = _counts(index.rows, shards, choice, by_source)
+    for name, number in _never_packed(ancestors).items():
+        counts[name] = counts.get(name, 0) + number
     rules = config.model_dump(include=set(RULES_IN_FILES))
     details = {**counts, "sources": by_source, "rules": rules}
     write_atomically(out / REPORT, json.dumps(details, indent=1) + "\n")
@@ -139,6 +141,17 @@ def _shards(
                 shards.append(Shard.model_validate(verdict.shard.model_dump() | update))
         start = stop
     return tuple(shards), {source: dict(by_source[source]) for source in sorted(by_source)}
+
+
+def _never_packed(ancestors: Sequence[Artifact]) -> Counter[str]:
+    """What adopted folders and tables hold that is no pair, by reason: it is in no index."""
+    found: Counter[str] = Counter()
+    for artifact in ancestors:
+        if artifact.kind == "adopt":
+            for name, number in artifact.counts.items():
+                if name.startswith("left_out."):
+                    found.update({name: int(number), "left_out": int(number)})
+    return found
 
 
 def _counts(

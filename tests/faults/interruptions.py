@@ -30,6 +30,7 @@ SMALL = [
     "merge.sources.coyo700m.target_count=500",
     "download.samples_per_shard=64",
     "train.stage1.samples_seen=3840",
+    "train.stage1.warmup_steps=10",
     "train.stage1.checkpoint_every_steps=10",
     "train.stage2.samples_seen=1280",
     "train.stage2.checkpoint_every_steps=5",

@@ -41,6 +41,7 @@ OVERRIDES = (
     "train.stage1.checkpoint_every_steps=10",
     "train.stage2.global_batch=64",
     "train.stage2.samples_seen=320",
+    "train.stage2.warmup_steps=2",
 )
 MIDDLE = STEPS // 3
 """Steps of the first training stage that are taken before the disturbance."""

@@ -57,8 +57,10 @@ def small_demo(root: Path) -> Demo:
             "download.deadline_s=2",
             "train.stage1.global_batch=64",
             "train.stage1.samples_seen=640",
+            "train.stage1.warmup_steps=5",
             "train.stage2.global_batch=64",
             "train.stage2.samples_seen=320",
+            "train.stage2.warmup_steps=2",
             'evaluate.sets.emoji-twemoji.templates=["{c}"]',
         ),
     )

@@ -55,7 +55,7 @@ def test_a_sample_is_traced_to_its_row_shard_dataset_and_models(
         if one.row["row"] == wanted["row"]
     ]
     assert {key: found.row[key] for key in wanted} == wanted
-    assert found.shard.is_file()
+    assert Path(found.shard).is_file()
     assert [artifact.digest for artifact in found.made_by] == [
         made[kind].digest for kind in ("merge", "download", "verify")
     ]
