@@ -2,27 +2,24 @@
 
 Covers: the flow.
 Not here: what its arguments mean (flows/graph/score_request.py), figures (tasks/evaluate), the
-command line (flows/commands/score.py).
+command line (flows/commands/run.py).
 """
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from prefect import flow, runtime
+from prefect import flow
 from pydantic import Field
 
 from flows.config.form_types import Overrides
 from flows.config.profile import load_profile
-from flows.graph.runner import Session
+from flows.graph.runner import Session, track_run
 from flows.graph.score_request import fetched, read_asked
 from flows.reporting.crash_hook import close_tracking
 from flows.reporting.prefect_artifacts import publish_evaluation
 from tasks.artifacts.artifact import Artifact
 from tasks.evaluate.sets.set_registry import FOLDER
-from tasks.lineage.journal import JOURNALS
-from tasks.lineage.mlflow_store import Tracking
-from tasks.tracking import TrackingStore
 
 EXPERIMENT = "scores"
 """Of the tracking store."""
@@ -54,13 +51,9 @@ def score(
     asked = read_asked(models, recipe, sets, data, overrides, root)
     specs = fetched(asked.models, profile)
     step = asked.step(root, specs)
-    store = TrackingStore.at(profile.mlflow_uri, EXPERIMENT)
-    with Tracking(store, root / JOURNALS).pipeline_run(
-        f"score {', '.join(specs)}",
-        step.digest,
-        params={"flow": "score", "models": " ".join(models), "recipe": recipe},
-        tags={"prefect.flow_run_id": str(runtime.flow_run.id)},
-    ) as run:
+    params = {"flow": "score", "models": " ".join(models), "recipe": recipe}
+    named = f"score {', '.join(specs)}"
+    with track_run(profile, EXPERIMENT, named, step.digest, params) as run:
         made = Session(profile, run).make(step)
         publish_evaluation(made, run.stage_url(step.address, step.title))
     return made

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -112,19 +112,36 @@ def open_session(flow: str, recipe: str, overrides: Sequence[str]) -> Iterator[R
     """
     resolved, profile, graph = load_graph(recipe, overrides)
     graph.require(flow)
-    store = TrackingStore.at(profile.mlflow_uri, resolved.name)
+    name, text = resolved.name, resolved.to_json()
+    params = {"recipe": name, "flow": flow, "overrides": " ".join(overrides)}
+    with track_run(profile, name, f"{flow} {name}", resolved.digest, params, text) as run:
+        store = TrackingStore.at(profile.mlflow_uri, name)
+        yield RecipeSession(profile, run, recipe=resolved, graph=graph, store=store)
+
+
+@contextmanager
+def track_run(
+    profile: Profile,
+    experiment: str,
+    name: str,
+    digest: str,
+    params: Mapping[str, str],
+    recipe: str = "",
+) -> Iterator[PipelineRun]:
+    """The tracking run of this flow run; each of the two links to the other."""
+    store = TrackingStore.at(profile.mlflow_uri, experiment)
     journals = profile.root.resolve() / JOURNALS
     tracking = Tracking(store, journals, openlineage=profile.openlineage_file)
     ui_url = runtime.flow_run.ui_url if os.environ.get("PREFECT_UI_URL") else None
     with tracking.pipeline_run(
-        f"{flow} {resolved.name}",
-        resolved.digest,
-        recipe=resolved.to_json(),
-        params={"recipe": resolved.name, "flow": flow, "overrides": " ".join(overrides)},
+        name,
+        digest,
+        recipe=recipe,
+        params=params,
         tags={"prefect.flow_run_id": str(runtime.flow_run.id)},
         links={"Prefect run": ui_url} if ui_url else None,
     ) as run:
         url = run.url()
         if url:
             create_link_artifact(link=url, link_text="MLflow run", key="mlflow-run")
-        yield RecipeSession(profile, run, recipe=resolved, graph=graph, store=store)
+        yield run

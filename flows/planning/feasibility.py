@@ -2,8 +2,8 @@
 
 Covers: findings and their levels, a recipe's needs beside what the machine has, the yes or no at
 the end of a plan.
-Not here: looking at the machine itself (doctor.py), what a run costs (estimate.py,
-training_estimate.py).
+Not here: looking at the machine itself (health_checks.py), what a run costs (data_cost.py,
+training_cost.py).
 """
 
 from __future__ import annotations

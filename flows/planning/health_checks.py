@@ -1,7 +1,7 @@
 """Whether this machine is ready: versions, disk, stores, servers, GPUs, and what to do if not.
 
 Covers: one finding a check, the worst of them as an exit code.
-Not here: what a recipe needs (fit.py); mending anything.
+Not here: what a recipe needs (feasibility.py); mending anything.
 """
 
 from __future__ import annotations

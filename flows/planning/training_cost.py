@@ -2,7 +2,7 @@
 
 Covers: how a rank's share of the global batch is cut, whether it fits and what would help, time
 from FLOPs and a rate, beside the paper's own.
-Not here: FLOPs and memory themselves (evaclip_model/training/cost.py); data (estimate.py).
+Not here: FLOPs and memory themselves (evaclip_model/training/cost.py); data (data_cost.py).
 """
 
 from __future__ import annotations
