@@ -1,5 +1,6 @@
 """Holds the decisions ARCHITECTURE.md states and the import linter cannot see."""
 
+import ast
 import importlib.metadata
 import re
 import subprocess
@@ -55,6 +56,20 @@ def test_one_file_computes_every_address() -> None:
         if "Address.of(" in path.read_text()
     ]
     assert calling == ["flows/graph/step.py"]
+
+
+def test_no_flow_calls_another() -> None:
+    """A flow inside a flow would not see its session, or would need a global to find it."""
+    trees = {path: ast.parse(path.read_text()) for path in (ROOT / "flows").rglob("*.py")}
+    nodes = [node for tree in trees.values() for node in ast.walk(tree)]
+    flows = {
+        node.name
+        for node in nodes
+        if isinstance(node, ast.FunctionDef)
+        and any(ast.unparse(one).startswith("flow(") for one in node.decorator_list)
+    }
+    calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+    assert "pipeline" in flows and flows & calls == set()
 
 
 def test_stage_packages_import_nothing_by_themselves() -> None:

@@ -1,3 +1,5 @@
+"""The graph of a recipe: addresses, what moves them, what is not here, and its plan."""
+
 from pathlib import Path
 
 import pytest
