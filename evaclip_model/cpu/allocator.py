@@ -1,12 +1,12 @@
 """What the C library does with host memory that torch frees.
 
-Covers: keeping it in the process, on glibc; elsewhere nothing changes. Not here: memory of GPUs,
-which torch keeps itself; memory that is given out again by hand (reading/memory.py).
+Covers: keeping it in the process, on glibc; elsewhere nothing changes.
+Not here: memory of GPUs, which torch keeps itself.
 
 glibc asks the kernel for every block above 32 MB anew and returns it when it is freed, and the top
-of its heap as well. The kernel clears each page that it hands out: on CPUs a quarter of a B/16's
-training step, most of all in the update, whose temporaries are as large as the model, and a sixth
-of its time to encode.
+of its heap as well. The kernel clears each page that it hands out. Keeping them takes a B/16's
+training step on a CPU from 6.45 s to 4.85 s (BENCHMARKS.md), most of all in the update, whose
+temporaries are as large as the model, and a sixth off its time to encode.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ a sample's three tar members as its decoding takes here.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -29,7 +28,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaclip_model.cpu.buffer_pool import Memory
 from evaclip_model.errors import InputError
 from evaclip_model.reading.config import SamplingConfig
 from evaclip_model.reading.decode import DECODERS, Picture
@@ -140,7 +138,6 @@ class BatchReader:
         self._lanes = range(rank * per_rank, (rank + 1) * per_rank)
         self._mixture = Mixture(weights, config.global_batch, config.lanes)
         self._shape = (per_rank * self._mixture.per_lane, config.image_px, config.image_px, 3)
-        self._memory = Memory(math.prod(self._shape))
         self._shards = [by_source[name] for name in weights]
         self._orders: list[Order] = [
             ORDERS[config.sampling](
@@ -238,8 +235,7 @@ class BatchReader:
 
     def _images(self) -> Tensor:
         """[b, 3, S, S] uint8 of any content, the channels last in memory."""
-        memory = torch.frombuffer(self._memory.take(), dtype=torch.uint8)
-        return memory.view(self._shape).permute(0, 3, 1, 2)
+        return torch.empty(self._shape, dtype=torch.uint8).permute(0, 3, 1, 2)
 
     def _positions(self, step: int) -> Tensor:
         first = step * self._config.global_batch + self._lanes.start * self._mixture.per_lane

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple, Self, TypeVar
 from pydantic import Field, field_validator
 
 from evaclip_model.config import Config
-from evaclip_model.cpu.buffer_pool import Memory
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.reading.tar_file import STRETCH, BrokenTar, Member, TarReader
@@ -207,22 +206,17 @@ class Pair(NamedTuple):
 class PairReader:
     """Images and captions of a shard, read once, front to back, in parts."""
 
-    def __init__(
-        self, shard: Path, left_out: Set[int] = frozenset(), memory: Memory | None = None
-    ) -> None:
+    def __init__(self, shard: Path, left_out: Set[int] = frozenset()) -> None:
         """Open the shard.
 
         Args:
             shard: the tar.
             left_out: places of samples that do not count (`Shard.left_out`).
-            memory: of stretches of `STRETCH` bytes, which several readers may share; its own by
-                default.
 
         Raises:
             OSError: it cannot be opened.
         """
         self._shard = shard
-        self._memory = memory or Memory(STRETCH)
         self._tar = shard.open("rb", buffering=0)
         self._members = TarReader(self._tar.fileno())
         self._samples = kept(grouped(self._members), left_out)
@@ -239,9 +233,9 @@ class PairReader:
             BrokenShard: truncated or unreadable tar.
         """
         try:
-            self._members.memory = None
+            self._members.stretch_bytes = 0
             skipped = sum(1 for _ in islice(self._samples, start - self.next))
-            self._members.memory = self._memory
+            self._members.stretch_bytes = STRETCH
             taken = [self._pair(key, found) for key, found in islice(self._samples, stop - start)]
         except (BrokenTar, OSError) as error:
             raise BrokenShard(f"{self._shard} is no whole tar: {error}") from error

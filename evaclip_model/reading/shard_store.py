@@ -20,10 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from evaclip_model.cpu.buffer_pool import Memory
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import PairReader, Shard
-from evaclip_model.reading.tar_file import STRETCH
 from evaclip_model.reading.urls import filesystem, is_url
 
 FETCHES_AT_ONCE = 4
@@ -59,7 +57,6 @@ class LocalShards:
         """Read what paths name from `folder` on, and URLs from `remote`."""
         self._folder = folder
         self._remote = remote
-        self._memory = Memory(STRETCH)
 
     def open(self, shard: Shard) -> PairReader:
         if self._remote is not None and is_url(shard.path):
@@ -72,7 +69,7 @@ class LocalShards:
                     f"{path} changed since it was verified: it has {size:,} bytes, not "
                     f"{shard.bytes:,}: verify the shards again"
                 )
-            return PairReader(path, shard.left_out, self._memory)
+            return PairReader(path, shard.left_out)
         except OSError as error:
             raise InputError(
                 f"{path} cannot be opened ({error}): verify the shards again"
@@ -116,7 +113,6 @@ class RemoteShards:
             filesystem(url)
         self._cache = cache
         self._limit = cache_bytes
-        self._memory = Memory(STRETCH)
         self._held: dict[str, tuple[int, Future[Path]]] = {}
         self._used: set[str] = set()
         self._lock = threading.Lock()
@@ -136,7 +132,7 @@ class RemoteShards:
         for _ in range(ATTEMPTS):
             try:
                 path = self._ask(shard, must=True).result()
-                return PairReader(path, shard.left_out, self._memory)
+                return PairReader(path, shard.left_out)
             except FileNotFoundError:
                 self._forget(shard)  # another process took it over, and cleared it away
         raise InputError(

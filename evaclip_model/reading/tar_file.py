@@ -16,8 +16,6 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from evaclip_model.cpu.buffer_pool import Memory
-
 _BLOCK = 512
 _REGULAR = (b"0", b"\0", b"7")
 _WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")
@@ -63,20 +61,17 @@ class TarReader:
     """The regular files of a tar, in stored order, from its file descriptor.
 
     Attributes:
-        memory: where stretches of the tar are read to; none while only headers are wanted. May be
-            set and taken away between two members.
+        stretch_bytes: bytes of headers and contents that are read at once; 0 while only headers are
+            wanted. May be changed between two members.
     """
 
     def __init__(self, tar: int) -> None:
         self._tar = tar
-        self.memory: Memory | None = None
+        self.stretch_bytes = 0
 
     def _from(self, offset: int) -> memoryview:
         """What is read at once from a header on."""
-        if self.memory is None:
-            return memoryview(os.pread(self._tar, _AT_ONCE, offset))
-        stretch = self.memory.take()
-        return stretch[: os.preadv(self._tar, [stretch], offset)]
+        return memoryview(os.pread(self._tar, self.stretch_bytes or _AT_ONCE, offset))
 
     def __iter__(self) -> Iterator[Member]:
         """Yield all members.
@@ -108,7 +103,7 @@ class TarReader:
             behind = content + (size + _BLOCK - 1) // _BLOCK * _BLOCK
             if behind > size_of_tar:
                 raise BrokenTar(f"it ends inside the member at byte {offset}")
-            room = 0 if self.memory is None else self.memory.size - _BLOCK
+            room = max(0, self.stretch_bytes - _BLOCK)
             if at and len(near) - at - _BLOCK < size <= room:
                 near, around, at = self._from(offset), offset, 0
             start, stop = at + _BLOCK, at + _BLOCK + size

@@ -80,6 +80,8 @@ def plan(
             if settings:
                 text = f"DeepSpeed for {train.name} on {machines}: {settings}"
                 console.print(text, soft_wrap=True, markup=False)
+    if (top1 := loaded.published.imagenet_top1) is not None:
+        console.print(f"published: {top1:g} % top-1 on ImageNet-1K, zero-shot")
     console.print(f"artifacts in {profile.root.resolve()}, tracking at {profile.mlflow_uri}")
     machine = Machine.here(profile.root.resolve())
     for given in map(Machines.parse, gpus) if gpus else [None]:
