@@ -50,6 +50,9 @@ _MAGIC = {
     b"BM": "BMP",
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
+    b"P4": "PPM",
+    b"P5": "PPM",
+    b"P6": "PPM",
 }
 """First bytes -> Pillow's name of the format: all that is ever opened."""
 _TIFF_COMPRESSIONS = (1, 2, 3, 4, 5, 8, 32773, 32946)
@@ -105,7 +108,7 @@ class DecodedImage:
 
 
 def decode_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode the first frame of a JPEG, PNG, WebP, GIF, BMP or TIFF file.
+    """Decode the first frame of a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM file.
 
     Args:
         data: the file's bytes.

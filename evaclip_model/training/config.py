@@ -19,6 +19,8 @@ from evaclip_model.reading.config import SamplingConfig
 JOB_FILE = "train.json"
 METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "result.json"
+RANK_STORE = "EVACLIP_RANK_STORE"
+"""Environment variable: the file in which the ranks of one machine find each other."""
 ERROR_FILE = "error.txt"
 RESUMABLE_FILE = "resumable"
 MEMORY_FILE = "out-of-memory"

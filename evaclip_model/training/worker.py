@@ -16,16 +16,25 @@ import sys
 import traceback
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from evaclip_model.errors import InputError
-from evaclip_model.ports import find_free_port
-from evaclip_model.training.config import ERROR_FILE, MEMORY_FILE, RESUMABLE_FILE, TrainJob
+from evaclip_model.training.config import (
+    ERROR_FILE,
+    MEMORY_FILE,
+    RANK_STORE,
+    RESUMABLE_FILE,
+    TrainJob,
+)
 from evaclip_model.training.slurm import place_from_slurm
 
 DONE, RESUMABLE, DATA_ERROR, DIVERGED, OUT_OF_MEMORY = 0, 75, 76, 77, 137
 """Exit codes: finished; stopped with a checkpoint; input its author must mend; loss not finite;
 memory ran out, as the kernel says it. Any other code is a crash, after which the newest checkpoint
 holds."""
+
+AFTER_WATCHDOG_S = 300.0
+"""A collective gives up so much later than the watchdog, which names the rank that hangs."""
 
 
 def main(arguments: list[str]) -> int:
@@ -45,7 +54,7 @@ def main(arguments: list[str]) -> int:
 
     try:
         if job.engine == "deepspeed" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            _join()
+            _join(job.watchdog_s + AFTER_WATCHDOG_S)
         train(job, should_stop=lambda: bool(stop))
     except Interrupted:
         (job.run_dir / RESUMABLE_FILE).touch()
@@ -101,16 +110,27 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _join() -> None:
-    """Enter the process group; alone, without a launcher, as the only rank."""
+def _join(timeout_s: float) -> None:
+    """Enter the process group; alone, without a launcher, as the only rank.
+
+    On one machine ranks meet without a socket: torch's TCPStore listens on every network, whatever
+    address it is given.
+    """
     import torch
 
     from evaclip_model.training.engine.engine import start_distributed
 
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    store: Any = None
     if "RANK" not in os.environ:
-        os.environ.update({**alone, "MASTER_PORT": str(find_free_port())})
-    start_distributed("cuda" if torch.cuda.is_available() else "cpu")
+        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    elif RANK_STORE in os.environ:
+        ranks = int(os.environ["WORLD_SIZE"])
+        path = os.environ[RANK_STORE]
+        store = torch.distributed.FileStore(path, ranks)  # type: ignore[attr-defined]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    start_distributed(device, store, timeout_s=timeout_s)
 
 
 if __name__ == "__main__":

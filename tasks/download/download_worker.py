@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
-import os
 import resource
 import sys
 from collections.abc import Callable
@@ -26,10 +25,10 @@ from evaclip_model.config import Config
 from tasks.download.config import DownloadConfig
 from tasks.download.executors import Distributor
 from tasks.download.url_tables import CAPTION_COLUMN, SHARD_DIGITS, URL_COLUMN
+from tasks.spark_session import spark_builder
 
 FILES_PER_THREAD = 3
 OTHER_FILES = 256
-LOOPBACK = "127.0.0.1"
 
 
 class WorkerJob(Config):
@@ -105,7 +104,8 @@ def _adapted_img2dataset(job: WorkerJob) -> Any:
     main.LoggerProcess = _NoLogger
     main.Reader = partial(_numbered_reader, main.Reader, job.first_number)
     if job.distributor == "pyspark":
-        _open_spark(job.processes)
+        # The session that img2dataset then finds; its own would take 16 GB for the driver.
+        spark_builder("evaclip download", job.processes).getOrCreate()
     return main
 
 
@@ -123,22 +123,6 @@ def _share_imports() -> None:
 def _numbered_reader(reader: Callable[..., Any], first_number: int, *options: Any) -> Any:
     """img2dataset's reader, counting shards from `first_number`, which is its last option."""
     return reader(*options[:-1], first_number)
-
-
-def _open_spark(processes: int) -> None:
-    """The session that img2dataset then finds; its own would take 16 GB for the driver.
-
-    A cluster is chosen as for any Spark program: PYSPARK_SUBMIT_ARGS="--master spark://... ".
-    """
-    from pyspark.sql import SparkSession
-
-    builder = SparkSession.builder.appName("evaclip download")
-    if "--master" not in os.environ.get("PYSPARK_SUBMIT_ARGS", ""):
-        here = {"spark.driver.host": LOOPBACK, "spark.driver.bindAddress": LOOPBACK}
-        builder = builder.master(f"local[{processes}]").config(
-            map={**here, "spark.ui.enabled": "false"}
-        )
-    builder.getOrCreate()
 
 
 class _NoLogger:

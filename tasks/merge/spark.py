@@ -29,6 +29,7 @@ from tasks.merge.database import database
 from tasks.merge.merge_plan import MergePlan, once
 from tasks.merge.shuffle import BUCKET_BITS, partitions_in, read_keys
 from tasks.merge.units import Chunk, rows_folder, run_chunk, text_of
+from tasks.spark_session import spark_builder
 
 KEYS = (
     "source int, file int, row_in_file long, place int, key string, bucket int, "
@@ -48,14 +49,14 @@ def spark_runner() -> Iterator[Callable[[Sequence[Chunk]], Iterator[int]]]:
     """
     try:
         from pyspark.errors import PySparkException
-        from pyspark.sql import SparkSession
+
+        building = spark_builder("evaclip merge")
     except ImportError as error:
         raise InputError(
             "engine = 'spark' needs pyspark and Java 17: pip install 'evaclip[spark]'"
         ) from error
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     root = str(Path(__file__).parents[2])
-    building = SparkSession.builder.appName("evaclip merge")
     try:
         session = building.config("spark.executorEnv.PYTHONPATH", root).getOrCreate()
     except (PySparkException, OSError) as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 from shlex import quote
 
 from evaclip_model.errors import InputError
-from evaclip_model.training.config import ERROR_FILE, RESULT_FILE
+from evaclip_model.training.config import ERROR_FILE, RANK_STORE, RESULT_FILE
 from tasks.train.config import Launch
 
 WORKER = "evaclip_model.training.worker"
@@ -50,19 +50,20 @@ def default_read_workers(cores: int, ranks: int, gpus: int) -> int:
 
 
 def command(job: Path, ranks: int) -> list[str]:
-    """What starts `ranks` ranks on this machine: torchrun on loopback, or one plain process."""
+    """What starts `ranks` ranks on this machine: torchrun without a port, or a plain process."""
     if ranks == 1:
         return [sys.executable, "-m", WORKER, str(job)]
-    # Port 0: the launcher takes a free one, so that two runs on a machine never meet.
-    return _torchrun(job, ranks, 1, f"{LOOPBACK}:0", [f"--local-addr={LOOPBACK}"])
+    # Without an endpoint the agent's store is a temporary file that only this user can open.
+    return _torchrun(job, ranks, 1, ["--rdzv-conf=store_type=file", f"--local-addr={LOOPBACK}"])
 
 
 def torchrun(job: Path, launch: Launch, ranks: int) -> list[str]:
     """What every machine runs: `ranks` ranks each, which meet at the rendezvous."""
     if launch.nodes == 1 or launch.rendezvous is None:
-        return _torchrun(job, ranks, 1, f"{LOOPBACK}:0", [f"--local-addr={LOOPBACK}"])
+        return command(job, ranks)
     # The run's folder as id: another run at the same meeting point is not joined.
-    return _torchrun(job, ranks, launch.nodes, launch.rendezvous, [f"--rdzv-id={job.parent.name}"])
+    meeting = [f"--rdzv-endpoint={launch.rendezvous}", f"--rdzv-id={job.parent.name}"]
+    return _torchrun(job, ranks, launch.nodes, meeting)
 
 
 def join_script(words: Sequence[str], run_dir: Path) -> str:
@@ -71,10 +72,9 @@ def join_script(words: Sequence[str], run_dir: Path) -> str:
     return f"#!/bin/sh\nuntil {over}; do {shlex.join(words)}; sleep 5; done\n"
 
 
-def _torchrun(job: Path, ranks: int, nodes: int, endpoint: str, more: list[str]) -> list[str]:
-    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", *more]
-    size = [f"--nnodes={nodes}", f"--nproc-per-node={ranks}"]
-    return [sys.executable, "-m", "torch.distributed.run", *meeting, *size, "-m", WORKER, str(job)]
+def _torchrun(job: Path, ranks: int, nodes: int, meeting: list[str]) -> list[str]:
+    run = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", *meeting]
+    return [*run, f"--nnodes={nodes}", f"--nproc-per-node={ranks}", "-m", WORKER, str(job)]
 
 
 def deepspeed(job: Path, hostfile: Path, hosts: Mapping[str, int], port: int) -> list[str]:
@@ -140,8 +140,19 @@ def external(job: Path, launch: Launch) -> list[str]:
     return words
 
 
-def environment(base: Mapping[str, str], ranks: int, cores: int, use_gpus: bool) -> dict[str, str]:
-    """`base` with the cores shared out over the ranks, and gloo kept on loopback without GPUs."""
-    threads = str(max(1, cores // ranks))
-    changed = {**base, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
-    return changed if use_gpus else {**changed, "GLOO_SOCKET_IFNAME": "lo"}
+def environment(base: Mapping[str, str], ranks: int, cores: int, store: Path) -> dict[str, str]:
+    """`base` for the ranks of this machine: its cores shared out, nothing that others can reach.
+
+    Args:
+        store: a file that is not there yet, in a folder of this user's alone.
+    """
+    return {
+        "NCCL_SOCKET_IFNAME": "lo",
+        **base,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": str(max(1, cores // ranks)),
+        "PYTHONUNBUFFERED": "1",
+        RANK_STORE: str(store),
+        # torchrun would else open a TCPStore, on all networks, for the ranks to use
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }

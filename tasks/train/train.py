@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from evaclip_model.errors import InputError
@@ -206,14 +207,15 @@ def _start(
     write_atomically(job, content.model_dump_json(indent=1) + "\n")
     for name in (ERROR_FILE, RESUMABLE_FILE, MEMORY_FILE):
         (out / name).unlink(missing_ok=True)
-    env = environment(os.environ, here.ranks, here.cores, here.gpus > 0)
-    status = run_supervised(
-        starter(launch, job, inputs, here.ranks),
-        log=out / LOG_FILE,
-        grace_s=GRACE_S,
-        env=env if _stays_here(launch) else os.environ,
-        poll=follower.look,
-    )
+    with TemporaryDirectory(prefix="evaclip-ranks-") as private:
+        env = environment(os.environ, here.ranks, here.cores, Path(private) / "store")
+        status = run_supervised(
+            starter(launch, job, inputs, here.ranks),
+            log=out / LOG_FILE,
+            grace_s=GRACE_S,
+            env=env if _stays_here(launch) else os.environ,
+            poll=follower.look,
+        )
     follower.look()
     return status
 

@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from statistics import median
 from typing import Any, Protocol
 
@@ -317,8 +318,12 @@ class DeepSpeedEngine:
             self._named[LOGIT_SCALE].clamp_(0, LOGIT_SCALE_MAX)
 
 
-def start_distributed(device: str) -> None:
+def start_distributed(device: str, store: Any = None, timeout_s: float = 1800) -> None:
     """Join the other ranks: gloo on "cpu", NCCL on "cuda".
+
+    Args:
+        store: where the ranks find each other; none: torch's own, at MASTER_ADDR and MASTER_PORT.
+        timeout_s: seconds after which a collective that another rank does not enter fails.
 
     DeepSpeed would compile a shared-memory operator for the CPU; it is told that there is none, so
     that no compiler is needed. Over gloo it gathers by a function of ours (gloo.py).
@@ -332,7 +337,12 @@ def start_distributed(device: str) -> None:
     deepspeed.utils.logger.setLevel("WARNING")
     # DeepSpeed calls collectives by names that torch is retiring: once a call, in every log.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    deepspeed.init_distributed("gloo" if device == "cpu" else "nccl", auto_mpi_discovery=False)
+    backend = "gloo" if device == "cpu" else "nccl"
+    timeout = timedelta(seconds=timeout_s)
+    if store is not None:  # which DeepSpeed then finds
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
     if device == "cpu":
         deepspeed.comm.comm.cdb.all_gather_function = all_gather_into_tensor
 

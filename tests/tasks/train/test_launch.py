@@ -35,7 +35,8 @@ def test_one_rank_is_a_plain_process_and_more_are_torchruns():
     two = command(JOB, 2)
     assert two[1:3] == ["-m", "torch.distributed.run"]
     assert "--nproc-per-node=2" in two
-    assert "--rdzv-endpoint=127.0.0.1:0" in two
+    assert "--rdzv-conf=store_type=file" in two
+    assert not any("endpoint" in word for word in two)
     assert two[-3:] == WORKER
 
 
@@ -227,14 +228,15 @@ def test_jobs_of_one_artifact_under_two_roots_have_two_names():
     assert re.fullmatch(r"evaclip-my-run-[0-9a-f]{8}", job_name(Path("/a/My_run_")))
 
 
-def test_cores_are_shared_out_and_gloo_stays_on_loopback():
-    two = environment({"HOME": "/h", "OMP_NUM_THREADS": "7"}, ranks=2, cores=5, use_gpus=False)
+def test_cores_are_shared_out_and_ranks_stay_on_loopback():
+    store = Path("/private/store")
+    two = environment({"HOME": "/h", "OMP_NUM_THREADS": "7"}, ranks=2, cores=5, store=store)
     assert two["OMP_NUM_THREADS"] == "2"
     assert two["GLOO_SOCKET_IFNAME"] == "lo"
     assert two["HOME"] == "/h"
-    many = environment({}, ranks=4, cores=2, use_gpus=True)
-    assert many["OMP_NUM_THREADS"] == "1"
-    assert "GLOO_SOCKET_IFNAME" not in many
+    assert two["NCCL_SOCKET_IFNAME"] == "lo"
+    assert two["EVACLIP_RANK_STORE"] == "/private/store"
+    assert environment({}, ranks=4, cores=2, store=store)["OMP_NUM_THREADS"] == "1"
 
 
 @pytest.mark.parametrize(
