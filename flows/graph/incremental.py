@@ -129,10 +129,14 @@ def look(recipe: Recipe, graph: Graph, store: TrackingStore, keep_rejected: bool
     known = (*merges, *waiting)
     used, set_aside = _sorted_out(store, recipe, attempts, base, keep_rejected)
     return News(
-        champion,
-        base.trained if base else None,
-        attempts[-1] if attempts else None,
-        *(used, set_aside, known, waiting, _new_files(recipe, graph, known)),
+        champion=champion,
+        start=base.trained if base else None,
+        last=attempts[-1] if attempts else None,
+        used=used,
+        set_aside=set_aside,
+        known=known,
+        waiting=waiting,
+        files=_new_files(recipe, graph, known),
     )
 
 

@@ -89,18 +89,13 @@ class RecipeSession(Session):
     graph: Graph = field(kw_only=True)
     store: TrackingStore = field(kw_only=True)
 
-    def require(self, step: Step, made_by: str) -> Artifact:
-        """The artifact of a step that the flow `made_by` makes.
-
-        Raises:
-            InputError: it is not there yet.
-        """
+    def require(self, step: Step, made_by: str) -> None:
+        """Raises: InputError: a step that the flow `made_by` makes is not finished yet."""
         if not step.is_finished:
             raise InputError(
                 f"{step.stage.name} has not run for this recipe yet: first run "
                 f"`python -m flows run {made_by} {self.recipe.name}` with the same settings"
             )
-        return finished(step)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ Counts = Mapping[str, int | float]
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of the pipeline; `version` rises when its output would differ for the same input."""
+    """One kind of work; `version` rises when its output would differ for the same input."""
 
     name: str
     version: int
