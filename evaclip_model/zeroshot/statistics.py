@@ -25,6 +25,8 @@ from torch import Tensor
 Z95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
 
+_SAME = 1e-12
+"""Variance below which all draws are the same, but for rounding."""
 BOOTSTRAP_DRAWS = 1000
 BOOTSTRAP_SEED = 20230327
 _WEIGHTS_AT_ONCE = 1 << 22
@@ -118,14 +120,53 @@ def mean_average_precision(
 
 def wilson_interval(hits: int, n: int, z: float = Z95) -> tuple[float, float]:
     """Wilson's score interval of a proportion (Wilson 1927), 95 % unless told otherwise."""
-    if n == 0:
-        return 0.0, 1.0
-    p = hits / n
+    return (0.0, 1.0) if n == 0 else _score_interval(hits / n, n, z)
+
+
+def design_interval(
+    value: float, draws: Tensor, units: float, *, least: float = 1.0, most: float = math.inf
+) -> tuple[float, float]:
+    """Score interval of a figure in 0 to 1 that is not the share of independent hits, 95 %.
+
+    Wilson's formula with the effective sample size, n = p (1 - p) / variance, as surveys use it for
+    shares of clustered samples (Kish 1965; Korn and Graubard 1998): the bootstrap gives the
+    variance alone. Unlike the bootstrap's percentiles it has a width at 0, at 1 and at n = 2.
+
+    Args:
+        value: the figure.
+        draws: bootstrap draws of it [draws].
+        units: independent samples, which n is where every draw is the same.
+        least: smallest n that the design allows.
+        most: largest n that the design allows.
+    """
+    variance = float(draws[~draws.isnan()].var(correction=0))
+    if units > 1:  # draws of n vary as their mean does with n, not with n - 1
+        variance *= units / (units - 1)
+    spread = value * (1 - value)
+    if variance < _SAME or spread < _SAME:
+        return _score_interval(value, units)
+    return _score_interval(value, min(max(spread / variance, least), most))
+
+
+def effective_units(sizes: Tensor) -> float:
+    """How many equal groups say as much of a mean over all members as groups of `sizes` [G] do."""
+    sizes = sizes[sizes > 0].double()
+    return float(sizes.sum() ** 2 / (sizes**2).sum())
+
+
+def effective_samples(sizes: Tensor) -> float:
+    """How many samples in equal classes say as much of a mean over classes as `sizes` [C] do."""
+    sizes = sizes[sizes > 0].double()
+    return float(len(sizes) ** 2 / (1 / sizes).sum())
+
+
+def _score_interval(p: float, n: float, z: float = Z95) -> tuple[float, float]:
+    """Wilson's formula for a share p of n samples, which need not be a whole number."""
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     # The bounds are 0 and 1 exactly when nothing or everything hits; rounding must not hide it.
-    low = 0.0 if hits == 0 else max(0.0, centre - half)
-    high = 1.0 if hits == n else min(1.0, centre + half)
+    low = 0.0 if p <= 0 else max(0.0, centre - half)
+    high = 1.0 if p >= 1 else min(1.0, centre + half)
     return low, high
 
 
@@ -212,13 +253,13 @@ def mcnemar(only_a: int, only_b: int) -> McNemar:
     return McNemar(min(1.0, both), min(1.0, both - float(chances[-1])))
 
 
-def matched_interval(only_a: int, only_b: int, n: int, z: float = Z95) -> tuple[float, float]:
+def matched_interval(only_a: float, only_b: float, n: float, z: float = Z95) -> tuple[float, float]:
     """Interval of the difference of two proportions on the same n samples, 95 % unless told.
 
     Wald's with half a sample added to each of the four cells (Agresti and Min 2005), which keeps
     its level where few samples differ.
     """
-    if n == 0:
+    if n <= 0:
         return -1.0, 1.0
     more, less = only_a + 0.5, only_b + 0.5
     centre = (more - less) / (n + 2)

@@ -49,6 +49,50 @@ def test_captions_of_one_image_do_not_count_as_independent():
     assert high - low > 1.8 * (naive[1] - naive[0])
 
 
+@pytest.mark.parametrize("value", [0.0, 0.6, 1.0])
+def test_an_interval_has_a_width_where_every_draw_is_the_same(value: float):
+    draws = torch.full((1000,), value, dtype=torch.float64)
+    low, high = statistics.design_interval(value, draws, 2)
+    assert low <= value <= high
+    assert high - low > 0.6
+    if value in (0.0, 1.0):
+        assert (low, high) == statistics.wilson_interval(int(2 * value), 2)
+
+
+def test_an_interval_of_single_samples_is_wilsons():
+    hits = (torch.arange(400) < 100).double()
+    found = statistics.design_interval(0.25, statistics.resampled_means(hits), 400, least=400)
+    assert found == pytest.approx(statistics.wilson_interval(100, 400), abs=4e-3)
+
+
+def test_groups_and_classes_of_unequal_size_count_for_less():
+    assert statistics.effective_units(torch.tensor([5, 5, 0, 5])) == pytest.approx(3)
+    assert statistics.effective_units(torch.tensor([10, 1, 1])) == pytest.approx(144 / 102)
+    assert statistics.effective_samples(torch.tensor([4, 4, 0])) == pytest.approx(8)
+    assert statistics.effective_samples(torch.tensor([100, 1])) == pytest.approx(4 / 1.01)
+
+
+@pytest.mark.parametrize(("n", "share"), [(2, 0.5), (10, 0.99), (100, 0.01), (100, 0.99)])
+def test_intervals_hold_the_true_share_as_often_as_they_say(n: int, share: float):
+    draw = torch.Generator().manual_seed(7)
+    owner = torch.arange(n).repeat_interleave(5)
+    images = statistics.effective_units(owner.bincount())
+    covered = 0
+    for _ in range(100):
+        # Three captions in ten follow their image, the others are answered on their own.
+        follows = torch.rand(5 * n, generator=draw) < 0.3**0.5
+        image = (torch.rand(n, generator=draw) < share)[owner]
+        alone = torch.rand(5 * n, generator=draw) < share
+        hits = torch.where(follows, image, alone).double()
+        low, high = statistics.design_interval(
+            *(float(hits.mean()), statistics.resampled_means(hits, owner), images),
+            least=images,
+            most=5 * n,
+        )
+        covered += low <= share <= high
+    assert covered >= 88
+
+
 def test_chance_is_the_share_of_all_orders_with_a_hit():
     gallery, right, k = 6, 2, 3
     drawn = list(itertools.combinations(range(gallery), k))

@@ -25,6 +25,9 @@ from evaclip_model.zeroshot.statistics import (
     Ties,
     area,
     chance_of_hit,
+    design_interval,
+    effective_samples,
+    effective_units,
     eleven_points,
     matched_interval,
     mcnemar,
@@ -47,6 +50,8 @@ from tasks.evaluate.metrics.scored import (
 from tasks.evaluate.sets.published_layout import EvalSet
 from tasks.evaluate.sets.set_registry import Kind, KnownSet, PaperMetric
 
+_SAME = 1e-12
+"""Width of an interval below which all draws are the same, but for rounding."""
 Interval = tuple[float, float]
 
 
@@ -155,15 +160,21 @@ class CaptionHitShare(HitShare):
     def interval(self, scored: Scored) -> Interval:
         if _has_one_caption_each(scored):
             return super().interval(scored)
-        owner = image_of_caption(scored.evalset)
-        return percentile_interval(resampled_means(self._values(scored), owner))
+        owner, values = image_of_caption(scored.evalset), self._values(scored)
+        images = effective_units(owner.bincount())
+        return design_interval(
+            *(float(values.mean()), resampled_means(values, owner), images),
+            least=images,
+            most=len(values),
+        )
 
     def compare(self, a: Scored, b: Scored) -> PairedDifference:
         if _has_one_caption_each(a):
             return super().compare(a, b)
         values = self._values(a) - self._values(b)
-        draws = resampled_means(values, image_of_caption(a.evalset))
-        return _bootstrapped(float(values.mean()), draws, values)
+        owner = image_of_caption(a.evalset)
+        draws = resampled_means(values, owner)
+        return _bootstrapped(float(values.mean()), draws, len(a.evalset), values)
 
 
 class SampleMean(SampleMetric):
@@ -173,11 +184,15 @@ class SampleMean(SampleMetric):
         return float(self._values(scored, ties).mean())
 
     def interval(self, scored: Scored) -> Interval:
-        return percentile_interval(resampled_means(self._values(scored)))
+        values = self._values(scored)
+        draws = resampled_means(values)
+        if values.min() < 0 or values.max() > 1:  # not shares
+            return percentile_interval(draws)
+        return design_interval(float(values.mean()), draws, len(values), least=len(values))
 
     def compare(self, a: Scored, b: Scored) -> PairedDifference:
         values = self._values(a) - self._values(b)
-        return _bootstrapped(float(values.mean()), resampled_means(values))
+        return _bootstrapped(float(values.mean()), resampled_means(values), len(values))
 
 
 class ClassMean(SampleMetric):
@@ -187,13 +202,16 @@ class ClassMean(SampleMetric):
         return mean_per_class(self._values(scored, ties), labels_of(scored.evalset))
 
     def interval(self, scored: Scored) -> Interval:
-        labels = labels_of(scored.evalset)
-        return percentile_interval(resampled_class_means(self._values(scored), labels))
+        labels, values = labels_of(scored.evalset), self._values(scored)
+        samples = effective_samples(labels.bincount())
+        return design_interval(
+            *(self.value(scored), resampled_class_means(values, labels), samples), most=samples
+        )
 
     def compare(self, a: Scored, b: Scored) -> PairedDifference:
         values, labels = self._values(a) - self._values(b), labels_of(a.evalset)
         draws = resampled_class_means(values, labels)
-        return _bootstrapped(mean_per_class(values, labels), draws, values)
+        return _bootstrapped(mean_per_class(values, labels), draws, len(values), values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,11 +228,15 @@ class MeanPrecision(Metric):
         return mean_average_precision(_scores(scored), positives, self.curve, ties)
 
     def interval(self, scored: Scored) -> Interval:
-        return percentile_interval(self._draws(scored))
+        positives = positives_of(scored.evalset)
+        images = int(positives.any(dim=1).sum())
+        most = max(images, int(positives.sum()))
+        return design_interval(self.value(scored), self._draws(scored), images, most=most)
 
     def compare(self, a: Scored, b: Scored) -> PairedDifference:
         # Equal seeds draw the same images for both.
-        return _bootstrapped(self.value(a) - self.value(b), self._draws(a) - self._draws(b))
+        draws = self._draws(a) - self._draws(b)
+        return _bootstrapped(self.value(a) - self.value(b), draws, len(a.evalset))
 
     def _draws(self, scored: Scored) -> Tensor:
         return resampled_precisions(_scores(scored), positives_of(scored.evalset), self.curve)
@@ -237,10 +259,20 @@ def _has_one_caption_each(scored: Scored) -> bool:
     return len(captions_of(scored.evalset)) == len(scored.evalset)
 
 
-def _bootstrapped(difference: float, draws: Tensor, hits: Tensor | None = None) -> PairedDifference:
-    """A difference from bootstrap draws of it; `hits` [Q] are 1, 0 and -1 of what counts hits."""
+def _bootstrapped(
+    difference: float, draws: Tensor, units: int, hits: Tensor | None = None
+) -> PairedDifference:
+    """A difference from bootstrap draws of it; `hits` [Q] are 1, 0 and -1 of what counts hits.
+
+    Where every draw is the same, which says nothing of how sure it is, the interval is that of
+    `units` samples of which the difference's share differs, and p the sign test's of all of them.
+    """
     counts = (None, None) if hits is None else (int((hits > 0).sum()), int((hits < 0).sum()))
     interval, p = percentile_interval(draws), two_sided_p(draws)
+    if interval[1] - interval[0] < _SAME:
+        more = difference * units
+        interval = matched_interval(max(more, 0.0), max(-more, 0.0), units)
+        p = 1.0 if abs(difference) < _SAME else min(1.0, 2.0 ** (1 - units))
     return PairedDifference(difference, interval, p, "paired bootstrap", *counts)
 
 
