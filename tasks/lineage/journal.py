@@ -1,7 +1,7 @@
-"""What happened, on disk first: the events of one pipeline run, and how far they were shipped.
+"""The events of one pipeline run, on disk before anywhere else, and how far they were shipped.
 
 Covers: appending events, reading those not shipped yet, the cursor, finding an unfinished run.
-Not here: MLflow (shipper.py carries there what this file keeps).
+Not here: MLflow (shipper.py).
 
 One folder a pipeline run: `run.json` (what it is), `events.jsonl` (append only), `cursor.json`
 (how many bytes of events were shipped, the MLflow run of every key, how far each series is).
@@ -10,16 +10,15 @@ Every event can be applied twice with the same result, so a cursor that lags by 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Self
 
-from evaclip_model.files import write_atomically
+from evaclip_model.files import lock_file, write_atomically
 
 Event = Mapping[str, Any]
 JOURNALS = "tracking"
@@ -40,6 +39,8 @@ class SeriesCursor:
     file: int = 0
     """Inode of the file that `offset` belongs to: a resumed trainer puts a shorter one in its
     place, which may have grown past `offset` since."""
+    is_open: bool = True
+    """Whether its run goes on; what is closed is not looked at again."""
 
 
 @dataclass
@@ -60,6 +61,25 @@ class Cursor:
             return cls()
         series = {name: SeriesCursor(**at) for name, at in stored["series"].items()}
         return cls(stored["offset"], stored["runs"], series)
+
+    def open_series(self, key: str, file: str) -> None:
+        """Follow a file of metrics for the run of `key`, from where it was left."""
+        name = f"{key}|{file}"
+        self.series[name] = replace(self.series.get(name, SeriesCursor()), is_open=True)
+
+    def close_series(self, key: str) -> None:
+        """Follow none of a run's files of metrics any more."""
+        for file in self.files_of(key):
+            self.series[f"{key}|{file}"] = replace(self.series[f"{key}|{file}"], is_open=False)
+
+    def files_of(self, key: str) -> list[Path]:
+        """The files of metrics that are followed for the run of `key`."""
+        prefix = f"{key}|"
+        return [
+            Path(name.removeprefix(prefix))
+            for name, at in self.series.items()
+            if at.is_open and name.startswith(prefix)
+        ]
 
     def write(self, path: Path) -> None:
         series = {name: vars(at) for name, at in self.series.items()}
@@ -84,7 +104,7 @@ class Journal:
         key = uuid.uuid4().hex
         folder = root / key
         folder.mkdir(parents=True)
-        lock = _held(folder)
+        lock = lock_file(folder / "lock")
         assert lock is not None, "a folder that was just made has no other holder"
         write_atomically(folder / "run.json", json.dumps({**about, "key": key}, indent=1) + "\n")
         return cls(folder, lock)
@@ -93,16 +113,16 @@ class Journal:
     def unshipped(cls, root: Path) -> Iterator[Self]:
         """Journals that nobody holds and that are not both closed and shipped, held one by one."""
         for about in sorted(root.glob("*/run.json")):
-            lock = None if (about.parent / "shipped").exists() else _held(about.parent)
+            lock = None if (about.parent / "shipped").exists() else lock_file(about.parent / "lock")
             if lock is not None:
                 yield cls(about.parent, lock)
 
     def release(self) -> None:
-        """Let another process have it."""
+        """Let another process hold the journal."""
         self._lock.close()
 
     def append(self, event: Event) -> None:
-        """Add one event; it is on its way to disk when this returns."""
+        """Add one event; a killed process does not lose it, a power cut may."""
         with self._events.open("a") as file:
             file.write(json.dumps(event, default=str) + "\n")
 
@@ -142,19 +162,8 @@ class Journal:
         self.cursor.write(self.folder / "cursor.json")
 
     def mark_shipped(self) -> None:
-        """Nothing is left to ship; the run is closed."""
+        """Note that the run is closed and nothing is left to ship."""
         (self.folder / "shipped").touch()
-
-
-def _held(folder: Path) -> IO[str] | None:
-    """The folder's lock, or None when another process has it; the kernel frees it on any death."""
-    lock = (folder / "lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
-    return lock
 
 
 def _cut_torn_line(path: Path) -> None:

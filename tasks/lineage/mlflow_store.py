@@ -1,7 +1,7 @@
-"""A run tree in MLflow that no outage of the tracking server can stop or thin out.
+"""A run tree in MLflow that is complete even when the tracking server was away.
 
-Covers: opening and closing pipeline and stage runs, following a trainer's metrics; all of it into a
-journal on disk. Works with or without Prefect:
+Covers: opening and closing pipeline and stage runs, following a trainer's metrics, sampling the
+machine's use; all of it into a journal on disk. Works with or without Prefect:
 
     tracking = Tracking(TrackingStore.at("sqlite:///runs/mlflow.db", "evaclip"), root / "tracking")
     with tracking.pipeline_run("demo", recipe_digest, recipe=json_text, links={...}) as pipeline:
@@ -16,24 +16,25 @@ Nothing here raises because of the store: events wait in the journal and a later
 
 Not here: the way from the journal to MLflow (shipper.py), what is logged of an artifact
 (stage_record.py), logged models (model_lineage.py), the events of OpenLineage (openlineage.py),
-the journal's
-files (journal.py), the model registry (tasks/register).
+the journal's files (journal.py), the model registry (tasks/register).
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tasks.artifacts.artifact import Address, Artifact
-from tasks.lineage import model_lineage, openlineage, stage_record
+from tasks.lineage import model_lineage, stage_record
 from tasks.lineage.journal import PIPELINE, Event, Journal, now_ms
-from tasks.lineage.openlineage import EventFile, Job
+from tasks.lineage.openlineage import EVENT_OF_STATUS, EventFile, JobRun
 from tasks.lineage.shipper import Shipper
-from tasks.lineage.system_metrics import SystemSampler
 from tasks.redact import redacted
 from tasks.tracking import TrackingStore, import_mlflow
 
@@ -100,7 +101,7 @@ class Tracking:
         own = {f"{stage_record.PREFIX}recipe_digest": digest, "mlflow.source.name": name}
         run.begin(name, parent=None, tags={**own, **described, **(tags or {})})
         run.log_params(params or {})
-        self.events.append(openlineage.started(run.job, None, run.is_continued))
+        self.events.write("RUNNING" if run.is_continued else "START", run.job)
         if recipe:
             run.append({"op": "text", "file": RECIPE_FILE, "text": recipe})
         shipper.start()
@@ -111,7 +112,7 @@ class Tracking:
             shipper.finish(self.patience_s)
 
     def close_killed(self) -> None:
-        """Show in the store what died and could not say so, where the next run has not done it.
+        """Set runs whose process was killed to KILLED, unless a later run has done so.
 
         A run that is at work, in whatever process, is left alone; one that was killed is still
         continued by the next of its recipe.
@@ -145,11 +146,11 @@ def _is_of(journal: Journal, about: Mapping[str, str]) -> bool:
     return all(journal.about.get(name) == value for name, value in about.items())
 
 
-class _Run:
-    """What pipeline and stage runs share: events that name their run, and its address."""
+class TrackedRun:
+    """The common part of pipeline and stage runs: events that name their run, and its page."""
 
     def __init__(
-        self, tracking: Tracking, journal: Journal, shipper: Shipper, key: str, job: Job
+        self, tracking: Tracking, journal: Journal, shipper: Shipper, key: str, job: JobRun
     ) -> None:
         self._tracking = tracking
         self._journal = journal
@@ -222,17 +223,17 @@ class _Run:
     def _end(self, status: str, reason: str) -> None:
         self.append({"op": "end", "status": status, "time": now_ms()})
         if not self.is_over:
-            self._tell_end(status, reason)
+            self._write_end(status, reason)
 
-    def _tell_end(self, status: str, reason: str) -> None:
-        self._tracking.events.append(openlineage.ended(self.job, status, None, None, reason))
+    def _write_end(self, status: str, reason: str) -> None:
+        self._tracking.events.write(EVENT_OF_STATUS[status], self.job, error=reason)
 
 
-class PipelineRun(_Run):
+class PipelineRun(TrackedRun):
     """The parent run of one execution of a flow."""
 
     def __init__(self, tracking: Tracking, journal: Journal, shipper: Shipper, name: str) -> None:
-        job = Job.of_pipeline(journal.about["key"], name)
+        job = JobRun.of_pipeline(journal.about["key"], name)
         super().__init__(tracking, journal, shipper, PIPELINE, job)
 
     @contextmanager
@@ -248,7 +249,7 @@ class PipelineRun(_Run):
         run = self._stage(address, title)
         run.begin(title, parent=self.key, tags=stage_record.stage_tags(address, run.is_reused))
         run.log_params(address.config)
-        run.tell_start()
+        run.write_start()
         with run.closing():
             yield run
 
@@ -262,7 +263,7 @@ class PipelineRun(_Run):
         return StageRun(self._tracking, self._journal, self._shipper, key, job, address)
 
 
-class StageRun(_Run):
+class StageRun(TrackedRun):
     """The run of one stage."""
 
     def __init__(
@@ -271,7 +272,7 @@ class StageRun(_Run):
         journal: Journal,
         shipper: Shipper,
         key: str,
-        job: Job,
+        job: JobRun,
         address: Address,
     ) -> None:
         super().__init__(tracking, journal, shipper, key, job)
@@ -279,16 +280,16 @@ class StageRun(_Run):
         self._address = address
         self._made: Artifact | None = None
 
-    def tell_start(self) -> None:
-        """Tell OpenLineage, where it is written."""
+    def write_start(self) -> None:
+        """Write the event of OpenLineage, where a file is given."""
         if not (self.is_reused or self.is_over):
-            event = openlineage.started(self.job, self._address, self.is_continued)
-            self._tracking.events.append(event)
+            kind = "RUNNING" if self.is_continued else "START"
+            self._tracking.events.write(kind, self.job, self._address)
 
-    def _tell_end(self, status: str, reason: str) -> None:
+    def _write_end(self, status: str, reason: str) -> None:
         if not self.is_reused:
-            event = openlineage.ended(self.job, status, self._address, self._made, reason)
-            self._tracking.events.append(event)
+            kind = EVENT_OF_STATUS[status]
+            self._tracking.events.write(kind, self.job, self._address, self._made, reason)
 
     def done(
         self,
@@ -339,3 +340,58 @@ class StageRun(_Run):
             yield
         finally:
             sampler.stop()
+
+
+class SystemSampler(threading.Thread):
+    """Writes the machine's use (CPU, memory, disk, network, GPU) as one more series.
+
+    Through the journal instead of MLflow's own monitor thread, which loses what it cannot send.
+    """
+
+    def __init__(self, file: Path, every_s: float) -> None:
+        super().__init__(name="system-metrics", daemon=True)
+        self._file = file
+        self._every_s = every_s
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join(self._every_s)
+
+    def run(self) -> None:
+        try:
+            monitors = _monitors()
+            step = _lines_in(self._file)
+            while not self._stopped.wait(self._every_s):
+                with self._file.open("a") as file:
+                    file.write(json.dumps({"step": step, "time": time.time(), **_sample(monitors)}))
+                    file.write("\n")
+                step += 1
+        except Exception as error:  # figures about the machine are never worth a run
+            _log.warning("system metrics stopped: %s", error)
+
+
+def _lines_in(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def _monitors() -> list[Any]:
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    with suppress(Exception):  # no NVIDIA GPU, or no library to ask it
+        monitors.append(GPUMonitor())
+    _sample(monitors)  # the first CPU figure covers no time, so it means nothing
+    return monitors
+
+
+def _sample(monitors: Sequence[Any]) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for monitor in monitors:
+        monitor.collect_metrics()
+        figures |= {f"system/{name}": v for name, v in monitor.aggregate_metrics().items()}
+        monitor.clear_metrics()
+    return figures

@@ -1,7 +1,7 @@
 """Models of stages as MLflow's logged models: made by one run, read by the next.
 
-Covers: what is journaled of an artifact that is a model or was made from models, and doing it in
-the store; doing it twice changes nothing.
+Covers: the journal's event of an artifact that is a model or was made from models, and what that
+event does in the store; doing it twice changes nothing.
 Not here: the journal (journal.py), a registered version's own logged model (tasks/register).
 
 The weights stay where they are; the logged model says where, how many, and which.

@@ -1,27 +1,34 @@
-"""The thread that carries a journal's events to MLflow while work goes on.
+"""From a journal to MLflow: the thread that does it while work goes on, and how.
 
-Covers: order, waiting for a store that is away, what earlier runs left behind.
-Not here: what an event does in the store (events.py), metrics files (series.py), the journal's
+Covers: order, waiting for a store that is away, what earlier runs left behind; what each event does
+in the store, and the new lines of metrics files, each so that doing it twice changes nothing.
+Not here: what makes events (mlflow_store.py), logged models (model_lineage.py), the journal's
 files (journal.py).
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tasks.lineage.journal import Journal
-from tasks.lineage.metric_series import open_series, ship_series
-from tasks.lineage.run_events import apply, close_killed
+from tasks.lineage import model_lineage, stage_record
+from tasks.lineage.journal import RUNNING, Event, Journal, SeriesCursor, now_ms
 from tasks.tracking import TrackingStore, is_answer
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
+MAX_METRICS_PER_CALL = 1000
 POLL_S = 1.0
 LONGEST_BACKOFF_S = 30.0
 LEFTOVERS_S = 10.0
@@ -151,18 +158,13 @@ class Shipper(threading.Thread):
 
     def _ship(self, journal: Journal, give_up: Callable[[], bool]) -> bool:
         """Apply the journal's events that wait; False when `give_up()` ended it early."""
-        client = self._connected()
+        client, cursor = self._connected(), journal.cursor
         experiment = self._experiment_id(client, journal.about["experiment"])
-        series = open_series(journal)
-        for offset, event in journal.events(journal.cursor.offset):
+        for offset, event in journal.events(cursor.offset):
             if give_up():
                 return False
-            if event["op"] == "series":
-                series.setdefault(event["run"], []).append(Path(event["file"]))
-            elif event["op"] == "end":
-                for file in series.pop(event["run"], []):
-                    if not ship_series(client, journal, event["run"], file, give_up):
-                        return False
+            if event["op"] == "end" and not ship_series(client, journal, event["run"], give_up):
+                return False
             try:
                 apply(client, experiment, journal, event)
             except (FileNotFoundError, KeyError) as error:
@@ -172,13 +174,172 @@ class Shipper(threading.Thread):
                     raise
                 _log.warning("tracking store refused %s: %s", event["op"], str(error)[:300])
             with self._shipped_one:
-                journal.cursor.offset = offset
+                cursor.offset = offset
                 journal.save_cursor()
                 self._shipped_one.notify_all()
-        for key, files in series.items():
-            for file in files:
-                if not ship_series(client, journal, key, file, give_up):
-                    return False
+        if not all(ship_series(client, journal, key, give_up) for key in cursor.runs):
+            return False
         if journal.is_closed:
             journal.mark_shipped()
         return True
+
+
+def apply(client: MlflowClient, experiment: str, journal: Journal, event: Event) -> None:
+    """Do in the store what the event says; doing it twice changes nothing."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+
+    if event["op"] == "begin":
+        _begin(client, experiment, journal, event)
+        return
+    run = journal.cursor.runs[event["run"]]
+    match event["op"]:
+        case "params":
+            known = client.get_run(run).data.params
+            params = [Param(k, v) for k, v in event["params"].items() if k not in known]
+            for start in range(0, len(params), 100):
+                client.log_batch(run, params=params[start : start + 100])
+        case "metrics":
+            metrics = [Metric(k, v, event["time"], 0) for k, v in event["metrics"].items()]
+            for start in range(0, len(metrics), MAX_METRICS_PER_CALL):
+                client.log_batch(run, metrics=metrics[start : start + MAX_METRICS_PER_CALL])
+        case "tags":
+            client.log_batch(run, tags=[RunTag(k, v) for k, v in event["tags"].items()])
+        case "inputs":
+            client.log_inputs(
+                run,
+                datasets=[
+                    DatasetInput(
+                        Dataset(**{k: v for k, v in data.items() if k != "context"}),
+                        [InputTag("mlflow.data.context", data["context"])],
+                    )
+                    for data in event["datasets"]
+                ],
+            )
+        case "models":
+            model_lineage.apply(client, experiment, run, event, event["time"])
+        case "text":
+            client.log_text(run, event["text"], event["file"])
+        case "file":
+            client.log_artifact(run, event["path"], event["folder"])
+        case "series":
+            journal.cursor.open_series(event["run"], event["file"])
+        case "end":
+            client.set_terminated(run, event["status"], event["time"])
+            journal.cursor.close_series(event["run"])
+
+
+def _begin(client: MlflowClient, experiment: str, journal: Journal, event: Event) -> None:
+    """Find or make the run of an event's key, and set it to RUNNING."""
+    key, tags = event["run"], dict(event["tags"])
+    mark = f"{journal.about['key']}/{key}"
+    run_id = journal.cursor.runs.get(key)
+    if run_id is None:
+        # A process killed between making the run and noting its id left it in the store.
+        found = client.search_runs([experiment], f"tags.`{stage_record.PREFIX}key` = '{mark}'")
+        run_id = found[0].info.run_id if found else None
+    if run_id is not None:
+        client.update_run(run_id, status=RUNNING)
+    else:
+        if event["parent"] is not None:
+            tags["mlflow.parentRunId"] = journal.cursor.runs[event["parent"]]
+        if tags.get(f"{stage_record.PREFIX}reused") == "true":
+            tags |= _maker(client, experiment, tags[f"{stage_record.PREFIX}digest"])
+        tags[f"{stage_record.PREFIX}key"] = mark
+        made = client.create_run(experiment, event["time"], tags, run_name=event["name"])
+        run_id = made.info.run_id
+    journal.cursor.runs[key] = run_id
+
+
+def _maker(client: MlflowClient, experiment: str, digest: str) -> dict[str, str]:
+    """The tag that links a reused stage to the run that made its artifact, if it is known."""
+    made = client.search_runs(
+        [experiment],
+        f"tags.`{stage_record.PREFIX}digest` = '{digest}' "
+        f"and tags.`{stage_record.PREFIX}reused` = 'false'",
+        max_results=1,
+    )
+    return {f"{stage_record.PREFIX}made_by_run": made[0].info.run_id} if made else {}
+
+
+def close_killed(client: MlflowClient, journal: Journal) -> None:
+    """Show a killed run as killed; the run that continues it sets it back to RUNNING."""
+    for key, status in journal.runs().items():
+        if status == RUNNING and key in journal.cursor.runs:
+            client.set_terminated(journal.cursor.runs[key], "KILLED")
+
+
+def ship_series(
+    client: MlflowClient, journal: Journal, key: str, give_up: Callable[[], bool]
+) -> bool:
+    """Send the new lines of a run's metrics files; False when `give_up()` ended it early.
+
+    A batch that is sent twice, because its answer was lost, changes nothing: the database knows a
+    point by all it says, its time included.
+    """
+    run, cursor = journal.cursor.runs.get(key), journal.cursor
+    for file in cursor.files_of(key) if run else ():
+        name = f"{key}|{file}"
+        for points, reached in batches(file, cursor.series[name]):
+            if points:
+                try:
+                    client.log_batch(run, metrics=points)
+                except Exception as error:
+                    if not is_answer(client, error):
+                        raise
+                    _log.warning("tracking store refused metrics: %s", str(error)[:300])
+            if cursor.series[name] != reached:
+                cursor.series[name] = reached
+                journal.save_cursor()
+            if give_up():
+                return False
+    return True
+
+
+def batches(file: Path, at: SeriesCursor) -> Iterator[tuple[list[Metric], SeriesCursor]]:
+    """New lines as points, as many as one request may hold, each time with the cursor behind."""
+    from mlflow.entities import Metric
+
+    points: list[Metric] = []
+    reached = at
+    for here, line in _new_lines(file, at):
+        step, shipped = line.get("step"), reached.step
+        more: list[Metric] = []
+        if isinstance(step, int) and step > shipped:
+            shipped, stamp = step, _milliseconds(line.get("time"))
+            more = [Metric(k, v, stamp, step) for k, v in stage_record.series_metrics(line).items()]
+        if points and len(points) + len(more) > MAX_METRICS_PER_CALL:
+            yield points, reached
+            points = []
+        points += more
+        reached = replace(here, step=shipped)
+    yield points, reached
+
+
+def _new_lines(file: Path, at: SeriesCursor) -> Iterator[tuple[SeriesCursor, dict[str, Any]]]:
+    """Whole lines behind `at`, or all when the file was cut back meanwhile; each with its end."""
+    if not file.exists():
+        return
+    with file.open("rb") as stream:
+        inode, offset = os.fstat(stream.fileno()).st_ino, at.offset
+        stream.seek(max(offset - 1, 0))
+        if inode != at.file or (offset and stream.read(1) != b"\n"):
+            offset = 0
+        stream.seek(offset)
+        for line in stream:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            with suppress(ValueError):
+                parsed = json.loads(line)
+                if isinstance(parsed, dict):
+                    yield replace(at, offset=offset, file=inode), parsed
+
+
+def _milliseconds(value: object) -> int:
+    """A line's time (UNIX seconds or ISO 8601) in milliseconds; now when it has none."""
+    if isinstance(value, int | float):
+        return int(value * 1000)
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return int(datetime.fromisoformat(value).timestamp() * 1000)
+    return now_ms()

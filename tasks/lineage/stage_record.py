@@ -1,7 +1,7 @@
 """From artifacts to what MLflow stores: parameters, metrics, tags, datasets.
 
 Covers: pure functions over addresses and artifacts, within MLflow's limits on names and lengths.
-Not here: MLflow itself (events.py), the journal (journal.py).
+Not here: MLflow itself (shipper.py), the journal (journal.py).
 """
 
 from __future__ import annotations

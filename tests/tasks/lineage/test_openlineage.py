@@ -13,14 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openlineage.client import event_v2
-from openlineage.client.facet_v2 import (
-    dataset_version_dataset,
-    error_message_run,
-    job_type_job,
-    output_statistics_output_dataset,
-    parent_run,
-)
 
 from tasks.artifacts.artifact import Address, Made, Stage, produce
 from tasks.lineage.mlflow_store import Tracking
@@ -141,28 +133,3 @@ def test_a_file_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     tracking = away(tmp_path)
     with tracking.pipeline_run("demo", "r"):
         pass
-
-
-def test_the_events_are_those_of_the_official_client(events: list[dict[str, Any]]) -> None:
-    classes = {
-        "parent": parent_run.ParentRunFacet,
-        "errorMessage": error_message_run.ErrorMessageRunFacet,
-        "jobType": job_type_job.JobTypeJobFacet,
-        "version": dataset_version_dataset.DatasetVersionDatasetFacet,
-        "outputStatistics": output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet,
-    }
-    for event in events:
-        event_v2.RunEvent(
-            eventType=event_v2.RunState[event["eventType"]],
-            eventTime=event["eventTime"],
-            run=event_v2.Run(runId=event["run"]["runId"]),
-            job=event_v2.Job(namespace=event["job"]["namespace"], name=event["job"]["name"]),
-            producer=event["producer"],
-        )
-        datasets = event["inputs"] + event["outputs"]
-        parts = [event["run"], event["job"], *datasets]
-        found = [pair for part in parts for pair in part["facets"].items()]
-        found += [pair for one in event["outputs"] for pair in one["outputFacets"].items()]
-        for key, facet in found:
-            content = {k: v for k, v in facet.items() if not k.startswith("_")}
-            assert classes[key](**content)._schemaURL == facet["_schemaURL"]

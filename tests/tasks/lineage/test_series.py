@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tasks.lineage.journal import SeriesCursor
-from tasks.lineage.metric_series import MAX_METRICS_PER_CALL, batches
+from tasks.lineage.shipper import MAX_METRICS_PER_CALL, batches
 from tasks.lineage.stage_record import series_metrics
 
 
