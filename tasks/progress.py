@@ -1,4 +1,4 @@
-"""How a stage says how far it is; who shows it (terminal, Prefect) is the caller's business."""
+"""The callback by which a stage reports its progress; showing it is the caller's business."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Where runs are tracked and models are registered: one MLflow store, by its address.
+"""The MLflow store in which runs are tracked and models are registered, by its address.
 
-Covers: the address, a client for it, its experiment, the one sentence when it does not answer.
+Covers: the address, a client for it, its experiment, the sentence when it does not answer.
 Not here: what is logged (tasks/lineage), what is registered (tasks/register).
 """
 
@@ -79,8 +79,7 @@ class TrackingStore:
         if uri.startswith(("http://", "https://")):
             return cls(uri.rstrip("/"), experiment)
         raise InputError(
-            f"the tracking address '{uri}' is not one: "
-            "give sqlite:///runs/mlflow.db or http://host:port"
+            f"'{uri}' is not a tracking address: give sqlite:///runs/mlflow.db or http://host:port"
         )
 
     @property
@@ -90,7 +89,7 @@ class TrackingStore:
 
     @property
     def artifact_root(self) -> str | None:
-        """Where a new experiment keeps its files; None lets the server decide.
+        """The place of a new experiment's files; None lets the server decide.
 
         Absolute and beside the database, because MLflow's own default is the current folder.
         """
@@ -143,7 +142,9 @@ class TrackingStore:
         except Exception as error:
             raise self.away(error) from None
         if read != text:
-            raise InputError(f"what was written to {run.info.artifact_uri} is not what is read")
+            raise InputError(
+                f"{run.info.artifact_uri} gives back other content than was written to it"
+            )
         return str(run.info.artifact_uri)
 
     def away(self, error: Exception) -> InputError:
@@ -174,7 +175,7 @@ def is_refusal(error: Exception) -> bool:
 
 
 def is_answer(client: MlflowClient, error: Exception) -> bool:
-    """Whether the store itself said no: what stands before it says 404 while it is away."""
+    """Whether the store itself refused: a proxy before it says 404 while it is away."""
     if not is_refusal(error):
         return False
     client.search_experiments(max_results=1)  # raises when the store is away

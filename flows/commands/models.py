@@ -62,7 +62,7 @@ def promote(
     """Make a version champion: one that the gate would promote, or any with --force."""
     name, slash, number = model.removeprefix("models:/").rpartition("/")
     if not slash or not number.isdecimal():
-        raise InputError(f"'{model}' names no version: give NAME/VERSION, as evaclip/7")
+        raise InputError(f"'{model}' is not a version: give NAME/VERSION, as evaclip/7")
     if force and not reason.strip():
         raise InputError("--force needs --reason TEXT: it is kept with the version")
     from tasks.register import promotion  # imports mlflow, as the next one does
@@ -78,7 +78,9 @@ def promote(
             )
         before = promotion.champion_of(store, name, alias)
         how: How = "force" if force else "command"
-        moved = promotion.promote(store, name, alias, int(number), how, promotion.who(), reason)
+        moved = promotion.promote(
+            store, name, alias, int(number), how, promotion.current_user(), reason
+        )
     if moved:
         announce_where_served(name, int(number), before.version if before else None, alias)
     console.print(f"{name}/{number} {'is' if moved else 'was'} {alias}", markup=False)
@@ -92,10 +94,10 @@ def rollback(
 ) -> None:
     """Make the previous champion the champion again."""
     from tasks.register.model_versions import registry
-    from tasks.register.promotion import history, roll_back, who  # imports mlflow
+    from tasks.register.promotion import current_user, history, roll_back  # imports mlflow
 
     with registry(load_profile().mlflow_uri) as (store, _):
-        before, now = roll_back(store, name, alias, to, who(), reason)
+        before, now = roll_back(store, name, alias, to, current_user(), reason)
         moves = history(store, name, alias)
     announce_where_served(name, now, before, alias)
     console.print(f"{name}@{alias}: version {before} -> {now}", markup=False)

@@ -1,4 +1,4 @@
-"""Which samples are left out, and why: one reason each, the first that holds.
+"""The samples that are left out, each for one reason, the first that holds.
 
 Covers: flaws, blocklists, evaluation images, repeated samples and images, takedowns.
 Not here: looking into shards (the verify stage), writing what was chosen (dataset.py).
@@ -33,7 +33,7 @@ Asked = Mapping[Kind, tuple[str, ...]]
 
 
 class LeftOutReason(StrEnum):
-    """Why a sample is left out; those with a flaw go by `bad.` and the flaw's name."""
+    """A reason to leave a sample out; for a flaw it is `bad.` and the flaw's name."""
 
     SHARD = "shard"
     BLOCKED = "blocked"
@@ -46,16 +46,16 @@ class LeftOutReason(StrEnum):
 
 @dataclass(frozen=True)
 class Rules:
-    """What decides, read from files."""
+    """The rules that decide, read from files."""
 
     config: DatasetConfig
     blocked: tuple[str, ...] = ()
-    """MD5 and SHA-256 of images nobody may use."""
+    """MD5 and SHA-256 of images that must not be used."""
     evaluation: EvaluationImages | None = None
 
 
 class Choice:
-    """For every row of an index, why it is left out, if it is."""
+    """For every row of an index the reason why it is left out, if it is."""
 
     def __init__(self, rows: int) -> None:
         """Nothing is left out yet."""
@@ -81,7 +81,7 @@ class Choice:
 
     @property
     def left_out(self) -> npt.NDArray[np.bool_]:
-        """Which rows are left out, [rows]."""
+        """Mask of the rows that are left out, [rows]."""
         mask: npt.NDArray[np.bool_] = self._codes != 0
         return mask
 
@@ -125,7 +125,7 @@ def find_asked(index: SampleIndex, asked: Asked) -> Rows:
 
 
 def sort_by_kind(entries: Iterable[str]) -> Asked:
-    """What each entry of takedown lists is; a hash of 64 digits may be a uid as well."""
+    """Takedown entries by their kind; a hash of 64 digits may be a uid as well."""
     urls = tuple(entry for entry in entries if is_url(entry))
     others = tuple(entry for entry in entries if not is_url(entry))
     hashes = tuple(entry for entry in others if SHA256.fullmatch(entry))
@@ -165,7 +165,12 @@ def _go_through(
 
 
 def _later(rows: Ints, groups: Ints, choice: Choice) -> Rows:
-    """Rows that share a group with an earlier row that stays; `rows` ascend."""
+    """Rows that share a group with an earlier row that stays; `rows` ascend.
+
+    A row is in several groups when both its image as downloaded and as stored are repeated, and
+    then stands in `rows` several times: it is judged when the last of its groups is known. A row
+    that goes takes no group, so a chain a-b-c of which b goes leaves c in.
+    """
     taken: set[int] = set()
     later = []
     mine: list[int] = []
@@ -186,7 +191,11 @@ def _later(rows: Ints, groups: Ints, choice: Choice) -> Rows:
 
 
 def _later_looks(looks: Hashes, most: int, choice: Choice) -> Rows:
-    """Rows that look like an earlier row that stays."""
+    """Rows that look like an earlier row that stays.
+
+    Only distinct hashes are paired, because equal ones would all be paired with each other; a hash
+    that several rows have is near to itself.
+    """
     candidates = np.flatnonzero(~choice.left_out)
     hashes, inverse, counts = np.unique(looks[candidates], return_inverse=True, return_counts=True)
     neighbours: defaultdict[int, list[int]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Which of the verified samples are used: the `[dataset]` table of a recipe.
+"""The rules by which verified samples are used: the `[dataset]` table of a recipe.
 
 Covers: the config, the stage's name and version, the names of what it makes.
 Not here: looking into shards (the verify stage), applying any rule.

@@ -45,7 +45,7 @@ class Takedowns:
     entries: tuple[str, ...] = ()
     """As they were handed over: URLs, uids, hashes."""
     find: Callable[[SampleIndex], Rows] | None = None
-    """Which rows that means, apart from those that `before` leaves out already."""
+    """Finds their rows, apart from those that `before` leaves out already."""
     before: Path | None = None
     """Folder of a version of the same data by the same rules that obeys none or some of these
     takedowns, if there is one: its choice is taken over, because takedowns only add to it."""
@@ -73,7 +73,7 @@ def make_dataset(
         config: the rules.
         ancestors: what the data was made from, the verification last.
         outside: files that the rules name.
-        takedowns: what is taken down besides.
+        takedowns: the samples that may be used no longer.
         report: told of every step.
 
     Raises:
@@ -163,7 +163,9 @@ def _counts(
     reasons = choice.counts(0, rows)
     samples = sum(shard.samples for shard in shards)
     if samples + sum(reasons.values()) != rows:
-        raise RuntimeError(f"{rows} samples were verified, but {samples} and {reasons} add up not")
+        raise RuntimeError(
+            f"{rows} samples were verified, but {samples} and {reasons} do not add up to that"
+        )
     return {
         "samples": samples,
         "shards": len(shards),

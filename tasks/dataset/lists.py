@@ -1,7 +1,7 @@
 """Lists of samples that may not be used, as people and organisations hand them over.
 
 Covers: text files of hashes (blocklists), text files of URLs, uids and hashes (takedowns).
-Not here: finding the samples (choose.py); which URLs mean the same (the caller knows).
+Not here: finding the samples (choose.py); which URLs are the same (tasks/merge/urls.py).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def read_takedowns(files: Iterable[Path]) -> tuple[str, ...]:
     """The entries of takedown lists, sorted, each once.
 
     Raises:
-        InputError: naming the first line that is no URL, uid or SHA-256.
+        InputError: naming the first line that is not a URL, a uid or a SHA-256.
     """
     entries = set()
     for file in files:
@@ -60,7 +60,7 @@ def read_takedowns(files: Iterable[Path]) -> tuple[str, ...]:
 
 
 def takedowns_digest(entries: Iterable[str]) -> str:
-    """What stands for takedowns among an artifact's parents: the same however they are spread."""
+    """Digest that stands for takedowns among an artifact's parents, whatever files list them."""
     text = "\n".join(sorted(set(entries)))
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARS]
 
@@ -71,7 +71,7 @@ def is_url(entry: str) -> bool:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(number, content) of the lines that say something; # begins a comment line."""
+    """(number, content) of all lines but empty ones and comments, which begin with #."""
     try:
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as error:

@@ -12,7 +12,7 @@ STAGE = Stage("demo", 1, tools=("pyarrow",))
 
 
 class DemoConfig(Config):
-    """Where the demo's pictures are served."""
+    """The port of the demo's web server."""
 
     port: int = Field(default=8923, ge=1024, le=65535)
     """TCP port on 127.0.0.1; part of every URL, and so of everything made from them."""

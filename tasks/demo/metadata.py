@@ -1,7 +1,7 @@
 """The demo's metadata as parquet files in the published columns of LAION-2B-en and COYO-700M.
 
 Covers: column names, types and compression as published, and the values that the plan leaves open.
-Not here: which rows there are (`plan.py`).
+Not here: which rows there are (`web_plan.py`).
 
 Scores that only large models could give (similarities, safety, watermark, tokens) are made up from
 hashes, in the published ranges; the perceptual hash is real.

@@ -1,7 +1,7 @@
 """The rows of the demo's two metadata collections, oddities and all.
 
 Covers: which drawing each row names, under which URL, and what is wrong with it.
-Not here: the parquet columns (`metadata.py`), what the server answers (`web.py`).
+Not here: the parquet columns (`metadata.py`), what the server answers (`demo_web.py`).
 
 Nearly every concept has one sound row per source. A few of those are damaged, and further rows
 are added that a pipeline must drop, fold together, or fail to download. The plan is a pure

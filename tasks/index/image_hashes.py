@@ -1,8 +1,8 @@
 """Both hashes of encoded images: of their bytes, and of how they look.
 
 Covers: hashing many images on several threads, images that cannot be decoded among them.
-Not here: what the look of an image is and which looks are near (phash.py), reading images from
-where they lie, what is done with images that are alike.
+Not here: the perceptual hash and which hashes are near (perceptual_hash.py), reading images,
+what is done with images that are alike.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class ImageHashes:
-    """Of n images, in their order."""
+    """Hashes of n images, in their order."""
 
     sha256: tuple[str, ...]
     """Of the bytes, in hex."""
     looks: Hashes
     """Perceptual hashes [n]; without meaning where an image cannot be decoded."""
     decoded: npt.NDArray[np.bool_]
-    """Which can be [n]."""
+    """Whether each can be decoded [n]."""
 
     def __len__(self) -> int:
         return len(self.sha256)

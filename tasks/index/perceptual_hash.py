@@ -1,7 +1,7 @@
-"""How an image looks, in 64 bits, and which of many look nearly the same.
+"""Perceptual hashes of images, 64 bits each, and which of many look nearly the same.
 
 Covers: the perceptual hash, finding hashes within a few bits of each other.
-Not here: decoding (who hashes has the image open), what is done with images that look alike.
+Not here: decoding (image_hashes.py), what is done with images that look alike.
 
 The hash is the usual pHash: of the 32 x 32 grey image, is each of the 64 lowest frequencies of its
 cosine transform above their median? Row by row, the first is the highest bit, as imagehash writes
@@ -36,7 +36,7 @@ _COSINES = np.cos(
 
 
 def grey_of(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """What the hash is made from: the image in grey, [32, 32]."""
+    """The image in grey that the hash is made from, [32, 32]."""
     small = image.convert("L").resize((GREY_PX, GREY_PX), Image.Resampling.LANCZOS)
     return np.asarray(small)
 
@@ -79,7 +79,7 @@ class KnownHashes:
             self._by_band.append((mask, known[order] & mask, known[order]))
 
     def near(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
-        """Which of `hashes` are within the distance of a known one, [n]."""
+        """Mask of the `hashes` that are within the distance of a known one, [n]."""
         result = np.zeros(len(hashes), dtype=np.bool_)
         for mask, keys, known in self._by_band:
             asked = hashes & mask
@@ -114,7 +114,7 @@ def _pairs_with_equal_bands(hashes: Hashes, mask: np.uint64, most: int) -> npt.N
 
 
 def _masks(most: int, hashes: int) -> Iterator[np.uint64]:
-    """Bits that are looked at together, for every choice of the bands that may have to be equal.
+    """Bits that are compared together, for every choice of the bands that may have to be equal.
 
     More bands in each choice mean smaller buckets and more sorting; taken are the fewest with which
     buckets stay small.

@@ -58,7 +58,7 @@ COLUMNS = pa.schema(
 
 
 class Kind(StrEnum):
-    """What a sample can be looked up by."""
+    """A key by which samples are found."""
 
     UID = "uid"
     URL = "url"
@@ -178,7 +178,7 @@ class SampleIndex:
                     yield parquet.read_row_group(group, columns=list(columns))
 
     def repeated(self, kind: Kind) -> tuple[Ints, Ints]:
-        """Which rows share a uid, or an image (as downloaded or as stored), with another row.
+        """Rows that share a uid, or an image (as downloaded or as stored), with another row.
 
         Returns:
             Rows, ascending, and what they share as a number; a row may share two things.

@@ -1,4 +1,4 @@
-"""What a verification says of every shard: the file between the stages verify and dataset.
+"""The verdicts of a verification on its shards: the file between the stages verify and dataset.
 
 Covers: the verdict on a shard, the file that holds all of them.
 Not here: reaching a verdict (tasks/verify), choosing samples (tasks/dataset).
@@ -21,18 +21,18 @@ CHECKED = "checked.json"
 
 
 class ShardVerdict(Config):
-    """What was found in one shard."""
+    """The verdict on one shard."""
 
     path: str
     """Of the tar, relative to the verification's folder; or its URL."""
     stored: int
     """Samples that could be read, bad ones included: its rows in the index."""
     shard: Shard | None
-    """All its samples, none left out yet; None if nobody may read it."""
+    """All its samples, none left out yet; None if it must not be read."""
     flaws: dict[str, int]
     """Bad samples by reason; each counts once."""
     left_out: str | None
-    """Why the shard is left out."""
+    """The reason why the shard is left out; None if it is used."""
 
 
 def write_verdicts(verdicts: Sequence[ShardVerdict], folder: Path) -> None:

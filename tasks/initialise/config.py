@@ -1,4 +1,4 @@
-"""What decides the model that training starts from.
+"""Settings that decide the model that training starts from.
 
 Covers: architecture, resolution, where weights come from, the seed of the rest.
 Not here: making it (initialise.py). Does not import torch.
@@ -61,7 +61,7 @@ class InitialiseConfig(Config):
         return config if self.image_px is None else config.at_image_px(self.image_px)
 
     def sources(self) -> dict[Role, Path]:
-        """What gives weights, in the order it is loaded in."""
+        """The files of weights, in the order in which they are loaded."""
         named: dict[Role, Path | None] = {
             "clip": self.clip,
             "vision": self.vision,
@@ -86,7 +86,7 @@ class InitialiseConfig(Config):
         }
 
     def files(self) -> dict[str, Path]:
-        """What `named` gives, all of it there.
+        """The files that `named` gives, all of which exist.
 
         Raises:
             InputError: one of them does not exist.

@@ -1,4 +1,4 @@
-"""What decides a join: nothing but what is joined; the names of what it makes.
+"""Settings of a join, none of which decides its result, and the names of what it makes.
 
 Covers: the config, the stage's name and version.
 Not here: joining.
@@ -17,7 +17,7 @@ PARTS = "parts.json"
 
 
 class JoinConfig(Config):
-    """How a join is made; it changes no result."""
+    """Settings of a join; none changes its result."""
 
     memory_limit: str = Field(default="2GB", pattern=r"^[0-9]+(\.[0-9]+)? ?([KMGT]i?)?B$")
     """Memory for sorting the index; what does not fit goes to disk."""

@@ -1,6 +1,6 @@
 """Several verifications as one: their verdicts one after another, and one index over all samples.
 
-Covers: joining, which rows came from which verification.
+Covers: joining, and the record of which rows came from which verification.
 Not here: looking into shards (tasks/verify), choosing samples (tasks/dataset), which reads a join
 as it reads a verification.
 
@@ -34,7 +34,7 @@ from tasks.progress import Report
 
 @dataclass(frozen=True)
 class JoinedPart:
-    """Where a verification's samples are in a join."""
+    """The place of a verification's samples in a join."""
 
     digest: str
     """Of the verification."""
@@ -77,7 +77,7 @@ def join_verifications(
 
 
 def read_parts(folder: Path) -> list[JoinedPart]:
-    """What a finished join was made of, in its order."""
+    """The parts of a finished join, in its order."""
     return [JoinedPart(**part) for part in json.loads((folder / PARTS).read_text())]
 
 

@@ -30,7 +30,7 @@ RUNNING = "RUNNING"
 
 @dataclass(frozen=True)
 class SeriesCursor:
-    """How far a file of metrics was shipped."""
+    """The point up to which a file of metrics was shipped."""
 
     offset: int = 0
     """Bytes read; a hint only, the file may have been cut back."""
@@ -40,12 +40,12 @@ class SeriesCursor:
     """Inode of the file that `offset` belongs to: a resumed trainer puts a shorter one in its
     place, which may have grown past `offset` since."""
     is_open: bool = True
-    """Whether its run goes on; what is closed is not looked at again."""
+    """Whether its run goes on; a closed file is not read again."""
 
 
 @dataclass
 class Cursor:
-    """How far a journal was shipped."""
+    """The point up to which a journal was shipped."""
 
     offset: int = 0
     runs: dict[str, str] = field(default_factory=dict)
@@ -111,7 +111,7 @@ class Journal:
 
     @classmethod
     def unshipped(cls, root: Path) -> Iterator[Self]:
-        """Journals that nobody holds and that are not both closed and shipped, held one by one."""
+        """Journals that are free and not both closed and shipped, locked one by one."""
         for about in sorted(root.glob("*/run.json")):
             lock = None if (about.parent / "shipped").exists() else lock_file(about.parent / "lock")
             if lock is not None:
@@ -150,7 +150,7 @@ class Journal:
 
     @property
     def is_closed(self) -> bool:
-        """Whether the pipeline run ended; otherwise its process was killed, or works."""
+        """Whether the pipeline run ended; otherwise its process was killed, or is at work."""
         return self.runs().get(PIPELINE, RUNNING) != RUNNING
 
     @property

@@ -35,7 +35,7 @@ def _text(value: Any) -> str:
 
 
 def stage_tags(address: Address, reused: bool) -> dict[str, str]:
-    """What identifies a stage's run: its digest, its parents', and whether it was reused."""
+    """Tags that identify a stage's run: its digest, its parents', and whether it was reused."""
     parents = {f"parent.{role}": digest for role, digest in address.parents.items()}
     tags = {
         "stage": address.stage.name,

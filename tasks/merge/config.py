@@ -1,4 +1,4 @@
-"""What a merge is made from: sources, column maps, filters, target counts.
+"""Settings of a merge: sources, column maps, filters, target counts.
 
 Covers: the pydantic models of the recipe's merge table.
 Not here: any reading of files; see metadata_files.py and schema.py.
@@ -21,7 +21,7 @@ Policy = Literal["keep", "drop"]
 
 
 class ColumnMap(Config):
-    """Which column of a source's files plays which part."""
+    """The columns of a source's files by their meaning."""
 
     url: str
     """Address of the image; text."""
@@ -80,9 +80,9 @@ class SourceConfig(Config):
     """Glob of its files: local, or a URL (s3://bucket/*.parquet, hf://datasets/owner/name/*); a
     leading `demo:` means inside the demo artifact."""
     format: Literal["auto", "parquet", "csv", "jsonl"] = "auto"
-    """What the files are; auto = told from their suffix, before a .gz or .zst."""
+    """What the files are; auto = by their suffix, before a .gz or .zst."""
     columns: Literal["auto", "laion", "coyo"] | ColumnMap = "auto"
-    """Published layout (auto = told from the column names), or an explicit column map."""
+    """Published layout (auto = by the column names), or an explicit column map."""
     diff_against: str | None = Field(default=None, min_length=1)
     """Glob of the cleaned edition's parquet files; rows whose address it lacks are dropped. Old
     copies of LAION's metadata are refused without it."""
@@ -105,7 +105,7 @@ class SourceConfig(Config):
 
     @property
     def wanted_rows(self) -> int | None:
-        """How many rows are selected at most."""
+        """The most rows that are selected; None: all that pass."""
         return self.target_count and math.ceil(self.target_count / self.expected_success)
 
     @field_validator("files", "diff_against")

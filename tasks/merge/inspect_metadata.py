@@ -1,4 +1,4 @@
-"""What is in metadata files: columns, layout, rows, shares of missing values, histograms.
+"""The content of metadata files: columns, layout, rows, shares of missing values, histograms.
 
 Covers: the facts one needs before naming files as a source, read in bounded memory.
 Not here: printing them; any judgement of rows (filters.py).
@@ -40,7 +40,7 @@ class ColumnSummary:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What the files of one pattern hold."""
+    """The content of the files of one pattern."""
 
     files: int
     rows: int | None
@@ -138,7 +138,7 @@ def _count(
 
 
 def _compared(place: int) -> str:
-    """What the first and last bin hold is open to one side."""
+    """Shares of the bins; the first and the last bin are open to one side."""
     return {0: "<=", BINS - 1: ">="}.get(place, "=")
 
 

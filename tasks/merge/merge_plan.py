@@ -1,4 +1,4 @@
-"""What all units of a merge share: its files, its settings, and later its cut.
+"""The values that all units of a merge share: its files, its settings, and later its cut.
 
 Covers: the plan as plain values, fit to be sent to a worker; the saved cut; making a folder once.
 Not here: making the plan (survey_files.py), the units (units.py).
@@ -120,7 +120,7 @@ class MergePlan:
 
 @dataclass(frozen=True)
 class SelectionCut:
-    """How many rows of a source are selected, and the keys that bound them."""
+    """The selection of one source: its number of rows, and the keys that bound them."""
 
     selected: int
     after: str | None

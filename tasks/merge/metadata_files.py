@@ -1,6 +1,6 @@
-"""Where metadata lies: globs of local files and of URLs, formats, the identity of a file.
+"""The files of metadata: globs of local files and of URLs, formats, the identity of a file.
 
-Covers: finding a source's files, telling their format, the reading function of the database for
+Covers: finding a source's files, their format, the reading function of the database for
 it, what outside files a merge reads, and whether a file is still the one it was.
 Not here: what the columns mean (schema.py); the database (database.py).
 
@@ -40,7 +40,7 @@ READERS: Mapping[Format, str] = {
 
 
 def is_url(path: str) -> bool:
-    """Whether a path names something that is not a local file."""
+    """Whether a path is a URL instead of a local file."""
     return "://" in path
 
 
@@ -81,10 +81,10 @@ def file_system(url: str) -> Any:
 
 
 def format_of(path: str, source: SourceConfig) -> Format:
-    """What a file of `source` is.
+    """The format of a file of `source`.
 
     Raises:
-        InputError: the format is to be told from a suffix that says nothing.
+        InputError: the format is `auto` and the suffix is not a known one.
     """
     if source.format != "auto":
         return source.format
@@ -128,7 +128,7 @@ def outside_files(config: MergeConfig) -> Iterator[Outside]:
 
 
 def identity(path: str) -> tuple[str, ...]:
-    """What tells whether a file is still the one it was: size, and time, version or checksum."""
+    """Marks by which a file is still the same one: size, and time, version or checksum."""
     if is_url(path):
         information = file_system(path).info(path)
         marks = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "blob_id", "md5")
@@ -138,8 +138,8 @@ def identity(path: str) -> tuple[str, ...]:
 
 
 def mark_of(path: Path | str) -> str:
-    """What tells a metadata file from others wherever it lies: its content's, or at a URL its
-    identity's, as 16 hex characters."""
+    """A metadata file's mark, the same wherever it lies, as 16 hex characters: the fingerprint of
+    its content, or at a URL of its identity."""
     return remote_fingerprint([str(path)]) if is_url(str(path)) else fingerprint(Path(path))
 
 

@@ -1,4 +1,4 @@
-"""What the columns of a metadata file mean.
+"""The meaning of the columns of a metadata file.
 
 Covers: telling the published layouts apart by their column names, refusing withdrawn ones, checking
 a column map against a file, and the SQL select list that gives every layout the same columns.

@@ -135,7 +135,7 @@ def is_alone(keys: pa.Table) -> npt.NDArray[np.bool_]:
 
 
 def partitions_in(folder: Path) -> int:
-    """How many partitions a folder's rows are split over."""
+    """Number of partitions that a folder's rows are split over."""
     return int(np.load(folder / "keys.ends.npy", mmap_mode="r").shape[1])
 
 

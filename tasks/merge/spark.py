@@ -89,7 +89,7 @@ def _do(chunk: Chunk) -> None:
 
 
 def _dedupe(session: Any, plan: MergePlan, folder: Path) -> None:
-    """What the unit `dedupe` leaves for one partition, for all of them at once."""
+    """Write for all partitions at once what the unit `dedupe` writes for one."""
     from pyspark.sql import Window
     from pyspark.sql import functions as F
 

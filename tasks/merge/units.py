@@ -241,7 +241,7 @@ def _scan(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
 
 
 def rows_folder(plan: MergePlan, file: MetadataFile) -> Path:
-    """Where the passing rows of a metadata file are, split over the partitions."""
+    """Folder of the passing rows of a metadata file, split over the partitions."""
     return plan.temporary / "rows" / f"{file.number:06d}"
 
 
@@ -279,7 +279,7 @@ def _dedupe_keys(connection: DuckDBPyConnection, plan: MergePlan, part: int, fol
 
 
 def _keys(connection: DuckDBPyConnection, plan: MergePlan, part: int) -> tuple[str, dict[str, Any]]:
-    """(SQL of one partition's keys with `dropped`, why they are none; parameters)."""
+    """(SQL of one partition's keys, each with the reason why it is `dropped`; parameters)."""
     plain = "SELECT *, NULL::VARCHAR AS dropped FROM part_keys"
     if not plan.editions and not plan.given:
         return plain, {}

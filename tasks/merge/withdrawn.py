@@ -1,4 +1,4 @@
-"""Which published collections are withdrawn, and what is said to those who name them.
+"""Published collections that are withdrawn, and the refusal of a recipe that names one.
 
 Covers: their names on the hub, and telling their old copies from the column names.
 Not here: the comparison with the cleaned edition; see merge.py.
@@ -20,7 +20,7 @@ OLD_COLUMNS = {"URL", "TEXT"}
 
 
 def why_refused(files: str) -> str | None:
-    """Why these files cannot be a source; none when they can.
+    """The reason why these files cannot be a source; None when they can.
 
     >>> why_refused("hf://datasets/laion/laion2B-en/*.parquet") is None
     False

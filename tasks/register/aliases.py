@@ -1,7 +1,7 @@
-"""What a registered version goes by now: an alias may have been moved since it was registered.
+"""The present aliases of a registered version: one may have been moved since it was registered.
 
 Covers: asking the registries that versions were registered in.
-Not here: registering (registry.py), who asks.
+Not here: registering (model_registry.py).
 """
 
 from __future__ import annotations

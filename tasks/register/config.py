@@ -1,4 +1,4 @@
-"""What a model is registered as, and when it replaces the one in use: the `[register]` table.
+"""The name of a registered model, and when it replaces the one in use: the `[register]` table.
 
 Covers: the configs, and the stage whose artifact they decide.
 Not here: the registry itself, deciding (gate.py); mlflow is not imported.
@@ -44,8 +44,8 @@ class GatePolicy(Config):
     larger but not certain holds the candidate back, one that is certain rejects it."""
     max_contaminated: float | None = Field(default=None, ge=0, le=1)
     """Largest share of a set's images that may be among the candidate's training data; none: it is
-    told, not judged, because pictures of little content (drawings, digits) look like each other,
-    and because published models have several percent of some sets."""
+    reported, not judged, because pictures of little content (drawings, digits) look like each
+    other, and because published models have several percent of some sets."""
     max_size_ratio: float | None = Field(default=1.5, gt=0)
     """Largest size of the weights, as a multiple of the champion's."""
     max_latency_ratio: float | None = Field(default=None, gt=0)
@@ -94,7 +94,7 @@ class RegisterConfig(Config):
 
 @dataclass(frozen=True)
 class LargeWeights:
-    """What becomes of weights that are large."""
+    """The limit above which weights are not copied into the registry, and where they go."""
 
     above_gb: float = 5.0
     """Files of more than this many 10^9 bytes are referred to; smaller ones are copied."""
@@ -104,4 +104,4 @@ class LargeWeights:
 
 
 COPIED = LargeWeights()
-"""What becomes of them by default."""
+"""The default."""

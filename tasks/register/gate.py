@@ -1,6 +1,6 @@
-"""Whether a new model replaces the one in use: a pure function of figures and a policy.
+"""The decision whether a new model replaces the one in use, by figures and a policy alone.
 
-Covers: what the gate knows of a model (from an evaluation's results), the decision, saying it.
+Covers: what the gate knows of a model (from an evaluation's results), the decision, its wording.
 Not here: evaluating, moving aliases (promotion.py), asking people.
 
 Every rule gives a reason of its own; the decision is the worst of them:
@@ -26,7 +26,7 @@ CERTAIN_P = 0.05
 
 
 class GateOutcome(StrEnum):
-    """What becomes of a candidate, from good to bad."""
+    """The verdict on a candidate, from good to bad."""
 
     PROMOTE = "promote"
     HOLD = "hold"
@@ -80,7 +80,7 @@ class Candidate(Config):
 
 
 class GateReason(Config):
-    """What one rule says."""
+    """The verdict of one rule."""
 
     rule: str
     outcome: GateOutcome
@@ -88,7 +88,7 @@ class GateReason(Config):
 
 
 class Decision(Config):
-    """What the gate says of a candidate."""
+    """The gate's decision on a candidate, with its reasons."""
 
     outcome: GateOutcome
     reasons: tuple[GateReason, ...]
@@ -113,7 +113,7 @@ class Decision(Config):
 
 
 def decide(candidate: Candidate, champion: Champion | None, policy: GatePolicy) -> Decision:
-    """Whether `candidate` replaces `champion` (None: there is none yet)."""
+    """Decide whether `candidate` replaces `champion` (None: there is none yet)."""
     reasons = tuple(_reasons(candidate, champion, policy))
     order = list(GateOutcome)
     outcome = max((one.outcome for one in reasons), key=order.index)

@@ -1,4 +1,4 @@
-"""How long models take for one image, side by side on this machine.
+"""The time that models take for one image, side by side on this machine.
 
 Covers: taking the times in turns, so that what else the machine does meets all alike.
 Not here: what is made of them (gate.py).

@@ -1,7 +1,9 @@
 """A saved model as an MLflow model: source, weights or where they are, signature, no pickle.
 
-Covers: what is packed, the signature and the example, what a loader needs to have installed.
-Not here: the model as it runs when loaded (served_model.py), the registry (registry.py).
+Covers: what is packed, the signature and the example, what a loader needs to have installed;
+weights too large to copy into the registry, which are referred to or put into a store.
+Not here: the model as it runs when loaded (served_model.py), the registry (model_registry.py),
+the reference's form and fetching (evaclip_model/weights/external_weights.py).
 
 MLflow, torch, safetensors and Pillow are enough to load it: what else the tokenizer needs travels
 with the source (evaclip_model/tokenizer/bundled_assets.py), and MLflow itself brings the rest.
@@ -25,6 +27,7 @@ from evaclip_model.tokenizer.bundled_assets import carry
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
 from evaclip_model.weights.external_weights import REFERENCE_FILE, Reference
 from tasks.artifacts.provenance import LINEAGE
+from tasks.register.config import LargeWeights
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -35,6 +38,7 @@ REQUIREMENTS = (
     *("numpy", "pandas", "pydantic", "wcwidth"),
 )
 """Distributions the loaded model imports; those of the second line come with MLflow."""
+GB = 10**9
 LABELS = ("a red square", "a dog")
 CALLS = """\
 Load it in Python, with `mlflow`, `torch`, `safetensors` and `pillow` installed:
@@ -137,7 +141,7 @@ def signature() -> ModelSignature:
 
 
 def description(name: str, version: int | str) -> str:
-    """How a registered version is called, for people."""
+    """A version's description: how to load, call and serve it."""
     request = {
         "dataframe_split": {
             "columns": ["image"],
@@ -175,3 +179,36 @@ def _public_version(distribution: str) -> str:
             f"'{distribution}' is not installed, but the registered model needs it: "
             "install the project with its 'pipeline' extra"
         ) from None
+
+
+def reference_to(model: Path, sha256: str, large: LargeWeights) -> Reference | None:
+    """The reference to the weights of a saved model, put into their place; None for a copy.
+
+    Raises:
+        InputError: the place does not take them.
+    """
+    weights = model / WEIGHTS_FILE
+    size = weights.stat().st_size
+    if size <= large.above_gb * GB:
+        return None
+    uri = _put_weights(weights, f"{large.place.rstrip('/')}/{sha256}") if large.place else ""
+    return Reference(uri=uri or weights.resolve().as_uri(), size=size, sha256=sha256)
+
+
+def _put_weights(weights: Path, folder: str) -> str:
+    """Put a file into a store's folder, unless one of its size is there; returns the file's URI."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    if "://" not in folder:
+        folder = Path(folder).resolve().as_uri()
+    try:
+        repository = get_artifact_repository(folder)
+        sizes = {Path(file.path).name: file.file_size for file in repository.list_artifacts()}
+        if sizes.get(weights.name) != weights.stat().st_size:
+            repository.log_artifact(str(weights))
+    except Exception as error:  # every store has errors of its own
+        raise InputError(
+            f"the weights cannot be put into {folder} ({type(error).__name__}: "
+            f"{str(error)[:160]}): mend it, or name another place in EVACLIP_REGISTRY_WEIGHTS"
+        ) from error
+    return f"{folder}/{weights.name}"

@@ -2,8 +2,8 @@
 
 Covers: uploading, the version with its tags, its description and its lineage, the alias of a
 candidate.
-Not here: what is uploaded (packing.py), weights too large for it (references.py), pulling it back
-(pull.py), whether it replaces the version in use (gate.py, promotion.py).
+Not here: what is uploaded, weights too large for it (model_package.py), pulling it back
+(pull_model.py), whether it replaces the version in use (gate.py, promotion.py).
 
 Killed at any moment, the next call finds what is there by its tags and goes on from it.
 """
@@ -21,9 +21,8 @@ from tasks.artifacts.artifact import MANIFEST, Address, Artifact, Made, sha256_o
 from tasks.artifacts.provenance import LINEAGE, Lineage, lineage_of
 from tasks.progress import Report, silent
 from tasks.register.config import COPIED, REGISTERED, LargeWeights, RegisterConfig
-from tasks.register.model_package import description, pack
+from tasks.register.model_package import description, pack, reference_to
 from tasks.register.promotion import DIGEST_TAG, WEIGHTS_TAG
-from tasks.register.references import reference_to
 from tasks.tracking import TrackingStore, is_refusal
 
 if TYPE_CHECKING:

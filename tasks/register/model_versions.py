@@ -2,7 +2,7 @@
 
 Covers: resolving NAME@ALIAS and NAME/VERSION, the sentences when there is none, reading the
 lineage document of a version, finding versions by what they were made from.
-Not here: fetching the model (pull.py), which version is in use (promotion.py).
+Not here: fetching the model (pull_model.py), which version is in use (promotion.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from evaclip_model.errors import InputError
 from tasks.artifacts.provenance import LINEAGE, Lineage
-from tasks.register.promotion import DIGEST_TAG, history, line_of
+from tasks.register.promotion import DIGEST_TAG, champion_history, history
 from tasks.tracking import TrackingStore, is_refusal
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Described:
 
 
 def is_address(text: str) -> bool:
-    """Whether a person's word names a version: NAME@ALIAS, NAME/VERSION, with `models:/` or not."""
+    """Whether `text` names a version: NAME@ALIAS or NAME/VERSION, with `models:/` or without."""
     return text.startswith(_MODELS) or "@" in text or text.rpartition("/")[2].isdecimal()
 
 
@@ -100,7 +100,9 @@ def resolve(client: MlflowClient, model: str) -> ModelVersion:
         return client.get_model_version(name, number)
     aliases = ", ".join(f"{name}@{known}" for known in sorted(registered.aliases)) or "no alias"
     numbers = ", ".join(f"{name}/{known}" for known in versions) or "no version"
-    wrong = f"'{model}' names no version" if at or number else f"'{model}' lacks alias or version"
+    wrong = (
+        f"'{model}' is not a version" if at or number else f"'{model}' lacks an alias or a version"
+    )
     raise InputError(f"{wrong}; there are: {aliases}; {numbers}")
 
 
@@ -122,7 +124,7 @@ def predecessor(tracking_uri: str, version: Described, alias: str) -> Described 
         InputError: the registry does not answer.
     """
     with registry(tracking_uri) as (store, client):
-        line = line_of(history(store, version.name, alias))
+        line = champion_history(history(store, version.name, alias))
         if version.version in line:
             line = line[: line.index(version.version)]
         if not line:

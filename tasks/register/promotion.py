@@ -1,10 +1,10 @@
-"""Which version of a registered model is in use: promoting, rolling back, and who did it when.
+"""The version of a registered model that is in use: promoting, rolling back, and who did it when.
 
 Covers: moving an alias, its history as tags of the versions, carrying out a gate's decision.
-Not here: deciding (gate.py), registering (registry.py), asking a person.
+Not here: deciding (gate.py), registering (model_registry.py), asking a person.
 
-The alias moves first and is written down then; whoever finds it moved and not written down writes
-it, so that a process killed in between loses nothing.
+The alias moves first and is recorded then; the next process that finds it moved but not recorded
+records it, so that a process killed in between loses nothing.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 DIGEST_TAG = "evaclip.digest"
 WEIGHTS_TAG = "evaclip.weights_sha256"
 GATE_TAG = "evaclip.gate"
-"""What the gate said of a version; its reasons in `evaclip.gate.reasons`."""
+"""The gate's outcome for a version; its reasons are in `evaclip.gate.reasons`."""
 HISTORY_TAG = "evaclip.alias"
 """`evaclip.alias.ALIAS.TIME`: at that time this version got the alias, and how."""
 DECLINED_TAG = "evaclip.declined"
-"""Who said no to a version that the gate would promote, and why."""
+"""Who refused a version that the gate would promote, and why."""
 MAX_TAG_CHARS = 4000
 
 How = Literal["gate", "approval", "command", "force", "rollback", "outside"]
@@ -43,7 +43,7 @@ How = Literal["gate", "approval", "command", "force", "rollback", "outside"]
 
 @dataclass(frozen=True)
 class Move:
-    """An alias got to a version."""
+    """An alias was given to a version."""
 
     at: str
     """UTC, ISO 8601."""
@@ -64,9 +64,9 @@ class Standing:
     """SHA-256 of its weights; empty if it was registered by others."""
     run_id: str | None
     gate: str
-    """What the gate said of it; empty: it was not asked."""
+    """The gate's outcome; empty: it was not asked."""
     declined: str
-    """Who said no to it, and why."""
+    """Who refused it, and why."""
 
 
 def champion_of(store: TrackingStore, name: str, alias: str) -> Standing | None:
@@ -91,7 +91,7 @@ def history(store: TrackingStore, name: str, alias: str) -> list[Move]:
         return _moves(store.client(), name, alias)
 
 
-def line_of(moves: Sequence[Move]) -> list[int]:
+def champion_history(moves: Sequence[Move]) -> list[int]:
     """The versions in use one after another, the present one last, without those rolled back."""
     line: list[int] = []
     for move in moves:
@@ -105,7 +105,7 @@ def line_of(moves: Sequence[Move]) -> list[int]:
 def promote(
     store: TrackingStore, name: str, alias: str, version: int, how: How, by: str, why: str
 ) -> bool:
-    """Give a version the alias; whether it had not got it yet.
+    """Give a version the alias; False when it already had it.
 
     Raises:
         InputError: there is no such version, or the store does not answer.
@@ -116,7 +116,7 @@ def promote(
         holder = _holder(client, name, alias)
         moves = _moves(client, name, alias)
         if holder is not None and (not moves or moves[-1].version != holder):
-            outside = "the alias was moved without being written down"
+            outside = "the alias was moved without a record"
             if holder == version:  # by a process that was killed, maybe this very one
                 _write_down(client, name, alias, version, how, by, why)
                 return True
@@ -143,15 +143,15 @@ def roll_back(
         client = store.client()
         holder = _holder(client, name, alias)
         if holder is None:
-            raise InputError(f"no version of '{name}' is {alias}: there is nothing to go back from")
-        line = line_of(_moves(client, name, alias))
+            raise InputError(f"no version of '{name}' is {alias}: there is nothing to roll back")
+        line = champion_history(_moves(client, name, alias))
         if not line or line[-1] != holder:
             line.append(holder)
         if to is None:
             if len(line) < 2:
                 raise InputError(
-                    f"version {holder} of '{name}' is the first that was {alias}: say which one "
-                    "shall be with --to VERSION"
+                    f"version {holder} of '{name}' is the first that was {alias}: name the "
+                    "one to go back to with --to VERSION"
                 )
             to = line[-2]
     promote(store, name, alias, to, "rollback", by, why)
@@ -161,7 +161,7 @@ def roll_back(
 def carry_out(
     store: TrackingStore, config: RegisterConfig, version: int, decision: Decision
 ) -> bool:
-    """Make the version champion if the gate says so; whether it became champion now.
+    """Make the version champion if the gate says so; True when it became champion now.
 
     Nothing happens where the champion is another than the gate compared it with, or where the
     version was champion before (and was rolled back since).
@@ -204,8 +204,8 @@ def is_stale(store: TrackingStore, config: RegisterConfig, version: int, known: 
 
 
 def is_unsettled(store: TrackingStore, config: RegisterConfig, folder: Path) -> bool:
-    """Whether there is something to do yet for the registration in `folder`: carry out what the
-    gate said, or ask it again.
+    """Whether the registration in `folder` still waits: for the gate's decision to be carried out,
+    or for a new one.
 
     Raises:
         InputError: the store does not answer.
@@ -218,7 +218,7 @@ def is_unsettled(store: TrackingStore, config: RegisterConfig, folder: Path) -> 
 def write_decision(
     store: TrackingStore, name: str, version: int, decision: Decision, out: Path
 ) -> tuple[Path, Path]:
-    """What the gate says, as tags of the version and as files in `out`; returns the files.
+    """Write the decision as tags of the version and as files in `out`; return the files.
 
     Raises:
         InputError: the store does not answer.
@@ -240,7 +240,7 @@ def read_decision(folder: Path) -> Decision:
 
 
 def decline(store: TrackingStore, name: str, version: int, by: str, why: str) -> None:
-    """Write down that a person said no.
+    """Record that a person refused the version.
 
     Raises:
         InputError: the store does not answer.
@@ -260,8 +260,8 @@ def standing_of(store: TrackingStore, name: str, version: int) -> Standing:
         return _standing(_version(store.client(), name, version))
 
 
-def who() -> str:
-    """The person at the keyboard."""
+def current_user() -> str:
+    """Name of the user who runs this process."""
     return getpass.getuser()
 
 

@@ -2,9 +2,8 @@
 
 Covers: room on the disk, downloading, weights that are referred to, checking, the other library's
 form, publishing the folder.
-Not here: resolving a name (versions.py), writing the forms (evaclip_model/weights/export.py),
-loading it
-as an MLflow model (`mlflow.pyfunc.load_model` does that).
+Not here: resolving a name (model_versions.py), writing the forms
+(evaclip_model/weights/export.py), loading it as an MLflow model (`mlflow.pyfunc.load_model`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Covers: the pyfunc class. MLflow stores this file as source, beside a copy of `evaclip_model` and
 the weights, so it runs where this project is not installed and no pickle is involved.
-Not here: registering (registry.py). Nothing of `tasks` is imported: it is not shipped.
+Not here: registering (model_registry.py). Nothing of `tasks` is imported: it is not shipped.
 
 What a call asks for:
 
@@ -79,7 +79,7 @@ class ZeroShotModel(PythonModel):
                 embedding, unit length).
 
         Raises:
-            MlflowException: a row that is no image or no text, no labels, an unknown output, or
+            MlflowException: a row that is neither image nor text, no labels, an unknown output, or
                 more than one call may ask for. A server answers it with status 400.
         """
         try:
@@ -160,7 +160,7 @@ def _decoded(image: object, row: int) -> Any:
     """A row's image; bytes as they are, text as base64.
 
     Raises:
-        InputError: neither, or bytes that are no image of a known format, or too large.
+        InputError: neither, bytes that are not an image of a known format, or too many of them.
     """
     try:
         data = base64.b64decode(image, validate=True) if isinstance(image, str) else image

@@ -41,7 +41,7 @@ class Cluster:
     submit: tuple[tuple[str, ...], ...]
     """One after another: clears away what is left of an ended job of that name, and submits."""
     state: tuple[str, ...]
-    """Prints words about the job; none when there is no such job."""
+    """Prints words about the job; nothing when there is no such job."""
     ended: frozenset[str]
     """Words that say the job is there, but nothing of it runs or will run again."""
     cancel: tuple[str, ...]

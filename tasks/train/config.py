@@ -21,7 +21,7 @@ Launcher = Literal["auto", "torchrun", "deepspeed", "slurm", "kubernetes", "exte
 
 
 class Launch(Config):
-    """Where and how the ranks of a training run are started; it never changes a result.
+    """Settings of starting the ranks of a training run; none changes a result.
 
     The field `x` is read from the environment as `EVACLIP_X`.
     """

@@ -1,6 +1,6 @@
-"""How far a training run is, read from the files it writes.
+"""The progress of a training run, read from the files it writes.
 
-Covers: the newest lines of `metrics.jsonl`, and what a person is told of them.
+Covers: the newest lines of `metrics.jsonl`, and one line of text about them.
 Not here: tracking (tasks/lineage reads the same file by itself); starting the run (train.py).
 """
 
@@ -66,7 +66,7 @@ def describe(rows: Sequence[Mapping[str, Any]], steps: int) -> str:
 
 
 def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is out of order in these rows: spikes, steps not taken, ways back, a slow rank."""
+    """Irregularities in these rows: spikes, skipped steps, rollbacks, a slow rank."""
     found = []
     spikes = [row["step"] for row in rows if row.get("spike")]
     if spikes:

@@ -1,4 +1,4 @@
-"""How the ranks of a training run are started: command lines and environments, as pure functions.
+"""Starting the ranks of a training run: command lines and environments, as pure functions.
 
 Covers: one plain process, torchrun (on one machine or several), the deepspeed launcher over a
 hostfile, a command of the user's own; how many ranks a machine gets, and their environment.
@@ -50,7 +50,7 @@ def default_read_workers(cores: int, ranks: int, gpus: int) -> int:
 
 
 def command(job: Path, ranks: int) -> list[str]:
-    """What starts `ranks` ranks on this machine: torchrun without a port, or a plain process."""
+    """The command that starts ranks on this machine: torchrun without a port, or one process."""
     if ranks == 1:
         return [sys.executable, "-m", WORKER, str(job)]
     # Without an endpoint the agent's store is a temporary file that only this user can open.
@@ -58,7 +58,7 @@ def command(job: Path, ranks: int) -> list[str]:
 
 
 def torchrun(job: Path, launch: Launch, ranks: int) -> list[str]:
-    """What every machine runs: `ranks` ranks each, which meet at the rendezvous."""
+    """The command that every machine runs: `ranks` ranks each, which meet at the rendezvous."""
     if launch.nodes == 1 or launch.rendezvous is None:
         return command(job, ranks)
     # The run's folder as id: another run at the same meeting point is not joined.
@@ -67,7 +67,7 @@ def torchrun(job: Path, launch: Launch, ranks: int) -> list[str]:
 
 
 def join_script(words: Sequence[str], run_dir: Path) -> str:
-    """What the other machines run: their part of the ranks, until the stage is over."""
+    """The script of the other machines: their part of the ranks, until the stage is over."""
     over = " || ".join(f"[ -e {quote(str(run_dir / name))} ]" for name in (RESULT_FILE, ERROR_FILE))
     return f"#!/bin/sh\nuntil {over}; do {shlex.join(words)}; sleep 5; done\n"
 
@@ -132,8 +132,8 @@ def external(job: Path, launch: Launch) -> list[str]:
         words = [word.format(**places) for word in shlex.split(launch.submit_command or "")]
     except (KeyError, IndexError, ValueError) as error:
         raise InputError(
-            f"EVACLIP_SUBMIT_COMMAND is no command with places {{job}}, {{run_dir}}, {{ranks}}, "
-            f"{{nodes}} ({error}): write a brace that is meant as itself twice"
+            "EVACLIP_SUBMIT_COMMAND is not a command with the placeholders {job}, {run_dir}, "
+            f"{{ranks}}, {{nodes}} ({error}): write a brace that is meant as itself twice"
         ) from None
     if not words:
         raise InputError("EVACLIP_SUBMIT_COMMAND is empty: give the command that starts all ranks")

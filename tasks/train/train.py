@@ -70,7 +70,7 @@ class TrainingCrashed(RuntimeError):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a training stage reads."""
+    """The model and the data that a training stage reads."""
 
     start_from: Path
     """Folder of the model to start from."""
@@ -138,10 +138,13 @@ def _run(config: TrainConfig, inputs: Inputs, out: Path, launch: Launch, report:
             return
         if (out / MEMORY_FILE).is_file() or kernel_kills() > killed:
             smaller = _with_smaller_parts(config, launch, tried=smaller)
-            follower.say(f"memory ran out: goes on with {smaller.micro_batch} pairs a rank at once")
+            follower.say(
+                f"memory ran out: training continues with a micro-batch of {smaller.micro_batch}"
+            )
             continue
         stopped = (out / RESUMABLE_FILE).is_file()
-        follower.say("stopped by a signal: goes on" if stopped else f"status {status}: goes on")
+        cause = "a signal stopped training" if stopped else f"training ended with status {status}"
+        follower.say(f"{cause}: it continues from the newest checkpoint")
         idle = 0 if follower.step > before else idle + 1
     stacks = ", ".join(sorted(path.name for path in out.glob("stacks-*.txt")))
     raise TrainingCrashed(
@@ -160,8 +163,8 @@ def _with_smaller_parts(config: TrainConfig, launch: Launch, tried: Launch | Non
     pairs = min((tried or launch).micro_batch or share, share)
     if tried is not None or pairs % 2:
         raise InputError(
-            f"training stage '{config.name}': memory does not suffice for {pairs} pairs of a rank "
-            "at once: set EVACLIP_MICRO_BATCH to less (a divisor of its share of the batch, "
+            f"training stage '{config.name}': a micro-batch of {pairs} does not fit into memory: "
+            "set EVACLIP_MICRO_BATCH to less (a divisor of its share of the batch, "
             f"{share}), use more ranks, or grad_checkpointing in the recipe"
         )
     return launch.model_copy(update={"micro_batch": pairs // 2})
@@ -221,22 +224,22 @@ def _start(
 
 
 @dataclass(frozen=True)
-class _Machine:
-    """What this machine has, and how many ranks it gets."""
+class _ThisMachine:
+    """The cores and GPUs of this machine, and the number of its ranks."""
 
     cores: int
     gpus: int
     ranks: int
 
 
-def _this_machine(config: TrainConfig, launch: Launch) -> _Machine:
+def _this_machine(config: TrainConfig, launch: Launch) -> _ThisMachine:
     cores = len(os.sched_getaffinity(0))
     gpus = count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
     if launch.hostfile is not None and launch.launcher == "deepspeed":
         ranks = max(read_hostfile(launch.hostfile).values())
     else:
         ranks = launch.ranks or default_ranks(cores, gpus, config.lanes)
-    return _Machine(cores, gpus, ranks)
+    return _ThisMachine(cores, gpus, ranks)
 
 
 def _stays_here(launch: Launch) -> bool:
@@ -247,7 +250,7 @@ def _stays_here(launch: Launch) -> bool:
 
 
 def _job(
-    config: TrainConfig, inputs: Inputs, out: Path, launch: Launch, here: _Machine
+    config: TrainConfig, inputs: Inputs, out: Path, launch: Launch, here: _ThisMachine
 ) -> TrainJob:
     chosen: dict[str, Any] = {
         "engine": launch.train_engine,

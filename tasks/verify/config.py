@@ -1,4 +1,4 @@
-"""What a shard must be to be trained on: the `[verify]` table of a recipe.
+"""Conditions on a shard to be trained on: the `[verify]` table of a recipe.
 
 Covers: the config, the stage's name and version, the names of what it makes.
 Not here: reading shards.

@@ -1,7 +1,7 @@
-"""Look at every shard of a download, and index every sample in them.
+"""Verify every shard of a download, and index every sample in them.
 
 Covers: going through all shards, continuing where a killed run stopped, verdicts, index, report.
-Not here: what is looked at in a shard (shard.py); what training reads of them (tasks/dataset).
+Not here: what is checked in a shard (verify_shard.py); what training reads of them (tasks/dataset).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tasks.verify.verify_worker import ShardJob, VerifyJob
 
 REPORT = "report.json"
 TABLES = ".tables"
-"""A small table a shard: what a killed run looked at already. They go when the index is there."""
+"""One small table for each verified shard, kept until the index is there."""
 LOG = "verify.log"
 GRACE_S = 2.0
 POLL_S = 0.2
@@ -50,7 +50,7 @@ def verify_shards(
 
     Args:
         downloaded: folder of a download or of an adoption.
-        processes: shards looked at at once; each takes about 0.1 GB.
+        processes: shards verified at the same time; each takes about 0.1 GB.
 
     Raises:
         InputError: there is no shard that can be trained on, or one changed since it was adopted.
@@ -70,7 +70,7 @@ def _verify(
     if not listed:
         raise InputError(f"{downloaded} holds no shards: download again")
     tables = [out / TABLES / f"{number:06d}.parquet" for number in range(len(listed))]
-    _look_at_all(config, listed, tables, out, processes, report)
+    _verify_missing(config, listed, tables, out, processes, report)
     verdicts = [read_verdict(table) for table in tables]
     speed = _speed(verdicts, tables)
     report(len(listed), len(listed), f"{speed['images_per_core_s']:,.0f} images a second and core")
@@ -131,12 +131,12 @@ def _refuse_changed(shards: Sequence[AdoptedShard]) -> None:
 
 
 def _speed(verdicts: Sequence[ShardVerdict], tables: Sequence[Path]) -> dict[str, float]:
-    """CPU seconds of looking at all shards, over all runs that had a part in it; images in each."""
+    """CPU seconds of verifying all shards, killed runs included, and images in each."""
     images, cpu_s = sum(verdict.stored for verdict in verdicts), sum(map(read_cpu_s, tables))
     return {"cpu_s": round(cpu_s, 3), "images_per_core_s": round(images / max(cpu_s, 1e-9), 1)}
 
 
-def _look_at_all(
+def _verify_missing(
     config: VerifyConfig,
     listed: Sequence[_Listed],
     tables: Sequence[Path],
@@ -186,12 +186,12 @@ def _look_at_all(
 
 
 def _not_finished(status: int, shards: int, log: Path) -> Exception:
-    """Why the worker left shards undone."""
+    """The error for a worker that left shards undone."""
     said = log.read_text(errors="replace")[-100_000:]
     if os.strerror(errno.ENOSPC) in said:
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log.parent))
-    last = (said.strip().splitlines() or ["nothing was said"])[-1]
-    return RuntimeError(f"{shards} shards were not looked at (status {status}: {last}); see {log}")
+    last = (said.strip().splitlines() or ["it printed nothing"])[-1]
+    return RuntimeError(f"{shards} shards were not verified (status {status}: {last}); see {log}")
 
 
 def _counts(verdicts: Sequence[ShardVerdict]) -> dict[str, int | float]:

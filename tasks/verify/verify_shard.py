@@ -1,4 +1,4 @@
-"""Look at one shard: read every sample, decode every image, keep what is found as a small table.
+"""Verify one shard: read every sample, decode every image, keep what is found as a small table.
 
 Covers: the verdict on a shard and on each of its samples, hashes, agreement with the downloader's
 own table and statistics. Not here: which shards there are (verify.py), comparing samples of
@@ -48,7 +48,7 @@ _CPU_S = b"cpu_s"
 
 
 class Flaw(StrEnum):
-    """Why a sample cannot be trained on, apart from `MemberFlaw`."""
+    """A reason why a sample cannot be trained on, apart from `MemberFlaw`."""
 
     UNDECODABLE = "undecodable"
     TOO_SMALL = "too_small"
@@ -159,7 +159,7 @@ def read_verdict(target: Path) -> ShardVerdict:
 
 
 def read_cpu_s(target: Path) -> float:
-    """CPU seconds that looking at the shard took."""
+    """CPU seconds that verifying the shard took."""
     return float(pq.read_metadata(target).metadata[_CPU_S])
 
 
@@ -274,7 +274,7 @@ def _said(flaws: Counter[str]) -> str:
 
 
 def _why_not_as_recorded(tar: Path, seen: _Seen) -> str | None:
-    """What the downloader wrote beside the tar and what is in the tar must be the same samples.
+    """Why the tar does not hold the samples that the downloader recorded; None if it does.
 
     A tar without table and statistics was not made by img2dataset, and stands for itself.
     """

@@ -1,7 +1,7 @@
-"""The process in which shards are looked at: `python -m tasks.verify.verify_worker JOB.json`.
+"""The process in which shards are verified: `python -m tasks.verify.verify_worker JOB.json`.
 
 Covers: the job it is given, spreading shards over processes.
-Not here: what is looked at (shard.py), who starts this and counts what is done (verify.py).
+Not here: what is checked (verify_shard.py), who starts this and counts what is done (verify.py).
 
 A process of its own, because decoding holds Python's lock for a good part of its time, and because
 a pool started inside a flow would outlive the flow's being killed.
@@ -21,14 +21,14 @@ from tasks.verify.verify_shard import Adopted, on_this_machine, verify_shard
 
 
 class ShardJob(Config):
-    """One shard to look at."""
+    """One shard to verify."""
 
     location: str
     """Path or URL."""
     size: int | None
-    """Bytes that it should have; None if nobody knows."""
+    """Bytes that it should have; None if unknown."""
     path: str
-    """What the verdict calls it."""
+    """Its path in the verdict."""
     target: Path
     """Where its table goes."""
     adopted: Adopted | None
@@ -36,7 +36,7 @@ class ShardJob(Config):
 
 
 class VerifyJob(Config):
-    """All that one call does."""
+    """All shards of one call."""
 
     config: VerifyConfig
     shards: tuple[ShardJob, ...]
@@ -44,7 +44,7 @@ class VerifyJob(Config):
 
 
 def main(job: VerifyJob) -> None:
-    """Look at every shard of the job."""
+    """Verify every shard of the job."""
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(job.processes, mp_context=context) as pool:
         for shard in as_completed([pool.submit(_look, job.config, one) for one in job.shards]):

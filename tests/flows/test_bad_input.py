@@ -104,7 +104,7 @@ def test_a_recipe_that_is_no_toml_is_named_with_the_place(refused: Command, tmp_
         (
             "EVACLIP_TRACKING_URI",
             "ftp://mlflow",
-            "tracking address 'ftp://mlflow' is not one: give",
+            "'ftp://mlflow' is not a tracking address: give",
         ),
     ],
 )
@@ -139,10 +139,13 @@ def test_a_disk_that_cannot_hold_the_run_is_refused_with_both_figures(
         ("evaclip-dmeo@champion", "no model 'evaclip-dmeo' is registered; there are: evaclip-demo"),
         (
             "evaclip-demo@best",
-            "'evaclip-demo@best' names no version; there are: .*evaclip-demo@champ",
+            "'evaclip-demo@best' is not a version; there are: .*evaclip-demo@champ",
         ),
-        ("evaclip-demo/9", "'evaclip-demo/9' names no version; .*evaclip-demo/1"),
-        ("evaclip-demo", "'evaclip-demo' lacks alias or version; there are: .*evaclip-demo@champ"),
+        ("evaclip-demo/9", "'evaclip-demo/9' is not a version; .*evaclip-demo/1"),
+        (
+            "evaclip-demo",
+            "'evaclip-demo' lacks an alias or a version; there are: .*evaclip-demo@champ",
+        ),
     ],
 )
 def test_a_pull_of_what_is_not_registered_says_what_is(

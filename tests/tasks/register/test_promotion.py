@@ -15,12 +15,12 @@ from tasks.register.gate import Candidate, Champion, Decision, decide
 from tasks.register.promotion import (
     Move,
     carry_out,
+    champion_history,
     champion_of,
     decline,
     history,
     is_due,
     is_stale,
-    line_of,
     promote,
     read_decision,
     roll_back,
@@ -192,17 +192,17 @@ def test_what_others_registered_has_no_digest(store: TrackingStore) -> None:
 
 @given(some.lists(some.integers(1, 5), max_size=8))
 def test_without_rollbacks_the_line_is_every_change(versions: list[int]) -> None:
-    line = line_of([move(version) for version in versions])
+    line = champion_history([move(version) for version in versions])
     assert line == [v for place, v in enumerate(versions) if place == 0 or versions[place - 1] != v]
 
 
 @given(some.lists(some.integers(1, 5), min_size=1, max_size=8))
 def test_going_back_step_by_step_ends_at_the_first(versions: list[int]) -> None:
     moves = [move(version) for version in versions]
-    first = line_of(moves)[0]
-    while len(line_of(moves)) > 1:
-        before = line_of(moves)
+    first = champion_history(moves)[0]
+    while len(champion_history(moves)) > 1:
+        before = champion_history(moves)
         moves.append(move(before[-2], "rollback"))
-        assert len(line_of(moves)) < len(before)
-        assert line_of(moves)[-1] == before[-2]
-    assert line_of(moves)[0] == first
+        assert len(champion_history(moves)) < len(before)
+        assert champion_history(moves)[-1] == before[-2]
+    assert champion_history(moves)[0] == first

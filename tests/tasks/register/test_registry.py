@@ -190,9 +190,9 @@ def test_a_pulled_folder_opens_without_mlflow_and_a_second_pull_replaces_it(
     ("model", "sentence"),
     [
         ("nothing@champion", "no model 'nothing' is registered; there are: evaclip-test"),
-        ("evaclip-test@best", f"names no version; there are: {KNOWN}"),
-        ("evaclip-test/7", f"names no version; there are: {KNOWN}"),
-        ("evaclip-test", f"lacks alias or version; there are: {KNOWN}"),
+        ("evaclip-test@best", f"is not a version; there are: {KNOWN}"),
+        ("evaclip-test/7", f"is not a version; there are: {KNOWN}"),
+        ("evaclip-test", f"lacks an alias or a version; there are: {KNOWN}"),
     ],
 )
 def test_a_pull_of_what_is_not_there_says_what_is(

@@ -20,8 +20,7 @@ from evaclip_model.model.clip import EvaClip
 from evaclip_model.weights.external_weights import REFERENCE_FILE, Reference
 from tasks.artifacts.artifact import sha256_of
 from tasks.register.config import LargeWeights
-from tasks.register.model_package import description, pack, signature
-from tasks.register.references import reference_to
+from tasks.register.model_package import description, pack, reference_to, signature
 
 LABELS = {"candidate_labels": ["a red apple", "a dog"]}
 
