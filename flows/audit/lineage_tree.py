@@ -130,8 +130,8 @@ def source_trees(root: Path, source: str) -> Iterator[str]:
     if not users:
         known = ", ".join(sorted({role for one in merges for role in one.parents}))
         raise InputError(
-            f"'{source}' is no digest of anything under {root}, and no source of it; sources are: "
-            f"{known or 'none yet'}; a model goes by NAME@ALIAS"
+            f"'{source}' is neither the digest of an artifact under {root} nor one of its sources; "
+            f"those are: {known or 'none yet'}; a model goes by NAME@ALIAS"
         )
     for place, user in enumerate(users):
         yield f"{'' if not place else chr(10)}{source} {user.parents[source]}"
@@ -157,8 +157,7 @@ def _branches(
 
 
 def _line(node: Node, role: str) -> str:
-    title = f"{node.kind} {node.name}" if node.name else node.kind
-    named = f"{role}: {title}" if role and role != node.kind else title
+    named = f"{role}: {node.title}" if role and role != node.kind else node.title
     told = summarise(node.counts)
     return f"{named} {node.digest}  {node.created[:16].replace('T', ' ')}  {told}".rstrip()
 

@@ -38,6 +38,11 @@ class Node(Config):
         """`train.stage-1`, or the kind alone."""
         return f"{self.kind}.{self.name}" if self.name else self.kind
 
+    @property
+    def title(self) -> str:
+        """The label for people: `train stage-1`, or the kind alone."""
+        return f"{self.kind} {self.name}" if self.name else self.kind
+
     @classmethod
     def of(cls, artifact: Artifact) -> Node:
         name = artifact.config.get("name")

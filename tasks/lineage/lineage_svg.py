@@ -1,8 +1,7 @@
-"""A lineage as a picture: what was made from what, from left to right.
+"""A lineage as a picture, from left to right: an artifact stands right of all it was made from.
 
 Covers: placing the boxes, drawing them and the arrows as one SVG that needs no other file.
-Not here: reading a lineage (tasks/artifacts/provenance.py), MLflow; nothing but the document is
-looked at.
+Not here: reading a lineage (tasks/artifacts/provenance.py); only its document is read.
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ def _boxes(lineage: Lineage, name: str) -> list[_LineageBox]:
         kind = "model" if node.kind in _MODELS else "stage"
         kind = f"{kind} head" if node.digest in lineage.heads else kind
         boxes.append(
-            _LineageBox(node.digest, kind, _title(node), _small_print(node), column, tuple(parents))
+            _LineageBox(node.digest, kind, node.title, _small_print(node), column, tuple(parents))
         )
     if name:
         column = 1 + max(columns.values(), default=-1)
@@ -105,14 +104,10 @@ def _boxes(lineage: Lineage, name: str) -> list[_LineageBox]:
     return boxes
 
 
-def _title(node: Node) -> str:
-    return f"{node.kind} {node.name}" if node.name else node.kind
-
-
 def _small_print(node: Node) -> tuple[str, ...]:
-    told = next(iter(node.counts.items()), None)
+    first = next(iter(node.counts.items()), None)
     day = node.created[:16].replace("T", " ")
-    return (node.digest, *([_count(*told)] if told else []), day)
+    return (node.digest, *([_count(*first)] if first else []), day)
 
 
 def _count(name: str, value: float) -> str:

@@ -93,7 +93,7 @@ def test_rollback_goes_back_one_version_and_prints_who_did_what(
     [
         (["promote", "clip"], "'clip' is not a version: give NAME/VERSION, as evaclip/7"),
         (["promote", "clip/9"], "model 'clip' has no version 9; there are: 1, 2, 3"),
-        (["rollback", "clap"], "no version of 'clap' is champion: there is nothing to go back"),
+        (["rollback", "clap"], "no version of 'clap' is champion: there is nothing to roll back"),
         (["rollback", "clip", "--to", "9"], "model 'clip' has no version 9; there are: 1, 2, 3"),
     ],
 )

@@ -6,7 +6,8 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from tasks.demo.build_images import (
+from tasks.demo.concepts import read_concepts, read_drawings
+from tests.tasks.demo.build_images import (
     as_webp,
     fluent_drawing,
     on_white,
@@ -15,7 +16,6 @@ from tasks.demo.build_images import (
     said_in,
     write_zip,
 )
-from tasks.demo.concepts import read_concepts, read_drawings
 
 
 def png(colour, size=(64, 64)):

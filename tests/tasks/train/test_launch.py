@@ -120,7 +120,9 @@ def test_a_command_of_the_users_own_has_its_places_filled_in():
     )
     assert external(JOB, own) == ["run", "-n", "4x8", f"a {JOB}"]
     wrong = own.model_copy(update={"submit_command": "run {gpus}"})
-    with pytest.raises(InputError, match=r"no command with places \{job\}.*\('gpus'\)"):
+    with pytest.raises(
+        InputError, match=r"not a command with the placeholders \{job\}.*\('gpus'\)"
+    ):
         external(JOB, wrong)
 
 

@@ -1,4 +1,4 @@
-"""Build the demo's committed data from the original packages (run once; the result is committed).
+"""The script that built the demo's committed data from the original packages; it ran once.
 
 Covers: one zip of 64 px WebP drawings per artist and `concepts.json` (names, captions, hashes).
 Not here: metadata, URLs and evaluation sets, which `world.py` derives from these files.
@@ -7,7 +7,7 @@ The originals, fetched with `npm pack NAME` into one folder (versions as used):
 emoji-datasource-google@16.0.0, emoji-datasource-twitter@16.0.0, fluentui-emoji@1.3.0,
 fluentui-emoji-js@1.2.1 (which drawing is which code point), cldr-annotations-full@48.2.0 and
 cldr-annotations-derived-full@48.2.0. Fluent's drawings are SVG and need `pip install resvg-py`,
-which nothing else in the project uses. Then: `python -m tasks.demo.build_images FOLDER`.
+which nothing else in the project uses. Then: `python -m tests.tasks.demo.build_images FOLDER`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Packages:
 
 
 def main(folder: Path) -> None:
-    """Write the three zips and `concepts.json` beside this module."""
+    """Write the three zips and `concepts.json` into the data folder of tasks/demo."""
     packages = read_packages(folder)
     concepts: list[Concept] = []
     images: dict[Artist, dict[str, bytes]] = {artist: {} for artist in ARTISTS}
