@@ -1,7 +1,7 @@
 """The demo's concepts: what each is called, and where its three drawings lie.
 
 Covers: reading the committed `data/` (concepts.json, one zip of WebP drawings per artist).
-Not here: how that data was built (`tests/tasks/demo/build_images.py`), URLs and metadata (`world.py`).
+Not here: building that data (`tests/tasks/demo/build_images.py`), URLs and metadata (`world.py`).
 """
 
 from __future__ import annotations

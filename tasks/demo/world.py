@@ -1,7 +1,8 @@
 """The demo stage: metadata that points at the loopback server, and held-out evaluation sets.
 
 Covers: the artifact's content.
-Not here: serving the pictures (`demo_web.py`), building the committed data (`tests/tasks/demo/build_images.py`).
+Not here: serving the pictures (`demo_web.py`), building the committed data
+(`tests/tasks/demo/build_images.py`).
 """
 
 from __future__ import annotations
