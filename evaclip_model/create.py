@@ -1,7 +1,7 @@
 """A model by name, and a saved model from its folder.
 
 Covers: architecture, initial values or weights, precision and attention kernel put together.
-Not here: the model (clip.py); the form of weight files (weights.py).
+Not here: the model (model/clip.py); the form of weight files (weights/load.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Gradient checkpointing: trading a second computation of a block for its activations' memory.
 
 Covers: the three ways, and running one block in one of them; results are the same in all.
-Not here: which blocks (vision.py, text.py); checkpoints on disk (checkpoint.py).
+Not here: which blocks (vision.py, text.py); checkpoints on disk
+(training/checkpoint/write_checkpoint.py).
 """
 
 from __future__ import annotations

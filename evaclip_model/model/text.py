@@ -1,8 +1,8 @@
 """The text tower: CLIP's causal transformer, pooled at the first end token.
 
 Covers: tokens to joint-space features.
-Not here: tokenising (tokenizer.py); how captions become one stream (packing.py); normalising
-features; initial values (clip.py).
+Not here: tokenising (tokenizer/tokenizer.py); how captions become one stream (caption_packing.py);
+normalising features; initial values (clip.py).
 
 Shapes: B batch, L tokens, S tokens of the packed stream, T width, E joint channels.
 """

@@ -3,7 +3,7 @@
 Covers: reading shards in the order that order.py decides, decoding ahead, cropping, captions, a
 memory of decoded images.
 Not here: the order itself; pixels (decode.py); fetching shards (shard_store.py); worker processes
-(read_worker.py); tokens and masks (trainer.py).
+(read_worker.py); tokens and masks (training/trainer.py).
 
 A batch is a function of (shards, settings, step): a run that resumes asks for the next step, and
 nothing has to be replayed. A sample that cannot be decoded is counted and replaced by the one after

@@ -2,8 +2,8 @@
 
 Covers: captions to ids, exactly as the released models were trained; thousands at once.
 Not here: the vocabulary itself, a data file of the installed `open_clip_torch` distribution, which
-is read without importing that package (carried.py); splitting and merging one word
-(word_pieces.py); prompts (prompts.py).
+is read without importing that package (bundled_assets.py); splitting and merging one word
+(word_pieces.py); prompts (zeroshot/imagenet_prompts.py).
 
 No token spans white space, so a caption's ids are those of its words, and captions are made of
 the same words again and again. Each distinct word is split and merged once, by the Rust library

@@ -2,7 +2,7 @@
 
 Covers: CLIP's pattern under `regex` or the standard library's `re`; its merges under `tokenizers`
 or in Python. Where a library is missing its stand-in is taken; the result is the same.
-Not here: cleaning, ids of captions (tokenizer.py); where the data files lie (carried.py).
+Not here: cleaning, ids of captions (tokenizer.py); where the data files lie (bundled_assets.py).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Covers: how much is masked at a step (FLIP, section 3); random subsets of patches and of branches
 (stochastic depth) as pure functions of seed and sample position.
-Not here: dropping them (vision.py takes indices and flags).
+Not here: dropping them (model/vision.py takes indices and flags).
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Covers: what a step's samples are masked by; the loss of the global batch; its gradient, the same
 however many parts a rank's share is worked on in.
-Not here: the update (engine.py), the exchange of what is reported (trainer.py), the loss (loss.py).
+Not here: the update (training/engine/engine.py), the exchange of what is reported (trainer.py), the
+loss (training/loss/contrastive.py).
 
 Each sample is contrasted with the whole global batch, so the parts of a rank's share cannot have
 losses of their own: ordinary gradient accumulation would change the negatives. Instead the features

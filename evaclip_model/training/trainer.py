@@ -3,7 +3,8 @@
 Covers: from a job to a trained model: steps and their verdicts, metrics, checkpoints, going back,
 resuming.
 Not here: starting ranks and exit codes (worker.py); a step's gradient (rank.py, step.py), optimizer
-and sharding (engine.py), which steps are taken (guards.py), what is measured (metrics.py).
+and sharding (training/engine/engine.py), which steps are taken
+(training/monitoring/spike_guard.py), what is measured (training/monitoring/step_metrics.py).
 
 All that is random about a sample (crop, mask, template) depends on the seed and its position alone,
 and the learning rate on the step alone; so a run that resumes goes on exactly as it would have.

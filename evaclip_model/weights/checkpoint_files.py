@@ -2,7 +2,7 @@
 
 Covers: single files, sharded checkpoints with an index, saved models' folders, DeepSpeed's and
 this package's training checkpoints; names without what training programs put before them.
-Not here: one file's form (tensor_file.py); what the names mean (layouts.py).
+Not here: one file's form (tensor_files.py); what the names mean (name_maps.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A model in the form that other libraries load.
 
 Covers: weights and configs for open_clip, timm and transformers; both towers as ONNX graphs.
-Not here: what those libraries call each weight (layouts.py); reading their files (weights.py).
+Not here: what those libraries call each weight (name_maps.py); reading their files (load.py).
 
 What they compute is what EVA-CLIP computes: exact GELU in the text tower, norms with the same eps.
 """

@@ -1,7 +1,7 @@
 """Weights that stay where they are: a small file in their place says where, how many, and which.
 
 Covers: the reference's form, reading it, having the weights at hand and checked.
-Not here: how another machine's files come here (the caller's function), saved models (weights.py).
+Not here: how another machine's files come here (the caller's function), saved models (load.py).
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 Covers: writing released names; loading a file or folder of any known layout into a model or one of
 its towers, with a report; resizing what depends on the image or patch size.
-Not here: a saved folder as a model (create.py); reading files (weight_files.py); whose names are
-whose (layouts.py); writing other libraries' layouts (export.py); training state (checkpoint.py).
+Not here: a saved folder as a model (create.py); reading files (checkpoint_files.py); whose names
+are whose (name_maps.py); writing other libraries' layouts (export.py); training state
+(training/checkpoint/write_checkpoint.py).
 
 Loading is strict: whatever is in a file either belongs to the model, or is known to be of no use,
 or is an error. Position tables are resized bicubically without antialiasing, as the released

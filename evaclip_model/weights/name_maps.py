@@ -2,7 +2,7 @@
 
 Covers: recognising a checkpoint's layout from its keys; for each weight of an EVA-CLIP its name
 here and there, and how tensors are put together or taken apart; in both directions.
-Not here: reading files and taking wrappers off (weights.py), resizing, writing (export.py).
+Not here: reading files and taking wrappers off (load.py), resizing, writing (export.py).
 
 Nothing here reads a tensor before it is asked for, so that files stay memory-mapped. "Native" is
 the naming of the released EVA-CLIP files and of this package's own.

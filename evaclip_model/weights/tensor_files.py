@@ -2,7 +2,7 @@
 
 Covers: writing safetensors so that a full disk is an ordinary error and leaves no half file;
 safetensors and torch files as tensors that stay on disk until they are wanted; TorchScript.
-Not here: names and meaning of tensors, checkpoints of several files (weight_files.py).
+Not here: names and meaning of tensors, checkpoints of several files (checkpoint_files.py).
 
 No pickled code is run: torch's own reader is asked for plain content (`weights_only`), and for
 shapes and places in the file alone. Values are then read piece by piece to where they belong, so

@@ -2,7 +2,8 @@
 
 Covers: a finished shard's agreement of plan, statistics, table and tar; names and removal of its
 files.
-Not here: which shards were checked before (ledger.py); whether images decode (the verify stage).
+Not here: which shards were checked before (validated_shards.py); whether images decode (the verify
+stage).
 """
 
 from __future__ import annotations

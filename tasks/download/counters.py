@@ -1,7 +1,7 @@
 """How far the downloading processes are, counted URL by URL and readable from outside.
 
 Covers: one small file a shard, overwritten in place; their sum; which process a shard is with.
-Not here: showing it; the final counts, which come from the shards themselves (check.py).
+Not here: showing it; the final counts, which come from the shards themselves (check_shards.py).
 """
 
 from __future__ import annotations

@@ -2,10 +2,9 @@
 
 Covers: one call of img2dataset over all files of a job, with the hardened downloader.
 Not here: whether the result is right. img2dataset exits with 0 whatever happened, so that is for
-check.py to find out; it also installs signal handlers and orphans its pool when it is killed,
-which is why it is a process of its own, under tasks/process/supervise.py. The main guard below is
-needed:
-its processes import this module again.
+check_shards.py to find out; it also installs signal handlers and orphans its pool when it is
+killed, which is why it is a process of its own, under tasks/process/supervise.py. The main guard
+below is needed: its processes import this module again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How the downloading processes are spread: on this machine, by Spark, or by Ray.
 
 Covers: the choice, and refusing one that cannot work here before anything is begun.
-Not here: the processes themselves (worker.py); how they are started is img2dataset's.
+Not here: the processes themselves (download_worker.py); how they are started is img2dataset's.
 """
 
 from __future__ import annotations

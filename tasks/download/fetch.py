@@ -4,7 +4,7 @@ Covers: http and https only; the address of every connection checked, redirects 
 and total time bounded; no proxy; pages and SVG refused; sites that decline obeyed; hashes compared;
 retries of what may pass, waits that servers asked for.
 Not here: what is done with the bytes; the rules about addresses (addresses.py), headers
-(optout.py), hosts (hosts.py) and robots.txt (robots.py).
+(optout.py), hosts (host_rate_limiter.py) and robots.txt (robots.py).
 
 urllib's own opener follows file:, ftp: and data: URLs, redirects into private networks, reads
 bodies without limit, and its timeout is for one receive, so that a dripping server holds it for

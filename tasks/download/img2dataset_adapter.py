@@ -2,8 +2,8 @@
 
 Covers: the subclass that img2dataset pickles to its processes, the resizer and the writer that it
 works with.
-Not here: the fetching itself (fetch.py), the call (worker.py). Imports img2dataset, which takes
-seconds and 0.8 GB: only the worker may import this.
+Not here: the fetching itself (fetch.py), the call (download_worker.py). Imports img2dataset, which
+takes seconds and 0.8 GB: only the worker may import this.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The rows that another pass tries: those whose failure may pass.
 
 Covers: collecting them from the tables of a finished pass, counting over all passes.
-Not here: downloading; which failures may pass (outcome.py).
+Not here: downloading; which failures may pass (fetch_outcome.py).
 """
 
 from __future__ import annotations

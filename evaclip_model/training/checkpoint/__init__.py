@@ -4,8 +4,8 @@
 written last: where the manifest is, the checkpoint is whole. Folders and object stores are in
 storage.py, saving in write_checkpoint.py, restoring in read_checkpoint.py, the agreement of all
 ranks in consensus.py, the checkpoints of other programs in deepspeed_import.py.
-Not here: the files' format (weights/checkpoint_format.py); when to save (trainer.py); finished
-models (weights/).
+Not here: the files' format (weights/checkpoint_format.py); when to save (training/trainer.py);
+finished models (weights/).
 """
 
 from evaclip_model.training.checkpoint.read_checkpoint import load_newest, settings_of

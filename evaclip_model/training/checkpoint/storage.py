@@ -1,7 +1,8 @@
 """Where checkpoints are kept: a folder, or a URL that fsspec knows.
 
 Covers: files of a checkpoint in the making, giving it its name at once, listing, removing.
-Not here: what is in the files (form.py); who writes which (writing.py).
+Not here: what is in the files (weights/checkpoint_format.py); who writes which
+(write_checkpoint.py).
 
 In a folder a checkpoint grows as `step-N.tmp` and gets its name by a rename. An object store has no
 rename: there its files have their names at once, and the manifest, put last, makes it whole.

@@ -2,7 +2,8 @@
 
 Covers: copies in host memory, the thread that writes them, what all ranks must have done before a
 checkpoint gets its name, retention.
-Not here: the form of files (form.py), folders and stores (places.py), when to save (trainer.py).
+Not here: the form of files (weights/checkpoint_format.py), folders and stores (storage.py), when to
+save (training/trainer.py).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Covers: building the optimizer, backward, clipping, the step, the bound on the logit scale, the
 verdict on overflow, and a view of the fp32 state by parameter name (for checkpoints). The only
 importer of deepspeed.
-Not here: the model, the loss, the schedule's shape, files; DeepSpeed's buffers (zero.py).
+Not here: the model, the loss, the schedule's shape, files; DeepSpeed's buffers (fp32_state.py).
 """
 
 from __future__ import annotations

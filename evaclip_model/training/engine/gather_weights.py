@@ -1,7 +1,7 @@
 """Whole fp32 tensors, put together from the fragments that all ranks hold.
 
 Covers: the masters, or their running mean, parameter by parameter.
-Not here: files (weights.py writes models, checkpoint/ the fragments themselves).
+Not here: files (weights/load.py writes models, checkpoint/ the fragments themselves).
 """
 
 from __future__ import annotations

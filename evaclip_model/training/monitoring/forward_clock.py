@@ -1,7 +1,7 @@
 """How long a rank's own forward passes take.
 
 Covers: seconds in the model's `forward`, summed until they are read.
-Not here: what the seconds are used for (exchange.py, metrics.py).
+Not here: what the seconds are used for (rank_stats.py, step_metrics.py).
 
 The whole step takes every rank equally long, because ranks wait for each other. The forward pass
 waits for nobody: a rank that is slow here is the slow one.

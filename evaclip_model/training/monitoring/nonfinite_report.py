@@ -1,7 +1,7 @@
 """Whose figures were no numbers, and what was in that step.
 
 Covers: naming rank, shard and sample; a file with the samples of such a step.
-Not here: whether the run goes on (guards.py).
+Not here: whether the run goes on (spike_guard.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A window of steps under torch's profiler.
 
 Covers: recording some steps of rank 0 into a chrome trace.
-Not here: figures of every step (metrics.py).
+Not here: figures of every step (step_metrics.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What ranks tell each other in every step, in one collective.
 
 Covers: a row of numbers from each rank, seen by all; what follows from the rows alike everywhere.
-Not here: gradients (engine.py), features (loss.py).
+Not here: gradients (training/engine/engine.py), features (training/loss/contrastive.py).
 
 One sum over a table in which every rank fills its own row costs as much as one over a single
 number, and also says which rank was slow, or had features that are no numbers.

@@ -2,7 +2,7 @@
 
 Covers: LAMB on tensors that are cut over ranks, the gathered loss, the attention kernel, each
 against a plain computation on tiny tensors.
-Not here: the engine's own checks of where parameters lie (engine.py); tests.
+Not here: the engine's own checks of where parameters lie (training/engine/engine.py); tests.
 """
 
 from __future__ import annotations

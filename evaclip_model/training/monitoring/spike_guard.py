@@ -1,7 +1,8 @@
 """When a step must not be taken: its figures are no numbers, or they left their recent range.
 
 Covers: the verdict on a step, what the verdicts after it depend on, and that as JSON.
-Not here: measuring, going back to a checkpoint, naming samples, files (trainer.py, nonfinite.py).
+Not here: measuring, going back to a checkpoint, naming samples, files (training/trainer.py,
+nonfinite_report.py).
 
 Everything is a pure function of values that are the same on every rank, so all ranks decide alike
 without another word; and of a state that is saved with a checkpoint, so a resumed run decides as

@@ -2,7 +2,8 @@
 
 Covers: every name in them with its meaning and unit; writing them, and cutting off what a killed
 run wrote beyond its newest checkpoint.
-Not here: measuring (trainer.py, exchange.py); MLflow and the terminal, which read the lines.
+Not here: measuring (training/trainer.py, rank_stats.py); MLflow and the terminal, which read the
+lines.
 
 A figure that a step has not (the trust ratios of AdamW, the MFU of an unknown device) is left out
 of its line. Names stay: charts and comparisons depend on them.

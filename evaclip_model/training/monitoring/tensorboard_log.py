@@ -1,7 +1,7 @@
 """The figures of `metrics.jsonl` as TensorBoard events.
 
 Covers: writing a line's numbers as scalars of the same names.
-Not here: the figures (metrics.py). Needs the package tensorboard, which nothing else does.
+Not here: the figures (step_metrics.py). Needs the package tensorboard, which nothing else does.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Covers: which parameters share a learning rate and a weight decay (per tower, layer-wise decay),
 and the learning rate at a step.
-Not here: the update rules (lamb.py), gradient clipping (engine.py).
-Source: the paper's Tables 8-10; groups as the authors' code makes them (`visual.`, `text.`, rest).
+Not here: the update rules (lamb.py), gradient clipping (training/engine/engine.py). Source: the
+paper's Tables 8-10; groups as the authors' code makes them (`visual.`, `text.`, rest).
 """
 
 from __future__ import annotations

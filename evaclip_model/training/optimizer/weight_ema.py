@@ -1,7 +1,8 @@
 """A running mean of the weights, cut over ranks as the fp32 masters are.
 
 Covers: keeping it, step by step.
-Not here: storing it (it is one more tensor of every fragment), putting it together (whole.py).
+Not here: storing it (it is one more tensor of every fragment), putting it together
+(training/engine/gather_weights.py).
 """
 
 from __future__ import annotations

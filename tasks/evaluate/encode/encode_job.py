@@ -1,7 +1,7 @@
 """What the ranks of an evaluation are told, as files.
 
 Covers: the job, and the names of the files that each rank leaves beside it.
-Not here: the work (worker.py), deciding what it is (ranks.py); torch is not imported.
+Not here: the work (encode_worker.py), deciding what it is (distributed.py); torch is not imported.
 """
 
 from __future__ import annotations

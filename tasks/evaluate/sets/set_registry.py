@@ -1,7 +1,8 @@
 """The evaluation sets of the paper's Tables 1-4, as data: what each is, and what to beware of.
 
 Covers: the 33 sets (27 of images, 4 of video frames, 2 of retrieval) and variants of them.
-Not here: published figures (paper.py), prompts (prompts.py), reading a set (sets.py).
+Not here: published figures (evaluate/paper/published.py), prompts (prompts.py), reading a set
+(published_layout.py).
 
 Sizes and splits are those that reproduce the paper, where any do; "split not stated" marks the
 sets whose images the paper neither names nor betrays by its figures.

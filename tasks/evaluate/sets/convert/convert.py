@@ -1,8 +1,8 @@
 """From images, videos, tables or a data set object to an evaluation set, in one call each.
 
 Covers: the templates of a new set, what decides that a set is the same, one function a form.
-Not here: labels and names (class_order.py), reading sources (imagefolder.py ...), writing
-(shard_writer.py).
+Not here: labels and names (evaluate/sets/class_order.py), reading sources (imagefolder.py ...),
+writing (shard_writer.py).
 """
 
 from __future__ import annotations

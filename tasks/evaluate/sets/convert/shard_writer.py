@@ -3,7 +3,7 @@
 Covers: tars of a fixed number of sources, written beside and renamed; going on after a kill; the
 list of sources that could not be used; image files as they are, or losslessly as PNG.
 Not here: where images and answers come from (imagefolder.py, videos.py ...), reading
-(published_layout.py).
+(evaluate/sets/published_layout.py).
 
 A set grows in a hidden folder beside its place and is renamed when it is whole. A tar depends on
 its own sources only and carries no times, so the same sources give the same bytes, in one go or

@@ -1,7 +1,7 @@
 """Tables of images and what is right about them: CSV, TSV, JSON lines, parquet, plain lists.
 
 Covers: reading such a file into rows, telling which column is which, one label or several an image.
-Not here: which label a class gets (class_order.py), captions (caption_sets.py), files
+Not here: which label a class gets (evaluate/sets/class_order.py), captions (caption_sets.py), files
 (image_files.py).
 
     path,label        a header with known names, or the columns named by options

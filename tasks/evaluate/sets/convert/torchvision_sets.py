@@ -2,7 +2,7 @@
 
 Covers: the 19 of the paper's sets that torchvision has, with their arguments; any data set object
 that gives (image, label) by index.
-Not here: writing the set (shard_writer.py), importing torchvision (torchvision_import.py).
+Not here: writing the set (shard_writer.py), importing torchvision (evaluate/torchvision_import.py).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The centre frame of every video, as an evaluation set of images (paper, Table 3).
 
 Covers: finding videos by class or by list, what the classes are called, decoding.
-Not here: labels and names (class_order.py), writing the set (shard_writer.py). PyAV is imported
-here alone.
+Not here: labels and names (evaluate/sets/class_order.py), writing the set (shard_writer.py). PyAV
+is imported here alone.
 
 The centre is frame number n // 2 of the n that were decoded, from the first to the last: what a
 file says of its own length is often wrong, and seeking in it gives neighbours of the frame asked
