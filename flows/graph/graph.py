@@ -59,7 +59,7 @@ from tasks.lineage.lineage_svg import lineage_svg
 from tasks.merge.config import STAGE as MERGE
 from tasks.merge.config import MergeConfig
 from tasks.merge.metadata_files import outside_files
-from tasks.progress import Report
+from tasks.progress import Report, format_bytes
 from tasks.register.config import DECISION, DECISION_PAGE, RegisterConfig
 from tasks.register.config import STAGE as REGISTER
 from tasks.train.config import STAGE as TRAIN
@@ -296,7 +296,7 @@ def download_step(site: Site, recipe: Recipe, merged: Step | Artifact) -> Step:
             return download_images(config, finished(merged).folder, out, crew, report)
 
     needed = expected_bytes(expected_samples(recipe), config.image_px)
-    size = f"{needed / 1e12:,.1f} TB" if needed >= 1e12 else f"{needed / 1e6:,.0f} MB"
+    size = format_bytes(needed)
     what = f"about {size}, {config.image_px} px"
     record = Record({"merged": merged}, metrics=PROGRESS)
     step = Step(site.root, DOWNLOAD, config, {Role.MERGE: merged}, make, what, record=record)

@@ -25,6 +25,7 @@ from flows.config.recipe import Recipe
 from flows.graph.graph import Graph
 from flows.planning.run_plan import disk_bytes
 from flows.planning.training_cost import GIB, cut_share, reader_bytes
+from tasks.progress import format_bytes
 from tasks.train.launch import count_gpus, default_ranks
 
 Level = Literal["ok", "warn", "fail"]
@@ -116,7 +117,7 @@ def sentence(findings: Iterable[Finding]) -> str:
 
 def _disk(graph: Graph, root: Path, machine: Machine) -> Finding:
     needed = disk_bytes(graph)
-    found = f"needs {_size(needed)}, {_size(machine.free_bytes)} are free"
+    found = f"needs {format_bytes(needed)}, {format_bytes(machine.free_bytes)} are free"
     if needed > machine.free_bytes:
         return Finding("fail", "disk", found, f"free some of {root}, or set EVACLIP_ROOT")
     return Finding("ok", "disk", found)
@@ -137,7 +138,7 @@ def _memory(recipe: Recipe, profile: Profile, machine: Machine) -> Finding:
             like = Machines(ranks, "CPU", max(1, machine.memory_bytes // ranks // 10**9))
             stage += ranks * sum(cut_share(model, train, like).memory.values())
         needed = max(needed, stage)
-    found = f"needs {_size(needed)} of {_size(machine.memory_bytes)}"
+    found = f"needs {format_bytes(needed)} of {format_bytes(machine.memory_bytes)}"
     if needed > machine.memory_bytes:
         do = "train with fewer ranks (EVACLIP_RANKS), or a smaller shuffle_buffer"
         return Finding("fail", "memory", found, do)
@@ -184,10 +185,3 @@ def _duration(days: float) -> str:
     if days >= 365:
         return f"{days / 365:,.0f} years"
     return f"{days:,.1f} days" if days >= 1 else f"{days * 24 * 60:,.0f} minutes"
-
-
-def _size(number: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9)):
-        if number >= size:
-            return f"{number / size:,.1f} {unit}"
-    return f"{number / 1e6:,.0f} MB"

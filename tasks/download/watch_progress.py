@@ -13,6 +13,7 @@ from datetime import timedelta
 
 from tasks.download.counters import Progress
 from tasks.download.fetch_outcome import NETWORK, Outcome
+from tasks.progress import format_bytes
 
 RATE_S = 60.0
 """The speed shown is that of so many last seconds."""
@@ -69,7 +70,8 @@ class Watch:
         per_s = self._urls_per_s()
         left = self._rows_total - self.rows_done
         eta = f", {timedelta(seconds=round(left / per_s))} left" if per_s and left else ""
-        return f"{fetched:,} fetched{share}, {_size(now.fetched_bytes)}, {per_s:.0f} URLs/s{eta}"
+        size = format_bytes(now.fetched_bytes)
+        return f"{fetched:,} fetched{share}, {size}, {per_s:.0f} URLs/s{eta}"
 
     def figures(self) -> dict[str, float]:
         """The same as numbers."""
@@ -133,11 +135,3 @@ def dead_links(counts: Counter[Outcome], min_success_rate: float) -> str:
 def _reasons(counts: Counter[Outcome], wanted: Iterable[Outcome]) -> str:
     chosen = Counter({outcome: counts[outcome] for outcome in wanted if counts[outcome]})
     return ", ".join(f"{number:,} {outcome.value}" for outcome, number in chosen.most_common())
-
-
-def _size(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:,.2f} TB"

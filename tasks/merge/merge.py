@@ -258,6 +258,10 @@ def cut_at(
 ) -> SelectionCut:
     """The cut of a source: how many of its rows are selected, and the keys that bound them.
 
+    Rows are selected in the order of their keys, from `skip_count` on. Sorting all keys to find the
+    few that end a range would read everything once more: counts by bucket say in which bucket the
+    n-th key is and its place there, so that only those buckets are read and sorted.
+
     Args:
         histogram: survivors by the first 16 bits of their key.
         keys_at: (buckets, places in them from 1) -> the keys there, in order.
@@ -269,6 +273,7 @@ def cut_at(
     selected = left if settings.wanted_rows is None else min(settings.wanted_rows, left)
     if selected <= 0:
         return SelectionCut(0, None, ())
+    # Rows counted from the beginning of the order: where the skipped ones end, then each range.
     steps = [*range(plan.rows_per_range, selected, plan.rows_per_range), selected]
     ends = [*([first] if first else []), *(first + step for step in steps)]
     buckets = [bisect_left(up_to, end) for end in ends]

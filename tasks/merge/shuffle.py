@@ -126,6 +126,7 @@ def is_alone(keys: pa.Table) -> npt.NDArray[np.bool_]:
         for chunk in stored
     ]
     first = np.concatenate([np.empty(0, np.uint64), *begins])
+    # Half a key suffices: two rows that share 64 bits by chance are only compared for nothing.
     order = np.argsort(first)
     ordered = first[order]
     differs = ordered[1:] != ordered[:-1]
@@ -156,6 +157,8 @@ def _split(run: pa.RecordBatch, partitions: int) -> Iterator[pa.RecordBatch]:
         raise RuntimeError(f"{len(passing)} keys wanted, {len(keys)} found")
     bucket = keys[:, 0].astype(np.int32) << 8 | keys[:, 1]
     part = (bucket.astype(np.int64) * partitions >> BUCKET_BITS).astype(np.uint16)
+    # One sort by partition, then slices: a filter for each partition would read the run again for
+    # every one of up to 2,048 partitions.
     order = np.argsort(part, kind="stable")
     bounds = np.searchsorted(part[order], np.arange(partitions + 1))
     taken = run.drop_columns(["key", "reason"]).take(pa.array(passing[order]))

@@ -373,6 +373,7 @@ def _chosen(
     files = plan.of_source(source)
     keys = [read_rows(rows_folder(plan, file), "keys", part) for file in files]
     texts = [read_rows(rows_folder(plan, file), "texts", part) for file in files]
+    # A row's `place` counts within its file; the tables of all files are put one after another.
     begins = np.cumsum([0, *map(len, keys)])[:-1]
     indices = begins[places["file"] - files[0].number] + places["place"]
     narrow = pa.concat_tables(keys).select(["original_id", "similarity"])
