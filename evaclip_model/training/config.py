@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from evaclip_model.config import Config
 from evaclip_model.reading.config import SamplingConfig
+from evaclip_model.training.loss.objective import OBJECTIVES
 
 JOB_FILE = "train.json"
 METRICS_FILE = "metrics.jsonl"
@@ -110,6 +111,8 @@ class TrainConfig(SamplingConfig):
         "max_nonfinite_steps": "guards.max_nonfinite_steps",
     }
 
+    ADDED: ClassVar[tuple[str, ...]] = ("objective",)
+
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     """Name of the training stage."""
     samples_seen: int = Field(gt=0)
@@ -148,6 +151,8 @@ class TrainConfig(SamplingConfig):
     """Last part of the steps that sees whole images (FLIP's unmasked tuning)."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Chance that a sample skips the vision tower's last block; less for earlier ones."""
+    objective: str = "softmax"
+    """The loss: a name of `loss.objective.OBJECTIVES`. "softmax" is CLIP's contrastive loss."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target that is spread evenly over the whole global batch."""
     freeze: tuple[Literal["vision", "text", "logit_scale"], ...] = ()
@@ -196,6 +201,9 @@ class TrainConfig(SamplingConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.objective not in OBJECTIVES:
+            known = ", ".join(OBJECTIVES)
+            raise ValueError(f"objective '{self.objective}' is unknown: choose one of {known}")
         if {"vision", "text", "logit_scale"} == set(self.freeze):
             raise ValueError("freeze leaves nothing to train: take a part out of it")
         for template in self.caption_templates:

@@ -15,6 +15,7 @@ from typing import Literal
 from evaclip_model.model.model_config import ModelConfig, TextConfig, VisionConfig
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.engine.deepspeed_config import LARGEST_BUCKET
+from evaclip_model.training.loss.objective import make_objective
 
 Mode = Literal["none", "selective", "full"]
 """Of gradient checkpointing."""
@@ -23,14 +24,6 @@ PACKED_TEXT_TOKENS = 20.0
 BACKWARD_PASSES = 2
 """Forward passes that a backward pass is worth: gradients of inputs, and of weights."""
 
-STREAM_FROM_BYTES = 2**30
-"""Memory of the logits above which "auto" streams the loss: below it the full loss is faster and
-its logits are small beside the activations of as many samples."""
-LOGITS_COPIES = 6
-"""Matrices of logits that the full loss has at its peak: in both directions the logits, their
-log-softmax and their gradient."""
-STREAMED_LOSS_BYTES = 2**28
-"""Memory of the streamed loss whatever the batch: a chunk of logits and what is made of it."""
 LIBRARIES_BYTES = 1.5 * 2**30
 """CUDA's context, the communication library's buffers, workspaces of matrix products."""
 
@@ -159,13 +152,6 @@ def stage_flops_per_sample(config: ModelConfig, train: TrainConfig, *, text_toke
     return unmasked * whole + (1 - unmasked) * (begin + 4 * middle + final) / 6
 
 
-def loss_streams(impl: Literal["auto", "full", "streamed"], rows: int, columns: int) -> bool:
-    """Whether a rank's float32 logits, `rows` x `columns` in each direction, are streamed."""
-    if impl == "auto":
-        return LOGITS_COPIES * 4 * rows * columns > STREAM_FROM_BYTES
-    return impl == "streamed"
-
-
 def gpu_memory(
     config: ModelConfig,
     train: TrainConfig,
@@ -208,9 +194,7 @@ def gpu_memory(
         "pixels": micro_batch * 3 * config.vision.image_px**2 * (1 + wide),
         # Of the share and of all ranks' shares, each with its gradient.
         "features": 2 * features * (share + train.global_batch),
-        "loss": STREAMED_LOSS_BYTES
-        if loss_streams(train.loss_impl, share, train.global_batch)
-        else LOGITS_COPIES * 4 * share * train.global_batch,
+        "loss": make_objective(train).gpu_bytes(share, train.global_batch),
         "CUDA and libraries": LIBRARIES_BYTES,
     }
     return {what: size for what, size in memory.items() if size}

@@ -1,24 +1,25 @@
-"""What a finished training stage leaves behind.
+"""The outputs of a finished training stage.
 
-Covers: the model, the running mean of its weights, `result.json`.
+Covers: whole fp32 weights, or their running mean, from the fragments that all ranks hold; the
+files of the models; writing JSON files.
 Not here: checkpoints, metrics.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from evaclip_model.files import write_atomically
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.training.config import EMA_FOLDER, MODEL_FOLDER
 from evaclip_model.training.engine.engine import StateFragment
-from evaclip_model.training.engine.gather_weights import whole_tensors
 from evaclip_model.weights.load import save_model
 
 
@@ -34,7 +35,7 @@ def save_models(
     kinds = {"param": MODEL_FOLDER, **({"ema": EMA_FOLDER} if averaged else {})}
     found: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
     for kind, values in found.items():
-        for name, value in whole_tensors(model, fragments, kind):
+        for name, value in gather_weights(model, fragments, kind):
             if rank == 0:
                 values[name] = value.cpu()
     if rank != 0:
@@ -50,3 +51,33 @@ def save_models(
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write `value` as indented JSON, never seen half-written."""
     write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+@torch.no_grad()
+def gather_weights(
+    model: nn.Module, fragments: Sequence[StateFragment], kind: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and fp32 value of every parameter of the trained `model`, one after the other.
+
+    Every rank runs through all of it, and gets the same; one tensor at a time is whole. Frozen
+    parameters come as the model holds them.
+
+    Args:
+        fragments: this rank's, of the engine that trains the model.
+        kind: which tensor of the fragments: "param" (the master) or "ema" (its running mean).
+    """
+    held: dict[str, list[StateFragment]] = {}
+    for fragment in fragments:
+        held.setdefault(fragment.name, []).append(fragment)
+    together = dist.is_initialized() and dist.get_world_size() > 1
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            yield name, parameter.float()
+            continue
+        value = torch.zeros(parameter.numel(), device=parameter.device)
+        for fragment in held.get(name, []):
+            piece = fragment.tensors[kind]
+            value.narrow(0, fragment.offset, piece.numel()).copy_(piece)
+        if together:
+            dist.all_reduce(value)
+        yield name, value.view(parameter.shape)

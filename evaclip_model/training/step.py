@@ -1,33 +1,48 @@
-"""Forward and backward of one optimizer step, whole or in parts of a rank's share.
+"""One optimizer step of a rank, from a batch to its gradient.
 
-Covers: what a step's samples are masked by; the loss of the global batch; its gradient, the same
-however many parts a rank's share is worked on in.
-Not here: the update (training/engine/engine.py), the exchange of what is reported (trainer.py), the
-loss (training/loss/contrastive.py).
+Covers: a sample's inputs (which template and which parts of its caption it shows, its patches and
+the branches it passes); the loss of the global batch and its gradient, the same however many parts
+a rank's share is worked on in.
+Not here: reading (reading/); the tokenizer; dropping patches (vision.py takes indices and flags);
+the loss (loss/); the update (engine/).
+
+All that is random is a pure function of the seed and a sample's position: not of the batch a sample
+is in, the rank that sees it, or what was drawn before. So a resumed run, and one on other hardware,
+shows every sample alike; and so does a part that is passed forward twice.
 
 Each sample is contrasted with the whole global batch, so the parts of a rank's share cannot have
 losses of their own: ordinary gradient accumulation would change the negatives. Instead the features
 of all parts come first, without activations; then the loss, and its gradient by every feature; then
-each part again, with its activations, to carry that gradient on into the weights. What a sample is
-masked by is drawn from its position, so that it is the same both times.
+each part again, with its activations, to carry that gradient on into the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from functools import reduce
+from typing import TYPE_CHECKING, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from evaclip_model.model.layers import drop_path_rates
 from evaclip_model.model.model_config import VisionConfig
 from evaclip_model.reading.transform import normalize_images
+from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.training.config import TrainConfig
-from evaclip_model.training.engine.engine import Engine
-from evaclip_model.training.loss.contrastive import ContrastiveTerms, LossSettings, gathered_terms
-from evaclip_model.training.masking import kept_branches, kept_patches, patch_dropout_at
+
+if TYPE_CHECKING:  # so that masks and captions can be had without the trainer
+    from evaclip_model.training.engine.engine import Engine
+    from evaclip_model.training.loss.objective import LossTerms, Objective
+
+KEPT_CAPTIONS = 100_000
+"""Tokenised captions kept in memory."""
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_BRANCHES = np.uint64(0x6272616E63686573)
+"""Sets the draws of branches apart from those of patches."""
 
 
 @dataclass(frozen=True)
@@ -59,30 +74,11 @@ class ModelInputs:
                 kept=None if self.kept is None else self.kept[some],
                 branches=None if self.branches is None else self.branches[some],
             )
-            for some in _slices(len(self), size or len(self))
+            for some in self._slices(size or len(self))
         ]
 
-
-@dataclass(frozen=True)
-class StepTerms:
-    """What the forward pass of a step gave, of this rank alone, without gradient."""
-
-    loss: Tensor
-    """[] mean over this rank's rows, in nats; the mean over ranks is that of the global batch."""
-    image_to_text_accuracy: Tensor
-    """[] share of this rank's images whose own caption, of all ranks', has the highest score."""
-    text_to_image_accuracy: Tensor
-    """[] likewise for captions."""
-    logit_scale: Tensor
-    """[] inverse temperature, the same on every rank."""
-    finite_rows: Tensor
-    """[b] bool: the features of this rank's sample are numbers. A sample with others makes the loss
-    of every rank no number; this tells whose it is."""
-
-    @property
-    def finite(self) -> Tensor:
-        """[] bool: loss and all features of this rank are numbers."""
-        return self.finite_rows.all() & self.loss.isfinite()
+    def _slices(self, size: int) -> list[slice]:
+        return [slice(first, first + size) for first in range(0, len(self), size)]
 
 
 def step_inputs(
@@ -113,15 +109,53 @@ def step_inputs(
     return ModelInputs(images, tokens, kept, branches)
 
 
-def loss_settings(config: TrainConfig) -> LossSettings:
-    """The loss of a training stage."""
-    return LossSettings(config.loss_impl, config.label_smoothing)
+class CaptionTokenizer:
+    """Token ids of captions in their templates, kept while they repeat."""
+
+    def __init__(self, config: TrainConfig, context_length: int) -> None:
+        self._config = config
+        self._length = context_length
+        self._kept: dict[str, Tensor] = {}
+
+    def tokenize(self, captions: Sequence[str], positions: Sequence[int]) -> Tensor:
+        """[b, L] ids on the CPU, where the text tower plans; `positions` of the samples [b]."""
+        rows = []
+        for caption, position in zip(captions, positions, strict=True):
+            text = vary_caption(caption, self._config, position)
+            if text not in self._kept:
+                if len(self._kept) >= KEPT_CAPTIONS:
+                    self._kept.clear()
+                self._kept[text] = tokenize([text], self._length)[0]
+            rows.append(self._kept[text])
+        return torch.stack(rows)
+
+
+@dataclass(frozen=True)
+class StepTerms:
+    """Figures of a step's forward pass, of this rank alone, without gradient."""
+
+    loss: Tensor
+    """[] mean over this rank's rows, in nats; the mean over ranks is that of the global batch."""
+    image_to_text_accuracy: Tensor
+    """[] share of this rank's images whose own caption, of all ranks', has the highest score."""
+    text_to_image_accuracy: Tensor
+    """[] likewise for captions."""
+    scalars: Mapping[str, Tensor]
+    """`Objective.scalars`, [] each: the inverse temperature; the same on every rank."""
+    finite_rows: Tensor
+    """[b] bool: the features of this rank's sample are numbers. A sample with others makes the loss
+    of every rank no number; this tells whose it is."""
+
+    @property
+    def finite(self) -> Tensor:
+        """[] bool: loss and all features of this rank are numbers."""
+        return self.finite_rows.all() & self.loss.isfinite()
 
 
 def forward_backward(
-    engine: Engine, parts: Sequence[ModelInputs], *, loss: LossSettings
+    engine: Engine, parts: Sequence[ModelInputs], objective: Objective
 ) -> StepTerms:
-    """The loss of the global batch, its gradient left with the engine.
+    """Compute the loss of the global batch, and leave its gradient with the engine.
 
     Every rank calls it, with as many samples as the others. One part is one forward and one
     backward pass. Of several parts all but the last pass forward twice; at any time the activations
@@ -130,45 +164,63 @@ def forward_backward(
     Args:
         parts: this rank's share of the global batch, in order; all ranks as many.
     """
+    module = engine.module
     if len(parts) == 1:
-        image, text, scale = _features(engine.module, parts[0])
-        terms = gathered_terms(image, text, scale, settings=loss)
+        image, text = _features(module, parts[0])
+        scalars = objective.scalars(module)
+        terms = objective.terms(image, text, scalars)
         engine.backward(terms.loss, last=True)
-        return _reported(terms, image, text, scale)
+        return _without_gradient(terms, image, text, scalars)
     *earlier, final = parts
     with torch.no_grad():
-        seen = [_features(engine.module, part)[:2] for part in earlier]
-    final_features = _features(engine.module, final)  # the first to be carried on: its pass stays
+        seen = [_features(module, part) for part in earlier]
+    final_features = _features(module, final)  # the first to be carried on: its pass stays
+    final_scalars = objective.scalars(module)
     images, texts = (
         torch.cat([features[side] for features in (*seen, final_features)]).detach()
         for side in (0, 1)
     )
-    scale = final_features[2].detach()
-    leaves = images, texts, scale
+    scalars = {name: value.detach() for name, value in final_scalars.items()}
+    leaves = [images, texts, *scalars.values()]
     for leaf in leaves:
         leaf.requires_grad_()
-    terms = gathered_terms(images, texts, scale, settings=loss)
-    d_images, d_texts, d_scale = torch.autograd.grad(terms.loss, leaves)
+    terms = objective.terms(images, texts, scalars)
+    d_images, d_texts, *d_scalars = torch.autograd.grad(terms.loss, leaves)
     sizes = [len(part) for part in parts]
     by_part = list(zip(torch.split(d_images, sizes), torch.split(d_texts, sizes), strict=True))
-    # The temperature is one for all parts: its gradient comes once, as zero from the others, so
+    # Scalars are the same for all parts: their gradient comes once, as zero from the others, so
     # that every part reaches every parameter (DeepSpeed counts on that).
-    _carry_on(engine, final_features, (*by_part[-1], d_scale), last=False)
-    del final_features  # and with it, the activations
-    nothing = torch.zeros_like(d_scale)
-    for number, (part, (d_image, d_text)) in enumerate(zip(earlier, by_part, strict=False), 1):
-        features = _features(engine.module, part)
-        _carry_on(engine, features, (d_image, d_text, nothing), last=number == len(earlier))
-    return _reported(terms, images, texts, scale)
+    backward_from_features(
+        engine,
+        (*final_features, *final_scalars.values()),
+        (*by_part[-1], *d_scalars),
+        last=False,
+    )
+    del final_features, final_scalars  # and with them, the activations
+    nothing = [torch.zeros_like(gradient) for gradient in d_scalars]
+    for number, (part, gradients) in enumerate(zip(earlier, by_part, strict=False), 1):
+        features = (*_features(module, part), *objective.scalars(module).values())
+        backward_from_features(
+            engine, features, (*gradients, *nothing), last=number == len(earlier)
+        )
+    return _without_gradient(terms, images, texts, scalars)
 
 
-def _slices(length: int, size: int) -> Iterator[slice]:
-    for first in range(0, length, size):
-        yield slice(first, first + size)
+def backward_from_features(
+    engine: Engine, features: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool
+) -> None:
+    """Carry known gradients of features on into the weights: those of a sum of products with them.
+
+    Args:
+        features, gradients: of the same shape pair by pair, [b, E] or [].
+        last: as `Engine.backward`.
+    """
+    products = [(f * d).sum() for f, d in zip(features, gradients, strict=True)]
+    engine.backward(reduce(torch.add, products), last=last)
 
 
-def _features(module: nn.Module, part: ModelInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Features [b, E] of images and texts and the inverse temperature [], in float32."""
+def _features(module: nn.Module, part: ModelInputs) -> tuple[Tensor, Tensor]:
+    """Features [b, E] of images and texts, in at least float32."""
     weight = next(module.parameters())
     kept, branches = (
         None if mask is None else mask.to(weight.device, non_blocking=True)
@@ -176,23 +228,118 @@ def _features(module: nn.Module, part: ModelInputs) -> tuple[Tensor, Tensor, Ten
     )
     pixels = part.images.to(weight.device, non_blocking=True).contiguous()
     images = normalize_images(pixels).to(weight.dtype)
-    features: tuple[Tensor, Tensor, Tensor] = module(images, part.tokens, kept, branches)
-    return features
+    image, text, _ = module(images, part.tokens, kept, branches)
+    return image, text
 
 
-def _carry_on(
-    engine: Engine, features: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool
-) -> None:
-    """Backward from features whose gradients are known: those of a sum of products with them."""
-    products = [(f * d).sum() for f, d in zip(features, gradients, strict=True)]
-    engine.backward(products[0] + products[1] + products[2], last=last)
-
-
-def _reported(terms: ContrastiveTerms, image: Tensor, text: Tensor, scale: Tensor) -> StepTerms:
+def _without_gradient(
+    terms: LossTerms, image: Tensor, text: Tensor, scalars: Mapping[str, Tensor]
+) -> StepTerms:
     return StepTerms(
         terms.loss.detach(),
         terms.image_to_text_accuracy,
         terms.text_to_image_accuracy,
-        scale.detach(),
+        # Copies: an objective may give a view of its parameter, which the update changes.
+        {name: value.detach().clone() for name, value in scalars.items()},
         (image.detach().isfinite() & text.detach().isfinite()).all(1),
     )
+
+
+def caption_lengths(tokens: Tensor) -> Tensor:
+    """[b] tokens of each row of ids [b, L], its start and end among them."""
+    return tokens.argmax(1) + 1  # the end token has the largest id
+
+
+def vary_caption(caption: str, config: TrainConfig, position: int) -> str:
+    """The caption as the sample at `position` of the training stream shows it."""
+    if config.caption_separator is not None:
+        parts = caption.split(config.caption_separator)
+        kept = 1 + _draw("parts", config.seed, position, len(parts))
+        caption = config.caption_separator.join(parts[:kept])
+    templates = config.caption_templates
+    return templates[_draw("template", config.seed, position, len(templates))].replace(
+        "{}", caption
+    )
+
+
+def _draw(purpose: str, seed: int, position: int, choices: int) -> int:
+    """A number below `choices` that depends on purpose, seed and position alone."""
+    if choices == 1:
+        return 0
+    digest = hashlib.blake2b(f"{purpose}:{seed}:{position}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % choices
+
+
+def patch_dropout_at(config: TrainConfig, step: int) -> float:
+    """Share of patches masked out at optimizer step `step`, counted from 0.
+
+    A line from `patch_dropout` at the first step to `patch_dropout_end` at the last masked one; 0
+    in the last `unmasked_final_share` of the steps.
+    """
+    masked = config.steps - round(config.steps * config.unmasked_final_share)
+    if step >= masked:
+        return 0.0
+    first, end = config.patch_dropout, config.patch_dropout_end
+    if end is None or masked == 1:
+        return first
+    return first + (end - first) * step / (masked - 1)
+
+
+def kept_patches(seed: int, positions: Tensor, num_patches: int, keep_ratio: float) -> Tensor:
+    """Uniformly random patches, the same number for every sample.
+
+    The draw depends on nothing but its arguments.
+
+    Args:
+        seed: of the training stage.
+        positions: [B] position of each sample in the whole training stream (0 = first sample).
+        num_patches: N, without the class token.
+        keep_ratio: share to keep, in (0, 1]; at least one patch is kept.
+
+    Returns:
+        [B, K] int64 on the CPU, ascending in a row; K = floor(N * keep_ratio).
+
+    Raises:
+        ValueError: `keep_ratio` outside (0, 1].
+    """
+    if not 0 < keep_ratio <= 1:
+        raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}")
+    # 1 - 0.9 is a little less than 0.1: without the margin a tenth of 100 patches would be 9.
+    count = max(1, int(num_patches * keep_ratio + 1e-6))
+    sample = _mix(positions.cpu().numpy().astype(np.uint64) + _mix(np.uint64(seed % 2**64)))
+    patch = np.arange(1, num_patches + 1, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        rank = _mix(sample[:, None] + patch * _GOLDEN)  # [B, N]; SplitMix64's stream a sample
+    kept = np.argsort(rank, axis=1, kind="stable")[:, :count]
+    return torch.from_numpy(np.sort(kept, axis=1))
+
+
+def kept_branches(seed: int, positions: Tensor, rates: Sequence[float]) -> Tensor:
+    """Which branches of which blocks each sample passes, drawn from nothing but the arguments.
+
+    Args:
+        seed: of the training stage.
+        positions: [B] position of each sample in the whole training stream.
+        rates: chance of each block that a sample skips one of its branches.
+
+    Returns:
+        [B, blocks, 2] bool on the CPU; attention first, then the MLP, each drawn for itself.
+    """
+    sample = _mix(positions.cpu().numpy().astype(np.uint64) + _mix(np.uint64(seed % 2**64)))
+    branch = np.arange(1, 2 * len(rates) + 1, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        drawn = _mix(_mix(sample + _BRANCHES)[:, None] + branch * _GOLDEN)
+    uniform = (drawn >> np.uint64(11)) * 2.0**-53  # [B, 2 * blocks] in [0, 1)
+    kept = uniform >= np.repeat(np.asarray(rates, dtype=np.float64), 2)
+    return torch.from_numpy(kept.reshape(len(positions), len(rates), 2))
+
+
+def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
+    """SplitMix64's finaliser: neighbouring inputs give unrelated outputs."""
+    z = np.atleast_1d(np.asarray(x, dtype=np.uint64)).copy()
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return z

@@ -1,10 +1,10 @@
-"""The training loop of one rank.
+"""The training loop of one rank, from a job to a trained model.
 
-Covers: from a job to a trained model: steps and their verdicts, metrics, checkpoints, going back,
-resuming.
-Not here: starting ranks and exit codes (worker.py); a step's gradient (rank.py, step.py), optimizer
-and sharding (training/engine/engine.py), which steps are taken
-(training/monitoring/spike_guard.py), what is measured (training/monitoring/step_metrics.py).
+Covers: making ready (device, model, engine, reader); step after step: fetch, forward and backward,
+exchange of stats, guards, optimizer step, metrics, checkpoint; going back, resuming, finishing; a
+dry run of one step.
+Not here: starting ranks and exit codes (worker.py); a step's gradient in parts (step.py), optimizer
+and sharding (engine/), the verdict on a step (spike_guard.py), names of metrics (metrics.py).
 
 All that is random about a sample (crop, mask, template) depends on the seed and its position alone,
 and the learning rate on the step alone; so a run that resumes goes on exactly as it would have.
@@ -13,33 +13,78 @@ and the learning rate on the step alone; so a run that resumes goes on exactly a
 from __future__ import annotations
 
 import logging
+import os
+import resource
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Self
 
-from evaclip_model.reading.reader import Batch
+import torch
+from torch import nn
+
+from evaclip_model.cpu.allocator import keep_freed_memory
+from evaclip_model.create import create_model
+from evaclip_model.errors import InputError
+from evaclip_model.model.clip import EvaClip
+from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.reading.reader import Batch, BatchReader, ReadSettings
 from evaclip_model.training.checkpoint import (
     CheckpointWriter,
     TrainingProgress,
     load_newest,
     settings_of,
 )
-from evaclip_model.training.config import CHECKPOINTS, RESULT_FILE, TrainJob
-from evaclip_model.training.dry_run import dry_run
-from evaclip_model.training.engine.engine import Stepped
-from evaclip_model.training.loop_state import LoopState
-from evaclip_model.training.monitoring.nonfinite_report import described, whose, write_dump
-from evaclip_model.training.monitoring.profiling import PROFILE_FOLDER, ProfileWindow
-from evaclip_model.training.monitoring.rank_stats import Together, from_all
-from evaclip_model.training.monitoring.spike_guard import Judged, Observed, StepVerdict, judge
-from evaclip_model.training.monitoring.step_metrics import MetricsLog, StepRow, step_row
+from evaclip_model.training.checkpoint.consensus import Peers
+from evaclip_model.training.config import (
+    CHECKPOINTS,
+    DRY_RUN_FILE,
+    RESULT_FILE,
+    SHARD_CACHE,
+    TrainConfig,
+    TrainJob,
+)
+from evaclip_model.training.engine.engine import DeepSpeedEngine, Engine, Stepped, TorchEngine
+from evaclip_model.training.loss.objective import Objective, make_objective
+from evaclip_model.training.monitoring.metrics import (
+    MetricsLog,
+    RankRow,
+    RankStats,
+    StepSeconds,
+    gather_stats,
+    step_metrics,
+)
+from evaclip_model.training.monitoring.nonfinite_report import (
+    describe_samples,
+    name_culprits,
+    write_dump,
+)
+from evaclip_model.training.monitoring.self_test import SelfTest, self_test
+from evaclip_model.training.monitoring.spike_guard import (
+    GuardState,
+    Judged,
+    Observed,
+    StepVerdict,
+    judge,
+)
+from evaclip_model.training.monitoring.timing import (
+    PROFILE_FOLDER,
+    ForwardClock,
+    ProfileWindow,
+    Stopwatch,
+)
 from evaclip_model.training.monitoring.watchdog import Watchdog
 from evaclip_model.training.monitoring.zeroshot_probe import open_probe, probe
 from evaclip_model.training.optimizer.parameter_groups import lr_factor
-from evaclip_model.training.rank import Gradient, Laps, Rank
 from evaclip_model.training.stage_outputs import save_models, write_json
+from evaclip_model.training.step import (
+    CaptionTokenizer,
+    StepTerms,
+    caption_lengths,
+    forward_backward,
+    step_inputs,
+)
 
 FINAL_LOSS_STEPS = 20
 """Last steps that the reported final loss is the mean of."""
@@ -58,21 +103,152 @@ def train(job: TrainJob, *, should_stop: Callable[[], bool]) -> Mapping[str, Any
 
     Raises:
         InputError: the model, the shards or the settings cannot be used.
-        Diverged: step after step is no number, or a spike.
+        Diverged: step after step has no numbers, or a spike.
         LossScaleExhausted: fp16 overflows at the lowest loss scale.
-        SelfTestFailed: what training rests on does not hold on this machine.
+        SelfTestFailed: the parts that training rests on fail on this machine.
         Interrupted: `should_stop()` was true on some rank.
     """
-    return dry_run(job) if job.dry_run else _Run(job, should_stop).to_the_end()
+    rank = Rank(job, should_stop)
+    return dry_run(job, rank) if job.dry_run else TrainingRun(job, rank).run()
 
 
-class _Run:
-    """What the loop carries from step to step."""
+@dataclass(frozen=True)
+class LoopState:
+    """The loop's part of what the next step depends on, besides weights and optimizer.
+
+    After a rollback the data runs ahead of the steps: step s is shown other samples than it was
+    before. The learning rate depends on the step, crops and masks on the samples.
+    """
+
+    step: int = 0
+    """Steps attempted."""
+    data_step: int = 0
+    """Number of the reader's next batch."""
+    skipped_steps: int = 0
+    """Attempted steps that did not update the weights."""
+    guards: GuardState = field(default_factory=GuardState)
+
+    def after_step(self, guards: GuardState, *, taken: bool) -> Self:
+        """The state once a step was taken, or thrown away."""
+        return replace(
+            self,
+            step=self.step + 1,
+            data_step=self.data_step + 1,
+            skipped_steps=self.skipped_steps + (not taken),
+            guards=guards,
+        )
+
+    def after_rollback(self, spiked: Self, rollbacks: int) -> Self:
+        """This state, of a checkpoint, past the data of a later one whose step spiked.
+
+        Args:
+            spiked: the state before that step.
+            rollbacks: so far, this one included.
+        """
+        guards = replace(self.guards, rollbacks=rollbacks)
+        return replace(self, data_step=spiked.data_step + 1, guards=guards)
+
+    def as_json(self) -> dict[str, Any]:
+        """All but `step`, which the checkpoint has."""
+        return {name: value for name, value in asdict(self).items() if name != "step"}
+
+    @classmethod
+    def from_json(cls, step: int, values: Mapping[str, Any]) -> Self:
+        """The state at `step` that `as_json` was called on; of an empty mapping, an even start."""
+        guards = GuardState.from_json(values.get("guards", {}))
+        return cls(step, values.get("data_step", step), values.get("skipped_steps", 0), guards)
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A step's gradient, which lies with the engine and waits for a verdict."""
+
+    terms: StepTerms
+    """This rank's."""
+    stats: RankStats
+    """All ranks', the same on every rank."""
+    norms: Mapping[str, float]
+    """As `Engine.grad_norms`."""
+    seconds: StepSeconds
+    """Up to here."""
+
+
+class Rank:
+    """This process among the run's, and the objects it trains with.
+
+    Attributes:
+        number, ranks: which one, of how many.
+        device, model, engine, objective, reader: its own.
+        part_size: pairs that are in memory at once; none for its whole share.
+        tested: the differences that the self-test found.
+    """
 
     def __init__(self, job: TrainJob, should_stop: Callable[[], bool]) -> None:
+        """Make ready for the first step.
+
+        Raises:
+            InputError: the model, the shards or the settings cannot be used.
+            SelfTestFailed: the parts that training rests on fail on this machine.
+        """
+        self._config = config = job.train
+        self._should_stop = should_stop
+        peers = Peers.all()
+        self.number, self.ranks = peers.rank, peers.count
+        set_determinism(config)
+        self.device = device_of_rank()
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.part_size = size_of_parts(job, self.ranks)
+        self.reader = open_reader(job, self.number, self.ranks)
+        self.objective: Objective = make_objective(config)
+        self.model = starting_model(job, self.device)
+        self._forward_clock = ForwardClock(self.model, self.device)
+        self.engine = make_engine(job, self.model, self.part_size)
+        self._captions = CaptionTokenizer(config, self.model.config.text.context_length)
+        self.tested: SelfTest = self_test(self.model, config)
+
+    def compute_gradient(
+        self, batch: Batch, step: int, watch: Stopwatch, *, save_failed: bool
+    ) -> Gradient:
+        """Compute the gradient of a batch, and exchange its figures; every rank calls it.
+
+        Args:
+            step: optimizer step, counted from 0.
+            watch: asked last before the batch was waited for.
+            save_failed: whether this rank knows that the last checkpoint could not be written.
+        """
+        data_wait_s = watch.lap()
+        tokens = self._captions.tokenize(batch.captions, batch.positions.tolist())
+        vision = self.model.config.vision
+        inputs = step_inputs(self._config, vision, step, batch.images, tokens, batch.positions)
+        text_tokens = float(caption_lengths(tokens).double().mean())
+        prepare_s = watch.lap()
+        terms = forward_backward(self.engine, inputs.parts(self.part_size), self.objective)
+        stats = gather_stats(
+            RankRow(
+                loss=terms.loss,
+                image_to_text_accuracy=terms.image_to_text_accuracy,
+                text_to_image_accuracy=terms.text_to_image_accuracy,
+                text_tokens=text_tokens,
+                finite=terms.finite_rows.all(),
+                stop=self._should_stop(),
+                save_failed=save_failed,
+                data_wait_s=data_wait_s,
+                forward_s=self._forward_clock.read(),
+            ),
+            self.device,
+        )
+        norms = self.engine.grad_norms()
+        return Gradient(terms, stats, norms, StepSeconds(data_wait_s, prepare_s, watch.lap()))
+
+
+class TrainingRun:
+    """A rank's way from its newest checkpoint to the trained model."""
+
+    def __init__(self, job: TrainJob, rank: Rank) -> None:
         self._job = job
         self._config = job.train
-        self._rank = rank = Rank(job, should_stop)
+        self._rank = rank
         self._leads = rank.number == 0
         self._metrics = MetricsLog(job, writes=self._leads)
         profiled = job.profile_steps if self._leads else None
@@ -86,28 +262,28 @@ class _Run:
         if self._leads:
             _log.info("self-test passed: %s", rank.tested)
 
-    def to_the_end(self) -> Mapping[str, Any]:
-        job, config = self._job, self._config
+    def run(self) -> Mapping[str, Any]:
+        """Resume, train and finish; returns the content of `result.json`."""
+        job, kept = self._job, self._config.checkpoints
         with ExitStack() as held:
             self._watchdog = held.enter_context(
                 Watchdog(job.run_dir, self._rank.number, job.watchdog_s)
             )
             self._writer = held.enter_context(
                 CheckpointWriter(
-                    self._checkpoints,
-                    config.checkpoints.keep,
-                    keep_every_steps=config.checkpoints.keep_every_steps,
+                    self._checkpoints, kept.keep, keep_every_steps=kept.keep_every_steps
                 )
             )
             held.enter_context(self._metrics)
             self._resume()
             self._writer.prepare(self._rank.engine.fragments())
-            while self._state.step < config.steps:
-                self._walk()
+            while self._state.step < self._config.steps:
+                self.run_steps()
             self._writer.wait()
             return self._finish()
 
     def _resume(self) -> None:
+        """Take up the newest checkpoint, if there is one."""
         found = self._load()
         if found is not None:
             self._seconds, self._bad = found.seconds, Counter(found.bad_samples)
@@ -116,91 +292,97 @@ class _Run:
             self._save()  # something to go back to
         self._metrics.cut_back(self._state.step)
 
-    def _load(self) -> TrainingProgress | None:
-        engine = self._rank.engine
-        found = load_newest(self._checkpoints, engine.fragments(), self._settings)
-        if found is not None:
-            engine.restored(found.counters)
-        return found
+    def run_steps(self) -> None:
+        """Make step after step, to the end or until training goes back.
 
-    def _walk(self) -> None:
-        """Step after step, to the end or until training goes back."""
-        config, laps, saved_s = self._config, Laps(), 0.0
+        Raises:
+            Diverged, LossScaleExhausted, Interrupted: as `train`.
+        """
+        config, watch, save_s = self._config, Stopwatch(), 0.0
         first = self._state.data_step
         batches = self._rank.reader.batches(first, first + config.steps - self._state.step)
         with closing(batches):
             for batch in batches:
                 self._profile.before(self._state.step + 1)
-                judged, together = self._attempt(batch, laps, saved_s)
+                verdict, stats = self.train_step(batch, watch, save_s)
                 self._profile.after(self._state.step)
-                step, saved_s = self._state.step, 0.0
+                step, save_s = self._state.step, 0.0
                 self._watchdog.beat(step)
-                if together.save_failed:
+                if stats.save_failed:
                     self._writer.wait()
-                if judged.verdict is StepVerdict.ROLL_BACK or step == config.steps:
+                if verdict is StepVerdict.ROLL_BACK or step == config.steps:
                     return
-                if together.stop or step % config.checkpoint_every_steps == 0:
+                if stats.stop or step % config.checkpoint_every_steps == 0:
                     self._save()
-                    saved_s = laps.lap()
-                if together.stop:
+                    save_s = watch.lap()
+                if stats.stop:
                     self._writer.wait()
                     raise Interrupted(f"stopped at step {step} of {config.steps}")
 
-    def _attempt(self, batch: Batch, laps: Laps, saved_s: float) -> tuple[Judged, Together]:
-        """Take a step, or do not; afterwards the state is that before the next one."""
+    def train_step(
+        self, batch: Batch, watch: Stopwatch, save_s: float
+    ) -> tuple[StepVerdict, RankStats]:
+        """Take a step, or do not; afterwards the state is that before the next one.
+
+        Args:
+            watch: asked last before the batch was waited for.
+            save_s: seconds for the checkpoint of the step before.
+        """
         config, before, rank = self._config, self._state, self._rank
-        gradient = rank.gradient(batch, before.step, laps, save_failed=self._writer.poll())
-        judged, guards = judge(before.guards, self._observed(batch, gradient), config)
+        gradient = rank.compute_gradient(batch, before.step, watch, save_failed=self._writer.poll())
+        judged, guards = judge(before.guards, self._observe(batch, gradient), config)
         if judged.reason and self._leads:
             _log.warning("%s", judged.reason)
         factor = lr_factor(before.step, config.warmup_steps, config.steps, config.schedule)
-        stepped = self._follow(judged, factor)
+        stepped = self._apply_or_skip(judged, factor)
         if judged.verdict is StepVerdict.ROLL_BACK:
-            self._go_back(before, guards.rollbacks)
-            return judged, gradient.together
-        self._state = before.after(guards, taken=stepped is not None and not stepped.skipped)
-        row = step_row(
-            state=self._state,
+            self._rollback(before, guards.rollbacks)
+            return judged.verdict, gradient.stats
+        taken = stepped is not None and not stepped.skipped
+        self._state = before.after_step(guards, taken=taken)
+        seconds = replace(gradient.seconds, update_s=watch.lap(), save_s=save_s)
+        self._seconds += seconds.total
+        metrics = step_metrics(
+            step=self._state.step,
             config=config,
             model=rank.model.config,
             lr_factor=factor,
-            gradient=gradient,
-            judged=judged,
+            stats=gradient.stats,
+            scalars=gradient.terms.scalars,
+            grad_norms=gradient.norms,
+            spiked=judged.kind == "spike",
             stepped=stepped,
-            updated_s=laps.lap(),
-            saved_s=saved_s,
+            skipped_steps=self._state.skipped_steps,
+            rollbacks=guards.rollbacks,
+            seconds=seconds,
             device=rank.device,
         )
-        self._seconds += row.step_s
-        self._metrics.write(self._probed(row))
-        laps.lap()  # a probe is no part of the next step
-        return judged, gradient.together
+        every = config.probe_every_steps
+        if self._probe is not None and every and self._state.step % every == 0:
+            # Zero-shot accuracies on the job's probe set after this step.
+            metrics["probe_top1"], metrics["probe_top5"] = probe(rank.model, self._probe)
+        self._metrics.write(metrics)
+        watch.lap()  # neither the probe nor the log belongs to the next step
+        return judged.verdict, gradient.stats
 
-    def _probed(self, row: StepRow) -> StepRow:
-        """The line with the probe's figures, after the steps that have them."""
-        every = self._config.probe_every_steps
-        if self._probe is None or not every or row.step % every:
-            return row
-        first, five = probe(self._rank.model, self._probe)
-        return replace(row, probe_top1=first, probe_top5=five)
-
-    def _observed(self, batch: Batch, gradient: Gradient) -> Observed:
-        """What the guards are to know; of a step without numbers, whose fault that is, too."""
-        loss, bad_ranks = gradient.together.mean("loss"), gradient.together.bad_ranks
+    def _observe(self, batch: Batch, gradient: Gradient) -> Observed:
+        """The guards' view of a step; of one without numbers, also whose fault that is."""
+        loss, bad_ranks = gradient.stats.means["loss"], gradient.stats.bad_ranks
         step, number = self._state.step + 1, self._rank.number
         seen = Observed(step, loss, gradient.norms["total"], finite=not bad_ranks)
         if seen.has_numbers(self._config):
             return seen
-        suspect = number in bad_ranks or not bad_ranks
-        own = described(number, batch, gradient.terms.finite_rows) if suspect else None
-        suspects = [found for found in from_all(own) if found is not None]
+        is_suspect = number in bad_ranks or not bad_ranks
+        rows = gradient.terms.finite_rows
+        own = describe_samples(number, batch, rows) if is_suspect else None
+        suspects = [found for found in Peers.all().gather(own) if found is not None]
         if self._leads:
             norms = {tower: str(norm) for tower, norm in gradient.norms.items()}  # JSON has no NaN
             figures = {"step": step, "loss": str(loss), "grad_norms": norms, "ranks": suspects}
             write_dump(self._job.run_dir, step, figures)
-        return replace(seen, whose=whose(suspects))
+        return replace(seen, culprits=name_culprits(suspects))
 
-    def _follow(self, judged: Judged, factor: float) -> Stepped | None:
+    def _apply_or_skip(self, judged: Judged, factor: float) -> Stepped | None:
         """Take the step, or forget its gradient."""
         if judged.verdict is StepVerdict.TAKE:
             self._writer.settle()
@@ -208,17 +390,24 @@ class _Run:
         self._rank.engine.discard()
         return None
 
-    def _go_back(self, spiked: LoopState, rollbacks: int) -> None:
-        """To the newest checkpoint, and past the data that led to the spike."""
+    def _rollback(self, spiked: LoopState, rollbacks: int) -> None:
+        """Go back to the newest checkpoint, and past the data that led to the spike."""
         self._writer.wait()
         found = self._load()
         if found is None:
             raise RuntimeError(f"no checkpoint in {self._checkpoints} can be read to go back to")
         there = LoopState.from_json(found.step, found.loop)
-        self._state = there.gone_back(spiked, rollbacks)
+        self._state = there.after_rollback(spiked, rollbacks)
         self._metrics.cut_back(self._state.step)
         if self._leads:
             _log.warning("back to step %d, on with batch %d", found.step, self._state.data_step)
+
+    def _load(self) -> TrainingProgress | None:
+        engine = self._rank.engine
+        found = load_newest(self._checkpoints, engine.fragments(), self._settings)
+        if found is not None:
+            engine.restored(found.counters)
+        return found
 
     def _save(self) -> None:
         self._count_bad_samples()
@@ -234,9 +423,9 @@ class _Run:
         self._writer.save(self._rank.engine.fragments(), progress)
 
     def _count_bad_samples(self) -> None:
-        """Add what could not be used, on all ranks, since it was counted last."""
+        """Add the samples that could not be used, on all ranks, since they were counted last."""
         bad = self._rank.reader.bad
-        for counted in from_all(dict(bad)):
+        for counted in Peers.all().gather(dict(bad)):
             self._bad.update(counted)
         bad.clear()
 
@@ -259,3 +448,116 @@ class _Run:
             result["final_loss"] = sum(last) / len(last)
             write_json(run_dir / RESULT_FILE, result)
         return result
+
+
+def dry_run(job: TrainJob, rank: Rank) -> Mapping[str, Any]:
+    """Compute the gradient of the first batch, forget it, and write `dry_run.json`.
+
+    Every rank calls it. Nothing else is written, and no checkpoint is read. On a GPU the first step
+    takes longer than those after it.
+
+    Returns:
+        The file's content: seconds of each part, most memory of any rank in bytes (on a GPU that of
+        tensors, else of the process), loss, gradient norm, the self-test's differences.
+    """
+    watch = Stopwatch()
+    with closing(rank.reader.batches(0, 1)) as batches:
+        gradient = rank.compute_gradient(next(batches), 0, watch, save_failed=False)
+    rank.engine.discard()
+    rank.reader.close()
+    on_gpu = rank.device.type == "cuda"
+    process_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory_peak = torch.cuda.max_memory_allocated(rank.device) if on_gpu else process_peak
+    result = {
+        "ranks": rank.ranks,
+        "device": str(rank.device),
+        "micro_batch": rank.part_size or job.train.global_batch // rank.ranks,
+        "data_wait_s": gradient.seconds.data_wait_s,
+        "prepare_s": gradient.seconds.prepare_s,
+        "gradient_s": gradient.seconds.gradient_s,
+        "memory_peak_bytes": max(Peers.all().gather(memory_peak)),
+        "loss": gradient.stats.means["loss"],
+        "grad_norm": gradient.norms["total"],
+        "self_test": rank.tested.as_json(),
+    }
+    if rank.number == 0:
+        write_json(job.run_dir / DRY_RUN_FILE, result)
+    return result
+
+
+def device_of_rank() -> torch.device:
+    """This rank's GPU, made torch's current one; the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def set_determinism(config: TrainConfig) -> None:
+    """Allow torch only algorithms that give the same bits every time, when the stage asks for it.
+
+    Before anything runs on a GPU: cuBLAS reads its setting when it starts.
+    """
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+
+
+def starting_model(job: TrainJob, device: torch.device) -> EvaClip:
+    """The model to start from, its position embeddings resized to the stage's image size, ready to
+    be trained as the stage says.
+
+    Raises:
+        InputError: it cannot be read, or does not fit the stage.
+    """
+    config = job.train
+    architecture = ModelConfig.load(job.start_from).at_image_px(config.image_px)
+    model = create_model(architecture, weights=job.start_from)
+    for name, value in make_objective(config).parameters.items():
+        if not hasattr(model, name):
+            model.register_parameter(name, nn.Parameter(torch.full((1,), value)))
+    model.to(device)  # its type is the engine's matter: masters begin at the exact weights
+    model.set_grad_checkpointing(config.grad_checkpointing)
+    model.set_drop_path(config.drop_path)
+    if job.compile:
+        model.compile_blocks()
+    model.train()
+    return model
+
+
+def make_engine(job: TrainJob, model: EvaClip, part_size: int | None) -> Engine:
+    """Raises: InputError: the engine cannot do what the stage asks for."""
+    if job.engine == "torch":
+        return TorchEngine(model, job.train)
+    return DeepSpeedEngine(model, job.train, accumulates=part_size is not None)
+
+
+def open_reader(job: TrainJob, rank: int, ranks: int) -> BatchReader:
+    """Raises: InputError: the shards cannot be used with these settings."""
+    settings = ReadSettings(
+        job.cache_bytes,
+        job.read_workers,
+        job.shard_cache or job.run_dir / SHARD_CACHE,
+        job.shard_cache_bytes,
+    )
+    return BatchReader(job.shards, job.train, rank=rank, ranks=ranks, settings=settings)
+
+
+def size_of_parts(job: TrainJob, ranks: int) -> int | None:
+    """Pairs of a rank that are in memory at once; none for its whole share.
+
+    Raises:
+        InputError: the share cannot be cut into equal parts of the job's `micro_batch`.
+    """
+    share = job.train.global_batch // ranks
+    if job.micro_batch is None or job.micro_batch >= share:
+        return None
+    if share % job.micro_batch:
+        raise InputError(
+            f"micro_batch = {job.micro_batch} must divide a rank's share of the global batch, "
+            f"{share} pairs"
+        )
+    return job.micro_batch

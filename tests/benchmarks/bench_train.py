@@ -45,8 +45,10 @@ from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.training.checkpoint import CheckpointWriter, TrainingProgress, save_checkpoint
 from evaclip_model.training.config import TrainConfig, TrainJob
 from evaclip_model.training.engine.engine import TorchEngine, start_distributed
-from evaclip_model.training.loss.contrastive import LossSettings, contrastive_terms
-from evaclip_model.training.step import forward_backward, loss_settings, step_inputs
+from evaclip_model.training.loss.contrastive import contrastive_terms
+from evaclip_model.training.loss.objective import make_objective
+from evaclip_model.training.loss.softmax import LossSettings
+from evaclip_model.training.step import forward_backward, step_inputs
 from evaclip_model.training.trainer import train
 from evaclip_model.weights.load import save_model
 from tests.benchmarks.bench_loader import SHARDS, photographs, write_shards
@@ -394,7 +396,7 @@ def saving_once(batch: int, folder: str) -> dict[str, float]:
         started_at = time.perf_counter()
         positions = torch.arange(batch) + number * batch
         inputs = step_inputs(config, model.config.vision, number, images, tokens, positions)
-        forward_backward(engine, inputs.parts(None), loss=loss_settings(config))
+        forward_backward(engine, inputs.parts(None), make_objective(config))
         before_update()
         engine.step(1.0)
         return time.perf_counter() - started_at

@@ -35,9 +35,10 @@ from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.cost import peak_flops, train_flops_per_sample
 from evaclip_model.training.engine.engine import DeepSpeedEngine, TorchEngine, start_distributed
+from evaclip_model.training.loss.objective import make_objective
 from evaclip_model.training.monitoring.self_test import self_test
 from evaclip_model.training.optimizer.lamb import Lamb, LambPart
-from evaclip_model.training.step import forward_backward, loss_settings, step_inputs
+from evaclip_model.training.step import forward_backward, step_inputs
 
 Row = dict[str, Any]
 START, END = 49406, 49407
@@ -201,7 +202,7 @@ def _train_small(setting: Setting, precision: Any) -> Row:
     losses, skipped, scale = [], 0, None
     for step in range(steps):
         inputs = _inputs(config, model.config, step, setting.device)
-        terms = forward_backward(engine, [inputs], loss=loss_settings(config))
+        terms = forward_backward(engine, [inputs], make_objective(config))
         stepped = engine.step(1.0)
         losses.append(float(terms.loss))
         skipped += stepped.skipped
@@ -358,7 +359,7 @@ def _measured(
         torch.cuda.reset_peak_memory_stats()
 
     def step() -> None:
-        forward_backward(engine, [inputs], loss=loss_settings(config))
+        forward_backward(engine, [inputs], make_objective(config))
         engine.step(1.0)
 
     seconds = statistics.median(_timed(setting, step))

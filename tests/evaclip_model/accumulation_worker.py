@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.engine.engine import DeepSpeedEngine, TorchEngine, start_distributed
-from evaclip_model.training.step import forward_backward, loss_settings, step_inputs
+from evaclip_model.training.loss.objective import make_objective
+from evaclip_model.training.step import forward_backward, step_inputs
 from tests.evaclip_model.small_models import small_batch, small_model
 
 STEPS, SAMPLES = 20, 24
@@ -39,7 +40,7 @@ def train(engine, parts, options):
         vision = model.config.vision
         inputs = step_inputs(config, vision, step, images[own], tokens[own], positions[own])
         micro_batch = share // parts
-        terms = forward_backward(engine, inputs.parts(micro_batch), loss=loss_settings(config))
+        terms = forward_backward(engine, inputs.parts(micro_batch), make_objective(config))
         if ranks > 1:
             dist.all_reduce(terms.loss)
         losses.append(terms.loss / ranks)

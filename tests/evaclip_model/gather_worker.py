@@ -10,7 +10,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from evaclip_model.training.loss import streamed_loss
-from evaclip_model.training.loss.contrastive import LossSettings, gathered_terms
+from evaclip_model.training.loss.contrastive import gathered_terms
+from evaclip_model.training.loss.softmax import LossSettings
 
 WAYS = {
     "full": LossSettings("full"),

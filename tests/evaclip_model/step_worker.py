@@ -23,7 +23,7 @@ from evaclip_model.training.engine.engine import (
     TorchEngine,
     start_distributed,
 )
-from evaclip_model.training.engine.gather_weights import whole_tensors
+from evaclip_model.training.stage_outputs import gather_weights
 
 
 class Network(nn.Module):
@@ -124,7 +124,7 @@ def main(out, kind, options):
             engine.restored(counters)
     named = {name: value.detach().clone() for name, value in network.named_parameters()}
     for kind_of in ("param", *(["ema"] if config.ema_decay else [])):
-        for name, whole in whole_tensors(network, engine.fragments(), kind_of):
+        for name, whole in gather_weights(network, engine.fragments(), kind_of):
             named[f"{kind_of}.{name}"] = whole.clone()
     results = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in figures.items()}
     if ranks > 1:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evaclip_model.training.assemble import starting_model
 from evaclip_model.training.config import TrainConfig, TrainJob
+from evaclip_model.training.trainer import starting_model
 from evaclip_model.weights.load import save_model
 from tests.evaclip_model.small_models import FAMILIES, small_batch, small_model
 

@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from evaclip_model.training.monitoring.rank_stats import RankRow, Together, exchange, is_straggler
+from evaclip_model.training.monitoring.metrics import (
+    RankRow,
+    RankStats,
+    gather_stats,
+    is_straggler,
+)
 
 
 def row(**changes):
@@ -15,11 +20,11 @@ def row(**changes):
 
 
 def together(*rows):
-    return Together(tuple(RankRow(**row) for row in rows))
+    return RankStats(tuple(RankRow(**row) for row in rows))
 
 
 def test_one_rank_alone_hears_itself():
-    heard = exchange(row(loss=torch.tensor(2.5)), torch.device("cpu"))
+    heard = gather_stats(RankRow(**row(loss=torch.tensor(2.5))), torch.device("cpu"))
     assert heard == together(row(loss=2.5))
 
 
@@ -37,5 +42,5 @@ def test_what_one_rank_says_all_know():
     assert heard.bad_ranks == (1,)
     assert heard.stop
     assert not heard.save_failed
-    assert math.isnan(heard.mean("loss"))
-    assert heard.mean("text_tokens") == 20
+    assert math.isnan(heard.means["loss"])
+    assert heard.means["text_tokens"] == 20

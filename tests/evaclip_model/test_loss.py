@@ -12,12 +12,12 @@ from torch import Tensor
 
 from evaclip_model.training.loss import streamed_loss
 from evaclip_model.training.loss.contrastive import (
-    ContrastiveTerms,
-    LossSettings,
     contrastive_loss,
     contrastive_terms,
     gathered_terms,
 )
+from evaclip_model.training.loss.objective import LossTerms
+from evaclip_model.training.loss.softmax import LossSettings
 
 HERE = Path(__file__).parent
 WORKER = HERE / "gather_worker.py"
@@ -39,7 +39,7 @@ def with_gradients(image: Tensor, text: Tensor, scale: float, settings: LossSett
     """Terms, and the loss's gradient by images, captions and scale."""
     leaves = [image.clone(), text.clone(), torch.tensor(scale, dtype=image.dtype)]
     terms = contrastive_terms(*[leaf.requires_grad_() for leaf in leaves], settings)
-    return ContrastiveTerms(*(t.detach() for t in terms)), torch.autograd.grad(terms.loss, leaves)
+    return LossTerms(*(t.detach() for t in terms)), torch.autograd.grad(terms.loss, leaves)
 
 
 @pytest.fixture

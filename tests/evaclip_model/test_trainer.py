@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evaclip_model.training.captions import vary_caption
 from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.step import vary_caption
 from evaclip_model.training.worker import DATA_ERROR, RESUMABLE
 from tests.evaclip_model.trainer_runs import finish, job_of, lines, start, wait_for
 

@@ -1,6 +1,6 @@
-"""What turns a loss into an optimizer step: DeepSpeed ZeRO over ranks, or plain torch in one.
+"""From a loss to an optimizer step: DeepSpeed ZeRO over ranks, or plain torch in one.
 
-Covers: building the optimizer, backward, clipping, the step, the bound on the logit scale, the
+Covers: building the optimizer, backward, clipping, the step, the bounds of parameters, the
 verdict on overflow, and a view of the fp32 state by parameter name (for checkpoints). The only
 importer of deepspeed.
 Not here: the model, the loss, the schedule's shape, files; DeepSpeed's buffers (fp32_state.py).
@@ -25,7 +25,15 @@ from evaclip_model.cpu.gloo_gather import all_gather_into_tensor
 from evaclip_model.errors import InputError
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.engine.deepspeed_config import MIN_LOSS_SCALE, deepspeed_config
-from evaclip_model.training.engine.fp32_state import Buffered, Copied, Master, Masters, Partitioned
+from evaclip_model.training.engine.fp32_state import (
+    Buffered,
+    Copied,
+    Fp32State,
+    Master,
+    Partitioned,
+    RunningMean,
+)
+from evaclip_model.training.loss.objective import make_objective
 from evaclip_model.training.optimizer.lamb import Lamb, LambPart
 from evaclip_model.training.optimizer.parameter_groups import (
     TOWERS,
@@ -34,11 +42,7 @@ from evaclip_model.training.optimizer.parameter_groups import (
     parameter_groups,
     tower_of,
 )
-from evaclip_model.training.optimizer.weight_ema import RunningMean
 
-LOGIT_SCALE_MAX = math.log(100)
-"""Upper bound of the logarithm of the inverse temperature (CLIP, section 2.5)."""
-LOGIT_SCALE = "logit_scale"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -96,8 +100,8 @@ class Engine(Protocol):
         """
 
     def step(self, lr_factor: float) -> Stepped:
-        """Clip, update with `lr_factor` times the groups' peak learning rates, bound the logit
-        scale.
+        """Clip, update with `lr_factor` times the groups' peak learning rates, keep the
+        objective's parameters within their bounds.
 
         A gradient that is no number changes no weight. In fp16 it must come here all the same, not
         to `discard`: that is how the loss scale learns of it.
@@ -133,6 +137,7 @@ class TorchEngine:
             raise InputError("engine 'torch' has no loss scale: take precision bf16 or fp32 there")
         self.module = model
         self._config = config
+        self._bounds = make_objective(config).bounds
         self._groups = _groups(model, config)
         self._named = _trainable(model, config)
         exact = _made_low(model, self._named, config)
@@ -170,7 +175,7 @@ class TorchEngine:
             torch._foreach_mul_(gradients, limit / (norm + 1e-6))
         _set_lr(self._optimizer, self._groups, lr_factor)
         self._optimizer.step()
-        _bound_logit_scale(self._fragments)
+        _keep_within(self._bounds, self._fragments)
         self._write_back()
         if self._mean is not None:
             self._mean.follow()
@@ -212,6 +217,7 @@ class DeepSpeedEngine:
         import deepspeed
 
         self._config = config
+        self._bounds = make_objective(config).bounds
         self._groups = _groups(model, config)
         self._named = _trainable(model, config)
         exact = _made_low(model, self._named, config)
@@ -231,7 +237,7 @@ class DeepSpeedEngine:
         )
         self._optimizer.updates = 0
         self.module: nn.Module = self._engine
-        self._masters = _masters_of(wrapped, self._optimizer, self._named)
+        self._masters = _fp32_state_of(wrapped, self._optimizer, self._named)
         if self._masters.layouts is not None:
             self._optimizer.bind(self._masters.layouts)
         for piece in [*self._masters.held, *(copy for copy, _ in self._masters.copies)]:
@@ -271,7 +277,7 @@ class DeepSpeedEngine:
         self._norms = None
         if not finite:  # DeepSpeed has seen it too, and lowered the scale
             return Stepped(math.inf, skipped=True, loss_scale=scale)
-        self._bound_logit_scale()
+        self._keep_within_bounds()
         if self._mean is not None:
             self._mean.follow()
         clipped = limit is not None and norm > limit
@@ -309,13 +315,14 @@ class DeepSpeedEngine:
         return None if scaler is None else float(scaler.cur_scale)
 
     @torch.no_grad()
-    def _bound_logit_scale(self) -> None:
-        _bound_logit_scale(self._fragments)
+    def _keep_within_bounds(self) -> None:
+        _keep_within(self._bounds, self._fragments)
         for master, _ in self._masters.copies:  # those of other ranks are stepped here too
-            if master.name == LOGIT_SCALE:
-                master.tensor.clamp_(0, LOGIT_SCALE_MAX)
-        if LOGIT_SCALE in self._named:
-            self._named[LOGIT_SCALE].clamp_(0, LOGIT_SCALE_MAX)
+            if master.name in self._bounds:
+                master.tensor.clamp_(*self._bounds[master.name])
+        for name, bounds in self._bounds.items():
+            if name in self._named:
+                self._named[name].clamp_(*bounds)
 
 
 def start_distributed(device: str, store: Any = None, timeout_s: float = 1800) -> None:
@@ -367,7 +374,7 @@ def make_optimizer(
     )
 
 
-def _masters_of(wrapped: Any, optimizer: Lamb, named: Mapping[str, Tensor]) -> Masters:
+def _fp32_state_of(wrapped: Any, optimizer: Lamb, named: Mapping[str, Tensor]) -> Fp32State:
     """What DeepSpeed made of `optimizer`, seen as one of the kinds that can be trained with."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -447,11 +454,13 @@ def _fragments(
     return found, mean
 
 
-def _bound_logit_scale(fragments: Iterable[StateFragment]) -> None:
-    """Keep the fp32 master in [0, ln 100]: bounding the module's copy would leave it to drift."""
+def _keep_within(
+    bounds: Mapping[str, tuple[float, float]], fragments: Iterable[StateFragment]
+) -> None:
+    """Bound the fp32 masters: bounding the module's copies alone would leave them to drift."""
     for fragment in fragments:
-        if fragment.name == LOGIT_SCALE:
-            fragment.tensors["param"].clamp_(0, LOGIT_SCALE_MAX)
+        if fragment.name in bounds:
+            fragment.tensors["param"].clamp_(*bounds[fragment.name])
 
 
 def _groups(model: nn.Module, config: TrainConfig) -> list[Group]:

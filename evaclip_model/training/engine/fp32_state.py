@@ -1,8 +1,9 @@
-"""Where DeepSpeed keeps fp32 masters and reduced gradients: one view of its four optimizers.
+"""The fp32 masters and reduced gradients of a training: one view of DeepSpeed's four optimizers.
 
 Covers: stage 1 and 2 (`DeepSpeedZeroOptimizer`), stage 1 in bf16 with gradients summed in fp32
 (`BF16_Optimizer`), stage 0 in low precision (`FP16_UnfusedOptimizer`) and in fp32 (none: the
-parameters themselves); the checks that DeepSpeed's map to the masters is right.
+parameters themselves); the checks that DeepSpeed's map to the masters is right; a running mean of
+masters, cut over ranks as they are.
 Not here: anything that imports DeepSpeed, or decides what is done with the tensors (engine.py).
 
 DeepSpeed's maps and buffers are private attributes behind its public `safe_get_full_*` functions;
@@ -41,7 +42,7 @@ class Master:
         return tensor.detach().view(-1).narrow(0, self.start, self.size)
 
 
-class Masters(Protocol):
+class Fp32State(Protocol):
     """The fp32 side of a model that DeepSpeed trains."""
 
     layouts: list[Layout] | None
@@ -301,3 +302,22 @@ def _owners(sizes: Sequence[int], ranks: int) -> list[int]:
         owners.append(min(ranks - 1, before * ranks // max(1, total)))
         before += size
     return owners
+
+
+class RunningMean:
+    """mean <- decay * mean + (1 - decay) * master, after every step that was taken.
+
+    Attributes:
+        means: one fp32 tensor for each master, in their order; to read, or to fill.
+    """
+
+    def __init__(self, masters: Sequence[Tensor], decay: float) -> None:
+        """Start at the masters as they are; they are kept, and read again at each `follow`."""
+        self._masters = list(masters)
+        self._decay = decay
+        self.means = [master.detach().clone() for master in self._masters]
+
+    def follow(self) -> None:
+        """Take in the masters of a step."""
+        if self.means:
+            torch._foreach_lerp_(self.means, self._masters, 1 - self._decay)

@@ -1,56 +1,24 @@
 """The symmetric contrastive loss (CLIP, figure 3), in one process or over many.
 
-Covers: the loss and the accuracies of a global batch, in at least float32, with label smoothing;
-the choice between keeping the logits and making them twice.
-Not here: making them twice (streamed_loss.py); the model; averaging of parameter gradients over
-ranks, which the engine does.
+Covers: the loss and the accuracies of a global batch, in at least float32, with label smoothing.
+Not here: making logits twice (streamed_loss.py) and the choice to do so (softmax.py); averaging of
+parameter gradients over ranks, which the engine does.
 
 Shapes: b samples of a rank, B samples of the global batch, E joint channels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaclip_model.training.cost import loss_streams
+from evaclip_model.training.loss.objective import LossTerms
+from evaclip_model.training.loss.softmax import LossSettings
 from evaclip_model.training.loss.streamed_loss import streamed_terms
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """How the loss is computed."""
-
-    impl: Literal["auto", "full", "streamed"] = "auto"
-    """"full" keeps the logits, "streamed" makes them twice, chunk by chunk; "auto" streams when the
-    full loss would take more than `cost.STREAM_FROM_BYTES`. The results are the same."""
-    label_smoothing: float = 0.0
-    """Share of the target spread evenly over all B columns, the right one too; in [0, 1)."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
-
-    def streams(self, rows: int, columns: int) -> bool:
-        """Whether `rows` x `columns` float32 logits of each direction are streamed."""
-        return loss_streams(self.impl, rows, columns)
-
-
-class ContrastiveTerms(NamedTuple):
-    """What one step reports; all [] and of this rank's rows alone."""
-
-    loss: Tensor
-    """Mean over the rows of the mean of both directions, in nats."""
-    image_to_text_accuracy: Tensor
-    """Share of images whose own caption has the highest score; without gradient."""
-    text_to_image_accuracy: Tensor
-    """Share of captions whose own image has the highest score; without gradient."""
-
 
 _PLAIN = LossSettings()
 
@@ -83,7 +51,7 @@ def contrastive_terms(
     text_features: Tensor,
     logit_scale: Tensor,
     settings: LossSettings = _PLAIN,
-) -> ContrastiveTerms:
+) -> LossTerms:
     """Loss and accuracies of a whole batch in one process; arguments as `gathered_terms`."""
     _require_pairs(image_features, text_features)
     image, text = _wide(image_features), _wide(text_features)
@@ -96,7 +64,7 @@ def gathered_terms(
     logit_scale: Tensor,
     group: dist.ProcessGroup | None = None,
     settings: LossSettings = _PLAIN,
-) -> ContrastiveTerms:
+) -> LossTerms:
     """This rank's rows against the columns of every rank.
 
     Gradients flow through the gathered columns back to the ranks they came from, so that the mean
@@ -131,12 +99,12 @@ def _terms(
     logit_scale: Tensor,
     first_row: int,
     settings: LossSettings,
-) -> ContrastiveTerms:
+) -> LossTerms:
     with torch.autocast(image.device.type, enabled=False):  # half-precision logits cost accuracy
         scale = _wide(logit_scale)
         smoothing = settings.label_smoothing
         if settings.streams(len(image), len(all_image)):
-            return ContrastiveTerms(
+            return LossTerms(
                 *streamed_terms(image, text, all_image, all_text, scale, first_row, smoothing)
             )
         labels = torch.arange(first_row, first_row + len(image), device=image.device)
@@ -149,7 +117,7 @@ def _terms(
     with torch.no_grad():
         image_hits = (image_logits.argmax(1) == labels).float().mean()
         text_hits = (text_logits.argmax(1) == labels).float().mean()
-    return ContrastiveTerms((losses[0] + losses[1]) / 2, image_hits, text_hits)
+    return LossTerms((losses[0] + losses[1]) / 2, image_hits, text_hits)
 
 
 def _require_pairs(image: Tensor, text: Tensor) -> None:

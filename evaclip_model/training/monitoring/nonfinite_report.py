@@ -1,7 +1,7 @@
-"""Whose figures were no numbers, and what was in that step.
+"""A report of a step whose figures are not numbers: which samples of which rank.
 
 Covers: naming rank, shard and sample; a file with the samples of such a step.
-Not here: whether the run goes on (spike_guard.py).
+Not here: the verdict on the step (spike_guard.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAMED = 3
 """Samples that a sentence names at most."""
 
 
-def described(rank: int, batch: Batch, finite_rows: Tensor) -> dict[str, Any]:
+def describe_samples(rank: int, batch: Batch, finite_rows: Tensor) -> dict[str, Any]:
     """A rank's samples of a step, in JSON's types.
 
     Args:
@@ -39,7 +39,7 @@ def described(rank: int, batch: Batch, finite_rows: Tensor) -> dict[str, Any]:
     return {"rank": rank, "samples": samples}
 
 
-def whose(ranks: Sequence[dict[str, Any]]) -> str:
+def name_culprits(ranks: Sequence[dict[str, Any]]) -> str:
     """Rank, sample and shard of the features that are no numbers; empty when all are."""
     bad: list[str] = []
     for rank in ranks:

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from evaclip_model.model.attention import eager_attention
 from evaclip_model.model.clip import EvaClip
+from evaclip_model.training.checkpoint.consensus import Peers
 from evaclip_model.training.config import TrainConfig
-from evaclip_model.training.loss.contrastive import contrastive_terms, gathered_terms
-from evaclip_model.training.monitoring.rank_stats import from_all
+from evaclip_model.training.loss.objective import make_objective
 from evaclip_model.training.optimizer.lamb import Fragment, Lamb, LambPart, Layout
-from evaclip_model.training.step import loss_settings
 
 _SHAPES = ((5, 3), (7, 4), (11,))
 """Odd sizes, so that ranks cut through the middle of parameters."""
@@ -63,10 +62,10 @@ def self_test(model: EvaClip, config: TrainConfig) -> SelfTest:
     device, dtype = model.logit_scale.device, model.logit_scale.dtype
     own = (
         _lamb_difference(config, device),
-        _loss_difference(config, device),
+        _loss_difference(model, config, device),
         _attention_difference(model, device, dtype),
     )
-    lamb, loss, attention = (max(found) for found in zip(*from_all(own), strict=True))
+    lamb, loss, attention = (max(found) for found in zip(*Peers.all().gather(own), strict=True))
     for what, difference, limit in (
         ("LAMB over these ranks differs from LAMB on whole tensors", lamb, EXACT),
         ("the loss over these ranks differs from that of one process", loss, EXACT),
@@ -133,18 +132,19 @@ def _fragments(start: int, stop: int) -> tuple[Fragment, ...]:
     return tuple(found)
 
 
-def _loss_difference(config: TrainConfig, device: torch.device) -> float:
+def _loss_difference(model: EvaClip, config: TrainConfig, device: torch.device) -> float:
     rank, ranks = _rank_and_ranks()
     draw = torch.Generator().manual_seed(2)
     features = torch.randn(2, ranks * _ROWS, _CHANNELS, generator=draw)
     image, text = torch.nn.functional.normalize(features, dim=-1).to(device)
-    scale, settings = torch.tensor(50.0, device=device), loss_settings(config)
+    objective = make_objective(config)
+    scalars = {name: value.detach() for name, value in objective.scalars(model).items()}
     image.requires_grad_()
-    expected = contrastive_terms(image, text, scale, settings).loss
+    expected = objective.terms(image, text, scalars, is_whole_batch=True).loss
     (whole,) = torch.autograd.grad(expected, image)
     mine = slice(rank * _ROWS, (rank + 1) * _ROWS)
     own = image.detach()[mine].clone().requires_grad_()
-    loss = gathered_terms(own, text[mine], scale, settings=settings).loss
+    loss = objective.terms(own, text[mine], scalars).loss
     (gradient,) = torch.autograd.grad(loss, own)
     mean = loss.detach().clone()
     if ranks > 1:

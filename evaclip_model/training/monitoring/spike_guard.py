@@ -1,7 +1,7 @@
 """When a step must not be taken: its figures are no numbers, or they left their recent range.
 
 Covers: the verdict on a step, what the verdicts after it depend on, and that as JSON.
-Not here: measuring, going back to a checkpoint, naming samples, files (training/trainer.py,
+Not here: measuring, going back to a checkpoint, naming samples, files (trainer.py,
 nonfinite_report.py).
 
 Everything is a pure function of values that are the same on every rank, so all ranks decide alike
@@ -47,8 +47,8 @@ class Observed:
     """Of the whole gradient, before clipping."""
     finite: bool
     """All features on all ranks are numbers."""
-    whose: str = ""
-    """Which rank's and sample's are not, for a sentence."""
+    culprits: str = ""
+    """The ranks and samples whose features are not, for a sentence."""
 
     def has_numbers(self, config: TrainConfig) -> bool:
         """Features, loss and gradient are numbers; fp16's gradient may overflow instead, which is
@@ -175,9 +175,8 @@ def _judge_numbers(
 
 def _nonfinite(seen: Observed) -> str:
     if not seen.finite:
-        return (
-            f"features are no numbers ({seen.whose})" if seen.whose else "features are no numbers"
-        )
+        culprits = f" ({seen.culprits})" if seen.culprits else ""
+        return f"features are no numbers{culprits}"
     if not math.isfinite(seen.loss):
         return f"the loss is {seen.loss}"
     return f"the gradient's norm is {seen.grad_norm}"

@@ -1,0 +1,342 @@
+"""The figures of a training step: exchanged by all ranks, and written to `metrics.jsonl` by rank 0.
+
+Covers: every name in a line of `metrics.jsonl` with its meaning and unit, each written here once
+(`RankMetrics`, `StepSeconds`, `step_metrics`; the objective names its own); one collective in which
+all ranks learn of all; writing lines, as TensorBoard's events too, and cutting off the lines that a
+killed run wrote beyond its newest checkpoint.
+Not here: measuring (trainer.py, timing.py); MLflow and the terminal, which read the lines.
+
+One sum over a table in which every rank fills its own row costs as much as one over a single
+number, and also says which rank was slow, or had features that are not numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import fmean, median
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from evaclip_model.errors import InputError
+from evaclip_model.files import write_atomically
+from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.training.config import METRICS_FILE, TrainConfig, TrainJob
+from evaclip_model.training.cost import peak_flops, train_flops_per_sample
+from evaclip_model.training.engine.engine import Stepped
+from evaclip_model.training.optimizer.parameter_groups import TOWERS
+from evaclip_model.training.step import patch_dropout_at
+
+TENSORBOARD_FOLDER = "tensorboard"
+STRAGGLER_RATIO = 1.5
+"""Times the median rank's seconds from which on a rank keeps the others waiting."""
+StepMetrics = dict[str, float | None]
+"""A line of `metrics.jsonl`: losses in nats, times in seconds, shares and accuracies of 1. A figure
+that a step does not have (trust ratios of AdamW, MFU of an unknown device) is None, and left out of
+the line. Names stay: charts and comparisons depend on them."""
+
+
+@dataclass(frozen=True)
+class RankMetrics:
+    """Figures of one rank's samples; their means over ranks are written under the same names."""
+
+    loss: Tensor | float
+    """Mean of both directions, nats."""
+    image_to_text_accuracy: Tensor | float
+    """Share of images whose own caption, of the global batch's, has the highest score."""
+    text_to_image_accuracy: Tensor | float
+    """Share of captions whose own image has the highest score."""
+    text_tokens: Tensor | float
+    """Mean length of the captions, in tokens, start and end among them."""
+
+
+@dataclass(frozen=True)
+class RankRow(RankMetrics):
+    """All that one rank tells the others of a step; tensors [] as they come from its device."""
+
+    finite: Tensor | float
+    """1 when its own features are numbers, else 0."""
+    stop: Tensor | float
+    """1 when it was asked to stop, else 0."""
+    save_failed: Tensor | float
+    """1 when its part of the last checkpoint could not be written, else 0."""
+    data_wait_s: Tensor | float
+    """Seconds it waited for its samples."""
+    forward_s: Tensor | float
+    """Seconds of its forward passes: its work before it has to wait for other ranks."""
+
+
+@dataclass(frozen=True)
+class RankStats:
+    """All ranks' rows, as numbers and in the order of ranks; the same on every rank."""
+
+    rows: tuple[RankRow, ...]
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Mean over ranks of each of `RankMetrics`."""
+        names = [field.name for field in fields(RankMetrics)]
+        return {name: fmean(getattr(row, name) for row in self.rows) for name in names}
+
+    @property
+    def bad_ranks(self) -> tuple[int, ...]:
+        """Ranks with features that are not numbers."""
+        return tuple(rank for rank, row in enumerate(self.rows) if not row.finite)
+
+    @property
+    def stop(self) -> bool:
+        """Some rank was asked to stop."""
+        return any(row.stop for row in self.rows)
+
+    @property
+    def save_failed(self) -> bool:
+        """The last checkpoint could not be written: all ranks are to learn why."""
+        return any(row.save_failed for row in self.rows)
+
+    @property
+    def slowest(self) -> tuple[int, float, float]:
+        """The rank that needed longest before it met the others, its seconds, and the median."""
+        own = [float(row.data_wait_s) + float(row.forward_s) for row in self.rows]
+        rank = max(range(len(own)), key=own.__getitem__)
+        return rank, own[rank], median(own)
+
+
+def gather_stats(row: RankRow, device: torch.device) -> RankStats:
+    """Tell all ranks this rank's row, and hear theirs; waits for the device, once."""
+    joined = dist.is_initialized()
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+    cells = [
+        torch.as_tensor(getattr(row, field.name), dtype=torch.float64, device=device)
+        for field in fields(RankRow)
+    ]
+    table = torch.zeros(ranks, len(cells), dtype=torch.float64, device=device)
+    table[rank] = torch.stack(cells)
+    if ranks > 1:
+        dist.all_reduce(table)
+    return RankStats(tuple(RankRow(*cells) for cells in table.tolist()))
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """The time of a step on this rank, from the end of the step before; the fields are metrics."""
+
+    data_wait_s: float
+    """Waiting for the samples."""
+    prepare_s: float
+    """Captions to ids, and masks."""
+    gradient_s: float
+    """Forward and backward passes, the loss and the gradient norms, with waiting for other
+    ranks."""
+    update_s: float = 0.0
+    """Verdict, clipping, optimizer."""
+    save_s: float = 0.0
+    """Copying the state for the checkpoint of the step before; 0 where there was none."""
+
+    @property
+    def total(self) -> float:
+        """Sum of all five."""
+        return sum(asdict(self).values(), 0.0)
+
+
+def step_metrics(
+    *,
+    step: int,
+    config: TrainConfig,
+    model: ModelConfig,
+    lr_factor: float,
+    stats: RankStats,
+    scalars: Mapping[str, Tensor],
+    grad_norms: Mapping[str, float],
+    spiked: bool,
+    stepped: Stepped | None,
+    skipped_steps: int,
+    rollbacks: int,
+    seconds: StepSeconds,
+    device: torch.device,
+) -> StepMetrics:
+    """The metrics of a step.
+
+    Args:
+        step: attempted so far, this one included.
+        scalars: `Objective.scalars`, [] each.
+        grad_norms: as `Engine.grad_norms`.
+        spiked: loss or gradient norm left their recent range.
+        stepped: the engine's account of it; none when the step was discarded.
+        skipped_steps, rollbacks: so far, this step included.
+        device: of this rank.
+    """
+    masked = patch_dropout_at(config, step - 1)
+    means = stats.means
+    flops = train_flops_per_sample(model, patch_dropout=masked, text_tokens=means["text_tokens"])
+    rate = config.global_batch / seconds.total
+    rank_rate = rate / len(stats.rows)
+    on_gpu = device.type == "cuda"
+    peak = peak_flops(torch.cuda.get_device_name(device)) if on_gpu else None
+    slow_rank, slowest_s, median_s = stats.slowest
+    peak_lr = {"vision": config.lr_vision, "text": config.lr_text, "other": config.lr_other}
+    none = (None, None, None)
+    trust = {tower: stepped.trust.get(tower, none) if stepped else none for tower in TOWERS[:2]}
+    metrics: StepMetrics = {
+        # Steps attempted so far, this one included; pairs shown in them, those of steps that were
+        # not taken included.
+        "step": step,
+        "samples": step * config.global_batch,
+        **means,
+        # The objective's, in the forward pass; the inverse temperature is at most 100.
+        **{name: float(value) for name, value in scalars.items()},
+        # Of each tower's last layer; "other" is what belongs to no tower.
+        **{f"lr_{tower}": peak_lr[tower] * lr_factor for tower in TOWERS},
+        # 1 when the weights were updated, else 0.
+        "taken": int(stepped is not None and not stepped.skipped),
+        # Steps so far that did not update the weights.
+        "skipped_steps": skipped_steps,
+        # Norms before clipping: of the whole gradient, and of each tower's.
+        "grad_norm": grad_norms["total"],
+        **{f"grad_norm_{tower}": grad_norms[tower] for tower in TOWERS},
+        # 1 when the gradient was longer than `grad_clip_norm`, else 0.
+        "clipped": int(stepped is not None and stepped.clipped),
+        # 1 when loss or gradient norm left their recent range, else 0.
+        "spike": int(spiked),
+        # Times so far that training went back to a checkpoint.
+        "rollbacks": rollbacks,
+        # fp16's factor on the loss in this step.
+        "loss_scale": stepped.loss_scale if stepped else None,
+        # LAMB's trust ratios in the tower: smallest, median, largest.
+        **{
+            f"trust_{which}_{tower}": ratio
+            for tower, ratios in trust.items()
+            for which, ratio in zip(("min", "median", "max"), ratios, strict=True)
+        },
+        # Share of patches masked out.
+        "patch_dropout": masked,
+        # Pairs a second, of all ranks and of one, which is one GPU.
+        "images_per_second": rate,
+        "samples_per_second_per_rank": rank_rate,
+        # Model FLOP/s as a share of the devices' peak; nothing that is computed twice counts twice.
+        "mfu": rank_rate * flops / peak if peak else None,
+        # Rank 0's.
+        **asdict(seconds),
+        "step_s": seconds.total,
+        "forward_s": float(stats.rows[0].forward_s),
+        # Data wait and forward passes of the rank that needed longest for them, and of the median
+        # rank: the rest of a step is equally long for all, because they wait for each other.
+        "slowest_rank_s": slowest_s,
+        "median_rank_s": median_s,
+        # Number of the slowest rank, when it keeps the others waiting.
+        "slow_rank": slow_rank if is_straggler(slowest_s, median_s) else None,
+        # Most memory that tensors took on rank 0's GPU since training began, bytes.
+        "memory_peak_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
+    }
+    return metrics
+
+
+def is_straggler(slowest_s: float, median_s: float) -> bool:
+    """Whether one rank keeps the others waiting."""
+    return math.isfinite(slowest_s) and slowest_s > STRAGGLER_RATIO * median_s
+
+
+class MetricsLog:
+    """`metrics.jsonl`, and TensorBoard's events where the job asks for them; a context.
+
+    A line is there when its step is over. Every rank has one, and only rank 0's writes.
+    """
+
+    def __init__(self, job: TrainJob, *, writes: bool) -> None:
+        """Raises: InputError: events are asked for, and the package for them is not installed."""
+        self._path = job.run_dir / METRICS_FILE
+        self._writes = writes
+        self._file: TextIO | None = None
+        self._board = TensorBoardLog(job.run_dir / TENSORBOARD_FOLDER) if job.tensorboard else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Add a line with the time of writing, `time`, in seconds since 1970."""
+        if not self._writes:
+            return
+        there = {name: value for name, value in metrics.items() if value is not None}
+        # JSON knows no other numbers.
+        line = {name: value for name, value in there.items() if math.isfinite(value)}
+        line["time"] = time.time()
+        if self._file is None:
+            self._file = self._path.open("a")
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            self._board.write(line)
+
+    def cut_back(self, step: int) -> None:
+        """Keep only the whole lines up to `step`: what came after it is done again."""
+        if not self._writes:
+            return
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
+        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+        write_atomically(self._path, b"".join(kept))
+        if self._board is not None:
+            self._board.cut_back()
+
+    def last(self, name: str, count: int) -> list[float]:
+        """The newest values of a metric, oldest first, at most `count` of them."""
+        rows = [json.loads(line) for line in self._path.read_text().splitlines()]
+        return [row[name] for row in rows if name in row][-count:]
+
+
+class TensorBoardLog:
+    """Metrics as TensorBoard's events of the same names, in a folder; a resumed run goes on in it.
+
+    Needs the package tensorboard, which nothing else does.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises: InputError: the package is not installed."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise InputError(
+                "tensorboard = true needs the package tensorboard: pip install "
+                "'evaclip[tensorboard]', or set it to false"
+            ) from None
+        self._open: Any = SummaryWriter
+        self._folder = folder
+        self._writer: Any = None
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Add a line of `metrics.jsonl`."""
+        if self._writer is None:
+            self._writer = self._open(str(self._folder), purge_step=line["step"])
+        for name, value in line.items():
+            if name not in ("step", "time"):
+                self._writer.add_scalar(name, value, line["step"], walltime=line["time"])
+
+    def cut_back(self) -> None:
+        """The next step written voids what is there of it and of later ones."""
+        self.close()
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
