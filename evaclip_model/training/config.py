@@ -1,7 +1,8 @@
-"""What decides a training run: its settings, and the job file the trainer reads.
+"""Settings of a training stage, and the job file that the trainer reads.
 
 Covers: `TrainConfig` (one training stage of a recipe) and `TrainJob` (`train.json`).
-Not here: how any of it is done; where it runs (number of ranks, threads), which is an argument.
+Not here: how any of it is done; settings of reading (reading/config.py); the number of ranks and
+threads, which are arguments.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class GuardConfig(Config):
     max_rollbacks: int = Field(default=10, ge=0)
     """Times that a stage may go back before training stops."""
     max_nonfinite_steps: int = Field(default=3, ge=0)
-    """Steps in a row that may have a loss or gradient that is no number, and are not taken, before
+    """Steps in a row that may have a loss or gradient that is not finite, and are not taken, before
     training stops; overflows that only lower fp16's loss scale do not count."""
 
 

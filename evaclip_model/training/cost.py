@@ -1,4 +1,4 @@
-"""What training costs, before anything is built: FLOPs, parameters, memory of a GPU.
+"""Cost of a training before anything is built: FLOPs, parameters, memory of a GPU.
 
 Covers: pure functions of an architecture and of a training stage's settings; rates of GPUs.
 Not here: measuring any of it (trainer.py), prices and days (flows). Does not import torch.
@@ -244,9 +244,9 @@ class _Block:
     of by then."""
 
     def held(self, mode: Mode) -> int:
-        """What stays until the backward pass reaches the block."""
+        """Numbers that stay until the backward pass reaches the block."""
         return {"none": self.kept, "selective": self.products, "full": self.width}[mode]
 
     def at_once(self, mode: Mode) -> int:
-        """What the one block at work has besides."""
+        """Numbers that the one block at work has besides."""
         return self.kept - self.held(mode) + self.working

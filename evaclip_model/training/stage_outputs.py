@@ -57,7 +57,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def gather_weights(
     model: nn.Module, fragments: Sequence[StateFragment], kind: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and fp32 value of every parameter of the trained `model`, one after the other.
+    """Name and fp32 value, of the parameter's shape, of every parameter of the trained `model`, one
+    after the other.
 
     Every rank runs through all of it, and gets the same; one tensor at a time is whole. Frozen
     parameters come as the model holds them.

@@ -315,7 +315,7 @@ def kept_patches(seed: int, positions: Tensor, num_patches: int, keep_ratio: flo
 
 
 def kept_branches(seed: int, positions: Tensor, rates: Sequence[float]) -> Tensor:
-    """Which branches of which blocks each sample passes, drawn from nothing but the arguments.
+    """The branches of each block that each sample passes, drawn from nothing but the arguments.
 
     Args:
         seed: of the training stage.

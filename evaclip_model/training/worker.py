@@ -1,4 +1,4 @@
-"""What every rank runs: `python -m evaclip_model.training.worker TRAIN_JSON`.
+"""The program of every rank: `python -m evaclip_model.training.worker TRAIN_JSON`.
 
 Covers: joining the other ranks, stopping on SIGTERM, exit codes.
 Not here: the loop (trainer.py); starting ranks (tasks/train, Slurm's srun, or any launcher
@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed, on a GPU or in the machine's memory.
+    """True when an allocation failed, on a GPU or in the machine's memory.
 
     torch has a type of its own for the first alone, and that not in every place.
     """

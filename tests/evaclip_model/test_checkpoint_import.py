@@ -156,7 +156,7 @@ def test_what_cannot_be_taken_is_refused_in_one_sentence(written, architecture, 
     shard.unlink()
     refused("rank_1_.*states.pt is missing", copy, into, architecture)
     torch.save({"optimizer_state_dict": {}}, shard)
-    refused("is no ZeRO-1, ZeRO-2 or universal checkpoint", copy, into, architecture)
+    refused("is not a ZeRO-1, ZeRO-2 or universal checkpoint", copy, into, architecture)
     torch.save({"optimizer_state_dict": Path("x")}, shard)
     refused("holds objects of pathlib.PosixPath, and opening it", copy, into, architecture)
     refused("model_states.pt is missing", tmp_path / "nowhere", into, architecture)

@@ -1,4 +1,4 @@
-"""What all ranks decide alike: results exchanged, and one rank's failure made everybody's.
+"""Decisions that all ranks make alike: results exchanged, one rank's failure made everybody's.
 
 Covers: exchanges over a process group, of one rank alone too.
 Not here: exchanges of tensors in a training step.
@@ -18,7 +18,7 @@ from evaclip_model.errors import InputError
 
 T = TypeVar("T")
 SLOWEST = timedelta(hours=6)
-"""What ranks wait for each other when files are written; a rank that died is noticed at once."""
+"""Longest wait of ranks for each other when files are written; a dead rank is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Peers:
         return cls(everybody.rank, everybody.count, dist.new_group(backend="gloo", timeout=SLOWEST))
 
     def gather(self, value: T) -> list[T]:
-        """What every rank gave, in order of ranks."""
+        """Exchange a value; those of every rank, in order of ranks."""
         values: list[Any] = [value] * self.count
         if self.count > 1:
             dist.all_gather_object(values, value, group=self.group)

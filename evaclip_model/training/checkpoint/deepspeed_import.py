@@ -300,13 +300,13 @@ def _opened(path: Path) -> Any:
 
 @contextmanager
 def _well_formed(folder: Path) -> Iterator[None]:
-    """What DeepSpeed's files lack becomes one sentence."""
+    """Turn whatever DeepSpeed's files lack into one sentence."""
     try:
         yield
     except InputError:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(
-            f"{folder} is no ZeRO-1, ZeRO-2 or universal checkpoint with Adam's or LAMB's moments "
-            f"({error!r}): give one of those"
+            f"{folder} is not a ZeRO-1, ZeRO-2 or universal checkpoint with Adam's or LAMB's "
+            f"moments ({error!r}): give one of those"
         ) from error

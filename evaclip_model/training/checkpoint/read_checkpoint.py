@@ -147,7 +147,7 @@ def _share_of_check(
 
 
 def _ends(fragments: Sequence[StateFragment]) -> dict[tuple[str, str], int]:
-    """Where the last fragment of each (parameter, kind) ends."""
+    """End of the last fragment of each (parameter, kind)."""
     ends: dict[tuple[str, str], int] = defaultdict(int)
     for fragment in fragments:
         for kind, tensor in fragment.tensors.items():

@@ -1,8 +1,7 @@
-"""Where checkpoints are kept: a folder, or a URL that fsspec knows.
+"""The place of a run's checkpoints: a folder, or a URL that fsspec knows.
 
 Covers: files of a checkpoint in the making, giving it its name at once, listing, removing.
-Not here: what is in the files (weights/checkpoint_format.py); who writes which
-(write_checkpoint.py).
+Not here: the files' content (weights/checkpoint_format.py); who writes which (write_checkpoint.py).
 
 In a folder a checkpoint grows as `step-N.tmp` and gets its name by a rename. An object store has no
 rename: there its files have their names at once, and the manifest, put last, makes it whole.
@@ -56,7 +55,7 @@ class Place(Protocol):
         """A file of a checkpoint, to read and seek in."""
 
     def full_name(self, step: int, name: str) -> str:
-        """How to call a file to its owner."""
+        """A file's name as its owner knows it."""
 
 
 def place_of(location: Path | str) -> Place:
@@ -120,7 +119,7 @@ class FolderPlace:
         return self._folder / f"{step_name(step)}{_UNFINISHED}"
 
     def _put_aside(self, step: int) -> Path:
-        """Where a published checkpoint, if there is one, is no checkpoint any more."""
+        """Move a published checkpoint, if there is one, to a name that is not a checkpoint's."""
         aside = self._folder / f"{step_name(step)}.old{_UNFINISHED}"
         shutil.rmtree(aside, ignore_errors=True)
         with suppress(FileNotFoundError):

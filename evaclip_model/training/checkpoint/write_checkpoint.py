@@ -1,9 +1,9 @@
 """Saving checkpoints from all ranks, beside the training or while it waits.
 
-Covers: copies in host memory, the thread that writes them, what all ranks must have done before a
-checkpoint gets its name, retention.
-Not here: the form of files (weights/checkpoint_format.py), folders and stores (storage.py), when to
-save (training/trainer.py).
+Covers: copies in host memory, the thread that writes them, the barriers before a checkpoint gets
+its name, retention.
+Not here: the files' format (weights/checkpoint_format.py), folders and stores (storage.py), when to
+save (trainer.py).
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class CheckpointWriter:
         self._settled.wait()
 
     def poll(self) -> bool:
-        """Whether the last save has failed, as far as this rank knows; never waits.
+        """True when the last save has failed, as far as this rank knows; never waits.
 
         Ranks learn it at different times: exchange it with the step's other flags, and where it is
         true on some rank, let all of them `wait`, which raises the error on every rank.
@@ -174,7 +174,7 @@ def save_checkpoint(
 
 @dataclass(frozen=True)
 class _Target:
-    """Where a run's checkpoints go, who writes them and which stay."""
+    """The place of a run's checkpoints, the ranks that write them, and the number that stays."""
 
     place: Place
     peers: Peers

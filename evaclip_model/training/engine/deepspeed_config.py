@@ -1,7 +1,8 @@
 """DeepSpeed's configuration, as a pure function of a training stage's settings.
 
-Covers: what `deepspeed.initialize` is given, and a plan shows. Imports neither torch nor DeepSpeed.
-Not here: what is done with it (engine.py).
+Covers: the settings that `deepspeed.initialize` is given, and a plan shows. Imports neither torch
+nor DeepSpeed.
+Not here: its use (engine.py).
 Source: the authors' published commands (ZeRO stage 1, fp16 with a dynamic loss scale, norm 5).
 """
 
@@ -14,7 +15,7 @@ from evaclip_model.training.config import TrainConfig
 LARGEST_BUCKET = 200_000_000
 """Gradient elements reduced together at most."""
 MIN_LOSS_SCALE = 1
-"""Lowest factor on fp16's loss; a gradient that overflows even there is no matter of precision."""
+"""Lowest factor on fp16's loss; scaling cannot mend a gradient that overflows there."""
 
 
 def deepspeed_config(
@@ -48,7 +49,7 @@ def deepspeed_config(
     if config.grad_clip_norm is not None:
         settings["gradient_clipping"] = config.grad_clip_norm
     if config.precision == "bf16":
-        # A gradient that is no number never gets as far as DeepSpeed's step (engine.py).
+        # A gradient that is not finite never gets as far as DeepSpeed's step (engine.py).
         settings["bf16"] = {"enabled": True, "check_grad_overflow": False}
     if config.precision == "fp16":
         settings["fp16"] = {

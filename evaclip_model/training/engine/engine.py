@@ -66,12 +66,12 @@ class LossScaleExhausted(RuntimeError):
 
 @dataclass(frozen=True)
 class Stepped:
-    """What a step did."""
+    """The engine's account of a step."""
 
     grad_norm: float
     """Norm of the whole gradient before clipping; infinite when skipped."""
     skipped: bool
-    """The gradient was no number: nothing was changed but fp16's loss scale."""
+    """The gradient was not finite: nothing was changed but fp16's loss scale."""
     loss_scale: float | None = None
     """Factor on fp16's loss in this step; none in other precisions."""
     clipped: bool = False
@@ -89,21 +89,21 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of one micro-batch; `last` completes the step's, over all ranks.
 
-        Ranks' gradients are averaged, those of a rank's micro-batches are added up.
+        Ranks' gradients are averaged, those of a rank's micro-batches are added up. `loss` is [].
         """
 
     def grad_norms(self) -> Mapping[str, float]:
         """Norm of the whole gradient ("total") and of each tower's, unscaled, before clipping.
 
         After the last backward and before `step` or `discard`; every rank calls it, and gets the
-        same. What is no number shows as one that is not finite.
+        same. A gradient that is not finite shows as a norm that is not.
         """
 
     def step(self, lr_factor: float) -> Stepped:
         """Clip, update with `lr_factor` times the groups' peak learning rates, keep the
         objective's parameters within their bounds.
 
-        A gradient that is no number changes no weight. In fp16 it must come here all the same, not
+        A gradient that is not finite changes no weight. In fp16 it must come here all the same, not
         to `discard`: that is how the loss scale learns of it.
 
         Raises:
@@ -118,7 +118,7 @@ class Engine(Protocol):
         once."""
 
     def counters(self) -> dict[str, Any]:
-        """What else decides the next step: JSON values, the same on every rank."""
+        """The rest of what decides the next step: JSON values, the same on every rank."""
 
     def restored(self, counters: Mapping[str, Any]) -> None:
         """Take up `counters`, after the tensors of `fragments` were filled."""
@@ -357,7 +357,7 @@ def start_distributed(device: str, store: Any = None, timeout_s: float = 1800) -
 def make_optimizer(
     named: Mapping[str, Tensor], groups: Sequence[Group], config: TrainConfig
 ) -> Lamb:
-    """The optimizer over `groups`, in their order, of the tensors `named`."""
+    """The optimizer over `groups`, in their order, of the tensors `named`, of any shapes."""
     whole_tensors = config.lamb.trust_scope == "partition"
     return Lamb(
         [
@@ -375,7 +375,7 @@ def make_optimizer(
 
 
 def _fp32_state_of(wrapped: Any, optimizer: Lamb, named: Mapping[str, Tensor]) -> Fp32State:
-    """What DeepSpeed made of `optimizer`, seen as one of the kinds that can be trained with."""
+    """The fp32 state in DeepSpeed's wrapping of `optimizer`, which is one of four kinds."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -419,7 +419,7 @@ def _made_low(
 
 @torch.no_grad()
 def _master(parameter: nn.Parameter, exact: Tensor | None) -> Tensor:
-    """What is stepped: the parameter, or an fp32 copy of a low one, which takes its gradients.
+    """The tensor to step: the parameter, or an fp32 copy of a low one, which takes its gradients.
 
     Args:
         exact: what the parameter was before it was made low, to begin at; none: nothing else.

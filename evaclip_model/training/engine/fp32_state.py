@@ -4,7 +4,7 @@ Covers: stage 1 and 2 (`DeepSpeedZeroOptimizer`), stage 1 in bf16 with gradients
 (`BF16_Optimizer`), stage 0 in low precision (`FP16_UnfusedOptimizer`) and in fp32 (none: the
 parameters themselves); the checks that DeepSpeed's map to the masters is right; a running mean of
 masters, cut over ranks as they are.
-Not here: anything that imports DeepSpeed, or decides what is done with the tensors (engine.py).
+Not here: anything that imports DeepSpeed, or decides on the tensors (engine.py).
 
 DeepSpeed's maps and buffers are private attributes behind its public `safe_get_full_*` functions;
 hence the version range in pyproject.toml, and the checks.
@@ -26,7 +26,7 @@ from evaclip_model.training.optimizer.lamb import Fragment, Layout
 
 @dataclass(frozen=True)
 class Master:
-    """Where a piece of a parameter's fp32 master lies."""
+    """The place of a piece of a parameter's fp32 master."""
 
     name: str
     offset: int
@@ -55,10 +55,10 @@ class Fp32State(Protocol):
     """fp16's loss scale (`cur_scale` and other fields), or none."""
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and this rank's pieces of the reduced gradient, times the loss scale."""
+        """Names and this rank's pieces [n] of the reduced gradient, times the loss scale."""
 
     def before_step(self, norm: float) -> None:
-        """What DeepSpeed's step asks for: the norm of the whole gradient, times the loss scale."""
+        """Hand DeepSpeed's step the norm of the whole gradient, times the loss scale."""
 
     def forget_gradients(self) -> None:
         """Throw away what was added up since the last step."""
@@ -67,10 +67,10 @@ class Fp32State(Protocol):
         """Make the model's weights those of the masters; every rank calls it."""
 
     def before_backward(self, loss: Tensor, *, last: bool) -> Tensor:
-        """What a micro-batch's gradient asks for before it is added; the loss for DeepSpeed."""
+        """Make ready for adding a micro-batch's gradient; returns the loss [] for DeepSpeed."""
 
     def after_backward(self, *, last: bool) -> None:
-        """Likewise afterwards."""
+        """Put away the gradient of a micro-batch once it was added."""
 
 
 class _Sliced:
@@ -245,12 +245,12 @@ def layouts(
     flats: Sequence[Tensor],
     process_groups: Sequence[Any],
 ) -> list[Layout]:
-    """Where each parameter lies in this rank's flat masters, group by group, checked.
+    """Places of all parameters in this rank's flat masters, group by group, checked.
 
     Args:
         groups: the model's parameters as DeepSpeed groups them, with its map.
-        whole: each group's parameters as one flat tensor, which they are views of.
-        flats: each group's flat fp32 master, this rank's slice.
+        whole: each group's parameters as one flat tensor [n], which they are views of.
+        flats: each group's flat fp32 master, this rank's slice [n / ranks].
         process_groups: who shares each group.
 
     Raises:

@@ -34,7 +34,7 @@ STREAMED_LOSS_BYTES = 2**28
 
 @dataclass(frozen=True)
 class LossSettings:
-    """How the softmax loss is computed."""
+    """Settings of the softmax loss."""
 
     impl: Literal["auto", "full", "streamed"] = "auto"
     """"full" keeps the logits, "streamed" makes them twice, chunk by chunk; "auto" streams when the
@@ -47,7 +47,7 @@ class LossSettings:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
 
     def streams(self, rows: int, columns: int) -> bool:
-        """Whether `rows` x `columns` float32 logits of each direction are streamed."""
+        """True when `rows` x `columns` float32 logits of each direction are made chunk by chunk."""
         if self.impl == "auto":
             return _logits_bytes(rows, columns) > STREAM_FROM_BYTES
         return self.impl == "streamed"

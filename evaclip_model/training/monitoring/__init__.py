@@ -1,1 +1,1 @@
-"""What a training reports of itself, and what stops it."""
+"""Reports of a training, and the guards that stop it."""

@@ -40,7 +40,7 @@ def describe_samples(rank: int, batch: Batch, finite_rows: Tensor) -> dict[str, 
 
 
 def name_culprits(ranks: Sequence[dict[str, Any]]) -> str:
-    """Rank, sample and shard of the features that are no numbers; empty when all are."""
+    """Rank, sample and shard of the features that are not finite; empty when all are."""
     bad: list[str] = []
     for rank in ranks:
         samples = [sample for sample in rank["samples"] if not sample["finite"]]

@@ -1,4 +1,4 @@
-"""Two seconds at the start of a run that prove, over its real ranks, what a week would rest on.
+"""A self-test of two seconds, over a run's real ranks, of the parts that weeks of training rest on.
 
 Covers: LAMB on tensors that are cut over ranks, the gathered loss, the attention kernel, each
 against a plain computation on tiny tensors.
@@ -121,7 +121,7 @@ def _lamb(tensors: list[Tensor], config: TrainConfig) -> Lamb:
 
 
 def _fragments(start: int, stop: int) -> tuple[Fragment, ...]:
-    """What elements `start` to `stop` (exclusive) of all tensors end to end are made of."""
+    """The fragments of tensors within elements `start` to `stop` (exclusive) of all, end to end."""
     found, first = [], 0
     for number, shape in enumerate(_SHAPES):
         numel = torch.Size(shape).numel()

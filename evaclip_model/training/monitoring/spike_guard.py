@@ -1,4 +1,4 @@
-"""When a step must not be taken: its figures are no numbers, or they left their recent range.
+"""Guards against steps whose figures are not finite, or left their recent range.
 
 Covers: the verdict on a step, what the verdicts after it depend on, and that as JSON.
 Not here: measuring, going back to a checkpoint, naming samples, files (trainer.py,
@@ -28,7 +28,7 @@ class Diverged(RuntimeError):
 
 
 class StepVerdict(Enum):
-    """What becomes of a step."""
+    """The guards' decision on a step."""
 
     TAKE = "take"
     DISCARD = "discard"
@@ -79,7 +79,7 @@ class Running:
     variance: float = 0.0
 
     def limit(self, deviations: float) -> float:
-        """The largest value that is no spike."""
+        """The largest value that is not a spike yet."""
         least = LEAST_DEVIATION * abs(self.mean)
         return self.mean + deviations * max(math.sqrt(self.variance), least)
 
@@ -93,7 +93,7 @@ class Running:
 
 @dataclass(frozen=True)
 class GuardState:
-    """What verdicts depend on besides the step."""
+    """The guards' memory of earlier steps."""
 
     nonfinite: int = 0
     """Steps in a row, up to now, whose figures were no numbers."""
@@ -114,7 +114,7 @@ class GuardState:
 
 
 def judge(state: GuardState, seen: Observed, config: TrainConfig) -> tuple[Judged, GuardState]:
-    """What becomes of a step, and the state for the next one.
+    """Decide on a step; the decision, and the state for the next step.
 
     A step whose fp16 gradient overflows is to be taken: the engine then leaves it out, lowers the
     loss scale, and knows when it is low enough to give up.
@@ -176,7 +176,7 @@ def _judge_numbers(
 def _nonfinite(seen: Observed) -> str:
     if not seen.finite:
         culprits = f" ({seen.culprits})" if seen.culprits else ""
-        return f"features are no numbers{culprits}"
+        return f"features are not finite{culprits}"
     if not math.isfinite(seen.loss):
         return f"the loss is {seen.loss}"
     return f"the gradient's norm is {seen.grad_norm}"

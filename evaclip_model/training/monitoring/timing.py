@@ -1,8 +1,8 @@
-"""Where the time of a step goes.
+"""Clocks for the parts of a training step.
 
 Covers: a stopwatch; seconds in the model's own forward passes; a window of steps under torch's
 profiler.
-Not here: what the seconds are used for (metrics.py).
+Not here: the use of the seconds (metrics.py).
 
 The whole step takes every rank equally long, because ranks wait for each other. The forward pass
 waits for nobody: a rank that is slow here is the slow one.

@@ -100,15 +100,15 @@ def _read_index(
 def probe(model: EvaClip, part: ProbeSet) -> tuple[float, float]:
     """Shares of all ranks' images whose class is first, and among the first five; every rank calls.
 
-    An image that cannot be decoded, or whose feature is no number, counts as wrong; all do when
-    a prompt's feature is none.
+    An image that cannot be decoded, or whose feature is not finite, counts as wrong; all do when
+    a prompt's feature is not.
     """
     device = model.logit_scale.device
     training = model.training
     model.eval()
     classifier = _classifier(model, part)
     right = torch.zeros(3, dtype=torch.float64, device=device)
-    # A logit that is no number would rank every answer first.
+    # A logit that is not finite would rank every answer first.
     for first in range(0, len(part.images) if classifier.isfinite().all() else 0, BATCH):
         features, labels = _features(
             model, part.images[first : first + BATCH], part.labels[first : first + BATCH]

@@ -52,7 +52,7 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one group's parameters lie in this rank's flat tensor."""
+    """Places of one group's parameters in this rank's flat tensor."""
 
     fragments: tuple[Fragment, ...]
     """In the order of the flat tensor."""
@@ -84,7 +84,7 @@ class Lamb(torch.optim.Optimizer):
         """Take up parameters without changing them.
 
         Args:
-            parts: every parameter in exactly one of them.
+            parts: disjoint; together all parameters.
             packed: make one group of all parts, instead of one of each.
             trust_clip: bounds of the ratio, or none. A ratio with a zero norm is 1, then bounded.
             adapt: whether to scale at all; without, this is AdamW.
@@ -165,7 +165,7 @@ class Lamb(torch.optim.Optimizer):
         return found
 
     def moments(self, tensor: Tensor) -> dict[str, Tensor]:
-        """First and second moment of a tensor (`exp_avg`, `exp_avg_sq`), zeros if new."""
+        """First and second moment of a tensor (`exp_avg`, `exp_avg_sq`), of its shape; zeros if new."""
         state: dict[str, Tensor] = self.state[tensor]
         for name in ("exp_avg", "exp_avg_sq"):
             if name not in state:
@@ -285,6 +285,7 @@ class FlatSlice(NamedTuple):
     size: int
 
     def of(self, flat: Tensor) -> Tensor:
+        """The range [size] of a flattened tensor [n], a view."""
         return flat.narrow(0, self.start, self.size)
 
     def cut(self, size: int) -> list[FlatSlice]:

@@ -85,7 +85,7 @@ def tower_of(name: str) -> Tower:
 
 
 def is_frozen(name: str, config: TrainConfig) -> bool:
-    """Whether `config.freeze` names the parameter, or its tower."""
+    """True when `config.freeze` names the parameter, or its tower."""
     return name in config.freeze or tower_of(name) in config.freeze
 
 
