@@ -42,8 +42,7 @@ def gathered_contrastive_loss(
     logit_scale: Tensor,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """This rank's part [] of the loss of a batch spread over ranks, features [b, E] of this rank; see
-    `gathered_terms`."""
+    """This rank's part [] of the loss of a batch spread over ranks; see `gathered_terms`."""
     return gathered_terms(image_features, text_features, logit_scale, group).loss
 
 
@@ -53,7 +52,7 @@ def contrastive_terms(
     logit_scale: Tensor,
     settings: LossSettings = _PLAIN,
 ) -> LossTerms:
-    """Loss and accuracies of a whole batch [B, E] in one process; arguments as `gathered_terms`."""
+    """Loss and accuracies of a batch [B, E] in one process; arguments as `gathered_terms`."""
     _require_pairs(image_features, text_features)
     image, text = _wide(image_features), _wide(text_features)
     return _terms(image, text, image, text, logit_scale, 0, settings)

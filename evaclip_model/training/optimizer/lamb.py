@@ -165,7 +165,7 @@ class Lamb(torch.optim.Optimizer):
         return found
 
     def moments(self, tensor: Tensor) -> dict[str, Tensor]:
-        """First and second moment of a tensor (`exp_avg`, `exp_avg_sq`), of its shape; zeros if new."""
+        """`exp_avg` and `exp_avg_sq` of a tensor, its moments, of its shape; zeros if new."""
         state: dict[str, Tensor] = self.state[tensor]
         for name in ("exp_avg", "exp_avg_sq"):
             if name not in state:
