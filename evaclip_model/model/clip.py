@@ -1,8 +1,7 @@
 """EVA-CLIP: two towers and a temperature.
 
 Covers: the model and its initial values.
-Not here: making one by name (create.py); the loss (training/loss/contrastive.py); weights on disk
-(weights/load.py).
+Not here: making one by name (create.py); the loss (training/loss/); weights on disk (weights.py).
 """
 
 from __future__ import annotations
@@ -70,8 +69,8 @@ class EvaClip(nn.Module):
         Args:
             images: [B, 3, H, H] normalised (`transform.normalize_images`), H = image_px.
             normalize: unit length, in at least float32.
-            kept: [B, K] indices of the patches to look at (`masking.kept_patches`); none for all.
-            branches: [B, blocks, 2] what each sample passes (`masking.kept_branches`) in training
+            kept: [B, K] indices of the patches to look at (`step.kept_patches`); none for all.
+            branches: [B, blocks, 2] what each sample passes (`step.kept_branches`) in training
                 with drop path; none draws it from torch's generator.
 
         Returns:

@@ -169,7 +169,7 @@ class DropPath(nn.Module):
         """[B, S, W] -> [B, S, W]; what is kept is scaled up, so that its mean stays.
 
         Args:
-            kept: [B] which samples keep the branch (`masking.kept_branches`); none draws them from
+            kept: [B] which samples keep the branch (`step.kept_branches`); none draws them from
                 torch's generator.
         """
         if not self.training or self.rate == 0:

@@ -1,8 +1,7 @@
 """The image tower of every EVA-CLIP variant.
 
 Covers: patches (all or only the kept ones), blocks, pooling, projection to the joint space.
-Not here: which patches to keep (training/masking.py); normalising features; initial values
-(clip.py).
+Not here: which patches to keep (training/step.py); normalising features; initial values (clip.py).
 
 Shapes: B batch, N patches, K kept patches, W width, E joint channels.
 """

@@ -2,7 +2,7 @@
 
 Covers: `python -m flows run train RECIPE --dry-run`: starting the ranks as a run would, and what
 they report of memory, time and their self-test.
-Not here: the plan (run_plan.py); what a rank does (evaclip_model/training/dry_run.py).
+Not here: the plan (run_plan.py); what a rank does (`dry_run` of evaclip_model/training/trainer.py).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Covers: ZeRO stage 1 and 2 checkpoints of any number of ranks, and universal ones
 (`zero/NAME/{fp32,exp_avg,exp_avg_sq}.pt`): fp32 masters, both moments, the loss scale, how far
-training was; names of every layout that layouts.py knows.
-Not here: weights alone, which `weights/load.py` reads from the same folders; ZeRO-3 and
+training was; names of every layout that name_maps.py knows.
+Not here: weights alone, which weights/load.py reads from the same folders; ZeRO-3 and
 model-parallel checkpoints, which are refused.
 
 The files are pickles. They are opened with torch's restricted reader and stand-ins for the few

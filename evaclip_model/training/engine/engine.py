@@ -333,7 +333,7 @@ def start_distributed(device: str, store: Any = None, timeout_s: float = 1800) -
         timeout_s: seconds after which a collective that another rank does not enter fails.
 
     DeepSpeed would compile a shared-memory operator for the CPU; it is told that there is none, so
-    that no compiler is needed. Over gloo it gathers by a function of ours (gloo.py).
+    that no compiler is needed. Over gloo it gathers by a function of ours (gloo_gather.py).
     """
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,7 +1,8 @@
 """The contrastive loss without a matrix of logits in memory.
 
 Covers: loss, accuracies and gradients, logits made chunk by chunk and again in the backward pass.
-Not here: the choice between this and keeping the logits, exchange between ranks (contrastive.py).
+Not here: the choice between this and keeping the logits (softmax.py), exchange between ranks
+(contrastive.py).
 
 Each row's highest logit, and the sum of the exponentials below it, are built up over chunks of
 columns; the backward pass needs no more than these two. Kept apart they lose nothing: the logarithm
