@@ -270,6 +270,14 @@ def test_a_known_set_with_other_classes_is_refused(birds: Path, tmp_path: Path) 
         )
 
 
+def test_folders_of_splits_are_not_taken_for_classes(birds: Path, tmp_path: Path) -> None:
+    (tmp_path / "all").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "all" / split).symlink_to(birds)
+    with pytest.raises(InputError, match="train, val, which are splits, not classes"):
+        convert_imagefolder(tmp_path / "all", tmp_path / "set", OWN)
+
+
 def test_templates_are_asked_for_and_never_guessed(birds: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="which prompt templates has this set"):
         convert_imagefolder(birds, tmp_path / "set", Words())

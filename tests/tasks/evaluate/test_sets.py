@@ -119,6 +119,65 @@ def test_an_incomplete_sample_is_named(
         open_set("odd", folder, "classification")
 
 
+def test_what_macos_and_pax_add_to_a_tar_is_no_sample(
+    tmp_path: Path, write: Callable[..., Path], disc: Callable[[str, int], bytes]
+):
+    texts = {"classnames": "x\n", "zeroshot_classification_templates": "{c}\n"}
+    members = [("./a.webp", disc("red", 1)), ("./a.cls", b"0")]
+    added = [
+        ("./._a.webp", b"attributes"),
+        ("./._a.cls", b"attributes"),
+        ("__MACOSX/._a.webp", b"attributes"),
+        ("PaxHeader/a.webp", b"30 mtime=1"),
+        ("./PaxHeaders.12/a.cls", b"30 mtime=1"),
+        (".DS_Store", b"x"),
+    ]
+    plain = write(tmp_path / "plain", [members], **texts)
+    from_mac = write(tmp_path / "mac", [[*added, *members]], **texts)
+    first, other = (open_set("c", folder, "classification") for folder in (plain, from_mac))
+    assert [sample.key for sample in other.samples] == ["a"]
+    assert other.fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize("label", [b"9" * 5000, "\u0663".encode(), b"-1", b"1.5", b""])
+def test_a_label_that_is_no_short_number_is_refused(
+    tmp_path: Path, write: Callable[..., Path], label: bytes
+):
+    folder = write(tmp_path / "odd", [[("a.webp", b"x"), ("a.cls", label)]], classnames="x\n")
+    with pytest.raises(InputError, match=r"a\.cls must hold a class number"):
+        open_set("odd", folder, "classification", ("{c}",))
+
+
+def test_a_number_of_tars_takes_no_memory_before_the_tars_are_there(classification: Path):
+    for count in ("3000000000", "9" * 5000):
+        (classification / "test" / "nshards.txt").write_text(count)
+        with pytest.raises(InputError, match=r"2\.tar is missing|must hold one number"):
+            open_set("c", classification, "classification")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000,), }",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
+        "{'descr': [('a', '<i4'), ('b', '<i4')], 'fortran_order': False, 'shape': (1,), }",
+        pytest.param(
+            "{'descr': '<i8', 'fortran_order': False, 'shape': " + "(" * 4000, id="nested"
+        ),
+        "{'descr': '<i8', 'fortran_order': False, 'shape': (-1,), }",
+    ],
+)
+def test_a_vector_whose_header_lies_is_refused(
+    tmp_path: Path, write: Callable[..., Path], header: str
+):
+    text = header.encode() + b" " * (63 - (9 + len(header)) % 64) + b"\n"
+    content = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(8)
+    members = [("s0.webp", b"x"), ("s0.npy", content)]
+    folder = write(tmp_path / "odd", [members], dataset_type="multilabel", classnames="x\n")
+    with pytest.raises(InputError, match=r"s0\.npy (cannot be read as a vector|must hold one 0)"):
+        open_set("odd", folder, "multilabel", ("{c}",))
+
+
 def test_a_sample_that_occurs_in_two_tars_is_refused(tmp_path: Path, write: Callable[..., Path]):
     members = [("a.webp", b"x"), ("a.cls", b"0")]
     folder = write(tmp_path / "twice", [members, members], classnames="x\n")

@@ -16,6 +16,8 @@ from evaclip_model.zeroshot.set_layout import is_system_file
 from tasks.evaluate.sets.convert.image_files import image_source, path_inside, walk_files
 from tasks.evaluate.sets.convert.shard_writer import Source
 
+_SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing", "dev"))
+
 
 def class_folders(root: Path) -> list[Path]:
     """The folders of `root`, sorted as text, links to folders among them.
@@ -34,6 +36,11 @@ def class_folders(root: Path) -> list[Path]:
         raise InputError(
             f"{root} has no folder in it: expected one a class (for images in one folder with a "
             "list of their classes: evalsets convert table)"
+        )
+    if {path.name.casefold() for path in folders} <= _SPLITS:
+        raise InputError(
+            f"{root} has the folders {', '.join(sorted(path.name for path in folders))}, which are "
+            "splits, not classes: give one of them"
         )
     return sorted(folders, key=lambda path: path.name)
 
