@@ -238,8 +238,8 @@ def test_a_file_of_captions_leads_to_no_file_outside_its_folder(
 
 
 def test_a_picture_that_is_converted_keeps_its_pixels(images: Path, tmp_path: Path) -> None:
-    Image.open(images / "a" / "0.jpg").save(images / "a" / "x.tga")
-    listing = write(tmp_path / "x.csv", "path,label\na/x.tga,dog\n")
+    Image.open(images / "a" / "0.jpg").save(images / "a" / "x.img", format="TIFF")
+    listing = write(tmp_path / "x.csv", "path,label\na/x.img,dog\n")
     made = convert_table(listing, images, tmp_path / "set", OWN)
     with (
         Image.open(io.BytesIO(opened(made.folder).samples[0].image.read())) as image,
