@@ -1,7 +1,8 @@
 """EVA-CLIP: two towers and a temperature.
 
 Covers: the model and its initial values.
-Not here: making one by name (create.py); the loss (training/loss/); weights on disk (weights.py).
+Not here: making one by name (create.py); the loss (training/loss/contrastive.py); weights on disk
+(weights/load.py).
 """
 
 from __future__ import annotations

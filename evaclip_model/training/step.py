@@ -3,8 +3,8 @@
 Covers: a sample's inputs (which template and which parts of its caption it shows, its patches and
 the branches it passes); the loss of the global batch and its gradient, the same however many parts
 a rank's share is worked on in.
-Not here: reading (reading/); the tokenizer; dropping patches (vision.py takes indices and flags);
-the loss (loss/); the update (engine/).
+Not here: reading (reading/); the tokenizer; dropping patches (model/vision.py takes indices and
+flags); the loss (loss/); the update (engine/).
 
 All that is random is a pure function of the seed and a sample's position: not of the batch a sample
 is in, the rank that sees it, or what was drawn before. So a resumed run, and one on other hardware,

@@ -4,7 +4,8 @@ Covers: making ready (device, model, engine, reader); step after step: fetch, fo
 exchange of stats, guards, optimizer step, metrics, checkpoint; going back, resuming, finishing; a
 dry run of one step.
 Not here: starting ranks and exit codes (worker.py); a step's gradient in parts (step.py), optimizer
-and sharding (engine/), the verdict on a step (spike_guard.py), names of metrics (metrics.py).
+and sharding (engine/), the verdict on a step (monitoring/spike_guard.py), names of metrics
+(monitoring/metrics.py).
 
 All that is random about a sample (crop, mask, template) depends on the seed and its position alone,
 and the learning rate on the step alone; so a run that resumes goes on exactly as it would have.

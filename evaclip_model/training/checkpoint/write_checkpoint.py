@@ -3,7 +3,7 @@
 Covers: copies in host memory, the thread that writes them, the barriers before a checkpoint gets
 its name, retention.
 Not here: the files' format (weights/checkpoint_format.py), folders and stores (storage.py), when to
-save (trainer.py).
+save (training/trainer.py).
 """
 
 from __future__ import annotations

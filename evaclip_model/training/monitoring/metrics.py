@@ -4,7 +4,7 @@ Covers: every name in a line of `metrics.jsonl` with its meaning and unit, each 
 (`RankMetrics`, `StepSeconds`, `step_metrics`; the objective names its own); one collective in which
 all ranks learn of all; writing lines, as TensorBoard's events too, and cutting off the lines that a
 killed run wrote beyond its newest checkpoint.
-Not here: measuring (trainer.py, timing.py); MLflow and the terminal, which read the lines.
+Not here: measuring (training/trainer.py, timing.py); MLflow and the terminal, which read the lines.
 
 One sum over a table in which every rank fills its own row costs as much as one over a single
 number, and also says which rank was slow, or had features that are not numbers.

@@ -1,7 +1,7 @@
 """Guards against steps whose figures are not finite, or left their recent range.
 
 Covers: the verdict on a step, what the verdicts after it depend on, and that as JSON.
-Not here: measuring, going back to a checkpoint, naming samples, files (trainer.py,
+Not here: measuring, going back to a checkpoint, naming samples, files (training/trainer.py,
 nonfinite_report.py).
 
 Everything is a pure function of values that are the same on every rank, so all ranks decide alike
