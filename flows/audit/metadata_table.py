@@ -1,7 +1,7 @@
-"""`python -m flows sources inspect PATH`: what metadata files hold, before they become a source.
+"""`python -m flows sources inspect PATH`: what files hold, before they become a source.
 
-Covers: the command's output.
-Not here: reading the files (tasks.merge.inspect_metadata).
+Covers: the command's output, of metadata and of what can be adopted.
+Not here: reading the files (tasks.merge.inspect_metadata, tasks.adopt.inspect_source).
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from evaclip_model.errors import InputError
+from tasks.adopt.inspect_source import SourceInspection, inspect_source
 from tasks.merge.inspect_metadata import Inspection, inspect_files
+from tasks.merge.withdrawn import why_refused
 
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -23,7 +26,25 @@ def inspect_sources(pattern: str, read_files: int, console: Console) -> None:
     Raises:
         InputError: nothing matches, a file cannot be read, or the collection is withdrawn.
     """
-    print_inspection(pattern, inspect_files(pattern, read_files), console)
+    if (withdrawn := why_refused(pattern)) is not None:
+        raise InputError(withdrawn)
+    found = inspect_source(pattern, read_files)
+    if found is None:
+        print_inspection(pattern, inspect_files(pattern, read_files), console)
+    else:
+        print_adoptable(pattern, found, console)
+
+
+def print_adoptable(pattern: str, found: SourceInspection, console: Console) -> None:
+    """Print what an adopted source would take."""
+    files = f"{found.read_files:,} of {found.files:,} files" if found.is_cut_short else "all files"
+    console.print(f"[bold]{escape(pattern)}[/]: form '{found.form}', {found.files:,} files")
+    console.print(f"{found.samples:,} images with captions in {files}")
+    for reason, count in found.left_out.most_common():
+        console.print(f"{count:,} would be left out: {escape(reason)}")
+    if found.first_left_out:
+        console.print(f"the first is {escape(found.first_left_out)}", soft_wrap=True)
+    console.print("fit for \\[\\[adopt.sources]]" if found.samples else "no image with a caption")
 
 
 def print_inspection(pattern: str, found: Inspection, console: Console) -> None:

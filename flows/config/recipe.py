@@ -101,8 +101,14 @@ class Recipe(Config):
 
     @property
     def merge(self) -> MergeConfig:
-        """The table `[merge]`. Raises: InputError: the recipe has none."""
-        return _required(self.merge_table, "merge")
+        """The table `[merge]`, with the hashes that `[download]` compares.
+
+        Raises:
+            InputError: the recipe has none.
+        """
+        merge = _required(self.merge_table, "merge")
+        column = self.download_table.hash_column if self.download_table else ""
+        return merge.model_copy(update={"hash_column": column}) if column else merge
 
     @property
     def download(self) -> DownloadConfig:

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evaclip_model.errors import InputError
+from evaclip_model.reading.image_decoder import identify_format
 from evaclip_model.reading.samples import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
 from evaclip_model.reading.urls import filesystem, is_url
 from tasks.adopt.config import AdoptedSource
@@ -34,14 +35,11 @@ IMAGE_COLUMNS = (
 CAPTION_COLUMNS = ("caption", "text", "TEXT", "captions", "title", "sentence", "description")
 URL_COLUMNS = ("url", "URL", "image_url")
 ROWS_AT_ONCE = 64
-_MAGIC = (
-    (b"\xff\xd8\xff", "jpg"),
-    (b"\x89PNG\r\n\x1a\n", "png"),
-    (b"GIF8", "gif"),
-    (b"BM", "bmp"),
-    (b"II*\0", "tif"),
-    (b"MM\0*", "tif"),
-)
+EXTENSIONS = {
+    format: "jpg" if format == "JPEG" else "tif" if format == "TIFF" else format.lower()
+    for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+}
+"""What a packed image is called, by its format."""
 
 
 class PairFlaw(StrEnum):
@@ -67,7 +65,7 @@ class FoundPair:
     uid: str
     image: bytes
     extension: str
-    """What the bytes are: one of `IMAGE_EXTENSIONS`."""
+    """What the bytes are: one of `EXTENSIONS`."""
     caption: str
     url: str | None = None
     """Where a table says that the image comes from."""
@@ -318,12 +316,5 @@ def _read_file(location: str, most: int) -> bytes | PairFlaw:
 
 
 def _extension(content: bytes) -> str:
-    """What an image's first bytes say it is; empty when they say nothing."""
-    for magic, extension in _MAGIC:
-        if content.startswith(magic):
-            return extension
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        return "webp"
-    if content[4:8] == b"ftyp" and content[8:12] in (b"avif", b"avis", b"mif1"):
-        return "avif"
-    return ""
+    """What an image's first bytes say it is; empty when they say nothing that is opened."""
+    return EXTENSIONS.get(identify_format(content) or "", "")

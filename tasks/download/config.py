@@ -84,8 +84,9 @@ class DownloadConfig(Config):
     respect_robots: bool = False
     """Ask every host for its robots.txt first; about one more request for every host and shard."""
     hash_column: str = ""
-    """Column of the merged rows with the hash that the fetched bytes must have, in hex; rows
-    without one pass; empty: no row is compared."""
+    """Column of the sources' metadata with the hash that the fetched bytes must have, in hex, or
+    "image_hash" for what their column maps name so; rows without one pass; empty: no row is
+    compared."""
     hash_algorithm: Literal["md5", "sha1", "sha256"] = "md5"
     """What the hashes of hash_column are."""
     min_success_rate: float = Field(0.3, ge=0, le=1)

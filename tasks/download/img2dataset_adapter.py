@@ -35,6 +35,7 @@ from tasks.download.config import DownloadConfig
 from tasks.download.counters import OutcomeCounter
 from tasks.download.fetch import Fetcher
 from tasks.download.fetch_outcome import outcome_of
+from tasks.download.url_tables import hash_column_of
 
 _FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 """`encode_format` -> Pillow's name of it."""
@@ -57,7 +58,7 @@ class HardenedDownloader(Downloader):
         os.environ["RES_OPTIONS"] = "timeout:3 attempts:2"
         shard, rows_file = row
         fetcher = Fetcher(self._config)
-        digests = _column(rows_file, self._config.hash_column)
+        digests = _expected_hashes(rows_file, self._config)
         with OutcomeCounter(self._counters, shard) as counter:
             # img2dataset looks this name up in its module for every URL; there is no other way
             # in. importlib, because a package's attribute of a module's name may be a function.
@@ -67,13 +68,16 @@ class HardenedDownloader(Downloader):
         return done
 
 
-def _column(rows_file: str, name: str) -> Sequence[str | None]:
-    """A column of a shard's rows as img2dataset laid them out; nothing for no name."""
-    if not name:
+def _expected_hashes(rows_file: str, config: DownloadConfig) -> Sequence[str | None]:
+    """The hash of every row of a shard, as img2dataset laid them out; nothing if none is asked
+    for."""
+    if not config.hash_column:
         return ()
     with open(rows_file, "rb") as file:
-        values: list[str | None] = pa.ipc.open_file(file).read_all()[name].to_pylist()
-        return values
+        rows = pa.ipc.open_file(file).read_all()
+    name = hash_column_of(rows.column_names, config)
+    values: list[str | None] = rows[name].to_pylist()
+    return values
 
 
 def _fetch(

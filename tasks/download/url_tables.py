@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,8 @@ SHARD_DIGITS = 6
 """Digits of a shard's number in file names and keys: enough for 10^10 rows at 10,000 a shard."""
 URL_COLUMN = "url"
 CAPTION_COLUMN = "caption"
+MERGED_HASH = "image_hash"
+"""What the merge calls the column that download.hash_column names."""
 REQUIRED_COLUMNS = ("uid", "source", URL_COLUMN, CAPTION_COLUMN)
 WRITTEN_COLUMNS = (
     *("key", "status", "error_message", "exif", "md5", "sha256", "sha512"),
@@ -92,6 +95,12 @@ def plan_download(rows: Path, config: DownloadConfig, first_number: int = 0) -> 
     return Plan(tuple(files), extra, tuple(shards), fingerprint)
 
 
+def hash_column_of(names: Sequence[str], config: DownloadConfig) -> str | None:
+    """The column that holds the hashes to compare: of its own name, or of the merge's."""
+    wanted = (config.hash_column, MERGED_HASH) if config.hash_column else ()
+    return next((name for name in wanted if name in names), None)
+
+
 def expected_bytes(rows: int, image_px: int) -> int:
     """About how much disk `rows` stored samples need.
 
@@ -111,7 +120,7 @@ def _metadata(file: Path, config: DownloadConfig) -> tuple[int, list[str]]:
     for name in REQUIRED_COLUMNS:
         if name not in schema.names:
             raise InputError(f"{file} has no column '{name}': it is no file of a finished merge")
-    if config.hash_column not in ("", *schema.names):
+    if config.hash_column and hash_column_of(schema.names, config) is None:
         raise InputError(
             f"{file} has no column '{config.hash_column}': set download.hash_column to one of "
             f"{', '.join(schema.names)}, or leave it empty"

@@ -7,13 +7,14 @@ Not here: any reading of files; see metadata_files.py and schema.py.
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from evaclip_model.config import Config
 from tasks.artifacts.artifact import Stage
 from tasks.merge.withdrawn import why_refused
+from tasks.tables.text_tables import Quoting
 
 STAGE = Stage("merge", 2, tools=("duckdb",), ignores=("engine", "partitions", "memory_limit"))
 
@@ -86,6 +87,10 @@ class SourceConfig(Config):
     diff_against: str | None = Field(default=None, min_length=1)
     """Glob of the cleaned edition's parquet files; rows whose address it lacks are dropped. Old
     copies of LAION's metadata are refused without it."""
+    quoting: Quoting = "auto"
+    """Whether double quotes enclose the values of a text file; auto: in .csv yes, in .tsv no."""
+    header: bool = True
+    """Whether a CSV's first line names the columns; if not, they are column0, column1, ..."""
     own_rows: bool = False
     """The rows are yours, only their columns have LAION's old names: nothing to compare with."""
     sidecars: tuple[SidecarConfig, ...] = ()
@@ -102,6 +107,8 @@ class SourceConfig(Config):
     skip_count: int = Field(default=0, ge=0)
     """Back-fill: so many rows at the beginning of the selection order are left out, because an
     earlier merge with the same seed has given them."""
+
+    ADDED: ClassVar[tuple[str, ...]] = ("quoting", "header")
 
     @property
     def wanted_rows(self) -> int | None:
@@ -194,6 +201,12 @@ class MergeConfig(Config):
     at most 2,048."""
     memory_limit: str = Field(default="2GB", pattern=r"^[0-9]+(\.[0-9]+)? ?([KMGT]i?)?B$")
     """Memory of the database; what does not fit goes to disk."""
+
+    hash_column: str = ""
+    """Column of the sources that goes into the rows as `image_hash`, for download.hash_column, from
+    which a recipe fills it; a source without it has rows without a hash. Empty: no column."""
+
+    ADDED: ClassVar[tuple[str, ...]] = ("hash_column",)
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

@@ -45,6 +45,7 @@ def _listed(values: Iterable[str], table: str) -> str:
 
 
 RULES = (
+    Rule("not_utf8", "broken_text AND (raw_url IS NULL OR raw_caption IS NULL)"),
     Rule("missing_url", "coalesce(clean_url, '') = ''"),
     Rule("unsupported_url", "url IS NULL"),
     Rule(
@@ -135,7 +136,10 @@ RULES = (
     ),
 )
 
+UNREADABLE_LINE = "unreadable_line"
+"""A line of a text file that is no row."""
 REASONS = (
+    UNREADABLE_LINE,
     *dict.fromkeys(rule.reason for rule in RULES),
     "withdrawn",
     "duplicate_in_source",

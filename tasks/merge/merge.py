@@ -44,7 +44,7 @@ from evaclip_model.files import write_atomically
 from tasks.artifacts.artifact import Made
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import database, statement
-from tasks.merge.filters import REASONS
+from tasks.merge.filters import REASONS, UNREADABLE_LINE
 from tasks.merge.merge_plan import MergePlan, SelectionCut, read_cuts
 from tasks.merge.metadata_files import identity, mark_of
 from tasks.merge.shuffle import BUCKET_BITS, LAYOUT
@@ -91,8 +91,9 @@ def merge_sources(
     `run`, `chunks` (into how many each phase is cut, at most 500), and `threads` and `memory_limit`
     of one chunk's database (none = every core, the config's limit) never change the result.
     Columns of the output: uid (md5 of address and caption, hex), source, url, caption, original_id,
-    similarity, width_hint, height_hint, and also_in (other sources that have the address, with
-    commas); rows in selection order, `rows_per_file` in every file but a source's last.
+    similarity, width_hint, height_hint, also_in (other sources that have the address, with commas),
+    and with the config's hash_column image_hash; rows in selection order, `rows_per_file` in every
+    file but a source's last.
 
     Raises:
         InputError: a source has no file, a file cannot be read or lacks a column, or a source gives
@@ -185,6 +186,9 @@ def dropped_rows(connection: DuckDBPyConnection, plan: MergePlan) -> list[Counte
         {"paths": text_of(counted)},
     ).fetchall():
         counts[source][reason] += int(rows)
+    for file in plan.files:
+        if file.bad_lines:
+            counts[file.source][UNREADABLE_LINE] += file.bad_lines
     return counts
 
 
@@ -207,13 +211,16 @@ def save_cuts(plan: MergePlan) -> None:
 
 def _check_something_is_left(plan: MergePlan, source: int, reasons: Counter[str]) -> None:
     settings = plan.config.sources[source]
-    rows = sum(file.rows for file in plan.of_source(source))
+    files = plan.of_source(source)
+    rows = sum(file.rows + file.bad_lines for file in files)
     survivors = rows - reasons.total()
     if survivors == 0:
         main, number = reasons.most_common(1)[0]
+        first = next((file.first_bad_line for file in files if file.bad_lines), "")
+        bad_line = f" (the first is {first})" if main == UNREADABLE_LINE else ""
         raise InputError(
             f"source '{settings.name}' has no row left of {rows}: most ({number}) were "
-            f"dropped as {main}; check [merge.filters] and the source's columns"
+            f"dropped as {main}{bad_line}; check [merge.filters] and the source's columns"
         )
     if survivors <= settings.skip_count:
         raise InputError(
@@ -294,7 +301,8 @@ def _totals(
     for number, (settings, dropped) in enumerate(
         zip(plan.config.sources, dropped_rows(connection, plan), strict=True)
     ):
-        read = sum(file.rows for file in plan.of_source(number))
+        files = plan.of_source(number)
+        read = sum(file.rows + file.bad_lines for file in files)
         selected = cuts[number].selected
         survivors = _survivors(connection, plan, number)
         given = min(settings.skip_count, survivors)
@@ -307,12 +315,21 @@ def _totals(
         sources.append(
             {
                 "name": settings.name,
-                "files": len(plan.of_source(number)),
+                "files": len(files),
                 "target_count": settings.target_count,
                 "rows_read": read,
                 "selected": selected,
                 "dropped": {reason: reasons[reason] for reason in REASONS},
                 "also_in": overlaps[number],
+                "unreadable_lines": [file.first_bad_line for file in files if file.bad_lines],
+                "sidecars": [
+                    {
+                        "files": sidecar.config.files,
+                        "rows": sum(file.rows for file in files),
+                        "matched": _matched(connection, plan, place),
+                    }
+                    for place, sidecar in plan.sidecars_of(number)
+                ],
             }
         )
     total = {
@@ -335,6 +352,12 @@ def _survivors(connection: DuckDBPyConnection, plan: MergePlan, source: int) -> 
         },
     ).fetchall()
     return int(found[0][0])
+
+
+def _matched(connection: DuckDBPyConnection, plan: MergePlan, sidecar: int) -> int:
+    """Rows of metadata that found a partner in a sidecar."""
+    found = sorted(plan.temporary.glob(f"joined/{sidecar}/*/file=*/*.parquet"))
+    return rows_in(connection, text_of(found)) if found else 0
 
 
 def _overlaps(connection: DuckDBPyConnection, plan: MergePlan) -> list[dict[str, int]]:
@@ -364,4 +387,7 @@ def _flat_counts(totals: Mapping[str, Any]) -> dict[str, int]:
         for reason, rows in part["dropped"].items():
             if rows:
                 counts[f"{prefix}dropped.{reason}"] = rows
+    for source in totals["sources"]:
+        for place, sidecar in enumerate(source["sidecars"]):
+            counts[f"{source['name']}.sidecar{place}.matched"] = sidecar["matched"]
     return counts

@@ -32,6 +32,10 @@ class MetadataFile:
     sidecar_keys: tuple[str, ...]
     """SQL of its key for each sidecar of its source."""
     rows: int
+    bad_lines: int = 0
+    """Lines of the text file that it was made from that are no rows."""
+    first_bad_line: str = ""
+    """The first of them, as the user's own file has it, and what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Sidecar:
     """Its place among the source's sidecars."""
     config: SidecarConfig
     paths: tuple[str, ...]
+    keys: tuple[str, ...] = ()
+    """SQL of the key in each of them."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +107,13 @@ class MergePlan:
             (number, file) for file in self.files for number, _ in self.sidecars_of(file.source)
         ]
 
-    def sidecar_files(self) -> list[tuple[int, str]]:
-        return [(n, path) for n, sidecar in enumerate(self.sidecars) for path in sidecar.paths]
+    def sidecar_files(self) -> list[tuple[int, str, str]]:
+        """(number of the sidecar, path, SQL of its key)."""
+        return [
+            (number, *file)
+            for number, sidecar in enumerate(self.sidecars)
+            for file in zip(sidecar.paths, sidecar.keys, strict=True)
+        ]
 
     def known_key_files(self) -> list[tuple[int, str, str]]:
         """(number, path, name of its URL column): of editions, then of what was given before."""

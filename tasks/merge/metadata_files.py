@@ -33,10 +33,13 @@ FORMAT_OF_SUFFIX: Mapping[str, Format] = {
 COMPRESSED = (".gz", ".zst")
 READERS: Mapping[Format, str] = {
     "parquet": "read_parquet($path, hive_partitioning = false)",
-    "csv": "read_csv($path, header = true, sample_size = 200000, hive_partitioning = false)",
-    "jsonl": "read_ndjson($path, sample_size = 200000, hive_partitioning = false)",
+    "csv": "read_csv($path, header = true, sample_size = 200000, hive_partitioning = false, "
+    "ignore_errors = true)",
+    "jsonl": "read_ndjson($path, sample_size = 200000, hive_partitioning = false, "
+    "ignore_errors = true)",
 }
-"""Table functions that read the file of the parameter `$path`, whole and in order."""
+"""Table functions that read the file of the parameter `$path`; those of texts guess types and pass
+over bad lines, which is good enough for a look."""
 
 
 def is_url(path: str) -> bool:

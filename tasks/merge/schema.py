@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 from evaclip_model.errors import InputError
 from tasks.merge.config import ColumnMap, SourceConfig
@@ -49,12 +50,19 @@ INTEGERS = {
 }
 NUMBERS = INTEGERS | {"HUGEINT", "FLOAT", "DOUBLE"}
 TEXT = "VARCHAR"
+NOT_BROKEN = "false"
+BROKEN_TEXT = "__broken_text"
+"""Column of a repaired file."""
 TEXTS = ("url", "caption", "language", "image_hash")
 """Parts that only text can play."""
 
 
-def column_map(source: SourceConfig, published: PublishedColumns, file: str) -> ColumnMap:
+def column_map(
+    source: SourceConfig, published: PublishedColumns, file: str, is_text: bool = False
+) -> ColumnMap:
     """The column map of one file: the source's own, or the published layout's.
+
+    In a file of text every column can play every part; what is no number then is unknown.
 
     Raises:
         InputError: a column is missing or of a type that cannot play its part, or the file is an
@@ -77,7 +85,7 @@ def column_map(source: SourceConfig, published: PublishedColumns, file: str) -> 
             raise InputError(
                 f"{where} has no column '{name}' for its {part}; {_hint(name, published)}"
             )
-        if not _can_play(part, published[name]):
+        if not is_text and not _can_play(part, published[name]):
             expected = "text" if part in ("url", "caption") else "a number"
             raise InputError(
                 f"{where}: column '{name}' is {published[name]}, "
@@ -86,15 +94,48 @@ def column_map(source: SourceConfig, published: PublishedColumns, file: str) -> 
     return chosen
 
 
-def select_list(columns: ColumnMap, published: PublishedColumns) -> str:
+@dataclass(frozen=True)
+class JudgedParts:
+    """What rules can judge a source by: what any of its files has."""
+
+    language: bool = False
+    similarity: bool = False
+    watermark: bool = False
+    scores: frozenset[str] = frozenset()
+    """Safety columns that hold numbers."""
+    tags: frozenset[str] = frozenset()
+    """Safety columns that hold LAION's tags."""
+
+    @classmethod
+    def of(cls, files: Iterable[tuple[ColumnMap, PublishedColumns]]) -> JudgedParts:
+        """Of the maps and columns of all files of a source."""
+        maps = list(files)
+        unsafe = {name: kinds[name] for columns, kinds in maps for name in columns.unsafe}
+        return cls(
+            any(columns.language for columns, _ in maps),
+            any(columns.similarity for columns, _ in maps),
+            any(columns.watermark for columns, _ in maps),
+            frozenset(name for name, kind in unsafe.items() if kind != TEXT),
+            frozenset(name for name, kind in unsafe.items() if kind == TEXT),
+        )
+
+
+def select_list(
+    columns: ColumnMap, published: PublishedColumns, judged: JudgedParts | None = None
+) -> str:
     """Select list with the same names and types for every layout; identifiers are quoted.
 
     raw_url, raw_caption, original_id: text; width, height: BIGINT, none when not positive;
     similarity: DOUBLE, none outside -1 to 1; watermark, unsafe_score (the largest): DOUBLE, none
     when not finite; language, image_hash: text; lacks_score: a safety score is missing; unsafe_tag,
     unknown_tag: a safety tag is in `$unsafe_tags`, or not in `$known_tags`; has_*: whether there is
-    such a column.
+    such a column, here or in another file of the source (`judged`): what a file lacks is unknown of
+    all its rows; broken_text: a text is not UTF-8 and therefore none, which only a repaired file
+    tells.
     """
+    judged = judged or JudgedParts.of([(columns, published)])
+    lacking_scores = judged.scores - set(columns.unsafe)
+    lacking_tags = judged.tags - set(columns.unsafe)
     tags = [_tag(name) for name in columns.unsafe if published[name] == TEXT]
     scores = [_number(name) for name in columns.unsafe if published[name] != TEXT]
     items = {
@@ -106,14 +147,22 @@ def select_list(columns: ColumnMap, published: PublishedColumns) -> str:
         "similarity": _cosine(columns.similarity),
         "watermark": _number(columns.watermark),
         "unsafe_score": f"greatest({', '.join(scores)})" if scores else "NULL::DOUBLE",
-        "lacks_score": _any(f"{score} IS NULL" for score in scores),
+        "lacks_score": _any(
+            [*(f"{score} IS NULL" for score in scores), *("true" for _ in lacking_scores)]
+        ),
         "unsafe_tag": _any(f"list_contains($unsafe_tags::VARCHAR[], {tag})" for tag in tags),
-        "unknown_tag": _any(f"NOT list_contains($known_tags::VARCHAR[], {tag})" for tag in tags),
+        "unknown_tag": _any(
+            [
+                *(f"NOT list_contains($known_tags::VARCHAR[], {tag})" for tag in tags),
+                *("true" for _ in lacking_tags),
+            ]
+        ),
         "language": _text(columns.language),
         "image_hash": _text(columns.image_hash),
-        "has_language": _flag(columns.language),
-        "has_similarity": _flag(columns.similarity),
-        "has_watermark": _flag(columns.watermark),
+        "has_language": _flag(judged.language),
+        "has_similarity": _flag(judged.similarity),
+        "has_watermark": _flag(judged.watermark),
+        "broken_text": NOT_BROKEN,
     }
     return ",\n    ".join(f"{expression} AS {name}" for name, expression in items.items())
 
@@ -121,6 +170,15 @@ def select_list(columns: ColumnMap, published: PublishedColumns) -> str:
 def is_number(kind: str, whole: bool = True) -> bool:
     """Whether a type of the database is a number; without `whole` ones, a score."""
     return (kind in NUMBERS and (whole or kind not in INTEGERS)) or kind.startswith("DECIMAL")
+
+
+def key_text(column: str, kind: str) -> str:
+    """SQL of a key as text, the same for every type of number: 7, 7.0 and '7' are one key."""
+    name = quoted(column)
+    if kind in INTEGERS or kind == TEXT or not is_number(kind):
+        return f"{name}::VARCHAR"
+    whole = f"TRY_CAST({name} AS HUGEINT)"
+    return f"CASE WHEN {whole} = {name} THEN {whole}::VARCHAR ELSE {name}::VARCHAR END"
 
 
 def quoted(identifier: str) -> str:
@@ -174,14 +232,14 @@ def _text(name: str | None) -> str:
 def _number(name: str | None) -> str:
     if name is None:
         return "NULL::DOUBLE"
-    value = f"{quoted(name)}::DOUBLE"
+    value = f"TRY_CAST({quoted(name)} AS DOUBLE)"
     return f"CASE WHEN isfinite({value}) THEN {value} END"
 
 
 def _cosine(name: str | None) -> str:
     if name is None:
         return "NULL::DOUBLE"
-    value = f"{quoted(name)}::DOUBLE"
+    value = f"TRY_CAST({quoted(name)} AS DOUBLE)"
     return f"CASE WHEN {value} BETWEEN -1 AND 1 THEN {value} END"
 
 
@@ -200,5 +258,5 @@ def _any(conditions: Iterable[str]) -> str:
     return " OR ".join(f"({condition})" for condition in conditions) or "false"
 
 
-def _flag(name: str | None) -> str:
-    return "false" if name is None else "true"
+def _flag(judged: bool) -> str:
+    return "true" if judged else "false"

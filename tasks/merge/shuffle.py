@@ -32,7 +32,7 @@ BUCKET_BITS = 16
 """First bits of a key that say which partition it is in."""
 TEXT = pa.large_string()
 """Offsets of 64 bits: a run of very long URLs is larger than 2 GB."""
-LAYOUT = 3
+LAYOUT = 4
 """Version of what lies in the folders: units of another one are made again."""
 KEYS = pa.schema(
     [
@@ -44,7 +44,10 @@ KEYS = pa.schema(
     ]
 )
 TEXTS = pa.schema(
-    [("url", TEXT), ("caption", TEXT), ("width_hint", pa.int64()), ("height_hint", pa.int64())]
+    [
+        *(("url", TEXT), ("caption", TEXT), ("image_hash", TEXT)),
+        *(("width_hint", pa.int64()), ("height_hint", pa.int64())),
+    ]
 )
 REASONS = pa.schema([("source", pa.int32()), ("reason", pa.string()), ("rows", pa.int64())])
 

@@ -7,9 +7,16 @@ Not here: the plan itself (merge_plan.py), the work (units.py), the meaning of c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
 
 from evaclip_model.errors import InputError
@@ -17,11 +24,23 @@ from tasks.merge.config import ColumnMap, MergeConfig, SidecarConfig, SourceConf
 from tasks.merge.database import database, reading
 from tasks.merge.merge_plan import Edition, MergePlan, MetadataFile, Sidecar, once
 from tasks.merge.metadata_files import READERS, find_metadata, format_of
-from tasks.merge.schema import PublishedColumns, column_map, quoted, select_list
+from tasks.merge.schema import (
+    JudgedParts,
+    PublishedColumns,
+    column_map,
+    key_text,
+    quoted,
+    select_list,
+)
+from tasks.tables.text_tables import TextFormat, TextRow, column_names, read_text_table
 
 Files = Mapping[str, Sequence[Path | str]]
 """Source name -> its files or URLs, in order."""
 
+ROWS = "rows.parquet"
+"""What a text file becomes."""
+ROWS_AT_ONCE = 50_000
+_NUMBER = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
 ROWS_PER_PARTITION = 250_000
 """What a partition holds, of all sources together: its rows stay in the processor's cache while
 they are put in order, and four times as many take a third more CPU-seconds."""
@@ -54,11 +73,14 @@ def make_plan(
     outside += [path for sidecar in sidecars for path in sidecar.paths] + compared + list(given)
     spill = out / "_tmp" / "spill"
     with database(spill, memory_limit, threads, outside) as connection:
-        added = {
-            (sidecar.source, sidecar.place): _sidecar_columns(connection, config, sidecar)
-            for sidecar in sidecars
-        }
+        added: dict[tuple[int, int], dict[str, str]] = {}
+        with_keys: list[Sidecar] = []
+        for sidecar in sidecars:
+            columns, keys = _sidecar_columns(connection, config, sidecar)
+            added[sidecar.source, sidecar.place] = columns
+            with_keys.append(replace(sidecar, keys=keys))
         found: list[MetadataFile] = []
+        has_hash, known_columns = False, set[str]()
         for number, source in enumerate(config.sources):
             if not files.get(source.name):
                 raise InputError(f"source '{source.name}': no file matches '{source.files}'")
@@ -68,58 +90,143 @@ def make_plan(
                 if at == number
                 for name, kind in columns.items()
             }
-            for path in map(str, files[source.name]):
-                found.append(
-                    _inspect(connection, len(found), path, number, source, extra, out / "_tmp")
-                )
-            if not given and not any(file.rows for file in found if file.source == number):
+            looked_at = [
+                _look_at(connection, len(found) + place, str(path), source, out / "_tmp")
+                for place, path in enumerate(files[source.name])
+            ]
+            known_columns.update(name for one in looked_at for name in one.own)
+            planned, maps = _plan_files(config, number, looked_at, extra, len(found))
+            found += planned
+            has_hash = has_hash or any(columns.image_hash for columns in maps)
+            mine = [file for file in found if file.source == number]
+            if not given and not any(file.rows + file.bad_lines for file in mine):
                 raise InputError(
                     f"source '{source.name}' is empty: '{source.files}' has "
                     f"{len(files[source.name])} file(s) without a single row; put its metadata "
                     "there or remove the source"
                 )
+        if config.hash_column and not has_hash:
+            raise InputError(
+                f"download.hash_column names '{config.hash_column}', but no source has such a "
+                f"column; their columns are {', '.join(sorted(known_columns))}"
+            )
         editions = _editions(connection, config)
     rows = sum(file.rows for file in found)
     partitions = config.partitions or min(MOST_PARTITIONS, -(-rows // ROWS_PER_PARTITION))
     return MergePlan(
-        *(config, out, tuple(found), sidecars, editions, max(1, partitions)),
+        *(config, out, tuple(found), tuple(with_keys), editions, max(1, partitions)),
         *(threads, memory_limit, tuple(given)),
     )
 
 
-def _inspect(
-    connection: DuckDBPyConnection,
+@dataclass(frozen=True)
+class _LookedAt:
+    """One metadata file, before its columns have parts."""
+
+    path: str
+    """The parquet file that is read."""
+    published_as: str
+    """The source's own file."""
+    own: dict[str, str]
+    """Its columns and their types; of a text file, VARCHAR or DOUBLE by what most values are."""
+    is_text: bool
+    rows: int
+    bad_lines: int = 0
+    first_bad_line: str = ""
+
+
+def _plan_files(
+    config: MergeConfig,
     number: int,
-    path: str,
-    source_number: int,
-    source: SourceConfig,
+    looked_at: Sequence[_LookedAt],
     extra: PublishedColumns,
-    temporary: Path,
-) -> MetadataFile:
+    first: int,
+) -> tuple[list[MetadataFile], list[ColumnMap]]:
+    """The files of source `number`, numbered from `first`, and their column maps.
+
+    Every rule that one file of a source can be judged by judges all of them.
+    """
+    source = config.sources[number]
+    kinds = [{**one.own, **extra} for one in looked_at]
+    maps = [
+        _with_hash(config, column_map(source, published, one.published_as, one.is_text), one)
+        for one, published in zip(looked_at, kinds, strict=True)
+    ]
+    judged = JudgedParts.of(zip(maps, kinds, strict=True))
+    planned = [
+        MetadataFile(
+            number=first + place,
+            path=one.path,
+            source=number,
+            columns=select_list(columns, published, judged),
+            sidecar_keys=tuple(_sidecar_key(side, columns, one.own) for side in source.sidecars),
+            rows=one.rows,
+            bad_lines=one.bad_lines,
+            first_bad_line=one.first_bad_line,
+        )
+        for place, (one, columns, published) in enumerate(zip(looked_at, maps, kinds, strict=True))
+    ]
+    return planned, maps
+
+
+def _look_at(
+    connection: DuckDBPyConnection, number: int, path: str, source: SourceConfig, temporary: Path
+) -> _LookedAt:
     kind = format_of(path, source)
-    if kind != "parquet":
-        converted = temporary / "converted" / f"{number:06d}"
-        with reading(path, kind):
-            once(converted, lambda folder: _convert(connection, READERS[kind], path, folder))
-        path = str(converted / "rows.parquet")
-    own = _published(connection, path)
-    with reading(path):
-        rows = rows_in(connection, [path])
-    published = {**own, **extra}
-    columns = column_map(source, published, path)
-    keys = tuple(_sidecar_key(sidecar, columns, own) for sidecar in source.sidecars)
-    select = select_list(columns, published)
-    return MetadataFile(number, path, source_number, select, keys, rows)
-
-
-def _convert(connection: DuckDBPyConnection, reader: str, path: str, folder: Path) -> None:
-    """Rows of a text file as parquet, in order: rows are told apart by their numbers."""
-    connection.execute("SET preserve_insertion_order = true")
-    connection.execute(
-        f"COPY (SELECT * FROM {reader}) TO $target (FORMAT parquet)",
-        {"path": path, "target": str(folder / "rows.parquet")},
+    if kind == "parquet":
+        own = _published(connection, path)
+        with reading(path):
+            return _LookedAt(path, path, own, False, rows_in(connection, [path]))
+    converted = temporary / "converted" / f"{number:06d}"
+    once(converted, lambda folder: convert_text(path, kind, source, folder))
+    told = json.loads((converted / "told.json").read_text())
+    return _LookedAt(
+        str(converted / ROWS), path, told["columns"], True, told["rows"], told["bad"], told["first"]
     )
-    connection.execute("SET preserve_insertion_order = false")
+
+
+def convert_text(path: str, kind: TextFormat, source: SourceConfig, folder: Path) -> None:
+    """Write the rows of a text file into `folder` as parquet of texts, in order, and what they are.
+
+    Raises:
+        InputError: the file cannot be read, or has no columns.
+    """
+    names = column_names(path, kind, source.quoting, source.header)
+    if not names:
+        raise InputError(f"{path} cannot be read as {kind}: it has no row")
+    schema = pa.schema([(name, pa.string()) for name in names])
+    numbers, values, rows, bad, first = Counter[str](), Counter[str](), 0, 0, ""
+    with pq.ParquetWriter(folder / ROWS, schema, compression="zstd") as writer:
+        for batch in _batches(read_text_table(path, kind, source.quoting, source.header)):
+            good = [row.values for row in batch if row.flaw is None]
+            for row in batch:
+                if row.flaw is not None:
+                    bad += 1
+                    first = first or f"{path}, line {row.line}: {row.flaw}"
+            columns = {name: [row.get(name) or None for row in good] for name in names}
+            table = pa.table(columns, schema=schema)
+            writer.write_table(table)
+            rows += len(good)
+            for name in names:
+                there = table[name].drop_null()
+                values[name] += len(there)
+                numbers[name] += pc.sum(pc.match_substring_regex(there, _NUMBER)).as_py() or 0
+    kinds = {n: "DOUBLE" if 2 * numbers[n] > values[n] else "VARCHAR" for n in names}
+    told = {"columns": kinds, "rows": rows, "bad": bad, "first": first}
+    (folder / "told.json").write_text(json.dumps(told))
+
+
+def _batches(rows: Iterator[TextRow]) -> Iterator[list[TextRow]]:
+    while batch := list(islice(rows, ROWS_AT_ONCE)):
+        yield batch
+
+
+def _with_hash(config: MergeConfig, columns: ColumnMap, file: _LookedAt) -> ColumnMap:
+    """The map, its hash the column that the download compares with; "image_hash" is the map's."""
+    if config.hash_column in ("", "image_hash"):
+        return columns
+    has = config.hash_column in file.own
+    return columns.model_copy(update={"image_hash": config.hash_column if has else None})
 
 
 def _published(connection: DuckDBPyConnection, path: str) -> dict[str, str]:
@@ -132,7 +239,9 @@ def _published(connection: DuckDBPyConnection, path: str) -> dict[str, str]:
 
 def _sidecar_columns(
     connection: DuckDBPyConnection, config: MergeConfig, sidecar: Sidecar
-) -> dict[str, str]:
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Types of the columns that a sidecar adds, and SQL of the key in each of its files."""
+    keys = []
     source = config.sources[sidecar.source].name
     published = _published(connection, sidecar.paths[0])
     for path in sidecar.paths:
@@ -143,7 +252,8 @@ def _sidecar_columns(
                     f"{path}: sidecar of source '{source}' has no column '{name}'; "
                     f"its columns are {', '.join(columns)}"
                 )
-    return {name: published[name] for name in sidecar.config.columns}
+        keys.append(key_text(sidecar.config.key, columns[sidecar.config.key]))
+    return {name: published[name] for name in sidecar.config.columns}, tuple(keys)
 
 
 def _sidecar_key(sidecar: SidecarConfig, columns: ColumnMap, published: PublishedColumns) -> str:
@@ -151,9 +261,9 @@ def _sidecar_key(sidecar: SidecarConfig, columns: ColumnMap, published: Publishe
     if sidecar.on == "url":
         return quoted(columns.url)
     if sidecar.on == "id":
-        return quoted(columns.id) if columns.id else "NULL"
+        return key_text(columns.id, published[columns.id]) if columns.id else "NULL"
     if "hash" in published:
-        return quoted("hash")
+        return key_text("hash", published["hash"])
     text = " || ".join(f"coalesce({quoted(name)}, '')" for name in (columns.url, columns.caption))
     return f"laion_hash({text})"
 

@@ -11,12 +11,14 @@ same time, in processes or on machines that share the folder.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -29,7 +31,8 @@ from tasks.merge.database import copy, database, execute, reading, run, statemen
 from tasks.merge.filters import reason_expression, rule_parameters
 from tasks.merge.merge_plan import MergePlan, MetadataFile, once, read_cuts
 from tasks.merge.metadata_files import read_lists
-from tasks.merge.schema import quoted
+from tasks.merge.repair_text import is_about_encoding, repair_text
+from tasks.merge.schema import BROKEN_TEXT, NOT_BROKEN, quoted
 from tasks.merge.shuffle import (
     BUCKET_BITS,
     is_alone,
@@ -40,6 +43,8 @@ from tasks.merge.shuffle import (
 )
 
 COMPRESSION: Mapping[str, Any] = {"compression": "zstd", "compression_level": 1}
+IMAGE_HASH = "image_hash"
+"""Further column of the output, where the recipe's download compares hashes."""
 OUTPUT = pa.schema(
     [
         ("uid", pa.string()),
@@ -53,6 +58,7 @@ OUTPUT = pa.schema(
         ("also_in", pa.string()),
     ]
 )
+OUTPUT_WITH_HASH = OUTPUT.append(pa.field(IMAGE_HASH, pa.string()))
 REPEATED = ["source", "also_in"]
 """Columns whose values repeat; for others a dictionary would only cost time."""
 
@@ -129,10 +135,9 @@ def _partition_sidecar_keys(connection: DuckDBPyConnection, plan: MergePlan, num
 
 
 def _partition_sidecars(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
-    sidecar, path = plan.sidecar_files()[number]
-    config = plan.sidecars[sidecar].config
-    columns = ", ".join(map(quoted, config.columns))
-    query = statement("partition_sidecars", key=quoted(config.key), columns=columns)
+    sidecar, path, key = plan.sidecar_files()[number]
+    columns = ", ".join(map(quoted, plan.sidecars[sidecar].config.columns))
+    query = statement("partition_sidecars", key=key, columns=columns)
     _split(connection, plan, f"sidecars/{sidecar}/{number:06d}", path, query, {})
 
 
@@ -153,20 +158,41 @@ def _split(
     """Write what `query` gives of the file `path` under `place`, split over the partitions."""
 
     def make(folder: Path) -> None:
-        with reading(path):
+        def split(readable: str) -> None:
             run(
                 connection,
                 copy(query, "PARTITION_BY (part)"),
                 {
                     **parameters,
-                    "path": path,
+                    "path": readable,
                     "seed": plan.config.seed,
                     "partitions": plan.partitions,
                     "target": str(folder),
                 },
             )
 
+        _with_repair(plan, path, split)
+
     once(plan.temporary / place, make)
+
+
+def _with_repair(plan: MergePlan, path: str, read: Callable[[str], None]) -> None:
+    """Call `read` with the file `path`; where that holds text that is not UTF-8, which the database
+    refuses a whole file for, with a copy whose rows and columns are in the same places.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    with reading(path):
+        try:
+            return read(path)
+        except duckdb.Error as error:
+            if not is_about_encoding(error):
+                raise
+    repaired = plan.temporary / "repaired" / hashlib.md5(path.encode()).hexdigest()
+    once(repaired, lambda folder: repair_text(path, folder / "rows.parquet"))
+    with reading(path):
+        read(str(repaired / "rows.parquet"))
 
 
 def _join_sidecars(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
@@ -225,6 +251,7 @@ def scan_query(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]
         "file": file.number,
         "seed": plan.config.seed,
         "partitions": plan.partitions,
+        "keeps_hash": bool(plan.config.hash_column),
     }
 
 
@@ -232,10 +259,17 @@ def _scan(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
     file = plan.files[number]
 
     def make(folder: Path) -> None:
-        query, parameters = scan_query(plan, file)
-        with reading(file.path):
+        def scan(path: str) -> None:
+            columns = file.columns
+            if path != file.path:
+                columns = columns.replace(
+                    f"{NOT_BROKEN} AS broken_text", f"{quoted(BROKEN_TEXT)} AS broken_text"
+                )
+            query, parameters = scan_query(plan, replace(file, path=path, columns=columns))
             judged = stream(connection, query, parameters, rows_per_run(plan.partitions))
             write_rows(judged, folder, file.source, plan.partitions)
+
+        _with_repair(plan, file.path, scan)
 
     once(rows_folder(plan, file), make)
 
@@ -346,7 +380,9 @@ def _write(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None
         tables = (
             _chosen(connection, plan, source, part, after, cut.last_keys[place]) for part in parts
         )
-        for path, table in zip(wanted, _in_files(tables, plan.config.rows_per_file), strict=True):
+        for path, table in zip(
+            wanted, _in_files(tables, _output(plan), plan.config.rows_per_file), strict=True
+        ):
             if path in missing:
                 temporary = plan.temporary / f"{source}-{path.name}"
                 with replace_file(path, beside=temporary, sync=False) as beside:
@@ -366,7 +402,7 @@ def _chosen(
     """The rows that a range of a source takes from one partition, in order."""
     kept = kept_in(plan, [part])
     if not kept:
-        return OUTPUT.empty_table()
+        return _output(plan).empty_table()
     beyond = "" if after is None else "AND key::UUID > $after::UUID"
     parameters = {"kept": kept, "source": source, "last": last, "after": after}
     places = execute(connection, statement("chosen", after=beyond), parameters).fetchnumpy()
@@ -388,7 +424,12 @@ def _chosen(
     connection.unregister("chosen")
     columns |= {name: made.column(name) for name in made.column_names}
     columns["source"] = pa.chunked_array([pa.repeat(plan.config.sources[source].name, len(made))])
-    return pa.table([columns[name] for name in OUTPUT.names], names=OUTPUT.names)
+    names = _output(plan).names
+    return pa.table([columns[name] for name in names], names=names)
+
+
+def _output(plan: MergePlan) -> pa.Schema:
+    return OUTPUT_WITH_HASH if plan.config.hash_column else OUTPUT
 
 
 def _taken(table: pa.Table, indices: npt.NDArray[np.int64]) -> pa.Table:
@@ -396,19 +437,21 @@ def _taken(table: pa.Table, indices: npt.NDArray[np.int64]) -> pa.Table:
     return table.combine_chunks().take(pa.array(indices))
 
 
-def _in_files(tables: Iterable[pa.Table], rows_per_file: int) -> Iterator[pa.Table]:
+def _in_files(
+    tables: Iterable[pa.Table], schema: pa.Schema, rows_per_file: int
+) -> Iterator[pa.Table]:
     """Cut a stream of rows into tables of `rows_per_file`, the last one shorter."""
-    waiting = OUTPUT.empty_table()
+    waiting = schema.empty_table()
     for table in tables:
         first = rows_per_file - len(waiting)
         if len(table) < first:
-            waiting = pa.concat_tables([waiting, table.cast(OUTPUT)])
+            waiting = pa.concat_tables([waiting, table.cast(schema)])
             continue
-        yield pa.concat_tables([waiting, table.slice(0, first).cast(OUTPUT)])
+        yield pa.concat_tables([waiting, table.slice(0, first).cast(schema)])
         whole = first + (len(table) - first) // rows_per_file * rows_per_file
         for begin in range(first, whole, rows_per_file):
-            yield table.slice(begin, rows_per_file).cast(OUTPUT)
-        waiting = pa.concat_tables([table.slice(whole).cast(OUTPUT)])
+            yield table.slice(begin, rows_per_file).cast(schema)
+        waiting = pa.concat_tables([table.slice(whole).cast(schema)])
     if len(waiting):
         yield waiting
 

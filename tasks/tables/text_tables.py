@@ -79,14 +79,11 @@ def read_text_table(
     Raises:
         InputError: it cannot be opened, is UTF-16, or has no line with names.
     """
-    lines = _lines(path)
     if kind == "jsonl":
-        yield from map(_json_row, lines)
+        yield from map(_json_row, _lines(path))
         return
-    is_tsv = _suffix(path) == ".tsv"
-    quotes = quoting == "quotes" or (quoting == "auto" and not is_tsv)
     names: list[str] | None = None
-    for line, values, flaw in _split_lines(lines, "\t" if is_tsv else ",", quotes):
+    for line, values, flaw in _csv_rows(path, quoting):
         if names is None and flaw is None:
             names = values if header else [f"column{number}" for number in range(len(values))]
             if header:
@@ -101,17 +98,22 @@ def read_text_table(
 
 
 def column_names(path: str, kind: TextFormat, quoting: Quoting, header: bool) -> list[str]:
-    """Columns of the first rows of a file, in their order.
+    """Columns of a file, in the order in which they are met; JSON Lines are read to the end.
 
     Raises:
-        InputError: as `read_text_table`; or the file has no row.
+        InputError: as `read_text_table`.
     """
-    names: dict[str, None] = {}
-    for number, row in enumerate(read_text_table(path, kind, quoting, header)):
-        names.update(dict.fromkeys(row.values))
-        if number == 1000 or (kind == "csv" and names):
-            break
-    return list(names)
+    if kind == "csv":
+        first = next((values for _, values, flaw in _csv_rows(path, quoting) if flaw is None), [])
+        return first if header else [f"column{number}" for number in range(len(first))]
+    rows = read_text_table(path, kind)
+    return list(dict.fromkeys(name for row in rows for name in row.values))
+
+
+def _csv_rows(path: str, quoting: Quoting) -> Iterator[tuple[int, list[str], LineFlaw | None]]:
+    is_tsv = _suffix(path) == ".tsv"
+    quotes = quoting == "quotes" or (quoting == "auto" and not is_tsv)
+    return _split_lines(_lines(path), "\t" if is_tsv else ",", quotes)
 
 
 def _suffix(path: str) -> str:

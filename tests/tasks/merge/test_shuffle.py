@@ -26,12 +26,13 @@ def judged(first: int, rows: int) -> pa.RecordBatch:
         "key": [key_of(n) if p else None for n, p in zip(numbers, passes, strict=True)],
         "url": [f"http://a/{n}" if p else None for n, p in zip(numbers, passes, strict=True)],
         "caption": [f"ü {n}" if p else None for n, p in zip(numbers, passes, strict=True)],
+        "image_hash": [f"{n:032x}" if p else None for n, p in zip(numbers, passes, strict=True)],
         "original_id": [None if n % 5 == 0 else str(n) for n in numbers],
         "similarity": pa.array([n / 100 for n in numbers]),
         "width_hint": pa.array(numbers, pa.int64()),
         "height_hint": pa.array([None] * rows, pa.int64()),
     }
-    for name in ("key", "url", "caption", "original_id"):
+    for name in ("key", "url", "caption", "image_hash", "original_id"):
         columns[name] = pa.array(columns[name], TEXT)
     return pa.RecordBatch.from_pydict(columns)
 
@@ -57,6 +58,7 @@ def test_every_passing_row_is_in_the_partition_of_its_key_and_nowhere_else(
             assert text == {
                 "url": f"http://a/{number}",
                 "caption": f"ü {number}",
+                "image_hash": f"{number:032x}",
                 "width_hint": number,
                 "height_hint": None,
             }

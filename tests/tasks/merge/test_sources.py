@@ -83,13 +83,6 @@ def test_a_suffix_that_says_nothing_is_asked_about(tmp_path: Path) -> None:
         merged(tmp_path, {"files": str(tmp_path / "rows.dat")})
 
 
-def test_a_damaged_text_file_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"url": "http://a.example/1", "caption": "a cat"}\n{"url": \n')
-    with pytest.raises(InputError, match=r"rows.jsonl cannot be read as jsonl"):
-        merged(tmp_path, {"files": str(path)})
-
-
 @pytest.fixture
 def bucket() -> Iterator[str]:
     """An object store of its own: fsspec's, in memory."""
