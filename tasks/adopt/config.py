@@ -38,7 +38,8 @@ class AdoptedSource(Config):
     image_root: str | None = None
     """Folder that a table's paths begin in; none: the table's own."""
     quoting: Quoting = "auto"
-    """Whether double quotes enclose the values of a CSV; auto: in .csv yes, in .tsv no."""
+    """Whether double quotes enclose the values of a CSV; auto: in .csv yes, in .tsv where they
+    can (tasks/tables/text_tables.py has the rule)."""
     header: bool = True
     """Whether a CSV's first line names the columns; if not, they are column0, column1, ..."""
     revision: str = ""

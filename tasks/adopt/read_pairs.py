@@ -37,7 +37,7 @@ URL_COLUMNS = ("url", "URL", "image_url")
 ROWS_AT_ONCE = 64
 EXTENSIONS = {
     format: "jpg" if format == "JPEG" else "tif" if format == "TIFF" else format.lower()
-    for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+    for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 }
 """What a packed image is called, by its format."""
 

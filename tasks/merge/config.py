@@ -88,7 +88,8 @@ class SourceConfig(Config):
     """Glob of the cleaned edition's parquet files; rows whose address it lacks are dropped. Old
     copies of LAION's metadata are refused without it."""
     quoting: Quoting = "auto"
-    """Whether double quotes enclose the values of a text file; auto: in .csv yes, in .tsv no."""
+    """Whether double quotes enclose the values of a text file; auto: in .csv yes, in .tsv where
+    they can (tasks/tables/text_tables.py has the rule)."""
     header: bool = True
     """Whether a CSV's first line names the columns; if not, they are column0, column1, ..."""
     own_rows: bool = False

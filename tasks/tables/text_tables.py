@@ -3,10 +3,11 @@
 Covers: the rule for quotes, names of columns, lines that cannot be read, with their numbers.
 Not here: what columns mean; parquet.
 
-The rule for quotes: in a CSV a value may stand in double quotes (RFC 4180: a quote inside is
-doubled, a line may end inside); in a TSV quotes are characters like others. `quoting` says
-otherwise. A quote that is not closed within `MAX_LINES_OF_ROW` lines costs its line, not what
-follows. No type is guessed: 1984 and 2021-03-01 are texts.
+The rule for quotes (`quoting` says otherwise): in a CSV a value may stand in double quotes (RFC
+4180: a quote inside is doubled, a line may end inside), and a quote that is not closed within
+`MAX_LINES_OF_ROW` lines costs its line, not what follows. In a TSV, where many are written without
+any rule, a value that follows RFC 4180 is read by it, and any other quote is a character. No type
+is guessed: 1984 and 2021-03-01 are texts.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
@@ -36,6 +37,7 @@ MAX_LINE_BYTES = 1 << 24
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _BOM = b"\xef\xbb\xbf"
 _UNCLOSED = "unexpected end of data"
+csv.field_size_limit(2 * MAX_LINE_BYTES)
 
 
 class LineFlaw(StrEnum):
@@ -72,7 +74,7 @@ def read_text_table(
     Args:
         path: of this machine, or a URL.
         kind: what the file holds.
-        quoting: whether double quotes enclose values; auto: in CSV yes, in TSV no.
+        quoting: whether double quotes enclose values; auto: in CSV yes, in TSV where they can.
         header: whether a CSV's first line names its columns; they are `column0`, `column1`, ...
             otherwise.
 
@@ -110,10 +112,17 @@ def column_names(path: str, kind: TextFormat, quoting: Quoting, header: bool) ->
     return list(dict.fromkeys(name for row in rows for name in row.values))
 
 
-def _csv_rows(path: str, quoting: Quoting) -> Iterator[tuple[int, list[str], LineFlaw | None]]:
+_CsvRow = tuple[int, list[str], LineFlaw | None]
+
+
+def _csv_rows(path: str, quoting: Quoting) -> Iterator[_CsvRow]:
     is_tsv = _suffix(path) == ".tsv"
-    quotes = quoting == "quotes" or (quoting == "auto" and not is_tsv)
-    return _split_lines(_lines(path), "\t" if is_tsv else ",", quotes)
+    return _split_lines(
+        _lines(path),
+        "\t" if is_tsv else ",",
+        has_quotes=quoting != "none",
+        is_lenient=is_tsv and quoting == "auto",
+    )
 
 
 def _suffix(path: str) -> str:
@@ -175,48 +184,54 @@ def _lines(path: str) -> Iterator[_Line]:
 
 
 def _split_lines(
-    lines: Iterator[_Line], delimiter: str, quotes: bool
-) -> Iterator[tuple[int, list[str], LineFlaw | None]]:
-    """(number, values, flaw) of every row of a CSV."""
+    lines: Iterator[_Line], delimiter: str, *, has_quotes: bool, is_lenient: bool
+) -> Iterator[_CsvRow]:
+    """(number, values, flaw) of every row; lenient: what follows no rule for quotes has none."""
     waiting: deque[_Line] = deque()
+    width: int | None = None
 
     def following() -> _Line | None:
         return waiting.popleft() if waiting else next(lines, None)
 
     while (first := following()) is not None:
         number, text, flaw = first
-        if flaw is not None:
-            yield number, [], flaw
-        elif not quotes or '"' not in text:
-            yield number, text.split(delimiter), None
-        else:
-            taken: list[_Line] = []
-            values = _quoted_values(text, delimiter)
-            while values is None and len(taken) < MAX_LINES_OF_ROW:
-                more = following()
-                if more is None:
-                    break
-                taken.append(more)
-                if more[2] is not None:
-                    break
-                text += "\n" * (more[0] - number - text.count("\n")) + more[1]
-                values = _quoted_values(text, delimiter)
-            if values is None:
+        values: list[str] | None = None
+        if flaw is None and (not has_quotes or '"' not in text):
+            values = text.split(delimiter)
+        elif flaw is None:
+            values, taken = _quoted_row(first, following, delimiter, is_lenient)
+            if is_lenient and (values is None or (taken and len(values) != width)):
+                values = text.split(delimiter)
                 waiting.extendleft(reversed(taken))
-                yield number, [], LineFlaw.UNCLOSED_QUOTE
-            else:
-                yield number, values, None
+            elif values is None:
+                waiting.extendleft(reversed(taken))
+                flaw = LineFlaw.UNCLOSED_QUOTE
+        width = width if width is not None or values is None else len(values)
+        yield number, values or [], flaw
 
 
-def _quoted_values(text: str, delimiter: str) -> list[str] | None:
-    """Values of a row with quotes; None if one is not closed."""
-    csv.field_size_limit(2 * MAX_LINE_BYTES)
-    try:
-        return next(csv.reader([text], delimiter=delimiter, strict=True))
-    except csv.Error as error:
-        if _UNCLOSED in str(error):
-            return None
-    return next(csv.reader([text], delimiter=delimiter))
+def _quoted_row(
+    first: _Line, following: Callable[[], _Line | None], delimiter: str, is_lenient: bool
+) -> tuple[list[str] | None, list[_Line]]:
+    """(values of a row with quotes, further lines that were taken for it); None if a quote is not
+    closed, or, leniently, if the row does not follow RFC 4180."""
+    number, text, _ = first
+    taken: list[_Line] = []
+    while True:
+        try:
+            return next(csv.reader([text], delimiter=delimiter, strict=True)), taken
+        except csv.Error as error:
+            if _UNCLOSED not in str(error):
+                if is_lenient:
+                    return None, taken
+                return next(csv.reader([text], delimiter=delimiter)), taken
+        more = following() if len(taken) < MAX_LINES_OF_ROW else None
+        if more is None:
+            return None, taken
+        taken.append(more)
+        if more[2] is not None:
+            return None, taken
+        text += "\n" * (more[0] - number - text.count("\n")) + more[1]
 
 
 def _json_row(line: _Line) -> TextRow:

@@ -62,11 +62,28 @@ def test_a_bad_line_of_a_csv_costs_itself(tmp_path: Path, line: bytes, flaw: str
     assert sum(row.flaw is None for row in found) == 201
 
 
-def test_quotes_of_a_tsv_are_characters_unless_a_setting_says_otherwise(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.tsv", 'image\tcaption\n1.jpg\t"so called" cat\n')
-    assert rows(path)[0].values["caption"] == '"so called" cat'
-    path = written(tmp_path / "b.tsv", 'image\tcaption\n1.jpg\t"a\tcat"\n')
-    assert rows(path, quoting="quotes")[0].values["caption"] == "a\tcat"
+@pytest.mark.parametrize(
+    ("line", "captions"),
+    [
+        ('1.jpg\t"so called" cat', ['"so called" cat']),
+        ('1.jpg\t"never closed', ['"never closed']),
+        ('1.jpg\ta 5" screen', ['a 5" screen']),
+        ('1.jpg\t"a\tcat"', ["a\tcat"]),
+        ('1.jpg\t"a ""cat""\non a mat"', ['a "cat"\non a mat']),
+    ],
+)
+def test_a_quote_of_a_tsv_encloses_where_it_follows_the_rule_and_is_a_character_elsewhere(
+    tmp_path: Path, line: str, captions: list[str]
+) -> None:
+    path = written(tmp_path / "a.tsv", f"image\tcaption\n{line}\n9.jpg\tnext\n")
+    assert [row.values["caption"] for row in rows(path)] == [*captions, "next"]
+
+
+def test_settings_say_whether_quotes_enclose(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.csv", 'image,caption\n1.jpg,"a cat"\n')
+    assert rows(path, quoting="none")[0].values["caption"] == '"a cat"'
+    path = written(tmp_path / "a.tsv", 'image\tcaption\n1.jpg\t"open\n')
+    assert rows(path, quoting="quotes")[0].flaw == "unclosed_quote"
 
 
 def test_a_list_without_names_has_numbered_columns(tmp_path: Path) -> None:
