@@ -31,7 +31,7 @@ class Cell:
     url: str = ""
     """Address elsewhere."""
     drawing: Markup | None = None
-    """What the page shows instead of the text."""
+    """Shown by the page instead of the text."""
     share: float | None = None
     """Drawn as a bar behind the text on the page, from 0 to 1."""
     notes: tuple[int, ...] = ()
@@ -53,7 +53,7 @@ class TableColumn:
     title: str
     has_words: bool = False
     is_drawn: bool = False
-    """Whether only the page has it, because it shows drawings."""
+    """True: only the page has it, because it shows drawings."""
 
 
 def words(title: str) -> TableColumn:
@@ -70,7 +70,7 @@ class Table:
     notes: list[str] = field(default_factory=list)
     """Footnotes in the order in which they are first needed, each text once."""
     is_upright: bool = False
-    """Whether the page sets the head upright, because there are many columns."""
+    """True: the page sets the head upright, because there are many columns."""
 
     @classmethod
     def of(cls, *columns: TableColumn | str, is_upright: bool = False) -> Table:

@@ -47,7 +47,7 @@ class Ranking:
     worst_ranks: Tensor
     """Its rank if all ties went against it."""
     tied: Tensor
-    """Whether the largest logit is shared by several answers."""
+    """True where several answers share the largest logit."""
     top: Tensor
     """Indices of the first answers under the tie rule [Q, k]."""
 

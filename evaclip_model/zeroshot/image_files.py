@@ -113,7 +113,7 @@ def write_features(
 
 
 def names_file(path: Path) -> Path:
-    """Where `write_features` puts the names of the rows of `path`."""
+    """File in which `write_features` puts the names of the rows of `path`."""
     return path.with_suffix(".json")
 
 

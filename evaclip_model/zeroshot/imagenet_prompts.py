@@ -15,7 +15,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.tokenizer.bundled_assets import package_file
 
 PLACEHOLDER = "{c}"
-"""Where a template takes the class name."""
+"""Stands in a template for the class name."""
 
 _FILE = "zero_shot_metadata.py"
 _CLASSNAMES = "IMAGENET_CLASSNAMES"

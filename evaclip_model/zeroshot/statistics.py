@@ -244,7 +244,7 @@ def mcnemar(only_a: int, only_b: int) -> McNemar:
     Mid-p as Fagerland, Lydersen and Laake (2013) recommend it.
     """
     n, fewer = only_a + only_b, min(only_a, only_b)
-    # Logarithms of binomial probabilities: 2^-n is no number from n = 1075 on.
+    # Logarithms of binomial probabilities: 2^-n underflows to 0 from n = 1075 on.
     i = torch.arange(fewer + 1, dtype=torch.float64)
     whole = torch.tensor(float(n), dtype=torch.float64)
     logs = torch.lgamma(whole + 1) - torch.lgamma(i + 1) - torch.lgamma(whole - i + 1)

@@ -28,7 +28,7 @@ SEEN = "shown in training"
 
 
 def per_source(made: Sequence[Artifact], version: Artifact) -> list[dict[str, Any]]:
-    """What became of every source's rows, a row a source, most images first.
+    """Rows of every source that reached each stage, a row a source, most images first.
 
     Args:
         made: merges and their downloads, adoptions; others do not matter.

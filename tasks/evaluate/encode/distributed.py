@@ -25,15 +25,16 @@ from torch import Tensor
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from tasks.evaluate.config import EvaluationMachine, Precision
-from tasks.evaluate.encode.encode_job import (
+from tasks.evaluate.encode.encode_worker import (
     EncodeJob,
     ImageWork,
     ModelWork,
     failed_file,
     progress_file,
     sentence_file,
+    work,
+    write_images,
 )
-from tasks.evaluate.encode.encode_worker import work, write_images
 from tasks.evaluate.encode.feature_cache import Cache
 from tasks.evaluate.encode.image_features import BLOCK, ImageList, missing_blocks, read_features
 from tasks.evaluate.encode.model_identity import Identity

@@ -21,18 +21,12 @@ from pathlib import Path
 
 import torch
 
+from evaclip_model.config import Config
 from evaclip_model.cpu.allocator import freed_memory_kept
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.zeroshot.set_layout import Span
-from tasks.evaluate.encode.encode_job import (
-    EncodeJob,
-    ImageWork,
-    ModelWork,
-    failed_file,
-    progress_file,
-    sentence_file,
-)
+from tasks.evaluate.config import Precision
 from tasks.evaluate.encode.image_features import (
     ImageList,
     UnusableSetError,
@@ -44,6 +38,58 @@ from tasks.evaluate.encode.text_features import encode_texts
 
 Progress = Callable[[int, str], None]
 """Called with the number of images and texts done, and the names of their model and set."""
+
+
+class ImageWork(Config):
+    """Blocks of one set's image features that one model has yet to compute."""
+
+    name: str
+    listed: Path
+    """File of the tars and byte ranges of the images."""
+    folder: Path
+    """Folder of the finished blocks."""
+    blocks: tuple[int, ...]
+    count: int
+    """Images in them."""
+    crop_px: int = 0
+
+
+class ModelWork(Config):
+    """Texts and images that one model has yet to encode."""
+
+    name: str
+    spec: str
+    texts: Path | None
+    """File of the texts, a JSON list; none if all are encoded."""
+    text_count: int
+    text_folder: Path
+    images: tuple[ImageWork, ...]
+
+
+class EncodeJob(Config):
+    """All missing features, and the settings of the ranks that share the work."""
+
+    models: tuple[ModelWork, ...]
+    ranks: int
+    workers: int
+    """Decoding threads of each rank."""
+    device: str
+    precision: Precision
+
+
+def progress_file(job: Path, rank: int) -> Path:
+    """File of a rank's progress."""
+    return job.with_name(f"progress-{rank}.json")
+
+
+def failed_file(job: Path, rank: int) -> Path:
+    """File of the sets that a rank found unusable, written when the rank is done."""
+    return job.with_name(f"failed-{rank}.json")
+
+
+def sentence_file(job: Path, rank: int) -> Path:
+    """File of a rank's message to the user, who must correct something first."""
+    return job.with_name(f"sentence-{rank}.txt")
 
 
 def work(job: EncodeJob, rank: int, progress: Progress) -> dict[str, str]:

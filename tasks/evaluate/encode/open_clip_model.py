@@ -212,7 +212,7 @@ class OpenClipSubject:
 
 
 def _is_causal(text: Any) -> bool:
-    """Whether a text tower is CLIP's own transformer: later tokens reach no earlier one."""
+    """Tell whether a text tower is CLIP's own causal transformer."""
     parts = ("token_embedding", "positional_embedding", "transformer", "ln_final", "attn_mask")
     return all(getattr(text, part, None) is not None for part in parts) and (
         getattr(text, "cls_emb", None) is None

@@ -46,7 +46,7 @@ def compute_figures(scored: Scored) -> Figures:
 
 
 def chance_levels(evalset: EvalSet) -> dict[str, float]:
-    """What random answers reach, by metric; of the metrics of which that is known."""
+    """Share that random answers reach, by metric, for those with a known one."""
     metrics = metrics_of(evalset)
     return {one.name: one.chance(evalset) for one in metrics if one.chance is not None}
 
@@ -85,7 +85,7 @@ def _count(scored: Scored) -> Figures:
 
 
 def _describe_classes(scored: Scored) -> Figures:
-    """How each class fares, and which are taken for each other; nothing without classes."""
+    """Answers of each class, and classes taken for each other; nothing without classes."""
     evalset = scored.evalset
     if scored.scores is not None:
         positives = positives_of(evalset)

@@ -75,7 +75,7 @@ class PairedDifference:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric(ABC):
-    """One figure that evaluation sets of a kind have, and everything that is told of it."""
+    """One figure that evaluation sets of a kind have, and all that derives from it."""
 
     name: str
     """Key in `results.json` and in MLflow."""
@@ -84,7 +84,7 @@ class Metric(ABC):
     kind: Kind
     """Kind of the sets that have it."""
     chance: Callable[[EvalSet], float] | None = None
-    """What random answers reach; None where that is not known."""
+    """Share that random answers reach; None where it is not known."""
     printed_for: PaperMetric | None = None
     """Metric, as the registry names it, of the sets of which the paper prints this figure."""
     column: str = ""
@@ -92,7 +92,7 @@ class Metric(ABC):
     headline: int = 0
     """Place among the figures shown first of those sets, which the gate judges; 0: none."""
     is_theirs_alone: bool = False
-    """Whether only those sets have it, not every set of the kind."""
+    """True: only those sets have it, not every set of the kind."""
 
     @abstractmethod
     def value(self, scored: Scored, ties: Ties = "together") -> float:
@@ -116,7 +116,7 @@ class Metric(ABC):
         return min(value, self.value(scored, "lost")), max(value, self.value(scored, "won"))
 
     def applies_to(self, evalset: EvalSet) -> bool:
-        """Whether a set has this figure."""
+        """Tell whether a set has this figure."""
         named = evalset.known.metric if evalset.known else None
         return evalset.kind == self.kind and (not self.is_theirs_alone or named == self.printed_for)
 

@@ -135,7 +135,7 @@ class PaperModel:
 
     row: str
     is_released: bool
-    """Whether it is the very model, by the name of its weights; else one of its architecture."""
+    """True: the very model, by the name of its weights; else another of its architecture."""
 
 
 @dataclass(frozen=True)
@@ -242,10 +242,12 @@ def verdict(
         return PaperVerdict("not comparable", why_not)
     tolerance = UNKNOWN_TOLERANCE if reference.tolerance is None else reference.tolerance
     apart = abs(100 * ours - reference.value)
-    told = f"{apart:.2f} points from {reference.value:.1f}, where {tolerance:g} count as the same"
+    distance = (
+        f"{apart:.2f} points from {reference.value:.1f}, where {tolerance:g} count as the same"
+    )
     if apart <= tolerance + 1e-9:
-        return PaperVerdict("reproduced", told)
-    return PaperVerdict("differs", f"{told}; {reference.note}" if reference.note else told)
+        return PaperVerdict("reproduced", distance)
+    return PaperVerdict("differs", f"{distance}; {reference.note}" if reference.note else distance)
 
 
 def _obstacles(
@@ -295,7 +297,7 @@ def _row(table: str, raw: Mapping[str, Any], corrected: Mapping[Any, Any]) -> Pa
 
 
 def _concerns(erratum: Erratum, table: str, model: str, column: str) -> bool:
-    """Whether an erratum names a cell, as one to correct or to remark on."""
+    """Tell whether an erratum names a cell, as one to correct or to remark on."""
     corrects = any(
         (one.table, one.model, one.column) == (table, model, column) for one in erratum.cells
     )
@@ -327,7 +329,7 @@ def _footnote(erratum: Erratum, model: str | None = None, column: str = "") -> s
 
 
 def _is_same(shipped: str, name: str, px: int) -> bool:
-    """Whether two names of architectures, one with a size of image, mean the same."""
+    """Tell whether two names of architectures, one with a size of image, mean the same."""
     is_known = name in list_models()
     return is_known and ModelConfig.load(name).at_image_px(px) == ModelConfig.load(shipped)
 

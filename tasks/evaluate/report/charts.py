@@ -214,7 +214,7 @@ class _Box:
 
 
 def _place_name(circle: _Circle, frame: _Frame, taken: Sequence[_Box]) -> _Box:
-    """Where a name covers no other: right of its circle, left, below, above, or further off."""
+    """A place for a name that covers no other: beside its circle, below, above, or further off."""
     gap, width = circle.radius + 4, len(circle.bubble.label) * 5.6
     inside = _Box(LEFT, 0, frame.width - 2 - LEFT, frame.height - BOTTOM)
     places = [

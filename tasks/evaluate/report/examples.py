@@ -36,7 +36,7 @@ QUALITY = 72
 
 @dataclass(frozen=True)
 class Amount:
-    """How many examples of one set are shown: a page over many sets shows fewer of each."""
+    """Number of examples of one set: a page over many sets shows fewer of each."""
 
     right: int
     """Queries drawn from those answered right, each direction."""
@@ -47,7 +47,7 @@ class Amount:
 
     @classmethod
     def for_sets(cls, count: int) -> Amount:
-        """What keeps the page of `count` sets below a few megabytes."""
+        """The amount that keeps the page of `count` sets below a few megabytes."""
         return cls(3, 5, 15, 10) if count <= FEW_SETS else cls(2, 3, 5, 5)
 
 
@@ -205,8 +205,8 @@ def _drawn(evalset: EvalSet, ranking: Ranking, amount: Amount) -> list[tuple[str
     among = torch.nonzero(ranking.ranks == 0).flatten().tolist()
     good = _sample(evalset, among, amount.right)
     rest = [query for query in range(len(ranking)) if query not in set(good)]
-    told = f"drawn from the {len(among):,} of {len(ranking):,} answered right"
-    return [(told, query) for query in good] + [
+    among_right = f"drawn from the {len(among):,} of {len(ranking):,} answered right"
+    return [(among_right, query) for query in good] + [
         (f"drawn from the other {len(rest):,}", query)
         for query in _sample(evalset, rest, amount.others)
     ]

@@ -34,7 +34,7 @@ class Tile:
     of: str
     value: str
     refused: bool = False
-    """Whether the value is a reason why there is no figure."""
+    """True: the value is the reason why there is no figure."""
     facts: Sequence[tuple[str, str]] = field(default=())
     """Name and value of what stands below it."""
 
