@@ -36,11 +36,12 @@ def compute_figures(scored: Scored) -> Figures:
     """
     scored.check_complete()
     metrics = metrics_of(scored.evalset)
+    values = {metric.name: metric.value(scored) for metric in metrics}
     return {
         **_count(scored),
         "intervals": {metric.name: metric.interval(scored) for metric in metrics},
-        "bounds": {metric.name: metric.bounds(scored) for metric in metrics},
-        **{metric.name: metric.value(scored) for metric in metrics},
+        "bounds": {metric.name: metric.bounds(scored, values[metric.name]) for metric in metrics},
+        **values,
         **_describe_classes(scored),
     }
 

@@ -106,13 +106,12 @@ class Metric(ABC):
     def compare(self, a: Scored, b: Scored) -> PairedDifference:
         """The figure of model a less that of model b, on the same samples."""
 
-    def bounds(self, scored: Scored) -> Interval:
-        """The figure if all ties were lost, and if all were won.
+    def bounds(self, scored: Scored, value: float) -> Interval:
+        """The figure if all ties were lost, and if all were won; `value` is the figure itself.
 
         Images that tie count as one threshold of a precision, which may be worth more than any
         order of them: the figure itself is never outside.
         """
-        value = self.value(scored)
         return min(value, self.value(scored, "lost")), max(value, self.value(scored, "won"))
 
     def applies_to(self, evalset: EvalSet) -> bool:
