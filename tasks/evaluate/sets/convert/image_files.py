@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from evaclip_model.errors import InputError
-from evaclip_model.reading.image_decoder import MAGIC_BYTES, identify_format
+from evaclip_model.reading.image_decoder import MAGIC_BYTES, MAX_BYTES, identify_format
 from evaclip_model.zeroshot.set_layout import is_system_file
 from tasks.evaluate.sets.convert.shard_writer import (
     Answer,
@@ -27,8 +27,6 @@ from tasks.evaluate.sets.convert.shard_writer import (
 )
 
 _KNOWN_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
-_LARGEST = 512 << 20
-"""Bytes of a file that is still read."""
 
 
 def walk_files(folder: Path) -> Iterator[Path]:
@@ -111,8 +109,8 @@ def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
 def _read(path: Path, answer: Answer) -> Found:
     if is_system_file(path.name):
         raise UnusableSourceError("is a file of the operating system")
-    if path.stat().st_size > _LARGEST:
-        raise UnusableSourceError(f"has more than {_LARGEST >> 20} MiB")
+    if path.stat().st_size > MAX_BYTES:
+        raise UnusableSourceError(f"has more than {MAX_BYTES >> 20} MiB")
     if path.suffix.lower() not in _KNOWN_SUFFIXES:
         with path.open("rb") as file:  # most other files are large and not images
             if identify_format(file.read(MAGIC_BYTES)) is None:
