@@ -116,7 +116,7 @@ def test_pixels_that_training_did_not_see_are_refused(tmp_path: Path, saved_mode
 @pytest.mark.parametrize(
     ("spec", "complaint"),
     [
-        ("nowhere", "no saved model"),
+        ("nowhere", "not a saved model"),
         ("nowhere.pt:EVA02-CLIP-B-16", "does not exist"),
         ("nowhere.pt:EVA02-CLIP-B-61", "unknown model"),
         ("open_clip:ViT-B-33/x", "open_clip has no model 'ViT-B-33'"),
