@@ -148,7 +148,7 @@ class TrackingStore:
         return str(run.info.artifact_uri)
 
     def away(self, error: Exception) -> InputError:
-        """The sentence for a person when the store does not answer."""
+        """The error that names a store which does not answer."""
         return InputError(
             f"the tracking store {self.uri} does not answer ({redact(str(error))[:160]}): "
             "start it, or give another address, and run the same command again"

@@ -1,4 +1,4 @@
-"""A dataset version for people: where it comes from, what was left out, how much is there.
+"""The card of a dataset version: its sources, its size, what was left out and why.
 
 Covers: the Markdown of `card.md`, from the manifests of all that the version was made from.
 Not here: any decision; figures are copied, never computed anew.

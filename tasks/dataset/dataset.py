@@ -74,7 +74,7 @@ def make_dataset(
         ancestors: what the data was made from, the verification last.
         outside: files that the rules name.
         takedowns: the samples that may be used no longer.
-        report: told of every step.
+        report: called at every step.
 
     Raises:
         InputError: a list or an evaluation set cannot be read, or nothing is left.
@@ -144,7 +144,7 @@ def _shards(
 
 
 def _never_packed(ancestors: Sequence[Artifact]) -> Counter[str]:
-    """What adopted folders and tables hold that is no pair, by reason: it is in no index."""
+    """Contents of adopted folders and tables that are not pairs, by reason; no index has them."""
     found: Counter[str] = Counter()
     for artifact in ancestors:
         if artifact.kind == "adopt":

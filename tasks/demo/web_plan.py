@@ -217,7 +217,7 @@ class _Planner:
         )
 
     def _copy(self, concept: Concept, route: Route, kind: str) -> DemoRow:
-        """A further row with a URL of its own, so that it is no repeat of the concept's row."""
+        """A further row with a URL of its own, so that it does not repeat the concept's row."""
         row = self._row(concept, route)
         return replace(row, url=f"{row.url}?copy={kind}", kind=kind)
 

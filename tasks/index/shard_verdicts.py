@@ -48,10 +48,10 @@ def read_verdicts(folder: Path) -> list[ShardVerdict]:
 
 
 def relative_path(location: Path | str, folder: Path) -> str:
-    """How a file of `folder` names a shard: a URL as it is, a path as it leads there."""
+    """A shard's name in a file of `folder`: a URL as it is, a path relative to the folder."""
     return str(location) if is_url(location) else os.path.relpath(location, folder)
 
 
 def shard_location(folder: Path, path: str) -> str:
-    """Where a shard lies that a file of `folder` names so."""
+    """The place of a shard that a file of `folder` names so."""
     return path if is_url(path) else str(folder / path)

@@ -37,7 +37,7 @@ class InitialiseConfig(Config):
     allow_torchscript: bool = False
     """Whether the files may be TorchScript archives, which hold code (OpenAI's CLIP)."""
     origins: dict[str, str] = Field(default_factory=dict)
-    """Path, as it is named above -> what to do when it is not there, for people."""
+    """Path, as it is named above -> the advice to print when it does not exist."""
     seed: int = Field(default=0, ge=0)
     """Decides every value that no file gives."""
 

@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 class Shipper(threading.Thread):
-    """Applies a journal's events to the store, in order, in the background, until told to stop."""
+    """Applies a journal's events to the store, in order, in the background, until `finish`."""
 
     def __init__(self, store: TrackingStore, journals: Path, journal: Journal) -> None:
         """Nothing is contacted yet.

@@ -19,9 +19,9 @@ STAGE = Stage("register", 2, tools=("mlflow",))
 REGISTERED = "registered.json"
 """Name, version, alias, uri, tracking_uri."""
 DECISION = "decision.json"
-"""What the gate said of the version, with every reason."""
+"""The gate's decision on the version, with every reason."""
 DECISION_PAGE = "decision.md"
-"""The same for people."""
+"""The decision as a page."""
 
 
 class GatePolicy(Config):

@@ -213,8 +213,8 @@ def _gain(candidate: Candidate, policy: GatePolicy) -> GateReason:
     tests = len(wanted) if policy.need == "any" else 1
     better = [name for name in wanted if _is_better(candidate.gains[name], tests, policy)]
     enough = len(better) == len(wanted) if policy.need == "all" else bool(better)
-    told = better if enough else [name for name in wanted if name not in better]
-    figures = "; ".join(f"{name} {candidate.gains[name]}" for name in told)
+    named = better if enough else [name for name in wanted if name not in better]
+    figures = "; ".join(f"{name} {candidate.gains[name]}" for name in named)
     if enough:
         return GateReason(rule="gain", outcome=GateOutcome.PROMOTE, says=f"better: {figures}")
     above = f" by more than {policy.min_gain_points:g} points" if policy.min_gain_points else ""

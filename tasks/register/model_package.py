@@ -55,7 +55,7 @@ Serve it, and ask over HTTP:
     mlflow models serve -m models:/{name}/{version} --env-manager local -p 5001
     curl http://127.0.0.1:5001/invocations -H 'content-type: application/json' -d '{request}'
 """
-"""A version's description: what a person who finds it in the registry can do with it."""
+"""A version's description in the registry: how to load it and how to serve it."""
 
 
 def pack(
@@ -72,7 +72,7 @@ def pack(
     Args:
         model: what `save_model` wrote.
         packed: made anew.
-        reference: where the weights are, if they shall not travel with it.
+        reference: where the weights are, if they do not travel with it.
         lineage: what it was made from, as the text of `lineage.json`.
         model_id: MLflow's id of the model.
         run_id: MLflow's id of the run that made it.

@@ -53,7 +53,7 @@ def register_model(
         root: root of the artifacts, to find the ancestors whose digests become tags.
         out: folder of this stage's artifact.
         run_id: MLflow run that made the model, when it is known; the version links to it.
-        report: told of every step.
+        report: called at every step.
         large: what becomes of weights too large for the registry.
 
     Raises:

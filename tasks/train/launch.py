@@ -29,7 +29,7 @@ _HOST = re.compile(r"(\S+)\s+slots=(\d+)\s*")
 
 
 def default_ranks(cores: int, gpus: int, lanes: int) -> int:
-    """Ranks when nobody chose: one a GPU, or two on a CPU that has the cores.
+    """Ranks when no number is set: one a GPU, or two on a CPU that has the cores.
 
     Fewer when `lanes` cannot be shared out among them, so that a machine that lost a GPU goes on.
     """

@@ -88,7 +88,7 @@ def _verify(
 
 
 class _Listed(NamedTuple):
-    """A shard to look at."""
+    """A shard to verify."""
 
     location: str
     size: int | None

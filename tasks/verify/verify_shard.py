@@ -182,7 +182,7 @@ class _Seen:
 
     @property
     def named_sources(self) -> set[str]:
-        """What the records name; a sample without a record goes by its neighbours'."""
+        """Sources that the records name; a sample without a record has its neighbours'."""
         return self.sources - {""} or {""}
 
     def look_at(self, sample: Sample) -> None:
@@ -274,7 +274,7 @@ def _said(flaws: Counter[str]) -> str:
 
 
 def _why_not_as_recorded(tar: Path, seen: _Seen) -> str | None:
-    """Why the tar does not hold the samples that the downloader recorded; None if it does.
+    """The reason why the tar does not hold the samples that were recorded; None if it does.
 
     A tar without table and statistics was not made by img2dataset, and stands for itself.
     """
