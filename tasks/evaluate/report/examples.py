@@ -201,10 +201,10 @@ def _first_of_class(evalset: EvalSet) -> dict[int, int]:
 
 
 def _drawn(evalset: EvalSet, ranking: Ranking, amount: Amount) -> list[tuple[str, int]]:
-    """Queries to show: some of those answered right, then some of all others."""
+    """Queries to show: some of those answered right, then some of those that were not."""
     among = torch.nonzero(ranking.ranks == 0).flatten().tolist()
     good = _sample(evalset, among, amount.right)
-    rest = [query for query in range(len(ranking)) if query not in set(good)]
+    rest = torch.nonzero(ranking.ranks > 0).flatten().tolist()
     among_right = f"drawn from the {len(among):,} of {len(ranking):,} answered right"
     return [(among_right, query) for query in good] + [
         (f"drawn from the other {len(rest):,}", query)

@@ -149,6 +149,7 @@ def _order(
     if chosen is not None:
         return _by_list(words, own, chosen, known, where, numbered, first)
     listed = _list_of_known(known, required=numbered)
+    others = [source for source in known.names if source != "dataset"] if known else []
     if numbered:
         if listed is None:
             raise InputError(
@@ -161,6 +162,11 @@ def _order(
     if synsets is not None:
         return synsets
     remarks: tuple[str, ...] = ()
+    if listed is None and others and known:
+        remarks = (
+            f"the names are the source's own: the list of '{known.key}' ({', '.join(others)}) is "
+            "not installed, so they were not compared with it",
+        )
     if listed is not None:
         try:
             return _by_list(words, own, listed, known, where, numbered, first)

@@ -161,7 +161,7 @@ def kind_of(folder: Path) -> Kind:
     raise InputError(f"{path} must hold one of {', '.join(_ANSWERS)}, got '{found[:40]}'")
 
 
-class _Entry(NamedTuple):
+class _Indexed(NamedTuple):
     """One sample of the index, as it is kept."""
 
     key: str
@@ -174,7 +174,7 @@ class _Entry(NamedTuple):
     """Label; or [number of classes, [labels]]; or captions."""
 
 
-def _index(tars: Sequence[Path], kind: Kind, cache: Path | None) -> list[_Entry]:
+def _index(tars: Sequence[Path], kind: Kind, cache: Path | None) -> list[_Indexed]:
     """The samples of all tars, by their keys: the kept index where it is still right."""
     stamps = [[str(tar.resolve()), tar.stat().st_size, tar.stat().st_mtime_ns] for tar in tars]
     mark = {"version": _INDEX_VERSION, "kind": kind, "tars": stamps}
@@ -191,21 +191,21 @@ def _index(tars: Sequence[Path], kind: Kind, cache: Path | None) -> list[_Entry]
     return entries
 
 
-def _kept(path: Path, mark: dict[str, Any]) -> list[_Entry] | None:
+def _kept(path: Path, mark: dict[str, Any]) -> list[_Indexed] | None:
     try:
         found = json.loads(path.read_text())
         if {key: found[key] for key in mark} != mark:
             return None
-        return [_Entry(*sample) for sample in found["samples"]]
+        return [_Indexed(*sample) for sample in found["samples"]]
     except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: read the tars
         return None
 
 
-def _read(tars: Sequence[Path], kind: Kind) -> list[_Entry]:
+def _read(tars: Sequence[Path], kind: Kind) -> list[_Indexed]:
     numbers = range(len(tars))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "index") as pool:
         by_tar = list(pool.map(lambda number: _entries(number, tars[number], kind), numbers))
-    found: dict[str, _Entry] = {}
+    found: dict[str, _Indexed] = {}
     for tar, entries in zip(tars, by_tar, strict=True):
         for entry in entries:
             if found.setdefault(entry.key, entry) is not entry:
@@ -213,18 +213,18 @@ def _read(tars: Sequence[Path], kind: Kind) -> list[_Entry]:
     return [found[key] for key in sorted(found)]
 
 
-def _entries(number: int, tar: Path, kind: Kind) -> list[_Entry]:
+def _entries(number: int, tar: Path, kind: Kind) -> list[_Indexed]:
     found = read_members(tar, digest_images=True)
     return [_entry(number, tar, key, members, kind) for key, members in found.items()]
 
 
-def _entry(number: int, tar: Path, key: str, members: dict[str, TarMember], kind: Kind) -> _Entry:
+def _entry(number: int, tar: Path, key: str, members: dict[str, TarMember], kind: Kind) -> _Indexed:
     image = find_image(members, f"{tar}: sample {key}")
     wanted = _ANSWERS[kind]
     if wanted not in members:
         raise InputError(f"{tar}: sample {key} has no .{wanted} member")
     answer = _READERS[kind](members[wanted].content, f"{tar}: {key}")
-    return _Entry(key, number, image.span.offset, image.span.size, image.sha256, answer)
+    return _Indexed(key, number, image.span.offset, image.span.size, image.sha256, answer)
 
 
 def _labels(content: bytes, where: str) -> list[Any]:
@@ -272,8 +272,11 @@ _READERS = {"classification": read_label, "multilabel": _labels, "retrieval": _c
 
 
 def _in_subset(
-    names: tuple[str, ...], entries: list[_Entry], tars: Sequence[Path], known: KnownSet | None
-) -> tuple[tuple[str, ...], list[_Entry]]:
+    names: tuple[str, ...],
+    entries: list[_Indexed],
+    tars: Sequence[Path],
+    known: KnownSet | None,
+) -> tuple[tuple[str, ...], list[_Indexed]]:
     """Names and labels that count the classes of a subset of ImageNet only, in ImageNet's order.
 
     They come like that from published sets; labels of the thousand, as of a folder of ImageNet's
@@ -301,7 +304,7 @@ def _in_subset(
 
 
 def _check_labels(
-    names: tuple[str, ...], entries: Sequence[_Entry], tars: Sequence[Path], where: Path
+    names: tuple[str, ...], entries: Sequence[_Indexed], tars: Sequence[Path], where: Path
 ) -> None:
     for entry in entries:
         if isinstance(entry.answer, int):
@@ -317,7 +320,7 @@ def _check_labels(
             )
 
 
-def _sample(entry: _Entry, tars: Sequence[Path], kind: Kind) -> EvalSample:
+def _sample(entry: _Indexed, tars: Sequence[Path], kind: Kind) -> EvalSample:
     span = Span(tars[entry.tar], entry.offset, entry.size)
     if kind == "classification":
         return EvalSample(entry.key, span, label=entry.answer, sha256=entry.sha256)

@@ -9,12 +9,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
 from evaclip_model.errors import InputError
 from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.training.cost import image_flops
+from evaclip_model.zeroshot.exact_ranks import rank_targets
 from tasks.evaluate.paper.published import rows_of
 from tasks.evaluate.report.charts import (
     Bubble,
@@ -27,7 +29,7 @@ from tasks.evaluate.report.charts import (
 )
 from tasks.evaluate.report.compute_chart import GFLOPS
 from tasks.evaluate.report.curves import loss_chart, read_curve
-from tasks.evaluate.report.examples import thumbnail
+from tasks.evaluate.report.examples import Amount, _drawn, thumbnail
 from tasks.evaluate.report.numbers import (
     interval,
     ordinal,
@@ -50,6 +52,7 @@ from tasks.table import (
     terminal_table,
     words,
 )
+from tests.tasks.evaluate.answers import caption_set
 
 
 def test_shares_are_shown_with_the_digits_they_deserve():
@@ -229,3 +232,15 @@ def test_a_table_for_a_terminal_sets_numbers_right_and_leaves_drawings_out():
         "x | y    1.0  <b>",
         "z        2.0",
     ]
+
+
+def test_examples_of_retrieval_are_parted_into_right_and_wrong_answers() -> None:
+    evalset = caption_set([1] * 10)
+    logits = torch.eye(10)
+    logits[6:] = torch.eye(10)[[7, 8, 9, 6]]
+    ranking = rank_targets(logits, torch.arange(10))
+    drawn = _drawn(evalset, ranking, Amount.for_sets(1))
+    right = {query for group, query in drawn if "of 10 answered right" in group}
+    wrong = {query for group, query in drawn if group == "drawn from the other 4"}
+    assert right <= set(range(6)) and wrong <= set(range(6, 10))
+    assert right and wrong and len(right | wrong) == len(drawn)
