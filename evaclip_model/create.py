@@ -110,7 +110,7 @@ def open_model(
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise InputError(
-                f"{folder} is no saved model: it has no {name}; give a folder that holds "
+                f"{folder} is not a saved model: it has no {name}; give a folder that holds "
                 f"{CONFIG_FILE} and {WEIGHTS_FILE}"
             )
     model = create_model(

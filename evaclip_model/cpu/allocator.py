@@ -1,4 +1,4 @@
-"""What the C library does with host memory that torch frees.
+"""Host memory that torch frees, kept by the C library for the next use.
 
 Covers: keeping it in the process, on glibc; elsewhere nothing changes.
 Not here: memory of GPUs, which torch keeps itself.

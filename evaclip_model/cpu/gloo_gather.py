@@ -33,11 +33,11 @@ def all_gather_into_tensor(
     group: dist.ProcessGroup | None = None,
     async_op: bool = False,
 ) -> Pending | None:
-    """As torch's of this name, with each rank's part broadcast into its place.
+    """Gather as torch's function of this name, with each rank's part broadcast into its place.
 
     Args:
-        output_tensor: contiguous, as many elements as all ranks' inputs together; filled.
-        input_tensor: this rank's part, the same size everywhere; may lie in `output_tensor`.
+        output_tensor: [ranks * n], contiguous; filled.
+        input_tensor: [n], this rank's part, the same size everywhere; may lie in `output_tensor`.
         async_op: return at once what is to be waited for.
     """
     parts = output_tensor.view(-1).chunk(dist.get_world_size(group))

@@ -38,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def is_traced() -> bool:
-    """Whether an exporter is recording: it needs plain operators and sizes that follow shapes."""
+    """Return whether an exporter is recording: it needs plain operators, and sizes from shapes."""
     return (
         torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     )

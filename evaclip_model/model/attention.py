@@ -108,14 +108,14 @@ def require_dtype(choice: AttentionChoice, dtype: torch.dtype) -> None:
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """torch's fused attention: no [Q, S] matrix in memory."""
+    """torch's fused attention, [B, Q, H, D] as `AttentionKernel`: no [Q, S] matrix in memory."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out: Tensor = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return out.transpose(1, 2)
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Plain matrix products; the softmax adds up in at least float32."""
+    """Plain matrix products, [B, Q, H, D] as `AttentionKernel`; the softmax sums in float32."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, H, Q, S]
     if causal:
@@ -127,8 +127,8 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 def auto_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """The faster of torch's two for this device and dtype; on a CPU, captions in bfloat16 go by
-    float32.
+    """The faster of torch's two for this device and dtype, [B, Q, H, D] as `AttentionKernel`; on a
+    CPU, captions in bfloat16 go by float32.
 
     Groups of captions have new sizes in every batch, and oneDNN, which multiplies bfloat16,
     compiles a program for each and keeps a thousand; fused attention in float32 needs none.

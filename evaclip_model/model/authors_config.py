@@ -126,7 +126,7 @@ class _Model(Config):
 
 
 def is_authors_form(values: Mapping[str, Any]) -> bool:
-    """Whether a mapping is an architecture in the authors' form, right or wrong."""
+    """Return whether a mapping is an architecture in the authors' form, right or wrong."""
     return "vision_cfg" in values or "text_cfg" in values
 
 

@@ -28,7 +28,7 @@ CPU, launches that a whole batch of short captions would not outlast on an accel
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the tokens of a batch [B, L] stand in its stream [S]."""
+    """Places of the tokens of a batch [B, L] in its stream [S]."""
 
     groups: tuple[tuple[int, int], ...]
     """(captions, tokens of each) in the stream's order; their products add up to S. Filling tokens
@@ -42,7 +42,7 @@ class Packing:
 
 
 def pack_padded(tokens: Tensor) -> Packing:
-    """The batch as one group of full length: no number depends on the ids, so it can be traced."""
+    """Pack ids [B, L] as one group of full length: no size depends on them, so it can be traced."""
     captions, length = tokens.shape
     positions = torch.arange(length, device=tokens.device).expand(captions, length)
     starts = torch.arange(captions, device=tokens.device) * length

@@ -126,7 +126,7 @@ class EvaClip(nn.Module):
         return resolved_attention(self._attention, self.logit_scale.device, self.logit_scale.dtype)
 
     def set_grad_checkpointing(self, mode: GradCheckpointing) -> None:
-        """How much of each block the backward pass computes again; results stay the same.
+        """Set how much of each block the backward pass computes again; results stay the same.
 
         Args:
             mode: "none"; "selective", all but matrix products and fused attention; or "full",

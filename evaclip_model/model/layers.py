@@ -60,7 +60,7 @@ class VisionAttention(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None, first_only: bool = False
     ) -> Tensor:
-        """What tokens attend to, or the class token alone: it attends to all in either case.
+        """Attention of all tokens, or of the class token alone, to all tokens.
 
         Args:
             x: [B, S, W].

@@ -82,9 +82,11 @@ class VisionConfig(Config):
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.image_px % self.patch_px:
-            raise ValueError(f"image_px {self.image_px} is no multiple of patch_px {self.patch_px}")
+            raise ValueError(
+                f"image_px {self.image_px} is not a multiple of patch_px {self.patch_px}"
+            )
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.rope_reference_grid is not None and self.head_width % 4:
             raise ValueError(f"2D RoPE needs a head width divisible by 4, not {self.head_width}")
         if self.sub_norm and self.mlp != "swiglu":
@@ -109,7 +111,7 @@ class TextConfig(Config):
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         return self
 
 
@@ -162,14 +164,14 @@ class ModelConfig(Config):
                 "'embed_dim', 'vision' and 'text' (or 'vision_cfg' and 'text_cfg')"
             ) from None
         if not isinstance(values, dict):
-            raise InputError(f"{path} is no model config: expected a JSON object")
+            raise InputError(f"{path} is not a model config: expected a JSON object")
         return cls._of_either_form(values, where=str(path))
 
     def at_image_px(self, image_px: int) -> ModelConfig:
-        """The same architecture for square images of another side, in pixels.
+        """Return the same architecture for square images of another side, in pixels.
 
         Raises:
-            InputError: `image_px` is no multiple of the patch.
+            InputError: `image_px` is not a multiple of the patch.
         """
         values = self.model_dump()
         values["vision"]["image_px"] = image_px

@@ -1,4 +1,4 @@
-"""Which sample stands at which position of training, as pure arithmetic.
+"""The sample at each position of training, as pure arithmetic.
 
 Covers: the exact mix of sources, and each source's seeded order: over epochs, or of shards drawn
 with replacement. Nothing is read.
@@ -91,7 +91,7 @@ class Mixture:
         return drawn
 
     def drawn_before(self, step: int, lane: int) -> Ints:
-        """How often the lane drew from each source in all steps before this one, [sources]."""
+        """Draws of the lane from each source in all steps before this one, [sources]."""
         cycle = len(self._pattern)
         cycles, rest = divmod(step, cycle)
         whole = self._counted(np.arange(cycle), lane) * cycles if cycles else 0
@@ -131,7 +131,7 @@ class Order(Protocol):
         """Epoch and number of the window after a window."""
 
     def pieces(self, lane: int, epoch: int, window: int) -> list[Piece]:
-        """What the window consists of, in the order of reading."""
+        """Parts of the window, in the order of reading."""
 
     def shuffled(self, lane: int, epoch: int, window: int) -> Ints:
         """Order in which the window's samples are drawn."""

@@ -36,7 +36,7 @@ _GO = b"."
 
 
 class Origin(NamedTuple):
-    """Where a sample of a batch comes from."""
+    """Origin of a sample of a batch."""
 
     shard: str
     """Path of its tar, relative to the manifest."""

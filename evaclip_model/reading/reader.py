@@ -59,7 +59,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class ReadSettings:
-    """What reading may cost; no batch depends on it."""
+    """Limits on what reading costs; no batch depends on them."""
 
     cache_bytes: int = 0
     """Memory for decoded images, when all shards fit into it; 0 decodes every time."""
@@ -394,7 +394,7 @@ class _ShardStream:
         self._pairs = store.open(shard)
 
     def reaches(self, shard: Shard, start: int) -> bool:
-        """Whether sample `start` of `shard` is still ahead."""
+        """Return whether sample `start` of `shard` is still ahead."""
         return self._shard is shard and self._pairs.next <= start
 
     def take(self, start: int, stop: int) -> list[_Loaded]:

@@ -72,7 +72,7 @@ class BrokenShard(ValueError):
 
 
 class MemberFlaw(StrEnum):
-    """What is wrong with a sample's members, before anybody decodes its image."""
+    """A flaw of a sample's members, found before anybody decodes its image."""
 
     NO_IMAGE = "no_image"
     SEVERAL_IMAGES = "several_images"
@@ -188,11 +188,11 @@ def read_samples(shard: Path) -> Iterator[Sample]:
             for key, found in grouped(TarReader(tar.fileno())):
                 yield _sample(key, found, tar.fileno())
     except (BrokenTar, OSError) as error:
-        raise BrokenShard(f"{shard} is no whole tar: {error}") from error
+        raise BrokenShard(f"{shard} is not a whole tar: {error}") from error
 
 
 class Pair(NamedTuple):
-    """What training needs of a sample."""
+    """The part of a sample that training needs."""
 
     image: bytes | memoryview
     """Encoded."""
@@ -238,7 +238,7 @@ class PairReader:
             self._members.stretch_bytes = STRETCH
             taken = [self._pair(key, found) for key, found in islice(self._samples, stop - start)]
         except (BrokenTar, OSError) as error:
-            raise BrokenShard(f"{self._shard} is no whole tar: {error}") from error
+            raise BrokenShard(f"{self._shard} is not a whole tar: {error}") from error
         self.next += skipped + len(taken)
         return taken
 
@@ -282,7 +282,7 @@ def grouped(found: Iterable[Member]) -> Iterator[Stored]:
 
 
 def is_sample_file(name: str) -> bool:
-    """Whether a member may be part of a sample; webdataset takes this as `select_files`."""
+    """Return whether a member may be part of a sample; webdataset takes this as `select_files`."""
     return not (_META(name) or _FINDER(name))
 
 

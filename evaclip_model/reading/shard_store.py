@@ -34,7 +34,7 @@ _CHUNK = 4 * 2**20
 
 
 class ShardStore(Protocol):
-    """Where a reader gets its shards."""
+    """Source of a reader's shards."""
 
     def open(self, shard: Shard) -> PairReader:
         """Open the shard, once it is there, to read those of its samples that count.
@@ -156,7 +156,7 @@ class RemoteShards:
             self._held.pop(shard.sha256, None)
 
     def _ask(self, shard: Shard, *, must: bool) -> Any:
-        """The shard's file to come; none when there is no room and it is no must."""
+        """The shard's file to come; None when there is no room and `must` is not set."""
         with self._lock:
             held = self._held.pop(shard.sha256, None)
             if held is None:

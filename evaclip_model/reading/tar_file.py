@@ -1,4 +1,4 @@
-"""Where the members of a tar lie, found from its headers alone.
+"""Places of the members of a tar, found from its headers alone.
 
 Covers: uncompressed ustar, PAX and GNU tars, as webdataset and img2dataset write them.
 Not here: what the members mean (samples.py); making tars; compressed or sparse ones, which are
@@ -70,7 +70,7 @@ class TarReader:
         self.stretch_bytes = 0
 
     def _from(self, offset: int) -> memoryview:
-        """What is read at once from a header on."""
+        """Read what is read at once from a header on."""
         return memoryview(os.pread(self._tar, self.stretch_bytes or _AT_ONCE, offset))
 
     def __iter__(self) -> Iterator[Member]:
@@ -124,7 +124,7 @@ class TarReader:
 
 
 class _Extended(NamedTuple):
-    """What extra headers say about the member behind them."""
+    """Content of extra headers about the member behind them."""
 
     name: str | None = None
     size: int | None = None
@@ -134,7 +134,7 @@ _NOTHING = _Extended()
 
 
 def _after(before: _Extended, kind: bytes, content: bytes) -> _Extended:
-    """What is known after one more extra header; where two speak of a name, the later one counts.
+    """Return what is known after one more extra header; of two names the later one counts.
 
     Raises:
         BrokenTar: no keys and values, or those of a sparse member.
@@ -156,7 +156,7 @@ def _after(before: _Extended, kind: bytes, content: bytes) -> _Extended:
         raise BrokenTar("it holds a sparse member: pack it without holes")
     name, size = found.get(b"path"), found.get(b"size", b"")
     if size and not _is_size(size):
-        raise BrokenTar("an extended header gives a size that is no number")
+        raise BrokenTar("an extended header gives a size that is not a number")
     return _Extended(
         _text(name.rstrip(b"/")) if name else before.name, int(size) if size else before.size
     )
@@ -177,7 +177,7 @@ def _read(tar: int, offset: int, size: int) -> bytes:
 
 
 def _is_header(header: bytes) -> bool:
-    """Whether the sum in a header is that of its bytes, the sum's own counted as spaces."""
+    """Return whether the sum in a header is that of its bytes, the sum's own counted as spaces."""
     field = header[148:156]
     try:
         stored = int(field.strip(b" \0"), 8)

@@ -43,7 +43,7 @@ _PREMULTIPLIED = {"LA": "La", "RGBA": "RGBa"}
 def image_transform(
     model: EvaClip | ModelConfig | int, train: bool = False
 ) -> Callable[[Image.Image], Tensor]:
-    """What turns an image of any mode and size into [3, S, S] float32, normalised; picklable.
+    """Return a function from an image of any mode and size to [3, S, S] float32; picklable.
 
     For evaluation the shortest side is resized to S (bicubic, antialiased) and the middle taken;
     for training a random part (`CROP_SCALE` of the area, ratio 3:4 to 4:3) is resized to S x S.
@@ -61,7 +61,7 @@ def image_transform(
         config = model if isinstance(model, ModelConfig) else model.config
         model = config.vision.image_px
     if model < 1:
-        raise InputError(f"image size {model} is no number of pixels: give 1 or more")
+        raise InputError(f"image size {model} is not a number of pixels: give 1 or more")
     return TrainTransform(model) if train else EvalTransform(model)
 
 
@@ -167,7 +167,7 @@ class _Key(np.random.bit_generator.ISeedSequence):
 
 
 class Draw(Protocol):
-    """Where the random numbers of a crop come from."""
+    """Source of the random numbers of a crop."""
 
     def share(self, low: float, high: float) -> float:
         """Uniform on [low, high)."""

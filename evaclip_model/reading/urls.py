@@ -13,7 +13,7 @@ from evaclip_model.errors import InputError
 
 
 def is_url(location: Path | str) -> bool:
-    """Whether a location is a URL, not a path of this machine."""
+    """Return whether a location is a URL, not a path of this machine."""
     return isinstance(location, str) and "://" in location
 
 

@@ -1,4 +1,4 @@
-"""What a registered model's copy of this package carries, so that torch and Pillow are enough.
+"""Files that a registered model's copy of this package carries beside torch and Pillow.
 
 Covers: the folder beside the code with the tokenizer's vocabulary, the classes of characters and
 ftfy's source; writing it from what is installed; importing ftfy, carried or installed.

@@ -25,7 +25,7 @@ _PATTERN = r"(?i:<start_of_text>|<end_of_text>|'(?:s|t|re|ve|m|ll|d))|[{L}]+|[{N
 
 
 def splitter() -> Split:
-    """What splits a word without white space into its pieces, from left to right.
+    """Return what splits a word without white space into its pieces, from left to right.
 
     Raises:
         ModuleNotFoundError: `regex` is neither installed nor are the classes carried that stand in.
@@ -38,7 +38,7 @@ def splitter() -> Split:
 
 
 def plain_splitter(classes: Mapping[str, Sequence[tuple[int, int]]]) -> Split:
-    """The same in the standard library, which has no classes of Unicode by name.
+    """Return the same by the standard library, which has no classes of Unicode by name.
 
     Args:
         classes: "L" and "N" -> first and last code point of each run of letters, of numbers.
@@ -50,7 +50,7 @@ def plain_splitter(classes: Mapping[str, Sequence[tuple[int, int]]]) -> Split:
 
 
 def merger(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> Merge:
-    """What turns a piece into ids.
+    """Return what turns a piece into ids.
 
     Args:
         vocabulary: symbol -> id; a symbol at the end of a piece ends in `END_OF_WORD`.
@@ -67,7 +67,7 @@ def merger(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> 
 
 
 def plain_merger(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> Merge:
-    """The same in Python: always the pair that comes first among the merges."""
+    """Return the same in Python: always the pair that comes first among the merges."""
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     never = len(ranks)
 

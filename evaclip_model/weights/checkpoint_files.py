@@ -1,4 +1,4 @@
-"""Which files make up a checkpoint, and the tensors in them by name.
+"""The files that make up a checkpoint, and the tensors in them by name.
 
 Covers: single files, sharded checkpoints with an index, saved models' folders, DeepSpeed's and
 this package's training checkpoints; names without what training programs put before them.
@@ -108,8 +108,8 @@ def _of_index(index: Path, allow_torchscript: bool) -> dict[str, StoredTensor]:
         is_plain = all(Path(name).name == name for name in names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{index} is no index of a sharded checkpoint ({error!r}): expected 'weight_map' with "
-            "the file of each tensor"
+            f"{index} is not the index of a sharded checkpoint ({error!r}): expected 'weight_map' "
+            "with the file of each tensor"
         ) from error
     if not is_plain:
         raise InputError(f"{index} names files outside its own folder: give the original index")

@@ -40,7 +40,7 @@ class UnusableCheckpoint(ValueError):
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """How far training is: everything besides tensors that the next step depends on."""
+    """Progress of training: everything besides tensors that the next step depends on."""
 
     step: int
     """Optimizer steps done (batches consumed, those skipped for overflow included)."""
@@ -134,7 +134,7 @@ class StoredPiece(NamedTuple):
 
 
 def key_of(name: str, offset: int, kind: str) -> str:
-    """What a piece is called in its shard."""
+    """Return the name of a piece in its shard."""
     return f"{name}@{offset}#{kind}"
 
 
@@ -150,7 +150,7 @@ def write_shard(file: BinaryIO, tensors: Mapping[str, Tensor]) -> tuple[int, int
     entries, end = {}, 0
     for key, tensor in tensors.items():
         if tensor.dtype != torch.float32 or tensor.dim() != 1 or not tensor.is_contiguous():
-            raise TypeError(f"'{key}' is no contiguous [n] fp32 tensor")
+            raise TypeError(f"'{key}' is not a contiguous [n] fp32 tensor")
         begin, end = end, end + tensor.nbytes
         entries[key] = {"dtype": _DTYPE, "shape": [tensor.numel()], "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
@@ -233,7 +233,7 @@ def _piece(key: str, entry: Mapping[str, Any], number: int, begin: int) -> Store
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU, to read or to fill."""
+    """The memory of a contiguous tensor [...] on the CPU, to read or to fill."""
     return tensor.detach().view(torch.uint8).numpy().data
 
 

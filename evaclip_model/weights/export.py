@@ -228,7 +228,7 @@ def _timm_name(config: VisionConfig) -> str | None:
 
 
 def _config(model: EvaClip, library: Library) -> dict[str, Any] | None:
-    """What the library builds the architecture from; none where it cannot express it."""
+    """Return what the library builds the architecture from; None where it cannot express it."""
     if library == "timm":
         return _timm_config(model.config)
     if library == "transformers":

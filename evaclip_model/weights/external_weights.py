@@ -27,7 +27,7 @@ Download = Callable[[str, Path], Path]
 
 
 class Reference(Config):
-    """Where a model's weights are."""
+    """Place of a model's weights."""
 
     uri: str
     """`file:///…`, or a URI of an object store."""
@@ -48,7 +48,7 @@ class Reference(Config):
         try:
             return cls.from_mapping(json.loads(path.read_text()), where=str(path))
         except ValueError as error:
-            raise InputError(f"{path} is no reference to weights ({error})") from None
+            raise InputError(f"{path} is not a reference to weights ({error})") from None
 
     @property
     def path(self) -> Path | None:

@@ -46,7 +46,7 @@ _PATCH_KERNEL = "visual.patch_embed.proj.weight"
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a checkpoint gave to a model. `str` of it is a summary for people."""
+    """Result of loading a checkpoint. `str` of it is a summary for people."""
 
     layout: Layout
     """Whose names the checkpoint has."""
@@ -234,7 +234,7 @@ def _wide(value: Tensor) -> Tensor:
 
 
 def _is_asked(native: str, part: Part) -> bool:
-    """Whether a weight is to be loaded; one that belongs to no tower is, so that it is seen."""
+    """Return whether a weight is to be loaded; one of no tower is, so that it is seen."""
     if part == "all":
         return True
     other = _PREFIX["text" if part == "vision" else "vision"]
@@ -285,10 +285,10 @@ def _expected_gaps(
 def _needs_resizing(
     entry: Entry, stored: Mapping[str, StoredTensor], target: Tensor, path: Path
 ) -> bool:
-    """Whether a weight fits only after resizing.
+    """Return whether a weight fits only after resizing.
 
     Raises:
-        InputError: it does not fit then either, or is no floating-point number.
+        InputError: it does not fit then either, or is not a floating-point number.
     """
     for source in entry.sources:
         if stored[source].dtype not in _NUMBERS:

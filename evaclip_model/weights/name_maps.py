@@ -48,7 +48,8 @@ class Entry:
     """How the sources make the native tensor."""
 
     def joined(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The native tensor; only this entry's sources are taken from `tensors`.
+        """Return the native tensor: the source as it is, transposed, or several [n, ...] as [sum of
+        n, ...]; only this entry's sources are taken from `tensors`.
 
         Raises:
             KeyError: a source is missing.
@@ -74,7 +75,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Names:
-    """What the keys of a checkpoint stand for."""
+    """Meaning of the keys of a checkpoint."""
 
     layout: Layout
     """Whose names they are."""
@@ -120,7 +121,7 @@ _TIMM_SWIGLU = (
 
 
 def _timm_rules(keys: Collection[str]) -> tuple[_Rule, ...]:
-    """What timm names differently, given all keys of a model in either naming."""
+    """Names that timm has otherwise, given all keys of a model in either naming."""
     # With one fused weight timm's biases have our names, and so has its GELU MLP.
     is_split = any(key.endswith(".attn.q_proj.weight") for key in keys)
     is_swiglu = any(".mlp.fc1_g." in key or ".mlp.w1." in key for key in keys)
@@ -128,7 +129,7 @@ def _timm_rules(keys: Collection[str]) -> tuple[_Rule, ...]:
 
 
 def _transformers_rules(keys: Collection[str]) -> tuple[_Rule, ...]:
-    """What transformers names differently; its text model on its own may lack the prefix."""
+    """Names that transformers has otherwise; its text model on its own may lack the prefix."""
     model = "" if _TRANSFORMERS_MARK in keys else "text_model."
     block, layer = "transformer.resblocks.#", f"{model}encoder.layers.#"
     return (
@@ -158,7 +159,7 @@ def _no_rules(keys: Collection[str]) -> tuple[_Rule, ...]:
 
 @dataclass(frozen=True)
 class _Tower:
-    """Where a layout keeps a tower, and what it names differently inside."""
+    """Place of a tower in a layout, and the names inside that differ."""
 
     native_prefix: str
     prefix: str
@@ -218,7 +219,7 @@ def native_names(keys: Iterable[str], where: str = "the checkpoint") -> Names:
 
 
 def foreign_names(native_keys: Iterable[str], layout: Layout) -> tuple[Entry, ...]:
-    """What a model's weights are called in another layout, for writing them.
+    """Names of a model's weights in another layout, for writing them.
 
     Args:
         native_keys: names of the model's state dict.
@@ -243,7 +244,7 @@ def foreign_names(native_keys: Iterable[str], layout: Layout) -> tuple[Entry, ..
 
 
 def may_lack(layout: Layout, native: str) -> bool:
-    """Whether a checkpoint of the layout lacks this weight by its nature.
+    """Return whether a checkpoint of the layout lacks this weight by its nature.
 
     Masked image modelling runs without the norm inside the attention and without a projection to
     the joint space; CLIP starts the norm at gain 1 and bias 0 (EVA-02's pretraining builder).

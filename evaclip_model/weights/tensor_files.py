@@ -33,7 +33,7 @@ from evaclip_model.errors import InputError
 
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 _FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
-"""What torch's reader says about content that is no plain tensor."""
+"""What torch's reader says about content that is not a plain tensor."""
 _WRAPPERS = ("model", "module", "state_dict")
 """Keys under which training programs keep the weights beside other state."""
 _SLAB_BYTES = 8 << 20
@@ -64,7 +64,7 @@ class StoredTensor:
     once: what had to be read whole is let go of."""
 
     def read(self) -> Tensor:
-        """The tensor, of its own shape and dtype.
+        """Read the tensor, [*shape] of its own dtype.
 
         Raises:
             InputError: the file has become shorter.
@@ -74,7 +74,7 @@ class StoredTensor:
         return value
 
     def copy_to(self, destination: Tensor) -> None:
-        """Write the values into `destination`, of the same shape and any dtype and device.
+        """Write the values into `destination`, [*shape] of any dtype and device.
 
         Raises:
             InputError: the file has become shorter.
@@ -174,7 +174,7 @@ def read_torch(path: Path, *, allow_torchscript: bool = False) -> dict[str, Stor
 
 
 def _archive(path: Path) -> tuple[bool, bool]:
-    """Whether a file is a TorchScript archive, and whether its tensors lie in it as they are."""
+    """Return whether a file is a TorchScript archive, and whether its tensors lie uncompressed."""
     if not zipfile.is_zipfile(path):
         return False, False
     with zipfile.ZipFile(path) as archive:
@@ -221,7 +221,7 @@ def _in_memory(tensors: dict[str, Tensor]) -> dict[str, StoredTensor]:
 
 
 def _from_meta(path: Path, tensor: Tensor) -> StoredTensor:
-    """What torch's reader found out about a tensor without reading its values."""
+    """Return what torch's reader found out about a tensor without reading its values."""
     storage: Any = tensor.untyped_storage()
     place = storage._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
     if tensor.is_contiguous():

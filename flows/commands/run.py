@@ -123,8 +123,8 @@ def score(
 
 
 def _is_nothing_new(recipe: Recipe, profile: Profile, graph: Graph, told: bool = False) -> bool:
-    """Whether there is no new metadata, and nothing waits from the last time; says so, or with
-    `told` whatever there is."""
+    """Return whether there is nothing new, and nothing waits from the last time; say so, or with
+    `told` say whatever there is."""
     if recipe.demo and not (graph.site.demo and graph.site.demo.is_finished):
         return False  # its metadata is made first
     from flows.graph.incremental import describe, look  # imports duckdb
@@ -142,7 +142,7 @@ def _is_nothing_new(recipe: Recipe, profile: Profile, graph: Graph, told: bool =
 
 
 def _is_everything_there(recipe: Recipe, profile: Profile, graph: Graph) -> bool:
-    """Whether everything is made, still registered, settled, and no killed run waits for its
+    """Return whether everything is made, still registered, settled, and no killed run waits for its
     end."""
     if not graph.is_finished:
         return False

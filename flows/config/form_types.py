@@ -1,4 +1,4 @@
-"""What a person may fill into a flow's form: types whose rules the server checks before a run.
+"""Types of a flow's form, whose rules the server checks before a run.
 
 Covers: a recipe's name, changes to it.
 Not here: what a recipe may say (recipe.py); that is checked when the run starts.

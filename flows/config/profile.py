@@ -64,12 +64,12 @@ class Profile(BaseSettings, Launch):
 
     @property
     def large_weights(self) -> LargeWeights:
-        """What becomes of weights too large for the registry."""
+        """Handling of weights that are too large for the registry."""
         return LargeWeights(self.registry_copy_gb, self.registry_weights)
 
     @property
     def machine(self) -> EvaluationMachine:
-        """Where evaluations run."""
+        """Place where evaluations run."""
         return EvaluationMachine(
             ranks=self.evaluate_ranks,
             workers=self.evaluate_workers,
@@ -80,7 +80,7 @@ class Profile(BaseSettings, Launch):
 
     @property
     def launch(self) -> Launch:
-        """What starts training processes."""
+        """Settings of what starts training processes."""
         return Launch(**{name: getattr(self, name) for name in Launch.model_fields})
 
     @property

@@ -33,8 +33,8 @@ Table = TypeVar("Table", bound=Config)
 
 
 class Published(Config):
-    """What others wrote of this model or this data. It decides nothing; a plan shows it beside its
-    own figures."""
+    """Figures that others published of this model or data. They decide nothing; a plan shows them
+    beside its own."""
 
     gpus: str | None = None
     """GPUs the model was trained on, like "64xA100-40GB"."""
@@ -156,7 +156,7 @@ class Recipe(Config):
         for name in self.retrain.stages:
             if name not in names:
                 raise ValueError(
-                    f"retrain.stages names '{name}', which is no training stage "
+                    f"retrain.stages names '{name}', which is not a training stage "
                     f"({', '.join(names)})"
                 )
         if self.register_table is not None and self.evaluate_table is None:

@@ -73,7 +73,7 @@ def test_the_architectures_are_listed(capsys: pytest.CaptureFixture[str]):
     [
         ("none.png", ["a", "b"], "model", "none.png does not exist"),
         ("red.png", ["a", "a"], "model", "at least two different labels"),
-        ("red.png", ["a", "b"], "nowhere", "nowhere is no saved model"),
+        ("red.png", ["a", "b"], "nowhere", "nowhere is not a saved model"),
         ("model/config.json", ["a", "b"], "model", "cannot be decoded"),
     ],
 )

@@ -125,7 +125,7 @@ def test_an_index_that_is_wrong_is_one_sentence(tmp_path, state, change, message
 
 def test_an_index_of_another_form_is_one_sentence(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text("[]")
-    refused(tmp_path, "is no index of a sharded checkpoint")
+    refused(tmp_path, "is not the index of a sharded checkpoint")
 
 
 def test_a_folder_of_one_file_needs_no_name_for_it(tmp_path, source, state):

@@ -145,7 +145,7 @@ def test_what_only_made_their_code_faster_has_no_effect(key: str):
         ("vision_cfg.intp_freq", False, "must be true: rope positions .* grid of 4 patches"),
         ("vision_cfg.naiveswiglu", False, "'vision_cfg.subln' needs naiveswiglu"),
         ("vision_cfg.image_size", [56, 70], "'vision_cfg.image_size' must be square"),
-        ("vision_cfg.image_size", 57, "image_px 57 is no multiple of patch_px 14"),
+        ("vision_cfg.image_size", 57, "image_px 57 is not a multiple of patch_px 14"),
         ("vision_cfg.layers", [3, 4, 6, 3], "'vision_cfg.layers' should be a valid integer"),
         ("vision_cfg.eva_model_name", "", "'vision_cfg.eva_model_name'"),
         ("text_cfg.hf_model_name", "roberta", "'text_cfg.hf_model_name' can only be null here"),
@@ -171,7 +171,7 @@ def test_rope_that_fits_the_grid_needs_no_scaling():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("vision.patch_px", 5, "no multiple of patch_px 5"),
+        ("vision.patch_px", 5, "not a multiple of patch_px 5"),
         ("vision.heads", 12, "head width divisible by 4, not 2"),
         ("vision.mlp", "gelu", "sub_norm needs the swiglu MLP"),
         ("vision.drop_path", 1.0, "'vision.drop_path' should be less than 1"),
@@ -193,7 +193,7 @@ def test_an_unknown_model_names_the_nearest():
 
 def test_a_file_that_is_no_config_is_named(tmp_path: Path):
     (tmp_path / "list.json").write_text("[1]")
-    with pytest.raises(InputError, match=r"list\.json is no model config"):
+    with pytest.raises(InputError, match=r"list\.json is not a model config"):
         ModelConfig.load(tmp_path / "list.json")
     with pytest.raises(InputError, match=r"none\.json cannot be read as a model config"):
         ModelConfig.load(tmp_path / "none.json")
@@ -202,7 +202,7 @@ def test_a_file_that_is_no_config_is_named(tmp_path: Path):
 def test_a_config_at_another_size_changes_nothing_else():
     config = ModelConfig.load("EVA02-CLIP-L-14")
     assert config.at_image_px(336) == ModelConfig.load("EVA02-CLIP-L-14-336")
-    with pytest.raises(InputError, match="no multiple"):
+    with pytest.raises(InputError, match="not a multiple"):
         config.at_image_px(300)
 
 

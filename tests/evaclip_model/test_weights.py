@@ -349,5 +349,5 @@ def test_a_truncated_file_and_a_missing_folder_are_one_sentence(tmp_path: Path):
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0")
     with pytest.raises(InputError, match="cannot be read as weights"):
         load_weights(model(), tmp_path / "cut.safetensors")
-    with pytest.raises(InputError, match=r"is no saved model: it has no config\.json"):
+    with pytest.raises(InputError, match=r"is not a saved model: it has no config\.json"):
         open_model(tmp_path)

@@ -118,7 +118,7 @@ def test_other_content_under_the_same_path_is_another_artifact(tmp_path: Path):
     ("values", "message"),
     [
         ({"model": "EVA02-CLIP-dema"}, "did you mean 'EVA02-CLIP-demo'"),
-        ({"model": DEMO, "image_px": 50}, "50 is no multiple of patch_px 8"),
+        ({"model": DEMO, "image_px": 50}, "50 is not a multiple of patch_px 8"),
         ({"model": DEMO, "sed": 1}, "did you mean 'seed'"),
         ({"model": DEMO, "clip": "a", "text": "b"}, "either clip, which is a whole model, or"),
     ],

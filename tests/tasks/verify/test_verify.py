@@ -165,7 +165,7 @@ def test_a_broken_shard_is_left_out_with_its_reason(downloaded: Path, out: Path,
     made = verify(downloaded, out)
     assert (made.counts["shards"], made.counts["shards_left_out"]) == (1, 1)
     expected = {
-        "truncated": "no whole tar",
+        "truncated": "not a whole tar",
         "empty": "no samples",
         "mixed": "mixes the sources coyo700m, laion2b",
     }
