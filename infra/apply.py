@@ -6,8 +6,9 @@ EVACLIP_WORKING_DIR, the folder that relative paths start from.
 Not here: servers and workers (up.py, compose.yaml); which deployments there are (prefect.yaml).
 
 The server is the one of PREFECT_API_URL; it stores a webhook's address encrypted and shows it
-nowhere. A pool's concurrency limit and whether a schedule is active are set when they are made, and
-are the operator's from then on.
+nowhere. A pool's concurrency limit, a deployment's parameters and job variables, and a schedule
+(when, with which parameters, whether it is active) are set when they are made, and are the
+operator's from then on.
 """
 
 import argparse
@@ -38,7 +39,7 @@ async def main(arguments):
     async with get_client() as client:
         for name, limit in LIMITS.items():
             await apply_pool(client, name, limit, options.pools)
-        switched = {schedule_key(d, s): s.active for d, s in await schedules(client)}
+        before = {one.name: one for one in await client.read_deployments()}
     # Its own process: Prefect's deploy is a command. It needs the pools.
     deploy = ["--no-prompt", "deploy", "--all", "--prefect-file", str(INFRA / "prefect.yaml")]
     deployed = subprocess.run([sys.executable, "-m", "prefect", *deploy], cwd=INFRA.parent)
@@ -46,10 +47,9 @@ async def main(arguments):
         return deployed.returncode
     blocks = {name: await save_webhook(name, os.environ.get(key)) for name, key in WEBHOOKS.items()}
     async with get_client() as client:
-        for deployment, schedule in await schedules(client):
-            active = switched.get(schedule_key(deployment, schedule), schedule.active)
-            if active != schedule.active:
-                await client.update_deployment_schedule(deployment.id, schedule.id, active=active)
+        for deployment in await client.read_deployments():
+            if deployment.name in before:
+                await keep_operators_choices(client, before[deployment.name], deployment)
         for wanted in yaml.safe_load((INFRA / "automations.yaml").read_text())["automations"]:
             await apply_automation(client, wanted, blocks)
     return 0
@@ -75,15 +75,21 @@ async def apply_pool(client, name, limit, kind):
     await client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
 
 
-async def schedules(client):
-    """Every deployment's schedules; a person switches them on and off in the UI."""
-    return [
-        (one, schedule) for one in await client.read_deployments() for schedule in one.schedules
-    ]
-
-
-def schedule_key(deployment, schedule):
-    return deployment.name, schedule.slug
+async def keep_operators_choices(client, before, deployment):
+    """Give a deployment back what a person set in the UI before `prefect deploy` overwrote it."""
+    # Sent as JSON: a parameter that the flow does not know any more is the run's mistake to name.
+    await client._client.patch(
+        f"/deployments/{deployment.id}",
+        json={"parameters": before.parameters, "job_variables": before.job_variables},
+    )
+    there = {schedule.slug or schedule.id: schedule for schedule in before.schedules}
+    for schedule in deployment.schedules:
+        kept = there.get(schedule.slug or schedule.id)
+        if kept is not None:
+            body = kept.model_dump(mode="json", include={"active", "schedule", "parameters"})
+            await client._client.patch(
+                f"/deployments/{deployment.id}/schedules/{schedule.id}", json=body
+            )
 
 
 async def save_webhook(name, url):

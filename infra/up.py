@@ -1,8 +1,8 @@
 """Start and stop the lasting servers of one machine: Prefect, MLflow, and two workers.
 
 Covers: `up` (start what is not running, apply work pools, deployments and automations), `down`,
-`status`; pid files and logs under `<root>/services`. Calling any of them twice is the same as
-calling it once.
+`status`; pid files and logs under `<root>/services`; the secret that the Prefect server asks for,
+made at the first `up`. Calling any of them twice is the same as calling it once.
 Not here: servers of a team (compose, Kubernetes); the temporary server of a single run
 (flows/graph/ephemeral_server.py). Standard library only, run by the project's own Python.
 
@@ -11,8 +11,10 @@ both see the same runs and models.
 """
 
 import argparse
+import base64
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -28,6 +30,14 @@ POOLS = ("cpu-io", "gpu")
 HEARTBEAT_S = 30  # automations.yaml takes a run for dead that misses three
 START_S = 180
 STOP_S = 65  # a worker gives itself 60 s
+
+
+OPEN_PAGE = """<!doctype html><title>Prefect</title><script>
+// The UI keeps the password there; a fragment is never sent to a server.
+localStorage.setItem("prefect-password", location.hash.slice(1));
+location.replace("/deployments");
+</script>
+"""
 
 
 class UserError(Exception):
@@ -119,6 +129,7 @@ def services(options):
     folder.mkdir(parents=True, exist_ok=True)
     prefect = f"http://{HOST}:{options.prefect_port}"
     mlflow = f"http://{HOST}:{options.mlflow_port}"
+    secret = secret_in(folder / "prefect-auth")
     settings = {
         **os.environ,
         "DO_NOT_TRACK": "1",
@@ -126,7 +137,12 @@ def services(options):
         "EVACLIP_WORKING_DIR": os.getcwd(),  # recipes name weights and metadata from here
         "EVACLIP_TRACKING_URI": mlflow,
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(
+            f"{name}:{options.mlflow_port}" for name in (HOST, "localhost")
+        ),
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": mlflow,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # evaluation jobs that nothing here submits
+        "PREFECT_API_AUTH_STRING": secret,
         "PREFECT_API_URL": f"{prefect}/api",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
         "PREFECT_HOME": str(folder / "prefect"),
@@ -144,7 +160,13 @@ def services(options):
             folder,
             [*run, *f"prefect server start --host {HOST} --port {options.prefect_port}".split()],
             # The server must not take the API address for somebody else's server.
-            {name: value for name, value in settings.items() if name != "PREFECT_API_URL"},
+            {
+                **{name: value for name, value in settings.items() if name != "PREFECT_API_URL"},
+                # Pages of other sites and other users of this machine reach loopback, too.
+                "PREFECT_SERVER_API_AUTH_STRING": secret,
+                "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": prefect,
+                "PREFECT_UI_STATIC_DIRECTORY": str(ui_folder(folder)),
+            },
             url=prefect,
             health=f"{prefect}/api/health",
             port=options.prefect_port,
@@ -175,44 +197,68 @@ def services(options):
     ]
 
 
+def ui_folder(folder):
+    """Where the server lays out its UI, among which a page of ours."""
+    return folder / "prefect-ui"
+
+
+def secret_in(path):
+    """The user and password that the Prefect server asks for; made where there is none."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return path.read_text()
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secret := f"evaclip:{secrets.token_urlsafe(32)}")
+    return secret
+
+
 def up(options):
     settings, (prefect, mlflow, *workers) = services(options)
     prefect.check_port()
     mlflow.check_port()
     prefect.up()
     mlflow.up()
+    (ui_folder(prefect.log.parent) / "v1" / "open.html").write_text(OPEN_PAGE)
+    secret = settings["PREFECT_API_AUTH_STRING"]
     if not any(worker.pid() for worker in workers):
-        crash_abandoned(prefect.url)
+        crash_abandoned(prefect.url, secret)
     apply(settings, prefect.log.with_name("apply.log"))
     for worker in workers:
         worker.up()
-    say(f"\nstart a run: {prefect.url}/deployments, 'pipeline', Run\nstop all: make down")
+    link = f"{prefect.url}/open.html#{basic(secret)}"
+    say(f"\nstart a run: {link}, 'pipeline', Run (a link for you alone)\nstop all: make down")
 
 
 def down(options):
-    _, (prefect, mlflow, *workers) = services(options)
+    settings, (prefect, mlflow, *workers) = services(options)
     for worker in workers:
         worker.down()
     if prefect.pid():
-        crash_abandoned(prefect.url)
+        crash_abandoned(prefect.url, settings["PREFECT_API_AUTH_STRING"])
     mlflow.down()
     prefect.down()
 
 
-def crash_abandoned(prefect):
+def crash_abandoned(prefect, secret):
     """Mark runs whose worker is gone as crashed; Prefect shows them as running for ever.
 
     They would also keep their place under the deployment's concurrency limit.
     """
     working = {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}
     state = {"type": "CRASHED", "message": "its worker was stopped; run it again to go on"}
-    for run in post(f"{prefect}/api/flow_runs/filter", {"flow_runs": {"state": working}}):
+    runs = f"{prefect}/api/flow_runs"
+    for run in post(f"{runs}/filter", {"flow_runs": {"state": working}}, secret):
         if run["deployment_id"]:
-            post(f"{prefect}/api/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+            post(f"{runs}/{run['id']}/set_state", {"state": state, "force": True}, secret)
 
 
-def post(url, body):
-    headers = {"Content-Type": "application/json"}
+def basic(secret):
+    return base64.b64encode(secret.encode()).decode()
+
+
+def post(url, body, secret):
+    headers = {"Content-Type": "application/json", "Authorization": f"Basic {basic(secret)}"}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     for left in reversed(range(30)):
         try:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import os
 import shutil
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -30,12 +34,30 @@ def test_a_single_rank_opens_no_socket(data: Path, tmp_path: Path) -> None:  # n
     assert seen <= LOOPBACK
 
 
-def test_the_temporary_prefect_server_is_on_loopback(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+def test_the_temporary_prefect_server_answers_this_command_alone(
+    tmp_path: Path, monkeypatch
+) -> None:
+    for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
+        monkeypatch.delenv(name, raising=False)
     with listening_addresses() as seen, temporary_server(tmp_path):
+        secret = base64.b64encode(os.environ["PREFECT_API_AUTH_STRING"].encode()).decode()
+        foreign = {"Origin": "https://evil.example"}
+        assert ask(foreign) == (401, None)
+        assert ask({**foreign, "Authorization": f"Basic {secret}"}) == (200, None)
         time.sleep(1)
+    assert "PREFECT_API_AUTH_STRING" not in os.environ
     assert seen
     assert seen <= LOOPBACK
+
+
+def ask(headers: dict[str, str]) -> tuple[int, str | None]:
+    """Status of a question to Prefect, and the origin whose pages may read the answer."""
+    request = urllib.request.Request(f"{os.environ['PREFECT_API_URL']}/version", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, answer.headers.get("Access-Control-Allow-Origin")
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers.get("Access-Control-Allow-Origin")
 
 
 @pytest.mark.skipif(

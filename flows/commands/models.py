@@ -68,7 +68,8 @@ def promote(
     from tasks.register import promotion  # imports mlflow, as the next one does
     from tasks.register.model_versions import registry
 
-    with registry(load_profile().mlflow_uri) as (store, _):
+    profile = load_profile()
+    with registry(profile.mlflow_uri) as (store, _):
         standing = promotion.standing_of(store, name, int(number))
         if not force and standing.gate != "promote":
             said = f"said {standing.gate.upper()}" if standing.gate else "was not asked"
@@ -82,7 +83,8 @@ def promote(
             store, name, alias, int(number), how, promotion.current_user(), reason
         )
     if moved:
-        announce_where_served(name, int(number), before.version if before else None, alias)
+        champion = before.version if before else None
+        announce_where_served(profile.root, name, int(number), champion, alias)
     console.print(f"{name}/{number} {'is' if moved else 'was'} {alias}", markup=False)
 
 
@@ -96,10 +98,11 @@ def rollback(
     from tasks.register.model_versions import registry
     from tasks.register.promotion import current_user, history, roll_back  # imports mlflow
 
-    with registry(load_profile().mlflow_uri) as (store, _):
+    profile = load_profile()
+    with registry(profile.mlflow_uri) as (store, _):
         before, now = roll_back(store, name, alias, to, current_user(), reason)
         moves = history(store, name, alias)
-    announce_where_served(name, now, before, alias)
+    announce_where_served(profile.root, name, now, before, alias)
     console.print(f"{name}@{alias}: version {before} -> {now}", markup=False)
     for move in moves:
         why = f": {move.why}" if move.why else ""

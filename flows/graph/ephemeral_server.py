@@ -1,7 +1,7 @@
 """A Prefect server for the time of one command, when none is configured.
 
-Covers: quiet settings for command-line runs, and a temporary server that cannot
-outlive its command.
+Covers: quiet settings for command-line runs, a temporary server that cannot outlive its command and
+answers nobody else, the secret of the server of `make up`.
 Not here: the lasting server of a team (infra/).
 
 Prefect would start its own embedded server, but as a plain child: it survives a killed parent.
@@ -10,7 +10,9 @@ This one runs under the supervisor and ends with the command, however that ends.
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -46,24 +48,47 @@ def temporary_server(root: Path) -> Iterator[None]:
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
     if os.environ.get("PREFECT_API_URL"):
+        know_server_secret(root)
         yield
         return
-    port = find_free_port()
+    port, secret = find_free_port(), f"evaclip:{secrets.token_urlsafe(32)}"
     log = root / "prefect" / "server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [
         *(sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"),
         *("--host", "127.0.0.1", "--port", str(port), "--log-level", "error"),
     ]
-    settings = {**os.environ, "PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1"}
+    address = f"http://127.0.0.1:{port}/api"
+    settings = {
+        **os.environ,
+        "PREFECT_UI_ENABLED": "0",
+        "PREFECT__SERVER_EPHEMERAL": "1",
+        # A web page or another user of this machine reaches loopback, too.
+        "PREFECT_SERVER_API_AUTH_STRING": secret,
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": address.removesuffix("/api"),
+    }
     with supervised(command, log=log, grace_s=5, env=settings) as process:
-        address = f"http://127.0.0.1:{port}/api"
         _wait_until_healthy(f"{address}/health", process, log)
-        os.environ["PREFECT_API_URL"] = address
+        mine = {"PREFECT_API_URL": address, "PREFECT_API_AUTH_STRING": secret}
+        before = {name: os.environ.get(name) for name in mine}
+        os.environ.update(mine)
         try:
             yield
         finally:
-            del os.environ["PREFECT_API_URL"]
+            for name, earlier in before.items():
+                del os.environ[name]
+                if earlier is not None:
+                    os.environ[name] = earlier
+
+
+def know_server_secret(root: Path) -> None:
+    """Set PREFECT_API_AUTH_STRING to what the server of `make up` asks for, where PREFECT_API_URL
+    names that server. Call it before prefect is imported."""
+    noted, secret = (root / "services" / name for name in ("prefect.json", "prefect-auth"))
+    if os.environ.get("PREFECT_API_AUTH_STRING") or not (noted.exists() and secret.exists()):
+        return
+    if os.environ.get("PREFECT_API_URL", "").startswith(f"{json.loads(noted.read_text())['url']}/"):
+        os.environ["PREFECT_API_AUTH_STRING"] = secret.read_text()
 
 
 def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -32,6 +32,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.tokenizer.bundled_assets import VOCABULARY, package_file
 from flows.config.profile import Profile
 from flows.config.recipe import Recipe
+from flows.graph.ephemeral_server import know_server_secret
 from flows.planning.feasibility import Finding, ask_driver
 from tasks.redact import redact
 from tasks.tracking import TrackingStore
@@ -149,6 +150,7 @@ def tracking(profile: Profile) -> Iterator[Finding]:
 
 def servers(profile: Profile) -> Iterator[Finding]:
     """Whether the servers that are named answer, and with our versions."""
+    know_server_secret(profile.root)
     api = os.environ.get("PREFECT_API_URL")
     if api:
         yield _server("Prefect", f"{api.rstrip('/')}/admin/version", _installed("prefect"))

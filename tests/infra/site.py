@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
@@ -64,7 +65,11 @@ class Site:
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """Prefect's answer."""
         data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
+        secret = (self.root / "services" / "prefect-auth").read_bytes()
+        headers = {
+            "Content-Type": "application/json",
+            "Authorization": f"Basic {base64.b64encode(secret).decode()}",
+        }
         request = urllib.request.Request(f"{self.prefect}/api/{path}", data, headers)
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)

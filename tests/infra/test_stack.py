@@ -1,9 +1,11 @@
 """`make up` for real: what the server then knows, refuses and does, and what `make down` leaves."""
 
+import base64
 import http.server
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -55,14 +57,20 @@ class Stack:
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
 
+    def headers(self):
+        secret = (self.root / "services" / "prefect-auth").read_bytes()
+        return {
+            "Content-Type": "application/json",
+            "Authorization": f"Basic {base64.b64encode(secret).decode()}",
+        }
+
     def ask(self, path, body=None, method="POST"):
-        data = json.dumps({} if body is None else body).encode() if method == "POST" else None
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self.api}/{path}", data, headers, method=method)
+        data = None if method == "GET" else json.dumps({} if body is None else body).encode()
+        request = urllib.request.Request(f"{self.api}/{path}", data, self.headers(), method=method)
         for left in reversed(range(30)):
             try:
                 with urllib.request.urlopen(request, timeout=30) as answer:
-                    return json.load(answer)
+                    return json.loads(answer.read() or b"null")
             except urllib.error.HTTPError as error:
                 if error.code != 503 or not left:  # SQLite is busy; Prefect's clients ask again too
                     raise
@@ -190,20 +198,38 @@ def test_relative_paths_start_where_up_was_typed(stack):
     assert stack.becomes(run, "Completed", "Failed", "Crashed") == "Failed"
 
 
-def test_a_schedule_that_a_person_switched_on_stays_on(stack):
+def test_what_a_person_set_stays_after_the_next_up(stack):
     retrain = stack.deployments()["retrain"]
     (schedule,) = retrain["schedules"]
     assert not schedule["active"] and schedule["schedule"]["cron"] == "0 3 * * 1"
-    request = urllib.request.Request(
-        f"{stack.api}/deployments/{retrain['id']}/schedules/{schedule['id']}",
-        b'{"active": true}',
-        {"Content-Type": "application/json"},
-        method="PATCH",
-    )
-    urllib.request.urlopen(request, timeout=30).close()
+    recipe = {"recipe": "/data/team/our.toml"}
+    when = {"cron": "30 2 * * 0", "timezone": "Europe/Berlin"}
+    path = f"deployments/{retrain['id']}"
+    stack.ask(path, {"parameters": recipe}, "PATCH")
+    mine = {"active": True, "schedule": when, "parameters": recipe}
+    stack.ask(f"{path}/schedules/{schedule['id']}", mine, "PATCH")
     stack.make("up")
-    (schedule,) = stack.deployments()["retrain"]["schedules"]
-    assert schedule["active"]
+    retrain = stack.deployments()["retrain"]
+    assert retrain["parameters"] == recipe
+    (schedule,) = retrain["schedules"]
+    assert schedule["active"] and schedule["parameters"] == recipe
+    assert when.items() <= schedule["schedule"].items()
+
+
+def test_a_page_of_another_site_and_another_user_get_nothing(stack):
+    url = f"{stack.api}/deployments/filter"
+    for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}):
+        request = urllib.request.Request(url, b"{}", {"Content-Type": "application/json"} | headers)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=30)
+        assert refused.value.code == 401
+        assert refused.value.headers.get("Access-Control-Allow-Origin") is None
+    secret = stack.root / "services" / "prefect-auth"
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+    opened = f"{stack.api.removesuffix('/api')}/open.html"
+    with urllib.request.urlopen(opened, timeout=30) as page:
+        served = page.read().decode()
+    assert "prefect-password" in served and secret.read_text() not in served
 
 
 def test_a_failed_run_is_reported_and_the_address_of_the_report_is_not_shown(stack):
@@ -229,7 +255,7 @@ def test_serving_hears_of_a_promoted_model(stack):
                 }
             ]
         ).encode(),
-        {"Content-Type": "application/json"},
+        stack.headers(),
     )
     urllib.request.urlopen(request, timeout=30).close()
     told = stack.told("event")
