@@ -185,12 +185,14 @@ def convert_videos(
     listing: Annotated[
         Path | None, Option("--list", help="the videos to take, and their classes (all)")
     ] = None,
+    order: Order = "",
+    first: First = "",
 ) -> None:
     """Convert videos: in one folder a class, or anywhere with a list of their classes."""
     from tasks.evaluate.sets.convert.convert import Words, convert_videos
 
     known = _find_known(known_as) if known_as else None
-    words = Words(known, classnames, templates)
+    words = Words(known, classnames, templates, order, int(first) if first else None)
     with moving_bar("convert") as report:
         _print_conversion(convert_videos(source, folder, words, listing, report))
 

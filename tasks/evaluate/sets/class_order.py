@@ -34,6 +34,7 @@ _NUMBERED_WORD = re.compile(r"(\d+)\s*[._\- ]\s*(\D.*)")
 _SYNSET_WORD = re.compile(r"n\d{8}[._\- ]+(.+)")
 _SYNSET_LINE = re.compile(r"(n\d{8})\s+(.+)")
 _NUMBER_LINE = re.compile(r"(\d+)[:.]?\s+(.+)")
+_NEGATIVE = re.compile(r"-\d+")
 _SYNSET = re.compile(r"n\d{8}")
 _WORDS = re.compile(r"[A-Z]?[a-z]{2,}|[A-Z]{3,}")
 _TWO_COLUMNS = "a file of lines WORD<tab>NAME says it outright"
@@ -144,6 +145,11 @@ def _order(
                 raise InputError(
                     f"{where}: '{word}' is not a number, so it gives no label by number"
                 )
+    negative = next((word for word in words if _NEGATIVE.fullmatch(word)), None)
+    if negative and all(word.removeprefix("-").isdecimal() for word in words):
+        raise InputError(
+            f"{where}: '{negative}' is not the number of a class: leave out what has no label"
+        )
     numbered = all(word.isdecimal() for word in words) and order != "text"
     own = {word: display_names.get(word) or _display_name(word, words) for word in words}
     if chosen is not None:

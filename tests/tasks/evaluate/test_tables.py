@@ -159,6 +159,29 @@ def test_columns_and_a_split_are_chosen_by_name(images: Path, tmp_path: Path) ->
         read_label_table(listing, images, path_column="who", split="test")
 
 
+def test_names_are_taken_before_numbers_and_whole_floats_are_numbers(
+    images: Path, tmp_path: Path
+) -> None:
+    both = write(tmp_path / "x.csv", "path,label,label_name\na/0.jpg,7,dog\na/1.jpg,2,cat\n")
+    assert read_label_table(both, images).words == ("cat", "dog")
+    floats = write(tmp_path / "y.csv", "path,label\na/0.jpg,1.0\na/1.jpg,0.0\n")
+    assert read_label_table(floats, images).words == ("0", "1")
+    missing = write(tmp_path / "z.csv", "path,label\na/0.jpg,1\na/1.jpg,-1\n")
+    with pytest.raises(InputError, match="'-1' is not the number of a class"):
+        convert_table(missing, images, tmp_path / "set", OWN)
+
+
+def test_quotes_in_a_tab_separated_file_part_cells_or_are_text(
+    images: Path, tmp_path: Path
+) -> None:
+    text = 'image\tcaption\na/0.jpg\t"a dog\na/1.jpg\t"a cat" sleeps\na/0.jpg\tbig"\n'
+    found = captioned_sources(write(tmp_path / "x.tsv", text), images)
+    assert [source.read().answer for source in found] == [('"a dog', 'big"'), ('"a cat" sleeps',)]
+    text = 'image\tcaption\na/0.jpg\t"a ""big"" dog"\n'
+    (only,) = captioned_sources(write(tmp_path / "y.tsv", text), images)
+    assert only.read().answer == ('a "big" dog',)
+
+
 def test_missing_images_are_counted_by_their_reason(images: Path, tmp_path: Path) -> None:
     listing = write(tmp_path / "x.csv", "path,label\na/0.jpg,dog\na/9.jpg,cat\na/8.jpg,cat\n")
     made = convert_table(listing, images, tmp_path / "set", OWN)

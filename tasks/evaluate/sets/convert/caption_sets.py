@@ -75,7 +75,8 @@ def _read_json(listing: Path, split: str) -> Captions:
     try:
         content = json.loads(listing.read_text(encoding="utf-8-sig"))
         if isinstance(content, list):
-            return _collect((entry["image"], _texts(entry["caption"])) for entry in content)
+            image, caption = _find_columns(tuple(content[0]), listing) if content else ("", "")
+            return _collect((entry[image], _texts(entry[caption])) for entry in content)
         if "annotations" in content:
             return _read_official(content)
         chosen = [entry for entry in content["images"] if entry["split"] == split]
@@ -117,6 +118,14 @@ def _read_text(listing: Path) -> Captions:
             raise InputError(f"{listing} row {broken} is not FILE#NUMBER<tab>CAPTION")
         return _collect((match[1], [match[2]]) for match in matches if match)
     columns, rows = read_rows(listing)
+    image, caption = _find_columns(columns, listing)
+    return _collect(
+        (re.sub(r"#\d+$", "", str(row[image])), _texts(row[caption])) for _, row in rows
+    )
+
+
+def _find_columns(columns: Sequence[str], listing: Path) -> tuple[str, str]:
+    """Which column, or key, has the images, and which the captions."""
     plain = {column.strip().casefold(): column for column in reversed(columns)}
     image = next((plain[name] for name in PATH_COLUMNS if name in plain), None)
     caption = next((plain[name] for name in _CAPTION_COLUMNS if name in plain), None)
@@ -125,9 +134,7 @@ def _read_text(listing: Path) -> Captions:
             f"{listing} has the columns {', '.join(columns)}: expected one of images (image, path, "
             "filename ...) and one of captions (caption, comment, text ...)"
         )
-    return _collect(
-        (re.sub(r"#\d+$", "", str(row[image])), _texts(row[caption])) for _, row in rows
-    )
+    return image, caption
 
 
 def _texts(value: Any) -> Sequence[str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,9 @@ PATH_COLUMNS = (
     "filename", "image_name", "image_file", "imageid", "image_id", "img_id", "id", "name",
 )  # fmt: skip
 LABEL_COLUMNS = (
-    "label", "labels", "class", "classes", "class_name", "classname", "category", "category_name",
+    # Names before numbers, where a table has both.
+    "label_name", "class_name", "classname", "category_name",
+    "label", "labels", "class", "classes", "category",
     "target", "targets", "tags", "y", "class_id", "class_index", "category_id", "label_id",
     "predictionstring", "species", "breed", "wnid", "synset",
 )  # fmt: skip
@@ -36,6 +39,7 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".tx
 _FORMS = "expected .csv, .tsv, .jsonl, .parquet, or .txt with a path and a label a line"
 _SEPARATORS = "|;,"
 _SPLIT = "split"
+_WHOLE_FLOAT = re.compile(r"\d+\.0")
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,7 @@ def _cells(listing: Path, text: str) -> Iterator[list[str]]:
     first = text.lstrip("\n").partition("\n")[0]
     suffix = listing.suffix.lower()
     if suffix == ".tsv" or (suffix != ".csv" and "\t" in first):
-        return csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_MINIMAL)
+        return _tab_separated(text)
     if suffix == ".csv":
         counts = {one: first.count(one) for one in ",;|\t"}
         return csv.reader(
@@ -243,6 +247,18 @@ def _rows_of_split(
     if not split and len(there) > 1:
         raise InputError(f"{listing} has several splits ({', '.join(there)}): give --split")
     return [one for one in rows if not split or str(one[1].get(_SPLIT)) == split]
+
+
+def _tab_separated(text: str) -> Iterator[list[str]]:
+    """Rows of a TSV; quotes are quotation where they part cells as they should, else text."""
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True))
+        if not any("\n" in cell and "\t" in cell for row in rows for cell in row):
+            return iter(rows)
+    except csv.Error:
+        pass
+    plain = csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+    return iter(list(plain))
 
 
 def _find_column(
@@ -280,7 +296,8 @@ def _words_of(cell: Any, column: str, several: bool, where: str) -> list[str]:
 def _word(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():  # how a column of numbers with gaps is kept
         value = int(value)
-    return str(value).strip()
+    text = str(value).strip()
+    return text[:-2] if _WHOLE_FLOAT.fullmatch(text) else text
 
 
 def _words_of_indicators(row: Mapping[str, Any], columns: Sequence[str], where: str) -> list[str]:
