@@ -2,7 +2,7 @@
 
 Covers: the folder beside the code with the tokenizer's vocabulary, the classes of characters and
 ftfy's source; writing it from what is installed; importing ftfy, carried or installed.
-Not here: the tokenizer (tokenizer.py), how it does without compiled libraries (word_pieces.py).
+Not here: the tokenizer, and how it does without compiled libraries (tokenizer.py).
 
 In a checkout and in an installed package the folder does not exist.
 """

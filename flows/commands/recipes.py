@@ -108,7 +108,7 @@ def doctor(
         levels += [_print_finding(one) for one in recipe_findings(loaded, graph, profile, machine)]
         levels += [_print_finding(one) for one in weights(loaded)]
     failed, warned = levels.count("fail"), levels.count("warn")
-    console.print(f"{len(levels)} looked at, {failed} failed, {warned} to look at")
+    console.print(f"{len(levels)} checks: {failed} failed, {warned} with a warning")
     if failed:
         raise Exit(1)
 

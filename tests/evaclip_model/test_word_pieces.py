@@ -15,8 +15,7 @@ import torch
 
 import evaclip_model
 from evaclip_model.tokenizer.bundled_assets import CLASSES, SOURCES, carry
-from evaclip_model.tokenizer.tokenizer import tokenize
-from evaclip_model.tokenizer.word_pieces import plain_splitter, splitter
+from evaclip_model.tokenizer.tokenizer import plain_splitter, splitter, tokenize
 
 CAPTIONS = [
     *json.loads((Path(__file__).parent / "data" / "tokenizer" / "tokens.json").read_text()),

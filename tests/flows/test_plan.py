@@ -145,6 +145,7 @@ def test_a_plan_is_printed_where_nothing_is_there_and_a_run_is_refused_at_once(
     assert "not here: initialise.vision: weights/EVA02_B_psz14to16.pt does not exist" in shown
     assert "819,000,000 samples" in shown
     assert "training on 8 x H100 80 GB" in shown
+    assert "published: 74.7 % top-1 on ImageNet-1K, zero-shot" in shown
     assert '"train_batch_size": 131072' in shown
     assert main(["run", "pipeline", "eva02-clip-b-16"]) == 2
     error = capsys.readouterr().err
