@@ -36,11 +36,22 @@ from tasks.download.host_rate_limiter import HostGate
 from tasks.download.optout import declines
 
 CHUNK_BYTES = 1 << 16
+MAX_REDIRECTS = 10
+MAX_RULES_REDIRECTS = 5
+"""Redirects of a robots.txt that are followed; RFC 9309 asks for at least five."""
 REFUSED_TYPES = frozenset({"text/html", "application/xhtml+xml", "image/svg+xml"})
 
 
 class Refused(Exception):
     """We will not fetch this; the message is one of the constants of fetch_outcome.py."""
+
+
+class Redirected(Exception):
+    """The answer was a redirect to `url`."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.url = url
 
 
 class Deadline(threading.local):
@@ -113,15 +124,25 @@ class Fetcher:
         return None, message
 
     def _try(self, url: str, digest: str | None) -> tuple[bytes | None, str]:
-        """One attempt: the body, or why there is none."""
+        """One attempt: the body, or why there is none.
+
+        Every hop of a redirect holds a slot of its own host alone: with two at once, two hosts that
+        redirect to each other could wait for each other.
+        """
         try:
-            host = urlsplit(url).hostname or ""
-            asked = time.monotonic()
-            with self._hosts.visiting(host):
-                self._deadline.extend(time.monotonic() - asked)
-                if self._hosts.rests(host):
-                    return None, fetch_outcome.HOST_RESTS
-                return self._visit(url, host, digest), ""
+            for _ in range(MAX_REDIRECTS + 1):
+                host = (urlsplit(url).hostname or "").rstrip(".")
+                asked = time.monotonic()
+                with self._hosts.visiting(host):
+                    self._deadline.extend(time.monotonic() - asked)
+                    if self._hosts.rests(host):
+                        return None, fetch_outcome.HOST_RESTS
+                    try:
+                        return self._visit(url, host, digest), ""
+                    except Redirected as redirect:
+                        self._hosts.answered(host, busy=False, retry_after_s=0)
+                        url = redirect.url
+            return None, f"HTTP Error 302: more than {MAX_REDIRECTS} redirects"
         # whatever a hostile answer makes the libraries raise is this URL's failure, not the shard's
         except Exception as error:
             return None, str(error) or repr(error)
@@ -157,9 +178,14 @@ class Fetcher:
 
     def _rules(self, place: str) -> bytes | None:
         try:
-            with self._open(place) as response:
-                content: bytes = response.read(robots.MAX_BYTES)
-                return content
+            for _ in range(MAX_RULES_REDIRECTS + 1):
+                try:
+                    with self._open(place) as response:
+                        content: bytes = response.read(robots.MAX_BYTES)
+                        return content
+                except Redirected as redirect:
+                    place = redirect.url
+            return None  # RFC 9309 2.3.1.2: as if there were none
         except urllib.error.HTTPError as error:
             with error:
                 if error.code < 500 and error.code not in fetch_outcome.BUSY_STATUSES:
@@ -185,7 +211,7 @@ def guarded_opener(config: DownloadConfig, deadline: Deadline) -> urllib.request
     for handler in (
         _GuardedHandler(config, deadline),
         urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPRedirectHandler(),
+        _RedirectHandler(config),
         urllib.request.HTTPErrorProcessor(),
         urllib.request.UnknownHandler(),
     ):
@@ -197,13 +223,37 @@ def _refuse_unwanted(response: http.client.HTTPResponse, config: DownloadConfig)
     """Refuse by its headers what is no image, or an image that may not be used."""
     if response.headers.get_content_type() in REFUSED_TYPES:
         raise Refused(fetch_outcome.NOT_AN_IMAGE_TYPE)
+    _refuse_declined(response.headers, config)
+
+
+def _refuse_declined(headers: http.client.HTTPMessage, config: DownloadConfig) -> None:
     if declines(
-        response.headers,
+        headers,
         token=config.user_agent_token,
         directives=config.disallowed_directives,
         tdm=config.respect_tdm,
     ):
         raise Refused(fetch_outcome.OPTED_OUT)
+
+
+class _RedirectHandler(urllib.request.HTTPRedirectHandler):
+    """Hands every redirect to the caller, who has rules for the next host, too."""
+
+    def __init__(self, config: DownloadConfig) -> None:
+        self._config = config
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: Any,
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> None:
+        fp.close()
+        _refuse_declined(headers, self._config)
+        raise Redirected(newurl)
 
 
 class _GuardedHandler(urllib.request.AbstractHTTPHandler):
