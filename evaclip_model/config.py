@@ -94,7 +94,8 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
         removed = getattr(table, "REMOVED", {}).get(str(location[-1]))
         if removed is not None:
             return f"'{key}' is no longer a setting: {removed}; leave it out{more}"
-        known = sorted(getattr(table, "model_fields", ()))
+        fields = getattr(table, "model_fields", {})
+        known = sorted(field.alias or name for name, field in fields.items())
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key '{key}'; {hint}{more}"

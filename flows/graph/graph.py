@@ -12,7 +12,7 @@ entry, and to hand it on in `data_steps` or `model_steps`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from os import sched_getaffinity
@@ -288,19 +288,21 @@ def download_step(site: Site, recipe: Recipe, merged: Step | Artifact) -> Step:
     config = recipe.download
 
     def make(profile: Profile, out: Path, report: Report) -> Made:
-        from tasks.demo.demo_web import serving
-
         processes, threads = profile.download_processes, profile.download_threads
         crew = Crew(processes, threads, profile.download_distributor)
-        with serving(recipe.demo) if recipe.demo else nullcontext():
-            return download_images(config, finished(merged).folder, out, crew, report)
+        return download_images(config, finished(merged).folder, out, crew, report)
+
+    def serve_demo() -> AbstractContextManager[None]:
+        from tasks.demo.demo_web import serving
+
+        return serving(recipe.demo) if recipe.demo else nullcontext()
 
     needed = expected_bytes(expected_samples(recipe), config.image_px)
     size = format_bytes(needed)
     what = f"about {size}, {config.image_px} px"
     record = Record({"merged": merged}, metrics=PROGRESS)
     step = Step(site.root, DOWNLOAD, config, {Role.MERGE: merged}, make, what, record=record)
-    return replace(step, expected_bytes=needed)
+    return replace(step, expected_bytes=needed, service=serve_demo)
 
 
 def adopt_step(site: Site, config: AdoptConfig) -> Step:

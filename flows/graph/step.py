@@ -10,6 +10,7 @@ done comes from the profile when the step runs, and so can never change an addre
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -85,6 +86,8 @@ class Step:
     """What people see; the stage's name by default."""
     expected_bytes: int = 0
     """Disk that it needs about, where that is much."""
+    service: Callable[[], AbstractContextManager[None]] = nullcontext
+    """What has to be up while it is made, such as the demo's web; nothing is made if it fails."""
 
     def __post_init__(self) -> None:
         if not self.title:
@@ -110,7 +113,8 @@ class Step:
 
     def make(self, profile: Profile, report: Report) -> Artifact:
         """Make the artifact, or find it finished."""
-        return produce(self.address, lambda out: self.work(profile, out, report))
+        with nullcontext() if self.is_finished else self.service():
+            return produce(self.address, lambda out: self.work(profile, out, report))
 
     @cached_property
     def is_settled(self) -> bool:
