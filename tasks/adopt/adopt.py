@@ -11,6 +11,7 @@ tars, byte by byte, so that a killed run's leavings need no trust: they are pack
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,12 +25,7 @@ from tasks.adopt.config import AdoptConfig
 from tasks.adopt.find_source import FoundSource, find_source
 from tasks.adopt.read_pairs import FoundPair, NoPair, read_pairs
 from tasks.artifacts.artifact import Made
-from tasks.index.adopted_shards import (
-    ADOPTED,
-    AdoptedShard,
-    shard_size_and_mark,
-    write_adopted,
-)
+from tasks.index.adopted_shards import ADOPTED, AdoptedShard, sizes_and_marks, write_adopted
 from tasks.progress import Report
 
 LEFT_OUT = "left_out.jsonl"
@@ -67,10 +63,11 @@ def adopt_sources(config: AdoptConfig, out: Path, report: Report) -> Made:
         name = one.source.name
         report(number, len(found), f"{name}: {one.form}")
         if one.form == "shards":
-            own = [_where_it_lies(one, file) for file in one.files]
+            own = _describe(one, [(file, one.name_of(file)) for file in one.files])
         else:
             left = _Left()
-            own = list(_pack(one, out, config.samples_per_shard, left))
+            packed = [str(tar) for tar in _pack(one, out, config.samples_per_shard, left)]
+            own = _describe(one, [(tar, Path(tar).name) for tar in packed], out)
             counts[f"{name}.left_out"] = left.reasons.total()
             counts.update({f"left_out.{reason}": n for reason, n in left.reasons.items()})
             lines += [
@@ -85,17 +82,37 @@ def adopt_sources(config: AdoptConfig, out: Path, report: Report) -> Made:
     write_adopted(shards, out)
     write_atomically(out / LEFT_OUT, "".join(lines))
     report(len(found), len(found), f"{counts['shards']:,} shards")
-    packed = tuple(sorted((out / PACKED).rglob("*.tar")))
-    return Made(dict(counts), (out / ADOPTED, out / LEFT_OUT), packed)
+    made = tuple(sorted((out / PACKED).rglob("*.tar")))
+    return Made(dict(counts), (out / ADOPTED, out / LEFT_OUT), made)
 
 
-def _where_it_lies(found: FoundSource, file: str) -> AdoptedShard:
-    size, mark = shard_size_and_mark(file)
-    name = found.source.name
-    return AdoptedShard(location=file, name=found.name_of(file), source=name, size=size, mark=mark)
+def _describe(
+    found: FoundSource, shards: Sequence[tuple[str, str]], folder: Path | None = None
+) -> list[AdoptedShard]:
+    """(location, name) of shards -> what the list says of them; those packed here lie below
+    `folder`.
+
+    Raises:
+        InputError: one cannot be read.
+    """
+    described = []
+    known = sizes_and_marks([location for location, _ in shards])
+    for (location, name), size_and_mark in zip(shards, known, strict=True):
+        if size_and_mark is None:
+            raise InputError(f"{location} cannot be read")
+        described.append(
+            AdoptedShard(
+                location=location if folder is None else os.path.relpath(location, folder),
+                name=name,
+                source=found.source.name,
+                size=size_and_mark[0],
+                mark=size_and_mark[1],
+            )
+        )
+    return described
 
 
-def _pack(found: FoundSource, out: Path, per_shard: int, left: _Left) -> Iterator[AdoptedShard]:
+def _pack(found: FoundSource, out: Path, per_shard: int, left: _Left) -> Iterator[Path]:
     """Pack a source's pairs; of what is none, `left` keeps the count.
 
     Raises:
@@ -108,14 +125,7 @@ def _pack(found: FoundSource, out: Path, per_shard: int, left: _Left) -> Iterato
     while batch := list(islice(pairs, per_shard)):
         tar = folder / f"{number:06d}.tar"
         _write_tar(tar, batch, found.source.name, number * per_shard)
-        size, mark = shard_size_and_mark(str(tar))
-        yield AdoptedShard(
-            location=str(tar.relative_to(out)),
-            name=tar.name,
-            source=found.source.name,
-            size=size,
-            mark=mark,
-        )
+        yield tar
         number += 1
     if not number:
         raise InputError(

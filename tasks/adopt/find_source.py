@@ -27,7 +27,7 @@ from evaclip_model.reading.tar_file import BrokenTar, TarReader
 from evaclip_model.reading.urls import filesystem, is_url
 from tasks.adopt.config import AdoptedSource, Form
 from tasks.artifacts.artifact import DIGEST_CHARS
-from tasks.index.adopted_shards import shard_size_and_mark
+from tasks.index.adopted_shards import sizes_and_marks
 from tasks.tables.text_tables import text_format
 
 TAR = ".tar"
@@ -91,14 +91,15 @@ def source_mark(found: FoundSource) -> str:
     """What changes when the files do: their names and parts of their content, 16 hex characters.
 
     The images behind a table are known by the table alone.
+
+    Raises:
+        InputError: a file cannot be read.
     """
     digest = hashlib.sha256(found.form.encode())
-    for file in found.files:
-        try:
-            size, mark = shard_size_and_mark(file)
-        except OSError as error:
-            raise InputError(f"{file} cannot be read ({error})") from None
-        digest.update(f"{found.name_of(file)}\0{size}\0{mark}\0".encode())
+    for file, known in zip(found.files, sizes_and_marks(found.files), strict=True):
+        if known is None:
+            raise InputError(f"{file} cannot be read")
+        digest.update(f"{found.name_of(file)}\0{known[0]}\0{known[1]}\0".encode())
     return digest.hexdigest()[:DIGEST_CHARS]
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from tasks.artifacts.artifact import Made, read_bulk
-from tasks.index.adopted_shards import ADOPTED, AdoptedShard, read_adopted, shard_size_and_mark
+from tasks.index.adopted_shards import ADOPTED, AdoptedShard, read_adopted, sizes_and_marks
 from tasks.index.sample_index import INDEX, write_index
 from tasks.index.shard_verdicts import (
     CHECKED,
@@ -115,14 +115,12 @@ def _list_shards(downloaded: Path) -> list[_Listed]:
 
 def _refuse_changed(shards: Sequence[AdoptedShard]) -> None:
     """Raises: InputError: a shard is not the one any more that was adopted."""
-    changed = []
-    for shard in shards:
-        try:
-            same = shard_size_and_mark(shard.location) == (shard.size, shard.mark)
-        except OSError:
-            same = False
-        if not same:
-            changed.append(shard.location)
+    found = sizes_and_marks([shard.location for shard in shards])
+    changed = [
+        shard.location
+        for shard, now in zip(shards, found, strict=True)
+        if now != (shard.size, shard.mark)
+    ]
     if changed:
         raise InputError(
             f"{len(changed):,} of {len(shards):,} adopted shards changed or are gone since they "

@@ -108,6 +108,39 @@ def test_batches_from_a_url_are_those_from_the_folder(web, small_shards, tmp_pat
     assert not list((tmp_path / "cache").iterdir())
 
 
+def test_a_manifest_here_may_name_shards_here_and_at_urls(web, small_shards, tmp_path):
+    expected = BatchReader(
+        small_shards / "shards.json", CONFIG, rank=0, ranks=1, settings=ReadSettings()
+    )
+    mixed = tuple(
+        shard.model_copy(update={"path": f"{web.url}/{shard.path}"}) if number % 2 else shard
+        for number, shard in enumerate(shards_of(web))
+    )
+    ShardManifest(shards=mixed).write(tmp_path / "served/mixed.json")
+    settings = ReadSettings(shard_cache=tmp_path / "cache", shard_cache_bytes=2**20)
+    place = tmp_path / "served/mixed.json"
+    with closing(BatchReader(place, CONFIG, rank=0, ranks=1, settings=settings)) as reader:
+        for ours, theirs in zip(reader.batches(0, 4), expected.batches(0, 4), strict=True):
+            assert ours.captions == theirs.captions
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_shard_that_changed_since_it_was_verified_is_one_sentence(small_shards, tmp_path):
+    folder = shutil.copytree(small_shards, tmp_path / "copy")
+    with (folder / "a0.tar").open("ab") as tar:
+        tar.write(bytes(512))
+    with pytest.raises(InputError, match=r"a0\.tar changed since it was verified: it has"):
+        BatchReader(folder / "shards.json", CONFIG, rank=0, ranks=1, settings=ReadSettings()).batch(
+            0
+        )
+
+
+def test_a_step_larger_than_the_data_is_refused_with_both_figures(small_shards):
+    config = CONFIG.model_copy(update={"global_batch": 96})
+    with pytest.raises(InputError, match="global_batch = 96 is larger than the 72 samples of a, b"):
+        BatchReader(small_shards / "shards.json", config, rank=0, ranks=1, settings=ReadSettings())
+
+
 @pytest.mark.parametrize("faults", [["503"], ["cut", "cut"], ["other", "503"]])
 def test_a_fetch_that_goes_wrong_is_repeated(web, tmp_path, faults):
     shard = shards_of(web)[0]

@@ -1,0 +1,202 @@
+"""Recipes of what exists already: what they may leave out; one from shards to a trained model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from evaclip_model.errors import InputError
+from evaclip_model.reading.samples import ShardManifest, kept
+from flows.audit.dataset_replacement import take_down
+from flows.audit.sample_trace import trace
+from flows.config.profile import Profile
+from flows.config.recipe import Recipe, load_recipe
+from flows.graph.graph import Graph, draw_graph
+from flows.graph.step import Step
+from tasks.artifacts.artifact import Artifact
+from tasks.index.sample_index import SampleIndex
+from tasks.progress import silent
+from tests.flows.command import run
+from tests.tasks.adopt.test_adopt import digests, pack, stranger, write_pictures
+
+RECIPE = """
+name = "mine"
+title = "What I have"
+
+[[adopt.sources]]
+name = "shards"
+files = "{folder}/shards"
+
+[[adopt.sources]]
+name = "photos"
+files = "{folder}/photos"
+
+[initialise]
+model = "EVA02-CLIP-demo"
+image_px = 32
+
+[[train]]
+name = "tune"
+image_px = 32
+global_batch = 32
+samples_seen = 64
+warmup_steps = 1
+lanes = 8
+patch_dropout = 0.5
+source_weights = {{ shards = 0.7, photos = 0.3 }}
+"""
+
+
+@dataclass(frozen=True)
+class Mine:
+    """A recipe of two adopted sources, and what lies where it points."""
+
+    folder: Path
+
+    @property
+    def recipe(self) -> str:
+        return str(self.folder / "mine.toml")
+
+    @property
+    def root(self) -> Path:
+        return self.folder / "runs"
+
+
+def write_mine(folder: Path) -> Mine:
+    """80 samples in two shards of one name, one more without a caption; 12 photos, 10 of them with
+    captions and there."""
+    pack(folder / "shards/a/0.tar", [*map(stranger, range(40)), stranger(99, txt=None)])
+    pack(folder / "shards/b/0.tar", [stranger(n) for n in range(100, 140)])
+    write_pictures(folder / "photos", range(200, 211))
+    lines = [f"{number}.jpg,photo {number}" for number in range(200, 212)]
+    lines[3] = "203.jpg,"
+    (folder / "photos/captions.csv").write_text("image,caption\n" + "\n".join(lines) + "\n")
+    (folder / "mine.toml").write_text(RECIPE.format(folder=folder))
+    return Mine(folder)
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory: pytest.TempPathFactory) -> Mine:
+    """Nothing of it is made yet."""
+    return write_mine(tmp_path_factory.mktemp("mine"))
+
+
+def graph_of(recipe: Recipe) -> Graph:
+    return draw_graph(recipe, Path("/nowhere"), "sqlite:///none")
+
+
+def stages(graph: Graph) -> list[str]:
+    return [step.stage.name for step in graph.steps]
+
+
+def test_a_recipe_of_adopted_sources_needs_no_metadata_and_no_evaluation(mine: Mine) -> None:
+    graph = graph_of(load_recipe(mine.recipe))
+    assert stages(graph) == ["adopt", "verify", "dataset", "initialise", "train"]
+    for flow in ("prepare", "train"):
+        graph.require(flow)
+    with pytest.raises(InputError, match=r"the recipe has no \[evaluate\] table: add one"):
+        graph.require("pipeline")
+
+
+def test_metadata_and_adopted_sources_are_joined_and_weighted_together(tmp_path: Path) -> None:
+    write_mine(tmp_path)
+    source = f"[{{name = 'mine', files = '{tmp_path}/shards'}}]"
+    weights = "train.stage1.source_weights={laion2b = 0.5, coyo700m = 0.1, mine = 0.4}"
+    graph = graph_of(load_recipe("demo", [f"adopt.sources={source}", weights]))
+    assert stages(graph)[:7] == [
+        *("demo", "merge", "download", "verify", "adopt", "verify", "join"),
+    ]
+    joined = graph.dataset.inputs["verify"]
+    assert isinstance(joined, Step)
+    assert joined.stage.name == "join"
+    alone = graph_of(load_recipe("demo"))
+    assert [step.digest for step in alone.data_steps[:4]] == [
+        step.digest for step in graph.data_steps[:4]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (["download="], r"\[merge\] and \[download\] belong together"),
+        (["merge=", "download="], r"there is no data: give \[merge\] with \[download\], or \[\["),
+        (["evaluate="], r"\[register\] needs \[evaluate\]"),
+        (["train.stage1.samples_seen=1280"], r"has 10 steps .*, fewer than warmup_steps = 40"),
+        (
+            ["train.stage2.global_batch=8192", "train.stage2.warmup_steps=1"],
+            r"global_batch = 8,192, but .* at most 4,000 samples",
+        ),
+        (["adopt.sources=[{name='laion2b', files='x'}]"], "two sources are named 'laion2b'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_fetched_or_adopted(
+    changes: list[str], sentence: str
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        load_recipe("demo", changes)
+
+
+@pytest.fixture(scope="module")
+def trained(mine: Mine) -> dict[str, Artifact]:
+    """Kind -> artifact, after every step of the recipe, without a flow around them."""
+    profile = Profile(root=mine.root)
+    graph = draw_graph(load_recipe(mine.recipe), mine.root, "sqlite:///none")
+    return {step.stage.name: step.make(profile, silent) for step in graph.steps}
+
+
+def test_what_is_adopted_is_counted_and_trained_on(trained: dict[str, Artifact]) -> None:
+    counts = trained["dataset"].counts
+    assert (counts["samples"], counts["shards.samples"], counts["photos.samples"]) == (90, 80, 10)
+    reasons = {name: n for name, n in counts.items() if name.startswith("left_out.")}
+    assert reasons == {
+        "left_out.bad.no_caption": 1,
+        "left_out.no_caption": 1,
+        "left_out.missing_file": 1,
+    }
+    assert trained["train"].counts["samples_seen"] == 64
+    assert "| photos |" in (trained["dataset"].folder / "card.md").read_text()
+
+
+def test_an_adopted_sample_is_traced_and_taken_down_and_its_shard_is_not_touched(
+    mine: Mine, trained: dict[str, Artifact]
+) -> None:
+    before = digests(mine.folder / "shards")
+    index = SampleIndex(trained["verify"].folder)
+    row = next(index.chunks("uid", "key")).slice(7, 1).to_pylist()[0]
+    [found] = trace(root=mine.root, uid=row["uid"])
+    assert (found.shard, found.row["key"]) == (f"{mine.folder}/shards/a/0.tar", row["key"])
+    assert [one.kind for one in found.made_by] == ["adopt", "verify"]
+    assert [model.name for model in found.versions[0].models] == ["tune"]
+    (mine.folder / "list.txt").write_text(row["uid"])
+    [done] = take_down(mine.folder / "list.txt", mine.root)
+    assert done.new.counts["samples"] == 89
+    manifest = ShardManifest.read(done.new.folder / "shards.json")
+    [shard] = [one for one in manifest.shards if one.path.endswith("shards/a/0.tar")]
+    assert shard.tombstones == "7 40"
+    read = webdataset.WebDataset(str(done.new.folder / shard.path), shardshuffle=False)
+    keys = [sample["__key__"] for sample in kept(read, shard.left_out)]
+    assert len(keys) == 39
+    assert row["key"] not in keys
+    assert digests(mine.folder / "shards") == before
+
+
+def test_a_source_that_is_not_there_is_one_sentence_and_nothing_is_made(tmp_path: Path) -> None:
+    mine = write_mine(tmp_path)
+    (tmp_path / "photos/captions.csv").unlink()
+    refused = run(["run", "prepare", mine.recipe], mine.root)
+    assert refused.status == 2
+    assert "but no captions: put NAME.txt beside NAME.jpg" in refused.errors
+    assert "Traceback" not in refused.errors
+    assert not (mine.root / "adopt").exists()
+
+
+def test_inspect_says_form_samples_and_what_would_be_left_out(mine: Mine) -> None:
+    said = run(["sources", "inspect", str(mine.folder / "shards")], mine.root).output
+    assert "form 'shards', 2 files" in said and "80 images with captions" in said
+    assert "1 would be left out: no_caption" in said
+    said = run(["sources", "inspect", str(mine.folder / "photos/captions.csv")], mine.root).output
+    assert "form 'table'" in said and "10 images with captions" in said
+    assert "captions.csv, line 5" in said.replace("\n", "")
