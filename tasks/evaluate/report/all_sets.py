@@ -50,12 +50,14 @@ def glance_table(found: Findings) -> Table:
         given: list[Cell | str] = []
         if with_paper:
             given = [_published_cell(one, table), signed(one.difference), _verdict_cell(one)]
-        bar = interval_bar(
-            one.value or 0.0,
-            one.interval,
-            published=published.value if published else None,
-            chance=one.chance,
-        )
+        bar = None
+        if one.value is not None:  # a figure that is missing is not one of 0
+            bar = interval_bar(
+                one.value,
+                one.interval,
+                published=published.value if published else None,
+                chance=one.chance,
+            )
         warnings = len(about["warnings"])
         table.add(
             Cell(_name_figure(found, one), link=anchor(one.evalset)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +17,12 @@ from PIL import Image
 from evaclip_model.errors import InputError
 from flows.__main__ import main
 from tasks.evaluate.sets.convert.caption_sets import captioned_sources
-from tasks.evaluate.sets.convert.convert import Words, convert_captions, convert_table
+from tasks.evaluate.sets.convert.convert import (
+    Words,
+    convert_captions,
+    convert_imagefolder,
+    convert_table,
+)
 from tasks.evaluate.sets.convert.table import read_label_table
 from tasks.evaluate.sets.published_layout import EvalSet, open_set
 
@@ -80,6 +86,21 @@ def test_every_form_of_table_gives_the_same_set(images: Path, tmp_path: Path) ->
         assert made.classnames == ("dog", "red fox")
         assert [sample.label for sample in opened(made.folder).samples] == [1, 0, 0, 1]
     assert len(found) == 1
+
+
+def test_the_same_pictures_are_the_same_set_as_folders_and_as_a_flat_folder_with_a_list(
+    images: Path, tmp_path: Path
+) -> None:
+    rows = []
+    for number, (name, label) in enumerate(sorted(LABELS.items(), key=lambda item: item[1])):
+        for place in (tmp_path / "folders" / label, tmp_path / "flat"):
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy(images / name, place / f"{number}.jpg")
+        rows.append(f"{number}.jpg,{label}")
+    listing = write(tmp_path / "x.csv", joined(["path,label", *rows]))
+    folders = convert_imagefolder(tmp_path / "folders", tmp_path / "one", OWN)
+    flat = convert_table(listing, tmp_path / "flat", tmp_path / "two", OWN)
+    assert opened(folders.folder).fingerprint == opened(flat.folder).fingerprint
 
 
 def test_a_flat_folder_and_a_list_with_numbers_take_names_by_number(
