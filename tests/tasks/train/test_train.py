@@ -128,7 +128,7 @@ def test_when_memory_runs_out_training_goes_on_once_with_half_as_many_pairs(data
 def test_when_half_is_too_much_too_it_says_what_to_set(data, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    with pytest.raises(InputError, match=r"not suffice for 6 pairs .* set EVACLIP_MICRO_BATCH"):
+    with pytest.raises(InputError, match=r"batch of 6 does not fit .* set EVACLIP_MICRO_BATCH"):
         train(data, out, launch_where_memory_holds(3, tmp_path))
 
 
