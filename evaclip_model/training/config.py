@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from evaclip_model.config import Config
 from evaclip_model.reading.config import SamplingConfig
@@ -46,6 +46,11 @@ DECIDE_NOTHING = (
 """Settings, by their names in `TrainConfig.identity`, that change how long training takes, what it
 needs and what it leaves behind, never its result (rounding apart): a run may go on, and an artifact
 holds, without them."""
+
+
+def _none_for_the_word(value: object) -> object:
+    """TOML has no null: a recipe writes "none"."""
+    return None if value == "none" else value
 
 
 class LambConfig(Config):
@@ -138,8 +143,10 @@ class TrainConfig(SamplingConfig):
     """Decay of the running mean of squared gradients."""
     eps: float = Field(default=1e-6, gt=0)
     """Added to the root of the second moment."""
-    grad_clip_norm: float | None = Field(default=5.0, gt=0)
-    """Largest norm of the whole gradient, in the loss's units; none switches clipping off."""
+    grad_clip_norm: Annotated[float | None, BeforeValidator(_none_for_the_word)] = Field(
+        default=5.0, gt=0
+    )
+    """Largest norm of the whole gradient, in the loss's units; "none" switches clipping off."""
     warmup_steps: int = Field(default=2000, ge=0)
     """Optimizer steps of linear warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -487,10 +487,14 @@ def dry_run(job: TrainJob, rank: Rank) -> Mapping[str, Any]:
 
 
 def device_of_rank() -> torch.device:
-    """This rank's GPU, made torch's current one; the CPU where there is none."""
+    """This rank's GPU, made torch's current one; the CPU where there is none.
+
+    A cluster may show each rank its own GPU alone, which then is number 0 for all of them.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 
@@ -532,6 +536,12 @@ def starting_model(job: TrainJob, device: torch.device) -> EvaClip:
 def make_engine(job: TrainJob, model: EvaClip, part_size: int | None) -> Engine:
     """Raises: InputError: the engine cannot do what the stage asks for."""
     if job.engine == "torch":
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        if ranks > 1:
+            raise InputError(
+                f"engine 'torch' trains one rank, but this run has {ranks}, whose models would "
+                "never meet: use engine 'deepspeed', or one rank (EVACLIP_RANKS=1)"
+            )
         return TorchEngine(model, job.train)
     return DeepSpeedEngine(model, job.train, accumulates=part_size is not None)
 

@@ -66,3 +66,8 @@ def test_making_it_needs_neither_torch_nor_deepspeed():
         "assert not {'torch', 'deepspeed'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_clipping_that_is_off_is_said_so_to_deepspeed_whose_default_is_one():
+    made = deepspeed_config(settings(grad_clip_norm=None), ranks=1, parameters=1000)
+    assert made["gradient_clipping"] == 0.0

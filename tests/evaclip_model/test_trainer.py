@@ -102,3 +102,9 @@ def test_captions_keep_their_title_and_vary_by_position_alone():
     ]
     whole = config.model_copy(update={"caption_separator": None, "caption_templates": ("{}",)})
     assert vary_caption(caption, whole, 3) == caption
+
+
+def test_the_torch_engine_refuses_a_second_rank(tiny_data, ranks, tmp_path):
+    job = job_of(tiny_data, tmp_path / "two", engine="torch")
+    assert ranks.wait(start(ranks, 2, job)) == [DATA_ERROR] * 2
+    assert "trains one rank, but this run has 2" in (job.parent / "error.txt").read_text()

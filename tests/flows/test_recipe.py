@@ -60,3 +60,8 @@ def test_lists_and_words_can_be_overridden() -> None:
 def test_training_weights_may_only_name_sources_of_the_merge() -> None:
     with pytest.raises(InputError, match="weights source 'datacomp', which is none of"):
         load_recipe("demo", ["train.stage1.source_weights.datacomp=1.0"])
+
+
+def test_a_recipe_can_switch_clipping_off():
+    recipe = load_recipe("demo", ["train.stage1.grad_clip_norm=none"])
+    assert recipe.train[0].grad_clip_norm is None
