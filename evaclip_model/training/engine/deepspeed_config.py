@@ -35,8 +35,6 @@ def deepspeed_config(
         "train_batch_size": config.global_batch,
         "train_micro_batch_size_per_gpu": config.global_batch // ranks,
         "gradient_accumulation_steps": 1,
-        # 0 switches it off; without the key DeepSpeed 0.19 clips at 1.
-        "gradient_clipping": config.grad_clip_norm or 0.0,
         "steps_per_print": 2**31,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
@@ -47,6 +45,8 @@ def deepspeed_config(
             # DeepSpeed allocates as much in every step, however small the model is.
             "reduce_bucket_size": min(parameters, LARGEST_BUCKET),
         },
+        # 0 switches it off; without the key DeepSpeed 0.19 clips at 1.
+        "gradient_clipping": config.grad_clip_norm or 0.0,
     }
     if config.precision == "bf16":
         # A gradient that is not finite never gets as far as DeepSpeed's step (engine.py).
