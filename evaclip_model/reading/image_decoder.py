@@ -30,10 +30,12 @@ MAX_PIXELS = 64_000_000
 """Largest width x height that is decoded: a small file can claim a huge picture."""
 MAX_BYTES = 2**28
 """Largest encoded image."""
-MAX_JPEG_SCANS = 200
-"""Encoders use about ten; every scan visits all blocks again, however few bytes it has."""
 MAX_SCANNED_PIXELS = 2_000_000_000
-"""Largest scans x pixels of a JPEG: about a second of libjpeg's time for scans without content."""
+"""Largest scans x pixels of a JPEG: every scan visits all blocks again, however few bytes it has.
+About a second of libjpeg's time for scans without content; encoders make about ten."""
+_LEAST_SCANNED = 40_000
+"""Pixels whose time a scan of an image without any would take."""
+_LEAST_SCAN_BYTES = 10
 MAX_TIFF_STRIPS = 65_536
 """Pillow makes a Python object for every strip or tile while it reads the header."""
 MAX_DECODE_CPU_S = 10.0
@@ -158,9 +160,9 @@ def require_decodable_jpeg(data: bytes, width: int, height: int, max_pixels: int
         TooCostlyImageError: it has too many scans for its size.
     """
     _require_pixels(width, height, max_pixels)
+    most = MAX_SCANNED_PIXELS // max(_LEAST_SCANNED, width * height)
     # A count of the marker's bytes can only be too large (an embedded thumbnail has some, too).
-    most = min(MAX_JPEG_SCANS, MAX_SCANNED_PIXELS // max(1, width * height))
-    if data.count(b"\xff\xda") <= most:
+    if len(data) < most * _LEAST_SCAN_BYTES or data.count(b"\xff\xda") <= most:
         return
     scans = sum(marker == _START_OF_SCAN for marker, _, _ in _jpeg_segments(data))
     if scans > most:

@@ -120,7 +120,7 @@ def damaged_jpeg() -> bytes:
         ({"jpg": b"\xff\xd8 nothing"}, "undecodable"),
         ({"jpg": encoded((60, 60))[:-300]}, "undecodable"),
         ({"jpg": damaged_jpeg()}, "damaged"),
-        ({"jpg": jpeg_of_many_scans(64, 300)}, "too_costly"),
+        ({"jpg": jpeg_of_many_scans(64, 51_000)}, "too_costly"),
         ({"jpg": encoded((20, 4))}, "too_small"),
         ({"jpg": encoded((200, 100))}, "too_many_pixels"),
         ({"txt": "  \n"}, "empty_caption"),
