@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
 
 from evaclip_model.errors import InputError
+from evaclip_model.files import write_atomically
 from tasks.merge.config import ColumnMap, MergeConfig, SidecarConfig, SourceConfig
 from tasks.merge.database import database, reading
 from tasks.merge.merge_plan import Edition, MergePlan, MetadataFile, Sidecar, once
@@ -194,11 +195,27 @@ def convert_text(path: str, kind: TextFormat, source: SourceConfig, folder: Path
     names = column_names(path, kind, source.quoting, source.header)
     if not names:
         raise InputError(f"{path} cannot be read as {kind}: it has no row")
+    while later := _convert_columns(path, kind, source, folder, names):
+        names = [*names, *later]  # a key that the first rows lack; all of it once more
+
+
+def _convert_columns(
+    path: str, kind: TextFormat, source: SourceConfig, folder: Path, names: Sequence[str]
+) -> list[str]:
+    """Write the columns `names` of a text file; returns others that were met, if there are any, and
+    then what was written is not whole."""
     schema = pa.schema([(name, pa.string()) for name in names])
+    known = set(names)
     numbers, values, rows, bad, first = Counter[str](), Counter[str](), 0, 0, ""
     with pq.ParquetWriter(folder / ROWS, schema, compression="zstd") as writer:
         for batch in _batches(read_text_table(path, kind, source.quoting, source.header)):
             good = [row.values for row in batch if row.flaw is None]
+            if kind == "jsonl":
+                later = dict.fromkeys(
+                    name for row in good if not row.keys() <= known for name in row
+                )
+                if later.keys() - known:
+                    return [name for name in later if name not in known]
             for row in batch:
                 if row.flaw is not None:
                     bad += 1
@@ -213,7 +230,8 @@ def convert_text(path: str, kind: TextFormat, source: SourceConfig, folder: Path
                 numbers[name] += pc.sum(pc.match_substring_regex(there, _NUMBER)).as_py() or 0
     kinds = {n: "DOUBLE" if 2 * numbers[n] > values[n] else "VARCHAR" for n in names}
     told = {"columns": kinds, "rows": rows, "bad": bad, "first": first}
-    (folder / "told.json").write_text(json.dumps(told))
+    write_atomically(folder / "told.json", json.dumps(told))
+    return []
 
 
 def _batches(rows: Iterator[TextRow]) -> Iterator[list[TextRow]]:

@@ -16,9 +16,9 @@ import csv
 import json
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal
+from itertools import islice
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 
@@ -32,6 +32,8 @@ FORMATS: dict[str, TextFormat] = {
     **dict.fromkeys((".csv", ".tsv"), "csv"),
     **dict.fromkeys((".jsonl", ".ndjson"), "jsonl"),
 }
+FIRST_ROWS = 10_000
+"""Of JSON Lines, whose rows may have any columns."""
 MAX_LINES_OF_ROW = 100
 MAX_LINE_BYTES = 1 << 24
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -50,8 +52,7 @@ class LineFlaw(StrEnum):
     NOT_JSON = "not_json"
 
 
-@dataclass(frozen=True)
-class TextRow:
+class TextRow(NamedTuple):
     """One row, or a line that is none."""
 
     line: int
@@ -100,7 +101,7 @@ def read_text_table(
 
 
 def column_names(path: str, kind: TextFormat, quoting: Quoting, header: bool) -> list[str]:
-    """Columns of a file, in the order in which they are met; JSON Lines are read to the end.
+    """Columns of a file, in the order in which they are met in its first rows.
 
     Raises:
         InputError: as `read_text_table`.
@@ -108,7 +109,7 @@ def column_names(path: str, kind: TextFormat, quoting: Quoting, header: bool) ->
     if kind == "csv":
         first = next((values for _, values, flaw in _csv_rows(path, quoting) if flaw is None), [])
         return first if header else [f"column{number}" for number in range(len(first))]
-    rows = read_text_table(path, kind)
+    rows = islice(read_text_table(path, kind), FIRST_ROWS)
     return list(dict.fromkeys(name for row in rows for name in row.values))
 
 
@@ -234,25 +235,26 @@ def _quoted_row(
         text += "\n" * (more[0] - number - text.count("\n")) + more[1]
 
 
+_NUMBERS_AS_WRITTEN = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=str).decode
+
+
 def _json_row(line: _Line) -> TextRow:
     number, text, flaw = line
     if flaw is not None:
         return TextRow(number, {}, flaw)
     try:
-        found = json.loads(text)
+        found = _NUMBERS_AS_WRITTEN(text)
+        if not isinstance(found, dict):
+            return TextRow(number, {}, LineFlaw.NOT_JSON)
+        for name, value in found.items():
+            if not isinstance(value, str):
+                nested = json.loads(text)[name]
+                found[name] = None if nested is None else json.dumps(nested, ensure_ascii=False)
+            elif not value.isascii():  # halves of characters, which no text file can hold
+                found[name] = value.encode("utf-8", "replace").decode()
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
         return TextRow(number, {}, LineFlaw.NOT_JSON)
-    return TextRow(number, {name: _text(value) for name, value in found.items()})
-
-
-def _text(value: Any) -> str | None:
-    """A JSON value as text; halves of characters, which no text file can hold, are replaced."""
-    if value is None:
-        return None
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text.encode("utf-8", "replace").decode()
+    return TextRow(number, found)
 
 
 def _first_line(error: Exception) -> str:

@@ -64,6 +64,14 @@ def test_a_bad_line_is_counted_and_named_in_the_users_own_file(tmp_path: Path) -
     assert report["unreadable_lines"] == [f"{tmp_path}/a.jsonl, line 3: not_json"]
 
 
+def test_a_key_that_only_late_rows_of_json_lines_have_is_a_column(tmp_path: Path) -> None:
+    lines = [{"url": url(n), "caption": f"a cat {n}"} for n in range(10_050)]
+    lines[-1]["punsafe"] = "0.9"
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    _, report = merged(tmp_path, "a.jsonl", {"unknown_unsafe": "keep"})
+    assert (report["dropped"]["unsafe"], report["selected"]) == (1, 10_049)
+
+
 def test_a_file_of_bad_lines_is_refused_with_the_first_of_them(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("url,caption\nx\ny\n")
     with pytest.raises(InputError, match=r"a\.csv, line 2: wrong_number_of_columns"):
