@@ -6,6 +6,7 @@ Not here: reading the files (tasks.merge.inspect_metadata, tasks.adopt.inspect_s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -40,11 +41,15 @@ def print_adoptable(pattern: str, found: SourceInspection, console: Console) -> 
     files = f"{found.read_files:,} of {found.files:,} files" if found.is_cut_short else "all files"
     console.print(f"[bold]{escape(pattern)}[/]: form '{found.form}', {found.files:,} files")
     console.print(f"{found.samples:,} images with captions in {files}")
-    for reason, count in found.left_out.most_common():
-        console.print(f"{count:,} would be left out: {escape(reason)}")
-    if found.first_left_out:
-        console.print(f"the first is {escape(found.first_left_out)}", soft_wrap=True)
+    _print_left_out(found.left_out, found.first_left_out, console)
     console.print("fit for \\[\\[adopt.sources]]" if found.samples else "no image with a caption")
+
+
+def _print_left_out(reasons: Counter[str], first: str, console: Console) -> None:
+    for reason, count in reasons.most_common():
+        console.print(f"{count:,} would be left out: {escape(reason)}")
+    if first:
+        console.print(f"the first is {escape(first)}", soft_wrap=True)
 
 
 def print_inspection(pattern: str, found: Inspection, console: Console) -> None:
@@ -62,6 +67,7 @@ def print_inspection(pattern: str, found: Inspection, console: Console) -> None:
             bars(column.histogram),
         )
     console.print(table)
+    _print_left_out(found.bad_lines, found.first_bad_line, console)
     console.print(f"[yellow]{escape(found.problem)}[/]" if found.problem else "fit for a source")
 
 

@@ -7,7 +7,9 @@ Not here: printing them; any judgement of rows (filters.py).
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from duckdb import DuckDBPyConnection
@@ -15,10 +17,11 @@ from duckdb import DuckDBPyConnection
 from evaclip_model.errors import InputError
 from tasks.merge.config import ColumnMap, SourceConfig
 from tasks.merge.database import database, reading
-from tasks.merge.metadata_files import READERS, find_metadata, format_of
+from tasks.merge.metadata_files import READERS, Format, find_metadata, format_of
 from tasks.merge.schema import PublishedColumns, column_map, is_number, quoted
 from tasks.merge.survey_files import rows_in
 from tasks.merge.withdrawn import is_old_edition, why_refused
+from tasks.tables.text_tables import read_text_table
 
 BINS = 10
 MEMORY_LIMIT = "1GB"
@@ -51,6 +54,10 @@ class Inspection:
     columns: tuple[ColumnSummary, ...]
     problem: str | None
     """Why the files cannot be a source as they are."""
+    bad_lines: Counter[str] = field(default_factory=Counter)
+    """Lines of the text files that were read that are no rows, by reason."""
+    first_bad_line: str = ""
+    """File, line and reason of the first."""
 
 
 def inspect_files(pattern: str, read_files: int = 4) -> Inspection:
@@ -94,6 +101,7 @@ def inspect_files(pattern: str, read_files: int = 4) -> Inspection:
                     "kind of file a source of its own"
                 )
             counted.append(_count(connection, path, READERS[kinds[path]], published))
+    bad_lines, first_bad_line = _bad_lines(paths[:read_files], kinds)
     read_rows = sum(count[0] for count in counted)
     found = tuple(
         ColumnSummary(
@@ -105,7 +113,21 @@ def inspect_files(pattern: str, read_files: int = 4) -> Inspection:
         )
         for name, kind in published.items()
     )
-    return Inspection(len(paths), rows, len(counted), read_rows, found, problem)
+    return Inspection(
+        *(len(paths), rows, len(counted), read_rows, found, problem, bad_lines, first_bad_line)
+    )
+
+
+def _bad_lines(paths: Sequence[str], kinds: Mapping[str, Format]) -> tuple[Counter[str], str]:
+    """Lines that a merge would leave out, by reason, and the first of them."""
+    reasons, first = Counter[str](), ""
+    for path in paths:
+        kind = kinds[path]
+        for row in read_text_table(path, kind) if kind != "parquet" else ():
+            if row.flaw is not None:
+                reasons[row.flaw] += 1
+                first = first or f"{path}, line {row.line}: {row.flaw}"
+    return reasons, first
 
 
 def _columns(connection: DuckDBPyConnection, path: str, reader: str) -> dict[str, str]:

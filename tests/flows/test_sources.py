@@ -26,6 +26,17 @@ def test_sources_inspect_prints_columns_rows_and_histograms(
     assert score[:4] == ["similarity", "DOUBLE", "similarity", "0.0%"] and score[4][0] == "█"
 
 
+def test_sources_inspect_counts_the_lines_that_a_merge_would_leave_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [b"url,caption", b"http://a.example/1.jpg,a cat", b"http://a.example/2.jpg,caf\xe9", b"x"]
+    (tmp_path / "a.csv").write_bytes(b"\n".join(lines))
+    assert main(["sources", "inspect", str(tmp_path / "a.csv")]) == 0
+    shown = capsys.readouterr().out
+    assert "1 would be left out: not_utf8" in shown
+    assert f"the first is {tmp_path}/a.csv, line 3: not_utf8" in shown
+
+
 def test_a_withdrawn_collection_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sources", "inspect", "hf://datasets/laion/laion2B-en/*.parquet"]) == 2
     assert "withdrawn in December 2023" in capsys.readouterr().err
