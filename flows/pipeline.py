@@ -43,6 +43,7 @@ def pipeline(
     with open_session("pipeline", recipe, overrides) as session:
         check_disk(session.graph)
         prepare_data(session)
+        session.graph.require_samples()
         session.make_all(session.graph.model_steps)
         registered = evaluate_and_register(session, session.graph)
         publish_overview(session, session.graph)

@@ -20,5 +20,6 @@ def train(recipe: RecipeName = "demo", overrides: Overrides = ()) -> Artifact:
     """
     with open_session("train", recipe, overrides) as session:
         session.require(session.graph.dataset, "prepare")
+        session.graph.require_samples()
         session.make_all(session.graph.model_steps)
         return session.made[session.graph.train[-1].digest]

@@ -158,6 +158,31 @@ class Graph:
             more = f" ({len(absent) - 1} more: see the plan)" if len(absent) > 1 else ""
             raise InputError(f"{absent[0]}{more}")
 
+    def require_samples(self) -> None:
+        """Raises: InputError: a training stage takes more of the finished dataset version at once
+        than there is, which would otherwise be seen when its turn comes."""
+        counts = finished(self.dataset).counts
+        has = {
+            name.removesuffix(".samples"): int(number)
+            for name, number in counts.items()
+            if name.endswith(".samples")
+        }
+        for step in self.train:
+            stage = TrainConfig.model_validate(step.config)
+            drawn = {name: has.get(name, 0) for name in stage.source_weights or has}
+            few = min(drawn, key=lambda name: drawn[name])
+            if sum(drawn.values()) < stage.global_batch:
+                raise InputError(
+                    f"training stage '{stage.name}' has global_batch = {stage.global_batch:,}, but "
+                    f"the dataset holds {sum(drawn.values()):,} samples of {', '.join(drawn)}: set "
+                    "it lower, or add samples"
+                )
+            if drawn[few] < stage.lanes:
+                raise InputError(
+                    f"training stage '{stage.name}' reads {stage.lanes} lanes, but source '{few}' "
+                    f"has {drawn[few]:,} samples: set 'lanes' lower, or add samples"
+                )
+
 
 def load_graph(recipe: str, overrides: Sequence[str]) -> tuple[Recipe, Profile, Graph]:
     """Load a recipe and the profile, and draw their graph.

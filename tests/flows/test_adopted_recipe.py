@@ -160,6 +160,27 @@ def test_what_is_adopted_is_counted_and_trained_on(trained: dict[str, Artifact])
     assert "| photos |" in (trained["dataset"].folder / "card.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ([], None),
+        (["global_batch=96"], "global_batch = 96, but the dataset holds 90 samples of"),
+        (["lanes=16"], "reads 16 lanes, but source 'photos' has 10 samples"),
+    ],
+)
+def test_a_training_that_wants_more_than_there_is_is_refused_before_any_of_it_begins(
+    mine: Mine, trained: dict[str, Artifact], changes: list[str], sentence: str | None
+) -> None:
+    recipe = load_recipe(mine.recipe, [f"train.tune.{change}" for change in changes])
+    graph = draw_graph(recipe, mine.root, "sqlite:///none")
+    assert graph.dataset.digest == trained["dataset"].digest
+    if sentence is None:
+        graph.require_samples()
+    else:
+        with pytest.raises(InputError, match=sentence):
+            graph.require_samples()
+
+
 def test_an_adopted_sample_is_traced_and_taken_down_and_its_shard_is_not_touched(
     mine: Mine, trained: dict[str, Artifact]
 ) -> None:

@@ -29,7 +29,12 @@ def test_sources_inspect_prints_columns_rows_and_histograms(
 def test_sources_inspect_counts_the_lines_that_a_merge_would_leave_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [b"url,caption", b"http://a.example/1.jpg,a cat", b"http://a.example/2.jpg,caf\xe9", b"x"]
+    lines = [
+        b"url,caption",
+        b"http://a.example/1.jpg,a cat",
+        b"http://a.example/2.jpg,caf\xe9",
+        b"x",
+    ]
     (tmp_path / "a.csv").write_bytes(b"\n".join(lines))
     assert main(["sources", "inspect", str(tmp_path / "a.csv")]) == 0
     shown = capsys.readouterr().out
