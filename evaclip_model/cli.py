@@ -89,7 +89,7 @@ def classify(
 
     model = open_model(model_folder)
     values = image_features(model, [image]).values
-    shares = _shares(model, values, labels, template)[0].tolist()
+    shares = compute_label_probabilities(model, values, labels, template)[0].tolist()
     return sorted(zip(labels, shares, strict=True), key=lambda pair: -pair[1])
 
 
@@ -136,11 +136,11 @@ def classify_images(
     from evaclip_model.zeroshot.image_files import image_features, image_files
 
     files = image_files(images)
-    model = _open(model_name, weights, device, precision)
+    model = open_named_model(model_name, weights, device, precision)
     found = image_features(
         model, files, batch_size=batch_size, progress=_Progress("images", len(files))
     )
-    shares = _shares(model, found.values, labels, template)
+    shares = compute_label_probabilities(model, found.values, labels, template)
     if files == [images]:
         for share, label in sorted(zip(shares[0].tolist(), labels, strict=True))[::-1]:
             print(f"{share:7.1%}  {label}")
@@ -180,7 +180,7 @@ def embed(
         raise InputError("give images or folders of them, or --text FILE, and not both")
 
     def open_named() -> EvaClip:
-        return _open(model_name, weights, device, precision)
+        return open_named_model(model_name, weights, device, precision)
 
     with freed_memory_kept():
         if text is not None:
@@ -315,7 +315,7 @@ def take_over(
     print(f"{location}: step {progress.step:,} of {job.train.steps:,}")
 
 
-def _open(name: str, weights: Path | None, device: str, precision: Precision) -> EvaClip:
+def open_named_model(name: str, weights: Path | None, device: str, precision: Precision) -> EvaClip:
     """Open the model that the options name, in evaluation mode on its device."""
     import torch
 
@@ -344,7 +344,9 @@ def _check_labels(labels: Sequence[str], template: str) -> None:
         raise InputError(f"template '{template}' must hold '{{}}' once, where the label goes")
 
 
-def _shares(model: EvaClip, images: Tensor, labels: Sequence[str], template: str) -> Tensor:
+def compute_label_probabilities(
+    model: EvaClip, images: Tensor, labels: Sequence[str], template: str
+) -> Tensor:
     """Probabilities [N, L] of labels for image features [N, E]."""
     from evaclip_model.zeroshot.exact_ranks import encode_texts
 

@@ -40,20 +40,22 @@ class Config(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise InputError(f"{where}: {explain(cls, error)}") from None
+            raise InputError(f"{where}: {explain_error(cls, error)}") from None
 
-    def identity(self) -> dict[str, Any]:
+    def compute_identity(self) -> dict[str, Any]:
         """The settings in JSON's types, in the form that digests and checkpoints are tied to.
 
         It stays the same when the settings are only written differently: a setting of `RENAMED` has
         its first key here, and one of `ADDED` is left out while it has its default. So whatever was
         made before the change is still found.
         """
-        identity: dict[str, Any] = _identity(self, self.model_dump(mode="json", by_alias=True))
+        identity: dict[str, Any] = _replace_tables(
+            self, self.model_dump(mode="json", by_alias=True)
+        )
         return identity
 
 
-def _identity(value: Any, dumped: Any) -> Any:
+def _replace_tables(value: Any, dumped: Any) -> Any:
     """`dumped`, pydantic's JSON form of `value`, with every table in it as `Config.identity`."""
     if isinstance(value, Config):
         found = {}
@@ -62,7 +64,7 @@ def _identity(value: Any, dumped: Any) -> Any:
             is_default = held == field.get_default(call_default_factory=True)
             if name not in value.ADDED or not is_default:
                 key = field.alias or name
-                found[key] = _identity(held, dumped[key])
+                found[key] = _replace_tables(held, dumped[key])
         for first, present in value.RENAMED.items():
             *tables, last = present.split(".")
             table = found
@@ -72,14 +74,14 @@ def _identity(value: Any, dumped: Any) -> Any:
         moved_to = {present.partition(".")[0] for present in value.RENAMED.values()}
         return {key: held for key, held in found.items() if held != {} or key not in moved_to}
     if isinstance(value, list | tuple):
-        return [_identity(*pair) for pair in zip(value, dumped, strict=True)]
+        return [_replace_tables(*pair) for pair in zip(value, dumped, strict=True)]
     if isinstance(value, dict):
         pairs = zip(value.values(), dumped.items(), strict=True)
-        return {key: _identity(held, dump) for held, (key, dump) in pairs}
+        return {key: _replace_tables(held, dump) for held, (key, dump) in pairs}
     return dumped
 
 
-def explain(model: type[BaseModel], error: ValidationError) -> str:
+def explain_error(model: type[BaseModel], error: ValidationError) -> str:
     """Render the first problem of a pydantic validation error as one sentence."""
     first = error.errors(include_url=False)[0]
     location = tuple(part for part in first["loc"])

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from evaclip_model.choices import Precision
 from evaclip_model.errors import InputError
 from evaclip_model.model.attention import AttentionChoice, require_dtype
-from evaclip_model.model.clip import EvaClip, initialise
+from evaclip_model.model.clip import EvaClip, initialise_weights
 from evaclip_model.model.model_config import CONFIG_FILE, ModelConfig
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
 from evaclip_model.weights.load import LoadReport, load_weights
@@ -94,7 +94,7 @@ def _random_model(config: ModelConfig, seed: int | None, attention: AttentionCho
         if seed is not None:
             torch.manual_seed(seed)
         model = EvaClip(config, attention)
-        initialise(model)
+        initialise_weights(model)
     return model
 
 

@@ -8,7 +8,7 @@ from flows.config.form_types import Overrides, RecipeName
 from flows.graph.graph import Graph
 from flows.graph.runner import RecipeSession, open_session
 from flows.graph.step import Step
-from flows.promotion.apply_decision import Promote, register_and_judge, settle
+from flows.promotion.apply_decision import Promote, apply_decision, register_and_judge
 from flows.reporting.crash_hook import close_tracking
 from flows.reporting.prefect_artifacts import publish_evaluation
 from tasks.artifacts.artifact import Artifact
@@ -30,14 +30,14 @@ def evaluate(
     with open_session("evaluate", recipe, overrides) as session:
         for model in session.graph.evaluate.inputs.values():
             if isinstance(model, Step) and model in session.graph.model_steps:
-                session.require(model, "train")
+                session.require_finished(model, "train")
         registered = evaluate_and_register(session, session.graph)
-    settle(session.recipe.registry, session.store, registered, promote)
+    apply_decision(session.recipe.registry, session.store, registered, promote)
     return registered
 
 
 def evaluate_and_register(session: RecipeSession, graph: Graph) -> Artifact:
     """The graph's evaluation and its registration with the gate's decision; returns that."""
-    evaluated = session.make(graph.evaluate)
+    evaluated = session.make_step(graph.evaluate)
     publish_evaluation(evaluated, session.run.stage_url(graph.evaluate.address))
     return register_and_judge(session, graph)

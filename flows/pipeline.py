@@ -9,10 +9,10 @@ from flows.config.form_types import Overrides, RecipeName
 from flows.evaluate import evaluate_and_register
 from flows.graph.graph import load_graph
 from flows.graph.runner import open_session
-from flows.planning.feasibility import Machine, recipe_findings, sentence
+from flows.planning.feasibility import Machine, recipe_findings, summarise_findings
 from flows.planning.run_plan import check_disk, plan_markdown
 from flows.prepare import prepare_data
-from flows.promotion.apply_decision import Promote, settle
+from flows.promotion.apply_decision import Promote, apply_decision
 from flows.reporting.crash_hook import close_tracking
 from flows.reporting.prefect_artifacts import publish_overview
 
@@ -35,8 +35,8 @@ def pipeline(
     """
     if dry_run:
         wanted, profile, graph = load_graph(recipe, overrides)
-        machine = Machine.here(profile.root.resolve())
-        fits = sentence(recipe_findings(wanted, graph, profile, machine))
+        machine = Machine.this_machine(profile.root.resolve())
+        fits = summarise_findings(recipe_findings(wanted, graph, profile, machine))
         page = f"{plan_markdown(wanted, graph)}\n\nDoes it fit this machine? {fits}"
         create_markdown_artifact(page, key="plan")
         return
@@ -47,4 +47,4 @@ def pipeline(
         session.make_all(session.graph.model_steps)
         registered = evaluate_and_register(session, session.graph)
         publish_overview(session, session.graph)
-    settle(session.recipe.registry, session.store, registered, promote)
+    apply_decision(session.recipe.registry, session.store, registered, promote)

@@ -20,15 +20,15 @@ from flows.evaluate import evaluate_and_register
 from flows.graph.graph import data_steps, load_graph
 from flows.graph.incremental import (
     News,
-    describe,
+    describe_new_data,
     draw_retraining,
-    look,
+    find_new_data,
     new_merge_step,
     rows_of,
 )
 from flows.graph.runner import open_session
 from flows.prepare import prepare_data
-from flows.promotion.apply_decision import Promote, champion_beside, settle
+from flows.promotion.apply_decision import Promote, apply_decision, champion_beside
 from flows.reporting.crash_hook import close_tracking
 from flows.reporting.prefect_artifacts import publish_overview
 from tasks.artifacts.artifact import Artifact
@@ -64,13 +64,13 @@ def retrain(
     store = TrackingStore.at(profile.mlflow_uri, wanted.name)
     if graph.site.demo and not graph.site.demo.is_finished:
         with open_session("retrain", recipe, overrides) as session:
-            session.make(graph.site.demo)
+            session.make_step(graph.site.demo)
         graph = load_graph(recipe, overrides)[2]
-    news = look(wanted, graph, store, keep_rejected)
-    for line in describe(news, wanted):
+    news = find_new_data(wanted, graph, store, keep_rejected)
+    for line in describe_new_data(news, wanted):
         console.print(line, soft_wrap=True, markup=False)
     if dry_run or news.is_nothing:
-        _tell(wanted, news, "nothing was made")
+        _publish_news(wanted, news, "nothing was made")
         if not dry_run:
             _settle_last(wanted, store, news, promote)
         return None
@@ -79,13 +79,13 @@ def retrain(
             prepare_data(session)
         else:
             new = new_merge_step(wanted, graph, news) if news.files else None
-            merges = [*news.waiting, *([session.make(new)] if new else [])]
+            merges = [*news.waiting, *([session.make_step(new)] if new else [])]
             rows = rows_of(merges)
             if rows < min_new_rows:
                 few = f"{rows:,} new rows, {min_new_rows:,} are asked for: they wait"
                 end = few if rows else "nothing new: no row of the new files is new"
                 console.print(end, markup=False)
-                _tell(wanted, news, end)
+                _publish_news(wanted, news, end)
                 _settle_last(wanted, store, news, promote)
                 return None
             parts = [data_steps(graph.site, wanted, merge) for merge in merges if rows_of([merge])]
@@ -94,20 +94,20 @@ def retrain(
             session.make_all(graph.data_steps)
         session.make_all(graph.model_steps)
         registered = evaluate_and_register(session, graph)
-        _tell(wanted, news, read_decision(registered.folder).summary)
+        _publish_news(wanted, news, read_decision(registered.folder).summary)
         publish_overview(session, graph)
-    settle(wanted.registry, store, registered, promote)
+    apply_decision(wanted.registry, store, registered, promote)
     return registered
 
 
 def _settle_last(recipe: Recipe, store: TrackingStore, news: News, wanted: Promote) -> None:
     """Carry out what the gate said of the last model, where a run was killed before it did."""
     if news.last is not None:
-        settle(recipe.registry, store, news.last.registered, wanted)
+        apply_decision(recipe.registry, store, news.last.registered, wanted)
 
 
-def _tell(recipe: Recipe, news: News, end: str) -> None:
+def _publish_news(recipe: Recipe, news: News, end: str) -> None:
     """What was found and what came of it, as an artifact of the flow run."""
-    lines = "\n".join(describe(news, recipe))
+    lines = "\n".join(describe_new_data(news, recipe))
     page = f"# Retraining of {recipe.registry.model_name}\n\n```\n{lines}\n```\n\n{end}\n"
     create_markdown_artifact(page, key="retraining")

@@ -15,7 +15,7 @@ from pydantic import Field
 from flows.config.form_types import Overrides
 from flows.config.profile import load_profile
 from flows.graph.runner import Session, track_run
-from flows.graph.score_request import fetched, read_asked
+from flows.graph.score_request import fetch_models, read_asked
 from flows.reporting.crash_hook import close_tracking
 from flows.reporting.prefect_artifacts import publish_evaluation
 from tasks.artifacts.artifact import Artifact
@@ -49,11 +49,11 @@ def score(
     profile = load_profile()
     root = profile.root.resolve()
     asked = read_asked(models, recipe, sets, data, overrides, root)
-    specs = fetched(asked.models, profile)
-    step = asked.step(root, specs)
+    specs = fetch_models(asked.models, profile)
+    step = asked.make_step(root, specs)
     params = {"flow": "score", "models": " ".join(models), "recipe": recipe}
     named = f"score {', '.join(specs)}"
     with track_run(profile, EXPERIMENT, named, step.digest, params) as run:
-        made = Session(profile, run).make(step)
+        made = Session(profile, run).make_step(step)
         publish_evaluation(made, run.stage_url(step.address, step.title))
     return made

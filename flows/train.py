@@ -19,7 +19,7 @@ def train(recipe: RecipeName = "demo", overrides: Overrides = ()) -> Artifact:
         overrides: Changes to the recipe, each `table.key=value`.
     """
     with open_session("train", recipe, overrides) as session:
-        session.require(session.graph.dataset, "prepare")
+        session.require_finished(session.graph.dataset, "prepare")
         session.graph.require_samples()
         session.make_all(session.graph.model_steps)
         return session.made[session.graph.train[-1].digest]

@@ -14,7 +14,7 @@ class Report(Protocol):
     def __call__(self, done: float, total: float, detail: str = "") -> None: ...
 
 
-def silent(done: float, total: float, detail: str = "") -> None:
+def report_nothing(done: float, total: float, detail: str = "") -> None:
     """A `Report` that shows nothing."""
 
 

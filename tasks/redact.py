@@ -18,7 +18,7 @@ _TOKEN = re.compile(
 )
 
 
-def redact(text: str) -> str:
+def redact_text(text: str) -> str:
     """`text` with every password of an address and every secret of a query as `***`.
 
     `https://me:pw@host/x?X-Amz-Signature=ab` becomes `https://me:***@host/x?X-Amz-Signature=***`.
@@ -26,12 +26,12 @@ def redact(text: str) -> str:
     return _TOKEN.sub(rf"\1{HIDDEN}", _PASSWORD.sub(rf"\1:{HIDDEN}", text))
 
 
-def redacted(value: Any) -> Any:
+def redact_settings(value: Any) -> Any:
     """A copy of nested settings with `redact` over every text in them."""
     if isinstance(value, str):
-        return redact(value)
+        return redact_text(value)
     if isinstance(value, dict):
-        return {key: redacted(one) for key, one in value.items()}
+        return {key: redact_settings(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [redacted(one) for one in value]
+        return [redact_settings(one) for one in value]
     return value

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from evaclip_model.errors import InputError
-from tasks.redact import redact
+from tasks.redact import redact_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -69,9 +69,10 @@ class TrackingStore:
             InputError: `uri` is neither an SQLite file nor an HTTP address, or holds a password:
                 the address is logged and shown in many places.
         """
-        if redact(uri) != uri:
+        if redact_text(uri) != uri:
             raise InputError(
-                f"the tracking address '{redact(uri)}' holds a password: leave it out, and set "
+                f"the tracking address '{redact_text(uri)}' holds a password: leave it out, "
+                f"and set "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
             )
         if uri.startswith(SQLITE):
@@ -150,7 +151,7 @@ class TrackingStore:
     def away(self, error: Exception) -> InputError:
         """The error that names a store which does not answer."""
         return InputError(
-            f"the tracking store {self.uri} does not answer ({redact(str(error))[:160]}): "
+            f"the tracking store {self.uri} does not answer ({redact_text(str(error))[:160]}): "
             "start it, or give another address, and run the same command again"
         )
 

@@ -27,7 +27,7 @@ def keep_freed_memory() -> bool:
     The process then keeps what it needed at its largest, and gaps between that (a B/16's training:
     a twentieth). Returns whether the C library obeys.
     """
-    library = _glibc()
+    library = _load_glibc()
     return bool(
         library and library.mallopt(_MMAP_MAX, 0) and library.mallopt(_TRIM_THRESHOLD, _NEVER)
     )
@@ -40,13 +40,13 @@ def freed_memory_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        if library := _glibc():
+        if library := _load_glibc():
             library.mallopt(_MMAP_MAX, _MMAP_DEFAULT)
             library.mallopt(_TRIM_THRESHOLD, _TRIM_DEFAULT)
             library.malloc_trim(0)
 
 
-def _glibc() -> Any:
+def _load_glibc() -> Any:
     """The C library of this process; none where it is another."""
     try:
         library = ctypes.CDLL(None)

@@ -59,7 +59,7 @@ class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return _compute_product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -69,19 +69,19 @@ class _OneDnnLinear(torch.autograd.Function):
         rows = gradient.flatten(0, -2)  # [all but the last, out]
         for_x, for_weight, for_bias = ctx.needs_input_grad
         return (
-            _product(gradient, weight.t(), None) if for_x else None,
-            _product(rows.t(), x.flatten(0, -2).t(), None) if for_weight else None,
+            _compute_product(gradient, weight.t(), None) if for_x else None,
+            _compute_product(rows.t(), x.flatten(0, -2).t(), None) if for_weight else None,
             rows.sum(0) if for_bias else None,
         )
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _multiply_on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
 
 
 # A compiler would look into the product and ask for weights packed for inference.
-_opaque_multiply = torch.library.custom_op("evaclip::multiply", mutates_args=())(_multiply)
+_opaque_multiply = torch.library.custom_op("evaclip::multiply", mutates_args=())(_multiply_on_cpu)
 
 
 @_opaque_multiply.register_fake
@@ -89,8 +89,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _compute_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
         out: Tensor = _opaque_multiply(x, weight, bias)
         return out
-    return _multiply(x, weight, bias)
+    return _multiply_on_cpu(x, weight, bias)

@@ -61,11 +61,13 @@ def run_block(mode: GradCheckpointing, block: Callable[..., Tensor], *inputs: An
         return block(*inputs)
     options: dict[str, Any] = {}
     if mode == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+        options["context_fn"] = functools.partial(
+            create_selective_checkpoint_contexts, _choose_policy
+        )
     out: Tensor = checkpoint(block, *inputs, use_reentrant=False, **options)
     return out
 
 
-def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _choose_policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     keep = op.name().split(".")[0] in _KEPT
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -151,21 +151,23 @@ def _flash_kernel(choice: AttentionChoice, head_widths: Sequence[int]) -> Attent
     function = _flash_function(choice, package)
     if not torch.cuda.is_available():
         raise InputError(
-            f"attention '{choice}' ({package.distribution} {_version(package)}) needs a CUDA "
+            f"attention '{choice}' ({package.distribution} {_read_version(package)}) needs a CUDA "
             "device and torch sees none: choose 'auto', 'sdpa' or 'eager'"
         )
     first, beyond = package.capability
     capability = torch.cuda.get_device_capability()
     if not first <= capability < beyond:
         raise InputError(
-            f"attention '{choice}' ({package.distribution} {_version(package)}) needs a GPU of "
+            f"attention '{choice}' ({package.distribution} {_read_version(package)}) needs a "
+            f"GPU of "
             f"compute capability {first[0]}.x to {beyond[0] - 1}.x, this one has "
             f"{capability[0]}.{capability[1]}: choose 'sdpa'"
         )
     for width in head_widths:
         if width > package.widest_head or width % package.head_multiple:
             raise InputError(
-                f"attention '{choice}' ({package.distribution} {_version(package)}) takes head "
+                f"attention '{choice}' ({package.distribution} {_read_version(package)}) takes "
+                f"head "
                 f"widths up to {package.widest_head} in steps of {package.head_multiple}, not the "
                 f"model's {width}: choose 'sdpa'"
             )
@@ -194,12 +196,13 @@ def _flash_function(choice: str, package: _Package) -> Callable[..., Any]:
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"attention '{choice}' needs the package {package.distribution} (version found: "
-            f"{_version(package)}; {error}): {package.fix}, or choose 'auto', 'sdpa' or 'eager'"
+            f"{_read_version(package)}; {error}): {package.fix}, or choose 'auto', 'sdpa' or "
+            f"'eager'"
         ) from None
     return found
 
 
-def _version(package: _Package) -> str:
+def _read_version(package: _Package) -> str:
     try:
         return importlib.metadata.version(package.distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from evaclip_model.config import Config
 
 
-def _only(allowed: object, reason: str) -> AfterValidator:
+def _allow_only(allowed: object, reason: str) -> AfterValidator:
     def check(value: object) -> object:
         if value != allowed:
             raise ValueError(f"can only be {json.dumps(allowed)} here, because {reason}")
@@ -34,7 +34,7 @@ _NO_OTHER_TOWER = "only EVA image towers and CLIP text towers can be built"
 class _Vision(Config):
     """`vision_cfg`: their names, order and defaults."""
 
-    timm_model_name: Annotated[str | None, _only(None, _NO_OTHER_TOWER)] = None
+    timm_model_name: Annotated[str | None, _allow_only(None, _NO_OTHER_TOWER)] = None
     eva_model_name: str = Field(min_length=1)
     """Chooses the EVA tower in their builder; the name itself has no meaning there or here."""
     layers: int = 12
@@ -45,12 +45,12 @@ class _Vision(Config):
     image_size: int | tuple[int, int] = 224
     ls_init_value: float | None = None
     patch_dropout: Annotated[
-        float, _only(0, "masking is a setting of training (patch_dropout of the recipe)")
+        float, _allow_only(0, "masking is a setting of training (patch_dropout of the recipe)")
     ] = 0.0
     global_average_pool: bool = False
     drop_path_rate: float | None = None
     qkv_bias: Annotated[
-        bool, _only(True, "every published model has biases on queries and values")
+        bool, _allow_only(True, "every published model has biases on queries and values")
     ] = True
     postnorm: bool = False
     rope: bool = False
@@ -67,7 +67,7 @@ class _Vision(Config):
 
     @field_validator("image_size")
     @classmethod
-    def _square(cls, size: int | tuple[int, int]) -> int:
+    def _check_square(cls, size: int | tuple[int, int]) -> int:
         sides = {size} if isinstance(size, int) else set(size)
         if len(sides) > 1:
             raise ValueError("must be square")
@@ -103,10 +103,10 @@ class _Text(Config):
     heads: int = 8
     layers: int = 12
     ls_init_value: Annotated[
-        float | None, _only(None, "no published text tower has layer scale")
+        float | None, _allow_only(None, "no published text tower has layer scale")
     ] = None
-    hf_model_name: Annotated[str | None, _only(None, _NO_OTHER_TOWER)] = None
-    attn_mask: Annotated[bool, _only(True, "every published text tower is causal")] = True
+    hf_model_name: Annotated[str | None, _allow_only(None, _NO_OTHER_TOWER)] = None
+    attn_mask: Annotated[bool, _allow_only(True, "every published text tower is causal")] = True
     fusedLN: bool = False
     xattn: bool = False
     hf_tokenizer_name: str | None = None
@@ -120,7 +120,9 @@ class _Model(Config):
     embed_dim: int
     vision_cfg: _Vision
     text_cfg: _Text
-    quick_gelu: Annotated[bool, _only(False, "every published model has the exact GELU")] = False
+    quick_gelu: Annotated[bool, _allow_only(False, "every published model has the exact GELU")] = (
+        False
+    )
     custom_text: bool = True
     """Two towers under prefixes, or the text tower's names without one: no other result."""
 

@@ -54,7 +54,7 @@ def pack_padded(tokens: Tensor) -> Packing:
     )
 
 
-def pack(tokens: Tensor, device: torch.device) -> Packing:
+def pack_captions(tokens: Tensor, device: torch.device) -> Packing:
     """Plan the stream of a batch, on the CPU, and send it to `device` without waiting.
 
     Args:

@@ -78,7 +78,7 @@ class EvaClip(nn.Module):
             [B, E].
         """
         features: Tensor = self.visual(images, kept, branches)
-        return _unit(features) if normalize else features
+        return _normalise(features) if normalize else features
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
         """Features of captions.
@@ -93,7 +93,7 @@ class EvaClip(nn.Module):
             [B, E].
         """
         features: Tensor = self.text(tokens)
-        return _unit(features) if normalize else features
+        return _normalise(features) if normalize else features
 
     def forward(
         self,
@@ -117,7 +117,7 @@ class EvaClip(nn.Module):
         return (
             self.encode_image(images, normalize=True, kept=kept, branches=branches),
             self.encode_text(tokens, normalize=True),
-            _wide(self.logit_scale).exp().squeeze(0),
+            _to_float32(self.logit_scale).exp().squeeze(0),
         )
 
     @property
@@ -157,7 +157,7 @@ class EvaClip(nn.Module):
 
 
 @torch.no_grad()
-def initialise(model: EvaClip) -> None:
+def initialise_weights(model: EvaClip) -> None:
     """Give both towers EVA-CLIP's initial values, drawn from torch's global generator.
 
     Image tower: std 0.02, the last projection of both branches of block i (from 1) divided by
@@ -197,9 +197,9 @@ def _initialise_text(tower: TextTower) -> None:
     nn.init.normal_(tower.text_projection, std=width**-0.5)
 
 
-def _wide(x: Tensor) -> Tensor:
+def _to_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _unit(features: Tensor) -> Tensor:
-    return F.normalize(_wide(features), dim=-1)
+def _normalise(features: Tensor) -> Tensor:
+    return F.normalize(_to_float32(features), dim=-1)

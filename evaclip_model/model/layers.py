@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from evaclip_model.cpu.linear import Linear, linear
 from evaclip_model.model.attention import AttentionKernel
-from evaclip_model.model.rope import rotate
+from evaclip_model.model.rope import rotate_pairs
 
 
 class VisionAttention(nn.Module):
@@ -41,7 +41,7 @@ class VisionAttention(nn.Module):
         self.inner_attn_ln = nn.LayerNorm(width, eps=1e-6) if sub_norm else nn.Identity()
         self.proj = Linear(width, width)
 
-    def _project(self, x: Tensor, first_only: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _project_qkv(self, x: Tensor, first_only: bool) -> tuple[Tensor, Tensor, Tensor]:
         if self.fused_qkv and not first_only:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
             q, k, v = linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
@@ -72,10 +72,10 @@ class VisionAttention(nn.Module):
         """
         q, k, v = (
             part.reshape(*part.shape[:-1], self.heads, -1)  # [B, S, H, D]
-            for part in self._project(x, first_only)
+            for part in self._project_qkv(x, first_only)
         )
         if rope is not None:
-            q, k = q if first_only else rotate(q, *rope), rotate(k, *rope)
+            q, k = q if first_only else rotate_pairs(q, *rope), rotate_pairs(k, *rope)
         out = self.kernel(q, k, v, False).flatten(-2)  # [B, S or 1, W]
         projected: Tensor = self.proj(self.inner_attn_ln(out))
         return projected

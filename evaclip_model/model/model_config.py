@@ -80,7 +80,7 @@ class VisionConfig(Config):
         return self.width // self.heads
 
     @model_validator(mode="after")
-    def _divides(self) -> Self:
+    def _check_divisibility(self) -> Self:
         if self.image_px % self.patch_px:
             raise ValueError(
                 f"image_px {self.image_px} is not a multiple of patch_px {self.patch_px}"
@@ -109,7 +109,7 @@ class TextConfig(Config):
     """Attention heads."""
 
     @model_validator(mode="after")
-    def _divides(self) -> Self:
+    def _check_divisibility(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         return self
@@ -143,7 +143,7 @@ class ModelConfig(Config):
         if path.is_dir():
             path = path / CONFIG_FILE
         if path.suffix == ".json" or path.is_file():
-            return cls._read(path)
+            return cls._read_file(path)
         name = shipped_name(str(source))
         text = (resources.files("evaclip_model") / "configs" / f"{name}.json").read_text()
         return cls.from_mapping(json.loads(text), where=f"{name}.json")
@@ -155,7 +155,7 @@ class ModelConfig(Config):
         return cls.from_mapping(values, where)
 
     @classmethod
-    def _read(cls, path: Path) -> ModelConfig:
+    def _read_file(cls, path: Path) -> ModelConfig:
         try:
             values = json.loads(path.read_text())
         except (OSError, ValueError) as error:

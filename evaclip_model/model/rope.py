@@ -38,7 +38,7 @@ def rope_angles(grid: int, head_width: int, reference_grid: int) -> Tensor:
     return torch.cat((torch.zeros(1, 2 * pairs), patches))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair of ADJACENT channels (2j, 2j+1) by its angle.
 
     Args:
@@ -74,9 +74,9 @@ class GridRope(nn.Module):
         self.geometry = (grid, head_width, reference_grid)
         self.register_buffer("cos", torch.empty(0), persistent=False)
         self.register_buffer("sin", torch.empty(0), persistent=False)
-        self._fill(torch.get_default_device())
+        self._fill_tables(torch.get_default_device())
 
-    def _fill(self, device: torch.device) -> None:
+    def _fill_tables(self, device: torch.device) -> None:
         with torch.device("cpu"):
             angles = rope_angles(*self.geometry)
         self.cos = angles.cos()[:, None, :].to(device)  # [1 + N, 1, D/2]
@@ -86,7 +86,7 @@ class GridRope(nn.Module):
         # Every cast and move of a module comes through here; a cast to bfloat16 would leave
         # neighbouring patches with the same angle, and leaving the meta device would leave noise.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._fill(self.cos.device)
+        self._fill_tables(self.cos.device)
         return self
 
     def forward(self, kept: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from evaclip_model.cpu.linear import is_traced, linear
 from evaclip_model.model.activation_checkpointing import GradCheckpointing, run_block
 from evaclip_model.model.attention import AttentionKernel
-from evaclip_model.model.caption_packing import pack, pack_padded
+from evaclip_model.model.caption_packing import pack_captions, pack_padded
 from evaclip_model.model.layers import TextAttention, TextMlp
 from evaclip_model.model.model_config import TextConfig
 
@@ -96,7 +96,7 @@ class TextTower(nn.Module):
         packed = (
             pack_padded(tokens)
             if is_traced() or tokens.shape[0] == 0
-            else pack(tokens, self.positional_embedding.device)
+            else pack_captions(tokens, self.positional_embedding.device)
         )
         x = F.embedding(packed.tokens, self.token_embedding.weight)
         x = x + F.embedding(packed.positions, self.positional_embedding)

@@ -91,12 +91,12 @@ class VisionBlock(nn.Module):
         attended = self.attn(x if self.is_post_norm else self.norm1(x), rope, first_only)
         x = x[:, :1] if first_only else x
         if self.is_post_norm:
-            x = x + self._branch(self.norm1(attended), "gamma_1", by_attention)
-            return x + self._branch(self.norm2(self.mlp(x)), "gamma_2", by_mlp)
-        x = x + self._branch(attended, "gamma_1", by_attention)
-        return x + self._branch(self.mlp(self.norm2(x)), "gamma_2", by_mlp)
+            x = x + self._add_branch(self.norm1(attended), "gamma_1", by_attention)
+            return x + self._add_branch(self.norm2(self.mlp(x)), "gamma_2", by_mlp)
+        x = x + self._add_branch(attended, "gamma_1", by_attention)
+        return x + self._add_branch(self.mlp(self.norm2(x)), "gamma_2", by_mlp)
 
-    def _branch(self, branch: Tensor, gamma: str, kept: Tensor | None) -> Tensor:
+    def _add_branch(self, branch: Tensor, gamma: str, kept: Tensor | None) -> Tensor:
         scaled = getattr(self, gamma) * branch if self.has_layer_scale else branch
         dropped: Tensor = self.drop_path(scaled, kept)
         return dropped
@@ -128,7 +128,7 @@ class VisionTower(nn.Module):
         )
         self.head = Linear(config.width, embed_dim)
 
-    def embed(self, images: Tensor, kept: Tensor | None) -> Tensor:
+    def embed_patches(self, images: Tensor, kept: Tensor | None) -> Tensor:
         """Tokens before the first block: [B, 1 + N, W], or [B, 1 + K, W] of the kept patches."""
         patches = self.patch_embed(images, kept)
         positions = self.pos_embed[0, 1:]  # [N, W]
@@ -158,7 +158,7 @@ class VisionTower(nn.Module):
             raise ValueError(
                 f"images are {list(images.shape[1:])}, this model is built for {[3, size, size]}"
             )
-        x = self.embed(images.to(self.cls_token.dtype), kept)
+        x = self.embed_patches(images.to(self.cls_token.dtype), kept)
         rope = None if self.rope is None else self.rope(kept)
         *earlier, last = cast(Iterable[VisionBlock], self.blocks)
         passed = [None] * len(self.blocks) if branches is None else branches.unbind(1)

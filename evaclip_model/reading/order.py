@@ -84,9 +84,9 @@ class Mixture:
             [self.sources.index(name) for name in mixing_pattern(weights)], dtype=np.int64
         )
 
-    def draws(self, step: int, lane: int) -> Ints:
+    def draw_sources(self, step: int, lane: int) -> Ints:
         """Source number of each of the lane's samples in this step, [per_lane]."""
-        first = self._first(np.array([step]), lane)[0]
+        first = self._find_first_draws(np.array([step]), lane)[0]
         drawn: Ints = self._pattern[(first + np.arange(self.per_lane)) % len(self._pattern)]
         return drawn
 
@@ -94,20 +94,20 @@ class Mixture:
         """Draws of the lane from each source in all steps before this one, [sources]."""
         cycle = len(self._pattern)
         cycles, rest = divmod(step, cycle)
-        whole = self._counted(np.arange(cycle), lane) * cycles if cycles else 0
-        return np.asarray(whole + self._counted(np.arange(rest), lane), dtype=np.int64)
+        whole = self._count_draws(np.arange(cycle), lane) * cycles if cycles else 0
+        return np.asarray(whole + self._count_draws(np.arange(rest), lane), dtype=np.int64)
 
-    def _counted(self, steps: Ints, lane: int) -> Ints:
+    def _count_draws(self, steps: Ints, lane: int) -> Ints:
         """Draws of each source summed over `steps` (each below one cycle), [sources]."""
         length = len(self._pattern)
         twice = np.eye(len(self.sources), dtype=np.int64)[np.tile(self._pattern, 2)]
         before = np.concatenate([np.zeros_like(twice[:1]), np.cumsum(twice, axis=0)])
-        first = self._first(steps, lane)
+        first = self._find_first_draws(steps, lane)
         rounds, rest = divmod(self.per_lane, length)
         partial = (before[first + rest] - before[first]).sum(axis=0)
         return np.asarray(partial + before[length] * rounds * len(steps))
 
-    def _first(self, steps: Ints, lane: int) -> Ints:
+    def _find_first_draws(self, steps: Ints, lane: int) -> Ints:
         """Place in the pattern of the lane's first draw in each step."""
         length = len(self._pattern)
         shared = gcd(length, self.global_batch)
@@ -124,16 +124,16 @@ class Order(Protocol):
     total: int
     """Samples of the source."""
 
-    def locate(self, lane: int, draw: int) -> tuple[int, int, int]:
+    def locate_draw(self, lane: int, draw: int) -> tuple[int, int, int]:
         """Epoch, window in the epoch, and place in the window, of the lane's draw number `draw`."""
 
-    def following(self, lane: int, epoch: int, window: int) -> tuple[int, int]:
+    def next_window(self, lane: int, epoch: int, window: int) -> tuple[int, int]:
         """Epoch and number of the window after a window."""
 
-    def pieces(self, lane: int, epoch: int, window: int) -> list[Piece]:
+    def list_pieces(self, lane: int, epoch: int, window: int) -> list[Piece]:
         """Parts of the window, in the order of reading."""
 
-    def shuffled(self, lane: int, epoch: int, window: int) -> Ints:
+    def shuffle_window(self, lane: int, epoch: int, window: int) -> Ints:
         """Order in which the window's samples are drawn."""
 
     def shards_from(self, lane: int, epoch: int, window: int, count: int) -> list[int]:
@@ -159,7 +159,7 @@ class _LaidOut:
         found: list[int] = self.shards[first : last + 1].tolist()
         return found
 
-    def pieces(self, start: int, stop: int) -> list[Piece]:
+    def list_pieces(self, start: int, stop: int) -> list[Piece]:
         """The samples `start` to `stop` (exclusive), shard by shard."""
         first = int(np.searchsorted(self.ends, start, side="right"))
         found = []
@@ -190,28 +190,28 @@ class SourceOrder:
 
     def lane_length(self, lane: int) -> int:
         """Samples of the lane in every epoch."""
-        return self._bound(lane + 1) - self._bound(lane)
+        return self._window_bound(lane + 1) - self._window_bound(lane)
 
-    def locate(self, lane: int, draw: int) -> tuple[int, int, int]:
+    def locate_draw(self, lane: int, draw: int) -> tuple[int, int, int]:
         epoch, rest = divmod(draw, self.lane_length(lane))
         return epoch, rest // self._window, rest % self._window
 
-    def following(self, lane: int, epoch: int, window: int) -> tuple[int, int]:
+    def next_window(self, lane: int, epoch: int, window: int) -> tuple[int, int]:
         last = (self.lane_length(lane) - 1) // self._window
         return (epoch, window + 1) if window < last else (epoch + 1, 0)
 
-    def pieces(self, lane: int, epoch: int, window: int) -> list[Piece]:
-        start = self._bound(lane) + window * self._window
-        stop = min(start + self._window, self._bound(lane + 1))
-        return self._laid_out(epoch).pieces(start, stop)
+    def list_pieces(self, lane: int, epoch: int, window: int) -> list[Piece]:
+        start = self._window_bound(lane) + window * self._window
+        stop = min(start + self._window, self._window_bound(lane + 1))
+        return self._laid_out(epoch).list_pieces(start, stop)
 
-    def shuffled(self, lane: int, epoch: int, window: int) -> Ints:
+    def shuffle_window(self, lane: int, epoch: int, window: int) -> Ints:
         left = self.lane_length(lane) - window * self._window
-        return self._rng(1, epoch, lane, window).permutation(min(self._window, left))
+        return self._make_generator(1, epoch, lane, window).permutation(min(self._window, left))
 
     def shards_from(self, lane: int, epoch: int, window: int, count: int) -> list[int]:
-        start = self._bound(lane) + window * self._window
-        found = self._laid_out(epoch).shards_between(start, self._bound(lane + 1))[:count]
+        start = self._window_bound(lane) + window * self._window
+        found = self._laid_out(epoch).shards_between(start, self._window_bound(lane + 1))[:count]
         if len(found) < count:
             found += self.shards_from(lane, epoch + 1, 0, count - len(found))
         return found
@@ -219,16 +219,16 @@ class SourceOrder:
     def _laid_out(self, epoch: int) -> _LaidOut:
         number, laid = self._newest
         if number != epoch:
-            shards = self._rng(0, epoch).permutation(len(self._samples))
+            shards = self._make_generator(0, epoch).permutation(len(self._samples))
             laid = _LaidOut(shards, np.cumsum(self._samples[shards]))
             self._newest = (epoch, laid)
         return laid
 
-    def _bound(self, lane: int) -> int:
+    def _window_bound(self, lane: int) -> int:
         return lane * self.total // self._lanes
 
-    def _rng(self, *key: int) -> np.random.Generator:
-        return _generator(*self._key, *key)
+    def _make_generator(self, *key: int) -> np.random.Generator:
+        return _seed_generator(*self._key, *key)
 
 
 class ResampledOrder:
@@ -247,38 +247,40 @@ class ResampledOrder:
         self._drawn: dict[int, _LaidOut] = {}
         self.total = int(self._samples.sum())
 
-    def locate(self, lane: int, draw: int) -> tuple[int, int, int]:
+    def locate_draw(self, lane: int, draw: int) -> tuple[int, int, int]:
         return 0, draw // self._window, draw % self._window
 
-    def following(self, lane: int, epoch: int, window: int) -> tuple[int, int]:
+    def next_window(self, lane: int, epoch: int, window: int) -> tuple[int, int]:
         return epoch, window + 1
 
-    def pieces(self, lane: int, epoch: int, window: int) -> list[Piece]:
+    def list_pieces(self, lane: int, epoch: int, window: int) -> list[Piece]:
         start = window * self._window
-        return self._until(lane, start + self._window).pieces(start, start + self._window)
+        return self._lay_out_until(lane, start + self._window).list_pieces(
+            start, start + self._window
+        )
 
-    def shuffled(self, lane: int, epoch: int, window: int) -> Ints:
-        return self._rng(1, lane, window).permutation(self._window)
+    def shuffle_window(self, lane: int, epoch: int, window: int) -> Ints:
+        return self._make_generator(1, lane, window).permutation(self._window)
 
     def shards_from(self, lane: int, epoch: int, window: int, count: int) -> list[int]:
         start = window * self._window
         most = count * int(self._samples.max())
-        return self._until(lane, start + most).shards_between(start, start + most)[:count]
+        return self._lay_out_until(lane, start + most).shards_between(start, start + most)[:count]
 
-    def _until(self, lane: int, stop: int) -> _LaidOut:
+    def _lay_out_until(self, lane: int, stop: int) -> _LaidOut:
         """The lane's shards from the first on, at least `stop` samples of them."""
         # Sizes differ, so where a shard begins is known only by adding up all before it: sixteen
         # bytes a shard that the lane has come to, kept.
         laid = self._drawn.get(lane, _LaidOut(_NONE, _NONE))
         while laid.total < stop:
-            block = self._rng(0, lane, len(laid.shards) // DRAWN_AT_ONCE)
+            block = self._make_generator(0, lane, len(laid.shards) // DRAWN_AT_ONCE)
             drawn = block.integers(0, len(self._samples), DRAWN_AT_ONCE)
             shards = np.concatenate([laid.shards, drawn])
             self._drawn[lane] = laid = _LaidOut(shards, np.cumsum(self._samples[shards]))
         return laid
 
-    def _rng(self, *key: int) -> np.random.Generator:
-        return _generator(*self._key, *key)
+    def _make_generator(self, *key: int) -> np.random.Generator:
+        return _seed_generator(*self._key, *key)
 
 
 ORDERS: Mapping[str, type[SourceOrder] | type[ResampledOrder]] = {
@@ -288,5 +290,5 @@ ORDERS: Mapping[str, type[SourceOrder] | type[ResampledOrder]] = {
 """Kind of sampling -> the order of a source under it."""
 
 
-def _generator(*key: int) -> np.random.Generator:
+def _seed_generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))

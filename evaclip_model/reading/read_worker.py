@@ -82,14 +82,16 @@ class Worker:
                 stdout=subprocess.PIPE,
                 pass_fds=[memory],
             )
-            self._slots = _slots(memory, shape)
-            self._tell(json.dumps({"memory": memory, "shape": shape, **settings}).encode() + b"\n")
+            self._slots = _allocate_slots(memory, shape)
+            self._send_message(
+                json.dumps({"memory": memory, "shape": shape, **settings}).encode() + b"\n"
+            )
         finally:
             os.close(memory)
         self._taken = 0
-        self._tell(_GO * SLOTS)
+        self._send_message(_GO * SLOTS)
 
-    def part(self) -> Part:
+    def receive_part(self) -> Part:
         """The next step's part, once it is there.
 
         Raises:
@@ -97,7 +99,7 @@ class Worker:
             WorkerFailed: it crashed or was killed.
         """
         if self._taken:
-            self._tell(_GO)  # the slot of the part before is free again
+            self._send_message(_GO)  # the slot of the part before is free again
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line.endswith(b"\n"):
@@ -122,7 +124,7 @@ class Worker:
             self._process.kill()
             self._process.wait()
 
-    def _tell(self, data: bytes) -> None:
+    def _send_message(self, data: bytes) -> None:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(data)
@@ -133,7 +135,7 @@ class Worker:
             ) from None
 
 
-def serve(run: Callable[[Mapping[str, Any]], Any]) -> int:
+def serve_parts(run: Callable[[Mapping[str, Any]], Any]) -> int:
     """Be a worker: make parts of `run(settings)`, an iterable of batches, as fast as there is room.
 
     Returns:
@@ -146,27 +148,27 @@ def serve(run: Callable[[Mapping[str, Any]], Any]) -> int:
     os.dup2(2, 1)  # what libraries print is no answer
     torch.set_num_threads(1)
     settings = json.loads(sys.stdin.buffer.readline())
-    slots = _slots(settings["memory"], tuple(settings["shape"]))
+    slots = _allocate_slots(settings["memory"], tuple(settings["shape"]))
     try:
         for number, (batch, bad) in enumerate(run(settings)):
             if not sys.stdin.buffer.read(1):
                 return 0
             slots[number % SLOTS].copy_(batch.images)
             said = {"captions": batch.captions, "origins": batch.origins, "bad": bad}
-            _answer(answers, said)
+            _send_answer(answers, said)
     except InputError as error:
-        _answer(answers, {"error": str(error)})
+        _send_answer(answers, {"error": str(error)})
     except BrokenPipeError:
         return 0
     return 0
 
 
-def _answer(answers: Any, said: Mapping[str, Any]) -> None:
+def _send_answer(answers: Any, said: Mapping[str, Any]) -> None:
     answers.write(json.dumps(said).encode() + b"\n")
     answers.flush()
 
 
-def _slots(memory: int, shape: Sequence[int]) -> list[Tensor]:
+def _allocate_slots(memory: int, shape: Sequence[int]) -> list[Tensor]:
     """Tensors of a shape [b, 3, S, S] in shared memory, where the channels come last."""
     images, channels, height, width = shape
     size = int(np.prod(shape))

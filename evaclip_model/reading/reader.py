@@ -33,7 +33,7 @@ from evaclip_model.reading.config import SamplingConfig
 from evaclip_model.reading.decode import DECODERS, Picture
 from evaclip_model.reading.image_decoder import UnreadableImageError
 from evaclip_model.reading.order import ORDERS, Mixture, Order, Piece
-from evaclip_model.reading.read_worker import Origin, Worker, serve
+from evaclip_model.reading.read_worker import Origin, Worker, serve_parts
 from evaclip_model.reading.samples import BrokenShard, Pair, Shard, ShardManifest
 from evaclip_model.reading.shard_store import LocalShards, RemoteShards, ShardStore
 from evaclip_model.reading.urls import is_url
@@ -128,7 +128,7 @@ class BatchReader:
         self._settings = settings
         manifest = ShardManifest.read(shards)
         by_source = manifest.by_source()
-        weights = _weights(by_source, config, shards)
+        weights = _resolve_weights(by_source, config, shards)
         if config.lanes % ranks:
             raise InputError(
                 f"{ranks} ranks cannot share {config.lanes} lanes evenly: "
@@ -163,7 +163,7 @@ class BatchReader:
                 "copies for negatives; set it lower, or add samples"
             )
         self._decode = DECODERS[config.decode]
-        self._store = _store(shards, manifest, settings, rank, ranks)
+        self._store = _choose_store(shards, manifest, settings, rank, ranks)
         total = sum(shard.bytes for shards in self._shards for shard in shards)
         self._room_for_all = total <= settings.cache_bytes
         self._room = settings.cache_bytes - total if self._room_for_all else 0
@@ -174,44 +174,46 @@ class BatchReader:
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="windows")
         self.bad: Counter[str] = Counter()
 
-    def batches(self, first_step: int, steps: int) -> Generator[Batch, None, None]:
+    def iterate_batches(self, first_step: int, steps: int) -> Generator[Batch, None, None]:
         """Batches from `first_step` to `steps` (exclusive), the next ones made while one is used.
 
         Raises:
             InputError: as `batch` does.
             WorkerFailed: a reading process crashed or was killed.
         """
-        workers = _evenly(self._settings.workers, len(self._lanes))
+        workers = _share_lanes_evenly(self._settings.workers, len(self._lanes))
         if not workers:
             with ThreadPoolExecutor(1, thread_name_prefix="reader") as ahead:
                 following: Future[Batch] | None = None
                 for step in range(first_step, steps):
-                    batch = following.result() if following else self.batch(step)
-                    following = ahead.submit(self.batch, step + 1) if step + 1 < steps else None
+                    batch = following.result() if following else self.read_batch(step)
+                    following = (
+                        ahead.submit(self.read_batch, step + 1) if step + 1 < steps else None
+                    )
                     yield batch
             return
-        with closing(_Team(self._workers(workers, first_step, steps))) as team:
+        with closing(_Team(self._start_workers(workers, first_step, steps))) as team:
             for step in range(first_step, steps):
-                images = self._images()
-                captions, origins, bad = team.parts(images)
+                images = self._allocate_images()
+                captions, origins, bad = team.collect_parts(images)
                 self.bad.update(bad)
-                yield Batch(step, images, captions, self._positions(step), origins)
+                yield Batch(step, images, captions, self._list_positions(step), origins)
 
-    def batch(self, step: int) -> Batch:
+    def read_batch(self, step: int) -> Batch:
         """This rank's share of one step.
 
         Raises:
             InputError: a shard cannot be read, or a whole window holds no usable sample.
         """
-        positions = self._positions(step)
-        images = self._images()
+        positions = self._list_positions(step)
+        images = self._allocate_images()
         captions: list[str] = []
         origins: list[Origin] = []
         for lane in self._lanes:
             drawn = self._mixture.drawn_before(step, lane)
-            for source in self._mixture.draws(step, lane).tolist():
+            for source in self._mixture.draw_sources(step, lane).tolist():
                 place = len(captions)
-                image, loaded = self._sample(
+                image, loaded = self._draw_sample(
                     source, lane, int(drawn[source]), int(positions[place])
                 )
                 drawn[source] += 1
@@ -220,7 +222,7 @@ class BatchReader:
                 origins.append(loaded.origin)
         return Batch(step, images, tuple(captions), positions, tuple(origins))
 
-    def drawn(self, steps: int) -> dict[str, int]:
+    def count_drawn(self, steps: int) -> dict[str, int]:
         """Samples of each source in the first `steps` steps, over all ranks."""
         lanes = range(self._config.lanes)
         counts = sum(self._mixture.drawn_before(steps, lane) for lane in lanes)
@@ -233,15 +235,15 @@ class BatchReader:
             stream.close()
         self._store.close()
 
-    def _images(self) -> Tensor:
+    def _allocate_images(self) -> Tensor:
         """[b, 3, S, S] uint8 of any content, the channels last in memory."""
         return torch.empty(self._shape, dtype=torch.uint8).permute(0, 3, 1, 2)
 
-    def _positions(self, step: int) -> Tensor:
+    def _list_positions(self, step: int) -> Tensor:
         first = step * self._config.global_batch + self._lanes.start * self._mixture.per_lane
         return torch.arange(first, first + len(self._lanes) * self._mixture.per_lane)
 
-    def _workers(self, workers: int, first_step: int, steps: int) -> Iterator[Worker]:
+    def _start_workers(self, workers: int, first_step: int, steps: int) -> Iterator[Worker]:
         config = self._config
         images = len(self._lanes) // workers * self._mixture.per_lane
         part = self._settings.of_worker(workers)
@@ -261,26 +263,28 @@ class BatchReader:
             }
             yield Worker(WORKER, settings, (images, 3, config.image_px, config.image_px))
 
-    def _sample(self, source: int, lane: int, draw: int, position: int) -> tuple[Tensor, _Loaded]:
+    def _draw_sample(
+        self, source: int, lane: int, draw: int, position: int
+    ) -> tuple[Tensor, _Loaded]:
         """The cropped image and the sample of a draw, or of the next usable one in its window."""
-        epoch, number, place = self._orders[source].locate(lane, draw)
-        window = self._window(source, lane, epoch, number)
+        epoch, number, place = self._orders[source].locate_draw(lane, draw)
+        window = self._open_window(source, lane, epoch, number)
         if not self._room_for_all and place >= len(window.samples) // 2:
             self._prepare_after(source, lane, epoch, number)
         for offset in range(len(window.samples)):
             loaded = window.samples[window.shuffled[(place + offset) % len(window.samples)]]
             try:
-                return self._crop(loaded, position), loaded
+                return self._crop_image(loaded, position), loaded
             except UnreadableImageError as error:
                 self.bad[str(error).partition(":")[0]] += 1
-        pieces = self._orders[source].pieces(lane, epoch, number)
+        pieces = self._orders[source].list_pieces(lane, epoch, number)
         paths = sorted({self._shards[source][piece.shard].path for piece in pieces})
         raise InputError(
             f"none of {len(window.samples)} samples in {', '.join(paths)} can be used: "
             "verify the shards again"
         )
 
-    def _crop(self, loaded: _Loaded, position: int) -> Tensor:
+    def _crop_image(self, loaded: _Loaded, position: int) -> Tensor:
         if loaded.flaw is not None:
             raise UnreadableImageError(loaded.flaw)
         picture = loaded.image
@@ -294,7 +298,7 @@ class BatchReader:
             config.image_px, seed=config.seed, position=position, scale=config.crop_scale
         )
 
-    def _window(self, source: int, lane: int, epoch: int, number: int) -> _Window:
+    def _open_window(self, source: int, lane: int, epoch: int, number: int) -> _Window:
         """The samples of a window; the newest of every lane and source stays in memory."""
         held = self._windows.get((source, lane))
         if held is not None and (held.epoch, held.number) == (epoch, number):
@@ -310,34 +314,34 @@ class BatchReader:
     def _prepare_after(self, source: int, lane: int, epoch: int, number: int) -> None:
         """Begin to load the window after this one."""
         if (source, lane) not in self._coming:
-            after = self._orders[source].following(lane, epoch, number)
+            after = self._orders[source].next_window(lane, epoch, number)
             future = self._loader.submit(self._load_window, source, lane, *after)
             self._coming[source, lane] = (after, future)
 
     def _load_window(self, source: int, lane: int, epoch: int, number: int) -> _Window:
         order = self._orders[source]
         ahead = order.shards_from(lane, epoch, number, SHARDS_AHEAD)
-        self._store.expect(self._shards[source][shard] for shard in ahead)
+        self._store.announce_shards(self._shards[source][shard] for shard in ahead)
         samples: list[_Loaded] = []
-        for piece in order.pieces(lane, epoch, number):
-            samples.extend(self._load(source, lane, piece))
-        return _Window(epoch, number, samples, order.shuffled(lane, epoch, number).tolist())
+        for piece in order.list_pieces(lane, epoch, number):
+            samples.extend(self._load_piece(source, lane, piece))
+        return _Window(epoch, number, samples, order.shuffle_window(lane, epoch, number).tolist())
 
-    def _load(self, source: int, lane: int, piece: Piece) -> list[_Loaded]:
+    def _load_piece(self, source: int, lane: int, piece: Piece) -> list[_Loaded]:
         """A piece, from memory when all shards fit into it, else from where the lane stands."""
         shard = self._shards[source][piece.shard]
         if self._room_for_all:
             if (source, piece.shard) not in self._kept:
                 with closing(_ShardStream(self._store, shard)) as stream:
-                    self._kept[source, piece.shard] = stream.take(0, shard.samples)
+                    self._kept[source, piece.shard] = stream.take_samples(0, shard.samples)
             return self._kept[source, piece.shard][piece.start : piece.stop]
         open_stream = self._streams.get((source, lane))
-        if open_stream is None or not open_stream.reaches(shard, piece.start):
+        if open_stream is None or not open_stream.can_reach(shard, piece.start):
             if open_stream is not None:
                 open_stream.close()
             open_stream = _ShardStream(self._store, shard)
             self._streams[source, lane] = open_stream
-        return open_stream.take(piece.start, piece.stop)
+        return open_stream.take_samples(piece.start, piece.stop)
 
 
 def serve_batches(settings: Mapping[str, Any]) -> Iterator[tuple[Batch, Mapping[str, int]]]:
@@ -353,7 +357,7 @@ def serve_batches(settings: Mapping[str, Any]) -> Iterator[tuple[Batch, Mapping[
         ),
     )
     with closing(reader):
-        for batch in reader.batches(settings["first_step"], settings["steps"]):
+        for batch in reader.iterate_batches(settings["first_step"], settings["steps"]):
             bad = dict(reader.bad)
             reader.bad.clear()
             yield batch, bad
@@ -370,9 +374,11 @@ class _Team:
             self.close()
             raise
 
-    def parts(self, images: Tensor) -> tuple[tuple[str, ...], tuple[Origin, ...], Counter[str]]:
+    def collect_parts(
+        self, images: Tensor
+    ) -> tuple[tuple[str, ...], tuple[Origin, ...], Counter[str]]:
         """Captions, origins, and what was bad, of the next step; its images go into `images`."""
-        parts = [worker.part() for worker in self._workers]
+        parts = [worker.receive_part() for worker in self._workers]
         torch.cat([part.images for part in parts], out=images)
         bad: Counter[str] = Counter()
         for part in parts:
@@ -391,13 +397,13 @@ class _ShardStream:
 
     def __init__(self, store: ShardStore, shard: Shard) -> None:
         self._shard = shard
-        self._pairs = store.open(shard)
+        self._pairs = store.open_shard(shard)
 
-    def reaches(self, shard: Shard, start: int) -> bool:
+    def can_reach(self, shard: Shard, start: int) -> bool:
         """Return whether sample `start` of `shard` is still ahead."""
         return self._shard is shard and self._pairs.next <= start
 
-    def take(self, start: int, stop: int) -> list[_Loaded]:
+    def take_samples(self, start: int, stop: int) -> list[_Loaded]:
         """Samples `start` to `stop` (exclusive), skipping what lies before them.
 
         Raises:
@@ -419,12 +425,12 @@ class _ShardStream:
         self._pairs.close()
 
 
-def _evenly(most: int, lanes: int) -> int:
+def _share_lanes_evenly(most: int, lanes: int) -> int:
     """The largest number of workers, up to `most`, that share the lanes evenly."""
     return next((workers for workers in range(min(most, lanes), 0, -1) if lanes % workers == 0), 0)
 
 
-def _store(
+def _choose_store(
     shards: Path | str, manifest: ShardManifest, settings: ReadSettings, rank: int, ranks: int
 ) -> ShardStore:
     remote = None
@@ -443,7 +449,7 @@ def _store(
     return LocalShards(Path(shards).parent, remote)
 
 
-def _weights(
+def _resolve_weights(
     by_source: Mapping[str, Sequence[Shard]], config: SamplingConfig, shards: Path | str
 ) -> dict[str, float]:
     """Share of each source that is drawn, in the order of the sources' names."""
@@ -462,4 +468,4 @@ def _weights(
 
 
 if __name__ == "__main__":
-    sys.exit(serve(serve_batches))
+    sys.exit(serve_parts(serve_batches))

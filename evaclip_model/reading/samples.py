@@ -185,8 +185,8 @@ def read_samples(shard: Path) -> Iterator[Sample]:
     """
     try:
         with shard.open("rb", buffering=0) as tar:
-            for key, found in grouped(TarReader(tar.fileno())):
-                yield _sample(key, found, tar.fileno())
+            for key, found in group_members(TarReader(tar.fileno())):
+                yield _parse_sample(key, found, tar.fileno())
     except (BrokenTar, OSError) as error:
         raise BrokenShard(f"{shard} is not a whole tar: {error}") from error
 
@@ -219,7 +219,7 @@ class PairReader:
         self._shard = shard
         self._tar = shard.open("rb", buffering=0)
         self._members = TarReader(self._tar.fileno())
-        self._samples = kept(grouped(self._members), left_out)
+        self._samples = skip_tombstones(group_members(self._members), left_out)
         self.next = 0
         """Place of the sample that is read next, among those that count, in stored order."""
 
@@ -236,7 +236,9 @@ class PairReader:
             self._members.stretch_bytes = 0
             skipped = sum(1 for _ in islice(self._samples, start - self.next))
             self._members.stretch_bytes = STRETCH
-            taken = [self._pair(key, found) for key, found in islice(self._samples, stop - start)]
+            taken = [
+                self._make_pair(key, found) for key, found in islice(self._samples, stop - start)
+            ]
         except (BrokenTar, OSError) as error:
             raise BrokenShard(f"{self._shard} is not a whole tar: {error}") from error
         self.next += skipped + len(taken)
@@ -246,18 +248,18 @@ class PairReader:
         """Close the file; what was read stays."""
         self._tar.close()
 
-    def _pair(self, key: str, found: dict[str, Member]) -> Pair:
+    def _make_pair(self, key: str, found: dict[str, Member]) -> Pair:
         flaw, image, caption = _members(found)
         if flaw is not None or image is None or caption is None:
             return Pair(b"", "", key, flaw)
         tar = self._tar.fileno()
         try:
-            return Pair(image.look(tar), str(caption.look(tar), "utf-8"), key)
+            return Pair(image.view_content(tar), str(caption.view_content(tar), "utf-8"), key)
         except UnicodeDecodeError:
             return Pair(b"", "", key, MemberFlaw.CAPTION_NOT_UTF8)
 
 
-def grouped(found: Iterable[Member]) -> Iterator[Stored]:
+def group_members(found: Iterable[Member]) -> Iterator[Stored]:
     """(key, extension -> member) of neighbours that share a key, as webdataset groups them.
 
     Its own functions are not called, because importing webdataset imports torch, which few who look
@@ -286,7 +288,7 @@ def is_sample_file(name: str) -> bool:
     return not (_META(name) or _FINDER(name))
 
 
-def kept(samples: Iterable[T], left_out: Set[int]) -> Iterator[T]:
+def skip_tombstones(samples: Iterable[T], left_out: Set[int]) -> Iterator[T]:
     """A shard's samples, read in stored order by whatever reads them, without its tombstones.
 
     Args:
@@ -324,7 +326,7 @@ def _members(
     return flaw, None if image in too_large else image, None if caption in too_large else caption
 
 
-def _sample(key: str, found: Mapping[str, Member], tar: int) -> Sample:
+def _parse_sample(key: str, found: Mapping[str, Member], tar: int) -> Sample:
     flaw, image_member, caption_member = _members(found)
     image = b"" if image_member is None else image_member.read(tar)
     caption = ""

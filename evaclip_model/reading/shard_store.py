@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import PairReader, Shard
-from evaclip_model.reading.urls import filesystem, is_url
+from evaclip_model.reading.urls import is_url, open_filesystem
 
 FETCHES_AT_ONCE = 4
 """Shards that one process fetches at the same time."""
@@ -36,14 +36,14 @@ _CHUNK = 4 * 2**20
 class ShardStore(Protocol):
     """Source of a reader's shards."""
 
-    def open(self, shard: Shard) -> PairReader:
+    def open_shard(self, shard: Shard) -> PairReader:
         """Open the shard, once it is there, to read those of its samples that count.
 
         Raises:
             InputError: it cannot be had.
         """
 
-    def expect(self, shards: Iterable[Shard]) -> None:
+    def announce_shards(self, shards: Iterable[Shard]) -> None:
         """Say which shards come next, so that they may be brought; never waits."""
 
     def close(self) -> None:
@@ -58,9 +58,9 @@ class LocalShards:
         self._folder = folder
         self._remote = remote
 
-    def open(self, shard: Shard) -> PairReader:
+    def open_shard(self, shard: Shard) -> PairReader:
         if self._remote is not None and is_url(shard.path):
-            return self._remote.open(shard)
+            return self._remote.open_shard(shard)
         path = self._folder / shard.path
         try:
             size = path.stat().st_size
@@ -75,9 +75,9 @@ class LocalShards:
                 f"{path} cannot be opened ({error}): verify the shards again"
             ) from None
 
-    def expect(self, shards: Iterable[Shard]) -> None:
+    def announce_shards(self, shards: Iterable[Shard]) -> None:
         if self._remote is not None:
-            self._remote.expect(shard for shard in shards if is_url(shard.path))
+            self._remote.announce_shards(shard for shard in shards if is_url(shard.path))
 
     def close(self) -> None:
         if self._remote is not None:
@@ -110,7 +110,7 @@ class RemoteShards:
         """
         self._url = url.rstrip("/")
         if url:
-            filesystem(url)
+            open_filesystem(url)
         self._cache = cache
         self._limit = cache_bytes
         self._held: dict[str, tuple[int, Future[Path]]] = {}
@@ -128,21 +128,21 @@ class RemoteShards:
                 self._held[left.stem] = (left.stat().st_size, found)
                 self._used.add(left.stem)
 
-    def open(self, shard: Shard) -> PairReader:
+    def open_shard(self, shard: Shard) -> PairReader:
         for _ in range(ATTEMPTS):
             try:
-                path = self._ask(shard, must=True).result()
+                path = self._request_shard(shard, must=True).result()
                 return PairReader(path, shard.left_out)
             except FileNotFoundError:
-                self._forget(shard)  # another process took it over, and cleared it away
+                self._forget_shard(shard)  # another process took it over, and cleared it away
         raise InputError(
             f"{self._url_of(shard)} is cleared away as soon as it is fetched: "
             "give the shards' cache more room"
         )
 
-    def expect(self, shards: Iterable[Shard]) -> None:
+    def announce_shards(self, shards: Iterable[Shard]) -> None:
         for shard in shards:
-            if self._ask(shard, must=False) is None:
+            if self._request_shard(shard, must=False) is None:
                 return
 
     def close(self) -> None:
@@ -151,18 +151,18 @@ class RemoteShards:
         for key in self._held:
             (self._cache / f"{key}.tar").unlink(missing_ok=True)
 
-    def _forget(self, shard: Shard) -> None:
+    def _forget_shard(self, shard: Shard) -> None:
         with self._lock:
             self._held.pop(shard.sha256, None)
 
-    def _ask(self, shard: Shard, *, must: bool) -> Any:
+    def _request_shard(self, shard: Shard, *, must: bool) -> Any:
         """The shard's file to come; None when there is no room and `must` is not set."""
         with self._lock:
             held = self._held.pop(shard.sha256, None)
             if held is None:
                 if not self._make_room(shard.bytes, must) and not must:
                     return None
-                held = (shard.bytes, self._fetchers.submit(self._fetch, shard))
+                held = (shard.bytes, self._fetchers.submit(self._fetch_shard, shard))
             self._held[shard.sha256] = held  # the newest is the last
             if must:
                 self._used.add(shard.sha256)
@@ -183,7 +183,7 @@ class RemoteShards:
                 used -= size
         return used + needed <= self._limit
 
-    def _fetch(self, shard: Shard) -> Path:
+    def _fetch_shard(self, shard: Shard) -> Path:
         path = self._cache / f"{shard.sha256}.tar"
         url = self._url_of(shard)
         problem = "the run ended"
@@ -194,7 +194,7 @@ class RemoteShards:
             if self._closing.wait(pause_s):
                 break
             try:
-                if not (problem := self._bring(url, shard, path)):
+                if not (problem := self._fetch_once(url, shard, path)):
                     return path
             except FileNotFoundError:
                 raise InputError(f"{url} does not exist: verify the shards again") from None
@@ -207,12 +207,12 @@ class RemoteShards:
     def _url_of(self, shard: Shard) -> str:
         return shard.path if is_url(shard.path) else f"{self._url}/{shard.path}"
 
-    def _bring(self, url: str, shard: Shard, path: Path) -> str:
+    def _fetch_once(self, url: str, shard: Shard, path: Path) -> str:
         """Fetch once; what is wrong with what came, or nothing."""
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         digest = hashlib.sha256()
         try:
-            with filesystem(url).open(url, "rb") as remote, beside.open("wb") as local:
+            with open_filesystem(url).open(url, "rb") as remote, beside.open("wb") as local:
                 while chunk := remote.read(_CHUNK):
                     digest.update(chunk)
                     local.write(chunk)

@@ -50,11 +50,15 @@ class Member(NamedTuple):
         Raises:
             BrokenTar: the tar ends inside it.
         """
-        return _read(tar, self.offset, self.size) if self.content is None else bytes(self.content)
+        return (
+            _read_range(tar, self.offset, self.size)
+            if self.content is None
+            else bytes(self.content)
+        )
 
-    def look(self, tar: int) -> bytes | memoryview:
+    def view_content(self, tar: int) -> bytes | memoryview:
         """Its content as `read` gives it, not copied where it came along."""
-        return _read(tar, self.offset, self.size) if self.content is None else self.content
+        return _read_range(tar, self.offset, self.size) if self.content is None else self.content
 
 
 class TarReader:
@@ -69,7 +73,7 @@ class TarReader:
         self._tar = tar
         self.stretch_bytes = 0
 
-    def _from(self, offset: int) -> memoryview:
+    def _read_from(self, offset: int) -> memoryview:
         """Read what is read at once from a header on."""
         return memoryview(os.pread(self._tar, self.stretch_bytes or _AT_ONCE, offset))
 
@@ -85,7 +89,7 @@ class TarReader:
         while True:
             at = offset - around
             if not 0 <= at <= len(near) - _BLOCK:
-                near, around, at = self._from(offset), offset, 0
+                near, around, at = self._read_from(offset), offset, 0
             header = bytes(near[at : at + _BLOCK])
             if not header:
                 return
@@ -96,7 +100,11 @@ class TarReader:
             if not _is_header(header):
                 raise BrokenTar(f"there is no header at byte {offset}")
             kind = header[156:157]
-            size = extended.size if extended.size is not None else _number(header[124:136], offset)
+            size = (
+                extended.size
+                if extended.size is not None
+                else _parse_number(header[124:136], offset)
+            )
             if kind in _WITHOUT_CONTENT:
                 size = 0
             content = offset + _BLOCK
@@ -105,17 +113,19 @@ class TarReader:
                 raise BrokenTar(f"it ends inside the member at byte {offset}")
             room = max(0, self.stretch_bytes - _BLOCK)
             if at and len(near) - at - _BLOCK < size <= room:
-                near, around, at = self._from(offset), offset, 0
+                near, around, at = self._read_from(offset), offset, 0
             start, stop = at + _BLOCK, at + _BLOCK + size
             if kind in (b"x", b"L"):
                 if size > _LONGEST_NAME:
                     raise BrokenTar(f"the header at byte {offset} claims a name of {size} bytes")
-                body = near[start:stop] if stop <= len(near) else _read(self._tar, content, size)
-                extended = _after(extended, kind, bytes(body))
+                body = (
+                    near[start:stop] if stop <= len(near) else _read_range(self._tar, content, size)
+                )
+                extended = _apply_extension(extended, kind, bytes(body))
             else:
                 if kind in _REGULAR:
                     here = near[start:stop] if stop <= len(near) else None
-                    yield Member(extended.name or _name(header), content, size, here)
+                    yield Member(extended.name or _parse_name(header), content, size, here)
                 elif kind == b"S":
                     raise BrokenTar(f"the member at byte {offset} is sparse: pack it without holes")
                 if kind != b"K":  # a long link's name stands between a long name and its member
@@ -133,14 +143,14 @@ class _Extended(NamedTuple):
 _NOTHING = _Extended()
 
 
-def _after(before: _Extended, kind: bytes, content: bytes) -> _Extended:
+def _apply_extension(before: _Extended, kind: bytes, content: bytes) -> _Extended:
     """Return what is known after one more extra header; of two names the later one counts.
 
     Raises:
         BrokenTar: no keys and values, or those of a sparse member.
     """
     if kind == b"L":
-        return before._replace(name=_text(content.split(b"\0", 1)[0]))
+        return before._replace(name=_decode_name(content.split(b"\0", 1)[0]))
     if not any(key in content for key in (b" path=", b" size=", b" GNU.sparse")):
         return before  # times and owners, as nearly always
     # PAX: "LENGTH key=value\n", again and again
@@ -158,7 +168,7 @@ def _after(before: _Extended, kind: bytes, content: bytes) -> _Extended:
     if size and not _is_size(size):
         raise BrokenTar("an extended header gives a size that is not a number")
     return _Extended(
-        _text(name.rstrip(b"/")) if name else before.name, int(size) if size else before.size
+        _decode_name(name.rstrip(b"/")) if name else before.name, int(size) if size else before.size
     )
 
 
@@ -166,7 +176,7 @@ def _is_size(text: bytes) -> bool:
     return text.isdigit() and len(text) <= _LONGEST_NUMBER
 
 
-def _read(tar: int, offset: int, size: int) -> bytes:
+def _read_range(tar: int, offset: int, size: int) -> bytes:
     content = os.pread(tar, size, offset)
     while len(content) < size:  # a read may be cut short, by a signal or at 2 GB
         more = os.pread(tar, size - len(content), offset + len(content))
@@ -188,7 +198,7 @@ def _is_header(header: bytes) -> bool:
     return (stored - added) % _ADLER == 0
 
 
-def _number(field: bytes, offset: int) -> int:
+def _parse_number(field: bytes, offset: int) -> int:
     """An octal number, or, with the first bit set, a binary one."""
     if field[0] & 0x80:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
@@ -198,12 +208,12 @@ def _number(field: bytes, offset: int) -> int:
         raise BrokenTar(f"there is no header at byte {offset}") from None
 
 
-def _name(header: bytes) -> str:
+def _parse_name(header: bytes) -> str:
     name = header[:100].split(b"\0", 1)[0]
     if header[257:263] == b"ustar\0" and header[345]:
         name = header[345:500].split(b"\0", 1)[0] + b"/" + name
-    return _text(name)
+    return _decode_name(name)
 
 
-def _text(name: bytes) -> str:
+def _decode_name(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")

@@ -92,7 +92,7 @@ class TrainTransform:
         return normalize_images(resized_crop(image, box, self.size))
 
 
-def preprocessing(size: int) -> dict[str, Any]:
+def describe_preprocessing(size: int) -> dict[str, Any]:
     """The evaluation transform for images of side `size` in words, to be compared with another's.
 
     A model belongs to its preprocessing: other constants cost it accuracy, and nothing says so.
@@ -119,7 +119,7 @@ def centre_crop(image: Image.Image, size: int) -> Tensor:
             f"{image.width} x {image.height} pixels would be resized to {width} x {height}, "
             f"more than {MAX_PIXELS:,}"
         )
-    image = _resized(image, width, height)
+    image = _resize_image(image, width, height)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return _to_uint8(image.crop((left, top, left + size, top + size)))
 
@@ -169,13 +169,13 @@ class _Key(np.random.bit_generator.ISeedSequence):
 class Draw(Protocol):
     """Source of the random numbers of a crop."""
 
-    def share(self, low: float, high: float) -> float:
+    def draw_share(self, low: float, high: float) -> float:
         """Uniform on [low, high)."""
 
-    def ratio(self, low: float, high: float) -> float:
+    def draw_ratio(self, low: float, high: float) -> float:
         """From low to high, its logarithm uniform."""
 
-    def offset(self, most: int) -> int:
+    def draw_offset(self, most: int) -> int:
         """Uniform among 0 ... most."""
 
 
@@ -185,28 +185,28 @@ class SeededDraw:
 
     generator: np.random.Generator
 
-    def share(self, low: float, high: float) -> float:
+    def draw_share(self, low: float, high: float) -> float:
         # Generator.uniform computes just this, in four times the time
         return low + (high - low) * self.generator.random()
 
-    def ratio(self, low: float, high: float) -> float:
-        return math.exp(self.share(math.log(low), math.log(high)))
+    def draw_ratio(self, low: float, high: float) -> float:
+        return math.exp(self.draw_share(math.log(low), math.log(high)))
 
-    def offset(self, most: int) -> int:
+    def draw_offset(self, most: int) -> int:
         return int(self.generator.integers(0, most + 1))
 
 
 class _GlobalDraw:
     """Numbers of torch's global generator, rounded as torchvision's RandomResizedCrop rounds."""
 
-    def share(self, low: float, high: float) -> float:
+    def draw_share(self, low: float, high: float) -> float:
         return torch.empty(1).uniform_(low, high).item()
 
-    def ratio(self, low: float, high: float) -> float:
+    def draw_ratio(self, low: float, high: float) -> float:
         start, end = torch.tensor((low, high)).log().tolist()
         return torch.empty(1).uniform_(start, end).exp().item()
 
-    def offset(self, most: int) -> int:
+    def draw_offset(self, most: int) -> int:
         return int(torch.randint(0, most + 1, (1,)).item())
 
 
@@ -218,11 +218,11 @@ def crop_box(
     When ten draws do not fit, the largest middle part of an allowed ratio.
     """
     for _ in range(_CROP_ATTEMPTS):
-        area = width * height * draw.share(*scale)
-        ratio = draw.ratio(*_CROP_RATIO)
+        area = width * height * draw.draw_share(*scale)
+        ratio = draw.draw_ratio(*_CROP_RATIO)
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            top, left = draw.offset(height - h), draw.offset(width - w)
+            top, left = draw.draw_offset(height - h), draw.draw_offset(width - w)
             return left, top, left + w, top + h
     w, h = width, height
     if width / height < _CROP_RATIO[0]:
@@ -235,17 +235,17 @@ def crop_box(
 
 def resized_crop(image: Image.Image, box: tuple[int, int, int, int], size: int) -> Tensor:
     """Cut `box` (left, top, right, bottom) and resize it (bicubic): [3, S, S] uint8."""
-    return _to_uint8(_resized(image.crop(box), size, size))
+    return _to_uint8(_resize_image(image.crop(box), size, size))
 
 
-def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
+def _resize_image(image: Image.Image, width: int, height: int) -> Image.Image:
     """Bicubic, antialiased: columns first, then rows, rounded between them.
 
     Pillow had that order until version 13, which takes tall images the other way round: up to 30
     levels of 255 away from what the models were trained with, at sharp edges.
     """
     if image.mode in _PREMULTIPLIED:
-        weighted = _resized(image.convert(_PREMULTIPLIED[image.mode]), width, height)
+        weighted = _resize_image(image.convert(_PREMULTIPLIED[image.mode]), width, height)
         return weighted.convert(image.mode)
     bicubic = Image.Resampling.BICUBIC
     return image.resize((width, image.height), bicubic).resize((width, height), bicubic)

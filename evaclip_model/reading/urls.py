@@ -17,7 +17,7 @@ def is_url(location: Path | str) -> bool:
     return isinstance(location, str) and "://" in location
 
 
-def filesystem(url: str) -> Any:
+def open_filesystem(url: str) -> Any:
     """fsspec's filesystem for a URL.
 
     Raises:
@@ -41,7 +41,7 @@ def read_text(location: Path | str) -> str:
     if not is_url(location):
         return Path(location).read_text()
     try:
-        content: bytes = filesystem(str(location)).cat_file(str(location))
+        content: bytes = open_filesystem(str(location)).cat_file(str(location))
     except (OSError, InputError):
         raise
     except Exception as error:  # every protocol has its own kinds: botocore's are no OSError

@@ -61,7 +61,7 @@ def text_repair() -> ModuleType:
     return importlib.import_module("ftfy")
 
 
-def carry(package: Path) -> None:
+def bundle_assets(package: Path) -> None:
     """Write the folder into `package`, a copy of this package, from what is installed here.
 
     Raises:
@@ -73,7 +73,7 @@ def carry(package: Path) -> None:
     if vocabulary is None:
         raise FileNotFoundError(VOCABULARY)
     shutil.copyfile(vocabulary, folder / VOCABULARY)
-    classes = {name: list(_ranges(rf"\p{{{name}}}+")) for name in ("L", "N")}
+    classes = {name: list(_find_ranges(rf"\p{{{name}}}+")) for name in ("L", "N")}
     (folder / CLASSES).write_text(json.dumps(classes, separators=(",", ":")))
     with zipfile.ZipFile(folder / SOURCES, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in sorted(metadata.files("ftfy") or [], key=str):
@@ -83,7 +83,7 @@ def carry(package: Path) -> None:
                 archive.writestr(info, Path(file.locate()).read_bytes(), zipfile.ZIP_DEFLATED)
 
 
-def _ranges(pattern: str) -> Iterator[tuple[int, int]]:
+def _find_ranges(pattern: str) -> Iterator[tuple[int, int]]:
     """First and last code point of every run of characters that `regex` finds."""
     import regex  # a loader of the carried copy does without it
 

@@ -108,9 +108,9 @@ def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH) -
         )
     texts = [texts] if isinstance(texts, str) else texts
     # One split for all captions takes half the time of one split each.
-    words = "".join([f"{_clean(text)} {_BREAK} " for text in texts]).split()
-    ids, lengths = _words().look_up(words)
-    return torch.from_numpy(_padded(ids, lengths, context_length))
+    words = "".join([f"{_clean_text(text)} {_BREAK} " for text in texts]).split()
+    ids, lengths = _load_words().look_up(words)
+    return torch.from_numpy(_pad_rows(ids, lengths, context_length))
 
 
 def cut_padding(tokens: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def cut_padding(tokens: Tensor) -> Tensor:
     return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
 
 
-def _padded(
+def _pad_rows(
     ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], context_length: int
 ) -> npt.NDArray[np.int64]:
     """Consecutive rows of `lengths` [B] ids as [B, L], between start and end token."""
@@ -138,7 +138,7 @@ def _padded(
     return rows
 
 
-def _clean(text: str) -> str:
+def _clean_text(text: str) -> str:
     # Resolving entities is ftfy's first repair. It leaves them alone beside a "<".
     repaired = ftfy.fixes.unescape_html(text) if "&" in text and "<" not in text else text
     if not _UNCHANGED.match(repaired):
@@ -154,7 +154,7 @@ class _Words(dict[str, int]):
     """
 
     def __init__(self) -> None:
-        self._characters, self._split, self._merge = _byte_characters(), splitter(), _merges()
+        self._characters, self._split, self._merge = _byte_characters(), splitter(), _load_merges()
         self._lock = threading.Lock()
         self._start_anew()
 
@@ -185,7 +185,7 @@ class _Words(dict[str, int]):
         if word.isascii() and word.isalpha():  # most words, and the pattern takes its time
             self._ids.extend(self._merge(word))
         elif (pieces := self._split(word)) == [word]:
-            self._ids.extend(self._merged(word))
+            self._ids.extend(self._merge_piece(word))
         else:  # the same digits, marks and endings come again and again: pieces are words, too
             for number in [self[piece] for piece in pieces]:
                 self._ids.extend(self._ids[self._ends[number] : self._ends[number + 1]])
@@ -193,7 +193,7 @@ class _Words(dict[str, int]):
         self[word] = number = len(self)
         return number
 
-    def _merged(self, piece: str) -> list[int]:
+    def _merge_piece(self, piece: str) -> list[int]:
         if piece in _SPECIAL:
             return [_SPECIAL[piece]]
         if not (piece.isascii() and piece.isprintable()):  # visible ASCII stands for itself
@@ -202,11 +202,11 @@ class _Words(dict[str, int]):
 
 
 @functools.cache
-def _words() -> _Words:
+def _load_words() -> _Words:
     return _Words()
 
 
-def _merges() -> Merge:
+def _load_merges() -> Merge:
     """CLIP's merges; a symbol's id is its place: bytes, bytes that end a word, then the merges."""
     path = package_file(VOCABULARY)
     if path is None:

@@ -204,11 +204,11 @@ class TrainConfig(SamplingConfig):
     @property
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the result, in JSON's types: a checkpoint belongs to them."""
-        identity = self.identity()
+        identity = self.compute_identity()
         return {name: value for name, value in identity.items() if name not in DECIDE_NOTHING}
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_consistency(self) -> Self:
         if self.objective not in OBJECTIVES:
             known = ", ".join(OBJECTIVES)
             raise ValueError(f"objective '{self.objective}' is unknown: choose one of {known}")

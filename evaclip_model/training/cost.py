@@ -102,12 +102,14 @@ def peak_flops(device_name: str) -> float | None:
     Source: NVIDIA's data sheets of each product, halved where they give sparse figures; fp16 is
     as fast. What a run reaches is a third to a half of it.
     """
-    words = _words(device_name)
-    known = [(len(_words(name)), peak) for name, peak in BF16_PEAKS if _words(name) <= words]
+    words = _name_words(device_name)
+    known = [
+        (len(_name_words(name)), peak) for name, peak in BF16_PEAKS if _name_words(name) <= words
+    ]
     return max(known)[1] if known else None
 
 
-def _words(name: str) -> frozenset[str]:
+def _name_words(name: str) -> frozenset[str]:
     return frozenset(re.split(r"[\s_-]+", name.lower()))
 
 
@@ -190,7 +192,7 @@ def gpu_memory(
         else 0,
         "average of weights": trained * 4 / shared if train.ema_decay is not None else 0,
         "buckets": min(parameters, LARGEST_BUCKET) * wide,
-        "activations": micro_batch * _activations(config, train, text_tokens) * wide,
+        "activations": micro_batch * _count_activations(config, train, text_tokens) * wide,
         "pixels": micro_batch * 3 * config.vision.image_px**2 * (1 + wide),
         # Of the share and of all ranks' shares, each with its gradient.
         "features": 2 * features * (share + train.global_batch),
@@ -200,7 +202,7 @@ def gpu_memory(
     return {what: size for what, size in memory.items() if size}
 
 
-def _activations(config: ModelConfig, train: TrainConfig, text_tokens: float) -> float:
+def _count_activations(config: ModelConfig, train: TrainConfig, text_tokens: float) -> float:
     """Numbers kept of one image-text pair."""
     vision, text = config.vision, config.text
     is_whole = train.unmasked_final_share > 0
@@ -226,8 +228,8 @@ def _activations(config: ModelConfig, train: TrainConfig, text_tokens: float) ->
     )
     mode = train.grad_checkpointing
     return image_tokens * (
-        vision.layers * image.held(mode) + image.at_once(mode)
-    ) + text_tokens * text.layers * caption.held(mode)
+        vision.layers * image.count_held(mode) + image.at_once(mode)
+    ) + text_tokens * text.layers * caption.count_held(mode)
 
 
 @dataclass(frozen=True)
@@ -243,10 +245,10 @@ class _Block:
     """What gradients inside the block take while its backward pass runs, beyond what it has let go
     of by then."""
 
-    def held(self, mode: Mode) -> int:
+    def count_held(self, mode: Mode) -> int:
         """Numbers that stay until the backward pass reaches the block."""
         return {"none": self.kept, "selective": self.products, "full": self.width}[mode]
 
     def at_once(self, mode: Mode) -> int:
         """Numbers that the one block at work has besides."""
-        return self.kept - self.held(mode) + self.working
+        return self.kept - self.count_held(mode) + self.working

@@ -64,7 +64,7 @@ class ModelInputs:
     def __len__(self) -> int:
         return len(self.images)
 
-    def parts(self, size: int | None) -> list[Self]:
+    def split_parts(self, size: int | None) -> list[Self]:
         """The samples in parts of `size` (the last may be smaller), as views; none: one part."""
         return [
             replace(
@@ -74,10 +74,10 @@ class ModelInputs:
                 kept=None if self.kept is None else self.kept[some],
                 branches=None if self.branches is None else self.branches[some],
             )
-            for some in self._slices(size or len(self))
+            for some in self._part_slices(size or len(self))
         ]
 
-    def _slices(self, size: int) -> list[slice]:
+    def _part_slices(self, size: int) -> list[slice]:
         return [slice(first, first + size) for first in range(0, len(self), size)]
 
 
@@ -117,7 +117,7 @@ class CaptionTokenizer:
         self._length = context_length
         self._kept: dict[str, Tensor] = {}
 
-    def tokenize(self, captions: Sequence[str], positions: Sequence[int]) -> Tensor:
+    def tokenize_captions(self, captions: Sequence[str], positions: Sequence[int]) -> Tensor:
         """[b, L] ids on the CPU, where the text tower plans; `positions` of the samples [b]."""
         rows = []
         for caption, position in zip(captions, positions, strict=True):
@@ -166,16 +166,16 @@ def forward_backward(
     """
     module = engine.module
     if len(parts) == 1:
-        image, text = _features(module, parts[0])
-        scalars = objective.scalars(module)
-        terms = objective.terms(image, text, scalars)
+        image, text = _encode_part(module, parts[0])
+        scalars = objective.read_scalars(module)
+        terms = objective.compute_terms(image, text, scalars)
         engine.backward(terms.loss, last=True)
         return _without_gradient(terms, image, text, scalars)
     *earlier, final = parts
     with torch.no_grad():
-        seen = [_features(module, part) for part in earlier]
-    final_features = _features(module, final)  # the first to be carried on: its pass stays
-    final_scalars = objective.scalars(module)
+        seen = [_encode_part(module, part) for part in earlier]
+    final_features = _encode_part(module, final)  # the first to be carried on: its pass stays
+    final_scalars = objective.read_scalars(module)
     images, texts = (
         torch.cat([features[side] for features in (*seen, final_features)]).detach()
         for side in (0, 1)
@@ -184,7 +184,7 @@ def forward_backward(
     leaves = [images, texts, *scalars.values()]
     for leaf in leaves:
         leaf.requires_grad_()
-    terms = objective.terms(images, texts, scalars)
+    terms = objective.compute_terms(images, texts, scalars)
     d_images, d_texts, *d_scalars = torch.autograd.grad(terms.loss, leaves)
     sizes = [len(part) for part in parts]
     by_part = list(zip(torch.split(d_images, sizes), torch.split(d_texts, sizes), strict=True))
@@ -199,7 +199,7 @@ def forward_backward(
     del final_features, final_scalars  # and with them, the activations
     nothing = [torch.zeros_like(gradient) for gradient in d_scalars]
     for number, (part, gradients) in enumerate(zip(earlier, by_part, strict=False), 1):
-        features = (*_features(module, part), *objective.scalars(module).values())
+        features = (*_encode_part(module, part), *objective.read_scalars(module).values())
         backward_from_features(
             engine, features, (*gradients, *nothing), last=number == len(earlier)
         )
@@ -219,7 +219,7 @@ def backward_from_features(
     engine.backward(reduce(torch.add, products), last=last)
 
 
-def _features(module: nn.Module, part: ModelInputs) -> tuple[Tensor, Tensor]:
+def _encode_part(module: nn.Module, part: ModelInputs) -> tuple[Tensor, Tensor]:
     """Features [b, E] of images and texts, in at least float32."""
     weight = next(module.parameters())
     kept, branches = (
@@ -254,15 +254,15 @@ def vary_caption(caption: str, config: TrainConfig, position: int) -> str:
     """The caption as the sample at `position` of the training stream shows it."""
     if config.caption_separator is not None:
         parts = caption.split(config.caption_separator)
-        kept = 1 + _draw("parts", config.seed, position, len(parts))
+        kept = 1 + _draw_number("parts", config.seed, position, len(parts))
         caption = config.caption_separator.join(parts[:kept])
     templates = config.caption_templates
-    return templates[_draw("template", config.seed, position, len(templates))].replace(
+    return templates[_draw_number("template", config.seed, position, len(templates))].replace(
         "{}", caption
     )
 
 
-def _draw(purpose: str, seed: int, position: int, choices: int) -> int:
+def _draw_number(purpose: str, seed: int, position: int, choices: int) -> int:
     """A number below `choices` that depends on purpose, seed and position alone."""
     if choices == 1:
         return 0
@@ -306,10 +306,12 @@ def kept_patches(seed: int, positions: Tensor, num_patches: int, keep_ratio: flo
         raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}")
     # 1 - 0.9 is a little less than 0.1: without the margin a tenth of 100 patches would be 9.
     count = max(1, int(num_patches * keep_ratio + 1e-6))
-    sample = _mix(positions.cpu().numpy().astype(np.uint64) + _mix(np.uint64(seed % 2**64)))
+    sample = _mix_bits(
+        positions.cpu().numpy().astype(np.uint64) + _mix_bits(np.uint64(seed % 2**64))
+    )
     patch = np.arange(1, num_patches + 1, dtype=np.uint64)
     with np.errstate(over="ignore"):
-        rank = _mix(sample[:, None] + patch * _GOLDEN)  # [B, N]; SplitMix64's stream a sample
+        rank = _mix_bits(sample[:, None] + patch * _GOLDEN)  # [B, N]; SplitMix64's stream a sample
     kept = np.argsort(rank, axis=1, kind="stable")[:, :count]
     return torch.from_numpy(np.sort(kept, axis=1))
 
@@ -325,16 +327,18 @@ def kept_branches(seed: int, positions: Tensor, rates: Sequence[float]) -> Tenso
     Returns:
         [B, blocks, 2] bool on the CPU; attention first, then the MLP, each drawn for itself.
     """
-    sample = _mix(positions.cpu().numpy().astype(np.uint64) + _mix(np.uint64(seed % 2**64)))
+    sample = _mix_bits(
+        positions.cpu().numpy().astype(np.uint64) + _mix_bits(np.uint64(seed % 2**64))
+    )
     branch = np.arange(1, 2 * len(rates) + 1, dtype=np.uint64)
     with np.errstate(over="ignore"):
-        drawn = _mix(_mix(sample + _BRANCHES)[:, None] + branch * _GOLDEN)
+        drawn = _mix_bits(_mix_bits(sample + _BRANCHES)[:, None] + branch * _GOLDEN)
     uniform = (drawn >> np.uint64(11)) * 2.0**-53  # [B, 2 * blocks] in [0, 1)
     kept = uniform >= np.repeat(np.asarray(rates, dtype=np.float64), 2)
     return torch.from_numpy(kept.reshape(len(positions), len(rates), 2))
 
 
-def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
+def _mix_bits(x: np.ndarray | np.uint64) -> np.ndarray:
     """SplitMix64's finaliser: neighbouring inputs give unrelated outputs."""
     z = np.atleast_1d(np.asarray(x, dtype=np.uint64)).copy()
     z ^= z >> np.uint64(30)

@@ -67,7 +67,7 @@ from evaclip_model.training.monitoring.spike_guard import (
     Judged,
     Observed,
     StepVerdict,
-    judge,
+    judge_step,
 )
 from evaclip_model.training.monitoring.timing import (
     PROFILE_FOLDER,
@@ -76,7 +76,7 @@ from evaclip_model.training.monitoring.timing import (
     Stopwatch,
 )
 from evaclip_model.training.monitoring.watchdog import Watchdog
-from evaclip_model.training.monitoring.zeroshot_probe import open_probe, probe
+from evaclip_model.training.monitoring.zeroshot_probe import open_probe, run_probe
 from evaclip_model.training.optimizer.parameter_groups import lr_factor
 from evaclip_model.training.stage_outputs import save_models, write_json
 from evaclip_model.training.step import (
@@ -96,7 +96,7 @@ class Interrupted(RuntimeError):
     """Asked to stop; a checkpoint of the last step is on disk."""
 
 
-def train(job: TrainJob, *, should_stop: Callable[[], bool]) -> Mapping[str, Any]:
+def run_training(job: TrainJob, *, should_stop: Callable[[], bool]) -> Mapping[str, Any]:
     """Train to the end, from the newest checkpoint in the run's folder if there is one.
 
     Every rank of the process group calls it. Rank 0 writes `metrics.jsonl`, then the model, then
@@ -193,7 +193,7 @@ class Rank:
         """
         self._config = config = job.train
         self._should_stop = should_stop
-        peers = Peers.all()
+        peers = Peers.every_rank()
         self.number, self.ranks = peers.rank, peers.count
         set_determinism(config)
         self.device = device_of_rank()
@@ -218,13 +218,13 @@ class Rank:
             watch: asked last before the batch was waited for.
             save_failed: whether this rank knows that the last checkpoint could not be written.
         """
-        data_wait_s = watch.lap()
-        tokens = self._captions.tokenize(batch.captions, batch.positions.tolist())
+        data_wait_s = watch.take_lap()
+        tokens = self._captions.tokenize_captions(batch.captions, batch.positions.tolist())
         vision = self.model.config.vision
         inputs = step_inputs(self._config, vision, step, batch.images, tokens, batch.positions)
         text_tokens = float(caption_lengths(tokens).double().mean())
-        prepare_s = watch.lap()
-        terms = forward_backward(self.engine, inputs.parts(self.part_size), self.objective)
+        prepare_s = watch.take_lap()
+        terms = forward_backward(self.engine, inputs.split_parts(self.part_size), self.objective)
         stats = gather_stats(
             RankRow(
                 loss=terms.loss,
@@ -235,12 +235,12 @@ class Rank:
                 stop=self._should_stop(),
                 save_failed=save_failed,
                 data_wait_s=data_wait_s,
-                forward_s=self._forward_clock.read(),
+                forward_s=self._forward_clock.take_seconds(),
             ),
             self.device,
         )
         norms = self.engine.grad_norms()
-        return Gradient(terms, stats, norms, StepSeconds(data_wait_s, prepare_s, watch.lap()))
+        return Gradient(terms, stats, norms, StepSeconds(data_wait_s, prepare_s, watch.take_lap()))
 
 
 class TrainingRun:
@@ -276,21 +276,21 @@ class TrainingRun:
                 )
             )
             held.enter_context(self._metrics)
-            self._resume()
-            self._writer.prepare(self._rank.engine.fragments())
+            self._resume_newest()
+            self._writer.allocate_copies(self._rank.engine.state_fragments())
             while self._state.step < self._config.steps:
                 self.run_steps()
-            self._writer.wait()
-            return self._finish()
+            self._writer.wait_for_save()
+            return self._finish_run()
 
-    def _resume(self) -> None:
+    def _resume_newest(self) -> None:
         """Take up the newest checkpoint, if there is one."""
-        found = self._load()
+        found = self._load_newest()
         if found is not None:
             self._seconds, self._bad = found.seconds, Counter(found.bad_samples)
             self._state = LoopState.from_json(found.step, found.loop)
         elif self._config.guards.spike_action == "rollback":
-            self._save()  # something to go back to
+            self._save_checkpoint()  # something to go back to
         self._metrics.cut_back(self._state.step)
 
     def run_steps(self) -> None:
@@ -301,23 +301,23 @@ class TrainingRun:
         """
         config, watch, save_s = self._config, Stopwatch(), 0.0
         first = self._state.data_step
-        batches = self._rank.reader.batches(first, first + config.steps - self._state.step)
+        batches = self._rank.reader.iterate_batches(first, first + config.steps - self._state.step)
         with closing(batches):
             for batch in batches:
-                self._profile.before(self._state.step + 1)
+                self._profile.before_step(self._state.step + 1)
                 verdict, stats = self.train_step(batch, watch, save_s)
-                self._profile.after(self._state.step)
+                self._profile.after_step(self._state.step)
                 step, save_s = self._state.step, 0.0
-                self._watchdog.beat(step)
+                self._watchdog.report_step(step)
                 if stats.save_failed:
-                    self._writer.wait()
+                    self._writer.wait_for_save()
                 if verdict is StepVerdict.ROLL_BACK or step == config.steps:
                     return
                 if stats.stop or step % config.checkpoint_every_steps == 0:
-                    self._save()
-                    save_s = watch.lap()
+                    self._save_checkpoint()
+                    save_s = watch.take_lap()
                 if stats.stop:
-                    self._writer.wait()
+                    self._writer.wait_for_save()
                     raise Interrupted(f"stopped at step {step} of {config.steps}")
 
     def train_step(
@@ -330,18 +330,20 @@ class TrainingRun:
             save_s: seconds for the checkpoint of the step before.
         """
         config, before, rank = self._config, self._state, self._rank
-        gradient = rank.compute_gradient(batch, before.step, watch, save_failed=self._writer.poll())
-        judged, guards = judge(before.guards, self._observe(batch, gradient), config)
+        gradient = rank.compute_gradient(
+            batch, before.step, watch, save_failed=self._writer.has_failed()
+        )
+        judged, guards = judge_step(before.guards, self._observe_step(batch, gradient), config)
         if judged.reason and self._leads:
             _log.warning("%s", judged.reason)
         factor = lr_factor(before.step, config.warmup_steps, config.steps, config.schedule)
         stepped = self._apply_or_skip(judged, factor)
         if judged.verdict is StepVerdict.ROLL_BACK:
-            self._rollback(before, guards.rollbacks)
+            self._roll_back(before, guards.rollbacks)
             return judged.verdict, gradient.stats
         taken = stepped is not None and not stepped.skipped
         self._state = before.after_step(guards, taken=taken)
-        seconds = replace(gradient.seconds, update_s=watch.lap(), save_s=save_s)
+        seconds = replace(gradient.seconds, update_s=watch.take_lap(), save_s=save_s)
         self._seconds += seconds.total
         metrics = step_metrics(
             step=self._state.step,
@@ -361,12 +363,12 @@ class TrainingRun:
         every = config.probe_every_steps
         if self._probe is not None and every and self._state.step % every == 0:
             # Zero-shot accuracies on the job's probe set after this step.
-            metrics["probe_top1"], metrics["probe_top5"] = probe(rank.model, self._probe)
-        self._metrics.write(metrics)
-        watch.lap()  # neither the probe nor the log belongs to the next step
+            metrics["probe_top1"], metrics["probe_top5"] = run_probe(rank.model, self._probe)
+        self._metrics.write_line(metrics)
+        watch.take_lap()  # neither the probe nor the log belongs to the next step
         return judged.verdict, gradient.stats
 
-    def _observe(self, batch: Batch, gradient: Gradient) -> Observed:
+    def _observe_step(self, batch: Batch, gradient: Gradient) -> Observed:
         """The guards' view of a step; of one without numbers, also whose fault that is."""
         loss, bad_ranks = gradient.stats.means["loss"], gradient.stats.bad_ranks
         step, number = self._state.step + 1, self._rank.number
@@ -376,7 +378,7 @@ class TrainingRun:
         is_suspect = number in bad_ranks or not bad_ranks
         rows = gradient.terms.finite_rows
         own = describe_samples(number, batch, rows) if is_suspect else None
-        suspects = [found for found in Peers.all().gather(own) if found is not None]
+        suspects = [found for found in Peers.every_rank().gather_values(own) if found is not None]
         if self._leads:
             norms = {tower: str(norm) for tower, norm in gradient.norms.items()}  # JSON has no NaN
             figures = {"step": step, "loss": str(loss), "grad_norms": norms, "ranks": suspects}
@@ -386,15 +388,15 @@ class TrainingRun:
     def _apply_or_skip(self, judged: Judged, factor: float) -> Stepped | None:
         """Take the step, or forget its gradient."""
         if judged.verdict is StepVerdict.TAKE:
-            self._writer.settle()
+            self._writer.wait_for_copy()
             return self._rank.engine.step(factor)
-        self._rank.engine.discard()
+        self._rank.engine.discard_gradient()
         return None
 
-    def _rollback(self, spiked: LoopState, rollbacks: int) -> None:
+    def _roll_back(self, spiked: LoopState, rollbacks: int) -> None:
         """Go back to the newest checkpoint, and past the data that led to the spike."""
-        self._writer.wait()
-        found = self._load()
+        self._writer.wait_for_save()
+        found = self._load_newest()
         if found is None:
             raise RuntimeError(f"no checkpoint in {self._checkpoints} can be read to go back to")
         there = LoopState.from_json(found.step, found.loop)
@@ -403,49 +405,49 @@ class TrainingRun:
         if self._leads:
             _log.warning("back to step %d, on with batch %d", found.step, self._state.data_step)
 
-    def _load(self) -> TrainingProgress | None:
+    def _load_newest(self) -> TrainingProgress | None:
         engine = self._rank.engine
-        found = load_newest(self._checkpoints, engine.fragments(), self._settings)
+        found = load_newest(self._checkpoints, engine.state_fragments(), self._settings)
         if found is not None:
-            engine.restored(found.counters)
+            engine.restore_counters(found.counters)
         return found
 
-    def _save(self) -> None:
+    def _save_checkpoint(self) -> None:
         self._count_bad_samples()
         progress = TrainingProgress(
             step=self._state.step,
-            counters=self._rank.engine.counters(),
+            counters=self._rank.engine.step_counters(),
             bad_samples=dict(self._bad),
             seconds=self._seconds,
             settings=self._settings,
             samples=self._state.step * self._config.global_batch,
             loop=self._state.as_json(),
         )
-        self._writer.save(self._rank.engine.fragments(), progress)
+        self._writer.begin_save(self._rank.engine.state_fragments(), progress)
 
     def _count_bad_samples(self) -> None:
         """Add the samples that could not be used, on all ranks, since they were counted last."""
         bad = self._rank.reader.bad
-        for counted in Peers.all().gather(dict(bad)):
+        for counted in Peers.every_rank().gather_values(dict(bad)):
             self._bad.update(counted)
         bad.clear()
 
-    def _finish(self) -> Mapping[str, Any]:
+    def _finish_run(self) -> Mapping[str, Any]:
         config, run_dir, rank = self._config, self._job.run_dir, self._rank
         rank.reader.close()
         self._count_bad_samples()
-        save_models(run_dir, rank.model, rank.engine.fragments(), rank.number)
+        save_models(run_dir, rank.model, rank.engine.state_fragments(), rank.number)
         result: dict[str, Any] = {
             "steps": config.steps,
             "samples_seen": config.steps * config.global_batch,
             "skipped_steps": self._state.skipped_steps,
             "rollbacks": self._state.guards.rollbacks,
             "seconds": self._seconds,
-            "source_samples": rank.reader.drawn(self._state.data_step),
+            "source_samples": rank.reader.count_drawn(self._state.data_step),
             "bad_samples": dict(self._bad),
         }
         if self._leads:
-            last = self._metrics.last("loss", FINAL_LOSS_STEPS)
+            last = self._metrics.newest_values("loss", FINAL_LOSS_STEPS)
             result["final_loss"] = sum(last) / len(last)
             write_json(run_dir / RESULT_FILE, result)
         return result
@@ -462,9 +464,9 @@ def dry_run(job: TrainJob, rank: Rank) -> Mapping[str, Any]:
         tensors, else of the process), loss, gradient norm, the self-test's differences.
     """
     watch = Stopwatch()
-    with closing(rank.reader.batches(0, 1)) as batches:
+    with closing(rank.reader.iterate_batches(0, 1)) as batches:
         gradient = rank.compute_gradient(next(batches), 0, watch, save_failed=False)
-    rank.engine.discard()
+    rank.engine.discard_gradient()
     rank.reader.close()
     on_gpu = rank.device.type == "cuda"
     process_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -476,7 +478,7 @@ def dry_run(job: TrainJob, rank: Rank) -> Mapping[str, Any]:
         "data_wait_s": gradient.seconds.data_wait_s,
         "prepare_s": gradient.seconds.prepare_s,
         "gradient_s": gradient.seconds.gradient_s,
-        "memory_peak_bytes": max(Peers.all().gather(memory_peak)),
+        "memory_peak_bytes": max(Peers.every_rank().gather_values(memory_peak)),
         "loss": gradient.stats.means["loss"],
         "grad_norm": gradient.norms["total"],
         "self_test": rank.tested.as_json(),

@@ -50,12 +50,12 @@ def main(arguments: list[str]) -> int:
     _log_to_stderr()
     from evaclip_model.training.engine.engine import LossScaleExhausted
     from evaclip_model.training.monitoring.spike_guard import Diverged
-    from evaclip_model.training.trainer import Interrupted, train
+    from evaclip_model.training.trainer import Interrupted, run_training
 
     try:
         if job.engine == "deepspeed" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            _join(job.watchdog_s + AFTER_WATCHDOG_S)
-        train(job, should_stop=lambda: bool(stop))
+            _join_process_group(job.watchdog_s + AFTER_WATCHDOG_S)
+        run_training(job, should_stop=lambda: bool(stop))
     except Interrupted:
         (job.run_dir / RESUMABLE_FILE).touch()
         return RESUMABLE
@@ -110,7 +110,7 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _join(timeout_s: float) -> None:
+def _join_process_group(timeout_s: float) -> None:
     """Enter the process group; alone, without a launcher, as the only rank.
 
     On one machine ranks meet without a socket: torch's TCPStore listens on every network, whatever

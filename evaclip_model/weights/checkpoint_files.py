@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from evaclip_model.errors import InputError
-from evaclip_model.weights.checkpoint_format import MANIFEST, checkpoints, stored_parameters
+from evaclip_model.weights.checkpoint_format import MANIFEST, list_checkpoints, stored_parameters
 from evaclip_model.weights.tensor_files import StoredTensor, read_safetensors, read_torch
 
 WEIGHTS_FILE = "model.safetensors"
@@ -56,7 +56,7 @@ def open_tensors(
         tensors = _of_file(path, allow_torchscript)
     if not tensors:
         raise InputError(f"{path} holds no tensors with names: give a state dict of a model")
-    return _unwrapped(tensors, path)
+    return _strip_wrappers(tensors, path)
 
 
 def _of_file(path: Path, allow_torchscript: bool) -> dict[str, StoredTensor]:
@@ -72,7 +72,7 @@ def _of_folder(
 ) -> dict[str, StoredTensor]:
     if (folder / MANIFEST).is_file() and any(folder.glob("shard-*.safetensors")):
         return _of_training(folder, shapes)
-    if whole := checkpoints(folder):
+    if whole := list_checkpoints(folder):
         return _of_training(whole[0], shapes)
     if states := sorted(folder.glob("mp_rank_*_model_states.pt")):
         return _of_deepspeed(folder, states)
@@ -83,17 +83,17 @@ def _of_folder(
         return read_safetensors(folder / WEIGHTS_FILE)
     for ending in (f".safetensors{_INDEX}", _INDEX):
         if found := sorted(folder.glob(f"*{ending}")):
-            return _of_index(_only(found, folder), allow_torchscript)
+            return _of_index(_take_only_file(found, folder), allow_torchscript)
     for endings in (("safetensors",), ("bin", "pt", "pth")):
         if found := [path for ending in endings for path in sorted(folder.glob(f"*.{ending}"))]:
-            return _of_file(_only(found, folder), allow_torchscript)
+            return _of_file(_take_only_file(found, folder), allow_torchscript)
     raise InputError(
         f"{folder} holds no weights: expected {WEIGHTS_FILE}, another .safetensors, .bin or .pt "
         "file, a sharded checkpoint's index, or a training checkpoint"
     )
 
 
-def _only(found: list[Path], folder: Path) -> Path:
+def _take_only_file(found: list[Path], folder: Path) -> Path:
     if len(found) > 1:
         names = ", ".join(path.name for path in found[:3]) + (" …" if len(found) > 3 else "")
         raise InputError(f"{folder} holds several files of weights ({names}): name the one to load")
@@ -151,7 +151,7 @@ def _in_a_row(pieces: Sequence[StoredTensor]) -> StoredTensor:
     return StoredTensor(torch.Size([size]), pieces[0].dtype, values)
 
 
-def _unwrapped(tensors: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:
+def _strip_wrappers(tensors: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:
     """Every name without the modules that training programs wrap a model in."""
     named: dict[str, StoredTensor] = {}
     for key, tensor in tensors.items():

@@ -156,7 +156,7 @@ def write_shard(file: BinaryIO, tensors: Mapping[str, Tensor]) -> tuple[int, int
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     size, crc = 0, 0
-    for part in chain((struct.pack("<Q", len(text)), text), _slabs(tensors.values())):
+    for part in chain((struct.pack("<Q", len(text)), text), _iterate_slabs(tensors.values())):
         file.write(part)
         size, crc = size + len(part), zlib.crc32(part, crc)
     return size, crc
@@ -183,7 +183,7 @@ def checked_pieces(file: BinaryIO, shard: ShardFile, number: int, where: str) ->
         start = file.read(8 + length)
     header = json.loads(start[8 : 8 + length])
     return [
-        _piece(key, entry, number, 8 + length)
+        _parse_piece(key, entry, number, 8 + length)
         for key, entry in header.items()
         if key != "__metadata__"
     ]
@@ -211,7 +211,7 @@ def sizes_of(pieces: Iterable[StoredPiece], where: str) -> dict[tuple[str, str],
     return ends
 
 
-def difference(
+def describe_difference(
     stored: Mapping[tuple[str, str], int], wanted: Mapping[tuple[str, str], int]
 ) -> str | None:
     """Why stored sizes are not those that training needs; none when they are."""
@@ -226,7 +226,7 @@ def difference(
     return None
 
 
-def _piece(key: str, entry: Mapping[str, Any], number: int, begin: int) -> StoredPiece:
+def _parse_piece(key: str, entry: Mapping[str, Any], number: int, begin: int) -> StoredPiece:
     name, offset, kind = key_parts(key)
     (size,) = entry["shape"]
     return StoredPiece(name, kind, offset, size, number, begin + entry["data_offsets"][0])
@@ -237,7 +237,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.detach().view(torch.uint8).numpy().data
 
 
-def _slabs(tensors: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
+def _iterate_slabs(tensors: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
     for tensor in tensors:
         data = bytes_of(tensor)
         for done in range(0, len(data), SLAB_BYTES):
@@ -259,7 +259,7 @@ def step_of(name: str) -> int | None:
     return int(digits) if digits != name and digits.isdecimal() else None
 
 
-def retired(steps: Sequence[int], newest: int, keep: int, keep_every: int | None) -> list[int]:
+def list_retired(steps: Sequence[int], newest: int, keep: int, keep_every: int | None) -> list[int]:
     """Checkpoints that go once `newest` is whole: the older ones beyond `keep`, and later ones,
     which were spoilt or belong to a course that was left. Multiples of `keep_every` stay."""
     older = sorted((step for step in steps if step <= newest), reverse=True)[keep:]
@@ -273,7 +273,7 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return sorted((step for step in found if step is not None), reverse=True)
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints in a folder, newest first."""
     return [folder / step_name(step) for step in checkpoint_steps(folder)]
 

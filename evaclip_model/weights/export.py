@@ -97,7 +97,7 @@ def export_model(model: EvaClip, path: str | Path, as_: Library) -> tuple[Path, 
     weights_name, config_name = _FOLDERS[as_]
     weights_path = path if is_file else path / weights_name
     write_weights(_foreign_tensors(model, as_), weights_path)
-    config = None if is_file else _config(model, as_)
+    config = None if is_file else _build_config(model, as_)
     if config is None:
         return (weights_path,)
     write_atomically(path / config_name, json.dumps(config, indent=1) + "\n")
@@ -198,7 +198,7 @@ def _foreign_tensors(
     tensors = released_tensors(model)
     found: dict[str, Tensor] = {}
     for entry in foreign_names(tensors, library):
-        found |= entry.split(tensors[entry.native])
+        found |= entry.split_native(tensors[entry.native])
     return found
 
 
@@ -227,7 +227,7 @@ def _timm_name(config: VisionConfig) -> str | None:
     return None
 
 
-def _config(model: EvaClip, library: Library) -> dict[str, Any] | None:
+def _build_config(model: EvaClip, library: Library) -> dict[str, Any] | None:
     """Return what the library builds the architecture from; None where it cannot express it."""
     if library == "timm":
         return _timm_config(model.config)

@@ -56,7 +56,7 @@ class Reference(Config):
         parts = urlsplit(self.uri)
         return Path(unquote(parts.path)) if parts.scheme == "file" else None
 
-    def check(self, file: Path) -> None:
+    def verify_file(self, file: Path) -> None:
         """Raises: InputError: these are not the weights."""
         if file.stat().st_size == self.size:
             with file.open("rb") as content:
@@ -67,7 +67,7 @@ class Reference(Config):
             "differs): put the originals back, or register the model again"
         )
 
-    def obtain(self, folder: Path, download: Download) -> Path:
+    def obtain_weights(self, folder: Path, download: Download) -> Path:
         """The weights: in their place if that can be reached, else put into `folder`.
 
         Raises:
@@ -103,7 +103,7 @@ def at_hand(folder: Path, download: Download) -> Iterator[Path]:
         for file in folder.iterdir():
             if file.name != REFERENCE_FILE:
                 (whole / file.name).symlink_to(file.absolute())
-        weights = reference.obtain(Path(temporary), download)
-        reference.check(weights)
+        weights = reference.obtain_weights(Path(temporary), download)
+        reference.verify_file(weights)
         (whole / WEIGHTS_FILE).symlink_to(weights.absolute())
         yield whole

@@ -28,13 +28,13 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import replace_file, write_atomically
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.model_config import CONFIG_FILE
-from evaclip_model.reading.transform import preprocessing
+from evaclip_model.reading.transform import describe_preprocessing
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE, open_tensors
 from evaclip_model.weights.name_maps import Entry, Layout, Names, may_lack, native_names
 from evaclip_model.weights.tensor_files import StoredTensor, write_tensors
 
 PREPROCESSING_FILE = "preprocessing.json"
-"""What a saved model's images went through (`transform.preprocessing`)."""
+"""What a saved model's images went through (`transform.describe_preprocessing`)."""
 Part = Literal["all", "vision", "text"]
 _PREFIX = {"vision": "visual.", "text": "text."}
 _JOINT = ("visual.head.", "text.text_projection", "logit_scale")
@@ -72,7 +72,7 @@ class LoadReport:
             "unexpected": self.unexpected,
             "of no use": self.ignored,
         }
-        said = [f"{what}: {_some(keys)}" for what, keys in lists.items() if keys]
+        said = [f"{what}: {_name_some(keys)}" for what, keys in lists.items() if keys]
         return f"{self.layout} layout; " + "; ".join([f"{len(self.loaded)} loaded", *said])
 
 
@@ -94,7 +94,7 @@ def save_model(model: EvaClip, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder / WEIGHTS_FILE)
-    used = preprocessing(model.config.vision.image_px)
+    used = describe_preprocessing(model.config.vision.image_px)
     write_atomically(folder / PREPROCESSING_FILE, json.dumps(used, indent=1) + "\n")
     write_atomically(folder / CONFIG_FILE, model.config.model_dump_json(indent=1) + "\n")
 
@@ -165,7 +165,8 @@ def load_weights(
     _require_something(chosen, names, part, path)
     if unexpected and not allow_unexpected:
         raise InputError(
-            f"{path} holds {_some(unexpected)}, for which this architecture has no place: choose "
+            f"{path} holds {_name_some(unexpected)}, for which this architecture has no place: "
+            f"choose "
             "the architecture it is of, or allow_unexpected to leave that out"
         )
     gaps = _expected_gaps(wanted, chosen, names.layout, part, path)
@@ -173,10 +174,11 @@ def load_weights(
         key for key, entry in chosen.items() if _needs_resizing(entry, stored, wanted[key], path)
     ]
     for key, entry in chosen.items():
-        _fill(wanted[key], entry, stored)
+        _fill_tensor(wanted[key], entry, stored)
         if not all(bound.isfinite() for bound in torch.aminmax(wanted[key])):
             raise InputError(
-                f"{path}: '{key}' has values that are not finite in {_plain(wanted[key].dtype)}: "
+                f"{path}: '{key}' has values that are not finite in "
+                f"{_plain_dtype(wanted[key].dtype)}: "
                 "take a checkpoint from before training diverged, or load in another precision"
             )
     left = [
@@ -213,23 +215,23 @@ def resize_positions(table: Tensor, grid: int, *, align_corners: bool = False) -
         return table
     first, patches = table[:, :1], table[:, 1:]
     image = patches.reshape(1, old, old, -1).permute(0, 3, 1, 2)  # [1, W, n, n]
-    image = _bicubic(image, grid, align_corners)
+    image = _resize_bicubic(image, grid, align_corners)
     return torch.cat((first, image.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
 
 
 def resize_patch_kernel(kernel: Tensor, patch_px: int) -> Tensor:
     """Resize [W, 3, p, p] to [W, 3, patch_px, patch_px], bicubic as positions are."""
-    return kernel if kernel.shape[-1] == patch_px else _bicubic(kernel, patch_px)
+    return kernel if kernel.shape[-1] == patch_px else _resize_bicubic(kernel, patch_px)
 
 
-def _bicubic(image: Tensor, size: int, align_corners: bool = False) -> Tensor:
+def _resize_bicubic(image: Tensor, size: int, align_corners: bool = False) -> Tensor:
     resized = F.interpolate(
-        _wide(image), size=(size, size), mode="bicubic", align_corners=align_corners
+        _to_float32(image), size=(size, size), mode="bicubic", align_corners=align_corners
     )
     return resized.to(image.dtype)
 
 
-def _wide(value: Tensor) -> Tensor:
+def _to_float32(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
@@ -276,7 +278,8 @@ def _expected_gaps(
     missing = [key for key in absent if key not in gaps]
     if missing:
         raise InputError(
-            f"{path} lacks {_some(missing)} of this architecture: choose the architecture it is "
+            f"{path} lacks {_name_some(missing)} of this architecture: choose the architecture "
+            f"it is "
             "of, or download it again"
         )
     return tuple(gaps)
@@ -293,10 +296,11 @@ def _needs_resizing(
     for source in entry.sources:
         if stored[source].dtype not in _NUMBERS:
             raise InputError(
-                f"{path}: '{source}' has {_plain(stored[source].dtype)} values where fp64, fp32, "
+                f"{path}: '{source}' has {_plain_dtype(stored[source].dtype)} values where "
+                f"fp64, fp32, "
                 "fp16 or bf16 is expected: give unquantised weights"
             )
-    shape = _shape(entry, stored)
+    shape = _native_shape(entry, stored)
     if shape == target.shape or (entry.native == "logit_scale" and math.prod(shape) == 1):
         return False
     if entry.native == _POSITIONS and _is_square_grid(shape) and shape[-1] == target.shape[-1]:
@@ -310,10 +314,10 @@ def _needs_resizing(
     )
 
 
-def _shape(entry: Entry, stored: Mapping[str, StoredTensor]) -> tuple[int, ...]:
+def _native_shape(entry: Entry, stored: Mapping[str, StoredTensor]) -> tuple[int, ...]:
     shapes = {source: stored[source].shape for source in entry.sources}
     if all(shapes.values()) or entry.join == "same":
-        return entry.shape(shapes)
+        return entry.native_shape(shapes)
     return ()
 
 
@@ -326,22 +330,22 @@ def _is_square_grid(shape: tuple[int, ...]) -> bool:
     )
 
 
-def _fill(target: Tensor, entry: Entry, stored: Mapping[str, StoredTensor]) -> None:
+def _fill_tensor(target: Tensor, entry: Entry, stored: Mapping[str, StoredTensor]) -> None:
     if entry.join == "same" and stored[entry.sources[0]].shape.numel() == target.numel():
         stored[entry.sources[0]].copy_to(target)
         return
-    value = entry.joined({source: stored[source].read() for source in entry.sources})
+    value = entry.join_sources({source: stored[source].read() for source in entry.sources})
     if entry.native == _POSITIONS:
-        value = resize_positions(_wide(value), math.isqrt(target.shape[1] - 1))
+        value = resize_positions(_to_float32(value), math.isqrt(target.shape[1] - 1))
     elif entry.native == _PATCH_KERNEL:
-        value = resize_patch_kernel(_wide(value), target.shape[-1])
+        value = resize_patch_kernel(_to_float32(value), target.shape[-1])
     target.copy_(value)
 
 
-def _some(keys: Iterable[str]) -> str:
+def _name_some(keys: Iterable[str]) -> str:
     first, *more = keys
     return f"'{first}'" + (f" and {len(more)} more" if more else "")
 
 
-def _plain(dtype: torch.dtype) -> str:
+def _plain_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

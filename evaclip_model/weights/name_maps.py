@@ -47,7 +47,7 @@ class Entry:
     join: Join = "same"
     """How the sources make the native tensor."""
 
-    def joined(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def join_sources(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the native tensor: the source as it is, transposed, or several [n, ...] as [sum of
         n, ...]; only this entry's sources are taken from `tensors`.
 
@@ -59,13 +59,13 @@ class Entry:
         value = tensors[self.sources[0]]
         return value.t() if self.join == "transposed" else value
 
-    def split(self, native: Tensor) -> dict[str, Tensor]:
+    def split_native(self, native: Tensor) -> dict[str, Tensor]:
         """The other direction: the native tensor as the other layout's, which are views of it."""
         if self.join == "rows":
             return dict(zip(self.sources, native.chunk(len(self.sources)), strict=True))
         return {self.sources[0]: native.t() if self.join == "transposed" else native}
 
-    def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
+    def native_shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
         """The native tensor's shape from the sources' shapes, without reading them."""
         first = tuple(shapes[self.sources[0]])
         if self.join == "rows":
@@ -95,28 +95,28 @@ class _Rule:
     sources: tuple[str, ...]
     join: Join = "same"
 
-    def entry(self, block: str, native_prefix: str, prefix: str) -> Entry:
+    def make_entry(self, block: str, native_prefix: str, prefix: str) -> Entry:
         sources = tuple(prefix + source.replace("#", block) for source in self.sources)
         return Entry(native_prefix + self.native.replace("#", block), sources, self.join)
 
 
-def _renames(native: str, other: str, leaves: Iterable[str]) -> tuple[_Rule, ...]:
+def _make_renames(native: str, other: str, leaves: Iterable[str]) -> tuple[_Rule, ...]:
     return tuple(_Rule(f"{native}.{leaf}", (f"{other}.{leaf}",)) for leaf in leaves)
 
 
 _BOTH = ("weight", "bias")
 _TIMM = (
-    *_renames("blocks.#.attn.inner_attn_ln", "blocks.#.attn.norm", _BOTH),
-    *_renames("blocks.#.mlp.ffn_ln", "blocks.#.mlp.norm", _BOTH),
+    *_make_renames("blocks.#.attn.inner_attn_ln", "blocks.#.attn.norm", _BOTH),
+    *_make_renames("blocks.#.mlp.ffn_ln", "blocks.#.mlp.norm", _BOTH),
 )
 _TIMM_SPLIT_QKV = (
     _Rule("blocks.#.attn.q_bias", ("blocks.#.attn.q_proj.bias",)),
     _Rule("blocks.#.attn.v_bias", ("blocks.#.attn.v_proj.bias",)),
 )
 _TIMM_SWIGLU = (
-    *_renames("blocks.#.mlp.w1", "blocks.#.mlp.fc1_g", _BOTH),
-    *_renames("blocks.#.mlp.w2", "blocks.#.mlp.fc1_x", _BOTH),
-    *_renames("blocks.#.mlp.w3", "blocks.#.mlp.fc2", _BOTH),
+    *_make_renames("blocks.#.mlp.w1", "blocks.#.mlp.fc1_g", _BOTH),
+    *_make_renames("blocks.#.mlp.w2", "blocks.#.mlp.fc1_x", _BOTH),
+    *_make_renames("blocks.#.mlp.w3", "blocks.#.mlp.fc2", _BOTH),
 )
 
 
@@ -133,9 +133,9 @@ def _transformers_rules(keys: Collection[str]) -> tuple[_Rule, ...]:
     model = "" if _TRANSFORMERS_MARK in keys else "text_model."
     block, layer = "transformer.resblocks.#", f"{model}encoder.layers.#"
     return (
-        *_renames("token_embedding", f"{model}embeddings.token_embedding", ("weight",)),
+        *_make_renames("token_embedding", f"{model}embeddings.token_embedding", ("weight",)),
         _Rule("positional_embedding", (f"{model}embeddings.position_embedding.weight",)),
-        *_renames(f"{block}.ln_1", f"{layer}.layer_norm1", _BOTH),
+        *_make_renames(f"{block}.ln_1", f"{layer}.layer_norm1", _BOTH),
         *(
             _Rule(
                 f"{block}.attn.in_proj_{leaf}",
@@ -144,11 +144,11 @@ def _transformers_rules(keys: Collection[str]) -> tuple[_Rule, ...]:
             )
             for leaf in _BOTH
         ),
-        *_renames(f"{block}.attn.out_proj", f"{layer}.self_attn.out_proj", _BOTH),
-        *_renames(f"{block}.ln_2", f"{layer}.layer_norm2", _BOTH),
-        *_renames(f"{block}.mlp.c_fc", f"{layer}.mlp.fc1", _BOTH),
-        *_renames(f"{block}.mlp.c_proj", f"{layer}.mlp.fc2", _BOTH),
-        *_renames("ln_final", f"{model}final_layer_norm", _BOTH),
+        *_make_renames(f"{block}.attn.out_proj", f"{layer}.self_attn.out_proj", _BOTH),
+        *_make_renames(f"{block}.ln_2", f"{layer}.layer_norm2", _BOTH),
+        *_make_renames(f"{block}.mlp.c_fc", f"{layer}.mlp.fc1", _BOTH),
+        *_make_renames(f"{block}.mlp.c_proj", f"{layer}.mlp.fc2", _BOTH),
+        *_make_renames("ln_final", f"{model}final_layer_norm", _BOTH),
         _Rule("text_projection", ("text_projection.weight",), "transposed"),
     )
 
@@ -206,7 +206,7 @@ def native_names(keys: Iterable[str], where: str = "the checkpoint") -> Names:
         InputError: no tower of any known layout is among the keys.
     """
     keys = dict.fromkeys(keys)
-    layout = _recognise(keys, where)
+    layout = _recognise_layout(keys, where)
     ignored = [key for key in keys if _is_useless(key, layout)]
     left = keys.keys() - set(ignored)
     towers = [(tower, _by_source(tower, keys)) for tower in _TOWERS[layout]]
@@ -237,7 +237,7 @@ def foreign_names(native_keys: Iterable[str], layout: Layout) -> tuple[Entry, ..
                 continue
             name, block = _without_block(key.removeprefix(tower.native_prefix))
             rule = rules.get(name, _Rule(name, (name,)))
-            entries.append(rule.entry(block, tower.native_prefix, tower.prefix))
+            entries.append(rule.make_entry(block, tower.native_prefix, tower.prefix))
     if len(_TOWERS[layout]) == 2:
         entries += [Entry(key, (key,)) for key in keys if key == _TEMPERATURE]
     return tuple(entries)
@@ -252,7 +252,7 @@ def may_lack(layout: Layout, native: str) -> bool:
     return layout == "eva_mim" and (".inner_attn_ln." in native or native.startswith("visual.head"))
 
 
-def _recognise(keys: Collection[str], where: str) -> Layout:
+def _recognise_layout(keys: Collection[str], where: str) -> Layout:
     def starts(prefix: str) -> bool:
         return any(key.startswith(prefix) for key in keys)
 
@@ -295,7 +295,7 @@ def _native_entry(
             continue
         name, block = _without_block(key.removeprefix(tower.prefix))
         if name in rules:
-            entry = rules[name].entry(block, tower.native_prefix, tower.prefix)
+            entry = rules[name].make_entry(block, tower.native_prefix, tower.prefix)
             if all(source in left for source in entry.sources):
                 return entry
         return Entry(tower.native_prefix + key.removeprefix(tower.prefix), (key,))

@@ -124,7 +124,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError, struct.error) as error:
-        raise _unreadable(path, str(error)) from error
+        raise _unreadable_error(path, str(error)) from error
     found = {}
     for name, entry in header.items():
         if name == "__metadata__":
@@ -155,25 +155,25 @@ def read_torch(path: Path, *, allow_torchscript: bool = False) -> dict[str, Stor
         InputError: unreadable or cut off; needs pickled classes; a TorchScript archive, unasked.
     """
     try:
-        is_script, is_plain = _archive(path)
+        is_script, is_plain = _inspect_archive(path)
         if is_script:
             return _from_script(path, allow_torchscript)
         content = torch.load(path, map_location="meta" if is_plain else "cpu", weights_only=True)
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise _refused(path, error) from error
+        raise _make_refusal(path, error) from error
     # Anything else is malformed content that torch's reader stumbles over (KeyError, TypeError …).
     except Exception as error:
-        raise _unreadable(path, "no torch file") from error
-    tensors = {str(key): value for key, value in _state(content).items() if _is_dense(value)}
+        raise _unreadable_error(path, "no torch file") from error
+    tensors = {str(key): value for key, value in _find_state(content).items() if _is_dense(value)}
     if is_plain:
         return {key: _from_meta(path, value) for key, value in tensors.items()}
     del content
     return _in_memory(tensors)
 
 
-def _archive(path: Path) -> tuple[bool, bool]:
+def _inspect_archive(path: Path) -> tuple[bool, bool]:
     """Return whether a file is a TorchScript archive, and whether its tensors lie uncompressed."""
     if not zipfile.is_zipfile(path):
         return False, False
@@ -195,13 +195,13 @@ def _from_script(path: Path, allowed: bool) -> dict[str, StoredTensor]:
     return _in_memory(dict(module.state_dict()))
 
 
-def _state(content: Any) -> Mapping[Any, Any]:
+def _find_state(content: Any) -> Mapping[Any, Any]:
     """The innermost mapping that wrappers lead to."""
     if not isinstance(content, Mapping):
         return {}
     inner = (content.get(wrapper) for wrapper in _WRAPPERS)
     wrapped = next((value for value in inner if isinstance(value, Mapping)), None)
-    return content if wrapped is None else _state(wrapped)
+    return content if wrapped is None else _find_state(wrapped)
 
 
 def _is_dense(value: Any) -> bool:
@@ -237,10 +237,10 @@ def _from_meta(path: Path, tensor: Tensor) -> StoredTensor:
 
 
 def _on_disk(path: Path, place: int, shape: torch.Size, dtype: torch.dtype) -> StoredTensor:
-    return StoredTensor(shape, dtype, partial(_slabs, path, place, shape.numel(), dtype))
+    return StoredTensor(shape, dtype, partial(_iterate_slabs, path, place, shape.numel(), dtype))
 
 
-def _slabs(path: Path, place: int, count: int, dtype: torch.dtype) -> Iterator[Tensor]:
+def _iterate_slabs(path: Path, place: int, count: int, dtype: torch.dtype) -> Iterator[Tensor]:
     """`count` values from byte `place` on, in one buffer that is filled again and again."""
     largest = min(count, _SLAB_BYTES // dtype.itemsize)
     buffer = torch.empty(largest, dtype=dtype)
@@ -253,10 +253,12 @@ def _slabs(path: Path, place: int, count: int, dtype: torch.dtype) -> Iterator[T
             yield slab
 
 
-def _refused(path: Path, error: Exception) -> InputError:
+def _make_refusal(path: Path, error: Exception) -> InputError:
     forbidden = _FORBIDDEN.search(str(error))
     if forbidden is None:
-        return _unreadable(path, str(error) if isinstance(error, OSError) else "no torch file")
+        return _unreadable_error(
+            path, str(error) if isinstance(error, OSError) else "no torch file"
+        )
     return InputError(
         f"{path} holds objects of {forbidden[1]} besides tensors, and opening them would run "
         "pickled code: where you trust it, open it with torch.load(..., weights_only=False) and "
@@ -264,7 +266,7 @@ def _refused(path: Path, error: Exception) -> InputError:
     )
 
 
-def _unreadable(path: Path, reason: str) -> InputError:
+def _unreadable_error(path: Path, reason: str) -> InputError:
     if path.is_file() and path.stat().st_size == 0:
         reason = "it is empty"
     return InputError(

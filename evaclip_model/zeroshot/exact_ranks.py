@@ -54,7 +54,7 @@ class Ranking:
     def __len__(self) -> int:
         return int(self.ranks.numel())
 
-    def of(self, queries: Tensor) -> Ranking:
+    def select_queries(self, queries: Tensor) -> Ranking:
         """The same of some queries only: their mask, or their numbers."""
         return Ranking(
             self.ranks[queries],
@@ -92,7 +92,7 @@ def encode_texts(
     with torch.inference_mode():
         for rows in torch.split(order, batch_size):
             encoded = model.encode_text(cut_padding(tokens[rows]).to(device))
-            features.append(normalised(encoded.cpu(), "text"))
+            features.append(normalise_features(encoded.cpu(), "text"))
             progress(sum(len(part) for part in features))
         distinct = torch.cat(features)[order.argsort()]
         return distinct[torch.tensor([place[text] for text in texts])]
@@ -112,13 +112,13 @@ def text_classifier(
     Raises:
         InputError: no class, no template, or a template without `{c}`.
     """
-    asked = prompts(classnames, templates)
+    asked = fill_templates(classnames, templates)
     features = encode_texts(model, asked, batch_size=batch_size, device=device, progress=progress)
     means, place = class_means(features, classnames)
-    return normalised(means, "text")[place]
+    return normalise_features(means, "text")[place]
 
 
-def prompts(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
+def fill_templates(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
     """Templates filled in, class by class; a name that occurs again is asked once.
 
     Raises:
@@ -148,7 +148,7 @@ def class_means(features: Tensor, classnames: Sequence[str]) -> tuple[Tensor, Te
     return means, torch.tensor([row[name] for name in classnames])
 
 
-def normalised(features: Tensor, what: str) -> Tensor:
+def normalise_features(features: Tensor, what: str) -> Tensor:
     """Features [..., D] as fp32 unit vectors.
 
     Raises:
@@ -177,17 +177,17 @@ class Gallery:
     """Row of `distinct` of every answer [G]."""
 
     @classmethod
-    def of(cls, features: Tensor) -> Gallery:
+    def from_features(cls, features: Tensor) -> Gallery:
         """Gallery of unit vectors [G, D]."""
         distinct, place = torch.unique(features.float(), dim=0, return_inverse=True)
         return cls(distinct, place)
 
-    def logits(self, queries: Tensor) -> Tensor:
+    def compute_logits(self, queries: Tensor) -> Tensor:
         """Cosine logits in fp32 [Q, G] of unit vectors [Q, D] of any precision."""
         with _whole_fp32(queries.device.type):
             return (queries.float() @ self.distinct.T)[:, self.place]
 
-    def portions(self, queries: int) -> Sequence[Tensor]:
+    def split_queries(self, queries: int) -> Sequence[Tensor]:
         """Numbers of so many queries, in portions whose logits fit into memory."""
         rows = max(1, min(ROWS, LOGITS // len(self.place)))
         return torch.split(torch.arange(queries), rows)
@@ -221,19 +221,21 @@ def rank_targets(logits: Tensor, targets: Tensor, k: int = 5) -> Ranking:
     )
 
 
-def classify(images: Tensor, classifier: Tensor, labels: Tensor, k: int = 5) -> Ranking:
+def rank_classes(images: Tensor, classifier: Tensor, labels: Tensor, k: int = 5) -> Ranking:
     """Rank the true class `labels` [N] of images [N, D] among the classes [C, D]."""
-    gallery = Gallery.of(classifier)
-    return _joined(
-        rank_targets(gallery.logits(images[rows]), labels[rows], k)
-        for rows in gallery.portions(len(images))
+    gallery = Gallery.from_features(classifier)
+    return _join_rankings(
+        rank_targets(gallery.compute_logits(images[rows]), labels[rows], k)
+        for rows in gallery.split_queries(len(images))
     )
 
 
 def class_scores(images: Tensor, classifier: Tensor) -> Tensor:
     """Logit of every class [C, D] for every image [N, D], in fp32 [N, C]."""
-    gallery = Gallery.of(classifier)
-    return torch.cat([gallery.logits(images[rows]) for rows in gallery.portions(len(images))])
+    gallery = Gallery.from_features(classifier)
+    return torch.cat(
+        [gallery.compute_logits(images[rows]) for rows in gallery.split_queries(len(images))]
+    )
 
 
 def retrieve_texts(images: Tensor, texts: Tensor, image_of_text: Tensor, k: int = 10) -> Ranking:
@@ -241,19 +243,19 @@ def retrieve_texts(images: Tensor, texts: Tensor, image_of_text: Tensor, k: int 
 
     `image_of_text` [T] is the image each caption belongs to; every image has one or more.
     """
-    gallery = Gallery.of(texts)
-    return _joined(
-        _rank_best(gallery.logits(images[rows]), image_of_text[None, :] == rows[:, None], k)
-        for rows in gallery.portions(len(images))
+    gallery = Gallery.from_features(texts)
+    return _join_rankings(
+        _rank_best(gallery.compute_logits(images[rows]), image_of_text[None, :] == rows[:, None], k)
+        for rows in gallery.split_queries(len(images))
     )
 
 
 def retrieve_images(images: Tensor, texts: Tensor, image_of_text: Tensor, k: int = 10) -> Ranking:
     """Text-to-image: the image [N, D] of every caption [T, D] among all images."""
-    gallery = Gallery.of(images)
-    return _joined(
-        rank_targets(gallery.logits(texts[rows]), image_of_text[rows], k)
-        for rows in gallery.portions(len(texts))
+    gallery = Gallery.from_features(images)
+    return _join_rankings(
+        rank_targets(gallery.compute_logits(texts[rows]), image_of_text[rows], k)
+        for rows in gallery.split_queries(len(texts))
     )
 
 
@@ -286,7 +288,7 @@ def _rank_best(logits: Tensor, right: Tensor, k: int) -> Ranking:
     )
 
 
-def _joined(parts: Iterable[Ranking]) -> Ranking:
+def _join_rankings(parts: Iterable[Ranking]) -> Ranking:
     """Rankings of consecutive queries as one."""
     rankings = list(parts)
     return Ranking(

@@ -25,7 +25,7 @@ from evaclip_model.files import replace_file, write_atomically
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 from evaclip_model.reading.transform import image_transform
-from evaclip_model.zeroshot.exact_ranks import normalised
+from evaclip_model.zeroshot.exact_ranks import normalise_features
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Endings, in any case, of the files of a folder that are taken for images."""
@@ -84,12 +84,14 @@ def image_features(
     unreadable: dict[Path, str] = {}
     done = 0
     with ThreadPoolExecutor() as pool, torch.inference_mode():
-        for batch in _read_ahead(pool, lambda path: _read(path, transform), files, batch_size):
+        for batch in _read_ahead(
+            pool, lambda path: _read_image(path, transform), files, batch_size
+        ):
             images = {path: image for path, image in batch if isinstance(image, Tensor)}
             unreadable |= {path: str(image) for path, image in batch if path not in images}
             if images:
                 pixels = torch.stack(list(images.values())).to(parameter.device, parameter.dtype)
-                values.append(normalised(model.encode_image(pixels).cpu(), "image"))
+                values.append(normalise_features(model.encode_image(pixels).cpu(), "image"))
                 read += images
             done += len(batch)
             progress(done)
@@ -117,7 +119,9 @@ def names_file(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _read(path: Path, transform: Callable[[Image.Image], Tensor]) -> tuple[Path, Tensor | str]:
+def _read_image(
+    path: Path, transform: Callable[[Image.Image], Tensor]
+) -> tuple[Path, Tensor | str]:
     """The image as a tensor, or why there is none."""
     try:
         return path, transform(decode_image(path.read_bytes()))

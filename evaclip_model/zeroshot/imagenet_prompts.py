@@ -29,7 +29,7 @@ def imagenet_classnames() -> tuple[str, ...]:
     Raises:
         InputError: open_clip_torch is not installed, or keeps them in another form.
     """
-    return tuple(_text(node) for node in _entries(_CLASSNAMES, 1000))
+    return tuple(_read_string(node) for node in _read_entries(_CLASSNAMES, 1000))
 
 
 @functools.cache
@@ -41,14 +41,14 @@ def imagenet_templates() -> tuple[str, ...]:
     """
     # Each is written as a function from the class name to an f-string.
     return tuple(
-        _text(node.body if isinstance(node, ast.Lambda) else node)
-        for node in _entries(_TEMPLATES, 80)
+        _read_string(node.body if isinstance(node, ast.Lambda) else node)
+        for node in _read_entries(_TEMPLATES, 80)
     )
 
 
-def _entries(name: str, count: int) -> list[ast.expr]:
+def _read_entries(name: str, count: int) -> list[ast.expr]:
     """The elements of a tuple or list that the file gives a name to."""
-    for node in _tree(_path()).body:
+    for node in _parse_file(_find_file()).body:
         if (
             isinstance(node, ast.Assign)
             and any(isinstance(target, ast.Name) and target.id == name for target in node.targets)
@@ -59,12 +59,12 @@ def _entries(name: str, count: int) -> list[ast.expr]:
     raise _unknown_form(name)
 
 
-def _text(node: ast.expr) -> str:
+def _read_string(node: ast.expr) -> str:
     match node:
         case ast.Constant(value=str(text)):
             return text
         case ast.JoinedStr(values=parts):
-            return "".join(map(_text, parts))
+            return "".join(map(_read_string, parts))
         case ast.FormattedValue(value=ast.Name(), conversion=-1, format_spec=None):
             return PLACEHOLDER
     raise _unknown_form(type(node).__name__)
@@ -72,12 +72,12 @@ def _text(node: ast.expr) -> str:
 
 def _unknown_form(what: str) -> InputError:
     return InputError(
-        f"{_path()} holds '{what}' in a form that is not known here: install a version of "
+        f"{_find_file()} holds '{what}' in a form that is not known here: install a version of "
         "open_clip_torch from 2.32 on and below 4, or give prompts of your own"
     )
 
 
-def _path() -> Path:
+def _find_file() -> Path:
     path = package_file(_FILE)
     if path is None:
         raise InputError(
@@ -87,5 +87,5 @@ def _path() -> Path:
 
 
 @functools.cache
-def _tree(path: Path) -> ast.Module:
+def _parse_file(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))

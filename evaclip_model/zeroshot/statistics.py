@@ -39,14 +39,14 @@ Curve = Callable[[Tensor, Tensor], Tensor]
 """Right ones so far [..., P] and precision [..., P], at each right one in order -> figure [...]."""
 
 
-def hits(ranks: Tensor, k: int) -> int:
+def count_hits(ranks: Tensor, k: int) -> int:
     """Number of queries whose right answer is among the first k."""
     return int((ranks < k).sum())
 
 
 def hit_rate(ranks: Tensor, k: int) -> float:
     """Share of queries whose right answer is among the first k."""
-    return hits(ranks, k) / max(1, ranks.numel())
+    return count_hits(ranks, k) / max(1, ranks.numel())
 
 
 def mean_per_class(values: Tensor, labels: Tensor) -> float:
@@ -70,7 +70,7 @@ def chance_of_hit(k: int, gallery: int, positives: Sequence[int]) -> float:
     return sum(of[m] for m in positives) / len(positives)
 
 
-def area(right: Tensor, precision: Tensor) -> Tensor:
+def area_under_curve(right: Tensor, precision: Tensor) -> Tensor:
     """Area under the precision-recall curve: mean precision at the right ones.
 
     Args:
@@ -94,7 +94,7 @@ def eleven_points(right: Tensor, precision: Tensor) -> Tensor:
 
 
 def average_precisions(
-    scores: Tensor, positives: Tensor, curve: Curve = area, ties: Ties = "together"
+    scores: Tensor, positives: Tensor, curve: Curve = area_under_curve, ties: Ties = "together"
 ) -> Tensor:
     """Average precision of every class [C], in fp64; not a number for a class without a positive.
 
@@ -105,14 +105,14 @@ def average_precisions(
         ties: with "together" the figure does not depend on the order of samples.
     """
     found = []
-    for order in _orders(scores, positives, ties):
+    for order in _iterate_orders(scores, positives, ties):
         weights = torch.ones(1, len(scores), dtype=torch.float64)
-        found.append(order.figure(weights, curve)[0])
+        found.append(order.weighted_figure(weights, curve)[0])
     return torch.stack(found)
 
 
 def mean_average_precision(
-    scores: Tensor, positives: Tensor, curve: Curve = area, ties: Ties = "together"
+    scores: Tensor, positives: Tensor, curve: Curve = area_under_curve, ties: Ties = "together"
 ) -> float:
     """Mean of `average_precisions` over the classes that have a positive."""
     return float(average_precisions(scores, positives, curve, ties).nanmean())
@@ -200,16 +200,20 @@ def resampled_class_means(values: Tensor, labels: Tensor) -> Tensor:
     return torch.cat(means)
 
 
-def resampled_precisions(scores: Tensor, positives: Tensor, curve: Curve = area) -> Tensor:
+def resampled_precisions(
+    scores: Tensor, positives: Tensor, curve: Curve = area_under_curve
+) -> Tensor:
     """Bootstrap draws of `mean_average_precision`, whole images drawn, [draws].
 
     The same images are drawn for any scores [N, C], so that differences between two models are
     differences on the same draws.
     """
-    orders = list(_orders(scores, positives, "together"))
+    orders = list(_iterate_orders(scores, positives, "together"))
     means = []
     for weights in _drawn_weights(len(scores)):
-        means.append(torch.stack([one.figure(weights, curve) for one in orders]).nanmean(dim=0))
+        means.append(
+            torch.stack([one.weighted_figure(weights, curve) for one in orders]).nanmean(dim=0)
+        )
     return torch.cat(means)
 
 
@@ -238,7 +242,7 @@ class McNemar:
     """The same, with half the weight of the observed outcome: closer to its nominal level."""
 
 
-def mcnemar(only_a: int, only_b: int) -> McNemar:
+def test_mcnemar(only_a: int, only_b: int) -> McNemar:
     """McNemar's test (1947) of samples that only the one, or only the other, answered right.
 
     Mid-p as Fagerland, Lydersen and Laake (2013) recommend it.
@@ -278,7 +282,7 @@ class _ScoreOrder:
     ends: Tensor
     """Of every positive in that order [P]: the last place that its threshold still admits."""
 
-    def figure(self, weights: Tensor, curve: Curve) -> Tensor:
+    def weighted_figure(self, weights: Tensor, curve: Curve) -> Tensor:
         """The class's figure for every row of how often each image counts [draws, N]."""
         if not len(self.ends):
             return torch.full((len(weights),), float("nan"), dtype=torch.float64)
@@ -289,7 +293,7 @@ class _ScoreOrder:
         return figure.masked_fill(right[:, -1] == 0, float("nan"))
 
 
-def _orders(scores: Tensor, positives: Tensor, ties: Ties) -> Iterator[_ScoreOrder]:
+def _iterate_orders(scores: Tensor, positives: Tensor, ties: Ties) -> Iterator[_ScoreOrder]:
     """The order of each class [C]."""
     for column, positive in zip(scores.float().T, positives.T, strict=True):
         first = {"together": 0, "won": -1, "lost": 1}[ties] * positive.int()
@@ -308,19 +312,19 @@ def _drawn_counts(counts: Tensor) -> Iterator[Tensor]:
     n = int(counts.sum())
     generator = np.random.default_rng(BOOTSTRAP_SEED)
     shares = counts.double().numpy() / n
-    for draws in _portions(len(counts)):
+    for draws in _iterate_portions(len(counts)):
         yield torch.from_numpy(generator.multinomial(n, shares, size=draws)).double()
 
 
 def _drawn_weights(n: int) -> Iterator[Tensor]:
     """Number of times that each draw takes each of n samples: [draws, n]."""
     generator = np.random.default_rng(BOOTSTRAP_SEED)
-    for draws in _portions(n):
+    for draws in _iterate_portions(n):
         rows = [np.bincount(generator.integers(0, n, n), minlength=n) for _ in range(draws)]
         yield torch.from_numpy(np.stack(rows)).double()
 
 
-def _portions(width: int) -> Iterator[int]:
+def _iterate_portions(width: int) -> Iterator[int]:
     """All draws in portions of at most `_WEIGHTS_AT_ONCE` numbers."""
     at_once = max(1, _WEIGHTS_AT_ONCE // max(1, width))
     for start in range(0, BOOTSTRAP_DRAWS, at_once):

@@ -26,7 +26,7 @@ from tasks.dataset.config import LEFT_OUT, REPORT, STAGE, TAKEN_DOWN, DatasetCon
 from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
 from tasks.dataset.lists import read_takedowns, takedowns_digest
 from tasks.index.sample_index import SampleIndex
-from tasks.progress import Report, silent
+from tasks.progress import Report, report_nothing
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def take_down(file: Path, root: Path) -> list[Succession]:
     return [
         succession
         for versions in _by_rules(artifacts)
-        if (succession := _succeed(versions, entries, asked, artifacts, root)) is not None
+        if (succession := _make_successor(versions, entries, asked, artifacts, root)) is not None
     ]
 
 
@@ -64,7 +64,7 @@ def left_out(version: Artifact, rows: Sequence[int]) -> dict[int, str]:
     return dict(zip(table["row"].to_pylist(), table["reason"].to_pylist(), strict=True))
 
 
-def describe(done: Succession, root: Path) -> Iterator[str]:
+def describe_replacement(done: Succession, root: Path) -> Iterator[str]:
     """A succession as lines for a person."""
     if done.new.digest == done.old.digest:
         yield f"dataset     {done.old.digest} obeys this already"
@@ -89,7 +89,7 @@ def _by_rules(artifacts: Iterable[Artifact]) -> Iterator[list[Artifact]]:
     yield from groups.values()
 
 
-def _succeed(
+def _make_successor(
     versions: Sequence[Artifact],
     entries: Sequence[str],
     asked: Asked,
@@ -105,8 +105,8 @@ def _succeed(
     if not holding:
         return None
     old = max(versions, key=lambda version: version.counts["left_out"])
-    obeyed = {entry for version in versions for entry in _entries(version)} | set(entries)
-    others = obeyed - set(_entries(old)) - set(entries)
+    obeyed = {entry for version in versions for entry in _read_entries(version)} | set(entries)
+    others = obeyed - set(_read_entries(old)) - set(entries)
     if others:  # obeyed by a version that is not among the ancestors of `old`
         rows = np.union1d(rows, find_asked(index, asked_for(others)))
     ancestors = ancestors_of(verified, artifacts)
@@ -118,12 +118,12 @@ def _succeed(
         return make_dataset(config, ancestors, OutsideFiles(), takedowns, out, report)
 
     inputs = {**old.parents, Role.TAKEDOWNS: takedowns_digest(obeyed)}
-    new = Step(root, STAGE, config, inputs, make).make(load_profile(), silent)
+    new = Step(root, STAGE, config, inputs, make).make_artifact(load_profile(), report_nothing)
     removed = int(new.counts["left_out"] - old.counts["left_out"])
     models = {m.digest: m for version in holding for m in models_of(version, artifacts)}
     return Succession(old, new, removed, tuple(models.values()))
 
 
-def _entries(version: Artifact) -> list[str]:
+def _read_entries(version: Artifact) -> list[str]:
     """The takedowns that a dataset version obeys."""
     return (version.folder / TAKEN_DOWN).read_text().splitlines()

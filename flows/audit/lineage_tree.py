@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaclip_model.errors import InputError
-from flows.console.terminal import summarise
+from flows.console.terminal import summarise_counts
 from flows.graph.ancestry import children_of
 from tasks.artifacts.artifact import Artifact, read_artifacts
-from tasks.artifacts.provenance import Change, Lineage, Node, changes, lineage_of
+from tasks.artifacts.provenance import Change, Lineage, Node, lineage_of, list_changes
 from tasks.merge.config import STAGE as MERGE
 from tasks.register.aliases import RegisteredVersion
 from tasks.register.config import STAGE as REGISTER
@@ -42,14 +42,14 @@ def version_tree(version: Described, before: Described | None) -> Iterator[str]:
             if tag.startswith("evaclip.digest"):
                 yield f"  {tag.removeprefix('evaclip.digest').lstrip('.') or 'model':<24} {value}"
         return
-    yield from upward(version.lineage)
+    yield from upward_tree(version.lineage)
     if before is None:
         yield f"\nno other version of {version.name} to compare with"
     elif before.lineage is None:
         yield f"\n{before} has no lineage to compare with"
     else:
         yield f"\nsince {before}:"
-        yield from describe_changes(changes(before.lineage, version.lineage))
+        yield from describe_changes(list_changes(before.lineage, version.lineage))
 
 
 def describe_changes(found: Sequence[Change]) -> Iterator[str]:
@@ -58,36 +58,36 @@ def describe_changes(found: Sequence[Change]) -> Iterator[str]:
         yield "  no setting and no data changed"
     for change in found:
         if change.old is None:
-            yield f"  {change.where}: {_short(change.new)} (new)"
+            yield f"  {change.where}: {_shorten_value(change.new)} (new)"
         elif change.new is None:
-            yield f"  {change.where}: {_short(change.old)} (gone)"
+            yield f"  {change.where}: {_shorten_value(change.old)} (gone)"
         else:
-            yield f"  {change.where}: {_short(change.old)} -> {_short(change.new)}"
+            yield f"  {change.where}: {_shorten_value(change.old)} -> {_shorten_value(change.new)}"
 
 
-def upward(lineage: Lineage) -> Iterator[str]:
+def upward_tree(lineage: Lineage) -> Iterator[str]:
     """What every head was made from, as a tree; what was shown already is named only."""
     shown: set[str] = set()
 
     def parents(digest: str) -> list[tuple[str, str]]:
-        node = lineage.node(digest)
+        node = lineage.find_node(digest)
         return [] if node is None else list(node.parents.items())
 
     def line(role: str, digest: str) -> str:
-        node = lineage.node(digest)
+        node = lineage.find_node(digest)
         if node is None:
             return f"{role} {digest}  (data from outside)"
-        return _line(node, role)
+        return _node_line(node, role)
 
     for head in lineage.heads:
         if head not in shown:
             yield line("", head)
-            yield from _branches(head, parents, line, shown, "")
+            yield from _tree_branches(head, parents, line, shown, "")
 
 
-def downward(artifact: Artifact, artifacts: Sequence[Artifact]) -> Iterator[str]:
+def downward_tree(artifact: Artifact, artifacts: Sequence[Artifact]) -> Iterator[str]:
     """An artifact and what was made of it, as a tree."""
-    nodes = {one.digest: Node.of(one) for one in artifacts}
+    nodes = {one.digest: Node.from_artifact(one) for one in artifacts}
     folders = {one.digest: one.folder for one in artifacts}
 
     def children(digest: str) -> list[tuple[str, str]]:
@@ -96,14 +96,15 @@ def downward(artifact: Artifact, artifacts: Sequence[Artifact]) -> Iterator[str]
     def line(role: str, digest: str) -> str:
         node = nodes[digest]
         if node.kind != REGISTER.name:
-            return _line(node, role)
-        return f"{_line(node, role)} of {RegisteredVersion.of(folders[digest]).name}"
+            return _node_line(node, role)
+        version = RegisteredVersion.from_registration(folders[digest])
+        return f"{_node_line(node, role)} of {version.name}"
 
     yield line("", artifact.digest)
-    yield from _branches(artifact.digest, children, line, set(), "")
+    yield from _tree_branches(artifact.digest, children, line, set(), "")
 
 
-def find(root: Path, what: str) -> list[Artifact]:
+def find_artifacts(root: Path, what: str) -> list[Artifact]:
     """Every artifact under `root` whose digest begins with `what`."""
     if len(what) < SHORTEST_DIGEST:
         return []
@@ -113,9 +114,9 @@ def find(root: Path, what: str) -> list[Artifact]:
 def artifact_trees(artifact: Artifact, root: Path) -> Iterator[str]:
     """An artifact's two trees: what it was made from, what was made of it."""
     yield "made from"
-    yield from upward(lineage_of([artifact], root))
+    yield from upward_tree(lineage_of([artifact], root))
     yield "\nmade of it"
-    yield from downward(artifact, read_artifacts(root))
+    yield from downward_tree(artifact, read_artifacts(root))
 
 
 def source_trees(root: Path, source: str) -> Iterator[str]:
@@ -135,10 +136,10 @@ def source_trees(root: Path, source: str) -> Iterator[str]:
         )
     for place, user in enumerate(users):
         yield f"{'' if not place else chr(10)}{source} {user.parents[source]}"
-        yield from downward(user, artifacts)
+        yield from downward_tree(user, artifacts)
 
 
-def _branches(
+def _tree_branches(
     digest: str,
     next_of: Callable[[str], list[tuple[str, str]]],
     line: Callable[[str, str], str],
@@ -153,15 +154,15 @@ def _branches(
         yield f"{indent}{'└─' if is_last else '├─'} {line(role, other)}{f'  {_ABOVE}' * again}"
         if not again:
             deeper = indent + ("   " if is_last else "│  ")
-            yield from _branches(other, next_of, line, shown, deeper)
+            yield from _tree_branches(other, next_of, line, shown, deeper)
 
 
-def _line(node: Node, role: str) -> str:
+def _node_line(node: Node, role: str) -> str:
     named = f"{role}: {node.title}" if role and role != node.kind else node.title
-    told = summarise(node.counts)
+    told = summarise_counts(node.counts)
     return f"{named} {node.digest}  {node.created[:16].replace('T', ' ')}  {told}".rstrip()
 
 
-def _short(value: Any) -> str:
+def _shorten_value(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 80 else f"{text[:79]}…"

@@ -64,14 +64,14 @@ def print_inspection(pattern: str, found: Inspection, console: Console) -> None:
             escape(column.kind),
             column.part or "",
             f"{column.null_share:.1%}",
-            bars(column.histogram),
+            draw_bars(column.histogram),
         )
     console.print(table)
     _print_left_out(found.bad_lines, found.first_bad_line, console)
     console.print(f"[yellow]{escape(found.problem)}[/]" if found.problem else "fit for a source")
 
 
-def bars(histogram: Sequence[int]) -> str:
+def draw_bars(histogram: Sequence[int]) -> str:
     """A histogram as one block a bin; a bin that is not empty is never blank."""
     most = max(histogram, default=0)
     if most == 0:

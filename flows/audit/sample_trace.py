@@ -48,7 +48,7 @@ class Trace:
     versions: tuple[Version, ...]
 
 
-def trace(
+def trace_sample(
     *, root: Path, url: str | None = None, uid: str | None = None, sha256: str | None = None
 ) -> list[Trace]:
     """Every stored sample under `root` that has this URL, uid and hash, of which one is given."""
@@ -72,7 +72,7 @@ def _in_one_verification(
     verified: Artifact, asked: Asked, artifacts: Sequence[Artifact]
 ) -> Iterator[Trace]:
     index = SampleIndex(verified.folder)
-    rows = [row for kind, values in asked.items() for row in index.find(kind, values)]
+    rows = [row for kind, values in asked.items() for row in index.find_samples(kind, values)]
     if not rows:
         return
     versions = {
@@ -100,7 +100,7 @@ def _in_one_verification(
         yield Trace(row, shard, made_by, tuple(held))
 
 
-def describe(found: Trace, root: Path) -> Iterator[str]:
+def describe_traces(found: Trace, root: Path) -> Iterator[str]:
     """A trace as lines for a person."""
     row = found.row
     yield f"uid         {row['uid']}"
@@ -113,10 +113,10 @@ def describe(found: Trace, root: Path) -> Iterator[str]:
     if not found.versions:
         yield "dataset     none was made of this shard"
     for version in found.versions:
-        yield f"dataset     {version.digest}: {_state(version)}"
+        yield f"dataset     {version.digest}: {_version_state(version)}"
         for model in version.models:
             yield from describe_model(model, root)
 
 
-def _state(version: Version) -> str:
+def _version_state(version: Version) -> str:
     return f"left out ({version.left_out})" if version.left_out else "holds it"

@@ -38,9 +38,9 @@ def trace(
     from flows.audit import sample_trace  # imports duckdb
 
     root = load_profile().root.resolve()
-    found = sample_trace.trace(url=url, uid=uid, sha256=sha256, root=root)
+    found = sample_trace.trace_sample(url=url, uid=uid, sha256=sha256, root=root)
     for number, one in enumerate(found):
-        lines = [*([""] if number else []), *sample_trace.describe(one, root)]
+        lines = [*([""] if number else []), *sample_trace.describe_traces(one, root)]
         console.print("\n".join(lines), soft_wrap=True, markup=False)
     if not found:
         raise InputError(f"no sample under {root} has that; what was never stored is not in shards")
@@ -78,12 +78,12 @@ def takedown(
     file: Annotated[Path, Argument(metavar="FILE", help="URLs, uids or SHA-256s, one a line")],
 ) -> None:
     """Make new dataset versions without some samples; name the models that have seen them."""
-    from flows.audit.dataset_replacement import describe, take_down  # imports duckdb
+    from flows.audit.dataset_replacement import describe_replacement, take_down  # imports duckdb
 
     root = load_profile().root.resolve()
     done = take_down(file, root)
     for one in done:
-        console.print("\n".join(describe(one, root)), soft_wrap=True, markup=False)
+        console.print("\n".join(describe_replacement(one, root)), soft_wrap=True, markup=False)
     if not done:
         console.print(f"no dataset version under {root} holds any of these samples")
         return
@@ -108,10 +108,10 @@ def inspect_source(
 def _lineage_of_model(profile: Profile, what: str, alias: str, svg: Path | None) -> Iterator[str]:
     from flows.audit.lineage_tree import version_tree
     from tasks.lineage.lineage_svg import lineage_svg
-    from tasks.register.model_versions import describe, predecessor
+    from tasks.register.model_versions import describe_version, find_predecessor
 
-    version = describe(profile.mlflow_uri, what)
-    yield from version_tree(version, predecessor(profile.mlflow_uri, version, alias))
+    version = describe_version(profile.mlflow_uri, what)
+    yield from version_tree(version, find_predecessor(profile.mlflow_uri, version, alias))
     if svg is not None and version.lineage is not None:
         aliases = "".join(f" @{alias}" for alias in version.aliases)
         svg.write_text(lineage_svg(version.lineage, f"{version}{aliases}"))
@@ -119,11 +119,11 @@ def _lineage_of_model(profile: Profile, what: str, alias: str, svg: Path | None)
 
 
 def _lineage_of_data(profile: Profile, what: str) -> Iterator[str]:
-    from flows.audit.lineage_tree import artifact_trees, find, source_trees
+    from flows.audit.lineage_tree import artifact_trees, find_artifacts, source_trees
     from tasks.register.model_versions import made_from
 
     root = profile.root.resolve()
-    found = find(root, what)
+    found = find_artifacts(root, what)
     database = TrackingStore.at(profile.mlflow_uri, "").database
     is_there = database is None or database.is_file()
     digest = found[0].digest if found else what

@@ -93,10 +93,10 @@ def check(
     evalset = open_set(name, folder, kind_of(folder), templates, known=known)
     with moving_bar("check") as report:
         checked = check_set(evalset, report)
-    for what, value in checked.facts():
+    for what, value in checked.list_facts():
         console.print(f"[bold]{what:<14}[/] ", end="")
         console.print(value, soft_wrap=True, markup=False)
-    for oddity in checked.oddities():
+    for oddity in checked.list_oddities():
         console.print(f"[yellow]![/] {oddity}", soft_wrap=True)
     if checked.unreadable:
         raise InputError(f"{folder} cannot be evaluated: every image has to be decodable")

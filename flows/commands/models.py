@@ -42,7 +42,7 @@ def pull(
     ] = "native",
 ) -> None:
     """Fetch a registered model as a folder, for `evaclip` or another library."""
-    from tasks.register.pull_model import pull as pull_model  # imports mlflow
+    from tasks.register.pull_model import pull_model as pull_model  # imports mlflow
 
     profile = load_profile()
     with moving_bar(f"pull {model}") as report:
@@ -66,10 +66,10 @@ def promote(
     if force and not reason.strip():
         raise InputError("--force needs --reason TEXT: it is kept with the version")
     from tasks.register import promotion  # imports mlflow, as the next one does
-    from tasks.register.model_versions import registry
+    from tasks.register.model_versions import open_registry
 
     profile = load_profile()
-    with registry(profile.mlflow_uri) as (store, _):
+    with open_registry(profile.mlflow_uri) as (store, _):
         standing = promotion.standing_of(store, name, int(number))
         if not force and standing.gate != "promote":
             said = f"said {standing.gate.upper()}" if standing.gate else "was not asked"
@@ -79,7 +79,7 @@ def promote(
             )
         before = promotion.champion_of(store, name, alias)
         how: How = "force" if force else "command"
-        moved = promotion.promote(
+        moved = promotion.promote_version(
             store, name, alias, int(number), how, promotion.current_user(), reason
         )
     if moved:
@@ -95,11 +95,11 @@ def rollback(
     reason: Annotated[str, Option(help="why; kept with the version")] = "",
 ) -> None:
     """Make the previous champion the champion again."""
-    from tasks.register.model_versions import registry
+    from tasks.register.model_versions import open_registry
     from tasks.register.promotion import current_user, history, roll_back  # imports mlflow
 
     profile = load_profile()
-    with registry(profile.mlflow_uri) as (store, _):
+    with open_registry(profile.mlflow_uri) as (store, _):
         before, now = roll_back(store, name, alias, to, current_user(), reason)
         moves = history(store, name, alias)
     announce_where_served(profile.root, name, now, before, alias)

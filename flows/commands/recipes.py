@@ -55,7 +55,7 @@ def plan(
     """Say what a run would do, what is already there, what it costs, and whether it fits here."""
     from flows.graph.graph import load_graph  # imports pyarrow, as the next ones do
     from flows.planning.data_cost import estimate_table, is_large
-    from flows.planning.feasibility import Machine, recipe_findings, sentence
+    from flows.planning.feasibility import Machine, recipe_findings, summarise_findings
     from flows.planning.run_plan import make_plan
     from flows.planning.training_cost import engine_settings, training_table
 
@@ -73,7 +73,7 @@ def plan(
         console.print(f"not here: {absent}", soft_wrap=True, markup=False)
     if is_large(loaded):
         console.print(estimate_table(loaded))
-    for machines in [Machines.parse(text) for text in gpus or published]:
+    for machines in [Machines.parse_spec(text) for text in gpus or published]:
         console.print(training_table(loaded, machines, utilisation))
         for train in loaded.train:
             settings = engine_settings(loaded, train, machines)
@@ -83,9 +83,9 @@ def plan(
     if (top1 := loaded.published.imagenet_top1) is not None:
         console.print(f"published: {top1:g} % top-1 on ImageNet-1K, zero-shot")
     console.print(f"artifacts in {profile.root.resolve()}, tracking at {profile.mlflow_uri}")
-    machine = Machine.here(profile.root.resolve())
-    for given in map(Machines.parse, gpus) if gpus else [None]:
-        fits = sentence(recipe_findings(loaded, graph, profile, machine, given))
+    machine = Machine.this_machine(profile.root.resolve())
+    for given in map(Machines.parse_spec, gpus) if gpus else [None]:
+        fits = summarise_findings(recipe_findings(loaded, graph, profile, machine, given))
         on = f" with {given}" if given else ""
         console.print(f"[bold]fits{on}:[/] ", end="")
         console.print(fits, soft_wrap=True, markup=False)
@@ -99,14 +99,14 @@ def doctor(
     """Check that this machine is ready: versions, disk, stores, servers, GPUs; say what to do."""
     from flows.graph.graph import load_graph  # imports pyarrow, as the next ones do
     from flows.planning.feasibility import Machine, recipe_findings
-    from flows.planning.health_checks import examine, weights
+    from flows.planning.health_checks import check_weights, examine_machine
 
-    levels = [_print_finding(finding) for finding in examine(load_profile())]
+    levels = [_print_finding(finding) for finding in examine_machine(load_profile())]
     if recipe:
         loaded, profile, graph = load_graph(recipe, ())
-        machine = Machine.here(profile.root.resolve())
+        machine = Machine.this_machine(profile.root.resolve())
         levels += [_print_finding(one) for one in recipe_findings(loaded, graph, profile, machine)]
-        levels += [_print_finding(one) for one in weights(loaded)]
+        levels += [_print_finding(one) for one in check_weights(loaded)]
     failed, warned = levels.count("fail"), levels.count("warn")
     console.print(f"{len(levels)} checks: {failed} failed, {warned} with a warning")
     if failed:

@@ -52,16 +52,16 @@ def run(
     if dry_run and flow != "retrain":
         plan(recipe, overrides, gpus, utilisation)
         if flow == "train":
-            from flows.planning.dry_run import rehearse  # starts processes
+            from flows.planning.dry_run import rehearse_training  # starts processes
 
-            for line in rehearse(*load_graph(recipe, overrides)):
+            for line in rehearse_training(*load_graph(recipe, overrides)):
                 console.print(line, soft_wrap=True, markup=False)
         return
     loaded, profile, graph = load_graph(recipe, overrides)
     if dry_run:
         _is_nothing_new(loaded, profile, graph, told=True)
         return
-    graph.require(flow)
+    graph.require_runnable(flow)
     if flow == "pipeline" and _is_everything_there(loaded, profile, graph):
         console.print(f"[bold]{loaded.name}[/]: everything is there, nothing to do")
         print_results(loaded, graph, profile)
@@ -127,16 +127,16 @@ def _is_nothing_new(recipe: Recipe, profile: Profile, graph: Graph, told: bool =
     `told` say whatever there is."""
     if recipe.demo and not (graph.site.demo and graph.site.demo.is_finished):
         return False  # its metadata is made first
-    from flows.graph.incremental import describe, look  # imports duckdb
+    from flows.graph.incremental import describe_new_data, find_new_data  # imports duckdb
     from tasks.register.promotion import is_unsettled  # imports mlflow
 
     store = TrackingStore.at(profile.mlflow_uri, recipe.name)
-    news = look(recipe, graph, store, keep_rejected=False)
+    news = find_new_data(recipe, graph, store, keep_rejected=False)
     is_nothing = news.is_nothing and not (
         news.last and is_unsettled(store, recipe.registry, news.last.registered.folder)
     )
     if is_nothing or told:
-        for line in describe(news, recipe):
+        for line in describe_new_data(news, recipe):
             console.print(line, soft_wrap=True, markup=False)
     return is_nothing
 

@@ -28,7 +28,7 @@ class Machines:
     """Of one for an hour, in whatever currency it was given."""
 
     @classmethod
-    def parse(cls, text: str) -> Self:
+    def parse_spec(cls, text: str) -> Self:
         """Read COUNTxGPU-MEMORYGB[@PRICE], like `16xA100-40GB@2.5`.
 
         Raises:

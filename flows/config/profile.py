@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import AliasChoices, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from evaclip_model.config import explain
+from evaclip_model.config import explain_error
 from evaclip_model.errors import InputError
 from tasks.download.executors import Distributor
 from tasks.evaluate.config import EvaluationMachine
@@ -100,10 +100,10 @@ def load_profile() -> Profile:
     except ValidationError as error:
         where = error.errors()[0]["loc"]
         if not where:  # settings that do not fit each other name themselves
-            raise InputError(explain(Profile, error)) from None
+            raise InputError(explain_error(Profile, error)) from None
         field = str(where[0])
         name = field if field.isupper() else f"EVACLIP_{field.upper()}"
-        wrong = explain(Profile, error).replace(f"'{field}'", name, 1)
+        wrong = explain_error(Profile, error).replace(f"'{field}'", name, 1)
         raise InputError(f"environment setting {wrong}") from None
     if URL.match(str(profile.root)):
         raise InputError(

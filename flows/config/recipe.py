@@ -49,7 +49,7 @@ class Published(Config):
     def _gpus_are_known(self) -> Published:
         if self.gpus is not None:
             try:
-                Machines.parse(self.gpus)
+                Machines.parse_spec(self.gpus)
             except InputError as error:
                 raise ValueError(str(error)) from None
         return self
@@ -106,24 +106,24 @@ class Recipe(Config):
         Raises:
             InputError: the recipe has none.
         """
-        merge = _required(self.merge_table, "merge")
+        merge = _require_table(self.merge_table, "merge")
         column = self.download_table.hash_column if self.download_table else ""
         return merge.model_copy(update={"hash_column": column}) if column else merge
 
     @property
     def download(self) -> DownloadConfig:
         """The table `[download]`. Raises: InputError: the recipe has none."""
-        return _required(self.download_table, "download")
+        return _require_table(self.download_table, "download")
 
     @property
     def evaluate(self) -> EvaluateConfig:
         """The table `[evaluate]`. Raises: InputError: the recipe has none."""
-        return _required(self.evaluate_table, "evaluate")
+        return _require_table(self.evaluate_table, "evaluate")
 
     @property
     def registry(self) -> RegisterConfig:
         """The table `[register]`. Raises: InputError: the recipe has none."""
-        return _required(self.register_table, "register")
+        return _require_table(self.register_table, "register")
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -195,7 +195,7 @@ class Recipe(Config):
                     f"the sources' target_count gives at most {most:,} samples"
                 )
 
-    def retraining(self) -> tuple[TrainConfig, ...]:
+    def retraining_stages(self) -> tuple[TrainConfig, ...]:
         """The training stages that go on from a champion."""
         wanted = self.retrain
         changes: dict[str, int] = {}
@@ -218,7 +218,7 @@ class Recipe(Config):
     @property
     def digest(self) -> str:
         """16 hex characters over all that decides a result; equal recipes have equal digests."""
-        identity = self.identity()
+        identity = self.compute_identity()
         decides = {name: value for name, value in identity.items() if name != "published"}
         text = json.dumps(decides, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -228,7 +228,7 @@ class Recipe(Config):
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1) + "\n"
 
 
-def _required(table: Table | None, name: str) -> Table:
+def _require_table(table: Table | None, name: str) -> Table:
     if table is None:
         raise InputError(f"the recipe has no [{name}] table: add one")
     return table

@@ -64,11 +64,11 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         stages = values.get(STAGES)
         if not isinstance(shared, dict) or not isinstance(stages, list):
             raise InputError(f"{path.name}: [{DEFAULTS}] is a table beside [[{STAGES}]] items")
-        values[STAGES] = [merged(shared, stage) for stage in stages]
+        values[STAGES] = [merge_tables(shared, stage) for stage in stages]
     return values
 
 
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merge_tables(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `below` with `above` laid over it, table by table and named item by named item."""
     result = dict(copy.deepcopy(below))
     for key, value in above.items():
@@ -78,11 +78,11 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 def _laid_over(below: Any, above: Any) -> Any:
     if isinstance(below, dict) and isinstance(above, dict):
-        return merged(below, above)
+        return merge_tables(below, above)
     if _has_names(below) and _has_names(above):
         items = {item["name"]: item for item in below}
         for item in above:
-            items[item["name"]] = merged(items.get(item["name"], {}), item)
+            items[item["name"]] = merge_tables(items.get(item["name"], {}), item)
         return list(items.values())
     return copy.deepcopy(above)
 
@@ -95,7 +95,7 @@ def _has_names(value: Any) -> bool:
 
 def _with_included(path: Path, around: tuple[Path, ...]) -> dict[str, Any]:
     """The file's tables over those of the files it includes; `around`: the files that led here."""
-    values = _read(path)
+    values = _read_file(path)
     included = values.pop(INCLUDE, [])
     if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
         raise InputError(f'{path.name}: include is a list of paths, like ["data/merged2b.toml"]')
@@ -106,11 +106,11 @@ def _with_included(path: Path, around: tuple[Path, ...]) -> dict[str, Any]:
             raise InputError(f"{path.name} includes '{name}', but there is no {below}")
         if below.resolve() in (path.resolve(), *around):
             raise InputError(f"{path.name} includes '{name}', which includes it in turn")
-        result = merged(result, _with_included(below, (*around, path.resolve())))
-    return merged(result, values)
+        result = merge_tables(result, _with_included(below, (*around, path.resolve())))
+    return merge_tables(result, values)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_file(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -131,17 +131,17 @@ def apply_override(values: dict[str, Any], override: str) -> dict[str, Any]:
     at: Any = changed
     *tables, last = key.split(".")
     for table in tables:
-        at = _step(at, table, override)
+        at = _step_into(at, table, override)
     if not isinstance(at, dict):
         raise InputError(f"--set {override}: '{'.'.join(tables)}' is a list, name one of its items")
     if text:
-        at[last] = _parse(text)
+        at[last] = _parse_value(text)
     else:
         at.pop(last, None)
     return changed
 
 
-def _step(at: Any, table: str, override: str) -> Any:
+def _step_into(at: Any, table: str, override: str) -> Any:
     if isinstance(at, dict):
         if not isinstance(at.setdefault(table, {}), dict | list):
             raise InputError(f"--set {override}: '{table}' is a value, not a table")
@@ -153,7 +153,7 @@ def _step(at: Any, table: str, override: str) -> Any:
     raise InputError(f"--set {override}: no item '{table}' in this list, there are: {named}")
 
 
-def _parse(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     """A TOML value where it is one (number, boolean, list, quoted string), else the bare text."""
     try:
         return tomllib.loads(f"value = {text}")["value"]

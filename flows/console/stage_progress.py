@@ -15,7 +15,7 @@ from uuid import UUID
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from flows.console.terminal import console, moving_bar, summarise
+from flows.console.terminal import console, moving_bar, summarise_counts
 from tasks.artifacts.artifact import Artifact
 from tasks.progress import Report
 
@@ -23,10 +23,10 @@ PREFECT_EVERY_S = 5.0
 
 
 @contextmanager
-def watching(title: str, *, already_there: bool = False) -> Iterator[Report]:
+def watch_stage(title: str, *, already_there: bool = False) -> Iterator[Report]:
     """Show one stage under way; yields the `Report` to hand to it."""
     if already_there:
-        yield _nothing
+        yield _ignore_progress
         return
     in_ui = _PrefectProgress(title)
     with moving_bar(title) as show:
@@ -38,7 +38,7 @@ def watching(title: str, *, already_there: bool = False) -> Iterator[Report]:
         yield report
 
 
-def _nothing(done: float, total: float, detail: str = "") -> None:
+def _ignore_progress(done: float, total: float, detail: str = "") -> None:
     """Progress of an artifact that is already there."""
 
 
@@ -66,7 +66,7 @@ class _PrefectProgress:
 def say_done(title: str, artifact: Artifact, *, seconds: float, reused: bool) -> None:
     """Print the one line that stays: what was made, how much, how long it took; the run's log in
     the UI gets it, too."""
-    summary = summarise(artifact.counts)
+    summary = summarise_counts(artifact.counts)
     mark, took = ("[dim]=[/]", "already there") if reused else ("[green]✓[/]", f"{seconds:.0f} s")
     get_run_logger().info("%s: %s; %s, %s", title, summary, artifact.folder, took)
     console.print(

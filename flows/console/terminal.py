@@ -47,7 +47,7 @@ def moving_bar(title: str) -> Iterator[Report]:
         yield report
 
 
-def summarise(counts: Mapping[str, int | float]) -> str:
+def summarise_counts(counts: Mapping[str, int | float]) -> str:
     """The first totals of an artifact, for a line of text: stages name the telling ones first."""
     shown = list(counts.items())[:SHOWN_COUNTS]
     return ", ".join(

@@ -52,7 +52,7 @@ def parent_of(artifact: Artifact, role: str, artifacts: Sequence[Artifact]) -> A
     for other in artifacts:
         if other.digest == digest:
             return other
-    raise _gone(artifact, role)
+    raise _missing_artifact_error(artifact, role)
 
 
 def ancestors_of(artifact: Artifact, artifacts: Sequence[Artifact]) -> list[Artifact]:
@@ -62,12 +62,12 @@ def ancestors_of(artifact: Artifact, artifacts: Sequence[Artifact]) -> list[Arti
     Raises:
         InputError: something of it is not there any more.
     """
-    found = _upward(artifact, artifacts)
+    found = _walk_upward(artifact, artifacts)
     digests = {one.digest for one in found}
     for one in found:
         for role, digest in one.parents.items():
             if digest not in digests and (role in _OF_STEPS or one.kind == JOIN.name):
-                raise _gone(one, role)
+                raise _missing_artifact_error(one, role)
     return found
 
 
@@ -98,7 +98,7 @@ def first_row_in(
 ) -> int | None:
     """Where a verification's samples begin in the index that a dataset version was chosen from;
     None if they are not in it."""
-    above = _upward(version, artifacts)
+    above = _walk_upward(version, artifacts)
     if all(one.digest != verified.digest for one in above):
         return None
     for join in (one for one in above if one.kind == JOIN.name):
@@ -122,7 +122,7 @@ def models_of(dataset: Artifact, artifacts: Sequence[Artifact]) -> list[Model]:
             if artifact.kind == TRAIN.name and artifact.digest not in models:
                 waiting.append(artifact.digest)
                 versions = tuple(
-                    RegisteredVersion.of(child.folder)
+                    RegisteredVersion.from_registration(child.folder)
                     for child in children_of(artifact.digest, artifacts)
                     if child.kind == REGISTER.name
                 )
@@ -138,23 +138,23 @@ def describe_model(model: Model, root: Path) -> Iterator[str]:
     for run in runs_of_digest(root / JOURNALS, model.digest):
         yield f"    run     {run}"
     for version in model.registered:
-        yield f"    version {version}{_aliases(version)}"
+        yield f"    version {version}{_current_aliases(version)}"
 
 
-def _aliases(version: RegisteredVersion) -> str:
-    aliases = version.aliases()
+def _current_aliases(version: RegisteredVersion) -> str:
+    aliases = version.current_aliases()
     if aliases is None:
         return f" (its aliases are unknown: {version.tracking_uri} does not answer)"
     return "".join(f" @{alias}" for alias in aliases)
 
 
-def _upward(artifact: Artifact, artifacts: Sequence[Artifact]) -> list[Artifact]:
+def _walk_upward(artifact: Artifact, artifacts: Sequence[Artifact]) -> list[Artifact]:
     """An artifact behind all that it was made from, each once."""
     known = {one.digest: one for one in artifacts if one.kind != DEMO.name}
     return list(walk_up([artifact], known.get).values())
 
 
-def _gone(artifact: Artifact, role: str) -> InputError:
+def _missing_artifact_error(artifact: Artifact, role: str) -> InputError:
     return InputError(
         f"{artifact.folder} was made from {role} {artifact.parents[role]}, which is gone: run its "
         "recipe again"

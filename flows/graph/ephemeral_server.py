@@ -24,7 +24,7 @@ from pathlib import Path
 
 from evaclip_model.errors import InputError
 from evaclip_model.ports import find_free_port
-from tasks.process.child import supervised
+from tasks.process.child import start_supervised
 
 START_TIMEOUT_S = 120
 
@@ -67,7 +67,7 @@ def temporary_server(root: Path) -> Iterator[None]:
         "PREFECT_SERVER_API_AUTH_STRING": secret,
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": address.removesuffix("/api"),
     }
-    with supervised(command, log=log, grace_s=5, env=settings) as process:
+    with start_supervised(command, log=log, grace_s=5, env=settings) as process:
         _wait_until_healthy(f"{address}/health", process, log)
         mine = {"PREFECT_API_URL": address, "PREFECT_API_AUTH_STRING": secret}
         before = {name: os.environ.get(name) for name in mine}

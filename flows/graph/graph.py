@@ -35,11 +35,20 @@ from flows.graph.outside_data import (
     hash_marks,
 )
 from flows.graph.source_yield import expected_samples
-from flows.graph.step import ABSENT, Input, Record, Role, Step, digest_of, finished, walk
+from flows.graph.step import (
+    ABSENT,
+    Input,
+    Record,
+    Role,
+    Step,
+    digest_of,
+    finished_artifact,
+    walk_steps,
+)
 from tasks.adopt.config import STAGE as ADOPT
 from tasks.adopt.config import AdoptConfig
 from tasks.adopt.find_source import find_source, source_mark
-from tasks.artifacts.artifact import CARD, Artifact, Made, Stage, fingerprint, read_artifacts
+from tasks.artifacts.artifact import CARD, Artifact, Made, Stage, fingerprint_files, read_artifacts
 from tasks.artifacts.provenance import lineage_of
 from tasks.dataset.config import LEFT_OUT, DatasetConfig
 from tasks.dataset.config import STAGE as DATASET
@@ -110,19 +119,19 @@ class Graph:
     @cached_property
     def data_steps(self) -> tuple[Step, ...]:
         """From metadata to the dataset version."""
-        return walk(self.site.demo, self.dataset)
+        return walk_steps(self.site.demo, self.dataset)
 
     @cached_property
     def model_steps(self) -> tuple[Step, ...]:
         """From the starting weights to the trained model."""
-        return tuple(step for step in walk(*self.train) if step not in self.data_steps)
+        return tuple(step for step in walk_steps(*self.train) if step not in self.data_steps)
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:
         """All of them, in the order of work."""
         return (*self.data_steps, *self.model_steps, *self.results)
 
-    def step(self, stage: Stage) -> Step:
+    def find_step(self, stage: Stage) -> Step:
         """The first step of a stage.
 
         Raises:
@@ -135,22 +144,22 @@ class Graph:
 
     @property
     def evaluate(self) -> Step:
-        return self.step(EVALUATE)
+        return self.find_step(EVALUATE)
 
     @property
     def register(self) -> Step:
-        return self.step(REGISTER)
+        return self.find_step(REGISTER)
 
     @property
     def is_finished(self) -> bool:
         return all(step.is_finished for step in self.steps)
 
-    def require(self, flow: str) -> None:
+    def require_runnable(self, flow: str) -> None:
         """Raises: InputError: the flow of this name reads what is not on this machine, or makes
         what the recipe says nothing about."""
         if flow not in ("prepare", "train"):
             for stage in (EVALUATE, REGISTER):
-                self.step(stage)
+                self.find_step(stage)
         data, model = self.data_steps, (*self.data_steps, *self.model_steps)
         read = {"prepare": data, "train": model}.get(flow, self.steps)
         absent = [sentence for step in read for sentence in step.absent]
@@ -161,7 +170,7 @@ class Graph:
     def require_samples(self) -> None:
         """Raises: InputError: a training stage takes more of the finished dataset version at once
         than there is, which would otherwise be seen when its turn comes."""
-        counts = finished(self.dataset).counts
+        counts = finished_artifact(self.dataset).counts
         has = {
             name.removesuffix(".samples"): int(number)
             for name, number in counts.items()
@@ -203,7 +212,7 @@ def draw_graph(recipe: Recipe, root: Path, tracking_uri: str) -> Graph:
     site = Site(root, tracking_uri, demo_step(root, recipe.demo) if recipe.demo else None)
     data = all_data(site, recipe)
     start = initialise_step(site, recipe.initialise)
-    return model_steps(site, recipe, data, start, recipe.train, untrained(start))
+    return model_steps(site, recipe, data, start, recipe.train, untrained_model(start))
 
 
 def all_data(site: Site, recipe: Recipe) -> Step:
@@ -246,7 +255,7 @@ def model_steps(
     for stage in stages:
         train.append(train_step(site, stage, train[-1] if train else start, dataset))
     # A plan counts one checkpoint of the model, however many stages there are.
-    parameters = sum(parameter_counts(recipe.initialise.architecture()).values())
+    parameters = sum(parameter_counts(recipe.initialise.load_architecture()).values())
     train[-1] = replace(train[-1], expected_bytes=parameters * BYTES_PER_PARAMETER_SAVED)
     results: list[Step] = []
     if recipe.evaluate_table is not None:
@@ -287,7 +296,7 @@ def merge_step(
     if inputs is None:
         editions = {source.name: source.revision for source in config.sources}
         inputs = {
-            one.role: marks.mark(one.files, f"merge.{one.where}", editions.get(one.role, ""))
+            one.role: marks.mark_files(one.files, f"merge.{one.where}", editions.get(one.role, ""))
             for one in outside_files(config)
         }
 
@@ -315,12 +324,12 @@ def download_step(site: Site, recipe: Recipe, merged: Step | Artifact) -> Step:
     def make(profile: Profile, out: Path, report: Report) -> Made:
         processes, threads = profile.download_processes, profile.download_threads
         crew = Crew(processes, threads, profile.download_distributor)
-        return download_images(config, finished(merged).folder, out, crew, report)
+        return download_images(config, finished_artifact(merged).folder, out, crew, report)
 
     def serve_demo() -> AbstractContextManager[None]:
-        from tasks.demo.demo_web import serving
+        from tasks.demo.demo_web import serve_pictures
 
-        return serving(recipe.demo) if recipe.demo else nullcontext()
+        return serve_pictures(recipe.demo) if recipe.demo else nullcontext()
 
     needed = expected_bytes(expected_samples(recipe), config.image_px)
     size = format_bytes(needed)
@@ -373,7 +382,7 @@ def join_step(site: Site, verified: Sequence[Step | Artifact]) -> Step:
     def make(_: Profile, out: Path, report: Report) -> Made:
         from tasks.join.join import join_verifications
 
-        return join_verifications(config, [finished(one) for one in verified], out, report)
+        return join_verifications(config, [finished_artifact(one) for one in verified], out, report)
 
     inputs = {f"{Role.PART}{number:04d}": one for number, one in enumerate(verified)}
     return Step(site.root, JOIN, config, inputs, make, f"{len(verified)} verifications as one")
@@ -385,7 +394,7 @@ def dataset_step(site: Site, config: DatasetConfig, data: Step | Artifact) -> St
     inputs: dict[str, Input] = {Role.DATA: data}
     rules = {"evaluation_sets": config.evaluation_sets, "blocklists": config.blocklists}
     for name, patterns in rules.items():
-        found = [digest_of(marks.mark(pattern, f"dataset.{name}")) for pattern in patterns]
+        found = [digest_of(marks.mark_files(pattern, f"dataset.{name}")) for pattern in patterns]
         if found:
             inputs[name] = ABSENT if ABSENT in found else hash_marks(found)
     plain = Step(site.root, DATASET, config, dict(inputs), work=_not_run)
@@ -407,7 +416,7 @@ def dataset_step(site: Site, config: DatasetConfig, data: Step | Artifact) -> St
             for name, patterns in rules.items()
         }
         outside = OutsideFiles(files["evaluation_sets"], files["blocklists"])
-        ancestors = ancestors_of(finished(data), read_artifacts(site.root))
+        ancestors = ancestors_of(finished_artifact(data), read_artifacts(site.root))
         takedowns = takedowns_of(entries, plain)
         return make_dataset(config, ancestors, outside, takedowns, out, report)
 
@@ -418,10 +427,10 @@ def dataset_step(site: Site, config: DatasetConfig, data: Step | Artifact) -> St
 
 def initialise_step(site: Site, config: InitialiseConfig) -> Step:
     """The model that training starts from."""
-    marks, absent = OutsideMarks(site.demo), config.absent()
+    marks, absent = OutsideMarks(site.demo), config.absent_files()
     inputs: dict[str, Input] = {
-        role: marks.note_absent(absent[role]) if role in absent else fingerprint(path)
-        for role, path in config.named().items()
+        role: marks.note_absent(absent[role]) if role in absent else fingerprint_files(path)
+        for role, path in config.outside_files().items()
     }
 
     def make(_: Profile, out: Path, report: Report) -> Made:
@@ -449,7 +458,7 @@ def train_step(site: Site, config: TrainConfig, start: Step | Artifact, dataset:
     return replace(step, title=f"{TRAIN.name} {config.name}")
 
 
-def untrained(start: Step) -> Beside:
+def untrained_model(start: Step) -> Beside:
     """The model that a recipe's training starts from, to be evaluated beside the trained one."""
     return Beside(UNTRAINED, Role.UNTRAINED, start, start.folder / MODEL_FOLDER)
 
@@ -471,7 +480,7 @@ def comparison_step(
             one.name: find_all([one.folder], site.demo, where[one.name])[0] for one in config.sets
         }
 
-    sets = {one.name: marks.mark(one.folder, where[one.name]) for one in config.sets}
+    sets = {one.name: marks.mark_files(one.folder, where[one.name]) for one in config.sets}
     inputs = {Role.TRAINED: train[-1], beside.role: beside.mark, **sets}
     models = {TRAINED: train[-1].folder / MODEL_FOLDER, beside.name: beside.folder}
     step = evaluate_step(site.root, config, inputs, models, find_sets, train, dataset, title)
@@ -514,7 +523,7 @@ def evaluate_step(
             if data.folder.is_dir() and left_out.is_file():  # else it was cleared away
                 trained_on = [TrainingData(data.folder, left_out)]
         curves = [step.folder / METRICS_FILE for step in train]
-        picture = lineage_svg(lineage_of([finished(train[-1])], root)) if train else ""
+        picture = lineage_svg(lineage_of([finished_artifact(train[-1])], root)) if train else ""
         return evaluate_models(
             config,
             models,

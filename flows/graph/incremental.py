@@ -29,7 +29,7 @@ from flows.graph.graph import (
     join_step,
     merge_step,
     model_steps,
-    untrained,
+    untrained_model,
 )
 from flows.graph.outside_data import find_files, hash_marks
 from flows.graph.step import Input, Role, Step
@@ -107,7 +107,7 @@ def rows_of(merges: Sequence[Artifact]) -> int:
     return sum(int(merge.counts["selected"]) for merge in merges)
 
 
-def look(recipe: Recipe, graph: Graph, store: TrackingStore, keep_rejected: bool) -> News:
+def find_new_data(recipe: Recipe, graph: Graph, store: TrackingStore, keep_rejected: bool) -> News:
     """Compare the metadata there is with that of every attempt so far.
 
     Raises:
@@ -116,7 +116,7 @@ def look(recipe: Recipe, graph: Graph, store: TrackingStore, keep_rejected: bool
     """
     root, name = graph.site.root, recipe.registry.model_name
     artifacts = read_artifacts(root)
-    attempts = _attempts(graph, name, artifacts)
+    attempts = _find_attempts(graph, name, artifacts)
     champion = champion_of(store, name, recipe.registry.alias)
     base = next((one for one in attempts if champion and one.version == champion.version), None)
     if champion is not None and base is None:
@@ -125,7 +125,7 @@ def look(recipe: Recipe, graph: Graph, store: TrackingStore, keep_rejected: bool
             f"{root}: its data is not known here; retrain where it was made, or set EVACLIP_ROOT"
         )
     merges = _merges_of(attempts)
-    waiting = _waiting(name, merges, artifacts)
+    waiting = _find_waiting(name, merges, artifacts)
     known = (*merges, *waiting)
     used, set_aside = _sorted_out(store, recipe, attempts, base, keep_rejected)
     return News(
@@ -161,7 +161,7 @@ def new_merge_step(recipe: Recipe, graph: Graph, news: News) -> Step | None:
     files = {source.name: news.files[source.name] for source in config.sources}
     others = {
         role: mark
-        for role, mark in graph.step(MERGE).inputs.items()
+        for role, mark in graph.find_step(MERGE).inputs.items()
         if role not in {one.name for one in recipe.merge.sources}
         and (role.partition(".")[0] in {*files, "blocklists"})
     }
@@ -189,12 +189,12 @@ def draw_retraining(
     """
     data = join_step(graph.site, verified) if len(verified) > 1 else verified[0]
     first = initialise_step(graph.site, recipe.initialise)
-    stages = recipe.retraining() if news.start else recipe.train
-    beside = champion or untrained(first)
+    stages = recipe.retraining_stages() if news.start else recipe.train
+    beside = champion or untrained_model(first)
     return model_steps(graph.site, recipe, data, news.start or first, stages, beside)
 
 
-def describe(news: News, recipe: Recipe) -> Iterator[str]:
+def describe_new_data(news: News, recipe: Recipe) -> Iterator[str]:
     """What is new as lines for a person."""
     name = recipe.registry.model_name
     if news.is_first:
@@ -218,7 +218,7 @@ def describe(news: News, recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _attempts(graph: Graph, name: str, artifacts: Sequence[Artifact]) -> list[Attempt]:
+def _find_attempts(graph: Graph, name: str, artifacts: Sequence[Artifact]) -> list[Attempt]:
     """Every registration under the model's name in the same registry, in their order."""
     found = []
     for artifact in artifacts:
@@ -244,7 +244,7 @@ def _merges_of(attempts: Sequence[Attempt]) -> tuple[Artifact, ...]:
     return tuple(sorted(by_digest.values(), key=lambda merge: (merge.created, merge.digest)))
 
 
-def _waiting(
+def _find_waiting(
     name: str, merges: Sequence[Artifact], artifacts: Sequence[Artifact]
 ) -> tuple[Artifact, ...]:
     """Finished merges that go on from `merges` and that no attempt has used yet, in a row."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from evaclip_model.errors import InputError
 from flows.graph.step import ABSENT, Input, Step
 from tasks.adopt.config import AdoptConfig
-from tasks.artifacts.artifact import DIGEST_CHARS, Artifact, fingerprint
+from tasks.artifacts.artifact import DIGEST_CHARS, Artifact, fingerprint_files
 from tasks.evaluate.config import RESULTS
 from tasks.lineage.stage_record import outside_dataset
 from tasks.merge.config import MergeConfig
@@ -38,7 +38,7 @@ class OutsideMarks:
     absent: list[str] = field(default_factory=list)
     """A sentence on everything that is not here."""
 
-    def mark(self, pattern: str, where: str, edition: str = "") -> Input:
+    def mark_files(self, pattern: str, where: str, edition: str = "") -> Input:
         """What stands for the files of `pattern`: the demo, or a fingerprint of the files."""
         if pattern.startswith(DEMO_PREFIX) and self.demo is not None:
             return self.demo
@@ -48,7 +48,7 @@ class OutsideMarks:
             return self.note_absent(f"{error}; it is {edition}" if edition else str(error))
         if is_url(pattern):
             return remote_fingerprint([str(url) for url in files])
-        return hash_marks(fingerprint(Path(file)) for file in files)
+        return hash_marks(fingerprint_files(Path(file)) for file in files)
 
     def note_absent(self, sentence: str) -> str:
         """Note that something is absent; returns what stands for it."""
@@ -138,9 +138,9 @@ def describe_sets(evaluated: Artifact, folders: Mapping[str, Path | str]) -> lis
     return [
         outside_dataset(
             name,
-            found.set(name)["fingerprint"],
+            found.describe_set(name)["fingerprint"],
             folder if isinstance(folder, str) else folder.resolve().as_uri(),
-            {key: found.set(name)[key] for key in ("n", "classes", "prompts_digest")},
+            {key: found.describe_set(name)[key] for key in ("n", "classes", "prompts_digest")},
             "evaluation",
         )
         for name, folder in folders.items()

@@ -21,10 +21,10 @@ from prefect.cache_policies import NO_CACHE
 from evaclip_model.errors import InputError
 from flows.config.profile import Profile
 from flows.config.recipe import Recipe
-from flows.console.stage_progress import say_done, watching
-from flows.console.terminal import summarise
+from flows.console.stage_progress import say_done, watch_stage
+from flows.console.terminal import summarise_counts
 from flows.graph.graph import Graph, load_graph
-from flows.graph.step import Step, digest_of, finished
+from flows.graph.step import Step, digest_of, finished_artifact
 from tasks.artifacts.artifact import Artifact
 from tasks.lineage.journal import JOURNALS
 from tasks.lineage.mlflow_store import PipelineRun, Tracking
@@ -52,7 +52,7 @@ class Session:
         """Absolute folder of all artifacts."""
         return self.profile.root.resolve()
 
-    def make(self, step: Step) -> Artifact:
+    def make_step(self, step: Step) -> Artifact:
         """Make one step, or find it finished, and record it."""
         is_reused, started = step.is_finished, time.monotonic()
         digests = map(digest_of, step.inputs.values())
@@ -60,13 +60,13 @@ class Session:
         named = run_step.with_options(name=step.stage.name, task_run_name=step.title)
         with self.run.stage_run(step.address, step.title) as tracked:
             metrics = step.record.metrics
-            following = tracked.follow(step.folder / metrics) if metrics else nullcontext()
-            with following, watching(step.title, already_there=is_reused) as report:
-                artifact = named(partial(step.make, self.profile, report), wait_for=before)
-                report(1, 1, summarise(artifact.counts))
-            tracked.done(
+            following = tracked.follow_metrics(step.folder / metrics) if metrics else nullcontext()
+            with following, watch_stage(step.title, already_there=is_reused) as report:
+                artifact = named(partial(step.make_artifact, self.profile, report), wait_for=before)
+                report(1, 1, summarise_counts(artifact.counts))
+            tracked.record_artifact(
                 artifact,
-                inputs={name: finished(one) for name, one in step.record.datasets.items()},
+                inputs={name: finished_artifact(one) for name, one in step.record.datasets.items()},
                 outside=step.record.outside(artifact),
                 attach=[artifact.folder / file for file in step.record.files],
             )
@@ -78,7 +78,7 @@ class Session:
     def make_all(self, steps: Iterable[Step]) -> None:
         """Make steps in their order."""
         for step in steps:
-            self.make(step)
+            self.make_step(step)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class RecipeSession(Session):
     graph: Graph = field(kw_only=True)
     store: TrackingStore = field(kw_only=True)
 
-    def require(self, step: Step, made_by: str) -> None:
+    def require_finished(self, step: Step, made_by: str) -> None:
         """Raises: InputError: a step that the flow `made_by` makes is not finished yet."""
         if not step.is_finished:
             raise InputError(
@@ -106,7 +106,7 @@ def open_session(flow: str, recipe: str, overrides: Sequence[str]) -> Iterator[R
         InputError: the recipe, an override or the profile is wrong.
     """
     resolved, profile, graph = load_graph(recipe, overrides)
-    graph.require(flow)
+    graph.require_runnable(flow)
     name, text = resolved.name, resolved.to_json()
     params = {"recipe": name, "flow": flow, "overrides": " ".join(overrides)}
     with track_run(profile, name, f"{flow} {name}", resolved.digest, params, text) as run:

@@ -20,7 +20,7 @@ from flows.config.recipe_loader import apply_override, find_recipe, read_recipe
 from flows.graph.graph import demo_step, evaluate_step
 from flows.graph.outside_data import find_all
 from flows.graph.step import Input, Role, Step
-from tasks.artifacts.artifact import fingerprint
+from tasks.artifacts.artifact import fingerprint_files
 from tasks.evaluate.config import EvaluateConfig
 from tasks.evaluate.encode.open_models import OPEN_CLIP, files_of
 from tasks.evaluate.sets.published_layout import kind_of
@@ -47,10 +47,12 @@ class Asked:
     config: EvaluateConfig
     sets: dict[str, Path]
 
-    def step(self, root: Path, specs: dict[str, str]) -> Step:
+    def make_step(self, root: Path, specs: dict[str, str]) -> Step:
         """The evaluation, from the specs that open the models on this machine."""
-        inputs: dict[str, Input] = {f"model.{name}": _mark(spec) for name, spec in specs.items()}
-        inputs |= {f"set.{name}": fingerprint(folder) for name, folder in self.sets.items()}
+        inputs: dict[str, Input] = {
+            f"model.{name}": _fingerprint_model(spec) for name, spec in specs.items()
+        }
+        inputs |= {f"set.{name}": fingerprint_files(folder) for name, folder in self.sets.items()}
         # Which model is the subject decides what is compared with what.
         inputs[Role.SUBJECT] = next(iter(specs))
         return evaluate_step(root, self.config, inputs, specs, lambda: self.sets, title="score")
@@ -79,14 +81,14 @@ def read_asked(
     return Asked(_named_models(models), config, folders)
 
 
-def fetched(models: dict[str, str], profile: Profile) -> dict[str, str]:
+def fetch_models(models: dict[str, str], profile: Profile) -> dict[str, str]:
     """The specs with registered models as folders under the root.
 
     Raises:
         InputError: the registry has no such model, or does not answer.
     """
     return {
-        name: _fetched(spec, profile) if spec.startswith(REGISTRY) else spec
+        name: _fetch_model(spec, profile) if spec.startswith(REGISTRY) else spec
         for name, spec in models.items()
     }
 
@@ -180,7 +182,7 @@ def _named_models(models: Sequence[str]) -> dict[str, str]:
                 f"other={spec}"
             )
         if not spec.startswith(REGISTRY):
-            _mark(spec)
+            _fingerprint_model(spec)
         specs[name] = spec
     return specs
 
@@ -196,21 +198,21 @@ def _short_name(spec: str) -> str:
     return folder.parent.name if folder.name in ("model", "ema") else folder.name
 
 
-def _fetched(uri: str, profile: Profile) -> str:
+def _fetch_model(uri: str, profile: Profile) -> str:
     """A registered model as a folder under the root."""
-    from tasks.register.pull_model import pull  # imports mlflow
+    from tasks.register.pull_model import pull_model  # imports mlflow
 
     name = uri.removeprefix(REGISTRY)
     folder = profile.root.resolve() / "cache" / "models" / name.replace("/", "-")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return str(pull(profile.mlflow_uri, name, folder))
+    return str(pull_model(profile.mlflow_uri, name, folder))
 
 
-def _mark(spec: str) -> str:
+def _fingerprint_model(spec: str) -> str:
     """What stands for a model in the digest: its files' fingerprint, or its name at open_clip."""
     files = files_of(spec)
     missing = [path for path in files if not path.exists()]
     if not spec.startswith(OPEN_CLIP) and (missing or not files):
         raise InputError(f"model '{spec}' is not there: {', '.join(map(str, missing)) or 'empty'}")
-    marks = [fingerprint(path) for path in files if path.exists()]
+    marks = [fingerprint_files(path) for path in files if path.exists()]
     return "-".join([*marks, spec]) if spec.startswith(OPEN_CLIP) else "-".join(marks)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from evaclip_model.config import Config
 from flows.config.profile import Profile
-from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce, read_artifact
+from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce_artifact, read_artifact
 from tasks.progress import Report
 
 ABSENT = "absent"
@@ -111,10 +111,10 @@ class Step:
     def is_finished(self) -> bool:
         return self.address.is_finished
 
-    def make(self, profile: Profile, report: Report) -> Artifact:
+    def make_artifact(self, profile: Profile, report: Report) -> Artifact:
         """Make the artifact, or find it finished."""
         with nullcontext() if self.is_finished else self.service():
-            return produce(self.address, lambda out: self.work(profile, out, report))
+            return produce_artifact(self.address, lambda out: self.work(profile, out, report))
 
     @cached_property
     def is_settled(self) -> bool:
@@ -133,7 +133,7 @@ def digest_of(given: Input) -> str:
     return given if isinstance(given, str) else given.digest
 
 
-def finished(given: Step | Artifact) -> Artifact:
+def finished_artifact(given: Step | Artifact) -> Artifact:
     """An input's artifact.
 
     Raises:
@@ -142,7 +142,7 @@ def finished(given: Step | Artifact) -> Artifact:
     return read_artifact(given.folder) if isinstance(given, Step) else given
 
 
-def walk(*heads: Step | None) -> tuple[Step, ...]:
+def walk_steps(*heads: Step | None) -> tuple[Step, ...]:
     """Every step that `heads` are made from, themselves included, once, in the order of work."""
     found: dict[str, Step] = {}
 

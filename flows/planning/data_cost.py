@@ -48,7 +48,7 @@ def is_large(recipe: Recipe) -> bool:
     return sum(reach.wanted for reach in source_yields(recipe)) >= LARGE_ROWS
 
 
-def estimate(recipe: Recipe, machines: int = MACHINES) -> list[Line]:
+def estimate_data(recipe: Recipe, machines: int = MACHINES) -> list[Line]:
     """The figures of a recipe whose sources all have a `target_count`."""
     reaches = source_yields(recipe)
     wanted = sum(reach.selected for reach in reaches)
@@ -64,7 +64,7 @@ def estimate(recipe: Recipe, machines: int = MACHINES) -> list[Line]:
     )
     return [
         Line("samples, at most", f"{sum(r.source.target_count or 0 for r in reaches):,}", caps),
-        *(_shortfall(reach) for reach in reaches if reach.selected < reach.wanted),
+        *(_shortfall_line(reach) for reach in reaches if reach.selected < reach.wanted),
         Line("rows selected", f"{wanted:,}", "target_count / expected_success, or all there are"),
         Line(
             "metadata rows read",
@@ -100,7 +100,7 @@ def estimate(recipe: Recipe, machines: int = MACHINES) -> list[Line]:
     ]
 
 
-def _shortfall(reach: SourceYield) -> Line:
+def _shortfall_line(reach: SourceYield) -> Line:
     return Line(
         f"{reach.source.name} can give",
         f"about {reach.samples:,} samples, not {reach.source.target_count or 0:,}",
@@ -112,6 +112,6 @@ def _shortfall(reach: SourceYield) -> Line:
 def estimate_table(recipe: Recipe) -> Table:
     """The estimate for a terminal."""
     table = Table("estimate", "figure", "from", box=None, pad_edge=False)
-    for line in estimate(recipe):
+    for line in estimate_data(recipe):
         table.add_row(line.what, line.figure, line.origin)
     return table

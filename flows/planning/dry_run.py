@@ -18,11 +18,11 @@ from flows.config.profile import Profile
 from flows.config.recipe import Recipe
 from flows.graph.graph import Graph
 from flows.graph.step import Role, Step
-from tasks.progress import silent
+from tasks.progress import report_nothing
 from tasks.train.train import Inputs, try_out
 
 
-def rehearse(recipe: Recipe, profile: Profile, graph: Graph) -> Iterator[str]:
+def rehearse_training(recipe: Recipe, profile: Profile, graph: Graph) -> Iterator[str]:
     """Try every training stage whose data and starting weights are there; one line for each.
 
     Raises:
@@ -38,11 +38,11 @@ def rehearse(recipe: Recipe, profile: Profile, graph: Graph) -> Iterator[str]:
         inputs = Inputs(start.folder / MODEL_FOLDER, graph.dataset.folder / SHARDS)
         # Under the root, which all machines of a launch see.
         with TemporaryDirectory(dir=profile.root.resolve(), prefix=".dry-run-") as folder:
-            found = try_out(config, inputs, Path(folder), profile.launch, silent)
-        yield f"{config.name}: {_told(found)}"
+            found = try_out(config, inputs, Path(folder), profile.launch, report_nothing)
+        yield f"{config.name}: {_describe_result(found)}"
 
 
-def _told(found: dict[str, Any]) -> str:
+def _describe_result(found: dict[str, Any]) -> str:
     seconds = found["data_wait_s"] + found["prepare_s"] + found["gradient_s"]
     return (
         f"a step works on {found['ranks']} ranks ({found['device']}) with {found['micro_batch']:,} "

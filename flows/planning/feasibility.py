@@ -59,7 +59,7 @@ class Machine:
     gpus: Machines | None = None
 
     @classmethod
-    def here(cls, root: Path) -> Machine:
+    def this_machine(cls, root: Path) -> Machine:
         """This machine, with the disk that `root` is on or would be made on."""
         there = next(path for path in (root, *root.parents) if path.exists())
         cores = len(os.sched_getaffinity(0))
@@ -100,14 +100,14 @@ def recipe_findings(
         if step.absent:
             missing = f"{len(step.absent)} not here"
             yield Finding("fail", f"inputs of {step.title}", missing, step.absent[0])
-    yield _disk(graph, profile.root, machine)
+    yield _check_disk(graph, profile.root, machine)
     if not all(step.is_finished for step in graph.train):
         if given is None:
-            yield _memory(recipe, profile, machine)
-        yield from _training(recipe, profile, machine, given)
+            yield _check_memory(recipe, profile, machine)
+        yield from _check_training(recipe, profile, machine, given)
 
 
-def sentence(findings: Iterable[Finding]) -> str:
+def summarise_findings(findings: Iterable[Finding]) -> str:
     """Yes or no: whether a recipe fits, and what is in the way."""
     findings = list(findings)
     failed = [one for one in findings if one.level == "fail"]
@@ -115,7 +115,7 @@ def sentence(findings: Iterable[Finding]) -> str:
     return f"{'no' if failed else 'yes'}: {shown}"
 
 
-def _disk(graph: Graph, root: Path, machine: Machine) -> Finding:
+def _check_disk(graph: Graph, root: Path, machine: Machine) -> Finding:
     needed = disk_bytes(graph)
     found = f"needs {format_bytes(needed)}, {format_bytes(machine.free_bytes)} are free"
     if needed > machine.free_bytes:
@@ -123,7 +123,7 @@ def _disk(graph: Graph, root: Path, machine: Machine) -> Finding:
     return Finding("ok", "disk", found)
 
 
-def _memory(recipe: Recipe, profile: Profile, machine: Machine) -> Finding:
+def _check_memory(recipe: Recipe, profile: Profile, machine: Machine) -> Finding:
     """Of the host: what all ranks here read ahead, and on a CPU what they train with."""
     if profile.launcher in ELSEWHERE:
         return Finding("ok", "memory", "of other machines")
@@ -134,7 +134,7 @@ def _memory(recipe: Recipe, profile: Profile, machine: Machine) -> Finding:
         )
         stage = float(ranks * reader_bytes(recipe, train, ranks))
         if machine.gpus is None:
-            model = recipe.initialise.architecture().at_image_px(train.image_px)
+            model = recipe.initialise.load_architecture().at_image_px(train.image_px)
             like = Machines(ranks, "CPU", max(1, machine.memory_bytes // ranks // 10**9))
             stage += ranks * sum(cut_share(model, train, like).memory.values())
         needed = max(needed, stage)
@@ -145,7 +145,7 @@ def _memory(recipe: Recipe, profile: Profile, machine: Machine) -> Finding:
     return Finding("ok", "memory", found)
 
 
-def _training(
+def _check_training(
     recipe: Recipe, profile: Profile, machine: Machine, given: Machines | None
 ) -> Iterator[Finding]:
     machines = given or (None if profile.launcher in ELSEWHERE else machine.gpus)
@@ -155,11 +155,11 @@ def _training(
         yield Finding("warn", "GPUs", f"{known}, not looked at", do)
         return
     for train in recipe.train:
-        model = recipe.initialise.architecture().at_image_px(train.image_px)
+        model = recipe.initialise.load_architecture().at_image_px(train.image_px)
         if machines is None:
             each = stage_flops_per_sample(model, train, text_tokens=PACKED_TEXT_TOKENS)
             days = each * train.samples_seen / machine.cores / CPU_FLOPS_PER_CORE / 86_400
-            found = f"none, {_duration(days)} on {machine.cores} cores"
+            found = f"none, {_format_duration(days)} on {machine.cores} cores"
             if days > CPU_DAYS:
                 do = "train on GPUs, here or on a cluster (EVACLIP_LAUNCHER)"
                 yield Finding("fail", f"GPUs for {train.name}", found, do)
@@ -181,7 +181,7 @@ def _training(
             yield Finding("ok", f"GPUs for {train.name}", found)
 
 
-def _duration(days: float) -> str:
+def _format_duration(days: float) -> str:
     if days >= 365:
         return f"{days / 365:,.0f} years"
     return f"{days:,.1f} days" if days >= 1 else f"{days * 24 * 60:,.0f} minutes"

@@ -34,7 +34,7 @@ from flows.config.profile import Profile
 from flows.config.recipe import Recipe
 from flows.graph.ephemeral_server import know_server_secret
 from flows.planning.feasibility import Finding, ask_driver
-from tasks.redact import redact
+from tasks.redact import redact_text
 from tasks.tracking import TrackingStore
 from tasks.train.cluster import CLUSTERS, Kind
 from tasks.train.launch import count_gpus, read_hostfile
@@ -51,17 +51,17 @@ PORTS = {"prefect": 4200, "mlflow": 5000}
 Check = Callable[[Profile], Iterable[Finding]]
 
 
-def examine(profile: Profile) -> Iterator[Finding]:
+def examine_machine(profile: Profile) -> Iterator[Finding]:
     """Every check's findings; a check that breaks is itself a finding."""
     for check in CHECKS:
         try:
             yield from check(profile)
         except Exception as error:
             what = check.__name__.replace("_", " ")
-            yield Finding("fail", what, f"{type(error).__name__}: {redact(str(error))[:200]}")
+            yield Finding("fail", what, f"{type(error).__name__}: {redact_text(str(error))[:200]}")
 
 
-def python(_: Profile) -> Iterator[Finding]:
+def check_python(_: Profile) -> Iterator[Finding]:
     found = platform.python_version()
     if (3, 11) <= sys.version_info < (3, 13):
         yield Finding("ok", "Python", found)
@@ -69,14 +69,14 @@ def python(_: Profile) -> Iterator[Finding]:
         yield Finding("fail", "Python", found, "make the environment anew with 3.11 or 3.12")
 
 
-def versions(_: Profile) -> Iterator[Finding]:
+def check_versions(_: Profile) -> Iterator[Finding]:
     """Installed versions beside the bounds of pyproject.toml and the tested ones."""
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["pipeline"]]
     lines = (CHECKOUT / "infra" / "constraints.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if "==" in line)
-    tested = {_normal(name): version for name, version in pinned.items()}
-    bad = list(version_findings(map(Requirement, wanted), tested, _installed))
+    tested = {_normalise_name(name): version for name, version in pinned.items()}
+    bad = list(version_findings(map(Requirement, wanted), tested, _installed_version))
     yield from bad or [Finding("ok", "versions", f"{len(wanted)} packages as tested")]
 
 
@@ -86,7 +86,7 @@ def version_findings(
     """What is not installed, out of bounds, or another version than was tested."""
     for requirement in wanted:
         found = installed(requirement.name)
-        expected = tested.get(_normal(requirement.name), "")
+        expected = tested.get(_normalise_name(requirement.name), "")
         if found is None:
             do = f"run `make setup`, or pip install '{requirement}'"
             yield Finding("fail", requirement.name, "not installed", do)
@@ -100,7 +100,7 @@ def version_findings(
         yield Finding("fail", "dataclasses", "installed", do)
 
 
-def names(_: Profile) -> Iterator[Finding]:
+def check_names(_: Profile) -> Iterator[Finding]:
     """Whether our import names lead here, whatever else is installed."""
     owners = importlib.metadata.packages_distributions()
     for name in PACKAGES:
@@ -115,7 +115,7 @@ def names(_: Profile) -> Iterator[Finding]:
     yield Finding("ok", "import names", ", ".join(PACKAGES))
 
 
-def root(profile: Profile) -> Iterator[Finding]:
+def check_root(profile: Profile) -> Iterator[Finding]:
     """Free space, and a file written, renamed and removed."""
     folder = profile.root.resolve()
     probe = folder / f".doctor-{uuid.uuid4().hex}"
@@ -137,7 +137,7 @@ def root(profile: Profile) -> Iterator[Finding]:
         yield Finding("ok", "artifact root", found)
 
 
-def tracking(profile: Profile) -> Iterator[Finding]:
+def check_tracking(profile: Profile) -> Iterator[Finding]:
     """A run and a file written to the tracking store and read again."""
     store = TrackingStore.at(profile.mlflow_uri, "doctor")
     try:
@@ -145,34 +145,40 @@ def tracking(profile: Profile) -> Iterator[Finding]:
     except InputError as error:
         yield Finding("fail", "tracking", "does not take a run or a file", str(error))
         return
-    yield Finding("ok", "tracking", f"{store.uri} takes runs, {redact(written_to)} takes files")
+    yield Finding(
+        "ok", "tracking", f"{store.uri} takes runs, {redact_text(written_to)} takes files"
+    )
 
 
-def servers(profile: Profile) -> Iterator[Finding]:
+def check_servers(profile: Profile) -> Iterator[Finding]:
     """Whether the servers that are named answer, and with our versions."""
     know_server_secret(profile.root)
     api = os.environ.get("PREFECT_API_URL")
     if api:
-        yield _server("Prefect", f"{api.rstrip('/')}/admin/version", _installed("prefect"))
+        yield _check_server(
+            "Prefect", f"{api.rstrip('/')}/admin/version", _installed_version("prefect")
+        )
     else:
         yield Finding("ok", "Prefect", "no server is named: every run brings its own")
     if profile.mlflow_uri.startswith("http"):
-        yield _server("MLflow", f"{profile.mlflow_uri.rstrip('/')}/version", _installed("mlflow"))
+        yield _check_server(
+            "MLflow", f"{profile.mlflow_uri.rstrip('/')}/version", _installed_version("mlflow")
+        )
 
 
-def _server(name: str, url: str, ours: str | None) -> Finding:
+def _check_server(name: str, url: str, ours: str | None) -> Finding:
     try:
-        answered = _get(url)[0].strip('"')
+        answered = _get_page(url)[0].strip('"')
     except (OSError, ValueError) as error:
         do = "start it, or correct its address"
-        return Finding("fail", name, f"{redact(url)} does not answer: {error}", do)
+        return Finding("fail", name, f"{redact_text(url)} does not answer: {error}", do)
     if answered != ours:
         do = f"use {ours} on both sides"
         return Finding("warn", name, f"the server is {answered}, here is {ours}", do)
-    return Finding("ok", name, f"{redact(url).rpartition('/')[0]} is {answered}")
+    return Finding("ok", name, f"{redact_text(url).rpartition('/')[0]} is {answered}")
 
 
-def ports(_: Profile) -> Iterator[Finding]:
+def check_ports(_: Profile) -> Iterator[Finding]:
     """Whether `make up` could have its ports, or has them."""
     for name, usual in PORTS.items():
         port = int(os.environ.get(f"EVACLIP_{name.upper()}_PORT", usual))
@@ -187,14 +193,14 @@ def ports(_: Profile) -> Iterator[Finding]:
         path = {"prefect": "api/health", "mlflow": "health"}[name]
         if not taken:
             yield Finding("ok", f"port {port}", f"free for {name}")
-        elif _answers(f"http://127.0.0.1:{port}/{path}"):
+        elif _is_answering(f"http://127.0.0.1:{port}/{path}"):
             yield Finding("ok", f"port {port}", f"{name} answers there")
         else:
             do = f"stop that, or give `make up` another: EVACLIP_{name.upper()}_PORT"
             yield Finding("warn", f"port {port}", f"another program's, {name} wants it", do)
 
 
-def gpus(_: Profile) -> Iterator[Finding]:
+def check_gpus(_: Profile) -> Iterator[Finding]:
     count = count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
     if not count:
         yield Finding("ok", "GPUs", "none, training runs on the CPU")
@@ -216,11 +222,11 @@ def gpus(_: Profile) -> Iterator[Finding]:
         yield Finding("warn", "GPUs", found, do)
     else:
         yield Finding("ok", "GPUs", found)
-    flash = _installed("flash-attn")
+    flash = _installed_version("flash-attn")
     yield Finding("ok", "flash-attn", flash or "not installed, torch's own fused attention is used")
 
 
-def tokenizer(_: Profile) -> Iterator[Finding]:
+def check_tokenizer(_: Profile) -> Iterator[Finding]:
     path = package_file(VOCABULARY)
     do = "pip install --force-reinstall open_clip_torch"
     if path is None:
@@ -233,9 +239,9 @@ def tokenizer(_: Profile) -> Iterator[Finding]:
         yield Finding("fail", "tokenizer", f"{path} has sha256 {digest[:16]}", do)
 
 
-def weights(recipe: Recipe) -> Iterator[Finding]:
+def check_weights(recipe: Recipe) -> Iterator[Finding]:
     """Size and checksum of every file that a recipe begins with, for comparison by a person."""
-    for role, path in recipe.initialise.named().items():
+    for role, path in recipe.initialise.outside_files().items():
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         for file in (one for one in files if one.is_file()):
             with file.open("rb") as content:
@@ -244,10 +250,10 @@ def weights(recipe: Recipe) -> Iterator[Finding]:
             yield Finding("ok", f"weights of {role}", found)
 
 
-def launcher(profile: Profile) -> Iterator[Finding]:
+def check_launcher(profile: Profile) -> Iterator[Finding]:
     """Programs and files that starting training needs."""
     if profile.launcher in CLUSTERS:
-        cluster = CLUSTERS[_kind(profile.launcher)]
+        cluster = CLUSTERS[_launcher_kind(profile.launcher)]
         missing = sorted(tool for tool in cluster.tools if shutil.which(tool) is None)
         template = profile.job_template or cluster.template
         if missing:
@@ -296,14 +302,14 @@ def open_files(profile: Profile) -> Iterator[Finding]:
         yield Finding("ok", "open files", f"{soft} allowed" if soft >= 0 else "not limited")
 
 
-def clock(profile: Profile) -> Iterator[Finding]:
+def check_clock(profile: Profile) -> Iterator[Finding]:
     """This clock beside a server's; signatures of S3 and heartbeats need them together."""
     api = os.environ.get("PREFECT_API_URL")
     urls = [f"{api.rstrip('/')}/health"] if api else []
     urls += [f"{profile.mlflow_uri}/health"] if profile.mlflow_uri.startswith("http") else []
     for url in urls:
         try:
-            stamp = _get(url)[1]
+            stamp = _get_page(url)[1]
         except (OSError, ValueError):
             continue  # said by `servers`
         if stamp:
@@ -323,28 +329,36 @@ def clock(profile: Profile) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Check, ...] = (
-    *(python, versions, names, root, tracking, servers, ports),
-    *(gpus, tokenizer, launcher, shared_memory, open_files, clock),
+    *(
+        check_python,
+        check_versions,
+        check_names,
+        check_root,
+        check_tracking,
+        check_servers,
+        check_ports,
+    ),
+    *(check_gpus, check_tokenizer, check_launcher, shared_memory, open_files, check_clock),
 )
 
 
-def _kind(launcher: str) -> Kind:
+def _launcher_kind(launcher: str) -> Kind:
     return "slurm" if launcher == "slurm" else "kubernetes"
 
 
-def _normal(name: str) -> str:
+def _normalise_name(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 @functools.cache
-def _installed(name: str) -> str | None:
+def _installed_version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _get(url: str) -> tuple[str, str | None]:
+def _get_page(url: str) -> tuple[str, str | None]:
     """Body and date of an answer; each server is told who asks by its own setting."""
     if "/api/" in url:
         auth = os.environ.get("PREFECT_API_AUTH_STRING", "")
@@ -357,9 +371,9 @@ def _get(url: str) -> tuple[str, str | None]:
         return answer.read().decode(), answer.headers.get("Date")
 
 
-def _answers(url: str) -> bool:
+def _is_answering(url: str) -> bool:
     try:
-        _get(url)
+        _get_page(url)
     except (OSError, ValueError):
         return False
     return True

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from evaclip_model.errors import InputError
 from flows.config.recipe import Recipe
-from flows.console.terminal import summarise
+from flows.console.terminal import summarise_counts
 from flows.graph.graph import Graph
-from flows.graph.step import Step, finished
+from flows.graph.step import Step, finished_artifact
 
 SMALL_BYTES = 50_000_000
 """Reports, databases, what else a run leaves."""
@@ -39,9 +39,9 @@ def make_plan(graph: Graph) -> list[PlanRow]:
     """The plan's rows, in the order of work."""
     rows = []
     for step in graph.steps:
-        size = summarise(finished(step).counts) if step.is_finished else step.what
+        size = summarise_counts(finished_artifact(step).counts) if step.is_finished else step.what
         digest = step.digest if step.is_settled else "not known"
-        rows.append(PlanRow(step.title, _state(step), size, digest, step.folder))
+        rows.append(PlanRow(step.title, _step_state(step), size, digest, step.folder))
     return rows
 
 
@@ -74,7 +74,7 @@ def disk_bytes(graph: Graph) -> int:
     return sum(needed) + SMALL_BYTES if needed else 0
 
 
-def _state(step: Step) -> str:
+def _step_state(step: Step) -> str:
     if step.is_finished:
         return "there"
     return "unfinished" if step.folder.is_dir() and any(step.folder.iterdir()) else "to make"

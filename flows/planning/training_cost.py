@@ -95,21 +95,21 @@ def estimate_stage(
     impossible = _cannot_share(train, machines.count)
     if impossible:
         return [Line("ranks", f"{machines.count} cannot share the batch", impossible)]
-    model = recipe.initialise.architecture().at_image_px(train.image_px)
+    model = recipe.initialise.load_architecture().at_image_px(train.image_px)
     cut = cut_share(model, train, machines)
     lines = [
-        Line("batch", *_batch(cut, machines.count)),
+        Line("batch", *_batch_line(cut, machines.count)),
         Line(
             "steps",
             f"{train.steps:,} for {train.samples_seen:,} samples",
             "the recipe's, on any GPUs",
         ),
-        Line("memory of a GPU", *_memory(cut)),
-        *([] if cut.fits else [Line("does not fit", *_remedy(model, train, machines, cut))]),
-        Line("memory of a rank's reader", *_reader(recipe, train, machines.count)),
+        Line("memory of a GPU", *_memory_line(cut)),
+        *([] if cut.fits else [Line("does not fit", *_remedy_line(model, train, machines, cut))]),
+        Line("memory of a rank's reader", *_reader_line(recipe, train, machines.count)),
     ]
     if cut.fits:
-        lines += _time(recipe, model, train, machines, cut, utilisation)
+        lines += _time_lines(recipe, model, train, machines, cut, utilisation)
     return lines
 
 
@@ -129,7 +129,7 @@ def _cannot_share(train: TrainConfig, ranks: int) -> str | None:
     return None
 
 
-def _batch(cut: Cut, ranks: int) -> tuple[str, str]:
+def _batch_line(cut: Cut, ranks: int) -> tuple[str, str]:
     figure = f"{cut.share * ranks:,} = {ranks} x {cut.share:,}"
     if not cut.fits:
         return figure, "the recipe's; not even one pair at once fits"
@@ -142,13 +142,13 @@ def _batch(cut: Cut, ranks: int) -> tuple[str, str]:
     )
 
 
-def _memory(cut: Cut) -> tuple[str, str]:
+def _memory_line(cut: Cut) -> tuple[str, str]:
     terms = sorted(cut.memory.items(), key=lambda term: -term[1])
     shown = ", ".join(f"{what} {size / GIB:,.1f}" for what, size in terms if size >= 5e7)
     return f"{sum(cut.memory.values()) / GIB:,.1f} of {cut.limit / GIB:,.1f} GiB", shown
 
 
-def _remedy(
+def _remedy_line(
     model: ModelConfig, train: TrainConfig, machines: Machines, cut: Cut
 ) -> tuple[str, str]:
     """Which memory is too much though the parts are as small as can be, and what is less."""
@@ -179,7 +179,7 @@ def reader_bytes(recipe: Recipe, train: TrainConfig, ranks: int) -> int:
     return expected_bytes(samples, stored_px) + pixels
 
 
-def _reader(recipe: Recipe, train: TrainConfig, ranks: int) -> tuple[str, str]:
+def _reader_line(recipe: Recipe, train: TrainConfig, ranks: int) -> tuple[str, str]:
     sources = len(train.source_weights) or len(recipe.sources)
     return (
         f"{reader_bytes(recipe, train, ranks) / GIB:,.1f} GiB",
@@ -188,7 +188,7 @@ def _reader(recipe: Recipe, train: TrainConfig, ranks: int) -> tuple[str, str]:
     )
 
 
-def _time(
+def _time_lines(
     recipe: Recipe,
     model: ModelConfig,
     train: TrainConfig,
@@ -229,7 +229,7 @@ def _time(
     )
     if machines.price is not None:
         yield Line("price", f"{hours * machines.price:,.0f}", f"{machines.price:g} a GPU-hour")
-    yield from _beside(recipe.published, train)
+    yield from _published_lines(recipe.published, train)
 
 
 def table_6_utilisation(masked: bool) -> float:
@@ -250,10 +250,10 @@ def _table_6(masked: bool) -> str:
     )
 
 
-def _beside(published: Published, train: TrainConfig) -> Iterator[Line]:
+def _published_lines(published: Published, train: TrainConfig) -> Iterator[Line]:
     if published.gpus is None:
         return
-    machines = Machines.parse(published.gpus)
+    machines = Machines.parse_spec(published.gpus)
     if published.minutes_per_40m_samples is None:
         yield Line("the paper's", f"on {machines}", "its time is not published")
         return
@@ -269,7 +269,7 @@ def engine_settings(recipe: Recipe, train: TrainConfig, machines: Machines) -> s
     """DeepSpeed's JSON for the stage on `machines`, in one line; none where they cannot train."""
     if _cannot_share(train, machines.count):
         return None
-    model = recipe.initialise.architecture().at_image_px(train.image_px)
+    model = recipe.initialise.load_architecture().at_image_px(train.image_px)
     cut = cut_share(model, train, machines)
     parameters = sum(parameter_counts(model).values())
     settings = deepspeed_config(train, machines.count, parameters, accumulates=cut.parts > 1)

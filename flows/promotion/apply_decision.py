@@ -25,8 +25,8 @@ from flows.config.profile import Profile
 from flows.console.terminal import console
 from flows.graph.graph import CHAMPION, TRAINED, Beside, Graph, comparison_step
 from flows.graph.runner import RecipeSession
-from flows.graph.step import Role, finished
-from flows.promotion.promotion_events import announce
+from flows.graph.step import Role, finished_artifact
+from flows.promotion.promotion_events import announce_promotion
 from flows.reporting.prefect_artifacts import publish_lineage
 from tasks.artifacts.artifact import DIGEST_CHARS, MANIFEST, Address, Artifact, Made, sha256_of
 from tasks.evaluate.config import RESULTS
@@ -38,7 +38,7 @@ from tasks.register.gate import (
     Champion,
     Decision,
     contaminated_in,
-    decide,
+    decide_promotion,
     gains_in,
 )
 from tasks.register.model_registry import forget_if_gone, register_model
@@ -46,14 +46,14 @@ from tasks.register.promotion import (
     Standing,
     carry_out,
     champion_of,
-    decline,
+    decline_version,
     is_due,
     is_stale,
-    promote,
+    promote_version,
     read_decision,
     write_decision,
 )
-from tasks.register.pull_model import pull
+from tasks.register.pull_model import pull_model
 from tasks.tracking import TrackingStore
 from tasks.train.config import STAGE as TRAIN
 
@@ -87,8 +87,10 @@ def register_and_judge(session: RecipeSession, graph: Graph) -> Artifact:
     if step.is_finished:
         decision = read_decision(step.folder)
     else:
-        decision = _judge(session, graph, champion_of(store, config.model_name, config.alias))
-    trained, evaluated = finished(graph.train[-1]), finished(graph.evaluate)
+        decision = _judge_candidate(
+            session, graph, champion_of(store, config.model_name, config.alias)
+        )
+    trained, evaluated = finished_artifact(graph.train[-1]), finished_artifact(graph.evaluate)
 
     def register(profile: Profile, out: Path, report: Report) -> Made:
         run, large = session.run.run_id(), profile.large_weights
@@ -99,7 +101,7 @@ def register_and_judge(session: RecipeSession, graph: Graph) -> Artifact:
         files = write_decision(store, config.model_name, version, decision, out)
         return Made(made.counts, (*made.files, *files))
 
-    registered = session.make(replace(step, work=register))
+    registered = session.make_step(replace(step, work=register))
     page = (registered.folder / DECISION_PAGE).read_text()
     create_markdown_artifact(page, key="promotion")
     publish_lineage(session, registered)
@@ -107,7 +109,7 @@ def register_and_judge(session: RecipeSession, graph: Graph) -> Artifact:
     return registered
 
 
-def settle(
+def apply_decision(
     config: RegisterConfig, store: TrackingStore, registered: Artifact, wanted: Promote
 ) -> bool:
     """Carry out the gate's decision on a registration as far as `wanted` lets it, asking a person
@@ -124,11 +126,11 @@ def settle(
     if wanted == "never" or not is_due(store, config, version, decision):
         return False
     if wanted == "ask" or config.gate.approval:
-        moved = _ask(config, store, registered, version, decision)
+        moved = _ask_person(config, store, registered, version, decision)
     else:
         moved = carry_out(store, config, version, decision)
     if moved:
-        announce(config.model_name, version, decision.champion, config.alias)
+        announce_promotion(config.model_name, version, decision.champion, config.alias)
     return moved
 
 
@@ -146,7 +148,7 @@ def champion_beside(session: RecipeSession, champion: Standing) -> Beside:
         named = champion.weights[:DIGEST_CHARS] or f"{name}-{champion.version}"
         folder = session.root / PULLED / named
         if not (folder / WEIGHTS_FILE).is_file():
-            pull(session.store.uri, f"{name}/{champion.version}", folder)
+            pull_model(session.store.uri, f"{name}/{champion.version}", folder)
     mark = champion.weights or sha256_of(folder / WEIGHTS_FILE)
     return Beside(CHAMPION, Role.CHAMPION, mark[:DIGEST_CHARS], folder)
 
@@ -161,11 +163,11 @@ def _forget_if_stale(session: RecipeSession, address: Address) -> None:
         (address.folder / MANIFEST).unlink()
 
 
-def _judge(session: RecipeSession, graph: Graph, standing: Standing | None) -> Decision:
+def _judge_candidate(session: RecipeSession, graph: Graph, standing: Standing | None) -> Decision:
     policy = session.recipe.registry.gate
     folders = {TRAINED: graph.train[-1].folder / MODEL_FOLDER}
     weights = {TRAINED: sha256_of(folders[TRAINED] / WEIGHTS_FILE)}
-    results = _results(finished(graph.evaluate))
+    results = _read_results(finished_artifact(graph.evaluate))
     if standing is not None:
         beside = champion_beside(session, standing)
         folders[CHAMPION] = beside.folder
@@ -173,7 +175,7 @@ def _judge(session: RecipeSession, graph: Graph, standing: Standing | None) -> D
         if weights[CHAMPION] != weights[TRAINED] and CHAMPION not in results["models"]:
             config, train, dataset = session.recipe.evaluate, graph.train, graph.dataset
             step = comparison_step(graph.site, config, train, dataset, beside, title="compare")
-            results = _results(session.make(step))
+            results = _read_results(session.make_step(step))
     times: Mapping[str, float] = {}
     if policy.max_latency_ratio is not None and standing is not None:
         from tasks.register.latency import latencies_ms  # imports torch, for few policies only
@@ -181,7 +183,7 @@ def _judge(session: RecipeSession, graph: Graph, standing: Standing | None) -> D
         times = latencies_ms(folders)
     candidate = Candidate(
         weights=weights[TRAINED],
-        bytes=_size(folders[TRAINED]),
+        bytes=_weights_bytes(folders[TRAINED]),
         latency_ms=times.get(TRAINED),
         gains=gains_in(results, CHAMPION),
         headlines=judged_metrics(),
@@ -189,26 +191,26 @@ def _judge(session: RecipeSession, graph: Graph, standing: Standing | None) -> D
         contaminated=contaminated_in(results),
     )
     if standing is None:
-        return decide(candidate, None, policy)
+        return decide_promotion(candidate, None, policy)
     champion = Champion(
         version=standing.version,
         weights=weights[CHAMPION],
-        bytes=_size(folders[CHAMPION]),
+        bytes=_weights_bytes(folders[CHAMPION]),
         latency_ms=times.get(CHAMPION),
     )
-    return decide(candidate, champion, policy)
+    return decide_promotion(candidate, champion, policy)
 
 
-def _results(evaluated: Artifact) -> dict[str, Any]:
+def _read_results(evaluated: Artifact) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((evaluated.folder / RESULTS).read_text())
     return found
 
 
-def _size(folder: Path) -> int:
+def _weights_bytes(folder: Path) -> int:
     return (folder / WEIGHTS_FILE).stat().st_size
 
 
-def _ask(
+def _ask_person(
     config: RegisterConfig,
     store: TrackingStore,
     registered: Artifact,
@@ -228,7 +230,7 @@ def _ask(
         wait_for_input=form, timeout=APPROVAL_WAIT_S, key=f"approve-{name}-{version}"
     )
     if not answer.promote:
-        decline(store, name, version, answer.by, answer.why)
+        decline_version(store, name, version, answer.by, answer.why)
         return False
     why = answer.why or decision.summary
-    return promote(store, name, config.alias, version, "approval", answer.by, why)
+    return promote_version(store, name, config.alias, version, "approval", answer.by, why)

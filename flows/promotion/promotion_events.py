@@ -14,7 +14,7 @@ from flows.graph.ephemeral_server import know_server_secret
 EVENT = "evaclip.model.promoted"
 
 
-def announce(name: str, version: int, before: int | None, alias: str) -> None:
+def announce_promotion(name: str, version: int, before: int | None, alias: str) -> None:
     """Send the event to the Prefect server in use; it is on its way when the process ends.
 
     Args:
@@ -42,4 +42,4 @@ def announce_where_served(
     """`announce`, from a command: only where PREFECT_API_URL names a server that could listen."""
     if os.environ.get("PREFECT_API_URL"):
         know_server_secret(root)
-        announce(name, version, before, alias)
+        announce_promotion(name, version, before, alias)

@@ -65,7 +65,7 @@ def publish_lineage(session: RecipeSession, registered: Artifact) -> None:
     """Put the picture of what a version was made from beside the flow run and its MLflow run."""
     document = json.loads((registered.folder / LINEAGE).read_text())
     lineage = Lineage.from_mapping(document, where=LINEAGE)
-    version = RegisteredVersion.of(registered.folder)
+    version = RegisteredVersion.from_registration(registered.folder)
     picture = lineage_svg(lineage, str(version))
     session.run.append({"op": "text", "file": PICTURE, "text": picture})
     # The picture itself: a flow run's page is read without this machine's files.

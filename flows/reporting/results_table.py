@@ -37,23 +37,23 @@ def read_findings(folder: Path) -> Findings:
 
 def figures_table(found: Findings) -> Table:
     """The figures of any number of sets and models, averages last."""
-    is_short = sum(len(found.metrics(one)) for one in found.sets) <= ROWS_IN_FULL
+    is_short = sum(len(found.list_metrics(one)) for one in found.sets) <= ROWS_IN_FULL
     with_paper = any(found.raw.get("paper", {}).values())
     published = ("published",) if with_paper else ()
     table = Table.of("set", words("metric"), *found.models, *published, "chance")
     for evalset in found.sets:
-        for metric in found.metrics(evalset) if is_short else found.headlines(evalset):
-            figures = [found.figure(evalset, model, metric) for model in found.models]
+        for metric in found.list_metrics(evalset) if is_short else found.headline_metrics(evalset):
+            figures = [found.get_figure(evalset, model, metric) for model in found.models]
             first = figures[0]
             paper = [first.published.value if first.published else None] if with_paper else []
             shares = [*(one.value for one in figures), *paper, first.chance]
-            table.add(evalset, metric, *map(_percent, shares))
+            table.add(evalset, metric, *map(_format_percent, shares))
     for key in found.raw.get("averages", {}):
-        averages = [found.average(key, model) for model in found.models]
+        averages = [found.table_average(key, model) for model in found.models]
         paper = [averages[0]["published"]] if with_paper else []
         points = [*(one["value"] for one in averages), *paper]
         shares = [None if one is None else one / 100 for one in points]
-        table.add(f"Table {key}", "average", *map(_percent, shares), NOTHING)
+        table.add(f"Table {key}", "average", *map(_format_percent, shares), NOTHING)
     return table
 
 
@@ -64,8 +64,8 @@ def print_figures(evaluation: Path) -> None:
 
 def print_results(recipe: Recipe, graph: Graph, profile: Profile) -> None:
     """Print the figures, where everything lies, and the commands that come next."""
-    version = RegisteredVersion.of(graph.register.folder)
-    aliases = version.aliases() or ()
+    version = RegisteredVersion.from_registration(graph.register.folder)
+    aliases = version.current_aliases() or ()
     wanted = recipe.registry.alias  # the one in use, where the gate gave it to this version
     name = f"{version.name}@{wanted}" if wanted in aliases else str(version)
     console.print()
@@ -85,5 +85,5 @@ def results_markdown(recipe: Recipe, graph: Graph) -> str:
     return f"# {recipe.title}\n\n{body}\n\nRecipe digest `{recipe.digest}`."
 
 
-def _percent(share: float | None) -> str:
+def _format_percent(share: float | None) -> str:
     return NOTHING if share is None else f"{100 * share:.2f} %"

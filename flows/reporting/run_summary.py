@@ -14,7 +14,7 @@ from typing import Any
 from flows.config.recipe import Recipe
 from flows.graph.ancestry import ancestors_of
 from flows.graph.graph import Graph
-from flows.graph.step import finished
+from flows.graph.step import finished_artifact
 from flows.reporting.results_table import results_markdown
 from tasks.adopt.config import STAGE as ADOPT
 from tasks.artifacts.artifact import Artifact, Stage, read_artifacts
@@ -34,7 +34,7 @@ def per_source(made: Sequence[Artifact], version: Artifact) -> list[dict[str, An
         made: merges and their downloads, adoptions; others do not matter.
         version: the dataset version that was chosen of what was downloaded.
     """
-    merged, downloaded = _counted(made, MERGE), _counted(made, DOWNLOAD)
+    merged, downloaded = _sum_counts(made, MERGE), _sum_counts(made, DOWNLOAD)
     names = [key.removesuffix(".rows_read") for key in merged if key.endswith(".rows_read")]
     rows = [
         {
@@ -46,7 +46,7 @@ def per_source(made: Sequence[Artifact], version: Artifact) -> list[dict[str, An
         }
         for name in names
     ]
-    adopted = _counted(made, ADOPT)
+    adopted = _sum_counts(made, ADOPT)
     rows += [
         {
             "source": name,
@@ -68,17 +68,17 @@ def overview_markdown(recipe: Recipe, graph: Graph, url: str | None) -> str:
         graph: of the run.
         url: of its tracking run; None for a store without pages.
     """
-    version = finished(graph.dataset)
+    version = finished_artifact(graph.dataset)
     made = ancestors_of(version, read_artifacts(graph.site.root))
-    stages = [finished(step) for step in graph.train]
+    stages = [finished_artifact(step) for step in graph.train]
     decision = read_decision(graph.register.folder)
-    registered = RegisteredVersion.of(graph.register.folder)
+    registered = RegisteredVersion.from_registration(graph.register.folder)
     rows = per_source(made, version)
     facts = Table.of("", words(""))
     facts.add("Model", str(registered))
     facts.add("Decision", decision.summary)
-    facts.add("Data", _data(made, version, len(rows)))
-    facts.add("Training", _training(stages))
+    facts.add("Data", _data_lines(made, version, len(rows)))
+    facts.add("Training", _training_lines(stages))
     facts.add("Dataset", version.digest)
     if url:
         facts.add("Record", Cell("MLflow run", url=url))
@@ -91,8 +91,8 @@ def overview_markdown(recipe: Recipe, graph: Graph, url: str | None) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _data(made: Sequence[Artifact], version: Artifact, sources: int) -> str:
-    rows, got = _counted(made, MERGE)["selected"], _counted(made, DOWNLOAD)["samples"]
+def _data_lines(made: Sequence[Artifact], version: Artifact, sources: int) -> str:
+    rows, got = _sum_counts(made, MERGE)["selected"], _sum_counts(made, DOWNLOAD)["samples"]
     share = f" ({got / rows:.0%} of those asked for)" if rows else ""
     return (
         f"{version.counts['samples']:,} images with captions from {sources} sources; "
@@ -100,7 +100,7 @@ def _data(made: Sequence[Artifact], version: Artifact, sources: int) -> str:
     )
 
 
-def _counted(made: Sequence[Artifact], stage: Stage) -> Counter[str]:
+def _sum_counts(made: Sequence[Artifact], stage: Stage) -> Counter[str]:
     """The counts of all artifacts of a stage together."""
     counts: Counter[str] = Counter()
     for artifact in made:
@@ -109,7 +109,7 @@ def _counted(made: Sequence[Artifact], stage: Stage) -> Counter[str]:
     return counts
 
 
-def _training(stages: Sequence[Artifact]) -> str:
+def _training_lines(stages: Sequence[Artifact]) -> str:
     pairs = sum(stage.counts["samples_seen"] for stage in stages)
     hours = sum(stage.counts["seconds"] for stage in stages) / 3600
     took = f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"

@@ -42,7 +42,7 @@ class _Left:
     reasons: Counter[str] = field(default_factory=Counter)
     named: list[NoPair] = field(default_factory=list)
 
-    def add(self, one: NoPair) -> None:
+    def add_reason(self, one: NoPair) -> None:
         self.reasons[str(one.reason)] += 1
         if len(self.named) < MOST_NAMED:
             self.named.append(one)
@@ -66,7 +66,7 @@ def adopt_sources(config: AdoptConfig, out: Path, report: Report) -> Made:
             own = _describe(one, [(file, one.name_of(file)) for file in one.files])
         else:
             left = _Left()
-            packed = [str(tar) for tar in _pack(one, out, config.samples_per_shard, left)]
+            packed = [str(tar) for tar in _pack_pairs(one, out, config.samples_per_shard, left)]
             own = _describe(one, [(tar, Path(tar).name) for tar in packed], out)
             counts[f"{name}.left_out"] = left.reasons.total()
             counts.update({f"left_out.{reason}": n for reason, n in left.reasons.items()})
@@ -112,7 +112,7 @@ def _describe(
     return described
 
 
-def _pack(found: FoundSource, out: Path, per_shard: int, left: _Left) -> Iterator[Path]:
+def _pack_pairs(found: FoundSource, out: Path, per_shard: int, left: _Left) -> Iterator[Path]:
     """Pack a source's pairs; of what is none, `left` keeps the count.
 
     Raises:
@@ -145,7 +145,7 @@ def first_reasons(reasons: Counter[str], named: Sequence[NoPair]) -> str:
 def _only_pairs(found: FoundSource, left: _Left) -> Iterator[FoundPair]:
     for one in read_pairs(found):
         if isinstance(one, NoPair):
-            left.add(one)
+            left.add_reason(one)
         else:
             yield one
 

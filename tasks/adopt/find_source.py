@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evaclip_model.errors import InputError
-from evaclip_model.reading.samples import IMAGE_EXTENSIONS, grouped
+from evaclip_model.reading.samples import IMAGE_EXTENSIONS, group_members
 from evaclip_model.reading.tar_file import BrokenTar, TarReader
-from evaclip_model.reading.urls import filesystem, is_url
+from evaclip_model.reading.urls import is_url, open_filesystem
 from tasks.adopt.config import AdoptedSource, Form
 from tasks.artifacts.artifact import DIGEST_CHARS
 from tasks.index.adopted_shards import sizes_and_marks
@@ -83,7 +83,7 @@ def _may_be(form: Form, name: str) -> bool:
     if form == "shards":
         return name.endswith(TAR)
     if form == "folder":
-        return _suffix(name) in (*IMAGE_EXTENSIONS, "txt")
+        return _file_suffix(name) in (*IMAGE_EXTENSIONS, "txt")
     return name.endswith(".parquet") or (form == "table" and text_format(name) is not None)
 
 
@@ -111,16 +111,18 @@ def _list_files(pattern: str, where: str) -> tuple[str, list[str]]:
     if len(expanded) == 1 and not _WILD & set(pattern):
         if _is_folder(pattern):
             base = pattern.rstrip("/") if is_url(pattern) else str(Path(pattern).absolute())
-            return base, _walk(base)
+            return base, _walk_files(base)
         if pattern.lower().endswith(LIST):
             return _listed_files(pattern, where)
     files: list[str] = []
     for one in expanded:
-        matches = _glob(one)
+        matches = _list_matches(one)
         if not matches:
             raise InputError(f"{where}: no file matches '{one}'")
         files += [
-            file for match in matches for file in (_walk(match) if _is_folder(match) else [match])
+            file
+            for match in matches
+            for file in (_walk_files(match) if _is_folder(match) else [match])
         ]
     return _base_of(expanded), sorted(dict.fromkeys(files))
 
@@ -129,7 +131,7 @@ def _listed_files(path: str, where: str) -> tuple[str, list[str]]:
     """The files that a list names, one a line, as they lie from the list's folder."""
     folder = posixpath.dirname(path) if is_url(path) else str(Path(path).absolute().parent)
     try:
-        text = filesystem(path).cat_file(path) if is_url(path) else Path(path).read_bytes()
+        text = open_filesystem(path).cat_file(path) if is_url(path) else Path(path).read_bytes()
         lines = [line.strip() for line in text.decode().splitlines()]
     except FileNotFoundError:
         raise InputError(f"{where}: no file matches '{path}'") from None
@@ -152,10 +154,10 @@ def _listed_files(path: str, where: str) -> tuple[str, list[str]]:
     return base, list(dict.fromkeys(files))
 
 
-def _guarded(location: str, look: Callable[[Any], Any]) -> Any:
+def _explain_store_errors(location: str, look: Callable[[Any], Any]) -> Any:
     """What a store says, its own kinds of errors as one sentence."""
     try:
-        return look(filesystem(location))
+        return look(open_filesystem(location))
     except (InputError, FileNotFoundError):
         raise
     except Exception as error:  # every protocol has its own kinds
@@ -169,30 +171,30 @@ def _guarded(location: str, look: Callable[[Any], Any]) -> Any:
 def _is_folder(location: str) -> bool:
     if not is_url(location):
         return os.path.isdir(location)
-    return bool(_guarded(location, lambda files: files.isdir(location)))
+    return bool(_explain_store_errors(location, lambda files: files.isdir(location)))
 
 
 def _is_file(location: str) -> bool:
     if not is_url(location):
         return os.path.isfile(location)
-    return bool(_guarded(location, lambda files: files.isfile(location)))
+    return bool(_explain_store_errors(location, lambda files: files.isfile(location)))
 
 
-def _glob(pattern: str) -> list[str]:
+def _list_matches(pattern: str) -> list[str]:
     if not is_url(pattern):
         return sorted(str(Path(one).absolute()) for one in glob.glob(pattern, recursive=True))
     if not _WILD & set(pattern):
         return [pattern] if _is_file(pattern) or _is_folder(pattern) else []
-    found = _guarded(
+    found = _explain_store_errors(
         pattern, lambda files: [files.unstrip_protocol(name) for name in files.glob(pattern)]
     )
     return sorted(found)
 
 
-def _walk(folder: str) -> list[str]:
+def _walk_files(folder: str) -> list[str]:
     """Every file below a folder, without hidden ones and what macOS adds."""
     if is_url(folder):
-        files = _guarded(
+        files = _explain_store_errors(
             folder, lambda files: [files.unstrip_protocol(name) for name in files.find(folder)]
         )
         return sorted(file for file in files if not posixpath.basename(file).startswith("."))
@@ -216,7 +218,7 @@ def _base_of(patterns: Sequence[str]) -> str:
     return os.path.commonpath([os.path.abspath(folder) for folder in folders])
 
 
-def _suffix(name: str) -> str:
+def _file_suffix(name: str) -> str:
     return name.rpartition(".")[2].lower() if "." in posixpath.basename(name) else ""
 
 
@@ -228,7 +230,7 @@ def _tell_form(source: AdoptedSource, files: Sequence[str], where: str) -> Form:
     """
     by_suffix: defaultdict[str, list[str]] = defaultdict(list)
     for file in files:
-        by_suffix[_suffix(file)].append(file)
+        by_suffix[_file_suffix(file)].append(file)
     kinds = ", ".join(sorted({f".{suffix}" if suffix else "no suffix" for suffix in by_suffix}))
     if by_suffix["tar"]:
         return "shards"
@@ -279,7 +281,7 @@ def parquet_schema(file: str, where: str) -> pa.Schema:
         InputError: it cannot be read.
     """
     try:
-        with filesystem(file).open(file, "rb") if is_url(file) else open(file, "rb") as raw:
+        with open_filesystem(file).open(file, "rb") if is_url(file) else open(file, "rb") as raw:
             return pq.read_schema(raw)
     except Exception as error:  # every protocol has its own kinds
         said = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
@@ -302,7 +304,7 @@ def _refuse_without_pairs(found: FoundSource, where: str) -> None:
     looked_at = 0
     try:
         with open(first, "rb", buffering=0) as tar:
-            for _, parts in grouped(TarReader(tar.fileno())):
+            for _, parts in group_members(TarReader(tar.fileno())):
                 looked_at += 1
                 if "txt" in parts and any(name in parts for name in IMAGE_EXTENSIONS):
                     return

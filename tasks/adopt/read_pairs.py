@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from evaclip_model.errors import InputError
 from evaclip_model.reading.image_decoder import identify_format
 from evaclip_model.reading.samples import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
-from evaclip_model.reading.urls import filesystem, is_url
+from evaclip_model.reading.urls import is_url, open_filesystem
 from tasks.adopt.config import AdoptedSource
 from tasks.adopt.find_source import FoundSource, is_image_type, parquet_schema
 from tasks.tables.text_tables import column_names, read_text_table, text_format
@@ -93,7 +93,7 @@ def read_pairs(found: FoundSource) -> Iterator[FoundPair | NoPair]:
         else:
             rows = _parquet_rows(found, file)
         for row in rows:
-            yield row if isinstance(row, NoPair) else _pair(found, file, row)
+            yield row if isinstance(row, NoPair) else _read_pair(found, file, row)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _folder_pairs(found: FoundSource) -> Iterator[FoundPair | NoPair]:
             except UnicodeDecodeError:
                 yield NoPair(captions[0], PairFlaw.CAPTION_NOT_UTF8)
                 continue
-            yield _checked(found, image, found.name_of(image), image, caption, None)
+            yield _check_pair(found, image, found.name_of(image), image, caption, None)
 
 
 def _text_rows(found: FoundSource, file: str) -> Iterator[_Row | NoPair]:
@@ -140,7 +140,7 @@ def _text_rows(found: FoundSource, file: str) -> Iterator[_Row | NoPair]:
     if kind is None:
         raise InputError(f"{file}: adopt.sources '{source.name}' reads no such table")
     names = column_names(file, kind, source.quoting, source.header)
-    image, caption, url = _columns(source, file, names)
+    image, caption, url = _find_columns(source, file, names)
     for row in read_text_table(file, kind, source.quoting, source.header):
         where = f"{file}, line {row.line}"
         if row.flaw is not None:
@@ -159,16 +159,16 @@ def _parquet_rows(found: FoundSource, file: str) -> Iterator[_Row | NoPair]:
     source = found.source
     schema = parquet_schema(file, f"adopt.sources '{source.name}'")
     typed = [field.name for field in schema if is_image_type(field.type)]
-    image, caption, url = _columns(source, file, schema.names, typed)
+    image, caption, url = _find_columns(source, file, schema.names, typed)
     columns = [name for name in (image, caption, url) if name]
     number = 0
     try:
-        with filesystem(file).open(file, "rb") if is_url(file) else open(file, "rb") as raw:
+        with open_filesystem(file).open(file, "rb") if is_url(file) else open(file, "rb") as raw:
             batches = pq.ParquetFile(raw).iter_batches(ROWS_AT_ONCE, columns=columns)
             for batch in batches:
-                images = _values(batch.column(image))
-                captions = _values(batch.column(caption))
-                urls = _values(batch.column(url)) if url else [None] * len(images)
+                images = _column_values(batch.column(image))
+                captions = _column_values(batch.column(caption))
+                urls = _column_values(batch.column(url)) if url else [None] * len(images)
                 for held, texts, address in zip(images, captions, urls, strict=True):
                     yield from _rows_of(file, number, held, texts, address)
                     number += 1
@@ -185,7 +185,7 @@ def _rows_of(file: str, number: int, held: Any, texts: Any, address: Any) -> Ite
     where = f"{file}, row {number}"
     if isinstance(held, dict):
         held = held.get("bytes") or held.get("path")
-    if isinstance(held, bytes) and not _extension(held) and len(held) < 4096:
+    if isinstance(held, bytes) and not _image_extension(held) and len(held) < 4096:
         try:  # text columns come as bytes: a path
             held = held.decode()
         except UnicodeDecodeError:
@@ -208,7 +208,7 @@ def _rows_of(file: str, number: int, held: Any, texts: Any, address: Any) -> Ite
         yield NoPair(where, PairFlaw.NO_CAPTION)
 
 
-def _values(column: pa.Array) -> list[Any]:
+def _column_values(column: pa.Array) -> list[Any]:
     """A column's values, texts as bytes: one that is not UTF-8 must not cost its neighbours."""
     return list(column.cast(_as_bytes(column.type)).to_pylist())
 
@@ -225,7 +225,7 @@ def _as_bytes(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-def _columns(
+def _find_columns(
     source: AdoptedSource, file: str, names: Sequence[str], typed: Sequence[str] = ()
 ) -> tuple[str, str, str | None]:
     """Names of the columns of image, caption and, if there is one, address.
@@ -252,11 +252,11 @@ def _columns(
     return image, caption, url
 
 
-def _pair(found: FoundSource, file: str, row: _Row) -> FoundPair | NoPair:
+def _read_pair(found: FoundSource, file: str, row: _Row) -> FoundPair | NoPair:
     where = f"{file}, {row.what} {row.number}"
     origin = f"{found.name_of(file)}:{row.number}"
     if isinstance(row.image, bytes):
-        return _checked(found, where, origin, row.image, row.caption, row.url)
+        return _check_pair(found, where, origin, row.image, row.caption, row.url)
     if row.image.startswith(("http://", "https://")):
         raise InputError(
             f"{where}: '{row.image[:80]}' is an address, not a file: name the table in "
@@ -264,10 +264,10 @@ def _pair(found: FoundSource, file: str, row: _Row) -> FoundPair | NoPair:
         )
     root = found.source.image_root or posixpath.dirname(file)
     path = row.image if is_url(row.image) else posixpath.join(root, row.image)
-    return _checked(found, where, origin, path, row.caption, row.url, written=row.image)
+    return _check_pair(found, where, origin, path, row.caption, row.url, written=row.image)
 
 
-def _checked(
+def _check_pair(
     found: FoundSource,
     where: str,
     origin: str,
@@ -284,7 +284,7 @@ def _checked(
         return NoPair(where, PairFlaw.TOO_LARGE)
     if not caption:
         return NoPair(where, PairFlaw.NO_CAPTION)
-    extension = _extension(content)
+    extension = _image_extension(content)
     if not extension:
         return NoPair(where, PairFlaw.NOT_AN_IMAGE)
     known = hashlib.sha256(content).hexdigest() if isinstance(image, bytes) else written or origin
@@ -297,7 +297,7 @@ def _read_file(location: str, most: int) -> bytes | PairFlaw:
     """A file's content, or why it cannot be had."""
     try:
         if is_url(location):
-            files = filesystem(location)
+            files = open_filesystem(location)
             if not files.exists(location):
                 return PairFlaw.MISSING_FILE
             if int(files.size(location) or 0) > most:
@@ -315,6 +315,6 @@ def _read_file(location: str, most: int) -> bytes | PairFlaw:
         return PairFlaw.UNREADABLE_FILE
 
 
-def _extension(content: bytes) -> str:
+def _image_extension(content: bytes) -> str:
     """What an image's first bytes say it is; empty when they say nothing that is opened."""
     return EXTENSIONS.get(identify_format(content) or "", "")

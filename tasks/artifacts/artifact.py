@@ -64,7 +64,7 @@ class Address:
     def of(
         cls, root: Path, stage: Stage, config: Config, parents: Mapping[str, str] | None = None
     ) -> Address:
-        identity = config.identity()
+        identity = config.compute_identity()
         decides = {name: value for name, value in identity.items() if name not in stage.ignores}
         return cls(root, stage, decides, dict(parents or {}))
 
@@ -118,7 +118,7 @@ class Made:
     their end and hashes then. Their sizes go into the list `BULK`, which is hashed."""
 
 
-def produce(address: Address, make: Callable[[Path], Made]) -> Artifact:
+def produce_artifact(address: Address, make: Callable[[Path], Made]) -> Artifact:
     """Return the artifact at `address`, calling `make(folder)` only when it is not finished.
 
     `make` may find the leavings of a killed run in its folder; it continues or clears them.
@@ -135,7 +135,7 @@ def produce(address: Address, make: Callable[[Path], Made]) -> Artifact:
             if address.is_finished:
                 return read_artifact(folder)
             made = make(folder)
-            return _publish(address, made)
+            return _publish_manifest(address, made)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
@@ -194,7 +194,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint_files(path: Path) -> str:
     """Identity of an outside file, or of all files in a folder: size, first and last MiB of each.
 
     Hashing 400 GB of metadata before every run would cost more than the merge; parquet keeps its
@@ -212,9 +212,9 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:DIGEST_CHARS]
 
 
-def _publish(address: Address, made: Made) -> Artifact:
+def _publish_manifest(address: Address, made: Made) -> Artifact:
     folder = address.folder
-    files = [*made.files, *_listed(made.bulk, folder)]
+    files = [*made.files, *_write_bulk_list(made.bulk, folder)]
     manifest = {
         "kind": address.stage.name,
         "version": address.stage.version,
@@ -222,7 +222,7 @@ def _publish(address: Address, made: Made) -> Artifact:
         "parents": dict(address.parents),
         "config": address.config,
         "counts": dict(made.counts),
-        "files": _described(sorted(files), folder),
+        "files": _describe_files(sorted(files), folder),
         "tools": {name: metadata.version(name) for name in address.stage.tools},
         "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
@@ -230,7 +230,7 @@ def _publish(address: Address, made: Made) -> Artifact:
     return read_artifact(folder)
 
 
-def _listed(bulk: tuple[Path, ...], folder: Path) -> Iterator[Path]:
+def _write_bulk_list(bulk: tuple[Path, ...], folder: Path) -> Iterator[Path]:
     """Write the list of the bulk files, if there are any; the list's path."""
     if bulk:
         entries = ({"path": str(f.relative_to(folder)), "size": f.stat().st_size} for f in bulk)
@@ -238,7 +238,7 @@ def _listed(bulk: tuple[Path, ...], folder: Path) -> Iterator[Path]:
         yield folder / BULK
 
 
-def _described(files: list[Path], folder: Path) -> dict[str, dict[str, int | str]]:
+def _describe_files(files: list[Path], folder: Path) -> dict[str, dict[str, int | str]]:
     """Size and hash of every file; a core each at once, because hashing leaves Python's lock."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "hashing") as pool:
         return {

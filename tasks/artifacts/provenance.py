@@ -44,7 +44,7 @@ class Node(Config):
         return f"{self.kind} {self.name}" if self.name else self.kind
 
     @classmethod
-    def of(cls, artifact: Artifact) -> Node:
+    def from_artifact(cls, artifact: Artifact) -> Node:
         name = artifact.config.get("name")
         shared = {"kind", "digest", "created", "parents", "counts", "config"}
         fields = artifact.model_dump(include=shared)
@@ -59,26 +59,26 @@ class Lineage(Config):
     nodes: tuple[Node, ...]
     """Every artifact once, each behind all that it was made from."""
 
-    def node(self, digest: str) -> Node | None:
+    def find_node(self, digest: str) -> Node | None:
         """The node of a digest; None for outside data."""
         return next((node for node in self.nodes if node.digest == digest), None)
 
-    def outside(self) -> dict[str, str]:
+    def outside_fingerprints(self) -> dict[str, str]:
         """`KIND.ROLE` -> fingerprint of all data that came from outside."""
         return {
             f"{node.label}.{role}": digest
             for node in self.nodes
             for role, digest in node.parents.items()
-            if self.node(digest) is None
+            if self.find_node(digest) is None
         }
 
-    def labelled(self) -> dict[str, str]:
+    def unique_labels(self) -> dict[str, str]:
         """A name of its own for every digest: its label, then its label and digest."""
         digests: dict[str, str] = {}
         for node in reversed(self.nodes):
             taken = node.label in digests
             digests[f"{node.label}.{node.digest}" if taken else node.label] = node.digest
-        return {**digests, **self.outside()}
+        return {**digests, **self.outside_fingerprints()}
 
     def to_json(self) -> str:
         """The document."""
@@ -87,8 +87,8 @@ class Lineage(Config):
 
 def lineage_of(artifacts: Sequence[Artifact], root: Path) -> Lineage:
     """Everything that `artifacts` were made from, as far as it is under `root`."""
-    found = walk_up(artifacts, lambda digest: _read(root, digest))
-    nodes = tuple(Node.of(artifact) for artifact in found.values())
+    found = walk_up(artifacts, lambda digest: _read_if_finished(root, digest))
+    nodes = tuple(Node.from_artifact(artifact) for artifact in found.values())
     return Lineage(heads=tuple(a.digest for a in artifacts), nodes=nodes)
 
 
@@ -111,7 +111,7 @@ def walk_up(
     return found
 
 
-def _read(root: Path, digest: str) -> Artifact | None:
+def _read_if_finished(root: Path, digest: str) -> Artifact | None:
     for folder in root.glob(f"*/{digest}"):
         try:
             return read_artifact(folder)
@@ -130,7 +130,7 @@ class Change:
     new: Any
 
 
-def changes(old: Lineage, new: Lineage) -> list[Change]:
+def list_changes(old: Lineage, new: Lineage) -> list[Change]:
     """What decides a result and differs: settings, outside data, stages; in the new one's order.
 
     A stage is told by its label. What follows from a change, such as digests, is not listed.
@@ -140,10 +140,12 @@ def changes(old: Lineage, new: Lineage) -> list[Change]:
     for label in dict.fromkeys((*after, *before)):
         if label not in before or label not in after:
             found.append(
-                Change(label, _digest(before.get(label)), _digest(after.get(label))),
+                Change(label, _digest_of(before.get(label)), _digest_of(after.get(label))),
             )
             continue
-        found += _compared(label, _decides(before[label], old), _decides(after[label], new))
+        found += _compare_nodes(
+            label, _deciding_settings(before[label], old), _deciding_settings(after[label], new)
+        )
     return found
 
 
@@ -151,35 +153,35 @@ def _by_label(lineage: Lineage) -> dict[str, Node]:
     return {node.label: node for node in lineage.nodes}
 
 
-def _digest(node: Node | None) -> str | None:
+def _digest_of(node: Node | None) -> str | None:
     return node.digest if node else None
 
 
-def _decides(node: Node, lineage: Lineage) -> dict[str, Any]:
+def _deciding_settings(node: Node, lineage: Lineage) -> dict[str, Any]:
     """A node's settings, flat, and the fingerprints of its outside data."""
     outside = {
-        role: digest for role, digest in node.parents.items() if lineage.node(digest) is None
+        role: digest for role, digest in node.parents.items() if lineage.find_node(digest) is None
     }
-    return {**dict(flat("", node.config)), **outside}
+    return {**dict(flatten_settings("", node.config)), **outside}
 
 
-def flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+def flatten_settings(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Nested settings as pairs: `a.b.c` and a value that is no table.
 
     Lists of tables are numbered, or go by their `name`; lists of plain values stay one value.
     """
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from flat(f"{prefix}.{key}" if prefix else str(key), inner)
+            yield from flatten_settings(f"{prefix}.{key}" if prefix else str(key), inner)
     elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
         for place, item in enumerate(value):
             name = item.get("name", place) if isinstance(item, Mapping) else place
-            yield from flat(f"{prefix}.{name}", item)
+            yield from flatten_settings(f"{prefix}.{name}", item)
     else:
         yield prefix, value
 
 
-def _compared(label: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
+def _compare_nodes(label: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
     for key in dict.fromkeys((*new, *old)):
         if old.get(key) != new.get(key):
             yield Change(f"{label}: {key}", old.get(key), new.get(key))

@@ -52,27 +52,27 @@ def write_card(
     if adoptions := [artifact for artifact in ancestors if artifact.kind == "adopt"]:
         lines += _adopted(adoptions, by_source)
     if merges := [artifact for artifact in ancestors if artifact.kind == "merge"]:
-        lines += [*_sources(merges, by_source), *_filters(merges)]
+        lines += [*_source_lines(merges, by_source), *_filter_lines(merges)]
     if downloads := [artifact for artifact in ancestors if artifact.kind == "download"]:
-        lines += _downloads(downloads)
+        lines += _download_lines(downloads)
     lines += [*_left_out(config, counts, takedowns), *_made_from(ancestors)]
     write_atomically(path, "\n".join(lines) + "\n")
 
 
-def _sources(
+def _source_lines(
     merges: Sequence[Artifact], by_source: Mapping[str, Mapping[str, int]]
 ) -> Iterator[str]:
     yield from ("## Sources", "")
     heads = ["source", "files", "revision", "licence of the metadata", "rows read", "selected"]
     rows = []
-    counts = _sum(merges)
+    counts = _sum_counts(merges)
     newest = {source["name"]: source for merge in merges for source in merge.config["sources"]}
     for name, source in newest.items():
         read, selected = (counts.get(f"{name}.{what}", 0) for what in ("rows_read", "selected"))
         kept = by_source.get(name, {}).get("samples", 0)
         stated = [source.get(key) or UNSTATED for key in ("revision", "licence")]
         rows.append([name, f"`{source['files']}`", *stated, read, selected, kept])
-    yield from _table([*heads, "in this version"], rows)
+    yield from _table_lines([*heads, "in this version"], rows)
 
 
 def _adopted(
@@ -80,7 +80,7 @@ def _adopted(
 ) -> Iterator[str]:
     yield from ("## Adopted sources", "")
     heads = ["source", "files", "revision", "licence", "shards", "no pairs", "in this version"]
-    counts = _sum(adoptions)
+    counts = _sum_counts(adoptions)
     newest = {source["name"]: source for one in adoptions for source in one.config["sources"]}
     rows = []
     for name, source in newest.items():
@@ -88,23 +88,27 @@ def _adopted(
         found = [counts.get(f"{name}.{what}", 0) for what in ("shards", "left_out")]
         kept = by_source.get(name, {}).get("samples", 0)
         rows.append([name, f"`{source['files']}`", *stated, *found, kept])
-    yield from _table(heads, rows)
+    yield from _table_lines(heads, rows)
 
 
-def _filters(merges: Sequence[Artifact]) -> Iterator[str]:
+def _filter_lines(merges: Sequence[Artifact]) -> Iterator[str]:
     yield from ("## Rows that were not selected", "")
     prefix = "dropped."
     dropped = {
-        name.removeprefix(prefix): n for name, n in _sum(merges).items() if name.startswith(prefix)
+        name.removeprefix(prefix): n
+        for name, n in _sum_counts(merges).items()
+        if name.startswith(prefix)
     }
-    yield from _table(["reason", "rows"], [[reason, rows] for reason, rows in dropped.items()])
+    yield from _table_lines(
+        ["reason", "rows"], [[reason, rows] for reason, rows in dropped.items()]
+    )
     filters = merges[-1].config["filters"]
     settings = ", ".join(f"{name} = {value!r}" for name, value in filters.items())
     yield from (f"Filters: {settings}.", "")
 
 
-def _downloads(downloads: Sequence[Artifact]) -> Iterator[str]:
-    counts, last = _sum(downloads), downloads[-1]
+def _download_lines(downloads: Sequence[Artifact]) -> Iterator[str]:
+    counts, last = _sum_counts(downloads), downloads[-1]
     yield from ("## Download", "")
     share = counts["samples"] / counts["rows"] if counts["rows"] else 0.0
     several = f" in {len(downloads)} downloads" if len(downloads) > 1 else ""
@@ -116,10 +120,12 @@ def _downloads(downloads: Sequence[Artifact]) -> Iterator[str]:
     yield ""
     prefix = "failed."
     failed = {name.removeprefix(prefix): n for name, n in counts.items() if name.startswith(prefix)}
-    yield from _table(["failure", "rows"], [[reason, rows] for reason, rows in failed.items()])
+    yield from _table_lines(
+        ["failure", "rows"], [[reason, rows] for reason, rows in failed.items()]
+    )
 
 
-def _sum(artifacts: Sequence[Artifact]) -> Counter[str]:
+def _sum_counts(artifacts: Sequence[Artifact]) -> Counter[str]:
     """The counts of all of them together."""
     return sum((Counter(artifact.counts) for artifact in artifacts), Counter[str]())
 
@@ -130,7 +136,9 @@ def _left_out(config: DatasetConfig, counts: Counts, takedowns: int) -> Iterator
     reasons = {
         name.removeprefix(prefix): n for name, n in counts.items() if name.startswith(prefix)
     }
-    yield from _table(["reason", "samples"], [[reason, rows] for reason, rows in reasons.items()])
+    yield from _table_lines(
+        ["reason", "samples"], [[reason, rows] for reason, rows in reasons.items()]
+    )
     near = config.near_duplicates == "drop"
     compared = ", ".join(f"`{name}`" for name in config.evaluation_sets) or "none"
     yield from (
@@ -146,11 +154,11 @@ def _left_out(config: DatasetConfig, counts: Counts, takedowns: int) -> Iterator
 def _made_from(ancestors: Sequence[Artifact]) -> Iterator[str]:
     yield from ("## Made from", "")
     rows = [[artifact.kind, f"`{artifact.digest}`", artifact.created] for artifact in ancestors]
-    yield from _table(["stage", "digest", "finished"], rows)
+    yield from _table_lines(["stage", "digest", "finished"], rows)
     yield "Every shard's SHA-256 is in `shards.json`."
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
+def _table_lines(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
     if rows:
         yield f"| {' | '.join(heads)} |"
         yield "|---" * len(heads) + "|"

@@ -63,7 +63,7 @@ class Choice:
         self._codes = np.zeros(rows, dtype=np.uint8)
 
     @classmethod
-    def of(cls, rows: int, table: pa.Table) -> Choice:
+    def from_table(cls, rows: int, table: pa.Table) -> Choice:
         """The choice that was kept as `table`."""
         choice = cls(rows)
         for reason in pc.unique(table["reason"]).to_pylist():
@@ -85,30 +85,34 @@ class Choice:
         mask: npt.NDArray[np.bool_] = self._codes != 0
         return mask
 
-    def counts(self, start: int, stop: int) -> dict[str, int]:
+    def count_reasons(self, start: int, stop: int) -> dict[str, int]:
         """Rows left out among `start` to `stop` (exclusive), by reason."""
         by_code = np.bincount(self._codes[start:stop], minlength=len(self._names))
         return {n: int(c) for n, c in zip(self._names, by_code, strict=True) if n and c}
 
-    def table(self) -> pa.Table:
+    def to_table(self) -> pa.Table:
         """(row, reason) of all that is left out, by row."""
         rows = np.flatnonzero(self._codes)
         names = pa.DictionaryArray.from_arrays(self._codes[rows], self._names)
         return pa.table({"row": rows, "reason": names.cast(pa.string())})
 
 
-def choose(index: SampleIndex, verdicts: Sequence[ShardVerdict], rules: Rules) -> Choice:
+def choose_samples(index: SampleIndex, verdicts: Sequence[ShardVerdict], rules: Rules) -> Choice:
     """Apply every rule but takedowns."""
     choice, config = Choice(index.rows), rules.config
     looks = _go_through(index, verdicts, rules, choice)
-    blocked = index.find(Kind.HASH, rules.blocked) if rules.blocked else []
+    blocked = index.find_samples(Kind.HASH, rules.blocked) if rules.blocked else []
     choice.leave_out(_rows_of(blocked), LeftOutReason.BLOCKED)
     if rules.evaluation is not None:
-        tested = index.find(Kind.HASH, sorted(rules.evaluation.sha256))
+        tested = index.find_samples(Kind.HASH, sorted(rules.evaluation.sha256))
         choice.leave_out(_rows_of(tested), LeftOutReason.EVALUATION)
-    choice.leave_out(_later(*index.repeated(Kind.UID), choice), LeftOutReason.REPEATED_UID)
+    choice.leave_out(
+        _find_later(*index.find_repeated(Kind.UID), choice), LeftOutReason.REPEATED_UID
+    )
     if config.exact_duplicates == "drop":
-        choice.leave_out(_later(*index.repeated(Kind.HASH), choice), LeftOutReason.EXACT_DUPLICATE)
+        choice.leave_out(
+            _find_later(*index.find_repeated(Kind.HASH), choice), LeftOutReason.EXACT_DUPLICATE
+        )
     if config.near_duplicates == "drop":
         choice.leave_out(
             _later_looks(looks, config.max_distance, choice), LeftOutReason.NEAR_DUPLICATE
@@ -118,10 +122,12 @@ def choose(index: SampleIndex, verdicts: Sequence[ShardVerdict], rules: Rules) -
 
 def find_asked(index: SampleIndex, asked: Asked) -> Rows:
     """Rows of the samples that are asked for, and of those with the same image, ascending."""
-    found = [row for kind, values in asked.items() if values for row in index.find(kind, values)]
+    found = [
+        row for kind, values in asked.items() if values for row in index.find_samples(kind, values)
+    ]
     names = ("sha256", "stored_sha256")
     images = {row[name] for row in found for name in names if row[name] is not None}
-    return np.unique(_rows_of([*found, *index.find(Kind.HASH, sorted(images))]))
+    return np.unique(_rows_of([*found, *index.find_samples(Kind.HASH, sorted(images))]))
 
 
 def sort_by_kind(entries: Iterable[str]) -> Asked:
@@ -148,7 +154,7 @@ def _go_through(
     if rules.evaluation is not None:
         known = KnownHashes(rules.evaluation.looks, rules.config.max_distance)
     start = 0
-    for table in index.chunks("shard", "flaw", "phash"):
+    for table in index.iterate_chunks("shard", "flaw", "phash"):
         rows = np.arange(start, start + table.num_rows)
         choice.leave_out(rows[unusable[table["shard"].to_numpy()]], LeftOutReason.SHARD)
         for flaw in pc.unique(table["flaw"].drop_null()).to_pylist():
@@ -156,7 +162,7 @@ def _go_through(
             choice.leave_out(rows[bad], f"bad.{flaw}")
         hashes = pc.fill_null(table["phash"], 0).to_numpy()
         if known is not None:
-            alike = known.near(hashes) & table["phash"].is_valid().to_numpy()
+            alike = known.find_near(hashes) & table["phash"].is_valid().to_numpy()
             choice.leave_out(rows[alike], LeftOutReason.EVALUATION)
         if near:
             looks[rows] = hashes
@@ -164,7 +170,7 @@ def _go_through(
     return looks
 
 
-def _later(rows: Ints, groups: Ints, choice: Choice) -> Rows:
+def _find_later(rows: Ints, groups: Ints, choice: Choice) -> Rows:
     """Rows that share a group with an earlier row that stays; `rows` ascend.
 
     A row is in several groups when both its image as downloaded and as stored are repeated, and

@@ -21,7 +21,7 @@ from evaclip_model.files import write_atomically
 from evaclip_model.reading.samples import SHARDS, Shard, ShardManifest
 from tasks.artifacts.artifact import CARD, Artifact, Made
 from tasks.dataset.card import write_card
-from tasks.dataset.choose import Choice, LeftOutReason, Rows, Rules, choose
+from tasks.dataset.choose import Choice, LeftOutReason, Rows, Rules, choose_samples
 from tasks.dataset.config import (
     LEFT_OUT,
     REPORT,
@@ -84,22 +84,22 @@ def make_dataset(
     verdicts = read_verdicts(verified)
     report(0, _STEPS, f"{index.rows:,} samples")
     if takedowns.before is None:
-        choice = choose(index, verdicts, _read_rules(config, outside))
+        choice = choose_samples(index, verdicts, _read_rules(config, outside))
     else:
-        choice = Choice.of(index.rows, pq.read_table(takedowns.before / LEFT_OUT))
+        choice = Choice.from_table(index.rows, pq.read_table(takedowns.before / LEFT_OUT))
     report(1, _STEPS, "takedowns")
     if takedowns.find is not None:
         choice.leave_out(takedowns.find(index), LeftOutReason.TAKEDOWN)
     report(2, _STEPS, "manifest")
-    shards, by_source = _shards(verdicts, verified, choice, out)
+    shards, by_source = _keep_shards(verdicts, verified, choice, out)
     if not shards:
-        reasons = choice.counts(0, index.rows).items()
+        reasons = choice.count_reasons(0, index.rows).items()
         said = ", ".join(f"{count:,} {reason}" for reason, count in reasons)
         raise InputError(f"nothing is left of {index.rows:,} samples: {said}")
     ShardManifest(shards=shards).write(out / SHARDS)
-    pq.write_table(choice.table(), out / LEFT_OUT, compression="zstd")
+    pq.write_table(choice.to_table(), out / LEFT_OUT, compression="zstd")
     write_atomically(out / TAKEN_DOWN, "".join(f"{entry}\n" for entry in takedowns.entries))
-    counts = _counts(index.rows, shards, choice, by_source)
+    counts = _count_samples(index.rows, shards, choice, by_source)
     for name, number in _never_packed(ancestors).items():
         counts[name] = counts.get(name, 0) + number
     rules = config.model_dump(include=set(RULES_IN_FILES))
@@ -119,7 +119,7 @@ def _read_rules(config: DatasetConfig, outside: OutsideFiles) -> Rules:
     return Rules(config, read_hashes(outside.blocklists), evaluation)
 
 
-def _shards(
+def _keep_shards(
     verdicts: Sequence[ShardVerdict], verified: Path, choice: Choice, out: Path
 ) -> tuple[tuple[Shard, ...], dict[str, dict[str, int]]]:
     """Shards with anything left in them, and by source what became of its samples."""
@@ -133,7 +133,9 @@ def _shards(
             left = verdict.stored - len(gone)
             counts = by_source.setdefault(verdict.shard.source, Counter())
             counts.update(shards=int(left > 0), samples=left)
-            counts.update({f"left_out.{n}": c for n, c in choice.counts(start, stop).items()})
+            counts.update(
+                {f"left_out.{n}": c for n, c in choice.count_reasons(start, stop).items()}
+            )
             if left:
                 path = relative_path(shard_location(verified, verdict.path), out)
                 tombstones = " ".join(map(str, gone))
@@ -154,13 +156,13 @@ def _never_packed(ancestors: Sequence[Artifact]) -> Counter[str]:
     return found
 
 
-def _counts(
+def _count_samples(
     rows: int,
     shards: Sequence[Shard],
     choice: Choice,
     by_source: Mapping[str, Mapping[str, int]],
 ) -> dict[str, int | float]:
-    reasons = choice.counts(0, rows)
+    reasons = choice.count_reasons(0, rows)
     samples = sum(shard.samples for shard in shards)
     if samples + sum(reasons.values()) != rows:
         raise RuntimeError(

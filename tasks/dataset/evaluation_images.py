@@ -38,7 +38,7 @@ def read_evaluation_images(folders: Sequence[Path], threads: int) -> EvaluationI
     digests: set[str] = set()
     looks = [np.empty(0, np.uint64)]
     for folder in folders:
-        hashes = hash_images(_images(folder), threads)
+        hashes = hash_images(_iterate_images(folder), threads)
         if not len(hashes):
             raise InputError(
                 f"{folder} holds no image: give a folder of image files or of webdataset tars"
@@ -48,7 +48,7 @@ def read_evaluation_images(folders: Sequence[Path], threads: int) -> EvaluationI
     return EvaluationImages(frozenset(digests), np.unique(np.concatenate(looks)))
 
 
-def _images(folder: Path) -> Iterator[bytes]:
+def _iterate_images(folder: Path) -> Iterator[bytes]:
     """Content of every image below `folder`, files and members of tars, by name."""
     files = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
     for file in files:
@@ -56,14 +56,14 @@ def _images(folder: Path) -> Iterator[bytes]:
             yield file.read_bytes()
         elif file.suffix == ".tar":
             try:
-                yield from _members(file)
+                yield from _iterate_members(file)
             except tarfile.TarError as error:
                 raise InputError(
                     f"{file} cannot be read as a tar ({error}): make the evaluation set again"
                 ) from error
 
 
-def _members(file: Path) -> Iterator[bytes]:
+def _iterate_members(file: Path) -> Iterator[bytes]:
     with tarfile.open(file, "r:") as tar:
         for member in tar:
             content = tar.extractfile(member) if member.isfile() else None

@@ -27,7 +27,7 @@ def read_hashes(files: Iterable[Path]) -> tuple[str, ...]:
     """
     hashes = set()
     for file in files:
-        for number, line in _lines(file):
+        for number, line in _iterate_lines(file):
             word = line.split()[0].lower()
             if not _HASH.fullmatch(word):
                 raise InputError(
@@ -46,7 +46,7 @@ def read_takedowns(files: Iterable[Path]) -> tuple[str, ...]:
     """
     entries = set()
     for file in files:
-        for number, line in _lines(file):
+        for number, line in _iterate_lines(file):
             if is_url(line):
                 entries.add(line)
             elif _UID.fullmatch(line):
@@ -70,7 +70,7 @@ def is_url(entry: str) -> bool:
     return entry.lower().startswith(("http://", "https://"))
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
+def _iterate_lines(file: Path) -> Iterator[tuple[int, str]]:
     """(number, content) of all lines but empty ones and comments, which begin with #."""
     try:
         text = file.read_text()

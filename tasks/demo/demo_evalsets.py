@@ -33,10 +33,10 @@ def write_eval_sets(concepts: Sequence[Concept], folder: Path) -> list[Path]:
     captions = [("txt", "\n".join(concept.twemoji)) for concept in concepts]
     first, second = folder / CLASSIFICATION, folder / RETRIEVAL
     return [
-        _write(first / "classnames.txt", _lines(names)),
-        _write(first / "zeroshot_classification_templates.txt", _lines(TEMPLATES)),
+        _write_text(first / "classnames.txt", _join_lines(names)),
+        _write_text(first / "zeroshot_classification_templates.txt", _join_lines(TEMPLATES)),
         *_write_shard(first, images, labels),
-        _write(second / "dataset_type.txt", _lines(["retrieval"])),
+        _write_text(second / "dataset_type.txt", _join_lines(["retrieval"])),
         *_write_shard(second, images, captions),
     ]
 
@@ -48,22 +48,22 @@ def _write_shard(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number, (image, (extension, answer)) in enumerate(zip(images, answers, strict=True)):
-            _add(tar, f"s{number:07d}.webp", image)
-            _add(tar, f"s{number:07d}.{extension}", answer.encode())
-    return [path, _write(folder / "test" / "nshards.txt", _lines(["1"]))]
+            _add_member(tar, f"s{number:07d}.webp", image)
+            _add_member(tar, f"s{number:07d}.{extension}", answer.encode())
+    return [path, _write_text(folder / "test" / "nshards.txt", _join_lines(["1"]))]
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)  # its time and owner are zero: the same bytes every time
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
 
 
-def _lines(lines: Iterable[str]) -> str:
+def _join_lines(lines: Iterable[str]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _write(path: Path, text: str) -> Path:
+def _write_text(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path

@@ -29,7 +29,7 @@ from urllib.parse import unquote, urlsplit
 from evaclip_model.errors import InputError
 from tasks.demo.concepts import ARTISTS, read_drawings
 from tasks.demo.config import DemoConfig
-from tasks.process.child import supervised
+from tasks.process.child import start_supervised
 
 HOST = "127.0.0.1"
 DRIP_S = 30.0
@@ -76,32 +76,32 @@ class Handler(BaseHTTPRequestHandler):
         route, name = split_path(self.path)
         drawing = self.server.drawings.get(name)
         if drawing is None or route == "gone":
-            self._say(HTTPStatus.NOT_FOUND)
+            self._send_status(HTTPStatus.NOT_FOUND)
         elif route == "img":
-            self._send(drawing)
+            self._send_body(drawing)
         elif route == "optout":
-            self._send(drawing, headers={"X-Robots-Tag": "noai, noimageai"})
+            self._send_body(drawing, headers={"X-Robots-Tag": "noai, noimageai"})
         elif route == "moved":
-            self._say(HTTPStatus.MOVED_PERMANENTLY, {"Location": f"/img/{name}"})
+            self._send_status(HTTPStatus.MOVED_PERMANENTLY, {"Location": f"/img/{name}"})
         elif route == "loop":
-            self._say(HTTPStatus.FOUND, {"Location": f"/loop/{name}"})
+            self._send_status(HTTPStatus.FOUND, {"Location": f"/loop/{name}"})
         elif route == "busy":
-            self._say(HTTPStatus.SERVICE_UNAVAILABLE, {"Retry-After": "120"})
+            self._send_status(HTTPStatus.SERVICE_UNAVAILABLE, {"Retry-After": "120"})
         elif route == "page":
-            self._send(PAGE, content_type="text/html")
+            self._send_body(PAGE, content_type="text/html")
         elif route == "broken":
-            self._send(drawing[: len(drawing) // 2])
+            self._send_body(drawing[: len(drawing) // 2])
         elif route == "cut":
             self._send_half(drawing)
         elif route == "slow":
             self._send_slowly(drawing)
         else:
-            self._say(HTTPStatus.NOT_FOUND)
+            self._send_status(HTTPStatus.NOT_FOUND)
 
     def log_message(self, format: str, *args: object) -> None:
         log.debug(format, *args)
 
-    def _head(self, length: int, content_type: str, headers: Mapping[str, str]) -> None:
+    def _send_head(self, length: int, content_type: str, headers: Mapping[str, str]) -> None:
         self.send_response(HTTPStatus.OK)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(length))
@@ -109,30 +109,30 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
 
-    def _send(
+    def _send_body(
         self,
         body: bytes,
         content_type: str = "image/webp",
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        self._head(len(body), content_type, headers or {})
+        self._send_head(len(body), content_type, headers or {})
         self.wfile.write(body)
 
     def _send_half(self, body: bytes) -> None:
         self.close_connection = True
-        self._head(len(body), "image/webp", {"Connection": "close"})
+        self._send_head(len(body), "image/webp", {"Connection": "close"})
         self.wfile.write(body[: len(body) // 2])
 
     def _send_slowly(self, body: bytes) -> None:
         self.close_connection = True
-        self._head(len(body), "image/webp", {"Connection": "close"})
+        self._send_head(len(body), "image/webp", {"Connection": "close"})
         pieces = max(1, round(self.server.drip_s / DRIP_PAUSE_S))
         size = -(-len(body) // pieces)
         for start in range(0, len(body), size):
             self.wfile.write(body[start : start + size])
             time.sleep(DRIP_PAUSE_S)
 
-    def _say(self, status: HTTPStatus, headers: Mapping[str, str] | None = None) -> None:
+    def _send_status(self, status: HTTPStatus, headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)
         for name, value in {**(headers or {}), "Content-Length": "0"}.items():
             self.send_header(name, value)
@@ -156,7 +156,7 @@ def read_web() -> dict[str, bytes]:
 
 
 @contextmanager
-def serving(config: DemoConfig) -> Iterator[None]:
+def serve_pictures(config: DemoConfig) -> Iterator[None]:
     """Serve the demo's pictures for the length of the block, from a process of its own.
 
     The server ends with the block, or with the caller, even if that is killed.
@@ -168,7 +168,7 @@ def serving(config: DemoConfig) -> Iterator[None]:
     command = [sys.executable, "-m", "tasks.demo.demo_web", "--port", str(config.port)]
     with tempfile.TemporaryDirectory(prefix="demo-web-") as folder:
         output = Path(folder) / "log"
-        with supervised(command, log=output, grace_s=GRACE_S) as process:
+        with start_supervised(command, log=output, grace_s=GRACE_S) as process:
             deadline = time.monotonic() + START_S
             while READY not in output.read_text(errors="replace"):
                 if process.poll() == PORT_TAKEN:

@@ -77,7 +77,7 @@ def write_metadata(source: Source, rows: Sequence[DemoRow], folder: Path) -> lis
 
 def laion_columns(row: DemoRow, number: int) -> dict[str, Any]:
     return {
-        "SAMPLE_ID": _bits("laion-id", row, number),
+        "SAMPLE_ID": _derive_bits("laion-id", row, number),
         "URL": row.url,
         "TEXT": row.caption,
         "HEIGHT": row.height,
@@ -92,7 +92,7 @@ def coyo_columns(row: DemoRow, number: int) -> dict[str, Any]:
     text = row.caption or ""
     words = len(text.split())
     return {
-        "id": _bits("coyo-id", row, number),
+        "id": _derive_bits("coyo-id", row, number),
         "url": row.url,
         "text": row.caption,
         "width": row.width,
@@ -108,7 +108,7 @@ def coyo_columns(row: DemoRow, number: int) -> dict[str, Any]:
         "nsfw_score_opennsfw2": NSFW_SCORE[row.safety],
         "nsfw_score_gantman": NSFW_SCORE[row.safety],
         "watermark_score": 0.95 if row.watermarked else 0.05,
-        "aesthetic_score_laion_v2": 4.0 + _bits("aesthetic", row, number) % 200 / 100,
+        "aesthetic_score_laion_v2": 4.0 + _derive_bits("aesthetic", row, number) % 200 / 100,
     }
 
 
@@ -118,7 +118,7 @@ WRITTEN_AS: Mapping[Source, tuple[pa.Schema, Callable[[DemoRow, int], dict[str, 
 }
 
 
-def _bits(purpose: str, row: DemoRow, number: int) -> int:
+def _derive_bits(purpose: str, row: DemoRow, number: int) -> int:
     """63 bits that tell rows apart, also where they repeat each other."""
     text = f"{purpose}\0{row.concept.key}\0{row.kind}\0{number}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -83,7 +83,7 @@ class DemoRow:
 
 def plan_rows(source: Source, concepts: Sequence[Concept], port: int) -> list[DemoRow]:
     """All rows of a source, in the order in which its files hold them."""
-    return _Planner(source, concepts, port).rows()
+    return _Planner(source, concepts, port).list_rows()
 
 
 SPELLINGS: dict[str, Callable[[str], str]] = {
@@ -108,7 +108,7 @@ NOT_HTTP = (
 """URLs that no downloader may fetch."""
 
 
-def _long(row: DemoRow) -> DemoRow:
+def _lengthen_caption(row: DemoRow) -> DemoRow:
     return replace(row, caption=f"{row.caption} " * 200)
 
 
@@ -117,7 +117,7 @@ FILTERED: dict[str, tuple[int, Callable[[DemoRow], DemoRow]]] = {
     "null-caption": (6, lambda row: replace(row, caption=None)),
     "empty-caption": (4, lambda row: replace(row, caption="  ")),
     "short-caption": (10, lambda row: replace(row, caption="a")),
-    "long-caption": (3, _long),
+    "long-caption": (3, _lengthen_caption),
     "low-similarity": (30, lambda row: replace(row, similarity=0.1)),
     "null-similarity": (4, lambda row: replace(row, similarity=None)),
     "corrupt-similarity": (1, lambda row: replace(row, similarity=6016.0)),
@@ -139,51 +139,51 @@ class _Planner:
     concepts: Sequence[Concept]
     port: int
 
-    def rows(self) -> list[DemoRow]:
-        rows = [*self._one_each(), *self._added()]
-        order = [_hash(self.source, str(number)) for number in range(len(rows))]
+    def list_rows(self) -> list[DemoRow]:
+        rows = [*self._one_each(), *self._added_rows()]
+        order = [_hash_words(self.source, str(number)) for number in range(len(rows))]
         return [rows[number] for number in sorted(range(len(rows)), key=order.__getitem__)]
 
     def _one_each(self) -> list[DemoRow]:
         """One row per concept, a few of them damaged."""
-        rows = {concept.key: self._row(concept, "img") for concept in self.concepts}
-        spare = iter(_shuffled(self.concepts, self.source, "damaged"))
+        rows = {concept.key: self._make_row(concept, "img") for concept in self.concepts}
+        spare = iter(_shuffle_concepts(self.concepts, self.source, "damaged"))
         for route, count in DAMAGED.items():
-            for concept in _take(spare, count):
-                rows[concept.key] = self._row(concept, route)
-        for concept in _take(spare, UNENCODED):
+            for concept in _take_concepts(spare, count):
+                rows[concept.key] = self._make_row(concept, route)
+        for concept in _take_concepts(spare, UNENCODED):
             row = rows[concept.key]
             url = f"{row.url}?alt={concept.name} – Ünïcode"
             rows[concept.key] = replace(row, url=url, kind="unencoded")
-        for concept in _take(spare, ENTITIES if self.source == "laion2b" else 0):
+        for concept in _take_concepts(spare, ENTITIES if self.source == "laion2b" else 0):
             row = rows[concept.key]
             caption = html.escape(f'"{concept.name}" & more: {row.caption}')
             rows[concept.key] = replace(row, caption=caption, kind="entities")
         return list(rows.values())
 
-    def _added(self) -> Iterator[DemoRow]:
-        spare = iter(_shuffled(self.concepts, self.source, "added"))
+    def _added_rows(self) -> Iterator[DemoRow]:
+        spare = iter(_shuffle_concepts(self.concepts, self.source, "added"))
         for route, count in ADDED.items():
-            for concept in _take(spare, count):
-                yield self._copy(concept, route, route)
+            for concept in _take_concepts(spare, count):
+                yield self._copy_row(concept, route, route)
         for kind, (count, odd) in FILTERED.items():
             if kind == "watermarked" and self.source == "laion2b":
                 continue  # LAION-2B as first published has no watermark score
-            for concept in _take(spare, count):
-                yield odd(self._copy(concept, "img", kind))
-        for concept, url in zip(_take(spare, len(NOT_HTTP)), NOT_HTTP, strict=True):
-            yield replace(self._row(concept, "img"), url=url, kind="not-http")
-        yield from self._repeats()
+            for concept in _take_concepts(spare, count):
+                yield odd(self._copy_row(concept, "img", kind))
+        for concept, url in zip(_take_concepts(spare, len(NOT_HTTP)), NOT_HTTP, strict=True):
+            yield replace(self._make_row(concept, "img"), url=url, kind="not-http")
+        yield from self._repeated_rows()
 
-    def _repeats(self) -> Iterator[DemoRow]:
-        sound = iter(_shuffled([*self._sound()], self.source, "repeats"))
-        for concept in _take(sound, REPEATED):
-            yield self._again(concept, "repeated")
-        for concept in _take(sound, RECAPTIONED):
-            yield replace(self._again(concept, "recaptioned"), caption=f"emoji {concept.name}")
+    def _repeated_rows(self) -> Iterator[DemoRow]:
+        sound = iter(_shuffle_concepts([*self._sound_concepts()], self.source, "repeats"))
+        for concept in _take_concepts(sound, REPEATED):
+            yield self._repeat_row(concept, "repeated")
+        for concept in _take_concepts(sound, RECAPTIONED):
+            yield replace(self._repeat_row(concept, "recaptioned"), caption=f"emoji {concept.name}")
         for spelling, respell in SPELLINGS.items():
-            for concept in _take(sound, SPELLINGS_EACH):
-                row = self._again(concept, spelling)
+            for concept in _take_concepts(sound, SPELLINGS_EACH):
+                row = self._repeat_row(concept, spelling)
                 yield replace(row, url=respell(row.url or ""))
         for row in self._one_each():
             if row.kind == "unencoded":
@@ -191,40 +191,40 @@ class _Planner:
                 escapes_in_lower_case = url.replace("%C3", "%c3").replace("%AF", "%af")
                 yield replace(_less_similar(row), url=escapes_in_lower_case, kind="escape-case")
         if self.source == "coyo700m":
-            yield from self._shared()
+            yield from self._shared_rows()
 
-    def _shared(self) -> Iterator[DemoRow]:
+    def _shared_rows(self) -> Iterator[DemoRow]:
         """Rows whose picture another source lists as well."""
         laion = _Planner("laion2b", self.concepts, self.port)
-        sound = iter(_shuffled([*laion._sound()], self.source, "shared"))
-        for concept in _take(sound, SHARED):
-            yield replace(laion._again(concept, "shared"), caption=f"emoji {concept.name}")
-        for concept in _take(sound, SHARED_SPELT_OTHERWISE):
-            row = laion._again(concept, "shared-spelt-otherwise")
+        sound = iter(_shuffle_concepts([*laion._sound_concepts()], self.source, "shared"))
+        for concept in _take_concepts(sound, SHARED):
+            yield replace(laion._repeat_row(concept, "shared"), caption=f"emoji {concept.name}")
+        for concept in _take_concepts(sound, SHARED_SPELT_OTHERWISE):
+            row = laion._repeat_row(concept, "shared-spelt-otherwise")
             url = SPELLINGS["fragment"](row.url or "")
             yield replace(row, url=url, caption=f"emoji {concept.name}")
 
-    def _sound(self) -> Iterator[Concept]:
+    def _sound_concepts(self) -> Iterator[Concept]:
         return (row.concept for row in self._one_each() if row.kind == "sound")
 
-    def _row(self, concept: Concept, route: Route) -> DemoRow:
+    def _make_row(self, concept: Concept, route: Route) -> DemoRow:
         return DemoRow(
             concept=concept,
-            url=self._url(concept, route),
+            url=self._make_url(concept, route),
             caption=concept.noto if self.source == "laion2b" else concept.fluent,
-            similarity=0.30 + _hash(self.source, "similarity", concept.key) % 1000 / 1e4,
+            similarity=0.30 + _hash_words(self.source, "similarity", concept.key) % 1000 / 1e4,
             kind="sound" if route == "img" else route,
         )
 
-    def _copy(self, concept: Concept, route: Route, kind: str) -> DemoRow:
+    def _copy_row(self, concept: Concept, route: Route, kind: str) -> DemoRow:
         """A further row with a URL of its own, so that it does not repeat the concept's row."""
-        row = self._row(concept, route)
+        row = self._make_row(concept, route)
         return replace(row, url=f"{row.url}?copy={kind}", kind=kind)
 
-    def _again(self, concept: Concept, kind: str) -> DemoRow:
-        return replace(_less_similar(self._row(concept, "img")), kind=kind)
+    def _repeat_row(self, concept: Concept, kind: str) -> DemoRow:
+        return replace(_less_similar(self._make_row(concept, "img")), kind=kind)
 
-    def _url(self, concept: Concept, route: Route) -> str:
+    def _make_url(self, concept: Concept, route: Route) -> str:
         port = DEAD_PORT if route == "dead" else self.port
         return f"http://127.0.0.1:{port}/{route}/{ARTIST_OF[self.source]}/{concept.key}.webp"
 
@@ -234,15 +234,15 @@ def _less_similar(row: DemoRow) -> DemoRow:
     return replace(row, similarity=(row.similarity or 0.0) - 0.01)
 
 
-def _shuffled(concepts: Sequence[Concept], *salt: str) -> list[Concept]:
-    return sorted(concepts, key=lambda concept: _hash(*salt, concept.key))
+def _shuffle_concepts(concepts: Sequence[Concept], *salt: str) -> list[Concept]:
+    return sorted(concepts, key=lambda concept: _hash_words(*salt, concept.key))
 
 
-def _take(concepts: Iterator[Concept], count: int) -> list[Concept]:
+def _take_concepts(concepts: Iterator[Concept], count: int) -> list[Concept]:
     return [next(concepts) for _ in range(count)]
 
 
-def _hash(*parts: str) -> int:
+def _hash_words(*parts: str) -> int:
     """63 bits of SHA-256."""
     digest = hashlib.sha256("\0".join(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -16,12 +16,12 @@ from tasks.demo.config import DemoConfig
 from tasks.demo.demo_evalsets import write_eval_sets
 from tasks.demo.metadata import write_metadata
 from tasks.demo.web_plan import Source, plan_rows
-from tasks.progress import Report, silent
+from tasks.progress import Report, report_nothing
 
 SOURCES: tuple[Source, ...] = get_args(Source)
 
 
-def make_demo(config: DemoConfig, out: Path, report: Report = silent) -> Made:
+def make_demo(config: DemoConfig, out: Path, report: Report = report_nothing) -> Made:
     """Write `metadata/SOURCE/*.parquet` and `eval/SET/...` into `out`.
 
     Counts: concepts, and rows per source as `SOURCE.rows`.

@@ -27,19 +27,19 @@ def address_is_allowed(ip: str, allowed_networks: Sequence[str] = ()) -> bool:
 
     IPv6 addresses that carry an IPv4 address (mapped, 6to4, Teredo, NAT64) are judged by it, too.
     """
-    address = _unmapped(ip_address(ip.partition("%")[0]))
+    address = _unmap_address(ip_address(ip.partition("%")[0]))
     if any(address in ip_network(network) for network in allowed_networks):
         return True
-    return _is_public(address) and all(map(_is_public, _carried(address)))
+    return _is_public(address) and all(map(_is_public, _embedded_addresses(address)))
 
 
-def _unmapped(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
+def _unmap_address(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
     """`::ffff:a.b.c.d` reaches the host a.b.c.d, so it is that host."""
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
     return mapped or address
 
 
-def _carried(address: IPv4Address | IPv6Address) -> list[IPv4Address]:
+def _embedded_addresses(address: IPv4Address | IPv6Address) -> list[IPv4Address]:
     """IPv4 addresses that a gateway may turn this IPv6 address into."""
     if isinstance(address, IPv4Address):
         return []
@@ -51,7 +51,7 @@ def _carried(address: IPv4Address | IPv6Address) -> list[IPv4Address]:
 
 def _is_public(address: IPv4Address | IPv6Address) -> bool:
     # 6to4, Teredo and NAT64 prefixes are no addresses of their own: _carried decides about them
-    carrier = bool(_carried(address))
+    carrier = bool(_embedded_addresses(address))
     return (
         (carrier or address.is_global)
         and not address.is_multicast

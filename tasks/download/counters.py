@@ -39,22 +39,22 @@ class OutcomeCounter:
         self._counts: Counter[Outcome] = Counter()
         self._bytes = 0
         self._lock = threading.Lock()
-        self._write(os.getpid())
+        self._write_counts(os.getpid())
 
-    def add(self, outcome: Outcome, fetched_bytes: int) -> None:
+    def count_outcome(self, outcome: Outcome, fetched_bytes: int) -> None:
         with self._lock:
             self._counts[outcome] += 1
             self._bytes += fetched_bytes
-            self._write(os.getpid())
+            self._write_counts(os.getpid())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._write(0)
+        self._write_counts(0)
         os.close(self._file)
 
-    def _write(self, process: int) -> None:
+    def _write_counts(self, process: int) -> None:
         numbers = (self._counts[word] for word in _ORDER)
         os.pwrite(self._file, _LAYOUT.pack(process, self._bytes, *numbers), 0)
 
@@ -72,7 +72,7 @@ class CounterReader:
         taken, self._shards = self._shards, []
         return taken
 
-    def read(self) -> Progress:
+    def read_counts(self) -> Progress:
         """The counts of now."""
         total = self._finished
         for file in self._folder.glob("*.counts"):
@@ -82,15 +82,15 @@ class CounterReader:
             process, fetched_bytes, *numbers = _LAYOUT.unpack(content)
             counts = Counter(dict(zip(_ORDER, numbers, strict=True)))
             busy = frozenset({process} - {0})
-            total = _added(total, Progress(counts, fetched_bytes, busy))
+            total = _add_progress(total, Progress(counts, fetched_bytes, busy))
             if not process:
-                self._finished = _added(self._finished, Progress(counts, fetched_bytes))
+                self._finished = _add_progress(self._finished, Progress(counts, fetched_bytes))
                 self._shards.append(int(file.stem))
                 file.unlink()
         return total
 
 
-def _added(one: Progress, other: Progress) -> Progress:
+def _add_progress(one: Progress, other: Progress) -> Progress:
     return Progress(
         one.counts + other.counts,
         one.fetched_bytes + other.fetched_bytes,

@@ -95,16 +95,18 @@ def download_images(
     plan = plan_download(merged, config)
     order = _Order(out, config, crew, report)
     first = _Pass(1, order, plan, rows_before=0)
-    done = [_completed(first, out)]
-    _judge(config, first, done[0])
+    done = [_require_shards(first, out)]
+    _judge_success(config, first, done[0])
     columns = (*plan.extra_columns, CAPTION_COLUMN, URL_COLUMN)
     last = first
     for number in range(2, config.passes + 1):
         if not retry_passes.rows_to_retry(done[-1]):
             break
-        folder = _folder(out, number)
+        folder = _pass_folder(out, number)
         if not (folder / ROWS_FOLDER).exists():
-            _wait(retry_passes.wait_before(done[-1], config.pass_wait_s), plan.rows, report)
+            _wait_before_pass(
+                retry_passes.wait_before(done[-1], config.pass_wait_s), plan.rows, report
+            )
             folder.mkdir(exist_ok=True)
             retry_passes.write_rows_to_retry(
                 done[-1], last.shards, columns, folder / ROWS_FOLDER, config.samples_per_shard
@@ -113,8 +115,8 @@ def download_images(
         again = plan_download(folder / ROWS_FOLDER, config, begin)
         rows_before = sum(shard.planned.rows for finished in done for shard in finished)
         last = _Pass(number, order, again, rows_before, first)
-        done.append(_completed(last, out))
-    made = _describe(out, plan, done)
+        done.append(_require_shards(last, out))
+    made = _describe_made(out, plan, done)
     report(plan.rows, plan.rows, f"{made.counts['samples']:,} images")
     return made
 
@@ -140,8 +142,8 @@ class _Pass:
         rows_before: int,
         first: _Pass | None = None,
     ) -> None:
-        folder = _folder(order.out, number)
-        _claim(folder, plan)
+        folder = _pass_folder(order.out, number)
+        _claim_folder(folder, plan)
         self.number = number
         self.plan = plan
         self.shards = folder / SHARDS_FOLDER
@@ -153,28 +155,30 @@ class _Pass:
         self._ledger = Ledger(folder / "checked.jsonl", self.shards)
         self._finished: list[FinishedShard] = []
         self._problems: list[str] = []
-        self._look()
+        self._check_shards()
 
     @property
     def is_finished(self) -> bool:
         return len(self._finished) == len(self.plan.shards)
 
-    def complete(self) -> list[FinishedShard]:
+    def complete_shards(self) -> list[FinishedShard]:
         """Download until every shard is whole; return them."""
-        self._tidy()
+        self._remove_unfinished()
         config, crew = self._order.config, self._order.crew
         work, idle_starts = self._folder / WORK_FOLDER, 0
         while not self.is_finished and idle_starts < IDLE_STARTS:
             whole_before = {shard.planned for shard in self._finished}
             rows_left = self.plan.rows - sum(shard.planned.rows for shard in self._finished)
-            _preflight(self._folder, rows_left, config, crew.threads)
+            _check_before_start(self._folder, rows_left, config, crew.threads)
             try:
                 with suppress(_LostWorker):
-                    self._run(_prepare(work, self._folder, self.plan, config, crew))
+                    self._run_img2dataset(
+                        _lay_out_inputs(work, self._folder, self.plan, config, crew)
+                    )
             finally:
-                self._look()
+                self._check_shards()
                 lost = self._forget_shards_without_network(whole_before)
-            self._tidy()
+            self._remove_unfinished()
             if lost is not None:
                 raise InputError(lost)
             idle_starts = 0 if len(self._finished) > len(whole_before) else idle_starts + 1
@@ -183,16 +187,16 @@ class _Pass:
             raise _not_finished(self._folder, self._problems)
         return self._finished
 
-    def _look(self) -> None:
+    def _check_shards(self) -> None:
         """Find out which shards are whole, and why others are not."""
         self._finished, self._problems = [], []
         for planned in self.plan.shards:
             try:
-                self._finished.append(self._ledger.check(planned))
+                self._finished.append(self._ledger.check_planned(planned))
             except BrokenShard as problem:
                 self._problems.append(str(problem))
 
-    def _tidy(self) -> None:
+    def _remove_unfinished(self) -> None:
         """Remove everything but whole shards."""
         wanted = {
             path for shard in self._finished for path in shard_files(self.shards, shard.planned)
@@ -227,7 +231,7 @@ class _Pass:
         if problem is not None:
             for shard in lost:
                 remove_shard(self.shards, shard.planned)
-            self._look()
+            self._check_shards()
         return problem
 
     def _network_gone(self, counts: Counter[Outcome]) -> str | None:
@@ -237,7 +241,7 @@ class _Pass:
         silent = silent_hosts(first._finished, first.shards, self._order.config)
         return network_gone(counts, silent) if silent else None
 
-    def _run(self, job: WorkerJob) -> None:
+    def _run_img2dataset(self, job: WorkerJob) -> None:
         """Run img2dataset to its end, reporting URLs as they are done.
 
         Raises:
@@ -254,18 +258,18 @@ class _Pass:
 
         def poll() -> None:
             nonlocal moved, tried, noted, asked
-            progress, now = reader.read(), time.monotonic()
+            progress, now = reader.read_counts(), time.monotonic()
             if progress.counts.total() != tried:
                 moved, tried = now, progress.counts.total()
             for number in reader.take_finished():
                 with suppress(BrokenShard):  # it will be found again when all is looked at
-                    self._ledger.check(self.plan.shards[number - job.first_number])
-            watch.see(now, progress)
+                    self._ledger.check_planned(self.plan.shards[number - job.first_number])
+            watch.take_progress(now, progress)
             prefix = f"pass {self.number}: " if self.number > 1 else ""
-            self._order.report(watch.rows_done, self.plan.rows, prefix + watch.line())
+            self._order.report(watch.rows_done, self.plan.rows, prefix + watch.progress_line())
             if now - noted > NOTE_EVERY_S:
                 noted = now
-                self._note(watch)
+                self._log_figures(watch)
             # its pool never hears of a killed process and would wait for that shard for ever
             is_here = job.distributor == "multiprocessing"
             if (is_here and not all(map(_is_alive, progress.busy))) or now - moved > stall_s:
@@ -287,14 +291,14 @@ class _Pass:
             [sys.executable, "-m", "tasks.download.download_worker", str(path)],
             log=self._folder / LOG,
             grace_s=GRACE_S,
-            env=_environment(),
+            env=_worker_environment(),
             poll=poll,
         )
 
-    def _note(self, watch: Watch) -> None:
+    def _log_figures(self, watch: Watch) -> None:
         """Add the figures of now to the file that tracking follows; steps are rows tried."""
         step = self._rows_before + watch.rows_done
-        line = {"step": step, "time": time.time(), **watch.figures()}
+        line = {"step": step, "time": time.time(), **watch.progress_figures()}
         with (self._order.out / PROGRESS).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -303,21 +307,21 @@ class _LostWorker(Exception):
     """A downloading process is gone, so that img2dataset would not end by itself."""
 
 
-def _folder(out: Path, number: int) -> Path:
+def _pass_folder(out: Path, number: int) -> Path:
     """Where a pass has its files."""
     return out if number == 1 else out / f"pass-{number}"
 
 
-def _completed(wanted: _Pass, out: Path) -> list[FinishedShard]:
+def _require_shards(wanted: _Pass, out: Path) -> list[FinishedShard]:
     """The shards of a pass. If one of them is missing, later passes were made from others."""
     if not wanted.is_finished:
         for folder in out.glob("pass-*"):
             if int(folder.name.removeprefix("pass-")) > wanted.number:
                 shutil.rmtree(folder)
-    return wanted.complete()
+    return wanted.complete_shards()
 
 
-def _wait(seconds: float, rows: int, report: Report) -> None:
+def _wait_before_pass(seconds: float, rows: int, report: Report) -> None:
     """Pause before a further pass, saying so."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
@@ -325,7 +329,7 @@ def _wait(seconds: float, rows: int, report: Report) -> None:
         time.sleep(min(left, 1.0))
 
 
-def _claim(out: Path, plan: Plan) -> None:
+def _claim_folder(out: Path, plan: Plan) -> None:
     """Mark `out` as belonging to this plan.
 
     Raises:
@@ -342,7 +346,7 @@ def _claim(out: Path, plan: Plan) -> None:
         )
 
 
-def _preflight(out: Path, rows: int, config: DownloadConfig, threads: int) -> None:
+def _check_before_start(out: Path, rows: int, config: DownloadConfig, threads: int) -> None:
     """Refuse what would fail hours later.
 
     Raises:
@@ -362,7 +366,9 @@ def _preflight(out: Path, rows: int, config: DownloadConfig, threads: int) -> No
         )
 
 
-def _prepare(work: Path, folder: Path, plan: Plan, config: DownloadConfig, crew: Crew) -> WorkerJob:
+def _lay_out_inputs(
+    work: Path, folder: Path, plan: Plan, config: DownloadConfig, crew: Crew
+) -> WorkerJob:
     """Lay out the inputs of one call: links whose order by name is the plan's order."""
     shutil.rmtree(work, ignore_errors=True)
     inputs, counters = work / "inputs", work / "counters"
@@ -391,7 +397,7 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _environment() -> dict[str, str]:
+def _worker_environment() -> dict[str, str]:
     """The worker's: nothing that phones home, one CPU thread a process."""
     return {
         **os.environ,
@@ -416,7 +422,7 @@ def _not_finished(out: Path, problems: Sequence[str]) -> Exception:
     )
 
 
-def _judge(config: DownloadConfig, first: _Pass, finished: Sequence[FinishedShard]) -> None:
+def _judge_success(config: DownloadConfig, first: _Pass, finished: Sequence[FinishedShard]) -> None:
     """Refuse a systematic failure, and forget the shards that it spoiled so that they are redone.
 
     Raises:
@@ -431,7 +437,7 @@ def _judge(config: DownloadConfig, first: _Pass, finished: Sequence[FinishedShar
     raise InputError(network_trouble(outcomes) or dead_links(outcomes, config.min_success_rate))
 
 
-def _describe(out: Path, plan: Plan, done: Sequence[Sequence[FinishedShard]]) -> Made:
+def _describe_made(out: Path, plan: Plan, done: Sequence[Sequence[FinishedShard]]) -> Made:
     """Write the report and name the artifact's files.
 
     Raises:
@@ -467,6 +473,6 @@ def _describe(out: Path, plan: Plan, done: Sequence[Sequence[FinishedShard]]) ->
         path
         for number, finished in enumerate(done, start=1)
         for shard in finished
-        for path in shard_files(_folder(out, number) / SHARDS_FOLDER, shard.planned)
+        for path in shard_files(_pass_folder(out, number) / SHARDS_FOLDER, shard.planned)
     )
     return Made(counts, (out / REPORT,), bulk=shards)

@@ -57,7 +57,7 @@ def open_files_needed(threads: int) -> int:
     return FILES_PER_THREAD * threads + OTHER_FILES
 
 
-def run(job: WorkerJob) -> None:
+def run_download(job: WorkerJob) -> None:
     """Download everything in `job` that is not there yet."""
     _raise_open_files(open_files_needed(job.threads))
     config = job.config
@@ -145,4 +145,4 @@ def _raise_open_files(wanted: int) -> None:
 
 if __name__ == "__main__":
     path = Path(sys.argv[1])
-    run(WorkerJob.from_mapping(json.loads(path.read_text()), where=str(path)))
+    run_download(WorkerJob.from_mapping(json.loads(path.read_text()), where=str(path)))

@@ -33,7 +33,7 @@ from tasks.download import fetch_outcome, robots
 from tasks.download.addresses import address_is_allowed
 from tasks.download.config import DownloadConfig
 from tasks.download.host_rate_limiter import HostGate
-from tasks.download.optout import declines
+from tasks.download.optout import declines_use
 
 CHUNK_BYTES = 1 << 16
 MAX_REDIRECTS = 10
@@ -60,14 +60,14 @@ class Deadline(threading.local):
     def __init__(self) -> None:
         self.end = float("inf")
 
-    def start(self, seconds: float) -> None:
+    def start_clock(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
 
-    def extend(self, seconds: float) -> None:
+    def extend_by(self, seconds: float) -> None:
         """Give back time that was spent waiting for others."""
         self.end += seconds
 
-    def left(self, at_most: float | None = None) -> float:
+    def seconds_left(self, at_most: float | None = None) -> float:
         """Seconds left, no more than `at_most`.
 
         Raises:
@@ -87,14 +87,14 @@ class Fetcher:
         self._deadline = Deadline()
         self._opener = guarded_opener(config, self._deadline)
         self._hosts = HostGate(config.host_connections, config.rest_after, config.max_rest_s)
-        self._robots = robots.Robots(self._rules, config.user_agent_token)
+        self._robots = robots.Robots(self._fetch_robots, config.user_agent_token)
         contact = f"; +{config.contact}" if config.contact else ""
         self._headers = {
             "User-Agent": f"Mozilla/5.0 (compatible; {config.user_agent_token}{contact})",
             "Accept": "image/*,*/*;q=0.5",
         }
 
-    def get(self, url: str, digest: str | None = None) -> tuple[bytes | None, str | None]:
+    def fetch_image(self, url: str, digest: str | None = None) -> tuple[bytes | None, str | None]:
         """The body of `url`, or None and why there is none.
 
         Tries again until it works, fails for good, or time or tries are used up.
@@ -104,10 +104,10 @@ class Fetcher:
         """
         config, message = self._config, ""
         earlier: str | None = None
-        self._deadline.start(config.deadline_s)
+        self._deadline.start_clock(config.deadline_s)
         wait_s = config.retry_wait_s
         for tries_left in reversed(range(config.retries + 1)):
-            body, message = self._try(url, digest)
+            body, message = self._try_once(url, digest)
             if body is not None:
                 return body, None
             if message == fetch_outcome.DEADLINE and earlier is not None:
@@ -123,7 +123,7 @@ class Fetcher:
             wait_s, earlier = wait_s * 2, message
         return None, message
 
-    def _try(self, url: str, digest: str | None) -> tuple[bytes | None, str]:
+    def _try_once(self, url: str, digest: str | None) -> tuple[bytes | None, str]:
         """One attempt: the body, or why there is none.
 
         Every hop of a redirect holds a slot of its own host alone: with two at once, two hosts that
@@ -133,21 +133,21 @@ class Fetcher:
             for _ in range(MAX_REDIRECTS + 1):
                 host = (urlsplit(url).hostname or "").rstrip(".")
                 asked = time.monotonic()
-                with self._hosts.visiting(host):
-                    self._deadline.extend(time.monotonic() - asked)
-                    if self._hosts.rests(host):
+                with self._hosts.hold_slot(host):
+                    self._deadline.extend_by(time.monotonic() - asked)
+                    if self._hosts.is_resting(host):
                         return None, fetch_outcome.HOST_RESTS
                     try:
-                        return self._visit(url, host, digest), ""
+                        return self._visit_host(url, host, digest), ""
                     except Redirected as redirect:
-                        self._hosts.answered(host, busy=False, retry_after_s=0)
+                        self._hosts.note_answer(host, busy=False, retry_after_s=0)
                         url = redirect.url
             return None, f"HTTP Error 302: more than {MAX_REDIRECTS} redirects"
         # whatever a hostile answer makes the libraries raise is this URL's failure, not the shard's
         except Exception as error:
             return None, str(error) or repr(error)
 
-    def _visit(self, url: str, host: str, digest: str | None) -> bytes:
+    def _visit_host(self, url: str, host: str, digest: str | None) -> bytes:
         """Ask for `url`, and tell the gate how its host answered.
 
         Raises:
@@ -155,32 +155,32 @@ class Fetcher:
             Exception: whatever else came of it; the text says what.
         """
         config = self._config
-        if config.respect_robots and not self._robots.allows(url):
+        if config.respect_robots and not self._robots.is_allowed(url):
             raise Refused(fetch_outcome.ROBOTS_TXT)
         try:
-            with self._open(url) as response:
-                self._hosts.answered(host, busy=False, retry_after_s=0)
+            with self._open_url(url) as response:
+                self._hosts.note_answer(host, busy=False, retry_after_s=0)
                 _refuse_unwanted(response, config)
                 body: bytes = response.read()
         except urllib.error.HTTPError as error:
             with error:
                 wanted_s = retry_after(error.headers.get("Retry-After"), datetime.now(UTC))
                 busy = error.code in fetch_outcome.BUSY_STATUSES
-                self._hosts.answered(host, busy=busy, retry_after_s=wanted_s or 0)
+                self._hosts.note_answer(host, busy=busy, retry_after_s=wanted_s or 0)
                 raise OSError(fetch_outcome.with_retry_after(str(error), wanted_s)) from None
         if digest and hashlib.new(config.hash_algorithm, body).hexdigest() != digest.lower():
             raise Refused(fetch_outcome.HASH_MISMATCH)
         return body
 
-    def _open(self, url: str) -> Any:
+    def _open_url(self, url: str) -> Any:
         request = urllib.request.Request(url, headers=self._headers)
         return self._opener.open(request, timeout=self._config.timeout_s)
 
-    def _rules(self, place: str) -> bytes | None:
+    def _fetch_robots(self, place: str) -> bytes | None:
         try:
             for _ in range(MAX_RULES_REDIRECTS + 1):
                 try:
-                    with self._open(place) as response:
+                    with self._open_url(place) as response:
                         content: bytes = response.read(robots.MAX_BYTES)
                         return content
                 except Redirected as redirect:
@@ -227,7 +227,7 @@ def _refuse_unwanted(response: http.client.HTTPResponse, config: DownloadConfig)
 
 
 def _refuse_declined(headers: http.client.HTTPMessage, config: DownloadConfig) -> None:
-    if declines(
+    if declines_use(
         headers,
         token=config.user_agent_token,
         directives=config.disallowed_directives,
@@ -266,10 +266,10 @@ class _GuardedHandler(urllib.request.AbstractHTTPHandler):
         self._tls = ssl.create_default_context()
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self._answer(request, None)
+        return self._send_request(request, None)
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self._answer(request, self._tls)
+        return self._send_request(request, self._tls)
 
     def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
         return self.do_request_(request)  # type: ignore[attr-defined, no-any-return]
@@ -285,7 +285,7 @@ class _GuardedHandler(urllib.request.AbstractHTTPHandler):
     https_request = http_request
     https_response = http_response
 
-    def _answer(
+    def _send_request(
         self, request: urllib.request.Request, tls: ssl.SSLContext | None
     ) -> http.client.HTTPResponse:
         connection = partial(_Connection, config=self._config, deadline=self._deadline, tls=tls)
@@ -314,12 +314,12 @@ class _Connection(http.client.HTTPConnection):
         )
 
     def connect(self) -> None:
-        sock = _connect(
+        sock = _connect_allowed(
             self.host, self.port, self._config.allowed_networks, self._deadline, self.timeout
         )
         if self._tls is not None:
             try:
-                sock.settimeout(self._deadline.left(self.timeout))
+                sock.settimeout(self._deadline.seconds_left(self.timeout))
                 sock = self._tls.wrap_socket(sock, server_hostname=self.host)
             except BaseException:
                 sock.close()
@@ -327,7 +327,7 @@ class _Connection(http.client.HTTPConnection):
         self.sock = sock
 
 
-def _connect(
+def _connect_allowed(
     host: str,
     port: int,
     allowed_networks: Sequence[str],
@@ -346,7 +346,7 @@ def _connect(
             continue
         sock = socket.socket(family, kind, protocol)
         try:
-            sock.settimeout(deadline.left(timeout_s))
+            sock.settimeout(deadline.seconds_left(timeout_s))
             sock.connect(target)
         except OSError as error:
             sock.close()
@@ -413,11 +413,11 @@ class _DeadlineReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(self._deadline.left(self._timeout_s))
+        self._sock.settimeout(self._deadline.seconds_left(self._timeout_s))
         try:
             return self._raw.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
         except TimeoutError:
-            self._deadline.left()
+            self._deadline.seconds_left()
             raise
 
     def close(self) -> None:

@@ -41,30 +41,30 @@ class HostGate:
         self._lock = threading.Lock()
 
     @contextmanager
-    def visiting(self, name: str) -> Iterator[None]:
+    def hold_slot(self, name: str) -> Iterator[None]:
         """Hold one of the host's slots; waits until one is free.
 
         The wait is bounded: every holder is under its deadline, and no more threads wait than
         there are.
         """
-        host = self._host(name)
+        host = self._get_host(name)
         with host.slots:
             yield
 
-    def rests(self, name: str) -> bool:
+    def is_resting(self, name: str) -> bool:
         """Whether the host is to be left alone now."""
         with self._lock:
             host = self._hosts.get(name)
             return host is not None and self._clock() < host.rests_until
 
-    def answered(self, name: str, *, busy: bool, retry_after_s: float) -> None:
+    def note_answer(self, name: str, *, busy: bool, retry_after_s: float) -> None:
         """Note an answer of the host.
 
         Args:
             busy: it was a refusal for being busy.
             retry_after_s: how long the host asked to wait; 0 if it did not say.
         """
-        host = self._host(name)
+        host = self._get_host(name)
         with self._lock:
             if not busy:
                 host.refusals = 0
@@ -75,7 +75,7 @@ class HostGate:
                 rest_s = min(max(retry_after_s, 2.0 ** min(beyond, 30)), self._max_rest_s)
                 host.rests_until = self._clock() + rest_s
 
-    def _host(self, name: str) -> _Host:
+    def _get_host(self, name: str) -> _Host:
         with self._lock:
             if name not in self._hosts:
                 self._hosts[name] = _Host(threading.Semaphore(self._connections))

@@ -63,7 +63,7 @@ class HardenedDownloader(Downloader):
             # img2dataset looks this name up in its module for every URL; there is no other way
             # in. importlib, because a package's attribute of a module's name may be a function.
             module: Any = importlib.import_module("img2dataset.downloader")
-            module.download_image_with_retry = partial(_fetch, fetcher, digests, counter)
+            module.download_image_with_retry = partial(_fetch_row, fetcher, digests, counter)
             done: tuple[bool, tuple[int, str]] = super().__call__(row)
         return done
 
@@ -80,7 +80,7 @@ def _expected_hashes(rows_file: str, config: DownloadConfig) -> Sequence[str | N
     return values
 
 
-def _fetch(
+def _fetch_row(
     fetcher: Fetcher,
     digests: Sequence[str | None],
     counter: OutcomeCounter,
@@ -89,8 +89,10 @@ def _fetch(
 ) -> tuple[int, io.BytesIO | None, str | None]:
     """What img2dataset calls for a row (its place, URL), with options that the fetcher knows."""
     place, url = row
-    body, message = fetcher.get(url, digests[place] if digests else None)
-    counter.add(outcome_of("success" if message is None else "failed", message), len(body or b""))
+    body, message = fetcher.fetch_image(url, digests[place] if digests else None)
+    counter.count_outcome(
+        outcome_of("success" if message is None else "failed", message), len(body or b"")
+    )
     return place, None if body is None else io.BytesIO(body), message
 
 

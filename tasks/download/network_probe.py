@@ -47,10 +47,10 @@ def silent_hosts(finished: Sequence[FinishedShard], shards: Path, config: Downlo
     fetcher = Fetcher(config.model_copy(update=limits))
 
     def answers(url: str) -> bool:
-        body, message = fetcher.get(url)
+        body, message = fetcher.fetch_image(url)
         return body is not None or outcome_of("failed_to_download", message) not in NETWORK
 
-    urls = list(_witnesses(finished, shards))
+    urls = list(_pick_urls(finished, shards))
     with ThreadPoolExecutor(AT_ONCE, "witness") as pool:
         for begin in range(0, len(urls), AT_ONCE):
             if any(pool.map(answers, urls[begin : begin + AT_ONCE])):
@@ -68,7 +68,7 @@ def network_gone(counts: Counter[Outcome], silent: int) -> str:
     )
 
 
-def _witnesses(finished: Sequence[FinishedShard], shards: Path) -> Iterator[str]:
+def _pick_urls(finished: Sequence[FinishedShard], shards: Path) -> Iterator[str]:
     """URLs that gave images, of different hosts, the newest shards first."""
     hosts: set[str] = set()
     for shard in reversed(finished):

@@ -18,7 +18,7 @@ _WITH_A_VALUE = frozenset(
 """Directives written `name: value`; every other name before a colon is a crawler's."""
 
 
-def declines(headers: Message, *, token: str, directives: Iterable[str], tdm: bool) -> bool:
+def declines_use(headers: Message, *, token: str, directives: Iterable[str], tdm: bool) -> bool:
     """Whether an image that came with `headers` may not be used.
 
     Args:

@@ -53,7 +53,7 @@ class Robots:
         self._entries: dict[str, _Entry] = {}
         self._lock = threading.Lock()
 
-    def allows(self, url: str) -> bool:
+    def is_allowed(self, url: str) -> bool:
         """Whether we may fetch `url`; raises what reading the rules raised, and asks again then."""
         parts = urlsplit(url)
         place = urlunsplit((parts.scheme, parts.netloc, "/robots.txt", "", ""))

@@ -72,7 +72,7 @@ def plan_download(rows: Path, config: DownloadConfig, first_number: int = 0) -> 
         InputError: no file, no row, or a file that cannot be read or lacks a column.
     """
     files = sorted(rows.glob("*/*.parquet"))
-    metadata = {file: _metadata(file, config) for file in files}
+    metadata = {file: _check_columns(file, config) for file in files}
     shards: list[PlannedShard] = []
     for file, (in_file, _) in metadata.items():
         for begin in range(0, in_file, config.samples_per_shard):
@@ -110,7 +110,7 @@ def expected_bytes(rows: int, image_px: int) -> int:
     return rows * math.ceil(0.4 * image_px**2 + 4096)
 
 
-def _metadata(file: Path, config: DownloadConfig) -> tuple[int, list[str]]:
+def _check_columns(file: Path, config: DownloadConfig) -> tuple[int, list[str]]:
     """(rows, column names) of a parquet file whose columns were checked."""
     try:
         parquet = pq.ParquetFile(file)

@@ -27,18 +27,18 @@ class Ledger:
     def __init__(self, path: Path, folder: Path) -> None:
         self._path = path
         self._folder = folder
-        self._known = _read(path)
+        self._known = _read_entries(path)
 
-    def check(self, planned: PlannedShard) -> FinishedShard:
+    def check_planned(self, planned: PlannedShard) -> FinishedShard:
         """The shard as remembered, or as `check_shard` finds it now.
 
         Raises:
             BrokenShard: as `check_shard`.
         """
-        stamp = _stamp(self._folder, planned)
+        stamp = _file_stamp(self._folder, planned)
         known = self._known.get(planned.name)
         if known is None or known["stamp"] != stamp or known["rows"] != planned.rows:
-            known = _entry(check_shard(self._folder, planned), stamp)
+            known = _make_entry(check_shard(self._folder, planned), stamp)
             self._known[planned.name] = known
             with self._path.open("a") as file:
                 file.write(json.dumps(known) + "\n")
@@ -46,7 +46,7 @@ class Ledger:
         return FinishedShard(planned, outcomes, known["tar_bytes"], known["retry_after_s"])
 
 
-def _entry(shard: FinishedShard, stamp: Stamp) -> dict[str, Any]:
+def _make_entry(shard: FinishedShard, stamp: Stamp) -> dict[str, Any]:
     return {
         "shard": shard.planned.name,
         "rows": shard.planned.rows,
@@ -57,7 +57,7 @@ def _entry(shard: FinishedShard, stamp: Stamp) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
+def _read_entries(path: Path) -> dict[str, dict[str, Any]]:
     """Entries by shard, the last one of each; a line that a kill cut short is nothing."""
     known: dict[str, dict[str, Any]] = {}
     if not path.exists():
@@ -71,7 +71,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     return known
 
 
-def _stamp(folder: Path, planned: PlannedShard) -> Stamp:
+def _file_stamp(folder: Path, planned: PlannedShard) -> Stamp:
     try:
         stats = [path.stat() for path in shard_files(folder, planned)]
     except OSError as error:

@@ -41,7 +41,7 @@ class Watch:
         self._min_success_rate = min_success_rate
         self._seen: deque[tuple[float, Progress]] = deque()
 
-    def see(self, now_s: float, progress: Progress) -> None:
+    def take_progress(self, now_s: float, progress: Progress) -> None:
         """Take in what was counted until `now_s` (of any clock that does not go back)."""
         self._seen.append((now_s, progress))
         while len(self._seen) > 2 and self._is_past(*self._seen[1]):
@@ -62,7 +62,7 @@ class Watch:
     def _now(self) -> Progress:
         return self._seen[-1][1]
 
-    def line(self) -> str:
+    def progress_line(self) -> str:
         """`12,345 fetched (93.1 %), 4.2 GB, 812 URLs/s, 3:12:40 left`."""
         now, tried = self._now, self._now.counts.total()
         fetched = now.counts[Outcome.SUCCESS]
@@ -73,7 +73,7 @@ class Watch:
         size = format_bytes(now.fetched_bytes)
         return f"{fetched:,} fetched{share}, {size}, {per_s:.0f} URLs/s{eta}"
 
-    def figures(self) -> dict[str, float]:
+    def progress_figures(self) -> dict[str, float]:
         """The same as numbers."""
         now, tried = self._now, self._now.counts.total()
         return {
@@ -115,7 +115,8 @@ def network_trouble(counts: Counter[Outcome]) -> str | None:
         return None
     return (
         f"the network or its name service is down: {failed:,} of the last {counts.total():,} URLs "
-        f"failed without an answer ({_reasons(counts, NETWORK)}): mend it (or, if all these rows "
+        f"failed without an answer ({_count_reasons(counts, NETWORK)}): mend it (or, if all "
+        f"these rows "
         "are of one dead site, drop that source) and run the same command again; what was "
         "downloaded is kept"
     )
@@ -126,12 +127,13 @@ def dead_links(counts: Counter[Outcome], min_success_rate: float) -> str:
     return (
         f"only {counts[Outcome.SUCCESS]:,} of {counts.total():,} URLs gave an image, less than "
         f"min_success_rate = {min_success_rate:g} "
-        f"({_reasons(counts, set(counts) - {Outcome.SUCCESS})}): mend the cause (a dead list, "
+        f"({_count_reasons(counts, set(counts) - {Outcome.SUCCESS})}): mend the cause (a dead "
+        f"list, "
         "the server, limits) and run the same command "
         "again; what did well is kept"
     )
 
 
-def _reasons(counts: Counter[Outcome], wanted: Iterable[Outcome]) -> str:
+def _count_reasons(counts: Counter[Outcome], wanted: Iterable[Outcome]) -> str:
     chosen = Counter({outcome: counts[outcome] for outcome in wanted if counts[outcome]})
     return ", ".join(f"{number:,} {outcome.value}" for outcome, number in chosen.most_common())

@@ -22,9 +22,9 @@ from tasks.evaluate.config import RESULTS, EvaluateConfig, EvaluationMachine
 from tasks.evaluate.encode.distributed import Features
 from tasks.evaluate.encode.feature_cache import Cache
 from tasks.evaluate.encode.model_identity import Identity
-from tasks.evaluate.encode.open_models import identify
+from tasks.evaluate.encode.open_models import identify_model
 from tasks.evaluate.metrics.contamination import Mask, TrainingData, hash_set, seen_in_training
-from tasks.evaluate.metrics.scored import Scored, score
+from tasks.evaluate.metrics.scored import Scored, score_set
 from tasks.evaluate.report.curves import read_curve
 from tasks.evaluate.report.write_reports import write_reports
 from tasks.evaluate.results import counts_of, results_of
@@ -75,13 +75,13 @@ def evaluate_models(
     opened = _open_sets(config, sets, cache.root / "indices")
     trained = [read_curve(path) for path in curves]
     specs = {name: str(one) for name, one in models.items()}
-    identities = {name: identify(one, cache.root / "models") for name, one in specs.items()}
+    identities = {name: identify_model(one, cache.root / "models") for name, one in specs.items()}
     features = Features(cache, machine, config.precision, specs, identities, opened)
-    features.compute(out / _JOB, report)
+    features.compute_missing(out / _JOB, report)
     if len(features.failed) == len(opened):
         _require_all(features.failed, "there are no others")
-    scored = _scored(features, identities, opened)
-    seen = _seen({name: opened[name] for name in scored}, trained_on, config, cache, report)
+    scored = _score_all(features, identities, opened)
+    seen = _find_seen({name: opened[name] for name in scored}, trained_on, config, cache, report)
     results = results_of(config, identities, opened, scored, features.failed, seen)
     write_atomically(out / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     written = write_reports(out, results, scored, trained, lineage)
@@ -89,7 +89,7 @@ def evaluate_models(
     if machine.cache is None:
         shutil.rmtree(cache.root)
     else:
-        cache.trim()
+        cache.remove_oldest()
     return Made(counts_of(results), (out / RESULTS, *written))
 
 
@@ -114,21 +114,24 @@ def _open_sets(
     return opened
 
 
-def _scored(
+def _score_all(
     features: Features, models: Mapping[str, Identity], sets: Mapping[str, EvalSet]
 ) -> dict[str, dict[str, Scored]]:
     """Every set that has not failed -> model -> its answers."""
     whole = {name: one for name, one in sets.items() if name not in features.failed}
     scored: dict[str, dict[str, Scored]] = {name: {} for name in whole}
     for model in models:
-        texts = features.texts(model)
+        texts = features.text_features(model)
         for name, evalset in whole.items():
-            images, given = features.images(model, name), features.answers(texts, name)
-            scored[name][model] = score(evalset, images, given)
+            images, given = (
+                features.image_features(model, name),
+                features.answer_features(texts, name),
+            )
+            scored[name][model] = score_set(evalset, images, given)
     return scored
 
 
-def _seen(
+def _find_seen(
     sets: Mapping[str, EvalSet],
     trained_on: Sequence[TrainingData],
     config: EvaluateConfig,
@@ -139,7 +142,8 @@ def _seen(
     if not trained_on:
         return {}
     hashes = {
-        name: hash_set(one, cache.folder("hashes", one.images_digest)) for name, one in sets.items()
+        name: hash_set(one, cache.open_folder("hashes", one.images_digest))
+        for name, one in sets.items()
     }
     return seen_in_training(hashes, trained_on, config.max_distance, report)
 

@@ -25,12 +25,12 @@ from tasks.evaluate.metrics.scored import Scored, captions_of
 from tasks.evaluate.paper.averages import (
     ROBUSTNESS,
     TABLES,
-    average,
+    average_table,
     members_of,
-    robustness,
+    robustness_gap,
     values_of,
 )
-from tasks.evaluate.paper.published import PaperModel, paper_model, published, verdict
+from tasks.evaluate.paper.published import PaperModel, find_published, judge_figure, paper_model
 from tasks.evaluate.sets.published_layout import EvalSet
 
 RULE = (
@@ -75,7 +75,7 @@ def results_of(
         },
         "sets": {
             name: {
-                **_about(one, splits[name]),
+                **_describe_set(one, splits[name]),
                 "warnings": warnings_of(
                     one, scored[name][subject], results[name][subject], chance[name]
                 ),
@@ -85,10 +85,13 @@ def results_of(
         "results": results,
         "chance": chance,
         "paper": {
-            name: _paper(one, results[name], rows, splits[name]) for name, one in whole.items()
+            name: _paper_figures(one, results[name], rows, splits[name])
+            for name, one in whole.items()
         },
-        "paired": {name: _paired(by_model, subject) for name, by_model in scored.items()},
-        **_averages(results, rows),
+        "paired": {
+            name: _paired_differences(by_model, subject) for name, by_model in scored.items()
+        },
+        **_table_averages(results, rows),
         "contamination": {
             name: {
                 "flagged": int(mask.sum()),
@@ -135,7 +138,7 @@ def prompts_digest(evalset: EvalSet) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
-def _about(evalset: EvalSet, split: str) -> dict[str, Any]:
+def _describe_set(evalset: EvalSet, split: str) -> dict[str, Any]:
     known = evalset.known
     return {
         "kind": evalset.kind,
@@ -153,7 +156,7 @@ def _about(evalset: EvalSet, split: str) -> dict[str, Any]:
     }
 
 
-def _paper(
+def _paper_figures(
     evalset: EvalSet,
     results: Mapping[str, Figures],
     rows: Mapping[str, PaperModel | None],
@@ -165,10 +168,10 @@ def _paper(
         model = rows[name]
         for metric in metrics_in(figures) if model else ():
             assert model is not None
-            reference = published(model.row, evalset.name, metric.name)
+            reference = find_published(model.row, evalset.name, metric.name)
             if reference is None:
                 continue
-            ruling = verdict(figures[metric.name], reference, evalset, model, split=split)
+            ruling = judge_figure(figures[metric.name], reference, evalset, model, split=split)
             found.setdefault(name, {})[metric.name] = {
                 "published": reference.value / 100,
                 "tolerance": reference.tolerance,
@@ -180,7 +183,7 @@ def _paper(
     return found
 
 
-def _paired(by_model: Mapping[str, Scored], subject: str) -> dict[str, dict[str, Any]]:
+def _paired_differences(by_model: Mapping[str, Scored], subject: str) -> dict[str, dict[str, Any]]:
     """Other model -> metric -> the subject's difference to it on the same samples."""
     pairs = {
         name: compare_models(by_model[subject], other)
@@ -193,7 +196,7 @@ def _paired(by_model: Mapping[str, Scored], subject: str) -> dict[str, dict[str,
     }
 
 
-def _averages(
+def _table_averages(
     results: Mapping[str, Mapping[str, Figures]], rows: Mapping[str, PaperModel | None]
 ) -> dict[str, Any]:
     """The parts `averages` (table -> model -> average) and `robustness` (model -> gap) of tables of
@@ -205,11 +208,11 @@ def _averages(
     tables = [table for table in TABLES if members_of(table).keys() & results.keys()]
     return {
         "averages": {
-            table: {name: asdict(average(table, values[name], beside[name])) for name in rows}
+            table: {name: asdict(average_table(table, values[name], beside[name])) for name in rows}
             for table in tables
         },
         "robustness": {
-            name: asdict(robustness(values[name], beside[name]))
+            name: asdict(robustness_gap(values[name], beside[name]))
             for name in rows
             if ROBUSTNESS in tables
         },

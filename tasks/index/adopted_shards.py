@@ -17,7 +17,7 @@ from pydantic import Field
 
 from evaclip_model.config import Config
 from evaclip_model.files import write_atomically
-from evaclip_model.reading.urls import filesystem, is_url
+from evaclip_model.reading.urls import is_url, open_filesystem
 from tasks.artifacts.artifact import DIGEST_CHARS
 
 ADOPTED = "adopted.jsonl"
@@ -70,7 +70,7 @@ def sizes_and_marks(locations: Sequence[str]) -> list[tuple[int, str] | None]:
 def _size_and_mark(location: str) -> tuple[int, str] | None:
     try:
         if is_url(location):
-            information = filesystem(location).info(location)
+            information = open_filesystem(location).info(location)
             size = int(information["size"] or 0)
             marks = [str(information[name]) for name in REMOTE_MARKS if name in information]
             content = "\0".join((str(size), *marks)).encode()

@@ -46,14 +46,14 @@ def hash_images(images: Iterable[bytes], threads: int) -> ImageHashes:
     with ThreadPoolExecutor(threads) as pool:
         while batch := list(islice(coming, _AT_ONCE)):
             digests += [hashlib.sha256(image).hexdigest() for image in batch]
-            greys = list(pool.map(_grey, batch))
+            greys = list(pool.map(_decode_grey, batch))
             nothing = np.zeros((GREY_PX, GREY_PX), np.uint8)
             looks.append(hashes_of(np.stack([nothing if g is None else g for g in greys])))
             decoded.append(np.array([grey is not None for grey in greys]))
     return ImageHashes(tuple(digests), np.concatenate(looks), np.concatenate(decoded))
 
 
-def _grey(encoded: bytes) -> npt.NDArray[np.uint8] | None:
+def _decode_grey(encoded: bytes) -> npt.NDArray[np.uint8] | None:
     """The image small and grey, as a sample's is; None when it cannot be decoded."""
     try:
         return grey_of(decode_image(encoded).convert("RGB"))

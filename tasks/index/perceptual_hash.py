@@ -49,7 +49,7 @@ def hashes_of(greys: npt.NDArray[np.uint8]) -> Hashes:
     return np.packbits(above, axis=1).view(">u8").ravel().astype(np.uint64)
 
 
-def distance(left: Hashes, right: Hashes) -> npt.NDArray[np.int64]:
+def hamming_distance(left: Hashes, right: Hashes) -> npt.NDArray[np.int64]:
     """Bits in which two arrays of hashes differ, element by element."""
     differing = np.atleast_1d(left ^ right)
     counts = _ONES[np.ascontiguousarray(differing).view(np.uint16)]
@@ -62,7 +62,7 @@ def near_pairs(hashes: Hashes, most: int) -> npt.NDArray[np.int64]:
 
     `hashes` must differ from each other: equal ones would all be paired with each other.
     """
-    found = [_pairs_with_equal_bands(hashes, mask, most) for mask in _masks(most, len(hashes))]
+    found = [_pairs_with_equal_bands(hashes, mask, most) for mask in _band_masks(most, len(hashes))]
     return np.unique(np.concatenate(found), axis=0)
 
 
@@ -74,11 +74,11 @@ class KnownHashes:
         known = np.unique(hashes)
         self._most = most
         self._by_band = []
-        for mask in _masks(most, len(known)):
+        for mask in _band_masks(most, len(known)):
             order = np.argsort(known & mask, kind="stable")
             self._by_band.append((mask, known[order] & mask, known[order]))
 
-    def near(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
+    def find_near(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
         """Mask of the `hashes` that are within the distance of a known one, [n]."""
         result = np.zeros(len(hashes), dtype=np.bool_)
         for mask, keys, known in self._by_band:
@@ -88,7 +88,7 @@ class KnownHashes:
             open_places: Places = np.flatnonzero((first < last) & ~result)
             at = first[open_places]
             while len(open_places):
-                close = distance(hashes[open_places], known[at]) <= self._most
+                close = hamming_distance(hashes[open_places], known[at]) <= self._most
                 result[open_places[close]] = True
                 at += 1
                 more = ~close & (at < last[open_places])
@@ -106,21 +106,25 @@ def _pairs_with_equal_bands(hashes: Hashes, mask: np.uint64, most: int) -> npt.N
         here = here[here + step < len(keys)]
         here = here[keys[here] == keys[here + step]]
         left, right = order[here], order[here + step]
-        close = distance(hashes[left], hashes[right]) <= most
+        close = hamming_distance(hashes[left], hashes[right]) <= most
         pairs = np.stack([left, right], axis=1)[close]
         found.append(np.sort(pairs, axis=1))
         step += 1
     return np.concatenate(found)
 
 
-def _masks(most: int, hashes: int) -> Iterator[np.uint64]:
+def _band_masks(most: int, hashes: int) -> Iterator[np.uint64]:
     """Bits that are compared together, for every choice of the bands that may have to be equal.
 
     More bands in each choice mean smaller buckets and more sorting; taken are the fewest with which
     buckets stay small.
     """
     equal = next(
-        (e for e in range(1, _MOST_EQUAL_BANDS) if hashes < _MOST_IN_A_BUCKET << _bits(most, e)),
+        (
+            e
+            for e in range(1, _MOST_EQUAL_BANDS)
+            if hashes < _MOST_IN_A_BUCKET << _bits_per_band(most, e)
+        ),
         _MOST_EQUAL_BANDS,
     )
     edges = np.linspace(0, BITS, most + equal + 1).round().astype(int).tolist()
@@ -129,5 +133,5 @@ def _masks(most: int, hashes: int) -> Iterator[np.uint64]:
         yield np.uint64(sum(chosen))
 
 
-def _bits(most: int, equal: int) -> int:
+def _bits_per_band(most: int, equal: int) -> int:
     return BITS * equal // (most + equal)

@@ -90,7 +90,7 @@ def write_index(tables: Iterable[Path], folder: Path, memory_limit: str) -> None
     rows = folder / "rows"
     rows.mkdir(parents=True, exist_ok=True)
     files, first_row = [], 0
-    for number, group in enumerate(_groups(tables)):
+    for number, group in enumerate(_group_tables(tables)):
         file = rows / f"{number:05d}.parquet"
         if not file.exists():
             _write_rows(group, first_row, file)
@@ -117,9 +117,9 @@ def join_indexes(parts: Sequence[tuple[Path, int, int]], folder: Path, memory_li
         for source in sorted((part / INDEX / "rows").glob("*.parquet")):
             target = rows / f"{len(files):05d}.parquet"
             if not target.exists() and first_row == first_shard == 0:
-                _link(source, target)
+                _link_or_copy(source, target)
             elif not target.exists():
-                _renumber(source, first_row, first_shard, target)
+                _renumber_table(source, first_row, first_shard, target)
             files.append(target)
     for kind in Kind:
         lookup = folder / f"by_{kind}.parquet"
@@ -142,7 +142,7 @@ class SampleIndex:
         self.files = sorted((self._folder / "rows").glob("*.parquet"))
         self.rows = sum(pq.read_metadata(file).num_rows for file in self.files)
 
-    def find(self, kind: Kind, values: Sequence[str]) -> list[dict[str, Any]]:
+    def find_samples(self, kind: Kind, values: Sequence[str]) -> list[dict[str, Any]]:
         """Rows of the samples that have one of `values`, by row.
 
         Args:
@@ -162,22 +162,24 @@ class SampleIndex:
             ) AND ({_MATCHES[kind]})
             ORDER BY row"""
         asked = [_without_scheme(value) if kind is Kind.URL else value for value in values]
-        with _database(self._memory_limit, self._folder) as database:
+        with _open_database(self._memory_limit, self._folder) as database:
             database.register(
                 "asked", pa.table({"value": pa.array(sorted(set(asked)), pa.string())})
             )
-            found = database.execute(query, {"rows": self._rows, "lookup": self._lookup(kind)})
+            found = database.execute(
+                query, {"rows": self._rows, "lookup": self._lookup_query(kind)}
+            )
             names = [column[0] for column in found.description]
             return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
 
-    def chunks(self, *columns: str) -> Iterator[pa.Table]:
+    def iterate_chunks(self, *columns: str) -> Iterator[pa.Table]:
         """These columns of all rows, in their order, a row group at a time."""
         for file in self.files:
             with pq.ParquetFile(file) as parquet:
                 for group in range(parquet.num_row_groups):
                     yield parquet.read_row_group(group, columns=list(columns))
 
-    def repeated(self, kind: Kind) -> tuple[Ints, Ints]:
+    def find_repeated(self, kind: Kind) -> tuple[Ints, Ints]:
         """Rows that share a uid, or an image (as downloaded or as stored), with another row.
 
         Returns:
@@ -195,8 +197,8 @@ class SampleIndex:
                 WHERE value IS NOT NULL GROUP BY value HAVING count(*) > 1
             )
             SELECT row, number FROM suspects JOIN shared USING (value) ORDER BY row, number"""
-        suspected = pa.table({"row": _rows_with_equal_marks(Path(self._lookup(kind)))})
-        with _database(self._memory_limit, self._folder) as database:
+        suspected = pa.table({"row": _rows_with_equal_marks(Path(self._lookup_query(kind)))})
+        with _open_database(self._memory_limit, self._folder) as database:
             database.register("suspected", suspected)
             found = database.execute(query, {"rows": self._rows}).fetchnumpy()
         return found["row"].astype(np.int64), found["number"].astype(np.int64)
@@ -205,11 +207,11 @@ class SampleIndex:
     def _rows(self) -> list[str]:
         return list(map(str, self.files))
 
-    def _lookup(self, kind: Kind) -> str:
+    def _lookup_query(self, kind: Kind) -> str:
         return str(self._folder / f"by_{kind}.parquet")
 
 
-def _groups(tables: Iterable[Path]) -> Iterator[list[tuple[int, Path]]]:
+def _group_tables(tables: Iterable[Path]) -> Iterator[list[tuple[int, Path]]]:
     """Runs of (number, table) with about `ROWS_PER_FILE` rows together."""
     group: list[tuple[int, Path]] = []
     held = 0
@@ -249,7 +251,7 @@ def _write_rows(tables: Sequence[tuple[int, Path]], first_row: int, target: Path
             writer.write_table(pa.concat_tables(waiting), ROWS_PER_GROUP)
 
 
-def _link(source: Path, target: Path) -> None:
+def _link_or_copy(source: Path, target: Path) -> None:
     """The same file under another name; a copy where it would be on another disk."""
     try:
         target.hardlink_to(source)
@@ -258,7 +260,7 @@ def _link(source: Path, target: Path) -> None:
             shutil.copyfile(source, beside)
 
 
-def _renumber(source: Path, first_row: int, first_shard: int, target: Path) -> None:
+def _renumber_table(source: Path, first_row: int, first_shard: int, target: Path) -> None:
     """Rows of another index, numbered on."""
     with replace_file(target) as beside, pq.ParquetFile(source) as parquet:
         schema = parquet.schema_arrow
@@ -282,7 +284,7 @@ def _write_lookup(kind: Kind, files: Sequence[Path], target: Path, memory_limit:
             WHERE value IS NOT NULL ORDER BY mark, row
         ) TO $target (FORMAT parquet, ROW_GROUP_SIZE {LOOKUP_ROWS_PER_GROUP}, CODEC zstd,
             PARQUET_VERSION v2)"""  # version 2 stores differences: marks ascend
-    with replace_file(target) as beside, _database(memory_limit, target.parent) as database:
+    with replace_file(target) as beside, _open_database(memory_limit, target.parent) as database:
         database.execute(query, {"rows": list(map(str, files)), "target": str(beside)})
 
 
@@ -303,7 +305,7 @@ def _rows_with_equal_marks(lookup: Path) -> Ints:
 
 
 @contextmanager
-def _database(memory_limit: str, spill: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+def _open_database(memory_limit: str, spill: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """An empty database that spills beside the index; closed whatever happens."""
     with TemporaryDirectory(prefix=".spill-", dir=spill) as folder:
         settings: dict[str, Any] = {

@@ -44,7 +44,7 @@ class InitialiseConfig(Config):
     @model_validator(mode="after")
     def _model_exists(self) -> Self:
         try:
-            self.architecture()
+            self.load_architecture()
         except InputError as error:
             raise ValueError(str(error)) from None
         return self
@@ -55,12 +55,12 @@ class InitialiseConfig(Config):
             raise ValueError("give either clip, which is a whole model, or vision and text")
         return self
 
-    def architecture(self) -> ModelConfig:
+    def load_architecture(self) -> ModelConfig:
         """The model's config at the resolution asked for."""
         config = ModelConfig.load(self.model)
         return config if self.image_px is None else config.at_image_px(self.image_px)
 
-    def sources(self) -> dict[Role, Path]:
+    def weight_sources(self) -> dict[Role, Path]:
         """The files of weights, in the order in which they are loaded."""
         named: dict[Role, Path | None] = {
             "clip": self.clip,
@@ -69,28 +69,28 @@ class InitialiseConfig(Config):
         }
         return {role: path for role, path in named.items() if path is not None}
 
-    def named(self) -> dict[str, Path]:
+    def outside_files(self) -> dict[str, Path]:
         """Role -> every outside file (or folder of a saved model) that decides the result."""
-        files: dict[str, Path] = {role: path for role, path in self.sources().items()}
+        files: dict[str, Path] = {role: path for role, path in self.weight_sources().items()}
         if self.model not in [*list_models(), *ALIASES]:
             files["model"] = Path(self.model)
         return files
 
-    def absent(self) -> dict[str, str]:
+    def absent_files(self) -> dict[str, str]:
         """Role -> one sentence on each file that does not exist: which, and where to get it."""
         return {
             role: f"initialise.{role}: {path} does not exist; "
             + self.origins.get(str(path), "give a file, or a saved model's folder")
-            for role, path in self.named().items()
+            for role, path in self.outside_files().items()
             if not path.exists()
         }
 
-    def files(self) -> dict[str, Path]:
+    def existing_files(self) -> dict[str, Path]:
         """The files that `named` gives, all of which exist.
 
         Raises:
             InputError: one of them does not exist.
         """
-        for sentence in self.absent().values():
+        for sentence in self.absent_files().values():
             raise InputError(sentence)
-        return self.named()
+        return self.outside_files()

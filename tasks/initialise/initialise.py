@@ -28,10 +28,10 @@ def initialise_model(config: InitialiseConfig, out: Path, report: Report) -> Mad
     Raises:
         InputError: weights that cannot be read or do not fit the architecture.
     """
-    sources = config.sources()
+    sources = config.weight_sources()
     steps = 2 + len(sources)
     report(0, steps, "initial values")
-    model = create_model(config.architecture(), seed=config.seed)
+    model = create_model(config.load_architecture(), seed=config.seed)
     counts = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     for step, (role, path) in enumerate(sources.items(), start=1):
         report(step, steps, f"{_WHAT[role]} from {path}")

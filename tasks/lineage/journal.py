@@ -99,7 +99,7 @@ class Journal:
         self.cursor = Cursor.read(folder / "cursor.json")
 
     @classmethod
-    def start(cls, root: Path, about: Mapping[str, str]) -> Self:
+    def create_journal(cls, root: Path, about: Mapping[str, str]) -> Self:
         """A new journal; `about` says what its run is."""
         key = uuid.uuid4().hex
         folder = root / key
@@ -110,7 +110,7 @@ class Journal:
         return cls(folder, lock)
 
     @classmethod
-    def unshipped(cls, root: Path) -> Iterator[Self]:
+    def claim_unshipped(cls, root: Path) -> Iterator[Self]:
         """Journals that are free and not both closed and shipped, locked one by one."""
         for about in sorted(root.glob("*/run.json")):
             lock = None if (about.parent / "shipped").exists() else lock_file(about.parent / "lock")
@@ -121,12 +121,12 @@ class Journal:
         """Let another process hold the journal."""
         self._lock.close()
 
-    def append(self, event: Event) -> None:
+    def append_event(self, event: Event) -> None:
         """Add one event; a killed process does not lose it, a power cut may."""
         with self._events.open("a") as file:
             file.write(json.dumps(event, default=str) + "\n")
 
-    def events(self, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    def iterate_events(self, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
         """Events from byte `offset` on, each with the offset behind it."""
         if not self._events.exists():
             return
@@ -138,10 +138,10 @@ class Journal:
                 offset += len(line)
                 yield offset, json.loads(line)
 
-    def runs(self) -> dict[str, str]:
+    def run_statuses(self) -> dict[str, str]:
         """Every run that was begun: key -> RUNNING, or the status it ended with."""
         statuses: dict[str, str] = {}
-        for _, event in self.events():
+        for _, event in self.iterate_events():
             if event["op"] == "begin":
                 statuses[event["run"]] = RUNNING
             elif event["op"] == "end":
@@ -151,12 +151,12 @@ class Journal:
     @property
     def is_closed(self) -> bool:
         """Whether the pipeline run ended; otherwise its process was killed, or is at work."""
-        return self.runs().get(PIPELINE, RUNNING) != RUNNING
+        return self.run_statuses().get(PIPELINE, RUNNING) != RUNNING
 
     @property
     def pending(self) -> int:
         """Number of events not shipped yet."""
-        return sum(1 for _ in self.events(self.cursor.offset))
+        return sum(1 for _ in self.iterate_events(self.cursor.offset))
 
     def save_cursor(self) -> None:
         self.cursor.write(self.folder / "cursor.json")

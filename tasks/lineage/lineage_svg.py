@@ -52,8 +52,8 @@ def lineage_svg(lineage: Lineage, name: str = "") -> str:
         name: of what was registered from it and, behind a space, what goes below it, such as
             `evaclip/3 @champion`; a last box, if given.
     """
-    boxes = _boxes(lineage, name)
-    places = _places(boxes)
+    boxes = _make_boxes(lineage, name)
+    places = _place_boxes(boxes)
     width = max((x for x, _ in places.values()), default=0) + BOX_WIDTH + MARGIN
     height = max((y for _, y in places.values()), default=0) + BOX_HEIGHT + MARGIN
     title = f"Lineage of {name}" if name else "Lineage"
@@ -64,25 +64,25 @@ def lineage_svg(lineage: Lineage, name: str = "") -> str:
         '<defs><marker id="lineage-tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
         'markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z"/></marker></defs>',
         *(
-            _arrow(places[parent], places[box.key])
+            _draw_arrow(places[parent], places[box.key])
             for box in boxes
             for parent in box.made_from
             if parent in places
         ),
-        *(_drawn(box, *places[box.key]) for box in boxes),
+        *(_draw_box(box, *places[box.key]) for box in boxes),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
 
 
-def _boxes(lineage: Lineage, name: str) -> list[_LineageBox]:
+def _make_boxes(lineage: Lineage, name: str) -> list[_LineageBox]:
     columns: dict[str, int] = {}
     boxes: list[_LineageBox] = []
     for node in lineage.nodes:
         parents: list[str] = []
         for role, digest in node.parents.items():
             key = digest
-            if lineage.node(digest) is None:
+            if lineage.find_node(digest) is None:
                 key = f"{node.label}.{role}"
                 columns[key] = 0
                 lines = (f"{node.label}'s data", digest)
@@ -107,14 +107,14 @@ def _boxes(lineage: Lineage, name: str) -> list[_LineageBox]:
 def _small_print(node: Node) -> tuple[str, ...]:
     first = next(iter(node.counts.items()), None)
     day = node.created[:16].replace("T", " ")
-    return (node.digest, *([_count(*first)] if first else []), day)
+    return (node.digest, *([_format_count(*first)] if first else []), day)
 
 
-def _count(name: str, value: float) -> str:
+def _format_count(name: str, value: float) -> str:
     return f"{value:,.4g} {name}" if isinstance(value, float) else f"{value:,} {name}"
 
 
-def _places(boxes: Sequence[_LineageBox]) -> Mapping[str, tuple[int, int]]:
+def _place_boxes(boxes: Sequence[_LineageBox]) -> Mapping[str, tuple[int, int]]:
     """Left upper corner of every box: a column for each step, in a column by what it is made from.
 
     A box goes beside the middle of its parents, or below the one above it.
@@ -122,7 +122,7 @@ def _places(boxes: Sequence[_LineageBox]) -> Mapping[str, tuple[int, int]]:
     rows: dict[str, float] = {}
     for column in range(1 + max((box.column for box in boxes), default=0)):
         wanted = [
-            (_middle([rows[parent] for parent in box.made_from if parent in rows]), place, box)
+            (_middle_row([rows[parent] for parent in box.made_from if parent in rows]), place, box)
             for place, box in enumerate(boxes)
             if box.column == column
         ]
@@ -140,11 +140,11 @@ def _places(boxes: Sequence[_LineageBox]) -> Mapping[str, tuple[int, int]]:
     }
 
 
-def _middle(rows: Sequence[float]) -> float:
+def _middle_row(rows: Sequence[float]) -> float:
     return sum(rows) / len(rows) if rows else 0.0
 
 
-def _arrow(start: tuple[int, int], end: tuple[int, int]) -> str:
+def _draw_arrow(start: tuple[int, int], end: tuple[int, int]) -> str:
     x1, y1 = start[0] + BOX_WIDTH, start[1] + BOX_HEIGHT // 2
     x2, y2 = end[0], end[1] + BOX_HEIGHT // 2
     bend = max(GAP_X, (x2 - x1) // 2)
@@ -152,17 +152,17 @@ def _arrow(start: tuple[int, int], end: tuple[int, int]) -> str:
     return f'<path d="{curve}" marker-end="url(#lineage-tip)"/>'
 
 
-def _drawn(box: _LineageBox, x: int, y: int) -> str:
+def _draw_box(box: _LineageBox, x: int, y: int) -> str:
     def texts() -> Iterator[str]:
-        yield f'<text x="{x + 10}" y="{y + 18}">{escape(_cut(box.title))}</text>'
+        yield f'<text x="{x + 10}" y="{y + 18}">{escape(_shorten_text(box.title))}</text>'
         for number, line in enumerate(box.lines):
             at = f'x="{x + 10}" y="{y + 33 + 13 * number}"'
-            yield f'<text class="small" {at}>{escape(_cut(line))}</text>'
+            yield f'<text class="small" {at}>{escape(_shorten_text(line))}</text>'
 
     frame = f'<rect x="{x}" y="{y}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="6"/>'
     whole = escape(" · ".join((box.title, *box.lines)))
     return f'<g class="{box.kind}"><title>{whole}</title>{frame}{"".join(texts())}</g>'
 
 
-def _cut(text: str) -> str:
+def _shorten_text(text: str) -> str:
     return text if len(text) <= _CHARS else f"{text[: _CHARS - 1]}…"

@@ -35,7 +35,7 @@ from tasks.lineage import model_lineage, stage_record
 from tasks.lineage.journal import PIPELINE, Event, Journal, now_ms
 from tasks.lineage.openlineage import EVENT_OF_STATUS, EventFile, JobRun
 from tasks.lineage.shipper import Shipper
-from tasks.redact import redacted
+from tasks.redact import redact_settings
 from tasks.tracking import TrackingStore, import_mlflow
 
 RECIPE_FILE = "recipe.json"
@@ -94,10 +94,10 @@ class Tracking:
             links: name -> URL, shown in the run's description.
         """
         import_mlflow()
-        journal = self._journal(digest)
+        journal = self._open_journal(digest)
         shipper = Shipper(self.store, self.journals, journal)
         run = PipelineRun(self, journal, shipper, name)
-        described = {"mlflow.note.content": stage_record.note("", links)} if links else {}
+        described = {"mlflow.note.content": stage_record.write_note("", links)} if links else {}
         own = {f"{stage_record.PREFIX}recipe_digest": digest, "mlflow.source.name": name}
         run.begin(name, parent=None, tags={**own, **described, **(tags or {})})
         run.log_params(params or {})
@@ -109,7 +109,7 @@ class Tracking:
             with run.closing():
                 yield run
         finally:
-            shipper.finish(self.patience_s)
+            shipper.ship_rest(self.patience_s)
 
     def close_killed(self) -> None:
         """Set runs whose process was killed to KILLED, unless a later run has done so.
@@ -118,28 +118,28 @@ class Tracking:
         continued by the next of its recipe.
         """
         import_mlflow()
-        for left in Journal.unshipped(self.journals):
+        for left in Journal.claim_unshipped(self.journals):
             Shipper(self.store, self.journals, left).ship_left(left, give_up=lambda: False)
 
     def has_unfinished(self, digest: str) -> bool:
         """Whether a pipeline run of this recipe was killed and waits to be continued."""
-        about = self._about(digest)
+        about = self._describe_run(digest)
         found = False
-        for left in Journal.unshipped(self.journals):
+        for left in Journal.claim_unshipped(self.journals):
             found = found or (_is_of(left, about) and not left.is_closed)
             left.release()
         return found
 
-    def _about(self, digest: str) -> dict[str, str]:
+    def _describe_run(self, digest: str) -> dict[str, str]:
         return {"digest": digest, "uri": self.store.uri, "experiment": self.store.experiment}
 
-    def _journal(self, digest: str) -> Journal:
-        about = self._about(digest)
-        for left in Journal.unshipped(self.journals):
+    def _open_journal(self, digest: str) -> Journal:
+        about = self._describe_run(digest)
+        for left in Journal.claim_unshipped(self.journals):
             if _is_of(left, about) and not left.is_closed:
                 return left
             left.release()
-        return Journal.start(self.journals, about)
+        return Journal.create_journal(self.journals, about)
 
 
 def _is_of(journal: Journal, about: Mapping[str, str]) -> bool:
@@ -157,7 +157,7 @@ class TrackedRun:
         self._shipper = shipper
         self.key = key
         self.job = job
-        status = journal.runs().get(key)
+        status = journal.run_statuses().get(key)
         self.is_continued = status is not None
         self.is_over = status == "FINISHED"
 
@@ -169,7 +169,7 @@ class TrackedRun:
         if self.is_over:
             return
         try:
-            self._journal.append(redacted({**event, "run": self.key}))
+            self._journal.append_event(redact_settings({**event, "run": self.key}))
         except OSError as error:
             _log.warning("lineage lost an event (%s): %s", event["op"], error)
         self._shipper.wake()
@@ -181,7 +181,7 @@ class TrackedRun:
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log settings, flattened; a parameter that is there keeps its first value."""
         if params and not self.is_continued:
-            self.append({"op": "params", "params": stage_record.flatten(params)})
+            self.append({"op": "params", "params": stage_record.flatten_config(params)})
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         self.append({"op": "metrics", "metrics": dict(metrics), "time": now_ms()})
@@ -246,7 +246,7 @@ class PipelineRun(TrackedRun):
             title: what people see; the stage's name when it appears once in the flow.
         """
         title = title or address.stage.name
-        run = self._stage(address, title)
+        run = self._make_stage_run(address, title)
         run.begin(title, parent=self.key, tags=stage_record.stage_tags(address, run.is_reused))
         run.log_params(address.config)
         run.write_start()
@@ -255,9 +255,9 @@ class PipelineRun(TrackedRun):
 
     def stage_url(self, address: Address, title: str | None = None) -> str | None:
         """The page of a stage's run under this one, where `url` would have one."""
-        return self._stage(address, title or address.stage.name).url()
+        return self._make_stage_run(address, title or address.stage.name).url()
 
-    def _stage(self, address: Address, title: str) -> StageRun:
+    def _make_stage_run(self, address: Address, title: str) -> StageRun:
         key = f"{title}-{address.digest}"
         job = self.job.stage(key, title)
         return StageRun(self._tracking, self._journal, self._shipper, key, job, address)
@@ -291,7 +291,7 @@ class StageRun(TrackedRun):
             kind = EVENT_OF_STATUS[status]
             self._tracking.events.write(kind, self.job, self._address, self._made, reason)
 
-    def done(
+    def record_artifact(
         self,
         artifact: Artifact,
         *,
@@ -310,19 +310,21 @@ class StageRun(TrackedRun):
             attach: files kept with the run, such as a report.
         """
         self._made = artifact
-        self.log_metrics(stage_record.metrics(artifact))
-        datasets = [stage_record.dataset(data, context) for context, data in (inputs or {}).items()]
+        self.log_metrics(stage_record.count_metrics(artifact))
+        datasets = [
+            stage_record.describe_dataset(data, context) for context, data in (inputs or {}).items()
+        ]
         datasets += [dict(one) for one in outside]
         if datasets:
             self.append({"op": "inputs", "datasets": datasets})
-        of_models = model_lineage.event(artifact, self.is_reused)
+        of_models = model_lineage.model_event(artifact, self.is_reused)
         if of_models is not None:
             self.append({**of_models, "time": now_ms()})
         for file in attach:
             self.attach(file)
 
     @contextmanager
-    def follow(self, metrics_file: Path) -> Iterator[None]:
+    def follow_metrics(self, metrics_file: Path) -> Iterator[None]:
         """Ship every line of `metrics_file` (JSON with `step` and `time`) while work goes on.
 
         The file may not exist yet and may be cut back on resume; a step is sent once. System

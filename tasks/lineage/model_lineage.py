@@ -30,7 +30,7 @@ JUDGED = "train"
 registration."""
 
 
-def event(artifact: Artifact, reused: bool) -> dict[str, Any] | None:
+def model_event(artifact: Artifact, reused: bool) -> dict[str, Any] | None:
     """The journal's event: the model that a stage made, those it may have been made from, and what
     it measured of one; None for a stage that has to do with none."""
     weights = artifact.files.get(WEIGHTS)
@@ -42,7 +42,7 @@ def event(artifact: Artifact, reused: bool) -> dict[str, Any] | None:
         "op": "models",
         "reused": reused,
         "used": list(used.values()),
-        "made": None if weights is None else _described(artifact, weights),
+        "made": None if weights is None else _describe_model(artifact, weights),
         "judged": judged,
         "figures": {metric_name(name): float(value) for name, value in artifact.counts.items()}
         if judged
@@ -50,7 +50,7 @@ def event(artifact: Artifact, reused: bool) -> dict[str, Any] | None:
     }
 
 
-def _described(artifact: Artifact, weights: Mapping[str, int | str]) -> dict[str, Any]:
+def _describe_model(artifact: Artifact, weights: Mapping[str, int | str]) -> dict[str, Any]:
     name = artifact.config.get("name")
     tags = {MODEL_TAG: artifact.digest, f"{PREFIX}stage": artifact.kind}
     return {
@@ -64,7 +64,7 @@ def _described(artifact: Artifact, weights: Mapping[str, int | str]) -> dict[str
     }
 
 
-def apply(
+def apply_event(
     client: MlflowClient, experiment: str, run: str, event: Mapping[str, Any], time: int
 ) -> None:
     """Do in the store what the event says of one run.
@@ -80,18 +80,18 @@ def apply(
 
     logged = client.get_run(run)
     read = {one.model_id for one in (logged.inputs.model_inputs or ())}
-    known = [_find(client, experiment, digest) for digest in event["used"]]
+    known = [_find_model(client, experiment, digest) for digest in event["used"]]
     new = [one.model_id for one in known if one is not None and one.model_id not in read]
     if new:
         client.log_inputs(run, models=[LoggedModelInput(model_id) for model_id in new])
     if event["made"] is not None:
-        made = _find(client, experiment, event["made"]["digest"])
+        made = _find_model(client, experiment, event["made"]["digest"])
         if made is None:
-            made = _make(client, experiment, run, event["made"])
+            made = _make_model(client, experiment, run, event["made"])
         written = {one.model_id for one in (logged.outputs.model_outputs or ())}
         if made.source_run_id == run and made.model_id not in written:
             client.log_outputs(run, [LoggedModelOutput(made.model_id, step=0)])
-    judged = _find(client, experiment, event["judged"]) if event["judged"] else None
+    judged = _find_model(client, experiment, event["judged"]) if event["judged"] else None
     if judged is not None and not event["reused"]:
         points = [
             Metric(name, value, time, 0, model_id=judged.model_id)
@@ -101,7 +101,7 @@ def apply(
             client.log_batch(run, metrics=few)
 
 
-def _find(client: MlflowClient, experiment: str, digest: str) -> LoggedModel | None:
+def _find_model(client: MlflowClient, experiment: str, digest: str) -> LoggedModel | None:
     found = client.search_logged_models([experiment], f"tags.`{MODEL_TAG}` = '{digest}'")
     whole = [one for one in found if str(one.status) == "READY"]
     for half in found:
@@ -110,7 +110,9 @@ def _find(client: MlflowClient, experiment: str, digest: str) -> LoggedModel | N
     return whole[0] if whole else None
 
 
-def _make(client: MlflowClient, experiment: str, run: str, made: Mapping[str, Any]) -> LoggedModel:
+def _make_model(
+    client: MlflowClient, experiment: str, run: str, made: Mapping[str, Any]
+) -> LoggedModel:
     from mlflow.models.utils import get_external_mlflow_model_spec
     from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
 

@@ -33,7 +33,7 @@ from openlineage.client.serde import Serde
 from openlineage.client.transport.file import FileConfig, FileTransport
 
 from tasks.artifacts.artifact import Address, Artifact
-from tasks.redact import redacted
+from tasks.redact import redact_settings
 
 PRODUCER = "urn:evaclip"
 NAMESPACE = "evaclip"
@@ -90,7 +90,7 @@ class EventFile:
         """
         if self._path is None:
             return
-        event: Any = redacted(Serde.to_dict(_event(kind, job, address, made, error)))
+        event: Any = redact_settings(Serde.to_dict(_make_event(kind, job, address, made, error)))
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             FileTransport(FileConfig(str(self._path), append=True)).emit(event)
@@ -98,7 +98,7 @@ class EventFile:
             _log.warning("OpenLineage lost an event: %s", problem)
 
 
-def _event(
+def _make_event(
     kind: str, job: JobRun, address: Address | None, made: Artifact | None, error: str
 ) -> RunEvent:
     facets: dict[str, RunFacet] = {}
@@ -116,20 +116,20 @@ def _event(
         eventType=RunState(kind),
         run=Run(str(job.run), facets),
         job=Job(NAMESPACE, job.name, {"jobType": job_type}),
-        inputs=[] if address is None else list(_inputs(address)),
-        outputs=[] if made is None else [_output(made)],
+        inputs=[] if address is None else list(_input_datasets(address)),
+        outputs=[] if made is None else [_output_dataset(made)],
         producer=PRODUCER,
     )
 
 
-def _inputs(address: Address) -> Iterator[InputDataset]:
+def _input_datasets(address: Address) -> Iterator[InputDataset]:
     for role, digest in address.parents.items():
         folder = next(address.root.glob(f"*/{digest}"), None)
         name = f"outside/{address.stage.name}.{role}" if folder is None else folder.parent.name
         yield InputDataset(_namespace(address.root), name, facets=_version(digest))
 
 
-def _output(made: Artifact) -> OutputDataset:
+def _output_dataset(made: Artifact) -> OutputDataset:
     statistics = output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(
         rowCount=next((int(made.counts[name]) for name in _ROWS if name in made.counts), None),
         size=sum(int(file["size"]) for file in made.files.values()),

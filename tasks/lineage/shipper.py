@@ -74,7 +74,7 @@ class Shipper(threading.Thread):
             self._shipped_one.wait_for(lambda: key in self._journal.cursor.runs, wait_s)
             return self._journal.cursor.runs.get(key)
 
-    def finish(self, patience_s: float) -> None:
+    def ship_rest(self, patience_s: float) -> None:
         """Ship the rest, for at most `patience_s` seconds, or at most until the store fails."""
         self._closing.set()
         self.wake()
@@ -97,7 +97,7 @@ class Shipper(threading.Thread):
                 closing = self._closing.is_set()
                 self._changed.clear()
                 try:
-                    self._ship(self._journal, self._abandoned.is_set)
+                    self._ship_journal(self._journal, self._abandoned.is_set)
                     backoff = POLL_S
                     if leftovers or closing:
                         leftovers = self._ship_leftovers(closing)
@@ -125,7 +125,7 @@ class Shipper(threading.Thread):
         def give_up() -> bool:
             return self._abandoned.is_set() or time.monotonic() > until
 
-        for left in Journal.unshipped(self._journals):
+        for left in Journal.claim_unshipped(self._journals):
             if give_up():
                 left.release()
                 return True
@@ -138,15 +138,15 @@ class Shipper(threading.Thread):
         try:
             if left.about["uri"] != self._store.uri:
                 return
-            if self._ship(left, give_up) and not left.is_closed:
-                close_killed(self._connected(), left)
+            if self._ship_journal(left, give_up) and not left.is_closed:
+                close_killed(self._connect_client(), left)
         except Exception as error:
             self._last_error = error
             _log.warning("%s waits for another run: %s", left.folder, str(error)[:200])
         finally:
             left.release()
 
-    def _connected(self) -> MlflowClient:
+    def _connect_client(self) -> MlflowClient:
         if self._client is None:
             self._client = self._store.client()
         return self._client
@@ -156,17 +156,17 @@ class Shipper(threading.Thread):
             self._experiments[name] = TrackingStore(self._store.uri, name).experiment_id(client)
         return self._experiments[name]
 
-    def _ship(self, journal: Journal, give_up: Callable[[], bool]) -> bool:
+    def _ship_journal(self, journal: Journal, give_up: Callable[[], bool]) -> bool:
         """Apply the journal's events that wait; False when `give_up()` ended it early."""
-        client, cursor = self._connected(), journal.cursor
+        client, cursor = self._connect_client(), journal.cursor
         experiment = self._experiment_id(client, journal.about["experiment"])
-        for offset, event in journal.events(cursor.offset):
+        for offset, event in journal.iterate_events(cursor.offset):
             if give_up():
                 return False
             if event["op"] == "end" and not ship_series(client, journal, event["run"], give_up):
                 return False
             try:
-                apply(client, experiment, journal, event)
+                apply_event(client, experiment, journal, event)
             except (FileNotFoundError, KeyError) as error:
                 _log.warning("tracking event %s skipped: %s", event["op"], error)
             except Exception as error:
@@ -184,12 +184,12 @@ class Shipper(threading.Thread):
         return True
 
 
-def apply(client: MlflowClient, experiment: str, journal: Journal, event: Event) -> None:
+def apply_event(client: MlflowClient, experiment: str, journal: Journal, event: Event) -> None:
     """Do in the store what the event says; doing it twice changes nothing."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
     if event["op"] == "begin":
-        _begin(client, experiment, journal, event)
+        _begin_run(client, experiment, journal, event)
         return
     run = journal.cursor.runs[event["run"]]
     match event["op"]:
@@ -216,7 +216,7 @@ def apply(client: MlflowClient, experiment: str, journal: Journal, event: Event)
                 ],
             )
         case "models":
-            model_lineage.apply(client, experiment, run, event, event["time"])
+            model_lineage.apply_event(client, experiment, run, event, event["time"])
         case "text":
             client.log_text(run, event["text"], event["file"])
         case "file":
@@ -228,7 +228,7 @@ def apply(client: MlflowClient, experiment: str, journal: Journal, event: Event)
             journal.cursor.close_series(event["run"])
 
 
-def _begin(client: MlflowClient, experiment: str, journal: Journal, event: Event) -> None:
+def _begin_run(client: MlflowClient, experiment: str, journal: Journal, event: Event) -> None:
     """Find or make the run of an event's key, and set it to RUNNING."""
     key, tags = event["run"], dict(event["tags"])
     mark = f"{journal.about['key']}/{key}"
@@ -243,14 +243,14 @@ def _begin(client: MlflowClient, experiment: str, journal: Journal, event: Event
         if event["parent"] is not None:
             tags["mlflow.parentRunId"] = journal.cursor.runs[event["parent"]]
         if tags.get(f"{stage_record.PREFIX}reused") == "true":
-            tags |= _maker(client, experiment, tags[f"{stage_record.PREFIX}digest"])
+            tags |= _maker_tag(client, experiment, tags[f"{stage_record.PREFIX}digest"])
         tags[f"{stage_record.PREFIX}key"] = mark
         made = client.create_run(experiment, event["time"], tags, run_name=event["name"])
         run_id = made.info.run_id
     journal.cursor.runs[key] = run_id
 
 
-def _maker(client: MlflowClient, experiment: str, digest: str) -> dict[str, str]:
+def _maker_tag(client: MlflowClient, experiment: str, digest: str) -> dict[str, str]:
     """The tag that links a reused stage to the run that made its artifact, if it is known."""
     made = client.search_runs(
         [experiment],
@@ -263,7 +263,7 @@ def _maker(client: MlflowClient, experiment: str, digest: str) -> dict[str, str]
 
 def close_killed(client: MlflowClient, journal: Journal) -> None:
     """Show a killed run as killed; the run that continues it sets it back to RUNNING."""
-    for key, status in journal.runs().items():
+    for key, status in journal.run_statuses().items():
         if status == RUNNING and key in journal.cursor.runs:
             client.set_terminated(journal.cursor.runs[key], "KILLED")
 
@@ -279,7 +279,7 @@ def ship_series(
     run, cursor = journal.cursor.runs.get(key), journal.cursor
     for file in cursor.files_of(key) if run else ():
         name = f"{key}|{file}"
-        for points, reached in batches(file, cursor.series[name]):
+        for points, reached in iterate_batches(file, cursor.series[name]):
             if points:
                 try:
                     client.log_batch(run, metrics=points)
@@ -295,7 +295,7 @@ def ship_series(
     return True
 
 
-def batches(file: Path, at: SeriesCursor) -> Iterator[tuple[list[Metric], SeriesCursor]]:
+def iterate_batches(file: Path, at: SeriesCursor) -> Iterator[tuple[list[Metric], SeriesCursor]]:
     """New lines as points, as many as one request may hold, each time with the cursor behind."""
     from mlflow.entities import Metric
 
@@ -305,7 +305,7 @@ def batches(file: Path, at: SeriesCursor) -> Iterator[tuple[list[Metric], Series
         step, shipped = line.get("step"), reached.step
         more: list[Metric] = []
         if isinstance(step, int) and step > shipped:
-            shipped, stamp = step, _milliseconds(line.get("time"))
+            shipped, stamp = step, _parse_time_ms(line.get("time"))
             more = [Metric(k, v, stamp, step) for k, v in stage_record.series_metrics(line).items()]
         if points and len(points) + len(more) > MAX_METRICS_PER_CALL:
             yield points, reached
@@ -335,7 +335,7 @@ def _new_lines(file: Path, at: SeriesCursor) -> Iterator[tuple[SeriesCursor, dic
                     yield replace(at, offset=offset, file=inode), parsed
 
 
-def _milliseconds(value: object) -> int:
+def _parse_time_ms(value: object) -> int:
     """A line's time (UNIX seconds or ISO 8601) in milliseconds; now when it has none."""
     if isinstance(value, int | float):
         return int(value * 1000)

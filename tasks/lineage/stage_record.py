@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tasks.artifacts.artifact import CARD, MANIFEST, Address, Artifact
-from tasks.artifacts.provenance import flat
+from tasks.artifacts.provenance import flatten_settings
 
 PREFIX = "evaclip."
 MAX_PARAM_CHARS = 6000
@@ -25,12 +25,15 @@ def metric_name(name: str) -> str:
     return _NOT_IN_A_NAME.sub("_", name).strip("/")
 
 
-def flatten(config: Mapping[str, Any]) -> dict[str, str]:
+def flatten_config(config: Mapping[str, Any]) -> dict[str, str]:
     """A nested config as flat parameters: `a.b.c` -> text."""
-    return {metric_name(key): _text(value)[:MAX_PARAM_CHARS] for key, value in flat("", config)}
+    return {
+        metric_name(key): _format_value(value)[:MAX_PARAM_CHARS]
+        for key, value in flatten_settings("", config)
+    }
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
@@ -48,7 +51,7 @@ def stage_tags(address: Address, reused: bool) -> dict[str, str]:
     return {PREFIX + name: value[:MAX_TAG_CHARS] for name, value in tags.items()}
 
 
-def metrics(artifact: Artifact) -> dict[str, float]:
+def count_metrics(artifact: Artifact) -> dict[str, float]:
     """An artifact's counts as metrics."""
     return {metric_name(name): float(count) for name, count in artifact.counts.items()}
 
@@ -60,21 +63,21 @@ def series_metrics(line: Mapping[str, Any]) -> dict[str, float]:
     `trust_vision_min`, items of a list go by their place.
     """
     rest = {name: value for name, value in line.items() if name not in ("step", "time")}
-    return {metric_name(name): number for name, number in _numbers("", rest)}
+    return {metric_name(name): number for name, number in _iterate_numbers("", rest)}
 
 
-def _numbers(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
+def _iterate_numbers(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _numbers(f"{prefix}_{key}" if prefix else str(key), inner)
+            yield from _iterate_numbers(f"{prefix}_{key}" if prefix else str(key), inner)
     elif isinstance(value, list | tuple):
         for place, inner in enumerate(value):
-            yield from _numbers(f"{prefix}_{place}", inner)
+            yield from _iterate_numbers(f"{prefix}_{place}", inner)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield prefix, float(value)
 
 
-def dataset(artifact: Artifact, context: str) -> dict[str, str]:
+def describe_dataset(artifact: Artifact, context: str) -> dict[str, str]:
     """An artifact as an MLflow dataset: its digest, manifest and card as source, counts as profile.
 
     Args:
@@ -108,7 +111,7 @@ def outside_dataset(
     }
 
 
-def note(text: str, links: Mapping[str, str]) -> str:
+def write_note(text: str, links: Mapping[str, str]) -> str:
     """A run's description in Markdown: one sentence and its links."""
     lines = [text, *(f"[{name}]({address})" for name, address in links.items())]
     return "\n\n".join(line for line in lines if line)[:MAX_TAG_CHARS]

@@ -37,7 +37,7 @@ ASCII_HOST = re.compile(r"[a-z0-9._-]+")
 
 
 @contextmanager
-def database(
+def open_database(
     spill: Path, memory_limit: str, threads: int | None, paths: Iterable[str] = ()
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """An in-memory database that spills to the folder `spill`; closed whatever happens.
@@ -96,7 +96,7 @@ def database(
 
 
 @contextmanager
-def reading(path: str, what: str = "parquet") -> Iterator[None]:
+def explain_read_errors(path: str, what: str = "parquet") -> Iterator[None]:
     """Turn the database's complaints about the content of a metadata file into a sentence."""
     try:
         yield
@@ -111,7 +111,7 @@ def reading(path: str, what: str = "parquet") -> Iterator[None]:
         ) from error
 
 
-def statement(name: str, **parts: str) -> str:
+def load_statement(name: str, **parts: str) -> str:
     """The statement sql/NAME.sql, with `{part}` replaced by trusted SQL text."""
     text = (SQL / f"{name}.sql").read_text()
     for part, replacement in parts.items():
@@ -130,15 +130,15 @@ def share_of_memory(limit: str, shares: int) -> str:
     return f"{max(1, int(kilobytes / shares))}KB"
 
 
-def run(
+def fetch_rows(
     connection: duckdb.DuckDBPyConnection, query: str, parameters: Mapping[str, Any]
 ) -> list[tuple[Any, ...]]:
     """The rows of a statement, given those of the `parameters` that it names."""
-    found: list[tuple[Any, ...]] = execute(connection, query, parameters).fetchall()
+    found: list[tuple[Any, ...]] = execute_query(connection, query, parameters).fetchall()
     return found
 
 
-def execute(
+def execute_query(
     connection: duckdb.DuckDBPyConnection, query: str, parameters: Mapping[str, Any]
 ) -> duckdb.DuckDBPyConnection:
     """A statement's result, to be fetched; it takes those of the `parameters` that it names."""
@@ -148,14 +148,14 @@ def execute(
     )
 
 
-def stream(
+def stream_batches(
     connection: duckdb.DuckDBPyConnection, query: str, parameters: Mapping[str, Any], rows: int
 ) -> Iterator[pa.RecordBatch]:
     """The rows of a statement in batches of `rows`, the last one shorter."""
-    yield from execute(connection, query, parameters).to_arrow_reader(rows)
+    yield from execute_query(connection, query, parameters).to_arrow_reader(rows)
 
 
-def copy(query: str, options: str) -> str:
+def copy_statement(query: str, options: str) -> str:
     """COPY the rows of a query to the parameter `$target`."""
     return f"COPY ({query}) TO $target (FORMAT parquet, {options})"
 

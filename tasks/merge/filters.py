@@ -40,7 +40,7 @@ class Rule:
     is_on: Callable[[FilterConfig], object] = lambda filters: True
 
 
-def _listed(values: Iterable[str], table: str) -> str:
+def _list_values(values: Iterable[str], table: str) -> str:
     return " OR ".join(f"{value} IN (SELECT entry FROM {table})" for value in values)
 
 
@@ -50,17 +50,17 @@ RULES = (
     Rule("unsupported_url", "url IS NULL"),
     Rule(
         "blocked_url",
-        _listed(["address"], "blocked_addresses"),
+        _list_values(["address"], "blocked_addresses"),
         lambda filters: filters.blocklists.urls,
     ),
     Rule(
         "blocked_domain",
-        _listed(HOST_AND_ABOVE, "blocked_domains"),
+        _list_values(HOST_AND_ABOVE, "blocked_domains"),
         lambda filters: filters.blocklists.domains,
     ),
     Rule(
         "blocked_hash",
-        _listed(HASHES, "blocked_hashes"),
+        _list_values(HASHES, "blocked_hashes"),
         lambda filters: filters.blocklists.hashes,
     ),
     Rule("missing_caption", "coalesce(caption, '') = ''"),

@@ -16,9 +16,9 @@ from duckdb import DuckDBPyConnection
 
 from evaclip_model.errors import InputError
 from tasks.merge.config import ColumnMap, SourceConfig
-from tasks.merge.database import database, reading
+from tasks.merge.database import explain_read_errors, open_database
 from tasks.merge.metadata_files import READERS, Format, find_metadata, format_of
-from tasks.merge.schema import PublishedColumns, column_map, is_number, quoted
+from tasks.merge.schema import PublishedColumns, column_map, is_number, quote_identifier
 from tasks.merge.survey_files import rows_in
 from tasks.merge.withdrawn import is_old_edition, why_refused
 from tasks.tables.text_tables import read_text_table
@@ -74,16 +74,16 @@ def inspect_files(pattern: str, read_files: int = 4) -> Inspection:
     kinds = {path: format_of(path, source) for path in paths}
     with (
         tempfile.TemporaryDirectory() as spill,
-        database(Path(spill), MEMORY_LIMIT, None, paths) as connection,
+        open_database(Path(spill), MEMORY_LIMIT, None, paths) as connection,
     ):
         rows = None
         if set(kinds.values()) == {"parquet"}:
             rows = 0
             for path in paths:
-                with reading(path):
+                with explain_read_errors(path):
                     rows += rows_in(connection, [path])
         first, problem, columns = paths[0], None, None
-        published = _columns(connection, first, READERS[kinds[first]])
+        published = _read_columns(connection, first, READERS[kinds[first]])
         try:
             columns = column_map(source, published, first)
         except InputError as error:
@@ -95,12 +95,12 @@ def inspect_files(pattern: str, read_files: int = 4) -> Inspection:
             )
         counted = []
         for path in paths[:read_files]:
-            if _columns(connection, path, READERS[kinds[path]]) != published:
+            if _read_columns(connection, path, READERS[kinds[path]]) != published:
                 raise InputError(
                     f"{path} has other columns than {first}: inspect them apart, and make each "
                     "kind of file a source of its own"
                 )
-            counted.append(_count(connection, path, READERS[kinds[path]], published))
+            counted.append(_count_values(connection, path, READERS[kinds[path]], published))
     bad_lines, first_bad_line = _bad_lines(paths[:read_files], kinds)
     read_rows = sum(count[0] for count in counted)
     found = tuple(
@@ -130,24 +130,25 @@ def _bad_lines(paths: Sequence[str], kinds: Mapping[str, Format]) -> tuple[Count
     return reasons, first
 
 
-def _columns(connection: DuckDBPyConnection, path: str, reader: str) -> dict[str, str]:
-    with reading(path, "metadata"):
+def _read_columns(connection: DuckDBPyConnection, path: str, reader: str) -> dict[str, str]:
+    with explain_read_errors(path, "metadata"):
         rows = connection.execute(f"DESCRIBE SELECT * FROM {reader}", {"path": path}).fetchall()
     return {name: kind for name, kind, *_ in rows}
 
 
-def _count(
+def _count_values(
     connection: DuckDBPyConnection, path: str, reader: str, published: PublishedColumns
 ) -> tuple[int, dict[str, int], dict[str, list[int]]]:
     """(rows, values that are there by column, histogram by score column) of one file."""
     scores = [name for name, kind in published.items() if is_number(kind, whole=False)]
-    values = [f"count({quoted(name)})" for name in published]
+    values = [f"count({quote_identifier(name)})" for name in published]
     bins = [
-        f"count(*) FILTER (floor({quoted(name)} * {BINS}) {_compared(place)} {place})"
+        f"count(*) FILTER (floor({quote_identifier(name)} * {BINS}) {_comparison_at(place)} "
+        f"{place})"
         for name in scores
         for place in range(BINS)
     ]
-    with reading(path, "metadata"):
+    with explain_read_errors(path, "metadata"):
         [found] = connection.execute(
             f"SELECT count(*), {', '.join([*values, *bins])} FROM {reader}", {"path": path}
         ).fetchall()
@@ -159,7 +160,7 @@ def _count(
     return rows, dict(zip(published, there, strict=True)), histograms
 
 
-def _compared(place: int) -> str:
+def _comparison_at(place: int) -> str:
     """Shares of the bins; the first and the last bin are open to one side."""
     return {0: "<=", BINS - 1: ">="}.get(place, "=")
 

@@ -43,15 +43,15 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from tasks.artifacts.artifact import Made
 from tasks.merge.config import MergeConfig
-from tasks.merge.database import database, statement
+from tasks.merge.database import load_statement, open_database
 from tasks.merge.filters import REASONS, UNREADABLE_LINE
 from tasks.merge.merge_plan import MergePlan, SelectionCut, read_cuts
-from tasks.merge.metadata_files import identity, mark_of
+from tasks.merge.metadata_files import file_identity, mark_of
 from tasks.merge.shuffle import BUCKET_BITS, LAYOUT
 from tasks.merge.spark import spark_runner
 from tasks.merge.survey_files import Files, make_plan, rows_in
 from tasks.merge.units import PHASES, Chunk, files_of_range, kept_in, run_chunk, text_of
-from tasks.progress import Report, silent
+from tasks.progress import Report, report_nothing
 
 Runner = Callable[[Sequence[Chunk]], Iterator[int]]
 """Does the chunks of one phase, here or elsewhere; yields the number of every unit that is done."""
@@ -75,7 +75,7 @@ def merge_sources(
     config: MergeConfig,
     files: Files,
     out: Path,
-    report: Report = silent,
+    report: Report = report_nothing,
     *,
     threads: int | None = None,
     run: Runner = one_after_another,
@@ -107,10 +107,10 @@ def merge_sources(
             _run_phases(plan, run_on_spark, MOST_CHUNKS, report)
     else:
         _run_phases(plan, run, chunks, report)
-    with database(plan.temporary / "spill", plan.memory_limit, threads) as connection:
+    with open_database(plan.temporary / "spill", plan.memory_limit, threads) as connection:
         cuts = read_cuts(plan)
-        totals = _totals(connection, plan, cuts)
-        parts = [path for range_ in plan.ranges() for path in files_of_range(plan, *range_)]
+        totals = _sum_totals(connection, plan, cuts)
+        parts = [path for range_ in plan.list_ranges() for path in files_of_range(plan, *range_)]
         written = rows_in(connection, text_of(parts)) if parts else 0
     if written != sum(cut.selected for cut in cuts):
         raise RuntimeError(f"{sum(cut.selected for cut in cuts)} rows selected, {written} written")
@@ -160,7 +160,7 @@ def _forget_other_work(out: Path, config: MergeConfig, files: Files, given: Sequ
         {
             "layout": LAYOUT,
             "config": config.model_dump(mode="json", exclude={"memory_limit"}),
-            "files": {name: [identity(str(path)) for path in files[name]] for name in files},
+            "files": {name: [file_identity(str(path)) for path in files[name]] for name in files},
             "given": list(given),
         },
         sort_keys=True,
@@ -201,7 +201,7 @@ def save_cuts(plan: MergePlan) -> None:
     saved = plan.temporary / "cuts.json"
     if saved.is_file():
         return
-    with database(plan.temporary / "spill", plan.memory_limit, plan.threads) as connection:
+    with open_database(plan.temporary / "spill", plan.memory_limit, plan.threads) as connection:
         for source, reasons in enumerate(dropped_rows(connection, plan)):
             if not plan.given:
                 _check_something_is_left(plan, source, reasons)
@@ -244,7 +244,7 @@ def _cut_source(connection: DuckDBPyConnection, plan: MergePlan, source: int) ->
     def keys_at(buckets: Sequence[int], places: Sequence[int]) -> list[str]:
         parts = sorted({bucket * plan.partitions >> BUCKET_BITS for bucket in buckets})
         found = connection.execute(
-            statement("cut"),
+            load_statement("cut"),
             {
                 "buckets": list(buckets),
                 "places": list(places),
@@ -293,18 +293,18 @@ def cut_at(
     return SelectionCut(selected, keys[0] if first else None, tuple(keys[1 if first else 0 :]))
 
 
-def _totals(
+def _sum_totals(
     connection: DuckDBPyConnection, plan: MergePlan, cuts: Sequence[SelectionCut]
 ) -> dict[str, Any]:
     sources: list[dict[str, Any]] = []
-    overlaps = _overlaps(connection, plan)
+    overlaps = _count_overlaps(connection, plan)
     for number, (settings, dropped) in enumerate(
         zip(plan.config.sources, dropped_rows(connection, plan), strict=True)
     ):
         files = plan.of_source(number)
         read = sum(file.rows + file.bad_lines for file in files)
         selected = cuts[number].selected
-        survivors = _survivors(connection, plan, number)
+        survivors = _count_survivors(connection, plan, number)
         given = min(settings.skip_count, survivors)
         reasons = dropped + Counter(given_before=given, not_selected=survivors - given - selected)
         if reasons.total() + selected != read or not set(reasons) <= set(REASONS):
@@ -342,7 +342,7 @@ def _totals(
     return {"total": total, "sources": sources}
 
 
-def _survivors(connection: DuckDBPyConnection, plan: MergePlan, source: int) -> int:
+def _count_survivors(connection: DuckDBPyConnection, plan: MergePlan, source: int) -> int:
     found = connection.execute(
         "SELECT coalesce(sum(rows), 0) FROM read_parquet($paths, hive_partitioning = false) "
         "WHERE source = $source",
@@ -360,7 +360,7 @@ def _matched(connection: DuckDBPyConnection, plan: MergePlan, sidecar: int) -> i
     return rows_in(connection, text_of(found)) if found else 0
 
 
-def _overlaps(connection: DuckDBPyConnection, plan: MergePlan) -> list[dict[str, int]]:
+def _count_overlaps(connection: DuckDBPyConnection, plan: MergePlan) -> list[dict[str, int]]:
     """Of every source: how many of its surviving addresses each later source has too."""
     counts = [Counter[str]() for _ in plan.config.sources]
     for source, others, rows in connection.execute(

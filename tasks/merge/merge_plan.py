@@ -120,7 +120,7 @@ class MergePlan:
         editions = [(n, *file) for n, edition in enumerate(self.editions) for file in edition.files]
         return editions + [(len(self.editions), path, "url") for path in self.given]
 
-    def ranges(self) -> list[tuple[int, int]]:
+    def list_ranges(self) -> list[tuple[int, int]]:
         """(source, place of the range in it) of every range; only after the cut."""
         return [
             (source, number)
@@ -146,7 +146,7 @@ def read_cuts(plan: MergePlan) -> list[SelectionCut]:
     return [SelectionCut(selected, after, tuple(ranks)) for selected, after, ranks in saved]
 
 
-def once(folder: Path, make: Callable[[Path], None]) -> None:
+def make_once(folder: Path, make: Callable[[Path], None]) -> None:
     """Call `make` on a folder beside `folder` and rename it, unless `folder` is there."""
     if folder.is_dir():
         return

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import fsspec
 
 from evaclip_model.errors import InputError
-from tasks.artifacts.artifact import fingerprint
+from tasks.artifacts.artifact import fingerprint_files
 from tasks.merge.config import MergeConfig, SourceConfig
 
 Format = Literal["parquet", "csv", "jsonl"]
@@ -130,7 +130,7 @@ def outside_files(config: MergeConfig) -> Iterator[Outside]:
             yield Outside(f"blocklists.{kind}.{number}", f"filters.blocklists.{kind}", path)
 
 
-def identity(path: str) -> tuple[str, ...]:
+def file_identity(path: str) -> tuple[str, ...]:
     """Marks by which a file is still the same one: size, and time, version or checksum."""
     if is_url(path):
         information = file_system(path).info(path)
@@ -143,12 +143,12 @@ def identity(path: str) -> tuple[str, ...]:
 def mark_of(path: Path | str) -> str:
     """A metadata file's mark, the same wherever it lies, as 16 hex characters: the fingerprint of
     its content, or at a URL of its identity."""
-    return remote_fingerprint([str(path)]) if is_url(str(path)) else fingerprint(Path(path))
+    return remote_fingerprint([str(path)]) if is_url(str(path)) else fingerprint_files(Path(path))
 
 
 def remote_fingerprint(paths: Sequence[str]) -> str:
     """Identity of files behind URLs, without reading them: 16 hex characters."""
-    text = "\0".join("\0".join(identity(path)) for path in paths)
+    text = "\0".join("\0".join(file_identity(path)) for path in paths)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -79,11 +79,11 @@ def column_map(
     if not isinstance(chosen, ColumnMap):
         is_coyo = chosen == "coyo" or (chosen == "auto" and not ONLY_IN_COYO.isdisjoint(published))
         chosen = _from_layout(COYO if is_coyo else LAION, source, published, file)
-    for part, name in _parts(chosen):
+    for part, name in _column_parts(chosen):
         where = f"{file}: source '{source.name}'"
         if name not in published:
             raise InputError(
-                f"{where} has no column '{name}' for its {part}; {_hint(name, published)}"
+                f"{where} has no column '{name}' for its {part}; {_suggest_column(name, published)}"
             )
         if not is_text and not _can_play(part, published[name]):
             expected = "text" if part in ("url", "caption") else "a number"
@@ -136,32 +136,36 @@ def select_list(
     judged = judged or JudgedParts.of([(columns, published)])
     lacking_scores = judged.scores - set(columns.unsafe)
     lacking_tags = judged.tags - set(columns.unsafe)
-    tags = [_tag(name) for name in columns.unsafe if published[name] == TEXT]
-    scores = [_number(name) for name in columns.unsafe if published[name] != TEXT]
+    tags = [_tag_column(name) for name in columns.unsafe if published[name] == TEXT]
+    scores = [_number_column(name) for name in columns.unsafe if published[name] != TEXT]
     items = {
-        "raw_url": quoted(columns.url),
-        "raw_caption": quoted(columns.caption),
-        "original_id": f"{quoted(columns.id)}::VARCHAR" if columns.id else "NULL::VARCHAR",
-        "width": _side(columns.width),
-        "height": _side(columns.height),
-        "similarity": _cosine(columns.similarity),
-        "watermark": _number(columns.watermark),
+        "raw_url": quote_identifier(columns.url),
+        "raw_caption": quote_identifier(columns.caption),
+        "original_id": f"{quote_identifier(columns.id)}::VARCHAR"
+        if columns.id
+        else "NULL::VARCHAR",
+        "width": _side_column(columns.width),
+        "height": _side_column(columns.height),
+        "similarity": _cosine_column(columns.similarity),
+        "watermark": _number_column(columns.watermark),
         "unsafe_score": f"greatest({', '.join(scores)})" if scores else "NULL::DOUBLE",
-        "lacks_score": _any(
+        "lacks_score": _join_with_or(
             [*(f"{score} IS NULL" for score in scores), *("true" for _ in lacking_scores)]
         ),
-        "unsafe_tag": _any(f"list_contains($unsafe_tags::VARCHAR[], {tag})" for tag in tags),
-        "unknown_tag": _any(
+        "unsafe_tag": _join_with_or(
+            f"list_contains($unsafe_tags::VARCHAR[], {tag})" for tag in tags
+        ),
+        "unknown_tag": _join_with_or(
             [
                 *(f"NOT list_contains($known_tags::VARCHAR[], {tag})" for tag in tags),
                 *("true" for _ in lacking_tags),
             ]
         ),
-        "language": _text(columns.language),
-        "image_hash": _text(columns.image_hash),
-        "has_language": _flag(judged.language),
-        "has_similarity": _flag(judged.similarity),
-        "has_watermark": _flag(judged.watermark),
+        "language": _text_column(columns.language),
+        "image_hash": _text_column(columns.image_hash),
+        "has_language": _flag_column(judged.language),
+        "has_similarity": _flag_column(judged.similarity),
+        "has_watermark": _flag_column(judged.watermark),
         "broken_text": NOT_BROKEN,
     }
     return ",\n    ".join(f"{expression} AS {name}" for name, expression in items.items())
@@ -174,14 +178,14 @@ def is_number(kind: str, whole: bool = True) -> bool:
 
 def key_text(column: str, kind: str) -> str:
     """SQL of a key as text, the same for every type of number: 7, 7.0 and '7' are one key."""
-    name = quoted(column)
+    name = quote_identifier(column)
     if kind in INTEGERS or kind == TEXT or not is_number(kind):
         return f"{name}::VARCHAR"
     whole = f"TRY_CAST({name} AS HUGEINT)"
     return f"CASE WHEN {whole} = {name} THEN {whole}::VARCHAR ELSE {name}::VARCHAR END"
 
 
-def quoted(identifier: str) -> str:
+def quote_identifier(identifier: str) -> str:
     """An SQL identifier that means exactly this name."""
     return '"' + identifier.replace('"', '""') + '"'
 
@@ -198,13 +202,13 @@ def _from_layout(
             expected = layout[part][0]
             raise InputError(
                 f"{file}: source '{source.name}' has no column '{expected}' for its {part}; "
-                f"{_hint(expected, published)}"
+                f"{_suggest_column(expected, published)}"
             )
     single = {part: names[0] for part, names in found.items() if names and part != "unsafe"}
     return ColumnMap(**single, unsafe=tuple(found["unsafe"]))
 
 
-def _parts(columns: ColumnMap) -> Iterator[tuple[str, str]]:
+def _column_parts(columns: ColumnMap) -> Iterator[tuple[str, str]]:
     for part, value in columns.model_dump().items():
         for name in value if isinstance(value, tuple) else (value,):
             if name is not None:
@@ -217,7 +221,7 @@ def _can_play(part: str, kind: str) -> bool:
     return is_number(kind) or (kind == TEXT and part in ("id", "unsafe"))
 
 
-def _hint(name: str, published: PublishedColumns) -> str:
+def _suggest_column(name: str, published: PublishedColumns) -> str:
     lowered = {known.lower(): known for known in published}
     near = difflib.get_close_matches(name.lower(), lowered, n=1)
     if near:
@@ -225,38 +229,38 @@ def _hint(name: str, published: PublishedColumns) -> str:
     return f"its columns are {', '.join(published) or 'none'}"
 
 
-def _text(name: str | None) -> str:
-    return "NULL::VARCHAR" if name is None else f"nullif(trim({quoted(name)}), '')"
+def _text_column(name: str | None) -> str:
+    return "NULL::VARCHAR" if name is None else f"nullif(trim({quote_identifier(name)}), '')"
 
 
-def _number(name: str | None) -> str:
+def _number_column(name: str | None) -> str:
     if name is None:
         return "NULL::DOUBLE"
-    value = f"TRY_CAST({quoted(name)} AS DOUBLE)"
+    value = f"TRY_CAST({quote_identifier(name)} AS DOUBLE)"
     return f"CASE WHEN isfinite({value}) THEN {value} END"
 
 
-def _cosine(name: str | None) -> str:
+def _cosine_column(name: str | None) -> str:
     if name is None:
         return "NULL::DOUBLE"
-    value = f"TRY_CAST({quoted(name)} AS DOUBLE)"
+    value = f"TRY_CAST({quote_identifier(name)} AS DOUBLE)"
     return f"CASE WHEN {value} BETWEEN -1 AND 1 THEN {value} END"
 
 
-def _side(name: str | None) -> str:
+def _side_column(name: str | None) -> str:
     if name is None:
         return "NULL::BIGINT"
-    value = f"TRY_CAST({quoted(name)} AS BIGINT)"
+    value = f"TRY_CAST({quote_identifier(name)} AS BIGINT)"
     return f"CASE WHEN {value} > 0 THEN {value} END"
 
 
-def _tag(name: str) -> str:
-    return f"coalesce(upper(trim({quoted(name)})), '')"
+def _tag_column(name: str) -> str:
+    return f"coalesce(upper(trim({quote_identifier(name)})), '')"
 
 
-def _any(conditions: Iterable[str]) -> str:
+def _join_with_or(conditions: Iterable[str]) -> str:
     return " OR ".join(f"({condition})" for condition in conditions) or "false"
 
 
-def _flag(judged: bool) -> str:
+def _flag_column(judged: bool) -> str:
     return "true" if judged else "false"

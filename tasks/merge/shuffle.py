@@ -83,7 +83,7 @@ def write_rows(
         for run in judged:
             for count in pc.value_counts(pc.drop_null(run.column("reason"))).to_pylist():
                 dropped[count["values"]] += count["counts"]
-            ends.append([_append(files, batch) for batch in _split(run, partitions)])
+            ends.append([_append_batch(files, batch) for batch in _split_run(run, partitions)])
     found = np.array(ends, np.int64).reshape(-1, partitions, len(KINDS))
     for number, kind in enumerate(KINDS):
         np.save(folder / f"{kind.name}.ends.npy", np.ascontiguousarray(found[:, :, number]))
@@ -143,7 +143,7 @@ def partitions_in(folder: Path) -> int:
     return int(np.load(folder / "keys.ends.npy", mmap_mode="r").shape[1])
 
 
-def _append(files: Sequence[BinaryIO], batch: pa.RecordBatch) -> list[int]:
+def _append_batch(files: Sequence[BinaryIO], batch: pa.RecordBatch) -> list[int]:
     """Write a batch's columns to the file of their kind; returns where each file ends then."""
     for kind, file in zip(KINDS, files, strict=True):
         if batch.num_rows:
@@ -151,11 +151,11 @@ def _append(files: Sequence[BinaryIO], batch: pa.RecordBatch) -> list[int]:
     return [file.tell() for file in files]
 
 
-def _split(run: pa.RecordBatch, partitions: int) -> Iterator[pa.RecordBatch]:
+def _split_run(run: pa.RecordBatch, partitions: int) -> Iterator[pa.RecordBatch]:
     """The passing rows of a run, one batch a partition."""
     hexadecimal = run.column("key")
     passing = np.flatnonzero(hexadecimal.is_valid().to_numpy(zero_copy_only=False))
-    keys = np.frombuffer(binascii.unhexlify(_characters(hexadecimal)), np.uint8).reshape(-1, 16)
+    keys = np.frombuffer(binascii.unhexlify(_all_characters(hexadecimal)), np.uint8).reshape(-1, 16)
     if len(keys) != len(passing):
         raise RuntimeError(f"{len(passing)} keys wanted, {len(keys)} found")
     bucket = keys[:, 0].astype(np.int32) << 8 | keys[:, 1]
@@ -177,7 +177,7 @@ def _split(run: pa.RecordBatch, partitions: int) -> Iterator[pa.RecordBatch]:
         yield sorted_run.slice(first, end - first)
 
 
-def _characters(texts: pa.Array) -> memoryview:
+def _all_characters(texts: pa.Array) -> memoryview:
     """All characters of a text column in a row; what is none has none."""
     _, offsets, data = texts.buffers()
     bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]

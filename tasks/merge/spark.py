@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evaclip_model.errors import InputError
-from tasks.merge.database import database
-from tasks.merge.merge_plan import MergePlan, once
+from tasks.merge.database import open_database
+from tasks.merge.merge_plan import MergePlan, make_once
 from tasks.merge.shuffle import BUCKET_BITS, partitions_in, read_keys
 from tasks.merge.units import Chunk, rows_folder, run_chunk, text_of
 from tasks.spark_session import spark_builder
@@ -61,43 +61,43 @@ def spark_runner() -> Iterator[Callable[[Sequence[Chunk]], Iterator[int]]]:
         session = building.config("spark.executorEnv.PYTHONPATH", root).getOrCreate()
     except (PySparkException, OSError) as error:
         raise InputError(
-            f"Spark does not start ({_cause(error)}): it needs Java 17, as JAVA_HOME or `java`"
+            f"Spark does not start ({_find_cause(error)}): it needs Java 17, as JAVA_HOME or `java`"
         ) from error
     try:
-        yield partial(_run, session)
+        yield partial(_run_chunks, session)
     except PySparkException as error:
-        raise InputError(f"Spark gave up: {_cause(error)}") from error
+        raise InputError(f"Spark gave up: {_find_cause(error)}") from error
     finally:
         session.stop()
 
 
-def _run(session: Any, chunks: Sequence[Chunk]) -> Iterator[int]:
+def _run_chunks(session: Any, chunks: Sequence[Chunk]) -> Iterator[int]:
     numbers = [number for chunk in chunks for number in chunk.numbers]
     if not chunks:
         return
     if chunks[0].phase == "dedupe":
         plan = chunks[0].plan
-        once(plan.temporary / "kept" / "000000", partial(_dedupe, session, plan))
+        make_once(plan.temporary / "kept" / "000000", partial(_dedupe_partitions, session, plan))
     else:
-        session.sparkContext.parallelize(chunks, len(chunks)).foreach(_do)
+        session.sparkContext.parallelize(chunks, len(chunks)).foreach(_run_unit)
     yield from numbers
 
 
-def _do(chunk: Chunk) -> None:
+def _run_unit(chunk: Chunk) -> None:
     for _ in run_chunk(chunk):
         pass
 
 
-def _dedupe(session: Any, plan: MergePlan, folder: Path) -> None:
+def _dedupe_partitions(session: Any, plan: MergePlan, folder: Path) -> None:
     """Write for all partitions at once what the unit `dedupe` writes for one."""
     from pyspark.sql import Window
     from pyspark.sql import functions as F
 
     folders = [(str(rows_folder(plan, file)), file.source, file.number) for file in plan.files]
-    keys = _spread(session, folders, "path string, source int, file int").mapInArrow(
-        partial(_keys, str(plan.temporary), plan.memory_limit), KEYS
+    keys = _spread_rows(session, folders, "path string, source int, file int").mapInArrow(
+        partial(_read_keys, str(plan.temporary), plan.memory_limit), KEYS
     )
-    passing, lost = _compare(session, plan, keys)
+    passing, lost = _compare_keys(session, plan, keys)
     best_first = Window.partitionBy("key").orderBy(
         "source",
         F.col("similarity").desc_nulls_last(),
@@ -130,12 +130,14 @@ def _dedupe(session: Any, plan: MergePlan, folder: Path) -> None:
         reasons = reasons.unionByName(counted.groupBy("source", "reason", "others").count())
     histogram = kept.groupBy("source", "bucket").count()
     kinds = {"source": pa.int32(), "reason": pa.string(), "others": pa.int64()}
-    _save(reasons, folder / "reasons.parquet", kinds)
-    _save(histogram, folder / "histogram.parquet", {"source": pa.int32(), "bucket": pa.int32()})
+    _save_counts(reasons, folder / "reasons.parquet", kinds)
+    _save_counts(
+        histogram, folder / "histogram.parquet", {"source": pa.int32(), "bucket": pa.int32()}
+    )
     deduped.unpersist()
 
 
-def _compare(session: Any, plan: MergePlan, keys: Any) -> tuple[Any, list[tuple[str, Any]]]:
+def _compare_keys(session: Any, plan: MergePlan, keys: Any) -> tuple[Any, list[tuple[str, Any]]]:
     """(keys that pass, by reason keys that do not: their cleaned edition lacks the address, or an
     earlier merge has given it)."""
     from pyspark.sql import functions as F
@@ -160,16 +162,16 @@ def _compare(session: Any, plan: MergePlan, keys: Any) -> tuple[Any, list[tuple[
     return passing, lost
 
 
-def _spread(session: Any, rows: list[tuple[Any, ...]], schema: str) -> Any:
+def _spread_rows(session: Any, rows: list[tuple[Any, ...]], schema: str) -> Any:
     """A frame whose rows, few but much work each, lie on as many workers as there are."""
     return session.createDataFrame(rows, schema).repartition(max(1, min(len(rows), 500)))
 
 
-def _keys(
+def _read_keys(
     temporary: str, memory_limit: str, folders: Iterator[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
     """The keys in the units' folders of rows: Spark does not read their 16 bytes."""
-    with database(_spill_of(temporary), memory_limit, 1) as connection:
+    with open_database(_spill_of(temporary), memory_limit, 1) as connection:
         connection.execute("SET arrow_large_buffer_size = false")
         for batch in folders:
             for folder in batch.to_pylist():
@@ -188,15 +190,15 @@ def _keys(
 def _read_known(session: Any, plan: MergePlan, pattern: str) -> Any:
     """Keys of a cleaned edition."""
     paths = [(path,) for path in text_of(sorted(plan.temporary.glob(pattern)))]
-    return _spread(session, paths, "path string").mapInArrow(
-        partial(_known, str(plan.temporary), plan.memory_limit), "key string"
+    return _spread_rows(session, paths, "path string").mapInArrow(
+        partial(_read_known_keys, str(plan.temporary), plan.memory_limit), "key string"
     )
 
 
-def _known(
+def _read_known_keys(
     temporary: str, memory_limit: str, paths: Iterator[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
-    with database(_spill_of(temporary), memory_limit, 1) as connection:
+    with open_database(_spill_of(temporary), memory_limit, 1) as connection:
         connection.execute("SET arrow_large_buffer_size = false")
         for batch in paths:
             for path in batch.column(0).to_pylist():
@@ -212,7 +214,7 @@ def _spill_of(temporary: str) -> Path:
     return Path(temporary, "spill", f"read-{os.getpid()}")
 
 
-def _save(counted: Any, path: Path, kinds: dict[str, pa.DataType]) -> None:
+def _save_counts(counted: Any, path: Path, kinds: dict[str, pa.DataType]) -> None:
     """Write the few rows of a count as the unit does: its groups, and `rows`."""
     rows = [tuple(row) for row in counted.select(*kinds, "count").collect()]
     columns = list(zip(*rows, strict=True)) or [()] * (len(kinds) + 1)
@@ -223,7 +225,7 @@ def _save(counted: Any, path: Path, kinds: dict[str, pa.DataType]) -> None:
     pq.write_table(pa.table(arrays, names=[*kinds, "rows"]), path)
 
 
-def _cause(error: Exception) -> str:
+def _find_cause(error: Exception) -> str:
     """The last line of an error that says something: workers' errors come with their traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     ours = [line for line in lines if "InputError" in line]

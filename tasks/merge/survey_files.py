@@ -22,15 +22,15 @@ from duckdb import DuckDBPyConnection
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from tasks.merge.config import ColumnMap, MergeConfig, SidecarConfig, SourceConfig
-from tasks.merge.database import database, reading
-from tasks.merge.merge_plan import Edition, MergePlan, MetadataFile, Sidecar, once
+from tasks.merge.database import explain_read_errors, open_database
+from tasks.merge.merge_plan import Edition, MergePlan, MetadataFile, Sidecar, make_once
 from tasks.merge.metadata_files import READERS, find_metadata, format_of
 from tasks.merge.schema import (
     JudgedParts,
     PublishedColumns,
     column_map,
     key_text,
-    quoted,
+    quote_identifier,
     select_list,
 )
 from tasks.tables.text_tables import TextFormat, TextRow, column_names, read_text_table
@@ -73,7 +73,7 @@ def make_plan(
     compared = [source.diff_against for source in config.sources if source.diff_against]
     outside += [path for sidecar in sidecars for path in sidecar.paths] + compared + list(given)
     spill = out / "_tmp" / "spill"
-    with database(spill, memory_limit, threads, outside) as connection:
+    with open_database(spill, memory_limit, threads, outside) as connection:
         added: dict[tuple[int, int], dict[str, str]] = {}
         with_keys: list[Sidecar] = []
         for sidecar in sidecars:
@@ -111,7 +111,7 @@ def make_plan(
                 f"download.hash_column names '{config.hash_column}', but no source has such a "
                 f"column; their columns are {', '.join(sorted(known_columns))}"
             )
-        editions = _editions(connection, config)
+        editions = _list_editions(connection, config)
     rows = sum(file.rows for file in found)
     partitions = config.partitions or min(MOST_PARTITIONS, -(-rows // ROWS_PER_PARTITION))
     return MergePlan(
@@ -175,11 +175,11 @@ def _look_at(
 ) -> _LookedAt:
     kind = format_of(path, source)
     if kind == "parquet":
-        own = _published(connection, path)
-        with reading(path):
+        own = _published_columns(connection, path)
+        with explain_read_errors(path):
             return _LookedAt(path, path, own, False, rows_in(connection, [path]))
     converted = temporary / "converted" / f"{number:06d}"
-    once(converted, lambda folder: convert_text(path, kind, source, folder))
+    make_once(converted, lambda folder: convert_text(path, kind, source, folder))
     told = json.loads((converted / "told.json").read_text())
     return _LookedAt(
         str(converted / ROWS), path, told["columns"], True, told["rows"], told["bad"], told["first"]
@@ -247,8 +247,8 @@ def _with_hash(config: MergeConfig, columns: ColumnMap, file: _LookedAt) -> Colu
     return columns.model_copy(update={"image_hash": config.hash_column if has else None})
 
 
-def _published(connection: DuckDBPyConnection, path: str) -> dict[str, str]:
-    with reading(path):
+def _published_columns(connection: DuckDBPyConnection, path: str) -> dict[str, str]:
+    with explain_read_errors(path):
         description = connection.execute(
             f"DESCRIBE SELECT * FROM {READERS['parquet']}", {"path": path}
         ).fetchall()
@@ -261,9 +261,9 @@ def _sidecar_columns(
     """Types of the columns that a sidecar adds, and SQL of the key in each of its files."""
     keys = []
     source = config.sources[sidecar.source].name
-    published = _published(connection, sidecar.paths[0])
+    published = _published_columns(connection, sidecar.paths[0])
     for path in sidecar.paths:
-        columns = _published(connection, path)
+        columns = _published_columns(connection, path)
         for name in (sidecar.config.key, *sidecar.config.columns):
             if name not in columns:
                 raise InputError(
@@ -277,16 +277,18 @@ def _sidecar_columns(
 def _sidecar_key(sidecar: SidecarConfig, columns: ColumnMap, published: PublishedColumns) -> str:
     """SQL of a row's key in a sidecar."""
     if sidecar.on == "url":
-        return quoted(columns.url)
+        return quote_identifier(columns.url)
     if sidecar.on == "id":
         return key_text(columns.id, published[columns.id]) if columns.id else "NULL"
     if "hash" in published:
         return key_text("hash", published["hash"])
-    text = " || ".join(f"coalesce({quoted(name)}, '')" for name in (columns.url, columns.caption))
+    text = " || ".join(
+        f"coalesce({quote_identifier(name)}, '')" for name in (columns.url, columns.caption)
+    )
     return f"laion_hash({text})"
 
 
-def _editions(connection: DuckDBPyConnection, config: MergeConfig) -> tuple[Edition, ...]:
+def _list_editions(connection: DuckDBPyConnection, config: MergeConfig) -> tuple[Edition, ...]:
     compared: dict[str, list[int]] = {}
     for number, source in enumerate(config.sources):
         if source.diff_against:
@@ -295,7 +297,9 @@ def _editions(connection: DuckDBPyConnection, config: MergeConfig) -> tuple[Edit
     for pattern, sources in compared.items():
         cleaned = SourceConfig(name="cleaned", files=pattern)
         paths = find_metadata(pattern, "diff_against")
-        columns = [column_map(cleaned, _published(connection, path), path) for path in paths]
+        columns = [
+            column_map(cleaned, _published_columns(connection, path), path) for path in paths
+        ]
         urls = [column.url for column in columns]
         editions.append(Edition(tuple(sources), tuple(zip(paths, urls, strict=True))))
     return tuple(editions)

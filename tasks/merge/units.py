@@ -27,12 +27,20 @@ from duckdb import DuckDBPyConnection
 
 from evaclip_model.files import replace_file
 from tasks.merge.config import MergeConfig
-from tasks.merge.database import copy, database, execute, reading, run, statement, stream
+from tasks.merge.database import (
+    copy_statement,
+    execute_query,
+    explain_read_errors,
+    fetch_rows,
+    load_statement,
+    open_database,
+    stream_batches,
+)
 from tasks.merge.filters import reason_expression, rule_parameters
-from tasks.merge.merge_plan import MergePlan, MetadataFile, once, read_cuts
+from tasks.merge.merge_plan import MergePlan, MetadataFile, make_once, read_cuts
 from tasks.merge.metadata_files import read_lists
 from tasks.merge.repair_text import is_about_encoding, repair_text
-from tasks.merge.schema import BROKEN_TEXT, NOT_BROKEN, quoted
+from tasks.merge.schema import BROKEN_TEXT, NOT_BROKEN, quote_identifier
 from tasks.merge.shuffle import (
     BUCKET_BITS,
     is_alone,
@@ -90,7 +98,7 @@ def run_chunk(chunk: Chunk) -> Iterator[int]:
     """
     plan, phase = chunk.plan, PHASES[chunk.phase]
     spill = plan.temporary / "spill" / f"{chunk.phase}-{chunk.numbers[0]}"
-    with database(spill, plan.memory_limit, plan.threads, plan.outside_paths) as connection:
+    with open_database(spill, plan.memory_limit, plan.threads, plan.outside_paths) as connection:
         if chunk.phase == "scan":
             fill_blocklists(connection, plan.config)
         if plan.partitions > 100:
@@ -110,7 +118,7 @@ def fill_blocklists(connection: DuckDBPyConnection, config: MergeConfig) -> None
     lists = config.filters.blocklists
     urls = (
         "WITH published AS (SELECT unnest($entries::VARCHAR[]) AS raw_url, "
-        f"NULL::VARCHAR AS raw_caption), {statement('normalise')} "
+        f"NULL::VARCHAR AS raw_caption), {load_statement('normalise')} "
         "SELECT address AS entry FROM normalised WHERE address IS NOT NULL"
     )
     lowered = "SELECT lower(unnest($entries::VARCHAR[])) AS entry"
@@ -128,26 +136,30 @@ def fill_blocklists(connection: DuckDBPyConnection, config: MergeConfig) -> None
 def _partition_sidecar_keys(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
     sidecar, file = plan.sidecar_key_files()[number]
     key = file.sidecar_keys[plan.sidecars[sidecar].place]
-    _split(
+    _split_over_partitions(
         *(connection, plan, f"sidecar_keys/{sidecar}/{file.number:06d}", file.path),
-        *(statement("partition_sidecar_keys", key=key), {"file": file.number}),
+        *(load_statement("partition_sidecar_keys", key=key), {"file": file.number}),
     )
 
 
 def _partition_sidecars(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
     sidecar, path, key = plan.sidecar_files()[number]
-    columns = ", ".join(map(quoted, plan.sidecars[sidecar].config.columns))
-    query = statement("partition_sidecars", key=key, columns=columns)
-    _split(connection, plan, f"sidecars/{sidecar}/{number:06d}", path, query, {})
+    columns = ", ".join(map(quote_identifier, plan.sidecars[sidecar].config.columns))
+    query = load_statement("partition_sidecars", key=key, columns=columns)
+    _split_over_partitions(connection, plan, f"sidecars/{sidecar}/{number:06d}", path, query, {})
 
 
 def _partition_known_keys(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
     edition, path, url = plan.known_key_files()[number]
-    query = statement("partition_known_keys", url=quoted(url), normalise=statement("normalise"))
-    _split(connection, plan, f"known/edition={edition}/{number:06d}", path, query, {})
+    query = load_statement(
+        "partition_known_keys", url=quote_identifier(url), normalise=load_statement("normalise")
+    )
+    _split_over_partitions(
+        connection, plan, f"known/edition={edition}/{number:06d}", path, query, {}
+    )
 
 
-def _split(
+def _split_over_partitions(
     connection: DuckDBPyConnection,
     plan: MergePlan,
     place: str,
@@ -159,9 +171,9 @@ def _split(
 
     def make(folder: Path) -> None:
         def split(readable: str) -> None:
-            run(
+            fetch_rows(
                 connection,
-                copy(query, "PARTITION_BY (part)"),
+                copy_statement(query, "PARTITION_BY (part)"),
                 {
                     **parameters,
                     "path": readable,
@@ -173,7 +185,7 @@ def _split(
 
         _with_repair(plan, path, split)
 
-    once(plan.temporary / place, make)
+    make_once(plan.temporary / place, make)
 
 
 def _with_repair(plan: MergePlan, path: str, read: Callable[[str], None]) -> None:
@@ -183,22 +195,22 @@ def _with_repair(plan: MergePlan, path: str, read: Callable[[str], None]) -> Non
     Raises:
         InputError: the file cannot be read.
     """
-    with reading(path):
+    with explain_read_errors(path):
         try:
             return read(path)
         except duckdb.Error as error:
             if not is_about_encoding(error):
                 raise
     repaired = plan.temporary / "repaired" / hashlib.md5(path.encode()).hexdigest()
-    once(repaired, lambda folder: repair_text(path, folder / "rows.parquet"))
-    with reading(path):
+    make_once(repaired, lambda folder: repair_text(path, folder / "rows.parquet"))
+    with explain_read_errors(path):
         read(str(repaired / "rows.parquet"))
 
 
 def _join_sidecars(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
     sidecar, part = divmod(number, plan.partitions)
-    columns = [quoted(name) for name in plan.sidecars[sidecar].config.columns]
-    query = statement(
+    columns = [quote_identifier(name) for name in plan.sidecars[sidecar].config.columns]
+    query = load_statement(
         "join_sidecars",
         columns=", ".join(columns),
         largest=", ".join(f"max({name}) AS {name}" for name in columns),
@@ -207,14 +219,14 @@ def _join_sidecars(connection: DuckDBPyConnection, plan: MergePlan, number: int)
     found = sorted(plan.temporary.glob(f"sidecars/{sidecar}/*/part={part}/*.parquet"))
 
     def make(folder: Path) -> None:
-        run(
+        fetch_rows(
             connection,
-            copy(query, "PARTITION_BY (file)"),
+            copy_statement(query, "PARTITION_BY (file)"),
             {"wanted": text_of(wanted), "sidecar": text_of(found), "target": str(folder)},
         )
 
     if wanted and found:
-        once(plan.temporary / f"joined/{sidecar}/{part:06d}", make)
+        make_once(plan.temporary / f"joined/{sidecar}/{part:06d}", make)
 
 
 def rows_of(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
@@ -223,7 +235,7 @@ def rows_of(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
     parameters: dict[str, Any] = {"path": file.path}
     for number, sidecar in plan.sidecars_of(file.source):
         found = sorted(plan.temporary.glob(f"joined/{number}/*/file={file.number}/*.parquet"))
-        for name in map(quoted, sidecar.config.columns):
+        for name in map(quote_identifier, sidecar.config.columns):
             added += f", sidecar_{number}.{name}" if found else f", NULL AS {name}"
         if found:
             parameters[f"files_{number}"] = text_of(found)
@@ -231,16 +243,16 @@ def rows_of(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
                 f"LEFT JOIN read_parquet($files_{number}, hive_partitioning = false) "
                 f"AS sidecar_{number} ON sidecar_{number}.row_in_file = alone.file_row_number\n"
             )
-    return statement("rows", added=added, joins=joins), parameters
+    return load_statement("rows", added=added, joins=joins), parameters
 
 
 def scan_query(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
     """(statement that judges every row of a file, its parameters)."""
     rows, parameters = rows_of(plan, file)
-    query = statement(
+    query = load_statement(
         "scan",
         reason=reason_expression(plan.config.filters),
-        normalise=statement("normalise"),
+        normalise=load_statement("normalise"),
         columns=file.columns,
         rows=rows,
     )
@@ -255,7 +267,7 @@ def scan_query(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]
     }
 
 
-def _scan(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
+def _scan_file(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
     file = plan.files[number]
 
     def make(folder: Path) -> None:
@@ -263,15 +275,16 @@ def _scan(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
             columns = file.columns
             if path != file.path:
                 columns = columns.replace(
-                    f"{NOT_BROKEN} AS broken_text", f"{quoted(BROKEN_TEXT)} AS broken_text"
+                    f"{NOT_BROKEN} AS broken_text",
+                    f"{quote_identifier(BROKEN_TEXT)} AS broken_text",
                 )
             query, parameters = scan_query(plan, replace(file, path=path, columns=columns))
-            judged = stream(connection, query, parameters, rows_per_run(plan.partitions))
+            judged = stream_batches(connection, query, parameters, rows_per_run(plan.partitions))
             write_rows(judged, folder, file.source, plan.partitions)
 
         _with_repair(plan, file.path, scan)
 
-    once(rows_folder(plan, file), make)
+    make_once(rows_folder(plan, file), make)
 
 
 def rows_folder(plan: MergePlan, file: MetadataFile) -> Path:
@@ -279,19 +292,21 @@ def rows_folder(plan: MergePlan, file: MetadataFile) -> Path:
     return plan.temporary / "rows" / f"{file.number:06d}"
 
 
-def _dedupe(connection: DuckDBPyConnection, plan: MergePlan, part: int) -> None:
-    once(plan.temporary / "kept" / f"{part:06d}", partial(_dedupe_keys, connection, plan, part))
+def _dedupe_partition(connection: DuckDBPyConnection, plan: MergePlan, part: int) -> None:
+    make_once(
+        plan.temporary / "kept" / f"{part:06d}", partial(_dedupe_keys, connection, plan, part)
+    )
 
 
 def _dedupe_keys(connection: DuckDBPyConnection, plan: MergePlan, part: int, folder: Path) -> None:
-    query, parameters = _keys(connection, plan, part)
+    query, parameters = _partition_keys_query(connection, plan, part)
     keys = [
         read_keys(rows_folder(plan, file), file.source, file.number, part) for file in plan.files
     ]
     part_keys = pa.concat_tables(keys)
     part_keys = part_keys.append_column("alone", pa.array(is_alone(part_keys)))
     connection.register("part_keys", part_keys)
-    run(connection, statement("dedupe", keys=query), parameters)
+    fetch_rows(connection, load_statement("dedupe", keys=query), parameters)
     connection.unregister("part_keys")
     for name, query in {
         "reasons": "SELECT source, reason, others, count(*) AS rows FROM deduped "
@@ -299,11 +314,13 @@ def _dedupe_keys(connection: DuckDBPyConnection, plan: MergePlan, part: int, fol
         "histogram": "SELECT source, bucket, count(*) AS rows FROM deduped "
         "WHERE reason IS NULL GROUP BY ALL",
     }.items():
-        connection.execute(copy(query, "CODEC zstd"), {"target": str(folder / f"{name}.parquet")})
+        connection.execute(
+            copy_statement(query, "CODEC zstd"), {"target": str(folder / f"{name}.parquet")}
+        )
     rows = folder / "rows" / f"part={part}"
     rows.mkdir(parents=True)
     connection.execute(
-        copy(
+        copy_statement(
             "SELECT source, file, place, key, bucket, others FROM deduped WHERE reason IS NULL",
             "CODEC uncompressed",
         ),
@@ -312,7 +329,9 @@ def _dedupe_keys(connection: DuckDBPyConnection, plan: MergePlan, part: int, fol
     connection.execute("DROP TABLE deduped")
 
 
-def _keys(connection: DuckDBPyConnection, plan: MergePlan, part: int) -> tuple[str, dict[str, Any]]:
+def _partition_keys_query(
+    connection: DuckDBPyConnection, plan: MergePlan, part: int
+) -> tuple[str, dict[str, Any]]:
     """(SQL of one partition's keys, each with the reason why it is `dropped`; parameters)."""
     plain = "SELECT *, NULL::VARCHAR AS dropped FROM part_keys"
     if not plan.editions and not plan.given:
@@ -332,7 +351,7 @@ def _keys(connection: DuckDBPyConnection, plan: MergePlan, part: int) -> tuple[s
                 "FROM read_parquet($known, hive_partitioning = false)",
                 {"edition": number, "known": paths},
             )
-    return statement("keys"), {
+    return load_statement("keys"), {
         "compared": [source for source, _ in compared],
         "editions": [number for _, number in compared],
         "given": len(plan.editions),
@@ -368,8 +387,8 @@ def files_of_range(plan: MergePlan, source: int, number: int) -> list[Path]:
     ]
 
 
-def _write(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
-    source, place = plan.ranges()[number]
+def _write_range(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
+    source, place = plan.list_ranges()[number]
     wanted = files_of_range(plan, source, place)
     missing = {path for path in wanted if not path.is_file()}
     if missing:
@@ -378,7 +397,8 @@ def _write(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None
         parts = parts_between(plan, after, cut.last_keys[place])
         (plan.out / plan.config.sources[source].name).mkdir(exist_ok=True)
         tables = (
-            _chosen(connection, plan, source, part, after, cut.last_keys[place]) for part in parts
+            _choose_rows(connection, plan, source, part, after, cut.last_keys[place])
+            for part in parts
         )
         for path, table in zip(
             wanted, _in_files(tables, _output(plan), plan.config.rows_per_file), strict=True
@@ -391,7 +411,7 @@ def _write(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None
                     )
 
 
-def _chosen(
+def _choose_rows(
     connection: DuckDBPyConnection,
     plan: MergePlan,
     source: int,
@@ -405,7 +425,9 @@ def _chosen(
         return _output(plan).empty_table()
     beyond = "" if after is None else "AND key::UUID > $after::UUID"
     parameters = {"kept": kept, "source": source, "last": last, "after": after}
-    places = execute(connection, statement("chosen", after=beyond), parameters).fetchnumpy()
+    places = execute_query(
+        connection, load_statement("chosen", after=beyond), parameters
+    ).fetchnumpy()
     files = plan.of_source(source)
     keys = [read_rows(rows_folder(plan, file), "keys", part) for file in files]
     texts = [read_rows(rows_folder(plan, file), "texts", part) for file in files]
@@ -415,12 +437,12 @@ def _chosen(
     narrow = pa.concat_tables(keys).select(["original_id", "similarity"])
     wide = pa.concat_tables(texts)
     del keys, texts
-    rows = _taken(wide, indices), _taken(narrow, indices)
+    rows = _take_rows(wide, indices), _take_rows(narrow, indices)
     columns = {name: table.column(name) for table in rows for name in table.column_names}
     columns["others"] = pa.chunked_array([pa.array(places["others"])])
     connection.register("chosen", pa.table(columns))
     names = [settings.name for settings in plan.config.sources]
-    made = execute(connection, statement("write"), {"names": names}).to_arrow_table()
+    made = execute_query(connection, load_statement("write"), {"names": names}).to_arrow_table()
     connection.unregister("chosen")
     columns |= {name: made.column(name) for name in made.column_names}
     columns["source"] = pa.chunked_array([pa.repeat(plan.config.sources[source].name, len(made))])
@@ -432,7 +454,7 @@ def _output(plan: MergePlan) -> pa.Schema:
     return OUTPUT_WITH_HASH if plan.config.hash_column else OUTPUT
 
 
-def _taken(table: pa.Table, indices: npt.NDArray[np.int64]) -> pa.Table:
+def _take_rows(table: pa.Table, indices: npt.NDArray[np.int64]) -> pa.Table:
     """Rows of a table, copied; its chunks are joined first, as their rows lie anywhere."""
     return table.combine_chunks().take(pa.array(indices))
 
@@ -465,8 +487,8 @@ PHASES: Mapping[str, Phase] = {
     "partition_known_keys": Phase(
         lambda plan: len(plan.known_key_files()), _partition_known_keys, 0.0
     ),
-    "scan": Phase(lambda plan: len(plan.files), _scan, 0.5),
-    "dedupe": Phase(lambda plan: plan.partitions, _dedupe, 0.2),
-    "write": Phase(lambda plan: len(plan.ranges()), _write, 0.3),
+    "scan": Phase(lambda plan: len(plan.files), _scan_file, 0.5),
+    "dedupe": Phase(lambda plan: plan.partitions, _dedupe_partition, 0.2),
+    "write": Phase(lambda plan: len(plan.list_ranges()), _write_range, 0.3),
 }
 """In order: every phase reads what the ones before have made."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tasks.merge.database import database, statement
+from tasks.merge.database import load_statement, open_database
 
 
 def normal_urls(urls: Sequence[str]) -> list[str | None]:
@@ -17,9 +17,9 @@ def normal_urls(urls: Sequence[str]) -> list[str | None]:
     query = (
         "WITH published AS (SELECT raw_url, place, NULL::VARCHAR AS raw_caption "
         "FROM (SELECT unnest($urls::VARCHAR[]) AS raw_url, unnest(range(len($urls))) AS place)), "
-        + statement("normalise")
+        + load_statement("normalise")
         + " SELECT url FROM normalised ORDER BY place"
     )
-    with TemporaryDirectory() as spill, database(Path(spill), "1GB", 1) as connection:
+    with TemporaryDirectory() as spill, open_database(Path(spill), "1GB", 1) as connection:
         rows = connection.execute(query, {"urls": list(urls)}).fetchall()
     return [url for (url,) in rows]

@@ -39,7 +39,7 @@ def run_supervised(
     `poll` is called every `poll_s` seconds; whatever it raises, KeyboardInterrupt included, stops
     the command and everything it started before it goes on.
     """
-    with supervised(command, log=log, grace_s=grace_s, env=env, cwd=cwd) as process:
+    with start_supervised(command, log=log, grace_s=grace_s, env=env, cwd=cwd) as process:
         while True:
             try:
                 return process.wait(poll_s)
@@ -49,7 +49,7 @@ def run_supervised(
 
 
 @contextmanager
-def supervised(
+def start_supervised(
     command: Sequence[str],
     *,
     log: Path,
@@ -82,7 +82,7 @@ def supervised(
     try:
         yield process
     finally:
-        _stop(process, grace_s)
+        _stop_supervisor(process, grace_s)
         if process.returncode < 0:
             _kill_marked(mark)
 
@@ -93,7 +93,7 @@ def _with_checkout(env: Mapping[str, str], mark: str) -> dict[str, str]:
     return {**env, "PYTHONPATH": os.pathsep.join(paths), MARK: mark}
 
 
-def _stop(process: subprocess.Popen[bytes], grace_s: float) -> None:
+def _stop_supervisor(process: subprocess.Popen[bytes], grace_s: float) -> None:
     """End of file at its stdin tells the supervisor to stop; a second ctrl-C ends its grace."""
     assert process.stdin is not None
     process.stdin.close()

@@ -30,10 +30,10 @@ KILL_WAIT_S = 10.0
 TICK_S = 0.05
 
 
-def supervise(command: list[str], grace_s: float) -> int:
+def supervise_command(command: list[str], grace_s: float) -> int:
     """Run `command` to its end, or to the end of whoever holds our stdin; return its status."""
     signals = _SignalPipe()
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    _call_prctl(PR_SET_CHILD_SUBREAPER, 1)
     child = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_supervisor
     )
@@ -47,8 +47,8 @@ def supervise(command: list[str], grace_s: float) -> int:
         deadline = time.monotonic() + grace_s
         while time.monotonic() < deadline and not signals.take_stop():
             child.poll()
-            _reap(child.pid)
-            if not _descendants(os.getpid()):
+            _reap_orphans(child.pid)
+            if not _list_descendants(os.getpid()):
                 break
             time.sleep(TICK_S)
     _kill_all(child)
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) < 3 or arguments[1] != "--":
         sys.stderr.write("usage: python -m tasks.process.supervise GRACE_SECONDS -- COMMAND...\n")
         return 2
-    return supervise(arguments[2:], float(arguments[0]))
+    return supervise_command(arguments[2:], float(arguments[0]))
 
 
 class _SignalPipe:
@@ -72,7 +72,7 @@ class _SignalPipe:
             os.set_blocking(end, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in (*STOP_SIGNALS, signal.SIGCHLD):
-            signal.signal(number, _noted)
+            signal.signal(number, _note_signal)
 
     def take_stop(self) -> bool:
         """Whether a stop signal came since the last call."""
@@ -83,18 +83,18 @@ class _SignalPipe:
         return any(number in numbers for number in STOP_SIGNALS)
 
 
-def _noted(number: int, frame: FrameType | None) -> None:
+def _note_signal(number: int, frame: FrameType | None) -> None:
     """The wake-up pipe carries the news; a handler only keeps the default action away."""
 
 
-def _prctl(option: int, value: int) -> None:
+def _call_prctl(option: int, value: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
 def _die_with_supervisor() -> None:
     # Safe here, unlike in a flow: the supervisor has one thread, so the signal means its death.
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _call_prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:
@@ -110,8 +110,8 @@ def _kill_all(child: subprocess.Popen[bytes]) -> None:
     _signal_group(child.pid, signal.SIGKILL)
     while time.monotonic() < deadline:
         child.poll()
-        _reap(child.pid)
-        left = _descendants(os.getpid())
+        _reap_orphans(child.pid)
+        left = _list_descendants(os.getpid())
         if not left:
             return
         for process in left:
@@ -122,9 +122,9 @@ def _kill_all(child: subprocess.Popen[bytes]) -> None:
         time.sleep(TICK_S)
 
 
-def _reap(keep: int) -> None:
+def _reap_orphans(keep: int) -> None:
     """Collect ended orphans handed to us; `keep` is left for its Popen to collect."""
-    for process in _children().get(os.getpid(), ()):
+    for process in _map_children().get(os.getpid(), ()):
         if process != keep:
             try:
                 os.waitpid(process, os.WNOHANG)
@@ -132,9 +132,9 @@ def _reap(keep: int) -> None:
                 continue
 
 
-def _descendants(root: int) -> list[int]:
+def _list_descendants(root: int) -> list[int]:
     """Every live process below `root`; empty where there is no /proc."""
-    children = _children()
+    children = _map_children()
     found: list[int] = []
     queue = [root]
     while queue:
@@ -144,7 +144,7 @@ def _descendants(root: int) -> list[int]:
     return found
 
 
-def _children() -> dict[int, list[int]]:
+def _map_children() -> dict[int, list[int]]:
     """Parent -> children, over all processes of the machine that /proc shows."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):

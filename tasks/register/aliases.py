@@ -28,12 +28,12 @@ class RegisteredVersion:
         return f"{self.name}/{self.version}"
 
     @classmethod
-    def of(cls, folder: Path) -> Self:
+    def from_registration(cls, folder: Path) -> Self:
         """The version that the registration in `folder` made."""
         one = json.loads((folder / REGISTERED).read_text())
         return cls(one["name"], int(one["version"]), one["tracking_uri"])
 
-    def aliases(self) -> tuple[str, ...] | None:
+    def current_aliases(self) -> tuple[str, ...] | None:
         """Its aliases of now, by name; None if its registry does not answer."""
         store = TrackingStore.at(self.tracking_uri, experiment="")
         if store.database is not None and not store.database.exists():

@@ -112,9 +112,11 @@ class Decision(Config):
         return "\n".join([*head, "| rule | says | why |", "|---|---|---|", *rows]) + "\n"
 
 
-def decide(candidate: Candidate, champion: Champion | None, policy: GatePolicy) -> Decision:
+def decide_promotion(
+    candidate: Candidate, champion: Champion | None, policy: GatePolicy
+) -> Decision:
     """Decide whether `candidate` replaces `champion` (None: there is none yet)."""
-    reasons = tuple(_reasons(candidate, champion, policy))
+    reasons = tuple(_list_reasons(candidate, champion, policy))
     order = list(GateOutcome)
     outcome = max((one.outcome for one in reasons), key=order.index)
     return Decision(
@@ -143,10 +145,10 @@ def contaminated_in(results: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _reasons(
+def _list_reasons(
     candidate: Candidate, champion: Champion | None, policy: GatePolicy
 ) -> Iterator[GateReason]:
-    yield from _contamination(candidate, policy)
+    yield from _contamination_reasons(candidate, policy)
     if champion is None:
         yield GateReason(rule="champion", outcome=GateOutcome.PROMOTE, says="no champion yet")
         return
@@ -157,12 +159,12 @@ def _reasons(
     for evalset, reason in candidate.failed.items():
         says = f"{evalset} has no figures: {reason}"
         yield GateReason(rule="evaluation", outcome=GateOutcome.HOLD, says=says)
-    yield from _costs(candidate, champion, policy)
-    yield from _losses(candidate, policy)
-    yield _gain(candidate, policy)
+    yield from _cost_reasons(candidate, champion, policy)
+    yield from _loss_reasons(candidate, policy)
+    yield _gain_reason(candidate, policy)
 
 
-def _contamination(candidate: Candidate, policy: GatePolicy) -> Iterator[GateReason]:
+def _contamination_reasons(candidate: Candidate, policy: GatePolicy) -> Iterator[GateReason]:
     limit = policy.max_contaminated
     for evalset, share in candidate.contaminated.items():
         within = limit is None or share <= limit
@@ -172,7 +174,9 @@ def _contamination(candidate: Candidate, policy: GatePolicy) -> Iterator[GateRea
         yield GateReason(rule="contamination", outcome=outcome, says=says)
 
 
-def _costs(candidate: Candidate, champion: Champion, policy: GatePolicy) -> Iterator[GateReason]:
+def _cost_reasons(
+    candidate: Candidate, champion: Champion, policy: GatePolicy
+) -> Iterator[GateReason]:
     size = candidate.bytes / champion.bytes
     measured = [("size", "the weights take", size, policy.max_size_ratio)]
     if policy.max_latency_ratio is not None:
@@ -189,7 +193,7 @@ def _costs(candidate: Candidate, champion: Champion, policy: GatePolicy) -> Iter
             yield GateReason(rule=rule, outcome=outcome, says=says)
 
 
-def _losses(candidate: Candidate, policy: GatePolicy) -> Iterator[GateReason]:
+def _loss_reasons(candidate: Candidate, policy: GatePolicy) -> Iterator[GateReason]:
     judged = [*_headline_gains(candidate), *policy.metrics]
     for name in dict.fromkeys(judged):
         gain = candidate.gains.get(name)
@@ -203,7 +207,7 @@ def _losses(candidate: Candidate, policy: GatePolicy) -> Iterator[GateReason]:
         yield GateReason(rule="loss", outcome=outcome, says=says)
 
 
-def _gain(candidate: Candidate, policy: GatePolicy) -> GateReason:
+def _gain_reason(candidate: Candidate, policy: GatePolicy) -> GateReason:
     wanted = list(policy.metrics) or _headline_gains(candidate)
     missing = [name for name in wanted if name not in candidate.gains]
     if missing or not wanted:

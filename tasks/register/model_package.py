@@ -23,7 +23,7 @@ from PIL import Image
 
 import evaclip_model
 from evaclip_model.errors import InputError
-from evaclip_model.tokenizer.bundled_assets import carry
+from evaclip_model.tokenizer.bundled_assets import bundle_assets
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
 from evaclip_model.weights.external_weights import REFERENCE_FILE, Reference
 from tasks.artifacts.provenance import LINEAGE
@@ -58,7 +58,7 @@ Serve it, and ask over HTTP:
 """A version's description in the registry: how to load it and how to serve it."""
 
 
-def pack(
+def pack_model(
     model: Path,
     packed: Path,
     *,
@@ -90,16 +90,16 @@ def pack(
         source,
         ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"),
     )
-    carry(source)
+    bundle_assets(source)
     if reference is not None:
-        model = _referring(model, packed / "source" / "model", reference)
+        model = _refer_to_weights(model, packed / "source" / "model", reference)
     pyfunc.save_model(
         str(packed / "model"),
         python_model=str(SERVED),
         artifacts={"model": str(model)},
         code_paths=[str(source)],
-        signature=signature(),
-        input_example=_example(),
+        signature=make_signature(),
+        input_example=_make_example(),
         pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
         mlflow_model=Model(model_uuid=model_id, model_id=model_id, run_id=run_id),
         model_config={"device": "cpu"},
@@ -110,7 +110,7 @@ def pack(
         (packed / "model" / LINEAGE).write_text(lineage)
 
 
-def signature() -> ModelSignature:
+def make_signature() -> ModelSignature:
     """Inputs, outputs and parameters of the registered model."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
@@ -140,31 +140,31 @@ def signature() -> ModelSignature:
     )
 
 
-def description(name: str, version: int | str) -> str:
+def version_description(name: str, version: int | str) -> str:
     """A version's description: how to load, call and serve it."""
     request = {
         "dataframe_split": {
             "columns": ["image"],
-            "data": [[base64.b64encode(_picture()).decode()]],
+            "data": [[base64.b64encode(_example_picture()).decode()]],
         },
         "params": {"candidate_labels": list(LABELS)},
     }
     return CALLS.format(name=name, version=version, request=json.dumps(request))
 
 
-def _referring(model: Path, folder: Path, reference: Reference) -> Path:
+def _refer_to_weights(model: Path, folder: Path, reference: Reference) -> Path:
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns(WEIGHTS_FILE))
     (folder / REFERENCE_FILE).write_text(reference.model_dump_json(indent=1) + "\n")
     return folder
 
 
-def _example() -> tuple[object, dict[str, list[str]]]:
+def _make_example() -> tuple[object, dict[str, list[str]]]:
     import pandas
 
-    return pandas.DataFrame({"image": [_picture()]}), {"candidate_labels": list(LABELS)}
+    return pandas.DataFrame({"image": [_example_picture()]}), {"candidate_labels": list(LABELS)}
 
 
-def _picture() -> bytes:
+def _example_picture() -> bytes:
     picture = io.BytesIO()
     Image.new("RGB", (32, 32), (200, 30, 30)).save(picture, "PNG")
     return picture.getvalue()

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 from evaclip_model.files import write_atomically
 from tasks.artifacts.artifact import MANIFEST, Address, Artifact, Made, sha256_of
 from tasks.artifacts.provenance import LINEAGE, Lineage, lineage_of
-from tasks.progress import Report, silent
+from tasks.progress import Report, report_nothing
 from tasks.register.config import COPIED, REGISTERED, LargeWeights, RegisterConfig
-from tasks.register.model_package import description, pack, reference_to
+from tasks.register.model_package import pack_model, reference_to, version_description
 from tasks.register.promotion import DIGEST_TAG, WEIGHTS_TAG
 from tasks.tracking import TrackingStore, is_refusal
 
@@ -40,7 +40,7 @@ def register_model(
     root: Path,
     out: Path,
     run_id: str | None = None,
-    report: Report = silent,
+    report: Report = report_nothing,
     large: LargeWeights = COPIED,
 ) -> Made:
     """Register `trained` under the config's name as a candidate, write `registered.json`.
@@ -122,12 +122,15 @@ def version_tags(trained: Artifact, evaluated: Artifact, lineage: Lineage) -> di
     return {
         DIGEST_TAG: trained.digest,
         WEIGHTS_TAG: sha256_of(trained.folder / "model" / "model.safetensors"),
-        **{f"{DIGEST_TAG}.{label}": digest for label, digest in sorted(lineage.labelled().items())},
+        **{
+            f"{DIGEST_TAG}.{label}": digest
+            for label, digest in sorted(lineage.unique_labels().items())
+        },
         **{f"evaluation.{name}": f"{value:g}" for name, value in evaluated.counts.items()},
     }
 
 
-def _same(tags: dict[str, str]) -> str:
+def _same_tags_filter(tags: dict[str, str]) -> str:
     return " and ".join(f"tags.`{name}` = '{tags[name]}'" for name in (DIGEST_TAG, WEIGHTS_TAG))
 
 
@@ -162,7 +165,9 @@ def _create_version(
     version = client.create_model_version(
         name, source, run_id=run_id, tags=tags, model_id=checked_id
     )
-    return client.update_model_version(name, version.version, description(name, version.version))
+    return client.update_model_version(
+        name, version.version, version_description(name, version.version)
+    )
 
 
 @dataclass(frozen=True)
@@ -175,12 +180,12 @@ class _Packer:
     lineage: str
     report: Report
 
-    def pack(self, weights_sha256: str, model_id: str, run_id: str | None) -> Path:
+    def pack_model(self, weights_sha256: str, model_id: str, run_id: str | None) -> Path:
         """The packed model's folder."""
         self.report(1, _STEPS, "packing the model")
         reference = reference_to(self.model, weights_sha256, self.large)
         ids = {"model_id": model_id, "run_id": run_id}
-        pack(self.model, self.packed, reference=reference, lineage=self.lineage, **ids)
+        pack_model(self.model, self.packed, reference=reference, lineage=self.lineage, **ids)
         return self.packed / "model"
 
 
@@ -196,14 +201,14 @@ def _logged_model(
     from mlflow.entities import LoggedModelOutput
 
     experiment = store.experiment_id(client)
-    for logged in client.search_logged_models([experiment], _same(tags)):
+    for logged in client.search_logged_models([experiment], _same_tags_filter(tags)):
         if str(logged.status) == "READY":
             return str(logged.model_id)
         client.delete_logged_model(logged.model_id)
     logged = client.create_logged_model(
         experiment, config.model_name, source_run_id=run_id, tags=tags, model_type="zero-shot"
     )
-    folder = packer.pack(tags[WEIGHTS_TAG], logged.model_id, run_id)
+    folder = packer.pack_model(tags[WEIGHTS_TAG], logged.model_id, run_id)
     packer.report(2, _STEPS, "uploading the model")
     client.log_model_artifacts(logged.model_id, str(folder))
     if run_id is not None:

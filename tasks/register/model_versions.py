@@ -50,7 +50,7 @@ def is_address(text: str) -> bool:
 
 
 @contextmanager
-def registry(tracking_uri: str) -> Iterator[tuple[TrackingStore, MlflowClient]]:
+def open_registry(tracking_uri: str) -> Iterator[tuple[TrackingStore, MlflowClient]]:
     """The registry at an address that has one.
 
     Raises:
@@ -73,7 +73,7 @@ def registry(tracking_uri: str) -> Iterator[tuple[TrackingStore, MlflowClient]]:
         raise store.away(error) from error
 
 
-def resolve(client: MlflowClient, model: str) -> ModelVersion:
+def resolve_version(client: MlflowClient, model: str) -> ModelVersion:
     """The version that `NAME@ALIAS` or `NAME/VERSION` means, or one sentence with what there is."""
     from mlflow.exceptions import MlflowException
 
@@ -106,31 +106,31 @@ def resolve(client: MlflowClient, model: str) -> ModelVersion:
     raise InputError(f"{wrong}; there are: {aliases}; {numbers}")
 
 
-def describe(tracking_uri: str, model: str) -> Described:
+def describe_version(tracking_uri: str, model: str) -> Described:
     """The version that a person names.
 
     Raises:
         InputError: there is none, or the registry does not answer.
     """
-    with registry(tracking_uri) as (store, client):
-        return _described(store, client, resolve(client, model))
+    with open_registry(tracking_uri) as (store, client):
+        return _make_description(store, client, resolve_version(client, model))
 
 
-def predecessor(tracking_uri: str, version: Described, alias: str) -> Described | None:
+def find_predecessor(tracking_uri: str, version: Described, alias: str) -> Described | None:
     """The version that had the alias before this one got it; for one that never had it, the one
     that has it now; None if there is no other.
 
     Raises:
         InputError: the registry does not answer.
     """
-    with registry(tracking_uri) as (store, client):
+    with open_registry(tracking_uri) as (store, client):
         line = champion_history(history(store, version.name, alias))
         if version.version in line:
             line = line[: line.index(version.version)]
         if not line:
             return None
         found = client.get_model_version(version.name, str(line[-1]))
-        return _described(store, client, found)
+        return _make_description(store, client, found)
 
 
 def made_from(tracking_uri: str, digest: str) -> list[str]:
@@ -139,7 +139,7 @@ def made_from(tracking_uri: str, digest: str) -> list[str]:
     Raises:
         InputError: the registry does not answer.
     """
-    with registry(tracking_uri) as (_, client):
+    with open_registry(tracking_uri) as (_, client):
         return [
             f"{version.name}/{version.version}"
             for registered in client.search_registered_models()
@@ -151,14 +151,18 @@ def made_from(tracking_uri: str, digest: str) -> list[str]:
         ]
 
 
-def _described(store: TrackingStore, client: MlflowClient, version: ModelVersion) -> Described:
+def _make_description(
+    store: TrackingStore, client: MlflowClient, version: ModelVersion
+) -> Described:
     return Described(
         *(version.name, int(version.version), tuple(sorted(version.aliases))),
-        *(version.creation_timestamp, dict(version.tags), _lineage(store, client, version)),
+        *(version.creation_timestamp, dict(version.tags), _read_lineage(store, client, version)),
     )
 
 
-def _lineage(store: TrackingStore, client: MlflowClient, version: ModelVersion) -> Lineage | None:
+def _read_lineage(
+    store: TrackingStore, client: MlflowClient, version: ModelVersion
+) -> Lineage | None:
     from mlflow.artifacts import download_artifacts, list_artifacts
 
     source = client.get_model_version_download_uri(version.name, version.version)

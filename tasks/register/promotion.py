@@ -75,10 +75,12 @@ def champion_of(store: TrackingStore, name: str, alias: str) -> Standing | None:
     Raises:
         InputError: the store does not answer.
     """
-    with _answering(store):
+    with _explain_refusals(store):
         client = store.client()
-        number = _holder(client, name, alias)
-        return None if number is None else _standing(client.get_model_version(name, str(number)))
+        number = _find_holder(client, name, alias)
+        return (
+            None if number is None else _read_standing(client.get_model_version(name, str(number)))
+        )
 
 
 def history(store: TrackingStore, name: str, alias: str) -> list[Move]:
@@ -87,8 +89,8 @@ def history(store: TrackingStore, name: str, alias: str) -> list[Move]:
     Raises:
         InputError: the store does not answer.
     """
-    with _answering(store):
-        return _moves(store.client(), name, alias)
+    with _explain_refusals(store):
+        return _read_moves(store.client(), name, alias)
 
 
 def champion_history(moves: Sequence[Move]) -> list[int]:
@@ -102,7 +104,7 @@ def champion_history(moves: Sequence[Move]) -> list[int]:
     return line
 
 
-def promote(
+def promote_version(
     store: TrackingStore, name: str, alias: str, version: int, how: How, by: str, why: str
 ) -> bool:
     """Give a version the alias; False when it already had it.
@@ -110,11 +112,11 @@ def promote(
     Raises:
         InputError: there is no such version, or the store does not answer.
     """
-    with _answering(store):
+    with _explain_refusals(store):
         client = store.client()
-        _version(client, name, version)
-        holder = _holder(client, name, alias)
-        moves = _moves(client, name, alias)
+        _get_version(client, name, version)
+        holder = _find_holder(client, name, alias)
+        moves = _read_moves(client, name, alias)
         if holder is not None and (not moves or moves[-1].version != holder):
             outside = "the alias was moved without a record"
             if holder == version:  # by a process that was killed, maybe this very one
@@ -139,12 +141,12 @@ def roll_back(
     Raises:
         InputError: nothing to go back to, no such version, or the store does not answer.
     """
-    with _answering(store):
+    with _explain_refusals(store):
         client = store.client()
-        holder = _holder(client, name, alias)
+        holder = _find_holder(client, name, alias)
         if holder is None:
             raise InputError(f"no version of '{name}' is {alias}: there is nothing to roll back")
-        line = champion_history(_moves(client, name, alias))
+        line = champion_history(_read_moves(client, name, alias))
         if not line or line[-1] != holder:
             line.append(holder)
         if to is None:
@@ -154,7 +156,7 @@ def roll_back(
                     "one to go back to with --to VERSION"
                 )
             to = line[-2]
-    promote(store, name, alias, to, "rollback", by, why)
+    promote_version(store, name, alias, to, "rollback", by, why)
     return holder, to
 
 
@@ -171,7 +173,7 @@ def carry_out(
     """
     if not is_due(store, config, version, decision):
         return False
-    return promote(
+    return promote_version(
         *(store, config.model_name, config.alias, version, "gate", "gate", decision.summary)
     )
 
@@ -180,14 +182,14 @@ def is_due(store: TrackingStore, config: RegisterConfig, version: int, decision:
     """Whether the gate's decision to promote still waits to be carried out."""
     if decision.outcome is not GateOutcome.PROMOTE:
         return False
-    with _answering(store):
+    with _explain_refusals(store):
         client = store.client()
-        if _standing(_version(client, config.model_name, version)).declined:
+        if _read_standing(_get_version(client, config.model_name, version)).declined:
             return False
-        moves = _moves(client, config.model_name, config.alias)
+        moves = _read_moves(client, config.model_name, config.alias)
         if any(move.version == version for move in moves):
             return False
-        holder = _holder(client, config.model_name, config.alias)
+        holder = _find_holder(client, config.model_name, config.alias)
     return holder in (decision.champion, version)
 
 
@@ -195,11 +197,11 @@ def is_stale(store: TrackingStore, config: RegisterConfig, version: int, known: 
     """Whether a promotion was not carried out, and the champion is another by now."""
     if known.outcome is not GateOutcome.PROMOTE or is_due(store, config, version, known):
         return False
-    with _answering(store):
+    with _explain_refusals(store):
         client = store.client()
-        if _standing(_version(client, config.model_name, version)).declined:
+        if _read_standing(_get_version(client, config.model_name, version)).declined:
             return False
-        moves = _moves(client, config.model_name, config.alias)
+        moves = _read_moves(client, config.model_name, config.alias)
         return not any(move.version == version for move in moves)
 
 
@@ -223,7 +225,7 @@ def write_decision(
     Raises:
         InputError: the store does not answer.
     """
-    with _answering(store):
+    with _explain_refusals(store):
         client = store.client()
         tags = {GATE_TAG: str(decision.outcome), f"{GATE_TAG}.reasons": decision.summary}
         for key, value in tags.items():
@@ -239,13 +241,13 @@ def read_decision(folder: Path) -> Decision:
     return Decision.from_mapping(json.loads(path.read_text()), where=str(path))
 
 
-def decline(store: TrackingStore, name: str, version: int, by: str, why: str) -> None:
+def decline_version(store: TrackingStore, name: str, version: int, by: str, why: str) -> None:
     """Record that a person refused the version.
 
     Raises:
         InputError: the store does not answer.
     """
-    with _answering(store):
+    with _explain_refusals(store):
         said = f"{by}: {why}"[:MAX_TAG_CHARS]
         store.client().set_model_version_tag(name, str(version), DECLINED_TAG, said)
 
@@ -256,8 +258,8 @@ def standing_of(store: TrackingStore, name: str, version: int) -> Standing:
     Raises:
         InputError: there is no such version, or the store does not answer.
     """
-    with _answering(store):
-        return _standing(_version(store.client(), name, version))
+    with _explain_refusals(store):
+        return _read_standing(_get_version(store.client(), name, version))
 
 
 def current_user() -> str:
@@ -266,7 +268,7 @@ def current_user() -> str:
 
 
 @contextmanager
-def _answering(store: TrackingStore) -> Iterator[None]:
+def _explain_refusals(store: TrackingStore) -> Iterator[None]:
     from mlflow.exceptions import MlflowException
     from requests.exceptions import RequestException
 
@@ -280,7 +282,7 @@ def _answering(store: TrackingStore) -> Iterator[None]:
         raise store.away(error) from error
 
 
-def _holder(client: MlflowClient, name: str, alias: str) -> int | None:
+def _find_holder(client: MlflowClient, name: str, alias: str) -> int | None:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -292,7 +294,7 @@ def _holder(client: MlflowClient, name: str, alias: str) -> int | None:
     return None if found is None else int(found)
 
 
-def _version(client: MlflowClient, name: str, version: int) -> ModelVersion:
+def _get_version(client: MlflowClient, name: str, version: int) -> ModelVersion:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -307,7 +309,7 @@ def _version(client: MlflowClient, name: str, version: int) -> ModelVersion:
         ) from None
 
 
-def _standing(version: ModelVersion) -> Standing:
+def _read_standing(version: ModelVersion) -> Standing:
     tags = version.tags
     return Standing(
         int(version.version),
@@ -316,7 +318,7 @@ def _standing(version: ModelVersion) -> Standing:
     )
 
 
-def _moves(client: MlflowClient, name: str, alias: str) -> list[Move]:
+def _read_moves(client: MlflowClient, name: str, alias: str) -> list[Move]:
     prefix = f"{HISTORY_TAG}.{alias}."
     moves = [
         Move(key.removeprefix(prefix), int(version.version), **json.loads(text))

@@ -21,8 +21,8 @@ from evaclip_model.errors import InputError
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
 from evaclip_model.weights.external_weights import REFERENCE_FILE, Reference
 from tasks.artifacts.artifact import sha256_of
-from tasks.progress import Report, silent
-from tasks.register.model_versions import registry, resolve
+from tasks.progress import Report, report_nothing
+from tasks.register.model_versions import open_registry, resolve_version
 from tasks.register.promotion import WEIGHTS_TAG
 from tasks.tracking import TrackingStore
 
@@ -36,12 +36,12 @@ _ROOM: dict[Form, int] = {"native": 1, "open_clip": 2, "timm": 2, "transformers"
 is made of them; an ONNX graph is float32 whatever the weights are."""
 
 
-def pull(
+def pull_model(
     tracking_uri: str,
     model: str,
     dest: str | Path,
     as_: Form = "native",
-    report: Report = silent,
+    report: Report = report_nothing,
 ) -> Path:
     """Fetch `NAME@ALIAS` or `NAME/VERSION` into the folder `dest`; returns it.
 
@@ -57,14 +57,14 @@ def pull(
     dest = Path(dest).absolute()
     if dest.exists() and not (dest / PULLED).is_file() and (dest.is_file() or any(dest.iterdir())):
         raise InputError(f"{dest} holds other things: give a new or an empty folder")
-    with _beside(dest) as beside, registry(tracking_uri) as (store, client):
-        version = resolve(client, model)
+    with _make_beside(dest) as beside, open_registry(tracking_uri) as (store, client):
+        version = resolve_version(client, model)
         source = client.get_model_version_download_uri(version.name, version.version)
-        got = _fetched(store, f"{source}/artifacts/model", beside, as_, report)
+        got = _fetch_model(store, f"{source}/artifacts/model", beside, as_, report)
         report(2, 4, "checking the weights")
         _check_weights(got, version)
         report(3, 4, f"writing it as {as_}")
-        made = got if as_ == "native" else _exported(got, beside / "exported", as_)
+        made = got if as_ == "native" else _export_model(got, beside / "exported", as_)
         about = {
             **{"name": version.name, "version": int(version.version), "form": as_},
             "tags": version.tags,
@@ -78,7 +78,7 @@ def pull(
 
 
 @contextmanager
-def _beside(dest: Path) -> Iterator[Path]:
+def _make_beside(dest: Path) -> Iterator[Path]:
     """A folder on the same disk, gone at the end."""
     beside = dest.with_name(f".{dest.name}.{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
@@ -89,7 +89,9 @@ def _beside(dest: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _fetched(store: TrackingStore, source: str, beside: Path, as_: Form, report: Report) -> Path:
+def _fetch_model(
+    store: TrackingStore, source: str, beside: Path, as_: Form, report: Report
+) -> Path:
     """The saved model's folder under `beside`, with its weights, wherever they were."""
     from mlflow.artifacts import download_artifacts, list_artifacts
 
@@ -109,7 +111,7 @@ def _fetched(store: TrackingStore, source: str, beside: Path, as_: Form, report:
     assert reference is not None, "its file is there"
     _require_room(beside, reference.size * _ROOM[as_])
     report(1, 4, "fetching the weights")
-    weights = reference.obtain(beside, download)
+    weights = reference.obtain_weights(beside, download)
     if weights.is_relative_to(beside):
         weights.rename(folder / WEIGHTS_FILE)
     else:
@@ -127,14 +129,14 @@ def _require_room(folder: Path, needed: int) -> None:
         )
 
 
-def _exported(folder: Path, dest: Path, as_: Form) -> Path:
+def _export_model(folder: Path, dest: Path, as_: Form) -> Path:
     from evaclip_model.create import create_model
     from evaclip_model.model.model_config import ModelConfig
     from evaclip_model.weights.export import export_model, export_onnx
 
     weights = folder / WEIGHTS_FILE
     config = ModelConfig.load(folder)
-    model = create_model(config, weights=weights, precision=_precision(weights)).eval()
+    model = create_model(config, weights=weights, precision=_stored_precision(weights)).eval()
     if as_ == "onnx":
         export_onnx(model, dest)
     else:
@@ -142,7 +144,7 @@ def _exported(folder: Path, dest: Path, as_: Form) -> Path:
     return dest
 
 
-def _precision(weights: Path) -> Precision:
+def _stored_precision(weights: Path) -> Precision:
     """The dtype of most of the weights."""
     import torch
 

@@ -56,7 +56,7 @@ class ZeroShotModel(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Open the shipped weights, or fetch, verify and open those that are referred to."""
-        with at_hand(Path(context.artifacts["model"]), _download) as folder:
+        with at_hand(Path(context.artifacts["model"]), _download_weights) as folder:
             model = open_model(folder)
         self.device = torch.device((context.model_config or {}).get(DEVICE, "cpu"))
         self.model = model.to(self.device)
@@ -84,30 +84,32 @@ class ZeroShotModel(PythonModel):
         """
         try:
             with torch.inference_mode():
-                return self._answer(model_input, params or {})
+                return self._answer_rows(model_input, params or {})
         except InputError as error:
             raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from None
 
-    def _answer(self, rows: pandas.DataFrame, params: dict[str, Any]) -> pandas.DataFrame:
+    def _answer_rows(self, rows: pandas.DataFrame, params: dict[str, Any]) -> pandas.DataFrame:
         asked = [name for name in (IMAGE, TEXT) if name in rows]
         if len(asked) != 1:
             raise InputError(f"give one column: '{IMAGE}' with images, or '{TEXT}' with texts")
         if not 0 < len(rows) <= MOST_ROWS:
             raise InputError(f"give 1 to {MOST_ROWS} rows in one call, not {len(rows)}")
         if asked == [TEXT]:
-            return _embeddings(self._texts(list(rows[TEXT]), f"column '{TEXT}'"))
+            return _embeddings_frame(self._encode_texts(list(rows[TEXT]), f"column '{TEXT}'"))
         output = params.get(OUTPUT, OUTPUTS[0])
         if output not in OUTPUTS:
             raise InputError(f"'{OUTPUT}' is 'probabilities' or 'embeddings', not '{output}'")
         if output == "embeddings":
-            return _embeddings(self._images(list(rows[IMAGE])))
+            return _embeddings_frame(self._encode_images(list(rows[IMAGE])))
         labels = [label for label in params.get(LABELS, ()) if label != ""]
         if not 0 < len(labels) <= MOST_LABELS:
             raise InputError(
                 f"give the labels to choose from in the parameter '{LABELS}', at most {MOST_LABELS}"
             )
-        texts = self._texts(labels, f"parameter '{LABELS}'")  # [L, D]
-        logits = self.model.logit_scale.exp().float() * self._images(list(rows[IMAGE])) @ texts.T
+        texts = self._encode_texts(labels, f"parameter '{LABELS}'")  # [L, D]
+        logits = (
+            self.model.logit_scale.exp().float() * self._encode_images(list(rows[IMAGE])) @ texts.T
+        )
         probabilities = logits.softmax(dim=-1)  # [N, L]
         return pandas.DataFrame(
             {
@@ -116,20 +118,22 @@ class ZeroShotModel(PythonModel):
             }
         )
 
-    def _images(self, images: Sequence[object]) -> Tensor:
+    def _encode_images(self, images: Sequence[object]) -> Tensor:
         """[N, D], unit length."""
 
         def encode(batch: Sequence[object], first: int) -> Tensor:
-            pixels = [self.transform(_decoded(one, first + n)) for n, one in enumerate(batch)]
+            pixels = [self.transform(_decode_row(one, first + n)) for n, one in enumerate(batch)]
             return self.model.encode_image(torch.stack(pixels).to(self.device), normalize=True)
 
         return _in_batches(images, encode)
 
-    def _texts(self, texts: Sequence[object], where: str) -> Tensor:
+    def _encode_texts(self, texts: Sequence[object], where: str) -> Tensor:
         """[N, D], unit length."""
 
         def encode(batch: Sequence[object], first: int) -> Tensor:
-            checked = [_checked(one, f"{where}, entry {first + n}") for n, one in enumerate(batch)]
+            checked = [
+                _check_text(one, f"{where}, entry {first + n}") for n, one in enumerate(batch)
+            ]
             tokens = tokenize(checked, self.model.config.text.context_length)
             return self.model.encode_text(tokens.to(self.device), normalize=True)
 
@@ -146,17 +150,17 @@ def _in_batches(
     return torch.cat(list(parts()))
 
 
-def _embeddings(features: Tensor) -> pandas.DataFrame:
+def _embeddings_frame(features: Tensor) -> pandas.DataFrame:
     return pandas.DataFrame({"embedding": features.tolist()})
 
 
-def _checked(text: object, where: str) -> str:
+def _check_text(text: object, where: str) -> str:
     if not isinstance(text, str) or len(text) > MOST_CHARACTERS:
         raise InputError(f"{where}: expected a text of at most {MOST_CHARACTERS} characters")
     return text
 
 
-def _decoded(image: object, row: int) -> Any:
+def _decode_row(image: object, row: int) -> Any:
     """A row's image; bytes as they are, text as base64.
 
     Raises:
@@ -176,7 +180,7 @@ def _decoded(image: object, row: int) -> Any:
         ) from None
 
 
-def _download(uri: str, folder: Path) -> Path:
+def _download_weights(uri: str, folder: Path) -> Path:
     return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
 
 
@@ -187,14 +191,14 @@ def _require_own_code() -> None:
         ImportError: the package that is imported is not the one beside this file.
     """
     own, imported = Path(__file__).parent / "code" / "evaclip_model", Path(evaclip_model.__file__)
-    if own.is_dir() and _sources(own) != _sources(imported.parent):
+    if own.is_dir() and _read_sources(own) != _read_sources(imported.parent):
         raise ImportError(
             f"this process runs other code of evaclip_model already ({imported.parent}): load this "
             "version of the model in a process of its own"
         )
 
 
-def _sources(package: Path) -> dict[Path, bytes]:
+def _read_sources(package: Path) -> dict[Path, bytes]:
     return {file.relative_to(package): file.read_bytes() for file in package.rglob("*.py")}
 
 

@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 import pyarrow as pa
 
 from evaclip_model.errors import InputError
-from evaclip_model.reading.urls import filesystem, is_url
+from evaclip_model.reading.urls import is_url, open_filesystem
 
 Quoting = Literal["auto", "quotes", "none"]
 TextFormat = Literal["csv", "jsonl"]
@@ -64,7 +64,7 @@ class TextRow(NamedTuple):
 
 def text_format(path: str) -> TextFormat | None:
     """What a file is by its suffix, before a .gz, .zst or .bz2; None if it is no table of text."""
-    return FORMATS.get(_suffix(path))
+    return FORMATS.get(_file_suffix(path))
 
 
 def read_text_table(
@@ -83,7 +83,7 @@ def read_text_table(
         InputError: it cannot be opened, is UTF-16, or has no line with names.
     """
     if kind == "jsonl":
-        yield from map(_json_row, _lines(path))
+        yield from map(_json_row, _iterate_lines(path))
         return
     names: list[str] | None = None
     for line, values, flaw in _csv_rows(path, quoting):
@@ -117,16 +117,16 @@ _CsvRow = tuple[int, list[str], LineFlaw | None]
 
 
 def _csv_rows(path: str, quoting: Quoting) -> Iterator[_CsvRow]:
-    is_tsv = _suffix(path) == ".tsv"
+    is_tsv = _file_suffix(path) == ".tsv"
     return _split_lines(
-        _lines(path),
+        _iterate_lines(path),
         "\t" if is_tsv else ",",
         has_quotes=quoting != "none",
         is_lenient=is_tsv and quoting == "auto",
     )
 
 
-def _suffix(path: str) -> str:
+def _file_suffix(path: str) -> str:
     name = path.lower()
     for ending in COMPRESSED:
         name = name.removesuffix(ending)
@@ -142,10 +142,10 @@ def _refuse_unnamed(path: str, names: list[str]) -> None:
 _Line = tuple[int, str, LineFlaw | None]
 
 
-def _lines(path: str) -> Iterator[_Line]:
+def _iterate_lines(path: str) -> Iterator[_Line]:
     """(number, text without its end, what is wrong with it) of every line that is not empty."""
     try:
-        raw = filesystem(path).open(path, "rb") if is_url(path) else path
+        raw = open_filesystem(path).open(path, "rb") if is_url(path) else path
         compression = "detect" if path.lower().endswith(COMPRESSED) else None
         kind = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
         if is_url(path) and compression:

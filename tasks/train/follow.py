@@ -33,39 +33,39 @@ class Follower:
         self._recent: list[dict[str, Any]] = []
         self.step = 0
 
-    def look(self) -> None:
+    def report_newest(self) -> None:
         """Report the newest step, if there is a new one."""
         rows = last_rows(self._metrics, RATE_STEPS)
         if not rows or rows == self._recent:
             return
         self._recent = rows
         self.step = rows[-1]["step"]
-        self._report(self.step, self._config.steps, describe(rows, self._config.steps))
+        self._report(self.step, self._config.steps, describe_step(rows, self._config.steps))
 
-    def say(self, what: str) -> None:
+    def report_event(self, what: str) -> None:
         """Report an event between steps."""
         self._report(self.step, self._config.steps, what)
 
 
-def describe(rows: Sequence[Mapping[str, Any]], steps: int) -> str:
+def describe_step(rows: Sequence[Mapping[str, Any]], steps: int) -> str:
     """Loss, speed, the figures that go wrong first, time left, and what is out of order."""
     newest = rows[-1]
-    seconds = _mean(rows, "step_s")
+    seconds = _mean_of(rows, "step_s")
     shown = {
         "loss {:.3f}": newest.get("loss"),
-        "{:,.0f} images/s": _mean(rows, "images_per_second"),
-        "MFU {:.0%}": _mean(rows, "mfu"),
+        "{:,.0f} images/s": _mean_of(rows, "images_per_second"),
+        "MFU {:.0%}": _mean_of(rows, "mfu"),
         "logit scale {:.1f}": newest.get("logit_scale"),
         "grad norm {:.3g}": newest.get("grad_norm"),
-        "data wait {:.0%}": _share(_mean(rows, "data_wait_s"), seconds),
+        "data wait {:.0%}": _share_of(_mean_of(rows, "data_wait_s"), seconds),
     }
     parts = [form.format(value) for form, value in shown.items() if value is not None]
     if seconds is not None:
-        parts.append(f"{duration((steps - newest['step']) * seconds)} left")
-    return "  ".join([*parts, *notes(rows)])
+        parts.append(f"{format_duration((steps - newest['step']) * seconds)} left")
+    return "  ".join([*parts, *list_notes(rows)])
 
 
-def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def list_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Irregularities in these rows: spikes, skipped steps, rollbacks, a slow rank."""
     found = []
     spikes = [row["step"] for row in rows if row.get("spike")]
@@ -83,7 +83,7 @@ def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`3d 04:05:06`, without the days when there is none."""
     days, rest = divmod(int(seconds), 86_400)
     clock = time.strftime("%H:%M:%S", time.gmtime(rest))
@@ -104,10 +104,10 @@ def last_rows(metrics: Path, count: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole[-count:]]
 
 
-def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+def _mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
     values = [row[name] for row in rows if isinstance(row.get(name), int | float)]
     return sum(values) / len(values) if values else None
 
 
-def _share(part: float | None, whole: float | None) -> float | None:
+def _share_of(part: float | None, whole: float | None) -> float | None:
     return None if part is None or not whole else part / whole

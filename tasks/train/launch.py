@@ -49,21 +49,23 @@ def default_read_workers(cores: int, ranks: int, gpus: int) -> int:
     return max(0, cores // ranks - 1) if gpus else 0
 
 
-def command(job: Path, ranks: int) -> list[str]:
+def local_command(job: Path, ranks: int) -> list[str]:
     """The command that starts ranks on this machine: torchrun without a port, or one process."""
     if ranks == 1:
         return [sys.executable, "-m", WORKER, str(job)]
     # Without an endpoint the agent's store is a temporary file that only this user can open.
-    return _torchrun(job, ranks, 1, ["--rdzv-conf=store_type=file", f"--local-addr={LOOPBACK}"])
+    return _build_torchrun(
+        job, ranks, 1, ["--rdzv-conf=store_type=file", f"--local-addr={LOOPBACK}"]
+    )
 
 
-def torchrun(job: Path, launch: Launch, ranks: int) -> list[str]:
+def torchrun_command(job: Path, launch: Launch, ranks: int) -> list[str]:
     """The command that every machine runs: `ranks` ranks each, which meet at the rendezvous."""
     if launch.nodes == 1 or launch.rendezvous is None:
-        return command(job, ranks)
+        return local_command(job, ranks)
     # The run's folder as id: another run at the same meeting point is not joined.
     meeting = [f"--rdzv-endpoint={launch.rendezvous}", f"--rdzv-id={job.parent.name}"]
-    return _torchrun(job, ranks, launch.nodes, meeting)
+    return _build_torchrun(job, ranks, launch.nodes, meeting)
 
 
 def join_script(words: Sequence[str], run_dir: Path) -> str:
@@ -72,12 +74,12 @@ def join_script(words: Sequence[str], run_dir: Path) -> str:
     return f"#!/bin/sh\nuntil {over}; do {shlex.join(words)}; sleep 5; done\n"
 
 
-def _torchrun(job: Path, ranks: int, nodes: int, meeting: list[str]) -> list[str]:
+def _build_torchrun(job: Path, ranks: int, nodes: int, meeting: list[str]) -> list[str]:
     run = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", *meeting]
     return [*run, f"--nnodes={nodes}", f"--nproc-per-node={ranks}", "-m", WORKER, str(job)]
 
 
-def deepspeed(job: Path, hostfile: Path, hosts: Mapping[str, int], port: int) -> list[str]:
+def deepspeed_command(job: Path, hostfile: Path, hosts: Mapping[str, int], port: int) -> list[str]:
     """The deepspeed launcher over `hosts`; a single one is taken to be this machine, without ssh.
 
     Args:
@@ -121,7 +123,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
-def external(job: Path, launch: Launch) -> list[str]:
+def external_command(job: Path, launch: Launch) -> list[str]:
     """The user's own command with its places filled in.
 
     Raises:
@@ -140,7 +142,9 @@ def external(job: Path, launch: Launch) -> list[str]:
     return words
 
 
-def environment(base: Mapping[str, str], ranks: int, cores: int, store: Path) -> dict[str, str]:
+def rank_environment(
+    base: Mapping[str, str], ranks: int, cores: int, store: Path
+) -> dict[str, str]:
     """`base` for the ranks of this machine: its cores shared out, nothing that others can reach.
 
     Args:

@@ -39,10 +39,10 @@ def main(arguments: Sequence[str]) -> int:
     job = _Job(CLUSTERS[cast(Kind, kind)], script, name)
     try:
         if job.is_over():
-            job.submit()
-        if job.follow(stop, float(every_s)):
+            job.submit_job()
+        if job.follow_job(stop, float(every_s)):
             return OVER
-        job.cancel()
+        job.cancel_job()
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or ""
         sys.stderr.write(f"{error}: {said.strip()}\n")
@@ -57,14 +57,14 @@ class _Job:
         self._cluster = cluster
         self._places = {"script": script, "name": name}
 
-    def submit(self) -> None:
+    def submit_job(self) -> None:
         for command in self._cluster.submit:
-            self._run(command)
+            self._run_command(command)
 
     def is_over(self) -> bool:
-        return self._cluster.is_over(self._run(self._cluster.state))
+        return self._cluster.is_over(self._run_command(self._cluster.state))
 
-    def follow(self, stop: threading.Event, every_s: float) -> bool:
+    def follow_job(self, stop: threading.Event, every_s: float) -> bool:
         """Wait until the job is over (True) or `stop` is set (False)."""
         answered = time.monotonic()
         while not stop.is_set():
@@ -78,13 +78,13 @@ class _Job:
             stop.wait(every_s)
         return False
 
-    def cancel(self) -> None:
+    def cancel_job(self) -> None:
         """Have the job ended, and stay until it is; if we are killed, the cluster ends it alone."""
-        self._run(self._cluster.cancel)
+        self._run_command(self._cluster.cancel)
         while not self.is_over():
             time.sleep(0.5)
 
-    def _run(self, command: Sequence[str]) -> str:
+    def _run_command(self, command: Sequence[str]) -> str:
         done = subprocess.run(
             [word.format(**self._places) for word in command],
             check=True,

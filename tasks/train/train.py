@@ -40,16 +40,16 @@ from tasks.train.cluster import CLUSTERS, Kind, job_name, job_script
 from tasks.train.config import Launch
 from tasks.train.follow import Follower
 from tasks.train.launch import (
-    command,
     count_gpus,
-    deepspeed,
+    deepspeed_command,
     default_ranks,
     default_read_workers,
-    environment,
-    external,
+    external_command,
     join_script,
+    local_command,
+    rank_environment,
     read_hostfile,
-    torchrun,
+    torchrun_command,
 )
 
 LOG_FILE = "train.log"
@@ -93,13 +93,13 @@ def train_model(
         TrainingCrashed: the ranks end without making progress.
     """
     if not (out / RESULT_FILE).is_file():
-        _run(config, inputs, out, launch, report)
+        _run_training(config, inputs, out, launch, report)
     result = json.loads((out / RESULT_FILE).read_text())
     report(config.steps, config.steps, f"loss {result['final_loss']:.3f}")
     kept = [JOB_FILE, METRICS_FILE, RESULT_FILE]
     models = [out / name for name in (MODEL_FOLDER, EMA_FOLDER) if (out / name).is_dir()]
     weights = [file for model in models for file in sorted(model.iterdir())]
-    return Made(_counts(result), (*(out / name for name in kept), *weights))
+    return Made(_count_results(result), (*(out / name for name in kept), *weights))
 
 
 def try_out(
@@ -114,7 +114,7 @@ def try_out(
         InputError, TrainingCrashed: as `train_model`.
     """
     follower = Follower(config, out / METRICS_FILE, report)
-    status = _start(config, inputs, out.resolve(), launch, follower, dry_run=True)
+    status = _start_ranks(config, inputs, out.resolve(), launch, follower, dry_run=True)
     _check_error(config, out)
     if not (out / DRY_RUN_FILE).is_file():
         raise TrainingCrashed(
@@ -125,26 +125,28 @@ def try_out(
     return found
 
 
-def _run(config: TrainConfig, inputs: Inputs, out: Path, launch: Launch, report: Report) -> None:
+def _run_training(
+    config: TrainConfig, inputs: Inputs, out: Path, launch: Launch, report: Report
+) -> None:
     follower = Follower(config, out / METRICS_FILE, report)
     idle = 0
     smaller: Launch | None = None
     while idle <= MAX_IDLE_RESTARTS:
         before, killed = follower.step, kernel_kills()
         # Anew every time: the machine may have lost a GPU.
-        status = _start(config, inputs, out.resolve(), smaller or launch, follower)
+        status = _start_ranks(config, inputs, out.resolve(), smaller or launch, follower)
         _check_error(config, out)
         if (out / RESULT_FILE).is_file():
             return
         if (out / MEMORY_FILE).is_file() or kernel_kills() > killed:
             smaller = _with_smaller_parts(config, launch, tried=smaller)
-            follower.say(
+            follower.report_event(
                 f"memory ran out: training continues with a micro-batch of {smaller.micro_batch}"
             )
             continue
         stopped = (out / RESUMABLE_FILE).is_file()
         cause = "a signal stopped training" if stopped else f"training ended with status {status}"
-        follower.say(f"{cause}: it continues from the newest checkpoint")
+        follower.report_event(f"{cause}: it continues from the newest checkpoint")
         idle = 0 if follower.step > before else idle + 1
     stacks = ", ".join(sorted(path.name for path in out.glob("stacks-*.txt")))
     raise TrainingCrashed(
@@ -159,7 +161,7 @@ def _with_smaller_parts(config: TrainConfig, launch: Launch, tried: Launch | Non
     Raises:
         InputError: that was `tried`, or the number is odd.
     """
-    share = config.global_batch // (_this_machine(config, launch).ranks * _machines(launch))
+    share = config.global_batch // (_this_machine(config, launch).ranks * _count_machines(launch))
     pairs = min((tried or launch).micro_batch or share, share)
     if tried is not None or pairs % 2:
         raise InputError(
@@ -170,7 +172,7 @@ def _with_smaller_parts(config: TrainConfig, launch: Launch, tried: Launch | Non
     return launch.model_copy(update={"micro_batch": pairs // 2})
 
 
-def _machines(launch: Launch) -> int:
+def _count_machines(launch: Launch) -> int:
     return len(read_hostfile(launch.hostfile)) if launch.hostfile is not None else launch.nodes
 
 
@@ -187,14 +189,14 @@ def kernel_kills(counters: Path = Path("/proc/vmstat")) -> int:
 def _check_error(config: TrainConfig, out: Path) -> None:
     """Raises: InputError: the trainer left a sentence for the user."""
     if (out / ERROR_FILE).is_file():
-        raise InputError(f"training stage '{config.name}': {_text(out / ERROR_FILE)}")
+        raise InputError(f"training stage '{config.name}': {_read_text(out / ERROR_FILE)}")
 
 
 def _log_end(out: Path) -> str:
-    return f"the end of {out / LOG_FILE}:\n{_text(out / LOG_FILE)[-_LOG_TAIL:]}"
+    return f"the end of {out / LOG_FILE}:\n{_read_text(out / LOG_FILE)[-_LOG_TAIL:]}"
 
 
-def _start(
+def _start_ranks(
     config: TrainConfig,
     inputs: Inputs,
     out: Path,
@@ -206,20 +208,20 @@ def _start(
     """Run the ranks once, to whatever end; returns the status of what started them."""
     here = _this_machine(config, launch)
     job = out / JOB_FILE
-    content = _job(config, inputs, out, launch, here).model_copy(update={"dry_run": dry_run})
+    content = _make_job(config, inputs, out, launch, here).model_copy(update={"dry_run": dry_run})
     write_atomically(job, content.model_dump_json(indent=1) + "\n")
     for name in (ERROR_FILE, RESUMABLE_FILE, MEMORY_FILE):
         (out / name).unlink(missing_ok=True)
     with TemporaryDirectory(prefix="evaclip-ranks-") as private:
-        env = environment(os.environ, here.ranks, here.cores, Path(private) / "store")
+        env = rank_environment(os.environ, here.ranks, here.cores, Path(private) / "store")
         status = run_supervised(
-            starter(launch, job, inputs, here.ranks),
+            starter_command(launch, job, inputs, here.ranks),
             log=out / LOG_FILE,
             grace_s=GRACE_S,
             env=env if _stays_here(launch) else os.environ,
-            poll=follower.look,
+            poll=follower.report_newest,
         )
-    follower.look()
+    follower.report_newest()
     return status
 
 
@@ -249,14 +251,14 @@ def _stays_here(launch: Launch) -> bool:
     return launch.launcher in ("auto", "torchrun") and launch.nodes == 1
 
 
-def _job(
+def _make_job(
     config: TrainConfig, inputs: Inputs, out: Path, launch: Launch, here: _ThisMachine
 ) -> TrainJob:
     chosen: dict[str, Any] = {
         "engine": launch.train_engine,
         "micro_batch": launch.micro_batch,
         "compile": launch.compile,
-        "checkpoints": _checkpoints(launch, out),
+        "checkpoints": _checkpoint_place(launch, out),
         "probe": launch.probe and launch.probe.resolve(),
         "watchdog_s": launch.watchdog_s,
         "profile_steps": launch.profile_steps,
@@ -276,11 +278,11 @@ def _job(
     )
 
 
-def _checkpoints(launch: Launch, out: Path) -> str | None:
+def _checkpoint_place(launch: Launch, out: Path) -> str | None:
     return launch.checkpoint_url and f"{launch.checkpoint_url.rstrip('/')}/{out.name}"
 
 
-def starter(launch: Launch, job: Path, inputs: Inputs, ranks: int) -> list[str]:
+def starter_command(launch: Launch, job: Path, inputs: Inputs, ranks: int) -> list[str]:
     """The command that starts ranks and ends when they do; files that it needs are written.
 
     Raises:
@@ -288,30 +290,30 @@ def starter(launch: Launch, job: Path, inputs: Inputs, ranks: int) -> list[str]:
     """
     match launch.launcher:
         case "auto":
-            return command(job, ranks)
+            return local_command(job, ranks)
         case "torchrun":
-            words = torchrun(job, launch, ranks)
+            words = torchrun_command(job, launch, ranks)
             if launch.nodes > 1:
                 write_atomically(job.parent / JOIN_SCRIPT, join_script(words, job.parent))
             return words
         case "external":
-            words = external(job, launch)
-            _need("external", words[0])
+            words = external_command(job, launch)
+            _require_program("external", words[0])
             return words
         case "deepspeed":
             assert launch.hostfile is not None, "Launch refuses it"
             hosts = read_hostfile(launch.hostfile)
             if len(hosts) > 1:
-                _need("deepspeed", "pdsh")
-            return deepspeed(job, launch.hostfile, hosts, find_free_port())
+                _require_program("deepspeed", "pdsh")
+            return deepspeed_command(job, launch.hostfile, hosts, find_free_port())
         case "slurm" | "kubernetes" as kind:
-            return _submission(kind, launch, job, inputs)
+            return _submission_command(kind, launch, job, inputs)
 
 
-def _submission(kind: Kind, launch: Launch, job: Path, inputs: Inputs) -> list[str]:
+def _submission_command(kind: Kind, launch: Launch, job: Path, inputs: Inputs) -> list[str]:
     cluster = CLUSTERS[kind]
     for tool in sorted(cluster.tools):
-        _need(kind, tool)
+        _require_program(kind, tool)
     script = job.parent / cluster.script
     text = job_script(
         launch.job_template or cluster.template,
@@ -326,7 +328,7 @@ def _submission(kind: Kind, launch: Launch, job: Path, inputs: Inputs) -> list[s
     return [*submit, kind, str(script), job_name(job.parent), str(CLUSTER_LOOK_S)]
 
 
-def _need(launcher: str, program: str) -> None:
+def _require_program(launcher: str, program: str) -> None:
     if shutil.which(program) is None:
         raise InputError(
             f"EVACLIP_LAUNCHER={launcher} needs the program '{program}', which is not on the PATH: "
@@ -334,12 +336,12 @@ def _need(launcher: str, program: str) -> None:
         )
 
 
-def _counts(result: Mapping[str, Any]) -> dict[str, int | float]:
+def _count_results(result: Mapping[str, Any]) -> dict[str, int | float]:
     counts = {name: result[name] for name in ("steps", "samples_seen", "final_loss", "seconds")}
     drawn = {f"{name}.samples": count for name, count in result["source_samples"].items()}
     bad = {f"bad.{reason}": count for reason, count in result["bad_samples"].items()}
     return {**counts, **drawn, **bad}
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     return path.read_text(errors="replace").strip()

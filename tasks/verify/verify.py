@@ -56,13 +56,13 @@ def verify_shards(
         InputError: there is no shard that can be trained on, or one changed since it was adopted.
     """
     if not (out / CHECKED).exists():
-        _verify(config, downloaded, out, processes, report)
+        _verify_all(config, downloaded, out, processes, report)
     shutil.rmtree(out / TABLES, ignore_errors=True)
     index = sorted((out / INDEX).rglob("*.parquet"))
-    return Made(_counts(read_verdicts(out)), (out / CHECKED, out / REPORT, *index))
+    return Made(_count_verdicts(read_verdicts(out)), (out / CHECKED, out / REPORT, *index))
 
 
-def _verify(
+def _verify_all(
     config: VerifyConfig, downloaded: Path, out: Path, processes: int, report: Report
 ) -> None:
     """Write everything, the verdicts last."""
@@ -72,7 +72,7 @@ def _verify(
     tables = [out / TABLES / f"{number:06d}.parquet" for number in range(len(listed))]
     _verify_missing(config, listed, tables, out, processes, report)
     verdicts = [read_verdict(table) for table in tables]
-    speed = _speed(verdicts, tables)
+    speed = _measure_speed(verdicts, tables)
     report(len(listed), len(listed), f"{speed['images_per_core_s']:,.0f} images a second and core")
     if not any(verdict.shard for verdict in verdicts):
         raise InputError(
@@ -82,7 +82,7 @@ def _verify(
     report(len(listed), len(listed), "indexing")
     write_index(tables, out / INDEX, config.memory_limit)
     left_out = {verdict.path: verdict.left_out for verdict in verdicts if verdict.left_out}
-    details = {**_counts(verdicts), "left_out": left_out, "speed": speed}
+    details = {**_count_verdicts(verdicts), "left_out": left_out, "speed": speed}
     write_atomically(out / REPORT, json.dumps(details, indent=1) + "\n")
     write_verdicts(verdicts, out)
 
@@ -128,7 +128,7 @@ def _refuse_changed(shards: Sequence[AdoptedShard]) -> None:
         )
 
 
-def _speed(verdicts: Sequence[ShardVerdict], tables: Sequence[Path]) -> dict[str, float]:
+def _measure_speed(verdicts: Sequence[ShardVerdict], tables: Sequence[Path]) -> dict[str, float]:
     """CPU seconds of verifying all shards, killed runs included, and images in each."""
     images, cpu_s = sum(verdict.stored for verdict in verdicts), sum(map(read_cpu_s, tables))
     return {"cpu_s": round(cpu_s, 3), "images_per_core_s": round(images / max(cpu_s, 1e-9), 1)}
@@ -192,7 +192,7 @@ def _not_finished(status: int, shards: int, log: Path) -> Exception:
     return RuntimeError(f"{shards} shards were not verified (status {status}: {last}); see {log}")
 
 
-def _counts(verdicts: Sequence[ShardVerdict]) -> dict[str, int | float]:
+def _count_verdicts(verdicts: Sequence[ShardVerdict]) -> dict[str, int | float]:
     usable = [verdict for verdict in verdicts if verdict.shard is not None]
     flaws = sum((Counter(verdict.flaws) for verdict in usable), Counter[str]())
     counts: dict[str, int | float] = {

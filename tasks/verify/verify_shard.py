@@ -36,7 +36,7 @@ from evaclip_model.reading.image_decoder import (
     decode_undamaged_image,
 )
 from evaclip_model.reading.samples import BrokenShard, Sample, Shard, read_samples
-from evaclip_model.reading.urls import filesystem, is_url
+from evaclip_model.reading.urls import is_url, open_filesystem
 from tasks.artifacts.artifact import sha256_of
 from tasks.index.perceptual_hash import grey_of, hashes_of
 from tasks.index.sample_index import COLUMNS
@@ -120,7 +120,7 @@ def verify_shard(
     verdict = ShardVerdict(
         path=path, stored=seen.samples, shard=shard, flaws=dict(seen.flaws), left_out=left_out
     )
-    table = seen.table()
+    table = seen.to_table()
     cpu_s = time.process_time() - begin_s
     table = table.replace_schema_metadata(
         {_VERDICT: verdict.model_dump_json(), _CPU_S: repr(cpu_s)}
@@ -142,7 +142,7 @@ def on_this_machine(location: str, folder: Path) -> Iterator[Path]:
     beside = folder / f".fetched.{os.getpid()}.tar"
     try:
         try:
-            filesystem(location).get_file(location, str(beside))
+            open_filesystem(location).get_file(location, str(beside))
         except Exception as error:  # every protocol has its own kinds
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -190,7 +190,7 @@ class _Seen:
         grey: npt.NDArray[np.uint8] | None = None
         flaw: str | None = sample.flaw
         if sample.image:
-            grey, problem = _decoded(sample.image, self.config)
+            grey, problem = _decode_grey(sample.image, self.config)
             flaw = flaw or problem
         if flaw is None and not sample.caption.strip():
             flaw = Flaw.EMPTY_CAPTION
@@ -207,25 +207,25 @@ class _Seen:
 
     def _identity(self, sample: Sample) -> dict[str, Any]:
         record = sample.record
-        url = _text(record, "url")
-        source = self.adopted.source if self.is_adopted else _text(record, "source")
+        url = _text_field(record, "url")
+        source = self.adopted.source if self.is_adopted else _text_field(record, "source")
         if url is not None:  # as a merge would name the row
             identity = f"{url.partition('://')[2] or url}\n{sample.caption}"
         else:
             identity = f"{source}\n{self.adopted.name}\n{sample.key}"
-        md5 = _text(record, "md5")
+        md5 = _text_field(record, "md5")
         return {
             "key": _writable(sample.key),
-            "uid": _text(record, "uid") or _md5(identity.encode(errors="replace")),
+            "uid": _text_field(record, "uid") or _md5(identity.encode(errors="replace")),
             "source": source or "",
-            "original_id": _text(record, "original_id"),
+            "original_id": _text_field(record, "original_id"),
             "url": url,
-            "sha256": _text(record, "sha256"),
+            "sha256": _text_field(record, "sha256"),
             "stored_sha256": hashlib.sha256(sample.image).hexdigest() if sample.image else None,
             "md5": md5 or (_md5(sample.image) if sample.image else None),
         }
 
-    def table(self) -> pa.Table:
+    def to_table(self) -> pa.Table:
         """A row a sample, with the perceptual hashes of all that could be decoded."""
         table = pa.Table.from_pylist(self.rows, schema=COLUMNS)
         decoded = table["phash"].is_valid().to_numpy()
@@ -236,7 +236,7 @@ class _Seen:
         return table.set_column(place, COLUMNS.field(place), pa.array(hashes, mask=~decoded))
 
 
-def _decoded(
+def _decode_grey(
     encoded: bytes, config: VerifyConfig
 ) -> tuple[npt.NDArray[np.uint8] | None, Flaw | None]:
     """The image small and grey, when it can be decoded, and what is wrong with it, if anything."""
@@ -298,7 +298,7 @@ def _why_not_as_recorded(tar: Path, seen: _Seen) -> str | None:
     return None
 
 
-def _text(record: Mapping[str, Any], name: str) -> str | None:
+def _text_field(record: Mapping[str, Any], name: str) -> str | None:
     value = record.get(name)
     return None if value in (None, "") else _writable(str(value))
 

@@ -47,11 +47,13 @@ def main(job: VerifyJob) -> None:
     """Verify every shard of the job."""
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(job.processes, mp_context=context) as pool:
-        for shard in as_completed([pool.submit(_look, job.config, one) for one in job.shards]):
+        for shard in as_completed(
+            [pool.submit(_verify_one, job.config, one) for one in job.shards]
+        ):
             shard.result()
 
 
-def _look(config: VerifyConfig, shard: ShardJob) -> None:
+def _verify_one(config: VerifyConfig, shard: ShardJob) -> None:
     with on_this_machine(shard.location, shard.target.parent) as tar:
         verify_shard(tar, shard.path, config, shard.target, shard.size, shard.adopted)
 

@@ -28,10 +28,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from evaclip_model.zeroshot.exact_ranks import prompts
+from evaclip_model.zeroshot.exact_ranks import fill_templates
 from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames, imagenet_templates
 from tasks.evaluate.encode.open_clip_model import open_clip_subject
-from tasks.evaluate.encode.text_features import TextFeatures, answers, encode_texts
+from tasks.evaluate.encode.text_features import TextFeatures, answer_features, encode_texts
 from tasks.evaluate.sets.convert.shard_writer import Found, Source, write_set
 from tasks.evaluate.sets.published_layout import open_set
 
@@ -77,9 +77,9 @@ def classifier_table(weights: Path, folder: Path, classes: int, rounds: int) -> 
 
     def ours(number: int) -> torch.Tensor:
         place = folder / f"texts-{number}"
-        encode_texts(subject, list(dict.fromkeys(prompts(names, templates))), place)
+        encode_texts(subject, list(dict.fromkeys(fill_templates(names, templates))), place)
         evalset = open_set("x", folder / "x", "classification", templates, classnames=names)
-        return answers(evalset, TextFeatures(place))
+        return answer_features(evalset, TextFeatures(place))
 
     write_noise(folder / "x", names, templates, 1)
     theirs_s, ours_s = [], []

@@ -156,7 +156,7 @@ def by_reader(
     )
     settings = ReadSettings(workers=workers)
     with closing(BatchReader(manifest, config, rank=0, ranks=1, settings=settings)) as reader:
-        for batch in reader.batches(0, config.steps):
+        for batch in reader.iterate_batches(0, config.steps):
             yield len(normalize_images(batch.images) if normalise else batch.images)
 
 

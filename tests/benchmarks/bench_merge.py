@@ -44,7 +44,7 @@ from typing import Any
 import duckdb
 
 from tasks.merge.config import MergeConfig
-from tasks.merge.database import database, run, statement
+from tasks.merge.database import fetch_rows, load_statement, open_database
 from tasks.merge.filters import reason_expression, rule_parameters
 from tasks.merge.merge import merge_sources
 from tasks.merge.survey_files import make_plan
@@ -156,13 +156,13 @@ def _in_one_statement(files: Files, out: Path, memory: str, threads: int, dedupe
         (out / name).mkdir()
     query = (
         f"CREATE TEMP TABLE deduped AS WITH published AS ({published}), "
-        f"{statement('normalise')}, "
+        f"{load_statement('normalise')}, "
         f"passing AS (SELECT * FROM normalised WHERE {reason} IS NULL), deduped AS ({deduped}) "
         "SELECT *, md5('0:' || address) AS rank FROM deduped"
     )
     spill = out / "_tmp" / "spill"
-    with database(spill, memory, threads) as connection:
-        run(connection, query, rule_parameters(config.filters))
+    with open_database(spill, memory, threads) as connection:
+        fetch_rows(connection, query, rule_parameters(config.filters))
         for source, name in enumerate(files):
             connection.execute(
                 "COPY (SELECT md5(address || chr(10) || caption) AS uid, $name AS source, url, "

@@ -29,7 +29,7 @@ from PIL import Image
 
 from evaclip_model.ports import find_free_port
 from tasks.register.config import COPIED, LargeWeights
-from tasks.register.pull_model import FORMS, pull
+from tasks.register.pull_model import FORMS, pull_model
 from tasks.tracking import TrackingStore
 from tests.tasks.register.registrations import register_random_model
 from tests.tasks.register.servers import mlflow_server, model_server
@@ -73,7 +73,7 @@ def main() -> None:
         print("| pulled as | s | MB |\n|---|---|---|")
         for form in chosen.forms:
             started = time.monotonic()
-            pulled = pull(stores["a server"].uri, "clip@champion", root / f"as-{form}", form)
+            pulled = pull_model(stores["a server"].uri, "clip@champion", root / f"as-{form}", form)
             seconds = time.monotonic() - started
             print(f"| {form} | {seconds:.1f} | {size_of(pulled) / 1e6:,.0f} |", flush=True)
 

@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from evaclip_model.reading.samples import Shard
-from tasks.artifacts.artifact import Address, Artifact, Made, produce
+from tasks.artifacts.artifact import Address, Artifact, Made, produce_artifact
 from tasks.dataset.config import STAGE as DATASET
 from tasks.dataset.config import DatasetConfig
 from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
@@ -41,7 +41,7 @@ from tasks.index.sample_index import COLUMNS, INDEX, ROWS_PER_FILE, write_index
 from tasks.index.shard_verdicts import CHECKED, ShardVerdict, write_verdicts
 from tasks.merge.config import STAGE as MERGE
 from tasks.merge.config import MergeConfig, SourceConfig
-from tasks.progress import silent
+from tasks.progress import report_nothing
 from tasks.verify.config import STAGE as VERIFY
 from tasks.verify.config import VerifyConfig
 
@@ -92,11 +92,11 @@ def bench(invented: Invented, folder: Path) -> None:
 def prepare(invented: Invented, root: Path, rows: list[tuple[str, float, float]]) -> Artifact:
     """Finished artifacts from merge to a dataset version; the verification is returned."""
     samples = invented.samples
-    merged = produce(
+    merged = produce_artifact(
         Address.of(root, MERGE, MERGED),
         lambda _: Made({"rows_read": samples, "selected": samples}, ()),
     )
-    downloaded = produce(
+    downloaded = produce_artifact(
         Address.of(root, DOWNLOAD, DownloadConfig(), {"merge": merged.digest}),
         lambda _: Made({"rows": samples, "samples": samples}, ()),
     )
@@ -111,13 +111,15 @@ def prepare(invented: Invented, root: Path, rows: list[tuple[str, float, float]]
         write_verdicts(list(verdicts(invented.shards)), out)
         return Made({"samples": samples}, (out / CHECKED,))
 
-    verified = produce(Address.of(root, VERIFY, config, {"download": downloaded.digest}), verify)
+    verified = produce_artifact(
+        Address.of(root, VERIFY, config, {"download": downloaded.digest}), verify
+    )
     rules = DatasetConfig()
     before = time.monotonic(), time.process_time()
-    produce(
+    produce_artifact(
         Address.of(root, DATASET, rules, {"verify": verified.digest}),
         lambda out: make_dataset(
-            rules, (merged, downloaded, verified), OutsideFiles(), Takedowns(), out, silent
+            rules, (merged, downloaded, verified), OutsideFiles(), Takedowns(), out, report_nothing
         ),
     )
     made = (time.monotonic() - before[0], time.process_time() - before[1])

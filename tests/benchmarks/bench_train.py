@@ -49,7 +49,7 @@ from evaclip_model.training.loss.contrastive import contrastive_terms
 from evaclip_model.training.loss.objective import make_objective
 from evaclip_model.training.loss.softmax import LossSettings
 from evaclip_model.training.step import forward_backward, step_inputs
-from evaclip_model.training.trainer import train
+from evaclip_model.training.trainer import run_training
 from evaclip_model.weights.load import save_model
 from tests.benchmarks.bench_loader import SHARDS, photographs, write_shards
 
@@ -112,7 +112,9 @@ class Pacing:
 def run_ours(settings: dict[str, Any]) -> None:
     pacing = Pacing(settings["steps"])
     start_distributed("cpu")
-    train(TrainJob.from_mapping(settings["job"], where="bench"), should_stop=pacing.should_stop)
+    run_training(
+        TrainJob.from_mapping(settings["job"], where="bench"), should_stop=pacing.should_stop
+    )
 
 
 def run_theirs(settings: dict[str, Any]) -> None:
@@ -396,41 +398,43 @@ def saving_once(batch: int, folder: str) -> dict[str, float]:
         started_at = time.perf_counter()
         positions = torch.arange(batch) + number * batch
         inputs = step_inputs(config, model.config.vision, number, images, tokens, positions)
-        forward_backward(engine, inputs.parts(None), make_objective(config))
+        forward_backward(engine, inputs.split_parts(None), make_objective(config))
         before_update()
         engine.step(1.0)
         return time.perf_counter() - started_at
 
     def progress(number: int) -> TrainingProgress:
-        return TrainingProgress(number, engine.counters(), {}, 0.0, {})
+        return TrainingProgress(number, engine.step_counters(), {}, 0.0, {})
 
     step(0)
-    size = sum(t.nbytes for f in engine.fragments() for t in f.tensors.values())
+    size = sum(t.nbytes for f in engine.state_fragments() for t in f.tensors.values())
     with tempfile.TemporaryDirectory(dir=folder) as made:
         synchronous = []
         for number in (1, 2, 3):
             started_at = time.perf_counter()
-            save_checkpoint(Path(made) / "waiting", engine.fragments(), progress(number), keep=1)
+            save_checkpoint(
+                Path(made) / "waiting", engine.state_fragments(), progress(number), keep=1
+            )
             synchronous.append(time.perf_counter() - started_at)
         rest = [step(number) for number in range(1, 4)]
         with CheckpointWriter(Path(made) / "beside", keep=1) as writer:
-            writer.prepare(engine.fragments())
+            writer.allocate_copies(engine.state_fragments())
             stalls, meanwhile, settling = [], [], [0.0]
 
             def settle() -> None:
                 started_at = time.perf_counter()
-                writer.settle()
+                writer.wait_for_copy()
                 settling[-1] += time.perf_counter() - started_at
 
             for number in (1, 2, 3):
                 started_at = time.perf_counter()
-                writer.save(engine.fragments(), progress(number))
+                writer.begin_save(engine.state_fragments(), progress(number))
                 settling.append(time.perf_counter() - started_at)
                 steps = math.ceil(1.5 * statistics.median(synchronous) / statistics.median(rest))
                 spent = sum(step(9, settle) for _ in range(steps))
                 meanwhile.append(spent - steps * statistics.median(rest))
                 stalls.append(settling[-1])
-                writer.wait()
+                writer.wait_for_save()
     whole, stall = statistics.median(synchronous), statistics.median(stalls)
     return {
         "GB": size / 1e9,

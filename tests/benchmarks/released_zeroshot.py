@@ -28,10 +28,10 @@ import torch
 from PIL import Image
 
 from evaclip_model.create import create_model
-from evaclip_model.zeroshot.exact_ranks import classify, text_classifier
+from evaclip_model.zeroshot.exact_ranks import rank_classes, text_classifier
 from evaclip_model.zeroshot.image_files import image_features, image_files
 from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames, imagenet_templates
-from evaclip_model.zeroshot.statistics import hits, wilson_interval
+from evaclip_model.zeroshot.statistics import count_hits, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def measure(
         model, list(label_of), batch_size=options.batch_size, progress=say(one, len(label_of))
     )
     labels = torch.tensor([label_of[path] for path in found.files])
-    right = hits(classify(found.values, vectors, labels).ranks, 1)
+    right = count_hits(rank_classes(found.values, vectors, labels).ranks, 1)
     low, high = wilson_interval(right, len(labels))
     said = "none" if one.top1 is None else f"{one.top1:.1f}%"
     print(

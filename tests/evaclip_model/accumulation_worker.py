@@ -40,7 +40,7 @@ def train(engine, parts, options):
         vision = model.config.vision
         inputs = step_inputs(config, vision, step, images[own], tokens[own], positions[own])
         micro_batch = share // parts
-        terms = forward_backward(engine, inputs.parts(micro_batch), make_objective(config))
+        terms = forward_backward(engine, inputs.split_parts(micro_batch), make_objective(config))
         if ranks > 1:
             dist.all_reduce(terms.loss)
         losses.append(terms.loss / ranks)

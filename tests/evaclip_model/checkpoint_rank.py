@@ -33,21 +33,21 @@ def main(folder, steps, fails_on):
         try:
             for step in range(first + 1, steps + 1):
                 if rank == fails_on and step == 4:  # the kernel refuses as on a full disk
-                    writer.wait()
+                    writer.wait_for_save()
                     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
                 time.sleep(pace.random() * 0.02)
-                flags = torch.tensor([1.0, float(writer.poll())])
+                flags = torch.tensor([1.0, float(writer.has_failed())])
                 dist.all_reduce(flags)
                 assert flags[0] == ranks
                 if flags[1]:
-                    writer.wait()
+                    writer.wait_for_save()
                 value.fill_(step)
                 if step != 5:
-                    writer.save(state, TrainingProgress(step, {}, {}, 0.0, {}))
-                writer.settle()
+                    writer.begin_save(state, TrainingProgress(step, {}, {}, 0.0, {}))
+                writer.wait_for_copy()
                 value.fill_(-1)
                 ended["done"] = step
-            writer.wait()
+            writer.wait_for_save()
         except OSError as error:
             ended["error"] = f"{type(error).__name__} {error.errno}"
     (folder / f"rank-{rank}.json").write_text(json.dumps(ended))

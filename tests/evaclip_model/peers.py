@@ -132,7 +132,7 @@ def in_their_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under our parameter names, such as weights or gradients, as open_clip has them."""
     found: dict[str, Tensor] = {}
     for entry in foreign_names(tensors, "open_clip"):
-        found |= entry.split(tensors[entry.native])
+        found |= entry.split_native(tensors[entry.native])
     found["logit_scale"] = found["logit_scale"].reshape(())
     return found
 

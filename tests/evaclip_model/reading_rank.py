@@ -21,7 +21,7 @@ def main(manifest, config, first, steps, workers, folder, kill):
     config = TrainConfig(**json.loads(config))
     reader = BatchReader(Path(manifest), config, rank=rank, ranks=ranks, settings=settings)
     with (Path(folder) / f"{rank}.jsonl").open("w") as out:
-        for batch in reader.batches(int(first), int(steps)):
+        for batch in reader.iterate_batches(int(first), int(steps)):
             seen = {"step": batch.step, "captions": batch.captions}
             seen["positions"] = batch.positions.tolist()
             seen["pixels"] = [zlib.crc32(image.contiguous().numpy()) for image in batch.images]

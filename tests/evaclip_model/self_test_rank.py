@@ -24,8 +24,8 @@ MODEL = {
 def main(out, precision, behaviour):
     dist.init_process_group("gloo")
     if behaviour == "broken":
-        bound = lamb.Lamb.bind
-        lamb.Lamb.bind = lambda self, layouts: bound(
+        bound = lamb.Lamb.bind_layouts
+        lamb.Lamb.bind_layouts = lambda self, layouts: bound(
             self, [lamb.Layout(layout.fragments, None) for layout in layouts]
         )
     config = TrainConfig(name="x", image_px=8, samples_seen=48, global_batch=48)

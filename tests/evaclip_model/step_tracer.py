@@ -34,7 +34,7 @@ def main(job):
     trainer.TrainingRun.train_step = counted
     threading.setprofile(on_call)
     sys.setprofile(on_call)
-    trainer.train(job, should_stop=lambda: False)
+    trainer.run_training(job, should_stop=lambda: False)
     sys.setprofile(None)
     print(json.dumps([sorted(seen[True]), sorted(seen[True] | seen[False])]))
 

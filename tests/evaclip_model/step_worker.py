@@ -95,7 +95,7 @@ def main(out, kind, options):
         if step in thrown_away:
             backward(y.sum(dim=1, keepdim=True) * x, y, 3.0)
             engine.grad_norms()
-            engine.discard()
+            engine.discard_gradient()
         # Only one rank's gradient is infinite: all must agree on it.
         bad = step in overflow and rank == ranks - 1
         loss = backward(x, y, math.inf if bad else 1.0)
@@ -114,17 +114,17 @@ def main(out, kind, options):
         if step == stop_after:
             stored = [
                 {kind: tensor.clone() for kind, tensor in fragment.tensors.items()}
-                for fragment in engine.fragments()
+                for fragment in engine.state_fragments()
             ]
-            counters = json.loads(json.dumps(engine.counters()))
+            counters = json.loads(json.dumps(engine.step_counters()))
             network, engine = make_engine(kind, config, parts)
-            for fragment, kept in zip(engine.fragments(), stored, strict=True):
+            for fragment, kept in zip(engine.state_fragments(), stored, strict=True):
                 for kind_of, tensor in kept.items():
                     fragment.tensors[kind_of].copy_(tensor)
-            engine.restored(counters)
+            engine.restore_counters(counters)
     named = {name: value.detach().clone() for name, value in network.named_parameters()}
     for kind_of in ("param", *(["ema"] if config.ema_decay else [])):
-        for name, whole in gather_weights(network, engine.fragments(), kind_of):
+        for name, whole in gather_weights(network, engine.state_fragments(), kind_of):
             named[f"{kind_of}.{name}"] = whole.clone()
     results = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in figures.items()}
     if ranks > 1:

@@ -25,7 +25,7 @@ def slow():
 def main(folder, limit_s, behaviour):
     dist.init_process_group("gloo")
     with Watchdog(folder, dist.get_rank(), limit_s, grace_s=1.0) as watchdog:
-        watchdog.beat(1)
+        watchdog.report_step(1)
         if behaviour == "stuck":
             if dist.get_rank() == 1:
                 hang()
@@ -35,7 +35,7 @@ def main(folder, limit_s, behaviour):
         else:
             for step in range(2, 20):
                 time.sleep(0.1)
-                watchdog.beat(step)
+                watchdog.report_step(step)
 
 
 main(Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3])

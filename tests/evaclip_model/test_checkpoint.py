@@ -17,7 +17,7 @@ from evaclip_model.training.checkpoint import (
     save_checkpoint,
 )
 from evaclip_model.training.engine.engine import StateFragment
-from evaclip_model.weights.checkpoint_format import checkpoints
+from evaclip_model.weights.checkpoint_format import list_checkpoints
 
 SETTINGS = {"lr": 0.1, "towers": ["vision", "text"]}
 
@@ -171,7 +171,7 @@ def test_there_may_be_none(location):
 def test_the_newest_are_kept_and_every_so_many_for_good(location):
     with CheckpointWriter(location, keep=2, keep_every_steps=4) as writer:
         for step in range(1, 8):
-            writer.save([fragment("w", 0, [float(step)])], progress(step))
+            writer.begin_save([fragment("w", 0, [float(step)])], progress(step))
     files, root = fsspec.core.url_to_fs(str(location))
     files.invalidate_cache()
     names = sorted(path.rpartition("/")[2] for path in files.ls(root, detail=False))
@@ -184,18 +184,18 @@ def test_one_from_a_course_that_was_left_does_not_displace_a_good_one(tmp_path):
     shard.write_bytes(shard.read_bytes()[:-1])
     assert loaded(tmp_path) == (8, 8.0)
     write(tmp_path, 11, keep=1)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000011"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000011"]
     assert loaded(tmp_path) == (11, 11.0)
 
 
 def test_training_may_go_on_while_the_state_of_a_moment_is_written(location):
     state = fragment("w", 0, [1.0]), fragment("big", 0, [3.0] * 300_000)
     with CheckpointWriter(location, keep=2) as writer:
-        writer.prepare(state)
+        writer.allocate_copies(state)
         for step in (1, 2):
             state[1].tensors["param"].fill_(step)
-            writer.save(state, progress(step))
-            writer.settle()
+            writer.begin_save(state, progress(step))
+            writer.wait_for_copy()
             state[1].tensors["param"].fill_(-1)
     read = [blank("w", 0, 1), blank("big", 0, 300_000)]
     assert load_newest(location, read, SETTINGS) == progress(2)
@@ -217,13 +217,13 @@ def test_a_save_that_fails_is_told_later_and_the_checkpoints_before_it_stay(tmp_
     write(tmp_path, 1, 2)
     writer = CheckpointWriter(tmp_path, keep=2)
     with files_no_larger_than(1_000_000):
-        writer.save([fragment("w", 0, [3.0] * 300_000)], progress(3))
+        writer.begin_save([fragment("w", 0, [3.0] * 300_000)], progress(3))
         with pytest.raises(OSError, match="File too large"):
-            writer.wait()
-    assert not writer.poll()
+            writer.wait_for_save()
+    assert not writer.has_failed()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
     assert loaded(tmp_path) == (2, 2.0)
-    writer.save([fragment("w", 0, [3.0])], progress(3))
+    writer.begin_save([fragment("w", 0, [3.0])], progress(3))
     writer.close()
     assert loaded(tmp_path) == (3, 3.0)
 

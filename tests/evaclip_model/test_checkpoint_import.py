@@ -59,7 +59,7 @@ def weights(architecture, tmp_path_factory):
     for layout in ("native", "open_clip"):
         tensors = {}
         for entry in foreign_names(native, layout):
-            tensors |= entry.split(native[entry.native].detach())
+            tensors |= entry.split_native(native[entry.native].detach())
         save_file({key: value.contiguous() for key, value in tensors.items()}, folder / layout)
     return folder
 
@@ -98,7 +98,7 @@ def assert_taken_up(source, into, architecture, config, layout="native"):
         for kind in ("param", "exp_avg", "exp_avg_sq"):
             if entry.native in read:
                 sources = {key: truth[f"{key}#{kind}"] for key in entry.sources}
-                expected = entry.joined(sources).reshape(-1)
+                expected = entry.join_sources(sources).reshape(-1)
                 assert torch.equal(read[entry.native].tensors[kind], expected), entry.native
                 assert expected.abs().sum() > 0 or kind == "param"
     return found, read

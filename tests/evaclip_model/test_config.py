@@ -32,22 +32,25 @@ class Whole(Config):
 
 def test_a_setting_that_moved_keeps_its_first_name_where_digests_are_taken():
     stage = Stage(name="a", image_px=32, guards=Guards(limit=3.0))
-    assert stage.identity() == {"name": "a", "pixels": 32, "spike_limit": 3.0}
+    assert stage.compute_identity() == {"name": "a", "pixels": 32, "spike_limit": 3.0}
     assert stage.model_dump()["guards"] == {"limit": 3.0, "patience": 0}
 
 
 def test_an_added_setting_counts_from_the_first_value_that_is_not_its_default():
     plain = Stage(name="a")
-    assert Stage(name="a", objective="softmax").identity() == plain.identity()
+    assert Stage(name="a", objective="softmax").compute_identity() == plain.compute_identity()
     other = Stage(name="a", objective="sigmoid", guards=Guards(patience=2))
     added = {"objective": "sigmoid", "guards": {"patience": 2}}
-    assert other.identity() == plain.identity() | added
+    assert other.compute_identity() == plain.compute_identity() | added
 
 
 def test_tables_within_lists_and_tables_count_alike():
     stage = Stage(name="a")
-    whole = Whole(stages=(stage,), by_name={"first": stage}).identity()
-    assert whole == {"stages": [stage.identity()], "by_name": {"first": stage.identity()}}
+    whole = Whole(stages=(stage,), by_name={"first": stage}).compute_identity()
+    assert whole == {
+        "stages": [stage.compute_identity()],
+        "by_name": {"first": stage.compute_identity()},
+    }
 
 
 def test_the_first_key_of_a_setting_is_refused_with_the_present_one():
@@ -61,5 +64,5 @@ def test_the_first_key_of_a_setting_is_refused_with_the_present_one():
 
 def test_no_checkpoint_or_artifact_of_a_training_stage_is_lost_to_tables():
     stage = TrainConfig(name="x", image_px=32, samples_seen=64, global_batch=16)
-    assert all(not isinstance(value, dict) for value in stage.identity().values() if value)
-    assert set(TrainConfig.RENAMED) < set(stage.identity())
+    assert all(not isinstance(value, dict) for value in stage.compute_identity().values() if value)
+    assert set(TrainConfig.RENAMED) < set(stage.compute_identity())

@@ -13,7 +13,7 @@ from evaclip_model.training.monitoring.spike_guard import (
     Observed,
     Running,
     StepVerdict,
-    judge,
+    judge_step,
 )
 
 
@@ -31,7 +31,7 @@ def after(losses, settings, state=None):
     """Verdicts on steps of these losses, and the state they leave."""
     state, found = state or GuardState(), []
     for step, loss in enumerate(losses, 1):
-        judged, state = judge(state, observed(step, loss), settings)
+        judged, state = judge_step(state, observed(step, loss), settings)
         found.append(judged.verdict)
     return found, state
 
@@ -40,7 +40,7 @@ def test_a_running_mean_is_the_plain_one_until_its_window_is_full():
     values = [random.Random(0).gauss(3, 2) for _ in range(40)]
     running = Running()
     for value in values:
-        running = running.following(value, 100)
+        running = running.with_value(value, 100)
     mean = sum(values) / 40
     assert running.mean == pytest.approx(mean)
     assert running.variance == pytest.approx(sum((v - mean) ** 2 for v in values) / 40)
@@ -54,21 +54,21 @@ def test_a_running_mean_is_the_plain_one_until_its_window_is_full():
 def test_steps_without_numbers_are_left_out_and_too_many_in_a_row_end_the_run(bad):
     state = GuardState()
     for _ in range(3):
-        judged, state = judge(state, observed(**bad), config())
+        judged, state = judge_step(state, observed(**bad), config())
         assert (judged.verdict, judged.kind) == (StepVerdict.DISCARD, "nonfinite")
-    judged, good = judge(state, observed(), config())
+    judged, good = judge_step(state, observed(), config())
     assert judged.verdict is StepVerdict.TAKE
     assert good.nonfinite == 0
     with pytest.raises(Diverged, match="at step 7, 4 times in a row"):
-        judge(state, observed(7, **bad), config())
+        judge_step(state, observed(7, **bad), config())
 
 
 def test_an_fp16_gradient_that_overflows_is_left_to_the_loss_scale():
     settings, state = config(precision="fp16"), GuardState(nonfinite=2)
-    judged, state = judge(state, observed(grad_norm=math.inf), settings)
+    judged, state = judge_step(state, observed(grad_norm=math.inf), settings)
     assert (judged.verdict, judged.kind) == (StepVerdict.TAKE, "overflow")
     assert state.nonfinite == 2
-    judged, state = judge(state, observed(loss=math.nan), settings)
+    judged, state = judge_step(state, observed(loss=math.nan), settings)
     assert judged.verdict is StepVerdict.DISCARD
 
 
@@ -82,14 +82,14 @@ def test_a_spike_is_far_above_the_recent_range_and_only_after_a_warm_up(action, 
     assert after([9.0, *calm[:5], 9.0], settings)[0] == [StepVerdict.TAKE] * 7
     verdicts, state = after(calm, settings)
     assert set(verdicts) == {StepVerdict.TAKE}
-    judged, _ = judge(state, observed(31, 3.2), settings)
+    judged, _ = judge_step(state, observed(31, 3.2), settings)
     assert judged.kind == ""
-    judged, _ = judge(state, observed(31, 5.0), settings)
+    judged, _ = judge_step(state, observed(31, 5.0), settings)
     assert (judged.verdict, judged.kind) == (verdict, "spike")
     assert "loss 5, lately 3" in judged.reason
-    judged, _ = judge(state, observed(31, 3.0, grad_norm=40.0), settings)
+    judged, _ = judge_step(state, observed(31, 3.0, grad_norm=40.0), settings)
     assert "grad norm 40" in judged.reason
-    judged, _ = judge(state, observed(31, 0.1), settings)
+    judged, _ = judge_step(state, observed(31, 0.1), settings)
     assert judged.verdict is StepVerdict.TAKE
 
 
@@ -104,11 +104,11 @@ def test_a_level_that_has_changed_for_good_stops_being_a_spike():
 def test_training_goes_back_no_more_often_than_allowed():
     settings = config(spike_action="rollback", max_rollbacks=1)
     _, calm = after([3 + 0.1 * math.sin(step) for step in range(30)], settings)
-    judged, state = judge(calm, observed(31, 50.0), settings)
+    judged, state = judge_step(calm, observed(31, 50.0), settings)
     assert judged.verdict is StepVerdict.ROLL_BACK
     assert state.rollbacks == 1
     with pytest.raises(Diverged, match="went back once before"):
-        judge(state, observed(32, 500.0), settings)
+        judge_step(state, observed(32, 500.0), settings)
 
 
 def test_a_saved_state_goes_on_as_the_one_in_memory():

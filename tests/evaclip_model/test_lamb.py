@@ -73,7 +73,7 @@ def test_a_flat_tensor_with_its_layout_steps_like_its_parameters():
     )
     bound = Lamb([LambPart(plain, lr=0.1, weight_decay=0.1)])
     bound.param_groups[0]["params"] = [flat]  # as ZeRO does
-    bound.bind([Layout(fragments, None)])
+    bound.bind_layouts([Layout(fragments, None)])
     for _ in range(5):
         for part in plain:
             part.grad = torch.randn_like(part)
@@ -90,7 +90,7 @@ def test_a_flat_tensor_with_its_layout_steps_like_its_parameters():
 def test_binding_refuses_a_fragment_outside_the_flat_tensor():
     optimizer = Lamb([LambPart([torch.nn.Parameter(torch.zeros(4))], 1e-3, 0.0)])
     with pytest.raises(ValueError, match="outside"):
-        optimizer.bind([Layout((Fragment(0, 0, 2, 3),), None)])
+        optimizer.bind_layouts([Layout((Fragment(0, 0, 2, 3),), None)])
 
 
 def test_without_adaptation_it_is_adamw():

@@ -26,7 +26,7 @@ def in_layout(model: EvaClip, layout: Layout) -> dict[str, torch.Tensor]:
     tensors = released_tensors(model)
     found: dict[str, torch.Tensor] = {}
     for entry in foreign_names(tensors, layout):
-        found |= entry.split(tensors[entry.native])
+        found |= entry.split_native(tensors[entry.native])
     return found
 
 
@@ -45,9 +45,9 @@ def test_weights_come_back_from_every_layout_as_they_were(family, layout):
     }
     shapes = {key: value.shape for key, value in there.items()}
     for entry in names.entries:
-        back = entry.joined(there)
+        back = entry.join_sources(there)
         assert torch.equal(back, expected[entry.native]), entry
-        assert entry.shape(shapes) == back.shape, entry
+        assert entry.native_shape(shapes) == back.shape, entry
 
 
 @pytest.mark.parametrize("name", list_models())

@@ -147,14 +147,14 @@ def test_a_feature_that_is_no_number_makes_a_loss_that_is_none(way):
 
 
 def test_auto_streams_when_the_full_loss_would_take_over_a_gibibyte():
-    assert not LossSettings().streams(4096, 4096)
-    assert LossSettings().streams(8192, 8192)
-    assert LossSettings().streams(2048, 32768)
+    assert not LossSettings().should_stream(4096, 4096)
+    assert LossSettings().should_stream(8192, 8192)
+    assert LossSettings().should_stream(2048, 32768)
     most = 2**30 // (6 * 4)  # six matrices of four bytes an element
-    assert not LossSettings().streams(1, most)
-    assert LossSettings().streams(1, most + 1)
-    assert LossSettings("streamed").streams(2, 2)
-    assert not LossSettings("full").streams(2**20, 2**20)
+    assert not LossSettings().should_stream(1, most)
+    assert LossSettings().should_stream(1, most + 1)
+    assert LossSettings("streamed").should_stream(2, 2)
+    assert not LossSettings("full").should_stream(2**20, 2**20)
 
 
 def test_what_cannot_be_a_loss_is_refused():

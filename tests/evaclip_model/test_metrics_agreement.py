@@ -37,10 +37,10 @@ def near(value: float) -> object:
 def features(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor, Tensor]:
     """Images near the classes they are of, classes, and labels of uneven frequency."""
     draw = torch.Generator().manual_seed(request.param)
-    classes = exact_ranks.normalised(torch.randn(CLASSES, WIDTH, generator=draw), "class")
+    classes = exact_ranks.normalise_features(torch.randn(CLASSES, WIDTH, generator=draw), "class")
     labels = (torch.rand(IMAGES, generator=draw) ** 2 * CLASSES).long()
     noise = torch.randn(IMAGES, WIDTH, generator=draw) / 3
-    return exact_ranks.normalised(classes[labels] + noise, "image"), classes, labels
+    return exact_ranks.normalise_features(classes[labels] + noise, "image"), classes, labels
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def old_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("old_numpy")
 def test_top_1_top_5_and_mean_per_class_are_theirs(features: tuple[Tensor, Tensor, Tensor]):
     images, classes, labels = features
-    ranking, logits = exact_ranks.classify(images, classes, labels), images @ classes.T
+    ranking, logits = exact_ranks.rank_classes(images, classes, labels), images @ classes.T
     assert not ranking.tied.any()
     first, fifth = (statistics.hit_rate(ranking.ranks, k) for k in (1, 5))
     assert 0.1 < first < fifth < 1
@@ -99,10 +99,10 @@ def test_average_precision_with_ties_is_torchmetrics():
 @pytest.mark.parametrize("seed", SEEDS)
 def test_hit_rates_of_retrieval_both_ways_are_theirs(seed: int):
     draw = torch.Generator().manual_seed(seed)
-    images = exact_ranks.normalised(torch.randn(120, WIDTH, generator=draw), "image")
+    images = exact_ranks.normalise_features(torch.randn(120, WIDTH, generator=draw), "image")
     owner = torch.cat([torch.arange(120).repeat(4), torch.arange(0, 120, 7)])
     noise = torch.randn(len(owner), WIDTH, generator=draw)
-    texts = exact_ranks.normalised(images[owner] + noise / 1.5, "text")
+    texts = exact_ranks.normalise_features(images[owner] + noise / 1.5, "text")
     scores, right = texts @ images.T, owner[:, None] == torch.arange(120)[None, :]
     to_text = exact_ranks.retrieve_texts(images, texts, owner)
     to_image = exact_ranks.retrieve_images(images, texts, owner)

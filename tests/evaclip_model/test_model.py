@@ -77,7 +77,7 @@ def test_a_masked_image_gives_what_its_kept_tokens_alone_give():
         images.double(), kept, model.encode_image(images.double(), kept=kept), strict=True
     ):
         tokens = torch.cat((torch.tensor([0]), patches + 1))
-        x = tower.embed(image[None], None)[:, tokens]
+        x = tower.embed_patches(image[None], None)[:, tokens]
         for block in tower.blocks:
             x = block(x, (cos[tokens], sin[tokens]))
         torch.testing.assert_close(got, tower.head(tower.norm(x[:, 0]))[0])

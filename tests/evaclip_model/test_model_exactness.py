@@ -14,7 +14,7 @@ from torch import Tensor
 from evaclip_model.create import create_model
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.model_config import ModelConfig, list_models, shipped_name
-from evaclip_model.model.rope import GridRope, rotate
+from evaclip_model.model.rope import GridRope, rotate_pairs
 from evaclip_model.training.loss.contrastive import contrastive_loss
 from evaclip_model.weights.load import resize_patch_kernel, resize_positions
 
@@ -152,7 +152,7 @@ def test_rotation_equals_the_original():
     cos, sin = (table[1:] for table in GridRope(14, 64, reference_grid=16)(None))
     x = original["apply.in"].transpose(1, 2)  # heads second in the reference, third here
     torch.testing.assert_close(
-        rotate(x, cos, sin), original["apply.out"].transpose(1, 2), rtol=0, atol=1e-6
+        rotate_pairs(x, cos, sin), original["apply.out"].transpose(1, 2), rtol=0, atol=1e-6
     )
 
 

@@ -88,7 +88,7 @@ def test_an_unknown_objective_is_refused_with_those_there_are():
 
 def test_the_softmax_objective_is_the_default_and_no_part_of_older_identities():
     config = TrainConfig(name="x", image_px=16, samples_seen=32, global_batch=16)
-    assert "objective" not in config.identity()
+    assert "objective" not in config.compute_identity()
     assert make_objective(config).bounds == {"logit_scale": (0.0, math.log(100))}
     full, streamed = (
         make_objective(config.model_copy(update={"loss_impl": impl}))

@@ -21,20 +21,20 @@ def drawn(one: Order, lane: int, first: int, stop: int) -> list[tuple[int, int]]
     """(shard, place in it) of a lane's draws."""
     found = []
     for draw in range(first, stop):
-        epoch, window, place = one.locate(lane, draw)
+        epoch, window, place = one.locate_draw(lane, draw)
         inside = [
             (piece.shard, index)
-            for piece in one.pieces(lane, epoch, window)
+            for piece in one.list_pieces(lane, epoch, window)
             for index in range(piece.start, piece.stop)
         ]
-        found.append(inside[one.shuffled(lane, epoch, window)[place]])
+        found.append(inside[one.shuffle_window(lane, epoch, window)[place]])
     return found
 
 
 def test_resampled_draws_are_whole_shards_in_shuffled_windows():
     one = order("resampled", window=5)
     seen = Counter(drawn(one, 2, 0, 400))
-    read = [s for w in range(80) for s in one.pieces(2, 0, w)]
+    read = [s for w in range(80) for s in one.list_pieces(2, 0, w)]
     ends = np.cumsum([piece.stop - piece.start for piece in read])
     assert ends[-1] == 400
     assert set(seen) <= {(s, i) for s, count in enumerate(SAMPLES) for i in range(count)}
@@ -66,8 +66,8 @@ def test_the_next_shards_are_those_that_the_next_windows_consist_of(kind):
     for lane in range(4):
         epoch, window, read = 0, 2, []
         for _ in range(40):
-            read += [piece.shard for piece in one.pieces(lane, epoch, window)]
-            epoch, window = one.following(lane, epoch, window)
+            read += [piece.shard for piece in one.list_pieces(lane, epoch, window)]
+            epoch, window = one.next_window(lane, epoch, window)
         expected = [shard for shard, _ in groupby(read)]
         found = [shard for shard, _ in groupby(one.shards_from(lane, 0, 2, 6))]
         assert found == expected[: len(found)]
@@ -77,9 +77,9 @@ def test_the_next_shards_are_those_that_the_next_windows_consist_of(kind):
 @pytest.mark.parametrize("kind", ["exact", "resampled"])
 def test_windows_follow_each_other_as_draws_do(kind):
     one = order(kind, window=4)
-    at = one.locate(1, 0)[:2]
+    at = one.locate_draw(1, 0)[:2]
     for draw in range(100):
-        now = one.locate(1, draw)[:2]
+        now = one.locate_draw(1, draw)[:2]
         if now != at:
-            assert now == one.following(1, *at)
+            assert now == one.next_window(1, *at)
             at = now

@@ -11,7 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaclip_model.model import caption_packing
-from evaclip_model.model.caption_packing import filled_length, group_lengths, pack, pack_padded
+from evaclip_model.model.caption_packing import (
+    filled_length,
+    group_lengths,
+    pack_captions,
+    pack_padded,
+)
 from tests.evaclip_model.small_models import END, small_batch, small_model
 
 CPU = torch.device("cpu")
@@ -43,7 +48,7 @@ def test_no_other_cut_is_cheaper(lengths, group_cost):
 
 def test_a_stream_holds_every_caption_up_to_its_end():
     _, tokens, _ = small_batch(7)
-    packed = pack(tokens, CPU)
+    packed = pack_captions(tokens, CPU)
     for row, end in zip(tokens, packed.ends, strict=True):
         length = int(row.argmax()) + 1
         own = slice(int(end) + 1 - length, int(end) + 1)
@@ -58,13 +63,13 @@ def test_streams_have_few_lengths_and_little_that_nothing_looks_at():
     assert all(tokens <= length <= tokens * 33 / 32 for tokens, length in filled.items())
     assert len({filled[tokens] for tokens in range(2048, 4096)}) <= 33
     tokens = torch.tensor([[*range(1, size), END, *[0] * (77 - size)] for size in range(2, 70)])
-    packed = pack(tokens, CPU)
+    packed = pack_captions(tokens, CPU)
     looked_at = sum(captions * length for captions, length in packed.groups[:-1])
     fill, one = packed.groups[-1]
     assert one == 1
     assert len(packed.tokens) == looked_at + fill == filled_length(looked_at)
     assert int(packed.ends.max()) < looked_at
-    elsewhere = pack(tokens, torch.device("meta"))
+    elsewhere = pack_captions(tokens, torch.device("meta"))
     assert all(length > 1 for _, length in elsewhere.groups)
 
 
@@ -75,7 +80,8 @@ def test_packed_captions_have_the_features_and_gradients_of_padded_ones(attentio
     for form in ("packed", "one group a length", "padded"):
         with monkeypatch.context() as patch:
             if form == "padded":
-                patch.setattr("evaclip_model.model.text.pack", lambda ids, device: pack_padded(ids))
+                name = "evaclip_model.model.text.pack_captions"
+                patch.setattr(name, lambda ids, device: pack_padded(ids))
             elif form == "one group a length":
                 patch.setitem(caption_packing.GROUP_COST, "cpu", 0)
             model = small_model(precision="fp64", attention=attention)

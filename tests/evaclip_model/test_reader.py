@@ -41,14 +41,14 @@ def assert_same(ours, theirs):
 def test_a_batch_says_where_each_of_its_samples_comes_from(small_shards):
     sources = {"a0.tar": range(20), "a1.tar": range(20, 35), "a2.tar": range(35, 48)}
     sources |= {"b0.tar": range(48, 58), "b1.tar": range(58, 72)}
-    batch = reader(small_shards).batch(1)
+    batch = reader(small_shards).read_batch(1)
     for origin, caption in zip(batch.origins, batch.captions, strict=True):
         assert caption.endswith(f"number {origin.key}")
         assert int(origin.key) in sources[origin.shard]
 
 
 def test_the_channels_of_a_batch_are_last_in_memory(small_shards):
-    images = reader(small_shards).batch(0).images
+    images = reader(small_shards).read_batch(0).images
     assert images.shape == (24, 3, 16, 16)
     assert images.stride() == (768, 1, 48, 3)
 
@@ -58,30 +58,32 @@ def test_ranks_together_read_what_one_reads_in_the_same_order(small_shards, rank
     whole = reader(small_shards)
     parts = [reader(small_shards, rank=rank, ranks=ranks) for rank in range(ranks)]
     for step in range(12):
-        expected = whole.batch(step)
-        shares = [part.batch(step) for part in parts]
+        expected = whole.read_batch(step)
+        shares = [part.read_batch(step) for part in parts]
         assert sum((share.captions for share in shares), ()) == expected.captions
         assert torch.equal(torch.cat([share.images for share in shares]), expected.images)
         assert torch.equal(torch.cat([s.positions for s in shares]), expected.positions)
 
 
 def test_a_reader_that_starts_late_goes_on_exactly(small_shards):
-    from_start = list(reader(small_shards).batches(0, 20))
-    for ours, theirs in zip(reader(small_shards).batches(13, 20), from_start[13:], strict=True):
+    from_start = list(reader(small_shards).iterate_batches(0, 20))
+    for ours, theirs in zip(
+        reader(small_shards).iterate_batches(13, 20), from_start[13:], strict=True
+    ):
         assert_same(ours, theirs)
 
 
 def test_without_memory_shards_are_streamed_to_the_same_batches(small_shards):
     kept, streamed = reader(small_shards), reader(small_shards, memory=0)
     for step in (0, 1, 2, 3, 9, 10, 4):
-        assert_same(streamed.batch(step), kept.batch(step))
+        assert_same(streamed.read_batch(step), kept.read_batch(step))
 
 
 def test_sources_are_drawn_by_weight_and_no_sample_again_before_all(small_shards):
     steps = 10  # 240 draws: 192 of a (four times its 48), 48 of b (twice its 24)
     one = reader(small_shards)
-    seen = Counter(caption for step in range(steps) for caption in one.batch(step).captions)
-    assert one.drawn(steps) == {"a": 192, "b": 48}
+    seen = Counter(caption for step in range(steps) for caption in one.read_batch(step).captions)
+    assert one.count_drawn(steps) == {"a": 192, "b": 48}
     assert sum(seen.values()) == 240
     of_a = [n for caption, n in seen.items() if int(caption.rsplit(" ", 1)[1]) < 48]
     assert len(of_a) == 48
@@ -89,7 +91,7 @@ def test_sources_are_drawn_by_weight_and_no_sample_again_before_all(small_shards
 
 
 def test_without_weights_sources_are_drawn_as_large_as_they_are(small_shards):
-    assert reader(small_shards, source_weights={}).drawn(3) == {"a": 48, "b": 24}
+    assert reader(small_shards, source_weights={}).count_drawn(3) == {"a": 48, "b": 24}
 
 
 def workers_of(rank):
@@ -112,7 +114,7 @@ def test_a_bad_image_is_counted_and_replaced_by_its_neighbour(small_shards, tmp_
     folder = spoilt_copy(small_shards, tmp_path)
     spoilt, whole = reader(folder), reader(small_shards)
     for step in range(10):
-        ours, theirs = spoilt.batch(step), whole.batch(step)
+        ours, theirs = spoilt.read_batch(step), whole.read_batch(step)
         changed = sum(a != b for a, b in zip(ours.captions, theirs.captions, strict=True))
         assert changed == ours.images.ne(theirs.images).flatten(1).any(1).sum()
     assert 1 <= spoilt.bad.total() <= 10
@@ -125,15 +127,15 @@ def test_a_truncated_shard_is_one_sentence(small_shards, tmp_path):
     path = folder / ShardManifest.read(folder / "shards.json").shards[0].path
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(InputError, match=r"a0\.tar.*verify the shards again"):
-        for batch in reader(folder).batches(0, 10):
+        for batch in reader(folder).iterate_batches(0, 10):
             assert batch.captions
 
 
 @pytest.mark.parametrize("workers", [2, 5])
 def test_worker_processes_make_the_same_batches_and_end(small_shards, workers):
-    expected = list(reader(small_shards).batches(2, 9))
+    expected = list(reader(small_shards).iterate_batches(2, 9))
     shared = reader(small_shards, memory=0, workers=workers)
-    for ours, theirs in zip(shared.batches(2, 9), expected, strict=True):
+    for ours, theirs in zip(shared.iterate_batches(2, 9), expected, strict=True):
         assert ours.step == theirs.step
         assert_same(ours, theirs)
     assert not workers_of(os.getpid())
@@ -142,14 +144,16 @@ def test_worker_processes_make_the_same_batches_and_end(small_shards, workers):
 def test_bad_images_that_workers_meet_are_counted_by_the_rank(small_shards, tmp_path):
     folder = spoilt_copy(small_shards, tmp_path)
     alone, shared = reader(folder), reader(folder, workers=3)
-    for ours, theirs in zip(shared.batches(0, 10), alone.batches(0, 10), strict=True):
+    for ours, theirs in zip(
+        shared.iterate_batches(0, 10), alone.iterate_batches(0, 10), strict=True
+    ):
         assert_same(ours, theirs)
     assert shared.bad == alone.bad
     assert shared.bad.total() >= 1
 
 
 def test_a_killed_worker_is_an_error_at_once_and_leaves_no_other(small_shards):
-    batches = reader(small_shards, workers=2).batches(0, 500)
+    batches = reader(small_shards, workers=2).iterate_batches(0, 500)
     next(batches)
     workers = workers_of(os.getpid())
     assert len(workers) == 2
@@ -166,7 +170,7 @@ def test_what_a_worker_cannot_read_is_the_same_sentence(small_shards, tmp_path):
     path = folder / "a0.tar"
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(InputError, match=r"a0\.tar.*verify the shards again"):
-        for batch in reader(folder, workers=2).batches(0, 10):
+        for batch in reader(folder, workers=2).iterate_batches(0, 10):
             assert batch.captions
 
 
@@ -194,17 +198,17 @@ def test_workers_end_when_their_rank_is_killed(small_shards, tmp_path):
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_resampled_batches_depend_on_their_step_alone(small_shards, ranks):
     whole = reader(small_shards, sampling="resampled")
-    whole_batches = [whole.batch(step) for step in range(12)]
+    whole_batches = [whole.read_batch(step) for step in range(12)]
     for rank in range(ranks):
         part = reader(small_shards, memory=0, rank=rank, ranks=ranks, sampling="resampled")
         size = 24 // ranks
-        for batch in part.batches(5, 12):
+        for batch in part.iterate_batches(5, 12):
             theirs = whole_batches[batch.step]
             assert batch.captions == theirs.captions[rank * size : (rank + 1) * size]
             assert torch.equal(batch.images, theirs.images[rank * size : (rank + 1) * size])
     exact = reader(small_shards)
-    assert exact.batch(0).captions != whole_batches[0].captions
-    assert whole.drawn(10) == exact.drawn(10)
+    assert exact.read_batch(0).captions != whole_batches[0].captions
+    assert whole.count_drawn(10) == exact.count_drawn(10)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ def test_sources_are_drawn_four_to_one_exactly():
     pattern = mixing_pattern({"laion": 0.8, "coyo": 0.2})
     assert sorted(pattern) == ["coyo"] + ["laion"] * 4
     mixture = Mixture({"laion": 0.8, "coyo": 0.2}, global_batch=32, lanes=4)
-    drawn = np.concatenate([mixture.draws(step, lane) for step in range(50) for lane in range(4)])
+    drawn = np.concatenate(
+        [mixture.draw_sources(step, lane) for step in range(50) for lane in range(4)]
+    )
     for first in range(0, len(drawn) - 5):
         assert Counter(drawn[first : first + 5].tolist()) == {0: 4, 1: 1}
 
@@ -32,7 +34,7 @@ def test_draws_are_counted_as_they_are_made(weights, lanes, per_lane, step):
     for lane in range(lanes):
         counted = np.zeros(len(named), dtype=int)
         for earlier in range(step):
-            counted += np.bincount(mixture.draws(earlier, lane), minlength=len(named))
+            counted += np.bincount(mixture.draw_sources(earlier, lane), minlength=len(named))
         assert counted.tolist() == mixture.drawn_before(step, lane).tolist()
 
 
@@ -55,14 +57,14 @@ def test_an_epoch_holds_every_sample_once_and_the_next_has_another_order(window)
         for lane in range(lanes):
             length = order.lane_length(lane)
             for draw in range(epoch * length, (epoch + 1) * length):
-                at, number, place = order.locate(lane, draw)
+                at, number, place = order.locate_draw(lane, draw)
                 assert at == epoch
                 inside = [
                     (piece.shard, index)
-                    for piece in order.pieces(lane, at, number)
+                    for piece in order.list_pieces(lane, at, number)
                     for index in range(piece.start, piece.stop)
                 ]
-                seen.append(inside[order.shuffled(lane, at, number)[place]])
+                seen.append(inside[order.shuffle_window(lane, at, number)[place]])
         assert sorted(seen) == [(s, i) for s, count in enumerate(samples) for i in range(count)]
         epochs.append(seen)
     assert epochs[0] != epochs[1]

@@ -58,7 +58,7 @@ def test_killed_and_resumed_on_one_two_and_three_ranks_two_epochs_are_the_plan(
     undisturbed = BatchReader(
         manifest, TrainConfig(**CONFIG), rank=0, ranks=1, settings=ReadSettings()
     )
-    expected = list(undisturbed.batches(0, STEPS))
+    expected = list(undisturbed.iterate_batches(0, STEPS))
     assert sorted(seen) == list(range(STEPS))
     for batch in expected:
         assert tuple(seen[batch.step]["captions"]) == batch.captions

@@ -90,7 +90,7 @@ def store(web: Web, cache: Path, cache_bytes: int = 2**30) -> RemoteShards:
 
 
 def read(shards: RemoteShards, shard: Shard) -> list[Pair]:
-    with closing(shards.open(shard)) as pairs:
+    with closing(shards.open_shard(shard)) as pairs:
         return pairs.read(0, shard.samples)
 
 
@@ -102,7 +102,9 @@ def test_batches_from_a_url_are_those_from_the_folder(web, small_shards, tmp_pat
     settings = ReadSettings(shard_cache=tmp_path / "cache", shard_cache_bytes=2 * size)
     remote = BatchReader(f"{web.url}/shards.json", CONFIG, rank=0, ranks=1, settings=settings)
     with closing(remote):
-        for ours, theirs in zip(remote.batches(0, 8), local.batches(0, 8), strict=True):
+        for ours, theirs in zip(
+            remote.iterate_batches(0, 8), local.iterate_batches(0, 8), strict=True
+        ):
             assert ours.captions == theirs.captions
             assert torch.equal(ours.images, theirs.images)
     assert not list((tmp_path / "cache").iterdir())
@@ -120,7 +122,9 @@ def test_a_manifest_here_may_name_shards_here_and_at_urls(web, small_shards, tmp
     settings = ReadSettings(shard_cache=tmp_path / "cache", shard_cache_bytes=2**20)
     place = tmp_path / "served/mixed.json"
     with closing(BatchReader(place, CONFIG, rank=0, ranks=1, settings=settings)) as reader:
-        for ours, theirs in zip(reader.batches(0, 4), expected.batches(0, 4), strict=True):
+        for ours, theirs in zip(
+            reader.iterate_batches(0, 4), expected.iterate_batches(0, 4), strict=True
+        ):
             assert ours.captions == theirs.captions
     assert not list((tmp_path / "cache").iterdir())
 
@@ -130,9 +134,9 @@ def test_a_shard_that_changed_since_it_was_verified_is_one_sentence(small_shards
     with (folder / "a0.tar").open("ab") as tar:
         tar.write(bytes(512))
     with pytest.raises(InputError, match=r"a0\.tar changed since it was verified: it has"):
-        BatchReader(folder / "shards.json", CONFIG, rank=0, ranks=1, settings=ReadSettings()).batch(
-            0
-        )
+        BatchReader(
+            folder / "shards.json", CONFIG, rank=0, ranks=1, settings=ReadSettings()
+        ).read_batch(0)
 
 
 def test_a_step_larger_than_the_data_is_refused_with_both_figures(small_shards):
@@ -159,7 +163,7 @@ def test_a_shard_that_never_comes_right_is_one_sentence(web, tmp_path):
         closing(store(web, tmp_path / "cache")) as shards,
         pytest.raises(InputError, match=r"a0\.tar could not be fetched in 6 attempts: 5 bytes"),
     ):
-        shards.open(shard)
+        shards.open_shard(shard)
 
 
 def test_a_shard_that_is_not_there_is_not_asked_for_again(web, tmp_path):
@@ -168,7 +172,7 @@ def test_a_shard_that_is_not_there_is_not_asked_for_again(web, tmp_path):
         closing(store(web, tmp_path / "cache")) as shards,
         pytest.raises(InputError, match=r"gone\.tar does not exist"),
     ):
-        shards.open(shard)
+        shards.open_shard(shard)
     assert web.asked["/gone.tar"] == 1
 
 
@@ -176,7 +180,7 @@ def test_the_cache_holds_no_more_than_it_may_and_nothing_is_fetched_twice_while_
     all_of_them = shards_of(web)
     room = all_of_them[0].bytes + all_of_them[1].bytes
     with closing(store(web, tmp_path / "cache", room)) as shards:
-        shards.expect(all_of_them)
+        shards.announce_shards(all_of_them)
         for shard in all_of_them:
             assert len(read(shards, shard)) == shard.samples
             held = [path.stat().st_size for path in (tmp_path / "cache").glob("*.tar")]

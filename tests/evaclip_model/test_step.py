@@ -55,7 +55,7 @@ def gradients(micro_batch: int | None, precision: str = "fp64", **settings: str)
     model = small_model(precision=precision).train()
     model.set_drop_path(CONFIG.drop_path)
     engine = Plain(model)
-    terms = forward_backward(engine, batch().parts(micro_batch), objective(**settings))
+    terms = forward_backward(engine, batch().split_parts(micro_batch), objective(**settings))
     assert engine.completed == 1
     return terms, {name: p.grad for name, p in model.named_parameters()}
 
@@ -90,7 +90,7 @@ def test_the_temperatures_gradient_comes_once():
         model = small_model(precision="fp64").train()
         model.set_drop_path(CONFIG.drop_path)
         model.logit_scale.data.add_(change)
-        terms = forward_backward(Plain(model), batch().parts(4), objective())
+        terms = forward_backward(Plain(model), batch().split_parts(4), objective())
         losses.append(float(terms.loss))
     assert float(found["logit_scale"]) == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-6)
 
@@ -109,13 +109,13 @@ def test_low_precision_features_are_contrasted_in_fp32(precision, tolerance):
 def test_masks_and_branches_go_with_their_samples():
     inputs = batch()
     assert inputs.kept is not None and inputs.branches is not None
-    parts = inputs.parts(5)
+    parts = inputs.split_parts(5)
     assert [len(part) for part in parts] == [5, 5, 2]
     for field in ("images", "tokens", "kept", "branches"):
         assert torch.equal(torch.cat([getattr(p, field) for p in parts]), getattr(inputs, field))
     plain = CONFIG.model_copy(update={"patch_dropout": 0.0, "drop_path": 0.0})
     whole = batch(plain)
-    assert whole.kept is None and whole.branches is None and len(whole.parts(None)) == 1
+    assert whole.kept is None and whole.branches is None and len(whole.split_parts(None)) == 1
     late = CONFIG.model_copy(update={"unmasked_final_share": 0.5})
     assert batch(late, step=4).kept is not None
     assert batch(late, step=5).kept is None
@@ -128,7 +128,7 @@ def test_a_sample_whose_features_are_no_numbers_is_named():
         model.text.token_embedding.weight[int(inputs.tokens[7, 1])] = torch.nan
     others = [i for i in range(SAMPLES) if int(inputs.tokens[7, 1]) not in inputs.tokens[i]]
     for micro_batch in (None, 5):
-        terms = forward_backward(Plain(model), inputs.parts(micro_batch), objective())
+        terms = forward_backward(Plain(model), inputs.split_parts(micro_batch), objective())
         assert not bool(terms.finite)
         assert not bool(terms.finite_rows[7])
         assert terms.finite_rows[others].all() and len(others) > 6

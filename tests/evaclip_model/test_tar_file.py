@@ -32,7 +32,7 @@ def read(path: Path, stretch_bytes: int = 0) -> list[tuple[str, bytes]]:
     with path.open("rb") as tar:
         reader = TarReader(tar.fileno())
         reader.stretch_bytes = stretch_bytes
-        found = [(member, bytes(member.look(tar.fileno()))) for member in reader]
+        found = [(member, bytes(member.view_content(tar.fileno()))) for member in reader]
         assert [member.read(tar.fileno()) for member, _ in found] == [data for _, data in found]
         return [(member.name, data) for member, data in found]
 
@@ -67,7 +67,7 @@ def test_stretches_may_begin_and_end_anywhere(tmp_path: Path) -> None:
     with path.open("rb") as tar:
         reader = TarReader(tar.fileno())
         for number, member in enumerate(reader):
-            found.append((member.name, member.look(tar.fileno())))
+            found.append((member.name, member.view_content(tar.fileno())))
             reader.stretch_bytes = 6000 if number % 3 else 0
     assert found == read_by_tarfile(path)
 

@@ -161,7 +161,7 @@ def test_threads_may_share_the_table_and_it_may_start_anew(monkeypatch):
     expected = tokenize(texts)
     monkeypatch.setattr(tokenizer, "MOST_WORDS", 50)
     table = tokenizer._Words()
-    monkeypatch.setattr(tokenizer, "_words", lambda: table)
+    monkeypatch.setattr(tokenizer, "_load_words", lambda: table)
     with ThreadPoolExecutor(4) as pool:
         rows = [rows for _ in range(3) for rows in pool.map(tokenize, texts)]
     assert torch.equal(torch.cat(rows), expected.repeat(3, 1))

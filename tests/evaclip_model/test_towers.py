@@ -30,7 +30,7 @@ def test_mean_pooling_norms_the_mean_of_all_tokens_instead_of_each():
     model = small_model(vision={"pooling": "mean"}, precision="fp64")
     tower, (images, _, kept) = model.visual, small_batch()
     assert not [name for name, _ in tower.named_parameters() if name.startswith("norm.")]
-    x = tower.embed(images.double(), kept)
+    x = tower.embed_patches(images.double(), kept)
     rope = tower.rope(kept)
     for block in tower.blocks:
         x = block(x, rope)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from evaclip_model.create import open_model
 from evaclip_model.errors import InputError
-from evaclip_model.training.monitoring.zeroshot_probe import open_probe, probe
+from evaclip_model.training.monitoring.zeroshot_probe import open_probe, run_probe
 from evaclip_model.training.worker import DATA_ERROR
 from tests.evaclip_model.trainer_runs import finish, job_of, start
 
@@ -122,7 +122,7 @@ def test_a_probe_reports_the_present_weights_and_changes_no_step(
     assert [row["loss"] for row in rows] == [row["loss"] for row in plain[1]]
     assert [row["step"] for row in rows if "probe_top1" in row] == [3, 6]
     final = open_model(job.parent / "model")
-    expected = probe(final, open_probe(discs, 0, 1))
+    expected = run_probe(final, open_probe(discs, 0, 1))
     assert (rows[-1]["probe_top1"], rows[-1]["probe_top5"]) == expected
     assert expected[1] == 1.0
     assert expected[0] in {count / 10 for count in range(11)}

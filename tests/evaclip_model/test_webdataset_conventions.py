@@ -16,10 +16,10 @@ from webdataset.tariterators import tarfile_samples
 from evaclip_model.reading.samples import (
     Shard,
     ShardManifest,
-    grouped,
+    group_members,
     is_sample_file,
-    kept,
     read_samples,
+    skip_tombstones,
 )
 from evaclip_model.reading.tar_file import BrokenTar, TarReader
 from tests.evaclip_model.test_samples import stored, write_tar
@@ -71,7 +71,7 @@ def pack(path: Path, names: Sequence[str], format: int = tarfile.PAX_FORMAT) -> 
 def read_here(path: Path) -> Found:
     with path.open("rb") as tar:
         file = tar.fileno()
-        found = grouped(TarReader(file))
+        found = group_members(TarReader(file))
         return [(key, {kind: one.read(file) for kind, one in held.items()}) for key, held in found]
 
 
@@ -221,9 +221,9 @@ def test_plain_webdataset_reads_our_shards_without_their_tombstones(tmp_path: Pa
     read = [
         sample["__key__"]
         for one in ShardManifest.read(tmp_path / "shards.json").shards
-        for sample in kept(
+        for sample in skip_tombstones(
             webdataset.WebDataset(str(tmp_path / one.path), shardshuffle=False), one.left_out
         )
     ]
     assert read == ["000", "002", "003", "005"]
-    assert [sample.key for sample in kept(read_samples(path), shard.left_out)] == read
+    assert [sample.key for sample in skip_tombstones(read_samples(path), shard.left_out)] == read

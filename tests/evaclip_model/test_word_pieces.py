@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import evaclip_model
-from evaclip_model.tokenizer.bundled_assets import CLASSES, SOURCES, carry
+from evaclip_model.tokenizer.bundled_assets import CLASSES, SOURCES, bundle_assets
 from evaclip_model.tokenizer.tokenizer import plain_splitter, splitter, tokenize
 
 CAPTIONS = [
@@ -39,7 +39,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(
         Path(evaclip_model.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
     )
-    carry(package)
+    bundle_assets(package)
     return package
 
 
@@ -73,7 +73,7 @@ def test_ids_are_the_same_without_any_compiled_library(copy: Path, tmp_path: Pat
 
 
 def test_equal_sources_make_equal_archives_with_their_licence(copy: Path, tmp_path: Path) -> None:
-    carry(tmp_path)
+    bundle_assets(tmp_path)
     first, second = (folder / "carried" / SOURCES for folder in (copy, tmp_path))
     assert first.read_bytes() == second.read_bytes()
     names = zipfile.ZipFile(first).namelist()

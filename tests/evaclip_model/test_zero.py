@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from evaclip_model.training.engine.fp32_state import Partitioned, layouts
+from evaclip_model.training.engine.fp32_state import Partitioned, make_layouts
 from evaclip_model.training.optimizer.lamb import Fragment
 
 
@@ -35,7 +35,7 @@ def flattened(values):
 
 def placed(parameters, flat, ranks, masters=None):
     masters = flat.float().clone() if masters is None else masters
-    return layouts([parameters], [flat], [masters], [ranks])
+    return make_layouts([parameters], [flat], [masters], [ranks])
 
 
 def test_a_right_map_gives_the_fragments(alone):

@@ -25,7 +25,7 @@ def model() -> EvaClip:
 
 def units(rows: int, width: int, seed: int) -> Tensor:
     drawn = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
-    return exact_ranks.normalised(drawn, "test")
+    return exact_ranks.normalise_features(drawn, "test")
 
 
 def brute_order(logits: Sequence[float]) -> list[int]:
@@ -52,7 +52,7 @@ def test_a_tie_below_the_first_place_is_not_a_tied_winner():
 def test_a_collapsed_model_scores_the_share_of_the_first_class_and_says_that_all_is_tied():
     same = units(1, 8, seed=0).repeat(6, 1)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    ranking = exact_ranks.classify(same, same[:3], labels)
+    ranking = exact_ranks.rank_classes(same, same[:3], labels)
     assert statistics.hit_rate(ranking.ranks, 1) == pytest.approx(1 / 3)
     assert ranking.tied.all()
 
@@ -88,12 +88,12 @@ def test_any_ties_are_ranked_as_a_stable_sort_ranks_them(data: some.DataObject):
 
 def test_logits_are_fp32_whatever_the_program_around_allows_itself():
     images, classes = units(70, 32, seed=7), units(9, 32, seed=8)
-    expected = exact_ranks.Gallery.of(classes).logits(images)
+    expected = exact_ranks.Gallery.from_features(classes).compute_logits(images)
     allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = exact_ranks.Gallery.of(classes).logits(images)
+            found = exact_ranks.Gallery.from_features(classes).compute_logits(images)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(allowed)
@@ -104,9 +104,9 @@ def test_logits_are_fp32_whatever_the_program_around_allows_itself():
 def test_features_of_less_precision_have_fp32_logits_without_ties(dtype: torch.dtype):
     images, classes = units(400, 64, seed=9).to(dtype), units(50, 64, seed=10).to(dtype)
     labels = torch.arange(400) % 50
-    found = exact_ranks.classify(images, classes, labels)
+    found = exact_ranks.rank_classes(images, classes, labels)
     assert torch.equal(
-        found.ranks, exact_ranks.classify(images.float(), classes.float(), labels).ranks
+        found.ranks, exact_ranks.rank_classes(images.float(), classes.float(), labels).ranks
     )
     assert not found.tied.any()
 
@@ -120,7 +120,7 @@ def test_scores_of_many_images_are_those_of_each():
 def test_a_ranking_of_some_queries_is_theirs():
     logits = torch.tensor([[0.5, 0.9, 0.9], [0.1, 0.2, 0.3], [0.3, 0.2, 0.1]])
     whole = exact_ranks.rank_targets(logits, torch.tensor([2, 2, 2]))
-    some_of_them = whole.of(torch.tensor([True, False, True]))
+    some_of_them = whole.select_queries(torch.tensor([True, False, True]))
     assert some_of_them.ranks.tolist() == [1, 2] and some_of_them.tied.tolist() == [True, False]
     assert len(some_of_them) == 2 and some_of_them.top.tolist() == [[1, 2, 0], [0, 1, 2]]
 
@@ -128,14 +128,14 @@ def test_a_ranking_of_some_queries_is_theirs():
 def test_duplicate_class_names_tie_exactly_wherever_they_stand():
     classifier = units(301, 48, seed=1)
     classifier[300] = classifier[7]  # an edge column of a matrix kernel, and an inner one
-    logits = exact_ranks.Gallery.of(classifier).logits(units(500, 48, seed=2))
+    logits = exact_ranks.Gallery.from_features(classifier).compute_logits(units(500, 48, seed=2))
     assert torch.equal(logits[:, 300], logits[:, 7])
 
 
 def test_classify_is_the_same_for_more_queries_than_fit_in_one_chunk():
     images, classes = units(exact_ranks.ROWS * 2 + 5, 16, seed=3), units(11, 16, seed=4)
     labels = torch.arange(len(images)) % 11
-    ranking = exact_ranks.classify(images, classes, labels, k=3)
+    ranking = exact_ranks.rank_classes(images, classes, labels, k=3)
     for query, row in enumerate((images.double() @ classes.double().T).tolist()):
         assert ranking.top[query].tolist() == brute_order(row)[:3]
         assert ranking.ranks[query] == brute_order(row).index(int(labels[query]))
@@ -160,7 +160,7 @@ def test_how_many_logits_are_held_at_once_changes_no_rank(monkeypatch: pytest.Mo
     images, texts, owner = units(30, 8, seed=5), units(70, 8, seed=6), torch.arange(70) % 30
     whole = exact_ranks.retrieve_texts(images, texts, owner)
     monkeypatch.setattr(exact_ranks, "LOGITS", 300)
-    portions = exact_ranks.Gallery.of(texts).portions(30)
+    portions = exact_ranks.Gallery.from_features(texts).split_queries(30)
     assert [len(rows) for rows in portions] == [4] * 7 + [2]
     assert torch.equal(exact_ranks.retrieve_texts(images, texts, owner).top, whole.top)
     monkeypatch.setattr(exact_ranks, "LOGITS", 1)
@@ -185,7 +185,7 @@ def test_the_verbatim_caption_of_another_image_wins_or_loses_by_index():
 
 def test_features_that_are_not_finite_are_refused_instead_of_ranking_first():
     with pytest.raises(InputError, match="diverged"):
-        exact_ranks.normalised(torch.tensor([[1.0, float("nan")]]), "image")
+        exact_ranks.normalise_features(torch.tensor([[1.0, float("nan")]]), "image")
 
 
 def test_texts_are_encoded_as_if_padded_and_equal_texts_get_equal_features(model: EvaClip):

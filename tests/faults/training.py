@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file
 
 from evaclip_model.create import create_model
-from evaclip_model.weights.checkpoint_format import checkpoints
+from evaclip_model.weights.checkpoint_format import list_checkpoints
 from evaclip_model.weights.load import save_model
 from tests.evaclip_model.conftest import Ranks, write_small_shards
 from tests.evaclip_model.trainer_runs import TINY, finish, job_of
@@ -160,7 +160,7 @@ class Training:
 
     def _newest(self) -> int:
         """Step of the newest checkpoint with a manifest."""
-        found = checkpoints(self._checkpoints)
+        found = list_checkpoints(self._checkpoints)
         return int(found[0].name.removeprefix("step-")) if found else 0
 
     def _count(self, before: int, began: float) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.promotion.apply_decision import settle
+from flows.promotion.apply_decision import apply_decision
 from tasks.artifacts.artifact import read_artifact
 from tasks.register.config import RegisterConfig
 from tasks.tracking import TrackingStore
@@ -17,4 +17,4 @@ def approving(root: str, registered: str) -> bool:
     """Settle the registration in the folder `registered`, in the registry under `root`."""
     store = TrackingStore.at(f"sqlite:///{root}/mlflow.db", "e")
     config = RegisterConfig(model_name="clip")
-    return settle(config, store, read_artifact(Path(registered)), "ask")
+    return apply_decision(config, store, read_artifact(Path(registered)), "ask")

@@ -9,16 +9,16 @@ import pytest
 import webdataset
 
 from evaclip_model.errors import InputError
-from evaclip_model.reading.samples import ShardManifest, kept
+from evaclip_model.reading.samples import ShardManifest, skip_tombstones
 from flows.audit.dataset_replacement import take_down
-from flows.audit.sample_trace import trace
+from flows.audit.sample_trace import trace_sample
 from flows.config.profile import Profile
 from flows.config.recipe import Recipe, load_recipe
 from flows.graph.graph import Graph, draw_graph
 from flows.graph.step import Step
 from tasks.artifacts.artifact import Artifact
 from tasks.index.sample_index import SampleIndex
-from tasks.progress import silent
+from tasks.progress import report_nothing
 from tests.flows.command import run
 from tests.tasks.adopt.test_adopt import digests, pack, stranger, write_pictures
 
@@ -96,9 +96,9 @@ def test_a_recipe_of_adopted_sources_needs_no_metadata_and_no_evaluation(mine: M
     graph = graph_of(load_recipe(mine.recipe))
     assert stages(graph) == ["adopt", "verify", "dataset", "initialise", "train"]
     for flow in ("prepare", "train"):
-        graph.require(flow)
+        graph.require_runnable(flow)
     with pytest.raises(InputError, match=r"the recipe has no \[evaluate\] table: add one"):
-        graph.require("pipeline")
+        graph.require_runnable("pipeline")
 
 
 def test_metadata_and_adopted_sources_are_joined_and_weighted_together(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def trained(mine: Mine) -> dict[str, Artifact]:
     """Kind -> artifact, after every step of the recipe, without a flow around them."""
     profile = Profile(root=mine.root)
     graph = draw_graph(load_recipe(mine.recipe), mine.root, "sqlite:///none")
-    return {step.stage.name: step.make(profile, silent) for step in graph.steps}
+    return {step.stage.name: step.make_artifact(profile, report_nothing) for step in graph.steps}
 
 
 def test_what_is_adopted_is_counted_and_trained_on(trained: dict[str, Artifact]) -> None:
@@ -186,8 +186,8 @@ def test_an_adopted_sample_is_traced_and_taken_down_and_its_shard_is_not_touched
 ) -> None:
     before = digests(mine.folder / "shards")
     index = SampleIndex(trained["verify"].folder)
-    row = next(index.chunks("uid", "key")).slice(7, 1).to_pylist()[0]
-    [found] = trace(root=mine.root, uid=row["uid"])
+    row = next(index.iterate_chunks("uid", "key")).slice(7, 1).to_pylist()[0]
+    [found] = trace_sample(root=mine.root, uid=row["uid"])
     assert (found.shard, found.row["key"]) == (f"{mine.folder}/shards/a/0.tar", row["key"])
     assert [one.kind for one in found.made_by] == ["adopt", "verify"]
     assert [model.name for model in found.versions[0].models] == ["tune"]
@@ -198,7 +198,7 @@ def test_an_adopted_sample_is_traced_and_taken_down_and_its_shard_is_not_touched
     [shard] = [one for one in manifest.shards if one.path.endswith("shards/a/0.tar")]
     assert shard.tombstones == "7 40"
     read = webdataset.WebDataset(str(done.new.folder / shard.path), shardshuffle=False)
-    keys = [sample["__key__"] for sample in kept(read, shard.left_out)]
+    keys = [sample["__key__"] for sample in skip_tombstones(read, shard.left_out)]
     assert len(keys) == 39
     assert row["key"] not in keys
     assert digests(mine.folder / "shards") == before

@@ -17,14 +17,14 @@ from prefect.runner import Runner
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.promotion.promotion_events import EVENT
-from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce
+from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce_artifact
 from tasks.register.config import REGISTERED, RegisterConfig
-from tasks.register.gate import Candidate, Champion, decide
+from tasks.register.gate import Candidate, Champion, decide_promotion
 from tasks.register.promotion import (
     carry_out,
     champion_of,
     history,
-    promote,
+    promote_version,
     read_decision,
     standing_of,
     write_decision,
@@ -64,8 +64,8 @@ def registry(tmp_path: Path) -> Registry:
     client.create_registered_model("clip")
     for number in (1, 2, 3):
         client.create_model_version("clip", source=f"file:///nothing/{number}")
-    promote(store, "clip", "champion", 1, "gate", "gate", "no champion yet")
-    first = decide(
+    promote_version(store, "clip", "champion", 1, "gate", "gate", "no champion yet")
+    first = decide_promotion(
         Candidate(weights="w", bytes=1, headlines=()), None, RegisterConfig(model_name="c").gate
     )
     champion = Champion(version=1, weights="w", bytes=1)
@@ -78,7 +78,7 @@ def registry(tmp_path: Path) -> Registry:
             files = write_decision(store, "clip", version, better, out)
             return Made({"version": version}, (out / REGISTERED, *files))
 
-        return produce(Address(tmp_path, Stage("register", 2), {"version": version}), make)
+        return produce_artifact(Address(tmp_path, Stage("register", 2), {"version": version}), make)
 
     return Registry(tmp_path, store, (register(2), register(3)))
 
@@ -133,7 +133,7 @@ def test_a_better_model_waits_for_a_yes_and_a_no_is_kept(server: None, registry:
     told = {"name": "clip", "version": 2, "before": 1, "alias": "champion"}
     assert promotions_told(1) == [told]
 
-    promote(registry.store, "clip", "champion", 1, "rollback", "me", "")
+    promote_version(registry.store, "clip", "champion", 1, "rollback", "me", "")
     run = deployed_run(registry, third)
     execute(run)
     answer(run, promote=False, by="Ada", why="too slow")

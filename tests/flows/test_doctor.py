@@ -37,8 +37,8 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(
     def broken(profile: Profile) -> list[health_checks.Finding]:
         raise RuntimeError("http://me:secret@host is odd")
 
-    monkeypatch.setattr(health_checks, "CHECKS", (broken, health_checks.python))
-    first, second = health_checks.examine(Profile(_env_file=None, root=tmp_path))
+    monkeypatch.setattr(health_checks, "CHECKS", (broken, health_checks.check_python))
+    first, second = health_checks.examine_machine(Profile(_env_file=None, root=tmp_path))
     assert (first.level, second.level) == ("fail", "ok")
     assert first.found == "RuntimeError: http://me:***@host is odd"
 
@@ -60,7 +60,9 @@ def test_what_is_wrong_is_one_line_each_and_the_exit_code_is_1(
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
         # The store is tried for longer than a test waits.
-        checks = [check for check in health_checks.CHECKS if check is not health_checks.tracking]
+        checks = [
+            check for check in health_checks.CHECKS if check is not health_checks.check_tracking
+        ]
         monkeypatch.setattr(health_checks, "CHECKS", tuple(checks))
         assert main(["doctor", "--recipe", "eva02-clip-b-16"]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -79,8 +81,8 @@ def test_a_store_that_takes_runs_and_files_is_fine_as_often_as_one_looks(
     monkeypatch.setenv("EVACLIP_ROOT", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (first,), (second,) = (
-        health_checks.tracking(load_profile()),
-        health_checks.tracking(load_profile()),
+        health_checks.check_tracking(load_profile()),
+        health_checks.check_tracking(load_profile()),
     )
     assert first == second and first.level == "ok"
     assert len(list((tmp_path / "mlflow-artifacts").rglob("written.txt"))) == 1
@@ -92,5 +94,5 @@ def test_the_vocabulary_is_compared_with_the_published_one(
     other = tmp_path / "vocabulary.gz"
     other.write_bytes(b"another one")
     monkeypatch.setattr(health_checks, "package_file", lambda name: other)
-    (found,) = health_checks.tokenizer(Profile(_env_file=None, root=tmp_path))
+    (found,) = health_checks.check_tokenizer(Profile(_env_file=None, root=tmp_path))
     assert found.level == "fail" and "open_clip_torch" in found.do

@@ -10,7 +10,7 @@ from flows.config.gpu_spec import Machines
 from flows.config.profile import Profile
 from flows.config.recipe import load_recipe
 from flows.graph.graph import draw_graph
-from flows.planning.feasibility import Finding, Machine, recipe_findings, sentence
+from flows.planning.feasibility import Finding, Machine, recipe_findings, summarise_findings
 
 LAPTOP = Machine(cores=4, memory_bytes=16 * 10**9, free_bytes=50 * 10**9)
 STORE = "sqlite:///there.db"
@@ -31,7 +31,9 @@ def findings(
 def test_the_demo_fits_a_laptop_and_the_plan_says_yes(tmp_path: Path) -> None:
     found = findings(tmp_path, "demo", LAPTOP)
     assert {one.level for one in found.values()} == {"ok"}
-    assert sentence(found.values()).startswith("yes: disk: needs 189 MB, 50.0 GB are free; memory")
+    assert summarise_findings(found.values()).startswith(
+        "yes: disk: needs 189 MB, 50.0 GB are free; memory"
+    )
     assert "none, 2 minutes on 4 cores" in found["GPUs for stage2"].found
 
 
@@ -42,7 +44,7 @@ def test_a_papers_recipe_on_a_laptop_is_told_everything_that_is_in_the_way(tmp_p
     assert found["disk"].level == "fail" and "EVACLIP_ROOT" in found["disk"].do
     assert "years on 4 cores" in found["GPUs for b-16"].found
     assert all(one.do for one in found.values() if one.level != "ok")
-    said = sentence(found.values())
+    said = summarise_findings(found.values())
     assert said.startswith("no: inputs of merge: 2 not here; ") and "TB" in said
 
 
@@ -56,13 +58,13 @@ def test_a_papers_recipe_on_a_laptop_is_told_everything_that_is_in_the_way(tmp_p
 def test_gpus_that_are_given_are_looked_at_instead_of_this_machines(
     tmp_path: Path, gpus: str, level: str, told: str
 ) -> None:
-    found = findings(tmp_path, "eva02-clip-b-16", LAPTOP, Machines.parse(gpus))
+    found = findings(tmp_path, "eva02-clip-b-16", LAPTOP, Machines.parse_spec(gpus))
     assert found["GPUs for b-16"].level == level and told in found["GPUs for b-16"].found
     assert "memory" not in found
 
 
 def test_gpus_that_are_too_small_do_not_fit(tmp_path: Path) -> None:
-    found = findings(tmp_path, "eva02-clip-e-14-plus", LAPTOP, Machines.parse("8xA100-40GB"))
+    found = findings(tmp_path, "eva02-clip-e-14-plus", LAPTOP, Machines.parse_spec("8xA100-40GB"))
     assert {f.level for what, f in found.items() if what.startswith("GPUs")} == {"fail"}
 
 

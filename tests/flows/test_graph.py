@@ -9,7 +9,7 @@ from flows.config.recipe import load_recipe
 from flows.graph.graph import draw_graph
 from flows.graph.outside_data import find_files
 from flows.planning.run_plan import check_disk, make_plan, plan_markdown
-from tasks.artifacts.artifact import Made, produce
+from tasks.artifacts.artifact import Made, produce_artifact
 from tasks.demo.config import STAGE as DEMO
 from tasks.merge.config import STAGE as MERGE
 
@@ -38,7 +38,7 @@ def test_a_changed_setting_moves_its_stage_and_all_that_follow_and_nothing_befor
 
 def test_how_the_merge_works_does_not_move_its_address(tmp_path: Path) -> None:
     changed = graph_of(tmp_path, "merge.partitions=9", "merge.memory_limit=2GB")
-    assert changed.step(MERGE).digest == graph_of(tmp_path).step(MERGE).digest
+    assert changed.find_step(MERGE).digest == graph_of(tmp_path).find_step(MERGE).digest
 
 
 def test_another_tracking_server_asks_for_another_registration(tmp_path: Path) -> None:
@@ -52,9 +52,9 @@ def test_outside_metadata_is_known_by_its_content(tmp_path: Path) -> None:
     file = tmp_path / "own.parquet"
     file.write_bytes(b"one")
     override = f"merge.sources.laion2b.files={tmp_path}/*.parquet"
-    first = graph_of(tmp_path, override).step(MERGE).digest
+    first = graph_of(tmp_path, override).find_step(MERGE).digest
     file.write_bytes(b"two")
-    assert graph_of(tmp_path, override).step(MERGE).digest != first
+    assert graph_of(tmp_path, override).find_step(MERGE).digest != first
 
 
 def test_what_is_not_here_stops_the_flows_that_read_it_and_no_plan(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_what_is_not_here_stops_the_flows_that_read_it_and_no_plan(tmp_path: Pat
     assert [one for step in graph.steps for one in step.absent] == [f"{sentence}; it is edition 7"]
     for flow in ("prepare", "train", "pipeline"):
         with pytest.raises(InputError, match="no file matches"):
-            graph.require(flow)
+            graph.require_runnable(flow)
     settled = {step.stage.name for step in graph.steps if step.is_settled}
     assert settled == {"demo", "initialise"}
 
@@ -80,11 +80,11 @@ def test_weights_that_are_not_here_stop_training_and_not_the_data(tmp_path: Path
         "initialise.text=nowhere.pt",
         f"initialise.origins={origins}".replace("': '", "' = '"),
     )
-    graph.require("prepare")
+    graph.require_runnable("prepare")
     with pytest.raises(
         InputError, match=r"initialise.vision: there.pt does not exist; the shop \(1 more"
     ):
-        graph.require("train")
+        graph.require_runnable("train")
     unsettled = {step.stage.name for step in graph.steps if not step.is_settled}
     assert unsettled == {"initialise", "train", "evaluate", "register"}
 
@@ -96,8 +96,8 @@ def test_demo_files_need_a_demo(tmp_path: Path) -> None:
 
 def test_a_plan_tells_what_is_there_what_is_unfinished_and_what_is_to_make(tmp_path: Path) -> None:
     recipe, graph = load_recipe("demo"), graph_of(tmp_path)
-    produce(graph.step(DEMO).address, lambda out: Made({"concepts": 7}, ()))
-    half_made = graph.step(MERGE).folder
+    produce_artifact(graph.find_step(DEMO).address, lambda out: Made({"concepts": 7}, ()))
+    half_made = graph.find_step(MERGE).folder
     half_made.mkdir(parents=True)
     (half_made / "half").touch()
     rows = make_plan(graph)

@@ -60,13 +60,13 @@ def news(tmp_path: Path) -> News:
 def test_the_warm_start_runs_the_chosen_stages_with_smaller_steps() -> None:
     changes = ["retrain.stages=['stage2']", "retrain.lr_scale=0.5", "retrain.samples_seen=1280"]
     recipe = load_recipe("demo", [*changes, "retrain.warmup_steps=3"])
-    (stage,) = recipe.retraining()
+    (stage,) = recipe.retraining_stages()
     (original,) = [one for one in recipe.train if one.name == "stage2"]
     assert stage.lr_vision == original.lr_vision / 2
     assert stage.lr_other == original.lr_other / 2
     assert (stage.samples_seen, stage.warmup_steps) == (1280, 3)
     assert stage.patch_dropout == original.patch_dropout
-    assert load_recipe("demo").retraining() == load_recipe("demo").train
+    assert load_recipe("demo").retraining_stages() == load_recipe("demo").train
 
 
 def test_a_stage_or_a_metric_that_is_not_there_is_refused_by_name() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from flows.audit.lineage_tree import describe_changes, upward
+from flows.audit.lineage_tree import describe_changes, upward_tree
 from tasks.artifacts.artifact import read_artifacts
 from tasks.artifacts.provenance import Change, Lineage
 from tests.flows.command import Demo, run
@@ -63,7 +63,7 @@ def test_a_registration_keeps_the_document_that_travels_with_the_model(finished:
     lineage = Lineage.from_mapping(json.loads(file.read_text()), "lineage.json")
     (shipped,) = finished.root.glob("mlflow-artifacts/**/lineage.json")
     assert shipped.read_text() == file.read_text()
-    lines = list(upward(lineage))
+    lines = list(upward_tree(lineage))
     assert lines[0].startswith("evaluate ")
     assert sum("merge " in line for line in lines) == 1, "what was shown is only named again"
 

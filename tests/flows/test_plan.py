@@ -14,7 +14,7 @@ from flows.config.gpu_spec import Machines
 from flows.config.recipe import Recipe, load_recipe
 from flows.config.recipe_loader import recipe_names
 from flows.graph.graph import draw_graph
-from flows.planning.data_cost import estimate, is_large
+from flows.planning.data_cost import estimate_data, is_large
 from flows.planning.run_plan import make_plan
 from flows.planning.training_cost import (
     cut_share,
@@ -25,7 +25,7 @@ from flows.planning.training_cost import (
 
 
 def figures(recipe: Recipe, machines: str, stage: int = 0, **given: float) -> dict[str, str]:
-    lines = estimate_stage(recipe, recipe.train[stage], Machines.parse(machines), **given)
+    lines = estimate_stage(recipe, recipe.train[stage], Machines.parse_spec(machines), **given)
     assert all(line.origin for line in lines)
     return {line.what: f"{line.figure} ({line.origin})" for line in lines}
 
@@ -38,14 +38,14 @@ def test_every_recipe_is_drawn_and_planned(name: str, tmp_path: Path) -> None:
     assert {row.state for row in rows} == {"to make"}
     assert ("not known" in {row.digest for row in rows}) == any(step.absent for step in graph.steps)
     if name != "demo":
-        assert is_large(recipe) and all(line.origin for line in estimate(recipe))
+        assert is_large(recipe) and all(line.origin for line in estimate_data(recipe))
 
 
 @pytest.mark.parametrize("name", sorted(set(recipe_names()) - {"demo"}))
 def test_every_paper_recipe_fits_whole_on_the_papers_gpus(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.published.gpus is not None
-    machines = Machines.parse(recipe.published.gpus)
+    machines = Machines.parse_spec(recipe.published.gpus)
     for number, train in enumerate(recipe.train):
         shown = figures(recipe, recipe.published.gpus, number)
         assert ", whole" in shown["batch"]
@@ -62,7 +62,7 @@ def test_fewer_gpus_take_smaller_parts_for_longer_and_never_another_batch(name: 
     assert few["steps"] == many["steps"]
     for count in (1, 8, 64):
         machines = Machines(count, "H100", 80)
-        model = recipe.initialise.architecture().at_image_px(recipe.train[0].image_px)
+        model = recipe.initialise.load_architecture().at_image_px(recipe.train[0].image_px)
         cut = cut_share(model, recipe.train[0], machines)
         assert cut.fits
         assert cut.parts * cut.micro_batch * count == recipe.train[0].global_batch
@@ -96,7 +96,7 @@ def test_numbers_of_gpus_that_cannot_share_a_batch_are_refused_with_one_that_can
     recipe = load_recipe("eva02-clip-b-16")
     shown = figures(recipe, machines)
     assert list(shown) == ["ranks"] and re.search(sentence, shown["ranks"])
-    assert engine_settings(recipe, recipe.train[0], Machines.parse(machines)) is None
+    assert engine_settings(recipe, recipe.train[0], Machines.parse_spec(machines)) is None
 
 
 def test_time_follows_from_flops_and_the_share_of_the_peak() -> None:
@@ -117,8 +117,8 @@ def test_no_time_is_made_up_for_fp32_of_which_no_rate_is_known() -> None:
 
 
 def test_gpus_are_read_as_a_person_writes_them() -> None:
-    assert Machines.parse("16xA100-40GB@2.5") == Machines(16, "A100", 40, 2.5)
-    assert Machines.parse("8xH100 PCIe-80GB") == Machines(8, "H100 PCIe", 80)
+    assert Machines.parse_spec("16xA100-40GB@2.5") == Machines(16, "A100", 40, 2.5)
+    assert Machines.parse_spec("8xH100 PCIe-80GB") == Machines(8, "H100 PCIe", 80)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_gpus_are_read_as_a_person_writes_them() -> None:
 )
 def test_other_words_for_gpus_are_refused(text: str, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
-        Machines.parse(text)
+        Machines.parse_spec(text)
 
 
 def test_a_plan_is_printed_where_nothing_is_there_and_a_run_is_refused_at_once(

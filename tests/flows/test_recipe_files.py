@@ -4,7 +4,7 @@ import pytest
 
 from evaclip_model.errors import InputError
 from flows.config.recipe import load_recipe
-from flows.config.recipe_loader import merged, read_recipe
+from flows.config.recipe_loader import merge_tables, read_recipe
 
 
 def write(folder: Path, **files: str) -> Path:
@@ -15,19 +15,23 @@ def write(folder: Path, **files: str) -> Path:
 
 def test_tables_are_merged_key_by_key_and_anything_else_is_replaced() -> None:
     below = {"a": {"x": 1, "y": [1, 2]}, "b": 1}
-    assert merged(below, {"a": {"y": [3]}, "c": 2}) == {"a": {"x": 1, "y": [3]}, "b": 1, "c": 2}
+    assert merge_tables(below, {"a": {"y": [3]}, "c": 2}) == {
+        "a": {"x": 1, "y": [3]},
+        "b": 1,
+        "c": 2,
+    }
     assert below == {"a": {"x": 1, "y": [1, 2]}, "b": 1}
 
 
 def test_items_of_a_list_are_merged_by_their_names_and_an_empty_list_takes_them_out() -> None:
     below = {"sets": [{"name": "one", "x": 1}, {"name": "two", "x": 2}]}
-    changed = merged(below, {"sets": [{"name": "two", "y": 3}, {"name": "three"}]})
+    changed = merge_tables(below, {"sets": [{"name": "two", "y": 3}, {"name": "three"}]})
     assert changed["sets"] == [
         {"name": "one", "x": 1},
         {"name": "two", "x": 2, "y": 3},
         {"name": "three"},
     ]
-    assert merged(below, {"sets": []}) == {"sets": []}
+    assert merge_tables(below, {"sets": []}) == {"sets": []}
 
 
 def test_what_is_included_comes_first_from_beside_the_file_that_names_it(tmp_path: Path) -> None:

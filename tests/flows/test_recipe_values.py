@@ -118,7 +118,7 @@ def test_a_recipe_says_what_tables_8_to_10_say(model: str) -> None:
     thousands = float(cells["batch_size"].removesuffix("k"))
     assert abs(train.global_batch / 1000 - thousands) < 1  # tables round down, or to the nearest
     assert {source.name for source in recipe.merge.sources} == SOURCES[cells["data"]]
-    assert recipe.initialise.architecture().vision.patch_px == cells["patch_size"]
+    assert recipe.initialise.load_architecture().vision.patch_px == cells["patch_size"]
 
 
 @pytest.mark.parametrize("model", RECIPES)

@@ -23,10 +23,10 @@ from prefect.testing.utilities import prefect_test_harness
 
 from evaclip_model.ports import find_free_port
 from flows.audit.dataset_replacement import take_down
-from flows.audit.sample_trace import trace
+from flows.audit.sample_trace import trace_sample
 from flows.commands.recipes import FLOWS
 from flows.graph.graph import load_graph
-from flows.graph.incremental import News, describe, look
+from flows.graph.incremental import News, describe_new_data, find_new_data
 from flows.pipeline import pipeline
 from flows.retrain import retrain
 from tasks.artifacts.artifact import Artifact, read_artifacts
@@ -160,11 +160,11 @@ class Web:
 
     def news(self) -> News:
         recipe, _, graph = load_graph(self.recipe, ())
-        return look(recipe, graph, self.store, keep_rejected=False)
+        return find_new_data(recipe, graph, self.store, keep_rejected=False)
 
     def said(self) -> str:
         recipe, _, _ = load_graph(self.recipe, ())
-        return "\n".join(describe(self.news(), recipe))
+        return "\n".join(describe_new_data(self.news(), recipe))
 
 
 @pytest.fixture(scope="module")
@@ -347,13 +347,13 @@ def test_a_sample_is_traced_and_taken_down_through_every_weeks_version(
     web: Web, tmp_path: Path
 ) -> None:
     first, second = web.made("dataset")[:2]
-    (found,) = trace(root=web.root, url=web.row(web.concepts[0]).url)
+    (found,) = trace_sample(root=web.root, url=web.row(web.concepts[0]).url)
     reasons = {version.digest: version.left_out for version in found.versions}
     assert (reasons[first.digest], reasons[second.digest]) == (None, "takedown")
 
     url = web.row(web.concepts[FIRST]).url  # came in the second week
     assert url is not None
-    (found,) = trace(root=web.root, url=url)
+    (found,) = trace_sample(root=web.root, url=url)
     assert first.digest not in {version.digest for version in found.versions}
     held = {version.digest: version for version in found.versions}[second.digest]
     assert [str(one) for model in held.models for one in model.registered][:1] == ["weekly/2"]

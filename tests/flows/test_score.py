@@ -166,8 +166,8 @@ def test_the_address_knows_weights_sets_and_which_model_is_the_subject(models: P
     digests = set()
     for given in (specs, specs[::-1], specs[:1]):
         one = asked(given, data)
-        digests.add(one.step(data / "root", one.models).digest)
-        assert one.step(data / "root", one.models).digest in digests
+        digests.add(one.make_step(data / "root", one.models).digest)
+        assert one.make_step(data / "root", one.models).digest in digests
     assert len(digests) == 3
 
 

@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.__main__ import main
-from flows.audit.metadata_table import bars
+from flows.audit.metadata_table import draw_bars
 from flows.config.recipe import load_recipe
-from flows.planning.data_cost import estimate, is_large
+from flows.planning.data_cost import estimate_data, is_large
 
 
 def test_sources_inspect_prints_columns_rows_and_histograms(
@@ -48,8 +48,8 @@ def test_a_withdrawn_collection_is_refused(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_bars_are_blank_only_where_nothing_is() -> None:
-    assert bars([0, 1, 1_000]) == " ▁█"
-    assert bars([0, 0]) == "" == bars([])
+    assert draw_bars([0, 1, 1_000]) == " ▁█"
+    assert draw_bars([0, 0]) == "" == draw_bars([])
 
 
 def test_the_estimate_of_merged_2b_adds_up() -> None:
@@ -59,10 +59,10 @@ def test_the_estimate_of_merged_2b_adds_up() -> None:
     overrides += ["merge.rows_per_file=10000", "download.samples_per_shard=10000"]
     recipe = load_recipe("demo", [*overrides, "download.image_px=256"])
     assert is_large(recipe) and not is_large(load_recipe("demo"))
-    figures = {line.what: line.figure for line in estimate(recipe, machines=10)}
+    figures = {line.what: line.figure for line in estimate_data(recipe, machines=10)}
     assert figures["samples, at most"] == "2,000,000,000"
     assert figures["rows selected"] == "4,000,000,000"
     assert figures["shards"] == "400,000"
     assert figures["images"] == "60.6 TB"
     assert figures["download on 10 machines"] == "4.6 days"
-    assert all(line.origin for line in estimate(recipe))
+    assert all(line.origin for line in estimate_data(recipe))

@@ -10,7 +10,7 @@ import pytest
 
 from evaclip_model.reading.samples import PairReader, ShardManifest
 from flows.audit.dataset_replacement import take_down
-from flows.audit.sample_trace import trace
+from flows.audit.sample_trace import trace_sample
 from flows.config.recipe import load_recipe
 from flows.graph.graph import draw_graph
 from tasks.artifacts.artifact import MANIFEST, Artifact, read_artifacts
@@ -36,7 +36,9 @@ def made(root: Path) -> dict[str, Artifact]:
 def wanted(made: dict[str, Artifact]) -> dict[str, object]:
     """One sample, from the middle of the index."""
     chunk = next(
-        SampleIndex(made["verify"].folder).chunks("row", "uid", "url", "sha256", "source", "key")
+        SampleIndex(made["verify"].folder).iterate_chunks(
+            "row", "uid", "url", "sha256", "source", "key"
+        )
     )
     return chunk.slice(chunk.num_rows // 2, 1).to_pylist()[0]
 
@@ -51,7 +53,7 @@ def test_a_sample_is_traced_to_its_row_shard_dataset_and_models(
 ) -> None:
     (found,) = [
         one
-        for one in trace(root=root, **{name: str(wanted[name])})
+        for one in trace_sample(root=root, **{name: str(wanted[name])})
         if one.row["row"] == wanted["row"]
     ]
     assert {key: found.row[key] for key in wanted} == wanted
@@ -70,7 +72,7 @@ def test_a_published_form_of_a_url_finds_the_same_sample(
     root: Path, wanted: dict[str, object]
 ) -> None:
     published = str(wanted["url"]).replace("http://", " HTTPS://") + "#top"
-    assert [one.row["uid"] for one in trace(root=root, url=published)] == [wanted["uid"]]
+    assert [one.row["uid"] for one in trace_sample(root=root, url=published)] == [wanted["uid"]]
 
 
 def test_the_command_says_where_a_sample_is_and_what_was_made_of_it(
@@ -100,7 +102,9 @@ def test_a_stage_between_verification_and_dataset_breaks_neither_trace_nor_taked
         {**manifest_of(made["dataset"]), "digest": version.name, "parents": {"scores": "5" * 16}},
     )
     (found,) = [
-        one for one in trace(root=copied, uid=str(wanted["uid"])) if one.row["row"] == wanted["row"]
+        one
+        for one in trace_sample(root=copied, uid=str(wanted["uid"]))
+        if one.row["row"] == wanted["row"]
     ]
     assert {one.digest: one.left_out for one in found.versions} == {
         made["dataset"].digest: None,
@@ -160,7 +164,7 @@ def test_a_takedown_makes_a_version_without_the_sample_and_names_the_models(
     assert all(digest in ended.output for digest in (*trained(root), "evaclip-demo/1 @challenger"))
     assert kept == {path: path.stat().st_mtime_ns for path in root.glob("download/*/**/*")}
 
-    before, after = next(iter(trace(root=root, uid=str(wanted["uid"])))).versions
+    before, after = next(iter(trace_sample(root=root, uid=str(wanted["uid"])))).versions
     assert (before.left_out, after.left_out, after.models) == (None, "takedown", ())
 
     # the recipe with this list asks for that very version
@@ -173,7 +177,7 @@ def test_a_takedown_makes_a_version_without_the_sample_and_names_the_models(
     assert f"{new.digest} obeys this already" in again.output
 
     more = tmp_path / "more.txt"
-    (first,) = [row for row in SampleIndex(made["verify"].folder).chunks("uid")]
+    (first,) = [row for row in SampleIndex(made["verify"].folder).iterate_chunks("uid")]
     more.write_text(f"{first['uid'][0].as_py()}\n")
     (succession,) = take_down(more, root)
     assert succession.old.digest == new.digest
@@ -186,7 +190,7 @@ def test_a_takedown_makes_a_version_without_the_sample_and_names_the_models(
 def test_a_takedown_obeys_those_of_versions_that_were_made_beside_each_other(
     root: Path, made: dict[str, Artifact], tmp_path: Path
 ) -> None:
-    chunk = next(SampleIndex(made["verify"].folder).chunks("uid"))
+    chunk = next(SampleIndex(made["verify"].folder).iterate_chunks("uid"))
     first, second, third = chunk["uid"].to_pylist()[-3:]
 
     def takedown_of(*uids: str) -> Artifact:
@@ -203,7 +207,7 @@ def test_a_takedown_obeys_those_of_versions_that_were_made_beside_each_other(
     (root / "beside").rename(beside.folder)
     last = takedown_of(third)
     for uid in (first, second, third):
-        held_by = {v.digest: v.left_out for v in trace(root=root, uid=uid)[0].versions}
+        held_by = {v.digest: v.left_out for v in trace_sample(root=root, uid=uid)[0].versions}
         assert held_by[last.digest] == "takedown"
     assert held(last) == last.counts["samples"]
 

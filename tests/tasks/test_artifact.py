@@ -14,8 +14,8 @@ from tasks.artifacts.artifact import (
     Address,
     Made,
     Stage,
-    fingerprint,
-    produce,
+    fingerprint_files,
+    produce_artifact,
     read_artifact,
     read_bulk,
     sha256_of,
@@ -40,8 +40,8 @@ def make_number(out: Path) -> Made:
 
 
 def test_an_artifact_is_made_once_and_found_afterwards(tmp_path: Path) -> None:
-    made = produce(address(tmp_path), make_number)
-    again = produce(address(tmp_path), lambda out: pytest.fail("made twice"))
+    made = produce_artifact(address(tmp_path), make_number)
+    again = produce_artifact(address(tmp_path), lambda out: pytest.fail("made twice"))
     assert made == again == read_artifact(made.folder)
     assert made.files["number.txt"]["size"] == 1
     assert made.parents == {"from": "abc"}
@@ -63,9 +63,9 @@ def test_without_a_manifest_the_stage_runs_again(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        produce(address(tmp_path), dies)
+        produce_artifact(address(tmp_path), dies)
     assert not address(tmp_path).is_finished
-    assert produce(address(tmp_path), make_number).counts == {"numbers": 1}
+    assert produce_artifact(address(tmp_path), make_number).counts == {"numbers": 1}
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(InputError, match=r"the disk is full at .*what is finished is kept"):
-        produce(address(tmp_path), fills)
+        produce_artifact(address(tmp_path), fills)
 
 
 def hold(where: Address, ready: "multiprocessing.Event", done: "multiprocessing.Event") -> None:
@@ -82,7 +82,7 @@ def hold(where: Address, ready: "multiprocessing.Event", done: "multiprocessing.
         done.wait(20)
         return Made({}, ())
 
-    produce(where, slowly)
+    produce_artifact(where, slowly)
 
 
 def test_two_runs_do_not_make_the_same_artifact_and_a_killed_one_frees_it(tmp_path: Path) -> None:
@@ -92,10 +92,10 @@ def test_two_runs_do_not_make_the_same_artifact_and_a_killed_one_frees_it(tmp_pa
     other.start()
     assert ready.wait(10)
     with pytest.raises(InputError, match="another run is making"):
-        produce(address(tmp_path), make_number)
+        produce_artifact(address(tmp_path), make_number)
     other.kill()
     other.join()
-    assert produce(address(tmp_path), make_number).counts == {"numbers": 1}
+    assert produce_artifact(address(tmp_path), make_number).counts == {"numbers": 1}
 
 
 def test_bulk_files_are_listed_by_size_and_never_read(tmp_path: Path) -> None:
@@ -107,12 +107,12 @@ def test_bulk_files_are_listed_by_size_and_never_read(tmp_path: Path) -> None:
         (out / "report.json").write_text("{}")
         return Made({}, (out / "report.json",), bulk=tuple((out / "shards").iterdir()))
 
-    made = produce(address(tmp_path), make)
+    made = produce_artifact(address(tmp_path), make)
     assert set(made.files) == {"report.json", BULK}
     assert made.files[BULK]["sha256"] == sha256_of(made.folder / BULK)
     shards = made.folder / "shards"
     assert read_bulk(made.folder) == {shards / "0.tar": 1 << 40, shards / "1.tar": 1 << 40}
-    assert read_bulk(produce(address(tmp_path, number=2), make_number).folder) is None
+    assert read_bulk(produce_artifact(address(tmp_path, number=2), make_number).folder) is None
 
 
 def test_many_files_keep_their_own_hashes(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_many_files_keep_their_own_hashes(tmp_path: Path) -> None:
             (out / f"{number}.bin").write_bytes(bytes([number]) * (number * 50_000))
         return Made({}, tuple(out.glob("*.bin")))
 
-    made = produce(address(tmp_path), make)
+    made = produce_artifact(address(tmp_path), make)
     assert len(made.files) == 40
     for name, said in made.files.items():
         path = made.folder / name
@@ -129,14 +129,14 @@ def test_many_files_keep_their_own_hashes(tmp_path: Path) -> None:
 
 
 def test_a_damaged_list_of_bulk_files_is_named(tmp_path: Path) -> None:
-    made = produce(address(tmp_path), make_number)
+    made = produce_artifact(address(tmp_path), make_number)
     (made.folder / BULK).write_text('{"path": "0.tar"}\n')
     with pytest.raises(InputError, match=r"bulk\.jsonl cannot be read"):
         read_bulk(made.folder)
 
 
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
-    made = produce(address(tmp_path), make_number)
+    made = produce_artifact(address(tmp_path), make_number)
     (made.folder / MANIFEST).write_text("{")
     with pytest.raises(InputError, match=r"manifest.json cannot be read"):
         read_artifact(made.folder)
@@ -149,9 +149,9 @@ def test_a_fingerprint_hears_names_sizes_and_ends(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
     (folder / "a").write_bytes(b"x" * 10)
-    first = fingerprint(folder)
+    first = fingerprint_files(folder)
     time.sleep(0.01)
     (folder / "a").write_bytes(b"x" * 10)
-    assert fingerprint(folder) == first
+    assert fingerprint_files(folder) == first
     (folder / "a").write_bytes(b"x" * 9 + b"y")
-    assert fingerprint(folder) != first
+    assert fingerprint_files(folder) != first

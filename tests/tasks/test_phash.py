@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from tasks.index.perceptual_hash import KnownHashes, distance, grey_of, hashes_of, near_pairs
+from tasks.index.perceptual_hash import (
+    KnownHashes,
+    grey_of,
+    hamming_distance,
+    hashes_of,
+    near_pairs,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -43,8 +49,8 @@ def test_the_hash_is_the_sign_of_the_low_frequencies_about_their_median() -> Non
 def test_a_resized_or_brightened_picture_keeps_its_hash_and_another_does_not() -> None:
     original = hash_of(picture(1))
     for same in (picture(1).resize((61, 61)), ImageEnhance.Brightness(picture(1)).enhance(0.9)):
-        assert distance(original, hash_of(same))[0] <= 4
-    assert distance(original, hash_of(picture(2)))[0] > 12
+        assert hamming_distance(original, hash_of(same))[0] <= 4
+    assert hamming_distance(original, hash_of(picture(2)))[0] > 12
 
 
 def test_all_blank_pictures_have_one_hash() -> None:
@@ -59,7 +65,9 @@ def test_near_pairs_are_those_that_comparing_all_with_all_finds(count: int, bits
     pairs = [
         (left, right)
         for left in range(len(hashes))
-        for right in left + 1 + np.flatnonzero(distance(hashes[left + 1 :], hashes[left]) <= 4)
+        for right in left
+        + 1
+        + np.flatnonzero(hamming_distance(hashes[left + 1 :], hashes[left]) <= 4)
     ]
     assert [tuple(pair) for pair in near_pairs(hashes, 4).tolist()] == pairs
     if bits == 4 and count:
@@ -79,6 +87,6 @@ def test_what_is_near_a_known_hash_is_found(bits: int) -> None:
     for number in range(len(asked)):
         for bit in RNG.choice(64, bits, replace=False):
             asked[number] ^= np.uint64(1) << np.uint64(bit)
-    expected = [bool((distance(known, one) <= 4).any()) for one in asked]
-    assert KnownHashes(known, 4).near(asked).tolist() == expected
+    expected = [bool((hamming_distance(known, one) <= 4).any()) for one in asked]
+    assert KnownHashes(known, 4).find_near(asked).tolist() == expected
     assert expected == [bits <= 4] * 200

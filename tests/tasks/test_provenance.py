@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce
-from tasks.artifacts.provenance import Change, Lineage, changes, lineage_of
+from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce_artifact
+from tasks.artifacts.provenance import Change, Lineage, lineage_of, list_changes
 
 
 def made(root: Path, kind: str, config: dict[str, Any], **parents: str) -> Artifact:
     address = Address(root, Stage(kind, 1), config, parents)
-    return produce(address, lambda out: Made({"rows": 3}, ()))
+    return produce_artifact(address, lambda out: Made({"rows": 3}, ()))
 
 
 def chain(root: Path, rate: float = 0.1, data: str = "a" * 16) -> list[Artifact]:
@@ -35,10 +35,10 @@ def test_every_ancestor_is_there_once_behind_what_it_was_made_from(tmp_path: Pat
     assert sorted(digests) == sorted(artifact.digest for artifact in artifacts)
     for place, node in enumerate(lineage.nodes):
         assert all(p in digests[:place] for p in node.parents.values() if p in digests)
-    assert lineage.outside() == {"merge.laion": "a" * 16, "merge.coyo": "c" * 16}
+    assert lineage.outside_fingerprints() == {"merge.laion": "a" * 16, "merge.coyo": "c" * 16}
     assert lineage.heads == (artifacts[-1].digest, artifacts[-2].digest)
     assert {"merge", "initialise", "train.one", "train.two", "evaluate", "merge.laion"} < set(
-        lineage.labelled() | {"": ""}
+        lineage.unique_labels() | {"": ""}
     )
 
 
@@ -52,7 +52,7 @@ def test_what_is_gone_is_outside_data(tmp_path: Path) -> None:
     artifacts = chain(tmp_path)
     (artifacts[0].folder / "manifest.json").unlink()
     lineage = lineage_of(artifacts[-1:], tmp_path)
-    assert lineage.outside()["train.two.data"] == artifacts[0].digest
+    assert lineage.outside_fingerprints()["train.two.data"] == artifacts[0].digest
 
 
 def test_changes_are_settings_data_and_stages_not_what_follows_from_them(tmp_path: Path) -> None:
@@ -60,14 +60,14 @@ def test_changes_are_settings_data_and_stages_not_what_follows_from_them(tmp_pat
         return lineage_of(heads, tmp_path)
 
     first = chain(tmp_path)
-    assert changes(lineage(first[-1]), lineage(first[-1])) == []
+    assert list_changes(lineage(first[-1]), lineage(first[-1])) == []
     second = chain(tmp_path, rate=0.2, data="b" * 16)
-    assert changes(lineage(first[-1]), lineage(second[-1])) == [
+    assert list_changes(lineage(first[-1]), lineage(second[-1])) == [
         Change("merge: laion", "a" * 16, "b" * 16),
         Change("train.one: lr", 0.1, 0.2),
     ]
     shorter = made(tmp_path, "evaluate", {}, train=first[2].digest)
-    assert changes(lineage(first[-1]), lineage(shorter)) == [
+    assert list_changes(lineage(first[-1]), lineage(shorter)) == [
         Change("train.two", first[3].digest, None)
     ]
 
@@ -75,5 +75,5 @@ def test_changes_are_settings_data_and_stages_not_what_follows_from_them(tmp_pat
 def test_items_of_a_list_go_by_their_names(tmp_path: Path) -> None:
     old = made(tmp_path, "merge", {"sources": [{"name": "laion", "count": 3}]})
     new = made(tmp_path, "merge", {"sources": [{"name": "laion", "count": 4}]})
-    (change,) = changes(lineage_of([old], tmp_path), lineage_of([new], tmp_path))
+    (change,) = list_changes(lineage_of([old], tmp_path), lineage_of([new], tmp_path))
     assert change == Change("merge: sources.laion.count", 3, 4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from evaclip_model.errors import InputError
-from tasks.redact import redact, redacted
+from tasks.redact import redact_settings, redact_text
 from tasks.tracking import TrackingStore
 
 
@@ -23,13 +23,13 @@ from tasks.tracking import TrackingStore
     ],
 )
 def test_passwords_and_tokens_are_hidden_and_nothing_else(text: str, shown: str) -> None:
-    assert redact(text) == shown
-    assert redact(shown) == shown
+    assert redact_text(text) == shown
+    assert redact_text(shown) == shown
 
 
 def test_every_text_of_nested_settings_is_looked_at() -> None:
     nested = {"a": [{"b": "http://u:p@h"}], "c": 3, "d": None}
-    assert redacted(nested) == {"a": [{"b": "http://u:***@h"}], "c": 3, "d": None}
+    assert redact_settings(nested) == {"a": [{"b": "http://u:***@h"}], "c": 3, "d": None}
 
 
 def test_a_password_in_the_tracking_address_is_refused_without_being_repeated() -> None:

@@ -70,15 +70,15 @@ def test_a_sample_is_found_by_each_of_its_names(
 ) -> None:
     index = index_of(tmp_path, *[[row(100 * s + n) for n in range(100)] for s in range(5)])
     assert len(index.files) > 1
-    (found,) = index.find(kind, [value])
+    (found,) = index.find_samples(kind, [value])
     assert found == {"row": 307, "shard": 3, "place": 7, **row(307)}
 
 
 def test_many_are_found_at_once_and_what_is_not_there_is_not(tmp_path: Path) -> None:
     index = index_of(tmp_path, [row(number) for number in range(50)])
     asked = [f"uid-{number}" for number in (3, 49, 50, 3)]
-    assert [found["row"] for found in index.find(Kind.UID, asked)] == [3, 49]
-    assert index.find(Kind.UID, []) == index.find(Kind.HASH, ["uid-3"]) == []
+    assert [found["row"] for found in index.find_samples(Kind.UID, asked)] == [3, 49]
+    assert index.find_samples(Kind.UID, []) == index.find_samples(Kind.HASH, ["uid-3"]) == []
 
 
 def test_look_up_tables_are_in_order_and_hold_every_row(tmp_path: Path, small_groups: None) -> None:
@@ -98,22 +98,22 @@ def test_rows_that_share_a_uid_or_an_image_are_found_with_what_they_share(tmp_pa
         [row(3, sha256=None, stored_sha256=same), row(4), row(5, sha256=sha256(4))],
         [row(6, sha256=None), row(7, sha256=None)],
     )
-    rows, groups = index.repeated(Kind.UID)
+    rows, groups = index.find_repeated(Kind.UID)
     assert rows.tolist() == [1, 2]
     assert len(set(groups.tolist())) == 1
-    rows, groups = index.repeated(Kind.HASH)
+    rows, groups = index.find_repeated(Kind.HASH)
     assert rows.tolist() == [0, 3, 4, 5]
     assert groups[0] == groups[1] != groups[2] == groups[3]
     with pytest.raises(ValueError, match="may well share a url"):
-        index.repeated(Kind.URL)
+        index.find_repeated(Kind.URL)
 
 
 def test_marks_that_collide_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # every uid gets the same mark
     monkeypatch.setitem(sample_index._MARKED, Kind.UID, "SELECT 'uid-1' AS value, row FROM stored")
     index = index_of(tmp_path, [row(0), row(1), row(2)])
-    assert [found["row"] for found in index.find(Kind.UID, ["uid-1"])] == [1]
-    assert index.repeated(Kind.UID)[0].tolist() == []
+    assert [found["row"] for found in index.find_samples(Kind.UID, ["uid-1"])] == [1]
+    assert index.find_repeated(Kind.UID)[0].tolist() == []
 
 
 def test_files_that_a_killed_run_finished_are_kept(tmp_path: Path, small_groups: None) -> None:

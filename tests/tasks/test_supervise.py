@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tasks.process import supervise
-from tasks.process.child import run_supervised, supervised
+from tasks.process.child import run_supervised, start_supervised
 
 PYTHON = sys.executable
 # A command that starts two more processes, one of them in a session of its own, and writes pids.
@@ -113,7 +113,7 @@ def test_kill_9_of_the_starter_leaves_no_process(tmp_path: Path) -> None:
 
 def test_kill_9_of_the_supervisor_leaves_no_process(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
-    with supervised(family(pids, 60), log=tmp_path / "log", grace_s=1) as process:
+    with start_supervised(family(pids, 60), log=tmp_path / "log", grace_s=1) as process:
         assert eventually(pids.exists)
         process.kill()
     assert none_left(pids)
@@ -128,7 +128,7 @@ def test_a_command_has_its_grace_to_save_its_work(tmp_path: Path) -> None:
         "signal.signal(signal.SIGTERM, save)\n"
         f"pathlib.Path({str(ready)!r}).touch(); time.sleep(60)\n"
     )
-    with supervised([PYTHON, "-c", code], log=tmp_path / "log", grace_s=10) as process:
+    with start_supervised([PYTHON, "-c", code], log=tmp_path / "log", grace_s=10) as process:
         assert eventually(ready.exists)
     assert saved.exists()
     assert process.returncode == 75
@@ -136,7 +136,7 @@ def test_a_command_has_its_grace_to_save_its_work(tmp_path: Path) -> None:
 
 def test_a_second_signal_ends_the_grace(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
-    with supervised(family(pids, 60), log=tmp_path / "log", grace_s=60) as process:
+    with start_supervised(family(pids, 60), log=tmp_path / "log", grace_s=60) as process:
         assert eventually(pids.exists)
         os.kill(process.pid, signal.SIGTERM)
         time.sleep(0.3)

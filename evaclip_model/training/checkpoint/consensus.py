@@ -31,29 +31,29 @@ class Peers:
     """None: the default one."""
 
     @classmethod
-    def all(cls) -> Peers:
+    def every_rank(cls) -> Peers:
         """Every rank, over the default group."""
         if not dist.is_initialized():
             return cls(0, 1, None)
         return cls(dist.get_rank(), dist.get_world_size(), None)
 
     @classmethod
-    def apart(cls) -> Peers:
+    def own_group(cls) -> Peers:
         """Every rank, over a gloo group of its own, which another thread may use; every rank has to
         call this at the same point."""
-        everybody = cls.all()
+        everybody = cls.every_rank()
         if everybody.count == 1:
             return everybody
         return cls(everybody.rank, everybody.count, dist.new_group(backend="gloo", timeout=SLOWEST))
 
-    def gather(self, value: T) -> list[T]:
+    def gather_values(self, value: T) -> list[T]:
         """Exchange a value; those of every rank, in order of ranks."""
         values: list[Any] = [value] * self.count
         if self.count > 1:
             dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def together(self, action: Callable[[], T]) -> list[T]:
+    def run_everywhere(self, action: Callable[[], T]) -> list[T]:
         """Results of every rank's own `action`.
 
         Raises:
@@ -66,7 +66,7 @@ class Peers:
             result = action()
         except Exception as error:
             own = error
-        outcomes = self.gather((result, None if own is None else _told(own)))
+        outcomes = self.gather_values((result, None if own is None else _sendable_error(own)))
         if own is not None:
             raise own
         for _, told in outcomes:
@@ -75,13 +75,13 @@ class Peers:
         results: list[Any] = [result for result, _ in outcomes]
         return results
 
-    def first(self, action: Callable[[], T]) -> T:
+    def run_on_first(self, action: Callable[[], T]) -> T:
         """Result of `action`, which rank 0 alone does; errors as in `together`."""
-        result: Any = self.together(lambda: action() if self.rank == 0 else None)[0]
+        result: Any = self.run_everywhere(lambda: action() if self.rank == 0 else None)[0]
         return result  # type: ignore[no-any-return]
 
 
-def _told(error: Exception) -> Exception:
+def _sendable_error(error: Exception) -> Exception:
     """An error that other processes can be sent."""
     if isinstance(error, InputError):
         return InputError(str(error))

@@ -70,9 +70,11 @@ def import_checkpoint(
             parameters or shapes than the architecture's; the location holds checkpoints.
         OSError: it cannot be written.
     """
-    if place_of(location).steps():
+    if place_of(location).list_steps():
         raise InputError(f"{location} holds checkpoints already: give a location without any")
-    found = _universal(source) if (source / "zero").is_dir() else _zero(_newest(source))
+    found = (
+        _read_universal(source) if (source / "zero").is_dir() else _read_zero(_find_newest(source))
+    )
     progress = TrainingProgress(
         step=found.step,
         counters={"updates": found.updates, "scaler": dict(found.scaler)},
@@ -84,7 +86,7 @@ def import_checkpoint(
     fragments = [
         StateFragment(name, offset, _with_mean(tensors, config))
         for name, pieces in _of_model(found, source, config, architecture).items()
-        for offset, tensors in _placed(pieces)
+        for offset, tensors in _place_pieces(pieces)
     ]
     save_checkpoint(location, fragments, progress, keep=sys.maxsize)
     return progress
@@ -102,21 +104,23 @@ class _Found:
     """The fp16 loss scaler's fields; empty in other precisions."""
 
 
-def _newest(folder: Path) -> Path:
+def _find_newest(folder: Path) -> Path:
     named = folder / _NEWEST
     return folder / Path(named.read_text().strip()).name if named.is_file() else folder
 
 
-def _zero(folder: Path) -> _Found:
+def _read_zero(folder: Path) -> _Found:
     """ZeRO-1 and ZeRO-2: every rank's file holds its cut of each group's flat tensors."""
-    model = _opened(folder / _MODEL_STATES)
+    model = _open_file(folder / _MODEL_STATES)
     others = sorted(folder.glob("*mp_rank_01*"))
     if others:
         raise InputError(f"{others[0]} is of a model-parallel run: join it with DeepSpeed's tools")
     with _well_formed(folder):
         ranks = int(model["dp_world_size"])
         shapes = dict(chain.from_iterable(group.items() for group in model["param_shapes"]))
-        states = [_opened(_of_rank(folder, rank))["optimizer_state_dict"] for rank in range(ranks)]
+        states = [
+            _open_file(_of_rank(folder, rank))["optimizer_state_dict"] for rank in range(ranks)
+        ]
         pieces: dict[str, list[Mapping[str, Tensor]]] = {name: [] for name in shapes}
         for state in states:
             if int(state.get("zero_stage", 1)) > 2:
@@ -141,19 +145,19 @@ def _zero(folder: Path) -> _Found:
             shapes,
             pieces,
             int(model["global_steps"]),
-            _updates(optimizer["state"][0], optimizer["param_groups"][0]),
-            _scaler(first),
+            _count_updates(optimizer["state"][0], optimizer["param_groups"][0]),
+            _read_scaler(first),
         )
 
 
-def _universal(folder: Path) -> _Found:
-    model = _opened(folder / _MODEL_STATES)
-    state = _opened(folder / "zero" / "optimizer_state.pt")
+def _read_universal(folder: Path) -> _Found:
+    model = _open_file(folder / _MODEL_STATES)
+    state = _open_file(folder / "zero" / "optimizer_state.pt")
     with _well_formed(folder):
         shapes, pieces = {}, {}
         for name, shape in chain.from_iterable(group.items() for group in model["param_shapes"]):
             files = {kind: folder / "zero" / name / f"{file}.pt" for file, kind in _KINDS.items()}
-            content = {kind: _opened(file) for kind, file in files.items()}
+            content = {kind: _open_file(file) for kind, file in files.items()}
             shapes[name] = shape
             pieces[name] = [
                 {
@@ -165,13 +169,13 @@ def _universal(folder: Path) -> _Found:
                 }
             ]
         steps = folder / "zero" / next(iter(shapes)) / "step.pt"
-        held = {"step": _opened(steps)} if steps.is_file() else {}
+        held = {"step": _open_file(steps)} if steps.is_file() else {}
         return _Found(
             shapes,
             pieces,
             int(model["global_steps"]),
-            _updates(held, state["param_groups"][0]),
-            _scaler(state),
+            _count_updates(held, state["param_groups"][0]),
+            _read_scaler(state),
         )
 
 
@@ -180,13 +184,13 @@ def _of_rank(folder: Path, rank: int) -> Path:
     return next((path for path in paths if path.is_file()), paths[0])
 
 
-def _updates(*held: Mapping[str, Any]) -> int:
+def _count_updates(*held: Mapping[str, Any]) -> int:
     """Updates done, where the optimizer counts them: beside its moments, or in its group."""
     found = [int(values["step"]) for values in held if "step" in values]
     return found[0]
 
 
-def _scaler(state: Mapping[str, Any]) -> dict[str, Any]:
+def _read_scaler(state: Mapping[str, Any]) -> dict[str, Any]:
     if not state.get("dynamic_loss_scale"):
         return {}
     fields = vars(state["loss_scaler"])
@@ -213,23 +217,23 @@ def _of_model(
         )
     pieces = {}
     for name, shape in wanted.items():
-        held = entries[name].shape(found.shapes)
+        held = entries[name].native_shape(found.shapes)
         if torch.Size(held).numel() != shape.numel():
             raise InputError(
                 f"{source} holds '{name}' in shape {list(held)}, and the architecture has "
                 f"{list(shape)}: choose the one it was trained with"
             )
-        pieces[name] = _joined(entries[name], found)
+        pieces[name] = _join_pieces(entries[name], found)
     return pieces
 
 
-def _joined(entry: Entry, found: _Found) -> Pieces:
+def _join_pieces(entry: Entry, found: _Found) -> Pieces:
     if entry.join == "same":
         return found.pieces[entry.sources[0]]
     kinds = found.pieces[entry.sources[0]][0]
     return [
         {
-            kind: entry.joined(
+            kind: entry.join_sources(
                 {
                     key: torch.cat([piece[kind] for piece in found.pieces[key]]).view(
                         found.shapes[key]
@@ -242,7 +246,7 @@ def _joined(entry: Entry, found: _Found) -> Pieces:
     ]
 
 
-def _placed(pieces: Pieces) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+def _place_pieces(pieces: Pieces) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
     """Each piece behind its first element's place in the parameter."""
     offset = 0
     for tensors in pieces:
@@ -273,7 +277,7 @@ _LET_IN: list[Any] = [
 ]
 
 
-def _opened(path: Path) -> Any:
+def _open_file(path: Path) -> Any:
     """Content of a file of DeepSpeed's, its tensors mapped from the disk."""
     if not path.is_file():
         raise InputError(

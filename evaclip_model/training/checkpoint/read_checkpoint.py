@@ -36,7 +36,7 @@ from evaclip_model.weights.checkpoint_format import (
     UnusableCheckpoint,
     bytes_of,
     checked_pieces,
-    difference,
+    describe_difference,
     sizes_of,
 )
 
@@ -68,24 +68,26 @@ def load_newest(
             nothing installed knows this kind of URL.
         OSError: the location cannot be read.
     """
-    place, peers = place_of(location), Peers.all()
-    for step in peers.first(place.steps):
+    place, peers = place_of(location), Peers.every_rank()
+    for step in peers.run_on_first(place.list_steps):
         where = place.full_name(step, MANIFEST)
         try:
-            manifest = CheckpointManifest.from_text(peers.first(partial(_text, place, step)), where)
+            manifest = CheckpointManifest.from_text(
+                peers.run_on_first(partial(_read_text, place, step)), where
+            )
             _require_same(manifest.progress.settings, settings, where)
-            pieces = _checked(place, peers, step, manifest, fragments)
+            pieces = _check_shards(place, peers, step, manifest, fragments)
         except UnusableCheckpoint as fault:
             if peers.rank == 0:
                 _log.warning("checkpoint of step %d is passed over: %s", step, fault)
             continue
-        peers.together(partial(_fill, fragments, place, step, manifest, pieces))
+        peers.run_everywhere(partial(_fill_fragments, fragments, place, step, manifest, pieces))
         return manifest.progress
     return None
 
 
-def _text(place: Place, step: int) -> str:
-    with place.read(step, MANIFEST) as file:
+def _read_text(place: Place, step: int) -> str:
+    with place.open_file(step, MANIFEST) as file:
         return file.read().decode(errors="replace")
 
 
@@ -99,7 +101,7 @@ def _require_same(stored: Mapping[str, Any], present: Mapping[str, Any], where: 
             )
 
 
-def _checked(
+def _check_shards(
     place: Place,
     peers: Peers,
     step: int,
@@ -111,17 +113,17 @@ def _checked(
     Raises:
         UnusableCheckpoint: they are not; the same on every rank.
     """
-    found = peers.together(lambda: _share_of_check(place, peers, step, manifest))
+    found = peers.run_everywhere(lambda: _share_of_check(place, peers, step, manifest))
     faults = [fault for _, fault in found if fault is not None]
     if faults:
         raise UnusableCheckpoint(faults[0])
     pieces = [piece for share, _ in found for piece in share]
     where = place.full_name(step, MANIFEST).removesuffix(f"/{MANIFEST}")
     wanted: dict[tuple[str, str], int] = defaultdict(int)
-    for ends in peers.gather(_ends(fragments)):
+    for ends in peers.gather_values(_fragment_ends(fragments)):
         for held, end in ends.items():
             wanted[held] = max(wanted[held], end)
-    reason = difference(sizes_of(pieces, where), wanted)
+    reason = describe_difference(sizes_of(pieces, where), wanted)
     if reason is not None:
         raise UnusableCheckpoint(f"{where} {reason}")
     return pieces
@@ -137,7 +139,7 @@ def _share_of_check(
             shard = manifest.shards[number]
             where = place.full_name(step, shard.name)
             try:
-                with place.read(step, shard.name) as file:
+                with place.open_file(step, shard.name) as file:
                     pieces += checked_pieces(file, shard, number, where)
             except FileNotFoundError:
                 raise UnusableCheckpoint(f"{where} is missing") from None
@@ -146,7 +148,7 @@ def _share_of_check(
     return pieces, None
 
 
-def _ends(fragments: Sequence[StateFragment]) -> dict[tuple[str, str], int]:
+def _fragment_ends(fragments: Sequence[StateFragment]) -> dict[tuple[str, str], int]:
     """End of the last fragment of each (parameter, kind)."""
     ends: dict[tuple[str, str], int] = defaultdict(int)
     for fragment in fragments:
@@ -156,7 +158,7 @@ def _ends(fragments: Sequence[StateFragment]) -> dict[tuple[str, str], int]:
     return dict(ends)
 
 
-def _fill(
+def _fill_fragments(
     fragments: Sequence[StateFragment],
     place: Place,
     step: int,
@@ -179,7 +181,7 @@ def _fill(
                     reads[piece.shard].append((begin, part))
     buffer = torch.empty(SLAB_BYTES // 4)
     for shard, parts in sorted(reads.items()):
-        with place.read(step, manifest.shards[shard].name) as file:
+        with place.open_file(step, manifest.shards[shard].name) as file:
             for begin, part in sorted(parts, key=lambda read: read[0]):
                 file.seek(begin)
                 _read_into(part, file, buffer)

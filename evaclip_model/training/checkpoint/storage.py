@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from evaclip_model.reading.urls import filesystem, is_url
+from evaclip_model.reading.urls import is_url, open_filesystem
 from evaclip_model.weights.checkpoint_format import (
     MANIFEST,
     SLAB_BYTES,
@@ -31,27 +31,27 @@ _UNFINISHED = ".tmp"
 class Place(Protocol):
     """Checkpoints of one run; every rank has access to all of it. All may raise OSError."""
 
-    def steps(self) -> list[int]:
+    def list_steps(self) -> list[int]:
         """Steps of the checkpoints that have a manifest, newest first."""
 
-    def clear(self, step: int) -> None:
+    def clear_unpublished(self, step: int) -> None:
         """Remove what was begun for a step and not published; and a published one of an object
         store, which has no room for two."""
 
-    def create(self, step: int, name: str) -> Any:
+    def create_file(self, step: int, name: str) -> Any:
         """A context with the new file of a checkpoint in the making, to write to; when it is left
         without an error, the file will outlast a crash of the machine."""
 
-    def publish(self, step: int, manifest: str) -> None:
+    def publish_checkpoint(self, step: int, manifest: str) -> None:
         """Make a checkpoint whole, all files of which were written; replaces an earlier one."""
 
-    def remove(self, step: int) -> None:
+    def remove_checkpoint(self, step: int) -> None:
         """Remove a checkpoint, which is at no moment without its files and with its manifest."""
 
-    def sweep(self) -> None:
+    def remove_leftovers(self) -> None:
         """Remove what killed runs began and did not finish."""
 
-    def read(self, step: int, name: str) -> BinaryIO:
+    def open_file(self, step: int, name: str) -> BinaryIO:
         """A file of a checkpoint, to read and seek in."""
 
     def full_name(self, step: int, name: str) -> str:
@@ -73,49 +73,49 @@ class FolderPlace:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def steps(self) -> list[int]:
+    def list_steps(self) -> list[int]:
         return checkpoint_steps(self._folder)
 
-    def clear(self, step: int) -> None:
-        unfinished = self._unfinished(step)
+    def clear_unpublished(self, step: int) -> None:
+        unfinished = self._unfinished_folder(step)
         if unfinished.exists():
             shutil.rmtree(unfinished)
 
     @contextmanager
-    def create(self, step: int, name: str) -> Iterator[BinaryIO]:
-        folder = self._unfinished(step)
+    def create_file(self, step: int, name: str) -> Iterator[BinaryIO]:
+        folder = self._unfinished_folder(step)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / name).open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
 
-    def publish(self, step: int, manifest: str) -> None:
-        with self.create(step, MANIFEST) as file:
+    def publish_checkpoint(self, step: int, manifest: str) -> None:
+        with self.create_file(step, MANIFEST) as file:
             file.write(manifest.encode())
-        _sync(self._unfinished(step))
+        _sync_folder(self._unfinished_folder(step))
         earlier = self._put_aside(step)
-        self._unfinished(step).replace(self._final(step))
-        _sync(self._folder)
+        self._unfinished_folder(step).replace(self._final_folder(step))
+        _sync_folder(self._folder)
         shutil.rmtree(earlier, ignore_errors=True)
 
-    def remove(self, step: int) -> None:
+    def remove_checkpoint(self, step: int) -> None:
         shutil.rmtree(self._put_aside(step), ignore_errors=True)
 
-    def sweep(self) -> None:
+    def remove_leftovers(self) -> None:
         for path in self._folder.glob(f"step-*{_UNFINISHED}"):
             shutil.rmtree(path)
 
-    def read(self, step: int, name: str) -> BinaryIO:
-        return (self._final(step) / name).open("rb")
+    def open_file(self, step: int, name: str) -> BinaryIO:
+        return (self._final_folder(step) / name).open("rb")
 
     def full_name(self, step: int, name: str) -> str:
-        return str(self._final(step) / name)
+        return str(self._final_folder(step) / name)
 
-    def _final(self, step: int) -> Path:
+    def _final_folder(self, step: int) -> Path:
         return self._folder / step_name(step)
 
-    def _unfinished(self, step: int) -> Path:
+    def _unfinished_folder(self, step: int) -> Path:
         return self._folder / f"{step_name(step)}{_UNFINISHED}"
 
     def _put_aside(self, step: int) -> Path:
@@ -123,7 +123,7 @@ class FolderPlace:
         aside = self._folder / f"{step_name(step)}.old{_UNFINISHED}"
         shutil.rmtree(aside, ignore_errors=True)
         with suppress(FileNotFoundError):
-            self._final(step).replace(aside)
+            self._final_folder(step).replace(aside)
         return aside
 
 
@@ -132,42 +132,42 @@ class StorePlace:
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
-        self._files = filesystem(url)
+        self._files = open_filesystem(url)
 
-    def steps(self) -> list[int]:
-        found = [step_of(name) for name, files in self._listed().items() if MANIFEST in files]
+    def list_steps(self) -> list[int]:
+        found = [step_of(name) for name, files in self._list_files().items() if MANIFEST in files]
         return sorted((step for step in found if step is not None), reverse=True)
 
-    def clear(self, step: int) -> None:
-        self.remove(step)
+    def clear_unpublished(self, step: int) -> None:
+        self.remove_checkpoint(step)
 
     @contextmanager
-    def create(self, step: int, name: str) -> Iterator[BinaryIO]:
+    def create_file(self, step: int, name: str) -> Iterator[BinaryIO]:
         url = self.full_name(step, name)
         self._files.makedirs(url.rpartition("/")[0], exist_ok=True)
         with self._files.open(url, "wb", block_size=SLAB_BYTES) as file:
             yield file
 
-    def publish(self, step: int, manifest: str) -> None:
-        with self.create(step, MANIFEST) as file:
+    def publish_checkpoint(self, step: int, manifest: str) -> None:
+        with self.create_file(step, MANIFEST) as file:
             file.write(manifest.encode())
 
-    def remove(self, step: int) -> None:
-        self._remove(step_name(step))
+    def remove_checkpoint(self, step: int) -> None:
+        self._remove_folder(step_name(step))
 
-    def sweep(self) -> None:
-        for name, files in self._listed().items():
+    def remove_leftovers(self) -> None:
+        for name, files in self._list_files().items():
             if MANIFEST not in files:
-                self._remove(name)
+                self._remove_folder(name)
 
-    def read(self, step: int, name: str) -> BinaryIO:
+    def open_file(self, step: int, name: str) -> BinaryIO:
         opened: BinaryIO = self._files.open(self.full_name(step, name), "rb", block_size=SLAB_BYTES)
         return opened
 
     def full_name(self, step: int, name: str) -> str:
         return f"{self._url}/{step_name(step)}/{name}"
 
-    def _listed(self) -> dict[str, set[str]]:
+    def _list_files(self) -> dict[str, set[str]]:
         """Files of everything that has a checkpoint's name."""
         self._files.invalidate_cache()
         found: dict[str, set[str]] = {}
@@ -178,15 +178,15 @@ class StorePlace:
                     found.setdefault(folder, set()).add(name)
         return found
 
-    def _remove(self, folder: str) -> None:
-        files = self._listed().get(folder, set())
+    def _remove_folder(self, folder: str) -> None:
+        files = self._list_files().get(folder, set())
         for name in sorted(files, key=lambda name: name != MANIFEST):
             self._files.rm_file(f"{self._url}/{folder}/{name}")
         with suppress(OSError):  # object stores have no folders, and none to remove
             self._files.rmdir(f"{self._url}/{folder}")
 
 
-def _sync(path: Path) -> None:
+def _sync_folder(path: Path) -> None:
     """Force a folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -27,7 +27,7 @@ from evaclip_model.weights.checkpoint_format import (
     ShardFile,
     TrainingProgress,
     key_of,
-    retired,
+    list_retired,
     write_shard,
 )
 
@@ -55,20 +55,20 @@ class CheckpointWriter:
             InputError: nothing installed knows this kind of URL.
             OSError: the location cannot be used.
         """
-        self._target = _Target(place_of(location), Peers.apart(), keep, keep_every_steps)
-        self._target.peers.first(self._target.place.sweep)
+        self._target = _Target(place_of(location), Peers.own_group(), keep, keep_every_steps)
+        self._target.peers.run_on_first(self._target.place.remove_leftovers)
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._settled = threading.Event()
         self._settled.set()
 
-    def prepare(self, fragments: Iterable[StateFragment]) -> None:
+    def allocate_copies(self, fragments: Iterable[StateFragment]) -> None:
         """Set aside the memory for copies of `fragments`, so that the first save does not."""
-        for key, tensor in _named(fragments).items():
+        for key, tensor in _tensors_by_key(fragments).items():
             self._copy_of(key, tensor).zero_()  # memory is there when it was written to
 
-    def save(self, fragments: Iterable[StateFragment], progress: TrainingProgress) -> None:
+    def begin_save(self, fragments: Iterable[StateFragment], progress: TrainingProgress) -> None:
         """Begin to copy the state and to write it; waits for the save before, if it goes on.
 
         Call `settle` before the state is changed.
@@ -76,23 +76,26 @@ class CheckpointWriter:
         Raises:
             InputError, OSError: of the save before, the same on every rank.
         """
-        self.wait()
-        state = _named(fragments)
+        self.wait_for_save()
+        state = _tensors_by_key(fragments)
         here = {key: tensor for key, tensor in state.items() if not tensor.is_cuda}
-        held = {key: self._copied(key, state[key]) for key in state.keys() - here.keys()}
+        held = {key: self._copy_tensor(key, state[key]) for key in state.keys() - here.keys()}
         if held:
             torch.cuda.synchronize()  # copies to pinned memory go on after their call
         self._settled.clear()
         self._thread = threading.Thread(
-            target=self._write, args=(here, held, progress), name="checkpoint", daemon=True
+            target=self._write_in_background,
+            args=(here, held, progress),
+            name="checkpoint",
+            daemon=True,
         )
         self._thread.start()
 
-    def settle(self) -> None:
+    def wait_for_copy(self) -> None:
         """Return when the state of the last save is copied, and may be changed."""
         self._settled.wait()
 
-    def poll(self) -> bool:
+    def has_failed(self) -> bool:
         """True when the last save has failed, as far as this rank knows; never waits.
 
         Ranks learn it at different times: exchange it with the step's other flags, and where it is
@@ -100,7 +103,7 @@ class CheckpointWriter:
         """
         return self._error is not None
 
-    def wait(self) -> None:
+    def wait_for_save(self) -> None:
         """Return when the last save is whole, or was so before.
 
         Raises:
@@ -115,9 +118,9 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """`wait`, and let go of the copies."""
-        self.settle()
+        self.wait_for_copy()
         self._copies.clear()
-        self.wait()
+        self.wait_for_save()
 
     def __enter__(self) -> Self:
         return self
@@ -134,19 +137,19 @@ class CheckpointWriter:
         with suppress(Exception):  # the error that is under way tells more
             self.close()
 
-    def _write(
+    def _write_in_background(
         self, here: Mapping[str, Tensor], held: Mapping[str, Tensor], progress: TrainingProgress
     ) -> None:
         try:
             try:
-                copies = {key: self._copied(key, tensor) for key, tensor in here.items()}
+                copies = {key: self._copy_tensor(key, tensor) for key, tensor in here.items()}
             finally:
                 self._settled.set()
-            self._target.write({**held, **copies}, progress)
+            self._target.write_shard({**held, **copies}, progress)
         except Exception as error:  # it is raised where the training waits
             self._error = error
 
-    def _copied(self, key: str, tensor: Tensor) -> Tensor:
+    def _copy_tensor(self, key: str, tensor: Tensor) -> Tensor:
         return self._copy_of(key, tensor).copy_(tensor.detach(), non_blocking=True)
 
     def _copy_of(self, key: str, tensor: Tensor) -> Tensor:
@@ -168,8 +171,8 @@ def save_checkpoint(
     Raises:
         InputError, OSError: it cannot be written, the same on every rank.
     """
-    held = {key: tensor.detach().cpu() for key, tensor in _named(fragments).items()}
-    _Target(place_of(location), Peers.all(), keep, None).write(held, progress)
+    held = {key: tensor.detach().cpu() for key, tensor in _tensors_by_key(fragments).items()}
+    _Target(place_of(location), Peers.every_rank(), keep, None).write_shard(held, progress)
 
 
 @dataclass(frozen=True)
@@ -181,31 +184,31 @@ class _Target:
     keep: int
     keep_every_steps: int | None
 
-    def write(self, tensors: Mapping[str, Tensor], progress: TrainingProgress) -> None:
+    def write_shard(self, tensors: Mapping[str, Tensor], progress: TrainingProgress) -> None:
         """Write this rank's shard; when all are on disk, rank 0 makes them a checkpoint."""
-        self.peers.first(lambda: self.place.clear(progress.step))
+        self.peers.run_on_first(lambda: self.place.clear_unpublished(progress.step))
         try:
-            shards = self.peers.together(lambda: self._write_shard(tensors, progress.step))
+            shards = self.peers.run_everywhere(lambda: self._write_shard(tensors, progress.step))
             manifest = CheckpointManifest(tuple(shards), progress).to_text()
-            self.peers.first(lambda: self.place.publish(progress.step, manifest))
+            self.peers.run_on_first(lambda: self.place.publish_checkpoint(progress.step, manifest))
         except Exception:
             if self.peers.rank == 0:
                 with suppress(OSError):  # a full disk gets its room back
-                    self.place.clear(progress.step)
+                    self.place.clear_unpublished(progress.step)
             raise
-        self.peers.first(lambda: self._retire(progress.step))
+        self.peers.run_on_first(lambda: self._remove_old(progress.step))
 
     def _write_shard(self, tensors: Mapping[str, Tensor], step: int) -> ShardFile:
         name = f"shard-{self.peers.rank}.safetensors"
-        with self.place.create(step, name) as file:
+        with self.place.create_file(step, name) as file:
             return ShardFile(name, *write_shard(file, tensors))
 
-    def _retire(self, newest: int) -> None:
-        for step in retired(self.place.steps(), newest, self.keep, self.keep_every_steps):
-            self.place.remove(step)
+    def _remove_old(self, newest: int) -> None:
+        for step in list_retired(self.place.list_steps(), newest, self.keep, self.keep_every_steps):
+            self.place.remove_checkpoint(step)
 
 
-def _named(fragments: Iterable[StateFragment]) -> dict[str, Tensor]:
+def _tensors_by_key(fragments: Iterable[StateFragment]) -> dict[str, Tensor]:
     return {
         key_of(fragment.name, fragment.offset, kind): tensor
         for fragment in fragments

@@ -110,17 +110,17 @@ class Engine(Protocol):
             LossScaleExhausted: it has learnt enough.
         """
 
-    def discard(self) -> None:
+    def discard_gradient(self) -> None:
         """Forget the gradient: this step is not taken. Also between parts, after a failure."""
 
-    def fragments(self) -> list[StateFragment]:
+    def state_fragments(self) -> list[StateFragment]:
         """The state this rank holds; over all ranks, every element of every trainable parameter
         once."""
 
-    def counters(self) -> dict[str, Any]:
+    def step_counters(self) -> dict[str, Any]:
         """The rest of what decides the next step: JSON values, the same on every rank."""
 
-    def restored(self, counters: Mapping[str, Any]) -> None:
+    def restore_counters(self, counters: Mapping[str, Any]) -> None:
         """Take up `counters`, after the tensors of `fragments` were filled."""
 
 
@@ -138,14 +138,15 @@ class TorchEngine:
         self.module = model
         self._config = config
         self._bounds = make_objective(config).bounds
-        self._groups = _groups(model, config)
-        self._named = _trainable(model, config)
+        self._groups = _make_groups(model, config)
+        self._named = _freeze_parameters(model, config)
         exact = _made_low(model, self._named, config)
         self._masters = {
-            name: _master(parameter, exact.get(name)) for name, parameter in self._named.items()
+            name: _make_master(parameter, exact.get(name))
+            for name, parameter in self._named.items()
         }
         self._optimizer = make_optimizer(self._masters, self._groups, config)
-        self._fragments, self._mean = _fragments(
+        self._fragments, self._mean = _make_fragments(
             [Master(name, 0, held, 0, held.numel()) for name, held in self._masters.items()],
             self._optimizer,
             config,
@@ -157,7 +158,7 @@ class TorchEngine:
 
     def grad_norms(self) -> Mapping[str, float]:
         if self._norms is None:
-            self._norms = _norms(
+            self._norms = _compute_norms(
                 (name, master.grad)
                 for name, master in self._masters.items()
                 if master.grad is not None
@@ -167,7 +168,7 @@ class TorchEngine:
     def step(self, lr_factor: float) -> Stepped:
         norm, limit = self.grad_norms()["total"], self._config.grad_clip_norm
         if not math.isfinite(norm):
-            self.discard()
+            self.discard_gradient()
             return Stepped(math.inf, skipped=True)
         clipped = limit is not None and norm > limit
         if limit is not None and clipped:
@@ -178,23 +179,23 @@ class TorchEngine:
         _keep_within(self._bounds, self._fragments)
         self._write_back()
         if self._mean is not None:
-            self._mean.follow()
-        self.discard()
-        trust = _trust(self._optimizer, self._groups)
+            self._mean.update_mean()
+        self.discard_gradient()
+        trust = _summarise_trust(self._optimizer, self._groups)
         return Stepped(norm, skipped=False, clipped=clipped, trust=trust)
 
-    def discard(self) -> None:
+    def discard_gradient(self) -> None:
         self._norms = None
         for master in self._masters.values():
             master.grad = None
 
-    def fragments(self) -> list[StateFragment]:
+    def state_fragments(self) -> list[StateFragment]:
         return self._fragments
 
-    def counters(self) -> dict[str, Any]:
+    def step_counters(self) -> dict[str, Any]:
         return {"updates": self._optimizer.updates}
 
-    def restored(self, counters: Mapping[str, Any]) -> None:
+    def restore_counters(self, counters: Mapping[str, Any]) -> None:
         self._optimizer.updates = counters["updates"]
         self._write_back()
 
@@ -218,8 +219,8 @@ class DeepSpeedEngine:
 
         self._config = config
         self._bounds = make_objective(config).bounds
-        self._groups = _groups(model, config)
-        self._named = _trainable(model, config)
+        self._groups = _make_groups(model, config)
+        self._named = _freeze_parameters(model, config)
         exact = _made_low(model, self._named, config)
         self._optimizer = make_optimizer(self._named, self._groups, config)
         # One of DeepSpeed's optimizers tries itself out with a step, which must not decay weights.
@@ -239,12 +240,12 @@ class DeepSpeedEngine:
         self.module: nn.Module = self._engine
         self._masters = _fp32_state_of(wrapped, self._optimizer, self._named)
         if self._masters.layouts is not None:
-            self._optimizer.bind(self._masters.layouts)
+            self._optimizer.bind_layouts(self._masters.layouts)
         for piece in [*self._masters.held, *(copy for copy, _ in self._masters.copies)]:
             if piece.name in exact:
                 value = exact[piece.name].view(-1).narrow(0, piece.offset, piece.size)
-                piece.of(piece.tensor).copy_(value)
-        self._fragments, self._mean = _fragments(self._masters.held, self._optimizer, config)
+                piece.take_piece(piece.tensor).copy_(value)
+        self._fragments, self._mean = _make_fragments(self._masters.held, self._optimizer, config)
         self._norms: Mapping[str, float] | None = None
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -256,7 +257,7 @@ class DeepSpeedEngine:
     def grad_norms(self) -> Mapping[str, float]:
         if self._norms is None:
             scale = self._loss_scale() or 1.0
-            found = _norms(self._masters.gradients())
+            found = _compute_norms(self._masters.iterate_gradients())
             self._norms = {tower: norm / scale for tower, norm in found.items()}
         return self._norms
 
@@ -269,7 +270,7 @@ class DeepSpeedEngine:
                 "learning rates, or train in bf16 or fp32"
             )
         if not finite and scale is None:
-            self.discard()
+            self.discard_gradient()
             return Stepped(math.inf, skipped=True)
         _set_lr(self._optimizer, self._groups, lr_factor)
         self._masters.before_step(norm * (scale or 1.0))
@@ -279,19 +280,19 @@ class DeepSpeedEngine:
             return Stepped(math.inf, skipped=True, loss_scale=scale)
         self._keep_within_bounds()
         if self._mean is not None:
-            self._mean.follow()
+            self._mean.update_mean()
         clipped = limit is not None and norm > limit
-        trust = _trust(self._optimizer, self._groups)
+        trust = _summarise_trust(self._optimizer, self._groups)
         return Stepped(norm, skipped=False, loss_scale=scale, clipped=clipped, trust=trust)
 
-    def discard(self) -> None:
+    def discard_gradient(self) -> None:
         self._norms = None
         self._masters.forget_gradients()
 
-    def fragments(self) -> list[StateFragment]:
+    def state_fragments(self) -> list[StateFragment]:
         return self._fragments
 
-    def counters(self) -> dict[str, Any]:
+    def step_counters(self) -> dict[str, Any]:
         scaler = self._masters.scaler
         counters: dict[str, Any] = {"updates": self._optimizer.updates}
         if scaler is not None:
@@ -300,13 +301,13 @@ class DeepSpeedEngine:
             }
         return counters
 
-    def restored(self, counters: Mapping[str, Any]) -> None:
+    def restore_counters(self, counters: Mapping[str, Any]) -> None:
         self._optimizer.updates = counters["updates"]
         for name, value in counters.get("scaler", {}).items():
             setattr(self._masters.scaler, name, value)
         if dist.get_world_size() > 1:
             for master, owner in self._masters.copies:
-                for moment in self._optimizer.moments(master.tensor).values():
+                for moment in self._optimizer.get_moments(master.tensor).values():
                     dist.broadcast(moment, owner)
         self._masters.write_back()
 
@@ -390,7 +391,7 @@ def _fp32_state_of(wrapped: Any, optimizer: Lamb, named: Mapping[str, Tensor]) -
     raise RuntimeError(f"LAMB cannot be bound to {type(wrapped).__name__}")
 
 
-def _trainable(model: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
+def _freeze_parameters(model: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
     """The model's parameters without the frozen ones, which get no gradient from now on."""
     found = {}
     for name, parameter in model.named_parameters():
@@ -418,7 +419,7 @@ def _made_low(
 
 
 @torch.no_grad()
-def _master(parameter: nn.Parameter, exact: Tensor | None) -> Tensor:
+def _make_master(parameter: nn.Parameter, exact: Tensor | None) -> Tensor:
     """The tensor to step: the parameter, or an fp32 copy of a low one, which takes its gradients.
 
     Args:
@@ -438,16 +439,16 @@ def _master(parameter: nn.Parameter, exact: Tensor | None) -> Tensor:
     return master
 
 
-def _fragments(
+def _make_fragments(
     held: Sequence[Master], optimizer: Lamb, config: TrainConfig
 ) -> tuple[list[StateFragment], RunningMean | None]:
     """Views of a rank's share of the state, and the running mean that is part of it, if any."""
-    masters = [piece.of(piece.tensor) for piece in held]
+    masters = [piece.take_piece(piece.tensor) for piece in held]
     mean = None if config.ema_decay is None else RunningMean(masters, config.ema_decay)
     found = []
     for number, (piece, master) in enumerate(zip(held, masters, strict=True)):
-        moments = optimizer.moments(piece.tensor)
-        tensors = {"param": master, **{name: piece.of(moments[name]) for name in MOMENTS}}
+        moments = optimizer.get_moments(piece.tensor)
+        tensors = {"param": master, **{name: piece.take_piece(moments[name]) for name in MOMENTS}}
         if mean is not None:
             tensors["ema"] = mean.means[number]
         found.append(StateFragment(piece.name, piece.offset, tensors))
@@ -463,14 +464,16 @@ def _keep_within(
             fragment.tensors["param"].clamp_(*bounds[fragment.name])
 
 
-def _groups(model: nn.Module, config: TrainConfig) -> list[Group]:
+def _make_groups(model: nn.Module, config: TrainConfig) -> list[Group]:
     groups = parameter_groups(((n, p.shape) for n, p in model.named_parameters()), config)
     if not groups:
         raise InputError(f"freeze = {list(config.freeze)} leaves nothing to train: take one out")
     return groups
 
 
-def _trust(optimizer: Lamb, groups: Sequence[Group]) -> dict[str, tuple[float, float, float]]:
+def _summarise_trust(
+    optimizer: Lamb, groups: Sequence[Group]
+) -> dict[str, tuple[float, float, float]]:
     """Tower -> smallest, median and largest ratio of the last step."""
     ratios: dict[str, list[float]] = {}
     for group, found in zip(groups, optimizer.trust_ratios(), strict=True):
@@ -479,7 +482,7 @@ def _trust(optimizer: Lamb, groups: Sequence[Group]) -> dict[str, tuple[float, f
     return {tower: (min(all_), median(all_), max(all_)) for tower, all_ in ratios.items()}
 
 
-def _norms(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
+def _compute_norms(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
     """Norms of all ranks' gradients together, "total" and by tower.
 
     Args:

@@ -37,7 +37,7 @@ class Master:
     """First element inside the flattened tensor."""
     size: int
 
-    def of(self, tensor: Tensor) -> Tensor:
+    def take_piece(self, tensor: Tensor) -> Tensor:
         """The same piece of `tensor`, which is shaped as `self.tensor`; a view, [size]."""
         return tensor.detach().view(-1).narrow(0, self.start, self.size)
 
@@ -54,7 +54,7 @@ class Fp32State(Protocol):
     scaler: Any
     """fp16's loss scale (`cur_scale` and other fields), or none."""
 
-    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+    def iterate_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Names and this rank's pieces [n] of the reduced gradient, times the loss scale."""
 
     def before_step(self, norm: float) -> None:
@@ -88,7 +88,7 @@ class _Sliced:
     ) -> None:
         """Raises: RuntimeError: DeepSpeed's map contradicts the tensors."""
         self._zero = zero
-        placed = layouts(groups, whole, flats, zero.real_dp_process_group)
+        placed = make_layouts(groups, whole, flats, zero.real_dp_process_group)
         self.layouts: list[Layout] | None = placed
         self.held = [
             Master(names[parameters[piece.parameter]], piece.offset, flat, piece.start, piece.size)
@@ -125,7 +125,7 @@ class Partitioned(_Sliced):
         self._norm = -1.0
         zero.scaled_global_norm = lambda norm_type=2: torch.tensor(self._norm, device=zero.device)
 
-    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+    def iterate_gradients(self) -> Iterator[tuple[str, Tensor]]:
         for number, parameters in enumerate(self._zero.params_in_partition):
             # One tensor for each parameter, then padding that DeepSpeed does not always mark.
             slices = self._zero.averaged_gradients[number]
@@ -152,11 +152,11 @@ class Buffered(_Sliced):
         self._flats = zero.fp32_groups_flat_partition
         super().__init__(zero, names, zero.bf16_groups, zero.bf16_groups_flat, self._flats)
 
-    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+    def iterate_gradients(self) -> Iterator[tuple[str, Tensor]]:
         slices = self._zero.fp32_groups_gradient_flat_partition
         of_flat = {id(flat): part for flat, part in zip(self._flats, slices, strict=True)}
         for master in self.held:
-            yield master.name, master.of(of_flat[id(master.tensor)])
+            yield master.name, master.take_piece(of_flat[id(master.tensor)])
 
     def forget_gradients(self) -> None:
         self._zero.zero_grad()
@@ -190,13 +190,13 @@ class Copied:
         ]
         self._parameters = dict(named)
         self._sums: dict[str, Tensor] = {}
-        owners = _owners([master.size for master in whole], dist.get_world_size())
+        owners = _assign_owners([master.size for master in whole], dist.get_world_size())
         self.copies = list(zip(whole, owners, strict=True))
         self.held = [master for master, owner in self.copies if owner == dist.get_rank()]
         scaling = getattr(optimizer, "loss_scale_config", None)
         self.scaler = scaling if scaling is not None and scaling.use_grad_scaling else None
 
-    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+    def iterate_gradients(self) -> Iterator[tuple[str, Tensor]]:
         for master in self.held:
             gradient = self._parameters[master.name].grad
             if gradient is not None:
@@ -239,7 +239,7 @@ class Copied:
             parameter.grad = None
 
 
-def layouts(
+def make_layouts(
     groups: Sequence[Sequence[Any]],
     whole: Sequence[Tensor],
     flats: Sequence[Tensor],
@@ -257,14 +257,14 @@ def layouts(
         RuntimeError: the map contradicts the tensors.
     """
     return [
-        _layout(parameters, all_of_it, flat, process_group)
+        _make_layout(parameters, all_of_it, flat, process_group)
         for parameters, all_of_it, flat, process_group in zip(
             groups, whole, flats, process_groups, strict=True
         )
     ]
 
 
-def _layout(parameters: Sequence[Any], whole: Tensor, flat: Tensor, ranks: Any) -> Layout:
+def _make_layout(parameters: Sequence[Any], whole: Tensor, flat: Tensor, ranks: Any) -> Layout:
     pieces, position = [], 0
     first = dist.get_rank(ranks) * flat.numel()
     for place, parameter in enumerate(parameters):
@@ -295,7 +295,7 @@ def _layout(parameters: Sequence[Any], whole: Tensor, flat: Tensor, ranks: Any) 
     return Layout(tuple(pieces), None if dist.get_world_size(ranks) == 1 else ranks)
 
 
-def _owners(sizes: Sequence[int], ranks: int) -> list[int]:
+def _assign_owners(sizes: Sequence[int], ranks: int) -> list[int]:
     """A rank for each of a row of tensors, so that all have about as much: neighbours stay."""
     total, before, owners = sum(sizes), 0, []
     for size in sizes:
@@ -317,7 +317,7 @@ class RunningMean:
         self._decay = decay
         self.means = [master.detach().clone() for master in self._masters]
 
-    def follow(self) -> None:
+    def update_mean(self) -> None:
         """Take in the masters of a step."""
         if self.means:
             torch._foreach_lerp_(self.means, self._masters, 1 - self._decay)

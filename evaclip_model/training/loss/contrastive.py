@@ -54,8 +54,8 @@ def contrastive_terms(
 ) -> LossTerms:
     """Loss and accuracies of a batch [B, E] in one process; arguments as `gathered_terms`."""
     _require_pairs(image_features, text_features)
-    image, text = _wide(image_features), _wide(text_features)
-    return _terms(image, text, image, text, logit_scale, 0, settings)
+    image, text = _to_float32(image_features), _to_float32(text_features)
+    return _compute_terms(image, text, image, text, logit_scale, 0, settings)
 
 
 def gathered_terms(
@@ -84,14 +84,14 @@ def gathered_terms(
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return contrastive_terms(image_features, text_features, logit_scale, settings)
     _require_pairs(image_features, text_features)
-    image, text = _wide(image_features), _wide(text_features)
-    both = _gather(torch.stack((image, text)), group)  # [ranks, 2, b, E]
+    image, text = _to_float32(image_features), _to_float32(text_features)
+    both = _gather_features(torch.stack((image, text)), group)  # [ranks, 2, b, E]
     all_image, all_text = both[:, 0].flatten(0, 1), both[:, 1].flatten(0, 1)  # [B, E]
     first_row = dist.get_rank(group) * len(image)
-    return _terms(image, text, all_image, all_text, logit_scale, first_row, settings)
+    return _compute_terms(image, text, all_image, all_text, logit_scale, first_row, settings)
 
 
-def _terms(
+def _compute_terms(
     image: Tensor,
     text: Tensor,
     all_image: Tensor,
@@ -101,9 +101,9 @@ def _terms(
     settings: LossSettings,
 ) -> LossTerms:
     with torch.autocast(image.device.type, enabled=False):  # half-precision logits cost accuracy
-        scale = _wide(logit_scale)
+        scale = _to_float32(logit_scale)
         smoothing = settings.label_smoothing
-        if settings.streams(len(image), len(all_image)):
+        if settings.should_stream(len(image), len(all_image)):
             return LossTerms(
                 *streamed_terms(image, text, all_image, all_text, scale, first_row, smoothing)
             )
@@ -127,7 +127,7 @@ def _require_pairs(image: Tensor, text: Tensor) -> None:
         )
 
 
-def _gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def _gather_features(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     gathered: Tensor = _Gather.apply(local, group)  # type: ignore[no-untyped-call]
     return gathered
 
@@ -155,5 +155,5 @@ class _Gather(torch.autograd.Function):
         return gradient[dist.get_rank(ctx.group)], None
 
 
-def _wide(x: Tensor) -> Tensor:
+def _to_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))

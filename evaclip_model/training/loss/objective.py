@@ -44,14 +44,14 @@ class Objective(Protocol):
     def __init__(self, config: TrainConfig) -> None:
         """Take from a training stage what decides the loss, and how it is computed."""
 
-    def scalars(self, model: nn.Module) -> dict[str, Tensor]:
+    def read_scalars(self, model: nn.Module) -> dict[str, Tensor]:
         """The numbers that the loss depends on besides features, made from the parameters.
 
         Returns:
             Name of the metric that each is shown as -> [] in at least float32, with gradient.
         """
 
-    def terms(
+    def compute_terms(
         self,
         image: Tensor,
         text: Tensor,

@@ -46,7 +46,7 @@ class LossSettings:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
 
-    def streams(self, rows: int, columns: int) -> bool:
+    def should_stream(self, rows: int, columns: int) -> bool:
         """True when `rows` x `columns` float32 logits of each direction are made chunk by chunk."""
         if self.impl == "auto":
             return _logits_bytes(rows, columns) > STREAM_FROM_BYTES
@@ -63,7 +63,7 @@ class SoftmaxObjective:
     def __init__(self, config: TrainConfig) -> None:
         self._settings = LossSettings(config.loss_impl, config.label_smoothing)
 
-    def scalars(self, model: nn.Module) -> dict[str, Tensor]:
+    def read_scalars(self, model: nn.Module) -> dict[str, Tensor]:
         """The inverse temperature []."""
         import torch
 
@@ -71,7 +71,7 @@ class SoftmaxObjective:
         wide = torch.promote_types(logarithm.dtype, torch.float32)
         return {LOGIT_SCALE: logarithm.to(wide).exp().squeeze(0)}
 
-    def terms(
+    def compute_terms(
         self,
         image: Tensor,
         text: Tensor,
@@ -87,7 +87,7 @@ class SoftmaxObjective:
 
     def gpu_bytes(self, rows: int, columns: int) -> float:
         """As `Objective.gpu_bytes`."""
-        if self._settings.streams(rows, columns):
+        if self._settings.should_stream(rows, columns):
             return STREAMED_LOSS_BYTES
         return _logits_bytes(rows, columns)
 

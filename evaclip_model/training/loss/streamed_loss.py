@@ -97,7 +97,7 @@ def _rows_loss(
     highest = rows.new_full((len(rows),), -torch.inf)
     sums = torch.zeros_like(highest)
     best = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-    for high, wide in _chunks(len(rows), len(columns)):
+    for high, wide in _iterate_chunks(len(rows), len(columns)):
         logits = scale * rows[high] @ columns[wide].T
         top, place = logits.max(1)
         # Of equal ones the first, as argmax has it.
@@ -127,7 +127,7 @@ def _rows_gradient(
     """`weight` times the gradient of the summed row losses by rows and columns, over `scale`."""
     d_rows, d_columns = torch.zeros_like(rows), torch.zeros_like(columns)
     labels = torch.arange(first_row, first_row + len(rows), device=rows.device)
-    for high, wide in _chunks(len(rows), len(columns)):
+    for high, wide in _iterate_chunks(len(rows), len(columns)):
         part = scale * rows[high] @ columns[wide].T
         part.sub_(highest[high, None]).exp_().div_(sums[high, None])
         place = labels[high, None] - wide.start
@@ -142,7 +142,7 @@ def _rows_gradient(
     return d_rows, d_columns
 
 
-def _chunks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+def _iterate_chunks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
     for top in range(0, rows, CHUNK_ROWS):
         for left in range(0, columns, CHUNK_COLUMNS):
             yield (

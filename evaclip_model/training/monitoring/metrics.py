@@ -270,7 +270,7 @@ class MetricsLog:
         if self._board is not None:
             self._board.close()
 
-    def write(self, metrics: StepMetrics) -> None:
+    def write_line(self, metrics: StepMetrics) -> None:
         """Add a line with the time of writing, `time`, in seconds since 1970."""
         if not self._writes:
             return
@@ -283,7 +283,7 @@ class MetricsLog:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         if self._board is not None:
-            self._board.write(line)
+            self._board.write_line(line)
 
     def cut_back(self, step: int) -> None:
         """Keep only the whole lines up to `step`: what came after it is done again."""
@@ -298,7 +298,7 @@ class MetricsLog:
         if self._board is not None:
             self._board.cut_back()
 
-    def last(self, name: str, count: int) -> list[float]:
+    def newest_values(self, name: str, count: int) -> list[float]:
         """The newest values of a metric, oldest first, at most `count` of them."""
         rows = [json.loads(line) for line in self._path.read_text().splitlines()]
         return [row[name] for row in rows if name in row][-count:]
@@ -323,7 +323,7 @@ class TensorBoardLog:
         self._folder = folder
         self._writer: Any = None
 
-    def write(self, line: Mapping[str, Any]) -> None:
+    def write_line(self, line: Mapping[str, Any]) -> None:
         """Add a line of `metrics.jsonl`."""
         if self._writer is None:
             self._writer = self._open(str(self._folder), purge_step=line["step"])

@@ -65,7 +65,9 @@ def self_test(model: EvaClip, config: TrainConfig) -> SelfTest:
         _loss_difference(model, config, device),
         _attention_difference(model, device, dtype),
     )
-    lamb, loss, attention = (max(found) for found in zip(*Peers.all().gather(own), strict=True))
+    lamb, loss, attention = (
+        max(found) for found in zip(*Peers.every_rank().gather_values(own), strict=True)
+    )
     for what, difference, limit in (
         ("LAMB over these ranks differs from LAMB on whole tensors", lamb, EXACT),
         ("the loss over these ranks differs from that of one process", loss, EXACT),
@@ -86,7 +88,7 @@ def _lamb_difference(config: TrainConfig, device: torch.device) -> float:
     values = [torch.randn(shape, generator=draw).to(device) for shape in _SHAPES]
     gradients = [torch.randn(shape, generator=draw).to(device) for shape in _SHAPES]
     whole = [value.clone() for value in values]
-    plain = _lamb(whole, config)
+    plain = _make_lamb(whole, config)
     for tensor, gradient in zip(whole, gradients, strict=True):
         tensor.grad = gradient.clone()
     plain.step()
@@ -97,19 +99,19 @@ def _lamb_difference(config: TrainConfig, device: torch.device) -> float:
     )
     size = -(-len(flat_values) // ranks)
     start, stop = rank * size, min((rank + 1) * size, len(flat_values))
-    cut = _lamb(values, config)
+    cut = _make_lamb(values, config)
     piece = flat_values[start:stop].clone()
     piece.grad = flat_gradients[start:stop].clone()
     cut.param_groups[0]["params"] = [piece]
     group = dist.group.WORLD if ranks > 1 else None
-    cut.bind([Layout(_fragments(start, stop), group)])
+    cut.bind_layouts([Layout(_cut_fragments(start, stop), group)])
     cut.step()
     if start >= stop:
         return 0.0
     return float((piece - flat_whole[start:stop]).abs().max() / flat_whole.abs().max())
 
 
-def _lamb(tensors: list[Tensor], config: TrainConfig) -> Lamb:
+def _make_lamb(tensors: list[Tensor], config: TrainConfig) -> Lamb:
     return Lamb(
         [LambPart(tensors, 0.1, config.weight_decay)],
         betas=(config.beta1, config.beta2),
@@ -120,7 +122,7 @@ def _lamb(tensors: list[Tensor], config: TrainConfig) -> Lamb:
     )
 
 
-def _fragments(start: int, stop: int) -> tuple[Fragment, ...]:
+def _cut_fragments(start: int, stop: int) -> tuple[Fragment, ...]:
     """The fragments of tensors within elements `start` to `stop` (exclusive) of all, end to end."""
     found, first = [], 0
     for number, shape in enumerate(_SHAPES):
@@ -138,13 +140,13 @@ def _loss_difference(model: EvaClip, config: TrainConfig, device: torch.device) 
     features = torch.randn(2, ranks * _ROWS, _CHANNELS, generator=draw)
     image, text = torch.nn.functional.normalize(features, dim=-1).to(device)
     objective = make_objective(config)
-    scalars = {name: value.detach() for name, value in objective.scalars(model).items()}
+    scalars = {name: value.detach() for name, value in objective.read_scalars(model).items()}
     image.requires_grad_()
-    expected = objective.terms(image, text, scalars, is_whole_batch=True).loss
+    expected = objective.compute_terms(image, text, scalars, is_whole_batch=True).loss
     (whole,) = torch.autograd.grad(expected, image)
     mine = slice(rank * _ROWS, (rank + 1) * _ROWS)
     own = image.detach()[mine].clone().requires_grad_()
-    loss = objective.terms(own, text[mine], scalars).loss
+    loss = objective.compute_terms(own, text[mine], scalars).loss
     (gradient,) = torch.autograd.grad(loss, own)
     mean = loss.detach().clone()
     if ranks > 1:

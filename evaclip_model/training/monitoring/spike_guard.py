@@ -78,12 +78,12 @@ class Running:
     mean: float = 0.0
     variance: float = 0.0
 
-    def limit(self, deviations: float) -> float:
+    def spike_limit(self, deviations: float) -> float:
         """The largest value that is not a spike yet."""
         least = LEAST_DEVIATION * abs(self.mean)
         return self.mean + deviations * max(math.sqrt(self.variance), least)
 
-    def following(self, value: float, window: int) -> Running:
+    def with_value(self, value: float, window: int) -> Running:
         """With one more value, whose weight is 1 / `window` once there were as many."""
         weight = 1 / min(self.count + 1, window)
         distance = value - self.mean
@@ -113,7 +113,7 @@ class GuardState:
         return cls(**{**values, **running})
 
 
-def judge(state: GuardState, seen: Observed, config: TrainConfig) -> tuple[Judged, GuardState]:
+def judge_step(state: GuardState, seen: Observed, config: TrainConfig) -> tuple[Judged, GuardState]:
     """Decide on a step; the decision, and the state for the next step.
 
     A step whose fp16 gradient overflows is to be taken: the engine then leaves it out, lowers the
@@ -127,10 +127,11 @@ def judge(state: GuardState, seen: Observed, config: TrainConfig) -> tuple[Judge
             return _judge_numbers(replace(state, nonfinite=0), seen, config)
         return Judged(StepVerdict.TAKE, "overflow", f"step {seen.step} overflows fp16"), state
     state = replace(state, nonfinite=state.nonfinite + 1)
-    what = _nonfinite(seen)
+    what = _name_nonfinite(seen)
     if state.nonfinite > config.guards.max_nonfinite_steps:
         raise Diverged(
-            f"{what} at step {seen.step}, {_times(state.nonfinite)} in a row: lower the learning "
+            f"{what} at step {seen.step}, {_count_times(state.nonfinite)} in a row: lower the "
+            f"learning "
             "rate, or train in bf16 or fp32"
         )
     return Judged(StepVerdict.DISCARD, "nonfinite", f"step {seen.step} is not taken: {what}"), state
@@ -146,7 +147,7 @@ def _judge_numbers(
         ("loss", state.loss, seen.loss),
         ("grad_norm", state.grad_norm, seen.grad_norm),
     ):
-        limit = running.limit(deviations)
+        limit = running.spike_limit(deviations)
         spiked = running.count >= window and value > limit
         if spiked:
             found.append(
@@ -155,7 +156,7 @@ def _judge_numbers(
             )
         # A spike moves the mean as the largest allowed value would: it does not hide the next one,
         # and a level that has changed for good is normal after a while.
-        followed[name] = running.following(limit if spiked else value, window)
+        followed[name] = running.with_value(limit if spiked else value, window)
     state = replace(state, loss=followed["loss"], grad_norm=followed["grad_norm"])
     if not found:
         return Judged(StepVerdict.TAKE), state
@@ -166,14 +167,15 @@ def _judge_numbers(
         return Judged(StepVerdict.DISCARD, "spike", reason), state
     if state.rollbacks >= config.guards.max_rollbacks:
         raise Diverged(
-            f"{reason}; training went back {_times(state.rollbacks)} before: lower the learning "
+            f"{reason}; training went back {_count_times(state.rollbacks)} before: lower the "
+            f"learning "
             "rate, raise 'guards.spike_deviations', or look at the data around this step"
         )
     rolled = replace(state, rollbacks=state.rollbacks + 1)
     return Judged(StepVerdict.ROLL_BACK, "spike", reason), rolled
 
 
-def _nonfinite(seen: Observed) -> str:
+def _name_nonfinite(seen: Observed) -> str:
     if not seen.finite:
         culprits = f" ({seen.culprits})" if seen.culprits else ""
         return f"features are not finite{culprits}"
@@ -182,5 +184,5 @@ def _nonfinite(seen: Observed) -> str:
     return f"the gradient's norm is {seen.grad_norm}"
 
 
-def _times(count: int) -> str:
+def _count_times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"

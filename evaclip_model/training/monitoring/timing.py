@@ -27,7 +27,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self._last = time.perf_counter()
 
-    def lap(self) -> float:
+    def take_lap(self) -> float:
         """Seconds since it was asked last."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
@@ -42,10 +42,10 @@ class ForwardClock:
         self._seconds = 0.0
         self._started = 0.0
         self._events: list[tuple[Any, Any]] = []
-        module.register_forward_pre_hook(self._start)
-        module.register_forward_hook(self._end)
+        module.register_forward_pre_hook(self._on_forward_start)
+        module.register_forward_hook(self._on_forward_end)
 
-    def read(self) -> float:
+    def take_seconds(self) -> float:
         """Seconds since it was read last; on a GPU it waits for the passes to end."""
         for start, end in self._events:
             end.synchronize()
@@ -54,7 +54,7 @@ class ForwardClock:
         self._events, self._seconds = [], 0.0
         return seconds
 
-    def _start(self, module: nn.Module, inputs: Any) -> None:
+    def _on_forward_start(self, module: nn.Module, inputs: Any) -> None:
         if self._on_gpu:
             event: Any = torch.cuda.Event
             pair = event(enable_timing=True), event(enable_timing=True)
@@ -62,7 +62,7 @@ class ForwardClock:
             self._events.append(pair)
         self._started = time.perf_counter()
 
-    def _end(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+    def _on_forward_end(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
         if self._on_gpu:
             self._events[-1][1].record()
         else:
@@ -80,7 +80,7 @@ class ProfileWindow:
         self._folder = folder
         self._profile: profile | None = None
 
-    def before(self, step: int) -> None:
+    def before_step(self, step: int) -> None:
         """Call before step `step`."""
         if step == self._first:
             activities = [ProfilerActivity.CPU]
@@ -89,7 +89,7 @@ class ProfileWindow:
             self._profile = profile(activities=activities, profile_memory=True)
             self._profile.start()
 
-    def after(self, step: int) -> None:
+    def after_step(self, step: int) -> None:
         """Call after it; writes `steps-FIRST-LAST.json` after the last."""
         if self._profile is not None and step >= self._last:
             self._profile.stop()

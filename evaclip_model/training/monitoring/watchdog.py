@@ -46,12 +46,12 @@ class Watchdog:
         self._last = time.monotonic()
         self._written = -HEARTBEAT_S
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._watch_steps, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
         self._stacks = self._stacks_path.open("a")
         faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
-        self._arm()
+        self._arm_traceback()
         self._thread.start()
         return self
 
@@ -69,23 +69,23 @@ class Watchdog:
         if not self._stacks_path.stat().st_size:
             self._stacks_path.unlink()
 
-    def beat(self, step: int) -> None:
+    def report_step(self, step: int) -> None:
         """Say that step `step` is done."""
         self._last = time.monotonic()
-        self._arm()
+        self._arm_traceback()
         if self._last - self._written >= HEARTBEAT_S:
             self._written = self._last
             beat = json.dumps({"step": step, "time": time.time()}) + "\n"
             # A step does not wait for the disk; a heartbeat means nothing after a power cut.
             write_atomically(self._heartbeat, beat, sync=False)
 
-    def _arm(self) -> None:
+    def _arm_traceback(self) -> None:
         # A thread of Python's own does not run while foreign code holds the interpreter; this one
         # does, and ends the process should the thread below not have.
         late = self._limit_s + 2 * self._grace_s
         faulthandler.dump_traceback_later(late, exit=True, file=self._stacks)
 
-    def _watch(self) -> None:
+    def _watch_steps(self) -> None:
         while not self._ended.wait(self._last + self._limit_s - time.monotonic()):
             if time.monotonic() - self._last < self._limit_s:
                 continue

@@ -24,7 +24,7 @@ from evaclip_model.model.clip import EvaClip
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 from evaclip_model.reading.transform import image_transform
 from evaclip_model.tokenizer.tokenizer import tokenize
-from evaclip_model.zeroshot.exact_ranks import class_means, classify
+from evaclip_model.zeroshot.exact_ranks import class_means, rank_classes
 from evaclip_model.zeroshot.imagenet_prompts import PLACEHOLDER
 from evaclip_model.zeroshot.set_layout import (
     CLASSNAMES,
@@ -36,7 +36,7 @@ from evaclip_model.zeroshot.set_layout import (
     read_lines,
     read_members,
 )
-from evaclip_model.zeroshot.statistics import hits
+from evaclip_model.zeroshot.statistics import count_hits
 
 BATCH = 64
 """Images of a rank that are encoded at once."""
@@ -97,7 +97,7 @@ def _read_index(
 
 
 @torch.no_grad()
-def probe(model: EvaClip, part: ProbeSet) -> tuple[float, float]:
+def run_probe(model: EvaClip, part: ProbeSet) -> tuple[float, float]:
     """Shares of all ranks' images whose class is first, and among the first five; every rank calls.
 
     An image that cannot be decoded, or whose feature is not finite, counts as wrong; all do when
@@ -106,25 +106,27 @@ def probe(model: EvaClip, part: ProbeSet) -> tuple[float, float]:
     device = model.logit_scale.device
     training = model.training
     model.eval()
-    classifier = _classifier(model, part)
+    classifier = _build_classifier(model, part)
     right = torch.zeros(3, dtype=torch.float64, device=device)
     # A logit that is not finite would rank every answer first.
     for first in range(0, len(part.images) if classifier.isfinite().all() else 0, BATCH):
-        features, labels = _features(
+        features, labels = _encode_images(
             model, part.images[first : first + BATCH], part.labels[first : first + BATCH]
         )
         if len(labels):
-            ranking = classify(features, classifier, labels)
-            right += torch.tensor([hits(ranking.ranks, 1), hits(ranking.ranks, 5), 0.0]).to(right)
+            ranking = rank_classes(features, classifier, labels)
+            right += torch.tensor(
+                [count_hits(ranking.ranks, 1), count_hits(ranking.ranks, 5), 0.0]
+            ).to(right)
     right[2] = len(part.images)
     model.train(training)
-    if _place()[1] > 1:
+    if _rank_and_size()[1] > 1:
         dist.all_reduce(right)
     first_right, five_right, total = right.tolist()
     return first_right / max(1.0, total), five_right / max(1.0, total)
 
 
-def _classifier(model: EvaClip, part: ProbeSet) -> Tensor:
+def _build_classifier(model: EvaClip, part: ProbeSet) -> Tensor:
     """One unit vector a class [C, E] on the CPU, the same on every rank."""
     names = dict.fromkeys(part.classnames)
     prompts = [one.replace(PLACEHOLDER, name) for name in names for one in part.templates]
@@ -134,7 +136,7 @@ def _classifier(model: EvaClip, part: ProbeSet) -> Tensor:
 
 def _text_features(model: EvaClip, prompts: Sequence[str]) -> Tensor:
     """Unit features of all prompts [N, E] on the CPU, each encoded by one rank."""
-    rank, ranks = _place()
+    rank, ranks = _rank_and_size()
     share = -(-len(prompts) // ranks)
     mine = torch.zeros(share, model.config.embed_dim, device=model.logit_scale.device)
     tokens = tokenize(list(prompts[rank::ranks]), model.config.text.context_length)
@@ -149,12 +151,12 @@ def _text_features(model: EvaClip, prompts: Sequence[str]) -> Tensor:
     return torch.stack(parts, dim=1).flatten(0, 1)[: len(prompts)].cpu()
 
 
-def _place() -> tuple[int, int]:
+def _rank_and_size() -> tuple[int, int]:
     """This rank's number, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _features(
+def _encode_images(
     model: EvaClip, images: tuple[bytes, ...], labels: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """Unit features [n, E] of those that have any, on the CPU, and their labels [n]."""

@@ -117,7 +117,7 @@ class Lamb(torch.optim.Optimizer):
             group["ranks"] = None
             group["ratios"] = None
 
-    def bind(self, layouts: Iterable[Layout]) -> None:
+    def bind_layouts(self, layouts: Iterable[Layout]) -> None:
         """State where parameters lie in each group's flat tensor, group by group.
 
         Raises:
@@ -159,12 +159,12 @@ class Lamb(torch.optim.Optimizer):
                     [0] * len(group["ratios"]) if self._adapt_whole_tensors else group["owners"]
                 )
                 for owner, ratio in zip(owners, group["ratios"].tolist(), strict=True):
-                    if self._adapts(group["parts"][owner]):
+                    if self._adapts_part(group["parts"][owner]):
                         of_parts[owner].append(ratio)
             found += of_parts
         return found
 
-    def moments(self, tensor: Tensor) -> dict[str, Tensor]:
+    def get_moments(self, tensor: Tensor) -> dict[str, Tensor]:
         """`exp_avg` and `exp_avg_sq` of a tensor, its moments, of its shape; zeros if new."""
         state: dict[str, Tensor] = self.state[tensor]
         for name in ("exp_avg", "exp_avg_sq"):
@@ -185,26 +185,26 @@ class Lamb(torch.optim.Optimizer):
         group["updates"] += 1
         tensors: list[Tensor] = group["params"]
         weights = [tensor.view(-1) for tensor in tensors]
-        directions = [_gradient(tensor).reshape(-1) for tensor in tensors]
-        spans = _spans(group["pieces"])
-        moments = [tuple(self.moments(tensor).values()) for tensor in tensors]
+        directions = [_require_gradient(tensor).reshape(-1) for tensor in tensors]
+        spans = _merge_neighbours(group["pieces"])
+        moments = [tuple(self.get_moments(tensor).values()) for tensor in tensors]
         for weight_decay, batch in batches_of(spans, group["parts"], weights[0].device):
             self._turn_into_directions(
-                [piece.of(directions[piece.tensor]) for piece in batch],
-                [piece.of(weights[piece.tensor]) for piece in batch],
+                [piece.slice_of(directions[piece.tensor]) for piece in batch],
+                [piece.slice_of(weights[piece.tensor]) for piece in batch],
                 *(
-                    [piece.of(moments[piece.tensor][which].view(-1)) for piece in batch]
+                    [piece.slice_of(moments[piece.tensor][which].view(-1)) for piece in batch]
                     for which in (0, 1)
                 ),
                 updates=group["updates"],
                 weight_decay=weight_decay,
             )
-        self._scale(group, weights, directions)
+        self._scale_directions(group, weights, directions)
         for part, of_part in groupby(spans, key=lambda span: span.part):
             held = list(of_part)
             torch._foreach_add_(
-                [span.of(weights[span.tensor]) for span in held],
-                [span.of(directions[span.tensor]) for span in held],
+                [span.slice_of(weights[span.tensor]) for span in held],
+                [span.slice_of(directions[span.tensor]) for span in held],
                 alpha=-group["parts"][part].lr,
             )
 
@@ -236,22 +236,22 @@ class Lamb(torch.optim.Optimizer):
         if weight_decay != 0:
             torch._foreach_add_(gradients, weights, alpha=weight_decay)
 
-    def _scale(
+    def _scale_directions(
         self, group: dict[str, Any], weights: list[Tensor], directions: list[Tensor]
     ) -> None:
         """Multiply each parameter's direction by its trust ratio, in place."""
-        if not any(self._adapts(part) for part in group["parts"]):
+        if not any(self._adapts_part(part) for part in group["parts"]):
             return
         if self._adapt_whole_tensors:
             pieces = [FlatSlice(n, n, 0, 0, weight.numel()) for n, weight in enumerate(weights)]
             count, ranks = len(pieces), None
         else:
             pieces = [
-                piece for piece in group["pieces"] if self._adapts(group["parts"][piece.part])
+                piece for piece in group["pieces"] if self._adapts_part(group["parts"][piece.part])
             ]
             count, ranks = len(group["owners"]), group["ranks"]
-        cut_weights = [piece.of(weights[piece.tensor]) for piece in pieces]
-        cut_directions = [piece.of(directions[piece.tensor]) for piece in pieces]
+        cut_weights = [piece.slice_of(weights[piece.tensor]) for piece in pieces]
+        cut_directions = [piece.slice_of(directions[piece.tensor]) for piece in pieces]
         device = weights[0].device
         squares = torch.zeros(2, count, dtype=torch.float64, device=device)
         owner = torch.tensor([piece.parameter for piece in pieces], dtype=torch.long, device=device)
@@ -264,7 +264,7 @@ class Lamb(torch.optim.Optimizer):
         if pieces:
             torch._foreach_mul_(cut_directions, list(ratios[owner].unbind()))
 
-    def _adapts(self, part: LambPart) -> bool:
+    def _adapts_part(self, part: LambPart) -> bool:
         return self._adapt and (part.weight_decay != 0 or self._adapt_no_decay)
 
     def _trust_ratio(self, weight_norm: Tensor, direction_norm: Tensor) -> Tensor:
@@ -284,11 +284,11 @@ class FlatSlice(NamedTuple):
     start: int
     size: int
 
-    def of(self, flat: Tensor) -> Tensor:
+    def slice_of(self, flat: Tensor) -> Tensor:
         """The range [size] of a flattened tensor [n], a view."""
         return flat.narrow(0, self.start, self.size)
 
-    def cut(self, size: int) -> list[FlatSlice]:
+    def cut_pieces(self, size: int) -> list[FlatSlice]:
         """Pieces of at most `size` elements."""
         return [
             self._replace(start=self.start + first, size=min(size, self.size - first))
@@ -296,7 +296,7 @@ class FlatSlice(NamedTuple):
         ]
 
 
-def _spans(pieces: Sequence[FlatSlice]) -> list[FlatSlice]:
+def _merge_neighbours(pieces: Sequence[FlatSlice]) -> list[FlatSlice]:
     """Neighbouring pieces of the same part as one: fewer, longer operations."""
     spans = []
     for _, run in groupby(pieces, key=lambda piece: (piece.tensor, piece.part)):
@@ -314,7 +314,7 @@ def batches_of(
     size = CHUNK if device.type == "cpu" else BATCH
     by_decay: dict[float, list[FlatSlice]] = {}
     for span in spans:
-        by_decay.setdefault(parts[span.part].weight_decay, []).extend(span.cut(size))
+        by_decay.setdefault(parts[span.part].weight_decay, []).extend(span.cut_pieces(size))
     for weight_decay, pieces in by_decay.items():
         batch: list[FlatSlice] = []
         for piece in pieces:
@@ -325,7 +325,7 @@ def batches_of(
         yield weight_decay, batch
 
 
-def _gradient(tensor: Tensor) -> Tensor:
+def _require_gradient(tensor: Tensor) -> Tensor:
     if tensor.grad is None:
         raise ValueError("a parameter has no gradient: freeze it before making the optimizer")
     return tensor.grad

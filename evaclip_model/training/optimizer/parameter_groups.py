@@ -54,7 +54,7 @@ def parameter_groups(shapes: Iterable[tuple[str, torch.Size]], config: TrainConf
             group.
     """
     parameters = [(name, shape) for name, shape in shapes if not is_frozen(name, config)]
-    depths = {tower: _depth(tower, (name for name, _ in parameters)) for tower in TOWERS}
+    depths = {tower: _tower_depth(tower, (name for name, _ in parameters)) for tower in TOWERS}
     members: dict[tuple[Tower, int, bool], list[str]] = {}
     for name, shape in parameters:
         tower = tower_of(name)
@@ -67,7 +67,7 @@ def parameter_groups(shapes: Iterable[tuple[str, torch.Size]], config: TrainConf
         Group(
             tower,
             layer,
-            _lr(tower, config) * _layer_decay(tower, config) ** (depths[tower] + 1 - layer),
+            _tower_lr(tower, config) * _layer_decay(tower, config) ** (depths[tower] + 1 - layer),
             config.weight_decay if decayed else 0.0,
             tuple(names),
         )
@@ -118,7 +118,7 @@ def lr_factor(
     return 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _lr(tower: Tower, config: TrainConfig) -> float:
+def _tower_lr(tower: Tower, config: TrainConfig) -> float:
     return {"vision": config.lr_vision, "text": config.lr_text, "other": config.lr_other}[tower]
 
 
@@ -127,6 +127,6 @@ def _layer_decay(tower: Tower, config: TrainConfig) -> float:
     return decays[tower]
 
 
-def _depth(tower: Tower, names: Iterable[str]) -> int:
+def _tower_depth(tower: Tower, names: Iterable[str]) -> int:
     blocks = [_BLOCK.search(name) for name in names if tower_of(name) == tower]
     return max((int(block.group(1)) + 1 for block in blocks if block), default=0)

@@ -29,18 +29,18 @@ from tasks.evaluate.encode.encode_worker import (
     EncodeJob,
     ImageWork,
     ModelWork,
+    do_share,
     failed_file,
     progress_file,
     sentence_file,
-    work,
     write_images,
 )
 from tasks.evaluate.encode.feature_cache import Cache
 from tasks.evaluate.encode.image_features import BLOCK, ImageList, missing_blocks, read_features
 from tasks.evaluate.encode.model_identity import Identity
-from tasks.evaluate.encode.text_features import TextFeatures, answers, texts_of
+from tasks.evaluate.encode.text_features import TextFeatures, answer_features, texts_of
 from tasks.evaluate.sets.published_layout import EvalSet
-from tasks.process.child import supervised
+from tasks.process.child import start_supervised
 from tasks.progress import Report
 
 GRACE_S = 2.0
@@ -65,7 +65,7 @@ class Features:
     failed: dict[str, str] = field(default_factory=dict)
     """Set -> the reason why it cannot be evaluated."""
 
-    def compute(self, folder: Path, report: Report) -> None:
+    def compute_missing(self, folder: Path, report: Report) -> None:
         """Compute the missing features; add the sets that cannot be evaluated to `failed`.
 
         Args:
@@ -80,8 +80,8 @@ class Features:
         idle, before = 0, -1
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        while models := self._missing(folder):
-            left = sum(map(_amount, models))
+        while models := self._missing_work(folder):
+            left = sum(map(_count_work, models))
             idle = idle + 1 if left == before else 0
             if idle > MAX_IDLE_STARTS:
                 raise InputError(
@@ -91,16 +91,16 @@ class Features:
             before = left
             job = EncodeJob(
                 models=tuple(models),
-                ranks=min(self.machine.rank_count, max(map(_blocks, models))),
+                ranks=min(self.machine.rank_count, max(map(_count_blocks, models))),
                 workers=self.machine.worker_count,
                 device=self.machine.device,
                 precision=self.precision,
             )
-            self.failed.update(_run(job, folder, _Counter(report, total - left, total)))
+            self.failed.update(_run_ranks(job, folder, _Counter(report, total - left, total)))
         shutil.rmtree(folder)
         report(total, total)
 
-    def images(self, model: str, name: str) -> Tensor:
+    def image_features(self, model: str, name: str) -> Tensor:
         """Unit features of all images of a set [N, D].
 
         Raises:
@@ -112,15 +112,15 @@ class Features:
             raise RuntimeError(f"set '{name}': not all of its {len(evalset)} images were evaluated")
         return features
 
-    def texts(self, model: str) -> TextFeatures:
+    def text_features(self, model: str) -> TextFeatures:
         """The text features of a model."""
         return TextFeatures(self._text_folder(model))
 
-    def answers(self, texts: TextFeatures, name: str) -> Tensor:
+    def answer_features(self, texts: TextFeatures, name: str) -> Tensor:
         """The features that a set's images are compared with [C or T, D]."""
-        return answers(self.sets[name], texts)
+        return answer_features(self.sets[name], texts)
 
-    def _missing(self, folder: Path) -> list[ModelWork]:
+    def _missing_work(self, folder: Path) -> list[ModelWork]:
         """Work that is left, of the sets that have not failed; texts that two models share are
         the first one's."""
         found: list[ModelWork] = []
@@ -129,7 +129,9 @@ class Features:
         wanted = list(dict.fromkeys(text for one in sets.values() for text in texts_of(one)))
         for number, model in enumerate(self.models):
             text_folder = self._text_folder(model)
-            texts = [] if text_folder in planned else TextFeatures(text_folder).missing(wanted)
+            texts = (
+                [] if text_folder in planned else TextFeatures(text_folder).missing_texts(wanted)
+            )
             planned.add(text_folder)
             listed = folder / f"texts-{number}.json"
             if texts:
@@ -159,7 +161,7 @@ class Features:
             if blocks:
                 listed = folder / f"images-{number}.json"
                 if not listed.is_file():
-                    write_images(listed, _listed(evalset))
+                    write_images(listed, _list_images(evalset))
                 count = sum(min(BLOCK, len(evalset) - block * BLOCK) for block in blocks)
                 found.append(
                     ImageWork(
@@ -175,13 +177,13 @@ class Features:
 
     def _image_folder(self, model: str, evalset: EvalSet) -> Path:
         one = self.models[model]
-        return self.cache.folder(
+        return self.cache.open_folder(
             "images", f"{one.digest}-{one.transform_digest}-{self._made_by}", evalset.images_digest
         )
 
     def _text_folder(self, model: str) -> Path:
         one = self.models[model]
-        return self.cache.folder("texts", f"{one.text_digest}-{self._made_by}")
+        return self.cache.open_folder("texts", f"{one.text_digest}-{self._made_by}")
 
     @property
     def _made_by(self) -> str:
@@ -199,10 +201,10 @@ class _Counter:
         self._report(min(self._before + done, self._total), self._total, detail)
 
 
-def _run(job: EncodeJob, folder: Path, progress: _Counter) -> dict[str, str]:
+def _run_ranks(job: EncodeJob, folder: Path, progress: _Counter) -> dict[str, str]:
     """Run all ranks once, whether they succeed or fail; returns set -> the reason of a failure."""
     if job.ranks == 1 and job.device == "cpu":
-        return work(job, 0, progress)
+        return do_share(job, 0, progress)
     path = folder / "job.json"
     write_atomically(path, job.model_dump_json(indent=1))
     for rank in range(job.ranks):
@@ -213,7 +215,7 @@ def _run(job: EncodeJob, folder: Path, progress: _Counter) -> dict[str, str]:
     with ExitStack() as stack:
         waiting = [
             stack.enter_context(
-                supervised(
+                start_supervised(
                     [sys.executable, "-m", module, str(path), str(rank)],
                     log=folder / f"rank-{rank}.log",
                     grace_s=GRACE_S,
@@ -226,7 +228,7 @@ def _run(job: EncodeJob, folder: Path, progress: _Counter) -> dict[str, str]:
             while process.poll() is None:
                 with suppress(TimeoutExpired):
                     process.wait(POLL_S)
-                progress(*_progress(path, job.ranks))
+                progress(*_read_progress(path, job.ranks))
                 _check_sentences(path, job.ranks)
     _check_sentences(path, job.ranks)
     failed: dict[str, str] = {}
@@ -236,7 +238,7 @@ def _run(job: EncodeJob, folder: Path, progress: _Counter) -> dict[str, str]:
     return failed
 
 
-def _progress(path: Path, ranks: int) -> tuple[int, str]:
+def _read_progress(path: Path, ranks: int) -> tuple[int, str]:
     said = []
     for rank in range(ranks):
         with suppress(FileNotFoundError):
@@ -255,7 +257,7 @@ def _check_sentences(path: Path, ranks: int) -> None:
             raise InputError(sentence_file(path, rank).read_text())
 
 
-def _listed(evalset: EvalSet) -> ImageList:
+def _list_images(evalset: EvalSet) -> ImageList:
     samples = evalset.samples
     return ImageList(
         evalset.name,
@@ -265,11 +267,11 @@ def _listed(evalset: EvalSet) -> ImageList:
     )
 
 
-def _amount(work: ModelWork) -> int:
+def _count_work(work: ModelWork) -> int:
     return work.text_count + sum(one.count for one in work.images)
 
 
-def _blocks(work: ModelWork) -> int:
+def _count_blocks(work: ModelWork) -> int:
     """Blocks of the most work that can be shared out at once."""
     return max([1, *(len(one.blocks) for one in work.images), work.text_count // BLOCK])
 

@@ -92,7 +92,7 @@ def sentence_file(job: Path, rank: int) -> Path:
     return job.with_name(f"sentence-{rank}.txt")
 
 
-def work(job: EncodeJob, rank: int, progress: Progress) -> dict[str, str]:
+def do_share(job: EncodeJob, rank: int, progress: Progress) -> dict[str, str]:
     """Do a rank's share of the job; returns set -> the reason why it cannot be evaluated.
 
     Raises:
@@ -106,9 +106,13 @@ def work(job: EncodeJob, rank: int, progress: Progress) -> dict[str, str]:
         done += count
         progress(done, detail)
 
-    with _exact(job.device), _memory_of(job.device), _decoders(job.workers) as pool:
+    with (
+        _exact_arithmetic(job.device),
+        _memory_of(job.device),
+        _start_decoders(job.workers) as pool,
+    ):
         for todo in job.models:
-            device = _device(job, rank)
+            device = _rank_device(job, rank)
             subject = open_subject(todo.spec, device=device, precision=job.precision)
             _do_texts(subject, todo, rank, job.ranks, add)
             for images in todo.images:
@@ -149,12 +153,12 @@ def _do_images(
     if not mine:
         return
     listed = read_images(images)
-    for number, decoded in _ahead(subject, listed, mine, pool):
+    for number, decoded in _decode_ahead(subject, listed, mine, pool):
         done = encode_block(subject, listed, number, decoded, images.folder)
         add(done, f"{todo.name} on {images.name}")
 
 
-def _ahead(
+def _decode_ahead(
     subject: Subject, images: ImageList, blocks: Sequence[int], pool: Executor | None
 ) -> Iterator[tuple[int, Iterator[torch.Tensor]]]:
     """Each block with its images; decoding the next one begins before this one is encoded."""
@@ -181,12 +185,12 @@ def read_images(work: ImageWork) -> ImageList:
     return ImageList(work.name, tuple(said["keys"]), spans, work.crop_px)
 
 
-def _device(job: EncodeJob, rank: int) -> str:
+def _rank_device(job: EncodeJob, rank: int) -> str:
     return job.device if job.device == "cpu" else f"{job.device}:{rank % torch.cuda.device_count()}"
 
 
 @contextmanager
-def _exact(device: str) -> Iterator[None]:
+def _exact_arithmetic(device: str) -> Iterator[None]:
     """One thread on a CPU, and no TF32: features must not depend on where they are computed.
     Pillow's warnings about odd palettes are silenced, because nobody can act on them."""
     threads, convolutions = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
@@ -210,7 +214,7 @@ def _memory_of(device: str) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _decoders(workers: int) -> Iterator[Executor | None]:
+def _start_decoders(workers: int) -> Iterator[Executor | None]:
     with ThreadPoolExecutor(workers, "decode") if workers else nullcontext() as pool:
         yield pool
 
@@ -224,7 +228,7 @@ def main(arguments: Sequence[str]) -> int:
         write_atomically(progress_file(path, rank), json.dumps({"done": done, "detail": detail}))
 
     try:
-        failed = work(job, rank, progress)
+        failed = do_share(job, rank, progress)
     except InputError as error:
         write_atomically(sentence_file(path, rank), str(error))
         return 2

@@ -37,7 +37,7 @@ def write_block(path: Path, tensors: Mapping[str, Tensor]) -> None:
     plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path, sync=False) as beside:  # write_tensors syncs
-        write_tensors(plain, beside, metadata={_HASH: _hash(plain)})
+        write_tensors(plain, beside, metadata={_HASH: _hash_tensors(plain)})
 
 
 def read_block(path: Path) -> dict[str, Tensor] | None:
@@ -48,10 +48,10 @@ def read_block(path: Path) -> dict[str, Tensor] | None:
             said = (file.metadata() or {}).get(_HASH)
     except (OSError, SafetensorError):
         return None
-    return tensors if said == _hash(tensors) else None
+    return tensors if said == _hash_tensors(tensors) else None
 
 
-def _hash(tensors: Mapping[str, Tensor]) -> str:
+def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -67,30 +67,30 @@ class Cache:
     most_bytes: int
     """Most bytes that `trim` keeps."""
 
-    def folder(self, *names: str) -> Path:
+    def open_folder(self, *names: str) -> Path:
         """The folder with these names, created where missing and marked as used now."""
         folder = self.root.joinpath(*names)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _USED).touch()
         return folder
 
-    def trim(self) -> None:
+    def remove_oldest(self) -> None:
         """Remove the least recently used folders until the rest fits."""
-        by_age = sorted(self.root.rglob(_USED), key=_when, reverse=True)
+        by_age = sorted(self.root.rglob(_USED), key=_last_use, reverse=True)
         total = 0
         for mark in by_age:
-            total += sum(_size(file) for file in mark.parent.iterdir())
+            total += sum(_folder_bytes(file) for file in mark.parent.iterdir())
             if total > self.most_bytes:
                 shutil.rmtree(mark.parent, ignore_errors=True)
 
 
-def _when(path: Path) -> float:
+def _last_use(path: Path) -> float:
     with suppress(OSError):
         return path.stat().st_mtime
     return 0.0
 
 
-def _size(path: Path) -> int:
+def _folder_bytes(path: Path) -> int:
     with suppress(OSError):
         return path.stat().st_size
     return 0

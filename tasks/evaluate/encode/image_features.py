@@ -24,7 +24,7 @@ from torch import Tensor
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
-from evaclip_model.zeroshot.exact_ranks import normalised
+from evaclip_model.zeroshot.exact_ranks import normalise_features
 from evaclip_model.zeroshot.set_layout import Span
 from tasks.evaluate.encode.feature_cache import SUFFIX, read_block, write_block
 from tasks.evaluate.encode.open_models import Subject
@@ -64,7 +64,7 @@ def begin_block(
     """
     start = number * BLOCK
     rows = range(start, min(start + BLOCK, len(images)))
-    decode = partial(_pixels, images, subject.transform)
+    decode = partial(_load_pixels, images, subject.transform)
     return map(decode, rows) if pool is None else pool.map(decode, rows)
 
 
@@ -84,20 +84,20 @@ def encode_block(
         padded[:count] = torch.stack(pixels)
         with torch.inference_mode():
             encoded = subject.encode_image(padded)[:count]
-            parts.append(normalised(encoded.cpu(), "image"))
+            parts.append(normalise_features(encoded.cpu(), "image"))
     features = torch.cat(parts)
-    write_block(_path(folder, number, len(images)), {_FEATURES: features})
+    write_block(_block_path(folder, number, len(images)), {_FEATURES: features})
     return len(features)
 
 
 def missing_blocks(folder: Path, images: int) -> list[int]:
     """Numbers of the blocks of a set that are absent or damaged."""
-    return [one for one in _blocks_of(images) if _read(folder, one, images) is None]
+    return [one for one in _blocks_of(images) if _read_block(folder, one, images) is None]
 
 
 def read_features(folder: Path, images: int) -> Tensor | None:
     """Unit features of all images [N, D] in the order of the set; None if a block is missing."""
-    parts = [_read(folder, one, images) for one in _blocks_of(images)]
+    parts = [_read_block(folder, one, images) for one in _blocks_of(images)]
     whole = [part for part in parts if part is not None]
     return torch.cat(whole) if len(whole) == len(parts) else None
 
@@ -106,19 +106,19 @@ def _blocks_of(images: int) -> range:
     return range((images + BLOCK - 1) // BLOCK)
 
 
-def _path(folder: Path, number: int, images: int) -> Path:
+def _block_path(folder: Path, number: int, images: int) -> Path:
     """File of a block; its name has the range of its samples."""
     start = number * BLOCK
     return folder / f"{start:09d}-{min(BLOCK, images - start)}{SUFFIX}"
 
 
-def _read(folder: Path, number: int, images: int) -> Tensor | None:
-    features = (read_block(_path(folder, number, images)) or {}).get(_FEATURES)
+def _read_block(folder: Path, number: int, images: int) -> Tensor | None:
+    features = (read_block(_block_path(folder, number, images)) or {}).get(_FEATURES)
     expected = min(BLOCK, images - number * BLOCK)
     return features if features is not None and len(features) == expected else None
 
 
-def _pixels(images: ImageList, transform: Callable[[Image.Image], Tensor], row: int) -> Tensor:
+def _load_pixels(images: ImageList, transform: Callable[[Image.Image], Tensor], row: int) -> Tensor:
     try:
         image = decode_image(images.spans[row].read())
         if images.crop_px:

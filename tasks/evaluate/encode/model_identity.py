@@ -24,7 +24,7 @@ class Identity(Config):
     """Of the text tower's architecture, weights and tokenizer: models that share it share text
     features."""
     transform_digest: str
-    """Of `preprocessing`."""
+    """Of `describe_preprocessing`."""
     architecture: str
     params: int
     """Weights, both towers."""

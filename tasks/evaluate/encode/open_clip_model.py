@@ -52,7 +52,7 @@ def open_clip_subject(named: str, device: str, precision: Precision) -> OpenClip
     Raises:
         InputError: the library cannot be imported, or has no such model, tag, file or folder.
     """
-    open_clip = _library()
+    open_clip = _import_library()
     name, _, weights = named.partition("/")
     config = _config_beside(Path(weights)) if weights else None
     if named.startswith(LOCAL_DIR):
@@ -99,22 +99,22 @@ def open_clip_identity(named: str) -> Identity:
     state = model.state_dict()
     texts = {key: value for key, value in state.items() if not key.startswith("visual.")}
     return Identity(
-        digest=_digest(name, state),
-        text_digest=_digest(f"{name} {subject.tokenizer_name}", texts),
+        digest=_digest_model(name, state),
+        text_digest=_digest_model(f"{name} {subject.tokenizer_name}", texts),
         transform_digest=digest_of(preprocessing),
         architecture=f"open_clip {name}",
         params=sum(value.numel() for value in model.parameters()),
-        gflops=_gflops(subject),
+        gflops=_count_gflops(subject),
         source=f"open_clip:{named}",
         preprocessing=preprocessing,
-        warnings=_assumptions(named, preprocessing),
+        warnings=_list_assumptions(named, preprocessing),
     )
 
 
-def _assumptions(named: str, preprocessing: Mapping[str, Any]) -> tuple[str, ...]:
+def _list_assumptions(named: str, preprocessing: Mapping[str, Any]) -> tuple[str, ...]:
     """Sentences on settings that a file of weights does not record, so that the architecture's
     were assumed."""
-    open_clip = _library()
+    open_clip = _import_library()
     name, _, weights = named.partition("/")
     if named.startswith(LOCAL_DIR) or _config_beside(Path(weights)) is not None:
         return ()
@@ -126,23 +126,24 @@ def _assumptions(named: str, preprocessing: Mapping[str, Any]) -> tuple[str, ...
             return ()
         return (
             f"the activation of {name} is {used}, but '{weights}' was trained with the other one: "
-            f"evaluate {_twin(name)}/{weights}",
+            f"evaluate {_twin_architecture(name)}/{weights}",
         )
     found = [
         f"the file does not say how images were normalised in training: mean "
         f"{preprocessing.get('mean')} and std {preprocessing.get('std')} of {name} were assumed "
         f"({CONFIG} beside the file would say it)"
     ]
-    if _twin(name) in open_clip.list_models():
+    if _twin_architecture(name) in open_clip.list_models():
         found.append(
             f"the file does not say which activation it was trained with: {used} of {name} was "
-            f"assumed; there is {_twin(name)} too, and weights that go back to OpenAI's, DFN's or "
+            f"assumed; there is {_twin_architecture(name)} too, and weights that go back to "
+            f"OpenAI's, DFN's or "
             "MetaCLIP's need QuickGELU"
         )
     return tuple(found)
 
 
-def _twin(name: str) -> str:
+def _twin_architecture(name: str) -> str:
     """The architecture that differs in its activation alone."""
     return name.removesuffix(_QUICK) if name.endswith(_QUICK) else f"{name}{_QUICK}"
 
@@ -181,9 +182,11 @@ class OpenClipSubject:
         tokens: Tensor = self._tokenizer(list(texts))
         return tokens
 
-    def lengths(self, tokens: Tensor) -> Tensor:
+    def count_ids(self, tokens: Tensor) -> Tensor:
         return (
-            self._ends(tokens) + 1 if self._causal else torch.full((len(tokens),), tokens.shape[1])
+            self._find_ends(tokens) + 1
+            if self._causal
+            else torch.full((len(tokens),), tokens.shape[1])
         )
 
     def encode_text(self, tokens: Tensor) -> Tensor:
@@ -195,7 +198,7 @@ class OpenClipSubject:
         x = text.token_embedding(tokens).to(self._dtype)
         x = x + text.positional_embedding[:length].to(self._dtype)
         x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:length, :length]))
-        pooled: Tensor = x[torch.arange(len(x), device=x.device), self._ends(tokens)]
+        pooled: Tensor = x[torch.arange(len(x), device=x.device), self._find_ends(tokens)]
         projection = text.text_projection
         if projection is None:
             return pooled
@@ -203,7 +206,7 @@ class OpenClipSubject:
         projected: Tensor = projection(pooled) if whole else pooled @ projection
         return projected
 
-    def _ends(self, tokens: Tensor) -> Tensor:
+    def _find_ends(self, tokens: Tensor) -> Tensor:
         """Place of the token that is pooled [N]."""
         if self._pooling == "eos":
             end = int(getattr(self._text, "eos_id", getattr(self.model, "text_eos_id", -1)))
@@ -219,7 +222,7 @@ def _is_causal(text: Any) -> bool:
     )
 
 
-def _gflops(subject: OpenClipSubject) -> float | None:
+def _count_gflops(subject: OpenClipSubject) -> float | None:
     size = subject.model.visual.image_size
     height, width = size if isinstance(size, tuple | list) else (size, size)
     # What is fused is not counted; the plain formula's products are.
@@ -233,7 +236,7 @@ def _gflops(subject: OpenClipSubject) -> float | None:
     return round(flops / 1e9, 6)
 
 
-def _digest(about: str, state: dict[str, Tensor]) -> str:
+def _digest_model(about: str, state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(about.encode())
     for key, value in sorted(state.items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -241,7 +244,7 @@ def _digest(about: str, state: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:DIGEST_CHARS]
 
 
-def _library() -> Any:
+def _import_library() -> Any:
     try:
         with suppress(ImportError):
             import_torchvision()

@@ -29,7 +29,7 @@ from evaclip_model.create import create_model, open_model
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.model.model_config import CONFIG_FILE, ModelConfig, list_models
-from evaclip_model.reading.transform import image_transform, preprocessing
+from evaclip_model.reading.transform import describe_preprocessing, image_transform
 from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.training.cost import image_flops
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE, open_tensors
@@ -57,7 +57,7 @@ class Subject(Protocol):
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Texts to ids [N, L], L the whole context."""
 
-    def lengths(self, tokens: Tensor) -> Tensor:
+    def count_ids(self, tokens: Tensor) -> Tensor:
         """Number of ids of each text [N, L] that decide its feature [N]: up to the end token in a
         causal tower, all of them in any other."""
 
@@ -65,16 +65,16 @@ class Subject(Protocol):
         """Ids [B, L'], cut to any length of at least `lengths`, to features [B, D]."""
 
 
-def identify(spec: str, cache: Path | None = None) -> Identity:
+def identify_model(spec: str, cache: Path | None = None) -> Identity:
     """The identity of a model; kept in `cache` until one of its files changes.
 
     Raises:
         InputError: no such model, or its preprocessing is not the one it was trained with.
     """
-    known = cache / f"{_seen(spec)}.json" if cache else None
+    known = cache / f"{_cache_key(spec)}.json" if cache else None
     if known is not None and known.is_file():
         return Identity.model_validate_json(known.read_text())
-    found = _identify(spec)
+    found = _identify_uncached(spec)
     if known is not None:
         known.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(known, found.model_dump_json(indent=1) + "\n")
@@ -91,7 +91,7 @@ def open_subject(spec: str, *, device: str = "cpu", precision: Precision = "fp32
         from tasks.evaluate.encode.open_clip_model import open_clip_subject
 
         return open_clip_subject(spec.removeprefix(OPEN_CLIP), device, precision)
-    path, architecture = _parts(spec)
+    path, architecture = _split_spec(spec)
     model = (
         create_model(architecture, weights=path, precision=precision)
         if architecture
@@ -106,7 +106,7 @@ def files_of(spec: str) -> list[Path]:
         from tasks.evaluate.encode.open_clip_model import open_clip_files
 
         return open_clip_files(spec.removeprefix(OPEN_CLIP))
-    path = _parts(spec)[0]
+    path = _split_spec(spec)[0]
     return sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
 
 
@@ -135,7 +135,7 @@ class _EvaSubject:
         features: Tensor = self._model.encode_image(pixels.to(self._device, self._dtype))
         return features
 
-    def lengths(self, tokens: Tensor) -> Tensor:
+    def count_ids(self, tokens: Tensor) -> Tensor:
         return tokens.argmax(dim=1) + 1  # the end token has the largest id
 
     def encode_text(self, tokens: Tensor) -> Tensor:
@@ -143,13 +143,13 @@ class _EvaSubject:
         return features
 
 
-def _identify(spec: str) -> Identity:
+def _identify_uncached(spec: str) -> Identity:
     if spec.startswith(OPEN_CLIP):
         from tasks.evaluate.encode.open_clip_model import open_clip_identity
 
         return open_clip_identity(spec.removeprefix(OPEN_CLIP))
-    path, architecture = _parts(spec)
-    config = _config(path, architecture)
+    path, architecture = _split_spec(spec)
+    config = _load_config(path, architecture)
     stored = open_tensors(path / WEIGHTS_FILE if not architecture else path, shapes={})
     entries = sorted(native_names(stored, where=str(path)).entries, key=lambda one: one.native)
     text = hashlib.sha256(config.text.model_dump_json().encode())
@@ -162,10 +162,10 @@ def _identify(spec: str) -> Identity:
             parameters += tensor.shape.numel()
             for one in both:
                 one.update(f"{entry.native} {entry.join} {tensor.dtype}\n".encode())
-            for piece in _bytes(tensor):
+            for piece in _tensor_bytes(tensor):
                 for one in both:
                     one.update(piece)
-    used = preprocessing(config.vision.image_px)
+    used = describe_preprocessing(config.vision.image_px)
     return Identity(
         digest=whole.hexdigest()[:DIGEST_CHARS],
         text_digest=text.hexdigest()[:DIGEST_CHARS],
@@ -175,16 +175,16 @@ def _identify(spec: str) -> Identity:
         gflops=round(image_flops(config) / 1e9, 6),
         source=spec,
         preprocessing=used,
-        warnings=_differences(path, used),
+        warnings=_list_differences(path, used),
     )
 
 
-def _bytes(tensor: StoredTensor) -> Any:
+def _tensor_bytes(tensor: StoredTensor) -> Any:
     for piece in tensor.pieces():
         yield piece.contiguous().view(torch.uint8).numpy().data
 
 
-def _differences(path: Path, used: Mapping[str, Any]) -> tuple[str, ...]:
+def _list_differences(path: Path, used: Mapping[str, Any]) -> tuple[str, ...]:
     """Differences between the recorded preprocessing of training and the one done here.
 
     Raises:
@@ -207,7 +207,7 @@ def _differences(path: Path, used: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _config(path: Path, architecture: str) -> ModelConfig:
+def _load_config(path: Path, architecture: str) -> ModelConfig:
     if architecture:
         return ModelConfig.load(architecture)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -216,7 +216,7 @@ def _config(path: Path, architecture: str) -> ModelConfig:
     return ModelConfig.load(path)
 
 
-def _parts(spec: str) -> tuple[Path, str]:
+def _split_spec(spec: str) -> tuple[Path, str]:
     """Path and architecture of a model that is not open_clip's; "" for a saved folder, which
     records its own."""
     path, colon, architecture = spec.rpartition(":")
@@ -230,7 +230,7 @@ def _parts(spec: str) -> tuple[Path, str]:
     return Path(path), architecture
 
 
-def _seen(spec: str) -> str:
+def _cache_key(spec: str) -> str:
     """Key of a kept identity: the model's files as they are, and the versions that read them."""
     stats = []
     for path in files_of(spec):

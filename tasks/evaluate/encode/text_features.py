@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evaclip_model.zeroshot.exact_ranks import class_means, normalised, prompts
+from evaclip_model.zeroshot.exact_ranks import class_means, fill_templates, normalise_features
 from tasks.evaluate.encode.feature_cache import SUFFIX, read_block, write_block
 from tasks.evaluate.encode.open_models import Subject
 from tasks.evaluate.sets.published_layout import EvalSet
@@ -37,7 +37,7 @@ def texts_of(evalset: EvalSet) -> list[str]:
     """Every text that a set asks of a model, each once, in order."""
     if evalset.kind == "retrieval":
         return list(dict.fromkeys(c for one in evalset.samples for c in one.captions))
-    return list(dict.fromkeys(prompts(evalset.classnames, evalset.templates)))
+    return list(dict.fromkeys(fill_templates(evalset.classnames, evalset.templates)))
 
 
 class TextFeatures:
@@ -49,9 +49,9 @@ class TextFeatures:
         self._read: set[str] = set()
         self._row: dict[bytes, int] = {}
         self._features = torch.empty(0)
-        self.refresh()
+        self.read_new_files()
 
-    def refresh(self) -> None:
+    def read_new_files(self) -> None:
         """Read the files that were added."""
         blocks = [self._features] if self._row else []
         rows = len(self._row)
@@ -74,27 +74,27 @@ class TextFeatures:
         if blocks:
             self._features = torch.cat(blocks)
 
-    def missing(self, texts: Sequence[str]) -> list[str]:
+    def missing_texts(self, texts: Sequence[str]) -> list[str]:
         """The texts among `texts` that have no feature yet."""
-        return [text for text in texts if _key(text) not in self._row]
+        return [text for text in texts if _text_key(text) not in self._row]
 
-    def of(self, texts: Sequence[str]) -> Tensor:
+    def features_of(self, texts: Sequence[str]) -> Tensor:
         """Unit features of `texts` [N, D]; equal texts get equal ones.
 
         Raises:
             KeyError: a text is missing.
         """
-        return self._features[torch.tensor([self._row[_key(text)] for text in texts])]
+        return self._features[torch.tensor([self._row[_text_key(text)] for text in texts])]
 
 
-def answers(evalset: EvalSet, features: TextFeatures) -> Tensor:
+def answer_features(evalset: EvalSet, features: TextFeatures) -> Tensor:
     """The features that a set's images are compared with: a classifier [C, D], or its captions
     [T, D]."""
     if evalset.kind == "retrieval":
-        return features.of([c for one in evalset.samples for c in one.captions])
-    each = features.of(prompts(evalset.classnames, evalset.templates))
+        return features.features_of([c for one in evalset.samples for c in one.captions])
+    each = features.features_of(fill_templates(evalset.classnames, evalset.templates))
     means, place = class_means(each, evalset.classnames)
-    return normalised(means, "text")[place]
+    return normalise_features(means, "text")[place]
 
 
 def encode_texts(
@@ -113,13 +113,13 @@ def encode_texts(
     Raises:
         InputError: features are not finite.
     """
-    blocks = list(_blocks(subject, texts))
+    blocks = list(_iterate_blocks(subject, texts))
     done = 0
     for number in range(rank, len(blocks), ranks):
         chunks = blocks[number]
-        features = torch.cat([_encode(subject, chunk) for _, chunk in chunks])
+        features = torch.cat([_encode_chunk(subject, chunk) for _, chunk in chunks])
         named = [texts[row] for rows, _ in chunks for row in rows]
-        keys = b"".join(map(_key, named))
+        keys = b"".join(map(_text_key, named))
         name = hashlib.sha256(keys).hexdigest()[:32]
         stored = {
             _KEYS: torch.frombuffer(bytearray(keys), dtype=torch.uint8).reshape(-1, _KEY_BYTES),
@@ -130,10 +130,12 @@ def encode_texts(
         progress(done)
 
 
-def _blocks(subject: Subject, texts: Sequence[str]) -> Iterator[list[tuple[Sequence[int], Tensor]]]:
+def _iterate_blocks(
+    subject: Subject, texts: Sequence[str]
+) -> Iterator[list[tuple[Sequence[int], Tensor]]]:
     """Chunks (rows of `texts`, their ids cut to one length), a block at a time."""
     tokens = subject.tokenize(texts)
-    lengths = subject.lengths(tokens)
+    lengths = subject.count_ids(tokens)
     block: list[tuple[Sequence[int], Tensor]] = []
     held = 0
     for length in sorted(set(lengths.tolist())):
@@ -148,13 +150,13 @@ def _blocks(subject: Subject, texts: Sequence[str]) -> Iterator[list[tuple[Seque
         yield block
 
 
-def _encode(subject: Subject, tokens: Tensor) -> Tensor:
+def _encode_chunk(subject: Subject, tokens: Tensor) -> Tensor:
     """Unit features [B, D] of ids [B, L], encoded as a whole chunk."""
     padding = tokens[-1:].expand(CHUNK - len(tokens), -1)
     with torch.inference_mode():
         encoded = subject.encode_text(torch.cat([tokens, padding]))[: len(tokens)]
-        return normalised(encoded.cpu(), "text")
+        return normalise_features(encoded.cpu(), "text")
 
 
-def _key(text: str) -> bytes:
+def _text_key(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()[:_KEY_BYTES]

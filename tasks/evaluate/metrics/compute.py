@@ -36,11 +36,13 @@ def compute_figures(scored: Scored) -> Figures:
     """
     scored.check_complete()
     metrics = metrics_of(scored.evalset)
-    values = {metric.name: metric.value(scored) for metric in metrics}
+    values = {metric.name: metric.compute_value(scored) for metric in metrics}
     return {
-        **_count(scored),
-        "intervals": {metric.name: metric.interval(scored) for metric in metrics},
-        "bounds": {metric.name: metric.bounds(scored, values[metric.name]) for metric in metrics},
+        **_count_answers(scored),
+        "intervals": {metric.name: metric.compute_interval(scored) for metric in metrics},
+        "bounds": {
+            metric.name: metric.tie_bounds(scored, values[metric.name]) for metric in metrics
+        },
         **values,
         **_describe_classes(scored),
     }
@@ -65,10 +67,10 @@ def compare_models(a: Scored, b: Scored) -> dict[str, PairedDifference]:
         )
     a.check_complete()
     b.check_complete()
-    return {metric.name: metric.compare(a, b) for metric in metrics_of(a.evalset)}
+    return {metric.name: metric.compare_models(a, b) for metric in metrics_of(a.evalset)}
 
 
-def _count(scored: Scored) -> Figures:
+def _count_answers(scored: Scored) -> Figures:
     """Numbers of samples, classes or captions, and queries whose right answer ties."""
     evalset = scored.evalset
     if scored.scores is not None:
@@ -79,7 +81,7 @@ def _count(scored: Scored) -> Figures:
             "positives": int(positives.sum()),
             "tied": _count_tied_images(scored.scores, positives),
         }
-    tied = sum(int(ranking.tied.sum()) for ranking in scored.rankings().values())
+    tied = sum(int(ranking.tied.sum()) for ranking in scored.rankings_by_direction().values())
     if scored.images is not None:
         return {"n": len(evalset), "captions": len(scored.images), "tied": tied}
     return {"n": len(evalset), "classes": len(evalset.classnames), "tied": tied}

@@ -84,21 +84,21 @@ def seen_in_training(
     for index, data in zip(indexes, trained_on, strict=True):
         used = np.ones(index.rows, np.bool_)
         used[pq.read_table(data.left_out, columns=["row"])["row"].to_numpy()] = False
-        for row in index.find(Kind.HASH, digests):
+        for row in index.find_samples(Kind.HASH, digests):
             if used[row["row"]]:
                 copies.update(row[name] for name in ("sha256", "stored_sha256") if row[name])
         start = 0
-        for table in index.chunks("phash"):
+        for table in index.iterate_chunks("phash"):
             here = used[start : start + table.num_rows] & table["phash"].is_valid().to_numpy()
             hashes = pc.fill_null(table["phash"], 0).to_numpy()[here]
-            alike.append(np.unique(hashes[tested.near(hashes)]))
+            alike.append(np.unique(hashes[tested.find_near(hashes)]))
             start += table.num_rows
             done += table.num_rows
             report(done, total, "test images among training samples")
     known = KnownHashes(np.concatenate(alike), most)
     return {
         name: np.array([digest in copies for digest in hashes.sha256], np.bool_)
-        | (known.near(hashes.looks) & hashes.decoded)
+        | (known.find_near(hashes.looks) & hashes.decoded)
         for name, hashes in sets.items()
     }
 
@@ -118,9 +118,9 @@ def figures_without(scored: Scored, seen: Mask) -> Figures | None:
     return compute_figures(
         Scored(
             replace(evalset, samples=samples),
-            classes=scored.classes and scored.classes.of(left),
-            texts=scored.texts and scored.texts.of(left),
-            images=scored.images and scored.images.of(captions),
+            classes=scored.classes and scored.classes.select_queries(left),
+            texts=scored.texts and scored.texts.select_queries(left),
+            images=scored.images and scored.images.select_queries(captions),
             scores=None if scored.scores is None else scored.scores[left],
         )
     )

@@ -23,20 +23,20 @@ from evaclip_model.zeroshot.exact_ranks import Ranking
 from evaclip_model.zeroshot.statistics import (
     Curve,
     Ties,
-    area,
+    area_under_curve,
     chance_of_hit,
     design_interval,
     effective_samples,
     effective_units,
     eleven_points,
     matched_interval,
-    mcnemar,
     mean_average_precision,
     mean_per_class,
     percentile_interval,
     resampled_class_means,
     resampled_means,
     resampled_precisions,
+    test_mcnemar,
     two_sided_p,
     wilson_interval,
 )
@@ -95,24 +95,26 @@ class Metric(ABC):
     """True: only those sets have it, not every set of the kind."""
 
     @abstractmethod
-    def value(self, scored: Scored, ties: Ties = "together") -> float:
+    def compute_value(self, scored: Scored, ties: Ties = "together") -> float:
         """The figure of a model on a set, a share of 1."""
 
     @abstractmethod
-    def interval(self, scored: Scored) -> Interval:
+    def compute_interval(self, scored: Scored) -> Interval:
         """Its 95 % interval."""
 
     @abstractmethod
-    def compare(self, a: Scored, b: Scored) -> PairedDifference:
+    def compare_models(self, a: Scored, b: Scored) -> PairedDifference:
         """The figure of model a less that of model b, on the same samples."""
 
-    def bounds(self, scored: Scored, value: float) -> Interval:
+    def tie_bounds(self, scored: Scored, value: float) -> Interval:
         """The figure if all ties were lost, and if all were won; `value` is the figure itself.
 
         Images that tie count as one threshold of a precision, which may be worth more than any
         order of them: the figure itself is never outside.
         """
-        return min(value, self.value(scored, "lost")), max(value, self.value(scored, "won"))
+        return min(value, self.compute_value(scored, "lost")), max(
+            value, self.compute_value(scored, "won")
+        )
 
     def applies_to(self, evalset: EvalSet) -> bool:
         """Tell whether a set has this figure."""
@@ -127,25 +129,25 @@ class SampleMetric(Metric):
     per_sample: Callable[[Scored, Ties], Tensor]
     """Values of the queries [Q] if ties are broken by index ("together"), won or lost."""
 
-    def _values(self, scored: Scored, ties: Ties = "together") -> Tensor:
+    def _sample_values(self, scored: Scored, ties: Ties = "together") -> Tensor:
         return self.per_sample(scored, ties).double()
 
 
 class HitShare(SampleMetric):
     """Share of independent queries answered right: Wilson's interval, McNemar's test."""
 
-    def value(self, scored: Scored, ties: Ties = "together") -> float:
-        hits = self._values(scored, ties)
+    def compute_value(self, scored: Scored, ties: Ties = "together") -> float:
+        hits = self._sample_values(scored, ties)
         return int(hits.sum()) / max(1, len(hits))
 
-    def interval(self, scored: Scored) -> Interval:
-        hits = self._values(scored)
+    def compute_interval(self, scored: Scored) -> Interval:
+        hits = self._sample_values(scored)
         return wilson_interval(int(hits.sum()), len(hits))
 
-    def compare(self, a: Scored, b: Scored) -> PairedDifference:
-        values = self._values(a) - self._values(b)
+    def compare_models(self, a: Scored, b: Scored) -> PairedDifference:
+        values = self._sample_values(a) - self._sample_values(b)
         only_a, only_b = int((values > 0).sum()), int((values < 0).sum())
-        test = mcnemar(only_a, only_b)
+        test = test_mcnemar(only_a, only_b)
         interval = matched_interval(only_a, only_b, len(values))
         return PairedDifference(
             float(values.mean()), interval, test.mid, "McNemar, mid-p", only_a, only_b, test.exact
@@ -156,10 +158,10 @@ class CaptionHitShare(HitShare):
     """Share of captions answered right. Those of one image succeed and fail together, so that
     images are drawn, in a bootstrap, unless each has one caption."""
 
-    def interval(self, scored: Scored) -> Interval:
+    def compute_interval(self, scored: Scored) -> Interval:
         if _has_one_caption_each(scored):
-            return super().interval(scored)
-        owner, values = image_of_caption(scored.evalset), self._values(scored)
+            return super().compute_interval(scored)
+        owner, values = image_of_caption(scored.evalset), self._sample_values(scored)
         images = effective_units(owner.bincount())
         return design_interval(
             *(float(values.mean()), resampled_means(values, owner), images),
@@ -167,50 +169,51 @@ class CaptionHitShare(HitShare):
             most=len(values),
         )
 
-    def compare(self, a: Scored, b: Scored) -> PairedDifference:
+    def compare_models(self, a: Scored, b: Scored) -> PairedDifference:
         if _has_one_caption_each(a):
-            return super().compare(a, b)
-        values = self._values(a) - self._values(b)
+            return super().compare_models(a, b)
+        values = self._sample_values(a) - self._sample_values(b)
         owner = image_of_caption(a.evalset)
         draws = resampled_means(values, owner)
-        return _bootstrapped(float(values.mean()), draws, len(a.evalset), values)
+        return _bootstrap_difference(float(values.mean()), draws, len(a.evalset), values)
 
 
 class SampleMean(SampleMetric):
     """Mean of values of any size over samples, with a bootstrap over them."""
 
-    def value(self, scored: Scored, ties: Ties = "together") -> float:
-        return float(self._values(scored, ties).mean())
+    def compute_value(self, scored: Scored, ties: Ties = "together") -> float:
+        return float(self._sample_values(scored, ties).mean())
 
-    def interval(self, scored: Scored) -> Interval:
-        values = self._values(scored)
+    def compute_interval(self, scored: Scored) -> Interval:
+        values = self._sample_values(scored)
         draws = resampled_means(values)
         if values.min() < 0 or values.max() > 1:  # not shares
             return percentile_interval(draws)
         return design_interval(float(values.mean()), draws, len(values), least=len(values))
 
-    def compare(self, a: Scored, b: Scored) -> PairedDifference:
-        values = self._values(a) - self._values(b)
-        return _bootstrapped(float(values.mean()), resampled_means(values), len(values))
+    def compare_models(self, a: Scored, b: Scored) -> PairedDifference:
+        values = self._sample_values(a) - self._sample_values(b)
+        return _bootstrap_difference(float(values.mean()), resampled_means(values), len(values))
 
 
 class ClassMean(SampleMetric):
     """Share of hits in each class, then the mean over classes, with a bootstrap over samples."""
 
-    def value(self, scored: Scored, ties: Ties = "together") -> float:
-        return mean_per_class(self._values(scored, ties), labels_of(scored.evalset))
+    def compute_value(self, scored: Scored, ties: Ties = "together") -> float:
+        return mean_per_class(self._sample_values(scored, ties), labels_of(scored.evalset))
 
-    def interval(self, scored: Scored) -> Interval:
-        labels, values = labels_of(scored.evalset), self._values(scored)
+    def compute_interval(self, scored: Scored) -> Interval:
+        labels, values = labels_of(scored.evalset), self._sample_values(scored)
         samples = effective_samples(labels.bincount())
         return design_interval(
-            *(self.value(scored), resampled_class_means(values, labels), samples), most=samples
+            *(self.compute_value(scored), resampled_class_means(values, labels), samples),
+            most=samples,
         )
 
-    def compare(self, a: Scored, b: Scored) -> PairedDifference:
-        values, labels = self._values(a) - self._values(b), labels_of(a.evalset)
+    def compare_models(self, a: Scored, b: Scored) -> PairedDifference:
+        values, labels = self._sample_values(a) - self._sample_values(b), labels_of(a.evalset)
         draws = resampled_class_means(values, labels)
-        return _bootstrapped(mean_per_class(values, labels), draws, len(values), values)
+        return _bootstrap_difference(mean_per_class(values, labels), draws, len(values), values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,26 +225,30 @@ class MeanPrecision(Metric):
 
     curve: Curve
 
-    def value(self, scored: Scored, ties: Ties = "together") -> float:
+    def compute_value(self, scored: Scored, ties: Ties = "together") -> float:
         positives = positives_of(scored.evalset)
-        return mean_average_precision(_scores(scored), positives, self.curve, ties)
+        return mean_average_precision(_class_scores(scored), positives, self.curve, ties)
 
-    def interval(self, scored: Scored) -> Interval:
+    def compute_interval(self, scored: Scored) -> Interval:
         positives = positives_of(scored.evalset)
         images = int(positives.any(dim=1).sum())
         most = max(images, int(positives.sum()))
-        return design_interval(self.value(scored), self._draws(scored), images, most=most)
+        return design_interval(
+            self.compute_value(scored), self._bootstrap_draws(scored), images, most=most
+        )
 
-    def compare(self, a: Scored, b: Scored) -> PairedDifference:
+    def compare_models(self, a: Scored, b: Scored) -> PairedDifference:
         # Equal seeds draw the same images for both.
-        draws = self._draws(a) - self._draws(b)
-        return _bootstrapped(self.value(a) - self.value(b), draws, len(a.evalset))
+        draws = self._bootstrap_draws(a) - self._bootstrap_draws(b)
+        return _bootstrap_difference(
+            self.compute_value(a) - self.compute_value(b), draws, len(a.evalset)
+        )
 
-    def _draws(self, scored: Scored) -> Tensor:
-        return resampled_precisions(_scores(scored), positives_of(scored.evalset), self.curve)
+    def _bootstrap_draws(self, scored: Scored) -> Tensor:
+        return resampled_precisions(_class_scores(scored), positives_of(scored.evalset), self.curve)
 
 
-def _ranks(ranking: Ranking | None, ties: Ties) -> Tensor:
+def _resolve_ranks(ranking: Ranking | None, ties: Ties) -> Tensor:
     """Ranks [Q] of the right answers under a rule for ties."""
     assert ranking is not None, "Scored.check_complete comes first"
     if ties == "together":
@@ -249,7 +256,7 @@ def _ranks(ranking: Ranking | None, ties: Ties) -> Tensor:
     return ranking.best_ranks if ties == "won" else ranking.worst_ranks
 
 
-def _scores(scored: Scored) -> Tensor:
+def _class_scores(scored: Scored) -> Tensor:
     assert scored.scores is not None, "Scored.check_complete comes first"
     return scored.scores
 
@@ -258,7 +265,7 @@ def _has_one_caption_each(scored: Scored) -> bool:
     return len(captions_of(scored.evalset)) == len(scored.evalset)
 
 
-def _bootstrapped(
+def _bootstrap_difference(
     difference: float, draws: Tensor, units: int, hits: Tensor | None = None
 ) -> PairedDifference:
     """A difference from bootstrap draws of it; `hits` [Q] are 1, 0 and -1 of what counts hits.
@@ -287,7 +294,7 @@ def define_top(k: int, **more: Any) -> Metric:
         name=f"top{k}",
         title=f"top-{k}",
         kind="classification",
-        per_sample=lambda scored, ties: _ranks(scored.classes, ties) < k,
+        per_sample=lambda scored, ties: _resolve_ranks(scored.classes, ties) < k,
         chance=lambda evalset: min(1.0, k / len(evalset.classnames)),
         **more,
     )
@@ -299,7 +306,7 @@ def define_image_to_text(k: int, headline: int = 0) -> Metric:
         name=f"image_to_text_r{k}",
         title=f"image → text R@{k}",
         kind="retrieval",
-        per_sample=lambda scored, ties: _ranks(scored.texts, ties) < k,
+        per_sample=lambda scored, ties: _resolve_ranks(scored.texts, ties) < k,
         chance=lambda evalset: chance_of_hit(
             k, len(captions_of(evalset)), [len(sample.captions) for sample in evalset.samples]
         ),
@@ -315,7 +322,7 @@ def define_text_to_image(k: int, headline: int = 0) -> Metric:
         name=f"text_to_image_r{k}",
         title=f"text → image R@{k}",
         kind="retrieval",
-        per_sample=lambda scored, ties: _ranks(scored.images, ties) < k,
+        per_sample=lambda scored, ties: _resolve_ranks(scored.images, ties) < k,
         chance=lambda evalset: min(1.0, k / len(evalset)),
         printed_for="retrieval",
         column=f"{{key}}_image_r{k}",
@@ -324,7 +331,7 @@ def define_text_to_image(k: int, headline: int = 0) -> Metric:
 
 
 def _mean_of_top1_and_top5(scored: Scored, ties: Ties) -> Tensor:
-    ranks = _ranks(scored.classes, ties)
+    ranks = _resolve_ranks(scored.classes, ties)
     return ((ranks < 1).double() + (ranks < 5).double()) / 2
 
 
@@ -346,14 +353,14 @@ METRICS: tuple[Metric, ...] = (
         name="mean_per_class",
         title="mean per class",
         kind="classification",
-        per_sample=lambda scored, ties: _ranks(scored.classes, ties) < 1,
+        per_sample=lambda scored, ties: _resolve_ranks(scored.classes, ties) < 1,
         chance=lambda evalset: 1 / len(evalset.classnames),
     ),
     MeanPrecision(
         name="map",
         title="mAP",
         kind="multilabel",
-        curve=area,
+        curve=area_under_curve,
         chance=_chance_of_precision,
         printed_for="map",
         headline=1,

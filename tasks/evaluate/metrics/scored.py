@@ -14,7 +14,7 @@ from torch import Tensor
 from evaclip_model.zeroshot.exact_ranks import (
     Ranking,
     class_scores,
-    classify,
+    rank_classes,
     retrieve_images,
     retrieve_texts,
 )
@@ -39,7 +39,7 @@ class Scored:
     scores: Tensor | None = None
     """Of a multilabel set: fp32 logits [N, C]."""
 
-    def rankings(self) -> dict[str, Ranking]:
+    def rankings_by_direction(self) -> dict[str, Ranking]:
         """The rankings there are, by the direction of the question."""
         named = {
             "image → class": self.classes,
@@ -94,10 +94,10 @@ def image_of_caption(evalset: EvalSet) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(evalset)), counts)
 
 
-def score(evalset: EvalSet, images: Tensor, texts: Tensor) -> Scored:
+def score_set(evalset: EvalSet, images: Tensor, texts: Tensor) -> Scored:
     """Rank images [N, D] against a text classifier [C, D], or captions [T, D] both ways."""
     if evalset.kind == "classification":
-        return Scored(evalset, classes=classify(images, texts, labels_of(evalset), SHOWN))
+        return Scored(evalset, classes=rank_classes(images, texts, labels_of(evalset), SHOWN))
     if evalset.kind == "multilabel":
         return Scored(evalset, scores=class_scores(images, texts))
     owner = image_of_caption(evalset)

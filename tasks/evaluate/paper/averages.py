@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from tasks.evaluate.paper.published import published, rows_of
+from tasks.evaluate.paper.published import find_published, rows_of
 from tasks.evaluate.sets.set_registry import KnownSet, known_sets
 
 TABLES = ("1b", "2", "3")
@@ -55,7 +55,7 @@ class Gap:
     """The reason why there is no gap; "" where there is one."""
 
 
-def average(
+def average_table(
     table: str, values: Mapping[str, float], row: str | None = None, *, as_printed: bool = False
 ) -> Average:
     """Average of a table's sets.
@@ -72,30 +72,30 @@ def average(
     references = [
         found.value
         for key in sets
-        if row and (found := published(row, key, members[key].metric, as_printed=as_printed))
+        if row and (found := find_published(row, key, members[key].metric, as_printed=as_printed))
     ]
     return Average(
         value=None if missing else mean,
         sets=sets,
         missing=missing,
-        reason=_refusal(len(members), missing),
-        published=_cell(table, row, "avg", as_printed),
+        reason=_explain_refusal(len(members), missing),
+        published=_find_cell(table, row, "avg", as_printed),
         intersection_value=mean,
         intersection_reference=fmean(references) if sets and len(references) == len(sets) else None,
     )
 
 
-def robustness(
+def robustness_gap(
     values: Mapping[str, float], row: str | None = None, *, as_printed: bool = False
 ) -> Gap:
     """The gap of Table 1b from set -> top-1, a share; none where one of the six is missing."""
-    mean = average(ROBUSTNESS, values, row, as_printed=as_printed)
+    mean = average_table(ROBUSTNESS, values, row, as_printed=as_printed)
     base = 100 * values[BASE] if BASE in values else None
     return Gap(
         imagenet1k=base,
         average=mean.value,
         delta=None if mean.value is None or base is None else base - mean.value,
-        published=_cell(ROBUSTNESS, row, "delta", as_printed),
+        published=_find_cell(ROBUSTNESS, row, "delta", as_printed),
         reason=mean.reason,
     )
 
@@ -114,13 +114,13 @@ def members_of(table: str) -> dict[str, KnownSet]:
     return {key: known for key, known in known_sets().items() if table in known.tables}
 
 
-def _refusal(members: int, missing: tuple[str, ...]) -> str:
+def _explain_refusal(members: int, missing: tuple[str, ...]) -> str:
     if not missing:
         return ""
     return f"{len(missing)} of its {members} sets not evaluated: {', '.join(missing)}"
 
 
-def _cell(table: str, row: str | None, column: str, as_printed: bool) -> float | None:
+def _find_cell(table: str, row: str | None, column: str, as_printed: bool) -> float | None:
     """A cell of the paper's row; none where there is no such row."""
     rows = [one for one in rows_of(table, as_printed=as_printed) if row and one.model == row]
     return float(rows[0].cells[column]) if rows else None

@@ -150,8 +150,8 @@ class PaperVerdict:
 @functools.cache
 def table_of(key: str, *, as_printed: bool = False) -> PaperTable:
     """Table `key` ("1a", "1b", "2" ... "10")."""
-    raw = _data()["tables"][key]
-    corrected = {} if as_printed else _corrections(key)
+    raw = _load_tables()["tables"][key]
+    corrected = {} if as_printed else _list_corrections(key)
     columns = tuple(PaperColumn.model_validate(column) for column in raw["columns"])
     return PaperTable(
         title=raw["title"],
@@ -160,10 +160,10 @@ def table_of(key: str, *, as_printed: bool = False) -> PaperTable:
             column.model_copy(update={"label": corrected.get((None, column.key), column.label)})
             for column in columns
         ),
-        rows=tuple(_row(key, row, corrected) for row in raw["rows"]),
+        rows=tuple(_make_row(key, row, corrected) for row in raw["rows"]),
         notes=tuple(
-            _footnote(erratum)
-            for erratum in errata()
+            _erratum_footnote(erratum)
+            for erratum in list_errata()
             if any(one.table == key and not one.models for one in erratum.rows)
             or any(one.table == key and one.model is None for one in erratum.cells)
         ),
@@ -176,9 +176,9 @@ def rows_of(key: str, *, as_printed: bool = False) -> tuple[PaperRow, ...]:
 
 
 @functools.cache
-def errata() -> tuple[Erratum, ...]:
+def list_errata() -> tuple[Erratum, ...]:
     """All of them, E1 first."""
-    return tuple(Erratum.model_validate(entry) for entry in _data()["errata"])
+    return tuple(Erratum.model_validate(entry) for entry in _load_tables()["errata"])
 
 
 def paper_model(source: str, architecture: str) -> PaperModel | None:
@@ -191,16 +191,16 @@ def paper_model(source: str, architecture: str) -> PaperModel | None:
     kind, _, named = source.partition(":")
     file = Path(source.rpartition(":")[0]).name
     name, _, px = architecture.removesuffix(" px").partition(" at ")
-    for one in _released():
+    for one in _list_released():
         if file in one.files or (kind == "open_clip" and named in one.open_clip):
             return PaperModel(one.row, True)
-    for one in _released():
+    for one in _list_released():
         if one.architecture is not None and px and _is_same(one.architecture, name, int(px)):
             return PaperModel(one.row, False)
     return None
 
 
-def published(
+def find_published(
     row: str, set_key: str, metric: str, *, as_printed: bool = False
 ) -> PaperFigure | None:
     """The paper's figure of a model (its row) on a set; none where it prints none.
@@ -215,14 +215,14 @@ def published(
     column = columns[metric]
     for one in rows_of(known.tables[0], as_printed=as_printed):
         if one.model == row:
-            note = next(model.note for model in _released() if model.row == row)
+            note = next(model.note for model in _list_released() if model.row == row)
             return PaperFigure(
                 row, float(one.cells[column]), known.tolerance, one.notes.get(column, ()), note
             )
     return None
 
 
-def verdict(
+def judge_figure(
     ours: float,
     reference: PaperFigure,
     evalset: EvalSet,
@@ -237,7 +237,7 @@ def verdict(
         split: which images these are, where the recipe says it; only then can a set be compared
             whose images the paper does not name.
     """
-    why_not = next(_obstacles(reference, evalset, model, split), None)
+    why_not = next(_list_obstacles(reference, evalset, model, split), None)
     if why_not is not None:
         return PaperVerdict("not comparable", why_not)
     tolerance = UNKNOWN_TOLERANCE if reference.tolerance is None else reference.tolerance
@@ -250,7 +250,7 @@ def verdict(
     return PaperVerdict("differs", f"{distance}; {reference.note}" if reference.note else distance)
 
 
-def _obstacles(
+def _list_obstacles(
     reference: PaperFigure, evalset: EvalSet, model: PaperModel, split: str
 ) -> Iterator[str]:
     """Reasons why a figure of ours cannot be compared with the published one."""
@@ -277,7 +277,7 @@ def _obstacles(
         yield "split not stated by the paper: say in the recipe which images these are"
 
 
-def _row(table: str, raw: Mapping[str, Any], corrected: Mapping[Any, Any]) -> PaperRow:
+def _make_row(table: str, raw: Mapping[str, Any], corrected: Mapping[Any, Any]) -> PaperRow:
     model = str(raw.get("model", ""))
     cells = {
         column: corrected.get((model, column), value)
@@ -287,16 +287,16 @@ def _row(table: str, raw: Mapping[str, Any], corrected: Mapping[Any, Any]) -> Pa
     notes: dict[str, tuple[str, ...]] = {}
     for column in cells.keys() - {"group"}:
         found = tuple(
-            _footnote(one, model, column)
-            for one in errata()
-            if _concerns(one, table, model, column)
+            _erratum_footnote(one, model, column)
+            for one in list_errata()
+            if _concerns_cell(one, table, model, column)
         )
         if found:
             notes[column] = found
     return PaperRow(model, cells, notes)
 
 
-def _concerns(erratum: Erratum, table: str, model: str, column: str) -> bool:
+def _concerns_cell(erratum: Erratum, table: str, model: str, column: str) -> bool:
     """Tell whether an erratum names a cell, as one to correct or to remark on."""
     corrects = any(
         (one.table, one.model, one.column) == (table, model, column) for one in erratum.cells
@@ -308,17 +308,17 @@ def _concerns(erratum: Erratum, table: str, model: str, column: str) -> bool:
     return corrects or remarks
 
 
-def _corrections(table: str) -> dict[tuple[str | None, str], float | str]:
+def _list_corrections(table: str) -> dict[tuple[str | None, str], float | str]:
     """(Row or None, column) -> what the cell should be."""
     return {
         (cell.model, cell.column): cell.expected
-        for erratum in errata()
+        for erratum in list_errata()
         for cell in erratum.cells
         if cell.table == table
     }
 
 
-def _footnote(erratum: Erratum, model: str | None = None, column: str = "") -> str:
+def _erratum_footnote(erratum: Erratum, model: str | None = None, column: str = "") -> str:
     """An erratum in words, with what is printed in the cell it stands at."""
     printed = dict.fromkeys(
         f" (printed: {cell.printed if isinstance(cell.printed, str) else f'{cell.printed:,.10g}'})"
@@ -335,11 +335,11 @@ def _is_same(shipped: str, name: str, px: int) -> bool:
 
 
 @functools.cache
-def _released() -> tuple[Released, ...]:
-    return tuple(Released.model_validate(entry) for entry in _data()["models"])
+def _list_released() -> tuple[Released, ...]:
+    return tuple(Released.model_validate(entry) for entry in _load_tables()["models"])
 
 
 @functools.cache
-def _data() -> Mapping[str, Any]:
+def _load_tables() -> Mapping[str, Any]:
     loaded: Mapping[str, Any] = json.loads(_FILE.read_text())
     return loaded

@@ -12,7 +12,14 @@ from typing import Any
 from tasks.evaluate.metrics.metric import title_of
 from tasks.evaluate.report.charts import interval_bar
 from tasks.evaluate.report.findings import Figure, Findings
-from tasks.evaluate.report.numbers import interval, p_value, percent, plural, points, signed
+from tasks.evaluate.report.numbers import (
+    format_interval,
+    format_percent,
+    format_plural,
+    format_points,
+    format_signed,
+    p_value,
+)
 from tasks.table import NOTHING, Cell, Table, TableColumn, words
 
 VERDICTS = ("differs", "not comparable", "reproduced")
@@ -28,7 +35,7 @@ SURE = 0.05
 """p-value below which a difference is coloured."""
 
 
-def anchor(evalset: str) -> str:
+def set_anchor(evalset: str) -> str:
     """Anchor of a set's section on the page."""
     return f"set-{evalset}"
 
@@ -46,10 +53,10 @@ def glance_table(found: Findings) -> Table:
         *(*found.others, "chance", "images", "warnings"),
     )
     for one in figures:
-        about, published = found.set(one.evalset), one.published
+        about, published = found.describe_set(one.evalset), one.published
         given: list[Cell | str] = []
         if with_paper:
-            given = [_published_cell(one, table), signed(one.difference), _verdict_cell(one)]
+            given = [_published_cell(one, table), format_signed(one.difference), _verdict_cell(one)]
         bar = None
         if one.value is not None:  # a figure that is missing is not one of 0
             bar = interval_bar(
@@ -60,15 +67,18 @@ def glance_table(found: Findings) -> Table:
             )
         warnings = len(about["warnings"])
         table.add(
-            Cell(_name_figure(found, one), link=anchor(one.evalset)),
-            Cell(percent(one.value), "value"),
-            interval(one.interval),
+            Cell(_name_figure(found, one), link=set_anchor(one.evalset)),
+            Cell(format_percent(one.value), "value"),
+            format_interval(one.interval),
             Cell("", drawing=bar),
             *given,
-            *(percent(found.figure(one.evalset, x, one.metric).value) for x in found.others),
-            percent(one.chance),
+            *(
+                format_percent(found.get_figure(one.evalset, x, one.metric).value)
+                for x in found.others
+            ),
+            format_percent(one.chance),
             f"{about['n']:,}",
-            Cell(str(warnings), "warned", link=anchor(one.evalset)) if warnings else "",
+            Cell(str(warnings), "warned", link=set_anchor(one.evalset)) if warnings else "",
         )
     return table
 
@@ -93,12 +103,12 @@ def verdict_table(found: Findings) -> Table | None:
     table.cite(note for _, _, _, published in compared for note in published.errata)
     for _, model, one, published in sorted(compared, key=lambda entry: entry[0]):
         table.add(
-            Cell(_name_figure(found, one), link=anchor(one.evalset)),
+            Cell(_name_figure(found, one), link=set_anchor(one.evalset)),
             *([model] if several else []),
             _verdict_cell(one),
-            percent(one.value),
+            format_percent(one.value),
             _published_cell(one, table),
-            signed(one.difference, 2),
+            format_signed(one.difference, 2),
             NOTHING if published.tolerance is None else f"± {published.tolerance:g}",
             published.reason or "within the tolerance",
         )
@@ -107,7 +117,7 @@ def verdict_table(found: Findings) -> Table | None:
 
 def compared_figures(found: Findings, model: str) -> list[Figure]:
     """The figures of a model that the paper prints too."""
-    return [one for key in found.sets for one in found.figures(key, model) if one.published]
+    return [one for key in found.sets for one in found.list_figures(key, model) if one.published]
 
 
 def count_verdicts(found: Findings, model: str) -> Mapping[str, int]:
@@ -124,7 +134,7 @@ def average_table(found: Findings) -> Table | None:
     )
     for key, title in TABLES.items():
         for model in found.models:
-            average = found.average(key, model)
+            average = found.table_average(key, model)
             if not average:
                 continue
             common, reference = average["intersection_value"], average["intersection_reference"]
@@ -134,9 +144,9 @@ def average_table(found: Findings) -> Table | None:
                 model,
                 _value_or_refusal(average["value"], average["reason"], table),
                 f"{sets} of {sets + len(average['missing'])}",
-                points(common),
-                points(reference),
-                signed(common - reference) if None not in (common, reference) else NOTHING,
+                format_points(common),
+                format_points(reference),
+                format_signed(common - reference) if None not in (common, reference) else NOTHING,
             )
     return table if table.rows else None
 
@@ -145,14 +155,14 @@ def robustness_table(found: Findings) -> Table | None:
     """The gap Δ of Table 1b for every model that has it."""
     table = Table.of("model", "ImageNet-1K", "average of the six", "gap Δ", "published Δ")
     for model in found.models:
-        gap = found.robustness(model)
+        gap = found.robustness_gap(model)
         if gap:
             table.add(
                 model,
-                points(gap["imagenet1k"]),
-                points(gap["average"]),
+                format_points(gap["imagenet1k"]),
+                format_points(gap["average"]),
                 _value_or_refusal(gap["delta"], gap["reason"], table),
-                points(gap["published"]),
+                format_points(gap["published"]),
             )
     return table if table.rows else None
 
@@ -169,12 +179,15 @@ def comparison_table(found: Findings, *, headlines_only: bool) -> Table | None:
             is_sure = one["p"] < SURE
             direction = "good" if one["difference"] > 0 else "bad"
             table.add(
-                Cell(found.name(evalset), link=anchor(evalset)),
+                Cell(found.set_name(evalset), link=set_anchor(evalset)),
                 other,
                 title_of(metric),
-                *(percent(found.figure(evalset, x, metric).value) for x in (found.subject, other)),
-                Cell(signed(100 * one["difference"], 2), direction if is_sure else "quiet"),
-                f"{signed(low, 2)} … {signed(high, 2)}",
+                *(
+                    format_percent(found.get_figure(evalset, x, metric).value)
+                    for x in (found.subject, other)
+                ),
+                Cell(format_signed(100 * one["difference"], 2), direction if is_sure else "quiet"),
+                f"{format_signed(low, 2)} … {format_signed(high, 2)}",
                 Cell(p_value(one["p"]), "" if is_sure else "quiet"),
             )
     return table if table.rows else None
@@ -185,8 +198,8 @@ def compared_pairs(
 ) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """Set, metric and paired difference of the subject to another model."""
     for evalset in found.sets:
-        for metric, one in found.paired(evalset, other).items():
-            if not headlines_only or metric in found.headlines(evalset):
+        for metric, one in found.paired_differences(evalset, other).items():
+            if not headlines_only or metric in found.headline_metrics(evalset):
                 yield evalset, metric, one
 
 
@@ -197,20 +210,22 @@ def contamination_table(found: Findings) -> Table | None:
         *("without them", "difference"),
     )
     for evalset in found.sets:
-        one = found.contamination(evalset)
+        one = found.contaminated_images(evalset)
         if not one:
             continue
-        flagged, n = one["flagged"], found.set(evalset)["n"]
+        flagged, n = one["flagged"], found.describe_set(evalset)["n"]
         for figure in found.headline_figures(evalset, found.subject):
             ours, cleaned = figure.value, (one["figures_without"] or {}).get(figure.metric)
             table.add(
-                Cell(found.name(evalset), link=anchor(evalset)),
+                Cell(found.set_name(evalset), link=set_anchor(evalset)),
                 f"{flagged:,} of {n:,}",
-                percent(flagged / n),
+                format_percent(flagged / n),
                 figure.title,
-                percent(ours),
-                percent(cleaned),
-                NOTHING if ours is None or cleaned is None else signed(100 * (cleaned - ours), 2),
+                format_percent(ours),
+                format_percent(cleaned),
+                NOTHING
+                if ours is None or cleaned is None
+                else format_signed(100 * (cleaned - ours), 2),
             )
     return table if table.rows else None
 
@@ -219,7 +234,7 @@ def failure_table(found: Findings) -> Table | None:
     """Sets that could not be evaluated."""
     table = Table.of("set", words("why"))
     for evalset, reason in found.failed.items():
-        table.add(found.name(evalset), reason)
+        table.add(found.set_name(evalset), reason)
     return table if table.rows else None
 
 
@@ -227,7 +242,7 @@ def provenance_table(found: Findings) -> Table:
     """Models, the rule for ties and versions behind all figures."""
     table = Table.of("what", words("is"))
     for model in found.models:
-        table.add(f"model “{model}”", "; ".join(_describe_model(found.about(model))))
+        table.add(f"model “{model}”", "; ".join(_describe_model(found.describe_model(model))))
     table.add("rule", str(found.raw["rule"]))
     versions = found.raw["versions"].items()
     table.add("versions", ", ".join(f"{tool} {version}" for tool, version in versions))
@@ -236,8 +251,8 @@ def provenance_table(found: Findings) -> Table:
 
 def count_sets_and_images(found: Findings) -> str:
     """Size of the evaluation: 33 sets, 512,000 images."""
-    images = sum(int(found.set(one)["n"]) for one in found.sets)
-    return f"{plural(len(found.sets), 'set')}, {plural(images, 'image')}"
+    images = sum(int(found.describe_set(one)["n"]) for one in found.sets)
+    return f"{format_plural(len(found.sets), 'set')}, {format_plural(images, 'image')}"
 
 
 def _describe_model(about: Mapping[str, Any]) -> Iterator[str]:
@@ -265,7 +280,9 @@ def _describe_value(value: Any) -> str:
 
 def _name_figure(found: Findings, figure: Figure) -> str:
     """A set and its figure in one name; of top-1 the set's alone."""
-    return found.name(figure.evalset) + ("" if figure.metric == "top1" else f" · {figure.title}")
+    return found.set_name(figure.evalset) + (
+        "" if figure.metric == "top1" else f" · {figure.title}"
+    )
 
 
 def _verdict_cell(figure: Figure) -> Cell:
@@ -283,4 +300,4 @@ def _published_cell(figure: Figure, table: Table) -> Cell:
 def _value_or_refusal(value: float | None, reason: str, table: Table) -> Cell:
     if value is None:
         return Cell("refused", "bad", notes=table.cite([reason] if reason else []))
-    return Cell(points(value))
+    return Cell(format_points(value))

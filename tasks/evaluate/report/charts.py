@@ -56,7 +56,7 @@ class _Frame:
 
     def x(self, value: float) -> float:
         """Place of a value, in pixels from the left."""
-        low, high, at = (_log(one) if self.log_x else one for one in (*self.x_range, value))
+        low, high, at = (_log10(one) if self.log_x else one for one in (*self.x_range, value))
         return LEFT + (at - low) / (high - low) * (self.width - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
@@ -65,18 +65,18 @@ class _Frame:
         bottom = self.height - BOTTOM
         return bottom - (value - low) / (high - low) * (bottom - TOP)
 
-    def draw(self, x_ticks: Iterable[float], parts: Iterable[Markup], style: str) -> Markup:
+    def draw_chart(self, x_ticks: Iterable[float], parts: Iterable[Markup], style: str) -> Markup:
         """The chart with `parts` inside its axes."""
         grid = []
         for tick in self.y_ticks:
             y = self.y(tick)
             grid += [
                 element("line", class_="grid", x1=LEFT, x2=self.width - RIGHT, y1=y, y2=y),
-                element("text", short(tick), x=LEFT - 7, y=y + 3.5, text_anchor="end"),
+                element("text", format_short(tick), x=LEFT - 7, y=y + 3.5, text_anchor="end"),
             ]
         below = self.height - BOTTOM + 15
         marks = [
-            element("text", short(one), x=self.x(one), y=below, text_anchor="middle")
+            element("text", format_short(one), x=self.x(one), y=below, text_anchor="middle")
             for one in x_ticks
             if self.x_range[0] <= one <= self.x_range[1]
         ]
@@ -104,7 +104,7 @@ def line_chart(lines: Sequence[ChartLine], *, x: str, y: str, log_x: bool = Fals
     if not points:
         return EMPTY
     low, high = min(px for px, _ in points), max(px for px, _ in points)
-    y_ticks = ticks(min(0.0, *(py for _, py in points)), max(py for _, py in points))
+    y_ticks = choose_ticks(min(0.0, *(py for _, py in points)), max(py for _, py in points))
     frame = _Frame(520, 250, x, y, (low, max(high, low * (1 + 1e-9) + 1e-9)), y_ticks, log_x)
     drawn = [
         element(
@@ -115,11 +115,11 @@ def line_chart(lines: Sequence[ChartLine], *, x: str, y: str, log_x: bool = Fals
         )
         for line in finite
     ]
-    marks = [10.0**power for power in range(-12, 13)] if log_x else ticks(low, high)
-    return frame.draw(marks, drawn, "chart")
+    marks = [10.0**power for power in range(-12, 13)] if log_x else choose_ticks(low, high)
+    return frame.draw_chart(marks, drawn, "chart")
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
+def choose_ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) that enclose [low, high]."""
     span = high - low or abs(high) or 1.0
     power = 10 ** math.floor(math.log10(span / about))
@@ -129,7 +129,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
 
 
-def short(value: float) -> str:
+def format_short(value: float) -> str:
     """A number as an axis shows it: 0.25, 40, 12k, 2M."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
@@ -137,7 +137,7 @@ def short(value: float) -> str:
     return f"{value:g}"
 
 
-def _log(value: float) -> float:
+def _log10(value: float) -> float:
     return math.log10(max(value, 1e-12))
 
 
@@ -148,7 +148,7 @@ def bubble_chart(bubbles: Sequence[Bubble], *, x: str, y: str) -> Markup:
         return EMPTY
     xs, ys = [one.x for one in drawn], [one.y for one in drawn]
     x_range = min(xs) * 10**-0.12, max(xs) * 10**0.12
-    frame = _Frame(760, 380, x, y, x_range, ticks(min(ys), max(ys), about=6), log_x=True)
+    frame = _Frame(760, 380, x, y, x_range, choose_ticks(min(ys), max(ys), about=6), log_x=True)
     largest = max(one.area or 0.0 for one in drawn) or 1.0
     circles = [
         _Circle(
@@ -183,7 +183,7 @@ def bubble_chart(bubbles: Sequence[Bubble], *, x: str, y: str) -> Markup:
         style = f"name {one.bubble.style}"
         parts.append(element("text", one.bubble.label, class_=style, x=box.left, y=box.top + 9))
     marks = (step * 10.0**power for power in range(-3, 9) for step in (1, 2, 5))
-    return frame.draw(marks, parts, "chart bubbles")
+    return frame.draw_chart(marks, parts, "chart bubbles")
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class _Box:
     width: float
     height: float = 12.0
 
-    def overlap(self, other: _Box) -> float:
+    def overlap_area(self, other: _Box) -> float:
         """Common area."""
         wide = min(self.left + self.width, other.left + other.width) - max(self.left, other.left)
         high = min(self.top + self.height, other.top + other.height) - max(self.top, other.top)
@@ -224,9 +224,11 @@ def _place_name(circle: _Circle, frame: _Frame, taken: Sequence[_Box]) -> _Box:
     ]
 
     def cost(box: _Box) -> float:
-        outside = box.width * box.height - box.overlap(inside)
+        outside = box.width * box.height - box.overlap_area(inside)
         far = abs(box.top + 6 - circle.y)
-        return round(sum(map(box.overlap, taken)) + 4 * outside + far, 6)  # equal ones: the first
+        return round(
+            sum(map(box.overlap_area, taken)) + 4 * outside + far, 6
+        )  # equal ones: the first
 
     return min(places, key=cost)
 

@@ -45,29 +45,33 @@ def compute_chart(found: Findings, images_seen: float) -> Markup | None:
 
     `images_seen` are the subject's image-text pairs where its training is known, else 0.
     """
-    shares = {model: found.results(SET, model).get(METRIC) for model in found.models}
+    shares = {model: found.set_results(SET, model).get(METRIC) for model in found.models}
     if all(share is None for share in shares.values()):
         return None
     rows = {row.model: row.cells for row in rows_of("1a")}
     bubbles = [
-        _bubble(name, row["in1k_zs_top1"], GFLOPS[name], row["samples_seen"], _family(name))
+        _make_bubble(
+            name, row["in1k_zs_top1"], GFLOPS[name], row["samples_seen"], _model_family(name)
+        )
         for name, row in rows.items()
     ]
     for model, share in shares.items():
-        gflops = found.about(model)["gflops"]
+        gflops = found.describe_model(model)["gflops"]
         if share is not None and gflops:
             beside = beside_of(found, model)
             samples = images_seen if model == found.subject and images_seen else None
             if samples is None and beside is not None and beside.is_released:
                 samples = rows[beside.row]["samples_seen"]
-            bubbles.append(_bubble(model, 100 * share, gflops, samples, "subject"))
+            bubbles.append(_make_bubble(model, 100 * share, gflops, samples, "subject"))
     return bubble_chart(bubbles, x="forward GFLOPs an image", y="ImageNet-1K zero-shot top-1, %")
 
 
-def _bubble(name: str, percent: float, gflops: float, samples: float | None, style: str) -> Bubble:
+def _make_bubble(
+    name: str, percent: float, gflops: float, samples: float | None, style: str
+) -> Bubble:
     """One model; `samples` are the image-text pairs seen, None if unknown."""
     return Bubble(gflops, percent, None if samples is None else gflops * samples, name, style)
 
 
-def _family(name: str) -> str:
+def _model_family(name: str) -> str:
     return "eva" if name.startswith("EVA") else "openai" if name.startswith("OpenAI") else "open"

@@ -52,7 +52,7 @@ def read_curve(path: Path) -> Curve:
         lines = path.read_text().splitlines()
     except FileNotFoundError:
         raise InputError(f"{path} is missing: a training stage writes it, train first") from None
-    steps = [step for step in map(_step, lines) if step is not None]
+    steps = [step for step in map(_parse_step, lines) if step is not None]
     if not steps:
         raise InputError(f"{path} holds no training step: train again")
     job = path.with_name("train.json")
@@ -92,7 +92,7 @@ def loss_chart(curve: Curve) -> Markup:
     return line_chart(lines, x="image-text pairs seen", y="contrastive loss")
 
 
-def _step(line: str) -> dict[str, Any] | None:
+def _parse_step(line: str) -> dict[str, Any] | None:
     """One step; a line cut off by a kill is none."""
     try:
         step = json.loads(line)

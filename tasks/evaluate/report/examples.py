@@ -51,7 +51,7 @@ class Amount:
         return cls(3, 5, 15, 10) if count <= FEW_SETS else cls(2, 3, 5, 5)
 
 
-def searches(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
+def pick_searches(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
     """Text to image: a caption and the first images, its own marked."""
     assert scored.images is not None
     captions, owner = captions_of(scored.evalset), image_of_caption(scored.evalset)
@@ -61,24 +61,27 @@ def searches(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
             "query": captions[query],
             "rank": int(scored.images.ranks[query]) + 1,
             "images": [
-                {"uri": _picture(scored.evalset, image), "right": image == int(owner[query])}
+                {
+                    "uri": _image_thumbnail(scored.evalset, image),
+                    "right": image == int(owner[query]),
+                }
                 | {"title": scored.evalset.samples[image].captions[0]}
                 for image in scored.images.top[query].tolist()
             ],
-            "own": _picture(scored.evalset, int(owner[query])),
+            "own": _image_thumbnail(scored.evalset, int(owner[query])),
         }
-        for group, query in _drawn(scored.evalset, scored.images, amount)
+        for group, query in _draw_queries(scored.evalset, scored.images, amount)
     ]
 
 
-def readings(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
+def pick_readings(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
     """Image to text: an image and the first captions, its own marked."""
     assert scored.texts is not None
     captions, owner = captions_of(scored.evalset), image_of_caption(scored.evalset)
     return [
         {
             "group": group,
-            "picture": _picture(scored.evalset, query),
+            "picture": _image_thumbnail(scored.evalset, query),
             "rank": int(scored.texts.ranks[query]) + 1,
             "own": scored.evalset.samples[query].captions[0],
             "captions": [
@@ -86,11 +89,11 @@ def readings(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
                 for text in scored.texts.top[query, :CAPTIONS_SHOWN].tolist()
             ],
         }
-        for group, query in _drawn(scored.evalset, scored.texts, amount)
+        for group, query in _draw_queries(scored.evalset, scored.texts, amount)
     ]
 
 
-def mistakes(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
+def pick_mistakes(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
     """Wrongly classified images beside an image of the class they were taken for."""
     assert scored.classes is not None
     evalset, ranks = scored.evalset, scored.classes.ranks
@@ -98,13 +101,13 @@ def mistakes(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
     of_class = _first_of_class(evalset)
     return [
         {
-            "picture": _picture(evalset, index),
+            "picture": _image_thumbnail(evalset, index),
             "actual": evalset.classnames[evalset.samples[index].label],
             "said": evalset.classnames[said],
-            "example": _picture(evalset, of_class[said]) if said in of_class else None,
+            "example": _image_thumbnail(evalset, of_class[said]) if said in of_class else None,
             "rank": int(ranks[index]) + 1,
         }
-        for index in sorted(_sample(evalset, wrong, amount.mistakes))
+        for index in sorted(_draw_sample(evalset, wrong, amount.mistakes))
         for said in (int(scored.classes.top[index, 0]),)
     ]
 
@@ -138,7 +141,7 @@ def commonest_confusions(scored: Scored, count: int) -> list[Confusion]:
     ]
 
 
-def confusions(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
+def pick_confusions(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
     """The commonest confusions, each with one of its images and one of the other class."""
     evalset, of_class = scored.evalset, _first_of_class(scored.evalset)
     return [
@@ -147,8 +150,10 @@ def confusions(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
             "said": evalset.classnames[one.said],
             "times": len(one.images),
             "of": one.of,
-            "picture": _picture(evalset, _sample(evalset, one.images, 1)[0]),
-            "example": _picture(evalset, of_class[one.said]) if one.said in of_class else None,
+            "picture": _image_thumbnail(evalset, _draw_sample(evalset, one.images, 1)[0]),
+            "example": _image_thumbnail(evalset, of_class[one.said])
+            if one.said in of_class
+            else None,
         }
         for one in commonest_confusions(scored, amount.confusions)
     ]
@@ -160,13 +165,13 @@ def class_searches(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
     evalset = scored.evalset
     shown = [set(sample.labels) for sample in evalset.samples]
     occurring = sorted(set().union(*shown))
-    chosen = sorted(_sample(evalset, occurring, amount.right + amount.others))
+    chosen = sorted(_draw_sample(evalset, occurring, amount.right + amount.others))
     first = top_k(scored.scores.T[chosen], SHOWN).tolist()
     return [
         {
             "query": evalset.classnames[label],
             "images": [
-                {"uri": _picture(evalset, image), "right": label in shown[image]}
+                {"uri": _image_thumbnail(evalset, image), "right": label in shown[image]}
                 for image in images
             ],
         }
@@ -186,7 +191,7 @@ def taken_for(scored: Scored) -> Mapping[int, tuple[int, int]]:
     return found
 
 
-def thumbnail(content: bytes) -> str:
+def make_thumbnail(content: bytes) -> str:
     """An encoded image as a small WebP data URI, transparent parts on white."""
     rgba = decode_image(content).convert("RGBA")
     rgba.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BICUBIC)
@@ -200,22 +205,22 @@ def _first_of_class(evalset: EvalSet) -> dict[int, int]:
     return {sample.label: index for index, sample in reversed([*enumerate(evalset.samples)])}
 
 
-def _drawn(evalset: EvalSet, ranking: Ranking, amount: Amount) -> list[tuple[str, int]]:
+def _draw_queries(evalset: EvalSet, ranking: Ranking, amount: Amount) -> list[tuple[str, int]]:
     """Queries to show: some of those answered right, then some of those that were not."""
     among = torch.nonzero(ranking.ranks == 0).flatten().tolist()
-    good = _sample(evalset, among, amount.right)
+    good = _draw_sample(evalset, among, amount.right)
     rest = torch.nonzero(ranking.ranks > 0).flatten().tolist()
     among_right = f"drawn from the {len(among):,} of {len(ranking):,} answered right"
     return [(among_right, query) for query in good] + [
         (f"drawn from the other {len(rest):,}", query)
-        for query in _sample(evalset, rest, amount.others)
+        for query in _draw_sample(evalset, rest, amount.others)
     ]
 
 
-def _sample(evalset: EvalSet, population: Sequence[int], count: int) -> list[int]:
+def _draw_sample(evalset: EvalSet, population: Sequence[int], count: int) -> list[int]:
     draw = random.Random(f"{evalset.fingerprint}:{len(population)}")
     return draw.sample(population, min(count, len(population)))
 
 
-def _picture(evalset: EvalSet, index: int) -> str:
-    return thumbnail(evalset.samples[index].image.read())
+def _image_thumbnail(evalset: EvalSet, index: int) -> str:
+    return make_thumbnail(evalset.samples[index].image.read())

@@ -83,7 +83,7 @@ class Findings:
     def others(self) -> tuple[str, ...]:
         return self.models[1:]
 
-    def about(self, model: str) -> Json:
+    def describe_model(self, model: str) -> Json:
         """Digest, architecture, parameters, GFLOPs and source of a model."""
         found: Json = self.raw["models"][model]
         return found
@@ -96,48 +96,48 @@ class Findings:
     @property
     def failed(self) -> Json:
         """Sets that could not be evaluated, with the reason."""
-        return self._part("failed")
+        return self._results_part("failed")
 
-    def known(self, evalset: str) -> KnownSet | None:
+    def known_set(self, evalset: str) -> KnownSet | None:
         """A set's entry in the registry."""
         return find_set(evalset)
 
-    def name(self, evalset: str) -> str:
+    def set_name(self, evalset: str) -> str:
         """A set's name for people."""
-        known = self.known(evalset)
+        known = self.known_set(evalset)
         return known.title if known else evalset
 
-    def set(self, evalset: str) -> Json:
+    def describe_set(self, evalset: str) -> Json:
         """Size, fingerprints, prompts and warnings of a set."""
         found: Json = self.raw["sets"][evalset]
         return found
 
-    def results(self, evalset: str, model: str) -> Json:
+    def set_results(self, evalset: str, model: str) -> Json:
         """Everything that was found of a model on a set; empty where it was not evaluated."""
-        found: Json = self._part("results", evalset, model)
+        found: Json = self._results_part("results", evalset, model)
         return found
 
-    def metrics(self, evalset: str) -> tuple[str, ...]:
+    def list_metrics(self, evalset: str) -> tuple[str, ...]:
         """The metrics of a set, in the order in which they are shown."""
-        return tuple(one.name for one in metrics_in(self.results(evalset, self.subject)))
+        return tuple(one.name for one in metrics_in(self.set_results(evalset, self.subject)))
 
-    def headlines(self, evalset: str) -> tuple[str, ...]:
+    def headline_metrics(self, evalset: str) -> tuple[str, ...]:
         """The metrics of a set that are shown first: the paper's."""
-        about = self.set(evalset)
+        about = self.describe_set(evalset)
         return tuple(one.name for one in headlines_of(about["kind"], about.get("metric")))
 
-    def figure(self, evalset: str, model: str, metric: str) -> Figure:
+    def get_figure(self, evalset: str, model: str, metric: str) -> Figure:
         """A metric of a model on a set."""
-        results = self.results(evalset, model)
+        results = self.set_results(evalset, model)
         spread, bounds = (results.get(key, {}).get(metric) for key in ("intervals", "bounds"))
-        given = self._part("paper", evalset, model, metric)
+        given = self._results_part("paper", evalset, model, metric)
         return Figure(
             evalset=evalset,
             metric=metric,
             value=results.get(metric),
             interval=tuple(spread) if spread else None,
             bounds=tuple(bounds) if bounds else None,
-            chance=self._part("chance", evalset).get(metric),
+            chance=self._results_part("chance", evalset).get(metric),
             published=PublishedFigure(
                 value=given["published"],
                 tolerance=given["tolerance"],
@@ -149,33 +149,35 @@ class Findings:
             else None,
         )
 
-    def figures(self, evalset: str, model: str) -> list[Figure]:
+    def list_figures(self, evalset: str, model: str) -> list[Figure]:
         """All metrics of a model on a set."""
-        return [self.figure(evalset, model, metric) for metric in self.metrics(evalset)]
+        return [self.get_figure(evalset, model, metric) for metric in self.list_metrics(evalset)]
 
     def headline_figures(self, evalset: str, model: str) -> list[Figure]:
         """The figures of a model on a set that are shown first."""
-        return [self.figure(evalset, model, metric) for metric in self.headlines(evalset)]
+        return [
+            self.get_figure(evalset, model, metric) for metric in self.headline_metrics(evalset)
+        ]
 
-    def paired(self, evalset: str, other: str) -> Mapping[str, Json]:
+    def paired_differences(self, evalset: str, other: str) -> Mapping[str, Json]:
         """Metric -> the subject's difference to another model, its interval and p-value."""
-        return self._part("paired", evalset, other)
+        return self._results_part("paired", evalset, other)
 
-    def average(self, table: str, model: str) -> Json:
+    def table_average(self, table: str, model: str) -> Json:
         """A model's average over the sets of a table, or why there is none; empty where no set of
         the table was evaluated."""
-        return self._part("averages", table, model)
+        return self._results_part("averages", table, model)
 
-    def robustness(self, model: str) -> Json:
+    def robustness_gap(self, model: str) -> Json:
         """The gap between ImageNet-1K and the average of Table 1b; empty likewise."""
-        return self._part("robustness", model)
+        return self._results_part("robustness", model)
 
-    def contamination(self, evalset: str) -> Json:
+    def contaminated_images(self, evalset: str) -> Json:
         """Images with near-duplicates in the training data, and figures without them; empty where
         that is not known."""
-        return self._part("contamination", evalset)
+        return self._results_part("contamination", evalset)
 
-    def _part(self, *path: str) -> Json:
+    def _results_part(self, *path: str) -> Json:
         """A part of the results, empty where this evaluation has none."""
         found: Json = self.raw
         for key in path:

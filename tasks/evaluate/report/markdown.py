@@ -15,7 +15,7 @@ from tasks.evaluate.report import all_sets, one_set
 from tasks.evaluate.report.curves import Curve
 from tasks.evaluate.report.examples import commonest_confusions, taken_for
 from tasks.evaluate.report.findings import Findings
-from tasks.evaluate.report.numbers import plural
+from tasks.evaluate.report.numbers import format_plural
 from tasks.evaluate.report.paper_form import paper_tables
 from tasks.evaluate.report.summary import headline_tiles, summary_sentences
 from tasks.table import Table, escape_markdown, markdown_table, words
@@ -32,16 +32,16 @@ def write_markdown(
 ) -> str:
     """The whole report."""
     found = Findings(results)
-    parts = [*_first_screen(found), *_paper(found)]
-    parts += _part(
+    parts = [*_first_screen(found), *_paper_lines(found)]
+    parts += _titled_table(
         "## Beside the other models", all_sets.comparison_table(found, headlines_only=True)
     )
-    parts += _part("## Seen in training?", all_sets.contamination_table(found))
-    parts += _part("## Training", _training(curves) if curves else None)
+    parts += _titled_table("## Seen in training?", all_sets.contamination_table(found))
+    parts += _titled_table("## Training", _training_table(curves) if curves else None)
     parts.append("## Set by set")
     for key in found.sets:
-        parts += _set(found, key, scored.get(key, {}).get(found.subject))
-    parts += _part("## Where this comes from", all_sets.provenance_table(found))
+        parts += _set_lines(found, key, scored.get(key, {}).get(found.subject))
+    parts += _titled_table("## Where this comes from", all_sets.provenance_table(found))
     return "\n\n".join(parts) + "\n"
 
 
@@ -50,7 +50,7 @@ def write_short_markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(_first_screen(Findings(results))) + "\n"
 
 
-def _part(title: str, table: Table | None) -> list[str]:
+def _titled_table(title: str, table: Table | None) -> list[str]:
     """A table below its title; nothing where there is no table."""
     return [title, markdown_table(table)] if table else []
 
@@ -62,23 +62,23 @@ def _first_screen(found: Findings) -> Iterator[str]:
     for tile in headline_tiles(found):
         tiles.add(tile.of, tile.value, ", ".join(f"{name} {value}" for name, value in tile.facts))
     yield markdown_table(tiles)
-    yield from _part("## Sets that could not be evaluated", all_sets.failure_table(found))
-    yield from _part("## All sets at a glance", all_sets.glance_table(found))
+    yield from _titled_table("## Sets that could not be evaluated", all_sets.failure_table(found))
+    yield from _titled_table("## All sets at a glance", all_sets.glance_table(found))
 
 
-def _paper(found: Findings) -> Iterator[str]:
-    yield from _part("## Beside the paper", all_sets.verdict_table(found))
+def _paper_lines(found: Findings) -> Iterator[str]:
+    yield from _titled_table("## Beside the paper", all_sets.verdict_table(found))
     tables = paper_tables(found)
     if tables:
         yield "## The paper's tables"
         yield "In percent; known errors of the paper corrected and footnoted; ours in bold."
     for one in tables:
-        yield from _part(f"### {escape_markdown(one.title)}", one.table)
-    yield from _part("### Averages", all_sets.average_table(found))
-    yield from _part("### Robustness gap Δ", all_sets.robustness_table(found))
+        yield from _titled_table(f"### {escape_markdown(one.title)}", one.table)
+    yield from _titled_table("### Averages", all_sets.average_table(found))
+    yield from _titled_table("### Robustness gap Δ", all_sets.robustness_table(found))
 
 
-def _training(curves: Sequence[Curve]) -> Table:
+def _training_table(curves: Sequence[Curve]) -> Table:
     table = Table.of(*("stage", "pairs seen", "last loss", "logit scale", "images/s", "seconds"))
     for curve in curves:
         table.add(
@@ -92,9 +92,9 @@ def _training(curves: Sequence[Curve]) -> Table:
     return table
 
 
-def _set(found: Findings, key: str, scored: Scored | None) -> Iterator[str]:
-    yield f"### {escape_markdown(found.name(key))}"
-    warnings = found.set(key)["warnings"]
+def _set_lines(found: Findings, key: str, scored: Scored | None) -> Iterator[str]:
+    yield f"### {escape_markdown(found.set_name(key))}"
+    warnings = found.describe_set(key)["warnings"]
     if warnings:
         yield "\n".join(f"> {escape_markdown(text)}" for text in warnings)
     yield markdown_table(one_set.figure_table(found, key))
@@ -102,10 +102,11 @@ def _set(found: Findings, key: str, scored: Scored | None) -> Iterator[str]:
     classes = one_set.class_table(found, key, taken_for(scored) if scored and is_ranked else {})
     if classes:
         weakest = classes.rows[:CLASSES_SHOWN]
-        yield f"The {len(weakest)} weakest of {plural(len(classes.rows), 'class', 'classes')}:"
+        count = format_plural(len(classes.rows), "class", "classes")
+        yield f"The {len(weakest)} weakest of {count}:"
         yield markdown_table(replace(classes, rows=weakest))
     confused = commonest_confusions(scored, CONFUSIONS_SHOWN) if scored and is_ranked else []
     if scored and confused:
         table = one_set.confusion_table(confused, scored.evalset.classnames)
-        yield from _part("Commonest confusions:", table)
+        yield from _titled_table("Commonest confusions:", table)
     yield markdown_table(one_set.provenance_table(found, key))

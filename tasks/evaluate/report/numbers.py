@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from tasks.table import NOTHING
 
 
-def percent(share: float | None) -> str:
+def format_percent(share: float | None) -> str:
     """A share as people read it: 6.21 %, 0.07 %, 100 %."""
     if share is None:
         return NOTHING
@@ -20,11 +20,11 @@ def percent(share: float | None) -> str:
     return f"{100 * share:.{digits}f} %" if share < 1 else "100 %"
 
 
-def interval(bounds: Sequence[float] | None) -> str:
+def format_interval(bounds: Sequence[float] | None) -> str:
     """A range of shares: 5.12 – 7.51 %."""
     if bounds is None:
         return NOTHING
-    low, high = (percent(value).removesuffix(" %") for value in bounds)
+    low, high = (format_percent(value).removesuffix(" %") for value in bounds)
     return f"{low} – {high} %"
 
 
@@ -33,12 +33,12 @@ def as_printed(share: float | None) -> str:
     return NOTHING if share is None else f"{100 * share:.1f}"
 
 
-def points(value: float | None) -> str:
+def format_points(value: float | None) -> str:
     """Percentage points or percents without a sign before positive ones: 2.3, −1.0."""
     return NOTHING if value is None else f"{value:.1f}".replace("-", "−")
 
 
-def signed(points: float | None, digits: int = 1) -> str:
+def format_signed(points: float | None, digits: int = 1) -> str:
     """A difference in percentage points: +0.3, −1.2, 0.0."""
     if points is None:
         return NOTHING
@@ -54,7 +54,7 @@ def p_value(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def times(value: float | None, chance: float | None) -> str:
+def format_times(value: float | None, chance: float | None) -> str:
     """A share as a multiple of chance: 12 ×, 1.5 ×."""
     if value is None or not chance:
         return NOTHING
@@ -62,14 +62,14 @@ def times(value: float | None, chance: float | None) -> str:
     return f"{ratio:.0f} ×" if ratio >= 10 else f"{ratio:.1f} ×"
 
 
-def ordinal(number: int) -> str:
+def format_ordinal(number: int) -> str:
     """1st, 2nd, 3rd, 4th, 11th, 1,021st."""
     teens = number % 100 in (11, 12, 13)
     suffix = "th" if teens else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
     return f"{number:,}{suffix}"
 
 
-def size(count: float, digits: int = 0) -> str:
+def format_size(count: float, digits: int = 0) -> str:
     """A large count as the paper prints it: 149M, 13B; with digits, from a billion on: 1.0B."""
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= unit:
@@ -77,6 +77,6 @@ def size(count: float, digits: int = 0) -> str:
     return f"{count:.0f}"
 
 
-def plural(count: int, noun: str, plural_noun: str | None = None) -> str:
+def format_plural(count: int, noun: str, plural_noun: str | None = None) -> str:
     """A count with its noun: 1 set, 33 sets, 2 classes."""
     return f"{count:,} {noun if count == 1 else plural_noun or noun + 's'}"

@@ -10,7 +10,12 @@ from collections.abc import Mapping, Sequence
 
 from tasks.evaluate.report.examples import Confusion
 from tasks.evaluate.report.findings import Findings
-from tasks.evaluate.report.numbers import interval, percent, plural, times
+from tasks.evaluate.report.numbers import (
+    format_interval,
+    format_percent,
+    format_plural,
+    format_times,
+)
 from tasks.table import NOTHING, Cell, Table, words
 
 TEMPLATES_SHOWN = 4
@@ -22,16 +27,19 @@ def figure_table(found: Findings, evalset: str) -> Table:
         *("metric", found.subject, "95 % interval", "under ties", *found.others),
         *("chance", "times chance"),
     )
-    for one in found.figures(evalset, found.subject):
+    for one in found.list_figures(evalset, found.subject):
         is_tied = one.bounds is not None and one.bounds[0] != one.bounds[1]
         table.add(
             one.title,
-            Cell(percent(one.value), "value"),
-            interval(one.interval),
-            interval(one.bounds) if is_tied or one.bounds is None else "the same",
-            *(percent(found.figure(evalset, other, one.metric).value) for other in found.others),
-            percent(one.chance),
-            times(one.value, one.chance),
+            Cell(format_percent(one.value), "value"),
+            format_interval(one.interval),
+            format_interval(one.bounds) if is_tied or one.bounds is None else "the same",
+            *(
+                format_percent(found.get_figure(evalset, other, one.metric).value)
+                for other in found.others
+            ),
+            format_percent(one.chance),
+            format_times(one.value, one.chance),
         )
     return table
 
@@ -43,7 +51,7 @@ def class_table(
 
     `taken_for` is class -> the other class that its images were most often given, and how often.
     """
-    entries = found.results(evalset, found.subject).get("per_class")
+    entries = found.set_results(evalset, found.subject).get("per_class")
     if not entries:
         return None
     has_precision = "average_precision" in entries[0]
@@ -53,7 +61,7 @@ def class_table(
     table = Table.of("class", "images", *own, *others)
     shown = [(one[result], index) for index, one in enumerate(entries) if one["n"]]
     for share, index in sorted(shown):
-        one, bar = entries[index], Cell(percent(share), share=share)
+        one, bar = entries[index], Cell(format_percent(share), share=share)
         if has_precision:
             table.add(one["name"], f"{one['n']:,}", bar)
             continue
@@ -73,9 +81,9 @@ def confusion_table(given: Sequence[Confusion], names: Sequence[str]) -> Table:
 
 def provenance_table(found: Findings, evalset: str) -> Table:
     """Images, split, content, prompts and terms of a set."""
-    about, known = found.set(evalset), found.known(evalset)
+    about, known = found.describe_set(evalset), found.known_set(evalset)
     table = Table.of("what", words("is"))
-    size = f"{plural(about['n'], 'image')} in its index, all evaluated once"
+    size = f"{format_plural(about['n'], 'image')} in its index, all evaluated once"
     if about["expected_n"]:
         size += f"; the set that reproduces the paper has {about['expected_n']:,}"
     table.add("images", size)

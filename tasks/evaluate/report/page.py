@@ -21,7 +21,7 @@ from tasks.evaluate.report.charts import ChartLine, line_chart
 from tasks.evaluate.report.compute_chart import compute_chart
 from tasks.evaluate.report.curves import Curve, count_images_seen, loss_chart
 from tasks.evaluate.report.findings import Findings
-from tasks.evaluate.report.numbers import ordinal, percent, plural
+from tasks.evaluate.report.numbers import format_ordinal, format_percent, format_plural
 from tasks.evaluate.report.paper_form import paper_tables
 from tasks.evaluate.report.summary import headline_tiles, summary_sentences
 from tasks.table import html_table
@@ -55,7 +55,7 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["ordinal"] = ordinal
+    environment.filters["ordinal"] = format_ordinal
     environment.globals["table"] = html_table
     found, images_seen = Findings(results), count_images_seen(curves)
     parts: dict[str, Any] = {
@@ -76,7 +76,7 @@ def write_page(
     return environment.get_template("report.html.j2").render(
         found=found,
         subject=found.subject,
-        about=found.about(found.subject),
+        about=found.describe_model(found.subject),
         sections=[place for part, place in SECTIONS.items() if parts[part]],
         sentences=summary_sentences(found),
         tiles=headline_tiles(found),
@@ -89,7 +89,9 @@ def write_page(
 
 def depth_chart(by_model: Mapping[str, Scored], subject: str) -> Markup:
     """Share of right answers among the first k, over k, for every model and for chance."""
-    rankings = {name: next(iter(one.rankings().values())) for name, one in by_model.items()}
+    rankings = {
+        name: next(iter(one.rankings_by_direction().values())) for name, one in by_model.items()
+    }
     first = next(iter(by_model.values()))
     answers = len(first.evalset.classnames) or len(captions_of(first.evalset))
     ks = sorted({max(1, round(answers ** (i / 40))) for i in range(41)})
@@ -107,28 +109,32 @@ def _describe_sets(
 ) -> Iterator[dict[str, Any]]:
     amount = examples.Amount.for_sets(len(found.sets))
     for key in found.sets:
-        about, results = found.set(key), found.results(key, found.subject)
+        about, results = found.describe_set(key), found.set_results(key, found.subject)
         one = scored.get(key, {}).get(found.subject)
         headlines = found.headline_figures(key, found.subject)
         images, captions = (
-            plural(about["n"], "image"),
-            plural(results.get("captions", 0), "caption"),
+            format_plural(about["n"], "image"),
+            format_plural(results.get("captions", 0), "caption"),
         )
-        classes = plural(results.get("classes", 0), "class", "classes")
+        classes = format_plural(results.get("classes", 0), "class", "classes")
         yield {
             "key": key,
-            "anchor": all_sets.anchor(key),
-            "name": found.name(key),
+            "anchor": all_sets.set_anchor(key),
+            "name": found.set_name(key),
             "kind": about["kind"],
             "images": images,
             "captions": captions,
             "size": f"{images}, {captions if about['kind'] == 'retrieval' else classes}",
-            "headline": " / ".join(percent(x.value) for x in headlines if x.value is not None),
+            "headline": " / ".join(
+                format_percent(x.value) for x in headlines if x.value is not None
+            ),
             "warnings": about["warnings"],
             "figures": one_set.figure_table(found, key),
             "provenance": one_set.provenance_table(found, key),
             **_draw_examples(found, key, one, amount),
-            "depth": depth_chart(scored[key], found.subject) if one and one.rankings() else None,
+            "depth": depth_chart(scored[key], found.subject)
+            if one and one.rankings_by_direction()
+            else None,
         }
 
 
@@ -139,11 +145,11 @@ def _draw_examples(
     ranked = one if one and one.classes is not None else None
     return {
         "classes": one_set.class_table(found, key, examples.taken_for(ranked) if ranked else {}),
-        "confusions": examples.confusions(ranked, amount) if ranked else [],
-        "mistakes": examples.mistakes(ranked, amount) if ranked else [],
+        "confusions": examples.pick_confusions(ranked, amount) if ranked else [],
+        "mistakes": examples.pick_mistakes(ranked, amount) if ranked else [],
         "class_searches": (
             examples.class_searches(one, amount) if one and one.scores is not None else []
         ),
-        "searches": examples.searches(one, amount) if one and one.images is not None else [],
-        "readings": examples.readings(one, amount) if one and one.texts is not None else [],
+        "searches": examples.pick_searches(one, amount) if one and one.images is not None else [],
+        "readings": examples.pick_readings(one, amount) if one and one.texts is not None else [],
     }

@@ -21,7 +21,7 @@ from tasks.evaluate.paper.published import (
     table_of,
 )
 from tasks.evaluate.report.findings import Findings
-from tasks.evaluate.report.numbers import as_printed, signed, size
+from tasks.evaluate.report.numbers import as_printed, format_signed, format_size
 from tasks.evaluate.sets.set_registry import known_sets
 from tasks.table import NOTHING, Cell, Table, TableColumn
 
@@ -57,15 +57,15 @@ class PaperForm:
 def paper_tables(found: Findings) -> list[PaperForm]:
     """Tables 1a, 1b, 2, 3 and 4, those of them that have a set of ours."""
     return [
-        PaperForm(f"table-{key}", f"Table {key}. {table_of(key).title}", _fill(found, key))
+        PaperForm(f"table-{key}", f"Table {key}. {table_of(key).title}", _fill_table(found, key))
         for key in ("1a", "1b", "2", "3", "4")
-        if any(found.results(one, found.subject) for one in _columns_of_sets(key))
+        if any(found.set_results(one, found.subject) for one in _columns_of_sets(key))
     ]
 
 
 def beside_of(found: Findings, model: str) -> PaperModel | None:
     """The paper's row that a model of ours belongs beside."""
-    about = found.about(model)
+    about = found.describe_model(model)
     return paper_model(str(about["source"] or ""), str(about["architecture"]))
 
 
@@ -78,10 +78,10 @@ def _columns_of_sets(table: str) -> Mapping[str, dict[str, str]]:
     }
 
 
-def _fill(found: Findings, key: str) -> Table:
+def _fill_table(found: Findings, key: str) -> Table:
     given = table_of(key)
     columns = [column for column in given.columns if column.key != "model"]
-    heads = [TableColumn(_label(one), has_words=one.key in WORDS) for one in columns]
+    heads = [TableColumn(_column_label(one), has_words=one.key in WORDS) for one in columns]
     table = Table.of("model", *heads, is_upright=len(columns) >= UPRIGHT_FROM)
     group = ""
     for one in given.rows:
@@ -101,7 +101,7 @@ def _add_published(table: Table, one: PaperRow, columns: list[PaperColumn]) -> N
     of_row = set.intersection(*said)  # what concerns every cell stands at the model's name
     cells = [
         Cell(
-            _printed(one.cells.get(column.key), column.unit),
+            _print_cell(one.cells.get(column.key), column.unit),
             notes=table.cite(sorted(texts - of_row)),
         )
         for column, texts in zip(columns, said, strict=True)
@@ -109,7 +109,7 @@ def _add_published(table: Table, one: PaperRow, columns: list[PaperColumn]) -> N
     table.add(Cell(one.model, notes=table.cite(sorted(of_row))), *cells, style="published")
 
 
-def _printed(value: Any, unit: str) -> str:
+def _print_cell(value: Any, unit: str) -> str:
     """A cell as the paper prints it: 82.0, 149M, 16 × A100 (40 GB)."""
     if value is None:
         return NOTHING
@@ -119,7 +119,7 @@ def _printed(value: Any, unit: str) -> str:
         return str(value)
     if unit.startswith("percent"):
         return f"{float(value):.1f}"
-    return size(float(value), digits=1 if unit == "parameters" else 0)
+    return format_size(float(value), digits=1 if unit == "parameters" else 0)
 
 
 def _add_ours(
@@ -131,11 +131,11 @@ def _add_ours(
     columns: list[PaperColumn],
 ) -> None:
     """Our row, and its differences to the row it belongs beside."""
-    values = dict(_values(found, key, model))
+    values = dict(_our_values(found, key, model))
     cells = []
     for column in columns:
         if key == "1a" and column.unit != "percent":
-            cells.append(Cell(_setting(found, model, column)))
+            cells.append(Cell(_setting_cell(found, model, column)))
         elif column.key in values:
             cells.append(Cell(as_printed(values[column.key])))
         else:
@@ -151,29 +151,29 @@ def _add_ours(
         if value is None or published is None or column.unit == "parameters":
             differences.append("")
         else:
-            differences.append(signed(100 * value - float(published)))
+            differences.append(format_signed(100 * value - float(published)))
     table.add(f"minus {beside.model}", *differences, style="difference")
 
 
-def _values(found: Findings, key: str, model: str) -> Iterator[tuple[str, float]]:
+def _our_values(found: Findings, key: str, model: str) -> Iterator[tuple[str, float]]:
     """Column -> our value, as a share."""
     for evalset, columns in _columns_of_sets(key).items():
         for column, metric in columns.items():
-            share = found.results(evalset, model).get(metric)
+            share = found.set_results(evalset, model).get(metric)
             if share is not None:
                 yield column, share
-    average, gap = found.average(key, model), found.robustness(model)
+    average, gap = found.table_average(key, model), found.robustness_gap(model)
     if average.get("value") is not None:
         yield "avg", average["value"] / 100
     if key == "1b" and gap.get("delta") is not None:
         yield "delta", gap["delta"] / 100
 
 
-def _setting(found: Findings, model: str, column: PaperColumn) -> str:
+def _setting_cell(found: Findings, model: str, column: PaperColumn) -> str:
     """A cell of Table 1a that holds no figure."""
-    about = found.about(model)
+    about = found.describe_model(model)
     if column.key == "params_total" and about["params"]:
-        return size(float(about["params"]), digits=1)
+        return format_size(float(about["params"]), digits=1)
     if column.key == "image_size":
         return str(about["architecture"]).rpartition(" at ")[2].removesuffix(" px") or NOTHING
     return NOTHING
@@ -182,16 +182,16 @@ def _setting(found: Findings, model: str, column: PaperColumn) -> str:
 def _why_not(found: Findings, key: str, model: str, column: PaperColumn) -> list[str]:
     """The reason why there is no figure of ours in a cell, where one is known."""
     if column.key in ("avg", "delta"):
-        reason = found.average(key, model).get("reason")
+        reason = found.table_average(key, model).get("reason")
         return [str(reason)] if reason else []
     return [
-        f"{found.name(evalset)}: {found.failed[evalset]}"
+        f"{found.set_name(evalset)}: {found.failed[evalset]}"
         for evalset, columns in _columns_of_sets(key).items()
         if column.key in columns and evalset in found.failed
     ]
 
 
-def _label(column: PaperColumn) -> str:
+def _column_label(column: PaperColumn) -> str:
     if column.label or column.key in LABELS:
         return column.label or LABELS[column.key]
     for key, title in (("flickr30k", "Flickr30K"), ("coco", "COCO")):

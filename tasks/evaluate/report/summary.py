@@ -19,7 +19,13 @@ from tasks.evaluate.report.all_sets import (
     count_verdicts,
 )
 from tasks.evaluate.report.findings import Figure, Findings
-from tasks.evaluate.report.numbers import interval, percent, plural, points, signed
+from tasks.evaluate.report.numbers import (
+    format_interval,
+    format_percent,
+    format_plural,
+    format_points,
+    format_signed,
+)
 
 MOST_TILES = 8
 SETS_IN_FULL = 3
@@ -41,19 +47,24 @@ class Tile:
 
 def headline_tiles(found: Findings) -> list[Tile]:
     """The headline figures: of every set when they are few, else of the paper's tables."""
-    if len(found.sets) <= SETS_IN_FULL or not _tables(found):
+    if len(found.sets) <= SETS_IN_FULL or not _list_tables(found):
         return _set_tiles(found, found.sets)[:MOST_TILES]
     first, last = (
         _set_tiles(found, [key for key in keys if key in found.sets])
         for keys in (("imagenet1k",), ("flickr30k", "coco"))
     )
-    averages = [_average_tile(found, table) for table in _tables(found)]
+    averages = [_average_tile(found, table) for table in _list_tables(found)]
     return [*first, *averages, *last][:MOST_TILES]
 
 
 def summary_sentences(found: Findings) -> list[str]:
     """The evaluation in a few sentences: size, agreement with the paper, things to beware of."""
-    return [*_extent(found), *_agreement(found), *_against_others(found), *_warnings(found)]
+    return [
+        *_extent_lines(found),
+        *_agreement_lines(found),
+        *_against_others(found),
+        *_warning_lines(found),
+    ]
 
 
 def average_interval(found: Findings, table: str, model: str) -> tuple[float, float] | None:
@@ -61,7 +72,9 @@ def average_interval(found: Findings, table: str, model: str) -> tuple[float, fl
 
     None when a set of the table was not evaluated.
     """
-    figures = [found.figure(key, model, known.metric) for key, known in members_of(table).items()]
+    figures = [
+        found.get_figure(key, model, known.metric) for key, known in members_of(table).items()
+    ]
     given = [(one.value, one.interval) for one in figures]
     known = [(value, spread) for value, spread in given if value is not None and spread]
     if len(known) < len(given):
@@ -71,84 +84,85 @@ def average_interval(found: Findings, table: str, model: str) -> tuple[float, fl
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
-def _tables(found: Findings) -> list[str]:
-    return [table for table in TABLES if found.average(table, found.subject)]
+def _list_tables(found: Findings) -> list[str]:
+    return [table for table in TABLES if found.table_average(table, found.subject)]
 
 
 def _set_tiles(found: Findings, sets: Sequence[str]) -> list[Tile]:
     figures = [one for key in sets for one in found.headline_figures(key, found.subject)]
     return [
         Tile(
-            f"{found.name(one.evalset)} · {one.title}",
-            percent(one.value),
-            facts=[*_facts(found, one)],
+            f"{found.set_name(one.evalset)} · {one.title}",
+            format_percent(one.value),
+            facts=[*_list_facts(found, one)],
         )
         for one in figures
         if one.value is not None
     ]
 
 
-def _facts(found: Findings, figure: Figure) -> Iterator[tuple[str, str]]:
+def _list_facts(found: Findings, figure: Figure) -> Iterator[tuple[str, str]]:
     if figure.interval:
-        yield "95 % interval", interval(figure.interval)
+        yield "95 % interval", format_interval(figure.interval)
     if figure.published:
         yield "published", f"{100 * figure.published.value:.1f} %"
     for other in found.others[:OTHERS_IN_TILES]:
-        theirs = found.figure(figure.evalset, other, figure.metric)
+        theirs = found.get_figure(figure.evalset, other, figure.metric)
         if theirs.value is not None:
-            yield other, percent(theirs.value)
+            yield other, format_percent(theirs.value)
     if figure.chance is not None:
-        yield "chance", percent(figure.chance)
+        yield "chance", format_percent(figure.chance)
 
 
 def _average_tile(found: Findings, table: str) -> Tile:
-    average, title = found.average(table, found.subject), f"Average of {TABLES[table]}"
+    average, title = found.table_average(table, found.subject), f"Average of {TABLES[table]}"
     value, reference = average["value"], average["intersection_reference"]
     facts: list[tuple[str, str]] = []
     if value is None:
         if average["intersection_value"] is not None:
-            over = f"over {plural(len(average['sets']), 'set')}"
+            over = f"over {format_plural(len(average['sets']), 'set')}"
             facts.append((over, f"{average['intersection_value']:.1f} %"))
         if reference is not None:
             facts.append(("published, same sets", f"{reference:.1f} %"))
-        refused = f"no average: {plural(len(average['missing']), 'set')} missing"
+        refused = f"no average: {format_plural(len(average['missing']), 'set')} missing"
         return Tile(title, refused, refused=True, facts=facts)
     spread = average_interval(found, table, found.subject)
-    facts += [("95 % interval", interval(spread))] if spread else []
+    facts += [("95 % interval", format_interval(spread))] if spread else []
     facts += [("published", f"{reference:.1f} %")] if reference is not None else []
-    delta = found.robustness(found.subject).get("delta") if table == "1b" else None
-    facts += [("gap Δ", points(delta))] if delta is not None else []
+    delta = found.robustness_gap(found.subject).get("delta") if table == "1b" else None
+    facts += [("gap Δ", format_points(delta))] if delta is not None else []
     return Tile(title, f"{value:.1f} %", facts=facts)
 
 
-def _extent(found: Findings) -> Iterator[str]:
+def _extent_lines(found: Findings) -> Iterator[str]:
     others = f", beside {', '.join(found.others)}" if found.others else ""
-    model = f"{found.subject} ({found.about(found.subject)['architecture']})"
+    model = f"{found.subject} ({found.describe_model(found.subject)['architecture']})"
     yield f"{model} was evaluated on {count_sets_and_images(found)}{others}."
     if found.failed:
-        names = ", ".join(found.name(one) for one in found.failed)
-        yield f"{plural(len(found.failed), 'set')} could not be evaluated: {names}."
+        names = ", ".join(found.set_name(one) for one in found.failed)
+        yield f"{format_plural(len(found.failed), 'set')} could not be evaluated: {names}."
 
 
-def _agreement(found: Findings) -> Iterator[str]:
+def _agreement_lines(found: Findings) -> Iterator[str]:
     counts = count_verdicts(found, found.subject)
     same, other, unlike = (counts[one] for one in ("reproduced", "differs", "not comparable"))
     if same + other + unlike:
         yield (
-            f"Of {plural(same + other + unlike, 'figure')} that the paper prints too, "
-            f"{same} {_are(same)} reproduced, {other} {'differs' if other == 1 else 'differ'} and "
-            f"{unlike} {_are(unlike)} not comparable."
+            f"Of {format_plural(same + other + unlike, 'figure')} that the paper prints too, "
+            f"{same} {_is_or_are(same)} reproduced, {other} "
+            f"{'differs' if other == 1 else 'differ'} and "
+            f"{unlike} {_is_or_are(unlike)} not comparable."
         )
-    for table in _tables(found):
-        average = found.average(table, found.subject)
+    for table in _list_tables(found):
+        average = found.table_average(table, found.subject)
         value, reference = average["value"], average["intersection_reference"]
         missing = len(average["missing"])
         if value is not None and reference is not None:
             unlike = _count_not_comparable(found, table)
             beside = (
-                f"though {unlike} of its figures {_are(unlike)} not comparable"
+                f"though {unlike} of its figures {_is_or_are(unlike)} not comparable"
                 if unlike
-                else f"a difference of {signed(value - reference)}"
+                else f"a difference of {format_signed(value - reference)}"
             )
             yield (
                 f"The average over {TABLES[table]} is {value:.1f} %, published {reference:.1f} %, "
@@ -158,8 +172,8 @@ def _agreement(found: Findings) -> Iterator[str]:
             yield f"The average over {TABLES[table]} is {value:.1f} %."
         elif missing:
             yield (
-                f"There is no average over {TABLES[table]}: {plural(missing, 'set')} of it "
-                f"{_are(missing)} missing."
+                f"There is no average over {TABLES[table]}: {format_plural(missing, 'set')} of it "
+                f"{_is_or_are(missing)} missing."
             )
 
 
@@ -167,7 +181,7 @@ def _count_not_comparable(found: Findings, table: str) -> int:
     """Number of the subject's figures in a table's average that the paper's cannot be compared
     with."""
     given = [
-        found.figure(key, found.subject, known.metric).published
+        found.get_figure(key, found.subject, known.metric).published
         for key, known in members_of(table).items()
     ]
     return sum(one is not None and one.verdict == "not comparable" for one in given)
@@ -181,37 +195,41 @@ def _against_others(found: Findings) -> Iterator[str]:
         if tests and not sure:
             yield (
                 f"Beside {other}, {found.subject} cannot be told apart on any of "
-                f"{plural(len(tests), 'headline figure')} (paired tests, p < {SURE})."
+                f"{format_plural(len(tests), 'headline figure')} (paired tests, p < {SURE})."
             )
         elif tests:
             yield (
                 f"Beside {other}, {found.subject} is better on {better} and worse on "
-                f"{len(sure) - better} of {plural(len(tests), 'headline figure')} (paired tests, "
+                f"{len(sure) - better} of {format_plural(len(tests), 'headline figure')} "
+                f"(paired tests, "
                 f"p < {SURE}); the others cannot be told apart."
             )
 
 
-def _warnings(found: Findings) -> Iterator[str]:
+def _warning_lines(found: Findings) -> Iterator[str]:
     shares = {
-        one: found.contamination(one).get("flagged", 0) / found.set(one)["n"] for one in found.sets
+        one: found.contaminated_images(one).get("flagged", 0) / found.describe_set(one)["n"]
+        for one in found.sets
     }
     flagged = [one for one, share in shares.items() if share]
     if flagged:
         worst = max(flagged, key=lambda one: shares[one])
         yield (
-            f"{plural(len(flagged), 'set')} {'has' if len(flagged) == 1 else 'have'} images with "
-            f"near-duplicates in the training data, most of all {found.name(worst)} "
-            f"({percent(shares[worst])})."
+            f"{format_plural(len(flagged), 'set')} {'has' if len(flagged) == 1 else 'have'} "
+            f"images with "
+            f"near-duplicates in the training data, most of all {found.set_name(worst)} "
+            f"({format_percent(shares[worst])})."
         )
-    counts = [len(found.set(one)["warnings"]) for one in found.sets]
+    counts = [len(found.describe_set(one)["warnings"]) for one in found.sets]
     warned = sum(map(bool, counts))
     if warned:
         come = "comes" if warned == 1 else "come"
         yield (
-            f"{plural(warned, 'set')} {come} with {plural(sum(counts), 'warning')}: read them "
+            f"{format_plural(warned, 'set')} {come} with "
+            f"{format_plural(sum(counts), 'warning')}: read them "
             "first."
         )
 
 
-def _are(count: int) -> str:
+def _is_or_are(count: int) -> str:
     return "is" if count == 1 else "are"

@@ -59,7 +59,7 @@ def write_csv(results: Mapping[str, Any]) -> str:
     )
     for key in found.sets:
         for model in found.models:
-            for one in found.figures(key, model):
+            for one in found.list_figures(key, model):
                 published = one.published
                 rows.writerow(
                     (
@@ -67,7 +67,7 @@ def write_csv(results: Mapping[str, Any]) -> str:
                         *(one.interval or ("", "")),
                         one.chance,
                         *((published.value, published.verdict) if published else ("", "")),
-                        found.set(key)["n"],
+                        found.describe_set(key)["n"],
                     )
                 )
     return out.getvalue()

@@ -18,7 +18,7 @@ from evaclip_model.reading.image_decoder import UnreadableImageError, decode_ima
 from tasks.evaluate.sets.class_order import normalise_name, read_class_names
 from tasks.evaluate.sets.published_layout import EvalSample, EvalSet
 from tasks.evaluate.sets.set_registry import KnownSet
-from tasks.progress import Report, silent
+from tasks.progress import Report, report_nothing
 
 SHOWN = 3
 """Examples of each oddity."""
@@ -40,7 +40,7 @@ class Checked:
     unreadable: tuple[tuple[str, str], ...]
     """(key, reason)"""
 
-    def facts(self) -> Iterator[tuple[str, str]]:
+    def list_facts(self) -> Iterator[tuple[str, str]]:
         """What it is, as (what, value)."""
         one = self.evalset
         yield "kind", one.kind
@@ -52,7 +52,7 @@ class Checked:
             yield "templates", f"{len(one.templates)} ({one.prompts_source}): {one.templates[0]}"
         yield "fingerprint", one.fingerprint
 
-    def oddities(self) -> Iterator[str]:
+    def list_oddities(self) -> Iterator[str]:
         """What a person should look at, a sentence each."""
         one = self.evalset
         yield from one.warnings
@@ -69,15 +69,15 @@ class Checked:
             if shared:
                 yield f"{shared:,} captions belong to several images word for word: exact ties"
         if self.unreadable:
-            names = _some([f"{key} ({reason})" for key, reason in self.unreadable])
+            names = _name_some([f"{key} ({reason})" for key, reason in self.unreadable])
             yield f"{len(self.unreadable):,} images cannot be decoded: {names}"
 
 
-def check_set(evalset: EvalSet, report: Report = silent) -> Checked:
+def check_set(evalset: EvalSet, report: Report = report_nothing) -> Checked:
     """Decode every image of a set."""
     unreadable = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "check") as pool:
-        results = pool.map(_reason, evalset.samples)
+        results = pool.map(_decode_reason, evalset.samples)
         for done, (sample, reason) in enumerate(zip(evalset.samples, results, strict=True), 1):
             if reason:
                 unreadable.append((sample.key, reason))
@@ -85,7 +85,7 @@ def check_set(evalset: EvalSet, report: Report = silent) -> Checked:
     return Checked(evalset, tuple(unreadable))
 
 
-def _reason(sample: EvalSample) -> str:
+def _decode_reason(sample: EvalSample) -> str:
     """Why its image cannot be decoded; empty if it can."""
     try:
         decode_image(sample.image.read())
@@ -99,17 +99,20 @@ def odd_names(classnames: Sequence[str], known: KnownSet | None) -> Iterator[str
     names = Counter(classnames)
     shared = [name for name, count in names.items() if count > 1]
     if shared:
-        yield f"{len(shared)} names stand for several classes, which tie exactly: {_some(shared)}"
+        examples = _name_some(shared)
+        yield f"{len(shared)} names stand for several classes, which tie exactly: {examples}"
     spellings: dict[str, list[str]] = {}
     for name in names:
         spellings.setdefault(normalise_name(name), []).append(name)
     alike = [" and ".join(each) for each in spellings.values() if len(each) > 1]
     if alike:
-        yield f"{len(alike)} names differ from another in case or punctuation alone: {_some(alike)}"
+        examples = _name_some(alike)
+        yield f"{len(alike)} names differ from another in case or punctuation alone: {examples}"
     for what, pattern in _ODD_NAMES:
         odd = [name for name in names if pattern.search(name)]
         if odd and not (known and known.key == "mnist"):
-            yield f"{len(odd)} names {what}, which a text tower reads as they stand: {_some(odd)}"
+            examples = _name_some(odd)
+            yield f"{len(odd)} names {what}, which a text tower reads as they stand: {examples}"
     yield from _compare_with_known(classnames, known)
 
 
@@ -138,13 +141,13 @@ def _compare_with_known(classnames: Sequence[str], known: KnownSet | None) -> It
         if sorted(own) == sorted(others):
             yield (
                 f"the names are those of {source}'s list in another order ({len(moved)} stand "
-                f"elsewhere: {_some(moved)}): right where the labels follow this order"
+                f"elsewhere: {_name_some(moved)}): right where the labels follow this order"
             )
         else:
             extra = [name for name, key in zip(classnames, own, strict=True) if key not in others]
             yield (
                 f"{len(extra)} names are not in {source}'s list of '{known.key if known else ''}': "
-                f"{_some(extra)}"
+                f"{_name_some(extra)}"
             )
         return
 
@@ -156,9 +159,9 @@ def _of_classes(evalset: EvalSet) -> Iterator[str]:
     seen = {label for one in evalset.samples for label in (one.label, *one.labels)}
     empty = [name for label, name in enumerate(evalset.classnames) if label not in seen]
     if empty:
-        yield f"{len(empty)} classes have no image: {_some(empty)}"
+        yield f"{len(empty)} classes have no image: {_name_some(empty)}"
 
 
-def _some(items: tuple[str, ...] | list[str]) -> str:
+def _name_some(items: tuple[str, ...] | list[str]) -> str:
     more = f" and {len(items) - SHOWN:,} more" if len(items) > SHOWN else ""
     return ", ".join(items[:SHOWN]) + more

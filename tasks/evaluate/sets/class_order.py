@@ -87,7 +87,7 @@ def read_class_names(chosen: str, known: KnownSet | None) -> ClassNameList:
         if all(matches):
             ids = tuple(match[1] for match in matches if match)
             numbers = [int(one) for one in ids] if pattern is _NUMBER_LINE else []
-            if pattern is _SYNSET_LINE or numbers in _countings(len(ids)):
+            if pattern is _SYNSET_LINE or numbers in _numberings(len(ids)):
                 return _with_words(ids, tuple(m[2] for m in matches if m), chosen)
     return ClassNameList(lines, chosen)
 
@@ -118,7 +118,7 @@ def order_classes(
         InputError: another number of classes than the list or the known set has, numbers without a
             list, a list in another order that cannot be matched word by word.
     """
-    found = _order(words, chosen, known, where, display_names or {}, order, first)
+    found = _order_classes(words, chosen, known, where, display_names or {}, order, first)
     empty = len(found.names) - len(set(found.labels.values()))
     remark = (f"{empty} of {len(found.names)} classes have no image here",) if empty else ()
     return replace(found, remarks=(*found.remarks, *remark))
@@ -130,7 +130,7 @@ def normalise_name(name: str) -> str:
     return "".join(character for character in plain if character.isalnum()) or plain
 
 
-def _order(
+def _order_classes(
     words: Sequence[str],
     chosen: ClassNameList | None,
     known: KnownSet | None,
@@ -197,7 +197,7 @@ def _by_list(
 ) -> ClassOrder:
     if chosen.words:
         return _by_words_of_list(words, chosen, where, numbered)
-    matched = _matches(words, own, chosen.names)
+    matched = _match_names(words, own, chosen.names)
     if len(matched) == len(words):
         return ClassOrder(chosen.names, matched)
     if numbered:
@@ -345,7 +345,9 @@ def _by_synset(
     return ClassOrder(joined.names, {word: labels[word] for word in words}, joined.remarks)
 
 
-def _matches(words: Sequence[str], own: Mapping[str, str], names: Sequence[str]) -> dict[str, int]:
+def _match_names(
+    words: Sequence[str], own: Mapping[str, str], names: Sequence[str]
+) -> dict[str, int]:
     """Words that are one of the names, whatever their case and punctuation, with its label."""
     keys = [normalise_name(name) for name in names]
     often = Counter(keys)
@@ -364,17 +366,17 @@ def _similar_names(
     words: Sequence[str], own: Mapping[str, str], names: Sequence[str]
 ) -> list[tuple[int, str, int]]:
     """(place, word, label) of the words that share words with one name more than with any other."""
-    parts = [_parts(name) for name in names]
+    parts = [_name_parts(name) for name in names]
     found = []
     for place, word in enumerate(words):
-        shared = [len(_parts(own[word]) & part) for part in parts]
+        shared = [len(_name_parts(own[word]) & part) for part in parts]
         best = max(shared)
         if best and shared.count(best) == 1:
             found.append((place, word, shared.index(best)))
     return found
 
 
-def _parts(name: str) -> set[str]:
+def _name_parts(name: str) -> set[str]:
     return {part.casefold() for part in _WORDS.findall(name)}
 
 
@@ -420,7 +422,7 @@ def _number_of(word: str) -> int:
     return int(match[1])
 
 
-def _countings(count: int) -> tuple[list[int], list[int]]:
+def _numberings(count: int) -> tuple[list[int], list[int]]:
     return list(range(count)), list(range(1, count + 1))
 
 
@@ -448,7 +450,7 @@ def _read_json_names(path: Path) -> ClassNameList:
             pairs = [(str(number), name) for name, number in pairs]
         if all(key.isdecimal() and isinstance(value, str) for key, value in pairs):
             pairs.sort(key=lambda pair: int(pair[0]))
-            if [int(key) for key, _ in pairs] in _countings(len(pairs)):
+            if [int(key) for key, _ in pairs] in _numberings(len(pairs)):
                 names = tuple(name for _, name in pairs)
                 # {"cat": 0}: the names are the words; {"0": "cat"}: the numbers may be.
                 return ClassNameList(names, str(path))

@@ -123,7 +123,7 @@ def open_set(
             "correct its kind in the recipe"
         )
     tars = find_tars(folder)
-    entries = _index(tars, kind, index_cache)
+    entries = _open_index(tars, kind, index_cache)
     if not entries:
         raise InputError(f"evaluation set '{name}' has no sample in {folder / SPLIT}")
     names: tuple[str, ...] = ()
@@ -135,16 +135,16 @@ def open_set(
         _check_labels(names, entries, tars, folder / CLASSNAMES)
         prompts = find_templates(name, templates, known, folder)
         source = _source_of(templates, classnames)
-    samples = tuple(_sample(entry, tars, kind) for entry in entries)
+    samples = tuple(_read_sample(entry, tars, kind) for entry in entries)
     opened = EvalSet(
         *(name, kind, samples, names, prompts),
-        fingerprint=_digest(crop_px, [(e.key, e.sha256, e.answer) for e in entries], names),
-        images_digest=_digest(crop_px, [(e.key, e.sha256) for e in entries]),
+        fingerprint=_digest_entries(crop_px, [(e.key, e.sha256, e.answer) for e in entries], names),
+        images_digest=_digest_entries(crop_px, [(e.key, e.sha256) for e in entries]),
         known=known,
         prompts_source=source,
         crop_px=crop_px,
     )
-    return replace(opened, warnings=tuple(_unexpected(opened)))
+    return replace(opened, warnings=tuple(_list_unexpected(opened)))
 
 
 def kind_of(folder: Path) -> Kind:
@@ -174,24 +174,24 @@ class _Indexed(NamedTuple):
     """Label; or [number of classes, [labels]]; or captions."""
 
 
-def _index(tars: Sequence[Path], kind: Kind, cache: Path | None) -> list[_Indexed]:
+def _open_index(tars: Sequence[Path], kind: Kind, cache: Path | None) -> list[_Indexed]:
     """The samples of all tars, by their keys: the kept index where it is still right."""
     stamps = [[str(tar.resolve()), tar.stat().st_size, tar.stat().st_mtime_ns] for tar in tars]
     mark = {"version": _INDEX_VERSION, "kind": kind, "tars": stamps}
     if cache is None:
-        return _read(tars, kind)
+        return _read_tars(tars, kind)
     name = hashlib.sha256(json.dumps([kind, str(tars[0].resolve())] if tars else kind).encode())
     path = cache / f"{name.hexdigest()[:16]}.json"
-    kept = _kept(path, mark)
+    kept = _read_kept(path, mark)
     if kept is not None:
         return kept
-    entries = _read(tars, kind)
+    entries = _read_tars(tars, kind)
     cache.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps({**mark, "samples": entries}, ensure_ascii=False))
     return entries
 
 
-def _kept(path: Path, mark: dict[str, Any]) -> list[_Indexed] | None:
+def _read_kept(path: Path, mark: dict[str, Any]) -> list[_Indexed] | None:
     try:
         found = json.loads(path.read_text())
         if {key: found[key] for key in mark} != mark:
@@ -201,10 +201,10 @@ def _kept(path: Path, mark: dict[str, Any]) -> list[_Indexed] | None:
         return None
 
 
-def _read(tars: Sequence[Path], kind: Kind) -> list[_Indexed]:
+def _read_tars(tars: Sequence[Path], kind: Kind) -> list[_Indexed]:
     numbers = range(len(tars))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "index") as pool:
-        by_tar = list(pool.map(lambda number: _entries(number, tars[number], kind), numbers))
+        by_tar = list(pool.map(lambda number: _read_entries(number, tars[number], kind), numbers))
     found: dict[str, _Indexed] = {}
     for tar, entries in zip(tars, by_tar, strict=True):
         for entry in entries:
@@ -213,12 +213,14 @@ def _read(tars: Sequence[Path], kind: Kind) -> list[_Indexed]:
     return [found[key] for key in sorted(found)]
 
 
-def _entries(number: int, tar: Path, kind: Kind) -> list[_Indexed]:
+def _read_entries(number: int, tar: Path, kind: Kind) -> list[_Indexed]:
     found = read_members(tar, digest_images=True)
-    return [_entry(number, tar, key, members, kind) for key, members in found.items()]
+    return [_make_entry(number, tar, key, members, kind) for key, members in found.items()]
 
 
-def _entry(number: int, tar: Path, key: str, members: dict[str, TarMember], kind: Kind) -> _Indexed:
+def _make_entry(
+    number: int, tar: Path, key: str, members: dict[str, TarMember], kind: Kind
+) -> _Indexed:
     image = find_image(members, f"{tar}: sample {key}")
     wanted = _ANSWERS[kind]
     if wanted not in members:
@@ -227,7 +229,7 @@ def _entry(number: int, tar: Path, key: str, members: dict[str, TarMember], kind
     return _Indexed(key, number, image.span.offset, image.span.size, image.sha256, answer)
 
 
-def _labels(content: bytes, where: str) -> list[Any]:
+def _parse_labels(content: bytes, where: str) -> list[Any]:
     """[number of classes, [classes]] of a 0/1 vector."""
     try:
         _check_npy_size(content)
@@ -259,7 +261,7 @@ def _check_npy_size(content: bytes) -> None:
         raise ValueError(f"its header promises {promised:,} bytes")
 
 
-def _captions(content: bytes, where: str) -> list[str]:
+def _parse_captions(content: bytes, where: str) -> list[str]:
     lines = content.decode("utf-8", "replace").split("\n")
     captions = [line.replace("\\n", "\n").strip() for line in lines]
     captions = [caption for caption in captions if caption]
@@ -268,7 +270,7 @@ def _captions(content: bytes, where: str) -> list[str]:
     return captions
 
 
-_READERS = {"classification": read_label, "multilabel": _labels, "retrieval": _captions}
+_READERS = {"classification": read_label, "multilabel": _parse_labels, "retrieval": _parse_captions}
 
 
 def _in_subset(
@@ -320,7 +322,7 @@ def _check_labels(
             )
 
 
-def _sample(entry: _Indexed, tars: Sequence[Path], kind: Kind) -> EvalSample:
+def _read_sample(entry: _Indexed, tars: Sequence[Path], kind: Kind) -> EvalSample:
     span = Span(tars[entry.tar], entry.offset, entry.size)
     if kind == "classification":
         return EvalSample(entry.key, span, label=entry.answer, sha256=entry.sha256)
@@ -330,7 +332,7 @@ def _sample(entry: _Indexed, tars: Sequence[Path], kind: Kind) -> EvalSample:
     return EvalSample(entry.key, span, captions=tuple(entry.answer), sha256=entry.sha256)
 
 
-def _digest(*parts: Any) -> str:
+def _digest_entries(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -341,7 +343,7 @@ def _source_of(
     return prompts if names == "dataset" else f"{prompts}, class names {names}"
 
 
-def _unexpected(evalset: EvalSet) -> list[str]:
+def _list_unexpected(evalset: EvalSet) -> list[str]:
     """What differs from the registry's entry."""
     known = evalset.known
     if known is None:

@@ -28,7 +28,7 @@ from tasks.adopt.find_source import find_source, source_mark
 from tasks.artifacts.artifact import Made
 from tasks.index.adopted_shards import read_adopted
 from tasks.index.sample_index import SampleIndex
-from tasks.progress import silent
+from tasks.progress import report_nothing
 from tasks.verify.config import VerifyConfig
 from tasks.verify.verify import verify_shards
 
@@ -67,15 +67,15 @@ def configured(**source: Any) -> AdoptConfig:
 
 def adopted(out: Path, files: Path | str, **source: Any) -> Made:
     out.mkdir(parents=True, exist_ok=True)
-    return adopt_sources(configured(files=str(files), **source), out, silent)
+    return adopt_sources(configured(files=str(files), **source), out, report_nothing)
 
 
 def verified(adoption: Path, out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(counts, rows of the index)."""
-    made = verify_shards(VerifyConfig(), adoption, out, 1, silent)
+    made = verify_shards(VerifyConfig(), adoption, out, 1, report_nothing)
     return dict(made.counts), [
         row
-        for table in SampleIndex(out).chunks(
+        for table in SampleIndex(out).iterate_chunks(
             *("key", "uid", "source", "original_id", "url", "stored_sha256", "flaw")
         )
         for row in table.to_pylist()
@@ -364,5 +364,5 @@ def test_a_shard_that_changed_since_is_refused_and_its_source_has_another_mark(
     pack(data / "1.tar", [stranger(7)])
     assert source_mark(find_source(source)) != mark
     with pytest.raises(InputError, match=r"1 of 2 adopted shards changed .*data/1\.tar"):
-        verify_shards(VerifyConfig(), tmp_path / "adopt", tmp_path / "verify", 1, silent)
+        verify_shards(VerifyConfig(), tmp_path / "adopt", tmp_path / "verify", 1, report_nothing)
     assert not (tmp_path / "verify").exists()

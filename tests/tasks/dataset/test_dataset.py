@@ -17,12 +17,12 @@ from PIL import Image
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import PairReader, ShardManifest
-from tasks.artifacts.artifact import Address, Artifact, Made, produce
+from tasks.artifacts.artifact import Address, Artifact, Made, produce_artifact
 from tasks.dataset.choose import Choice, find_asked, sort_by_kind
 from tasks.dataset.config import DatasetConfig
 from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
 from tasks.dataset.lists import read_hashes, read_takedowns, takedowns_digest
-from tasks.progress import silent
+from tasks.progress import report_nothing
 from tasks.verify.config import STAGE as VERIFY
 from tasks.verify.config import VerifyConfig
 from tasks.verify.verify import verify_shards
@@ -66,7 +66,9 @@ def verified_of(root: Path, *shards: tuple[str, Images]) -> Artifact:
         write_shard(downloaded, f"{number:06d}", source, images)
     config = VerifyConfig(max_bad_share=0.5)
     address = Address.of(root, VERIFY, config, {"download": "d"})
-    return produce(address, lambda out: verify_shards(config, downloaded, out, 2, silent))
+    return produce_artifact(
+        address, lambda out: verify_shards(config, downloaded, out, 2, report_nothing)
+    )
 
 
 @pytest.fixture
@@ -91,7 +93,7 @@ def version(
     out.mkdir(parents=True)
     config = DatasetConfig.from_mapping(settings, where="test")
     made = make_dataset(
-        config, [verified], outside or OutsideFiles(), takedowns or Takedowns(), out, silent
+        config, [verified], outside or OutsideFiles(), takedowns or Takedowns(), out, report_nothing
     )
     return out, made
 
@@ -295,13 +297,13 @@ def test_every_sample_has_the_first_reason_alone() -> None:
     choice = Choice(5)
     choice.leave_out(np.array([1, 3]), "first")
     choice.leave_out(np.array([False, True, True, False, False]), "second")
-    assert choice.table().to_pylist() == [
+    assert choice.to_table().to_pylist() == [
         {"row": 1, "reason": "first"},
         {"row": 2, "reason": "second"},
         {"row": 3, "reason": "first"},
     ]
-    assert choice.counts(0, 3) == {"first": 1, "second": 1}
-    assert Choice.of(5, choice.table()).table() == choice.table()
+    assert choice.count_reasons(0, 3) == {"first": 1, "second": 1}
+    assert Choice.from_table(5, choice.to_table()).to_table() == choice.to_table()
 
 
 def test_the_card_says_how_much_there_is_and_what_was_left_out(tmp_path: Path) -> None:

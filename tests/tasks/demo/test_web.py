@@ -18,7 +18,7 @@ import pytest
 from evaclip_model.errors import InputError
 from tasks.demo.concepts import read_concepts, read_drawings
 from tasks.demo.config import DemoConfig
-from tasks.demo.demo_web import Web, read_web, serving, split_path
+from tasks.demo.demo_web import Web, read_web, serve_pictures, split_path
 from tasks.demo.web_plan import WORKING, plan_rows
 
 KEY = "1f34e"
@@ -137,7 +137,7 @@ def test_rows_that_should_work_do_and_damaged_rows_do_not(origin):
 def test_the_server_runs_for_the_length_of_the_block():
     port = find_free_port()
     with (
-        serving(DemoConfig(port=port)),
+        serve_pictures(DemoConfig(port=port)),
         urlopen(f"http://127.0.0.1:{port}/img/noto/{KEY}.webp") as answer,
     ):
         assert answer.read() == APPLE
@@ -152,7 +152,7 @@ def test_a_port_in_use_is_one_clear_sentence():
         port = other.getsockname()[1]
         with (
             pytest.raises(InputError, match=f"port {port} is in use"),
-            serving(DemoConfig(port=port)),
+            serve_pictures(DemoConfig(port=port)),
         ):
             pass
         alone = subprocess.run(

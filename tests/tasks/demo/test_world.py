@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from evaclip_model.errors import InputError
-from tasks.artifacts.artifact import Address, produce, sha256_of
+from tasks.artifacts.artifact import Address, produce_artifact, sha256_of
 from tasks.demo.concepts import ARTISTS, CONCEPTS_FILE, artist_zip, read_concepts, read_drawings
 from tasks.demo.config import STAGE, DemoConfig
 from tasks.demo.world import make_demo
@@ -17,7 +17,7 @@ CONCEPTS = read_concepts()
 
 def make(root, port=8923):
     config = DemoConfig(port=port)
-    return produce(Address.of(root, STAGE, config), lambda out: make_demo(config, out))
+    return produce_artifact(Address.of(root, STAGE, config), lambda out: make_demo(config, out))
 
 
 @pytest.fixture(scope="module")

@@ -225,7 +225,7 @@ def test_kill_9_of_the_flow_then_of_a_downloader_gives_the_same_bytes(
 
     def kill_a_downloader(done: float, total: float, detail: str = "") -> None:
         counters = out / ".work" / "counters"
-        busy = CounterReader(counters).read().busy if not killed else ()
+        busy = CounterReader(counters).read_counts().busy if not killed else ()
         for process in busy:
             killed.append(process)
             os.kill(process, signal.SIGKILL)
@@ -259,17 +259,17 @@ def test_a_checked_shard_is_not_read_again_until_its_files_change(run: Run, tmp_
     for path in (run.out / "shards").glob("000000*"):
         (folder / path.name).write_bytes(path.read_bytes())
     planned, path = PlannedShard(0, "coyo700m", 8), tmp_path / "checked.jsonl"
-    first = Ledger(path, folder).check(planned)
+    first = Ledger(path, folder).check_planned(planned)
     with path.open("a") as file:
         file.write('{"shard": "0000')  # a kill in the middle of a line
     tar = folder / "000000.tar"
     content, stat = tar.read_bytes(), tar.stat()
     tar.write_bytes(bytes(len(content)))
     os.utime(tar, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert Ledger(path, folder).check(planned) == first, "same sizes and times: not opened"
+    assert Ledger(path, folder).check_planned(planned) == first, "same sizes and times: not opened"
     os.utime(tar)
     with pytest.raises(BrokenShard):
-        Ledger(path, folder).check(planned)
+        Ledger(path, folder).check_planned(planned)
 
 
 def test_too_few_successes_are_refused_and_what_did_well_is_kept(run: Run, tmp_path: Path) -> None:

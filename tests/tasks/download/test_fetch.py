@@ -31,7 +31,7 @@ def with_(**changes: object) -> DownloadConfig:
 def fetch(
     url: str, config: DownloadConfig = CONFIG, digest: str | None = None
 ) -> tuple[bytes | None, Outcome]:
-    body, message = Fetcher(config).get(url, digest)
+    body, message = Fetcher(config).fetch_image(url, digest)
     return body, outcome_of("success" if message is None else "failed", message)
 
 
@@ -123,7 +123,7 @@ def test_a_wait_that_the_server_asked_for_is_kept_if_the_deadline_lets_us(web) -
     began = time.monotonic()
     assert fetch(web.url("busy/1/1"), patient)[1] is Outcome.SUCCESS
     assert 1.0 <= time.monotonic() - began < 2.5
-    body, message = Fetcher(patient).get(web.url("busy/60/1"))
+    body, message = Fetcher(patient).fetch_image(web.url("busy/60/1"))
     assert (body, retry_after_s(message)) == (None, 60.0)
     assert web.hits["/busy/60/1"] == 1
 
@@ -147,7 +147,7 @@ def test_retry_after_is_seconds_or_a_date(value: str | None, seconds: float | No
 
 def test_a_host_that_is_busy_again_and_again_is_left_alone(web) -> None:
     fetcher = Fetcher(with_(rest_after=3, max_rest_s=30.0))
-    outcomes = [fetcher.get(web.url(f"busy/20/99/{number}"))[1] for number in range(6)]
+    outcomes = [fetcher.fetch_image(web.url(f"busy/20/99/{number}"))[1] for number in range(6)]
     assert sum(web.hits[f"/busy/20/99/{number}"] for number in range(6)) == 3
     assert [outcome_of("failed", message) for message in outcomes] == [Outcome.RATE_LIMITED] * 6
 
@@ -164,9 +164,9 @@ def test_bytes_that_are_not_what_the_list_says_are_refused(web) -> None:
 
 def test_robots_txt_is_asked_for_once_and_obeyed(web) -> None:
     fetcher = Fetcher(with_(respect_robots=True))
-    assert fetcher.get(web.url("ok/7.jpg"))[1] is None
-    assert fetcher.get(web.url("ok/8.jpg"))[1] is None
-    message = fetcher.get(web.url("private/ok/7.jpg"))[1]
+    assert fetcher.fetch_image(web.url("ok/7.jpg"))[1] is None
+    assert fetcher.fetch_image(web.url("ok/8.jpg"))[1] is None
+    message = fetcher.fetch_image(web.url("private/ok/7.jpg"))[1]
     assert outcome_of("failed", message) is Outcome.ROBOTS_TXT
     assert (web.hits["/robots.txt"], web.hits["/private/ok/7.jpg"]) == (1, 0)
 
@@ -181,7 +181,7 @@ def test_no_more_connections_to_a_host_than_allowed_and_none_is_lost(web) -> Non
     results: list[str | None] = []
 
     def ask(number: int) -> None:
-        results.append(fetcher.get(web.url(f"crowd/{number}.jpg"))[1])
+        results.append(fetcher.fetch_image(web.url(f"crowd/{number}.jpg"))[1])
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(30)]
     for thread in threads:

@@ -17,18 +17,18 @@ def test_a_host_rests_after_so_many_refusals_in_a_row() -> None:
     clock = Clock()
     gate = HostGate(connections=4, rest_after=3, max_rest_s=600, clock=clock)
     for _ in range(2):
-        gate.answered("a.example", busy=True, retry_after_s=30)
-    gate.answered("a.example", busy=False, retry_after_s=0)
+        gate.note_answer("a.example", busy=True, retry_after_s=30)
+    gate.note_answer("a.example", busy=False, retry_after_s=0)
     for _ in range(2):
-        gate.answered("a.example", busy=True, retry_after_s=30)
-    assert not gate.rests("a.example")
-    gate.answered("a.example", busy=True, retry_after_s=30)
-    assert gate.rests("a.example")
-    assert not gate.rests("b.example")
+        gate.note_answer("a.example", busy=True, retry_after_s=30)
+    assert not gate.is_resting("a.example")
+    gate.note_answer("a.example", busy=True, retry_after_s=30)
+    assert gate.is_resting("a.example")
+    assert not gate.is_resting("b.example")
     clock.now = 29.9
-    assert gate.rests("a.example")
+    assert gate.is_resting("a.example")
     clock.now = 30.1
-    assert not gate.rests("a.example")
+    assert not gate.is_resting("a.example")
 
 
 def test_rests_double_where_the_host_does_not_say_and_have_a_limit() -> None:
@@ -36,9 +36,9 @@ def test_rests_double_where_the_host_does_not_say_and_have_a_limit() -> None:
     gate = HostGate(connections=4, rest_after=1, max_rest_s=10, clock=clock)
     lengths = []
     for _ in range(6):
-        gate.answered("a.example", busy=True, retry_after_s=0)
+        gate.note_answer("a.example", busy=True, retry_after_s=0)
         length = 0
-        while gate.rests("a.example"):
+        while gate.is_resting("a.example"):
             clock.now += 1
             length += 1
         lengths.append(length)
@@ -48,6 +48,6 @@ def test_rests_double_where_the_host_does_not_say_and_have_a_limit() -> None:
 def test_a_host_cannot_ask_for_more_than_the_limit() -> None:
     clock = Clock()
     gate = HostGate(connections=4, rest_after=1, max_rest_s=10, clock=clock)
-    gate.answered("a.example", busy=True, retry_after_s=1e9)
+    gate.note_answer("a.example", busy=True, retry_after_s=1e9)
     clock.now = 10.0
-    assert not gate.rests("a.example")
+    assert not gate.is_resting("a.example")

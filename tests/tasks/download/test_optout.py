@@ -6,7 +6,7 @@ from email.message import Message
 
 import pytest
 
-from tasks.download.optout import declines
+from tasks.download.optout import declines_use
 
 DIRECTIVES = ("noai", "noimageai", "noindex", "noimageindex", "noml")
 
@@ -39,17 +39,17 @@ def message(*headers: tuple[str, str]) -> Message:
 )
 def test_x_robots_tag(value: str, expected: bool) -> None:
     headers = message(("X-Robots-Tag", value))
-    assert declines(headers, token="evaclip", directives=DIRECTIVES, tdm=True) is expected
+    assert declines_use(headers, token="evaclip", directives=DIRECTIVES, tdm=True) is expected
 
 
 def test_every_line_of_a_repeated_header_counts() -> None:
     headers = message(("X-Robots-Tag", "otherbot: noindex"), ("x-robots-tag", "noml"))
-    assert declines(headers, token="evaclip", directives=DIRECTIVES, tdm=True)
-    assert not declines(headers, token="evaclip", directives=("noai",), tdm=True)
+    assert declines_use(headers, token="evaclip", directives=DIRECTIVES, tdm=True)
+    assert not declines_use(headers, token="evaclip", directives=("noai",), tdm=True)
 
 
 @pytest.mark.parametrize(("value", "expected"), [("1", True), (" 1 ", True), ("0", False)])
 def test_the_tdm_reservation_is_obeyed_if_wanted(value: str, expected: bool) -> None:
     headers = message(("TDM-Reservation", value))
-    assert declines(headers, token="evaclip", directives=(), tdm=True) is expected
-    assert not declines(headers, token="evaclip", directives=(), tdm=False)
+    assert declines_use(headers, token="evaclip", directives=(), tdm=True) is expected
+    assert not declines_use(headers, token="evaclip", directives=(), tdm=False)

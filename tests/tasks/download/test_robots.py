@@ -106,10 +106,10 @@ def test_slots_robots_and_opt_outs_hold_at_every_hop_of_a_redirect(names: list[s
     settings = {"allowed_networks": ("127.0.0.0/8",), "host_connections": 2, "retries": 0}
     fetcher = Fetcher(DownloadConfig(**settings))
     with ThreadPoolExecutor(6) as pool:
-        done = list(pool.map(lambda name: fetcher.get(f"{name}/a.jpg"), names))
+        done = list(pool.map(lambda name: fetcher.fetch_image(f"{name}/a.jpg"), names))
     assert [body for body, _ in done] == [b"image"] * 6
     assert _Target.most == 2
-    assert fetcher.get(f"{names[0]}/declined.jpg") == (None, OPTED_OUT)
+    assert fetcher.fetch_image(f"{names[0]}/declined.jpg") == (None, OPTED_OUT)
     polite = Fetcher(DownloadConfig(**settings, respect_robots=True))
-    assert polite.get(f"{names[0]}/private/b.jpg") == (None, ROBOTS_TXT)
-    assert polite.get(f"{names[0]}/b.jpg") == (b"image", None)
+    assert polite.fetch_image(f"{names[0]}/private/b.jpg") == (None, ROBOTS_TXT)
+    assert polite.fetch_image(f"{names[0]}/b.jpg") == (b"image", None)

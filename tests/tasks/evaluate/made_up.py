@@ -21,8 +21,8 @@ from evaclip_model.zeroshot.exact_ranks import Ranking
 from evaclip_model.zeroshot.set_layout import Span
 from tasks.evaluate.metrics.compute import chance_levels, compare_models, compute_figures
 from tasks.evaluate.metrics.scored import Scored
-from tasks.evaluate.paper.averages import TABLES, average, robustness, values_of
-from tasks.evaluate.paper.published import PaperModel, published, verdict
+from tasks.evaluate.paper.averages import TABLES, average_table, robustness_gap, values_of
+from tasks.evaluate.paper.published import PaperModel, find_published, judge_figure
 from tasks.evaluate.sets.published_layout import EvalSample, EvalSet
 from tasks.evaluate.sets.set_registry import KnownSet, find_set
 
@@ -75,10 +75,10 @@ def made_up(
         },
         "paper": {key: {"candidate": _paper(sets[key], figures[key]["candidate"])} for key in keys},
         "averages": {
-            table: {name: asdict(average(table, values[name], ROW)) for name in models}
+            table: {name: asdict(average_table(table, values[name], ROW)) for name in models}
             for table in TABLES
         },
-        "robustness": {name: asdict(robustness(values[name], ROW)) for name in models},
+        "robustness": {name: asdict(robustness_gap(values[name], ROW)) for name in models},
         "contamination": {
             key: {
                 "flagged": len(sets[key]) // 40,
@@ -184,7 +184,7 @@ def _scored(evalset: EvalSet, shift: float) -> Scored:
 
 
 def _share(known: KnownSet, metric: str) -> float:
-    reference = published(ROW, known.key, metric)
+    reference = find_published(ROW, known.key, metric)
     assert reference is not None
     return reference.value / 100
 
@@ -212,10 +212,10 @@ def _paper(evalset: EvalSet, figures: dict[str, Any]) -> dict[str, Any]:
     known = evalset.known.model_copy(update={"n": None, "templates": None})
     whole = replace(evalset, known=known)  # as if it had its size and its prompts
     for metric, value in figures.items():
-        reference = published(ROW, evalset.name, metric)
+        reference = find_published(ROW, evalset.name, metric)
         if reference is None:
             continue
-        ruling = verdict(value, reference, whole, PaperModel(ROW, True))
+        ruling = judge_figure(value, reference, whole, PaperModel(ROW, True))
         found[metric] = {
             "published": reference.value / 100,
             "tolerance": reference.tolerance,

@@ -16,7 +16,7 @@ from tasks.artifacts.artifact import Made
 from tasks.evaluate.config import EvaluateConfig
 from tasks.evaluate.evaluate import evaluate_models
 from tasks.evaluate.sets.set_registry import all_sets
-from tasks.progress import silent
+from tasks.progress import report_nothing
 from tests.tasks.evaluate.all_sets import write_all_sets
 
 KINDS = ("mnist", "pcam", "kinetics400", "flickr30k", "voc2007-multilabel")
@@ -33,7 +33,7 @@ def made(
     config = EvaluateConfig.from_mapping({"sets": entries, "title": "Every kind"}, where="here")
     (folder / "out").mkdir()
     models = {"trained": saved_model(1), "untrained": saved_model(2)}
-    return evaluate_models(config, models, sets, [], folder / "out", silent), folder / "out"
+    return evaluate_models(config, models, sets, [], folder / "out", report_nothing), folder / "out"
 
 
 def test_every_kind_has_the_metric_of_the_paper(made: tuple[Made, Path]):

@@ -26,7 +26,7 @@ from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.sets.published_layout import EvalSet, open_set
 from tasks.index.image_hashes import hash_images
 from tasks.index.sample_index import COLUMNS, INDEX, write_index
-from tasks.progress import silent
+from tasks.progress import report_nothing
 from tests.tasks.evaluate.answers import answered, caption_set, class_set, label_set
 
 IMAGES = 8
@@ -85,7 +85,7 @@ def trained_on(
 
 def seen(evalset: EvalSet, tmp_path: Path, *data: TrainingData, most: int = 4) -> list[int]:
     hashes = {evalset.name: hash_set(evalset, tmp_path / "hashes")}
-    mask = seen_in_training(hashes, data, most, silent)[evalset.name]
+    mask = seen_in_training(hashes, data, most, report_nothing)[evalset.name]
     return np.flatnonzero(mask).tolist()
 
 
@@ -147,7 +147,7 @@ def test_sets_are_told_apart_in_one_pass(evalset: EvalSet, tmp_path: Path) -> No
         "second": hash_images([photograph(n) for n in (50, 51)], 1),
         "unreadable": hash_images([b"no image"], 1),
     }
-    found = seen_in_training(sets, [data], 4, silent)
+    found = seen_in_training(sets, [data], 4, report_nothing)
     assert {name: mask.tolist() for name, mask in found.items()} == {
         "first": [False, True],
         "second": [True, False],

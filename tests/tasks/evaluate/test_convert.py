@@ -31,7 +31,7 @@ from tasks.evaluate.sets.convert.shard_writer import (
     Found,
     Source,
     UnusableSourceError,
-    png,
+    encode_png,
     write_set,
 )
 from tasks.evaluate.sets.convert.torchvision_sets import class_names, dataset_sources
@@ -71,7 +71,7 @@ def numbered(count: int, read: list[int] | None = None) -> list[Source]:
     def found(number: int) -> Found:
         if read is not None:
             read.append(number)
-        return Found(png(noise(number)), "png", number % 3)
+        return Found(encode_png(noise(number)), "png", number % 3)
 
     return [Source(f"image {n}", lambda n=n: found(n)) for n in range(count)]
 
@@ -105,10 +105,10 @@ def test_an_image_of_any_mode_is_written_without_loss(mode: str) -> None:
     image = noise(3, "L" if mode == "I;16" else mode)
     if mode == "I;16":
         image = Image.fromarray(np.asarray(image).astype(np.uint16) << 8)
-    with Image.open(io.BytesIO(png(image))) as read:
+    with Image.open(io.BytesIO(encode_png(image))) as read:
         assert np.array_equal(np.asarray(read), np.asarray(image))
     cmyk = noise(3, "CMYK")
-    with Image.open(io.BytesIO(png(cmyk))) as read:
+    with Image.open(io.BytesIO(encode_png(cmyk))) as read:
         assert np.array_equal(np.asarray(read), np.asarray(cmyk.convert("RGB")))
 
 
@@ -281,8 +281,8 @@ def test_folders_of_splits_are_not_taken_for_classes(birds: Path, tmp_path: Path
 def test_templates_are_asked_for_and_never_guessed(birds: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="which prompt templates has this set"):
         convert_imagefolder(birds, tmp_path / "set", Words())
-    assert Words(find_set("ucf101")).prompts()[0] == "a photo of a person {c}."
-    assert len(Words(find_set("objectnet")).prompts()) == 80
+    assert Words(find_set("ucf101")).set_templates()[0] == "a photo of a person {c}."
+    assert len(Words(find_set("objectnet")).set_templates()) == 80
     made = convert_imagefolder(birds, tmp_path / "set", OWN)
     assert not (made.folder / "zeroshot_classification_templates.txt").exists()
 
@@ -391,7 +391,7 @@ def test_webdataset_reads_what_is_written(birds: Path, karpathy: Path, tmp_path:
 
 def several(*vectors: Sequence[int]) -> list[Source]:
     return [
-        Source(str(n), lambda n=n, v=v: Found(png(noise(n)), "png", v))
+        Source(str(n), lambda n=n, v=v: Found(encode_png(noise(n)), "png", v))
         for n, v in enumerate(vectors)
     ]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaclip_model.zeroshot.exact_ranks import classify
+from evaclip_model.zeroshot.exact_ranks import rank_classes
 from evaclip_model.zeroshot.set_layout import Span
 from tasks.evaluate.metrics.compute import chance_levels, compute_figures
 from tasks.evaluate.metrics.sanity_warnings import permuted_classes, warnings_of
@@ -26,7 +26,7 @@ def scored(answers: list[int], names: list[str] | None = None) -> Scored:
     names = names or [f"class {number}" for number in range(CLASSES)]
     evalset = EvalSet("s", "classification", samples, tuple(names), ("{c}",), "f")
     images = torch.eye(CLASSES)[answers]
-    return Scored(evalset, classes=classify(images, torch.eye(CLASSES), torch.tensor(labels)))
+    return Scored(evalset, classes=rank_classes(images, torch.eye(CLASSES), torch.tensor(labels)))
 
 
 def told(one: Scored) -> list[str]:

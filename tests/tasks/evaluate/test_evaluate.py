@@ -21,10 +21,10 @@ from evaclip_model.errors import InputError
 from evaclip_model.reading.image_decoder import decode_image
 from evaclip_model.reading.transform import image_transform
 from evaclip_model.tokenizer.tokenizer import tokenize
-from tasks.artifacts.artifact import Address, Made, produce
+from tasks.artifacts.artifact import Address, Made, produce_artifact
 from tasks.evaluate.config import STAGE, EvalSetConfig, EvaluateConfig, EvaluationMachine
 from tasks.evaluate.evaluate import evaluate_models
-from tasks.progress import silent
+from tasks.progress import report_nothing
 
 CONFIG = EvaluateConfig(
     sets=(
@@ -57,7 +57,7 @@ def made(
     out = tmp_path / "out"
     out.mkdir()
     models = {"trained": saved_model(1), "untrained": saved_model(2)}
-    return evaluate_models(CONFIG, models, sets, [curve], out, silent), out
+    return evaluate_models(CONFIG, models, sets, [curve], out, report_nothing), out
 
 
 def results_in(out: Path) -> dict:
@@ -153,7 +153,7 @@ evaluate_models(config, paths(given["models"]), paths(given["sets"]), [Path(give
         assert killed.returncode == -signal.SIGKILL
         assert not (out / "results.json").exists()
     assert list(out.glob("features/**/*.safetensors"))
-    evaluate_models(CONFIG, models, sets, [curve], out, silent)
+    evaluate_models(CONFIG, models, sets, [curve], out, report_nothing)
     for name in ("results.json", "report.html"):
         assert (out / name).read_bytes() == (made[1] / name).read_bytes()
 
@@ -169,7 +169,7 @@ def test_workers_do_not_change_a_figure(
     out.mkdir()
     models = {"trained": saved_model(1), "untrained": saved_model(2)}
     evaluate_models(
-        CONFIG, models, sets, [curve], out, silent, machine=EvaluationMachine(workers=2)
+        CONFIG, models, sets, [curve], out, report_nothing, machine=EvaluationMachine(workers=2)
     )
     assert (out / "results.json").read_bytes() == (made[1] / "results.json").read_bytes()
 
@@ -212,7 +212,7 @@ def test_one_unreadable_image_fails_the_set_in_one_sentence(
             {"cut": folder},
             [],
             tmp_path,
-            silent,
+            report_nothing,
             machine=EvaluationMachine(workers=workers),
         )
     assert not (tmp_path / "results.json").exists()
@@ -225,7 +225,7 @@ def test_a_diverged_model_is_refused(
     weights = load_file(broken / "model.safetensors")
     save_file({k: v * float("nan") for k, v in weights.items()}, broken / "model.safetensors")
     with pytest.raises(InputError, match="not finite"):
-        evaluate_models(CONFIG, {"m": broken}, sets, [], tmp_path, silent)
+        evaluate_models(CONFIG, {"m": broken}, sets, [], tmp_path, report_nothing)
 
 
 def test_a_finished_evaluation_is_not_done_again(
@@ -235,13 +235,13 @@ def test_a_finished_evaluation_is_not_done_again(
 
     def make(out: Path) -> Made:
         models = {"trained": saved_model(1)}
-        return evaluate_models(CONFIG, models, sets, [], out, silent, lineage="<svg/>")
+        return evaluate_models(CONFIG, models, sets, [], out, report_nothing, lineage="<svg/>")
 
     def refuse(out: Path) -> Made:
         raise AssertionError("evaluated a second time")
 
-    first = produce(address, make)
-    assert produce(address, refuse) == first
+    first = produce_artifact(address, make)
+    assert produce_artifact(address, refuse) == first
     assert {"results.json", "report.html"} <= set(first.files)
     assert first.kind == "evaluate"
 

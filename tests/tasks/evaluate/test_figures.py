@@ -7,7 +7,7 @@ import torch
 
 from evaclip_model.zeroshot.exact_ranks import Ranking
 from tasks.evaluate.metrics.compute import chance_levels, compute_figures
-from tasks.evaluate.metrics.scored import Scored, positives_of, score
+from tasks.evaluate.metrics.scored import Scored, positives_of, score_set
 from tasks.evaluate.sets.set_registry import known_sets
 from tests.tasks.evaluate.answers import answered, caption_set, class_set, label_set
 
@@ -27,7 +27,7 @@ def units(rows: int, width: int, seed: int) -> torch.Tensor:
 ], ids=["classes", "kinetics", "labels", "captions"])  # fmt: skip
 def test_every_figure_has_an_interval_bounds_and_a_chance_level(evalset):
     texts = len(evalset.classnames) or sum(len(one.captions) for one in evalset.samples)
-    figures = compute_figures(score(evalset, units(len(evalset), 8, 0), units(texts, 8, 1)))
+    figures = compute_figures(score_set(evalset, units(len(evalset), 8, 0), units(texts, 8, 1)))
     metrics = chance_levels(evalset).keys()
     assert metrics == figures["intervals"].keys() == figures["bounds"].keys()
     assert figures["n"] == len(evalset)
@@ -92,7 +92,7 @@ def test_a_sample_that_was_not_ranked_is_an_error_and_not_a_smaller_set():
     evalset = class_set([0, 1, 2], NAMES)
     whole = answered(evalset, [0, 1, 2])
     with pytest.raises(RuntimeError, match="2 queries ranked, its index holds 3"):
-        compute_figures(Scored(evalset, classes=whole.of(torch.tensor([0, 1]))))
+        compute_figures(Scored(evalset, classes=whole.select_queries(torch.tensor([0, 1]))))
     with pytest.raises(RuntimeError, match="was not ranked"):
         compute_figures(Scored(evalset))
 
@@ -102,6 +102,8 @@ def test_captions_of_one_image_widen_the_interval():
     right = (torch.rand(200, generator=torch.Generator().manual_seed(0)) < 0.4).repeat_interleave(5)
     ranks = (~right).long() * 20
     ranking = Ranking(ranks, ranks, ranks, ranks < 0, ranks[:, None])
-    figures = compute_figures(Scored(evalset, texts=ranking.of(torch.arange(200)), images=ranking))
+    figures = compute_figures(
+        Scored(evalset, texts=ranking.select_queries(torch.arange(200)), images=ranking)
+    )
     low, high = figures["intervals"]["text_to_image_r1"]
     assert 0.1 < high - low < 0.17  # of 1,000 independent ones: 0.06

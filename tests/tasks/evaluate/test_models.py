@@ -16,11 +16,11 @@ from evaclip_model.create import open_model
 from evaclip_model.errors import InputError
 from evaclip_model.weights.load import save_model
 from tasks.evaluate.config import EvalSetConfig, EvaluateConfig
-from tasks.evaluate.encode.open_clip_model import _assumptions
-from tasks.evaluate.encode.open_models import identify, open_subject
+from tasks.evaluate.encode.open_clip_model import _list_assumptions
+from tasks.evaluate.encode.open_models import identify_model, open_subject
 from tasks.evaluate.encode.text_features import TextFeatures, encode_texts
 from tasks.evaluate.evaluate import evaluate_models
-from tasks.progress import silent
+from tasks.progress import report_nothing
 
 SavedModel = Callable[[int], Path]
 PEERS = Path(__file__).parents[2] / "evaclip_model" / "peer_libraries.py"
@@ -62,7 +62,7 @@ def tiny(open_clip, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., s
 def test_a_saved_model_is_the_same_from_its_folder_and_from_its_file(saved_model: SavedModel):
     folder = saved_model(1)
     file = f"{folder / 'model.safetensors'}:{folder / 'config.json'}"
-    one, other = identify(str(folder)), identify(file)
+    one, other = identify_model(str(folder)), identify_model(file)
     assert one.model_copy(update={"source": ""}) == other.model_copy(update={"source": ""})
     assert one.architecture == "EVA02-CLIP-demo at 16 px"
     model = open_model(folder)
@@ -85,7 +85,7 @@ def test_other_text_weights_have_another_digest_and_an_equal_tower_has_the_same(
         model.text.text_projection.add_(1)
     save_model(model, tmp_path / "both")
     first, vision, both = (
-        identify(str(one)) for one in (saved_model(1), tmp_path / "vision", tmp_path / "both")
+        identify_model(str(one)) for one in (saved_model(1), tmp_path / "vision", tmp_path / "both")
     )
     assert len({first.digest, vision.digest, both.digest}) == 3
     assert first.text_digest == vision.text_digest != both.text_digest
@@ -93,12 +93,12 @@ def test_other_text_weights_have_another_digest_and_an_equal_tower_has_the_same(
 
 def test_an_identity_is_kept_until_a_file_changes(tmp_path: Path, saved_model: SavedModel):
     folder = shutil.copytree(saved_model(1), tmp_path / "model")
-    first = identify(str(folder), tmp_path / "cache")
+    first = identify_model(str(folder), tmp_path / "cache")
     (kept,) = (tmp_path / "cache").iterdir()
-    assert identify(str(folder), tmp_path / "cache") == first
+    assert identify_model(str(folder), tmp_path / "cache") == first
     assert list((tmp_path / "cache").iterdir()) == [kept]
     shutil.copy(saved_model(2) / "model.safetensors", folder)
-    assert identify(str(folder), tmp_path / "cache").digest != first.digest
+    assert identify_model(str(folder), tmp_path / "cache").digest != first.digest
 
 
 def test_pixels_that_training_did_not_see_are_refused(tmp_path: Path, saved_model: SavedModel):
@@ -107,9 +107,9 @@ def test_pixels_that_training_did_not_see_are_refused(tmp_path: Path, saved_mode
     said = json.loads(path.read_text())
     path.write_text(json.dumps({**said, "mean": [0.485, 0.456, 0.406]}))
     with pytest.raises(InputError, match=r"preprocessing.json says .* normalised by mean \[0.485"):
-        identify(str(folder))
+        identify_model(str(folder))
     path.write_text(json.dumps({**said, "resize": "squash"}))
-    (warning,) = identify(str(folder)).warnings
+    (warning,) = identify_model(str(folder)).warnings
     assert "resize is shortest side" in warning and warning.endswith("was squash")
 
 
@@ -125,7 +125,7 @@ def test_pixels_that_training_did_not_see_are_refused(tmp_path: Path, saved_mode
 )
 def test_what_is_no_model_is_explained(spec: str, complaint: str, open_clip):
     with pytest.raises(InputError, match=complaint):
-        identify(spec)
+        identify_model(spec)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_model_of_open_clips_gives_the_features_that_library_gives(
     spec = tiny(name, **text)
     subject = open_subject(spec)
     tokens = subject.tokenize(TEXTS)
-    assert (subject.lengths(tokens) < 77).all() == is_cut
+    assert (subject.count_ids(tokens) < 77).all() == is_cut
     encode_texts(subject, TEXTS, tmp_path)
     model = open_clip.create_model(name, pretrained=spec.partition("/")[2]).eval()
     with torch.inference_mode():
@@ -151,9 +151,11 @@ def test_a_model_of_open_clips_gives_the_features_that_library_gives(
         pixels = subject.transform(Image.new("RGB", (50, 40), "red"))[None]
         image = model.encode_image(pixels)
         found = subject.encode_image(pixels)
-    torch.testing.assert_close(TextFeatures(tmp_path).of(TEXTS), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        TextFeatures(tmp_path).features_of(TEXTS), expected, rtol=0, atol=1e-6
+    )
     torch.testing.assert_close(found, image)
-    about = identify(spec)
+    about = identify_model(spec)
     assert about.params == sum(parameter.numel() for parameter in model.parameters())
     assert about.preprocessing["mean"] == model.visual.preprocess_cfg["mean"]
     assert about.gflops is not None and about.gflops > 0
@@ -166,7 +168,7 @@ def test_ours_and_another_librarys_stand_side_by_side(
         sets=(EvalSetConfig(name="colours", folder="-", kind="classification"),)
     )
     models = {"ours": saved_model(1), "theirs": tiny("tiny-beside")}
-    evaluate_models(config, models, sets, [], tmp_path, silent)
+    evaluate_models(config, models, sets, [], tmp_path, report_nothing)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["models"]["theirs"]["architecture"] == "open_clip tiny-beside"
     assert set(results["results"]["colours"]) == {"ours", "theirs"}
@@ -175,7 +177,7 @@ def test_ours_and_another_librarys_stand_side_by_side(
 
 def test_what_a_file_of_open_clips_does_not_say_is_a_warning(tiny, open_clip, tmp_path: Path):
     spec = tiny("tiny-assumed")
-    assumed = identify(spec).warnings
+    assumed = identify_model(spec).warnings
     assert len(assumed) == 1 and "mean (0.48145466" in assumed[0] and "assumed" in assumed[0]
     name, _, file = spec.removeprefix("open_clip:").partition("/")
     config = open_clip.get_model_config(name)
@@ -190,7 +192,7 @@ def test_what_a_file_of_open_clips_does_not_say_is_a_warning(tiny, open_clip, tm
             }
         )
     )
-    found = identify(f"open_clip:{name}/{folder / 'weights.pt'}")
+    found = identify_model(f"open_clip:{name}/{folder / 'weights.pt'}")
     assert found.warnings == ()
     assert list(found.preprocessing["mean"]) == [0.5] * 3
     pixels = torch.rand(1, 3, 32, 32)
@@ -199,7 +201,7 @@ def test_what_a_file_of_open_clips_does_not_say_is_a_warning(tiny, open_clip, tm
     )
     assert not torch.equal(opened.encode_image(pixels), other.encode_image(pixels))
     (folder / "weights.pt").rename(folder / "model.pth")
-    local = identify(f"open_clip:local-dir:{folder}")
+    local = identify_model(f"open_clip:local-dir:{folder}")
     assert list(local.preprocessing["mean"]) == [0.5] * 3
     assert torch.equal(
         open_subject(f"open_clip:local-dir:{folder}").encode_image(pixels),
@@ -208,7 +210,7 @@ def test_what_a_file_of_open_clips_does_not_say_is_a_warning(tiny, open_clip, tm
 
 
 def test_an_activation_that_a_pretrained_tag_was_not_trained_with_is_a_warning(open_clip):
-    (said,) = _assumptions("ViT-B-32/openai", {})
+    (said,) = _list_assumptions("ViT-B-32/openai", {})
     assert "ViT-B-32-quickgelu/openai" in said
-    assert _assumptions("ViT-B-32-quickgelu/openai", {}) == ()
-    assert _assumptions("ViT-B-32/laion2b_s34b_b79k", {}) == ()
+    assert _list_assumptions("ViT-B-32-quickgelu/openai", {}) == ()
+    assert _list_assumptions("ViT-B-32/laion2b_s34b_b79k", {}) == ()

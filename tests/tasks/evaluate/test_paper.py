@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from tasks.evaluate.paper.averages import average, members_of, robustness, values_of
+from tasks.evaluate.paper.averages import average_table, members_of, robustness_gap, values_of
 from tasks.evaluate.paper.published import (
     CAPTIONS,
     PaperModel,
     PaperVerdict,
+    find_published,
+    judge_figure,
     paper_model,
-    published,
     rows_of,
-    verdict,
 )
 from tasks.evaluate.sets.published_layout import EvalSet
 from tasks.evaluate.sets.set_registry import known_sets
@@ -37,9 +37,9 @@ def known_set(key: str, n: int | None = None) -> EvalSet:
 
 def ruled(ours: float, key: str, metric: str = "top1", **told: object) -> PaperVerdict:
     """PaperVerdict on a figure of the released B/16."""
-    reference = published(ROW, key, metric)
+    reference = find_published(ROW, key, metric)
     assert reference is not None
-    return verdict(ours, reference, known_set(key), RELEASED, **told)
+    return judge_figure(ours, reference, known_set(key), RELEASED, **told)
 
 
 @pytest.mark.parametrize(("source", "architecture", "expected"), [
@@ -81,20 +81,20 @@ def test_every_figure_of_tables_2_to_4_is_published_for_every_row() -> None:
             else [known.metric]
         )
         for row in rows:
-            assert all(published(row, key, metric) is not None for metric in metrics)
+            assert all(find_published(row, key, metric) is not None for metric in metrics)
 
 
 def test_a_figure_of_another_metric_or_set_or_model_is_not_published() -> None:
-    assert published(ROW, "imagenet1k", "mean_per_class") is None
-    assert published(ROW, "kinetics400", "top1") is None
-    assert published(ROW, "voc2007-multilabel", "map") is None
-    assert published(ROW, "my-own-set", "top1") is None
-    assert published("EVA-01-CLIP-B/16", "mnist", "top1") is None
+    assert find_published(ROW, "imagenet1k", "mean_per_class") is None
+    assert find_published(ROW, "kinetics400", "top1") is None
+    assert find_published(ROW, "voc2007-multilabel", "map") is None
+    assert find_published(ROW, "my-own-set", "top1") is None
+    assert find_published("EVA-01-CLIP-B/16", "mnist", "top1") is None
 
 
 def test_a_published_figure_is_the_corrected_one_unless_the_printed_one_is_asked_for() -> None:
     read, printed = (
-        published("OpenAI CLIP-L/14", "voc2007", "top1", as_printed=as_printed)
+        find_published("OpenAI CLIP-L/14", "voc2007", "top1", as_printed=as_printed)
         for as_printed in (False, True)
     )
     assert read is not None and printed is not None
@@ -123,7 +123,7 @@ def test_a_set_whose_images_the_paper_does_not_name_is_compared_only_if_the_reci
     key: str,
 ) -> None:
     metric = known_sets()[key].metric
-    reference = published(ROW, key, metric)
+    reference = find_published(ROW, key, metric)
     assert reference is not None
     share = reference.value / 100
     told = ruled(share, key, metric)
@@ -133,17 +133,17 @@ def test_a_set_whose_images_the_paper_does_not_name_is_compared_only_if_the_reci
 
 
 def test_a_model_with_other_weights_is_not_the_papers() -> None:
-    reference = published(ROW, "imagenet1k", "top1")
+    reference = find_published(ROW, "imagenet1k", "top1")
     assert reference is not None
-    told = verdict(0.747, reference, known_set("imagenet1k"), PaperModel(ROW, False))
+    told = judge_figure(0.747, reference, known_set("imagenet1k"), PaperModel(ROW, False))
     assert told.verdict == "not comparable" and "not its weights" in told.reason
 
 
 def test_a_row_that_was_measured_with_a_wrong_normalisation_is_not_compared_with() -> None:
     row = "Open CLIP-L/14"
-    reference = published(row, "imagenet1k", "top1")
+    reference = find_published(row, "imagenet1k", "top1")
     assert reference is not None
-    told = verdict(0.7525, reference, known_set("imagenet1k"), PaperModel(row, True))
+    told = judge_figure(0.7525, reference, known_set("imagenet1k"), PaperModel(row, True))
     assert told.verdict == "not comparable" and "normalisation" in told.reason
 
 
@@ -159,17 +159,17 @@ def names(count: int) -> Sequence[str]:
     (replace(known_set("mnist"), known=None), "not one of the paper's"),
 ], ids=["images", "classes", "prompts", "crop", "unknown"])  # fmt: skip
 def test_other_images_classes_or_prompts_are_not_compared(evalset: EvalSet, reason: str) -> None:
-    reference = published(ROW, "mnist", "top1")
+    reference = find_published(ROW, "mnist", "top1")
     assert reference is not None
-    told = verdict(reference.value / 100, reference, evalset, RELEASED)
+    told = judge_figure(reference.value / 100, reference, evalset, RELEASED)
     assert told.verdict == "not comparable" and reason in told.reason
 
 
 def test_five_captions_an_image_are_not_cocos_25_010() -> None:
-    reference = published(ROW, "coco", "text_to_image_r1")
+    reference = find_published(ROW, "coco", "text_to_image_r1")
     assert reference is not None
     evalset = caption_set([5] * 5_000, known_sets()["coco"])
-    told = verdict(0.422, reference, evalset, RELEASED)
+    told = judge_figure(0.422, reference, evalset, RELEASED)
     assert told == PaperVerdict(
         "not comparable", "these are 25,000 captions, the figure is of 25,010"
     )
@@ -177,22 +177,22 @@ def test_five_captions_an_image_are_not_cocos_25_010() -> None:
 
 def test_a_row_that_others_measured_otherwise_says_so_where_ours_differs() -> None:
     row = "EVA-02-CLIP-E/14"
-    reference = published(row, "imagenet1k", "top1")
+    reference = find_published(row, "imagenet1k", "top1")
     assert reference is not None
-    told = verdict(0.8, reference, known_set("imagenet1k"), PaperModel(row, True))
+    told = judge_figure(0.8, reference, known_set("imagenet1k"), PaperModel(row, True))
     assert told.verdict == "differs" and "3.1 points" in told.reason
 
 
 def published_values(row: str, table: str) -> dict[str, float]:
     """The row's figures as if they were ours."""
-    found = {key: published(row, key, one.metric) for key, one in members_of(table).items()}
+    found = {key: find_published(row, key, one.metric) for key, one in members_of(table).items()}
     return {key: one.value / 100 for key, one in found.items() if one is not None}
 
 
 @pytest.mark.parametrize("table", ["1b", "2", "3"])
 def test_the_papers_own_figures_average_to_its_averages(table: str) -> None:
     for row in rows_of(table):
-        found = average(table, published_values(row.model, table), row.model)
+        found = average_table(table, published_values(row.model, table), row.model)
         assert found.value == pytest.approx(row.cells["avg"], abs=0.0501)
         assert found.published == row.cells["avg"]
         assert (found.missing, found.reason) == ((), "")
@@ -205,7 +205,7 @@ def test_an_average_with_a_set_missing_is_refused_and_given_over_the_others_besi
     values = published_values(ROW, "2")
     del values["mnist"], values["pcam"]
     values = {key: value + 0.01 for key, value in values.items()}
-    found = average("2", {**values, "flickr30k": 0.5, "mine": 0.1}, ROW)
+    found = average_table("2", {**values, "flickr30k": 0.5, "mine": 0.1}, ROW)
     assert found.value is None and found.missing == ("mnist", "pcam") and len(found.sets) == 25
     assert found.reason == "2 of its 27 sets not evaluated: mnist, pcam"
     assert found.intersection_value == pytest.approx(found.intersection_reference + 1)
@@ -213,21 +213,21 @@ def test_an_average_with_a_set_missing_is_refused_and_given_over_the_others_besi
 
 
 def test_an_average_of_a_model_without_a_row_has_nothing_beside_it() -> None:
-    found = average("3", published_values(ROW, "3"))
+    found = average_table("3", published_values(ROW, "3"))
     assert found.value is not None
     assert (found.published, found.intersection_reference) == (None, None)
-    nothing = average("3", {})
+    nothing = average_table("3", {})
     assert (nothing.value, nothing.intersection_value) == (None, None)
 
 
 def test_the_gap_of_every_row_is_the_papers_and_is_refused_where_a_set_is_missing() -> None:
     for row in rows_of("1b"):
-        gap = robustness(published_values(row.model, "1b"), row.model)
+        gap = robustness_gap(published_values(row.model, "1b"), row.model)
         assert gap.delta == pytest.approx(row.cells["delta"], abs=0.11)  # of rounded figures
         assert gap.published == row.cells["delta"]
     values = published_values(ROW, "1b")
     del values["objectnet"]
-    gap = robustness(values, ROW)
+    gap = robustness_gap(values, ROW)
     assert gap.delta is None and gap.average is None and gap.imagenet1k == pytest.approx(74.7)
     assert "objectnet" in gap.reason
 

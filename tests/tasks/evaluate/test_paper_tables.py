@@ -11,7 +11,7 @@ import pytest
 from evaclip_model.model.model_config import ModelConfig, list_models
 from tasks.evaluate.encode.open_models import architecture_name
 from tasks.evaluate.paper.averages import TABLES, members_of
-from tasks.evaluate.paper.published import PaperRow, errata, paper_model, rows_of, table_of
+from tasks.evaluate.paper.published import PaperRow, list_errata, paper_model, rows_of, table_of
 from tasks.evaluate.sets.set_registry import known_sets
 
 IMAGENETS = ("in1k", "in_a", "in_r", "in_v2", "in_sketch", "objectnet")
@@ -75,8 +75,8 @@ def disagreements(*, as_printed: bool) -> set[tuple[str, str]]:
 
 
 def test_there_are_27_errata_and_every_printed_cell_they_correct_is_there() -> None:
-    assert [one.id for one in errata()] == [f"E{number}" for number in range(1, 28)]
-    for erratum in errata():
+    assert [one.id for one in list_errata()] == [f"E{number}" for number in range(1, 28)]
+    for erratum in list_errata():
         for cell in erratum.cells:
             raw = table_of(cell.table, as_printed=True)
             read = table_of(cell.table)
@@ -96,7 +96,7 @@ def test_there_are_27_errata_and_every_printed_cell_they_correct_is_there() -> N
 
 
 def test_nothing_but_what_an_erratum_names_is_corrected() -> None:
-    named = {(c.table, c.model, c.column) for erratum in errata() for c in erratum.cells}
+    named = {(c.table, c.model, c.column) for erratum in list_errata() for c in erratum.cells}
     changed = set()
     for table in ("1a", "1b", "2", "3", "4", "5", "6", "7", "8", "9", "10"):
         pairs = zip(rows_of(table, as_printed=True), rows_of(table), strict=True)

@@ -17,15 +17,15 @@ import torch
 
 from evaclip_model.create import open_model
 from evaclip_model.tokenizer.tokenizer import tokenize
-from evaclip_model.training.monitoring.zeroshot_probe import open_probe, probe
-from evaclip_model.zeroshot.exact_ranks import normalised, text_classifier
+from evaclip_model.training.monitoring.zeroshot_probe import open_probe, run_probe
+from evaclip_model.zeroshot.exact_ranks import normalise_features, text_classifier
 from tasks.evaluate.config import EvalSetConfig, EvaluateConfig, EvaluationMachine
 from tasks.evaluate.encode.feature_cache import Cache, read_block, write_block
 from tasks.evaluate.encode.open_models import open_subject
-from tasks.evaluate.encode.text_features import TextFeatures, answers, encode_texts
+from tasks.evaluate.encode.text_features import TextFeatures, answer_features, encode_texts
 from tasks.evaluate.evaluate import evaluate_models
 from tasks.evaluate.sets.published_layout import open_set
-from tasks.progress import silent
+from tasks.progress import report_nothing
 
 SavedModel = Callable[[int], Path]
 WriteSet = Callable[..., Path]
@@ -84,7 +84,9 @@ def results_of(
     models: Mapping[str, object], sets: Mapping[str, Path], out: Path, **machine: object
 ) -> bytes:
     out.mkdir()
-    evaluate_models(CONFIG, models, sets, [], out, silent, machine=EvaluationMachine(**machine))
+    evaluate_models(
+        CONFIG, models, sets, [], out, report_nothing, machine=EvaluationMachine(**machine)
+    )
     return (out / "results.json").read_bytes()
 
 
@@ -118,7 +120,9 @@ def test_whoever_is_killed_the_same_command_goes_on_and_gives_the_same_digits(
     kept = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
     assert kept
     wait_until_gone(ranks)
-    evaluate_models(CONFIG, models, both, [], out, silent, machine=EvaluationMachine(**machine))
+    evaluate_models(
+        CONFIG, models, both, [], out, report_nothing, machine=EvaluationMachine(**machine)
+    )
     assert (out / "results.json").read_bytes() == expected
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
 
@@ -177,10 +181,10 @@ def test_a_damaged_block_is_made_again(
 def test_a_full_cache_loses_what_was_used_longest_ago(tmp_path: Path):
     cache = Cache(tmp_path, most_bytes=9_000)
     for number, name in enumerate(("old", "older", "new")):
-        write_block(cache.folder(name) / "0.safetensors", {"x": torch.zeros(1000)})
+        write_block(cache.open_folder(name) / "0.safetensors", {"x": torch.zeros(1000)})
         moment = 1_000_000 - 10 * number if name != "new" else 2_000_000
         os.utime(tmp_path / name / ".used", (moment, moment))
-    cache.trim()
+    cache.remove_oldest()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
 
 
@@ -192,8 +196,8 @@ def test_a_text_has_the_same_bits_whatever_else_is_encoded(tmp_path: Path, saved
     encode_texts(subject, texts, tmp_path / "all")
     for part in (texts[250:], texts[100:101], texts[::7]):
         encode_texts(subject, [one for one in part], tmp_path / str(len(part)))
-        alone = TextFeatures(tmp_path / str(len(part))).of(part)
-        assert torch.equal(alone, TextFeatures(tmp_path / "all").of(part))
+        alone = TextFeatures(tmp_path / str(len(part))).features_of(part)
+        assert torch.equal(alone, TextFeatures(tmp_path / "all").features_of(part))
     torch.set_num_threads(threads)
 
 
@@ -203,12 +207,14 @@ def test_texts_are_found_again_and_only_the_others_are_encoded(
     subject = open_subject(str(saved_model(1)))
     encode_texts(subject, ["one", "two"], tmp_path)
     features = TextFeatures(tmp_path)
-    assert features.missing(["two", "three", "one"]) == ["three"]
+    assert features.missing_texts(["two", "three", "one"]) == ["three"]
     encode_texts(subject, ["three"], tmp_path)
-    assert TextFeatures(tmp_path).missing(["two", "three", "one"]) == []
+    assert TextFeatures(tmp_path).missing_texts(["two", "three", "one"]) == []
     expected = open_model(saved_model(1)).encode_text(tokenize(["three", "one"]))
-    found = TextFeatures(tmp_path).of(["three", "one"])
-    torch.testing.assert_close(found, normalised(expected.detach(), "text"), rtol=0, atol=1e-6)
+    found = TextFeatures(tmp_path).features_of(["three", "one"])
+    torch.testing.assert_close(
+        found, normalise_features(expected.detach(), "text"), rtol=0, atol=1e-6
+    )
 
 
 def test_a_classifier_is_the_mean_of_its_prompts(
@@ -217,7 +223,7 @@ def test_a_classifier_is_the_mean_of_its_prompts(
     evalset = open_set("discs", both["discs"], "classification")
     prompts = [t.replace("{c}", c) for c in evalset.classnames for t in evalset.templates]
     encode_texts(open_subject(str(saved_model(1))), prompts, tmp_path / "texts")
-    found = answers(evalset, TextFeatures(tmp_path / "texts"))
+    found = answer_features(evalset, TextFeatures(tmp_path / "texts"))
     model = open_model(saved_model(1))
     expected = text_classifier(model, evalset.classnames, evalset.templates)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
@@ -250,7 +256,7 @@ def test_the_probe_of_a_training_gives_the_evaluators_figures(
     figures = found["results"]["discs"]["a"]
     for ranks in (1, 3):
         parts = [open_probe(both["discs"], rank, ranks) for rank in range(ranks)]
-        shares = [probe(open_model(saved_model(1)), part) for part in parts]
+        shares = [run_probe(open_model(saved_model(1)), part) for part in parts]
         top1, top5 = (
             sum(share[k] * len(part.images) for share, part in zip(shares, parts, strict=True))
             for k in (0, 1)

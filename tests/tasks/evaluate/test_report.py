@@ -22,24 +22,24 @@ from tasks.evaluate.report.charts import (
     Bubble,
     ChartLine,
     bubble_chart,
+    choose_ticks,
+    format_short,
     interval_bar,
     line_chart,
-    short,
-    ticks,
 )
 from tasks.evaluate.report.compute_chart import GFLOPS
 from tasks.evaluate.report.curves import loss_chart, read_curve
-from tasks.evaluate.report.examples import Amount, _drawn, thumbnail
+from tasks.evaluate.report.examples import Amount, _draw_queries, make_thumbnail
 from tasks.evaluate.report.numbers import (
-    interval,
-    ordinal,
+    format_interval,
+    format_ordinal,
+    format_percent,
+    format_plural,
+    format_points,
+    format_signed,
+    format_size,
+    format_times,
     p_value,
-    percent,
-    plural,
-    points,
-    signed,
-    size,
-    times,
 )
 from tasks.table import (
     Cell,
@@ -56,37 +56,40 @@ from tests.tasks.evaluate.answers import caption_set
 
 
 def test_shares_are_shown_with_the_digits_they_deserve():
-    assert [percent(v) for v in (0.0, 0.00063, 0.0621, 0.5, 1.0)] == [
+    assert [format_percent(v) for v in (0.0, 0.00063, 0.0621, 0.5, 1.0)] == [
         "0.00 %",
         "0.06 %",
         "6.21 %",
         "50.0 %",
         "100 %",
     ]
-    assert interval((0.0512, 0.1234)) == "5.12 – 12.3 %"
-    assert times(0.06, 0.001) == "60 ×" and times(0.0015, 0.001) == "1.5 ×"
+    assert format_interval((0.0512, 0.1234)) == "5.12 – 12.3 %"
+    assert format_times(0.06, 0.001) == "60 ×" and format_times(0.0015, 0.001) == "1.5 ×"
 
 
 def test_ranks_are_shown_as_ordinals():
-    shown = " ".join(ordinal(n) for n in (1, 2, 3, 4, 11, 12, 13, 21, 102, 111, 1_023))
+    shown = " ".join(format_ordinal(n) for n in (1, 2, 3, 4, 11, 12, 13, 21, 102, 111, 1_023))
     assert shown == "1st 2nd 3rd 4th 11th 12th 13th 21st 102nd 111th 1,023rd"
 
 
 def test_differences_sizes_and_counts_are_words_too():
-    assert [signed(v) for v in (0.31, -1.24, -0.04, None)] == ["+0.3", "−1.2", "0.0", "–"]
-    assert [points(v) for v in (2.3, -1.0, None)] == ["2.3", "−1.0", "–"]
-    assert [size(v) for v in (149e6, 13e9, 790)] == ["149M", "13B", "790"]
-    assert [size(v, digits=1) for v in (5.04e9, 427.8e6)] == ["5.0B", "428M"]
+    assert [format_signed(v) for v in (0.31, -1.24, -0.04, None)] == ["+0.3", "−1.2", "0.0", "–"]
+    assert [format_points(v) for v in (2.3, -1.0, None)] == ["2.3", "−1.0", "–"]
+    assert [format_size(v) for v in (149e6, 13e9, 790)] == ["149M", "13B", "790"]
+    assert [format_size(v, digits=1) for v in (5.04e9, 427.8e6)] == ["5.0B", "428M"]
     assert [p_value(v) for v in (0.314, 0.0123, 0.0001)] == ["0.31", "0.012", "< 0.001"]
-    assert (plural(1, "set"), plural(2_000, "class", "classes")) == ("1 set", "2,000 classes")
+    assert (format_plural(1, "set"), format_plural(2_000, "class", "classes")) == (
+        "1 set",
+        "2,000 classes",
+    )
 
 
 @pytest.mark.parametrize("bounds", [(0, 5.54), (0, 100), (0.0123, 0.0177), (-3, 3), (7, 7), (0, 0)])
 def test_ticks_enclose_the_data_with_few_round_steps(bounds: tuple[float, float]):
-    found = ticks(*bounds)
+    found = choose_ticks(*bounds)
     assert found[0] <= bounds[0] and found[-1] >= bounds[1]
     assert 2 <= len(found) <= 8
-    assert [short(v) for v in (0.25, 40, 12_000, 2_000_000)] == ["0.25", "40", "12k", "2M"]
+    assert [format_short(v) for v in (0.25, 40, 12_000, 2_000_000)] == ["0.25", "40", "12k", "2M"]
 
 
 def test_a_chart_leaves_out_points_that_are_not_finite_and_escapes_its_words():
@@ -123,7 +126,7 @@ def test_a_long_curve_is_thinned_for_drawing_and_keeps_its_totals(tmp_path: Path
 def test_a_thumbnail_is_small_and_puts_transparency_on_white():
     content = io.BytesIO()
     Image.new("RGBA", (600, 300), (255, 0, 0, 0)).save(content, "PNG")
-    uri = thumbnail(content.getvalue())
+    uri = make_thumbnail(content.getvalue())
     decoded = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
     assert decoded.size == (72, 36) and decoded.mode == "RGB"
     assert min(decoded.getpixel((10, 10))) > 250
@@ -239,7 +242,7 @@ def test_examples_of_retrieval_are_parted_into_right_and_wrong_answers() -> None
     logits = torch.eye(10)
     logits[6:] = torch.eye(10)[[7, 8, 9, 6]]
     ranking = rank_targets(logits, torch.arange(10))
-    drawn = _drawn(evalset, ranking, Amount.for_sets(1))
+    drawn = _draw_queries(evalset, ranking, Amount.for_sets(1))
     right = {query for group, query in drawn if "of 10 answered right" in group}
     wrong = {query for group, query in drawn if group == "drawn from the other 4"}
     assert right <= set(range(6)) and wrong <= set(range(6, 10))

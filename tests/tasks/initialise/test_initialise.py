@@ -11,22 +11,24 @@ import torch
 from evaclip_model.create import create_model, open_model
 from evaclip_model.errors import InputError
 from evaclip_model.weights.load import resize_positions, save_model, save_weights
-from tasks.artifacts.artifact import Address, Artifact, fingerprint, produce
+from tasks.artifacts.artifact import Address, Artifact, fingerprint_files, produce_artifact
 from tasks.initialise.config import STAGE, InitialiseConfig
 from tasks.initialise.initialise import initialise_model
-from tasks.progress import silent
+from tasks.progress import report_nothing
 
 DEMO = "EVA02-CLIP-demo"
 
 
 def address(root: Path, config: InitialiseConfig) -> Address:
-    weights = {role: fingerprint(path) for role, path in config.files().items()}
+    weights = {role: fingerprint_files(path) for role, path in config.existing_files().items()}
     return Address.of(root, STAGE, config, weights)
 
 
 def make(root: Path, **values: object) -> Artifact:
     config = InitialiseConfig.from_mapping({"model": DEMO, **values}, where="test")
-    return produce(address(root, config), partial(initialise_model, config, report=silent))
+    return produce_artifact(
+        address(root, config), partial(initialise_model, config, report=report_nothing)
+    )
 
 
 def test_the_artifact_is_the_model_its_config_decides(tmp_path: Path):

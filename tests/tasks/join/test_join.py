@@ -9,14 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.artifacts.artifact import Address, Artifact, produce
+from tasks.artifacts.artifact import Address, Artifact, produce_artifact
 from tasks.dataset.config import DatasetConfig
 from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
 from tasks.index.sample_index import INDEX, Kind, SampleIndex
 from tasks.index.shard_verdicts import read_verdicts
 from tasks.join.config import STAGE, JoinConfig
 from tasks.join.join import JoinedPart, join_verifications, read_parts
-from tasks.progress import silent
+from tasks.progress import report_nothing
 from tasks.verify.config import STAGE as VERIFY
 from tasks.verify.config import VerifyConfig
 from tasks.verify.verify import verify_shards
@@ -48,21 +48,25 @@ def verified(root: Path, name: str, shards: list[tuple[str, Images]]) -> Artifac
         write_shard(downloaded, f"{number:06d}", source, images)
     config = VerifyConfig(max_bad_share=0.9)
     address = Address.of(root, VERIFY, config, {"download": name})
-    return produce(address, lambda out: verify_shards(config, downloaded, out, 2, silent))
+    return produce_artifact(
+        address, lambda out: verify_shards(config, downloaded, out, 2, report_nothing)
+    )
 
 
 def joined(parts: list[Artifact]) -> Artifact:
     root = parts[0].folder.parents[1]
     parents = {f"part{n}": part.digest for n, part in enumerate(parts)}
     address = Address.of(root, STAGE, JoinConfig(), parents)
-    return produce(address, lambda out: join_verifications(JoinConfig(), parts, out, silent))
+    return produce_artifact(
+        address, lambda out: join_verifications(JoinConfig(), parts, out, report_nothing)
+    )
 
 
 def dataset_of(data: Artifact, name: str, takedowns: Takedowns | None = None) -> Path:
     out = data.folder.parents[1] / "dataset" / name
     out.mkdir(parents=True)
     none = takedowns or Takedowns()
-    make_dataset(DatasetConfig(), [data], OutsideFiles(), none, out, silent)
+    make_dataset(DatasetConfig(), [data], OutsideFiles(), none, out, report_nothing)
     return out
 
 
@@ -79,17 +83,25 @@ def test_the_index_counts_through_and_finds_what_each_part_has(weeks: list[Artif
     data = joined(weeks)
     index = SampleIndex(data.folder)
     rows = [
-        row for table in index.chunks("row", "shard", "place", "uid") for row in table.to_pylist()
+        row
+        for table in index.iterate_chunks("row", "shard", "place", "uid")
+        for row in table.to_pylist()
     ]
     assert [row["row"] for row in rows] == list(range(index.rows))
     shards = read_verdicts(data.folder)
     for row in rows:
-        (found,) = [one for one in index.find(Kind.UID, [row["uid"]]) if one["row"] == row["row"]]
+        (found,) = [
+            one for one in index.find_samples(Kind.UID, [row["uid"]]) if one["row"] == row["row"]
+        ]
         assert found["shard"] == row["shard"] < len(shards)
     assert [row["uid"] for row in rows] == [
         uid for week in WEEKS for _, images in week for uid in images
     ]
-    assert [len(index.find(Kind.URL, [url_of(uid)])) for uid in ("a0", "b0", "c1")] == [2, 1, 1]
+    assert [len(index.find_samples(Kind.URL, [url_of(uid)])) for uid in ("a0", "b0", "c1")] == [
+        2,
+        1,
+        1,
+    ]
 
 
 def test_exact_duplicates_and_repeated_uids_are_left_out_across_downloads(
@@ -127,12 +139,12 @@ def test_what_a_killed_join_left_changes_no_byte(weeks: list[Artifact], tmp_path
     whole, torn = tmp_path / "runs/join/whole", tmp_path / "runs/join/torn"
     for out in (whole, torn):
         out.mkdir(parents=True)
-    join_verifications(JoinConfig(), weeks, whole, silent)
+    join_verifications(JoinConfig(), weeks, whole, report_nothing)
     rows = torn / INDEX / "rows"
     rows.mkdir(parents=True)
     (rows / "00000.parquet").hardlink_to(whole / INDEX / "rows" / "00000.parquet")
     (rows / ".00001.parquet.1").write_bytes(b"torn")
-    join_verifications(JoinConfig(), weeks, torn, silent)
+    join_verifications(JoinConfig(), weeks, torn, report_nothing)
     (rows / ".00001.parquet.1").unlink()
     assert digests(torn) == digests(whole)
 
@@ -145,7 +157,7 @@ def test_the_index_of_a_join_is_that_of_one_verification_of_all(
     data = joined(weeks)
     names = ("row", "shard", "place", "uid", "source", "url", "stored_sha256", "phash", "flaw")
     ours, theirs = (
-        pa.concat_tables(SampleIndex(folder).chunks(*names)).combine_chunks()
+        pa.concat_tables(SampleIndex(folder).iterate_chunks(*names)).combine_chunks()
         for folder in (data.folder, at_once.folder)
     )
     assert ours.equals(theirs)

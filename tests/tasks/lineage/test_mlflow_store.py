@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from evaclip_model.config import Config
-from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce
+from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce_artifact
 from tasks.lineage.mlflow_store import Tracking
 from tasks.tracking import TrackingStore
 
@@ -31,7 +31,7 @@ def made_artifact(root: Path, stage: str, parents: dict[str, str] | None = None)
         (folder / "report.html").write_text("<p>seen</p>")
         return Made({"rows": 3, "dropped.too small": 1}, (folder / "report.html",))
 
-    return produce(address, make)
+    return produce_artifact(address, make)
 
 
 def address_of(root: Path, stage: str, parents: dict[str, str] | None = None) -> Address:
@@ -64,11 +64,11 @@ def run_pipeline(tracking: Tracking, root: Path) -> None:
     ) as pipeline:
         with pipeline.stage_run(address_of(root, "merge")) as stage:
             merged = made_artifact(root, "merge")
-            stage.done(merged)
+            stage.record_artifact(merged)
         trained = address_of(root, "train", {"shards": merged.digest})
         with pipeline.stage_run(trained, title="train-1") as stage:
             metrics_file = trained.folder / "metrics.jsonl"
-            with stage.follow(metrics_file):
+            with stage.follow_metrics(metrics_file):
                 trained.folder.mkdir(parents=True, exist_ok=True)
                 metrics_file.write_text(
                     "".join(
@@ -79,7 +79,7 @@ def run_pipeline(tracking: Tracking, root: Path) -> None:
                 )
                 time.sleep(0.5)
             artifact = made_artifact(root, "train", {"shards": merged.digest})
-            stage.done(
+            stage.record_artifact(
                 artifact,
                 inputs={"training": merged},
                 attach=[artifact.folder / "report.html"],
@@ -135,7 +135,7 @@ def test_a_stage_entered_twice_is_one_run(
     with tracking.pipeline_run("demo", "r") as pipeline:
         for _ in range(2):
             with pipeline.stage_run(address_of(tmp_path, "merge")) as stage:
-                stage.done(made_artifact(tmp_path, "merge"))
+                stage.record_artifact(made_artifact(tmp_path, "merge"))
     (merge,) = runs(store)["merge"]
     assert merge.data.tags["evaclip.reused"] == "false"
     assert len(store.client().get_metric_history(merge.info.run_id, "rows")) == 1

@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, Run
 
-from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce
+from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce_artifact
 from tasks.lineage.mlflow_store import PipelineRun, Tracking
 from tasks.lineage.model_lineage import MODEL_TAG, WEIGHTS
 from tasks.tracking import TrackingStore
@@ -30,8 +30,10 @@ def run_stages(pipeline: PipelineRun, root: Path) -> dict[str, Artifact]:
         address = Address(root, Stage(kind, 1), config, digests)
         with pipeline.stage_run(address, title) as run:
             is_model = kind in ("initialise", "train")
-            made[title] = produce(address, weights if is_model else lambda out: Made({"x": 1}, ()))
-            run.done(made[title])
+            made[title] = produce_artifact(
+                address, weights if is_model else lambda out: Made({"x": 1}, ())
+            )
+            run.record_artifact(made[title])
 
     stage("initialise", "initialise", {})
     stage("dataset", "dataset", {})

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tasks.artifacts.artifact import Address, Made, Stage, produce
+from tasks.artifacts.artifact import Address, Made, Stage, produce_artifact
 from tasks.lineage.mlflow_store import Tracking
 from tasks.tracking import TrackingStore
 
@@ -53,7 +53,7 @@ def run_twice(folder: Path) -> list[dict[str, Any]]:
             with tracking.pipeline_run("pipeline demo", "r") as pipeline:
                 for address in (merge, download):
                     with pipeline.stage_run(address) as stage:
-                        stage.done(produce(address, make))
+                        stage.record_artifact(produce_artifact(address, make))
                 if not attempt:
                     with pipeline.stage_run(verify):
                         raise ValueError("https://me:secret@127.0.0.1/ does not answer")

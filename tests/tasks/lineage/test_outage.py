@@ -121,7 +121,7 @@ def test_every_point_is_there_once_after_the_server_was_away(tmp_path, server, b
     tracking = Tracking(store, tmp_path / "journals", patience_s=PATIENCE_S, system_every_s=1)
     with tracking.pipeline_run("train", "digest") as pipeline:
         assert pipeline.run_id(60)
-        with pipeline.stage_run(address) as stage, stage.follow(trainer.file):
+        with pipeline.stage_run(address) as stage, stage.follow_metrics(trainer.file):
             trainer.start()
             time.sleep(4)
             server.kill()
@@ -157,7 +157,7 @@ def test_a_backlog_of_a_whole_run_is_shipped_in_minutes(tmp_path, server):
     with (
         Tracking(store, tmp_path / "journals", patience_s=800).pipeline_run("train", "d") as run,
         run.stage_run(address) as stage,
-        stage.follow(file),
+        stage.follow_metrics(file),
     ):
         pass
     seconds = time.monotonic() - started

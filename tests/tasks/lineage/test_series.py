@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tasks.lineage.journal import SeriesCursor
-from tasks.lineage.shipper import MAX_METRICS_PER_CALL, batches
+from tasks.lineage.shipper import MAX_METRICS_PER_CALL, iterate_batches
 from tasks.lineage.stage_record import series_metrics
 
 
@@ -34,7 +34,7 @@ def read(file, at):
     """Points as (name, step) by request, and the cursor behind them."""
     found = []
     behind = at
-    for points, reached in batches(file, at):
+    for points, reached in iterate_batches(file, at):
         assert len(points) <= MAX_METRICS_PER_CALL
         found.append([(point.key, point.step) for point in points])
         behind = reached

@@ -21,7 +21,7 @@ import pytest
 from evaclip_model.errors import InputError
 from tasks.artifacts.artifact import Address, Made
 from tasks.merge.config import STAGE, ColumnMap, FilterConfig, MergeConfig, SourceConfig
-from tasks.merge.database import database
+from tasks.merge.database import open_database
 from tasks.merge.merge import merge_sources, read_inputs
 from tasks.merge.units import Chunk, run_chunk
 from tests.tasks.merge import metadata
@@ -181,7 +181,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(
 def test_an_interrupt_during_a_statement_stays_an_interrupt(tmp_path: Path) -> None:
     endless = "SELECT count(*) FROM range(1000000000) a, range(1000000000) b WHERE a.range % 7 = 3"
     stop = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt), database(tmp_path, "200MB", 1) as connection:
+    with pytest.raises(KeyboardInterrupt), open_database(tmp_path, "200MB", 1) as connection:
         stop.start()
         connection.execute(endless)
 

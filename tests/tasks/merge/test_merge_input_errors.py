@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaclip_model.errors import InputError
-from tasks.artifacts.artifact import Address, produce
+from tasks.artifacts.artifact import Address, produce_artifact
 from tasks.merge.config import STAGE, MergeConfig
 from tasks.merge.merge import merge_sources
 from tests.tasks.merge.metadata import COYO_700M, coyo, find_files, write
@@ -20,7 +20,7 @@ def error_of(tmp_path: Path, files: str, **source: object) -> str:
     )
     at = Address.of(tmp_path / "runs", STAGE, config)
     with pytest.raises(InputError) as caught:
-        produce(at, lambda out: merge_sources(config, find_files(config), out, threads=1))
+        produce_artifact(at, lambda out: merge_sources(config, find_files(config), out, threads=1))
     assert not list(tmp_path.glob("runs/**/manifest.json"))
     assert "\n" not in str(caught.value)
     return str(caught.value)

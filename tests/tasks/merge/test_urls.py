@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.merge.database import database, statement
+from tasks.merge.database import load_statement, open_database
 from tests.tasks.merge.reference import address_and_url, tidy
 
 QUERY = (
     "WITH published AS (SELECT unnest($urls::VARCHAR[]) AS raw_url, "
     "unnest($captions::VARCHAR[]) AS raw_caption), "
-    + statement("normalise")
+    + load_statement("normalise")
     + " SELECT url, address, caption FROM normalised"
 )
 
@@ -31,7 +31,7 @@ messy_urls = st.lists(pieces, max_size=12).map("".join) | st.lists(pieces, max_s
 @pytest.fixture(scope="module")
 def normalise(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     spill: Path = tmp_path_factory.mktemp("spill")
-    with database(spill, "200MB", 1) as connection:
+    with open_database(spill, "200MB", 1) as connection:
 
         def call(url: str | None, caption: str | None = "a cat") -> tuple[str | None, ...]:
             [row] = connection.execute(QUERY, {"urls": [url], "captions": [caption]}).fetchall()

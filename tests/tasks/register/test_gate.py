@@ -16,7 +16,7 @@ from tasks.register.gate import (
     Gain,
     GateOutcome,
     contaminated_in,
-    decide,
+    decide_promotion,
     gains_in,
 )
 
@@ -38,7 +38,7 @@ def candidate(**changes: object) -> Candidate:
 
 
 def judged(policy: GatePolicy | None = None, **changes: object) -> Decision:
-    return decide(candidate(**changes), CHAMPION, policy or GatePolicy())
+    return decide_promotion(candidate(**changes), CHAMPION, policy or GatePolicy())
 
 
 def rules(decision: Decision, outcome: GateOutcome) -> list[str]:
@@ -46,7 +46,7 @@ def rules(decision: Decision, outcome: GateOutcome) -> list[str]:
 
 
 def test_the_first_model_is_promoted_because_there_is_none_yet() -> None:
-    decision = decide(candidate(), None, GatePolicy())
+    decision = decide_promotion(candidate(), None, GatePolicy())
     assert decision.outcome is GateOutcome.PROMOTE
     assert decision.summary == "PROMOTE: no champion yet"
     assert decision.champion is None
@@ -54,9 +54,9 @@ def test_the_first_model_is_promoted_because_there_is_none_yet() -> None:
 
 def test_a_first_model_that_was_trained_on_the_test_is_rejected() -> None:
     seen = candidate(contaminated={"imagenet": 0.5})
-    decision = decide(seen, None, GatePolicy(max_contaminated=0.1))
+    decision = decide_promotion(seen, None, GatePolicy(max_contaminated=0.1))
     assert decision.outcome is GateOutcome.REJECT
-    assert decide(seen, None, GatePolicy()).outcome is GateOutcome.PROMOTE
+    assert decide_promotion(seen, None, GatePolicy()).outcome is GateOutcome.PROMOTE
     assert rules(decision, GateOutcome.REJECT) == ["contamination"]
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from evaclip_model import create_model, open_model, save_model
 from evaclip_model.ports import find_free_port
-from tasks.artifacts.artifact import Address, Made, Stage, produce
+from tasks.artifacts.artifact import Address, Made, Stage, produce_artifact
 from tasks.lineage.mlflow_store import Tracking
 from tasks.register.config import RegisterConfig
 from tasks.register.model_registry import register_model
-from tasks.register.pull_model import pull
+from tasks.register.pull_model import pull_model
 from tasks.tracking import TrackingStore
 from tests.tasks.register.servers import mlflow_server
 
@@ -46,16 +46,16 @@ def test_a_run_without_its_server_arrives_later_and_a_model_is_registered_loaded
     with (
         tracking.pipeline_run("demo", "first") as pipeline,
         pipeline.stage_run(address) as stage,
-        stage.follow(address.folder / "metrics.jsonl"),
+        stage.follow_metrics(address.folder / "metrics.jsonl"),
     ):
         address.folder.mkdir(parents=True)
         line = json.dumps({"step": 0, "time": 1.0, "loss": 4.0})
         (address.folder / "metrics.jsonl").write_text(line + "\n")
-        trained = produce(address, train)
+        trained = produce_artifact(address, train)
         assert pipeline.url(wait_s=0.1) is None
     assert time.monotonic() - started < 30
 
-    evaluated = produce(
+    evaluated = produce_artifact(
         Address(root, Stage("evaluate", 1), {}, {"train": trained.digest}), lambda out: Made({}, ())
     )
     with mlflow_server(tmp_path / "server", port):
@@ -73,7 +73,7 @@ def test_a_run_without_its_server_arrives_later_and_a_model_is_registered_loaded
         register_model(config, trained, evaluated, store, root, out, run_id=made.info.run_id)
         version = client.get_model_version_by_alias("served", "challenger")
         assert (version.status, version.run_id) == ("READY", made.info.run_id)
-        open_model(pull(store.uri, "served@challenger", tmp_path / "pulled"))
+        open_model(pull_model(store.uri, "served@challenger", tmp_path / "pulled"))
 
         packages = next(path for path in sys.path if path.endswith("site-packages"))
         settings = {**os.environ, "PYTHONPATH": packages, "OMP_NUM_THREADS": "1"}

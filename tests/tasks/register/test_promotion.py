@@ -11,17 +11,17 @@ from mlflow import MlflowClient
 
 from evaclip_model import InputError
 from tasks.register.config import GatePolicy, RegisterConfig
-from tasks.register.gate import Candidate, Champion, Decision, decide
+from tasks.register.gate import Candidate, Champion, Decision, decide_promotion
 from tasks.register.promotion import (
     Move,
     carry_out,
     champion_history,
     champion_of,
-    decline,
+    decline_version,
     history,
     is_due,
     is_stale,
-    promote,
+    promote_version,
     read_decision,
     roll_back,
     standing_of,
@@ -30,12 +30,12 @@ from tasks.register.promotion import (
 from tasks.tracking import TrackingStore
 
 CONFIG = RegisterConfig(model_name="clip")
-FIRST = decide(Candidate(weights="w1", bytes=1, headlines=()), None, GatePolicy())
+FIRST = decide_promotion(Candidate(weights="w1", bytes=1, headlines=()), None, GatePolicy())
 
 
 def better_than(version: int) -> Decision:
     champion = Champion(version=version, weights="old", bytes=1)
-    tie = decide(Candidate(weights="new", bytes=1, headlines=()), champion, GatePolicy())
+    tie = decide_promotion(Candidate(weights="new", bytes=1, headlines=()), champion, GatePolicy())
     return tie.model_copy(update={"outcome": FIRST.outcome})
 
 
@@ -88,7 +88,7 @@ def test_the_gates_word_is_carried_out_once_and_written_down(store: TrackingStor
 
 def test_a_word_about_another_champion_is_not_carried_out_but_stale(store: TrackingStore) -> None:
     carry_out(store, CONFIG, 1, FIRST)
-    promote(store, "clip", "champion", 3, "force", "me", "a hunch")
+    promote_version(store, "clip", "champion", 3, "force", "me", "a hunch")
     assert not carry_out(store, CONFIG, 2, better_than(1))
     assert is_stale(store, CONFIG, 2, better_than(1))
     assert alias(store) == 3
@@ -114,7 +114,7 @@ def test_a_killed_promotion_is_written_down_by_the_next_one(store: TrackingStore
 def test_an_alias_that_somebody_moved_is_written_down_too(store: TrackingStore) -> None:
     carry_out(store, CONFIG, 1, FIRST)
     store.client().set_registered_model_alias("clip", "champion", "3")
-    promote(store, "clip", "champion", 2, "force", "me", "better in use")
+    promote_version(store, "clip", "champion", 2, "force", "me", "better in use")
     assert [(m.version, m.how) for m in history(store, "clip", "champion")] == [
         *((1, "gate"), (3, "outside")),
         (2, "force"),
@@ -133,7 +133,7 @@ def test_a_rolled_back_version_is_not_promoted_again_by_its_old_word(store: Trac
 
 def test_rolling_back_twice_goes_back_twice_and_then_says_what_to_do(store: TrackingStore) -> None:
     for version in (1, 2, 3):
-        promote(store, "clip", "champion", version, "force", "me", "test")
+        promote_version(store, "clip", "champion", version, "force", "me", "test")
     roll_back(store, "clip", "champion", None, "me", "")
     assert roll_back(store, "clip", "champion", None, "me", "") == (2, 1)
     with pytest.raises(InputError, match="--to VERSION"):
@@ -144,16 +144,16 @@ def test_rolling_back_twice_goes_back_twice_and_then_says_what_to_do(store: Trac
 
 def test_a_version_or_model_that_is_not_there_is_one_sentence(store: TrackingStore) -> None:
     with pytest.raises(InputError, match="'clip' has no version 9; there are: 1, 2, 3"):
-        promote(store, "clip", "champion", 9, "force", "me", "")
+        promote_version(store, "clip", "champion", 9, "force", "me", "")
     with pytest.raises(InputError, match="'clap' has no version 1; there are: none"):
-        promote(store, "clap", "champion", 1, "force", "me", "")
+        promote_version(store, "clap", "champion", 1, "force", "me", "")
     with pytest.raises(InputError, match="no version of 'clip' is champion"):
         roll_back(store, "clip", "champion", None, "me", "")
 
 
 def test_a_no_is_kept_and_ends_the_waiting(store: TrackingStore) -> None:
     carry_out(store, CONFIG, 1, FIRST)
-    decline(store, "clip", 2, "Ada", "the captions look wrong")
+    decline_version(store, "clip", 2, "Ada", "the captions look wrong")
     assert standing_of(store, "clip", 2).declined == "Ada: the captions look wrong"
     assert not is_due(store, CONFIG, 2, better_than(1))
     assert not is_stale(store, CONFIG, 2, better_than(1))
@@ -162,7 +162,7 @@ def test_a_no_is_kept_and_ends_the_waiting(store: TrackingStore) -> None:
 def test_a_refusal_is_a_file_a_page_and_tags_of_the_version(
     store: TrackingStore, tmp_path: Path
 ) -> None:
-    held = decide(
+    held = decide_promotion(
         Candidate(weights="w2", bytes=9, headlines=()),
         Champion(version=1, weights="w", bytes=1),
         GatePolicy(),

@@ -11,7 +11,7 @@ from evaclip_model import InputError, create_model, open_model, save_model
 from tasks.artifacts.artifact import sha256_of
 from tasks.register import pull_model as pulling
 from tasks.register.config import LargeWeights
-from tasks.register.pull_model import Form, pull
+from tasks.register.pull_model import Form, pull_model
 from tasks.tracking import TrackingStore
 from tests.tasks.register.registrations import register_random_model, trained_and_evaluated
 
@@ -42,7 +42,7 @@ def store(root: Path) -> TrackingStore:
 def test_a_version_comes_in_the_form_of_another_library(
     store: TrackingStore, tmp_path: Path, form: Form, files: set[str]
 ) -> None:
-    folder = pull(store.uri, "clip/1", tmp_path / "model", form)
+    folder = pull_model(store.uri, "clip/1", tmp_path / "model", form)
     assert files <= {path.name for path in folder.iterdir()}
     about = json.loads((folder / "pulled.json").read_text())
     assert (about["name"], about["version"], about["form"]) == ("clip", 1, form)
@@ -55,7 +55,7 @@ def test_weights_that_are_referred_to_come_along(
     trained, _ = trained_and_evaluated(root, seed=1)
     registry = root / "mlflow-artifacts"
     assert len(list(registry.rglob("model.safetensors"))) == 1, "of version 1 alone"
-    folder = pull(store.uri, "clip@champion", tmp_path / "model")
+    folder = pull_model(store.uri, "clip@champion", tmp_path / "model")
     weights = "model.safetensors"
     assert sha256_of(folder / weights) == sha256_of(trained.folder / "model" / weights)
     assert not (folder / f"{weights}.json").exists()
@@ -64,7 +64,7 @@ def test_weights_that_are_referred_to_come_along(
 
 def test_a_pulled_form_keeps_the_weights_dtype(tmp_path: Path) -> None:
     save_model(create_model("EVA02-CLIP-demo", seed=0, precision="bf16"), tmp_path)
-    assert pulling._precision(tmp_path / "model.safetensors") == "bf16"
+    assert pulling._stored_precision(tmp_path / "model.safetensors") == "bf16"
 
 
 def test_a_disk_without_room_is_one_sentence_and_nothing_is_left(
@@ -73,24 +73,24 @@ def test_a_disk_without_room_is_one_sentence_and_nothing_is_left(
     monkeypatch.setitem(pulling._ROOM, "native", 10**9)
     for model in ("clip/1", "clip/2"):
         with pytest.raises(InputError, match="GB free and this pull needs"):
-            pull(store.uri, model, tmp_path / "model")
+            pull_model(store.uri, model, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_that_are_gone_or_others_leave_what_was_pulled_before(
     store: TrackingStore, root: Path, tmp_path: Path
 ) -> None:
-    folder = pull(store.uri, "clip/1", tmp_path / "model")
+    folder = pull_model(store.uri, "clip/1", tmp_path / "model")
     before = sha256_of(folder / "model.safetensors")
     (weights,) = (root / "weights").rglob("model.safetensors")
     kept = weights.read_bytes()
     try:
         weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
         with pytest.raises(InputError, match="are not those that were registered"):
-            pull(store.uri, "clip/2", folder)
+            pull_model(store.uri, "clip/2", folder)
         weights.unlink()
         with pytest.raises(InputError, match="make that place reachable"):
-            pull(store.uri, "clip/2", folder)
+            pull_model(store.uri, "clip/2", folder)
     finally:
         weights.write_bytes(kept)
     assert sha256_of(folder / "model.safetensors") == before

@@ -12,11 +12,11 @@ from PIL import Image
 
 from evaclip_model import InputError, create_model, open_model, save_model
 from evaclip_model.config import Config
-from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce
+from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce_artifact
 from tasks.register.config import REGISTERED, STAGE, RegisterConfig
 from tasks.register.model_registry import forget_if_gone, register_model
-from tasks.register.promotion import promote
-from tasks.register.pull_model import pull
+from tasks.register.promotion import promote_version
+from tasks.register.pull_model import pull_model
 from tasks.tracking import TrackingStore
 
 CONFIG = RegisterConfig(model_name="evaclip-test")
@@ -30,7 +30,7 @@ class Named(Config):
 
 def chain(root: Path, seed: int = 0) -> tuple[Artifact, Artifact]:
     """A trained model and its evaluation, both made from one verified artifact."""
-    verified = produce(
+    verified = produce_artifact(
         Address(root, Stage("verify", 1), {}, {"download": "d" * 16}), lambda out: Made({}, ())
     )
 
@@ -39,10 +39,10 @@ def chain(root: Path, seed: int = 0) -> tuple[Artifact, Artifact]:
         files = (out / "model" / "config.json", out / "model" / "model.safetensors")
         return Made({"steps": 1}, files)
 
-    trained = produce(
+    trained = produce_artifact(
         Address.of(root, Stage("train", 1), Named(seed=seed), {"verify": verified.digest}), train
     )
-    evaluated = produce(
+    evaluated = produce_artifact(
         Address(root, Stage("evaluate", 1), {}, {"train": trained.digest}),
         lambda out: Made({"emoji.top1": 0.0625}, ()),
     )
@@ -58,10 +58,12 @@ def registered(root: Path, store: TrackingStore, seed: int = 0) -> Artifact:
 
     def make(out: Path) -> Made:
         made = register_model(CONFIG, trained, evaluated, store, root, out)
-        promote(store, "evaclip-test", "champion", int(made.counts["version"]), "gate", "me", "")
+        promote_version(
+            store, "evaclip-test", "champion", int(made.counts["version"]), "gate", "me", ""
+        )
         return made
 
-    return produce(address, make)
+    return produce_artifact(address, make)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +181,7 @@ def test_a_pulled_folder_opens_without_mlflow_and_a_second_pull_replaces_it(
     trained, _ = chain(root)
     folder = tmp_path / "new" / "model"
     for model in ("evaclip-test@champion", "models:/evaclip-test/1"):
-        assert pull(store.uri, model, folder) == folder
+        assert pull_model(store.uri, model, folder) == folder
     open_model(folder)
     weights = "model.safetensors"
     assert (folder / weights).read_bytes() == (trained.folder / "model" / weights).read_bytes()
@@ -199,7 +201,7 @@ def test_a_pull_of_what_is_not_there_says_what_is(
     store: TrackingStore, tmp_path: Path, model: str, sentence: str
 ) -> None:
     with pytest.raises(InputError, match=sentence) as raised:
-        pull(store.uri, model, tmp_path / "model")
+        pull_model(store.uri, model, tmp_path / "model")
     assert "\n" not in str(raised.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -207,11 +209,11 @@ def test_a_pull_of_what_is_not_there_says_what_is(
 def test_a_pull_leaves_a_folder_of_other_things_alone(store: TrackingStore, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="holds other things"):
-        pull(store.uri, "evaclip-test@champion", tmp_path)
+        pull_model(store.uri, "evaclip-test@champion", tmp_path)
     assert (tmp_path / "thesis.txt").exists()
 
 
 def test_a_pull_from_no_registry_makes_none(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no registry at"):
-        pull(f"sqlite:///{tmp_path}/mlflow.db", "evaclip-test@champion", tmp_path / "model")
+        pull_model(f"sqlite:///{tmp_path}/mlflow.db", "evaclip-test@champion", tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

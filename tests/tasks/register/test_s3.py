@@ -22,7 +22,7 @@ from evaclip_model.weights.external_weights import Reference
 from tasks.artifacts.artifact import sha256_of
 from tasks.register.config import COPIED, LargeWeights
 from tasks.register.model_package import reference_to
-from tasks.register.pull_model import pull
+from tasks.register.pull_model import pull_model
 from tasks.tracking import TrackingStore
 from tests.tasks.register.registrations import register_random_model, trained_and_evaluated
 from tests.tasks.register.servers import mlflow_server
@@ -97,7 +97,7 @@ def test_a_version_on_s3_is_registered_loaded_elsewhere_and_pulled(
         length, left = load_elsewhere(store.uri, tmp_path / "elsewhere", settings)
         assert length == pytest.approx(1, abs=1e-4)
         assert left == []
-        folder = pull(store.uri, "clip@champion", tmp_path / "pulled")
+        folder = pull_model(store.uri, "clip@champion", tmp_path / "pulled")
     open_model(folder)
     trained, _ = trained_and_evaluated(tmp_path / "runs")
     weights = "model.safetensors"
@@ -144,8 +144,8 @@ def test_other_bytes_at_the_place_are_not_loaded(bucket: str, tmp_path: Path) ->
     def download(uri: str, folder: Path) -> Path:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
 
-    file = reference.obtain(tmp_path, download)
-    reference.check(file)
+    file = reference.obtain_weights(tmp_path, download)
+    reference.verify_file(file)
     other = Reference(uri=reference.uri, size=reference.size, sha256="0" * 64)
     with pytest.raises(InputError, match="not those that were registered"):
-        other.check(file)
+        other.verify_file(file)

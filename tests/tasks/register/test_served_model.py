@@ -20,7 +20,12 @@ from evaclip_model.model.clip import EvaClip
 from evaclip_model.weights.external_weights import REFERENCE_FILE, Reference
 from tasks.artifacts.artifact import sha256_of
 from tasks.register.config import LargeWeights
-from tasks.register.model_package import description, pack, reference_to, signature
+from tasks.register.model_package import (
+    make_signature,
+    pack_model,
+    reference_to,
+    version_description,
+)
 
 LABELS = {"candidate_labels": ["a red apple", "a dog"]}
 
@@ -43,7 +48,7 @@ def served(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     import mlflow
 
     packed = tmp_path_factory.mktemp("packed")
-    pack(saved, packed)
+    pack_model(saved, packed)
     return mlflow.pyfunc.load_model(str(packed / "model"))
 
 
@@ -132,7 +137,7 @@ def test_what_is_refused_is_one_sentence_and_a_clients_mistake(
 def test_what_is_packed_has_no_pickle_no_tests_and_says_what_it_needs(
     saved: Path, tmp_path: Path
 ) -> None:
-    pack(saved, tmp_path, lineage="{}")
+    pack_model(saved, tmp_path, lineage="{}")
     files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
     assert {"clip.py", "model.safetensors", "served_model.py", "lineage.json"} <= {
         file.name for file in files
@@ -146,10 +151,10 @@ def test_what_is_packed_has_no_pickle_no_tests_and_says_what_it_needs(
 
 
 def test_the_description_has_a_request_that_the_signature_takes() -> None:
-    text = description("clip", 3)
+    text = version_description("clip", 3)
     request = json.loads(text.partition("-d '")[2].partition("'")[0])
     assert request["dataframe_split"]["columns"] == ["image"]
-    assert set(request["params"]) <= {known.name for known in signature().params.params}
+    assert set(request["params"]) <= {known.name for known in make_signature().params.params}
     assert "models:/clip/3" in text
 
 
@@ -157,7 +162,7 @@ def test_two_versions_of_the_code_do_not_meet_in_one_process(saved: Path, tmp_pa
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    pack(saved, tmp_path)
+    pack_model(saved, tmp_path)
     with (tmp_path / "model" / "code" / "evaclip_model" / "clip.py").open("a") as source:
         source.write("# of another time\n")
     with pytest.raises(MlflowException, match="in a process of its own"):
@@ -173,7 +178,7 @@ def test_large_weights_are_referred_to_where_they_are_and_checked(
     assert reference_to(saved, "0" * 64, LargeWeights(above_gb=1)) is None
     reference = reference_to(saved, sha256_of(weights), LargeWeights(above_gb=0))
     assert reference is not None and reference.path == weights.resolve()
-    pack(saved, tmp_path, reference=reference)
+    pack_model(saved, tmp_path, reference=reference)
     packed = tmp_path / "model"
     assert not list(packed.rglob("model.safetensors"))
     assert (packed / "artifacts" / "model" / REFERENCE_FILE).is_file()
@@ -181,7 +186,7 @@ def test_large_weights_are_referred_to_where_they_are_and_checked(
     assert len(answer.embedding[0]) > 10
     changed = reference.model_copy(update={"sha256": "0" * 64})
     with pytest.raises(InputError, match="are not those that were registered"):
-        changed.check(weights)
+        changed.verify_file(weights)
 
 
 def test_weights_are_put_into_a_place_of_their_own_once(saved: Path, tmp_path: Path) -> None:
@@ -192,7 +197,7 @@ def test_weights_are_put_into_a_place_of_their_own_once(saved: Path, tmp_path: P
     made = first.path.stat().st_mtime_ns
     assert reference_to(saved, sha256, large) == first
     assert first.path.stat().st_mtime_ns == made
-    first.check(first.path)
+    first.verify_file(first.path)
 
 
 def test_a_reference_to_what_is_gone_is_one_sentence(tmp_path: Path) -> None:
@@ -200,7 +205,7 @@ def test_a_reference_to_what_is_gone_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"cannot be read \(FileNotFoundError.* reachable from here"
     ):
-        gone.obtain(tmp_path, lambda uri, folder: folder)
+        gone.obtain_weights(tmp_path, lambda uri, folder: folder)
 
 
 def test_a_place_that_takes_nothing_is_one_sentence(saved: Path, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.artifacts.provenance import Change, changes
-from tasks.register.model_versions import describe, is_address, made_from, predecessor
+from tasks.artifacts.provenance import Change, list_changes
+from tasks.register.model_versions import describe_version, find_predecessor, is_address, made_from
 from tasks.register.promotion import roll_back
 from tasks.tracking import TrackingStore
 from tests.tasks.register.registrations import register_random_model, trained_and_evaluated
@@ -29,7 +29,7 @@ def store(root: Path) -> TrackingStore:
 
 def test_a_version_carries_what_it_was_made_from(store: TrackingStore, root: Path) -> None:
     trained, evaluated = trained_and_evaluated(root, seed=1)
-    version = describe(store.uri, "models:/clip@champion")
+    version = describe_version(store.uri, "models:/clip@champion")
     assert (str(version), version.aliases) == ("clip/2", ("challenger", "champion"))
     assert version.lineage is not None
     assert version.lineage.heads == (evaluated.digest, trained.digest)
@@ -37,12 +37,12 @@ def test_a_version_carries_what_it_was_made_from(store: TrackingStore, root: Pat
 
 
 def test_a_champion_is_compared_with_the_one_before(store: TrackingStore) -> None:
-    first, second = (describe(store.uri, f"clip/{number}") for number in (1, 2))
-    assert predecessor(store.uri, first, "champion") is None
-    before = predecessor(store.uri, second, "champion")
+    first, second = (describe_version(store.uri, f"clip/{number}") for number in (1, 2))
+    assert find_predecessor(store.uri, first, "champion") is None
+    before = find_predecessor(store.uri, second, "champion")
     assert before is not None and before.version == 1
     assert before.lineage is not None and second.lineage is not None
-    assert changes(before.lineage, second.lineage) == [Change("train.stage-1: seed", 0, 1)]
+    assert list_changes(before.lineage, second.lineage) == [Change("train.stage-1: seed", 0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -61,5 +61,5 @@ def test_a_models_address_is_told_from_a_digest_and_a_source(word: str, expected
 
 def test_a_version_that_was_rolled_back_is_compared_with_the_champion(store: TrackingStore) -> None:
     roll_back(store, "clip", "champion", None, "me", "it was worse")
-    before = predecessor(store.uri, describe(store.uri, "clip/2"), "champion")
+    before = find_predecessor(store.uri, describe_version(store.uri, "clip/2"), "champion")
     assert before is not None and before.version == 1

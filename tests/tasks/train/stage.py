@@ -3,7 +3,7 @@
 import psutil
 
 from evaclip_model.training.config import TrainConfig
-from tasks.progress import silent
+from tasks.progress import report_nothing
 from tasks.train import train as stage
 from tasks.train.config import Launch
 
@@ -16,7 +16,7 @@ def config(**changes):
     return TrainConfig(**{**settings, **changes})
 
 
-def train(data, out, launch, report=silent, **changes):
+def train(data, out, launch, report=report_nothing, **changes):
     inputs = stage.Inputs(data / "start", data / "shards.json")
     return stage.train_model(config(**changes), inputs, out, Launch(**launch), report)
 
@@ -24,7 +24,7 @@ def train(data, out, launch, report=silent, **changes):
 def try_out(data, out, launch, **changes):
     out.mkdir()
     inputs = stage.Inputs(data / "start", data / "shards.json")
-    return stage.try_out(config(**changes), inputs, out, Launch(**launch), silent)
+    return stage.try_out(config(**changes), inputs, out, Launch(**launch), report_nothing)
 
 
 def processes_of(out):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tasks.train.follow import Follower, describe, duration, last_rows
+from tasks.train.follow import Follower, describe_step, format_duration, last_rows
 from tests.tasks.train.stage import config
 
 ROW = {"step": 7, "loss": 2.5, "images_per_second": 1500.0, "logit_scale": 14.3, "step_s": 2.0}
@@ -12,7 +12,7 @@ ROW |= {"grad_norm": 744.7, "data_wait_s": 0.5, "mfu": 0.414, "taken": 1, "spike
 
 
 def test_the_newest_rows_are_one_line():
-    assert describe([{**ROW, "step": 6, "step_s": 4.0}, ROW], 1007) == (
+    assert describe_step([{**ROW, "step": 6, "step_s": 4.0}, ROW], 1007) == (
         "loss 2.500  1,500 images/s  MFU 41%  logit scale 14.3  grad norm 745  data wait 17%  "
         "00:50:00 left"
     )
@@ -20,7 +20,7 @@ def test_the_newest_rows_are_one_line():
 
 def test_figures_that_a_step_has_not_are_left_out():
     bare = {name: ROW[name] for name in ("step", "images_per_second", "step_s")}
-    assert describe([{**bare, "taken": 0}], 8) == (
+    assert describe_step([{**bare, "taken": 0}], 8) == (
         "1,500 images/s  00:00:02 left  1 of 1 steps not taken"
     )
 
@@ -35,16 +35,16 @@ def test_figures_that_a_step_has_not_are_left_out():
     ],
 )
 def test_what_is_out_of_order_is_said(rows, note):
-    assert describe([{**ROW, **row} for row in rows], 8).endswith(f"  {note}")
+    assert describe_step([{**ROW, **row} for row in rows], 8).endswith(f"  {note}")
 
 
 def test_one_slow_step_is_no_slow_rank():
-    assert describe([{**ROW, "slow_rank": 3}, ROW, ROW], 8).endswith("left")
+    assert describe_step([{**ROW, "slow_rank": 3}, ROW, ROW], 8).endswith("left")
 
 
 def test_days_are_said():
-    assert duration(3 * 86_400 + 3_723) == "3d 01:02:03"
-    assert duration(3_723) == "01:02:03"
+    assert format_duration(3 * 86_400 + 3_723) == "3d 01:02:03"
+    assert format_duration(3_723) == "01:02:03"
 
 
 def test_only_whole_lines_count_and_long_files_are_read_from_their_end(tmp_path):
@@ -59,8 +59,8 @@ def test_a_step_is_reported_once(tmp_path):
     told = []
     file = tmp_path / "metrics.jsonl"
     follower = Follower(config(), file, lambda done, total, detail="": told.append(done))
-    follower.look()
+    follower.report_newest()
     file.write_text(json.dumps(ROW) + "\n")
-    follower.look()
-    follower.look()
+    follower.report_newest()
+    follower.report_newest()
     assert (told, follower.step) == ([7], 7)

@@ -13,17 +13,17 @@ from evaclip_model.errors import InputError
 from tasks.train.cluster import CLUSTERS, job_name, job_script
 from tasks.train.config import Launch
 from tasks.train.launch import (
-    command,
     count_gpus,
-    deepspeed,
+    deepspeed_command,
     default_ranks,
     default_read_workers,
-    environment,
-    external,
+    external_command,
+    local_command,
+    rank_environment,
     read_hostfile,
-    torchrun,
+    torchrun_command,
 )
-from tasks.train.train import Inputs, starter
+from tasks.train.train import Inputs, starter_command
 
 JOB = Path("/somewhere/0a1b/train.json")
 INPUTS = Inputs(Path("/somewhere/model"), Path("/somewhere/shards.json"))
@@ -31,8 +31,8 @@ WORKER = ["-m", "evaclip_model.training.worker", str(JOB)]
 
 
 def test_one_rank_is_a_plain_process_and_more_are_torchruns():
-    assert command(JOB, 1) == [sys.executable, *WORKER]
-    two = command(JOB, 2)
+    assert local_command(JOB, 1) == [sys.executable, *WORKER]
+    two = local_command(JOB, 2)
     assert two[1:3] == ["-m", "torch.distributed.run"]
     assert "--nproc-per-node=2" in two
     assert "--rdzv-conf=store_type=file" in two
@@ -42,21 +42,21 @@ def test_one_rank_is_a_plain_process_and_more_are_torchruns():
 
 def test_torchruns_of_several_machines_meet_where_they_are_told():
     three = Launch(launcher="torchrun", nodes=3, rendezvous="first:29400")
-    words = torchrun(JOB, three, 8)
+    words = torchrun_command(JOB, three, 8)
     assert {"--nnodes=3", "--nproc-per-node=8", "--rdzv-endpoint=first:29400"} < set(words)
     assert "--rdzv-id=0a1b" in words
     assert not any("127.0.0.1" in word for word in words)
-    assert torchrun(JOB, Launch(launcher="torchrun"), 2) == command(JOB, 2)
+    assert torchrun_command(JOB, Launch(launcher="torchrun"), 2) == local_command(JOB, 2)
 
 
 def test_the_deepspeed_launcher_adds_no_argument_and_needs_no_ssh_to_this_machine(tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("# first\nlocalhost slots=2 # both\n\n")
-    words = deepspeed(JOB, hosts, read_hostfile(hosts), 1234)
+    words = deepspeed_command(JOB, hosts, read_hostfile(hosts), 1234)
     assert words[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
     assert {"--no_local_rank", "--no_ssh_check", "--master_addr=127.0.0.1"} < set(words)
     assert words[-3:] == ["--module", "evaclip_model.training.worker", str(JOB)]
-    two = deepspeed(JOB, hosts, {"a": 8, "b": 8}, 1234)
+    two = deepspeed_command(JOB, hosts, {"a": 8, "b": 8}, 1234)
     assert "--no_ssh_check" not in two and not any("master_addr" in word for word in two)
 
 
@@ -79,18 +79,18 @@ def test_what_a_launcher_lacks_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     missing = Launch(launcher="deepspeed", hostfile=tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"EVACLIP_HOSTFILE=.*nowhere cannot be read \(No such"):
-        starter(missing, JOB, INPUTS, 1)
+        starter_command(missing, JOB, INPUTS, 1)
     (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
     two = Launch(launcher="deepspeed", hostfile=tmp_path / "hosts")
     with pytest.raises(InputError, match="EVACLIP_LAUNCHER=deepspeed needs the program 'pdsh'"):
-        starter(two, JOB, INPUTS, 1)
+        starter_command(two, JOB, INPUTS, 1)
     with pytest.raises(InputError, match="EVACLIP_LAUNCHER=slurm needs the program 'sbatch'"):
-        starter(Launch(launcher="slurm", ranks=8), JOB, INPUTS, 8)
+        starter_command(Launch(launcher="slurm", ranks=8), JOB, INPUTS, 8)
     with pytest.raises(InputError, match="EVACLIP_LAUNCHER=kubernetes needs the program 'kubectl'"):
-        starter(Launch(launcher="kubernetes", ranks=8), JOB, INPUTS, 8)
+        starter_command(Launch(launcher="kubernetes", ranks=8), JOB, INPUTS, 8)
     own = Launch(launcher="external", ranks=8, submit_command="qsub {job}")
     with pytest.raises(InputError, match="EVACLIP_LAUNCHER=external needs the program 'qsub'"):
-        starter(own, JOB, INPUTS, 8)
+        starter_command(own, JOB, INPUTS, 8)
 
 
 @pytest.mark.parametrize(
@@ -118,12 +118,12 @@ def test_a_command_of_the_users_own_has_its_places_filled_in():
     own = Launch(
         launcher="external", ranks=8, nodes=4, submit_command="run -n {nodes}x{ranks} 'a {job}'"
     )
-    assert external(JOB, own) == ["run", "-n", "4x8", f"a {JOB}"]
+    assert external_command(JOB, own) == ["run", "-n", "4x8", f"a {JOB}"]
     wrong = own.model_copy(update={"submit_command": "run {gpus}"})
     with pytest.raises(
         InputError, match=r"not a command with the placeholders \{job\}.*\('gpus'\)"
     ):
-        external(JOB, wrong)
+        external_command(JOB, wrong)
 
 
 def script_of(kind, template=None):
@@ -232,13 +232,13 @@ def test_jobs_of_one_artifact_under_two_roots_have_two_names():
 
 def test_cores_are_shared_out_and_ranks_stay_on_loopback():
     store = Path("/private/store")
-    two = environment({"HOME": "/h", "OMP_NUM_THREADS": "7"}, ranks=2, cores=5, store=store)
+    two = rank_environment({"HOME": "/h", "OMP_NUM_THREADS": "7"}, ranks=2, cores=5, store=store)
     assert two["OMP_NUM_THREADS"] == "2"
     assert two["GLOO_SOCKET_IFNAME"] == "lo"
     assert two["HOME"] == "/h"
     assert two["NCCL_SOCKET_IFNAME"] == "lo"
     assert two["EVACLIP_RANK_STORE"] == "/private/store"
-    assert environment({}, ranks=4, cores=2, store=store)["OMP_NUM_THREADS"] == "1"
+    assert rank_environment({}, ranks=4, cores=2, store=store)["OMP_NUM_THREADS"] == "1"
 
 
 @pytest.mark.parametrize(

@@ -94,13 +94,15 @@ def test_the_index_has_every_sample_by_shard_and_place(downloaded: Path, out: Pa
     record = {"uid": "u", "source": "laion2b", "url": "http://a.example/1", "sha256": "a" * 64}
     write_shard(downloaded, "000000", [sample(0), sample(1, jpg=image, json=json.dumps(record))])
     verify(downloaded, out)
-    (table,) = SampleIndex(out).chunks("row", "shard", "place", "key", "uid", "url", "sha256")
+    (table,) = SampleIndex(out).iterate_chunks(
+        "row", "shard", "place", "key", "uid", "url", "sha256"
+    )
     assert table.slice(1, 1).to_pylist() == [
         {"row": 1, "shard": 0, "place": 1, "key": "000001"}
         | {name: record[name] for name in ("uid", "url", "sha256")}
     ]
     assert [row["shard"] for row in table.to_pylist()] == [0, 0, 1, 1, 1]
-    (hashes,) = SampleIndex(out).chunks("stored_sha256", "phash", "flaw")
+    (hashes,) = SampleIndex(out).iterate_chunks("stored_sha256", "phash", "flaw")
     assert hashes["stored_sha256"][1].as_py() == hashlib.sha256(image).hexdigest()
     assert hashes["phash"].null_count == 0
     assert hashes["flaw"].null_count == 5
@@ -138,7 +140,7 @@ def test_a_bad_sample_is_counted_and_its_shard_kept(
     assert made.counts[f"bad.{reason}"] == 1
     assert made.counts["shards"] == 2
     assert [verdict.stored for verdict in read_verdicts(out)] == [5, 3]
-    (table,) = SampleIndex(out).chunks("flaw")
+    (table,) = SampleIndex(out).iterate_chunks("flaw")
     assert table["flaw"].to_pylist() == [None] * 4 + [reason] + [None] * 3
 
 
@@ -288,8 +290,8 @@ def test_killed_in_the_middle_it_looks_at_no_finished_shard_again(
     verify(downloaded, out, VerifyConfig())
     assert read_verdicts(out) == read_verdicts(undisturbed)
     for one, other in zip(
-        SampleIndex(out).chunks(*COLUMNS.names),
-        SampleIndex(undisturbed).chunks(*COLUMNS.names),
+        SampleIndex(out).iterate_chunks(*COLUMNS.names),
+        SampleIndex(undisturbed).iterate_chunks(*COLUMNS.names),
         strict=True,
     ):
         assert one.equals(other)
@@ -358,7 +360,7 @@ def test_records_and_names_that_no_table_can_hold_are_written_without_what_is_br
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     assert verify(downloaded, out).counts["samples"] == 3 + 3
-    (table,) = SampleIndex(out).chunks("key", "url", "source")
+    (table,) = SampleIndex(out).iterate_chunks("key", "url", "source")
     assert table["url"][1].as_py() == "http://a.example/?"
     assert table["key"][2].as_py() == "caf?"
 
@@ -369,5 +371,5 @@ def test_two_folders_of_shards_with_the_same_names_are_told_apart(
     for source in ("a", "b"):
         write_shard(tmp_path / "in" / source, "000000", [sample(n, source) for n in range(3)])
     assert verify(tmp_path / "in", out).counts["samples"] == 6
-    (table,) = SampleIndex(out).chunks("uid")
+    (table,) = SampleIndex(out).iterate_chunks("uid")
     assert len(set(table["uid"].to_pylist())) == 6

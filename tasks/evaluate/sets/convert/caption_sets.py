@@ -76,14 +76,16 @@ def _read_json(listing: Path, split: str) -> Captions:
         content = json.loads(listing.read_text(encoding="utf-8-sig"))
         if isinstance(content, list):
             image, caption = _find_columns(tuple(content[0]), listing) if content else ("", "")
-            return _collect((entry[image], _texts(entry[caption])) for entry in content)
+            return _group_captions(
+                (entry[image], _caption_texts(entry[caption])) for entry in content
+            )
         if "annotations" in content:
             return _read_official(content)
         chosen = [entry for entry in content["images"] if entry["split"] == split]
         if content["images"] and not chosen:
             there = ", ".join(sorted({str(entry["split"]) for entry in content["images"]}))
             raise InputError(f"{listing} has no image in the split '{split}'; there are: {there}")
-        return _collect(
+        return _group_captions(
             (
                 str(Path(entry.get("filepath", "")) / entry["filename"]),
                 [sentence["raw"] for sentence in entry["sentences"]],
@@ -103,7 +105,7 @@ def _read_official(content: Mapping[str, Any]) -> Captions:
     for entry in sorted(content["annotations"], key=lambda entry: entry["id"]):
         found.setdefault(names[entry["image_id"]], []).append(entry["caption"])
     # In the order of images, and without those that have no caption.
-    return _collect((name, found[name]) for name in names.values() if name in found)
+    return _group_captions((name, found[name]) for name in names.values() if name in found)
 
 
 def _read_text(listing: Path) -> Captions:
@@ -116,11 +118,11 @@ def _read_text(listing: Path) -> Captions:
         broken = next((number for number, match in enumerate(matches, 1) if not match), None)
         if broken:
             raise InputError(f"{listing} row {broken} is not FILE#NUMBER<tab>CAPTION")
-        return _collect((match[1], [match[2]]) for match in matches if match)
+        return _group_captions((match[1], [match[2]]) for match in matches if match)
     columns, rows = read_rows(listing)
     image, caption = _find_columns(columns, listing)
-    return _collect(
-        (re.sub(r"#\d+$", "", str(row[image])), _texts(row[caption])) for _, row in rows
+    return _group_captions(
+        (re.sub(r"#\d+$", "", str(row[image])), _caption_texts(row[caption])) for _, row in rows
     )
 
 
@@ -137,13 +139,13 @@ def _find_columns(columns: Sequence[str], listing: Path) -> tuple[str, str]:
     return image, caption
 
 
-def _texts(value: Any) -> Sequence[str]:
+def _caption_texts(value: Any) -> Sequence[str]:
     if isinstance(value, list | tuple):
         return [str(one) for one in value]
     return [] if value is None else [str(value)]
 
 
-def _collect(pairs: Iterator[tuple[str, Sequence[str]]]) -> Captions:
+def _group_captions(pairs: Iterator[tuple[str, Sequence[str]]]) -> Captions:
     """Captions by file.
 
     Raises:

@@ -41,7 +41,7 @@ from tasks.evaluate.sets.convert.torchvision_sets import (
 from tasks.evaluate.sets.convert.videos import find_videos
 from tasks.evaluate.sets.prompts import find_templates
 from tasks.evaluate.sets.set_registry import Kind, KnownSet, PromptSource, find_set
-from tasks.progress import Report, silent
+from tasks.progress import Report, report_nothing
 
 OBJECTNET = "objectnet"
 VOC = {"classification": "voc2007", "multilabel": "voc2007-multilabel"}
@@ -65,7 +65,7 @@ class Words:
     first: int | None = None
     """Number of the first class, where classes are numbers; told from them where unset."""
 
-    def classes(
+    def order_classes(
         self,
         words: Sequence[str],
         where: str,
@@ -92,7 +92,7 @@ class Words:
             first=self.first,
         )
 
-    def prompts(self) -> tuple[str, ...]:
+    def set_templates(self) -> tuple[str, ...]:
         """Templates of the set.
 
         Raises:
@@ -117,7 +117,7 @@ class Words:
 
 
 def convert_imagefolder(
-    root: Path, folder: Path, words: Words, report: Report = silent
+    root: Path, folder: Path, words: Words, report: Report = report_nothing
 ) -> Conversion:
     """A folder of one folder of images a class; of ObjectNet, those that ImageNet has too.
 
@@ -128,18 +128,18 @@ def convert_imagefolder(
         folders, names = objectnet_folders(root)
         own = replace(words, known=None)
         display = dict(zip((one.name for one in folders), names, strict=True))
-        classes = own.classes([one.name for one in folders], str(root), display)
+        classes = own.order_classes([one.name for one in folders], str(root), display)
         beside = 0
     else:
         folders = class_folders(root)
-        classes = words.classes([one.name for one in folders], str(root))
+        classes = words.order_classes([one.name for one in folders], str(root))
         loose = (path for path in root.iterdir() if path.is_file())
         beside = sum(not is_system_file(path.name) for path in loose)
     sources = image_sources({one: classes.labels[one.name] for one in folders})
     if beside:
         remark = f"{beside} files beside the class folders of {root} were left out"
         classes = replace(classes, remarks=(*classes.remarks, remark))
-    return _write(folder, sources, ("imagefolder", root), classes, words, report)
+    return _write_set(folder, sources, ("imagefolder", root), classes, words, report)
 
 
 def convert_table(
@@ -152,7 +152,7 @@ def convert_table(
     label_column: str = "",
     several: bool = False,
     split: str = "",
-    report: Report = silent,
+    report: Report = report_nothing,
 ) -> Conversion:
     """Images that a table names with their labels; one label each, or several.
 
@@ -167,7 +167,7 @@ def convert_table(
         several=several,
         split=split,
     )
-    classes = words.classes(table.words, str(listing))
+    classes = words.order_classes(table.words, str(listing))
     labels = classes.labels
 
     def answer(chosen: Sequence[str]) -> int | list[int]:
@@ -178,7 +178,7 @@ def convert_table(
 
     sources = [image_source(one.path, answer(one.words)) for one in table.images]
     kind: Kind = "multilabel" if table.several else "classification"
-    return _write(
+    return _write_set(
         folder, sources, ("table", listing, images), classes, words, report, kind, listing
     )
 
@@ -189,7 +189,7 @@ def convert_torchvision(
     folder: Path,
     words: Words,
     download: bool = False,
-    report: Report = silent,
+    report: Report = report_nothing,
 ) -> Conversion:
     """A set of torchvision's in `root`.
 
@@ -202,15 +202,21 @@ def convert_torchvision(
     classes = ClassOrder(names, {name: label for label, name in enumerate(names)})
     if words.classnames:
         own = torchvision_words(dataset, names)
-        classes = replace(words, known=known).classes(own, f"torchvision's {known.torchvision}")
+        classes = replace(words, known=known).order_classes(
+            own, f"torchvision's {known.torchvision}"
+        )
         # The list's labels, in the order of torchvision's own.
         relabel = tuple(classes.labels[own[label]] for label in relabel or range(len(own)))
     sources = dataset_sources(dataset, relabel, stamp=_stamp_of_files(root))
-    return _write(folder, sources, (known.key, root), classes, words, report)
+    return _write_set(folder, sources, (known.key, root), classes, words, report)
 
 
 def convert_videos(
-    root: Path, folder: Path, words: Words, listing: Path | None = None, report: Report = silent
+    root: Path,
+    folder: Path,
+    words: Words,
+    listing: Path | None = None,
+    report: Report = report_nothing,
 ) -> Conversion:
     """The centre frames of the videos below `root`, by their folders or a list.
 
@@ -218,10 +224,10 @@ def convert_videos(
         InputError: see `find_videos`, `Words` and `write_set`.
     """
     found = find_videos(root, listing)
-    classes = words.classes(found.words, str(root), found.display_names)
-    sources = found.sources(classes.labels)
+    classes = words.order_classes(found.words, str(root), found.display_names)
+    sources = found.list_sources(classes.labels)
     origin = ("videos", root, listing or "")
-    return _write(folder, sources, origin, classes, words, report, listing=listing)
+    return _write_set(folder, sources, origin, classes, words, report, listing=listing)
 
 
 def convert_voc(
@@ -229,7 +235,7 @@ def convert_voc(
     folder: Path,
     words: Words,
     kind: Literal["classification", "multilabel"] = "classification",
-    report: Report = silent,
+    report: Report = report_nothing,
 ) -> Conversion:
     """VOC's test images in `root` (VOCdevkit/VOC2007): its boxes, or whole with all classes.
 
@@ -237,18 +243,18 @@ def convert_voc(
         InputError: see `box_sources`, `Words` and `write_set`.
     """
     own = voc.voc_classes(root)
-    classes = words.classes(own, str(root))
+    classes = words.order_classes(own, str(root))
     places = [classes.labels[word] for word in own]
     if kind == "classification":
         sources = voc.box_sources(root, places)
     else:
         sources = voc.image_sources(root, places, len(classes.names))
     words = replace(words, known=find_set(VOC[kind]))
-    return _write(folder, sources, (f"voc {kind}", root), classes, words, report, kind)
+    return _write_set(folder, sources, (f"voc {kind}", root), classes, words, report, kind)
 
 
 def convert_captions(
-    listing: Path, images: Path, folder: Path, split: str = "test", report: Report = silent
+    listing: Path, images: Path, folder: Path, split: str = "test", report: Report = report_nothing
 ) -> Conversion:
     """Images and captions of a listing; one split of it, where it has several.
 
@@ -257,11 +263,11 @@ def convert_captions(
     """
     sources = captioned_sources(listing, images, split)
     origin = ["captions", str(listing.absolute()), str(images.absolute()), split]
-    plan = {"origin": origin, "listing": _digest_of(listing), "sources": _digest(sources)}
+    plan = {"origin": origin, "listing": _digest_of(listing), "sources": _digest_sources(sources)}
     return write_set(folder, sources, kind="retrieval", plan=plan, report=report)
 
 
-def _write(
+def _write_set(
     folder: Path,
     sources: Sequence[Source],
     origin: Sequence[str | Path],
@@ -272,7 +278,7 @@ def _write(
     listing: Path | None = None,
 ) -> Conversion:
     places = [str(one.absolute() if isinstance(one, Path) else one) for one in origin]
-    plan: dict[str, Any] = {"origin": places, "sources": _digest(sources)}
+    plan: dict[str, Any] = {"origin": places, "sources": _digest_sources(sources)}
     plan["labels"] = hashlib.sha256(repr(sorted(classes.labels.items())).encode()).hexdigest()[:16]
     if listing is not None:
         plan["listing"] = _digest_of(listing)
@@ -282,7 +288,7 @@ def _write(
         kind=kind,
         plan=plan,
         classnames=classes.names,
-        templates=words.prompts(),
+        templates=words.set_templates(),
         report=report,
     )
     return replace(made, about_names=classes.remarks)
@@ -292,7 +298,7 @@ def _digest_of(listing: Path) -> str:
     return hashlib.sha256(listing.read_bytes()).hexdigest()
 
 
-def _digest(sources: Sequence[Source]) -> str:
+def _digest_sources(sources: Sequence[Source]) -> str:
     """16 hex digits over the list of sources as they are now."""
     lines = (f"{source.name}\t{source.stamp}" for source in sources)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -32,12 +32,12 @@ _KNOWN_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", "
 def walk_files(folder: Path) -> Iterator[Path]:
     """Every file below `folder`, by path, those in linked folders too; each real folder once a
     branch, so that a link to a folder above it ends."""
-    yield from _walk(folder, (folder.resolve(),))
+    yield from _walk_folder(folder, (folder.resolve(),))
 
 
 def image_source(path: Path, answer: Answer) -> Source:
     """An image file whose answer is known."""
-    return Source(str(path), partial(_read, path, answer), stamp_of(path))
+    return Source(str(path), partial(_read_file, path, answer), stamp_of(path))
 
 
 def stamp_of(path: Path) -> str:
@@ -72,7 +72,7 @@ class FileFinder:
         self._folder = folder
         self._by_stem: dict[str, list[Path]] | None = None
 
-    def find(self, name: str, where: str) -> Path:
+    def find_file(self, name: str, where: str) -> Path:
         """The file called `name`; the path it should have where it is missing.
 
         Raises:
@@ -94,19 +94,19 @@ class FileFinder:
         return found[0] if found else path
 
 
-def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+def _walk_folder(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     for entry in sorted(folder.iterdir()):
         if entry.is_dir():
             real = entry.resolve()
             if real not in above and not (
                 entry.name.startswith(".") or is_system_file(f"{entry.name}/x")
             ):
-                yield from _walk(entry, (*above, real))
+                yield from _walk_folder(entry, (*above, real))
         else:
             yield entry
 
 
-def _read(path: Path, answer: Answer) -> Found:
+def _read_file(path: Path, answer: Answer) -> Found:
     if is_system_file(path.name):
         raise UnusableSourceError("is a file of the operating system")
     if path.stat().st_size > MAX_BYTES:

@@ -40,7 +40,7 @@ from evaclip_model.zeroshot.set_layout import (
     TEMPLATES,
 )
 from tasks.evaluate.sets.set_registry import Kind
-from tasks.progress import Report, silent
+from tasks.progress import Report, report_nothing
 
 CONVERSION = "conversion.json"
 """What a set was made from: readers of the layout pass over it."""
@@ -118,7 +118,7 @@ def write_set(
     templates: Sequence[str] = (),
     images_per_tar: int = IMAGES_PER_TAR,
     threads: int | None = None,
-    report: Report = silent,
+    report: Report = report_nothing,
 ) -> Conversion:
     """Write the set of all `sources`, in their order, or go on where a killed run stopped.
 
@@ -136,22 +136,22 @@ def write_set(
     decides |= {"classnames": list(classnames), "templates": list(templates)}
     replaced = False
     if folder.exists():
-        finished = _finished(folder, decides)
+        finished = _read_finished(folder, decides)
         if finished is not None:
             return finished
         replaced = True
     growing = folder.with_name(f".{folder.name}.part")
     growing.mkdir(parents=True, exist_ok=True)
     with _only_writer(growing):
-        _start(growing, decides)
+        _start_folder(growing, decides)
         parts = range(0, len(sources), images_per_tar)
         with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), "convert") as pool:
             for number, first in enumerate(parts):
                 part = sources[first : first + images_per_tar]
-                if not _record(growing, number).exists():
+                if not _record_path(growing, number).exists():
                     _write_tar(growing, number, first, part, kind, pool, report, len(sources))
                 report(first + len(part), len(sources), folder.name)
-        made = _close(growing, folder, decides, len(parts))
+        made = _close_set(growing, folder, decides, len(parts))
     return replace(made, again=replaced)
 
 
@@ -168,10 +168,10 @@ def image_file(content: bytes) -> tuple[str, bytes]:
         raise UnusableSourceError(re.sub(r" <_io[^>]*>", "", f"is not an image: {error}")) from None
     if image.format in _COPIED:
         return _COPIED[image.format], content
-    return "png", png(image)
+    return "png", encode_png(image)
 
 
-def png(image: Image.Image) -> bytes:
+def encode_png(image: Image.Image) -> bytes:
     """An image without loss, in its own mode where PNG has it."""
     out = io.BytesIO()
     kept = image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else None
@@ -179,10 +179,10 @@ def png(image: Image.Image) -> bytes:
     return out.getvalue()
 
 
-def _start(growing: Path, decides: dict[str, Any]) -> None:
+def _start_folder(growing: Path, decides: dict[str, Any]) -> None:
     """Keep what is there if it is of the same plan, and empty the folder if it is not."""
     path = growing / CONVERSION
-    if path.exists() and json.loads(path.read_text())["decides"] == _plain(decides):
+    if path.exists() and json.loads(path.read_text())["decides"] == _plain_value(decides):
         return
     for entry in growing.iterdir():
         if entry.is_dir():
@@ -214,23 +214,23 @@ def _write_tar(
         tarfile.open(beside, "w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         for place, (source, found) in enumerate(
-            zip(sources, pool.map(_read, sources), strict=True), first
+            zip(sources, pool.map(_read_source, sources), strict=True), first
         ):
             if isinstance(found, UnusableSourceError):
                 failures.append((source.name, str(found)))
             else:
                 key = f"s{place:07d}"
-                _add(tar, f"{key}.{found.extension}", found.image)
-                _add(tar, *_answer(key, found.answer, kind))
+                _add_member(tar, f"{key}.{found.extension}", found.image)
+                _add_member(tar, *_answer_member(key, found.answer, kind))
                 images += 1
                 if found.remark:
                     remarks.append((source.name, found.remark))
             report(place + 1, total, source.name)
     record = {"images": images, "failures": failures, "remarks": remarks}
-    write_atomically(_record(growing, number), json.dumps(record, ensure_ascii=False))
+    write_atomically(_record_path(growing, number), json.dumps(record, ensure_ascii=False))
 
 
-def _read(source: Source) -> Found | UnusableSourceError:
+def _read_source(source: Source) -> Found | UnusableSourceError:
     try:
         return source.read()
     except UnusableSourceError as error:
@@ -239,7 +239,7 @@ def _read(source: Source) -> Found | UnusableSourceError:
         return UnusableSourceError(f"cannot be read: {error.strerror or error}")
 
 
-def _answer(key: str, answer: Any, kind: Kind) -> tuple[str, bytes]:
+def _answer_member(key: str, answer: Any, kind: Kind) -> tuple[str, bytes]:
     """Name and content of the member with the answer."""
     if kind == "classification":
         return f"{key}.cls", str(answer).encode()
@@ -252,16 +252,16 @@ def _answer(key: str, answer: Any, kind: Kind) -> tuple[str, bytes]:
     return f"{key}.txt", "\n".join(lines).encode()
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)  # its time and owner are zero: the same bytes every time
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
 
 
-def _close(growing: Path, folder: Path, decides: dict[str, Any], tars: int) -> Conversion:
+def _close_set(growing: Path, folder: Path, decides: dict[str, Any], tars: int) -> Conversion:
     """Write what belongs to the whole set, and put it in its place."""
-    records = [json.loads(_record(growing, number).read_text()) for number in range(tars)]
-    made = _conversion(folder, records, decides)
+    records = [json.loads(_record_path(growing, number).read_text()) for number in range(tars)]
+    made = _make_conversion(folder, records, decides)
     if not made.images:
         why = " (the first, {}, {})".format(*made.failures[0]) if made.failures else ""
         raise InputError(f"no image for {folder}: none of {len(made.failures)} could be used{why}")
@@ -288,7 +288,7 @@ def _close(growing: Path, folder: Path, decides: dict[str, Any], tars: int) -> C
     return made
 
 
-def _finished(folder: Path, decides: dict[str, Any]) -> Conversion | None:
+def _read_finished(folder: Path, decides: dict[str, Any]) -> Conversion | None:
     """The set that is there already; None where the same command made it of other sources.
 
     Raises:
@@ -297,8 +297,8 @@ def _finished(folder: Path, decides: dict[str, Any]) -> Conversion | None:
     path = folder / CONVERSION
     found = json.loads(path.read_text()) if path.is_file() else {}
     there = found.get("decides")
-    if there == _plain(decides):
-        return _conversion(folder, found["records"], decides)
+    if there == _plain_value(decides):
+        return _make_conversion(folder, found["records"], decides)
     origins = [
         one.get("plan", {}).get("origin")
         for one in (there, decides)
@@ -311,7 +311,7 @@ def _finished(folder: Path, decides: dict[str, Any]) -> Conversion | None:
     )
 
 
-def _conversion(
+def _make_conversion(
     folder: Path, records: Sequence[dict[str, Any]], decides: dict[str, Any]
 ) -> Conversion:
     failures, remarks = (
@@ -323,12 +323,12 @@ def _conversion(
     return Conversion(folder, images, len(records), failures, remarks, names)
 
 
-def _record(growing: Path, number: int) -> Path:
+def _record_path(growing: Path, number: int) -> Path:
     """What a finished tar holds; it is written after the tar."""
     return growing / _RECORDS / f"{number}.json"
 
 
-def _plain(value: dict[str, Any]) -> Any:
+def _plain_value(value: dict[str, Any]) -> Any:
     """The value as it comes back from JSON."""
     return json.loads(json.dumps(value))
 

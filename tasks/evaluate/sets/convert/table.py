@@ -105,7 +105,7 @@ def read_label_table(
             )
         if name in (None, ""):
             raise InputError(f"{where} has no path in '{first}'")
-        path = finder.find(str(name), where)
+        path = finder.find_file(str(name), where)
         if indicators:
             words = _words_of_indicators(row, indicators, where)
         else:
@@ -172,7 +172,9 @@ def _parquet_rows(listing: Path) -> tuple[tuple[str, ...], Iterator[tuple[str, M
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(error) from None
     rows = table.to_pylist()
-    return tuple(table.column_names), ((_at(listing, n), row) for n, row in enumerate(rows, 1))
+    return tuple(table.column_names), (
+        (_line_place(listing, n), row) for n, row in enumerate(rows, 1)
+    )
 
 
 def _json_rows(listing: Path) -> tuple[tuple[str, ...], Iterator[tuple[str, Mapping[str, Any]]]]:
@@ -185,9 +187,9 @@ def _json_rows(listing: Path) -> tuple[tuple[str, ...], Iterator[tuple[str, Mapp
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise InputError(f"{_at(listing, number)} is not an object of columns")
+            raise InputError(f"{_line_place(listing, number)} is not an object of columns")
     columns = tuple(dict.fromkeys(key for row in rows for key in row))
-    return columns, ((_at(listing, n), row) for n, row in enumerate(rows, 1))
+    return columns, ((_line_place(listing, n), row) for n, row in enumerate(rows, 1))
 
 
 def _text_rows(
@@ -197,7 +199,7 @@ def _text_rows(
         text = listing.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8 text") from None
-    rows = [row for row in _cells(listing, text) if any(cell.strip() for cell in row)]
+    rows = [row for row in _read_cells(listing, text) if any(cell.strip() for cell in row)]
     if not rows:
         raise InputError(f"{listing} is empty: {_FORMS}")
     head = [cell.strip() for cell in rows[0]]
@@ -206,7 +208,8 @@ def _text_rows(
     begins = not is_file and (bool(known) or len(head) > 2)
     if not begins and len(head) != 2:
         raise InputError(
-            f"{_at(listing, 1)} has {len(head)} cells and is not a header: expected a path and a "
+            f"{_line_place(listing, 1)} has {len(head)} cells and is not a header: expected a "
+            f"path and a "
             "label a row, or a header that names the columns"
         )
     columns = tuple(head) if begins else ("path", "label")
@@ -214,15 +217,15 @@ def _text_rows(
     for number, row in enumerate(rest, 2 if begins else 1):
         if len(row) != len(columns):
             raise InputError(
-                f"{_at(listing, number)} has {len(row)} cells, expected {len(columns)}"
+                f"{_line_place(listing, number)} has {len(row)} cells, expected {len(columns)}"
             )
     return columns, (
-        (_at(listing, number), dict(zip(columns, map(str.strip, row), strict=True)))
+        (_line_place(listing, number), dict(zip(columns, map(str.strip, row), strict=True)))
         for number, row in enumerate(rest, 2 if begins else 1)
     )
 
 
-def _cells(listing: Path, text: str) -> Iterator[list[str]]:
+def _read_cells(listing: Path, text: str) -> Iterator[list[str]]:
     first = text.lstrip("\n").partition("\n")[0]
     suffix = listing.suffix.lower()
     if suffix == ".tsv" or (suffix != ".csv" and "\t" in first):
@@ -279,8 +282,8 @@ def _find_column(
 
 def _words_of(cell: Any, column: str, several: bool, where: str) -> list[str]:
     if isinstance(cell, list | tuple):
-        return [_word(one) for one in cell]
-    word = "" if cell is None else _word(cell)
+        return [_cell_word(one) for one in cell]
+    word = "" if cell is None else _cell_word(cell)
     if column.casefold() == "predictionstring":  # ImageNet's: a WordNet id, and a box
         word = word.partition(" ")[0]
     if several:
@@ -293,7 +296,7 @@ def _words_of(cell: Any, column: str, several: bool, where: str) -> list[str]:
     return [word]
 
 
-def _word(value: Any) -> str:
+def _cell_word(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():  # how a column of numbers with gaps is kept
         value = int(value)
     text = str(value).strip()
@@ -303,7 +306,7 @@ def _word(value: Any) -> str:
 def _words_of_indicators(row: Mapping[str, Any], columns: Sequence[str], where: str) -> list[str]:
     words = []
     for column in columns:
-        value = _word(row.get(column, ""))
+        value = _cell_word(row.get(column, ""))
         if value in ("1", "True", "true"):
             words.append(column)
         elif value not in ("0", "False", "false"):
@@ -314,5 +317,5 @@ def _words_of_indicators(row: Mapping[str, Any], columns: Sequence[str], where: 
     return words
 
 
-def _at(listing: Path, number: int) -> str:
+def _line_place(listing: Path, number: int) -> str:
     return f"{listing} row {number}"

@@ -20,8 +20,8 @@ from tasks.evaluate.sets.convert.shard_writer import (
     Found,
     Source,
     UnusableSourceError,
+    encode_png,
     image_file,
-    png,
 )
 from tasks.evaluate.sets.prompts import find_classnames
 from tasks.evaluate.sets.set_registry import KnownSet
@@ -108,7 +108,7 @@ def open_torchvision(known: KnownSet, root: Path, download: bool = False) -> Map
         ) from None
     arguments = dict(entry.arguments)
     if entry.reads_files:
-        arguments["loader"] = _content
+        arguments["loader"] = _read_content
     if download:
         if not entry.downloads:
             raise InputError(
@@ -170,22 +170,22 @@ def dataset_sources(
     """
     name = type(dataset).__name__
     return [
-        Source(f"{name}[{index}]", partial(_read, dataset, index, tuple(relabel)), stamp)
+        Source(f"{name}[{index}]", partial(_read_sample, dataset, index, tuple(relabel)), stamp)
         for index in range(len(dataset))
     ]
 
 
-def _read(dataset: MapDataset, index: int, relabel: tuple[int, ...]) -> Found:
+def _read_sample(dataset: MapDataset, index: int, relabel: tuple[int, ...]) -> Found:
     image, label = dataset[index]
     if label is None:
         raise UnusableSourceError("has no label")
     number = relabel[int(label)] if relabel else int(label)
     if isinstance(image, Image.Image):
-        return Found(png(image), "png", number)
+        return Found(encode_png(image), "png", number)
     extension, content = image_file(image)
     return Found(content, extension, number)
 
 
-def _content(path: str | Path) -> bytes:
+def _read_content(path: str | Path) -> bytes:
     """A torchvision loader that leaves the file as it is."""
     return Path(path).read_bytes()

@@ -25,7 +25,7 @@ from PIL import Image
 from evaclip_model.errors import InputError
 from tasks.evaluate.sets.convert.image_files import stamp_of, walk_files
 from tasks.evaluate.sets.convert.imagefolder import class_folders
-from tasks.evaluate.sets.convert.shard_writer import Found, Source, UnusableSourceError, png
+from tasks.evaluate.sets.convert.shard_writer import Found, Source, UnusableSourceError, encode_png
 from tasks.evaluate.sets.convert.table import read_rows
 
 SUFFIXES = frozenset((".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv"))
@@ -51,15 +51,17 @@ class VideoFiles:
     left_out: tuple[tuple[str, str], ...] = ()
     """(file, reason)"""
 
-    def sources(self, labels: Mapping[str, int]) -> list[Source]:
+    def list_sources(self, labels: Mapping[str, int]) -> list[Source]:
         """One source a video; what is missing is a source that fails: it is counted."""
         here = [
-            Source(str(path), partial(_read, path, labels[word]), stamp_of(path))
+            Source(str(path), partial(_read_frame, path, labels[word]), stamp_of(path))
             for _, path, word in self.files
             if path is not None
         ]
         gone = [(name, _ABSENT) for name, path, _ in self.files if path is None]
-        return here + [Source(name, partial(_fail, why)) for name, why in (*gone, *self.left_out)]
+        return here + [
+            Source(name, partial(_fail_with, why)) for name, why in (*gone, *self.left_out)
+        ]
 
 
 def find_videos(root: Path, listing: Path | None = None) -> VideoFiles:
@@ -90,7 +92,7 @@ def find_videos(root: Path, listing: Path | None = None) -> VideoFiles:
             f"{root} has no folder in it: expected one a class, or --list with the class of each "
             "video"
         )
-    wanted = _wanted(listing) if listing else []
+    wanted = _wanted_names(listing) if listing else []
     from_list = bool(wanted) and all(word for _, word in wanted)
     folders = [] if from_list and not _has_folders(root) else class_folders(root)
     words = {folder.name for folder in folders}
@@ -157,9 +159,9 @@ def centre_frame(path: Path) -> tuple[Image.Image, str]:
         UnusableSourceError: it cannot be decoded to its end, or has no frame.
         InputError: PyAV is not installed.
     """
-    av = _av()
+    av = _import_av()
     try:
-        count, remark = _count(av, path)
+        count, remark = _count_frames(av, path)
         # A second pass: all frames of a long video at once would not fit into memory.
         with av.open(str(path)) as container:
             frame = next(itertools.islice(container.decode(video=0), count // 2, None))
@@ -170,7 +172,7 @@ def centre_frame(path: Path) -> tuple[Image.Image, str]:
         raise UnusableSourceError("gave fewer frames when it was read again") from None
 
 
-def _count(av: Any, path: Path) -> tuple[int, str]:
+def _count_frames(av: Any, path: Path) -> tuple[int, str]:
     """Frames of the first video stream, and what is odd about their number."""
     with av.open(str(path)) as container:
         if not container.streams.video:
@@ -189,12 +191,12 @@ def _count(av: Any, path: Path) -> tuple[int, str]:
         return count, ""
 
 
-def _read(path: Path, label: int) -> Found:
+def _read_frame(path: Path, label: int) -> Found:
     image, remark = centre_frame(path)
-    return Found(png(image), "png", label, remark)
+    return Found(encode_png(image), "png", label, remark)
 
 
-def _wanted(listing: Path) -> list[tuple[str, str]]:
+def _wanted_names(listing: Path) -> list[tuple[str, str]]:
     """(name of a file without its suffix, word of its class or "") of every line of a list."""
     expected = "expected CLASS/FILE a line, or a .csv with youtube_id, time_start and time_end"
     if listing.suffix.lower() in (".csv", ".tsv"):
@@ -218,11 +220,11 @@ def _wanted(listing: Path) -> list[tuple[str, str]]:
     return [(path.stem, path.parent.name) for path in paths]
 
 
-def _fail(reason: str) -> Found:
+def _fail_with(reason: str) -> Found:
     raise UnusableSourceError(reason)
 
 
-def _av() -> Any:
+def _import_av() -> Any:
     try:
         return importlib.import_module("av")
     except ImportError:

@@ -20,8 +20,8 @@ from tasks.evaluate.sets.convert.shard_writer import (
     Found,
     Source,
     UnusableSourceError,
+    encode_png,
     image_file,
-    png,
 )
 
 Box = tuple[int, int, int, int]
@@ -58,11 +58,11 @@ def box_sources(root: Path, labels: Sequence[int], split: str = "test") -> list[
     return [
         Source(
             f"{image}[{number}]",
-            partial(_cut, _image(root, image), box, labels[classes.index(label)]),
-            f"{stamp_of(_image(root, image))} {box}",
+            partial(_cut_box, _image_path(root, image), box, labels[classes.index(label)]),
+            f"{stamp_of(_image_path(root, image))} {box}",
         )
-        for image in _images(root, split)
-        for number, (label, box) in enumerate(_boxes(root, image, classes))
+        for image in _list_images(root, split)
+        for number, (label, box) in enumerate(_list_boxes(root, image, classes))
     ]
 
 
@@ -79,15 +79,15 @@ def image_sources(
     """
     classes = voc_classes(root, split)
     found = []
-    for image in _images(root, split):
-        there = {labels[classes.index(label)] for label, _ in _boxes(root, image, classes)}
+    for image in _list_images(root, split):
+        there = {labels[classes.index(label)] for label, _ in _list_boxes(root, image, classes)}
         answer = [int(label in there) for label in range(count)]
-        path = _image(root, image)
-        found.append(Source(image, partial(_whole, path, answer), stamp_of(path)))
+        path = _image_path(root, image)
+        found.append(Source(image, partial(_read_whole, path, answer), stamp_of(path)))
     return found
 
 
-def _images(root: Path, split: str) -> list[str]:
+def _list_images(root: Path, split: str) -> list[str]:
     path = root / "ImageSets" / "Main" / f"{split}.txt"
     try:
         return path.read_text().split()
@@ -95,14 +95,14 @@ def _images(root: Path, split: str) -> list[str]:
         raise InputError(f"{path} is missing: expected the names of the images") from None
 
 
-def _image(root: Path, name: str) -> Path:
+def _image_path(root: Path, name: str) -> Path:
     return path_inside(root / "JPEGImages", f"{name}.jpg", "VOC's list of images")
 
 
-def _boxes(root: Path, image: str, classes: Sequence[str]) -> list[tuple[str, Box]]:
+def _list_boxes(root: Path, image: str, classes: Sequence[str]) -> list[tuple[str, Box]]:
     path = root / "Annotations" / f"{image}.xml"
     try:
-        found = [_box(entry) for entry in ElementTree.parse(path).iterfind("object")]
+        found = [_parse_box(entry) for entry in ElementTree.parse(path).iterfind("object")]
     except FileNotFoundError:
         raise InputError(f"{path} is missing: expected the boxes of this image") from None
     except (ElementTree.ParseError, TypeError, ValueError) as error:
@@ -113,12 +113,12 @@ def _boxes(root: Path, image: str, classes: Sequence[str]) -> list[tuple[str, Bo
     return found
 
 
-def _box(entry: ElementTree.Element) -> tuple[str, Box]:
+def _parse_box(entry: ElementTree.Element) -> tuple[str, Box]:
     left, top, right, bottom = (int(entry.findtext(f"bndbox/{edge}", "")) for edge in _EDGES)
     return entry.findtext("name", ""), (left, top, right, bottom)
 
 
-def _cut(path: Path, box: Box, label: int) -> Found:
+def _cut_box(path: Path, box: Box, label: int) -> Found:
     try:
         image = decode_image(path.read_bytes())
     except UnreadableImageError as error:
@@ -126,9 +126,9 @@ def _cut(path: Path, box: Box, label: int) -> Found:
     left, top, right, bottom = box
     if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
         raise UnusableSourceError(f"its box {box} is not inside the image")
-    return Found(png(image.convert("RGB").crop(box)), "png", label)
+    return Found(encode_png(image.convert("RGB").crop(box)), "png", label)
 
 
-def _whole(path: Path, answer: Sequence[int]) -> Found:
+def _read_whole(path: Path, answer: Sequence[int]) -> Found:
     extension, content = image_file(path.read_bytes())
     return Found(content, extension, answer)
