@@ -386,7 +386,8 @@ def test_a_worse_model_of_the_whole_pipeline_is_compared_with_the_champion_and_r
     web: Web,
 ) -> None:
     files = web.folder / "metadata" / "1" / "*.parquet"
-    changes = (f"merge.sources.laion2b.files={files}", "train.only.samples_seen=480")
+    small = ("train.only.samples_seen=480", "train.only.global_batch=32")  # 47 samples are left
+    changes = (f"merge.sources.laion2b.files={files}", *small)
     pipeline(recipe=web.recipe, overrides=changes)
     decision = read_decision(web.made("register")[-1].folder)
     assert (decision.outcome, decision.champion) == ("reject", 2), decision.summary
