@@ -35,6 +35,7 @@ ROWS = 96
 
 @dataclass
 class Run:
+    merged: Path
     out: Path
     made: Made
     rows: dict[str, Row]
@@ -65,7 +66,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         again = download_images(SMALL, merged, out, Crew(2, 8), lambda *_: None)
         assert again == made
         hits_of_again = sum(web.hits.total() for web in webs.values()) - before
-        return Run(out, made, rows, webs, hits_of_again)
+        return Run(merged, out, made, rows, webs, hits_of_again)
 
 
 def test_every_row_ends_as_its_fault_must(run: Run) -> None:
@@ -131,9 +132,8 @@ def test_a_later_pass_is_forgotten_when_an_earlier_shard_has_to_be_made_again(ru
     marked = run.out / "pass-2" / "mark"
     marked.touch()
     lost.unlink()
-    merged = run.out.parent / "merged0"
     with four_hosts(run.webs["127.0.0.1"].port):
-        made = download_images(SMALL, merged, run.out, Crew(2, 8), lambda *_: None)
+        made = download_images(SMALL, run.merged, run.out, Crew(2, 8), lambda *_: None)
     assert not marked.exists()
     assert made.counts["samples"] == run.made.counts["samples"]
     assert outcomes_of(run.out).keys() == run.rows.keys()
