@@ -19,7 +19,7 @@ from evaclip_model.cli import commands as evaclip
 from flows.__main__ import commands as flows
 
 GOLDEN = Path(__file__).parent / "golden" / "command_lines.json"
-HEAVY = ("torch", "prefect", "mlflow", "duckdb", "pandas")
+HEAVY = ("torch", "prefect", "mlflow", "duckdb", "pandas", "pyarrow")
 
 
 def describe(path: str, command: Any) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -7,7 +7,7 @@ Not here: the flows themselves; prefect is imported only when one runs.
 from __future__ import annotations
 
 import importlib
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, Option
 
@@ -17,12 +17,13 @@ from flows.commands.recipes import FLOWS, plan
 from flows.config.profile import Profile, load_profile
 from flows.config.recipe import Recipe
 from flows.console.terminal import console
-from flows.graph.graph import Graph, load_graph
-from flows.reporting.results_table import print_figures, print_results
 from tasks.evaluate.config import REPORT
 from tasks.evaluate.sets.set_registry import FOLDER
 from tasks.lineage.journal import JOURNALS
 from tasks.tracking import TrackingStore
+
+if TYPE_CHECKING:
+    from flows.graph.graph import Graph
 
 JUDGED = ("pipeline", "evaluate", "retrain")
 """Flows that end with the gate."""
@@ -49,6 +50,9 @@ def run(
     """Run a flow."""
     if flow not in FLOWS:
         raise InputError(f"unknown flow '{flow}'; there are: {', '.join(FLOWS)}")
+    from flows.graph.graph import load_graph  # imports pyarrow, as the next one does
+    from flows.reporting.results_table import print_results
+
     if dry_run and flow != "retrain":
         plan(recipe, overrides, gpus, utilisation)
         if flow == "train":
@@ -70,7 +74,7 @@ def run(
         if _is_nothing_new(loaded, profile, graph):
             return
     else:
-        from flows.planning.run_plan import check_disk  # imports pyarrow
+        from flows.planning.run_plan import check_disk
 
         check_disk(graph)
     from flows.graph.ephemeral_server import temporary_server  # starts processes: only for a run
@@ -112,6 +116,7 @@ def score(
     root = load_profile().root
     from flows.graph.ephemeral_server import temporary_server  # starts processes: only for a run
     from flows.graph.score_request import read_asked  # imports torch
+    from flows.reporting.results_table import print_figures
 
     read_asked(models, recipe, names, data, overrides, root.resolve())
     with temporary_server(root):

@@ -20,8 +20,6 @@ from enum import StrEnum
 from itertools import islice
 from typing import Literal, NamedTuple
 
-import pyarrow as pa
-
 from evaclip_model.errors import InputError
 from evaclip_model.reading.urls import is_url, open_filesystem
 
@@ -144,6 +142,8 @@ _Line = tuple[int, str, LineFlaw | None]
 
 def _iterate_lines(path: str) -> Iterator[_Line]:
     """(number, text without its end, what is wrong with it) of every line that is not empty."""
+    import pyarrow as pa  # configs import this module, and are loaded by `--help`
+
     try:
         raw = open_filesystem(path).open(path, "rb") if is_url(path) else path
         compression = "detect" if path.lower().endswith(COMPRESSED) else None
