@@ -19,7 +19,7 @@ from flows.commands.evalsets import evalsets
 from flows.commands.models import promote, pull, rollback
 from flows.commands.recipes import doctor, list_recipes, plan, show
 from flows.commands.run import run, score
-from flows.console.terminal import console
+from flows.reporting.terminal import console
 
 INTERRUPTED = 130
 

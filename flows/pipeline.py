@@ -9,8 +9,13 @@ from flows.config.form_types import Overrides, RecipeName
 from flows.evaluate import evaluate_and_register
 from flows.graph.graph import load_graph
 from flows.graph.runner import open_session
-from flows.planning.feasibility import Machine, recipe_findings, summarise_findings
-from flows.planning.run_plan import check_disk, plan_markdown
+from flows.planning.run_plan import (
+    Machine,
+    check_disk,
+    plan_markdown,
+    recipe_findings,
+    summarise_findings,
+)
 from flows.prepare import prepare_data
 from flows.promotion.apply_decision import Promote, apply_decision
 from flows.reporting.crash_hook import close_tracking

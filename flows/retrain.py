@@ -15,7 +15,6 @@ from pydantic import Field
 
 from flows.config.form_types import Overrides, RecipeName
 from flows.config.recipe import Recipe
-from flows.console.terminal import console
 from flows.evaluate import evaluate_and_register
 from flows.graph.graph import data_steps, load_graph
 from flows.graph.incremental import (
@@ -31,6 +30,7 @@ from flows.prepare import prepare_data
 from flows.promotion.apply_decision import Promote, apply_decision, champion_beside
 from flows.reporting.crash_hook import close_tracking
 from flows.reporting.prefect_artifacts import publish_overview
+from flows.reporting.terminal import console
 from tasks.artifacts.artifact import Artifact
 from tasks.register.promotion import read_decision
 from tasks.tracking import TrackingStore

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaclip_model.errors import InputError
-from flows.console.terminal import summarise_counts
 from flows.graph.ancestry import children_of
+from flows.reporting.terminal import summarise_counts
 from tasks.artifacts.artifact import Artifact, read_artifacts
 from tasks.artifacts.provenance import Change, Lineage, Node, lineage_of, list_changes
 from tasks.merge.config import STAGE as MERGE

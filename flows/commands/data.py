@@ -1,24 +1,29 @@
 """Commands about data: `trace`, `lineage`, `takedown`, `sources inspect`.
 
-Covers: their arguments, and printing.
 Not here: the answers (flows/audit/sample_trace.py, flows/audit/lineage_tree.py,
-flows/audit/dataset_replacement.py, flows/audit/metadata_table.py).
+flows/audit/dataset_replacement.py, tasks/merge/inspect_metadata.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
+from rich.markup import escape
+from rich.table import Table
 from typer import Argument, Option, Typer
 
 from evaclip_model.errors import InputError
 from flows.config.profile import Profile, load_profile
-from flows.console.terminal import console
+from flows.reporting.terminal import console
 from tasks.tracking import TrackingStore
 
 sources = Typer(help="Look at metadata files before they become a source.")
+if TYPE_CHECKING:
+    from tasks.merge.inspect_metadata import Inspection
+BARS = " ▁▂▃▄▅▆▇█"
 
 
 def trace(
@@ -100,9 +105,23 @@ def inspect_source(
     read: Annotated[int, Option(help="files to read for shares and histograms")] = 4,
 ) -> None:
     """Say what metadata files hold, before they become a source."""
-    from flows.audit.metadata_table import inspect_sources  # imports duckdb
+    from tasks.adopt.inspect_source import inspect_source as inspect_adoptable
+    from tasks.merge.inspect_metadata import inspect_files  # imports duckdb
+    from tasks.merge.withdrawn import why_refused
 
-    inspect_sources(files, read, console)
+    if (withdrawn := why_refused(files)) is not None:
+        raise InputError(withdrawn)
+    found = inspect_adoptable(files, read)
+    if found is None:
+        _print_metadata(files, inspect_files(files, read))
+        return
+    looked_at = (
+        f"{found.read_files:,} of {found.files:,} files" if found.is_cut_short else "all files"
+    )
+    console.print(f"[bold]{escape(files)}[/]: form '{found.form}', {found.files:,} files")
+    console.print(f"{found.samples:,} images with captions in {looked_at}")
+    _print_left_out(found.left_out, found.first_left_out)
+    console.print("fit for \\[\\[adopt.sources]]" if found.samples else "no image with a caption")
 
 
 def _lineage_of_model(profile: Profile, what: str, alias: str, svg: Path | None) -> Iterator[str]:
@@ -134,3 +153,36 @@ def _lineage_of_data(profile: Profile, what: str) -> Iterator[str]:
         yield from source_trees(root, what)
     if versions:
         yield f"\nregistered from it: {', '.join(versions)}"
+
+
+def _print_left_out(reasons: Counter[str], first: str) -> None:
+    for reason, count in reasons.most_common():
+        console.print(f"{count:,} would be left out: {escape(reason)}")
+    if first:
+        console.print(f"the first is {escape(first)}", soft_wrap=True)
+
+
+def _print_metadata(pattern: str, found: Inspection) -> None:
+    rows = "" if found.rows is None else f", {found.rows:,} rows"
+    console.print(f"[bold]{escape(pattern)}[/]: {found.files:,} files{rows}")
+    console.print(f"columns over {found.read_rows:,} rows of {found.read_files} files:")
+    table = Table("column", "type", "plays", "missing", "0 … 1", box=None, pad_edge=False)
+    for column in found.columns:
+        table.add_row(
+            escape(column.name),
+            escape(column.kind),
+            column.part or "",
+            f"{column.null_share:.1%}",
+            draw_bars(column.histogram),
+        )
+    console.print(table)
+    _print_left_out(found.bad_lines, found.first_bad_line)
+    console.print(f"[yellow]{escape(found.problem)}[/]" if found.problem else "fit for a source")
+
+
+def draw_bars(histogram: Sequence[int]) -> str:
+    """A histogram as one block a bin; a bin that is not empty is never blank."""
+    most = max(histogram, default=0)
+    if most == 0:
+        return ""
+    return "".join(BARS[-(-count * (len(BARS) - 1) // most)] for count in histogram)

@@ -15,7 +15,7 @@ from rich.table import Table
 from typer import Argument, Option, Typer
 
 from evaclip_model.errors import InputError
-from flows.console.terminal import console, moving_bar
+from flows.reporting.terminal import console, moving_bar
 from tasks.evaluate.sets.set_registry import (
     FOLDER,
     KnownSet,

@@ -15,8 +15,8 @@ from typer import Argument, Option
 from evaclip_model.choices import Form
 from evaclip_model.errors import InputError
 from flows.config.profile import load_profile
-from flows.console.terminal import console, moving_bar
 from flows.promotion.promotion_events import announce_where_served
+from flows.reporting.terminal import console, moving_bar
 
 if TYPE_CHECKING:
     from tasks.register.promotion import How

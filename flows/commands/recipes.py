@@ -1,8 +1,8 @@
-"""Commands about recipes, before anything runs: `list`, `show`, `plan`, `doctor`.
+"""Commands about recipes, before anything runs: `list`, `show`, `plan`, `doctor`; and the arguments
+that several commands share.
 
-Covers: their arguments, and printing.
-Not here: the plan (flows/planning/run_plan.py), the estimates (flows/planning/data_cost.py,
-flows/planning/training_cost.py), the checks (flows/planning/health_checks.py).
+Not here: the plan (flows/planning/run_plan.py), estimates (flows/planning/cost.py), checks
+(flows/planning/health_checks.py).
 """
 
 from __future__ import annotations
@@ -10,19 +10,49 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from rich.table import Table
-from typer import Exit, Option
+from typer import Argument, Exit, Option
 
 from evaclip_model.errors import InputError
-from flows.commands.options import Gpus, Overrides, RecipeName, Utilisation
 from flows.config.gpu_spec import Machines
 from flows.config.profile import load_profile
 from flows.config.recipe import load_recipe
 from flows.config.recipe_loader import recipe_names
-from flows.console.terminal import console
+from flows.reporting.terminal import console
 
 if TYPE_CHECKING:
-    from flows.planning.feasibility import Finding
+    from flows.planning.run_plan import Finding
 
+RecipeName = Annotated[
+    str, Argument(metavar="RECIPE", help="name of a recipe, or path of a .toml file")
+]
+Overrides = Annotated[
+    list[str],
+    Option(
+        *("--set", "-s"),
+        metavar="table.key=value",
+        default_factory=list,
+        show_default=False,
+        help="change one setting of the recipe; may be given again",
+    ),
+]
+Gpus = Annotated[
+    list[str],
+    Option(
+        metavar="16xA100-40GB@2.5",
+        default_factory=list,
+        show_default=False,
+        help="plan training on these GPUs, @ the price of one's hour; may be given again "
+        "(the recipe's published ones)",
+    ),
+]
+Utilisation = Annotated[
+    float | None,
+    Option(
+        metavar="SHARE",
+        help="share of the GPUs' peak that you expect, recomputed FLOPs counted too (what the "
+        "paper's Table 6 reached)",
+    ),
+]
 FLOWS = {
     "pipeline": "metadata to registered model: prepare, train, evaluate, register",
     "prepare": "metadata to a dataset version: merge, download, verify, dataset",
@@ -54,10 +84,8 @@ def plan(
 ) -> None:
     """Say what a run would do, what is already there, what it costs, and whether it fits here."""
     from flows.graph.graph import load_graph  # imports pyarrow, as the next ones do
-    from flows.planning.data_cost import estimate_table, is_large
-    from flows.planning.feasibility import Machine, recipe_findings, summarise_findings
-    from flows.planning.run_plan import make_plan
-    from flows.planning.training_cost import engine_settings, training_table
+    from flows.planning.cost import engine_settings, estimate_table, is_large, training_table
+    from flows.planning.run_plan import Machine, make_plan, recipe_findings, summarise_findings
 
     loaded, profile, graph = load_graph(recipe, overrides)
     published = [loaded.published.gpus] if loaded.published.gpus else []
@@ -98,8 +126,8 @@ def doctor(
 ) -> None:
     """Check that this machine is ready: versions, disk, stores, servers, GPUs; say what to do."""
     from flows.graph.graph import load_graph  # imports pyarrow, as the next ones do
-    from flows.planning.feasibility import Machine, recipe_findings
     from flows.planning.health_checks import check_weights, examine_machine
+    from flows.planning.run_plan import Machine, recipe_findings
 
     levels = [_print_finding(finding) for finding in examine_machine(load_profile())]
     if recipe:

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from typer import Argument, Option
 
 from evaclip_model.errors import InputError
-from flows.commands.options import Gpus, Overrides, RecipeName, Utilisation
-from flows.commands.recipes import FLOWS, plan
+from flows.commands.recipes import FLOWS, Gpus, Overrides, RecipeName, Utilisation, plan
 from flows.config.profile import Profile, load_profile
 from flows.config.recipe import Recipe
-from flows.console.terminal import console
+from flows.reporting.terminal import console
 from tasks.evaluate.config import REPORT
 from tasks.evaluate.sets.set_registry import FOLDER
 from tasks.lineage.journal import JOURNALS
@@ -56,7 +55,7 @@ def run(
     if dry_run and flow != "retrain":
         plan(recipe, overrides, gpus, utilisation)
         if flow == "train":
-            from flows.planning.dry_run import rehearse_training  # starts processes
+            from flows.planning.run_plan import rehearse_training  # starts processes
 
             for line in rehearse_training(*load_graph(recipe, overrides)):
                 console.print(line, soft_wrap=True, markup=False)

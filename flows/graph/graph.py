@@ -23,7 +23,7 @@ from evaclip_model.reading.samples import SHARDS
 from evaclip_model.training.config import METRICS_FILE, MODEL_FOLDER, RESULT_FILE, TrainConfig
 from evaclip_model.training.cost import parameter_counts
 from flows.config.profile import Profile, load_profile
-from flows.config.recipe import Recipe, load_recipe
+from flows.config.recipe import Recipe, expected_samples, load_recipe
 from flows.graph.outside_data import (
     NotHere,
     OutsideMarks,
@@ -34,7 +34,6 @@ from flows.graph.outside_data import (
     find_files,
     hash_marks,
 )
-from flows.graph.source_yield import expected_samples
 from flows.graph.step import (
     ABSENT,
     Input,
@@ -301,7 +300,7 @@ def merge_step(
         }
 
     def make(profile: Profile, out: Path, report: Report) -> Made:
-        from flows.graph.merge_chunks import merge_in_chunks
+        from flows.graph.runner import merge_in_chunks
 
         found = files or {
             source.name: find_files(source.files, site.demo, f"merge.sources '{source.name}'")

@@ -1,6 +1,6 @@
 """One execution of a flow: making its steps, each with progress, tracking and a line for a person.
 
-Covers: the tracking run of a recipe's flow, the Prefect task of a step.
+Covers: the tracking run, the Prefect tasks of steps and of a merge's chunks, progress artifacts.
 Not here: which steps, in which order (flows/graph/graph.py and the flows).
 """
 
@@ -13,22 +13,36 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
+from uuid import UUID
 
-from prefect import runtime, task
-from prefect.artifacts import create_link_artifact
+from prefect import get_run_logger, runtime, task
+from prefect.artifacts import (
+    create_link_artifact,
+    create_progress_artifact,
+    update_progress_artifact,
+)
 from prefect.cache_policies import NO_CACHE
+from prefect.futures import as_completed
 
 from evaclip_model.errors import InputError
 from flows.config.profile import Profile
 from flows.config.recipe import Recipe
-from flows.console.stage_progress import say_done, watch_stage
-from flows.console.terminal import summarise_counts
 from flows.graph.graph import Graph, load_graph
 from flows.graph.step import Step, digest_of, finished_artifact
-from tasks.artifacts.artifact import Artifact
+from flows.reporting.terminal import console, moving_bar, summarise_counts
+from tasks.artifacts.artifact import Artifact, Made
 from tasks.lineage.journal import JOURNALS
 from tasks.lineage.mlflow_store import PipelineRun, Tracking
+from tasks.merge.config import MergeConfig
+from tasks.merge.database import share_of_memory
+from tasks.merge.merge import merge_sources, one_after_another
+from tasks.merge.survey_files import Files
+from tasks.merge.units import Chunk, run_chunk
+from tasks.progress import Report
 from tasks.tracking import TrackingStore
+
+PREFECT_EVERY_S = 5.0
 
 
 @task(cache_policy=NO_CACHE)
@@ -140,3 +154,106 @@ def track_run(
         if url:
             create_link_artifact(link=url, link_text="MLflow run", key="mlflow-run")
         yield run
+
+
+@contextmanager
+def watch_stage(title: str, *, already_there: bool = False) -> Iterator[Report]:
+    """Show one stage under way; yields the `Report` to hand to it."""
+    if already_there:
+        yield _ignore_progress
+        return
+    in_ui = _PrefectProgress(title)
+    with moving_bar(title) as show:
+
+        def report(done: float, total: float, detail: str = "") -> None:
+            show(done, total, detail)
+            in_ui.update(done, total, detail)
+
+        yield report
+
+
+def _ignore_progress(done: float, total: float, detail: str = "") -> None:
+    """Progress of an artifact that is already there."""
+
+
+class _PrefectProgress:
+    """One progress artifact, written every few seconds and at the end: each write is a request."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._artifact: UUID | None = None
+        self._next = 0.0
+
+    def update(self, done: float, total: float, detail: str) -> None:
+        if not total or (time.monotonic() < self._next and done < total):
+            return
+        self._next = time.monotonic() + PREFECT_EVERY_S
+        percent = 100.0 * done / total
+        description = f"{self._title}: {detail}" if detail else self._title
+        if self._artifact is None:
+            made = create_progress_artifact(percent, description=description)
+            self._artifact = cast(UUID, made)  # a coroutine only inside async flows
+        else:
+            update_progress_artifact(self._artifact, percent, description)
+
+
+def say_done(title: str, artifact: Artifact, *, seconds: float, reused: bool) -> None:
+    """Print the one line that stays: what was made, how much, how long it took; the run's log in
+    the UI gets it, too."""
+    summary = summarise_counts(artifact.counts)
+    mark, took = ("[dim]=[/]", "already there") if reused else ("[green]✓[/]", f"{seconds:.0f} s")
+    get_run_logger().info("%s: %s; %s, %s", title, summary, artifact.folder, took)
+    console.print(
+        f"{mark} {title:<14} {summary:<60} [dim]{artifact.digest[:8]}  {took}[/]", soft_wrap=True
+    )
+
+
+def merge_in_chunks(
+    config: MergeConfig,
+    files: Files,
+    out: Path,
+    report: Report,
+    workers: int,
+    given: Sequence[Path],
+) -> Made:
+    """Merge `files` (source name -> its files) into `out`, without what the merges in `given` have
+    selected.
+
+    With several `workers` every phase is that many tasks, on whatever the flow's task runner has,
+    which must share the artifact's folder; each gets its part of the memory limit and the cores.
+    """
+    if workers == 1:
+        return merge_sources(config, files, out, report, given=given)
+    return merge_sources(
+        config,
+        files,
+        out,
+        report,
+        threads=max(1, (os.cpu_count() or 1) // workers),
+        run=one_after_another if config.engine == "spark" else _run_as_tasks,
+        chunks=workers,
+        memory_limit=share_of_memory(config.memory_limit, workers),
+        given=given,
+    )
+
+
+def _is_worth_another_try(task: Any, run: Any, state: Any) -> bool:
+    return not isinstance(state.result(raise_on_failure=False), InputError)
+
+
+@task(
+    name="merge-chunk",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=5,
+    retry_condition_fn=_is_worth_another_try,
+)
+def merge_chunk(chunk: Chunk) -> list[int]:
+    """Some units of one phase; what is finished of them is not done again."""
+    return list(run_chunk(chunk))
+
+
+def _run_as_tasks(chunks: Sequence[Chunk]) -> Iterator[int]:
+    """The `Runner` of the flow's task runner."""
+    for future in as_completed([merge_chunk.submit(chunk) for chunk in chunks]):
+        yield from future.result()

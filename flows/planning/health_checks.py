@@ -1,7 +1,6 @@
-"""Whether this machine is ready: versions, disk, stores, servers, GPUs, and what to do if not.
+"""Checks of this machine: versions, disk, stores, servers, GPUs, and what to do about each.
 
-Covers: one finding a check, the worst of them as an exit code.
-Not here: what a recipe needs (feasibility.py); mending anything.
+Not here: what a recipe needs (run_plan.py).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from evaclip_model.tokenizer.bundled_assets import VOCABULARY, package_file
 from flows.config.profile import Profile
 from flows.config.recipe import Recipe
 from flows.graph.ephemeral_server import know_server_secret
-from flows.planning.feasibility import Finding, ask_driver
+from flows.planning.run_plan import Finding, ask_driver
 from tasks.redact import redact_text
 from tasks.tracking import TrackingStore
 from tasks.train.cluster import CLUSTERS, Kind

@@ -1,24 +1,44 @@
-"""What a run would do, before it does it.
+"""What a run would do before it does it, whether it fits this machine, and trying one step of it.
 
-Covers: one row a stage (there, unfinished, to make), its size, and the disk it needs.
-Not here: making anything; what a real recipe's data (data_cost.py) and training
-(training_cost.py) cost.
+Not here: what data and training cost (cost.py), checks of the machine alone (health_checks.py).
 """
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import psutil
 
 from evaclip_model.errors import InputError
+from evaclip_model.reading.samples import SHARDS
+from evaclip_model.training.config import MODEL_FOLDER
+from evaclip_model.training.cost import PACKED_TEXT_TOKENS, stage_flops_per_sample
+from flows.config.gpu_spec import Machines
+from flows.config.profile import Profile
 from flows.config.recipe import Recipe
-from flows.console.terminal import summarise_counts
 from flows.graph.graph import Graph
-from flows.graph.step import Step, finished_artifact
+from flows.graph.step import Role, Step, finished_artifact
+from flows.planning.cost import GIB, cut_share, reader_bytes
+from flows.reporting.terminal import summarise_counts
+from tasks.progress import format_bytes, report_nothing
+from tasks.train.launch import count_gpus, default_ranks
 
 SMALL_BYTES = 50_000_000
 """Reports, databases, what else a run leaves."""
+Level = Literal["ok", "warn", "fail"]
+CPU_FLOPS_PER_CORE = 20e9
+"""fp32 matrix products of one core in the trainer, as on the two cores this was written on."""
+CPU_DAYS = 30
+"""Training on a CPU that takes longer than this is a mistake."""
+ELSEWHERE = ("slurm", "kubernetes", "external", "deepspeed")
+"""Launchers whose machines are others than the one that plans."""
 
 
 @dataclass(frozen=True)
@@ -92,3 +112,184 @@ def plan_markdown(recipe: Recipe, graph: Graph) -> str:
         f"| {row.title} | {row.state} | {row.size} | `{row.digest}` |" for row in make_plan(graph)
     ]
     return "\n".join([*head, *rows])
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    level: Level
+    what: str
+    found: str
+    do: str = ""
+    """What to do about it; empty where all is well."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this machine has."""
+
+    cores: int
+    memory_bytes: int
+    free_bytes: int
+    """Of the disk of all artifacts."""
+    gpus: Machines | None = None
+
+    @classmethod
+    def this_machine(cls, root: Path) -> Machine:
+        """This machine, with the disk that `root` is on or would be made on."""
+        there = next(path for path in (root, *root.parents) if path.exists())
+        cores = len(os.sched_getaffinity(0))
+        memory = psutil.virtual_memory().total
+        return cls(cores, memory, shutil.disk_usage(there).free, gpus_here())
+
+
+def gpus_here() -> Machines | None:
+    """The GPUs that training would use, all taken to be like the smallest; None without any."""
+    count = count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    asked = ask_driver("name,memory.total") if count else []
+    if not count or not asked:
+        return None
+    name, memory = min(asked, key=lambda gpu: float(gpu[1]))
+    return Machines(count, name, round(float(memory) / 1024))
+
+
+def ask_driver(fields: str) -> list[list[str]]:
+    """Fields of every GPU by nvidia-smi; empty without a driver that answers."""
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = ended.stdout.splitlines() if ended.returncode == 0 else []
+    return [[word.strip() for word in line.split(",")] for line in lines if line.strip()]
+
+
+def recipe_findings(
+    recipe: Recipe, graph: Graph, profile: Profile, machine: Machine, given: Machines | None = None
+) -> Iterator[Finding]:
+    """What a recipe needs beside what there is.
+
+    Args:
+        given: the GPUs that training is planned on, wherever they are; by default this machine's.
+    """
+    for step in graph.steps:
+        if step.absent:
+            missing = f"{len(step.absent)} not here"
+            yield Finding("fail", f"inputs of {step.title}", missing, step.absent[0])
+    yield _check_disk(graph, profile.root, machine)
+    if not all(step.is_finished for step in graph.train):
+        if given is None:
+            yield _check_memory(recipe, profile, machine)
+        yield from _check_training(recipe, profile, machine, given)
+
+
+def summarise_findings(findings: Iterable[Finding]) -> str:
+    """Yes or no: whether a recipe fits, and what is in the way."""
+    findings = list(findings)
+    failed = [one for one in findings if one.level == "fail"]
+    shown = "; ".join(f"{one.what}: {one.found}" for one in failed or findings)
+    return f"{'no' if failed else 'yes'}: {shown}"
+
+
+def _check_disk(graph: Graph, root: Path, machine: Machine) -> Finding:
+    needed = disk_bytes(graph)
+    found = f"needs {format_bytes(needed)}, {format_bytes(machine.free_bytes)} are free"
+    if needed > machine.free_bytes:
+        return Finding("fail", "disk", found, f"free some of {root}, or set EVACLIP_ROOT")
+    return Finding("ok", "disk", found)
+
+
+def _check_memory(recipe: Recipe, profile: Profile, machine: Machine) -> Finding:
+    """Of the host: what all ranks here read ahead, and on a CPU what they train with."""
+    if profile.launcher in ELSEWHERE:
+        return Finding("ok", "memory", "of other machines")
+    needed = 0.0
+    for train in recipe.train:
+        ranks = profile.ranks or default_ranks(
+            machine.cores, machine.gpus.count if machine.gpus else 0, train.lanes
+        )
+        stage = float(ranks * reader_bytes(recipe, train, ranks))
+        if machine.gpus is None:
+            model = recipe.initialise.load_architecture().at_image_px(train.image_px)
+            like = Machines(ranks, "CPU", max(1, machine.memory_bytes // ranks // 10**9))
+            stage += ranks * sum(cut_share(model, train, like).memory.values())
+        needed = max(needed, stage)
+    found = f"needs {format_bytes(needed)} of {format_bytes(machine.memory_bytes)}"
+    if needed > machine.memory_bytes:
+        do = "train with fewer ranks (EVACLIP_RANKS), or a smaller shuffle_buffer"
+        return Finding("fail", "memory", found, do)
+    return Finding("ok", "memory", found)
+
+
+def _check_training(
+    recipe: Recipe, profile: Profile, machine: Machine, given: Machines | None
+) -> Iterator[Finding]:
+    machines = given or (None if profile.launcher in ELSEWHERE else machine.gpus)
+    if machines is None and profile.launcher in ELSEWHERE:
+        known = f"{profile.nodes} x {profile.ranks} ranks by {profile.launcher}"
+        do = "their memory is not known here: plan with --gpus"
+        yield Finding("warn", "GPUs", f"{known}, not looked at", do)
+        return
+    for train in recipe.train:
+        model = recipe.initialise.load_architecture().at_image_px(train.image_px)
+        if machines is None:
+            each = stage_flops_per_sample(model, train, text_tokens=PACKED_TEXT_TOKENS)
+            days = each * train.samples_seen / machine.cores / CPU_FLOPS_PER_CORE / 86_400
+            found = f"none, {_format_duration(days)} on {machine.cores} cores"
+            if days > CPU_DAYS:
+                do = "train on GPUs, here or on a cluster (EVACLIP_LAUNCHER)"
+                yield Finding("fail", f"GPUs for {train.name}", found, do)
+            else:
+                yield Finding("ok", f"GPUs for {train.name}", found)
+            continue
+        if train.global_batch % machines.count or train.lanes % machines.count:
+            found = f"{machines} cannot share batches of {train.global_batch:,}"
+            do = "plan with --gpus says which number can"
+            yield Finding("fail", f"GPUs for {train.name}", found, do)
+            continue
+        cut = cut_share(model, train, machines)
+        needed = sum(cut.memory.values())
+        found = f"needs {needed / GIB:,.1f} of {cut.limit / GIB:,.1f} GiB on {machines}"
+        if not cut.fits:
+            do = "plan with --gpus says what would help"
+            yield Finding("fail", f"GPUs for {train.name}", found, do)
+        else:
+            yield Finding("ok", f"GPUs for {train.name}", found)
+
+
+def _format_duration(days: float) -> str:
+    if days >= 365:
+        return f"{days / 365:,.0f} years"
+    return f"{days:,.1f} days" if days >= 1 else f"{days * 24 * 60:,.0f} minutes"
+
+
+def rehearse_training(recipe: Recipe, profile: Profile, graph: Graph) -> Iterator[str]:
+    """Try every training stage whose data and starting weights are there; one line for each.
+
+    Raises:
+        InputError: a stage cannot work, in the words of the run that would fail.
+    """
+    from tasks.train.train import Inputs, try_out
+
+    for config, step in zip(recipe.train, graph.train, strict=True):
+        start = step.inputs[Role.START]
+        assert isinstance(start, Step), "a recipe starts from weights that it makes"
+        missing = [one.stage.name for one in (graph.dataset, start) if not one.is_finished]
+        if missing:
+            yield f"{config.name}: not tried, {missing[0]} has not run yet"
+            continue
+        inputs = Inputs(start.folder / MODEL_FOLDER, graph.dataset.folder / SHARDS)
+        # Under the root, which all machines of a launch see.
+        with TemporaryDirectory(dir=profile.root.resolve(), prefix=".dry-run-") as folder:
+            found = try_out(config, inputs, Path(folder), profile.launch, report_nothing)
+        yield f"{config.name}: {_describe_result(found)}"
+
+
+def _describe_result(found: dict[str, Any]) -> str:
+    seconds = found["data_wait_s"] + found["prepare_s"] + found["gradient_s"]
+    return (
+        f"a step works on {found['ranks']} ranks ({found['device']}) with {found['micro_batch']:,} "
+        f"pairs at once: {found['memory_peak_bytes'] / 1e9:.1f} GB a rank, {seconds:.1f} s for the "
+        f"first, loss {found['loss']:.3f}"
+    )

@@ -22,12 +22,12 @@ from pydantic import Field
 from evaclip_model.training.config import MODEL_FOLDER
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
 from flows.config.profile import Profile
-from flows.console.terminal import console
 from flows.graph.graph import CHAMPION, TRAINED, Beside, Graph, comparison_step
 from flows.graph.runner import RecipeSession
 from flows.graph.step import Role, finished_artifact
 from flows.promotion.promotion_events import announce_promotion
 from flows.reporting.prefect_artifacts import publish_lineage
+from flows.reporting.terminal import console
 from tasks.artifacts.artifact import DIGEST_CHARS, MANIFEST, Address, Artifact, Made, sha256_of
 from tasks.evaluate.config import RESULTS
 from tasks.evaluate.metrics.metric import judged_metrics

@@ -1,15 +1,17 @@
-"""What a flow run's page shows: links, summaries, tables and the picture of a model's lineage.
+"""What a flow run's page shows: links, summaries, tables, the picture of a model's lineage, and the
+page of a finished recipe for those who pay for it.
 
-Covers: what became of every source's rows, an evaluation's report, a registered version's lineage,
-the page of a finished recipe for managers.
-Not here: what tracking gets of every step (flows/graph/step.py), drawing (tasks/lineage).
+Not here: figures (results_table.py), what tracking gets of every step (flows/graph/step.py).
 """
 
 from __future__ import annotations
 
 import base64
 import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from prefect.artifacts import (
     create_image_artifact,
@@ -18,17 +20,124 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 
+from flows.config.recipe import Recipe
 from flows.graph.ancestry import ancestors_of
 from flows.graph.graph import Graph
 from flows.graph.runner import RecipeSession
-from flows.reporting.run_summary import overview_markdown, per_source
-from tasks.artifacts.artifact import Artifact, read_artifacts
+from flows.graph.step import finished_artifact
+from flows.reporting.results_table import results_markdown
+from tasks.adopt.config import STAGE as ADOPT
+from tasks.artifacts.artifact import Artifact, Stage, read_artifacts
 from tasks.artifacts.provenance import LINEAGE, Lineage
+from tasks.download.config import STAGE as DOWNLOAD
 from tasks.evaluate.config import REPORT, SUMMARY
 from tasks.lineage.lineage_svg import lineage_svg
+from tasks.merge.config import STAGE as MERGE
 from tasks.register.aliases import RegisteredVersion
+from tasks.register.promotion import read_decision
+from tasks.table import Cell, Table, markdown_table, words
 
+SEEN = "shown in training"
 PICTURE = "lineage.svg"
+
+
+def per_source(made: Sequence[Artifact], version: Artifact) -> list[dict[str, Any]]:
+    """Rows of every source that reached each stage, a row a source, most images first.
+
+    Args:
+        made: merges and their downloads, adoptions; others do not matter.
+        version: the dataset version that was chosen of what was downloaded.
+    """
+    merged, downloaded = _sum_counts(made, MERGE), _sum_counts(made, DOWNLOAD)
+    names = [key.removesuffix(".rows_read") for key in merged if key.endswith(".rows_read")]
+    rows = [
+        {
+            "source": name,
+            "rows of metadata": merged[f"{name}.rows_read"],
+            "selected": merged[f"{name}.selected"],
+            "downloaded": downloaded[f"{name}.samples"],
+            "in the dataset": version.counts.get(f"{name}.samples", 0),
+        }
+        for name in names
+    ]
+    adopted = _sum_counts(made, ADOPT)
+    rows += [
+        {
+            "source": name,
+            "rows of metadata": 0,
+            "selected": 0,
+            "downloaded": 0,
+            "in the dataset": version.counts.get(f"{name}.samples", 0),
+        }
+        for name in (key.removesuffix(".shards") for key in adopted if key.endswith(".shards"))
+    ]
+    return sorted(rows, key=lambda row: -int(row["in the dataset"]))
+
+
+def overview_markdown(recipe: Recipe, graph: Graph, url: str | None) -> str:
+    """The page of a finished recipe, or retraining.
+
+    Args:
+        recipe: that was run.
+        graph: of the run.
+        url: of its tracking run; None for a store without pages.
+    """
+    version = finished_artifact(graph.dataset)
+    made = ancestors_of(version, read_artifacts(graph.site.root))
+    stages = [finished_artifact(step) for step in graph.train]
+    decision = read_decision(graph.register.folder)
+    registered = RegisteredVersion.from_registration(graph.register.folder)
+    rows = per_source(made, version)
+    facts = Table.of("", words(""))
+    facts.add("Model", str(registered))
+    facts.add("Decision", decision.summary)
+    facts.add("Data", _data_lines(made, version, len(rows)))
+    facts.add("Training", _training_lines(stages))
+    facts.add("Dataset", version.digest)
+    if url:
+        facts.add("Record", Cell("MLflow run", url=url))
+    seen = [
+        {**row, SEEN: sum(stage.counts.get(f"{row['source']}.samples", 0) for stage in stages)}
+        for row in rows
+    ]
+    title, _, figures = results_markdown(recipe, graph).partition("\n")
+    parts = [title, markdown_table(facts), _source_table(seen), figures.strip()]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _data_lines(made: Sequence[Artifact], version: Artifact, sources: int) -> str:
+    rows, got = _sum_counts(made, MERGE)["selected"], _sum_counts(made, DOWNLOAD)["samples"]
+    share = f" ({got / rows:.0%} of those asked for)" if rows else ""
+    return (
+        f"{version.counts['samples']:,} images with captions from {sources} sources; "
+        f"{got:,} were downloaded{share}"
+    )
+
+
+def _sum_counts(made: Sequence[Artifact], stage: Stage) -> Counter[str]:
+    """The counts of all artifacts of a stage together."""
+    counts: Counter[str] = Counter()
+    for artifact in made:
+        if artifact.kind == stage.name:
+            counts.update(artifact.counts)
+    return counts
+
+
+def _training_lines(stages: Sequence[Artifact]) -> str:
+    pairs = sum(stage.counts["samples_seen"] for stage in stages)
+    hours = sum(stage.counts["seconds"] for stage in stages) / 3600
+    took = f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+    return f"{pairs:,} pairs shown in {len(stages)} stage{'s' * (len(stages) > 1)}, {took}"
+
+
+def _source_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as Markdown; nothing where there are none."""
+    if not rows:
+        return ""
+    table = Table.of(*rows[0])
+    for row in rows:
+        table.add(*(f"{one:,}" if isinstance(one, int | float) else one for one in row.values()))
+    return markdown_table(table)
 
 
 def publish_sources(version: Artifact, root: Path) -> None:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from flows.config.profile import Profile
 from flows.config.recipe import Recipe
-from flows.console.terminal import console
 from flows.graph.graph import Graph
+from flows.reporting.terminal import console
 from tasks.evaluate.config import REPORT, RESULTS, SUMMARY
 from tasks.register.aliases import RegisteredVersion
 from tasks.register.promotion import read_decision

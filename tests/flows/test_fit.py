@@ -10,7 +10,7 @@ from flows.config.gpu_spec import Machines
 from flows.config.profile import Profile
 from flows.config.recipe import load_recipe
 from flows.graph.graph import draw_graph
-from flows.planning.feasibility import Finding, Machine, recipe_findings, summarise_findings
+from flows.planning.run_plan import Finding, Machine, recipe_findings, summarise_findings
 
 LAPTOP = Machine(cores=4, memory_bytes=16 * 10**9, free_bytes=50 * 10**9)
 STORE = "sqlite:///there.db"

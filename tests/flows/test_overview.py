@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flows.reporting.run_summary import per_source
+from flows.reporting.prefect_artifacts import per_source
 from tasks.artifacts.artifact import Artifact
 
 

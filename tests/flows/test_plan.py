@@ -14,14 +14,15 @@ from flows.config.gpu_spec import Machines
 from flows.config.recipe import Recipe, load_recipe
 from flows.config.recipe_loader import recipe_names
 from flows.graph.graph import draw_graph
-from flows.planning.data_cost import estimate_data, is_large
-from flows.planning.run_plan import make_plan
-from flows.planning.training_cost import (
+from flows.planning.cost import (
     cut_share,
     engine_settings,
+    estimate_data,
     estimate_stage,
+    is_large,
     table_6_utilisation,
 )
+from flows.planning.run_plan import make_plan
 
 
 def figures(recipe: Recipe, machines: str, stage: int = 0, **given: float) -> dict[str, str]:

@@ -1,8 +1,7 @@
-"""What training a recipe costs on given GPUs: parts, memory, hours, price, each with its origin.
+"""What a recipe costs: rows, bytes, machines, days, GPU memory, price, each with its origin.
 
-Covers: how a rank's share of the global batch is cut, whether it fits and what would help, time
-from FLOPs and a rate, beside the paper's own.
-Not here: FLOPs and memory themselves (evaclip_model/training/cost.py); data (data_cost.py).
+Not here: FLOPs and memory themselves (evaclip_model/training/cost.py), how much sources give
+(flows/config/recipe.py), one run's plan and disk check (run_plan.py).
 """
 
 from __future__ import annotations
@@ -27,10 +26,28 @@ from evaclip_model.training.cost import (
 )
 from evaclip_model.training.engine.deepspeed_config import deepspeed_config
 from flows.config.gpu_spec import Machines
-from flows.config.recipe import Published, Recipe
-from flows.planning.data_cost import Line
+from flows.config.recipe import (
+    SHARE_SELECTED,
+    Published,
+    Recipe,
+    SourceYield,
+    expected_samples,
+    source_yields,
+)
 from tasks.download.url_tables import expected_bytes
 
+LARGE_ROWS = 1_000_000
+"""From here on an estimate is worth its lines."""
+METADATA_BYTES_PER_ROW = 222
+"""Re-LAION-2B: 467 GB of parquet for 2.1 billion rows."""
+MERGE_ROWS_PER_CPU_S = 320_000
+"""`make bench-merge`: 314,000 to 324,000 at 5 to 20 million rows, two threads."""
+WAITING_BYTES = 245
+"""Temporary disk of a row read, until its partition is written; `make bench-merge`."""
+URLS_PER_MACHINE_S = 1_000
+"""img2dataset's documentation: one 16-core machine (c6i.4xlarge) at 256 to 384 px."""
+MACHINES = 10
+"""What LAION used for LAION-5B in seven days."""
 GIB = 2**30
 USABLE_SHARE = 0.92
 """Of a GPU's memory, so that what the allocator cannot use in pieces has room."""
@@ -47,6 +64,89 @@ ADOPTED_PX = 512
 """Side of adopted images that a plan counts with: nobody has looked at them yet."""
 READ_AHEAD_STEPS = 2
 """Steps whose pixels a rank holds: the one that is trained on, and the next."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure of an estimate."""
+
+    what: str
+    figure: str
+    origin: str
+
+
+def is_large(recipe: Recipe) -> bool:
+    """Whether a recipe's caps make an estimate worth printing; without caps nobody knows."""
+    return sum(reach.wanted for reach in source_yields(recipe)) >= LARGE_ROWS
+
+
+def estimate_data(recipe: Recipe, machines: int = MACHINES) -> list[Line]:
+    """The figures of a recipe whose sources all have a `target_count`."""
+    reaches = source_yields(recipe)
+    wanted = sum(reach.selected for reach in reaches)
+    samples = expected_samples(recipe)
+    published = recipe.published.metadata_rows
+    read = sum(published.get(reach.source.name, reach.wanted / SHARE_SELECTED) for reach in reaches)
+    per_shard = recipe.download.samples_per_shard
+    days = wanted / (URLS_PER_MACHINE_S * machines) / 86_400
+    image_px = recipe.download.image_px
+    caps = " + ".join(
+        f"{source.target_count or 0:,} {source.name} at {source.expected_success:.0%} success"
+        for source in recipe.merge.sources
+    )
+    return [
+        Line("samples, at most", f"{sum(r.source.target_count or 0 for r in reaches):,}", caps),
+        *(_shortfall_line(reach) for reach in reaches if reach.selected < reach.wanted),
+        Line("rows selected", f"{wanted:,}", "target_count / expected_success, or all there are"),
+        Line(
+            "metadata rows read",
+            f"{read:,.0f}",
+            "as published" if published else f"{SHARE_SELECTED:.0%} of rows are selected",
+        ),
+        Line(
+            "metadata",
+            f"{read * METADATA_BYTES_PER_ROW / 1e9:,.0f} GB, read once",
+            f"{METADATA_BYTES_PER_ROW} bytes a row, as Re-LAION-2B",
+        ),
+        Line(
+            "merge",
+            f"{read / MERGE_ROWS_PER_CPU_S / 3600:,.1f} CPU-hours",
+            f"{MERGE_ROWS_PER_CPU_S:,} rows per CPU-second, make bench-merge",
+        ),
+        Line(
+            "merge, temporary disk",
+            f"{read * WAITING_BYTES / 1e9:,.0f} GB",
+            f"{WAITING_BYTES} bytes a row until it is written, make bench-merge",
+        ),
+        Line("shards", f"{-(-wanted // per_shard):,}", f"{per_shard:,} rows each"),
+        Line(
+            "images",
+            f"{expected_bytes(samples, image_px) / 1e12:,.1f} TB",
+            f"{expected_bytes(1, image_px):,} bytes a sample at {image_px} px",
+        ),
+        Line(
+            f"download on {machines} machines",
+            f"{days:,.1f} days",
+            f"{URLS_PER_MACHINE_S:,} URLs/s on 16 cores, img2dataset's documentation",
+        ),
+    ]
+
+
+def _shortfall_line(reach: SourceYield) -> Line:
+    return Line(
+        f"{reach.source.name} can give",
+        f"about {reach.samples:,} samples, not {reach.source.target_count or 0:,}",
+        f"{reach.selected:,} of its rows pass ({SHARE_SELECTED:.0%}), "
+        f"{reach.source.expected_success:.0%} are downloaded",
+    )
+
+
+def estimate_table(recipe: Recipe) -> Table:
+    """The estimate for a terminal."""
+    table = Table("estimate", "figure", "from", box=None, pad_edge=False)
+    for line in estimate_data(recipe):
+        table.add_row(line.what, line.figure, line.origin)
+    return table
 
 
 @dataclass(frozen=True)
