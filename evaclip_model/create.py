@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from evaclip_model.choices import Precision
 from evaclip_model.errors import InputError
-from evaclip_model.model.attention import AttentionChoice, require_dtype
 from evaclip_model.model.clip import EvaClip, initialise_weights
+from evaclip_model.model.layers import AttentionChoice, require_dtype
 from evaclip_model.model.model_config import CONFIG_FILE, ModelConfig
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
 from evaclip_model.weights.load import LoadReport, load_weights

@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaclip_model.model.activation_checkpointing import GradCheckpointing, require_mode
-from evaclip_model.model.attention import (
+from evaclip_model.model.layers import (
     AttentionChoice,
+    GradCheckpointing,
+    SwiGluMlp,
     attention_kernel,
+    drop_path_rates,
+    require_mode,
     resolved_attention,
 )
-from evaclip_model.model.layers import SwiGluMlp, drop_path_rates
 from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.model.text import TextBlock, TextTower
 from evaclip_model.model.vision import VisionBlock, VisionTower
@@ -35,7 +37,7 @@ class EvaClip(nn.Module):
 
     Attributes:
         config: the architecture.
-        kernel: attention of both towers, an `attention.AttentionKernel`.
+        kernel: attention of both towers, a `layers.AttentionKernel`.
         visual, text: the towers.
         logit_scale: [1] logarithm of the inverse temperature. Published checkpoints have shape
             []; it has one dimension here because sharded optimizers refuse parameters without.
@@ -46,7 +48,7 @@ class EvaClip(nn.Module):
 
         Raises:
             InputError: no attention kernel of that name, or it cannot be had here
-                (`attention.attention_kernel`).
+                (`layers.attention_kernel`).
         """
         super().__init__()
         self.kernel = attention_kernel(

@@ -1,23 +1,312 @@
-"""The parts both towers are built of: attention modules and MLPs.
+"""The parts both towers are built of: rotary positions (EVA-02, section 2.1), attention and its
+kernels, MLPs, stochastic depth, gradient checkpointing.
 
-Covers: attention as the image and the text tower have it; MLPs; stochastic depth.
-Not here: attention kernels (attention.py); how parts make a block or a tower; initial values of
-weights (clip.py).
+Not here: how parts make a block or a tower (vision.py, text.py).
 
-Shapes: B batch, S tokens, H heads, D channels a head, W = H * D channels of a tower.
+Shapes: B batch, S tokens or keys, Q queries, H heads, D channels a head, W = H * D channels of a
+tower.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-from evaclip_model.cpu.linear import Linear, linear
-from evaclip_model.model.attention import AttentionKernel
-from evaclip_model.model.rope import rotate_pairs
+from evaclip_model.cpu.linear import Linear, is_traced, linear
+from evaclip_model.errors import InputError
+
+AttentionChoice = Literal["auto", "sdpa", "flash2", "flash4", "eager"]
+AttentionKernel = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+"""(queries [B, Q, H, D], keys, values [B, S, H, D], causal) -> [B, Q, H, D].
+
+Scores are scaled by D^-0.5; causal needs Q = S."""
+
+
+@dataclass(frozen=True)
+class _Package:
+    """A separately installed attention kernel."""
+
+    distribution: str
+    module: str
+    function: str
+    fix: str
+    capability: tuple[tuple[int, int], tuple[int, int]]
+    """First compute capability it runs on, and the first it does not."""
+    widest_head: int
+    head_multiple: int
+
+
+_PACKAGES = {
+    "flash2": _Package(
+        distribution="flash-attn",
+        module="flash_attn",
+        function="flash_attn_func",
+        fix="pip install 'evaclip[cuda]'",
+        capability=((8, 0), (13, 0)),
+        widest_head=256,
+        head_multiple=8,
+    ),
+    "flash4": _Package(
+        distribution="flash-attn-4",
+        module="flash_attn.cute",
+        function="flash_attn_func",
+        fix="pip install --pre flash-attn-4",
+        capability=((8, 0), (13, 0)),
+        widest_head=128,
+        head_multiple=8,
+    ),
+}
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def attention_kernel(choice: AttentionChoice, head_widths: Sequence[int] = ()) -> AttentionKernel:
+    """The kernel of that name; a choice that is not available never falls back to another.
+
+    Args:
+        choice: "auto" takes the faster of "sdpa" and "eager" for each device and dtype; "sdpa" is
+            torch's fused attention; "eager" plain matrix products; "flash2" and "flash4" are the
+            kernels of the packages flash-attn and flash-attn-4.
+        head_widths: D of the towers that will use it.
+
+    Raises:
+        InputError: there is no such choice, its package is missing, or this machine's device or a
+            head width is not one it works with.
+    """
+    if choice in _PACKAGES:
+        return _flash_kernel(choice, head_widths)
+    if choice not in _BUILT_IN:
+        known = ", ".join(get_args(AttentionChoice))
+        raise InputError(f"attention '{choice}' is unknown: choose one of {known}")
+    return _BUILT_IN[choice]
+
+
+def resolved_attention(
+    choice: AttentionChoice, device: torch.device, dtype: torch.dtype
+) -> AttentionChoice:
+    """The kernel that runs for images on `device` in `dtype`: what "auto" stands for there."""
+    if choice != "auto":
+        return choice
+    # On a CPU the fused backward in bfloat16 is several times slower than plain products.
+    return "eager" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
+
+
+def require_dtype(choice: AttentionChoice, dtype: torch.dtype) -> None:
+    """Raises: InputError: the kernel does not compute in `dtype`."""
+    if choice in _PACKAGES and dtype not in FLASH_DTYPES:
+        package = _PACKAGES[choice].distribution
+        raise InputError(
+            f"attention '{choice}' ({package}) computes in float16 and bfloat16 only, not in "
+            f"{str(dtype).removeprefix('torch.')}: make the model with precision 'bf16' or 'fp16', "
+            "or choose 'sdpa'"
+        )
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """torch's fused attention, [B, Q, H, D] as `AttentionKernel`: no [Q, S] matrix in memory."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out: Tensor = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return out.transpose(1, 2)
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Plain matrix products, [B, Q, H, D] as `AttentionKernel`; the softmax sums in float32."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, H, Q, S]
+    if causal:
+        size = scores.shape[-1]
+        later = torch.ones(size, size, dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    out: Tensor = scores.softmax(-1) @ v
+    return out.transpose(1, 2)
+
+
+def auto_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """The faster of torch's two for this device and dtype, [B, Q, H, D] as `AttentionKernel`; on a
+    CPU, captions in bfloat16 go by float32.
+
+    Groups of captions have new sizes in every batch, and oneDNN, which multiplies bfloat16,
+    compiles a program for each and keeps a thousand; fused attention in float32 needs none.
+    """
+    choice = resolved_attention("auto", q.device, q.dtype)
+    if causal and choice == "eager":
+        return sdpa_attention(q.float(), k.float(), v.float(), causal).to(q.dtype)
+    return _BUILT_IN[choice](q, k, v, causal)
+
+
+_BUILT_IN: dict[str, AttentionKernel] = {
+    "auto": auto_attention,
+    "sdpa": sdpa_attention,
+    "eager": eager_attention,
+}
+
+
+def _flash_kernel(choice: AttentionChoice, head_widths: Sequence[int]) -> AttentionKernel:
+    package = _PACKAGES[choice]
+    function = _flash_function(choice, package)
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"attention '{choice}' ({package.distribution} {_read_version(package)}) needs a CUDA "
+            "device and torch sees none: choose 'auto', 'sdpa' or 'eager'"
+        )
+    first, beyond = package.capability
+    capability = torch.cuda.get_device_capability()
+    if not first <= capability < beyond:
+        raise InputError(
+            f"attention '{choice}' ({package.distribution} {_read_version(package)}) needs a "
+            f"GPU of "
+            f"compute capability {first[0]}.x to {beyond[0] - 1}.x, this one has "
+            f"{capability[0]}.{capability[1]}: choose 'sdpa'"
+        )
+    for width in head_widths:
+        if width > package.widest_head or width % package.head_multiple:
+            raise InputError(
+                f"attention '{choice}' ({package.distribution} {_read_version(package)}) takes "
+                f"head "
+                f"widths up to {package.widest_head} in steps of {package.head_multiple}, not the "
+                f"model's {width}: choose 'sdpa'"
+            )
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        require_dtype(choice, q.dtype)
+        if q.device.type != "cuda":
+            raise InputError(
+                f"attention '{choice}' runs on CUDA devices only and the model is on "
+                f"{q.device.type}: move it with .to('cuda'), or choose 'auto'"
+            )
+        out = function(q, k, v, causal=causal)
+        # flash-attn-4 gives back the log-sum-exp as well.
+        attended: Tensor = out[0] if isinstance(out, tuple) else out
+        return attended
+
+    return kernel
+
+
+def _flash_function(choice: str, package: _Package) -> Callable[..., Any]:
+    # Both packages live in the namespace `flash_attn`: only the function tells them apart.
+    try:
+        found: Callable[..., Any] = getattr(
+            importlib.import_module(package.module), package.function
+        )
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"attention '{choice}' needs the package {package.distribution} (version found: "
+            f"{_read_version(package)}; {error}): {package.fix}, or choose 'auto', 'sdpa' or "
+            f"'eager'"
+        ) from None
+    return found
+
+
+def _read_version(package: _Package) -> str:
+    try:
+        return importlib.metadata.version(package.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+BASE = 10_000.0
+"""Ratio between the slowest and the fastest frequency of an axis, as in the language original."""
+
+
+def rope_angles(grid: int, head_width: int, reference_grid: int) -> Tensor:
+    """Angles of the channel pairs of one head, for the class token and every patch.
+
+    The first half of a head's pairs turns with the patch's row, the second half with its column.
+    Positions are scaled to `reference_grid`, so that a finer grid covers the same range.
+
+    Returns:
+        [1 + grid * grid, head_width / 2] radians, float32; row 0 (the class token) is zero.
+    """
+    half = head_width // 2  # channels an axis
+    pairs = half // 2  # pairs an axis
+    frequencies = 1 / BASE ** (torch.arange(0, half, 2, dtype=torch.float32) / half)  # [pairs]
+    positions = torch.arange(grid, dtype=torch.float32) / grid * reference_grid
+    axis = torch.outer(positions, frequencies)  # [grid, pairs]
+    rows = axis[:, None, :].expand(grid, grid, pairs)
+    columns = axis[None, :, :].expand(grid, grid, pairs)
+    patches = torch.cat((rows, columns), dim=-1).reshape(grid * grid, 2 * pairs)
+    return torch.cat((torch.zeros(1, 2 * pairs), patches))
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of ADJACENT channels (2j, 2j+1) by its angle.
+
+    Args:
+        x: [B, S, H, D] queries or keys.
+        cos, sin: [S, 1, D/2] or [B, S, 1, D/2].
+
+    Returns:
+        [B, S, H, D] in the dtype of `x`; the rotation is in the wider of the two dtypes.
+    """
+    wide = torch.promote_types(x.dtype, cos.dtype)
+    pairs = x.to(wide).reshape(*x.shape[:-1], -1, 2)  # [B, S, H, D/2, 2]
+    cos, sin = cos.to(wide), sin.to(wide)
+    if torch.compiler.is_compiling() or is_traced():  # neither knows complex numbers
+        first, second = pairs.unbind(-1)
+        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    else:  # one pass over memory in place of eight
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    return turned.flatten(-2).to(x.dtype)
+
+
+class GridRope(nn.Module):
+    """Cosines and sines of a grid, kept in float32 whatever the model is cast to.
+
+    They follow from the geometry alone, so they are neither saved nor loaded: tables in published
+    checkpoints have several shapes and are always recomputed.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, grid: int, head_width: int, reference_grid: int) -> None:
+        super().__init__()
+        self.geometry = (grid, head_width, reference_grid)
+        self.register_buffer("cos", torch.empty(0), persistent=False)
+        self.register_buffer("sin", torch.empty(0), persistent=False)
+        self._fill_tables(torch.get_default_device())
+
+    def _fill_tables(self, device: torch.device) -> None:
+        with torch.device("cpu"):
+            angles = rope_angles(*self.geometry)
+        self.cos = angles.cos()[:, None, :].to(device)  # [1 + N, 1, D/2]
+        self.sin = angles.sin()[:, None, :].to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Every cast and move of a module comes through here; a cast to bfloat16 would leave
+        # neighbouring patches with the same angle, and leaving the meta device would leave noise.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._fill_tables(self.cos.device)
+        return self
+
+    def forward(self, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tables of all tokens, or of the class token and the kept patches.
+
+        Args:
+            kept: [B, K] patch indices, or none for all patches.
+
+        Returns:
+            cos, sin: [1 + N, 1, D/2], or [B, 1 + K, 1, D/2].
+        """
+        if kept is None:
+            return self.cos, self.sin
+        tokens = torch.nn.functional.pad(kept + 1, (1, 0))  # the class token is row 0
+        return self.cos[tokens], self.sin[tokens]
+
+    def extra_repr(self) -> str:
+        return "grid={}, head_width={}, reference_grid={}".format(*self.geometry)
 
 
 class VisionAttention(nn.Module):
@@ -182,3 +471,55 @@ class DropPath(nn.Module):
 def drop_path_rates(last: float, blocks: int) -> list[float]:
     """Chance of skipping a branch of each block: from 0 at the first in a line to `last`."""
     return [last * depth / max(1, blocks - 1) for depth in range(blocks)]
+
+
+GradCheckpointing = Literal["none", "selective", "full"]
+
+_KEPT = {
+    "aten::addmm",
+    "aten::mm",
+    "mkldnn::_linear_pointwise",
+    "evaclip::multiply",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "flash_attn::_flash_attn_forward",
+}
+"""Matrix products and fused attention: nearly all of a block's arithmetic, and a third of what it
+would keep. The plain products of eager attention are not here: they are cheap and long."""
+
+
+def require_mode(mode: str) -> GradCheckpointing:
+    """Raises: InputError: there is no such way of checkpointing."""
+    for known in get_args(GradCheckpointing):
+        if mode == known:
+            return known  # type: ignore[no-any-return]
+    raise InputError(
+        f"grad_checkpointing '{mode}' is unknown: choose one of "
+        f"{', '.join(get_args(GradCheckpointing))}"
+    )
+
+
+def run_block(mode: GradCheckpointing, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """The block's output; in the backward pass it is computed again, wholly or but for products.
+
+    Args:
+        mode: "none" keeps every activation, "selective" the results of matrix products and fused
+            attention, "full" the block's input alone.
+        block: a function of `inputs`; its random numbers are repeated.
+    """
+    if mode == "none" or not torch.is_grad_enabled():
+        return block(*inputs)
+    options: dict[str, Any] = {}
+    if mode == "selective":
+        options["context_fn"] = functools.partial(
+            create_selective_checkpoint_contexts, _choose_policy
+        )
+    out: Tensor = checkpoint(block, *inputs, use_reentrant=False, **options)
+    return out
+
+
+def _choose_policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    keep = op.name().split(".")[0] in _KEPT
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

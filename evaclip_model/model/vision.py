@@ -16,17 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaclip_model.cpu.linear import Linear, linear
-from evaclip_model.model.activation_checkpointing import GradCheckpointing, run_block
-from evaclip_model.model.attention import AttentionKernel
 from evaclip_model.model.layers import (
+    AttentionKernel,
     DropPath,
     GeluMlp,
+    GradCheckpointing,
+    GridRope,
     SwiGluMlp,
     VisionAttention,
     drop_path_rates,
+    run_block,
 )
 from evaclip_model.model.model_config import VisionConfig
-from evaclip_model.model.rope import GridRope
 
 NORM_EPS = 1e-6
 

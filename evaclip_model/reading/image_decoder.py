@@ -2,7 +2,7 @@
 
 Covers: the formats that are opened, and what an image may cost in bytes, pixels, JPEG scans, TIFF
 strips and CPU seconds; its orientation and bit depth. Not here: what part of an image is taken and
-how it is resized (transform.py), the decoder of the training's fast path (decode.py).
+how it is resized, the decoder of the training's fast path (transform.py).
 
 Download, verification, training, evaluation, the served model and `evaclip` all decode here. Limits
 are checked in the header before anything is decoded; a clock stops what a header cannot tell. Only

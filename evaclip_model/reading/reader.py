@@ -2,8 +2,8 @@
 
 Covers: reading shards in the order that order.py decides, decoding ahead, cropping, captions, a
 memory of decoded images.
-Not here: the order itself; pixels (decode.py); fetching shards (shard_store.py); worker processes
-(read_worker.py); tokens and masks (training/trainer.py).
+Not here: the order itself; pixels (transform.py); fetching shards (shard_store.py); worker
+processes (read_worker.py); tokens and masks (training/trainer.py).
 
 A batch is a function of (shards, settings, step): a run that resumes asks for the next step, and
 nothing has to be replayed. A sample that cannot be decoded is counted and replaced by the one after
@@ -30,12 +30,12 @@ from torch import Tensor
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.config import SamplingConfig
-from evaclip_model.reading.decode import DECODERS, Picture
 from evaclip_model.reading.image_decoder import UnreadableImageError
 from evaclip_model.reading.order import ORDERS, Mixture, Order, Piece
 from evaclip_model.reading.read_worker import Origin, Worker, serve_parts
 from evaclip_model.reading.samples import BrokenShard, Pair, Shard, ShardManifest
 from evaclip_model.reading.shard_store import LocalShards, RemoteShards, ShardStore
+from evaclip_model.reading.transform import DECODERS, Picture
 from evaclip_model.reading.urls import is_url
 
 SHARDS_AHEAD = 2

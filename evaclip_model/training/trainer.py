@@ -4,7 +4,7 @@ Covers: making ready (device, model, engine, reader); step after step: fetch, fo
 exchange of stats, guards, optimizer step, metrics, checkpoint; going back, resuming, finishing; a
 dry run of one step.
 Not here: starting ranks and exit codes (worker.py); a step's gradient in parts (step.py), optimizer
-and sharding (engine/), the verdict on a step (monitoring/spike_guard.py), names of metrics
+and sharding (engine/), the verdict on a step (monitoring/guards.py), names of metrics
 (monitoring/metrics.py).
 
 All that is random about a sample (crop, mask, template) depends on the seed and its position alone,
@@ -48,36 +48,32 @@ from evaclip_model.training.config import (
 )
 from evaclip_model.training.engine.engine import DeepSpeedEngine, Engine, Stepped, TorchEngine
 from evaclip_model.training.loss.objective import Objective, make_objective
-from evaclip_model.training.monitoring.metrics import (
-    MetricsLog,
-    RankRow,
-    RankStats,
-    StepSeconds,
-    gather_stats,
-    step_metrics,
-)
-from evaclip_model.training.monitoring.nonfinite_report import (
-    describe_samples,
-    name_culprits,
-    write_dump,
-)
-from evaclip_model.training.monitoring.self_test import SelfTest, self_test
-from evaclip_model.training.monitoring.spike_guard import (
+from evaclip_model.training.monitoring.guards import (
     GuardState,
     Judged,
     Observed,
     StepVerdict,
+    Watchdog,
+    describe_samples,
     judge_step,
+    name_culprits,
+    write_dump,
 )
-from evaclip_model.training.monitoring.timing import (
+from evaclip_model.training.monitoring.metrics import (
     PROFILE_FOLDER,
     ForwardClock,
+    MetricsLog,
     ProfileWindow,
+    RankRow,
+    RankStats,
+    StepSeconds,
     Stopwatch,
+    gather_stats,
+    step_metrics,
 )
-from evaclip_model.training.monitoring.watchdog import Watchdog
+from evaclip_model.training.monitoring.self_test import SelfTest, self_test
 from evaclip_model.training.monitoring.zeroshot_probe import open_probe, run_probe
-from evaclip_model.training.optimizer.parameter_groups import lr_factor
+from evaclip_model.training.optimizer.optimizer import lr_factor
 from evaclip_model.training.stage_outputs import save_models, write_json
 from evaclip_model.training.step import (
     CaptionTokenizer,

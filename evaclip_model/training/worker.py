@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     os.environ.update(place_from_slurm(os.environ))
     _log_to_stderr()
     from evaclip_model.training.engine.engine import LossScaleExhausted
-    from evaclip_model.training.monitoring.spike_guard import Diverged
+    from evaclip_model.training.monitoring.guards import Diverged
     from evaclip_model.training.trainer import Interrupted, run_training
 
     try:

@@ -33,10 +33,9 @@ import webdataset
 from PIL import Image
 from webdataset import tariterators
 
-from evaclip_model.reading.decode import decode_fast
 from evaclip_model.reading.reader import BatchReader, ReadSettings
 from evaclip_model.reading.samples import PairReader, Shard, ShardManifest
-from evaclip_model.reading.transform import normalize_images
+from evaclip_model.reading.transform import decode_fast, normalize_images
 from evaclip_model.training.config import TrainConfig
 from tests.evaclip_model.peer_libraries import open_clip
 

@@ -30,14 +30,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from evaclip_model.create import create_model
-from evaclip_model.model.attention import attention_kernel, eager_attention
+from evaclip_model.model.layers import attention_kernel, eager_attention
 from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.cost import peak_flops, train_flops_per_sample
 from evaclip_model.training.engine.engine import DeepSpeedEngine, TorchEngine, start_distributed
 from evaclip_model.training.loss.objective import make_objective
 from evaclip_model.training.monitoring.self_test import self_test
-from evaclip_model.training.optimizer.lamb import Lamb, LambPart
+from evaclip_model.training.optimizer.optimizer import Lamb, LambPart
 from evaclip_model.training.step import forward_backward, step_inputs
 
 Row = dict[str, Any]

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from evaclip_model.training.loss import streamed_loss
+from evaclip_model.training.loss import contrastive
 from evaclip_model.training.loss.contrastive import gathered_terms
 from evaclip_model.training.loss.softmax import LossSettings
 
@@ -22,7 +22,7 @@ WAYS = {
 
 
 def main(features: str, scale: float, out: Path) -> None:
-    streamed_loss.CHUNK_ROWS, streamed_loss.CHUNK_COLUMNS = 3, 5  # no size is a multiple of them
+    contrastive.CHUNK_ROWS, contrastive.CHUNK_COLUMNS = 3, 5  # no size is a multiple of them
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     whole = load_file(features)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from evaclip_model.create import create_model
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.monitoring import self_test
-from evaclip_model.training.optimizer import lamb
+from evaclip_model.training.optimizer import optimizer as lamb
 
 MODEL = {
     "embed_dim": 8,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from evaclip_model.training.monitoring.watchdog import Watchdog
+from evaclip_model.training.monitoring.guards import Watchdog
 
 
 def hang():

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from evaclip_model.create import create_model
 from evaclip_model.errors import InputError
-from evaclip_model.model import attention
-from evaclip_model.model.attention import (
+from evaclip_model.model import layers
+from evaclip_model.model.layers import (
     attention_kernel,
     auto_attention,
     eager_attention,
@@ -127,7 +127,7 @@ def flash_packages(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", outer)
     monkeypatch.setitem(sys.modules, "flash_attn.cute", cute)
     versions = {"flash-attn": "2.8.3", "flash-attn-4": "4.0.0b36"}
-    monkeypatch.setattr(attention.importlib.metadata, "version", versions.__getitem__)
+    monkeypatch.setattr(layers.importlib.metadata, "version", versions.__getitem__)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     return calls

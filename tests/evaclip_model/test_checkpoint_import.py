@@ -16,7 +16,7 @@ from evaclip_model.training.checkpoint import load_newest, settings_of
 from evaclip_model.training.checkpoint.deepspeed_import import import_checkpoint
 from evaclip_model.training.config import TrainConfig, TrainJob
 from evaclip_model.training.engine.engine import StateFragment
-from evaclip_model.training.optimizer.parameter_groups import is_frozen
+from evaclip_model.training.optimizer.optimizer import is_frozen
 from evaclip_model.weights.load import save_model
 from evaclip_model.weights.name_maps import foreign_names
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from evaclip_model.reading.decode import TOLERANCE, decode_fast, decode_reference
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
-from evaclip_model.reading.transform import train_crop
+from evaclip_model.reading.transform import TOLERANCE, decode_fast, decode_reference, train_crop
 
 MEAN_DIFFERENCE = 0.05
 """Of all pixels, in levels of 255: most of them are the same."""

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from evaclip_model.training.config import TrainConfig
-from evaclip_model.training.monitoring.spike_guard import (
+from evaclip_model.training.monitoring.guards import (
     Diverged,
     GuardState,
     Observed,

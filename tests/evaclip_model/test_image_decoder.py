@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from evaclip_model.reading import image_decoder
-from evaclip_model.reading.decode import decode_fast
 from evaclip_model.reading.image_decoder import (
     DamagedImageError,
     TooCostlyImageError,
@@ -22,6 +21,7 @@ from evaclip_model.reading.image_decoder import (
     decode_image,
     decode_undamaged_image,
 )
+from evaclip_model.reading.transform import decode_fast
 from tests.evaclip_model.hostile_images import gif_of_empty_blocks, jpeg_of_many_scans
 
 DECODERS = pytest.mark.parametrize("decode", [decode_image, decode_undamaged_image, decode_fast])

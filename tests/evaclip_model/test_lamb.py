@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evaclip_model.training.optimizer import lamb
-from evaclip_model.training.optimizer.lamb import (
+from evaclip_model.training.optimizer import optimizer as lamb
+from evaclip_model.training.optimizer.optimizer import (
     FlatSlice,
     Fragment,
     Lamb,

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from evaclip_model.training.loss import streamed_loss
+from evaclip_model.training.loss import contrastive
 from evaclip_model.training.loss.contrastive import (
     contrastive_loss,
     contrastive_terms,
@@ -111,8 +111,8 @@ def test_the_mean_over_ranks_is_the_whole_batch_in_one_process(on_ranks, tmp_pat
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("chunk", [(4, 6), (7, 50), (50, 7), (50, 50)])
 def test_streaming_is_the_same_function_whatever_the_chunks(monkeypatch, chunk, smoothing):
-    monkeypatch.setattr(streamed_loss, "CHUNK_ROWS", chunk[0])
-    monkeypatch.setattr(streamed_loss, "CHUNK_COLUMNS", chunk[1])
+    monkeypatch.setattr(contrastive, "CHUNK_ROWS", chunk[0])
+    monkeypatch.setattr(contrastive, "CHUNK_COLUMNS", chunk[1])
     features = unit_features(23, 8, torch.float64)
     full, streamed = (with_gradients(*features, 30.0, LossSettings(way, smoothing)) for way in WAYS)
     assert float(streamed[0].loss) == pytest.approx(float(full[0].loss), rel=1e-13)
@@ -133,7 +133,7 @@ def test_smoothing_spreads_its_share_over_all_columns(way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_equal_scores_are_a_hit_for_the_first_alone(way, monkeypatch):
-    monkeypatch.setattr(streamed_loss, "CHUNK_COLUMNS", 2)
+    monkeypatch.setattr(contrastive, "CHUNK_COLUMNS", 2)
     same = torch.nn.functional.normalize(torch.ones(5, 4), dim=-1)
     terms = contrastive_terms(same, same, torch.tensor(3.0), LossSettings(way))
     assert float(terms.image_to_text_accuracy) == pytest.approx(0.2)

@@ -9,7 +9,7 @@ from torch import Tensor
 from evaclip_model.create import create_model
 from evaclip_model.errors import InputError
 from evaclip_model.model.clip import EvaClip
-from evaclip_model.model.rope import GridRope
+from evaclip_model.model.layers import GridRope
 from evaclip_model.training.loss.contrastive import contrastive_loss
 from evaclip_model.training.step import kept_patches
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from evaclip_model.create import create_model
 from evaclip_model.model.clip import EvaClip
+from evaclip_model.model.layers import GridRope, rotate_pairs
 from evaclip_model.model.model_config import ModelConfig, list_models, shipped_name
-from evaclip_model.model.rope import GridRope, rotate_pairs
 from evaclip_model.training.loss.contrastive import contrastive_loss
 from evaclip_model.weights.load import resize_patch_kernel, resize_positions
 

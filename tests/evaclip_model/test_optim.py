@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from evaclip_model.training.config import TrainConfig
-from evaclip_model.training.optimizer.parameter_groups import lr_factor, parameter_groups
+from evaclip_model.training.optimizer.optimizer import lr_factor, parameter_groups
 
 DATA = Path(__file__).parent / "data" / "optim"
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaclip_model.model import caption_packing
-from evaclip_model.model.caption_packing import (
+from evaclip_model.model import text
+from evaclip_model.model.text import (
     filled_length,
     group_lengths,
     pack_captions,
@@ -83,7 +83,7 @@ def test_packed_captions_have_the_features_and_gradients_of_padded_ones(attentio
                 name = "evaclip_model.model.text.pack_captions"
                 patch.setattr(name, lambda ids, device: pack_padded(ids))
             elif form == "one group a length":
-                patch.setitem(caption_packing.GROUP_COST, "cpu", 0)
+                patch.setitem(text.GROUP_COST, "cpu", 0)
             model = small_model(precision="fp64", attention=attention)
             features = model.encode_text(tokens)
             (features**2).sum().backward()

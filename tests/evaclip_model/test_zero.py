@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from evaclip_model.training.engine.fp32_state import Partitioned, make_layouts
-from evaclip_model.training.optimizer.lamb import Fragment
+from evaclip_model.training.optimizer.optimizer import Fragment
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from evaclip_model.training.checkpoint.storage import place_of
 from evaclip_model.training.checkpoint.write_checkpoint import save_checkpoint
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.engine.engine import StateFragment
-from evaclip_model.training.optimizer.parameter_groups import is_frozen
+from evaclip_model.training.optimizer.optimizer import is_frozen
 from evaclip_model.weights.checkpoint_format import TrainingProgress
 from evaclip_model.weights.name_maps import Entry, native_names
 

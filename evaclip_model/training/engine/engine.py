@@ -34,10 +34,11 @@ from evaclip_model.training.engine.fp32_state import (
     RunningMean,
 )
 from evaclip_model.training.loss.objective import make_objective
-from evaclip_model.training.optimizer.lamb import Lamb, LambPart
-from evaclip_model.training.optimizer.parameter_groups import (
+from evaclip_model.training.optimizer.optimizer import (
     TOWERS,
     Group,
+    Lamb,
+    LambPart,
     is_frozen,
     parameter_groups,
     tower_of,

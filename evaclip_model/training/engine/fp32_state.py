@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from evaclip_model.training.optimizer.lamb import Fragment, Layout
+from evaclip_model.training.optimizer.optimizer import Fragment, Layout
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,7 @@
 """`objective = "softmax"`: the symmetric contrastive loss of CLIP, as the paper trains with.
 
-Covers: its parameter and bounds, the choice between keeping the logits and making them twice, and
-the memory that each takes.
-Not here: the formula (contrastive.py), making logits twice (streamed_loss.py). Imports no torch
-until tensors are there.
+Its parameter and bounds, the choice between keeping the logits and making them twice, and the
+memory that each takes. Imports no torch until tensors are there; the formula is in contrastive.py.
 """
 
 from __future__ import annotations

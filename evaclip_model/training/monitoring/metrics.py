@@ -4,10 +4,13 @@ Covers: every name in a line of `metrics.jsonl` with its meaning and unit, each 
 (`RankMetrics`, `StepSeconds`, `step_metrics`; the objective names its own); one collective in which
 all ranks learn of all; writing lines, as TensorBoard's events too, and cutting off the lines that a
 killed run wrote beyond its newest checkpoint.
-Not here: measuring (training/trainer.py, timing.py); MLflow and the terminal, which read the lines.
+Clocks of a step's parts, and torch's profiler over a window of steps.
+Not here: MLflow and the terminal, which read the lines.
 
 One sum over a table in which every rank fills its own row costs as much as one over a single
-number, and also says which rank was slow, or had features that are not numbers.
+number, and also says which rank was slow, or had features that are not numbers. The whole step
+takes every rank equally long, because ranks wait for each other; the forward pass waits for nobody:
+a rank that is slow here is the slow one.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from typing import Any, Self, TextIO
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
@@ -32,7 +36,7 @@ from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.training.config import METRICS_FILE, TrainConfig, TrainJob
 from evaclip_model.training.cost import peak_flops, train_flops_per_sample
 from evaclip_model.training.engine.engine import Stepped
-from evaclip_model.training.optimizer.parameter_groups import TOWERS
+from evaclip_model.training.optimizer.optimizer import TOWERS
 from evaclip_model.training.step import patch_dropout_at
 
 TENSORBOARD_FOLDER = "tensorboard"
@@ -175,11 +179,15 @@ def step_metrics(
     """
     masked = patch_dropout_at(config, step - 1)
     means = stats.means
-    flops = train_flops_per_sample(model, patch_dropout=masked, text_tokens=means["text_tokens"])
     rate = config.global_batch / seconds.total
     rank_rate = rate / len(stats.rows)
     on_gpu = device.type == "cuda"
     peak = peak_flops(torch.cuda.get_device_name(device)) if on_gpu else None
+    mfu = None
+    if peak:
+        tokens = means["text_tokens"]
+        flops = train_flops_per_sample(model, patch_dropout=masked, text_tokens=tokens)
+        mfu = rank_rate * flops / peak
     slow_rank, slowest_s, median_s = stats.slowest
     peak_lr = {"vision": config.lr_vision, "text": config.lr_text, "other": config.lr_other}
     none = (None, None, None)
@@ -221,7 +229,7 @@ def step_metrics(
         "images_per_second": rate,
         "samples_per_second_per_rank": rank_rate,
         # Model FLOP/s as a share of the devices' peak; nothing that is computed twice counts twice.
-        "mfu": rank_rate * flops / peak if peak else None,
+        "mfu": mfu,
         # Rank 0's.
         **asdict(seconds),
         "step_s": seconds.total,
@@ -340,3 +348,84 @@ class TensorBoardLog:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+PROFILE_FOLDER = "profile"
+
+
+class Stopwatch:
+    """Seconds from one question to the next."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def take_lap(self) -> float:
+        """Seconds since it was asked last."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds
+
+
+class ForwardClock:
+    """Counts the seconds of a module's forward passes, on its device."""
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds = 0.0
+        self._started = 0.0
+        self._events: list[tuple[Any, Any]] = []
+        module.register_forward_pre_hook(self._on_forward_start)
+        module.register_forward_hook(self._on_forward_end)
+
+    def take_seconds(self) -> float:
+        """Seconds since it was read last; on a GPU it waits for the passes to end."""
+        for start, end in self._events:
+            end.synchronize()
+            self._seconds += start.elapsed_time(end) / 1000
+        seconds = self._seconds
+        self._events, self._seconds = [], 0.0
+        return seconds
+
+    def _on_forward_start(self, module: nn.Module, inputs: Any) -> None:
+        if self._on_gpu:
+            event: Any = torch.cuda.Event
+            pair = event(enable_timing=True), event(enable_timing=True)
+            pair[0].record()
+            self._events.append(pair)
+        self._started = time.perf_counter()
+
+    def _on_forward_end(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        if self._on_gpu:
+            self._events[-1][1].record()
+        else:
+            self._seconds += time.perf_counter() - self._started
+
+
+class ProfileWindow:
+    """Records the steps `first` to `last`, counted from 1, of the process it is in."""
+
+    def __init__(self, steps: tuple[int, int] | None, folder: Path) -> None:
+        """Args:
+        steps: first and last; none: records nothing.
+        """
+        self._first, self._last = steps or (0, 0)
+        self._folder = folder
+        self._profile: profile | None = None
+
+    def before_step(self, step: int) -> None:
+        """Call before step `step`."""
+        if step == self._first:
+            activities = [ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(ProfilerActivity.CUDA)
+            self._profile = profile(activities=activities, profile_memory=True)
+            self._profile.start()
+
+    def after_step(self, step: int) -> None:
+        """Call after it; writes `steps-FIRST-LAST.json` after the last."""
+        if self._profile is not None and step >= self._last:
+            self._profile.stop()
+            self._folder.mkdir(parents=True, exist_ok=True)
+            trace = self._folder / f"steps-{self._first}-{step}.json"
+            self._profile.export_chrome_trace(str(trace))
+            self._profile = None

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from evaclip_model.model.attention import eager_attention
 from evaclip_model.model.clip import EvaClip
+from evaclip_model.model.layers import eager_attention
 from evaclip_model.training.checkpoint.consensus import Peers
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.loss.objective import make_objective
-from evaclip_model.training.optimizer.lamb import Fragment, Lamb, LambPart, Layout
+from evaclip_model.training.optimizer.optimizer import Fragment, Lamb, LambPart, Layout
 
 _SHAPES = ((5, 3), (7, 4), (11,))
 """Odd sizes, so that ranks cut through the middle of parameters."""

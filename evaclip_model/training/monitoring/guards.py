@@ -1,23 +1,33 @@
-"""Guards against steps whose figures are not finite, or left their recent range.
+"""Guards of a training: the verdict on a step whose figures are not finite or left their recent
+range, the report of such a step's samples, and the watchdog that ends a rank which hangs.
 
-Covers: the verdict on a step, what the verdicts after it depend on, and that as JSON.
-Not here: measuring, going back to a checkpoint, naming samples, files (training/trainer.py,
-nonfinite_report.py).
-
-Everything is a pure function of values that are the same on every rank, so all ranks decide alike
+The verdict is a pure function of values that are the same on every rank, so all ranks decide alike
 without another word; and of a state that is saved with a checkpoint, so a resumed run decides as
-the uninterrupted one did.
+the uninterrupted one did. Not here: going back to a checkpoint (training/trainer.py).
 """
 
 from __future__ import annotations
 
+import faulthandler
+import json
 import math
-from collections.abc import Mapping
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
-from typing import Any
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
+from torch import Tensor
+
+from evaclip_model.files import write_atomically
+from evaclip_model.reading.reader import Batch
 from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.stage_outputs import write_json
 
 LEAST_DEVIATION = 0.01
 """Share of the mean that the deviation counts as at least: a flat line is no reason to stop."""
@@ -186,3 +196,127 @@ def _name_nonfinite(seen: Observed) -> str:
 
 def _count_times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
+
+
+NAMED = 3
+"""Samples that a sentence names at most."""
+
+
+def describe_samples(rank: int, batch: Batch, finite_rows: Tensor) -> dict[str, Any]:
+    """A rank's samples of a step, in JSON's types.
+
+    Args:
+        finite_rows: [b] whether the features of each are numbers.
+    """
+    samples = [
+        {"position": position, "shard": origin.shard, "key": origin.key, "finite": bool(finite)}
+        | {"caption": caption}
+        for position, origin, caption, finite in zip(
+            batch.positions.tolist(),
+            batch.origins,
+            batch.captions,
+            finite_rows.tolist(),
+            strict=True,
+        )
+    ]
+    return {"rank": rank, "samples": samples}
+
+
+def name_culprits(ranks: Sequence[dict[str, Any]]) -> str:
+    """Rank, sample and shard of the features that are not finite; empty when all are."""
+    bad: list[str] = []
+    for rank in ranks:
+        samples = [sample for sample in rank["samples"] if not sample["finite"]]
+        if samples and len(samples) == len(rank["samples"]):
+            bad.append(f"rank {rank['rank']}, all its samples")
+            continue
+        bad += [f"rank {rank['rank']}, sample {one['key']} of {one['shard']}" for one in samples]
+    more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+    return "; ".join(bad[:NAMED]) + more
+
+
+def write_dump(run_dir: Path, step: int, figures: dict[str, Any]) -> Path:
+    """Write `nonfinite-STEP.json`, beside its place first."""
+    path = run_dir / f"nonfinite-{step:08d}.json"
+    write_json(path, figures)
+    return path
+
+
+GRACE_S = 5.0
+"""Seconds between the stacks and the end."""
+HEARTBEAT_S = 10.0
+"""Seconds between heartbeats at least: steps may be short, and file systems slow."""
+CRASHED = 1
+"""Exit code of a rank that hung: that of a crash, after which the newest checkpoint holds."""
+
+
+class Watchdog:
+    """Watches this process; a context: what runs in it must call `report_step` now and then.
+
+    A heartbeat file tells the rank's step; stacks of all threads are written on SIGUSR1, or when
+    steps stop. Ranks that wait for a stuck one make no step either: each writes its own stacks, and
+    none ends before the others had time to write theirs, because the end of one breaks the
+    connections of all.
+    """
+
+    def __init__(
+        self, run_dir: Path, rank: int, limit_s: float, *, grace_s: float = GRACE_S
+    ) -> None:
+        """Args:
+        limit_s: seconds without a beat after which the stacks are written.
+        grace_s: seconds after that before the process ends.
+        """
+        self._grace_s = grace_s
+        self._stacks_path = run_dir / f"stacks-{rank}.txt"
+        self._heartbeat = run_dir / f"heartbeat-{rank}.json"
+        self._limit_s = limit_s
+        self._last = time.monotonic()
+        self._written = -HEARTBEAT_S
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch_steps, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._stacks = self._stacks_path.open("a")
+        faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
+        self._arm_traceback()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(signal.SIGUSR1)
+        self._stacks.close()
+        if not self._stacks_path.stat().st_size:
+            self._stacks_path.unlink()
+
+    def report_step(self, step: int) -> None:
+        """Say that step `step` is done."""
+        self._last = time.monotonic()
+        self._arm_traceback()
+        if self._last - self._written >= HEARTBEAT_S:
+            self._written = self._last
+            beat = json.dumps({"step": step, "time": time.time()}) + "\n"
+            # A step does not wait for the disk; a heartbeat means nothing after a power cut.
+            write_atomically(self._heartbeat, beat, sync=False)
+
+    def _arm_traceback(self) -> None:
+        # A thread of Python's own does not run while foreign code holds the interpreter; this one
+        # does, and ends the process should the thread below not have.
+        late = self._limit_s + 2 * self._grace_s
+        faulthandler.dump_traceback_later(late, exit=True, file=self._stacks)
+
+    def _watch_steps(self) -> None:
+        while not self._ended.wait(self._last + self._limit_s - time.monotonic()):
+            if time.monotonic() - self._last < self._limit_s:
+                continue
+            print(f"no step for {self._limit_s:g} s", file=self._stacks, flush=True)
+            faulthandler.dump_traceback(self._stacks, all_threads=True)
+            if not self._ended.wait(self._grace_s):
+                os._exit(CRASHED)
