@@ -1,8 +1,5 @@
 """Choices that functions and command lines share: precision, and the form a model is written in.
-
-Not here: what they do (evaclip_model/create.py, evaclip_model/weights/export.py). Does not import
-torch, so that command lines start without it.
-"""
+Does not import torch, so that command lines start without it."""
 
 from typing import Literal
 

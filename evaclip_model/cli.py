@@ -1,9 +1,4 @@
-"""The `evaclip` command: use models and their files without the pipeline that makes them.
-
-Covers: listing architectures, classifying images against given labels, features of images and
-captions, conversion of checkpoints, taking over a training.
-Not here: training itself, evaluation sets, the registry.
-"""
+"""The `evaclip` command: use models and their files without the pipeline that makes them."""
 
 from __future__ import annotations
 
@@ -77,8 +72,7 @@ def classify(
         model_folder: what `save_model` wrote.
         template: prompt around a label, with one `{}`.
 
-    Raises:
-        InputError: fewer than two labels, a missing or unreadable file, a wrong template.
+    Raises: InputError: fewer than two labels, a missing or unreadable file, a wrong template.
     """
     _check_labels(labels, template)
     if not image.is_file():

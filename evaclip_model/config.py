@@ -1,9 +1,5 @@
-"""The base of every configuration object: frozen, strict, and clear about what is wrong.
-
-Covers: the pydantic base class, the one-sentence rendering of its validation errors, and the form
-that digests are taken of, which outlives renamed and added settings.
-Not here: any setting; each lives beside the code that uses it.
-"""
+"""The base of every configuration object: frozen, strict, and clear about what is wrong; and the
+form that digests are taken of, which outlives renamed and added settings."""
 
 from __future__ import annotations
 
@@ -34,8 +30,8 @@ class Config(BaseModel):
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> Self:
         """Validate `values`, read from `where` (a file name, for the message).
 
-        Raises:
-            InputError: naming the first wrong key, what was expected, and the nearest known key.
+        Raises: InputError: naming the first wrong key, what was expected, and the nearest known
+            key.
         """
         try:
             return cls.model_validate(dict(values))

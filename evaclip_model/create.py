@@ -1,8 +1,5 @@
-"""A model by name, and a saved model from its folder.
-
-Covers: architecture, initial values or weights, precision and attention kernel put together.
-Not here: the model (model/clip.py); the form of weight files (weights/load.py).
-"""
+"""A model by name, and a saved model from its folder: architecture, initial values or weights,
+precision and attention kernel put together."""
 
 from __future__ import annotations
 
@@ -44,8 +41,7 @@ def create_model(
         seed: makes the initial values repeatable without touching torch's global generator.
         attention: kernel; "auto" takes the faster one for the device and dtype.
 
-    Raises:
-        InputError: unknown name, kernel or precision; wrong config; weights that do not fit.
+    Raises: InputError: unknown name, kernel or precision; wrong config; weights that do not fit.
     """
     if precision not in _DTYPES:
         raise InputError(f"precision '{precision}' is unknown: choose one of {', '.join(_DTYPES)}")
@@ -103,8 +99,7 @@ def open_model(
 ) -> EvaClip:
     """Open what `save_model` wrote, in evaluation mode.
 
-    Raises:
-        InputError: the folder or one of its files is missing, or they do not fit each other.
+    Raises: InputError: the folder or one of its files is missing, or they do not fit each other.
     """
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):

@@ -1,8 +1,5 @@
-"""The one error a user can cause.
-
-Covers: input that is wrong in a way its author can mend (a recipe key, a file, a port, a disk).
-Not here: bugs, which stay ordinary exceptions with their traceback.
-"""
+"""The one error a user can cause, by input that its author can mend (a recipe key, a file, a port).
+Bugs stay ordinary exceptions with their traceback."""
 
 
 class InputError(ValueError):

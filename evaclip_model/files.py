@@ -1,9 +1,4 @@
-"""Files that several processes share: replaced whole, and locked.
-
-Covers: writing a file beside its place and renaming it, a lock that dies with its holder.
-Not here: safetensors (weights/tensor_files.py), checkpoints and object stores
-(training/checkpoint/storage.py).
-"""
+"""Files that several processes share: replaced whole, and locked."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""Host memory that torch frees, kept by the C library for the next use.
-
-Covers: keeping it in the process, on glibc; elsewhere nothing changes.
-Not here: memory of GPUs, which torch keeps itself.
+"""Host memory that torch frees, kept by the C library for the next use; on glibc, elsewhere nothing
+changes.
 
 glibc asks the kernel for every block above 32 MB anew and returns it when it is freed, and the top
 of its heap as well. The kernel clears each page that it hands out. Keeping them takes a B/16's
@@ -47,7 +45,6 @@ def freed_memory_kept() -> Iterator[None]:
 
 
 def _load_glibc() -> Any:
-    """The C library of this process; none where it is another."""
     try:
         library = ctypes.CDLL(None)
     except (OSError, TypeError):

@@ -1,7 +1,5 @@
-"""The product of every linear layer, by the faster of torch's CPU libraries.
-
-Covers: `linear` and the module `Linear`, equal to torch's in names, shapes and gradients.
-Not here: which layers a tower has (model/layers.py).
+"""The product of every linear layer, by the faster of torch's CPU libraries; names, shapes and
+gradients are torch's.
 
 torch multiplies float32 matrices on a CPU with MKL, whose kernels for processors of other makers
 use half of their vector width; oneDNN, which torch carries too and uses for bfloat16, uses all of

@@ -1,7 +1,5 @@
-"""The JSON form of the EVA-CLIP authors' own architecture files.
-
-Covers: every key their classes take, and the same architecture in this package's terms.
-Not here: this package's own form (model_config.py). Does not import torch.
+"""The JSON form of the EVA-CLIP authors' own architecture files, in this package's terms. Does not
+import torch.
 
 Their builders fill in whatever a file leaves out, so the defaults here are theirs. What only makes
 their code faster is accepted and has no effect; what would change a result and is not in any
@@ -133,14 +131,9 @@ def is_authors_form(values: Mapping[str, Any]) -> bool:
 
 
 def from_authors_form(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values of `ModelConfig`, of an architecture in the authors' form.
+    """The values of `ModelConfig`, of an architecture in the authors' form, read from `where`.
 
-    Args:
-        values: `embed_dim`, `vision_cfg` and `text_cfg`.
-        where: file or object they are from, for the message.
-
-    Raises:
-        InputError: an unknown key, or a setting that would change results and is not supported.
+    Raises: InputError: an unknown key, or a setting that would change results and is not supported.
     """
     given = _Model.from_mapping(values, where)
     vision, text = given.vision_cfg, given.text_cfg

@@ -1,6 +1,5 @@
-"""EVA-CLIP: two towers and a temperature.
+"""EVA-CLIP: two towers and a temperature, and their initial values.
 
-Covers: the model and its initial values.
 Not here: making one by name (create.py); the loss (training/loss/contrastive.py); weights on disk
 (weights/load.py).
 """
@@ -46,9 +45,8 @@ class EvaClip(nn.Module):
     def __init__(self, config: ModelConfig, attention: AttentionChoice = "auto") -> None:
         """Build with torch's default values; `create_model` gives EVA-CLIP's initial values.
 
-        Raises:
-            InputError: no attention kernel of that name, or it cannot be had here
-                (`layers.attention_kernel`).
+        Raises: InputError: no attention kernel of that name, or it cannot be had here
+            (`layers.attention_kernel`).
         """
         super().__init__()
         self.kernel = attention_kernel(
@@ -73,11 +71,10 @@ class EvaClip(nn.Module):
             images: [B, 3, H, H] normalised (`transform.normalize_images`), H = image_px.
             normalize: unit length, in at least float32.
             kept: [B, K] indices of the patches to look at (`step.kept_patches`); none for all.
-            branches: [B, blocks, 2] what each sample passes (`step.kept_branches`) in training
-                with drop path; none draws it from torch's generator.
+            branches: [B, blocks, 2] what each sample passes (`step.kept_branches`) in training with
+                drop path; none draws it from torch's generator.
 
-        Returns:
-            [B, E].
+        Returns: [B, E].
         """
         features: Tensor = self.visual(images, kept, branches)
         return _normalise(features) if normalize else features
@@ -91,8 +88,7 @@ class EvaClip(nn.Module):
                 have to be waited for.
             normalize: unit length, in at least float32.
 
-        Returns:
-            [B, E].
+        Returns: [B, E].
         """
         features: Tensor = self.text(tokens)
         return _normalise(features) if normalize else features
@@ -112,8 +108,7 @@ class EvaClip(nn.Module):
             kept: [B, K] patches to look at, or none for all.
             branches: [B, blocks, 2] what each sample passes, as for `encode_image`.
 
-        Returns:
-            image features [B, E] and text features [B, E], of unit length, and the inverse
+        Returns: image features [B, E] and text features [B, E], of unit length, and the inverse
             temperature [] (exp of `logit_scale`), all in at least float32.
         """
         return (
@@ -134,8 +129,7 @@ class EvaClip(nn.Module):
             mode: "none"; "selective", all but matrix products and fused attention; or "full",
                 everything, so that a block keeps its input alone.
 
-        Raises:
-            InputError: another mode.
+        Raises: InputError: another mode.
         """
         self.visual.grad_checkpointing = self.text.transformer.grad_checkpointing = require_mode(
             mode

@@ -81,9 +81,8 @@ def attention_kernel(choice: AttentionChoice, head_widths: Sequence[int] = ()) -
             kernels of the packages flash-attn and flash-attn-4.
         head_widths: D of the towers that will use it.
 
-    Raises:
-        InputError: there is no such choice, its package is missing, or this machine's device or a
-            head width is not one it works with.
+    Raises: InputError: there is no such choice, its package is missing, or this machine's device or
+        a head width is not one it works with.
     """
     if choice in _PACKAGES:
         return _flash_kernel(choice, head_widths)
@@ -226,8 +225,7 @@ def rope_angles(grid: int, head_width: int, reference_grid: int) -> Tensor:
     The first half of a head's pairs turns with the patch's row, the second half with its column.
     Positions are scaled to `reference_grid`, so that a finer grid covers the same range.
 
-    Returns:
-        [1 + grid * grid, head_width / 2] radians, float32; row 0 (the class token) is zero.
+    Returns: [1 + grid * grid, head_width / 2] radians, float32; row 0 (the class token) is zero.
     """
     half = head_width // 2  # channels an axis
     pairs = half // 2  # pairs an axis
@@ -241,14 +239,10 @@ def rope_angles(grid: int, head_width: int, reference_grid: int) -> Tensor:
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of ADJACENT channels (2j, 2j+1) by its angle.
+    """Turn each pair of ADJACENT channels (2j, 2j+1) of x [B, S, H, D] by its angle, given as cos
+    and sin [S, 1, D/2] or [B, S, 1, D/2].
 
-    Args:
-        x: [B, S, H, D] queries or keys.
-        cos, sin: [S, 1, D/2] or [B, S, 1, D/2].
-
-    Returns:
-        [B, S, H, D] in the dtype of `x`; the rotation is in the wider of the two dtypes.
+    Returns [B, S, H, D] in the dtype of `x`; the rotation is in the wider of the two dtypes.
     """
     wide = torch.promote_types(x.dtype, cos.dtype)
     pairs = x.to(wide).reshape(*x.shape[:-1], -1, 2)  # [B, S, H, D/2, 2]
@@ -292,14 +286,8 @@ class GridRope(nn.Module):
         return self
 
     def forward(self, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tables of all tokens, or of the class token and the kept patches.
-
-        Args:
-            kept: [B, K] patch indices, or none for all patches.
-
-        Returns:
-            cos, sin: [1 + N, 1, D/2], or [B, 1 + K, 1, D/2].
-        """
+        """cos and sin [1 + N, 1, D/2] of all tokens, or [B, 1 + K, 1, D/2] of the class token and
+        the patches `kept` [B, K]."""
         if kept is None:
             return self.cos, self.sin
         tokens = torch.nn.functional.pad(kept + 1, (1, 0))  # the class token is row 0
@@ -349,16 +337,9 @@ class VisionAttention(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None, first_only: bool = False
     ) -> Tensor:
-        """Attention of all tokens, or of the class token alone, to all tokens.
-
-        Args:
-            x: [B, S, W].
-            rope: tables of `GridRope`, or none.
-            first_only: queries are those of token 0, which is never rotated.
-
-        Returns:
-            [B, S, W], or [B, 1, W].
-        """
+        """Attention of all tokens, or with `first_only` of the class token alone, which is never
+        rotated, to all tokens: x [B, S, W], `rope` as `GridRope` gives it -> [B, S, W], or [B, 1,
+        W]."""
         q, k, v = (
             part.reshape(*part.shape[:-1], self.heads, -1)  # [B, S, H, D]
             for part in self._project_qkv(x, first_only)
@@ -388,8 +369,7 @@ class TextAttention(nn.Module):
             x: [S, W] tokens of all captions, one caption behind the other.
             groups: (captions, tokens of each) of each run of captions of equal length.
 
-        Returns:
-            [S, W]; a token has seen itself and what is before it in its caption.
+        Returns [S, W]; a token has seen itself and what is before it in its caption.
         """
         qkv = linear(x, self.in_proj_weight, self.in_proj_bias)
         width = x.shape[-1]
@@ -455,12 +435,9 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, branch: Tensor, kept: Tensor | None = None) -> Tensor:
-        """[B, S, W] -> [B, S, W]; what is kept is scaled up, so that its mean stays.
-
-        Args:
-            kept: [B] which samples keep the branch (`step.kept_branches`); none draws them from
-                torch's generator.
-        """
+        """[B, S, W] -> [B, S, W]; what is kept is scaled up, so that its mean stays. `kept` [B]
+        says which samples keep the branch (`step.kept_branches`); none draws them from torch's
+        generator."""
         if not self.training or self.rate == 0:
             return branch
         if kept is None:

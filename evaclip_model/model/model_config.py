@@ -1,7 +1,6 @@
-"""The architecture of one EVA-CLIP model, as data.
+"""The architecture of one EVA-CLIP model, as data: what tells the published variants apart, by
+name, by file or from the authors' own form.
 
-Covers: the fields that tell the published variants apart, and loading them by name, by file or
-from the authors' own form.
 Not here: anything that does not change a result of the model (precision, attention kernel), and
 anything about training. Does not import torch, so that recipes are checked quickly.
 """
@@ -132,8 +131,8 @@ class ModelConfig(Config):
         Files and mappings may have this class's keys or those of the authors' files (`vision_cfg`,
         `text_cfg`).
 
-        Raises:
-            InputError: the name is unknown (with the nearest known one), or the content is wrong.
+        Raises: InputError: the name is unknown (with the nearest known one), or the content is
+            wrong.
         """
         if isinstance(source, ModelConfig):
             return source
@@ -170,8 +169,7 @@ class ModelConfig(Config):
     def at_image_px(self, image_px: int) -> ModelConfig:
         """Return the same architecture for square images of another side, in pixels.
 
-        Raises:
-            InputError: `image_px` is not a multiple of the patch.
+        Raises: InputError: `image_px` is not a multiple of the patch.
         """
         values = self.model_dump()
         values["vision"]["image_px"] = image_px
@@ -189,8 +187,7 @@ def list_models() -> list[str]:
 def shipped_name(name: str) -> str:
     """The name a shipped architecture is listed under, of that name or an alias.
 
-    Raises:
-        InputError: there is none (with the nearest name).
+    Raises: InputError: there is none (with the nearest name).
     """
     names = list_models()
     if name in names:

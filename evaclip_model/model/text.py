@@ -92,11 +92,9 @@ class TextTower(nn.Module):
                 the CPU, wherever the tower is: the stream is planned there, and ids that come from
                 an accelerator are waited for.
 
-        Returns:
-            [B, E], not normalised.
+        Returns: [B, E], not normalised.
 
-        Raises:
-            ValueError: more tokens than the context length.
+        Raises: ValueError: more tokens than the context length.
         """
         if tokens.shape[1] > self.config.context_length:
             raise ValueError(
@@ -149,13 +147,9 @@ def pack_padded(tokens: Tensor) -> Packing:
 
 
 def pack_captions(tokens: Tensor, device: torch.device) -> Packing:
-    """Plan the stream of a batch, on the CPU, and send it to `device` without waiting.
-
-    Args:
-        tokens: [B, L] ids; the end token has the highest id, and its first place is the end. Ids
-            on an accelerator are fetched first, which waits for it.
-        device: where the stream will be computed.
-    """
+    """Plan the stream of a batch of ids [B, L], whose end token is the highest, on the CPU, and
+    send it to `device` without waiting. Ids on an accelerator are fetched first, which waits for
+    it."""
     ids = tokens.cpu().numpy()
     ends = ids.argmax(axis=1)
     order = np.argsort(ends, kind="stable")
@@ -193,8 +187,7 @@ def group_lengths(histogram: np.ndarray, group_cost: int) -> tuple[tuple[int, in
         histogram: [longest + 1] captions of each length.
         group_cost: what a group costs beside its tokens, in tokens.
 
-    Returns:
-        (captions, length) of each group, shortest first.
+    Returns (captions, length) of each group, shortest first.
     """
     lengths = np.flatnonzero(histogram)
     below = np.concatenate(([0], np.cumsum(histogram[lengths])))  # captions before each length

@@ -1,7 +1,7 @@
-"""The image tower of every EVA-CLIP variant.
+"""The image tower of every EVA-CLIP variant: patches (all or only the kept ones), blocks, pooling,
+projection to the joint space.
 
-Covers: patches (all or only the kept ones), blocks, pooling, projection to the joint space.
-Not here: which patches to keep (training/step.py); normalising features; initial values (clip.py).
+Not here: which patches to keep (training/step.py); initial values (clip.py).
 
 Shapes: B batch, N patches, K kept patches, W width, E joint channels.
 """
@@ -148,11 +148,9 @@ class VisionTower(nn.Module):
             branches: [B, blocks, 2] which samples pass attention and MLP of each block in training
                 with drop path; none draws them from torch's generator.
 
-        Returns:
-            [B, E], not normalised.
+        Returns: [B, E], not normalised.
 
-        Raises:
-            ValueError: the images are not of the configured size.
+        Raises: ValueError: the images are not of the configured size.
         """
         size = self.config.image_px
         if images.shape[1:] != (3, size, size):

@@ -1,9 +1,5 @@
-"""Settings that decide which samples a training stage sees, and as which pixels.
-
-Covers: batch and image size, order, mixture of sources, crop, decoding.
-Not here: what reading may cost (`ReadSettings` in reader.py); the other settings of a training
-stage, which has these as its own (training/config.py).
-"""
+"""Settings that decide which samples a training stage sees, and as which pixels; part of
+training/config.py's. What reading may cost is `ReadSettings` in reader.py."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""The one place where bytes from strangers become pixels.
-
-Covers: the formats that are opened, and what an image may cost in bytes, pixels, JPEG scans, TIFF
-strips and CPU seconds; its orientation and bit depth. Not here: what part of an image is taken and
-how it is resized, the decoder of the training's fast path (transform.py).
+"""The one place where bytes from strangers become pixels. What part of an image is taken and how it
+is resized is transform.py's.
 
 Download, verification, training, evaluation, the served model and `evaclip` all decode here. Limits
 are checked in the header before anything is decoded; a clock stops what a header cannot tell. Only
@@ -116,12 +113,10 @@ def decode_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Imag
         data: the file's bytes.
         max_pixels: largest width times height that is decoded.
 
-    Returns:
-        The upright image, 8 bits a channel, otherwise in its own mode.
+    Returns: The upright image, 8 bits a channel, otherwise in its own mode.
 
-    Raises:
-        UnreadableImageError: truncated, not of these formats, or beyond one of the limits above;
-            the subclass says which.
+    Raises: UnreadableImageError: truncated, not of these formats, or beyond one of the limits
+        above; the subclass says which.
     """
     return _guarded(_decode_by_pillow, bytes(data), max_pixels).image
 
@@ -129,8 +124,7 @@ def decode_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Imag
 def decode_undamaged_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> DecodedImage:
     """Decode as `decode_image`, but refuse a JPEG in which libjpeg had to guess.
 
-    Raises:
-        UnreadableImageError: as `decode_image`; `DamagedImageError` for such a JPEG.
+    Raises: UnreadableImageError: as `decode_image`; `DamagedImageError` for such a JPEG.
     """
     return _guarded(_decode_strictly, bytes(data), max_pixels)
 

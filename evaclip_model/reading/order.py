@@ -1,8 +1,5 @@
-"""The sample at each position of training, as pure arithmetic.
-
-Covers: the exact mix of sources, and each source's seeded order: over epochs, or of shards drawn
-with replacement. Nothing is read.
-Not here: files, decoding, batches (reader.py).
+"""The sample at each position of training, as pure arithmetic: the exact mix of sources, and each
+source's seeded order. Nothing is read.
 
 A step's global batch is cut into `lanes` equal runs of positions. A lane has its own share of every
 source and walks it shard after shard, shuffling windows of samples; so a rank that owns some lanes

@@ -1,8 +1,5 @@
 """Reading and decoding in processes of their own, ahead of the training.
 
-Covers: starting a rank's workers, what passes between them and it, their end.
-Not here: which samples a batch holds and how they are read (reader.py).
-
 A worker is a rank within the rank: it owns an equal run of the rank's lanes and makes their part of
 every step, so how many there are changes no batch and no shard is read twice. Images come in memory
 shared with the rank, a ring of `SLOTS` steps; captions and counts in a line of JSON. A worker whose
@@ -66,13 +63,8 @@ class Worker:
     def __init__(
         self, program: Sequence[str], settings: Mapping[str, Any], shape: tuple[int, ...]
     ) -> None:
-        """Start it; its first parts are made at once.
-
-        Args:
-            program: command of a process that calls `serve`.
-            settings: what `run` gets, of JSON's types.
-            shape: of the part's images, [b, 3, S, S].
-        """
+        """Start `program`, which calls `serve_parts`, with `settings` of JSON's types and the
+        part's image shape [b, 3, S, S]; its first parts are made at once."""
         memory = os.memfd_create("evaclip-images")
         os.ftruncate(memory, SLOTS * int(np.prod(shape)))
         try:
@@ -136,11 +128,8 @@ class Worker:
 
 
 def serve_parts(run: Callable[[Mapping[str, Any]], Any]) -> int:
-    """Be a worker: make parts of `run(settings)`, an iterable of batches, as fast as there is room.
-
-    Returns:
-        The exit code.
-    """
+    """Be a worker: make parts of `run(settings)`, an iterable of batches, as fast as there is room;
+    returns the exit code."""
     # Ctrl-C and a launcher's SIGTERM reach the whole group; the rank still saves a checkpoint.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,8 +1,6 @@
 """Batches for training, the same whatever the number of ranks and of reading processes.
 
-Covers: reading shards in the order that order.py decides, decoding ahead, cropping, captions, a
-memory of decoded images.
-Not here: the order itself; pixels (transform.py); fetching shards (shard_store.py); worker
+Not here: the order (order.py); pixels (transform.py); fetching shards (shard_store.py); worker
 processes (read_worker.py); tokens and masks (training/trainer.py).
 
 A batch is a function of (shards, settings, step): a run that resumes asks for the next step, and
@@ -98,11 +96,8 @@ class _Window:
 
 
 class BatchReader:
-    """A rank's share of every step's batch.
-
-    Attributes:
-        bad: reason -> samples that could not be used, counted each time one is met.
-    """
+    """A rank's share of every step's batch; `bad` counts each time a sample could not be used, by
+    reason."""
 
     def __init__(
         self,
@@ -113,14 +108,11 @@ class BatchReader:
         ranks: int,
         settings: ReadSettings,
     ) -> None:
-        """Plan the reading of a manifest's shards; files are opened when their turn comes.
+        """Plan the reading of the shards of a manifest, a path or a URL; files are opened when
+        their turn comes.
 
-        Args:
-            shards: the manifest, a path or a URL.
-
-        Raises:
-            InputError: a source without shards or weight, fewer samples than lanes or than a step
-                takes, or ranks that do not divide the lanes.
+        Raises: InputError: a source without shards or weight, fewer samples than lanes or than a
+            step takes, or ranks that do not divide the lanes.
         """
         self._config = config
         self._location = shards
@@ -202,8 +194,7 @@ class BatchReader:
     def read_batch(self, step: int) -> Batch:
         """This rank's share of one step.
 
-        Raises:
-            InputError: a shard cannot be read, or a whole window holds no usable sample.
+        Raises: InputError: a shard cannot be read, or a whole window holds no usable sample.
         """
         positions = self._list_positions(step)
         images = self._allocate_images()
@@ -312,7 +303,6 @@ class BatchReader:
         return window
 
     def _prepare_after(self, source: int, lane: int, epoch: int, number: int) -> None:
-        """Begin to load the window after this one."""
         if (source, lane) not in self._coming:
             after = self._orders[source].next_window(lane, epoch, number)
             future = self._loader.submit(self._load_window, source, lane, *after)
@@ -406,8 +396,7 @@ class _ShardStream:
     def take_samples(self, start: int, stop: int) -> list[_Loaded]:
         """Samples `start` to `stop` (exclusive), skipping what lies before them.
 
-        Raises:
-            InputError: the shard does not hold what its manifest says.
+        Raises: InputError: the shard does not hold what its manifest says.
         """
         try:
             taken = self._pairs.read(start, stop)

@@ -1,7 +1,5 @@
-"""The sample format: what a shard holds, and the manifest that says which shards are whole.
-
-Covers: names inside a shard, reading its samples, `shards.json`.
-Not here: making shards, sampling them for training, decoding images; torch.
+"""The sample format: what a shard holds, and the manifest that says which shards are whole. Imports
+no torch.
 
 A shard is a webdataset tar. A sample is members that share a key: an image (`KEY.jpg` or another of
 `IMAGE_EXTENSIONS`), `KEY.txt` (the caption, UTF-8) and, where whoever made the shard wrote one,
@@ -159,8 +157,7 @@ class ShardManifest(Config):
     def read(cls, path: Path | str) -> Self:
         """Read a manifest from its file, on this machine or at a URL.
 
-        Raises:
-            InputError: no such file, or not a manifest.
+        Raises: InputError: no such file, or not a manifest.
         """
         try:
             values = json.loads(read_text(path))
@@ -180,8 +177,7 @@ class ShardManifest(Config):
 def read_samples(shard: Path) -> Iterator[Sample]:
     """Yield all samples of a shard in stored order, flawed ones too, one image in memory at a time.
 
-    Raises:
-        BrokenShard: truncated or unreadable tar.
+    Raises: BrokenShard: truncated or unreadable tar.
     """
     try:
         with shard.open("rb", buffering=0) as tar:
@@ -207,14 +203,9 @@ class PairReader:
     """Images and captions of a shard, read once, front to back, in parts."""
 
     def __init__(self, shard: Path, left_out: Set[int] = frozenset()) -> None:
-        """Open the shard.
+        """Open the shard, whose samples at the places `left_out` (`Shard.left_out`) do not count.
 
-        Args:
-            shard: the tar.
-            left_out: places of samples that do not count (`Shard.left_out`).
-
-        Raises:
-            OSError: it cannot be opened.
+        Raises: OSError: it cannot be opened.
         """
         self._shard = shard
         self._tar = shard.open("rb", buffering=0)
@@ -229,8 +220,7 @@ class PairReader:
         Fewer when the shard ends before; nothing is read of what lies before `start`, which must
         not be behind `next`.
 
-        Raises:
-            BrokenShard: truncated or unreadable tar.
+        Raises: BrokenShard: truncated or unreadable tar.
         """
         try:
             self._members.stretch_bytes = 0
@@ -289,13 +279,9 @@ def is_sample_file(name: str) -> bool:
 
 
 def skip_tombstones(samples: Iterable[T], left_out: Set[int]) -> Iterator[T]:
-    """A shard's samples, read in stored order by whatever reads them, without its tombstones.
-
-    Args:
-        samples: of the whole shard: `webdataset.WebDataset(path, shardshuffle=False,
-            select_files=is_sample_file)`, say.
-        left_out: `Shard.left_out`.
-    """
+    """A shard's samples, read in stored order by whatever reads them (`webdataset.WebDataset(path,
+    shardshuffle=False, select_files=is_sample_file)`, say), without its tombstones
+    `Shard.left_out`."""
     return (one for place, one in enumerate(samples) if place not in left_out)
 
 

@@ -1,8 +1,5 @@
-"""The files of shards, on this machine or behind a URL.
-
-Covers: shards in a folder; shards at any URL that fsspec knows (s3://, gs://, hf://, https://),
+"""The files of shards, in a folder or at any URL that fsspec knows (s3://, gs://, hf://, https://),
 fetched ahead into a bounded folder.
-Not here: which shards are wanted when (reader.py); what is in them (samples.py).
 
 A fetched shard is named after its sha256 and appears by rename, so a killed run's files are used
 again and several processes may share one folder; each clears away what it brought or took over.
@@ -39,8 +36,7 @@ class ShardStore(Protocol):
     def open_shard(self, shard: Shard) -> PairReader:
         """Open the shard, once it is there, to read those of its samples that count.
 
-        Raises:
-            InputError: it cannot be had.
+        Raises: InputError: it cannot be had.
         """
 
     def announce_shards(self, shards: Iterable[Shard]) -> None:
@@ -101,12 +97,10 @@ class RemoteShards:
         ranks: int = 1,
         first_pause_s: float = FIRST_PAUSE_S,
     ) -> None:
-        """Take over this process's part of what a killed run left in `cache`.
+        """Take over this process's part of what a killed run left in `cache`. `url` is of the
+        manifest's folder; empty if every shard has a URL of its own.
 
-        `url` is of the manifest's folder; empty if every shard has a URL of its own.
-
-        Raises:
-            InputError: nothing installed knows this kind of URL.
+        Raises: InputError: nothing installed knows this kind of URL.
         """
         self._url = url.rstrip("/")
         if url:

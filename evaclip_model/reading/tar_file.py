@@ -1,8 +1,5 @@
-"""Places of the members of a tar, found from its headers alone.
-
-Covers: uncompressed ustar, PAX and GNU tars, as webdataset and img2dataset write them.
-Not here: what the members mean (samples.py); making tars; compressed or sparse ones, which are
-refused.
+"""Places of the members of a tar, found from its headers alone: uncompressed ustar, PAX and GNU
+tars, as webdataset and img2dataset write them. Compressed or sparse ones are refused.
 
 webdataset's own reading goes through Python's tarfile: a dozen objects a member, and every byte of
 members that nobody asked for. Here a header is one read of a few kilobytes, and what is not wanted
@@ -47,8 +44,7 @@ class Member(NamedTuple):
     def read(self, tar: int) -> bytes:
         """Its content, from the open tar's file descriptor.
 
-        Raises:
-            BrokenTar: the tar ends inside it.
+        Raises: BrokenTar: the tar ends inside it.
         """
         return (
             _read_range(tar, self.offset, self.size)
@@ -80,8 +76,7 @@ class TarReader:
     def __iter__(self) -> Iterator[Member]:
         """Yield all members.
 
-        Raises:
-            BrokenTar: a header that is none, or a tar that ends inside a member.
+        Raises: BrokenTar: a header that is none, or a tar that ends inside a member.
         """
         size_of_tar = os.fstat(self._tar).st_size
         offset, extended = 0, _NOTHING
@@ -146,8 +141,7 @@ _NOTHING = _Extended()
 def _apply_extension(before: _Extended, kind: bytes, content: bytes) -> _Extended:
     """Return what is known after one more extra header; of two names the later one counts.
 
-    Raises:
-        BrokenTar: no keys and values, or those of a sparse member.
+    Raises: BrokenTar: no keys and values, or those of a sparse member.
     """
     if kind == b"L":
         return before._replace(name=_decode_name(content.split(b"\0", 1)[0]))

@@ -60,16 +60,15 @@ def image_transform(
     """Return a function from an image of any mode and size to [3, S, S] float32; picklable.
 
     For evaluation the shortest side is resized to S (bicubic, antialiased) and the middle taken;
-    for training a random part (`CROP_SCALE` of the area, ratio 3:4 to 4:3) is resized to S x S.
-    The random part is drawn from torch's global generator, in torchvision's order: what torch is
-    seeded with decides it, in a data loader's workers too.
+    for training a random part (`CROP_SCALE` of the area, ratio 3:4 to 4:3) is resized to S x S. The
+    random part is drawn from torch's global generator, in torchvision's order: what torch is seeded
+    with decides it, in a data loader's workers too.
 
     Args:
         model: a model or its config, for its size; or the size S in pixels.
         train: the training transform instead of the evaluation transform.
 
-    Raises:
-        InputError: a size below 1.
+    Raises: InputError: a size below 1.
     """
     if not isinstance(model, int):
         config = model if isinstance(model, ModelConfig) else model.config
@@ -123,8 +122,7 @@ def describe_preprocessing(size: int) -> dict[str, Any]:
 def centre_crop(image: Image.Image, size: int) -> Tensor:
     """Shortest side to `size` (bicubic, antialiased), then the middle: [3, S, S] uint8.
 
-    Raises:
-        UnreadableImageError: the image is so narrow that its resized form passes `MAX_PIXELS`.
+    Raises: UnreadableImageError: the image is so narrow that its resized form passes `MAX_PIXELS`.
     """
     short = min(image.size)
     width, height = (int(size * side / short) for side in image.size)
@@ -149,14 +147,12 @@ def train_crop(
     """A random part of the image, resized: the only augmentation EVA-CLIP trains with.
 
     Args:
-        image: decoded, in any mode.
         size: side S of the result, in pixels.
-        seed: of the training stage.
-        position: of the sample in the whole training stream; the crop depends on nothing else.
+        position: of the sample in the whole training stream; the crop depends on it and `seed`
+            alone.
         scale: smallest and largest share of the image's area; its aspect ratio is 3:4 to 4:3.
 
-    Returns:
-        [3, S, S] uint8.
+    Returns: [3, S, S] uint8.
     """
     box = train_box(*image.size, seed=seed, position=position, scale=scale)
     return resized_crop(image, box, size)
@@ -301,8 +297,7 @@ class Decoder(Protocol):
     def __call__(self, data: bytes | memoryview) -> Picture:
         """Decode an image.
 
-        Raises:
-            UnreadableImageError: truncated, of no known format, or too large.
+        Raises: UnreadableImageError: truncated, of no known format, or too large.
         """
 
 

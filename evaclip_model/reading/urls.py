@@ -1,8 +1,4 @@
-"""Files that may lie behind a URL.
-
-Covers: telling URLs from paths, the filesystem of a URL, small texts.
-Not here: large files (shard_store.py); writing.
-"""
+"""Files that may lie behind a URL. Large ones are shard_store.py's."""
 
 from __future__ import annotations
 
@@ -20,8 +16,7 @@ def is_url(location: Path | str) -> bool:
 def open_filesystem(url: str) -> Any:
     """fsspec's filesystem for a URL.
 
-    Raises:
-        InputError: nothing installed knows this kind of URL.
+    Raises: InputError: nothing installed knows this kind of URL.
     """
     import fsspec  # only who reads from elsewhere waits for it
 

@@ -1,11 +1,6 @@
-"""Files that a registered model's copy of this package carries beside torch and Pillow.
-
-Covers: the folder beside the code with the tokenizer's vocabulary, the classes of characters and
-ftfy's source; writing it from what is installed; importing ftfy, carried or installed.
-Not here: the tokenizer, and how it does without compiled libraries (tokenizer.py).
-
-In a checkout and in an installed package the folder does not exist.
-"""
+"""Files that a registered model's copy of this package carries beside torch and Pillow: the
+tokenizer's vocabulary, the classes of characters and ftfy's source. In a checkout and in an
+installed package the folder does not exist."""
 
 from __future__ import annotations
 
@@ -52,8 +47,7 @@ def package_file(name: str) -> Path | None:
 def text_repair() -> ModuleType:
     """The library ftfy: the installed one, or the carried one.
 
-    Raises:
-        ModuleNotFoundError: neither is there.
+    Raises: ModuleNotFoundError: neither is there.
     """
     sources = carried_file(SOURCES)
     if sources is not None and importlib.util.find_spec("ftfy") is None:
@@ -64,8 +58,7 @@ def text_repair() -> ModuleType:
 def bundle_assets(package: Path) -> None:
     """Write the folder into `package`, a copy of this package, from what is installed here.
 
-    Raises:
-        FileNotFoundError: open_clip_torch, which ships the vocabulary, is not installed.
+    Raises: FileNotFoundError: open_clip_torch, which ships the vocabulary, is not installed.
     """
     folder = package / _FOLDER
     folder.mkdir()

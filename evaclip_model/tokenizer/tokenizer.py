@@ -1,13 +1,11 @@
-"""CLIP's byte-pair tokenizer.
+"""CLIP's byte-pair tokenizer: captions to ids, exactly as the released models were trained. Words
+are split by `regex` or the standard library's `re`, pieces merged by `tokenizers` or in Python:
+where a library is missing its stand-in is taken, and the result is the same. The vocabulary is a
+data file of the installed `open_clip_torch`, read without importing that package
+(bundled_assets.py).
 
-Covers: captions to ids, exactly as the released models were trained; thousands at once. Words are
-split by `regex` or the standard library's `re`, pieces merged by `tokenizers` or in Python: where a
-library is missing its stand-in is taken, and the result is the same.
-Not here: the vocabulary itself, a data file of the installed `open_clip_torch` distribution, which
-is read without importing that package (bundled_assets.py); prompts (zeroshot/imagenet_prompts.py).
-
-No token spans white space, so a caption's ids are those of its words, and captions are made of
-the same words again and again. Each distinct word is split and merged once, by the Rust library
+No token spans white space, so a caption's ids are those of its words, and captions are made of the
+same words again and again. Each distinct word is split and merged once, by the Rust library
 `tokenizers` where there is one; a batch is then a look-up in a table.
 """
 
@@ -95,11 +93,9 @@ def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH) -
         texts: one caption or several.
         context_length: L, tokens a row, at least 2.
 
-    Returns:
-        [B, L] int64.
+    Returns: [B, L] int64.
 
-    Raises:
-        InputError: the vocabulary file is missing; a context without room for start and end.
+    Raises: InputError: the vocabulary file is missing; a context without room for start and end.
     """
     if context_length < 2:
         raise InputError(
@@ -241,8 +237,8 @@ def _byte_characters() -> dict[int, str]:
 def splitter() -> Split:
     """Return what splits a word without white space into its pieces, from left to right.
 
-    Raises:
-        ModuleNotFoundError: `regex` is neither installed nor are the classes carried that stand in.
+    Raises: ModuleNotFoundError: `regex` is neither installed nor are the classes carried that stand
+        in.
     """
     classes = carried_file(CLASSES)
     if classes is None or importlib.util.find_spec("regex") is not None:
@@ -252,11 +248,8 @@ def splitter() -> Split:
 
 
 def plain_splitter(classes: Mapping[str, Sequence[tuple[int, int]]]) -> Split:
-    """Return the same by the standard library, which has no classes of Unicode by name.
-
-    Args:
-        classes: "L" and "N" -> first and last code point of each run of letters, of numbers.
-    """
+    """Return the same by the standard library, which has no classes of Unicode by name: `classes`
+    are "L" and "N" -> first and last code point of each run of letters, of numbers."""
     letters, numbers = (
         "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in classes[name]) for name in "LN"
     )
@@ -264,12 +257,8 @@ def plain_splitter(classes: Mapping[str, Sequence[tuple[int, int]]]) -> Split:
 
 
 def merger(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> Merge:
-    """Return what turns a piece into ids.
-
-    Args:
-        vocabulary: symbol -> id; a symbol at the end of a piece ends in `END_OF_WORD`.
-        merges: pairs of symbols that become one, the first ones first.
-    """
+    """Return what turns a piece into ids. Symbols at the end of a piece end in `END_OF_WORD`;
+    `merges` are pairs of symbols that become one, the first ones first."""
     if importlib.util.find_spec("tokenizers") is None:
         return plain_merger(vocabulary, merges)
     models: Any = importlib.import_module("tokenizers.models")

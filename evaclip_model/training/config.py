@@ -1,9 +1,5 @@
-"""Settings of a training stage, and the job file that the trainer reads.
-
-Covers: `TrainConfig` (one training stage of a recipe) and `TrainJob` (`train.json`).
-Not here: how any of it is done; settings of reading (reading/config.py); the number of ranks and
-threads, which are arguments.
-"""
+"""Settings of a training stage (`TrainConfig`), and the job file that the trainer reads
+(`TrainJob`, `train.json`). Settings of reading are in reading/config.py."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""Cost of a training before anything is built: FLOPs, parameters, memory of a GPU.
-
-Covers: pure functions of an architecture and of a training stage's settings; rates of GPUs.
-Not here: measuring any of it (trainer.py), prices and days (flows). Does not import torch.
+"""Cost of a training before anything is built: FLOPs, parameters, memory of a GPU. Does not import
+torch.
 
 A FLOP is half a multiply-add of a matrix product; norms, activations and the loss are not counted.
 """
@@ -162,15 +160,12 @@ def gpu_memory(
     micro_batch: int,
     text_tokens: float = PACKED_TEXT_TOKENS,
 ) -> dict[str, float]:
-    """Bytes that a rank's GPU holds at the worst moment of a step, by what they are.
+    """Bytes that a rank's GPU holds at the worst moment of a step, by what they are; `config` is
+    the model at the stage's image size.
 
-    Weights, gradients and optimizer states follow from ZeRO's stages; activations are what blocks
-    keep for their backward pass with a fused attention kernel, which holds no scores.
-
-    Args:
-        config: the model at the stage's image size.
-        ranks: GPUs; the rank's share of the global batch is `train.global_batch / ranks`.
-        micro_batch: pairs whose activations are in memory at once, at most the share.
+    Weights, gradients and optimizer states follow from ZeRO's stages; activations, of `micro_batch`
+    pairs of the rank's share, are what blocks keep for their backward pass with a fused attention
+    kernel, which holds no scores.
     """
     counts = parameter_counts(config)
     towers = {"logit_scale": "other"}

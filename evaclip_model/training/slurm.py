@@ -1,8 +1,5 @@
-"""The place of a rank that Slurm's `srun` started, from Slurm's variables.
-
-Covers: rank, local rank, number of ranks and meeting point, as torch's launchers would set them.
-Not here: joining (worker.py); submitting jobs.
-"""
+"""The place of a rank that Slurm's `srun` started, from Slurm's variables, as torch's launchers
+would set it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,5 @@
-"""The outputs of a finished training stage.
-
-Covers: whole fp32 weights, or their running mean, from the fragments that all ranks hold; the
-files of the models; writing JSON files.
-Not here: checkpoints, metrics.
-"""
+"""The outputs of a finished training stage: whole fp32 weights, or their running mean, from the
+fragments that all ranks hold."""
 
 from __future__ import annotations
 
@@ -58,14 +54,10 @@ def gather_weights(
     model: nn.Module, fragments: Sequence[StateFragment], kind: str
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and fp32 value, of the parameter's shape, of every parameter of the trained `model`, one
-    after the other.
+    after the other; `kind` of the fragments' tensors is "param" (the master) or "ema".
 
     Every rank runs through all of it, and gets the same; one tensor at a time is whole. Frozen
     parameters come as the model holds them.
-
-    Args:
-        fragments: this rank's, of the engine that trains the model.
-        kind: which tensor of the fragments: "param" (the master) or "ema" (its running mean).
     """
     held: dict[str, list[StateFragment]] = {}
     for fragment in fragments:

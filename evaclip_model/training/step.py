@@ -1,10 +1,6 @@
-"""One optimizer step of a rank, from a batch to its gradient.
-
-Covers: a sample's inputs (which template and which parts of its caption it shows, its patches and
-the branches it passes); the loss of the global batch and its gradient, the same however many parts
-a rank's share is worked on in.
-Not here: reading (reading/); the tokenizer; dropping patches (model/vision.py takes indices and
-flags); the loss (loss/); the update (engine/).
+"""One optimizer step of a rank, from a batch to its gradient: a sample's inputs (template, parts of
+its caption, patches, branches), the loss of the global batch and its gradient, the same however
+many parts a rank's share is worked on in.
 
 All that is random is a pure function of the seed and a sample's position: not of the batch a sample
 is in, the rank that sees it, or what was drawn before. So a resumed run, and one on other hardware,
@@ -89,12 +85,10 @@ def step_inputs(
     tokens: Tensor,
     positions: Tensor,
 ) -> ModelInputs:
-    """A rank's share of a step, masked as its positions and the step say.
+    """A rank's share of a step (counted from 0), masked as its positions and the step say. The
+    stage's drop path counts, not the image tower's own.
 
     Args:
-        vision: the image tower; its own drop path does not count, the training stage's does
-            (`EvaClip.set_drop_path`).
-        step: optimizer step, counted from 0.
         images: [b, 3, H, H] uint8 pixels.
         tokens: [b, L] ids.
         positions: [b] of the samples in the whole training stream.
@@ -157,12 +151,9 @@ def forward_backward(
 ) -> StepTerms:
     """Compute the loss of the global batch, and leave its gradient with the engine.
 
-    Every rank calls it, with as many samples as the others. One part is one forward and one
-    backward pass. Of several parts all but the last pass forward twice; at any time the activations
-    of one part are in memory, beside the features of all.
-
-    Args:
-        parts: this rank's share of the global batch, in order; all ranks as many.
+    Every rank calls it, with as many samples and parts as the others. One part is one forward and
+    one backward pass. Of several parts all but the last pass forward twice; at any time the
+    activations of one part are in memory, beside the features of all.
     """
     module = engine.module
     if len(parts) == 1:
@@ -209,12 +200,8 @@ def forward_backward(
 def backward_from_features(
     engine: Engine, features: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool
 ) -> None:
-    """Carry known gradients of features on into the weights: those of a sum of products with them.
-
-    Args:
-        features, gradients: of the same shape pair by pair, [b, E] or [].
-        last: as `Engine.backward`.
-    """
+    """Carry known gradients of features, [b, E] or [] as these are, on into the weights: those of a
+    sum of products with them."""
     products = [(f * d).sum() for f, d in zip(features, gradients, strict=True)]
     engine.backward(reduce(torch.add, products), last=last)
 
@@ -296,11 +283,9 @@ def kept_patches(seed: int, positions: Tensor, num_patches: int, keep_ratio: flo
         num_patches: N, without the class token.
         keep_ratio: share to keep, in (0, 1]; at least one patch is kept.
 
-    Returns:
-        [B, K] int64 on the CPU, ascending in a row; K = floor(N * keep_ratio).
+    Returns: [B, K] int64 on the CPU, ascending in a row; K = floor(N * keep_ratio).
 
-    Raises:
-        ValueError: `keep_ratio` outside (0, 1].
+    Raises: ValueError: `keep_ratio` outside (0, 1].
     """
     if not 0 < keep_ratio <= 1:
         raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}")
@@ -324,8 +309,7 @@ def kept_branches(seed: int, positions: Tensor, rates: Sequence[float]) -> Tenso
         positions: [B] position of each sample in the whole training stream.
         rates: chance of each block that a sample skips one of its branches.
 
-    Returns:
-        [B, blocks, 2] bool on the CPU; attention first, then the MLP, each drawn for itself.
+    Returns: [B, blocks, 2] bool on the CPU; attention first, then the MLP, each drawn for itself.
     """
     sample = _mix_bits(
         positions.cpu().numpy().astype(np.uint64) + _mix_bits(np.uint64(seed % 2**64))

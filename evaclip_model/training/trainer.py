@@ -1,8 +1,5 @@
 """The training loop of one rank, from a job to a trained model.
 
-Covers: making ready (device, model, engine, reader); step after step: fetch, forward and backward,
-exchange of stats, guards, optimizer step, metrics, checkpoint; going back, resuming, finishing; a
-dry run of one step.
 Not here: starting ranks and exit codes (worker.py); a step's gradient in parts (step.py), optimizer
 and sharding (engine/), the verdict on a step (monitoring/guards.py), names of metrics
 (monitoring/metrics.py).
@@ -136,12 +133,8 @@ class LoopState:
         )
 
     def after_rollback(self, spiked: Self, rollbacks: int) -> Self:
-        """This state, of a checkpoint, past the data of a later one whose step spiked.
-
-        Args:
-            spiked: the state before that step.
-            rollbacks: so far, this one included.
-        """
+        """This state, of a checkpoint, past the data of a later one whose step spiked; `rollbacks`
+        so far, this one included."""
         guards = replace(self.guards, rollbacks=rollbacks)
         return replace(self, data_step=spiked.data_step + 1, guards=guards)
 
@@ -171,14 +164,8 @@ class Gradient:
 
 
 class Rank:
-    """This process among the run's, and the objects it trains with.
-
-    Attributes:
-        number, ranks: which one, of how many.
-        device, model, engine, objective, reader: its own.
-        part_size: pairs that are in memory at once; none for its whole share.
-        tested: the differences that the self-test found.
-    """
+    """This process, `number` of `ranks`, and the objects it trains with; `part_size` pairs are in
+    memory at once (none: its whole share), and `tested` is what the self-test found."""
 
     def __init__(self, job: TrainJob, should_stop: Callable[[], bool]) -> None:
         """Make ready for the first step.
@@ -207,13 +194,9 @@ class Rank:
     def compute_gradient(
         self, batch: Batch, step: int, watch: Stopwatch, *, save_failed: bool
     ) -> Gradient:
-        """Compute the gradient of a batch, and exchange its figures; every rank calls it.
-
-        Args:
-            step: optimizer step, counted from 0.
-            watch: asked last before the batch was waited for.
-            save_failed: whether this rank knows that the last checkpoint could not be written.
-        """
+        """Compute the gradient of a batch, and exchange its figures; every rank calls it. `step` is
+        counted from 0, `watch` was asked last before the batch was waited for, and `save_failed` is
+        what this rank knows of the last checkpoint."""
         data_wait_s = watch.take_lap()
         tokens = self._captions.tokenize_captions(batch.captions, batch.positions.tolist())
         vision = self.model.config.vision
@@ -280,7 +263,6 @@ class TrainingRun:
             return self._finish_run()
 
     def _resume_newest(self) -> None:
-        """Take up the newest checkpoint, if there is one."""
         found = self._load_newest()
         if found is not None:
             self._seconds, self._bad = found.seconds, Counter(found.bad_samples)
@@ -290,11 +272,8 @@ class TrainingRun:
         self._metrics.cut_back(self._state.step)
 
     def run_steps(self) -> None:
-        """Make step after step, to the end or until training goes back.
-
-        Raises:
-            Diverged, LossScaleExhausted, Interrupted: as `train`.
-        """
+        """Make step after step, to the end or until training goes back; raises as
+        `run_training`."""
         config, watch, save_s = self._config, Stopwatch(), 0.0
         first = self._state.data_step
         batches = self._rank.reader.iterate_batches(first, first + config.steps - self._state.step)
@@ -319,12 +298,8 @@ class TrainingRun:
     def train_step(
         self, batch: Batch, watch: Stopwatch, save_s: float
     ) -> tuple[StepVerdict, RankStats]:
-        """Take a step, or do not; afterwards the state is that before the next one.
-
-        Args:
-            watch: asked last before the batch was waited for.
-            save_s: seconds for the checkpoint of the step before.
-        """
+        """Take a step, or do not; afterwards the state is that before the next one. `watch` was
+        asked last before the batch was waited for; the checkpoint before took `save_s` seconds."""
         config, before, rank = self._config, self._state, self._rank
         gradient = rank.compute_gradient(
             batch, before.step, watch, save_failed=self._writer.has_failed()
@@ -382,7 +357,6 @@ class TrainingRun:
         return replace(seen, culprits=name_culprits(suspects))
 
     def _apply_or_skip(self, judged: Judged, factor: float) -> Stepped | None:
-        """Take the step, or forget its gradient."""
         if judged.verdict is StepVerdict.TAKE:
             self._writer.wait_for_copy()
             return self._rank.engine.step(factor)
@@ -390,7 +364,6 @@ class TrainingRun:
         return None
 
     def _roll_back(self, spiked: LoopState, rollbacks: int) -> None:
-        """Go back to the newest checkpoint, and past the data that led to the spike."""
         self._writer.wait_for_save()
         found = self._load_newest()
         if found is None:
@@ -422,7 +395,6 @@ class TrainingRun:
         self._writer.begin_save(self._rank.engine.state_fragments(), progress)
 
     def _count_bad_samples(self) -> None:
-        """Add the samples that could not be used, on all ranks, since they were counted last."""
         bad = self._rank.reader.bad
         for counted in Peers.every_rank().gather_values(dict(bad)):
             self._bad.update(counted)
@@ -455,9 +427,8 @@ def dry_run(job: TrainJob, rank: Rank) -> Mapping[str, Any]:
     Every rank calls it. Nothing else is written, and no checkpoint is read. On a GPU the first step
     takes longer than those after it.
 
-    Returns:
-        The file's content: seconds of each part, most memory of any rank in bytes (on a GPU that of
-        tensors, else of the process), loss, gradient norm, the self-test's differences.
+    Returns: The file's content: seconds of each part, most memory of any rank in bytes (on a GPU
+        that of tensors, else of the process), loss, gradient norm, the self-test's differences.
     """
     watch = Stopwatch()
     with closing(rank.reader.iterate_batches(0, 1)) as batches:
@@ -513,8 +484,7 @@ def starting_model(job: TrainJob, device: torch.device) -> EvaClip:
     """The model to start from, its position embeddings resized to the stage's image size, ready to
     be trained as the stage says.
 
-    Raises:
-        InputError: it cannot be read, or does not fit the stage.
+    Raises: InputError: it cannot be read, or does not fit the stage.
     """
     config = job.train
     architecture = ModelConfig.load(job.start_from).at_image_px(config.image_px)
@@ -558,8 +528,7 @@ def open_reader(job: TrainJob, rank: int, ranks: int) -> BatchReader:
 def size_of_parts(job: TrainJob, ranks: int) -> int | None:
     """Pairs of a rank that are in memory at once; none for its whole share.
 
-    Raises:
-        InputError: the share cannot be cut into equal parts of the job's `micro_batch`.
+    Raises: InputError: the share cannot be cut into equal parts of the job's `micro_batch`.
     """
     share = job.train.global_batch // ranks
     if job.micro_batch is None or job.micro_batch >= share:

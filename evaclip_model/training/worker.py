@@ -1,9 +1,6 @@
-"""The program of every rank: `python -m evaclip_model.training.worker TRAIN_JSON`.
-
-Covers: joining the other ranks, stopping on SIGTERM, exit codes.
-Not here: the loop (trainer.py); starting ranks (tasks/train, Slurm's srun, or any launcher
-that sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT).
-"""
+"""The program of every rank, `python -m evaclip_model.training.worker TRAIN_JSON`: joining the
+other ranks, stopping on SIGTERM, exit codes. Ranks are started by tasks/train, Slurm's srun, or any
+launcher that sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
 
 from __future__ import annotations
 

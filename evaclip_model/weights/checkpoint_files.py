@@ -1,9 +1,6 @@
-"""The files that make up a checkpoint, and the tensors in them by name.
-
-Covers: single files, sharded checkpoints with an index, saved models' folders, DeepSpeed's and
-this package's training checkpoints; names without what training programs put before them.
-Not here: one file's form (tensor_files.py); what the names mean (name_maps.py).
-"""
+"""The files that make up a checkpoint, and the tensors in them by name, without what training
+programs put before it: single files, sharded checkpoints with an index, saved models' folders,
+DeepSpeed's and this package's training checkpoints."""
 
 from __future__ import annotations
 
@@ -42,10 +39,8 @@ def open_tensors(
         path: a .safetensors, .pt or .bin file; the index of a sharded checkpoint; a folder that
             holds one of these or a `save_model`; a folder of DeepSpeed or of our training.
         shapes: of parameters by name; training checkpoints of this package keep them flat.
-        allow_torchscript: as `read_torch`.
 
-    Raises:
-        InputError: nothing there, or not readable (`read_safetensors`, `read_torch`).
+    Raises: InputError: nothing there, or not readable (`read_safetensors`, `read_torch`).
     """
     path = Path(path)
     if path.is_dir():
@@ -142,8 +137,6 @@ def _of_training(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, St
 
 
 def _in_a_row(pieces: Sequence[StoredTensor]) -> StoredTensor:
-    """Several [n] tensors as one."""
-
     def values() -> Iterator[Tensor]:
         return chain.from_iterable(piece.pieces() for piece in pieces)
 

@@ -1,8 +1,6 @@
-"""The files of a training checkpoint, and the check that they belong together.
-
-Covers: names, the manifest, shards (safetensors files of flat fp32 pieces), checksums; which pieces
-make up a parameter; the parameters alone, for loading a model.
-Not here: where the files lie, who writes and restores them (training/checkpoint/).
+"""The files of a training checkpoint: the manifest, shards (safetensors files of flat fp32 pieces),
+checksums, and the check that they belong together. Who writes and restores them:
+training/checkpoint/.
 
 There is no state of random generators in it: all that is random in training depends on the seed and
 a sample's position.
@@ -144,8 +142,7 @@ def write_shard(file: BinaryIO, tensors: Mapping[str, Tensor]) -> tuple[int, int
     Neither copies them nor holds Python's lock while it writes and sums, so a training step may run
     beside it.
 
-    Returns:
-        Bytes and crc32 of the file.
+    Returns: Bytes and crc32 of the file.
     """
     entries, end = {}, 0
     for key, tensor in tensors.items():
@@ -165,8 +162,7 @@ def write_shard(file: BinaryIO, tensors: Mapping[str, Tensor]) -> tuple[int, int
 def checked_pieces(file: BinaryIO, shard: ShardFile, number: int, where: str) -> list[StoredPiece]:
     """Read a whole shard once: what is in it, when it is as it was written.
 
-    Raises:
-        UnusableCheckpoint: its length, checksum or header is not as it should be.
+    Raises: UnusableCheckpoint: its length, checksum or header is not as it should be.
     """
     size, crc = 0, 0
     start = b""
@@ -199,8 +195,7 @@ def key_parts(key: str) -> tuple[str, int, str]:
 def sizes_of(pieces: Iterable[StoredPiece], where: str) -> dict[tuple[str, str], int]:
     """Elements of each (parameter, kind).
 
-    Raises:
-        UnusableCheckpoint: pieces overlap, or one is missing between others.
+    Raises: UnusableCheckpoint: pieces overlap, or one is missing between others.
     """
     ends: dict[tuple[str, str], int] = {}
     for piece in sorted(pieces, key=lambda piece: (piece.name, piece.kind, piece.offset)):
@@ -281,11 +276,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def stored_parameters(folder: Path) -> dict[str, list[StoredTensor]]:
     """The parameters in a checkpoint, `folder/step-N`, by name; their values stay on disk.
 
-    Returns:
-        For each parameter its fp32 pieces, [n] each; one after another they are all of it, flat.
+    Returns: For each parameter its fp32 pieces, [n] each; one after another they are all of it,
+        flat.
 
-    Raises:
-        InputError: a shard is missing, cut off or unreadable.
+    Raises: InputError: a shard is missing, cut off or unreadable.
     """
     where = folder / MANIFEST
     try:

@@ -1,7 +1,5 @@
-"""A model in the form that other libraries load.
-
-Covers: weights and configs for open_clip, timm and transformers; both towers as ONNX graphs.
-Not here: what those libraries call each weight (name_maps.py); reading their files (load.py).
+"""A model in the form that other libraries load: weights and configs for open_clip, timm and
+transformers; both towers as ONNX graphs.
 
 What they compute is what EVA-CLIP computes: exact GELU in the text tower, norms with the same eps.
 """
@@ -63,17 +61,15 @@ def export_model(model: EvaClip, path: str | Path, as_: Library) -> tuple[Path, 
         model: whose weights to write.
         path: a file that ends in `.safetensors`, for the weights alone; or a folder, for the
             weights and the config under the names the library looks for: timm opens it as
-            `local-dir:FOLDER`, transformers with `from_pretrained`, open_clip as
-            `local-dir:FOLDER` where timm has the image tower by name. open_clip has no config for
-            other image towers; their weights fit its model around such a tower.
+            `local-dir:FOLDER`, transformers with `from_pretrained`, open_clip as `local-dir:FOLDER`
+            where timm has the image tower by name. open_clip has no config for other image towers;
+            their weights fit its model around such a tower.
         as_: whose form.
 
-    Returns:
-        The files written.
+    Returns: The files written.
 
-    Raises:
-        InputError: `as_` is unknown, `path` has another suffix of weights, or the library has no
-            such architecture.
+    Raises: InputError: `as_` is unknown, `path` has another suffix of weights, or the library has
+        no such architecture.
     """
     path = Path(path)
     if as_ not in _FOLDERS:
@@ -117,11 +113,9 @@ def export_onnx(model: EvaClip, folder: str | Path) -> tuple[Path, ...]:
         model: whose towers to write; not changed.
         folder: made if need be.
 
-    Returns:
-        The files written.
+    Returns: The files written.
 
-    Raises:
-        InputError: torch's exporter lacks a package; `pip install 'evaclip[onnx]'` brings it.
+    Raises: InputError: torch's exporter lacks a package; `pip install 'evaclip[onnx]'` brings it.
     """
     for package in ("onnx", "onnxscript"):
         try:

@@ -1,8 +1,4 @@
-"""Weights that stay where they are: a small file in their place says where, how many, and which.
-
-Covers: the reference's form, reading it, having the weights at hand and checked.
-Not here: how another machine's files come here (the caller's function), saved models (load.py).
-"""
+"""Weights that stay where they are: a small file in their place says where, how many, and which."""
 
 from __future__ import annotations
 
@@ -39,8 +35,7 @@ class Reference(Config):
     def read(cls, folder: Path) -> Reference | None:
         """The reference in a model's folder; None if it has none.
 
-        Raises:
-            InputError: it cannot be read.
+        Raises: InputError: it cannot be read.
         """
         path = folder / REFERENCE_FILE
         if not path.is_file():
@@ -70,8 +65,7 @@ class Reference(Config):
     def obtain_weights(self, folder: Path, download: Download) -> Path:
         """The weights: in their place if that can be reached, else put into `folder`.
 
-        Raises:
-            InputError: they are gone, or cannot be reached.
+        Raises: InputError: they are gone, or cannot be reached.
         """
         try:
             file = self.path or download(self.uri, folder)
@@ -86,12 +80,10 @@ class Reference(Config):
 
 @contextmanager
 def at_hand(folder: Path, download: Download) -> Iterator[Path]:
-    """A saved model's folder with its weights in it, whether they are there or referred to.
+    """A saved model's folder with its weights in it, whether they are there or referred to; what
+    had to be fetched is deleted at the end.
 
-    What had to be fetched is deleted at the end.
-
-    Raises:
-        InputError: as `Reference.obtain` and `Reference.check`.
+    Raises: InputError: as `Reference.obtain_weights` and `Reference.verify_file`.
     """
     reference = Reference.read(folder)
     if reference is None:

@@ -107,12 +107,7 @@ def released_tensors(model: EvaClip) -> dict[str, Tensor]:
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as one safetensors file, never seen half-written.
-
-    Raises:
-        InputError: `path` does not end in `.safetensors`.
-        OSError: the disk is full; what was at `path` is still there.
-    """
+    """Write tensors as `save_weights` does."""
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: weights are written as safetensors; end the name in it")
     plain = {name: value.cpu().contiguous() for name, value in tensors.items()}
@@ -147,9 +142,8 @@ def load_weights(
         allow_unexpected: leave out weights that the model has no place for, and report them.
         allow_torchscript: open OpenAI's TorchScript archives, which hold code.
 
-    Raises:
-        InputError: an unreadable file, an unknown layout, nothing that matches, a missing or
-            unexpected weight, another shape, integers, values that are not finite.
+    Raises: InputError: an unreadable file, an unknown layout, nothing that matches, a missing or
+        unexpected weight, another shape, integers, values that are not finite.
     """
     path = Path(path)
     wanted = model.state_dict()
@@ -266,8 +260,7 @@ def _expected_gaps(
 ) -> tuple[str, ...]:
     """The weights asked for that a checkpoint of this layout does not decide.
 
-    Raises:
-        InputError: others are missing, too.
+    Raises: InputError: others are missing, too.
     """
     absent = [key for key in wanted if key not in chosen]
     if part == "all":
@@ -290,8 +283,7 @@ def _needs_resizing(
 ) -> bool:
     """Return whether a weight fits only after resizing.
 
-    Raises:
-        InputError: it does not fit then either, or is not a floating-point number.
+    Raises: InputError: it does not fit then either, or is not a floating-point number.
     """
     for source in entry.sources:
         if stored[source].dtype not in _NUMBERS:

@@ -1,8 +1,5 @@
-"""Names of the same weights in the checkpoints and libraries that hold them.
-
-Covers: recognising a checkpoint's layout from its keys; for each weight of an EVA-CLIP its name
-here and there, and how tensors are put together or taken apart; in both directions.
-Not here: reading files and taking wrappers off (load.py), resizing, writing (export.py).
+"""Names of the same weights in the checkpoints and libraries that hold them: recognising a
+checkpoint's layout from its keys, and each weight's name here and there, in both directions.
 
 Nothing here reads a tensor before it is asked for, so that files stay memory-mapped. "Native" is
 the naming of the released EVA-CLIP files and of this package's own.
@@ -51,8 +48,7 @@ class Entry:
         """Return the native tensor: the source as it is, transposed, or several [n, ...] as [sum of
         n, ...]; only this entry's sources are taken from `tensors`.
 
-        Raises:
-            KeyError: a source is missing.
+        Raises: KeyError: a source is missing.
         """
         if self.join == "rows":
             return torch.cat([tensors[key] for key in self.sources])
@@ -194,16 +190,12 @@ _BLOCK = re.compile(r"(?<=blocks\.)\d+|(?<=layers\.)\d+")
 
 
 def native_names(keys: Iterable[str], where: str = "the checkpoint") -> Names:
-    """Recognise a checkpoint's layout and name its weights as the released EVA-CLIP files do.
+    """Recognise a checkpoint's layout from all its keys, without wrappers, and name its weights as
+    the released EVA-CLIP files do.
 
     timm's names of EVA-01 and EVA-02-E image towers are EVA's own: those come out as `eva_vision`.
 
-    Args:
-        keys: of all tensors, without wrappers and without a leading `module.`.
-        where: what to call the checkpoint in the error, such as its path.
-
-    Raises:
-        InputError: no tower of any known layout is among the keys.
+    Raises: InputError: no tower of any known layout is among the keys.
     """
     keys = dict.fromkeys(keys)
     layout = _recognise_layout(keys, where)
@@ -219,15 +211,8 @@ def native_names(keys: Iterable[str], where: str = "the checkpoint") -> Names:
 
 
 def foreign_names(native_keys: Iterable[str], layout: Layout) -> tuple[Entry, ...]:
-    """Names of a model's weights in another layout, for writing them.
-
-    Args:
-        native_keys: names of the model's state dict.
-        layout: whose names to give; a layout of one tower leaves the rest of the model out.
-
-    Returns:
-        Entries whose `split` makes the other layout's tensors.
-    """
+    """Names of a model's weights in another layout, for writing them: entries whose `split_native`
+    makes the other layout's tensors. A layout of one tower leaves the rest of the model out."""
     keys = tuple(native_keys)
     entries: list[Entry] = []
     for tower in _TOWERS[layout]:

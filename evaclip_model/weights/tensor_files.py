@@ -1,8 +1,5 @@
-"""Tensors in one file: written through to the disk or not at all, and read one at a time.
-
-Covers: writing safetensors so that a full disk is an ordinary error and leaves no half file;
-safetensors and torch files as tensors that stay on disk until they are wanted; TorchScript.
-Not here: names and meaning of tensors, checkpoints of several files (checkpoint_files.py).
+"""Tensors in one file: written through to the disk or not at all, so that a full disk is an
+ordinary error and leaves no half file; and read one at a time.
 
 No pickled code is run: torch's own reader is asked for plain content (`weights_only`), and for
 shapes and places in the file alone. Values are then read piece by piece to where they belong, so
@@ -66,8 +63,7 @@ class StoredTensor:
     def read(self) -> Tensor:
         """Read the tensor, [*shape] of its own dtype.
 
-        Raises:
-            InputError: the file has become shorter.
+        Raises: InputError: the file has become shorter.
         """
         value = torch.empty(self.shape, dtype=self.dtype)
         self.copy_to(value)
@@ -76,8 +72,7 @@ class StoredTensor:
     def copy_to(self, destination: Tensor) -> None:
         """Write the values into `destination`, [*shape] of any dtype and device.
 
-        Raises:
-            InputError: the file has become shorter.
+        Raises: InputError: the file has become shorter.
         """
         if not destination.is_contiguous():
             destination.copy_(self.read())
@@ -93,9 +88,8 @@ def write_tensors(
 ) -> None:
     """Write `tensors` to `path` and wait until they are on the disk.
 
-    Raises:
-        OSError: the disk is full, or refuses for another reason; `path` is gone then. safetensors
-            itself raises an error that names the reason in its text only.
+    Raises: OSError: the disk is full, or refuses for another reason; `path` is gone then.
+        safetensors itself raises an error that names the reason in its text only.
     """
     try:
         save_file(dict(tensors), path, metadata)
@@ -114,8 +108,7 @@ def write_tensors(
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file by name.
 
-    Raises:
-        InputError: the file is unreadable or cut off, or holds a type that torch lacks.
+    Raises: InputError: the file is unreadable or cut off, or holds a type that torch lacks.
     """
     try:
         with safe_open(path, framework="pt"):  # checks the header against the file's length
@@ -143,16 +136,16 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 def read_torch(path: Path, *, allow_torchscript: bool = False) -> dict[str, StoredTensor]:
     """The tensors of a torch file by name, taken out of `model`, `module` or `state_dict`.
 
-    Files of torch 1.6 and newer are read piece by piece; older ones and TorchScript archives are
-    in memory whole until their tensors are taken.
+    Files of torch 1.6 and newer are read piece by piece; older ones and TorchScript archives are in
+    memory whole until their tensors are taken.
 
     Args:
         path: what `torch.save` or DeepSpeed wrote; plain containers and tensors only.
         allow_torchscript: open a TorchScript archive, such as OpenAI's CLIP files, too. That runs
             the archive's own initialisation, so only where its origin is trusted.
 
-    Raises:
-        InputError: unreadable or cut off; needs pickled classes; a TorchScript archive, unasked.
+    Raises: InputError: unreadable or cut off; needs pickled classes; a TorchScript archive,
+        unasked.
     """
     try:
         is_script, is_plain = _inspect_archive(path)

@@ -1,8 +1,5 @@
-"""Decisions that all ranks make alike: results exchanged, one rank's failure made everybody's.
-
-Covers: exchanges over a process group, of one rank alone too.
-Not here: exchanges of tensors in a training step.
-"""
+"""Decisions that all ranks make alike, or one alone: results exchanged, one rank's failure made
+everybody's."""
 
 from __future__ import annotations
 
@@ -56,9 +53,8 @@ class Peers:
     def run_everywhere(self, action: Callable[[], T]) -> list[T]:
         """Results of every rank's own `action`.
 
-        Raises:
-            Exception: what this rank's action raised; or, when another's did, its InputError or
-                OSError, or an OSError that tells of another kind of error.
+        Raises: Exception: what this rank's action raised; or, when another's did, its InputError or
+            OSError, or an OSError that tells of another kind of error.
         """
         own: Exception | None = None
         result: T | None = None
@@ -82,7 +78,6 @@ class Peers:
 
 
 def _sendable_error(error: Exception) -> Exception:
-    """An error that other processes can be sent."""
     if isinstance(error, InputError):
         return InputError(str(error))
     if isinstance(error, OSError) and error.errno is not None:

@@ -1,10 +1,6 @@
-"""DeepSpeed's training checkpoints as ones of ours.
-
-Covers: ZeRO stage 1 and 2 checkpoints of any number of ranks, and universal ones
-(`zero/NAME/{fp32,exp_avg,exp_avg_sq}.pt`): fp32 masters, both moments, the loss scale, how far
-training was; names of every layout that name_maps.py knows.
-Not here: weights alone, which weights/load.py reads from the same folders; ZeRO-3 and
-model-parallel checkpoints, which are refused.
+"""DeepSpeed's training checkpoints as ones of ours: ZeRO stage 1 and 2 of any number of ranks, and
+universal ones (`zero/NAME/{fp32,exp_avg,exp_avg_sq}.pt`); ZeRO-3 and model-parallel ones are
+refused. Weights alone are read by weights/load.py.
 
 The files are pickles. They are opened with torch's restricted reader and stand-ins for the few
 classes that DeepSpeed puts in, so that no code of theirs is run; and mapped into memory rather than
@@ -54,16 +50,11 @@ Pieces = Sequence[Mapping[str, Tensor]]
 def import_checkpoint(
     source: Path, location: Path | str, config: TrainConfig, architecture: ModelConfig
 ) -> TrainingProgress:
-    """Make a checkpoint of ours out of DeepSpeed's, from which any number of ranks goes on.
+    """Make a checkpoint of ours out of DeepSpeed's in the folder `source` (or the one with the file
+    `latest`), from which any number of ranks goes on with `config`; `location` must hold none yet.
 
     The step is DeepSpeed's count of optimizer steps: the learning rate and the data go on behind
     it. With `ema_decay` the running mean starts at the weights.
-
-    Args:
-        source: a checkpoint's folder, or the one with the file `latest`.
-        location: where the run to come looks for its checkpoints; must hold none.
-        config: settings of the run to come.
-        architecture: of the run to come.
 
     Raises:
         InputError: no such checkpoint, cut off or with objects that are not let in; other
@@ -247,7 +238,6 @@ def _join_pieces(entry: Entry, found: _Found) -> Pieces:
 
 
 def _place_pieces(pieces: Pieces) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
-    """Each piece behind its first element's place in the parameter."""
     offset = 0
     for tensors in pieces:
         yield offset, tensors

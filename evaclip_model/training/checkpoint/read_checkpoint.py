@@ -1,9 +1,5 @@
 """Restoring a checkpoint: found, checked by all ranks, and only then read.
 
-Covers: the newest whole checkpoint into a rank's tensors; the settings it has to belong to.
-Not here: the files' format (weights/checkpoint_format.py), checkpoints of other programs
-(deepspeed_import.py).
-
 Every shard is read once by one rank, which sums its checksum; all ranks tell each other what they
 found, and decide alike before any tensor is touched. Then each reads the pieces it holds.
 """
@@ -44,24 +40,16 @@ _log = logging.getLogger(__name__)
 
 
 def settings_of(config: TrainConfig, architecture: ModelConfig) -> dict[str, Any]:
-    """The settings that a run's checkpoints belong to, `TrainingProgress.settings`.
-
-    Args:
-        architecture: of the model that is trained, at the size of its images.
-    """
+    """The settings that a run's checkpoints belong to, `TrainingProgress.settings`; `architecture`
+    at the size of its images."""
     return {**config.deciding, "model": architecture.model_dump(mode="json")}
 
 
 def load_newest(
     location: Path | str, fragments: Sequence[StateFragment], settings: Mapping[str, Any]
 ) -> TrainingProgress | None:
-    """Fill `fragments` from the newest checkpoint that is whole; None: there is none.
-
-    Every rank calls it. One that is not whole is passed over, and the log says why.
-
-    Args:
-        location: a folder or URL, as for CheckpointWriter.
-        settings: the present ones, as in `TrainingProgress.settings`.
+    """Fill `fragments` from the newest checkpoint that is whole; None: there is none. Every rank
+    calls it. One that is not whole is passed over, and the log says why.
 
     Raises:
         InputError: the checkpoints belong to other settings, or to a later version of this package;
@@ -110,8 +98,7 @@ def _check_shards(
 ) -> list[StoredPiece]:
     """Pieces of all shards, when they are as they were written and what all ranks need.
 
-    Raises:
-        UnusableCheckpoint: they are not; the same on every rank.
+    Raises: UnusableCheckpoint: they are not; the same on every rank.
     """
     found = peers.run_everywhere(lambda: _share_of_check(place, peers, step, manifest))
     faults = [fault for _, fault in found if fault is not None]
@@ -149,7 +136,6 @@ def _share_of_check(
 
 
 def _fragment_ends(fragments: Sequence[StateFragment]) -> dict[tuple[str, str], int]:
-    """End of the last fragment of each (parameter, kind)."""
     ends: dict[tuple[str, str], int] = defaultdict(int)
     for fragment in fragments:
         for kind, tensor in fragment.tensors.items():

@@ -1,8 +1,5 @@
 """The place of a run's checkpoints: a folder, or a URL that fsspec knows.
 
-Covers: files of a checkpoint in the making, giving it its name at once, listing, removing.
-Not here: the files' content (weights/checkpoint_format.py); who writes which (write_checkpoint.py).
-
 In a folder a checkpoint grows as `step-N.tmp` and gets its name by a rename. An object store has no
 rename: there its files have their names at once, and the manifest, put last, makes it whole.
 """
@@ -61,8 +58,7 @@ class Place(Protocol):
 def place_of(location: Path | str) -> Place:
     """The checkpoints in a folder or at a URL; nothing needs to be there yet.
 
-    Raises:
-        InputError: nothing installed knows this kind of URL.
+    Raises: InputError: nothing installed knows this kind of URL.
     """
     return StorePlace(str(location)) if is_url(location) else FolderPlace(Path(location))
 
@@ -187,7 +183,6 @@ class StorePlace:
 
 
 def _sync_folder(path: Path) -> None:
-    """Force a folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

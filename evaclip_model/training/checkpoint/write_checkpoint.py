@@ -1,10 +1,5 @@
-"""Saving checkpoints from all ranks, beside the training or while it waits.
-
-Covers: copies in host memory, the thread that writes them, the barriers before a checkpoint gets
-its name, retention.
-Not here: the files' format (weights/checkpoint_format.py), folders and stores (storage.py), when to
-save (training/trainer.py).
-"""
+"""Saving checkpoints from all ranks, beside the training or while it waits: copies in host memory,
+the thread that writes them, the barriers before a checkpoint gets its name, retention."""
 
 from __future__ import annotations
 
@@ -48,8 +43,7 @@ class CheckpointWriter:
 
         Args:
             location: a folder that all ranks share, or a URL that fsspec knows.
-            keep: newest checkpoints that stay.
-            keep_every_steps: checkpoints of its multiples stay for good.
+            keep: newest checkpoints that stay; multiples of `keep_every_steps` stay for good.
 
         Raises:
             InputError: nothing installed knows this kind of URL.
@@ -69,12 +63,10 @@ class CheckpointWriter:
             self._copy_of(key, tensor).zero_()  # memory is there when it was written to
 
     def begin_save(self, fragments: Iterable[StateFragment], progress: TrainingProgress) -> None:
-        """Begin to copy the state and to write it; waits for the save before, if it goes on.
+        """Begin to copy the state and to write it; waits for the save before, if it goes on. Call
+        `wait_for_copy` before the state is changed.
 
-        Call `settle` before the state is changed.
-
-        Raises:
-            InputError, OSError: of the save before, the same on every rank.
+        Raises: InputError, OSError: of the save before, the same on every rank.
         """
         self.wait_for_save()
         state = _tensors_by_key(fragments)
@@ -106,8 +98,8 @@ class CheckpointWriter:
     def wait_for_save(self) -> None:
         """Return when the last save is whole, or was so before.
 
-        Raises:
-            InputError, OSError: it failed, the same on every rank; earlier checkpoints are there.
+        Raises: InputError, OSError: it failed, the same on every rank; earlier checkpoints are
+            there.
         """
         if self._thread is not None:
             self._thread.join()
@@ -164,12 +156,10 @@ class CheckpointWriter:
 def save_checkpoint(
     location: Path | str, fragments: Iterable[StateFragment], progress: TrainingProgress, keep: int
 ) -> None:
-    """Write a checkpoint together with all other ranks, and wait until it is whole.
+    """Write a checkpoint together with all other ranks, and wait until it is whole; without memory
+    of its own for fragments that lie in host memory.
 
-    Needs no memory of its own for fragments that lie in host memory.
-
-    Raises:
-        InputError, OSError: it cannot be written, the same on every rank.
+    Raises: InputError, OSError: it cannot be written, the same on every rank.
     """
     held = {key: tensor.detach().cpu() for key, tensor in _tensors_by_key(fragments).items()}
     _Target(place_of(location), Peers.every_rank(), keep, None).write_shard(held, progress)

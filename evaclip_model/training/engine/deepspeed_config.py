@@ -1,8 +1,6 @@
-"""DeepSpeed's configuration, as a pure function of a training stage's settings.
+"""DeepSpeed's configuration, as a pure function of a training stage's settings. Imports neither
+torch nor DeepSpeed.
 
-Covers: the settings that `deepspeed.initialize` is given, and a plan shows. Imports neither torch
-nor DeepSpeed.
-Not here: its use (engine.py).
 Source: the authors' published commands (ZeRO stage 1, fp16 with a dynamic loss scale, norm 5).
 """
 
@@ -21,15 +19,12 @@ MIN_LOSS_SCALE = 1
 def deepspeed_config(
     config: TrainConfig, ranks: int, parameters: int, *, accumulates: bool = False
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration of a training stage, ready for JSON.
+    """DeepSpeed's configuration of a training stage, ready for JSON; `parameters` is the model's
+    size.
 
-    A rank's share of the global batch is one micro-batch to DeepSpeed even when it comes in parts:
-    its accumulation would add up losses of parts, and the contrastive loss is none of parts.
-
-    Args:
-        ranks: how many there are; it divides the global batch.
-        parameters: elements of the whole model.
-        accumulates: whether a step's gradient comes in parts; they are added up in fp32 then.
+    A rank's share of the global batch is one micro-batch to DeepSpeed even when it comes in parts
+    (`accumulates`), which are added up in fp32: its accumulation would add up losses of parts, and
+    the contrastive loss is none of parts.
     """
     settings: dict[str, Any] = {
         "train_batch_size": config.global_batch,

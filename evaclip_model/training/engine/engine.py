@@ -1,8 +1,6 @@
-"""From a loss to an optimizer step: DeepSpeed ZeRO over ranks, or plain torch in one.
-
-Covers: building the optimizer, backward, clipping, the step, the bounds of parameters, the
-verdict on overflow, and a view of the fp32 state by parameter name (for checkpoints). The only
+"""From a loss to an optimizer step: DeepSpeed ZeRO over ranks, or plain torch in one. The only
 importer of deepspeed.
+
 Not here: the model, the loss, the schedule's shape, files; DeepSpeed's buffers (fp32_state.py).
 """
 
@@ -101,14 +99,13 @@ class Engine(Protocol):
         """
 
     def step(self, lr_factor: float) -> Stepped:
-        """Clip, update with `lr_factor` times the groups' peak learning rates, keep the
-        objective's parameters within their bounds.
+        """Clip, update with `lr_factor` times the groups' peak learning rates, keep the objective's
+        parameters within their bounds.
 
         A gradient that is not finite changes no weight. In fp16 it must come here all the same, not
         to `discard`: that is how the loss scale learns of it.
 
-        Raises:
-            LossScaleExhausted: it has learnt enough.
+        Raises: LossScaleExhausted: it has learnt enough.
         """
 
     def discard_gradient(self) -> None:
@@ -129,11 +126,8 @@ class TorchEngine:
     """Plain torch: one rank, fp32 or bf16 with fp32 masters. Needs no DeepSpeed."""
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        """Take up a model, which gets the type that `config.precision` says.
-
-        Raises:
-            InputError: a precision this engine does not have.
-        """
+        """Take up a model, which gets the type that `config.precision` says. Raises InputError for
+        fp16."""
         if config.precision == "fp16":
             raise InputError("engine 'torch' has no loss scale: take precision bf16 or fp32 there")
         self.module = model
@@ -211,11 +205,8 @@ class DeepSpeedEngine:
     """DeepSpeed ZeRO, one model copy a rank; needs torch's RANK, WORLD_SIZE, MASTER_* variables."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, *, accumulates: bool = False) -> None:
-        """Take up a model, which gets the type that `config.precision` says.
-
-        Args:
-            accumulates: whether a step's gradient will come in parts.
-        """
+        """Take up a model, which gets the type that `config.precision` says; `accumulates` when a
+        step's gradient will come in parts."""
         import deepspeed
 
         self._config = config
@@ -328,11 +319,7 @@ class DeepSpeedEngine:
 
 
 def start_distributed(device: str, store: Any = None, timeout_s: float = 1800) -> None:
-    """Join the other ranks: gloo on "cpu", NCCL on "cuda".
-
-    Args:
-        store: where the ranks find each other; none: torch's own, at MASTER_ADDR and MASTER_PORT.
-        timeout_s: seconds after which a collective that another rank does not enter fails.
+    """Join the other ranks, who meet at `store` or at MASTER_ADDR: gloo on "cpu", NCCL on "cuda".
 
     DeepSpeed would compile a shared-memory operator for the CPU; it is told that there is none, so
     that no compiler is needed. Over gloo it gathers by a function of ours (gloo_gather.py).
@@ -377,7 +364,6 @@ def make_optimizer(
 
 
 def _fp32_state_of(wrapped: Any, optimizer: Lamb, named: Mapping[str, Tensor]) -> Fp32State:
-    """The fp32 state in DeepSpeed's wrapping of `optimizer`, which is one of four kinds."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -393,7 +379,6 @@ def _fp32_state_of(wrapped: Any, optimizer: Lamb, named: Mapping[str, Tensor]) -
 
 
 def _freeze_parameters(model: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
-    """The model's parameters without the frozen ones, which get no gradient from now on."""
     found = {}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not is_frozen(name, config))
@@ -421,11 +406,8 @@ def _made_low(
 
 @torch.no_grad()
 def _make_master(parameter: nn.Parameter, exact: Tensor | None) -> Tensor:
-    """The tensor to step: the parameter, or an fp32 copy of a low one, which takes its gradients.
-
-    Args:
-        exact: what the parameter was before it was made low, to begin at; none: nothing else.
-    """
+    """The tensor to step: the parameter, or an fp32 copy of a low one, which takes its gradients
+    and begins at `exact`, the parameter before it was made low, if that is known."""
     if parameter.dtype == torch.float32:
         return parameter
     master = parameter.float() if exact is None else exact.clone()
@@ -443,7 +425,6 @@ def _make_master(parameter: nn.Parameter, exact: Tensor | None) -> Tensor:
 def _make_fragments(
     held: Sequence[Master], optimizer: Lamb, config: TrainConfig
 ) -> tuple[list[StateFragment], RunningMean | None]:
-    """Views of a rank's share of the state, and the running mean that is part of it, if any."""
     masters = [piece.take_piece(piece.tensor) for piece in held]
     mean = None if config.ema_decay is None else RunningMean(masters, config.ema_decay)
     found = []
@@ -484,11 +465,8 @@ def _summarise_trust(
 
 
 def _compute_norms(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
-    """Norms of all ranks' gradients together, "total" and by tower.
-
-    Args:
-        gradients: name of a parameter, and the piece of its gradient that only this rank holds.
-    """
+    """Norms of all ranks' gradients together, "total" and by tower, from the pieces that only this
+    rank holds."""
     held = list(gradients)
     squares = torch.zeros(len(TOWERS), dtype=torch.float64)
     if held:

@@ -1,13 +1,9 @@
 """The fp32 masters and reduced gradients of a training: one view of DeepSpeed's four optimizers.
 
-Covers: stage 1 and 2 (`DeepSpeedZeroOptimizer`), stage 1 in bf16 with gradients summed in fp32
+Stage 1 and 2 (`DeepSpeedZeroOptimizer`), stage 1 in bf16 with gradients summed in fp32
 (`BF16_Optimizer`), stage 0 in low precision (`FP16_UnfusedOptimizer`) and in fp32 (none: the
-parameters themselves); the checks that DeepSpeed's map to the masters is right; a running mean of
-masters, cut over ranks as they are.
-Not here: anything that imports DeepSpeed, or decides on the tensors (engine.py).
-
-DeepSpeed's maps and buffers are private attributes behind its public `safe_get_full_*` functions;
-hence the version range in pyproject.toml, and the checks.
+parameters themselves). Its maps and buffers are private attributes behind its public
+`safe_get_full_*` functions; hence the version range in pyproject.toml, and the checks.
 """
 
 from __future__ import annotations
@@ -168,12 +164,8 @@ class Copied:
     layouts: list[Layout] | None = None
 
     def __init__(self, optimizer: Any, named: Mapping[str, Tensor]) -> None:
-        """Take up masters.
-
-        Args:
-            optimizer: DeepSpeed's around ours in low precision, else ours.
-            named: the model's trainable parameters.
-        """
+        """Take up masters from DeepSpeed's optimizer around ours in low precision, else from
+        ours."""
         found = {
             id(parameter): master
             for parameters, masters in zip(
@@ -251,10 +243,8 @@ def make_layouts(
         groups: the model's parameters as DeepSpeed groups them, with its map.
         whole: each group's parameters as one flat tensor [n], which they are views of.
         flats: each group's flat fp32 master, this rank's slice [n / ranks].
-        process_groups: who shares each group.
 
-    Raises:
-        RuntimeError: the map contradicts the tensors.
+    Raises: RuntimeError: the map contradicts the tensors.
     """
     return [
         _make_layout(parameters, all_of_it, flat, process_group)
@@ -305,11 +295,8 @@ def _assign_owners(sizes: Sequence[int], ranks: int) -> list[int]:
 
 
 class RunningMean:
-    """mean <- decay * mean + (1 - decay) * master, after every step that was taken.
-
-    Attributes:
-        means: one fp32 tensor for each master, in their order; to read, or to fill.
-    """
+    """mean <- decay * mean + (1 - decay) * master, after every step that was taken; `means` has one
+    fp32 tensor for each master."""
 
     def __init__(self, masters: Sequence[Tensor], decay: float) -> None:
         """Start at the masters as they are; they are kept, and read again at each `follow`."""

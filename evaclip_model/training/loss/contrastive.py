@@ -29,14 +29,11 @@ _PLAIN = LossSettings()
 
 
 def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """Loss of a whole batch in one process.
+    """Loss [] in nats of a whole batch in one process.
 
     Args:
         image_features, text_features: [B, E] of unit length; row i of both is one sample.
         logit_scale: [] inverse temperature, already exponentiated.
-
-    Returns:
-        [] in nats.
     """
     return contrastive_terms(image_features, text_features, logit_scale).loss
 
@@ -80,11 +77,9 @@ def gathered_terms(
     Args:
         image_features, text_features: [b, E] of unit length; the same b on every rank.
         logit_scale: [] inverse temperature.
-        group: process group; none for all ranks. A group of one needs no communication.
-        settings: how, and how smooth the targets are.
+        group: none for all ranks. A group of one needs no communication.
 
-    Raises:
-        ValueError: images and captions are not pairs of features of one size.
+    Raises: ValueError: images and captions are not pairs of features of one size.
     """
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return contrastive_terms(image_features, text_features, logit_scale, settings)
@@ -173,14 +168,8 @@ def streamed_terms(
     first_row: int,
     smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, image-to-text and text-to-image accuracy of the rows, all []; see `gathered_terms`.
-
-    Args:
-        image, text: [b, E] rows.
-        all_image, all_text: [B, E] columns; row i belongs to column `first_row` + i.
-        scale: [] inverse temperature.
-        smoothing: share of each row's target that is spread evenly over all columns.
-    """
+    """Loss, image-to-text and text-to-image accuracy of the rows [b, E] among the columns [B, E],
+    all []; row i belongs to column `first_row` + i; see `gathered_terms`."""
     terms: tuple[Tensor, Tensor, Tensor] = _Streamed.apply(  # type: ignore[no-untyped-call]
         image, text, all_image, all_text, scale, first_row, smoothing
     )

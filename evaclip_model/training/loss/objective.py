@@ -1,8 +1,7 @@
 """The objectives of training, by the names that `train.objective` has for them.
 
-Covers: what the trainer asks of an objective, and the list of all.
-Not here: the objectives themselves, one file each beside this one. Imports no torch, and neither
-may an objective's module before its tensors are there: plans ask for memory without it.
+Each is one file beside this one. Imports no torch, and neither may an objective's module before its
+tensors are there: plans ask for memory without it.
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ class Objective(Protocol):
     def read_scalars(self, model: nn.Module) -> dict[str, Tensor]:
         """The numbers that the loss depends on besides features, made from the parameters.
 
-        Returns:
-            Name of the metric that each is shown as -> [] in at least float32, with gradient.
+        Returns: Name of the metric that each is shown as -> [] in at least float32, with gradient.
         """
 
     def compute_terms(
@@ -65,7 +63,7 @@ class Objective(Protocol):
 
         Args:
             image, text: [b, E] features of unit length; row i of both is one pair.
-            scalars: as `scalars` gives them.
+            scalars: as `read_scalars` gives them.
             is_whole_batch: these pairs are all, whatever ranks there are.
         """
 

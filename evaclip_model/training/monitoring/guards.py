@@ -129,8 +129,7 @@ def judge_step(state: GuardState, seen: Observed, config: TrainConfig) -> tuple[
     A step whose fp16 gradient overflows is to be taken: the engine then leaves it out, lowers the
     loss scale, and knows when it is low enough to give up.
 
-    Raises:
-        Diverged: more than `max_nonfinite_steps` in a row, or more than `max_rollbacks` in all.
+    Raises: Diverged: more than `max_nonfinite_steps` in a row, or more than `max_rollbacks` in all.
     """
     if seen.has_numbers(config):
         if math.isfinite(seen.grad_norm):
@@ -203,11 +202,8 @@ NAMED = 3
 
 
 def describe_samples(rank: int, batch: Batch, finite_rows: Tensor) -> dict[str, Any]:
-    """A rank's samples of a step, in JSON's types.
-
-    Args:
-        finite_rows: [b] whether the features of each are numbers.
-    """
+    """A rank's samples of a step, in JSON's types; `finite_rows` [b]: the features of each are
+    numbers."""
     samples = [
         {"position": position, "shard": origin.shard, "key": origin.key, "finite": bool(finite)}
         | {"caption": caption}
@@ -262,10 +258,8 @@ class Watchdog:
     def __init__(
         self, run_dir: Path, rank: int, limit_s: float, *, grace_s: float = GRACE_S
     ) -> None:
-        """Args:
-        limit_s: seconds without a beat after which the stacks are written.
-        grace_s: seconds after that before the process ends.
-        """
+        """Write the stacks after `limit_s` seconds without a step; end the process `grace_s`
+        later."""
         self._grace_s = grace_s
         self._stacks_path = run_dir / f"stacks-{rank}.txt"
         self._heartbeat = run_dir / f"heartbeat-{rank}.json"

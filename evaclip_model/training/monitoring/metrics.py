@@ -1,11 +1,8 @@
 """The figures of a training step: exchanged by all ranks, and written to `metrics.jsonl` by rank 0.
 
-Covers: every name in a line of `metrics.jsonl` with its meaning and unit, each written here once
-(`RankMetrics`, `StepSeconds`, `step_metrics`; the objective names its own); one collective in which
-all ranks learn of all; writing lines, as TensorBoard's events too, and cutting off the lines that a
-killed run wrote beyond its newest checkpoint.
-Clocks of a step's parts, and torch's profiler over a window of steps.
-Not here: MLflow and the terminal, which read the lines.
+Every name in a line of `metrics.jsonl` is written here once, with its meaning and unit
+(`RankMetrics`, `StepSeconds`, `step_metrics`; the objective names its own). MLflow and the terminal
+read the lines.
 
 One sum over a table in which every rank fills its own row costs as much as one over a single
 number, and also says which rank was slow, or had features that are not numbers. The whole step
@@ -166,17 +163,8 @@ def step_metrics(
     seconds: StepSeconds,
     device: torch.device,
 ) -> StepMetrics:
-    """The metrics of a step.
-
-    Args:
-        step: attempted so far, this one included.
-        scalars: `Objective.scalars`, [] each.
-        grad_norms: as `Engine.grad_norms`.
-        spiked: loss or gradient norm left their recent range.
-        stepped: the engine's account of it; none when the step was discarded.
-        skipped_steps, rollbacks: so far, this step included.
-        device: of this rank.
-    """
+    """The metrics of step `step`, counted from 1; `stepped` is none when it was discarded,
+    `skipped_steps` and `rollbacks` include it."""
     masked = patch_dropout_at(config, step - 1)
     means = stats.means
     rate = config.global_batch / seconds.total
@@ -405,9 +393,7 @@ class ProfileWindow:
     """Records the steps `first` to `last`, counted from 1, of the process it is in."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path) -> None:
-        """Args:
-        steps: first and last; none: records nothing.
-        """
+        """Record from the first to the last of `steps`; none: nothing."""
         self._first, self._last = steps or (0, 0)
         self._folder = folder
         self._profile: profile | None = None

@@ -1,9 +1,6 @@
-"""A self-test of two seconds, over a run's real ranks, of the parts that weeks of training rest on.
-
-Covers: LAMB on tensors that are cut over ranks, the gathered loss, the attention kernel, each
-against a plain computation on tiny tensors.
-Not here: the engine's own checks of where parameters lie (training/engine/engine.py); tests.
-"""
+"""A self-test of two seconds, over a run's real ranks, of the parts that weeks of training rest on:
+LAMB on tensors that are cut over ranks, the gathered loss, the attention kernel, each against a
+plain computation on tiny tensors."""
 
 from __future__ import annotations
 
@@ -55,8 +52,7 @@ class SelfTest:
 def self_test(model: EvaClip, config: TrainConfig) -> SelfTest:
     """Every rank calls it with its model on its device.
 
-    Raises:
-        SelfTestFailed: on every rank, when a difference on some rank is more than rounding.
+    Raises: SelfTestFailed: on every rank, when a difference on some rank is more than rounding.
     """
     started = time.perf_counter()
     device, dtype = model.logit_scale.device, model.logit_scale.dtype

@@ -1,9 +1,5 @@
-"""Zero-shot classification of a small set while training goes on.
-
-Covers: reading the set once, classifying it with the present weights, spread over all ranks.
-Not here: evaluation proper (tasks/evaluate): intervals, retrieval, per-class figures.
-
-The set lies in the published layout (zeroshot/set_layout.py): one image and `KEY.cls` a sample.
+"""Zero-shot classification of a small set (zeroshot/set_layout.py: an image and `KEY.cls` a sample)
+while training goes on. Evaluation proper is tasks/evaluate.
 
 Every rank encodes its part of the images and of the prompts. What one gives is gathered by all, so
 that no rank ends or goes on alone; a probe stops training for its share of the work, no longer.
@@ -58,8 +54,7 @@ class ProbeSet:
 def open_probe(folder: Path, rank: int, ranks: int) -> ProbeSet:
     """Read every image number `rank`, `rank` + `ranks` ... of a set into memory.
 
-    Raises:
-        InputError: the folder holds no such set, or a sample has no image or no class.
+    Raises: InputError: the folder holds no such set, or a sample has no image or no class.
     """
     try:
         names, templates, found = _read_index(folder)
@@ -76,7 +71,6 @@ def open_probe(folder: Path, rank: int, ranks: int) -> ProbeSet:
 def _read_index(
     folder: Path,
 ) -> tuple[tuple[str, ...], tuple[str, ...], list[tuple[Span, int]]]:
-    """Class names, templates, and every sample's image and label, in the order of the tars."""
     names = read_lines(folder / CLASSNAMES, "one class name a line")
     templates = read_lines(folder / TEMPLATES, f"one template with {PLACEHOLDER} a line")
     found: list[tuple[Span, int]] = []
@@ -152,7 +146,6 @@ def _text_features(model: EvaClip, prompts: Sequence[str]) -> Tensor:
 
 
 def _rank_and_size() -> tuple[int, int]:
-    """This rank's number, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 

@@ -55,12 +55,8 @@ class Group:
 
 
 def parameter_groups(shapes: Iterable[tuple[str, torch.Size]], config: TrainConfig) -> list[Group]:
-    """Group parameters by tower, layer and weight decay: vision first, then text, then the rest.
-
-    Args:
-        shapes: name and shape of every parameter, in the model's order. Frozen ones are in no
-            group.
-    """
+    """Group parameters, of names and shapes in the model's order, by tower, layer and weight decay:
+    vision first, then text, then the rest. Frozen ones are in no group."""
     parameters = [(name, shape) for name, shape in shapes if not is_frozen(name, config)]
     depths = {tower: _tower_depth(tower, (name for name, _ in parameters)) for tower in TOWERS}
     members: dict[tuple[Tower, int, bool], list[str]] = {}
@@ -178,12 +174,8 @@ class Layout:
 
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB: Adam's direction plus decay, scaled per parameter by |weight| / |direction|.
-
-    A step consumes the gradients: afterwards they hold the directions.
-
-    Attributes:
-        parts: as given, in that order.
+    """LAMB: Adam's direction plus decay, scaled per parameter by |weight| / |direction|. A step
+    consumes the gradients: afterwards they hold the directions. `parts` is as given, in that order.
     """
 
     def __init__(
@@ -237,8 +229,7 @@ class Lamb(torch.optim.Optimizer):
     def bind_layouts(self, layouts: Iterable[Layout]) -> None:
         """State where parameters lie in each group's flat tensor, group by group.
 
-        Raises:
-            ValueError: a group is not one flat tensor, or a fragment leaves it.
+        Raises: ValueError: a group is not one flat tensor, or a fragment leaves it.
         """
         for group, layout in zip(self.param_groups, layouts, strict=True):
             if len(group["params"]) != 1 or group["params"][0].dim() != 1:
