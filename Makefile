@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-.PHONY: help setup demo test check coverage test-faults test-download-faults test-resume test-browser pictures test-crash-table test-train-faults test-launch test-retrain test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace bench-registry bench-eval acceptance test-spark up down clean check-gpu check-infra dry-run-eval
+.PHONY: help setup demo test check test-guides coverage test-faults test-download-faults test-resume test-browser pictures test-crash-table test-train-faults test-launch test-retrain test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace bench-registry bench-eval acceptance test-spark up down clean check-gpu check-infra dry-run-eval
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -26,6 +26,9 @@ test: $(VENV)/.dev ## all tests but the slow ones
 check: $(VENV)/.dev ## lint, format, types, import contracts
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . 
 	@$(VENV)/bin/mypy && $(VENV)/bin/lint-imports --no-logo
+
+test-guides: $(VENV)/.dev ## a stage, a metric and a loss added to a copy as CONTRIBUTING.md says (2 min)
+	@$(PY) -m pytest tests/test_guides.py
 
 coverage: $(VENV)/.dev ## test coverage of the pure modules
 	@$(PY) -m pytest -m "not slow" --cov --cov-report=term:skip-covered

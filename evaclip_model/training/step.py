@@ -135,7 +135,7 @@ class StepTerms:
     text_to_image_accuracy: Tensor
     """[] likewise for captions."""
     scalars: Mapping[str, Tensor]
-    """`Objective.scalars`, [] each: the inverse temperature; the same on every rank."""
+    """`Objective.read_scalars`, [] each: the inverse temperature; the same on every rank."""
     finite_rows: Tensor
     """[b] bool: the features of this rank's sample are numbers. A sample with others makes the loss
     of every rank no number; this tells whose it is."""

@@ -78,8 +78,16 @@ def data_of(version: Artifact, artifacts: Sequence[Artifact]) -> Artifact:
     Raises:
         InputError: something that the version was made of is not there any more.
     """
-    above = ancestors_of(version, artifacts)
-    return next(one for one in reversed(above) if one.kind in (VERIFY.name, JOIN.name))
+    ancestors_of(version, artifacts)
+    data = find_data(version, artifacts)
+    assert data is not None, "a dataset version has no other beginning"
+    return data
+
+
+def find_data(version: Artifact, artifacts: Sequence[Artifact]) -> Artifact | None:
+    """As `data_of`; None if it is not there any more."""
+    above = reversed(_walk_upward(version, artifacts))
+    return next((one for one in above if one.kind in (VERIFY.name, JOIN.name)), None)
 
 
 def parts_of(data: Artifact, artifacts: Sequence[Artifact]) -> list[Artifact]:

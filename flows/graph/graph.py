@@ -512,15 +512,15 @@ def evaluate_step(
     """
 
     def make(profile: Profile, out: Path, report: Report) -> Made:
+        from flows.graph.ancestry import find_data
         from tasks.evaluate.evaluate import evaluate_models
         from tasks.evaluate.metrics.contamination import TrainingData
 
         trained_on = []
-        data = dataset.inputs[Role.DATA] if dataset else ABSENT
-        if dataset and not isinstance(data, str):
-            left_out = dataset.folder / LEFT_OUT
-            if data.folder.is_dir() and left_out.is_file():  # else it was cleared away
-                trained_on = [TrainingData(data.folder, left_out)]
+        if dataset and (dataset.folder / LEFT_OUT).is_file():  # else it was cleared away
+            data = find_data(finished_artifact(dataset), read_artifacts(root))
+            if data is not None:
+                trained_on = [TrainingData(data.folder, dataset.folder / LEFT_OUT)]
         curves = [step.folder / METRICS_FILE for step in train]
         picture = lineage_svg(lineage_of([finished_artifact(train[-1])], root)) if train else ""
         return evaluate_models(

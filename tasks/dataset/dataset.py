@@ -31,7 +31,7 @@ from tasks.dataset.config import (
 )
 from tasks.dataset.evaluation_images import read_evaluation_images
 from tasks.dataset.lists import read_hashes
-from tasks.index.sample_index import SampleIndex
+from tasks.index.sample_index import INDEX, SampleIndex
 from tasks.index.shard_verdicts import ShardVerdict, read_verdicts, relative_path, shard_location
 from tasks.progress import Report
 
@@ -71,7 +71,8 @@ def make_dataset(
 
     Args:
         config: the rules.
-        ancestors: what the data was made from, the verification last.
+        ancestors: what the data was made from, in the order of work; the last one that has an index
+            is what is chosen from.
         outside: files that the rules name.
         takedowns: the samples that may be used no longer.
         report: called at every step.
@@ -79,7 +80,7 @@ def make_dataset(
     Raises:
         InputError: a list or an evaluation set cannot be read, or nothing is left.
     """
-    verified = ancestors[-1].folder
+    verified = next(one.folder for one in reversed(ancestors) if (one.folder / INDEX).is_dir())
     index = SampleIndex(verified, config.memory_limit)
     verdicts = read_verdicts(verified)
     report(0, _STEPS, f"{index.rows:,} samples")

@@ -77,7 +77,7 @@ class SoftmaxObjective:
         *,
         is_whole_batch: bool = False,
     ) -> LossTerms:
-        """As `Objective.terms`, image and text [b, E]."""
+        """As `Objective.compute_terms`, image and text [b, E]."""
         from evaclip_model.training.loss.contrastive import contrastive_terms, gathered_terms
 
         terms = contrastive_terms if is_whole_batch else gathered_terms
