@@ -175,6 +175,11 @@ class ModelConfig(Config):
         values["vision"]["image_px"] = image_px
         return type(self).from_mapping(values, where="model config")
 
+    def at_context_length(self, context_length: int) -> ModelConfig:
+        """Return the same architecture for captions of another number of tokens."""
+        text = self.text.model_copy(update={"context_length": context_length})
+        return self.model_copy(update={"text": text})
+
 
 def list_models() -> list[str]:
     """Names of the shipped architectures, sorted; `ALIASES` are accepted too."""

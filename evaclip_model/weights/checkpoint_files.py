@@ -54,6 +54,11 @@ def open_tensors(
     return _strip_wrappers(tensors, path)
 
 
+def plain_name(key: str) -> str:
+    """The name of a weight without the modules that training programs wrap a model in."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPING_MODULES)
+
+
 def _of_file(path: Path, allow_torchscript: bool) -> dict[str, StoredTensor]:
     if not path.is_file():
         raise InputError(f"{path} does not exist: give a .safetensors or .pt file of weights")
@@ -145,10 +150,9 @@ def _in_a_row(pieces: Sequence[StoredTensor]) -> StoredTensor:
 
 
 def _strip_wrappers(tensors: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:
-    """Every name without the modules that training programs wrap a model in."""
     named: dict[str, StoredTensor] = {}
     for key, tensor in tensors.items():
-        name = ".".join(part for part in key.split(".") if part not in _WRAPPING_MODULES)
+        name = plain_name(key)
         if name in named:
             raise InputError(f"{path} holds '{name}' twice, also as '{key}': keep one of them")
         named[name] = tensor

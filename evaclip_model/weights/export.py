@@ -26,6 +26,7 @@ from evaclip_model.weights.load import (
     released_tensors,
     save_model,
     save_weights,
+    unwrap_model,
     write_weights,
 )
 from evaclip_model.weights.name_maps import foreign_names
@@ -54,11 +55,11 @@ _INLINE_BYTES = 1 << 30
 """Largest tower kept inside its graph's file: protobuf ends at 2 GiB."""
 
 
-def export_model(model: EvaClip, path: str | Path, as_: Library) -> tuple[Path, ...]:
+def export_model(model: nn.Module, path: str | Path, as_: Library) -> tuple[Path, ...]:
     """Write a model for another library; tensors keep their dtype.
 
     Args:
-        model: whose weights to write.
+        model: whose weights to write; it may be wrapped or sharded, as `save_weights` says.
         path: a file that ends in `.safetensors`, for the weights alone; or a folder, for the
             weights and the config under the names the library looks for: timm opens it as
             `local-dir:FOLDER`, transformers with `from_pretrained`, open_clip as `local-dir:FOLDER`
@@ -88,19 +89,21 @@ def export_model(model: EvaClip, path: str | Path, as_: Library) -> tuple[Path, 
             return (path,)
         save_model(model, path)
         return path / WEIGHTS_FILE, path / CONFIG_FILE
+    inside = unwrap_model(model)
     if as_ in ("open_clip", "timm"):
-        _require_timm(model.config.vision, as_)
+        _require_timm(inside.config.vision, as_)
     weights_name, config_name = _FOLDERS[as_]
     weights_path = path if is_file else path / weights_name
-    write_weights(_foreign_tensors(model, as_), weights_path)
-    config = None if is_file else _build_config(model, as_)
+    if tensors := _foreign_tensors(model, as_):
+        write_weights(tensors, weights_path)
+    config = None if is_file or not tensors else _build_config(inside, as_)
     if config is None:
         return (weights_path,)
     write_atomically(path / config_name, json.dumps(config, indent=1) + "\n")
     return weights_path, path / config_name
 
 
-def export_onnx(model: EvaClip, folder: str | Path) -> tuple[Path, ...]:
+def export_onnx(model: nn.Module, folder: str | Path) -> tuple[Path, ...]:
     """Write both towers as ONNX graphs in float32, whatever the model's dtype, for any batch size.
 
     `image.onnx` maps `images` [B, 3, H, H], normalised, to `image_features` [B, E]; `text.onnx`
@@ -110,7 +113,7 @@ def export_onnx(model: EvaClip, folder: str | Path) -> tuple[Path, ...]:
     than 1 GiB lie beside its graph, in `image.onnx.data` or `text.onnx.data`.
 
     Args:
-        model: whose towers to write; not changed.
+        model: whose towers to write; not changed. It may be wrapped, but not sharded.
         folder: made if need be.
 
     Returns: The files written.
@@ -127,7 +130,7 @@ def export_onnx(model: EvaClip, folder: str | Path) -> tuple[Path, ...]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     twin = _plain_twin(model)
-    vision, text = model.config.vision, model.config.text
+    vision, text = twin.config.vision, twin.config.text
     facts = {
         "logit_scale": repr(float(twin.logit_scale.exp())),
         "image_px": str(vision.image_px),
@@ -145,12 +148,15 @@ def export_onnx(model: EvaClip, folder: str | Path) -> tuple[Path, ...]:
     )
 
 
-def _plain_twin(model: EvaClip) -> EvaClip:
+def _plain_twin(model: nn.Module) -> EvaClip:
     """The model in float32 on the CPU with kernels that can be recorded; weights are shared."""
     with torch.device("meta"):
-        twin = EvaClip(model.config, "sdpa")
+        twin = EvaClip(unwrap_model(model).config, "sdpa")
     twin = twin.to_empty(device="cpu")  # tables are computed; weights' memory is never touched
-    weights = {name: value.cpu().float() for name, value in model.state_dict().items()}
+    weights = {name: value.cpu().float() for name, value in released_tensors(model).items()}
+    if not weights:
+        raise InputError("ONNX graphs are written from a whole model: save_model it first")
+    weights["logit_scale"] = weights["logit_scale"].reshape(1)
     twin.load_state_dict(weights, assign=True)
     return twin.eval().requires_grad_(False)
 
@@ -187,10 +193,12 @@ def _write_graph(
 
 
 def _foreign_tensors(
-    model: EvaClip, library: Literal["open_clip", "timm", "transformers"]
+    model: nn.Module, library: Literal["open_clip", "timm", "transformers"]
 ) -> dict[str, Tensor]:
     tensors = released_tensors(model)
     found: dict[str, Tensor] = {}
+    if not tensors:
+        return found
     for entry in foreign_names(tensors, library):
         found |= entry.split_native(tensors[entry.native])
     return found

@@ -1,14 +1,15 @@
 """Weights on disk: saving a model, and starting from anybody's checkpoint.
 
 Covers: writing released names; loading a file or folder of any known layout into a model or one of
-its towers, with a report; resizing what depends on the image or patch size.
+its towers, with a report; resizing what depends on the image, patch or context size.
 Not here: a saved folder as a model (create.py); reading files (checkpoint_files.py); whose names
 are whose (name_maps.py); writing other libraries' layouts (export.py); training state
 (training/checkpoint/write_checkpoint.py).
 
 Loading is strict: whatever is in a file either belongs to the model, or is known to be of no use,
-or is an error. Position tables are resized bicubically without antialiasing, as the released
-models were.
+or is an error. Image positions are resized bicubically without antialiasing, as the released
+models were; text positions are stretched in a line or cut. Saving takes the model out of whatever
+training wrapped it in.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from evaclip_model.errors import InputError
 from evaclip_model.files import replace_file, write_atomically
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.model_config import CONFIG_FILE
 from evaclip_model.reading.transform import describe_preprocessing
-from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE, open_tensors
+from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE, open_tensors, plain_name
 from evaclip_model.weights.name_maps import Entry, Layout, Names, may_lack, native_names
 from evaclip_model.weights.tensor_files import StoredTensor, write_tensors
 
@@ -42,6 +43,10 @@ _JOINT = ("visual.head.", "text.text_projection", "logit_scale")
 _NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _POSITIONS = "visual.pos_embed"
 _PATCH_KERNEL = "visual.patch_embed.proj.weight"
+_TEXT_POSITIONS = "text.positional_embedding"
+_TRAINED_POSITIONS = 20
+"""Text positions that are never stretched: web captions rarely have more tokens, so only these are
+well trained (Long-CLIP, arXiv 2403.15378), and short captions keep their features."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ class LoadReport:
     the projection to the joint space when one tower is loaded, and the norm inside the attention
     when it comes from pretraining."""
     resized: tuple[str, ...]
-    """The model's weights taken after resizing to its image or patch size; not in `loaded`."""
+    """The model's weights taken after resizing to its image, patch or context size; not in
+    `loaded`."""
     unexpected: tuple[str, ...]
     """Weights of the checkpoint, under EVA-CLIP's names, that the model has no place for; empty
     unless they were allowed."""
@@ -76,34 +82,92 @@ class LoadReport:
         return f"{self.layout} layout; " + "; ".join([f"{len(self.loaded)} loaded", *said])
 
 
-def save_weights(model: EvaClip, path: str | Path) -> None:
+def save_weights(model: nn.Module, path: str | Path) -> None:
     """Write a model's weights as one safetensors file, never seen half-written.
 
     Tensors keep their dtype and have the names and shapes of the released checkpoints; RoPE tables
     are left out, since they follow from the architecture.
 
+    Args:
+        model: an EvaClip, as it is or inside torch.compile, DataParallel or
+            DistributedDataParallel; or sharded by FSDP2, when every rank must call and rank 0
+            alone writes.
+        path: of the file.
+
     Raises:
-        InputError: `path` does not end in `.safetensors`.
+        InputError: `path` does not end in `.safetensors`, or `unwrap_model` refuses the model.
         OSError: the disk is full; what was at `path` is still there.
     """
-    write_weights(released_tensors(model), Path(path))
+    if tensors := released_tensors(model):
+        write_weights(tensors, Path(path))
 
 
-def save_model(model: EvaClip, folder: str | Path) -> None:
-    """Write `config.json`, `model.safetensors` and `preprocessing.json`, none of them in halves."""
+def save_model(model: nn.Module, folder: str | Path) -> None:
+    """Write `config.json`, `model.safetensors` and `preprocessing.json`, none of them in halves.
+
+    The model may be wrapped or sharded, as `save_weights` says.
+    """
+    config = unwrap_model(model).config
+    if not (tensors := released_tensors(model)):
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_weights(model, folder / WEIGHTS_FILE)
-    used = describe_preprocessing(model.config.vision.image_px)
+    write_weights(tensors, folder / WEIGHTS_FILE)
+    used = describe_preprocessing(config.vision.image_px)
     write_atomically(folder / PREPROCESSING_FILE, json.dumps(used, indent=1) + "\n")
-    write_atomically(folder / CONFIG_FILE, model.config.model_dump_json(indent=1) + "\n")
+    write_atomically(folder / CONFIG_FILE, config.model_dump_json(indent=1) + "\n")
 
 
-def released_tensors(model: EvaClip) -> dict[str, Tensor]:
-    """A model's weights with the names and shapes of the released files, without copies."""
-    tensors = {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}
+def unwrap_model(model: nn.Module) -> EvaClip:
+    """Return the EvaClip inside torch.compile, DataParallel, DistributedDataParallel, a DeepSpeed
+    engine or another wrapper that holds it as `module`.
+
+    Raises:
+        InputError: there is none, or its weights lie in pieces that only the wrapper can join.
+    """
+    inner: object = model
+    while not isinstance(inner, EvaClip):
+        holder, inner = inner, getattr(inner, "_orig_mod", getattr(inner, "module", None))
+        if not isinstance(inner, nn.Module):
+            raise InputError(f"{type(holder).__name__} holds no EvaClip: give the model itself")
+    if any(type(part).__name__ == "FullyShardedDataParallel" for part in (model, *model.modules())):
+        raise InputError(
+            "FullyShardedDataParallel (FSDP1) keeps the weights in flat pieces: save inside its "
+            "summon_full_params, or shard with fully_shard (FSDP2)"
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in inner.parameters()):
+        raise InputError(
+            "DeepSpeed ZeRO stage 3 keeps the weights in pieces: save a model inside "
+            "deepspeed.zero.GatheredParameters, or train with stage 0 to 2"
+        )
+    return inner
+
+
+def released_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A model's weights with the names and shapes of the released files, without copies.
+
+    Those of a model that FSDP2 sharded are gathered, one by one, on the CPU of rank 0: every rank
+    must call, and the others get none.
+
+    Raises:
+        InputError: as `unwrap_model`.
+    """
+    state = unwrap_model(model).state_dict(keep_vars=True)
+    tensors = {plain_name(name): value.detach() for name, value in state.items()}
+    if any(_is_sharded(value) for value in tensors.values()):
+        is_first = torch.distributed.get_rank() == 0
+        for name, value in tensors.items():
+            whole = value.full_tensor() if _is_sharded(value) else value  # type: ignore[operator]
+            tensors[name] = whole.cpu() if is_first else whole.new_empty(0)
+        if not is_first:
+            return {}
     tensors["logit_scale"] = tensors["logit_scale"].reshape(())
     return tensors
+
+
+def _is_sharded(value: Tensor) -> bool:
+    """Return whether it is a DTensor, without importing its module, which takes a second."""
+    return hasattr(value, "full_tensor")
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -119,7 +183,7 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 @torch.no_grad()
 def load_weights(
-    model: EvaClip,
+    model: nn.Module,
     path: str | Path,
     *,
     part: Part = "all",
@@ -135,7 +199,8 @@ def load_weights(
     Values go from the file to their place piece by piece, in the model's dtype and on its device.
 
     Args:
-        model: changed in place; untouched when names, shapes or types do not fit.
+        model: changed in place; untouched when names, shapes or types do not fit. It may be
+            wrapped as `save_weights` says, but not sharded.
         path: a file or folder as `weight_files.open_tensors` takes it: safetensors, .pt or .bin,
             sharded with an index, a saved model, DeepSpeed's or this package's training state.
         part: which tower to load, or all of the model.
@@ -146,7 +211,10 @@ def load_weights(
         unexpected weight, another shape, integers, values that are not finite.
     """
     path = Path(path)
-    wanted = model.state_dict()
+    state = unwrap_model(model).state_dict()
+    wanted = {plain_name(name): value for name, value in state.items()}
+    if any(_is_sharded(value) for value in wanted.values()):
+        raise InputError("the model is sharded by FSDP2: load its weights before fully_shard")
     stored = open_tensors(
         path,
         shapes={key: value.shape for key, value in wanted.items()},
@@ -211,6 +279,18 @@ def resize_positions(table: Tensor, grid: int, *, align_corners: bool = False) -
     image = patches.reshape(1, old, old, -1).permute(0, 3, 1, 2)  # [1, W, n, n]
     image = _resize_bicubic(image, grid, align_corners)
     return torch.cat((first, image.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
+
+
+def resize_text_positions(table: Tensor, length: int) -> Tensor:
+    """Resize [n, W] to [length, W]: cut, or stretched in a line behind the first 20 rows."""
+    old = table.shape[0]
+    if length <= old:
+        return table[:length]
+    kept = min(_TRAINED_POSITIONS, old - 1)
+    rest = F.interpolate(
+        table[kept:].t()[None], size=length - kept, mode="linear", align_corners=True
+    )
+    return torch.cat((table[:kept], rest[0].t()))
 
 
 def resize_patch_kernel(kernel: Tensor, patch_px: int) -> Tensor:
@@ -297,6 +377,8 @@ def _needs_resizing(
         return False
     if entry.native == _POSITIONS and _is_square_grid(shape) and shape[-1] == target.shape[-1]:
         return True
+    if entry.native == _TEXT_POSITIONS and len(shape) == 2 and shape[1:] == target.shape[1:]:
+        return True
     is_kernel = entry.native == _PATCH_KERNEL and len(shape) == 4 and shape[2] == shape[3]
     if is_kernel and shape[:2] == target.shape[:2]:
         return True
@@ -329,6 +411,8 @@ def _fill_tensor(target: Tensor, entry: Entry, stored: Mapping[str, StoredTensor
     value = entry.join_sources({source: stored[source].read() for source in entry.sources})
     if entry.native == _POSITIONS:
         value = resize_positions(_to_float32(value), math.isqrt(target.shape[1] - 1))
+    elif entry.native == _TEXT_POSITIONS:
+        value = resize_text_positions(_to_float32(value), target.shape[0])
     elif entry.native == _PATCH_KERNEL:
         value = resize_patch_kernel(_to_float32(value), target.shape[-1])
     target.copy_(value)

@@ -2,8 +2,9 @@
 ordinary error and leaves no half file; and read one at a time.
 
 No pickled code is run: torch's own reader is asked for plain content (`weights_only`), and for
-shapes and places in the file alone. Values are then read piece by piece to where they belong, so
-that a model is never in memory twice.
+shapes and places in the file alone. Objects that training programs leave beside the weights (numpy
+values, arguments, paths) are passed over: an empty stand-in takes their place. Values are then read
+piece by piece to where they belong, so that a model is never in memory twice.
 """
 
 from __future__ import annotations
@@ -31,6 +32,13 @@ from evaclip_model.errors import InputError
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 _FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
 """What torch's reader says about content that is not a plain tensor."""
+_LUGGAGE = re.compile(
+    r"(numpy|argparse|pathlib|datetime|collections|types|typing|uuid|enum|_codecs|omegaconf"
+    r"|ml_collections|easydict|yacs|addict|mmengine|lightning|pytorch_lightning|lightning_fabric"
+    r"|transformers|deepspeed|torch\.optim|torch\.torch_version)\."
+)
+"""Modules whose objects checkpoints hold beside their tensors, and no weights."""
+_BUILTINS = ("int", "float", "complex", "list", "dict", "object", "range", "slice")
 _WRAPPERS = ("model", "module", "state_dict")
 """Keys under which training programs keep the weights beside other state."""
 _SLAB_BYTES = 8 << 20
@@ -151,7 +159,7 @@ def read_torch(path: Path, *, allow_torchscript: bool = False) -> dict[str, Stor
         is_script, is_plain = _inspect_archive(path)
         if is_script:
             return _from_script(path, allow_torchscript)
-        content = torch.load(path, map_location="meta" if is_plain else "cpu", weights_only=True)
+        content = _load_past_luggage(path, "meta" if is_plain else "cpu")
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
@@ -164,6 +172,41 @@ def read_torch(path: Path, *, allow_torchscript: bool = False) -> dict[str, Stor
         return {key: _from_meta(path, value) for key, value in tensors.items()}
     del content
     return _in_memory(tensors)
+
+
+class _Luggage:
+    """Stands in for any object that is not a tensor: made of anything, it keeps nothing."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+def _new_mapping(*_: object) -> dict[object, object]:
+    """Stands in for mappings with a default, whose items follow."""
+    return {}
+
+
+def _load_past_luggage(path: Path, device: str) -> Any:
+    """The content of a torch file, with stand-ins for what `_LUGGAGE` names.
+
+    numpy's own constructors are not called either: a forged dtype reaches foreign memory.
+    """
+    places: dict[str, Any] = {f"builtins.{name}": _Luggage for name in _BUILTINS}
+    places["collections.defaultdict"] = _new_mapping
+    while True:
+        stands_in: list[Any] = [(found, name) for name, found in places.items()]
+        try:
+            with torch.serialization.safe_globals(stands_in):
+                return torch.load(path, map_location=device, weights_only=True)
+        except pickle.UnpicklingError as error:
+            # torch names one class at a time, before it reads any values of an uncompressed file.
+            named = _FORBIDDEN.search(str(error))
+            if named is None or named[1] in places or not _LUGGAGE.match(named[1]):
+                raise
+            places[named[1]] = _Luggage
 
 
 def _inspect_archive(path: Path) -> tuple[bool, bool]:

@@ -7,7 +7,7 @@ Not here: making it (initialise.py). Does not import torch.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -23,10 +23,15 @@ STAGE = Stage("initialise", 1, tools=("torch", "safetensors"), ignores=("origins
 class InitialiseConfig(Config):
     """The `[initialise]` table of a recipe."""
 
+    ADDED: ClassVar[tuple[str, ...]] = ("context_length",)
+
     model: str
     """A shipped architecture's name (`evaclip models`), or a JSON file of one."""
     image_px: int | None = Field(default=None, gt=0)
     """Side of the input in pixels, a multiple of the patch; none = the architecture's own."""
+    context_length: int | None = Field(default=None, gt=1)
+    """Longest caption in tokens, with its start and end; none = the architecture's own. Positions
+    of a file of another length are cut, or stretched behind the first 20."""
     clip: Path | None = None
     """File or folder of a whole CLIP to go on from, also at another resolution (L/14 at 336 px);
     without `vision` and `text`."""
@@ -56,8 +61,10 @@ class InitialiseConfig(Config):
         return self
 
     def load_architecture(self) -> ModelConfig:
-        """The model's config at the resolution asked for."""
+        """The model's config at the resolution and context length asked for."""
         config = ModelConfig.load(self.model)
+        if self.context_length is not None:
+            config = config.at_context_length(self.context_length)
         return config if self.image_px is None else config.at_image_px(self.image_px)
 
     def weight_sources(self) -> dict[Role, Path]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from evaclip_model.create import create_model, open_model
 from evaclip_model.errors import InputError
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.weights.export import export_model
 from evaclip_model.weights.load import load_weights, resize_positions, save_model, save_weights
 
 DATA = Path(__file__).parent / "data" / "models"
@@ -351,3 +356,92 @@ def test_a_truncated_file_and_a_missing_folder_are_one_sentence(tmp_path: Path):
         load_weights(model(), tmp_path / "cut.safetensors")
     with pytest.raises(InputError, match=r"is not a saved model: it has no config\.json"):
         open_model(tmp_path)
+
+
+@pytest.mark.parametrize("length", [5, 12])
+def test_another_context_length_gets_cut_or_stretched_text_positions(tmp_path: Path, length: int):
+    save_model(model(), tmp_path)
+    target = model(1, CONFIG.at_context_length(length))
+    report = load_weights(target, tmp_path)
+    assert report.resized == ("text.positional_embedding",)
+    before = model().text.positional_embedding.detach()
+    after = target.text.positional_embedding.detach()
+    if length < 8:
+        assert torch.equal(after, before[:length])
+    else:  # of 8 rows 7 are kept, so that the last one fills what is new
+        assert torch.equal(after, torch.cat((before[:7], before[7:].expand(5, -1))))
+    assert target.encode_text(torch.zeros(1, length, dtype=torch.long)).shape == (1, 12)
+
+
+def test_a_stretched_model_gives_short_captions_the_features_they_had(tmp_path: Path):
+    values = CONFIG.model_dump()
+    values["text"]["context_length"] = 30
+    short = create_model(values, seed=0)
+    save_model(short, tmp_path)
+    long = create_model(CONFIG.at_context_length(50), weights=tmp_path)
+    rows = long.text.positional_embedding.detach()
+    assert torch.equal(rows[49], short.text.positional_embedding[29])
+    steps = rows[21:].diff(dim=0).norm(dim=1)  # in a line between the old rows: no jumps
+    assert steps.max() < short.text.positional_embedding.diff(dim=0).norm(dim=1).max()
+    caption = torch.tensor([[27, *range(1, 18), 29]])
+    assert torch.equal(long.encode_text(caption), short.encode_text(caption))
+
+
+def wrap_compiled(inside: EvaClip) -> nn.Module:
+    wrapped: nn.Module = torch.compile(inside)  # type: ignore[assignment]
+    return wrapped
+
+
+def wrap_blocks(inside: EvaClip) -> nn.Module:
+    inside.visual.blocks[0] = torch.compile(inside.visual.blocks[0])  # type: ignore[assignment]
+    return nn.DataParallel(inside)
+
+
+def wrap_ddp(inside: EvaClip) -> nn.Module:
+    return wrap_compiled(nn.parallel.DistributedDataParallel(inside))  # type: ignore[arg-type]
+
+
+def shard(inside: EvaClip) -> nn.Module:
+    for block in inside.visual.blocks:
+        fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
+    return fully_shard(inside, mesh=init_device_mesh("cpu", (1,)))
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [wrap_compiled, wrap_blocks, wrap_ddp, shard])
+def test_a_wrapped_model_is_saved_as_the_one_inside(
+    tmp_path: Path, one_rank: None, wrap: Callable[[EvaClip], nn.Module]
+):
+    wrapped = wrap(model())
+    save_model(wrapped, tmp_path / "model")
+    assert_equal(open_model(tmp_path / "model"), model())
+    save_weights(wrapped, tmp_path / "weights.safetensors")
+    assert_equal(create_model(CONFIG, weights=tmp_path / "weights.safetensors"), model())
+    files = tmp_path / "wrapped.safetensors", tmp_path / "plain.safetensors"
+    for source, file in zip((wrapped, model()), files, strict=True):
+        export_model(source, file, "timm")
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_weights_are_loaded_into_the_model_that_a_wrapper_holds(tmp_path: Path):
+    save_model(model(), tmp_path)
+    target = model(1)
+    load_weights(wrap_compiled(target), tmp_path)
+    assert_equal(target, model())
+
+
+def test_what_holds_no_model_or_only_pieces_of_it_is_refused(tmp_path: Path, one_rank: None):
+    with pytest.raises(InputError, match="Linear holds no EvaClip: give the model itself"):
+        save_model(nn.DataParallel(nn.Linear(2, 2)), tmp_path / "model")
+    with pytest.raises(InputError, match="load its weights before fully_shard"):
+        load_weights(shard(model()), tmp_path)
+    flat = FullyShardedDataParallel(model(), device_id=torch.device("cpu"))
+    with pytest.raises(InputError, match=r"FullyShardedDataParallel \(FSDP1\) keeps the weights"):
+        save_model(flat, tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -70,6 +70,20 @@ def test_a_whole_clip_gives_every_value_at_another_resolution(tmp_path: Path):
     assert artifact.counts["clip.expected_gaps"] == 0
 
 
+def test_a_whole_clip_goes_on_with_longer_captions_under_an_address_of_its_own(tmp_path: Path):
+    save_model(create_model(DEMO, seed=9), tmp_path / "clip")
+    plain = make(tmp_path, clip=str(tmp_path / "clip"))
+    longer = make(tmp_path, clip=str(tmp_path / "clip"), context_length=128)
+    assert open_model(longer.folder / "model").config.text.context_length == 128
+    assert longer.counts["clip.resized"] == 1
+    assert longer.digest != plain.digest
+
+
+def test_the_default_context_length_is_in_no_digest():
+    config = InitialiseConfig(model=DEMO)
+    assert "context_length" not in config.compute_identity()
+
+
 def test_towers_of_two_sources_start_a_clip_as_the_authors_do(tmp_path: Path):
     """Pretraining's image tower and CLIP's text tower; what joins them is new, as is the norm
     that pretraining ran without."""
