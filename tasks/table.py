@@ -1,8 +1,4 @@
-"""Tables: one model, and one writer each for HTML, Markdown and a terminal.
-
-Covers: columns, rows, cells, footnotes; the three writers; HTML and SVG elements with escaped text.
-Not here: the content of any table; how emphasis looks on a page (tasks/evaluate/report/style.css).
-"""
+"""Tables: one model, and one writer each for HTML, Markdown and a terminal."""
 
 from __future__ import annotations
 
@@ -16,13 +12,11 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 NOTHING = "–"
-"""Stands where there is no number."""
+"""Stands in place of a missing number."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell."""
-
     text: str
     emphasis: str = ""
     """CSS class of the page: value, good, bad, quiet, warned, code."""
@@ -94,7 +88,7 @@ def element(name: str, *content: str, **attributes: str | float | None) -> Marku
     """An HTML or SVG element; texts are escaped, attributes of None or "" are left out.
 
     Underscores in names of attributes are hyphens, and one at the end is dropped (`class_`).
-    Numbers that are no integers have one decimal.
+    Floats have one decimal.
     """
     given = Markup().join(
         Markup(' {}="{}"').format(
@@ -108,7 +102,6 @@ def element(name: str, *content: str, **attributes: str | float | None) -> Marku
 
 
 def html_table(table: Table, *, is_wide: bool = False) -> Markup:
-    """The table in HTML, its footnotes below it; a wide one keeps its first column in sight."""
     heads = table.columns
     head = [
         element("th", one.title, scope="col", class_="text" if one.has_words and place else "")

@@ -1,10 +1,5 @@
 """Zero-shot classification and retrieval: text classifiers, exact ranks.
 
-Covers: encoding texts without padding, the prompt ensemble, fp32 logits, ranks under a stated tie
-rule.
-Not here: figures of ranks (statistics.py), evaluation sets (tasks/evaluate/sets), loops over image
-files (image_files.py).
-
 Tie rule, the same everywhere: the rank of an answer is the number of answers with a strictly
 larger logit plus the number of equal ones with a lower index. Features may come in any precision;
 they are normalised and multiplied in fp32, where ties between different answers all but vanish.
@@ -31,8 +26,6 @@ LOGITS = 1 << 23
 
 
 class TextEncoder(Protocol):
-    """A model that encodes texts."""
-
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor: ...
 
 
@@ -84,7 +77,7 @@ def encode_texts(
         InputError: no texts, or features that are not finite.
     """
     if not texts:
-        raise InputError("there is no text to encode: give at least one class name or caption")
+        raise InputError("no text to encode: give at least one class name or caption")
     place = {text: index for index, text in enumerate(dict.fromkeys(texts))}
     tokens = tokenize(list(place), context_length)
     order = tokens.argmax(dim=1).argsort(stable=True)  # the end-of-text token has the largest id
@@ -137,7 +130,7 @@ def class_means(features: Tensor, classnames: Sequence[str]) -> tuple[Tensor, Te
     """Means of each class's prompts, and the row of every class.
 
     Args:
-        features: [U * T, D] of the T prompts of each of the U distinct names, in `prompts`' order.
+        features: [U * T, D] of the T prompts of each of the U distinct names, name by name.
         classnames: the C classes, names that occur again among them.
 
     Returns:
@@ -289,7 +282,6 @@ def _rank_best(logits: Tensor, right: Tensor, k: int) -> Ranking:
 
 
 def _join_rankings(parts: Iterable[Ranking]) -> Ranking:
-    """Rankings of consecutive queries as one."""
     rankings = list(parts)
     return Ranking(
         ranks=torch.cat([part.ranks for part in rankings]),

@@ -1,10 +1,4 @@
-"""Features of image files, and files of features.
-
-Covers: finding images, reading them ahead while the model works, naming those that cannot be
-read; writing features beside the names of their files or texts.
-Not here: the model; evaluation sets in shards (tasks/evaluate/sets); ranking features
-(exact_ranks.py).
-"""
+"""Features of image files, and files of features."""
 
 from __future__ import annotations
 
@@ -103,7 +97,7 @@ def image_features(
 def write_features(
     path: Path, values: Tensor, names: Sequence[str], about: Mapping[str, object]
 ) -> None:
-    """Write features [N, E] as `path` (.npy) and what row is of what as JSON beside it.
+    """Write features [N, E] as `path` (.npy) and the names of its rows as JSON beside it.
 
     The JSON has the keys of `about`, and `names`, one a row. It is in place before the features
     are, and neither is ever seen half-written.
@@ -115,14 +109,13 @@ def write_features(
 
 
 def names_file(path: Path) -> Path:
-    """File in which `write_features` puts the names of the rows of `path`."""
     return path.with_suffix(".json")
 
 
 def _read_image(
     path: Path, transform: Callable[[Image.Image], Tensor]
 ) -> tuple[Path, Tensor | str]:
-    """The image as a tensor, or why there is none."""
+    """The image as a tensor, or the reason why it cannot be read."""
     try:
         return path, transform(decode_image(path.read_bytes()))
     except (UnreadableImageError, OSError) as error:

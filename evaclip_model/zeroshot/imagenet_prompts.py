@@ -1,9 +1,4 @@
-"""ImageNet's class names and prompts for zero-shot classification.
-
-Covers: the 1000 names and 80 templates of OpenAI's CLIP, as EVA-CLIP is evaluated with.
-Not here: the texts themselves, part of the installed `open_clip_torch` distribution, whose source
-is read without running it; encoding them (exact_ranks.py).
-"""
+"""ImageNet's class names and prompts, read from open_clip_torch's source without running it."""
 
 from __future__ import annotations
 
@@ -47,7 +42,6 @@ def imagenet_templates() -> tuple[str, ...]:
 
 
 def _read_entries(name: str, count: int) -> list[ast.expr]:
-    """The elements of a tuple or list that the file gives a name to."""
     for node in _parse_file(_find_file()).body:
         if (
             isinstance(node, ast.Assign)

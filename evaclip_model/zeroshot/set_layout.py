@@ -1,13 +1,9 @@
 """The published webdataset layout of evaluation sets, as far as evaluation and training share it.
 
-Covers: the names of its files, finding its tars, grouping tar members into samples, reading a
-label. Not here: what a whole set is (tasks/evaluate/sets), the probe while training
-(training/monitoring/zeroshot_probe.py).
-
-    classnames.txt, zeroshot_classification_templates.txt    one a line (sets with classes)
-    dataset_type.txt                                         "retrieval" or "multilabel"
-    test/nshards.txt, test/0.tar ... test/N-1.tar            KEY.webp|png|jpg|jpeg, and with it
-                                                             KEY.cls, .npy or .txt, by its kind
+classnames.txt, zeroshot_classification_templates.txt    one a line (sets with classes)
+dataset_type.txt                                         "retrieval" or "multilabel"
+test/nshards.txt, test/0.tar ... test/N-1.tar            KEY.webp|png|jpg|jpeg, and with it
+                                                         KEY.cls, .npy or .txt, by its kind
 """
 
 from __future__ import annotations
@@ -70,7 +66,7 @@ class TarMember:
 
 
 def is_system_file(name: str) -> bool:
-    """Whether a path names what an operating system or tar adds beside the files of a person.
+    """Tell whether a path is a file that an operating system or tar adds to those of a person.
 
     macOS writes the attributes of FILE as `._FILE`, pax headers may lie unpacked in a folder.
     """

@@ -1,10 +1,5 @@
 """Figures from ranks and scores with their uncertainty: rates, class means, precision, tests.
 
-Covers: hit rates, mean per class, average precision, chance levels; Wilson and bootstrap intervals;
-paired tests between two models on the same samples.
-Not here: making ranks or scores (exact_ranks.py), the metrics of a set
-(tasks/evaluate/metrics/metric.py).
-
 A bootstrap draws samples with replacement. Where a figure depends only on how many samples fall
 into each of a few cells (a class, answered right or wrong), the cells' counts are drawn instead,
 from the multinomial distribution that drawing samples gives them: the same bootstrap, a thousand
@@ -84,7 +79,7 @@ def area_under_curve(right: Tensor, precision: Tensor) -> Tensor:
 def eleven_points(right: Tensor, precision: Tensor) -> Tensor:
     """Mean of the best precision at a recall of at least 0, 0.1, ... 1, as VOC 2007 defined it.
 
-    Takes what `area` takes.
+    Takes what `area_under_curve` takes.
     """
     best = precision.flip(-1).cummax(dim=-1).values.flip(-1)
     total = right[..., -1:]
@@ -101,7 +96,7 @@ def average_precisions(
     Args:
         scores: of every image for every class [N, C]; larger means more likely.
         positives: which classes an image shows [N, C], bool.
-        curve: `area`, or `eleven_points`.
+        curve: `area_under_curve`, or `eleven_points`.
         ties: with "together" the figure does not depend on the order of samples.
     """
     found = []
@@ -149,13 +144,13 @@ def design_interval(
 
 
 def effective_units(sizes: Tensor) -> float:
-    """How many equal groups say as much of a mean over all members as groups of `sizes` [G] do."""
+    """Number of equal groups that say as much of a mean over all members as `sizes` [G] do."""
     sizes = sizes[sizes > 0].double()
     return float(sizes.sum() ** 2 / (sizes**2).sum())
 
 
 def effective_samples(sizes: Tensor) -> float:
-    """How many samples in equal classes say as much of a mean over classes as `sizes` [C] do."""
+    """Number of samples in equal classes that say as much of a mean over classes as `sizes` [C]."""
     sizes = sizes[sizes > 0].double()
     return float(len(sizes) ** 2 / (1 / sizes).sum())
 
@@ -294,7 +289,6 @@ class _ScoreOrder:
 
 
 def _iterate_orders(scores: Tensor, positives: Tensor, ties: Ties) -> Iterator[_ScoreOrder]:
-    """The order of each class [C]."""
     for column, positive in zip(scores.float().T, positives.T, strict=True):
         first = {"together": 0, "won": -1, "lost": 1}[ties] * positive.int()
         by_tie = first.sort(stable=True).indices

@@ -1,10 +1,4 @@
-"""The figures of a finished recipe, and the commands that come next.
-
-Covers: reading the evaluation's and the registration's artifacts; a terminal table, a Markdown
-summary.
-Not here: making figures and the full report (tasks/evaluate); the artifacts of a flow run's page
-(flows/reporting/prefect_artifacts.py).
-"""
+"""The figures of a finished recipe, and the commands that come next."""
 
 from __future__ import annotations
 
@@ -29,7 +23,6 @@ ROWS_IN_FULL = 24
 
 
 def read_findings(folder: Path) -> Findings:
-    """The results of a finished evaluation."""
     from tasks.evaluate.report.findings import Findings  # imports torch, which `plan` need not
 
     return Findings(json.loads((folder / RESULTS).read_text()))
@@ -58,7 +51,6 @@ def figures_table(found: Findings) -> Table:
 
 
 def print_figures(evaluation: Path) -> None:
-    """Print the figures of the finished evaluation in a folder."""
     console.print(terminal_table(figures_table(read_findings(evaluation))))
 
 

@@ -23,7 +23,7 @@ _KEPT = "/%*$?=&:@!'()+,;~#[]"
 
 
 @dataclass(frozen=True)
-class Rules:
+class RobotsRules:
     """The rules of a file that concern one crawler: (pattern, whether it allows)."""
 
     rules: tuple[tuple[str, bool], ...]
@@ -41,7 +41,7 @@ class Rules:
 @dataclass
 class _Entry:
     lock: threading.Lock = field(default_factory=threading.Lock)
-    rules: Rules | None = None
+    rules: RobotsRules | None = None
 
 
 class Robots:
@@ -65,7 +65,7 @@ class Robots:
             return entry.rules.allow(url)
 
 
-def parse_rules(content: bytes | None, token: str) -> Rules:
+def parse_rules(content: bytes | None, token: str) -> RobotsRules:
     """The rules for the crawler `token`: of all its groups, or else of all groups for everyone.
 
     Lines that cannot be understood forbid nothing.
@@ -89,7 +89,7 @@ def parse_rules(content: bytes | None, token: str) -> Rules:
             for agent_name in agents:
                 if value:  # an empty one allows everything, as no rule does
                     found[agent_name].append((_normalise(value), name == "allow"))
-    return Rules(tuple(found.get(token.lower(), found.get("*", []))))
+    return RobotsRules(tuple(found.get(token.lower(), found.get("*", []))))
 
 
 def _normalise(path: str) -> str:

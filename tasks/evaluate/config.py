@@ -1,8 +1,4 @@
-"""The `[evaluate]` table of a recipe: the sets, their prompts, the precision.
-
-Covers: the configs, the stage whose artifact they decide, the names of its files, the machine.
-Not here: reading sets (sets/), metrics (metrics/), the report (report/); torch is not imported.
-"""
+"""The `[evaluate]` table of a recipe: the sets, their prompts, the precision. No torch here."""
 
 from __future__ import annotations
 

@@ -1,9 +1,5 @@
 """Evaluate models on every set of a recipe, side by side, and write results and reports.
 
-Covers: the order of work, from opening sets to the reports.
-Not here: making features (encode/distributed.py), figures (metrics/compute.py), the content of
-`results.json` (results.py).
-
 The first model given is the one evaluated; the others (untrained, an older champion) stand beside
 it for comparison. Features are made first, of everything; the rest takes seconds.
 """
@@ -69,7 +65,7 @@ def evaluate_models(
         InputError: a set, a model or a curve is missing or unreadable, or a model has diverged.
     """
     if not models:
-        raise InputError("there is no model to evaluate")
+        raise InputError("no model to evaluate was given")
     machine = machine or EvaluationMachine()
     cache = Cache(machine.cache or out / _OWN_CACHE, int(machine.cache_gb * 1e9))
     opened = _open_sets(config, sets, cache.root / "indices")
@@ -117,7 +113,6 @@ def _open_sets(
 def _score_all(
     features: Features, models: Mapping[str, Identity], sets: Mapping[str, EvalSet]
 ) -> dict[str, dict[str, Scored]]:
-    """Every set that has not failed -> model -> its answers."""
     whole = {name: one for name, one in sets.items() if name not in features.failed}
     scored: dict[str, dict[str, Scored]] = {name: {} for name in whole}
     for model in models:
@@ -149,11 +144,6 @@ def _find_seen(
 
 
 def _require_all(failed: Mapping[str, str], others: str) -> None:
-    """Refuse to go on after a failure.
-
-    Raises:
-        InputError: a set failed.
-    """
     if failed:
         reasons = "; ".join(f"'{name}': {reason}" for name, reason in failed.items())
         raise InputError(

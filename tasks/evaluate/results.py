@@ -1,9 +1,4 @@
-"""The content of `results.json`: every figure, with the data and settings behind it.
-
-Covers: putting figures, chance, the paper, comparisons and provenance together; the totals of the
-artifact.
-Not here: computing any of it (metrics/compute.py), warnings (metrics/sanity_warnings.py), reports.
-"""
+"""The content of `results.json`: every figure, with the data and settings behind it."""
 
 from __future__ import annotations
 
@@ -184,7 +179,6 @@ def _paper_figures(
 
 
 def _paired_differences(by_model: Mapping[str, Scored], subject: str) -> dict[str, dict[str, Any]]:
-    """Other model -> metric -> the subject's difference to it on the same samples."""
     pairs = {
         name: compare_models(by_model[subject], other)
         for name, other in by_model.items()

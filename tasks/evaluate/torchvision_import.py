@@ -1,8 +1,5 @@
 """Importing torchvision beside any build of torch.
 
-Covers: the one obstacle, operators that torchvision describes and cannot load.
-Not here: what it is imported for (its data sets, open_clip).
-
 The torchvision of the package index is compiled for CUDA. Beside a CPU build of torch its compiled
 operators do not load, and its import fails at the first that it describes. No data set and no CLIP
 uses one.

@@ -1,8 +1,5 @@
 """Compute every feature that an evaluation needs: list the missing ones and run the ranks.
 
-Covers: planning, starting ranks, starting them again after a kill, progress over all of them.
-Not here: one rank's work (encode_worker.py); the use of features (tasks/evaluate/evaluate.py).
-
 One rank without a GPU works in this process; several, or any on a GPU, are processes of their own
 under supervision, so that nothing of them outlives the evaluation.
 """
@@ -113,7 +110,6 @@ class Features:
         return features
 
     def text_features(self, model: str) -> TextFeatures:
-        """The text features of a model."""
         return TextFeatures(self._text_folder(model))
 
     def answer_features(self, texts: TextFeatures, name: str) -> Tensor:
@@ -192,8 +188,6 @@ class Features:
 
 
 class _Counter:
-    """Progress over all ranks, which never goes back."""
-
     def __init__(self, report: Report, before: int, total: int) -> None:
         self._report, self._before, self._total = report, before, total
 
@@ -247,11 +241,6 @@ def _read_progress(path: Path, ranks: int) -> tuple[int, str]:
 
 
 def _check_sentences(path: Path, ranks: int) -> None:
-    """Raise the message that a rank left for the user.
-
-    Raises:
-        InputError: a rank left one.
-    """
     for rank in range(ranks):
         if sentence_file(path, rank).is_file():
             raise InputError(sentence_file(path, rank).read_text())

@@ -1,10 +1,5 @@
 """One rank of an evaluation: `python -m tasks.evaluate.encode.encode_worker JOB RANK`.
 
-Covers: the job as a file, and the files that each rank leaves beside it; one rank's share of the
-work; its progress and the message it leaves for the user.
-Not here: listing the missing blocks and starting ranks (distributed.py); making a block
-(image_features.py, text_features.py).
-
 Ranks share files alone: each takes every RANKS-th block of those that were missing at the start,
 and renames finished blocks into place. A killed rank loses the block it was working on.
 """
@@ -178,7 +173,6 @@ def write_images(path: Path, images: ImageList) -> None:
 
 
 def read_images(work: ImageWork) -> ImageList:
-    """Read what `write_images` wrote."""
     said = json.loads(work.listed.read_text())
     tars = [Path(tar) for tar in said["tars"]]
     spans = tuple(Span(tars[tar], offset, size) for tar, offset, size in said["spans"])

@@ -1,8 +1,5 @@
 """Features on disk: blocks that are whole or absent, and the bounded cache they lie in.
 
-Covers: writing and reading one block, the folders of the cache, evicting some when it is full.
-Not here: making features (image_features.py, text_features.py).
-
 A block is written beside its place, synced and renamed, and holds a hash of its content: a block
 that a crash tore or that was damaged later reads as absent, and is computed again.
 """
@@ -25,7 +22,7 @@ from evaclip_model.weights.tensor_files import write_tensors
 SUFFIX = ".safetensors"
 _HASH = "sha256"
 _USED = ".used"
-"""File of a folder whose time is that of the last use of the folder."""
+"""File of a folder; its time is that of the last use of the folder."""
 
 
 def write_block(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -65,7 +62,7 @@ class Cache:
 
     root: Path
     most_bytes: int
-    """Most bytes that `trim` keeps."""
+    """Most bytes that `remove_oldest` keeps."""
 
     def open_folder(self, *names: str) -> Path:
         """The folder with these names, created where missing and marked as used now."""

@@ -1,9 +1,5 @@
 """Image features of a set, in blocks that any process can make and none makes twice.
 
-Covers: decoding and encoding the images of one block, which blocks a set has, joining them.
-Not here: text features (text_features.py), files (feature_cache.py), the share of each process
-(encode_worker.py).
-
 The model always sees chunks of one size, the last padded with zeros, on one thread of a CPU: a
 feature is a function of its image alone, bit for bit. Libraries choose another order of summation
 for another size, and share rows out to threads.

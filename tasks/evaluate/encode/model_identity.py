@@ -1,8 +1,4 @@
-"""The identity of a model, as results record it.
-
-Covers: the record of digests, size and preprocessing beside every figure of a model.
-Not here: computing it (open_models.py, open_clip_model.py); torch is not imported.
-"""
+"""The identity of a model, as results record it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""open_clip's models behind the interface of open_models.py; the only importer of that library.
-
-Covers: opening one, its identity, its own preprocessing, the settings that a file of weights does
-not record, texts cut at their end where that changes nothing.
-Not here: our own models (open_models.py).
-"""
+"""open_clip's models behind the interface of open_models.py; the only importer of that library."""
 
 from __future__ import annotations
 
@@ -215,7 +210,6 @@ class OpenClipSubject:
 
 
 def _is_causal(text: Any) -> bool:
-    """Tell whether a text tower is CLIP's own causal transformer."""
     parts = ("token_embedding", "positional_embedding", "transformer", "ln_final", "attn_mask")
     return all(getattr(text, part, None) is not None for part in parts) and (
         getattr(text, "cls_emb", None) is None

@@ -1,13 +1,9 @@
 """Any model behind one interface: ours, a released file, or one of open_clip's.
 
-Covers: the interface of a model, naming one in a line of text, its identity without building it:
-digests of weights, of the text tower, of preprocessing.
-Not here: fetching from a registry (tasks/register/pull_model.py), open_clip (open_clip_model.py).
-
-    FOLDER                     a saved model
-    PATH:ARCHITECTURE          weights of any layout that `load_weights` reads, as an architecture
-    open_clip:NAME/WEIGHTS     a model of open_clip's, with a file or one of its pretrained tags
-    open_clip:local-dir:FOLDER the same, as open_clip_config.json in the folder describes it
+FOLDER                     a saved model
+PATH:ARCHITECTURE          weights of any layout that `load_weights` reads, as an architecture
+open_clip:NAME/WEIGHTS     a model of open_clip's, with a file or one of its pretrained tags
+open_clip:local-dir:FOLDER the same, as open_clip_config.json in the folder describes it
 """
 
 from __future__ import annotations
@@ -121,8 +117,6 @@ def architecture_name(config: ModelConfig) -> str:
 
 
 class _EvaSubject:
-    """A model of this package."""
-
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
         self._model = model
         self._dtype = dtype

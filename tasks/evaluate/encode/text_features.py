@@ -1,9 +1,5 @@
 """Text features, each text of all sets encoded once; and classifiers made of them.
 
-Covers: the texts of a set, the features that are on disk for a text tower, encoding the others, the
-mean of a class's prompts.
-Not here: image features (image_features.py), the share of each process (encode_worker.py).
-
 Texts are grouped by their exact number of tokens and cut behind the last, so nothing is spent on
 padding; a tower that is not causal gets its whole context. The model sees chunks of one size: a
 feature is a function of its text alone, whatever else is encoded. A text tower's features are
@@ -44,7 +40,7 @@ class TextFeatures:
     """The features of one text tower that are on disk."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the features in `folder`; `refresh` reads those that other processes add later."""
+        """Read the features in `folder`; `read_new_files` reads those that others add later."""
         self._folder = folder
         self._read: set[str] = set()
         self._row: dict[bytes, int] = {}
@@ -52,7 +48,6 @@ class TextFeatures:
         self.read_new_files()
 
     def read_new_files(self) -> None:
-        """Read the files that were added."""
         blocks = [self._features] if self._row else []
         rows = len(self._row)
         for path in sorted(self._folder.glob(f"*{SUFFIX}")):
@@ -75,7 +70,6 @@ class TextFeatures:
             self._features = torch.cat(blocks)
 
     def missing_texts(self, texts: Sequence[str]) -> list[str]:
-        """The texts among `texts` that have no feature yet."""
         return [text for text in texts if _text_key(text) not in self._row]
 
     def features_of(self, texts: Sequence[str]) -> Tensor:

@@ -1,9 +1,4 @@
-"""Figures of one model on one set, and of two models on the same set.
-
-Covers: every metric of a set with interval, bounds and chance; counts, classes and confusions;
-differences of two models.
-Not here: which metrics there are and how each is estimated (metric.py), how figures are shown.
-"""
+"""Figures of one model on one set, and of two models on the same set."""
 
 from __future__ import annotations
 
@@ -71,7 +66,6 @@ def compare_models(a: Scored, b: Scored) -> dict[str, PairedDifference]:
 
 
 def _count_answers(scored: Scored) -> Figures:
-    """Numbers of samples, classes or captions, and queries whose right answer ties."""
     evalset = scored.evalset
     if scored.scores is not None:
         positives = positives_of(evalset)
@@ -88,7 +82,6 @@ def _count_answers(scored: Scored) -> Figures:
 
 
 def _describe_classes(scored: Scored) -> Figures:
-    """Answers of each class, and classes taken for each other; nothing without classes."""
     evalset = scored.evalset
     if scored.scores is not None:
         positives = positives_of(evalset)

@@ -1,10 +1,5 @@
 """Test images that a model has seen in training, and its figures without them.
 
-Covers: near-duplicates and exact copies of test images among the samples of a dataset version, by
-the index of its verification; figures of the images that have none.
-Not here: hashing (tasks/index/image_hashes.py, tasks/index/perceptual_hash.py), leaving such
-samples out before training (tasks/dataset/choose.py).
-
 Looks are compared with 64 bits, so that pictures of little content (blank ones, digits, plain
 text) may be taken for each other: figures without such images are a bound, not a correction.
 """

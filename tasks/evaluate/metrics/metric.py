@@ -1,11 +1,5 @@
 """The list of metrics, of which everything that is said of a figure derives.
 
-Covers: a metric (values of single samples, figure, interval, bounds under ties, paired test, chance
-level, place in reports and in the paper's tables), the kinds of metrics by their statistics, the
-list.
-Not here: the statistics themselves (evaclip_model/zeroshot/statistics.py), the figures of a model
-on a set (compute.py).
-
 A new metric is one entry of `METRICS`. Its name is a key of `results.json`, of the counts of the
 artifact and so of MLflow; tables show metrics in the order of the list.
 """
@@ -117,7 +111,6 @@ class Metric(ABC):
         )
 
     def applies_to(self, evalset: EvalSet) -> bool:
-        """Tell whether a set has this figure."""
         named = evalset.known.metric if evalset.known else None
         return evalset.kind == self.kind and (not self.is_theirs_alone or named == self.printed_for)
 
@@ -379,12 +372,10 @@ METRICS: tuple[Metric, ...] = (
 
 
 def metrics_of(evalset: EvalSet) -> list[Metric]:
-    """The metrics of a set."""
     return [metric for metric in METRICS if metric.applies_to(evalset)]
 
 
 def metrics_in(figures: Mapping[str, Any]) -> list[Metric]:
-    """The metrics of which there is a figure."""
     return [metric for metric in METRICS if metric.name in figures]
 
 
@@ -415,7 +406,6 @@ def printed_columns(known: KnownSet) -> dict[str, str]:
 
 
 def title_of(name: str) -> str:
-    """A metric's name for people."""
     return next((one.title for one in METRICS if one.name == name), name.replace("_", " "))
 
 

@@ -1,9 +1,4 @@
-"""Warnings that a reader of figures should know before trusting them.
-
-Covers: the frequent mistakes that figures alone do not show: names in another order than labels,
-duplicate names, classes without images, ties that decide, figures at chance, an unexpected size.
-Not here: figures (compute.py), checks of a set's files (tasks/evaluate/sets/check_set.py).
-"""
+"""Warnings that a reader of figures should know before trusting them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The answers of one model to one evaluation set: rankings, or scores for several classes an image.
-
-Covers: the true answers of a set as tensors, scoring features against texts, ranks under ties.
-Not here: ranking itself (evaclip_model/zeroshot/exact_ranks.py), figures (metric.py, compute.py).
-"""
+"""The answers of one model to one evaluation set: rankings, or scores of several classes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Averages over the sets of a table, refused where one is missing, and the robustness gap.
-
-Covers: the paper's averages of Tables 1b, 2 and 3, its gap Δ, the same over the sets there are.
-Not here: single figures (tasks/evaluate/metrics/compute.py), verdicts on them (published.py).
-"""
+"""Averages over the sets of a table, refused where one is missing, and the robustness gap."""
 
 from __future__ import annotations
 
@@ -110,7 +106,6 @@ def values_of(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def members_of(table: str) -> dict[str, KnownSet]:
-    """The sets of a table, in its order."""
     return {key: known for key, known in known_sets().items() if table in known.tables}
 
 
@@ -121,6 +116,5 @@ def _explain_refusal(members: int, missing: tuple[str, ...]) -> str:
 
 
 def _find_cell(table: str, row: str | None, column: str, as_printed: bool) -> float | None:
-    """A cell of the paper's row; none where there is no such row."""
     rows = [one for one in rows_of(table, as_printed=as_printed) if row and one.model == row]
     return float(rows[0].cells[column]) if rows else None

@@ -1,9 +1,5 @@
 """The paper's figures, and the verdict on ours: reproduced, differs or not comparable.
 
-Covers: Tables 1 to 10 of the paper as data with their errata, which row a model is, the figure
-published for a model on a set, the verdict on ours.
-Not here: averages over sets (averages.py), tables to look at (tasks/evaluate/report/paper_form.py).
-
 Cells are kept as printed; errata are applied when they are read, unless printed cells are asked
 for. What an erratum corrects, and what it only remarks on, is footnoted either way.
 """
@@ -36,8 +32,6 @@ Ruling = Literal["reproduced", "differs", "not comparable"]
 
 
 class Correction(Config):
-    """One printed cell and its correct value."""
-
     table: str
     model: str | None
     """Row; None for the label of a column, or for the heading."""
@@ -102,8 +96,6 @@ class PaperRow:
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One table of the paper."""
-
     title: str
     header: str
     """Its heading, where models stand in it."""
@@ -115,8 +107,6 @@ class PaperTable:
 
 @dataclass(frozen=True)
 class PaperFigure:
-    """A published figure."""
-
     row: str
     """Model, as the paper calls it."""
     value: float
@@ -140,8 +130,6 @@ class PaperModel:
 
 @dataclass(frozen=True)
 class PaperVerdict:
-    """The verdict on a figure of ours beside the published one."""
-
     verdict: Ruling
     reason: str
     """One clause."""
@@ -171,13 +159,11 @@ def table_of(key: str, *, as_printed: bool = False) -> PaperTable:
 
 
 def rows_of(key: str, *, as_printed: bool = False) -> tuple[PaperRow, ...]:
-    """The rows of table `key`, in its order."""
     return table_of(key, as_printed=as_printed).rows
 
 
 @functools.cache
 def list_errata() -> tuple[Erratum, ...]:
-    """All of them, E1 first."""
     return tuple(Erratum.model_validate(entry) for entry in _load_tables()["errata"])
 
 
@@ -253,7 +239,6 @@ def judge_figure(
 def _list_obstacles(
     reference: PaperFigure, evalset: EvalSet, model: PaperModel, split: str
 ) -> Iterator[str]:
-    """Reasons why a figure of ours cannot be compared with the published one."""
     known = evalset.known
     if known is None or not known.tables:
         yield "the set is not one of the paper's"
@@ -297,7 +282,6 @@ def _make_row(table: str, raw: Mapping[str, Any], corrected: Mapping[Any, Any]) 
 
 
 def _concerns_cell(erratum: Erratum, table: str, model: str, column: str) -> bool:
-    """Tell whether an erratum names a cell, as one to correct or to remark on."""
     corrects = any(
         (one.table, one.model, one.column) == (table, model, column) for one in erratum.cells
     )
@@ -329,7 +313,6 @@ def _erratum_footnote(erratum: Erratum, model: str | None = None, column: str = 
 
 
 def _is_same(shipped: str, name: str, px: int) -> bool:
-    """Tell whether two names of architectures, one with a size of image, mean the same."""
     is_known = name in list_models()
     return is_known and ModelConfig.load(name).at_image_px(px) == ModelConfig.load(shipped)
 

@@ -1,8 +1,4 @@
-"""Tables over all sets: the figures at a glance, verdicts, averages, comparisons.
-
-Covers: their rows, in the words of a reader.
-Not here: the paper's tables (paper_form.py), tables of one set (one_set.py), layout.
-"""
+"""Tables over all sets: the figures at a glance, verdicts, averages, comparisons."""
 
 from __future__ import annotations
 
@@ -36,7 +32,6 @@ SURE = 0.05
 
 
 def set_anchor(evalset: str) -> str:
-    """Anchor of a set's section on the page."""
     return f"set-{evalset}"
 
 
@@ -116,12 +111,10 @@ def verdict_table(found: Findings) -> Table | None:
 
 
 def compared_figures(found: Findings, model: str) -> list[Figure]:
-    """The figures of a model that the paper prints too."""
     return [one for key in found.sets for one in found.list_figures(key, model) if one.published]
 
 
 def count_verdicts(found: Findings, model: str) -> Mapping[str, int]:
-    """Number of a model's figures that have each verdict."""
     given = [one.published.verdict for one in compared_figures(found, model) if one.published]
     return {verdict: given.count(verdict) for verdict in VERDICTS}
 
@@ -152,7 +145,6 @@ def average_table(found: Findings) -> Table | None:
 
 
 def robustness_table(found: Findings) -> Table | None:
-    """The gap Δ of Table 1b for every model that has it."""
     table = Table.of("model", "ImageNet-1K", "average of the six", "gap Δ", "published Δ")
     for model in found.models:
         gap = found.robustness_gap(model)
@@ -168,7 +160,6 @@ def robustness_table(found: Findings) -> Table | None:
 
 
 def comparison_table(found: Findings, *, headlines_only: bool) -> Table | None:
-    """Differences to every other model on the same samples, with p-values."""
     table = Table.of(
         *("set", words("other model"), words("figure"), found.subject, "other"),
         *("difference, points", "95 % interval", "p"),
@@ -196,7 +187,6 @@ def comparison_table(found: Findings, *, headlines_only: bool) -> Table | None:
 def compared_pairs(
     found: Findings, other: str, *, headlines_only: bool
 ) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Set, metric and paired difference of the subject to another model."""
     for evalset in found.sets:
         for metric, one in found.paired_differences(evalset, other).items():
             if not headlines_only or metric in found.headline_metrics(evalset):
@@ -204,7 +194,6 @@ def compared_pairs(
 
 
 def contamination_table(found: Findings) -> Table | None:
-    """Figures with and without the images that have near-duplicates in the training shards."""
     table = Table.of(
         *("set", "images seen in training", "share", words("figure"), "with them"),
         *("without them", "difference"),
@@ -231,7 +220,6 @@ def contamination_table(found: Findings) -> Table | None:
 
 
 def failure_table(found: Findings) -> Table | None:
-    """Sets that could not be evaluated."""
     table = Table.of("set", words("why"))
     for evalset, reason in found.failed.items():
         table.add(found.set_name(evalset), reason)
@@ -239,7 +227,6 @@ def failure_table(found: Findings) -> Table | None:
 
 
 def provenance_table(found: Findings) -> Table:
-    """Models, the rule for ties and versions behind all figures."""
     table = Table.of("what", words("is"))
     for model in found.models:
         table.add(f"model “{model}”", "; ".join(_describe_model(found.describe_model(model))))

@@ -1,9 +1,4 @@
-"""Charts as inline SVG, which a page can hold without asking for another file.
-
-Covers: axes and their ticks, lines over common axes, circles with names, one share as a bar.
-Not here: which figures are drawn (curves.py, compute_chart.py, page.py); colours
-are CSS classes of the page (style.css).
-"""
+"""Charts as inline SVG, which a page can hold without asking for another file."""
 
 from __future__ import annotations
 
@@ -55,18 +50,15 @@ class _Frame:
     log_x: bool
 
     def x(self, value: float) -> float:
-        """Place of a value, in pixels from the left."""
         low, high, at = (_log10(one) if self.log_x else one for one in (*self.x_range, value))
         return LEFT + (at - low) / (high - low) * (self.width - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        """Place of a value, in pixels from the top."""
         low, high = self.y_ticks[0], self.y_ticks[-1]
         bottom = self.height - BOTTOM
         return bottom - (value - low) / (high - low) * (bottom - TOP)
 
     def draw_chart(self, x_ticks: Iterable[float], parts: Iterable[Markup], style: str) -> Markup:
-        """The chart with `parts` inside its axes."""
         grid = []
         for tick in self.y_ticks:
             y = self.y(tick)
@@ -207,7 +199,6 @@ class _Box:
     height: float = 12.0
 
     def overlap_area(self, other: _Box) -> float:
-        """Common area."""
         wide = min(self.left + self.width, other.left + other.width) - max(self.left, other.left)
         high = min(self.top + self.height, other.top + other.height) - max(self.top, other.top)
         return max(0.0, wide) * max(0.0, high)

@@ -1,8 +1,5 @@
 """Accuracy against compute, as the paper's Figure 1 shows it.
 
-Covers: forward GFLOPs of the published models; the chart's circles.
-Not here: published accuracies and samples seen (the paper's Table 1a), drawing (charts.py).
-
 The figure's horizontal axis is not stated; here it is the image tower's forward pass. A circle
 stands for forward GFLOPs times training samples, as the paper's caption says; its area here, where
 the paper says diameter, because the range is two hundred to one.

@@ -1,8 +1,4 @@
-"""The losses that the training stages wrote down, as the report shows them.
-
-Covers: reading `metrics.jsonl`, the chart of its losses.
-Not here: how charts are drawn (charts.py).
-"""
+"""The losses that the training stages wrote down, as the report shows them."""
 
 from __future__ import annotations
 

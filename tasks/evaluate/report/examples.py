@@ -1,9 +1,5 @@
 """The examples that the report shows, with their pictures.
 
-Covers: searches in both directions and for classes, mistakes, confusions, what each class is taken
-for; the rule by which examples are drawn; thumbnails as data URIs.
-Not here: figures, the page (page.py).
-
 Examples are drawn at random with a seed made of the set's fingerprint, never picked by looks;
 where only right answers or only mistakes are drawn from, the page says so.
 """
@@ -125,7 +121,6 @@ class Confusion:
 
 
 def commonest_confusions(scored: Scored, count: int) -> list[Confusion]:
-    """The commonest mistakes, of those made more than once."""
     assert scored.classes is not None
     labels = [sample.label for sample in scored.evalset.samples]
     sizes = Counter(labels)
@@ -206,7 +201,6 @@ def _first_of_class(evalset: EvalSet) -> dict[int, int]:
 
 
 def _draw_queries(evalset: EvalSet, ranking: Ranking, amount: Amount) -> list[tuple[str, int]]:
-    """Queries to show: some of those answered right, then some of those that were not."""
     among = torch.nonzero(ranking.ranks == 0).flatten().tolist()
     good = _draw_sample(evalset, among, amount.right)
     rest = torch.nonzero(ranking.ranks > 0).flatten().tolist()

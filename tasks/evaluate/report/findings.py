@@ -1,9 +1,4 @@
-"""The content of `results.json` by the questions a report asks of it.
-
-Covers: the one place of the reports that knows the keys of `results.json`; what is missing reads
-as None or empty, so that a report can be made of any evaluation.
-Not here: computing any figure (tasks/evaluate/results.py), wording, layout.
-"""
+"""The content of `results.json` by the questions a report asks of it."""
 
 from __future__ import annotations
 
@@ -48,12 +43,10 @@ class Figure:
 
     @property
     def title(self) -> str:
-        """The metric's name for people."""
         return title_of(self.metric)
 
     @property
     def difference(self) -> float | None:
-        """Points between ours and the published figure."""
         if self.value is None or self.published is None:
             return None
         return 100 * (self.value - self.published.value)
@@ -76,7 +69,6 @@ class Findings:
 
     @cached_property
     def models(self) -> tuple[str, ...]:
-        """All models, the subject first."""
         return (self.subject, *(name for name in self.raw["models"] if name != self.subject))
 
     @property
@@ -84,41 +76,33 @@ class Findings:
         return self.models[1:]
 
     def describe_model(self, model: str) -> Json:
-        """Digest, architecture, parameters, GFLOPs and source of a model."""
         found: Json = self.raw["models"][model]
         return found
 
     @cached_property
     def sets(self) -> tuple[str, ...]:
-        """Sets that were evaluated, in the order of the evaluation."""
         return tuple(self.raw["results"])
 
     @property
     def failed(self) -> Json:
-        """Sets that could not be evaluated, with the reason."""
         return self._results_part("failed")
 
     def known_set(self, evalset: str) -> KnownSet | None:
-        """A set's entry in the registry."""
         return find_set(evalset)
 
     def set_name(self, evalset: str) -> str:
-        """A set's name for people."""
         known = self.known_set(evalset)
         return known.title if known else evalset
 
     def describe_set(self, evalset: str) -> Json:
-        """Size, fingerprints, prompts and warnings of a set."""
         found: Json = self.raw["sets"][evalset]
         return found
 
     def set_results(self, evalset: str, model: str) -> Json:
-        """Everything that was found of a model on a set; empty where it was not evaluated."""
         found: Json = self._results_part("results", evalset, model)
         return found
 
     def list_metrics(self, evalset: str) -> tuple[str, ...]:
-        """The metrics of a set, in the order in which they are shown."""
         return tuple(one.name for one in metrics_in(self.set_results(evalset, self.subject)))
 
     def headline_metrics(self, evalset: str) -> tuple[str, ...]:
@@ -127,7 +111,6 @@ class Findings:
         return tuple(one.name for one in headlines_of(about["kind"], about.get("metric")))
 
     def get_figure(self, evalset: str, model: str, metric: str) -> Figure:
-        """A metric of a model on a set."""
         results = self.set_results(evalset, model)
         spread, bounds = (results.get(key, {}).get(metric) for key in ("intervals", "bounds"))
         given = self._results_part("paper", evalset, model, metric)
@@ -150,11 +133,9 @@ class Findings:
         )
 
     def list_figures(self, evalset: str, model: str) -> list[Figure]:
-        """All metrics of a model on a set."""
         return [self.get_figure(evalset, model, metric) for metric in self.list_metrics(evalset)]
 
     def headline_figures(self, evalset: str, model: str) -> list[Figure]:
-        """The figures of a model on a set that are shown first."""
         return [
             self.get_figure(evalset, model, metric) for metric in self.headline_metrics(evalset)
         ]
@@ -178,7 +159,6 @@ class Findings:
         return self._results_part("contamination", evalset)
 
     def _results_part(self, *path: str) -> Json:
-        """A part of the results, empty where this evaluation has none."""
         found: Json = self.raw
         for key in path:
             found = found.get(key) or {}

@@ -1,8 +1,4 @@
-"""The report of an evaluation as Markdown: for a pull request, a wiki, a terminal.
-
-Covers: its parts and their order; the short summary that goes with a flow run.
-Not here: any figure, the rows of tables (all_sets.py, paper_form.py, one_set.py), pictures.
-"""
+"""The report of an evaluation as Markdown: for a pull request, a wiki, a terminal."""
 
 from __future__ import annotations
 
@@ -30,7 +26,6 @@ def write_markdown(
     scored: Mapping[str, Mapping[str, Scored]],
     curves: Sequence[Curve],
 ) -> str:
-    """The whole report."""
     found = Findings(results)
     parts = [*_first_screen(found), *_paper_lines(found)]
     parts += _titled_table(

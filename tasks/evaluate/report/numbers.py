@@ -1,9 +1,4 @@
-"""Numbers as people read them.
-
-Covers: shares, intervals, differences, ratios, ranks, sizes and p-values as words; a dash where
-there is no number.
-Not here: which numbers are shown.
-"""
+"""Numbers as people read them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Tables of one set: its figures, its classes, its confusions, the data behind them.
-
-Covers: their rows.
-Not here: tables over all sets (all_sets.py), pictures (examples.py), layout.
-"""
+"""Tables of one set: its figures, its classes, its confusions, the data behind them."""
 
 from __future__ import annotations
 
@@ -72,7 +68,6 @@ def class_table(
 
 
 def confusion_table(given: Sequence[Confusion], names: Sequence[str]) -> Table:
-    """The commonest confusions, without their pictures."""
     table = Table.of("class", words("taken for"), "images of the class")
     for one in given:
         table.add(names[one.actual], names[one.said], f"{len(one.images):,} of {one.of:,}")
@@ -80,7 +75,6 @@ def confusion_table(given: Sequence[Confusion], names: Sequence[str]) -> Table:
 
 
 def provenance_table(found: Findings, evalset: str) -> Table:
-    """Images, split, content, prompts and terms of a set."""
     about, known = found.describe_set(evalset), found.known_set(evalset)
     table = Table.of("what", words("is"))
     size = f"{format_plural(about['n'], 'image')} in its index, all evaluated once"

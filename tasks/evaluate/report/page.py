@@ -1,9 +1,4 @@
-"""The page of an evaluation: one HTML file that needs no other.
-
-Covers: the content of each part of the page.
-Not here: any figure (results.json has them all), the rows of tables (all_sets.py, paper_form.py,
-one_set.py), drawing (charts.py), examples (examples.py), looks (report.html.j2, style.css).
-"""
+"""The page of an evaluation: one HTML file that needs no other."""
 
 from __future__ import annotations
 

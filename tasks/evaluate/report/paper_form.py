@@ -1,9 +1,4 @@
-"""The paper's Tables 1 to 4 in the paper's form, published rows beside ours.
-
-Covers: which of our figures stands in which column; our rows and their differences.
-Not here: published figures and errata (tasks/evaluate/paper/published.py), averages
-(tasks/evaluate/paper/averages.py), layout.
-"""
+"""The paper's Tables 1 to 4 in the paper's form, published rows beside ours."""
 
 from __future__ import annotations
 
@@ -46,8 +41,6 @@ LABELS = {
 
 @dataclass(frozen=True)
 class PaperForm:
-    """One of the paper's tables with our rows in it."""
-
     key: str
     """Its anchor."""
     title: str
@@ -130,7 +123,6 @@ def _add_ours(
     given: PaperTable,
     columns: list[PaperColumn],
 ) -> None:
-    """Our row, and its differences to the row it belongs beside."""
     values = dict(_our_values(found, key, model))
     cells = []
     for column in columns:
@@ -170,7 +162,6 @@ def _our_values(found: Findings, key: str, model: str) -> Iterator[tuple[str, fl
 
 
 def _setting_cell(found: Findings, model: str, column: PaperColumn) -> str:
-    """A cell of Table 1a that holds no figure."""
     about = found.describe_model(model)
     if column.key == "params_total" and about["params"]:
         return format_size(float(about["params"]), digits=1)
@@ -180,7 +171,6 @@ def _setting_cell(found: Findings, model: str, column: PaperColumn) -> str:
 
 
 def _why_not(found: Findings, key: str, model: str, column: PaperColumn) -> list[str]:
-    """The reason why there is no figure of ours in a cell, where one is known."""
     if column.key in ("avg", "delta"):
         reason = found.table_average(key, model).get("reason")
         return [str(reason)] if reason else []

@@ -1,8 +1,4 @@
-"""The evaluation for a reader in a hurry: a few figures and a few sentences.
-
-Covers: the headline figures with their intervals, and the summary in words.
-Not here: tables, layout.
-"""
+"""The evaluation for a reader in a hurry: a few figures and a few sentences."""
 
 from __future__ import annotations
 
@@ -35,8 +31,6 @@ OTHERS_IN_TILES = 2
 
 @dataclass(frozen=True)
 class Tile:
-    """One headline figure."""
-
     of: str
     value: str
     refused: bool = False
@@ -58,7 +52,6 @@ def headline_tiles(found: Findings) -> list[Tile]:
 
 
 def summary_sentences(found: Findings) -> list[str]:
-    """The evaluation in a few sentences: size, agreement with the paper, things to beware of."""
     return [
         *_extent_lines(found),
         *_agreement_lines(found),
@@ -178,8 +171,6 @@ def _agreement_lines(found: Findings) -> Iterator[str]:
 
 
 def _count_not_comparable(found: Findings, table: str) -> int:
-    """Number of the subject's figures in a table's average that the paper's cannot be compared
-    with."""
     given = [
         found.get_figure(key, found.subject, known.metric).published
         for key, known in members_of(table).items()

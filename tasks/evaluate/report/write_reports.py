@@ -1,9 +1,4 @@
-"""Write the reports of an evaluation beside its figures.
-
-Covers: the files for people that are made of `results.json` and the rankings behind it; the flat
-table of figures.
-Not here: any figure; the content of the page and the Markdown (page.py, markdown.py).
-"""
+"""Write the reports of an evaluation beside its figures."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""What a set holds, and what is odd about it, before anything is evaluated on it.
-
-Covers: counts, what is odd about names, classes without images, equal images, images that cannot be
-decoded. Not here: the layout's own checks (published_layout.py); figures.
-"""
+"""The content of a set and its oddities, before anything is evaluated on it."""
 
 from __future__ import annotations
 
@@ -34,14 +30,12 @@ _ODD_NAMES = (
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found in a set."""
-
     evalset: EvalSet
     unreadable: tuple[tuple[str, str], ...]
     """(key, reason)"""
 
     def list_facts(self) -> Iterator[tuple[str, str]]:
-        """What it is, as (what, value)."""
+        """(what, value) of kind, size, names, prompts and fingerprint."""
         one = self.evalset
         yield "kind", one.kind
         yield "images", f"{len(one):,} in {len({sample.image.tar for sample in one.samples})} tars"
@@ -53,7 +47,6 @@ class Checked:
         yield "fingerprint", one.fingerprint
 
     def list_oddities(self) -> Iterator[str]:
-        """What a person should look at, a sentence each."""
         one = self.evalset
         yield from one.warnings
         if one.known is not None and not one.known.split_stated:
@@ -86,7 +79,6 @@ def check_set(evalset: EvalSet, report: Report = report_nothing) -> Checked:
 
 
 def _decode_reason(sample: EvalSample) -> str:
-    """Why its image cannot be decoded; empty if it can."""
     try:
         decode_image(sample.image.read())
     except UnreadableImageError as error:
@@ -95,7 +87,6 @@ def _decode_reason(sample: EvalSample) -> str:
 
 
 def odd_names(classnames: Sequence[str], known: KnownSet | None) -> Iterator[str]:
-    """What is odd about class names, a sentence each."""
     names = Counter(classnames)
     shared = [name for name, count in names.items() if count > 1]
     if shared:

@@ -1,8 +1,4 @@
-"""Which label and which name each class of a source gets: one rule for every kind of source.
-
-Covers: comparing the words that a source has for its classes (folders, a column of a table, an
-attribute) with a list of class names, numbered classes, WordNet ids, files of class names.
-Not here: where lists come from (prompts.py), reading sources (convert/).
+"""Labels and names of the classes of a source: one rule for every kind of source.
 
 The rule: a list and the source's words are joined by what they say, never by position, wherever
 they can be compared. Numbers are places in the list, counted from 0 or from 1. WordNet ids are
@@ -46,7 +42,7 @@ class ClassNameList:
 
     names: tuple[str, ...]
     source: str
-    """What it is called in messages."""
+    """Its name in messages."""
     words: tuple[str, ...] = ()
     """The word of the source that each name is for, where the list says it."""
 
@@ -58,7 +54,7 @@ class ClassOrder:
     names: tuple[str, ...]
     labels: Mapping[str, int]
     remarks: tuple[str, ...] = ()
-    """What a person should know about how they were joined."""
+    """Sentences on how they were joined, where that is not plain."""
 
 
 def read_class_names(chosen: str, known: KnownSet | None) -> ClassNameList:
@@ -247,7 +243,6 @@ def _by_list(
 def _by_words_of_list(
     words: Sequence[str], chosen: ClassNameList, where: str, numbered: bool
 ) -> ClassOrder:
-    """Labels by a list that says which word each of its names is for."""
     both = numbered and all(word.isdecimal() for word in chosen.words)
     key = (lambda word: str(int(word))) if both else normalise_name
     place = {key(word): label for label, word in enumerate(chosen.words)}

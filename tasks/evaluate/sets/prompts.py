@@ -1,10 +1,5 @@
 """Class names and prompt templates of a set, each from a source that the recipe names.
 
-Covers: the set's own files, ImageNet's lists, the lists of the distribution clip-benchmark (read as
-data, nothing of it is run), templates built by a grammar, and the classes of ImageNet's subsets.
-Not here: encoding them (evaluate/encode/text_features.py), which sets have which source
-(set_registry.py).
-
 There is no source of last resort: a set whose source lacks it is an error, because a figure under
 other prompts looks like any other figure.
 """

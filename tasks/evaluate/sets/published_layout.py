@@ -1,10 +1,5 @@
 """Evaluation sets in the published webdataset layout, read through a tar member index.
 
-Covers: the index (which bytes of which tar are which image, label or caption), its checks, where it
-is kept, the fingerprint of a set's content.
-Not here: the layout's files and tar members (evaclip_model/zeroshot/set_layout.py), decoding
-images, models, metrics, where names and prompts come from (prompts.py).
-
 Such sets have few shards, so they are never split by tar: samples are addressed one by one, in the
 order of their keys, and every one of them is evaluated exactly once. The same samples are the same
 set in however many tars.
@@ -85,7 +80,7 @@ class EvalSet:
     crop_px: int = 0
     """Pixels that whoever decodes an image of this set must cut off every side first."""
     warnings: tuple[str, ...] = ()
-    """What is unexpected about the set itself."""
+    """Sentences on what is unexpected about the set itself."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -148,7 +143,7 @@ def open_set(
 
 
 def kind_of(folder: Path) -> Kind:
-    """What kind of set lies in `folder`.
+    """The kind of the set in `folder`.
 
     Raises:
         InputError: its dataset_type.txt has another word.
@@ -162,8 +157,6 @@ def kind_of(folder: Path) -> Kind:
 
 
 class _Indexed(NamedTuple):
-    """One sample of the index, as it is kept."""
-
     key: str
     tar: int
     """Number of its tar."""
@@ -298,8 +291,8 @@ def _in_subset(
     for entry in entries:
         if entry.answer not in place:
             raise InputError(
-                f"{tars[entry.tar]}: sample {entry.key} has label {entry.answer}, which is none "
-                f"of the {len(classes)} classes of '{known.key}' among ImageNet's {_THOUSAND}"
+                f"{tars[entry.tar]}: sample {entry.key} has label {entry.answer}, which is not "
+                f"one of the {len(classes)} classes of '{known.key}' among ImageNet's {_THOUSAND}"
             )
     kept = tuple(names[label] for label in classes) if len(names) == _THOUSAND else names
     return kept, [entry._replace(answer=place[entry.answer]) for entry in entries]
@@ -344,7 +337,6 @@ def _source_of(
 
 
 def _list_unexpected(evalset: EvalSet) -> list[str]:
-    """What differs from the registry's entry."""
     known = evalset.known
     if known is None:
         return []

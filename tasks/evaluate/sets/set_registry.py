@@ -1,8 +1,4 @@
-"""The evaluation sets of the paper's Tables 1-4, as data: what each is, and what to beware of.
-
-Covers: the 33 sets (27 of images, 4 of video frames, 2 of retrieval) and variants of them.
-Not here: published figures (evaluate/paper/published.py), prompts (prompts.py), reading a set
-(published_layout.py).
+"""The evaluation sets of the paper's Tables 1-4, as data.
 
 Sizes and splits are those that reproduce the paper, where any do; "split not stated" marks the
 sets whose images the paper neither names nor betrays by its figures.
@@ -25,13 +21,11 @@ NameSource = Literal["dataset", "openai", "clip_benchmark"]
 PromptSource = Literal["dataset", "openai", "clip_benchmark", "grammar"]
 
 FOLDER = "evaluation"
-"""Where a recipe looks for a known set, unless it says otherwise."""
+"""Folder in which a recipe looks for a known set, unless it says otherwise."""
 _FILE = Path(__file__).with_name("registry.json")
 
 
 class KnownSet(Config):
-    """One set that others evaluate too."""
-
     key: str
     """Its name in recipes and figures."""
     title: str
@@ -48,26 +42,26 @@ class KnownSet(Config):
     n: int | None = None
     """Images of the set that reproduces the paper; None where nobody can know."""
     n_note: str = ""
-    """What these images are, or why their number is not known."""
+    """Origin of these images, or the reason why their number is not known."""
     captions: int | None = None
     """Captions of these images in a retrieval set."""
     split: str
     split_stated: bool = True
-    """Whether the paper says which images, or its figures agree with others' on these."""
+    """True: the paper says which images, or its figures agree with others' on these."""
     names: tuple[NameSource, ...] = ("dataset",)
-    """Where its class names are to be had; the first is used unless told otherwise."""
+    """Sources of its class names; the first is used unless told otherwise."""
     prompts: tuple[PromptSource, ...] = ("dataset",)
-    """Where its prompt templates are to be had; the first is used unless told otherwise."""
+    """Sources of its prompt templates; the first is used unless told otherwise."""
     templates: int | None = None
     """Number of templates of the first source."""
     names_from: str = ""
-    """Where those who published the set have its class names from."""
+    """Origin of the class names that the set is published with."""
     wheel_names: str | None = None
     """Key of its class names in the distribution clip-benchmark."""
     wheel_prompts: str | None = None
     """Key of its templates there."""
     subset_of: str | None = None
-    """Set of whose classes it has some; its labels count those only."""
+    """Set that it has some classes of; its labels count those only."""
     torchvision: str | None = None
     """Class of torchvision.datasets that has it."""
     wds: str
@@ -79,7 +73,7 @@ class KnownSet(Config):
     tolerance: float | None = None
     """Points within which a figure counts as reproduced; None: nothing is known to compare with."""
     traps: tuple[str, ...] = ()
-    """What others have got wrong."""
+    """Mistakes that others have made."""
 
 
 @functools.cache
@@ -95,7 +89,6 @@ def known_sets() -> dict[str, KnownSet]:
 
 
 def find_set(key: str) -> KnownSet | None:
-    """The known set, or variant, of this name."""
     return all_sets().get(key)
 
 

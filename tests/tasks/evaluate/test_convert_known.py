@@ -120,7 +120,7 @@ def test_what_is_not_as_voc_has_it_is_one_sentence(voc: Path, tmp_path: Path) ->
     with pytest.raises(InputError, match=r"has no ImageSets/Main/\*_test\.txt"):
         convert_voc(tmp_path, tmp_path / "set", OWN)
     (voc / "Annotations" / "000001.xml").write_text(annotation(("horse", 0, 0, 1, 1)))
-    with pytest.raises(InputError, match="class 'horse' is none of cat, dog, sofa"):
+    with pytest.raises(InputError, match="class 'horse' is not one of cat, dog, sofa"):
         convert_voc(voc, tmp_path / "set", OWN)
     for text in ("<annotation>", "<annotation><object><name>cat</name></object></annotation>"):
         (voc / "Annotations" / "000001.xml").write_text(text)

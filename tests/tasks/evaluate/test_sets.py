@@ -346,7 +346,7 @@ def test_a_subset_of_imagenet_with_the_thousands_names_and_labels_is_cut(
     other = next(label for label in range(1000) if label not in classes)
     members[1] = ("s0.cls", str(other).encode())
     write(folder, [members])
-    with pytest.raises(InputError, match=f"label {other}, which is none of the 200 classes"):
+    with pytest.raises(InputError, match=f"label {other}, which is not one of the 200 classes"):
         open_set("imagenet-a", folder, "classification", ("{c}",), known=known)
 
 

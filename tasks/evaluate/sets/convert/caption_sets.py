@@ -1,10 +1,5 @@
 """Images with captions, in the forms in which people have them, as a retrieval set.
 
-Covers: Karpathy's split files (dataset_coco.json, dataset_flickr30k.json), COCO's own annotations
-(captions_val2014.json), BLIP's lists (coco_karpathy_test.json), Flickr's token files, tables with a
-column of images and one of captions.
-Not here: reading tables (table.py), writing the set (shard_writer.py).
-
 All captions of an image are kept: COCO's 5,000 test images have 25,010.
 """
 
@@ -127,7 +122,6 @@ def _read_text(listing: Path) -> Captions:
 
 
 def _find_columns(columns: Sequence[str], listing: Path) -> tuple[str, str]:
-    """Which column, or key, has the images, and which the captions."""
     plain = {column.strip().casefold(): column for column in reversed(columns)}
     image = next((plain[name] for name in PATH_COLUMNS if name in plain), None)
     caption = next((plain[name] for name in _CAPTION_COLUMNS if name in plain), None)
@@ -146,11 +140,6 @@ def _caption_texts(value: Any) -> Sequence[str]:
 
 
 def _group_captions(pairs: Iterator[tuple[str, Sequence[str]]]) -> Captions:
-    """Captions by file.
-
-    Raises:
-        TypeError: a file's name or a caption is not text.
-    """
     found: Captions = {}
     for name, texts in pairs:
         if not all(isinstance(one, str) for one in (name, *texts)):

@@ -1,9 +1,4 @@
-"""From images, videos, tables or a data set object to an evaluation set, in one call each.
-
-Covers: the templates of a new set, what decides that a set is the same, one function a form.
-Not here: labels and names (evaluate/sets/class_order.py), reading sources (imagefolder.py ...),
-writing (shard_writer.py).
-"""
+"""Converters of images, videos, tables or a data set object into an evaluation set."""
 
 from __future__ import annotations
 
@@ -52,7 +47,7 @@ NO_TEMPLATES = "none"
 
 @dataclass(frozen=True)
 class Words:
-    """What a person chose of a new set's names and prompts."""
+    """A person's choices of a new set's names and prompts."""
 
     known: KnownSet | None = None
     """The set it is."""
@@ -75,11 +70,7 @@ class Words:
         """Labels and names of the classes that the source calls `words`.
 
         Args:
-            known: the set it is, where the source says it and not the person.
-
-        Raises:
-            InputError: see `read_class_names` and `order_classes`.
-        """
+            known: the set it is, where the source says it and not the person."""
         known = known or self.known
         chosen = read_class_names(self.classnames, known) if self.classnames else None
         return order_classes(
@@ -93,11 +84,6 @@ class Words:
         )
 
     def set_templates(self) -> tuple[str, ...]:
-        """Templates of the set.
-
-        Raises:
-            InputError: none is chosen and none is known, or their source is not there.
-        """
         chosen = self.templates
         if not chosen and self.known is not None:
             # A set to be written has no templates of its own yet.
@@ -119,11 +105,7 @@ class Words:
 def convert_imagefolder(
     root: Path, folder: Path, words: Words, report: Report = report_nothing
 ) -> Conversion:
-    """A folder of one folder of images a class; of ObjectNet, those that ImageNet has too.
-
-    Raises:
-        InputError: see `class_folders`, `objectnet_folders`, `Words`, `write_set`.
-    """
+    """A folder of one folder of images a class; of ObjectNet, those that ImageNet has too."""
     if words.known is not None and words.known.key == OBJECTNET:
         folders, names = objectnet_folders(root)
         own = replace(words, known=None)
@@ -154,11 +136,7 @@ def convert_table(
     split: str = "",
     report: Report = report_nothing,
 ) -> Conversion:
-    """Images that a table names with their labels; one label each, or several.
-
-    Raises:
-        InputError: see `read_label_table`, `Words` and `write_set`.
-    """
+    """Images that a table names with their labels; one label each, or several."""
     table = read_label_table(
         listing,
         images,
@@ -191,11 +169,7 @@ def convert_torchvision(
     download: bool = False,
     report: Report = report_nothing,
 ) -> Conversion:
-    """A set of torchvision's in `root`.
-
-    Raises:
-        InputError: see `open_torchvision`, `Words` and `write_set`.
-    """
+    """A set of torchvision's in `root`."""
     dataset = open_torchvision(known, root, download)
     relabel = TORCHVISION[known.key].relabel
     names = torchvision_names(known, dataset)
@@ -218,11 +192,7 @@ def convert_videos(
     listing: Path | None = None,
     report: Report = report_nothing,
 ) -> Conversion:
-    """The centre frames of the videos below `root`, by their folders or a list.
-
-    Raises:
-        InputError: see `find_videos`, `Words` and `write_set`.
-    """
+    """The centre frames of the videos below `root`, by their folders or a list."""
     found = find_videos(root, listing)
     classes = words.order_classes(found.words, str(root), found.display_names)
     sources = found.list_sources(classes.labels)
@@ -237,11 +207,6 @@ def convert_voc(
     kind: Literal["classification", "multilabel"] = "classification",
     report: Report = report_nothing,
 ) -> Conversion:
-    """VOC's test images in `root` (VOCdevkit/VOC2007): its boxes, or whole with all classes.
-
-    Raises:
-        InputError: see `box_sources`, `Words` and `write_set`.
-    """
     own = voc.voc_classes(root)
     classes = words.order_classes(own, str(root))
     places = [classes.labels[word] for word in own]
@@ -256,11 +221,6 @@ def convert_voc(
 def convert_captions(
     listing: Path, images: Path, folder: Path, split: str = "test", report: Report = report_nothing
 ) -> Conversion:
-    """Images and captions of a listing; one split of it, where it has several.
-
-    Raises:
-        InputError: see `captioned_sources` and `write_set`.
-    """
     sources = captioned_sources(listing, images, split)
     origin = ["captions", str(listing.absolute()), str(images.absolute()), split]
     plan = {"origin": origin, "listing": _digest_of(listing), "sources": _digest_sources(sources)}

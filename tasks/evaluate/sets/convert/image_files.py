@@ -1,9 +1,5 @@
 """Image files in a folder, as sources of an evaluation set.
 
-Covers: walking folders and the links in them, finding a file that a list names, reading one; the
-stamp that tells a changed file from the one that was converted.
-Not here: which class a file has (imagefolder.py, table.py), writing the set (shard_writer.py).
-
 Every file is a source: one that is not an image is listed with its reason, none is passed over by
 its suffix. A list leads to files inside its folder of images only.
 """
@@ -36,7 +32,6 @@ def walk_files(folder: Path) -> Iterator[Path]:
 
 
 def image_source(path: Path, answer: Answer) -> Source:
-    """An image file whose answer is known."""
     return Source(str(path), partial(_read_file, path, answer), stamp_of(path))
 
 

@@ -1,9 +1,4 @@
-"""A folder of folders of images, one a class, as an evaluation set.
-
-Covers: which folders are classes; ObjectNet's, of which some count.
-Not here: labels and names (evaluate/sets/class_order.py), reading files (image_files.py), writing
-the set (shard_writer.py).
-"""
+"""A folder of folders of images, one a class, as an evaluation set."""
 
 from __future__ import annotations
 

@@ -1,10 +1,5 @@
 """Writing an evaluation set in the published webdataset layout, which CLIP_benchmark reads too.
 
-Covers: tars of a fixed number of sources, written beside and renamed; going on after a kill; the
-list of sources that could not be used; image files as they are, or losslessly as PNG.
-Not here: where images and answers come from (imagefolder.py, videos.py ...), reading
-(evaluate/sets/published_layout.py).
-
 A set grows in a hidden folder beside its place and is renamed when it is whole. A tar depends on
 its own sources only and carries no times, so the same sources give the same bytes, in one go or
 in several. The same command over changed sources makes the set anew.
@@ -43,7 +38,7 @@ from tasks.evaluate.sets.set_registry import Kind
 from tasks.progress import Report, report_nothing
 
 CONVERSION = "conversion.json"
-"""What a set was made from: readers of the layout pass over it."""
+"""The sources and settings of a set: readers of the layout pass over it."""
 FAILURES = "failures.txt"
 """`SOURCE<tab>REASON` of every source that gave no image; absent if there is none."""
 REMARKS = "remarks.txt"
@@ -64,32 +59,28 @@ class UnusableSourceError(ValueError):
 
 @dataclass(frozen=True)
 class Found:
-    """What one source holds."""
-
     image: bytes
     extension: str
     answer: Answer
     """Label; or one 0 or 1 a class (multilabel); or captions."""
     remark: str = ""
-    """What is odd about it."""
+    """An oddity of it, in words."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Something that becomes one sample."""
+    """One sample to be."""
 
     name: str
-    """How it is listed if it fails."""
+    """Its name in the list of failures."""
     read: Callable[[], Found]
     """Called in a thread; raises UnusableSourceError."""
     stamp: str = ""
-    """What changes with its content, as a file's size and time of change."""
+    """Changes with its content, as a file's size and time of change do."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written."""
-
     folder: Path
     images: int
     tars: int
@@ -98,12 +89,12 @@ class Conversion:
     remarks: tuple[tuple[str, str], ...]
     classnames: tuple[str, ...] = ()
     about_names: tuple[str, ...] = ()
-    """What a person should know of how names and classes were joined."""
+    """Sentences on how names and classes were joined, where that is not plain."""
     again: bool = False
-    """Whether it took the place of a set that the same command had made of other sources."""
+    """True: it took the place of a set that the same command had made of other sources."""
 
     def left_out(self) -> dict[str, int]:
-        """How many sources gave no image, by reason, the most frequent first."""
+        """Number of sources that gave no image, by reason, the most frequent first."""
         reasons = Counter(reason for _, reason in self.failures)
         return dict(reasons.most_common())
 
@@ -240,7 +231,6 @@ def _read_source(source: Source) -> Found | UnusableSourceError:
 
 
 def _answer_member(key: str, answer: Any, kind: Kind) -> tuple[str, bytes]:
-    """Name and content of the member with the answer."""
     if kind == "classification":
         return f"{key}.cls", str(answer).encode()
     if kind == "multilabel":
@@ -324,12 +314,11 @@ def _make_conversion(
 
 
 def _record_path(growing: Path, number: int) -> Path:
-    """What a finished tar holds; it is written after the tar."""
+    """File that says what a finished tar holds; it is written after the tar."""
     return growing / _RECORDS / f"{number}.json"
 
 
 def _plain_value(value: dict[str, Any]) -> Any:
-    """The value as it comes back from JSON."""
     return json.loads(json.dumps(value))
 
 

@@ -1,13 +1,9 @@
-"""Tables of images and what is right about them: CSV, TSV, JSON lines, parquet, plain lists.
+"""Tables of images and their labels: CSV, TSV, JSON lines, parquet, plain lists.
 
-Covers: reading such a file into rows, telling which column is which, one label or several an image.
-Not here: which label a class gets (evaluate/sets/class_order.py), captions (caption_sets.py), files
-(image_files.py).
-
-    path,label        a header with known names, or the columns named by options
-    a/1.jpg cat       no header: where the first cell of the first row is a file
-    a/1.jpg;cat|dog   several labels: parted by | ; or , in one cell, a list in JSON and parquet,
-                      one row each, or one column of 0 and 1 a class
+path,label        a header with known names, or the columns named by options
+a/1.jpg cat       no header: where the first cell of the first row is a file
+a/1.jpg;cat|dog   several labels: parted by | ; or , in one cell, a list in JSON and parquet,
+                  one row each, or one column of 0 and 1 a class
 """
 
 from __future__ import annotations
@@ -44,22 +40,18 @@ _WHOLE_FLOAT = re.compile(r"\d+\.0")
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """One row, or all rows of one image."""
-
     path: Path
     words: tuple[str, ...]
-    """What the table calls its class, or its classes."""
+    """The table's words for its class, or its classes."""
 
 
 @dataclass(frozen=True)
 class LabelTable:
-    """What a table says of its images."""
-
     images: tuple[LabelledImage, ...]
     words: tuple[str, ...]
     """Every class that occurs, or has a column, in the order of text, numbers by number."""
     several: bool
-    """Whether an image may have several classes, or none."""
+    """True: an image may have several classes, or none."""
 
 
 def read_label_table(
@@ -77,7 +69,7 @@ def read_label_table(
         images: folder that its paths lie in.
         path_column: name of the column of paths, where it has a name of its own.
         label_column: likewise of labels.
-        several: whether an image may have several classes; a list in a cell says so itself.
+        several: True where an image may have several classes; a list in a cell says so itself.
         split: rows that are taken of a table with a column "split"; needed where it has several.
 
     Raises:

@@ -1,9 +1,4 @@
-"""Data sets of torchvision, and objects of the same form, as evaluation sets.
-
-Covers: the 19 of the paper's sets that torchvision has, with their arguments; any data set object
-that gives (image, label) by index.
-Not here: writing the set (shard_writer.py), importing torchvision (evaluate/torchvision_import.py).
-"""
+"""Data sets of torchvision, and objects of the same form, as evaluation sets."""
 
 from __future__ import annotations
 
@@ -40,7 +35,7 @@ class MapDataset(Protocol):
 
 @dataclass(frozen=True)
 class TorchvisionSet:
-    """How one of the paper's sets is made from torchvision's."""
+    """The way from torchvision's set to one of the paper's."""
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Of its class, besides `root`."""
@@ -49,11 +44,11 @@ class TorchvisionSet:
     spaces: str = ""
     """Characters in its names that stand for a space."""
     reads_files: bool = False
-    """Whether it takes a `loader`: then image files are copied, not decoded and written again."""
+    """True: it takes a `loader`, so that image files are copied, not decoded and written again."""
     relabel: tuple[int, ...] = ()
     """Label here of each of its labels; none where they are the same."""
     downloads: bool = True
-    """Whether its class still takes `download`."""
+    """True: its class still takes `download`."""
 
 
 TORCHVISION: Mapping[str, TorchvisionSet] = {
@@ -126,7 +121,7 @@ def torchvision_names(known: KnownSet, dataset: MapDataset) -> tuple[str, ...]:
     """Class names of a known set, in the order of the labels that `dataset_sources` writes.
 
     Raises:
-        InputError: their source is not installed, or there are as many as the set has not.
+        InputError: their source is not installed, or the object has none.
     """
     entry = TORCHVISION[known.key]
     if entry.names == "digits":
@@ -154,7 +149,7 @@ def class_names(
 
 
 def torchvision_words(dataset: MapDataset, names: Sequence[str]) -> list[str]:
-    """What the data set object itself calls its classes, in its order; else the usual names."""
+    """The data set object's own words for its classes, in its order; else the usual names."""
     own = [str(one) for one in getattr(dataset, "classes", ())]
     return own if len(own) == len(names) == len(set(own)) else list(names)
 

@@ -1,9 +1,5 @@
 """The centre frame of every video, as an evaluation set of images (paper, Table 3).
 
-Covers: finding videos by class or by list, what the classes are called, decoding.
-Not here: labels and names (evaluate/sets/class_order.py), writing the set (shard_writer.py). PyAV
-is imported here alone.
-
 The centre is frame number n // 2 of the n that were decoded, from the first to the last: what a
 file says of its own length is often wrong, and seeking in it gives neighbours of the frame asked
 for.
@@ -40,14 +36,12 @@ _BEFORE_CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 @dataclass(frozen=True)
 class VideoFiles:
-    """Videos with the words for their classes."""
-
     files: tuple[tuple[str, Path | None, str], ...]
     """(name, file, word of its class); no file where a list names one that is missing."""
     words: tuple[str, ...]
     """Every class, sorted as text."""
     display_names: Mapping[str, str]
-    """Names of the classes whose words are not names: UCF-101's."""
+    """Names of those classes that have words which are not names: UCF-101's."""
     left_out: tuple[tuple[str, str], ...] = ()
     """(file, reason)"""
 
@@ -75,11 +69,11 @@ def find_videos(root: Path, listing: Path | None = None) -> VideoFiles:
 
     Args:
         listing: UCF-101's form, `CLASS/FILE` or `FILE` a line; or Kinetics', a .csv with the
-            columns youtube_id, time_start and time_end, and best label, whose files are called
+            columns youtube_id, time_start and time_end, and best label; its files are called
             `ID_START_END.mp4` with six digits each, or `ID.mp4`.
 
     Raises:
-        InputError: there is no video, the list is of another form, or two files could be meant.
+        InputError: there are no videos, the list is of another form, or two files could be meant.
     """
     if not root.is_dir():
         raise InputError(f"{root} is not a folder: expected a folder of videos")
@@ -173,7 +167,6 @@ def centre_frame(path: Path) -> tuple[Image.Image, str]:
 
 
 def _count_frames(av: Any, path: Path) -> tuple[int, str]:
-    """Frames of the first video stream, and what is odd about their number."""
     with av.open(str(path)) as container:
         if not container.streams.video:
             raise UnusableSourceError("has no video stream")

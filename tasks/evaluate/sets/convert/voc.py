@@ -1,8 +1,5 @@
 """PASCAL VOC's test images as evaluation sets: its boxes cut out, or whole images with all classes.
 
-Covers: which boxes, which classes, cutting.
-Not here: writing the set (shard_writer.py).
-
 The paper's column VOC2007 is the boxes, "difficult" ones too: 14,976 of one class each.
 """
 
@@ -109,7 +106,7 @@ def _list_boxes(root: Path, image: str, classes: Sequence[str]) -> list[tuple[st
         raise InputError(f"{path} is not an annotation of VOC's form ({error})") from None
     for label, _ in found:
         if label not in classes:
-            raise InputError(f"{path}: class '{label}' is none of {', '.join(classes)}")
+            raise InputError(f"{path}: class '{label}' is not one of {', '.join(classes)}")
     return found
 
 
