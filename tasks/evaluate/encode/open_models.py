@@ -58,7 +58,7 @@ class Subject(Protocol):
         causal tower, all of them in any other."""
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Ids [B, L'], cut to any length of at least `lengths`, to features [B, D]."""
+        """Ids [B, L'], cut to any length of at least `count_ids`, to features [B, D]."""
 
 
 def identify_model(spec: str, cache: Path | None = None) -> Identity:

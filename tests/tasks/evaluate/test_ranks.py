@@ -44,11 +44,11 @@ import json, sys
 from pathlib import Path
 from tasks.evaluate.config import EvaluateConfig, EvaluationMachine
 from tasks.evaluate.evaluate import evaluate_models
-from tasks.progress import silent
+from tasks.progress import report_nothing
 given = json.loads(sys.argv[1])
 sets = {{name: Path(path) for name, path in given["sets"].items()}}
 evaluate_models(EvaluateConfig.model_validate_json({CONFIG.model_dump_json()!r}), given["models"],
-                sets, [], Path(given["out"]), silent, machine=EvaluationMachine(**given["machine"]))
+                sets, [], Path(given["out"]), report_nothing, machine=EvaluationMachine(**given["machine"]))
 """
 
 
@@ -238,7 +238,7 @@ def test_a_tower_that_is_not_causal_gets_its_whole_context(tmp_path: Path):
         def tokenize(self, texts: list[str]) -> torch.Tensor:
             return tokenize(texts)
 
-        def lengths(self, tokens: torch.Tensor) -> torch.Tensor:
+        def count_ids(self, tokens: torch.Tensor) -> torch.Tensor:
             return torch.full((len(tokens),), tokens.shape[1])
 
         def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
