@@ -48,7 +48,8 @@ from tasks.progress import report_nothing
 given = json.loads(sys.argv[1])
 sets = {{name: Path(path) for name, path in given["sets"].items()}}
 evaluate_models(EvaluateConfig.model_validate_json({CONFIG.model_dump_json()!r}), given["models"],
-                sets, [], Path(given["out"]), report_nothing, machine=EvaluationMachine(**given["machine"]))
+                sets, [], Path(given["out"]), report_nothing,
+                machine=EvaluationMachine(**given["machine"]))
 """
 
 
