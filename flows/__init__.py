@@ -1,1 +1,1 @@
-"""Which stages run, and in which order."""
+"""The stages that run, and their order."""

@@ -1,1 +1,1 @@
-"""How each stage does its work: one folder a stage, of modules that know no orchestrator."""
+"""The work of each stage: one folder a stage, of modules that know no orchestrator."""

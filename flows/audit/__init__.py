@@ -1,1 +1,1 @@
-"""Where a sample or a model comes from, and taking samples out."""
+"""Origins of samples and models, and taking samples out."""

@@ -1,4 +1,4 @@
-"""Where a model came from and what became of its data, as trees for a person.
+"""Trees for a person: what a model was made from, and what became of its data.
 
 Covers: the tree of a registered version with what changed since the one before it; an artifact's
 tree upwards and downwards; everything that was made of a source.

@@ -1,4 +1,4 @@
-"""What was made from what: from a dataset version down to the models that saw it.
+"""Ancestors and descendants: from a dataset version down to the models that saw it.
 
 Covers: walking the manifests under one root.
 Not here: samples (flows/audit/sample_trace.py, flows/audit/dataset_replacement.py), MLflow.

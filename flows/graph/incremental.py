@@ -1,4 +1,4 @@
-"""What is new since a model was last trained, and what a retraining would make of it.
+"""New data since a model was last trained, and the retraining that it makes possible.
 
 Covers: earlier attempts and what became of them, new metadata files, the graph of a retraining.
 Not here: making anything (flows/retrain.py), deciding (tasks/register/gate.py).

@@ -1,4 +1,4 @@
-"""What `score` is asked: which models, which sets, and where that goes.
+"""Arguments of `score`: models, sets, and where they go in the graph.
 
 Covers: models by their specs and names, sets by recipe or by name, fetching registered models,
 the step.

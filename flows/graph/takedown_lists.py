@@ -1,4 +1,4 @@
-"""What takedown lists ask for, in the words of the merge and of the sample index."""
+"""Entries of takedown lists, in the words of the merge and of the sample index."""
 
 from __future__ import annotations
 

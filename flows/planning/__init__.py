@@ -1,1 +1,1 @@
-"""What a run would do and cost, and whether this machine can do it."""
+"""Plans: steps and cost of a run, and the fitness of this machine for it."""

@@ -1,4 +1,4 @@
-"""What a recipe costs: rows, bytes, machines, days, GPU memory, price, each with its origin.
+"""Cost of a recipe: rows, bytes, machines, days, GPU memory, price, each with its origin.
 
 Not here: FLOPs and memory themselves (evaclip_model/training/cost.py), how much sources give
 (flows/config/recipe.py), one run's plan and disk check (run_plan.py).

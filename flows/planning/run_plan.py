@@ -1,4 +1,4 @@
-"""What a run would do before it does it, whether it fits this machine, and trying one step of it.
+"""The plan of a run, its fit to this machine, and a trial of one step of it.
 
 Not here: what data and training cost (cost.py), checks of the machine alone (health_checks.py).
 """

@@ -1,4 +1,4 @@
-"""What a run that died can no longer do itself: it is closed in MLflow, too.
+"""The hook that closes a run which died, in MLflow too.
 
 Covers: the hook of every deployed flow, which Prefect's worker runs when a run crashed (even by
 kill -9) or was cancelled; the same as `python -m flows.reporting.crash_hook`, for whoever stops a

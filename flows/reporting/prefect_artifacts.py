@@ -1,4 +1,4 @@
-"""What a flow run's page shows: links, summaries, tables, the picture of a model's lineage, and the
+"""The page of a flow run: links, summaries, tables, the picture of a model's lineage, and the
 page of a finished recipe for those who pay for it.
 
 Not here: figures (results_table.py), what tracking gets of every step (flows/graph/step.py).

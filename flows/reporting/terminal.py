@@ -1,4 +1,4 @@
-"""What the command line prints with: one console, one bar, one way to put totals into a line."""
+"""Printing on the command line: one console, one bar, one way to put totals into a line."""
 
 from __future__ import annotations
 

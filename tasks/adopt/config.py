@@ -1,4 +1,4 @@
-"""What is adopted: the `[adopt]` table of a recipe.
+"""Adopted data: the `[adopt]` table of a recipe.
 
 Covers: the config, the stage's name and version.
 Not here: finding and packing.

@@ -1,4 +1,4 @@
-"""What a source's `files` name: which files, of which form.
+"""The files that a source's `files` names, and their form.
 
 Covers: globs, folders, lists of shards and single files, here or at a URL; telling the form by
 looking; what stands for the files in an artifact's address.

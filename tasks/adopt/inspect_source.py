@@ -1,4 +1,4 @@
-"""What is in files before they become an adopted source: form, samples, what would be left out.
+"""A look into files before they become an adopted source: form, samples, what is left out.
 
 Covers: a look at the first files of each form. Not here: printing; decoding images, which only
 verification does.

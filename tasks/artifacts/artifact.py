@@ -1,4 +1,4 @@
-"""What a stage hands on: a folder whose `manifest.json` is written last.
+"""Artifacts, which stages hand on: a folder whose `manifest.json` is written last.
 
 Covers: addresses (what would be made, and where), reading, making and publishing artifacts.
 Not here: what any stage does; Prefect; object stores.

@@ -1,4 +1,4 @@
-"""Which addresses an untrusted list of URLs may make us connect to.
+"""The addresses that an untrusted list of URLs may make us connect to.
 
 Covers: the rule, as a pure function of one address.
 Not here: resolving names, connecting (tasks/download/fetch.py asks for every connection it opens).

@@ -1,4 +1,4 @@
-"""Whether a shard is what its own counts say, and clearing away what is not.
+"""Checks of a shard against its own counts, and clearing away what fails them.
 
 Covers: a finished shard's agreement of plan, statistics, table and tar; names and removal of its
 files.

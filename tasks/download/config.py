@@ -1,4 +1,4 @@
-"""What is downloaded and how it is stored: the `[download]` table of a recipe.
+"""Rules for downloading and storing images: the `[download]` table of a recipe.
 
 Covers: the config, and the stage's name and version.
 Not here: downloading; processes and threads (they change the time, not the result).

@@ -1,4 +1,4 @@
-"""How far the downloading processes are, counted URL by URL and readable from outside.
+"""Counters of the downloading processes, URL by URL and readable from outside.
 
 Covers: one small file a shard, overwritten in place; their sum; which process a shard is with.
 Not here: showing it; the final counts, which come from the shards themselves (check_shards.py).

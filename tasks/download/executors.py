@@ -1,4 +1,4 @@
-"""How the downloading processes are spread: on this machine, by Spark, or by Ray.
+"""Ways to spread the downloading processes: on this machine, by Spark, or by Ray.
 
 Covers: the choice, and refusing one that cannot work here before anything is begun.
 Not here: the processes themselves (download_worker.py); how they are started is img2dataset's.

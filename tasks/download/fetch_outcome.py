@@ -1,4 +1,4 @@
-"""What became of a URL: img2dataset's free text as one of a few words.
+"""The outcome of a URL: img2dataset's free text as one of a few words.
 
 Covers: the words, the rule from text to word, which of them may pass when tried again, which of
 them speak of our own network, and how long a server asked to wait.

@@ -1,4 +1,4 @@
-"""Whether our own network is there: images that came before are asked for again.
+"""A probe of our own network: images that came before are asked for again.
 
 Covers: choosing such images, asking for them, the sentence when none of their hosts answers.
 Not here: when to ask (download.py).

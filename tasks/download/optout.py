@@ -1,4 +1,4 @@
-"""Whether the headers of an answer decline the use of its image.
+"""Opt-outs: headers of an answer that decline the use of its image.
 
 Covers: X-Robots-Tag with its scopes, and the header of the TDM Reservation Protocol.
 Not here: robots.txt (robots.py), fetching.

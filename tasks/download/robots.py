@@ -1,4 +1,4 @@
-"""What a host's robots.txt allows us (RFC 9309).
+"""Permissions of a host's robots.txt (RFC 9309).
 
 Covers: asking each host once, the answer for a URL.
 Not here: how its file is fetched (the caller's, with all its guards).

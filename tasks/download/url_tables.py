@@ -1,4 +1,4 @@
-"""Which rows become which shard, before anything is downloaded.
+"""The rows of every shard, decided before anything is downloaded.
 
 Covers: listing the files of rows, checking that img2dataset can keep their columns, numbering the
 shards as img2dataset will, and a fingerprint of all that a half-finished folder must agree with.

@@ -1,4 +1,4 @@
-"""Which shards were checked already, so that starting again does not read all of them again.
+"""A record of checked shards, so that starting again does not read all of them again.
 
 Covers: one JSON line for each shard that was found whole, good as long as its files are as then.
 Not here: the check (check_shards.py). 200,000 shards are 50 TB; their files' sizes and times are

@@ -1,4 +1,4 @@
-"""What the counters say while a download runs: how far, how fast, and whether to stop it.
+"""Progress of a download by its counters: how far, how fast, and whether to stop it.
 
 Covers: the line a person sees, and the two reasons to stop early: our network is down, or the list
 is mostly dead. Pure: it is told what was counted, and when.

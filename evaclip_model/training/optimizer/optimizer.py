@@ -1,4 +1,4 @@
-"""What is stepped, how fast, and by which rule: parameter groups, learning rates, LAMB.
+"""Parameter groups, learning rates and LAMB.
 
 Sources: the paper's Tables 8-10, with groups as the authors' code makes them (`visual.`, `text.`,
 rest); You et al. 2020, algorithm 2, with decoupled decay inside the direction.
