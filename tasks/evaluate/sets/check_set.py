@@ -1,4 +1,4 @@
-"""The content of a set and its oddities, before anything is evaluated on it."""
+"""A look at a set's content, and at what is odd about it, before an evaluation."""
 
 from __future__ import annotations
 

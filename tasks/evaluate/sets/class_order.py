@@ -1,4 +1,4 @@
-"""Labels and names of the classes of a source: one rule for every kind of source.
+"""The label and the name of each class: one rule for every kind of source.
 
 The rule: a list and the source's words are joined by what they say, never by position, wherever
 they can be compared. Numbers are places in the list, counted from 0 or from 1. WordNet ids are
