@@ -19,8 +19,7 @@ from flows.graph.takedown_lists import asked_for
 from tasks.artifacts.artifact import Artifact, read_artifacts
 from tasks.dataset.choose import Asked
 from tasks.dataset.config import STAGE as DATASET
-from tasks.index.sample_index import Kind, SampleIndex
-from tasks.index.shard_verdicts import read_verdicts, shard_location
+from tasks.index.sample_index import Kind, SampleIndex, read_verdicts, shard_location
 from tasks.verify.config import STAGE as VERIFY
 
 

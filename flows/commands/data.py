@@ -106,8 +106,8 @@ def inspect_source(
 ) -> None:
     """Say what metadata files hold, before they become a source."""
     from tasks.adopt.inspect_source import inspect_source as inspect_adoptable
+    from tasks.merge.config import why_refused
     from tasks.merge.inspect_metadata import inspect_files  # imports duckdb
-    from tasks.merge.withdrawn import why_refused
 
     if (withdrawn := why_refused(files)) is not None:
         raise InputError(withdrawn)

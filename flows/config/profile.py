@@ -15,7 +15,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from evaclip_model.config import explain_error
 from evaclip_model.errors import InputError
-from tasks.download.executors import Distributor
+from tasks.download.config import Distributor
 from tasks.evaluate.config import EvaluationMachine
 from tasks.register.config import COPIED, LargeWeights
 from tasks.tracking import TrackingStore

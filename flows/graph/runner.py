@@ -37,7 +37,7 @@ from tasks.lineage.mlflow_store import PipelineRun, Tracking
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import share_of_memory
 from tasks.merge.merge import merge_sources, one_after_another
-from tasks.merge.survey_files import Files
+from tasks.merge.merge_plan import Files
 from tasks.merge.units import Chunk, run_chunk
 from tasks.progress import Report
 from tasks.tracking import TrackingStore

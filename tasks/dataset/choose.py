@@ -1,6 +1,6 @@
-"""The samples that are left out, each for one reason, the first that holds.
+"""The samples that are left out, each for one reason, the first that holds; and the evaluation
+images (folders of files, webdatasets of any layout) that none of them may be.
 
-Covers: flaws, blocklists, evaluation images, repeated samples and images, takedowns.
 Not here: looking into shards (the verify stage), writing what was chosen (dataset.py).
 
 Where samples resemble each other the one that comes first in the index stays. Takedowns come last,
@@ -9,10 +9,12 @@ so that none of them brings back a copy that was left out beside the sample that
 
 from __future__ import annotations
 
+import tarfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +22,65 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from evaclip_model.errors import InputError
 from tasks.dataset.config import DatasetConfig
-from tasks.dataset.evaluation_images import EvaluationImages
 from tasks.dataset.lists import SHA256, is_url
-from tasks.index.perceptual_hash import Hashes, KnownHashes, near_pairs
-from tasks.index.sample_index import Ints, Kind, SampleIndex
-from tasks.index.shard_verdicts import ShardVerdict
+from tasks.index.perceptual_hash import Hashes, KnownHashes, hash_images, near_pairs
+from tasks.index.sample_index import Ints, Kind, SampleIndex, ShardVerdict
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2")
+
+
+@dataclass(frozen=True)
+class EvaluationImages:
+    """All images of some evaluation sets."""
+
+    sha256: frozenset[str]
+    looks: Hashes
+    """Perceptual hashes of those that can be decoded."""
+
+
+def read_evaluation_images(folders: Sequence[Path], threads: int) -> EvaluationImages:
+    """Hash every image file, and every image in a tar, below the folders (or in single tars).
+
+    Raises:
+        InputError: a folder without an image, or a tar that cannot be read.
+    """
+    digests: set[str] = set()
+    looks = [np.empty(0, np.uint64)]
+    for folder in folders:
+        hashes = hash_images(_iterate_images(folder), threads)
+        if not len(hashes):
+            raise InputError(
+                f"{folder} holds no image: give a folder of image files or of webdataset tars"
+            )
+        digests.update(hashes.sha256)
+        looks.append(hashes.looks[hashes.decoded])
+    return EvaluationImages(frozenset(digests), np.unique(np.concatenate(looks)))
+
+
+def _iterate_images(folder: Path) -> Iterator[bytes]:
+    """Content of every image below `folder`, files and members of tars, by name."""
+    files = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
+    for file in files:
+        if file.suffix.lower() in IMAGE_SUFFIXES:
+            yield file.read_bytes()
+        elif file.suffix == ".tar":
+            try:
+                yield from _iterate_members(file)
+            except tarfile.TarError as error:
+                raise InputError(
+                    f"{file} cannot be read as a tar ({error}): make the evaluation set again"
+                ) from error
+
+
+def _iterate_members(file: Path) -> Iterator[bytes]:
+    with tarfile.open(file, "r:") as tar:
+        for member in tar:
+            content = tar.extractfile(member) if member.isfile() else None
+            if content is not None and Path(member.name).suffix.lower() in IMAGE_SUFFIXES:
+                yield content.read()
+
 
 Rows = npt.NDArray[np.int64]
 Asked = Mapping[Kind, tuple[str, ...]]

@@ -3,7 +3,7 @@
 Covers: the server (`python -m tasks.demo.demo_web --port PORT`), and `serving`, which runs it
 beside
 the caller in a process that cannot outlive it.
-Not here: which rows point at which fault (`web_plan.py`).
+Not here: which rows point at which fault (`metadata.py`).
 
 What is answered depends on the URL alone, never on earlier requests: a download that is killed and
 continued meets the same web.

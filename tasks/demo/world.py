@@ -1,22 +1,80 @@
-"""The demo stage: metadata that points at the loopback server, and held-out evaluation sets.
+"""The demo stage: metadata that points at the loopback server, and held-out evaluation sets (a
+classification set over all concepts and a retrieval set, both of Twemoji drawings, in the
+webdataset form in which such sets are published).
 
-Covers: the artifact's content.
 Not here: serving the pictures (`demo_web.py`), building the committed data
 (`tests/tasks/demo/build_images.py`).
 """
 
 from __future__ import annotations
 
+import io
+import tarfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import get_args
 
 from tasks.artifacts.artifact import Made
-from tasks.demo.concepts import read_concepts
+from tasks.demo.concepts import Concept, read_concepts, read_drawings
 from tasks.demo.config import DemoConfig
-from tasks.demo.demo_evalsets import write_eval_sets
-from tasks.demo.metadata import write_metadata
-from tasks.demo.web_plan import Source, plan_rows
+from tasks.demo.metadata import Source, plan_rows, write_metadata
 from tasks.progress import Report, report_nothing
+
+CLASSIFICATION = "emoji-twemoji"
+RETRIEVAL = "emoji-twemoji-retrieval"
+TEMPLATES = (
+    "{c}",
+    "an emoji of {c}.",
+    "an icon of {c}.",
+    "a drawing of {c}.",
+    "the {c} emoji.",
+)
+
+
+def write_eval_sets(concepts: Sequence[Concept], folder: Path) -> list[Path]:
+    """Write both sets below `folder`; the order of concepts gives labels and file numbers."""
+    drawings = read_drawings("twemoji")
+    images = [drawings[concept.key] for concept in concepts]
+    names = [concept.name for concept in concepts]
+    labels = [("cls", str(label)) for label in range(len(concepts))]
+    captions = [("txt", "\n".join(concept.twemoji)) for concept in concepts]
+    first, second = folder / CLASSIFICATION, folder / RETRIEVAL
+    return [
+        _write_text(first / "classnames.txt", _join_lines(names)),
+        _write_text(first / "zeroshot_classification_templates.txt", _join_lines(TEMPLATES)),
+        *_write_shard(first, images, labels),
+        _write_text(second / "dataset_type.txt", _join_lines(["retrieval"])),
+        *_write_shard(second, images, captions),
+    ]
+
+
+def _write_shard(
+    folder: Path, images: Sequence[bytes], answers: Sequence[tuple[str, str]]
+) -> list[Path]:
+    path = folder / "test" / "0.tar"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, (image, (extension, answer)) in enumerate(zip(images, answers, strict=True)):
+            _add_member(tar, f"s{number:07d}.webp", image)
+            _add_member(tar, f"s{number:07d}.{extension}", answer.encode())
+    return [path, _write_text(folder / "test" / "nshards.txt", _join_lines(["1"]))]
+
+
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)  # its time and owner are zero: the same bytes every time
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _join_lines(lines: Iterable[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _write_text(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
 
 SOURCES: tuple[Source, ...] = get_args(Source)
 

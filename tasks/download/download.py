@@ -29,13 +29,11 @@ from evaclip_model.files import write_atomically
 from evaclip_model.reading.samples import BrokenShard
 from tasks.artifacts.artifact import Made
 from tasks.download import retry_passes
-from tasks.download.check_shards import FinishedShard, remove_shard, shard_files
-from tasks.download.config import DownloadConfig
-from tasks.download.counters import CounterReader
+from tasks.download.check_shards import FinishedShard, Ledger, remove_shard, shard_files
+from tasks.download.config import Distributor, DownloadConfig, require_distributor
 from tasks.download.download_worker import WorkerJob, open_files_needed
-from tasks.download.executors import Distributor, require_distributor
 from tasks.download.fetch_outcome import Outcome
-from tasks.download.network_probe import network_gone, silent_hosts
+from tasks.download.retry_passes import network_gone, silent_hosts
 from tasks.download.url_tables import (
     CAPTION_COLUMN,
     URL_COLUMN,
@@ -44,8 +42,7 @@ from tasks.download.url_tables import (
     expected_bytes,
     plan_download,
 )
-from tasks.download.validated_shards import Ledger
-from tasks.download.watch_progress import Watch, dead_links, network_trouble
+from tasks.download.watch_progress import CounterReader, Watch, dead_links, network_trouble
 from tasks.process.child import run_supervised
 from tasks.progress import Report
 
@@ -105,7 +102,7 @@ def download_images(
         folder = _pass_folder(out, number)
         if not (folder / ROWS_FOLDER).exists():
             _wait_before_pass(
-                retry_passes.wait_before(done[-1], config.pass_wait_s), plan.rows, report
+                retry_passes.wait_before(done[-1], config.politeness.pass_wait_s), plan.rows, report
             )
             folder.mkdir(exist_ok=True)
             retry_passes.write_rows_to_retry(

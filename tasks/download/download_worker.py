@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from evaclip_model.config import Config
-from tasks.download.config import DownloadConfig
-from tasks.download.executors import Distributor
+from tasks.download.config import Distributor, DownloadConfig
 from tasks.download.url_tables import CAPTION_COLUMN, SHARD_DIGITS, URL_COLUMN
 from tasks.spark_session import spark_builder
 
@@ -39,7 +38,7 @@ class WorkerJob(Config):
     output: Path
     """Folder that the shards go to; numbers that are there already are left alone."""
     counters: Path
-    """Folder for tasks/download/counters.py."""
+    """Folder for tasks/download/watch_progress.py."""
     extra_columns: tuple[str, ...]
     """Columns besides url and caption to keep with every sample."""
     first_number: int
@@ -74,11 +73,11 @@ def run_download(job: WorkerJob) -> None:
         thread_count=job.threads,
         distributor=job.distributor,
         image_size=config.image_px,
-        resize_mode=config.resize_mode,
-        resize_only_if_bigger=config.resize_only_if_bigger,
-        encode_format=config.encode_format,
-        encode_quality=config.encode_quality,
-        skip_reencode=config.skip_reencode,
+        resize_mode=config.storage.resize_mode,
+        resize_only_if_bigger=config.storage.resize_only_if_bigger,
+        encode_format=config.storage.encode_format,
+        encode_quality=config.storage.encode_quality,
+        skip_reencode=config.storage.skip_reencode,
         number_sample_per_shard=config.samples_per_shard,
         oom_shard_count=SHARD_DIGITS,
         compute_hash="sha256",

@@ -3,8 +3,7 @@
 Covers: http and https only; the address of every connection checked, redirects included; bytes
 and total time bounded; no proxy; pages and SVG refused; sites that decline obeyed; hashes compared;
 retries of what may pass, waits that servers asked for.
-Not here: what is done with the bytes; the rules about addresses (addresses.py), headers
-(optout.py), hosts (host_rate_limiter.py) and robots.txt (robots.py).
+Not here: what is done with the bytes; what a site may ask for (politeness.py).
 
 urllib's own opener follows file:, ftp: and data: URLs, redirects into private networks, reads
 bodies without limit, and its timeout is for one receive, so that a dripping server holds it for
@@ -26,14 +25,13 @@ import urllib.request
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any
 from urllib.parse import urlsplit
 
-from tasks.download import fetch_outcome, robots
-from tasks.download.addresses import address_is_allowed
+from tasks.download import fetch_outcome
 from tasks.download.config import DownloadConfig
-from tasks.download.host_rate_limiter import HostGate
-from tasks.download.optout import declines_use
+from tasks.download.politeness import MAX_RULES_BYTES, HostGate, Robots, declines_use
 
 CHUNK_BYTES = 1 << 16
 MAX_REDIRECTS = 10
@@ -86,11 +84,12 @@ class Fetcher:
         self._config = config
         self._deadline = Deadline()
         self._opener = guarded_opener(config, self._deadline)
-        self._hosts = HostGate(config.host_connections, config.rest_after, config.max_rest_s)
-        self._robots = robots.Robots(self._fetch_robots, config.user_agent_token)
-        contact = f"; +{config.contact}" if config.contact else ""
+        manners = config.politeness
+        self._hosts = HostGate(manners.host_connections, manners.rest_after, manners.max_rest_s)
+        self._robots = Robots(self._fetch_robots, manners.user_agent_token)
+        contact = f"; +{manners.contact}" if manners.contact else ""
         self._headers = {
-            "User-Agent": f"Mozilla/5.0 (compatible; {config.user_agent_token}{contact})",
+            "User-Agent": f"Mozilla/5.0 (compatible; {manners.user_agent_token}{contact})",
             "Accept": "image/*,*/*;q=0.5",
         }
 
@@ -105,7 +104,7 @@ class Fetcher:
         config, message = self._config, ""
         earlier: str | None = None
         self._deadline.start_clock(config.deadline_s)
-        wait_s = config.retry_wait_s
+        wait_s = config.politeness.retry_wait_s
         for tries_left in reversed(range(config.retries + 1)):
             body, message = self._try_once(url, digest)
             if body is not None:
@@ -155,7 +154,7 @@ class Fetcher:
             Exception: whatever else came of it; the text says what.
         """
         config = self._config
-        if config.respect_robots and not self._robots.is_allowed(url):
+        if config.politeness.respect_robots and not self._robots.is_allowed(url):
             raise Refused(fetch_outcome.ROBOTS_TXT)
         try:
             with self._open_url(url) as response:
@@ -181,7 +180,7 @@ class Fetcher:
             for _ in range(MAX_RULES_REDIRECTS + 1):
                 try:
                     with self._open_url(place) as response:
-                        content: bytes = response.read(robots.MAX_BYTES)
+                        content: bytes = response.read(MAX_RULES_BYTES)
                         return content
                 except Redirected as redirect:
                     place = redirect.url
@@ -227,11 +226,12 @@ def _refuse_unwanted(response: http.client.HTTPResponse, config: DownloadConfig)
 
 
 def _refuse_declined(headers: http.client.HTTPMessage, config: DownloadConfig) -> None:
+    manners = config.politeness
     if declines_use(
         headers,
-        token=config.user_agent_token,
-        directives=config.disallowed_directives,
-        tdm=config.respect_tdm,
+        token=manners.user_agent_token,
+        directives=manners.disallowed_directives,
+        tdm=manners.respect_tdm,
     ):
         raise Refused(fetch_outcome.OPTED_OUT)
 
@@ -423,3 +423,55 @@ class _DeadlineReader(io.RawIOBase):
     def close(self) -> None:
         self._raw.close()
         super().close()
+
+
+_NAT64 = IPv6Network("64:ff9b::/96")
+_NEVER_PUBLIC = tuple(
+    ip_network(network)
+    for network in (
+        "100.64.0.0/10",  # carrier-grade NAT
+        "192.0.0.0/24",  # protocol assignments
+        "192.88.99.0/24",  # 6to4 relays
+        "64:ff9b:1::/48",  # local NAT64
+        "100::/64",  # discard
+    )
+)
+
+
+def address_is_allowed(ip: str, allowed_networks: Sequence[str] = ()) -> bool:
+    """Whether `ip` is public, or inside one of `allowed_networks`.
+
+    IPv6 addresses that carry an IPv4 address (mapped, 6to4, Teredo, NAT64) are judged by it, too.
+    """
+    address = _unmap_address(ip_address(ip.partition("%")[0]))
+    if any(address in ip_network(network) for network in allowed_networks):
+        return True
+    return _is_public(address) and all(map(_is_public, _embedded_addresses(address)))
+
+
+def _unmap_address(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
+    """`::ffff:a.b.c.d` reaches the host a.b.c.d, so it is that host."""
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address
+
+
+def _embedded_addresses(address: IPv4Address | IPv6Address) -> list[IPv4Address]:
+    """IPv4 addresses that a gateway may turn this IPv6 address into."""
+    if isinstance(address, IPv4Address):
+        return []
+    found = [address.sixtofour, *(address.teredo or ())]
+    if address in _NAT64:
+        found.append(IPv4Address(int(address) & 0xFFFFFFFF))
+    return [ip for ip in found if ip is not None]
+
+
+def _is_public(address: IPv4Address | IPv6Address) -> bool:
+    # 6to4, Teredo and NAT64 prefixes are no addresses of their own: _carried decides about them
+    carrier = bool(_embedded_addresses(address))
+    return (
+        (carrier or address.is_global)
+        and not address.is_multicast
+        and not (address.is_reserved and not carrier)
+        and not (isinstance(address, IPv6Address) and address.is_site_local)
+        and not any(address in network for network in _NEVER_PUBLIC)
+    )

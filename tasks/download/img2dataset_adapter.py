@@ -32,10 +32,10 @@ from evaclip_model.reading.image_decoder import (
 )
 from tasks.download import fetch_outcome
 from tasks.download.config import DownloadConfig
-from tasks.download.counters import OutcomeCounter
 from tasks.download.fetch import Fetcher
 from tasks.download.fetch_outcome import outcome_of
 from tasks.download.url_tables import hash_column_of
+from tasks.download.watch_progress import OutcomeCounter
 
 _FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 """`encode_format` -> Pillow's name of it."""
@@ -139,10 +139,10 @@ class BoundedResizer:
         config, image, mode = self._config, decoded.image, self._resizer.resize_mode
         longer_counts = mode in (ResizeMode.border, ResizeMode.keep_ratio_largest)
         side = max(image.size) if longer_counts else min(image.size)
-        is_resized = side > config.image_px or not config.resize_only_if_bigger
+        is_resized = side > config.image_px or not config.storage.resize_only_if_bigger
         return (
-            config.skip_reencode
-            and decoded.format == _FORMATS[config.encode_format]
+            config.storage.skip_reencode
+            and decoded.format == _FORMATS[config.storage.encode_format]
             and not (is_resized and mode != ResizeMode.no)
             and not decoded.is_changed
             and not image.has_transparency_data

@@ -85,7 +85,7 @@ def plan_download(rows: Path, config: DownloadConfig, first_number: int = 0) -> 
         raise InputError(f"the parquet files of {rows} differ in their columns: merge again")
     extra = tuple(name for name in columns.pop() if name not in (URL_COLUMN, CAPTION_COLUMN))
     decides = {
-        "config": config.model_dump(mode="json"),
+        "config": config.compute_identity(),
         "files": [
             (str(file.relative_to(rows)), in_file, file.stat().st_size)
             for file, (in_file, _) in metadata.items()

@@ -1,23 +1,27 @@
-"""Perceptual hashes of images, 64 bits each, and which of many look nearly the same.
+"""Hashes of images: of their bytes, and of how they look (64 bits each); and which of many look
+nearly the same.
 
-Covers: the perceptual hash, finding hashes within a few bits of each other.
-Not here: decoding (image_hashes.py), what is done with images that look alike.
-
-The hash is the usual pHash: of the 32 x 32 grey image, is each of the 64 lowest frequencies of its
-cosine transform above their median? Row by row, the first is the highest bit, as imagehash writes
-it. Two hashes that differ in at most d of 64 bits are equal in at least e of any d + e bands, so
-images that look alike are found by sorting, once for every choice of e bands, and never by
-comparing all with all (Manku, Jain, Das Sarma: Detecting near-duplicates for web crawling, 2007).
+The perceptual hash is the usual pHash: of the 32 x 32 grey image, is each of the 64 lowest
+frequencies of its cosine transform above their median? Row by row, the first is the highest bit, as
+imagehash writes it. Two hashes that differ in at most d of 64 bits are equal in at least e of any
+d + e bands, so images that look alike are found by sorting, once for every choice of e bands, and
+never by comparing all with all (Manku, Jain, Das Sarma: Detecting near-duplicates for web crawling,
+2007).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import combinations, pairwise
+import hashlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import combinations, islice, pairwise
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+
+from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 
 Hashes = npt.NDArray[np.uint64]
 Places = npt.NDArray[np.int64]
@@ -135,3 +139,45 @@ def _band_masks(most: int, hashes: int) -> Iterator[np.uint64]:
 
 def _bits_per_band(most: int, equal: int) -> int:
     return BITS * equal // (most + equal)
+
+
+_AT_ONCE = 1000
+"""Images held in memory."""
+
+
+@dataclass(frozen=True)
+class ImageHashes:
+    """Hashes of n images, in their order."""
+
+    sha256: tuple[str, ...]
+    """Of the bytes, in hex."""
+    looks: Hashes
+    """Perceptual hashes [n]; without meaning where an image cannot be decoded."""
+    decoded: npt.NDArray[np.bool_]
+    """Whether each can be decoded [n]."""
+
+    def __len__(self) -> int:
+        return len(self.sha256)
+
+
+def hash_images(images: Iterable[bytes], threads: int) -> ImageHashes:
+    """Hash encoded images of any format that is decoded."""
+    digests: list[str] = []
+    looks, decoded = [np.empty(0, np.uint64)], [np.empty(0, np.bool_)]
+    coming = iter(images)
+    with ThreadPoolExecutor(threads) as pool:
+        while batch := list(islice(coming, _AT_ONCE)):
+            digests += [hashlib.sha256(image).hexdigest() for image in batch]
+            greys = list(pool.map(_decode_grey, batch))
+            nothing = np.zeros((GREY_PX, GREY_PX), np.uint8)
+            looks.append(hashes_of(np.stack([nothing if g is None else g for g in greys])))
+            decoded.append(np.array([grey is not None for grey in greys]))
+    return ImageHashes(tuple(digests), np.concatenate(looks), np.concatenate(decoded))
+
+
+def _decode_grey(encoded: bytes) -> npt.NDArray[np.uint8] | None:
+    """The image small and grey, as a sample's is; None when it cannot be decoded."""
+    try:
+        return grey_of(decode_image(encoded).convert("RGB"))
+    except UnreadableImageError:
+        return None

@@ -19,10 +19,11 @@ from pathlib import Path
 
 from evaclip_model.files import write_atomically
 from tasks.artifacts.artifact import Artifact, Made
-from tasks.index.sample_index import INDEX, join_indexes
-from tasks.index.shard_verdicts import (
+from tasks.index.sample_index import (
     CHECKED,
+    INDEX,
     ShardVerdict,
+    join_indexes,
     read_verdicts,
     relative_path,
     shard_location,

@@ -15,12 +15,11 @@ from pathlib import Path
 from duckdb import DuckDBPyConnection
 
 from evaclip_model.errors import InputError
-from tasks.merge.config import ColumnMap, SourceConfig
+from tasks.merge.config import ColumnMap, SourceConfig, is_old_edition, why_refused
 from tasks.merge.database import explain_read_errors, open_database
+from tasks.merge.merge_plan import rows_in
 from tasks.merge.metadata_files import READERS, Format, find_metadata, format_of
 from tasks.merge.schema import PublishedColumns, column_map, is_number, quote_identifier
-from tasks.merge.survey_files import rows_in
-from tasks.merge.withdrawn import is_old_edition, why_refused
 from tasks.tables.text_tables import read_text_table
 
 BINS = 10

@@ -1,7 +1,7 @@
 """Merge metadata collections: filter, normalise, deduplicate, select, write.
 
 Covers: the phases in order, what makes them restartable, the selection, and the totals.
-Not here: looking at the files first (survey_files.py), one phase's units (units.py), the rules
+Not here: looking at the files first (merge_plan.py), one phase's units (units.py), the rules
 (filters.py, sql/), another engine (spark.py).
 
 Memory depends on the size of a partition, never on the number of rows:
@@ -45,11 +45,10 @@ from tasks.artifacts.artifact import Made
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import load_statement, open_database
 from tasks.merge.filters import REASONS, UNREADABLE_LINE
-from tasks.merge.merge_plan import MergePlan, SelectionCut, read_cuts
+from tasks.merge.merge_plan import Files, MergePlan, SelectionCut, make_plan, read_cuts, rows_in
 from tasks.merge.metadata_files import file_identity, mark_of
 from tasks.merge.shuffle import BUCKET_BITS, LAYOUT
 from tasks.merge.spark import spark_runner
-from tasks.merge.survey_files import Files, make_plan, rows_in
 from tasks.merge.units import PHASES, Chunk, files_of_range, kept_in, run_chunk, text_of
 from tasks.progress import Report, report_nothing
 

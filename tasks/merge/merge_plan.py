@@ -1,18 +1,40 @@
-"""The values that all units of a merge share: its files, its settings, and later its cut.
+"""The plan that all units of a merge share, and making it: what every metadata file, sidecar and
+cleaned edition holds, before any of the long work.
 
-Covers: the plan as plain values, fit to be sent to a worker; the saved cut; making a folder once.
-Not here: making the plan (survey_files.py), the units (units.py).
+Covers: the plan as plain values, fit to be sent to a worker; text files turned into parquet; the
+number of partitions; the saved cut; making a folder once.
+Not here: the units (units.py), the meaning of columns (schema.py).
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
-from tasks.merge.config import MergeConfig, SidecarConfig
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from duckdb import DuckDBPyConnection
+
+from evaclip_model.errors import InputError
+from evaclip_model.files import write_atomically
+from tasks.merge.config import ColumnMap, MergeConfig, SidecarConfig, SourceConfig
+from tasks.merge.database import explain_read_errors, open_database
+from tasks.merge.metadata_files import READERS, find_metadata, format_of
+from tasks.merge.schema import (
+    JudgedParts,
+    PublishedColumns,
+    column_map,
+    key_text,
+    quote_identifier,
+    select_list,
+)
+from tasks.tables.text_tables import TextFormat, TextRow, column_names, read_text_table
 
 ROWS_PER_RANGE = 1_000_000
 
@@ -155,3 +177,281 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> None:
     beside.mkdir(parents=True)
     make(beside)
     beside.rename(folder)
+
+
+Files = Mapping[str, Sequence[Path | str]]
+"""Source name -> its files or URLs, in order."""
+
+ROWS = "rows.parquet"
+"""What a text file becomes."""
+ROWS_AT_ONCE = 50_000
+_NUMBER = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
+ROWS_PER_PARTITION = 250_000
+"""What a partition holds, of all sources together: its rows stay in the processor's cache while
+they are put in order, and four times as many take a third more CPU-seconds."""
+MOST_PARTITIONS = 2_048
+"""More than this and the pieces of a run get so small that their headers cost more than they."""
+
+
+def make_plan(
+    config: MergeConfig,
+    files: Files,
+    out: Path,
+    threads: int | None,
+    memory_limit: str,
+    given: Sequence[str] = (),
+) -> MergePlan:
+    """Schema and row count of every file, before any of the long work.
+
+    With files of what was `given` before a source may be empty: there may be nothing new.
+
+    Raises:
+        InputError: a file cannot be read, lacks a column, or is withdrawn; a source is empty.
+    """
+    sidecars = tuple(
+        Sidecar(number, place, sidecar, tuple(find_metadata(sidecar.files, f"sidecar of {name}")))
+        for number, (name, source) in enumerate((s.name, s) for s in config.sources)
+        for place, sidecar in enumerate(source.sidecars)
+    )
+    outside = [str(path) for paths in files.values() for path in paths]
+    compared = [source.diff_against for source in config.sources if source.diff_against]
+    outside += [path for sidecar in sidecars for path in sidecar.paths] + compared + list(given)
+    spill = out / "_tmp" / "spill"
+    with open_database(spill, memory_limit, threads, outside) as connection:
+        added: dict[tuple[int, int], dict[str, str]] = {}
+        with_keys: list[Sidecar] = []
+        for sidecar in sidecars:
+            columns, keys = _sidecar_columns(connection, config, sidecar)
+            added[sidecar.source, sidecar.place] = columns
+            with_keys.append(replace(sidecar, keys=keys))
+        found: list[MetadataFile] = []
+        has_hash, known_columns = False, set[str]()
+        for number, source in enumerate(config.sources):
+            if not files.get(source.name):
+                raise InputError(f"source '{source.name}': no file matches '{source.files}'")
+            extra = {
+                name: kind
+                for (at, _), columns in added.items()
+                if at == number
+                for name, kind in columns.items()
+            }
+            looked_at = [
+                _look_at(connection, len(found) + place, str(path), source, out / "_tmp")
+                for place, path in enumerate(files[source.name])
+            ]
+            known_columns.update(name for one in looked_at for name in one.own)
+            planned, maps = _plan_files(config, number, looked_at, extra, len(found))
+            found += planned
+            has_hash = has_hash or any(columns.image_hash for columns in maps)
+            mine = [file for file in found if file.source == number]
+            if not given and not any(file.rows + file.bad_lines for file in mine):
+                raise InputError(
+                    f"source '{source.name}' is empty: '{source.files}' has "
+                    f"{len(files[source.name])} file(s) without a single row; put its metadata "
+                    "there or remove the source"
+                )
+        if config.hash_column and not has_hash:
+            raise InputError(
+                f"download.hash_column names '{config.hash_column}', but no source has such a "
+                f"column; their columns are {', '.join(sorted(known_columns))}"
+            )
+        editions = _list_editions(connection, config)
+    rows = sum(file.rows for file in found)
+    partitions = config.partitions or min(MOST_PARTITIONS, -(-rows // ROWS_PER_PARTITION))
+    return MergePlan(
+        *(config, out, tuple(found), tuple(with_keys), editions, max(1, partitions)),
+        *(threads, memory_limit, tuple(given)),
+    )
+
+
+@dataclass(frozen=True)
+class _LookedAt:
+    """One metadata file, before its columns have parts."""
+
+    path: str
+    """The parquet file that is read."""
+    published_as: str
+    """The source's own file."""
+    own: dict[str, str]
+    """Its columns and their types; of a text file, VARCHAR or DOUBLE by what most values are."""
+    is_text: bool
+    rows: int
+    bad_lines: int = 0
+    first_bad_line: str = ""
+
+
+def _plan_files(
+    config: MergeConfig,
+    number: int,
+    looked_at: Sequence[_LookedAt],
+    extra: PublishedColumns,
+    first: int,
+) -> tuple[list[MetadataFile], list[ColumnMap]]:
+    """The files of source `number`, numbered from `first`, and their column maps.
+
+    Every rule that one file of a source can be judged by judges all of them.
+    """
+    source = config.sources[number]
+    kinds = [{**one.own, **extra} for one in looked_at]
+    maps = [
+        _with_hash(config, column_map(source, published, one.published_as, one.is_text), one)
+        for one, published in zip(looked_at, kinds, strict=True)
+    ]
+    judged = JudgedParts.of(zip(maps, kinds, strict=True))
+    planned = [
+        MetadataFile(
+            number=first + place,
+            path=one.path,
+            source=number,
+            columns=select_list(columns, published, judged),
+            sidecar_keys=tuple(_sidecar_key(side, columns, one.own) for side in source.sidecars),
+            rows=one.rows,
+            bad_lines=one.bad_lines,
+            first_bad_line=one.first_bad_line,
+        )
+        for place, (one, columns, published) in enumerate(zip(looked_at, maps, kinds, strict=True))
+    ]
+    return planned, maps
+
+
+def _look_at(
+    connection: DuckDBPyConnection, number: int, path: str, source: SourceConfig, temporary: Path
+) -> _LookedAt:
+    kind = format_of(path, source)
+    if kind == "parquet":
+        own = _published_columns(connection, path)
+        with explain_read_errors(path):
+            return _LookedAt(path, path, own, False, rows_in(connection, [path]))
+    converted = temporary / "converted" / f"{number:06d}"
+    make_once(converted, lambda folder: convert_text(path, kind, source, folder))
+    told = json.loads((converted / "told.json").read_text())
+    return _LookedAt(
+        str(converted / ROWS), path, told["columns"], True, told["rows"], told["bad"], told["first"]
+    )
+
+
+def convert_text(path: str, kind: TextFormat, source: SourceConfig, folder: Path) -> None:
+    """Write the rows of a text file into `folder` as parquet of texts, in order, and what they are.
+
+    Raises:
+        InputError: the file cannot be read, or has no columns.
+    """
+    names = column_names(path, kind, source.quoting, source.header)
+    if not names:
+        raise InputError(f"{path} cannot be read as {kind}: it has no row")
+    while later := _convert_columns(path, kind, source, folder, names):
+        names = [*names, *later]  # a key that the first rows lack; all of it once more
+
+
+def _convert_columns(
+    path: str, kind: TextFormat, source: SourceConfig, folder: Path, names: Sequence[str]
+) -> list[str]:
+    """Write the columns `names` of a text file; returns others that were met, if there are any, and
+    then what was written is not whole."""
+    schema = pa.schema([(name, pa.string()) for name in names])
+    known = set(names)
+    numbers, values, rows, bad, first = Counter[str](), Counter[str](), 0, 0, ""
+    with pq.ParquetWriter(folder / ROWS, schema, compression="zstd") as writer:
+        for batch in _batches(read_text_table(path, kind, source.quoting, source.header)):
+            good = [row.values for row in batch if row.flaw is None]
+            if kind == "jsonl":
+                later = dict.fromkeys(
+                    name for row in good if not row.keys() <= known for name in row
+                )
+                if later.keys() - known:
+                    return [name for name in later if name not in known]
+            for row in batch:
+                if row.flaw is not None:
+                    bad += 1
+                    first = first or f"{path}, line {row.line}: {row.flaw}"
+            columns = {name: [row.get(name) or None for row in good] for name in names}
+            table = pa.table(columns, schema=schema)
+            writer.write_table(table)
+            rows += len(good)
+            for name in names:
+                there = table[name].drop_null()
+                values[name] += len(there)
+                numbers[name] += pc.sum(pc.match_substring_regex(there, _NUMBER)).as_py() or 0
+    kinds = {n: "DOUBLE" if 2 * numbers[n] > values[n] else "VARCHAR" for n in names}
+    told = {"columns": kinds, "rows": rows, "bad": bad, "first": first}
+    write_atomically(folder / "told.json", json.dumps(told))
+    return []
+
+
+def _batches(rows: Iterator[TextRow]) -> Iterator[list[TextRow]]:
+    while batch := list(islice(rows, ROWS_AT_ONCE)):
+        yield batch
+
+
+def _with_hash(config: MergeConfig, columns: ColumnMap, file: _LookedAt) -> ColumnMap:
+    """The map, its hash the column that the download compares with; "image_hash" is the map's."""
+    if config.hash_column in ("", "image_hash"):
+        return columns
+    has = config.hash_column in file.own
+    return columns.model_copy(update={"image_hash": config.hash_column if has else None})
+
+
+def _published_columns(connection: DuckDBPyConnection, path: str) -> dict[str, str]:
+    with explain_read_errors(path):
+        description = connection.execute(
+            f"DESCRIBE SELECT * FROM {READERS['parquet']}", {"path": path}
+        ).fetchall()
+    return {name: kind for name, kind, *_ in description}
+
+
+def _sidecar_columns(
+    connection: DuckDBPyConnection, config: MergeConfig, sidecar: Sidecar
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Types of the columns that a sidecar adds, and SQL of the key in each of its files."""
+    keys = []
+    source = config.sources[sidecar.source].name
+    published = _published_columns(connection, sidecar.paths[0])
+    for path in sidecar.paths:
+        columns = _published_columns(connection, path)
+        for name in (sidecar.config.key, *sidecar.config.columns):
+            if name not in columns:
+                raise InputError(
+                    f"{path}: sidecar of source '{source}' has no column '{name}'; "
+                    f"its columns are {', '.join(columns)}"
+                )
+        keys.append(key_text(sidecar.config.key, columns[sidecar.config.key]))
+    return {name: published[name] for name in sidecar.config.columns}, tuple(keys)
+
+
+def _sidecar_key(sidecar: SidecarConfig, columns: ColumnMap, published: PublishedColumns) -> str:
+    """SQL of a row's key in a sidecar."""
+    if sidecar.on == "url":
+        return quote_identifier(columns.url)
+    if sidecar.on == "id":
+        return key_text(columns.id, published[columns.id]) if columns.id else "NULL"
+    if "hash" in published:
+        return key_text("hash", published["hash"])
+    text = " || ".join(
+        f"coalesce({quote_identifier(name)}, '')" for name in (columns.url, columns.caption)
+    )
+    return f"laion_hash({text})"
+
+
+def _list_editions(connection: DuckDBPyConnection, config: MergeConfig) -> tuple[Edition, ...]:
+    compared: dict[str, list[int]] = {}
+    for number, source in enumerate(config.sources):
+        if source.diff_against:
+            compared.setdefault(source.diff_against, []).append(number)
+    editions = []
+    for pattern, sources in compared.items():
+        cleaned = SourceConfig(name="cleaned", files=pattern)
+        paths = find_metadata(pattern, "diff_against")
+        columns = [
+            column_map(cleaned, _published_columns(connection, path), path) for path in paths
+        ]
+        urls = [column.url for column in columns]
+        editions.append(Edition(tuple(sources), tuple(zip(paths, urls, strict=True))))
+    return tuple(editions)
+
+
+def rows_in(connection: DuckDBPyConnection, paths: Sequence[str]) -> int:
+    """Rows of parquet files, as their footers tell."""
+    found = connection.execute(
+        "SELECT sum(num_rows) FROM parquet_file_metadata($paths)", {"paths": list(paths)}
+    ).fetchall()
+    return int(found[0][0])

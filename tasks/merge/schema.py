@@ -1,8 +1,6 @@
-"""The meaning of the columns of a metadata file.
-
-Covers: telling the published layouts apart by their column names, refusing withdrawn ones, checking
-a column map against a file, and the SQL select list that gives every layout the same columns.
-Not here: reading files; rules on values.
+"""The meaning of the columns of a metadata file: published layouts told apart by their names,
+withdrawn ones refused, a column map checked against a file, the SQL select list that gives every
+layout the same columns, and a copy of a file without texts that are not UTF-8.
 
 Layouts: LAION-400M, LAION-2B-en and their joined editions (URL, TEXT), Re-LAION (url, caption),
 COYO-700M (url, text, clip_similarity_vitb32).
@@ -13,10 +11,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from evaclip_model.errors import InputError
-from tasks.merge.config import ColumnMap, SourceConfig
-from tasks.merge.withdrawn import CLEANED, is_old_edition
+from tasks.merge.config import CLEANED, ColumnMap, SourceConfig, is_old_edition
+from tasks.merge.metadata_files import file_system, is_url
 
 PublishedColumns = Mapping[str, str]
 """Column name -> DuckDB type, as found in a file."""
@@ -264,3 +267,40 @@ def _join_with_or(conditions: Iterable[str]) -> str:
 
 def _flag_column(judged: bool) -> str:
     return "true" if judged else "false"
+
+
+ROWS_AT_ONCE = 50_000
+
+
+def is_about_encoding(error: duckdb.Error) -> bool:
+    """Whether the database refuses a file for a text that is not UTF-8."""
+    said = str(error).lower()
+    return "invalid string encoding" in said or "invalid unicode" in said or "utf8" in said
+
+
+def repair_text(path: str, target: Path) -> None:
+    """Write the rows of a parquet file in their order; a text that is not UTF-8 is none, and its
+    row is true in the column `BROKEN_TEXT`."""
+    with file_system(path).open(path, "rb") if is_url(path) else open(path, "rb") as raw:
+        source = pq.ParquetFile(raw)
+        fields = [*source.schema_arrow.remove_metadata(), pa.field(BROKEN_TEXT, pa.bool_())]
+        schema = pa.schema(fields)
+        with pq.ParquetWriter(target, schema, compression="zstd") as writer:
+            for batch in source.iter_batches(ROWS_AT_ONCE):
+                broken = [False] * batch.num_rows
+                columns = [_repaired(column, broken) for column in batch.columns]
+                writer.write_table(pa.table([*columns, pa.array(broken)], schema=schema))
+
+
+def _repaired(column: pa.Array, broken: list[bool]) -> pa.Array:
+    """A column of text without what is not UTF-8, whose rows are noted in `broken`."""
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return column
+    texts: list[str | None] = []
+    for place, value in enumerate(column.cast(pa.large_binary()).to_pylist()):
+        try:
+            texts.append(None if value is None else value.decode())
+        except UnicodeDecodeError:
+            texts.append(None)
+            broken[place] = True
+    return pa.array(texts, column.type)

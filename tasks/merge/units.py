@@ -39,8 +39,13 @@ from tasks.merge.database import (
 from tasks.merge.filters import reason_expression, rule_parameters
 from tasks.merge.merge_plan import MergePlan, MetadataFile, make_once, read_cuts
 from tasks.merge.metadata_files import read_lists
-from tasks.merge.repair_text import is_about_encoding, repair_text
-from tasks.merge.schema import BROKEN_TEXT, NOT_BROKEN, quote_identifier
+from tasks.merge.schema import (
+    BROKEN_TEXT,
+    NOT_BROKEN,
+    is_about_encoding,
+    quote_identifier,
+    repair_text,
+)
 from tasks.merge.shuffle import (
     BUCKET_BITS,
     is_alone,

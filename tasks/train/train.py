@@ -324,7 +324,7 @@ def _submission_command(kind: Kind, launch: Launch, job: Path, inputs: Inputs) -
         nodes=launch.nodes,
     )
     write_atomically(script, text)
-    submit = [sys.executable, "-m", "tasks.train.submit"]
+    submit = [sys.executable, "-m", "tasks.train.cluster"]
     return [*submit, kind, str(script), job_name(job.parent), str(CLUSTER_LOOK_S)]
 
 

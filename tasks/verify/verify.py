@@ -20,19 +20,19 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from tasks.artifacts.artifact import Made, read_bulk
 from tasks.index.adopted_shards import ADOPTED, AdoptedShard, read_adopted, sizes_and_marks
-from tasks.index.sample_index import INDEX, write_index
-from tasks.index.shard_verdicts import (
+from tasks.index.sample_index import (
     CHECKED,
+    INDEX,
     ShardVerdict,
     read_verdicts,
     relative_path,
+    write_index,
     write_verdicts,
 )
 from tasks.process.child import run_supervised
 from tasks.progress import Report
 from tasks.verify.config import VerifyConfig
-from tasks.verify.verify_shard import Adopted, read_cpu_s, read_verdict
-from tasks.verify.verify_worker import ShardJob, VerifyJob
+from tasks.verify.verify_shard import Adopted, ShardJob, VerifyJob, read_cpu_s, read_verdict
 
 REPORT = "report.json"
 TABLES = ".tables"
@@ -171,7 +171,7 @@ def _verify_missing(
     path, log = out / "job.json", out / LOG
     write_atomically(path, job.model_dump_json())
     status = run_supervised(
-        [sys.executable, "-m", "tasks.verify.verify_worker", str(path)],
+        [sys.executable, "-m", "tasks.verify.verify_shard", str(path)],
         log=log,
         grace_s=GRACE_S,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -1,8 +1,12 @@
-"""Verify one shard: read every sample, decode every image, keep what is found as a small table.
+"""Verify shards: read every sample, decode every image, keep what is found as a table a shard;
+and the process that does so for many: `python -m tasks.verify.verify_shard JOB.json`.
 
 Covers: the verdict on a shard and on each of its samples, hashes, agreement with the downloader's
-own table and statistics. Not here: which shards there are (verify.py), comparing samples of
-different shards (tasks/dataset).
+own table and statistics. Not here: which shards there are, counting what is done (verify.py),
+comparing samples of different shards (tasks/dataset).
+
+A process of its own, because decoding holds Python's lock for a good part of its time, and because
+a pool started inside a flow would outlive the flow's being killed.
 """
 
 from __future__ import annotations
@@ -10,10 +14,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -39,8 +46,7 @@ from evaclip_model.reading.samples import BrokenShard, Sample, Shard, read_sampl
 from evaclip_model.reading.urls import is_url, open_filesystem
 from tasks.artifacts.artifact import sha256_of
 from tasks.index.perceptual_hash import grey_of, hashes_of
-from tasks.index.sample_index import COLUMNS
-from tasks.index.shard_verdicts import ShardVerdict
+from tasks.index.sample_index import COLUMNS, ShardVerdict
 from tasks.verify.config import VerifyConfig
 
 _VERDICT = b"verdict"
@@ -310,3 +316,46 @@ def _writable(text: str) -> str:
 
 def _md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+class ShardJob(Config):
+    """One shard to verify."""
+
+    location: str
+    """Path or URL."""
+    size: int | None
+    """Bytes that it should have; None if unknown."""
+    path: str
+    """Its path in the verdict."""
+    target: Path
+    """Where its table goes."""
+    adopted: Adopted | None
+    """Whose it is, if it was adopted."""
+
+
+class VerifyJob(Config):
+    """All shards of one call."""
+
+    config: VerifyConfig
+    shards: tuple[ShardJob, ...]
+    processes: int
+
+
+def main(job: VerifyJob) -> None:
+    """Verify every shard of the job."""
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(job.processes, mp_context=context) as pool:
+        for shard in as_completed(
+            [pool.submit(_verify_one, job.config, one) for one in job.shards]
+        ):
+            shard.result()
+
+
+def _verify_one(config: VerifyConfig, shard: ShardJob) -> None:
+    with on_this_machine(shard.location, shard.target.parent) as tar:
+        verify_shard(tar, shard.path, config, shard.target, shard.size, shard.adopted)
+
+
+if __name__ == "__main__":
+    where = Path(sys.argv[1])
+    main(VerifyJob.from_mapping(json.loads(where.read_text()), where=str(where)))

@@ -47,7 +47,7 @@ from tasks.merge.config import MergeConfig
 from tasks.merge.database import fetch_rows, load_statement, open_database
 from tasks.merge.filters import reason_expression, rule_parameters
 from tasks.merge.merge import merge_sources
-from tasks.merge.survey_files import make_plan
+from tasks.merge.merge_plan import make_plan
 from tests.tasks.merge.reference import address_and_url, tidy
 
 ROWS = """

@@ -37,8 +37,15 @@ from tasks.dataset.config import DatasetConfig
 from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
 from tasks.download.config import STAGE as DOWNLOAD
 from tasks.download.config import DownloadConfig
-from tasks.index.sample_index import COLUMNS, INDEX, ROWS_PER_FILE, write_index
-from tasks.index.shard_verdicts import CHECKED, ShardVerdict, write_verdicts
+from tasks.index.sample_index import (
+    CHECKED,
+    COLUMNS,
+    INDEX,
+    ROWS_PER_FILE,
+    ShardVerdict,
+    write_index,
+    write_verdicts,
+)
 from tasks.merge.config import STAGE as MERGE
 from tasks.merge.config import MergeConfig, SourceConfig
 from tasks.progress import report_nothing

@@ -99,6 +99,8 @@ def test_overrides_reach_what_was_included_and_what_stages_share() -> None:
 def test_a_setting_that_moved_is_refused_by_its_new_name() -> None:
     with pytest.raises(InputError, match=r"'train\.0\.guards\.max_rollbacks' now"):
         load_recipe("demo", ["train.stage1.max_rollbacks=3"])
+    with pytest.raises(InputError, match=r"'download\.politeness\.contact' now"):
+        load_recipe("demo", ["download.contact=me@example.org"])
     changed = load_recipe("demo", ["train.stage1.guards.max_rollbacks=3"])
     assert [stage.guards.max_rollbacks for stage in changed.train] == [3, 10]
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tasks.index import image_hashes
-from tasks.index.image_hashes import hash_images
-from tasks.index.perceptual_hash import grey_of, hashes_of
+from tasks.index import perceptual_hash
+from tasks.index.perceptual_hash import grey_of, hash_images, hashes_of
 
 
 def encoded(seed: int, kind: str = "PNG") -> bytes:
@@ -22,7 +21,7 @@ def encoded(seed: int, kind: str = "PNG") -> bytes:
 
 
 def test_every_image_has_its_hashes_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_hashes, "_AT_ONCE", 3)
+    monkeypatch.setattr(perceptual_hash, "_AT_ONCE", 3)
     images = [encoded(0), b"no image", encoded(1, "WEBP"), encoded(2)[:-40], encoded(0), b""]
     found = hash_images(iter(images), threads=2)
     assert len(found) == 6

@@ -21,8 +21,7 @@ from evaclip_model.files import replace_file
 from tasks.evaluate.metrics.compute import Figures, compute_figures
 from tasks.evaluate.metrics.scored import Scored, image_of_caption
 from tasks.evaluate.sets.published_layout import EvalSet
-from tasks.index.image_hashes import ImageHashes, hash_images
-from tasks.index.perceptual_hash import KnownHashes
+from tasks.index.perceptual_hash import ImageHashes, KnownHashes, hash_images
 from tasks.index.sample_index import Kind, SampleIndex
 from tasks.progress import Report
 

@@ -4,8 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks.demo.concepts import read_concepts
-from tasks.demo.metadata import write_metadata
-from tasks.demo.web_plan import plan_rows
+from tasks.demo.metadata import plan_rows, write_metadata
 
 PUBLISHED = {
     "laion2b": """SAMPLE_ID int64, URL string, TEXT string, HEIGHT int32, WIDTH int32,

@@ -7,7 +7,7 @@ import pytest
 
 from tasks.demo.concepts import read_concepts
 from tasks.demo.demo_web import split_path
-from tasks.demo.web_plan import (
+from tasks.demo.metadata import (
     ADDED,
     DAMAGED,
     FILTERED,

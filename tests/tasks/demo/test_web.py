@@ -19,7 +19,7 @@ from evaclip_model.errors import InputError
 from tasks.demo.concepts import read_concepts, read_drawings
 from tasks.demo.config import DemoConfig
 from tasks.demo.demo_web import Web, read_web, serve_pictures, split_path
-from tasks.demo.web_plan import WORKING, plan_rows
+from tasks.demo.metadata import WORKING, plan_rows
 
 KEY = "1f34e"
 APPLE = read_drawings("noto")[KEY]
@@ -174,8 +174,8 @@ def test_the_server_dies_with_a_caller_that_is_killed():
             "-c",
             "import time\n"
             "from tasks.demo.config import DemoConfig\n"
-            "from tasks.demo.demo_web import serving\n"
-            f"with serving(DemoConfig(port={port})):\n"
+            "from tasks.demo.demo_web import serve_pictures\n"
+            f"with serve_pictures(DemoConfig(port={port})):\n"
             "    print('up', flush=True)\n"
             "    time.sleep(60)\n",
         ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tasks.download.addresses import address_is_allowed
+from tasks.download.fetch import address_is_allowed
 
 PUBLIC = [
     "8.8.8.8",

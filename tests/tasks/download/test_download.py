@@ -25,14 +25,13 @@ from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import BrokenShard, read_samples
 from tasks.artifacts.artifact import Made
 from tasks.download import download as download_module
-from tasks.download.check_shards import check_shard
+from tasks.download.check_shards import Ledger, check_shard
 from tasks.download.config import DownloadConfig
-from tasks.download.counters import CounterReader
 from tasks.download.download import Crew, download_images
 from tasks.download.download_worker import open_files_needed
 from tasks.download.fetch_outcome import Outcome
 from tasks.download.url_tables import PlannedShard, plan_download
-from tasks.download.validated_shards import Ledger
+from tasks.download.watch_progress import CounterReader
 
 CONFIG = DownloadConfig(
     samples_per_shard=8,
@@ -42,7 +41,7 @@ CONFIG = DownloadConfig(
     deadline_s=1.5,
     max_bytes=100_000,
     retries=1,
-    retry_wait_s=0.01,
+    politeness={"retry_wait_s": 0.01},
     passes=1,
     allowed_networks=("127.0.0.1/32",),
 )

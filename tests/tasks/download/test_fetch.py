@@ -20,12 +20,15 @@ CONFIG = DownloadConfig(
     timeout_s=0.4,
     deadline_s=0.8,
     retries=0,
-    retry_wait_s=0.01,
+    politeness={"retry_wait_s": 0.01},
 )
 
 
 def with_(**changes: object) -> DownloadConfig:
-    return DownloadConfig.model_validate({**CONFIG.model_dump(), **changes})
+    settings = CONFIG.model_dump()
+    for name in [name for name in changes if name in settings["politeness"]]:
+        settings["politeness"][name] = changes.pop(name)
+    return DownloadConfig.model_validate({**settings, **changes})
 
 
 def fetch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tasks.download.host_rate_limiter import HostGate
+from tasks.download.politeness import HostGate
 
 
 class Clock:

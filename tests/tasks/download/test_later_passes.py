@@ -16,7 +16,7 @@ from tasks.download.check_shards import FinishedShard
 from tasks.download.config import DownloadConfig
 from tasks.download.download import Crew, download_images
 from tasks.download.fetch_outcome import Outcome
-from tasks.download.network_probe import AT_ONCE, silent_hosts
+from tasks.download.retry_passes import AT_ONCE, silent_hosts
 from tasks.download.url_tables import PlannedShard
 from tests.tasks.download.test_download import write_rows
 from tests.tasks.download.web import serving
@@ -28,7 +28,7 @@ CONFIG = DownloadConfig(
     deadline_s=2.0,
     retries=0,
     passes=2,
-    pass_wait_s=0,
+    politeness={"pass_wait_s": 0},
     min_success_rate=0.1,
     allowed_networks=("127.0.0.1/32",),
 )

@@ -6,7 +6,7 @@ from email.message import Message
 
 import pytest
 
-from tasks.download.optout import declines_use
+from tasks.download.politeness import declines_use
 
 DIRECTIVES = ("noai", "noimageai", "noindex", "noimageindex", "noml")
 

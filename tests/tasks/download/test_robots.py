@@ -13,7 +13,7 @@ import pytest
 from tasks.download.config import DownloadConfig
 from tasks.download.fetch import Fetcher
 from tasks.download.fetch_outcome import OPTED_OUT, ROBOTS_TXT
-from tasks.download.robots import parse_rules
+from tasks.download.politeness import parse_rules
 
 
 @pytest.mark.parametrize(
@@ -103,13 +103,14 @@ def names() -> Iterator[list[str]]:
 
 
 def test_slots_robots_and_opt_outs_hold_at_every_hop_of_a_redirect(names: list[str]) -> None:
-    settings = {"allowed_networks": ("127.0.0.0/8",), "host_connections": 2, "retries": 0}
-    fetcher = Fetcher(DownloadConfig(**settings))
+    slots = {"host_connections": 2}
+    settings = {"allowed_networks": ("127.0.0.0/8",), "retries": 0}
+    fetcher = Fetcher(DownloadConfig(**settings, politeness=slots))
     with ThreadPoolExecutor(6) as pool:
         done = list(pool.map(lambda name: fetcher.fetch_image(f"{name}/a.jpg"), names))
     assert [body for body, _ in done] == [b"image"] * 6
     assert _Target.most == 2
     assert fetcher.fetch_image(f"{names[0]}/declined.jpg") == (None, OPTED_OUT)
-    polite = Fetcher(DownloadConfig(**settings, respect_robots=True))
+    polite = Fetcher(DownloadConfig(**settings, politeness={**slots, "respect_robots": True}))
     assert polite.fetch_image(f"{names[0]}/private/b.jpg") == (None, ROBOTS_TXT)
     assert polite.fetch_image(f"{names[0]}/b.jpg") == (b"image", None)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from evaclip_model.errors import InputError
-from tasks.download import executors
+from tasks.download import config
 from tasks.download.config import DownloadConfig
 from tasks.download.download import Crew, download_images
 from tests.tasks.download.faults import CONFIG, four_hosts, outcomes_of, rows_of, write_rows
@@ -17,9 +17,9 @@ from tests.tasks.download.faults import CONFIG, four_hosts, outcomes_of, rows_of
 
 @pytest.mark.parametrize("name", ["pyspark", "ray"])
 def test_a_missing_package_is_named_and_nothing_is_begun(
-    name: executors.Distributor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: config.Distributor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(executors, "find_spec", lambda _: None)
+    monkeypatch.setattr(config, "find_spec", lambda _: None)
     out = tmp_path / "out"
     with pytest.raises(InputError, match=f"needs the package {name}.*pip install {name}"):
         download_images(DownloadConfig(), tmp_path, out, Crew(1, 4, name), lambda *_: None)
@@ -27,20 +27,20 @@ def test_a_missing_package_is_named_and_nothing_is_begun(
 
 
 def test_spark_needs_java(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executors, "find_spec", lambda _: object())
+    monkeypatch.setattr(config, "find_spec", lambda _: object())
     monkeypatch.delenv("JAVA_HOME", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(InputError, match="needs Java 17"):
-        executors.require_distributor("pyspark")
+        config.require_distributor("pyspark")
     monkeypatch.setenv("JAVA_HOME", "/usr/lib/jvm/some")
-    executors.require_distributor("pyspark")
-    executors.require_distributor("multiprocessing")
+    config.require_distributor("pyspark")
+    config.require_distributor("multiprocessing")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pyspark", "ray"])
 def test_rows_end_the_same_whoever_starts_the_processes(
-    name: executors.Distributor, tmp_path: Path
+    name: config.Distributor, tmp_path: Path
 ) -> None:
     if find_spec(name) is None:
         pytest.skip(f"{name} is not installed")

@@ -26,13 +26,14 @@ def encoded(image: Image.Image, form: str, **options: object) -> bytes:
 
 
 def store(data: bytes, **settings: object) -> tuple:
-    config = DownloadConfig(image_px=32, **settings)
+    storage = {name: settings.pop(name) for name in list(settings) if name.startswith("encode_")}
+    config = DownloadConfig(image_px=32, storage=storage, **settings)
     resizer = Resizer(
         image_size=config.image_px,
-        resize_mode=config.resize_mode,
+        resize_mode=config.storage.resize_mode,
         resize_only_if_bigger=True,
-        encode_format=config.encode_format,
-        encode_quality=config.encode_quality,
+        encode_format=config.storage.encode_format,
+        encode_quality=config.storage.encode_quality,
         skip_reencode=True,
     )
     return BoundedResizer(resizer, config)(io.BytesIO(data))

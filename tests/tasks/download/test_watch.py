@@ -6,9 +6,8 @@ from collections import Counter
 
 import pytest
 
-from tasks.download.counters import CounterReader, OutcomeCounter, Progress
 from tasks.download.fetch_outcome import Outcome
-from tasks.download.watch_progress import Watch
+from tasks.download.watch_progress import CounterReader, OutcomeCounter, Progress, Watch
 
 
 def progress(fetched_bytes: int = 0, **counts: int) -> Progress:

@@ -24,7 +24,7 @@ from tasks.evaluate.metrics.contamination import (
 )
 from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.sets.published_layout import EvalSet, open_set
-from tasks.index.image_hashes import hash_images
+from tasks.index.perceptual_hash import hash_images
 from tasks.index.sample_index import COLUMNS, INDEX, write_index
 from tasks.progress import report_nothing
 from tests.tasks.evaluate.answers import answered, caption_set, class_set, label_set

@@ -12,8 +12,7 @@ import pytest
 from tasks.artifacts.artifact import Address, Artifact, produce_artifact
 from tasks.dataset.config import DatasetConfig
 from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
-from tasks.index.sample_index import INDEX, Kind, SampleIndex
-from tasks.index.shard_verdicts import read_verdicts
+from tasks.index.sample_index import INDEX, Kind, SampleIndex, read_verdicts
 from tasks.join.config import STAGE, JoinConfig
 from tasks.join.join import JoinedPart, join_verifications, read_parts
 from tasks.progress import report_nothing

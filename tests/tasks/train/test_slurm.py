@@ -70,7 +70,7 @@ def test_a_killed_submitter_does_not_double_the_ranks(data, slurm, tmp_path):
             (submitter,) = [
                 one
                 for one in processes_of(out)
-                if one.info["cmdline"][1:3] == ["-m", "tasks.train.submit"]
+                if one.info["cmdline"][1:3] == ["-m", "tasks.train.cluster"]
             ]
             killed.append(submitter.pid)
             os.kill(submitter.pid, signal.SIGKILL)

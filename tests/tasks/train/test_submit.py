@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.train.submit import CANCELLED, FAILED, OVER
+from tasks.train.cluster import CANCELLED, FAILED, OVER
 from tests.tasks.train.fake_slurm import FakeSlurm
 
 CHECKOUT = Path(__file__).parents[3]
@@ -33,7 +33,7 @@ def write_job(folder, command):
 
 
 def submit(script):
-    words = ["-m", "tasks.train.submit", "slurm", str(script), script.parent.name, "0.05"]
+    words = ["-m", "tasks.train.cluster", "slurm", str(script), script.parent.name, "0.05"]
     return subprocess.Popen([sys.executable, *words], cwd=CHECKOUT, stderr=subprocess.PIPE)
 
 

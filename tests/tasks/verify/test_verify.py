@@ -20,8 +20,7 @@ from PIL import Image
 
 from evaclip_model.errors import InputError
 from tasks.artifacts.artifact import BULK, Made, sha256_of
-from tasks.index.sample_index import COLUMNS, SampleIndex
-from tasks.index.shard_verdicts import read_verdicts
+from tasks.index.sample_index import COLUMNS, SampleIndex, read_verdicts
 from tasks.verify.config import VerifyConfig
 from tasks.verify.verify import verify_shards
 from tests.evaclip_model.hostile_images import jpeg_of_many_scans
