@@ -1,5 +1,5 @@
-"""Rules for downloading and storing images, the `[download]` table of a recipe; and the ways in which
-downloading processes may be started.
+"""Rules for downloading and storing images, the `[download]` table of a recipe; and the ways in
+which downloading processes may be started.
 
 Not here: downloading; processes and threads (they change the time, not the result).
 """
