@@ -8,7 +8,12 @@ from flows.config.form_types import Overrides, RecipeName
 from flows.graph.graph import Graph
 from flows.graph.runner import RecipeSession, open_session
 from flows.graph.step import Step
-from flows.promotion.apply_decision import Promote, apply_decision, register_and_judge
+from flows.promotion.apply_decision import (
+    Promote,
+    apply_decision,
+    carry_out_answer,
+    register_and_judge,
+)
 from flows.reporting.crash_hook import close_tracking
 from flows.reporting.prefect_artifacts import publish_evaluation
 from tasks.artifacts.artifact import Artifact
@@ -27,6 +32,8 @@ def evaluate(
         promote: What happens to a better model. gate: it becomes champion; ask: once a person has
             said yes; never: it stays challenger.
     """
+    if (answered := carry_out_answer(recipe, overrides, promote)) is not None:
+        return answered
     with open_session("evaluate", recipe, overrides) as session:
         for model in session.graph.evaluate.inputs.values():
             if isinstance(model, Step) and model in session.graph.model_steps:

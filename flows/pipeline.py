@@ -17,7 +17,7 @@ from flows.planning.run_plan import (
     summarise_findings,
 )
 from flows.prepare import prepare_data
-from flows.promotion.apply_decision import Promote, apply_decision
+from flows.promotion.apply_decision import Promote, apply_decision, carry_out_answer
 from flows.reporting.crash_hook import close_tracking
 from flows.reporting.prefect_artifacts import publish_overview
 
@@ -44,6 +44,8 @@ def pipeline(
         fits = summarise_findings(recipe_findings(wanted, graph, profile, machine))
         page = f"{plan_markdown(wanted, graph)}\n\nDoes it fit this machine? {fits}"
         create_markdown_artifact(page, key="plan")
+        return
+    if carry_out_answer(recipe, overrides, promote) is not None:
         return
     with open_session("pipeline", recipe, overrides) as session:
         check_disk(session.graph)

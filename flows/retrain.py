@@ -27,7 +27,12 @@ from flows.graph.incremental import (
 )
 from flows.graph.runner import open_session
 from flows.prepare import prepare_data
-from flows.promotion.apply_decision import Promote, apply_decision, champion_beside
+from flows.promotion.apply_decision import (
+    Promote,
+    apply_decision,
+    carry_out_answer,
+    champion_beside,
+)
 from flows.reporting.crash_hook import close_tracking
 from flows.reporting.prefect_artifacts import publish_overview
 from flows.reporting.terminal import console
@@ -60,6 +65,8 @@ def retrain(
     Returns:
         The registration, if a model was trained.
     """
+    if (answered := carry_out_answer(recipe, overrides, promote)) is not None:
+        return answered
     wanted, profile, graph = load_graph(recipe, overrides)
     store = TrackingStore.at(profile.mlflow_uri, wanted.name)
     if graph.site.demo and not graph.site.demo.is_finished:

@@ -10,11 +10,12 @@ import importlib
 import logging
 import os
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evaclip_model.errors import InputError
 from tasks.redact import redact_text
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SQLITE = "sqlite:///"
+_log = logging.getLogger(__name__)
 _FROM_ENVIRONMENT_ONLY = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -104,15 +106,22 @@ class TrackingStore:
         if self.database is not None and not self.database.exists():
             _make_database(self.database)
         from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
 
-        return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        try:
+            return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        except MlflowException as error:
+            raise self.away(error) from None
 
     def experiment_id(self, client: MlflowClient) -> str:
-        """The experiment's id, made when it is not there yet."""
+        """The experiment's id, made when it is not there yet, restored when somebody deleted it."""
         from mlflow.exceptions import MlflowException
 
         found = client.get_experiment_by_name(self.experiment)
         if found is not None:
+            if found.lifecycle_stage == "deleted":  # keeps its name, and takes no runs
+                client.restore_experiment(found.experiment_id)
+                _log.warning("experiment '%s' was deleted: it is restored", self.experiment)
             return str(found.experiment_id)
         try:
             return str(client.create_experiment(self.experiment, self.artifact_root))
@@ -140,6 +149,8 @@ class TrackingStore:
             with TemporaryDirectory() as folder:
                 read = Path(client.download_artifacts(run.info.run_id, name, folder)).read_text()
             client.update_run(run.info.run_id, status="FINISHED")
+        except InputError:
+            raise
         except Exception as error:
             raise self.away(error) from None
         if read != text:
@@ -149,9 +160,20 @@ class TrackingStore:
         return str(run.info.artifact_uri)
 
     def away(self, error: Exception) -> InputError:
-        """The error that names a store which does not answer."""
+        """The error that names a store which does not answer, refuses, or is of another MLflow."""
+        said = redact_text(str(error))
+        if "database schema" in said:
+            import mlflow
+
+            return InputError(
+                f"the tracking store {self.uri} has the schema of another version of MLflow than "
+                f"{mlflow.__version__}, which is installed: install the version that it was made "
+                f"with, or make a backup and run 'mlflow db upgrade {self.uri}'"
+            )
+        if is_refusal(error):
+            return InputError(f"the tracking store {self.uri} refuses: {said[:300]}")
         return InputError(
-            f"the tracking store {self.uri} does not answer ({redact_text(str(error))[:160]}): "
+            f"the tracking store {self.uri} does not answer ({said[:160]}): "
             "start it, or give another address, and run the same command again"
         )
 
@@ -168,6 +190,37 @@ def import_mlflow() -> None:
         importlib.import_module(name)
     for noisy in ("mlflow.store.db.utils", "mlflow.pyfunc", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def restore_run(client: MlflowClient, run_id: str) -> bool:
+    """Restore a run that somebody deleted; False for one that is gone for good.
+
+    Its experiment is restored first: in a deleted one no run takes anything.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if not is_refusal(error):
+            raise
+        return False
+    if client.get_experiment(run.info.experiment_id).lifecycle_stage == "deleted":
+        client.restore_experiment(run.info.experiment_id)
+    if client.get_run(run_id).info.lifecycle_stage == "deleted":
+        client.restore_run(run_id)
+        _log.warning("run %s was deleted in MLflow: it is restored", run_id)
+    return True
+
+
+def read_all_pages(search: Callable[..., Any], *query: str) -> list[Any]:
+    """What an MLflow search finds, of all pages: one call answers one page."""
+    page = search(*query)
+    found = list(page)
+    while page.token:
+        page = search(*query, page_token=page.token)
+        found += page
+    return found
 
 
 def is_refusal(error: Exception) -> bool:

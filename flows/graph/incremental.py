@@ -43,10 +43,10 @@ from tasks.register.config import STAGE as REGISTER
 from tasks.register.gate import Decision, GateOutcome
 from tasks.register.promotion import (
     Standing,
-    champion_of,
     history,
     read_decision,
-    standing_of,
+    read_standings,
+    require_champion,
 )
 from tasks.tracking import TrackingStore
 
@@ -65,6 +65,8 @@ class Attempt:
     """Verifications in it."""
     merges: tuple[Artifact, ...]
     decision: Decision
+    standing: Standing | None
+    """In the registry; None if somebody deleted its version there."""
 
     @property
     def version(self) -> int:
@@ -112,17 +114,24 @@ def find_new_data(recipe: Recipe, graph: Graph, store: TrackingStore, keep_rejec
 
     Raises:
         InputError: the champion was made elsewhere, so that its data is not known here; something
-            of it is gone; or the registry does not answer.
+            of it is gone; versions were champion and none is now; or the registry does not answer.
     """
     root, name = graph.site.root, recipe.registry.model_name
     artifacts = read_artifacts(root)
-    attempts = _find_attempts(graph, name, artifacts)
-    champion = champion_of(store, name, recipe.registry.alias)
+    attempts = _find_attempts(graph, name, artifacts, read_standings(store, name))
+    champion = require_champion(store, name, recipe.registry.alias)
+    gone = [one for one in attempts if one.standing is None and champion is None]
+    if any(one.decision.outcome is GateOutcome.PROMOTE for one in gone):
+        raise InputError(
+            f"no version of '{name}' is {recipe.registry.alias}, and {name}/{gone[-1].version} was "
+            "deleted: run the pipeline once more to register it again, or promote another version"
+        )
     base = next((one for one in attempts if champion and one.version == champion.version), None)
     if champion is not None and base is None:
         raise InputError(
-            f"{name}/{champion.version} is {recipe.registry.alias}, but was not registered from "
-            f"{root}: its data is not known here; retrain where it was made, or set EVACLIP_ROOT"
+            f"{name}/{champion.version} is {recipe.registry.alias}, but nothing in {root} says "
+            "that it was registered from there (by name, version and digest): its data is not "
+            "known here; retrain where it was made, or set EVACLIP_ROOT"
         )
     merges = _merges_of(attempts)
     waiting = _find_waiting(name, merges, artifacts)
@@ -218,24 +227,51 @@ def describe_new_data(news: News, recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _find_attempts(graph: Graph, name: str, artifacts: Sequence[Artifact]) -> list[Attempt]:
-    """Every registration under the model's name in the same registry, in their order."""
-    found = []
-    for artifact in artifacts:
-        if artifact.kind != REGISTER.name or artifact.config["model_name"] != name:
-            continue
-        if artifact.parents[Role.TRACKING] != graph.register.inputs[Role.TRACKING]:
-            continue
-        if DECISION not in artifact.files:
-            continue  # of before there was a gate
+def _find_attempts(
+    graph: Graph,
+    name: str,
+    artifacts: Sequence[Artifact],
+    standings: Mapping[int, Standing],
+) -> list[Attempt]:
+    """Every registration under the model's name in this registry, by version.
+
+    They are known by the digests on the versions: one database has many addresses, as a file that
+    was moved, behind a server, under another name of its host.
+    """
+
+    def standing_of(artifact: Artifact) -> Standing | None:
+        return standings.get(int(artifact.counts["version"]))
+
+    registered = [
+        artifact
+        for artifact in artifacts
+        if artifact.kind == REGISTER.name
+        and artifact.config["model_name"] == name
+        and DECISION in artifact.files  # or it is of before there was a gate
+    ]
+    addresses = {graph.register.inputs[Role.TRACKING]} | {
+        one.parents[Role.TRACKING]
+        for one in registered
+        if (there := standing_of(one)) and there.digest == one.parents[Role.TRAINED]
+    }
+    found: dict[int, Attempt] = {}
+    for artifact in registered:
+        standing = standing_of(artifact)
+        if artifact.parents[Role.TRACKING] not in addresses:
+            continue  # in another registry
+        if standing and standing.digest not in ("", artifact.parents[Role.TRAINED]):
+            continue  # in one that is gone, whose numbers were given again
         trained = parent_of(artifact, Role.TRAINED, artifacts)
         dataset = parent_of(trained, Role.DATASET, artifacts)
         data = data_of(dataset, artifacts)
         parts = tuple(parts_of(data, artifacts))
         merges = tuple(one for one in ancestors_of(data, artifacts) if one.kind == MERGE.name)
         decision = read_decision(artifact.folder)
-        found.append(Attempt(artifact, trained, data, parts, merges, decision))
-    return found
+        attempt = Attempt(artifact, trained, data, parts, merges, decision, standing)
+        if attempt.version in found and decision.champion == attempt.version:
+            continue  # the champion under another address of the registry, compared with itself
+        found[attempt.version] = attempt
+    return [found[version] for version in sorted(found)]
 
 
 def _merges_of(attempts: Sequence[Attempt]) -> tuple[Artifact, ...]:
@@ -276,12 +312,13 @@ def _sorted_out(
     aside: dict[str, str] = {}
     for attempt in attempts:
         new = [part for part in attempt.parts if part.digest not in {*stay, *aside}]
-        standing = standing_of(store, name, attempt.version)
         why = ""
         if attempt.decision.outcome is GateOutcome.REJECT:
             why = "was rejected"
-        elif standing.declined:
-            why = f"was declined by {standing.declined}"
+        elif attempt.standing is None:
+            why = "was deleted in the registry"
+        elif attempt.standing.declined:
+            why = f"was declined by {attempt.standing.declined}"
         elif attempt.version in were_champion and attempt is not base:
             why = "was rolled back"
         for part in new:

@@ -8,7 +8,7 @@ Not here: the rules (tasks/register/gate.py), moving aliases (tasks/register/pro
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,22 +17,34 @@ from prefect import runtime
 from prefect.artifacts import create_markdown_artifact
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
+from prefect.input.actions import read_flow_run_input
+from prefect.input.run_input import keyset_from_base_key
 from pydantic import Field
 
 from evaclip_model.training.config import MODEL_FOLDER
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
-from flows.config.profile import Profile
+from flows.config.profile import Profile, load_profile
+from flows.config.recipe import load_recipe
 from flows.graph.graph import CHAMPION, TRAINED, Beside, Graph, comparison_step
 from flows.graph.runner import RecipeSession
 from flows.graph.step import Role, finished_artifact
 from flows.promotion.promotion_events import announce_promotion
 from flows.reporting.prefect_artifacts import publish_lineage
 from flows.reporting.terminal import console
-from tasks.artifacts.artifact import DIGEST_CHARS, MANIFEST, Address, Artifact, Made, sha256_of
+from tasks.artifacts.artifact import (
+    DIGEST_CHARS,
+    MANIFEST,
+    Address,
+    Artifact,
+    Made,
+    read_artifacts,
+    sha256_of,
+)
 from tasks.evaluate.config import RESULTS
 from tasks.evaluate.metrics.metric import judged_metrics
 from tasks.progress import Report
 from tasks.register.config import DECISION_PAGE, REGISTERED, RegisterConfig
+from tasks.register.config import STAGE as REGISTER
 from tasks.register.gate import (
     Candidate,
     Champion,
@@ -45,12 +57,12 @@ from tasks.register.model_registry import forget_if_gone, register_model
 from tasks.register.promotion import (
     Standing,
     carry_out,
-    champion_of,
     decline_version,
     is_due,
     is_stale,
     promote_version,
     read_decision,
+    require_champion,
     write_decision,
 )
 from tasks.register.pull_model import pull_model
@@ -88,7 +100,7 @@ def register_and_judge(session: RecipeSession, graph: Graph) -> Artifact:
         decision = read_decision(step.folder)
     else:
         decision = _judge_candidate(
-            session, graph, champion_of(store, config.model_name, config.alias)
+            session, graph, require_champion(store, config.model_name, config.alias)
         )
     trained, evaluated = finished_artifact(graph.train[-1]), finished_artifact(graph.evaluate)
 
@@ -132,6 +144,43 @@ def apply_decision(
     if moved:
         announce_promotion(config.model_name, version, decision.champion, config.alias)
     return moved
+
+
+def carry_out_answer(recipe: str, overrides: Sequence[str], wanted: Promote) -> Artifact | None:
+    """Carry out what a person answered to this flow run before it was resumed, or say why not;
+    returns the registration asked about, None where nothing was asked.
+
+    A flow calls it before all else and ends with it: by now its recipe may have new data, whose
+    model is another one than the person was asked about.
+
+    Raises:
+        InputError: the registry does not answer.
+    """
+    if runtime.flow_run.id is None or runtime.flow_run.run_count < 2:
+        return None
+    resolved, profile = load_recipe(recipe, overrides), load_profile()
+    config, store = resolved.registry, TrackingStore.at(profile.mlflow_uri, resolved.name)
+    for registered in reversed(read_artifacts(profile.root.resolve())):
+        if registered.kind != REGISTER.name or registered.config["model_name"] != config.model_name:
+            continue
+        version = int(registered.counts["version"])
+        key = keyset_from_base_key(f"suspended-{_approval_key(config, version)}")["response"]
+        if read_flow_run_input(key) is None:
+            continue
+        moved = apply_decision(config, store, registered, wanted)
+        if not moved and is_stale(store, config, version, read_decision(registered.folder)):
+            console.print(
+                f"  gate      the answer on {config.model_name}/{version} is not carried out: "
+                f"{config.alias} is another version by now, which it was not compared with",
+                soft_wrap=True,
+                markup=False,
+            )
+        return registered
+    return None
+
+
+def _approval_key(config: RegisterConfig, version: int) -> str:
+    return f"approve-{config.model_name}-{version}"
 
 
 def champion_beside(session: RecipeSession, champion: Standing) -> Beside:
@@ -227,7 +276,7 @@ def _ask_person(
     page = (registered.folder / DECISION_PAGE).read_text()
     form = Approval.with_initial_data(description=page, promote=False)
     answer = suspend_flow_run(
-        wait_for_input=form, timeout=APPROVAL_WAIT_S, key=f"approve-{name}-{version}"
+        wait_for_input=form, timeout=APPROVAL_WAIT_S, key=_approval_key(config, version)
     )
     if not answer.promote:
         decline_version(store, name, version, answer.by, answer.why)

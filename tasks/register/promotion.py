@@ -22,7 +22,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from tasks.register.config import DECISION, DECISION_PAGE, REGISTERED, RegisterConfig
 from tasks.register.gate import Decision, GateOutcome
-from tasks.tracking import TrackingStore, is_refusal
+from tasks.tracking import TrackingStore, is_refusal, read_all_pages
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -81,6 +81,31 @@ def champion_of(store: TrackingStore, name: str, alias: str) -> Standing | None:
         return (
             None if number is None else _read_standing(client.get_model_version(name, str(number)))
         )
+
+
+def require_champion(store: TrackingStore, name: str, alias: str) -> Standing | None:
+    """The version that has the alias; None where no version ever had it.
+
+    Raises:
+        InputError: versions had it and none has it now, so that a candidate would be compared with
+            nothing; or the store does not answer.
+    """
+    found = champion_of(store, name, alias)
+    if found is not None:
+        return found
+    with _explain_refusals(store):
+        last = _find_last_holder(store.client(), name, alias)
+    if last is not None:
+        raise _lost_alias_error(name, alias, last)
+    return None
+
+
+def _lost_alias_error(name: str, alias: str, last: int) -> InputError:
+    return InputError(
+        f"no version of '{name}' is {alias}, but version {last} was, until somebody deleted the "
+        f"alias or the version: give it back with `python -m flows promote {name}/{last}` (or "
+        "another version), or begin anew under another register.model_name"
+    )
 
 
 def history(store: TrackingStore, name: str, alias: str) -> list[Move]:
@@ -190,6 +215,8 @@ def is_due(store: TrackingStore, config: RegisterConfig, version: int, decision:
         if any(move.version == version for move in moves):
             return False
         holder = _find_holder(client, config.model_name, config.alias)
+        if holder is None and _find_last_holder(client, config.model_name, config.alias):
+            return False  # somebody took the alias away: nothing was compared with its last holder
     return holder in (decision.champion, version)
 
 
@@ -222,12 +249,17 @@ def write_decision(
 ) -> tuple[Path, Path]:
     """Write the decision as tags of the version and as files in `out`; return the files.
 
+    The champion, registered once more and compared with itself, keeps the tags that say why it
+    became champion.
+
     Raises:
         InputError: the store does not answer.
     """
     with _explain_refusals(store):
         client = store.client()
         tags = {GATE_TAG: str(decision.outcome), f"{GATE_TAG}.reasons": decision.summary}
+        if decision.champion == version:
+            tags = {}
         for key, value in tags.items():
             client.set_model_version_tag(name, str(version), key, value[:MAX_TAG_CHARS])
     write_atomically(out / DECISION, decision.model_dump_json(indent=1) + "\n")
@@ -262,6 +294,17 @@ def standing_of(store: TrackingStore, name: str, version: int) -> Standing:
         return _read_standing(_get_version(store.client(), name, version))
 
 
+def read_standings(store: TrackingStore, name: str) -> dict[int, Standing]:
+    """Every version of the model that the registry has, by its number.
+
+    Raises:
+        InputError: the store does not answer.
+    """
+    with _explain_refusals(store):
+        versions = _search_versions(store.client(), name)
+    return {int(version.version): _read_standing(version) for version in versions}
+
+
 def current_user() -> str:
     """Name of the user who runs this process."""
     return getpass.getuser()
@@ -294,6 +337,25 @@ def _find_holder(client: MlflowClient, name: str, alias: str) -> int | None:
     return None if found is None else int(found)
 
 
+def _find_last_holder(client: MlflowClient, name: str, alias: str) -> int | None:
+    """The version that had the alias last, deleted ones among them; None where none ever had it."""
+    from mlflow.exceptions import MlflowException
+
+    if moves := _read_moves(client, name, alias):
+        return moves[-1].version
+    try:
+        last = client.get_registered_model(name).tags.get(f"{HISTORY_TAG}.{alias}")
+    except MlflowException as error:
+        if not is_refusal(error):
+            raise
+        return None
+    return None if last is None else int(last)
+
+
+def _search_versions(client: MlflowClient, name: str) -> list[ModelVersion]:
+    return read_all_pages(client.search_model_versions, f"name = '{name}'")
+
+
 def _get_version(client: MlflowClient, name: str, version: int) -> ModelVersion:
     from mlflow.exceptions import MlflowException
 
@@ -302,7 +364,7 @@ def _get_version(client: MlflowClient, name: str, version: int) -> ModelVersion:
     except MlflowException as error:
         if not is_refusal(error):
             raise
-        known = sorted(int(v.version) for v in client.search_model_versions(f"name = '{name}'"))
+        known = sorted(int(v.version) for v in _search_versions(client, name))
         versions = ", ".join(map(str, known)) or "none"
         raise InputError(
             f"model '{name}' has no version {version}; there are: {versions}"
@@ -322,7 +384,7 @@ def _read_moves(client: MlflowClient, name: str, alias: str) -> list[Move]:
     prefix = f"{HISTORY_TAG}.{alias}."
     moves = [
         Move(key.removeprefix(prefix), int(version.version), **json.loads(text))
-        for version in client.search_model_versions(f"name = '{name}'")
+        for version in _search_versions(client, name)
         for key, text in version.tags.items()
         if key.startswith(prefix)
     ]
@@ -335,3 +397,5 @@ def _write_down(
     at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     text = json.dumps({"how": how, "by": by, "why": why[: MAX_TAG_CHARS // 2]})
     client.set_model_version_tag(name, str(version), f"{HISTORY_TAG}.{alias}.{at}", text)
+    # A version that is deleted takes its tags along; the model keeps which one was in use.
+    client.set_registered_model_tag(name, f"{HISTORY_TAG}.{alias}", str(version))

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from evaclip_model import InputError
 from tasks.register.config import GatePolicy, RegisterConfig
-from tasks.register.gate import Candidate, Champion, Decision, decide_promotion
+from tasks.register.gate import Candidate, Champion, Decision, GateOutcome, decide_promotion
 from tasks.register.promotion import (
     Move,
     carry_out,
@@ -23,6 +23,7 @@ from tasks.register.promotion import (
     is_stale,
     promote_version,
     read_decision,
+    require_champion,
     roll_back,
     standing_of,
     write_decision,
@@ -206,3 +207,30 @@ def test_going_back_step_by_step_ends_at_the_first(versions: list[int]) -> None:
         assert len(champion_history(moves)) < len(before)
         assert champion_history(moves)[-1] == before[-2]
     assert champion_history(moves)[0] == first
+
+
+@pytest.mark.parametrize("deleted", ["alias", "version"])
+def test_versions_without_a_champion_that_had_one_are_no_first_model(
+    store: TrackingStore, deleted: str
+) -> None:
+    assert require_champion(store, "clip", "champion") is None
+    assert carry_out(store, CONFIG, 1, FIRST)
+    if deleted == "alias":
+        store.client().delete_registered_model_alias("clip", "champion")
+    else:
+        store.client().delete_model_version("clip", "1")
+    with pytest.raises(InputError, match=r"version 1 was.*promote clip/1"):
+        require_champion(store, "clip", "champion")
+    assert not carry_out(store, CONFIG, 2, FIRST), "it was compared with nothing"
+    assert promote_version(store, "clip", "champion", 3, "force", "me", "to go on")
+    found = require_champion(store, "clip", "champion")
+    assert found is not None and found.version == 3
+
+
+def test_the_champion_compared_with_itself_keeps_what_the_gate_said(
+    store: TrackingStore, tmp_path: Path
+) -> None:
+    write_decision(store, "clip", 1, FIRST, tmp_path)
+    again = better_than(1).model_copy(update={"outcome": GateOutcome.HOLD})
+    write_decision(store, "clip", 1, again, tmp_path)
+    assert standing_of(store, "clip", 1).gate == "promote"

@@ -1,0 +1,90 @@
+"""Earlier registrations that a retraining goes on from, whatever became of the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from evaclip_model import InputError
+from flows.config.recipe import Recipe, load_recipe
+from flows.graph.graph import draw_graph
+from flows.graph.incremental import News, find_new_data
+from flows.graph.outside_data import hash_marks
+from flows.graph.step import Role
+from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce_artifact
+from tasks.register.config import STAGE as REGISTER
+from tasks.register.gate import Candidate, decide_promotion
+from tasks.register.promotion import DIGEST_TAG, carry_out, write_decision
+from tasks.tracking import TrackingStore
+
+RECIPE = load_recipe("demo")
+NAME = RECIPE.registry.model_name
+FIRST = decide_promotion(Candidate(weights="w", bytes=1, headlines=()), None, RECIPE.registry.gate)
+
+
+def make_artifact(root: Path, kind: str, parents: Mapping[str, str]) -> Artifact:
+    address = Address(root, Stage(kind, 1), {}, parents)
+    return produce_artifact(address, lambda out: Made({"selected": 1}, ()))
+
+
+def find_news(root: Path) -> News:
+    """What is new where no source has any file."""
+    store = TrackingStore.at(f"sqlite:///{root}/mlflow.db", "e")
+    merge = RECIPE.merge.model_copy(update={"sources": ()})
+    recipe: Recipe = RECIPE.model_copy(update={"merge_table": merge})
+    graph = draw_graph(RECIPE, root, store.uri)
+    return find_new_data(recipe, graph, store, keep_rejected=False)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A first model, from merge to registration, that is champion."""
+    root = tmp_path / "runs"
+    store = TrackingStore.at(f"sqlite:///{root}/mlflow.db", "e")
+    merge = make_artifact(root, "merge", {})
+    download = make_artifact(root, "download", {Role.MERGE: merge.digest})
+    verify = make_artifact(root, "verify", {Role.DOWNLOAD: download.digest})
+    dataset = make_artifact(root, "dataset", {Role.DATA: verify.digest})
+    train = make_artifact(root, "train", {Role.DATASET: dataset.digest})
+    client = store.client()
+    client.create_registered_model(NAME)
+    client.create_model_version(NAME, "file:///nothing", tags={DIGEST_TAG: train.digest})
+    made_from = {Role.TRAINED: train.digest, Role.TRACKING: hash_marks([store.uri])}
+    produce_artifact(
+        Address.of(root, REGISTER, RECIPE.registry, made_from),
+        lambda out: Made({"version": 1}, write_decision(store, NAME, 1, FIRST, out)),
+    )
+    assert carry_out(store, RECIPE.registry, 1, FIRST)
+    return root
+
+
+def test_a_registration_is_found_after_its_registry_moved(root: Path) -> None:
+    here = find_news(root)
+    moved = root.rename(root.with_name("elsewhere"))
+    there = find_news(moved)
+    assert there.start and here.start and there.start.digest == here.start.digest
+    assert [part.digest for part in there.used] == [part.digest for part in here.used]
+    assert there.is_nothing and there.last and there.last.version == 1
+
+
+def test_numbers_of_another_registry_mean_other_models(root: Path) -> None:
+    (root / "mlflow.db").rename(root / "old.db")
+    client = TrackingStore.at(f"sqlite:///{root}/mlflow.db", "e").client()
+    client.create_registered_model(NAME)
+    client.create_model_version(NAME, "file:///nothing", tags={DIGEST_TAG: 16 * "0"})
+    assert find_news(root).is_first
+
+
+@pytest.mark.parametrize("deleted", ["alias", "version", "model"])
+def test_without_its_champion_a_retraining_does_not_begin_anew(root: Path, deleted: str) -> None:
+    client = TrackingStore.at(f"sqlite:///{root}/mlflow.db", "e").client()
+    if deleted == "alias":
+        client.delete_registered_model_alias(NAME, RECIPE.registry.alias)
+    elif deleted == "version":
+        client.delete_model_version(NAME, "1")
+    else:
+        client.delete_registered_model(NAME)
+    with pytest.raises(InputError, match=r"no version of .* is champion"):
+        find_news(root)
