@@ -119,9 +119,7 @@ class TrackingStore:
 
         found = client.get_experiment_by_name(self.experiment)
         if found is not None:
-            if found.lifecycle_stage == "deleted":  # keeps its name, and takes no runs
-                client.restore_experiment(found.experiment_id)
-                _log.warning("experiment '%s' was deleted: it is restored", self.experiment)
+            restore_experiment(client, found.experiment_id)
             return str(found.experiment_id)
         try:
             return str(client.create_experiment(self.experiment, self.artifact_root))
@@ -193,10 +191,8 @@ def import_mlflow() -> None:
 
 
 def restore_run(client: MlflowClient, run_id: str) -> bool:
-    """Restore a run that somebody deleted; False for one that is gone for good.
-
-    Its experiment is restored first: in a deleted one no run takes anything.
-    """
+    """Restore a run that somebody deleted, with its experiment; False for one that is gone for
+    good."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -205,12 +201,19 @@ def restore_run(client: MlflowClient, run_id: str) -> bool:
         if not is_refusal(error):
             raise
         return False
-    if client.get_experiment(run.info.experiment_id).lifecycle_stage == "deleted":
-        client.restore_experiment(run.info.experiment_id)
+    restore_experiment(client, run.info.experiment_id)
     if client.get_run(run_id).info.lifecycle_stage == "deleted":
         client.restore_run(run_id)
         _log.warning("run %s was deleted in MLflow: it is restored", run_id)
     return True
+
+
+def restore_experiment(client: MlflowClient, experiment: str) -> None:
+    """Restore an experiment that somebody deleted: it keeps its name, and takes no runs."""
+    found = client.get_experiment(experiment)
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment)
+        _log.warning("experiment '%s' was deleted in MLflow: it is restored", found.name)
 
 
 def read_all_pages(search: Callable[..., Any], *query: str) -> list[Any]:

@@ -72,6 +72,14 @@ class Cursor:
         for file in self.files_of(key):
             self.series[f"{key}|{file}"] = replace(self.series[f"{key}|{file}"], is_open=False)
 
+    def forget_run(self, key: str) -> None:
+        """Ship all of a run of `key` once more, to another run; of the others, which events change
+        nothing when they are applied again, too."""
+        self.runs.pop(key, None)
+        self.offset = 0
+        for name in [name for name in self.series if name.startswith(f"{key}|")]:
+            del self.series[name]
+
     def files_of(self, key: str) -> list[Path]:
         """The files of metrics that are followed for the run of `key`."""
         prefix = f"{key}|"

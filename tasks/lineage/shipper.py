@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.lineage import model_lineage, stage_record
 from tasks.lineage.journal import RUNNING, Event, Journal, SeriesCursor, now_ms
-from tasks.tracking import TrackingStore, is_answer
+from tasks.tracking import TrackingStore, is_answer, is_refusal, restore_experiment, restore_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,6 +35,10 @@ LONGEST_BACKOFF_S = 30.0
 LEFTOVERS_S = 10.0
 """How long what earlier runs left may keep back the events of a run that is at work."""
 _log = logging.getLogger(__name__)
+
+
+class RunGoneError(Exception):
+    """The store has a run no longer, not even as deleted."""
 
 
 class Shipper(threading.Thread):
@@ -105,6 +110,7 @@ class Shipper(threading.Thread):
                         return
                 except Exception as error:  # the store may fail in any way; work must go on
                     self._last_error = error
+                    self._experiments.clear()
                     backoff = min(backoff * 2, LONGEST_BACKOFF_S)
                     if closing:
                         return
@@ -158,6 +164,16 @@ class Shipper(threading.Thread):
 
     def _ship_journal(self, journal: Journal, give_up: Callable[[], bool]) -> bool:
         """Apply the journal's events that wait; False when `give_up()` ended it early."""
+        while True:
+            try:
+                return self._ship_waiting(journal, give_up)
+            except RunGoneError as error:
+                key = str(error)
+                _log.warning("run '%s' is gone from %s: it is made anew", key, self._store.uri)
+                journal.cursor.forget_run(key)
+                self._experiments.clear()
+
+    def _ship_waiting(self, journal: Journal, give_up: Callable[[], bool]) -> bool:
         client, cursor = self._connect_client(), journal.cursor
         experiment = self._experiment_id(client, journal.about["experiment"])
         for offset, event in journal.iterate_events(cursor.offset):
@@ -166,13 +182,19 @@ class Shipper(threading.Thread):
             if event["op"] == "end" and not ship_series(client, journal, event["run"], give_up):
                 return False
             try:
-                apply_event(client, experiment, journal, event)
+                write_persistently(
+                    client,
+                    journal,
+                    event["run"],
+                    partial(apply_event, client, experiment, journal, event),
+                )
             except (FileNotFoundError, KeyError) as error:
                 _log.warning("tracking event %s skipped: %s", event["op"], error)
             except Exception as error:
-                if not is_answer(client, error):
+                if event["op"] != "begin" or not is_refusal(error):
                     raise
-                _log.warning("tracking store refused %s: %s", event["op"], str(error)[:300])
+                restore_experiment(client, experiment)
+                apply_event(client, experiment, journal, event)
             with self._shipped_one:
                 cursor.offset = offset
                 journal.save_cursor()
@@ -182,6 +204,30 @@ class Shipper(threading.Thread):
         if journal.is_closed:
             journal.mark_shipped()
         return True
+
+
+def write_persistently(
+    client: MlflowClient, journal: Journal, key: str, write: Callable[[], None]
+) -> None:
+    """Write to the run of `key`; where the store refuses, restore the run and write once more.
+
+    What is refused even so is said in the log, and work goes on.
+
+    Raises:
+        RunGoneError: with the key of a run that cannot be restored.
+    """
+    for is_last in (False, True):
+        try:
+            write()
+            return
+        except Exception as error:
+            run = journal.cursor.runs.get(key)
+            if run is None or not is_answer(client, error):
+                raise
+            if is_last:
+                _log.warning("tracking store refused to write: %s", str(error)[:300])
+            elif not restore_run(client, run):
+                raise RunGoneError(key) from error
 
 
 def apply_event(client: MlflowClient, experiment: str, journal: Journal, event: Event) -> None:
@@ -281,12 +327,8 @@ def ship_series(
         name = f"{key}|{file}"
         for points, reached in iterate_batches(file, cursor.series[name]):
             if points:
-                try:
-                    client.log_batch(run, metrics=points)
-                except Exception as error:
-                    if not is_answer(client, error):
-                        raise
-                    _log.warning("tracking store refused metrics: %s", str(error)[:300])
+                write = partial(client.log_batch, run, metrics=points)
+                write_persistently(client, journal, key, write)
             if cursor.series[name] != reached:
                 cursor.series[name] = reached
                 journal.save_cursor()

@@ -23,7 +23,7 @@ from tasks.progress import Report, report_nothing
 from tasks.register.config import COPIED, REGISTERED, LargeWeights, RegisterConfig
 from tasks.register.model_package import pack_model, reference_to, version_description
 from tasks.register.promotion import DIGEST_TAG, WEIGHTS_TAG
-from tasks.tracking import TrackingStore, is_refusal
+from tasks.tracking import TrackingStore, is_refusal, read_all_pages, restore_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -68,6 +68,8 @@ def register_model(
     try:
         client = store.client()
         report(0, _STEPS, "looking for the same model")
+        if run_id is not None and not restore_run(client, run_id):
+            run_id = None  # gone for good: the model is of no run
         version = _find_version(client, config.model_name, tags)
         if version is None:
             packer = _Packer(folder, out / "packed", large, lineage.to_json(), report)
@@ -78,8 +80,6 @@ def register_model(
             config.model_name, config.candidate_alias, version.version
         )
     except (MlflowException, RequestException) as error:
-        if is_refusal(error):
-            raise
         raise store.away(error) from error
     finally:
         shutil.rmtree(out / "packed", ignore_errors=True)
@@ -136,8 +136,7 @@ def _same_tags_filter(tags: dict[str, str]) -> str:
 
 def _find_version(client: MlflowClient, name: str, tags: dict[str, str]) -> ModelVersion | None:
     """The version of these very weights, made from this very chain."""
-    found = client.search_model_versions(f"name = '{name}'")
-    for version in found:
+    for version in read_all_pages(client.search_model_versions, f"name = '{name}'"):
         if all(version.tags.get(tag) == tags[tag] for tag in (DIGEST_TAG, WEIGHTS_TAG)):
             return version
     return None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from evaclip_model.errors import InputError
 from tasks.artifacts.provenance import LINEAGE, Lineage
 from tasks.register.promotion import DIGEST_TAG, champion_history, history
-from tasks.tracking import TrackingStore, is_refusal
+from tasks.tracking import TrackingStore, is_refusal, read_all_pages
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -87,12 +87,14 @@ def resolve_version(client: MlflowClient, model: str) -> ModelVersion:
     except MlflowException as error:
         if not is_refusal(error):
             raise
-        names = ", ".join(sorted(known.name for known in client.search_registered_models()))
+        known_models = read_all_pages(client.search_registered_models)
+        names = ", ".join(sorted(known.name for known in known_models))
         raise InputError(
             f"no model '{name}' is registered; there are: {names or 'none yet'}"
         ) from None
     versions = sorted(
-        int(known.version) for known in client.search_model_versions(f"name='{name}'")
+        int(known.version)
+        for known in read_all_pages(client.search_model_versions, f"name='{name}'")
     )
     if alias in registered.aliases:
         number = str(registered.aliases[alias])
@@ -142,8 +144,7 @@ def made_from(tracking_uri: str, digest: str) -> list[str]:
     with open_registry(tracking_uri) as (_, client):
         return [
             f"{version.name}/{version.version}"
-            for registered in client.search_registered_models()
-            for version in client.search_model_versions(f"name='{registered.name}'")
+            for version in read_all_pages(client.search_model_versions)
             if any(
                 tag.startswith(DIGEST_TAG) and value == digest
                 for tag, value in version.tags.items()

@@ -70,7 +70,8 @@ def test_a_registration_is_found_after_its_registry_moved(root: Path) -> None:
 
 
 def test_numbers_of_another_registry_mean_other_models(root: Path) -> None:
-    (root / "mlflow.db").rename(root / "old.db")
+    root = root.rename(root.with_name("elsewhere"))
+    (root / "mlflow.db").unlink()
     client = TrackingStore.at(f"sqlite:///{root}/mlflow.db", "e").client()
     client.create_registered_model(NAME)
     client.create_model_version(NAME, "file:///nothing", tags={DIGEST_TAG: 16 * "0"})

@@ -36,6 +36,23 @@ def test_a_version_carries_what_it_was_made_from(store: TrackingStore, root: Pat
     assert made_from(store.uri, trained.digest) == ["clip/2"]
 
 
+def test_a_version_is_found_behind_a_page_of_other_models(
+    store: TrackingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = store.client()
+    for number in range(3):
+        client.create_registered_model(f"a-{number}")
+        client.create_model_version(f"a-{number}", "file:///nothing")
+    search = type(client).search_model_versions
+    monkeypatch.setattr(
+        type(client),
+        "search_model_versions",
+        lambda self, query=None, page_token=None: search(self, query, 2, page_token=page_token),
+    )
+    digest = describe_version(store.uri, "clip/1").tags["evaclip.digest"]
+    assert made_from(store.uri, digest) == ["clip/1"]
+
+
 def test_a_champion_is_compared_with_the_one_before(store: TrackingStore) -> None:
     first, second = (describe_version(store.uri, f"clip/{number}") for number in (1, 2))
     assert find_predecessor(store.uri, first, "champion") is None
