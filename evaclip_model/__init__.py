@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from evaclip_model.reading.transform import image_transform
     from evaclip_model.tokenizer.tokenizer import tokenize
     from evaclip_model.training.loss.contrastive import contrastive_loss, gathered_contrastive_loss
-    from evaclip_model.training.step import kept_patches
+    from evaclip_model.training.training_step import kept_patches
     from evaclip_model.weights.export import export_model, export_onnx
     from evaclip_model.weights.load import LoadReport, load_weights, save_model, save_weights
 
@@ -30,7 +30,7 @@ _HOME = {
     "export_onnx": "weights.export",
     "contrastive_loss": "training.loss.contrastive",
     "gathered_contrastive_loss": "training.loss.contrastive",
-    "kept_patches": "training.step",
+    "kept_patches": "training.training_step",
     "ModelConfig": "model.model_config",
     "list_models": "model.model_config",
     "tokenize": "tokenizer.tokenizer",

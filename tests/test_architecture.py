@@ -12,10 +12,27 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "tasks", "evaclip_model")
-STAGES = (
-    *("demo", "merge", "download", "verify", "dataset"),
-    *("initialise", "train", "evaluate", "register"),
+MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+TREES = {path: ast.parse(path.read_text()) for path in MODULES}
+NAMED_ALIKE = {"__init__", "__main__", "config"}
+"""Modules that are one of a kind in every folder."""
+HEADLESS = re.compile(r"(What|Whether|Where|How|Who|Whose|When|Which|Why)\b")
+IS_NO = re.compile(
+    r"(?<!there )\b(is|are|was|were|be) no (?!longer|more|other|faster)\w+", re.IGNORECASE
 )
+"""Not English: "is no file" for "is not a file"; "there is no file" is."""
+RECORDED = {"refused: the content type is no image"}
+"""Reasons that shards hold, by which a continued download counts them."""
+
+
+def where(path: Path, line: int = 1) -> str:
+    return f"{path.relative_to(ROOT)}:{line}"
+
+
+def stages() -> list[str]:
+    """Every stage: a folder of tasks/ whose config names it."""
+    configs = sorted((ROOT / "tasks").glob("*/config.py"))
+    return [path.parent.name for path in configs if "\nSTAGE = " in path.read_text()]
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -43,9 +60,98 @@ def test_importing_a_pure_module_does_not_drag_prefect_torch_or_mlflow_in() -> N
     assert ran.stdout.strip() == "[]", ran.stderr
 
 
-def test_every_stage_is_a_folder_with_a_config() -> None:
-    for stage in STAGES:
-        assert (ROOT / "tasks" / stage / "config.py").is_file()
+def test_every_stage_has_a_row_in_the_table() -> None:
+    rows = re.findall(r"^\| (\w+) \|", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE)
+    assert len(stages()) > 8
+    assert [stage for stage in stages() if stage not in rows] == []
+
+
+def test_what_the_page_says_of_imports_is_what_the_contracts_hold() -> None:
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    linter = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    contracts = linter["contracts"]
+    table = re.search(r"\| imported \| only in \|\n\|---\|---\|\n((?:\|.*\n)+)", page)
+    assert table is not None
+    said = {}
+    for row in table[1].splitlines():
+        imported, importing = (re.findall(r"`([^`]+)`", cell) for cell in row.split("|")[1:3])
+        said |= {name: {one.removesuffix(".py") for one in importing} for name in imported}
+    held = {}
+    for contract in (one for one in contracts if one["type"] == "forbidden"):
+        free = set(PACKAGES) - set(contract["source_modules"])
+        held |= {name: set(free) for name in contract["forbidden_modules"]}
+        for ignored in contract.get("ignore_imports", ()):
+            importer, _, imported = ignored.partition(" -> ")
+            held[imported].add(importer.removesuffix(".*").replace(".", "/"))
+    assert said == held
+
+    (stages_apart,) = (one for one in contracts if one["type"] == "independence")
+    assert stages_apart["modules"] == ["tasks.*"]
+    shared = {
+        one.removeprefix("tasks.** -> ").removesuffix(".**").replace(".", "/")
+        for one in stages_apart["ignore_imports"]
+    }
+    sentence = re.search(r"\nStages never import each other: .*?\.\n", page, re.DOTALL)
+    assert sentence is not None
+    named = re.findall(r"`(tasks/\w[\w/.]*)`", sentence[0])
+    assert {one.removesuffix(".py") for one in named} == shared
+
+    for layers in (one["layers"] for one in contracts if one["type"] == "layers"):
+        names = layers if "flows" in layers else [f"`{one.replace('.', '/')}`" for one in layers]
+        assert re.search(".*?".join(map(re.escape, names)), page, re.DOTALL)
+
+
+def test_a_class_has_a_name_of_its_own() -> None:
+    at: dict[str, list[str]] = {}
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                at.setdefault(node.name, []).append(where(path, node.lineno))
+    assert {name: places for name, places in at.items() if len(places) > 1} == {}
+
+
+def test_a_module_has_a_name_of_its_own() -> None:
+    """But for the forms: config.py, a stage's own `tasks/merge/merge.py`, flows, commands."""
+    at: dict[str, list[str]] = {}
+    for path in MODULES:
+        name = path.relative_to(ROOT).as_posix()
+        is_form = path.stem in NAMED_ALIKE or re.fullmatch(
+            r"flows/(commands/)?\w+\.py|tasks/(\w+)/\2\.py", name
+        )
+        if not is_form:
+            at.setdefault(path.stem, []).append(name)
+    assert {name: places for name, places in at.items() if len(places) > 1} == {}
+
+
+def test_functions_say_what_they_do_in_more_than_one_word() -> None:
+    names = [
+        node.name.strip("_")
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and not node.name.startswith("__")
+        and not any("property" in ast.unparse(one) for one in node.decorator_list)
+    ]
+    short = [name for name in names if "_" not in name]
+    assert len(short) / len(names) < 0.2
+
+
+def test_a_module_begins_with_the_thing_that_it_holds() -> None:
+    heads = {where(path): ast.get_docstring(tree) or "" for path, tree in TREES.items()}
+    assert {at: head.splitlines()[0] for at, head in heads.items() if HEADLESS.match(head)} == {}
+
+
+def test_texts_say_that_something_is_not_a_file_rather_than_no_file() -> None:
+    found = [
+        f"{where(path, node.lineno)}: {phrase[0]}"
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if node.value not in RECORDED
+        for phrase in [IS_NO.search(re.sub(r"\s+", " ", node.value))]
+        if phrase
+    ]
+    assert found == []
 
 
 def test_one_file_computes_every_address() -> None:

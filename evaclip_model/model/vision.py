@@ -1,7 +1,7 @@
 """The image tower of every EVA-CLIP variant: patches (all or only the kept ones), blocks, pooling,
 projection to the joint space.
 
-Not here: which patches to keep (training/step.py); initial values (clip.py).
+Not here: which patches to keep (training/training_step.py); initial values (clip.py).
 
 Shapes: B batch, N patches, K kept patches, W width, E joint channels.
 """

@@ -134,7 +134,7 @@ def serve_parts(run: Callable[[Mapping[str, Any]], Any]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # what libraries print is not an answer
     torch.set_num_threads(1)
     settings = json.loads(sys.stdin.buffer.readline())
     slots = _allocate_slots(settings["memory"], tuple(settings["shape"]))

@@ -39,6 +39,6 @@ def read_text(location: Path | str) -> str:
         content: bytes = open_filesystem(str(location)).cat_file(str(location))
     except (OSError, InputError):
         raise
-    except Exception as error:  # every protocol has its own kinds: botocore's are no OSError
+    except Exception as error:  # every protocol has its own kinds: botocore's are not OSErrors
         raise OSError(str(error) or type(error).__name__) from error
     return content.decode()

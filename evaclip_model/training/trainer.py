@@ -1,7 +1,7 @@
 """The training loop of one rank, from a job to a trained model.
 
-Not here: starting ranks and exit codes (worker.py); a step's gradient in parts (step.py), optimizer
-and sharding (engine/), the verdict on a step (monitoring/guards.py), names of metrics
+Not here: starting ranks and exit codes (worker.py); a step's gradient in parts (training_step.py),
+optimizer and sharding (engine/), the verdict on a step (monitoring/guards.py), names of metrics
 (monitoring/metrics.py).
 
 All that is random about a sample (crop, mask, template) depends on the seed and its position alone,
@@ -72,7 +72,7 @@ from evaclip_model.training.monitoring.self_test import SelfTest, self_test
 from evaclip_model.training.monitoring.zeroshot_probe import open_probe, run_probe
 from evaclip_model.training.optimizer.optimizer import lr_factor
 from evaclip_model.training.stage_outputs import save_models, write_json
-from evaclip_model.training.step import (
+from evaclip_model.training.training_step import (
     CaptionTokenizer,
     StepTerms,
     caption_lengths,

@@ -249,7 +249,7 @@ def step_name(step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """The step that a folder's name tells; none when it is no checkpoint's."""
+    """The step that a folder's name tells; none when it is not a checkpoint's."""
     digits = name.removeprefix("step-")
     return int(digits) if digits != name and digits.isdecimal() else None
 

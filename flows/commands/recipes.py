@@ -1,7 +1,7 @@
 """Commands about recipes, before anything runs: `list`, `show`, `plan`, `doctor`; and the arguments
 that several commands share.
 
-Not here: the plan (flows/planning/run_plan.py), estimates (flows/planning/cost.py), checks
+Not here: the plan (flows/planning/run_plan.py), estimates (flows/planning/recipe_cost.py), checks
 (flows/planning/health_checks.py).
 """
 
@@ -84,7 +84,7 @@ def plan(
 ) -> None:
     """Say what a run would do, what is already there, what it costs, and whether it fits here."""
     from flows.graph.graph import load_graph  # imports pyarrow, as the next ones do
-    from flows.planning.cost import engine_settings, estimate_table, is_large, training_table
+    from flows.planning.recipe_cost import engine_settings, estimate_table, is_large, training_table
     from flows.planning.run_plan import Machine, make_plan, recipe_findings, summarise_findings
 
     loaded, profile, graph = load_graph(recipe, overrides)

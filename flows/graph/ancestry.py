@@ -3,8 +3,8 @@
 Covers: walking the manifests under one root.
 Not here: samples (flows/audit/sample_trace.py, flows/audit/dataset_replacement.py), MLflow.
 
-A parent that is no artifact under the root is data from outside, unless its role says that a step
-made it.
+A parent that is not an artifact under the root is data from outside, unless its role says that a
+step made it.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from flows.graph.step import Step
 from tasks.dataset.choose import Asked, find_asked, sort_by_kind
 from tasks.dataset.dataset import Takedowns
 from tasks.index.sample_index import Kind
-from tasks.merge.urls import normal_urls
+from tasks.merge.normal_urls import normal_urls
 
 
 def asked_for(entries: Iterable[str]) -> Asked:

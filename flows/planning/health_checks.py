@@ -261,7 +261,7 @@ def check_launcher(profile: Profile) -> Iterator[Finding]:
             yield Finding("fail", profile.launcher, found, do)
         elif not template.is_file():
             do = "correct EVACLIP_JOB_TEMPLATE"
-            yield Finding("fail", profile.launcher, f"{template} is no file", do)
+            yield Finding("fail", profile.launcher, f"{template} is not a file", do)
         else:
             yield Finding("ok", profile.launcher, f"jobs from {template}")
     elif profile.launcher == "deepspeed" and profile.hostfile is not None:

@@ -1,6 +1,7 @@
 """The plan of a run, its fit to this machine, and a trial of one step of it.
 
-Not here: what data and training cost (cost.py), checks of the machine alone (health_checks.py).
+Not here: what data and training cost (recipe_cost.py), checks of the machine alone
+(health_checks.py).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from flows.config.profile import Profile
 from flows.config.recipe import Recipe
 from flows.graph.graph import Graph
 from flows.graph.step import Role, Step, finished_artifact
-from flows.planning.cost import GIB, cut_share, reader_bytes
+from flows.planning.recipe_cost import GIB, cut_share, reader_bytes
 from flows.reporting.terminal import summarise_counts
 from tasks.progress import format_bytes, report_nothing
 from tasks.train.launch import count_gpus, default_ranks

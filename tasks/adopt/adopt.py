@@ -29,7 +29,7 @@ from tasks.index.adopted_shards import ADOPTED, AdoptedShard, sizes_and_marks, w
 from tasks.progress import Report
 
 LEFT_OUT = "left_out.jsonl"
-"""Source, place and reason of what was no pair: the first `MOST_NAMED` of every source."""
+"""Source, place and reason of what is not a pair: the first `MOST_NAMED` of every source."""
 MOST_NAMED = 10_000
 PACKED = "packed"
 """Folder of the shards that are packed here, one folder a source."""
@@ -37,7 +37,7 @@ PACKED = "packed"
 
 @dataclass
 class _Left:
-    """What a source holds that is no pair."""
+    """Rows and files of a source that are not pairs."""
 
     reasons: Counter[str] = field(default_factory=Counter)
     named: list[NoPair] = field(default_factory=list)

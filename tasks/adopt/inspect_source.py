@@ -42,7 +42,7 @@ class SourceInspection:
     """Whether there is more than was looked at."""
 
     def leave_out(self, where: str, reason: str) -> None:
-        """Count one that is no pair."""
+        """Count one that is not a pair."""
         self.left_out[reason] += 1
         self.first_left_out = self.first_left_out or f"{where}: {reason}"
 

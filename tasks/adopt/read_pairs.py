@@ -1,6 +1,6 @@
 """Images with captions from folders, tables and parquet files, one at a time.
 
-Covers: which column plays which part, where an image's bytes lie, what is no pair and why.
+Covers: which column plays which part, where an image's bytes lie, what is not a pair, and why.
 Not here: which files there are (find_source.py); packing; decoding, which verification does.
 
 Images keep their bytes. A pair's `uid` is a hash of its source, its image (the path as written, or
@@ -43,7 +43,7 @@ EXTENSIONS = {
 
 
 class PairFlaw(StrEnum):
-    """Why a row or a file is no pair, apart from `LineFlaw`."""
+    """The reason why a row or a file is not a pair, apart from `LineFlaw`."""
 
     NO_IMAGE = "no_image"
     NO_CAPTION = "no_caption"

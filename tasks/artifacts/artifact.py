@@ -155,7 +155,7 @@ def read_artifact(folder: Path) -> Artifact:
     try:
         manifest = json.loads(path.read_text())
     except FileNotFoundError:
-        raise InputError(f"{folder} is no finished artifact: it has no {MANIFEST}") from None
+        raise InputError(f"{folder} is not a finished artifact: it has no {MANIFEST}") from None
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path} cannot be read ({error}): delete the folder and run again"

@@ -166,7 +166,7 @@ def _deciding_settings(node: Node, lineage: Lineage) -> dict[str, Any]:
 
 
 def flatten_settings(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Nested settings as pairs: `a.b.c` and a value that is no table.
+    """Nested settings as pairs: `a.b.c` and a value that is not a table.
 
     Lists of tables are numbered, or go by their `name`; lists of plain values stay one value.
     """

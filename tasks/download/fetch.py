@@ -219,7 +219,7 @@ def guarded_opener(config: DownloadConfig, deadline: Deadline) -> urllib.request
 
 
 def _refuse_unwanted(response: http.client.HTTPResponse, config: DownloadConfig) -> None:
-    """Refuse by its headers what is no image, or an image that may not be used."""
+    """Refuse by its headers an answer that is not an image, or an image that may not be used."""
     if response.headers.get_content_type() in REFUSED_TYPES:
         raise Refused(fetch_outcome.NOT_AN_IMAGE_TYPE)
     _refuse_declined(response.headers, config)

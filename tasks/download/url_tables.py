@@ -119,7 +119,7 @@ def _check_columns(file: Path, config: DownloadConfig) -> tuple[int, list[str]]:
         raise InputError(f"{file} cannot be read as parquet ({error}): merge again") from error
     for name in REQUIRED_COLUMNS:
         if name not in schema.names:
-            raise InputError(f"{file} has no column '{name}': it is no file of a finished merge")
+            raise InputError(f"{file} has no column '{name}': it is not of a finished merge")
     if config.hash_column and hash_column_of(schema.names, config) is None:
         raise InputError(
             f"{file} has no column '{config.hash_column}': set download.hash_column to one of "

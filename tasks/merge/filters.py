@@ -137,7 +137,7 @@ RULES = (
 )
 
 UNREADABLE_LINE = "unreadable_line"
-"""A line of a text file that is no row."""
+"""A line of a text file that is not a row."""
 REASONS = (
     UNREADABLE_LINE,
     *dict.fromkeys(rule.reason for rule in RULES),

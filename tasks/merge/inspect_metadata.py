@@ -54,7 +54,7 @@ class Inspection:
     problem: str | None
     """Why the files cannot be a source as they are."""
     bad_lines: Counter[str] = field(default_factory=Counter)
-    """Lines of the text files that were read that are no rows, by reason."""
+    """Lines of the text files that were read that are not rows, by reason."""
     first_bad_line: str = ""
     """File, line and reason of the first."""
 

@@ -55,7 +55,7 @@ class MetadataFile:
     """SQL of its key for each sidecar of its source."""
     rows: int
     bad_lines: int = 0
-    """Lines of the text file that it was made from that are no rows."""
+    """Lines of the text file that it was made from that are not rows."""
     first_bad_line: str = ""
     """The first of them, as the user's own file has it, and what is wrong with it."""
 

@@ -65,7 +65,7 @@ def column_map(
 ) -> ColumnMap:
     """The column map of one file: the source's own, or the published layout's.
 
-    In a file of text every column can play every part; what is no number then is unknown.
+    In a file of text every column can play every part; what is not a number then is unknown.
 
     Raises:
         InputError: a column is missing or of a type that cannot play its part, or the file is an

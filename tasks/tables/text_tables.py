@@ -41,7 +41,7 @@ csv.field_size_limit(2 * MAX_LINE_BYTES)
 
 
 class LineFlaw(StrEnum):
-    """Why a line is no row."""
+    """The reason why a line is not a row."""
 
     NOT_UTF8 = "not_utf8"
     TOO_LONG = "line_too_long"
@@ -61,7 +61,7 @@ class TextRow(NamedTuple):
 
 
 def text_format(path: str) -> TextFormat | None:
-    """What a file is by its suffix, before a .gz, .zst or .bz2; None if it is no table of text."""
+    """The form of a file by its suffix, before a .gz, .zst or .bz2; None if it is not text."""
     return FORMATS.get(_file_suffix(path))
 
 

@@ -127,7 +127,7 @@ def external_command(job: Path, launch: Launch) -> list[str]:
     """The user's own command with its places filled in.
 
     Raises:
-        InputError: it names a place that there is not, or is no command.
+        InputError: it names a place that there is not, or is not a command.
     """
     places = {"job": job, "run_dir": job.parent, "ranks": launch.ranks, "nodes": launch.nodes}
     try:

@@ -48,8 +48,8 @@ from evaclip_model.training.engine.engine import TorchEngine, start_distributed
 from evaclip_model.training.loss.contrastive import contrastive_terms
 from evaclip_model.training.loss.objective import make_objective
 from evaclip_model.training.loss.softmax import LossSettings
-from evaclip_model.training.step import forward_backward, step_inputs
 from evaclip_model.training.trainer import run_training
+from evaclip_model.training.training_step import forward_backward, step_inputs
 from evaclip_model.weights.load import save_model
 from tests.benchmarks.bench_loader import SHARDS, photographs, write_shards
 

@@ -38,7 +38,7 @@ from evaclip_model.training.engine.engine import DeepSpeedEngine, TorchEngine, s
 from evaclip_model.training.loss.objective import make_objective
 from evaclip_model.training.monitoring.self_test import self_test
 from evaclip_model.training.optimizer.optimizer import Lamb, LambPart
-from evaclip_model.training.step import forward_backward, step_inputs
+from evaclip_model.training.training_step import forward_backward, step_inputs
 
 Row = dict[str, Any]
 START, END = 49406, 49407

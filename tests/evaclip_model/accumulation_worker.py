@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.engine.engine import DeepSpeedEngine, TorchEngine, start_distributed
 from evaclip_model.training.loss.objective import make_objective
-from evaclip_model.training.step import forward_backward, step_inputs
+from evaclip_model.training.training_step import forward_backward, step_inputs
 from tests.evaclip_model.small_models import small_batch, small_model
 
 STEPS, SAMPLES = 20, 24

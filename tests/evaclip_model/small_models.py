@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evaclip_model.create import create_model
 from evaclip_model.model.clip import EvaClip
-from evaclip_model.training.step import kept_patches
+from evaclip_model.training.training_step import kept_patches
 
 START, END = 98, 99
 _TEXT = {"context_length": 20, "vocab_size": 100, "width": 48, "layers": 3, "heads": 3}

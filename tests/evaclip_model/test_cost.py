@@ -17,7 +17,7 @@ from evaclip_model.training.cost import (
     text_flops,
     train_flops_per_sample,
 )
-from evaclip_model.training.step import patch_dropout_at
+from evaclip_model.training.training_step import patch_dropout_at
 
 # GFLOPs: image, image with half its patches, text of 77 and of 20 tokens, training whole, masked,
 # masked with packed text. Counted by hand from the published architectures.

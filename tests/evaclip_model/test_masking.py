@@ -7,7 +7,7 @@ import torch
 
 from evaclip_model.model.layers import drop_path_rates
 from evaclip_model.training.config import TrainConfig
-from evaclip_model.training.step import kept_branches, kept_patches, patch_dropout_at
+from evaclip_model.training.training_step import kept_branches, kept_patches, patch_dropout_at
 from tests.evaclip_model.small_models import small_batch, small_model
 
 PINNED = [[1, 2, 3, 6], [0, 5, 6, 8], [0, 5, 12, 14]]

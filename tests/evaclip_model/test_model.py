@@ -11,7 +11,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.layers import GridRope
 from evaclip_model.training.loss.contrastive import contrastive_loss
-from evaclip_model.training.step import kept_patches
+from evaclip_model.training.training_step import kept_patches
 
 TINY = {
     "embed_dim": 16,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.loss.objective import Objective, make_objective
-from evaclip_model.training.step import ModelInputs, forward_backward, step_inputs
+from evaclip_model.training.training_step import ModelInputs, forward_backward, step_inputs
 from tests.evaclip_model.small_models import small_batch, small_model
 
 WORKER = Path(__file__).with_name("accumulation_worker.py")

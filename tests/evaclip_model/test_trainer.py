@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from evaclip_model.training.config import TrainConfig
-from evaclip_model.training.step import vary_caption
+from evaclip_model.training.training_step import vary_caption
 from evaclip_model.training.worker import DATA_ERROR, RESUMABLE
 from tests.evaclip_model.trainer_runs import finish, job_of, lines, start, wait_for
 

@@ -14,7 +14,7 @@ from flows.config.gpu_spec import Machines
 from flows.config.recipe import Recipe, load_recipe
 from flows.config.recipe_loader import recipe_names
 from flows.graph.graph import draw_graph
-from flows.planning.cost import (
+from flows.planning.recipe_cost import (
     cut_share,
     engine_settings,
     estimate_data,
@@ -87,8 +87,8 @@ def test_what_does_not_fit_is_said_with_what_is_too_much_and_what_is_less() -> N
 @pytest.mark.parametrize(
     ("machines", "sentence"),
     [
-        ("48xA100-40GB", "global_batch 131,072 is no multiple of 48: use 32 GPUs"),
-        ("512xA100-40GB", "512 is no divisor of 256 lanes: use 256 GPUs, .*lanes=512"),
+        ("48xA100-40GB", "global_batch 131,072 is not a multiple of 48: use 32 GPUs"),
+        ("512xA100-40GB", "512 is not a divisor of 256 lanes: use 256 GPUs, .*lanes=512"),
     ],
 )
 def test_numbers_of_gpus_that_cannot_share_a_batch_are_refused_with_one_that_can(

@@ -9,7 +9,7 @@ import pytest
 from flows.__main__ import main
 from flows.commands.data import draw_bars
 from flows.config.recipe import load_recipe
-from flows.planning.cost import estimate_data, is_large
+from flows.planning.recipe_cost import estimate_data, is_large
 
 
 def test_sources_inspect_prints_columns_rows_and_histograms(

@@ -30,7 +30,7 @@ from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.stage_outputs import write_json
 
 LEAST_DEVIATION = 0.01
-"""Share of the mean that the deviation counts as at least: a flat line is no reason to stop."""
+"""Share of the mean that the deviation counts as at least: a flat line is not a reason to stop."""
 
 
 class Diverged(RuntimeError):
@@ -106,7 +106,7 @@ class GuardState:
     """The guards' memory of earlier steps."""
 
     nonfinite: int = 0
-    """Steps in a row, up to now, whose figures were no numbers."""
+    """Steps in a row, up to now, whose figures were not numbers."""
     rollbacks: int = 0
     """Times that training went back, in the whole stage."""
     loss: Running = field(default_factory=Running)

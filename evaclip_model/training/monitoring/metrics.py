@@ -34,7 +34,7 @@ from evaclip_model.training.config import METRICS_FILE, TrainConfig, TrainJob
 from evaclip_model.training.cost import peak_flops, train_flops_per_sample
 from evaclip_model.training.engine.engine import Stepped
 from evaclip_model.training.optimizer.optimizer import TOWERS
-from evaclip_model.training.step import patch_dropout_at
+from evaclip_model.training.training_step import patch_dropout_at
 
 TENSORBOARD_FOLDER = "tensorboard"
 STRAGGLER_RATIO = 1.5

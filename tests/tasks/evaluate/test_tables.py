@@ -23,7 +23,7 @@ from tasks.evaluate.sets.convert.convert import (
     convert_imagefolder,
     convert_table,
 )
-from tasks.evaluate.sets.convert.table import read_label_table
+from tasks.evaluate.sets.convert.label_table import read_label_table
 from tasks.evaluate.sets.published_layout import EvalSet, open_set
 
 OWN = Words(templates="none")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from evaclip_model.errors import InputError
-from tasks.evaluate.sets.convert.image_files import image_source, path_inside
+from tasks.evaluate.sets.convert.label_table import PATH_COLUMNS, read_rows
 from tasks.evaluate.sets.convert.shard_writer import Source
-from tasks.evaluate.sets.convert.table import PATH_COLUMNS, read_rows
+from tasks.evaluate.sets.convert.source_images import image_source, path_inside
 
 _FORMS = (
     'expected Karpathy\'s {"images": [{"filename", "split", "sentences": [{"raw"}]}]}, COCO\'s '

@@ -18,14 +18,14 @@ from tasks.evaluate.sets.class_order import (
 )
 from tasks.evaluate.sets.convert import voc
 from tasks.evaluate.sets.convert.caption_sets import captioned_sources
-from tasks.evaluate.sets.convert.image_files import image_source, stamp_of
 from tasks.evaluate.sets.convert.imagefolder import (
     class_folders,
     image_sources,
     objectnet_folders,
 )
+from tasks.evaluate.sets.convert.label_table import read_label_table
 from tasks.evaluate.sets.convert.shard_writer import Conversion, Source, write_set
-from tasks.evaluate.sets.convert.table import read_label_table
+from tasks.evaluate.sets.convert.source_images import image_source, stamp_of
 from tasks.evaluate.sets.convert.torchvision_sets import (
     TORCHVISION,
     dataset_sources,

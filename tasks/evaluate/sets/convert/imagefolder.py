@@ -8,8 +8,8 @@ from pathlib import Path
 
 from evaclip_model.errors import InputError
 from evaclip_model.zeroshot.set_layout import is_system_file
-from tasks.evaluate.sets.convert.image_files import image_source, path_inside, walk_files
 from tasks.evaluate.sets.convert.shard_writer import Source
+from tasks.evaluate.sets.convert.source_images import image_source, path_inside, walk_files
 
 _SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing", "dev"))
 

@@ -12,7 +12,6 @@ from xml.etree import ElementTree
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
-from tasks.evaluate.sets.convert.image_files import path_inside, stamp_of
 from tasks.evaluate.sets.convert.shard_writer import (
     Found,
     Source,
@@ -20,6 +19,7 @@ from tasks.evaluate.sets.convert.shard_writer import (
     encode_png,
     image_file,
 )
+from tasks.evaluate.sets.convert.source_images import path_inside, stamp_of
 
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels."""

@@ -218,12 +218,12 @@ def _cannot_share(train: TrainConfig, ranks: int) -> str | None:
     batch, lanes = train.global_batch, train.lanes
     fewer = next(n for n in range(ranks, 0, -1) if batch % n == 0 and lanes % n == 0)
     if batch % ranks:
-        return f"global_batch {batch:,} is no multiple of {ranks}: use {fewer} GPUs"
+        return f"global_batch {batch:,} is not a multiple of {ranks}: use {fewer} GPUs"
     if lanes % ranks:
         other = math.lcm(lanes, ranks)
         other = ranks if batch % other else other
         return (
-            f"{ranks} is no divisor of {lanes} lanes: use {fewer} GPUs, or another order of "
+            f"{ranks} is not a divisor of {lanes} lanes: use {fewer} GPUs, or another order of "
             f"samples by --set train.{train.name}.lanes={other}"
         )
     return None

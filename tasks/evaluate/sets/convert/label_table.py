@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from evaclip_model.errors import InputError
-from tasks.evaluate.sets.convert.image_files import FileFinder
+from tasks.evaluate.sets.convert.source_images import FileFinder
 
 PATH_COLUMNS = (
     "path", "image_path", "img_path", "file_path", "filepath", "image", "img", "file", "file_name",
