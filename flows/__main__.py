@@ -1,8 +1,6 @@
-"""The command line: `python -m flows COMMAND`.
+"""The command line: `python -m flows COMMAND`; the commands are in flows/commands.
 
-Covers: which commands there are, exit codes (0 done, 1 doctor found a failure, 2 a user's mistake,
-130 interrupted).
-Not here: the commands (flows/commands).
+Exit codes: 0 done, 1 doctor found a failure, 2 a user's mistake, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Any models on any sets, outside a recipe's training: figures and a report, nothing registered.
 
-Covers: the flow.
-Not here: what its arguments mean (flows/graph/score_request.py), figures (tasks/evaluate), the
-command line (flows/commands/run.py).
+Not here: what the flow's arguments mean (flows/graph/score_request.py), figures (tasks/evaluate).
 """
 
 from __future__ import annotations

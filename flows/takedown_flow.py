@@ -1,7 +1,5 @@
-"""A takedown as a flow, so that it can be a deployment with a form.
-
-Covers: the form, and its answer as an artifact.
-Not here: what is done (flows/audit/dataset_replacement.py).
+"""A takedown as a flow, so that it can be a deployment with a form; done by
+flows/audit/dataset_replacement.py.
 """
 
 from __future__ import annotations

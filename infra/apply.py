@@ -1,14 +1,10 @@
 """Give a Prefect server what this project needs: work pools, deployments, automations.
 
-Covers: making what is missing and bringing the rest up to date, as often as one likes; the settings
-EVACLIP_ALERT_WEBHOOK and EVACLIP_PROMOTED_WEBHOOK, addresses that automations call, and
-EVACLIP_WORKING_DIR, the folder that relative paths start from.
-Not here: servers and workers (up.py, compose.yaml); which deployments there are (prefect.yaml).
-
-The server is the one of PREFECT_API_URL; it stores a webhook's address encrypted and shows it
-nowhere. A pool's concurrency limit, a deployment's parameters and job variables, and a schedule
-(when, with which parameters, whether it is active) are set when they are made, and are the
-operator's from then on.
+Makes what is missing and brings the rest up to date, as often as one likes, on the server of
+PREFECT_API_URL. EVACLIP_ALERT_WEBHOOK and EVACLIP_PROMOTED_WEBHOOK are addresses that automations
+call (stored encrypted, shown nowhere); EVACLIP_WORKING_DIR is where relative paths start. A pool's
+concurrency limit, a deployment's parameters and job variables, and a schedule are set when they are
+made, and are the operator's from then on.
 """
 
 import argparse

@@ -1,12 +1,8 @@
 """Make the project's own Python environment, quietly, with progress, or say what is missing.
 
-Covers: finding a fitting Python, the virtual environment, installing one or more extras at the
-tested versions, removing the one back-port that breaks Prefect's embedded server.
-Not here: anything that needs the environment; this file runs on a bare Python of any 3.x version.
-
-Used by the Makefile: `python3 infra/environment.py .venv pipeline dev`.
-TORCH_INDEX_URL, if set, is the package index that torch and torchvision are taken from (CPU-only
-builds, say, which are far smaller on Linux).
+`python3 infra/environment.py .venv pipeline dev` (the Makefile) runs on a bare Python of any 3.x
+version. TORCH_INDEX_URL, if set, is the package index that torch and torchvision are taken from
+(CPU-only builds, say, which are far smaller on Linux).
 """
 
 import os

@@ -1,7 +1,7 @@
 """Make the secrets that compose.yaml mounts: `python infra/make_secrets.py [FOLDER]`.
 
-Covers: one file a secret, random, readable by its owner; files that are there are left alone.
-Not here: who reads them (with-secrets.sh). Standard library only.
+One file a secret, random, readable by its owner; files that are there are left alone. Standard
+library only.
 """
 
 import json

@@ -1,13 +1,9 @@
 """Start and stop the lasting servers of one machine: Prefect, MLflow, and two workers.
 
-Covers: `up` (start what is not running, apply work pools, deployments and automations), `down`,
-`status`; pid files and logs under `<root>/services`; the secret that the Prefect server asks for,
-made at the first `up`. Calling any of them twice is the same as calling it once.
-Not here: servers of a team (compose, Kubernetes); the temporary server of a single run
-(flows/graph/ephemeral_server.py). Standard library only, run by the project's own Python.
-
-MLflow serves the same database and the same files as `make demo` writes without a server, so that
-both see the same runs and models.
+Calling `up`, `down` or `status` twice is the same as calling it once; pid files, logs and the
+secret of the Prefect server are in `<root>/services`. MLflow serves the same database and the same
+files as `make demo` writes without a server, so that both see the same runs and models.
+Standard library only, run by the project's own Python.
 """
 
 import argparse

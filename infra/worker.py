@@ -1,12 +1,8 @@
 """A Prefect worker that leaves no run behind as "Running": `python infra/worker.py POOL`.
 
-Covers: starting the worker, starting it again when it dies, stopping it on SIGTERM or SIGINT with
-its flow runs, and telling the server that those crashed.
-Not here: which pools there are (apply.py); machines that vanish (automations.yaml finds their runs
-by missing heartbeats). Standard library only.
-
-Prefect's worker leaves its runs as Running for ever when it is stopped, and they keep their place
-under their deployment's concurrency limit.
+Prefect's own leaves its runs as Running for ever when it is stopped, and they keep their place
+under their deployment's concurrency limit; this one is started again when it dies, is stopped with
+its runs, and tells the server that those crashed. Standard library only.
 """
 
 import argparse

@@ -1,6 +1,5 @@
 """The MLflow store in which runs are tracked and models are registered, by its address.
 
-Covers: the address, a client for it, its experiment, the sentence when it does not answer.
 Not here: what is logged (tasks/lineage), what is registered (tasks/register).
 """
 

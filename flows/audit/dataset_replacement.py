@@ -1,14 +1,13 @@
-"""Samples that may be used no longer: new dataset versions, and the models that saw them.
+"""Samples that may be used no longer: new dataset versions, and the models that saw those samples.
 
-Covers: finding the versions that hold what is asked for, making their successors without download
-or decoding, what was trained on them. Not here: what a takedown leaves out (tasks/dataset).
+Not here: what a takedown leaves out (tasks/dataset).
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +17,9 @@ import pyarrow.parquet as pq
 
 from flows.config.profile import Profile, load_profile
 from flows.graph.ancestry import Model, ancestors_of, data_of, describe_model, models_of
-from flows.graph.step import Role, Step
-from flows.graph.takedown_lists import asked_for
-from tasks.artifacts.artifact import Artifact, Made, read_artifacts
+from flows.graph.outside_data import sort_takedowns
+from flows.graph.step import Step
+from tasks.artifacts.artifact import Artifact, Made, Role, read_artifacts
 from tasks.dataset.choose import Asked, find_asked
 from tasks.dataset.config import LEFT_OUT, REPORT, STAGE, TAKEN_DOWN, DatasetConfig
 from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
@@ -48,11 +47,16 @@ def take_down(file: Path, root: Path) -> list[Succession]:
         InputError: the file cannot be read, or nothing would be left of a version.
     """
     entries = read_takedowns([file])
-    asked = asked_for(entries)
+    asked = sort_takedowns(entries)
     artifacts = read_artifacts(root)
+    groups: defaultdict[str, list[Artifact]] = defaultdict(list)
+    for artifact in artifacts:  # versions that differ in their takedowns alone, oldest first
+        if artifact.kind == STAGE.name:
+            parents = {**artifact.parents, Role.TAKEDOWNS: ""}
+            groups[json.dumps([parents, artifact.config], sort_keys=True)].append(artifact)
     return [
         succession
-        for versions in _by_rules(artifacts)
+        for versions in groups.values()
         if (succession := _make_successor(versions, entries, asked, artifacts, root)) is not None
     ]
 
@@ -79,16 +83,6 @@ def describe_replacement(done: Succession, root: Path) -> Iterator[str]:
         yield from describe_model(model, root)
 
 
-def _by_rules(artifacts: Iterable[Artifact]) -> Iterator[list[Artifact]]:
-    """Dataset versions that differ in their takedowns alone, oldest first."""
-    groups: defaultdict[str, list[Artifact]] = defaultdict(list)
-    for artifact in artifacts:
-        if artifact.kind == STAGE.name:
-            parents = {**artifact.parents, Role.TAKEDOWNS: ""}
-            groups[json.dumps([parents, artifact.config], sort_keys=True)].append(artifact)
-    yield from groups.values()
-
-
 def _make_successor(
     versions: Sequence[Artifact],
     entries: Sequence[str],
@@ -108,7 +102,7 @@ def _make_successor(
     obeyed = {entry for version in versions for entry in _read_entries(version)} | set(entries)
     others = obeyed - set(_read_entries(old)) - set(entries)
     if others:  # obeyed by a version that is not among the ancestors of `old`
-        rows = np.union1d(rows, find_asked(index, asked_for(others)))
+        rows = np.union1d(rows, find_asked(index, sort_takedowns(others)))
     ancestors = ancestors_of(verified, artifacts)
     rules = json.loads((old.folder / REPORT).read_text())["rules"]
     config = DatasetConfig.from_mapping({**old.config, **rules}, where=str(old.folder / REPORT))

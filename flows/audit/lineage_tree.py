@@ -1,10 +1,7 @@
 """Trees for a person: what a model was made from, and what became of its data.
 
-Covers: the tree of a registered version with what changed since the one before it; an artifact's
-tree upwards and downwards; everything that was made of a source.
-Not here: single samples (sample_trace.py), walking manifests (tasks/artifacts/provenance.py,
-flows/graph/ancestry.py), the registry (tasks/register/model_versions.py), the picture
-(tasks/lineage/lineage_svg.py).
+Not here: single samples (sample_trace.py), walking manifests (flows/graph/ancestry.py), the
+registry (tasks/register/model_versions.py), the picture (tasks/lineage/lineage_svg.py).
 """
 
 from __future__ import annotations
@@ -20,8 +17,8 @@ from flows.reporting.terminal import summarise_counts
 from tasks.artifacts.artifact import Artifact, read_artifacts
 from tasks.artifacts.provenance import Change, Lineage, Node, lineage_of, list_changes
 from tasks.merge.config import STAGE as MERGE
-from tasks.register.aliases import RegisteredVersion
 from tasks.register.config import STAGE as REGISTER
+from tasks.register.model_versions import RegisteredVersion
 
 if TYPE_CHECKING:
     from tasks.register.model_versions import Described

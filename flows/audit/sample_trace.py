@@ -1,8 +1,7 @@
 """One sample's way: its source row, its shard, the dataset versions and models that hold it.
 
-Covers: finding a sample by URL, uid or hash, what was made from it; saying so.
 Not here: the index that is searched (tasks/index/sample_index.py), removing anything
-(flows/audit/dataset_replacement.py).
+(dataset_replacement.py).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 from evaclip_model.reading.urls import is_url
 from flows.audit.dataset_replacement import left_out
 from flows.graph.ancestry import Model, ancestors_of, describe_model, first_row_in, models_of
-from flows.graph.takedown_lists import asked_for
+from flows.graph.outside_data import sort_takedowns
 from tasks.artifacts.artifact import Artifact, read_artifacts
 from tasks.dataset.choose import Asked
 from tasks.dataset.config import STAGE as DATASET
@@ -53,7 +52,7 @@ def trace_sample(
     """Every stored sample under `root` that has this URL, uid and hash, of which one is given."""
     given: dict[Kind, tuple[str, ...]] = {}
     if url is not None:
-        given[Kind.URL] = asked_for([url.strip()])[Kind.URL]
+        given[Kind.URL] = sort_takedowns([url.strip()])[Kind.URL]
     if uid is not None:
         given[Kind.UID] = (uid,)
     if sha256 is not None:
@@ -112,10 +111,7 @@ def describe_traces(found: Trace, root: Path) -> Iterator[str]:
     if not found.versions:
         yield "dataset     none was made of this shard"
     for version in found.versions:
-        yield f"dataset     {version.digest}: {_version_state(version)}"
+        state = f"left out ({version.left_out})" if version.left_out else "holds it"
+        yield f"dataset     {version.digest}: {state}"
         for model in version.models:
             yield from describe_model(model, root)
-
-
-def _version_state(version: Version) -> str:
-    return f"left out ({version.left_out})" if version.left_out else "holds it"

@@ -1,1 +1,1 @@
-"""Commands of `python -m flows`, a module each: `HELP`, `arguments(parser)`, `run(parsed)`."""
+"""Commands of `python -m flows`."""

@@ -1,6 +1,5 @@
 """Commands about evaluation sets: `evalsets list`, `show`, `check`, `convert FORM`.
 
-Covers: their arguments, and printing.
 Not here: the registry (tasks/evaluate/sets/set_registry.py), reading and checking sets
 (tasks/evaluate/sets/check_set.py), writing them (tasks/evaluate/sets/convert).
 """

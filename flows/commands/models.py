@@ -1,6 +1,5 @@
 """Commands about registered models: `pull`, `promote`, `rollback`.
 
-Covers: their arguments, and printing.
 Not here: the registry (tasks/register/model_versions.py), how an alias moves
 (tasks/register/promotion.py).
 """

@@ -1,5 +1,4 @@
-"""Commands about recipes, before anything runs: `list`, `show`, `plan`, `doctor`; and the arguments
-that several commands share.
+"""Commands about recipes, before anything runs, and the arguments that several commands share.
 
 Not here: the plan (flows/planning/run_plan.py), estimates (flows/planning/recipe_cost.py), checks
 (flows/planning/health_checks.py).
@@ -84,7 +83,13 @@ def plan(
 ) -> None:
     """Say what a run would do, what is already there, what it costs, and whether it fits here."""
     from flows.graph.graph import load_graph  # imports pyarrow, as the next ones do
-    from flows.planning.recipe_cost import engine_settings, estimate_table, is_large, training_table
+    from flows.planning.recipe_cost import (
+        engine_settings,
+        estimate_data,
+        estimate_table,
+        is_large,
+        training_table,
+    )
     from flows.planning.run_plan import Machine, make_plan, recipe_findings, summarise_findings
 
     loaded, profile, graph = load_graph(recipe, overrides)
@@ -100,7 +105,7 @@ def plan(
     for absent in (one for step in graph.steps for one in step.absent):
         console.print(f"not here: {absent}", soft_wrap=True, markup=False)
     if is_large(loaded):
-        console.print(estimate_table(loaded))
+        console.print(estimate_table("estimate", estimate_data(loaded)))
     for machines in [Machines.parse_spec(text) for text in gpus or published]:
         console.print(training_table(loaded, machines, utilisation))
         for train in loaded.train:

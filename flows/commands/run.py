@@ -1,7 +1,6 @@
 """`run FLOW RECIPE` and `score MODEL...`: run a flow, or only say what it would do.
 
-Covers: their arguments, checks before the start, a Prefect server for the time of the run.
-Not here: the flows themselves; prefect is imported only when one runs.
+prefect is imported only when a flow runs, behind a Prefect server for that time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
 """Types of a flow's form, whose rules the server checks before a run.
 
-Covers: a recipe's name, changes to it.
-Not here: what a recipe may say (recipe.py); that is checked when the run starts.
-
 Prefect stores each rule as JSON Schema with the deployment, so recipes that are added later are
 known to the form after the next `make up`.
 """

@@ -1,7 +1,4 @@
-"""GPUs as a person writes them: how many, which, their memory, and what an hour of one costs.
-
-Covers: reading `16xA100-40GB@2.5`. Not here: rates of GPUs (evaclip_model/training/cost.py).
-"""
+"""GPUs as a person writes them: how many, which, their memory, and what an hour of one costs."""
 
 from __future__ import annotations
 

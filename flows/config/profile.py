@@ -1,7 +1,5 @@
-"""The profile: where things run. It never changes a result.
-
-Covers: the settings read from the environment (prefix EVACLIP_) or a `.env` file.
-Not here: anything that decides a result; that is the recipe's.
+"""The profile: where things run, from the environment (prefix EVACLIP_) or a `.env` file. It never
+changes a result.
 """
 
 from __future__ import annotations

@@ -275,8 +275,8 @@ def source_yields(recipe: Recipe) -> list[SourceYield]:
         SourceYield(
             source,
             source.wanted_rows or 0,
-            math.floor(published[source.name] * SHARE_SELECTED)
-            if source.name in published
+            math.floor(rows * SHARE_SELECTED)
+            if (rows := published.get(source.name)) is not None
             else None,
         )
         for source in (recipe.merge_table.sources if recipe.merge_table else ())

@@ -1,7 +1,4 @@
-"""From the TOML files of a recipe to one mapping, its tables not yet checked.
-
-Covers: finding a recipe, what it includes, `--set` overrides, settings that training stages share.
-Not here: what a recipe may say (recipe.py).
+"""From the TOML files of a recipe to one mapping, its tables not yet checked (recipe.py does).
 
 One rule puts files together: tables are merged key by key, and so are items of a list that have the
 same `name`; of anything else the later one stays. Included files come first, then the file itself,

@@ -1,8 +1,5 @@
 """Ancestors and descendants: from a dataset version down to the models that saw it.
 
-Covers: walking the manifests under one root.
-Not here: samples (flows/audit/sample_trace.py, flows/audit/dataset_replacement.py), MLflow.
-
 A parent that is not an artifact under the root is data from outside, unless its role says that a
 step made it.
 """
@@ -14,15 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaclip_model.errors import InputError
-from flows.graph.step import Role
-from tasks.artifacts.artifact import Artifact
+from tasks.artifacts.artifact import Artifact, Role
 from tasks.artifacts.provenance import walk_up
 from tasks.demo.config import STAGE as DEMO
 from tasks.join.config import STAGE as JOIN
 from tasks.join.join import read_parts
 from tasks.lineage.journal import JOURNALS, runs_of_digest
-from tasks.register.aliases import RegisteredVersion
 from tasks.register.config import STAGE as REGISTER
+from tasks.register.model_versions import RegisteredVersion
 from tasks.train.config import STAGE as TRAIN
 from tasks.verify.config import STAGE as VERIFY
 
@@ -146,14 +142,11 @@ def describe_model(model: Model, root: Path) -> Iterator[str]:
     for run in runs_of_digest(root / JOURNALS, model.digest):
         yield f"    run     {run}"
     for version in model.registered:
-        yield f"    version {version}{_current_aliases(version)}"
-
-
-def _current_aliases(version: RegisteredVersion) -> str:
-    aliases = version.current_aliases()
-    if aliases is None:
-        return f" (its aliases are unknown: {version.tracking_uri} does not answer)"
-    return "".join(f" @{alias}" for alias in aliases)
+        aliases = version.current_aliases()
+        named = "".join(f" @{alias}" for alias in aliases or ())
+        if aliases is None:
+            named = f" (its aliases are unknown: {version.tracking_uri} does not answer)"
+        yield f"    version {version}{named}"
 
 
 def _walk_upward(artifact: Artifact, artifacts: Sequence[Artifact]) -> list[Artifact]:

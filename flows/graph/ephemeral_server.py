@@ -1,11 +1,8 @@
 """A Prefect server for the time of one command, when none is configured.
 
-Covers: quiet settings for command-line runs, a temporary server that cannot outlive its command and
-answers nobody else, the secret of the server of `make up`.
-Not here: the lasting server of a team (infra/).
-
 Prefect would start its own embedded server, but as a plain child: it survives a killed parent.
-This one runs under the supervisor and ends with the command, however that ends.
+This one runs under the supervisor, ends with the command, however that ends, and answers nobody
+else.
 """
 
 from __future__ import annotations

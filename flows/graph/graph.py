@@ -1,12 +1,9 @@
 """The graph of a recipe: every step that it would make, with its address, before anything runs.
 
-Covers: one entry a stage (what its artifact is made from, and the work that makes it), how entries
-are put together, for a whole recipe or for other data and another beginning.
-Not here: running steps (runner.py), what retraining and `score` put in (incremental.py,
-score_request.py).
-
-A plan imports no stage's work: each entry imports it when it runs. To add a stage is to add its
-entry, and to hand it on in `data_steps` or `model_steps`.
+One entry a stage: what its artifact is made from, and the work that makes it, which is imported
+when it runs, never by a plan. To add a stage is to add its entry, and to hand it on in `data_steps`
+or `model_steps`. Not here: running steps (runner.py), what retraining and `score` put in
+(incremental.py, score_request.py).
 """
 
 from __future__ import annotations
@@ -33,12 +30,12 @@ from flows.graph.outside_data import (
     find_all,
     find_files,
     hash_marks,
+    sort_takedowns,
 )
 from flows.graph.step import (
     ABSENT,
     Input,
     Record,
-    Role,
     Step,
     digest_of,
     finished_artifact,
@@ -47,7 +44,15 @@ from flows.graph.step import (
 from tasks.adopt.config import STAGE as ADOPT
 from tasks.adopt.config import AdoptConfig
 from tasks.adopt.find_source import find_source, source_mark
-from tasks.artifacts.artifact import CARD, Artifact, Made, Stage, fingerprint_files, read_artifacts
+from tasks.artifacts.artifact import (
+    CARD,
+    Artifact,
+    Made,
+    Role,
+    Stage,
+    fingerprint_files,
+    read_artifacts,
+)
 from tasks.artifacts.provenance import lineage_of
 from tasks.dataset.config import LEFT_OUT, DatasetConfig
 from tasks.dataset.config import STAGE as DATASET
@@ -101,7 +106,6 @@ class Beside:
     role: str
     mark: Input
     folder: Path
-    """Of the model."""
 
 
 @dataclass(frozen=True)
@@ -227,8 +231,7 @@ def all_data(site: Site, recipe: Recipe) -> Step:
 
 def data_steps(site: Site, recipe: Recipe, merged: Step | Artifact) -> Step:
     """From a merge to what a dataset version chooses from; the last of the steps."""
-    downloaded = download_step(site, recipe, merged)
-    return verify_step(site, recipe.verify, downloaded)
+    return verify_step(site, recipe.verify, download_step(site, recipe, merged))
 
 
 def model_steps(
@@ -239,16 +242,8 @@ def model_steps(
     stages: Sequence[TrainConfig],
     beside: Beside,
 ) -> Graph:
-    """From data and a model to start from, to a registered model.
-
-    Args:
-        site: of all steps.
-        recipe: whose rules, evaluation and registry are taken.
-        data: a verification, or several that were joined.
-        start: the model that the first of `stages` starts from.
-        stages: of the training, in order.
-        beside: what the trained model is evaluated beside.
-    """
+    """From data (a verification, or several that were joined) and a model to start from, through
+    training `stages`, to a registered model by the recipe's rules, evaluation and registry."""
     dataset = dataset_step(site, recipe.dataset, data)
     train: list[Step] = []
     for stage in stages:
@@ -285,8 +280,6 @@ def merge_step(
     """The rows of all sources that are to be downloaded.
 
     Args:
-        site: of all steps.
-        config: the sources and rules.
         inputs: role -> mark of everything outside that is read; by default looked at now.
         files: source -> its files; by default those that the config names, found when it runs.
         given: merges whose rows are left out; they are among `inputs`.
@@ -331,8 +324,7 @@ def download_step(site: Site, recipe: Recipe, merged: Step | Artifact) -> Step:
         return serve_pictures(recipe.demo) if recipe.demo else nullcontext()
 
     needed = expected_bytes(expected_samples(recipe), config.image_px)
-    size = format_bytes(needed)
-    what = f"about {size}, {config.image_px} px"
+    what = f"about {format_bytes(needed)}, {config.image_px} px"
     record = Record({"merged": merged}, metrics=PROGRESS)
     step = Step(site.root, DOWNLOAD, config, {Role.MERGE: merged}, make, what, record=record)
     return replace(step, expected_bytes=needed, service=serve_demo)
@@ -407,8 +399,8 @@ def dataset_step(site: Site, config: DatasetConfig, data: Step | Artifact) -> St
 
     def make(_: Profile, out: Path, report: Report) -> Made:
         from flows.graph.ancestry import ancestors_of
-        from flows.graph.takedown_lists import takedowns_of
-        from tasks.dataset.dataset import OutsideFiles, make_dataset
+        from tasks.dataset.choose import find_asked
+        from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
 
         files = {
             name: tuple(find_all(patterns, site.demo, f"dataset.{name}"))
@@ -416,7 +408,11 @@ def dataset_step(site: Site, config: DatasetConfig, data: Step | Artifact) -> St
         }
         outside = OutsideFiles(files["evaluation_sets"], files["blocklists"])
         ancestors = ancestors_of(finished_artifact(data), read_artifacts(site.root))
-        takedowns = takedowns_of(entries, plain)
+        takedowns = Takedowns()
+        if entries:  # the choice of the version without any takedowns is taken over, if there
+            asked = sort_takedowns(entries)
+            before = plain.folder if plain.is_finished else None
+            takedowns = Takedowns(entries, lambda index: find_asked(index, asked), before)
         return make_dataset(config, ancestors, outside, takedowns, out, report)
 
     what = "what is left out, as tombstones; a card"
@@ -501,14 +497,11 @@ def evaluate_step(
     """Models on evaluation sets.
 
     Args:
-        root: of all artifacts.
-        config: the sets, and how they are evaluated.
         inputs: role -> what stands for the models and the sets.
         models: name -> what opens it; the first one is the subject.
         find_sets: name -> folder of every set.
         train: training stages of the subject, for its curves and its lineage.
         dataset: what it was trained on, for a look whether test images are among it.
-        title: what people see; the stage's name by default.
     """
 
     def make(profile: Profile, out: Path, report: Report) -> Made:
@@ -524,12 +517,7 @@ def evaluate_step(
         curves = [step.folder / METRICS_FILE for step in train]
         picture = lineage_svg(lineage_of([finished_artifact(train[-1])], root)) if train else ""
         return evaluate_models(
-            config,
-            models,
-            find_sets(),
-            curves,
-            out,
-            report,
+            *(config, models, find_sets(), curves, out, report),
             machine=profile.machine,
             trained_on=trained_on,
             lineage=picture,

@@ -32,8 +32,8 @@ from flows.graph.graph import (
     untrained_model,
 )
 from flows.graph.outside_data import find_files, hash_marks
-from flows.graph.step import Input, Role, Step
-from tasks.artifacts.artifact import Artifact, read_artifacts
+from flows.graph.step import Input, Step
+from tasks.artifacts.artifact import Artifact, Role, read_artifacts
 from tasks.merge.config import STAGE as MERGE
 from tasks.merge.config import MergeConfig
 from tasks.merge.merge import read_inputs

@@ -1,7 +1,6 @@
 """Data that a recipe names and no step makes: finding it, and what stands for it in a digest.
 
-Covers: patterns of files and URLs, `demo:` paths, what is not here (a graph can be drawn without
-it, so that it can be planned, but not be run), outside data as tracking's datasets.
+A graph can be drawn and planned without it, but not be run.
 Not here: which steps read it (flows/graph/graph.py).
 """
 
@@ -13,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from evaclip_model.errors import InputError
 from flows.graph.step import ABSENT, Input, Step
@@ -22,6 +22,9 @@ from tasks.evaluate.config import RESULTS
 from tasks.lineage.stage_record import outside_dataset
 from tasks.merge.config import MergeConfig
 from tasks.merge.metadata_files import find_metadata, is_url, remote_fingerprint
+
+if TYPE_CHECKING:
+    from tasks.dataset.choose import Asked
 
 DEMO_PREFIX = "demo:"
 
@@ -103,30 +106,19 @@ def find_all(patterns: Sequence[str], demo: Step | None, where: str) -> list[Pat
 def describe_sources(merged: Artifact, config: MergeConfig) -> list[dict[str, str]]:
     """The sources that a finished merge read, as tracking's datasets."""
     return [
-        outside_dataset(
-            source.name,
-            merged.parents[source.name],
-            source.files,
-            {"target_count": source.target_count},
-            "metadata",
-        )
-        for source in config.sources
-        if source.name in merged.parents
+        outside_dataset(one.name, mark, one.files, {"target_count": one.target_count}, "metadata")
+        for one in config.sources
+        if (mark := merged.parents.get(one.name)) is not None
     ]
 
 
 def describe_adopted(adopted: Artifact, config: AdoptConfig) -> list[dict[str, str]]:
     """The sources that a finished adoption took, as tracking's datasets."""
+    shards = {one.name: adopted.counts.get(f"{one.name}.shards", 0) for one in config.sources}
     return [
-        outside_dataset(
-            source.name,
-            adopted.parents[source.name],
-            source.files,
-            {"shards": adopted.counts.get(f"{source.name}.shards", 0)},
-            "adopted",
-        )
-        for source in config.sources
-        if source.name in adopted.parents
+        outside_dataset(one.name, mark, one.files, {"shards": shards[one.name]}, "adopted")
+        for one in config.sources
+        if (mark := adopted.parents.get(one.name)) is not None
     ]
 
 
@@ -146,3 +138,16 @@ def describe_sets(evaluated: Artifact, folders: Mapping[str, Path | str]) -> lis
         for name, folder in folders.items()
         if name in found.sets
     ]
+
+
+def sort_takedowns(entries: Iterable[str]) -> Asked:
+    """Entries of takedown lists by kind, as the sample index has them; URLs as merges write them."""
+    from tasks.dataset.choose import sort_by_kind  # imports duckdb, as the next ones do
+    from tasks.index.sample_index import Kind
+    from tasks.merge.normal_urls import normal_urls
+
+    by_kind = dict(sort_by_kind(entries))
+    if by_kind[Kind.URL]:
+        normal = zip(by_kind[Kind.URL], normal_urls(by_kind[Kind.URL]), strict=True)
+        by_kind[Kind.URL] = tuple(ours or theirs for theirs, ours in normal)
+    return by_kind

@@ -39,7 +39,7 @@ from tasks.merge.database import share_of_memory
 from tasks.merge.merge import merge_sources, one_after_another
 from tasks.merge.merge_plan import Files
 from tasks.merge.units import Chunk, run_chunk
-from tasks.progress import Report
+from tasks.progress import Report, report_nothing
 from tasks.tracking import TrackingStore
 
 PREFECT_EVERY_S = 5.0
@@ -84,8 +84,15 @@ class Session:
                 outside=step.record.outside(artifact),
                 attach=[artifact.folder / file for file in step.record.files],
             )
-        took = time.monotonic() - started
-        say_done(step.title, artifact, seconds=took, reused=is_reused)
+        # The one line that stays; the run's log in the UI gets it, too.
+        seconds, summary = time.monotonic() - started, summarise_counts(artifact.counts)
+        mark, took = ("=", "already there") if is_reused else ("✓", f"{seconds:.0f} s")
+        get_run_logger().info("%s: %s; %s, %s", step.title, summary, artifact.folder, took)
+        console.print(
+            f"[{'dim' if is_reused else 'green'}]{mark}[/] {step.title:<14} {summary:<60} "
+            f"[dim]{artifact.digest[:8]}  {took}[/]",
+            soft_wrap=True,
+        )
         self.made[artifact.digest] = artifact
         return artifact
 
@@ -160,52 +167,27 @@ def track_run(
 def watch_stage(title: str, *, already_there: bool = False) -> Iterator[Report]:
     """Show one stage under way; yields the `Report` to hand to it."""
     if already_there:
-        yield _ignore_progress
+        yield report_nothing
         return
-    in_ui = _PrefectProgress(title)
+    in_ui: UUID | None = None
+    again_at = 0.0
     with moving_bar(title) as show:
 
         def report(done: float, total: float, detail: str = "") -> None:
+            nonlocal in_ui, again_at
             show(done, total, detail)
-            in_ui.update(done, total, detail)
+            # Every few seconds and at the end: each write is a request.
+            if not total or (time.monotonic() < again_at and done < total):
+                return
+            again_at = time.monotonic() + PREFECT_EVERY_S
+            percent, description = 100.0 * done / total, f"{title}: {detail}" if detail else title
+            if in_ui is None:
+                made = create_progress_artifact(percent, description=description)
+                in_ui = cast(UUID, made)  # a coroutine only inside async flows
+            else:
+                update_progress_artifact(in_ui, percent, description)
 
         yield report
-
-
-def _ignore_progress(done: float, total: float, detail: str = "") -> None:
-    """Progress of an artifact that is already there."""
-
-
-class _PrefectProgress:
-    """One progress artifact, written every few seconds and at the end: each write is a request."""
-
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self._artifact: UUID | None = None
-        self._next = 0.0
-
-    def update(self, done: float, total: float, detail: str) -> None:
-        if not total or (time.monotonic() < self._next and done < total):
-            return
-        self._next = time.monotonic() + PREFECT_EVERY_S
-        percent = 100.0 * done / total
-        description = f"{self._title}: {detail}" if detail else self._title
-        if self._artifact is None:
-            made = create_progress_artifact(percent, description=description)
-            self._artifact = cast(UUID, made)  # a coroutine only inside async flows
-        else:
-            update_progress_artifact(self._artifact, percent, description)
-
-
-def say_done(title: str, artifact: Artifact, *, seconds: float, reused: bool) -> None:
-    """Print the one line that stays: what was made, how much, how long it took; the run's log in
-    the UI gets it, too."""
-    summary = summarise_counts(artifact.counts)
-    mark, took = ("[dim]=[/]", "already there") if reused else ("[green]✓[/]", f"{seconds:.0f} s")
-    get_run_logger().info("%s: %s; %s, %s", title, summary, artifact.folder, took)
-    console.print(
-        f"{mark} {title:<14} {summary:<60} [dim]{artifact.digest[:8]}  {took}[/]", soft_wrap=True
-    )
 
 
 def merge_in_chunks(
@@ -225,10 +207,7 @@ def merge_in_chunks(
     if workers == 1:
         return merge_sources(config, files, out, report, given=given)
     return merge_sources(
-        config,
-        files,
-        out,
-        report,
+        *(config, files, out, report),
         threads=max(1, (os.cpu_count() or 1) // workers),
         run=one_after_another if config.engine == "spark" else _run_as_tasks,
         chunks=workers,

@@ -1,9 +1,6 @@
 """Arguments of `score`: models, sets, and where they go in the graph.
 
-Covers: models by their specs and names, sets by recipe or by name, fetching registered models,
-the step.
-Not here: opening models (tasks/evaluate/encode/open_models.py), the flow (flows/score.py); prefect
-is not imported.
+Not here: opening models (tasks/evaluate/encode/open_models.py), the flow (flows/score.py).
 """
 
 from __future__ import annotations
@@ -19,9 +16,9 @@ from flows.config.recipe import load_recipe
 from flows.config.recipe_loader import apply_override, find_recipe, read_recipe
 from flows.graph.graph import demo_step, evaluate_step
 from flows.graph.outside_data import find_all
-from flows.graph.step import Input, Role, Step
-from tasks.artifacts.artifact import fingerprint_files
-from tasks.evaluate.config import EvaluateConfig
+from flows.graph.step import Input, Step
+from tasks.artifacts.artifact import Role, fingerprint_files
+from tasks.evaluate.config import STAGE, EvaluateConfig
 from tasks.evaluate.encode.open_models import OPEN_CLIP, files_of
 from tasks.evaluate.sets.published_layout import kind_of
 from tasks.evaluate.sets.set_registry import (
@@ -32,8 +29,7 @@ from tasks.evaluate.sets.set_registry import (
 )
 
 REGISTRY = "models:/"
-EVALUATE = "evaluate"
-"""Table of a recipe that says what is evaluated."""
+EVALUATE = STAGE.name
 PAPER = "paper"
 """Stands for all sets of the paper's tables."""
 

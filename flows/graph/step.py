@@ -1,10 +1,8 @@
 """One step of the graph: a stage, its config, its inputs by role, and the work that makes it.
 
-Covers: the names of roles, a step's address, walking the steps beneath some.
-Not here: which steps there are (flows/graph/graph.py), running them (flows/graph/runner.py).
-
 What decides the result (stage, config, inputs) is in the address; what only says how the work is
 done comes from the profile when the step runs, and so can never change an address.
+Not here: which steps there are (flows/graph/graph.py), running them (flows/graph/runner.py).
 """
 
 from __future__ import annotations
@@ -26,31 +24,6 @@ of all steps that follow, are not the ones that a run would have."""
 Work = Callable[[Profile, Path, Report], Made]
 """Makes an artifact in a folder, on the machines of a profile. All else that it needs is bound to
 it where the step is declared, so that the type checker sees every argument."""
-
-
-class Role:
-    """Names that inputs have among an artifact's parents. They are part of its digest: a changed
-    name is another artifact. Outside data has roles of its own, such as a source's name."""
-
-    MERGE = "merge"
-    DOWNLOAD = "download"
-    ADOPT = "adopt"
-    DATA = "verify"
-    """What a dataset version chooses from: a verification, or several that were joined."""
-    PART = "part"
-    """Of a join, with four digits behind."""
-    DATASET = "dataset"
-    START = "start_from"
-    TRAINED = "train"
-    EVALUATION = "evaluate"
-    UNTRAINED = "initialise"
-    CHAMPION = "champion"
-    """Outside data, like the next ones: the first characters of its weights' SHA-256."""
-    TAKEDOWNS = "takedowns"
-    GIVEN = "given"
-    """The merges whose rows an increment leaves out, together."""
-    TRACKING = "tracking"
-    SUBJECT = "subject"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Not here: what a recipe needs (run_plan.py).
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -33,9 +32,10 @@ from flows.config.profile import Profile
 from flows.config.recipe import Recipe
 from flows.graph.ephemeral_server import know_server_secret
 from flows.planning.run_plan import Finding, ask_driver
+from tasks.artifacts.artifact import sha256_of
 from tasks.redact import redact_text
 from tasks.tracking import TrackingStore
-from tasks.train.cluster import CLUSTERS, Kind
+from tasks.train.cluster import CLUSTERS
 from tasks.train.launch import count_gpus, read_hostfile
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -61,11 +61,9 @@ def examine_machine(profile: Profile) -> Iterator[Finding]:
 
 
 def check_python(_: Profile) -> Iterator[Finding]:
-    found = platform.python_version()
-    if (3, 11) <= sys.version_info < (3, 13):
-        yield Finding("ok", "Python", found)
-    else:
-        yield Finding("fail", "Python", found, "make the environment anew with 3.11 or 3.12")
+    fits = (3, 11) <= sys.version_info < (3, 13)
+    do = "make the environment anew with 3.11 or 3.12"
+    yield Finding.of(fits, "Python", platform.python_version(), do)
 
 
 def check_versions(_: Profile) -> Iterator[Finding]:
@@ -129,52 +127,42 @@ def check_root(profile: Profile) -> Iterator[Finding]:
         return
     free = shutil.disk_usage(folder).free
     found = f"{folder} is writable, {free / 1e9:,.1f} GB are free"
-    if free < FREE_BYTES:
-        do = "free some, or set EVACLIP_ROOT to another disk"
-        yield Finding("warn", "artifact root", found, do)
-    else:
-        yield Finding("ok", "artifact root", found)
+    do = "free some, or set EVACLIP_ROOT to another disk"
+    yield Finding.of(free >= FREE_BYTES, "artifact root", found, do, "warn")
 
 
 def check_tracking(profile: Profile) -> Iterator[Finding]:
     """A run and a file written to the tracking store and read again."""
     store = TrackingStore.at(profile.mlflow_uri, "doctor")
     try:
-        written_to = store.try_out()
+        found = f"{store.uri} takes runs, {redact_text(store.try_out())} takes files"
+        yield Finding("ok", "tracking", found)
     except InputError as error:
         yield Finding("fail", "tracking", "does not take a run or a file", str(error))
-        return
-    yield Finding(
-        "ok", "tracking", f"{store.uri} takes runs, {redact_text(written_to)} takes files"
-    )
 
 
 def check_servers(profile: Profile) -> Iterator[Finding]:
     """Whether the servers that are named answer, and with our versions."""
     know_server_secret(profile.root)
     api = os.environ.get("PREFECT_API_URL")
-    if api:
-        yield _check_server(
-            "Prefect", f"{api.rstrip('/')}/admin/version", _installed_version("prefect")
-        )
-    else:
+    urls = {"Prefect": f"{api.rstrip('/')}/admin/version"} if api else {}
+    if not api:
         yield Finding("ok", "Prefect", "no server is named: every run brings its own")
     if profile.mlflow_uri.startswith("http"):
-        yield _check_server(
-            "MLflow", f"{profile.mlflow_uri.rstrip('/')}/version", _installed_version("mlflow")
-        )
-
-
-def _check_server(name: str, url: str, ours: str | None) -> Finding:
-    try:
-        answered = _get_page(url)[0].strip('"')
-    except (OSError, ValueError) as error:
-        do = "start it, or correct its address"
-        return Finding("fail", name, f"{redact_text(url)} does not answer: {error}", do)
-    if answered != ours:
-        do = f"use {ours} on both sides"
-        return Finding("warn", name, f"the server is {answered}, here is {ours}", do)
-    return Finding("ok", name, f"{redact_text(url).rpartition('/')[0]} is {answered}")
+        urls["MLflow"] = f"{profile.mlflow_uri.rstrip('/')}/version"
+    for name, url in urls.items():
+        ours = _installed_version(name.lower())
+        try:
+            answered = _get_page(url)[0].strip('"')
+        except (OSError, ValueError) as error:
+            do = "start it, or correct its address"
+            yield Finding("fail", name, f"{redact_text(url)} does not answer: {error}", do)
+            continue
+        if answered == ours:
+            yield Finding("ok", name, f"{redact_text(url).rpartition('/')[0]} is {answered}")
+        else:
+            do = f"use {ours} on both sides"
+            yield Finding("warn", name, f"the server is {answered}, here is {ours}", do)
 
 
 def check_ports(_: Profile) -> Iterator[Finding]:
@@ -183,12 +171,11 @@ def check_ports(_: Profile) -> Iterator[Finding]:
         port = int(os.environ.get(f"EVACLIP_{name.upper()}_PORT", usual))
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken = False
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 taken = True
-            else:
-                taken = False
         path = {"prefect": "api/health", "mlflow": "health"}[name]
         if not taken:
             yield Finding("ok", f"port {port}", f"free for {name}")
@@ -231,7 +218,7 @@ def check_tokenizer(_: Profile) -> Iterator[Finding]:
     if path is None:
         yield Finding("fail", "tokenizer", f"{VOCABULARY} is not installed", do)
         return
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = sha256_of(path)
     if digest == VOCABULARY_SHA256:
         yield Finding("ok", "tokenizer", f"sha256 {digest[:16]}, as published")
     else:
@@ -243,16 +230,14 @@ def check_weights(recipe: Recipe) -> Iterator[Finding]:
     for role, path in recipe.initialise.outside_files().items():
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         for file in (one for one in files if one.is_file()):
-            with file.open("rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
-            found = f"{file}, {file.stat().st_size / 1e6:,.0f} MB, sha256 {digest}"
+            found = f"{file}, {file.stat().st_size / 1e6:,.0f} MB, sha256 {sha256_of(file)}"
             yield Finding("ok", f"weights of {role}", found)
 
 
 def check_launcher(profile: Profile) -> Iterator[Finding]:
     """Programs and files that starting training needs."""
     if profile.launcher in CLUSTERS:
-        cluster = CLUSTERS[_launcher_kind(profile.launcher)]
+        cluster = CLUSTERS["slurm" if profile.launcher == "slurm" else "kubernetes"]
         missing = sorted(tool for tool in cluster.tools if shutil.which(tool) is None)
         template = profile.job_template or cluster.template
         if missing:
@@ -282,12 +267,9 @@ def shared_memory(_: Profile) -> Iterator[Finding]:
     if not folder.is_dir():
         return
     free = shutil.disk_usage(folder).free
+    do = "give the container more (--shm-size=16g), or set EVACLIP_READ_WORKERS=0"
     found = f"{free / 1e9:,.1f} GB are free"
-    if free < SHARED_BYTES:
-        do = "give the container more (--shm-size=16g), or set EVACLIP_READ_WORKERS=0"
-        yield Finding("warn", "/dev/shm", found, do)
-    else:
-        yield Finding("ok", "/dev/shm", found)
+    yield Finding.of(free >= SHARED_BYTES, "/dev/shm", found, do, "warn")
 
 
 def open_files(profile: Profile) -> Iterator[Finding]:
@@ -314,10 +296,8 @@ def check_clock(profile: Profile) -> Iterator[Finding]:
         if stamp:
             apart = abs(time.time() - parsedate_to_datetime(stamp).timestamp())
             found = f"{apart:.0f} s from the server's"
-            if apart > CLOCK_S:
-                yield Finding("warn", "clock", found, "set both by NTP: S3 refuses at 15 minutes")
-            else:
-                yield Finding("ok", "clock", found)
+            do = "set both by NTP: S3 refuses at 15 minutes"
+            yield Finding.of(apart <= CLOCK_S, "clock", found, do, "warn")
             return
     year = time.gmtime().tm_year
     newest = max(path.stat().st_mtime for path in (CHECKOUT / "pyproject.toml", CHECKOUT / "flows"))
@@ -328,21 +308,10 @@ def check_clock(profile: Profile) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Check, ...] = (
-    *(
-        check_python,
-        check_versions,
-        check_names,
-        check_root,
-        check_tracking,
-        check_servers,
-        check_ports,
-    ),
+    *(check_python, check_versions, check_names, check_root, check_tracking),
+    *(check_servers, check_ports),
     *(check_gpus, check_tokenizer, check_launcher, shared_memory, open_files, check_clock),
 )
-
-
-def _launcher_kind(launcher: str) -> Kind:
-    return "slurm" if launcher == "slurm" else "kubernetes"
 
 
 def _normalise_name(name: str) -> str:

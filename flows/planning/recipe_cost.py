@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,6 @@ from flows.config.recipe import (
     SHARE_SELECTED,
     Published,
     Recipe,
-    SourceYield,
     expected_samples,
     source_yields,
 )
@@ -96,7 +95,16 @@ def estimate_data(recipe: Recipe, machines: int = MACHINES) -> list[Line]:
     )
     return [
         Line("samples, at most", f"{sum(r.source.target_count or 0 for r in reaches):,}", caps),
-        *(_shortfall_line(reach) for reach in reaches if reach.selected < reach.wanted),
+        *(
+            Line(
+                f"{reach.source.name} can give",
+                f"about {reach.samples:,} samples, not {reach.source.target_count or 0:,}",
+                f"{reach.selected:,} of its rows pass ({SHARE_SELECTED:.0%}), "
+                f"{reach.source.expected_success:.0%} are downloaded",
+            )
+            for reach in reaches
+            if reach.selected < reach.wanted
+        ),
         Line("rows selected", f"{wanted:,}", "target_count / expected_success, or all there are"),
         Line(
             "metadata rows read",
@@ -130,23 +138,6 @@ def estimate_data(recipe: Recipe, machines: int = MACHINES) -> list[Line]:
             f"{URLS_PER_MACHINE_S:,} URLs/s on 16 cores, img2dataset's documentation",
         ),
     ]
-
-
-def _shortfall_line(reach: SourceYield) -> Line:
-    return Line(
-        f"{reach.source.name} can give",
-        f"about {reach.samples:,} samples, not {reach.source.target_count or 0:,}",
-        f"{reach.selected:,} of its rows pass ({SHARE_SELECTED:.0%}), "
-        f"{reach.source.expected_success:.0%} are downloaded",
-    )
-
-
-def estimate_table(recipe: Recipe) -> Table:
-    """The estimate for a terminal."""
-    table = Table("estimate", "figure", "from", box=None, pad_edge=False)
-    for line in estimate_data(recipe):
-        table.add_row(line.what, line.figure, line.origin)
-    return table
 
 
 @dataclass(frozen=True)
@@ -197,16 +188,21 @@ def estimate_stage(
         return [Line("ranks", f"{machines.count} cannot share the batch", impossible)]
     model = recipe.initialise.load_architecture().at_image_px(train.image_px)
     cut = cut_share(model, train, machines)
+    steps = f"{train.steps:,} for {train.samples_seen:,} samples"
+    terms = sorted(cut.memory.items(), key=lambda term: -term[1])
+    shown = ", ".join(f"{what} {size / GIB:,.1f}" for what, size in terms if size >= 5e7)
+    memory = f"{sum(cut.memory.values()) / GIB:,.1f} of {cut.limit / GIB:,.1f} GiB"
     lines = [
-        Line("batch", *_batch_line(cut, machines.count)),
+        _batch_line(cut, machines.count),
+        Line("steps", steps, "the recipe's, on any GPUs"),
+        Line("memory of a GPU", memory, shown),
+        *([] if cut.fits else [_remedy_line(model, train, machines, cut)]),
         Line(
-            "steps",
-            f"{train.steps:,} for {train.samples_seen:,} samples",
-            "the recipe's, on any GPUs",
+            "memory of a rank's reader",
+            f"{reader_bytes(recipe, train, machines.count) / GIB:,.1f} GiB",
+            f"{train.lanes // machines.count} lanes x {train.shuffle_buffer:,} stored samples x "
+            f"{_count_sources(recipe, train)} sources, pixels of {READ_AHEAD_STEPS} steps",
         ),
-        Line("memory of a GPU", *_memory_line(cut)),
-        *([] if cut.fits else [Line("does not fit", *_remedy_line(model, train, machines, cut))]),
-        Line("memory of a rank's reader", *_reader_line(recipe, train, machines.count)),
     ]
     if cut.fits:
         lines += _time_lines(recipe, model, train, machines, cut, utilisation)
@@ -229,28 +225,21 @@ def _cannot_share(train: TrainConfig, ranks: int) -> str | None:
     return None
 
 
-def _batch_line(cut: Cut, ranks: int) -> tuple[str, str]:
+def _batch_line(cut: Cut, ranks: int) -> Line:
     figure = f"{cut.share * ranks:,} = {ranks} x {cut.share:,}"
     if not cut.fits:
-        return figure, "the recipe's; not even one pair at once fits"
+        return Line("batch", figure, "the recipe's; not even one pair at once fits")
     if cut.parts == 1:
-        return f"{figure}, whole", "a rank's share fits at once"
-    return (
+        return Line("batch", f"{figure}, whole", "a rank's share fits at once")
+    return Line(
+        "batch",
         f"{figure}, in {cut.parts:,} parts of {cut.micro_batch:,}",
         "the largest equal parts that fit; the gradient is the same for any: set "
         f"EVACLIP_MICRO_BATCH={cut.micro_batch}",
     )
 
 
-def _memory_line(cut: Cut) -> tuple[str, str]:
-    terms = sorted(cut.memory.items(), key=lambda term: -term[1])
-    shown = ", ".join(f"{what} {size / GIB:,.1f}" for what, size in terms if size >= 5e7)
-    return f"{sum(cut.memory.values()) / GIB:,.1f} of {cut.limit / GIB:,.1f} GiB", shown
-
-
-def _remedy_line(
-    model: ModelConfig, train: TrainConfig, machines: Machines, cut: Cut
-) -> tuple[str, str]:
+def _remedy_line(model: ModelConfig, train: TrainConfig, machines: Machines, cut: Cut) -> Line:
     """Which memory is too much though the parts are as small as can be, and what is less."""
     largest = max(cut.memory, key=lambda what: cut.memory[what])
     changes: dict[str, dict[str, Any]] = {
@@ -267,25 +256,20 @@ def _remedy_line(
             fits = ", which fits" if other.fits else ""
             helpful.append(f"{name} ({sum(other.memory.values()) / GIB:,.1f} GiB{fits})")
     helpful.append("more GPUs, which share the optimizer, or larger ones")
-    return f"{largest} take {cut.memory[largest] / GIB:,.1f} GiB", "less with " + ", ".join(helpful)
+    much = f"{largest} take {cut.memory[largest] / GIB:,.1f} GiB"
+    return Line("does not fit", much, "less with " + ", ".join(helpful))
 
 
 def reader_bytes(recipe: Recipe, train: TrainConfig, ranks: int) -> int:
     """Memory of the host that each of `ranks` ranks reads ahead into."""
-    sources = len(train.source_weights) or len(recipe.sources)
-    samples = train.lanes // ranks * train.shuffle_buffer * sources
+    samples = train.lanes // ranks * train.shuffle_buffer * _count_sources(recipe, train)
     pixels = READ_AHEAD_STEPS * train.global_batch // ranks * 3 * train.image_px**2
     stored_px = recipe.download.image_px if recipe.download_table else ADOPTED_PX
     return expected_bytes(samples, stored_px) + pixels
 
 
-def _reader_line(recipe: Recipe, train: TrainConfig, ranks: int) -> tuple[str, str]:
-    sources = len(train.source_weights) or len(recipe.sources)
-    return (
-        f"{reader_bytes(recipe, train, ranks) / GIB:,.1f} GiB",
-        f"{train.lanes // ranks} lanes x {train.shuffle_buffer:,} stored samples x {sources} "
-        f"sources, pixels of {READ_AHEAD_STEPS} steps",
-    )
+def _count_sources(recipe: Recipe, train: TrainConfig) -> int:
+    return len(train.source_weights) or len(recipe.sources)
 
 
 def _time_lines(
@@ -309,11 +293,14 @@ def _time_lines(
     if peak is None or train.precision == "fp32":
         yield Line("time", "not estimated", "rates are of fp16 and bf16, not of fp32")
         return
-    share, origin = (
-        (utilisation, "given")
-        if utilisation is not None
-        else (table_6_utilisation(train.patch_dropout > 0), _table_6(train.patch_dropout > 0))
-    )
+    share, origin = utilisation, "given"
+    if share is None:
+        share = table_6_utilisation(train.patch_dropout > 0)
+        which = "half of the patches masked" if train.patch_dropout > 0 else "whole images"
+        origin = (
+            f"what the paper's Table 6 reached on 16 A100s ({which}, flash attention), taken for "
+            "any model and GPU"
+        )
     rate = peak * share / spent
     seconds = train.samples_seen / rate / machines.count
     hours = seconds / 3600 * machines.count
@@ -340,14 +327,6 @@ def table_6_utilisation(masked: bool) -> float:
     )
     per_gpu = 40e6 / (TABLE_6_MINUTES[dropout] * 60) / TABLE_6_GPUS.count
     return per_gpu * flops * (1 + RECOMPUTED["full"] / 3) / (peak_flops(TABLE_6_GPUS.gpu) or 0)
-
-
-def _table_6(masked: bool) -> str:
-    which = "half of the patches masked" if masked else "whole images"
-    return (
-        f"what the paper's Table 6 reached on 16 A100s ({which}, flash attention), taken for any "
-        "model and GPU"
-    )
 
 
 def _published_lines(published: Published, train: TrainConfig) -> Iterator[Line]:
@@ -378,9 +357,16 @@ def engine_settings(recipe: Recipe, train: TrainConfig, machines: Machines) -> s
 
 def training_table(recipe: Recipe, machines: Machines, utilisation: float | None) -> Table:
     """The estimate of every training stage on `machines`, for a terminal."""
-    table = Table(f"training on {machines}", "figure", "from", box=None, pad_edge=False)
+    lines: list[Line] = []
     for train in recipe.train:
-        table.add_row(f"[bold]{train.name}[/]")
-        for line in estimate_stage(recipe, train, machines, utilisation):
-            table.add_row(line.what, line.figure, line.origin)
+        lines.append(Line(f"[bold]{train.name}[/]", "", ""))
+        lines += estimate_stage(recipe, train, machines, utilisation)
+    return estimate_table(f"training on {machines}", lines)
+
+
+def estimate_table(title: str, lines: Iterable[Line]) -> Table:
+    """An estimate for a terminal."""
+    table = Table(title, "figure", "from", box=None, pad_edge=False)
+    for line in lines:
+        table.add_row(line.what, line.figure, line.origin)
     return table

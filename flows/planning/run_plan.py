@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Literal, Self
 
 import psutil
 
@@ -25,9 +25,10 @@ from flows.config.gpu_spec import Machines
 from flows.config.profile import Profile
 from flows.config.recipe import Recipe
 from flows.graph.graph import Graph
-from flows.graph.step import Role, Step, finished_artifact
+from flows.graph.step import Step, finished_artifact
 from flows.planning.recipe_cost import GIB, cut_share, reader_bytes
 from flows.reporting.terminal import summarise_counts
+from tasks.artifacts.artifact import Role
 from tasks.progress import format_bytes, report_nothing
 from tasks.train.launch import count_gpus, default_ranks
 
@@ -62,7 +63,9 @@ def make_plan(graph: Graph) -> list[PlanRow]:
     for step in graph.steps:
         size = summarise_counts(finished_artifact(step).counts) if step.is_finished else step.what
         digest = step.digest if step.is_settled else "not known"
-        rows.append(PlanRow(step.title, _step_state(step), size, digest, step.folder))
+        begun = step.folder.is_dir() and any(step.folder.iterdir())
+        state = "there" if step.is_finished else "unfinished" if begun else "to make"
+        rows.append(PlanRow(step.title, state, size, digest, step.folder))
     return rows
 
 
@@ -95,24 +98,13 @@ def disk_bytes(graph: Graph) -> int:
     return sum(needed) + SMALL_BYTES if needed else 0
 
 
-def _step_state(step: Step) -> str:
-    if step.is_finished:
-        return "there"
-    return "unfinished" if step.folder.is_dir() and any(step.folder.iterdir()) else "to make"
-
-
 def plan_markdown(recipe: Recipe, graph: Graph) -> str:
     """The plan as a Markdown table."""
-    head = [
-        f"# Plan of {recipe.name}",
-        "",
-        "| stage | state | what | digest |",
-        "|---|---|---|---|",
-    ]
+    head = f"# Plan of {recipe.name}\n\n| stage | state | what | digest |\n|---|---|---|---|"
     rows = [
         f"| {row.title} | {row.state} | {row.size} | `{row.digest}` |" for row in make_plan(graph)
     ]
-    return "\n".join([*head, *rows])
+    return "\n".join([head, *rows])
 
 
 @dataclass(frozen=True)
@@ -124,6 +116,11 @@ class Finding:
     found: str
     do: str = ""
     """What to do about it; empty where all is well."""
+
+    @classmethod
+    def of(cls, is_fine: bool, what: str, found: str, do: str, otherwise: Level = "fail") -> Self:
+        """Say `do` only where it is not fine."""
+        return cls("ok", what, found) if is_fine else cls(otherwise, what, found, do)
 
 
 @dataclass(frozen=True)
@@ -196,9 +193,8 @@ def summarise_findings(findings: Iterable[Finding]) -> str:
 def _check_disk(graph: Graph, root: Path, machine: Machine) -> Finding:
     needed = disk_bytes(graph)
     found = f"needs {format_bytes(needed)}, {format_bytes(machine.free_bytes)} are free"
-    if needed > machine.free_bytes:
-        return Finding("fail", "disk", found, f"free some of {root}, or set EVACLIP_ROOT")
-    return Finding("ok", "disk", found)
+    do = f"free some of {root}, or set EVACLIP_ROOT"
+    return Finding.of(needed <= machine.free_bytes, "disk", found, do)
 
 
 def _check_memory(recipe: Recipe, profile: Profile, machine: Machine) -> Finding:
@@ -217,46 +213,37 @@ def _check_memory(recipe: Recipe, profile: Profile, machine: Machine) -> Finding
             stage += ranks * sum(cut_share(model, train, like).memory.values())
         needed = max(needed, stage)
     found = f"needs {format_bytes(needed)} of {format_bytes(machine.memory_bytes)}"
-    if needed > machine.memory_bytes:
-        do = "train with fewer ranks (EVACLIP_RANKS), or a smaller shuffle_buffer"
-        return Finding("fail", "memory", found, do)
-    return Finding("ok", "memory", found)
+    do = "train with fewer ranks (EVACLIP_RANKS), or a smaller shuffle_buffer"
+    return Finding.of(needed <= machine.memory_bytes, "memory", found, do)
 
 
 def _check_training(
     recipe: Recipe, profile: Profile, machine: Machine, given: Machines | None
 ) -> Iterator[Finding]:
-    machines = given or (None if profile.launcher in ELSEWHERE else machine.gpus)
-    if machines is None and profile.launcher in ELSEWHERE:
+    is_elsewhere = profile.launcher in ELSEWHERE
+    machines = given or (None if is_elsewhere else machine.gpus)
+    if machines is None and is_elsewhere:
         known = f"{profile.nodes} x {profile.ranks} ranks by {profile.launcher}"
         do = "their memory is not known here: plan with --gpus"
         yield Finding("warn", "GPUs", f"{known}, not looked at", do)
         return
     for train in recipe.train:
         model = recipe.initialise.load_architecture().at_image_px(train.image_px)
+        what = f"GPUs for {train.name}"
         if machines is None:
             each = stage_flops_per_sample(model, train, text_tokens=PACKED_TEXT_TOKENS)
             days = each * train.samples_seen / machine.cores / CPU_FLOPS_PER_CORE / 86_400
             found = f"none, {_format_duration(days)} on {machine.cores} cores"
-            if days > CPU_DAYS:
-                do = "train on GPUs, here or on a cluster (EVACLIP_LAUNCHER)"
-                yield Finding("fail", f"GPUs for {train.name}", found, do)
-            else:
-                yield Finding("ok", f"GPUs for {train.name}", found)
-            continue
-        if train.global_batch % machines.count or train.lanes % machines.count:
+            do = "train on GPUs, here or on a cluster (EVACLIP_LAUNCHER)"
+            yield Finding.of(days <= CPU_DAYS, what, found, do)
+        elif train.global_batch % machines.count or train.lanes % machines.count:
             found = f"{machines} cannot share batches of {train.global_batch:,}"
-            do = "plan with --gpus says which number can"
-            yield Finding("fail", f"GPUs for {train.name}", found, do)
-            continue
-        cut = cut_share(model, train, machines)
-        needed = sum(cut.memory.values())
-        found = f"needs {needed / GIB:,.1f} of {cut.limit / GIB:,.1f} GiB on {machines}"
-        if not cut.fits:
-            do = "plan with --gpus says what would help"
-            yield Finding("fail", f"GPUs for {train.name}", found, do)
+            yield Finding("fail", what, found, "plan with --gpus says which number can")
         else:
-            yield Finding("ok", f"GPUs for {train.name}", found)
+            cut = cut_share(model, train, machines)
+            needed = sum(cut.memory.values())
+            found = f"needs {needed / GIB:,.1f} of {cut.limit / GIB:,.1f} GiB on {machines}"
+            yield Finding.of(cut.fits, what, found, "plan with --gpus says what would help")
 
 
 def _format_duration(days: float) -> str:
@@ -284,13 +271,9 @@ def rehearse_training(recipe: Recipe, profile: Profile, graph: Graph) -> Iterato
         # Under the root, which all machines of a launch see.
         with TemporaryDirectory(dir=profile.root.resolve(), prefix=".dry-run-") as folder:
             found = try_out(config, inputs, Path(folder), profile.launch, report_nothing)
-        yield f"{config.name}: {_describe_result(found)}"
-
-
-def _describe_result(found: dict[str, Any]) -> str:
-    seconds = found["data_wait_s"] + found["prepare_s"] + found["gradient_s"]
-    return (
-        f"a step works on {found['ranks']} ranks ({found['device']}) with {found['micro_batch']:,} "
-        f"pairs at once: {found['memory_peak_bytes'] / 1e9:.1f} GB a rank, {seconds:.1f} s for the "
-        f"first, loss {found['loss']:.3f}"
-    )
+        seconds = found["data_wait_s"] + found["prepare_s"] + found["gradient_s"]
+        yield (
+            f"{config.name}: a step works on {found['ranks']} ranks ({found['device']}) with "
+            f"{found['micro_batch']:,} pairs at once: {found['memory_peak_bytes'] / 1e9:.1f} GB a "
+            f"rank, {seconds:.1f} s for the first, loss {found['loss']:.3f}"
+        )

@@ -1,7 +1,5 @@
 """From an evaluated model to its place in the registry: compared, judged, registered, promoted.
 
-Covers: comparing with the champion, the gate's decision as an artifact, approval by a person, the
-event of a promotion.
 Not here: the rules (tasks/register/gate.py), moving aliases (tasks/register/promotion.py).
 """
 
@@ -27,7 +25,7 @@ from flows.config.profile import Profile, load_profile
 from flows.config.recipe import load_recipe
 from flows.graph.graph import CHAMPION, TRAINED, Beside, Graph, comparison_step
 from flows.graph.runner import RecipeSession
-from flows.graph.step import Role, finished_artifact
+from flows.graph.step import finished_artifact
 from flows.promotion.promotion_events import announce_promotion
 from flows.reporting.prefect_artifacts import publish_lineage
 from flows.reporting.terminal import console
@@ -38,6 +36,7 @@ from tasks.artifacts.artifact import (
     Artifact,
     Made,
     read_artifacts,
+    Role,
     sha256_of,
 )
 from tasks.evaluate.config import RESULTS

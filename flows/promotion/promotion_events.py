@@ -1,7 +1,5 @@
-"""The event that tells others of a promotion, so that an automation can act on it.
-
-Covers: its name and content, sending it from a flow, and from a command where there is a server.
-Not here: promoting (tasks/register/promotion.py), who listens (infra/automations.yaml).
+"""The event that tells others of a promotion, so that an automation can act on it
+(infra/automations.yaml). Not here: promoting (tasks/register/promotion.py).
 """
 
 from __future__ import annotations

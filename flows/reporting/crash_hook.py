@@ -1,11 +1,7 @@
 """The hook that closes a run which died, in MLflow too.
 
-Covers: the hook of every deployed flow, which Prefect's worker runs when a run crashed (even by
-kill -9) or was cancelled; the same as `python -m flows.reporting.crash_hook`, for whoever stops a
-worker and with
-it its hooks.
-Not here: ending a run's processes (tasks/process/supervise.py), finding runs whose machine is gone
-(infra/automations.yaml); those are closed in MLflow by the next run.
+It closes the run in MLflow, too. `python -m flows.reporting.crash_hook` is the same for whoever
+stops a worker and with it its hooks; runs whose machine is gone are closed by the next run.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from tasks.download.config import STAGE as DOWNLOAD
 from tasks.evaluate.config import REPORT, SUMMARY
 from tasks.lineage.lineage_svg import lineage_svg
 from tasks.merge.config import STAGE as MERGE
-from tasks.register.aliases import RegisteredVersion
+from tasks.register.model_versions import RegisteredVersion
 from tasks.register.promotion import read_decision
 from tasks.table import Cell, Table, markdown_table, words
 
@@ -42,14 +42,12 @@ PICTURE = "lineage.svg"
 
 
 def per_source(made: Sequence[Artifact], version: Artifact) -> list[dict[str, Any]]:
-    """Rows of every source that reached each stage, a row a source, most images first.
-
-    Args:
-        made: merges and their downloads, adoptions; others do not matter.
-        version: the dataset version that was chosen of what was downloaded.
-    """
+    """Rows of every source that reached each stage, a row a source, most images first: of merges,
+    downloads and adoptions among `made`, and of the dataset `version` that was chosen of them."""
     merged, downloaded = _sum_counts(made, MERGE), _sum_counts(made, DOWNLOAD)
+    adopted = _sum_counts(made, ADOPT)
     names = [key.removesuffix(".rows_read") for key in merged if key.endswith(".rows_read")]
+    names += [key.removesuffix(".shards") for key in adopted if key.endswith(".shards")]
     rows = [
         {
             "source": name,
@@ -60,28 +58,11 @@ def per_source(made: Sequence[Artifact], version: Artifact) -> list[dict[str, An
         }
         for name in names
     ]
-    adopted = _sum_counts(made, ADOPT)
-    rows += [
-        {
-            "source": name,
-            "rows of metadata": 0,
-            "selected": 0,
-            "downloaded": 0,
-            "in the dataset": version.counts.get(f"{name}.samples", 0),
-        }
-        for name in (key.removesuffix(".shards") for key in adopted if key.endswith(".shards"))
-    ]
     return sorted(rows, key=lambda row: -int(row["in the dataset"]))
 
 
 def overview_markdown(recipe: Recipe, graph: Graph, url: str | None) -> str:
-    """The page of a finished recipe, or retraining.
-
-    Args:
-        recipe: that was run.
-        graph: of the run.
-        url: of its tracking run; None for a store without pages.
-    """
+    """The page of a finished recipe, or retraining; `url` is its tracking run's, if it has one."""
     version = finished_artifact(graph.dataset)
     made = ancestors_of(version, read_artifacts(graph.site.root))
     stages = [finished_artifact(step) for step in graph.train]
@@ -91,8 +72,18 @@ def overview_markdown(recipe: Recipe, graph: Graph, url: str | None) -> str:
     facts = Table.of("", words(""))
     facts.add("Model", str(registered))
     facts.add("Decision", decision.summary)
-    facts.add("Data", _data_lines(made, version, len(rows)))
-    facts.add("Training", _training_lines(stages))
+    asked, got = _sum_counts(made, MERGE)["selected"], _sum_counts(made, DOWNLOAD)["samples"]
+    share = f" ({got / asked:.0%} of those asked for)" if asked else ""
+    facts.add(
+        "Data",
+        f"{version.counts['samples']:,} images with captions from {len(rows)} sources; "
+        f"{got:,} were downloaded{share}",
+    )
+    pairs = sum(stage.counts["samples_seen"] for stage in stages)
+    hours = sum(stage.counts["seconds"] for stage in stages) / 3600
+    took = f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+    several = "s" * (len(stages) > 1)
+    facts.add("Training", f"{pairs:,} pairs shown in {len(stages)} stage{several}, {took}")
     facts.add("Dataset", version.digest)
     if url:
         facts.add("Record", Cell("MLflow run", url=url))
@@ -101,17 +92,13 @@ def overview_markdown(recipe: Recipe, graph: Graph, url: str | None) -> str:
         for row in rows
     ]
     title, _, figures = results_markdown(recipe, graph).partition("\n")
-    parts = [title, markdown_table(facts), _source_table(seen), figures.strip()]
-    return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def _data_lines(made: Sequence[Artifact], version: Artifact, sources: int) -> str:
-    rows, got = _sum_counts(made, MERGE)["selected"], _sum_counts(made, DOWNLOAD)["samples"]
-    share = f" ({got / rows:.0%} of those asked for)" if rows else ""
-    return (
-        f"{version.counts['samples']:,} images with captions from {sources} sources; "
-        f"{got:,} were downloaded{share}"
-    )
+    parts = [title, markdown_table(facts)]
+    if seen:
+        table = Table.of(*seen[0])
+        for row in seen:
+            table.add(*(f"{one:,}" if isinstance(one, int) else one for one in row.values()))
+        parts.append(markdown_table(table))
+    return "\n\n".join([*parts, figures.strip()]) + "\n"
 
 
 def _sum_counts(made: Sequence[Artifact], stage: Stage) -> Counter[str]:
@@ -121,23 +108,6 @@ def _sum_counts(made: Sequence[Artifact], stage: Stage) -> Counter[str]:
         if artifact.kind == stage.name:
             counts.update(artifact.counts)
     return counts
-
-
-def _training_lines(stages: Sequence[Artifact]) -> str:
-    pairs = sum(stage.counts["samples_seen"] for stage in stages)
-    hours = sum(stage.counts["seconds"] for stage in stages) / 3600
-    took = f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
-    return f"{pairs:,} pairs shown in {len(stages)} stage{'s' * (len(stages) > 1)}, {took}"
-
-
-def _source_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as Markdown; nothing where there are none."""
-    if not rows:
-        return ""
-    table = Table.of(*rows[0])
-    for row in rows:
-        table.add(*(f"{one:,}" if isinstance(one, int | float) else one for one in row.values()))
-    return markdown_table(table)
 
 
 def publish_sources(version: Artifact, root: Path) -> None:
@@ -151,12 +121,8 @@ def publish_sources(version: Artifact, root: Path) -> None:
 
 
 def publish_evaluation(artifact: Artifact, url: str | None) -> None:
-    """Put the report's address and its summary beside the flow run.
-
-    Args:
-        artifact: the evaluation.
-        url: page of its tracking run, which keeps the report; None for a store without pages.
-    """
+    """Put an evaluation's report and its summary beside the flow run; `url` is the page of its
+    tracking run, which keeps the report, where the store has pages."""
     report = artifact.folder / REPORT
     link = f"{url}/artifacts/{REPORT}" if url else report.as_uri()
     create_link_artifact(link=link, link_text="Evaluation report", key="evaluation-report")

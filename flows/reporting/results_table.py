@@ -11,7 +11,7 @@ from flows.config.recipe import Recipe
 from flows.graph.graph import Graph
 from flows.reporting.terminal import console
 from tasks.evaluate.config import REPORT, RESULTS, SUMMARY
-from tasks.register.aliases import RegisteredVersion
+from tasks.register.model_versions import RegisteredVersion
 from tasks.register.promotion import read_decision
 from tasks.table import NOTHING, Table, terminal_table, words
 

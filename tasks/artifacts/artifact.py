@@ -1,8 +1,5 @@
 """Artifacts, which stages hand on: a folder whose `manifest.json` is written last.
 
-Covers: addresses (what would be made, and where), reading, making and publishing artifacts.
-Not here: what any stage does; Prefect; object stores.
-
 An artifact is input-addressed: its digest is a hash of the stage's name and version, its config
 and its parents' digests, so the whole chain of addresses is known before anything runs. A folder
 with a manifest is finished; without one it is unfinished, and its stage continues or starts again.
@@ -35,6 +32,31 @@ CARD = "card.md"
 DIGEST_CHARS = 16
 FINGERPRINT_BYTES = 1 << 20
 Counts = Mapping[str, int | float]
+
+
+class Role:
+    """Names that inputs have among an artifact's parents. They are part of its digest: a changed
+    name is another artifact. Outside data has roles of its own, such as a source's name."""
+
+    MERGE = "merge"
+    DOWNLOAD = "download"
+    ADOPT = "adopt"
+    DATA = "verify"
+    """What a dataset version chooses from: a verification, or several that were joined."""
+    PART = "part"
+    """Of a join, with four digits behind."""
+    DATASET = "dataset"
+    START = "start_from"
+    TRAINED = "train"
+    EVALUATION = "evaluate"
+    UNTRAINED = "initialise"
+    CHAMPION = "champion"
+    """Outside data, like the next ones: the first characters of its weights' SHA-256."""
+    TAKEDOWNS = "takedowns"
+    GIVEN = "given"
+    """The merges whose rows an increment leaves out, together."""
+    TRACKING = "tracking"
+    SUBJECT = "subject"
 
 
 @dataclass(frozen=True)

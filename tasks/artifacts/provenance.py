@@ -1,7 +1,6 @@
 """Everything that artifacts were made from, as one document that can travel with a model.
 
-Covers: walking manifests up from artifacts, the document, what changed between two of them.
-Not here: what was made of an artifact (flows/graph/ancestry.py), MLflow, pictures (tasks/lineage).
+Not here: what was made of an artifact (flows/graph/ancestry.py), pictures (tasks/lineage).
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
 """The events of one pipeline run, on disk before anywhere else, and how far they were shipped.
 
-Covers: appending events, reading those not shipped yet, the cursor, finding an unfinished run.
-Not here: MLflow (shipper.py).
-
 One folder a pipeline run: `run.json` (what it is), `events.jsonl` (append only), `cursor.json`
 (how many bytes of events were shipped, the MLflow run of every key, how far each series is).
 Every event can be applied twice with the same result, so a cursor that lags by one does no harm.

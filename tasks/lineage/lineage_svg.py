@@ -1,7 +1,6 @@
-"""A lineage as a picture, from left to right: an artifact stands right of all it was made from.
+"""A lineage document (tasks/artifacts/provenance.py) as one SVG that needs no other file.
 
-Covers: placing the boxes, drawing them and the arrows as one SVG that needs no other file.
-Not here: reading a lineage (tasks/artifacts/provenance.py); only its document is read.
+From left to right: an artifact stands right of all it was made from.
 """
 
 from __future__ import annotations

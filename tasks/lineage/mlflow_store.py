@@ -15,8 +15,7 @@ entered twice is one run; a stage whose artifact was there before is tagged `eva
 Nothing here raises because of the store: events wait in the journal and a later run ships them.
 
 Not here: the way from the journal to MLflow (shipper.py), what is logged of an artifact
-(stage_record.py), logged models (model_lineage.py), the events of OpenLineage (openlineage.py),
-the journal's files (journal.py), the model registry (tasks/register).
+(stage_record.py), OpenLineage (openlineage.py), the journal's files (journal.py).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.artifacts.artifact import Address, Artifact
-from tasks.lineage import model_lineage, stage_record
+from tasks.lineage import stage_record
 from tasks.lineage.journal import PIPELINE, Event, Journal, now_ms
 from tasks.lineage.openlineage import EVENT_OF_STATUS, EventFile, JobRun
 from tasks.lineage.shipper import Shipper
@@ -317,7 +316,7 @@ class StageRun(TrackedRun):
         datasets += [dict(one) for one in outside]
         if datasets:
             self.append({"op": "inputs", "datasets": datasets})
-        of_models = model_lineage.model_event(artifact, self.is_reused)
+        of_models = stage_record.model_event(artifact, self.is_reused)
         if of_models is not None:
             self.append({**of_models, "time": now_ms()})
         for file in attach:

@@ -1,8 +1,4 @@
-"""Runs as OpenLineage events in a file, for catalogues that read them.
-
-Covers: the events of pipeline and stage runs, in the classes of the official client, a JSON line
-each.
-Not here: when a run begins and ends (mlflow_store.py); sending anything to a server.
+"""Runs as OpenLineage events in a file, a JSON line each, for catalogues that read them.
 
 A dataset is all artifacts of a kind under one root, and a digest is its version. A stage that was
 there before has no events: those of the run that made it stand in the file.

@@ -2,7 +2,7 @@
 
 Covers: order, waiting for a store that is away, what earlier runs left behind; what each event does
 in the store, and the new lines of metrics files, each so that doing it twice changes nothing.
-Not here: what makes events (mlflow_store.py), logged models (model_lineage.py), the journal's
+Not here: what makes events (mlflow_store.py), logged models (stage_record.py), the journal's
 files (journal.py).
 """
 
@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.lineage import model_lineage, stage_record
+from tasks.lineage import stage_record
 from tasks.lineage.journal import RUNNING, Event, Journal, SeriesCursor, now_ms
 from tasks.tracking import TrackingStore, is_answer, is_refusal, restore_experiment, restore_run
 
@@ -262,7 +262,7 @@ def apply_event(client: MlflowClient, experiment: str, journal: Journal, event: 
                 ],
             )
         case "models":
-            model_lineage.apply_event(client, experiment, run, event, event["time"])
+            stage_record.apply_event(client, experiment, run, event, event["time"])
         case "text":
             client.log_text(run, event["text"], event["file"])
         case "file":

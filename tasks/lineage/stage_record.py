@@ -1,7 +1,7 @@
-"""From artifacts to what MLflow stores: parameters, metrics, tags, datasets.
+"""From artifacts to what MLflow stores: parameters, metrics, tags, datasets, logged models.
 
-Covers: pure functions over addresses and artifacts, within MLflow's limits on names and lengths.
-Not here: MLflow itself (shipper.py), the journal (journal.py).
+Not here: the rest of MLflow (shipper.py), the journal (journal.py), a registered version's own
+logged model (tasks/register). Weights stay where they are; a logged model says where, and which.
 """
 
 from __future__ import annotations
@@ -9,15 +9,26 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
-from tasks.artifacts.artifact import CARD, MANIFEST, Address, Artifact
+from evaclip_model.training.config import MODEL_FOLDER
+from tasks.artifacts.artifact import CARD, MANIFEST, Address, Artifact, Role
 from tasks.artifacts.provenance import flatten_settings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
 
 PREFIX = "evaclip."
 MAX_PARAM_CHARS = 6000
 MAX_TAG_CHARS = 8000
 _NOT_IN_A_NAME = re.compile(r"[^\w\-./ :]", re.ASCII)
+WEIGHTS = f"{MODEL_FOLDER}/model.safetensors"
+"""Among the files of every artifact that is a model."""
+MODEL_TAG = f"{PREFIX}model"
+"""Of a logged model: digest of the stage's artifact. A registered version's has others."""
 
 
 def metric_name(name: str) -> str:
@@ -28,13 +39,11 @@ def metric_name(name: str) -> str:
 def flatten_config(config: Mapping[str, Any]) -> dict[str, str]:
     """A nested config as flat parameters: `a.b.c` -> text."""
     return {
-        metric_name(key): _format_value(value)[:MAX_PARAM_CHARS]
+        metric_name(key): (value if isinstance(value, str) else json.dumps(value, default=str))[
+            :MAX_PARAM_CHARS
+        ]
         for key, value in flatten_settings("", config)
     }
-
-
-def _format_value(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def stage_tags(address: Address, reused: bool) -> dict[str, str]:
@@ -78,34 +87,29 @@ def _iterate_numbers(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
 
 
 def describe_dataset(artifact: Artifact, context: str) -> dict[str, str]:
-    """An artifact as an MLflow dataset: its digest, manifest and card as source, counts as profile.
-
-    Args:
-        artifact: what a stage reads.
-        context: what it reads it for, in MLflow's column "context" (training, evaluation, …).
-    """
+    """An artifact as an MLflow dataset: its digest, manifest and card as source, counts as profile,
+    and what it is read for, in MLflow's column "context" (training, evaluation, …)."""
     source = {"uri": (artifact.folder / MANIFEST).resolve().as_uri()}
     if CARD in artifact.files:
         source["card"] = (artifact.folder / CARD).resolve().as_uri()
-    return {
-        "name": artifact.kind,
-        "digest": artifact.digest,
-        "source_type": "local",
-        "source": json.dumps(source),
-        "profile": json.dumps(artifact.counts)[:16_000],
-        "context": context,
-    }
+    return _as_dataset(artifact.kind, artifact.digest, source, artifact.counts, context)
 
 
 def outside_dataset(
     name: str, digest: str, uri: str, profile: Mapping[str, Any], context: str
 ) -> dict[str, str]:
     """Data that no stage made, such as an evaluation set, as an MLflow dataset."""
+    return _as_dataset(name, digest, {"uri": uri}, profile, context)
+
+
+def _as_dataset(
+    name: str, digest: str, source: Mapping[str, str], profile: Mapping[str, Any], context: str
+) -> dict[str, str]:
     return {
         "name": name,
         "digest": digest,
         "source_type": "local",
-        "source": json.dumps({"uri": uri}),
+        "source": json.dumps(source),
         "profile": json.dumps(profile)[:16_000],
         "context": context,
     }
@@ -115,3 +119,94 @@ def write_note(text: str, links: Mapping[str, str]) -> str:
     """A run's description in Markdown: one sentence and its links."""
     lines = [text, *(f"[{name}]({address})" for name, address in links.items())]
     return "\n\n".join(line for line in lines if line)[:MAX_TAG_CHARS]
+
+
+def model_event(artifact: Artifact, reused: bool) -> dict[str, Any] | None:
+    """The journal's event: the model that a stage made, those it may have been made from, and what
+    it measured of one; None for a stage that has to do with none."""
+    weights, parents = artifact.files.get(WEIGHTS), artifact.parents
+    if weights is None and Role.TRAINED not in parents:
+        return None
+    # A registration has the trained model among its parents, too, and measures nothing of it.
+    judged = None if Role.EVALUATION in parents else parents.get(Role.TRAINED)
+    return {
+        "op": "models",
+        "reused": reused,
+        "used": [digest for role, digest in parents.items() if role != Role.DATASET],
+        "made": None if weights is None else _describe_model(artifact, weights),
+        "judged": judged,
+        "figures": count_metrics(artifact) if judged else {},
+    }
+
+
+def _describe_model(artifact: Artifact, weights: Mapping[str, int | str]) -> dict[str, Any]:
+    name = artifact.config.get("name")
+    tags = {MODEL_TAG: artifact.digest, f"{PREFIX}stage": artifact.kind}
+    return {
+        "name": metric_name(f"{artifact.kind}-{name}" if isinstance(name, str) else artifact.kind),
+        "digest": artifact.digest,
+        "params": {
+            "uri": (artifact.folder / WEIGHTS).resolve().as_uri(),
+            **{key: str(value) for key, value in weights.items()},
+        },
+        "tags": {**tags, **{f"{PREFIX}parent.{k}": v for k, v in artifact.parents.items()}},
+    }
+
+
+def apply_event(
+    client: MlflowClient, experiment: str, run: str, event: Mapping[str, Any], time: int
+) -> None:
+    """Do in the store what a `model_event` says of one run, once or again; `experiment` and `run`
+    are MLflow's ids, `time` is that of the figures, in UNIX milliseconds."""
+    from mlflow.entities import LoggedModelInput, LoggedModelOutput, Metric
+
+    logged = client.get_run(run)
+    read = {one.model_id for one in (logged.inputs.model_inputs or ())}
+    known = [_find_model(client, experiment, digest) for digest in event["used"]]
+    new = [one.model_id for one in known if one is not None and one.model_id not in read]
+    if new:
+        client.log_inputs(run, models=[LoggedModelInput(model_id) for model_id in new])
+    if event["made"] is not None:
+        made = _find_model(client, experiment, event["made"]["digest"])
+        if made is None:
+            made = _make_model(client, experiment, run, event["made"])
+        written = {one.model_id for one in (logged.outputs.model_outputs or ())}
+        if made.source_run_id == run and made.model_id not in written:
+            client.log_outputs(run, [LoggedModelOutput(made.model_id, step=0)])
+    judged = _find_model(client, experiment, event["judged"]) if event["judged"] else None
+    if judged is not None and not event["reused"]:
+        points = [
+            Metric(name, value, time, 0, model_id=judged.model_id)
+            for name, value in event["figures"].items()
+        ]
+        for start in range(0, len(points), 1000):
+            client.log_batch(run, metrics=points[start : start + 1000])
+
+
+def _find_model(client: MlflowClient, experiment: str, digest: str) -> LoggedModel | None:
+    found = client.search_logged_models([experiment], f"tags.`{MODEL_TAG}` = '{digest}'")
+    whole = [one for one in found if str(one.status) == "READY"]
+    for half in found:
+        if half not in whole:
+            client.delete_logged_model(half.model_id)
+    return whole[0] if whole else None
+
+
+def _make_model(
+    client: MlflowClient, experiment: str, run: str, made: Mapping[str, Any]
+) -> LoggedModel:
+    from mlflow.models.utils import get_external_mlflow_model_spec
+    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
+
+    logged = client.create_logged_model(
+        experiment,
+        made["name"],
+        source_run_id=run,
+        tags={**made["tags"], MLFLOW_MODEL_IS_EXTERNAL: "true"},
+        params=made["params"],
+        model_type="checkpoint",
+    )
+    with TemporaryDirectory() as folder:
+        get_external_mlflow_model_spec(logged).save(str(Path(folder) / "MLmodel"))
+        client.log_model_artifacts(logged.model_id, folder)
+    return client.finalize_logged_model(logged.model_id, "READY")

@@ -1,8 +1,4 @@
-"""Another process that never outlives the one that asked for it.
-
-Covers: running a command under tasks/process/supervise.py, its log, its end on any exception.
-Not here: which command (download, train and demo each build their own); retries.
-"""
+"""Another process that never outlives the one that asked for it: a command under supervise.py."""
 
 from __future__ import annotations
 

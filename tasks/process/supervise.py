@@ -1,13 +1,9 @@
 """Run one command so that nothing of it survives: `python -m tasks.process.supervise GRACE --
 CMD...`
 
-Covers: a process that starts CMD in its own session, stops it when told to or when whoever
-started the supervisor is gone, and kills every process that CMD left behind.
-Not here: what is run, logs, retries (tasks/process/child.py starts this file and waits for it).
-
 Stops on end of file at stdin (the starter died, even by kill -9), SIGTERM, SIGINT or SIGHUP:
-SIGTERM to CMD's group, GRACE seconds for it to end, then SIGKILL to all that is left. A second
-signal ends the grace. Exits with CMD's status, 128 + N if signal N ended it.
+SIGTERM to CMD's group, GRACE seconds for it to end, then SIGKILL to every process that CMD left
+behind. A second signal ends the grace. Exits with CMD's status, 128 + N if signal N ended it.
 Standard library only: it must start in milliseconds and under any environment.
 """
 

@@ -1,8 +1,4 @@
-"""The name of a registered model, and when it replaces the one in use: the `[register]` table.
-
-Covers: the configs, and the stage whose artifact they decide.
-Not here: the registry itself, deciding (gate.py); mlflow is not imported.
-"""
+"""The name of a registered model, and when it replaces the one in use: the `[register]` table."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """The decision whether a new model replaces the one in use, by figures and a policy alone.
 
-Covers: what the gate knows of a model (from an evaluation's results), the decision, its wording.
-Not here: evaluating, moving aliases (promotion.py), asking people.
-
 Every rule gives a reason of its own; the decision is the worst of them:
 
     REJECT  something is wrong: a certain loss, contamination, too large, too slow

@@ -1,8 +1,4 @@
-"""The time that models take for one image, side by side on this machine.
-
-Covers: taking the times in turns, so that what else the machine does meets all alike.
-Not here: what is made of them (gate.py).
-"""
+"""The time that models take for one image, side by side on this machine."""
 
 from __future__ import annotations
 

@@ -1,35 +1,70 @@
 """A trained model as a version of a registered model: loadable anywhere, traceable to its rows.
 
-Covers: uploading, the version with its tags, its description and its lineage, the alias of a
-candidate.
-Not here: what is uploaded, weights too large for it (model_package.py), pulling it back
-(pull_model.py), whether it replaces the version in use (gate.py, promotion.py).
+Not here: the model as it runs when loaded (served_model.py), pulling it back (pull_model.py),
+whether it replaces the version in use (gate.py, promotion.py).
 
-Killed at any moment, the next call finds what is there by its tags and goes on from it.
+Killed at any moment, the next call finds what is there by its tags and goes on from it. MLflow,
+torch, safetensors and Pillow are enough to load a version: what else the tokenizer needs travels
+with the source (evaclip_model/tokenizer/bundled_assets.py), and MLflow itself brings the rest.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from PIL import Image
+
+import evaclip_model
+from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
+from evaclip_model.tokenizer.bundled_assets import bundle_assets
+from evaclip_model.training.config import MODEL_FOLDER
+from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
+from evaclip_model.weights.external_weights import REFERENCE_FILE, Reference
 from tasks.artifacts.artifact import MANIFEST, Address, Artifact, Made, sha256_of
 from tasks.artifacts.provenance import LINEAGE, Lineage, lineage_of
 from tasks.progress import Report, report_nothing
 from tasks.register.config import COPIED, REGISTERED, LargeWeights, RegisterConfig
-from tasks.register.model_package import pack_model, reference_to, version_description
 from tasks.register.promotion import DIGEST_TAG, WEIGHTS_TAG
 from tasks.tracking import TrackingStore, is_refusal, read_all_pages, restore_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.models import ModelSignature
 
 _STEPS = 4
+SERVED = Path(__file__).with_name("served_model.py")
+REQUIREMENTS = (
+    *("mlflow", "torch", "safetensors", "pillow"),
+    *("numpy", "pandas", "pydantic", "wcwidth"),
+)
+"""Distributions the loaded model imports; those of the second line come with MLflow."""
+GB = 10**9
+LABELS = ("a red square", "a dog")
+CALLS = """\
+Load it in Python, with `mlflow`, `torch`, `safetensors` and `pillow` installed:
+
+    model = mlflow.pyfunc.load_model("models:/{name}/{version}")
+    model.predict(pandas.DataFrame({{"image": [image_bytes]}}),
+                  params={{"candidate_labels": ["a cat", "a dog"]}})        # label, probabilities
+    model.predict(pandas.DataFrame({{"image": [image_bytes]}}),
+                  params={{"output": "embeddings"}})                        # embedding of an image
+    model.predict(pandas.DataFrame({{"text": ["a cat on a mat"]}}))         # embedding of a text
+
+Serve it, and ask over HTTP:
+
+    mlflow models serve -m models:/{name}/{version} --env-manager local -p 5001
+    curl http://127.0.0.1:5001/invocations -H 'content-type: application/json' -d '{request}'
+"""
+"""A version's description in the registry: how to load it and how to serve it."""
 
 
 def register_model(
@@ -46,14 +81,10 @@ def register_model(
     """Register `trained` under the config's name as a candidate, write `registered.json`.
 
     Args:
-        config: name and aliases.
-        trained: the artifact whose folder `model/` is registered.
-        evaluated: its evaluation; its figures become tags of the version.
-        store: the tracking store whose registry takes it.
-        root: root of the artifacts, to find the ancestors whose digests become tags.
+        evaluated: the evaluation whose figures become tags of the version.
+        root: of all artifacts, to find the ancestors whose digests become tags.
         out: folder of this stage's artifact.
         run_id: MLflow run that made the model, when it is known; the version links to it.
-        report: called at every step.
         large: what becomes of weights too large for the registry.
 
     Raises:
@@ -62,7 +93,7 @@ def register_model(
     from mlflow.exceptions import MlflowException
     from requests.exceptions import RequestException
 
-    folder = trained.folder / "model"
+    model, packed = trained.folder / MODEL_FOLDER, out / "packed"
     lineage = lineage_of([evaluated, trained], root)
     tags = version_tags(trained, evaluated, lineage)
     try:
@@ -72,8 +103,20 @@ def register_model(
             run_id = None  # gone for good: the model is of no run
         version = _find_version(client, config.model_name, tags)
         if version is None:
-            packer = _Packer(folder, out / "packed", large, lineage.to_json(), report)
-            model_id = _logged_model(client, store, config, packer, tags, run_id)
+
+            def pack(model_id: str) -> Path:
+                report(1, _STEPS, "packing the model")
+                pack_model(
+                    *(model, packed),
+                    reference=reference_to(model, tags[WEIGHTS_TAG], large),
+                    lineage=lineage.to_json(),
+                    model_id=model_id,
+                    run_id=run_id,
+                )
+                report(2, _STEPS, "uploading the model")
+                return packed / "model"
+
+            model_id = _logged_model(client, store, config.model_name, tags, run_id, pack)
             report(3, _STEPS, f"registering {config.model_name}")
             version = _create_version(client, store, config.model_name, model_id, run_id, tags)
         client.set_registered_model_alias(
@@ -82,7 +125,7 @@ def register_model(
     except (MlflowException, RequestException) as error:
         raise store.away(error) from error
     finally:
-        shutil.rmtree(out / "packed", ignore_errors=True)
+        shutil.rmtree(packed, ignore_errors=True)
     registered = {
         "name": config.model_name,
         "version": int(version.version),
@@ -121,17 +164,13 @@ def version_tags(trained: Artifact, evaluated: Artifact, lineage: Lineage) -> di
     """Tags of a version: what it is, what it was made from, and how well it does."""
     return {
         DIGEST_TAG: trained.digest,
-        WEIGHTS_TAG: sha256_of(trained.folder / "model" / "model.safetensors"),
+        WEIGHTS_TAG: sha256_of(trained.folder / MODEL_FOLDER / WEIGHTS_FILE),
         **{
             f"{DIGEST_TAG}.{label}": digest
             for label, digest in sorted(lineage.unique_labels().items())
         },
         **{f"evaluation.{name}": f"{value:g}" for name, value in evaluated.counts.items()},
     }
-
-
-def _same_tags_filter(tags: dict[str, str]) -> str:
-    return " and ".join(f"tags.`{name}` = '{tags[name]}'" for name in (DIGEST_TAG, WEIGHTS_TAG))
 
 
 def _find_version(client: MlflowClient, name: str, tags: dict[str, str]) -> ModelVersion | None:
@@ -169,48 +208,166 @@ def _create_version(
     )
 
 
-@dataclass(frozen=True)
-class _Packer:
-    """Packs one model, when it turns out that it has to be."""
-
-    model: Path
-    packed: Path
-    large: LargeWeights
-    lineage: str
-    report: Report
-
-    def pack_model(self, weights_sha256: str, model_id: str, run_id: str | None) -> Path:
-        """The packed model's folder."""
-        self.report(1, _STEPS, "packing the model")
-        reference = reference_to(self.model, weights_sha256, self.large)
-        ids = {"model_id": model_id, "run_id": run_id}
-        pack_model(self.model, self.packed, reference=reference, lineage=self.lineage, **ids)
-        return self.packed / "model"
-
-
 def _logged_model(
     client: MlflowClient,
     store: TrackingStore,
-    config: RegisterConfig,
-    packer: _Packer,
+    name: str,
     tags: dict[str, str],
     run_id: str | None,
+    pack: Callable[[str], Path],
 ) -> str:
-    """Upload the packed model; returns MLflow's id of it. One that is complete is used again."""
+    """Upload what `pack` makes for MLflow's id of it; returns that. One that is complete is used
+    again."""
     from mlflow.entities import LoggedModelOutput
 
     experiment = store.experiment_id(client)
-    for logged in client.search_logged_models([experiment], _same_tags_filter(tags)):
+    same = " and ".join(f"tags.`{tag}` = '{tags[tag]}'" for tag in (DIGEST_TAG, WEIGHTS_TAG))
+    for logged in client.search_logged_models([experiment], same):
         if str(logged.status) == "READY":
             return str(logged.model_id)
         client.delete_logged_model(logged.model_id)
     logged = client.create_logged_model(
-        experiment, config.model_name, source_run_id=run_id, tags=tags, model_type="zero-shot"
+        experiment, name, source_run_id=run_id, tags=tags, model_type="zero-shot"
     )
-    folder = packer.pack_model(tags[WEIGHTS_TAG], logged.model_id, run_id)
-    packer.report(2, _STEPS, "uploading the model")
-    client.log_model_artifacts(logged.model_id, str(folder))
+    client.log_model_artifacts(logged.model_id, str(pack(logged.model_id)))
     if run_id is not None:
         client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     client.finalize_logged_model(logged.model_id, "READY")
     return str(logged.model_id)
+
+
+def pack_model(
+    model: Path,
+    packed: Path,
+    *,
+    reference: Reference | None = None,
+    lineage: str | None = None,
+    model_id: str | None = None,
+    run_id: str | None = None,
+) -> None:
+    """Write `packed/model`: an MLflow model of what `save_model` wrote into the folder `model`.
+
+    Args:
+        reference: where the weights are, if they do not travel with it.
+        lineage: the text of `lineage.json`.
+        model_id: MLflow's id of the model; `run_id`: of the run that made it.
+
+    Raises:
+        InputError: something is not installed that a loader would need.
+    """
+    import pandas
+    from mlflow import pyfunc
+    from mlflow.models import Model
+
+    shutil.rmtree(packed, ignore_errors=True)
+    source = packed / "source" / "evaclip_model"
+    shutil.copytree(
+        Path(evaclip_model.__file__).parent,
+        source,
+        ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"),
+    )
+    bundle_assets(source)
+    if reference is not None:
+        beside = packed / "source" / "model"
+        shutil.copytree(model, beside, ignore=shutil.ignore_patterns(WEIGHTS_FILE))
+        (beside / REFERENCE_FILE).write_text(reference.model_dump_json(indent=1) + "\n")
+        model = beside
+    pyfunc.save_model(
+        str(packed / "model"),
+        python_model=str(SERVED),
+        artifacts={"model": str(model)},
+        code_paths=[str(source)],
+        signature=make_signature(),
+        input_example=(
+            pandas.DataFrame({"image": [_example_picture()]}),
+            {"candidate_labels": list(LABELS)},
+        ),
+        pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
+        mlflow_model=Model(model_uuid=model_id, model_id=model_id, run_id=run_id),
+        model_config={"device": "cpu"},
+    )
+    for cache in list((packed / "model").rglob("__pycache__")):
+        shutil.rmtree(cache)
+    if lineage is not None:
+        (packed / "model" / LINEAGE).write_text(lineage)
+
+
+def make_signature() -> ModelSignature:
+    """Inputs, outputs and parameters of the registered model."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import Array, DataType
+
+    numbers = Array(DataType.double)
+    inputs = {"image": DataType.binary, "text": DataType.string}
+    outputs = {"label": DataType.string, "probabilities": numbers, "embedding": numbers}
+    labels = ParamSpec("candidate_labels", DataType.string, [""], shape=(-1,))
+    return ModelSignature(
+        *(
+            Schema([ColSpec(kind, name, required=False) for name, kind in columns.items()])
+            for columns in (inputs, outputs)
+        ),
+        ParamSchema([labels, ParamSpec("output", DataType.string, "probabilities")]),
+    )
+
+
+def version_description(name: str, version: int | str) -> str:
+    """A version's description: how to load, call and serve it."""
+    request = {
+        "dataframe_split": {
+            "columns": ["image"],
+            "data": [[base64.b64encode(_example_picture()).decode()]],
+        },
+        "params": {"candidate_labels": list(LABELS)},
+    }
+    return CALLS.format(name=name, version=version, request=json.dumps(request))
+
+
+def _example_picture() -> bytes:
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(picture, "PNG")
+    return picture.getvalue()
+
+
+def _public_version(distribution: str) -> str:
+    """Its version without the local part (`+cpu`), which no package index offers."""
+    try:
+        return metadata.version(distribution).split("+")[0]
+    except metadata.PackageNotFoundError:
+        raise InputError(
+            f"'{distribution}' is not installed, but the registered model needs it: "
+            "install the project with its 'pipeline' extra"
+        ) from None
+
+
+def reference_to(model: Path, sha256: str, large: LargeWeights) -> Reference | None:
+    """The reference to the weights of a saved model, put into their place; None for a copy.
+
+    Raises:
+        InputError: the place does not take them.
+    """
+    weights = model / WEIGHTS_FILE
+    size = weights.stat().st_size
+    if size <= large.above_gb * GB:
+        return None
+    uri = _put_weights(weights, f"{large.place.rstrip('/')}/{sha256}") if large.place else ""
+    return Reference(uri=uri or weights.resolve().as_uri(), size=size, sha256=sha256)
+
+
+def _put_weights(weights: Path, folder: str) -> str:
+    """Put a file into a store's folder, unless one of its size is there; returns the file's URI."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    if "://" not in folder:
+        folder = Path(folder).resolve().as_uri()
+    try:
+        repository = get_artifact_repository(folder)
+        sizes = {Path(file.path).name: file.file_size for file in repository.list_artifacts()}
+        if sizes.get(weights.name) != weights.stat().st_size:
+            repository.log_artifact(str(weights))
+    except Exception as error:  # every store has errors of its own
+        raise InputError(
+            f"the weights cannot be put into {folder} ({type(error).__name__}: "
+            f"{str(error)[:160]}): mend it, or name another place in EVACLIP_REGISTRY_WEIGHTS"
+        ) from error
+    return f"{folder}/{weights.name}"

@@ -1,7 +1,5 @@
-"""Versions of registered models by the names that people use, and the lineage they carry.
+"""Versions of registered models by the names that people use, their present aliases and lineage.
 
-Covers: resolving NAME@ALIAS and NAME/VERSION, the sentences when there is none, reading the
-lineage document of a version, finding versions by what they were made from.
 Not here: fetching the model (pull_model.py), which version is in use (promotion.py).
 """
 
@@ -13,10 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from evaclip_model.errors import InputError
 from tasks.artifacts.provenance import LINEAGE, Lineage
+from tasks.register.config import REGISTERED
 from tasks.register.promotion import DIGEST_TAG, champion_history, history
 from tasks.tracking import TrackingStore, is_refusal, read_all_pages
 
@@ -25,6 +24,41 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 _MODELS = "models:/"
+
+
+@dataclass(frozen=True)
+class RegisteredVersion:
+    """A version of a registered model."""
+
+    name: str
+    version: int
+    tracking_uri: str
+    """Of the store whose registry has it."""
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.version}"
+
+    @classmethod
+    def from_registration(cls, folder: Path) -> Self:
+        """The version that the registration in `folder` made."""
+        one = json.loads((folder / REGISTERED).read_text())
+        return cls(one["name"], int(one["version"]), one["tracking_uri"])
+
+    def current_aliases(self) -> tuple[str, ...] | None:
+        """Its aliases of now, by name; None if its registry does not answer."""
+        store = TrackingStore.at(self.tracking_uri, experiment="")
+        if store.database is not None and not store.database.exists():
+            return None  # a client would make it
+        client = store.client()
+        # after client(): it imports MLflow in the order that works
+        from mlflow.exceptions import MlflowException
+        from requests.exceptions import RequestException
+
+        try:
+            version = client.get_model_version(self.name, str(self.version))
+        except (MlflowException, RequestException) as error:
+            return () if is_refusal(error) else None
+        return tuple(sorted(version.aliases))
 
 
 @dataclass(frozen=True)

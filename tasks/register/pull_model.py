@@ -1,9 +1,7 @@
 """A registered model back as a plain folder, for `evaclip` or for another library.
 
-Covers: room on the disk, downloading, weights that are referred to, checking, the other library's
-form, publishing the folder.
-Not here: resolving a name (model_versions.py), writing the forms
-(evaclip_model/weights/export.py), loading it as an MLflow model (`mlflow.pyfunc.load_model`).
+Not here: resolving a name (model_versions.py), writing the other libraries' forms
+(evaclip_model/weights/export.py).
 """
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
 """The registered model as MLflow loads it: images and labels to probabilities, or to embeddings.
 
-Covers: the pyfunc class. MLflow stores this file as source, beside a copy of `evaclip_model` and
-the weights, so it runs where this project is not installed and no pickle is involved.
-Not here: registering (model_registry.py). Nothing of `tasks` is imported: it is not shipped.
-
-What a call asks for:
+MLflow stores this file as source, beside a copy of `evaclip_model` and the weights, so it runs
+where this project is not installed (nothing of `tasks` is imported) and no pickle is involved.
 
     column `image`, parameter `candidate_labels`     -> columns label, probabilities
     column `image`, parameter `output`="embeddings"  -> column embedding

@@ -21,8 +21,8 @@ from flows.config.recipe import Recipe, load_recipe
 from flows.config.recipe_loader import recipe_names
 from flows.graph.graph import CHAMPION, Beside, Graph, data_steps, draw_graph
 from flows.graph.incremental import News, draw_retraining, new_merge_step
-from flows.graph.step import Role, Step
-from tasks.artifacts.artifact import Artifact
+from flows.graph.step import Step
+from tasks.artifacts.artifact import Artifact, Role
 from tasks.register.promotion import Standing
 
 GOLDEN = Path(__file__).parents[1] / "golden"

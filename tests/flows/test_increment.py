@@ -12,8 +12,8 @@ from evaclip_model.errors import InputError
 from flows.config.recipe import Recipe, load_recipe
 from flows.graph.graph import CHAMPION, Beside, Graph, data_steps, draw_graph
 from flows.graph.incremental import News, draw_retraining, new_merge_step, rows_of
-from flows.graph.step import Role, Step
-from tasks.artifacts.artifact import Artifact
+from flows.graph.step import Step
+from tasks.artifacts.artifact import Artifact, Role
 from tasks.merge.config import MergeConfig
 from tasks.register.promotion import Standing
 

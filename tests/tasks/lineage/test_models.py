@@ -10,7 +10,7 @@ from mlflow.entities import LoggedModel, Run
 
 from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce_artifact
 from tasks.lineage.mlflow_store import PipelineRun, Tracking
-from tasks.lineage.model_lineage import MODEL_TAG, WEIGHTS
+from tasks.lineage.stage_record import MODEL_TAG, WEIGHTS
 from tasks.tracking import TrackingStore
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.register.aliases import RegisteredVersion
 from tasks.register.config import REGISTERED
+from tasks.register.model_versions import RegisteredVersion
 from tasks.tracking import TrackingStore
 
 

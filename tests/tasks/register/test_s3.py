@@ -21,7 +21,7 @@ from evaclip_model.ports import find_free_port
 from evaclip_model.weights.external_weights import Reference
 from tasks.artifacts.artifact import sha256_of
 from tasks.register.config import COPIED, LargeWeights
-from tasks.register.model_package import reference_to
+from tasks.register.model_registry import reference_to
 from tasks.register.pull_model import pull_model
 from tasks.tracking import TrackingStore
 from tests.tasks.register.registrations import register_random_model, trained_and_evaluated
@@ -110,7 +110,7 @@ PUT = """
     from pathlib import Path
     from evaclip_model import InputError
     from tasks.register.config import LargeWeights
-    from tasks.register.model_package import reference_to
+    from tasks.register.model_registry import reference_to
     try:
         reference_to(Path(sys.argv[1]), "0" * 64, LargeWeights(0, sys.argv[2]))
     except InputError as error:

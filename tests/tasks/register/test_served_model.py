@@ -20,7 +20,7 @@ from evaclip_model.model.clip import EvaClip
 from evaclip_model.weights.external_weights import REFERENCE_FILE, Reference
 from tasks.artifacts.artifact import sha256_of
 from tasks.register.config import LargeWeights
-from tasks.register.model_package import (
+from tasks.register.model_registry import (
     make_signature,
     pack_model,
     reference_to,
