@@ -141,7 +141,7 @@ def describe_sets(evaluated: Artifact, folders: Mapping[str, Path | str]) -> lis
 
 
 def sort_takedowns(entries: Iterable[str]) -> Asked:
-    """Entries of takedown lists by kind, as the sample index has them; URLs as merges write them."""
+    """Entries of takedown lists by kind, as the index has them; URLs as merges write them."""
     from tasks.dataset.choose import sort_by_kind  # imports duckdb, as the next ones do
     from tasks.index.sample_index import Kind
     from tasks.merge.normal_urls import normal_urls
