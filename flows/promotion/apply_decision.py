@@ -35,8 +35,8 @@ from tasks.artifacts.artifact import (
     Address,
     Artifact,
     Made,
-    read_artifacts,
     Role,
+    read_artifacts,
     sha256_of,
 )
 from tasks.evaluate.config import RESULTS

@@ -6,9 +6,9 @@ machine's use; all of it into a journal on disk. Works with or without Prefect:
     tracking = Tracking(TrackingStore.at("sqlite:///runs/mlflow.db", "evaclip"), root / "tracking")
     with tracking.pipeline_run("demo", recipe_digest, recipe=json_text, links={...}) as pipeline:
         with pipeline.stage_run(address, title="train-1") as stage:
-            with stage.follow(address.folder / "metrics.jsonl"):
+            with stage.follow_metrics(address.folder / "metrics.jsonl"):
                 artifact = ...
-            stage.done(artifact, inputs={"training": shards}, attach=[artifact.folder / "a.html"])
+            stage.record_artifact(artifact, inputs={"training": shards}, attach=[artifact.folder / "a.html"])
 
 A pipeline run that was killed is continued by the next one of the same recipe digest; a stage
 entered twice is one run; a stage whose artifact was there before is tagged `evaclip.reused`.

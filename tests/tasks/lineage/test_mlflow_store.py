@@ -169,7 +169,7 @@ KILLED_IN_TRAINING = """
     with Tracking(store, folder / "journals").pipeline_run("demo", "r") as pipeline:
         with pipeline.stage_run(address) as stage:
             address.folder.mkdir(parents=True, exist_ok=True)
-            with stage.follow(address.folder / "metrics.jsonl"):
+            with stage.follow_metrics(address.folder / "metrics.jsonl"):
                 with (address.folder / "metrics.jsonl").open("a") as file:
                     for step in map(int, sys.argv[2].split(",")):
                         file.write(json.dumps({"step": step, "time": 1.0, "loss": step}) + "\\n")
