@@ -8,7 +8,7 @@ machine's use; all of it into a journal on disk. Works with or without Prefect:
         with pipeline.stage_run(address, title="train-1") as stage:
             with stage.follow_metrics(address.folder / "metrics.jsonl"):
                 artifact = ...
-            stage.record_artifact(artifact, inputs={"training": shards}, attach=[artifact.folder / "a.html"])
+            stage.record_artifact(artifact, inputs={"training": shards}, attach=[report])
 
 A pipeline run that was killed is continued by the next one of the same recipe digest; a stage
 entered twice is one run; a stage whose artifact was there before is tagged `evaclip.reused`.
