@@ -52,7 +52,7 @@ class Config(BaseModel):
 
 
 def _replace_tables(value: Any, dumped: Any) -> Any:
-    """`dumped`, pydantic's JSON form of `value`, with every table in it as `Config.identity`."""
+    """`dumped`, pydantic's JSON form of `value`, with every table as in `compute_identity`."""
     if isinstance(value, Config):
         found = {}
         for name, field in type(value).model_fields.items():

@@ -37,38 +37,23 @@ Scores are scaled by D^-0.5; causal needs Q = S."""
 
 @dataclass(frozen=True)
 class _Package:
-    """A separately installed attention kernel."""
+    """A separately installed attention kernel, whose function is `flash_attn_func`."""
 
     distribution: str
     module: str
-    function: str
     fix: str
-    capability: tuple[tuple[int, int], tuple[int, int]]
-    """First compute capability it runs on, and the first it does not."""
     widest_head: int
-    head_multiple: int
 
 
 _PACKAGES = {
-    "flash2": _Package(
-        distribution="flash-attn",
-        module="flash_attn",
-        function="flash_attn_func",
-        fix="pip install 'evaclip[cuda]'",
-        capability=((8, 0), (13, 0)),
-        widest_head=256,
-        head_multiple=8,
-    ),
+    "flash2": _Package("flash-attn", "flash_attn", "pip install 'evaclip[cuda]'", 256),
     "flash4": _Package(
-        distribution="flash-attn-4",
-        module="flash_attn.cute",
-        function="flash_attn_func",
-        fix="pip install --pre flash-attn-4",
-        capability=((8, 0), (13, 0)),
-        widest_head=128,
-        head_multiple=8,
+        "flash-attn-4", "flash_attn.cute", "pip install --pre flash-attn-4", widest_head=128
     ),
 }
+FLASH_CAPABILITY = ((8, 0), (13, 0))
+"""First compute capability that the packages run on, and the first they do not."""
+FLASH_HEAD_MULTIPLE = 8
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -154,28 +139,35 @@ _BUILT_IN: dict[str, AttentionKernel] = {
 
 def _flash_kernel(choice: AttentionChoice, head_widths: Sequence[int]) -> AttentionKernel:
     package = _PACKAGES[choice]
-    function = _flash_function(choice, package)
+    try:
+        version = importlib.metadata.version(package.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        version = "none"
+    # Both packages live in the namespace `flash_attn`: only the function tells them apart.
+    try:
+        function: Callable[..., Any] = importlib.import_module(package.module).flash_attn_func
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"attention '{choice}' needs the package {package.distribution} (version found: "
+            f"{version}; {error}): {package.fix}, or choose 'auto', 'sdpa' or 'eager'"
+        ) from None
+    name = f"attention '{choice}' ({package.distribution} {version})"
     if not torch.cuda.is_available():
         raise InputError(
-            f"attention '{choice}' ({package.distribution} {_read_version(package)}) needs a CUDA "
-            "device and torch sees none: choose 'auto', 'sdpa' or 'eager'"
+            f"{name} needs a CUDA device and torch sees none: choose 'auto', 'sdpa' or 'eager'"
         )
-    first, beyond = package.capability
+    first, beyond = FLASH_CAPABILITY
     capability = torch.cuda.get_device_capability()
     if not first <= capability < beyond:
         raise InputError(
-            f"attention '{choice}' ({package.distribution} {_read_version(package)}) needs a "
-            f"GPU of "
-            f"compute capability {first[0]}.x to {beyond[0] - 1}.x, this one has "
-            f"{capability[0]}.{capability[1]}: choose 'sdpa'"
+            f"{name} needs a GPU of compute capability {first[0]}.x to {beyond[0] - 1}.x, this one "
+            f"has {capability[0]}.{capability[1]}: choose 'sdpa'"
         )
     for width in head_widths:
-        if width > package.widest_head or width % package.head_multiple:
+        if width > package.widest_head or width % FLASH_HEAD_MULTIPLE:
             raise InputError(
-                f"attention '{choice}' ({package.distribution} {_read_version(package)}) takes "
-                f"head "
-                f"widths up to {package.widest_head} in steps of {package.head_multiple}, not the "
-                f"model's {width}: choose 'sdpa'"
+                f"{name} takes head widths up to {package.widest_head} in steps of "
+                f"{FLASH_HEAD_MULTIPLE}, not the model's {width}: choose 'sdpa'"
             )
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -191,28 +183,6 @@ def _flash_kernel(choice: AttentionChoice, head_widths: Sequence[int]) -> Attent
         return attended
 
     return kernel
-
-
-def _flash_function(choice: str, package: _Package) -> Callable[..., Any]:
-    # Both packages live in the namespace `flash_attn`: only the function tells them apart.
-    try:
-        found: Callable[..., Any] = getattr(
-            importlib.import_module(package.module), package.function
-        )
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"attention '{choice}' needs the package {package.distribution} (version found: "
-            f"{_read_version(package)}; {error}): {package.fix}, or choose 'auto', 'sdpa' or "
-            f"'eager'"
-        ) from None
-    return found
-
-
-def _read_version(package: _Package) -> str:
-    try:
-        return importlib.metadata.version(package.distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
 
 
 BASE = 10_000.0

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,28 +114,6 @@ class Mixture:
         return positions % length
 
 
-class Order(Protocol):
-    """One source's order of samples: every lane's draws, in windows that are loaded as a whole."""
-
-    total: int
-    """Samples of the source."""
-
-    def locate_draw(self, lane: int, draw: int) -> tuple[int, int, int]:
-        """Epoch, window in the epoch, and place in the window, of the lane's draw number `draw`."""
-
-    def next_window(self, lane: int, epoch: int, window: int) -> tuple[int, int]:
-        """Epoch and number of the window after a window."""
-
-    def list_pieces(self, lane: int, epoch: int, window: int) -> list[Piece]:
-        """Parts of the window, in the order of reading."""
-
-    def shuffle_window(self, lane: int, epoch: int, window: int) -> Ints:
-        """Order in which the window's samples are drawn."""
-
-    def shards_from(self, lane: int, epoch: int, window: int, count: int) -> list[int]:
-        """The next `count` shards that the lane reads, from the window's first on."""
-
-
 @dataclass(frozen=True)
 class _LaidOut:
     """Shards laid end to end."""
@@ -172,7 +149,8 @@ class SourceOrder:
     """One source's order of samples: epoch after epoch, lane by lane.
 
     In epoch e the shards are permuted by (seed, source, e) and laid end to end; lane l takes the
-    l-th of `lanes` equal runs; windows of `window` samples inside it are permuted.
+    l-th of `lanes` equal runs; windows of `window` samples inside it, which are loaded as a whole,
+    are permuted. `total` is the samples of the source.
     """
 
     def __init__(
@@ -190,23 +168,30 @@ class SourceOrder:
         return self._window_bound(lane + 1) - self._window_bound(lane)
 
     def locate_draw(self, lane: int, draw: int) -> tuple[int, int, int]:
+        """Epoch, window in the epoch, and place in the window, of the lane's draw number `draw`."""
         epoch, rest = divmod(draw, self.lane_length(lane))
         return epoch, rest // self._window, rest % self._window
 
     def next_window(self, lane: int, epoch: int, window: int) -> tuple[int, int]:
+        """Epoch and number of the window after a window."""
         last = (self.lane_length(lane) - 1) // self._window
         return (epoch, window + 1) if window < last else (epoch + 1, 0)
 
     def list_pieces(self, lane: int, epoch: int, window: int) -> list[Piece]:
+        """Parts of the window, in the order of reading."""
         start = self._window_bound(lane) + window * self._window
         stop = min(start + self._window, self._window_bound(lane + 1))
         return self._laid_out(epoch).list_pieces(start, stop)
 
     def shuffle_window(self, lane: int, epoch: int, window: int) -> Ints:
+        """Order in which the window's samples are drawn."""
         left = self.lane_length(lane) - window * self._window
-        return self._make_generator(1, epoch, lane, window).permutation(min(self._window, left))
+        return _seed_generator(*self._key, 1, epoch, lane, window).permutation(
+            min(self._window, left)
+        )
 
     def shards_from(self, lane: int, epoch: int, window: int, count: int) -> list[int]:
+        """The next `count` shards that the lane reads, from the window's first on."""
         start = self._window_bound(lane) + window * self._window
         found = self._laid_out(epoch).shards_between(start, self._window_bound(lane + 1))[:count]
         if len(found) < count:
@@ -216,7 +201,7 @@ class SourceOrder:
     def _laid_out(self, epoch: int) -> _LaidOut:
         number, laid = self._newest
         if number != epoch:
-            shards = self._make_generator(0, epoch).permutation(len(self._samples))
+            shards = _seed_generator(*self._key, 0, epoch).permutation(len(self._samples))
             laid = _LaidOut(shards, np.cumsum(self._samples[shards]))
             self._newest = (epoch, laid)
         return laid
@@ -224,12 +209,9 @@ class SourceOrder:
     def _window_bound(self, lane: int) -> int:
         return lane * self.total // self._lanes
 
-    def _make_generator(self, *key: int) -> np.random.Generator:
-        return _seed_generator(*self._key, *key)
-
 
 class ResampledOrder:
-    """One source's order when every lane draws its shards with replacement, without end.
+    """A `SourceOrder` when every lane draws its shards with replacement, without end.
 
     A lane's draws are the samples of its drawn shards laid end to end, in windows that are
     permuted. There is one endless epoch, number 0.
@@ -257,7 +239,7 @@ class ResampledOrder:
         )
 
     def shuffle_window(self, lane: int, epoch: int, window: int) -> Ints:
-        return self._make_generator(1, lane, window).permutation(self._window)
+        return _seed_generator(*self._key, 1, lane, window).permutation(self._window)
 
     def shards_from(self, lane: int, epoch: int, window: int, count: int) -> list[int]:
         start = window * self._window
@@ -270,16 +252,14 @@ class ResampledOrder:
         # bytes a shard that the lane has come to, kept.
         laid = self._drawn.get(lane, _LaidOut(_NONE, _NONE))
         while laid.total < stop:
-            block = self._make_generator(0, lane, len(laid.shards) // DRAWN_AT_ONCE)
+            block = _seed_generator(*self._key, 0, lane, len(laid.shards) // DRAWN_AT_ONCE)
             drawn = block.integers(0, len(self._samples), DRAWN_AT_ONCE)
             shards = np.concatenate([laid.shards, drawn])
             self._drawn[lane] = laid = _LaidOut(shards, np.cumsum(self._samples[shards]))
         return laid
 
-    def _make_generator(self, *key: int) -> np.random.Generator:
-        return _seed_generator(*self._key, *key)
 
-
+Order = SourceOrder | ResampledOrder
 ORDERS: Mapping[str, type[SourceOrder] | type[ResampledOrder]] = {
     "exact": SourceOrder,
     "resampled": ResampledOrder,

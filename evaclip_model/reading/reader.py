@@ -170,7 +170,7 @@ class BatchReader:
         """Batches from `first_step` to `steps` (exclusive), the next ones made while one is used.
 
         Raises:
-            InputError: as `batch` does.
+            InputError: as `read_batch` does.
             WorkerFailed: a reading process crashed or was killed.
         """
         workers = _share_lanes_evenly(self._settings.workers, len(self._lanes))

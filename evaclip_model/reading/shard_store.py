@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import PairReader, Shard
@@ -30,31 +30,19 @@ FIRST_PAUSE_S = 1.0
 _CHUNK = 4 * 2**20
 
 
-class ShardStore(Protocol):
-    """Source of a reader's shards."""
+class LocalShards:
+    """Shards on this machine; those that lie at URLs are fetched by another store."""
+
+    def __init__(self, folder: Path, remote: RemoteShards | None = None) -> None:
+        """Read what paths name from `folder` on, and URLs from `remote`."""
+        self._folder = folder
+        self._remote = remote
 
     def open_shard(self, shard: Shard) -> PairReader:
         """Open the shard, once it is there, to read those of its samples that count.
 
         Raises: InputError: it cannot be had.
         """
-
-    def announce_shards(self, shards: Iterable[Shard]) -> None:
-        """Say which shards come next, so that they may be brought; never waits."""
-
-    def close(self) -> None:
-        """Clear away what was brought."""
-
-
-class LocalShards:
-    """Shards on this machine; those that lie at URLs are fetched by another store."""
-
-    def __init__(self, folder: Path, remote: ShardStore | None = None) -> None:
-        """Read what paths name from `folder` on, and URLs from `remote`."""
-        self._folder = folder
-        self._remote = remote
-
-    def open_shard(self, shard: Shard) -> PairReader:
         if self._remote is not None and is_url(shard.path):
             return self._remote.open_shard(shard)
         path = self._folder / shard.path
@@ -72,10 +60,12 @@ class LocalShards:
             ) from None
 
     def announce_shards(self, shards: Iterable[Shard]) -> None:
+        """Say which shards come next, so that they may be brought; never waits."""
         if self._remote is not None:
             self._remote.announce_shards(shard for shard in shards if is_url(shard.path))
 
     def close(self) -> None:
+        """Clear away what was brought."""
         if self._remote is not None:
             self._remote.close()
 
@@ -217,6 +207,9 @@ class RemoteShards:
         finally:
             beside.unlink(missing_ok=True)
         return ""
+
+
+ShardStore = LocalShards | RemoteShards
 
 
 def _clear_unfinished(cache: Path) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -176,19 +176,6 @@ class _Key(np.random.bit_generator.ISeedSequence):
         return np.array(self._key, dtype)
 
 
-class Draw(Protocol):
-    """Source of the random numbers of a crop."""
-
-    def draw_share(self, low: float, high: float) -> float:
-        """Uniform on [low, high)."""
-
-    def draw_ratio(self, low: float, high: float) -> float:
-        """From low to high, its logarithm uniform."""
-
-    def draw_offset(self, most: int) -> int:
-        """Uniform among 0 ... most."""
-
-
 @dataclass(frozen=True)
 class SeededDraw:
     """Numbers of a generator of numpy's."""
@@ -196,13 +183,16 @@ class SeededDraw:
     generator: np.random.Generator
 
     def draw_share(self, low: float, high: float) -> float:
+        """Uniform on [low, high)."""
         # Generator.uniform computes just this, in four times the time
         return low + (high - low) * self.generator.random()
 
     def draw_ratio(self, low: float, high: float) -> float:
+        """From low to high, its logarithm uniform."""
         return math.exp(self.draw_share(math.log(low), math.log(high)))
 
     def draw_offset(self, most: int) -> int:
+        """Uniform among 0 ... most."""
         return int(self.generator.integers(0, most + 1))
 
 
@@ -221,7 +211,7 @@ class _GlobalDraw:
 
 
 def crop_box(
-    width: int, height: int, draw: Draw, scale: tuple[float, float]
+    width: int, height: int, draw: SeededDraw | _GlobalDraw, scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of a random part, in pixels (Inception crop).
 
@@ -278,29 +268,6 @@ TOLERANCE = 2
 _RGB_SPACES = ("YCbCr", "Gray", "RGB")
 
 
-class Picture(Protocol):
-    """A decoded image."""
-
-    @property
-    def bytes(self) -> int:
-        """Memory that it takes."""
-
-    def train_crop(
-        self, size: int, *, seed: int, position: int, scale: tuple[float, float]
-    ) -> Tensor:
-        """[3, size, size] uint8, in any layout: what `transform.train_box` names, resized."""
-
-
-class Decoder(Protocol):
-    """Encoded image -> picture."""
-
-    def __call__(self, data: bytes | memoryview) -> Picture:
-        """Decode an image.
-
-        Raises: UnreadableImageError: truncated, of no known format, or too large.
-        """
-
-
 class _Reference:
     """An image of Pillow's, in its own mode."""
 
@@ -309,11 +276,13 @@ class _Reference:
 
     @property
     def bytes(self) -> int:
+        """Memory that it takes."""
         return self._image.width * self._image.height * len(self._image.getbands())
 
     def train_crop(
         self, size: int, *, seed: int, position: int, scale: tuple[float, float]
     ) -> Tensor:
+        """[3, size, size] uint8, in any layout: what `train_box` names, resized."""
         box = train_box(*self._image.size, seed=seed, position=position, scale=scale)
         return resized_crop(self._image, box, size)
 
@@ -340,13 +309,19 @@ class _Pixels:
         return interpolate(part, (size, size), mode="bicubic", antialias=True)[0]
 
 
+Picture = _Reference | _Pixels
+
+
 def decode_reference(data: bytes | memoryview) -> Picture:
-    """Decode by Pillow; see `Decoder`."""
+    """Decode by Pillow.
+
+    Raises: UnreadableImageError: truncated, of no known format, or too large.
+    """
     return _Reference(decode_image(data))
 
 
 def decode_fast(data: bytes | memoryview) -> Picture:
-    """Decode a JPEG directly, anything else by Pillow; see `Decoder`."""
+    """Decode a JPEG directly, anything else by Pillow; raises as `decode_reference`."""
     encoded = bytes(data)
     pixels = _jpeg_pixels(encoded) if identify_format(encoded) == "JPEG" else None
     return decode_reference(encoded) if pixels is None else _Pixels(pixels)
@@ -368,7 +343,7 @@ def _jpeg_pixels(data: bytes) -> NDArray[np.uint8] | None:
     return pixels
 
 
-DECODERS: Mapping[Literal["fast", "reference"], Decoder] = {
+DECODERS: Mapping[Literal["fast", "reference"], Callable[[bytes | memoryview], Picture]] = {
     "fast": decode_fast,
     "reference": decode_reference,
 }

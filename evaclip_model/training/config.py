@@ -39,9 +39,9 @@ DECIDE_NOTHING = (
     "probe_every_steps",
     "zero_stage",
 )
-"""Settings, by their names in `TrainConfig.identity`, that change how long training takes, what it
-needs and what it leaves behind, never its result (rounding apart): a run may go on, and an artifact
-holds, without them."""
+"""Settings, by their names in `TrainConfig.compute_identity`, that change how long training takes,
+what it needs and what it leaves behind, never its result (rounding apart): a run may go on, and an
+artifact holds, without them."""
 
 
 def _none_for_the_word(value: object) -> object:

@@ -28,13 +28,12 @@ from evaclip_model.errors import InputError
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.reading.reader import Batch, BatchReader, ReadSettings
-from evaclip_model.training.checkpoint import (
+from evaclip_model.training.checkpoint.consensus import Peers
+from evaclip_model.training.checkpoint.save_and_load import (
     CheckpointWriter,
-    TrainingProgress,
     load_newest,
     settings_of,
 )
-from evaclip_model.training.checkpoint.consensus import Peers
 from evaclip_model.training.config import (
     CHECKPOINTS,
     DRY_RUN_FILE,
@@ -79,6 +78,7 @@ from evaclip_model.training.training_step import (
     forward_backward,
     step_inputs,
 )
+from evaclip_model.weights.checkpoint_format import TrainingProgress
 
 FINAL_LOSS_STEPS = 20
 """Last steps that the reported final loss is the mean of."""

@@ -62,6 +62,7 @@ class ModelInputs:
 
     def split_parts(self, size: int | None) -> list[Self]:
         """The samples in parts of `size` (the last may be smaller), as views; none: one part."""
+        size = size or len(self)
         return [
             replace(
                 self,
@@ -70,11 +71,8 @@ class ModelInputs:
                 kept=None if self.kept is None else self.kept[some],
                 branches=None if self.branches is None else self.branches[some],
             )
-            for some in self._part_slices(size or len(self))
+            for some in (slice(first, first + size) for first in range(0, len(self), size))
         ]
-
-    def _part_slices(self, size: int) -> list[slice]:
-        return [slice(first, first + size) for first in range(0, len(self), size)]
 
 
 def step_inputs(

@@ -8,9 +8,11 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,7 +25,6 @@ from evaclip_model.training.config import (
     RESUMABLE_FILE,
     TrainJob,
 )
-from evaclip_model.training.slurm import place_from_slurm
 
 DONE, RESUMABLE, DATA_ERROR, DIVERGED, OUT_OF_MEMORY = 0, 75, 76, 77, 137
 """Exit codes: finished; stopped with a checkpoint; input its author must mend; loss not finite;
@@ -32,6 +33,8 @@ holds."""
 
 AFTER_WATCHDOG_S = 300.0
 """A collective gives up so much later than the watchdog, which names the rank that hangs."""
+FIRST_PORT, PORTS = 12_000, 20_000
+"""Below the range from which Linux gives ports to whoever asks for any."""
 
 
 def main(arguments: list[str]) -> int:
@@ -42,9 +45,15 @@ def main(arguments: list[str]) -> int:
     """
     job = TrainJob.from_mapping(json.loads(Path(arguments[0]).read_text()), where=arguments[0])
     stop = _stop_on_sigterm()
-    _set_threads(job.threads)
+    import torch
+
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
     os.environ.update(place_from_slurm(os.environ))
-    _log_to_stderr()
+    log = logging.getLogger("evaclip_model")
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.StreamHandler())
+
     from evaclip_model.training.engine.engine import LossScaleExhausted
     from evaclip_model.training.monitoring.guards import Diverged
     from evaclip_model.training.trainer import Interrupted, run_training
@@ -94,19 +103,6 @@ def _stop_on_sigterm() -> list[int]:
     return came
 
 
-def _log_to_stderr() -> None:
-    log = logging.getLogger("evaclip_model")
-    log.setLevel(logging.INFO)
-    log.addHandler(logging.StreamHandler())
-
-
-def _set_threads(threads: int | None) -> None:
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
 def _join_process_group(timeout_s: float) -> None:
     """Enter the process group; alone, without a launcher, as the only rank.
 
@@ -128,6 +124,33 @@ def _join_process_group(timeout_s: float) -> None:
         store = torch.distributed.FileStore(path, ranks)  # type: ignore[attr-defined]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start_distributed(device, store, timeout_s=timeout_s)
+
+
+def place_from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
+    """RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT of a task of `srun`; else nothing.
+
+    Another launcher's RANK wins. Only steps count: the shell of a batch job has SLURM_PROCID and
+    SLURM_NTASKS too, although it is the only process. The port follows from the job's number, so
+    that two jobs that share a node do not meet; MASTER_ADDR and MASTER_PORT that are set stay.
+    """
+    if "RANK" in environ or "SLURM_STEP_NUM_TASKS" not in environ:
+        return {}
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
+    port = FIRST_PORT + int(environ["SLURM_JOB_ID"]) % PORTS
+    return {
+        "RANK": environ["SLURM_PROCID"],
+        "LOCAL_RANK": environ["SLURM_LOCALID"],
+        "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
+        "MASTER_ADDR": environ.get("MASTER_ADDR") or first_host(nodes),
+        "MASTER_PORT": environ.get("MASTER_PORT") or str(port),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """The first machine of Slurm's node list: `gpu[003-005,9],cpu1` begins with `gpu003`."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    assert first is not None, "the pattern matches the empty text"
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
 
 
 if __name__ == "__main__":

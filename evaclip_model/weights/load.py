@@ -4,7 +4,7 @@ Covers: writing released names; loading a file or folder of any known layout int
 its towers, with a report; resizing what depends on the image, patch or context size.
 Not here: a saved folder as a model (create.py); reading files (checkpoint_files.py); whose names
 are whose (name_maps.py); writing other libraries' layouts (export.py); training state
-(training/checkpoint/write_checkpoint.py).
+(training/checkpoint/).
 
 Loading is strict: whatever is in a file either belongs to the model, or is known to be of no use,
 or is an error. Image positions are resized bicubically without antialiasing, as the released
@@ -201,7 +201,7 @@ def load_weights(
     Args:
         model: changed in place; untouched when names, shapes or types do not fit. It may be
             wrapped as `save_weights` says, but not sharded.
-        path: a file or folder as `weight_files.open_tensors` takes it: safetensors, .pt or .bin,
+        path: a file or folder as `open_tensors` takes it: safetensors, .pt or .bin,
             sharded with an index, a saved model, DeepSpeed's or this package's training state.
         part: which tower to load, or all of the model.
         allow_unexpected: leave out weights that the model has no place for, and report them.
@@ -228,8 +228,7 @@ def load_weights(
     if unexpected and not allow_unexpected:
         raise InputError(
             f"{path} holds {_name_some(unexpected)}, for which this architecture has no place: "
-            f"choose "
-            "the architecture it is of, or allow_unexpected to leave that out"
+            "choose the architecture it is of, or allow_unexpected to leave that out"
         )
     gaps = _expected_gaps(wanted, chosen, names.layout, part, path)
     resized = [
@@ -240,8 +239,8 @@ def load_weights(
         if not all(bound.isfinite() for bound in torch.aminmax(wanted[key])):
             raise InputError(
                 f"{path}: '{key}' has values that are not finite in "
-                f"{_plain_dtype(wanted[key].dtype)}: "
-                "take a checkpoint from before training diverged, or load in another precision"
+                f"{_plain_dtype(wanted[key].dtype)}: take a checkpoint from before training "
+                "diverged, or load in another precision"
             )
     left = [
         source
@@ -352,8 +351,7 @@ def _expected_gaps(
     if missing:
         raise InputError(
             f"{path} lacks {_name_some(missing)} of this architecture: choose the architecture "
-            f"it is "
-            "of, or download it again"
+            "it is of, or download it again"
         )
     return tuple(gaps)
 
@@ -369,8 +367,7 @@ def _needs_resizing(
         if stored[source].dtype not in _NUMBERS:
             raise InputError(
                 f"{path}: '{source}' has {_plain_dtype(stored[source].dtype)} values where "
-                f"fp64, fp32, "
-                "fp16 or bf16 is expected: give unquantised weights"
+                "fp64, fp32, fp16 or bf16 is expected: give unquantised weights"
             )
     shape = _native_shape(entry, stored)
     if shape == target.shape or (entry.native == "logit_scale" and math.prod(shape) == 1):
@@ -396,12 +393,9 @@ def _native_shape(entry: Entry, stored: Mapping[str, StoredTensor]) -> tuple[int
 
 
 def _is_square_grid(shape: tuple[int, ...]) -> bool:
-    return (
-        len(shape) == 3
-        and shape[0] == 1
-        and shape[1] > 1
-        and math.isqrt(shape[1] - 1) ** 2 == shape[1] - 1
-    )
+    if len(shape) != 3 or shape[0] != 1 or shape[1] <= 1:
+        return False
+    return math.isqrt(shape[1] - 1) ** 2 == shape[1] - 1
 
 
 def _fill_tensor(target: Tensor, entry: Entry, stored: Mapping[str, StoredTensor]) -> None:

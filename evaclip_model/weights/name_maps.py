@@ -149,17 +149,13 @@ def _transformers_rules(keys: Collection[str]) -> tuple[_Rule, ...]:
     )
 
 
-def _no_rules(keys: Collection[str]) -> tuple[_Rule, ...]:
-    return ()
-
-
 @dataclass(frozen=True)
 class _Tower:
     """Place of a tower in a layout, and the names inside that differ."""
 
     native_prefix: str
     prefix: str
-    rules: Callable[[Collection[str]], tuple[_Rule, ...]] = _no_rules
+    rules: Callable[[Collection[str]], tuple[_Rule, ...]] = lambda keys: ()
 
 
 _VISUAL, _TEXT = _Tower("visual.", "visual."), _Tower("text.", "text.")
@@ -199,9 +195,13 @@ def native_names(keys: Iterable[str], where: str = "the checkpoint") -> Names:
     """
     keys = dict.fromkeys(keys)
     layout = _recognise_layout(keys, where)
-    ignored = [key for key in keys if _is_useless(key, layout)]
+    useless = [_USELESS, *([_USELESS_TRANSFORMERS] if layout == "transformers" else [])]
+    ignored = [key for key in keys if any(pattern.fullmatch(key) for pattern in useless)]
     left = keys.keys() - set(ignored)
-    towers = [(tower, _by_source(tower, keys)) for tower in _TOWERS[layout]]
+    towers = [
+        (tower, {source: rule for rule in tower.rules(keys) for source in rule.sources})
+        for tower in _TOWERS[layout]
+    ]
     entries: dict[str, Entry] = {}
     for key in keys:
         if key in left:
@@ -259,16 +259,6 @@ def _recognise_layout(keys: Collection[str], where: str) -> Layout:
     raise InputError(
         f"{where} has the keys of no layout known here{first}: give weights of {known}"
     )
-
-
-def _is_useless(key: str, layout: Layout) -> bool:
-    if layout == "transformers" and _USELESS_TRANSFORMERS.fullmatch(key):
-        return True
-    return _USELESS.fullmatch(key) is not None
-
-
-def _by_source(tower: _Tower, keys: Collection[str]) -> dict[str, _Rule]:
-    return {source: rule for rule in tower.rules(keys) for source in rule.sources}
 
 
 def _native_entry(

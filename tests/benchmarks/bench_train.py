@@ -42,7 +42,7 @@ from torch import nn
 
 from evaclip_model.create import create_model
 from evaclip_model.tokenizer.tokenizer import tokenize
-from evaclip_model.training.checkpoint import CheckpointWriter, TrainingProgress, save_checkpoint
+from evaclip_model.training.checkpoint.save_and_load import CheckpointWriter, save_checkpoint
 from evaclip_model.training.config import TrainConfig, TrainJob
 from evaclip_model.training.engine.engine import TorchEngine, start_distributed
 from evaclip_model.training.loss.contrastive import contrastive_terms
@@ -50,6 +50,7 @@ from evaclip_model.training.loss.objective import make_objective
 from evaclip_model.training.loss.softmax import LossSettings
 from evaclip_model.training.trainer import run_training
 from evaclip_model.training.training_step import forward_backward, step_inputs
+from evaclip_model.weights.checkpoint_format import TrainingProgress
 from evaclip_model.weights.load import save_model
 from tests.benchmarks.bench_loader import SHARDS, photographs, write_shards
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from evaclip_model.create import create_model
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.model_config import ModelConfig
-from evaclip_model.training.checkpoint import TrainingProgress, save_checkpoint
+from evaclip_model.training.checkpoint.save_and_load import save_checkpoint
 from evaclip_model.training.engine.engine import StateFragment
+from evaclip_model.weights.checkpoint_format import TrainingProgress
 from evaclip_model.weights.load import LoadReport, Part, load_weights, save_model
 from tests.evaclip_model.peer_libraries import transformers
 from tests.evaclip_model.peers import FAMILIES, randomise, twin_of

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from evaclip_model.training.checkpoint import CheckpointWriter, TrainingProgress, load_newest
+from evaclip_model.training.checkpoint.save_and_load import CheckpointWriter, load_newest
 from evaclip_model.training.engine.engine import StateFragment, start_distributed
+from evaclip_model.weights.checkpoint_format import TrainingProgress
 
 SIZE = 90_000
 

@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from evaclip_model.errors import InputError
-from evaclip_model.training.checkpoint import (
+from evaclip_model.training.checkpoint.save_and_load import (
     CheckpointWriter,
-    TrainingProgress,
     load_newest,
     save_checkpoint,
 )
 from evaclip_model.training.engine.engine import StateFragment
-from evaclip_model.weights.checkpoint_format import list_checkpoints
+from evaclip_model.weights.checkpoint_format import TrainingProgress, list_checkpoints
 
 SETTINGS = {"lr": 0.1, "towers": ["vision", "text"]}
 

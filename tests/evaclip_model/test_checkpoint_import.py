@@ -12,8 +12,8 @@ from evaclip_model.cli import main
 from evaclip_model.create import create_model
 from evaclip_model.errors import InputError
 from evaclip_model.model.model_config import ModelConfig
-from evaclip_model.training.checkpoint import load_newest, settings_of
 from evaclip_model.training.checkpoint.deepspeed_import import import_checkpoint
+from evaclip_model.training.checkpoint.save_and_load import load_newest, settings_of
 from evaclip_model.training.config import TrainConfig, TrainJob
 from evaclip_model.training.engine.engine import StateFragment
 from evaclip_model.training.optimizer.optimizer import is_frozen

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from evaclip_model.create import create_model
 from evaclip_model.errors import InputError
 from evaclip_model.model.clip import EvaClip
-from evaclip_model.training.checkpoint import TrainingProgress, save_checkpoint
+from evaclip_model.training.checkpoint.save_and_load import save_checkpoint
 from evaclip_model.training.engine.engine import StateFragment
+from evaclip_model.weights.checkpoint_format import TrainingProgress
 from evaclip_model.weights.load import load_weights, save_model, save_weights
 
 DEMO = "EVA02-CLIP-demo"

@@ -183,7 +183,7 @@ def test_workers_end_when_their_rank_is_killed(small_shards, tmp_path):
         "config = TrainConfig(**eval(sys.argv[2]))\n"
         "manifest, settings = Path(sys.argv[1]), ReadSettings(workers=2)\n"
         "reader = BatchReader(manifest, config, rank=0, ranks=1, settings=settings)\n"
-        "for batch in reader.batches(0, 10**6): print(batch.step, flush=True)\n"
+        "for batch in reader.iterate_batches(0, 10**6): print(batch.step, flush=True)\n"
     )
     command = [sys.executable, script, small_shards / "shards.json", repr(config().model_dump())]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as rank:

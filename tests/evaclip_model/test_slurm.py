@@ -2,7 +2,7 @@
 
 import pytest
 
-from evaclip_model.training.slurm import first_host, place_from_slurm
+from evaclip_model.training.worker import first_host, place_from_slurm
 
 STEP = {
     "SLURM_JOB_ID": "70123",

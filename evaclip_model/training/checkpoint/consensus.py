@@ -72,7 +72,7 @@ class Peers:
         return results
 
     def run_on_first(self, action: Callable[[], T]) -> T:
-        """Result of `action`, which rank 0 alone does; errors as in `together`."""
+        """Result of `action`, which rank 0 alone does; errors as in `run_everywhere`."""
         result: Any = self.run_everywhere(lambda: action() if self.rank == 0 else None)[0]
         return result  # type: ignore[no-any-return]
 

@@ -24,9 +24,8 @@ from torch import Tensor
 from evaclip_model.errors import InputError
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.model_config import ModelConfig
-from evaclip_model.training.checkpoint.read_checkpoint import settings_of
+from evaclip_model.training.checkpoint.save_and_load import save_checkpoint, settings_of
 from evaclip_model.training.checkpoint.storage import place_of
-from evaclip_model.training.checkpoint.write_checkpoint import save_checkpoint
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.engine.engine import StateFragment
 from evaclip_model.training.optimizer.optimizer import is_frozen

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO
 
 from evaclip_model.reading.urls import is_url, open_filesystem
 from evaclip_model.weights.checkpoint_format import (
@@ -25,60 +25,28 @@ from evaclip_model.weights.checkpoint_format import (
 _UNFINISHED = ".tmp"
 
 
-class Place(Protocol):
-    """Checkpoints of one run; every rank has access to all of it. All may raise OSError."""
-
-    def list_steps(self) -> list[int]:
-        """Steps of the checkpoints that have a manifest, newest first."""
-
-    def clear_unpublished(self, step: int) -> None:
-        """Remove what was begun for a step and not published; and a published one of an object
-        store, which has no room for two."""
-
-    def create_file(self, step: int, name: str) -> Any:
-        """A context with the new file of a checkpoint in the making, to write to; when it is left
-        without an error, the file will outlast a crash of the machine."""
-
-    def publish_checkpoint(self, step: int, manifest: str) -> None:
-        """Make a checkpoint whole, all files of which were written; replaces an earlier one."""
-
-    def remove_checkpoint(self, step: int) -> None:
-        """Remove a checkpoint, which is at no moment without its files and with its manifest."""
-
-    def remove_leftovers(self) -> None:
-        """Remove what killed runs began and did not finish."""
-
-    def open_file(self, step: int, name: str) -> BinaryIO:
-        """A file of a checkpoint, to read and seek in."""
-
-    def full_name(self, step: int, name: str) -> str:
-        """A file's name as its owner knows it."""
-
-
-def place_of(location: Path | str) -> Place:
-    """The checkpoints in a folder or at a URL; nothing needs to be there yet.
-
-    Raises: InputError: nothing installed knows this kind of URL.
-    """
-    return StorePlace(str(location)) if is_url(location) else FolderPlace(Path(location))
-
-
 class FolderPlace:
-    """A folder of a file system that all ranks share."""
+    """Checkpoints of one run in a folder of a file system that all ranks share; every rank has
+    access to all of it. All methods may raise OSError."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def list_steps(self) -> list[int]:
+        """Steps of the checkpoints that have a manifest, newest first."""
         return checkpoint_steps(self._folder)
 
     def clear_unpublished(self, step: int) -> None:
+        """Remove what was begun for a step and not published; and a published one of an object
+        store, which has no room for two."""
         unfinished = self._unfinished_folder(step)
         if unfinished.exists():
             shutil.rmtree(unfinished)
 
     @contextmanager
     def create_file(self, step: int, name: str) -> Iterator[BinaryIO]:
+        """A context with the new file of a checkpoint in the making, to write to; when it is left
+        without an error, the file will outlast a crash of the machine."""
         folder = self._unfinished_folder(step)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / name).open("wb") as file:
@@ -87,6 +55,7 @@ class FolderPlace:
             os.fsync(file.fileno())
 
     def publish_checkpoint(self, step: int, manifest: str) -> None:
+        """Make a checkpoint whole, all files of which were written; replaces an earlier one."""
         with self.create_file(step, MANIFEST) as file:
             file.write(manifest.encode())
         _sync_folder(self._unfinished_folder(step))
@@ -96,16 +65,20 @@ class FolderPlace:
         shutil.rmtree(earlier, ignore_errors=True)
 
     def remove_checkpoint(self, step: int) -> None:
+        """Remove a checkpoint, which is at no moment without its files and with its manifest."""
         shutil.rmtree(self._put_aside(step), ignore_errors=True)
 
     def remove_leftovers(self) -> None:
+        """Remove what killed runs began and did not finish."""
         for path in self._folder.glob(f"step-*{_UNFINISHED}"):
             shutil.rmtree(path)
 
     def open_file(self, step: int, name: str) -> BinaryIO:
+        """A file of a checkpoint, to read and seek in."""
         return (self._final_folder(step) / name).open("rb")
 
     def full_name(self, step: int, name: str) -> str:
+        """A file's name as its owner knows it."""
         return str(self._final_folder(step) / name)
 
     def _final_folder(self, step: int) -> Path:
@@ -124,7 +97,7 @@ class FolderPlace:
 
 
 class StorePlace:
-    """An object store, by its URL."""
+    """As `FolderPlace`, in an object store, by its URL."""
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
@@ -188,3 +161,14 @@ def _sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+Place = FolderPlace | StorePlace
+
+
+def place_of(location: Path | str) -> Place:
+    """The checkpoints in a folder or at a URL; nothing needs to be there yet.
+
+    Raises: InputError: nothing installed knows this kind of URL.
+    """
+    return StorePlace(str(location)) if is_url(location) else FolderPlace(Path(location))

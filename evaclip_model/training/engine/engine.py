@@ -94,8 +94,8 @@ class Engine(Protocol):
     def grad_norms(self) -> Mapping[str, float]:
         """Norm of the whole gradient ("total") and of each tower's, unscaled, before clipping.
 
-        After the last backward and before `step` or `discard`; every rank calls it, and gets the
-        same. A gradient that is not finite shows as a norm that is not.
+        After the last backward and before `step` or `discard_gradient`; every rank calls it, and
+        gets the same. A gradient that is not finite shows as a norm that is not.
         """
 
     def step(self, lr_factor: float) -> Stepped:
@@ -103,7 +103,7 @@ class Engine(Protocol):
         parameters within their bounds.
 
         A gradient that is not finite changes no weight. In fp16 it must come here all the same, not
-        to `discard`: that is how the loss scale learns of it.
+        to `discard_gradient`: that is how the loss scale learns of it.
 
         Raises: LossScaleExhausted: it has learnt enough.
         """
@@ -119,7 +119,7 @@ class Engine(Protocol):
         """The rest of what decides the next step: JSON values, the same on every rank."""
 
     def restore_counters(self, counters: Mapping[str, Any]) -> None:
-        """Take up `counters`, after the tensors of `fragments` were filled."""
+        """Take up `counters`, after the tensors of `state_fragments` were filled."""
 
 
 class TorchEngine:

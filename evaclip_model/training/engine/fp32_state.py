@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,39 +38,15 @@ class Master:
         return tensor.detach().view(-1).narrow(0, self.start, self.size)
 
 
-class Fp32State(Protocol):
-    """The fp32 side of a model that DeepSpeed trains."""
-
-    layouts: list[Layout] | None
-    """Where parameters lie in each group's flat tensor; none when no tensor is flat."""
-    held: list[Master]
-    """This rank's share; over all ranks, every element of every trainable parameter once."""
-    copies: list[tuple[Master, int]]
-    """What every rank holds whole, with the rank that has it in `held`; empty when sharded."""
-    scaler: Any
-    """fp16's loss scale (`cur_scale` and other fields), or none."""
-
-    def iterate_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and this rank's pieces [n] of the reduced gradient, times the loss scale."""
-
-    def before_step(self, norm: float) -> None:
-        """Hand DeepSpeed's step the norm of the whole gradient, times the loss scale."""
-
-    def forget_gradients(self) -> None:
-        """Throw away what was added up since the last step."""
-
-    def write_back(self) -> None:
-        """Make the model's weights those of the masters; every rank calls it."""
-
-    def before_backward(self, loss: Tensor, *, last: bool) -> Tensor:
-        """Make ready for adding a micro-batch's gradient; returns the loss [] for DeepSpeed."""
-
-    def after_backward(self, *, last: bool) -> None:
-        """Put away the gradient of a micro-batch once it was added."""
-
-
 class _Sliced:
-    """Each rank steps its slice of every group's flat master."""
+    """Each rank steps its slice of every group's flat master.
+
+    Attributes:
+        layouts: where parameters lie in each group's flat tensor; none when no tensor is flat.
+        held: this rank's share; over all ranks, every element of every trainable parameter once.
+        copies: what every rank holds whole, with the rank that has it in `held`; empty if sharded.
+        scaler: fp16's loss scale (`cur_scale` and other fields), or none.
+    """
 
     scaler: Any = None
 
@@ -94,16 +70,19 @@ class _Sliced:
         self.copies: list[tuple[Master, int]] = []
 
     def before_step(self, norm: float) -> None:
-        """Nothing: DeepSpeed finds the norm itself."""
+        """Hand DeepSpeed's step the norm of the whole gradient, times the loss scale, unless it
+        finds that itself."""
 
     def write_back(self) -> None:
+        """Make the model's weights those of the masters; every rank calls it."""
         self._zero.update_lp_params()
 
     def before_backward(self, loss: Tensor, *, last: bool) -> Tensor:
+        """Make ready for adding a micro-batch's gradient; returns the loss [] for DeepSpeed."""
         return loss
 
     def after_backward(self, *, last: bool) -> None:
-        """Nothing: DeepSpeed keeps the sum."""
+        """Put away the gradient of a micro-batch once it was added, unless DeepSpeed does."""
 
 
 class Partitioned(_Sliced):
@@ -122,6 +101,7 @@ class Partitioned(_Sliced):
         zero.scaled_global_norm = lambda norm_type=2: torch.tensor(self._norm, device=zero.device)
 
     def iterate_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and this rank's pieces [n] of the reduced gradient, times the loss scale."""
         for number, parameters in enumerate(self._zero.params_in_partition):
             # One tensor for each parameter, then padding that DeepSpeed does not always mark.
             slices = self._zero.averaged_gradients[number]
@@ -133,6 +113,7 @@ class Partitioned(_Sliced):
         self._norm = norm if math.isfinite(norm) else -1.0  # which is how DeepSpeed writes it
 
     def forget_gradients(self) -> None:
+        """Throw away what was added up since the last step."""
         zero = self._zero
         zero.zero_grad()
         zero._release_preflattened_grad_buffers()
@@ -231,6 +212,10 @@ class Copied:
             parameter.grad = None
 
 
+Fp32State = Partitioned | Buffered | Copied
+"""The fp32 side of a model that DeepSpeed trains."""
+
+
 def make_layouts(
     groups: Sequence[Sequence[Any]],
     whole: Sequence[Tensor],
@@ -299,7 +284,7 @@ class RunningMean:
     fp32 tensor for each master."""
 
     def __init__(self, masters: Sequence[Tensor], decay: float) -> None:
-        """Start at the masters as they are; they are kept, and read again at each `follow`."""
+        """Start at the masters as they are; they are kept, and read again at each `update_mean`."""
         self._masters = list(masters)
         self._decay = decay
         self.means = [master.detach().clone() for master in self._masters]

@@ -85,7 +85,8 @@ def gathered_terms(
         return contrastive_terms(image_features, text_features, logit_scale, settings)
     _require_pairs(image_features, text_features)
     image, text = _to_float32(image_features), _to_float32(text_features)
-    both = _gather_features(torch.stack((image, text)), group)  # [ranks, 2, b, E]
+    pair = torch.stack((image, text))
+    both: Tensor = _Gather.apply(pair, group)  # type: ignore[no-untyped-call]  # [ranks, 2, b, E]
     all_image, all_text = both[:, 0].flatten(0, 1), both[:, 1].flatten(0, 1)  # [B, E]
     first_row = dist.get_rank(group) * len(image)
     return _compute_terms(image, text, all_image, all_text, logit_scale, first_row, settings)
@@ -125,11 +126,6 @@ def _require_pairs(image: Tensor, text: Tensor) -> None:
         raise ValueError(
             f"features of pairs must both be [b, E], not {list(image.shape)} and {list(text.shape)}"
         )
-
-
-def _gather_features(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    gathered: Tensor = _Gather.apply(local, group)  # type: ignore[no-untyped-call]
-    return gathered
 
 
 class _Gather(torch.autograd.Function):

@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from torch import Tensor
@@ -140,8 +139,7 @@ def judge_step(state: GuardState, seen: Observed, config: TrainConfig) -> tuple[
     if state.nonfinite > config.guards.max_nonfinite_steps:
         raise Diverged(
             f"{what} at step {seen.step}, {_count_times(state.nonfinite)} in a row: lower the "
-            f"learning "
-            "rate, or train in bf16 or fp32"
+            "learning rate, or train in bf16 or fp32"
         )
     return Judged(StepVerdict.DISCARD, "nonfinite", f"step {seen.step} is not taken: {what}"), state
 
@@ -177,8 +175,7 @@ def _judge_numbers(
     if state.rollbacks >= config.guards.max_rollbacks:
         raise Diverged(
             f"{reason}; training went back {_count_times(state.rollbacks)} before: lower the "
-            f"learning "
-            "rate, raise 'guards.spike_deviations', or look at the data around this step"
+            "learning rate, raise 'guards.spike_deviations', or look at the data around this step"
         )
     rolled = replace(state, rollbacks=state.rollbacks + 1)
     return Judged(StepVerdict.ROLL_BACK, "spike", reason), rolled
@@ -276,12 +273,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()

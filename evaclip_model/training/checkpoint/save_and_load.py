@@ -1,0 +1,369 @@
+"""Saving and restoring checkpoints from all ranks.
+
+Saving: copies in host memory, a thread that writes them beside the training, the barriers before a
+checkpoint gets its name, retention. Restoring: every shard is read once by one rank, which sums its
+checksum; all ranks tell each other what they found, and decide alike before any tensor is touched.
+Then each reads the pieces it holds. The files' format is weights/checkpoint_format.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import torch
+from torch import Tensor
+
+from evaclip_model.errors import InputError
+from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.training.checkpoint.consensus import Peers
+from evaclip_model.training.checkpoint.storage import Place, place_of
+from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.engine.engine import StateFragment
+from evaclip_model.weights.checkpoint_format import (
+    MANIFEST,
+    SLAB_BYTES,
+    CheckpointManifest,
+    ShardFile,
+    StoredPiece,
+    TrainingProgress,
+    UnusableCheckpoint,
+    bytes_of,
+    checked_pieces,
+    describe_difference,
+    key_of,
+    list_retired,
+    sizes_of,
+    write_shard,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class CheckpointWriter:
+    """Saves in a thread: training waits only while a GPU's state is copied to host memory.
+
+    State that lies there is copied beside the next step's gradient; `wait_for_copy` waits for that.
+
+    Every rank makes one at the same point and calls the same methods in the same order. The threads
+    agree over a process group of their own, so no exchange of the training is in their way.
+    """
+
+    def __init__(
+        self, location: Path | str, keep: int, *, keep_every_steps: int | None = None
+    ) -> None:
+        """Clears away what killed runs left unfinished; only one run may use a location.
+
+        Args:
+            location: a folder that all ranks share, or a URL that fsspec knows.
+            keep: newest checkpoints that stay; multiples of `keep_every_steps` stay for good.
+
+        Raises:
+            InputError: nothing installed knows this kind of URL.
+            OSError: the location cannot be used.
+        """
+        self._target = _Target(place_of(location), Peers.own_group(), keep, keep_every_steps)
+        self._target.peers.run_on_first(self._target.place.remove_leftovers)
+        self._copies: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._settled = threading.Event()
+        self._settled.set()
+
+    def allocate_copies(self, fragments: Iterable[StateFragment]) -> None:
+        """Set aside the memory for copies of `fragments`, so that the first save does not."""
+        for key, tensor in _tensors_by_key(fragments).items():
+            self._copy_of(key, tensor).zero_()  # memory is there when it was written to
+
+    def begin_save(self, fragments: Iterable[StateFragment], progress: TrainingProgress) -> None:
+        """Begin to copy the state and to write it; waits for the save before, if it goes on. Call
+        `wait_for_copy` before the state is changed.
+
+        Raises: InputError, OSError: of the save before, the same on every rank.
+        """
+        self.wait_for_save()
+        state = _tensors_by_key(fragments)
+        here = {key: tensor for key, tensor in state.items() if not tensor.is_cuda}
+        held = {key: self._copy_tensor(key, state[key]) for key in state.keys() - here.keys()}
+        if held:
+            torch.cuda.synchronize()  # copies to pinned memory go on after their call
+        self._settled.clear()
+        self._thread = threading.Thread(
+            target=self._write_in_background,
+            args=(here, held, progress),
+            name="checkpoint",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def wait_for_copy(self) -> None:
+        """Return when the state of the last save is copied, and may be changed."""
+        self._settled.wait()
+
+    def has_failed(self) -> bool:
+        """True when the last save has failed, as far as this rank knows; never waits.
+
+        Ranks learn it at different times: exchange it with the step's other flags, and where it is
+        true on some rank, let all of them `wait_for_save`, which raises the error on every rank.
+        """
+        return self._error is not None
+
+    def wait_for_save(self) -> None:
+        """Return when the last save is whole, or was so before.
+
+        Raises: InputError, OSError: it failed, the same on every rank; earlier checkpoints are
+            there.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """`wait_for_save`, and let go of the copies."""
+        self.wait_for_copy()
+        self._copies.clear()
+        self.wait_for_save()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        with suppress(Exception):  # the error that is under way tells more
+            self.close()
+
+    def _write_in_background(
+        self, here: Mapping[str, Tensor], held: Mapping[str, Tensor], progress: TrainingProgress
+    ) -> None:
+        try:
+            try:
+                copies = {key: self._copy_tensor(key, tensor) for key, tensor in here.items()}
+            finally:
+                self._settled.set()
+            self._target.write_shard({**held, **copies}, progress)
+        except Exception as error:  # it is raised where the training waits
+            self._error = error
+
+    def _copy_tensor(self, key: str, tensor: Tensor) -> Tensor:
+        return self._copy_of(key, tensor).copy_(tensor.detach(), non_blocking=True)
+
+    def _copy_of(self, key: str, tensor: Tensor) -> Tensor:
+        held = self._copies.get(key)
+        if held is None or held.shape != tensor.shape:
+            self._copies[key] = torch.empty(
+                tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
+            )
+        return self._copies[key]
+
+
+def save_checkpoint(
+    location: Path | str, fragments: Iterable[StateFragment], progress: TrainingProgress, keep: int
+) -> None:
+    """Write a checkpoint together with all other ranks, and wait until it is whole; without memory
+    of its own for fragments that lie in host memory.
+
+    Raises: InputError, OSError: it cannot be written, the same on every rank.
+    """
+    held = {key: tensor.detach().cpu() for key, tensor in _tensors_by_key(fragments).items()}
+    _Target(place_of(location), Peers.every_rank(), keep, None).write_shard(held, progress)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The place of a run's checkpoints, the ranks that write them, and the number that stays."""
+
+    place: Place
+    peers: Peers
+    keep: int
+    keep_every_steps: int | None
+
+    def write_shard(self, tensors: Mapping[str, Tensor], progress: TrainingProgress) -> None:
+        """Write this rank's shard; when all are on disk, rank 0 makes them a checkpoint."""
+        self.peers.run_on_first(lambda: self.place.clear_unpublished(progress.step))
+        try:
+            shards = self.peers.run_everywhere(lambda: self._write_shard(tensors, progress.step))
+            manifest = CheckpointManifest(tuple(shards), progress).to_text()
+            self.peers.run_on_first(lambda: self.place.publish_checkpoint(progress.step, manifest))
+        except Exception:
+            if self.peers.rank == 0:
+                with suppress(OSError):  # a full disk gets its room back
+                    self.place.clear_unpublished(progress.step)
+            raise
+        self.peers.run_on_first(lambda: self._remove_old(progress.step))
+
+    def _write_shard(self, tensors: Mapping[str, Tensor], step: int) -> ShardFile:
+        name = f"shard-{self.peers.rank}.safetensors"
+        with self.place.create_file(step, name) as file:
+            return ShardFile(name, *write_shard(file, tensors))
+
+    def _remove_old(self, newest: int) -> None:
+        for step in list_retired(self.place.list_steps(), newest, self.keep, self.keep_every_steps):
+            self.place.remove_checkpoint(step)
+
+
+def _tensors_by_key(fragments: Iterable[StateFragment]) -> dict[str, Tensor]:
+    return {
+        key_of(fragment.name, fragment.offset, kind): tensor
+        for fragment in fragments
+        for kind, tensor in fragment.tensors.items()
+    }
+
+
+def settings_of(config: TrainConfig, architecture: ModelConfig) -> dict[str, Any]:
+    """The settings that a run's checkpoints belong to, `TrainingProgress.settings`; `architecture`
+    at the size of its images."""
+    return {**config.deciding, "model": architecture.model_dump(mode="json")}
+
+
+def load_newest(
+    location: Path | str, fragments: Sequence[StateFragment], settings: Mapping[str, Any]
+) -> TrainingProgress | None:
+    """Fill `fragments` from the newest checkpoint that is whole; None: there is none. Every rank
+    calls it. One that is not whole is passed over, and the log says why.
+
+    Raises:
+        InputError: the checkpoints belong to other settings, or to a later version of this package;
+            nothing installed knows this kind of URL.
+        OSError: the location cannot be read.
+    """
+    place, peers = place_of(location), Peers.every_rank()
+    for step in peers.run_on_first(place.list_steps):
+        where = place.full_name(step, MANIFEST)
+        try:
+            manifest = CheckpointManifest.from_text(
+                peers.run_on_first(partial(_read_text, place, step)), where
+            )
+            _require_same(manifest.progress.settings, settings, where)
+            pieces = _check_shards(place, peers, step, manifest, fragments)
+        except UnusableCheckpoint as fault:
+            if peers.rank == 0:
+                _log.warning("checkpoint of step %d is passed over: %s", step, fault)
+            continue
+        peers.run_everywhere(partial(_fill_fragments, fragments, place, step, manifest, pieces))
+        return manifest.progress
+    return None
+
+
+def _read_text(place: Place, step: int) -> str:
+    with place.open_file(step, MANIFEST) as file:
+        return file.read().decode(errors="replace")
+
+
+def _require_same(stored: Mapping[str, Any], present: Mapping[str, Any], where: str) -> None:
+    present = json.loads(json.dumps(present))
+    for name in sorted({*stored, *present}):
+        if stored.get(name) != present.get(name):
+            raise InputError(
+                f"{where} was saved with {name} = {json.dumps(stored.get(name))}, which is "
+                f"{json.dumps(present.get(name))} now: set it back, or train in another place"
+            )
+
+
+def _check_shards(
+    place: Place,
+    peers: Peers,
+    step: int,
+    manifest: CheckpointManifest,
+    fragments: Sequence[StateFragment],
+) -> list[StoredPiece]:
+    """Pieces of all shards, when they are as they were written and what all ranks need.
+
+    Raises: UnusableCheckpoint: they are not; the same on every rank.
+    """
+    found = peers.run_everywhere(lambda: _share_of_check(place, peers, step, manifest))
+    faults = [fault for _, fault in found if fault is not None]
+    if faults:
+        raise UnusableCheckpoint(faults[0])
+    pieces = [piece for share, _ in found for piece in share]
+    where = place.full_name(step, MANIFEST).removesuffix(f"/{MANIFEST}")
+    wanted: dict[tuple[str, str], int] = defaultdict(int)
+    for ends in peers.gather_values(_fragment_ends(fragments)):
+        for held, end in ends.items():
+            wanted[held] = max(wanted[held], end)
+    reason = describe_difference(sizes_of(pieces, where), wanted)
+    if reason is not None:
+        raise UnusableCheckpoint(f"{where} {reason}")
+    return pieces
+
+
+def _share_of_check(
+    place: Place, peers: Peers, step: int, manifest: CheckpointManifest
+) -> tuple[list[StoredPiece], str | None]:
+    """Pieces of the shards that fall to this rank, or what is wrong with one of them."""
+    pieces = []
+    try:
+        for number in range(peers.rank, len(manifest.shards), peers.count):
+            shard = manifest.shards[number]
+            where = place.full_name(step, shard.name)
+            try:
+                with place.open_file(step, shard.name) as file:
+                    pieces += checked_pieces(file, shard, number, where)
+            except FileNotFoundError:
+                raise UnusableCheckpoint(f"{where} is missing") from None
+    except UnusableCheckpoint as fault:
+        return [], str(fault)
+    return pieces, None
+
+
+def _fragment_ends(fragments: Sequence[StateFragment]) -> dict[tuple[str, str], int]:
+    ends: dict[tuple[str, str], int] = defaultdict(int)
+    for fragment in fragments:
+        for kind, tensor in fragment.tensors.items():
+            held = (fragment.name, kind)
+            ends[held] = max(ends[held], fragment.offset + tensor.numel())
+    return dict(ends)
+
+
+def _fill_fragments(
+    fragments: Sequence[StateFragment],
+    place: Place,
+    step: int,
+    manifest: CheckpointManifest,
+    pieces: Iterable[StoredPiece],
+) -> None:
+    """Read this rank's fragments, shard by shard and from front to back, a slab at a time."""
+    index: dict[tuple[str, str], list[StoredPiece]] = defaultdict(list)
+    for piece in pieces:
+        index[piece.name, piece.kind].append(piece)
+    reads: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
+    for fragment in fragments:
+        for kind, tensor in fragment.tensors.items():
+            for piece in index[fragment.name, kind]:
+                low = max(piece.offset, fragment.offset)
+                high = min(piece.end, fragment.offset + tensor.numel())
+                if low < high:
+                    part = tensor.detach()[low - fragment.offset : high - fragment.offset]
+                    begin = piece.place + (low - piece.offset) * tensor.element_size()
+                    reads[piece.shard].append((begin, part))
+    buffer = torch.empty(SLAB_BYTES // 4)
+    for shard, parts in sorted(reads.items()):
+        with place.open_file(step, manifest.shards[shard].name) as file:
+            for begin, part in sorted(parts, key=lambda read: read[0]):
+                file.seek(begin)
+                _read_into(part, file, buffer)
+
+
+def _read_into(tensor: Tensor, file: BinaryIO, buffer: Tensor) -> None:
+    for done in range(0, tensor.numel(), buffer.numel()):
+        part = tensor[done : done + buffer.numel()]
+        slab = buffer[: part.numel()]
+        into, read = bytes_of(slab), 0
+        while read < len(into):
+            count = file.readinto(into[read:])  # type: ignore[attr-defined]
+            if not count:
+                raise OSError(f"{file} ended early, although it was whole a moment ago")
+            read += count
+        part.copy_(slab)
