@@ -17,9 +17,11 @@ from evaclip_model.errors import InputError
 from evaclip_model.model.clip import EvaClip, initialise_weights
 from evaclip_model.model.layers import AttentionChoice, require_dtype
 from evaclip_model.model.model_config import CONFIG_FILE, ModelConfig
-from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
+from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE, open_tensors
 from evaclip_model.weights.load import LoadReport, load_weights
 
+_LARGEST_ENLARGEMENT = 4
+"""Of all values of the weights: the most that a position table may be resized to."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -60,12 +62,41 @@ def load_model(
     attention: AttentionChoice = "auto",
 ) -> tuple[EvaClip, LoadReport]:
     """`create_model` with weights, and what was found in them."""
+    config = ModelConfig.load(name)
+    _require_plausible_size(config, weights)
     with torch.device("meta"), _WithoutValues():
-        model = EvaClip(ModelConfig.load(name), attention)
+        model = EvaClip(config, attention)
     require_dtype(attention, _DTYPES[precision])
     # Memory is taken once, in the final dtype, and filled from the file alone.
     model = model.to(_DTYPES[precision]).to_empty(device=torch.get_default_device())
     return model, load_weights(model, weights)
+
+
+def _require_plausible_size(config: ModelConfig, weights: str | Path) -> None:
+    """Refuse an architecture that is out of proportion to its weights, before memory is taken.
+
+    Widths and vocabulary must be those of the weights, and every block has tensors of its own. The
+    tokens of an image may be others, as position tables are resized.
+    """
+    shapes = [tensor.shape for tensor in open_tensors(weights, shapes={}).values()]
+    values = sum(shape.numel() for shape in shapes)
+    vision, text = config.vision, config.text
+    # Of tables and matrices that a model of this config has for certain, the position table once
+    # in every _LARGEST_ENLARGEMENT values.
+    claimed = max(
+        vision.width**2,
+        vision.width * vision.mlp_width,
+        vision.width * config.embed_dim,
+        vision.width * 3 * vision.patch_px**2,
+        text.width**2,
+        text.width * max(text.vocab_size, text.context_length, config.embed_dim),
+        vision.width * vision.num_patches // _LARGEST_ENLARGEMENT,
+    )
+    if claimed > values or vision.layers + text.layers > len(shapes):
+        raise InputError(
+            f"the model config claims more than {weights} holds ({values:,} values in "
+            f"{len(shapes):,} tensors): give the config that belongs to these weights"
+        )
 
 
 class _WithoutValues(TorchFunctionMode):

@@ -160,7 +160,7 @@ class ModelConfig(Config):
     def _read_file(cls, path: Path) -> ModelConfig:
         try:
             values = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(
                 f"{path} cannot be read as a model config ({error}): give a JSON file that has "
                 "'embed_dim', 'vision' and 'text' (or 'vision_cfg' and 'text_cfg')"

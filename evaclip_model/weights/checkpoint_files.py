@@ -106,7 +106,7 @@ def _of_index(index: Path, allow_torchscript: bool) -> dict[str, StoredTensor]:
         places = json.loads(index.read_text())["weight_map"]
         names = sorted(set(places.values()))
         is_plain = all(Path(name).name == name for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{index} is not the index of a sharded checkpoint ({error!r}): expected 'weight_map' "
             "with the file of each tensor"

@@ -42,7 +42,7 @@ class Reference(Config):
             return None
         try:
             return cls.from_mapping(json.loads(path.read_text()), where=str(path))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is not a reference to weights ({error})") from None
 
     @property

@@ -41,6 +41,8 @@ _LUGGAGE = re.compile(
 _BUILTINS = ("int", "float", "complex", "list", "dict", "object", "range", "slice")
 _WRAPPERS = ("model", "module", "state_dict")
 """Keys under which training programs keep the weights beside other state."""
+_LARGEST_INFLATION = 8
+"""Of a compressed file, as a multiple of its size; weights hardly shrink."""
 _SLAB_BYTES = 8 << 20
 """Read at once; small beside any model."""
 _DTYPES = {
@@ -210,11 +212,17 @@ def _load_past_luggage(path: Path, device: str) -> Any:
 
 
 def _inspect_archive(path: Path) -> tuple[bool, bool]:
-    """Return whether a file is a TorchScript archive, and whether its tensors lie uncompressed."""
+    """Return whether a file is a TorchScript archive, and whether its tensors lie uncompressed.
+
+    Raises:
+        InputError: it is compressed to a small part of what it would take in memory.
+    """
     if not zipfile.is_zipfile(path):
         return False, False
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
+    if sum(member.file_size for member in members) > _LARGEST_INFLATION * path.stat().st_size:
+        raise _unreadable_error(path, "it is compressed far beyond what weights can be")
     is_script = any(member.filename.endswith("/constants.pkl") for member in members)
     return is_script, all(member.compress_type == zipfile.ZIP_STORED for member in members)
 
@@ -257,8 +265,15 @@ def _in_memory(tensors: dict[str, Tensor]) -> dict[str, StoredTensor]:
 
 
 def _from_meta(path: Path, tensor: Tensor) -> StoredTensor:
-    """Return what torch's reader found out about a tensor without reading its values."""
+    """Return what torch's reader found out about a tensor without reading its values.
+
+    Raises:
+        InputError: the tensor, expanded or made up, is larger than its values in the file.
+    """
     storage: Any = tensor.untyped_storage()
+    if tensor.numel() * tensor.itemsize > min(storage.nbytes(), path.stat().st_size):
+        shape = " x ".join(map(str, tensor.shape))
+        raise _unreadable_error(path, f"it claims a tensor of {shape} and holds fewer values")
     place = storage._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
     if tensor.is_contiguous():
         return _on_disk(path, place, tensor.shape, tensor.dtype)

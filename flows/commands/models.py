@@ -45,7 +45,8 @@ def pull(
 
     profile = load_profile()
     with moving_bar(f"pull {model}") as report:
-        pulled = pull_model(profile.mlflow_uri, model, folder, form, report)
+        places = profile.weight_places
+        pulled = pull_model(profile.mlflow_uri, model, folder, form, report, places)
     opened = OPENED_BY[form].format(folder=pulled)
     if form == "open_clip" and not (pulled / OPEN_CLIP_CONFIG).is_file():
         opened = "open_clip's model around such an image tower; it has none of this one by name"

@@ -66,6 +66,11 @@ class Profile(BaseSettings, Launch):
         return LargeWeights(self.registry_copy_gb, self.registry_weights)
 
     @property
+    def weight_places(self) -> tuple[str, ...]:
+        """Folders and URIs below which a registry's versions may refer to their weights."""
+        return tuple(filter(None, (str(self.root.resolve()), self.registry_weights)))
+
+    @property
     def machine(self) -> EvaluationMachine:
         """Place where evaluations run."""
         return EvaluationMachine(

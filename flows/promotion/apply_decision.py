@@ -196,7 +196,8 @@ def champion_beside(session: RecipeSession, champion: Standing) -> Beside:
         named = champion.weights[:DIGEST_CHARS] or f"{name}-{champion.version}"
         folder = session.root / PULLED / named
         if not (folder / WEIGHTS_FILE).is_file():
-            pull_model(session.store.uri, f"{name}/{champion.version}", folder)
+            model, places = f"{name}/{champion.version}", load_profile().weight_places
+            pull_model(session.store.uri, model, folder, places=places)
     mark = champion.weights or sha256_of(folder / WEIGHTS_FILE)
     return Beside(CHAMPION, Role.CHAMPION, mark[:DIGEST_CHARS], folder)
 

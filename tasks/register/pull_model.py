@@ -7,12 +7,14 @@ Not here: resolving a name (model_versions.py), writing the other libraries' for
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
+from urllib.parse import unquote, urlsplit
 
 from evaclip_model.choices import Form, Precision
 from evaclip_model.errors import InputError
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 FORMS: tuple[Form, ...] = get_args(Form)
 PULLED = "pulled.json"
+_log = logging.getLogger(__name__)
 _ROOM: dict[Form, int] = {"native": 1, "open_clip": 2, "timm": 2, "transformers": 2, "onnx": 3}
 """Most bytes on the disk at once, as a multiple of the weights': they are there first, beside what
 is made of them; an ONNX graph is float32 whatever the weights are."""
@@ -40,12 +43,17 @@ def pull_model(
     dest: str | Path,
     as_: Form = "native",
     report: Report = report_nothing,
+    places: Sequence[str] = (),
 ) -> Path:
     """Fetch `NAME@ALIAS` or `NAME/VERSION` into the folder `dest`; returns it.
 
     The folder gets the files of the form and `pulled.json` (name, version, form, tags): for
     "native" `config.json` and `model.safetensors`, else what `export_model` or `export_onnx`
     writes. It appears whole or not at all; one that an earlier pull made is replaced.
+
+    Weights that a version refers to are taken from below `places` alone, folders or URIs, and from
+    beside an SQLite registry's database: whoever may write to the registry could otherwise have any
+    file of this user copied. A version without a checksum is pulled with a warning.
 
     Raises:
         InputError: no such name, alias or version (says what there is), a folder of other things,
@@ -58,7 +66,9 @@ def pull_model(
     with _make_beside(dest) as beside, open_registry(tracking_uri) as (store, client):
         version = resolve_version(client, model)
         source = client.get_model_version_download_uri(version.name, version.version)
-        got = _fetch_model(store, f"{source}/artifacts/model", beside, as_, report)
+        if store.database is not None:
+            places = (*places, str(store.database.parent))
+        got = _fetch_model(store, f"{source}/artifacts/model", beside, as_, report, places)
         report(2, 4, "checking the weights")
         _check_weights(got, version)
         report(3, 4, f"writing it as {as_}")
@@ -88,7 +98,12 @@ def _make_beside(dest: Path) -> Iterator[Path]:
 
 
 def _fetch_model(
-    store: TrackingStore, source: str, beside: Path, as_: Form, report: Report
+    store: TrackingStore,
+    source: str,
+    beside: Path,
+    as_: Form,
+    report: Report,
+    places: Sequence[str],
 ) -> Path:
     """The saved model's folder under `beside`, with its weights, wherever they were."""
     from mlflow.artifacts import download_artifacts, list_artifacts
@@ -98,7 +113,15 @@ def _fetch_model(
         return Path(got)
 
     report(0, 4, "looking for room")
-    files = list_artifacts(artifact_uri=source, tracking_uri=store.uri)
+    try:
+        files = list_artifacts(artifact_uri=source, tracking_uri=store.uri)
+    except OSError:
+        files = []
+    if not files:
+        raise InputError(
+            f"the model's files are not at {source}, where they were registered: move them back "
+            "there, or run the pipeline where the model was trained to register it again"
+        )
     sizes = {Path(file.path).name: file.file_size or 0 for file in files}
     if REFERENCE_FILE not in sizes:
         _require_room(beside, sizes.get(WEIGHTS_FILE, 0) * _ROOM[as_])
@@ -107,15 +130,37 @@ def _fetch_model(
     folder = download(source, beside)
     reference = Reference.read(folder)
     assert reference is not None, "its file is there"
+    _require_place(reference, places)
     _require_room(beside, reference.size * _ROOM[as_])
     report(1, 4, "fetching the weights")
     weights = reference.obtain_weights(beside, download)
+    reference.verify_file(weights)
     if weights.is_relative_to(beside):
         weights.rename(folder / WEIGHTS_FILE)
     else:
         shutil.copyfile(weights, folder / WEIGHTS_FILE)
     (folder / REFERENCE_FILE).unlink()
     return folder
+
+
+def _require_place(reference: Reference, places: Sequence[str]) -> None:
+    """Refuse a reference to what is not below one of `places`."""
+    for place in places:
+        if "://" not in place:
+            place = Path(place).resolve().as_uri()
+        if reference.path is not None and place.startswith("file://"):
+            folder = Path(unquote(urlsplit(place).path)).resolve()
+            if reference.path.resolve().is_relative_to(folder):
+                return
+        elif ".." not in unquote(reference.uri).split("/") and reference.uri.startswith(
+            f"{place.rstrip('/')}/"
+        ):
+            return
+    raise InputError(
+        f"the registry refers to weights at {reference.uri}, which is not below a place that is "
+        f"configured for them ({', '.join(places) or 'there is none'}): if you trust it, name its "
+        "folder in EVACLIP_REGISTRY_WEIGHTS"
+    )
 
 
 def _require_room(folder: Path, needed: int) -> None:
@@ -157,7 +202,12 @@ def _stored_precision(weights: Path) -> Precision:
 
 def _check_weights(folder: Path, version: ModelVersion) -> None:
     expected = version.tags.get(WEIGHTS_TAG)
-    if expected and sha256_of(folder / WEIGHTS_FILE) != expected:
+    if not expected:
+        _log.warning(
+            "%s/%s has no checksum in the registry: nothing confirms that these are its weights",
+            *(version.name, version.version),
+        )
+    elif sha256_of(folder / WEIGHTS_FILE) != expected:
         raise InputError(
             f"the weights of {version.name}/{version.version} are not those that were registered "
             "(sha256 differs): register the model again"

@@ -95,3 +95,47 @@ def test_weights_that_are_gone_or_others_leave_what_was_pulled_before(
         weights.write_bytes(kept)
     assert sha256_of(folder / "model.safetensors") == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_registry_entry_of_a_stranger_brings_no_file_that_it_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = TrackingStore.at(f"sqlite:///{tmp_path}/runs/mlflow.db", "e")
+    client = store.client()
+    client.create_registered_model("clip")
+    private, model = tmp_path / "id_rsa", tmp_path / "entry" / "artifacts" / "model"
+    private.write_text("PRIVATE KEY\n")
+    model.mkdir(parents=True)
+    known = sha256_of(private)
+    (tmp_path / "runs" / "link").symlink_to(private)
+
+    def pull_reference(uri: str, sha256: str, *places: str) -> Path:
+        reference = {"uri": uri, "size": private.stat().st_size, "sha256": sha256}
+        (model / "model.safetensors.json").write_text(json.dumps(reference))
+        version = client.create_model_version("clip", str(tmp_path / "entry")).version
+        return pull_model(store.uri, f"clip/{version}", tmp_path / "dest", places=places)
+
+    for uri in (
+        private.as_uri(),
+        f"file://{tmp_path}/runs/../id_rsa",
+        f"file://{tmp_path}/runs/link",
+        "https://host/weights",
+    ):
+        with pytest.raises(InputError, match="not below a place that is configured"):
+            pull_reference(uri, known)
+    with pytest.raises(InputError, match="are not those that were registered"):
+        pull_reference(private.as_uri(), "0" * 64, str(tmp_path))
+    assert not (tmp_path / "dest").exists()
+    pull_reference(private.as_uri(), known, str(tmp_path))
+    assert "has no checksum in the registry" in caplog.text
+
+
+def test_files_that_were_moved_away_are_one_sentence_that_names_their_place(
+    tmp_path: Path,
+) -> None:
+    store = TrackingStore.at(f"sqlite:///{tmp_path}/mlflow.db", "e")
+    client = store.client()
+    client.create_registered_model("clip")
+    client.create_model_version("clip", f"{tmp_path}/gone")
+    with pytest.raises(InputError, match=r"files are not at .*gone.*move them back"):
+        pull_model(store.uri, "clip/1", tmp_path / "dest")
