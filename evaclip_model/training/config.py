@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from evaclip_model.config import Config
+from evaclip_model.errors import InputError
 from evaclip_model.reading.config import SamplingConfig
 from evaclip_model.training.loss.objective import OBJECTIVES
 
@@ -159,8 +161,10 @@ class TrainConfig(SamplingConfig):
     """The loss: a name of `loss.objective.OBJECTIVES`. "softmax" is CLIP's contrastive loss."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target that is spread evenly over the whole global batch."""
-    freeze: tuple[Literal["vision", "text", "logit_scale"], ...] = ()
-    """Parts that keep their weights; they have no optimizer state."""
+    freeze: tuple[str, ...] = ()
+    """Parts that keep their weights, without gradients and optimizer state: "vision", "text",
+    "logit_scale", and parts of a tower such as "vision.patch_embed", "text.token_embedding",
+    "vision.blocks.0-7" (the first eight; blocks count from 0) or "text.blocks.3.attn"."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Decay of a running mean of the weights, kept beside them and saved as `model-ema/`; none: no
     such mean."""
@@ -203,6 +207,21 @@ class TrainConfig(SamplingConfig):
         identity = self.compute_identity()
         return {name: value for name, value in identity.items() if name not in DECIDE_NOTHING}
 
+    def is_frozen(self, name: str) -> bool:
+        """Return whether `freeze` names a parameter of the model, or a part that it is in."""
+        return any(is_part_of(part, name) for part in self.freeze)
+
+    def require_parts(self, names: Collection[str]) -> None:
+        """Raises: InputError: `freeze` names what is none of `names`, a model's parameters."""
+        for part in self.freeze:
+            if not any(is_part_of(part, name) for name in names):
+                raise InputError(
+                    f"freeze names '{part}', which this model does not have: give vision, text, "
+                    "logit_scale, or a part of a tower such as vision.patch_embed, "
+                    "vision.blocks.0-7 or text.token_embedding (evaclip models has the numbers of "
+                    "blocks)"
+                )
+
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
         if self.objective not in OBJECTIVES:
@@ -214,6 +233,21 @@ class TrainConfig(SamplingConfig):
             if template.count("{}") != 1:
                 raise ValueError(f"caption template '{template}' must contain {{}} exactly once")
         return self
+
+
+def is_part_of(part: str, name: str) -> bool:
+    """Return whether a parameter's name begins with `part`, a word of `freeze`: its towers are
+    called vision and text, its blocks `blocks`, several of them as 0-7."""
+    name = name.replace("visual.", "vision.", 1).replace(".transformer.resblocks.", ".blocks.")
+    asked, words = part.split("."), name.split(".")
+    return len(asked) <= len(words) and all(map(_fits_word, asked, words))
+
+
+def _fits_word(asked: str, word: str) -> bool:
+    blocks = re.fullmatch(r"(\d+)-(\d+)", asked)
+    if blocks is None or not word.isdecimal():
+        return asked == word
+    return int(blocks[1]) <= int(word) <= int(blocks[2])
 
 
 class TrainJob(Config):

@@ -113,30 +113,52 @@ def _name_words(name: str) -> frozenset[str]:
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
     """Parameters by tower: "vision", "text", and "other", the logit scale."""
-    return {
-        "vision": _vision_parameters(config.vision, config.embed_dim),
-        "text": _text_parameters(config.text, config.embed_dim),
-        "other": 1,
+    counts = {"vision": 0, "text": 0, "other": 0}
+    for name, count in count_parts(config).items():
+        tower = name.partition(".")[0]
+        counts[tower if tower in counts else "other"] += count
+    return counts
+
+
+def count_parts(config: ModelConfig) -> dict[str, int]:
+    """Parameters by part, a block or what stands beside the blocks, as `TrainConfig.freeze` calls
+    it."""
+    vision, text = config.vision, config.text
+    parts = {
+        "vision": _vision_parts(vision, config.embed_dim),
+        "text": _text_parts(text, config.embed_dim),
     }
+    named = {f"{tower}.{name}": n for tower, found in parts.items() for name, n in found.items()}
+    return {**named, "logit_scale": 1}
 
 
-def _vision_parameters(vision: VisionConfig, embed_dim: int) -> int:
+def _vision_parts(vision: VisionConfig, embed_dim: int) -> dict[str, int]:
     width, hidden = vision.width, vision.mlp_width
     norm = 2 * width
-    embed = (3 * vision.patch_px**2 + 1) * width + (2 + vision.num_patches) * width
     attention = 4 * width**2 + 3 * width + (norm if vision.sub_norm else 0)
     biases = (2 * hidden if vision.mlp == "swiglu" else hidden) + width
     mlp = _mlp_matrices(vision) + biases + (2 * hidden if vision.sub_norm else 0)
     scales = 2 * width if vision.layer_scale_init is not None else 0
     block = attention + mlp + 2 * norm + scales
-    return embed + vision.layers * block + norm + (width + 1) * embed_dim
+    return {
+        "patch_embed": (3 * vision.patch_px**2 + 1) * width,
+        "cls_token": width,
+        "pos_embed": (1 + vision.num_patches) * width,
+        **{f"blocks.{index}": block for index in range(vision.layers)},
+        "norm" if vision.pooling == "class_token" else "fc_norm": norm,
+        "head": (width + 1) * embed_dim,
+    }
 
 
-def _text_parameters(text: TextConfig, embed_dim: int) -> int:
+def _text_parts(text: TextConfig, embed_dim: int) -> dict[str, int]:
     width = text.width
-    block = 12 * width**2 + 13 * width
-    embed = (text.vocab_size + text.context_length) * width
-    return embed + text.layers * block + 2 * width + width * embed_dim
+    return {
+        "token_embedding": text.vocab_size * width,
+        "positional_embedding": text.context_length * width,
+        **{f"blocks.{index}": 12 * width**2 + 13 * width for index in range(text.layers)},
+        "ln_final": 2 * width,
+        "text_projection": width * embed_dim,
+    }
 
 
 def stage_flops_per_sample(config: ModelConfig, train: TrainConfig, *, text_tokens: float) -> float:
@@ -167,11 +189,10 @@ def gpu_memory(
     pairs of the rank's share, are what blocks keep for their backward pass with a fused attention
     kernel, which holds no scores.
     """
-    counts = parameter_counts(config)
-    towers = {"logit_scale": "other"}
-    frozen = sum(counts[towers.get(part, part)] for part in train.freeze)
+    counts = count_parts(config)
     parameters = sum(counts.values())
-    trained = parameters - frozen
+    # What is frozen inside a block is counted as trained.
+    trained = sum(count for part, count in counts.items() if not train.is_frozen(part))
     wide = 4 if train.precision == "fp32" else 2
     shared = ranks if train.zero_stage > 0 else 1
     has_masters = train.zero_stage > 0 or train.precision != "fp32"

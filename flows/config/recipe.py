@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.cost import count_parts
 from flows.config.gpu_spec import Machines
 from flows.config.recipe_loader import find_recipe, read_recipe
 from tasks.adopt.config import AdoptConfig
@@ -186,12 +187,29 @@ class Recipe(Config):
             [source.target_count for source in self.merge_table.sources] if self.merge_table else []
         )
         most = None if self.adopt or not all(caps) else sum(cap for cap in caps if cap)
+        architecture = self.initialise.load_architecture()
         for stage in self.train:
+            try:
+                parts = count_parts(architecture.at_image_px(stage.image_px))
+                for part in stage.freeze:  # deeper words are held against the model itself
+                    depth = 3 if ".blocks." in part else 2
+                    cut = ".".join(part.split(".")[:depth])
+                    stage.model_copy(update={"freeze": (cut,)}).require_parts(parts)
+            except InputError as error:
+                raise ValueError(f"training stage '{stage.name}': {error}") from None
             if stage.warmup_steps > stage.steps:
                 raise ValueError(
                     f"training stage '{stage.name}' has {stage.steps:,} steps (samples_seen / "
                     f"global_batch), fewer than warmup_steps = {stage.warmup_steps:,}"
                 )
+            for source in self.merge_table.sources if self.merge_table else ():
+                is_drawn = not stage.source_weights or source.name in stage.source_weights
+                if is_drawn and stage.lanes > (source.target_count or stage.lanes):
+                    raise ValueError(
+                        f"training stage '{stage.name}' reads {stage.lanes} lanes, but source "
+                        f"'{source.name}' has target_count = {source.target_count}: set 'lanes' "
+                        "lower"
+                    )
             if most is not None and stage.global_batch > most:
                 raise ValueError(
                     f"training stage '{stage.name}' has global_batch = {stage.global_batch:,}, but "

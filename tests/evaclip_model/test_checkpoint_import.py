@@ -16,7 +16,6 @@ from evaclip_model.training.checkpoint.deepspeed_import import import_checkpoint
 from evaclip_model.training.checkpoint.save_and_load import load_newest, settings_of
 from evaclip_model.training.config import TrainConfig, TrainJob
 from evaclip_model.training.engine.engine import StateFragment
-from evaclip_model.training.optimizer.optimizer import is_frozen
 from evaclip_model.weights.load import save_model
 from evaclip_model.weights.name_maps import foreign_names
 
@@ -84,7 +83,7 @@ def blanks(architecture, config):
             name, 0, {kind: torch.full((value.numel(),), float("nan")) for kind in kinds}
         )
         for name, value in model.named_parameters()
-        if not is_frozen(name, config)
+        if not config.is_frozen(name)
     }
 
 

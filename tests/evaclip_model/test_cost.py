@@ -7,8 +7,9 @@ from torch import Tensor
 from evaclip_model.create import create_model
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.model_config import ModelConfig
-from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.config import TrainConfig, is_part_of
 from evaclip_model.training.cost import (
+    count_parts,
     gpu_memory,
     image_flops,
     parameter_counts,
@@ -131,6 +132,15 @@ def test_checkpointing_saves_what_it_was_measured_to_save() -> None:
         assert ours["none"] - ours[mode] == pytest.approx(MEASURED["none"] - measured, rel=0.2)
 
 
+@pytest.mark.parametrize("name", ["EVA02-CLIP-B-16", "EVA01-CLIP-g-14", "EVA02-CLIP-E-14"])
+def test_parts_are_counted_as_the_model_has_them(name: str) -> None:
+    with torch.device("meta"):
+        model = EvaClip(ModelConfig.load(name))
+    sizes = {key: value.numel() for key, value in model.named_parameters()}
+    for part, count in count_parts(model.config).items():
+        assert count == sum(n for key, n in sizes.items() if is_part_of(part, key)), part
+
+
 def test_each_setting_that_saves_memory_saves_it() -> None:
     plain = {"precision": "bf16", "patch_dropout": 0.0}
     base = total("EVA02-CLIP-L-14", stage(**plain), 8, 512, 20)
@@ -139,6 +149,8 @@ def test_each_setting_that_saves_memory_saves_it() -> None:
     assert total("EVA02-CLIP-L-14", stage(**plain, zero_stage=0), 8, 512, 20) > base
     assert total("EVA02-CLIP-L-14", stage(**plain, ema_decay=0.999), 8, 512, 20) > base
     assert total("EVA02-CLIP-L-14", stage(**plain, freeze=["text"]), 8, 512, 20) < base
+    blocks = total("EVA02-CLIP-L-14", stage(**plain, freeze=["vision.blocks.0-11"]), 8, 512, 20)
+    assert total("EVA02-CLIP-L-14", stage(**plain, freeze=["vision"]), 8, 512, 20) < blocks < base
     assert total("EVA02-CLIP-L-14", stage(**plain, loss_impl="full"), 8, 512, 20) > base
     masked = {**plain, "patch_dropout": 0.5}
     assert total("EVA02-CLIP-L-14", stage(**masked), 8, 512, 20) < base

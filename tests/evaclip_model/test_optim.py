@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from evaclip_model.errors import InputError
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.optimizer.optimizer import lr_factor, parameter_groups
 
@@ -80,6 +81,31 @@ def test_schedules_warm_up_alike_and_end_where_their_names_say():
     ]
     assert [lr_factor(12, 4, 12, name) for name in ("cosine", "linear", "constant")] == [0, 0, 1]
     assert lr_factor(99, 4, 12, "linear") == 0
+
+
+def test_frozen_blocks_leave_the_rates_of_the_others_as_they_are():
+    names = [f"visual.blocks.{index}.w" for index in range(12)]
+    names += [f"text.transformer.resblocks.{index}.w" for index in range(4)]
+    names += ["visual.patch_embed.proj.weight", "visual.head.weight", "logit_scale"]
+    shapes = [(name, torch.Size([2, 2])) for name in names]
+    frozen = ("vision.patch_embed", "vision.blocks.0-7", "text.blocks.3")
+    every = {name: group for group in parameter_groups(shapes, config()) for name in group.names}
+    left = {
+        name: group
+        for group in parameter_groups(shapes, config(freeze=frozen))
+        for name in group.names
+    }
+    gone = {f"visual.blocks.{index}.w" for index in range(8)}
+    gone |= {"visual.patch_embed.proj.weight", "text.transformer.resblocks.3.w"}
+    assert every.keys() - left.keys() == gone
+    assert all(left[name].lr_peak == every[name].lr_peak for name in left)
+
+
+@pytest.mark.parametrize("part", ["visions", "vision.blocks.12-15", "vision.block.0", "text.head"])
+def test_what_freeze_names_must_be_in_the_model(part):
+    names = [f"visual.blocks.{index}.attn.w" for index in range(12)]
+    with pytest.raises(InputError, match=f"freeze names '{part}', which this model does not have"):
+        config(freeze=("vision.blocks.3.attn", part)).require_parts(names)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,6 @@ from evaclip_model.training.checkpoint.save_and_load import save_checkpoint, set
 from evaclip_model.training.checkpoint.storage import place_of
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.engine.engine import StateFragment
-from evaclip_model.training.optimizer.optimizer import is_frozen
 from evaclip_model.weights.checkpoint_format import TrainingProgress
 from evaclip_model.weights.name_maps import Entry, native_names
 
@@ -194,7 +193,7 @@ def _of_model(
     with torch.device("meta"):
         model = EvaClip(architecture.at_image_px(config.image_px))
     wanted = {
-        name: value.shape for name, value in model.named_parameters() if not is_frozen(name, config)
+        name: value.shape for name, value in model.named_parameters() if not config.is_frozen(name)
     }
     names = native_names(found.pieces, where=str(source))
     entries = {entry.native: entry for entry in names.entries}

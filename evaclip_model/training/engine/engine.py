@@ -37,7 +37,6 @@ from evaclip_model.training.optimizer.optimizer import (
     Group,
     Lamb,
     LambPart,
-    is_frozen,
     parameter_groups,
     tower_of,
 )
@@ -379,9 +378,10 @@ def _fp32_state_of(wrapped: Any, optimizer: Lamb, named: Mapping[str, Tensor]) -
 
 
 def _freeze_parameters(model: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
+    config.require_parts([name for name, _ in model.named_parameters()])
     found = {}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not is_frozen(name, config))
+        parameter.requires_grad_(not config.is_frozen(name))
         if parameter.requires_grad:
             found[name] = parameter
     return found

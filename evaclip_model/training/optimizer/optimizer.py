@@ -57,8 +57,9 @@ class Group:
 def parameter_groups(shapes: Iterable[tuple[str, torch.Size]], config: TrainConfig) -> list[Group]:
     """Group parameters, of names and shapes in the model's order, by tower, layer and weight decay:
     vision first, then text, then the rest. Frozen ones are in no group."""
-    parameters = [(name, shape) for name, shape in shapes if not is_frozen(name, config)]
-    depths = {tower: _tower_depth(tower, (name for name, _ in parameters)) for tower in TOWERS}
+    every = list(shapes)
+    parameters = [(name, shape) for name, shape in every if not config.is_frozen(name)]
+    depths = {tower: _tower_depth(tower, (name for name, _ in every)) for tower in TOWERS}
     members: dict[tuple[Tower, int, bool], list[str]] = {}
     for name, shape in parameters:
         tower = tower_of(name)
@@ -86,11 +87,6 @@ def tower_of(name: str) -> Tower:
     if name.startswith("visual."):
         return "vision"
     return "text" if name.startswith("text.") else "other"
-
-
-def is_frozen(name: str, config: TrainConfig) -> bool:
-    """True when `config.freeze` names the parameter, or its tower."""
-    return name in config.freeze or tower_of(name) in config.freeze
 
 
 def layer_of(name: str, depth: int) -> int:
