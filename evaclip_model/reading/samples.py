@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
@@ -24,7 +25,7 @@ from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.reading.tar_file import STRETCH, BrokenTar, Member, TarReader
-from evaclip_model.reading.urls import is_url, read_text
+from evaclip_model.reading.urls import is_url, open_filesystem, read_text
 
 SHARDS = "shards.json"
 """Name of the manifest, in the folder that its shards' paths are relative to."""
@@ -276,6 +277,59 @@ def group_members(found: Iterable[Member]) -> Iterator[Stored]:
 def is_sample_file(name: str) -> bool:
     """Return whether a member may be part of a sample; webdataset takes this as `select_files`."""
     return not (_META(name) or _FINDER(name))
+
+
+def open_webdataset(manifest: Path | str, *, resampled: bool = False) -> Any:
+    """A dataset version as plain webdataset reads it, without what it leaves out.
+
+    Shards are shared among ranks and DataLoader workers by webdataset's rules. What comes back is
+    its pipeline: `.shuffle(1000).decode("pil").to_tuple("jpg;png;webp", "txt")` and the rest go on
+    from it.
+
+    Args:
+        manifest: `shards.json` of the dataset, a path or a URL that fsspec knows.
+        resampled: draw shards with replacement, without end.
+
+    Raises:
+        InputError: no such manifest; while reading, a shard that is not there or changed since it
+            was verified.
+    """
+    import webdataset  # imports torch, which few who look into shards need
+    from webdataset.compat import FluidInterface
+
+    folder = str(manifest).rpartition("/")[0]
+    shards = {
+        shard.path if is_url(shard.path) else f"{folder or '.'}/{shard.path}": shard
+        for shard in ShardManifest.read(manifest).shards
+    }
+    kind = webdataset.ResampledShards if resampled else webdataset.SimpleShardList
+    pipeline = type("ShardPipeline", (webdataset.DataPipeline, FluidInterface), {})
+    splits = () if resampled else (webdataset.split_by_node, webdataset.split_by_worker)
+    return pipeline(kind(list(shards)), *splits, partial(_read_webdataset, shards))
+
+
+def _read_webdataset(
+    shards: Mapping[str, Shard], asked: Iterable[dict[str, str]]
+) -> Iterator[dict[str, Any]]:
+    """The samples of the shards that are `asked` for; each tar is counted from its own start."""
+    from webdataset.handlers import ignore_and_continue
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    for url in (one["url"] for one in asked):
+        shard = shards[url]
+        try:
+            size = open_filesystem(url).size(url) if is_url(url) else Path(url).stat().st_size
+            if size != shard.bytes:
+                raise InputError(f"{url} changed since it was verified: verify the shards again")
+            with open_filesystem(url).open(url) if is_url(url) else Path(url).open("rb") as stream:
+                members = tar_file_expander(
+                    [{"url": url, "stream": stream}], select_files=is_sample_file
+                )
+                # A repeated member is passed over: its sample is left out of the dataset.
+                found = group_by_keys(members, handler=ignore_and_continue)
+                yield from skip_tombstones(found, shard.left_out)
+        except OSError as error:
+            raise InputError(f"{url} cannot be read ({error}): verify the shards again") from None
 
 
 def skip_tombstones(samples: Iterable[T], left_out: Set[int]) -> Iterator[T]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import webdataset
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 from webdataset.tariterators import tarfile_samples
 
+from evaclip_model.errors import InputError
+from evaclip_model.reading import open_webdataset
 from evaclip_model.reading.samples import (
     Shard,
     ShardManifest,
@@ -211,19 +215,49 @@ def test_a_sparse_member_is_refused_not_passed_over(tmp_path: Path) -> None:
         read_here(path)
 
 
-def test_plain_webdataset_reads_our_shards_without_their_tombstones(tmp_path: Path) -> None:
-    keys = [f"{number:03d}" for number in range(6)]
-    path = write_tar(tmp_path / "0.tar", [stored(key) for key in keys])
-    shard = Shard(
-        path=path.name, source="a", samples=4, bytes=10, sha256="0" * 64, tombstones="1 4"
-    )
-    ShardManifest(shards=(shard,)).write(tmp_path / "shards.json")
-    read = [
-        sample["__key__"]
-        for one in ShardManifest.read(tmp_path / "shards.json").shards
-        for sample in skip_tombstones(
-            webdataset.WebDataset(str(tmp_path / one.path), shardshuffle=False), one.left_out
+def write_version(folder: Path) -> Path:
+    """Two shards of six samples each, two of which are left out."""
+    shards = []
+    for number, left_out in enumerate(("1 4", "0 5")):
+        keys = [f"{number}{place:02d}" for place in range(6)]
+        path = write_tar(folder / f"{number}.tar", [stored(key) for key in keys])
+        size = path.stat().st_size
+        shards.append(
+            Shard(
+                **{"path": path.name, "source": "a", "samples": 4, "bytes": size},
+                **{"sha256": "0" * 64, "tombstones": left_out},
+            )
         )
+    ShardManifest(shards=tuple(shards)).write(folder / "shards.json")
+    return folder / "shards.json"
+
+
+KEPT = ["000", "002", "003", "005", "101", "102", "103", "104"]
+
+
+def test_one_call_opens_a_dataset_version_for_webdataset_without_what_it_leaves_out(
+    tmp_path: Path,
+) -> None:
+    manifest = write_version(tmp_path)
+    assert [sample["__key__"] for sample in open_webdataset(manifest)] == KEPT
+    assert sorted(open_webdataset(manifest).shuffle(10).to_tuple("__key__")) == [
+        (key,) for key in KEPT
     ]
-    assert read == ["000", "002", "003", "005"]
-    assert [sample.key for sample in skip_tombstones(read_samples(path), shard.left_out)] == read
+    loader = DataLoader(open_webdataset(manifest), batch_size=None, num_workers=2)
+    assert sorted(sample["__key__"] for sample in loader) == KEPT
+    for shard in ShardManifest.read(manifest).shards:
+        read = skip_tombstones(read_samples(tmp_path / shard.path), shard.left_out)
+        assert [sample.key for sample in read] == [key for key in KEPT if key[0] == shard.path[0]]
+
+
+def test_a_shard_that_is_drawn_twice_in_a_row_leaves_the_same_out(tmp_path: Path) -> None:
+    drawn = islice(open_webdataset(write_version(tmp_path), resampled=True), 200)
+    assert {sample["__key__"] for sample in drawn} == set(KEPT)
+
+
+def test_a_shard_that_changed_since_is_not_read_by_webdataset(tmp_path: Path) -> None:
+    manifest = write_version(tmp_path)
+    with (tmp_path / "1.tar").open("ab") as tar:
+        tar.write(b"more")
+    with pytest.raises(InputError, match=r"1\.tar changed since it was verified"):
+        list(open_webdataset(manifest))
