@@ -11,7 +11,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
-from flows.audit.dataset_replacement import describe_replacement, take_down
+from flows.audit.dataset_replacement import describe_replacement, describe_unmatched, take_down
 from flows.config.profile import load_profile
 
 
@@ -28,6 +28,7 @@ def takedown(file: Annotated[str, Field(min_length=1)]) -> list[str]:
     root = load_profile().root.resolve()
     done = take_down(Path(file), root)
     lines = [line for one in done for line in describe_replacement(one, root)]
-    said = "\n".join(lines) or "no dataset version holds any of these samples"
+    lines = lines or ["no dataset version holds any of these samples"]
+    said = "\n".join([*lines, *describe_unmatched(Path(file), root)])
     create_markdown_artifact(f"# Takedown of `{file}`\n\n```\n{said}\n```", key="takedown")
     return [one.new.digest for one in done]

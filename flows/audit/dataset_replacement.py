@@ -23,9 +23,13 @@ from tasks.artifacts.artifact import Artifact, Made, Role, read_artifacts
 from tasks.dataset.choose import Asked, find_asked
 from tasks.dataset.config import LEFT_OUT, REPORT, STAGE, TAKEN_DOWN, DatasetConfig
 from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
-from tasks.dataset.lists import read_takedowns, takedowns_digest
+from tasks.dataset.lists import is_url, read_takedowns, takedowns_digest
 from tasks.index.sample_index import SampleIndex
+from tasks.merge.normal_urls import normal_urls
 from tasks.progress import Report, report_nothing
+
+MOST_NAMED = 50
+"""Entries without a sample that are named one by one."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,35 @@ def take_down(file: Path, root: Path) -> list[Succession]:
         for versions in groups.values()
         if (succession := _make_successor(versions, entries, asked, artifacts, root)) is not None
     ]
+
+
+def describe_unmatched(file: Path, root: Path) -> Iterator[str]:
+    """The entries of `file` that no dataset version under `root` has a sample of, for a person."""
+    entries, artifacts = read_takedowns([file]), read_artifacts(root)
+    marks: set[str] = set()
+    for folder in {data_of(versions[0], artifacts).folder for versions in _by_rules(artifacts)}:
+        for kind, values in sort_takedowns(entries).items():
+            for row in SampleIndex(folder).find_samples(kind, values):
+                marks |= {row["uid"], row["sha256"], row["stored_sha256"]}
+                marks.add((row["url"] or "").partition("://")[2])
+    urls = tuple(filter(is_url, entries))
+    normal = dict(zip(urls, normal_urls(urls), strict=True)) if urls else {}
+    unmatched = [
+        entry
+        for entry in entries
+        if marks.isdisjoint(
+            form.partition("://")[2] if is_url(form) else form
+            for form in (entry, normal.get(entry) or entry)
+        )
+    ]
+    if unmatched:
+        yield (
+            f"{len(unmatched):,} of {len(entries):,} entries name no sample of any dataset version (a takedown names "
+            "samples: a site's name alone finds nothing):"
+        )
+    yield from (f"  {entry}" for entry in unmatched[:MOST_NAMED])
+    if len(unmatched) > MOST_NAMED:
+        yield f"  and {len(unmatched) - MOST_NAMED:,} more"
 
 
 def left_out(version: Artifact, rows: Sequence[int]) -> dict[int, str]:

@@ -83,12 +83,18 @@ def takedown(
     file: Annotated[Path, Argument(metavar="FILE", help="URLs, uids or SHA-256s, one a line")],
 ) -> None:
     """Make new dataset versions without some samples; name the models that have seen them."""
-    from flows.audit.dataset_replacement import describe_replacement, take_down  # imports duckdb
+    from flows.audit.dataset_replacement import (  # imports duckdb
+        describe_replacement,
+        describe_unmatched,
+        take_down,
+    )
 
     root = load_profile().root.resolve()
     done = take_down(file, root)
     for one in done:
         console.print("\n".join(describe_replacement(one, root)), soft_wrap=True, markup=False)
+    for line in describe_unmatched(file, root):
+        console.print(line, soft_wrap=True, markup=False)
     if not done:
         console.print(f"no dataset version under {root} holds any of these samples")
         return

@@ -141,13 +141,14 @@ def describe_sets(evaluated: Artifact, folders: Mapping[str, Path | str]) -> lis
 
 
 def sort_takedowns(entries: Iterable[str]) -> Asked:
-    """Entries of takedown lists by kind, as the index has them; URLs as merges write them."""
+    """Entries of takedown lists by kind, as the index has them; URLs as they are, which merges of
+    before the present normal form may have written, and as merges write them now."""
     from tasks.dataset.choose import sort_by_kind  # imports duckdb, as the next ones do
     from tasks.index.sample_index import Kind
     from tasks.merge.normal_urls import normal_urls
 
     by_kind = dict(sort_by_kind(entries))
     if by_kind[Kind.URL]:
-        normal = zip(by_kind[Kind.URL], normal_urls(by_kind[Kind.URL]), strict=True)
-        by_kind[Kind.URL] = tuple(ours or theirs for theirs, ours in normal)
+        normal = [url for url in normal_urls(by_kind[Kind.URL]) if url is not None]
+        by_kind[Kind.URL] = tuple(dict.fromkeys([*by_kind[Kind.URL], *normal]))
     return by_kind

@@ -32,6 +32,7 @@ from urllib.parse import urlsplit
 from tasks.download import fetch_outcome
 from tasks.download.config import DownloadConfig
 from tasks.download.politeness import MAX_RULES_BYTES, HostGate, Robots, declines_use
+from tasks.web_addresses import normalise_web_address
 
 CHUNK_BYTES = 1 << 16
 MAX_REDIRECTS = 10
@@ -130,7 +131,8 @@ class Fetcher:
         """
         try:
             for _ in range(MAX_REDIRECTS + 1):
-                host = (urlsplit(url).hostname or "").rstrip(".")
+                url = normalise_web_address(url)
+                host = urlsplit(url).hostname or ""
                 asked = time.monotonic()
                 with self._hosts.hold_slot(host):
                     self._deadline.extend_by(time.monotonic() - asked)

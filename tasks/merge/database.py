@@ -1,8 +1,7 @@
 """The embedded database a merge runs in.
 
 Covers: opening and closing DuckDB with bounded memory, its reading of URLs through fsspec, its
-statements as files, its errors as sentences, and the functions SQL lacks (international host names,
-LAION's row key).
+statements as files, its errors as sentences, and LAION's row key.
 Not here: what the statements mean; see sql/ and units.py.
 """
 
@@ -21,6 +20,7 @@ import pyarrow as pa
 
 from evaclip_model.errors import InputError
 from tasks.merge.metadata_files import file_system, is_url
+from tasks.web_addresses import normalise_host, remove_dot_segments
 
 SQL = Path(__file__).parent / "sql"
 NOT_ABOUT_CONTENT = (
@@ -33,7 +33,6 @@ NOT_ABOUT_CONTENT = (
 )
 """What a damaged file does not cause; damage itself may surface as any other error."""
 PARAMETER = re.compile(r"\$([a-z][a-z0-9_]*)")
-ASCII_HOST = re.compile(r"[a-z0-9._-]+")
 
 
 @contextmanager
@@ -69,7 +68,13 @@ def open_database(
         # Texts of a batch may be longer than 2 GB.
         connection.execute("SET arrow_large_buffer_size = true")
         connection.create_function(
-            "idna_host", idna_host, ["VARCHAR"], "VARCHAR", null_handling="special"
+            "normalise_host",
+            lambda host: None if host is None else normalise_host(host),
+            *(["VARCHAR"], "VARCHAR"),
+            null_handling="special",
+        )
+        connection.create_function(
+            "remove_dot_segments", remove_dot_segments, ["VARCHAR"], "VARCHAR"
         )
         connection.create_function(
             "laion_hash", _laion_hash_column, ["VARCHAR"], "BIGINT", type="arrow"
@@ -158,15 +163,6 @@ def stream_batches(
 def copy_statement(query: str, options: str) -> str:
     """COPY the rows of a query to the parameter `$target`."""
     return f"COPY ({query}) TO $target (FORMAT parquet, {options})"
-
-
-def idna_host(host: str | None) -> str | None:
-    """ASCII form of a host name with other letters (RFC 3490), none when it has none."""
-    try:
-        name = "" if host is None else host.encode("idna").decode("ascii").lower()
-    except UnicodeError:
-        return None
-    return name if ASCII_HOST.fullmatch(name) else None
 
 
 def laion_hashes(texts: Iterable[str]) -> list[int]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -152,23 +152,33 @@ def remote_fingerprint(paths: Sequence[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read_lists(paths: Sequence[str]) -> list[str]:
-    """The entries of text files with one a line.
+def read_lists(
+    paths: Sequence[str], read_line: Callable[[str], Sequence[str] | None], forms: str
+) -> list[str]:
+    """The entries of text files, as `read_line` understands the lines that are not comments.
 
     Raises:
-        InputError: a file is missing or is not text.
+        InputError: a file is missing or is not text; or a line cannot be understood, for which
+            `read_line` gives None: the sentence says which, and that it must be one of `forms`.
     """
     entries: list[str] = []
     for path in paths:
         try:
-            with fsspec.open(path, "rt", encoding="utf-8") as file:
+            with fsspec.open(path, "rt", encoding="utf-8-sig") as file:
                 lines = [line.strip() for line in file]
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"blocklist {path} cannot be read ({_first_line(error)}): name a text file with "
                 "one entry a line"
             ) from error
-        entries += [line for line in lines if line and not line.startswith("#")]
+        for number, line in enumerate(lines, start=1):
+            found = read_line(line) if line and not line.startswith("#") else ()
+            if found is None:
+                raise InputError(
+                    f"blocklist {path}, line {number}: '{line[:80]}' is not {forms}: correct the "
+                    "line or take it out"
+                )
+            entries += found
     return entries
 
 

@@ -12,6 +12,7 @@ same time, in processes or on machines that share the folder.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -54,6 +55,7 @@ from tasks.merge.shuffle import (
     rows_per_run,
     write_rows,
 )
+from tasks.web_addresses import read_host_entry
 
 COMPRESSION: Mapping[str, Any] = {"compression": "zstd", "compression_level": 1}
 IMAGE_HASH = "image_hash"
@@ -119,23 +121,42 @@ def text_of(paths: Iterable[Path]) -> list[str]:
 
 
 def fill_blocklists(connection: DuckDBPyConnection, config: MergeConfig) -> None:
-    """The tables that the blocklist rules ask: addresses, host names and hashes, in normal form."""
+    """The tables that the blocklist rules ask: addresses, host names and hashes, in normal form.
+
+    Raises:
+        InputError: a list cannot be read, or a line of it cannot be understood.
+    """
     lists = config.filters.blocklists
-    urls = (
+    addresses = (
         "WITH published AS (SELECT unnest($entries::VARCHAR[]) AS raw_url, "
         f"NULL::VARCHAR AS raw_caption), {load_statement('normalise')} "
-        "SELECT address AS entry FROM normalised WHERE address IS NOT NULL"
+        "SELECT DISTINCT address AS entry FROM normalised WHERE address IS NOT NULL"
     )
-    lowered = "SELECT lower(unnest($entries::VARCHAR[])) AS entry"
-    for table, query, paths in (
-        ("blocked_addresses", urls, lists.urls),
-        ("blocked_domains", lowered, lists.domains),
-        ("blocked_hashes", lowered, lists.hashes),
+    plain = "SELECT unnest($entries::VARCHAR[]) AS entry"
+    for table, query, paths, read_line, forms in (
+        ("blocked_addresses", addresses, lists.urls, _read_url_entry, "a URL"),
+        (
+            *("blocked_domains", plain, lists.domains, read_host_entry),
+            "a host name, a line of a hosts file or a rule ||name^",
+        ),
+        ("blocked_hashes", plain, lists.hashes, _read_hash_entry, "a hash"),
     ):
         if paths:
-            connection.execute(
-                f"CREATE TEMP TABLE {table} AS {query}", {"entries": read_lists(paths)}
-            )
+            entries = read_lists(paths, read_line, forms)
+            connection.execute(f"CREATE TEMP TABLE {table} AS {query}", {"entries": entries})
+
+
+def _read_url_entry(line: str) -> list[str] | None:
+    """The URL of a line, which may lack its scheme; the scheme does not matter."""
+    url = re.split(r"\s+#", line)[0]
+    scheme, separator, _ = url.partition("://")
+    if separator:
+        return [url] if scheme.lower() in ("http", "https") else None
+    return [f"http://{url}"] if re.match(r"[\w.-]+\.\w+(?:[:/?]|$)", url) else None
+
+
+def _read_hash_entry(line: str) -> list[str]:
+    return [line.split()[0].lower()]
 
 
 def _partition_sidecar_keys(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:

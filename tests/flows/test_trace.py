@@ -161,6 +161,8 @@ def test_a_takedown_makes_a_version_without_the_sample_and_names_the_models(
     assert removed >= 1
     assert held(new) == new.counts["samples"]
     assert f"{made['dataset'].digest} -> {new.digest}" in ended.output
+    assert "1 of 2 entries name no sample of any dataset version" in ended.output
+    assert "  nobody-knows-this-uid" in ended.output
     assert all(digest in ended.output for digest in (*trained(root), "evaclip-demo/1 @challenger"))
     assert kept == {path: path.stat().st_mtime_ns for path in root.glob("download/*/**/*")}
 

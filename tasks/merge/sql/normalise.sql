@@ -2,7 +2,8 @@
 --   url      ready to fetch, none when no web server can be asked for it
 --   address  what two URLs of the same image share: url without its scheme
 --   caption  white space and control characters tidied
--- The scheme and host are lower case, the scheme's own port and the fragment are dropped, and
+-- The scheme and host are lower case, the scheme's own port, the fragment, the root's dot behind the
+-- host and dot segments are dropped (tasks/web_addresses.py), and
 -- the path and query hold ASCII only: what needs no escape is not escaped, what does is (RFC 3986
 -- section 6.2.2, RFC 3987 section 3.1). Credentials, other schemes and bad hosts give none.
 -- Most URLs are in that form already: one look at `is_normal` spares them everything below. The
@@ -13,8 +14,8 @@ seen AS (
     NOT coalesce(regexp_matches(raw_caption, '^ | $|  |\p{Cc}|[^\P{Z} ]'), false) AS is_tidy,
     coalesce(regexp_full_match(
       raw_url,
-      'https?://[a-z0-9._\-]+/(?:[A-Za-z0-9\-._~!$&''()*+,;=:@/?]|%(?:[0189A-F][0-9A-F]|2[0-9A-CF]|3[A-F]|[46]0|5[B-E]|7[BCDF]))*'
-    ), false) AS is_normal
+      'https?://[a-z0-9._\-]*[a-z0-9_\-]/(?:[A-Za-z0-9\-._~!$&''()*+,;=:@/?]|%(?:[0189A-F][0-9A-F]|2[0-9A-CF]|3[A-F]|[46]0|5[B-E]|7[BCDF]))*'
+    ), false) AND NOT contains(raw_url, '/.') AS is_normal
   FROM published
 ),
 trimmed AS (
@@ -40,14 +41,14 @@ addressed AS (
         WHEN parts.scheme = '' OR TRY_CAST(parts.port AS INTEGER) NOT BETWEEN 1 AND 65535 THEN NULL
         ELSE
           CASE
-            WHEN regexp_full_match(parts.host, '[A-Za-z0-9._\-]+|\[.*') THEN lower(parts.host)
-            ELSE idna_host(parts.host) END ||
+            WHEN regexp_full_match(parts.host, '[A-Za-z0-9._\-]*[A-Za-z0-9_\-]|\[.*') THEN lower(parts.host)
+            ELSE normalise_host(parts.host) END ||
           CASE
             WHEN parts.port = '' THEN ''
             WHEN TRY_CAST(parts.port AS INTEGER) =
               CASE WHEN lower(parts.scheme) = 'http' THEN 80 ELSE 443 END THEN ''
             ELSE ':' || TRY_CAST(parts.port AS INTEGER)::VARCHAR END ||
-          CASE WHEN starts_with(parts.path, '/') THEN '' ELSE '/' END ||
+          list_transform([CASE WHEN starts_with(parts.path, '/') THEN '' ELSE '/' END ||
           CASE
             WHEN regexp_full_match(parts.path, '[A-Za-z0-9\-._~!$&''()*+,;=:@/?]*') THEN parts.path
             ELSE array_to_string(list_transform(
@@ -64,7 +65,8 @@ addressed AS (
                   ELSE upper(piece) END
                 WHEN regexp_full_match(left(piece, 1), '[A-Za-z0-9\-._~!$&''()*+,;=:@/?]') THEN piece
                 ELSE url_encode(piece) END
-            ), '') END
+            ), '') END], lambda path: CASE
+              WHEN contains(path, '/.') THEN remove_dot_segments(path) ELSE path END)[1]
         END
     )[1] END AS address
   FROM trimmed

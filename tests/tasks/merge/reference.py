@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from tasks.merge.config import FilterConfig, MergeConfig
+from tasks.web_addresses import normalise_host
 
 UNRESERVED = string.ascii_letters + string.digits + "-._~"
 Row = dict[str, Any]
@@ -51,13 +52,11 @@ def _host_and_port(authority: str) -> tuple[str | None, str]:
     host, port = match[1].lower(), match[2] or ""
     if port and not 1 <= int(port) <= 65535:
         return None, "bad"
-    if not host.startswith("[") and not set(host) <= set("abcdefghijklmnopqrstuvwxyz0123456789._-"):
-        try:
-            host = match[1].encode("idna").decode().lower()
-        except UnicodeError:
+    if not host.startswith("["):
+        named = host.removesuffix(".") if host.isascii() else normalise_host(match[1])
+        if named is None or not re.fullmatch(r"[a-z0-9._-]+", named) or named.endswith("."):
             return None, ""
-        if not re.fullmatch(r"[a-z0-9._-]+", host):
-            return None, ""
+        host = named
     return host, str(int(port)) if port else ""
 
 
@@ -68,7 +67,17 @@ def _path(path: str) -> str:
 
     path = re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", path)
     path = re.sub(r"%[0-9A-Fa-f]{2}", escape, path)
-    return quote(path, safe=UNRESERVED + "!$&'()*+,;=:@/?%")
+    path, mark, query = quote(path, safe=UNRESERVED + "!$&'()*+,;=:@/?%").partition("?")
+    walked = ""
+    while path:
+        if path.startswith("/../") or path == "/..":
+            path, walked = "/" + path[4:], walked.rpartition("/")[0]
+        elif path.startswith("/./") or path == "/.":
+            path = "/" + path[3:]
+        else:
+            piece = re.match("/[^/]*", path)[0]  # type: ignore[index]
+            path, walked = path[len(piece) :], walked + piece
+    return walked + mark + query
 
 
 def tidy(caption: str) -> str:

@@ -137,7 +137,7 @@ filters = st.builds(
 
 blocklists = st.builds(
     reference.Blocked,
-    urls=st.just(()) | st.just(("https://D.example/%37", "nonsense")),
+    urls=st.just(()) | st.just(("https://D.example/%37", "non.sense")),
     domains=st.just(()) | st.sampled_from([("B.example", "co.uk"), ("example",)]),
     hashes=st.just(())
     | st.just(("FFEEDDCCBBAA9988", hashlib.md5(b"http://d.example/5").hexdigest())),

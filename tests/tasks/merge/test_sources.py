@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,23 @@ def test_a_missing_blocklist_is_one_sentence(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", metadata.COYO_700M, [coyo(1)])
     lists = {"blocklists": {"urls": [str(tmp_path / "none.txt")]}}
     with pytest.raises(InputError, match=r"blocklist .*none.txt cannot be read"):
+        merged(tmp_path, {"files": str(path)}, filters=lists)
+
+
+@pytest.mark.parametrize(
+    ("kind", "entry", "wanted"),
+    [
+        ("domains", "0.0.0.0 1.example", "line 2: '@@||1.example^' is not a host name"),
+        ("urls", "1.example/a.jpg", "line 2: '@@||1.example^' is not a URL"),
+    ],
+)
+def test_a_line_of_a_blocklist_that_is_not_understood_is_refused_by_its_number(
+    kind: str, entry: str, wanted: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.parquet", metadata.COYO_700M, [coyo(1)])
+    (tmp_path / "list.txt").write_text(f"{entry}\n@@||1.example^\n")
+    lists = {"blocklists": {kind: [str(tmp_path / "list.txt")]}}
+    with pytest.raises(InputError, match=re.escape(wanted)):
         merged(tmp_path, {"files": str(path)}, filters=lists)
 
 

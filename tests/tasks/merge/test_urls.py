@@ -21,8 +21,9 @@ QUERY = (
 SCHEMES_AND_HOSTS = ["http://", "HTTPS://", "a.example", "Ä.example", "[::1]"]
 PORTS_AND_MARKS = [":80", ":443", ":8080", ":0", "/", "?", "#", "@", "\\", "[", "]", "|", '"']
 ESCAPES = ["%", "%41", "%c3%A4", "%7e", "%2F", "%zz", "..", "a", "b=c&d", "+", "'"]
+DOTS = ["/..", "/.", "%2e", "."]
 LETTERS = [" ", "\t", "\n", "\x00", "\x7f", "ä", "漢", "\U0001f600"]
-pieces = st.sampled_from([*SCHEMES_AND_HOSTS, *PORTS_AND_MARKS, *ESCAPES, *LETTERS])
+pieces = st.sampled_from([*SCHEMES_AND_HOSTS, *PORTS_AND_MARKS, *ESCAPES, *DOTS, *LETTERS])
 messy_urls = st.lists(pieces, max_size=12).map("".join) | st.lists(pieces, max_size=8).map(
     lambda parts: "http://a.example/" + "".join(parts)
 )
@@ -55,6 +56,11 @@ def normalise(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
         ("http://bücher.example/", "http://xn--bcher-kva.example/"),
         ("http://[2001:DB8::1]:8080/", "http://[2001:db8::1]:8080/"),
         ("http://a.example/%2541", "http://a.example/%2541"),
+        ("http://a.example./b", "http://a.example/b"),
+        ("http://faß.example/", "http://xn--fa-hia.example/"),
+        ("http://a.example/b/../c/./d?e=/../f", "http://a.example/c/d?e=/../f"),
+        ("http://a.example/b/%2e%2E", "http://a.example/"),
+        ("http://a.example/.hidden/b", "http://a.example/.hidden/b"),
     ],
 )
 def test_a_url_is_ready_to_fetch(normalise, published: str, fetched: str) -> None:

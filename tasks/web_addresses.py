@@ -1,0 +1,104 @@
+"""The normal form of hosts and paths, for every stage that compares or asks for addresses.
+
+Host names follow UTS #46 without transitional mappings, as browsers do; paths RFC 3986, 5.2.4.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from urllib.parse import urlsplit
+
+import idna
+
+_ASCII_HOST = re.compile(r"[a-z0-9._-]*[a-z0-9_-]")
+_LONGEST_LABEL = 63
+_ENTRY_OF_AD_BLOCKER = re.compile(r"\|\|([^/^$|*]+)\^")
+_COMMENT = re.compile(r"(?:^|\s)#.*")
+
+
+def normalise_host(host: str) -> str | None:
+    """A host name in lower-case ASCII without the root's dot; none when it has no such form."""
+    name = host.lower()
+    if not name.isascii():
+        try:
+            mapped = idna.uts46_remap(host, std3_rules=False, transitional=False)
+            labels = [
+                label if label.isascii() else f"xn--{label.encode('punycode').decode()}"
+                for label in mapped.split(".")
+            ]
+        except UnicodeError:
+            return None
+        if any(len(label) > _LONGEST_LABEL for label in labels) or not all(labels[:-1]):
+            return None
+        name = ".".join(labels).lower()
+    name = name.removesuffix(".")
+    return name if _ASCII_HOST.fullmatch(name) else None
+
+
+def remove_dot_segments(path: str) -> str:
+    """A path with its query, `.` and `..` carried out; it begins with a slash."""
+    path, question, query = path.partition("?")
+    kept: list[str] = []
+    segments = path.split("/")[1:]
+    for segment in segments:
+        if segment == "..":
+            kept[-1:] = []
+        elif segment != ".":
+            kept.append(segment)
+    if segments[-1] in (".", ".."):
+        kept.append("")
+    return f"/{'/'.join(kept)}{question}{query}"
+
+
+def normalise_web_address(url: str) -> str:
+    """`url` with its host and path in normal form; as it is where they are already, or have none.
+
+    Raises:
+        ValueError: it cannot be taken apart.
+    """
+    parts = urlsplit(url)
+    credentials, at, authority = parts.netloc.rpartition("@")
+    name, colon, port = authority.partition(":")
+    host = None if authority.startswith("[") else normalise_host(name)
+    netloc = f"{credentials}{at}{host}{colon}{port}" if host else parts.netloc
+    path = re.sub("%2e", ".", parts.path, flags=re.IGNORECASE)
+    if not re.search(r"/\.\.?(?:/|$)", path):
+        path = parts.path
+    elif path.startswith("/"):
+        path = remove_dot_segments(path)
+    return parts._replace(netloc=netloc, path=path).geturl()
+
+
+def read_host_entry(line: str) -> list[str] | None:
+    """The host names that a line of a domain blocklist means; none when it cannot be understood.
+
+    Lists are published as plain names, `.name` or `*.name`, hosts files (an address, then names),
+    addresses of sites, and rules of ad blockers (`||name^`), with comments behind # or !.
+    """
+    words = [] if line.startswith(("!", "[Adblock")) else _COMMENT.sub("", line).split()
+    if len(words) > 1:
+        if not _is_ip_address(words[0]):
+            return None
+        words = words[1:]
+    names = []
+    for word in words:
+        rule = _ENTRY_OF_AD_BLOCKER.fullmatch(word)
+        word = rule[1] if rule else word.removeprefix("*").removeprefix(".")
+        if "://" in word:
+            scheme, _, rest = word.partition("://")
+            word = rest.removesuffix("/") if scheme.lower() in ("http", "https") else ""
+        bare = word.strip("[]")
+        name = f"[{bare.lower()}]" if ":" in bare and _is_ip_address(bare) else normalise_host(word)
+        if name is None:
+            return None
+        names.append(name)
+    return names
+
+
+def _is_ip_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
