@@ -69,7 +69,8 @@ def describe_unmatched(file: Path, root: Path) -> Iterator[str]:
     """The entries of `file` that no dataset version under `root` has a sample of, for a person."""
     entries, artifacts = read_takedowns([file]), read_artifacts(root)
     marks: set[str] = set()
-    for folder in {data_of(versions[0], artifacts).folder for versions in _by_rules(artifacts)}:
+    versions = [artifact for artifact in artifacts if artifact.kind == STAGE.name]
+    for folder in {data_of(version, artifacts).folder for version in versions}:
         for kind, values in sort_takedowns(entries).items():
             for row in SampleIndex(folder).find_samples(kind, values):
                 marks |= {row["uid"], row["sha256"], row["stored_sha256"]}
@@ -86,8 +87,8 @@ def describe_unmatched(file: Path, root: Path) -> Iterator[str]:
     ]
     if unmatched:
         yield (
-            f"{len(unmatched):,} of {len(entries):,} entries name no sample of any dataset version (a takedown names "
-            "samples: a site's name alone finds nothing):"
+            f"{len(unmatched):,} of {len(entries):,} entries name no sample of any dataset version "
+            "(a takedown names samples: a site's name alone finds nothing):"
         )
     yield from (f"  {entry}" for entry in unmatched[:MOST_NAMED])
     if len(unmatched) > MOST_NAMED:
