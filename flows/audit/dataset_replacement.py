@@ -25,7 +25,7 @@ from tasks.dataset.config import LEFT_OUT, REPORT, STAGE, TAKEN_DOWN, DatasetCon
 from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
 from tasks.dataset.lists import is_url, read_takedowns, takedowns_digest
 from tasks.index.sample_index import SampleIndex
-from tasks.merge.normal_urls import normal_urls
+from tasks.merge.database import normal_urls
 from tasks.progress import Report, report_nothing
 
 MOST_NAMED = 50

@@ -111,7 +111,7 @@ def inspect_source(
     read: Annotated[int, Option(help="files to read for shares and histograms")] = 4,
 ) -> None:
     """Say what metadata files hold, before they become a source."""
-    from tasks.adopt.inspect_source import inspect_source as inspect_adoptable
+    from tasks.adopt.adopt import inspect_source as inspect_adoptable
     from tasks.merge.config import why_refused
     from tasks.merge.inspect_metadata import inspect_files  # imports duckdb
 

@@ -145,7 +145,7 @@ def sort_takedowns(entries: Iterable[str]) -> Asked:
     before the present normal form may have written, and as merges write them now."""
     from tasks.dataset.choose import sort_by_kind  # imports duckdb, as the next ones do
     from tasks.index.sample_index import Kind
-    from tasks.merge.normal_urls import normal_urls
+    from tasks.merge.database import normal_urls
 
     by_kind = dict(sort_by_kind(entries))
     if by_kind[Kind.URL]:

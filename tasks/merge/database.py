@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import duckdb
@@ -184,3 +185,16 @@ def _is_disk_full(error: duckdb.Error) -> bool:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:200]
+
+
+def normal_urls(urls: Sequence[str]) -> list[str | None]:
+    """Each URL ready to fetch, as a selected row has it; None when no web server can be asked."""
+    query = (
+        "WITH published AS (SELECT raw_url, place, NULL::VARCHAR AS raw_caption "
+        "FROM (SELECT unnest($urls::VARCHAR[]) AS raw_url, unnest(range(len($urls))) AS place)), "
+        + load_statement("normalise")
+        + " SELECT url FROM normalised ORDER BY place"
+    )
+    with TemporaryDirectory() as spill, open_database(Path(spill), "1GB", 1) as connection:
+        rows = connection.execute(query, {"urls": list(urls)}).fetchall()
+    return [url for (url,) in rows]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tasks.train.follow import Follower, describe_step, format_duration, last_rows
+from tasks.train.train import Follower, describe_step, format_duration, last_rows
 from tests.tasks.train.stage import config
 
 ROW = {"step": 7, "loss": 2.5, "images_per_second": 1500.0, "logit_scale": 14.3, "step_s": 2.0}
