@@ -36,6 +36,8 @@ LEFT_OUT = "left_out.jsonl"
 MOST_NAMED = 10_000
 PACKED = "packed"
 """Folder of the shards that are packed here, one folder a source."""
+MOST_PAIRS = 20_000
+"""Rows or images of a table or a folder that are looked at."""
 
 
 @dataclass
@@ -173,10 +175,6 @@ def _write_tar(tar: Path, pairs: Sequence[FoundPair], source: str, first: int) -
                     "json": json.dumps(record).encode(),
                 }
             )
-
-
-MOST_PAIRS = 20_000
-"""Rows or images of a table or a folder that are looked at."""
 
 
 @dataclass

@@ -29,6 +29,9 @@ from tasks.index.perceptual_hash import Hashes, KnownHashes, hash_images, near_p
 from tasks.index.sample_index import Ints, Kind, SampleIndex, ShardVerdict
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2")
+Rows = npt.NDArray[np.int64]
+Asked = Mapping[Kind, tuple[str, ...]]
+"""What is looked for, by kind."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,6 @@ def _iterate_members(file: Path) -> Iterator[bytes]:
             content = tar.extractfile(member) if member.isfile() else None
             if content is not None and Path(member.name).suffix.lower() in IMAGE_SUFFIXES:
                 yield content.read()
-
-
-Rows = npt.NDArray[np.int64]
-Asked = Mapping[Kind, tuple[str, ...]]
-"""What is looked for, by kind."""
 
 
 class LeftOutReason(StrEnum):

@@ -49,6 +49,8 @@ from tasks.index.sample_index import (
 from tasks.progress import Report
 
 _STEPS = 3
+UNSTATED = "not stated in the recipe"
+Counts = Mapping[str, int | float]
 
 
 @dataclass(frozen=True)
@@ -194,10 +196,6 @@ def _count_samples(
             for name in ("shards", "samples")
         },
     }
-
-
-UNSTATED = "not stated in the recipe"
-Counts = Mapping[str, int | float]
 
 
 def write_card(

@@ -1,8 +1,7 @@
 """A small web on 127.0.0.1: the committed drawings, and the faults that real hosts have.
 
-Covers: the server (`python -m tasks.demo.demo_web --port PORT`), and `serving`, which runs it
-beside
-the caller in a process that cannot outlive it.
+Covers: the server (`python -m tasks.demo.demo_web --port PORT`), and `serve_pictures`, which
+runs it beside the caller in a process that cannot outlive it.
 Not here: which rows point at which fault (`metadata.py`).
 
 What is answered depends on the URL alone, never on earlier requests: a download that is killed and
@@ -67,7 +66,7 @@ class Web(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one request by the first part of its path; see `plan.Route`."""
+    """Answers one request by the first part of its path; see `metadata.Route`."""
 
     protocol_version = "HTTP/1.1"
     server: Web

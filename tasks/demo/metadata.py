@@ -66,6 +66,52 @@ SPELLINGS_EACH = 8
 
 DEAD_PORT = 9
 """Loopback port of the discard protocol, on which nothing listens."""
+NOT_HTTP = (
+    "",
+    "not a url",
+    "ftp://127.0.0.1/drawing.png",
+    "data:image/png;base64,iVBORw0KGgo=",
+    "file:///drawing.png",
+    "http://",
+)
+"""URLs that no downloader may fetch."""
+LAION_SCHEMA = pa.schema(
+    [
+        ("SAMPLE_ID", pa.int64()),
+        ("URL", pa.string()),
+        ("TEXT", pa.string()),
+        ("HEIGHT", pa.int32()),
+        ("WIDTH", pa.int32()),
+        ("LICENSE", pa.string()),
+        ("NSFW", pa.string()),
+        ("similarity", pa.float64()),
+    ]
+)
+COYO_SCHEMA = pa.schema(
+    [
+        ("id", pa.int64()),
+        ("url", pa.string()),
+        ("text", pa.string()),
+        ("width", pa.int64()),
+        ("height", pa.int64()),
+        ("image_phash", pa.string()),
+        ("text_length", pa.int64()),
+        ("word_count", pa.int64()),
+        ("num_tokens_bert", pa.int64()),
+        ("num_tokens_gpt", pa.int64()),
+        ("num_faces", pa.int64()),
+        ("clip_similarity_vitb32", pa.float64()),
+        ("clip_similarity_vitl14", pa.float64()),
+        ("nsfw_score_opennsfw2", pa.float64()),
+        ("nsfw_score_gantman", pa.float64()),
+        ("watermark_score", pa.float64()),
+        ("aesthetic_score_laion_v2", pa.float64()),
+    ]
+)
+PARTS: dict[Source, int] = {"laion2b": 2, "coyo700m": 1}
+"""Files per source; the published collections have 128 each."""
+NSFW_TAG = {"safe": "UNLIKELY", "unsure": "UNSURE", "unsafe": "NSFW", None: None}
+NSFW_SCORE = {"safe": 0.02, "unsure": 0.45, "unsafe": 0.95, None: None}
 
 
 @dataclass(frozen=True)
@@ -100,16 +146,6 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
 """Other spellings of a URL: by RFC 3986, section 6.2.2, or in practice (https), the same picture.
 
 No server here speaks https, so a pipeline that keeps that spelling loses the picture."""
-
-NOT_HTTP = (
-    "",
-    "not a url",
-    "ftp://127.0.0.1/drawing.png",
-    "data:image/png;base64,iVBORw0KGgo=",
-    "file:///drawing.png",
-    "http://",
-)
-"""URLs that no downloader may fetch."""
 
 
 def _lengthen_caption(row: DemoRow) -> DemoRow:
@@ -250,45 +286,6 @@ def _hash_words(*parts: str) -> int:
     """63 bits of SHA-256."""
     digest = hashlib.sha256("\0".join(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-LAION_SCHEMA = pa.schema(
-    [
-        ("SAMPLE_ID", pa.int64()),
-        ("URL", pa.string()),
-        ("TEXT", pa.string()),
-        ("HEIGHT", pa.int32()),
-        ("WIDTH", pa.int32()),
-        ("LICENSE", pa.string()),
-        ("NSFW", pa.string()),
-        ("similarity", pa.float64()),
-    ]
-)
-COYO_SCHEMA = pa.schema(
-    [
-        ("id", pa.int64()),
-        ("url", pa.string()),
-        ("text", pa.string()),
-        ("width", pa.int64()),
-        ("height", pa.int64()),
-        ("image_phash", pa.string()),
-        ("text_length", pa.int64()),
-        ("word_count", pa.int64()),
-        ("num_tokens_bert", pa.int64()),
-        ("num_tokens_gpt", pa.int64()),
-        ("num_faces", pa.int64()),
-        ("clip_similarity_vitb32", pa.float64()),
-        ("clip_similarity_vitl14", pa.float64()),
-        ("nsfw_score_opennsfw2", pa.float64()),
-        ("nsfw_score_gantman", pa.float64()),
-        ("watermark_score", pa.float64()),
-        ("aesthetic_score_laion_v2", pa.float64()),
-    ]
-)
-PARTS: dict[Source, int] = {"laion2b": 2, "coyo700m": 1}
-"""Files per source; the published collections have 128 each."""
-NSFW_TAG = {"safe": "UNLIKELY", "unsure": "UNSURE", "unsafe": "NSFW", None: None}
-NSFW_SCORE = {"safe": 0.02, "unsure": 0.45, "unsafe": 0.95, None: None}
 
 
 def write_metadata(source: Source, rows: Sequence[DemoRow], folder: Path) -> list[Path]:

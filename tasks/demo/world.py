@@ -29,6 +29,7 @@ TEMPLATES = (
     "a drawing of {c}.",
     "the {c} emoji.",
 )
+SOURCES: tuple[Source, ...] = get_args(Source)
 
 
 def write_eval_sets(concepts: Sequence[Concept], folder: Path) -> list[Path]:
@@ -74,9 +75,6 @@ def _write_text(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
-
-
-SOURCES: tuple[Source, ...] = get_args(Source)
 
 
 def make_demo(config: DemoConfig, out: Path, report: Report = report_nothing) -> Made:

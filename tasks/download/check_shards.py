@@ -21,6 +21,9 @@ from evaclip_model.reading.samples import RECORD_EXTENSION, BrokenShard
 from tasks.download.fetch_outcome import Outcome, outcome_of, retry_after_s
 from tasks.download.url_tables import PlannedShard
 
+Stamp = list[list[int]]
+"""Size and time of change of each of a shard's files."""
+
 
 @dataclass(frozen=True)
 class FinishedShard:
@@ -86,10 +89,6 @@ def shard_files(folder: Path, planned: PlannedShard) -> tuple[Path, Path, Path]:
     """Its tar, its table of all rows, its statistics (which img2dataset writes last)."""
     names = (f"{planned.name}.tar", f"{planned.name}.parquet", f"{planned.name}_stats.json")
     return (folder / names[0], folder / names[1], folder / names[2])
-
-
-Stamp = list[list[int]]
-"""Size and time of change of each of a shard's files."""
 
 
 class Ledger:

@@ -20,6 +20,7 @@ from evaclip_model.errors import InputError
 from tasks.artifacts.artifact import Stage
 
 STAGE = Stage("download", 2, tools=("img2dataset", "webdataset", "pyarrow"))
+Distributor = Literal["multiprocessing", "pyspark", "ray"]
 
 
 class PolitenessConfig(Config):
@@ -129,9 +130,6 @@ class DownloadConfig(Config):
         for network in value:
             ip_network(network)
         return value
-
-
-Distributor = Literal["multiprocessing", "pyspark", "ray"]
 
 
 def require_distributor(name: Distributor) -> None:

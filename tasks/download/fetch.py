@@ -39,6 +39,17 @@ MAX_REDIRECTS = 10
 MAX_RULES_REDIRECTS = 5
 """Redirects of a robots.txt that are followed; RFC 9309 asks for at least five."""
 REFUSED_TYPES = frozenset({"text/html", "application/xhtml+xml", "image/svg+xml"})
+_NAT64 = IPv6Network("64:ff9b::/96")
+_NEVER_PUBLIC = tuple(
+    ip_network(network)
+    for network in (
+        "100.64.0.0/10",  # carrier-grade NAT
+        "192.0.0.0/24",  # protocol assignments
+        "192.88.99.0/24",  # 6to4 relays
+        "64:ff9b:1::/48",  # local NAT64
+        "100::/64",  # discard
+    )
+)
 
 
 class Refused(Exception):
@@ -425,19 +436,6 @@ class _DeadlineReader(io.RawIOBase):
     def close(self) -> None:
         self._raw.close()
         super().close()
-
-
-_NAT64 = IPv6Network("64:ff9b::/96")
-_NEVER_PUBLIC = tuple(
-    ip_network(network)
-    for network in (
-        "100.64.0.0/10",  # carrier-grade NAT
-        "192.0.0.0/24",  # protocol assignments
-        "192.88.99.0/24",  # 6to4 relays
-        "64:ff9b:1::/48",  # local NAT64
-        "100::/64",  # discard
-    )
-)
 
 
 def address_is_allowed(ip: str, allowed_networks: Sequence[str] = ()) -> bool:

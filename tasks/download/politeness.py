@@ -16,6 +16,19 @@ from dataclasses import dataclass, field
 from email.message import Message
 from urllib.parse import quote, urlsplit, urlunsplit
 
+MAX_RULES_BYTES = 512 * 1024
+"""Rules beyond are not read; RFC 9309 asks for at least 500 KiB."""
+ReadRules = Callable[[str], bytes | None]
+"""URL of a robots.txt -> its content; None: there is none, and so no rule. May raise: unknown."""
+_TOKEN = re.compile(r"\*|[A-Za-z0-9._-]+")
+_ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
+_UNRESERVED = re.compile(r"[A-Za-z0-9._~-]")
+_KEPT = "/%*$?=&:@!'()+,;~#[]"
+_WITH_A_VALUE = frozenset(
+    {"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"}
+)
+"""Directives written `name: value`; every other name before a colon is a crawler's."""
+
 
 @dataclass
 class _Host:
@@ -82,16 +95,6 @@ class HostGate:
             if name not in self._hosts:
                 self._hosts[name] = _Host(threading.Semaphore(self._connections))
             return self._hosts[name]
-
-
-MAX_RULES_BYTES = 512 * 1024
-"""Rules beyond are not read; RFC 9309 asks for at least 500 KiB."""
-ReadRules = Callable[[str], bytes | None]
-"""URL of a robots.txt -> its content; None: there is none, and so no rule. May raise: unknown."""
-_TOKEN = re.compile(r"\*|[A-Za-z0-9._-]+")
-_ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
-_UNRESERVED = re.compile(r"[A-Za-z0-9._~-]")
-_KEPT = "/%*$?=&:@!'()+,;~#[]"
 
 
 @dataclass(frozen=True)
@@ -193,12 +196,6 @@ def _matches(pattern: str, path: str) -> bool:
     if last is not None:
         return path.endswith(last) and len(path) - len(last) >= at
     return not is_anchored or at == len(path)
-
-
-_WITH_A_VALUE = frozenset(
-    {"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"}
-)
-"""Directives written `name: value`; every other name before a colon is a crawler's."""
 
 
 def declines_use(headers: Message, *, token: str, directives: Iterable[str], tdm: bool) -> bool:

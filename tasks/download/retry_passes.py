@@ -28,6 +28,12 @@ from tasks.download.url_tables import URL_COLUMN
 
 SHARDS_PER_FILE = 20
 """Shards' worth of rows in one file of rows; so many are in memory at once."""
+HOSTS = 16
+"""Hosts that have to be silent before the network is held to be down."""
+AT_ONCE = 4
+"""Hosts asked at the same time; one answer is enough, so nearly always no more are asked."""
+LONGEST_S = 5.0
+"""Time for one host."""
 
 
 def sum_of(finished: Sequence[FinishedShard]) -> Counter[Outcome]:
@@ -99,14 +105,6 @@ def _write_parts(tables: Iterator[pa.Table], folder: Path, rows_per_file: int) -
             waiting, files = waiting.slice(rows_per_file), files + 1
     if waiting.num_rows:
         pq.write_table(waiting, folder / f"part-{files:05d}.parquet")
-
-
-HOSTS = 16
-"""Hosts that have to be silent before the network is held to be down."""
-AT_ONCE = 4
-"""Hosts asked at the same time; one answer is enough, so nearly always no more are asked."""
-LONGEST_S = 5.0
-"""Time for one host."""
 
 
 def silent_hosts(finished: Sequence[FinishedShard], shards: Path, config: DownloadConfig) -> int:

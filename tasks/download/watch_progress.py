@@ -21,6 +21,15 @@ from tasks.progress import format_bytes
 
 _ORDER = tuple(Outcome)
 _LAYOUT = struct.Struct(f"<{len(_ORDER) + 2}Q")
+RATE_S = 60.0
+"""The speed shown is that of so many last seconds."""
+COLLAPSE_URLS = 200
+COLLAPSE_S = 5.0
+COLLAPSE_SHARE = 0.9
+"""The network is down when this share of the last URLs (so many, over so long) fails like it. Hosts
+are mixed, so that dead ones cannot look like this; a link that is down for a blink may."""
+ABORT_AFTER_URLS = 2_000
+"""URLs, already shuffled over the web, after which the success rate is known to about 2 %."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +108,6 @@ def _add_progress(one: Progress, other: Progress) -> Progress:
         one.fetched_bytes + other.fetched_bytes,
         one.busy | other.busy,
     )
-
-
-RATE_S = 60.0
-"""The speed shown is that of so many last seconds."""
-COLLAPSE_URLS = 200
-COLLAPSE_S = 5.0
-COLLAPSE_SHARE = 0.9
-"""The network is down when this share of the last URLs (so many, over so long) fails like it. Hosts
-are mixed, so that dead ones cannot look like this; a link that is down for a blink may."""
-ABORT_AFTER_URLS = 2_000
-"""URLs, already shuffled over the web, after which the success rate is known to about 2 %."""
 
 
 class Watch:

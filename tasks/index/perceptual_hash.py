@@ -37,6 +37,8 @@ _ONES = np.array([number.bit_count() for number in range(1 << 16)], dtype=np.uin
 _COSINES = np.cos(
     np.pi * np.arange(_LOW)[:, None] * (2 * np.arange(GREY_PX)[None, :] + 1) / (2 * GREY_PX)
 )
+_AT_ONCE = 1000
+"""Images held in memory."""
 
 
 def grey_of(image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -139,10 +141,6 @@ def _band_masks(most: int, hashes: int) -> Iterator[np.uint64]:
 
 def _bits_per_band(most: int, equal: int) -> int:
     return BITS * equal // (most + equal)
-
-
-_AT_ONCE = 1000
-"""Images held in memory."""
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,9 @@ COLUMNS = pa.schema(
     ]
 )
 """What is known of a sample, by its place in the shard; the shard's number and `row` are added."""
+_ADDRESS = r"regexp_replace(url, '^https?://', '')"
+CHECKED = "checked.json"
+"""In the folder of the verification."""
 
 
 class Kind(StrEnum):
@@ -70,7 +73,6 @@ class Kind(StrEnum):
     """SHA-256 or MD5 in hex, of the download or of what is stored."""
 
 
-_ADDRESS = r"regexp_replace(url, '^https?://', '')"
 _MARKED = {
     Kind.UID: "SELECT uid AS value, row FROM stored",
     Kind.URL: f"SELECT {_ADDRESS} AS value, row FROM stored WHERE url IS NOT NULL",
@@ -328,10 +330,6 @@ def _open_database(memory_limit: str, spill: Path) -> Iterator[duckdb.DuckDBPyCo
 
 def _without_scheme(url: str) -> str:
     return url.partition("://")[2] or url
-
-
-CHECKED = "checked.json"
-"""In the folder of the verification."""
 
 
 class ShardVerdict(Config):

@@ -23,6 +23,8 @@ WITHDRAWN_NAMES = re.compile(r"(?i)\blaion/(laion-?(400m|[125]b)|laion-?(art|hig
 CLEANED = "laion/relaion2B-en-research-safe"
 OLD_COLUMNS = {"URL", "TEXT"}
 """Every edition of before the withdrawal has them; Re-LAION has `url` and `caption`."""
+STAGE = Stage("merge", 2, tools=("duckdb",), ignores=("engine", "partitions", "memory_limit"))
+Policy = Literal["keep", "drop"]
 
 
 def why_refused(files: str) -> str | None:
@@ -42,11 +44,6 @@ def why_refused(files: str) -> str | None:
 def is_old_edition(columns: Collection[str]) -> bool:
     """Whether a file with these columns looks like LAION's metadata of before the withdrawal."""
     return set(columns) >= OLD_COLUMNS
-
-
-STAGE = Stage("merge", 2, tools=("duckdb",), ignores=("engine", "partitions", "memory_limit"))
-
-Policy = Literal["keep", "drop"]
 
 
 class ColumnMap(Config):

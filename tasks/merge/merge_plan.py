@@ -37,6 +37,17 @@ from tasks.merge.schema import (
 from tasks.tables.text_tables import TextFormat, TextRow, column_names, read_text_table
 
 ROWS_PER_RANGE = 1_000_000
+Files = Mapping[str, Sequence[Path | str]]
+"""Source name -> its files or URLs, in order."""
+ROWS = "rows.parquet"
+"""What a text file becomes."""
+ROWS_AT_ONCE = 50_000
+_NUMBER = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
+ROWS_PER_PARTITION = 250_000
+"""What a partition holds, of all sources together: its rows stay in the processor's cache while
+they are put in order, and four times as many take a third more CPU-seconds."""
+MOST_PARTITIONS = 2_048
+"""More than this and the pieces of a run get so small that their headers cost more than they."""
 
 
 @dataclass(frozen=True)
@@ -177,20 +188,6 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> None:
     beside.mkdir(parents=True)
     make(beside)
     beside.rename(folder)
-
-
-Files = Mapping[str, Sequence[Path | str]]
-"""Source name -> its files or URLs, in order."""
-
-ROWS = "rows.parquet"
-"""What a text file becomes."""
-ROWS_AT_ONCE = 50_000
-_NUMBER = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
-ROWS_PER_PARTITION = 250_000
-"""What a partition holds, of all sources together: its rows stay in the processor's cache while
-they are put in order, and four times as many take a third more CPU-seconds."""
-MOST_PARTITIONS = 2_048
-"""More than this and the pieces of a run get so small that their headers cost more than they."""
 
 
 def make_plan(

@@ -58,6 +58,7 @@ BROKEN_TEXT = "__broken_text"
 """Column of a repaired file."""
 TEXTS = ("url", "caption", "language", "image_hash")
 """Parts that only text can play."""
+ROWS_AT_ONCE = 50_000
 
 
 def column_map(
@@ -267,9 +268,6 @@ def _join_with_or(conditions: Iterable[str]) -> str:
 
 def _flag_column(judged: bool) -> str:
     return "true" if judged else "false"
-
-
-ROWS_AT_ONCE = 50_000
 
 
 def is_about_encoding(error: duckdb.Error) -> bool:

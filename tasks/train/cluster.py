@@ -33,6 +33,11 @@ from evaclip_model.errors import InputError
 Kind = Literal["slurm", "kubernetes"]
 INFRA = Path(__file__).resolve().parents[2] / "infra"
 _NOT_IN_A_LABEL = re.compile(r"[^a-z0-9-]+")
+_DELETE = ("kubectl", "delete", "--filename={script}", "--ignore-not-found", "--wait")
+OVER, CANCELLED, FAILED = 0, 75, 1
+MAX_SILENT_S = 1800.0
+"""How long the cluster may leave questions unanswered; its controller may be restarted."""
+COMMAND_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,6 @@ class Cluster:
         return not words or not self.ended.isdisjoint(words)
 
 
-_DELETE = ("kubectl", "delete", "--filename={script}", "--ignore-not-found", "--wait")
 CLUSTERS: Mapping[Kind, Cluster] = {
     "slurm": Cluster(
         template=INFRA / "slurm" / "train.sbatch",
@@ -138,12 +142,6 @@ def job_script(
             f"the job template {template} cannot be used ({error}): it is filled in with "
             f"{', '.join('{{ ' + name + ' }}' for name in places)}"
         ) from None
-
-
-OVER, CANCELLED, FAILED = 0, 75, 1
-MAX_SILENT_S = 1800.0
-"""How long the cluster may leave questions unanswered; its controller may be restarted."""
-COMMAND_S = 120.0
 
 
 def main(arguments: Sequence[str]) -> int:

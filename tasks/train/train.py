@@ -57,6 +57,16 @@ RATE_STEPS = 20
 """Steps that speeds are means of."""
 MAX_LINE_BYTES = 8192
 """Of one line of metrics, generously."""
+LOG_FILE = "train.log"
+JOIN_SCRIPT = "join.sh"
+"""What the other machines of a torchrun run."""
+GRACE_S = 20.0
+"""Time for the ranks to save a checkpoint between SIGTERM and SIGKILL."""
+MAX_IDLE_RESTARTS = 2
+"""Restarts in a row without a single new step before a run is given up on."""
+CLUSTER_LOOK_S = 10.0
+"""Time between two questions to the cluster, whether the job is over."""
+_LOG_TAIL = 2000
 
 
 class Follower:
@@ -147,18 +157,6 @@ def _mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 def _share_of(part: float | None, whole: float | None) -> float | None:
     return None if part is None or not whole else part / whole
-
-
-LOG_FILE = "train.log"
-JOIN_SCRIPT = "join.sh"
-"""What the other machines of a torchrun run."""
-GRACE_S = 20.0
-"""Time for the ranks to save a checkpoint between SIGTERM and SIGKILL."""
-MAX_IDLE_RESTARTS = 2
-"""Restarts in a row without a single new step before a run is given up on."""
-CLUSTER_LOOK_S = 10.0
-"""Time between two questions to the cluster, whether the job is over."""
-_LOG_TAIL = 2000
 
 
 class TrainingCrashed(RuntimeError):
