@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
@@ -49,13 +49,7 @@ class Ranking:
 
     def select_queries(self, queries: Tensor) -> Ranking:
         """The same of some queries only: their mask, or their numbers."""
-        return Ranking(
-            self.ranks[queries],
-            self.best_ranks[queries],
-            self.worst_ranks[queries],
-            self.tied[queries],
-            self.top[queries],
-        )
+        return Ranking(*(getattr(self, one.name)[queries] for one in fields(self)))
 
 
 def encode_texts(
@@ -107,8 +101,7 @@ def text_classifier(
     """
     asked = fill_templates(classnames, templates)
     features = encode_texts(model, asked, batch_size=batch_size, device=device, progress=progress)
-    means, place = class_means(features, classnames)
-    return normalise_features(means, "text")[place]
+    return build_classifier(features, classnames)
 
 
 def fill_templates(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
@@ -126,19 +119,16 @@ def fill_templates(classnames: Sequence[str], templates: Sequence[str]) -> list[
     return [template.replace(PLACEHOLDER, name) for name in names for template in templates]
 
 
-def class_means(features: Tensor, classnames: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Means of each class's prompts, and the row of every class.
+def build_classifier(features: Tensor, classnames: Sequence[str]) -> Tensor:
+    """One unit vector a class [C, D]: the renormalised mean of its prompts.
 
     Args:
         features: [U * T, D] of the T prompts of each of the U distinct names, name by name.
         classnames: the C classes, names that occur again among them.
-
-    Returns:
-        [U, D] means, not normalised; [C] rows of them.
     """
     row = {name: number for number, name in enumerate(dict.fromkeys(classnames))}
     means = features.reshape(len(row), -1, features.shape[-1]).mean(dim=1)
-    return means, torch.tensor([row[name] for name in classnames])
+    return normalise_features(means, "text")[torch.tensor([row[name] for name in classnames])]
 
 
 def normalise_features(features: Tensor, what: str) -> Tensor:
@@ -272,21 +262,11 @@ def _rank_best(logits: Tensor, right: Tensor, k: int) -> Ranking:
     ranking = rank_targets(logits, first, k)
     # Ties among an image's own captions cost nothing, whichever of them comes first.
     others = (logits == best).sum(dim=1) - candidates.sum(dim=1)
-    return Ranking(
-        ranking.ranks,
-        ranking.best_ranks,
-        ranking.best_ranks + others,
-        ranking.tied,
-        ranking.top,
-    )
+    return replace(ranking, worst_ranks=ranking.best_ranks + others)
 
 
 def _join_rankings(parts: Iterable[Ranking]) -> Ranking:
     rankings = list(parts)
     return Ranking(
-        ranks=torch.cat([part.ranks for part in rankings]),
-        best_ranks=torch.cat([part.best_ranks for part in rankings]),
-        worst_ranks=torch.cat([part.worst_ranks for part in rankings]),
-        tied=torch.cat([part.tied for part in rankings]),
-        top=torch.cat([part.top for part in rankings]),
+        *(torch.cat([getattr(part, one.name) for part in rankings]) for one in fields(Ranking))
     )

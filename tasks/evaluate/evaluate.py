@@ -17,8 +17,8 @@ from tasks.artifacts.artifact import Made
 from tasks.evaluate.config import RESULTS, EvaluateConfig, EvaluationMachine
 from tasks.evaluate.encode.distributed import Features
 from tasks.evaluate.encode.feature_cache import Cache
-from tasks.evaluate.encode.model_identity import Identity
-from tasks.evaluate.encode.open_models import identify_model
+from tasks.evaluate.encode.open_models import Identity, identify_model
+from tasks.evaluate.encode.text_features import answer_features
 from tasks.evaluate.metrics.contamination import Mask, TrainingData, hash_set, seen_in_training
 from tasks.evaluate.metrics.scored import Scored, score_set
 from tasks.evaluate.report.curves import read_curve
@@ -52,12 +52,8 @@ def evaluate_models(
     then the failure is raised, and a repeat finds their features kept.
 
     Args:
-        config: the sets and their prompts.
         models: as `encode/open_models.py` names them; the first is the one evaluated.
-        sets: the folder of every set of `config`.
         curves: the `metrics.jsonl` of the training stages, in order.
-        out: folder of results and reports.
-        machine: the processes and devices that do the work; it decides no figure.
         trained_on: the data of the model evaluated, to tell which test images it has seen.
         lineage: the artifacts behind that model, as an SVG for the page.
 
@@ -118,11 +114,8 @@ def _score_all(
     for model in models:
         texts = features.text_features(model)
         for name, evalset in whole.items():
-            images, given = (
-                features.image_features(model, name),
-                features.answer_features(texts, name),
-            )
-            scored[name][model] = score_set(evalset, images, given)
+            images = features.image_features(model, name)
+            scored[name][model] = score_set(evalset, images, answer_features(evalset, texts))
     return scored
 
 

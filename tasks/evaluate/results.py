@@ -11,21 +11,23 @@ from importlib import metadata
 from typing import Any
 
 from tasks.evaluate.config import STAGE, EvaluateConfig
-from tasks.evaluate.encode.model_identity import Identity
+from tasks.evaluate.encode.open_models import Identity
 from tasks.evaluate.metrics.compute import Figures, chance_levels, compare_models, compute_figures
 from tasks.evaluate.metrics.contamination import Mask, figures_without
 from tasks.evaluate.metrics.metric import metrics_in
-from tasks.evaluate.metrics.sanity_warnings import warnings_of
 from tasks.evaluate.metrics.scored import Scored, captions_of
-from tasks.evaluate.paper.averages import (
+from tasks.evaluate.paper.published import (
     ROBUSTNESS,
     TABLES,
+    PaperModel,
     average_table,
+    find_published,
+    judge_figure,
     members_of,
+    paper_model,
     robustness_gap,
     values_of,
 )
-from tasks.evaluate.paper.published import PaperModel, find_published, judge_figure, paper_model
 from tasks.evaluate.sets.published_layout import EvalSet
 
 RULE = (
@@ -44,13 +46,9 @@ def results_of(
 ) -> dict[str, Any]:
     """Everything `results.json` holds; sets that failed have only a reason.
 
-    Args:
-        config: of the evaluation.
-        models: the identity of each; the first is the subject, which the others are compared with.
-        sets: all of them.
-        scored: set -> model -> answers, of the sets that did not fail.
-        failed: set -> why it could not be evaluated.
-        seen: set -> mask of the images that the subject was trained on; of some sets, or none.
+    The first of `models` is the subject, which the others are compared with. `scored` is set ->
+    model -> answers, `failed` set -> reason, `seen` set -> mask of the images that the subject was
+    trained on, of some sets or none.
     """
     subject = next(iter(models))
     splits = {one.name: one.split for one in config.sets}
@@ -84,7 +82,15 @@ def results_of(
             for name, one in whole.items()
         },
         "paired": {
-            name: _paired_differences(by_model, subject) for name, by_model in scored.items()
+            name: {
+                model: {
+                    metric: asdict(one)
+                    for metric, one in compare_models(by_model[subject], other).items()
+                }
+                for model, other in by_model.items()
+                if model != subject
+            }
+            for name, by_model in scored.items()
         },
         **_table_averages(results, rows),
         "contamination": {
@@ -178,18 +184,6 @@ def _paper_figures(
     return found
 
 
-def _paired_differences(by_model: Mapping[str, Scored], subject: str) -> dict[str, dict[str, Any]]:
-    pairs = {
-        name: compare_models(by_model[subject], other)
-        for name, other in by_model.items()
-        if name != subject
-    }
-    return {
-        name: {metric: asdict(one) for metric, one in found.items()}
-        for name, found in pairs.items()
-    }
-
-
 def _table_averages(
     results: Mapping[str, Mapping[str, Figures]], rows: Mapping[str, PaperModel | None]
 ) -> dict[str, Any]:
@@ -211,3 +205,67 @@ def _table_averages(
             if ROBUSTNESS in tables
         },
     }
+
+
+TIES_WORTH_TELLING = 0.001
+"""Share between the bounds under ties from which a reader is warned."""
+CONSISTENT = 0.5
+"""Share of a class's images that get one wrong answer, from which the answer is that class's."""
+PERMUTED = 0.3
+"""Share of classes with such an answer, from which the order of names is doubted."""
+FEWEST_PERMUTED = 2
+
+
+def warnings_of(
+    evalset: EvalSet, scored: Scored, figures: Mapping[str, Any], chance: Mapping[str, float]
+) -> list[str]:
+    """Sentences about one set and the model that is evaluated."""
+    found = list(evalset.warnings)
+    duplicates = len(evalset.classnames) - len(set(evalset.classnames))
+    if duplicates:
+        found.append(f"{duplicates} class names occur more than once: their images tie exactly")
+    if evalset.kind == "classification":
+        absent = len(evalset.classnames) - len({sample.label for sample in evalset.samples})
+        if absent:
+            found.append(f"{absent} of {len(evalset.classnames)} classes have no image")
+        swapped = permuted_classes(evalset, scored)
+        if swapped:
+            true, said = next(iter(swapped.items()))
+            found.append(
+                f"{len(swapped)} classes are answered by another class each, as if names and "
+                f"labels were in different orders: most images labelled '{true}' are called "
+                f"'{said}'"
+            )
+    for metric, (lost, won) in figures["bounds"].items():
+        if won - lost > TIES_WORTH_TELLING:
+            found.append(
+                f"ties decide {metric}: {100 * lost:.1f} % if all were lost, "
+                f"{100 * won:.1f} % if all were won"
+            )
+    for metric, (low, _) in figures["intervals"].items():
+        if metric in chance and low <= chance[metric]:
+            found.append(f"{metric} is not above chance within its 95 % interval")
+    return found
+
+
+def permuted_classes(evalset: EvalSet, scored: Scored) -> dict[str, str]:
+    """Class -> the other class that most of its images are called, where such pairs are many and
+    no two classes share one: a model that knows the classes and a list in the wrong order."""
+    if scored.classes is None:
+        return {}
+    answers: dict[int, Counter[int]] = {}
+    given = scored.classes.top[:, 0].tolist()
+    for sample, answer in zip(evalset.samples, given, strict=True):
+        answers.setdefault(sample.label, Counter())[answer] += 1
+    commonest = {label: counted.most_common(1)[0] for label, counted in answers.items()}
+    wrong = {
+        label: answer
+        for label, (answer, times) in commonest.items()
+        if times >= CONSISTENT * answers[label].total()
+        and evalset.classnames[answer] != evalset.classnames[label]
+    }
+    claimed = Counter(wrong.values())
+    pairs = {label: answer for label, answer in wrong.items() if claimed[answer] == 1}
+    if len(pairs) < max(FEWEST_PERMUTED, PERMUTED * len(answers)):
+        return {}
+    return {evalset.classnames[label]: evalset.classnames[said] for label, said in pairs.items()}

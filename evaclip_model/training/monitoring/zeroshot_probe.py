@@ -20,7 +20,7 @@ from evaclip_model.model.clip import EvaClip
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 from evaclip_model.reading.transform import image_transform
 from evaclip_model.tokenizer.tokenizer import tokenize
-from evaclip_model.zeroshot.exact_ranks import class_means, rank_classes
+from evaclip_model.zeroshot.exact_ranks import build_classifier, rank_classes
 from evaclip_model.zeroshot.imagenet_prompts import PLACEHOLDER
 from evaclip_model.zeroshot.set_layout import (
     CLASSNAMES,
@@ -124,8 +124,7 @@ def _build_classifier(model: EvaClip, part: ProbeSet) -> Tensor:
     """One unit vector a class [C, E] on the CPU, the same on every rank."""
     names = dict.fromkeys(part.classnames)
     prompts = [one.replace(PLACEHOLDER, name) for name in names for one in part.templates]
-    means, place = class_means(_text_features(model, prompts), part.classnames)
-    return torch.nn.functional.normalize(means, dim=-1)[place]
+    return build_classifier(_text_features(model, prompts), part.classnames)
 
 
 def _text_features(model: EvaClip, prompts: Sequence[str]) -> Tensor:

@@ -10,12 +10,13 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from subprocess import TimeoutExpired
+from typing import get_args
 
 from torch import Tensor
 
@@ -26,16 +27,16 @@ from tasks.evaluate.encode.encode_worker import (
     EncodeJob,
     ImageWork,
     ModelWork,
+    Progress,
+    RankFile,
     do_share,
-    failed_file,
-    progress_file,
-    sentence_file,
+    rank_file,
     write_images,
 )
 from tasks.evaluate.encode.feature_cache import Cache
 from tasks.evaluate.encode.image_features import BLOCK, ImageList, missing_blocks, read_features
-from tasks.evaluate.encode.model_identity import Identity
-from tasks.evaluate.encode.text_features import TextFeatures, answer_features, texts_of
+from tasks.evaluate.encode.open_models import Identity
+from tasks.evaluate.encode.text_features import TextFeatures, texts_of
 from tasks.evaluate.sets.published_layout import EvalSet
 from tasks.process.child import start_supervised
 from tasks.progress import Report
@@ -65,9 +66,7 @@ class Features:
     def compute_missing(self, folder: Path, report: Report) -> None:
         """Compute the missing features; add the sets that cannot be evaluated to `failed`.
 
-        Args:
-            folder: for the job and the logs of the ranks, of this evaluation alone.
-            report: gets images and texts of all models on all sets.
+        `folder` is for the job and the logs of the ranks, of this evaluation alone.
 
         Raises:
             InputError: a model cannot be opened, its features are not finite, or ranks die again
@@ -81,9 +80,10 @@ class Features:
             left = sum(map(_count_work, models))
             idle = idle + 1 if left == before else 0
             if idle > MAX_IDLE_STARTS:
+                logs = [log.read_text(errors="replace") for log in sorted(folder.glob("*.log"))]
                 raise InputError(
-                    f"the ranks of the evaluation ended {idle} times without a new block; the "
-                    f"end of their log:\n{_log_end(folder)}"
+                    f"the ranks of the evaluation ended {idle} times without a new block; the end "
+                    "of their log:\n" + "\n".join(log[-_LOG_TAIL:] for log in logs)
                 )
             before = left
             job = EncodeJob(
@@ -93,7 +93,11 @@ class Features:
                 device=self.machine.device,
                 precision=self.precision,
             )
-            self.failed.update(_run_ranks(job, folder, _Counter(report, total - left, total)))
+
+            def progress(done: int, detail: str, before: int = total - left) -> None:
+                report(min(before + done, total), total, detail)
+
+            self.failed.update(_run_ranks(job, folder, progress))
         shutil.rmtree(folder)
         report(total, total)
 
@@ -111,10 +115,6 @@ class Features:
 
     def text_features(self, model: str) -> TextFeatures:
         return TextFeatures(self._text_folder(model))
-
-    def answer_features(self, texts: TextFeatures, name: str) -> Tensor:
-        """The features that a set's images are compared with [C or T, D]."""
-        return answer_features(self.sets[name], texts)
 
     def _missing_work(self, folder: Path) -> list[ModelWork]:
         """Work that is left, of the sets that have not failed; texts that two models share are
@@ -157,7 +157,10 @@ class Features:
             if blocks:
                 listed = folder / f"images-{number}.json"
                 if not listed.is_file():
-                    write_images(listed, _list_images(evalset))
+                    samples = evalset.samples
+                    keys = tuple(one.key for one in samples)
+                    spans = tuple(one.image for one in samples)
+                    write_images(listed, ImageList(name, keys, spans, evalset.crop_px))
                 count = sum(min(BLOCK, len(evalset) - block * BLOCK) for block in blocks)
                 found.append(
                     ImageWork(
@@ -187,23 +190,15 @@ class Features:
         return f"{self.precision}-{self.machine.device}-torch{metadata.version('torch')}"
 
 
-class _Counter:
-    def __init__(self, report: Report, before: int, total: int) -> None:
-        self._report, self._before, self._total = report, before, total
-
-    def __call__(self, done: int, detail: str) -> None:
-        self._report(min(self._before + done, self._total), self._total, detail)
-
-
-def _run_ranks(job: EncodeJob, folder: Path, progress: _Counter) -> dict[str, str]:
+def _run_ranks(job: EncodeJob, folder: Path, progress: Progress) -> dict[str, str]:
     """Run all ranks once, whether they succeed or fail; returns set -> the reason of a failure."""
     if job.ranks == 1 and job.device == "cpu":
         return do_share(job, 0, progress)
     path = folder / "job.json"
     write_atomically(path, job.model_dump_json(indent=1))
     for rank in range(job.ranks):
-        for file in (progress_file, failed_file, sentence_file):
-            file(path, rank).unlink(missing_ok=True)
+        for content in get_args(RankFile):
+            rank_file(path, rank, content).unlink(missing_ok=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     module = "tasks.evaluate.encode.encode_worker"
     with ExitStack() as stack:
@@ -228,7 +223,7 @@ def _run_ranks(job: EncodeJob, folder: Path, progress: _Counter) -> dict[str, st
     failed: dict[str, str] = {}
     for rank in range(job.ranks):
         with suppress(FileNotFoundError):
-            failed |= json.loads(failed_file(path, rank).read_text())
+            failed |= json.loads(rank_file(path, rank, "failed").read_text())
     return failed
 
 
@@ -236,24 +231,15 @@ def _read_progress(path: Path, ranks: int) -> tuple[int, str]:
     said = []
     for rank in range(ranks):
         with suppress(FileNotFoundError):
-            said.append(json.loads(progress_file(path, rank).read_text()))
+            said.append(json.loads(rank_file(path, rank, "progress").read_text()))
     return sum(one["done"] for one in said), said[0]["detail"] if said else ""
 
 
 def _check_sentences(path: Path, ranks: int) -> None:
     for rank in range(ranks):
-        if sentence_file(path, rank).is_file():
-            raise InputError(sentence_file(path, rank).read_text())
-
-
-def _list_images(evalset: EvalSet) -> ImageList:
-    samples = evalset.samples
-    return ImageList(
-        evalset.name,
-        tuple(one.key for one in samples),
-        tuple(one.image for one in samples),
-        evalset.crop_px,
-    )
+        message = rank_file(path, rank, "message")
+        if message.is_file():
+            raise InputError(message.read_text())
 
 
 def _count_work(work: ModelWork) -> int:
@@ -263,8 +249,3 @@ def _count_work(work: ModelWork) -> int:
 def _count_blocks(work: ModelWork) -> int:
     """Blocks of the most work that can be shared out at once."""
     return max([1, *(len(one.blocks) for one in work.images), work.text_count // BLOCK])
-
-
-def _log_end(folder: Path) -> str:
-    logs: Sequence[Path] = sorted(folder.glob("rank-*.log"))
-    return "\n".join(path.read_text(errors="replace")[-_LOG_TAIL:] for path in logs)

@@ -11,8 +11,10 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -31,6 +33,7 @@ from tasks.evaluate.encode.image_features import (
 from tasks.evaluate.encode.open_models import Subject, open_subject
 from tasks.evaluate.encode.text_features import encode_texts
 
+RankFile = Literal["progress", "failed", "message"]
 Progress = Callable[[int, str], None]
 """Called with the number of images and texts done, and the names of their model and set."""
 
@@ -72,19 +75,10 @@ class EncodeJob(Config):
     precision: Precision
 
 
-def progress_file(job: Path, rank: int) -> Path:
-    """File of a rank's progress."""
-    return job.with_name(f"progress-{rank}.json")
-
-
-def failed_file(job: Path, rank: int) -> Path:
-    """File of the sets that a rank found unusable, written when the rank is done."""
-    return job.with_name(f"failed-{rank}.json")
-
-
-def sentence_file(job: Path, rank: int) -> Path:
-    """File of a rank's message to the user, who must correct something first."""
-    return job.with_name(f"sentence-{rank}.txt")
+def rank_file(job: Path, rank: int, content: RankFile) -> Path:
+    """File beside the job in which a rank leaves its progress; the sets that it found unusable,
+    when it is done; or its message to the user, who must correct something first."""
+    return job.with_name(f"{content}-{rank}")
 
 
 def do_share(job: EncodeJob, rank: int, progress: Progress) -> dict[str, str]:
@@ -103,65 +97,41 @@ def do_share(job: EncodeJob, rank: int, progress: Progress) -> dict[str, str]:
 
     with (
         _exact_arithmetic(job.device),
-        _memory_of(job.device),
-        _start_decoders(job.workers) as pool,
+        freed_memory_kept() if job.device == "cpu" else nullcontext(),
+        ThreadPoolExecutor(job.workers, "decode") if job.workers else nullcontext() as pool,
     ):
+        device = job.device if job.device == "cpu" else f"cuda:{rank % torch.cuda.device_count()}"
         for todo in job.models:
-            device = _rank_device(job, rank)
             subject = open_subject(todo.spec, device=device, precision=job.precision)
-            _do_texts(subject, todo, rank, job.ranks, add)
-            for images in todo.images:
-                if images.name not in failed:
-                    try:
-                        _do_images(subject, todo, images, rank, job.ranks, pool, add)
-                    except UnusableSetError as error:
-                        failed[images.name] = str(error)
+            if todo.texts:
+                told = partial(add, detail=f"{todo.name}: texts")
+                texts = json.loads(todo.texts.read_text())
+                encode_texts(
+                    *(subject, texts, todo.text_folder), rank=rank, ranks=job.ranks, progress=told
+                )
+            for work in todo.images:
+                mine = work.blocks[rank :: job.ranks]
+                if not mine or work.name in failed:
+                    continue
+                try:
+                    for count in _do_images(subject, work, mine, pool):
+                        add(count, f"{todo.name} on {work.name}")
+                except UnusableSetError as error:
+                    failed[work.name] = str(error)
     return failed
 
 
-def _do_texts(
-    subject: Subject, todo: ModelWork, rank: int, ranks: int, add: Callable[[int, str], None]
-) -> None:
-    if not todo.texts:
-        return
-    texts = json.loads(todo.texts.read_text())
-    before = 0
-
-    def progress(done: int) -> None:
-        nonlocal before
-        add(done - before, f"{todo.name}: texts")
-        before = done
-
-    encode_texts(subject, texts, todo.text_folder, rank=rank, ranks=ranks, progress=progress)
-
-
 def _do_images(
-    subject: Subject,
-    todo: ModelWork,
-    images: ImageWork,
-    rank: int,
-    ranks: int,
-    pool: Executor | None,
-    add: Callable[[int, str], None],
-) -> None:
-    mine = images.blocks[rank::ranks]
-    if not mine:
-        return
-    listed = read_images(images)
-    for number, decoded in _decode_ahead(subject, listed, mine, pool):
-        done = encode_block(subject, listed, number, decoded, images.folder)
-        add(done, f"{todo.name} on {images.name}")
-
-
-def _decode_ahead(
-    subject: Subject, images: ImageList, blocks: Sequence[int], pool: Executor | None
-) -> Iterator[tuple[int, Iterator[torch.Tensor]]]:
-    """Each block with its images; decoding the next one begins before this one is encoded."""
-    begun = [begin_block(subject, images, blocks[0], pool)]
-    for number, following in zip(blocks, [*blocks[1:], None], strict=True):
-        if following is not None:
-            begun.append(begin_block(subject, images, following, pool))
-        yield number, begun.pop(0)
+    subject: Subject, work: ImageWork, mine: Sequence[int], pool: Executor | None
+) -> Iterator[int]:
+    """Encode some blocks of a set; yields the number of images of each."""
+    images = read_images(work)
+    decoded = begin_block(subject, images, mine[0], pool)
+    for number, following in zip(mine, [*mine[1:], None], strict=True):
+        # Decoding the next block begins before this one is encoded.
+        ahead = begin_block(subject, images, following, pool) if following is not None else decoded
+        yield encode_block(subject, images, number, decoded, work.folder)
+        decoded = ahead
 
 
 def write_images(path: Path, images: ImageList) -> None:
@@ -177,10 +147,6 @@ def read_images(work: ImageWork) -> ImageList:
     tars = [Path(tar) for tar in said["tars"]]
     spans = tuple(Span(tars[tar], offset, size) for tar, offset, size in said["spans"])
     return ImageList(work.name, tuple(said["keys"]), spans, work.crop_px)
-
-
-def _rank_device(job: EncodeJob, rank: int) -> str:
-    return job.device if job.device == "cpu" else f"{job.device}:{rank % torch.cuda.device_count()}"
 
 
 @contextmanager
@@ -203,30 +169,21 @@ def _exact_arithmetic(device: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(matmul)
 
 
-def _memory_of(device: str) -> AbstractContextManager[None]:
-    return freed_memory_kept() if device == "cpu" else nullcontext()
-
-
-@contextmanager
-def _start_decoders(workers: int) -> Iterator[Executor | None]:
-    with ThreadPoolExecutor(workers, "decode") if workers else nullcontext() as pool:
-        yield pool
-
-
 def main(arguments: Sequence[str]) -> int:
     """Do a rank's share of the job in a file; returns the exit code, 2 after a user's mistake."""
     path, rank = Path(arguments[0]), int(arguments[1])
     job = EncodeJob.model_validate_json(path.read_text())
 
     def progress(done: int, detail: str) -> None:
-        write_atomically(progress_file(path, rank), json.dumps({"done": done, "detail": detail}))
+        state = json.dumps({"done": done, "detail": detail})
+        write_atomically(rank_file(path, rank, "progress"), state)
 
     try:
         failed = do_share(job, rank, progress)
     except InputError as error:
-        write_atomically(sentence_file(path, rank), str(error))
+        write_atomically(rank_file(path, rank, "message"), str(error))
         return 2
-    write_atomically(failed_file(path, rank), json.dumps(failed))
+    write_atomically(rank_file(path, rank, "failed"), json.dumps(failed))
     return 0
 
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from evaclip_model.choices import Precision
 from evaclip_model.errors import InputError
-from tasks.evaluate.encode.model_identity import DIGEST_CHARS, Identity, digest_of
+from tasks.evaluate.encode.open_models import DIGEST_CHARS, Identity, digest_of
 from tasks.evaluate.torchvision_import import import_torchvision
 
 LOCAL_DIR = "local-dir:"
@@ -48,40 +48,27 @@ def open_clip_subject(named: str, device: str, precision: Precision) -> OpenClip
         InputError: the library cannot be imported, or has no such model, tag, file or folder.
     """
     open_clip = _import_library()
-    name, _, weights = named.partition("/")
+    is_folder = named.startswith(LOCAL_DIR)
+    name, weights = (named, "") if is_folder else named.partition("/")[::2]
     config = _config_beside(Path(weights)) if weights else None
-    if named.startswith(LOCAL_DIR):
-        return _open_local(open_clip, named, None, device, precision)
     if config is not None:
-        return _open_local(open_clip, f"{LOCAL_DIR}{config.parent}", weights, device, precision)
-    if name not in open_clip.list_models():
+        name = f"{LOCAL_DIR}{config.parent}"
+    elif not is_folder and name not in open_clip.list_models():
         raise InputError(f"open_clip has no model '{name}': `open_clip.list_models()` names them")
-    if not weights:
+    elif not is_folder and not weights:
         raise InputError(f"open_clip:{name} names no weights: add /FILE or /TAG, a pretrained tag")
     try:
-        model = open_clip.create_model(name, pretrained=weights, precision=precision)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise InputError(
-            f"open_clip:{name} cannot be opened with weights '{weights}': {str(error)[:300]}"
-        ) from error
-    return OpenClipSubject(model.eval().to(device), open_clip.get_tokenizer(name), open_clip)
-
-
-def _open_local(
-    open_clip: Any, folder: str, weights: str | None, device: str, precision: Precision
-) -> OpenClipSubject:
-    """A model as the open_clip_config.json of a folder describes it, its weights from there or a
-    file."""
-    try:
-        model = open_clip.create_model(folder, load_weights=weights is None, precision=precision)
-        if weights is not None:
-            open_clip.load_checkpoint(model, weights)
-        tokenizer = open_clip.get_tokenizer(folder)
+        if is_folder or config is not None:
+            model = open_clip.create_model(name, load_weights=is_folder, precision=precision)
+            if config is not None:
+                open_clip.load_checkpoint(model, weights)
+        else:
+            model = open_clip.create_model(name, pretrained=weights, precision=precision)
+        tokenizer = open_clip.get_tokenizer(name)
     except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"open_clip:{folder} cannot be opened{f' with {weights}' if weights else ''}: "
-            f"{str(error)[:300]}"
-        ) from error
+        using = f" with weights '{weights}'" if weights else ""
+        why = str(error)[:300]
+        raise InputError(f"open_clip:{name} cannot be opened{using}: {why}") from error
     return OpenClipSubject(model.eval().to(device), tokenizer, open_clip)
 
 
@@ -132,8 +119,7 @@ def _list_assumptions(named: str, preprocessing: Mapping[str, Any]) -> tuple[str
         found.append(
             f"the file does not say which activation it was trained with: {used} of {name} was "
             f"assumed; there is {_twin_architecture(name)} too, and weights that go back to "
-            f"OpenAI's, DFN's or "
-            "MetaCLIP's need QuickGELU"
+            "OpenAI's, DFN's or MetaCLIP's need QuickGELU"
         )
     return tuple(found)
 

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from evaclip_model.choices import Precision
+from evaclip_model.config import Config
 from evaclip_model.create import create_model, open_model
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
@@ -31,13 +32,43 @@ from evaclip_model.training.cost import image_flops
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE, open_tensors
 from evaclip_model.weights.load import PREPROCESSING_FILE
 from evaclip_model.weights.name_maps import native_names
-from evaclip_model.weights.tensor_files import StoredTensor
-from tasks.evaluate.encode.model_identity import DIGEST_CHARS, Identity, digest_of
 
 OPEN_CLIP = "open_clip:"
 _FORM = 2
 """Raise it when the same files would get another identity."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+DIGEST_CHARS = 16
+
+
+class Identity(Config):
+    """A model by its content, whatever folder holds it."""
+
+    digest: str
+    """Of architecture and weights."""
+    text_digest: str
+    """Of the text tower's architecture, weights and tokenizer: models that share it share text
+    features."""
+    transform_digest: str
+    """Of `describe_preprocessing`."""
+    architecture: str
+    params: int
+    """Weights, both towers."""
+    gflops: float | None
+    """Of one image, in billions; a FLOP is half a multiply-add of a matrix product."""
+    source: str
+    """The specification it was named by."""
+    preprocessing: dict[str, Any]
+    """The steps that turn an image into the model's input."""
+    warnings: tuple[str, ...] = ()
+    """Sentences that a reader of its figures should know."""
+
+
+def digest_of(value: Any) -> str:
+    """16 hex digits over anything JSON can hold."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARS]
 
 
 class Subject(Protocol):
@@ -156,9 +187,9 @@ def _identify_uncached(spec: str) -> Identity:
             parameters += tensor.shape.numel()
             for one in both:
                 one.update(f"{entry.native} {entry.join} {tensor.dtype}\n".encode())
-            for piece in _tensor_bytes(tensor):
+            for piece in tensor.pieces():
                 for one in both:
-                    one.update(piece)
+                    one.update(piece.contiguous().view(torch.uint8).numpy().data)
     used = describe_preprocessing(config.vision.image_px)
     return Identity(
         digest=whole.hexdigest()[:DIGEST_CHARS],
@@ -171,11 +202,6 @@ def _identify_uncached(spec: str) -> Identity:
         preprocessing=used,
         warnings=_list_differences(path, used),
     )
-
-
-def _tensor_bytes(tensor: StoredTensor) -> Any:
-    for piece in tensor.pieces():
-        yield piece.contiguous().view(torch.uint8).numpy().data
 
 
 def _list_differences(path: Path, used: Mapping[str, Any]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evaclip_model.zeroshot.exact_ranks import class_means, fill_templates, normalise_features
+from evaclip_model.zeroshot.exact_ranks import build_classifier, fill_templates, normalise_features
 from tasks.evaluate.encode.feature_cache import SUFFIX, read_block, write_block
 from tasks.evaluate.encode.open_models import Subject
 from tasks.evaluate.sets.published_layout import EvalSet
@@ -87,8 +87,7 @@ def answer_features(evalset: EvalSet, features: TextFeatures) -> Tensor:
     if evalset.kind == "retrieval":
         return features.features_of([c for one in evalset.samples for c in one.captions])
     each = features.features_of(fill_templates(evalset.classnames, evalset.templates))
-    means, place = class_means(each, evalset.classnames)
-    return normalise_features(means, "text")[place]
+    return build_classifier(each, evalset.classnames)
 
 
 def encode_texts(
@@ -98,19 +97,17 @@ def encode_texts(
     *,
     rank: int = 0,
     ranks: int = 1,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Encode this rank's share of distinct `texts` into files of `folder`.
 
-    Every rank is given the same texts and takes the blocks whose number is its own, modulo ranks.
+    Every rank is given the same texts and takes each `ranks`-th block, from its own number on.
+    `progress` is called with the number of texts of each block.
 
     Raises:
         InputError: features are not finite.
     """
-    blocks = list(_iterate_blocks(subject, texts))
-    done = 0
-    for number in range(rank, len(blocks), ranks):
-        chunks = blocks[number]
+    for chunks in list(_iterate_blocks(subject, texts))[rank::ranks]:
         features = torch.cat([_encode_chunk(subject, chunk) for _, chunk in chunks])
         named = [texts[row] for rows, _ in chunks for row in rows]
         keys = b"".join(map(_text_key, named))
@@ -120,8 +117,7 @@ def encode_texts(
             _FEATURES: features,
         }
         write_block(folder / f"{name}{SUFFIX}", stored)
-        done += len(named)
-        progress(done)
+        progress(len(named))
 
 
 def _iterate_blocks(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from evaclip_model.errors import InputError
-from evaclip_model.zeroshot.exact_ranks import Ranking
 from evaclip_model.zeroshot.statistics import average_precisions
 from tasks.evaluate.metrics.metric import PairedDifference, metrics_of
 from tasks.evaluate.metrics.scored import Scored, labels_of, positives_of
@@ -98,22 +97,19 @@ def _describe_classes(scored: Scored) -> Figures:
         return {}
     labels, classes = labels_of(evalset), len(evalset.classnames)
     counts = torch.bincount(labels, minlength=classes).tolist()
-    right = torch.bincount(labels[scored.classes.ranks < 1], minlength=classes).tolist()
+    wrong, given = scored.classes.ranks > 0, scored.classes.top[:, 0]
+    right = torch.bincount(labels[~wrong], minlength=classes).tolist()
+    pairs = Counter(zip(labels[wrong].tolist(), given[wrong].tolist(), strict=True))
     return {
         "per_class": [
             {"name": name, "n": n, "correct": hits, "share": hits / n if n else None}
             for name, n, hits in zip(evalset.classnames, counts, right, strict=True)
         ],
-        "confusions": _list_confusions(evalset, scored.classes, labels),
+        "confusions": [
+            [evalset.classnames[true], evalset.classnames[said], times]
+            for (true, said), times in pairs.most_common(CONFUSIONS)
+        ],
     }
-
-
-def _list_confusions(evalset: EvalSet, ranking: Ranking, labels: Tensor) -> list[list[Any]]:
-    """The commonest mistakes: true class, given class, times."""
-    given, names = ranking.top[:, 0], evalset.classnames
-    wrong = ranking.ranks > 0
-    pairs = Counter(zip(labels[wrong].tolist(), given[wrong].tolist(), strict=True))
-    return [[names[true], names[said], n] for (true, said), n in pairs.most_common(CONFUSIONS)]
 
 
 def _count_tied_images(scores: Tensor, positives: Tensor) -> int:

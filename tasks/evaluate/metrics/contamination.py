@@ -62,11 +62,8 @@ def seen_in_training(
 
     All sets are looked for in one pass over each index.
 
-    Args:
-        sets: name -> hashes.
-        trained_on: samples that these versions leave out do not count.
-        most: bits of the 64 of a perceptual hash in which two look-alikes may differ.
-        report: gets the number of index rows looked at.
+    Samples that the versions of `trained_on` leave out do not count; two look-alikes may differ in
+    `most` of the 64 bits of a perceptual hash.
     """
     digests = sorted({digest for hashes in sets.values() for digest in hashes.sha256})
     looks = [hashes.looks[hashes.decoded] for hashes in sets.values()]

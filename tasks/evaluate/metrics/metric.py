@@ -382,10 +382,8 @@ def metrics_in(figures: Mapping[str, Any]) -> list[Metric]:
 def headlines_of(kind: Kind, named: PaperMetric | None) -> list[Metric]:
     """The figures of a set that are shown first.
 
-    Args:
-        kind: of the set.
-        named: its metric in the registry; None of a set that is not there, which is taken for
-            one of those that all sets of its kind are like.
+    `named` is its metric in the registry; None of a set that is not there, which is taken for one
+    of those that all sets of its kind are like.
     """
     first = [one for one in METRICS if one.kind == kind and one.headline]
     named = named or next(one.printed_for for one in first if not one.is_theirs_alone)

@@ -1,4 +1,4 @@
-"""The paper's figures, and the verdict on ours: reproduced, differs or not comparable.
+"""The paper's figures and averages, and the verdict on ours: reproduced, differs, not comparable.
 
 Cells are kept as printed; errata are applied when they are read, unless printed cells are asked
 for. What an erratum corrects, and what it only remarks on, is footnoted either way.
@@ -11,13 +11,14 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from evaclip_model.config import Config
 from evaclip_model.model.model_config import ModelConfig, list_models
 from tasks.evaluate.metrics.metric import printed_columns
 from tasks.evaluate.sets.published_layout import EvalSet
-from tasks.evaluate.sets.set_registry import find_set
+from tasks.evaluate.sets.set_registry import KnownSet, find_set, known_sets
 
 _FILE = Path(__file__).with_name("paper_tables.json")
 HEADER = "header"
@@ -27,6 +28,12 @@ UNKNOWN_TOLERANCE = 1.5
 """Points; of sets that nobody has measured twice in the same way, the loosest of the others."""
 CAPTIONS = {"flickr30k": 5_000, "coco": 25_010}
 """Captions of the retrieval sets as the paper's figures have them."""
+
+TABLES = ("1b", "2", "3")
+"""Those that have an average."""
+ROBUSTNESS = "1b"
+BASE = "imagenet1k"
+"""Set that the gap is measured from."""
 
 Ruling = Literal["reproduced", "differs", "not comparable"]
 
@@ -170,9 +177,8 @@ def list_errata() -> tuple[Erratum, ...]:
 def paper_model(source: str, architecture: str) -> PaperModel | None:
     """The row that a model belongs beside; none where the paper has no such architecture.
 
-    Args:
-        source: how the model was named: FOLDER, FILE:ARCHITECTURE or open_clip:NAME/TAG.
-        architecture: its name and size, such as "EVA02-CLIP-B-16 at 224 px".
+    `source` is FOLDER, FILE:ARCHITECTURE or open_clip:NAME/TAG; `architecture` has a name and a
+    size, such as "EVA02-CLIP-B-16 at 224 px".
     """
     kind, _, named = source.partition(":")
     file = Path(source.rpartition(":")[0]).name
@@ -189,11 +195,7 @@ def paper_model(source: str, architecture: str) -> PaperModel | None:
 def find_published(
     row: str, set_key: str, metric: str, *, as_printed: bool = False
 ) -> PaperFigure | None:
-    """The paper's figure of a model (its row) on a set; none where it prints none.
-
-    Args:
-        metric: as figures name it: `top1`, `kinetics_mean`, `image_to_text_r1`, ...
-    """
+    """The paper's figure of a model (its row) on a set; none where it prints none."""
     known = find_set(set_key)
     columns = {figure: column for column, figure in printed_columns(known).items()} if known else {}
     if known is None or metric not in columns:
@@ -218,10 +220,8 @@ def judge_figure(
 ) -> PaperVerdict:
     """The verdict on a figure of ours, a share, beside the published one.
 
-    Args:
-        reference: of the row `model` belongs beside, on this set.
-        split: which images these are, where the recipe says it; only then can a set be compared
-            whose images the paper does not name.
+    `split` says which images these are: without it a set is not compared of which the paper does
+    not name the images.
     """
     why_not = next(_list_obstacles(reference, evalset, model, split), None)
     if why_not is not None:
@@ -234,6 +234,106 @@ def judge_figure(
     if apart <= tolerance + 1e-9:
         return PaperVerdict("reproduced", distance)
     return PaperVerdict("differs", f"{distance}; {reference.note}" if reference.note else distance)
+
+
+@dataclass(frozen=True)
+class Average:
+    """Unweighted mean over the sets of a table, in percent."""
+
+    value: float | None
+    """None where a set is missing."""
+    sets: tuple[str, ...]
+    """Those that were evaluated, in the table's order."""
+    missing: tuple[str, ...]
+    reason: str
+    """The reason why there is no value; "" where there is one."""
+    published: float | None
+    """The paper's average of the row beside, over all sets."""
+    intersection_value: float | None
+    """Mean over the sets there are."""
+    intersection_reference: float | None
+    """Mean of the published row over the same sets."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Points that a model loses on ImageNet's variants against ImageNet."""
+
+    imagenet1k: float | None
+    """Percent."""
+    average: float | None
+    """Of the six sets of Table 1b, ImageNet among them; percent."""
+    delta: float | None
+    """The first less the second; the smaller the better."""
+    published: float | None
+    reason: str
+    """The reason why there is no gap; "" where there is one."""
+
+
+def average_table(
+    table: str, values: Mapping[str, float], row: str | None = None, *, as_printed: bool = False
+) -> Average:
+    """Average of the sets of table "1b", "2" or "3", beside the paper's model `row`.
+
+    `values` is set -> its figure in the table's metric, a share; other sets are passed over.
+    """
+    members = members_of(table)
+    sets = tuple(key for key in members if key in values)
+    missing = tuple(key for key in members if key not in values)
+    mean = 100 * fmean(values[key] for key in sets) if sets else None
+    references = [
+        found.value
+        for key in sets
+        if row and (found := find_published(row, key, members[key].metric, as_printed=as_printed))
+    ]
+    return Average(
+        value=None if missing else mean,
+        sets=sets,
+        missing=missing,
+        reason=_explain_refusal(len(members), missing),
+        published=_find_cell(table, row, "avg", as_printed),
+        intersection_value=mean,
+        intersection_reference=fmean(references) if sets and len(references) == len(sets) else None,
+    )
+
+
+def robustness_gap(
+    values: Mapping[str, float], row: str | None = None, *, as_printed: bool = False
+) -> Gap:
+    """The gap of Table 1b from set -> top-1, a share; none where one of the six is missing."""
+    mean = average_table(ROBUSTNESS, values, row, as_printed=as_printed)
+    base = 100 * values[BASE] if BASE in values else None
+    return Gap(
+        imagenet1k=base,
+        average=mean.value,
+        delta=None if mean.value is None or base is None else base - mean.value,
+        published=_find_cell(ROBUSTNESS, row, "delta", as_printed),
+        reason=mean.reason,
+    )
+
+
+def values_of(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Set -> its figure in the paper's metric, from set -> figures; only sets of Tables 1 to 3."""
+    return {
+        key: float(figures[key][known.metric])
+        for key, known in known_sets().items()
+        if key in figures and known.metric in figures[key]
+    }
+
+
+def members_of(table: str) -> dict[str, KnownSet]:
+    return {key: known for key, known in known_sets().items() if table in known.tables}
+
+
+def _explain_refusal(members: int, missing: tuple[str, ...]) -> str:
+    if not missing:
+        return ""
+    return f"{len(missing)} of its {members} sets not evaluated: {', '.join(missing)}"
+
+
+def _find_cell(table: str, row: str | None, column: str, as_printed: bool) -> float | None:
+    rows = [one for one in rows_of(table, as_printed=as_printed) if row and one.model == row]
+    return float(rows[0].cells[column]) if rows else None
 
 
 def _list_obstacles(

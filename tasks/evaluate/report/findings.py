@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from tasks.evaluate.metrics.metric import headlines_of, metrics_in, title_of
-from tasks.evaluate.sets.set_registry import KnownSet, find_set
+from tasks.evaluate.sets.set_registry import find_set
 
 Json = Mapping[str, Any]
 
@@ -87,11 +87,8 @@ class Findings:
     def failed(self) -> Json:
         return self._results_part("failed")
 
-    def known_set(self, evalset: str) -> KnownSet | None:
-        return find_set(evalset)
-
     def set_name(self, evalset: str) -> str:
-        known = self.known_set(evalset)
+        known = find_set(evalset)
         return known.title if known else evalset
 
     def describe_set(self, evalset: str) -> Json:
@@ -122,11 +119,11 @@ class Findings:
             bounds=tuple(bounds) if bounds else None,
             chance=self._results_part("chance", evalset).get(metric),
             published=PublishedFigure(
-                value=given["published"],
-                tolerance=given["tolerance"],
-                verdict=given["verdict"],
-                reason=given["reason"],
-                errata=tuple(given["errata"]),
+                given["published"],
+                given["tolerance"],
+                given["verdict"],
+                given["reason"],
+                tuple(given["errata"]),
             )
             if given
             else None,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tasks.evaluate.metrics.scored import Scored
-from tasks.evaluate.report import all_sets, one_set
+from tasks.evaluate.report import tables
 from tasks.evaluate.report.curves import Curve
 from tasks.evaluate.report.examples import commonest_confusions, taken_for
 from tasks.evaluate.report.findings import Findings
@@ -29,14 +29,14 @@ def write_markdown(
     found = Findings(results)
     parts = [*_first_screen(found), *_paper_lines(found)]
     parts += _titled_table(
-        "## Beside the other models", all_sets.comparison_table(found, headlines_only=True)
+        "## Beside the other models", tables.comparison_table(found, headlines_only=True)
     )
-    parts += _titled_table("## Seen in training?", all_sets.contamination_table(found))
+    parts += _titled_table("## Seen in training?", tables.contamination_table(found))
     parts += _titled_table("## Training", _training_table(curves) if curves else None)
     parts.append("## Set by set")
     for key in found.sets:
         parts += _set_lines(found, key, scored.get(key, {}).get(found.subject))
-    parts += _titled_table("## Where this comes from", all_sets.provenance_table(found))
+    parts += _titled_table("## Where this comes from", tables.provenance_table(found))
     return "\n\n".join(parts) + "\n"
 
 
@@ -57,20 +57,20 @@ def _first_screen(found: Findings) -> Iterator[str]:
     for tile in headline_tiles(found):
         tiles.add(tile.of, tile.value, ", ".join(f"{name} {value}" for name, value in tile.facts))
     yield markdown_table(tiles)
-    yield from _titled_table("## Sets that could not be evaluated", all_sets.failure_table(found))
-    yield from _titled_table("## All sets at a glance", all_sets.glance_table(found))
+    yield from _titled_table("## Sets that could not be evaluated", tables.failure_table(found))
+    yield from _titled_table("## All sets at a glance", tables.glance_table(found))
 
 
 def _paper_lines(found: Findings) -> Iterator[str]:
-    yield from _titled_table("## Beside the paper", all_sets.verdict_table(found))
-    tables = paper_tables(found)
-    if tables:
+    yield from _titled_table("## Beside the paper", tables.verdict_table(found))
+    forms = paper_tables(found)
+    if forms:
         yield "## The paper's tables"
         yield "In percent; known errors of the paper corrected and footnoted; ours in bold."
-    for one in tables:
+    for one in forms:
         yield from _titled_table(f"### {escape_markdown(one.title)}", one.table)
-    yield from _titled_table("### Averages", all_sets.average_table(found))
-    yield from _titled_table("### Robustness gap Δ", all_sets.robustness_table(found))
+    yield from _titled_table("### Averages", tables.average_table(found))
+    yield from _titled_table("### Robustness gap Δ", tables.robustness_table(found))
 
 
 def _training_table(curves: Sequence[Curve]) -> Table:
@@ -92,9 +92,9 @@ def _set_lines(found: Findings, key: str, scored: Scored | None) -> Iterator[str
     warnings = found.describe_set(key)["warnings"]
     if warnings:
         yield "\n".join(f"> {escape_markdown(text)}" for text in warnings)
-    yield markdown_table(one_set.figure_table(found, key))
+    yield markdown_table(tables.figure_table(found, key))
     is_ranked = scored is not None and scored.classes is not None
-    classes = one_set.class_table(found, key, taken_for(scored) if scored and is_ranked else {})
+    classes = tables.class_table(found, key, taken_for(scored) if scored and is_ranked else {})
     if classes:
         weakest = classes.rows[:CLASSES_SHOWN]
         count = format_plural(len(classes.rows), "class", "classes")
@@ -102,6 +102,6 @@ def _set_lines(found: Findings, key: str, scored: Scored | None) -> Iterator[str
         yield markdown_table(replace(classes, rows=weakest))
     confused = commonest_confusions(scored, CONFUSIONS_SHOWN) if scored and is_ranked else []
     if scored and confused:
-        table = one_set.confusion_table(confused, scored.evalset.classnames)
+        table = tables.confusion_table(confused, scored.evalset.classnames)
         yield from _titled_table("Commonest confusions:", table)
-    yield markdown_table(one_set.provenance_table(found, key))
+    yield markdown_table(tables.set_provenance_table(found, key))

@@ -11,13 +11,13 @@ from markupsafe import Markup
 
 from evaclip_model.zeroshot.statistics import chance_of_hit, hit_rate
 from tasks.evaluate.metrics.scored import Scored, captions_of
-from tasks.evaluate.report import all_sets, examples, one_set
-from tasks.evaluate.report.charts import ChartLine, line_chart
-from tasks.evaluate.report.compute_chart import compute_chart
+from tasks.evaluate.paper.published import rows_of
+from tasks.evaluate.report import examples, tables
+from tasks.evaluate.report.charts import Bubble, ChartLine, bubble_chart, line_chart
 from tasks.evaluate.report.curves import Curve, count_images_seen, loss_chart
 from tasks.evaluate.report.findings import Findings
 from tasks.evaluate.report.numbers import format_ordinal, format_percent, format_plural
-from tasks.evaluate.report.paper_form import paper_tables
+from tasks.evaluate.report.paper_form import beside_of, paper_tables
 from tasks.evaluate.report.summary import headline_tiles, summary_sentences
 from tasks.table import html_table
 
@@ -34,6 +34,70 @@ SECTIONS = {
     "provenance": ("provenance", "Provenance"),
 }
 """Part of the page -> its anchor and its name in the navigation, when it is there."""
+
+
+SET, METRIC = "imagenet1k", "top1"
+GFLOPS = {
+    "OpenAI CLIP-B/16": 35.1269,
+    "OpenAI CLIP-L/14": 162.0255,
+    "OpenAI CLIP-L/14+": 381.9198,
+    "Open CLIP-B/16": 35.1269,
+    "Open CLIP-L/14": 162.0255,
+    "Open CLIP-H/14": 334.5903,
+    "Open CLIP-g/14": 534.0631,
+    "Open CLIP-G/14": 967.496,
+    "EVA-01-CLIP-B/16": 35.1269,
+    "EVA-01-CLIP-g/14": 534.0631,
+    "EVA-01-CLIP-g/14+": 534.0631,
+    "EVA-02-CLIP-B/16": 35.1269,
+    "EVA-02-CLIP-L/14": 162.0003,
+    "EVA-02-CLIP-L/14+": 381.8631,
+    "EVA-02-CLIP-E/14": 2264.3269,
+    "EVA-02-CLIP-E/14+": 2264.3269,
+}
+"""Of one image through the image tower of every model of Table 1a, as
+`evaclip_model.training.cost.image_flops` counts them for these architectures."""
+
+
+def compute_chart(found: Findings, images_seen: float) -> Markup | None:
+    """Accuracy against compute as the paper's Figure 1, when ImageNet-1K was evaluated.
+
+    The figure's horizontal axis is not stated; here it is the image tower's forward pass. A circle
+    stands for forward GFLOPs times training samples, as the caption says; its area here, where the
+    paper says diameter, because the range is two hundred to one.
+
+    `images_seen` are the subject's image-text pairs where its training is known, else 0.
+    """
+    shares = {model: found.set_results(SET, model).get(METRIC) for model in found.models}
+    if all(share is None for share in shares.values()):
+        return None
+    rows = {row.model: row.cells for row in rows_of("1a")}
+    bubbles = [
+        _make_bubble(
+            name, row["in1k_zs_top1"], GFLOPS[name], row["samples_seen"], _model_family(name)
+        )
+        for name, row in rows.items()
+    ]
+    for model, share in shares.items():
+        gflops = found.describe_model(model)["gflops"]
+        if share is not None and gflops:
+            beside = beside_of(found, model)
+            samples = images_seen if model == found.subject and images_seen else None
+            if samples is None and beside is not None and beside.is_released:
+                samples = rows[beside.row]["samples_seen"]
+            bubbles.append(_make_bubble(model, 100 * share, gflops, samples, "subject"))
+    return bubble_chart(bubbles, x="forward GFLOPs an image", y="ImageNet-1K zero-shot top-1, %")
+
+
+def _make_bubble(
+    name: str, percent: float, gflops: float, samples: float | None, style: str
+) -> Bubble:
+    """One model; `samples` are the image-text pairs seen, None if unknown."""
+    return Bubble(gflops, percent, None if samples is None else gflops * samples, name, style)
+
+
+def _model_family(name: str) -> str:
+    return "eva" if name.startswith("EVA") else "openai" if name.startswith("OpenAI") else "open"
 
 
 def write_page(
@@ -54,19 +118,19 @@ def write_page(
     environment.globals["table"] = html_table
     found, images_seen = Findings(results), count_images_seen(curves)
     parts: dict[str, Any] = {
-        "failures": all_sets.failure_table(found),
-        "glance": all_sets.glance_table(found),
-        "verdicts": all_sets.verdict_table(found),
+        "failures": tables.failure_table(found),
+        "glance": tables.glance_table(found),
+        "verdicts": tables.verdict_table(found),
         "paper": paper_tables(found),
-        "averages": all_sets.average_table(found),
-        "robustness": all_sets.robustness_table(found),
+        "averages": tables.average_table(found),
+        "robustness": tables.robustness_table(found),
         "compute": compute_chart(found, images_seen),
-        "comparisons": all_sets.comparison_table(found, headlines_only=True),
-        "all_comparisons": all_sets.comparison_table(found, headlines_only=False),
-        "contamination": all_sets.contamination_table(found),
+        "comparisons": tables.comparison_table(found, headlines_only=True),
+        "all_comparisons": tables.comparison_table(found, headlines_only=False),
+        "contamination": tables.contamination_table(found),
         "curves": [(curve, loss_chart(curve)) for curve in curves],
         "sets": [*_describe_sets(found, scored)],
-        "provenance": all_sets.provenance_table(found),
+        "provenance": tables.provenance_table(found),
     }
     return environment.get_template("report.html.j2").render(
         found=found,
@@ -75,7 +139,7 @@ def write_page(
         sections=[place for part, place in SECTIONS.items() if parts[part]],
         sentences=summary_sentences(found),
         tiles=headline_tiles(found),
-        extent=all_sets.count_sets_and_images(found),
+        extent=tables.count_sets_and_images(found),
         images_seen=images_seen,
         lineage=Markup(lineage),
         **parts,
@@ -114,7 +178,7 @@ def _describe_sets(
         classes = format_plural(results.get("classes", 0), "class", "classes")
         yield {
             "key": key,
-            "anchor": all_sets.set_anchor(key),
+            "anchor": tables.set_anchor(key),
             "name": found.set_name(key),
             "kind": about["kind"],
             "images": images,
@@ -124,8 +188,8 @@ def _describe_sets(
                 format_percent(x.value) for x in headlines if x.value is not None
             ),
             "warnings": about["warnings"],
-            "figures": one_set.figure_table(found, key),
-            "provenance": one_set.provenance_table(found, key),
+            "figures": tables.figure_table(found, key),
+            "provenance": tables.set_provenance_table(found, key),
             **_draw_examples(found, key, one, amount),
             "depth": depth_chart(scored[key], found.subject)
             if one and one.rankings_by_direction()
@@ -139,7 +203,7 @@ def _draw_examples(
     """The examples that a set's kind of answers has; the lists of others are empty."""
     ranked = one if one and one.classes is not None else None
     return {
-        "classes": one_set.class_table(found, key, examples.taken_for(ranked) if ranked else {}),
+        "classes": tables.class_table(found, key, examples.taken_for(ranked) if ranked else {}),
         "confusions": examples.pick_confusions(ranked, amount) if ranked else [],
         "mistakes": examples.pick_mistakes(ranked, amount) if ranked else [],
         "class_searches": (

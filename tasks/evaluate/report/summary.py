@@ -6,14 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 
-from tasks.evaluate.paper.averages import members_of
-from tasks.evaluate.report.all_sets import (
-    SURE,
-    TABLES,
-    compared_pairs,
-    count_sets_and_images,
-    count_verdicts,
-)
+from tasks.evaluate.paper.published import members_of
 from tasks.evaluate.report.findings import Figure, Findings
 from tasks.evaluate.report.numbers import (
     format_interval,
@@ -21,6 +14,13 @@ from tasks.evaluate.report.numbers import (
     format_plural,
     format_points,
     format_signed,
+)
+from tasks.evaluate.report.tables import (
+    SURE,
+    TABLES,
+    compared_pairs,
+    count_sets_and_images,
+    count_verdicts,
 )
 
 MOST_TILES = 8
@@ -142,8 +142,8 @@ def _agreement_lines(found: Findings) -> Iterator[str]:
     if same + other + unlike:
         yield (
             f"Of {format_plural(same + other + unlike, 'figure')} that the paper prints too, "
-            f"{same} {_is_or_are(same)} reproduced, {other} "
-            f"{'differs' if other == 1 else 'differ'} and "
+            f"{same} {_is_or_are(same)} reproduced, "
+            f"{other} {'differs' if other == 1 else 'differ'} and "
             f"{unlike} {_is_or_are(unlike)} not comparable."
         )
     for table in _list_tables(found):
@@ -192,8 +192,7 @@ def _against_others(found: Findings) -> Iterator[str]:
             yield (
                 f"Beside {other}, {found.subject} is better on {better} and worse on "
                 f"{len(sure) - better} of {format_plural(len(tests), 'headline figure')} "
-                f"(paired tests, "
-                f"p < {SURE}); the others cannot be told apart."
+                f"(paired tests, p < {SURE}); the others cannot be told apart."
             )
 
 
@@ -206,20 +205,15 @@ def _warning_lines(found: Findings) -> Iterator[str]:
     if flagged:
         worst = max(flagged, key=lambda one: shares[one])
         yield (
-            f"{format_plural(len(flagged), 'set')} {'has' if len(flagged) == 1 else 'have'} "
-            f"images with "
-            f"near-duplicates in the training data, most of all {found.set_name(worst)} "
+            f"{format_plural(len(flagged), 'set')} {'has' if len(flagged) == 1 else 'have'} images "
+            f"with near-duplicates in the training data, most of all {found.set_name(worst)} "
             f"({format_percent(shares[worst])})."
         )
     counts = [len(found.describe_set(one)["warnings"]) for one in found.sets]
     warned = sum(map(bool, counts))
     if warned:
-        come = "comes" if warned == 1 else "come"
-        yield (
-            f"{format_plural(warned, 'set')} {come} with "
-            f"{format_plural(sum(counts), 'warning')}: read them "
-            "first."
-        )
+        come, count = "comes" if warned == 1 else "come", format_plural(sum(counts), "warning")
+        yield f"{format_plural(warned, 'set')} {come} with {count}: read them first."
 
 
 def _is_or_are(count: int) -> str:

@@ -26,12 +26,7 @@ def write_reports(
 ) -> tuple[Path, ...]:
     """Write the reports of `results` (results.json's content) into `folder`; their paths.
 
-    Args:
-        folder: of the evaluation's artifact.
-        results: every figure, with the settings and data behind it.
-        scored: set -> model -> rankings, for pictures and examples.
-        curves: of the training stages behind the model, in order.
-        lineage: the artifacts behind the model, as an SVG.
+    `scored` is set -> model -> rankings, for pictures and examples; `lineage` an SVG.
     """
     texts = {
         REPORT: write_page(results, scored, curves, lineage),

@@ -101,13 +101,10 @@ def order_classes(
     """Give every word of a source its label and its name.
 
     Args:
-        words: what the source calls its classes, in its own order (for folders, that of text).
+        words: the source's classes, in its own order (for folders, that of text).
         chosen: the list that names the classes; without one a known set's own, where there is one
             and it can be compared, else the words themselves.
-        known: the set that this is.
-        where: the source, for messages.
         display_names: names of words, where they are not the words without underscores.
-        order: see `Order`.
         first: number of the first class of a list, 0 or 1, where the words are numbers.
 
     Raises:
@@ -159,7 +156,11 @@ def _order_classes(
                 "with one class name a line, or --as NAME where it is a known set"
             )
         return _by_number(words, listed, known, where, first)
-    _check_class_count(words, known, where)
+    if known is not None and known.classes != len(words):
+        raise InputError(
+            f"{where} has {len(words)} classes, but {known.title} has {known.classes}: give its "
+            "own folder, or leave the name of the known set out"
+        )
     synsets = _by_synset(words, None, known, where)
     if synsets is not None:
         return synsets
@@ -177,7 +178,9 @@ def _order_classes(
                 f"the names are the source's own: they could not be matched with the list of "
                 f"'{known.key if known else ''}' ({listed.source})",
             )
-    ordered = sorted(words, key=_number_of) if all(map(_NUMBERED_WORD.fullmatch, words)) else words
+    matches = {word: _NUMBERED_WORD.fullmatch(word) for word in words}
+    numbers = {word: int(match[1]) for word, match in matches.items() if match}
+    ordered = sorted(words, key=numbers.__getitem__) if len(numbers) == len(matches) else words
     labels = {word: label for label, word in enumerate(ordered)}
     return ClassOrder(tuple(own[word] for word in ordered), labels, remarks)
 
@@ -198,18 +201,15 @@ def _by_list(
         return ClassOrder(chosen.names, matched)
     if numbered:
         return _by_number(words, chosen, known, where, first)
+    synsets = _by_synset(words, chosen, known, where)
+    if synsets is not None:
+        return synsets
     if len(words) != len(chosen.names):
-        synsets = _by_synset(words, chosen, known, where)
-        if synsets is not None:
-            return synsets
         missing = next(word for word in words if word not in matched)
         raise InputError(
             f"{chosen.source} has {len(chosen.names)} class names for the {len(words)} classes of "
             f"{where}, and none of them is '{missing}': {_TWO_COLUMNS}"
         )
-    synsets = _by_synset(words, chosen, known, where)
-    if synsets is not None:
-        return synsets
     left = [word for word in words if word not in matched]
     free = [label for label in range(len(words)) if label not in matched.values()]
     if len(left) == 1:
@@ -392,14 +392,6 @@ def _list_of_known(known: KnownSet | None, required: bool) -> ClassNameList | No
     return None
 
 
-def _check_class_count(words: Sequence[str], known: KnownSet | None, where: str) -> None:
-    if known is not None and known.classes != len(words):
-        raise InputError(
-            f"{where} has {len(words)} classes, but {known.title} has {known.classes}: give its "
-            "own folder, or leave the name of the known set out"
-        )
-
-
 def _display_name(word: str, words: Sequence[str]) -> str:
     """The word as a name: without underscores, nor an id in front that every word has."""
     for pattern, group in ((_NUMBERED_WORD, 2), (_SYNSET_WORD, 1)):
@@ -409,12 +401,6 @@ def _display_name(word: str, words: Sequence[str]) -> str:
             word = match[group]
             break
     return " ".join(word.replace("_", " ").split())
-
-
-def _number_of(word: str) -> int:
-    match = _NUMBERED_WORD.fullmatch(word)
-    assert match is not None
-    return int(match[1])
 
 
 def _numberings(count: int) -> tuple[list[int], list[int]]:

@@ -12,7 +12,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,6 @@ from evaclip_model.zeroshot.set_layout import (
     DATASET_TYPE,
     SPLIT,
     Span,
-    TarMember,
     find_image,
     find_tars,
     read_label,
@@ -101,11 +100,9 @@ def open_set(
 
     Args:
         templates: prompts of a set with classes: a source's name, or the list itself.
-        known: its entry in the registry, for classes, sources, and what size to expect.
         classnames: likewise, in the order of the labels.
         index_cache: folder that keeps the index, so that the tars are read once; an index is used
             as long as their sizes and times of change are the same.
-        crop_px: pixels to cut off every side of every image.
 
     Raises:
         InputError: a file is missing or unreadable, a sample lacks its image or its label, a
@@ -195,9 +192,8 @@ def _read_kept(path: Path, mark: dict[str, Any]) -> list[_Indexed] | None:
 
 
 def _read_tars(tars: Sequence[Path], kind: Kind) -> list[_Indexed]:
-    numbers = range(len(tars))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "index") as pool:
-        by_tar = list(pool.map(lambda number: _read_entries(number, tars[number], kind), numbers))
+        by_tar = list(pool.map(lambda n: list(_read_entries(n, tars[n], kind)), range(len(tars))))
     found: dict[str, _Indexed] = {}
     for tar, entries in zip(tars, by_tar, strict=True):
         for entry in entries:
@@ -206,20 +202,14 @@ def _read_tars(tars: Sequence[Path], kind: Kind) -> list[_Indexed]:
     return [found[key] for key in sorted(found)]
 
 
-def _read_entries(number: int, tar: Path, kind: Kind) -> list[_Indexed]:
-    found = read_members(tar, digest_images=True)
-    return [_make_entry(number, tar, key, members, kind) for key, members in found.items()]
-
-
-def _make_entry(
-    number: int, tar: Path, key: str, members: dict[str, TarMember], kind: Kind
-) -> _Indexed:
-    image = find_image(members, f"{tar}: sample {key}")
+def _read_entries(number: int, tar: Path, kind: Kind) -> Iterator[_Indexed]:
     wanted = _ANSWERS[kind]
-    if wanted not in members:
-        raise InputError(f"{tar}: sample {key} has no .{wanted} member")
-    answer = _READERS[kind](members[wanted].content, f"{tar}: {key}")
-    return _Indexed(key, number, image.span.offset, image.span.size, image.sha256, answer)
+    for key, members in read_members(tar, digest_images=True).items():
+        image = find_image(members, f"{tar}: sample {key}")
+        if wanted not in members:
+            raise InputError(f"{tar}: sample {key} has no .{wanted} member")
+        answer = _READERS[kind](members[wanted].content, f"{tar}: {key}")
+        yield _Indexed(key, number, image.span.offset, image.span.size, image.sha256, answer)
 
 
 def _parse_labels(content: bytes, where: str) -> list[Any]:
@@ -317,12 +307,12 @@ def _check_labels(
 
 def _read_sample(entry: _Indexed, tars: Sequence[Path], kind: Kind) -> EvalSample:
     span = Span(tars[entry.tar], entry.offset, entry.size)
-    if kind == "classification":
-        return EvalSample(entry.key, span, label=entry.answer, sha256=entry.sha256)
+    answer: dict[str, Any] = {"label": entry.answer}
     if kind == "multilabel":
-        labels = tuple(entry.answer[1])
-        return EvalSample(entry.key, span, labels=labels, sha256=entry.sha256)
-    return EvalSample(entry.key, span, captions=tuple(entry.answer), sha256=entry.sha256)
+        answer = {"labels": tuple(entry.answer[1])}
+    elif kind == "retrieval":
+        answer = {"captions": tuple(entry.answer)}
+    return EvalSample(entry.key, span, sha256=entry.sha256, **answer)
 
 
 def _digest_entries(*parts: Any) -> str:

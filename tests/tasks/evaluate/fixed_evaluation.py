@@ -16,7 +16,7 @@ import torch
 
 from evaclip_model.zeroshot.exact_ranks import rank_targets
 from tasks.evaluate.config import EvaluateConfig
-from tasks.evaluate.encode.model_identity import Identity
+from tasks.evaluate.encode.open_models import Identity
 from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.results import results_of
 from tasks.evaluate.sets.published_layout import EvalSample, EvalSet

@@ -21,8 +21,15 @@ from evaclip_model.zeroshot.exact_ranks import Ranking
 from evaclip_model.zeroshot.set_layout import Span
 from tasks.evaluate.metrics.compute import chance_levels, compare_models, compute_figures
 from tasks.evaluate.metrics.scored import Scored
-from tasks.evaluate.paper.averages import TABLES, average_table, robustness_gap, values_of
-from tasks.evaluate.paper.published import PaperModel, find_published, judge_figure
+from tasks.evaluate.paper.published import (
+    TABLES,
+    PaperModel,
+    average_table,
+    find_published,
+    judge_figure,
+    robustness_gap,
+    values_of,
+)
 from tasks.evaluate.sets.published_layout import EvalSample, EvalSet
 from tasks.evaluate.sets.set_registry import KnownSet, find_set
 

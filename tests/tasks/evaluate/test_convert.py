@@ -26,7 +26,6 @@ from tasks.evaluate.sets.convert.convert import (
     convert_captions,
     convert_imagefolder,
 )
-from tasks.evaluate.sets.convert.imagefolder import class_folders, image_sources
 from tasks.evaluate.sets.convert.shard_writer import (
     Found,
     Source,
@@ -34,6 +33,7 @@ from tasks.evaluate.sets.convert.shard_writer import (
     encode_png,
     write_set,
 )
+from tasks.evaluate.sets.convert.source_images import class_folders, image_sources
 from tasks.evaluate.sets.convert.torchvision_sets import class_names, dataset_sources
 from tasks.evaluate.sets.published_layout import open_set
 from tasks.evaluate.sets.set_registry import find_set
@@ -178,7 +178,7 @@ def test_a_killed_conversion_goes_on(tmp_path: Path, birds: Path) -> None:
         """
         import os, signal, sys
         from pathlib import Path
-        from tasks.evaluate.sets.convert.imagefolder import class_folders, image_sources
+        from tasks.evaluate.sets.convert.source_images import class_folders, image_sources
         from tasks.evaluate.sets.convert.shard_writer import write_set
         folders = class_folders(Path(sys.argv[1]))
         sources = image_sources({folder: label for label, folder in enumerate(folders)})

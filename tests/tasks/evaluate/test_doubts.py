@@ -11,8 +11,8 @@ import torch
 from evaclip_model.zeroshot.exact_ranks import rank_classes
 from evaclip_model.zeroshot.set_layout import Span
 from tasks.evaluate.metrics.compute import chance_levels, compute_figures
-from tasks.evaluate.metrics.sanity_warnings import permuted_classes, warnings_of
 from tasks.evaluate.metrics.scored import Scored
+from tasks.evaluate.results import permuted_classes, warnings_of
 from tasks.evaluate.sets.published_layout import EvalSample, EvalSet
 
 CLASSES, EACH = 10, 20

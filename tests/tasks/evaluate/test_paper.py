@@ -7,15 +7,18 @@ from dataclasses import replace
 
 import pytest
 
-from tasks.evaluate.paper.averages import average_table, members_of, robustness_gap, values_of
 from tasks.evaluate.paper.published import (
     CAPTIONS,
     PaperModel,
     PaperVerdict,
+    average_table,
     find_published,
     judge_figure,
+    members_of,
     paper_model,
+    robustness_gap,
     rows_of,
+    values_of,
 )
 from tasks.evaluate.sets.published_layout import EvalSet
 from tasks.evaluate.sets.set_registry import known_sets

@@ -10,8 +10,15 @@ import pytest
 
 from evaclip_model.model.model_config import ModelConfig, list_models
 from tasks.evaluate.encode.open_models import architecture_name
-from tasks.evaluate.paper.averages import TABLES, members_of
-from tasks.evaluate.paper.published import PaperRow, list_errata, paper_model, rows_of, table_of
+from tasks.evaluate.paper.published import (
+    TABLES,
+    PaperRow,
+    list_errata,
+    members_of,
+    paper_model,
+    rows_of,
+    table_of,
+)
 from tasks.evaluate.sets.set_registry import known_sets
 
 IMAGENETS = ("in1k", "in_a", "in_r", "in_v2", "in_sketch", "objectnet")

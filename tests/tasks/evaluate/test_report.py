@@ -27,7 +27,6 @@ from tasks.evaluate.report.charts import (
     interval_bar,
     line_chart,
 )
-from tasks.evaluate.report.compute_chart import GFLOPS
 from tasks.evaluate.report.curves import loss_chart, read_curve
 from tasks.evaluate.report.examples import Amount, _draw_queries, make_thumbnail
 from tasks.evaluate.report.numbers import (
@@ -41,6 +40,7 @@ from tasks.evaluate.report.numbers import (
     format_times,
     p_value,
 )
+from tasks.evaluate.report.page import GFLOPS
 from tasks.table import (
     Cell,
     Table,

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from tasks.evaluate.metrics.scored import Scored
-from tasks.evaluate.report.all_sets import average_table, count_verdicts
 from tasks.evaluate.report.findings import Findings
 from tasks.evaluate.report.summary import (
     average_interval,
     headline_tiles,
     summary_sentences,
 )
+from tasks.evaluate.report.tables import average_table, count_verdicts
 from tasks.evaluate.report.write_reports import write_reports
 from tasks.evaluate.sets.set_registry import known_sets
 from tests.tasks.evaluate.made_up import made_up

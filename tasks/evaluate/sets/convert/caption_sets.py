@@ -40,11 +40,6 @@ Captions = dict[str, list[str]]
 def captioned_sources(listing: Path, images: Path, split: str = "test") -> list[Source]:
     """The images of a listing, in its order, each with all its captions.
 
-    Args:
-        listing: see the forms above.
-        images: folder that its files lie in.
-        split: which images of a listing that has several splits (Karpathy's form).
-
     Raises:
         InputError: the file is missing or of another form, has nothing in this split, names a file
             outside `images`, or has an image without a caption.

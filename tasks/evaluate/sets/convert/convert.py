@@ -16,16 +16,16 @@ from tasks.evaluate.sets.class_order import (
     order_classes,
     read_class_names,
 )
-from tasks.evaluate.sets.convert import voc
 from tasks.evaluate.sets.convert.caption_sets import captioned_sources
-from tasks.evaluate.sets.convert.imagefolder import (
-    class_folders,
-    image_sources,
-    objectnet_folders,
-)
 from tasks.evaluate.sets.convert.label_table import read_label_table
 from tasks.evaluate.sets.convert.shard_writer import Conversion, Source, write_set
-from tasks.evaluate.sets.convert.source_images import image_source, stamp_of
+from tasks.evaluate.sets.convert.source_images import (
+    class_folders,
+    image_source,
+    image_sources,
+    objectnet_folders,
+    stamp_of,
+)
 from tasks.evaluate.sets.convert.torchvision_sets import (
     TORCHVISION,
     dataset_sources,
@@ -34,6 +34,7 @@ from tasks.evaluate.sets.convert.torchvision_sets import (
     torchvision_words,
 )
 from tasks.evaluate.sets.convert.videos import find_videos
+from tasks.evaluate.sets.convert.voc import voc_classes, voc_sources
 from tasks.evaluate.sets.prompts import find_templates
 from tasks.evaluate.sets.set_registry import Kind, KnownSet, PromptSource, find_set
 from tasks.progress import Report, report_nothing
@@ -207,13 +208,11 @@ def convert_voc(
     kind: Literal["classification", "multilabel"] = "classification",
     report: Report = report_nothing,
 ) -> Conversion:
-    own = voc.voc_classes(root)
+    own = voc_classes(root)
     classes = words.order_classes(own, str(root))
     places = [classes.labels[word] for word in own]
-    if kind == "classification":
-        sources = voc.box_sources(root, places)
-    else:
-        sources = voc.image_sources(root, places, len(classes.names))
+    count = len(classes.names) if kind == "multilabel" else None
+    sources = voc_sources(root, places, count)
     words = replace(words, known=find_set(VOC[kind]))
     return _write_set(folder, sources, (f"voc {kind}", root), classes, words, report, kind)
 

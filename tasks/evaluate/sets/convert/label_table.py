@@ -36,6 +36,8 @@ _FORMS = "expected .csv, .tsv, .jsonl, .parquet, or .txt with a path and a label
 _SEPARATORS = "|;,"
 _SPLIT = "split"
 _WHOLE_FLOAT = re.compile(r"\d+\.0")
+Row = Mapping[str, Any]
+"""Column -> cell."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,7 @@ def read_label_table(
 
     Args:
         images: folder that its paths lie in.
-        path_column: name of the column of paths, where it has a name of its own.
-        label_column: likewise of labels.
+        path_column, label_column: where these have names of their own.
         several: True where an image may have several classes; a list in a cell says so itself.
         split: rows that are taken of a table with a column "split"; needed where it has several.
 
@@ -77,7 +78,7 @@ def read_label_table(
             path or no label, an image has two labels where one is expected.
     """
     columns, every_row = read_rows(listing, images)
-    rows = _rows_of_split(list(every_row), split, listing)
+    rows = _rows_of_split(every_row, split, listing)
     first = _find_column(columns, path_column, PATH_COLUMNS, listing, "paths of images")
     try:
         second = _find_column(columns, label_column, LABEL_COLUMNS, listing, "labels")
@@ -128,7 +129,7 @@ def sort_words(words: Iterable[str]) -> tuple[str, ...]:
 
 def read_rows(
     listing: Path, images: Path | None = None
-) -> tuple[tuple[str, ...], Iterator[tuple[str, Mapping[str, Any]]]]:
+) -> tuple[tuple[str, ...], list[tuple[str, Row]]]:
     """Names of the columns of a table, and its rows with where they stand, as "FILE row N".
 
     A text table without a header has the columns "path" and "label": where `images` is given and
@@ -145,17 +146,19 @@ def read_rows(
         raise InputError(f"{listing} is not a known form of table: {_FORMS}")
     try:
         if suffix == ".parquet":
-            return _parquet_rows(listing)
-        if suffix in (".jsonl", ".ndjson", ".json"):
-            return _json_rows(listing)
-        return _text_rows(listing, images)
+            columns, rows, first = *_parquet_rows(listing), 1
+        elif suffix in (".jsonl", ".ndjson", ".json"):
+            columns, rows, first = *_json_rows(listing), 1
+        else:
+            columns, rows, first = _text_rows(listing, images)
     except InputError:
         raise
     except (ValueError, RecursionError, csv.Error) as error:
         raise InputError(f"{listing} cannot be read ({str(error)[:200]}): {_FORMS}") from None
+    return columns, [(f"{listing} row {number}", row) for number, row in enumerate(rows, first)]
 
 
-def _parquet_rows(listing: Path) -> tuple[tuple[str, ...], Iterator[tuple[str, Mapping[str, Any]]]]:
+def _parquet_rows(listing: Path) -> tuple[tuple[str, ...], list[Row]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -163,13 +166,10 @@ def _parquet_rows(listing: Path) -> tuple[tuple[str, ...], Iterator[tuple[str, M
         table = pyarrow.parquet.read_table(listing)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(error) from None
-    rows = table.to_pylist()
-    return tuple(table.column_names), (
-        (_line_place(listing, n), row) for n, row in enumerate(rows, 1)
-    )
+    return tuple(table.column_names), table.to_pylist()
 
 
-def _json_rows(listing: Path) -> tuple[tuple[str, ...], Iterator[tuple[str, Mapping[str, Any]]]]:
+def _json_rows(listing: Path) -> tuple[tuple[str, ...], list[Row]]:
     text = listing.read_text(encoding="utf-8-sig")
     if listing.suffix.lower() == ".json":
         rows = json.loads(text)
@@ -179,14 +179,12 @@ def _json_rows(listing: Path) -> tuple[tuple[str, ...], Iterator[tuple[str, Mapp
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise InputError(f"{_line_place(listing, number)} is not an object of columns")
-    columns = tuple(dict.fromkeys(key for row in rows for key in row))
-    return columns, ((_line_place(listing, n), row) for n, row in enumerate(rows, 1))
+            raise InputError(f"{listing} row {number} is not an object of columns")
+    return tuple(dict.fromkeys(key for row in rows for key in row)), rows
 
 
-def _text_rows(
-    listing: Path, images: Path | None
-) -> tuple[tuple[str, ...], Iterator[tuple[str, Mapping[str, Any]]]]:
+def _text_rows(listing: Path, images: Path | None) -> tuple[tuple[str, ...], list[Row], int]:
+    """Columns, rows, and the number of the first row in the file."""
     try:
         text = listing.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -200,21 +198,17 @@ def _text_rows(
     begins = not is_file and (bool(known) or len(head) > 2)
     if not begins and len(head) != 2:
         raise InputError(
-            f"{_line_place(listing, 1)} has {len(head)} cells and is not a header: expected a "
-            f"path and a "
+            f"{listing} row 1 has {len(head)} cells and is not a header: expected a path and a "
             "label a row, or a header that names the columns"
         )
-    columns = tuple(head) if begins else ("path", "label")
-    rest = rows[1:] if begins else rows
-    for number, row in enumerate(rest, 2 if begins else 1):
+    columns, first = (tuple(head), 2) if begins else (("path", "label"), 1)
+    rest = rows[first - 1 :]
+    for number, row in enumerate(rest, first):
         if len(row) != len(columns):
             raise InputError(
-                f"{_line_place(listing, number)} has {len(row)} cells, expected {len(columns)}"
+                f"{listing} row {number} has {len(row)} cells, expected {len(columns)}"
             )
-    return columns, (
-        (_line_place(listing, number), dict(zip(columns, map(str.strip, row), strict=True)))
-        for number, row in enumerate(rest, 2 if begins else 1)
-    )
+    return columns, [dict(zip(columns, map(str.strip, row), strict=True)) for row in rest], first
 
 
 def _read_cells(listing: Path, text: str) -> Iterator[list[str]]:
@@ -232,9 +226,7 @@ def _read_cells(listing: Path, text: str) -> Iterator[list[str]]:
     return (line.strip().rsplit(None, 1) for line in text.splitlines())
 
 
-def _rows_of_split(
-    rows: list[tuple[str, Mapping[str, Any]]], split: str, listing: Path
-) -> list[tuple[str, Mapping[str, Any]]]:
+def _rows_of_split(rows: list[tuple[str, Row]], split: str, listing: Path) -> list[tuple[str, Row]]:
     """The rows of one split; all where the table has no such column, or one split alone."""
     there = sorted({str(row[_SPLIT]) for _, row in rows if _SPLIT in row})
     if split and split not in there:
@@ -307,7 +299,3 @@ def _words_of_indicators(row: Mapping[str, Any], columns: Sequence[str], where: 
                 "or a column of labels (--label-column)"
             )
     return words
-
-
-def _line_place(listing: Path, number: int) -> str:
-    return f"{listing} row {number}"

@@ -125,6 +125,7 @@ def write_set(
     """
     decides = {"kind": kind, "plan": plan, "images_per_tar": images_per_tar}
     decides |= {"classnames": list(classnames), "templates": list(templates)}
+    decides = json.loads(json.dumps(decides))  # as it comes back from the file
     replaced = False
     if folder.exists():
         finished = _read_finished(folder, decides)
@@ -173,7 +174,7 @@ def encode_png(image: Image.Image) -> bytes:
 def _start_folder(growing: Path, decides: dict[str, Any]) -> None:
     """Keep what is there if it is of the same plan, and empty the folder if it is not."""
     path = growing / CONVERSION
-    if path.exists() and json.loads(path.read_text())["decides"] == _plain_value(decides):
+    if path.exists() and json.loads(path.read_text())["decides"] == decides:
         return
     for entry in growing.iterdir():
         if entry.is_dir():
@@ -287,7 +288,7 @@ def _read_finished(folder: Path, decides: dict[str, Any]) -> Conversion | None:
     path = folder / CONVERSION
     found = json.loads(path.read_text()) if path.is_file() else {}
     there = found.get("decides")
-    if there == _plain_value(decides):
+    if there == decides:
         return _make_conversion(folder, found["records"], decides)
     origins = [
         one.get("plan", {}).get("origin")
@@ -316,10 +317,6 @@ def _make_conversion(
 def _record_path(growing: Path, number: int) -> Path:
     """File that says what a finished tar holds; it is written after the tar."""
     return growing / _RECORDS / f"{number}.json"
-
-
-def _plain_value(value: dict[str, Any]) -> Any:
-    return json.loads(json.dumps(value))
 
 
 @contextmanager

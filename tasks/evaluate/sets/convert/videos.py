@@ -19,10 +19,9 @@ from typing import Any
 from PIL import Image
 
 from evaclip_model.errors import InputError
-from tasks.evaluate.sets.convert.imagefolder import class_folders
 from tasks.evaluate.sets.convert.label_table import read_rows
 from tasks.evaluate.sets.convert.shard_writer import Found, Source, UnusableSourceError, encode_png
-from tasks.evaluate.sets.convert.source_images import stamp_of, walk_files
+from tasks.evaluate.sets.convert.source_images import class_folders, stamp_of, walk_files
 
 SUFFIXES = frozenset((".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv"))
 

@@ -5,7 +5,7 @@ The paper's column VOC2007 is the boxes, "difficult" ones too: 14,976 of one cla
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
@@ -42,31 +42,11 @@ def voc_classes(root: Path, split: str = "test") -> tuple[str, ...]:
     return tuple(names)
 
 
-def box_sources(root: Path, labels: Sequence[int], split: str = "test") -> list[Source]:
-    """Every annotated box of the split, image by image.
-
-    Args:
-        labels: label of each of VOC's classes, in their order.
-
-    Raises:
-        InputError: a list or an annotation is missing or of another form.
-    """
-    classes = voc_classes(root, split)
-    return [
-        Source(
-            f"{image}[{number}]",
-            partial(_cut_box, _image_path(root, image), box, labels[classes.index(label)]),
-            f"{stamp_of(_image_path(root, image))} {box}",
-        )
-        for image in _list_images(root, split)
-        for number, (label, box) in enumerate(_list_boxes(root, image, classes))
-    ]
-
-
-def image_sources(
-    root: Path, labels: Sequence[int], count: int, split: str = "test"
+def voc_sources(
+    root: Path, labels: Sequence[int], count: int | None = None, split: str = "test"
 ) -> list[Source]:
-    """Every image of the split with 0 or 1 for each of `count` classes.
+    """Every annotated box of the split, image by image; with `count`, its whole images instead,
+    each with 0 or 1 for each of so many classes.
 
     Args:
         labels: label of each of VOC's classes, in their order.
@@ -74,29 +54,29 @@ def image_sources(
     Raises:
         InputError: a list or an annotation is missing or of another form.
     """
-    classes = voc_classes(root, split)
+    label_of = dict(zip(voc_classes(root, split), labels, strict=True))
+    listing = root / "ImageSets" / "Main" / f"{split}.txt"
+    try:
+        images = listing.read_text().split()
+    except FileNotFoundError:
+        raise InputError(f"{listing} is missing: expected the names of the images") from None
     found = []
-    for image in _list_images(root, split):
-        there = {labels[classes.index(label)] for label, _ in _list_boxes(root, image, classes)}
-        answer = [int(label in there) for label in range(count)]
-        path = _image_path(root, image)
-        found.append(Source(image, partial(_read_whole, path, answer), stamp_of(path)))
+    for image in images:
+        path = path_inside(root / "JPEGImages", f"{image}.jpg", "VOC's list of images")
+        stamp, boxes = stamp_of(path), _list_boxes(root, image, label_of)
+        if count is None:
+            found += [
+                Source(f"{image}[{n}]", partial(_cut_box, path, box, label), f"{stamp} {box}")
+                for n, (label, box) in enumerate(boxes)
+            ]
+        else:
+            there = {label for label, _ in boxes}
+            answer = [int(label in there) for label in range(count)]
+            found.append(Source(image, partial(_read_whole, path, answer), stamp))
     return found
 
 
-def _list_images(root: Path, split: str) -> list[str]:
-    path = root / "ImageSets" / "Main" / f"{split}.txt"
-    try:
-        return path.read_text().split()
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: expected the names of the images") from None
-
-
-def _image_path(root: Path, name: str) -> Path:
-    return path_inside(root / "JPEGImages", f"{name}.jpg", "VOC's list of images")
-
-
-def _list_boxes(root: Path, image: str, classes: Sequence[str]) -> list[tuple[str, Box]]:
+def _list_boxes(root: Path, image: str, label_of: Mapping[str, int]) -> list[tuple[int, Box]]:
     path = root / "Annotations" / f"{image}.xml"
     try:
         found = [_parse_box(entry) for entry in ElementTree.parse(path).iterfind("object")]
@@ -105,9 +85,9 @@ def _list_boxes(root: Path, image: str, classes: Sequence[str]) -> list[tuple[st
     except (ElementTree.ParseError, TypeError, ValueError) as error:
         raise InputError(f"{path} is not an annotation of VOC's form ({error})") from None
     for label, _ in found:
-        if label not in classes:
-            raise InputError(f"{path}: class '{label}' is not one of {', '.join(classes)}")
-    return found
+        if label not in label_of:
+            raise InputError(f"{path}: class '{label}' is not one of {', '.join(label_of)}")
+    return [(label_of[label], box) for label, box in found]
 
 
 def _parse_box(entry: ElementTree.Element) -> tuple[str, Box]:
