@@ -114,7 +114,7 @@ def _settle_last(recipe: Recipe, store: TrackingStore, news: News, wanted: Promo
 
 
 def _publish_news(recipe: Recipe, news: News, end: str) -> None:
-    """What was found and what came of it, as an artifact of the flow run."""
+    """Findings of a retraining and their outcome, as an artifact of the flow run."""
     lines = "\n".join(describe_new_data(news, recipe))
     page = f"# Retraining of {recipe.registry.model_name}\n\n```\n{lines}\n```\n\n{end}\n"
     create_markdown_artifact(page, key="retraining")

@@ -216,7 +216,7 @@ def restore_experiment(client: MlflowClient, experiment: str) -> None:
 
 
 def read_all_pages(search: Callable[..., Any], *query: str) -> list[Any]:
-    """What an MLflow search finds, of all pages: one call answers one page."""
+    """The results of an MLflow search, of all pages: one call answers one page."""
     page = search(*query)
     found = list(page)
     while page.token:
@@ -226,12 +226,12 @@ def read_all_pages(search: Callable[..., Any], *query: str) -> list[Any]:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether the store answered no, so that asking again is of no use."""
+    """Tell whether the store answered no, so that asking again is of no use."""
     return getattr(error, "error_code", None) in _ANSWERED_NO
 
 
 def is_answer(client: MlflowClient, error: Exception) -> bool:
-    """Whether the store itself refused: a proxy before it says 404 while it is away."""
+    """Tell whether the store itself refused: a proxy before it says 404 while it is away."""
     if not is_refusal(error):
         return False
     client.search_experiments(max_results=1)  # raises when the store is away

@@ -52,7 +52,7 @@ def parent_of(artifact: Artifact, role: str, artifacts: Sequence[Artifact]) -> A
 
 
 def ancestors_of(artifact: Artifact, artifacts: Sequence[Artifact]) -> list[Artifact]:
-    """What an artifact was made of, in the order of work, itself the last. The demo's world counts
+    """The ancestors of an artifact in the order of work, itself the last. The demo's world counts
     as data from outside.
 
     Raises:
@@ -68,8 +68,8 @@ def ancestors_of(artifact: Artifact, artifacts: Sequence[Artifact]) -> list[Arti
 
 
 def data_of(version: Artifact, artifacts: Sequence[Artifact]) -> Artifact:
-    """What a dataset version was chosen from, whatever stages came between: the artifact that holds
-    the index, a verification or a join of several.
+    """The data of a dataset version, whatever stages came between: the artifact that holds the
+    index, a verification or a join of several.
 
     Raises:
         InputError: something that the version was made of is not there any more.
@@ -100,7 +100,7 @@ def parts_of(data: Artifact, artifacts: Sequence[Artifact]) -> list[Artifact]:
 def first_row_in(
     version: Artifact, verified: Artifact, artifacts: Sequence[Artifact]
 ) -> int | None:
-    """Where a verification's samples begin in the index that a dataset version was chosen from;
+    """The row at which a verification's samples begin in the index of a dataset version's data;
     None if they are not in it."""
     above = _walk_upward(version, artifacts)
     if all(one.digest != verified.digest for one in above):
@@ -113,7 +113,7 @@ def first_row_in(
 
 
 def children_of(digest: str, artifacts: Sequence[Artifact]) -> list[Artifact]:
-    """What was made directly of an artifact, in its order."""
+    """The artifacts made directly of one, in its order."""
     return [artifact for artifact in artifacts if digest in artifact.parents.values()]
 
 

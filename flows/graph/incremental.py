@@ -75,7 +75,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class News:
-    """What a retraining starts from."""
+    """The data and the model that a retraining starts from."""
 
     champion: Standing | None
     start: Artifact | None
@@ -95,12 +95,12 @@ class News:
 
     @property
     def is_first(self) -> bool:
-        """Whether nothing was ever trained under this name."""
+        """True when nothing was ever trained under this name."""
         return self.last is None
 
     @property
     def is_nothing(self) -> bool:
-        """Whether there is nothing to merge, to download, or to train on."""
+        """True when there is nothing to merge, to download, or to train on."""
         return not self.is_first and not self.files and not rows_of(self.waiting)
 
 
@@ -204,7 +204,7 @@ def draw_retraining(
 
 
 def describe_new_data(news: News, recipe: Recipe) -> Iterator[str]:
-    """What is new as lines for a person."""
+    """The new data as lines for a person."""
     name = recipe.registry.model_name
     if news.is_first:
         yield f"nothing was trained as {name} yet: all metadata is new"

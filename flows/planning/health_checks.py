@@ -80,7 +80,7 @@ def check_versions(_: Profile) -> Iterator[Finding]:
 def version_findings(
     wanted: Iterable[Requirement], tested: dict[str, str], installed: Callable[[str], str | None]
 ) -> Iterator[Finding]:
-    """What is not installed, out of bounds, or another version than was tested."""
+    """Packages not installed, out of bounds, or of another version than was tested."""
     for requirement in wanted:
         found = installed(requirement.name)
         expected = tested.get(_normalise_name(requirement.name), "")
@@ -98,7 +98,7 @@ def version_findings(
 
 
 def check_names(_: Profile) -> Iterator[Finding]:
-    """Whether our import names lead here, whatever else is installed."""
+    """Check that our import names lead here, whatever else is installed."""
     owners = importlib.metadata.packages_distributions()
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
@@ -142,7 +142,7 @@ def check_tracking(profile: Profile) -> Iterator[Finding]:
 
 
 def check_servers(profile: Profile) -> Iterator[Finding]:
-    """Whether the servers that are named answer, and with our versions."""
+    """Check that the servers that are named answer, and with our versions."""
     know_server_secret(profile.root)
     api = os.environ.get("PREFECT_API_URL")
     urls = {"Prefect": f"{api.rstrip('/')}/admin/version"} if api else {}
@@ -166,7 +166,7 @@ def check_servers(profile: Profile) -> Iterator[Finding]:
 
 
 def check_ports(_: Profile) -> Iterator[Finding]:
-    """Whether `make up` could have its ports, or has them."""
+    """Check that `make up` could have its ports, or has them."""
     for name, usual in PORTS.items():
         port = int(os.environ.get(f"EVACLIP_{name.upper()}_PORT", usual))
         with socket.socket() as probe:

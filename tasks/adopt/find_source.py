@@ -79,7 +79,7 @@ def find_source(source: AdoptedSource) -> FoundSource:
 
 
 def _may_be(form: Form, name: str) -> bool:
-    """Whether a file of this name, in lower case, has to do with a source of the form."""
+    """Tell whether a file of this name, in lower case, has to do with a source of the form."""
     if form == "shards":
         return name.endswith(TAR)
     if form == "folder":
@@ -88,7 +88,7 @@ def _may_be(form: Form, name: str) -> bool:
 
 
 def source_mark(found: FoundSource) -> str:
-    """What changes when the files do: their names and parts of their content, 16 hex characters.
+    """A mark that changes when the files do: their names and parts of their content, 16 hex characters.
 
     The images behind a table are known by the table alone.
 
@@ -155,7 +155,7 @@ def _listed_files(path: str, where: str) -> tuple[str, list[str]]:
 
 
 def _explain_store_errors(location: str, look: Callable[[Any], Any]) -> Any:
-    """What a store says, its own kinds of errors as one sentence."""
+    """The answer of a store, its own kinds of errors as one sentence."""
     try:
         return look(open_filesystem(location))
     except (InputError, FileNotFoundError):
@@ -289,7 +289,7 @@ def parquet_schema(file: str, where: str) -> pa.Schema:
 
 
 def is_image_type(kind: pa.DataType) -> bool:
-    """Whether a column may hold images: bytes, or Hugging Face's struct of bytes and path."""
+    """Tell whether a column may hold images: bytes, or Hugging Face's struct of bytes and path."""
     if pa.types.is_struct(kind):
         return any(field.name == "bytes" and is_image_type(field.type) for field in kind)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))

@@ -73,7 +73,7 @@ class FoundPair:
 
 @dataclass(frozen=True)
 class NoPair:
-    """What was found instead of one."""
+    """Content that was found instead of a pair."""
 
     where: str
     reason: str
@@ -316,5 +316,5 @@ def _read_file(location: str, most: int) -> bytes | PairFlaw:
 
 
 def _image_extension(content: bytes) -> str:
-    """What an image's first bytes say it is; empty when they say nothing that is opened."""
+    """The format that an image's first bytes show; empty when they say nothing that is opened."""
     return EXTENSIONS.get(identify_format(content) or "", "")

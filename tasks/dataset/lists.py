@@ -66,7 +66,7 @@ def takedowns_digest(entries: Iterable[str]) -> str:
 
 
 def is_url(entry: str) -> bool:
-    """Whether an entry of a takedown list is a URL."""
+    """Tell whether an entry of a takedown list is a URL."""
     return entry.lower().startswith(("http://", "https://"))
 
 

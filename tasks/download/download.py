@@ -67,7 +67,7 @@ SPOILED_ROWS = 50
 
 @dataclass(frozen=True)
 class Crew:
-    """Who downloads; nothing of it changes what comes of it."""
+    """The processes and threads that download; they never change the result."""
 
     processes: int
     """Downloading processes; about 0.8 GB of memory each."""
@@ -120,7 +120,7 @@ def download_images(
 
 @dataclass(frozen=True)
 class _Order:
-    """What all passes of one download have in common."""
+    """The common part of all passes of one download."""
 
     out: Path
     config: DownloadConfig
@@ -232,7 +232,7 @@ class _Pass:
         return problem
 
     def _network_gone(self, counts: Counter[Outcome]) -> str | None:
-        """Why every further URL of a later pass would fail; None if hosts of the first answer."""
+        """The reason why every further URL of a later pass would fail; None if hosts of the first answer."""
         assert self._first is not None
         first = self._first
         silent = silent_hosts(first._finished, first.shards, self._order.config)
@@ -305,7 +305,7 @@ class _LostWorker(Exception):
 
 
 def _pass_folder(out: Path, number: int) -> Path:
-    """Where a pass has its files."""
+    """The folder of a pass."""
     return out if number == 1 else out / f"pass-{number}"
 
 
@@ -409,7 +409,7 @@ def _worker_environment() -> dict[str, str]:
 
 
 def _not_finished(out: Path, problems: Sequence[str]) -> Exception:
-    """Why img2dataset left shards undone; it only prints what stopped it."""
+    """The reason why img2dataset left shards undone; it only prints what stopped it."""
     log = out / LOG
     if os.strerror(errno.ENOSPC) in log.read_text(errors="replace")[-100_000:]:
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out))

@@ -87,7 +87,7 @@ def _fetch_row(
     row: tuple[int, str],
     **_: object,
 ) -> tuple[int, io.BytesIO | None, str | None]:
-    """What img2dataset calls for a row (its place, URL), with options that the fetcher knows."""
+    """Fetch a row (its place, URL), as img2dataset calls it, with options that the fetcher knows."""
     place, url = row
     body, message = fetcher.fetch_image(url, digests[place] if digests else None)
     counter.count_outcome(
@@ -135,7 +135,7 @@ class BoundedResizer:
         )
 
     def _keeps_bytes(self, decoded: DecodedImage) -> bool:
-        """Whether the original file is stored: it has the format, the size and the look."""
+        """Tell whether the original file is stored: it has the format, the size and the look."""
         config, image, mode = self._config, decoded.image, self._resizer.resize_mode
         longer_counts = mode in (ResizeMode.border, ResizeMode.keep_ratio_largest)
         side = max(image.size) if longer_counts else min(image.size)

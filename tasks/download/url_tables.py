@@ -44,7 +44,7 @@ class PlannedShard:
 
     @property
     def name(self) -> str:
-        """What its files are called, before .tar, .parquet and _stats.json."""
+        """The name of its files, before .tar, .parquet and _stats.json."""
         return f"{self.number:0{SHARD_DIGITS}d}"
 
 

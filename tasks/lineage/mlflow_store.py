@@ -121,7 +121,7 @@ class Tracking:
             Shipper(self.store, self.journals, left).ship_left(left, give_up=lambda: False)
 
     def has_unfinished(self, digest: str) -> bool:
-        """Whether a pipeline run of this recipe was killed and waits to be continued."""
+        """Tell whether a pipeline run of this recipe was killed and waits to be continued."""
         about = self._describe_run(digest)
         found = False
         for left in Journal.claim_unshipped(self.journals):

@@ -43,7 +43,7 @@ over bad lines, which is good enough for a look."""
 
 
 def is_url(path: str) -> bool:
-    """Whether a path is a URL instead of a local file."""
+    """Tell whether a path is a URL instead of a local file."""
     return "://" in path
 
 

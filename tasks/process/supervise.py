@@ -71,7 +71,7 @@ class _SignalPipe:
             signal.signal(number, _note_signal)
 
     def take_stop(self) -> bool:
-        """Whether a stop signal came since the last call."""
+        """Tell whether a stop signal came since the last call."""
         try:
             numbers = os.read(self.reader, 1024)
         except BlockingIOError:

@@ -204,7 +204,7 @@ def carry_out(
 
 
 def is_due(store: TrackingStore, config: RegisterConfig, version: int, decision: Decision) -> bool:
-    """Whether the gate's decision to promote still waits to be carried out."""
+    """Tell whether the gate's decision to promote still waits to be carried out."""
     if decision.outcome is not GateOutcome.PROMOTE:
         return False
     with _explain_refusals(store):
@@ -221,7 +221,7 @@ def is_due(store: TrackingStore, config: RegisterConfig, version: int, decision:
 
 
 def is_stale(store: TrackingStore, config: RegisterConfig, version: int, known: Decision) -> bool:
-    """Whether a promotion was not carried out, and the champion is another by now."""
+    """Tell whether a promotion was not carried out, and the champion is another by now."""
     if known.outcome is not GateOutcome.PROMOTE or is_due(store, config, version, known):
         return False
     with _explain_refusals(store):
@@ -233,7 +233,7 @@ def is_stale(store: TrackingStore, config: RegisterConfig, version: int, known: 
 
 
 def is_unsettled(store: TrackingStore, config: RegisterConfig, folder: Path) -> bool:
-    """Whether the registration in `folder` still waits: for the gate's decision to be carried out,
+    """Tell whether the registration in `folder` waits for the gate's decision to be carried out,
     or for a new one.
 
     Raises:

@@ -68,7 +68,7 @@ class Flaw(StrEnum):
 
 
 class Adopted(Config):
-    """Whose shard it is that somebody else made."""
+    """The origin of a shard that somebody else made."""
 
     source: str
     """The recipe's name for the collection."""
