@@ -88,7 +88,7 @@ def _may_be(form: Form, name: str) -> bool:
 
 
 def source_mark(found: FoundSource) -> str:
-    """A mark that changes when the files do: their names and parts of their content, 16 hex characters.
+    """A mark that changes when the files do, of names and parts of content, 16 hex characters.
 
     The images behind a table are known by the table alone.
 

@@ -232,7 +232,7 @@ class _Pass:
         return problem
 
     def _network_gone(self, counts: Counter[Outcome]) -> str | None:
-        """The reason why every further URL of a later pass would fail; None if hosts of the first answer."""
+        """The reason why all of a later pass would fail; None if hosts of the first answer."""
         assert self._first is not None
         first = self._first
         silent = silent_hosts(first._finished, first.shards, self._order.config)

@@ -87,7 +87,7 @@ def _fetch_row(
     row: tuple[int, str],
     **_: object,
 ) -> tuple[int, io.BytesIO | None, str | None]:
-    """Fetch a row (its place, URL), as img2dataset calls it, with options that the fetcher knows."""
+    """Fetch a row (its place, URL) as img2dataset calls it, with options the fetcher knows."""
     place, url = row
     body, message = fetcher.fetch_image(url, digests[place] if digests else None)
     counter.count_outcome(
