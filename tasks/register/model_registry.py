@@ -284,7 +284,7 @@ def pack_model(
         ),
         pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
         mlflow_model=Model(model_uuid=model_id, model_id=model_id, run_id=run_id),
-        model_config={"device": "cpu"},
+        model_config={"device": "cpu", "max_rows": None},
     )
     for cache in list((packed / "model").rglob("__pycache__")):
         shutil.rmtree(cache)
@@ -301,13 +301,16 @@ def make_signature() -> ModelSignature:
     numbers = Array(DataType.double)
     inputs = {"image": DataType.binary, "text": DataType.string}
     outputs = {"label": DataType.string, "probabilities": numbers, "embedding": numbers}
+    outputs |= {"error": DataType.string}
     labels = ParamSpec("candidate_labels", DataType.string, [""], shape=(-1,))
+    output = ParamSpec("output", DataType.string, "probabilities")
+    errors = ParamSpec("errors", DataType.string, "raise")
     return ModelSignature(
         *(
             Schema([ColSpec(kind, name, required=False) for name, kind in columns.items()])
             for columns in (inputs, outputs)
         ),
-        ParamSchema([labels, ParamSpec("output", DataType.string, "probabilities")]),
+        ParamSchema([labels, output, errors]),
     )
 
 

@@ -37,10 +37,16 @@ TEXT = "text"
 LABELS = "candidate_labels"
 OUTPUT = "output"
 OUTPUTS = ("probabilities", "embeddings")
+ERRORS = "errors"
+ERROR_CHOICES = ("raise", "coerce")
 DEVICE = "device"
 """Key of MLflow's `model_config`: where the model runs, the CPU by default."""
+ROWS = "max_rows"
+"""Key of MLflow's `model_config`: rows of one call, for whoever has the model in a process of their
+own, such as `load_model(uri, model_config={"max_rows": 10_000_000})`."""
 
-MOST_ROWS = 1024
+MOST_ROWS = 16_384
+"""By default; more than the 10,000 of a batch of Spark's."""
 MOST_LABELS = 4096
 MOST_IMAGE_BYTES = 32 << 20
 MOST_CHARACTERS = 4096
@@ -55,7 +61,9 @@ class ZeroShotModel(PythonModel):
         """Open the shipped weights, or fetch, verify and open those that are referred to."""
         with at_hand(Path(context.artifacts["model"]), _download_weights) as folder:
             model = open_model(folder)
-        self.device = torch.device((context.model_config or {}).get(DEVICE, "cpu"))
+        settings = context.model_config or {}
+        self.device = torch.device(settings.get(DEVICE, "cpu"))
+        self.most_rows = int(settings.get(ROWS) or MOST_ROWS)
         self.model = model.to(self.device)
         self.transform = image_transform(self.model)
 
@@ -73,7 +81,8 @@ class ZeroShotModel(PythonModel):
                 column `text`, one text a row.
             params: `candidate_labels`, texts such as "a red apple"; `output`, "probabilities"
                 (columns label, probabilities in the labels' order) or "embeddings" (column
-                embedding, unit length).
+                embedding, unit length); `errors`, "raise" or "coerce": an image that cannot be read
+                refuses the call, or leaves its row empty and says why in the column error.
 
         Raises:
             MlflowException: a row that is neither image nor text, no labels, an unknown output, or
@@ -89,37 +98,59 @@ class ZeroShotModel(PythonModel):
         asked = [name for name in (IMAGE, TEXT) if name in rows]
         if len(asked) != 1:
             raise InputError(f"give one column: '{IMAGE}' with images, or '{TEXT}' with texts")
-        if not 0 < len(rows) <= MOST_ROWS:
-            raise InputError(f"give 1 to {MOST_ROWS} rows in one call, not {len(rows)}")
+        if not 0 < len(rows) <= self.most_rows:
+            raise InputError(
+                f"give 1 to {self.most_rows} rows in one call, not {len(rows)}; in a process of "
+                f"your own, load the model with model_config={{'{ROWS}': N}} for more"
+            )
+        errors = params.get(ERRORS, ERROR_CHOICES[0])
+        if errors not in ERROR_CHOICES:
+            raise InputError(f"'{ERRORS}' is 'raise' or 'coerce', not '{errors}'")
         if asked == [TEXT]:
             return _embeddings_frame(self._encode_texts(list(rows[TEXT]), f"column '{TEXT}'"))
         output = params.get(OUTPUT, OUTPUTS[0])
         if output not in OUTPUTS:
             raise InputError(f"'{OUTPUT}' is 'probabilities' or 'embeddings', not '{output}'")
+        reasons: list[str | None] | None = None if errors == "raise" else []
         if output == "embeddings":
-            return _embeddings_frame(self._encode_images(list(rows[IMAGE])))
+            frame = _embeddings_frame(self._encode_images(rows[IMAGE], reasons))
+            return _blank_unreadable(frame, reasons)
         labels = [label for label in params.get(LABELS, ()) if label != ""]
         if not 0 < len(labels) <= MOST_LABELS:
             raise InputError(
                 f"give the labels to choose from in the parameter '{LABELS}', at most {MOST_LABELS}"
             )
         texts = self._encode_texts(labels, f"parameter '{LABELS}'")  # [L, D]
-        logits = (
-            self.model.logit_scale.exp().float() * self._encode_images(list(rows[IMAGE])) @ texts.T
-        )
+        images = self._encode_images(rows[IMAGE], reasons)
+        logits = self.model.logit_scale.exp().float() * images @ texts.T
         probabilities = logits.softmax(dim=-1)  # [N, L]
-        return pandas.DataFrame(
+        frame = pandas.DataFrame(
             {
                 "label": [str(labels[best]) for best in probabilities.argmax(dim=-1).tolist()],
                 "probabilities": probabilities.tolist(),
             }
         )
+        return _blank_unreadable(frame, reasons)
 
-    def _encode_images(self, images: Sequence[object]) -> Tensor:
-        """[N, D], unit length."""
+    def _encode_images(self, images: Sequence[object], reasons: list[str | None] | None) -> Tensor:
+        """[N, D], unit length. Where there is a list `reasons`, it gets a reason or None for every
+        image, and one that cannot be read counts as black."""
+        side = self.model.config.vision.image_px
+
+        def read(image: object, row: int) -> Tensor:
+            reason = None
+            try:
+                pixels: Tensor = self.transform(_decode_row(image, row))
+            except InputError as error:
+                if reasons is None:
+                    raise
+                pixels, reason = torch.zeros(3, side, side), str(error)
+            if reasons is not None:
+                reasons.append(reason)
+            return pixels
 
         def encode(batch: Sequence[object], first: int) -> Tensor:
-            pixels = [self.transform(_decode_row(one, first + n)) for n, one in enumerate(batch)]
+            pixels = [read(one, first + n) for n, one in enumerate(batch)]
             return self.model.encode_image(torch.stack(pixels).to(self.device), normalize=True)
 
         return _in_batches(images, encode)
@@ -147,6 +178,21 @@ def _in_batches(
     return torch.cat(list(parts()))
 
 
+def _blank_unreadable(
+    frame: pandas.DataFrame, reasons: list[str | None] | None
+) -> pandas.DataFrame:
+    """The frame with a column error, and nothing else in rows that have one."""
+    if reasons is None:
+        return frame
+    columns: dict[str, list[Any]] = {
+        name: [
+            None if reason else value for value, reason in zip(frame[name], reasons, strict=True)
+        ]
+        for name in frame
+    }
+    return pandas.DataFrame({**columns, "error": reasons})
+
+
 def _embeddings_frame(features: Tensor) -> pandas.DataFrame:
     return pandas.DataFrame({"embedding": features.tolist()})
 
@@ -165,6 +211,8 @@ def _decode_row(image: object, row: int) -> Any:
     """
     try:
         data = base64.b64decode(image, validate=True) if isinstance(image, str) else image
+        if isinstance(data, bytearray | memoryview):  # as DuckDB gives a BLOB
+            data = bytes(data)
         if not isinstance(data, bytes):
             raise TypeError(type(data).__name__)
         if len(data) > MOST_IMAGE_BYTES:

@@ -37,6 +37,8 @@ _DELETE = ("kubectl", "delete", "--filename={script}", "--ignore-not-found", "--
 OVER, CANCELLED, FAILED = 0, 75, 1
 MAX_SILENT_S = 1800.0
 """How long the cluster may leave questions unanswered; its controller may be restarted."""
+MAX_HOPELESS_S = 1800.0
+"""How long a job may wait for what does not go away by itself: a person may mend it meanwhile."""
 COMMAND_S = 120.0
 
 
@@ -57,6 +59,10 @@ class Cluster:
     """Prints words about the job; nothing when there is no such job."""
     ended: frozenset[str]
     """Words that say the job is there, but nothing of it runs or will run again."""
+    reason: tuple[str, ...]
+    """Prints why the job waits; nothing while it does not."""
+    hopeless: frozenset[str]
+    """Words of a reason that does not go away by itself."""
     cancel: tuple[str, ...]
     """Ends the job, SIGTERM first."""
     beside: frozenset[str] = frozenset()
@@ -65,7 +71,8 @@ class Cluster:
     @property
     def tools(self) -> frozenset[str]:
         """Programs that must be installed where the job is submitted."""
-        return frozenset(words[0] for words in (*self.submit, self.state, self.cancel))
+        commands = (*self.submit, self.state, self.reason, self.cancel)
+        return frozenset(words[0] for words in commands)
 
     def is_over(self, said: str) -> bool:
         """Whether nothing of the job runs or will run, by what `state` printed."""
@@ -81,6 +88,11 @@ CLUSTERS: Mapping[Kind, Cluster] = {
         # Lists what waits, runs or is ending; a requeued job waits again, under the same name.
         state=("squeue", "--noheader", "--format=%T", "--name={name}"),
         ended=frozenset(),
+        reason=(
+            *("squeue", "--noheader", "--states=PENDING"),
+            *("--format=%T %r", "--name={name}"),
+        ),
+        hopeless=frozenset({"held", "JobHeldUser", "JobHeldAdmin", "BadConstraints"}),
         cancel=("scancel", "--name={name}"),
     ),
     "kubernetes": Cluster(
@@ -94,6 +106,12 @@ CLUSTERS: Mapping[Kind, Cluster] = {
             "{{.items[*].status.conditions[*].type}}",
         ),
         ended=frozenset({"Complete", "Completed", "Failed"}),
+        reason=(
+            *("kubectl", "get", "pods", "--selector=job-name={name}"),
+            "--output=jsonpath={{.items[*].status.containerStatuses[*].state.waiting.reason}} "
+            '{{.items[*].status.conditions[?(@.type=="PodScheduled")].message}}',
+        ),
+        hopeless=frozenset({"ImagePullBackOff", "ErrImagePull", "InvalidImageName"}),
         cancel=_DELETE,
         beside=frozenset({"List", "Service"}),
     ),
@@ -160,7 +178,7 @@ def main(arguments: Sequence[str]) -> int:
         if job.follow_job(stop, float(every_s)):
             return OVER
         job.cancel_job()
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, subprocess.SubprocessError, InputError) as error:
         said = getattr(error, "stderr", None) or ""
         sys.stderr.write(f"{error}: {said.strip()}\n")
         return FAILED
@@ -182,16 +200,34 @@ class _Job:
         return self._cluster.is_over(self._run_command(self._cluster.state))
 
     def follow_job(self, stop: threading.Event, every_s: float) -> bool:
-        """Wait until the job is over (True) or `stop` is set (False)."""
-        answered = time.monotonic()
+        """Wait until the job is over (True) or `stop` is set (False); print why it waits, each time
+        that the reason changes.
+
+        Raises:
+            InputError: it waited too long for what does not go away by itself; it is cancelled.
+        """
+        answered = hoped = time.monotonic()
+        waits = ""
         while not stop.is_set():
             try:
                 if self.is_over():
                     return True
+                before, waits = waits, " ".join(self._run_command(self._cluster.reason).split())
+                if waits != before:
+                    sys.stdout.write(f"job {self._places['name']}: {waits or 'waits no more'}\n")
+                    sys.stdout.flush()
                 answered = time.monotonic()
+                if self._cluster.hopeless.isdisjoint(waits.split()):
+                    hoped = answered
             except subprocess.SubprocessError:
                 if time.monotonic() - answered > MAX_SILENT_S:
                     raise
+            if answered - hoped > MAX_HOPELESS_S:
+                self.cancel_job()
+                raise InputError(
+                    f"job {self._places['name']} waited for {MAX_HOPELESS_S:.0f} s and is "
+                    f"cancelled ({waits}): mend that, and run the same command again"
+                )
             stop.wait(every_s)
         return False
 

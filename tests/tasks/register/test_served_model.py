@@ -93,6 +93,32 @@ def test_base64_is_read_and_many_rows_are_answered_in_their_order(served: Any) -
         assert embedding == pytest.approx(alone[row % len(data)], abs=1e-5)
 
 
+@pytest.mark.parametrize("params", [LABELS, {"output": "embeddings"}])
+def test_unreadable_rows_are_left_empty_with_their_reason_on_request(
+    served: Any, params: dict[str, Any]
+) -> None:
+    rows = frame(image_bytes(), b"no image", bytearray(image_bytes()), memoryview(image_bytes()))
+    answer = served.predict(rows, params={**params, "errors": "coerce"})
+    assert answer.error.isna().tolist() == [True, False, True, True]
+    assert "row 1, column 'image'" in answer.error[1]
+    values = answer[list(answer)[-2]]
+    assert values[1] is None
+    assert values[0] == values[2] == values[3] == pytest.approx(values[0])
+
+
+def test_whoever_has_the_model_in_a_process_of_their_own_lifts_the_bound_on_rows(
+    served: Any, saved: Path, tmp_path: Path
+) -> None:
+    import mlflow
+
+    pack_model(saved, tmp_path)
+    settings = {"max_rows": 2}
+    few = mlflow.pyfunc.load_model(str(tmp_path / "model"), model_config=settings)
+    assert len(few.predict(frame("a", "b", column="text"))) == 2
+    with pytest.raises(Exception, match=r"1 to 2 rows in one call.*max_rows"):
+        few.predict(frame("a", "b", "c", column="text"))
+
+
 def bomb(side: int) -> bytes:
     """A PNG of a few bytes that claims side x side pixels."""
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
@@ -118,7 +144,8 @@ def bomb(side: int) -> bytes:
         (frame(image_bytes()), {"candidate_labels": ["x"] * 5000}, "at most 4096"),
         (frame(image_bytes()), {"output": "weights"}, "'output' is 'probabilities' or"),
         (frame("x" * 5000, column="text"), None, "entry 0: expected a text of at most 4096"),
-        (frame(*["x"] * 1025, column="text"), None, "1 to 1024 rows"),
+        (frame(*["x"] * 16_385, column="text"), None, "1 to 16384 rows"),
+        (frame(image_bytes()), {"errors": "ignore"}, "'errors' is 'raise' or 'coerce'"),
         (frame(image_bytes()).assign(text="x"), None, "give one column"),
         (frame("x", column="caption"), None, "give one column"),
     ],

@@ -103,8 +103,10 @@ def sbatch(spool, *arguments):
 
 def squeue(spool, *arguments):
     for state in named(spool, arguments):
-        if state.read_text() in WAITING_OR_RUNNING:
+        wanted = ("PENDING",) if "--states=PENDING" in arguments else WAITING_OR_RUNNING
+        if state.read_text() in wanted:
             print(state.read_text())
+    (spool / "asked").touch()
 
 
 def scancel(spool, *arguments):

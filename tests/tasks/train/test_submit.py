@@ -4,12 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from tasks.train.cluster import CANCELLED, FAILED, OVER
+from evaclip_model import InputError
+from tasks.train import cluster
+from tasks.train.cluster import CANCELLED, CLUSTERS, FAILED, OVER
 from tests.tasks.train.fake_slurm import FakeSlurm
 
 CHECKOUT = Path(__file__).parents[3]
@@ -67,8 +70,10 @@ def test_a_job_whose_submitter_was_killed_is_gone_on_with(slurm, tmp_path):
     eventually(lambda: slurm.states == ["RUNNING"])
     killed.kill()
     killed.wait()
+    time.sleep(1)  # a question that the killed one was asking
+    (slurm.spool / "asked").unlink(missing_ok=True)
     again = submit(script)
-    time.sleep(0.5)
+    eventually((slurm.spool / "asked").exists)
     (tmp_path / "go").touch()
     assert again.wait(20) == OVER
     assert slurm.states == ["COMPLETED"], "one job, not two"
@@ -79,3 +84,21 @@ def test_what_the_cluster_says_against_a_job_is_in_the_log(slurm, tmp_path):
     process = submit(write_job(tmp_path, "true"))
     assert process.wait(20) == FAILED
     assert b"invalid partition: gpus" in process.stderr.read()
+
+
+def test_a_job_that_waits_says_why_once_and_is_given_up_when_that_does_not_mend_itself(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(cluster, "MAX_HOPELESS_S", 0.5)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    gone = tmp_path / "gone"
+    reason = 'case "$*" in *%r*) echo PENDING job requeued held;; *) echo PENDING;; esac'
+    held = f"[ -e {gone} ] && exit; {reason}"
+    for name, line in {"squeue": held, "scancel": f"touch {gone}"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    job = cluster._Job(CLUSTERS["slurm"], "job.sbatch", "evaclip-x")
+    with pytest.raises(InputError, match=r"evaclip-x waited for .* held\): mend that"):
+        job.follow_job(threading.Event(), 0.05)
+    assert capsys.readouterr().out == "job evaclip-x: PENDING job requeued held\n"
+    assert gone.exists(), "the job is cancelled"
