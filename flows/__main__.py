@@ -18,6 +18,7 @@ from flows.commands.models import promote, pull, rollback
 from flows.commands.recipes import doctor, list_recipes, plan, show
 from flows.commands.run import run, score
 from flows.reporting.terminal import console
+from tasks.redact import escape_control
 
 INTERRUPTED = 130
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, TyperException) as error:
         console.file.flush()
         text = str(error) if isinstance(error, InputError) else error.format_message()
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {escape_control(text)}", file=sys.stderr)
         return 2
     if status == INTERRUPTED:
         print("\nstopped: the same command goes on from here", file=sys.stderr)

@@ -6,18 +6,29 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from tasks.progress import Report
+from tasks.redact import escape_control
 
 LINE_EVERY_S = 20.0
 SHOWN_COUNTS = 3
 LOG_WIDTH = 120
 """Columns where nobody's window decides: a file, a pipe, CI."""
 
-console = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
+
+class PlainConsole(Console):
+    """Prints text of others without its control characters."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(escape_control(text), **options)
+
+
+console = PlainConsole(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
 
 
 @contextmanager

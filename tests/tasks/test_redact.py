@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from evaclip_model.errors import InputError
+from flows.reporting.terminal import console
 from tasks.redact import redact_settings, redact_text
 from tasks.tracking import TrackingStore
 
@@ -17,6 +18,12 @@ from tasks.tracking import TrackingStore
         ("s3://b/k?X-Amz-Signature=ab12&X-Amz-Date=1", "s3://b/k?X-Amz-Signature=***&X-Amz-Date=1"),
         ("https://h/x?access_token=t#f", "https://h/x?access_token=***#f"),
         ('{"files": "https://a:b@h/*.parquet"}', '{"files": "https://a:***@h/*.parquet"}'),
+        ("Authorization: Bearer abcdefghijklmnop", "Authorization: Bearer ***"),
+        ('{"api_key": "abc", "n": 1}', '{"api_key": "***", "n": 1}'),
+        ("AccountName=a;AccountKey=Zm9v==;E=x", "AccountName=a;AccountKey=***;E=x"),
+        (f"id AKIA{16 * 'A'} and hf_{30 * 'a'}", "id *** and ***"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nab\n-----END RSA PRIVATE KEY-----\nx", "***\nx"),
+        ("a basic model, a token: one of many", "a basic model, a token: one of many"),
         ("http://host:5000/a@b", "http://host:5000/a@b"),
         ("merge.sources.a.files=s3://bucket/x", "merge.sources.a.files=s3://bucket/x"),
         ("train.stage1.text_tokens=77", "train.stage1.text_tokens=77"),
@@ -36,3 +43,9 @@ def test_a_password_in_the_tracking_address_is_refused_without_being_repeated() 
     with pytest.raises(InputError, match=r"holds a password: .*MLFLOW_TRACKING_PASSWORD") as error:
         TrackingStore.at("http://admin:hunter2@host:5000", "x")
     assert "hunter2" not in str(error.value)
+
+
+def test_text_of_others_reaches_the_terminal_without_control_characters() -> None:
+    with console.capture() as shown:
+        console.print("name \x1b[2J\x1b]0;title\x07 \u202eabc\n\tnext", markup=False)
+    assert shown.get() == "name \\x1b[2J\\x1b]0;title\\x07 \\u202eabc\n        next\n"
