@@ -107,7 +107,6 @@ def explain_error(model: type[BaseModel], error: ValidationError) -> str:
 
 
 def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> Any:
-    """The (nested) model that `location` leads to; none when it leads elsewhere."""
     current: Any = model
     for part in location:
         if isinstance(part, int):

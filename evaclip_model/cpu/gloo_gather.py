@@ -31,13 +31,8 @@ def all_gather_into_tensor(
     group: dist.ProcessGroup | None = None,
     async_op: bool = False,
 ) -> Pending | None:
-    """Gather as torch's function of this name, with each rank's part broadcast into its place.
-
-    Args:
-        output_tensor: [ranks * n], contiguous; filled.
-        input_tensor: [n], this rank's part, the same size everywhere; may lie in `output_tensor`.
-        async_op: return at once what is to be waited for.
-    """
+    """Gather as torch's function of this name: each rank's `input_tensor` [n], which may lie in
+    `output_tensor` [ranks * n], is broadcast into its place there."""
     parts = output_tensor.view(-1).chunk(dist.get_world_size(group))
     own = parts[dist.get_rank(group)]
     if own.data_ptr() != input_tensor.data_ptr():

@@ -22,6 +22,7 @@ from evaclip_model.model.layers import (
     drop_path_rates,
     require_mode,
     resolved_attention,
+    to_float32,
 )
 from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.model.text import TextBlock, TextTower
@@ -65,30 +66,26 @@ class EvaClip(nn.Module):
         kept: Tensor | None = None,
         branches: Tensor | None = None,
     ) -> Tensor:
-        """Features of images.
+        """Features [B, E] of images.
 
         Args:
             images: [B, 3, H, H] normalised (`transform.normalize_images`), H = image_px.
             normalize: unit length, in at least float32.
-            kept: [B, K] indices of the patches to look at (`step.kept_patches`); none for all.
-            branches: [B, blocks, 2] what each sample passes (`step.kept_branches`) in training with
-                drop path; none draws it from torch's generator.
-
-        Returns: [B, E].
+            kept: [B, K] indices of the patches to look at (`kept_patches`); none for all.
+            branches: [B, blocks, 2] what each sample passes (`training_step.kept_branches`) in
+                training with drop path; none draws it from torch's generator.
         """
         features: Tensor = self.visual(images, kept, branches)
         return _normalise(features) if normalize else features
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
-        """Features of captions.
+        """Features [B, E] of captions.
 
         Args:
             tokens: [B, L] ids of `tokenizer.tokenize`, L at most the context length; on the CPU,
                 wherever the model is: lengths are needed there, and ids on an accelerator would
                 have to be waited for.
             normalize: unit length, in at least float32.
-
-        Returns: [B, E].
         """
         features: Tensor = self.text(tokens)
         return _normalise(features) if normalize else features
@@ -100,13 +97,8 @@ class EvaClip(nn.Module):
         kept: Tensor | None = None,
         branches: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Everything the contrastive loss needs.
-
-        Args:
-            images: [B, 3, H, H] normalised.
-            tokens: [B, L] ids, on the CPU as for `encode_text`.
-            kept: [B, K] patches to look at, or none for all.
-            branches: [B, blocks, 2] what each sample passes, as for `encode_image`.
+        """Everything the contrastive loss needs, of inputs as `encode_image` and `encode_text` take
+        them.
 
         Returns: image features [B, E] and text features [B, E], of unit length, and the inverse
             temperature [] (exp of `logit_scale`), all in at least float32.
@@ -114,7 +106,7 @@ class EvaClip(nn.Module):
         return (
             self.encode_image(images, normalize=True, kept=kept, branches=branches),
             self.encode_text(tokens, normalize=True),
-            _to_float32(self.logit_scale).exp().squeeze(0),
+            to_float32(self.logit_scale).exp().squeeze(0),
         )
 
     @property
@@ -193,9 +185,5 @@ def _initialise_text(tower: TextTower) -> None:
     nn.init.normal_(tower.text_projection, std=width**-0.5)
 
 
-def _to_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _normalise(features: Tensor) -> Tensor:
-    return F.normalize(_to_float32(features), dim=-1)
+    return F.normalize(to_float32(features), dim=-1)

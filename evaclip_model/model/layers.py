@@ -406,8 +406,8 @@ class DropPath(nn.Module):
 
     def forward(self, branch: Tensor, kept: Tensor | None = None) -> Tensor:
         """[B, S, W] -> [B, S, W]; what is kept is scaled up, so that its mean stays. `kept` [B]
-        says which samples keep the branch (`step.kept_branches`); none draws them from torch's
-        generator."""
+        says which samples keep the branch (`training_step.kept_branches`); none draws them from
+        torch's generator."""
         if not self.training or self.rate == 0:
             return branch
         if kept is None:
@@ -449,12 +449,11 @@ def require_mode(mode: str) -> GradCheckpointing:
 
 
 def run_block(mode: GradCheckpointing, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """The block's output; in the backward pass it is computed again, wholly or but for products.
+    """The block's output; in the backward pass it is computed again, with the same random numbers.
 
     Args:
         mode: "none" keeps every activation, "selective" the results of matrix products and fused
             attention, "full" the block's input alone.
-        block: a function of `inputs`; its random numbers are repeated.
     """
     if mode == "none" or not torch.is_grad_enabled():
         return block(*inputs)
@@ -470,3 +469,8 @@ def run_block(mode: GradCheckpointing, block: Callable[..., Tensor], *inputs: An
 def _choose_policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     keep = op.name().split(".")[0] in _KEPT
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def to_float32(x: Tensor) -> Tensor:
+    """[...] in at least float32: float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

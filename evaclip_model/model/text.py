@@ -85,14 +85,8 @@ class TextTower(nn.Module):
         self.text_projection = nn.Parameter(torch.empty(config.width, embed_dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Features of captions; what follows a caption's first end token costs nothing.
-
-        Args:
-            tokens: [B, L] ids, L at most the context length; the end token has the highest id. On
-                the CPU, wherever the tower is: the stream is planned there, and ids that come from
-                an accelerator are waited for.
-
-        Returns: [B, E], not normalised.
+        """Features [B, E] of captions, not normalised; tokens [B, L] as `EvaClip.encode_text`. What
+        follows a caption's first end token, which has the highest id, costs nothing.
 
         Raises: ValueError: more tokens than the context length.
         """

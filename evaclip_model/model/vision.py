@@ -140,15 +140,8 @@ class VisionTower(nn.Module):
     def forward(
         self, images: Tensor, kept: Tensor | None = None, branches: Tensor | None = None
     ) -> Tensor:
-        """Features of images, or of what is left of them.
-
-        Args:
-            images: [B, 3, image_px, image_px] normalised; cast to the tower's dtype.
-            kept: [B, K] indices of the patches to look at, in any order; none for all.
-            branches: [B, blocks, 2] which samples pass attention and MLP of each block in training
-                with drop path; none draws them from torch's generator.
-
-        Returns: [B, E], not normalised.
+        """Features [B, E] of images, or of what is left of them, not normalised; arguments as
+        `EvaClip.encode_image`, images cast to the tower's dtype.
 
         Raises: ValueError: the images are not of the configured size.
         """

@@ -17,7 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from evaclip_model.reading.config import SamplingConfig
 from evaclip_model.reading.image_decoder import UnreadableImageError
 from evaclip_model.reading.order import ORDERS, Mixture, Order, Piece
 from evaclip_model.reading.read_worker import Origin, Worker, serve_parts
-from evaclip_model.reading.samples import BrokenShard, Pair, Shard, ShardManifest
+from evaclip_model.reading.samples import BrokenShard, MemberFlaw, Shard, ShardManifest
 from evaclip_model.reading.shard_store import LocalShards, RemoteShards, ShardStore
 from evaclip_model.reading.transform import DECODERS, Picture
 from evaclip_model.reading.urls import is_url
@@ -75,16 +75,14 @@ class ReadSettings:
         )
 
 
+@dataclass(slots=True)
 class _Loaded:
     """A sample in memory: its caption, and its image encoded or, when kept, decoded."""
 
-    __slots__ = ("caption", "flaw", "image", "origin")
-
-    def __init__(self, pair: Pair, path: str) -> None:
-        self.image: bytes | memoryview | Picture = pair.image
-        self.caption = pair.caption
-        self.origin = Origin(path, pair.key)
-        self.flaw = pair.flaw
+    image: bytes | memoryview | Picture
+    caption: str
+    origin: Origin
+    flaw: MemberFlaw | None
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,8 @@ class BatchReader:
             InputError: as `read_batch` does.
             WorkerFailed: a reading process crashed or was killed.
         """
-        workers = _share_lanes_evenly(self._settings.workers, len(self._lanes))
+        most = min(self._settings.workers, len(self._lanes))
+        workers = next((n for n in range(most, 0, -1) if len(self._lanes) % n == 0), 0)
         if not workers:
             with ThreadPoolExecutor(1, thread_name_prefix="reader") as ahead:
                 following: Future[Batch] | None = None
@@ -184,11 +183,19 @@ class BatchReader:
                     )
                     yield batch
             return
-        with closing(_Team(self._start_workers(workers, first_step, steps))) as team:
+        with ExitStack() as stack:
+            team = [
+                stack.enter_context(closing(worker))
+                for worker in self._start_workers(workers, first_step, steps)
+            ]
             for step in range(first_step, steps):
+                parts = [worker.receive_part() for worker in team]  # which lie end to end
                 images = self._allocate_images()
-                captions, origins, bad = team.collect_parts(images)
-                self.bad.update(bad)
+                torch.cat([part.images for part in parts], out=images)
+                for part in parts:
+                    self.bad.update(part.bad)
+                captions = tuple(caption for part in parts for caption in part.captions)
+                origins = tuple(origin for part in parts for origin in part.origins)
                 yield Batch(step, images, captions, self._list_positions(step), origins)
 
     def read_batch(self, step: int) -> Batch:
@@ -353,35 +360,6 @@ def serve_batches(settings: Mapping[str, Any]) -> Iterator[tuple[Batch, Mapping[
             yield batch, bad
 
 
-class _Team:
-    """A rank's workers, whose parts lie end to end."""
-
-    def __init__(self, workers: Iterator[Worker]) -> None:
-        self._workers: list[Worker] = []
-        try:
-            self._workers.extend(workers)
-        except BaseException:
-            self.close()
-            raise
-
-    def collect_parts(
-        self, images: Tensor
-    ) -> tuple[tuple[str, ...], tuple[Origin, ...], Counter[str]]:
-        """Captions, origins, and what was bad, of the next step; its images go into `images`."""
-        parts = [worker.receive_part() for worker in self._workers]
-        torch.cat([part.images for part in parts], out=images)
-        bad: Counter[str] = Counter()
-        for part in parts:
-            bad.update(part.bad)
-        captions = tuple(caption for part in parts for caption in part.captions)
-        origins = tuple(origin for part in parts for origin in part.origins)
-        return captions, origins, bad
-
-    def close(self) -> None:
-        for worker in self._workers:
-            worker.close()
-
-
 class _ShardStream:
     """A shard read front to back, once, in parts."""
 
@@ -407,16 +385,12 @@ class _ShardStream:
                 f"{self._shard.path} ends before sample {stop} of {self._shard.samples}: "
                 "verify the shards again"
             )
-        return [_Loaded(pair, self._shard.path) for pair in taken]
+        path = self._shard.path
+        return [_Loaded(one.image, one.caption, Origin(path, one.key), one.flaw) for one in taken]
 
     def close(self) -> None:
         """Close the file."""
         self._pairs.close()
-
-
-def _share_lanes_evenly(most: int, lanes: int) -> int:
-    """The largest number of workers, up to `most`, that share the lanes evenly."""
-    return next((workers for workers in range(min(most, lanes), 0, -1) if lanes % workers == 0), 0)
 
 
 def _choose_store(

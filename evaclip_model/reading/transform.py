@@ -86,7 +86,6 @@ class EvalTransform:
     """Side S of the result, in pixels."""
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Image -> [3, S, S] float32 of its middle, normalised."""
         return normalize_images(centre_crop(image, self.size))
 
 
@@ -100,7 +99,6 @@ class TrainTransform:
     """Smallest and largest share of the image's area."""
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Image -> [3, S, S] float32 of a random part, normalised."""
         box = crop_box(*image.size, _GlobalDraw(), self.scale)
         return normalize_images(resized_crop(image, box, self.size))
 

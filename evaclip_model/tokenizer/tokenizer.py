@@ -121,7 +121,6 @@ def cut_padding(tokens: Tensor) -> Tensor:
 def _pad_rows(
     ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], context_length: int
 ) -> npt.NDArray[np.int64]:
-    """Consecutive rows of `lengths` [B] ids as [B, L], between start and end token."""
     rows = np.full((len(lengths), context_length), PAD_TOKEN)
     room = context_length - 2
     if len(lengths) and lengths.max() > room:
@@ -223,10 +222,8 @@ def _load_merges() -> Merge:
 
 
 def _byte_characters() -> dict[int, str]:
-    """A visible character for every byte: itself where it is visible Latin-1, else from U+0100 on.
-
-    The order (visible bytes first) is the order of the first ids.
-    """
+    """A visible character for every byte, in the order of the first ids: visible Latin-1 stands for
+    itself, then the rest from U+0100 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {

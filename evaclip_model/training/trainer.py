@@ -53,7 +53,6 @@ from evaclip_model.training.monitoring.guards import (
     describe_samples,
     judge_step,
     name_culprits,
-    write_dump,
 )
 from evaclip_model.training.monitoring.metrics import (
     PROFILE_FOLDER,
@@ -353,7 +352,7 @@ class TrainingRun:
         if self._leads:
             norms = {tower: str(norm) for tower, norm in gradient.norms.items()}  # JSON has no NaN
             figures = {"step": step, "loss": str(loss), "grad_norms": norms, "ranks": suspects}
-            write_dump(self._job.run_dir, step, figures)
+            write_json(self._job.run_dir / f"nonfinite-{step:08d}.json", figures)
         return replace(seen, culprits=name_culprits(suspects))
 
     def _apply_or_skip(self, judged: Judged, factor: float) -> Stepped | None:
@@ -448,7 +447,7 @@ def dry_run(job: TrainJob, rank: Rank) -> Mapping[str, Any]:
         "memory_peak_bytes": max(Peers.every_rank().gather_values(memory_peak)),
         "loss": gradient.stats.means["loss"],
         "grad_norm": gradient.norms["total"],
-        "self_test": rank.tested.as_json(),
+        "self_test": asdict(rank.tested),
     }
     if rank.number == 0:
         write_json(job.run_dir / DRY_RUN_FILE, result)

@@ -303,7 +303,6 @@ def kept_branches(seed: int, positions: Tensor, rates: Sequence[float]) -> Tenso
     """The branches of each block that each sample passes, drawn from nothing but the arguments.
 
     Args:
-        seed: of the training stage.
         positions: [B] position of each sample in the whole training stream.
         rates: chance of each block that a sample skips one of its branches.
 

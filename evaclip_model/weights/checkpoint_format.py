@@ -178,11 +178,13 @@ def checked_pieces(file: BinaryIO, shard: ShardFile, number: int, where: str) ->
         file.seek(0)
         start = file.read(8 + length)
     header = json.loads(start[8 : 8 + length])
-    return [
-        _parse_piece(key, entry, number, 8 + length)
-        for key, entry in header.items()
-        if key != "__metadata__"
-    ]
+    pieces = []
+    for key, entry in header.items():
+        if key != "__metadata__":
+            (size,), place = entry["shape"], 8 + length + entry["data_offsets"][0]
+            name, offset, kind = key_parts(key)
+            pieces.append(StoredPiece(name, kind, offset, size, number, place))
+    return pieces
 
 
 def key_parts(key: str) -> tuple[str, int, str]:
@@ -219,12 +221,6 @@ def describe_difference(
     if beyond := sorted(set(stored) - set(wanted)):
         return f"holds '{beyond[0][0]}' ({beyond[0][1]}), which is not trained now"
     return None
-
-
-def _parse_piece(key: str, entry: Mapping[str, Any], number: int, begin: int) -> StoredPiece:
-    name, offset, kind = key_parts(key)
-    (size,) = entry["shape"]
-    return StoredPiece(name, kind, offset, size, number, begin + entry["data_offsets"][0])
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -274,10 +270,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def stored_parameters(folder: Path) -> dict[str, list[StoredTensor]]:
-    """The parameters in a checkpoint, `folder/step-N`, by name; their values stay on disk.
-
-    Returns: For each parameter its fp32 pieces, [n] each; one after another they are all of it,
-        flat.
+    """The parameters in a checkpoint, `folder/step-N`, by name, each as fp32 pieces [n], which one
+    after another are all of it, flat; their values stay on disk.
 
     Raises: InputError: a shard is missing, cut off or unreadable.
     """

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from evaclip_model.errors import InputError
 from evaclip_model.files import replace_file, write_atomically
 from evaclip_model.model.clip import EvaClip
+from evaclip_model.model.layers import to_float32
 from evaclip_model.model.model_config import CONFIG_FILE
 from evaclip_model.reading.transform import describe_preprocessing
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE, open_tensors, plain_name
@@ -299,13 +300,9 @@ def resize_patch_kernel(kernel: Tensor, patch_px: int) -> Tensor:
 
 def _resize_bicubic(image: Tensor, size: int, align_corners: bool = False) -> Tensor:
     resized = F.interpolate(
-        _to_float32(image), size=(size, size), mode="bicubic", align_corners=align_corners
+        to_float32(image), size=(size, size), mode="bicubic", align_corners=align_corners
     )
     return resized.to(image.dtype)
-
-
-def _to_float32(value: Tensor) -> Tensor:
-    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _is_asked(native: str, part: Part) -> bool:
@@ -404,11 +401,11 @@ def _fill_tensor(target: Tensor, entry: Entry, stored: Mapping[str, StoredTensor
         return
     value = entry.join_sources({source: stored[source].read() for source in entry.sources})
     if entry.native == _POSITIONS:
-        value = resize_positions(_to_float32(value), math.isqrt(target.shape[1] - 1))
+        value = resize_positions(to_float32(value), math.isqrt(target.shape[1] - 1))
     elif entry.native == _TEXT_POSITIONS:
-        value = resize_text_positions(_to_float32(value), target.shape[0])
+        value = resize_text_positions(to_float32(value), target.shape[0])
     elif entry.native == _PATCH_KERNEL:
-        value = resize_patch_kernel(_to_float32(value), target.shape[-1])
+        value = resize_patch_kernel(to_float32(value), target.shape[-1])
     target.copy_(value)
 
 

@@ -169,7 +169,11 @@ def read_torch(path: Path, *, allow_torchscript: bool = False) -> dict[str, Stor
     # Anything else is malformed content that torch's reader stumbles over (KeyError, TypeError …).
     except Exception as error:
         raise _unreadable_error(path, "no torch file") from error
-    tensors = {str(key): value for key, value in _find_state(content).items() if _is_dense(value)}
+    tensors = {
+        str(key): value
+        for key, value in _find_state(content).items()
+        if isinstance(value, Tensor) and value.layout is torch.strided
+    }
     if is_plain:
         return {key: _from_meta(path, value) for key, value in tensors.items()}
     del content
@@ -246,10 +250,6 @@ def _find_state(content: Any) -> Mapping[Any, Any]:
     inner = (content.get(wrapper) for wrapper in _WRAPPERS)
     wrapped = next((value for value in inner if isinstance(value, Mapping)), None)
     return content if wrapped is None else _find_state(wrapped)
-
-
-def _is_dense(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided
 
 
 def _in_memory(tensors: dict[str, Tensor]) -> dict[str, StoredTensor]:

@@ -4,6 +4,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
@@ -30,7 +31,7 @@ def main(out, precision, behaviour):
         )
     config = TrainConfig(name="x", image_px=8, samples_seen=48, global_batch=48)
     try:
-        found = self_test.self_test(create_model(MODEL, precision=precision), config).as_json()
+        found = asdict(self_test.self_test(create_model(MODEL, precision=precision), config))
     except self_test.SelfTestFailed as error:
         found = {"failed": str(error)}
     out.with_suffix(f".{dist.get_rank()}.json").write_text(json.dumps(found))

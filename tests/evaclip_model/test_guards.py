@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import asdict
 
 import pytest
 
@@ -114,6 +115,6 @@ def test_training_goes_back_no_more_often_than_allowed():
 def test_a_saved_state_goes_on_as_the_one_in_memory():
     settings = config()
     _, state = after([3.0, 2.9, 3.1, 2.8], settings)
-    stored = GuardState.from_json(json.loads(json.dumps(state.as_json())))
+    stored = GuardState.from_json(json.loads(json.dumps(asdict(state))))
     assert stored == state
     assert GuardState.from_json({}) == GuardState()

@@ -61,9 +61,9 @@ def import_checkpoint(
     """
     if place_of(location).list_steps():
         raise InputError(f"{location} holds checkpoints already: give a location without any")
-    found = (
-        _read_universal(source) if (source / "zero").is_dir() else _read_zero(_find_newest(source))
-    )
+    newest = source / _NEWEST
+    folder = source / Path(newest.read_text().strip()).name if newest.is_file() else source
+    found = _read_universal(source) if (source / "zero").is_dir() else _read_zero(folder)
     progress = TrainingProgress(
         step=found.step,
         counters={"updates": found.updates, "scaler": dict(found.scaler)},
@@ -72,11 +72,13 @@ def import_checkpoint(
         settings=settings_of(config, architecture.at_image_px(config.image_px)),
         samples=found.step * config.global_batch,
     )
-    fragments = [
-        StateFragment(name, offset, _with_mean(tensors, config))
-        for name, pieces in _of_model(found, source, config, architecture).items()
-        for offset, tensors in _place_pieces(pieces)
-    ]
+    fragments = []
+    for name, pieces in _of_model(found, source, config, architecture).items():
+        offset = 0
+        for tensors in pieces:
+            mean = {} if config.ema_decay is None else {"ema": tensors["param"]}
+            fragments.append(StateFragment(name, offset, {**tensors, **mean}))
+            offset += tensors["param"].numel()
     save_checkpoint(location, fragments, progress, keep=sys.maxsize)
     return progress
 
@@ -91,11 +93,6 @@ class _Found:
     updates: int
     scaler: Mapping[str, Any]
     """The fp16 loss scaler's fields; empty in other precisions."""
-
-
-def _find_newest(folder: Path) -> Path:
-    named = folder / _NEWEST
-    return folder / Path(named.read_text().strip()).name if named.is_file() else folder
 
 
 def _read_zero(folder: Path) -> _Found:
@@ -233,17 +230,6 @@ def _join_pieces(entry: Entry, found: _Found) -> Pieces:
             for kind in kinds
         }
     ]
-
-
-def _place_pieces(pieces: Pieces) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
-    offset = 0
-    for tensors in pieces:
-        yield offset, tensors
-        offset += tensors["param"].numel()
-
-
-def _with_mean(tensors: Mapping[str, Tensor], config: TrainConfig) -> Mapping[str, Tensor]:
-    return tensors if config.ema_decay is None else {**tensors, "ema": tensors["param"]}
 
 
 class _Cut:

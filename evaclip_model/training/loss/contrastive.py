@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from evaclip_model.model.layers import to_float32
 from evaclip_model.training.loss.objective import LossTerms
 from evaclip_model.training.loss.softmax import LossSettings
 
@@ -56,7 +57,7 @@ def contrastive_terms(
 ) -> LossTerms:
     """Loss and accuracies of a batch [B, E] in one process; arguments as `gathered_terms`."""
     _require_pairs(image_features, text_features)
-    image, text = _to_float32(image_features), _to_float32(text_features)
+    image, text = to_float32(image_features), to_float32(text_features)
     return _compute_terms(image, text, image, text, logit_scale, 0, settings)
 
 
@@ -84,7 +85,7 @@ def gathered_terms(
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return contrastive_terms(image_features, text_features, logit_scale, settings)
     _require_pairs(image_features, text_features)
-    image, text = _to_float32(image_features), _to_float32(text_features)
+    image, text = to_float32(image_features), to_float32(text_features)
     pair = torch.stack((image, text))
     both: Tensor = _Gather.apply(pair, group)  # type: ignore[no-untyped-call]  # [ranks, 2, b, E]
     all_image, all_text = both[:, 0].flatten(0, 1), both[:, 1].flatten(0, 1)  # [B, E]
@@ -102,7 +103,7 @@ def _compute_terms(
     settings: LossSettings,
 ) -> LossTerms:
     with torch.autocast(image.device.type, enabled=False):  # half-precision logits cost accuracy
-        scale = _to_float32(logit_scale)
+        scale = to_float32(logit_scale)
         smoothing = settings.label_smoothing
         if settings.should_stream(len(image), len(all_image)):
             return LossTerms(
@@ -149,10 +150,6 @@ class _Gather(torch.autograd.Function):
             return own, None
         dist.all_reduce(gradient, group=ctx.group)  # gloo has no reduce-scatter
         return gradient[dist.get_rank(ctx.group)], None
-
-
-def _to_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def streamed_terms(

@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Self
@@ -26,7 +26,6 @@ from torch import Tensor
 from evaclip_model.files import write_atomically
 from evaclip_model.reading.reader import Batch
 from evaclip_model.training.config import TrainConfig
-from evaclip_model.training.stage_outputs import write_json
 
 LEAST_DEVIATION = 0.01
 """Share of the mean that the deviation counts as at least: a flat line is not a reason to stop."""
@@ -111,13 +110,9 @@ class GuardState:
     loss: Running = field(default_factory=Running)
     grad_norm: Running = field(default_factory=Running)
 
-    def as_json(self) -> dict[str, Any]:
-        """Values for a checkpoint."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> GuardState:
-        """The state that `as_json` was called on; of an empty mapping, the one to begin with."""
+        """The state whose `asdict` this is; of an empty mapping, the one to begin with."""
         running = {name: Running(**values[name]) for name in ("loss", "grad_norm") if values}
         return cls(**{**values, **running})
 
@@ -226,13 +221,6 @@ def name_culprits(ranks: Sequence[dict[str, Any]]) -> str:
         bad += [f"rank {rank['rank']}, sample {one['key']} of {one['shard']}" for one in samples]
     more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
     return "; ".join(bad[:NAMED]) + more
-
-
-def write_dump(run_dir: Path, step: int, figures: dict[str, Any]) -> Path:
-    """Write `nonfinite-STEP.json`, beside its place first."""
-    path = run_dir / f"nonfinite-{step:08d}.json"
-    write_json(path, figures)
-    return path
 
 
 GRACE_S = 5.0

@@ -5,8 +5,7 @@ plain computation on tiny tensors."""
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -44,10 +43,6 @@ class SelfTest:
     attention_kernel: str
     seconds: float
 
-    def as_json(self) -> dict[str, Any]:
-        """Values for a report."""
-        return asdict(self)
-
 
 def self_test(model: EvaClip, config: TrainConfig) -> SelfTest:
     """Every rank calls it with its model on its device.
@@ -79,7 +74,8 @@ def self_test(model: EvaClip, config: TrainConfig) -> SelfTest:
 
 
 def _lamb_difference(config: TrainConfig, device: torch.device) -> float:
-    rank, ranks = _rank_and_ranks()
+    peers = Peers.every_rank()
+    rank, ranks = peers.rank, peers.count
     draw = torch.Generator().manual_seed(1)
     values = [torch.randn(shape, generator=draw).to(device) for shape in _SHAPES]
     gradients = [torch.randn(shape, generator=draw).to(device) for shape in _SHAPES]
@@ -131,7 +127,8 @@ def _cut_fragments(start: int, stop: int) -> tuple[Fragment, ...]:
 
 
 def _loss_difference(model: EvaClip, config: TrainConfig, device: torch.device) -> float:
-    rank, ranks = _rank_and_ranks()
+    peers = Peers.every_rank()
+    rank, ranks = peers.rank, peers.count
     draw = torch.Generator().manual_seed(2)
     features = torch.randn(2, ranks * _ROWS, _CHANNELS, generator=draw)
     image, text = torch.nn.functional.normalize(features, dim=-1).to(device)
@@ -165,7 +162,3 @@ def _attention_difference(model: EvaClip, device: torch.device, dtype: torch.dty
         found = model.kernel(q, k, v, causal).float()
         worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
     return worst
-
-
-def _rank_and_ranks() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -20,6 +20,7 @@ from evaclip_model.model.clip import EvaClip
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 from evaclip_model.reading.transform import image_transform
 from evaclip_model.tokenizer.tokenizer import tokenize
+from evaclip_model.training.checkpoint.consensus import Peers
 from evaclip_model.zeroshot.exact_ranks import build_classifier, rank_classes
 from evaclip_model.zeroshot.imagenet_prompts import PLACEHOLDER
 from evaclip_model.zeroshot.set_layout import (
@@ -114,7 +115,7 @@ def run_probe(model: EvaClip, part: ProbeSet) -> tuple[float, float]:
             ).to(right)
     right[2] = len(part.images)
     model.train(training)
-    if _rank_and_size()[1] > 1:
+    if Peers.every_rank().count > 1:
         dist.all_reduce(right)
     first_right, five_right, total = right.tolist()
     return first_right / max(1.0, total), five_right / max(1.0, total)
@@ -129,7 +130,8 @@ def _build_classifier(model: EvaClip, part: ProbeSet) -> Tensor:
 
 def _text_features(model: EvaClip, prompts: Sequence[str]) -> Tensor:
     """Unit features of all prompts [N, E] on the CPU, each encoded by one rank."""
-    rank, ranks = _rank_and_size()
+    peers = Peers.every_rank()
+    rank, ranks = peers.rank, peers.count
     share = -(-len(prompts) // ranks)
     mine = torch.zeros(share, model.config.embed_dim, device=model.logit_scale.device)
     tokens = tokenize(list(prompts[rank::ranks]), model.config.text.context_length)
@@ -142,10 +144,6 @@ def _text_features(model: EvaClip, prompts: Sequence[str]) -> Tensor:
     parts = [torch.empty_like(mine) for _ in range(ranks)]
     dist.all_gather(parts, mine)
     return torch.stack(parts, dim=1).flatten(0, 1)[: len(prompts)].cpu()
-
-
-def _rank_and_size() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _encode_images(

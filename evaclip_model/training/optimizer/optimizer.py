@@ -59,20 +59,25 @@ def parameter_groups(shapes: Iterable[tuple[str, torch.Size]], config: TrainConf
     vision first, then text, then the rest. Frozen ones are in no group."""
     every = list(shapes)
     parameters = [(name, shape) for name, shape in every if not config.is_frozen(name)]
-    depths = {tower: _tower_depth(tower, (name for name, _ in every)) for tower in TOWERS}
+    peaks = {"vision": config.lr_vision, "text": config.lr_text, "other": config.lr_other}
+    decays = {"vision": config.layer_decay_vision, "text": config.layer_decay_text, "other": 1.0}
+    depths = dict.fromkeys(TOWERS, 0)
+    for name, _ in every:
+        if block := _BLOCK.search(name):
+            depths[tower_of(name)] = max(depths[tower_of(name)], int(block.group(1)) + 1)
     members: dict[tuple[Tower, int, bool], list[str]] = {}
     for name, shape in parameters:
         tower = tower_of(name)
         decayed = is_decayed(name, shape)
         layer = layer_of(name, depths[tower])
-        if _layer_decay(tower, config) == 1:
+        if decays[tower] == 1:
             layer = depths[tower] + 1
         members.setdefault((tower, layer, decayed), []).append(name)
     return [
         Group(
             tower,
             layer,
-            _tower_lr(tower, config) * _layer_decay(tower, config) ** (depths[tower] + 1 - layer),
+            peaks[tower] * decays[tower] ** (depths[tower] + 1 - layer),
             config.weight_decay if decayed else 0.0,
             tuple(names),
         )
@@ -116,20 +121,6 @@ def lr_factor(
         return 1.0
     done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _tower_lr(tower: Tower, config: TrainConfig) -> float:
-    return {"vision": config.lr_vision, "text": config.lr_text, "other": config.lr_other}[tower]
-
-
-def _layer_decay(tower: Tower, config: TrainConfig) -> float:
-    decays = {"vision": config.layer_decay_vision, "text": config.layer_decay_text, "other": 1.0}
-    return decays[tower]
-
-
-def _tower_depth(tower: Tower, names: Iterable[str]) -> int:
-    blocks = [_BLOCK.search(name) for name in names if tower_of(name) == tower]
-    return max((int(block.group(1)) + 1 for block in blocks if block), default=0)
 
 
 CHUNK = 1 << 17
