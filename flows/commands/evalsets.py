@@ -25,6 +25,7 @@ from tasks.evaluate.sets.set_registry import (
 )
 
 if TYPE_CHECKING:
+    from tasks.evaluate.sets.convert.convert import Words
     from tasks.evaluate.sets.convert.shard_writer import Conversion
 
 SHOWN_PROBLEMS = 5
@@ -112,10 +113,9 @@ def convert_imagefolder(
     first: First = "",
 ) -> None:
     """Convert a folder of one folder of images a class."""
-    from tasks.evaluate.sets.convert.convert import Words, convert_imagefolder
+    from tasks.evaluate.sets.convert.convert import convert_imagefolder
 
-    known = _find_known(known_as) if known_as else None
-    words = Words(known, classnames, templates, order, int(first) if first else None)
+    words = _make_words(known_as, classnames, templates, order, first)
     with moving_bar("convert") as report:
         _print_conversion(convert_imagefolder(source, folder, words, report))
 
@@ -140,10 +140,9 @@ def convert_table(
     split: Annotated[str, Option(help="rows to take, by the column 'split' (all)")] = "",
 ) -> None:
     """Convert images, and a table of their paths and labels."""
-    from tasks.evaluate.sets.convert.convert import Words, convert_table
+    from tasks.evaluate.sets.convert.convert import convert_table
 
-    known = _find_known(known_as) if known_as else None
-    words = Words(known, classnames, templates, order, int(first) if first else None)
+    words = _make_words(known_as, classnames, templates, order, first)
     with moving_bar("convert") as report:
         made = convert_table(
             *(listing, source, folder, words),
@@ -188,10 +187,9 @@ def convert_videos(
     first: First = "",
 ) -> None:
     """Convert videos: in one folder a class, or anywhere with a list of their classes."""
-    from tasks.evaluate.sets.convert.convert import Words, convert_videos
+    from tasks.evaluate.sets.convert.convert import convert_videos
 
-    known = _find_known(known_as) if known_as else None
-    words = Words(known, classnames, templates, order, int(first) if first else None)
+    words = _make_words(known_as, classnames, templates, order, first)
     with moving_bar("convert") as report:
         _print_conversion(convert_videos(source, folder, words, listing, report))
 
@@ -232,6 +230,15 @@ def convert_captions(
 
     with moving_bar("convert") as report:
         _print_conversion(convert_captions(listing, source, folder, split, report))
+
+
+def _make_words(
+    known_as: str, classnames: str, templates: str, order: Order, first: First
+) -> Words:
+    from tasks.evaluate.sets.convert.convert import Words
+
+    known = _find_known(known_as) if known_as else None
+    return Words(known, classnames, templates, order, int(first) if first else None)
 
 
 def _print_conversion(made: Conversion) -> None:

@@ -219,11 +219,8 @@ class Recipe(Config):
     def retraining_stages(self) -> tuple[TrainConfig, ...]:
         """The training stages that go on from a champion."""
         wanted = self.retrain
-        changes: dict[str, int] = {}
-        if wanted.samples_seen is not None:
-            changes["samples_seen"] = wanted.samples_seen
-        if wanted.warmup_steps is not None:
-            changes["warmup_steps"] = wanted.warmup_steps
+        given = {"samples_seen": wanted.samples_seen, "warmup_steps": wanted.warmup_steps}
+        changes = {name: value for name, value in given.items() if value is not None}
         rates = ("lr_vision", "lr_text", "lr_other")
         return tuple(
             stage.model_copy(
@@ -272,12 +269,8 @@ class SourceYield:
     source: SourceConfig
     wanted: int
     """Rows that its cap asks for."""
-    there: int | None
-    """Rows of its metadata that pass; none where nobody has counted them."""
-
-    @property
-    def selected(self) -> int:
-        return self.wanted if self.there is None else min(self.wanted, self.there)
+    selected: int
+    """Rows of those that its metadata has, where somebody has counted it."""
 
     @property
     def samples(self) -> int:
@@ -288,17 +281,12 @@ class SourceYield:
 
 def source_yields(recipe: Recipe) -> list[SourceYield]:
     """What each source can give, in the recipe's order."""
-    published = recipe.published.metadata_rows
-    return [
-        SourceYield(
-            source,
-            source.wanted_rows or 0,
-            math.floor(rows * SHARE_SELECTED)
-            if (rows := published.get(source.name)) is not None
-            else None,
-        )
-        for source in (recipe.merge_table.sources if recipe.merge_table else ())
-    ]
+    yields = []
+    for source in recipe.merge_table.sources if recipe.merge_table else ():
+        wanted, rows = source.wanted_rows or 0, recipe.published.metadata_rows.get(source.name)
+        there = wanted if rows is None else math.floor(rows * SHARE_SELECTED)
+        yields.append(SourceYield(source, wanted, min(wanted, there)))
+    return yields
 
 
 def expected_samples(recipe: Recipe) -> int:

@@ -83,10 +83,15 @@ def fetch_models(models: dict[str, str], profile: Profile) -> dict[str, str]:
     Raises:
         InputError: the registry has no such model, or does not answer.
     """
-    return {
-        name: _fetch_model(spec, profile) if spec.startswith(REGISTRY) else spec
-        for name, spec in models.items()
-    }
+    fetched = dict(models)
+    for name, spec in models.items():
+        if spec.startswith(REGISTRY):
+            from tasks.register.pull_model import pull_model  # imports mlflow
+
+            model = spec.removeprefix(REGISTRY)
+            folder = profile.root.resolve() / "cache" / "models" / model.replace("/", "-")
+            fetched[name] = str(pull_model(profile.mlflow_uri, model, folder))
+    return fetched
 
 
 def _sets_of_recipe(
@@ -192,16 +197,6 @@ def _short_name(spec: str) -> str:
         return Path(architecture).stem if architecture.endswith(".json") else architecture
     folder = Path(spec)
     return folder.parent.name if folder.name in ("model", "ema") else folder.name
-
-
-def _fetch_model(uri: str, profile: Profile) -> str:
-    """A registered model as a folder under the root."""
-    from tasks.register.pull_model import pull_model  # imports mlflow
-
-    name = uri.removeprefix(REGISTRY)
-    folder = profile.root.resolve() / "cache" / "models" / name.replace("/", "-")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return str(pull_model(profile.mlflow_uri, name, folder))
 
 
 def _fingerprint_model(spec: str) -> str:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from prefect import runtime
 from prefect.artifacts import create_markdown_artifact
@@ -32,7 +32,6 @@ from flows.reporting.terminal import console
 from tasks.artifacts.artifact import (
     DIGEST_CHARS,
     MANIFEST,
-    Address,
     Artifact,
     Made,
     Role,
@@ -94,10 +93,12 @@ def register_and_judge(session: RecipeSession, graph: Graph) -> Artifact:
     """
     step, config, store = graph.register, session.recipe.registry, session.store
     forget_if_gone(step.address, store)
-    _forget_if_stale(session, step.address)
     if step.is_finished:
         decision = read_decision(step.folder)
-    else:
+        registered_as = json.loads((step.folder / REGISTERED).read_text())["version"]
+        if is_stale(store, config, registered_as, decision):  # never carried out, out of date
+            (step.folder / MANIFEST).unlink()
+    if not step.is_finished:
         decision = _judge_candidate(
             session, graph, require_champion(store, config.model_name, config.alias)
         )
@@ -202,21 +203,11 @@ def champion_beside(session: RecipeSession, champion: Standing) -> Beside:
     return Beside(CHAMPION, Role.CHAMPION, mark[:DIGEST_CHARS], folder)
 
 
-def _forget_if_stale(session: RecipeSession, address: Address) -> None:
-    """Unfinish a registration whose promotion was never carried out and is out of date."""
-    if not address.is_finished:
-        return
-    config = session.recipe.registry
-    version = json.loads((address.folder / REGISTERED).read_text())["version"]
-    if is_stale(session.store, config, version, read_decision(address.folder)):
-        (address.folder / MANIFEST).unlink()
-
-
 def _judge_candidate(session: RecipeSession, graph: Graph, standing: Standing | None) -> Decision:
     policy = session.recipe.registry.gate
     folders = {TRAINED: graph.train[-1].folder / MODEL_FOLDER}
     weights = {TRAINED: sha256_of(folders[TRAINED] / WEIGHTS_FILE)}
-    results = _read_results(finished_artifact(graph.evaluate))
+    results = json.loads((graph.evaluate.folder / RESULTS).read_text())
     if standing is not None:
         beside = champion_beside(session, standing)
         folders[CHAMPION] = beside.folder
@@ -224,15 +215,16 @@ def _judge_candidate(session: RecipeSession, graph: Graph, standing: Standing | 
         if weights[CHAMPION] != weights[TRAINED] and CHAMPION not in results["models"]:
             config, train, dataset = session.recipe.evaluate, graph.train, graph.dataset
             step = comparison_step(graph.site, config, train, dataset, beside, title="compare")
-            results = _read_results(session.make_step(step))
+            results = json.loads((session.make_step(step).folder / RESULTS).read_text())
     times: Mapping[str, float] = {}
     if policy.max_latency_ratio is not None and standing is not None:
         from tasks.register.latency import latencies_ms  # imports torch, for few policies only
 
         times = latencies_ms(folders)
+    sizes = {name: (folder / WEIGHTS_FILE).stat().st_size for name, folder in folders.items()}
     candidate = Candidate(
         weights=weights[TRAINED],
-        bytes=_weights_bytes(folders[TRAINED]),
+        bytes=sizes[TRAINED],
         latency_ms=times.get(TRAINED),
         gains=gains_in(results, CHAMPION),
         headlines=judged_metrics(),
@@ -244,19 +236,10 @@ def _judge_candidate(session: RecipeSession, graph: Graph, standing: Standing | 
     champion = Champion(
         version=standing.version,
         weights=weights[CHAMPION],
-        bytes=_weights_bytes(folders[CHAMPION]),
+        bytes=sizes[CHAMPION],
         latency_ms=times.get(CHAMPION),
     )
     return decide_promotion(candidate, champion, policy)
-
-
-def _read_results(evaluated: Artifact) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((evaluated.folder / RESULTS).read_text())
-    return found
-
-
-def _weights_bytes(folder: Path) -> int:
-    return (folder / WEIGHTS_FILE).stat().st_size
 
 
 def _ask_person(

@@ -13,14 +13,8 @@ EVENT = "evaclip.model.promoted"
 
 
 def announce_promotion(name: str, version: int, before: int | None, alias: str) -> None:
-    """Send the event to the Prefect server in use; it is on its way when the process ends.
-
-    Args:
-        name: of the registered model.
-        version: that has the alias now.
-        before: version that had it until now; None if there was none.
-        alias: the alias.
-    """
+    """Send the event to the Prefect server in use; it is on its way when the process ends. `before`
+    is the version that had the alias until now."""
     from prefect.events import emit_event  # a command without a server has no need of it
 
     emit_event(

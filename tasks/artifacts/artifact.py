@@ -11,9 +11,8 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -153,11 +152,13 @@ def produce_artifact(address: Address, make: Callable[[Path], Made]) -> Artifact
     folder = address.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _only_maker(folder):
+        lock = lock_file(folder / ".lock")
+        if lock is None:
+            raise InputError(f"another run is making {folder}: wait for it, or stop it first")
+        with lock:
             if address.is_finished:
                 return read_artifact(folder)
-            made = make(folder)
-            return _publish_manifest(address, made)
+            return _publish_manifest(address, make(folder))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
@@ -236,7 +237,16 @@ def fingerprint_files(path: Path) -> str:
 
 def _publish_manifest(address: Address, made: Made) -> Artifact:
     folder = address.folder
-    files = [*made.files, *_write_bulk_list(made.bulk, folder)]
+    files = [*made.files]
+    if made.bulk:
+        sizes = {str(file.relative_to(folder)): file.stat().st_size for file in made.bulk}
+        lines = (json.dumps({"path": path, "size": size}) for path, size in sizes.items())
+        write_atomically(folder / BULK, "".join(f"{line}\n" for line in lines))
+        files.append(folder / BULK)
+    files.sort()
+    # A core each at once, because hashing leaves Python's lock.
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "hashing") as pool:
+        hashes = list(pool.map(sha256_of, files))
     manifest = {
         "kind": address.stage.name,
         "version": address.stage.version,
@@ -244,35 +254,12 @@ def _publish_manifest(address: Address, made: Made) -> Artifact:
         "parents": dict(address.parents),
         "config": address.config,
         "counts": dict(made.counts),
-        "files": _describe_files(sorted(files), folder),
+        "files": {
+            str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256}
+            for path, sha256 in zip(files, hashes, strict=True)
+        },
         "tools": {name: metadata.version(name) for name in address.stage.tools},
         "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return read_artifact(folder)
-
-
-def _write_bulk_list(bulk: tuple[Path, ...], folder: Path) -> Iterator[Path]:
-    """Write the list of the bulk files, if there are any; the list's path."""
-    if bulk:
-        entries = ({"path": str(f.relative_to(folder)), "size": f.stat().st_size} for f in bulk)
-        write_atomically(folder / BULK, "".join(f"{json.dumps(entry)}\n" for entry in entries))
-        yield folder / BULK
-
-
-def _describe_files(files: list[Path], folder: Path) -> dict[str, dict[str, int | str]]:
-    """Size and hash of every file; a core each at once, because hashing leaves Python's lock."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "hashing") as pool:
-        return {
-            str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256}
-            for path, sha256 in zip(files, pool.map(sha256_of, files), strict=True)
-        }
-
-
-@contextmanager
-def _only_maker(folder: Path) -> Iterator[None]:
-    lock = lock_file(folder / ".lock")
-    if lock is None:
-        raise InputError(f"another run is making {folder}: wait for it, or stop it first")
-    with lock:
-        yield

@@ -6,6 +6,7 @@ Not here: what was made of an artifact (flows/graph/ancestry.py), pictures (task
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,14 @@ class Lineage(Config):
 
 def lineage_of(artifacts: Sequence[Artifact], root: Path) -> Lineage:
     """Everything that `artifacts` were made from, as far as it is under `root`."""
-    found = walk_up(artifacts, lambda digest: _read_if_finished(root, digest))
+
+    def find(digest: str) -> Artifact | None:
+        for folder in root.glob(f"*/{digest}"):
+            with suppress(InputError):
+                return read_artifact(folder)
+        return None
+
+    found = walk_up(artifacts, find)
     nodes = tuple(Node.from_artifact(artifact) for artifact in found.values())
     return Lineage(heads=tuple(a.digest for a in artifacts), nodes=nodes)
 
@@ -110,15 +118,6 @@ def walk_up(
     return found
 
 
-def _read_if_finished(root: Path, digest: str) -> Artifact | None:
-    for folder in root.glob(f"*/{digest}"):
-        try:
-            return read_artifact(folder)
-        except InputError:
-            continue
-    return None
-
-
 @dataclass(frozen=True)
 class Change:
     """One difference between two lineages; None stands for what one of them does not have."""
@@ -134,26 +133,20 @@ def list_changes(old: Lineage, new: Lineage) -> list[Change]:
 
     A stage is told by its label. What follows from a change, such as digests, is not listed.
     """
-    before, after = _by_label(old), _by_label(new)
+    before, after = ({node.label: node for node in one.nodes} for one in (old, new))
     found: list[Change] = []
     for label in dict.fromkeys((*after, *before)):
-        if label not in before or label not in after:
-            found.append(
-                Change(label, _digest_of(before.get(label)), _digest_of(after.get(label))),
-            )
+        one, other = before.get(label), after.get(label)
+        if one is None or other is None:
+            found.append(Change(label, one and one.digest, other and other.digest))
             continue
-        found += _compare_nodes(
-            label, _deciding_settings(before[label], old), _deciding_settings(after[label], new)
-        )
+        was, now = _deciding_settings(one, old), _deciding_settings(other, new)
+        found += [
+            Change(f"{label}: {key}", was.get(key), now.get(key))
+            for key in dict.fromkeys((*now, *was))
+            if was.get(key) != now.get(key)
+        ]
     return found
-
-
-def _by_label(lineage: Lineage) -> dict[str, Node]:
-    return {node.label: node for node in lineage.nodes}
-
-
-def _digest_of(node: Node | None) -> str | None:
-    return node.digest if node else None
 
 
 def _deciding_settings(node: Node, lineage: Lineage) -> dict[str, Any]:
@@ -178,9 +171,3 @@ def flatten_settings(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from flatten_settings(f"{prefix}.{name}", item)
     else:
         yield prefix, value
-
-
-def _compare_nodes(label: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
-    for key in dict.fromkeys((*new, *old)):
-        if old.get(key) != new.get(key):
-            yield Change(f"{label}: {key}", old.get(key), new.get(key))

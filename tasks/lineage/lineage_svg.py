@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from tasks.artifacts.provenance import Lineage, Node
+from tasks.artifacts.provenance import Lineage
 
 BOX_WIDTH, BOX_HEIGHT = 168, 66
 GAP_X, GAP_Y = 44, 22
@@ -46,10 +46,8 @@ class _LineageBox:
 def lineage_svg(lineage: Lineage, name: str = "") -> str:
     """The picture, as the text of an `<svg>` element that can stand in a page or alone in a file.
 
-    Args:
-        lineage: what to draw; data from outside is drawn with dashed borders.
-        name: of what was registered from it and, behind a space, what goes below it, such as
-            `evaclip/3 @champion`; a last box, if given.
+    Data from outside is drawn with dashed borders. `name` is of what was registered from it and,
+    behind a space, what goes below it, such as `evaclip/3 @champion`; a last box, if given.
     """
     boxes = _make_boxes(lineage, name)
     places = _place_boxes(boxes)
@@ -84,16 +82,20 @@ def _make_boxes(lineage: Lineage, name: str) -> list[_LineageBox]:
             if lineage.find_node(digest) is None:
                 key = f"{node.label}.{role}"
                 columns[key] = 0
-                lines = (f"{node.label}'s data", digest)
-                boxes.append(_LineageBox(key, "outside", role, lines, 0, ()))
+                about = (f"{node.label}'s data", digest)
+                boxes.append(_LineageBox(key, "outside", role, about, 0, ()))
             if key not in parents:
                 parents.append(key)
         column = 1 + max((columns.get(parent, 0) for parent in parents), default=-1)
         columns[node.digest] = column
         kind = "model" if node.kind in _MODELS else "stage"
         kind = f"{kind} head" if node.digest in lineage.heads else kind
+        lines = [node.digest, node.created[:16].replace("T", " ")]
+        for what, count in list(node.counts.items())[:1]:
+            shown = f"{count:,.4g}" if isinstance(count, float) else f"{count:,}"
+            lines.insert(1, f"{shown} {what}")
         boxes.append(
-            _LineageBox(node.digest, kind, node.title, _small_print(node), column, tuple(parents))
+            _LineageBox(node.digest, kind, node.title, tuple(lines), column, tuple(parents))
         )
     if name:
         column = 1 + max(columns.values(), default=-1)
@@ -103,16 +105,6 @@ def _make_boxes(lineage: Lineage, name: str) -> list[_LineageBox]:
     return boxes
 
 
-def _small_print(node: Node) -> tuple[str, ...]:
-    first = next(iter(node.counts.items()), None)
-    day = node.created[:16].replace("T", " ")
-    return (node.digest, *([_format_count(*first)] if first else []), day)
-
-
-def _format_count(name: str, value: float) -> str:
-    return f"{value:,.4g} {name}" if isinstance(value, float) else f"{value:,} {name}"
-
-
 def _place_boxes(boxes: Sequence[_LineageBox]) -> Mapping[str, tuple[int, int]]:
     """Left upper corner of every box: a column for each step, in a column by what it is made from.
 
@@ -120,11 +112,11 @@ def _place_boxes(boxes: Sequence[_LineageBox]) -> Mapping[str, tuple[int, int]]:
     """
     rows: dict[str, float] = {}
     for column in range(1 + max((box.column for box in boxes), default=0)):
-        wanted = [
-            (_middle_row([rows[parent] for parent in box.made_from if parent in rows]), place, box)
-            for place, box in enumerate(boxes)
-            if box.column == column
-        ]
+        wanted = []
+        for place, box in enumerate(boxes):
+            if box.column == column:
+                above = [rows[parent] for parent in box.made_from if parent in rows]
+                wanted.append((sum(above) / len(above) if above else 0.0, place, box))
         lowest = -1.0
         for middle, _, box in sorted(wanted, key=lambda one: one[:2]):
             lowest = max(middle, lowest + 1)
@@ -137,10 +129,6 @@ def _place_boxes(boxes: Sequence[_LineageBox]) -> Mapping[str, tuple[int, int]]:
         )
         for box in boxes
     }
-
-
-def _middle_row(rows: Sequence[float]) -> float:
-    return sum(rows) / len(rows) if rows else 0.0
 
 
 def _draw_arrow(start: tuple[int, int], end: tuple[int, int]) -> str:

@@ -74,16 +74,8 @@ class EventFile:
         made: Artifact | None = None,
         error: str = "",
     ) -> None:
-        """Append one event of a run.
-
-        Args:
-            kind: OpenLineage's START, RUNNING (it goes on after its process was killed), COMPLETE,
-                FAIL or ABORT.
-            job: whose event.
-            address: of the stage, whose parents are the inputs; None for a pipeline.
-            made: what the stage made.
-            error: why it failed.
-        """
+        """Append one event of a run: OpenLineage's START, RUNNING (it goes on after its process was
+        killed), COMPLETE, FAIL or ABORT. The inputs are the parents of a stage's `address`."""
         if self._path is None:
             return
         event: Any = redact_settings(Serde.to_dict(_make_event(kind, job, address, made, error)))

@@ -53,15 +53,14 @@ def start_supervised(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `command` beside the caller; at the end of the block nothing of it is left.
+    """Run `command` (`sys.executable -m tasks.x` works anywhere) beside the caller, appending
+    its output to `log`; at the end of the block nothing of it is left.
 
-    Args:
-        command: what to run; `sys.executable -m tasks.x` works from any folder.
-        log: file that stdout and stderr are appended to.
-        grace_s: seconds between SIGTERM and SIGKILL.
-        env: replaces the caller's environment, None keeps it.
+    `grace_s` are the seconds between SIGTERM and SIGKILL; `env` replaces the caller's environment.
     """
     mark = uuid.uuid4().hex
+    settings = os.environ if env is None else env
+    paths = [str(CHECKOUT), *filter(None, [settings.get("PYTHONPATH")])]
     log.parent.mkdir(parents=True, exist_ok=True)
     # -S -P -E: the supervisor needs nothing but the standard library, and must start at once
     supervisor = [sys.executable, "-SPE", supervise.__file__, str(grace_s), "--"]
@@ -72,7 +71,7 @@ def start_supervised(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=_with_checkout(os.environ if env is None else env, mark),
+            env={**settings, "PYTHONPATH": os.pathsep.join(paths), MARK: mark},
             cwd=cwd,
         )
     try:
@@ -81,12 +80,6 @@ def start_supervised(
         _stop_supervisor(process, grace_s)
         if process.returncode < 0:
             _kill_marked(mark)
-
-
-def _with_checkout(env: Mapping[str, str], mark: str) -> dict[str, str]:
-    """The environment in which `-m tasks.x` is found whatever the working directory."""
-    paths = [str(CHECKOUT), *filter(None, [env.get("PYTHONPATH")])]
-    return {**env, "PYTHONPATH": os.pathsep.join(paths), MARK: mark}
 
 
 def _stop_supervisor(process: subprocess.Popen[bytes], grace_s: float) -> None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, get_args
 from urllib.parse import unquote, urlsplit
 
@@ -63,7 +62,12 @@ def pull_model(
     dest = Path(dest).absolute()
     if dest.exists() and not (dest / PULLED).is_file() and (dest.is_file() or any(dest.iterdir())):
         raise InputError(f"{dest} holds other things: give a new or an empty folder")
-    with _make_beside(dest) as beside, open_registry(tracking_uri) as (store, client):
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        TemporaryDirectory(dir=dest.parent, prefix=f".{dest.name}.") as folder,  # on the same disk
+        open_registry(tracking_uri) as (store, client),
+    ):
+        beside = Path(folder)
         version = resolve_version(client, model)
         source = client.get_model_version_download_uri(version.name, version.version)
         if store.database is not None:
@@ -73,28 +77,13 @@ def pull_model(
         _check_weights(got, version)
         report(3, 4, f"writing it as {as_}")
         made = got if as_ == "native" else _export_model(got, beside / "exported", as_)
-        about = {
-            **{"name": version.name, "version": int(version.version), "form": as_},
-            "tags": version.tags,
-        }
-        (made / PULLED).write_text(json.dumps(about, indent=1) + "\n")
+        about = {"name": version.name, "version": int(version.version), "form": as_}
+        (made / PULLED).write_text(json.dumps({**about, "tags": version.tags}, indent=1) + "\n")
         if dest.exists():
             dest.rename(beside / "replaced")
         made.rename(dest)
     report(4, 4, f"{version.name}/{version.version}")
     return dest
-
-
-@contextmanager
-def _make_beside(dest: Path) -> Iterator[Path]:
-    """A folder on the same disk, gone at the end."""
-    beside = dest.with_name(f".{dest.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _fetch_model(
