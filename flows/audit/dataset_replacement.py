@@ -103,7 +103,6 @@ def left_out(version: Artifact, rows: Sequence[int]) -> dict[int, str]:
 
 
 def describe_replacement(done: Succession, root: Path) -> Iterator[str]:
-    """A succession as lines for a person."""
     if done.new.digest == done.old.digest:
         yield f"dataset     {done.old.digest} obeys this already"
     else:
@@ -153,5 +152,4 @@ def _make_successor(
 
 
 def _read_entries(version: Artifact) -> list[str]:
-    """The takedowns that a dataset version obeys."""
     return (version.folder / TAKEN_DOWN).read_text().splitlines()

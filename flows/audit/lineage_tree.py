@@ -50,7 +50,6 @@ def version_tree(version: Described, before: Described | None) -> Iterator[str]:
 
 
 def describe_changes(found: Sequence[Change]) -> Iterator[str]:
-    """What differs between two recipes, a line each."""
     if not found:
         yield "  no setting and no data changed"
     for change in found:

@@ -99,7 +99,6 @@ def _in_one_verification(
 
 
 def describe_traces(found: Trace, root: Path) -> Iterator[str]:
-    """A trace as lines for a person."""
     row = found.row
     yield f"uid         {row['uid']}"
     yield f"source      {row['source']}, row {row['original_id'] or 'without an id'}"

@@ -62,7 +62,6 @@ class Profile(BaseSettings, Launch):
 
     @property
     def large_weights(self) -> LargeWeights:
-        """Handling of weights that are too large for the registry."""
         return LargeWeights(self.registry_copy_gb, self.registry_weights)
 
     @property
@@ -72,7 +71,6 @@ class Profile(BaseSettings, Launch):
 
     @property
     def machine(self) -> EvaluationMachine:
-        """Place where evaluations run."""
         return EvaluationMachine(
             ranks=self.evaluate_ranks,
             workers=self.evaluate_workers,
@@ -83,7 +81,6 @@ class Profile(BaseSettings, Launch):
 
     @property
     def launch(self) -> Launch:
-        """Settings of what starts training processes."""
         return Launch(**{name: getattr(self, name) for name in Launch.model_fields})
 
     @property

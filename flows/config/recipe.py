@@ -217,7 +217,6 @@ class Recipe(Config):
                 )
 
     def retraining_stages(self) -> tuple[TrainConfig, ...]:
-        """The training stages that go on from a champion."""
         wanted = self.retrain
         given = {"samples_seen": wanted.samples_seen, "warmup_steps": wanted.warmup_steps}
         changes = {name: value for name, value in given.items() if value is not None}
@@ -242,7 +241,6 @@ class Recipe(Config):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
-        """The resolved recipe, all defaults filled in."""
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1) + "\n"
 
 
@@ -290,5 +288,4 @@ def source_yields(recipe: Recipe) -> list[SourceYield]:
 
 
 def expected_samples(recipe: Recipe) -> int:
-    """Samples after the download of a recipe's capped sources."""
     return sum(one.samples for one in source_yields(recipe))

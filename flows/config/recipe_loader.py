@@ -23,7 +23,6 @@ STAGES = "train"
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with the project."""
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 

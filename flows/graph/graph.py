@@ -131,7 +131,6 @@ class Graph:
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:
-        """All of them, in the order of work."""
         return (*self.data_steps, *self.model_steps, *self.results)
 
     def find_step(self, stage: Stage) -> Step:
@@ -326,8 +325,12 @@ def download_step(site: Site, recipe: Recipe, merged: Step | Artifact) -> Step:
     needed = expected_bytes(expected_samples(recipe), config.image_px)
     what = f"about {format_bytes(needed)}, {config.image_px} px"
     record = Record({"merged": merged}, metrics=PROGRESS)
-    step = Step(site.root, DOWNLOAD, config, {Role.MERGE: merged}, make, what, record=record)
-    return replace(step, expected_bytes=needed, service=serve_demo)
+    return Step(
+        *(site.root, DOWNLOAD, config, {Role.MERGE: merged}, make, what),
+        record=record,
+        expected_bytes=needed,
+        service=serve_demo,
+    )
 
 
 def adopt_step(site: Site, config: AdoptConfig) -> Step:
@@ -347,8 +350,7 @@ def adopt_step(site: Site, config: AdoptConfig) -> Step:
 
     what = f"{len(config.sources)} sources, shards stay where they lie"
     record = Record(outside=partial(describe_adopted, config=config))
-    step = Step(site.root, ADOPT, config, inputs, make, what, record=record)
-    return replace(step, absent=tuple(marks.absent))
+    return Step(site.root, ADOPT, config, inputs, make, what, marks.absent, record)
 
 
 def verify_step(
@@ -367,7 +369,6 @@ def verify_step(
 
 
 def join_step(site: Site, verified: Sequence[Step | Artifact]) -> Step:
-    """Several verifications as one."""
     config = JoinConfig()
 
     def make(_: Profile, out: Path, report: Report) -> Made:
@@ -438,7 +439,6 @@ def initialise_step(site: Site, config: InitialiseConfig) -> Step:
 
 
 def train_step(site: Site, config: TrainConfig, start: Step | Artifact, dataset: Step) -> Step:
-    """One training stage."""
 
     def make(profile: Profile, out: Path, report: Report) -> Made:
         from tasks.train.train import Inputs, train_model
@@ -449,12 +449,11 @@ def train_step(site: Site, config: TrainConfig, start: Step | Artifact, dataset:
     inputs: dict[str, Input] = {Role.START: start, Role.DATASET: dataset}
     what = f"{config.steps:,} steps of {config.global_batch:,} = {config.samples_seen:,} samples"
     record = Record({"training": dataset}, files=(METRICS_FILE, RESULT_FILE), metrics=METRICS_FILE)
-    step = Step(site.root, TRAIN, config, inputs, make, what, record=record)
-    return replace(step, title=f"{TRAIN.name} {config.name}")
+    title = f"{TRAIN.name} {config.name}"
+    return Step(site.root, TRAIN, config, inputs, make, what, record=record, title=title)
 
 
 def untrained_model(start: Step) -> Beside:
-    """The model that a recipe's training starts from, to be evaluated beside the trained one."""
     return Beside(UNTRAINED, Role.UNTRAINED, start, start.folder / MODEL_FOLDER)
 
 
@@ -466,7 +465,6 @@ def comparison_step(
     beside: Beside,
     title: str = "",
 ) -> Step:
-    """A trained model beside another one on a recipe's evaluation sets."""
     marks = OutsideMarks(site.demo)
     where = {one.name: f"evaluate.sets '{one.name}'" for one in config.sets}
 

@@ -104,7 +104,6 @@ def find_all(patterns: Sequence[str], demo: Step | None, where: str) -> list[Pat
 
 
 def describe_sources(merged: Artifact, config: MergeConfig) -> list[dict[str, str]]:
-    """The sources that a finished merge read, as tracking's datasets."""
     return [
         outside_dataset(one.name, mark, one.files, {"target_count": one.target_count}, "metadata")
         for one in config.sources
@@ -113,7 +112,6 @@ def describe_sources(merged: Artifact, config: MergeConfig) -> list[dict[str, st
 
 
 def describe_adopted(adopted: Artifact, config: AdoptConfig) -> list[dict[str, str]]:
-    """The sources that a finished adoption took, as tracking's datasets."""
     shards = {one.name: adopted.counts.get(f"{one.name}.shards", 0) for one in config.sources}
     return [
         outside_dataset(one.name, mark, one.files, {"shards": shards[one.name]}, "adopted")

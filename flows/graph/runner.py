@@ -97,7 +97,6 @@ class Session:
         return artifact
 
     def make_all(self, steps: Iterable[Step]) -> None:
-        """Make steps in their order."""
         for step in steps:
             self.make_step(step)
 
@@ -233,6 +232,5 @@ def merge_chunk(chunk: Chunk) -> list[int]:
 
 
 def _run_as_tasks(chunks: Sequence[Chunk]) -> Iterator[int]:
-    """The `Runner` of the flow's task runner."""
     for future in as_completed([merge_chunk.submit(chunk) for chunk in chunks]):
         yield from future.result()

@@ -44,7 +44,6 @@ class Asked:
     sets: dict[str, Path]
 
     def make_step(self, root: Path, specs: dict[str, str]) -> Step:
-        """The evaluation, from the specs that open the models on this machine."""
         inputs: dict[str, Input] = {
             f"model.{name}": _fingerprint_model(spec) for name, spec in specs.items()
         }
@@ -113,7 +112,6 @@ def _sets_of_recipe(
 def _read_evaluation(
     values: dict[str, Any], overrides: Sequence[str], where: str
 ) -> EvaluateConfig:
-    """The `[evaluate]` table alone, with its overrides."""
     for override in overrides:
         if not override.startswith(f"{EVALUATE}."):
             raise InputError(

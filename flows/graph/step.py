@@ -85,7 +85,6 @@ class Step:
         return self.address.is_finished
 
     def make_artifact(self, profile: Profile, report: Report) -> Artifact:
-        """Make the artifact, or find it finished."""
         with nullcontext() if self.is_finished else self.service():
             return produce_artifact(self.address, lambda out: self.work(profile, out, report))
 

@@ -356,7 +356,6 @@ def engine_settings(recipe: Recipe, train: TrainConfig, machines: Machines) -> s
 
 
 def training_table(recipe: Recipe, machines: Machines, utilisation: float | None) -> Table:
-    """The estimate of every training stage on `machines`, for a terminal."""
     lines: list[Line] = []
     for train in recipe.train:
         lines.append(Line(f"[bold]{train.name}[/]", "", ""))
@@ -365,7 +364,6 @@ def training_table(recipe: Recipe, machines: Machines, utilisation: float | None
 
 
 def estimate_table(title: str, lines: Iterable[Line]) -> Table:
-    """An estimate for a terminal."""
     table = Table(title, "figure", "from", box=None, pad_edge=False)
     for line in lines:
         table.add_row(line.what, line.figure, line.origin)

@@ -58,7 +58,6 @@ class PlanRow:
 
 
 def make_plan(graph: Graph) -> list[PlanRow]:
-    """The plan's rows, in the order of work."""
     rows = []
     for step in graph.steps:
         size = summarise_counts(finished_artifact(step).counts) if step.is_finished else step.what
@@ -99,7 +98,6 @@ def disk_bytes(graph: Graph) -> int:
 
 
 def plan_markdown(recipe: Recipe, graph: Graph) -> str:
-    """The plan as a Markdown table."""
     head = f"# Plan of {recipe.name}\n\n| stage | state | what | digest |\n|---|---|---|---|"
     rows = [
         f"| {row.title} | {row.state} | {row.size} | `{row.digest}` |" for row in make_plan(graph)

@@ -102,7 +102,6 @@ def overview_markdown(recipe: Recipe, graph: Graph, url: str | None) -> str:
 
 
 def _sum_counts(made: Sequence[Artifact], stage: Stage) -> Counter[str]:
-    """The counts of all artifacts of a stage together."""
     counts: Counter[str] = Counter()
     for artifact in made:
         if artifact.kind == stage.name:
@@ -131,7 +130,6 @@ def publish_evaluation(artifact: Artifact, url: str | None) -> None:
 
 
 def publish_overview(session: RecipeSession, graph: Graph) -> None:
-    """Put the page of a finished recipe beside the flow run (`overview_markdown`)."""
     page = overview_markdown(session.recipe, graph, session.run.url())
     create_markdown_artifact(page, key="summary")
 

@@ -212,7 +212,6 @@ def read_bulk(folder: Path) -> dict[Path, int] | None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

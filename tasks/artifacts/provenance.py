@@ -81,7 +81,6 @@ class Lineage(Config):
         return {**digests, **self.outside_fingerprints()}
 
     def to_json(self) -> str:
-        """The document."""
         return self.model_dump_json(indent=1) + "\n"
 
 

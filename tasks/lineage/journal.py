@@ -123,7 +123,6 @@ class Journal:
                 yield cls(about.parent, lock)
 
     def release(self) -> None:
-        """Let another process hold the journal."""
         self._lock.close()
 
     def append_event(self, event: Event) -> None:
@@ -160,7 +159,6 @@ class Journal:
 
     @property
     def pending(self) -> int:
-        """Number of events not shipped yet."""
         return sum(1 for _ in self.iterate_events(self.cursor.offset))
 
     def save_cursor(self) -> None:

@@ -56,7 +56,6 @@ class JobRun:
         return cls(uuid.UUID(key), name, "FLOW")
 
     def stage(self, key: str, title: str) -> JobRun:
-        """The run of one of its stages."""
         return JobRun(uuid.uuid5(self.run, key), f"{self.name}.{title}", "STAGE", self)
 
 

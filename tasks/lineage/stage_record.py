@@ -61,7 +61,6 @@ def stage_tags(address: Address, reused: bool) -> dict[str, str]:
 
 
 def count_metrics(artifact: Artifact) -> dict[str, float]:
-    """An artifact's counts as metrics."""
     return {metric_name(name): float(count) for name, count in artifact.counts.items()}
 
 

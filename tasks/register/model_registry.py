@@ -161,7 +161,6 @@ def forget_if_gone(address: Address, store: TrackingStore) -> None:
 
 
 def version_tags(trained: Artifact, evaluated: Artifact, lineage: Lineage) -> dict[str, str]:
-    """Tags of a version: what it is, what it was made from, and how well it does."""
     return {
         DIGEST_TAG: trained.digest,
         WEIGHTS_TAG: sha256_of(trained.folder / MODEL_FOLDER / WEIGHTS_FILE),
@@ -293,7 +292,6 @@ def pack_model(
 
 
 def make_signature() -> ModelSignature:
-    """Inputs, outputs and parameters of the registered model."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import Array, DataType

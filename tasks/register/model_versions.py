@@ -40,7 +40,6 @@ class RegisteredVersion:
 
     @classmethod
     def from_registration(cls, folder: Path) -> Self:
-        """The version that the registration in `folder` made."""
         one = json.loads((folder / REGISTERED).read_text())
         return cls(one["name"], int(one["version"]), one["tracking_uri"])
 

@@ -177,7 +177,6 @@ def _export_model(folder: Path, dest: Path, as_: Form) -> Path:
 
 
 def _stored_precision(weights: Path) -> Precision:
-    """The dtype of most of the weights."""
     import torch
 
     from evaclip_model.weights.tensor_files import read_safetensors
