@@ -49,7 +49,17 @@ from tasks.merge.merge_plan import Files, MergePlan, SelectionCut, make_plan, re
 from tasks.merge.metadata_files import file_identity, mark_of
 from tasks.merge.shuffle import BUCKET_BITS, LAYOUT
 from tasks.merge.spark import spark_runner
-from tasks.merge.units import PHASES, Chunk, files_of_range, kept_in, run_chunk, text_of
+from tasks.merge.units import (
+    MATCHED,
+    PHASES,
+    Chunk,
+    files_of_range,
+    fill_blocklists,
+    kept_in,
+    read_blocked,
+    run_chunk,
+    text_of,
+)
 from tasks.progress import Report, report_nothing
 
 Runner = Callable[[Sequence[Chunk]], Iterator[int]]
@@ -60,6 +70,8 @@ INPUTS = "inputs.json"
 """Source -> marks (`mark_of`) of the files that were merged."""
 REMOVED = "_tmp.removed"
 BUCKETS = 1 << BUCKET_BITS
+MOST_NAMED = 1_000
+"""Blocked addresses and host names without a row that the report names."""
 MOST_CHUNKS = 500
 """Of one phase: more tasks than this only cost the orchestrator."""
 
@@ -109,17 +121,24 @@ def merge_sources(
     with open_database(plan.temporary / "spill", plan.memory_limit, threads) as connection:
         cuts = read_cuts(plan)
         totals = _sum_totals(connection, plan, cuts)
+        fill_blocklists(connection, config)
+        blocked = read_blocked(connection, config)
+        for path in plan.temporary.glob(f"rows/*/{MATCHED}"):
+            blocked -= set(json.loads(path.read_text()))
         parts = [path for range_ in plan.list_ranges() for path in files_of_range(plan, *range_)]
         written = rows_in(connection, text_of(parts)) if parts else 0
     if written != sum(cut.selected for cut in cuts):
         raise RuntimeError(f"{sum(cut.selected for cut in cuts)} rows selected, {written} written")
+    if blocked:
+        totals["blocked_nothing"] = sorted(blocked)[:MOST_NAMED]
     marks = {name: sorted(map(mark_of, files[name])) for name in files}
     write_atomically(out / INPUTS, json.dumps(marks, indent=1) + "\n")
     write_atomically(out / REPORT, json.dumps(totals, indent=1) + "\n")
     # a half-removed folder of units would look finished, so it goes out of their sight first
     plan.temporary.rename(out / REMOVED)
     shutil.rmtree(out / REMOVED)
-    report(plan.rows, plan.rows, "merged")
+    unmatched = f", {len(blocked):,} entries of blocklists match no row" if blocked else ""
+    report(plan.rows, plan.rows, f"merged{unmatched}")
     return Made(_flat_counts(totals), (*parts, out / REPORT, out / INPUTS))
 
 

@@ -12,8 +12,9 @@ same time, in processes or on machines that share the folder.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +24,11 @@ import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
 
-from evaclip_model.files import replace_file
+from evaclip_model.files import replace_file, write_atomically
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import (
     copy_statement,
@@ -58,6 +60,8 @@ from tasks.merge.shuffle import (
 from tasks.web_addresses import read_host_entry
 
 COMPRESSION: Mapping[str, Any] = {"compression": "zstd", "compression_level": 1}
+MATCHED = "matched.json"
+"""Blocked addresses and host names that a metadata file's rows have, in the folder of its rows."""
 IMAGE_HASH = "image_hash"
 """Further column of the output, where the recipe's download compares hashes."""
 OUTPUT = pa.schema(
@@ -144,6 +148,32 @@ def fill_blocklists(connection: DuckDBPyConnection, config: MergeConfig) -> None
         if paths:
             entries = read_lists(paths, read_line, forms)
             connection.execute(f"CREATE TEMP TABLE {table} AS {query}", {"entries": entries})
+
+
+def read_blocked(connection: DuckDBPyConnection, config: MergeConfig) -> set[str]:
+    """The addresses and host names that are blocked, of the tables that `fill_blocklists` made."""
+    lists = config.filters.blocklists
+    tables = [("blocked_addresses", lists.urls), ("blocked_domains", lists.domains)]
+    return {
+        entry
+        for table, paths in tables
+        if paths
+        for (entry,) in connection.execute(f"SELECT entry FROM {table}").fetchall()
+    }
+
+
+def _note_matches(
+    judged: Iterable[pa.RecordBatch], blocked: Set[str], matched: set[str]
+) -> Iterator[pa.RecordBatch]:
+    """The batches as they are; the `blocked` entries of their rows are added to `matched`."""
+    for batch in judged:
+        is_blocked = pc.is_in(batch["reason"], pa.array(["blocked_url", "blocked_domain"]))
+        for url in batch["url"].filter(is_blocked).to_pylist():
+            address = url.partition("://")[2]
+            labels = re.split(r"[/:](?![^\[]*\])", address, maxsplit=1)[0].split(".")
+            above = (".".join(labels[place:]) for place in range(len(labels)))
+            matched |= blocked & {address, *above}
+        yield batch
 
 
 def _read_url_entry(line: str) -> list[str] | None:
@@ -295,6 +325,7 @@ def scan_query(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]
 
 def _scan_file(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
     file = plan.files[number]
+    blocked = read_blocked(connection, plan.config)
 
     def make(folder: Path) -> None:
         def scan(path: str) -> None:
@@ -306,7 +337,11 @@ def _scan_file(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> 
                 )
             query, parameters = scan_query(plan, replace(file, path=path, columns=columns))
             judged = stream_batches(connection, query, parameters, rows_per_run(plan.partitions))
+            matched: set[str] = set()
+            if blocked:
+                judged = _note_matches(judged, blocked, matched)
             write_rows(judged, folder, file.source, plan.partitions)
+            write_atomically(folder / MATCHED, json.dumps(sorted(matched)))
 
         _with_repair(plan, file.path, scan)
 

@@ -250,6 +250,19 @@ def test_a_line_of_a_blocklist_that_is_not_understood_is_refused_by_its_number(
         merged(tmp_path, {"files": str(path)}, filters=lists)
 
 
+def test_entries_of_blocklists_that_match_no_row_are_named_in_the_report(tmp_path: Path) -> None:
+    rows = [{**coyo(number), "url": f"http://img{number}.bad.example/x"} for number in range(3)]
+    rows.append({**coyo(3), "url": "http://[::1]:8080/x"})
+    path = write(tmp_path / "a.parquet", metadata.COYO_700M, [*rows, coyo(4)])
+    (tmp_path / "hosts").write_text("0.0.0.0 bad.example absent.example\n[::1]\n")
+    (tmp_path / "urls").write_text("https://img1.bad.example/x\nabsent.example/y\n")
+    lists = {"domains": [str(tmp_path / "hosts")], "urls": [str(tmp_path / "urls")]}
+    merged(tmp_path, {"files": str(path)}, filters={"blocklists": lists})
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["blocked_nothing"] == ["absent.example", "absent.example/y"]
+    assert report["total"]["dropped"]["blocked_domain"] == 3
+
+
 def test_everything_a_merge_reads_is_named_once() -> None:
     config = MergeConfig.from_mapping(
         {
