@@ -202,14 +202,6 @@ class Recipe(Config):
                     f"training stage '{stage.name}' has {stage.steps:,} steps (samples_seen / "
                     f"global_batch), fewer than warmup_steps = {stage.warmup_steps:,}"
                 )
-            for source in self.merge_table.sources if self.merge_table else ():
-                is_drawn = not stage.source_weights or source.name in stage.source_weights
-                if is_drawn and stage.lanes > (source.target_count or stage.lanes):
-                    raise ValueError(
-                        f"training stage '{stage.name}' reads {stage.lanes} lanes, but source "
-                        f"'{source.name}' has target_count = {source.target_count}: set 'lanes' "
-                        "lower"
-                    )
             if most is not None and stage.global_batch > most:
                 raise ValueError(
                     f"training stage '{stage.name}' has global_batch = {stage.global_batch:,}, but "

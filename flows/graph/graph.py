@@ -8,6 +8,7 @@ or `model_steps`. Not here: running steps (runner.py), what retraining and `scor
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -162,12 +163,27 @@ class Graph:
         if flow not in ("prepare", "train"):
             for stage in (EVALUATE, REGISTER):
                 self.find_step(stage)
+        if flow in ("train", "pipeline"):
+            self._require_lanes()
         data, model = self.data_steps, (*self.data_steps, *self.model_steps)
         read = {"prepare": data, "train": model}.get(flow, self.steps)
         absent = [sentence for step in read for sentence in step.absent]
         if absent:
             more = f" ({len(absent) - 1} more: see the plan)" if len(absent) > 1 else ""
             raise InputError(f"{absent[0]}{more}")
+
+    def _require_lanes(self) -> None:
+        """Raises: InputError: a stage reads more lanes than a source is capped at samples."""
+        merges = [step.config for step in self.data_steps if step.stage.name == MERGE.name]
+        stages = [TrainConfig.model_validate(step.config) for step in self.train]
+        sources = [one for given in merges for one in MergeConfig.model_validate(given).sources]
+        for stage, source in itertools.product(stages, sources):
+            is_drawn = not stage.source_weights or source.name in stage.source_weights
+            if is_drawn and stage.lanes > (source.target_count or stage.lanes):
+                raise InputError(
+                    f"training stage '{stage.name}' reads {stage.lanes} lanes, but source "
+                    f"'{source.name}' has target_count = {source.target_count}: set 'lanes' lower"
+                )
 
     def require_samples(self) -> None:
         """Raises: InputError: a training stage takes more of the finished dataset version at once

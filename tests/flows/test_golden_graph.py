@@ -47,7 +47,7 @@ def test_every_recipes_digests_are_what_they_were(name: str) -> None:
     assert [(step.title, step.digest) for step in graph.steps] == list(DIGESTS[name].items())
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name != "finetune"])
 def test_every_recipes_retraining_has_the_digests_that_it_had(name: str, tmp_path: Path) -> None:
     recipe, graph = drawn(name)
     files = {}

@@ -38,11 +38,11 @@ def test_every_recipe_is_drawn_and_planned(name: str, tmp_path: Path) -> None:
     rows = make_plan(graph)
     assert {row.state for row in rows} == {"to make"}
     assert ("not known" in {row.digest for row in rows}) == any(step.absent for step in graph.steps)
-    if name != "demo":
+    if name not in ("demo", "finetune"):
         assert is_large(recipe) and all(line.origin for line in estimate_data(recipe))
 
 
-@pytest.mark.parametrize("name", sorted(set(recipe_names()) - {"demo"}))
+@pytest.mark.parametrize("name", sorted(set(recipe_names()) - {"demo", "finetune"}))
 def test_every_paper_recipe_fits_whole_on_the_papers_gpus(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.published.gpus is not None

@@ -35,10 +35,6 @@ def test_a_missing_recipe_file_is_named() -> None:
         ("train.stage2.image_px=50", "stage 'stage2': .*50 is not a multiple of patch_px 8"),
         ('train.stage1.freeze=["vision.blocks.90-99"]', "freeze names 'vision.blocks.90-99'"),
         ('train.stage1.freeze=["vision.neck"]', "freeze names 'vision.neck', which this model"),
-        (
-            "merge.sources.laion2b.target_count=2",
-            "lanes, but source 'laion2b' has target_count = 2",
-        ),
         ("train.stage1.warmup_steps=2000", "700 steps .*fewer than warmup_steps = 2,000"),
         ("merge.rows_per_file=300", "must be a multiple of download.samples_per_shard"),
     ],
