@@ -16,9 +16,8 @@ from evaclip_model.files import write_atomically
 from tasks.artifacts.artifact import Made
 from tasks.evaluate.config import RESULTS, EvaluateConfig, EvaluationMachine
 from tasks.evaluate.encode.distributed import Features
-from tasks.evaluate.encode.feature_cache import Cache
+from tasks.evaluate.encode.encode_features import Cache, answer_features
 from tasks.evaluate.encode.open_models import Identity, identify_model
-from tasks.evaluate.encode.text_features import answer_features
 from tasks.evaluate.metrics.contamination import Mask, TrainingData, hash_set, seen_in_training
 from tasks.evaluate.metrics.scored import Scored, score_set
 from tasks.evaluate.report.curves import read_curve

@@ -23,6 +23,15 @@ from torch import Tensor
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from tasks.evaluate.config import EvaluationMachine, Precision
+from tasks.evaluate.encode.encode_features import (
+    IMAGE_BLOCK,
+    Cache,
+    ImageList,
+    TextFeatures,
+    missing_blocks,
+    read_features,
+    texts_of,
+)
 from tasks.evaluate.encode.encode_worker import (
     EncodeJob,
     ImageWork,
@@ -33,10 +42,7 @@ from tasks.evaluate.encode.encode_worker import (
     rank_file,
     write_images,
 )
-from tasks.evaluate.encode.feature_cache import Cache
-from tasks.evaluate.encode.image_features import BLOCK, ImageList, missing_blocks, read_features
 from tasks.evaluate.encode.open_models import Identity
-from tasks.evaluate.encode.text_features import TextFeatures, texts_of
 from tasks.evaluate.sets.published_layout import EvalSet
 from tasks.process.child import start_supervised
 from tasks.progress import Report
@@ -161,7 +167,9 @@ class Features:
                     keys = tuple(one.key for one in samples)
                     spans = tuple(one.image for one in samples)
                     write_images(listed, ImageList(name, keys, spans, evalset.crop_px))
-                count = sum(min(BLOCK, len(evalset) - block * BLOCK) for block in blocks)
+                count = sum(
+                    min(IMAGE_BLOCK, len(evalset) - block * IMAGE_BLOCK) for block in blocks
+                )
                 found.append(
                     ImageWork(
                         name=name,
@@ -248,4 +256,4 @@ def _count_work(work: ModelWork) -> int:
 
 def _count_blocks(work: ModelWork) -> int:
     """Blocks of the most work that can be shared out at once."""
-    return max([1, *(len(one.blocks) for one in work.images), work.text_count // BLOCK])
+    return max([1, *(len(one.blocks) for one in work.images), work.text_count // IMAGE_BLOCK])

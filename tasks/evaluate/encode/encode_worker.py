@@ -24,14 +24,14 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.zeroshot.set_layout import Span
 from tasks.evaluate.config import Precision
-from tasks.evaluate.encode.image_features import (
+from tasks.evaluate.encode.encode_features import (
     ImageList,
     UnusableSetError,
     begin_block,
     encode_block,
+    encode_texts,
 )
 from tasks.evaluate.encode.open_models import Subject, open_subject
-from tasks.evaluate.encode.text_features import encode_texts
 
 RankFile = Literal["progress", "failed", "message"]
 Progress = Callable[[int, str], None]

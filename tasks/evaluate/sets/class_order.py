@@ -13,7 +13,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -24,7 +24,7 @@ from tasks.evaluate.sets.prompts import find_classnames, imagenet_synsets, subse
 from tasks.evaluate.sets.set_registry import KnownSet, NameSource
 
 Order = Literal["", "text", "number"]
-"""How numbered classes are counted: by the rule; in the order of text; as numbers or not at all."""
+"""Count of numbered classes: by the rule; in the order of text; as numbers or not at all."""
 
 _NUMBERED_WORD = re.compile(r"(\d+)\s*[._\- ]\s*(\D.*)")
 _SYNSET_WORD = re.compile(r"n\d{8}[._\- ]+(.+)")
@@ -53,8 +53,15 @@ class ClassOrder:
 
     names: tuple[str, ...]
     labels: Mapping[str, int]
-    remarks: tuple[str, ...] = ()
+    joined: tuple[str, ...] = ()
     """Sentences on how they were joined, where that is not plain."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The same, and the number of classes that no word of the source has."""
+        empty = len(self.names) - len(set(self.labels.values()))
+        remark = f"{empty} of {len(self.names)} classes have no image here"
+        return (*self.joined, remark) if empty else self.joined
 
 
 def read_class_names(chosen: str, known: KnownSet | None) -> ClassNameList:
@@ -111,27 +118,6 @@ def order_classes(
         InputError: another number of classes than the list or the known set has, numbers without a
             list, a list in another order that cannot be matched word by word.
     """
-    found = _order_classes(words, chosen, known, where, display_names or {}, order, first)
-    empty = len(found.names) - len(set(found.labels.values()))
-    remark = (f"{empty} of {len(found.names)} classes have no image here",) if empty else ()
-    return replace(found, remarks=(*found.remarks, *remark))
-
-
-def normalise_name(name: str) -> str:
-    """A name without case, spaces and punctuation: what makes two spellings the same word."""
-    plain = unicodedata.normalize("NFKC", name).casefold()
-    return "".join(character for character in plain if character.isalnum()) or plain
-
-
-def _order_classes(
-    words: Sequence[str],
-    chosen: ClassNameList | None,
-    known: KnownSet | None,
-    where: str,
-    display_names: Mapping[str, str],
-    order: Order,
-    first: int | None,
-) -> ClassOrder:
     if order == "number":
         for word in words:
             if not word.isdecimal():
@@ -144,7 +130,7 @@ def _order_classes(
             f"{where}: '{negative}' is not the number of a class: leave out what has no label"
         )
     numbered = all(word.isdecimal() for word in words) and order != "text"
-    own = {word: display_names.get(word) or _display_name(word, words) for word in words}
+    own = {word: (display_names or {}).get(word) or _display_name(word, words) for word in words}
     if chosen is not None:
         return _by_list(words, own, chosen, known, where, numbered, first)
     listed = _list_of_known(known, required=numbered)
@@ -183,6 +169,12 @@ def _order_classes(
     ordered = sorted(words, key=numbers.__getitem__) if len(numbers) == len(matches) else words
     labels = {word: label for label, word in enumerate(ordered)}
     return ClassOrder(tuple(own[word] for word in ordered), labels, remarks)
+
+
+def normalise_name(name: str) -> str:
+    """A name without case, spaces and punctuation: what makes two spellings the same word."""
+    plain = unicodedata.normalize("NFKC", name).casefold()
+    return "".join(character for character in plain if character.isalnum()) or plain
 
 
 def _by_list(
@@ -337,7 +329,7 @@ def _by_synset(
         None,
     )
     labels = dict(zip(ranked, joined.labels.values(), strict=True))
-    return ClassOrder(joined.names, {word: labels[word] for word in words}, joined.remarks)
+    return ClassOrder(joined.names, {word: labels[word] for word in words}, joined.joined)
 
 
 def _match_names(

@@ -111,7 +111,7 @@ def subset_classes(known: KnownSet | None) -> tuple[int, ...]:
     """Indices, rising, of a set's classes among ImageNet's 1000; none where it has no such subset.
 
     Raises:
-        InputError: the installed timm, whose lists these are, has them in another form.
+        InputError: the installed timm has these lists in another form.
     """
     if known is None or known.subset_of is None:
         return ()
@@ -129,7 +129,7 @@ def imagenet_synsets() -> tuple[str, ...]:
     """WordNet ids of ImageNet's 1000 classes ("n01440764" ...), in the order of its labels.
 
     Raises:
-        InputError: timm, whose list this is, is not installed.
+        InputError: timm, which has this list, is not installed.
     """
     return _timm_lines(_SYNSETS)
 

@@ -75,7 +75,7 @@ class EvalSet:
     known: KnownSet | None = None
     """Its entry in the registry."""
     prompts_source: str = "dataset"
-    """Where its templates come from, and its class names where these come from elsewhere."""
+    """Source of its templates, and of its class names where that is another one."""
     crop_px: int = 0
     """Pixels that whoever decodes an image of this set must cut off every side first."""
     warnings: tuple[str, ...] = ()
@@ -229,7 +229,7 @@ def _check_npy_size(content: bytes) -> None:
     """Compare the size that a .npy header promises, which numpy allocates first, with the content.
 
     Raises:
-        ValueError: they differ, or there is no such header.
+        ValueError: they differ, or the header is missing.
     """
     file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)

@@ -69,7 +69,7 @@ class KnownSet(Config):
     licence: str
     """Terms as generally understood; read them before use."""
     obtain: str
-    """How to get it."""
+    """Directions to get it."""
     tolerance: float | None = None
     """Points within which a figure counts as reproduced; None: nothing is known to compare with."""
     traps: tuple[str, ...] = ()

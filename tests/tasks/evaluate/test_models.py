@@ -16,9 +16,9 @@ from evaclip_model.create import open_model
 from evaclip_model.errors import InputError
 from evaclip_model.weights.load import save_model
 from tasks.evaluate.config import EvalSetConfig, EvaluateConfig
+from tasks.evaluate.encode.encode_features import TextFeatures, encode_texts
 from tasks.evaluate.encode.open_clip_model import _list_assumptions
 from tasks.evaluate.encode.open_models import identify_model, open_subject
-from tasks.evaluate.encode.text_features import TextFeatures, encode_texts
 from tasks.evaluate.evaluate import evaluate_models
 from tasks.progress import report_nothing
 

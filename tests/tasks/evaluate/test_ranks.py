@@ -20,9 +20,15 @@ from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.training.monitoring.zeroshot_probe import open_probe, run_probe
 from evaclip_model.zeroshot.exact_ranks import normalise_features, text_classifier
 from tasks.evaluate.config import EvalSetConfig, EvaluateConfig, EvaluationMachine
-from tasks.evaluate.encode.feature_cache import Cache, read_block, write_block
+from tasks.evaluate.encode.encode_features import (
+    Cache,
+    TextFeatures,
+    answer_features,
+    encode_texts,
+    read_block,
+    write_block,
+)
 from tasks.evaluate.encode.open_models import open_subject
-from tasks.evaluate.encode.text_features import TextFeatures, answer_features, encode_texts
 from tasks.evaluate.evaluate import evaluate_models
 from tasks.evaluate.sets.published_layout import open_set
 from tasks.progress import report_nothing

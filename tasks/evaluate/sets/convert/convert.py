@@ -57,7 +57,7 @@ class Words:
     templates: str = ""
     """A source's name, a file, or "none"; the known set's first other source where empty."""
     order: Order = ""
-    """How numbered classes are counted."""
+    """Count of numbered classes."""
     first: int | None = None
     """Number of the first class, where classes are numbers; told from them where unset."""
 
@@ -121,7 +121,7 @@ def convert_imagefolder(
     sources = image_sources({one: classes.labels[one.name] for one in folders})
     if beside:
         remark = f"{beside} files beside the class folders of {root} were left out"
-        classes = replace(classes, remarks=(*classes.remarks, remark))
+        classes = replace(classes, joined=(*classes.joined, remark))
     return _write_set(folder, sources, ("imagefolder", root), classes, words, report)
 
 

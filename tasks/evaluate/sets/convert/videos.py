@@ -72,7 +72,7 @@ def find_videos(root: Path, listing: Path | None = None) -> VideoFiles:
             `ID_START_END.mp4` with six digits each, or `ID.mp4`.
 
     Raises:
-        InputError: there are no videos, the list is of another form, or two files could be meant.
+        InputError: no video is found, the list is of another form, or two files could be meant.
     """
     if not root.is_dir():
         raise InputError(f"{root} is not a folder: expected a folder of videos")

@@ -1,0 +1,341 @@
+"""Features of images and texts, in blocks on disk that any process can make and none makes twice.
+
+A block is written beside its place, synced and renamed, and holds a hash of its content: a block
+that a crash tore or that was damaged later reads as absent, and is computed again.
+
+The model always sees chunks of one size, the last padded, on one thread of a CPU: a feature is a
+function of its image or text alone, bit for bit. Libraries choose another order of summation for
+another size, and share rows out to threads. Texts are grouped by their exact number of tokens and
+cut behind the last; a tower that is not causal gets its whole context. A text tower's features are
+kept in files to which later evaluations add, so sets and models that share texts share the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from evaclip_model.errors import InputError
+from evaclip_model.files import replace_file
+from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
+from evaclip_model.weights.tensor_files import write_tensors
+from evaclip_model.zeroshot.exact_ranks import build_classifier, fill_templates, normalise_features
+from evaclip_model.zeroshot.set_layout import Span
+from tasks.evaluate.encode.open_models import Subject
+from tasks.evaluate.sets.published_layout import EvalSet
+
+IMAGE_CHUNK = 64
+"""Images that a model sees at once."""
+IMAGE_BLOCK = 4 * IMAGE_CHUNK
+"""Images of one file; a kill costs at most one block."""
+_FEATURES = "features"
+TEXT_CHUNK = 32
+"""Texts that a model sees at once: at ten tokens a text enough rows to be fast, and few enough to
+waste little where only some texts have a length."""
+TEXT_BLOCK = 16 * TEXT_CHUNK
+"""Texts of one file; a kill costs at most one block."""
+_KEYS = "keys"
+_KEY_BYTES = 16
+SUFFIX = ".safetensors"
+_HASH = "sha256"
+_USED = ".used"
+"""File of a folder; its time is that of the last use of the folder."""
+
+
+def write_block(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Put a block in its place, whole.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(path, sync=False) as beside:  # write_tensors syncs
+        write_tensors(plain, beside, metadata={_HASH: _hash_tensors(plain)})
+
+
+def read_block(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a block; None if the block is absent or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            said = (file.metadata() or {}).get(_HASH)
+    except (OSError, SafetensorError):
+        return None
+    return tensors if said == _hash_tensors(tensors) else None
+
+
+def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Folders of blocks under one root, with a limit on their bytes together."""
+
+    root: Path
+    most_bytes: int
+    """Most bytes that `remove_oldest` keeps."""
+
+    def open_folder(self, *names: str) -> Path:
+        """The folder with these names, created where missing and marked as used now."""
+        folder = self.root.joinpath(*names)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _USED).touch()
+        return folder
+
+    def remove_oldest(self) -> None:
+        """Remove the least recently used folders until the rest fits."""
+        by_age = sorted(self.root.rglob(_USED), key=_last_use, reverse=True)
+        total = 0
+        for mark in by_age:
+            total += sum(_folder_bytes(file) for file in mark.parent.iterdir())
+            if total > self.most_bytes:
+                shutil.rmtree(mark.parent, ignore_errors=True)
+
+
+def _last_use(path: Path) -> float:
+    with suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
+
+
+def _folder_bytes(path: Path) -> int:
+    with suppress(OSError):
+        return path.stat().st_size
+    return 0
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """The images of one set, as the processes that encode them receive them."""
+
+    name: str
+    keys: tuple[str, ...]
+    spans: tuple[Span, ...]
+    crop_px: int = 0
+    """Cut off every side of every image first."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class UnusableSetError(InputError):
+    """An image of a set cannot be decoded: the set fails, the others do not."""
+
+
+def begin_block(
+    subject: Subject, images: ImageList, number: int, pool: Executor | None
+) -> Iterator[Tensor]:
+    """The model's input [3, S, S] for each image of a block; with a pool, all are decoded ahead.
+
+    Raises:
+        UnusableSetError: an image cannot be decoded; raised when its turn comes.
+    """
+    start = number * IMAGE_BLOCK
+    rows = range(start, min(start + IMAGE_BLOCK, len(images)))
+    decode = partial(_load_pixels, images, subject.transform)
+    return map(decode, rows) if pool is None else pool.map(decode, rows)
+
+
+def encode_block(
+    subject: Subject, images: ImageList, number: int, decoded: Iterator[Tensor], folder: Path
+) -> int:
+    """Encode the images that `begin_block` decodes and write the block; returns their number.
+
+    Raises:
+        UnusableSetError: an image cannot be decoded.
+        InputError: features are not finite.
+    """
+    parts = []
+    while pixels := list(islice(decoded, IMAGE_CHUNK)):
+        count = len(pixels)
+        padded = torch.zeros(IMAGE_CHUNK, *pixels[0].shape)
+        padded[:count] = torch.stack(pixels)
+        with torch.inference_mode():
+            encoded = subject.encode_image(padded)[:count]
+            parts.append(normalise_features(encoded.cpu(), "image"))
+    features = torch.cat(parts)
+    write_block(_block_path(folder, number, len(images)), {_FEATURES: features})
+    return len(features)
+
+
+def missing_blocks(folder: Path, images: int) -> list[int]:
+    """Numbers of the blocks of a set that are absent or damaged."""
+    return [one for one in _blocks_of(images) if _read_block(folder, one, images) is None]
+
+
+def read_features(folder: Path, images: int) -> Tensor | None:
+    """Unit features of all images [N, D] in the order of the set; None if a block is missing."""
+    parts = [_read_block(folder, one, images) for one in _blocks_of(images)]
+    whole = [part for part in parts if part is not None]
+    return torch.cat(whole) if len(whole) == len(parts) else None
+
+
+def _blocks_of(images: int) -> range:
+    return range((images + IMAGE_BLOCK - 1) // IMAGE_BLOCK)
+
+
+def _block_path(folder: Path, number: int, images: int) -> Path:
+    """File of a block; its name has the range of its samples."""
+    start = number * IMAGE_BLOCK
+    return folder / f"{start:09d}-{min(IMAGE_BLOCK, images - start)}{SUFFIX}"
+
+
+def _read_block(folder: Path, number: int, images: int) -> Tensor | None:
+    features = (read_block(_block_path(folder, number, images)) or {}).get(_FEATURES)
+    expected = min(IMAGE_BLOCK, images - number * IMAGE_BLOCK)
+    return features if features is not None and len(features) == expected else None
+
+
+def _load_pixels(images: ImageList, transform: Callable[[Image.Image], Tensor], row: int) -> Tensor:
+    try:
+        image = decode_image(images.spans[row].read())
+        if images.crop_px:
+            edge = images.crop_px
+            image = image.crop((edge, edge, image.width - edge, image.height - edge))
+        return transform(image)
+    except (UnreadableImageError, InputError) as error:  # undecodable, or its tar was cut short
+        raise UnusableSetError(
+            f"{images.spans[row].tar}: image {images.keys[row]}: {error}; every image of a set is "
+            "evaluated or none, so fetch or write this set again"
+        ) from None
+
+
+def texts_of(evalset: EvalSet) -> list[str]:
+    """Every text that a set asks of a model, each once, in order."""
+    if evalset.kind == "retrieval":
+        return list(dict.fromkeys(c for one in evalset.samples for c in one.captions))
+    return list(dict.fromkeys(fill_templates(evalset.classnames, evalset.templates)))
+
+
+class TextFeatures:
+    """The features of one text tower that are on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the features in `folder`; `read_new_files` reads those that others add later."""
+        self._folder = folder
+        self._read: set[str] = set()
+        self._row: dict[bytes, int] = {}
+        self._features = torch.empty(0)
+        self.read_new_files()
+
+    def read_new_files(self) -> None:
+        blocks = [self._features] if self._row else []
+        rows = len(self._row)
+        for path in sorted(self._folder.glob(f"*{SUFFIX}")):
+            if path.name in self._read:
+                continue
+            block = read_block(path)
+            if block is None or not {_KEYS, _FEATURES} <= block.keys():
+                continue
+            self._read.add(path.name)
+            content = block[_KEYS].numpy().tobytes()
+            fresh: list[int] = []
+            for row in range(len(block[_FEATURES])):
+                key = content[row * _KEY_BYTES : (row + 1) * _KEY_BYTES]
+                if key not in self._row:
+                    self._row[key] = rows + len(fresh)
+                    fresh.append(row)
+            blocks.append(block[_FEATURES][fresh])
+            rows += len(fresh)
+        if blocks:
+            self._features = torch.cat(blocks)
+
+    def missing_texts(self, texts: Sequence[str]) -> list[str]:
+        return [text for text in texts if _text_key(text) not in self._row]
+
+    def features_of(self, texts: Sequence[str]) -> Tensor:
+        """Unit features of `texts` [N, D]; equal texts get equal ones.
+
+        Raises:
+            KeyError: a text is missing.
+        """
+        return self._features[torch.tensor([self._row[_text_key(text)] for text in texts])]
+
+
+def answer_features(evalset: EvalSet, features: TextFeatures) -> Tensor:
+    """The features that a set's images are compared with: a classifier [C, D], or its captions
+    [T, D]."""
+    if evalset.kind == "retrieval":
+        return features.features_of([c for one in evalset.samples for c in one.captions])
+    each = features.features_of(fill_templates(evalset.classnames, evalset.templates))
+    return build_classifier(each, evalset.classnames)
+
+
+def encode_texts(
+    subject: Subject,
+    texts: Sequence[str],
+    folder: Path,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Encode this rank's share of distinct `texts` into files of `folder`.
+
+    Every rank is given the same texts and takes each `ranks`-th block, from its own number on.
+    `progress` is called with the number of texts of each block.
+
+    Raises:
+        InputError: features are not finite.
+    """
+    for chunks in list(_iterate_blocks(subject, texts))[rank::ranks]:
+        features = torch.cat([_encode_chunk(subject, chunk) for _, chunk in chunks])
+        named = [texts[row] for rows, _ in chunks for row in rows]
+        keys = b"".join(map(_text_key, named))
+        name = hashlib.sha256(keys).hexdigest()[:32]
+        stored = {
+            _KEYS: torch.frombuffer(bytearray(keys), dtype=torch.uint8).reshape(-1, _KEY_BYTES),
+            _FEATURES: features,
+        }
+        write_block(folder / f"{name}{SUFFIX}", stored)
+        progress(len(named))
+
+
+def _iterate_blocks(
+    subject: Subject, texts: Sequence[str]
+) -> Iterator[list[tuple[Sequence[int], Tensor]]]:
+    """Chunks (rows of `texts`, their ids cut to one length), a block at a time."""
+    tokens = subject.tokenize(texts)
+    lengths = subject.count_ids(tokens)
+    block: list[tuple[Sequence[int], Tensor]] = []
+    held = 0
+    for length in sorted(set(lengths.tolist())):
+        rows = torch.nonzero(lengths == length).flatten()
+        for part in torch.split(rows, TEXT_CHUNK):
+            block.append((part.tolist(), tokens[part, :length]))
+            held += len(part)
+            if held + TEXT_CHUNK > TEXT_BLOCK:
+                yield block
+                block, held = [], 0
+    if block:
+        yield block
+
+
+def _encode_chunk(subject: Subject, tokens: Tensor) -> Tensor:
+    """Unit features [B, D] of ids [B, L], encoded as a whole chunk."""
+    padding = tokens[-1:].expand(TEXT_CHUNK - len(tokens), -1)
+    with torch.inference_mode():
+        encoded = subject.encode_text(torch.cat([tokens, padding]))[: len(tokens)]
+        return normalise_features(encoded.cpu(), "text")
+
+
+def _text_key(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()[:_KEY_BYTES]
