@@ -84,13 +84,13 @@ def test_overrides_reach_what_was_included_and_what_stages_share() -> None:
     changed = load_recipe(
         "eva02-clip-l-14-plus",
         [
-            "merge.sources.coyo700m.target_count=7",
+            "merge.sources.coyo700m.target_count=7000000",
             "train_defaults.grad_checkpointing=none",
             "train.l-14.source_weights.coyo700m=0.5",
             "evaluate.sets.imagenet1k.folder=elsewhere",
         ],
     )
-    assert changed.merge.sources[1].target_count == 7
+    assert changed.merge.sources[1].target_count == 7_000_000
     assert [stage.grad_checkpointing for stage in changed.train] == ["none", "none"]
     assert [stage.source_weights["coyo700m"] for stage in changed.train] == [0.5, 0.2]
     assert changed.evaluate.sets[0].folder == "elsewhere"
