@@ -12,8 +12,7 @@ from flows.config.recipe import Recipe, load_recipe
 from flows.graph.graph import draw_graph
 from flows.graph.incremental import News, find_new_data
 from flows.graph.outside_data import hash_marks
-from flows.graph.step import Role
-from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce_artifact
+from tasks.artifacts.artifact import Address, Artifact, Made, Role, Stage, produce_artifact
 from tasks.register.config import STAGE as REGISTER
 from tasks.register.gate import Candidate, decide_promotion
 from tasks.register.promotion import DIGEST_TAG, carry_out, write_decision
