@@ -244,14 +244,19 @@ print(data.kind, next(SampleIndex(data.folder).iterate_chunks("uid")).to_pylist(
 """
 
 
+def without_free_space(plan: str) -> str:
+    """The plan of a machine on which others write to the disk meanwhile."""
+    return re.sub(r"[\d.]+ [MGT]B are free", "are free", plan)
+
+
 @pytest.mark.slow
 def test_a_stage_is_added_by_what_its_row_names(copy: Copy, tmp_path: Path) -> None:
-    before = copy.run("-m", "flows", "plan", "demo")
+    before = without_free_space(copy.run("-m", "flows", "plan", "demo"))
     copy.change(STAGE)
     named = files_to_touch("a stage", stage="score_images", noun="score_images")
     assert copy.changed() == named and len(named) == 6
 
-    assert copy.run("-m", "flows", "plan", "demo") == before
+    assert without_free_space(copy.run("-m", "flows", "plan", "demo")) == before
     plan = copy.run("-m", "flows", "plan", "demo", "--set", "score_images.scale=2")
     stages = re.findall(r"(?m)^(\w+) .* [0-9a-f]{16}$", plan)
     at = stages.index("score_images")
