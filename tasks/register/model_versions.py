@@ -78,8 +78,9 @@ class Described:
 
 
 def is_address(text: str) -> bool:
-    """Whether `text` names a version: NAME@ALIAS or NAME/VERSION, with `models:/` or without."""
-    return text.startswith(_MODELS) or "@" in text or text.rpartition("/")[2].isdecimal()
+    """True for NAME@ALIAS and NAME/VERSION, also after `models:/`; digits alone are a digest."""
+    name, _, version = text.rpartition("/")
+    return text.startswith(_MODELS) or "@" in text or bool(name and version.isdecimal())
 
 
 @contextmanager

@@ -181,15 +181,16 @@ def test_a_pull_where_nothing_was_ever_registered_makes_no_registry(
 
 
 @pytest.fixture(scope="module")
-def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of one Prefect server; starting one for each command takes longer."""
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Settings that lead to one Prefect server; starting one for each command takes longer."""
     home = tmp_path_factory.mktemp("server")
     with pytest.MonkeyPatch.context() as settings:
         for name in os.environ:
             if name.startswith("PREFECT_"):
                 settings.delenv(name)
         with temporary_server(home):
-            yield os.environ["PREFECT_API_URL"]
+            names = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING")
+            yield {name: os.environ[name] for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -215,14 +216,14 @@ def unreadable(path: Path) -> str:
 
 @pytest.mark.parametrize("write", [column_missing, without_rows, unreadable])
 def test_metadata_that_cannot_be_merged_end_the_flow_with_their_sentence(
-    prefect_api: str, started_root: Demo, tmp_path: Path, write: Callable[[Path], str]
+    prefect_api: dict[str, str], started_root: Demo, tmp_path: Path, write: Callable[[Path], str]
 ) -> None:
     own = tmp_path / "own.parquet"
     expected = write(own)
     arguments = started_root.arguments(
         "run", "prepare", also=[f"merge.sources.laion2b.files={own}"]
     )
-    ended = run(arguments, started_root.root, PREFECT_API_URL=prefect_api)
+    ended = run(arguments, started_root.root, **prefect_api)
     sentence = the_sentence(ended.status, ended.errors)
     assert str(own) in sentence
     assert expected in sentence
@@ -232,14 +233,14 @@ def test_metadata_that_cannot_be_merged_end_the_flow_with_their_sentence(
 
 
 def test_a_demo_port_in_use_is_named_and_nothing_is_downloaded(
-    prefect_api: str, started_root: Demo
+    prefect_api: dict[str, str], started_root: Demo
 ) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         arguments = started_root.arguments("run", "prepare", also=[f"demo.port={port}"])
-        ended = run(arguments, started_root.root, PREFECT_API_URL=prefect_api)
+        ended = run(arguments, started_root.root, **prefect_api)
     sentence = the_sentence(ended.status, ended.errors)
     assert re.search(rf"port {port} is in use: .*--set demo.port=NUMBER", sentence)
     assert not (started_root.root / "download").exists()
@@ -257,7 +258,7 @@ ON_A_SMALL_DISK = """
 
 
 def test_a_disk_that_fills_up_during_training_is_one_sentence_and_leaves_no_half_file(
-    prefect_api: str, finished: Demo, tmp_path: Path
+    prefect_api: dict[str, str], finished: Demo, tmp_path: Path
 ) -> None:
     disk, there = tmp_path / "disk", tmp_path / "there"
     disk.mkdir()
@@ -274,7 +275,7 @@ def test_a_disk_that_fills_up_during_training_is_one_sentence_and_leaves_no_half
         ended = subprocess.run(
             [*shell, str(used // 2**20 + 180), disk, there, *command],
             cwd=CHECKOUT,
-            env=environment(disk / "runs", PREFECT_API_URL=prefect_api),
+            env=environment(disk / "runs", **prefect_api),
             capture_output=True,
             text=True,
         )

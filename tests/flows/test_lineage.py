@@ -52,7 +52,7 @@ def test_a_source_and_a_dataset_lead_down_to_the_registered_version(finished: De
 def test_what_is_not_there_is_one_sentence_with_what_is(finished: Demo) -> None:
     ended = run(["lineage", "laion5b"], finished.root)
     assert ended.status == 2
-    assert "sources are: coyo700m, laion2b" in ended.errors
+    assert "its sources; those are: coyo700m, laion2b" in ended.errors
     ended = run(["lineage", "evaclip-demo@best"], finished.root)
     assert ended.status == 2
     assert "evaclip-demo@champion" in ended.errors

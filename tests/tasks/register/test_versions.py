@@ -70,6 +70,7 @@ def test_a_champion_is_compared_with_the_one_before(store: TrackingStore) -> Non
         ("clip/3", True),
         ("laion2b", False),
         ("5717e0877830e9aa", False),
+        ("13402500", False),
     ],
 )
 def test_a_models_address_is_told_from_a_digest_and_a_source(word: str, expected: bool) -> None:
