@@ -8,6 +8,7 @@ Standard library only, run by the project's own Python.
 
 import argparse
 import base64
+import contextlib
 import json
 import os
 import secrets
@@ -199,14 +200,22 @@ def ui_folder(folder):
 
 
 def secret_in(path):
-    """The user and password that the Prefect server asks for; made where there is none."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return path.read_text()
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secret := f"evaclip:{secrets.token_urlsafe(32)}")
-    return secret
+    """The user and password that the Prefect server asks for; made where there is none.
+
+    Linked into its place when it is on the disk: an empty file would be a server without a secret.
+    """
+    if not path.exists():
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with open(os.open(beside, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+                file.write(f"evaclip:{secrets.token_urlsafe(32)}")
+                file.flush()
+                os.fsync(file.fileno())
+            with contextlib.suppress(FileExistsError):  # made by another `up` meanwhile
+                os.link(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+    return path.read_text()
 
 
 def up(options):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 
@@ -43,6 +44,21 @@ def test_settings_come_from_the_file_that_the_flows_read_too(
     assert up.main(["down"]) == 0
     assert (tmp_path / "there" / "services").is_dir()
     assert os.environ == {"EVACLIP_ROOT": "there", "EVACLIP_MLFLOW_PORT": "5001"}
+
+
+def test_the_secret_is_made_once_for_its_user_alone_and_never_half_written(
+    up: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "prefect-auth"
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(os, "link", Mock(side_effect=KeyboardInterrupt))
+        up.secret_in(place)
+    assert list(tmp_path.iterdir()) == []
+    secret = up.secret_in(place)
+    assert secret.startswith("evaclip:") and len(secret) > 40
+    assert place.stat().st_mode & 0o777 == 0o600
+    assert up.secret_in(place) == secret
+    assert list(tmp_path.iterdir()) == [place]
 
 
 def test_down_without_servers_does_nothing(up: ModuleType, tmp_path: Path) -> None:
