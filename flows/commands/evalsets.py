@@ -6,6 +6,8 @@ Not here: the registry (tasks/evaluate/sets/set_registry.py), reading and checki
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -97,7 +99,7 @@ def check(
         console.print(f"[bold]{what:<14}[/] ", end="")
         console.print(value, soft_wrap=True, markup=False)
     for oddity in checked.list_oddities():
-        console.print(f"[yellow]![/] {oddity}", soft_wrap=True)
+        _print_remark(oddity)
     if checked.unreadable:
         raise InputError(f"{folder} cannot be evaluated: every image has to be decodable")
 
@@ -116,8 +118,7 @@ def convert_imagefolder(
     from tasks.evaluate.sets.convert.convert import convert_imagefolder
 
     words = _make_words(known_as, classnames, templates, order, first)
-    with moving_bar("convert") as report:
-        _print_conversion(convert_imagefolder(source, folder, words, report))
+    _run_conversion(partial(convert_imagefolder, source, folder, words))
 
 
 @convert.command("table")
@@ -143,16 +144,16 @@ def convert_table(
     from tasks.evaluate.sets.convert.convert import convert_table
 
     words = _make_words(known_as, classnames, templates, order, first)
-    with moving_bar("convert") as report:
-        made = convert_table(
+    _run_conversion(
+        partial(
+            convert_table,
             *(listing, source, folder, words),
             path_column=path_column,
             label_column=label_column,
             several=multilabel,
             split=split,
-            report=report,
         )
-    _print_conversion(made)
+    )
 
 
 @convert.command("torchvision")
@@ -169,8 +170,7 @@ def convert_torchvision(
 
     known = _find_known(name)
     words = Words(known, classnames, templates)
-    with moving_bar("convert") as report:
-        _print_conversion(convert_torchvision(known, source, folder, words, download, report))
+    _run_conversion(partial(convert_torchvision, known, source, folder, words, download))
 
 
 @convert.command("videos")
@@ -190,8 +190,7 @@ def convert_videos(
     from tasks.evaluate.sets.convert.convert import convert_videos
 
     words = _make_words(known_as, classnames, templates, order, first)
-    with moving_bar("convert") as report:
-        _print_conversion(convert_videos(source, folder, words, listing, report))
+    _run_conversion(partial(convert_videos, source, folder, words, listing))
 
 
 @convert.command("voc")
@@ -208,9 +207,8 @@ def convert_voc(
     from tasks.evaluate.sets.convert.convert import Words, convert_voc
 
     words = Words(None, classnames, templates)
-    with moving_bar("convert") as report:
-        kind: Literal["classification", "multilabel"] = "multilabel" if whole else "classification"
-        _print_conversion(convert_voc(source, folder, words, kind, report))
+    kind: Literal["classification", "multilabel"] = "multilabel" if whole else "classification"
+    _run_conversion(partial(convert_voc, source, folder, words, kind))
 
 
 @convert.command("captions")
@@ -228,8 +226,7 @@ def convert_captions(
     """Convert images and a file of their captions."""
     from tasks.evaluate.sets.convert.convert import convert_captions
 
-    with moving_bar("convert") as report:
-        _print_conversion(convert_captions(listing, source, folder, split, report))
+    _run_conversion(partial(convert_captions, listing, source, folder, split))
 
 
 def _make_words(
@@ -241,17 +238,20 @@ def _make_words(
     return Words(known, classnames, templates, order, int(first) if first else None)
 
 
-def _print_conversion(made: Conversion) -> None:
+def _run_conversion(convert_set: Callable[..., Conversion]) -> None:
+    """Convert with a bar (`convert_set` takes `report`), then print what was made."""
     from tasks.evaluate.sets.check_set import some_names
 
+    with moving_bar("convert") as report:
+        made = convert_set(report=report)
     text = f"{made.images:,} images in {made.tars} tars: {made.folder}"
     again = " (made again: its sources or settings had changed)" if made.again else ""
-    console.print(f"[green]✓[/] {text}{again}", soft_wrap=True)
+    console.print(f"[green]✓[/] {escape(text)}{again}", soft_wrap=True)
     if made.classnames:
         named = some_names(made.classnames)
         console.print(f"  {len(made.classnames):,} classes: {named}", soft_wrap=True, markup=False)
     for remark in made.about_names:
-        console.print(f"[yellow]![/] {escape(remark)}", soft_wrap=True)
+        _print_remark(remark)
     for reason, count in made.left_out().items():
         console.print(f"  {count:,} left out: {reason}", soft_wrap=True, markup=False)
     for what, listed, file in (
@@ -259,9 +259,13 @@ def _print_conversion(made: Conversion) -> None:
         ("were used, and are odd", made.remarks, "remarks.txt"),
     ):
         if listed:
-            console.print(f"[yellow]![/] {len(listed):,} {what}, all in {made.folder / file}:")
+            _print_remark(f"{len(listed):,} {what}, all in {made.folder / file}:")
             for source, reason in listed[:SHOWN_PROBLEMS]:
                 console.print(f"  {source}: {reason}", soft_wrap=True, markup=False)
+
+
+def _print_remark(text: str) -> None:
+    console.print(f"[yellow]![/] {escape(text)}", soft_wrap=True)
 
 
 def _find_known(name: str) -> KnownSet:

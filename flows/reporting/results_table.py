@@ -62,12 +62,15 @@ def print_results(recipe: Recipe, graph: Graph, profile: Profile) -> None:
     name = f"{version.name}@{wanted}" if wanted in aliases else str(version)
     console.print()
     print_figures(graph.evaluate.folder)
-    console.print(f"\nreport    {graph.evaluate.folder / REPORT}")
     named = "".join(f" @{alias}" for alias in aliases)
-    console.print(f"registry  {version}{named} in {profile.mlflow_uri}")
-    console.print(f"gate      {read_decision(graph.register.folder).summary}", soft_wrap=True)
-    console.print(f"next      python -m flows pull {name} my-model")
-    console.print('          evaclip classify IMAGE "a red apple" "a dog" --model my-model')
+    for line in (
+        f"\nreport    {graph.evaluate.folder / REPORT}",
+        f"registry  {version}{named} in {profile.mlflow_uri}",
+        f"gate      {read_decision(graph.register.folder).summary}",
+        f"next      python -m flows pull {name} my-model",
+        '          evaclip classify IMAGE "a red apple" "a dog" --model my-model',
+    ):
+        console.print(line, soft_wrap=True, markup=False)
 
 
 def results_markdown(recipe: Recipe, graph: Graph) -> str:

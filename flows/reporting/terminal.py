@@ -36,10 +36,10 @@ def moving_bar(title: str) -> Iterator[Report]:
     """Show long work under way, as a bar or, where nobody watches, a line now and then."""
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description:<16}"),
+        TextColumn("{task.description:<16}", markup=False),
         BarColumn(bar_width=24),
         TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False),
         TimeElapsedColumn(),
     )
     with Progress(
@@ -50,7 +50,8 @@ def moving_bar(title: str) -> Iterator[Report]:
 
         def report(done: float, total: float, detail: str = "") -> None:
             nonlocal last_line
-            bar.update(row, completed=done, total=total or None, detail=detail)
+            shown = escape_control(detail)
+            bar.update(row, completed=done, total=total or None, detail=shown)
             if not console.is_terminal and time.monotonic() - last_line > LINE_EVERY_S:
                 last_line = time.monotonic()
                 console.print(f"  {title}: {done:,.0f} of {total:,.0f} {detail}", markup=False)

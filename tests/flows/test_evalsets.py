@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from flows.__main__ import main
+from flows.reporting.terminal import console, moving_bar
 from tasks.evaluate.sets.set_registry import all_sets, find_set
 from tests.tasks.evaluate.all_sets import write_known_set
 
@@ -108,3 +109,41 @@ def test_an_image_that_cannot_be_decoded_makes_a_set_unfit(
     said = capsys.readouterr()
     assert "1 images cannot be decoded: s0000000 (" in said.out
     assert "every image has to be decodable" in said.err
+
+
+def test_names_with_brackets_are_printed_as_they_are(
+    animals: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (animals / "dog").rename(animals / "dog[")
+    (animals / "dog[" / "1.png").rename(animals / "dog[" / "b].png")
+    (animals.parent / "names.txt").write_text("cat\n[red]dog_[/red]\n")
+    folder = animals.parent / "a [bold]set"
+    words = ("--templates", "openai", "--classnames", animals.parent / "names.txt")
+    assert evalsets("convert", "imagefolder", animals, folder, *words) == 0
+    shown = capsys.readouterr().out
+    assert f"4 images in 1 tars: {folder}" in shown
+    assert "'dog[' was given the one name that is left, '[red]dog_[/red]'" in shown
+    assert f"all in {folder / 'failures.txt'}" in shown
+    assert evalsets("check", folder, "--templates", "openai") == 0
+    odd = "1 names have an underscore, which a text tower reads as they stand: [red]dog_[/red]"
+    assert odd in capsys.readouterr().out
+
+
+def test_a_bar_shows_the_path_of_a_stranger_as_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_force_terminal", True)
+    with moving_bar("convert") as report:
+        report(1, 2, "dog[/b].png\x1b[2J")
+    assert r"dog[/b].png\x1b[2J" in capsys.readouterr().out
+
+
+def test_a_source_of_templates_that_does_not_exist_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_known_set(tmp_path / "set", find_set("stl10"), images=4)
+    assert evalsets("check", folder, "--as", "stl10", "--templates", "clip-benchmark") == 2
+    said = capsys.readouterr().err
+    assert (
+        "'clip-benchmark' is not a source of prompt templates: give one of dataset, openai" in said
+    )

@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import get_args
 
 from evaclip_model.errors import InputError
 from evaclip_model.zeroshot.imagenet_prompts import (
@@ -39,7 +40,7 @@ def find_templates(
     """Templates of a set, each with `{c}` for the class name, in the order of their source.
 
     Raises:
-        InputError: the source has none for this set, or one of them has no `{c}`.
+        InputError: no such source, it has none for this set, or one of them has no `{c}`.
     """
     if not isinstance(source, str):
         found = tuple(source)
@@ -49,8 +50,11 @@ def find_templates(
         found = imagenet_templates()
     elif source == "grammar":
         found = grammar_templates(known.key if known else name)
-    else:
+    elif source == "clip_benchmark":
         found = _from_wheel(_WHEEL_TEMPLATES, known.wheel_prompts if known else None, name)
+    else:
+        sources = ", ".join(get_args(PromptSource))
+        raise InputError(f"'{source}' is not a source of prompt templates: give one of {sources}")
     for template in found:
         if PLACEHOLDER not in template:
             where = str(folder / TEMPLATES) if source == "dataset" else f"set '{name}'"
