@@ -4,7 +4,7 @@ form that digests are taken of, which outlives renamed and added settings."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Any, ClassVar, Self, Union, get_args, get_origin
 
@@ -75,6 +75,13 @@ def _replace_tables(value: Any, dumped: Any) -> Any:
         pairs = zip(value.values(), dumped.items(), strict=True)
         return {key: _replace_tables(held, dump) for held, (key, dump) in pairs}
     return dumped
+
+
+def refuse_repeated_names(what: str, names: Sequence[str]) -> None:
+    """Raises: ValueError: two of `what` (a plural) have the same name."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"two {what} are named '{twice[0]}'")
 
 
 def explain_error(model: type[BaseModel], error: ValidationError) -> str:

@@ -10,7 +10,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from evaclip_model.config import Config
+from evaclip_model.config import Config, refuse_repeated_names
 from tasks.artifacts.artifact import Stage
 from tasks.tables.text_tables import Quoting
 
@@ -58,8 +58,5 @@ class AdoptConfig(Config):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        names = [source.name for source in self.sources]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"two sources are named '{twice[0]}'")
+        refuse_repeated_names("sources", [source.name for source in self.sources])
         return self

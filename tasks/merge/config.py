@@ -15,7 +15,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from evaclip_model.config import Config
+from evaclip_model.config import Config, refuse_repeated_names
 from tasks.artifacts.artifact import Stage
 from tasks.tables.text_tables import Quoting
 
@@ -236,8 +236,5 @@ class MergeConfig(Config):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        names = [source.name for source in self.sources]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"two sources are named '{twice[0]}'")
+        refuse_repeated_names("sources", [source.name for source in self.sources])
         return self
