@@ -7,3 +7,11 @@ class InputError(ValueError):
 
     Command lines print the sentence alone and exit with status 2.
     """
+
+
+def shorten_error(error: Exception) -> str:
+    """The first line of an error's text, at most 200 characters; its class if it has no text.
+
+    For a sentence that says in brackets what a library said.
+    """
+    return (str(error).strip() or type(error).__name__).partition("\n")[0][:200]

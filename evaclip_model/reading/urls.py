@@ -26,19 +26,32 @@ def open_filesystem(url: str) -> Any:
         raise InputError(f"{url} cannot be read: {error}") from None
 
 
+def open_binary(location: str) -> Any:
+    """A file of this machine or at a URL, open for reading bytes.
+
+    Raises:
+        InputError: nothing installed knows this kind of URL.
+        Exception: it cannot be opened; every protocol has its own kinds.
+    """
+    if is_url(location):
+        return open_filesystem(location).open(location, "rb")
+    return open(location, "rb")
+
+
 def read_text(location: Path | str) -> str:
-    """Content of a small text file on this machine or at a URL.
+    """Content of a small text file on this machine or at a URL: UTF-8, without a byte order mark.
 
     Raises:
         InputError: nothing installed knows this kind of URL.
         OSError: it is not there, or cannot be read.
+        UnicodeDecodeError: it is not UTF-8.
     """
     if not is_url(location):
-        return Path(location).read_text()
+        return Path(location).read_text(encoding="utf-8-sig")
     try:
         content: bytes = open_filesystem(str(location)).cat_file(str(location))
     except (OSError, InputError):
         raise
     except Exception as error:  # every protocol has its own kinds: botocore's are not OSErrors
         raise OSError(str(error) or type(error).__name__) from error
-    return content.decode()
+    return content.decode("utf-8-sig")

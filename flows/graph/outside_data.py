@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evaclip_model.errors import InputError
+from evaclip_model.reading.urls import is_url
 from flows.graph.step import ABSENT, Input, Step
 from tasks.adopt.config import AdoptConfig
 from tasks.artifacts.artifact import DIGEST_CHARS, Artifact, fingerprint_files
 from tasks.evaluate.config import RESULTS
 from tasks.lineage.stage_record import outside_dataset
 from tasks.merge.config import MergeConfig
-from tasks.merge.metadata_files import find_metadata, is_url, remote_fingerprint
+from tasks.merge.metadata_files import find_metadata, remote_fingerprint
 
 if TYPE_CHECKING:
     from tasks.dataset.choose import Asked

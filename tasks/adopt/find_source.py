@@ -21,10 +21,10 @@ import braceexpand
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evaclip_model.errors import InputError
+from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.reading.samples import IMAGE_EXTENSIONS, group_members
 from evaclip_model.reading.tar_file import BrokenTar, TarReader
-from evaclip_model.reading.urls import is_url, open_filesystem
+from evaclip_model.reading.urls import is_url, open_binary, open_filesystem, read_text
 from tasks.adopt.config import AdoptedSource, Form
 from tasks.artifacts.artifact import DIGEST_CHARS
 from tasks.index.adopted_shards import sizes_and_marks
@@ -131,8 +131,7 @@ def _listed_files(path: str, where: str) -> tuple[str, list[str]]:
     """The files that a list names, one a line, as they lie from the list's folder."""
     folder = posixpath.dirname(path) if is_url(path) else str(Path(path).absolute().parent)
     try:
-        text = open_filesystem(path).cat_file(path) if is_url(path) else Path(path).read_bytes()
-        lines = [line.strip() for line in text.decode().splitlines()]
+        lines = [line.strip() for line in read_text(path).splitlines()]
     except FileNotFoundError:
         raise InputError(f"{where}: no file matches '{path}'") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -161,10 +160,9 @@ def _explain_store_errors(location: str, look: Callable[[Any], Any]) -> Any:
     except (InputError, FileNotFoundError):
         raise
     except Exception as error:  # every protocol has its own kinds
-        said = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
         raise InputError(
-            f"{location} cannot be listed ({said}): check the address and, for private or gated "
-            "data, the credentials in the environment"
+            f"{location} cannot be listed ({shorten_error(error)}): check the address and, for "
+            "private or gated data, the credentials in the environment"
         ) from None
 
 
@@ -281,10 +279,10 @@ def parquet_schema(file: str, where: str) -> pa.Schema:
         InputError: it cannot be read.
     """
     try:
-        with open_filesystem(file).open(file, "rb") if is_url(file) else open(file, "rb") as raw:
+        with open_binary(file) as raw:
             return pq.read_schema(raw)
     except Exception as error:  # every protocol has its own kinds
-        said = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
+        said = shorten_error(error)
         raise InputError(f"{where}: {file} cannot be read as parquet ({said})") from None
 
 

@@ -20,10 +20,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evaclip_model.errors import InputError
+from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.reading.image_decoder import identify_format
 from evaclip_model.reading.samples import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
-from evaclip_model.reading.urls import is_url, open_filesystem
+from evaclip_model.reading.urls import is_url, open_binary, open_filesystem
 from tasks.adopt.config import AdoptedSource
 from tasks.adopt.find_source import FoundSource, is_image_type, parquet_schema
 from tasks.tables.text_tables import column_names, read_text_table, text_format
@@ -163,7 +163,7 @@ def _parquet_rows(found: FoundSource, file: str) -> Iterator[_Row | NoPair]:
     columns = [name for name in (image, caption, url) if name]
     number = 0
     try:
-        with open_filesystem(file).open(file, "rb") if is_url(file) else open(file, "rb") as raw:
+        with open_binary(file) as raw:
             batches = pq.ParquetFile(raw).iter_batches(ROWS_AT_ONCE, columns=columns)
             for batch in batches:
                 images = _column_values(batch.column(image))
@@ -173,10 +173,9 @@ def _parquet_rows(found: FoundSource, file: str) -> Iterator[_Row | NoPair]:
                     yield from _rows_of(file, number, held, texts, address)
                     number += 1
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        said = str(error).partition("\n")[0][:200]
         raise InputError(
-            f"{file} cannot be read behind row {number} ({said}): fetch it again or take it out "
-            "of 'files'"
+            f"{file} cannot be read behind row {number} ({shorten_error(error)}): fetch it again "
+            "or take it out of 'files'"
         ) from None
 
 

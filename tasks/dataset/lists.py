@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from evaclip_model.errors import InputError
+from evaclip_model.reading.urls import read_text
 from tasks.artifacts.artifact import DIGEST_CHARS
 
 _HASH = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")
@@ -73,7 +74,7 @@ def is_url(entry: str) -> bool:
 def _iterate_lines(file: Path) -> Iterator[tuple[int, str]]:
     """(number, content) of all lines but empty ones and comments, which begin with #."""
     try:
-        text = file.read_text()
+        text = read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read as a text file ({error})") from None
     for number, line in enumerate(text.splitlines(), start=1):

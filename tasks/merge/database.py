@@ -19,8 +19,9 @@ import duckdb
 import mmh3
 import pyarrow as pa
 
-from evaclip_model.errors import InputError
-from tasks.merge.metadata_files import file_system, is_url
+from evaclip_model.errors import InputError, shorten_error
+from evaclip_model.reading.urls import is_url
+from tasks.merge.metadata_files import file_system
 from tasks.web_addresses import normalise_host, remove_dot_segments
 
 SQL = Path(__file__).parent / "sql"
@@ -86,11 +87,11 @@ def open_database(
     except duckdb.OutOfMemoryException as error:
         raise InputError(
             f"the merge needs more than memory_limit = {memory_limit}: raise it, or 'partitions' "
-            f"({_first_line(error)})"
+            f"({shorten_error(error)})"
         ) from error
     except duckdb.Error as error:
         if _is_disk_full(error):
-            raise OSError(errno.ENOSPC, _first_line(error)) from error
+            raise OSError(errno.ENOSPC, shorten_error(error)) from error
         raise
     except RuntimeError as error:
         # DuckDB swallows what a signal handler raised and says only this.
@@ -113,7 +114,7 @@ def explain_read_errors(path: str, what: str = "parquet") -> Iterator[None]:
             raise
         raise InputError(
             f"{path} cannot be read as {what}: fetch it again or take it out of 'files' "
-            f"({_first_line(error)})"
+            f"({shorten_error(error)})"
         ) from error
 
 
@@ -181,10 +182,6 @@ def _laion_hash_column(texts: pa.ChunkedArray) -> pa.Array:
 
 def _is_disk_full(error: duckdb.Error) -> bool:
     return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200]
 
 
 def normal_urls(urls: Sequence[str]) -> list[str | None]:

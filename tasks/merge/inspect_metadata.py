@@ -17,7 +17,7 @@ from duckdb import DuckDBPyConnection
 from evaclip_model.errors import InputError
 from tasks.merge.config import ColumnMap, SourceConfig, is_old_edition, why_refused
 from tasks.merge.database import explain_read_errors, open_database
-from tasks.merge.merge_plan import rows_in
+from tasks.merge.merge_plan import read_columns, rows_in
 from tasks.merge.metadata_files import READERS, Format, find_metadata, format_of
 from tasks.merge.schema import PublishedColumns, column_map, is_number, quote_identifier
 from tasks.tables.text_tables import read_text_table
@@ -82,7 +82,7 @@ def inspect_files(pattern: str, read_files: int = 4) -> Inspection:
                 with explain_read_errors(path):
                     rows += rows_in(connection, [path])
         first, problem, columns = paths[0], None, None
-        published = _read_columns(connection, first, READERS[kinds[first]])
+        published = read_columns(connection, first, kinds[first])
         try:
             columns = column_map(source, published, first)
         except InputError as error:
@@ -94,7 +94,7 @@ def inspect_files(pattern: str, read_files: int = 4) -> Inspection:
             )
         counted = []
         for path in paths[:read_files]:
-            if _read_columns(connection, path, READERS[kinds[path]]) != published:
+            if read_columns(connection, path, kinds[path]) != published:
                 raise InputError(
                     f"{path} has other columns than {first}: inspect them apart, and make each "
                     "kind of file a source of its own"
@@ -127,12 +127,6 @@ def _bad_lines(paths: Sequence[str], kinds: Mapping[str, Format]) -> tuple[Count
                 reasons[row.flaw] += 1
                 first = first or f"{path}, line {row.line}: {row.flaw}"
     return reasons, first
-
-
-def _read_columns(connection: DuckDBPyConnection, path: str, reader: str) -> dict[str, str]:
-    with explain_read_errors(path, "metadata"):
-        rows = connection.execute(f"DESCRIBE SELECT * FROM {reader}", {"path": path}).fetchall()
-    return {name: kind for name, kind, *_ in rows}
 
 
 def _count_values(

@@ -25,7 +25,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from tasks.merge.config import ColumnMap, MergeConfig, SidecarConfig, SourceConfig
 from tasks.merge.database import explain_read_errors, open_database
-from tasks.merge.metadata_files import READERS, find_metadata, format_of
+from tasks.merge.metadata_files import READERS, Format, find_metadata, format_of
 from tasks.merge.schema import (
     JudgedParts,
     PublishedColumns,
@@ -316,7 +316,7 @@ def _look_at(
 ) -> _LookedAt:
     kind = format_of(path, source)
     if kind == "parquet":
-        own = _published_columns(connection, path)
+        own = read_columns(connection, path)
         with explain_read_errors(path):
             return _LookedAt(path, path, own, False, rows_in(connection, [path]))
     converted = temporary / "converted" / f"{number:06d}"
@@ -388,12 +388,19 @@ def _with_hash(config: MergeConfig, columns: ColumnMap, file: _LookedAt) -> Colu
     return columns.model_copy(update={"image_hash": config.hash_column if has else None})
 
 
-def _published_columns(connection: DuckDBPyConnection, path: str) -> dict[str, str]:
-    with explain_read_errors(path):
-        description = connection.execute(
-            f"DESCRIBE SELECT * FROM {READERS['parquet']}", {"path": path}
+def read_columns(
+    connection: DuckDBPyConnection, path: str, kind: Format = "parquet"
+) -> dict[str, str]:
+    """Columns of a metadata file -> the database's types.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    with explain_read_errors(path, kind):
+        rows = connection.execute(
+            f"DESCRIBE SELECT * FROM {READERS[kind]}", {"path": path}
         ).fetchall()
-    return {name: kind for name, kind, *_ in description}
+    return {name: kind for name, kind, *_ in rows}
 
 
 def _sidecar_columns(
@@ -402,9 +409,9 @@ def _sidecar_columns(
     """Types of the columns that a sidecar adds, and SQL of the key in each of its files."""
     keys = []
     source = config.sources[sidecar.source].name
-    published = _published_columns(connection, sidecar.paths[0])
+    published = read_columns(connection, sidecar.paths[0])
     for path in sidecar.paths:
-        columns = _published_columns(connection, path)
+        columns = read_columns(connection, path)
         for name in (sidecar.config.key, *sidecar.config.columns):
             if name not in columns:
                 raise InputError(
@@ -438,9 +445,7 @@ def _list_editions(connection: DuckDBPyConnection, config: MergeConfig) -> tuple
     for pattern, sources in compared.items():
         cleaned = SourceConfig(name="cleaned", files=pattern)
         paths = find_metadata(pattern, "diff_against")
-        columns = [
-            column_map(cleaned, _published_columns(connection, path), path) for path in paths
-        ]
+        columns = [column_map(cleaned, read_columns(connection, path), path) for path in paths]
         urls = [column.url for column in columns]
         editions.append(Edition(tuple(sources), tuple(zip(paths, urls, strict=True))))
     return tuple(editions)

@@ -18,18 +18,15 @@ from typing import Any, Literal, NamedTuple
 
 import fsspec
 
-from evaclip_model.errors import InputError
+from evaclip_model.errors import InputError, shorten_error
+from evaclip_model.reading.urls import is_url, read_text
 from tasks.artifacts.artifact import fingerprint_files
+from tasks.index.adopted_shards import REMOTE_MARKS
 from tasks.merge.config import MergeConfig, SourceConfig
+from tasks.tables.text_tables import FORMATS
 
 Format = Literal["parquet", "csv", "jsonl"]
-FORMAT_OF_SUFFIX: Mapping[str, Format] = {
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-}
+FORMAT_OF_SUFFIX: Mapping[str, Format] = {".parquet": "parquet", **FORMATS}
 COMPRESSED = (".gz", ".zst")
 READERS: Mapping[Format, str] = {
     "parquet": "read_parquet($path, hive_partitioning = false)",
@@ -42,11 +39,6 @@ READERS: Mapping[Format, str] = {
 over bad lines, which is good enough for a look."""
 
 
-def is_url(path: str) -> bool:
-    """Tell whether a path is a URL instead of a local file."""
-    return "://" in path
-
-
 def find_metadata(pattern: str, where: str) -> list[str]:
     """The files that a local glob or a URL with wildcards names, sorted.
 
@@ -57,10 +49,10 @@ def find_metadata(pattern: str, where: str) -> list[str]:
         filesystem = file_system(pattern)
         try:
             names = filesystem.glob(pattern)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # every protocol has its own kinds: botocore's are not OSErrors
             raise InputError(
-                f"{where}: '{pattern}' cannot be listed ({_first_line(error)}): check the address "
-                "and, for private or gated data, the credentials in the environment"
+                f"{where}: '{pattern}' cannot be listed ({shorten_error(error)}): check the "
+                "address and, for private or gated data, the credentials in the environment"
             ) from error
         found = [filesystem.unstrip_protocol(name) for name in names]
     else:
@@ -80,7 +72,7 @@ def file_system(url: str) -> Any:
     try:
         return fsspec.filesystem(protocol)
     except (ImportError, ValueError) as error:
-        raise InputError(f"'{url}' cannot be opened: {_first_line(error)}") from error
+        raise InputError(f"'{url}' cannot be opened: {shorten_error(error)}") from error
 
 
 def format_of(path: str, source: SourceConfig) -> Format:
@@ -134,8 +126,8 @@ def file_identity(path: str) -> tuple[str, ...]:
     """Marks by which a file is still the same one: size, and time, version or checksum."""
     if is_url(path):
         information = file_system(path).info(path)
-        marks = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "blob_id", "md5")
-        return (path, *(str(information[mark]) for mark in marks if mark in information))
+        marks = [mark for mark in ("size", *REMOTE_MARKS) if mark in information]
+        return (path, *(str(information[mark]) for mark in marks))
     status = Path(path).stat()
     return (path, str(status.st_size), str(status.st_mtime_ns))
 
@@ -164,14 +156,13 @@ def read_lists(
     entries: list[str] = []
     for path in paths:
         try:
-            with fsspec.open(path, "rt", encoding="utf-8-sig") as file:
-                lines = [line.strip() for line in file]
+            lines = read_text(path).split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
-                f"blocklist {path} cannot be read ({_first_line(error)}): name a text file with "
+                f"blocklist {path} cannot be read ({shorten_error(error)}): name a text file with "
                 "one entry a line"
             ) from error
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(map(str.strip, lines), start=1):
             found = read_line(line) if line and not line.startswith("#") else ()
             if found is None:
                 raise InputError(
@@ -180,7 +171,3 @@ def read_lists(
                 )
             entries += found
     return entries
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200]

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evaclip_model.errors import InputError
+from evaclip_model.reading.urls import open_binary
 from tasks.merge.config import CLEANED, ColumnMap, SourceConfig, is_old_edition
-from tasks.merge.metadata_files import file_system, is_url
 
 PublishedColumns = Mapping[str, str]
 """Column name -> DuckDB type, as found in a file."""
@@ -279,7 +279,7 @@ def is_about_encoding(error: duckdb.Error) -> bool:
 def repair_text(path: str, target: Path) -> None:
     """Write the rows of a parquet file in their order; a text that is not UTF-8 is none, and its
     row is true in the column `BROKEN_TEXT`."""
-    with file_system(path).open(path, "rb") if is_url(path) else open(path, "rb") as raw:
+    with open_binary(path) as raw:
         source = pq.ParquetFile(raw)
         fields = [*source.schema_arrow.remove_metadata(), pa.field(BROKEN_TEXT, pa.bool_())]
         schema = pa.schema(fields)

@@ -20,7 +20,7 @@ from enum import StrEnum
 from itertools import islice
 from typing import Literal, NamedTuple
 
-from evaclip_model.errors import InputError
+from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.reading.urls import is_url, open_filesystem
 
 Quoting = Literal["auto", "quotes", "none"]
@@ -78,7 +78,8 @@ def read_text_table(
             otherwise.
 
     Raises:
-        InputError: it cannot be opened, is UTF-16, or has no line with names.
+        InputError: it cannot be opened or read to its end, is UTF-16, or two of its columns have
+            the same name.
     """
     if kind == "jsonl":
         yield from map(_json_row, _iterate_lines(path))
@@ -88,7 +89,7 @@ def read_text_table(
         if names is None and flaw is None:
             names = values if header else [f"column{number}" for number in range(len(values))]
             if header:
-                _refuse_unnamed(path, names)
+                _refuse_repeated_names(path, names)
                 continue
         if flaw is None and names is not None and len(values) != len(names):
             flaw = LineFlaw.WRONG_NUMBER_OF_COLUMNS
@@ -131,7 +132,7 @@ def _file_suffix(path: str) -> str:
     return name[name.rfind(".") :] if "." in name else ""
 
 
-def _refuse_unnamed(path: str, names: list[str]) -> None:
+def _refuse_repeated_names(path: str, names: list[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(f"{path}, line 1: two columns are named '{twice[0]}'")
@@ -152,7 +153,7 @@ def _iterate_lines(path: str) -> Iterator[_Line]:
             compression = next(name for end, name in kind.items() if path.lower().endswith(end))
         stream = pa.input_stream(raw, compression=compression, buffer_size=1 << 20)
     except Exception as error:  # every protocol has its own kinds
-        raise InputError(f"{path} cannot be opened ({_first_line(error)})") from None
+        raise InputError(f"{path} cannot be opened ({shorten_error(error)})") from None
     number, rest, finished = 0, b"", False
     with stream:
         while not finished:
@@ -160,7 +161,7 @@ def _iterate_lines(path: str) -> Iterator[_Line]:
                 block = stream.read(1 << 20)
             except Exception as error:  # a damaged compressed file
                 raise InputError(
-                    f"{path} cannot be read to its end ({_first_line(error)}): fetch it again"
+                    f"{path} cannot be read to its end ({shorten_error(error)}): fetch it again"
                 ) from None
             if not number and not rest and block.startswith(_UTF16):
                 raise InputError(f"{path} is UTF-16: save it as UTF-8")
@@ -255,7 +256,3 @@ def _json_row(line: _Line) -> TextRow:
     except (ValueError, RecursionError):
         return TextRow(number, {}, LineFlaw.NOT_JSON)
     return TextRow(number, found)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).partition("\n")[0][:200]

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -341,6 +342,35 @@ def test_a_list_that_names_missing_shards_is_refused_with_their_number(tmp_path:
     with pytest.raises(InputError, match=r"2 of the 3 files .* the first is in line 3: a/1\.tar"):
         adopted(tmp_path / "adopt", listed)
     listed.write_text("a/0.tar\n")
+    assert adopted(tmp_path / "adopt", listed).counts["shards"] == 1
+
+
+class _Away(Exception):
+    """An error of a store's own kind, as botocore has."""
+
+
+class Away(fsspec.AbstractFileSystem):
+    """An object store that knows a list and does not hand it out."""
+
+    protocol = "away"
+
+    def isdir(self, path: str) -> bool:
+        return False
+
+    def cat_file(self, path: str, *_: object, **__: object) -> bytes:
+        raise _Away(f"no endpoint for {path}")
+
+
+def test_a_list_at_a_store_that_does_not_answer_is_one_sentence(tmp_path: Path) -> None:
+    fsspec.register_implementation("away", Away, clobber=True)
+    with pytest.raises(InputError, match=r"away://a/list.txt cannot be read as a list \(no endpo"):
+        adopted(tmp_path / "adopt", "away://a/list.txt")
+
+
+def test_a_list_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    pack(tmp_path / "a/0.tar", [stranger(0)])
+    listed = tmp_path / "shards.txt"
+    listed.write_text("a/0.tar\n", encoding="utf-8-sig")
     assert adopted(tmp_path / "adopt", listed).counts["shards"] == 1
 
 

@@ -279,6 +279,11 @@ def test_a_line_that_is_no_takedown_is_named(tmp_path: Path) -> None:
         read_takedowns([tmp_path / "list"])
 
 
+def test_a_takedown_list_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("https://a.example/1\n", encoding="utf-8-sig")
+    assert read_takedowns([tmp_path / "list"]) == ("https://a.example/1",)
+
+
 def test_takedowns_are_known_by_what_they_say_however_they_are_spread(tmp_path: Path) -> None:
     (tmp_path / "1").write_text("b\na\n")
     (tmp_path / "2").write_text("# of March\na\n\n")

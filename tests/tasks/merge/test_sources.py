@@ -108,6 +108,32 @@ def test_a_protocol_without_its_package_is_one_sentence() -> None:
         find_metadata("nothing://a/b", "test")
 
 
+class _Away(Exception):
+    """An error of a store's own kind, as botocore has."""
+
+
+class Away(fsspec.AbstractFileSystem):
+    """An object store that does not answer."""
+
+    protocol = "away"
+
+    def glob(self, path: str, *_: object, **__: object) -> list[str]:
+        raise _Away(f"no endpoint for {path}")
+
+    def cat_file(self, path: str, *_: object, **__: object) -> bytes:
+        raise _Away(f"no endpoint for {path}")
+
+
+def test_an_object_store_that_does_not_answer_is_one_sentence(tmp_path: Path) -> None:
+    fsspec.register_implementation("away", Away, clobber=True)
+    with pytest.raises(InputError, match=r"test: 'away://a/\*' cannot be listed \(no endpoint"):
+        find_metadata("away://a/*", "test")
+    path = write(tmp_path / "a.parquet", metadata.COYO_700M, [coyo(1)])
+    lists = {"blocklists": {"urls": ["away://a/list.txt"]}}
+    with pytest.raises(InputError, match=r"blocklist away://a/list.txt cannot be read \(no endp"):
+        merged(tmp_path, {"files": str(path)}, filters=lists)
+
+
 @pytest.mark.parametrize(
     "files",
     [
@@ -247,6 +273,13 @@ def test_a_line_of_a_blocklist_that_is_not_understood_is_refused_by_its_number(
     (tmp_path / "list.txt").write_text(f"{entry}\n@@||1.example^\n")
     lists = {"blocklists": {kind: [str(tmp_path / "list.txt")]}}
     with pytest.raises(InputError, match=re.escape(wanted)):
+        merged(tmp_path, {"files": str(path)}, filters=lists)
+
+
+def test_a_blocklist_at_a_url_of_no_known_kind_is_one_sentence(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", metadata.COYO_700M, [coyo(1)])
+    lists = {"blocklists": {"hashes": ["nothing://a/list.txt"]}}
+    with pytest.raises(InputError, match=r"nothing://a/list.txt cannot be read"):
         merged(tmp_path, {"files": str(path)}, filters=lists)
 
 
