@@ -75,7 +75,7 @@ def retrain(
         graph = load_graph(recipe, overrides)[2]
     news = find_new_data(wanted, graph, store, keep_rejected)
     for line in describe_new_data(news, wanted):
-        console.print(line, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
     if dry_run or news.is_nothing:
         _publish_news(wanted, news, "nothing was made")
         if not dry_run:
@@ -91,7 +91,7 @@ def retrain(
             if rows < min_new_rows:
                 few = f"{rows:,} new rows, {min_new_rows:,} are asked for: they wait"
                 end = few if rows else "nothing new: no row of the new files is new"
-                console.print(end, markup=False)
+                console.print(end)
                 _publish_news(wanted, news, end)
                 _settle_last(wanted, store, news, promote)
                 return None

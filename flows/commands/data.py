@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from rich.markup import escape
 from rich.table import Table
 from typer import Argument, Option, Typer
 
@@ -46,7 +45,7 @@ def trace(
     found = sample_trace.trace_sample(url=url, uid=uid, sha256=sha256, root=root)
     for number, one in enumerate(found):
         lines = [*([""] if number else []), *sample_trace.describe_traces(one, root)]
-        console.print("\n".join(lines), soft_wrap=True, markup=False)
+        console.print("\n".join(lines), soft_wrap=True)
     if not found:
         raise InputError(f"no sample under {root} has that; what was never stored is not in shards")
 
@@ -76,7 +75,7 @@ def lineage(
     else:
         lines = _lineage_of_data(profile, what)
     for line in lines:
-        console.print(line, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
 
 
 def takedown(
@@ -92,15 +91,15 @@ def takedown(
     root = load_profile().root.resolve()
     done = take_down(file, root)
     for one in done:
-        console.print("\n".join(describe_replacement(one, root)), soft_wrap=True, markup=False)
+        console.print("\n".join(describe_replacement(one, root)), soft_wrap=True)
     for line in describe_unmatched(file, root):
-        console.print(line, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
     if not done:
         console.print(f"no dataset version under {root} holds any of these samples")
         return
     console.print(
         f'the next run leaves them out with `takedowns = ["{file}"]` in the table '
-        "\\[dataset] of the recipe",
+        "[dataset] of the recipe",
         soft_wrap=True,
     )
 
@@ -124,10 +123,11 @@ def inspect_source(
     looked_at = (
         f"{found.read_files:,} of {found.files:,} files" if found.is_cut_short else "all files"
     )
-    console.print(f"[bold]{escape(files)}[/]: form '{found.form}', {found.files:,} files")
+    console.print(files, style="bold", end=": ")
+    console.print(f"form '{found.form}', {found.files:,} files")
     console.print(f"{found.samples:,} images with captions in {looked_at}")
     _print_left_out(found.left_out, found.first_left_out)
-    console.print("fit for \\[\\[adopt.sources]]" if found.samples else "no image with a caption")
+    console.print("fit for [[adopt.sources]]" if found.samples else "no image with a caption")
 
 
 def _lineage_of_model(profile: Profile, what: str, alias: str, svg: Path | None) -> Iterator[str]:
@@ -163,27 +163,31 @@ def _lineage_of_data(profile: Profile, what: str) -> Iterator[str]:
 
 def _print_left_out(reasons: Counter[str], first: str) -> None:
     for reason, count in reasons.most_common():
-        console.print(f"{count:,} would be left out: {escape(reason)}")
+        console.print(f"{count:,} would be left out: {reason}")
     if first:
-        console.print(f"the first is {escape(first)}", soft_wrap=True)
+        console.print(f"the first is {first}", soft_wrap=True)
 
 
 def _print_metadata(pattern: str, found: Inspection) -> None:
     rows = "" if found.rows is None else f", {found.rows:,} rows"
-    console.print(f"[bold]{escape(pattern)}[/]: {found.files:,} files{rows}")
+    console.print(pattern, style="bold", end=": ")
+    console.print(f"{found.files:,} files{rows}")
     console.print(f"columns over {found.read_rows:,} rows of {found.read_files} files:")
     table = Table("column", "type", "plays", "missing", "0 … 1", box=None, pad_edge=False)
     for column in found.columns:
         table.add_row(
-            escape(column.name),
-            escape(column.kind),
+            column.name,
+            column.kind,
             column.part or "",
             f"{column.null_share:.1%}",
             draw_bars(column.histogram),
         )
     console.print(table)
     _print_left_out(found.bad_lines, found.first_bad_line)
-    console.print(f"[yellow]{escape(found.problem)}[/]" if found.problem else "fit for a source")
+    if found.problem:
+        console.print(found.problem, style="yellow")
+    else:
+        console.print("fit for a source")
 
 
 def draw_bars(histogram: Sequence[int]) -> str:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from rich.markup import escape
 from rich.table import Table
 from typer import Argument, Option, Typer
 
@@ -75,8 +74,8 @@ def show_set(name: Annotated[str, Argument(metavar="NAME")]) -> None:
         values = value if isinstance(value, list) else [value]
         for number, one in enumerate(values):
             if one not in (None, ""):
-                console.print(f"[bold]{'' if number else what:<14}[/] ", end="", soft_wrap=True)
-                console.print(str(one), soft_wrap=True, markup=False)
+                console.print(f"{'' if number else what:<14}", style="bold", end=" ")
+                console.print(str(one), soft_wrap=True)
 
 
 @evalsets.command("check")
@@ -96,8 +95,8 @@ def check(
     with moving_bar("check") as report:
         checked = check_set(evalset, report)
     for what, value in checked.list_facts():
-        console.print(f"[bold]{what:<14}[/] ", end="")
-        console.print(value, soft_wrap=True, markup=False)
+        console.print(f"{what:<14}", style="bold", end=" ")
+        console.print(value, soft_wrap=True)
     for oddity in checked.list_oddities():
         _print_remark(oddity)
     if checked.unreadable:
@@ -246,14 +245,15 @@ def _run_conversion(convert_set: Callable[..., Conversion]) -> None:
         made = convert_set(report=report)
     text = f"{made.images:,} images in {made.tars} tars: {made.folder}"
     again = " (made again: its sources or settings had changed)" if made.again else ""
-    console.print(f"[green]✓[/] {escape(text)}{again}", soft_wrap=True)
+    console.print("✓", style="green", end=" ")
+    console.print(f"{text}{again}", soft_wrap=True)
     if made.classnames:
         named = some_names(made.classnames)
-        console.print(f"  {len(made.classnames):,} classes: {named}", soft_wrap=True, markup=False)
+        console.print(f"  {len(made.classnames):,} classes: {named}", soft_wrap=True)
     for remark in made.about_names:
         _print_remark(remark)
     for reason, count in made.left_out().items():
-        console.print(f"  {count:,} left out: {reason}", soft_wrap=True, markup=False)
+        console.print(f"  {count:,} left out: {reason}", soft_wrap=True)
     for what, listed, file in (
         ("gave no image", made.failures, "failures.txt"),
         ("were used, and are odd", made.remarks, "remarks.txt"),
@@ -261,11 +261,12 @@ def _run_conversion(convert_set: Callable[..., Conversion]) -> None:
         if listed:
             _print_remark(f"{len(listed):,} {what}, all in {made.folder / file}:")
             for source, reason in listed[:SHOWN_PROBLEMS]:
-                console.print(f"  {source}: {reason}", soft_wrap=True, markup=False)
+                console.print(f"  {source}: {reason}", soft_wrap=True)
 
 
 def _print_remark(text: str) -> None:
-    console.print(f"[yellow]![/] {escape(text)}", soft_wrap=True)
+    console.print("!", style="yellow", end=" ")
+    console.print(text, soft_wrap=True)
 
 
 def _find_known(name: str) -> KnownSet:

@@ -50,7 +50,7 @@ def pull(
     opened = OPENED_BY[form].format(folder=pulled)
     if form == "open_clip" and not (pulled / OPEN_CLIP_CONFIG).is_file():
         opened = "open_clip's model around such an image tower; it has none of this one by name"
-    console.print(f"{model} is in {pulled}; try: {opened}", soft_wrap=True, markup=False)
+    console.print(f"{model} is in {pulled}; try: {opened}", soft_wrap=True)
 
 
 def promote(
@@ -85,7 +85,7 @@ def promote(
     if moved:
         champion = before.version if before else None
         announce_where_served(profile.root, name, int(number), champion, alias)
-    console.print(f"{name}/{number} {'is' if moved else 'was'} {alias}", markup=False)
+    console.print(f"{name}/{number} {'is' if moved else 'was'} {alias}")
 
 
 def rollback(
@@ -103,8 +103,8 @@ def rollback(
         before, now = roll_back(store, name, alias, to, current_user(), reason)
         moves = history(store, name, alias)
     announce_where_served(profile.root, name, now, before, alias)
-    console.print(f"{name}@{alias}: version {before} -> {now}", markup=False)
+    console.print(f"{name}@{alias}: version {before} -> {now}")
     for move in moves:
         why = f": {move.why}" if move.why else ""
         text = f"  {move.at[:19]}  version {move.version}  {move.how} by {move.by}{why}"
-        console.print(text, soft_wrap=True, markup=False)
+        console.print(text, soft_wrap=True)

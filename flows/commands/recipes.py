@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from rich.table import Table
+from rich.text import Text
 from typer import Argument, Exit, Option
 
 from evaclip_model.errors import InputError
 from flows.config.gpu_spec import Machines
 from flows.config.profile import load_profile
-from flows.config.recipe import load_recipe
+from flows.config.recipe import Recipe, load_recipe
 from flows.config.recipe_loader import recipe_names
 from flows.reporting.terminal import console
 
@@ -68,7 +69,7 @@ def list_recipes() -> None:
         ("flows", FLOWS),
         ("recipes", {name: load_recipe(name).title for name in recipe_names()}),
     ):
-        console.print(f"[bold]{title}[/]")
+        console.print(title, style="bold")
         for name, text in rows.items():
             console.print(f"  {name:<23} {text}")
 
@@ -99,11 +100,11 @@ def plan(
     table = Table("stage", "state", "what", "digest", box=None, pad_edge=False)
     for row in make_plan(graph):
         colour = {"there": "green", "unfinished": "yellow", "to make": "white"}[row.state]
-        table.add_row(row.title, f"[{colour}]{row.state}[/]", row.size, row.digest)
-    console.print(f"[bold]{loaded.name}[/]  {loaded.title}  ({loaded.digest})")
+        table.add_row(row.title, Text(row.state, style=colour), row.size, row.digest)
+    print_heading(loaded)
     console.print(table)
     for absent in (one for step in graph.steps for one in step.absent):
-        console.print(f"not here: {absent}", soft_wrap=True, markup=False)
+        console.print(f"not here: {absent}", soft_wrap=True)
     if is_large(loaded):
         console.print(estimate_table("estimate", estimate_data(loaded)))
     for machines in [Machines.parse_spec(text) for text in gpus or published]:
@@ -112,7 +113,7 @@ def plan(
             settings = engine_settings(loaded, train, machines)
             if settings:
                 text = f"DeepSpeed for {train.name} on {machines}: {settings}"
-                console.print(text, soft_wrap=True, markup=False)
+                console.print(text, soft_wrap=True)
     if (top1 := loaded.published.imagenet_top1) is not None:
         console.print(f"published: {top1:g} % top-1 on ImageNet-1K, zero-shot")
     console.print(f"artifacts in {profile.root.resolve()}, tracking at {profile.mlflow_uri}")
@@ -120,8 +121,8 @@ def plan(
     for given in map(Machines.parse_spec, gpus) if gpus else [None]:
         fits = summarise_findings(recipe_findings(loaded, graph, profile, machine, given))
         on = f" with {given}" if given else ""
-        console.print(f"[bold]fits{on}:[/] ", end="")
-        console.print(fits, soft_wrap=True, markup=False)
+        console.print(f"fits{on}:", style="bold", end=" ")
+        console.print(fits, soft_wrap=True)
 
 
 def doctor(
@@ -146,9 +147,15 @@ def doctor(
         raise Exit(1)
 
 
+def print_heading(recipe: Recipe) -> None:
+    """Print a recipe's name, title and digest, above what is said of it."""
+    console.print(recipe.name, style="bold", end="  ")
+    console.print(f"{recipe.title}  ({recipe.digest})")
+
+
 def _print_finding(finding: Finding) -> str:
     """Print one line; returns the finding's level."""
-    console.print(f"[{COLOURS[finding.level]}]{finding.level:4}[/]  ", end="")
+    console.print(f"{finding.level:4}", style=COLOURS[finding.level], end="  ")
     do = f" -> {finding.do}" if finding.do else ""
-    console.print(f"{finding.what}: {finding.found}{do}", soft_wrap=True, markup=False)
+    console.print(f"{finding.what}: {finding.found}{do}", soft_wrap=True)
     return finding.level

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from typer import Argument, Option
 
 from evaclip_model.errors import InputError
-from flows.commands.recipes import FLOWS, Gpus, Overrides, RecipeName, Utilisation, plan
+from flows.commands.recipes import (
+    FLOWS,
+    Gpus,
+    Overrides,
+    RecipeName,
+    Utilisation,
+    plan,
+    print_heading,
+)
 from flows.config.profile import Profile, load_profile
 from flows.config.recipe import Recipe
 from flows.reporting.terminal import console
@@ -57,7 +65,7 @@ def run(
             from flows.planning.run_plan import rehearse_training  # starts processes
 
             for line in rehearse_training(*load_graph(recipe, overrides)):
-                console.print(line, soft_wrap=True, markup=False)
+                console.print(line, soft_wrap=True)
         return
     loaded, profile, graph = load_graph(recipe, overrides)
     if dry_run:
@@ -65,7 +73,8 @@ def run(
         return
     graph.require_runnable(flow)
     if flow == "pipeline" and _is_everything_there(loaded, profile, graph):
-        console.print(f"[bold]{loaded.name}[/]: everything is there, nothing to do")
+        console.print(loaded.name, style="bold", end=": ")
+        console.print("everything is there, nothing to do")
         print_results(loaded, graph, profile)
         return
     if flow == "retrain":  # downloads a part; the stage itself looks at the disk
@@ -80,7 +89,7 @@ def run(
     with temporary_server(profile.root):
         # the flow's module imports prefect, which reads its settings then
         run_flow = getattr(importlib.import_module(f"flows.{flow}"), flow)
-        console.print(f"[bold]{loaded.name}[/]  {loaded.title}  ({loaded.digest})")
+        print_heading(loaded)
         judged = {"promote": promote} if flow in JUDGED else {}
         run_flow(recipe=recipe, overrides=overrides, **judged)
     if flow == "pipeline":
@@ -140,7 +149,7 @@ def _is_nothing_new(recipe: Recipe, profile: Profile, graph: Graph, told: bool =
     )
     if is_nothing or told:
         for line in describe_new_data(news, recipe):
-            console.print(line, soft_wrap=True, markup=False)
+            console.print(line, soft_wrap=True)
     return is_nothing
 
 

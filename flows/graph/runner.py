@@ -88,11 +88,9 @@ class Session:
         seconds, summary = time.monotonic() - started, summarise_counts(artifact.counts)
         mark, took = ("=", "already there") if is_reused else ("✓", f"{seconds:.0f} s")
         get_run_logger().info("%s: %s; %s, %s", step.title, summary, artifact.folder, took)
-        console.print(
-            f"[{'dim' if is_reused else 'green'}]{mark}[/] {step.title:<14} {summary:<60} "
-            f"[dim]{artifact.digest[:8]}  {took}[/]",
-            soft_wrap=True,
-        )
+        console.print(mark, style="dim" if is_reused else "green", end=" ")
+        console.print(f"{step.title:<14} {summary:<60}", end=" ", soft_wrap=True)
+        console.print(f"{artifact.digest[:8]}  {took}", style="dim", soft_wrap=True)
         self.made[artifact.digest] = artifact
         return artifact
 

@@ -67,7 +67,7 @@ READ_AHEAD_STEPS = 2
 
 @dataclass(frozen=True)
 class Line:
-    """One figure of an estimate."""
+    """One figure of an estimate; without a figure, the heading of those that follow."""
 
     what: str
     figure: str
@@ -358,7 +358,7 @@ def engine_settings(recipe: Recipe, train: TrainConfig, machines: Machines) -> s
 def training_table(recipe: Recipe, machines: Machines, utilisation: float | None) -> Table:
     lines: list[Line] = []
     for train in recipe.train:
-        lines.append(Line(f"[bold]{train.name}[/]", "", ""))
+        lines.append(Line(train.name, "", ""))
         lines += estimate_stage(recipe, train, machines, utilisation)
     return estimate_table(f"training on {machines}", lines)
 
@@ -366,5 +366,6 @@ def training_table(recipe: Recipe, machines: Machines, utilisation: float | None
 def estimate_table(title: str, lines: Iterable[Line]) -> Table:
     table = Table(title, "figure", "from", box=None, pad_edge=False)
     for line in lines:
-        table.add_row(line.what, line.figure, line.origin)
+        is_heading = not line.figure
+        table.add_row(line.what, line.figure, line.origin, style="bold" if is_heading else "")
     return table

@@ -117,7 +117,7 @@ def register_and_judge(session: RecipeSession, graph: Graph) -> Artifact:
     page = (registered.folder / DECISION_PAGE).read_text()
     create_markdown_artifact(page, key="promotion")
     publish_lineage(session, registered)
-    console.print(f"  gate      {decision.summary}", soft_wrap=True, markup=False)
+    console.print(f"  gate      {decision.summary}", soft_wrap=True)
     return registered
 
 
@@ -173,7 +173,6 @@ def carry_out_answer(recipe: str, overrides: Sequence[str], wanted: Promote) -> 
                 f"  gate      the answer on {config.model_name}/{version} is not carried out: "
                 f"{config.alias} is another version by now, which it was not compared with",
                 soft_wrap=True,
-                markup=False,
             )
         return registered
     return None
@@ -254,7 +253,7 @@ def _ask_person(
     name = config.model_name
     if runtime.deployment.id is None:
         command = f"python -m flows promote {name}/{version}"
-        console.print(f"  gate      waits for a yes: {command}", soft_wrap=True, markup=False)
+        console.print(f"  gate      waits for a yes: {command}", soft_wrap=True)
         return False
     page = (registered.folder / DECISION_PAGE).read_text()
     form = Approval.with_initial_data(description=page, promote=False)

@@ -70,7 +70,7 @@ def print_results(recipe: Recipe, graph: Graph, profile: Profile) -> None:
         f"next      python -m flows pull {name} my-model",
         '          evaclip classify IMAGE "a red apple" "a dog" --model my-model',
     ):
-        console.print(line, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
 
 
 def results_markdown(recipe: Recipe, graph: Graph) -> str:

@@ -22,13 +22,17 @@ LOG_WIDTH = 120
 
 
 class PlainConsole(Console):
-    """Prints text of others without its control characters."""
+    """Prints text of others as it is, without its control characters: a path or a caption may look
+    like rich's markup."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(escape_control(text), **options)
 
 
-console = PlainConsole(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
+console = PlainConsole(width=None if sys.stdout.isatty() else LOG_WIDTH)
 
 
 @contextmanager
@@ -45,7 +49,7 @@ def moving_bar(title: str) -> Iterator[Report]:
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        row = bar.add_task(title, total=None, detail="")
+        row = bar.add_task(escape_control(title), total=None, detail="")
         last_line = time.monotonic()
 
         def report(done: float, total: float, detail: str = "") -> None:
@@ -54,7 +58,7 @@ def moving_bar(title: str) -> Iterator[Report]:
             bar.update(row, completed=done, total=total or None, detail=shown)
             if not console.is_terminal and time.monotonic() - last_line > LINE_EVERY_S:
                 last_line = time.monotonic()
-                console.print(f"  {title}: {done:,.0f} of {total:,.0f} {detail}", markup=False)
+                console.print(f"  {title}: {done:,.0f} of {total:,.0f} {detail}")
 
         yield report
 
