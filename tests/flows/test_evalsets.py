@@ -133,6 +133,7 @@ def test_a_bar_shows_the_path_of_a_stranger_as_it_is(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(console, "_force_terminal", True)
+    monkeypatch.setattr(console, "is_interactive", True)
     with moving_bar("convert") as report:
         report(1, 2, "dog[/b].png\x1b[2J")
     assert r"dog[/b].png\x1b[2J" in capsys.readouterr().out
