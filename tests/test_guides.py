@@ -345,7 +345,7 @@ class SigmoidObjective:
 '''
 LOSS: dict[str, Edit] = {
     "evaclip_model/training/loss/sigmoid.py": SIGMOID,
-    "evaclip_model/training/loss/objective.py": after(
+    "evaclip_model/training/config.py": after(
         '    "softmax": "evaclip_model.training.loss.softmax:SoftmaxObjective",\n',
         '    "sigmoid": "evaclip_model.training.loss.sigmoid:SigmoidObjective",\n',
     ),

@@ -14,7 +14,6 @@ from pydantic import BeforeValidator, Field, model_validator
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 from evaclip_model.reading.config import SamplingConfig
-from evaclip_model.training.loss.objective import OBJECTIVES
 
 JOB_FILE = "train.json"
 METRICS_FILE = "metrics.jsonl"
@@ -29,6 +28,12 @@ MODEL_FOLDER = "model"
 EMA_FOLDER = "model-ema"
 DRY_RUN_FILE = "dry_run.json"
 SHARD_CACHE = "shard-cache"
+
+OBJECTIVES: dict[str, str] = {
+    "softmax": "evaclip_model.training.loss.softmax:SoftmaxObjective",
+}
+"""Value of `train.objective` -> module and class; see training/loss/objective.py."""
+LossImpl = Literal["auto", "full", "streamed"]
 
 DECIDE_NOTHING = (
     "checkpoint_every_steps",
@@ -158,7 +163,7 @@ class TrainConfig(SamplingConfig):
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Chance that a sample skips the vision tower's last block; less for earlier ones."""
     objective: str = "softmax"
-    """The loss: a name of `loss.objective.OBJECTIVES`. "softmax" is CLIP's contrastive loss."""
+    """The loss: a name of `OBJECTIVES`. "softmax" is CLIP's contrastive loss."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target that is spread evenly over the whole global batch."""
     freeze: tuple[str, ...] = ()
@@ -175,7 +180,7 @@ class TrainConfig(SamplingConfig):
     """Recompute activations in the backward pass. "full" keeps only each block's input: a third of
     the memory for 30 % more time; "selective" keeps the results of matrix products too: two thirds
     for 4 % (fp32) to 20 % (bf16)."""
-    loss_impl: Literal["auto", "full", "streamed"] = "auto"
+    loss_impl: LossImpl = "auto"
     """How the loss is computed; the figures are the same. "full" keeps the logits, "streamed" makes
     them twice, a chunk at a time; "auto" streams when the logits would take over a gibibyte."""
     zero_stage: Literal[0, 1, 2] = 1

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from evaclip_model.training.loss import contrastive
 from evaclip_model.training.loss.contrastive import gathered_terms
-from evaclip_model.training.loss.softmax import LossSettings
+from evaclip_model.training.loss.loss_settings import LossSettings
 
 WAYS = {
     "full": LossSettings("full"),

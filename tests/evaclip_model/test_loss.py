@@ -16,8 +16,8 @@ from evaclip_model.training.loss.contrastive import (
     contrastive_terms,
     gathered_terms,
 )
+from evaclip_model.training.loss.loss_settings import LossSettings
 from evaclip_model.training.loss.objective import LossTerms
-from evaclip_model.training.loss.softmax import LossSettings
 
 HERE = Path(__file__).parent
 WORKER = HERE / "gather_worker.py"

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaclip_model.model.layers import to_float32
+from evaclip_model.training.loss.loss_settings import LossSettings
 from evaclip_model.training.loss.objective import LossTerms
-from evaclip_model.training.loss.softmax import LossSettings
 
 CHUNK_ROWS = 2048
 CHUNK_COLUMNS = 4096

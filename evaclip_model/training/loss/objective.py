@@ -1,7 +1,7 @@
-"""The objectives of training, by the names that `train.objective` has for them.
+"""An objective of training: what the loop asks of it, and making it by its name.
 
-Each is one file beside this one. Imports no torch, and neither may an objective's module before its
-tensors are there: plans ask for memory without it.
+Each is one file beside this one, named in `training.config.OBJECTIVES`. Imports no torch, and
+neither may an objective's module before its tensors are there: plans ask for memory without it.
 """
 
 from __future__ import annotations
@@ -10,15 +10,10 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from evaclip_model.training.config import OBJECTIVES, TrainConfig
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from evaclip_model.training.config import TrainConfig
-
-OBJECTIVES: dict[str, str] = {
-    "softmax": "evaclip_model.training.loss.softmax:SoftmaxObjective",
-}
-"""Value of `train.objective` -> module and class."""
 
 
 class LossTerms(NamedTuple):
