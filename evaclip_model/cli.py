@@ -46,6 +46,7 @@ WeightsPrecision = Annotated[Precision, Option("--precision", help="dtype of the
 commands = Typer(
     help="Use EVA-CLIP models and their files.",
     add_completion=False,
+    rich_markup_mode=None,  # importing rich would take a third of the time that help needs
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
