@@ -1,10 +1,12 @@
-"""Choices that functions and command lines share: precision, and the form a model is written in.
-Does not import torch, so that command lines start without it."""
+"""Choices that functions, configs and command lines share: precision, gradient checkpointing, and
+the form a model is written in. Does not import torch, so that command lines start without it."""
 
 from typing import Literal
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """dtype of a model's weights."""
+GradCheckpointing = Literal["none", "selective", "full"]
+"""Activations that the backward pass computes again; see `layers.run_block`."""
 Library = Literal["native", "open_clip", "timm", "transformers"]
 """native: this package's own and the released files' names. open_clip: both towers. timm: the
 image tower with its head. transformers: the text tower with its projection, as

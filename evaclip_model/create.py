@@ -15,14 +15,13 @@ from torch.overrides import TorchFunctionMode
 from evaclip_model.choices import Precision
 from evaclip_model.errors import InputError
 from evaclip_model.model.clip import EvaClip, initialise_weights
-from evaclip_model.model.layers import AttentionChoice, require_dtype
+from evaclip_model.model.layers import DTYPES, AttentionChoice, require_dtype
 from evaclip_model.model.model_config import CONFIG_FILE, ModelConfig
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE, open_tensors
 from evaclip_model.weights.load import LoadReport, load_weights
 
 _LARGEST_ENLARGEMENT = 4
 """Of all values of the weights: the most that a position table may be resized to."""
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def create_model(
@@ -45,13 +44,13 @@ def create_model(
 
     Raises: InputError: unknown name, kernel or precision; wrong config; weights that do not fit.
     """
-    if precision not in _DTYPES:
-        raise InputError(f"precision '{precision}' is unknown: choose one of {', '.join(_DTYPES)}")
+    if precision not in DTYPES:
+        raise InputError(f"precision '{precision}' is unknown: choose one of {', '.join(DTYPES)}")
     if weights is not None:
         return load_model(name, weights, precision=precision, attention=attention)[0]
     model = _random_model(ModelConfig.load(name), seed, attention)
-    require_dtype(attention, _DTYPES[precision])
-    return model.to(_DTYPES[precision])
+    require_dtype(attention, DTYPES[precision])
+    return model.to(DTYPES[precision])
 
 
 def load_model(
@@ -66,9 +65,9 @@ def load_model(
     _require_plausible_size(config, weights)
     with torch.device("meta"), _WithoutValues():
         model = EvaClip(config, attention)
-    require_dtype(attention, _DTYPES[precision])
+    require_dtype(attention, DTYPES[precision])
     # Memory is taken once, in the final dtype, and filled from the file alone.
-    model = model.to(_DTYPES[precision]).to_empty(device=torch.get_default_device())
+    model = model.to(DTYPES[precision]).to_empty(device=torch.get_default_device())
     return model, load_weights(model, weights)
 
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evaclip_model.choices import GradCheckpointing
 from evaclip_model.model.layers import (
     AttentionChoice,
-    GradCheckpointing,
     SwiGluMlp,
     attention_kernel,
     drop_path_rates,
@@ -24,12 +24,9 @@ from evaclip_model.model.layers import (
     resolved_attention,
     to_float32,
 )
-from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.model.model_config import INITIAL_LOGIT_SCALE, ModelConfig
 from evaclip_model.model.text import TextBlock, TextTower
 from evaclip_model.model.vision import VisionBlock, VisionTower
-
-INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
-"""Natural logarithm of the initial inverse temperature (CLIP, section 2.5)."""
 
 
 class EvaClip(nn.Module):

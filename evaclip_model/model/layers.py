@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -25,6 +25,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from evaclip_model.choices import GradCheckpointing, Precision
 from evaclip_model.cpu.linear import Linear, is_traced, linear
 from evaclip_model.errors import InputError
 
@@ -55,6 +56,11 @@ FLASH_CAPABILITY = ((8, 0), (13, 0))
 """First compute capability that the packages run on, and the first they do not."""
 FLASH_HEAD_MULTIPLE = 8
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
+DTYPES: Mapping[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 def attention_kernel(choice: AttentionChoice, head_widths: Sequence[int] = ()) -> AttentionKernel:
@@ -420,8 +426,6 @@ def drop_path_rates(last: float, blocks: int) -> list[float]:
     return [last * depth / max(1, blocks - 1) for depth in range(blocks)]
 
 
-GradCheckpointing = Literal["none", "selective", "full"]
-
 _KEPT = {
     "aten::addmm",
     "aten::mm",
@@ -449,7 +453,9 @@ def require_mode(mode: str) -> GradCheckpointing:
 
 
 def run_block(mode: GradCheckpointing, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """The block's output; in the backward pass it is computed again, with the same random numbers.
+    """The output of `block(*inputs)`, [B, S, W] of an image block or [S, W] of a text block, of
+    fewer tokens where the inputs ask for that; in the backward pass it is computed again, with the
+    same random numbers.
 
     Args:
         mode: "none" keeps every activation, "selective" the results of matrix products and fused

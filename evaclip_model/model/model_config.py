@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -24,6 +25,8 @@ from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 
 CONFIG_FILE = "config.json"
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+"""Natural logarithm of the initial inverse temperature (CLIP, section 2.5)."""
 
 ALIASES = {
     "EVA02-CLIP-bigE-14": "EVA02-CLIP-E-14",

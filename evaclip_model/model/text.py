@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evaclip_model.choices import GradCheckpointing
 from evaclip_model.cpu.linear import is_traced, linear
 from evaclip_model.model.layers import (
     AttentionKernel,
-    GradCheckpointing,
     TextAttention,
     TextMlp,
     run_block,

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evaclip_model.choices import GradCheckpointing
 from evaclip_model.cpu.linear import Linear, linear
 from evaclip_model.model.layers import (
     AttentionKernel,
     DropPath,
     GeluMlp,
-    GradCheckpointing,
     GridRope,
     SwiGluMlp,
     VisionAttention,

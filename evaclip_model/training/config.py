@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from evaclip_model.choices import GradCheckpointing, Precision
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 from evaclip_model.reading.config import SamplingConfig
@@ -33,6 +34,7 @@ OBJECTIVES: dict[str, str] = {
     "softmax": "evaclip_model.training.loss.softmax:SoftmaxObjective",
 }
 """Value of `train.objective` -> module and class; see training/loss/objective.py."""
+Schedule = Literal["cosine", "linear", "constant"]
 LossImpl = Literal["auto", "full", "streamed"]
 
 DECIDE_NOTHING = (
@@ -152,7 +154,7 @@ class TrainConfig(SamplingConfig):
     """Largest norm of the whole gradient, in the loss's units; "none" switches clipping off."""
     warmup_steps: int = Field(default=2000, ge=0)
     """Optimizer steps of linear warm-up."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     """Learning rate after warm-up: half a cosine down to 0, a line down to 0, or as it is."""
     patch_dropout: float = Field(default=0.5, ge=0, lt=1)
     """Share of image patches masked out in training (FLIP); 0 keeps all."""
@@ -173,10 +175,10 @@ class TrainConfig(SamplingConfig):
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Decay of a running mean of the weights, kept beside them and saved as `model-ema/`; none: no
     such mean."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     """Type of weights and activations; masters and optimizer states are fp32 always."""
     lamb: LambConfig = LambConfig()
-    grad_checkpointing: Literal["none", "selective", "full"] = "none"
+    grad_checkpointing: GradCheckpointing = "none"
     """Recompute activations in the backward pass. "full" keeps only each block's input: a third of
     the memory for 30 % more time; "selective" keeps the results of matrix products too: two thirds
     for 4 % (fp32) to 20 % (bf16)."""

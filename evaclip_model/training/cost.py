@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
+from evaclip_model.choices import GradCheckpointing
 from evaclip_model.model.model_config import ModelConfig, TextConfig, VisionConfig
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.engine.deepspeed_config import LARGEST_BUCKET
 from evaclip_model.training.loss.objective import make_objective
 
-Mode = Literal["none", "selective", "full"]
-"""Of gradient checkpointing."""
 PACKED_TEXT_TOKENS = 20.0
 """Tokens of a web caption with its start and end, on average; what packing computes of 77."""
 BACKWARD_PASSES = 2
@@ -261,10 +259,10 @@ class _Block:
     """What gradients inside the block take while its backward pass runs, beyond what it has let go
     of by then."""
 
-    def count_held(self, mode: Mode) -> int:
+    def count_held(self, mode: GradCheckpointing) -> int:
         """Numbers that stay until the backward pass reaches the block."""
         return {"none": self.kept, "selective": self.products, "full": self.width}[mode]
 
-    def at_once(self, mode: Mode) -> int:
+    def at_once(self, mode: GradCheckpointing) -> int:
         """Numbers that the one block at work has besides."""
         return self.kept - self.count_held(mode) + self.working

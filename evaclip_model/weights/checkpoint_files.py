@@ -20,7 +20,7 @@ from evaclip_model.weights.tensor_files import StoredTensor, read_safetensors, r
 WEIGHTS_FILE = "model.safetensors"
 """Name of the weights in a saved model's folder, here and at Hugging Face."""
 _INDEX = ".index.json"
-_DEEPSPEED_FILE = "mp_rank_00_model_states.pt"
+DEEPSPEED_STATES = "mp_rank_00_model_states.pt"
 _DEEPSPEED_NEWEST = "latest"
 """DeepSpeed's file that names the newest folder beside it."""
 _WRAPPING_MODULES = {"module", "_orig_mod"}
@@ -59,6 +59,15 @@ def plain_name(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in _WRAPPING_MODULES)
 
 
+def find_newest_deepspeed(folder: Path) -> Path | None:
+    """The checkpoint that DeepSpeed's file `latest` in a training's folder names; None: no such
+    file."""
+    newest = folder / _DEEPSPEED_NEWEST
+    if not newest.is_file():
+        return None
+    return folder / Path(newest.read_text(errors="replace").strip()).name
+
+
 def _of_file(path: Path, allow_torchscript: bool) -> dict[str, StoredTensor]:
     if not path.is_file():
         raise InputError(f"{path} does not exist: give a .safetensors or .pt file of weights")
@@ -76,8 +85,7 @@ def _of_folder(
         return _of_training(whole[0], shapes)
     if states := sorted(folder.glob("mp_rank_*_model_states.pt")):
         return _of_deepspeed(folder, states)
-    if (folder / _DEEPSPEED_NEWEST).is_file():
-        newest = folder / Path((folder / _DEEPSPEED_NEWEST).read_text().strip()).name
+    if newest := find_newest_deepspeed(folder):
         return _of_deepspeed(newest, sorted(newest.glob("mp_rank_*_model_states.pt")))
     if (folder / WEIGHTS_FILE).is_file():
         return read_safetensors(folder / WEIGHTS_FILE)
@@ -124,9 +132,9 @@ def _of_index(index: Path, allow_torchscript: bool) -> dict[str, StoredTensor]:
 
 
 def _of_deepspeed(folder: Path, states: list[Path]) -> dict[str, StoredTensor]:
-    if [path.name for path in states] != [_DEEPSPEED_FILE]:
+    if [path.name for path in states] != [DEEPSPEED_STATES]:
         raise InputError(
-            f"{folder} holds {len(states)} model states where one is expected, {_DEEPSPEED_FILE}: "
+            f"{folder} holds {len(states)} model states where one is expected, {DEEPSPEED_STATES}: "
             "join a model-parallel checkpoint with DeepSpeed's own tools first"
         )
     return read_torch(states[0])

@@ -145,7 +145,8 @@ def unwrap_model(model: nn.Module) -> EvaClip:
 
 
 def released_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A model's weights with the names and shapes of the released files, without copies.
+    """A model's weights by name, as the released files have them and without copies: [...] of the
+    parameter's shape and dtype, `logit_scale` [].
 
     Those of a model that FSDP2 sharded are gathered, one by one, on the CPU of rank 0: every rank
     must call, and the others get none.
@@ -172,7 +173,12 @@ def _is_sharded(value: Tensor) -> bool:
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as `save_weights` does."""
+    """Write tensors [...] of any shapes, on any device, as `save_weights` does.
+
+    Raises:
+        InputError: `path` does not end in `.safetensors`.
+        OSError: the disk is full; what was at `path` is still there.
+    """
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: weights are written as safetensors; end the name in it")
     plain = {name: value.cpu().contiguous() for name, value in tensors.items()}

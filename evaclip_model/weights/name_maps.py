@@ -56,7 +56,8 @@ class Entry:
         return value.t() if self.join == "transposed" else value
 
     def split_native(self, native: Tensor) -> dict[str, Tensor]:
-        """The other direction: the native tensor as the other layout's, which are views of it."""
+        """The other direction: the native tensor [n, ...] as the other layout's, which are views of
+        it: whole, transposed, or one [n / sources, ...] for each source."""
         if self.join == "rows":
             return dict(zip(self.sources, native.chunk(len(self.sources)), strict=True))
         return {self.sources[0]: native.t() if self.join == "transposed" else native}

@@ -96,7 +96,8 @@ class StoredTensor:
 def write_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write `tensors` to `path` and wait until they are on the disk.
+    """Write `tensors`, contiguous [...] of any shapes on the CPU, to `path` as a safetensors file,
+    and wait until they are on the disk.
 
     Raises: OSError: the disk is full, or refuses for another reason; `path` is gone then.
         safetensors itself raises an error that names the reason in its text only.

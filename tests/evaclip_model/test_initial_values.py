@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from evaclip_model.create import create_model
-from evaclip_model.model.clip import INITIAL_LOGIT_SCALE
-from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.model.model_config import INITIAL_LOGIT_SCALE, ModelConfig
 from tests.evaclip_model.peers import FAMILIES, in_their_names, peer_of
 
 NORM = r"(norm1|norm2|norm|ln_1|ln_2|ln_final|inner_attn_ln|ffn_ln)"

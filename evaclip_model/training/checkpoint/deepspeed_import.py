@@ -27,20 +27,18 @@ from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.training.checkpoint.save_and_load import save_checkpoint, settings_of
 from evaclip_model.training.checkpoint.storage import place_of
 from evaclip_model.training.config import TrainConfig
-from evaclip_model.training.engine.engine import StateFragment
+from evaclip_model.training.engine.engine import SCALER_FIELDS, StateFragment
+from evaclip_model.weights.checkpoint_files import DEEPSPEED_STATES, find_newest_deepspeed
 from evaclip_model.weights.checkpoint_format import TrainingProgress
 from evaclip_model.weights.name_maps import Entry, native_names
 
-_MODEL_STATES = "mp_rank_00_model_states.pt"
 _OPTIMIZER_STATES = (
     "zero_pp_rank_{}_mp_rank_00_optim_states.pt",
     "bf16_zero_pp_rank_{}_mp_rank_00_optim_states.pt",
 )
 """Of rank {}; DeepSpeed names those of a bf16 run in a way of its own."""
-_NEWEST = "latest"
 _KINDS = {"fp32": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 """A universal checkpoint's files -> our names."""
-_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 Pieces = Sequence[Mapping[str, Tensor]]
 """Of one parameter, in order: our kind -> [n] fp32."""
 
@@ -61,9 +59,10 @@ def import_checkpoint(
     """
     if place_of(location).list_steps():
         raise InputError(f"{location} holds checkpoints already: give a location without any")
-    newest = source / _NEWEST
-    folder = source / Path(newest.read_text().strip()).name if newest.is_file() else source
-    found = _read_universal(source) if (source / "zero").is_dir() else _read_zero(folder)
+    if (source / "zero").is_dir():
+        found = _read_universal(source)
+    else:
+        found = _read_zero(find_newest_deepspeed(source) or source)
     progress = TrainingProgress(
         step=found.step,
         counters={"updates": found.updates, "scaler": dict(found.scaler)},
@@ -97,7 +96,7 @@ class _Found:
 
 def _read_zero(folder: Path) -> _Found:
     """ZeRO-1 and ZeRO-2: every rank's file holds its cut of each group's flat tensors."""
-    model = _open_file(folder / _MODEL_STATES)
+    model = _open_file(folder / DEEPSPEED_STATES)
     others = sorted(folder.glob("*mp_rank_01*"))
     if others:
         raise InputError(f"{others[0]} is of a model-parallel run: join it with DeepSpeed's tools")
@@ -137,7 +136,7 @@ def _read_zero(folder: Path) -> _Found:
 
 
 def _read_universal(folder: Path) -> _Found:
-    model = _open_file(folder / _MODEL_STATES)
+    model = _open_file(folder / DEEPSPEED_STATES)
     state = _open_file(folder / "zero" / "optimizer_state.pt")
     with _well_formed(folder):
         shapes, pieces = {}, {}
@@ -180,7 +179,7 @@ def _read_scaler(state: Mapping[str, Any]) -> dict[str, Any]:
     if not state.get("dynamic_loss_scale"):
         return {}
     fields = vars(state["loss_scaler"])
-    return {name: fields[name] for name in _SCALER_FIELDS if name in fields}
+    return {name: fields[name] for name in SCALER_FIELDS if name in fields}
 
 
 def _of_model(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from evaclip_model.cpu.gloo_gather import all_gather_into_tensor
 from evaclip_model.errors import InputError
+from evaclip_model.model.layers import DTYPES
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.engine.deepspeed_config import MIN_LOSS_SCALE, deepspeed_config
 from evaclip_model.training.engine.fp32_state import (
@@ -42,8 +43,8 @@ from evaclip_model.training.optimizer.optimizer import (
 )
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""State of DeepSpeed's fp16 loss scaler, by its names."""
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,7 @@ class DeepSpeedEngine:
         counters: dict[str, Any] = {"updates": self._optimizer.updates}
         if scaler is not None:
             counters["scaler"] = {
-                name: getattr(scaler, name) for name in _SCALER_FIELDS if hasattr(scaler, name)
+                name: getattr(scaler, name) for name in SCALER_FIELDS if hasattr(scaler, name)
             }
         return counters
 
@@ -394,7 +395,7 @@ def _made_low(
 
     DeepSpeed would make masters of what is left of them.
     """
-    dtype = _DTYPES[config.precision]
+    dtype = DTYPES[config.precision]
     exact = {
         name: parameter.detach()
         for name, parameter in named.items()

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from evaclip_model.model.model_config import INITIAL_LOGIT_SCALE
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.loss.loss_settings import LossSettings
 from evaclip_model.training.loss.objective import LossTerms
@@ -24,7 +25,7 @@ LOGIT_SCALE = "logit_scale"
 class SoftmaxObjective:
     """Every image is to find its caption among all, and every caption its image."""
 
-    parameters: Mapping[str, float] = {LOGIT_SCALE: math.log(1 / 0.07)}
+    parameters: Mapping[str, float] = {LOGIT_SCALE: INITIAL_LOGIT_SCALE}
     bounds: Mapping[str, tuple[float, float]] = {LOGIT_SCALE: (0.0, math.log(100))}
     """Of the logarithm of the inverse temperature (CLIP, section 2.5)."""
 

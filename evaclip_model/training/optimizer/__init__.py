@@ -1,1 +1,1 @@
-"""LAMB, parameter groups, the running mean of weights."""
+"""LAMB, parameter groups, learning rates."""

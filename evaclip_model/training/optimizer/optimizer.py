@@ -24,10 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.config import Schedule, TrainConfig
 
 Tower = Literal["vision", "text", "other"]
-Schedule = Literal["cosine", "linear", "constant"]
 TOWERS: tuple[Tower, ...] = ("vision", "text", "other")
 
 _EMBEDDINGS = (
