@@ -297,7 +297,7 @@ def take_over(
     """Go on with a DeepSpeed training."""
     try:
         settings = json.loads(job_file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{job_file} cannot be read as a training job ({error})") from None
 
     from evaclip_model.training.checkpoint.deepspeed_import import import_checkpoint

@@ -30,9 +30,14 @@ class Config(BaseModel):
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> Self:
         """Validate `values`, read from `where` (a file name, for the message).
 
-        Raises: InputError: naming the first wrong key, what was expected, and the nearest known
-            key.
+        Raises: InputError: `values`, parsed from a file of a user's, are not keys and values; or
+            naming the first wrong key, what was expected, and the nearest known key.
         """
+        if not isinstance(values, Mapping):
+            raise InputError(
+                f"{where} should hold a JSON object, keys and values in braces, not "
+                f"{repr(values)[:40]}"
+            )
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
@@ -87,7 +92,7 @@ def refuse_repeated_names(what: str, names: Sequence[str]) -> None:
 def explain_error(model: type[BaseModel], error: ValidationError) -> str:
     """Render the first problem of a pydantic validation error as one sentence."""
     first = error.errors(include_url=False)[0]
-    location = tuple(part for part in first["loc"])
+    location = first["loc"]
     key = ".".join(str(part) for part in location)
     more = f" ({error.error_count() - 1} more problems follow)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":

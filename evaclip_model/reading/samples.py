@@ -166,8 +166,6 @@ class ShardManifest(Config):
             raise InputError(f"{path} does not exist: verify the shards to make it") from None
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read as a shard manifest ({error})") from None
-        if not isinstance(values, dict):
-            raise InputError(f"{path} should hold a JSON object with the key 'shards'")
         return cls.from_mapping(values, where=str(path))
 
     def write(self, path: Path) -> None:

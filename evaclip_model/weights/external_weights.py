@@ -41,9 +41,10 @@ class Reference(Config):
         if not path.is_file():
             return None
         try:
-            return cls.from_mapping(json.loads(path.read_text()), where=str(path))
+            values = json.loads(path.read_text())
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is not a reference to weights ({error})") from None
+        return cls.from_mapping(values, where=str(path))
 
     @property
     def path(self) -> Path | None:

@@ -183,3 +183,7 @@ def test_the_command_starts_a_run_there(written, architecture, tmp_path, capsys)
     assert found is not None
     assert main(["take-over", str(written), str(tmp_path / "none.json")]) == 2
     assert "none.json cannot be read as a training job" in capsys.readouterr().err
+    for content, said in (("[1, 2]", "should hold a JSON object"), ("[" * 100_000, "cannot be")):
+        (tmp_path / "odd.json").write_text(content)
+        assert main(["take-over", str(written), str(tmp_path / "odd.json")]) == 2
+        assert f"odd.json {said}" in capsys.readouterr().err

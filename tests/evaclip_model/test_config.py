@@ -66,3 +66,9 @@ def test_no_checkpoint_or_artifact_of_a_training_stage_is_lost_to_tables():
     stage = TrainConfig(name="x", image_px=32, samples_seen=64, global_batch=16)
     assert all(not isinstance(value, dict) for value in stage.compute_identity().values() if value)
     assert set(TrainConfig.RENAMED) < set(stage.compute_identity())
+
+
+@pytest.mark.parametrize("values", [[1, 2], [["name", "a"]], "name", 3, None])
+def test_a_file_without_keys_is_refused_in_one_sentence(values: object):
+    with pytest.raises(InputError, match=r"x.json should hold a JSON object, .*, not ."):
+        Stage.from_mapping(values, where="x.json")
