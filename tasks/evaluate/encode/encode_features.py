@@ -105,7 +105,7 @@ class Cache:
         by_age = sorted(self.root.rglob(_USED), key=_last_use, reverse=True)
         total = 0
         for mark in by_age:
-            total += sum(_folder_bytes(file) for file in mark.parent.iterdir())
+            total += sum(_file_bytes(file) for file in mark.parent.iterdir())
             if total > self.most_bytes:
                 shutil.rmtree(mark.parent, ignore_errors=True)
 
@@ -116,7 +116,7 @@ def _last_use(path: Path) -> float:
     return 0.0
 
 
-def _folder_bytes(path: Path) -> int:
+def _file_bytes(path: Path) -> int:
     with suppress(OSError):
         return path.stat().st_size
     return 0
@@ -137,7 +137,7 @@ class ImageList:
 
 
 class UnusableSetError(InputError):
-    """An image of a set cannot be decoded: the set fails, the others do not."""
+    """An image of a set cannot be decoded or cropped: the set fails, the others do not."""
 
 
 def begin_block(
@@ -205,17 +205,22 @@ def _read_block(folder: Path, number: int, images: int) -> Tensor | None:
 
 
 def _load_pixels(images: ImageList, transform: Callable[[Image.Image], Tensor], row: int) -> Tensor:
+    where, edge = f"{images.spans[row].tar}: image {images.keys[row]}", images.crop_px
     try:
         image = decode_image(images.spans[row].read())
-        if images.crop_px:
-            edge = images.crop_px
-            image = image.crop((edge, edge, image.width - edge, image.height - edge))
-        return transform(image)
+        width, height = image.size
+        if not edge:
+            return transform(image)
+        if min(width, height) > 2 * edge:
+            return transform(image.crop((edge, edge, width - edge, height - edge)))
     except (UnreadableImageError, InputError) as error:  # undecodable, or its tar was cut short
         raise UnusableSetError(
-            f"{images.spans[row].tar}: image {images.keys[row]}: {error}; every image of a set is "
-            "evaluated or none, so fetch or write this set again"
+            f"{where}: {error}; every image of a set is evaluated or none, so fetch or write this "
+            "set again"
         ) from None
+    raise UnusableSetError(
+        f"{where} has {width} x {height} pixels, of which crop_px = {edge} leaves none: give less"
+    )
 
 
 def texts_of(evalset: EvalSet) -> list[str]:
@@ -229,34 +234,21 @@ class TextFeatures:
     """The features of one text tower that are on disk."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the features in `folder`; `read_new_files` reads those that others add later."""
-        self._folder = folder
-        self._read: set[str] = set()
         self._row: dict[bytes, int] = {}
-        self._features = torch.empty(0)
-        self.read_new_files()
-
-    def read_new_files(self) -> None:
-        blocks = [self._features] if self._row else []
-        rows = len(self._row)
-        for path in sorted(self._folder.glob(f"*{SUFFIX}")):
-            if path.name in self._read:
-                continue
+        blocks = []
+        for path in sorted(folder.glob(f"*{SUFFIX}")):
             block = read_block(path)
             if block is None or not {_KEYS, _FEATURES} <= block.keys():
                 continue
-            self._read.add(path.name)
             content = block[_KEYS].numpy().tobytes()
             fresh: list[int] = []
             for row in range(len(block[_FEATURES])):
                 key = content[row * _KEY_BYTES : (row + 1) * _KEY_BYTES]
                 if key not in self._row:
-                    self._row[key] = rows + len(fresh)
+                    self._row[key] = len(self._row)
                     fresh.append(row)
             blocks.append(block[_FEATURES][fresh])
-            rows += len(fresh)
-        if blocks:
-            self._features = torch.cat(blocks)
+        self._features = torch.cat(blocks) if blocks else torch.empty(0)
 
     def missing_texts(self, texts: Sequence[str]) -> list[str]:
         return [text for text in texts if _text_key(text) not in self._row]

@@ -95,7 +95,8 @@ def seen_in_training(
 
 
 def figures_without(scored: Scored, seen: Mask) -> Figures | None:
-    """Figures of the images that were not seen; none where all were.
+    """Figures of the images that were not seen; none where all were, or where those of a
+    multilabel set that are left have no class.
 
     Of retrieval, the questions of the images left and of their captions; the answers to choose
     from stay all there are, so that a question is as hard as it was.
@@ -105,6 +106,8 @@ def figures_without(scored: Scored, seen: Mask) -> Figures | None:
         return None
     evalset = scored.evalset
     samples = tuple(one for one, gone in zip(evalset.samples, seen, strict=True) if not gone)
+    if evalset.kind == "multilabel" and not any(one.labels for one in samples):
+        return None
     captions = left[image_of_caption(evalset)]
     return compute_figures(
         Scored(

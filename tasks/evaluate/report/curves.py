@@ -75,15 +75,15 @@ def loss_chart(curve: Curve) -> Markup:
     raw = list(zip(curve.samples, curve.losses, strict=True))
     width = max(1, round(len(raw) * SMOOTH))
     smooth = [
-        (x, sum(part) / len(part))
-        for index, x in enumerate(curve.samples)
+        (curve.samples[index], sum(part) / len(part))
+        for index in range(0, len(raw), stride)
         for part in (curve.losses[max(0, index - width + 1) : index + 1],)
     ]
     guessing = [(curve.samples[0], log(curve.batch)), (curve.samples[-1], log(curve.batch))]
     lines = [
         ChartLine(guessing, "guessing", "chance"),
         ChartLine(raw[::stride], "each step", "raw"),
-        ChartLine(smooth[::stride], f"mean of {width} steps", "subject"),
+        ChartLine(smooth, f"mean of {width} steps", "subject"),
     ]
     return line_chart(lines, x="image-text pairs seen", y="contrastive loss")
 

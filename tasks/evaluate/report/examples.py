@@ -60,8 +60,8 @@ def pick_searches(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
                 {
                     "uri": _image_thumbnail(scored.evalset, image),
                     "right": image == int(owner[query]),
+                    "title": scored.evalset.samples[image].captions[0],
                 }
-                | {"title": scored.evalset.samples[image].captions[0]}
                 for image in scored.images.top[query].tolist()
             ],
             "own": _image_thumbnail(scored.evalset, int(owner[query])),

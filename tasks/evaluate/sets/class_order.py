@@ -58,7 +58,7 @@ class ClassOrder:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """The same, and the number of classes that no word of the source has."""
+        """The sentences of `joined`, and the number of classes that no word of the source has."""
         empty = len(self.names) - len(set(self.labels.values()))
         remark = f"{empty} of {len(self.names)} classes have no image here"
         return (*self.joined, remark) if empty else self.joined
@@ -92,6 +92,9 @@ def read_class_names(chosen: str, known: KnownSet | None) -> ClassNameList:
             numbers = [int(one) for one in ids] if pattern is _NUMBER_LINE else []
             if pattern is _SYNSET_LINE or numbers in _numberings(len(ids)):
                 return _with_words(ids, tuple(m[2] for m in matches if m), chosen)
+    if any("\t" in line for line in lines):
+        odd = next(number for number, line in enumerate(lines, 1) if line.count("\t") != 1)
+        raise InputError(f"{chosen} line {odd} is not WORD<tab>NAME: all lines must be, or none")
     return ClassNameList(lines, chosen)
 
 

@@ -106,7 +106,8 @@ def open_set(
 
     Raises:
         InputError: a file is missing or unreadable, a sample lacks its image or its label, a
-            label has no class name, a source lacks the set, or the set is of another kind.
+            label has no class name, no image of a multilabel set has a class, a source lacks the
+            set, or the set is of another kind.
     """
     found = kind_of(folder)
     if found != kind:
@@ -125,6 +126,11 @@ def open_set(
         names = find_classnames(name, classnames, known, folder)
         names, entries = _in_subset(names, entries, tars, known)
         _check_labels(names, entries, tars, folder / CLASSNAMES)
+        if kind == "multilabel" and not any(entry.answer[1] for entry in entries):
+            raise InputError(
+                f"evaluation set '{name}': no image in {folder / SPLIT} has a class, so there is "
+                "no precision to measure: each .npy needs a 1 for every class that its image shows"
+            )
         prompts = find_templates(name, templates, known, folder)
         source = _source_of(templates, classnames)
     samples = tuple(_read_sample(entry, tars, kind) for entry in entries)
@@ -146,7 +152,9 @@ def kind_of(folder: Path) -> Kind:
         InputError: its dataset_type.txt has another word.
     """
     path = folder / DATASET_TYPE
-    found = path.read_text().strip().lower() if path.is_file() else "classification"
+    found = "classification"
+    if path.is_file():
+        found = path.read_text(errors="replace").strip().lower()
     for kind in _ANSWERS:
         if found == kind:
             return kind  # type: ignore[return-value]

@@ -193,3 +193,11 @@ def test_names_of_a_known_set_in_another_order_are_noticed() -> None:
     assert "in another order (37 stand elsewhere" in said
     (said,) = odd_names((*names[:-1], "unknown cat"), known)
     assert "1 names are not in clip_benchmark's list of 'pets': unknown cat" in said
+
+
+def test_a_list_of_which_some_lines_have_two_columns_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("a\tcat\nb\n")
+    with pytest.raises(
+        InputError, match=r"names\.txt line 2 is not WORD<tab>NAME: all lines must be"
+    ):
+        read_class_names(str(tmp_path / "names.txt"), None)

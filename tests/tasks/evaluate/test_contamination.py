@@ -187,3 +187,9 @@ def test_figures_without_some_images_of_several_classes() -> None:
     found = figures_without(Scored(evalset, scores=scores), np.array([True, False, False, False]))
     smaller = label_set(shown[1:], ("a", "b"))
     assert found == compute_figures(Scored(smaller, scores=scores[1:]))
+
+
+def test_there_are_no_figures_where_only_images_without_a_class_are_left() -> None:
+    evalset = label_set([[0], []], ("a",))
+    scored = Scored(evalset, scores=torch.tensor([[1.0], [0.0]]))
+    assert figures_without(scored, np.array([True, False])) is None

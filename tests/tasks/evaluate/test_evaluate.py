@@ -218,6 +218,19 @@ def test_one_unreadable_image_fails_the_set_in_one_sentence(
     assert not (tmp_path / "results.json").exists()
 
 
+def test_a_crop_that_leaves_nothing_of_an_image_fails_the_set(
+    classification: Path, tmp_path: Path, saved_model: SavedModel
+):
+    given = {"folder": "-", "kind": "classification", "templates": ("a {c}",), "crop_px": 64}
+    config = EvaluateConfig(sets=(EvalSetConfig(name="small", **given),))
+    complaint = r"image \S+ has \d+ x \d+ pixels, of which crop_px = 64 leaves none: give less\)"
+    with pytest.raises(InputError, match=complaint):
+        evaluate_models(
+            *(config, {"m": saved_model(1)}, {"small": classification}, []),
+            *(tmp_path / "out", report_nothing),
+        )
+
+
 def test_a_diverged_model_is_refused(
     tmp_path: Path, saved_model: SavedModel, sets: Mapping[str, Path]
 ):

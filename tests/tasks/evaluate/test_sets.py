@@ -242,6 +242,23 @@ def test_a_multilabel_set_has_the_classes_of_each_image(
         open_set("several", folder, "multilabel")
 
 
+def test_a_multilabel_set_without_any_class_is_refused(
+    tmp_path: Path, write: Callable[..., Path], disc: Callable[[str, int], bytes]
+):
+    members = [("a.webp", disc("red", 1)), ("a.npy", npy(np.array([0, 0])))]
+    folder = write(
+        *(tmp_path / "none", [members]), dataset_type="multilabel", classnames="cat\ndog\n"
+    )
+    with pytest.raises(InputError, match=r"'none': no image in \S+ has a class"):
+        open_set("none", folder, "multilabel", ("a {c}",))
+
+
+def test_a_kind_that_is_not_text_is_refused(classification: Path):
+    (classification / "dataset_type.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="must hold one of classification, multilabel, retrieval"):
+        open_set("c", classification, "classification")
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [

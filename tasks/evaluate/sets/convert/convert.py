@@ -62,22 +62,14 @@ class Words:
     """Number of the first class, where classes are numbers; told from them where unset."""
 
     def order_classes(
-        self,
-        words: Sequence[str],
-        where: str,
-        display_names: Mapping[str, str] | None = None,
-        known: KnownSet | None = None,
+        self, words: Sequence[str], where: str, display_names: Mapping[str, str] | None = None
     ) -> ClassOrder:
-        """Labels and names of the classes that the source calls `words`.
-
-        Args:
-            known: the set it is, where the source says it and not the person."""
-        known = known or self.known
-        chosen = read_class_names(self.classnames, known) if self.classnames else None
+        """Labels and names of the classes that the source calls `words`."""
+        chosen = read_class_names(self.classnames, self.known) if self.classnames else None
         return order_classes(
             words,
             chosen,
-            known,
+            self.known,
             where=where,
             display_names=display_names,
             order=self.order,
