@@ -243,10 +243,10 @@ def _run_conversion(convert_set: Callable[..., Conversion]) -> None:
 
     with moving_bar("convert") as report:
         made = convert_set(report=report)
-    text = f"{made.images:,} images in {made.tars} tars: {made.folder}"
     again = " (made again: its sources or settings had changed)" if made.again else ""
     console.print("✓", style="green", end=" ")
-    console.print(f"{text}{again}", soft_wrap=True)
+    made_here = f"{made.images:,} images in {made.tars} tars: {made.folder}{again}"
+    console.print(made_here, soft_wrap=True)
     if made.classnames:
         named = some_names(made.classnames)
         console.print(f"  {len(made.classnames):,} classes: {named}", soft_wrap=True)

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from flows.__main__ import main
-from flows.reporting.terminal import console, moving_bar
 from tasks.evaluate.sets.set_registry import all_sets, find_set
 from tests.tasks.evaluate.all_sets import write_known_set
 
@@ -127,16 +126,6 @@ def test_names_with_brackets_are_printed_as_they_are(
     assert evalsets("check", folder, "--templates", "openai") == 0
     odd = "1 names have an underscore, which a text tower reads as they stand: [red]dog_[/red]"
     assert odd in capsys.readouterr().out
-
-
-def test_a_bar_shows_the_path_of_a_stranger_as_it_is(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(console, "_force_terminal", True)
-    monkeypatch.setattr(console, "is_interactive", True)
-    with moving_bar("convert") as report:
-        report(1, 2, "dog[/b].png\x1b[2J")
-    assert r"dog[/b].png\x1b[2J" in capsys.readouterr().out
 
 
 def test_a_source_of_templates_that_does_not_exist_is_refused(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from evaclip_model.choices import Precision
-from evaclip_model.errors import InputError
+from evaclip_model.errors import InputError, shorten_error
 from tasks.evaluate.encode.open_models import DIGEST_CHARS, Identity, digest_of
 from tasks.evaluate.torchvision_import import import_torchvision
 
@@ -231,7 +231,7 @@ def _import_library() -> Any:
         import open_clip
     except (ImportError, RuntimeError) as error:
         raise InputError(
-            f"open_clip cannot be imported ({str(error)[:200]}): install the project with its "
+            f"open_clip cannot be imported ({shorten_error(error)}): install the project with its "
             "'open_clip' extra, and a torchvision that fits the installed torch"
         ) from error
     return open_clip

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evaclip_model.errors import InputError
+from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.files import write_atomically
 from evaclip_model.zeroshot.set_layout import (
     CLASSNAMES,
@@ -226,7 +226,7 @@ def _parse_labels(content: bytes, where: str) -> list[Any]:
         _check_npy_size(content)
         vector = np.load(io.BytesIO(content), allow_pickle=False)
     except Exception as error:  # numpy hands a header to Python's parsers, which raise many kinds
-        reason = str(error)[:200]
+        reason = shorten_error(error)
         raise InputError(f"{where}.npy cannot be read as a vector ({reason})") from None
     if vector.ndim != 1 or vector.dtype.kind not in "biuf" or not np.isin(vector, (0, 1)).all():
         raise InputError(f"{where}.npy must hold one 0 or 1 a class, got shape {vector.shape}")

@@ -290,3 +290,13 @@ def test_a_picture_that_is_converted_keeps_its_pixels(images: Path, tmp_path: Pa
         Image.open(images / "a" / "0.jpg") as before,
     ):
         assert np.array_equal(np.asarray(image), np.asarray(before))
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.jsonl", "list.parquet", "pairs.json"])
+def test_a_list_that_the_disk_does_not_give_is_one_sentence(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to("/proc/self/mem")  # a file, of which nothing can be read
+    with pytest.raises(InputError, match=rf"^\S+{name} cannot be read \(.+\): expected "):
+        if name == "pairs.json":
+            captioned_sources(tmp_path / name, tmp_path)
+        else:
+            read_label_table(tmp_path / name, tmp_path)

@@ -84,6 +84,8 @@ def _read_json(listing: Path, split: str) -> Captions:
         )
     except InputError:
         raise
+    except OSError as error:
+        raise InputError(f"{listing} cannot be read ({error.strerror}): {_FORMS}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{listing} is not of a known form: {_FORMS}") from None
 

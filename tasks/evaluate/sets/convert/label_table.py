@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaclip_model.errors import InputError
+from evaclip_model.errors import InputError, shorten_error
 from tasks.evaluate.sets.convert.source_images import FileFinder
 
 PATH_COLUMNS = (
@@ -153,8 +153,8 @@ def read_rows(
             columns, rows, first = _text_rows(listing, images)
     except InputError:
         raise
-    except (ValueError, RecursionError, csv.Error) as error:
-        raise InputError(f"{listing} cannot be read ({str(error)[:200]}): {_FORMS}") from None
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        raise InputError(f"{listing} cannot be read ({shorten_error(error)}): {_FORMS}") from None
     return columns, [(f"{listing} row {number}", row) for number, row in enumerate(rows, first)]
 
 
@@ -164,7 +164,7 @@ def _parquet_rows(listing: Path) -> tuple[tuple[str, ...], list[Row]]:
 
     try:
         table = pyarrow.parquet.read_table(listing)
-    except (pyarrow.ArrowException, OSError) as error:
+    except pyarrow.ArrowException as error:
         raise ValueError(error) from None
     return tuple(table.column_names), table.to_pylist()
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 from PIL import Image
 
-from evaclip_model.errors import InputError
+from evaclip_model.errors import InputError, shorten_error
 from tasks.evaluate.sets.convert.shard_writer import (
     Found,
     Source,
@@ -98,7 +98,7 @@ def open_torchvision(known: KnownSet, root: Path, download: bool = False) -> Map
         module = import_torchvision("datasets")
     except (ImportError, RuntimeError) as error:
         raise InputError(
-            f"torchvision cannot be imported ({str(error)[:200]}): install the version that "
+            f"torchvision cannot be imported ({shorten_error(error)}): install the version that "
             "belongs to your torch"
         ) from None
     arguments = dict(entry.arguments)
