@@ -43,10 +43,9 @@ from torch import nn
 from evaclip_model.create import create_model
 from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.training.checkpoint.save_and_load import CheckpointWriter, save_checkpoint
-from evaclip_model.training.config import TrainConfig, TrainJob
+from evaclip_model.training.config import LossSettings, TrainConfig, TrainJob
 from evaclip_model.training.engine.engine import TorchEngine, start_distributed
 from evaclip_model.training.loss.contrastive import contrastive_terms
-from evaclip_model.training.loss.loss_settings import LossSettings
 from evaclip_model.training.loss.objective import make_objective
 from evaclip_model.training.trainer import run_training
 from evaclip_model.training.training_step import forward_backward, step_inputs

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from evaclip_model.training.config import LossSettings
 from evaclip_model.training.loss import contrastive
 from evaclip_model.training.loss.contrastive import gathered_terms
-from evaclip_model.training.loss.loss_settings import LossSettings
 
 WAYS = {
     "full": LossSettings("full"),

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from evaclip_model.training.config import LossSettings
 from evaclip_model.training.loss import contrastive
 from evaclip_model.training.loss.contrastive import (
     contrastive_loss,
     contrastive_terms,
     gathered_terms,
 )
-from evaclip_model.training.loss.loss_settings import LossSettings
 from evaclip_model.training.loss.objective import LossTerms
 
 HERE = Path(__file__).parent

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaclip_model.model.layers import to_float32
-from evaclip_model.training.loss.loss_settings import LossSettings
+from evaclip_model.training.config import LossSettings
 from evaclip_model.training.loss.objective import LossTerms
 
 CHUNK_ROWS = 2048

@@ -1,7 +1,7 @@
 """`objective = "softmax"`: the symmetric contrastive loss of CLIP, as the paper trains with.
 
 Its parameter and bounds. Imports no torch until tensors are there: the formula is in
-contrastive.py, settings and memory in loss_settings.py.
+contrastive.py, settings and memory in training/config.py.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from evaclip_model.model.model_config import INITIAL_LOGIT_SCALE
-from evaclip_model.training.config import TrainConfig
-from evaclip_model.training.loss.loss_settings import LossSettings
+from evaclip_model.training.config import LossSettings, TrainConfig
 from evaclip_model.training.loss.objective import LossTerms
 
 if TYPE_CHECKING:
