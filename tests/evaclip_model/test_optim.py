@@ -110,7 +110,7 @@ def test_what_freeze_names_must_be_in_the_model(part):
 
 @pytest.mark.parametrize(
     ("freeze", "towers"),
-    [(("vision",), {"text", "other"}), (("text", "logit_scale"), {"vision"}), ((), None)],
+    [(("vision",), ["other", "text"]), (("text", "logit_scale"), ["vision"]), ((), None)],
     ids=str,
 )
 def test_frozen_parameters_are_in_no_group_and_leave_the_others_as_they_are(freeze, towers):
