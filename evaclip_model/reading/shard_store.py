@@ -19,7 +19,7 @@ from typing import Any
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import PairReader, Shard
-from evaclip_model.reading.urls import is_url, open_filesystem
+from evaclip_model.reading.urls import is_url, open_filesystem, resolve_url
 
 FETCHES_AT_ONCE = 4
 """Shards that one process fetches at the same time."""
@@ -189,7 +189,7 @@ class RemoteShards:
         raise InputError(f"{url} could not be fetched in {ATTEMPTS} attempts: {problem}")
 
     def _url_of(self, shard: Shard) -> str:
-        return shard.path if is_url(shard.path) else f"{self._url}/{shard.path}"
+        return resolve_url(self._url, shard.path)
 
     def _fetch_once(self, url: str, shard: Shard, path: Path) -> str:
         """Fetch once; what is wrong with what came, or nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,17 @@ from evaclip_model.errors import InputError
 def is_url(location: Path | str) -> bool:
     """Return whether a location is a URL, not a path of this machine."""
     return isinstance(location, str) and "://" in location
+
+
+def resolve_url(folder: str, path: str) -> str:
+    """The URL of `path`, which a file in `folder` names: itself a URL, or relative to the folder.
+
+    A store knows no `..`: a key of that name would not exist.
+    """
+    if is_url(path):
+        return path
+    scheme, _, place = folder.partition("://")
+    return f"{scheme}://{posixpath.normpath(f'{place}/{path}')}"
 
 
 def open_filesystem(url: str) -> Any:

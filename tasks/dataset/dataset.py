@@ -142,10 +142,11 @@ def _keep_shards(
     shards: list[Shard] = []
     by_source: dict[str, Counter[str]] = {}
     start = 0
+    left_out = choice.left_out  # compares all rows: once, not once a shard
     for verdict in verdicts:
         stop = start + verdict.stored
         if verdict.shard is not None:
-            gone = np.flatnonzero(choice.left_out[start:stop]).tolist()
+            gone = np.flatnonzero(left_out[start:stop]).tolist()
             left = verdict.stored - len(gone)
             counts = by_source.setdefault(verdict.shard.source, Counter())
             counts.update(shards=int(left > 0), samples=left)

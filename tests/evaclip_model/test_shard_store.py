@@ -129,6 +129,26 @@ def test_a_manifest_here_may_name_shards_here_and_at_urls(web, small_shards, tmp
     assert not list((tmp_path / "cache").iterdir())
 
 
+def test_a_manifest_copied_to_a_store_finds_shards_beside_its_folder(small_shards, tmp_path):
+    copied = fsspec.filesystem("memory")
+    here = ShardManifest.read(small_shards / "shards.json").shards
+    there = []
+    for shard in here:
+        content = (small_shards / shard.path).read_bytes()
+        copied.pipe(f"memory://bucket/runs/download/d/shards/{shard.path}", content)
+        path = f"../../download/d/shards/{shard.path}"
+        digest = hashlib.sha256(content).hexdigest()
+        there.append(shard.model_copy(update={"path": path, "sha256": digest}))
+    ShardManifest(shards=tuple(there)).write(tmp_path / "shards.json")
+    copied.pipe(
+        "memory://bucket/runs/dataset/e/shards.json", (tmp_path / "shards.json").read_bytes()
+    )
+    settings = ReadSettings(shard_cache=tmp_path / "cache", shard_cache_bytes=2**20)
+    place = "memory://bucket/runs/dataset/e/shards.json"
+    with closing(BatchReader(place, CONFIG, rank=0, ranks=1, settings=settings)) as reader:
+        assert len(reader.read_batch(0).captions) == CONFIG.global_batch
+
+
 def test_a_shard_that_changed_since_it_was_verified_is_one_sentence(small_shards, tmp_path):
     folder = shutil.copytree(small_shards, tmp_path / "copy")
     with (folder / "a0.tar").open("ab") as tar:

@@ -16,12 +16,13 @@ import webdataset
 from PIL import Image
 
 from evaclip_model.errors import InputError
-from evaclip_model.reading.samples import PairReader, ShardManifest
+from evaclip_model.reading.samples import PairReader, Shard, ShardManifest
 from tasks.artifacts.artifact import Address, Artifact, Made, produce_artifact
 from tasks.dataset.choose import Choice, find_asked, sort_by_kind
 from tasks.dataset.config import DatasetConfig
-from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
+from tasks.dataset.dataset import OutsideFiles, Takedowns, _keep_shards, make_dataset
 from tasks.dataset.lists import read_hashes, read_takedowns, takedowns_digest
+from tasks.index.sample_index import ShardVerdict
 from tasks.progress import report_nothing
 from tasks.verify.config import STAGE as VERIFY
 from tasks.verify.config import VerifyConfig
@@ -318,3 +319,25 @@ def test_the_card_says_how_much_there_is_and_what_was_left_out(tmp_path: Path) -
     assert "1 image-text pairs in 1 shards" in card
     assert "| exact_duplicate | 1 |" in card
     assert f"| verify | `{verified.digest}` |" in card
+
+
+def test_making_a_manifest_compares_all_rows_once_not_once_a_shard(tmp_path):
+    class CountingChoice(Choice):
+        comparisons = 0
+
+        @property
+        def left_out(self):
+            self.comparisons += 1
+            return super().left_out
+
+    shard = Shard(path="0.tar", source="s", samples=4, bytes=1, sha256="a" * 64)
+    verdicts = [
+        ShardVerdict(path=f"{n}.tar", stored=4, shard=shard, flaws={}, left_out=None)
+        for n in range(5)
+    ]
+    choice = CountingChoice(20)
+    choice.leave_out(np.array([0, 5, 6]), "exact_duplicate")
+    shards, by_source = _keep_shards(verdicts, tmp_path / "verify", choice, tmp_path / "dataset")
+    assert choice.comparisons == 1
+    assert [found.samples for found in shards] == [3, 2, 4, 4, 4]
+    assert by_source["s"]["left_out.exact_duplicate"] == 3
