@@ -2,7 +2,7 @@
 
 Covers: the server (`python -m tasks.demo.demo_web --port PORT`), and `serve_pictures`, which
 runs it beside the caller in a process that cannot outlive it.
-Not here: which rows point at which fault (`metadata.py`).
+Not here: which rows point at which fault (`tests/tasks/demo/plan_metadata.py`).
 
 What is answered depends on the URL alone, never on earlier requests: a download that is killed and
 continued meets the same web.
@@ -14,12 +14,11 @@ import argparse
 import errno
 import logging
 import posixpath
-import socket
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -66,75 +65,72 @@ class Web(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one request by the first part of its path; see `metadata.Route`."""
+    """Answers one request by the first part of its path, its route.
+
+    img: the drawing. moved: redirect to it. gone: 404. busy: 503. page: an HTML page instead.
+    broken: half a file, complete as HTTP. cut: the connection ends half-way. slow: one byte at a
+    time. loop: redirects to itself. optout: the drawing, with a header that forbids training.
+    """
 
     protocol_version = "HTTP/1.1"
     server: Web
 
     def do_GET(self) -> None:
         route, name = split_path(self.path)
-        drawing = self.server.drawings.get(name)
-        if drawing is None or route == "gone":
-            self._send_status(HTTPStatus.NOT_FOUND)
-        elif route == "img":
-            self._send_body(drawing)
-        elif route == "optout":
-            self._send_body(drawing, headers={"X-Robots-Tag": "noai, noimageai"})
-        elif route == "moved":
-            self._send_status(HTTPStatus.MOVED_PERMANENTLY, {"Location": f"/img/{name}"})
-        elif route == "loop":
-            self._send_status(HTTPStatus.FOUND, {"Location": f"/loop/{name}"})
-        elif route == "busy":
-            self._send_status(HTTPStatus.SERVICE_UNAVAILABLE, {"Retry-After": "120"})
-        elif route == "page":
-            self._send_body(PAGE, content_type="text/html")
-        elif route == "broken":
-            self._send_body(drawing[: len(drawing) // 2])
-        elif route == "cut":
-            self._send_half(drawing)
-        elif route == "slow":
-            self._send_slowly(drawing)
-        else:
-            self._send_status(HTTPStatus.NOT_FOUND)
+        drawing = self.server.drawings.get(name, b"")
+        match route if drawing else "gone":
+            case "img":
+                self._send_body(drawing)
+            case "optout":
+                self._send_body(drawing, X_Robots_Tag="noai, noimageai")
+            case "moved":
+                self._send_status(HTTPStatus.MOVED_PERMANENTLY, Location=f"/img/{name}")
+            case "loop":
+                self._send_status(HTTPStatus.FOUND, Location=f"/loop/{name}")
+            case "busy":
+                self._send_status(HTTPStatus.SERVICE_UNAVAILABLE, Retry_After="120")
+            case "page":
+                self._send_body(PAGE, Content_Type="text/html")
+            case "broken":
+                self._send_body(drawing[: len(drawing) // 2])
+            case "cut":
+                self._send_half(drawing)
+            case "slow":
+                self._send_slowly(drawing)
+            case _:
+                self._send_status(HTTPStatus.NOT_FOUND)
 
     def log_message(self, format: str, *args: object) -> None:
         log.debug(format, *args)
 
-    def _send_head(self, length: int, content_type: str, headers: Mapping[str, str]) -> None:
+    def _send_head(self, length: int, headers: Mapping[str, str]) -> None:
         self.send_response(HTTPStatus.OK)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(length))
-        for name, value in headers.items():
+        for name, value in {"Content-Type": "image/webp", **headers}.items():
             self.send_header(name, value)
+        self.send_header("Content-Length", str(length))
         self.end_headers()
 
-    def _send_body(
-        self,
-        body: bytes,
-        content_type: str = "image/webp",
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        self._send_head(len(body), content_type, headers or {})
+    def _send_body(self, body: bytes, **headers: str) -> None:
+        self._send_head(len(body), {name.replace("_", "-"): headers[name] for name in headers})
         self.wfile.write(body)
 
     def _send_half(self, body: bytes) -> None:
         self.close_connection = True
-        self._send_head(len(body), "image/webp", {"Connection": "close"})
+        self._send_head(len(body), {"Connection": "close"})
         self.wfile.write(body[: len(body) // 2])
 
     def _send_slowly(self, body: bytes) -> None:
         self.close_connection = True
-        self._send_head(len(body), "image/webp", {"Connection": "close"})
-        pieces = max(1, round(self.server.drip_s / DRIP_PAUSE_S))
-        size = -(-len(body) // pieces)
+        self._send_head(len(body), {"Connection": "close"})
+        size = -(-len(body) // max(1, round(self.server.drip_s / DRIP_PAUSE_S)))
         for start in range(0, len(body), size):
             self.wfile.write(body[start : start + size])
             time.sleep(DRIP_PAUSE_S)
 
-    def _send_status(self, status: HTTPStatus, headers: Mapping[str, str] | None = None) -> None:
+    def _send_status(self, status: HTTPStatus, **headers: str) -> None:
         self.send_response(status)
-        for name, value in {**(headers or {}), "Content-Length": "0"}.items():
-            self.send_header(name, value)
+        for name, value in {**headers, "Content-Length": "0"}.items():
+            self.send_header(name.replace("_", "-"), value)
         self.end_headers()
 
 
@@ -163,7 +159,6 @@ def serve_pictures(config: DemoConfig) -> Iterator[None]:
     Raises:
         InputError: another program listens on the port.
     """
-    _refuse_taken_port(config.port)
     command = [sys.executable, "-m", "tasks.demo.demo_web", "--port", str(config.port)]
     with tempfile.TemporaryDirectory(prefix="demo-web-") as folder:
         output = Path(folder) / "log"
@@ -171,7 +166,7 @@ def serve_pictures(config: DemoConfig) -> Iterator[None]:
             deadline = time.monotonic() + START_S
             while READY not in output.read_text(errors="replace"):
                 if process.poll() == PORT_TAKEN:
-                    raise _port_taken(config.port)
+                    raise InputError(output.read_text().strip())
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"the demo's server did not start: {output.read_text()}")
                 time.sleep(0.05)
@@ -187,35 +182,16 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
-        sys.stderr.write(f"{_port_taken(port)}\n")
+        sys.stderr.write(
+            f"port {port} is in use: stop the program that listens there, or choose another port "
+            "with --set demo.port=NUMBER\n"
+        )
         return PORT_TAKEN
     sys.stdout.write(f"{READY} http://{HOST}:{port}\n")
     sys.stdout.flush()
-    with web:
-        try:
-            web.serve_forever()
-        except KeyboardInterrupt:
-            return 0
+    with web, suppress(KeyboardInterrupt):
+        web.serve_forever()
     return 0
-
-
-def _refuse_taken_port(port: int) -> None:
-    """Say so at once, instead of after the server has started and failed."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise _port_taken(port) from None
-            raise
-
-
-def _port_taken(port: int) -> InputError:
-    return InputError(
-        f"port {port} is in use: stop the program that listens there, or choose another port "
-        "with --set demo.port=NUMBER"
-    )
 
 
 if __name__ == "__main__":

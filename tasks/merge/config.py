@@ -220,8 +220,8 @@ class MergeConfig(Config):
     rows_per_file: int = Field(default=10_000, gt=0)
     """Rows of an output file; a multiple of the download's samples_per_shard."""
     engine: Literal["duckdb", "spark"] = "duckdb"
-    """What deduplicates: DuckDB, partition by partition, or the Spark cluster of the environment
-    (extra `spark`, Java 17). The rows are the same."""
+    """Where the units run: in DuckDBs here, or in those of the workers of the environment's Spark
+    cluster (extra `spark`, Java 17). The rows are the same."""
     partitions: int | None = Field(default=None, ge=1, le=4096)
     """Parts the keys are split into, one in memory at a time; none = one for 250,000 rows,
     at most 2,048."""

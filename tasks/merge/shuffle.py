@@ -32,7 +32,7 @@ BUCKET_BITS = 16
 """First bits of a key that say which partition it is in."""
 TEXT = pa.large_string()
 """Offsets of 64 bits: a run of very long URLs is larger than 2 GB."""
-LAYOUT = 5
+LAYOUT = 6
 """Version of what lies in the folders: units of another one are made again."""
 KEYS = pa.schema(
     [
@@ -136,11 +136,6 @@ def is_alone(keys: pa.Table) -> npt.NDArray[np.bool_]:
     alone = np.empty(len(first), np.bool_)
     alone[order] = np.append(True, differs) & np.append(differs, True)
     return alone
-
-
-def partitions_in(folder: Path) -> int:
-    """Number of partitions that a folder's rows are split over."""
-    return int(np.load(folder / "keys.ends.npy", mmap_mode="r").shape[1])
 
 
 def _append_batch(files: Sequence[BinaryIO], batch: pa.RecordBatch) -> list[int]:

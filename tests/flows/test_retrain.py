@@ -31,10 +31,10 @@ from flows.pipeline import pipeline
 from flows.retrain import retrain
 from tasks.artifacts.artifact import Artifact, read_artifacts
 from tasks.demo.concepts import Concept, read_concepts, read_drawings
-from tasks.demo.metadata import DemoRow, write_metadata
 from tasks.register.promotion import champion_of, history, read_decision, roll_back
 from tasks.tracking import TrackingStore
 from tests.flows.command import run, started
+from tests.tasks.demo.plan_metadata import DemoRow, write_metadata
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -3,8 +3,9 @@
 import pyarrow.parquet as pq
 import pytest
 
+from tasks.demo import world
 from tasks.demo.concepts import read_concepts
-from tasks.demo.metadata import plan_rows, write_metadata
+from tests.tasks.demo.plan_metadata import plan_rows, write_metadata
 
 PUBLISHED = {
     "laion2b": """SAMPLE_ID int64, URL string, TEXT string, HEIGHT int32, WIDTH int32,
@@ -67,3 +68,14 @@ def test_values_include_what_the_published_files_include(written):
         assert all(row["text_length"] == len(row["text"] or "") for row in rows)
         assert any((row["nsfw_score_opennsfw2"] or 0) > 0.5 for row in rows)
         assert any(row["watermark_score"] > 0.8 for row in rows)
+
+
+def test_the_committed_metadata_is_the_plan_and_follows_the_port(written, tmp_path):
+    source, _, paths = written
+    files, rows = world.write_metadata(source, 8923, tmp_path / "same")
+    assert [path.read_bytes() for path in files] == [path.read_bytes() for path in paths]
+    other, _ = world.write_metadata(source, 9001, tmp_path / "other")
+    planned = plan_rows(source, read_concepts(), 9001)
+    assert rows == len(planned)
+    column = world.URL_COLUMNS[source]
+    assert [row[column] for row in read_rows(other)] == [row.url for row in planned]

@@ -7,7 +7,7 @@ import pytest
 
 from tasks.demo.concepts import read_concepts
 from tasks.demo.demo_web import split_path
-from tasks.demo.metadata import (
+from tests.tasks.demo.plan_metadata import (
     ADDED,
     DAMAGED,
     FILTERED,

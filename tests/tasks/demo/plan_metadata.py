@@ -1,5 +1,7 @@
-"""The rows of the demo's two metadata collections, oddities and all, and their parquet files in the
-published columns of LAION-2B-en and COYO-700M.
+"""The plan of the demo's two metadata collections, oddities and all, and their parquet files in the
+published columns of LAION-2B-en and COYO-700M: what made the committed `tasks/demo/data/metadata`.
+
+Again: `python -m tests.tasks.demo.plan_metadata`. Not here: the artifact (tasks/demo/world.py).
 
 Nearly every concept has one sound row per source. A few of those are damaged, and further rows
 are added that a pipeline must drop, fold together, or fail to download. The plan is a pure
@@ -21,7 +23,8 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.demo.concepts import Concept
+from tasks.demo.concepts import DATA, Concept, read_concepts
+from tasks.demo.config import DemoConfig
 
 Source = Literal["laion2b", "coyo700m"]
 ARTIST_OF: dict[Source, Literal["noto", "fluent"]] = {"laion2b": "noto", "coyo700m": "fluent"}
@@ -288,8 +291,10 @@ def _hash_words(*parts: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def write_metadata(source: Source, rows: Sequence[DemoRow], folder: Path) -> list[Path]:
-    """Write the source's rows as `part-NNNNN.snappy.parquet` files into `folder`."""
+def write_metadata(
+    source: Source, rows: Sequence[DemoRow], folder: Path, codec: str = "snappy"
+) -> list[Path]:
+    """Write the source's rows as `part-NNNNN.CODEC.parquet` files into `folder`."""
     schema, columns_of = WRITTEN_AS[source]
     folder.mkdir(parents=True, exist_ok=True)
     records = [columns_of(row, number) for number, row in enumerate(rows)]
@@ -299,8 +304,8 @@ def write_metadata(source: Source, rows: Sequence[DemoRow], folder: Path) -> lis
         table = pa.Table.from_pylist(
             records[part * per_part : (part + 1) * per_part], schema=schema
         )
-        path = folder / f"part-{part:05d}.snappy.parquet"
-        pq.write_table(table, path, compression="snappy")
+        path = folder / f"part-{part:05d}.{codec}.parquet"
+        pq.write_table(table, path, compression=codec)
         paths.append(path)
     return paths
 
@@ -352,3 +357,9 @@ def _derive_bits(purpose: str, row: DemoRow, number: int) -> int:
     """63 bits that tell rows apart, also where they repeat each other."""
     text = f"{purpose}\0{row.concept.key}\0{row.kind}\0{number}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+if __name__ == "__main__":
+    for source in PARTS:
+        rows = plan_rows(source, read_concepts(), DemoConfig().port)
+        write_metadata(source, rows, DATA / "metadata" / source, "zstd")
