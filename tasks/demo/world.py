@@ -2,8 +2,8 @@
 classification set over all concepts and a retrieval set, both of Twemoji drawings, in the
 webdataset form in which such sets are published).
 
-Not here: serving the pictures (`demo_web.py`), building the committed data (`build_images.py` and
-`plan_metadata.py` in `tests/tasks/demo`, which also says what is odd about the rows).
+Not here: serving the pictures (`demo_web.py`), building the committed pictures and metadata, and
+what is odd about its rows (`tests/tasks/demo/build_images.py`, `tests/tasks/demo/plan_metadata.py`).
 """
 
 from __future__ import annotations

@@ -29,8 +29,16 @@ from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_netw
 from typing import Any
 from urllib.parse import urlsplit
 
-from tasks.download import fetch_outcome
 from tasks.download.config import DownloadConfig
+from tasks.download.fetch_outcome import (
+    BUSY_STATUSES,
+    REFUSALS,
+    RETRYABLE,
+    Outcome,
+    outcome_of,
+    retry_after_s,
+    with_retry_after,
+)
 from tasks.download.politeness import MAX_RULES_BYTES, HostGate, Robots, declines_use
 from tasks.web_addresses import normalise_web_address
 
@@ -53,7 +61,10 @@ _NEVER_PUBLIC = tuple(
 
 
 class Refused(Exception):
-    """We will not fetch this; the message is one of the constants of fetch_outcome.py."""
+    """We will not fetch this; the message is its outcome's in `REFUSALS`."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(REFUSALS[outcome])
 
 
 class Redirected(Exception):
@@ -85,7 +96,7 @@ class Deadline(threading.local):
         """
         left = self.end - time.monotonic()
         if left <= 0:
-            raise Refused(fetch_outcome.DEADLINE)
+            raise Refused(Outcome.DEADLINE)
         return left if at_most is None else min(left, at_most)
 
 
@@ -121,14 +132,13 @@ class Fetcher:
             body, message = self._try_once(url, digest)
             if body is not None:
                 return body, None
-            if message == fetch_outcome.DEADLINE and earlier is not None:
+            if message == REFUSALS[Outcome.DEADLINE] and earlier is not None:
                 return None, earlier  # why it took long says more, and may pass another time
-            may_pass = (
-                fetch_outcome.outcome_of("failed_to_download", message) in fetch_outcome.RETRYABLE
-            )
-            pause_s = max(wait_s, fetch_outcome.retry_after_s(message))
+            may_pass = outcome_of("failed_to_download", message) in RETRYABLE
+            pause_s = max(wait_s, retry_after_s(message))
             too_late = time.monotonic() + pause_s >= self._deadline.end
-            if not may_pass or not tries_left or too_late or message == fetch_outcome.HOST_RESTS:
+            rests = message == REFUSALS[Outcome.RATE_LIMITED]
+            if not may_pass or not tries_left or too_late or rests:
                 break
             time.sleep(pause_s)
             wait_s, earlier = wait_s * 2, message
@@ -148,7 +158,7 @@ class Fetcher:
                 with self._hosts.hold_slot(host):
                     self._deadline.extend_by(time.monotonic() - asked)
                     if self._hosts.is_resting(host):
-                        return None, fetch_outcome.HOST_RESTS
+                        return None, REFUSALS[Outcome.RATE_LIMITED]
                     try:
                         return self._visit_host(url, host, digest), ""
                     except Redirected as redirect:
@@ -168,7 +178,7 @@ class Fetcher:
         """
         config = self._config
         if config.politeness.respect_robots and not self._robots.is_allowed(url):
-            raise Refused(fetch_outcome.ROBOTS_TXT)
+            raise Refused(Outcome.ROBOTS_TXT)
         try:
             with self._open_url(url) as response:
                 self._hosts.note_answer(host, busy=False, retry_after_s=0)
@@ -177,11 +187,11 @@ class Fetcher:
         except urllib.error.HTTPError as error:
             with error:
                 wanted_s = retry_after(error.headers.get("Retry-After"), datetime.now(UTC))
-                busy = error.code in fetch_outcome.BUSY_STATUSES
+                busy = error.code in BUSY_STATUSES
                 self._hosts.note_answer(host, busy=busy, retry_after_s=wanted_s or 0)
-                raise OSError(fetch_outcome.with_retry_after(str(error), wanted_s)) from None
+                raise OSError(with_retry_after(str(error), wanted_s)) from None
         if digest and hashlib.new(config.hash_algorithm, body).hexdigest() != digest.lower():
-            raise Refused(fetch_outcome.HASH_MISMATCH)
+            raise Refused(Outcome.HASH_MISMATCH)
         return body
 
     def _open_url(self, url: str) -> Any:
@@ -200,7 +210,7 @@ class Fetcher:
             return None  # RFC 9309 2.3.1.2: as if there were none
         except urllib.error.HTTPError as error:
             with error:
-                if error.code < 500 and error.code not in fetch_outcome.BUSY_STATUSES:
+                if error.code < 500 and error.code not in BUSY_STATUSES:
                     return None
                 # RFC 9309: a host that cannot say must be taken to forbid, for now
                 raise OSError(str(error)) from None
@@ -234,7 +244,7 @@ def guarded_opener(config: DownloadConfig, deadline: Deadline) -> urllib.request
 def _refuse_unwanted(response: http.client.HTTPResponse, config: DownloadConfig) -> None:
     """Refuse by its headers an answer that is not an image, or an image that may not be used."""
     if response.headers.get_content_type() in REFUSED_TYPES:
-        raise Refused(fetch_outcome.NOT_AN_IMAGE_TYPE)
+        raise Refused(Outcome.NOT_AN_IMAGE_TYPE)
     _refuse_declined(response.headers, config)
 
 
@@ -246,7 +256,7 @@ def _refuse_declined(headers: http.client.HTTPMessage, config: DownloadConfig) -
         directives=manners.disallowed_directives,
         tdm=manners.respect_tdm,
     ):
-        raise Refused(fetch_outcome.OPTED_OUT)
+        raise Refused(Outcome.OPTED_OUT)
 
 
 class _RedirectHandler(urllib.request.HTTPRedirectHandler):
@@ -292,7 +302,7 @@ class _GuardedHandler(urllib.request.AbstractHTTPHandler):
     ) -> http.client.HTTPResponse:
         limit, announced = self._config.max_bytes, response.length
         if 200 <= response.status < 300 and announced is not None and announced > limit:
-            raise Refused(fetch_outcome.TOO_MANY_BYTES)
+            raise Refused(Outcome.TOO_MANY_BYTES)
         return response
 
     https_request = http_request
@@ -351,7 +361,7 @@ def _connect_allowed(
 
     The very address that was checked is connected to: a second look-up could answer otherwise.
     """
-    problem: Exception = Refused(fetch_outcome.ADDRESS_REFUSED)
+    problem: Exception = Refused(Outcome.ADDRESS_REFUSED)
     for family, kind, protocol, _, target in socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM
     ):
@@ -403,7 +413,7 @@ class _Response(http.client.HTTPResponse):
         while part := super().read(CHUNK_BYTES):
             size += len(part)
             if size > self._max_bytes:
-                raise Refused(fetch_outcome.TOO_MANY_BYTES)
+                raise Refused(Outcome.TOO_MANY_BYTES)
             parts.append(part)
         if self.length:
             raise http.client.IncompleteRead(b"".join(parts), self.length)

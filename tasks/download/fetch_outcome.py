@@ -8,6 +8,7 @@ Not here: counting, retrying.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from enum import StrEnum
 
 
@@ -56,21 +57,23 @@ RETRYABLE = frozenset(
 NETWORK = frozenset({Outcome.DNS, Outcome.CONNECTION, Outcome.TIMEOUT})
 """What nearly every URL ends in when our own network or name service is down."""
 
-# What tasks/download/fetch.py says when it refuses, so that its words and these cannot part.
-ADDRESS_REFUSED = "refused: the address is not public"
-TOO_MANY_BYTES = "refused: more bytes than max_bytes"
-NOT_AN_IMAGE_TYPE = "refused: the content type is no image"
-DEADLINE = "refused: longer than deadline_s"
-OPTED_OUT = "refused: the site declines such use (X-Robots-Tag or tdm-reservation)"
-ROBOTS_TXT = "refused: disallowed by robots.txt"
-HASH_MISMATCH = "refused: hash mismatch"
-DAMAGED = "refused: damaged content"
-TOO_COSTLY = "refused: costs too much to decode"
-TOO_MANY_PIXELS = "refused: more pixels than max_pixels"
-TOO_SMALL = "refused: smaller than min_image_px"
-ASPECT_RATIO = "refused: longer than max_aspect_ratio"
-UNDECODABLE = "refused: cannot be decoded"
-HOST_RESTS = "refused: the host asked to be left alone for now"
+REFUSALS: Mapping[Outcome, str] = {
+    Outcome.ADDRESS_REFUSED: "refused: the address is not public",
+    Outcome.TOO_MANY_BYTES: "refused: more bytes than max_bytes",
+    Outcome.NOT_AN_IMAGE_TYPE: "refused: the content type is no image",
+    Outcome.DEADLINE: "refused: longer than deadline_s",
+    Outcome.OPTED_OUT: "refused: the site declines such use (X-Robots-Tag or tdm-reservation)",
+    Outcome.ROBOTS_TXT: "refused: disallowed by robots.txt",
+    Outcome.HASH_MISMATCH: "refused: hash mismatch",
+    Outcome.RATE_LIMITED: "refused: the host asked to be left alone for now",
+    Outcome.DAMAGED: "refused: damaged content",
+    Outcome.TOO_COSTLY: "refused: costs too much to decode",
+    Outcome.TOO_MANY_PIXELS: "refused: more pixels than max_pixels",
+    Outcome.TOO_SMALL: "refused: smaller than min_image_px",
+    Outcome.ASPECT_RATIO: "refused: longer than max_aspect_ratio",
+    Outcome.UNDECODABLE: "refused: cannot be decoded",
+}
+"""Our own reasons, in the words in which `outcome_of` finds them again."""
 
 _OF_HTTP_STATUS = {
     401: Outcome.FORBIDDEN,
@@ -84,20 +87,7 @@ _OF_HTTP_STATUS = {
 _OF_TEXT = tuple(
     (re.compile(pattern, re.IGNORECASE), outcome)
     for pattern, outcome in (
-        (re.escape(ADDRESS_REFUSED), Outcome.ADDRESS_REFUSED),
-        (re.escape(TOO_MANY_BYTES), Outcome.TOO_MANY_BYTES),
-        (re.escape(NOT_AN_IMAGE_TYPE), Outcome.NOT_AN_IMAGE_TYPE),
-        (re.escape(DEADLINE), Outcome.DEADLINE),
-        (re.escape(OPTED_OUT), Outcome.OPTED_OUT),
-        (re.escape(ROBOTS_TXT), Outcome.ROBOTS_TXT),
-        (re.escape(HASH_MISMATCH), Outcome.HASH_MISMATCH),
-        (re.escape(HOST_RESTS), Outcome.RATE_LIMITED),
-        (re.escape(DAMAGED), Outcome.DAMAGED),
-        (re.escape(TOO_COSTLY), Outcome.TOO_COSTLY),
-        (re.escape(TOO_MANY_PIXELS), Outcome.TOO_MANY_PIXELS),
-        (re.escape(TOO_SMALL), Outcome.TOO_SMALL),
-        (re.escape(ASPECT_RATIO), Outcome.ASPECT_RATIO),
-        (re.escape(UNDECODABLE), Outcome.UNDECODABLE),
+        *((re.escape(text), outcome) for outcome, text in REFUSALS.items()),
         (r"unknown url type|control characters|codec can't encode|no host given", Outcome.BAD_URL),
         (r"nonnumeric port|invalid ipv6|label (empty|too long)|invalid url", Outcome.BAD_URL),
         (r"incompleteread", Outcome.INCOMPLETE),

@@ -30,10 +30,9 @@ from evaclip_model.reading.image_decoder import (
     TooManyPixelsError,
     decode_undamaged_image,
 )
-from tasks.download import fetch_outcome
 from tasks.download.config import DownloadConfig
 from tasks.download.fetch import Fetcher
-from tasks.download.fetch_outcome import outcome_of
+from tasks.download.fetch_outcome import REFUSALS, Outcome, outcome_of
 from tasks.download.url_tables import hash_column_of
 from tasks.download.watch_progress import OutcomeCounter
 
@@ -129,10 +128,9 @@ class BoundedResizer:
     def _unwanted_size(self, width: int, height: int) -> str | None:
         shorter, longer = sorted((width, height))
         if shorter < self._config.min_image_px:
-            return fetch_outcome.TOO_SMALL
-        return (
-            fetch_outcome.ASPECT_RATIO if longer / shorter > self._config.max_aspect_ratio else None
-        )
+            return REFUSALS[Outcome.TOO_SMALL]
+        is_long = longer / shorter > self._config.max_aspect_ratio
+        return REFUSALS[Outcome.ASPECT_RATIO] if is_long else None
 
     def _keeps_bytes(self, decoded: DecodedImage) -> bool:
         """Tell whether the original file is stored: it has the format, the size and the look."""
@@ -151,13 +149,12 @@ class BoundedResizer:
 
 def _reason_for(error: Exception) -> str:
     """The words of fetch_outcome.py for what decoding raised."""
-    reasons = (
-        (TooManyPixelsError, fetch_outcome.TOO_MANY_PIXELS),
-        (TooCostlyImageError, fetch_outcome.TOO_COSTLY),
-        (DamagedImageError, fetch_outcome.DAMAGED),
-    )
-    kinds = (reason for kind, reason in reasons if isinstance(error, kind))
-    return next(kinds, fetch_outcome.UNDECODABLE)
+    reasons: dict[type[Exception], Outcome] = {
+        TooManyPixelsError: Outcome.TOO_MANY_PIXELS,
+        TooCostlyImageError: Outcome.TOO_COSTLY,
+        DamagedImageError: Outcome.DAMAGED,
+    }
+    return REFUSALS[reasons.get(type(error), Outcome.UNDECODABLE)]
 
 
 def _encode_netpbm(image: Image.Image) -> bytes:

@@ -9,9 +9,9 @@ An expression is true when the row fails. Rules that are off are left out of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from tasks.merge.config import FilterConfig
 
@@ -30,14 +30,17 @@ HOST_AND_ABOVE = (
 HASHES = ("md5(url)", "md5(raw_url)", "sha256(url)", "sha256(raw_url)", "lower(image_hash)")
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """One reason to drop a row."""
 
     reason: str
     fails: str
     """SQL over the columns of `normalised`; `$name` is a field of `FilterConfig`."""
-    is_on: Callable[[FilterConfig], object] = lambda filters: True
+    needs: tuple[str, ...] = ()
+    """Fields of `FilterConfig` without which the rule is off: unset, empty, or "keep"."""
+
+    def is_on(self, filters: FilterConfig) -> bool:
+        return all(attrgetter(name)(filters) not in (None, (), "keep") for name in self.needs)
 
 
 def _list_values(values: Iterable[str], table: str) -> str:
@@ -48,91 +51,38 @@ RULES = (
     Rule("not_utf8", "broken_text AND (raw_url IS NULL OR raw_caption IS NULL)"),
     Rule("missing_url", "coalesce(clean_url, '') = ''"),
     Rule("unsupported_url", "url IS NULL"),
+    Rule("blocked_url", _list_values(["address"], "blocked_addresses"), ("blocklists.urls",)),
     Rule(
-        "blocked_url",
-        _list_values(["address"], "blocked_addresses"),
-        lambda filters: filters.blocklists.urls,
+        *("blocked_domain", _list_values(HOST_AND_ABOVE, "blocked_domains")),
+        needs=("blocklists.domains",),
     ),
-    Rule(
-        "blocked_domain",
-        _list_values(HOST_AND_ABOVE, "blocked_domains"),
-        lambda filters: filters.blocklists.domains,
-    ),
-    Rule(
-        "blocked_hash",
-        _list_values(HASHES, "blocked_hashes"),
-        lambda filters: filters.blocklists.hashes,
-    ),
+    Rule("blocked_hash", _list_values(HASHES, "blocked_hashes"), ("blocklists.hashes",)),
     Rule("missing_caption", "coalesce(caption, '') = ''"),
+    Rule("short_caption", "length(caption) < $min_caption_chars"),
+    Rule("long_caption", "length(caption) > $max_caption_chars", ("max_caption_chars",)),
+    Rule("language", "NOT list_contains($languages::VARCHAR[], language)", ("languages",)),
     Rule(
-        "short_caption",
-        "length(caption) < $min_caption_chars",
-        lambda filters: filters.min_caption_chars > 1,
+        *("unknown_language", "has_language AND language IS NULL"),
+        needs=("languages", "unknown_language"),
     ),
+    Rule("small_image", "least(width, height) < $min_side", ("min_side",)),
     Rule(
-        "long_caption",
-        "length(caption) > $max_caption_chars",
-        lambda filters: filters.max_caption_chars is not None,
+        *("extreme_aspect", "greatest(width, height) > $max_aspect::DOUBLE * least(width, height)"),
+        needs=("max_aspect",),
     ),
+    Rule("low_similarity", "similarity < $min_similarity::DOUBLE", ("min_similarity",)),
     Rule(
-        "language",
-        "NOT list_contains($languages::VARCHAR[], language)",
-        lambda filters: filters.languages,
+        *("unknown_similarity", "has_similarity AND similarity IS NULL"),
+        needs=("min_similarity", "unknown_similarity"),
     ),
+    Rule("unsafe", "unsafe_score > $max_unsafe::DOUBLE", ("max_unsafe",)),
+    Rule("unsafe", "unsafe_tag", ("unsafe_tags",)),
+    Rule("unknown_unsafe", "lacks_score", ("unknown_unsafe", "max_unsafe")),
+    Rule("unknown_unsafe", "unknown_tag", ("unknown_unsafe", "unsafe_tags")),
+    Rule("watermark", "watermark > $max_watermark::DOUBLE", ("max_watermark",)),
     Rule(
-        "unknown_language",
-        "has_language AND language IS NULL",
-        lambda filters: filters.languages and filters.unknown_language == "drop",
-    ),
-    Rule(
-        "small_image",
-        "least(width, height) < $min_side",
-        lambda filters: filters.min_side is not None,
-    ),
-    Rule(
-        "extreme_aspect",
-        "greatest(width, height) > $max_aspect::DOUBLE * least(width, height)",
-        lambda filters: filters.max_aspect is not None,
-    ),
-    Rule(
-        "low_similarity",
-        "similarity < $min_similarity::DOUBLE",
-        lambda filters: filters.min_similarity is not None,
-    ),
-    Rule(
-        "unknown_similarity",
-        "has_similarity AND similarity IS NULL",
-        lambda filters: filters.min_similarity is not None and filters.unknown_similarity == "drop",
-    ),
-    Rule(
-        "unsafe",
-        "unsafe_score > $max_unsafe::DOUBLE",
-        lambda filters: filters.max_unsafe is not None,
-    ),
-    Rule(
-        "unsafe",
-        "unsafe_tag",
-        lambda filters: filters.unsafe_tags,
-    ),
-    Rule(
-        "unknown_unsafe",
-        "lacks_score",
-        lambda filters: filters.unknown_unsafe == "drop" and filters.max_unsafe is not None,
-    ),
-    Rule(
-        "unknown_unsafe",
-        "unknown_tag",
-        lambda filters: filters.unknown_unsafe == "drop" and filters.unsafe_tags,
-    ),
-    Rule(
-        "watermark",
-        "watermark > $max_watermark::DOUBLE",
-        lambda filters: filters.max_watermark is not None,
-    ),
-    Rule(
-        "unknown_watermark",
-        "has_watermark AND watermark IS NULL",
-        lambda filters: filters.max_watermark is not None and filters.unknown_watermark == "drop",
+        *("unknown_watermark", "has_watermark AND watermark IS NULL"),
+        needs=("max_watermark", "unknown_watermark"),
     ),
 )
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tasks.download import fetch_outcome
-from tasks.download.fetch_outcome import RETRYABLE, Outcome, outcome_of
+from tasks.download.fetch_outcome import REFUSALS, RETRYABLE, Outcome, outcome_of
 
 DOWNLOAD_MESSAGES = {
     "HTTP Error 404: Not Found": Outcome.NOT_FOUND,
@@ -32,15 +31,15 @@ DOWNLOAD_MESSAGES = {
     "<urlopen error unknown url type: file>": Outcome.BAD_URL,
     "URL can't contain control characters. '/a b' (found at least ' ')": Outcome.BAD_URL,
     "'ascii' codec can't encode character '\\xfc' in position 5": Outcome.BAD_URL,
-    fetch_outcome.OPTED_OUT: Outcome.OPTED_OUT,
-    fetch_outcome.ROBOTS_TXT: Outcome.ROBOTS_TXT,
-    fetch_outcome.HASH_MISMATCH: Outcome.HASH_MISMATCH,
-    fetch_outcome.HOST_RESTS: Outcome.RATE_LIMITED,
+    REFUSALS[Outcome.OPTED_OUT]: Outcome.OPTED_OUT,
+    REFUSALS[Outcome.ROBOTS_TXT]: Outcome.ROBOTS_TXT,
+    REFUSALS[Outcome.HASH_MISMATCH]: Outcome.HASH_MISMATCH,
+    REFUSALS[Outcome.RATE_LIMITED]: Outcome.RATE_LIMITED,
     "HTTP Error 503: Service Unavailable (retry after 120 s)": Outcome.SERVER_ERROR,
-    fetch_outcome.ADDRESS_REFUSED: Outcome.ADDRESS_REFUSED,
-    f"<urlopen error {fetch_outcome.TOO_MANY_BYTES}>": Outcome.TOO_MANY_BYTES,
-    fetch_outcome.NOT_AN_IMAGE_TYPE: Outcome.NOT_AN_IMAGE_TYPE,
-    fetch_outcome.DEADLINE: Outcome.DEADLINE,
+    REFUSALS[Outcome.ADDRESS_REFUSED]: Outcome.ADDRESS_REFUSED,
+    f"<urlopen error {REFUSALS[Outcome.TOO_MANY_BYTES]}>": Outcome.TOO_MANY_BYTES,
+    REFUSALS[Outcome.NOT_AN_IMAGE_TYPE]: Outcome.NOT_AN_IMAGE_TYPE,
+    REFUSALS[Outcome.DEADLINE]: Outcome.DEADLINE,
     "no idea": Outcome.OTHER,
 }
 RESIZE_MESSAGES = {

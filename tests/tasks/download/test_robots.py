@@ -12,7 +12,7 @@ import pytest
 
 from tasks.download.config import DownloadConfig
 from tasks.download.fetch import Fetcher
-from tasks.download.fetch_outcome import OPTED_OUT, ROBOTS_TXT
+from tasks.download.fetch_outcome import REFUSALS, Outcome
 from tasks.download.politeness import parse_rules
 
 
@@ -110,7 +110,7 @@ def test_slots_robots_and_opt_outs_hold_at_every_hop_of_a_redirect(names: list[s
         done = list(pool.map(lambda name: fetcher.fetch_image(f"{name}/a.jpg"), names))
     assert [body for body, _ in done] == [b"image"] * 6
     assert _Target.most == 2
-    assert fetcher.fetch_image(f"{names[0]}/declined.jpg") == (None, OPTED_OUT)
+    assert fetcher.fetch_image(f"{names[0]}/declined.jpg") == (None, REFUSALS[Outcome.OPTED_OUT])
     polite = Fetcher(DownloadConfig(**settings, politeness={**slots, "respect_robots": True}))
-    assert polite.fetch_image(f"{names[0]}/private/b.jpg") == (None, ROBOTS_TXT)
+    assert polite.fetch_image(f"{names[0]}/private/b.jpg") == (None, REFUSALS[Outcome.ROBOTS_TXT])
     assert polite.fetch_image(f"{names[0]}/b.jpg") == (b"image", None)
