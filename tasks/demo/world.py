@@ -3,7 +3,8 @@ classification set over all concepts and a retrieval set, both of Twemoji drawin
 webdataset form in which such sets are published).
 
 Not here: serving the pictures (`demo_web.py`), building the committed pictures and metadata, and
-what is odd about its rows (`tests/tasks/demo/build_images.py`, `tests/tasks/demo/plan_metadata.py`).
+what is odd about its rows (`tests/tasks/demo/build_images.py`,
+`tests/tasks/demo/plan_metadata.py`).
 """
 
 from __future__ import annotations
