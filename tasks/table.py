@@ -72,10 +72,28 @@ class Table:
         made = [one if isinstance(one, TableColumn) else TableColumn(one) for one in columns]
         return cls((words(made[0].title), *made[1:]), is_upright=is_upright)
 
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
     def add(self, *cells: Cell | str | None, style: str = "") -> None:
         """Add a row; a plain text is a cell without emphasis, None one that says nothing."""
         made = [one if isinstance(one, Cell) else Cell(one or "") for one in cells]
         self.rows.append(TableRow(tuple(made), style))
+
+    def find_shown(self, *, with_drawings: bool = False) -> list[int]:
+        """Places of the columns that say something in some row; the first always is one."""
+        rows = [row.cells for row in self.rows if row.style != "group"]
+        return [
+            place
+            for place, column in enumerate(self.columns)
+            if not place
+            or any(
+                cells[place].drawing and with_drawings
+                if column.is_drawn
+                else cells[place].text not in ("", NOTHING)
+                for cells in rows
+            )
+        ]
 
     def cite(self, texts: Iterable[str]) -> tuple[int, ...]:
         """Numbers, from 1, of the footnotes with these texts, which are added where missing."""
@@ -102,12 +120,13 @@ def element(name: str, *content: str, **attributes: str | float | None) -> Marku
 
 
 def html_table(table: Table, *, is_wide: bool = False) -> Markup:
-    heads = table.columns
+    shown = table.find_shown(with_drawings=True)
     head = [
         element("th", one.title, scope="col", class_="text" if one.has_words and place else "")
-        for place, one in enumerate(heads)
+        for place in shown
+        for one in (table.columns[place],)
     ]
-    body = [_html_row(row, heads) for row in table.rows]
+    body = [_html_row(row, table.columns, shown) for row in table.rows]
     classes = f"card scroll{' wide' if is_wide else ''}{' upright' if table.is_upright else ''}"
     made = element(
         "div",
@@ -123,14 +142,11 @@ def html_table(table: Table, *, is_wide: bool = False) -> Markup:
     return made + (element("ol", *notes, class_="notes") if notes else Markup())
 
 
-def _html_row(row: TableRow, columns: Sequence[TableColumn]) -> Markup:
+def _html_row(row: TableRow, columns: Sequence[TableColumn], shown: Sequence[int]) -> Markup:
     if row.style == "group":
-        across = element("th", row.cells[0].text, colspan=len(columns), scope="rowgroup")
+        across = element("th", row.cells[0].text, colspan=len(shown), scope="rowgroup")
         return element("tr", across, class_="group")
-    cells = [
-        _html_cell(cell, place, column)
-        for place, (cell, column) in enumerate(zip(row.cells, columns, strict=True))
-    ]
+    cells = [_html_cell(row.cells[place], place, columns[place]) for place in shown]
     return element("tr", *cells, class_=row.style)
 
 
@@ -156,7 +172,7 @@ def _html_cell(cell: Cell, place: int, column: TableColumn) -> Markup:
 
 def markdown_table(table: Table) -> str:
     """The table in Markdown, its footnotes below it."""
-    shown = [place for place, one in enumerate(table.columns) if not one.is_drawn]
+    shown = table.find_shown()
     heads = [table.columns[place] for place in shown]
     lines = [
         _markdown_line(escape_markdown(one.title) for one in heads),
@@ -199,7 +215,7 @@ def terminal_table(table: Table) -> RichTable:
     from rich.text import Text
 
     made = RichTable(box=None, pad_edge=False)
-    shown = [place for place, one in enumerate(table.columns) if not one.is_drawn]
+    shown = table.find_shown()
     for place in shown:
         column = table.columns[place]
         made.add_column(Text(column.title), justify="left" if column.has_words else "right")

@@ -31,20 +31,18 @@ def read_findings(folder: Path) -> Findings:
 def figures_table(found: Findings) -> Table:
     """The figures of any number of sets and models, averages last."""
     is_short = sum(len(found.list_metrics(one)) for one in found.sets) <= ROWS_IN_FULL
-    with_paper = any(found.raw.get("paper", {}).values())
-    published = ("published",) if with_paper else ()
-    table = Table.of("set", words("metric"), *found.models, *published, "chance")
+    table = Table.of("set", words("metric"), *found.models, "published", "chance")
     for evalset in found.sets:
         for metric in found.list_metrics(evalset) if is_short else found.headline_metrics(evalset):
             figures = [found.get_figure(evalset, model, metric) for model in found.models]
             first = figures[0]
-            paper = [first.published.value if first.published else None] if with_paper else []
-            shares = [*(one.value for one in figures), *paper, first.chance]
+            paper = first.published.value if first.published else None
+            shares = [*(one.value for one in figures), paper, first.chance]
             table.add(evalset, metric, *map(_format_percent, shares))
     for key in found.raw.get("averages", {}):
         averages = [found.table_average(key, model) for model in found.models]
-        paper = [averages[0]["published"]] if with_paper else []
-        points = [*(one["value"] for one in averages), *paper]
+        points = [one["value"] for one in averages]
+        points.append(None if points[0] is None else averages[0]["intersection_reference"])
         shares = [None if one is None else one / 100 for one in points]
         table.add(f"Table {key}", "average", *map(_format_percent, shares), NOTHING)
     return table

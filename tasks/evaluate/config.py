@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -136,6 +136,8 @@ class EvaluateConfig(Config):
         "batch_size": "the model sees chunks of one size, so that none decides a figure"
     }
 
+    ADDED: ClassVar[tuple[str, ...]] = ("released",)
+
     sets: tuple[EvalSetConfig, ...] = Field(min_length=1)
     """Evaluation sets, in the order of the report."""
     precision: Precision = "fp32"
@@ -145,6 +147,21 @@ class EvaluateConfig(Config):
     alike may differ."""
     title: str = "Zero-shot evaluation"
     """Heading of the report."""
+    released: Mapping[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], str] = {}
+    """SHA-256 of a file of weights, as its publisher names it -> the paper's row that it is behind,
+    such as "EVA-02-CLIP-B/16": only a model known by its content is compared with the paper."""
+
+    @field_validator("released")
+    @classmethod
+    def _are_rows_of_the_paper(cls, value: Mapping[str, str]) -> Mapping[str, str]:
+        if value:
+            from tasks.evaluate.paper.published import paper  # imports torch
+
+            rows = [one.row for one in paper().models]
+            for row in value.values():
+                if row not in rows:
+                    raise ValueError(f"needs a row of the paper, not '{row}': {', '.join(rows)}")
+        return value
 
     @field_validator("sets")
     @classmethod

@@ -17,7 +17,6 @@ from tasks.evaluate.metrics.contamination import Mask, figures_without
 from tasks.evaluate.metrics.metric import metrics_in
 from tasks.evaluate.metrics.scored import Scored, captions_of
 from tasks.evaluate.paper.published import (
-    ROBUSTNESS,
     TABLES,
     PaperModel,
     average_table,
@@ -25,7 +24,6 @@ from tasks.evaluate.paper.published import (
     judge_figure,
     members_of,
     paper_model,
-    robustness_gap,
     values_of,
 )
 from tasks.evaluate.sets.published_layout import EvalSet
@@ -58,12 +56,19 @@ def results_of(
         for name, by_model in scored.items()
     }
     chance = {name: chance_levels(one) for name, one in whole.items()}
-    rows = {name: paper_model(one.source, one.architecture) for name, one in models.items()}
+    rows = {
+        name: paper_model(one.source, one.architecture, one.sha256, config.released)
+        for name, one in models.items()
+    }
     return {
         "title": config.title,
         "subject": subject,
         "models": {
-            name: {**one.model_dump(mode="json"), "precision": config.precision}
+            name: {
+                **one.model_dump(mode="json"),
+                "precision": config.precision,
+                "paper": asdict(row) if (row := rows[name]) else None,
+            }
             for name, one in models.items()
         },
         "sets": {
@@ -92,7 +97,7 @@ def results_of(
             }
             for name, by_model in scored.items()
         },
-        **_table_averages(results, rows),
+        "averages": _table_averages(results, rows),
         "contamination": {
             name: {
                 "flagged": int(mask.sum()),
@@ -187,23 +192,17 @@ def _paper_figures(
 def _table_averages(
     results: Mapping[str, Mapping[str, Figures]], rows: Mapping[str, PaperModel | None]
 ) -> dict[str, Any]:
-    """The parts `averages` (table -> model -> average) and `robustness` (model -> gap) of tables of
-    which a set was evaluated."""
+    """Table -> model -> average, of the tables of which a set was evaluated."""
     values = {
         name: values_of({key: by_model[name] for key, by_model in results.items()}) for name in rows
     }
-    beside = {name: row.row if row else None for name, row in rows.items()}
-    tables = [table for table in TABLES if members_of(table).keys() & results.keys()]
     return {
-        "averages": {
-            table: {name: asdict(average_table(table, values[name], beside[name])) for name in rows}
-            for table in tables
-        },
-        "robustness": {
-            name: asdict(robustness_gap(values[name], beside[name]))
-            for name in rows
-            if ROBUSTNESS in tables
-        },
+        table: {
+            name: asdict(average_table(table, values[name], row.row if row else None))
+            for name, row in rows.items()
+        }
+        for table in TABLES
+        if members_of(table).keys() & results.keys()
     }
 
 

@@ -37,7 +37,7 @@ RELEASED_NAME = "EVA02_CLIP_B_psz16_s8B.pt"
 TIMEOUT_S = 3600.0
 LARGEST_PAGE = 6_000_000
 PARTS = (
-    *("figures", "verdicts", "paper", "averages", "robustness", "compute", "models", "sets"),
+    *("figures", "verdicts", "paper", "averages", "compute", "models", "sets"),
     *("provenance", "table-1a", "table-1b", "table-2", "table-3", "table-4"),
 )
 

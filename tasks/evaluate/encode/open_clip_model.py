@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from evaclip_model.choices import Precision
 from evaclip_model.errors import InputError, shorten_error
-from tasks.evaluate.encode.open_models import DIGEST_CHARS, Identity, digest_of
+from tasks.evaluate.encode.open_models import DIGEST_CHARS, Identity, digest_of, file_sha256
 from tasks.evaluate.torchvision_import import import_torchvision
 
 LOCAL_DIR = "local-dir:"
@@ -79,6 +79,7 @@ def open_clip_identity(named: str) -> Identity:
     model = subject.model
     preprocessing = {"by": "open_clip", **model.visual.preprocess_cfg}
     state = model.state_dict()
+    weights = Path(named.partition("/")[2])
     texts = {key: value for key, value in state.items() if not key.startswith("visual.")}
     return Identity(
         digest=_digest_model(name, state),
@@ -88,6 +89,7 @@ def open_clip_identity(named: str) -> Identity:
         params=sum(value.numel() for value in model.parameters()),
         gflops=_count_gflops(subject),
         source=f"open_clip:{named}",
+        sha256=file_sha256(weights) if weights.is_file() else "",
         preprocessing=preprocessing,
         warnings=_list_assumptions(named, preprocessing),
     )

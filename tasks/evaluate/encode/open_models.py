@@ -34,7 +34,7 @@ from evaclip_model.weights.load import PREPROCESSING_FILE
 from evaclip_model.weights.name_maps import native_names
 
 OPEN_CLIP = "open_clip:"
-_FORM = 2
+_FORM = 3
 """Raise it when the same files would get another identity."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -59,6 +59,8 @@ class Identity(Config):
     """Of one image, in billions; a FLOP is half a multiply-add of a matrix product."""
     source: str
     """The specification it was named by."""
+    sha256: str = ""
+    """Of its file of weights; empty for a model that has none of its own."""
     preprocessing: dict[str, Any]
     """The steps that turn an image into the model's input."""
     warnings: tuple[str, ...] = ()
@@ -69,6 +71,11 @@ def digest_of(value: Any) -> str:
     """16 hex digits over anything JSON can hold."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARS]
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Subject(Protocol):
@@ -175,7 +182,8 @@ def _identify_uncached(spec: str) -> Identity:
         return open_clip_identity(spec.removeprefix(OPEN_CLIP))
     path, architecture = _split_spec(spec)
     config = _load_config(path, architecture)
-    stored = open_tensors(path / WEIGHTS_FILE if not architecture else path, shapes={})
+    weights = path if architecture else path / WEIGHTS_FILE
+    stored = open_tensors(weights, shapes={})
     entries = sorted(native_names(stored, where=str(path)).entries, key=lambda one: one.native)
     text = hashlib.sha256(config.text.model_dump_json().encode())
     whole = hashlib.sha256(config.model_dump_json().encode())
@@ -199,6 +207,7 @@ def _identify_uncached(spec: str) -> Identity:
         params=parameters,
         gflops=round(image_flops(config) / 1e9, 6),
         source=spec,
+        sha256=file_sha256(weights),
         preprocessing=used,
         warnings=_list_differences(path, used),
     )

@@ -1,13 +1,12 @@
 """The paper's figures and averages, and the verdict on ours: reproduced, differs, not comparable.
 
-Cells are kept as printed; errata are applied when they are read, unless printed cells are asked
-for. What an erratum corrects, and what it only remarks on, is footnoted either way.
+`paper_tables.json` has the cells as they should be; what an erratum corrected or only remarks on is
+footnoted.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,6 @@ from tasks.evaluate.metrics.metric import printed_columns
 from tasks.evaluate.sets.published_layout import EvalSet
 from tasks.evaluate.sets.set_registry import KnownSet, find_set, known_sets
 
-_FILE = Path(__file__).with_name("paper_tables.json")
-HEADER = "header"
-"""Stands for a table's heading where an erratum names a column."""
-
 UNKNOWN_TOLERANCE = 1.5
 """Points; of sets that nobody has measured twice in the same way, the loosest of the others."""
 CAPTIONS = {"flickr30k": 5_000, "coco": 25_010}
@@ -33,49 +28,24 @@ TABLES = ("1b", "2", "3")
 """Those that have an average."""
 ROBUSTNESS = "1b"
 BASE = "imagenet1k"
-"""Set that the gap is measured from."""
+"""Set that the gap of Table 1b is measured from."""
 
 Ruling = Literal["reproduced", "differs", "not comparable"]
 
 
-class Correction(Config):
-    table: str
-    model: str | None
-    """Row; None for the label of a column, or for the heading."""
-    column: str
-    printed: float | str
-    expected: float | str
-
-
-class Remark(Config):
-    """Cells that an erratum is about without correcting them."""
-
-    table: str
-    models: tuple[str, ...]
-    """Rows; none for the table as a whole."""
-    columns: tuple[str, ...]
-    """None for all."""
-
-
-class Erratum(Config):
-    """One thing that is wrong in the paper, or looks wrong."""
-
-    id: str
-    kind: str
-    about: str
-    cells: tuple[Correction, ...]
-    rows: tuple[Remark, ...]
-
-
-class Released(Config):
-    """The names under which the weights behind a row were published."""
+class PublishedModel(Config):
+    """One model of the paper, and by what its weights are known."""
 
     row: str
+    """The paper's name for it."""
     architecture: str | None
     """Of ours, or none."""
-    files: tuple[str, ...]
+    sha256: tuple[str, ...]
+    """Of the files that were published, where their publisher names it."""
     open_clip: tuple[str, ...]
-    """NAME/TAG."""
+    """NAME/TAG under which that library downloads them."""
+    gflops: float
+    """Of one image through the image tower, as `evaclip_model.training.cost.image_flops` counts."""
     note: str
     """A remark for whoever compares with this row."""
 
@@ -89,27 +59,50 @@ class PaperColumn(Config):
     metric: str = ""
 
 
-@dataclass(frozen=True)
-class PaperRow:
+class PaperRow(Config):
     """One model, or one line of an ablation."""
 
     model: str
     """"" where rows are not models."""
     cells: Mapping[str, Any]
     """By column, and `group`: "a", "b" or "c" where the table is in parts; rates in percent."""
-    notes: Mapping[str, tuple[str, ...]]
-    """Footnotes by column."""
+    printed: Mapping[str, Any] = {}
+    """Cells of columns that an erratum corrected, as the paper prints them."""
+    errata: Mapping[str, tuple[str, ...]] = {}
+    """Errata of columns, the one that corrects first."""
+
+    def footnotes(self, column: str) -> tuple[str, ...]:
+        notes = [paper().errata[one] for one in self.errata.get(column, ())]
+        if column in self.printed:
+            cell = self.printed[column]
+            notes[0] += f" (printed: {cell if isinstance(cell, str) else f'{cell:,.10g}'})"
+        return tuple(notes)
 
 
-@dataclass(frozen=True)
-class PaperTable:
+class PaperTable(Config):
     title: str
-    header: str
+    header: str = ""
     """Its heading, where models stand in it."""
-    columns: tuple[PaperColumn, ...]
-    rows: tuple[PaperRow, ...]
     notes: tuple[str, ...]
     """Remarks on the table as a whole."""
+    columns: tuple[PaperColumn, ...]
+    rows: tuple[PaperRow, ...]
+
+
+class Paper(Config):
+    """What the paper prints, and what is known of its models."""
+
+    source: str
+    models: tuple[PublishedModel, ...]
+    errata: Mapping[str, str]
+    """"E1" ... "E27" -> kind and text."""
+    tables: Mapping[str, PaperTable]
+    """"1a", "1b", "2" ... "10"."""
+
+
+@functools.cache
+def paper() -> Paper:
+    return Paper.model_validate_json(Path(__file__).with_name("paper_tables.json").read_text())
 
 
 @dataclass(frozen=True)
@@ -132,7 +125,7 @@ class PaperModel:
 
     row: str
     is_released: bool
-    """True: the very model, by the name of its weights; else another of its architecture."""
+    """True: the very model, by the content of its file; else another of its architecture."""
 
 
 @dataclass(frozen=True)
@@ -142,71 +135,46 @@ class PaperVerdict:
     """One clause."""
 
 
-@functools.cache
-def table_of(key: str, *, as_printed: bool = False) -> PaperTable:
-    """Table `key` ("1a", "1b", "2" ... "10")."""
-    raw = _load_tables()["tables"][key]
-    corrected = {} if as_printed else _list_corrections(key)
-    columns = tuple(PaperColumn.model_validate(column) for column in raw["columns"])
-    return PaperTable(
-        title=raw["title"],
-        header=str(corrected.get((None, HEADER), raw.get(HEADER, ""))),
-        columns=tuple(
-            column.model_copy(update={"label": corrected.get((None, column.key), column.label)})
-            for column in columns
-        ),
-        rows=tuple(_make_row(key, row, corrected) for row in raw["rows"]),
-        notes=tuple(
-            _erratum_footnote(erratum)
-            for erratum in list_errata()
-            if any(one.table == key and not one.models for one in erratum.rows)
-            or any(one.table == key and one.model is None for one in erratum.cells)
-        ),
-    )
+def rows_of(key: str) -> tuple[PaperRow, ...]:
+    return paper().tables[key].rows
 
 
-def rows_of(key: str, *, as_printed: bool = False) -> tuple[PaperRow, ...]:
-    return table_of(key, as_printed=as_printed).rows
-
-
-@functools.cache
-def list_errata() -> tuple[Erratum, ...]:
-    return tuple(Erratum.model_validate(entry) for entry in _load_tables()["errata"])
-
-
-def paper_model(source: str, architecture: str) -> PaperModel | None:
+def paper_model(
+    source: str, architecture: str, sha256: str = "", released: Mapping[str, str] | None = None
+) -> PaperModel | None:
     """The row that a model belongs beside; none where the paper has no such architecture.
 
-    `source` is FOLDER, FILE:ARCHITECTURE or open_clip:NAME/TAG; `architecture` has a name and a
-    size, such as "EVA02-CLIP-B-16 at 224 px".
+    Args:
+        source: FOLDER, FILE:ARCHITECTURE or open_clip:NAME/TAG.
+        architecture: Its name and size, such as "EVA02-CLIP-B-16 at 224 px".
+        sha256: Of the model's file; weights are the published ones by this or by a tag alone.
+        released: More of them, SHA-256 -> row.
     """
+    if released and sha256 in released:
+        return PaperModel(released[sha256], True)
     kind, _, named = source.partition(":")
-    file = Path(source.rpartition(":")[0]).name
     name, _, px = architecture.removesuffix(" px").partition(" at ")
-    for one in _list_released():
-        if file in one.files or (kind == "open_clip" and named in one.open_clip):
+    for one in paper().models:
+        if sha256 in one.sha256 or (kind == "open_clip" and named in one.open_clip):
             return PaperModel(one.row, True)
-    for one in _list_released():
+    for one in paper().models:
         if one.architecture is not None and px and _is_same(one.architecture, name, int(px)):
             return PaperModel(one.row, False)
     return None
 
 
-def find_published(
-    row: str, set_key: str, metric: str, *, as_printed: bool = False
-) -> PaperFigure | None:
+def find_published(row: str, set_key: str, metric: str) -> PaperFigure | None:
     """The paper's figure of a model (its row) on a set; none where it prints none."""
     known = find_set(set_key)
     columns = {figure: column for column, figure in printed_columns(known).items()} if known else {}
     if known is None or metric not in columns:
         return None
     column = columns[metric]
-    for one in rows_of(known.tables[0], as_printed=as_printed):
+    for one in rows_of(known.tables[0]):
         if one.model == row:
-            note = next(model.note for model in _list_released() if model.row == row)
-            return PaperFigure(
-                row, float(one.cells[column]), known.tolerance, one.notes.get(column, ()), note
-            )
+            note = next(model.note for model in paper().models if model.row == row)
+            value, notes = float(one.cells[column]), one.footnotes(column)
+            return PaperFigure(row, value, known.tolerance, notes, note)
     return None
 
 
@@ -247,32 +215,15 @@ class Average:
     missing: tuple[str, ...]
     reason: str
     """The reason why there is no value; "" where there is one."""
-    published: float | None
-    """The paper's average of the row beside, over all sets."""
     intersection_value: float | None
     """Mean over the sets there are."""
     intersection_reference: float | None
     """Mean of the published row over the same sets."""
+    delta: float | None = None
+    """Of Table 1b: points that a model loses against ImageNet-1K, whose figure less `value`."""
 
 
-@dataclass(frozen=True)
-class Gap:
-    """Points that a model loses on ImageNet's variants against ImageNet."""
-
-    imagenet1k: float | None
-    """Percent."""
-    average: float | None
-    """Of the six sets of Table 1b, ImageNet among them; percent."""
-    delta: float | None
-    """The first less the second; the smaller the better."""
-    published: float | None
-    reason: str
-    """The reason why there is no gap; "" where there is one."""
-
-
-def average_table(
-    table: str, values: Mapping[str, float], row: str | None = None, *, as_printed: bool = False
-) -> Average:
+def average_table(table: str, values: Mapping[str, float], row: str | None = None) -> Average:
     """Average of the sets of table "1b", "2" or "3", beside the paper's model `row`.
 
     `values` is set -> its figure in the table's metric, a share; other sets are passed over.
@@ -284,31 +235,20 @@ def average_table(
     references = [
         found.value
         for key in sets
-        if row and (found := find_published(row, key, members[key].metric, as_printed=as_printed))
+        if row and (found := find_published(row, key, members[key].metric))
     ]
     return Average(
         value=None if missing else mean,
         sets=sets,
         missing=missing,
-        reason=_explain_refusal(len(members), missing),
-        published=_find_cell(table, row, "avg", as_printed),
+        reason=f"{len(missing)} of its {len(members)} sets not evaluated: {', '.join(missing)}"
+        if missing
+        else "",
         intersection_value=mean,
         intersection_reference=fmean(references) if sets and len(references) == len(sets) else None,
-    )
-
-
-def robustness_gap(
-    values: Mapping[str, float], row: str | None = None, *, as_printed: bool = False
-) -> Gap:
-    """The gap of Table 1b from set -> top-1, a share; none where one of the six is missing."""
-    mean = average_table(ROBUSTNESS, values, row, as_printed=as_printed)
-    base = 100 * values[BASE] if BASE in values else None
-    return Gap(
-        imagenet1k=base,
-        average=mean.value,
-        delta=None if mean.value is None or base is None else base - mean.value,
-        published=_find_cell(ROBUSTNESS, row, "delta", as_printed),
-        reason=mean.reason,
+        delta=100 * values[BASE] - mean
+        if table == ROBUSTNESS and mean is not None and not missing
+        else None,
     )
 
 
@@ -323,17 +263,6 @@ def values_of(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 def members_of(table: str) -> dict[str, KnownSet]:
     return {key: known for key, known in known_sets().items() if table in known.tables}
-
-
-def _explain_refusal(members: int, missing: tuple[str, ...]) -> str:
-    if not missing:
-        return ""
-    return f"{len(missing)} of its {members} sets not evaluated: {', '.join(missing)}"
-
-
-def _find_cell(table: str, row: str | None, column: str, as_printed: bool) -> float | None:
-    rows = [one for one in rows_of(table, as_printed=as_printed) if row and one.model == row]
-    return float(rows[0].cells[column]) if rows else None
 
 
 def _list_obstacles(
@@ -362,67 +291,6 @@ def _list_obstacles(
         yield "split not stated by the paper: say in the recipe which images these are"
 
 
-def _make_row(table: str, raw: Mapping[str, Any], corrected: Mapping[Any, Any]) -> PaperRow:
-    model = str(raw.get("model", ""))
-    cells = {
-        column: corrected.get((model, column), value)
-        for column, value in raw.items()
-        if column != "model"
-    }
-    notes: dict[str, tuple[str, ...]] = {}
-    for column in cells.keys() - {"group"}:
-        found = tuple(
-            _erratum_footnote(one, model, column)
-            for one in list_errata()
-            if _concerns_cell(one, table, model, column)
-        )
-        if found:
-            notes[column] = found
-    return PaperRow(model, cells, notes)
-
-
-def _concerns_cell(erratum: Erratum, table: str, model: str, column: str) -> bool:
-    corrects = any(
-        (one.table, one.model, one.column) == (table, model, column) for one in erratum.cells
-    )
-    remarks = any(
-        one.table == table and model in one.models and (not one.columns or column in one.columns)
-        for one in erratum.rows
-    )
-    return corrects or remarks
-
-
-def _list_corrections(table: str) -> dict[tuple[str | None, str], float | str]:
-    """(Row or None, column) -> what the cell should be."""
-    return {
-        (cell.model, cell.column): cell.expected
-        for erratum in list_errata()
-        for cell in erratum.cells
-        if cell.table == table
-    }
-
-
-def _erratum_footnote(erratum: Erratum, model: str | None = None, column: str = "") -> str:
-    """An erratum in words, with what is printed in the cell it stands at."""
-    printed = dict.fromkeys(
-        f" (printed: {cell.printed if isinstance(cell.printed, str) else f'{cell.printed:,.10g}'})"
-        for cell in erratum.cells
-        if cell.model == model and column in ("", cell.column)
-    )
-    return f"{erratum.id}, {erratum.kind}: {erratum.about}{''.join(printed)}"
-
-
 def _is_same(shipped: str, name: str, px: int) -> bool:
     is_known = name in list_models()
     return is_known and ModelConfig.load(name).at_image_px(px) == ModelConfig.load(shipped)
-
-
-@functools.cache
-def _list_released() -> tuple[Released, ...]:
-    return tuple(Released.model_validate(entry) for entry in _load_tables()["models"])
-
-
-@functools.cache
-def _load_tables() -> Mapping[str, Any]:
-    loaded: Mapping[str, Any] = json.loads(_FILE.read_text())
-    return loaded

@@ -13,6 +13,8 @@ from tasks.table import element
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 34
 SMALLEST, LARGEST = 3.0, 26.0
 """Radii of the circles of a bubble chart."""
+LETTER, LINE = 5.6, 12.0
+"""Width of a letter and height of a line of its names."""
 EMPTY = Markup('<p class="quiet">no points to draw</p>')
 
 
@@ -142,86 +144,37 @@ def bubble_chart(bubbles: Sequence[Bubble], *, x: str, y: str) -> Markup:
     x_range = min(xs) * 10**-0.12, max(xs) * 10**0.12
     frame = _Frame(760, 380, x, y, x_range, choose_ticks(min(ys), max(ys), about=6), log_x=True)
     largest = max(one.area or 0.0 for one in drawn) or 1.0
-    circles = [
-        _Circle(
-            one,
-            frame.x(one.x),
-            frame.y(one.y),
-            max(SMALLEST, LARGEST * math.sqrt((one.area or 0.0) / largest)),
-        )
-        for one in sorted(drawn, key=lambda one: -(one.area or 0.0))
-    ]
-    parts = [
-        element(
-            "circle",
-            element("title", f"{one.bubble.label}: {one.bubble.y:.1f}"),
-            class_=one.bubble.style + (" unknown" if one.bubble.area is None else ""),
-            cx=one.x,
-            cy=one.y,
-            r=one.radius,
-        )
-        for one in circles
-    ]
-    taken = [one.inner_box() for one in circles]
+    circles, names = [], []
+    taken: list[tuple[float, float, float]] = []
+    """Left and right end and height of the names placed so far."""
     # Ours are named first, so that the published ones make way for them.
-    for one in sorted(circles, key=lambda c: (c.bubble.style != "subject", c.y)):
-        box = _place_name(one, frame, taken)
-        taken.append(box)
-        if abs(box.top + 6 - one.y) > one.radius + 10:  # too far away to see whose name it is
-            end = box.left if box.left > one.x else box.left + box.width
-            parts.append(
-                element("line", class_="leader", x1=one.x, y1=one.y, x2=end, y2=box.top + 6)
-            )
-        style = f"name {one.bubble.style}"
-        parts.append(element("text", one.bubble.label, class_=style, x=box.left, y=box.top + 9))
+    for one in sorted(drawn, key=lambda bubble: (bubble.style != "subject", -bubble.y)):
+        cx, cy = frame.x(one.x), frame.y(one.y)
+        radius = max(SMALLEST, LARGEST * math.sqrt((one.area or 0.0) / largest))
+        circles.append((radius, _draw_circle(one, cx, cy, radius)))
+        width = len(one.label) * LETTER
+        left = cx + radius + 4
+        if left + width > frame.width - 2:
+            left = cx - radius - 4 - width
+        crossed = [y for start, end, y in taken if start < left + width and left < end]
+        places = sorted((LINE * n for n in range(-len(taken), len(taken) + 1)), key=abs)
+        base = next(
+            cy + 4 + far for far in places if all(abs(cy + 4 + far - at) >= LINE for at in crossed)
+        )
+        taken.append((left, left + width, base))
+        if abs(base - 4 - cy) > radius + LINE:  # too far away to see whose name it is
+            names.append(element("line", class_="leader", x1=cx, y1=cy, x2=left, y2=base - 4))
+        names.append(element("text", one.label, class_=f"name {one.style}", x=left, y=base))
+    # The largest are drawn first, so that none hides another.
+    parts = [drawing for _, drawing in sorted(circles, key=lambda pair: -pair[0])]
     marks = (step * 10.0**power for power in range(-3, 9) for step in (1, 2, 5))
-    return frame.draw_chart(marks, parts, "chart bubbles")
+    return frame.draw_chart(marks, [*parts, *names], "chart bubbles")
 
 
-@dataclass(frozen=True)
-class _Circle:
-    bubble: Bubble
-    x: float
-    y: float
-    radius: float
-
-    def inner_box(self) -> _Box:
-        """The part of the circle that no name may cover."""
-        reach = 0.8 * self.radius
-        return _Box(self.x - reach, self.y - reach, 2 * reach, 2 * reach)
-
-
-@dataclass(frozen=True)
-class _Box:
-    left: float
-    top: float
-    width: float
-    height: float = 12.0
-
-    def overlap_area(self, other: _Box) -> float:
-        wide = min(self.left + self.width, other.left + other.width) - max(self.left, other.left)
-        high = min(self.top + self.height, other.top + other.height) - max(self.top, other.top)
-        return max(0.0, wide) * max(0.0, high)
-
-
-def _place_name(circle: _Circle, frame: _Frame, taken: Sequence[_Box]) -> _Box:
-    """A place for a name that covers no other: beside its circle, below, above, or further off."""
-    gap, width = circle.radius + 4, len(circle.bubble.label) * 5.6
-    inside = _Box(LEFT, 0, frame.width - 2 - LEFT, frame.height - BOTTOM)
-    places = [
-        _Box(left, circle.y - 6 + dy, width)
-        for dy in (0, 10, -10, 20, -20, 32, -32, 46, -46, 60, -60)
-        for left in (circle.x + gap, circle.x - gap - width, circle.x - width / 2)
-    ]
-
-    def cost(box: _Box) -> float:
-        outside = box.width * box.height - box.overlap_area(inside)
-        far = abs(box.top + 6 - circle.y)
-        return round(
-            sum(map(box.overlap_area, taken)) + 4 * outside + far, 6
-        )  # equal ones: the first
-
-    return min(places, key=cost)
+def _draw_circle(one: Bubble, x: float, y: float, radius: float) -> Markup:
+    style = one.style + (" unknown" if one.area is None else "")
+    title = element("title", f"{one.label}: {one.y:.1f}")
+    return element("circle", title, class_=style, cx=x, cy=y, r=radius)
 
 
 def interval_bar(

@@ -94,64 +94,54 @@ def pick_mistakes(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
     assert scored.classes is not None
     evalset, ranks = scored.evalset, scored.classes.ranks
     wrong = torch.nonzero(ranks > 0).flatten().tolist()
-    of_class = _first_of_class(evalset)
+    said = scored.classes.top[:, 0].tolist()
+    pair = _PairOfImages(evalset)
     return [
-        {
-            "picture": _image_thumbnail(evalset, index),
-            "actual": evalset.classnames[evalset.samples[index].label],
-            "said": evalset.classnames[said],
-            "example": _image_thumbnail(evalset, of_class[said]) if said in of_class else None,
-            "rank": int(ranks[index]) + 1,
-        }
+        pair.show(index, said[index]) | {"rank": int(ranks[index]) + 1}
         for index in sorted(_draw_sample(evalset, wrong, amount.mistakes))
-        for said in (int(scored.classes.top[index, 0]),)
     ]
 
 
-@dataclass(frozen=True)
-class Confusion:
-    """Images of one class that were taken for one other."""
-
-    actual: int
-    said: int
-    images: tuple[int, ...]
-    """Samples that were."""
-    of: int
-    """Images of the class."""
-
-
-def commonest_confusions(scored: Scored, count: int) -> list[Confusion]:
+def find_confusions(scored: Scored) -> dict[tuple[int, int], list[int]]:
+    """(Class, another that was given) -> its images that were; the commonest first."""
     assert scored.classes is not None
     labels = [sample.label for sample in scored.evalset.samples]
-    sizes = Counter(labels)
     made: dict[tuple[int, int], list[int]] = {}
     for index, pair in enumerate(zip(labels, scored.classes.top[:, 0].tolist(), strict=True)):
         if pair[0] != pair[1]:
             made.setdefault(pair, []).append(index)
-    commonest = sorted(made.items(), key=lambda item: -len(item[1]))[:count]
-    return [
-        Confusion(actual, said, tuple(images), sizes[actual])
-        for (actual, said), images in commonest
-        if len(images) > 1
-    ]
+    return dict(sorted(made.items(), key=lambda item: -len(item[1])))
 
 
 def pick_confusions(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
     """The commonest confusions, each with one of its images and one of the other class."""
-    evalset, of_class = scored.evalset, _first_of_class(scored.evalset)
+    evalset = scored.evalset
+    sizes = Counter(sample.label for sample in evalset.samples)
+    pair = _PairOfImages(evalset)
     return [
-        {
-            "actual": evalset.classnames[one.actual],
-            "said": evalset.classnames[one.said],
-            "times": len(one.images),
-            "of": one.of,
-            "picture": _image_thumbnail(evalset, _draw_sample(evalset, one.images, 1)[0]),
-            "example": _image_thumbnail(evalset, of_class[one.said])
-            if one.said in of_class
-            else None,
-        }
-        for one in commonest_confusions(scored, amount.confusions)
+        pair.show(_draw_sample(evalset, images, 1)[0], said)
+        | {"times": len(images), "of": sizes[actual]}
+        for (actual, said), images in list(find_confusions(scored).items())[: amount.confusions]
+        if len(images) > 1
     ]
+
+
+class _PairOfImages:
+    """An image beside one of the class that it was taken for."""
+
+    def __init__(self, evalset: EvalSet) -> None:
+        self._set = evalset
+        samples = reversed([*enumerate(evalset.samples)])
+        self._of_class = {sample.label: index for index, sample in samples}
+
+    def show(self, index: int, said: int) -> dict[str, Any]:
+        names, of_class = self._set.classnames, self._of_class.get(said)
+        return {
+            "actual": names[self._set.samples[index].label],
+            "said": names[said],
+            "picture": _image_thumbnail(self._set, index),
+            "example": None if of_class is None else _image_thumbnail(self._set, of_class),
+        }
 
 
 def class_searches(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
@@ -176,13 +166,9 @@ def class_searches(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
 
 def taken_for(scored: Scored) -> Mapping[int, tuple[int, int]]:
     """Class -> the other class its images were most often given, and how often."""
-    assert scored.classes is not None
-    labels = (sample.label for sample in scored.evalset.samples)
-    pairs = Counter(zip(labels, scored.classes.top[:, 0].tolist(), strict=True))
     found: dict[int, tuple[int, int]] = {}
-    for (actual, said), times in pairs.most_common():
-        if actual != said and actual not in found:
-            found[actual] = (said, times)
+    for (actual, said), images in find_confusions(scored).items():
+        found.setdefault(actual, (said, len(images)))
     return found
 
 
@@ -194,10 +180,6 @@ def make_thumbnail(content: bytes) -> str:
     out = io.BytesIO()
     flat.save(out, "WEBP", quality=QUALITY, method=4)
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
-
-
-def _first_of_class(evalset: EvalSet) -> dict[int, int]:
-    return {sample.label: index for index, sample in reversed([*enumerate(evalset.samples)])}
 
 
 def _draw_queries(evalset: EvalSet, ranking: Ranking, amount: Amount) -> list[tuple[str, int]]:

@@ -146,10 +146,6 @@ class Findings:
         the table was evaluated."""
         return self._results_part("averages", table, model)
 
-    def robustness_gap(self, model: str) -> Json:
-        """The gap between ImageNet-1K and the average of Table 1b; empty likewise."""
-        return self._results_part("robustness", model)
-
     def contaminated_images(self, evalset: str) -> Json:
         """Images with near-duplicates in the training data, and figures without them; empty where
         that is not known."""

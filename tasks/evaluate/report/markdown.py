@@ -9,7 +9,7 @@ from typing import Any
 from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.report import tables
 from tasks.evaluate.report.curves import Curve
-from tasks.evaluate.report.examples import commonest_confusions, taken_for
+from tasks.evaluate.report.examples import taken_for
 from tasks.evaluate.report.findings import Findings
 from tasks.evaluate.report.numbers import format_plural
 from tasks.evaluate.report.paper_form import paper_tables
@@ -32,7 +32,7 @@ def write_markdown(
         "## Beside the other models", tables.comparison_table(found, headlines_only=True)
     )
     parts += _titled_table("## Seen in training?", tables.contamination_table(found))
-    parts += _titled_table("## Training", _training_table(curves) if curves else None)
+    parts += _titled_table("## Training", _training_table(curves))
     parts.append("## Set by set")
     for key in found.sets:
         parts += _set_lines(found, key, scored.get(key, {}).get(found.subject))
@@ -45,8 +45,8 @@ def write_short_markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(_first_screen(Findings(results))) + "\n"
 
 
-def _titled_table(title: str, table: Table | None) -> list[str]:
-    """A table below its title; nothing where there is no table."""
+def _titled_table(title: str, table: Table) -> list[str]:
+    """A table below its title; nothing where it has no rows."""
     return [title, markdown_table(table)] if table else []
 
 
@@ -70,7 +70,6 @@ def _paper_lines(found: Findings) -> Iterator[str]:
     for one in forms:
         yield from _titled_table(f"### {escape_markdown(one.title)}", one.table)
     yield from _titled_table("### Averages", tables.average_table(found))
-    yield from _titled_table("### Robustness gap Δ", tables.robustness_table(found))
 
 
 def _training_table(curves: Sequence[Curve]) -> Table:
@@ -100,8 +99,7 @@ def _set_lines(found: Findings, key: str, scored: Scored | None) -> Iterator[str
         count = format_plural(len(classes.rows), "class", "classes")
         yield f"The {len(weakest)} weakest of {count}:"
         yield markdown_table(replace(classes, rows=weakest))
-    confused = commonest_confusions(scored, CONFUSIONS_SHOWN) if scored and is_ranked else []
-    if scored and confused:
-        table = tables.confusion_table(confused, scored.evalset.classnames)
-        yield from _titled_table("Commonest confusions:", table)
+    if scored and is_ranked:
+        confused = tables.confusion_table(scored, CONFUSIONS_SHOWN)
+        yield from _titled_table("Commonest confusions:", confused)
     yield markdown_table(tables.set_provenance_table(found, key))

@@ -11,13 +11,13 @@ from markupsafe import Markup
 
 from evaclip_model.zeroshot.statistics import chance_of_hit, hit_rate
 from tasks.evaluate.metrics.scored import Scored, captions_of
-from tasks.evaluate.paper.published import rows_of
+from tasks.evaluate.paper.published import paper, rows_of
 from tasks.evaluate.report import examples, tables
 from tasks.evaluate.report.charts import Bubble, ChartLine, bubble_chart, line_chart
 from tasks.evaluate.report.curves import Curve, count_images_seen, loss_chart
 from tasks.evaluate.report.findings import Findings
 from tasks.evaluate.report.numbers import format_ordinal, format_percent, format_plural
-from tasks.evaluate.report.paper_form import beside_of, paper_tables
+from tasks.evaluate.report.paper_form import paper_tables
 from tasks.evaluate.report.summary import headline_tiles, summary_sentences
 from tasks.table import html_table
 
@@ -35,28 +35,8 @@ SECTIONS = {
 }
 """Part of the page -> its anchor and its name in the navigation, when it is there."""
 
-
-SET, METRIC = "imagenet1k", "top1"
-GFLOPS = {
-    "OpenAI CLIP-B/16": 35.1269,
-    "OpenAI CLIP-L/14": 162.0255,
-    "OpenAI CLIP-L/14+": 381.9198,
-    "Open CLIP-B/16": 35.1269,
-    "Open CLIP-L/14": 162.0255,
-    "Open CLIP-H/14": 334.5903,
-    "Open CLIP-g/14": 534.0631,
-    "Open CLIP-G/14": 967.496,
-    "EVA-01-CLIP-B/16": 35.1269,
-    "EVA-01-CLIP-g/14": 534.0631,
-    "EVA-01-CLIP-g/14+": 534.0631,
-    "EVA-02-CLIP-B/16": 35.1269,
-    "EVA-02-CLIP-L/14": 162.0003,
-    "EVA-02-CLIP-L/14+": 381.8631,
-    "EVA-02-CLIP-E/14": 2264.3269,
-    "EVA-02-CLIP-E/14+": 2264.3269,
-}
-"""Of one image through the image tower of every model of Table 1a, as
-`evaclip_model.training.cost.image_flops` counts them for these architectures."""
+FAMILIES = {"EVA": "eva", "OpenAI": "openai", "Open": "open"}
+"""First word of a model's name in the paper -> style of its circle."""
 
 
 def compute_chart(found: Findings, images_seen: float) -> Markup | None:
@@ -68,36 +48,24 @@ def compute_chart(found: Findings, images_seen: float) -> Markup | None:
 
     `images_seen` are the subject's image-text pairs where its training is known, else 0.
     """
-    shares = {model: found.set_results(SET, model).get(METRIC) for model in found.models}
+    shares = {model: found.set_results("imagenet1k", model).get("top1") for model in found.models}
     if all(share is None for share in shares.values()):
         return None
     rows = {row.model: row.cells for row in rows_of("1a")}
-    bubbles = [
-        _make_bubble(
-            name, row["in1k_zs_top1"], GFLOPS[name], row["samples_seen"], _model_family(name)
-        )
-        for name, row in rows.items()
-    ]
+    bubbles = []
+    for one in paper().models:
+        top1, samples = (rows[one.row][key] for key in ("in1k_zs_top1", "samples_seen"))
+        family = FAMILIES[one.row.replace("-", " ").split()[0]]
+        bubbles.append(Bubble(one.gflops, top1, one.gflops * samples, one.row, family))
     for model, share in shares.items():
-        gflops = found.describe_model(model)["gflops"]
+        about = found.describe_model(model)
+        gflops, beside = about["gflops"], about["paper"]
         if share is not None and gflops:
-            beside = beside_of(found, model)
-            samples = images_seen if model == found.subject and images_seen else None
-            if samples is None and beside is not None and beside.is_released:
-                samples = rows[beside.row]["samples_seen"]
-            bubbles.append(_make_bubble(model, 100 * share, gflops, samples, "subject"))
+            seen = images_seen if model == found.subject else 0
+            if not seen and beside and beside["is_released"]:
+                seen = rows[beside["row"]]["samples_seen"]
+            bubbles.append(Bubble(gflops, 100 * share, gflops * seen or None, model, "subject"))
     return bubble_chart(bubbles, x="forward GFLOPs an image", y="ImageNet-1K zero-shot top-1, %")
-
-
-def _make_bubble(
-    name: str, percent: float, gflops: float, samples: float | None, style: str
-) -> Bubble:
-    """One model; `samples` are the image-text pairs seen, None if unknown."""
-    return Bubble(gflops, percent, None if samples is None else gflops * samples, name, style)
-
-
-def _model_family(name: str) -> str:
-    return "eva" if name.startswith("EVA") else "openai" if name.startswith("OpenAI") else "open"
 
 
 def write_page(
@@ -123,7 +91,6 @@ def write_page(
         "verdicts": tables.verdict_table(found),
         "paper": paper_tables(found),
         "averages": tables.average_table(found),
-        "robustness": tables.robustness_table(found),
         "compute": compute_chart(found, images_seen),
         "comparisons": tables.comparison_table(found, headlines_only=True),
         "all_comparisons": tables.comparison_table(found, headlines_only=False),

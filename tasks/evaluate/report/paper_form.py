@@ -9,11 +9,9 @@ from typing import Any
 from tasks.evaluate.metrics.metric import printed_columns
 from tasks.evaluate.paper.published import (
     PaperColumn,
-    PaperModel,
     PaperRow,
     PaperTable,
-    paper_model,
-    table_of,
+    paper,
 )
 from tasks.evaluate.report.findings import Findings
 from tasks.evaluate.report.numbers import as_printed, format_signed, format_size
@@ -29,14 +27,6 @@ UPRIGHT_FROM = 12
 """Columns from which the head is set upright."""
 WORDS = ("precision", "data", "gpus", "image_size")
 """Columns that are not numbers."""
-LABELS = {
-    "in1k_zs_top1": "IN-1K top-1",
-    "gpus": "GPUs",
-    "params_total": "params",
-    "params_image": "image",
-    "params_text": "text",
-}
-"""Of columns that have none in the data and whose key is not one."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +40,12 @@ class PaperForm:
 def paper_tables(found: Findings) -> list[PaperForm]:
     """Tables 1a, 1b, 2, 3 and 4, those of them that have a set of ours."""
     return [
-        PaperForm(f"table-{key}", f"Table {key}. {table_of(key).title}", _fill_table(found, key))
+        PaperForm(
+            f"table-{key}", f"Table {key}. {paper().tables[key].title}", _fill_table(found, key)
+        )
         for key in ("1a", "1b", "2", "3", "4")
         if any(found.set_results(one, found.subject) for one in _columns_of_sets(key))
     ]
-
-
-def beside_of(found: Findings, model: str) -> PaperModel | None:
-    """The paper's row that a model of ours belongs beside."""
-    about = found.describe_model(model)
-    return paper_model(str(about["source"] or ""), str(about["architecture"]))
 
 
 def _columns_of_sets(table: str) -> Mapping[str, dict[str, str]]:
@@ -72,9 +58,9 @@ def _columns_of_sets(table: str) -> Mapping[str, dict[str, str]]:
 
 
 def _fill_table(found: Findings, key: str) -> Table:
-    given = table_of(key)
+    given = paper().tables[key]
     columns = [column for column in given.columns if column.key != "model"]
-    heads = [TableColumn(_column_label(one), has_words=one.key in WORDS) for one in columns]
+    heads = [TableColumn(one.label, has_words=one.key in WORDS) for one in columns]
     table = Table.of("model", *heads, is_upright=len(columns) >= UPRIGHT_FROM)
     group = ""
     for one in given.rows:
@@ -90,7 +76,7 @@ def _fill_table(found: Findings, key: str) -> Table:
 
 
 def _add_published(table: Table, one: PaperRow, columns: list[PaperColumn]) -> None:
-    said = [set(one.notes.get(column.key, ())) for column in columns]
+    said = [set(one.footnotes(column.key)) for column in columns]
     of_row = set.intersection(*said)  # what concerns every cell stands at the model's name
     cells = [
         Cell(
@@ -133,8 +119,8 @@ def _add_ours(
         else:
             cells.append(Cell(NOTHING, notes=table.cite(_why_not(found, key, model, column))))
     table.add(model, *cells, style="ours")
-    ours = beside_of(found, model)
-    beside = next((one for one in given.rows if ours and one.model == ours.row), None)
+    row = (found.describe_model(model)["paper"] or {}).get("row")
+    beside = next((one for one in given.rows if one.model == row), None)
     if beside is None:
         return
     differences = []
@@ -154,11 +140,10 @@ def _our_values(found: Findings, key: str, model: str) -> Iterator[tuple[str, fl
             share = found.set_results(evalset, model).get(metric)
             if share is not None:
                 yield column, share
-    average, gap = found.table_average(key, model), found.robustness_gap(model)
-    if average.get("value") is not None:
-        yield "avg", average["value"] / 100
-    if key == "1b" and gap.get("delta") is not None:
-        yield "delta", gap["delta"] / 100
+    average = found.table_average(key, model)
+    for column, name in (("avg", "value"), ("delta", "delta")):
+        if average.get(name) is not None:
+            yield column, average[name] / 100
 
 
 def _setting_cell(found: Findings, model: str, column: PaperColumn) -> str:
@@ -179,13 +164,3 @@ def _why_not(found: Findings, key: str, model: str, column: PaperColumn) -> list
         for evalset, columns in _columns_of_sets(key).items()
         if column.key in columns and evalset in found.failed
     ]
-
-
-def _column_label(column: PaperColumn) -> str:
-    if column.label or column.key in LABELS:
-        return column.label or LABELS[column.key]
-    for key, title in (("flickr30k", "Flickr30K"), ("coco", "COCO")):
-        if column.key.startswith(key):
-            what, _, depth = column.key.removeprefix(f"{key}_").partition("_")
-            return f"{title} {what} {depth.upper().replace('R', 'R@')}"
-    return column.key.replace("_", " ")

@@ -122,7 +122,7 @@ def _average_tile(found: Findings, table: str) -> Tile:
     spread = average_interval(found, table, found.subject)
     facts += [("95 % interval", format_interval(spread))] if spread else []
     facts += [("published", f"{reference:.1f} %")] if reference is not None else []
-    delta = found.robustness_gap(found.subject).get("delta") if table == "1b" else None
+    delta = average["delta"]
     facts += [("gap Δ", format_points(delta))] if delta is not None else []
     return Tile(title, f"{value:.1f} %", facts=facts)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tasks.evaluate.metrics.metric import title_of
+from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.report.charts import interval_bar
-from tasks.evaluate.report.examples import Confusion
+from tasks.evaluate.report.examples import find_confusions
 from tasks.evaluate.report.findings import Figure, Findings
 from tasks.evaluate.report.numbers import (
     format_interval,
@@ -44,17 +46,13 @@ def glance_table(found: Findings) -> Table:
     It is top-1 unless the row says otherwise.
     """
     figures = [one for key in found.sets for one in found.headline_figures(key, found.subject)]
-    with_paper = any(one.published for one in figures)
     table = Table.of(
         *("set", found.subject, "95 % interval", TableColumn("0 … 100 %", is_drawn=True)),
-        *(("published", "difference", words("verdict")) if with_paper else ()),
+        *("published", "difference", words("verdict")),
         *(*found.others, "chance", "images", "warnings"),
     )
     for one in figures:
         about, published = found.describe_set(one.evalset), one.published
-        given: list[Cell | str] = []
-        if with_paper:
-            given = [_published_cell(one, table), format_signed(one.difference), _verdict_cell(one)]
         bar = None
         if one.value is not None:  # a figure that is missing is not one of 0
             bar = interval_bar(
@@ -69,7 +67,7 @@ def glance_table(found: Findings) -> Table:
             Cell(format_percent(one.value), "value"),
             format_interval(one.interval),
             Cell("", drawing=bar),
-            *given,
+            *(_published_cell(one, table), format_signed(one.difference), _verdict_cell(one)),
             *(
                 format_percent(found.get_figure(one.evalset, x, one.metric).value)
                 for x in found.others
@@ -81,7 +79,7 @@ def glance_table(found: Findings) -> Table:
     return table
 
 
-def verdict_table(found: Findings) -> Table | None:
+def verdict_table(found: Findings) -> Table:
     """Every figure of ours that the paper prints too; the ones that differ first."""
     compared = [
         (VERDICTS.index(one.published.verdict), model, one, one.published)
@@ -89,8 +87,6 @@ def verdict_table(found: Findings) -> Table | None:
         for one in compared_figures(found, model)
         if one.published
     ]
-    if not compared:
-        return None
     several = len({model for _, model, _, _ in compared}) > 1
     model_column = (words("model"),) if several else ()
     table = Table.of(
@@ -122,7 +118,7 @@ def count_verdicts(found: Findings, model: str) -> Mapping[str, int]:
     return {verdict: given.count(verdict) for verdict in VERDICTS}
 
 
-def average_table(found: Findings) -> Table | None:
+def average_table(found: Findings) -> Table:
     """The paper's averages; where a set is missing there is none, but one over what is there."""
     table = Table.of(
         *("average over", words("model"), "average", "sets", "over the sets both have"),
@@ -144,25 +140,10 @@ def average_table(found: Findings) -> Table | None:
                 format_points(reference),
                 format_signed(common - reference) if None not in (common, reference) else NOTHING,
             )
-    return table if table.rows else None
+    return table
 
 
-def robustness_table(found: Findings) -> Table | None:
-    table = Table.of("model", "ImageNet-1K", "average of the six", "gap Δ", "published Δ")
-    for model in found.models:
-        gap = found.robustness_gap(model)
-        if gap:
-            table.add(
-                model,
-                format_points(gap["imagenet1k"]),
-                format_points(gap["average"]),
-                _value_or_refusal(gap["delta"], gap["reason"], table),
-                format_points(gap["published"]),
-            )
-    return table if table.rows else None
-
-
-def comparison_table(found: Findings, *, headlines_only: bool) -> Table | None:
+def comparison_table(found: Findings, *, headlines_only: bool) -> Table:
     table = Table.of(
         *("set", words("other model"), words("figure"), found.subject, "other"),
         *("difference, points", "95 % interval", "p"),
@@ -184,7 +165,7 @@ def comparison_table(found: Findings, *, headlines_only: bool) -> Table | None:
                 f"{format_signed(low, 2)} … {format_signed(high, 2)}",
                 Cell(p_value(one["p"]), "" if is_sure else "quiet"),
             )
-    return table if table.rows else None
+    return table
 
 
 def compared_pairs(
@@ -196,7 +177,7 @@ def compared_pairs(
                 yield evalset, metric, one
 
 
-def contamination_table(found: Findings) -> Table | None:
+def contamination_table(found: Findings) -> Table:
     table = Table.of(
         *("set", "images seen in training", "share", words("figure"), "with them"),
         *("without them", "difference"),
@@ -219,14 +200,14 @@ def contamination_table(found: Findings) -> Table | None:
                 if ours is None or cleaned is None
                 else format_signed(100 * (cleaned - ours), 2),
             )
-    return table if table.rows else None
+    return table
 
 
-def failure_table(found: Findings) -> Table | None:
+def failure_table(found: Findings) -> Table:
     table = Table.of("set", words("why"))
     for evalset, reason in found.failed.items():
         table.add(found.set_name(evalset), reason)
-    return table if table.rows else None
+    return table
 
 
 def provenance_table(found: Findings) -> Table:
@@ -271,17 +252,13 @@ def figure_table(found: Findings, evalset: str) -> Table:
     return table
 
 
-def class_table(
-    found: Findings, evalset: str, taken_for: Mapping[int, tuple[int, int]]
-) -> Table | None:
+def class_table(found: Findings, evalset: str, taken_for: Mapping[int, tuple[int, int]]) -> Table:
     """Every class of a set by its share of right answers, the weakest first.
 
     `taken_for` is class -> the other class that its images were most often given, and how often.
     """
-    entries = found.set_results(evalset, found.subject).get("per_class")
-    if not entries:
-        return None
-    has_precision = "average_precision" in entries[0]
+    entries = found.set_results(evalset, found.subject).get("per_class", [])
+    has_precision = bool(entries) and "average_precision" in entries[0]
     result = "average_precision" if has_precision else "share"
     own = ["average precision"] if has_precision else ["right", "share"]
     others = [] if has_precision else [words("most often taken for")]
@@ -298,10 +275,13 @@ def class_table(
     return table
 
 
-def confusion_table(given: Sequence[Confusion], names: Sequence[str]) -> Table:
+def confusion_table(scored: Scored, most: int) -> Table:
+    """The commonest mistakes that were made more than once."""
     table = Table.of("class", words("taken for"), "images of the class")
-    for one in given:
-        table.add(names[one.actual], names[one.said], f"{len(one.images):,} of {one.of:,}")
+    names, sizes = scored.evalset.classnames, Counter(one.label for one in scored.evalset.samples)
+    for (actual, said), images in list(find_confusions(scored).items())[:most]:
+        if len(images) > 1:
+            table.add(names[actual], names[said], f"{len(images):,} of {sizes[actual]:,}")
     return table
 
 

@@ -49,7 +49,7 @@ def fixed_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, 
     results = results_of(
         config,
         {
-            "candidate": _identity("0", "weights/EVA02_CLIP_B_psz16_s8B.pt:EVA02-CLIP-B-16"),
+            "candidate": _identity("0", "open_clip:EVA02-B-16/merged2b_s8b_b131k"),
             "champion": _identity("1", "runs/champion"),
         },
         sets,

@@ -27,7 +27,6 @@ from tasks.evaluate.paper.published import (
     average_table,
     find_published,
     judge_figure,
-    robustness_gap,
     values_of,
 )
 from tasks.evaluate.sets.published_layout import EvalSample, EvalSet
@@ -85,7 +84,6 @@ def made_up(
             table: {name: asdict(average_table(table, values[name], ROW)) for name in models}
             for table in TABLES
         },
-        "robustness": {name: asdict(robustness_gap(values[name], ROW)) for name in models},
         "contamination": {
             key: {
                 "flagged": len(sets[key]) // 40,
@@ -111,7 +109,8 @@ def _about(name: str) -> dict[str, Any]:
         "architecture": "EVA02-CLIP-B-16 at 224 px",
         "params": 149_690_000,
         "gflops": 35.1,
-        "source": "EVA02_CLIP_B_psz16_s8B.pt:EVA02-CLIP-B-16" if name == "candidate" else name,
+        "source": "weights.pt:EVA02-CLIP-B-16" if name == "candidate" else name,
+        "paper": {"row": ROW, "is_released": name == "candidate"},
         "preprocessing": {"resize": "shortest", "image_px": 224, "mean": [0.48, 0.46, 0.41]},
         "warnings": [],
     }

@@ -92,7 +92,7 @@ def test_the_page_asks_for_nothing_and_its_links_lead_somewhere(reports: dict[st
 def test_the_page_has_every_part_and_leads_to_it(reports: dict[str, str]):
     page = Page(reports["report.html"])
     parts = (
-        *("failed", "figures", "verdicts", "paper", "averages", "robustness", "compute"),
+        *("failed", "figures", "verdicts", "paper", "averages", "compute"),
         *("models", "contamination", "sets", "provenance"),
         *(f"table-{one}" for one in ("1a", "1b", "2", "3", "4")),
         *(f"set-{one}" for one in FEW),
@@ -163,7 +163,7 @@ def test_every_table_in_markdown_has_as_many_cells_in_every_row(reports: dict[st
 @pytest.mark.parametrize("key", ["cifar10", "flickr30k", "kinetics400", "voc2007-multilabel"])
 def test_one_set_alone_is_a_report(key: str, tmp_path: Path):
     results, scored = made_up(tmp_path, [key], images_per_class=1)
-    for part in ("paper", "paired", "averages", "robustness", "contamination", "failed"):
+    for part in ("paper", "paired", "averages", "contamination", "failed"):
         del results[part]
     html, markdown, summary, _ = write_reports(tmp_path, results, scored)
     page = Page(html.read_text())
@@ -179,7 +179,7 @@ def test_a_set_of_the_users_own_needs_no_entry_in_the_registry(
     results, scored = deepcopy(made[0]), made[1]
     for part in ("sets", "results", "chance"):
         results[part] = {"my-own": results[part]["cifar10"]}
-    for part in ("paper", "paired", "averages", "robustness", "contamination"):
+    for part in ("paper", "paired", "averages", "contamination"):
         del results[part]
     results["sets"]["my-own"] |= {"metric": None, "expected_n": None, "split": None}
     page = write_reports(tmp_path, results, {"my-own": scored["cifar10"]})[0].read_text()
