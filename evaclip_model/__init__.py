@@ -23,24 +23,17 @@ if TYPE_CHECKING:
     from evaclip_model.weights.load import LoadReport, load_weights, save_model, save_weights
 
 _HOME = {
-    "EvaClip": "model.clip",
-    "create_model": "create",
-    "InputError": "errors",
-    "export_model": "weights.export",
-    "export_onnx": "weights.export",
-    "contrastive_loss": "training.loss.contrastive",
-    "gathered_contrastive_loss": "training.loss.contrastive",
-    "kept_patches": "training.training_step",
-    "ModelConfig": "model.model_config",
-    "list_models": "model.model_config",
-    "tokenize": "tokenizer.tokenizer",
-    "decode_image": "reading.image_decoder",
-    "image_transform": "reading.transform",
-    "LoadReport": "weights.load",
-    "load_weights": "weights.load",
-    "open_model": "create",
-    "save_model": "weights.load",
-    "save_weights": "weights.load",
+    "create": ("create_model", "open_model"),
+    "errors": ("InputError",),
+    "model.clip": ("EvaClip",),
+    "model.model_config": ("ModelConfig", "list_models"),
+    "reading.image_decoder": ("decode_image",),
+    "reading.transform": ("image_transform",),
+    "tokenizer.tokenizer": ("tokenize",),
+    "training.loss.contrastive": ("contrastive_loss", "gathered_contrastive_loss"),
+    "training.training_step": ("kept_patches",),
+    "weights.export": ("export_model", "export_onnx"),
+    "weights.load": ("LoadReport", "load_weights", "save_model", "save_weights"),
 }
 
 __all__ = [
@@ -66,9 +59,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'evaclip_model' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"evaclip_model.{_HOME[name]}"), name)
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(importlib.import_module(f"evaclip_model.{module}"), name)
+    raise AttributeError(f"module 'evaclip_model' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:

@@ -62,32 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status or 0
 
 
-def classify(
-    image: Path, labels: Sequence[str], model_folder: Path, template: str = "{}"
-) -> list[tuple[str, float]]:
-    """Labels and their probabilities (sum 1), the most probable first.
-
-    Args:
-        image: a JPEG, PNG or WebP file.
-        labels: at least two different captions or class names.
-        model_folder: what `save_model` wrote.
-        template: prompt around a label, with one `{}`.
-
-    Raises: InputError: fewer than two labels, a missing or unreadable file, a wrong template.
-    """
-    _check_labels(labels, template)
-    if not image.is_file():
-        raise InputError(f"image {image} does not exist")
-
-    from evaclip_model.create import open_model
-    from evaclip_model.zeroshot.image_files import image_features
-
-    model = open_model(model_folder)
-    values = image_features(model, [image]).values
-    shares = compute_label_probabilities(model, values, labels, template)[0].tolist()
-    return sorted(zip(labels, shares, strict=True), key=lambda pair: -pair[1])
-
-
 @commands.command("models")
 def list_architectures() -> None:
     """List the architectures that ship."""

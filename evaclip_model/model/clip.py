@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import cast
+from typing import cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaclip_model.choices import GradCheckpointing
+from evaclip_model.errors import InputError
 from evaclip_model.model.layers import (
     AttentionChoice,
     SwiGluMlp,
     attention_kernel,
     drop_path_rates,
-    require_mode,
     resolved_attention,
     to_float32,
 )
@@ -120,9 +120,11 @@ class EvaClip(nn.Module):
 
         Raises: InputError: another mode.
         """
-        self.visual.grad_checkpointing = self.text.transformer.grad_checkpointing = require_mode(
-            mode
-        )
+        if mode not in (known := get_args(GradCheckpointing)):
+            raise InputError(
+                f"grad_checkpointing '{mode}' is unknown: choose one of {', '.join(known)}"
+            )
+        self.visual.grad_checkpointing = self.text.transformer.grad_checkpointing = mode
 
     def set_drop_path(self, rate: float) -> None:
         """Chance that a sample skips a branch of the image tower's last block, in training; less

@@ -441,17 +441,6 @@ _KEPT = {
 would keep. The plain products of eager attention are not here: they are cheap and long."""
 
 
-def require_mode(mode: str) -> GradCheckpointing:
-    """Raises: InputError: there is no such way of checkpointing."""
-    for known in get_args(GradCheckpointing):
-        if mode == known:
-            return known  # type: ignore[no-any-return]
-    raise InputError(
-        f"grad_checkpointing '{mode}' is unknown: choose one of "
-        f"{', '.join(get_args(GradCheckpointing))}"
-    )
-
-
 def run_block(mode: GradCheckpointing, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """The output of `block(*inputs)`, [B, S, W] of an image block or [S, W] of a text block, of
     fewer tokens where the inputs ask for that; in the backward pass it is computed again, with the

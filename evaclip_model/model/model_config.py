@@ -143,34 +143,17 @@ class ModelConfig(Config):
         if isinstance(source, ModelConfig):
             return source
         if isinstance(source, Mapping):
-            return cls._of_either_form(source, where="model config")
-        path = Path(source)
-        if path.is_dir():
-            path = path / CONFIG_FILE
-        if path.suffix == ".json" or path.is_file():
-            return cls._read_file(path)
-        name = shipped_name(str(source))
-        text = (resources.files("evaclip_model") / "configs" / f"{name}.json").read_text()
-        return cls.from_mapping(json.loads(text), where=f"{name}.json")
-
-    @classmethod
-    def _of_either_form(cls, values: Mapping[str, Any], where: str) -> ModelConfig:
+            values, where = source, "model config"
+        else:
+            path = Path(source)
+            path = path / CONFIG_FILE if path.is_dir() else path
+            if path.suffix != ".json" and not path.is_file():
+                folder = Path(str(resources.files("evaclip_model"))) / "configs"
+                path = folder / f"{shipped_name(str(source))}.json"
+            values, where = _read_json(path), str(path)
         if "vision_cfg" in values or "text_cfg" in values:  # in the authors' form, right or wrong
             values = _from_authors_form(values, where)
         return cls.from_mapping(values, where)
-
-    @classmethod
-    def _read_file(cls, path: Path) -> ModelConfig:
-        try:
-            values = json.loads(path.read_text())
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(
-                f"{path} cannot be read as a model config ({error}): give a JSON file that has "
-                "'embed_dim', 'vision' and 'text' (or 'vision_cfg' and 'text_cfg')"
-            ) from None
-        if not isinstance(values, dict):
-            raise InputError(f"{path} is not a model config: expected a JSON object")
-        return cls._of_either_form(values, where=str(path))
 
     def at_image_px(self, image_px: int) -> ModelConfig:
         """Return the same architecture for square images of another side, in pixels.
@@ -187,6 +170,19 @@ class ModelConfig(Config):
         return self.model_copy(update={"text": text})
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path} cannot be read as a model config ({error}): give a JSON file that has "
+            "'embed_dim', 'vision' and 'text' (or 'vision_cfg' and 'text_cfg')"
+        ) from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is not a model config: expected a JSON object")
+    return values
+
+
 def list_models() -> list[str]:
     """Names of the shipped architectures, sorted; `ALIASES` are accepted too."""
     folder = resources.files("evaclip_model") / "configs"
@@ -201,10 +197,8 @@ def shipped_name(name: str) -> str:
     Raises: InputError: there is none (with the nearest name).
     """
     names = list_models()
-    if name in names:
-        return name
-    if name in ALIASES:
-        return ALIASES[name]
+    if name in (*names, *ALIASES):
+        return ALIASES.get(name, name)
     near = difflib.get_close_matches(name, [*names, *ALIASES], n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"known models: {', '.join(names)}"
     raise InputError(f"unknown model '{name}'; {hint}")
@@ -343,11 +337,5 @@ def _from_authors_form(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             "drop_path": vision.drop_path_rate or 0.0,
             "pooling": "mean" if vision.global_average_pool else "class_token",
         },
-        "text": {
-            "context_length": text.context_length,
-            "vocab_size": text.vocab_size,
-            "width": text.width,
-            "layers": text.layers,
-            "heads": text.heads,
-        },
+        "text": text.model_dump(include=set(TextConfig.model_fields)),
     }

@@ -96,7 +96,12 @@ def export_model(model: nn.Module, path: str | Path, as_: Library) -> tuple[Path
     weights_path = path if is_file else path / weights_name
     if tensors := _foreign_tensors(model, as_):
         write_weights(tensors, weights_path)
-    config = None if is_file or not tensors else _build_config(inside, as_)
+    build = {
+        "timm": _timm_config,
+        "transformers": _transformers_config,
+        "open_clip": _open_clip_config,
+    }[as_]
+    config = None if is_file or not tensors else build(inside)
     if config is None:
         return (weights_path,)
     write_atomically(path / config_name, json.dumps(config, indent=1) + "\n")
@@ -229,17 +234,8 @@ def _timm_name(config: VisionConfig) -> str | None:
     return None
 
 
-def _build_config(model: EvaClip, library: Library) -> dict[str, Any] | None:
-    """Return what the library builds the architecture from; None where it cannot express it."""
-    if library == "timm":
-        return _timm_config(model.config)
-    if library == "transformers":
-        return _transformers_config(model.config, model.logit_scale.dtype)
-    return _open_clip_config(model.config)
-
-
-def _timm_config(config: ModelConfig) -> dict[str, Any]:
-    vision, reference = config.vision, config.vision.rope_reference_grid
+def _timm_config(model: EvaClip) -> dict[str, Any]:
+    vision, reference = model.config.vision, model.config.vision.rope_reference_grid
     arguments: dict[str, Any] = {
         "img_size": vision.image_px,
         "patch_size": vision.patch_px,
@@ -260,7 +256,7 @@ def _timm_config(config: ModelConfig) -> dict[str, Any]:
     return {
         # The arguments give the whole geometry; a name is only where timm starts from.
         "architecture": _timm_name(vision) or _TIMM_NAMES["EVA02-CLIP-B-16"],
-        "num_classes": config.embed_dim,
+        "num_classes": model.config.embed_dim,
         "num_features": vision.width,
         "global_pool": "token",
         "model_args": arguments,
@@ -271,22 +267,22 @@ def _timm_config(config: ModelConfig) -> dict[str, Any]:
             "crop_pct": 1.0,
             "mean": MEAN,
             "std": STD,
-            "num_classes": config.embed_dim,
+            "num_classes": model.config.embed_dim,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
     }
 
 
-def _transformers_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    text = config.text
+def _transformers_config(model: EvaClip) -> dict[str, Any]:
+    text = model.config.text
     return {
         "architectures": ["CLIPTextModelWithProjection"],
         "model_type": "clip_text_model",
         "vocab_size": text.vocab_size,
         "hidden_size": text.width,
         "intermediate_size": 4 * text.width,
-        "projection_dim": config.embed_dim,
+        "projection_dim": model.config.embed_dim,
         "num_hidden_layers": text.layers,
         "num_attention_heads": text.heads,
         "max_position_embeddings": text.context_length,
@@ -295,11 +291,13 @@ def _transformers_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, A
         "bos_token_id": text.vocab_size - 2,
         "eos_token_id": text.vocab_size - 1,
         "pad_token_id": 0,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(model.logit_scale.dtype).removeprefix("torch."),
     }
 
 
-def _open_clip_config(config: ModelConfig) -> dict[str, Any] | None:
+def _open_clip_config(model: EvaClip) -> dict[str, Any] | None:
+    """None for an image tower that timm, which builds it there, has no name of."""
+    config = model.config
     timm_name = _timm_name(config.vision)
     if timm_name is None:
         return None

@@ -52,31 +52,27 @@ class Reference(Config):
         parts = urlsplit(self.uri)
         return Path(unquote(parts.path)) if parts.scheme == "file" else None
 
-    def verify_file(self, file: Path) -> None:
-        """Raises: InputError: these are not the weights."""
-        if file.stat().st_size == self.size:
-            with file.open("rb") as content:
-                if hashlib.file_digest(content, "sha256").hexdigest() == self.sha256:
-                    return
-        raise InputError(
-            f"the weights at {self.uri} are not those that were registered (size or sha256 "
-            "differs): put the originals back, or register the model again"
-        )
-
     def obtain_weights(self, folder: Path, download: Download) -> Path:
         """The weights: in their place if that can be reached, else put into `folder`.
 
-        Raises: InputError: they are gone, or cannot be reached.
+        Raises: InputError: they are gone, cannot be reached, or are others.
         """
         try:
             file = self.path or download(self.uri, folder)
-            file.stat()
+            is_same_size = file.stat().st_size == self.size
         except Exception as error:  # every store has errors of its own
             raise InputError(
                 f"the weights at {self.uri} cannot be read ({type(error).__name__}: "
                 f"{str(error)[:160]}): make that place reachable from here"
             ) from error
-        return file
+        if is_same_size:
+            with file.open("rb") as content:
+                if hashlib.file_digest(content, "sha256").hexdigest() == self.sha256:
+                    return file
+        raise InputError(
+            f"the weights at {self.uri} are not those that were registered (size or sha256 "
+            "differs): put the originals back, or register the model again"
+        )
 
 
 @contextmanager
@@ -84,7 +80,7 @@ def at_hand(folder: Path, download: Download) -> Iterator[Path]:
     """A saved model's folder with its weights in it, whether they are there or referred to; what
     had to be fetched is deleted at the end.
 
-    Raises: InputError: as `Reference.obtain_weights` and `Reference.verify_file`.
+    Raises: InputError: as `Reference.obtain_weights`.
     """
     reference = Reference.read(folder)
     if reference is None:
@@ -97,6 +93,5 @@ def at_hand(folder: Path, download: Download) -> Iterator[Path]:
             if file.name != REFERENCE_FILE:
                 (whole / file.name).symlink_to(file.absolute())
         weights = reference.obtain_weights(Path(temporary), download)
-        reference.verify_file(weights)
         (whole / WEIGHTS_FILE).symlink_to(weights.absolute())
         yield whole

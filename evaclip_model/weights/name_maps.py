@@ -35,7 +35,8 @@ Join = Literal["same", "rows", "transposed"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One native tensor and what it is made of in another layout."""
+    """One native tensor and what it is made of in another layout; in a rule of a layout, names
+    are inside the tower, and `#` stands for the block."""
 
     native: str
     """Name with the tower's prefix, such as `visual.blocks.0.norm1.weight`."""
@@ -69,6 +70,11 @@ class Entry:
             return (sum(shapes[key][0] for key in self.sources), *first[1:])
         return first[::-1] if self.join == "transposed" else first
 
+    def place_rule(self, block: str, native_prefix: str, prefix: str) -> Entry:
+        """The entry that a rule makes of a block in a tower."""
+        sources = tuple(prefix + source.replace("#", block) for source in self.sources)
+        return Entry(native_prefix + self.native.replace("#", block), sources, self.join)
+
 
 @dataclass(frozen=True)
 class Names:
@@ -84,21 +90,8 @@ class Names:
     mask token and prediction head of pretraining, OpenAI's scalars, index and mask buffers."""
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """A weight that another layout names or shapes differently; `#` stands for the block."""
-
-    native: str
-    sources: tuple[str, ...]
-    join: Join = "same"
-
-    def make_entry(self, block: str, native_prefix: str, prefix: str) -> Entry:
-        sources = tuple(prefix + source.replace("#", block) for source in self.sources)
-        return Entry(native_prefix + self.native.replace("#", block), sources, self.join)
-
-
-def _make_renames(native: str, other: str, leaves: Iterable[str]) -> tuple[_Rule, ...]:
-    return tuple(_Rule(f"{native}.{leaf}", (f"{other}.{leaf}",)) for leaf in leaves)
+def _make_renames(native: str, other: str, leaves: Iterable[str]) -> tuple[Entry, ...]:
+    return tuple(Entry(f"{native}.{leaf}", (f"{other}.{leaf}",)) for leaf in leaves)
 
 
 _BOTH = ("weight", "bias")
@@ -107,8 +100,8 @@ _TIMM = (
     *_make_renames("blocks.#.mlp.ffn_ln", "blocks.#.mlp.norm", _BOTH),
 )
 _TIMM_SPLIT_QKV = (
-    _Rule("blocks.#.attn.q_bias", ("blocks.#.attn.q_proj.bias",)),
-    _Rule("blocks.#.attn.v_bias", ("blocks.#.attn.v_proj.bias",)),
+    Entry("blocks.#.attn.q_bias", ("blocks.#.attn.q_proj.bias",)),
+    Entry("blocks.#.attn.v_bias", ("blocks.#.attn.v_proj.bias",)),
 )
 _TIMM_SWIGLU = (
     *_make_renames("blocks.#.mlp.w1", "blocks.#.mlp.fc1_g", _BOTH),
@@ -117,7 +110,7 @@ _TIMM_SWIGLU = (
 )
 
 
-def _timm_rules(keys: Collection[str]) -> tuple[_Rule, ...]:
+def _timm_rules(keys: Collection[str]) -> tuple[Entry, ...]:
     """Names that timm has otherwise, given all keys of a model in either naming."""
     # With one fused weight timm's biases have our names, and so has its GELU MLP.
     is_split = any(key.endswith(".attn.q_proj.weight") for key in keys)
@@ -125,16 +118,16 @@ def _timm_rules(keys: Collection[str]) -> tuple[_Rule, ...]:
     return (*_TIMM, *_TIMM_SPLIT_QKV * is_split, *_TIMM_SWIGLU * is_swiglu)
 
 
-def _transformers_rules(keys: Collection[str]) -> tuple[_Rule, ...]:
+def _transformers_rules(keys: Collection[str]) -> tuple[Entry, ...]:
     """Names that transformers has otherwise; its text model on its own may lack the prefix."""
     model = "" if _TRANSFORMERS_MARK in keys else "text_model."
     block, layer = "transformer.resblocks.#", f"{model}encoder.layers.#"
     return (
         *_make_renames("token_embedding", f"{model}embeddings.token_embedding", ("weight",)),
-        _Rule("positional_embedding", (f"{model}embeddings.position_embedding.weight",)),
+        Entry("positional_embedding", (f"{model}embeddings.position_embedding.weight",)),
         *_make_renames(f"{block}.ln_1", f"{layer}.layer_norm1", _BOTH),
         *(
-            _Rule(
+            Entry(
                 f"{block}.attn.in_proj_{leaf}",
                 tuple(f"{layer}.self_attn.{part}_proj.{leaf}" for part in "qkv"),
                 "rows",
@@ -146,7 +139,7 @@ def _transformers_rules(keys: Collection[str]) -> tuple[_Rule, ...]:
         *_make_renames(f"{block}.mlp.c_fc", f"{layer}.mlp.fc1", _BOTH),
         *_make_renames(f"{block}.mlp.c_proj", f"{layer}.mlp.fc2", _BOTH),
         *_make_renames("ln_final", f"{model}final_layer_norm", _BOTH),
-        _Rule("text_projection", ("text_projection.weight",), "transposed"),
+        Entry("text_projection", ("text_projection.weight",), "transposed"),
     )
 
 
@@ -156,7 +149,7 @@ class _Tower:
 
     native_prefix: str
     prefix: str
-    rules: Callable[[Collection[str]], tuple[_Rule, ...]] = lambda keys: ()
+    rules: Callable[[Collection[str]], tuple[Entry, ...]] = lambda keys: ()
 
 
 _VISUAL, _TEXT = _Tower("visual.", "visual."), _Tower("text.", "text.")
@@ -222,8 +215,8 @@ def foreign_names(native_keys: Iterable[str], layout: Layout) -> tuple[Entry, ..
             if not key.startswith(tower.native_prefix):
                 continue
             name, block = _without_block(key.removeprefix(tower.native_prefix))
-            rule = rules.get(name, _Rule(name, (name,)))
-            entries.append(rule.make_entry(block, tower.native_prefix, tower.prefix))
+            rule = rules.get(name, Entry(name, (name,)))
+            entries.append(rule.place_rule(block, tower.native_prefix, tower.prefix))
     if len(_TOWERS[layout]) == 2:
         entries += [Entry(key, (key,)) for key in keys if key == _TEMPERATURE]
     return tuple(entries)
@@ -263,7 +256,7 @@ def _recognise_layout(keys: Collection[str], where: str) -> Layout:
 
 
 def _native_entry(
-    key: str, towers: Iterable[tuple[_Tower, Mapping[str, _Rule]]], left: Collection[str]
+    key: str, towers: Iterable[tuple[_Tower, Mapping[str, Entry]]], left: Collection[str]
 ) -> Entry:
     """The entry that `key` is a source of."""
     for tower, rules in towers:
@@ -271,7 +264,7 @@ def _native_entry(
             continue
         name, block = _without_block(key.removeprefix(tower.prefix))
         if name in rules:
-            entry = rules[name].make_entry(block, tower.native_prefix, tower.prefix)
+            entry = rules[name].place_rule(block, tower.native_prefix, tower.prefix)
             if all(source in left for source in entry.sources):
                 return entry
         return Entry(tower.native_prefix + key.removeprefix(tower.prefix), (key,))

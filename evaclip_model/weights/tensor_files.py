@@ -165,11 +165,8 @@ def read_torch(path: Path, *, allow_torchscript: bool = False) -> dict[str, Stor
         content = _load_past_luggage(path, "meta" if is_plain else "cpu")
     except InputError:
         raise
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch's reader stumbles over malformed content in any way
         raise _make_refusal(path, error) from error
-    # Anything else is malformed content that torch's reader stumbles over (KeyError, TypeError …).
-    except Exception as error:
-        raise _unreadable_error(path, "no torch file") from error
     tensors = {
         str(key): value
         for key, value in _find_state(content).items()
@@ -308,9 +305,8 @@ def _iterate_slabs(path: Path, place: int, count: int, dtype: torch.dtype) -> It
 def _make_refusal(path: Path, error: Exception) -> InputError:
     forbidden = _FORBIDDEN.search(str(error))
     if forbidden is None:
-        return _unreadable_error(
-            path, str(error) if isinstance(error, OSError) else "no torch file"
-        )
+        reason = str(error) if isinstance(error, OSError) else "no torch file"
+        return _unreadable_error(path, reason)
     return InputError(
         f"{path} holds objects of {forbidden[1]} besides tensors, and opening them would run "
         "pickled code: where you trust it, open it with torch.load(..., weights_only=False) and "

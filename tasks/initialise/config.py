@@ -91,13 +91,3 @@ class InitialiseConfig(Config):
             for role, path in self.outside_files().items()
             if not path.exists()
         }
-
-    def existing_files(self) -> dict[str, Path]:
-        """The files that `named` gives, all of which exist.
-
-        Raises:
-            InputError: one of them does not exist.
-        """
-        for sentence in self.absent_files().values():
-            raise InputError(sentence)
-        return self.outside_files()

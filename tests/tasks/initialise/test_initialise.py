@@ -20,7 +20,7 @@ DEMO = "EVA02-CLIP-demo"
 
 
 def address(root: Path, config: InitialiseConfig) -> Address:
-    weights = {role: fingerprint_files(path) for role, path in config.existing_files().items()}
+    weights = {role: fingerprint_files(path) for role, path in config.outside_files().items()}
     return Address.of(root, STAGE, config, weights)
 
 
@@ -145,5 +145,6 @@ def test_a_wrong_table_is_one_sentence(values: dict[str, object], message: str):
 
 
 def test_missing_weights_are_named_before_anything_runs(tmp_path: Path):
-    with pytest.raises(InputError, match=r"initialise.text: .*nothing\.pt does not exist"):
-        address(tmp_path, InitialiseConfig(model=DEMO, text=tmp_path / "nothing.pt"))
+    absent = InitialiseConfig(model=DEMO, text=tmp_path / "nothing.pt").absent_files()
+    assert "initialise.text: " in absent["text"]
+    assert "nothing.pt does not exist" in absent["text"]
