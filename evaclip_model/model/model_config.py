@@ -130,6 +130,19 @@ class ModelConfig(Config):
     text: TextConfig
     """The text tower."""
 
+    @property
+    def projections(self) -> dict[str, tuple[str, ...]]:
+        """Tower -> names of the matrices in each of its blocks, as the released files have them."""
+        vision = self.vision
+        return {
+            "vision": (
+                *(("qkv",) if vision.fused_qkv else ("q_proj", "k_proj", "v_proj")),
+                "proj",
+                *(("w1", "w2", "w3") if vision.mlp == "swiglu" else ("fc1", "fc2")),
+            ),
+            "text": ("in_proj", "out_proj", "c_fc", "c_proj"),
+        }
+
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any] | ModelConfig) -> ModelConfig:
         """A shipped architecture by name, a JSON file, a saved model's folder, or a mapping.

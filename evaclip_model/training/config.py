@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from evaclip_model.choices import GradCheckpointing, Precision
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
+from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.reading.config import SamplingConfig
 
 JOB_FILE = "train.json"
@@ -147,6 +148,35 @@ class GuardConfig(Config):
     training stops; overflows that only lower fp16's loss scale do not count."""
 
 
+class LoraConfig(Config):
+    """The `[train.lora]` table: low-rank updates of projections (LoRA) are trained instead of the
+    weights, and are merged into them when the model is saved."""
+
+    rank: int = Field(gt=0)
+    """Rank of an update: of its two matrices, rows of one and columns of the other."""
+    alpha: float = Field(gt=0)
+    """An update is their product times alpha / rank."""
+    on: tuple[str, ...] = Field(min_length=1)
+    """Projections of all blocks, such as "q_proj" and "v_proj", or of one tower: "vision.proj"."""
+
+    def is_named(self, name: str) -> bool:
+        """Return whether `on` names a weight inside a block, `…attn.q_proj.weight` and the like."""
+        words = re.sub(r"[._]weight$", "", name).split(".")
+        tower = "vision" if words[0] == "visual" else words[0]
+        return words[-1] in self.on or f"{tower}.{words[-1]}" in self.on
+
+    def require_projections(self, architecture: ModelConfig) -> None:
+        """Raises: InputError: `on` names what this architecture does not have."""
+        there = architecture.projections
+        for name in self.on:
+            tower, _, word = name.rpartition(".")
+            if not any(word in words and tower in ("", known) for known, words in there.items()):
+                raise InputError(
+                    f"lora.on names '{name}', which is not a projection of this model: choose of "
+                    + "; ".join(f"{known}: {', '.join(words)}" for known, words in there.items())
+                )
+
+
 class TrainConfig(SamplingConfig):
     """One training stage; defaults as the paper's EVA-02-CLIP-B/16 (Table 8) where it has one."""
 
@@ -163,7 +193,7 @@ class TrainConfig(SamplingConfig):
         "max_nonfinite_steps": "guards.max_nonfinite_steps",
     }
 
-    ADDED: ClassVar[tuple[str, ...]] = ("objective",)
+    ADDED: ClassVar[tuple[str, ...]] = ("objective", "lora")
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     """Name of the training stage."""
@@ -213,6 +243,8 @@ class TrainConfig(SamplingConfig):
     """Parts that keep their weights, without gradients and optimizer state: "vision", "text",
     "logit_scale", and parts of a tower such as "vision.patch_embed", "text.token_embedding",
     "vision.blocks.0-7" (the first eight; blocks count from 0) or "text.blocks.3.attn"."""
+    lora: LoraConfig | None = None
+    """Low-rank updates to train instead of the weights; what `freeze` names gets none."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Decay of a running mean of the weights, kept beside them and saved as `model-ema/`; none: no
     such mean."""
@@ -256,6 +288,12 @@ class TrainConfig(SamplingConfig):
         return {name: value for name, value in identity.items() if name not in DECIDE_NOTHING}
 
     def is_frozen(self, name: str) -> bool:
+        """Return whether a parameter of the model, or a part of it, is not trained."""
+        if self.lora is not None:
+            return ".parametrizations." not in name or name.endswith(".original")
+        return self.is_kept(name)
+
+    def is_kept(self, name: str) -> bool:
         """Return whether `freeze` names a parameter of the model, or a part that it is in."""
         return any(is_part_of(part, name) for part in self.freeze)
 
@@ -277,6 +315,15 @@ class TrainConfig(SamplingConfig):
             raise ValueError(f"objective '{self.objective}' is unknown: choose one of {known}")
         if {"vision", "text", "logit_scale"} == set(self.freeze):
             raise ValueError("freeze leaves nothing to train: take a part out of it")
+        if self.lora is not None and self.optimizer == "lamb":
+            raise ValueError(
+                "lora needs optimizer = 'adamw': LAMB's steps are as long as the weights, and an "
+                "update begins at zero"
+            )
+        if self.lora is not None and self.ema_decay is not None:
+            raise ValueError(
+                "lora excludes ema_decay: a product of means is not the mean of products"
+            )
         for template in self.caption_templates:
             if template.count("{}") != 1:
                 raise ValueError(f"caption template '{template}' must contain {{}} exactly once")

@@ -43,6 +43,7 @@ from evaclip_model.training.config import (
     TrainJob,
 )
 from evaclip_model.training.engine.engine import DeepSpeedEngine, Engine, Stepped, TorchEngine
+from evaclip_model.training.lora import add_updates
 from evaclip_model.training.loss.objective import Objective, make_objective
 from evaclip_model.training.monitoring.guards import (
     GuardState,
@@ -491,6 +492,8 @@ def starting_model(job: TrainJob, device: torch.device) -> EvaClip:
     for name, value in make_objective(config).parameters.items():
         if not hasattr(model, name):
             model.register_parameter(name, nn.Parameter(torch.full((1,), value)))
+    if config.lora is not None:
+        add_updates(model, config)
     model.to(device)  # its type is the engine's matter: masters begin at the exact weights
     model.set_grad_checkpointing(config.grad_checkpointing)
     model.set_drop_path(config.drop_path)

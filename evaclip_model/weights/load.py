@@ -146,7 +146,8 @@ def unwrap_model(model: nn.Module) -> EvaClip:
 
 def released_tensors(model: nn.Module) -> dict[str, Tensor]:
     """A model's weights by name, as the released files have them and without copies: [...] of the
-    parameter's shape and dtype, `logit_scale` [].
+    parameter's shape and dtype, `logit_scale` []. A parametrised weight is the sum that it stands
+    for.
 
     Those of a model that FSDP2 sharded are gathered, one by one, on the CPU of rank 0: every rank
     must call, and the others get none.
@@ -154,8 +155,16 @@ def released_tensors(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         InputError: as `unwrap_model`.
     """
-    state = unwrap_model(model).state_dict(keep_vars=True)
-    tensors = {plain_name(name): value.detach() for name, value in state.items()}
+    inside = unwrap_model(model)
+    state = dict(inside.state_dict(keep_vars=True))
+    for path, module in inside.named_modules():
+        for leaf in getattr(module, "parametrizations", ()):  # LoRA's updates, merged
+            state[f"{path}.{leaf}"] = getattr(module, leaf)
+    tensors = {
+        plain_name(name): value.detach()
+        for name, value in state.items()
+        if ".parametrizations." not in name
+    }
     if any(_is_sharded(value) for value in tensors.values()):
         is_first = torch.distributed.get_rank() == 0
         for name, value in tensors.items():
@@ -333,7 +342,7 @@ def _require_something(chosen: Mapping[str, Entry], names: Names, part: Part, pa
         other = "text" if towers == ["vision"] else "vision"
         raise InputError(
             f"{path} ({names.layout} layout) holds no {other} tower that matches: load the tower "
-            f"it has with part='{towers[0]}'"
+            f"it has with part='{towers[0]}', in a recipe as initialise.{towers[0]}"
         )
 
 

@@ -195,6 +195,8 @@ class Recipe(Config):
                     depth = 3 if ".blocks." in part else 2
                     cut = ".".join(part.split(".")[:depth])
                     stage.model_copy(update={"freeze": (cut,)}).require_parts(parts)
+                if stage.lora is not None:
+                    stage.lora.require_projections(architecture)
             except InputError as error:
                 raise ValueError(f"training stage '{stage.name}': {error}") from None
             if stage.warmup_steps > stage.steps:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from os import sched_getaffinity
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import SHARDS
@@ -444,11 +445,28 @@ def initialise_step(site: Site, config: InitialiseConfig) -> Step:
         role: marks.note_absent(absent[role]) if role in absent else fingerprint_files(path)
         for role, path in config.outside_files().items()
     }
+    registered = config.registered_models()
+    versions = {
+        role: marks.find_version(site.tracking_uri, uri) for role, uri in registered.items()
+    }
+    inputs |= {role: version.mark for role, version in versions.items()}
 
-    def make(_: Profile, out: Path, report: Report) -> Made:
+    def make(profile: Profile, out: Path, report: Report) -> Made:
         from tasks.initialise.initialise import initialise_model
 
-        return initialise_model(config, out, report)
+        if not versions:
+            return initialise_model(config, out, report)
+        from tasks.register.pull_model import pull_model  # imports mlflow
+
+        with TemporaryDirectory(dir=out) as folder:
+            pulled = {
+                role: pull_model(
+                    *(site.tracking_uri, version.name, Path(folder) / role),
+                    places=profile.weight_places,
+                )
+                for role, version in versions.items()
+            }
+            return initialise_model(config, out, report, pulled)
 
     what = f"model {config.model}"
     return Step(site.root, INITIALISE, config, inputs, make, what, marks.absent)

@@ -35,6 +35,16 @@ class NotHere(InputError):
 
 
 @dataclass(frozen=True)
+class MarkedVersion:
+    """A version of a registered model."""
+
+    name: str
+    """NAME/VERSION."""
+    mark: str
+    """Of its weights, whatever it is called."""
+
+
+@dataclass(frozen=True)
 class OutsideMarks:
     """Marks of the outside data of one step, and what of it is absent."""
 
@@ -53,6 +63,19 @@ class OutsideMarks:
         if is_url(pattern):
             return remote_fingerprint([str(url) for url in files])
         return hash_marks(fingerprint_files(Path(file)) for file in files)
+
+    def find_version(self, tracking_uri: str, uri: str) -> MarkedVersion:
+        """The version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` means now."""
+        from tasks.register.model_versions import describe_version  # imports mlflow
+        from tasks.register.promotion import WEIGHTS_TAG
+
+        try:
+            version = describe_version(tracking_uri, uri)
+        except InputError as error:
+            return MarkedVersion(uri, self.note_absent(f"{uri}: {error}"))
+        return MarkedVersion(
+            str(version), hash_marks([version.tags.get(WEIGHTS_TAG, str(version))])
+        )
 
     def note_absent(self, sentence: str) -> str:
         """Note that something is absent; returns what stands for it."""

@@ -17,6 +17,7 @@ from evaclip_model.model.model_config import ALIASES, ModelConfig, list_models
 from tasks.artifacts.artifact import Stage
 
 Role = Literal["clip", "vision", "text"]
+REGISTRY = "models:/"
 STAGE = Stage("initialise", 1, tools=("torch", "safetensors"), ignores=("origins",))
 
 
@@ -33,12 +34,13 @@ class InitialiseConfig(Config):
     """Longest caption in tokens, with its start and end; none = the architecture's own. Positions
     of a file of another length are cut, or stretched behind the first 20."""
     clip: Path | None = None
-    """File or folder of a whole CLIP to go on from, also at another resolution (L/14 at 336 px);
-    without `vision` and `text`."""
+    """A whole CLIP to go on from, also at another resolution (L/14 at 336 px), without `vision` and
+    `text`: a file or folder of any known layout, or `models:/NAME@ALIAS` or `models:/NAME/VERSION`
+    of the registry, as each of these three may be."""
     vision: Path | None = None
-    """File or folder of weights for the image tower; none = random."""
+    """Weights for the image tower; none = random."""
     text: Path | None = None
-    """File or folder of weights for the text tower; none = random."""
+    """Weights for the text tower; none = random."""
     allow_torchscript: bool = False
     """Whether the files may be TorchScript archives, which hold code (OpenAI's CLIP)."""
     origins: dict[str, str] = Field(default_factory=dict)
@@ -68,7 +70,7 @@ class InitialiseConfig(Config):
         return config if self.image_px is None else config.at_image_px(self.image_px)
 
     def weight_sources(self) -> dict[Role, Path]:
-        """The files of weights, in the order in which they are loaded."""
+        """The places of weights, in the order in which they are loaded."""
         named: dict[Role, Path | None] = {
             "clip": self.clip,
             "vision": self.vision,
@@ -76,9 +78,16 @@ class InitialiseConfig(Config):
         }
         return {role: path for role, path in named.items() if path is not None}
 
+    def registered_models(self) -> dict[Role, str]:
+        """Those of them that the registry has, by their URIs."""
+        named = {role: str(path) for role, path in self.weight_sources().items()}
+        return {role: uri for role, uri in named.items() if uri.startswith(REGISTRY)}
+
     def outside_files(self) -> dict[str, Path]:
         """Role -> every outside file (or folder of a saved model) that decides the result."""
-        files: dict[str, Path] = {role: path for role, path in self.weight_sources().items()}
+        registered = self.registered_models()
+        sources = self.weight_sources().items()
+        files: dict[str, Path] = {role: path for role, path in sources if role not in registered}
         if self.model not in [*list_models(), *ALIASES]:
             files["model"] = Path(self.model)
         return files

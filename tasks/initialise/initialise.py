@@ -8,6 +8,7 @@ Not here: architectures and initial values (evaclip_model); its address (config.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from evaclip_model.create import create_model
@@ -15,20 +16,22 @@ from evaclip_model.model.model_config import CONFIG_FILE
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
 from evaclip_model.weights.load import PREPROCESSING_FILE, load_weights, save_model
 from tasks.artifacts.artifact import Made
-from tasks.initialise.config import InitialiseConfig
+from tasks.initialise.config import InitialiseConfig, Role
 from tasks.progress import Report
 
 MODEL_FOLDER = "model"
 _WHAT = {"clip": "the whole model", "vision": "vision tower", "text": "text tower"}
 
 
-def initialise_model(config: InitialiseConfig, out: Path, report: Report) -> Made:
-    """Write the model's folder into `out`.
+def initialise_model(
+    config: InitialiseConfig, out: Path, report: Report, pulled: Mapping[Role, Path] | None = None
+) -> Made:
+    """Write the model's folder into `out`; `pulled` has the folders of registered models.
 
     Raises:
         InputError: weights that cannot be read or do not fit the architecture.
     """
-    sources = config.weight_sources()
+    sources = {**config.weight_sources(), **(pulled or {})}
     steps = 2 + len(sources)
     report(0, steps, "initial values")
     model = create_model(config.load_architecture(), seed=config.seed)

@@ -10,6 +10,7 @@ import torch
 
 from evaclip_model.create import create_model, open_model
 from evaclip_model.errors import InputError
+from evaclip_model.weights.export import export_model
 from evaclip_model.weights.load import resize_positions, save_model, save_weights
 from tasks.artifacts.artifact import Address, Artifact, fingerprint_files, produce_artifact
 from tasks.initialise.config import STAGE, InitialiseConfig
@@ -148,3 +149,17 @@ def test_missing_weights_are_named_before_anything_runs(tmp_path: Path):
     absent = InitialiseConfig(model=DEMO, text=tmp_path / "nothing.pt").absent_files()
     assert "initialise.text: " in absent["text"]
     assert "nothing.pt does not exist" in absent["text"]
+
+
+def test_a_file_of_another_library_gives_the_towers_that_it_has(tmp_path: Path):
+    source = create_model(DEMO, seed=9)
+    for library in ("open_clip", "transformers"):
+        export_model(source, tmp_path / f"{library}.safetensors", library)
+    whole = make(tmp_path, clip=str(tmp_path / "open_clip.safetensors"))
+    given = source.state_dict()
+    made = open_model(whole.folder / "model").state_dict()
+    assert all(torch.equal(value, given[key]) for key, value in made.items())
+    text = str(tmp_path / "transformers.safetensors")
+    assert make(tmp_path, text=text).counts["text.expected_gaps"] == 1
+    with pytest.raises(InputError, match=r"no vision tower .* in a recipe as initialise\.text"):
+        make(tmp_path, clip=text)
