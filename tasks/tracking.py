@@ -9,8 +9,8 @@ import importlib
 import logging
 import os
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -110,23 +110,35 @@ class TrackingStore:
         try:
             return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
         except MlflowException as error:
-            raise self.away(error) from None
+            raise self.explain_error(error) from None
+
+    @contextmanager
+    def connect(self) -> Iterator[MlflowClient]:
+        """A client for one block.
+
+        Raises:
+            InputError: the store does not answer, or refuses.
+        """
+        client = self.client()
+        # after client(): it imports MLflow in the order that works
+        from mlflow.exceptions import MlflowException
+        from requests.exceptions import RequestException
+
+        try:
+            yield client
+        except (MlflowException, RequestException) as error:
+            raise self.explain_error(error) from error
 
     def experiment_id(self, client: MlflowClient) -> str:
         """The experiment's id, made when it is not there yet, restored when somebody deleted it."""
-        from mlflow.exceptions import MlflowException
-
         found = client.get_experiment_by_name(self.experiment)
-        if found is not None:
-            restore_experiment(client, found.experiment_id)
-            return str(found.experiment_id)
-        try:
-            return str(client.create_experiment(self.experiment, self.artifact_root))
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            made_meanwhile = client.get_experiment_by_name(self.experiment)
-            return str(made_meanwhile.experiment_id)
+        if found is None:
+            made = find_answer(client.create_experiment, self.experiment, self.artifact_root)
+            if made is not None:
+                return str(made)
+            found = client.get_experiment_by_name(self.experiment)  # another process was first
+        restore_experiment(client, found.experiment_id)
+        return str(found.experiment_id)
 
     def try_out(self) -> str:
         """Write a run and a file of it, and read the file again; returns where files go.
@@ -149,14 +161,14 @@ class TrackingStore:
         except InputError:
             raise
         except Exception as error:
-            raise self.away(error) from None
+            raise self.explain_error(error) from None
         if read != text:
             raise InputError(
                 f"{run.info.artifact_uri} gives back other content than was written to it"
             )
         return str(run.info.artifact_uri)
 
-    def away(self, error: Exception) -> InputError:
+    def explain_error(self, error: Exception) -> InputError:
         """The error that names a store which does not answer, refuses, or is of another MLflow."""
         said = redact_text(str(error))
         if "database schema" in said:
@@ -192,13 +204,8 @@ def import_mlflow() -> None:
 def restore_run(client: MlflowClient, run_id: str) -> bool:
     """Restore a run that somebody deleted, with its experiment; False for one that is gone for
     good."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if not is_refusal(error):
-            raise
+    run = find_answer(client.get_run, run_id)
+    if run is None:
         return False
     restore_experiment(client, run.info.experiment_id)
     if client.get_run(run_id).info.lifecycle_stage == "deleted":
@@ -223,6 +230,16 @@ def read_all_pages(search: Callable[..., Any], *query: str) -> list[Any]:
         page = search(*query, page_token=page.token)
         found += page
     return found
+
+
+def find_answer(ask: Callable[..., Any], *about: object) -> Any:
+    """The store's answer; None where it says that there is no such thing, or that it is there."""
+    try:
+        return ask(*about)
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        return None
 
 
 def is_refusal(error: Exception) -> bool:

@@ -54,13 +54,13 @@ from tasks.register.gate import (
 from tasks.register.model_registry import forget_if_gone, register_model
 from tasks.register.promotion import (
     Standing,
+    Waiting,
     carry_out,
     decline_version,
-    is_due,
-    is_stale,
     promote_version,
     read_decision,
     require_champion,
+    waits_for,
     write_decision,
 )
 from tasks.register.pull_model import pull_model
@@ -96,7 +96,7 @@ def register_and_judge(session: RecipeSession, graph: Graph) -> Artifact:
     if step.is_finished:
         decision = read_decision(step.folder)
         registered_as = json.loads((step.folder / REGISTERED).read_text())["version"]
-        if is_stale(store, config, registered_as, decision):  # never carried out, out of date
+        if waits_for(store, config, registered_as, decision) is Waiting.STALE:
             (step.folder / MANIFEST).unlink()
     if not step.is_finished:
         decision = _judge_candidate(
@@ -135,7 +135,8 @@ def apply_decision(
     """
     decision = read_decision(registered.folder)
     version = int(registered.counts["version"])
-    if wanted == "never" or not is_due(store, config, version, decision):
+    waits = waits_for(store, config, version, decision)
+    if wanted == "never" or waits is not Waiting.DUE:
         return False
     if wanted == "ask" or config.gate.approval:
         moved = _ask_person(config, store, registered, version, decision)
@@ -168,7 +169,8 @@ def carry_out_answer(recipe: str, overrides: Sequence[str], wanted: Promote) -> 
         if read_flow_run_input(key) is None:
             continue
         moved = apply_decision(config, store, registered, wanted)
-        if not moved and is_stale(store, config, version, read_decision(registered.folder)):
+        decision = read_decision(registered.folder)
+        if not moved and waits_for(store, config, version, decision) is Waiting.STALE:
             console.print(
                 f"  gate      the answer on {config.model_name}/{version} is not carried out: "
                 f"{config.alias} is another version by now, which it was not compared with",

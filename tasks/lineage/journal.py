@@ -2,16 +2,18 @@
 
 One folder a pipeline run: `run.json` (what it is), `events.jsonl` (append only), `cursor.json`
 (how many bytes of events were shipped, the MLflow run of every key, how far each series is).
-Every event can be applied twice with the same result, so a cursor that lags by one does no harm.
+Every event can be applied twice with the same result, so a cursor that lags, or is lost, does no
+harm.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -25,21 +27,6 @@ PIPELINE = ""
 RUNNING = "RUNNING"
 
 
-@dataclass(frozen=True)
-class SeriesCursor:
-    """The point up to which a file of metrics was shipped."""
-
-    offset: int = 0
-    """Bytes read; a hint only, the file may have been cut back."""
-    step: int = -1
-    """Last step shipped; lines at or before it are not sent again."""
-    file: int = 0
-    """Inode of the file that `offset` belongs to: a resumed trainer puts a shorter one in its
-    place, which may have grown past `offset` since."""
-    is_open: bool = True
-    """Whether its run goes on; a closed file is not read again."""
-
-
 @dataclass
 class Cursor:
     """The point up to which a journal was shipped."""
@@ -47,8 +34,9 @@ class Cursor:
     offset: int = 0
     runs: dict[str, str] = field(default_factory=dict)
     """Key of a run in the journal -> MLflow's run id."""
-    series: dict[str, SeriesCursor] = field(default_factory=dict)
-    """`key|file` -> how far."""
+    steps: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Key of a run that goes on -> file of metrics -> last step shipped; lines at or before it are
+    not sent again."""
 
     @classmethod
     def read(cls, path: Path) -> Cursor:
@@ -56,40 +44,16 @@ class Cursor:
             stored = json.loads(path.read_text())
         except (FileNotFoundError, ValueError):
             return cls()
-        series = {name: SeriesCursor(**at) for name, at in stored["series"].items()}
-        return cls(stored["offset"], stored["runs"], series)
-
-    def open_series(self, key: str, file: str) -> None:
-        """Follow a file of metrics for the run of `key`, from where it was left."""
-        name = f"{key}|{file}"
-        self.series[name] = replace(self.series.get(name, SeriesCursor()), is_open=True)
-
-    def close_series(self, key: str) -> None:
-        """Follow none of a run's files of metrics any more."""
-        for file in self.files_of(key):
-            self.series[f"{key}|{file}"] = replace(self.series[f"{key}|{file}"], is_open=False)
+        # Before 0.2 it was said otherwise how far series were: all is shipped once more.
+        offset = stored["offset"] if "steps" in stored else 0
+        return cls(offset, stored["runs"], stored.get("steps", {}))
 
     def forget_run(self, key: str) -> None:
         """Ship all of a run of `key` once more, to another run; of the others, which events change
         nothing when they are applied again, too."""
         self.runs.pop(key, None)
+        self.steps.pop(key, None)
         self.offset = 0
-        for name in [name for name in self.series if name.startswith(f"{key}|")]:
-            del self.series[name]
-
-    def files_of(self, key: str) -> list[Path]:
-        """The files of metrics that are followed for the run of `key`."""
-        prefix = f"{key}|"
-        return [
-            Path(name.removeprefix(prefix))
-            for name, at in self.series.items()
-            if at.is_open and name.startswith(prefix)
-        ]
-
-    def write(self, path: Path) -> None:
-        series = {name: vars(at) for name, at in self.series.items()}
-        stored = {"offset": self.offset, "runs": self.runs, "series": series}
-        write_atomically(path, json.dumps(stored) + "\n")
 
 
 class Journal:
@@ -100,7 +64,8 @@ class Journal:
         self._lock = lock
         self.about: dict[str, str] = json.loads((folder / "run.json").read_text())
         self._events = folder / "events.jsonl"
-        _cut_torn_line(self._events)
+        if self._events.exists():  # a killed process may have left half a line
+            os.truncate(self._events, self._events.read_bytes().rfind(b"\n") + 1)
         self.cursor = Cursor.read(folder / "cursor.json")
 
     @classmethod
@@ -126,9 +91,11 @@ class Journal:
         self._lock.close()
 
     def append_event(self, event: Event) -> None:
-        """Add one event; a killed process does not lose it, a power cut may."""
+        """Add one event with its time, in milliseconds since 1970; a killed process does not lose
+        it, a power cut may."""
         with self._events.open("a") as file:
-            file.write(json.dumps(event, default=str) + "\n")
+            stamped = {"time": int(time.time() * 1000), **event}
+            file.write(json.dumps(stamped, default=str) + "\n")
 
     def iterate_events(self, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
         """Events from byte `offset` on, each with the offset behind it."""
@@ -144,13 +111,11 @@ class Journal:
 
     def run_statuses(self) -> dict[str, str]:
         """Every run that was begun: key -> RUNNING, or the status it ended with."""
-        statuses: dict[str, str] = {}
-        for _, event in self.iterate_events():
-            if event["op"] == "begin":
-                statuses[event["run"]] = RUNNING
-            elif event["op"] == "end":
-                statuses[event["run"]] = event["status"]
-        return statuses
+        return {
+            event["run"]: event.get("status", RUNNING)
+            for _, event in self.iterate_events()
+            if event["op"] in ("begin", "end")
+        }
 
     @property
     def is_closed(self) -> bool:
@@ -162,21 +127,11 @@ class Journal:
         return sum(1 for _ in self.iterate_events(self.cursor.offset))
 
     def save_cursor(self) -> None:
-        self.cursor.write(self.folder / "cursor.json")
+        write_atomically(self.folder / "cursor.json", json.dumps(asdict(self.cursor)) + "\n")
 
     def mark_shipped(self) -> None:
         """Note that the run is closed and nothing is left to ship."""
         (self.folder / "shipped").touch()
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Drop a last line that a killed process did not finish."""
-    if path.exists():
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) != len(content):
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
 
 
 def runs_of_digest(journals: Path, digest: str) -> list[str]:
@@ -185,8 +140,3 @@ def runs_of_digest(journals: Path, digest: str) -> list[str]:
     return [
         run for cursor in cursors for key, run in cursor.runs.items() if key.endswith(f"-{digest}")
     ]
-
-
-def now_ms() -> int:
-    """Milliseconds since 1970, as MLflow counts the time of an event."""
-    return int(time.time() * 1000)

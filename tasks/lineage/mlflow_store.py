@@ -27,15 +27,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks.artifacts.artifact import Address, Artifact
 from tasks.lineage import stage_record
-from tasks.lineage.journal import PIPELINE, Event, Journal, now_ms
+from tasks.lineage.journal import PIPELINE, Event, Journal
 from tasks.lineage.openlineage import EVENT_OF_STATUS, EventFile, JobRun
 from tasks.lineage.shipper import Shipper
 from tasks.redact import redact_settings
 from tasks.tracking import TrackingStore, import_mlflow
+
+if TYPE_CHECKING:
+    from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
 
 RECIPE_FILE = "recipe.json"
 _log = logging.getLogger(__name__)
@@ -93,14 +96,15 @@ class Tracking:
             links: name -> URL, shown in the run's description.
         """
         import_mlflow()
-        journal = self._open_journal(digest)
+        journal = self._claim_unfinished(digest)
+        if journal is None:
+            journal = Journal.create_journal(self.journals, self._describe_run(digest))
         shipper = Shipper(self.store, self.journals, journal)
-        run = PipelineRun(self, journal, shipper, name)
-        described = {"mlflow.note.content": stage_record.write_note("", links)} if links else {}
+        run = PipelineRun(self, shipper, name)
+        note = "\n\n".join(f"[{title}]({url})" for title, url in (links or {}).items())
         own = {f"{stage_record.PREFIX}recipe_digest": digest, "mlflow.source.name": name}
-        run.begin(name, parent=None, tags={**own, **described, **(tags or {})})
-        run.log_params(params or {})
-        self.events.write("RUNNING" if run.is_continued else "START", run.job)
+        described = {"mlflow.note.content": note} if note else {}
+        run.begin(name, None, {**own, **described, **(tags or {})}, params or {})
         if recipe:
             run.append({"op": "text", "file": RECIPE_FILE, "text": recipe})
         shipper.start()
@@ -122,41 +126,44 @@ class Tracking:
 
     def has_unfinished(self, digest: str) -> bool:
         """Tell whether a pipeline run of this recipe was killed and waits to be continued."""
-        about = self._describe_run(digest)
-        found = False
-        for left in Journal.claim_unshipped(self.journals):
-            found = found or (_is_of(left, about) and not left.is_closed)
-            left.release()
-        return found
+        found = self._claim_unfinished(digest)
+        if found is not None:
+            found.release()
+        return found is not None
 
     def _describe_run(self, digest: str) -> dict[str, str]:
         return {"digest": digest, "uri": self.store.uri, "experiment": self.store.experiment}
 
-    def _open_journal(self, digest: str) -> Journal:
-        about = self._describe_run(digest)
+    def _claim_unfinished(self, digest: str) -> Journal | None:
+        wanted = self._describe_run(digest).items()
         for left in Journal.claim_unshipped(self.journals):
-            if _is_of(left, about) and not left.is_closed:
+            if wanted <= left.about.items() and not left.is_closed:
                 return left
             left.release()
-        return Journal.create_journal(self.journals, about)
-
-
-def _is_of(journal: Journal, about: Mapping[str, str]) -> bool:
-    return all(journal.about.get(name) == value for name, value in about.items())
+        return None
 
 
 class TrackedRun:
     """The common part of pipeline and stage runs: events that name their run, and its page."""
 
+    is_reused = False
+    """Whether it is of a stage whose artifact was there before."""
+
     def __init__(
-        self, tracking: Tracking, journal: Journal, shipper: Shipper, key: str, job: JobRun
+        self,
+        tracking: Tracking,
+        shipper: Shipper,
+        key: str,
+        job: JobRun,
+        address: Address | None = None,
     ) -> None:
         self._tracking = tracking
-        self._journal = journal
         self._shipper = shipper
         self.key = key
         self.job = job
-        status = journal.run_statuses().get(key)
+        self._address = address
+        self._made: Artifact | None = None
+        status = shipper.journal.run_statuses().get(key)
         self.is_continued = status is not None
         self.is_over = status == "FINISHED"
 
@@ -168,43 +175,42 @@ class TrackedRun:
         if self.is_over:
             return
         try:
-            self._journal.append_event(redact_settings({**event, "run": self.key}))
+            self._shipper.journal.append_event(redact_settings({**event, "run": self.key}))
         except OSError as error:
             _log.warning("lineage lost an event (%s): %s", event["op"], error)
         self._shipper.wake()
 
-    def begin(self, name: str, parent: str | None, tags: Mapping[str, str]) -> None:
-        kept = {} if self.is_continued else dict(tags)
-        self.append({"op": "begin", "name": name, "parent": parent, "tags": kept, "time": now_ms()})
+    def begin(
+        self,
+        name: str,
+        parent: str | None,
+        tags: Mapping[str, str],
+        params: Mapping[str, Any],
+    ) -> None:
+        """Open the run, or go on with it: then its tags and parameters are there.
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log settings, flattened; a parameter that is there keeps its first value."""
+        Args:
+            parent: key of the run above.
+            params: settings, nested or flat.
+        """
+        kept = {} if self.is_continued else dict(tags)
+        self.append({"op": "begin", "name": name, "parent": parent, "tags": kept})
         if params and not self.is_continued:
             self.append({"op": "params", "params": stage_record.flatten_config(params)})
-
-    def log_metrics(self, metrics: Mapping[str, float]) -> None:
-        self.append({"op": "metrics", "metrics": dict(metrics), "time": now_ms()})
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        self.append({"op": "tags", "tags": dict(tags)})
-
-    def attach(self, file: Path, folder: str | None = None) -> None:
-        """Keep a file as an artifact of the run; it is copied when it is shipped."""
-        self.append({"op": "file", "path": str(file.resolve()), "folder": folder})
+        self._write_event("RUNNING" if self.is_continued else "START")
 
     def run_id(self, wait_s: float = 5.0) -> str | None:
         """MLflow's id of this run, or None when the store did not answer within `wait_s`."""
         return self._shipper.run_id(self.key, wait_s)
 
-    def url(self, wait_s: float = 5.0) -> str | None:
+    def url(self) -> str | None:
         """The run's page; None for a store without pages or one that does not answer."""
-        if self._tracking.store.database is not None:
+        store, run_id = self._tracking.store, None
+        if store.database is None:
+            run_id = self.run_id()
+        if run_id is None or self._shipper.experiment is None:
             return None
-        run_id = self.run_id(wait_s)
-        experiment = self._shipper.experiment
-        if run_id is None or experiment is None:
-            return None
-        return f"{self._tracking.store.uri}/#/experiments/{experiment}/runs/{run_id}"
+        return f"{store.uri}/#/experiments/{self._shipper.experiment}/runs/{run_id}"
 
     @contextmanager
     def closing(self) -> Iterator[None]:
@@ -212,28 +218,28 @@ class TrackedRun:
         try:
             yield
         except BaseException as error:
-            status = "FAILED" if isinstance(error, Exception) else "KILLED"
             reason = str(error) or type(error).__name__
-            self.set_tags({f"{stage_record.PREFIX}error": reason[:500]})
-            self._end(status, reason)
+            self.append({"op": "tags", "tags": {f"{stage_record.PREFIX}error": reason[:500]}})
+            self._end("FAILED" if isinstance(error, Exception) else "KILLED", reason)
             raise
-        self._end("FINISHED", "")
+        self._end("FINISHED")
 
-    def _end(self, status: str, reason: str) -> None:
-        self.append({"op": "end", "status": status, "time": now_ms()})
-        if not self.is_over:
-            self._write_end(status, reason)
+    def _end(self, status: str, reason: str = "") -> None:
+        self.append({"op": "end", "status": status})
+        self._write_event(EVENT_OF_STATUS[status], reason)
 
-    def _write_end(self, status: str, reason: str) -> None:
-        self._tracking.events.write(EVENT_OF_STATUS[status], self.job, error=reason)
+    def _write_event(self, kind: str, reason: str = "") -> None:
+        """Write it for OpenLineage, where a file is given."""
+        if not (self.is_reused or self.is_over):
+            self._tracking.events.write(kind, self.job, self._address, self._made, reason)
 
 
 class PipelineRun(TrackedRun):
     """The parent run of one execution of a flow."""
 
-    def __init__(self, tracking: Tracking, journal: Journal, shipper: Shipper, name: str) -> None:
-        job = JobRun.of_pipeline(journal.about["key"], name)
-        super().__init__(tracking, journal, shipper, PIPELINE, job)
+    def __init__(self, tracking: Tracking, shipper: Shipper, name: str) -> None:
+        job = JobRun.of_pipeline(shipper.journal.about["key"], name)
+        super().__init__(tracking, shipper, PIPELINE, job)
 
     @contextmanager
     def stage_run(self, address: Address, title: str | None = None) -> Iterator[StageRun]:
@@ -246,9 +252,8 @@ class PipelineRun(TrackedRun):
         """
         title = title or address.stage.name
         run = self._make_stage_run(address, title)
-        run.begin(title, parent=self.key, tags=stage_record.stage_tags(address, run.is_reused))
-        run.log_params(address.config)
-        run.write_start()
+        tags = stage_record.stage_tags(address, run.is_reused)
+        run.begin(title, self.key, tags, address.config)
         with run.closing():
             yield run
 
@@ -258,37 +263,13 @@ class PipelineRun(TrackedRun):
 
     def _make_stage_run(self, address: Address, title: str) -> StageRun:
         key = f"{title}-{address.digest}"
-        job = self.job.stage(key, title)
-        return StageRun(self._tracking, self._journal, self._shipper, key, job, address)
+        run = StageRun(self._tracking, self._shipper, key, self.job.stage(key, title), address)
+        run.is_reused = address.is_finished and not run.is_continued
+        return run
 
 
 class StageRun(TrackedRun):
     """The run of one stage."""
-
-    def __init__(
-        self,
-        tracking: Tracking,
-        journal: Journal,
-        shipper: Shipper,
-        key: str,
-        job: JobRun,
-        address: Address,
-    ) -> None:
-        super().__init__(tracking, journal, shipper, key, job)
-        self.is_reused = address.is_finished and not self.is_continued
-        self._address = address
-        self._made: Artifact | None = None
-
-    def write_start(self) -> None:
-        """Write the event of OpenLineage, where a file is given."""
-        if not (self.is_reused or self.is_over):
-            kind = "RUNNING" if self.is_continued else "START"
-            self._tracking.events.write(kind, self.job, self._address)
-
-    def _write_end(self, status: str, reason: str) -> None:
-        if not self.is_reused:
-            kind = EVENT_OF_STATUS[status]
-            self._tracking.events.write(kind, self.job, self._address, self._made, reason)
 
     def record_artifact(
         self,
@@ -305,22 +286,20 @@ class StageRun(TrackedRun):
                 that made it and to those that read it.
             inputs: context (training, evaluation, …) -> the data it read, logged as datasets.
             outside: data it read that no stage made, as `stage_record.outside_dataset` describes
-            them.
+                them.
             attach: files kept with the run, such as a report.
         """
         self._made = artifact
-        self.log_metrics(stage_record.count_metrics(artifact))
-        datasets = [
-            stage_record.describe_dataset(data, context) for context, data in (inputs or {}).items()
-        ]
-        datasets += [dict(one) for one in outside]
+        self.append({"op": "metrics", "metrics": stage_record.count_metrics(artifact)})
+        read = [stage_record.describe_dataset(data, to) for to, data in (inputs or {}).items()]
+        datasets = [*read, *outside]
         if datasets:
             self.append({"op": "inputs", "datasets": datasets})
         of_models = stage_record.model_event(artifact, self.is_reused)
         if of_models is not None:
-            self.append({**of_models, "time": now_ms()})
-        for file in attach:
-            self.attach(file)
+            self.append(of_models)
+        for file in attach:  # copied when it is shipped
+            self.append({"op": "file", "path": str(file.resolve())})
 
     @contextmanager
     def follow_metrics(self, metrics_file: Path) -> Iterator[None]:
@@ -332,7 +311,7 @@ class StageRun(TrackedRun):
         if self.is_reused or self.is_over:
             yield
             return
-        system = self._journal.folder / f"system-{stage_record.metric_name(self.key)}.jsonl"
+        system = self._shipper.journal.folder / f"system-{stage_record.metric_name(self.key)}.jsonl"
         for file in (metrics_file, system):
             self.append({"op": "series", "file": str(file.resolve())})
         sampler = SystemSampler(system, self._tracking.system_every_s)
@@ -344,10 +323,7 @@ class StageRun(TrackedRun):
 
 
 class SystemSampler(threading.Thread):
-    """Writes the machine's use (CPU, memory, disk, network, GPU) as one more series.
-
-    Through the journal instead of MLflow's own monitor thread, which loses what it cannot send.
-    """
+    """Writes the machine's use (CPU, memory, disk, network, GPU) as one more series."""
 
     def __init__(self, file: Path, every_s: float) -> None:
         super().__init__(name="system-metrics", daemon=True)
@@ -361,35 +337,33 @@ class SystemSampler(threading.Thread):
 
     def run(self) -> None:
         try:
-            monitors = _monitors()
-            step = _lines_in(self._file)
+            monitors = _make_monitors()
+            step = self._file.read_bytes().count(b"\n") if self._file.exists() else 0
+            _sample_use(monitors)  # the first CPU figure covers no time, so it means nothing
             while not self._stopped.wait(self._every_s):
+                line = {"step": step, "time": time.time(), **_sample_use(monitors)}
                 with self._file.open("a") as file:
-                    file.write(json.dumps({"step": step, "time": time.time(), **_sample(monitors)}))
-                    file.write("\n")
+                    file.write(json.dumps(line) + "\n")
                 step += 1
         except Exception as error:  # figures about the machine are never worth a run
             _log.warning("system metrics stopped: %s", error)
 
 
-def _lines_in(file: Path) -> int:
-    return file.read_bytes().count(b"\n") if file.exists() else 0
-
-
-def _monitors() -> list[Any]:
+def _make_monitors() -> list[BaseMetricsMonitor]:
+    """MLflow's, without its SystemMetricsMonitor: that ends when it cannot send, and opens the
+    store in a thread of its own."""
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
     from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
-    monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
     with suppress(Exception):  # no NVIDIA GPU, or no library to ask it
         monitors.append(GPUMonitor())
-    _sample(monitors)  # the first CPU figure covers no time, so it means nothing
     return monitors
 
 
-def _sample(monitors: Sequence[Any]) -> dict[str, float]:
+def _sample_use(monitors: Sequence[BaseMetricsMonitor]) -> dict[str, float]:
     figures: dict[str, float] = {}
     for monitor in monitors:
         monitor.collect_metrics()

@@ -14,22 +14,19 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tasks.lineage import stage_record
-from tasks.lineage.journal import RUNNING, Event, Journal, SeriesCursor, now_ms
-from tasks.tracking import TrackingStore, is_answer, is_refusal, restore_experiment, restore_run
+from tasks.lineage.journal import RUNNING, Event, Journal
+from tasks.lineage.stage_record import MAX_METRICS_PER_CALL
+from tasks.tracking import TrackingStore, is_answer, restore_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-MAX_METRICS_PER_CALL = 1000
 POLL_S = 1.0
 LONGEST_BACKOFF_S = 30.0
 LEFTOVERS_S = 10.0
@@ -53,9 +50,9 @@ class Shipper(threading.Thread):
             journal: of this run.
         """
         super().__init__(name="lineage", daemon=True)
-        self._store = store
+        self.store = store
+        self.journal = journal
         self._journals = journals
-        self._journal = journal
         self._changed = threading.Event()
         self._closing = threading.Event()
         self._abandoned = threading.Event()
@@ -63,11 +60,12 @@ class Shipper(threading.Thread):
         self._client: MlflowClient | None = None
         self._last_error: Exception | None = None
         self._experiments: dict[str, str] = {}
+        self._series: dict[str, MetricsSeries] = {}
 
     @property
     def experiment(self) -> str | None:
         """The experiment's id, once the store was reached."""
-        return self._experiments.get(self._store.experiment)
+        return self._experiments.get(self.store.experiment)
 
     def wake(self) -> None:
         """There is an event to ship."""
@@ -76,8 +74,8 @@ class Shipper(threading.Thread):
     def run_id(self, key: str, wait_s: float) -> str | None:
         """MLflow's id of a run by its key, or None when that is not known within `wait_s`."""
         with self._shipped_one:
-            self._shipped_one.wait_for(lambda: key in self._journal.cursor.runs, wait_s)
-            return self._journal.cursor.runs.get(key)
+            self._shipped_one.wait_for(lambda: key in self.journal.cursor.runs, wait_s)
+            return self.journal.cursor.runs.get(key)
 
     def ship_rest(self, patience_s: float) -> None:
         """Ship the rest, for at most `patience_s` seconds, or at most until the store fails."""
@@ -85,13 +83,13 @@ class Shipper(threading.Thread):
         self.wake()
         self.join(patience_s)
         self._abandoned.set()
-        waiting = self._journal.pending
+        waiting = self.journal.pending
         if waiting:
             _log.warning(
                 "%d tracking events wait in %s: the next run ships them (%s does not answer: %s)",
                 waiting,
-                self._journal.folder,
-                self._store.uri,
+                self.journal.folder,
+                self.store.uri,
                 str(self._last_error)[:200],
             )
 
@@ -102,7 +100,7 @@ class Shipper(threading.Thread):
                 closing = self._closing.is_set()
                 self._changed.clear()
                 try:
-                    self._ship_journal(self._journal, self._abandoned.is_set)
+                    self._ship_journal(self.journal, self._abandoned.is_set)
                     backoff = POLL_S
                     if leftovers or closing:
                         leftovers = self._ship_leftovers(closing)
@@ -118,7 +116,7 @@ class Shipper(threading.Thread):
                 else:
                     self._changed.wait(backoff)
         finally:
-            self._journal.release()
+            self.journal.release()
 
     def _ship_leftovers(self, closing: bool) -> bool:
         """Ship what earlier runs could not, and close in the store what was killed.
@@ -142,7 +140,7 @@ class Shipper(threading.Thread):
         """Ship one journal that an earlier run left, close in the store what was killed, let the
         journal go. One that can never be shipped must not keep back others: nothing is raised."""
         try:
-            if left.about["uri"] != self._store.uri:
+            if left.about["uri"] != self.store.uri:
                 return
             if self._ship_journal(left, give_up) and not left.is_closed:
                 close_killed(self._connect_client(), left)
@@ -154,12 +152,12 @@ class Shipper(threading.Thread):
 
     def _connect_client(self) -> MlflowClient:
         if self._client is None:
-            self._client = self._store.client()
+            self._client = self.store.client()
         return self._client
 
     def _experiment_id(self, client: MlflowClient, name: str) -> str:
         if name not in self._experiments:
-            self._experiments[name] = TrackingStore(self._store.uri, name).experiment_id(client)
+            self._experiments[name] = TrackingStore(self.store.uri, name).experiment_id(client)
         return self._experiments[name]
 
     def _ship_journal(self, journal: Journal, give_up: Callable[[], bool]) -> bool:
@@ -169,40 +167,54 @@ class Shipper(threading.Thread):
                 return self._ship_waiting(journal, give_up)
             except RunGoneError as error:
                 key = str(error)
-                _log.warning("run '%s' is gone from %s: it is made anew", key, self._store.uri)
+                _log.warning("run '%s' is gone from %s: it is made anew", key, self.store.uri)
                 journal.cursor.forget_run(key)
                 self._experiments.clear()
+                self._series.clear()
 
     def _ship_waiting(self, journal: Journal, give_up: Callable[[], bool]) -> bool:
         client, cursor = self._connect_client(), journal.cursor
         experiment = self._experiment_id(client, journal.about["experiment"])
         for offset, event in journal.iterate_events(cursor.offset):
+            key = event["run"]
             if give_up():
                 return False
-            if event["op"] == "end" and not ship_series(client, journal, event["run"], give_up):
+            if event["op"] == "end" and not self._ship_series(client, journal, key, give_up):
                 return False
+            write = partial(apply_event, client, experiment, journal, event)
             try:
-                write_persistently(
-                    client,
-                    journal,
-                    event["run"],
-                    partial(apply_event, client, experiment, journal, event),
-                )
+                write_persistently(client, journal, key, write)
             except (FileNotFoundError, KeyError) as error:
                 _log.warning("tracking event %s skipped: %s", event["op"], error)
-            except Exception as error:
-                if event["op"] != "begin" or not is_refusal(error):
-                    raise
-                restore_experiment(client, experiment)
-                apply_event(client, experiment, journal, event)
             with self._shipped_one:
                 cursor.offset = offset
                 journal.save_cursor()
                 self._shipped_one.notify_all()
-        if not all(ship_series(client, journal, key, give_up) for key in cursor.runs):
+        if not all(self._ship_series(client, journal, key, give_up) for key in cursor.runs):
             return False
         if journal.is_closed:
             journal.mark_shipped()
+        return True
+
+    def _ship_series(
+        self, client: MlflowClient, journal: Journal, key: str, give_up: Callable[[], bool]
+    ) -> bool:
+        """Send the new lines of a run's files of metrics; False when `give_up()` ended it early.
+
+        A batch that is sent twice, because its answer was lost, changes nothing: the database knows
+        a point by all it says, its time included.
+        """
+        run, steps = journal.cursor.runs.get(key), journal.cursor.steps.get(key, {})
+        for file, shipped in list(steps.items()) if run else ():
+            name = f"{journal.folder}|{key}|{file}"
+            series = self._series.setdefault(name, MetricsSeries(Path(file)))
+            for points, step in series.iterate_batches(shipped):
+                write = partial(client.log_batch, run, metrics=points)
+                write_persistently(client, journal, key, write)
+                steps[file] = step
+                journal.save_cursor()
+                if give_up():
+                    return False
         return True
 
 
@@ -246,8 +258,7 @@ def apply_event(client: MlflowClient, experiment: str, journal: Journal, event: 
                 client.log_batch(run, params=params[start : start + 100])
         case "metrics":
             metrics = [Metric(k, v, event["time"], 0) for k, v in event["metrics"].items()]
-            for start in range(0, len(metrics), MAX_METRICS_PER_CALL):
-                client.log_batch(run, metrics=metrics[start : start + MAX_METRICS_PER_CALL])
+            stage_record.log_points(client, run, metrics)
         case "tags":
             client.log_batch(run, tags=[RunTag(k, v) for k, v in event["tags"].items()])
         case "inputs":
@@ -262,16 +273,16 @@ def apply_event(client: MlflowClient, experiment: str, journal: Journal, event: 
                 ],
             )
         case "models":
-            stage_record.apply_event(client, experiment, run, event, event["time"])
+            stage_record.apply_event(client, experiment, run, event)
         case "text":
             client.log_text(run, event["text"], event["file"])
         case "file":
-            client.log_artifact(run, event["path"], event["folder"])
+            client.log_artifact(run, event["path"])
         case "series":
-            journal.cursor.open_series(event["run"], event["file"])
+            journal.cursor.steps.setdefault(event["run"], {}).setdefault(event["file"], -1)
         case "end":
             client.set_terminated(run, event["status"], event["time"])
-            journal.cursor.close_series(event["run"])
+            journal.cursor.steps.pop(event["run"], None)
 
 
 def _begin_run(client: MlflowClient, experiment: str, journal: Journal, event: Event) -> None:
@@ -314,74 +325,50 @@ def close_killed(client: MlflowClient, journal: Journal) -> None:
             client.set_terminated(journal.cursor.runs[key], "KILLED")
 
 
-def ship_series(
-    client: MlflowClient, journal: Journal, key: str, give_up: Callable[[], bool]
-) -> bool:
-    """Send the new lines of a run's metrics files; False when `give_up()` ended it early.
+class MetricsSeries:
+    """A file of metrics that grows, and how far this process read it."""
 
-    A batch that is sent twice, because its answer was lost, changes nothing: the database knows a
-    point by all it says, its time included.
-    """
-    run, cursor = journal.cursor.runs.get(key), journal.cursor
-    for file in cursor.files_of(key) if run else ():
-        name = f"{key}|{file}"
-        for points, reached in iterate_batches(file, cursor.series[name]):
-            if points:
-                write = partial(client.log_batch, run, metrics=points)
-                write_persistently(client, journal, key, write)
-            if cursor.series[name] != reached:
-                cursor.series[name] = reached
-                journal.save_cursor()
-            if give_up():
-                return False
-    return True
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = self._inode = 0
+
+    def iterate_batches(self, shipped: int) -> Iterator[tuple[list[Metric], int]]:
+        """The points of new whole lines behind step `shipped`, as many as one request may hold,
+        each time with their last step. They count as read when the next ones are asked for.
+
+        A resumed trainer puts a shorter file in its place: that is read from its start.
+        """
+        if not self._path.exists():
+            return
+        points: list[Metric] = []
+        with self._path.open("rb") as stream:
+            status = os.fstat(stream.fileno())
+            is_same = status.st_ino == self._inode and status.st_size >= self._offset
+            offset = stream.seek(self._offset if is_same else 0)
+            for line in stream:
+                if not line.endswith(b"\n"):
+                    break
+                step, figures = _parse_line(line)
+                if step > shipped:
+                    if points and len(points) + len(figures) > MAX_METRICS_PER_CALL:
+                        yield points, shipped
+                        self._offset, self._inode, points = offset, status.st_ino, []
+                    points += figures
+                    shipped = step
+                offset += len(line)
+        if points:
+            yield points, shipped
+        self._offset, self._inode = offset, status.st_ino
 
 
-def iterate_batches(file: Path, at: SeriesCursor) -> Iterator[tuple[list[Metric], SeriesCursor]]:
-    """New lines as points, as many as one request may hold, each time with the cursor behind."""
+def _parse_line(line: bytes) -> tuple[int, list[Metric]]:
+    """Step and points of a line of metrics; -1 and none of a line that is something else."""
     from mlflow.entities import Metric
 
-    points: list[Metric] = []
-    reached = at
-    for here, line in _new_lines(file, at):
-        step, shipped = line.get("step"), reached.step
-        more: list[Metric] = []
-        if isinstance(step, int) and step > shipped:
-            shipped, stamp = step, _parse_time_ms(line.get("time"))
-            more = [Metric(k, v, stamp, step) for k, v in stage_record.series_metrics(line).items()]
-        if points and len(points) + len(more) > MAX_METRICS_PER_CALL:
-            yield points, reached
-            points = []
-        points += more
-        reached = replace(here, step=shipped)
-    yield points, reached
-
-
-def _new_lines(file: Path, at: SeriesCursor) -> Iterator[tuple[SeriesCursor, dict[str, Any]]]:
-    """Whole lines behind `at`, or all when the file was cut back meanwhile; each with its end."""
-    if not file.exists():
-        return
-    with file.open("rb") as stream:
-        inode, offset = os.fstat(stream.fileno()).st_ino, at.offset
-        stream.seek(max(offset - 1, 0))
-        if inode != at.file or (offset and stream.read(1) != b"\n"):
-            offset = 0
-        stream.seek(offset)
-        for line in stream:
-            if not line.endswith(b"\n"):
-                return
-            offset += len(line)
-            with suppress(ValueError):
-                parsed = json.loads(line)
-                if isinstance(parsed, dict):
-                    yield replace(at, offset=offset, file=inode), parsed
-
-
-def _parse_time_ms(value: object) -> int:
-    """A line's time (UNIX seconds or ISO 8601) in milliseconds; now when it has none."""
-    if isinstance(value, int | float):
-        return int(value * 1000)
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return int(datetime.fromisoformat(value).timestamp() * 1000)
-    return now_ms()
+    try:
+        row = json.loads(line)
+        step, stamp = int(row["step"]), int(1000 * row["time"])
+    except (ValueError, KeyError, TypeError):
+        return -1, []
+    figures = stage_record.series_metrics(row).items()
+    return step, [Metric(name, value, stamp, step) for name, value in figures]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,12 @@ from tasks.artifacts.provenance import flatten_settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel
+    from mlflow.entities import LoggedModel, Metric
 
 PREFIX = "evaclip."
 MAX_PARAM_CHARS = 6000
 MAX_TAG_CHARS = 8000
+MAX_METRICS_PER_CALL = 1000
 _NOT_IN_A_NAME = re.compile(r"[^\w\-./ :]", re.ASCII)
 WEIGHTS = f"{MODEL_FOLDER}/model.safetensors"
 """Among the files of every artifact that is a model."""
@@ -88,36 +89,23 @@ def _iterate_numbers(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
 def describe_dataset(artifact: Artifact, context: str) -> dict[str, str]:
     """An artifact as an MLflow dataset: its digest, manifest and card as source, counts as profile,
     and what it is read for, in MLflow's column "context" (training, evaluation, …)."""
-    source = {"uri": (artifact.folder / MANIFEST).resolve().as_uri()}
-    if CARD in artifact.files:
-        source["card"] = (artifact.folder / CARD).resolve().as_uri()
-    return _as_dataset(artifact.kind, artifact.digest, source, artifact.counts, context)
+    uri = (artifact.folder / MANIFEST).resolve().as_uri()
+    card = {"card": (artifact.folder / CARD).resolve().as_uri()} if CARD in artifact.files else {}
+    return outside_dataset(artifact.kind, artifact.digest, uri, artifact.counts, context, **card)
 
 
 def outside_dataset(
-    name: str, digest: str, uri: str, profile: Mapping[str, Any], context: str
+    name: str, digest: str, uri: str, profile: Mapping[str, Any], context: str, **more: str
 ) -> dict[str, str]:
-    """Data that no stage made, such as an evaluation set, as an MLflow dataset."""
-    return _as_dataset(name, digest, {"uri": uri}, profile, context)
-
-
-def _as_dataset(
-    name: str, digest: str, source: Mapping[str, str], profile: Mapping[str, Any], context: str
-) -> dict[str, str]:
+    """Data as an MLflow dataset: also what no stage made, such as an evaluation set."""
     return {
         "name": name,
         "digest": digest,
         "source_type": "local",
-        "source": json.dumps(source),
+        "source": json.dumps({"uri": uri, **more}),
         "profile": json.dumps(profile)[:16_000],
         "context": context,
     }
-
-
-def write_note(text: str, links: Mapping[str, str]) -> str:
-    """A run's description in Markdown: one sentence and its links."""
-    lines = [text, *(f"[{name}]({address})" for name, address in links.items())]
-    return "\n\n".join(line for line in lines if line)[:MAX_TAG_CHARS]
 
 
 def model_event(artifact: Artifact, reused: bool) -> dict[str, Any] | None:
@@ -152,11 +140,14 @@ def _describe_model(artifact: Artifact, weights: Mapping[str, int | str]) -> dic
     }
 
 
-def apply_event(
-    client: MlflowClient, experiment: str, run: str, event: Mapping[str, Any], time: int
-) -> None:
+def log_points(client: MlflowClient, run: str, points: Sequence[Metric]) -> None:
+    for start in range(0, len(points), MAX_METRICS_PER_CALL):
+        client.log_batch(run, metrics=points[start : start + MAX_METRICS_PER_CALL])
+
+
+def apply_event(client: MlflowClient, experiment: str, run: str, event: Mapping[str, Any]) -> None:
     """Do in the store what a `model_event` says of one run, once or again; `experiment` and `run`
-    are MLflow's ids, `time` is that of the figures, in UNIX milliseconds."""
+    are MLflow's ids."""
     from mlflow.entities import LoggedModelInput, LoggedModelOutput, Metric
 
     logged = client.get_run(run)
@@ -175,11 +166,10 @@ def apply_event(
     judged = _find_model(client, experiment, event["judged"]) if event["judged"] else None
     if judged is not None and not event["reused"]:
         points = [
-            Metric(name, value, time, 0, model_id=judged.model_id)
+            Metric(name, value, event["time"], 0, model_id=judged.model_id)
             for name, value in event["figures"].items()
         ]
-        for start in range(0, len(points), 1000):
-            client.log_batch(run, metrics=points[start : start + 1000])
+        log_points(client, run, points)
 
 
 def _find_model(client: MlflowClient, experiment: str, digest: str) -> LoggedModel | None:

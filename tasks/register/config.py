@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -27,6 +27,8 @@ class GatePolicy(Config):
     (hundredths), with its paired 95 % interval.
     """
 
+    ADDED: ClassVar[tuple[str, ...]] = ("refuse_certain_loss",)
+
     metrics: tuple[str, ...] = ()
     """What the candidate must be better at, each as SET.METRIC; empty: the first metric of every
     set (top1, map; recall at 1 in both directions)."""
@@ -38,6 +40,11 @@ class GatePolicy(Config):
     max_loss_points: float = Field(default=1.0, ge=0)
     """No first metric of any set, and none of `metrics`, may lose more than this; a loss that is
     larger but not certain holds the candidate back, one that is certain rejects it."""
+    refuse_certain_loss: bool = False
+    """Whether a loss that is certain rejects however small it is, as fine-tuning wants it: better
+    on yours for certain, no certain loss elsewhere. Its p-value is multiplied by the number of
+    metrics that are guarded (Bonferroni), so that an equal model is rejected at most once in twenty
+    times."""
     max_contaminated: float | None = Field(default=None, ge=0, le=1)
     """Largest share of a set's images that may be among the candidate's training data; none: it is
     reported, not judged, because pictures of little content (drawings, digits) look like each

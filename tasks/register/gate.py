@@ -17,6 +17,7 @@ from pydantic import Field
 
 from evaclip_model.config import Config
 from tasks.register.config import GatePolicy
+from tasks.table import Table, markdown_table, words
 
 CERTAIN_P = 0.05
 """Of a two-sided test; what the 95 % intervals stand for."""
@@ -104,9 +105,11 @@ class Decision(Config):
     def to_markdown(self, name: str) -> str:
         """The decision on the version `name` as a page."""
         against = f"version {self.champion}" if self.champion is not None else "no champion"
-        rows = [f"| {one.rule} | {one.outcome} | {one.says} |" for one in self.reasons]
-        head = [f"# {name}: {self.outcome.upper()}", "", f"Compared with {against}.", ""]
-        return "\n".join([*head, "| rule | says | why |", "|---|---|---|", *rows]) + "\n"
+        table = Table.of("rule", words("says"), words("why"))
+        for one in self.reasons:
+            table.add(one.rule, one.outcome, one.says)
+        head = f"# {name}: {self.outcome.upper()}\n\nCompared with {against}.\n\n"
+        return f"{head}{markdown_table(table)}\n"
 
 
 def decide_promotion(
@@ -191,15 +194,19 @@ def _cost_reasons(
 
 
 def _loss_reasons(candidate: Candidate, policy: GatePolicy) -> Iterator[GateReason]:
-    judged = [*_headline_gains(candidate), *policy.metrics]
-    for name in dict.fromkeys(judged):
-        gain = candidate.gains.get(name)
-        if gain is None or -100 * gain.difference <= policy.max_loss_points:
-            continue
+    judged = dict.fromkeys([*_headline_gains(candidate), *policy.metrics])
+    gains = {name: candidate.gains[name] for name in judged if name in candidate.gains}
+    for name, gain in gains.items():
+        is_small = -100 * gain.difference <= policy.max_loss_points
         certain = gain.interval[1] < 0
-        says = f"{name} {gain}, {policy.max_loss_points:g} points may be lost" + (
-            "" if certain else "; the loss may be chance"
-        )
+        if is_small and policy.refuse_certain_loss:
+            is_small = not (certain and gain.p * len(gains) <= CERTAIN_P)
+        if is_small:
+            continue
+        allowed = f"{policy.max_loss_points:g} points may be lost"
+        if policy.refuse_certain_loss:
+            allowed += " by chance, none for certain"
+        says = f"{name} {gain}, {allowed}" + ("" if certain else "; the loss may be chance")
         outcome = GateOutcome.REJECT if certain else GateOutcome.HOLD
         yield GateReason(rule="loss", outcome=outcome, says=says)
 

@@ -15,8 +15,10 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -33,7 +35,7 @@ from tasks.artifacts.provenance import LINEAGE, Lineage, lineage_of
 from tasks.progress import Report, report_nothing
 from tasks.register.config import COPIED, REGISTERED, LargeWeights, RegisterConfig
 from tasks.register.promotion import DIGEST_TAG, WEIGHTS_TAG
-from tasks.tracking import TrackingStore, is_refusal, read_all_pages, restore_run
+from tasks.tracking import TrackingStore, find_answer, read_all_pages, restore_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -49,21 +51,7 @@ REQUIREMENTS = (
 """Distributions the loaded model imports; those of the second line come with MLflow."""
 GB = 10**9
 LABELS = ("a red square", "a dog")
-CALLS = """\
-Load it in Python, with `mlflow`, `torch`, `safetensors` and `pillow` installed:
-
-    model = mlflow.pyfunc.load_model("models:/{name}/{version}")
-    model.predict(pandas.DataFrame({{"image": [image_bytes]}}),
-                  params={{"candidate_labels": ["a cat", "a dog"]}})        # label, probabilities
-    model.predict(pandas.DataFrame({{"image": [image_bytes]}}),
-                  params={{"output": "embeddings"}})                        # embedding of an image
-    model.predict(pandas.DataFrame({{"text": ["a cat on a mat"]}}))         # embedding of a text
-
-Serve it, and ask over HTTP:
-
-    mlflow models serve -m models:/{name}/{version} --env-manager local -p 5001
-    curl http://127.0.0.1:5001/invocations -H 'content-type: application/json' -d '{request}'
-"""
+CALLS = Path(__file__).with_name("version.md")
 """A version's description in the registry: how to load it and how to serve it."""
 
 
@@ -90,14 +78,11 @@ def register_model(
     Raises:
         InputError: the store does not answer, or does not take the weights.
     """
-    from mlflow.exceptions import MlflowException
-    from requests.exceptions import RequestException
-
     model, packed = trained.folder / MODEL_FOLDER, out / "packed"
     lineage = lineage_of([evaluated, trained], root)
     tags = version_tags(trained, evaluated, lineage)
-    try:
-        client = store.client()
+    with store.connect() as client, ExitStack() as leavings:
+        leavings.callback(shutil.rmtree, packed, ignore_errors=True)
         report(0, _STEPS, "looking for the same model")
         if run_id is not None and not restore_run(client, run_id):
             run_id = None  # gone for good: the model is of no run
@@ -122,10 +107,6 @@ def register_model(
         client.set_registered_model_alias(
             config.model_name, config.candidate_alias, version.version
         )
-    except (MlflowException, RequestException) as error:
-        raise store.away(error) from error
-    finally:
-        shutil.rmtree(packed, ignore_errors=True)
     registered = {
         "name": config.model_name,
         "version": int(version.version),
@@ -147,17 +128,13 @@ def forget_if_gone(address: Address, store: TrackingStore) -> None:
     Raises:
         InputError: the store does not answer.
     """
-    from mlflow.exceptions import MlflowException
-
     if not address.is_finished:
         return
     registered = json.loads((address.folder / REGISTERED).read_text())
-    try:
-        store.client().get_model_version(registered["name"], str(registered["version"]))
-    except MlflowException as error:
-        if not is_refusal(error):
-            raise store.away(error) from error
-        (address.folder / MANIFEST).unlink()
+    with store.connect() as client:
+        version = str(registered["version"])
+        if find_answer(client.get_model_version, registered["name"], version) is None:
+            (address.folder / MANIFEST).unlink()
 
 
 def version_tags(trained: Artifact, evaluated: Artifact, lineage: Lineage) -> dict[str, str]:
@@ -188,13 +165,7 @@ def _create_version(
     run_id: str | None,
     tags: dict[str, str],
 ) -> ModelVersion:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
+    find_answer(client.create_registered_model, name)  # it may be there
     source = client.get_logged_model(model_id).artifact_location
     # A server wants the id, to check that the source belongs to it. MLflow's own SQLite store would
     # look the id up in whatever store the process has as its global one.
@@ -321,7 +292,8 @@ def version_description(name: str, version: int | str) -> str:
         },
         "params": {"candidate_labels": list(LABELS)},
     }
-    return CALLS.format(name=name, version=version, request=json.dumps(request))
+    described = Template(CALLS.read_text())
+    return described.substitute(name=name, version=version, request=json.dumps(request))
 
 
 def _example_picture() -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -17,7 +17,7 @@ from evaclip_model.errors import InputError
 from tasks.artifacts.provenance import LINEAGE, Lineage
 from tasks.register.config import REGISTERED
 from tasks.register.promotion import DIGEST_TAG, champion_history, history
-from tasks.tracking import TrackingStore, is_refusal, read_all_pages
+from tasks.tracking import TrackingStore, find_answer, read_all_pages
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,19 +45,10 @@ class RegisteredVersion:
 
     def current_aliases(self) -> tuple[str, ...] | None:
         """Its aliases of now, by name; None if its registry does not answer."""
-        store = TrackingStore.at(self.tracking_uri, experiment="")
-        if store.database is not None and not store.database.exists():
-            return None  # a client would make it
-        client = store.client()
-        # after client(): it imports MLflow in the order that works
-        from mlflow.exceptions import MlflowException
-        from requests.exceptions import RequestException
-
-        try:
-            version = client.get_model_version(self.name, str(self.version))
-        except (MlflowException, RequestException) as error:
-            return () if is_refusal(error) else None
-        return tuple(sorted(version.aliases))
+        with suppress(InputError), open_registry(self.tracking_uri) as (_, client):
+            version = find_answer(client.get_model_version, self.name, str(self.version))
+            return tuple(sorted(version.aliases)) if version else ()
+        return None
 
 
 @dataclass(frozen=True)
@@ -90,42 +81,28 @@ def open_registry(tracking_uri: str) -> Iterator[tuple[TrackingStore, MlflowClie
     Raises:
         InputError: there is none, or it does not answer.
     """
-    from requests.exceptions import RequestException
-
     store = TrackingStore.at(tracking_uri, experiment="")
     if store.database is not None and not store.database.is_file():
         raise InputError(
             f"there is no registry at {store.uri}: run the pipeline first, or name its address "
             "in EVACLIP_TRACKING_URI"
         )
-    client = store.client()
-    from mlflow.exceptions import MlflowException
-
-    try:
+    with store.connect() as client:
         yield store, client
-    except (MlflowException, RequestException) as error:
-        raise store.away(error) from error
 
 
 def resolve_version(client: MlflowClient, model: str) -> ModelVersion:
     """The version that `NAME@ALIAS` or `NAME/VERSION` means, or one sentence with what there is."""
-    from mlflow.exceptions import MlflowException
-
     model = model.removeprefix(_MODELS)
     name, at, alias = model.partition("@")
     number = ""
     if not at:
         name, _, number = model.partition("/")
-    try:
-        registered = client.get_registered_model(name)
-    except MlflowException as error:
-        if not is_refusal(error):
-            raise
+    registered = find_answer(client.get_registered_model, name)
+    if registered is None:
         known_models = read_all_pages(client.search_registered_models)
         names = ", ".join(sorted(known.name for known in known_models))
-        raise InputError(
-            f"no model '{name}' is registered; there are: {names or 'none yet'}"
-        ) from None
+        raise InputError(f"no model '{name}' is registered; there are: {names or 'none yet'}")
     versions = sorted(
         int(known.version)
         for known in read_all_pages(client.search_model_versions, f"name='{name}'")

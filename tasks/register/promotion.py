@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import getpass
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,7 +22,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from tasks.register.config import DECISION, DECISION_PAGE, REGISTERED, RegisterConfig
 from tasks.register.gate import Decision, GateOutcome
-from tasks.tracking import TrackingStore, is_refusal, read_all_pages
+from tasks.tracking import TrackingStore, find_answer, read_all_pages
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -75,12 +75,9 @@ def champion_of(store: TrackingStore, name: str, alias: str) -> Standing | None:
     Raises:
         InputError: the store does not answer.
     """
-    with _explain_refusals(store):
-        client = store.client()
+    with store.connect() as client:
         number = _find_holder(client, name, alias)
-        return (
-            None if number is None else _read_standing(client.get_model_version(name, str(number)))
-        )
+        return None if number is None else _read_standing(_get_version(client, name, number))
 
 
 def require_champion(store: TrackingStore, name: str, alias: str) -> Standing | None:
@@ -91,21 +88,15 @@ def require_champion(store: TrackingStore, name: str, alias: str) -> Standing | 
             nothing; or the store does not answer.
     """
     found = champion_of(store, name, alias)
-    if found is not None:
-        return found
-    with _explain_refusals(store):
-        last = _find_last_holder(store.client(), name, alias)
+    with store.connect() as client:
+        last = None if found else _find_last_holder(client, name, alias)
     if last is not None:
-        raise _lost_alias_error(name, alias, last)
-    return None
-
-
-def _lost_alias_error(name: str, alias: str, last: int) -> InputError:
-    return InputError(
-        f"no version of '{name}' is {alias}, but version {last} was, until somebody deleted the "
-        f"alias or the version: give it back with `python -m flows promote {name}/{last}` (or "
-        "another version), or begin anew under another register.model_name"
-    )
+        raise InputError(
+            f"no version of '{name}' is {alias}, but version {last} was, until somebody deleted "
+            f"the alias or the version: give it back with `python -m flows promote {name}/{last}` "
+            "(or another version), or begin anew under another register.model_name"
+        )
+    return found
 
 
 def history(store: TrackingStore, name: str, alias: str) -> list[Move]:
@@ -114,8 +105,8 @@ def history(store: TrackingStore, name: str, alias: str) -> list[Move]:
     Raises:
         InputError: the store does not answer.
     """
-    with _explain_refusals(store):
-        return _read_moves(store.client(), name, alias)
+    with store.connect() as client:
+        return _read_moves(client, name, alias)
 
 
 def champion_history(moves: Sequence[Move]) -> list[int]:
@@ -137,8 +128,7 @@ def promote_version(
     Raises:
         InputError: there is no such version, or the store does not answer.
     """
-    with _explain_refusals(store):
-        client = store.client()
+    with store.connect() as client:
         _get_version(client, name, version)
         holder = _find_holder(client, name, alias)
         moves = _read_moves(client, name, alias)
@@ -166,8 +156,7 @@ def roll_back(
     Raises:
         InputError: nothing to go back to, no such version, or the store does not answer.
     """
-    with _explain_refusals(store):
-        client = store.client()
+    with store.connect() as client:
         holder = _find_holder(client, name, alias)
         if holder is None:
             raise InputError(f"no version of '{name}' is {alias}: there is nothing to roll back")
@@ -188,60 +177,60 @@ def roll_back(
 def carry_out(
     store: TrackingStore, config: RegisterConfig, version: int, decision: Decision
 ) -> bool:
-    """Make the version champion if the gate says so; True when it became champion now.
-
-    Nothing happens where the champion is another than the gate compared it with, or where the
-    version was champion before (and was rolled back since).
+    """Make the version champion if the gate's decision to do so is due; True when it became
+    champion now.
 
     Raises:
         InputError: the store does not answer.
     """
-    if not is_due(store, config, version, decision):
+    if waits_for(store, config, version, decision) is not Waiting.DUE:
         return False
     return promote_version(
         *(store, config.model_name, config.alias, version, "gate", "gate", decision.summary)
     )
 
 
-def is_due(store: TrackingStore, config: RegisterConfig, version: int, decision: Decision) -> bool:
-    """Tell whether the gate's decision to promote still waits to be carried out."""
+class Waiting(StrEnum):
+    """What a registration still waits for."""
+
+    NOTHING = "nothing"
+    """It is not to be promoted, a person refused it, or it was champion (and rolled back since)."""
+    DUE = "due"
+    """The gate's decision to promote it is to be carried out."""
+    STALE = "stale"
+    """A new decision: the champion is not the one that the gate compared it with."""
+
+
+def waits_for(
+    store: TrackingStore, config: RegisterConfig, version: int, decision: Decision
+) -> Waiting:
+    """Tell what the gate's decision on a version waits for.
+
+    Raises:
+        InputError: there is no such version, or the store does not answer.
+    """
     if decision.outcome is not GateOutcome.PROMOTE:
-        return False
-    with _explain_refusals(store):
-        client = store.client()
-        if _read_standing(_get_version(client, config.model_name, version)).declined:
-            return False
-        moves = _read_moves(client, config.model_name, config.alias)
-        if any(move.version == version for move in moves):
-            return False
-        holder = _find_holder(client, config.model_name, config.alias)
-        if holder is None and _find_last_holder(client, config.model_name, config.alias):
-            return False  # somebody took the alias away: nothing was compared with its last holder
-    return holder in (decision.champion, version)
-
-
-def is_stale(store: TrackingStore, config: RegisterConfig, version: int, known: Decision) -> bool:
-    """Tell whether a promotion was not carried out, and the champion is another by now."""
-    if known.outcome is not GateOutcome.PROMOTE or is_due(store, config, version, known):
-        return False
-    with _explain_refusals(store):
-        client = store.client()
-        if _read_standing(_get_version(client, config.model_name, version)).declined:
-            return False
-        moves = _read_moves(client, config.model_name, config.alias)
-        return not any(move.version == version for move in moves)
+        return Waiting.NOTHING
+    name, alias = config.model_name, config.alias
+    with store.connect() as client:
+        moves = _read_moves(client, name, alias)
+        declined = _read_standing(_get_version(client, name, version)).declined
+        if declined or any(move.version == version for move in moves):
+            return Waiting.NOTHING
+        holder = _find_holder(client, name, alias)
+        if holder is None and _find_last_holder(client, name, alias):
+            return Waiting.STALE  # somebody took the alias away: nothing was compared with its last
+    return Waiting.DUE if holder in (decision.champion, version) else Waiting.STALE
 
 
 def is_unsettled(store: TrackingStore, config: RegisterConfig, folder: Path) -> bool:
-    """Tell whether the registration in `folder` waits for the gate's decision to be carried out,
-    or for a new one.
+    """Tell whether the registration in `folder` waits for something.
 
     Raises:
         InputError: the store does not answer.
     """
-    decision = read_decision(folder)
     version = int(json.loads((folder / REGISTERED).read_text())["version"])
-    return is_due(store, config, version, decision) or is_stale(store, config, version, decision)
+    return waits_for(store, config, version, read_decision(folder)) is not Waiting.NOTHING
 
 
 def write_decision(
@@ -255,8 +244,7 @@ def write_decision(
     Raises:
         InputError: the store does not answer.
     """
-    with _explain_refusals(store):
-        client = store.client()
+    with store.connect() as client:
         tags = {GATE_TAG: str(decision.outcome), f"{GATE_TAG}.reasons": decision.summary}
         if decision.champion == version:
             tags = {}
@@ -279,9 +267,9 @@ def decline_version(store: TrackingStore, name: str, version: int, by: str, why:
     Raises:
         InputError: the store does not answer.
     """
-    with _explain_refusals(store):
+    with store.connect() as client:
         said = f"{by}: {why}"[:MAX_TAG_CHARS]
-        store.client().set_model_version_tag(name, str(version), DECLINED_TAG, said)
+        client.set_model_version_tag(name, str(version), DECLINED_TAG, said)
 
 
 def standing_of(store: TrackingStore, name: str, version: int) -> Standing:
@@ -290,8 +278,8 @@ def standing_of(store: TrackingStore, name: str, version: int) -> Standing:
     Raises:
         InputError: there is no such version, or the store does not answer.
     """
-    with _explain_refusals(store):
-        return _read_standing(_get_version(store.client(), name, version))
+    with store.connect() as client:
+        return _read_standing(_get_version(client, name, version))
 
 
 def read_standings(store: TrackingStore, name: str) -> dict[int, Standing]:
@@ -300,8 +288,8 @@ def read_standings(store: TrackingStore, name: str) -> dict[int, Standing]:
     Raises:
         InputError: the store does not answer.
     """
-    with _explain_refusals(store):
-        versions = _search_versions(store.client(), name)
+    with store.connect() as client:
+        versions = _search_versions(client, name)
     return {int(version.version): _read_standing(version) for version in versions}
 
 
@@ -310,45 +298,18 @@ def current_user() -> str:
     return getpass.getuser()
 
 
-@contextmanager
-def _explain_refusals(store: TrackingStore) -> Iterator[None]:
-    from mlflow.exceptions import MlflowException
-    from requests.exceptions import RequestException
-
-    if store.database is not None and not store.database.is_file():
-        store.client()  # makes it: asked before the first model, it is empty
-    try:
-        yield
-    except (MlflowException, RequestException) as error:
-        if is_refusal(error):
-            raise
-        raise store.away(error) from error
-
-
 def _find_holder(client: MlflowClient, name: str, alias: str) -> int | None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        found = client.get_registered_model(name).aliases.get(alias)
-    except MlflowException as error:
-        if not is_refusal(error):
-            raise
-        return None
+    model = find_answer(client.get_registered_model, name)
+    found = model and model.aliases.get(alias)
     return None if found is None else int(found)
 
 
 def _find_last_holder(client: MlflowClient, name: str, alias: str) -> int | None:
     """The version that had the alias last, deleted ones among them; None where none ever had it."""
-    from mlflow.exceptions import MlflowException
-
     if moves := _read_moves(client, name, alias):
         return moves[-1].version
-    try:
-        last = client.get_registered_model(name).tags.get(f"{HISTORY_TAG}.{alias}")
-    except MlflowException as error:
-        if not is_refusal(error):
-            raise
-        return None
+    model = find_answer(client.get_registered_model, name)
+    last = model and model.tags.get(f"{HISTORY_TAG}.{alias}")
     return None if last is None else int(last)
 
 
@@ -357,18 +318,12 @@ def _search_versions(client: MlflowClient, name: str) -> list[ModelVersion]:
 
 
 def _get_version(client: MlflowClient, name: str, version: int) -> ModelVersion:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_model_version(name, str(version))
-    except MlflowException as error:
-        if not is_refusal(error):
-            raise
+    found = find_answer(client.get_model_version, name, str(version))
+    if found is None:
         known = sorted(int(v.version) for v in _search_versions(client, name))
         versions = ", ".join(map(str, known)) or "none"
-        raise InputError(
-            f"model '{name}' has no version {version}; there are: {versions}"
-        ) from None
+        raise InputError(f"model '{name}' has no version {version}; there are: {versions}")
+    return found
 
 
 def _read_standing(version: ModelVersion) -> Standing:

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from tasks.lineage.journal import SeriesCursor
-from tasks.lineage.shipper import MAX_METRICS_PER_CALL, iterate_batches
-from tasks.lineage.stage_record import series_metrics
+from tasks.lineage.shipper import MetricsSeries
+from tasks.lineage.stage_record import MAX_METRICS_PER_CALL, series_metrics
 
 
 def test_every_number_of_a_line_is_a_metric_and_nested_ones_have_their_path():
@@ -30,43 +29,59 @@ def write(file, steps, figures):
     beside.replace(file)
 
 
-def read(file, at):
-    """Points as (name, step) by request, and the cursor behind them."""
+def read(series, shipped=-1):
+    """Points as (name, step) by request, and the last step."""
     found = []
-    behind = at
-    for points, reached in iterate_batches(file, at):
+    for points, reached in series.iterate_batches(shipped):
         assert len(points) <= MAX_METRICS_PER_CALL
         found.append([(point.key, point.step) for point in points])
-        behind = reached
-    return [batch for batch in found if batch], behind
+        shipped = reached
+    return found, shipped
 
 
 @pytest.mark.parametrize("figures", [1, 30, 400])
 def test_a_request_holds_whole_lines_and_no_more_than_it_may(tmp_path, figures):
     file = tmp_path / "metrics.jsonl"
     write(file, range(100), figures)
-    batches, at = read(file, SeriesCursor())
+    series = MetricsSeries(file)
+    batches, last = read(series)
     points = [point for batch in batches for point in batch]
     assert points == [(f"f{n}", step) for step in range(100) for n in range(figures)]
     assert len(batches) == -(-100 // (MAX_METRICS_PER_CALL // figures))
-    assert at.offset == file.stat().st_size and at.step == 99
-    assert read(file, at) == ([], at)
+    assert last == 99
+    assert read(series) == ([], -1), "what was read is not read again"
+
+
+def test_another_process_sends_what_was_not_sent(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    write(file, range(100), 1)
+    assert read(MetricsSeries(file), 97)[0] == [[("f0", 98), ("f0", 99)]]
+
+
+def test_what_was_not_taken_is_sent_again(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    write(file, range(4), 600)
+    series = MetricsSeries(file)
+    first, step = next(iter(series.iterate_batches(-1)))
+    batches, last = read(series, -1)
+    assert batches[0][0] == (first[0].key, step) and len(batches) == 4 and last == 3
 
 
 def test_a_file_that_was_cut_back_and_grew_again_is_read_from_its_start(tmp_path):
     file = tmp_path / "metrics.jsonl"
     write(file, range(10, 20), 1)
-    _, at = read(file, SeriesCursor())
+    series = MetricsSeries(file)
+    _, last = read(series)
     write(file, range(10, 30), 1)  # lines of the same length: the old offset is the end of one
-    batches, _ = read(file, at)
+    batches, _ = read(series, last)
     assert [step for batch in batches for _, step in batch] == list(range(20, 30))
 
 
-def test_a_line_that_is_not_whole_waits(tmp_path):
+def test_a_line_that_is_not_whole_waits_and_one_that_is_none_is_passed_over(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1, "f": 1}\n{"step": 2, "f"')
-    batches, at = read(file, SeriesCursor())
-    assert batches == [[("f", 1)]]
+    file.write_text('{"step": 1, "time": 1, "f": 1}\nnonsense\n{"step": 2, "time": 2, "f"')
+    series = MetricsSeries(file)
+    assert read(series) == ([[("f", 1)]], 1)
     with file.open("a") as more:
         more.write(": 2}\n")
-    assert read(file, at)[0] == [[("f", 2)]]
+    assert read(series, 1)[0] == [[("f", 2)]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as some
@@ -115,6 +117,23 @@ def test_a_loss_within_the_rail_is_allowed() -> None:
     assert judged(gains={"a.top1": gain(9), "b.top1": gain(-0.9)}).outcome is GateOutcome.PROMOTE
 
 
+def test_fine_tuning_wants_no_loss_that_is_certain_and_lets_chance_pass() -> None:
+    policy = GatePolicy(metrics=("mine.top1",), refuse_certain_loss=True)
+    gains = {"mine.top1": gain(9), "b.top1": gain(-0.3, 0.1), "c.top1": gain(0)}
+    decision = judged(policy, gains=gains)
+    assert rules(decision, GateOutcome.REJECT) == ["loss"]
+    assert "b.top1 -0.30 points (-0.40 to -0.20), 1 points may be lost by chance, none for" in (
+        decision.summary
+    )
+    assert judged(GatePolicy(metrics=("mine.top1",)), gains=gains).outcome is GateOutcome.PROMOTE
+    for loss, outcome in (
+        (gain(-0.3), GateOutcome.PROMOTE),
+        (gain(-0.3, 0.1, p=0.03), GateOutcome.PROMOTE),  # one of three that are looked at
+        (gain(-2, 5), GateOutcome.HOLD),
+    ):
+        assert judged(policy, gains={**gains, "b.top1": loss}).outcome is outcome
+
+
 def test_the_rail_guards_first_metrics_and_those_that_were_chosen() -> None:
     gains = {"a.top1": gain(9), "a.top5": gain(-5), "a.mean_per_class": gain(-5)}
     assert judged(gains=gains).outcome is GateOutcome.PROMOTE
@@ -171,6 +190,12 @@ def test_a_decision_survives_its_file_and_has_a_page() -> None:
     assert page.startswith("# evaclip/4: REJECT\n\nCompared with version 3.")
     for reason in decision.reasons:
         assert f"| {reason.rule} | {reason.outcome} | {reason.says} |" in page
+
+
+def test_a_sets_name_cannot_break_the_page_of_a_decision() -> None:
+    page = judged(gains={"a|b.top1": gain(-9), "<i>`c.top1": gain(-9)}).to_markdown("evaclip/4")
+    assert "a\\|b.top1" in page and "&lt;i>\\`c.top1" in page
+    assert all(len(re.findall(r"(?<!\\)\|", line)) in (0, 4) for line in page.splitlines())
 
 
 def test_what_the_evaluation_writes_is_read() -> None:

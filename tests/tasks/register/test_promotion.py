@@ -14,18 +14,18 @@ from tasks.register.config import GatePolicy, RegisterConfig
 from tasks.register.gate import Candidate, Champion, Decision, GateOutcome, decide_promotion
 from tasks.register.promotion import (
     Move,
+    Waiting,
     carry_out,
     champion_history,
     champion_of,
     decline_version,
     history,
-    is_due,
-    is_stale,
     promote_version,
     read_decision,
     require_champion,
     roll_back,
     standing_of,
+    waits_for,
     write_decision,
 )
 from tasks.tracking import TrackingStore
@@ -91,20 +91,19 @@ def test_a_word_about_another_champion_is_not_carried_out_but_stale(store: Track
     carry_out(store, CONFIG, 1, FIRST)
     promote_version(store, "clip", "champion", 3, "force", "me", "a hunch")
     assert not carry_out(store, CONFIG, 2, better_than(1))
-    assert is_stale(store, CONFIG, 2, better_than(1))
+    assert waits_for(store, CONFIG, 2, better_than(1)) is Waiting.STALE
     assert alias(store) == 3
 
 
 def test_a_word_that_waits_is_due_and_not_stale(store: TrackingStore) -> None:
     carry_out(store, CONFIG, 1, FIRST)
-    assert is_due(store, CONFIG, 2, better_than(1))
-    assert not is_stale(store, CONFIG, 2, better_than(1))
+    assert waits_for(store, CONFIG, 2, better_than(1)) is Waiting.DUE
 
 
 def test_a_killed_promotion_is_written_down_by_the_next_one(store: TrackingStore) -> None:
     carry_out(store, CONFIG, 1, FIRST)
     store.client().set_registered_model_alias("clip", "champion", "2")  # and killed here
-    assert is_due(store, CONFIG, 2, better_than(1))
+    assert waits_for(store, CONFIG, 2, better_than(1)) is Waiting.DUE
     assert carry_out(store, CONFIG, 2, better_than(1))
     assert [(m.version, m.how) for m in history(store, "clip", "champion")] == [
         (1, "gate"),
@@ -128,7 +127,7 @@ def test_a_rolled_back_version_is_not_promoted_again_by_its_old_word(store: Trac
     assert roll_back(store, "clip", "champion", None, "me", "slow") == (2, 1)
     assert alias(store) == 1
     assert not carry_out(store, CONFIG, 2, better_than(1))
-    assert not is_stale(store, CONFIG, 2, better_than(1))
+    assert waits_for(store, CONFIG, 2, better_than(1)) is Waiting.NOTHING
     assert history(store, "clip", "champion")[-1].how == "rollback"
 
 
@@ -156,8 +155,7 @@ def test_a_no_is_kept_and_ends_the_waiting(store: TrackingStore) -> None:
     carry_out(store, CONFIG, 1, FIRST)
     decline_version(store, "clip", 2, "Ada", "the captions look wrong")
     assert standing_of(store, "clip", 2).declined == "Ada: the captions look wrong"
-    assert not is_due(store, CONFIG, 2, better_than(1))
-    assert not is_stale(store, CONFIG, 2, better_than(1))
+    assert waits_for(store, CONFIG, 2, better_than(1)) is Waiting.NOTHING
 
 
 def test_a_refusal_is_a_file_a_page_and_tags_of_the_version(
