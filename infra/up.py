@@ -1,8 +1,8 @@
 """Start and stop the lasting servers of one machine: Prefect, MLflow, and two workers.
 
 Calling `up`, `down` or `status` twice is the same as calling it once; pid files, logs and the
-secret of the Prefect server are in `<root>/services`. MLflow serves the same database and the same
-files as `make demo` writes without a server, so that both see the same runs and models.
+secret that both servers ask for are in `<root>/services`. MLflow serves the same database and the
+same files as `make demo` writes without a server, so that both see the same runs and models.
 Standard library only, run by the project's own Python.
 """
 
@@ -35,6 +35,11 @@ localStorage.setItem("prefect-password", location.hash.slice(1));
 location.replace("/deployments");
 </script>
 """
+MLFLOW_ACCESS = """[mlflow]
+default_permission = NO_PERMISSIONS
+database_uri = sqlite:///{folder}/mlflow-auth.db
+authorization_function = infra.mlflow_access:check_request
+"""
 
 
 class UserError(Exception):
@@ -44,35 +49,38 @@ class UserError(Exception):
 class Service:
     """A server of this machine, known by its pid file."""
 
-    def __init__(self, name, folder, command, settings, url=None, health=None, port=None):
+    def __init__(self, name, folder, command, settings, url="", health=""):
         self.name = name
         self.url = url
         self.log = folder / f"{name}.log"
         self._health = health
-        self._port = port
         self._pid_file = folder / f"{name}.json"
         self._command = command
         self._settings = settings
 
-    def pid(self):
-        """Its process, if that is still the one that was started; None otherwise."""
+    def noted(self):
+        """`pid` and `url` of its process, if that is still the one that was started; else {}."""
         try:
             noted = json.loads(self._pid_file.read_text())
         except (FileNotFoundError, ValueError):
-            return None
-        return noted["pid"] if started_at(noted["pid"]) == noted["started"] else None
+            return {}
+        return noted if started_at(noted["pid"]) == noted["started"] else {}
+
+    def pid(self):
+        return self.noted().get("pid")
 
     def check_port(self):
-        if self._port and not self.pid() and is_taken(self._port):
+        port = int(self.url.rpartition(":")[2])
+        if not self.pid() and is_taken(port):
             raise UserError(
-                f"port {self._port}, which {self.name} needs, is in use by another program: stop "
+                f"port {port}, which {self.name} needs, is in use by another program: stop "
                 f"that, or choose another port with --{self.name}-port"
             )
 
     def up(self):
         if self.pid():
             self._await_health()
-            say(f"{self.name:13} is up already {self.url or ''}")
+            say(f"{self.name:13} is up already {self.url}")
             return
         with self.log.open("ab") as log:
             process = subprocess.Popen(
@@ -89,11 +97,11 @@ class Service:
         beside.write_text(json.dumps(noted) + "\n")
         beside.replace(self._pid_file)
         self._await_health(process)
-        say(f"{self.name:13} is up {self.url or ''}")
+        say(f"{self.name:13} is up {self.url}")
 
     def _await_health(self, process=None):
         deadline = time.monotonic() + START_S
-        while self._health and not answers(self._health):
+        while self._health and not answers(self.url + self._health):
             if process and process.poll() is not None:
                 raise UserError(f"{self.name} ended while it started: {self.log} says why")
             if time.monotonic() > deadline:
@@ -105,16 +113,15 @@ class Service:
         if pid is None:
             self._pid_file.unlink(missing_ok=True)
             return
-        signal_group(pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGTERM)
         deadline = time.monotonic() + STOP_S
-        while is_alive(pid) and time.monotonic() < deadline:
+        while started_at(pid) and time.monotonic() < deadline:
             time.sleep(0.1)
         for left in (remaining := [*session_of(pid), pid]):
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(left, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        while any(map(is_alive, remaining)) and time.monotonic() < deadline + STOP_S:
+        while any(map(started_at, remaining)) and time.monotonic() < deadline + STOP_S:
             time.sleep(0.05)  # a killed process is gone only when the kernel has cleared it away
         self._pid_file.unlink(missing_ok=True)
         say(f"{self.name:13} is down")
@@ -127,46 +134,57 @@ def services(options):
     prefect = f"http://{HOST}:{options.prefect_port}"
     mlflow = f"http://{HOST}:{options.mlflow_port}"
     secret = secret_in(folder / "prefect-auth")
+    user, _, password = secret.partition(":")
+    access = folder / "mlflow-auth.ini"
+    access.write_text(MLFLOW_ACCESS.format(folder=str(folder).replace("%", "%%")))
+    quiet = ("DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY")
     settings = {
-        **os.environ,
-        "DO_NOT_TRACK": "1",
+        **dict.fromkeys(quiet, "true"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        **os.environ,  # who wants the servers' telemetry says so there
         "EVACLIP_ROOT": str(root),
         "EVACLIP_WORKING_DIR": os.getcwd(),  # recipes name weights and metadata from here
         "EVACLIP_TRACKING_URI": mlflow,
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(
-            f"{name}:{options.mlflow_port}" for name in (HOST, "localhost")
-        ),
-        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": mlflow,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # evaluation jobs that nothing here submits
+        "MLFLOW_TRACKING_PASSWORD": password,
+        "MLFLOW_TRACKING_USERNAME": user,
         "PREFECT_API_AUTH_STRING": secret,
         "PREFECT_API_URL": f"{prefect}/api",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
         "PREFECT_HOME": str(folder / "prefect"),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_UI_API_URL": f"{prefect}/api",  # by default the one on Prefect's own port
-        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_UI_URL": prefect,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
     }
+    own = [f"{name}:{options.mlflow_port}" for name in (HOST, "localhost")]
+    of_mlflow = {
+        "MLFLOW_AUTH_ADMIN_PASSWORD": password,
+        "MLFLOW_AUTH_ADMIN_USERNAME": user,
+        "MLFLOW_AUTH_CONFIG_PATH": str(access),
+        "MLFLOW_BASIC_AUTH_FAIL_CLOSED": "true",
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": secret,
+        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(own),
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(f"http://{name}" for name in own),
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # evaluation jobs that nothing here submits
+    }
+    of_prefect = {
+        # Pages of other sites and other users of this machine reach loopback, too.
+        "PREFECT_SERVER_API_AUTH_STRING": secret,
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": prefect,
+        "PREFECT_SERVER_UI_API_URL": f"{prefect}/api",  # by default the one on Prefect's own port
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_UI_STATIC_DIRECTORY": str(ui_folder(folder)),
+    }
+    # The server must not take the API address for somebody else's server.
+    without_api = {name: value for name, value in settings.items() if name != "PREFECT_API_URL"}
     run = [sys.executable, "-m"]
     return settings, [
         Service(
             "prefect",
             folder,
             [*run, *f"prefect server start --host {HOST} --port {options.prefect_port}".split()],
-            # The server must not take the API address for somebody else's server.
-            {
-                **{name: value for name, value in settings.items() if name != "PREFECT_API_URL"},
-                # Pages of other sites and other users of this machine reach loopback, too.
-                "PREFECT_SERVER_API_AUTH_STRING": secret,
-                "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": prefect,
-                "PREFECT_UI_STATIC_DIRECTORY": str(ui_folder(folder)),
-            },
+            {**without_api, **of_prefect},
             url=prefect,
-            health=f"{prefect}/api/health",
-            port=options.prefect_port,
+            health="/api/health",
         ),
         Service(
             "mlflow",
@@ -174,13 +192,12 @@ def services(options):
             [
                 *(*run, "mlflow", "server", "--host", HOST, "--port", str(options.mlflow_port)),
                 *("--workers", "1", "--backend-store-uri", f"sqlite:///{root}/mlflow.db"),
-                *("--no-serve-artifacts", "--default-artifact-root"),
+                *("--app-name", "basic-auth", "--no-serve-artifacts", "--default-artifact-root"),
                 (root / "mlflow-artifacts").as_uri(),
             ],
-            settings,
+            {**settings, **of_mlflow},
             url=mlflow,
-            health=f"{mlflow}/health",
-            port=options.mlflow_port,
+            health="/health",
         ),
         *(
             Service(
@@ -231,16 +248,20 @@ def up(options):
     apply(settings, prefect.log.with_name("apply.log"))
     for worker in workers:
         worker.up()
+    await_deployments(prefect.url, secret)
     link = f"{prefect.url}/open.html#{basic(secret)}"
-    say(f"\nstart a run: {link}, 'pipeline', Run (a link for you alone)\nstop all: make down")
+    say(f"\nstart a run: {link}, 'pipeline', Run (links for you alone)")
+    for what, page in pages_of_models(mlflow.url, secret):
+        say(f"{what}: http://{secret}@{mlflow.url.removeprefix('http://')}/open#/{page}")
+    say("stop all: make down")
 
 
 def down(options):
     settings, (prefect, mlflow, *workers) = services(options)
     for worker in workers:
         worker.down()
-    if prefect.pid():
-        crash_abandoned(prefect.url, settings["PREFECT_API_AUTH_STRING"])
+    if prefect.pid():  # on the port that it was given, not on that of this command
+        crash_abandoned(prefect.noted()["url"], settings["PREFECT_API_AUTH_STRING"])
     mlflow.down()
     prefect.down()
 
@@ -253,25 +274,53 @@ def crash_abandoned(prefect, secret):
     working = {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}
     state = {"type": "CRASHED", "message": "its worker was stopped; run it again to go on"}
     runs = f"{prefect}/api/flow_runs"
-    for run in post(f"{runs}/filter", {"flow_runs": {"state": working}}, secret):
+    for run in ask(f"{runs}/filter", secret, {"flow_runs": {"state": working}}):
         if run["deployment_id"]:
-            post(f"{runs}/{run['id']}/set_state", {"state": state, "force": True}, secret)
+            ask(f"{runs}/{run['id']}/set_state", secret, {"state": state, "force": True})
+
+
+def await_deployments(prefect, secret):
+    """Wait until the server has heard of the workers: before that, every deployment looks lame."""
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        found = ask(f"{prefect}/api/deployments/filter", secret, {})
+        if all(one["status"] == "READY" for one in found if one["work_pool_name"] in POOLS):
+            return
+        time.sleep(0.5)
+    raise UserError(f"deployments were not ready within {START_S} s: see the workers' logs")
+
+
+def pages_of_models(mlflow, secret):
+    """(what it is, its address behind the #) of every champion's page and of each recipe's runs."""
+    api = f"{mlflow}/api/2.0/mlflow"
+    models = ask(f"{api}/registered-models/search?max_results=100", secret)
+    for model in models.get("registered_models", []):
+        for alias in model.get("aliases", []):
+            page = f"models/{model['name']}/versions/{alias['version']}"
+            yield f"{model['name']}@{alias['alias']}", page
+    found = ask(f"{api}/experiments/search", secret, {"max_results": 100})
+    for one in found.get("experiments", []):
+        if one["name"] not in ("Default", "doctor"):
+            page = f"experiments/{one['experiment_id']}/runs?workflowType=machine_learning"
+            yield f"runs of {one['name']}", page
 
 
 def basic(secret):
     return base64.b64encode(secret.encode()).decode()
 
 
-def post(url, body, secret):
+def ask(url, secret, body=None):
+    """What a server of ours answers: to a POST, or to a GET without a body."""
     headers = {"Content-Type": "application/json", "Authorization": f"Basic {basic(secret)}"}
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, headers)
     for left in reversed(range(30)):
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             if error.code != 503 or not left:
-                raise UserError(f"the Prefect server refuses {url}: {error}") from None
+                raise UserError(f"the server refuses {url}: {error}") from None
             time.sleep(1)  # its database is busy
     raise AssertionError("the last try returns or raises")
 
@@ -280,7 +329,7 @@ def status(options):
     _, found = services(options)
     for service in found:
         state = f"up, pid {service.pid()}" if service.pid() else "down"
-        say(f"{service.name:13} {state:16} {service.url or ''}  log {service.log}")
+        say(f"{service.name:13} {state:16} {service.url}  log {service.log}")
 
 
 def apply(settings, log):
@@ -307,24 +356,18 @@ def answers(url):
 
 
 def is_taken(port):
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return True
-    return False
+    with contextlib.suppress(OSError), socket.create_server((HOST, port)):
+        return False
+    return True
 
 
 def started_at(pid):
     """When a process started, in the kernel's ticks; None when it is gone.
 
-    A pid alone may be another program's by now. Systems without /proc have only the pid.
+    A pid alone may be another program's by now.
     """
     fields = stat_of(pid)
-    if fields is not None:
-        return None if fields[0] == "Z" else fields[19]
-    return "unknown" if not Path("/proc/self").exists() and is_alive(pid) else None
+    return None if fields is None or fields[0] == "Z" else fields[19]
 
 
 def stat_of(pid):
@@ -335,28 +378,10 @@ def stat_of(pid):
         return None
 
 
-def is_alive(pid):
-    fields = stat_of(pid)
-    if fields is not None:
-        return fields[0] != "Z"
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return not Path("/proc/self").exists()
-
-
 def session_of(leader):
     """Every process of a session; Prefect's worker is in that of worker.py, in its own group."""
     pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
     return [pid for pid in pids if (fields := stat_of(pid)) and int(fields[3]) == leader]
-
-
-def signal_group(pid, number):
-    try:
-        os.killpg(pid, number)
-    except ProcessLookupError:
-        return
 
 
 def say(line):

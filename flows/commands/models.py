@@ -84,7 +84,7 @@ def promote(
         )
     if moved:
         champion = before.version if before else None
-        announce_where_served(profile.root, name, int(number), champion, alias)
+        announce_where_served(name, int(number), champion, alias)
     console.print(f"{name}/{number} {'is' if moved else 'was'} {alias}")
 
 
@@ -102,7 +102,7 @@ def rollback(
     with open_registry(profile.mlflow_uri) as (store, _):
         before, now = roll_back(store, name, alias, to, current_user(), reason)
         moves = history(store, name, alias)
-    announce_where_served(profile.root, name, now, before, alias)
+    announce_where_served(name, now, before, alias)
     console.print(f"{name}@{alias}: version {before} -> {now}")
     for move in moves:
         why = f": {move.why}" if move.why else ""

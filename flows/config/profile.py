@@ -4,6 +4,7 @@ changes a result.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -90,7 +91,8 @@ class Profile(BaseSettings, Launch):
 
 
 def load_profile() -> Profile:
-    """Read the profile.
+    """Read the profile, and let the clients of the servers of `make up` know their secret. Call it
+    before prefect is imported.
 
     Raises:
         InputError: a setting has a wrong value, or the tracking URI is of no kind that is known.
@@ -112,4 +114,25 @@ def load_profile() -> Profile:
             "checkpoints (EVACLIP_CHECKPOINT_URL) and the registry's weights"
         )
     TrackingStore.at(profile.mlflow_uri, experiment="")
+    _know_secret(profile)
     return profile
+
+
+def _know_secret(profile: Profile) -> None:
+    """Set what each server of `make up` asks for, where it is the one that is named."""
+    folder = profile.root / "services"
+    try:
+        secret = (folder / "prefect-auth").read_text()
+    except OSError:
+        return
+    user, _, password = secret.partition(":")
+    mlflow = {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
+    prefect = {"PREFECT_API_AUTH_STRING": secret}
+    named = {"prefect": os.environ.get("PREFECT_API_URL", ""), "mlflow": profile.mlflow_uri}
+    for server, settings in (("prefect", prefect), ("mlflow", mlflow)):
+        noted = folder / f"{server}.json"
+        if noted.exists() and f"{named[server]}/".startswith(
+            json.loads(noted.read_text())["url"] + "/"
+        ):
+            for name, value in settings.items():
+                os.environ.setdefault(name, value)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
@@ -49,14 +49,12 @@ class Published(Config):
     metadata_rows: dict[str, int] = Field(default_factory=dict)
     """Source -> rows of its published metadata."""
 
-    @model_validator(mode="after")
-    def _gpus_are_known(self) -> Published:
-        if self.gpus is not None:
-            try:
-                Machines.parse_spec(self.gpus)
-            except InputError as error:
-                raise ValueError(str(error)) from None
-        return self
+    @field_validator("gpus")
+    @classmethod
+    def _gpus_are_known(cls, gpus: str | None) -> str | None:
+        if gpus is not None:
+            Machines.parse_spec(gpus)
+        return gpus
 
 
 class RetrainConfig(Config):
@@ -183,10 +181,9 @@ class Recipe(Config):
 
     def _require_fitting_stages(self) -> None:
         """Raises: ValueError: a training stage cannot do what it says, whatever the data is."""
-        caps = (
-            [source.target_count for source in self.merge_table.sources] if self.merge_table else []
-        )
-        most = None if self.adopt or not all(caps) else sum(cap for cap in caps if cap)
+        sources = self.merge_table.sources if self.merge_table else ()
+        caps = {source.name: source.target_count for source in sources if source.target_count}
+        most = None if self.adopt or len(caps) < len(sources) else sum(caps.values())
         architecture = self.initialise.load_architecture()
         for stage in self.train:
             try:
@@ -209,11 +206,16 @@ class Recipe(Config):
                     f"training stage '{stage.name}' has global_batch = {stage.global_batch:,}, but "
                     f"the sources' target_count gives at most {most:,} samples"
                 )
+            for name in set(caps).intersection(stage.source_weights or caps):
+                if stage.lanes > caps[name]:
+                    raise ValueError(
+                        f"training stage '{stage.name}' reads {stage.lanes} lanes, but source "
+                        f"'{name}' has target_count = {caps[name]}: set 'lanes' lower"
+                    )
 
     def retraining_stages(self) -> tuple[TrainConfig, ...]:
         wanted = self.retrain
-        given = {"samples_seen": wanted.samples_seen, "warmup_steps": wanted.warmup_steps}
-        changes = {name: value for name, value in given.items() if value is not None}
+        changes = wanted.model_dump(include={"samples_seen", "warmup_steps"}, exclude_none=True)
         rates = ("lr_vision", "lr_text", "lr_other")
         return tuple(
             stage.model_copy(

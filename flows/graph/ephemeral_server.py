@@ -7,7 +7,6 @@ else.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import subprocess
@@ -45,7 +44,6 @@ def temporary_server(root: Path) -> Iterator[None]:
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
     if os.environ.get("PREFECT_API_URL"):
-        know_server_secret(root)
         yield
         return
     port, secret = find_free_port(), f"evaclip:{secrets.token_urlsafe(32)}"
@@ -76,16 +74,6 @@ def temporary_server(root: Path) -> Iterator[None]:
                 del os.environ[name]
                 if earlier is not None:
                     os.environ[name] = earlier
-
-
-def know_server_secret(root: Path) -> None:
-    """Set PREFECT_API_AUTH_STRING to what the server of `make up` asks for, where PREFECT_API_URL
-    names that server. Call it before prefect is imported."""
-    noted, secret = (root / "services" / name for name in ("prefect.json", "prefect-auth"))
-    if os.environ.get("PREFECT_API_AUTH_STRING") or not (noted.exists() and secret.exists()):
-        return
-    if os.environ.get("PREFECT_API_URL", "").startswith(f"{json.loads(noted.read_text())['url']}/"):
-        os.environ["PREFECT_API_AUTH_STRING"] = secret.read_text()
 
 
 def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -8,7 +8,6 @@ or `model_steps`. Not here: running steps (runner.py), what retraining and `scor
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -164,8 +163,6 @@ class Graph:
         if flow not in ("prepare", "train"):
             for stage in (EVALUATE, REGISTER):
                 self.find_step(stage)
-        if flow in ("train", "pipeline"):
-            self._require_lanes()
         data, model = self.data_steps, (*self.data_steps, *self.model_steps)
         read = {"prepare": data, "train": model}.get(flow, self.steps)
         absent = [sentence for step in read for sentence in step.absent]
@@ -173,32 +170,15 @@ class Graph:
             more = f" ({len(absent) - 1} more: see the plan)" if len(absent) > 1 else ""
             raise InputError(f"{absent[0]}{more}")
 
-    def _require_lanes(self) -> None:
-        """Raises: InputError: a stage reads more lanes than a source is capped at samples."""
-        merges = [step.config for step in self.data_steps if step.stage.name == MERGE.name]
-        stages = [TrainConfig.model_validate(step.config) for step in self.train]
-        sources = [one for given in merges for one in MergeConfig.model_validate(given).sources]
-        for stage, source in itertools.product(stages, sources):
-            is_drawn = not stage.source_weights or source.name in stage.source_weights
-            if is_drawn and stage.lanes > (source.target_count or stage.lanes):
-                raise InputError(
-                    f"training stage '{stage.name}' reads {stage.lanes} lanes, but source "
-                    f"'{source.name}' has target_count = {source.target_count}: set 'lanes' lower"
-                )
-
     def require_samples(self) -> None:
         """Raises: InputError: a training stage takes more of the finished dataset version at once
         than there is, which would otherwise be seen when its turn comes."""
-        counts = finished_artifact(self.dataset).counts
-        has = {
-            name.removesuffix(".samples"): int(number)
-            for name, number in counts.items()
-            if name.endswith(".samples")
-        }
+        counts, end = finished_artifact(self.dataset).counts, ".samples"
+        has = {name.removesuffix(end): int(counts[name]) for name in counts if name.endswith(end)}
         for step in self.train:
             stage = TrainConfig.model_validate(step.config)
             drawn = {name: has.get(name, 0) for name in stage.source_weights or has}
-            few = min(drawn, key=lambda name: drawn[name])
+            few = min(drawn, key=drawn.__getitem__)
             if sum(drawn.values()) < stage.global_batch:
                 raise InputError(
                     f"training stage '{stage.name}' has global_batch = {stage.global_batch:,}, but "

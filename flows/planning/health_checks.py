@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import importlib.util
 import os
 import platform
-import re
 import resource
 import shutil
 import socket
@@ -18,19 +16,19 @@ import sys
 import time
 import tomllib
 import urllib.request
-import uuid
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from evaclip_model.errors import InputError
 from evaclip_model.tokenizer.bundled_assets import VOCABULARY, package_file
 from flows.config.profile import Profile
 from flows.config.recipe import Recipe
-from flows.graph.ephemeral_server import know_server_secret
 from flows.planning.run_plan import Finding, ask_driver
 from tasks.artifacts.artifact import sha256_of
 from tasks.redact import redact_text
@@ -39,7 +37,6 @@ from tasks.train.cluster import CLUSTERS
 from tasks.train.launch import count_gpus, read_hostfile
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-PACKAGES = ("flows", "tasks", "evaclip_model")
 VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 """Of the file that OpenAI published with CLIP."""
 FREE_BYTES = 10_000_000_000
@@ -72,7 +69,7 @@ def check_versions(_: Profile) -> Iterator[Finding]:
     wanted = [*project["dependencies"], *project["optional-dependencies"]["pipeline"]]
     lines = (CHECKOUT / "infra" / "constraints.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if "==" in line)
-    tested = {_normalise_name(name): version for name, version in pinned.items()}
+    tested = {canonicalize_name(name): version for name, version in pinned.items()}
     bad = list(version_findings(map(Requirement, wanted), tested, _installed_version))
     yield from bad or [Finding("ok", "versions", f"{len(wanted)} packages as tested")]
 
@@ -83,7 +80,7 @@ def version_findings(
     """Packages not installed, out of bounds, or of another version than was tested."""
     for requirement in wanted:
         found = installed(requirement.name)
-        expected = tested.get(_normalise_name(requirement.name), "")
+        expected = tested.get(canonicalize_name(requirement.name), "")
         if found is None:
             do = f"run `make setup`, or pip install '{requirement}'"
             yield Finding("fail", requirement.name, "not installed", do)
@@ -97,30 +94,15 @@ def version_findings(
         yield Finding("fail", "dataclasses", "installed", do)
 
 
-def check_names(_: Profile) -> Iterator[Finding]:
-    """Check that our import names lead here, whatever else is installed."""
-    owners = importlib.metadata.packages_distributions()
-    for name in PACKAGES:
-        spec = importlib.util.find_spec(name)
-        origin = Path(spec.origin) if spec and spec.origin else None
-        others = set(owners.get(name, ())) - {"evaclip"}
-        if origin is None or not origin.is_relative_to(CHECKOUT) or others:
-            by = f"{origin or 'nothing'}{', owned by ' if others else ''}{', '.join(others)}"
-            do = f"uninstall what else is called {name}, or use an environment of its own"
-            yield Finding("fail", f"import {name}", by, do)
-            return
-    yield Finding("ok", "import names", ", ".join(PACKAGES))
-
-
 def check_root(profile: Profile) -> Iterator[Finding]:
     """Free space, and a file written, renamed and removed."""
     folder = profile.root.resolve()
-    probe = folder / f".doctor-{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x")
-        probe.replace(probe.with_suffix(".renamed"))
-        probe.with_suffix(".renamed").unlink()
+        with TemporaryDirectory(dir=folder, prefix=".doctor-") as probe:
+            written = Path(probe) / "written"
+            written.write_bytes(b"x")
+            written.rename(written.with_suffix(".renamed"))
     except OSError as error:
         do = "make it writable, or set EVACLIP_ROOT to another folder"
         yield Finding("fail", "artifact root", f"{folder}: {error.strerror}", do)
@@ -142,8 +124,8 @@ def check_tracking(profile: Profile) -> Iterator[Finding]:
 
 
 def check_servers(profile: Profile) -> Iterator[Finding]:
-    """Check that the servers that are named answer, and with our versions."""
-    know_server_secret(profile.root)
+    """Check that the servers that are named answer, with our versions and about our time, which
+    heartbeats and signatures of S3 need."""
     api = os.environ.get("PREFECT_API_URL")
     urls = {"Prefect": f"{api.rstrip('/')}/admin/version"} if api else {}
     if not api:
@@ -153,37 +135,33 @@ def check_servers(profile: Profile) -> Iterator[Finding]:
     for name, url in urls.items():
         ours = _installed_version(name.lower())
         try:
-            answered = _get_page(url)[0].strip('"')
+            body, date = _get_page(url)
         except (OSError, ValueError) as error:
             do = "start it, or correct its address"
             yield Finding("fail", name, f"{redact_text(url)} does not answer: {error}", do)
             continue
-        if answered == ours:
-            yield Finding("ok", name, f"{redact_text(url).rpartition('/')[0]} is {answered}")
-        else:
-            do = f"use {ours} on both sides"
-            yield Finding("warn", name, f"the server is {answered}, here is {ours}", do)
+        found = f"{redact_text(url).rpartition('/')[0]} is {body.strip(chr(34))}, here is {ours}"
+        do = f"use {ours} on both sides"
+        yield Finding.of(body.strip('"') == ours, name, found, do, "warn")
+        apart = abs(time.time() - parsedate_to_datetime(date).timestamp()) if date else 0.0
+        found, do = f"{apart:.0f} s from the server's", "set both by NTP: S3 refuses at 15 minutes"
+        yield Finding.of(apart <= CLOCK_S, f"clock of {name}", found, do, "warn")
 
 
 def check_ports(_: Profile) -> Iterator[Finding]:
     """Check that `make up` could have its ports, or has them."""
     for name, usual in PORTS.items():
         port = int(os.environ.get(f"EVACLIP_{name.upper()}_PORT", usual))
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            taken = False
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                taken = True
-        path = {"prefect": "api/health", "mlflow": "health"}[name]
-        if not taken:
-            yield Finding("ok", f"port {port}", f"free for {name}")
-        elif _is_answering(f"http://127.0.0.1:{port}/{path}"):
-            yield Finding("ok", f"port {port}", f"{name} answers there")
-        else:
-            do = f"stop that, or give `make up` another: EVACLIP_{name.upper()}_PORT"
-            yield Finding("warn", f"port {port}", f"another program's, {name} wants it", do)
+        found = "free"
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            path = {"prefect": "api/health", "mlflow": "health"}[name]
+            is_ours = _is_answering(f"http://127.0.0.1:{port}/{path}")
+            found = "in use by it" if is_ours else "another program's"
+        do = f"stop that, or give `make up` another: EVACLIP_{name.upper()}_PORT"
+        is_fine = found != "another program's"
+        yield Finding.of(is_fine, f"port {port} for {name}", found, do, "warn")
 
 
 def check_gpus(_: Profile) -> Iterator[Finding]:
@@ -203,26 +181,19 @@ def check_gpus(_: Profile) -> Iterator[Finding]:
     if not torch.cuda.is_available():
         do = "install a PyTorch for this driver's CUDA (TORCH_INDEX_URL), then `make setup`"
         yield Finding("fail", "GPUs", f"{found}: torch cannot use them", do)
-    elif len(kinds) > 1:
-        do = "name equal ones in CUDA_VISIBLE_DEVICES: ranks wait for the slowest"
-        yield Finding("warn", "GPUs", found, do)
     else:
-        yield Finding("ok", "GPUs", found)
+        do = "name equal ones in CUDA_VISIBLE_DEVICES: ranks wait for the slowest"
+        yield Finding.of(len(kinds) == 1, "GPUs", found, do, "warn")
     flash = _installed_version("flash-attn")
     yield Finding("ok", "flash-attn", flash or "not installed, torch's own fused attention is used")
 
 
 def check_tokenizer(_: Profile) -> Iterator[Finding]:
     path = package_file(VOCABULARY)
+    digest = sha256_of(path) if path else ""
+    found = f"{path or VOCABULARY}, sha256 {digest[:16] or 'of nothing: it is not installed'}"
     do = "pip install --force-reinstall open_clip_torch"
-    if path is None:
-        yield Finding("fail", "tokenizer", f"{VOCABULARY} is not installed", do)
-        return
-    digest = sha256_of(path)
-    if digest == VOCABULARY_SHA256:
-        yield Finding("ok", "tokenizer", f"sha256 {digest[:16]}, as published")
-    else:
-        yield Finding("fail", "tokenizer", f"{path} has sha256 {digest[:16]}", do)
+    yield Finding.of(digest == VOCABULARY_SHA256, "tokenizer", found, do)
 
 
 def check_weights(recipe: Recipe) -> Iterator[Finding]:
@@ -276,46 +247,15 @@ def open_files(profile: Profile) -> Iterator[Finding]:
     """A downloader process holds its connections, and servers theirs."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 512 + 2 * profile.download_threads
-    if 0 <= soft < needed:
-        do = f"ulimit -n {max(needed, 4096)}"
-        yield Finding("warn", "open files", f"{soft} allowed, {needed} may be needed", do)
-    else:
-        yield Finding("ok", "open files", f"{soft} allowed" if soft >= 0 else "not limited")
-
-
-def check_clock(profile: Profile) -> Iterator[Finding]:
-    """This clock beside a server's; signatures of S3 and heartbeats need them together."""
-    api = os.environ.get("PREFECT_API_URL")
-    urls = [f"{api.rstrip('/')}/health"] if api else []
-    urls += [f"{profile.mlflow_uri}/health"] if profile.mlflow_uri.startswith("http") else []
-    for url in urls:
-        try:
-            stamp = _get_page(url)[1]
-        except (OSError, ValueError):
-            continue  # said by `servers`
-        if stamp:
-            apart = abs(time.time() - parsedate_to_datetime(stamp).timestamp())
-            found = f"{apart:.0f} s from the server's"
-            do = "set both by NTP: S3 refuses at 15 minutes"
-            yield Finding.of(apart <= CLOCK_S, "clock", found, do, "warn")
-            return
-    year = time.gmtime().tm_year
-    newest = max(path.stat().st_mtime for path in (CHECKOUT / "pyproject.toml", CHECKOUT / "flows"))
-    if time.time() < newest - 86_400:
-        yield Finding("warn", "clock", f"it is {year}, before these files were written", "set it")
-    else:
-        yield Finding("ok", "clock", "no server to compare it with")
+    do, found = f"ulimit -n {max(needed, 4096)}", f"{soft} allowed, {needed} may be needed"
+    yield Finding.of(not 0 <= soft < needed, "open files", found, do, "warn")
 
 
 CHECKS: tuple[Check, ...] = (
-    *(check_python, check_versions, check_names, check_root, check_tracking),
+    *(check_python, check_versions, check_root, check_tracking),
     *(check_servers, check_ports),
-    *(check_gpus, check_tokenizer, check_launcher, shared_memory, open_files, check_clock),
+    *(check_gpus, check_tokenizer, check_launcher, shared_memory, open_files),
 )
-
-
-def _normalise_name(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 @functools.cache

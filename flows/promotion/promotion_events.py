@@ -5,9 +5,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-
-from flows.graph.ephemeral_server import know_server_secret
 
 EVENT = "evaclip.model.promoted"
 
@@ -28,10 +25,7 @@ def announce_promotion(name: str, version: int, before: int | None, alias: str) 
     )
 
 
-def announce_where_served(
-    root: Path, name: str, version: int, before: int | None, alias: str
-) -> None:
+def announce_where_served(name: str, version: int, before: int | None, alias: str) -> None:
     """`announce`, from a command: only where PREFECT_API_URL names a server that could listen."""
     if os.environ.get("PREFECT_API_URL"):
-        know_server_secret(root)
         announce_promotion(name, version, before, alias)

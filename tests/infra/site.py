@@ -62,15 +62,36 @@ class Site:
         for process in [*server.children(recursive=True), server]:
             process.kill()
 
+    @property
+    def secret(self) -> str:
+        """USER:PASSWORD of both servers."""
+        return (self.root / "services" / "prefect-auth").read_text()
+
+    @property
+    def _basic(self) -> str:
+        return base64.b64encode(self.secret.encode()).decode()
+
+    @property
+    def link(self) -> str:
+        """To Prefect's UI, with the secret."""
+        return f"{self.prefect}/open.html#{self._basic}"
+
+    def link_to_mlflow(self, page: str) -> str:
+        """To a page of MLflow's UI, with the secret."""
+        return f"http://{self.secret}@127.0.0.1:{self.mlflow_port}/open#/{page}"
+
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """Prefect's answer."""
+        return self._ask(f"{self.prefect}/api/{path}", body)
+
+    def ask_mlflow(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """MLflow's answer."""
+        return self._ask(f"{self.mlflow}/api/2.0/mlflow/{path}", body)
+
+    def _ask(self, url: str, body: Mapping[str, Any] | None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        secret = (self.root / "services" / "prefect-auth").read_bytes()
-        headers = {
-            "Content-Type": "application/json",
-            "Authorization": f"Basic {base64.b64encode(secret).decode()}",
-        }
-        request = urllib.request.Request(f"{self.prefect}/api/{path}", data, headers)
+        headers = {"Content-Type": "application/json", "Authorization": f"Basic {self._basic}"}
+        request = urllib.request.Request(url, data, headers)
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 

@@ -104,6 +104,6 @@ def test_down_ends_a_service_with_everything_in_its_session(up: ModuleType, tmp_
     (services / "worker-gpu.json").write_text(json.dumps(noted))
     assert up.main(["down", "--root", str(tmp_path)]) == 0
     leader.wait(10)
-    assert not up.is_alive(left)
+    assert not up.started_at(left)
     with pytest.raises(ProcessLookupError):
         os.kill(leader.pid, 0)
