@@ -16,13 +16,15 @@ from pydantic import Field
 from flows.config.form_types import Overrides, RecipeName
 from flows.config.recipe import Recipe
 from flows.evaluate import evaluate_and_register
-from flows.graph.graph import data_steps, load_graph
+from flows.graph.graph import data_steps, load_graph, verify_step
 from flows.graph.incremental import (
     News,
     describe_new_data,
     draw_retraining,
     find_new_data,
+    new_adopt_step,
     new_merge_step,
+    of_kind,
     rows_of,
 )
 from flows.graph.runner import open_session
@@ -36,7 +38,9 @@ from flows.promotion.apply_decision import (
 from flows.reporting.crash_hook import close_tracking
 from flows.reporting.prefect_artifacts import publish_overview
 from flows.reporting.terminal import console
-from tasks.artifacts.artifact import Artifact
+from tasks.adopt.config import STAGE as ADOPT
+from tasks.artifacts.artifact import Artifact, Role
+from tasks.merge.config import STAGE as MERGE
 from tasks.register.promotion import read_decision
 from tasks.tracking import TrackingStore
 
@@ -50,7 +54,7 @@ def retrain(
     keep_rejected: bool = False,
     dry_run: bool = False,
 ) -> Artifact | None:
-    """Look for new metadata; if there is any, download that alone, train on from the champion,
+    """Look for new data; if there is any, download or adopt that alone, train on from the champion,
     compare, and let the gate decide. Nothing new: it ends, saying so.
 
     Args:
@@ -85,9 +89,13 @@ def retrain(
         if news.is_first:
             prepare_data(session)
         else:
-            new = new_merge_step(wanted, graph, news) if news.files else None
-            merges = [*news.waiting, *([session.make_step(new)] if new else [])]
-            rows = rows_of(merges)
+            new = (new_merge_step(wanted, graph, news), new_adopt_step(wanted, graph, news))
+            begun = [*news.waiting, *(session.make_step(step) for step in new if step)]
+            merges, adoptions = of_kind(MERGE, begun), of_kind(ADOPT, begun)
+            site, rules = graph.site, wanted.verify
+            adopted = [verify_step(site, rules, one, Role.ADOPT) for one in adoptions]
+            samples = sum(int(session.make_step(step).counts["samples"]) for step in adopted)
+            rows = rows_of(merges) + samples
             if rows < min_new_rows:
                 few = f"{rows:,} new rows, {min_new_rows:,} are asked for: they wait"
                 end = few if rows else "nothing new: no row of the new files is new"
@@ -95,7 +103,8 @@ def retrain(
                 _publish_news(wanted, news, end)
                 _settle_last(wanted, store, news, promote)
                 return None
-            parts = [data_steps(graph.site, wanted, merge) for merge in merges if rows_of([merge])]
+            parts = [data_steps(site, wanted, merge) for merge in merges if rows_of([merge])]
+            parts += adopted
             champion = champion_beside(session, news.champion) if news.champion else None
             graph = draw_retraining(wanted, graph, news, [*news.used, *parts], champion)
             session.make_all(graph.data_steps)

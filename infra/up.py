@@ -137,9 +137,9 @@ def services(options):
     user, _, password = secret.partition(":")
     access = folder / "mlflow-auth.ini"
     access.write_text(MLFLOW_ACCESS.format(folder=str(folder).replace("%", "%%")))
-    quiet = ("DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY")
     settings = {
-        **dict.fromkeys(quiet, "true"),
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         **os.environ,  # who wants the servers' telemetry says so there
         "EVACLIP_ROOT": str(root),

@@ -44,7 +44,6 @@ from flows.graph.step import (
 )
 from tasks.adopt.config import STAGE as ADOPT
 from tasks.adopt.config import AdoptConfig
-from tasks.adopt.find_source import find_source, source_mark
 from tasks.artifacts.artifact import (
     CARD,
     Artifact,
@@ -330,20 +329,25 @@ def download_step(site: Site, recipe: Recipe, merged: Step | Artifact) -> Step:
     )
 
 
-def adopt_step(site: Site, config: AdoptConfig) -> Step:
-    """Shards where they lie, and folders and tables as shards."""
-    inputs: dict[str, Input] = {}
+def adopt_step(
+    site: Site,
+    config: AdoptConfig,
+    given: Sequence[Artifact] = (),
+    mark: Mapping[str, Input] | None = None,
+) -> Step:
+    """Shards where they lie, and folders and tables as shards.
+
+    Args:
+        given: adoptions whose files are not taken again; `mark` stands for them.
+    """
     marks = OutsideMarks(site.demo)
-    for source in config.sources:
-        try:
-            inputs[source.name] = source_mark(find_source(source))
-        except InputError as error:
-            inputs[source.name] = marks.note_absent(str(error))
+    sources = {source.name: marks.mark_source(source) for source in config.sources}
+    inputs: dict[str, Input] = {**sources, **(mark or {})}
 
     def make(_: Profile, out: Path, report: Report) -> Made:
         from tasks.adopt.adopt import adopt_sources
 
-        return adopt_sources(config, out, report)
+        return adopt_sources(config, out, report, [one.folder for one in given])
 
     what = f"{len(config.sources)} sources, shards stay where they lie"
     record = Record(outside=partial(describe_adopted, config=config))
@@ -351,7 +355,7 @@ def adopt_step(site: Site, config: AdoptConfig) -> Step:
 
 
 def verify_step(
-    site: Site, config: VerifyConfig, downloaded: Step, role: str = Role.DOWNLOAD
+    site: Site, config: VerifyConfig, downloaded: Step | Artifact, role: str = Role.DOWNLOAD
 ) -> Step:
     """A verdict on every shard of a download or an adoption, and an index of every sample."""
 

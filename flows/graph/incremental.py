@@ -3,19 +3,20 @@
 Covers: earlier attempts and what became of them, new metadata files, the graph of a retraining.
 Not here: making anything (flows/retrain.py), deciding (tasks/register/gate.py).
 
-The data of a registered model is a row of parts, each a merge with its download and verification.
-Every attempt adds parts with what is new, and none is made twice: a new merge leaves out whatever
-an earlier one has selected, whether that was trained on or not. The next dataset takes the
-champion's parts, those of attempts that were held, and the new ones; the parts that a rejected or
-rolled back model added are set aside.
+The data of a registered model is a row of parts, each a merge with its download, or an adoption,
+and its verification. Every attempt adds parts with what is new, and none is made twice: a new merge
+leaves out whatever an earlier one has selected, and a new adoption the files that an earlier one
+took, whether that was trained on or not. The next dataset takes the champion's parts, those of
+attempts that were held, and the new ones; the parts that a rejected or rolled back model added are
+set aside.
 
-A merge that is finished and that no attempt has used yet waits: for its download, if a run was
-killed, or for more rows.
+A merge or an adoption that is finished and that no attempt has used yet waits: for its download, if
+a run was killed, or for more rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from flows.graph.ancestry import ancestors_of, data_of, parent_of, parts_of
 from flows.graph.graph import (
     Beside,
     Graph,
+    adopt_step,
     initialise_step,
     join_step,
     merge_step,
@@ -33,7 +35,10 @@ from flows.graph.graph import (
 )
 from flows.graph.outside_data import find_files, hash_marks
 from flows.graph.step import Input, Step
-from tasks.artifacts.artifact import Artifact, Role, read_artifacts
+from tasks.adopt.adopt import read_inputs as read_taken
+from tasks.adopt.config import STAGE as ADOPT
+from tasks.adopt.find_source import find_source, without_known
+from tasks.artifacts.artifact import Artifact, Role, Stage, read_artifacts
 from tasks.merge.config import STAGE as MERGE
 from tasks.merge.config import MergeConfig
 from tasks.merge.merge import read_inputs
@@ -63,7 +68,8 @@ class Attempt:
     """Verification or join that its dataset was made of."""
     parts: tuple[Artifact, ...]
     """Verifications in it."""
-    merges: tuple[Artifact, ...]
+    begun: tuple[Artifact, ...]
+    """Merges and adoptions that they come from."""
     decision: Decision
     standing: Standing | None
     """In the registry; None if somebody deleted its version there."""
@@ -87,11 +93,11 @@ class News:
     set_aside: tuple[str, ...]
     """Sentences on the parts that it leaves out."""
     known: tuple[Artifact, ...]
-    """Merges whose rows are not selected again, oldest first."""
+    """Merges and adoptions whose rows and files are not taken again, oldest first."""
     waiting: tuple[Artifact, ...]
     """Of them, those that no attempt has used yet."""
     files: Mapping[str, Found]
-    """Source -> its new metadata files."""
+    """Source -> its new files, of metadata or to adopt."""
 
     @property
     def is_first(self) -> bool:
@@ -104,9 +110,13 @@ class News:
         return not self.is_first and not self.files and not rows_of(self.waiting)
 
 
-def rows_of(merges: Sequence[Artifact]) -> int:
-    """Rows that the merges have selected together."""
-    return sum(int(merge.counts["selected"]) for merge in merges)
+def of_kind(stage: Stage, artifacts: Iterable[Artifact]) -> tuple[Artifact, ...]:
+    return tuple(artifact for artifact in artifacts if artifact.kind == stage.name)
+
+
+def rows_of(begun: Iterable[Artifact]) -> int:
+    """Rows that merges have selected together; of an adoption, its shards."""
+    return sum(int(one.counts["selected" if one.kind == MERGE.name else "shards"]) for one in begun)
 
 
 def find_new_data(recipe: Recipe, graph: Graph, store: TrackingStore, keep_rejected: bool) -> News:
@@ -133,9 +143,14 @@ def find_new_data(recipe: Recipe, graph: Graph, store: TrackingStore, keep_rejec
             "that it was registered from there (by name, version and digest): its data is not "
             "known here; retrain where it was made, or set EVACLIP_ROOT"
         )
-    merges = _merges_of(attempts)
-    waiting = _find_waiting(name, merges, artifacts)
-    known = (*merges, *waiting)
+    begun = {one.digest: one for attempt in attempts for one in attempt.begun}
+    used_up = sorted(begun.values(), key=lambda one: (one.created, one.digest))
+    waiting = tuple(
+        one
+        for stage in (MERGE, ADOPT)
+        for one in _find_waiting(name, stage, of_kind(stage, used_up), artifacts)
+    )
+    known = (*used_up, *waiting)
     used, set_aside = _sorted_out(store, recipe, attempts, base, keep_rejected)
     return News(
         champion=champion,
@@ -149,15 +164,26 @@ def find_new_data(recipe: Recipe, graph: Graph, store: TrackingStore, keep_rejec
     )
 
 
+def new_adopt_step(recipe: Recipe, graph: Graph, news: News) -> Step | None:
+    """The adoption of what is new; None if there is no new file."""
+    config, name = recipe.adopt, recipe.registry.model_name
+    sources = [one for one in config.sources if one.name in news.files] if config else []
+    if config is None or not sources:
+        return None
+    given = of_kind(ADOPT, news.known)
+    changed = config.model_copy(update={"sources": tuple(sources)})
+    return adopt_step(graph.site, changed, given, {Role.GIVEN: _mark_given(name, given)})
+
+
 def new_merge_step(recipe: Recipe, graph: Graph, news: News) -> Step | None:
     """The merge of what is new; None if no source takes any more rows."""
-    sources = []
-    for source in recipe.merge.sources:
+    sources, given = [], of_kind(MERGE, news.known)
+    for source in recipe.merge.sources if recipe.merge_table else ():
         if source.name not in news.files:
             continue
         wanted = source.wanted_rows
         if wanted is not None:
-            wanted -= sum(int(m.counts.get(f"{source.name}.selected", 0)) for m in news.known)
+            wanted -= sum(int(m.counts.get(f"{source.name}.selected", 0)) for m in given)
             if wanted <= 0:
                 continue
         changes = {"target_count": wanted, "expected_success": 1.0, "skip_count": 0}
@@ -175,9 +201,9 @@ def new_merge_step(recipe: Recipe, graph: Graph, news: News) -> Step | None:
         and (role.partition(".")[0] in {*files, "blocklists"})
     }
     new = {name: hash_marks(map(mark_of, files[name]), between="\0") for name in sorted(files)}
-    given = _mark_given(recipe.registry.model_name, news.known)
-    inputs: dict[str, Input] = {**new, **others, Role.GIVEN: given}
-    return merge_step(graph.site, config, inputs, files, news.known)
+    mark = _mark_given(recipe.registry.model_name, given)
+    inputs: dict[str, Input] = {**new, **others, Role.GIVEN: mark}
+    return merge_step(graph.site, config, inputs, files, given)
 
 
 def draw_retraining(
@@ -207,22 +233,24 @@ def describe_new_data(news: News, recipe: Recipe) -> Iterator[str]:
     """The new data as lines for a person."""
     name = recipe.registry.model_name
     if news.is_first:
-        yield f"nothing was trained as {name} yet: all metadata is new"
+        yield f"nothing was trained as {name} yet: all data is new"
         return
     champion = f"{name}/{news.champion.version}" if news.champion else "no version"
     yield f"champion    {champion}"
     for source, files in news.files.items():
-        yield f"new         {len(files):,} metadata file{'s' * (len(files) != 1)} of {source}"
+        yield f"new         {len(files):,} file{'s' * (len(files) != 1)} of {source}"
     if rows_of(news.waiting):
-        yield f"waiting     {rows_of(news.waiting):,} rows that were merged and not trained on yet"
+        rows = rows_of(of_kind(MERGE, news.waiting))
+        shards = rows_of(of_kind(ADOPT, news.waiting))
+        what = f"{rows:,} rows that were merged" if rows else f"{shards:,} shards that were adopted"
+        yield f"waiting     {what} and not trained on yet"
     yield from (f"set aside   {sentence}" for sentence in news.set_aside)
     if news.is_nothing:
-        marks = [mark for merge in news.known for mark in read_inputs(merge.folder).values()]
+        taken = sum(len(marks) for one in news.known for marks in _files_of(one).values())
         last = news.last
         assert last is not None, "or everything would be new"
         yield (
-            f"nothing new: all {sum(map(len, marks)):,} metadata files were merged before; the "
-            "last model was "
+            f"nothing new: all {taken:,} files were merged or adopted before; the last model was "
             f"{name}/{last.version} ({last.decision.summary})"
         )
 
@@ -265,37 +293,30 @@ def _find_attempts(
         dataset = parent_of(trained, Role.DATASET, artifacts)
         data = data_of(dataset, artifacts)
         parts = tuple(parts_of(data, artifacts))
-        merges = tuple(one for one in ancestors_of(data, artifacts) if one.kind == MERGE.name)
+        above = ancestors_of(data, artifacts)
+        begun = tuple(one for one in above if one.kind in (MERGE.name, ADOPT.name))
         decision = read_decision(artifact.folder)
-        attempt = Attempt(artifact, trained, data, parts, merges, decision, standing)
+        attempt = Attempt(artifact, trained, data, parts, begun, decision, standing)
         if attempt.version in found and decision.champion == attempt.version:
             continue  # the champion under another address of the registry, compared with itself
         found[attempt.version] = attempt
     return [found[version] for version in sorted(found)]
 
 
-def _merges_of(attempts: Sequence[Attempt]) -> tuple[Artifact, ...]:
-    """The merges of all attempts, each once, oldest first."""
-    by_digest = {merge.digest: merge for attempt in attempts for merge in attempt.merges}
-    return tuple(sorted(by_digest.values(), key=lambda merge: (merge.created, merge.digest)))
-
-
 def _find_waiting(
-    name: str, merges: Sequence[Artifact], artifacts: Sequence[Artifact]
-) -> tuple[Artifact, ...]:
-    """Finished merges that go on from `merges` and that no attempt has used yet, in a row."""
-    waiting: list[Artifact] = []
-    while merges:
-        given = _mark_given(name, (*merges, *waiting))
-        following = [
-            artifact
-            for artifact in artifacts
-            if artifact.kind == MERGE.name and artifact.parents.get(Role.GIVEN) == given
-        ]
-        if not following:
-            break
-        waiting.append(following[0])
-    return tuple(waiting)
+    name: str, stage: Stage, begun: Sequence[Artifact], artifacts: Sequence[Artifact]
+) -> Iterator[Artifact]:
+    """Finished merges, or adoptions, that go on from `begun` and that no attempt has used yet, in a
+    row."""
+    before = [*begun]
+    while before:
+        given = _mark_given(name, before)
+        following = (one for one in artifacts if one.parents.get(Role.GIVEN) == given)
+        found = next(iter(of_kind(stage, following)), None)
+        if found is None:
+            return
+        yield found
+        before.append(found)
 
 
 def _sorted_out(
@@ -331,19 +352,24 @@ def _sorted_out(
 
 
 def _new_files(recipe: Recipe, graph: Graph, known: Sequence[Artifact]) -> dict[str, Found]:
-    """Source -> files whose content no merge has read."""
+    """Source -> files whose content no merge has read and no adoption has taken."""
     seen: dict[str, set[str]] = {}
-    for merge in known:
-        for name, marks in read_inputs(merge.folder).items():
-            seen.setdefault(name, set()).update(marks)
+    for name, marks in (one for begun in known for one in _files_of(begun).items()):
+        seen.setdefault(name, set()).update(marks)
     found: dict[str, Found] = {}
-    for source in recipe.merge.sources:
+    for source in recipe.merge.sources if recipe.merge_table else ():
         files = find_files(source.files, graph.site.demo, f"merge.sources '{source.name}'")
         read = seen.get(source.name, set())
-        new = [file for file in files if mark_of(file) not in read]
-        if new:
-            found[source.name] = new
-    return found
+        found[source.name] = [file for file in files if mark_of(file) not in read]
+    for adopted in recipe.adopt.sources if recipe.adopt else ():
+        there = find_source(adopted)
+        found[adopted.name] = without_known(there, seen.get(adopted.name, set())).files
+    return {name: files for name, files in found.items() if files}
+
+
+def _files_of(begun: Artifact) -> Mapping[str, set[str]]:
+    """Source -> marks of the files that a merge has read or an adoption has taken."""
+    return (read_inputs if begun.kind == MERGE.name else read_taken)(begun.folder)
 
 
 def _mark_given(name: str, merges: Sequence[Artifact]) -> str:

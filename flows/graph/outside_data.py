@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from evaclip_model.errors import InputError
 from evaclip_model.reading.urls import is_url
 from flows.graph.step import ABSENT, Input, Step
-from tasks.adopt.config import AdoptConfig
+from tasks.adopt.config import AdoptConfig, AdoptedSource
+from tasks.adopt.find_source import find_source, source_mark
 from tasks.artifacts.artifact import DIGEST_CHARS, Artifact, fingerprint_files
 from tasks.evaluate.config import RESULTS
 from tasks.lineage.stage_record import outside_dataset
@@ -76,6 +77,13 @@ class OutsideMarks:
         return MarkedVersion(
             str(version), hash_marks([version.tags.get(WEIGHTS_TAG, str(version))])
         )
+
+    def mark_source(self, source: AdoptedSource) -> Input:
+        """What stands for a source that is adopted."""
+        try:
+            return source_mark(find_source(source))
+        except InputError as error:
+            return self.note_absent(str(error))
 
     def note_absent(self, sentence: str) -> str:
         """Note that something is absent; returns what stands for it."""

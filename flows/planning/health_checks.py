@@ -69,7 +69,7 @@ def check_versions(_: Profile) -> Iterator[Finding]:
     wanted = [*project["dependencies"], *project["optional-dependencies"]["pipeline"]]
     lines = (CHECKOUT / "infra" / "constraints.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if "==" in line)
-    tested = {canonicalize_name(name): version for name, version in pinned.items()}
+    tested: dict[str, str] = {canonicalize_name(name): version for name, version in pinned.items()}
     bad = list(version_findings(map(Requirement, wanted), tested, _installed_version))
     yield from bad or [Finding("ok", "versions", f"{len(wanted)} packages as tested")]
 

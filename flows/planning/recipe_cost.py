@@ -22,7 +22,6 @@ from evaclip_model.training.cost import (
     parameter_counts,
     peak_flops,
     stage_flops_per_sample,
-    train_flops_per_sample,
 )
 from evaclip_model.training.engine.deepspeed_config import deepspeed_config
 from flows.config.gpu_spec import Machines
@@ -50,15 +49,12 @@ MACHINES = 10
 GIB = 2**30
 USABLE_SHARE = 0.92
 """Of a GPU's memory, so that what the allocator cannot use in pieces has room."""
-TABLE_6_MODEL = "EVA01-CLIP-B-16"
-TABLE_6_MINUTES = {0.0: 76, 0.5: 55}
-"""Masked share -> minutes for 40 million samples on 16 A100s with flash attention and gradient
-checkpointing (paper, Table 6)."""
-TABLE_6_GPUS = Machines(16, "A100", 40)
+TABLE_6_SHARE = {"whole images": 0.28879, "half of the patches masked": 0.22586}
+"""Of an A100's peak, what is computed again included: EVA01-CLIP-B/16 took 76 and 55 minutes for 40
+million samples on 16 of them, with flash attention and gradient checkpointing (paper, Table 6)."""
 RECOMPUTED = {"none": 0.0, "selective": 0.6, "full": 1.0}
 """Forward passes' worth of time spent again by gradient checkpointing; "selective" as measured in
 bf16, where it costs a fifth of a step (make bench-model)."""
-HOURS_A_DAY = 24
 ADOPTED_PX = 512
 """Side of adopted images that a plan counts with: nobody has looked at them yet."""
 READ_AHEAD_STEPS = 2
@@ -79,65 +75,38 @@ def is_large(recipe: Recipe) -> bool:
     return sum(reach.wanted for reach in source_yields(recipe)) >= LARGE_ROWS
 
 
-def estimate_data(recipe: Recipe, machines: int = MACHINES) -> list[Line]:
+def estimate_data(recipe: Recipe, machines: int = MACHINES) -> Iterator[Line]:
     """The figures of a recipe whose sources all have a `target_count`."""
     reaches = source_yields(recipe)
     wanted = sum(reach.selected for reach in reaches)
-    samples = expected_samples(recipe)
-    published = recipe.published.metadata_rows
+    published, per_shard = recipe.published.metadata_rows, recipe.download.samples_per_shard
     read = sum(published.get(reach.source.name, reach.wanted / SHARE_SELECTED) for reach in reaches)
-    per_shard = recipe.download.samples_per_shard
-    days = wanted / (URLS_PER_MACHINE_S * machines) / 86_400
+    caps = {one.name: one.target_count or 0 for one in recipe.merge.sources}
+    success = {one.name: f"{one.expected_success:.0%}" for one in recipe.merge.sources}
+    origin = " + ".join(f"{caps[name]:,} {name} at {success[name]} success" for name in caps)
+    yield Line("samples, at most", f"{sum(caps.values()):,}", origin)
+    for reach in (one for one in reaches if one.selected < one.wanted):
+        name = reach.source.name
+        figure = f"about {reach.samples:,} samples, not {caps[name]:,}"
+        origin = f"{reach.selected:,} of its rows pass ({SHARE_SELECTED:.0%}), "
+        yield Line(f"{name} can give", figure, f"{origin}{success[name]} are downloaded")
+    origin = "target_count / expected_success, or all there are"
+    yield Line("rows selected", f"{wanted:,}", origin)
+    origin = "as published" if published else f"{SHARE_SELECTED:.0%} of rows are selected"
+    yield Line("metadata rows read", f"{read:,.0f}", origin)
+    size = f"{read * METADATA_BYTES_PER_ROW / 1e9:,.0f} GB, read once"
+    yield Line("metadata", size, f"{METADATA_BYTES_PER_ROW} bytes a row, as Re-LAION-2B")
+    origin = f"{MERGE_ROWS_PER_CPU_S:,} rows per CPU-second, make bench-merge"
+    yield Line("merge", f"{read / MERGE_ROWS_PER_CPU_S / 3600:,.1f} CPU-hours", origin)
+    origin = f"{WAITING_BYTES} bytes a row until it is written, make bench-merge"
+    yield Line("merge, temporary disk", f"{read * WAITING_BYTES / 1e9:,.0f} GB", origin)
+    yield Line("shards", f"{-(-wanted // per_shard):,}", f"{per_shard:,} rows each")
     image_px = recipe.download.image_px
-    caps = " + ".join(
-        f"{source.target_count or 0:,} {source.name} at {source.expected_success:.0%} success"
-        for source in recipe.merge.sources
-    )
-    return [
-        Line("samples, at most", f"{sum(r.source.target_count or 0 for r in reaches):,}", caps),
-        *(
-            Line(
-                f"{reach.source.name} can give",
-                f"about {reach.samples:,} samples, not {reach.source.target_count or 0:,}",
-                f"{reach.selected:,} of its rows pass ({SHARE_SELECTED:.0%}), "
-                f"{reach.source.expected_success:.0%} are downloaded",
-            )
-            for reach in reaches
-            if reach.selected < reach.wanted
-        ),
-        Line("rows selected", f"{wanted:,}", "target_count / expected_success, or all there are"),
-        Line(
-            "metadata rows read",
-            f"{read:,.0f}",
-            "as published" if published else f"{SHARE_SELECTED:.0%} of rows are selected",
-        ),
-        Line(
-            "metadata",
-            f"{read * METADATA_BYTES_PER_ROW / 1e9:,.0f} GB, read once",
-            f"{METADATA_BYTES_PER_ROW} bytes a row, as Re-LAION-2B",
-        ),
-        Line(
-            "merge",
-            f"{read / MERGE_ROWS_PER_CPU_S / 3600:,.1f} CPU-hours",
-            f"{MERGE_ROWS_PER_CPU_S:,} rows per CPU-second, make bench-merge",
-        ),
-        Line(
-            "merge, temporary disk",
-            f"{read * WAITING_BYTES / 1e9:,.0f} GB",
-            f"{WAITING_BYTES} bytes a row until it is written, make bench-merge",
-        ),
-        Line("shards", f"{-(-wanted // per_shard):,}", f"{per_shard:,} rows each"),
-        Line(
-            "images",
-            f"{expected_bytes(samples, image_px) / 1e12:,.1f} TB",
-            f"{expected_bytes(1, image_px):,} bytes a sample at {image_px} px",
-        ),
-        Line(
-            f"download on {machines} machines",
-            f"{days:,.1f} days",
-            f"{URLS_PER_MACHINE_S:,} URLs/s on 16 cores, img2dataset's documentation",
-        ),
-    ]
+    size = f"{expected_bytes(expected_samples(recipe), image_px) / 1e12:,.1f} TB"
+    yield Line("images", size, f"{expected_bytes(1, image_px):,} bytes a sample at {image_px} px")
+    days = f"{wanted / (URLS_PER_MACHINE_S * machines) / 86_400:,.1f} days"
+    origin = f"{URLS_PER_MACHINE_S:,} URLs/s on 16 cores, img2dataset's documentation"
+    yield Line(f"download on {machines} machines", days, origin)
 
 
 @dataclass(frozen=True)
@@ -177,7 +146,7 @@ def cut_share(model: ModelConfig, train: TrainConfig, machines: Machines) -> Cut
 
 def estimate_stage(
     recipe: Recipe, train: TrainConfig, machines: Machines, utilisation: float | None = None
-) -> list[Line]:
+) -> Iterator[Line]:
     """The figures of one training stage on `machines`.
 
     Args:
@@ -185,28 +154,27 @@ def estimate_stage(
     """
     impossible = _cannot_share(train, machines.count)
     if impossible:
-        return [Line("ranks", f"{machines.count} cannot share the batch", impossible)]
+        yield Line("ranks", f"{machines.count} cannot share the batch", impossible)
+        return
     model = recipe.initialise.load_architecture().at_image_px(train.image_px)
     cut = cut_share(model, train, machines)
-    steps = f"{train.steps:,} for {train.samples_seen:,} samples"
     terms = sorted(cut.memory.items(), key=lambda term: -term[1])
     shown = ", ".join(f"{what} {size / GIB:,.1f}" for what, size in terms if size >= 5e7)
+    yield _batch_line(cut, machines.count)
+    steps = f"{train.steps:,} for {train.samples_seen:,} samples"
+    yield Line("steps", steps, "the recipe's, on any GPUs")
     memory = f"{sum(cut.memory.values()) / GIB:,.1f} of {cut.limit / GIB:,.1f} GiB"
-    lines = [
-        _batch_line(cut, machines.count),
-        Line("steps", steps, "the recipe's, on any GPUs"),
-        Line("memory of a GPU", memory, shown),
-        *([] if cut.fits else [_remedy_line(model, train, machines, cut)]),
-        Line(
-            "memory of a rank's reader",
-            f"{reader_bytes(recipe, train, machines.count) / GIB:,.1f} GiB",
-            f"{train.lanes // machines.count} lanes x {train.shuffle_buffer:,} stored samples x "
-            f"{_count_sources(recipe, train)} sources, pixels of {READ_AHEAD_STEPS} steps",
-        ),
-    ]
+    yield Line("memory of a GPU", memory, shown)
+    if not cut.fits:
+        yield _remedy_line(model, train, machines, cut)
+    yield Line(
+        "memory of a rank's reader",
+        f"{reader_bytes(recipe, train, machines.count) / GIB:,.1f} GiB",
+        f"{train.lanes // machines.count} lanes x {train.shuffle_buffer:,} stored samples x "
+        f"{_count_sources(recipe, train)} sources, pixels of {READ_AHEAD_STEPS} steps",
+    )
     if cut.fits:
-        lines += _time_lines(recipe, model, train, machines, cut, utilisation)
-    return lines
+        yield from _time_lines(recipe, model, train, machines, cut, utilisation)
 
 
 def _cannot_share(train: TrainConfig, ranks: int) -> str | None:
@@ -295,8 +263,8 @@ def _time_lines(
         return
     share, origin = utilisation, "given"
     if share is None:
-        share = table_6_utilisation(train.patch_dropout > 0)
         which = "half of the patches masked" if train.patch_dropout > 0 else "whole images"
+        share = TABLE_6_SHARE[which]
         origin = (
             f"what the paper's Table 6 reached on 16 A100s ({which}, flash attention), taken for "
             "any model and GPU"
@@ -304,44 +272,25 @@ def _time_lines(
     rate = peak * share / spent
     seconds = train.samples_seen / rate / machines.count
     hours = seconds / 3600 * machines.count
-    yield Line(
-        "rate",
-        f"{rate:,.0f} samples/s a GPU",
-        f"{share:.0%} of {peak / 1e12:,.0f} TFLOP/s: {origin}",
-    )
-    yield Line(
-        "time",
-        f"{seconds / 3600 / HOURS_A_DAY:,.1f} days, {hours:,.0f} GPU-hours",
-        f"{train.samples_seen:,} samples at that rate, without stops",
-    )
+    origin = f"{share:.0%} of {peak / 1e12:,.0f} TFLOP/s: {origin}"
+    yield Line("rate", f"{rate:,.0f} samples/s a GPU", origin)
+    time = f"{seconds / 86_400:,.1f} days, {hours:,.0f} GPU-hours"
+    yield Line("time", time, f"{train.samples_seen:,} samples at that rate, without stops")
     if machines.price is not None:
         yield Line("price", f"{hours * machines.price:,.0f}", f"{machines.price:g} a GPU-hour")
     yield from _published_lines(recipe.published, train)
 
 
-def table_6_utilisation(masked: bool) -> float:
-    """Share of an A100's peak that the paper's run reached, what it computed again included."""
-    model, dropout = ModelConfig.load(TABLE_6_MODEL), 0.5 if masked else 0.0
-    flops = train_flops_per_sample(
-        model, patch_dropout=dropout, text_tokens=model.text.context_length
-    )
-    per_gpu = 40e6 / (TABLE_6_MINUTES[dropout] * 60) / TABLE_6_GPUS.count
-    return per_gpu * flops * (1 + RECOMPUTED["full"] / 3) / (peak_flops(TABLE_6_GPUS.gpu) or 0)
-
-
 def _published_lines(published: Published, train: TrainConfig) -> Iterator[Line]:
     if published.gpus is None:
         return
-    machines = Machines.parse_spec(published.gpus)
-    if published.minutes_per_40m_samples is None:
+    machines, minutes = Machines.parse_spec(published.gpus), published.minutes_per_40m_samples
+    if minutes is None:
         yield Line("the paper's", f"on {machines}", "its time is not published")
         return
-    hours = train.samples_seen / 40e6 * published.minutes_per_40m_samples / 60
-    yield Line(
-        "the paper's",
-        f"{hours / HOURS_A_DAY:,.1f} days, {hours * machines.count:,.0f} GPU-hours on {machines}",
-        f"by its {published.minutes_per_40m_samples:g} minutes for 40 million samples (Table 6)",
-    )
+    hours = train.samples_seen / 40e6 * minutes / 60
+    time = f"{hours / 24:,.1f} days, {hours * machines.count:,.0f} GPU-hours on {machines}"
+    yield Line("the paper's", time, f"by its {minutes:g} minutes for 40 million samples (Table 6)")
 
 
 def engine_settings(recipe: Recipe, train: TrainConfig, machines: Machines) -> str | None:

@@ -24,7 +24,14 @@ from evaclip_model.files import replace_file, write_atomically
 from evaclip_model.reading.samples import BrokenShard, read_samples
 from evaclip_model.reading.urls import is_url
 from tasks.adopt.config import AdoptConfig, AdoptedSource, Form
-from tasks.adopt.find_source import FoundSource, find_source, is_image_type, parquet_schema
+from tasks.adopt.find_source import (
+    FoundSource,
+    find_source,
+    is_image_type,
+    mark_files,
+    parquet_schema,
+    without_known,
+)
 from tasks.adopt.read_pairs import IMAGE_COLUMNS, URL_COLUMNS, FoundPair, NoPair, read_pairs
 from tasks.artifacts.artifact import Made
 from tasks.index.adopted_shards import ADOPTED, AdoptedShard, sizes_and_marks, write_adopted
@@ -34,6 +41,8 @@ from tasks.tables.text_tables import column_names, text_format
 LEFT_OUT = "left_out.jsonl"
 """Source, place and reason of what is not a pair: the first `MOST_NAMED` of every source."""
 MOST_NAMED = 10_000
+INPUTS = "inputs.json"
+"""Source -> marks of the files that were taken."""
 PACKED = "packed"
 """Folder of the shards that are packed here, one folder a source."""
 MOST_PAIRS = 20_000
@@ -53,13 +62,28 @@ class _Left:
             self.named.append(one)
 
 
-def adopt_sources(config: AdoptConfig, out: Path, report: Report) -> Made:
+def read_inputs(folder: Path) -> dict[str, set[str]]:
+    """Source -> marks of the files that a finished adoption took; none for one of before there was
+    such a list."""
+    path = folder / INPUTS
+    known = json.loads(path.read_text()) if path.exists() else {}
+    return {name: set(marks) for name, marks in known.items()}
+
+
+def adopt_sources(
+    config: AdoptConfig, out: Path, report: Report, given: Sequence[Path] = ()
+) -> Made:
     """Write the list of all shards into `out`, and pack there what has no shards.
+
+    Args:
+        given: folders of earlier adoptions, whose files are not taken again.
 
     Raises:
         InputError: a source cannot be found or read, or holds no pair.
     """
     found = [find_source(source) for source in config.sources]
+    for earlier in map(read_inputs, given):
+        found = [without_known(one, earlier.get(one.source.name, set())) for one in found]
     shutil.rmtree(out / PACKED, ignore_errors=True)
     shards: list[AdoptedShard] = []
     lines: list[str] = []
@@ -86,9 +110,11 @@ def adopt_sources(config: AdoptConfig, out: Path, report: Report) -> Made:
         shards += own
     write_adopted(shards, out)
     write_atomically(out / LEFT_OUT, "".join(lines))
+    marks = {one.source.name: sorted(mark_files(one).values()) for one in found}
+    write_atomically(out / INPUTS, json.dumps(marks))
     report(len(found), len(found), f"{counts['shards']:,} shards")
     made = tuple(sorted((out / PACKED).rglob("*.tar")))
-    return Made(dict(counts), (out / ADOPTED, out / LEFT_OUT), made)
+    return Made(dict(counts), (out / ADOPTED, out / LEFT_OUT, out / INPUTS), made)
 
 
 def _describe(

@@ -12,8 +12,8 @@ import hashlib
 import os
 import posixpath
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +95,43 @@ def source_mark(found: FoundSource) -> str:
     Raises:
         InputError: a file cannot be read.
     """
-    digest = hashlib.sha256(found.form.encode())
+    return _short_hash("".join([found.form, *_identify_files(found).values()]))
+
+
+def mark_files(found: FoundSource) -> dict[str, str]:
+    """File -> a mark that changes with its name or its content, 16 hex characters.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    return {file: _short_hash(identity) for file, identity in _identify_files(found).items()}
+
+
+def _identify_files(found: FoundSource) -> dict[str, str]:
+    identities = {}
     for file, known in zip(found.files, sizes_and_marks(found.files), strict=True):
         if known is None:
             raise InputError(f"{file} cannot be read")
-        digest.update(f"{found.name_of(file)}\0{known[0]}\0{known[1]}\0".encode())
-    return digest.hexdigest()[:DIGEST_CHARS]
+        identities[file] = f"{found.name_of(file)}\0{known[0]}\0{known[1]}\0"
+    return identities
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARS]
+
+
+def without_known(found: FoundSource, known: Set[str]) -> FoundSource:
+    """The source with those of its files alone that have none of the `known` marks; in a folder,
+    with the images that have none and their captions.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    new = [file for file, mark in mark_files(found).items() if mark not in known]
+    if found.form == "folder":
+        stems = {posixpath.splitext(one)[0] for one in new if not one.lower().endswith(".txt")}
+        new = [one for one in found.files if posixpath.splitext(one)[0] in stems]
+    return replace(found, files=tuple(new))
 
 
 def _list_files(pattern: str, where: str) -> tuple[str, list[str]]:

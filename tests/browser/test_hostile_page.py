@@ -1,4 +1,4 @@
-"""A page of a stranger, open beside the two UIs in one browser: it reads nothing, starts nothing."""
+"""A page of a stranger beside the two UIs in one browser: it reads nothing and starts nothing."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ async function attack() {
   for (const [url, body] of tries)
     for (const mode of ["cors", "no-cors"])
       for (const type of ["application/json", "text/plain"]) {
-        const how = {method: body ? "POST" : "GET", mode: mode, credentials: "include", body: body}
+        const how = {method: body ? "POST" : "GET", mode, body, credentials: "include"}
         if (body) how.headers = {"Content-Type": type}
         try {
           const answer = await fetch(url, how)
-          if (answer.type != "opaque") said.push("READ " + url + " " + await answer.text())
+          const text = answer.type == "opaque" ? "" : await answer.text()
+          said.push(answer.ok ? "READ " + url + " " + text : "refused " + text)
         } catch (error) { said.push("refused") }
       }
   document.body.innerText = said.join("\\n") + "\\nover"

@@ -9,24 +9,27 @@ from pathlib import Path
 import pytest
 
 from evaclip_model.errors import InputError
+from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.training.cost import peak_flops, train_flops_per_sample
 from flows.__main__ import main
 from flows.config.gpu_spec import Machines
 from flows.config.recipe import Recipe, load_recipe
 from flows.config.recipe_loader import recipe_names
 from flows.graph.graph import draw_graph
 from flows.planning.recipe_cost import (
+    RECOMPUTED,
+    TABLE_6_SHARE,
     cut_share,
     engine_settings,
     estimate_data,
     estimate_stage,
     is_large,
-    table_6_utilisation,
 )
 from flows.planning.run_plan import make_plan
 
 
 def figures(recipe: Recipe, machines: str, stage: int = 0, **given: float) -> dict[str, str]:
-    lines = estimate_stage(recipe, recipe.train[stage], Machines.parse_spec(machines), **given)
+    lines = [*estimate_stage(recipe, recipe.train[stage], Machines.parse_spec(machines), **given)]
     assert all(line.origin for line in lines)
     return {line.what: f"{line.figure} ({line.origin})" for line in lines}
 
@@ -106,10 +109,18 @@ def test_time_follows_from_flops_and_the_share_of_the_peak() -> None:
     shown = figures(recipe, "16xA100-40GB")
     assert shown["the paper's"].startswith("2.9 days, 1,100 GPU-hours")
     assert shown["time"].startswith("2.3 days")
-    twice = 2 * table_6_utilisation(masked=True)
+    twice = 2 * TABLE_6_SHARE["half of the patches masked"]
     assert figures(recipe, "16xA100-40GB", utilisation=twice)["time"].startswith("1.2 days")
-    assert table_6_utilisation(masked=True) == pytest.approx(0.227, abs=0.005)
-    assert table_6_utilisation(masked=False) == pytest.approx(0.288, abs=0.005)
+
+
+def test_the_share_of_the_peak_is_that_of_the_papers_minutes() -> None:
+    model, peak = ModelConfig.load("EVA01-CLIP-B-16"), peak_flops("A100")
+    assert peak is not None
+    tokens = model.text.context_length
+    for masked, minutes, share in zip((0.0, 0.5), (76, 55), TABLE_6_SHARE.values(), strict=True):
+        flops = train_flops_per_sample(model, patch_dropout=masked, text_tokens=tokens)
+        spent = flops * (1 + RECOMPUTED["full"] / 3)
+        assert share == pytest.approx(40e6 / (minutes * 60) / 16 * spent / peak, abs=5e-5)
 
 
 def test_no_time_is_made_up_for_fp32_of_which_no_rate_is_known() -> None:

@@ -310,7 +310,7 @@ def test_then_there_is_nothing_new_and_it_ends_in_seconds(web: Web) -> None:
     artifacts = [artifact.digest for artifact in read_artifacts(web.root)]
     ended = run(["run", "retrain", web.recipe], web.root)
     assert ended.status == 0, ended.errors
-    assert "nothing new: all 6 metadata files were merged before" in ended.output
+    assert "nothing new: all 6 files were merged or adopted before" in ended.output
     assert "set aside   data of weekly/3, which was rejected" in ended.output
     assert ended.seconds < SECONDS_OF_NOTHING
     started_at = time.monotonic()
