@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-from pathlib import Path
 
 from evaclip_model.errors import InputError
 from evaclip_model.tokenizer.bundled_assets import package_file
@@ -13,8 +12,6 @@ PLACEHOLDER = "{c}"
 """Stands in a template for the class name."""
 
 _FILE = "zero_shot_metadata.py"
-_CLASSNAMES = "IMAGENET_CLASSNAMES"
-_TEMPLATES = "OPENAI_IMAGENET_TEMPLATES"
 
 
 @functools.cache
@@ -24,7 +21,7 @@ def imagenet_classnames() -> tuple[str, ...]:
     Raises:
         InputError: open_clip_torch is not installed, or keeps them in another form.
     """
-    return tuple(_read_string(node) for node in _read_entries(_CLASSNAMES, 1000))
+    return _read_strings("IMAGENET_CLASSNAMES", 1000)
 
 
 @functools.cache
@@ -34,52 +31,36 @@ def imagenet_templates() -> tuple[str, ...]:
     Raises:
         InputError: open_clip_torch is not installed, or keeps them in another form.
     """
-    # Each is written as a function from the class name to an f-string.
-    return tuple(
-        _read_string(node.body if isinstance(node, ast.Lambda) else node)
-        for node in _read_entries(_TEMPLATES, 80)
-    )
+    return _read_strings("OPENAI_IMAGENET_TEMPLATES", 80)
 
 
-def _read_entries(name: str, count: int) -> list[ast.expr]:
-    for node in _parse_file(_find_file()).body:
-        if (
-            isinstance(node, ast.Assign)
-            and any(isinstance(target, ast.Name) and target.id == name for target in node.targets)
-            and isinstance(node.value, ast.Tuple | ast.List)
-            and len(node.value.elts) == count
-        ):
-            return node.value.elts
-    raise _unknown_form(name)
-
-
-def _read_string(node: ast.expr) -> str:
-    match node:
-        case ast.Constant(value=str(text)):
-            return text
-        case ast.JoinedStr(values=parts):
-            return "".join(map(_read_string, parts))
-        case ast.FormattedValue(value=ast.Name(), conversion=-1, format_spec=None):
-            return PLACEHOLDER
-    raise _unknown_form(type(node).__name__)
-
-
-def _unknown_form(what: str) -> InputError:
-    return InputError(
-        f"{_find_file()} holds '{what}' in a form that is not known here: install a version of "
-        "open_clip_torch from 2.32 on and below 4, or give prompts of your own"
-    )
-
-
-def _find_file() -> Path:
+def _read_strings(name: str, count: int) -> tuple[str, ...]:
+    """The list of this name: strings, or functions from the class name to an f-string."""
     path = package_file(_FILE)
     if path is None:
         raise InputError(
             f"ImageNet's prompts, {_FILE}, were not found: install open_clip_torch, which ships it"
         )
-    return path
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        match node:
+            case ast.Assign(
+                targets=[ast.Name(id=found)], value=ast.Tuple(elts=parts) | ast.List(elts=parts)
+            ) if found == name and len(parts) == count:
+                strings = tuple(map(_read_string, parts))
+                if None not in strings:
+                    return tuple(one for one in strings if one is not None)
+    raise InputError(
+        f"{path} holds '{name}' in a form that is not known here: install a version of "
+        "open_clip_torch from 2.32 on and below 4, or give prompts of your own"
+    )
 
 
-@functools.cache
-def _parse_file(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+def _read_string(node: ast.expr) -> str | None:
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.Lambda(body=ast.JoinedStr(values=parts)):
+            return "".join(
+                str(part.value) if isinstance(part, ast.Constant) else PLACEHOLDER for part in parts
+            )
+    return None

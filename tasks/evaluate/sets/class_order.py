@@ -191,14 +191,19 @@ def _by_list(
 ) -> ClassOrder:
     if chosen.words:
         return _by_words_of_list(words, chosen, where, numbered)
+    if numbered and len(_match_names(words, own, chosen.names)) < len(words):
+        return _by_number(words, chosen, known, where, first)
+    joined = None if numbered else _by_synset(words, chosen, known, where)
+    return joined or _by_text(words, own, chosen, where)
+
+
+def _by_text(
+    words: Sequence[str], own: Mapping[str, str], chosen: ClassNameList, where: str
+) -> ClassOrder:
+    """Labels by what words and names say; by position where nothing can be compared."""
     matched = _match_names(words, own, chosen.names)
     if len(matched) == len(words):
         return ClassOrder(chosen.names, matched)
-    if numbered:
-        return _by_number(words, chosen, known, where, first)
-    synsets = _by_synset(words, chosen, known, where)
-    if synsets is not None:
-        return synsets
     if len(words) != len(chosen.names):
         missing = next(word for word in words if word not in matched)
         raise InputError(
@@ -305,34 +310,27 @@ def _by_synset(
                 "--classnames FILE with lines WORDNET-ID NAME"
             )
         return None
-    imagenet = imagenet_classnames()
+    imagenet = dict(zip(imagenet_synsets(), imagenet_classnames(), strict=True))
     ranked = sorted(words, key=places.__getitem__)
     if chosen is None:
-        names = tuple(imagenet[places[word]] for word in ranked)
+        names = tuple(imagenet[word] for word in ranked)
         return ClassOrder(names, {word: label for label, word in enumerate(ranked)})
-    if chosen.names == imagenet:
-        return ClassOrder(imagenet, {word: places[word] for word in words})
-    subset = subset_classes(known)
-    expected = [imagenet[places[word]] for word in ranked]
-    if len(chosen.names) == len(places) and len(words) < len(places):
-        ranked = list(imagenet_synsets())
-        expected = list(imagenet)
-    elif subset and len(chosen.names) == len(subset) > len(words):
-        ranked = [imagenet_synsets()[index] for index in subset]
-        expected = [imagenet[index] for index in subset]
-    if len(chosen.names) != len(ranked):
-        return None
-    joined = _by_list(
-        [f"{place}:{name}" for place, name in enumerate(expected)],
-        {f"{place}:{name}": name for place, name in enumerate(expected)},
-        ClassNameList(chosen.names, chosen.source),
-        None,
-        where,
-        False,
-        None,
+    if chosen.names == tuple(imagenet.values()):
+        return ClassOrder(chosen.names, {word: places[word] for word in words})
+    subset = [imagenet_synsets()[index] for index in subset_classes(known)]
+    ranked = next(
+        (
+            all_ids
+            for all_ids in (ranked, subset, list(imagenet))
+            if len(all_ids) == len(chosen.names)
+        ),
+        [],
     )
-    labels = dict(zip(ranked, joined.labels.values(), strict=True))
-    return ClassOrder(joined.names, {word: labels[word] for word in words}, joined.joined)
+    if not set(words) <= set(ranked):
+        return None
+    joined = _by_text(ranked, imagenet, ClassNameList(chosen.names, chosen.source), where)
+    labels = {word: joined.labels[word] for word in words}
+    return ClassOrder(joined.names, labels, joined.joined)
 
 
 def _match_names(

@@ -10,7 +10,6 @@ import functools
 import importlib.util
 import json
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import get_args
 
@@ -28,8 +27,7 @@ WHEEL = "clip_benchmark"
 _WHEEL_NAMES = "en_classnames.json"
 _WHEEL_TEMPLATES = "en_zeroshot_classification_templates.json"
 
-_MEDIA = ("photo", "video", "example", "demonstration")
-_VERBS = ("", "using ", "doing ", "during ", "performing ", "practicing ")
+_GRAMMAR = Path(__file__).with_name("grammar_templates.json")
 _SUBSETS = {"imagenet-a": "imagenet_a_indices.txt", "imagenet-r": "imagenet_r_indices.txt"}
 _SYNSETS = "imagenet_synsets.txt"
 
@@ -89,25 +87,14 @@ def grammar_templates(key: str) -> tuple[str, ...]:
     Raises:
         InputError: those of this set are not.
     """
-    if key == "ucf101":
-        return tuple(
-            f"a {medium} of {article} person {verb}{PLACEHOLDER}."
-            for verb, article, medium in product(_VERBS, ("a", "the"), _MEDIA)
+    lists = json.loads(_GRAMMAR.read_text())
+    kind = "kinetics" if key.startswith("kinetics") else key
+    if kind not in lists:
+        raise InputError(
+            f"set '{key}' has no templates built by a grammar: UCF-101, Kinetics, RESISC45 and "
+            "Birdsnap have"
         )
-    if key.startswith("kinetics"):
-        forms = ("", *(f"a person {verb}" for verb in _VERBS))
-        return tuple(
-            f"a {medium} of {form}{PLACEHOLDER}." for medium, form in product(_MEDIA, forms)
-        )
-    if key == "resisc45":
-        kinds = product(("", "a ", "the "), ("imagery", "photo", "view"), ("satellite", "aerial"))
-        return tuple(f"{seen} {form} of {article}{PLACEHOLDER}." for article, form, seen in kinds)
-    if key == "birdsnap":
-        return (f"a photo of a {PLACEHOLDER}, a type of bird.",)
-    raise InputError(
-        f"set '{key}' has no templates built by a grammar: UCF-101, Kinetics, RESISC45 and "
-        "Birdsnap have"
-    )
+    return tuple(lists[kind])
 
 
 @functools.cache

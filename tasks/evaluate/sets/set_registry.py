@@ -25,6 +25,25 @@ FOLDER = "evaluation"
 _FILE = Path(__file__).with_name("registry.json")
 
 
+class TorchvisionSet(Config):
+    """The way from torchvision's set to one of the paper's."""
+
+    dataset: str
+    """Its class in `torchvision.datasets`."""
+    arguments: tuple[tuple[str, str | bool | int], ...] = ()
+    """Of its class, besides `root`."""
+    names: Literal["classes", "categories", "openai", "clip_benchmark", "digits"] = "classes"
+    """Its attribute with the class names, or the source that has them."""
+    spaces: str = ""
+    """Characters in its names that stand for a space."""
+    reads_files: bool = False
+    """True: it takes a `loader`, so that image files are copied, not decoded and written again."""
+    relabel: tuple[int, ...] = ()
+    """Label here of each of its labels; none where they are the same."""
+    downloads: bool = True
+    """True: its class still takes `download`."""
+
+
 class KnownSet(Config):
     key: str
     """Its name in recipes and figures."""
@@ -62,8 +81,8 @@ class KnownSet(Config):
     """Key of its templates there."""
     subset_of: str | None = None
     """Set that it has some classes of; its labels count those only."""
-    torchvision: str | None = None
-    """Class of torchvision.datasets that has it."""
+    torchvision: TorchvisionSet | None = None
+    """Where torchvision has it."""
     wds: str
     """Name of its folder where it is published in the webdataset layout."""
     licence: str

@@ -27,10 +27,10 @@ from tasks.evaluate.sets.convert.source_images import (
     stamp_of,
 )
 from tasks.evaluate.sets.convert.torchvision_sets import (
-    TORCHVISION,
     dataset_sources,
     open_torchvision,
     torchvision_names,
+    torchvision_set,
     torchvision_words,
 )
 from tasks.evaluate.sets.convert.videos import find_videos
@@ -164,14 +164,14 @@ def convert_torchvision(
 ) -> Conversion:
     """A set of torchvision's in `root`."""
     dataset = open_torchvision(known, root, download)
-    relabel = TORCHVISION[known.key].relabel
+    entry = torchvision_set(known)
+    relabel = entry.relabel
     names = torchvision_names(known, dataset)
     classes = ClassOrder(names, {name: label for label, name in enumerate(names)})
     if words.classnames:
         own = torchvision_words(dataset, names)
-        classes = replace(words, known=known).order_classes(
-            own, f"torchvision's {known.torchvision}"
-        )
+        where = f"torchvision's {entry.dataset}"
+        classes = replace(words, known=known).order_classes(own, where)
         # The list's labels, in the order of torchvision's own.
         relabel = tuple(classes.labels[own[label]] for label in relabel or range(len(own)))
     sources = dataset_sources(dataset, relabel, stamp=_stamp_of_files(root))

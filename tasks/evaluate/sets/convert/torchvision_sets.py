@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -19,10 +18,8 @@ from tasks.evaluate.sets.convert.shard_writer import (
     image_file,
 )
 from tasks.evaluate.sets.prompts import find_classnames
-from tasks.evaluate.sets.set_registry import KnownSet
+from tasks.evaluate.sets.set_registry import KnownSet, TorchvisionSet, all_sets
 from tasks.evaluate.torchvision_import import import_torchvision
-
-Names = Literal["classes", "categories", "openai", "clip_benchmark", "digits"]
 
 
 class MapDataset(Protocol):
@@ -33,56 +30,16 @@ class MapDataset(Protocol):
     def __getitem__(self, index: int) -> tuple[Any, Any]: ...
 
 
-@dataclass(frozen=True)
-class TorchvisionSet:
-    """The way from torchvision's set to one of the paper's."""
+def torchvision_set(known: KnownSet) -> TorchvisionSet:
+    """How torchvision's class of a known set is called and read.
 
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Of its class, besides `root`."""
-    names: Names = "classes"
-    """Its attribute with the class names, or the source that has them."""
-    spaces: str = ""
-    """Characters in its names that stand for a space."""
-    reads_files: bool = False
-    """True: it takes a `loader`, so that image files are copied, not decoded and written again."""
-    relabel: tuple[int, ...] = ()
-    """Label here of each of its labels; none where they are the same."""
-    downloads: bool = True
-    """True: its class still takes `download`."""
-
-
-TORCHVISION: Mapping[str, TorchvisionSet] = {
-    "imagenet1k": TorchvisionSet(
-        {"split": "val"}, names="openai", reads_files=True, downloads=False
-    ),
-    "cifar10": TorchvisionSet({"train": False}),
-    "cifar100": TorchvisionSet({"train": False}),
-    "mnist": TorchvisionSet({"train": False}, names="digits"),
-    "caltech101": TorchvisionSet({"target_type": "category"}, names="categories"),
-    "sun397": TorchvisionSet(spaces="_/", reads_files=True),
-    "fgvc-aircraft": TorchvisionSet(
-        {"split": "test", "annotation_level": "variant"}, reads_files=True
-    ),
-    "country211": TorchvisionSet({"split": "test"}, names="clip_benchmark", reads_files=True),
-    "stanford-cars": TorchvisionSet({"split": "test"}, reads_files=True, downloads=False),
-    "dtd": TorchvisionSet({"split": "test", "partition": 1}, reads_files=True),
-    "eurosat": TorchvisionSet(names="clip_benchmark", reads_files=True),
-    # Its labels are in the order of the competition's file; the names are in that of the alphabet.
-    "fer2013": TorchvisionSet(
-        {"split": "test"},
-        names="clip_benchmark",
-        relabel=(0, 1, 2, 3, 5, 6, 4),
-        downloads=False,
-    ),
-    "flowers102": TorchvisionSet({"split": "test"}, names="clip_benchmark", reads_files=True),
-    "food101": TorchvisionSet({"split": "test"}, spaces="_", reads_files=True),
-    "gtsrb": TorchvisionSet({"split": "test"}, names="clip_benchmark"),
-    "pcam": TorchvisionSet({"split": "test"}, names="clip_benchmark"),
-    "pets": TorchvisionSet({"split": "test"}, names="clip_benchmark"),
-    "rendered-sst2": TorchvisionSet({"split": "test"}, reads_files=True),
-    "stl10": TorchvisionSet({"split": "test"}),
-}
-"""Key of a set -> how torchvision's class is called and read."""
+    Raises:
+        InputError: torchvision has none.
+    """
+    if known.torchvision is None:
+        there = ", ".join(key for key, one in all_sets().items() if one.torchvision)
+        raise InputError(f"torchvision has no set '{known.key}'; it has {there}")
+    return known.torchvision
 
 
 def open_torchvision(known: KnownSet, root: Path, download: bool = False) -> MapDataset:
@@ -91,9 +48,7 @@ def open_torchvision(known: KnownSet, root: Path, download: bool = False) -> Map
     Raises:
         InputError: torchvision has none, cannot be imported, or does not find its files.
     """
-    entry = TORCHVISION.get(known.key)
-    if entry is None or known.torchvision is None:
-        raise InputError(f"torchvision has no set '{known.key}'; it has {', '.join(TORCHVISION)}")
+    entry = torchvision_set(known)
     try:
         module = import_torchvision("datasets")
     except (ImportError, RuntimeError) as error:
@@ -101,7 +56,7 @@ def open_torchvision(known: KnownSet, root: Path, download: bool = False) -> Map
             f"torchvision cannot be imported ({shorten_error(error)}): install the version that "
             "belongs to your torch"
         ) from None
-    arguments = dict(entry.arguments)
+    arguments: dict[str, Any] = dict(entry.arguments)
     if entry.reads_files:
         arguments["loader"] = _read_content
     if download:
@@ -111,9 +66,9 @@ def open_torchvision(known: KnownSet, root: Path, download: bool = False) -> Map
             )
         arguments["download"] = True
     try:
-        dataset: MapDataset = getattr(module, known.torchvision)(root=str(root), **arguments)
+        dataset: MapDataset = getattr(module, entry.dataset)(root=str(root), **arguments)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
-        raise InputError(f"torchvision's {known.torchvision} in {root}: {error}") from None
+        raise InputError(f"torchvision's {entry.dataset} in {root}: {error}") from None
     return dataset
 
 
@@ -123,7 +78,7 @@ def torchvision_names(known: KnownSet, dataset: MapDataset) -> tuple[str, ...]:
     Raises:
         InputError: their source is not installed, or the object has none.
     """
-    entry = TORCHVISION[known.key]
+    entry = torchvision_set(known)
     if entry.names == "digits":
         return tuple(map(str, range(10)))
     if entry.names in ("openai", "clip_benchmark"):
