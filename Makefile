@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-.PHONY: help setup demo test check test-guides coverage test-faults test-download-faults test-resume test-browser pictures test-crash-table test-train-faults test-launch test-retrain test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace bench-registry bench-eval acceptance test-spark up down clean check-gpu check-infra dry-run-eval
+.PHONY: help setup demo test check test-guides coverage test-faults test-download-faults test-resume test-browser pictures test-crash-table test-train-faults test-launch test-retrain test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace bench-registry bench-eval bench-probe acceptance test-spark up down clean check-gpu check-infra dry-run-eval
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -127,6 +127,9 @@ acceptance: $(VENV)/.dev ## 60,000 real pictures from URLs to figures, the same 
 
 bench-eval: $(VENV)/.dev ## text classifiers and a whole evaluation beside open_clip and clip_benchmark (20 min)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_eval.py
+
+bench-probe: $(VENV)/.dev ## linear probe and kNN beside scikit-learn's and clip_benchmark's, on the same features (1 min)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_probe.py
 
 up: $(VENV)/.pipeline ## Prefect server and UI, MLflow, and workers with the deployments
 	@$(PY) infra/up.py up

@@ -207,7 +207,7 @@ def rank_targets(logits: Tensor, targets: Tensor, k: int = 5) -> Ranking:
 def rank_classes(images: Tensor, classifier: Tensor, labels: Tensor, k: int = 5) -> Ranking:
     """Rank the true class `labels` [N] of images [N, D] among the classes [C, D]."""
     gallery = Gallery.from_features(classifier)
-    return _join_rankings(
+    return join_rankings(
         rank_targets(gallery.compute_logits(images[rows]), labels[rows], k)
         for rows in gallery.split_queries(len(images))
     )
@@ -227,7 +227,7 @@ def retrieve_texts(images: Tensor, texts: Tensor, image_of_text: Tensor, k: int 
     `image_of_text` [T] is the image each caption belongs to; every image has one or more.
     """
     gallery = Gallery.from_features(texts)
-    return _join_rankings(
+    return join_rankings(
         _rank_best(gallery.compute_logits(images[rows]), image_of_text[None, :] == rows[:, None], k)
         for rows in gallery.split_queries(len(images))
     )
@@ -236,7 +236,7 @@ def retrieve_texts(images: Tensor, texts: Tensor, image_of_text: Tensor, k: int 
 def retrieve_images(images: Tensor, texts: Tensor, image_of_text: Tensor, k: int = 10) -> Ranking:
     """Text-to-image: the image [N, D] of every caption [T, D] among all images."""
     gallery = Gallery.from_features(images)
-    return _join_rankings(
+    return join_rankings(
         rank_targets(gallery.compute_logits(texts[rows]), image_of_text[rows], k)
         for rows in gallery.split_queries(len(texts))
     )
@@ -265,7 +265,7 @@ def _rank_best(logits: Tensor, right: Tensor, k: int) -> Ranking:
     return replace(ranking, worst_ranks=ranking.best_ranks + others)
 
 
-def _join_rankings(parts: Iterable[Ranking]) -> Ranking:
+def join_rankings(parts: Iterable[Ranking]) -> Ranking:
     rankings = list(parts)
     return Ranking(
         *(torch.cat([getattr(part, one.name) for part in rankings]) for one in fields(Ranking))

@@ -20,7 +20,9 @@ CLASSNAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 DATASET_TYPE = "dataset_type.txt"
 SPLIT = "test"
-"""Folder of the tars; the published layout has others, for training, beside it."""
+"""Folder of the tars."""
+TRAIN = "train"
+"""Folder beside it of the tars that probes learn from; a whole set may lie there instead."""
 SHARDS = "nshards.txt"
 IMAGE_EXTENSIONS = frozenset({"webp", "png", "jpg", "jpeg"})
 
@@ -100,13 +102,13 @@ def read_lines(path: Path, expected: str) -> tuple[str, ...]:
     return lines
 
 
-def find_tars(folder: Path) -> list[Path]:
-    """The tars of the set in `folder`, in their order.
+def find_tars(folder: Path, split: str = SPLIT) -> list[Path]:
+    """The tars of a part of the set in `folder`, in their order.
 
     Raises:
         InputError: the folder holds no set, or a tar is missing.
     """
-    count_file = folder / SPLIT / SHARDS
+    count_file = folder / split / SHARDS
     try:
         count = int(count_file.read_text())
     except OSError:
@@ -119,7 +121,7 @@ def find_tars(folder: Path) -> list[Path]:
     tars: list[Path] = []
     # The number may be anything: look for each tar before the list grows.
     while len(tars) < count:
-        tar = folder / SPLIT / f"{len(tars)}.tar"
+        tar = folder / split / f"{len(tars)}.tar"
         if not tar.is_file():
             raise InputError(f"{tar} is missing: {count_file} says there are {count} tars")
         tars.append(tar)

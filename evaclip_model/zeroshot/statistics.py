@@ -119,7 +119,13 @@ def wilson_interval(hits: int, n: int, z: float = Z95) -> tuple[float, float]:
 
 
 def design_interval(
-    value: float, draws: Tensor, units: float, *, least: float = 1.0, most: float = math.inf
+    value: float,
+    draws: Tensor,
+    units: float,
+    *,
+    least: float = 1.0,
+    most: float = math.inf,
+    more_variance: float = 0.0,
 ) -> tuple[float, float]:
     """Score interval of a figure in 0 to 1 that is not the share of independent hits, 95 %.
 
@@ -133,10 +139,12 @@ def design_interval(
         units: independent samples, which n is where every draw is the same.
         least: smallest n that the design allows.
         most: largest n that the design allows.
+        more_variance: of the figure, from what is not drawn.
     """
     variance = float(draws[~draws.isnan()].var(correction=0))
     if units > 1:  # draws of n vary as their mean does with n, not with n - 1
         variance *= units / (units - 1)
+    variance += more_variance
     spread = value * (1 - value)
     if variance < _SAME or spread < _SAME:
         return _score_interval(value, units)

@@ -163,13 +163,14 @@ def convert_torchvision(
     classnames: Classnames = "",
     templates: Templates = "",
     download: Annotated[bool, Option("--download", help="let torchvision fetch it")] = False,
+    split: Annotated[str, Option(help="torchvision's name of it (the one evaluated)")] = "",
 ) -> None:
     """Convert a known set that torchvision has."""
     from tasks.evaluate.sets.convert.convert import Words, convert_torchvision
 
     known = _find_known(name)
     words = Words(known, classnames, templates)
-    _run_conversion(partial(convert_torchvision, known, source, folder, words, download))
+    _run_conversion(partial(convert_torchvision, known, source, folder, words, download, split))
 
 
 @convert.command("videos")

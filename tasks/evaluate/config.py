@@ -22,6 +22,7 @@ from tasks.evaluate.sets.set_registry import (
 
 STAGE = Stage("evaluate", 2, tools=("torch", "pillow", "numpy", "ftfy"))
 Precision = Literal["fp32", "bf16", "fp16"]
+Probe = Literal["linear", "knn", "few_shot"]
 RESULTS = "results.json"
 """Every figure, with the data and settings behind it."""
 REPORT = "report.html"
@@ -129,6 +130,24 @@ class EvalSetConfig(Config):
         return self
 
 
+class ProbeConfig(Config):
+    """The `[evaluate.probe]` table: how the probes of `evaluate.probes` are made."""
+
+    l2: float | None = Field(None, gt=0)
+    """Of the linear probe: mean cross-entropy + l2 / 2 times the squares of its weights; unset: the
+    best of 0.1 to 1e-7 on every fifth training image of a class, which is held out for that."""
+    few_shot_l2: float = Field(1e-4, gt=0)
+    """The same of few-shot classifiers."""
+    shots: tuple[Literal[1, 2, 4, 8, 16, 32], ...] = (1, 4, 16)
+    """Training images a class of the few-shot figures."""
+    seeds: int = Field(5, ge=2, le=100)
+    """Draws of those images; the figure is the mean over them."""
+    neighbours: int = Field(20, ge=1)
+    """Training images that vote, of kNN."""
+    weighted: bool = True
+    """True: a vote counts exp(cosine / 0.07); False: one."""
+
+
 class EvaluateConfig(Config):
     """The `[evaluate]` table."""
 
@@ -136,7 +155,7 @@ class EvaluateConfig(Config):
         "batch_size": "the model sees chunks of one size, so that none decides a figure"
     }
 
-    ADDED: ClassVar[tuple[str, ...]] = ("released",)
+    ADDED: ClassVar[tuple[str, ...]] = ("released", "probes", "probe")
 
     sets: tuple[EvalSetConfig, ...] = Field(min_length=1)
     """Evaluation sets, in the order of the report."""
@@ -150,6 +169,17 @@ class EvaluateConfig(Config):
     released: Mapping[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], str] = {}
     """SHA-256 of a file of weights, as its publisher names it -> the paper's row that it is behind,
     such as "EVA-02-CLIP-B/16": only a model known by its content is compared with the paper."""
+    probes: tuple[Probe, ...] = ()
+    """Figures of what can be learnt from features, on every classification set that has a train
+    part: a folder `train` in the set's, with tars as in `test`, or with a whole set."""
+    probe: ProbeConfig = ProbeConfig()
+
+    @property
+    def probe_figures(self) -> tuple[str, ...]:
+        """Names of the figures of the probes."""
+        names = {"linear": ("linear_probe",), "knn": ("knn",)}
+        few = tuple(f"few_shot_{shots}" for shots in self.probe.shots)
+        return tuple(name for one in dict.fromkeys(self.probes) for name in names.get(one, few))
 
     @field_validator("released")
     @classmethod

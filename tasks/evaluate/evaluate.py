@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from evaclip_model.errors import InputError
@@ -19,11 +20,12 @@ from tasks.evaluate.encode.distributed import Features
 from tasks.evaluate.encode.encode_features import Cache, answer_features
 from tasks.evaluate.encode.open_models import Identity, identify_model
 from tasks.evaluate.metrics.contamination import Mask, TrainingData, hash_set, seen_in_training
-from tasks.evaluate.metrics.scored import Scored, score_set
+from tasks.evaluate.metrics.probes import LabelledFeatures, ProbeAnswers, answer_probes
+from tasks.evaluate.metrics.scored import Scored, labels_of, score_set
 from tasks.evaluate.report.curves import read_curve
 from tasks.evaluate.report.write_reports import write_reports
 from tasks.evaluate.results import counts_of, results_of
-from tasks.evaluate.sets.published_layout import EvalSet, open_set
+from tasks.evaluate.sets.published_layout import EvalSet, open_set, open_train_part
 from tasks.evaluate.sets.set_registry import find_set
 from tasks.progress import Report
 
@@ -67,11 +69,13 @@ def evaluate_models(
     trained = [read_curve(path) for path in curves]
     specs = {name: str(one) for name, one in models.items()}
     identities = {name: identify_model(one, cache.root / "models") for name, one in specs.items()}
-    features = Features(cache, machine, config.precision, specs, identities, opened)
+    parts = {one.train.name: one.train for one in opened.values() if one.train}
+    features = Features(cache, machine, config.precision, specs, identities, opened | parts)
     features.compute_missing(out / _JOB, report)
-    if len(features.failed) == len(opened):
+    if opened.keys() <= features.failed.keys():
         _require_all(features.failed, "there are no others")
-    scored = _score_all(features, identities, opened)
+    scored = _score_all(features, identities, opened, config, report)
+    opened |= {name: next(iter(by_model.values())).evalset for name, by_model in scored.items()}
     seen = _find_seen({name: opened[name] for name in scored}, trained_on, config, cache, report)
     results = results_of(config, identities, opened, scored, features.failed, seen)
     write_atomically(out / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
@@ -92,7 +96,7 @@ def _open_sets(
         if one.name not in sets:
             known = ", ".join(sets)
             raise InputError(f"evaluation set '{one.name}' has no folder: known sets are {known}")
-        opened[one.name] = open_set(
+        evalset = open_set(
             one.name,
             sets[one.name],
             one.kind,
@@ -102,19 +106,50 @@ def _open_sets(
             index_cache=index_cache,
             crop_px=one.crop_px,
         )
+        if config.probes:
+            train = open_train_part(evalset, sets[one.name], index_cache)
+            figures = config.probe_figures if train else ()
+            evalset = replace(evalset, train=train, probes=figures)
+        opened[one.name] = evalset
+    if config.probes and not any(one.train for one in opened.values()):
+        raise InputError(
+            f"no set has a train part for the probes {', '.join(config.probes)}: expected a folder "
+            f"'train' in a classification set's, as in {next(iter(sets.values())) / 'train'}"
+        )
     return opened
 
 
 def _score_all(
-    features: Features, models: Mapping[str, Identity], sets: Mapping[str, EvalSet]
+    features: Features,
+    models: Mapping[str, Identity],
+    sets: Mapping[str, EvalSet],
+    config: EvaluateConfig,
+    report: Report,
 ) -> dict[str, dict[str, Scored]]:
     whole = {name: one for name, one in sets.items() if name not in features.failed}
     scored: dict[str, dict[str, Scored]] = {name: {} for name in whole}
+    asked = sum(bool(one.train) for one in whole.values()) * len(models)
+    done = 0
     for model in models:
         texts = features.text_features(model)
         for name, evalset in whole.items():
             images = features.image_features(model, name)
-            scored[name][model] = score_set(evalset, images, answer_features(evalset, texts))
+            answers: dict[str, ProbeAnswers] = {}
+            if evalset.train and evalset.train.name in features.failed:
+                evalset = replace(evalset, train=None, probes=())
+            if evalset.train:
+                report(done, asked, f"probes of {model} on {name}")
+                train = features.image_features(model, evalset.train.name)
+                answers = answer_probes(
+                    LabelledFeatures(train, labels_of(evalset.train)),
+                    LabelledFeatures(images, labels_of(evalset)),
+                    len(evalset.classnames),
+                    evalset.probes,
+                    config.probe,
+                )
+                done += 1
+            one = score_set(evalset, images, answer_features(evalset, texts))
+            scored[name][model] = replace(one, probes=answers)
     return scored
 
 

@@ -159,6 +159,11 @@ def _describe_set(evalset: EvalSet, split: str) -> dict[str, Any]:
         "templates": list(evalset.templates),
         "prompts_source": evalset.prompts_source,
         "prompts_digest": prompts_digest(evalset),
+        **(
+            {"train": {"n": len(evalset.train), "images_digest": evalset.train.images_digest}}
+            if evalset.train
+            else {}
+        ),
     }
 
 

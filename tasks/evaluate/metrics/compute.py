@@ -38,6 +38,11 @@ def compute_figures(scored: Scored) -> Figures:
             metric.name: metric.tie_bounds(scored, values[metric.name]) for metric in metrics
         },
         **values,
+        **(
+            {"probes": {name: one.made for name, one in scored.probes.items()}}
+            if scored.probes
+            else {}
+        ),
         **_describe_classes(scored),
     }
 

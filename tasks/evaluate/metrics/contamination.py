@@ -116,5 +116,11 @@ def figures_without(scored: Scored, seen: Mask) -> Figures | None:
             texts=scored.texts and scored.texts.select_queries(left),
             images=scored.images and scored.images.select_queries(captions),
             scores=None if scored.scores is None else scored.scores[left],
+            probes={
+                name: replace(
+                    one, rankings=tuple(each.select_queries(left) for each in one.rankings)
+                )
+                for name, one in scored.probes.items()
+            },
         )
     )

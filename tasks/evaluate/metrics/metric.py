@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from evaclip_model.zeroshot.exact_ranks import Ranking
@@ -87,6 +88,8 @@ class Metric(ABC):
     """Place among the figures shown first of those sets, which the gate judges; 0: none."""
     is_theirs_alone: bool = False
     """True: only those sets have it, not every set of the kind."""
+    is_of_probe: bool = False
+    """True: only sets have it of whose probes it is one."""
 
     @abstractmethod
     def compute_value(self, scored: Scored, ties: Ties = "together") -> float:
@@ -112,6 +115,8 @@ class Metric(ABC):
 
     def applies_to(self, evalset: EvalSet) -> bool:
         named = evalset.known.metric if evalset.known else None
+        if self.is_of_probe and self.name not in evalset.probes:
+            return False
         return evalset.kind == self.kind and (not self.is_theirs_alone or named == self.printed_for)
 
 
@@ -187,6 +192,19 @@ class SampleMean(SampleMetric):
     def compare_models(self, a: Scored, b: Scored) -> PairedDifference:
         values = self._sample_values(a) - self._sample_values(b)
         return _bootstrap_difference(float(values.mean()), resampled_means(values), len(values))
+
+
+class SeedMean(SampleMean):
+    """Mean over samples and seeds: both vary, the samples as in a bootstrap, the seeds as their
+    figures do (n is the effective sample size of both together)."""
+
+    def compute_interval(self, scored: Scored) -> Interval:
+        values = self._sample_values(scored)
+        seeds = [hits.double().mean() for hits in _probe_hits(scored, self.name, "together")]
+        return design_interval(
+            *(float(values.mean()), resampled_means(values), len(values)),
+            more_variance=float(torch.stack(seeds).var()) / len(seeds),
+        )
 
 
 class ClassMean(SampleMetric):
@@ -323,6 +341,25 @@ def define_text_to_image(k: int, headline: int = 0) -> Metric:
     )
 
 
+def _probe_hits(scored: Scored, name: str, ties: Ties) -> list[Tensor]:
+    """Whether each image was answered right [N], once a seed."""
+    return [_resolve_ranks(one, ties) < 1 for one in scored.probes[name].rankings]
+
+
+def define_probe(name: str, title: str, form: type[SampleMetric] = HitShare) -> Metric:
+    """Share of images that a probe answers right; a mean over seeds where it has several."""
+    return form(
+        name=name,
+        title=title,
+        kind="classification",
+        per_sample=lambda scored, ties: (
+            torch.stack(_probe_hits(scored, name, ties)).double().mean(0)
+        ),
+        chance=lambda evalset: 1 / len(evalset.classnames),
+        is_of_probe=True,
+    )
+
+
 def _mean_of_top1_and_top5(scored: Scored, ties: Ties) -> Tensor:
     ranks = _resolve_ranks(scored.classes, ties)
     return ((ranks < 1).double() + (ranks < 5).double()) / 2
@@ -349,6 +386,9 @@ METRICS: tuple[Metric, ...] = (
         per_sample=lambda scored, ties: _resolve_ranks(scored.classes, ties) < 1,
         chance=lambda evalset: 1 / len(evalset.classnames),
     ),
+    define_probe("linear_probe", "linear probe"),
+    define_probe("knn", "kNN"),
+    *(define_probe(f"few_shot_{k}", f"{k}-shot", SeedMean) for k in (1, 2, 4, 8, 16, 32)),
     MeanPrecision(
         name="map",
         title="mAP",

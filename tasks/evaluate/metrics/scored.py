@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from evaclip_model.zeroshot.exact_ranks import (
     retrieve_images,
     retrieve_texts,
 )
+from tasks.evaluate.metrics.probes import ProbeAnswers
 from tasks.evaluate.sets.published_layout import EvalSet
 from tasks.evaluate.sets.set_registry import Kind
 
@@ -34,6 +36,8 @@ class Scored:
     """Text-to-image retrieval, one query a caption."""
     scores: Tensor | None = None
     """Of a multilabel set: fp32 logits [N, C]."""
+    probes: Mapping[str, ProbeAnswers] = field(default_factory=dict)
+    """Figure -> the answers of a probe to a classification set."""
 
     def rankings_by_direction(self) -> dict[str, Ranking]:
         """The rankings there are, by the direction of the question."""

@@ -25,12 +25,15 @@ from evaclip_model.zeroshot.set_layout import (
     CLASSNAMES,
     DATASET_TYPE,
     SPLIT,
+    TRAIN,
     Span,
     find_image,
     find_tars,
     read_label,
+    read_lines,
     read_members,
 )
+from tasks.evaluate.sets.class_order import normalise_name
 from tasks.evaluate.sets.prompts import find_classnames, find_templates, subset_classes
 from tasks.evaluate.sets.set_registry import Kind, KnownSet, NameSource, PromptSource
 
@@ -79,6 +82,10 @@ class EvalSet:
     """Pixels that whoever decodes an image of this set must cut off every side first."""
     warnings: tuple[str, ...] = ()
     """Sentences on what is unexpected about the set itself."""
+    train: EvalSet | None = None
+    """Its part that probes learn from, where that was asked for and is there."""
+    probes: tuple[str, ...] = ()
+    """Figures of the probes that learn from it."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -142,6 +149,42 @@ def open_set(
         crop_px=crop_px,
     )
     return replace(opened, warnings=tuple(_list_unexpected(opened)))
+
+
+def open_train_part(
+    evalset: EvalSet, folder: Path, index_cache: Path | None = None
+) -> EvalSet | None:
+    """The part of a classification set that probes learn from, with the set's own class numbers;
+    None where it has none.
+
+    Raises:
+        InputError: it is unreadable, or a class of it is not one of the set's.
+    """
+    part = folder / TRAIN
+    if evalset.kind != "classification" or not part.is_dir():
+        return None
+    is_set = (part / SPLIT).is_dir()
+    tars = find_tars(part) if is_set else find_tars(folder, TRAIN)
+    entries = _open_index(tars, evalset.kind, index_cache)
+    here, there = evalset.classnames, part / CLASSNAMES
+    if (folder / CLASSNAMES).is_file():
+        here = read_lines(folder / CLASSNAMES, "one class name a line")
+    names = read_lines(there, "one class name a line") if is_set else here
+    if names != here:
+        place = {normalise_name(name): label for label, name in enumerate(here)}
+        strange = [name for name in names if normalise_name(name) not in place]
+        if strange:
+            raise InputError(f"{there} names '{strange[0]}', which is not a class of {folder}")
+        labels = [place[normalise_name(name)] for name in names]
+        entries = [one._replace(answer=labels[one.answer]) for one in entries]
+    _check_labels(evalset.classnames, entries, tars, folder / CLASSNAMES)
+    return replace(
+        evalset,
+        name=f"{evalset.name}/{TRAIN}",
+        samples=tuple(_read_sample(entry, tars, evalset.kind) for entry in entries),
+        images_digest=_digest_entries(evalset.crop_px, [(e.key, e.sha256) for e in entries]),
+        warnings=(),
+    )
 
 
 def kind_of(folder: Path) -> Kind:

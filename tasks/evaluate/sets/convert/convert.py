@@ -160,10 +160,11 @@ def convert_torchvision(
     folder: Path,
     words: Words,
     download: bool = False,
+    split: str = "",
     report: Report = report_nothing,
 ) -> Conversion:
-    """A set of torchvision's in `root`."""
-    dataset = open_torchvision(known, root, download)
+    """A set of torchvision's in `root`; `split` is another than the one evaluated."""
+    dataset = open_torchvision(known, root, download, split)
     entry = torchvision_set(known)
     relabel = entry.relabel
     names = torchvision_names(known, dataset)
@@ -175,7 +176,8 @@ def convert_torchvision(
         # The list's labels, in the order of torchvision's own.
         relabel = tuple(classes.labels[own[label]] for label in relabel or range(len(own)))
     sources = dataset_sources(dataset, relabel, stamp=_stamp_of_files(root))
-    return _write_set(folder, sources, (known.key, root), classes, words, report)
+    origin = (known.key, root, split) if split else (known.key, root)
+    return _write_set(folder, sources, origin, classes, words, report)
 
 
 def convert_videos(

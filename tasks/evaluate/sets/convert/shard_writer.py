@@ -33,6 +33,7 @@ from evaclip_model.zeroshot.set_layout import (
     SHARDS,
     SPLIT,
     TEMPLATES,
+    TRAIN,
 )
 from tasks.evaluate.sets.set_registry import Kind
 from tasks.progress import Report, report_nothing
@@ -127,7 +128,7 @@ def write_set(
     decides |= {"classnames": list(classnames), "templates": list(templates)}
     decides = json.loads(json.dumps(decides))  # as it comes back from the file
     replaced = False
-    if folder.exists():
+    if folder.exists() and [path.name for path in folder.iterdir()] != [TRAIN]:
         finished = _read_finished(folder, decides)
         if finished is not None:
             return finished
@@ -177,9 +178,9 @@ def _start_folder(growing: Path, decides: dict[str, Any]) -> None:
     if path.exists() and json.loads(path.read_text())["decides"] == decides:
         return
     for entry in growing.iterdir():
-        if entry.is_dir():
+        if entry.is_dir() and entry.name != TRAIN:
             shutil.rmtree(entry)
-        elif entry.name != ".lock":
+        elif entry.is_file() and entry.name != ".lock":
             entry.unlink()
     (growing / SPLIT).mkdir()
     (growing / _RECORDS).mkdir()
@@ -272,6 +273,8 @@ def _close_set(growing: Path, folder: Path, decides: dict[str, Any], tars: int) 
     (growing / ".lock").unlink()
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
+        if (folder / TRAIN).exists():  # it was converted by itself
+            (folder / TRAIN).replace(growing / TRAIN)
         shutil.rmtree(old, ignore_errors=True)
         folder.replace(old)
     growing.replace(folder)

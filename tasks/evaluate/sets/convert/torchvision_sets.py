@@ -42,11 +42,17 @@ def torchvision_set(known: KnownSet) -> TorchvisionSet:
     return known.torchvision
 
 
-def open_torchvision(known: KnownSet, root: Path, download: bool = False) -> MapDataset:
+def open_torchvision(
+    known: KnownSet, root: Path, download: bool = False, split: str = ""
+) -> MapDataset:
     """torchvision's data set of a known set, in `root`.
 
+    Args:
+        split: its name at torchvision, where it is not the one that is evaluated.
+
     Raises:
-        InputError: torchvision has none, cannot be imported, or does not find its files.
+        InputError: torchvision has none, cannot be imported, has no such split, or does not find
+            its files.
     """
     entry = torchvision_set(known)
     try:
@@ -57,6 +63,12 @@ def open_torchvision(known: KnownSet, root: Path, download: bool = False) -> Map
             "belongs to your torch"
         ) from None
     arguments: dict[str, Any] = dict(entry.arguments)
+    if split and "split" in arguments:
+        arguments["split"] = split
+    elif split in ("train", "test") and "train" in arguments:
+        arguments["train"] = split == "train"
+    elif split:
+        raise InputError(f"torchvision's {entry.dataset} has no split '{split}'")
     if entry.reads_files:
         arguments["loader"] = _read_content
     if download:

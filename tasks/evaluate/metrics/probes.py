@@ -1,0 +1,178 @@
+"""Probes: classifiers made of the features of a set's train part, answering its test images.
+
+linear_probe   logistic regression on the whole train part (`logistic_regression.py`)
+knn            vote of the nearest training images by cosine
+few_shot_K     logistic regression on K images a class, drawn once a seed
+
+Features are unit vectors, as for all figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evaclip_model.errors import InputError
+from evaclip_model.zeroshot.exact_ranks import Gallery, Ranking, join_rankings, rank_targets, top_k
+from tasks.evaluate.config import ProbeConfig
+from tasks.evaluate.metrics.logistic_regression import Regression, solve_regression
+
+TEMPERATURE = 0.07
+"""A weighted vote counts exp(cosine / this), as of Wu et al. 2018 and DINO."""
+STRENGTHS = tuple(10 ** (-step / 2) for step in range(2, 15))
+"""Values of l2 that are tried, strongest first: 0.1 to 1e-7."""
+HELD_OUT = 5
+"""Every fifth training image of a class chooses among them."""
+SHOWN = 8
+_KEPT = 1 << 24
+"""Most scores held at once."""
+
+
+@dataclass(frozen=True)
+class LabelledFeatures:
+    values: Tensor
+    """Unit features [N, D]."""
+    labels: Tensor
+    """[N]"""
+
+
+@dataclass(frozen=True)
+class ProbeAnswers:
+    """The rankings of the classes that one probe gives, and how it was made."""
+
+    rankings: tuple[Ranking, ...]
+    """One, or one a seed."""
+    made: dict[str, Any] = field(default_factory=dict)
+
+
+def answer_probes(
+    train: LabelledFeatures,
+    test: LabelledFeatures,
+    classes: int,
+    figures: Sequence[str],
+    config: ProbeConfig,
+) -> dict[str, ProbeAnswers]:
+    """The answers of every probe, by the name of its figure.
+
+    Raises:
+        InputError: the train part has fewer than two classes.
+    """
+    if int((train.labels.bincount() > 0).sum()) < 2:
+        raise InputError("a probe needs training images of two classes or more")
+    ask: dict[str, Callable[..., ProbeAnswers]] = {
+        "linear_probe": _ask_linear,
+        "knn": _ask_neighbours,
+    }
+    return {
+        name: ask[name](train, test, classes, config)
+        if name in ask
+        else _ask_few(train, test, classes, config, int(name.rpartition("_")[2]))
+        for name in figures
+    }
+
+
+def choose_strength(train: LabelledFeatures, classes: int) -> float:
+    """The l2 of `STRENGTHS` that is right most often on the training images held out, the
+    strongest of equal ones."""
+    held = _places_in_class(train.labels) % HELD_OUT == HELD_OUT - 1
+    fit, rest = (LabelledFeatures(train.values[one], train.labels[one]) for one in (~held, held))
+    if not len(rest.labels):
+        raise InputError(
+            f"no class has {HELD_OUT} training images, so none can be held out to choose l2: "
+            "give evaluate.probe.l2"
+        )
+    best, most, solved = STRENGTHS[0], -1, None
+    for l2 in STRENGTHS:
+        solved = _fit(fit, classes, l2, solved)
+        right = int((solved.compute_scores(rest.values).argmax(dim=1) == rest.labels).sum())
+        if right > most:
+            best, most = l2, right
+    return best
+
+
+def neighbour_votes(
+    train: LabelledFeatures, queries: Tensor, classes: int, config: ProbeConfig
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(rows, votes [rows, C]) of queries [N, D], some at a time; equally near images are taken in
+    their order."""
+    gallery = Gallery.from_features(train.values)
+    for rows in gallery.split_queries(len(queries)):
+        nearness = gallery.compute_logits(queries[rows])
+        near = top_k(nearness, min(config.neighbours, len(train.labels)))
+        weights = (nearness.gather(1, near).double() / TEMPERATURE).exp()
+        if not config.weighted:
+            weights = torch.ones_like(weights)
+        votes = torch.zeros(len(rows), classes, dtype=torch.float64)
+        yield rows, votes.scatter_add(1, train.labels[near], weights)
+
+
+def _ask_neighbours(
+    train: LabelledFeatures, test: LabelledFeatures, classes: int, config: ProbeConfig
+) -> ProbeAnswers:
+    ranked = join_rankings(
+        rank_targets(votes, test.labels[rows], SHOWN)
+        for rows, votes in neighbour_votes(train, test.values, classes, config)
+    )
+    made = {"train_images": len(train.labels), "neighbours": config.neighbours}
+    return ProbeAnswers((ranked,), {**made, "weighted": config.weighted})
+
+
+def _ask_linear(
+    train: LabelledFeatures, test: LabelledFeatures, classes: int, config: ProbeConfig
+) -> ProbeAnswers:
+    l2 = config.l2 or choose_strength(train, classes)
+    solved = _fit(train, classes, l2)
+    made = {"train_images": len(train.labels), "l2": l2, "l2_was_chosen": config.l2 is None}
+    return ProbeAnswers(
+        (_rank_by(solved, test),), {**made, "gradient": solved.gradient, "steps": solved.steps}
+    )
+
+
+def _ask_few(
+    train: LabelledFeatures,
+    test: LabelledFeatures,
+    classes: int,
+    config: ProbeConfig,
+    shots: int,
+) -> ProbeAnswers:
+    rankings, gradients = [], []
+    for seed in range(config.seeds):
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(train.labels), generator=generator)
+        rows = order[_places_in_class(train.labels[order]) < shots].sort().values
+        drawn = LabelledFeatures(train.values[rows], train.labels[rows])
+        solved = _fit(drawn, classes, config.few_shot_l2)
+        rankings.append(_rank_by(solved, test))
+        gradients.append(solved.gradient)
+    fewer = int((train.labels.bincount(minlength=classes) < shots).sum())
+    means = [float((ranking.ranks < 1).double().mean()) for ranking in rankings]
+    made = {"l2": config.few_shot_l2, "gradient": max(gradients), "by_seed": means}
+    return ProbeAnswers(tuple(rankings), {**made, "classes_with_fewer_images": fewer})
+
+
+def _fit(
+    data: LabelledFeatures, classes: int, l2: float, start: Regression | None = None
+) -> Regression:
+    return solve_regression(data.values, data.labels, classes, l2, start=start)
+
+
+def _rank_by(solved: Regression, test: LabelledFeatures) -> Ranking:
+    rows_at_once = max(1, _KEPT // solved.weights.shape[1])
+    portions = torch.split(torch.arange(len(test.labels)), rows_at_once)
+    return join_rankings(
+        rank_targets(solved.compute_scores(test.values[rows]), test.labels[rows], SHOWN)
+        for rows in portions
+    )
+
+
+def _places_in_class(labels: Tensor) -> Tensor:
+    """How many samples of the same class come before each [N]."""
+    order = labels.argsort(stable=True)
+    starts = torch.cumsum(labels.bincount(), dim=0) - labels.bincount()
+    places = torch.empty_like(labels)
+    places[order] = torch.arange(len(labels)) - starts[labels[order]]
+    return places
