@@ -32,7 +32,7 @@ from evaclip_model.reading.image_decoder import UnreadableImageError
 from evaclip_model.reading.order import ORDERS, Mixture, Order, Piece
 from evaclip_model.reading.read_worker import Origin, Worker, serve_parts
 from evaclip_model.reading.samples import BrokenShard, MemberFlaw, Shard, ShardManifest
-from evaclip_model.reading.shard_store import LocalShards, RemoteShards, ShardStore
+from evaclip_model.reading.shard_store import ShardStore
 from evaclip_model.reading.transform import DECODERS, Picture
 from evaclip_model.reading.urls import is_url
 
@@ -153,7 +153,7 @@ class BatchReader:
                 "copies for negatives; set it lower, or add samples"
             )
         self._decode = DECODERS[config.decode]
-        self._store = _choose_store(shards, manifest, settings, rank, ranks)
+        self._store = _open_store(shards, manifest, settings, rank, ranks)
         total = sum(shard.bytes for shards in self._shards for shard in shards)
         self._room_for_all = total <= settings.cache_bytes
         self._room = settings.cache_bytes - total if self._room_for_all else 0
@@ -393,23 +393,19 @@ class _ShardStream:
         self._pairs.close()
 
 
-def _choose_store(
+def _open_store(
     shards: Path | str, manifest: ShardManifest, settings: ReadSettings, rank: int, ranks: int
 ) -> ShardStore:
-    remote = None
-    if is_url(shards) or any(is_url(shard.path) for shard in manifest.shards):
-        if settings.shard_cache is None:
-            raise InputError(f"{shards} has shards at URLs: name a folder to fetch them into")
-        remote = RemoteShards(
-            str(shards).rpartition("/")[0] if is_url(shards) else "",
-            settings.shard_cache,
-            settings.shard_cache_bytes,
-            rank=rank,
-            ranks=ranks,
-        )
-    if remote is not None and is_url(shards):
-        return remote
-    return LocalShards(Path(shards).parent, remote)
+    is_remote = is_url(shards) or any(is_url(shard.path) for shard in manifest.shards)
+    if is_remote and settings.shard_cache is None:
+        raise InputError(f"{shards} has shards at URLs: name a folder to fetch them into")
+    return ShardStore(
+        str(shards).rpartition("/")[0] if is_url(shards) else str(Path(shards).parent),
+        settings.shard_cache if is_remote else None,
+        settings.shard_cache_bytes,
+        rank=rank,
+        ranks=ranks,
+    )
 
 
 def _resolve_weights(

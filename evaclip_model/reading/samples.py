@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from itertools import islice
@@ -82,17 +81,16 @@ class MemberFlaw(StrEnum):
     UNREADABLE_RECORD = "unreadable_record"
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One image-text pair as stored."""
 
     key: str
     """Unique inside its shard."""
-    image: bytes
+    image: bytes | memoryview
     """Encoded; empty where `flaw` says that there is none."""
     caption: str
-    record: dict[str, Any]
-    """What the shard says of the sample besides, empty where it says nothing."""
+    record: Mapping[str, Any]
+    """What the shard says of the sample besides, empty where it says nothing or was not asked."""
     flaw: MemberFlaw | None = None
     """Why the sample cannot be used; None if nothing speaks against it so far."""
 
@@ -181,25 +179,13 @@ def read_samples(shard: Path) -> Iterator[Sample]:
     try:
         with shard.open("rb", buffering=0) as tar:
             for key, found in group_members(TarReader(tar.fileno())):
-                yield _parse_sample(key, found, tar.fileno())
+                yield _read_sample(key, found, tar.fileno())
     except (BrokenTar, OSError) as error:
         raise BrokenShard(f"{shard} is not a whole tar: {error}") from error
 
 
-class Pair(NamedTuple):
-    """The part of a sample that training needs."""
-
-    image: bytes | memoryview
-    """Encoded."""
-    caption: str
-    key: str
-    """Unique inside its shard."""
-    flaw: MemberFlaw | None = None
-    """Why it cannot be used; image and caption are empty then."""
-
-
-class PairReader:
-    """Images and captions of a shard, read once, front to back, in parts."""
+class SampleReader:
+    """Images and captions of a shard, without records, read once, front to back, in parts."""
 
     def __init__(self, shard: Path, left_out: Set[int] = frozenset()) -> None:
         """Open the shard, whose samples at the places `left_out` (`Shard.left_out`) do not count.
@@ -213,7 +199,7 @@ class PairReader:
         self.next = 0
         """Place of the sample that is read next, among those that count, in stored order."""
 
-    def read(self, start: int, stop: int) -> list[Pair]:
+    def read(self, start: int, stop: int) -> list[Sample]:
         """The samples `start` to `stop` (exclusive).
 
         Fewer when the shard ends before; nothing is read of what lies before `start`, which must
@@ -226,7 +212,8 @@ class PairReader:
             skipped = sum(1 for _ in islice(self._samples, start - self.next))
             self._members.stretch_bytes = STRETCH
             taken = [
-                self._make_pair(key, found) for key, found in islice(self._samples, stop - start)
+                _read_sample(key, found, self._tar.fileno(), has_record=False)
+                for key, found in islice(self._samples, stop - start)
             ]
         except (BrokenTar, OSError) as error:
             raise BrokenShard(f"{self._shard} is not a whole tar: {error}") from error
@@ -236,16 +223,6 @@ class PairReader:
     def close(self) -> None:
         """Close the file; what was read stays."""
         self._tar.close()
-
-    def _make_pair(self, key: str, found: dict[str, Member]) -> Pair:
-        flaw, image, caption = _members(found)
-        if flaw is not None or image is None or caption is None:
-            return Pair(b"", "", key, flaw)
-        tar = self._tar.fileno()
-        try:
-            return Pair(image.view_content(tar), str(caption.view_content(tar), "utf-8"), key)
-        except UnicodeDecodeError:
-            return Pair(b"", "", key, MemberFlaw.CAPTION_NOT_UTF8)
 
 
 def group_members(found: Iterable[Member]) -> Iterator[Stored]:
@@ -337,49 +314,38 @@ def skip_tombstones(samples: Iterable[T], left_out: Set[int]) -> Iterator[T]:
     return (one for place, one in enumerate(samples) if place not in left_out)
 
 
-def _members(
-    found: Mapping[str, Member],
-) -> tuple[MemberFlaw | None, Member | None, Member | None]:
-    """What is wrong with a sample's members, if anything; its image and its caption, if it has them
-    and they are not too large to be read."""
+def _read_sample(
+    key: str, found: Mapping[str, Member], tar: int, has_record: bool = True
+) -> Sample:
     images = [found[extension] for extension in IMAGE_EXTENSIONS if extension in found]
-    image = images[0] if len(images) == 1 else None
-    caption = found.get(CAPTION_EXTENSION)
-    too_large = [
-        member
-        for member, most in ((image, MAX_IMAGE_BYTES), (caption, MAX_TEXT_BYTES))
-        if member is not None and member.size > most
-    ]
     flaw = None
     if _REPEATED in found:
         flaw = MemberFlaw.REPEATED_MEMBER
     elif not images:
         flaw = MemberFlaw.NO_IMAGE
-    elif image is None:
+    elif len(images) > 1:
         flaw = MemberFlaw.SEVERAL_IMAGES
-    elif caption is None:
+    elif CAPTION_EXTENSION not in found:
         flaw = MemberFlaw.NO_CAPTION
-    elif too_large:
-        flaw = MemberFlaw.TOO_LARGE
-    return flaw, None if image in too_large else image, None if caption in too_large else caption
-
-
-def _parse_sample(key: str, found: Mapping[str, Member], tar: int) -> Sample:
-    flaw, image_member, caption_member = _members(found)
-    image = b"" if image_member is None else image_member.read(tar)
-    caption = ""
-    if caption_member is not None:
+    image: bytes | memoryview = b""
+    if len(images) == 1 and images[0].size <= MAX_IMAGE_BYTES:
+        image = images[0].view_content(tar)
+    elif len(images) == 1:
+        flaw = flaw or MemberFlaw.TOO_LARGE
+    caption, stored = "", found.get(CAPTION_EXTENSION)
+    if stored is not None and stored.size <= MAX_TEXT_BYTES:
         try:
-            caption = caption_member.read(tar).decode()
+            caption = str(stored.view_content(tar), "utf-8")
         except UnicodeDecodeError:
             flaw = flaw or MemberFlaw.CAPTION_NOT_UTF8
+    elif stored is not None:
+        flaw = flaw or MemberFlaw.TOO_LARGE
     record: Any = {}
-    stored = found.get(RECORD_EXTENSION)
-    if stored is not None:
+    if has_record and (stored := found.get(RECORD_EXTENSION)) is not None:
         try:
             record = json.loads(stored.read(tar)) if stored.size <= MAX_TEXT_BYTES else None
         except (ValueError, RecursionError):
             record = None
-    if not isinstance(record, dict):
-        record, flaw = {}, flaw or MemberFlaw.UNREADABLE_RECORD
+        if not isinstance(record, dict):
+            record, flaw = {}, flaw or MemberFlaw.UNREADABLE_RECORD
     return Sample(key, image, caption, record, flaw)

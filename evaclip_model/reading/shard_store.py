@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from evaclip_model.errors import InputError
-from evaclip_model.reading.samples import PairReader, Shard
+from evaclip_model.reading.samples import SampleReader, Shard
 from evaclip_model.reading.urls import is_url, open_filesystem, resolve_url
 
 FETCHES_AT_ONCE = 4
@@ -30,48 +30,9 @@ FIRST_PAUSE_S = 1.0
 _CHUNK = 4 * 2**20
 
 
-class LocalShards:
-    """Shards on this machine; those that lie at URLs are fetched by another store."""
-
-    def __init__(self, folder: Path, remote: RemoteShards | None = None) -> None:
-        """Read what paths name from `folder` on, and URLs from `remote`."""
-        self._folder = folder
-        self._remote = remote
-
-    def open_shard(self, shard: Shard) -> PairReader:
-        """Open the shard, once it is there, to read those of its samples that count.
-
-        Raises: InputError: it cannot be had.
-        """
-        if self._remote is not None and is_url(shard.path):
-            return self._remote.open_shard(shard)
-        path = self._folder / shard.path
-        try:
-            size = path.stat().st_size
-            if size != shard.bytes:
-                raise InputError(
-                    f"{path} changed since it was verified: it has {size:,} bytes, not "
-                    f"{shard.bytes:,}: verify the shards again"
-                )
-            return PairReader(path, shard.left_out)
-        except OSError as error:
-            raise InputError(
-                f"{path} cannot be opened ({error}): verify the shards again"
-            ) from None
-
-    def announce_shards(self, shards: Iterable[Shard]) -> None:
-        """Say which shards come next, so that they may be brought; never waits."""
-        if self._remote is not None:
-            self._remote.announce_shards(shard for shard in shards if is_url(shard.path))
-
-    def close(self) -> None:
-        """Clear away what was brought."""
-        if self._remote is not None:
-            self._remote.close()
-
-
-class RemoteShards:
-    """Shards at URLs, fetched into a folder that holds no more than it may.
+class ShardStore:
+    """The shards of a manifest: those on this machine are read where they lie, those at URLs are
+    fetched into a folder that holds no more than it may.
 
     Room is made by the shard that was asked for the longest time ago. One that is asked for now is
     always fetched, even when it alone is larger than the folder may be.
@@ -79,23 +40,23 @@ class RemoteShards:
 
     def __init__(
         self,
-        url: str,
-        cache: Path,
+        folder: str,
+        cache: Path | None,
         cache_bytes: int,
         *,
         rank: int = 0,
         ranks: int = 1,
         first_pause_s: float = FIRST_PAUSE_S,
     ) -> None:
-        """Take over this process's part of what a killed run left in `cache`. `url` is of the
-        manifest's folder; empty if every shard has a URL of its own.
+        """Take over this process's part of what a killed run left in `cache`, which there must be
+        if any shard lies at a URL. `folder` is the manifest's, a path or a URL.
 
         Raises: InputError: nothing installed knows this kind of URL.
         """
-        self._url = url.rstrip("/")
-        if url:
-            open_filesystem(url)
-        self._cache = cache
+        self._folder = folder.rstrip("/")
+        if is_url(folder):
+            open_filesystem(folder)
+        self._cache = cache or Path()
         self._limit = cache_bytes
         self._held: dict[str, tuple[int, Future[Path]]] = {}
         self._used: set[str] = set()
@@ -103,6 +64,8 @@ class RemoteShards:
         self._closing = threading.Event()
         self._first_pause_s = first_pause_s
         self._fetchers = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="shards")
+        if cache is None:
+            return
         cache.mkdir(parents=True, exist_ok=True)
         _clear_unfinished(cache)
         for left in sorted(cache.glob("*.tar"))[rank::ranks]:
@@ -112,24 +75,33 @@ class RemoteShards:
                 self._held[left.stem] = (left.stat().st_size, found)
                 self._used.add(left.stem)
 
-    def open_shard(self, shard: Shard) -> PairReader:
+    def open_shard(self, shard: Shard) -> SampleReader:
+        """Open the shard, once it is there, to read those of its samples that count.
+
+        Raises: InputError: it cannot be had.
+        """
+        location = self._locate_shard(shard)
+        if not is_url(location):
+            return _open_local(Path(location), shard)
         for _ in range(ATTEMPTS):
             try:
                 path = self._request_shard(shard, must=True).result()
-                return PairReader(path, shard.left_out)
+                return SampleReader(path, shard.left_out)
             except FileNotFoundError:
                 self._forget_shard(shard)  # another process took it over, and cleared it away
         raise InputError(
-            f"{self._url_of(shard)} is cleared away as soon as it is fetched: "
-            "give the shards' cache more room"
+            f"{location} is cleared away as soon as it is fetched: give the shards' cache more room"
         )
 
     def announce_shards(self, shards: Iterable[Shard]) -> None:
+        """Say which shards come next, so that they may be brought; never waits."""
         for shard in shards:
-            if self._request_shard(shard, must=False) is None:
+            is_here = not is_url(self._locate_shard(shard))
+            if not is_here and self._request_shard(shard, must=False) is None:
                 return
 
     def close(self) -> None:
+        """Clear away what was brought."""
         self._closing.set()
         self._fetchers.shutdown(cancel_futures=True)
         for key in self._held:
@@ -169,7 +141,7 @@ class RemoteShards:
 
     def _fetch_shard(self, shard: Shard) -> Path:
         path = self._cache / f"{shard.sha256}.tar"
-        url = self._url_of(shard)
+        url = self._locate_shard(shard)
         problem = "the run ended"
         for attempt in range(ATTEMPTS):
             if path.exists():
@@ -188,8 +160,10 @@ class RemoteShards:
                 problem = str(error) or type(error).__name__
         raise InputError(f"{url} could not be fetched in {ATTEMPTS} attempts: {problem}")
 
-    def _url_of(self, shard: Shard) -> str:
-        return resolve_url(self._url, shard.path)
+    def _locate_shard(self, shard: Shard) -> str:
+        if is_url(shard.path) or is_url(self._folder):
+            return resolve_url(self._folder, shard.path)
+        return f"{self._folder}/{shard.path}"
 
     def _fetch_once(self, url: str, shard: Shard, path: Path) -> str:
         """Fetch once; what is wrong with what came, or nothing."""
@@ -209,7 +183,17 @@ class RemoteShards:
         return ""
 
 
-ShardStore = LocalShards | RemoteShards
+def _open_local(path: Path, shard: Shard) -> SampleReader:
+    try:
+        size = path.stat().st_size
+        if size == shard.bytes:
+            return SampleReader(path, shard.left_out)
+    except OSError as error:
+        raise InputError(f"{path} cannot be opened ({error}): verify the shards again") from None
+    raise InputError(
+        f"{path} changed since it was verified: it has {size:,} bytes, not "
+        f"{shard.bytes:,}: verify the shards again"
+    )
 
 
 def _clear_unfinished(cache: Path) -> None:

@@ -34,7 +34,7 @@ from PIL import Image
 from webdataset import tariterators
 
 from evaclip_model.reading.reader import BatchReader, ReadSettings
-from evaclip_model.reading.samples import PairReader, Shard, ShardManifest
+from evaclip_model.reading.samples import SampleReader, Shard, ShardManifest
 from evaclip_model.reading.transform import decode_fast, normalize_images
 from evaclip_model.training.config import TrainConfig
 from tests.evaclip_model.peer_libraries import open_clip
@@ -162,7 +162,7 @@ def by_reader(
 def by_decoding(manifest: Path, images: int, px: int, *, crop: bool) -> Iterator[int]:
     for number in range(SHARDS):
         path = manifest.parent / f"{number:05d}.tar"
-        with closing(PairReader(path)) as pairs:
+        with closing(SampleReader(path)) as pairs:
             encoded = [pair.image for pair in pairs.read(0, images // SHARDS)]
         for position, image in enumerate(encoded):
             if crop:

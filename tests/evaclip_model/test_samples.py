@@ -12,7 +12,7 @@ import webdataset
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import (
     BrokenShard,
-    PairReader,
+    SampleReader,
     Shard,
     ShardManifest,
     read_samples,
@@ -75,7 +75,7 @@ def test_a_flawed_sample_is_told_and_its_neighbours_are_read(
     one = {name: value for name, value in stored("1", **changes).items() if value is not None}
     path = write_tar(tmp_path / "0.tar", [stored("0"), one, stored("2")])
     assert [sample.flaw for sample in read_samples(path)] == [None, flaw, None]
-    with closing(PairReader(path)) as pairs:
+    with closing(SampleReader(path)) as pairs:
         read = pairs.read(0, 3)
     record_alone = flaw == "unreadable_record"
     assert [pair.flaw for pair in read] == [None, None if record_alone else flaw, None]

@@ -18,8 +18,8 @@ import torch
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.reader import BatchReader, ReadSettings
-from evaclip_model.reading.samples import Pair, Shard, ShardManifest
-from evaclip_model.reading.shard_store import RemoteShards
+from evaclip_model.reading.samples import Sample, Shard, ShardManifest
+from evaclip_model.reading.shard_store import ShardStore
 from evaclip_model.training.config import TrainConfig
 
 CONFIG = TrainConfig(
@@ -85,11 +85,11 @@ def shards_of(web: Web):
     return ShardManifest.read(f"{web.url}/shards.json").shards
 
 
-def store(web: Web, cache: Path, cache_bytes: int = 2**30) -> RemoteShards:
-    return RemoteShards(web.url, cache, cache_bytes, first_pause_s=0.01)
+def store(web: Web, cache: Path, cache_bytes: int = 2**30) -> ShardStore:
+    return ShardStore(web.url, cache, cache_bytes, first_pause_s=0.01)
 
 
-def read(shards: RemoteShards, shard: Shard) -> list[Pair]:
+def read(shards: ShardStore, shard: Shard) -> list[Sample]:
     with closing(shards.open_shard(shard)) as pairs:
         return pairs.read(0, shard.samples)
 

@@ -16,7 +16,7 @@ import webdataset
 from PIL import Image
 
 from evaclip_model.errors import InputError
-from evaclip_model.reading.samples import PairReader, Shard, ShardManifest
+from evaclip_model.reading.samples import SampleReader, Shard, ShardManifest
 from tasks.artifacts.artifact import Address, Artifact, Made, produce_artifact
 from tasks.dataset.choose import Choice, find_asked, sort_by_kind
 from tasks.dataset.config import DatasetConfig
@@ -107,7 +107,7 @@ def captions(folder: Path) -> list[str]:
     """What the trainer's reader finds in all shards of a version."""
     found: list[str] = []
     for shard in ShardManifest.read(folder / "shards.json").shards:
-        reader = PairReader(folder / shard.path, shard.left_out)
+        reader = SampleReader(folder / shard.path, shard.left_out)
         pairs = reader.read(0, shard.samples)
         assert len(pairs) == shard.samples
         assert reader.read(shard.samples, shard.samples + 1) == []
