@@ -33,7 +33,7 @@ from evaclip_model.reading.order import ORDERS, Mixture, Order, Piece
 from evaclip_model.reading.read_worker import Origin, Worker, serve_parts
 from evaclip_model.reading.samples import BrokenShard, MemberFlaw, Shard, ShardManifest
 from evaclip_model.reading.shard_store import ShardStore
-from evaclip_model.reading.transform import DECODERS, Picture
+from evaclip_model.reading.transform import DECODERS, Picture, picture_bytes, train_crop
 from evaclip_model.reading.urls import is_url
 
 SHARDS_AHEAD = 2
@@ -288,12 +288,15 @@ class BatchReader:
         picture = loaded.image
         if isinstance(picture, bytes | memoryview):
             picture = self._decode(picture)
-            if picture.bytes <= self._room:
-                self._room -= picture.bytes
+            if (size := picture_bytes(picture)) <= self._room:
+                self._room -= size
                 loaded.image = picture
         config = self._config
-        return picture.train_crop(
-            config.image_px, seed=config.seed, position=position, scale=config.crop_scale
+        return train_crop(
+            *(picture, config.image_px),
+            seed=config.seed,
+            position=position,
+            scale=config.crop_scale,
         )
 
     def _open_window(self, source: int, lane: int, epoch: int, number: int) -> _Window:

@@ -48,6 +48,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 CROP_SCALE = (0.9, 1.0)
 """Smallest and largest share of an image's area that a training crop takes."""
 
+Picture = Image.Image | NDArray[np.uint8]
+"""A decoded image: Pillow's in its own mode, or RGB pixels [H, W, 3]."""
 _CROP_RATIO = (3 / 4, 4 / 3)
 _CROP_ATTEMPTS = 10
 _PREMULTIPLIED = {"LA": "La", "RGBA": "RGBa"}
@@ -135,7 +137,7 @@ def centre_crop(image: Image.Image, size: int) -> Tensor:
 
 
 def train_crop(
-    image: Image.Image,
+    picture: Picture,
     size: int,
     *,
     seed: int,
@@ -150,10 +152,23 @@ def train_crop(
             alone.
         scale: smallest and largest share of the image's area; its aspect ratio is 3:4 to 4:3.
 
-    Returns: [3, S, S] uint8.
+    Returns: [3, S, S] uint8, in any layout.
     """
-    box = train_box(*image.size, seed=seed, position=position, scale=scale)
-    return resized_crop(image, box, size)
+    if isinstance(picture, Image.Image):
+        box = train_box(*picture.size, seed=seed, position=position, scale=scale)
+        return resized_crop(picture, box, size)
+    height, width, _ = picture.shape
+    left, top, right, bottom = train_box(width, height, seed=seed, position=position, scale=scale)
+    # As [1, 3, H, W] with the channels last in memory: torch's fastest way, in and out.
+    part = torch.from_numpy(picture[top:bottom, left:right])[None].permute(0, 3, 1, 2)
+    return interpolate(part, (size, size), mode="bicubic", antialias=True)[0]
+
+
+def picture_bytes(picture: Picture) -> int:
+    """Memory that a decoded image takes."""
+    if isinstance(picture, Image.Image):
+        return picture.width * picture.height * len(picture.getbands())
+    return picture.nbytes
 
 
 def train_box(
@@ -266,63 +281,11 @@ TOLERANCE = 2
 _RGB_SPACES = ("YCbCr", "Gray", "RGB")
 
 
-class _Reference:
-    """An image of Pillow's, in its own mode."""
-
-    def __init__(self, image: Image.Image) -> None:
-        self._image = image
-
-    @property
-    def bytes(self) -> int:
-        """Memory that it takes."""
-        return self._image.width * self._image.height * len(self._image.getbands())
-
-    def train_crop(
-        self, size: int, *, seed: int, position: int, scale: tuple[float, float]
-    ) -> Tensor:
-        """[3, size, size] uint8, in any layout: what `train_box` names, resized."""
-        box = train_box(*self._image.size, seed=seed, position=position, scale=scale)
-        return resized_crop(self._image, box, size)
-
-
-class _Pixels:
-    """RGB pixels, [H, W, 3] uint8."""
-
-    def __init__(self, pixels: NDArray[np.uint8]) -> None:
-        self._pixels = pixels
-
-    @property
-    def bytes(self) -> int:
-        return self._pixels.nbytes
-
-    def train_crop(
-        self, size: int, *, seed: int, position: int, scale: tuple[float, float]
-    ) -> Tensor:
-        height, width, _ = self._pixels.shape
-        left, top, right, bottom = train_box(
-            width, height, seed=seed, position=position, scale=scale
-        )
-        # As [1, 3, H, W] with the channels last in memory: torch's fastest way, in and out.
-        part = torch.from_numpy(self._pixels[top:bottom, left:right])[None].permute(0, 3, 1, 2)
-        return interpolate(part, (size, size), mode="bicubic", antialias=True)[0]
-
-
-Picture = _Reference | _Pixels
-
-
-def decode_reference(data: bytes | memoryview) -> Picture:
-    """Decode by Pillow.
-
-    Raises: UnreadableImageError: truncated, of no known format, or too large.
-    """
-    return _Reference(decode_image(data))
-
-
 def decode_fast(data: bytes | memoryview) -> Picture:
-    """Decode a JPEG directly, anything else by Pillow; raises as `decode_reference`."""
+    """Decode a JPEG directly, anything else by Pillow; raises as `decode_image`."""
     encoded = bytes(data)
     pixels = _jpeg_pixels(encoded) if identify_format(encoded) == "JPEG" else None
-    return decode_reference(encoded) if pixels is None else _Pixels(pixels)
+    return decode_image(encoded) if pixels is None else pixels
 
 
 def _jpeg_pixels(data: bytes) -> NDArray[np.uint8] | None:
@@ -343,6 +306,6 @@ def _jpeg_pixels(data: bytes) -> NDArray[np.uint8] | None:
 
 DECODERS: Mapping[Literal["fast", "reference"], Callable[[bytes | memoryview], Picture]] = {
     "fast": decode_fast,
-    "reference": decode_reference,
+    "reference": decode_image,
 }
 """Name in a recipe -> decoder."""

@@ -102,10 +102,7 @@ def write_index(tables: Iterable[Path], folder: Path, memory_limit: str) -> None
             _write_rows(group, first_row, file)
         files.append(file)
         first_row += pq.read_metadata(file).num_rows
-    for kind in Kind:
-        lookup = folder / f"by_{kind}.parquet"
-        if not lookup.exists():
-            _write_lookup(kind, files, lookup, memory_limit)
+    _write_lookups(files, folder, memory_limit)
 
 
 def join_indexes(parts: Sequence[tuple[Path, int, int]], folder: Path, memory_limit: str) -> None:
@@ -123,14 +120,11 @@ def join_indexes(parts: Sequence[tuple[Path, int, int]], folder: Path, memory_li
         for source in sorted((part / INDEX / "rows").glob("*.parquet")):
             target = rows / f"{len(files):05d}.parquet"
             if not target.exists() and first_row == first_shard == 0:
-                _link_or_copy(source, target)
+                link_or_copy(source, target)
             elif not target.exists():
                 _renumber_table(source, first_row, first_shard, target)
             files.append(target)
-    for kind in Kind:
-        lookup = folder / f"by_{kind}.parquet"
-        if not lookup.exists():
-            _write_lookup(kind, files, lookup, memory_limit)
+    _write_lookups(files, folder, memory_limit)
 
 
 class SampleIndex:
@@ -168,7 +162,7 @@ class SampleIndex:
             ) AND ({_MATCHES[kind]})
             ORDER BY row"""
         asked = [_without_scheme(value) if kind is Kind.URL else value for value in values]
-        with _open_database(self._memory_limit, self._folder) as database:
+        with open_database(self._memory_limit, self._folder) as database:
             database.register(
                 "asked", pa.table({"value": pa.array(sorted(set(asked)), pa.string())})
             )
@@ -204,7 +198,7 @@ class SampleIndex:
             )
             SELECT row, number FROM suspects JOIN shared USING (value) ORDER BY row, number"""
         suspected = pa.table({"row": _rows_with_equal_marks(Path(self._lookup_query(kind)))})
-        with _open_database(self._memory_limit, self._folder) as database:
+        with open_database(self._memory_limit, self._folder) as database:
             database.register("suspected", suspected)
             found = database.execute(query, {"rows": self._rows}).fetchnumpy()
         return found["row"].astype(np.int64), found["number"].astype(np.int64)
@@ -257,61 +251,65 @@ def _write_rows(tables: Sequence[tuple[int, Path]], first_row: int, target: Path
             writer.write_table(pa.concat_tables(waiting), ROWS_PER_GROUP)
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def link_or_copy(source: Path | str, target: Path | str) -> None:
     """The same file under another name; a copy where it would be on another disk."""
     try:
-        target.hardlink_to(source)
+        os.link(source, target)
     except OSError:
-        with replace_file(target) as beside:
+        with replace_file(Path(target)) as beside:
             shutil.copyfile(source, beside)
 
 
 def _renumber_table(source: Path, first_row: int, first_shard: int, target: Path) -> None:
     """Rows of another index, numbered on."""
-    with replace_file(target) as beside, pq.ParquetFile(source) as parquet:
-        schema = parquet.schema_arrow
-        with pq.ParquetWriter(beside, schema, compression="zstd") as writer:
-            for group in range(parquet.num_row_groups):
-                table = parquet.read_row_group(group)
-                for name, first in (("row", first_row), ("shard", first_shard)):
-                    place = table.schema.get_field_index(name)
-                    kind = table.schema.field(name).type
-                    moved = pc.add(table[name], pa.scalar(first, kind))
-                    table = table.set_column(place, name, moved)
-                writer.write_table(table, ROWS_PER_GROUP)
+    with (
+        replace_file(target) as beside,
+        pq.ParquetFile(source) as parquet,
+        pq.ParquetWriter(beside, parquet.schema_arrow, compression="zstd") as writer,
+    ):
+        for group in range(parquet.num_row_groups):
+            table = parquet.read_row_group(group)
+            for name, first in (("row", first_row), ("shard", first_shard)):
+                field = table.schema.field(name)
+                moved = pc.add(table[name], pa.scalar(first, field.type))
+                table = table.set_column(table.schema.get_field_index(name), field, moved)
+            writer.write_table(table, ROWS_PER_GROUP)
 
 
-def _write_lookup(kind: Kind, files: Sequence[Path], target: Path, memory_limit: str) -> None:
-    """The look-up table of one kind; sorted on disk when it does not fit into memory."""
-    query = f"""
-        COPY (
-            WITH stored AS (FROM read_parquet($rows)), marked AS ({_MARKED[kind]})
-            SELECT md5_number_lower(value) AS mark, row FROM marked
-            WHERE value IS NOT NULL ORDER BY mark, row
-        ) TO $target (FORMAT parquet, ROW_GROUP_SIZE {LOOKUP_ROWS_PER_GROUP}, CODEC zstd,
-            PARQUET_VERSION v2)"""  # version 2 stores differences: marks ascend
-    with replace_file(target) as beside, _open_database(memory_limit, target.parent) as database:
-        database.execute(query, {"rows": list(map(str, files)), "target": str(beside)})
+def _write_lookups(files: Sequence[Path], folder: Path, memory_limit: str) -> None:
+    """The look-up tables that are not there yet; sorted on disk when they do not fit into
+    memory."""
+    for kind in Kind:
+        target = folder / f"by_{kind}.parquet"
+        if target.exists():
+            continue
+        query = f"""
+            COPY (
+                WITH stored AS (FROM read_parquet($rows)), marked AS ({_MARKED[kind]})
+                SELECT md5_number_lower(value) AS mark, row FROM marked
+                WHERE value IS NOT NULL ORDER BY mark, row
+            ) TO $target (FORMAT parquet, ROW_GROUP_SIZE {LOOKUP_ROWS_PER_GROUP}, CODEC zstd,
+                PARQUET_VERSION v2)"""  # version 2 stores differences: marks ascend
+        with replace_file(target) as beside, open_database(memory_limit, folder) as database:
+            database.execute(query, {"rows": list(map(str, files)), "target": str(beside)})
 
 
 def _rows_with_equal_marks(lookup: Path) -> Ints:
     """Rows whose mark another row has too: neighbours, because marks are in order."""
-    found: list[Ints] = []
-    last_mark, last_row = None, 0
+    found: list[Ints] = [np.empty(0, dtype=np.int64)]
+    last = pa.table({"mark": pa.array([], pa.uint64()), "row": pa.array([], pa.int64())})
     with pq.ParquetFile(lookup) as parquet:
         for group in range(parquet.num_row_groups):
-            table = parquet.read_row_group(group)
+            table = pa.concat_tables([last, parquet.read_row_group(group)])
             marks, rows = table["mark"].to_numpy(), table["row"].to_numpy()
             same = marks[1:] == marks[:-1]
             found += [rows[1:][same], rows[:-1][same]]
-            if last_mark is not None and marks[0] == last_mark:
-                found.append(np.array([last_row, rows[0]]))
-            last_mark, last_row = marks[-1], rows[-1]
-    return np.unique(np.concatenate(found)) if found else np.empty(0, dtype=np.int64)
+            last = table.slice(table.num_rows - 1)
+    return np.unique(np.concatenate(found))
 
 
 @contextmanager
-def _open_database(memory_limit: str, spill: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+def open_database(memory_limit: str, spill: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """An empty database that spills beside the index; closed whatever happens."""
     with TemporaryDirectory(prefix=".spill-", dir=spill) as folder:
         settings: dict[str, Any] = {

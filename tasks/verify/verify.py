@@ -32,7 +32,7 @@ from tasks.index.sample_index import (
 from tasks.process.child import run_supervised
 from tasks.progress import Report
 from tasks.verify.config import VerifyConfig
-from tasks.verify.verify_shard import Adopted, ShardJob, VerifyJob, read_cpu_s, read_verdict
+from tasks.verify.verify_shard import Adopted, ShardJob, VerifyJob, read_verdict
 
 REPORT = "report.json"
 TABLES = ".tables"
@@ -72,8 +72,6 @@ def _verify_all(
     tables = [out / TABLES / f"{number:06d}.parquet" for number in range(len(listed))]
     _verify_missing(config, listed, tables, out, processes, report)
     verdicts = [read_verdict(table) for table in tables]
-    speed = _measure_speed(verdicts, tables)
-    report(len(listed), len(listed), f"{speed['images_per_core_s']:,.0f} images a second and core")
     if not any(verdict.shard for verdict in verdicts):
         raise InputError(
             f"none of the {len(listed)} shards of {downloaded} can be trained on; "
@@ -82,7 +80,7 @@ def _verify_all(
     report(len(listed), len(listed), "indexing")
     write_index(tables, out / INDEX, config.memory_limit)
     left_out = {verdict.path: verdict.left_out for verdict in verdicts if verdict.left_out}
-    details = {**_count_verdicts(verdicts), "left_out": left_out, "speed": speed}
+    details = {**_count_verdicts(verdicts), "left_out": left_out}
     write_atomically(out / REPORT, json.dumps(details, indent=1) + "\n")
     write_verdicts(verdicts, out)
 
@@ -126,12 +124,6 @@ def _refuse_changed(shards: Sequence[AdoptedShard]) -> None:
             f"{len(changed):,} of {len(shards):,} adopted shards changed or are gone since they "
             f"were adopted, the first is {changed[0]}: run again to adopt what is there now"
         )
-
-
-def _measure_speed(verdicts: Sequence[ShardVerdict], tables: Sequence[Path]) -> dict[str, float]:
-    """CPU seconds of verifying all shards, killed runs included, and images in each."""
-    images, cpu_s = sum(verdict.stored for verdict in verdicts), sum(map(read_cpu_s, tables))
-    return {"cpu_s": round(cpu_s, 3), "images_per_core_s": round(images / max(cpu_s, 1e-9), 1)}
 
 
 def _verify_missing(

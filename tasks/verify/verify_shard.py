@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -50,7 +49,6 @@ from tasks.index.sample_index import COLUMNS, ShardVerdict
 from tasks.verify.config import VerifyConfig
 
 _VERDICT = b"verdict"
-_CPU_S = b"cpu_s"
 
 
 class Flaw(StrEnum):
@@ -96,7 +94,6 @@ def verify_shard(
         adopted: whose it is, if somebody else made it: its samples' source, whatever their records
             say, and no share of bad samples is too large. None: ours.
     """
-    begin_s = time.process_time()
     seen = _Seen(config, adopted or Adopted(source="", name=tar.name), adopted is not None)
     left_out = None
     try:
@@ -126,11 +123,7 @@ def verify_shard(
     verdict = ShardVerdict(
         path=path, stored=seen.samples, shard=shard, flaws=dict(seen.flaws), left_out=left_out
     )
-    table = seen.to_table()
-    cpu_s = time.process_time() - begin_s
-    table = table.replace_schema_metadata(
-        {_VERDICT: verdict.model_dump_json(), _CPU_S: repr(cpu_s)}
-    )
+    table = seen.to_table().replace_schema_metadata({_VERDICT: verdict.model_dump_json()})
     with replace_file(target) as beside:
         pq.write_table(table, beside, compression="zstd")
 
@@ -162,11 +155,6 @@ def read_verdict(target: Path) -> ShardVerdict:
     """The verdict in a file that `verify_shard` wrote."""
     metadata = pq.read_metadata(target).metadata
     return ShardVerdict.from_mapping(json.loads(metadata[_VERDICT]), where=str(target))
-
-
-def read_cpu_s(target: Path) -> float:
-    """CPU seconds that verifying the shard took."""
-    return float(pq.read_metadata(target).metadata[_CPU_S])
 
 
 @dataclass

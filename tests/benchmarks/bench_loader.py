@@ -35,7 +35,7 @@ from webdataset import tariterators
 
 from evaclip_model.reading.reader import BatchReader, ReadSettings
 from evaclip_model.reading.samples import SampleReader, Shard, ShardManifest
-from evaclip_model.reading.transform import decode_fast, normalize_images
+from evaclip_model.reading.transform import decode_fast, normalize_images, train_crop
 from evaclip_model.training.config import TrainConfig
 from tests.evaclip_model.peer_libraries import open_clip
 
@@ -166,7 +166,7 @@ def by_decoding(manifest: Path, images: int, px: int, *, crop: bool) -> Iterator
             encoded = [pair.image for pair in pairs.read(0, images // SHARDS)]
         for position, image in enumerate(encoded):
             if crop:
-                decode_fast(image).train_crop(px, seed=0, position=position, scale=SCALE)
+                train_crop(decode_fast(image), px, seed=0, position=position, scale=SCALE)
             else:
                 simplejpeg.decode_jpeg(image)
             yield 1

@@ -21,7 +21,7 @@ from evaclip_model.reading.image_decoder import (
     decode_image,
     decode_undamaged_image,
 )
-from evaclip_model.reading.transform import decode_fast
+from evaclip_model.reading.transform import decode_fast, train_crop
 from tests.evaclip_model.hostile_images import gif_of_empty_blocks, jpeg_of_many_scans
 
 DECODERS = pytest.mark.parametrize("decode", [decode_image, decode_undamaged_image, decode_fast])
@@ -137,7 +137,7 @@ def test_the_fast_decoder_sees_turned_photographs_upright_too():
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(scene().transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif)
-    crop = decode_fast(data).train_crop(32, seed=0, position=0, scale=(1.0, 1.0)).float()
+    crop = train_crop(decode_fast(data), 32, seed=0, position=0, scale=(1.0, 1.0)).float()
     assert crop[0, :12].mean() > 200
     assert crop[2, 20:].mean() > 200
 

@@ -240,16 +240,6 @@ def test_a_shard_of_another_size_than_was_downloaded_is_left_out(
     assert "bytes, but 99 when it was listed" in str(read_verdicts(out)[1].left_out)
 
 
-def test_the_report_says_how_many_images_a_core_looked_at_in_a_second(
-    downloaded: Path, out: Path
-) -> None:
-    said: list[str] = []
-    verify_shards(CONFIG, downloaded, out, 1, lambda done, total, detail="": said.append(detail))
-    speed = json.loads((out / "report.json").read_text())["speed"]
-    assert speed["images_per_core_s"] == pytest.approx(8 / speed["cpu_s"], rel=0.05)
-    assert f"{speed['images_per_core_s']:,.0f} images a second and core" in said
-
-
 VERIFY = """
 import sys
 from pathlib import Path
