@@ -126,7 +126,7 @@ def inspect_source(
     console.print(files, style="bold", end=": ")
     console.print(f"form '{found.form}', {found.files:,} files")
     console.print(f"{found.samples:,} images with captions in {looked_at}")
-    _print_left_out(found.left_out, found.first_left_out)
+    _print_left_out(found.left.reasons, found.left.first)
     console.print("fit for [[adopt.sources]]" if found.samples else "no image with a caption")
 
 

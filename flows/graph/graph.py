@@ -16,6 +16,7 @@ from os import sched_getaffinity
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import SHARDS
 from evaclip_model.training.config import METRICS_FILE, MODEL_FOLDER, RESULT_FILE, TrainConfig
@@ -67,7 +68,6 @@ from tasks.evaluate.config import STAGE as EVALUATE
 from tasks.initialise.config import STAGE as INITIALISE
 from tasks.initialise.config import InitialiseConfig
 from tasks.join.config import STAGE as JOIN
-from tasks.join.config import JoinConfig
 from tasks.lineage.lineage_svg import lineage_svg
 from tasks.merge.config import STAGE as MERGE
 from tasks.merge.config import MergeConfig
@@ -370,15 +370,14 @@ def verify_step(
 
 
 def join_step(site: Site, verified: Sequence[Step | Artifact]) -> Step:
-    config = JoinConfig()
 
     def make(_: Profile, out: Path, report: Report) -> Made:
         from tasks.join.join import join_verifications
 
-        return join_verifications(config, [finished_artifact(one) for one in verified], out, report)
+        return join_verifications([finished_artifact(one) for one in verified], out, report)
 
     inputs = {f"{Role.PART}{number:04d}": one for number, one in enumerate(verified)}
-    return Step(site.root, JOIN, config, inputs, make, f"{len(verified)} verifications as one")
+    return Step(site.root, JOIN, Config(), inputs, make, f"{len(verified)} verifications as one")
 
 
 def dataset_step(site: Site, config: DatasetConfig, data: Step | Artifact) -> Step:

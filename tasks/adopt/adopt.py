@@ -14,10 +14,11 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from evaclip_model.errors import InputError
 from evaclip_model.files import replace_file, write_atomically
@@ -34,7 +35,13 @@ from tasks.adopt.find_source import (
 )
 from tasks.adopt.read_pairs import IMAGE_COLUMNS, URL_COLUMNS, FoundPair, NoPair, read_pairs
 from tasks.artifacts.artifact import Made
-from tasks.index.adopted_shards import ADOPTED, AdoptedShard, sizes_and_marks, write_adopted
+from tasks.index.adopted_shards import (
+    ADOPTED,
+    AdoptedShard,
+    on_this_machine,
+    sizes_and_marks,
+    write_adopted,
+)
 from tasks.progress import Report
 from tasks.tables.text_tables import column_names, text_format
 
@@ -50,16 +57,27 @@ MOST_PAIRS = 20_000
 
 
 @dataclass
-class _Left:
+class LeftOut:
     """Rows and files of a source that are not pairs."""
 
     reasons: Counter[str] = field(default_factory=Counter)
     named: list[NoPair] = field(default_factory=list)
 
     def add_reason(self, one: NoPair) -> None:
+        """Count it, and keep the first ones."""
         self.reasons[str(one.reason)] += 1
         if len(self.named) < MOST_NAMED:
             self.named.append(one)
+
+    @property
+    def first(self) -> str:
+        """Place and reason of the first."""
+        return f"{self.named[0].where}: {self.named[0].reason}" if self.named else ""
+
+    def __str__(self) -> str:
+        """How many for which reason, and the first of them, as the end of a sentence."""
+        said = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
+        return f" ({said}; the first is {self.first})" if said else ""
 
 
 def read_inputs(folder: Path) -> dict[str, set[str]]:
@@ -94,7 +112,7 @@ def adopt_sources(
         if one.form == "shards":
             own = _describe(one, [(file, one.name_of(file)) for file in one.files])
         else:
-            left = _Left()
+            left = LeftOut()
             packed = [str(tar) for tar in _pack_pairs(one, out, config.samples_per_shard, left)]
             own = _describe(one, [(tar, Path(tar).name) for tar in packed], out)
             counts[f"{name}.left_out"] = left.reasons.total()
@@ -143,13 +161,13 @@ def _describe(
     return described
 
 
-def _pack_pairs(found: FoundSource, out: Path, per_shard: int, left: _Left) -> Iterator[Path]:
+def _pack_pairs(found: FoundSource, out: Path, per_shard: int, left: LeftOut) -> Iterator[Path]:
     """Pack a source's pairs; of what is none, `left` keeps the count.
 
     Raises:
         InputError: there is no pair.
     """
-    pairs = _only_pairs(found, left)
+    pairs = _only_pairs(read_pairs(found), left)
     folder = out / PACKED / found.source.name
     folder.mkdir(parents=True)
     number = 0
@@ -161,20 +179,12 @@ def _pack_pairs(found: FoundSource, out: Path, per_shard: int, left: _Left) -> I
     if not number:
         raise InputError(
             f"adopt.sources '{found.source.name}': {found.source.files} holds no image with a "
-            f"caption{first_reasons(left.reasons, left.named)}"
+            f"caption{left}"
         )
 
 
-def first_reasons(reasons: Counter[str], named: Sequence[NoPair]) -> str:
-    """How many are left out for which reason, and the first of them, as the end of a sentence."""
-    if not reasons:
-        return ""
-    said = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
-    return f" ({said}; the first is {named[0].where}: {named[0].reason})"
-
-
-def _only_pairs(found: FoundSource, left: _Left) -> Iterator[FoundPair]:
-    for one in read_pairs(found):
+def _only_pairs(found: Iterable[FoundPair | NoPair], left: LeftOut) -> Iterator[FoundPair]:
+    for one in found:
         if isinstance(one, NoPair):
             left.add_reason(one)
         else:
@@ -214,17 +224,10 @@ class SourceInspection:
     """How many of them were looked at: all but for many shards."""
     samples: int = 0
     """Images with captions in those."""
-    left_out: Counter[str] = field(default_factory=Counter)
-    """What is none, by reason."""
-    first_left_out: str = ""
-    """Place and reason of the first."""
+    left: LeftOut = field(default_factory=LeftOut)
+    """What is none."""
     is_cut_short: bool = False
     """Whether there is more than was looked at."""
-
-    def leave_out(self, where: str, reason: str) -> None:
-        """Count one that is not a pair."""
-        self.left_out[reason] += 1
-        self.first_left_out = self.first_left_out or f"{where}: {reason}"
 
 
 def inspect_source(pattern: str, read_files: int = 4) -> SourceInspection | None:
@@ -240,11 +243,7 @@ def inspect_source(pattern: str, read_files: int = 4) -> SourceInspection | None
         return _inspect_shards(found, read_files)
     inspection = SourceInspection(found.form, len(found.files), len(found.files))
     pairs = read_pairs(found)
-    for one in islice(pairs, MOST_PAIRS):
-        if isinstance(one, NoPair):
-            inspection.leave_out(one.where, one.reason)
-        else:
-            inspection.samples += 1
+    inspection.samples = sum(1 for _ in _only_pairs(islice(pairs, MOST_PAIRS), inspection.left))
     inspection.is_cut_short = next(pairs, None) is not None
     return inspection
 
@@ -266,21 +265,20 @@ def _is_metadata(found: FoundSource) -> bool:
 
 
 def _inspect_shards(found: FoundSource, read_files: int) -> SourceInspection:
-    shards = [file for file in found.files if not is_url(file)][:read_files]
-    if not shards:
-        raise InputError(
-            f"{found.files[0]}: shards at a URL are looked into when they are verified; copy one "
-            "here to inspect it"
-        )
+    # one that must be fetched is enough
+    shards = [file for file in found.files[:read_files] if not is_url(file)] or found.files[:1]
     inspection = SourceInspection("shards", len(found.files), len(shards))
     inspection.is_cut_short = len(shards) < len(found.files)
-    for shard in shards:
-        try:
-            for sample in read_samples(Path(shard)):
-                if sample.flaw is None:
-                    inspection.samples += 1
-                else:
-                    inspection.leave_out(f"{shard}, sample {sample.key}", sample.flaw)
-        except BrokenShard as error:
-            inspection.leave_out(shard, f"not a whole tar ({error})")
+    with TemporaryDirectory() as folder:
+        for shard in shards:
+            try:
+                with on_this_machine(shard, Path(folder)) as tar:
+                    for sample in read_samples(tar):
+                        if sample.flaw is None:
+                            inspection.samples += 1
+                        else:
+                            where = f"{shard}, sample {sample.key}"
+                            inspection.left.add_reason(NoPair(where, sample.flaw))
+            except BrokenShard as error:
+                inspection.left.add_reason(NoPair(shard, f"not a whole tar ({error})"))
     return inspection

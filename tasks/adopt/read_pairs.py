@@ -89,24 +89,9 @@ def read_pairs(found: FoundSource) -> Iterator[FoundPair | NoPair]:
         yield from _folder_pairs(found)
     for file in found.files if found.form != "folder" else ():
         if found.form == "table" and not file.lower().endswith(".parquet"):
-            rows = _text_rows(found, file)
+            yield from _text_rows(found, file)
         else:
-            rows = _parquet_rows(found, file)
-        for row in rows:
-            yield row if isinstance(row, NoPair) else _read_pair(found, file, row)
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A row with an image and a caption, not looked at yet."""
-
-    number: int
-    what: str
-    """line or row."""
-    image: bytes | str
-    """The bytes, or the path as written."""
-    caption: str
-    url: str | None
+            yield from _parquet_rows(found, file)
 
 
 def _folder_pairs(found: FoundSource) -> Iterator[FoundPair | NoPair]:
@@ -135,7 +120,7 @@ def _folder_pairs(found: FoundSource) -> Iterator[FoundPair | NoPair]:
             yield _check_pair(found, image, found.name_of(image), image, caption, None)
 
 
-def _text_rows(found: FoundSource, file: str) -> Iterator[_Row | NoPair]:
+def _text_rows(found: FoundSource, file: str) -> Iterator[FoundPair | NoPair]:
     source, kind = found.source, text_format(file)
     if kind is None:
         raise InputError(f"{file}: adopt.sources '{source.name}' reads no such table")
@@ -152,10 +137,11 @@ def _text_rows(found: FoundSource, file: str) -> Iterator[_Row | NoPair]:
         elif not text or not text.strip():
             yield NoPair(where, PairFlaw.NO_CAPTION)
         else:
-            yield _Row(row.line, "line", path, text.strip(), row.values.get(url) if url else None)
+            address = row.values.get(url) if url else None
+            yield _read_pair(found, file, f"line {row.line}", path, text.strip(), address)
 
 
-def _parquet_rows(found: FoundSource, file: str) -> Iterator[_Row | NoPair]:
+def _parquet_rows(found: FoundSource, file: str) -> Iterator[FoundPair | NoPair]:
     source = found.source
     schema = parquet_schema(file, f"adopt.sources '{source.name}'")
     typed = [field.name for field in schema if is_image_type(field.type)]
@@ -170,7 +156,7 @@ def _parquet_rows(found: FoundSource, file: str) -> Iterator[_Row | NoPair]:
                 captions = _column_values(batch.column(caption))
                 urls = _column_values(batch.column(url)) if url else [None] * len(images)
                 for held, texts, address in zip(images, captions, urls, strict=True):
-                    yield from _rows_of(file, number, held, texts, address)
+                    yield from _row_pairs(found, file, number, held, texts, address)
                     number += 1
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise InputError(
@@ -179,8 +165,10 @@ def _parquet_rows(found: FoundSource, file: str) -> Iterator[_Row | NoPair]:
         ) from None
 
 
-def _rows_of(file: str, number: int, held: Any, texts: Any, address: Any) -> Iterator[Any]:
-    """The rows that one row is: one a caption."""
+def _row_pairs(
+    found: FoundSource, file: str, number: int, held: Any, texts: Any, address: Any
+) -> Iterator[FoundPair | NoPair]:
+    """The pairs that one row is: one a caption."""
     where = f"{file}, row {number}"
     if isinstance(held, dict):
         held = held.get("bytes") or held.get("path")
@@ -202,7 +190,7 @@ def _rows_of(file: str, number: int, held: Any, texts: Any, address: Any) -> Ite
             return
         if caption:
             written = True
-            yield _Row(number, "row", held, caption, url)
+            yield _read_pair(found, file, f"row {number}", held, caption, url)
     if not written:
         yield NoPair(where, PairFlaw.NO_CAPTION)
 
@@ -251,19 +239,21 @@ def _find_columns(
     return image, caption, url
 
 
-def _read_pair(found: FoundSource, file: str, row: _Row) -> FoundPair | NoPair:
-    where = f"{file}, {row.what} {row.number}"
-    origin = f"{found.name_of(file)}:{row.number}"
-    if isinstance(row.image, bytes):
-        return _check_pair(found, where, origin, row.image, row.caption, row.url)
-    if row.image.startswith(("http://", "https://")):
+def _read_pair(
+    found: FoundSource, file: str, row: str, image: bytes | str, caption: str, url: str | None
+) -> FoundPair | NoPair:
+    """The pair of a `row` ("line 7"), whose image is given or lies where it says."""
+    where, origin = f"{file}, {row}", f"{found.name_of(file)}:{row.split()[1]}"
+    if isinstance(image, bytes):
+        return _check_pair(found, where, origin, image, caption, url)
+    if image.startswith(("http://", "https://")):
         raise InputError(
-            f"{where}: '{row.image[:80]}' is an address, not a file: name the table in "
+            f"{where}: '{image[:80]}' is an address, not a file: name the table in "
             "[[merge.sources]] and let [download] fetch its images"
         )
     root = found.source.image_root or posixpath.dirname(file)
-    path = row.image if is_url(row.image) else posixpath.join(root, row.image)
-    return _check_pair(found, where, origin, path, row.caption, row.url, written=row.image)
+    path = image if is_url(image) else posixpath.join(root, image)
+    return _check_pair(found, where, origin, path, caption, url, written=image)
 
 
 def _check_pair(

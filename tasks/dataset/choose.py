@@ -9,7 +9,6 @@ so that none of them brings back a copy that was left out beside the sample that
 
 from __future__ import annotations
 
-import tarfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +22,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from evaclip_model.errors import InputError
+from evaclip_model.reading.samples import IMAGE_EXTENSIONS
+from evaclip_model.reading.tar_file import BrokenTar, TarReader
 from tasks.dataset.config import DatasetConfig
 from tasks.dataset.lists import SHA256, is_url
 from tasks.index.perceptual_hash import Hashes, KnownHashes, hash_images, near_pairs
 from tasks.index.sample_index import Ints, Kind, SampleIndex, ShardVerdict
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2")
 Rows = npt.NDArray[np.int64]
 Asked = Mapping[Kind, tuple[str, ...]]
 """What is looked for, by kind."""
@@ -66,23 +66,22 @@ def _iterate_images(folder: Path) -> Iterator[bytes]:
     """Content of every image below `folder`, files and members of tars, by name."""
     files = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
     for file in files:
-        if file.suffix.lower() in IMAGE_SUFFIXES:
+        if _is_image(file.name):
             yield file.read_bytes()
         elif file.suffix == ".tar":
             try:
-                yield from _iterate_members(file)
-            except tarfile.TarError as error:
+                with file.open("rb", buffering=0) as tar:
+                    for member in TarReader(tar.fileno()):
+                        if _is_image(member.name):
+                            yield member.read(tar.fileno())
+            except BrokenTar as error:
                 raise InputError(
                     f"{file} cannot be read as a tar ({error}): make the evaluation set again"
                 ) from error
 
 
-def _iterate_members(file: Path) -> Iterator[bytes]:
-    with tarfile.open(file, "r:") as tar:
-        for member in tar:
-            content = tar.extractfile(member) if member.isfile() else None
-            if content is not None and Path(member.name).suffix.lower() in IMAGE_SUFFIXES:
-                yield content.read()
+def _is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
 
 
 class LeftOutReason(StrEnum):

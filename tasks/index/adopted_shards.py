@@ -1,21 +1,25 @@
 """Shards that lie where their owner put them: the list between the stages adopt and verify.
 
-Covers: one line a shard, what tells that a shard is still the one that was listed.
+Covers: one line a shard, what tells that a shard is still the one that was listed,
+fetching one that lies at a URL.
 Not here: finding shards (tasks/adopt), looking into them (tasks/verify).
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import Field
 
 from evaclip_model.config import Config
+from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.reading.urls import is_url, open_filesystem
 from tasks.artifacts.artifact import DIGEST_CHARS
@@ -84,3 +88,26 @@ def _size_and_mark(location: str) -> tuple[int, str] | None:
     except Exception:  # every protocol has its own kinds
         return None
     return size, hashlib.sha256(content).hexdigest()[:DIGEST_CHARS]
+
+
+@contextmanager
+def on_this_machine(location: str, folder: Path) -> Iterator[Path]:
+    """A shard's file: where it lies, or what is fetched from its URL into `folder` and removed.
+
+    Raises:
+        InputError: it cannot be fetched.
+    """
+    if not is_url(location):
+        yield Path(location)
+        return
+    beside = folder / f".fetched.{os.getpid()}.tar"
+    try:
+        try:
+            open_filesystem(location).get_file(location, str(beside))
+        except Exception as error:  # every protocol has its own kinds
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise InputError(f"{location} cannot be fetched ({error}): run again") from error
+        yield beside
+    finally:
+        beside.unlink(missing_ok=True)

@@ -60,6 +60,8 @@ COLUMNS = pa.schema(
 )
 """What is known of a sample, by its place in the shard; the shard's number and `row` are added."""
 _ADDRESS = r"regexp_replace(url, '^https?://', '')"
+MEMORY_LIMIT = "2GB"
+"""Of a query, where no setting says another."""
 CHECKED = "checked.json"
 """In the folder of the verification."""
 
@@ -105,13 +107,12 @@ def write_index(tables: Iterable[Path], folder: Path, memory_limit: str) -> None
     _write_lookups(files, folder, memory_limit)
 
 
-def join_indexes(parts: Sequence[tuple[Path, int, int]], folder: Path, memory_limit: str) -> None:
+def join_indexes(parts: Sequence[tuple[Path, int, int]], folder: Path) -> None:
     """Make one index of several, in their order; files that a killed run finished are kept.
 
     Args:
         parts: of each the folder that holds its `index/`, its first row, its first shard in here.
         folder: where the index goes.
-        memory_limit: of a query, as DuckDB writes it.
     """
     rows = folder / "rows"
     rows.mkdir(parents=True, exist_ok=True)
@@ -124,13 +125,13 @@ def join_indexes(parts: Sequence[tuple[Path, int, int]], folder: Path, memory_li
             elif not target.exists():
                 _renumber_table(source, first_row, first_shard, target)
             files.append(target)
-    _write_lookups(files, folder, memory_limit)
+    _write_lookups(files, folder, MEMORY_LIMIT)
 
 
 class SampleIndex:
     """The index of one verification, open for reading."""
 
-    def __init__(self, folder: Path, memory_limit: str = "2GB") -> None:
+    def __init__(self, folder: Path, memory_limit: str = MEMORY_LIMIT) -> None:
         """Look at the files' footers.
 
         Args:

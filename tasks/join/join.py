@@ -29,7 +29,7 @@ from tasks.index.sample_index import (
     shard_location,
     write_verdicts,
 )
-from tasks.join.config import PARTS, JoinConfig
+from tasks.join.config import PARTS
 from tasks.progress import Report
 
 
@@ -44,9 +44,7 @@ class JoinedPart:
     first_shard: int
 
 
-def join_verifications(
-    config: JoinConfig, verified: Sequence[Artifact], out: Path, report: Report
-) -> Made:
+def join_verifications(verified: Sequence[Artifact], out: Path, report: Report) -> Made:
     """Write verdicts and index of all of `verified`, in that order, into `out`."""
     verdicts: list[ShardVerdict] = []
     parts: list[JoinedPart] = []
@@ -63,7 +61,6 @@ def join_verifications(
             for part, one in zip(verified, parts, strict=True)
         ],
         out / INDEX,
-        config.memory_limit,
     )
     write_verdicts(verdicts, out)
     write_atomically(out / PARTS, json.dumps([asdict(part) for part in parts], indent=1) + "\n")

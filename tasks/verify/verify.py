@@ -14,7 +14,6 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
@@ -66,11 +65,11 @@ def _verify_all(
     config: VerifyConfig, downloaded: Path, out: Path, processes: int, report: Report
 ) -> None:
     """Write everything, the verdicts last."""
-    listed = _list_shards(downloaded)
+    listed = _list_jobs(downloaded, out)
     if not listed:
         raise InputError(f"{downloaded} holds no shards: download again")
-    tables = [out / TABLES / f"{number:06d}.parquet" for number in range(len(listed))]
-    _verify_missing(config, listed, tables, out, processes, report)
+    tables = [job.target for job in listed]
+    _verify_missing(config, listed, out, processes, report)
     verdicts = [read_verdict(table) for table in tables]
     if not any(verdict.shard for verdict in verdicts):
         raise InputError(
@@ -85,30 +84,32 @@ def _verify_all(
     write_verdicts(verdicts, out)
 
 
-class _Listed(NamedTuple):
-    """A shard to verify."""
-
-    location: str
-    size: int | None
-    """Bytes that it should have, if that is known."""
-    adopted: Adopted | None
-
-
-def _list_shards(downloaded: Path) -> list[_Listed]:
+def _list_jobs(downloaded: Path, out: Path) -> list[ShardJob]:
     """The shards, in the order of their names, or in that of the adoption's list.
 
     A shard that the download's list names and the folder lacks is among them, so that it is missed.
     """
+    found: list[tuple[str, int | None, Adopted | None]]
     if (downloaded / ADOPTED).exists():
         shards = read_adopted(downloaded)
         _refuse_changed(shards)
-        return [_Listed(s.location, s.size, Adopted(source=s.source, name=s.name)) for s in shards]
-    listed = read_bulk(downloaded)
-    if listed is None:  # before there were lists, or packed by hand
-        tars = sorted(downloaded.glob("**/shards/*.tar"))
-        return [_Listed(str(tar.resolve()), None, None) for tar in tars]
-    tars = sorted(path for path in listed if path.suffix == ".tar")
-    return [_Listed(str(tar.resolve()), listed[tar], None) for tar in tars]
+        found = [(s.location, s.size, Adopted(source=s.source, name=s.name)) for s in shards]
+    else:
+        listed = read_bulk(downloaded)
+        if listed is None:  # before there were lists, or packed by hand
+            listed = dict.fromkeys(downloaded.glob("**/shards/*.tar"))
+        tars = sorted(path for path in listed if path.suffix == ".tar")
+        found = [(str(tar.resolve()), listed[tar], None) for tar in tars]
+    return [
+        ShardJob(
+            location=location,
+            size=size,
+            path=relative_path(location, out.resolve()),
+            target=(out / TABLES / f"{number:06d}.parquet").resolve(),
+            adopted=adopted,
+        )
+        for number, (location, size, adopted) in enumerate(found)
+    ]
 
 
 def _refuse_changed(shards: Sequence[AdoptedShard]) -> None:
@@ -127,29 +128,14 @@ def _refuse_changed(shards: Sequence[AdoptedShard]) -> None:
 
 
 def _verify_missing(
-    config: VerifyConfig,
-    listed: Sequence[_Listed],
-    tables: Sequence[Path],
-    out: Path,
-    processes: int,
-    report: Report,
+    config: VerifyConfig, listed: Sequence[ShardJob], out: Path, processes: int, report: Report
 ) -> None:
     """Make the table of every shard that has none yet."""
     folder = out / TABLES
     folder.mkdir(parents=True, exist_ok=True)
     for torn in folder.glob(".*"):
         torn.unlink()
-    missing = [
-        ShardJob(
-            location=shard.location,
-            size=shard.size,
-            path=relative_path(shard.location, out.resolve()),
-            target=table.resolve(),
-            adopted=shard.adopted,
-        )
-        for shard, table in zip(listed, tables, strict=True)
-        if not table.exists()
-    ]
+    missing = [job for job in listed if not job.target.exists()]
     before = len(listed) - len(missing)
     left = {job.target for job in missing}
 

@@ -11,16 +11,13 @@ a pool started inside a flow would outlive the flow's being killed.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import multiprocessing
-import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -32,7 +29,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evaclip_model.config import Config
-from evaclip_model.errors import InputError
 from evaclip_model.files import replace_file
 from evaclip_model.reading.image_decoder import (
     DamagedImageError,
@@ -42,8 +38,8 @@ from evaclip_model.reading.image_decoder import (
     decode_undamaged_image,
 )
 from evaclip_model.reading.samples import BrokenShard, Sample, Shard, read_samples
-from evaclip_model.reading.urls import is_url, open_filesystem
 from tasks.artifacts.artifact import sha256_of
+from tasks.index.adopted_shards import on_this_machine
 from tasks.index.perceptual_hash import grey_of, hashes_of
 from tasks.index.sample_index import COLUMNS, ShardVerdict
 from tasks.verify.config import VerifyConfig
@@ -126,29 +122,6 @@ def verify_shard(
     table = seen.to_table().replace_schema_metadata({_VERDICT: verdict.model_dump_json()})
     with replace_file(target) as beside:
         pq.write_table(table, beside, compression="zstd")
-
-
-@contextmanager
-def on_this_machine(location: str, folder: Path) -> Iterator[Path]:
-    """A shard's file: where it lies, or what is fetched from its URL into `folder` and removed.
-
-    Raises:
-        InputError: it cannot be fetched.
-    """
-    if not is_url(location):
-        yield Path(location)
-        return
-    beside = folder / f".fetched.{os.getpid()}.tar"
-    try:
-        try:
-            open_filesystem(location).get_file(location, str(beside))
-        except Exception as error:  # every protocol has its own kinds
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise InputError(f"{location} cannot be fetched ({error}): run again") from error
-        yield beside
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read_verdict(target: Path) -> ShardVerdict:

@@ -20,8 +20,8 @@ MISTAKES = {
         "Crew(3.14, threads, profile.download_distributor)"
     ),
     # missing
-    "join_verifications(config, [finished(one) for one in verified], out, report)": (
-        "join_verifications(config, [finished(one) for one in verified], out)"
+    "join_verifications([finished_artifact(one) for one in verified], out, report)": (
+        "join_verifications([finished_artifact(one) for one in verified], out)"
     ),
 }
 

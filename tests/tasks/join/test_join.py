@@ -9,11 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from evaclip_model.config import Config
 from tasks.artifacts.artifact import Address, Artifact, produce_artifact
 from tasks.dataset.config import DatasetConfig
 from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
 from tasks.index.sample_index import INDEX, Kind, SampleIndex, read_verdicts
-from tasks.join.config import STAGE, JoinConfig
+from tasks.join.config import STAGE
 from tasks.join.join import JoinedPart, join_verifications, read_parts
 from tasks.progress import report_nothing
 from tasks.verify.config import STAGE as VERIFY
@@ -55,10 +56,8 @@ def verified(root: Path, name: str, shards: list[tuple[str, Images]]) -> Artifac
 def joined(parts: list[Artifact]) -> Artifact:
     root = parts[0].folder.parents[1]
     parents = {f"part{n}": part.digest for n, part in enumerate(parts)}
-    address = Address.of(root, STAGE, JoinConfig(), parents)
-    return produce_artifact(
-        address, lambda out: join_verifications(JoinConfig(), parts, out, report_nothing)
-    )
+    address = Address.of(root, STAGE, Config(), parents)
+    return produce_artifact(address, lambda out: join_verifications(parts, out, report_nothing))
 
 
 def dataset_of(data: Artifact, name: str, takedowns: Takedowns | None = None) -> Path:
@@ -138,12 +137,12 @@ def test_what_a_killed_join_left_changes_no_byte(weeks: list[Artifact], tmp_path
     whole, torn = tmp_path / "runs/join/whole", tmp_path / "runs/join/torn"
     for out in (whole, torn):
         out.mkdir(parents=True)
-    join_verifications(JoinConfig(), weeks, whole, report_nothing)
+    join_verifications(weeks, whole, report_nothing)
     rows = torn / INDEX / "rows"
     rows.mkdir(parents=True)
     (rows / "00000.parquet").hardlink_to(whole / INDEX / "rows" / "00000.parquet")
     (rows / ".00001.parquet.1").write_bytes(b"torn")
-    join_verifications(JoinConfig(), weeks, torn, report_nothing)
+    join_verifications(weeks, torn, report_nothing)
     (rows / ".00001.parquet.1").unlink()
     assert digests(torn) == digests(whole)
 
