@@ -24,7 +24,7 @@ from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.reading.tar_file import STRETCH, BrokenTar, Member, TarReader
-from evaclip_model.reading.urls import is_url, open_filesystem, read_text
+from evaclip_model.reading.urls import is_url, open_filesystem, read_text, resolve_location
 
 SHARDS = "shards.json"
 """Name of the manifest, in the folder that its shards' paths are relative to."""
@@ -274,8 +274,7 @@ def open_webdataset(manifest: Path | str, *, resampled: bool = False) -> Any:
 
     folder = str(manifest).rpartition("/")[0]
     shards = {
-        shard.path if is_url(shard.path) else f"{folder or '.'}/{shard.path}": shard
-        for shard in ShardManifest.read(manifest).shards
+        resolve_location(folder, shard.path): shard for shard in ShardManifest.read(manifest).shards
     }
     kind = webdataset.ResampledShards if resampled else webdataset.SimpleShardList
     pipeline = type("ShardPipeline", (webdataset.DataPipeline, FluidInterface), {})

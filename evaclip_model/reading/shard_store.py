@@ -19,7 +19,7 @@ from typing import Any
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import SampleReader, Shard
-from evaclip_model.reading.urls import is_url, open_filesystem, resolve_url
+from evaclip_model.reading.urls import is_url, open_filesystem, resolve_location
 
 FETCHES_AT_ONCE = 4
 """Shards that one process fetches at the same time."""
@@ -80,7 +80,7 @@ class ShardStore:
 
         Raises: InputError: it cannot be had.
         """
-        location = self._locate_shard(shard)
+        location = resolve_location(self._folder, shard.path)
         if not is_url(location):
             return _open_local(Path(location), shard)
         for _ in range(ATTEMPTS):
@@ -96,7 +96,7 @@ class ShardStore:
     def announce_shards(self, shards: Iterable[Shard]) -> None:
         """Say which shards come next, so that they may be brought; never waits."""
         for shard in shards:
-            is_here = not is_url(self._locate_shard(shard))
+            is_here = not is_url(resolve_location(self._folder, shard.path))
             if not is_here and self._request_shard(shard, must=False) is None:
                 return
 
@@ -141,7 +141,7 @@ class ShardStore:
 
     def _fetch_shard(self, shard: Shard) -> Path:
         path = self._cache / f"{shard.sha256}.tar"
-        url = self._locate_shard(shard)
+        url = resolve_location(self._folder, shard.path)
         problem = "the run ended"
         for attempt in range(ATTEMPTS):
             if path.exists():
@@ -159,11 +159,6 @@ class ShardStore:
                     raise
                 problem = str(error) or type(error).__name__
         raise InputError(f"{url} could not be fetched in {ATTEMPTS} attempts: {problem}")
-
-    def _locate_shard(self, shard: Shard) -> str:
-        if is_url(shard.path) or is_url(self._folder):
-            return resolve_url(self._folder, shard.path)
-        return f"{self._folder}/{shard.path}"
 
     def _fetch_once(self, url: str, shard: Shard, path: Path) -> str:
         """Fetch once; what is wrong with what came, or nothing."""

@@ -14,13 +14,16 @@ def is_url(location: Path | str) -> bool:
     return isinstance(location, str) and "://" in location
 
 
-def resolve_url(folder: str, path: str) -> str:
-    """The URL of `path`, which a file in `folder` names: itself a URL, or relative to the folder.
+def resolve_location(folder: str, path: str) -> str:
+    """The place of `path`, which a file in `folder` names: itself a URL, or relative to the folder,
+    which is a path or a URL.
 
     A store knows no `..`: a key of that name would not exist.
     """
     if is_url(path):
         return path
+    if not is_url(folder):
+        return f"{folder or '.'}/{path}"
     scheme, _, place = folder.partition("://")
     return f"{scheme}://{posixpath.normpath(f'{place}/{path}')}"
 

@@ -96,10 +96,11 @@ def _list_jobs(downloaded: Path, out: Path) -> list[ShardJob]:
         found = [(s.location, s.size, Adopted(source=s.source, name=s.name)) for s in shards]
     else:
         listed = read_bulk(downloaded)
+        sizes: dict[Path, int | None] = {**listed} if listed is not None else {}
         if listed is None:  # before there were lists, or packed by hand
-            listed = dict.fromkeys(downloaded.glob("**/shards/*.tar"))
-        tars = sorted(path for path in listed if path.suffix == ".tar")
-        found = [(str(tar.resolve()), listed[tar], None) for tar in tars]
+            sizes = dict.fromkeys(downloaded.glob("**/shards/*.tar"))
+        tars = sorted(path for path in sizes if path.suffix == ".tar")
+        found = [(str(tar.resolve()), sizes[tar], None) for tar in tars]
     return [
         ShardJob(
             location=location,

@@ -204,7 +204,7 @@ class _Seen:
 
 
 def _decode_grey(
-    encoded: bytes, config: VerifyConfig
+    encoded: bytes | memoryview, config: VerifyConfig
 ) -> tuple[npt.NDArray[np.uint8] | None, Flaw | None]:
     """The image small and grey, when it can be decoded, and what is wrong with it, if anything."""
     try:
@@ -275,7 +275,7 @@ def _writable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _md5(content: bytes) -> str:
+def _md5(content: bytes | memoryview) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
