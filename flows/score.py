@@ -36,8 +36,8 @@ def score(
     """Evaluate models side by side, the first one as the subject, and write the report.
 
     Args:
-        models: Each a saved model's folder, WEIGHTS:ARCHITECTURE, open_clip:NAME/WEIGHTS, or
-            models:/NAME@ALIAS of the registry; NAME=... before it names it.
+        models: Each a saved model's folder, WEIGHTS:ARCHITECTURE, open_clip:NAME/WEIGHTS,
+            transformers:FOLDER, or models:/NAME@ALIAS of the registry; NAME=... before it names it.
         recipe: Recipe whose sets are taken; leave it out and name sets instead.
         sets: Sets of the registry, folders of your own in `data`, paths, or NAME=FOLDER; `paper`
             for all 33.

@@ -101,8 +101,8 @@ def score(
         list[str],
         Argument(
             metavar="MODEL",
-            help="a saved model's folder, WEIGHTS:ARCHITECTURE, open_clip:NAME/WEIGHTS, or "
-            "models:/NAME@ALIAS of the registry; NAME=MODEL names it",
+            help="a saved model's folder, WEIGHTS:ARCHITECTURE, open_clip:NAME/WEIGHTS, "
+            "transformers:FOLDER, or models:/NAME@ALIAS of the registry; NAME=MODEL names it",
         ),
     ],
     overrides: Overrides,

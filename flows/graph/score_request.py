@@ -19,7 +19,7 @@ from flows.graph.outside_data import find_all
 from flows.graph.step import Input, Step
 from tasks.artifacts.artifact import Role, fingerprint_files
 from tasks.evaluate.config import STAGE, EvaluateConfig
-from tasks.evaluate.encode.open_models import OPEN_CLIP, files_of
+from tasks.evaluate.encode.open_models import OPEN_CLIP, TRANSFORMERS, files_of
 from tasks.evaluate.sets.published_layout import kind_of
 from tasks.evaluate.sets.set_registry import (
     find_published_set,
@@ -188,6 +188,8 @@ def _named_models(models: Sequence[str]) -> dict[str, str]:
 
 def _short_name(spec: str) -> str:
     """The telling end of a spec: a folder's name, an alias, an architecture."""
+    if spec.startswith(TRANSFORMERS):
+        return Path(spec.removeprefix(TRANSFORMERS)).name
     if spec.startswith((OPEN_CLIP, REGISTRY)):
         return spec.partition(":")[2].strip("/")
     path, _, architecture = spec.rpartition(":")

@@ -46,7 +46,7 @@ TEXT_CHUNK = 32
 waste little where only some texts have a length."""
 TEXT_BLOCK = 16 * TEXT_CHUNK
 """Texts of one file; a kill costs at most one block."""
-_KEYS = "keys"
+_KEYS, _CUT = "keys", "cut"
 _KEY_BYTES = 16
 SUFFIX = ".safetensors"
 _HASH = "sha256"
@@ -235,10 +235,11 @@ class TextFeatures:
 
     def __init__(self, folder: Path) -> None:
         self._row: dict[bytes, int] = {}
+        self._cut: list[bool] = []
         blocks = []
         for path in sorted(folder.glob(f"*{SUFFIX}")):
             block = read_block(path)
-            if block is None or not {_KEYS, _FEATURES} <= block.keys():
+            if block is None or not {_KEYS, _FEATURES, _CUT} <= block.keys():
                 continue
             content = block[_KEYS].numpy().tobytes()
             fresh: list[int] = []
@@ -248,10 +249,15 @@ class TextFeatures:
                     self._row[key] = len(self._row)
                     fresh.append(row)
             blocks.append(block[_FEATURES][fresh])
+            self._cut += block[_CUT][fresh].tolist()
         self._features = torch.cat(blocks) if blocks else torch.empty(0)
 
     def missing_texts(self, texts: Sequence[str]) -> list[str]:
         return [text for text in texts if _text_key(text) not in self._row]
+
+    def count_cut(self, texts: Sequence[str]) -> int:
+        """Number of `texts` whose end the tower does not see, because its context is shorter."""
+        return sum(self._cut[self._row[_text_key(text)]] for text in texts)
 
     def features_of(self, texts: Sequence[str]) -> Tensor:
         """Unit features of `texts` [N, D]; equal texts get equal ones.
@@ -296,6 +302,7 @@ def encode_texts(
         stored = {
             _KEYS: torch.frombuffer(bytearray(keys), dtype=torch.uint8).reshape(-1, _KEY_BYTES),
             _FEATURES: features,
+            _CUT: subject.find_cut(named),
         }
         write_block(folder / f"{name}{SUFFIX}", stored)
         progress(len(named))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -10,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from evaclip_model.choices import Precision
 from evaclip_model.errors import InputError, shorten_error
-from tasks.evaluate.encode.open_models import DIGEST_CHARS, Identity, digest_of, file_sha256
+from tasks.evaluate.encode.open_models import Identity, Library, identify_module
 from tasks.evaluate.torchvision_import import import_torchvision
 
 LOCAL_DIR = "local-dir:"
@@ -75,22 +73,16 @@ def open_clip_subject(named: str, device: str, precision: Precision) -> OpenClip
 def open_clip_identity(named: str) -> Identity:
     """The identity of `NAME/WEIGHTS` or `local-dir:FOLDER`; the model is loaded for it."""
     subject = open_clip_subject(named, "cpu", "fp32")
-    name = named if named.startswith(LOCAL_DIR) else named.partition("/")[0]
-    model = subject.model
-    preprocessing = {"by": "open_clip", **model.visual.preprocess_cfg}
-    state = model.state_dict()
     weights = Path(named.partition("/")[2])
-    texts = {key: value for key, value in state.items() if not key.startswith("visual.")}
-    return Identity(
-        digest=_digest_model(name, state),
-        text_digest=_digest_model(f"{name} {subject.tokenizer_name}", texts),
-        transform_digest=digest_of(preprocessing),
-        architecture=f"open_clip {name}",
-        params=sum(value.numel() for value in model.parameters()),
-        gflops=_count_gflops(subject),
+    preprocessing = {"by": "open_clip", **subject.model.visual.preprocess_cfg}
+    return identify_module(
+        *(subject, subject.model),
+        name=named if named.startswith(LOCAL_DIR) else named.partition("/")[0],
         source=f"open_clip:{named}",
-        sha256=file_sha256(weights) if weights.is_file() else "",
+        tokenizer=subject.tokenizer_name,
+        image_prefixes=("visual.",),
         preprocessing=preprocessing,
+        weights=weights if weights.is_file() else None,
         warnings=_list_assumptions(named, preprocessing),
     )
 
@@ -165,6 +157,15 @@ class OpenClipSubject:
         tokens: Tensor = self._tokenizer(list(texts))
         return tokens
 
+    def find_cut(self, texts: Sequence[str]) -> Tensor:
+        inner = getattr(self._tokenizer, "tokenizer", None)
+        if inner is not None:  # one of transformers'
+            length = self._tokenizer.context_length
+            return torch.tensor([len(inner(text)["input_ids"]) > length for text in texts])
+        length = self.tokenize([""]).shape[1]
+        wider: Tensor = self._tokenizer(list(texts), context_length=length + 1)
+        return wider[:, -1] != 0
+
     def count_ids(self, tokens: Tensor) -> Tensor:
         return (
             self._find_ends(tokens) + 1
@@ -204,28 +205,6 @@ def _is_causal(text: Any) -> bool:
     )
 
 
-def _count_gflops(subject: OpenClipSubject) -> float | None:
-    size = subject.model.visual.image_size
-    height, width = size if isinstance(size, tuple | list) else (size, size)
-    # What is fused is not counted; the plain formula's products are.
-    plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    with torch.inference_mode(), plain, FlopCounterMode(display=False) as counter:
-        subject.encode_image(torch.zeros(1, 3, height, width))
-    torch.backends.mha.set_fastpath_enabled(fused)
-    flops: int = counter.get_total_flops()
-    return round(flops / 1e9, 6)
-
-
-def _digest_model(about: str, state: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(about.encode())
-    for key, value in sorted(state.items()):
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:DIGEST_CHARS]
-
-
 def _import_library() -> Any:
     try:
         with suppress(ImportError):
@@ -237,3 +216,6 @@ def _import_library() -> Any:
             "'open_clip' extra, and a torchvision that fits the installed torch"
         ) from error
     return open_clip
+
+
+LIBRARY = Library(open_clip_subject, open_clip_identity, open_clip_files)

@@ -1,9 +1,10 @@
-"""Any model behind one interface: ours, a released file, or one of open_clip's.
+"""Any model behind one interface: ours, a released file, one of open_clip's or of transformers'.
 
 FOLDER                     a saved model
 PATH:ARCHITECTURE          weights of any layout that `load_weights` reads, as an architecture
 open_clip:NAME/WEIGHTS     a model of open_clip's, with a file or one of its pretrained tags
 open_clip:local-dir:FOLDER the same, as open_clip_config.json in the folder describes it
+transformers:FOLDER        a CLIP or SigLIP as its library saves them, or ORG/NAME at its hub
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from evaclip_model.choices import Precision
 from evaclip_model.config import Config
@@ -27,18 +31,17 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.model.model_config import CONFIG_FILE, ModelConfig, list_models
 from evaclip_model.reading.transform import describe_preprocessing, image_transform
-from evaclip_model.tokenizer.tokenizer import tokenize
+from evaclip_model.tokenizer.tokenizer import PAD_TOKEN, tokenize
 from evaclip_model.training.cost import image_flops
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE, open_tensors
 from evaclip_model.weights.load import PREPROCESSING_FILE
 from evaclip_model.weights.name_maps import native_names
 
 OPEN_CLIP = "open_clip:"
+TRANSFORMERS = "transformers:"
 _FORM = 3
 """Raise it when the same files would get another identity."""
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIGEST_CHARS = 16
 
 
@@ -91,12 +94,26 @@ class Subject(Protocol):
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Texts to ids [N, L], L the whole context."""
 
+    def find_cut(self, texts: Sequence[str]) -> Tensor:
+        """True where a text [N] is longer than the context, so that its end is lost."""
+
     def count_ids(self, tokens: Tensor) -> Tensor:
         """Number of ids of each text [N, L] that decide its feature [N]: up to the end token in a
         causal tower, all of them in any other."""
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Ids [B, L'], cut to any length of at least `count_ids`, to features [B, D]."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library whose models are evaluated, as they are named behind its prefix."""
+
+    open_subject: Callable[[str, str, Precision], Subject]
+    """Name, device and precision to the open model."""
+    identify: Callable[[str], Identity]
+    list_files: Callable[[str], list[Path]]
+    """The files on this machine that decide what a name means."""
 
 
 def identify_model(spec: str, cache: Path | None = None) -> Identity:
@@ -121,27 +138,93 @@ def open_subject(spec: str, *, device: str = "cpu", precision: Precision = "fp32
     Raises:
         InputError: no such model, or weights that do not fit it.
     """
-    if spec.startswith(OPEN_CLIP):
-        from tasks.evaluate.encode.open_clip_model import open_clip_subject
-
-        return open_clip_subject(spec.removeprefix(OPEN_CLIP), device, precision)
+    if library := _find_library(spec):
+        return library.open_subject(spec.partition(":")[2], device, precision)
     path, architecture = _split_spec(spec)
     model = (
         create_model(architecture, weights=path, precision=precision)
         if architecture
         else open_model(path, precision=precision)
     )
-    return _EvaSubject(model.eval().to(device), _DTYPES[precision])
+    return _EvaSubject(model.eval().to(device), DTYPES[precision])
 
 
 def files_of(spec: str) -> list[Path]:
     """The files of a model that are on this machine."""
-    if spec.startswith(OPEN_CLIP):
-        from tasks.evaluate.encode.open_clip_model import open_clip_files
-
-        return open_clip_files(spec.removeprefix(OPEN_CLIP))
+    if library := _find_library(spec):
+        return library.list_files(spec.partition(":")[2])
     path = _split_spec(spec)[0]
     return sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+
+
+def _find_library(spec: str) -> Library | None:
+    """The library that a specification's prefix names, imported only then."""
+    if spec.startswith(OPEN_CLIP):
+        from tasks.evaluate.encode.open_clip_model import LIBRARY as OPEN_CLIPS
+
+        return OPEN_CLIPS
+    if spec.startswith(TRANSFORMERS):
+        from tasks.evaluate.encode.transformers_model import LIBRARY as TRANSFORMERS_OWN
+
+        return TRANSFORMERS_OWN
+    return None
+
+
+def identify_module(
+    subject: Subject,
+    model: torch.nn.Module,
+    *,
+    name: str,
+    source: str,
+    tokenizer: str,
+    image_prefixes: tuple[str, ...],
+    preprocessing: dict[str, Any],
+    weights: Path | None,
+    warnings: tuple[str, ...] = (),
+) -> Identity:
+    """The identity of another library's model, which is loaded.
+
+    Args:
+        name: Its architecture, without the library's name.
+        source: Its specification.
+        tokenizer: What decides the ids of a text.
+        image_prefixes: Beginnings of the names of weights that no text passes.
+        weights: Its one file, where there is one.
+    """
+    state = model.state_dict()
+    texts = {key: value for key, value in state.items() if not key.startswith(image_prefixes)}
+    return Identity(
+        digest=_digest_state(name, state),
+        text_digest=_digest_state(f"{name} {tokenizer}", texts),
+        transform_digest=digest_of(preprocessing),
+        architecture=f"{source.partition(':')[0]} {name}",
+        params=sum(value.numel() for value in model.parameters()),
+        gflops=_count_gflops(subject),
+        source=source,
+        sha256=file_sha256(weights) if weights else "",
+        preprocessing=preprocessing,
+        warnings=warnings,
+    )
+
+
+def _digest_state(about: str, state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(about.encode())
+    for key, value in sorted(state.items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:DIGEST_CHARS]
+
+
+def _count_gflops(subject: Subject) -> float:
+    pixels = subject.transform(Image.new("RGB", (8, 8)))[None]
+    # What is fused is not counted; the plain formula's products are.
+    plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    with torch.inference_mode(), plain, FlopCounterMode(display=False) as counter:
+        subject.encode_image(torch.zeros_like(pixels))
+    torch.backends.mha.set_fastpath_enabled(fused)
+    return round(int(counter.get_total_flops()) / 1e9, 6)
 
 
 def architecture_name(config: ModelConfig) -> str:
@@ -167,6 +250,9 @@ class _EvaSubject:
         features: Tensor = self._model.encode_image(pixels.to(self._device, self._dtype))
         return features
 
+    def find_cut(self, texts: Sequence[str]) -> Tensor:
+        return tokenize(texts, self._context + 1)[:, -1] != PAD_TOKEN
+
     def count_ids(self, tokens: Tensor) -> Tensor:
         return tokens.argmax(dim=1) + 1  # the end token has the largest id
 
@@ -176,10 +262,8 @@ class _EvaSubject:
 
 
 def _identify_uncached(spec: str) -> Identity:
-    if spec.startswith(OPEN_CLIP):
-        from tasks.evaluate.encode.open_clip_model import open_clip_identity
-
-        return open_clip_identity(spec.removeprefix(OPEN_CLIP))
+    if library := _find_library(spec):
+        return library.identify(spec.partition(":")[2])
     path, architecture = _split_spec(spec)
     config = _load_config(path, architecture)
     weights = path if architecture else path / WEIGHTS_FILE
@@ -266,5 +350,8 @@ def _cache_key(spec: str) -> str:
         if path.exists():
             stat = path.stat()
             stats.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino])
-    versions = {tool: metadata.version(tool) for tool in ("evaclip", "open_clip_torch")}
+    versions = {}
+    for tool in ("evaclip", "open_clip_torch", *(["transformers"] * spec.startswith(TRANSFORMERS))):
+        with suppress(metadata.PackageNotFoundError):
+            versions[tool] = metadata.version(tool)
     return digest_of({"form": _FORM, "spec": spec, "files": stats, **versions})

@@ -245,6 +245,9 @@ def test_a_tower_that_is_not_causal_gets_its_whole_context(tmp_path: Path):
         def tokenize(self, texts: list[str]) -> torch.Tensor:
             return tokenize(texts)
 
+        def find_cut(self, texts: list[str]) -> torch.Tensor:
+            return torch.zeros(len(texts), dtype=torch.bool)
+
         def count_ids(self, tokens: torch.Tensor) -> torch.Tensor:
             return torch.full((len(tokens),), tokens.shape[1])
 
