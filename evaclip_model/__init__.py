@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evaclip_model.create import create_model, open_model
+    from evaclip_model.create import create_model, interpolate_weights, open_model
     from evaclip_model.errors import InputError
     from evaclip_model.model.clip import EvaClip
     from evaclip_model.model.model_config import ModelConfig, list_models
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from evaclip_model.weights.load import LoadReport, load_weights, save_model, save_weights
 
 _HOME = {
-    "create": ("create_model", "open_model"),
+    "create": ("create_model", "interpolate_weights", "open_model"),
     "errors": ("InputError",),
     "model.clip": ("EvaClip",),
     "model.model_config": ("ModelConfig", "list_models"),
@@ -48,6 +48,7 @@ __all__ = [
     "export_onnx",
     "gathered_contrastive_loss",
     "image_transform",
+    "interpolate_weights",
     "kept_patches",
     "list_models",
     "load_weights",

@@ -259,6 +259,24 @@ def convert(
         print(path)
 
 
+@commands.command("interpolate")
+def interpolate(
+    start: Annotated[Path, Argument(metavar="START", help="a checkpoint of END's architecture")],
+    end: Annotated[Path, Argument(metavar="END", help="the tuned model: a saved model's folder")],
+    weight: Annotated[float, Option(min=0, max=1, help="END's share of every weight")],
+    out: Annotated[
+        Path,
+        Option("--out", "-o", metavar="DEST", help="a folder, or a .safetensors file of weights"),
+    ],
+) -> None:
+    """Write the model between two, which keeps more of what the first one knew."""
+    from evaclip_model.create import interpolate_weights
+    from evaclip_model.weights.export import export_model
+
+    for path in export_model(interpolate_weights(start, end, weight), out, "native"):
+        print(path)
+
+
 @commands.command("take-over")
 def take_over(
     source: Annotated[

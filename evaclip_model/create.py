@@ -124,6 +124,27 @@ def _random_model(config: ModelConfig, seed: int | None, attention: AttentionCho
     return model
 
 
+@torch.no_grad()
+def interpolate_weights(start: str | Path, end: str | Path, weight: float) -> EvaClip:
+    """The model between two: every weight is (1 - `weight`) of `start`'s and `weight` of `end`'s
+    (WiSE-FT, arXiv 2109.01903), in fp32 and evaluation mode.
+
+    Args:
+        start: any checkpoint that `load_weights` reads; resized to the architecture of `end`.
+        end: a saved model's folder.
+        weight: from 0, the start, to 1, the end.
+
+    Raises: InputError: another weight, or models that do not fit each other.
+    """
+    if not 0 <= weight <= 1:
+        raise InputError(f"weight is {weight:g}: give a number from 0, the start, to 1, the end")
+    model = open_model(end)
+    beginning = load_model(model.config, start)[0]
+    for ours, theirs in zip(model.parameters(), beginning.parameters(), strict=True):
+        ours.copy_(theirs.lerp(ours, weight))
+    return model
+
+
 def open_model(
     folder: str | Path, precision: Precision = "fp32", attention: AttentionChoice = "auto"
 ) -> EvaClip:

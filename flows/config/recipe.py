@@ -27,6 +27,7 @@ from tasks.demo.config import DemoConfig
 from tasks.download.config import DownloadConfig
 from tasks.evaluate.config import EvaluateConfig
 from tasks.initialise.config import InitialiseConfig
+from tasks.interpolate.config import InterpolateConfig
 from tasks.merge.config import MergeConfig, SourceConfig
 from tasks.register.config import RegisterConfig
 from tasks.verify.config import VerifyConfig
@@ -90,6 +91,8 @@ class Recipe(Config):
     initialise: InitialiseConfig
     train: tuple[TrainConfig, ...] = Field(min_length=1)
     """Training stages in order; each starts from the one before, the first from `initialise`."""
+    interpolate: InterpolateConfig | None = None
+    """The model that is evaluated and registered lies between start and end of training."""
     evaluate_table: EvaluateConfig | None = Field(None, alias="evaluate")
     """May be left out where nothing is evaluated."""
     retrain: RetrainConfig = RetrainConfig()
@@ -99,7 +102,7 @@ class Recipe(Config):
     register_table: RegisterConfig | None = Field(None, alias="register")
     """May be left out where nothing is registered."""
 
-    ADDED: ClassVar[tuple[str, ...]] = ("adopt",)
+    ADDED: ClassVar[tuple[str, ...]] = ("adopt", "interpolate")
 
     @property
     def merge(self) -> MergeConfig:
@@ -164,6 +167,13 @@ class Recipe(Config):
         if self.register_table is not None and self.evaluate_table is None:
             raise ValueError("[register] needs [evaluate]: the gate judges by its figures")
         sets = [one.name for one in self.evaluate_table.sets] if self.evaluate_table else []
+        chosen_by = self.interpolate
+        for name in (*chosen_by.choose_on, *chosen_by.keep_on) if chosen_by else ():
+            if name not in sets:
+                raise ValueError(
+                    f"[interpolate] names '{name}', which is none of evaluate.sets "
+                    f"({', '.join(sets) or 'there is no [evaluate]'})"
+                )
         for metric in self.register_table.gate.metrics if self.register_table else ():
             if metric.rpartition(".")[0] not in sets:
                 raise ValueError(

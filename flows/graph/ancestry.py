@@ -14,6 +14,7 @@ from evaclip_model.errors import InputError
 from tasks.artifacts.artifact import Artifact, Role
 from tasks.artifacts.provenance import walk_up
 from tasks.demo.config import STAGE as DEMO
+from tasks.interpolate.config import STAGE as INTERPOLATE
 from tasks.join.config import STAGE as JOIN
 from tasks.join.join import read_parts
 from tasks.lineage.journal import JOURNALS, runs_of_digest
@@ -24,7 +25,7 @@ from tasks.verify.config import STAGE as VERIFY
 
 _OF_STEPS = (
     *(Role.MERGE, Role.DOWNLOAD, Role.ADOPT, Role.DATA),
-    *(Role.DATASET, Role.START, Role.TRAINED),
+    *(Role.DATASET, Role.START, Role.END, Role.TRAINED),
 )
 
 
@@ -123,14 +124,15 @@ def models_of(dataset: Artifact, artifacts: Sequence[Artifact]) -> list[Model]:
     waiting = [dataset.digest]
     while waiting:
         for artifact in children_of(waiting.pop(0), artifacts):
-            if artifact.kind == TRAIN.name and artifact.digest not in models:
+            is_model = artifact.kind in (TRAIN.name, INTERPOLATE.name)
+            if is_model and artifact.digest not in models:
                 waiting.append(artifact.digest)
                 versions = tuple(
                     RegisteredVersion.from_registration(child.folder)
                     for child in children_of(artifact.digest, artifacts)
                     if child.kind == REGISTER.name
                 )
-                name = str(artifact.config["name"])
+                name = str(artifact.config.get("name", artifact.kind))
                 models[artifact.digest] = Model(name, artifact.digest, versions)
     return list(models.values())
 

@@ -8,6 +8,7 @@ or `model_steps`. Not here: running steps (runner.py), what retraining and `scor
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from functools import cached_property, partial
 from os import sched_getaffinity
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
@@ -63,10 +65,12 @@ from tasks.demo.config import DemoConfig
 from tasks.download.config import STAGE as DOWNLOAD
 from tasks.download.download import PROGRESS, Crew, download_images
 from tasks.download.url_tables import expected_bytes
-from tasks.evaluate.config import ATTACHED, EvaluateConfig
+from tasks.evaluate.config import ATTACHED, RESULTS, EvalSetConfig, EvaluateConfig
 from tasks.evaluate.config import STAGE as EVALUATE
 from tasks.initialise.config import STAGE as INITIALISE
 from tasks.initialise.config import InitialiseConfig
+from tasks.interpolate.config import CHOICE, InterpolateConfig
+from tasks.interpolate.config import STAGE as INTERPOLATE
 from tasks.join.config import STAGE as JOIN
 from tasks.lineage.lineage_svg import lineage_svg
 from tasks.merge.config import STAGE as MERGE
@@ -116,6 +120,8 @@ class Graph:
     dataset: Step
     train: tuple[Step, ...]
     """One a training stage, in order."""
+    final: Step
+    """What makes the model that is evaluated and registered: the last of them, or what follows."""
     results: tuple[Step, ...]
     """What is made of the trained model, in order."""
 
@@ -127,7 +133,7 @@ class Graph:
     @cached_property
     def model_steps(self) -> tuple[Step, ...]:
         """From the starting weights to the trained model."""
-        return tuple(step for step in walk_steps(*self.train) if step not in self.data_steps)
+        return tuple(step for step in walk_steps(self.final) if step not in self.data_steps)
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:
@@ -246,12 +252,14 @@ def model_steps(
     # A plan counts one checkpoint of the model, however many stages there are.
     parameters = sum(parameter_counts(recipe.initialise.load_architecture()).values())
     train[-1] = replace(train[-1], expected_bytes=parameters * BYTES_PER_PARAMETER_SAVED)
-    results: list[Step] = []
+    final, results = train[-1], list[Step]()
+    if recipe.interpolate is not None:
+        final = interpolate_step(site, recipe.interpolate, recipe.evaluate, start, final, dataset)
     if recipe.evaluate_table is not None:
-        results.append(comparison_step(site, recipe.evaluate, train, dataset, beside))
+        results.append(comparison_step(site, recipe.evaluate, train, final, dataset, beside))
     if recipe.register_table is not None:
-        results.append(register_step(site, recipe.registry, train[-1], results[0]))
-    return Graph(site, dataset, tuple(train), tuple(results))
+        results.append(register_step(site, recipe.registry, final, results[0]))
+    return Graph(site, dataset, tuple(train), final, tuple(results))
 
 
 def demo_step(root: Path, config: DemoConfig) -> Step:
@@ -470,6 +478,46 @@ def train_step(site: Site, config: TrainConfig, start: Step | Artifact, dataset:
     return Step(site.root, TRAIN, config, inputs, make, what, record=record, title=title)
 
 
+def interpolate_step(
+    site: Site,
+    config: InterpolateConfig,
+    evaluate: EvaluateConfig,
+    start: Step | Artifact,
+    end: Step,
+    dataset: Step,
+) -> Step:
+    """The model between start and end of training that the recipe's sets choose."""
+    named = (*config.choose_on, *config.keep_on)
+    part = evaluate.model_copy(
+        update={"sets": tuple(one for one in evaluate.sets if one.name in named), "title": ""}
+    )
+    marks = OutsideMarks(site.demo)
+    settings = hash_marks([json.dumps(part.compute_identity(), sort_keys=True)])
+    inputs: dict[str, Input] = {
+        **{Role.START: start, Role.END: end, Role.DATASET: dataset, "evaluation": settings},
+        **mark_sets(marks, part),
+    }
+
+    def make(profile: Profile, out: Path, report: Report) -> Made:
+        from tasks.evaluate.evaluate import evaluate_models
+        from tasks.evaluate.metrics.metric import judged_metrics
+        from tasks.interpolate.interpolate import interpolate_models
+
+        def evaluate_all(models: Mapping[str, Path], folder: Path) -> Mapping[str, Any]:
+            folder.mkdir(exist_ok=True)
+            sets = find_sets(part, site.demo)
+            evaluate_models(part, models, sets, (), folder, report, machine=profile.machine)
+            results: Mapping[str, Any] = json.loads((folder / RESULTS).read_text())
+            return results
+
+        models = start.folder / MODEL_FOLDER, end.folder / MODEL_FOLDER
+        return interpolate_models(config, *models, evaluate_all, judged_metrics(), out, report)
+
+    what = f"{len(config.weights)} weights between start and end, chosen on {', '.join(named)}"
+    record = Record(files=(CHOICE,))
+    return Step(site.root, INTERPOLATE, config, inputs, make, what, marks.absent, record)
+
+
 def untrained_model(start: Step) -> Beside:
     return Beside(UNTRAINED, Role.UNTRAINED, start, start.folder / MODEL_FOLDER)
 
@@ -478,25 +526,37 @@ def comparison_step(
     site: Site,
     config: EvaluateConfig,
     train: Sequence[Step],
+    final: Step,
     dataset: Step,
     beside: Beside,
     title: str = "",
 ) -> Step:
+    """The final model of `train` beside another."""
     marks = OutsideMarks(site.demo)
-    where = {one.name: f"evaluate.sets '{one.name}'" for one in config.sets}
-
-    def find_sets() -> dict[str, Path]:
-        return {
-            one.name: find_all([one.folder], site.demo, where[one.name])[0] for one in config.sets
-        }
-
-    sets = {one.name: marks.mark_files(one.folder, where[one.name]) for one in config.sets}
-    inputs = {Role.TRAINED: train[-1], beside.role: beside.mark, **sets}
-    models = {TRAINED: train[-1].folder / MODEL_FOLDER, beside.name: beside.folder}
-    step = evaluate_step(site.root, config, inputs, models, find_sets, train, dataset, title)
+    sets = mark_sets(marks, config)
+    inputs = {Role.TRAINED: final, beside.role: beside.mark, **sets}
+    models = {TRAINED: final.folder / MODEL_FOLDER, beside.name: beside.folder}
+    found = partial(find_sets, config, site.demo)
+    step = evaluate_step(
+        *(site.root, config, inputs, models, found, train, dataset, title), final=final
+    )
     what = f"{len(sets)} sets, {TRAINED} and {beside.name} model"
     record = replace(step.record, datasets={"evaluation": site.demo} if site.demo else {})
     return replace(step, what=what, absent=marks.absent, record=record)
+
+
+def mark_sets(marks: OutsideMarks, config: EvaluateConfig) -> dict[str, Input]:
+    """Name -> what stands for every set."""
+    return {one.name: marks.mark_files(one.folder, _where_named(one)) for one in config.sets}
+
+
+def find_sets(config: EvaluateConfig, demo: Step | None) -> dict[str, Path]:
+    """Name -> folder of every set."""
+    return {one.name: find_all([one.folder], demo, _where_named(one))[0] for one in config.sets}
+
+
+def _where_named(one: EvalSetConfig) -> str:
+    return f"evaluate.sets '{one.name}'"
 
 
 def evaluate_step(
@@ -508,6 +568,7 @@ def evaluate_step(
     train: Sequence[Step] = (),
     dataset: Step | None = None,
     title: str = "",
+    final: Step | None = None,
 ) -> Step:
     """Models on evaluation sets.
 
@@ -515,8 +576,9 @@ def evaluate_step(
         inputs: role -> what stands for the models and the sets.
         models: name -> what opens it; the first one is the subject.
         find_sets: name -> folder of every set.
-        train: training stages of the subject, for its curves and its lineage.
+        train: training stages of the subject, for its curves.
         dataset: what it was trained on, for a look whether test images are among it.
+        final: what made the subject, for its lineage.
     """
 
     def make(profile: Profile, out: Path, report: Report) -> Made:
@@ -530,7 +592,7 @@ def evaluate_step(
             if data is not None:
                 trained_on = [TrainingData(data.folder, dataset.folder / LEFT_OUT)]
         curves = [step.folder / METRICS_FILE for step in train]
-        picture = lineage_svg(lineage_of([finished_artifact(train[-1])], root)) if train else ""
+        picture = lineage_svg(lineage_of([finished_artifact(final)], root)) if final else ""
         return evaluate_models(
             *(config, models, find_sets(), curves, out, report),
             machine=profile.machine,

@@ -14,8 +14,7 @@ from evaclip_model.errors import InputError
 from flows.config.profile import Profile
 from flows.config.recipe import load_recipe
 from flows.config.recipe_loader import apply_override, find_recipe, read_recipe
-from flows.graph.graph import demo_step, evaluate_step
-from flows.graph.outside_data import find_all
+from flows.graph.graph import demo_step, evaluate_step, find_sets
 from flows.graph.step import Input, Step
 from tasks.artifacts.artifact import Role, fingerprint_files
 from tasks.evaluate.config import STAGE, EvaluateConfig
@@ -102,11 +101,7 @@ def _sets_of_recipe(
     else:
         whole = load_recipe(recipe, overrides)
         config, demo = whole.evaluate, demo_step(root, whole.demo) if whole.demo else None
-    folders = {
-        one.name: find_all([one.folder], demo, f"evaluate.sets '{one.name}'")[0]
-        for one in config.sets
-    }
-    return config, folders
+    return config, find_sets(config, demo)
 
 
 def _read_evaluation(

@@ -102,7 +102,7 @@ def register_and_judge(session: RecipeSession, graph: Graph) -> Artifact:
         decision = _judge_candidate(
             session, graph, require_champion(store, config.model_name, config.alias)
         )
-    trained, evaluated = finished_artifact(graph.train[-1]), finished_artifact(graph.evaluate)
+    trained, evaluated = finished_artifact(graph.final), finished_artifact(graph.evaluate)
 
     def register(profile: Profile, out: Path, report: Report) -> Made:
         run, large = session.run.run_id(), profile.large_weights
@@ -206,7 +206,7 @@ def champion_beside(session: RecipeSession, champion: Standing) -> Beside:
 
 def _judge_candidate(session: RecipeSession, graph: Graph, standing: Standing | None) -> Decision:
     policy = session.recipe.registry.gate
-    folders = {TRAINED: graph.train[-1].folder / MODEL_FOLDER}
+    folders = {TRAINED: graph.final.folder / MODEL_FOLDER}
     weights = {TRAINED: sha256_of(folders[TRAINED] / WEIGHTS_FILE)}
     results = json.loads((graph.evaluate.folder / RESULTS).read_text())
     if standing is not None:
@@ -214,8 +214,10 @@ def _judge_candidate(session: RecipeSession, graph: Graph, standing: Standing | 
         folders[CHAMPION] = beside.folder
         weights[CHAMPION] = standing.weights or sha256_of(beside.folder / WEIGHTS_FILE)
         if weights[CHAMPION] != weights[TRAINED] and CHAMPION not in results["models"]:
-            config, train, dataset = session.recipe.evaluate, graph.train, graph.dataset
-            step = comparison_step(graph.site, config, train, dataset, beside, title="compare")
+            step = comparison_step(
+                *(graph.site, session.recipe.evaluate, graph.train, graph.final, graph.dataset),
+                *(beside, "compare"),
+            )
             results = json.loads((session.make_step(step).folder / RESULTS).read_text())
     times: Mapping[str, float] = {}
     if policy.max_latency_ratio is not None and standing is not None:

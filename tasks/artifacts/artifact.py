@@ -46,6 +46,7 @@ class Role:
     """Of a join, with four digits behind."""
     DATASET = "dataset"
     START = "start_from"
+    END = "end"
     TRAINED = "train"
     EVALUATION = "evaluate"
     UNTRAINED = "initialise"
