@@ -10,19 +10,17 @@ from __future__ import annotations
 import json
 import tarfile
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from evaclip_model.reading.samples import RECORD_EXTENSION, BrokenShard
 from tasks.download.fetch_outcome import Outcome, outcome_of, retry_after_s
 from tasks.download.url_tables import PlannedShard
-
-Stamp = list[list[int]]
-"""Size and time of change of each of a shard's files."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +89,27 @@ def shard_files(folder: Path, planned: PlannedShard) -> tuple[Path, Path, Path]:
     return (folder / names[0], folder / names[1], folder / names[2])
 
 
+@dataclass(frozen=True)
+class _Entry:
+    shard: FinishedShard
+    stamp: list[list[int]]
+    """Size and time of change of each of its files."""
+
+
+_ENTRY = TypeAdapter(_Entry)
+
+
 class Ledger:
     """The whole shards of one folder, as the file at `path` remembers them."""
 
     def __init__(self, path: Path, folder: Path) -> None:
         self._path = path
         self._folder = folder
-        self._known = _read_entries(path)
+        self._known: dict[PlannedShard, _Entry] = {}
+        for line in path.read_bytes().splitlines() if path.exists() else ():
+            with suppress(ValueError):  # a line that a kill cut short is nothing
+                entry = _ENTRY.validate_json(line)
+                self._known[entry.shard.planned] = entry
 
     def check_planned(self, planned: PlannedShard) -> FinishedShard:
         """The shard as remembered, or as `check_shard` finds it now.
@@ -106,42 +118,16 @@ class Ledger:
             BrokenShard: as `check_shard`.
         """
         stamp = _file_stamp(self._folder, planned)
-        known = self._known.get(planned.name)
-        if known is None or known["stamp"] != stamp or known["rows"] != planned.rows:
-            known = _make_entry(check_shard(self._folder, planned), stamp)
-            self._known[planned.name] = known
-            with self._path.open("a") as file:
-                file.write(json.dumps(known) + "\n")
-        outcomes = Counter({Outcome(word): number for word, number in known["outcomes"].items()})
-        return FinishedShard(planned, outcomes, known["tar_bytes"], known["retry_after_s"])
+        known = self._known.get(planned)
+        if known is None or known.stamp != stamp:
+            known = _Entry(check_shard(self._folder, planned), stamp)
+            self._known[planned] = known
+            with self._path.open("ab") as file:
+                file.write(_ENTRY.dump_json(known) + b"\n")
+        return known.shard
 
 
-def _make_entry(shard: FinishedShard, stamp: Stamp) -> dict[str, Any]:
-    return {
-        "shard": shard.planned.name,
-        "rows": shard.planned.rows,
-        "outcomes": {outcome.value: number for outcome, number in shard.outcomes.items()},
-        "tar_bytes": shard.tar_bytes,
-        "retry_after_s": shard.retry_after_s,
-        "stamp": stamp,
-    }
-
-
-def _read_entries(path: Path) -> dict[str, dict[str, Any]]:
-    """Entries by shard, the last one of each; a line that a kill cut short is nothing."""
-    known: dict[str, dict[str, Any]] = {}
-    if not path.exists():
-        return known
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        known[entry["shard"]] = entry
-    return known
-
-
-def _file_stamp(folder: Path, planned: PlannedShard) -> Stamp:
+def _file_stamp(folder: Path, planned: PlannedShard) -> list[list[int]]:
     try:
         stats = [path.stat() for path in shard_files(folder, planned)]
     except OSError as error:

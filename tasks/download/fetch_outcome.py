@@ -125,16 +125,13 @@ def outcome_of(status: str, message: str | None) -> Outcome:
     text = message or ""
     http_error = _HTTP_ERROR.search(text)
     if http_error:
-        return _of_http_status(int(http_error.group(1)))
+        code = int(http_error.group(1))
+        if code >= 500:
+            return Outcome.SERVER_ERROR
+        # urllib follows redirects, so one that is left over led in circles or to another scheme
+        by_class = Outcome.REDIRECT_LOOP if 300 <= code < 400 else Outcome.HTTP_OTHER
+        return _OF_HTTP_STATUS.get(code, by_class)
     for pattern, outcome in _OF_TEXT:
         if pattern.search(text):
             return outcome
     return Outcome.OTHER
-
-
-def _of_http_status(code: int) -> Outcome:
-    if code >= 500:
-        return Outcome.SERVER_ERROR
-    # urllib follows redirects, so one that is left over led in circles or to another scheme
-    by_class = Outcome.REDIRECT_LOOP if 300 <= code < 400 else Outcome.HTTP_OTHER
-    return _OF_HTTP_STATUS.get(code, by_class)

@@ -42,6 +42,10 @@ class Progress:
     busy: frozenset[int] = frozenset()
     """Ids of the processes that have a shard in hand, on the machines where those are."""
 
+    def __add__(self, other: Progress) -> Progress:
+        fetched_bytes = self.fetched_bytes + other.fetched_bytes
+        return Progress(self.counts + other.counts, fetched_bytes, self.busy | other.busy)
+
 
 class OutcomeCounter:
     """Counts the fetches of one shard into its own file; safe for threads."""
@@ -94,20 +98,12 @@ class CounterReader:
             process, fetched_bytes, *numbers = _LAYOUT.unpack(content)
             counts = Counter(dict(zip(_ORDER, numbers, strict=True)))
             busy = frozenset({process} - {0})
-            total = _add_progress(total, Progress(counts, fetched_bytes, busy))
+            total += Progress(counts, fetched_bytes, busy)
             if not process:
-                self._finished = _add_progress(self._finished, Progress(counts, fetched_bytes))
+                self._finished += Progress(counts, fetched_bytes)
                 self._shards.append(int(file.stem))
                 file.unlink()
         return total
-
-
-def _add_progress(one: Progress, other: Progress) -> Progress:
-    return Progress(
-        one.counts + other.counts,
-        one.fetched_bytes + other.fetched_bytes,
-        one.busy | other.busy,
-    )
 
 
 class Watch:
@@ -199,9 +195,8 @@ def network_trouble(counts: Counter[Outcome]) -> str | None:
         return None
     return (
         f"the network or its name service is down: {failed:,} of the last {counts.total():,} URLs "
-        f"failed without an answer ({_count_reasons(counts, NETWORK)}): mend it (or, if all "
-        f"these rows "
-        "are of one dead site, drop that source) and run the same command again; what was "
+        f"failed without an answer ({_count_reasons(counts, NETWORK)}): mend it (or, if all these "
+        "rows are of one dead site, drop that source) and run the same command again; what was "
         "downloaded is kept"
     )
 
@@ -212,9 +207,7 @@ def dead_links(counts: Counter[Outcome], min_success_rate: float) -> str:
         f"only {counts[Outcome.SUCCESS]:,} of {counts.total():,} URLs gave an image, less than "
         f"min_success_rate = {min_success_rate:g} "
         f"({_count_reasons(counts, set(counts) - {Outcome.SUCCESS})}): mend the cause (a dead "
-        f"list, "
-        "the server, limits) and run the same command "
-        "again; what did well is kept"
+        "list, the server, limits) and run the same command again; what did well is kept"
     )
 
 

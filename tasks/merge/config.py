@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from evaclip_model.config import Config, refuse_repeated_names
 from tasks.artifacts.artifact import Stage
@@ -39,6 +39,16 @@ def why_refused(files: str) -> str | None:
         f"'{files}' was withdrawn in December 2023 because it held links to suspected child "
         f"sexual abuse material: use its cleaned edition, hf://datasets/{CLEANED}/*.parquet"
     )
+
+
+def _not_withdrawn(files: str) -> str:
+    if reason := why_refused(files):
+        raise ValueError(reason)
+    return files
+
+
+Published = Annotated[str, Field(min_length=1), AfterValidator(_not_withdrawn)]
+"""Glob of files that are not withdrawn."""
 
 
 def is_old_edition(columns: Collection[str]) -> bool:
@@ -80,7 +90,7 @@ class ColumnMap(Config):
 class SidecarConfig(Config):
     """Files that hold further columns of a source's rows, found by a key."""
 
-    files: str = Field(min_length=1)
+    files: Published
     """Glob of the files, local or a URL."""
     on: Literal["laion_hash", "url", "id"] = "laion_hash"
     """What the key is: LAION's 64-bit hash of URL and caption (the source's `hash` column where it
@@ -91,25 +101,20 @@ class SidecarConfig(Config):
     """Columns to add, for example punsafe and pwatermark. Rows without a partner get none, and the
     filter's `unknown_...` policy decides; of several partners the largest value counts."""
 
-    @field_validator("files")
-    @classmethod
-    def _is_published(cls, value: str) -> str:
-        return _not_withdrawn(value)
-
 
 class SourceConfig(Config):
     """One metadata collection."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     """Name in reports, folders and sampling weights, for example laion2b."""
-    files: str = Field(min_length=1)
+    files: Published
     """Glob of its files: local, or a URL (s3://bucket/*.parquet, hf://datasets/owner/name/*); a
     leading `demo:` means inside the demo artifact."""
     format: Literal["auto", "parquet", "csv", "jsonl"] = "auto"
     """What the files are; auto = by their suffix, before a .gz or .zst."""
     columns: Literal["auto", "laion", "coyo"] | ColumnMap = "auto"
     """Published layout (auto = by the column names), or an explicit column map."""
-    diff_against: str | None = Field(default=None, min_length=1)
+    diff_against: Published | None = None
     """Glob of the cleaned edition's parquet files; rows whose address it lacks are dropped. Old
     copies of LAION's metadata are refused without it."""
     quoting: Quoting = "auto"
@@ -140,18 +145,6 @@ class SourceConfig(Config):
     def wanted_rows(self) -> int | None:
         """The most rows that are selected; None: all that pass."""
         return self.target_count and math.ceil(self.target_count / self.expected_success)
-
-    @field_validator("files", "diff_against")
-    @classmethod
-    def _is_published(cls, value: str | None) -> str | None:
-        return value if value is None else _not_withdrawn(value)
-
-
-def _not_withdrawn(files: str) -> str:
-    reason = why_refused(files)
-    if reason:
-        raise ValueError(reason)
-    return files
 
 
 class BlocklistConfig(Config):

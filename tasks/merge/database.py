@@ -103,7 +103,7 @@ def open_database(
 
 
 @contextmanager
-def explain_read_errors(path: str, what: str = "parquet") -> Iterator[None]:
+def explain_read_errors(path: str) -> Iterator[None]:
     """Turn the database's complaints about the content of a metadata file into a sentence."""
     try:
         yield
@@ -113,7 +113,7 @@ def explain_read_errors(path: str, what: str = "parquet") -> Iterator[None]:
         if _is_disk_full(error):
             raise
         raise InputError(
-            f"{path} cannot be read as {what}: fetch it again or take it out of 'files' "
+            f"{path} cannot be read as parquet: fetch it again or take it out of 'files' "
             f"({shorten_error(error)})"
         ) from error
 

@@ -15,12 +15,11 @@ from pathlib import Path
 from duckdb import DuckDBPyConnection
 
 from evaclip_model.errors import InputError
-from tasks.merge.config import ColumnMap, SourceConfig, is_old_edition, why_refused
+from tasks.merge.config import SourceConfig, is_old_edition, why_refused
 from tasks.merge.database import explain_read_errors, open_database
-from tasks.merge.merge_plan import read_columns, rows_in
-from tasks.merge.metadata_files import READERS, Format, find_metadata, format_of
-from tasks.merge.schema import PublishedColumns, column_map, is_number, quote_identifier
-from tasks.tables.text_tables import read_text_table
+from tasks.merge.merge_plan import ReadableFile, make_readable, rows_in
+from tasks.merge.metadata_files import find_metadata, format_of
+from tasks.merge.schema import column_map, column_parts, is_number, quote_identifier
 
 BINS = 10
 MEMORY_LIMIT = "1GB"
@@ -70,21 +69,25 @@ def inspect_files(pattern: str, read_files: int = 4) -> Inspection:
         raise InputError(refused)
     paths = find_metadata(pattern, "sources inspect")
     source = SourceConfig(name="inspected", files=pattern, own_rows=True)
-    kinds = {path: format_of(path, source) for path in paths}
+    is_parquet = {format_of(path, source) for path in paths} == {"parquet"}
     with (
         tempfile.TemporaryDirectory() as spill,
         open_database(Path(spill), MEMORY_LIMIT, None, paths) as connection,
     ):
+        looked_at = [
+            make_readable(connection, number, path, source, Path(spill))
+            for number, path in enumerate(paths[:read_files])
+        ]
         rows = None
-        if set(kinds.values()) == {"parquet"}:
-            rows = 0
-            for path in paths:
+        if is_parquet:
+            rows = sum(file.rows for file in looked_at)
+            for path in paths[read_files:]:
                 with explain_read_errors(path):
                     rows += rows_in(connection, [path])
-        first, problem, columns = paths[0], None, None
-        published = read_columns(connection, first, kinds[first])
+        first, problem, columns = looked_at[0], None, None
+        published = first.own
         try:
-            columns = column_map(source, published, first)
+            columns = column_map(source, published, first.published_as, first.is_text)
         except InputError as error:
             problem = str(error)
         if is_old_edition(published):
@@ -92,76 +95,45 @@ def inspect_files(pattern: str, read_files: int = 4) -> Inspection:
                 "the columns are those of LAION's metadata of before December 2023, which was "
                 "withdrawn: as a source it needs diff_against"
             )
-        counted = []
-        for path in paths[:read_files]:
-            if read_columns(connection, path, kinds[path]) != published:
+        for file in looked_at:
+            if set(file.own if file.is_text else file.own.items()) != set(
+                published if file.is_text else published.items()
+            ):
                 raise InputError(
-                    f"{path} has other columns than {first}: inspect them apart, and make each "
-                    "kind of file a source of its own"
+                    f"{file.published_as} has other columns than {first.published_as}: inspect "
+                    "them apart, and make each kind of file a source of its own"
                 )
-            counted.append(_count_values(connection, path, READERS[kinds[path]], published))
-    bad_lines, first_bad_line = _bad_lines(paths[:read_files], kinds)
-    read_rows = sum(count[0] for count in counted)
-    found = tuple(
-        ColumnSummary(
-            name,
-            kind,
-            _part_of(name, columns),
-            1 - sum(count[1][name] for count in counted) / max(read_rows, 1),
-            tuple(map(sum, zip(*(count[2].get(name, ()) for count in counted), strict=True))),
-        )
-        for name, kind in published.items()
-    )
+        parts = {name: part for part, name in column_parts(columns)} if columns else {}
+        read_rows, summaries = _summarise_columns(connection, looked_at, parts)
+    bad_lines = sum((Counter(file.flaws) for file in looked_at), Counter[str]())
+    first_bad_line = next((file.first_flaw for file in looked_at if file.first_flaw), "")
     return Inspection(
-        *(len(paths), rows, len(counted), read_rows, found, problem, bad_lines, first_bad_line)
+        *(len(paths), rows, len(looked_at), read_rows, summaries, problem),
+        *(bad_lines, first_bad_line),
     )
 
 
-def _bad_lines(paths: Sequence[str], kinds: Mapping[str, Format]) -> tuple[Counter[str], str]:
-    """Lines that a merge would leave out, by reason, and the first of them."""
-    reasons, first = Counter[str](), ""
-    for path in paths:
-        kind = kinds[path]
-        for row in read_text_table(path, kind) if kind != "parquet" else ():
-            if row.flaw is not None:
-                reasons[row.flaw] += 1
-                first = first or f"{path}, line {row.line}: {row.flaw}"
-    return reasons, first
-
-
-def _count_values(
-    connection: DuckDBPyConnection, path: str, reader: str, published: PublishedColumns
-) -> tuple[int, dict[str, int], dict[str, list[int]]]:
-    """(rows, values that are there by column, histogram by score column) of one file."""
-    scores = [name for name, kind in published.items() if is_number(kind, whole=False)]
-    values = [f"count({quote_identifier(name)})" for name in published]
-    bins = [
-        f"count(*) FILTER (floor({quote_identifier(name)} * {BINS}) {_comparison_at(place)} "
-        f"{place})"
-        for name in scores
-        for place in range(BINS)
-    ]
-    with explain_read_errors(path, "metadata"):
-        [found] = connection.execute(
-            f"SELECT count(*), {', '.join([*values, *bins])} FROM {reader}", {"path": path}
-        ).fetchall()
-    rows, counts = int(found[0]), [int(value) for value in found[1:]]
-    there, places = counts[: len(published)], counts[len(published) :]
-    histograms = {
-        name: places[start * BINS : (start + 1) * BINS] for start, name in enumerate(scores)
-    }
-    return rows, dict(zip(published, there, strict=True)), histograms
-
-
-def _comparison_at(place: int) -> str:
-    """Shares of the bins; the first and the last bin are open to one side."""
-    return {0: "<=", BINS - 1: ">="}.get(place, "=")
-
-
-def _part_of(name: str, columns: ColumnMap | None) -> str | None:
-    if columns is None:
-        return None
-    for part, value in columns.model_dump().items():
-        if name == value or (isinstance(value, tuple) and name in value):
-            return str(part)
-    return None
+def _summarise_columns(
+    connection: DuckDBPyConnection, files: Sequence[ReadableFile], parts: Mapping[str, str]
+) -> tuple[int, tuple[ColumnSummary, ...]]:
+    """(rows, columns) of files with the same columns."""
+    table = "read_parquet($paths, union_by_name = true, hive_partitioning = false)"
+    paths = {"paths": [file.path for file in files]}
+    names = {quote_identifier(name): (name, kind) for name, kind in files[0].own.items()}
+    counts = ", ".join(["count(*)", *(f"count({quoted})" for quoted in names)])
+    summaries = []
+    with explain_read_errors(files[0].published_as):
+        [[rows, *there]] = connection.execute(f"SELECT {counts} FROM {table}", paths).fetchall()
+        for (quoted, (name, kind)), values in zip(names.items(), there, strict=True):
+            histogram = [0] * (BINS if is_number(kind, whole=False) else 0)
+            if histogram:
+                query = (
+                    f"SELECT greatest(0, least({BINS - 1}, floor(value * {BINS})))::INTEGER, "
+                    f"count(*) FROM (SELECT TRY_CAST({quoted} AS DOUBLE) AS value FROM {table}) "
+                    "WHERE isfinite(value) GROUP BY 1"
+                )
+                for place, count in connection.execute(query, paths).fetchall():
+                    histogram[place] = count
+            gaps = 1 - values / max(rows, 1)
+            summaries.append(ColumnSummary(name, kind, parts.get(name), gaps, tuple(histogram)))
+    return rows, tuple(summaries)

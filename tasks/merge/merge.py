@@ -6,17 +6,16 @@ Not here: looking at the files first (merge_plan.py), one phase's units (units.p
 
 Memory depends on the size of a partition, never on the number of rows:
 
-    phase                    unit             makes
-    partition_sidecar_keys   metadata file    sidecar keys of its rows, split over partitions
-    partition_sidecars       sidecar file     its keys and columns, split over partitions
-    join_sidecars            partition        the sidecar's columns for the rows of every file
-    partition_known_keys     cleaned edition  keys of the addresses that it still has, split over
-                             or earlier merge partitions; or of those that were selected before
-    scan                     metadata file    passing rows with 16-byte keys, split over
-                                              partitions; dropped rows by reason
-    dedupe                   partition        from its keys alone: which row of an address stays
-    (cut)                    source           keys where its selection, and each range of it, ends
-    write                    range            sorted output files
+    phase          unit           makes
+    split_keys     file           split over partitions: sidecar keys of metadata, sidecars' columns
+                                  under theirs, keys of the addresses that a cleaned edition still
+                                  has or an earlier merge has selected
+    join_sidecars  partition      the sidecar's columns for the rows of every file
+    scan           metadata file  passing rows with 16-byte keys, split over partitions; dropped
+                                  rows by reason
+    dedupe         partition      from its keys alone: which row of an address stays
+    (cut)          source         keys where its selection, and each range of it, ends
+    write          range          sorted output files
 
 Key = md5(seed, address): a partition is a range of keys, and the smallest keys of a source are
 selected, so a larger count selects the same rows and more, and hosts are mixed along the output.
@@ -69,6 +68,7 @@ REPORT = "report.json"
 INPUTS = "inputs.json"
 """Source -> marks (`mark_of`) of the files that were merged."""
 REMOVED = "_tmp.removed"
+HISTOGRAMS = "kept/*/histogram.parquet"
 BUCKETS = 1 << BUCKET_BITS
 MOST_NAMED = 1_000
 """Blocked addresses and host names without a row that the report names."""
@@ -191,23 +191,29 @@ def _forget_other_work(out: Path, config: MergeConfig, files: Files, given: Sequ
     write_atomically(plan, wanted)
 
 
+def sum_rows(
+    connection: DuckDBPyConnection, plan: MergePlan, pattern: str, columns: str
+) -> list[tuple[Any, ...]]:
+    """(values of `columns`, rows) of every group of the units' counts in `pattern`."""
+    found: list[tuple[Any, ...]] = connection.execute(
+        f"SELECT {columns}, sum(rows)::BIGINT FROM read_parquet($paths, union_by_name = true, "
+        "hive_partitioning = false) GROUP BY ALL",
+        {"paths": text_of(sorted(plan.temporary.glob(pattern)))},
+    ).fetchall()
+    return found
+
+
 def dropped_rows(connection: DuckDBPyConnection, plan: MergePlan) -> list[Counter[str]]:
     """Dropped rows of every source by reason, before selection."""
     counts = [Counter[str]() for _ in plan.config.sources]
-    counted = [
-        *sorted(plan.temporary.glob("rows/*/reasons.parquet")),
-        *sorted(plan.temporary.glob("kept/*/reasons.parquet")),
-    ]
-    for source, reason, rows in connection.execute(
-        "SELECT source, reason, sum(rows) FROM read_parquet($paths, union_by_name = true, "
-        "hive_partitioning = false) WHERE reason IS NOT NULL GROUP BY ALL",
-        {"paths": text_of(counted)},
-    ).fetchall():
-        counts[source][reason] += int(rows)
+    for units in ("rows", "kept"):
+        pattern = f"{units}/*/reasons.parquet"
+        for source, reason, rows in sum_rows(connection, plan, pattern, "source, reason"):
+            if reason is not None:
+                counts[source][reason] += rows
     for file in plan.files:
-        if file.bad_lines:
-            counts[file.source][UNREADABLE_LINE] += file.bad_lines
-    return counts
+        counts[file.source][UNREADABLE_LINE] += file.bad_lines
+    return [+count for count in counts]
 
 
 def save_cuts(plan: MergePlan) -> None:
@@ -249,15 +255,9 @@ def _check_something_is_left(plan: MergePlan, source: int, reasons: Counter[str]
 
 def _cut_source(connection: DuckDBPyConnection, plan: MergePlan, source: int) -> SelectionCut:
     histogram = [0] * BUCKETS
-    for bucket, rows in connection.execute(
-        "SELECT bucket, sum(rows) FROM read_parquet($paths, hive_partitioning = false) "
-        "WHERE source = $source GROUP BY bucket",
-        {
-            "paths": text_of(sorted(plan.temporary.glob("kept/*/histogram.parquet"))),
-            "source": source,
-        },
-    ).fetchall():
-        histogram[bucket] = int(rows)
+    for number, bucket, rows in sum_rows(connection, plan, HISTOGRAMS, "source, bucket"):
+        if number == source:
+            histogram[bucket] = rows
 
     def keys_at(buckets: Sequence[int], places: Sequence[int]) -> list[str]:
         parts = sorted({bucket * plan.partitions >> BUCKET_BITS for bucket in buckets})
@@ -316,13 +316,14 @@ def _sum_totals(
 ) -> dict[str, Any]:
     sources: list[dict[str, Any]] = []
     overlaps = _count_overlaps(connection, plan)
+    passed = Counter(dict(sum_rows(connection, plan, HISTOGRAMS, "source")))
     for number, (settings, dropped) in enumerate(
         zip(plan.config.sources, dropped_rows(connection, plan), strict=True)
     ):
         files = plan.of_source(number)
         read = sum(file.rows + file.bad_lines for file in files)
         selected = cuts[number].selected
-        survivors = _count_survivors(connection, plan, number)
+        survivors = passed[number]
         given = min(settings.skip_count, survivors)
         reasons = dropped + Counter(given_before=given, not_selected=survivors - given - selected)
         if reasons.total() + selected != read or not set(reasons) <= set(REASONS):
@@ -360,18 +361,6 @@ def _sum_totals(
     return {"total": total, "sources": sources}
 
 
-def _count_survivors(connection: DuckDBPyConnection, plan: MergePlan, source: int) -> int:
-    found = connection.execute(
-        "SELECT coalesce(sum(rows), 0) FROM read_parquet($paths, hive_partitioning = false) "
-        "WHERE source = $source",
-        {
-            "paths": text_of(sorted(plan.temporary.glob("kept/*/histogram.parquet"))),
-            "source": source,
-        },
-    ).fetchall()
-    return int(found[0][0])
-
-
 def _matched(connection: DuckDBPyConnection, plan: MergePlan, sidecar: int) -> int:
     """Rows of metadata that found a partner in a sidecar."""
     found = sorted(plan.temporary.glob(f"joined/{sidecar}/*/file=*/*.parquet"))
@@ -381,14 +370,15 @@ def _matched(connection: DuckDBPyConnection, plan: MergePlan, sidecar: int) -> i
 def _count_overlaps(connection: DuckDBPyConnection, plan: MergePlan) -> list[dict[str, int]]:
     """Of every source: how many of its surviving addresses each later source has too."""
     counts = [Counter[str]() for _ in plan.config.sources]
-    for source, others, rows in connection.execute(
-        "SELECT source, others, sum(rows) FROM read_parquet($paths, hive_partitioning = false) "
-        "WHERE reason IS NULL GROUP BY ALL",
-        {"paths": text_of(sorted(plan.temporary.glob("kept/*/reasons.parquet")))},
-    ).fetchall():
+    pattern = "kept/*/reasons.parquet"
+    for source, reason, others, rows in sum_rows(
+        connection, plan, pattern, "source, reason, others"
+    ):
+        if reason is not None:
+            continue
         for number, other in enumerate(plan.config.sources):
             if others >> number & 1:
-                counts[source][other.name] += int(rows)
+                counts[source][other.name] += rows
     return [{name: count[name] for name in sorted(count)} for count in counts]
 
 

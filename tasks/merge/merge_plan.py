@@ -25,7 +25,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from tasks.merge.config import ColumnMap, MergeConfig, SidecarConfig, SourceConfig
 from tasks.merge.database import explain_read_errors, open_database
-from tasks.merge.metadata_files import READERS, Format, find_metadata, format_of
+from tasks.merge.metadata_files import find_metadata, format_of
 from tasks.merge.schema import (
     JudgedParts,
     PublishedColumns,
@@ -51,13 +51,30 @@ MOST_PARTITIONS = 2_048
 
 
 @dataclass(frozen=True)
+class ReadableFile:
+    """One input file as parquet."""
+
+    path: str
+    """The parquet file that is read: as published, or made from the published file."""
+    published_as: str
+    """The source's own file."""
+    own: dict[str, str]
+    """Its columns and their types; of a text file, VARCHAR or DOUBLE by what most values are."""
+    is_text: bool
+    rows: int
+    flaws: dict[str, int]
+    """Lines of the text file that are not rows, by reason."""
+    first_flaw: str = ""
+    """The first of them, as the user's own file has it, and what is wrong with it."""
+
+
+@dataclass(frozen=True)
 class MetadataFile:
-    """One input file: what to read of it, and how many rows it must give."""
+    """What to read of one input file, and how many rows it must give."""
 
     number: int
     """Place among all files of the merge."""
     path: str
-    """The parquet file that is read: as published, or made from the published file."""
     source: int
     """Place of its source in the config."""
     columns: str
@@ -65,10 +82,8 @@ class MetadataFile:
     sidecar_keys: tuple[str, ...]
     """SQL of its key for each sidecar of its source."""
     rows: int
-    bad_lines: int = 0
-    """Lines of the text file that it was made from that are not rows."""
-    first_bad_line: str = ""
-    """The first of them, as the user's own file has it, and what is wrong with it."""
+    bad_lines: int
+    first_bad_line: str
 
 
 @dataclass(frozen=True)
@@ -134,24 +149,6 @@ class MergePlan:
 
     def sidecars_of(self, source: int) -> list[tuple[int, Sidecar]]:
         return [(n, sidecar) for n, sidecar in enumerate(self.sidecars) if sidecar.source == source]
-
-    def sidecar_key_files(self) -> list[tuple[int, MetadataFile]]:
-        return [
-            (number, file) for file in self.files for number, _ in self.sidecars_of(file.source)
-        ]
-
-    def sidecar_files(self) -> list[tuple[int, str, str]]:
-        """(number of the sidecar, path, SQL of its key)."""
-        return [
-            (number, *file)
-            for number, sidecar in enumerate(self.sidecars)
-            for file in zip(sidecar.paths, sidecar.keys, strict=True)
-        ]
-
-    def known_key_files(self) -> list[tuple[int, str, str]]:
-        """(number, path, name of its URL column): of editions, then of what was given before."""
-        editions = [(n, *file) for n, edition in enumerate(self.editions) for file in edition.files]
-        return editions + [(len(self.editions), path, "url") for path in self.given]
 
     def list_ranges(self) -> list[tuple[int, int]]:
         """(source, place of the range in it) of every range; only after the cut."""
@@ -233,7 +230,7 @@ def make_plan(
                 for name, kind in columns.items()
             }
             looked_at = [
-                _look_at(connection, len(found) + place, str(path), source, out / "_tmp")
+                make_readable(connection, len(found) + place, str(path), source, out / "_tmp")
                 for place, path in enumerate(files[source.name])
             ]
             known_columns.update(name for one in looked_at for name in one.own)
@@ -261,26 +258,10 @@ def make_plan(
     )
 
 
-@dataclass(frozen=True)
-class _LookedAt:
-    """One metadata file, before its columns have parts."""
-
-    path: str
-    """The parquet file that is read."""
-    published_as: str
-    """The source's own file."""
-    own: dict[str, str]
-    """Its columns and their types; of a text file, VARCHAR or DOUBLE by what most values are."""
-    is_text: bool
-    rows: int
-    bad_lines: int = 0
-    first_bad_line: str = ""
-
-
 def _plan_files(
     config: MergeConfig,
     number: int,
-    looked_at: Sequence[_LookedAt],
+    looked_at: Sequence[ReadableFile],
     extra: PublishedColumns,
     first: int,
 ) -> tuple[list[MetadataFile], list[ColumnMap]]:
@@ -303,28 +284,31 @@ def _plan_files(
             columns=select_list(columns, published, judged),
             sidecar_keys=tuple(_sidecar_key(side, columns, one.own) for side in source.sidecars),
             rows=one.rows,
-            bad_lines=one.bad_lines,
-            first_bad_line=one.first_bad_line,
+            bad_lines=sum(one.flaws.values()),
+            first_bad_line=one.first_flaw,
         )
         for place, (one, columns, published) in enumerate(zip(looked_at, maps, kinds, strict=True))
     ]
     return planned, maps
 
 
-def _look_at(
+def make_readable(
     connection: DuckDBPyConnection, number: int, path: str, source: SourceConfig, temporary: Path
-) -> _LookedAt:
+) -> ReadableFile:
+    """A metadata file as it is or, of text, its copy in `temporary`.
+
+    Raises:
+        InputError: it cannot be read, or its form is not known.
+    """
     kind = format_of(path, source)
     if kind == "parquet":
         own = read_columns(connection, path)
         with explain_read_errors(path):
-            return _LookedAt(path, path, own, False, rows_in(connection, [path]))
+            return ReadableFile(path, path, own, False, rows_in(connection, [path]), {})
     converted = temporary / "converted" / f"{number:06d}"
     make_once(converted, lambda folder: convert_text(path, kind, source, folder))
     told = json.loads((converted / "told.json").read_text())
-    return _LookedAt(
-        str(converted / ROWS), path, told["columns"], True, told["rows"], told["bad"], told["first"]
-    )
+    return ReadableFile(str(converted / ROWS), path, is_text=True, **told)
 
 
 def convert_text(path: str, kind: TextFormat, source: SourceConfig, folder: Path) -> None:
@@ -347,7 +331,8 @@ def _convert_columns(
     then what was written is not whole."""
     schema = pa.schema([(name, pa.string()) for name in names])
     known = set(names)
-    numbers, values, rows, bad, first = Counter[str](), Counter[str](), 0, 0, ""
+    numbers, values, flaws = Counter[str](), Counter[str](), Counter[str]()
+    rows, first = 0, ""
     with pq.ParquetWriter(folder / ROWS, schema, compression="zstd") as writer:
         for batch in _batches(read_text_table(path, kind, source.quoting, source.header)):
             good = [row.values for row in batch if row.flaw is None]
@@ -359,7 +344,7 @@ def _convert_columns(
                     return [name for name in later if name not in known]
             for row in batch:
                 if row.flaw is not None:
-                    bad += 1
+                    flaws[row.flaw] += 1
                     first = first or f"{path}, line {row.line}: {row.flaw}"
             columns = {name: [row.get(name) or None for row in good] for name in names}
             table = pa.table(columns, schema=schema)
@@ -370,7 +355,7 @@ def _convert_columns(
                 values[name] += len(there)
                 numbers[name] += pc.sum(pc.match_substring_regex(there, _NUMBER)).as_py() or 0
     kinds = {n: "DOUBLE" if 2 * numbers[n] > values[n] else "VARCHAR" for n in names}
-    told = {"columns": kinds, "rows": rows, "bad": bad, "first": first}
+    told = {"own": kinds, "rows": rows, "flaws": flaws, "first_flaw": first}
     write_atomically(folder / "told.json", json.dumps(told))
     return []
 
@@ -380,7 +365,7 @@ def _batches(rows: Iterator[TextRow]) -> Iterator[list[TextRow]]:
         yield batch
 
 
-def _with_hash(config: MergeConfig, columns: ColumnMap, file: _LookedAt) -> ColumnMap:
+def _with_hash(config: MergeConfig, columns: ColumnMap, file: ReadableFile) -> ColumnMap:
     """The map, its hash the column that the download compares with; "image_hash" is the map's."""
     if config.hash_column in ("", "image_hash"):
         return columns
@@ -388,18 +373,15 @@ def _with_hash(config: MergeConfig, columns: ColumnMap, file: _LookedAt) -> Colu
     return columns.model_copy(update={"image_hash": config.hash_column if has else None})
 
 
-def read_columns(
-    connection: DuckDBPyConnection, path: str, kind: Format = "parquet"
-) -> dict[str, str]:
-    """Columns of a metadata file -> the database's types.
+def read_columns(connection: DuckDBPyConnection, path: str) -> dict[str, str]:
+    """Columns of a parquet file -> the database's types.
 
     Raises:
         InputError: the file cannot be read.
     """
-    with explain_read_errors(path, kind):
-        rows = connection.execute(
-            f"DESCRIBE SELECT * FROM {READERS[kind]}", {"path": path}
-        ).fetchall()
+    query = "DESCRIBE SELECT * FROM read_parquet($path, hive_partitioning = false)"
+    with explain_read_errors(path):
+        rows = connection.execute(query, {"path": path}).fetchall()
     return {name: kind for name, kind, *_ in rows}
 
 

@@ -1,7 +1,7 @@
 """The files of metadata: globs of local files and of URLs, formats, the identity of a file.
 
-Covers: finding a source's files, their format, the reading function of the database for
-it, what outside files a merge reads, and whether a file is still the one it was.
+Covers: finding a source's files, their format, what outside files a merge reads, and whether a file
+is still the one it was.
 Not here: what the columns mean (schema.py); the database (database.py).
 
 URLs (s3://, gs://, hf://, https://) are opened by fsspec; a protocol's package is installed with
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,20 +23,9 @@ from evaclip_model.reading.urls import is_url, read_text
 from tasks.artifacts.artifact import fingerprint_files
 from tasks.index.adopted_shards import REMOTE_MARKS
 from tasks.merge.config import MergeConfig, SourceConfig
-from tasks.tables.text_tables import FORMATS
+from tasks.tables.text_tables import FORMATS, TextFormat, text_format
 
-Format = Literal["parquet", "csv", "jsonl"]
-FORMAT_OF_SUFFIX: Mapping[str, Format] = {".parquet": "parquet", **FORMATS}
-COMPRESSED = (".gz", ".zst")
-READERS: Mapping[Format, str] = {
-    "parquet": "read_parquet($path, hive_partitioning = false)",
-    "csv": "read_csv($path, header = true, sample_size = 200000, hive_partitioning = false, "
-    "ignore_errors = true)",
-    "jsonl": "read_ndjson($path, sample_size = 200000, hive_partitioning = false, "
-    "ignore_errors = true)",
-}
-"""Table functions that read the file of the parameter `$path`; those of texts guess types and pass
-over bad lines, which is good enough for a look."""
+Format = Literal["parquet"] | TextFormat
 
 
 def find_metadata(pattern: str, where: str) -> list[str]:
@@ -83,16 +72,13 @@ def format_of(path: str, source: SourceConfig) -> Format:
     """
     if source.format != "auto":
         return source.format
-    name = path.lower()
-    for ending in COMPRESSED:
-        name = name.removesuffix(ending)
-    for suffix, kind in FORMAT_OF_SUFFIX.items():
-        if name.endswith(suffix):
-            return kind
-    raise InputError(
-        f"{path}: source '{source.name}' reads {', '.join(FORMAT_OF_SUFFIX)}; set its 'format' if "
-        "the file is one of them under another name"
-    )
+    kind = "parquet" if path.lower().endswith(".parquet") else text_format(path)
+    if kind is None:
+        raise InputError(
+            f"{path}: source '{source.name}' reads .parquet, {', '.join(FORMATS)}; set its "
+            "'format' if the file is one of them under another name"
+        )
+    return kind
 
 
 class Outside(NamedTuple):

@@ -83,7 +83,7 @@ def column_map(
     if not isinstance(chosen, ColumnMap):
         is_coyo = chosen == "coyo" or (chosen == "auto" and not ONLY_IN_COYO.isdisjoint(published))
         chosen = _from_layout(COYO if is_coyo else LAION, source, published, file)
-    for part, name in _column_parts(chosen):
+    for part, name in column_parts(chosen):
         where = f"{file}: source '{source.name}'"
         if name not in published:
             raise InputError(
@@ -140,36 +140,31 @@ def select_list(
     judged = judged or JudgedParts.of([(columns, published)])
     lacking_scores = judged.scores - set(columns.unsafe)
     lacking_tags = judged.tags - set(columns.unsafe)
-    tags = [_tag_column(name) for name in columns.unsafe if published[name] == TEXT]
+    tags = [
+        f"coalesce(upper(trim({quote_identifier(name)})), '')"
+        for name in columns.unsafe
+        if published[name] == TEXT
+    ]
     scores = [_number_column(name) for name in columns.unsafe if published[name] != TEXT]
+    lacks_score = [f"{score} IS NULL" for score in scores] + ["true" for _ in lacking_scores]
+    not_known = [f"NOT {_is_listed(tag, 'known')}" for tag in tags]
     items = {
         "raw_url": quote_identifier(columns.url),
         "raw_caption": quote_identifier(columns.caption),
-        "original_id": f"{quote_identifier(columns.id)}::VARCHAR"
-        if columns.id
-        else "NULL::VARCHAR",
-        "width": _side_column(columns.width),
-        "height": _side_column(columns.height),
-        "similarity": _cosine_column(columns.similarity),
+        "original_id": f"{quote_identifier(columns.id) if columns.id else 'NULL'}::VARCHAR",
+        "width": _number_column(columns.width, "BIGINT", "{} > 0"),
+        "height": _number_column(columns.height, "BIGINT", "{} > 0"),
+        "similarity": _number_column(columns.similarity, valid="{} BETWEEN -1 AND 1"),
         "watermark": _number_column(columns.watermark),
         "unsafe_score": f"greatest({', '.join(scores)})" if scores else "NULL::DOUBLE",
-        "lacks_score": _join_with_or(
-            [*(f"{score} IS NULL" for score in scores), *("true" for _ in lacking_scores)]
-        ),
-        "unsafe_tag": _join_with_or(
-            f"list_contains($unsafe_tags::VARCHAR[], {tag})" for tag in tags
-        ),
-        "unknown_tag": _join_with_or(
-            [
-                *(f"NOT list_contains($known_tags::VARCHAR[], {tag})" for tag in tags),
-                *("true" for _ in lacking_tags),
-            ]
-        ),
+        "lacks_score": _join_with_or(lacks_score),
+        "unsafe_tag": _join_with_or(_is_listed(tag, "unsafe") for tag in tags),
+        "unknown_tag": _join_with_or([*not_known, *("true" for _ in lacking_tags)]),
         "language": _text_column(columns.language),
         "image_hash": _text_column(columns.image_hash),
-        "has_language": _flag_column(judged.language),
-        "has_similarity": _flag_column(judged.similarity),
-        "has_watermark": _flag_column(judged.watermark),
+        "has_language": str(judged.language),
+        "has_similarity": str(judged.similarity),
+        "has_watermark": str(judged.watermark),
         "broken_text": NOT_BROKEN,
     }
     return ",\n    ".join(f"{expression} AS {name}" for name, expression in items.items())
@@ -212,7 +207,8 @@ def _from_layout(
     return ColumnMap(**single, unsafe=tuple(found["unsafe"]))
 
 
-def _column_parts(columns: ColumnMap) -> Iterator[tuple[str, str]]:
+def column_parts(columns: ColumnMap) -> Iterator[tuple[str, str]]:
+    """(part, name of a column that plays it) of every column of a map."""
     for part, value in columns.model_dump().items():
         for name in value if isinstance(value, tuple) else (value,):
             if name is not None:
@@ -237,37 +233,20 @@ def _text_column(name: str | None) -> str:
     return "NULL::VARCHAR" if name is None else f"nullif(trim({quote_identifier(name)}), '')"
 
 
-def _number_column(name: str | None) -> str:
+def _number_column(name: str | None, kind: str = "DOUBLE", valid: str = "isfinite({})") -> str:
+    """SQL of a column's values that are `valid`; others are none."""
     if name is None:
-        return "NULL::DOUBLE"
-    value = f"TRY_CAST({quote_identifier(name)} AS DOUBLE)"
-    return f"CASE WHEN isfinite({value}) THEN {value} END"
+        return f"NULL::{kind}"
+    value = f"TRY_CAST({quote_identifier(name)} AS {kind})"
+    return f"CASE WHEN {valid.format(value)} THEN {value} END"
 
 
-def _cosine_column(name: str | None) -> str:
-    if name is None:
-        return "NULL::DOUBLE"
-    value = f"TRY_CAST({quote_identifier(name)} AS DOUBLE)"
-    return f"CASE WHEN {value} BETWEEN -1 AND 1 THEN {value} END"
-
-
-def _side_column(name: str | None) -> str:
-    if name is None:
-        return "NULL::BIGINT"
-    value = f"TRY_CAST({quote_identifier(name)} AS BIGINT)"
-    return f"CASE WHEN {value} > 0 THEN {value} END"
-
-
-def _tag_column(name: str) -> str:
-    return f"coalesce(upper(trim({quote_identifier(name)})), '')"
+def _is_listed(tag: str, which: str) -> str:
+    return f"list_contains(${which}_tags::VARCHAR[], {tag})"
 
 
 def _join_with_or(conditions: Iterable[str]) -> str:
     return " OR ".join(f"({condition})" for condition in conditions) or "false"
-
-
-def _flag_column(judged: bool) -> str:
-    return "true" if judged else "false"
 
 
 def is_about_encoding(error: duckdb.Error) -> bool:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -52,14 +52,8 @@ TEXTS = pa.schema(
 REASONS = pa.schema([("source", pa.int32()), ("reason", pa.string()), ("rows", pa.int64())])
 
 
-class _Kind(NamedTuple):
-    """One of the two files."""
-
-    name: str
-    schema: pa.Schema
-
-
-KINDS = (_Kind("keys", KEYS), _Kind("texts", TEXTS))
+KINDS = {"keys": KEYS, "texts": TEXTS}
+"""The two files of a folder."""
 
 
 def rows_per_run(partitions: int) -> int:
@@ -79,21 +73,21 @@ def write_rows(
     dropped = Counter[str]()
     ends: list[list[list[int]]] = []
     with ExitStack() as stack:
-        files = [stack.enter_context((folder / f"{kind.name}.arrows").open("wb")) for kind in KINDS]
+        files = [stack.enter_context((folder / f"{kind}.arrows").open("wb")) for kind in KINDS]
         for run in judged:
             for count in pc.value_counts(pc.drop_null(run.column("reason"))).to_pylist():
                 dropped[count["values"]] += count["counts"]
             ends.append([_append_batch(files, batch) for batch in _split_run(run, partitions)])
     found = np.array(ends, np.int64).reshape(-1, partitions, len(KINDS))
     for number, kind in enumerate(KINDS):
-        np.save(folder / f"{kind.name}.ends.npy", np.ascontiguousarray(found[:, :, number]))
+        np.save(folder / f"{kind}.ends.npy", np.ascontiguousarray(found[:, :, number]))
     counts = [{"source": source, "reason": name, "rows": rows} for name, rows in dropped.items()]
     pq.write_table(pa.Table.from_pylist(counts, REASONS), folder / "reasons.parquet")
 
 
 def read_rows(folder: Path, kind: str, part: int) -> pa.Table:
     """One partition of a folder's `keys` or `texts`; both have the same rows in the same order."""
-    schema = dict(KINDS)[kind]
+    schema = KINDS[kind]
     ends = np.load(folder / f"{kind}.ends.npy", mmap_mode="r")
     every = ends.reshape(-1)
     with (folder / f"{kind}.arrows").open("rb") as file:
@@ -140,9 +134,9 @@ def is_alone(keys: pa.Table) -> npt.NDArray[np.bool_]:
 
 def _append_batch(files: Sequence[BinaryIO], batch: pa.RecordBatch) -> list[int]:
     """Write a batch's columns to the file of their kind; returns where each file ends then."""
-    for kind, file in zip(KINDS, files, strict=True):
+    for schema, file in zip(KINDS.values(), files, strict=True):
         if batch.num_rows:
-            file.write(batch.select(kind.schema.names).serialize())
+            file.write(batch.select(schema.names).serialize())
     return [file.tell() for file in files]
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
 import numpy as np
@@ -189,59 +189,63 @@ def _read_hash_entry(line: str) -> list[str]:
     return [line.split()[0].lower()]
 
 
-def _partition_sidecar_keys(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
-    sidecar, file = plan.sidecar_key_files()[number]
-    key = file.sidecar_keys[plan.sidecars[sidecar].place]
-    _split_over_partitions(
-        *(connection, plan, f"sidecar_keys/{sidecar}/{file.number:06d}", file.path),
-        *(load_statement("partition_sidecar_keys", key=key), {"file": file.number}),
-    )
+class KeySplit(NamedTuple):
+    """Keys of one file, to be split over the partitions."""
+
+    place: str
+    """The folder that they go to."""
+    path: str
+    statement: str
+    parts: dict[str, str]
+    """SQL that the statement names."""
 
 
-def _partition_sidecars(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
-    sidecar, path, key = plan.sidecar_files()[number]
-    columns = ", ".join(map(quote_identifier, plan.sidecars[sidecar].config.columns))
-    query = load_statement("partition_sidecars", key=key, columns=columns)
-    _split_over_partitions(connection, plan, f"sidecars/{sidecar}/{number:06d}", path, query, {})
+def list_splits(plan: MergePlan) -> list[KeySplit]:
+    """Sidecar keys of the rows of metadata, the sidecars under theirs, and the addresses that
+    cleaned editions still have (numbered by edition) or earlier merges have given (numbered last).
+    """
+    splits = [
+        KeySplit(
+            *(f"sidecar_keys/{number}/{file.number:06d}", file.path, "partition_sidecar_keys"),
+            {"key": file.sidecar_keys[sidecar.place], "file": str(file.number)},
+        )
+        for file in plan.files
+        for number, sidecar in plan.sidecars_of(file.source)
+    ]
+    for number, sidecar in enumerate(plan.sidecars):
+        columns = ", ".join(map(quote_identifier, sidecar.config.columns))
+        splits += [
+            KeySplit(
+                *(f"sidecars/{number}/{place:06d}", path, "partition_sidecars"),
+                {"key": key, "columns": columns},
+            )
+            for place, (path, key) in enumerate(zip(sidecar.paths, sidecar.keys, strict=True))
+        ]
+    known = [(n, *file) for n, edition in enumerate(plan.editions) for file in edition.files]
+    known += [(len(plan.editions), path, "url") for path in plan.given]
+    normalise = load_statement("normalise")
+    splits += [
+        KeySplit(
+            *(f"known/edition={edition}/{place:06d}", path, "partition_known_keys"),
+            {"url": quote_identifier(url), "normalise": normalise},
+        )
+        for place, (edition, path, url) in enumerate(known)
+    ]
+    return splits
 
 
-def _partition_known_keys(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
-    edition, path, url = plan.known_key_files()[number]
-    query = load_statement(
-        "partition_known_keys", url=quote_identifier(url), normalise=load_statement("normalise")
-    )
-    _split_over_partitions(
-        connection, plan, f"known/edition={edition}/{number:06d}", path, query, {}
-    )
-
-
-def _split_over_partitions(
-    connection: DuckDBPyConnection,
-    plan: MergePlan,
-    place: str,
-    path: str,
-    query: str,
-    parameters: Mapping[str, Any],
-) -> None:
-    """Write what `query` gives of the file `path` under `place`, split over the partitions."""
+def _split_keys(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
+    split = list_splits(plan)[number]
+    query = copy_statement(load_statement(split.statement, **split.parts), "PARTITION_BY (part)")
+    parameters = {"seed": plan.config.seed, "partitions": plan.partitions}
 
     def make(folder: Path) -> None:
-        def split(readable: str) -> None:
-            fetch_rows(
-                connection,
-                copy_statement(query, "PARTITION_BY (part)"),
-                {
-                    **parameters,
-                    "path": readable,
-                    "seed": plan.config.seed,
-                    "partitions": plan.partitions,
-                    "target": str(folder),
-                },
-            )
+        def write(readable: str) -> None:
+            fetch_rows(connection, query, {**parameters, "path": readable, "target": str(folder)})
 
-        _with_repair(plan, path, split)
+        _with_repair(plan, split.path, write)
 
-    make_once(plan.temporary / place, make)
+    make_once(plan.temporary / split.place, make)
 
 
 def _with_repair(plan: MergePlan, path: str, read: Callable[[str], None]) -> None:
@@ -524,30 +528,20 @@ def _in_files(
     tables: Iterable[pa.Table], schema: pa.Schema, rows_per_file: int
 ) -> Iterator[pa.Table]:
     """Cut a stream of rows into tables of `rows_per_file`, the last one shorter."""
-    waiting = schema.empty_table()
+    waiting: list[pa.Table] = []
     for table in tables:
-        first = rows_per_file - len(waiting)
-        if len(table) < first:
-            waiting = pa.concat_tables([waiting, table.cast(schema)])
-            continue
-        yield pa.concat_tables([waiting, table.slice(0, first).cast(schema)])
-        whole = first + (len(table) - first) // rows_per_file * rows_per_file
-        for begin in range(first, whole, rows_per_file):
-            yield table.slice(begin, rows_per_file).cast(schema)
-        waiting = pa.concat_tables([table.slice(whole).cast(schema)])
-    if len(waiting):
-        yield waiting
+        while sum(map(len, waiting)) + len(table) >= rows_per_file:
+            first = rows_per_file - sum(map(len, waiting))
+            yield pa.concat_tables([*waiting, table.slice(0, first).cast(schema)])
+            waiting, table = [], table.slice(first)
+        waiting.append(table.cast(schema))
+    if any(map(len, waiting)):
+        yield pa.concat_tables(waiting)
 
 
 PHASES: Mapping[str, Phase] = {
-    "partition_sidecar_keys": Phase(
-        lambda plan: len(plan.sidecar_key_files()), _partition_sidecar_keys, 0.0
-    ),
-    "partition_sidecars": Phase(lambda plan: len(plan.sidecar_files()), _partition_sidecars, 0.0),
+    "split_keys": Phase(lambda plan: len(list_splits(plan)), _split_keys, 0.0),
     "join_sidecars": Phase(lambda plan: len(plan.sidecars) * plan.partitions, _join_sidecars, 0.0),
-    "partition_known_keys": Phase(
-        lambda plan: len(plan.known_key_files()), _partition_known_keys, 0.0
-    ),
     "scan": Phase(lambda plan: len(plan.files), _scan_file, 0.5),
     "dedupe": Phase(lambda plan: plan.partitions, _dedupe_partition, 0.2),
     "write": Phase(lambda plan: len(plan.list_ranges()), _write_range, 0.3),
