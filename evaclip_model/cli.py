@@ -343,8 +343,8 @@ def compute_label_probabilities(
         context_length=model.config.text.context_length,
         device=str(model.logit_scale.device),
     )
-    scale = model.logit_scale.detach().float().exp().cpu()
-    return (scale * images @ texts.T).softmax(dim=-1)
+    cosines = (images @ texts.T).to(model.logit_scale.device)
+    return model.compute_probabilities(cosines).detach().cpu()
 
 
 def _warn_of_unreadable(unreadable: Mapping[Path, str], total: int) -> None:

@@ -315,7 +315,7 @@ def test_a_metric_is_added_by_what_its_row_names(copy: Copy, tmp_path: Path) -> 
     assert [row for row in rows if row not in added] == golden
 
 
-SIGMOID = '''"""`objective = "sigmoid"`: a pair against all others, each a question of its own."""
+PAIRWISE = '''"""`objective = "pairwise"`: a pair against all others, each a question of its own."""
 
 import torch
 import torch.nn.functional as F
@@ -323,7 +323,7 @@ import torch.nn.functional as F
 from evaclip_model.training.loss.objective import LossTerms
 
 
-class SigmoidObjective:
+class PairwiseObjective:
     parameters = {"logit_scale": 2.3, "logit_bias": -3.0}
     bounds = {"logit_scale": (0.0, 4.6), "logit_bias": (-2.99, 0.0)}
 
@@ -334,7 +334,7 @@ class SigmoidObjective:
         scale, bias = model.logit_scale.float().exp(), model.logit_bias.float()
         return {"logit_scale": scale.squeeze(0), "logit_bias": bias.squeeze(0)}
 
-    def compute_terms(self, image, text, scalars, *, is_whole_batch=False):
+    def compute_terms(self, image, text, scalars, *, captions=None, is_whole_batch=False):
         logits = scalars["logit_scale"] * image @ text.T + scalars["logit_bias"]
         signs = 2 * torch.eye(len(image)) - 1
         hits = (logits.argmax(1) == torch.arange(len(image))).float().mean()
@@ -344,23 +344,23 @@ class SigmoidObjective:
         return 4.0 * rows * columns
 '''
 LOSS: dict[str, Edit] = {
-    "evaclip_model/training/loss/sigmoid.py": SIGMOID,
+    "evaclip_model/training/loss/pairwise.py": PAIRWISE,
     "evaclip_model/training/config.py": after(
         '    "softmax": "evaclip_model.training.loss.softmax:SoftmaxObjective",\n',
-        '    "sigmoid": "evaclip_model.training.loss.sigmoid:SigmoidObjective",\n',
+        '    "pairwise": "evaclip_model.training.loss.pairwise:PairwiseObjective",\n',
     ),
 }
 
 
 def test_a_loss_is_added_by_what_its_row_names(copy: Copy, tmp_path: Path) -> None:
     copy.change(LOSS)
-    named = files_to_touch("a loss", name="sigmoid")
+    named = files_to_touch("a loss", name="pairwise")
     assert copy.changed() == named and len(named) == 2
-    copy.run("-m", "flows", "plan", "demo", "--set", "train.stage1.objective=sigmoid")
+    copy.run("-m", "flows", "plan", "demo", "--set", "train.stage1.objective=pairwise")
     data = tmp_path / "data"
     data.mkdir()
     save_model(create_model(TINY, seed=0), write_small_shards(data) / "start")
-    settings = {"objective": "sigmoid", "samples_seen": 48, "lr_other": 1e-2, "warmup_steps": 0}
+    settings = {"objective": "pairwise", "samples_seen": 48, "lr_other": 1e-2, "warmup_steps": 0}
     for parts in ({}, {"micro_batch": 8}):
         run = tmp_path / f"run-{len(parts)}"
         job = job_of(data, run, engine="torch", job=parts, **settings)
@@ -370,4 +370,4 @@ def test_a_loss_is_added_by_what_its_row_names(copy: Copy, tmp_path: Path) -> No
         assert rows[0]["loss"] > rows[1]["loss"]
         assert rows[0]["logit_bias"] == -3.0
         assert rows[1]["logit_bias"] == pytest.approx(-2.99)  # the engine keeps what is bounded
-        assert load_file(run / "model" / "model.safetensors")["logit_bias"].shape == (1,)
+        assert load_file(run / "model" / "model.safetensors")["logit_bias"].shape == ()

@@ -38,6 +38,7 @@ class EvaClip(nn.Module):
         visual, text: the towers.
         logit_scale: [1] logarithm of the inverse temperature. Published checkpoints have shape
             []; it has one dimension here because sharded optimizers refuse parameters without.
+        logit_bias: [1] added to the logits, of a model that the sigmoid loss trained; else none.
     """
 
     def __init__(self, config: ModelConfig, attention: AttentionChoice = "auto") -> None:
@@ -55,6 +56,7 @@ class EvaClip(nn.Module):
         self.visual = VisionTower(config.vision, config.embed_dim, self.kernel)
         self.text = TextTower(config.text, config.embed_dim, self.kernel)
         self.logit_scale = nn.Parameter(torch.full((1,), INITIAL_LOGIT_SCALE))
+        self.logit_bias: nn.Parameter | None = None
 
     def encode_image(
         self,
@@ -105,6 +107,14 @@ class EvaClip(nn.Module):
             self.encode_text(tokens, normalize=True),
             to_float32(self.logit_scale).exp().squeeze(0),
         )
+
+    def compute_probabilities(self, cosines: Tensor) -> Tensor:
+        """Probabilities [N, L], in float32, of L texts for N images whose features have `cosines`:
+        of one text among all, or, where there is a bias, of each by itself."""
+        logits = to_float32(self.logit_scale).exp() * to_float32(cosines)
+        if self.logit_bias is None:
+            return logits.softmax(dim=-1)
+        return (logits + to_float32(self.logit_bias)).sigmoid()
 
     @property
     def attention(self) -> AttentionChoice:

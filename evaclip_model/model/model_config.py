@@ -27,6 +27,12 @@ from evaclip_model.errors import InputError
 CONFIG_FILE = "config.json"
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 """Natural logarithm of the initial inverse temperature (CLIP, section 2.5)."""
+LOGIT_BIAS = "logit_bias"
+"""The parameter that only models of the sigmoid loss have."""
+INITIAL_LOGIT_BIAS = -10.0
+"""Nearly all pairs are taken for wrong at first, as nearly all are (SigLIP, section 3.2)."""
+SCALARS = ("logit_scale", LOGIT_BIAS)
+"""Weights outside the towers, of the same names in all layouts; published with shape []."""
 
 ALIASES = {
     "EVA02-CLIP-bigE-14": "EVA02-CLIP-E-14",

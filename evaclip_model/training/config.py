@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -34,26 +33,17 @@ SHARD_CACHE = "shard-cache"
 
 OBJECTIVES: dict[str, str] = {
     "softmax": "evaclip_model.training.loss.softmax:SoftmaxObjective",
+    "sigmoid": "evaclip_model.training.loss.sigmoid:SigmoidObjective",
 }
 """Value of `train.objective` -> module and class; see training/loss/objective.py."""
 Schedule = Literal["cosine", "linear", "constant"]
-LossImpl = Literal["auto", "full", "streamed"]
-
-STREAM_FROM_BYTES = 2**30
-"""Memory of the logits above which "auto" streams the loss: below it the full loss is faster and
-its logits are small beside the activations of as many samples."""
-LOGITS_COPIES = 6
-"""Matrices of logits that the full loss has at its peak: in both directions the logits, their
-log-softmax and their gradient."""
-STREAMED_LOSS_BYTES = 2**28
-"""Memory of the streamed loss whatever the batch: a chunk of logits and what is made of it."""
+SameCaption = Literal["negative", "positive", "ignore"]
 
 DECIDE_NOTHING = (
     "checkpoint_every_steps",
     "grad_checkpointing",
     "keep_checkpoints",
     "keep_every_steps",
-    "loss_impl",
     "max_nonfinite_steps",
     "max_rollbacks",
     "probe_every_steps",
@@ -67,37 +57,6 @@ artifact holds, without them."""
 def _none_for_the_word(value: object) -> object:
     """TOML has no null: a recipe writes "none"."""
     return None if value == "none" else value
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """Settings of the softmax loss."""
-
-    impl: LossImpl = "auto"
-    """"full" keeps the logits, "streamed" makes them twice, chunk by chunk; "auto" streams when the
-    full loss would take more than `STREAM_FROM_BYTES`. The results are the same."""
-    label_smoothing: float = 0.0
-    """Share of the target spread evenly over all B columns, the right one too; in [0, 1)."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
-
-    def should_stream(self, rows: int, columns: int) -> bool:
-        """True when `rows` x `columns` float32 logits of each direction are made chunk by chunk."""
-        if self.impl == "auto":
-            return _full_loss_bytes(rows, columns) > STREAM_FROM_BYTES
-        return self.impl == "streamed"
-
-    def loss_bytes(self, rows: int, columns: int) -> float:
-        """Most bytes that the loss of `rows` pairs among `columns` takes beside the features."""
-        if self.should_stream(rows, columns):
-            return STREAMED_LOSS_BYTES
-        return _full_loss_bytes(rows, columns)
-
-
-def _full_loss_bytes(rows: int, columns: int) -> float:
-    return LOGITS_COPIES * 4 * rows * columns
 
 
 class LambConfig(Config):
@@ -193,7 +152,11 @@ class TrainConfig(SamplingConfig):
         "max_nonfinite_steps": "guards.max_nonfinite_steps",
     }
 
-    ADDED: ClassVar[tuple[str, ...]] = ("objective", "lora")
+    ADDED: ClassVar[tuple[str, ...]] = ("objective", "same_caption", "lora")
+
+    REMOVED: ClassVar[Mapping[str, str]] = {
+        "loss_impl": "the loss is streamed always, in blocks of flat memory"
+    }
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     """Name of the training stage."""
@@ -236,9 +199,12 @@ class TrainConfig(SamplingConfig):
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Chance that a sample skips the vision tower's last block; less for earlier ones."""
     objective: str = "softmax"
-    """The loss: a name of `OBJECTIVES`. "softmax" is CLIP's contrastive loss."""
+    """The loss: a name of `OBJECTIVES`. "softmax" is CLIP's, "sigmoid" SigLIP's."""
+    same_caption: SameCaption = "negative"
+    """What other samples of the global batch with the caption of this one are to it, templates
+    aside: wrong answers, as CLIP has it; right ones too; or neither."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the target that is spread evenly over the whole global batch."""
+    """Share of softmax's target that is spread evenly over the whole global batch."""
     freeze: tuple[str, ...] = ()
     """Parts that keep their weights, without gradients and optimizer state: "vision", "text",
     "logit_scale", and parts of a tower such as "vision.patch_embed", "text.token_embedding",
@@ -255,9 +221,6 @@ class TrainConfig(SamplingConfig):
     """Recompute activations in the backward pass. "full" keeps only each block's input: a third of
     the memory for 30 % more time; "selective" keeps the results of matrix products too: two thirds
     for 4 % (fp32) to 20 % (bf16)."""
-    loss_impl: LossImpl = "auto"
-    """How the loss is computed; the figures are the same. "full" keeps the logits, "streamed" makes
-    them twice, a chunk at a time; "auto" streams when the logits would take over a gibibyte."""
     zero_stage: Literal[0, 1, 2] = 1
     """DeepSpeed ZeRO: 1 shards optimizer states over ranks, 2 gradients too, 0 nothing. There is no
     3: the largest of these models has 10 GB of weights in half precision, which fit, and LAMB's
@@ -313,6 +276,8 @@ class TrainConfig(SamplingConfig):
         if self.objective not in OBJECTIVES:
             known = ", ".join(OBJECTIVES)
             raise ValueError(f"objective '{self.objective}' is unknown: choose one of {known}")
+        if self.objective == "sigmoid" and self.label_smoothing:
+            raise ValueError("label_smoothing is of objective 'softmax': set it to 0 for 'sigmoid'")
         if {"vision", "text", "logit_scale"} == set(self.freeze):
             raise ValueError("freeze leaves nothing to train: take a part out of it")
         if self.lora is not None and self.optimizer == "lamb":

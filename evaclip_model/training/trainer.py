@@ -26,7 +26,7 @@ from evaclip_model.cpu.allocator import keep_freed_memory
 from evaclip_model.create import create_model
 from evaclip_model.errors import InputError
 from evaclip_model.model.clip import EvaClip
-from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.model.model_config import LOGIT_BIAS, ModelConfig
 from evaclip_model.reading.reader import Batch, BatchReader, ReadSettings
 from evaclip_model.training.checkpoint.consensus import Peers
 from evaclip_model.training.checkpoint.save_and_load import (
@@ -76,6 +76,7 @@ from evaclip_model.training.training_step import (
     StepTerms,
     caption_lengths,
     forward_backward,
+    number_captions,
     step_inputs,
 )
 from evaclip_model.weights.checkpoint_format import TrainingProgress
@@ -198,12 +199,19 @@ class Rank:
         counted from 0, `watch` was asked last before the batch was waited for, and `save_failed` is
         what this rank knows of the last checkpoint."""
         data_wait_s = watch.take_lap()
-        tokens = self._captions.tokenize_captions(batch.captions, batch.positions.tolist())
+        positions = batch.positions.tolist()
+        tokens = self._captions.tokenize_captions(batch.captions, positions)
         vision = self.model.config.vision
         inputs = step_inputs(self._config, vision, step, batch.images, tokens, batch.positions)
         text_tokens = float(caption_lengths(tokens).double().mean())
         prepare_s = watch.take_lap()
-        terms = forward_backward(self.engine, inputs.split_parts(self.part_size), self.objective)
+        kinds = number_captions(batch.captions, self._config, positions)
+        terms = forward_backward(
+            self.engine,
+            inputs.split_parts(self.part_size),
+            self.objective,
+            None if kinds is None else kinds.to(self.device),
+        )
         stats = gather_stats(
             RankRow(
                 loss=terms.loss,
@@ -489,9 +497,12 @@ def starting_model(job: TrainJob, device: torch.device) -> EvaClip:
     config = job.train
     architecture = ModelConfig.load(job.start_from).at_image_px(config.image_px)
     model = create_model(architecture, weights=job.start_from)
-    for name, value in make_objective(config).parameters.items():
-        if not hasattr(model, name):
-            model.register_parameter(name, nn.Parameter(torch.full((1,), value)))
+    wanted = make_objective(config).parameters
+    for name, value in wanted.items():
+        if getattr(model, name, None) is None:
+            setattr(model, name, nn.Parameter(torch.full((1,), value)))
+    if LOGIT_BIAS not in wanted:
+        model.logit_bias = None  # softmax takes no notice of it
     if config.lora is not None:
         add_updates(model, config)
     model.to(device)  # its type is the engine's matter: masters begin at the exact weights

@@ -18,6 +18,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import repeat
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -145,19 +146,23 @@ class StepTerms:
 
 
 def forward_backward(
-    engine: Engine, parts: Sequence[ModelInputs], objective: Objective
+    engine: Engine,
+    parts: Sequence[ModelInputs],
+    objective: Objective,
+    captions: Tensor | None = None,
 ) -> StepTerms:
     """Compute the loss of the global batch, and leave its gradient with the engine.
 
-    Every rank calls it, with as many samples and parts as the others. One part is one forward and
-    one backward pass. Of several parts all but the last pass forward twice; at any time the
-    activations of one part are in memory, beside the features of all.
+    Every rank calls it, with as many samples and parts as the others; `captions` [b] as in
+    `Objective.compute_terms`. One part is one forward and one backward pass. Of several parts all
+    but the last pass forward twice; at any time the activations of one part are in memory, beside
+    the features of all.
     """
     module = engine.module
     if len(parts) == 1:
         image, text = _encode_part(module, parts[0])
         scalars = objective.read_scalars(module)
-        terms = objective.compute_terms(image, text, scalars)
+        terms = objective.compute_terms(image, text, scalars, captions=captions)
         engine.backward(terms.loss, last=True)
         return _without_gradient(terms, image, text, scalars)
     *earlier, final = parts
@@ -173,7 +178,7 @@ def forward_backward(
     leaves = [images, texts, *scalars.values()]
     for leaf in leaves:
         leaf.requires_grad_()
-    terms = objective.compute_terms(images, texts, scalars)
+    terms = objective.compute_terms(images, texts, scalars, captions=captions)
     d_images, d_texts, *d_scalars = torch.autograd.grad(terms.loss, leaves)
     sizes = [len(part) for part in parts]
     by_part = list(zip(torch.split(d_images, sizes), torch.split(d_texts, sizes), strict=True))
@@ -237,14 +242,31 @@ def caption_lengths(tokens: Tensor) -> Tensor:
 
 def vary_caption(caption: str, config: TrainConfig, position: int) -> str:
     """The caption as the sample at `position` of the training stream shows it."""
-    if config.caption_separator is not None:
-        parts = caption.split(config.caption_separator)
-        kept = 1 + _draw_number("parts", config.seed, position, len(parts))
-        caption = config.caption_separator.join(parts[:kept])
     templates = config.caption_templates
-    return templates[_draw_number("template", config.seed, position, len(templates))].replace(
-        "{}", caption
-    )
+    template = templates[_draw_number("template", config.seed, position, len(templates))]
+    return template.replace("{}", cut_caption(caption, config, position))
+
+
+def cut_caption(caption: str, config: TrainConfig, position: int) -> str:
+    """The parts of the caption that the sample at `position` shows, without a template."""
+    if config.caption_separator is None:
+        return caption
+    parts = caption.split(config.caption_separator)
+    kept = 1 + _draw_number("parts", config.seed, position, len(parts))
+    return config.caption_separator.join(parts[:kept])
+
+
+def number_captions(
+    captions: Sequence[str], config: TrainConfig, positions: Sequence[int]
+) -> Tensor | None:
+    """[b] int64, equal on all ranks where captions as shown are, templates aside; none where
+    `same_caption` makes no difference of it. Of 131,072 captions two unequal ones have the same
+    number once in a billion batches."""
+    if config.same_caption == "negative":
+        return None
+    shown = [cut_caption(*pair) for pair in zip(captions, repeat(config), positions, strict=False)]
+    numbers = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in shown]
+    return torch.from_numpy(np.frombuffer(b"".join(numbers), dtype="<i8").copy())
 
 
 def _draw_number(purpose: str, seed: int, position: int, choices: int) -> int:

@@ -19,7 +19,13 @@ from evaclip_model.choices import Library
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.model.clip import EvaClip
-from evaclip_model.model.model_config import CONFIG_FILE, ModelConfig, VisionConfig
+from evaclip_model.model.model_config import (
+    CONFIG_FILE,
+    LOGIT_BIAS,
+    SCALARS,
+    ModelConfig,
+    VisionConfig,
+)
 from evaclip_model.reading.transform import MEAN, STD
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
 from evaclip_model.weights.load import (
@@ -113,9 +119,10 @@ def export_onnx(model: nn.Module, folder: str | Path) -> tuple[Path, ...]:
 
     `image.onnx` maps `images` [B, 3, H, H], normalised, to `image_features` [B, E]; `text.onnx`
     maps `tokens` int64 [B, L], L the context length, to `text_features` [B, E]. Neither normalises
-    its features. Both carry as metadata `logit_scale` (the multiplier of cosines), `image_px`,
-    `image_mean`, `image_std` (of RGB in [0, 1]) and `context_length`. Weights of a tower larger
-    than 1 GiB lie beside its graph, in `image.onnx.data` or `text.onnx.data`.
+    its features. Both carry as metadata `logit_scale` (the multiplier of cosines), `logit_bias` (of
+    a sigmoid model; added to the products), `image_px`, `image_mean`, `image_std` (of RGB in
+    [0, 1]) and `context_length`. Weights of a tower larger than 1 GiB lie beside its graph, in
+    `image.onnx.data` or `text.onnx.data`.
 
     Args:
         model: whose towers to write; not changed. It may be wrapped, but not sharded.
@@ -138,6 +145,7 @@ def export_onnx(model: nn.Module, folder: str | Path) -> tuple[Path, ...]:
     vision, text = twin.config.vision, twin.config.text
     facts = {
         "logit_scale": repr(float(twin.logit_scale.exp())),
+        **({} if twin.logit_bias is None else {LOGIT_BIAS: repr(float(twin.logit_bias))}),
         "image_px": str(vision.image_px),
         "image_mean": json.dumps(MEAN),
         "image_std": json.dumps(STD),
@@ -161,7 +169,9 @@ def _plain_twin(model: nn.Module) -> EvaClip:
     weights = {name: value.cpu().float() for name, value in released_tensors(model).items()}
     if not weights:
         raise InputError("ONNX graphs are written from a whole model: save_model it first")
-    weights["logit_scale"] = weights["logit_scale"].reshape(1)
+    weights |= {name: weights[name].reshape(1) for name in SCALARS if name in weights}
+    if LOGIT_BIAS in weights:
+        twin.logit_bias = nn.Parameter(weights[LOGIT_BIAS])
     twin.load_state_dict(weights, assign=True)
     return twin.eval().requires_grad_(False)
 
@@ -313,6 +323,7 @@ def _open_clip_config(model: EvaClip) -> dict[str, Any] | None:
             },
             "text_cfg": config.text.model_dump(),
             "custom_text": True,
+            **({} if model.logit_bias is None else {"init_logit_bias": model.logit_bias.item()}),
         },
         "preprocess_cfg": {
             "mean": MEAN,

@@ -29,7 +29,12 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import replace_file, write_atomically
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.layers import to_float32
-from evaclip_model.model.model_config import CONFIG_FILE
+from evaclip_model.model.model_config import (
+    CONFIG_FILE,
+    INITIAL_LOGIT_BIAS,
+    LOGIT_BIAS,
+    SCALARS,
+)
 from evaclip_model.reading.transform import describe_preprocessing
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE, open_tensors, plain_name
 from evaclip_model.weights.name_maps import Entry, Layout, Names, may_lack, native_names
@@ -39,7 +44,7 @@ PREPROCESSING_FILE = "preprocessing.json"
 """What a saved model's images went through (`transform.describe_preprocessing`)."""
 Part = Literal["all", "vision", "text"]
 _PREFIX = {"vision": "visual.", "text": "text."}
-_JOINT = ("visual.head.", "text.text_projection", "logit_scale")
+_JOINT = ("visual.head.", "text.text_projection", *SCALARS)
 """The joint space: it belongs to the pair of towers, so one tower's file does not decide it."""
 _NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _POSITIONS = "visual.pos_embed"
@@ -146,8 +151,8 @@ def unwrap_model(model: nn.Module) -> EvaClip:
 
 def released_tensors(model: nn.Module) -> dict[str, Tensor]:
     """A model's weights by name, as the released files have them and without copies: [...] of the
-    parameter's shape and dtype, `logit_scale` []. A parametrised weight is the sum that it stands
-    for.
+    parameter's shape and dtype, `logit_scale` and `logit_bias` []. A parametrised weight is the sum
+    that it stands for.
 
     Those of a model that FSDP2 sharded are gathered, one by one, on the CPU of rank 0: every rank
     must call, and the others get none.
@@ -172,8 +177,7 @@ def released_tensors(model: nn.Module) -> dict[str, Tensor]:
             tensors[name] = whole.cpu() if is_first else whole.new_empty(0)
         if not is_first:
             return {}
-    tensors["logit_scale"] = tensors["logit_scale"].reshape(())
-    return tensors
+    return tensors | {name: tensors[name].reshape(()) for name in SCALARS if name in tensors}
 
 
 def _is_sharded(value: Tensor) -> bool:
@@ -238,6 +242,10 @@ def load_weights(
     )
     names = native_names(stored, where=str(path))
     asked = [entry for entry in names.entries if _is_asked(entry.native, part)]
+    if any(entry.native == LOGIT_BIAS for entry in asked) and LOGIT_BIAS not in wanted:
+        bias = torch.full_like(wanted["logit_scale"], INITIAL_LOGIT_BIAS)
+        unwrap_model(model).logit_bias = nn.Parameter(bias)
+        wanted[LOGIT_BIAS] = bias
     unexpected = [entry.native for entry in asked if entry.native not in wanted]
     chosen = {entry.native: entry for entry in asked if entry.native in wanted}
     _require_something(chosen, names, part, path)
@@ -382,7 +390,7 @@ def _needs_resizing(
                 "fp64, fp32, fp16 or bf16 is expected: give unquantised weights"
             )
     shape = _native_shape(entry, stored)
-    if shape == target.shape or (entry.native == "logit_scale" and math.prod(shape) == 1):
+    if shape == target.shape or (entry.native in SCALARS and math.prod(shape) == 1):
         return False
     if entry.native == _POSITIONS and _is_square_grid(shape) and shape[-1] == target.shape[-1]:
         return True

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from evaclip_model.errors import InputError
+from evaclip_model.model.model_config import SCALARS
 
 Layout = Literal["native", "openai", "eva_vision", "eva_mim", "transformers", "timm", "open_clip"]
 """Whose names a checkpoint has.
@@ -164,8 +165,6 @@ _TOWERS: dict[Layout, tuple[_Tower, ...]] = {
 }
 """Towers of each layout; a key belongs to the first whose prefix it has."""
 
-_TEMPERATURE = "logit_scale"
-"""The one weight outside the towers, of the same name in all layouts."""
 _TRANSFORMERS_MARK = "embeddings.token_embedding.weight"
 _TIMM_MARKS = (".attn.norm.", ".mlp.norm.", ".mlp.fc1_g.", ".attn.q_proj.bias")
 _MIM_MARKS = ("mask_token", "lm_head.weight")
@@ -218,7 +217,7 @@ def foreign_names(native_keys: Iterable[str], layout: Layout) -> tuple[Entry, ..
             rule = rules.get(name, Entry(name, (name,)))
             entries.append(rule.place_rule(block, tower.native_prefix, tower.prefix))
     if len(_TOWERS[layout]) == 2:
-        entries += [Entry(key, (key,)) for key in keys if key == _TEMPERATURE]
+        entries += [Entry(key, (key,)) for key in keys if key in SCALARS]
     return tuple(entries)
 
 
@@ -260,7 +259,7 @@ def _native_entry(
 ) -> Entry:
     """The entry that `key` is a source of."""
     for tower, rules in towers:
-        if key == _TEMPERATURE or not key.startswith(tower.prefix):
+        if key in SCALARS or not key.startswith(tower.prefix):
             continue
         name, block = _without_block(key.removeprefix(tower.prefix))
         if name in rules:

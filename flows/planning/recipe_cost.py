@@ -213,7 +213,6 @@ def _remedy_line(model: ModelConfig, train: TrainConfig, machines: Machines, cut
     changes: dict[str, dict[str, Any]] = {
         "grad_checkpointing=full": {"grad_checkpointing": "full"},
         "zero_stage=2": {"zero_stage": 2},
-        "loss_impl=streamed": {"loss_impl": "streamed"},
         "precision=bf16": {"precision": "bf16"} if train.precision == "fp32" else {},
     }
     needed = sum(cut.memory.values())

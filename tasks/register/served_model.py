@@ -122,8 +122,7 @@ class ZeroShotModel(PythonModel):
             )
         texts = self._encode_texts(labels, f"parameter '{LABELS}'")  # [L, D]
         images = self._encode_images(rows[IMAGE], reasons)
-        logits = self.model.logit_scale.exp().float() * images @ texts.T
-        probabilities = logits.softmax(dim=-1)  # [N, L]
+        probabilities = self.model.compute_probabilities(images @ texts.T)  # [N, L]
         frame = pandas.DataFrame(
             {
                 "label": [str(labels[best]) for best in probabilities.argmax(dim=-1).tolist()],

@@ -43,9 +43,9 @@ from torch import nn
 from evaclip_model.create import create_model
 from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.training.checkpoint.save_and_load import CheckpointWriter, save_checkpoint
-from evaclip_model.training.config import LossSettings, TrainConfig, TrainJob
+from evaclip_model.training.config import TrainConfig, TrainJob
 from evaclip_model.training.engine.engine import TorchEngine, start_distributed
-from evaclip_model.training.loss.contrastive import contrastive_terms
+from evaclip_model.training.loss.contrastive import pair_terms
 from evaclip_model.training.loss.objective import make_objective
 from evaclip_model.training.trainer import run_training
 from evaclip_model.training.training_step import forward_backward, step_inputs
@@ -365,7 +365,12 @@ def loss_once(impl: Any, pairs: int) -> dict[str, float]:
             leaf.grad = torch.ones_like(leaf)  # written, so that its pages are there
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before.append(_kib("/proc/self/status", "VmRSS"))
-        contrastive_terms(leaves[0], leaves[1], leaves[2], LossSettings(impl)).loss.backward()
+        if impl == "streamed":
+            pair_terms(*leaves).loss.backward()
+        else:
+            logits, labels = leaves[2] * leaves[0] @ leaves[1].T, torch.arange(count)
+            cross_entropy = nn.functional.cross_entropy
+            (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)).div(2).backward()
 
     before: list[int] = []
     once(512)  # libraries take their own memory

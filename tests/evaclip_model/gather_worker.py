@@ -5,45 +5,27 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from evaclip_model.training.config import LossSettings
 from evaclip_model.training.loss import contrastive
-from evaclip_model.training.loss.contrastive import gathered_terms
-
-WAYS = {
-    "full": LossSettings("full"),
-    "streamed": LossSettings("streamed"),
-    "full, smoothed": LossSettings("full", 0.1),
-    "streamed, smoothed": LossSettings("streamed", 0.1),
-}
+from tests.evaclip_model.plain_loss import WAYS, caption_numbers, with_gradients
 
 
 def main(features: str, scale: float, out: Path) -> None:
-    contrastive.CHUNK_ROWS, contrastive.CHUNK_COLUMNS = 3, 5  # no size is a multiple of them
+    contrastive.BLOCK_ROWS, contrastive.BLOCK_COLUMNS = 3, 5  # no size is a multiple of them
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     whole = load_file(features)
-    for way, settings in WAYS.items():
-        image, text = (
-            whole[key].chunk(ranks)[rank].clone().requires_grad_()
-            for key in ("image_features_all", "text_features_all")
-        )
-        logit_scale = torch.tensor(scale, requires_grad=True)
-        terms = gathered_terms(image, text, logit_scale, settings=settings)
-        terms.loss.backward()
+    image, text = (
+        whole[key].chunk(ranks)[rank].clone() for key in ("image_features_all", "text_features_all")
+    )
+    captions = caption_numbers(len(image) * ranks).chunk(ranks)[rank]
+    for name, way in WAYS.items():
+        found = with_gradients(contrastive.pair_terms, image, text, captions, scale, way)
         save_file(
-            {
-                "loss": terms.loss.detach(),
-                "i2t": terms.image_to_text_accuracy,
-                "t2i": terms.text_to_image_accuracy,
-                "d_image": image.grad,
-                "d_text": text.grad,
-                "d_scale": logit_scale.grad,
-            },
-            out / f"{way}-{rank}.safetensors",
+            {key: value.contiguous() for key, value in found.items()},
+            out / f"{name}-{rank}.safetensors",
         )
     dist.destroy_process_group()
 

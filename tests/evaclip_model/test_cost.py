@@ -151,7 +151,6 @@ def test_each_setting_that_saves_memory_saves_it() -> None:
     assert total("EVA02-CLIP-L-14", stage(**plain, freeze=["text"]), 8, 512, 20) < base
     blocks = total("EVA02-CLIP-L-14", stage(**plain, freeze=["vision.blocks.0-11"]), 8, 512, 20)
     assert total("EVA02-CLIP-L-14", stage(**plain, freeze=["vision"]), 8, 512, 20) < blocks < base
-    assert total("EVA02-CLIP-L-14", stage(**plain, loss_impl="full"), 8, 512, 20) > base
     masked = {**plain, "patch_dropout": 0.5}
     assert total("EVA02-CLIP-L-14", stage(**masked), 8, 512, 20) < base
     unmasked_end = stage(**masked, unmasked_final_share=0.1)

@@ -1,4 +1,4 @@
-"""The contrastive loss in one process and over real ones."""
+"""The contrastive losses in one process and over real ones."""
 
 from __future__ import annotations
 
@@ -8,23 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from evaclip_model.training.config import LossSettings
 from evaclip_model.training.loss import contrastive
 from evaclip_model.training.loss.contrastive import (
     contrastive_loss,
-    contrastive_terms,
-    gathered_terms,
+    gathered_contrastive_loss,
+    pair_terms,
 )
-from evaclip_model.training.loss.objective import LossTerms
+from tests.evaclip_model.plain_loss import WAYS, caption_numbers, plain_terms, with_gradients
 
 HERE = Path(__file__).parent
 WORKER = HERE / "gather_worker.py"
 FEATURES = HERE / "data" / "models" / "loss_two_ranks.safetensors"
 EXPECTED = json.loads(FEATURES.with_suffix(".json").read_text())
 SCALE = EXPECTED["logit_scale"]
-WAYS = ["full", "streamed"]
 
 
 def unit_features(samples: int, channels: int, dtype: torch.dtype = torch.float32):
@@ -33,13 +30,6 @@ def unit_features(samples: int, channels: int, dtype: torch.dtype = torch.float3
     image = torch.randn(samples, channels, generator=draw, dtype=dtype)
     text = image + torch.randn(samples, channels, generator=draw, dtype=dtype)
     return [torch.nn.functional.normalize(side, dim=-1) for side in (image, text)]
-
-
-def with_gradients(image: Tensor, text: Tensor, scale: float, settings: LossSettings):
-    """Terms, and the loss's gradient by images, captions and scale."""
-    leaves = [image.clone(), text.clone(), torch.tensor(scale, dtype=image.dtype)]
-    terms = contrastive_terms(*[leaf.requires_grad_() for leaf in leaves], settings)
-    return LossTerms(*(t.detach() for t in terms)), torch.autograd.grad(terms.loss, leaves)
 
 
 @pytest.fixture
@@ -70,8 +60,7 @@ def test_one_process_gives_the_original_loss_and_gradients():
 def test_two_ranks_give_the_original_losses_accuracies_and_gradients(on_ranks):
     expected, ranks = load_file(FEATURES), EXPECTED["ranks"]
     of = on_ranks(2, FEATURES, SCALE)
-    for rank, got in enumerate([*of("full"), *of("streamed")]):
-        rank %= 2
+    for rank, got in enumerate(of("softmax")):
         assert float(got["loss"]) == pytest.approx(ranks["loss_per_rank"][rank], abs=1e-6)
         assert float(got["d_scale"]) == pytest.approx(
             ranks["dlogit_scale_per_rank"][rank], abs=1e-6
@@ -88,78 +77,73 @@ def test_the_mean_over_ranks_is_the_whole_batch_in_one_process(on_ranks, tmp_pat
     whole = tmp_path / "features.safetensors"
     save_file({"image_features_all": image, "text_features_all": text}, whole)
     of = on_ranks(count, whole, SCALE)
-    for smoothing in (0.0, 0.1):
-        terms, (d_image, d_text, d_scale) = with_gradients(
-            image.double(), text.double(), SCALE, LossSettings("full", smoothing)
+    captions = caption_numbers(24)
+    for name, way in WAYS.items():
+        sides = image.double(), text.double()
+        expected = with_gradients(plain_terms, *sides, captions, SCALE, way)
+        got = of(name)
+        for key, value in expected.items():
+            if value.ndim:
+                gradient = torch.cat([part[key] for part in got]) / count
+                assert float((gradient - value).abs().max()) < 5e-7 * max(1, value.abs().max())
+            else:
+                mean = sum(float(part[key]) for part in got) / count
+                assert mean == pytest.approx(float(value), rel=2e-6, abs=2e-7), (name, key)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("block", [(4, 6), (7, 50), (50, 7), (50, 50)])
+def test_blocks_are_the_full_matrix_to_double_precision(monkeypatch, block, way):
+    monkeypatch.setattr(contrastive, "BLOCK_ROWS", block[0])
+    monkeypatch.setattr(contrastive, "BLOCK_COLUMNS", block[1])
+    given = *unit_features(23, 8, torch.float64), caption_numbers(23), 30.0, WAYS[way]
+    found, expected = (with_gradients(loss, *given) for loss in (pair_terms, plain_terms))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(
+            found[key].double(), value, rtol=1e-6 if key in ("i2t", "t2i") else 1e-10, atol=1e-13
         )
-        for way in WAYS:
-            got = of(way if smoothing == 0 else f"{way}, smoothed")
-            loss, to_text, to_image, scale = (
-                sum(float(part[key]) for part in got) / count
-                for key in ("loss", "i2t", "t2i", "d_scale")
+
+
+def test_memory_of_a_loss_does_not_grow_with_the_square_of_the_batch():
+    made = []
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            made.extend(
+                one.numel()
+                for one in torch.utils._pytree.tree_leaves(found)
+                if isinstance(one, torch.Tensor)
             )
-            assert loss == pytest.approx(float(terms.loss), rel=5e-7)
-            assert scale == pytest.approx(float(d_scale), abs=1e-7)
-            assert to_text == pytest.approx(float(terms.image_to_text_accuracy))
-            assert to_image == pytest.approx(float(terms.text_to_image_accuracy))
-            for side, expected in (("image", d_image), ("text", d_text)):
-                gradient = torch.cat([part[f"d_{side}"] for part in got]) / count
-                error = float((gradient - expected).abs().max())
-                assert error < 1.5e-7
+            return found
+
+    features = unit_features(9000, 2)
+    for bias in ([], [torch.tensor(-10.0)]):
+        made.clear()
+        leaves = [side.clone().requires_grad_() for side in features]
+        with Largest():
+            terms = pair_terms(*leaves, torch.tensor(9.0), *bias)
+            terms.loss.backward()
+        assert max(made) == contrastive.BLOCK_ROWS * contrastive.BLOCK_COLUMNS
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("chunk", [(4, 6), (7, 50), (50, 7), (50, 50)])
-def test_streaming_is_the_same_function_whatever_the_chunks(monkeypatch, chunk, smoothing):
-    monkeypatch.setattr(contrastive, "CHUNK_ROWS", chunk[0])
-    monkeypatch.setattr(contrastive, "CHUNK_COLUMNS", chunk[1])
-    features = unit_features(23, 8, torch.float64)
-    full, streamed = (with_gradients(*features, 30.0, LossSettings(way, smoothing)) for way in WAYS)
-    assert float(streamed[0].loss) == pytest.approx(float(full[0].loss), rel=1e-13)
-    assert streamed[0][1:] == full[0][1:]
-    for ours, theirs in zip(streamed[1], full[1], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_smoothing_spreads_its_share_over_all_columns(way):
-    image, text = unit_features(9, 8, torch.float64)
-    terms = contrastive_terms(image, text, torch.tensor(5.0), LossSettings(way, 0.3))
-    logits = 5 * image @ text.T
-    targets = 0.7 * torch.eye(9) + 0.3 / 9
-    rows, columns = (-(targets * logits.log_softmax(side)).sum() / 9 for side in (1, 0))
-    assert float(terms.loss) == pytest.approx(float(rows + columns) / 2)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_equal_scores_are_a_hit_for_the_first_alone(way, monkeypatch):
-    monkeypatch.setattr(contrastive, "CHUNK_COLUMNS", 2)
+@pytest.mark.parametrize("bias", [[], [torch.tensor(-10.0)]])
+def test_equal_scores_are_a_hit_for_the_first_alone(bias, monkeypatch):
+    monkeypatch.setattr(contrastive, "BLOCK_COLUMNS", 2)
     same = torch.nn.functional.normalize(torch.ones(5, 4), dim=-1)
-    terms = contrastive_terms(same, same, torch.tensor(3.0), LossSettings(way))
+    terms = pair_terms(same, same, torch.tensor(3.0), *bias)
     assert float(terms.image_to_text_accuracy) == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_feature_that_is_no_number_makes_a_loss_that_is_none(way):
+@pytest.mark.parametrize("bias", [[], [torch.tensor(-10.0)]])
+def test_a_feature_that_is_no_number_makes_a_loss_that_is_none(bias):
     image, text = unit_features(6, 4)
     image[3, 1] = torch.nan
-    assert contrastive_terms(image, text, torch.tensor(3.0), LossSettings(way)).loss.isnan()
-
-
-def test_auto_streams_when_the_full_loss_would_take_over_a_gibibyte():
-    assert not LossSettings().should_stream(4096, 4096)
-    assert LossSettings().should_stream(8192, 8192)
-    assert LossSettings().should_stream(2048, 32768)
-    most = 2**30 // (6 * 4)  # six matrices of four bytes an element
-    assert not LossSettings().should_stream(1, most)
-    assert LossSettings().should_stream(1, most + 1)
-    assert LossSettings("streamed").should_stream(2, 2)
-    assert not LossSettings("full").should_stream(2**20, 2**20)
+    assert pair_terms(image, text, torch.tensor(3.0), *bias).loss.isnan()
 
 
 def test_what_cannot_be_a_loss_is_refused():
-    with pytest.raises(ValueError, match="label_smoothing"):
-        LossSettings("full", 1.0)
     for image, text in ((torch.ones(4, 3), torch.ones(3, 3)), (torch.ones(4), torch.ones(4))):
         with pytest.raises(ValueError, match=r"features of pairs must both be \[b, E\]"):
             contrastive_loss(image, text, torch.tensor(1.0))
@@ -168,14 +152,13 @@ def test_what_cannot_be_a_loss_is_refused():
 def test_without_a_process_group_gathering_is_the_plain_loss():
     image, text = torch.nn.functional.normalize(torch.randn(2, 6, 4), dim=-1)
     plain, gathered = (
-        f(image, text, torch.tensor(9.0)) for f in (contrastive_terms, gathered_terms)
+        f(image, text, torch.tensor(9.0)) for f in (contrastive_loss, gathered_contrastive_loss)
     )
     assert plain == gathered
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_matched_features_are_all_hits_and_half_precision_is_widened(way):
+def test_matched_features_are_all_hits_and_half_precision_is_widened():
     features = torch.eye(4, dtype=torch.bfloat16)
-    terms = contrastive_terms(features, features, torch.tensor(100.0), LossSettings(way))
+    terms = pair_terms(features, features, torch.tensor(100.0))
     assert terms.loss.dtype == torch.float32
     assert float(terms.image_to_text_accuracy) == float(terms.text_to_image_accuracy) == 1

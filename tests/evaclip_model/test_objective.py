@@ -1,16 +1,26 @@
 """The settings and the memory of training's objectives; tests/test_guides.py adds another one."""
 
+import json
 import math
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from evaclip_model.create import open_model
 from evaclip_model.errors import InputError
-from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.config import TrainConfig, TrainJob
 from evaclip_model.training.loss.objective import make_objective
+from evaclip_model.training.trainer import run_training
+from evaclip_model.weights.export import export_model
+from tests.evaclip_model.trainer_runs import job_of
 
 
 def test_an_unknown_objective_is_refused_with_those_there_are():
-    with pytest.raises(InputError, match="objective 'sigmoyd' is unknown: choose one of softmax"):
+    with pytest.raises(
+        InputError, match="objective 'sigmoyd' is unknown: choose one of softmax, sigmoid"
+    ):
         TrainConfig.from_mapping(
             {
                 **{"name": "x", "image_px": 16, "samples_seen": 32},
@@ -24,9 +34,71 @@ def test_the_softmax_objective_is_the_default_and_no_part_of_older_identities():
     config = TrainConfig(name="x", image_px=16, samples_seen=32, global_batch=16)
     assert "objective" not in config.compute_identity()
     assert make_objective(config).bounds == {"logit_scale": (0.0, math.log(100))}
-    full, streamed = (
-        make_objective(config.model_copy(update={"loss_impl": impl}))
-        for impl in ("full", "streamed")
+    assert make_objective(config).gpu_bytes(100, 200) == make_objective(config).gpu_bytes(9, 9**9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"loss_impl": "full"}, "'loss_impl' is no longer a setting: the loss is streamed always"),
+        ({"objective": "sigmoid", "label_smoothing": 0.1}, "label_smoothing is of objective 'soft"),
+        ({"same_caption": "right"}, "'same_caption' should be 'negative', 'positive' or 'ignore'"),
+    ],
+)
+def test_what_makes_no_objective_is_refused_in_a_sentence(settings, said):
+    plain = {"name": "x", "image_px": 16, "samples_seen": 32, "global_batch": 16}
+    with pytest.raises(InputError, match=said):
+        TrainConfig.from_mapping(plain | settings, where="mine.toml")
+
+
+def trained(data, run, **settings):
+    """What a tiny stage ends with: the folder of its model, and its lines of metrics."""
+    settings = {"samples_seen": 3 * 24, "warmup_steps": 0, **settings}
+    job = json.loads(job_of(data, run, engine="torch", **settings).read_text())
+    run_training(TrainJob.from_mapping(job, where="train.json"), should_stop=lambda: False)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return run / "model", [json.loads(line) for line in lines]
+
+
+def test_a_sigmoid_models_bias_is_trained_saved_opened_and_exported(tiny_data, tmp_path):
+    folder, rows = trained(
+        tiny_data, tmp_path / "run", objective="sigmoid", same_caption="positive"
     )
-    assert full.gpu_bytes(100, 200) == 6 * 4 * 100 * 200
-    assert streamed.gpu_bytes(100, 200) == streamed.gpu_bytes(10_000, 20_000)
+    assert rows[0]["logit_bias"] == -10.0 != rows[-1]["logit_bias"]
+    model = open_model(folder)
+    assert model.logit_bias is not None and model.logit_bias.item() != -10.0
+    cosines = torch.tensor([[0.9, -0.2], [0.1, 0.0]])
+    expected = (cosines * model.logit_scale.exp() + model.logit_bias).sigmoid()
+    torch.testing.assert_close(model.compute_probabilities(cosines), expected)
+    assert _open_clip_like_bias(model, tmp_path) == model.logit_bias.item()
+    (tmp_path / "again").mkdir()
+    shutil.copytree(folder, tmp_path / "again" / "start")
+    (tmp_path / "again" / "shards.json").symlink_to(tiny_data / "shards.json")
+    for tar in tiny_data.glob("*.tar"):
+        (tmp_path / "again" / tar.name).symlink_to(tar)
+    plain, _ = trained(tmp_path / "again", tmp_path / "softmax")
+    assert open_model(plain).logit_bias is None
+
+
+def _open_clip_like_bias(model, folder):
+    (path,) = export_model(model, folder / "weights.safetensors", as_="open_clip")
+    bias = load_file(path)["logit_bias"]
+    assert bias.shape == ()
+    return float(bias)
+
+
+@pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
+def test_equal_captions_are_what_the_recipe_says(tiny_data, tmp_path, objective):
+    losses = {
+        same: trained(
+            tiny_data,
+            tmp_path / same,
+            objective=objective,
+            same_caption=same,
+            caption_separator=" ",
+            caption_templates=["{}", "one {}"],
+        )[1][0]["loss"]
+        for same in ("negative", "positive", "ignore")
+    }
+    assert len({round(loss, 6) for loss in losses.values()}) == 3
+    assert losses["ignore"] < losses["negative"]

@@ -1,17 +1,20 @@
-"""The symmetric contrastive loss (CLIP, figure 3), in one process or over many: loss and accuracies
-of a global batch, in at least float32, with the logits in memory or streamed.
+"""Contrastive losses of a global batch, in one process or over many: softmax (CLIP, figure 3) and
+sigmoid (SigLIP, algorithm 1), with their accuracies, in at least float32.
 
-Streamed, each row's highest logit, and the sum of the exponentials below it, are built up over
-chunks of columns; the backward pass makes the logits again and needs no more than these two. Kept
-apart they lose nothing: the logarithm of the whole sum would be rounded at the size of the logits.
-Memory: a chunk, whatever the batch.
+Logits are made block by block, and the gradient along with the loss, so that memory is a block and
+the features, whatever the batch. Sigmoid goes over the blocks once. Softmax goes over them twice:
+each row's highest logit, and the sum of the exponentials below it, have to be known before a
+gradient is. Kept apart they lose nothing: the logarithm of the whole sum would be rounded at the
+size of the logits.
 
 Shapes: b samples of a rank, B samples of the global batch, E joint channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaclip_model.model.layers import to_float32
-from evaclip_model.training.config import LossSettings
 from evaclip_model.training.loss.objective import LossTerms
 
-CHUNK_ROWS = 2048
-CHUNK_COLUMNS = 4096
+BLOCK_ROWS = 2048
+BLOCK_COLUMNS = 4096
 """Rows and columns of logits in memory at once: 32 MiB in float32, enough for full matrix speed."""
-_PLAIN = LossSettings()
 
 
 def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale:
         image_features, text_features: [B, E] of unit length; row i of both is one sample.
         logit_scale: [] inverse temperature, already exponentiated.
     """
-    return contrastive_terms(image_features, text_features, logit_scale).loss
+    return pair_terms(image_features, text_features, logit_scale, is_whole_batch=True).loss
 
 
 def gathered_contrastive_loss(
@@ -45,28 +46,21 @@ def gathered_contrastive_loss(
     logit_scale: Tensor,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """This rank's part [] of the loss of a batch spread over ranks; see `gathered_terms`."""
-    return gathered_terms(image_features, text_features, logit_scale, group).loss
+    """This rank's part [] of the loss of a batch spread over ranks; see `pair_terms`."""
+    return pair_terms(image_features, text_features, logit_scale, group=group).loss
 
 
-def contrastive_terms(
+def pair_terms(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor,
-    settings: LossSettings = _PLAIN,
-) -> LossTerms:
-    """Loss and accuracies of a batch [B, E] in one process; arguments as `gathered_terms`."""
-    _require_pairs(image_features, text_features)
-    image, text = to_float32(image_features), to_float32(text_features)
-    return _compute_terms(image, text, image, text, logit_scale, 0, settings)
-
-
-def gathered_terms(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
+    logit_bias: Tensor | None = None,
+    *,
+    captions: Tensor | None = None,
+    ignores_same: bool = False,
+    label_smoothing: float = 0.0,
     group: dist.ProcessGroup | None = None,
-    settings: LossSettings = _PLAIN,
+    is_whole_batch: bool = False,
 ) -> LossTerms:
     """This rank's rows against the columns of every rank.
 
@@ -78,67 +72,56 @@ def gathered_terms(
     Args:
         image_features, text_features: [b, E] of unit length; the same b on every rank.
         logit_scale: [] inverse temperature.
+        logit_bias: [] added to all logits of the sigmoid loss; none for softmax.
+        captions: [b] int64, equal where captions are: such pairs belong together. None: every image
+            has one caption, its own.
+        ignores_same: pairs of equal captions but a sample's own count neither way.
+        label_smoothing: share of softmax's target that is spread over all columns that count.
         group: none for all ranks. A group of one needs no communication.
+        is_whole_batch: these pairs are all, whatever ranks there are.
 
     Raises: ValueError: images and captions are not pairs of features of one size.
     """
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return contrastive_terms(image_features, text_features, logit_scale, settings)
-    _require_pairs(image_features, text_features)
     image, text = to_float32(image_features), to_float32(text_features)
-    pair = torch.stack((image, text))
-    both: Tensor = _Gather.apply(pair, group)  # type: ignore[no-untyped-call]  # [ranks, 2, b, E]
-    all_image, all_text = both[:, 0].flatten(0, 1), both[:, 1].flatten(0, 1)  # [B, E]
-    first_row = dist.get_rank(group) * len(image)
-    return _compute_terms(image, text, all_image, all_text, logit_scale, first_row, settings)
-
-
-def _compute_terms(
-    image: Tensor,
-    text: Tensor,
-    all_image: Tensor,
-    all_text: Tensor,
-    logit_scale: Tensor,
-    first_row: int,
-    settings: LossSettings,
-) -> LossTerms:
-    with torch.autocast(image.device.type, enabled=False):  # half-precision logits cost accuracy
-        scale = to_float32(logit_scale)
-        smoothing = settings.label_smoothing
-        if settings.should_stream(len(image), len(all_image)):
-            return LossTerms(
-                *streamed_terms(image, text, all_image, all_text, scale, first_row, smoothing)
-            )
-        labels = torch.arange(first_row, first_row + len(image), device=image.device)
-        image_logits = scale * image @ all_text.T  # [b, B]
-        text_logits = scale * text @ all_image.T
-        losses = [
-            F.cross_entropy(logits, labels, label_smoothing=smoothing)
-            for logits in (image_logits, text_logits)
-        ]
-    with torch.no_grad():
-        image_hits = (image_logits.argmax(1) == labels).float().mean()
-        text_hits = (text_logits.argmax(1) == labels).float().mean()
-    return LossTerms((losses[0] + losses[1]) / 2, image_hits, text_hits)
-
-
-def _require_pairs(image: Tensor, text: Tensor) -> None:
     if image.dim() != 2 or image.shape != text.shape:
         raise ValueError(
             f"features of pairs must both be [b, E], not {list(image.shape)} and {list(text.shape)}"
         )
+    is_alone = is_whole_batch or not dist.is_initialized() or dist.get_world_size(group) == 1
+    first_row, all_image, all_text, all_captions = 0, image, text, captions
+    if not is_alone:
+        first_row = dist.get_rank(group) * len(image)
+        pair = torch.stack((image, text))
+        both: Tensor = _Gather.apply(pair, group)  # type: ignore[no-untyped-call]
+        all_image, all_text = both[:, 0].flatten(0, 1), both[:, 1].flatten(0, 1)
+        all_captions = None if captions is None else _gather_tensor(captions, group).flatten()
+    matches = _match_captions(all_captions, first_row, len(image), all_image, ignores_same)
+    with torch.autocast(image.device.type, enabled=False):  # half-precision logits cost accuracy
+        scalars = [to_float32(logit_scale)]
+        compute: Callable[..., _Computed] = partial(_softmax_terms, matches, label_smoothing)
+        if logit_bias is not None:
+            scalars.append(to_float32(logit_bias))
+            compute = partial(_sigmoid_terms, matches)
+        return LossTerms(
+            *_Blockwise.apply(compute, image, text, all_image, all_text, *scalars)  # type: ignore[no-untyped-call]
+        )
+
+
+def _gather_tensor(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """[...] on each rank -> [ranks, ...] on all."""
+    local = local.contiguous()
+    gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, local, group=group)
+    return torch.stack(gathered)
 
 
 class _Gather(torch.autograd.Function):
-    """[...] on each rank -> [ranks, ...] on all; gradients are summed over ranks."""
+    """`_gather_tensor`, whose gradients are summed over ranks."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.group = group
-        local = local.contiguous()
-        gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(gathered, local, group=group)
-        return torch.stack(gathered)
+        return _gather_tensor(local, group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -152,122 +135,180 @@ class _Gather(torch.autograd.Function):
         return gradient[dist.get_rank(ctx.group)], None
 
 
-def streamed_terms(
+_Computed = tuple[Tensor, Tensor, Tensor, list[Tensor]]
+"""Loss and both accuracies []; the loss's gradients by all tensors that it was computed from."""
+
+
+class _Blockwise(torch.autograd.Function):
+    """A loss whose gradients were computed with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, compute: Callable[..., _Computed], *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, image_hits, text_hits, gradients = compute(*tensors)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(image_hits, text_hits)
+        return loss, image_hits, text_hits
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *(gradients[0] * saved for saved in ctx.saved_tensors))
+
+
+@dataclass(frozen=True)
+class _Matches:
+    """The pairs of a rank's rows and all columns that belong together, and those left out."""
+
+    captions: Tensor
+    """[B] int64 of all columns."""
+    rows: slice
+    """This rank's among them."""
+    repeats: Tensor
+    """[b] columns with each row's caption, its own too."""
+    ignores: bool
+
+    def cut_block(self, high: slice, wide: slice) -> tuple[Tensor, Tensor | None]:
+        """[h, w] bool of rows and columns: they belong together; they count neither way (none: all
+        count)."""
+        same = self.captions[self.rows][high, None] == self.captions[wide]
+        if not self.ignores:
+            return same, None
+        places = torch.arange(len(self.captions), device=same.device)
+        own = places[self.rows][high, None] == places[wide]
+        return own, same & ~own
+
+    def spread_targets(
+        self, high: slice, wide: slice, smoothing: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """[h, w] softmax's targets, whose rows sum to 1 over all columns, and what is left out."""
+        right, left_out = self.cut_block(high, wide)
+        repeats, columns = self.repeats[high, None].to(dtype), len(self.captions)
+        shares, counted = (1.0, columns - repeats + 1) if self.ignores else (repeats, columns)
+        targets = right.to(dtype) * ((1 - smoothing) / shares) + smoothing / counted
+        return (targets if left_out is None else targets.masked_fill_(left_out, 0)), left_out
+
+    def count_hits(self, best: Tensor) -> Tensor:
+        """Share [] of the rows whose `best` column [b] has their caption."""
+        return (self.captions[best] == self.captions[self.rows]).float().mean()
+
+
+def _match_captions(
+    captions: Tensor | None, first_row: int, rows: int, columns: Tensor, ignores: bool
+) -> _Matches:
+    mine = slice(first_row, first_row + rows)
+    if captions is None:
+        places = torch.arange(len(columns), device=columns.device)
+        return _Matches(places, mine, torch.ones_like(places[mine]), ignores=False)
+    _, kind, counts = torch.unique(captions, return_inverse=True, return_counts=True)
+    return _Matches(captions, mine, counts[kind[mine]], ignores)
+
+
+def _softmax_terms(
+    matches: _Matches,
+    smoothing: float,
     image: Tensor,
     text: Tensor,
     all_image: Tensor,
     all_text: Tensor,
     scale: Tensor,
-    first_row: int,
-    smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, image-to-text and text-to-image accuracy of the rows [b, E] among the columns [B, E],
-    all []; row i belongs to column `first_row` + i; see `gathered_terms`."""
-    terms: tuple[Tensor, Tensor, Tensor] = _Streamed.apply(  # type: ignore[no-untyped-call]
-        image, text, all_image, all_text, scale, first_row, smoothing
-    )
-    return terms
+) -> _Computed:
+    to_text = _softmax_rows(matches, smoothing, image, all_text, scale)
+    to_image = _softmax_rows(matches, smoothing, text, all_image, scale)
+    (image_loss, image_hits, d_image, d_all_text) = to_text
+    (text_loss, text_hits, d_text, d_all_image) = to_image
+    d_scale = (d_image * image).sum() + (d_text * text).sum()
+    gradients = [d.mul_(scale) for d in (d_image, d_text, d_all_image, d_all_text)]
+    return (image_loss + text_loss) / 2, image_hits, text_hits, [*gradients, d_scale]
 
 
-class _Streamed(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        image: Tensor,
-        text: Tensor,
-        all_image: Tensor,
-        all_text: Tensor,
-        scale: Tensor,
-        first_row: int,
-        smoothing: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        image_sums, image_loss, image_hits = _rows_loss(
-            image, all_text, text, scale, first_row, smoothing
-        )
-        text_sums, text_loss, text_hits = _rows_loss(
-            text, all_image, image, scale, first_row, smoothing
-        )
-        ctx.save_for_backward(image, text, all_image, all_text, scale, *image_sums, *text_sums)
-        ctx.first_row, ctx.smoothing = first_row, smoothing
-        ctx.mark_non_differentiable(image_hits, text_hits)
-        return (image_loss + text_loss) / 2, image_hits, text_hits
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        image, text, all_image, all_text, scale, *sums = ctx.saved_tensors
-        weight = gradients[0] / (2 * len(image))
-        rest = scale, weight, ctx.first_row, ctx.smoothing
-        d_image, d_all_text = _rows_gradient(image, all_text, sums[0], sums[1], *rest)
-        d_text, d_all_image = _rows_gradient(text, all_image, sums[2], sums[3], *rest)
-        d_scale = (d_image * image).sum() + (d_text * text).sum()
-        return (
-            d_image.mul_(scale),
-            d_text.mul_(scale),
-            d_all_image.mul_(scale),
-            d_all_text.mul_(scale),
-            d_scale,
-            None,
-            None,
-        )
-
-
-def _rows_loss(
-    rows: Tensor, columns: Tensor, own: Tensor, scale: Tensor, first_row: int, smoothing: float
-) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """Of rows [b, E] with their `own` columns [b, E]: each row's highest logit and sum of the
-    exponentials of the distances to it, both [b]; mean loss and hits []."""
-    highest = rows.new_full((len(rows),), -torch.inf)
-    sums = torch.zeros_like(highest)
+def _softmax_rows(
+    matches: _Matches, smoothing: float, rows: Tensor, columns: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean loss and share of hits [] of rows [b, E]; the gradient of half the loss, over `scale`,
+    by rows and columns [B, E]."""
+    lowest = torch.finfo(rows.dtype).min  # -inf times a target of 0 would be no number
+    highest = rows.new_full((len(rows),), lowest)
+    sums, aims = torch.zeros_like(highest), torch.zeros_like(highest)
     best = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-    for high, wide in _iterate_chunks(len(rows), len(columns)):
+
+    def block_of(high: slice, wide: slice) -> tuple[Tensor, Tensor]:
+        targets, left_out = matches.spread_targets(high, wide, smoothing, rows.dtype)
         logits = scale * rows[high] @ columns[wide].T
-        top, place = logits.max(1)
-        # Of equal ones the first, as argmax has it.
-        best[high] = torch.where(top > highest[high], place + wide.start, best[high])
-        top = torch.maximum(top, highest[high])
-        chunk_sums = logits.sub_(top[:, None]).exp_().sum(1)
-        sums[high] = sums[high] * (highest[high] - top).exp() + chunk_sums
+        return (logits if left_out is None else logits.masked_fill_(left_out, lowest)), targets
+
+    for high, wide in _iterate_blocks(len(rows), len(columns)):
+        logits, targets = block_of(high, wide)
+        aims[high] += (logits * targets).sum(1)
+        top = _track_best(logits, high, wide, highest, best)
+        block_sums = logits.sub_(top[:, None]).exp_().sum(1)
+        sums[high] = sums[high] * (highest[high] - top).exp() + block_sums
         highest[high] = top
-    targets = (1 - smoothing) * (rows * own).sum(1)
-    if smoothing:
-        targets = targets + smoothing * (rows @ columns.mean(0))
-    labels = torch.arange(first_row, first_row + len(rows), device=rows.device)
-    loss = (highest + sums.log() - scale * targets).mean()
-    return (highest, sums), loss, (best == labels).float().mean()
-
-
-def _rows_gradient(
-    rows: Tensor,
-    columns: Tensor,
-    highest: Tensor,
-    sums: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    first_row: int,
-    smoothing: float,
-) -> tuple[Tensor, Tensor]:
-    """`weight` times the gradient of the summed row losses by rows and columns, over `scale`."""
     d_rows, d_columns = torch.zeros_like(rows), torch.zeros_like(columns)
-    labels = torch.arange(first_row, first_row + len(rows), device=rows.device)
-    for high, wide in _iterate_chunks(len(rows), len(columns)):
-        part = scale * rows[high] @ columns[wide].T
-        part.sub_(highest[high, None]).exp_().div_(sums[high, None])
-        place = labels[high, None] - wide.start
-        width = part.shape[1]
-        inside = (place >= 0) & (place < width)  # without a branch, nothing waits for a GPU
-        part.scatter_add_(1, place.clamp(0, width - 1), (smoothing - 1) * inside.to(part.dtype))
-        if smoothing:
-            part.sub_(smoothing / len(columns))
-        part.mul_(weight)
+    for high, wide in _iterate_blocks(len(rows), len(columns)):
+        part, targets = block_of(high, wide)
+        part.sub_(highest[high, None]).exp_().div_(sums[high, None]).sub_(targets)
+        part.div_(2 * len(rows))
         d_rows[high].addmm_(part, columns[wide])
         d_columns[wide].addmm_(part.T, rows[high])
-    return d_rows, d_columns
+    loss = (highest + sums.log() - aims).mean()
+    return loss, matches.count_hits(best), d_rows, d_columns
 
 
-def _iterate_chunks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    for top in range(0, rows, CHUNK_ROWS):
-        for left in range(0, columns, CHUNK_COLUMNS):
+def _sigmoid_terms(
+    matches: _Matches,
+    image: Tensor,
+    text: Tensor,
+    all_image: Tensor,
+    all_text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+) -> _Computed:
+    """Every pair is judged for itself, once: by the rank that has its image. The sum over all pairs
+    is divided by the number of samples, not of pairs."""
+    d_image, d_all_text = torch.zeros_like(image), torch.zeros_like(all_text)
+    loss, d_bias = scale.new_zeros(()), scale.new_zeros(())
+    for high, wide in _iterate_blocks(len(image), len(all_text)):
+        right, left_out = matches.cut_block(high, wide)
+        signs = right.to(image.dtype).mul_(2).sub_(1)
+        logits = (scale * image[high] @ all_text[wide].T).add_(bias).mul_(signs)
+        if left_out is not None:  # as if it were certain: no loss, no gradient
+            logits.masked_fill_(left_out, torch.inf)
+        loss = loss - F.logsigmoid(logits).sum()
+        part = logits.neg_().sigmoid_().mul_(signs).div_(-len(image))
+        d_bias = d_bias + part.sum()
+        d_image[high].addmm_(part, all_text[wide])
+        d_all_text[wide].addmm_(part.T, image[high])
+    d_scale = (d_image * image).sum()
+    gradients = [d_image.mul_(scale), torch.zeros_like(text), torch.zeros_like(all_image)]
+    hits = _share_found(matches, image, all_text), _share_found(matches, text, all_image)
+    return loss / len(image), *hits, [*gradients, d_all_text.mul_(scale), d_scale, d_bias]
+
+
+def _share_found(matches: _Matches, rows: Tensor, columns: Tensor) -> Tensor:
+    """Share [] of rows [b, E] whose nearest column [B, E], of those that count, is theirs."""
+    highest = rows.new_full((len(rows),), torch.finfo(rows.dtype).min)
+    best = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+    for high, wide in _iterate_blocks(len(rows), len(columns)):
+        cosines = rows[high] @ columns[wide].T
+        if (left_out := matches.cut_block(high, wide)[1]) is not None:
+            cosines.masked_fill_(left_out, -torch.inf)
+        highest[high] = _track_best(cosines, high, wide, highest, best)
+    return matches.count_hits(best)
+
+
+def _track_best(logits: Tensor, high: slice, wide: slice, highest: Tensor, best: Tensor) -> Tensor:
+    """The highest logit so far [h] of the rows `high`; the place of it is noted in `best` [b]."""
+    top, place = logits.max(1)
+    # Of equal ones the first, as argmax has it.
+    best[high] = torch.where(top > highest[high], place + wide.start, best[high])
+    return torch.maximum(top, highest[high])
+
+
+def _iterate_blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    for top in range(0, rows, BLOCK_ROWS):
+        for left in range(0, columns, BLOCK_COLUMNS):
             yield (
-                slice(top, min(top + CHUNK_ROWS, rows)),
-                slice(left, min(left + CHUNK_COLUMNS, columns)),
+                slice(top, min(top + BLOCK_ROWS, rows)),
+                slice(left, min(left + BLOCK_COLUMNS, columns)),
             )

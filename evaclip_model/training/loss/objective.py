@@ -50,6 +50,7 @@ class Objective(Protocol):
         text: Tensor,
         scalars: Mapping[str, Tensor],
         *,
+        captions: Tensor | None = None,
         is_whole_batch: bool = False,
     ) -> LossTerms:
         """The loss of this rank's pairs within the global batch; every rank calls it.
@@ -59,6 +60,7 @@ class Objective(Protocol):
         Args:
             image, text: [b, E] features of unit length; row i of both is one pair.
             scalars: as `read_scalars` gives them.
+            captions: [b] int64, equal where captions are; none unless `same_caption` asks for it.
             is_whole_batch: these pairs are all, whatever ranks there are.
         """
 

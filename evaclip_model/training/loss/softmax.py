@@ -1,7 +1,7 @@
 """`objective = "softmax"`: the symmetric contrastive loss of CLIP, as the paper trains with.
 
 Its parameter and bounds. Imports no torch until tensors are there: the formula is in
-contrastive.py, settings and memory in training/config.py.
+contrastive.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from evaclip_model.model.model_config import INITIAL_LOGIT_SCALE
-from evaclip_model.training.config import LossSettings, TrainConfig
+from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.loss.objective import LossTerms
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 LOGIT_SCALE = "logit_scale"
 """Parameter: the logarithm of the inverse temperature. Metric: the inverse temperature."""
+BLOCKS_BYTES = 2**28
+"""Memory of the loss whatever the batch: a block of logits and what is made of it."""
 
 
 class SoftmaxObjective:
@@ -29,7 +31,7 @@ class SoftmaxObjective:
     """Of the logarithm of the inverse temperature (CLIP, section 2.5)."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self._settings = LossSettings(config.loss_impl, config.label_smoothing)
+        self._config = config
 
     def read_scalars(self, model: nn.Module) -> dict[str, Tensor]:
         """The inverse temperature []."""
@@ -45,14 +47,22 @@ class SoftmaxObjective:
         text: Tensor,
         scalars: Mapping[str, Tensor],
         *,
+        captions: Tensor | None = None,
         is_whole_batch: bool = False,
     ) -> LossTerms:
         """As `Objective.compute_terms`, image and text [b, E]."""
-        from evaclip_model.training.loss.contrastive import contrastive_terms, gathered_terms
+        from evaclip_model.training.loss.contrastive import pair_terms
 
-        terms = contrastive_terms if is_whole_batch else gathered_terms
-        return terms(image, text, scalars[LOGIT_SCALE], settings=self._settings)
+        return pair_terms(
+            image,
+            text,
+            *scalars.values(),
+            captions=captions,
+            ignores_same=self._config.same_caption == "ignore",
+            label_smoothing=self._config.label_smoothing,
+            is_whole_batch=is_whole_batch,
+        )
 
     def gpu_bytes(self, rows: int, columns: int) -> float:
         """As `Objective.gpu_bytes`."""
-        return self._settings.loss_bytes(rows, columns)
+        return BLOCKS_BYTES
