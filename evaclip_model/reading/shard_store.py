@@ -56,6 +56,7 @@ class ShardStore:
         self._folder = folder.rstrip("/")
         if is_url(folder):
             open_filesystem(folder)
+        self._is_local = cache is None
         self._cache = cache or Path()
         self._limit = cache_bytes
         self._held: dict[str, tuple[int, Future[Path]]] = {}
@@ -95,7 +96,7 @@ class ShardStore:
 
     def announce_shards(self, shards: Iterable[Shard]) -> None:
         """Say which shards come next, so that they may be brought; never waits."""
-        for shard in shards:
+        for shard in () if self._is_local else shards:
             is_here = not is_url(resolve_location(self._folder, shard.path))
             if not is_here and self._request_shard(shard, must=False) is None:
                 return
