@@ -90,13 +90,13 @@ def shard_files(folder: Path, planned: PlannedShard) -> tuple[Path, Path, Path]:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _LedgerLine:
     shard: FinishedShard
     stamp: list[list[int]]
     """Size and time of change of each of its files."""
 
 
-_ENTRY = TypeAdapter(_Entry)
+_LINE = TypeAdapter(_LedgerLine)
 
 
 class Ledger:
@@ -105,10 +105,10 @@ class Ledger:
     def __init__(self, path: Path, folder: Path) -> None:
         self._path = path
         self._folder = folder
-        self._known: dict[PlannedShard, _Entry] = {}
+        self._known: dict[PlannedShard, _LedgerLine] = {}
         for line in path.read_bytes().splitlines() if path.exists() else ():
             with suppress(ValueError):  # a line that a kill cut short is nothing
-                entry = _ENTRY.validate_json(line)
+                entry = _LINE.validate_json(line)
                 self._known[entry.shard.planned] = entry
 
     def check_planned(self, planned: PlannedShard) -> FinishedShard:
@@ -120,10 +120,10 @@ class Ledger:
         stamp = _file_stamp(self._folder, planned)
         known = self._known.get(planned)
         if known is None or known.stamp != stamp:
-            known = _Entry(check_shard(self._folder, planned), stamp)
+            known = _LedgerLine(check_shard(self._folder, planned), stamp)
             self._known[planned] = known
             with self._path.open("ab") as file:
-                file.write(_ENTRY.dump_json(known) + b"\n")
+                file.write(_LINE.dump_json(known) + b"\n")
         return known.shard
 
 
