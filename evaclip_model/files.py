@@ -40,14 +40,15 @@ def write_atomically(path: Path, content: str | bytes, *, sync: bool = True) -> 
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def lock_file(path: Path) -> IO[str] | None:
-    """Lock a file, made if need be; None when another process holds it.
+def lock_file(path: Path, *, shared: bool = False) -> IO[str] | None:
+    """Lock a file, made if need be; None when another process holds it, or where `shared` holds it
+    for itself alone.
 
     Close what is returned to let go; the kernel lets go when the holder dies, however it dies.
     """
     lock = path.open("w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
         return None

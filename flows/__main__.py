@@ -12,7 +12,7 @@ from typer import Typer
 from typer.exceptions import TyperException
 
 from evaclip_model.errors import InputError
-from flows.commands.data import lineage, sources, takedown, trace
+from flows.commands.data import lineage, prune, sources, takedown, trace
 from flows.commands.evalsets import evalsets
 from flows.commands.models import promote, pull, rollback
 from flows.commands.recipes import doctor, list_recipes, plan, show
@@ -28,7 +28,10 @@ commands = Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 commands.command("list")(list_recipes)
-for command in (show, plan, doctor, run, score, trace, lineage, takedown, pull, promote, rollback):
+for command in (
+    *(show, plan, doctor, run, score, trace, lineage, takedown, prune),
+    *(pull, promote, rollback),
+):
     commands.command()(command)
 commands.add_typer(sources, name="sources")
 commands.add_typer(evalsets, name="evalsets")

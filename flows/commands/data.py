@@ -1,7 +1,7 @@
-"""Commands about data: `trace`, `lineage`, `takedown`, `sources inspect`.
+"""Commands about data: `trace`, `lineage`, `takedown`, `prune`, `sources inspect`.
 
 Not here: the answers (flows/audit/sample_trace.py, flows/audit/lineage_tree.py,
-flows/audit/dataset_replacement.py, tasks/merge/inspect_metadata.py).
+flows/audit/dataset_replacement.py, flows/audit/leftovers.py, tasks/merge/inspect_metadata.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typer import Argument, Option, Typer
 
 from evaclip_model.errors import InputError
 from flows.config.profile import Profile, load_profile
-from flows.reporting.terminal import console
+from flows.reporting.terminal import console, moving_bar
+from tasks.progress import format_bytes
 from tasks.tracking import TrackingStore
 
 sources = Typer(help="Look at metadata files before they become a source.")
@@ -102,6 +103,27 @@ def takedown(
         "[dataset] of the recipe",
         soft_wrap=True,
     )
+
+
+def prune(
+    days: Annotated[float, Option(min=0, help="what was written to since then stays")] = 7,
+    yes: Annotated[bool, Option("--yes", help="remove it; without it, only say what")] = False,
+) -> None:
+    """Say what nothing needs any more, how much it is and why; with --yes remove it."""
+    from flows.audit.leftovers import find_leftovers, remove_leftovers  # imports mlflow
+
+    profile = load_profile()
+    root = profile.root.resolve()
+    found = find_leftovers(profile, days)
+    for one in found:
+        what = f"{one.path.relative_to(root)}{', but for its manifest' * one.is_manifest_kept}"
+        console.print(f"{format_bytes(one.bytes):>9}  {what}: {one.why}", soft_wrap=True)
+    if yes:
+        with moving_bar("prune") as report:
+            remove_leftovers(root, found, report)
+    total = format_bytes(sum(one.bytes for one in found))
+    end = "removed" if yes else "remove it with --yes" if found else "nothing to remove"
+    console.print(f"{len(found):,} leftovers, {total}: {end}")
 
 
 @sources.command("inspect")

@@ -26,12 +26,13 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import as_completed
 
 from evaclip_model.errors import InputError
+from evaclip_model.files import lock_file
 from flows.config.profile import Profile
 from flows.config.recipe import Recipe
 from flows.graph.graph import Graph, load_graph
 from flows.graph.step import Step, digest_of, finished_artifact
 from flows.reporting.terminal import console, moving_bar, summarise_counts
-from tasks.artifacts.artifact import Artifact, Made
+from tasks.artifacts.artifact import ROOT_LOCK, Artifact, Made
 from tasks.lineage.journal import JOURNALS
 from tasks.lineage.mlflow_store import PipelineRun, Tracking
 from tasks.merge.config import MergeConfig
@@ -141,19 +142,31 @@ def track_run(
     params: Mapping[str, str],
     recipe: str = "",
 ) -> Iterator[PipelineRun]:
-    """The tracking run of this flow run; each of the two links to the other."""
+    """The tracking run of this flow run; each of the two links to the other. Meanwhile nothing is
+    pruned under the root.
+
+    Raises:
+        InputError: `prune` is removing something there.
+    """
+    root = profile.root.resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    lock = lock_file(root / ROOT_LOCK, shared=True)
+    if lock is None:
+        raise InputError(f"`prune` is removing what is left over under {root}: wait for its end")
     store = TrackingStore.at(profile.mlflow_uri, experiment)
-    journals = profile.root.resolve() / JOURNALS
-    tracking = Tracking(store, journals, openlineage=profile.openlineage_file)
+    tracking = Tracking(store, root / JOURNALS, openlineage=profile.openlineage_file)
     ui_url = runtime.flow_run.ui_url if os.environ.get("PREFECT_UI_URL") else None
-    with tracking.pipeline_run(
-        name,
-        digest,
-        recipe=recipe,
-        params=params,
-        tags={"prefect.flow_run_id": str(runtime.flow_run.id)},
-        links={"Prefect run": ui_url} if ui_url else None,
-    ) as run:
+    with (
+        lock,
+        tracking.pipeline_run(
+            name,
+            digest,
+            recipe=recipe,
+            params=params,
+            tags={"prefect.flow_run_id": str(runtime.flow_run.id)},
+            links={"Prefect run": ui_url} if ui_url else None,
+        ) as run,
+    ):
         url = run.url()
         if url:
             create_link_artifact(link=url, link_text="MLflow run", key="mlflow-run")

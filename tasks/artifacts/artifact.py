@@ -24,6 +24,10 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import lock_file, write_atomically
 
 MANIFEST = "manifest.json"
+PRUNED = "pruned.json"
+"""The manifest of an artifact whose files were removed: what it was made from stays known."""
+ROOT_LOCK = ".flows.lock"
+"""Under the root of all artifacts: held by every flow, and alone by whoever removes artifacts."""
 BULK = "bulk.jsonl"
 """List of an artifact's bulk files: `{"path": ..., "size": ...}` a line."""
 CARD = "card.md"
@@ -170,12 +174,14 @@ def produce_artifact(address: Address, make: Callable[[Path], Made]) -> Artifact
 
 
 def read_artifact(folder: Path) -> Artifact:
-    """Read a finished artifact.
+    """Read an artifact that is finished, or was until its files were pruned.
 
     Raises:
         InputError: no manifest there, or one that cannot be read.
     """
     path = folder / MANIFEST
+    if not path.exists() and (folder / PRUNED).exists():
+        path = folder / PRUNED
     try:
         manifest = json.loads(path.read_text())
     except FileNotFoundError:
@@ -189,8 +195,9 @@ def read_artifact(folder: Path) -> Artifact:
 
 
 def read_artifacts(root: Path) -> list[Artifact]:
-    """Every finished artifact under `root`, in the order in which they were made."""
-    found = [read_artifact(path.parent) for path in root.glob(f"*/*/{MANIFEST}")]
+    """Every artifact under `root` that is or was finished, in the order in which they were made."""
+    folders = {path.parent for name in (MANIFEST, PRUNED) for path in root.glob(f"*/*/{name}")}
+    found = map(read_artifact, folders)
     return sorted(found, key=lambda artifact: (artifact.created, artifact.digest))
 
 
@@ -262,4 +269,5 @@ def _publish_manifest(address: Address, made: Made) -> Artifact:
         "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    (folder / PRUNED).unlink(missing_ok=True)
     return read_artifact(folder)
