@@ -1,4 +1,4 @@
-"""What nothing needs any more under the root of all artifacts, and removing it.
+"""Leftovers: what nothing needs any more under the root of all artifacts, and removing it.
 
 Kept are the data of every dataset version, what a retraining may still take up, and every training
 that made a champion of now or earlier, the newest version, or one whose weights the registry only
