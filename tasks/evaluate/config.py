@@ -33,6 +33,8 @@ SUMMARY = "summary.md"
 """Its first screen, for the page of a flow run."""
 FIGURES = "figures.csv"
 """Every figure as a flat table."""
+ANSWERS = "answers.parquet"
+"""Every model's answer to every sample; stays beside the results."""
 ATTACHED = (REPORT, MARKDOWN, RESULTS, FIGURES)
 """Files that are kept with the tracking run."""
 OWN_PROMPTS: tuple[PromptSource, ...] = ("dataset", "openai")

@@ -15,13 +15,14 @@ from pathlib import Path
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from tasks.artifacts.artifact import Made
-from tasks.evaluate.config import RESULTS, EvaluateConfig, EvaluationMachine
+from tasks.evaluate.answers import WriteAnswers, write_answers
+from tasks.evaluate.config import ANSWERS, RESULTS, EvaluateConfig, EvaluationMachine
 from tasks.evaluate.encode.distributed import Features
-from tasks.evaluate.encode.encode_features import Cache, answer_features
+from tasks.evaluate.encode.encode_features import Cache, answer_features, texts_of
 from tasks.evaluate.encode.open_models import Identity, identify_model
 from tasks.evaluate.metrics.contamination import Mask, TrainingData, hash_set, seen_in_training
 from tasks.evaluate.metrics.probes import LabelledFeatures, ProbeAnswers, answer_probes
-from tasks.evaluate.metrics.scored import Scored, labels_of, score_set
+from tasks.evaluate.metrics.scored import Scored, captions_of, labels_of, score_set
 from tasks.evaluate.report.curves import read_curve
 from tasks.evaluate.report.write_reports import write_reports
 from tasks.evaluate.results import counts_of, results_of
@@ -74,7 +75,8 @@ def evaluate_models(
     features.compute_missing(out / _JOB, report)
     if opened.keys() <= features.failed.keys():
         _require_all(features.failed, "there are no others")
-    scored = _score_all(features, identities, opened, config, report)
+    with write_answers(out / ANSWERS) as write:
+        scored = _score_all(features, identities, opened, config, report, write)
     opened |= {name: next(iter(by_model.values())).evalset for name, by_model in scored.items()}
     seen = _find_seen({name: opened[name] for name in scored}, trained_on, config, cache, report)
     results = results_of(config, identities, opened, scored, features.failed, seen)
@@ -85,7 +87,7 @@ def evaluate_models(
         shutil.rmtree(cache.root)
     else:
         cache.remove_oldest()
-    return Made(counts_of(results), (out / RESULTS, *written))
+    return Made(counts_of(results), (out / RESULTS, out / ANSWERS, *written))
 
 
 def _open_sets(
@@ -125,6 +127,7 @@ def _score_all(
     sets: Mapping[str, EvalSet],
     config: EvaluateConfig,
     report: Report,
+    write: WriteAnswers,
 ) -> dict[str, dict[str, Scored]]:
     whole = {name: one for name, one in sets.items() if name not in features.failed}
     scored: dict[str, dict[str, Scored]] = {name: {} for name in whole}
@@ -134,13 +137,13 @@ def _score_all(
         texts = features.text_features(model)
         for name, evalset in whole.items():
             images = features.image_features(model, name)
-            answers: dict[str, ProbeAnswers] = {}
+            probed: dict[str, ProbeAnswers] = {}
             if evalset.train and evalset.train.name in features.failed:
                 evalset = replace(evalset, train=None, probes=())
             if evalset.train:
                 report(done, asked, f"probes of {model} on {name}")
                 train = features.image_features(model, evalset.train.name)
-                answers = answer_probes(
+                probed = answer_probes(
                     LabelledFeatures(train, labels_of(evalset.train)),
                     LabelledFeatures(images, labels_of(evalset)),
                     len(evalset.classnames),
@@ -148,8 +151,11 @@ def _score_all(
                     config.probe,
                 )
                 done += 1
-            one = score_set(evalset, images, answer_features(evalset, texts))
-            scored[name][model] = replace(one, probes=answers)
+            answers = answer_features(evalset, texts)
+            cut = texts.count_cut(captions_of(evalset) or texts_of(evalset))
+            one = replace(score_set(evalset, images, answers), probes=probed, cut=cut)
+            write(model, one, images, answers)
+            scored[name][model] = one
     return scored
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
 from tasks.evaluate.config import STAGE, EvaluateConfig
+from tasks.evaluate.encode.encode_features import texts_of
 from tasks.evaluate.encode.open_models import Identity
 from tasks.evaluate.metrics.compute import Figures, chance_levels, compare_models, compute_figures
 from tasks.evaluate.metrics.contamination import Mask, figures_without
@@ -52,7 +53,7 @@ def results_of(
     splits = {one.name: one.split for one in config.sets}
     whole = {name: one for name, one in sets.items() if name in scored}
     results = {
-        name: {model: compute_figures(one) for model, one in by_model.items()}
+        name: {model: {**compute_figures(one), "cut": one.cut} for model, one in by_model.items()}
         for name, by_model in scored.items()
     }
     chance = {name: chance_levels(one) for name, one in whole.items()}
@@ -74,9 +75,10 @@ def results_of(
         "sets": {
             name: {
                 **_describe_set(one, splits[name]),
-                "warnings": warnings_of(
-                    one, scored[name][subject], results[name][subject], chance[name]
-                ),
+                "warnings": [
+                    *warnings_of(one, scored[name][subject], results[name][subject], chance[name]),
+                    *_list_cut(one, scored[name]),
+                ],
             }
             for name, one in whole.items()
         },
@@ -247,9 +249,18 @@ def warnings_of(
                 f"{100 * won:.1f} % if all were won"
             )
     for metric, (low, _) in figures["intervals"].items():
-        if metric in chance and low <= chance[metric]:
+        if metric in chance and low <= chance[metric] < 1:  # all answers are right where it is 1
             found.append(f"{metric} is not above chance within its 95 % interval")
     return found
+
+
+def _list_cut(evalset: EvalSet, scored: Mapping[str, Scored]) -> Iterator[str]:
+    """Sentences on models whose context is too short for some texts of a set."""
+    captions = len(captions_of(evalset))
+    texts = f"{captions:,} captions" if captions else f"{len(texts_of(evalset)):,} prompts"
+    for model, one in scored.items():
+        if one.cut:
+            yield f"{model} does not see the end of {one.cut:,} of {texts}: its context is shorter"
 
 
 def permuted_classes(evalset: EvalSet, scored: Scored) -> dict[str, str]:

@@ -38,6 +38,8 @@ class Scored:
     """Of a multilabel set: fp32 logits [N, C]."""
     probes: Mapping[str, ProbeAnswers] = field(default_factory=dict)
     """Figure -> the answers of a probe to a classification set."""
+    cut: int = 0
+    """Captions, or prompts, whose end the model does not see: its context is shorter."""
 
     def rankings_by_direction(self) -> dict[str, Ranking]:
         """The rankings there are, by the direction of the question."""

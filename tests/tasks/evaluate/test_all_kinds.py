@@ -55,7 +55,14 @@ def test_every_kind_has_the_metric_of_the_paper(made: tuple[Made, Path]):
 
 def test_the_artifact_is_figures_and_reports(made: tuple[Made, Path]):
     names = {path.name for path in made[0].files}
-    assert names == {"results.json", "report.html", "report.md", "summary.md", "figures.csv"}
+    assert names == {
+        "results.json",
+        "answers.parquet",
+        "report.html",
+        "report.md",
+        "summary.md",
+        "figures.csv",
+    }
     assert {path.name for path in made[1].iterdir()} == names
     counts = made[0].counts
     assert {"kinetics400.kinetics_mean", "voc2007-multilabel.map", "mnist.chance.top1"} <= set(

@@ -1,0 +1,130 @@
+"""The answers of every model to every sample, as one file that people look into and compute on.
+
+`answers.parquet` has a row for each question, sets and models one after the other;
+`docs/evaluate.md` says what its columns are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow
+import torch
+from pyarrow import parquet
+from torch import Tensor
+
+from evaclip_model.files import replace_file
+from evaclip_model.zeroshot.exact_ranks import ROWS, Ranking, top_k
+from tasks.evaluate.metrics.scored import SHOWN, Scored, captions_of, image_of_caption
+
+WriteAnswers = Callable[[str, Scored, Tensor, Tensor], None]
+"""Called with the model's name, its answers, its features of images [N, D], and of what can be
+answered [A, D]."""
+_NAME = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
+SCHEMA = pyarrow.schema(
+    {
+        **{"set": _NAME, "model": _NAME, "direction": _NAME, "key": pyarrow.string()},
+        **{"query": pyarrow.string(), "label": pyarrow.list_(pyarrow.int32())},
+        **{"rank": pyarrow.int32(), "answers": pyarrow.list_(pyarrow.int32())},
+        **{"names": pyarrow.list_(pyarrow.string()), "scores": pyarrow.list_(pyarrow.float32())},
+    }
+)
+
+
+@dataclass(frozen=True)
+class _Questions:
+    """All questions of one direction that a set asks, Q of them, and what was answered."""
+
+    direction: str
+    keys: Sequence[str]
+    """Of the image asked about, or that the caption asked with belongs to [Q]."""
+    queries: Sequence[str | None]
+    labels: Sequence[Sequence[int]]
+    """Numbers of the right answers [Q]."""
+    top: Tensor
+    """Numbers of the first answers [Q, k]."""
+    ranks: Tensor | None
+    """Of the first right answer [Q]."""
+    names: Sequence[str]
+    """Of the answers [A]."""
+    features: Tensor
+    """Of what is asked about [Q, D]."""
+    gallery: Tensor
+    """Of the answers [A, D]."""
+
+
+@contextmanager
+def write_answers(path: Path) -> Iterator[WriteAnswers]:
+    """Yield what adds a model's answers to a set; the file is there when all are written."""
+    with replace_file(path) as beside, parquet.ParquetWriter(beside, SCHEMA) as file:
+
+        def write(model: str, scored: Scored, images: Tensor, answers: Tensor) -> None:
+            for one in _list_questions(scored, images, answers):
+                about = {"set": scored.evalset.name, "model": model, "direction": one.direction}
+                file.write_table(_make_table(one, about))
+
+        yield write
+
+
+def _list_questions(scored: Scored, images: Tensor, answers: Tensor) -> Iterator[_Questions]:
+    evalset = scored.evalset
+    keys = [sample.key for sample in evalset.samples]
+    nothing = [None] * len(keys)
+
+    def ask_images(
+        direction: str,
+        labels: Sequence[Sequence[int]],
+        given: Ranking | Tensor,
+        names: Sequence[str],
+    ) -> _Questions:
+        top, ranks = (given.top, given.ranks) if isinstance(given, Ranking) else (given, None)
+        return _Questions(direction, keys, nothing, labels, top, ranks, names, images, answers)
+
+    if scored.classes is not None:
+        labels = [(sample.label,) for sample in evalset.samples]
+        yield ask_images("image → class", labels, scored.classes, evalset.classnames)
+    if scored.scores is not None:
+        several = [sample.labels for sample in evalset.samples]
+        first = top_k(scored.scores, SHOWN)
+        yield ask_images("image → class", several, first, evalset.classnames)
+    captions, owner = captions_of(evalset), image_of_caption(evalset).tolist()
+    if scored.texts is not None:
+        own: list[list[int]] = [[] for _ in keys]
+        for caption, image in enumerate(owner):
+            own[image].append(caption)
+        yield ask_images("image → text", own, scored.texts, captions)
+    if scored.images is not None:
+        yield _Questions(
+            "text → image",
+            keys=[keys[one] for one in owner],
+            queries=captions,
+            labels=[(one,) for one in owner],
+            top=scored.images.top,
+            ranks=scored.images.ranks,
+            names=keys,
+            features=answers,
+            gallery=images,
+        )
+
+
+def _make_table(one: _Questions, about: dict[str, str]) -> pyarrow.Table:
+    size = len(one.keys)
+    parts = [
+        torch.einsum("qd,qkd->qk", one.features[rows].float(), one.gallery[one.top[rows]].float())
+        for rows in torch.split(torch.arange(size), ROWS)
+    ]
+    top = one.top.tolist()
+    columns = {
+        **{name: [text] * size for name, text in about.items()},
+        "key": one.keys,
+        "query": one.queries,
+        "label": one.labels,
+        "rank": [None] * size if one.ranks is None else one.ranks.tolist(),
+        "answers": top,
+        "names": [[one.names[answer] for answer in row] for row in top],
+        "scores": torch.cat(parts).tolist(),
+    }
+    return pyarrow.table(columns, schema=SCHEMA)
