@@ -489,7 +489,10 @@ def interpolate_step(
     """The model between start and end of training that the recipe's sets choose."""
     named = (*config.choose_on, *config.keep_on)
     part = evaluate.model_copy(
-        update={"sets": tuple(one for one in evaluate.sets if one.name in named), "title": ""}
+        update={
+            "sets": tuple(one for one in evaluate.sets if one.name in named),
+            **{"title": "", "metrics": ()},
+        }
     )
     marks = OutsideMarks(site.demo)
     settings = hash_marks([json.dumps(part.compute_identity(), sort_keys=True)])
@@ -600,8 +603,12 @@ def evaluate_step(
             lineage=picture,
         )
 
+    for given in config.metrics:
+        if not Path(given).is_file():
+            raise InputError(f"evaluate.metrics: {given} is not a file")
+    own = {f"metric.{Path(one).name}": fingerprint_files(Path(one)) for one in config.metrics}
     record = Record(outside=lambda made: describe_sets(made, find_sets()), files=ATTACHED)
-    return Step(root, EVALUATE, config, inputs, make, record=record, title=title)
+    return Step(root, EVALUATE, config, {**inputs, **own}, make, record=record, title=title)
 
 
 def register_step(site: Site, config: RegisterConfig, trained: Step, evaluated: Step) -> Step:

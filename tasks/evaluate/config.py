@@ -157,7 +157,7 @@ class EvaluateConfig(Config):
         "batch_size": "the model sees chunks of one size, so that none decides a figure"
     }
 
-    ADDED: ClassVar[tuple[str, ...]] = ("released", "probes", "probe")
+    ADDED: ClassVar[tuple[str, ...]] = ("released", "probes", "probe", "metrics")
 
     sets: tuple[EvalSetConfig, ...] = Field(min_length=1)
     """Evaluation sets, in the order of the report."""
@@ -171,6 +171,8 @@ class EvaluateConfig(Config):
     released: Mapping[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], str] = {}
     """SHA-256 of a file of weights, as its publisher names it -> the paper's row that it is behind,
     such as "EVA-02-CLIP-B/16": only a model known by its content is compared with the paper."""
+    metrics: tuple[str, ...] = ()
+    """Python files of metrics of your own, whose content is part of the digest."""
     probes: tuple[Probe, ...] = ()
     """Figures of what can be learnt from features, on every classification set that has a train
     part: a folder `train` in the set's, with tars as in `test`, or with a whole set."""

@@ -21,6 +21,7 @@ from tasks.evaluate.encode.distributed import Features
 from tasks.evaluate.encode.encode_features import Cache, answer_features, texts_of
 from tasks.evaluate.encode.open_models import Identity, identify_model
 from tasks.evaluate.metrics.contamination import Mask, TrainingData, hash_set, seen_in_training
+from tasks.evaluate.metrics.own_metrics import load_metrics
 from tasks.evaluate.metrics.probes import LabelledFeatures, ProbeAnswers, answer_probes
 from tasks.evaluate.metrics.scored import Scored, captions_of, labels_of, score_set
 from tasks.evaluate.report.curves import read_curve
@@ -94,6 +95,7 @@ def _open_sets(
     config: EvaluateConfig, sets: Mapping[str, Path], index_cache: Path
 ) -> dict[str, EvalSet]:
     opened = {}
+    own = load_metrics(config.metrics)
     for one in config.sets:
         if one.name not in sets:
             known = ", ".join(sets)
@@ -112,7 +114,7 @@ def _open_sets(
             train = open_train_part(evalset, sets[one.name], index_cache)
             figures = config.probe_figures if train else ()
             evalset = replace(evalset, train=train, probes=figures)
-        opened[one.name] = evalset
+        opened[one.name] = replace(evalset, own_metrics=own)
     if config.probes and not any(one.train for one in opened.values()):
         raise InputError(
             f"no set has a train part for the probes {', '.join(config.probes)}: expected a folder "

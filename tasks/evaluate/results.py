@@ -83,6 +83,9 @@ def results_of(
             for name, one in whole.items()
         },
         "results": results,
+        "own_metrics": {
+            metric.name: metric.title for one in whole.values() for metric in one.own_metrics
+        },
         "chance": chance,
         "paper": {
             name: _paper_figures(one, results[name], rows, splits[name])
@@ -123,8 +126,9 @@ def counts_of(results: Mapping[str, Any]) -> dict[str, float]:
     for name, by_model in results["results"].items():
         for model, figures in by_model.items():
             prefix = name if model == results["subject"] else f"{name}.{model}"
-            for metric in metrics_in(figures):
-                counts[f"{prefix}.{metric.name}"] = figures[metric.name]
+            own = [name for name in results["own_metrics"] if name in figures]
+            for metric in [*(one.name for one in metrics_in(figures)), *own]:
+                counts[f"{prefix}.{metric}"] = figures[metric]
         counts[f"{name}.n"] = results["sets"][name]["n"]
         for metric, value in results["chance"][name].items():
             counts[f"{name}.chance.{metric}"] = value

@@ -412,7 +412,7 @@ METRICS: tuple[Metric, ...] = (
 
 
 def metrics_of(evalset: EvalSet) -> list[Metric]:
-    return [metric for metric in METRICS if metric.applies_to(evalset)]
+    return [one for one in (*METRICS, *evalset.own_metrics) if one.applies_to(evalset)]
 
 
 def metrics_in(figures: Mapping[str, Any]) -> list[Metric]:

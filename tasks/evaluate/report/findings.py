@@ -33,6 +33,7 @@ class Figure:
 
     evalset: str
     metric: str
+    title: str
     value: float | None
     interval: tuple[float, float] | None
     """95 %."""
@@ -40,10 +41,6 @@ class Figure:
     """The value if all ties were lost, and if all were won."""
     chance: float | None
     published: PublishedFigure | None
-
-    @property
-    def title(self) -> str:
-        return title_of(self.metric)
 
     @property
     def difference(self) -> float | None:
@@ -100,7 +97,12 @@ class Findings:
         return found
 
     def list_metrics(self, evalset: str) -> tuple[str, ...]:
-        return tuple(one.name for one in metrics_in(self.set_results(evalset, self.subject)))
+        results = self.set_results(evalset, self.subject)
+        own = (name for name in self.raw.get("own_metrics", ()) if name in results)
+        return (*(one.name for one in metrics_in(results)), *own)
+
+    def metric_title(self, metric: str) -> str:
+        return str(self.raw.get("own_metrics", {}).get(metric) or title_of(metric))
 
     def headline_metrics(self, evalset: str) -> tuple[str, ...]:
         """The metrics of a set that are shown first: the paper's."""
@@ -114,6 +116,7 @@ class Findings:
         return Figure(
             evalset=evalset,
             metric=metric,
+            title=self.metric_title(metric),
             value=results.get(metric),
             interval=tuple(spread) if spread else None,
             bounds=tuple(bounds) if bounds else None,

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tasks.evaluate.metrics.metric import title_of
 from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.report.charts import interval_bar
 from tasks.evaluate.report.examples import find_confusions
@@ -156,7 +155,7 @@ def comparison_table(found: Findings, *, headlines_only: bool) -> Table:
             table.add(
                 Cell(found.set_name(evalset), link=set_anchor(evalset)),
                 other,
-                title_of(metric),
+                found.metric_title(metric),
                 *(
                     format_percent(found.get_figure(evalset, x, metric).value)
                     for x in (found.subject, other)

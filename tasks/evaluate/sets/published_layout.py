@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,9 @@ from evaclip_model.zeroshot.set_layout import (
 from tasks.evaluate.sets.class_order import normalise_name
 from tasks.evaluate.sets.prompts import find_classnames, find_templates, subset_classes
 from tasks.evaluate.sets.set_registry import Kind, KnownSet, NameSource, PromptSource
+
+if TYPE_CHECKING:
+    from tasks.evaluate.metrics.metric import Metric
 
 _ANSWERS = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
 """Kind -> extension of the member that says what is right."""
@@ -86,6 +89,8 @@ class EvalSet:
     """Its part that probes learn from, where that was asked for and is there."""
     probes: tuple[str, ...] = ()
     """Figures of the probes that learn from it."""
+    own_metrics: tuple[Metric, ...] = ()
+    """Metrics of the user's own, besides those of its kind."""
 
     def __len__(self) -> int:
         return len(self.samples)
