@@ -203,6 +203,36 @@ def resampled_class_means(values: Tensor, labels: Tensor) -> Tensor:
     return torch.cat(means)
 
 
+def resampled_cells(cells: Tensor, figure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Bootstrap draws of a figure of samples that fall into cells [N, m], [draws].
+
+    `figure` gets the distinct cells [U, m] and how many samples each draw takes of them [draws, U].
+    """
+    distinct, counts = torch.unique(cells, dim=0, return_counts=True)
+    return torch.cat([figure(distinct, drawn) for drawn in _drawn_counts(counts)])
+
+
+def worst_group_share(cells: Tensor, counts: Tensor) -> Tensor:
+    """The smallest share of hits of a group, of draws [draws, U] of cells (hit, group) [U, 2]."""
+    hits, groups = cells.T
+    members = torch.nn.functional.one_hot(groups).double()
+    sizes = counts @ members
+    shares = (counts * hits) @ members / sizes
+    worst: Tensor = shares.masked_fill(sizes == 0, torch.inf).min(dim=1).values
+    return worst
+
+
+def f1_macro(cells: Tensor, counts: Tensor) -> Tensor:
+    """F1, mean over the classes that occur, of draws [draws, U] of cells (class given, class)."""
+    said, labels = cells.T
+    classes = int(torch.maximum(said, labels).max()) + 1
+    answered, true = (torch.nn.functional.one_hot(one, classes).double() for one in (said, labels))
+    given, there = counts @ answered, counts @ true
+    scores = 2 * (counts * (said == labels)) @ true / (given + there)
+    mean: Tensor = scores.masked_fill(there == 0, float("nan")).nanmean(dim=1)
+    return mean
+
+
 def resampled_precisions(
     scores: Tensor, positives: Tensor, curve: Curve = area_under_curve
 ) -> Tensor:

@@ -47,9 +47,9 @@ First = Annotated[
 
 evalsets = Typer(
     help="Evaluation sets: list, show, check, convert from images, tables, videos, captions, "
-    "torchvision, VOC."
+    "questions, torchvision, VOC."
 )
-convert = Typer(help="Write a set from images, tables, videos or captions.")
+convert = Typer(help="Write a set from images, tables, videos, captions or questions.")
 evalsets.add_typer(convert, name="convert")
 
 
@@ -227,6 +227,20 @@ def convert_captions(
     from tasks.evaluate.sets.convert.convert import convert_captions
 
     _run_conversion(partial(convert_captions, listing, source, folder, split))
+
+
+@convert.command("choice")
+def convert_choice(
+    listing: Annotated[
+        Path, Argument(metavar="LISTING", help="SugarCrepe's, Winoground's or WinoGAViL's")
+    ],
+    source: Annotated[Path, Argument(metavar="SOURCE", help="folder of the images")],
+    folder: Target,
+) -> None:
+    """Convert questions: which of a few texts, or images, belong together."""
+    from tasks.evaluate.sets.convert.convert import convert_choice
+
+    _run_conversion(partial(convert_choice, listing, source, folder))
 
 
 def _make_words(

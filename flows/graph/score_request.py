@@ -24,13 +24,11 @@ from tasks.evaluate.sets.set_registry import (
     find_published_set,
     find_set,
     find_set_folder,
-    known_sets,
+    sets_of_group,
 )
 
 REGISTRY = "models:/"
 EVALUATE = STAGE.name
-PAPER = "paper"
-"""Stands for all sets of the paper's tables."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +120,25 @@ def _named_sets(
 ) -> tuple[EvaluateConfig, dict[str, Path]]:
     entries: list[dict[str, Any]] = []
     folders: dict[str, Path] = {}
-    for given in known_sets() if tuple(names) == (PAPER,) else names:
+    for given in _list_given(names, data):
         name, folder = _named_set(given, data)
         folders[name] = folder
         own = {} if find_set(name) else {"kind": kind_of(folder)}
         entries.append({"name": name, "folder": str(folder), **own})
     return _read_evaluation({EVALUATE: {"sets": entries}}, overrides, "the sets named"), folders
+
+
+def _list_given(names: Sequence[str], data: Path) -> list[str]:
+    """The names, a group's as those of its sets that are in `data`; the report says which of them
+    were not, where it averages them."""
+    found: list[str] = []
+    for name in names:
+        group = [find_set(key) for key in sets_of_group(name)]
+        there = [one.key for one in group if one and find_set_folder(one, data)]
+        if group and not there:
+            raise InputError(f"{data} holds none of the {len(group)} sets of '{name}'")
+        found += there if group else [name]
+    return found
 
 
 def _named_set(given: str, data: Path) -> tuple[str, Path]:

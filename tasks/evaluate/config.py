@@ -12,12 +12,15 @@ from pydantic import Field, field_validator, model_validator
 from evaclip_model.config import Config
 from tasks.artifacts.artifact import Stage
 from tasks.evaluate.sets.set_registry import (
+    CLASS_KINDS,
     FOLDER,
+    GROUPS,
     Kind,
     NameSource,
     PromptSource,
     find_set,
     nearest_set,
+    sets_of_group,
 )
 
 STAGE = Stage("evaluate", 2, tools=("torch", "pillow", "numpy", "ftfy"))
@@ -51,8 +54,8 @@ class EvalSetConfig(Config):
     """Folder in the published webdataset layout, `evaluation/<its published name>` of a known set;
     `demo:PATH` is inside the demo artifact."""
     kind: Kind
-    """Decides the figures: top-1/top-5 over class names, mAP over several classes an image, or
-    R@1/5/10 in both directions."""
+    """Decides the figures: top-1/top-5 over class names, mAP over several classes an image,
+    R@1/5/10 in both directions, or the right choice among a few texts or images."""
     templates: PromptSource | tuple[str, ...] = "dataset"
     """Prompts of a set with classes: its own file, a named source, or these, with {c} each."""
     classnames: NameSource | tuple[str, ...] = "dataset"
@@ -83,7 +86,7 @@ class EvalSetConfig(Config):
                 f"set '{name}' is a {known.kind} set; give another set of yours another name"
             )
         defaults = {"folder": f"{FOLDER}/{known.wds}", "kind": known.kind}
-        if known.kind != "retrieval":
+        if known.kind in CLASS_KINDS:
             defaults |= {"templates": known.prompts[0], "classnames": known.names[0]}
         return {**defaults, **values}
 
@@ -109,17 +112,18 @@ class EvalSetConfig(Config):
 
     @model_validator(mode="after")
     def _prompts_only_classes(self) -> Self:
-        if self.kind == "retrieval" and (self.templates, self.classnames) != ("dataset", "dataset"):
+        own = (self.templates, self.classnames) != ("dataset", "dataset")
+        if self.kind not in CLASS_KINDS and own:
             raise ValueError(
-                f"set '{self.name}': retrieval compares captions as they are, leave out templates "
-                "and classnames"
+                f"set '{self.name}': {self.kind} compares captions as they are, leave out "
+                "templates and classnames"
             )
         return self
 
     @model_validator(mode="after")
     def _sources_have_the_set(self) -> Self:
         known = find_set(self.name)
-        if self.kind != "retrieval":
+        if self.kind in CLASS_KINDS:
             for what, chosen, there in (
                 ("templates", self.templates, known.prompts if known else OWN_PROMPTS),
                 ("classnames", self.classnames, known.names if known else OWN_NAMES),
@@ -160,7 +164,8 @@ class EvaluateConfig(Config):
     ADDED: ClassVar[tuple[str, ...]] = ("released", "probes", "probe", "metrics")
 
     sets: tuple[EvalSetConfig, ...] = Field(min_length=1)
-    """Evaluation sets, in the order of the report."""
+    """Evaluation sets, in the order of the report; `sets = "paper"` and `sets = "datacomp38"` are
+    those of the paper and of DataComp."""
     precision: Precision = "fp32"
     """Of the model that makes features; they are compared in fp32 whatever it is."""
     max_distance: int = Field(4, ge=0, le=8)
@@ -196,6 +201,15 @@ class EvaluateConfig(Config):
                 if row not in rows:
                     raise ValueError(f"needs a row of the paper, not '{row}': {', '.join(rows)}")
         return value
+
+    @field_validator("sets", mode="before")
+    @classmethod
+    def _may_be_a_group(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value not in GROUPS:
+            raise ValueError(f"needs a list of sets, or one of {', '.join(GROUPS)}")
+        return [{"name": name} for name in sets_of_group(value)]
 
     @field_validator("sets")
     @classmethod

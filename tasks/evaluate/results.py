@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib import metadata
+from statistics import fmean
 from typing import Any
 
 from tasks.evaluate.config import STAGE, EvaluateConfig
@@ -16,10 +17,12 @@ from tasks.evaluate.encode.open_models import Identity
 from tasks.evaluate.metrics.compute import Figures, chance_levels, compare_models, compute_figures
 from tasks.evaluate.metrics.contamination import Mask, figures_without
 from tasks.evaluate.metrics.metric import metrics_in
-from tasks.evaluate.metrics.scored import Scored, captions_of
+from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.paper.published import (
     TABLES,
+    Average,
     PaperModel,
+    average_sets,
     average_table,
     find_published,
     judge_figure,
@@ -28,6 +31,7 @@ from tasks.evaluate.paper.published import (
     values_of,
 )
 from tasks.evaluate.sets.published_layout import EvalSet
+from tasks.evaluate.sets.set_registry import DATACOMP, find_set, known_sets, sets_of_group
 
 RULE = (
     "rank = answers with a strictly larger fp32 cosine + equal ones with a lower index; "
@@ -146,7 +150,7 @@ def counts_of(results: Mapping[str, Any]) -> dict[str, float]:
 
 def prompts_digest(evalset: EvalSet) -> str:
     """16 hex digits over the class names and templates, or the captions, that were encoded."""
-    texts = [list(evalset.classnames), list(evalset.templates), captions_of(evalset)]
+    texts = [list(evalset.classnames), list(evalset.templates), evalset.captions]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
@@ -207,7 +211,7 @@ def _table_averages(
     values = {
         name: values_of({key: by_model[name] for key, by_model in results.items()}) for name in rows
     }
-    return {
+    averages = {
         table: {
             name: asdict(average_table(table, values[name], row.row if row else None))
             for name, row in rows.items()
@@ -215,6 +219,24 @@ def _table_averages(
         for table in TABLES
         if members_of(table).keys() & results.keys()
     }
+    if results.keys() & set(sets_of_group(DATACOMP)).difference(known_sets()):
+        averages[DATACOMP] = {name: asdict(_average_datacomp(results, name)) for name in rows}
+    return averages
+
+
+def _average_datacomp(results: Mapping[str, Mapping[str, Figures]], model: str) -> Average:
+    """DataComp's average: of each of its 38 sets the figure that it calls the main one."""
+    values = {}
+    for key, by_model in results.items():
+        figures = by_model[model]
+        both = [figures[way] for way in ("image_to_text_r1", "text_to_image_r1") if way in figures]
+        known = find_set(key)
+        main = known.datacomp if known else ""
+        if main == "mean_r1" and both:
+            values[key] = fmean(both)
+        elif main in figures:
+            values[key] = figures[main]
+    return average_sets(sets_of_group(DATACOMP), values)
 
 
 TIES_WORTH_TELLING = 0.001

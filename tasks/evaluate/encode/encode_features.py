@@ -225,8 +225,8 @@ def _load_pixels(images: ImageList, transform: Callable[[Image.Image], Tensor], 
 
 def texts_of(evalset: EvalSet) -> list[str]:
     """Every text that a set asks of a model, each once, in order."""
-    if evalset.kind == "retrieval":
-        return list(dict.fromkeys(c for one in evalset.samples for c in one.captions))
+    if not evalset.classnames:
+        return list(dict.fromkeys(evalset.captions))
     return list(dict.fromkeys(fill_templates(evalset.classnames, evalset.templates)))
 
 
@@ -271,8 +271,8 @@ class TextFeatures:
 def answer_features(evalset: EvalSet, features: TextFeatures) -> Tensor:
     """The features that a set's images are compared with: a classifier [C, D], or its captions
     [T, D]."""
-    if evalset.kind == "retrieval":
-        return features.features_of([c for one in evalset.samples for c in one.captions])
+    if not evalset.classnames:
+        return features.features_of(evalset.captions)
     each = features.features_of(fill_templates(evalset.classnames, evalset.templates))
     return build_classifier(each, evalset.classnames)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evaclip_model.errors import InputError
 from evaclip_model.zeroshot.statistics import average_precisions
-from tasks.evaluate.metrics.metric import PairedDifference, metrics_of
+from tasks.evaluate.metrics.metric import PairedDifference, count_ties, metrics_of
 from tasks.evaluate.metrics.scored import Scored, labels_of, positives_of
 from tasks.evaluate.sets.published_layout import EvalSet
 
@@ -79,6 +79,8 @@ def _count_answers(scored: Scored) -> Figures:
             "positives": int(positives.sum()),
             "tied": _count_tied_images(scored.scores, positives),
         }
+    if scored.similarities is not None:
+        return {"n": len(evalset), "questions": len(evalset.questions), "tied": count_ties(scored)}
     tied = sum(int(ranking.tied.sum()) for ranking in scored.rankings_by_direction().values())
     if scored.images is not None:
         return {"n": len(evalset), "captions": len(scored.images), "tied": tied}

@@ -95,16 +95,16 @@ def seen_in_training(
 
 
 def figures_without(scored: Scored, seen: Mask) -> Figures | None:
-    """Figures of the images that were not seen; none where all were, or where those of a
-    multilabel set that are left have no class.
+    """Figures of the images that were not seen; none where all were, where those of a multilabel
+    set that are left have no class, or of a choice set, whose questions share images.
 
     Of retrieval, the questions of the images left and of their captions; the answers to choose
     from stay all there are, so that a question is as hard as it was.
     """
     left = torch.from_numpy(~seen)
-    if not bool(left.any()):
-        return None
     evalset = scored.evalset
+    if not bool(left.any()) or evalset.kind == "choice":
+        return None
     samples = tuple(one for one, gone in zip(evalset.samples, seen, strict=True) if not gone)
     if evalset.kind == "multilabel" and not any(one.labels for one in samples):
         return None

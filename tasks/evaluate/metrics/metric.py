@@ -7,8 +7,9 @@ artifact and so of MLflow; tables show metrics in the order of the list.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -24,24 +25,34 @@ from evaclip_model.zeroshot.statistics import (
     effective_samples,
     effective_units,
     eleven_points,
+    f1_macro,
     matched_interval,
     mean_average_precision,
     mean_per_class,
     percentile_interval,
+    resampled_cells,
     resampled_class_means,
     resampled_means,
     resampled_precisions,
     test_mcnemar,
     two_sided_p,
     wilson_interval,
+    worst_group_share,
+)
+from tasks.evaluate.metrics.choices import (
+    chance_of_jaccard,
+    chance_of_texts,
+    choose_rightly,
+    jaccard_index,
 )
 from tasks.evaluate.metrics.scored import (
     Scored,
-    captions_of,
+    groups_of,
     image_of_caption,
     labels_of,
     positives_of,
 )
+from tasks.evaluate.sets.choice_questions import Form, Question
 from tasks.evaluate.sets.published_layout import EvalSet
 from tasks.evaluate.sets.set_registry import Kind, KnownSet, PaperMetric
 
@@ -88,8 +99,8 @@ class Metric(ABC):
     """Place among the figures shown first of those sets, which the gate judges; 0: none."""
     is_theirs_alone: bool = False
     """True: only those sets have it, not every set of the kind."""
-    is_of_probe: bool = False
-    """True: only sets have it of whose probes it is one."""
+    has_it: Callable[[EvalSet], bool] = lambda evalset: True
+    """Tells which sets of the kind have it."""
 
     @abstractmethod
     def compute_value(self, scored: Scored, ties: Ties = "together") -> float:
@@ -115,9 +126,9 @@ class Metric(ABC):
 
     def applies_to(self, evalset: EvalSet) -> bool:
         named = evalset.known.metric if evalset.known else None
-        if self.is_of_probe and self.name not in evalset.probes:
-            return False
-        return evalset.kind == self.kind and (not self.is_theirs_alone or named == self.printed_for)
+        alone = self.is_theirs_alone or named == "real_top1"
+        is_one = evalset.kind == self.kind and self.has_it(evalset)
+        return is_one and (not alone or named == self.printed_for)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +270,34 @@ class MeanPrecision(Metric):
         return resampled_precisions(_class_scores(scored), positives_of(scored.evalset), self.curve)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CellFigure(Metric):
+    """A figure of two numbers of every sample, of which few pairs differ, with a bootstrap."""
+
+    cells: Callable[[Scored, Ties], Tensor]
+    """What was answered, and what it is compared with or its group [Q, 2]."""
+    figure: Callable[[Tensor, Tensor], Tensor]
+    """Of cells [U, 2] and how many samples each draw takes of them [draws, U]."""
+
+    def compute_value(self, scored: Scored, ties: Ties = "together") -> float:
+        cells = self.cells(scored, ties)
+        return float(self.figure(cells, torch.ones(1, len(cells), dtype=torch.float64)))
+
+    def compute_interval(self, scored: Scored) -> Interval:
+        cells = self.cells(scored, "together")
+        draws = resampled_cells(cells, self.figure)
+        return design_interval(self.compute_value(scored), draws, len(cells), most=len(cells))
+
+    def compare_models(self, a: Scored, b: Scored) -> PairedDifference:
+        both = torch.cat([self.cells(one, "together") for one in (a, b)], dim=1)
+        draws = resampled_cells(
+            both,
+            lambda one, drawn: self.figure(one[:, :2], drawn) - self.figure(one[:, 2:], drawn),
+        )
+        difference = self.compute_value(a) - self.compute_value(b)
+        return _bootstrap_difference(difference, draws, len(both))
+
+
 def _resolve_ranks(ranking: Ranking | None, ties: Ties) -> Tensor:
     """Ranks [Q] of the right answers under a rule for ties."""
     assert ranking is not None, "Scored.check_complete comes first"
@@ -273,7 +312,7 @@ def _class_scores(scored: Scored) -> Tensor:
 
 
 def _has_one_caption_each(scored: Scored) -> bool:
-    return len(captions_of(scored.evalset)) == len(scored.evalset)
+    return len(scored.evalset.captions) == len(scored.evalset)
 
 
 def _bootstrap_difference(
@@ -319,7 +358,7 @@ def define_image_to_text(k: int, headline: int = 0) -> Metric:
         kind="retrieval",
         per_sample=lambda scored, ties: _resolve_ranks(scored.texts, ties) < k,
         chance=lambda evalset: chance_of_hit(
-            k, len(captions_of(evalset)), [len(sample.captions) for sample in evalset.samples]
+            k, len(evalset.captions), [len(sample.captions) for sample in evalset.samples]
         ),
         printed_for="retrieval",
         column=f"{{key}}_text_r{k}",
@@ -356,7 +395,102 @@ def define_probe(name: str, title: str, form: type[SampleMetric] = HitShare) -> 
             torch.stack(_probe_hits(scored, name, ties)).double().mean(0)
         ),
         chance=lambda evalset: 1 / len(evalset.classnames),
-        is_of_probe=True,
+        has_it=lambda evalset: name in evalset.probes,
+    )
+
+
+def _choice_values(
+    scored: Scored, value: Callable[[Question, Tensor], float | bool], fewest: int = 0
+) -> Tensor:
+    """A value of every question [Q], of those with so many images."""
+    assert scored.similarities is not None, "Scored.check_complete comes first"
+    both = zip(scored.evalset.questions, scored.similarities, strict=True)
+    return torch.tensor([float(value(*one)) for one in both if len(one[0].images) >= fewest])
+
+
+def define_choice(
+    name: str,
+    title: str,
+    form: Form,
+    chance: Callable[[Question], float],
+    directions: Sequence[bool],
+    headline: int = 0,
+) -> Metric:
+    """Share of questions answered right, for images (False), for texts (True) or both."""
+    return HitShare(
+        name=name,
+        title=title,
+        kind="choice",
+        per_sample=lambda scored, ties: _choice_values(
+            scored, lambda q, cosines: all(choose_rightly(q, cosines, ties, x) for x in directions)
+        ),
+        has_it=lambda evalset: evalset.questions[0].form == form,
+        chance=lambda evalset: fmean(map(chance, evalset.questions)),
+        printed_for="choice",
+        headline=headline,
+    )
+
+
+def define_jaccard(name: str, title: str, fewest: int, headline: int = 0) -> Metric:
+    """Mean Jaccard index of questions with so many images (WinoGAViL's)."""
+    return SampleMean(
+        name=name,
+        title=title,
+        kind="choice",
+        per_sample=lambda scored, ties: _choice_values(
+            scored, lambda asked, cosines: jaccard_index(asked, cosines, ties), fewest
+        ),
+        has_it=lambda evalset: any(
+            one.form == "images" and len(one.images) >= fewest for one in evalset.questions
+        ),
+        chance=lambda evalset: fmean(
+            chance_of_jaccard(one) for one in evalset.questions if len(one.images) >= fewest
+        ),
+        printed_for="choice",
+        headline=headline,
+    )
+
+
+def count_ties(scored: Scored) -> int:
+    """Questions of a choice set that equal cosines decide."""
+    metric = metrics_of(scored.evalset)[0]
+    assert isinstance(metric, SampleMetric)
+    won, lost = (metric.per_sample(scored, ties) for ties in ("won", "lost"))
+    return int((won != lost).sum())
+
+
+def _hits_any_label(scored: Scored, ties: Ties) -> Tensor:
+    """Whether the first class is one of an image's, of the images that have any [Q]; classes that
+    tie for the first place are in the order of their numbers."""
+    positives, scores = positives_of(scored.evalset), _class_scores(scored)
+    labelled = positives.any(dim=1)
+    positives, scores = positives[labelled], scores[labelled]
+    best = scores == scores.max(dim=1, keepdim=True).values
+    if ties == "together":
+        return positives.gather(1, best.int().argmax(dim=1, keepdim=True))[:, 0]
+    return (best & positives).any(dim=1) if ties == "won" else ~(best & ~positives).any(dim=1)
+
+
+def _answers_and_labels(scored: Scored, ties: Ties) -> Tensor:
+    """The class given and that of each image [Q, 2]."""
+    assert scored.classes is not None, "Scored.check_complete comes first"
+    labels, top = labels_of(scored.evalset), scored.classes.top
+    other = torch.where(top[:, 0] == labels, top[:, -1], top[:, 0])
+    right = _resolve_ranks(scored.classes, ties) < 1
+    return torch.stack([torch.where(right, labels, other), labels], dim=1)
+
+
+def define_worst_group(k: int) -> Metric:
+    """Top-k of the group of images in which it is smallest."""
+    return CellFigure(
+        name=f"worst_group_top{k}",
+        title=f"top-{k} of the worst group",
+        kind="classification",
+        cells=lambda scored, ties: torch.stack(
+            [_resolve_ranks(scored.classes, ties) < k, groups_of(scored.evalset)], dim=1
+        ),
+        figure=worst_group_share,
+        has_it=lambda evalset: all(one.group >= 0 for one in evalset.samples),
     )
 
 
@@ -386,6 +520,16 @@ METRICS: tuple[Metric, ...] = (
         per_sample=lambda scored, ties: _resolve_ranks(scored.classes, ties) < 1,
         chance=lambda evalset: 1 / len(evalset.classnames),
     ),
+    define_worst_group(1),
+    define_worst_group(5),
+    CellFigure(
+        name="f1_macro",
+        title="F1, mean over classes",
+        kind="classification",
+        cells=_answers_and_labels,
+        figure=f1_macro,
+        has_it=lambda evalset: evalset.known is not None and evalset.known.datacomp == "f1_macro",
+    ),
     define_probe("linear_probe", "linear probe"),
     define_probe("knn", "kNN"),
     *(define_probe(f"few_shot_{k}", f"{k}-shot", SeedMean) for k in (1, 2, 4, 8, 16, 32)),
@@ -405,8 +549,23 @@ METRICS: tuple[Metric, ...] = (
         curve=eleven_points,
         chance=_chance_of_precision,
     ),
+    HitShare(
+        name="real_top1",
+        title="top-1, any of the labels",
+        kind="multilabel",
+        per_sample=_hits_any_label,
+        printed_for="real_top1",
+        headline=1,
+        is_theirs_alone=True,
+    ),
     *(define_image_to_text(k, headline=2 if k == 1 else 0) for k in (1, 5, 10)),
     *(define_text_to_image(k, headline=1 if k == 1 else 0) for k in (1, 5, 10)),
+    define_choice("accuracy", "accuracy", "texts", chance_of_texts, [False], headline=1),
+    define_choice("group_score", "group score", "two by two", lambda _: 1 / 6, [False, True], 1),
+    define_choice("text_score", "text score", "two by two", lambda _: 1 / 4, [False]),
+    define_choice("image_score", "image score", "two by two", lambda _: 1 / 4, [True]),
+    define_jaccard("jaccard", "Jaccard index", 2, headline=1),
+    define_jaccard("jaccard_10", "Jaccard index, 10 images or more", 10),
 )
 """Every metric, in the order in which figures are shown."""
 

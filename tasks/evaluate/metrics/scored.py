@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +36,8 @@ class Scored:
     """Text-to-image retrieval, one query a caption."""
     scores: Tensor | None = None
     """Of a multilabel set: fp32 logits [N, C]."""
+    similarities: tuple[Tensor, ...] | None = None
+    """Of a choice set: fp32 cosines of the images and texts of each question [I, T]."""
     probes: Mapping[str, ProbeAnswers] = field(default_factory=dict)
     """Figure -> the answers of a probe to a classification set."""
     cut: int = 0
@@ -56,11 +58,12 @@ class Scored:
         Raises:
             RuntimeError: not every sample of the index was answered exactly once.
         """
-        images, captions = len(self.evalset), sum(len(s.captions) for s in self.evalset.samples)
-        counts: dict[Kind, list[tuple[Ranking | Tensor | None, int]]] = {
+        images, captions = len(self.evalset), len(self.evalset.captions)
+        counts: dict[Kind, list[tuple[Sized | None, int]]] = {
             "classification": [(self.classes, images)],
             "multilabel": [(self.scores, images)],
             "retrieval": [(self.texts, images), (self.images, captions)],
+            "choice": [(self.similarities, len(self.evalset.questions))],
         }
         for answers, expected in counts[self.evalset.kind]:
             if answers is None:
@@ -77,17 +80,19 @@ def labels_of(evalset: EvalSet) -> Tensor:
     return torch.tensor([sample.label for sample in evalset.samples])
 
 
+def groups_of(evalset: EvalSet) -> Tensor:
+    """Group of every image [N], numbered from 0."""
+    groups = torch.tensor([sample.group for sample in evalset.samples])
+    numbered: Tensor = torch.unique(groups, return_inverse=True)[1]
+    return numbered
+
+
 def positives_of(evalset: EvalSet) -> Tensor:
     """Classes that every image of a multilabel set shows [N, C], bool."""
     shown = torch.zeros(len(evalset), len(evalset.classnames), dtype=torch.bool)
     for row, sample in enumerate(evalset.samples):
         shown[row, list(sample.labels)] = True
     return shown
-
-
-def captions_of(evalset: EvalSet) -> list[str]:
-    """All captions of a retrieval set [T], image by image."""
-    return [caption for sample in evalset.samples for caption in sample.captions]
 
 
 def image_of_caption(evalset: EvalSet) -> Tensor:
@@ -97,11 +102,22 @@ def image_of_caption(evalset: EvalSet) -> Tensor:
 
 
 def score_set(evalset: EvalSet, images: Tensor, texts: Tensor) -> Scored:
-    """Rank images [N, D] against a text classifier [C, D], or captions [T, D] both ways."""
+    """Rank images [N, D] against a text classifier [C, D], or captions [T, D] both ways; or
+    compare those of each question."""
     if evalset.kind == "classification":
         return Scored(evalset, classes=rank_classes(images, texts, labels_of(evalset), SHOWN))
     if evalset.kind == "multilabel":
         return Scored(evalset, scores=class_scores(images, texts))
+    if evalset.kind == "choice":
+        row = {sample.key: number for number, sample in enumerate(evalset.samples)}
+        portions = torch.split(texts, [len(one.texts) for one in evalset.questions])
+        return Scored(
+            evalset,
+            similarities=tuple(
+                class_scores(images[[row[key] for key in one.images]], mine)
+                for one, mine in zip(evalset.questions, portions, strict=True)
+            ),
+        )
     owner = image_of_caption(evalset)
     return Scored(
         evalset,

@@ -7,8 +7,8 @@ footnoted.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -229,27 +229,30 @@ def average_table(table: str, values: Mapping[str, float], row: str | None = Non
     `values` is set -> its figure in the table's metric, a share; other sets are passed over.
     """
     members = members_of(table)
+    average = average_sets(tuple(members), values)
+    references = [
+        found.value
+        for key in average.sets
+        if row and (found := find_published(row, key, members[key].metric))
+    ]
+    is_whole = average.sets and len(references) == len(average.sets)
+    return replace(
+        average,
+        intersection_reference=fmean(references) if is_whole else None,
+        delta=100 * values[BASE] - average.value
+        if table == ROBUSTNESS and average.value is not None
+        else None,
+    )
+
+
+def average_sets(members: Sequence[str], values: Mapping[str, float]) -> Average:
+    """Average of some sets, from set -> its figure, a share; none where one of them is missing."""
     sets = tuple(key for key in members if key in values)
     missing = tuple(key for key in members if key not in values)
     mean = 100 * fmean(values[key] for key in sets) if sets else None
-    references = [
-        found.value
-        for key in sets
-        if row and (found := find_published(row, key, members[key].metric))
-    ]
-    return Average(
-        value=None if missing else mean,
-        sets=sets,
-        missing=missing,
-        reason=f"{len(missing)} of its {len(members)} sets not evaluated: {', '.join(missing)}"
-        if missing
-        else "",
-        intersection_value=mean,
-        intersection_reference=fmean(references) if sets and len(references) == len(sets) else None,
-        delta=100 * values[BASE] - mean
-        if table == ROBUSTNESS and mean is not None and not missing
-        else None,
-    )
+    reason = f"{len(missing)} of its {len(members)} sets not evaluated: {', '.join(missing)}"
+    whole = None if missing else mean
+    return Average(whole, sets, missing, reason if missing else "", mean, None)
 
 
 def values_of(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

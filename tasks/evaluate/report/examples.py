@@ -19,7 +19,7 @@ from PIL import Image
 
 from evaclip_model.reading.image_decoder import decode_image
 from evaclip_model.zeroshot.exact_ranks import Ranking, top_k
-from tasks.evaluate.metrics.scored import SHOWN, Scored, captions_of, image_of_caption
+from tasks.evaluate.metrics.scored import SHOWN, Scored, image_of_caption
 from tasks.evaluate.sets.published_layout import EvalSet
 
 CAPTIONS_SHOWN = 4
@@ -50,7 +50,7 @@ class Amount:
 def pick_searches(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
     """Text to image: a caption and the first images, its own marked."""
     assert scored.images is not None
-    captions, owner = captions_of(scored.evalset), image_of_caption(scored.evalset)
+    captions, owner = scored.evalset.captions, image_of_caption(scored.evalset)
     return [
         {
             "group": group,
@@ -73,7 +73,7 @@ def pick_searches(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
 def pick_readings(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
     """Image to text: an image and the first captions, its own marked."""
     assert scored.texts is not None
-    captions, owner = captions_of(scored.evalset), image_of_caption(scored.evalset)
+    captions, owner = scored.evalset.captions, image_of_caption(scored.evalset)
     return [
         {
             "group": group,

@@ -106,8 +106,9 @@ class Findings:
 
     def headline_metrics(self, evalset: str) -> tuple[str, ...]:
         """The metrics of a set that are shown first: the paper's."""
-        about = self.describe_set(evalset)
-        return tuple(one.name for one in headlines_of(about["kind"], about.get("metric")))
+        about, here = self.describe_set(evalset), self.list_metrics(evalset)
+        first = headlines_of(about["kind"], about.get("metric"))
+        return tuple(one.name for one in first if one.name in here)
 
     def get_figure(self, evalset: str, model: str, metric: str) -> Figure:
         results = self.set_results(evalset, model)

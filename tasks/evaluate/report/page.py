@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from evaclip_model.zeroshot.statistics import chance_of_hit, hit_rate
-from tasks.evaluate.metrics.scored import Scored, captions_of
+from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.paper.published import paper, rows_of
 from tasks.evaluate.report import examples, tables
 from tasks.evaluate.report.charts import Bubble, ChartLine, bubble_chart, line_chart
@@ -119,7 +119,7 @@ def depth_chart(by_model: Mapping[str, Scored], subject: str) -> Markup:
         name: next(iter(one.rankings_by_direction().values())) for name, one in by_model.items()
     }
     first = next(iter(by_model.values()))
-    answers = len(first.evalset.classnames) or len(captions_of(first.evalset))
+    answers = len(first.evalset.classnames) or len(first.evalset.captions)
     ks = sorted({max(1, round(answers ** (i / 40))) for i in range(41)})
     owned = [max(1, len(sample.captions)) for sample in first.evalset.samples]
     chance = [(k, 100 * chance_of_hit(k, answers, owned)) for k in ks]

@@ -63,14 +63,14 @@ def summary_sentences(found: Findings) -> list[str]:
 def average_interval(found: Findings, table: str, model: str) -> tuple[float, float] | None:
     """95 % interval of a table's average, as a share: its sets' intervals, taken as independent.
 
-    None when a set of the table was not evaluated.
+    None when a set of the table was not evaluated, and for DataComp's.
     """
     figures = [
         found.get_figure(key, model, known.metric) for key, known in members_of(table).items()
     ]
     given = [(one.value, one.interval) for one in figures]
     known = [(value, spread) for value, spread in given if value is not None and spread]
-    if len(known) < len(given):
+    if not known or len(known) < len(given):
         return None
     mean = sum(value for value, _ in known) / len(known)
     half = sqrt(sum(((high - low) / 2) ** 2 for _, (low, high) in known)) / len(known)

@@ -19,7 +19,7 @@ from tasks.evaluate.report.numbers import (
     format_times,
     p_value,
 )
-from tasks.evaluate.sets.set_registry import find_set
+from tasks.evaluate.sets.set_registry import DATACOMP, find_set
 from tasks.table import NOTHING, Cell, Table, TableColumn, words
 
 VERDICTS = ("differs", "not comparable", "reproduced")
@@ -29,8 +29,9 @@ TABLES = {
     "1b": "ImageNet, its variants and ObjectNet (Table 1b)",
     "2": "27 image classification sets (Table 2)",
     "3": "four video sets (Table 3)",
+    DATACOMP: "DataComp's 38 sets, the main figure of each",
 }
-"""Tables of the paper that have an average."""
+"""Tables of the paper that have an average, and DataComp's."""
 SURE = 0.05
 """p-value below which a difference is coloured."""
 

@@ -39,8 +39,10 @@ class Checked:
         one = self.evalset
         yield "kind", one.kind
         yield "images", f"{len(one):,} in {len({sample.image.tar for sample in one.samples})} tars"
-        if one.kind == "retrieval":
-            yield "captions", f"{sum(len(sample.captions) for sample in one.samples):,}"
+        if one.questions:
+            yield "questions", f"{len(one.questions):,}: {one.questions[0].form}"
+        if not one.classnames:
+            yield "captions", f"{len(one.captions):,}"
         else:
             yield "classes", f"{len(one.classnames):,}: {some_names(one.classnames)}"
             yield "templates", f"{len(one.templates)} ({one.prompts_source}): {one.templates[0]}"
@@ -144,7 +146,7 @@ def _compare_with_known(classnames: Sequence[str], known: KnownSet | None) -> It
 
 
 def _of_classes(evalset: EvalSet) -> Iterator[str]:
-    if evalset.kind == "retrieval":
+    if not evalset.classnames:
         return
     yield from odd_names(evalset.classnames, evalset.known)
     seen = {label for one in evalset.samples for label in (one.label, *one.labels)}

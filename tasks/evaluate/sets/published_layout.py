@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.files import write_atomically
@@ -33,16 +35,23 @@ from evaclip_model.zeroshot.set_layout import (
     read_lines,
     read_members,
 )
+from tasks.evaluate.sets.choice_questions import Question, read_questions
 from tasks.evaluate.sets.class_order import normalise_name
 from tasks.evaluate.sets.prompts import find_classnames, find_templates, subset_classes
-from tasks.evaluate.sets.set_registry import Kind, KnownSet, NameSource, PromptSource
+from tasks.evaluate.sets.set_registry import (
+    CLASS_KINDS,
+    Kind,
+    KnownSet,
+    NameSource,
+    PromptSource,
+)
 
 if TYPE_CHECKING:
     from tasks.evaluate.metrics.metric import Metric
 
-_ANSWERS = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
-"""Kind -> extension of the member that says what is right."""
-_INDEX_VERSION = 1
+_ANSWERS = {"classification": "cls", "multilabel": "npy", "retrieval": "txt", "choice": ""}
+"""Kind -> extension of the member that says what is right; questions have a file of their own."""
+_INDEX_VERSION = 2
 _THOUSAND = 1000
 
 
@@ -58,6 +67,8 @@ class EvalSample:
     """All its classes in a multilabel set, rising; an image may have none."""
     captions: tuple[str, ...] = ()
     """The captions of a retrieval set's image."""
+    group: int = -1
+    """The first number of a `.npy` beside the label, as a region or an income; -1 without one."""
     sha256: str = ""
     """Of the image file, in hex."""
 
@@ -91,9 +102,18 @@ class EvalSet:
     """Figures of the probes that learn from it."""
     own_metrics: tuple[Metric, ...] = ()
     """Metrics of the user's own, besides those of its kind."""
+    questions: tuple[Question, ...] = ()
+    """Of a choice set."""
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def captions(self) -> list[str]:
+        """The texts that images are compared with as they are: a retrieval set's, image by image,
+        or a choice set's, question by question."""
+        owners = [one.captions for one in self.samples] + [one.texts for one in self.questions]
+        return [text for texts in owners for text in texts]
 
 
 def open_set(
@@ -133,7 +153,7 @@ def open_set(
     names: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
     source = "dataset"
-    if kind != "retrieval":
+    if kind in CLASS_KINDS:
         names = find_classnames(name, classnames, known, folder)
         names, entries = _in_subset(names, entries, tars, known)
         _check_labels(names, entries, tars, folder / CLASSNAMES)
@@ -145,13 +165,17 @@ def open_set(
         prompts = find_templates(name, templates, known, folder)
         source = _source_of(templates, classnames)
     samples = tuple(_read_sample(entry, tars, kind) for entry in entries)
+    questions = read_questions(folder, [e.key for e in entries]) if kind == "choice" else ()
+    asked = [[one.model_dump(mode="json") for one in questions]] if questions else []
+    answers = [(e.key, e.sha256, e.answer, *([e.group] if e.group >= 0 else [])) for e in entries]
     opened = EvalSet(
         *(name, kind, samples, names, prompts),
-        fingerprint=_digest_entries(crop_px, [(e.key, e.sha256, e.answer) for e in entries], names),
+        fingerprint=_digest_entries(crop_px, answers, names, *asked),
         images_digest=_digest_entries(crop_px, [(e.key, e.sha256) for e in entries]),
         known=known,
         prompts_source=source,
         crop_px=crop_px,
+        questions=questions,
     )
     return replace(opened, warnings=tuple(_list_unexpected(opened)))
 
@@ -217,6 +241,7 @@ class _Indexed(NamedTuple):
     sha256: str
     answer: Any
     """Label; or [number of classes, [labels]]; or captions."""
+    group: int = -1
 
 
 def _open_index(tars: Sequence[Path], kind: Kind, cache: Path | None) -> list[_Indexed]:
@@ -261,26 +286,49 @@ def _read_entries(number: int, tar: Path, kind: Kind) -> Iterator[_Indexed]:
     wanted = _ANSWERS[kind]
     for key, members in read_members(tar, digest_images=True).items():
         image = find_image(members, f"{tar}: sample {key}")
-        if wanted not in members:
+        if wanted and wanted not in members:
             raise InputError(f"{tar}: sample {key} has no .{wanted} member")
-        answer = _READERS[kind](members[wanted].content, f"{tar}: {key}")
-        yield _Indexed(key, number, image.span.offset, image.span.size, image.sha256, answer)
+        answer = _READERS[kind](members[wanted].content, f"{tar}: {key}") if wanted else []
+        span, group = image.span, -1
+        if kind == "classification" and "npy" in members:
+            group = _read_group(members["npy"].content)
+        yield _Indexed(key, number, span.offset, span.size, image.sha256, answer, group)
+
+
+def _read_group(content: bytes) -> int:
+    """The first number of a vector of whole ones; -1 of anything else, which is no group."""
+    try:
+        vector = _read_array(content)
+    except Exception:  # numpy hands a header to Python's parsers, which raise many kinds
+        return -1
+    return int(vector.flat[0]) if vector.size and vector.dtype.kind in "iu" else -1
+
+
+def _read_array(content: bytes) -> npt.NDArray[Any]:
+    """The array of a .npy file. By hand: numpy would allocate whatever size a header promises.
+
+    Raises:
+        Exception: of many kinds, where it holds none.
+    """
+    file = io.BytesIO(content)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("another version of the format")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    vector = np.frombuffer(file.read(), dtype)
+    if len(vector) != math.prod(shape):
+        raise ValueError(f"its header promises {math.prod(shape):,} numbers")
+    return vector.reshape(shape)
 
 
 def _parse_labels(content: bytes, where: str) -> list[Any]:
-    """[number of classes, [classes]] of a 0/1 vector. Read by hand: numpy would allocate whatever
-    size a header promises."""
-    file = io.BytesIO(content)
+    """[number of classes, [classes]] of a 0/1 vector."""
     try:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError("another version of the format")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        vector = np.frombuffer(file.read(), dtype)
+        vector = _read_array(content)
     except Exception as error:  # numpy hands a header to Python's parsers, which raise many kinds
         reason = shorten_error(error)
         raise InputError(f"{where}.npy cannot be read as a vector ({reason})") from None
-    if shape != vector.shape or dtype.kind not in "biuf" or not np.isin(vector, (0, 1)).all():
-        raise InputError(f"{where}.npy must hold one 0 or 1 a class, got shape {shape}")
+    if vector.ndim != 1 or vector.dtype.kind not in "biuf" or not np.isin(vector, (0, 1)).all():
+        raise InputError(f"{where}.npy must hold one 0 or 1 a class, got shape {vector.shape}")
     return [len(vector), np.flatnonzero(vector).tolist()]
 
 
@@ -347,12 +395,12 @@ def _check_labels(
 
 def _read_sample(entry: _Indexed, tars: Sequence[Path], kind: Kind) -> EvalSample:
     span = Span(tars[entry.tar], entry.offset, entry.size)
-    answer: dict[str, Any] = {"label": entry.answer}
-    if kind == "multilabel":
+    answer: dict[str, Any] = {"captions": tuple(entry.answer)} if kind == "retrieval" else {}
+    if kind == "classification":
+        answer = {"label": entry.answer}
+    elif kind == "multilabel":
         answer = {"labels": tuple(entry.answer[1])}
-    elif kind == "retrieval":
-        answer = {"captions": tuple(entry.answer)}
-    return EvalSample(entry.key, span, sha256=entry.sha256, **answer)
+    return EvalSample(entry.key, span, sha256=entry.sha256, group=entry.group, **answer)
 
 
 def _digest_entries(*parts: Any) -> str:
@@ -370,7 +418,7 @@ def _list_unexpected(evalset: EvalSet) -> list[str]:
     known = evalset.known
     if known is None:
         return []
-    captions = sum(len(sample.captions) for sample in evalset.samples)
+    captions = len(evalset.captions)
     usual = known.prompts[0] if known.prompts else ""
     is_usual = evalset.prompts_source.split(",")[0] == usual
     note = f" ({known.n_note})" if known.n_note else ""

@@ -15,11 +15,16 @@ from typing import Literal
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 
-Kind = Literal["classification", "multilabel", "retrieval"]
-PaperMetric = Literal["top1", "kinetics_mean", "map", "retrieval"]
+Kind = Literal["classification", "multilabel", "retrieval", "choice"]
+CLASS_KINDS: tuple[Kind, ...] = ("classification", "multilabel")
+"""Kinds of sets with class names and prompts."""
+PaperMetric = Literal["top1", "kinetics_mean", "map", "retrieval", "choice", "real_top1"]
 NameSource = Literal["dataset", "openai", "clip_benchmark"]
 PromptSource = Literal["dataset", "openai", "clip_benchmark", "grammar"]
 
+PAPER, DATACOMP = "paper", "datacomp38"
+GROUPS = (PAPER, DATACOMP)
+"""Names that stand for many sets: the 33 of the paper's tables, the 38 of DataComp."""
 FOLDER = "evaluation"
 """Folder in which a recipe looks for a known set, unless it says otherwise."""
 _FILE = Path(__file__).with_name("registry.json")
@@ -89,6 +94,8 @@ class KnownSet(Config):
     """Terms as generally understood; read them before use."""
     obtain: str
     """Directions to get it."""
+    datacomp: str = ""
+    """Figure of it that DataComp averages; "" of a set that is none of its 38."""
     tolerance: float | None = None
     """Points within which a figure counts as reproduced; None: nothing is known to compare with."""
     traps: tuple[str, ...] = ()
@@ -105,6 +112,13 @@ def all_sets() -> dict[str, KnownSet]:
 def known_sets() -> dict[str, KnownSet]:
     """The 33 sets of the paper by their keys, in the order of its columns."""
     return {key: known for key, known in all_sets().items() if known.tables}
+
+
+def sets_of_group(name: str) -> tuple[str, ...]:
+    """The sets that a name of `GROUPS` stands for; none of another name."""
+    if name == DATACOMP:
+        return tuple(key for key, known in all_sets().items() if known.datacomp)
+    return tuple(known_sets()) if name == PAPER else ()
 
 
 def find_set(key: str) -> KnownSet | None:

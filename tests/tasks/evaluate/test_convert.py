@@ -376,7 +376,7 @@ def test_webdataset_reads_what_is_written(birds: Path, karpathy: Path, tmp_path:
     assert [len(text) for text in texts] == [6, 8]
     assert texts[0][-1] == r"two\nlines"
     made = write_set(
-        *(tmp_path / "several", several((0, 1), (1, 1), (0, 0))),
+        *(tmp_path / "several", several((1,), (0, 1), ())),
         kind="multilabel",
         plan="x",
         classnames=("a", "b"),

@@ -12,14 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from evaclip_model.errors import InputError
-from tasks.evaluate.sets.convert.label_table import PATH_COLUMNS, read_rows
+from tasks.evaluate.sets.convert.label_table import PATH_COLUMNS, choose_split, read_rows
 from tasks.evaluate.sets.convert.shard_writer import Source
-from tasks.evaluate.sets.convert.source_images import image_source, path_inside
+from tasks.evaluate.sets.convert.source_images import (
+    FileFinder,
+    image_source,
+    path_inside,
+    walk_files,
+)
 
 _FORMS = (
     'expected Karpathy\'s {"images": [{"filename", "split", "sentences": [{"raw"}]}]}, COCO\'s '
     '{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}, a list of '
-    '{"image", "caption"}, Flickr\'s lines FILE#N<tab>CAPTION, or a table of images and captions'
+    '{"image", "caption"}, Flickr\'s lines FILE#N<tab>CAPTION, a table of images and captions, '
+    "or a folder of .txt"
 )
 _TOKEN_LINE = re.compile(r"(.+?)#\d+\t(.*)")
 _CAPTION_COLUMNS = (
@@ -31,6 +37,7 @@ _CAPTION_COLUMNS = (
     "sentences",
     "raw",
     "title",
+    "description",
 )
 
 Captions = dict[str, list[str]]
@@ -44,12 +51,14 @@ def captioned_sources(listing: Path, images: Path, split: str = "test") -> list[
         InputError: the file is missing or of another form, has nothing in this split, names a file
             outside `images`, or has an image without a caption.
     """
+    if listing.is_dir():
+        return _read_folder(listing, images)
     if not listing.is_file():
         raise InputError(f"{listing} is missing: {_FORMS}")
     if listing.suffix.lower() == ".json":
         captions = _read_json(listing, split)
     else:
-        captions = _read_text(listing)
+        captions = _read_text(listing, split)
     if not captions:
         raise InputError(f"{listing} has no image, or is not of a known form: {_FORMS}")
     sources = []
@@ -100,7 +109,21 @@ def _read_official(content: Mapping[str, Any]) -> Captions:
     return _group_captions((name, found[name]) for name in names.values() if name in found)
 
 
-def _read_text(listing: Path) -> Captions:
+def _read_folder(texts: Path, images: Path) -> list[Source]:
+    """A text file an image, called as it is (Urban1k): the whole file is its caption."""
+    finder = FileFinder(images)
+    sources = []
+    for path in sorted(one for one in walk_files(texts) if one.suffix.lower() == ".txt"):
+        caption = path.read_text(encoding="utf-8-sig", errors="replace").strip()
+        if not caption:
+            raise InputError(f"{path} has no caption")
+        sources.append(image_source(finder.find_file(path.stem, str(path)), (caption,)))
+    if not sources:
+        raise InputError(f"{texts} has no .txt file: {_FORMS}")
+    return sources
+
+
+def _read_text(listing: Path, split: str) -> Captions:
     try:
         lines = listing.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
@@ -112,6 +135,8 @@ def _read_text(listing: Path) -> Captions:
             raise InputError(f"{listing} row {broken} is not FILE#NUMBER<tab>CAPTION")
         return _group_captions((match[1], [match[2]]) for match in matches if match)
     columns, rows = read_rows(listing)
+    if "split" in columns:
+        rows = choose_split(rows, split, listing)
     image, caption = _find_columns(columns, listing)
     return _group_captions(
         (re.sub(r"#\d+$", "", str(row[image])), _caption_texts(row[caption])) for _, row in rows

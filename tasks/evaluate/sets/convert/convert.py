@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from evaclip_model.errors import InputError
+from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames
 from evaclip_model.zeroshot.set_layout import is_system_file, read_lines
 from tasks.evaluate.sets.class_order import (
     ClassOrder,
@@ -17,6 +18,7 @@ from tasks.evaluate.sets.class_order import (
     read_class_names,
 )
 from tasks.evaluate.sets.convert.caption_sets import captioned_sources
+from tasks.evaluate.sets.convert.choice_sets import choice_sources
 from tasks.evaluate.sets.convert.label_table import read_label_table
 from tasks.evaluate.sets.convert.shard_writer import Conversion, Source, write_set
 from tasks.evaluate.sets.convert.source_images import (
@@ -24,6 +26,7 @@ from tasks.evaluate.sets.convert.source_images import (
     image_source,
     image_sources,
     objectnet_folders,
+    objectnet_labels,
     stamp_of,
 )
 from tasks.evaluate.sets.convert.torchvision_sets import (
@@ -39,7 +42,7 @@ from tasks.evaluate.sets.prompts import find_templates
 from tasks.evaluate.sets.set_registry import Kind, KnownSet, PromptSource, find_set
 from tasks.progress import Report, report_nothing
 
-OBJECTNET = "objectnet"
+OBJECTNET, OBJECTNET_1000 = "objectnet", "objectnet-1000"
 VOC = {"classification": "voc2007", "multilabel": "voc2007-multilabel"}
 """Kind -> key of the set that VOC's test images become."""
 NO_TEMPLATES = "none"
@@ -98,8 +101,19 @@ class Words:
 def convert_imagefolder(
     root: Path, folder: Path, words: Words, report: Report = report_nothing
 ) -> Conversion:
-    """A folder of one folder of images a class; of ObjectNet, those that ImageNet has too."""
-    if words.known is not None and words.known.key == OBJECTNET:
+    """A folder of one folder of images a class; of ObjectNet, those that ImageNet has too, with
+    their own names or with the labels of ImageNet's thousand that each of them stands for."""
+    key = words.known.key if words.known else ""
+    if key == OBJECTNET_1000:
+        folders, _ = objectnet_folders(root)
+        names = imagenet_classnames()
+        answers = dict(zip(folders, objectnet_labels(root, folders), strict=True))
+        classes = ClassOrder(names, {str(label): label for label in range(len(names))})
+        origin = ("imagenet's labels of", root)
+        return _write_set(
+            folder, image_sources(answers), origin, classes, words, report, "multilabel"
+        )
+    if key == OBJECTNET:
         folders, names = objectnet_folders(root)
         own = replace(words, known=None)
         display = dict(zip((one.name for one in folders), names, strict=True))
@@ -142,10 +156,7 @@ def convert_table(
     labels = classes.labels
 
     def answer(chosen: Sequence[str]) -> int | list[int]:
-        if not table.several:
-            return labels[chosen[0]]
-        there = {labels[word] for word in chosen}
-        return [int(label in there) for label in range(len(classes.names))]
+        return sorted(labels[word] for word in chosen) if table.several else labels[chosen[0]]
 
     sources = [image_source(one.path, answer(one.words)) for one in table.images]
     kind: Kind = "multilabel" if table.several else "classification"
@@ -205,8 +216,7 @@ def convert_voc(
     own = voc_classes(root)
     classes = words.order_classes(own, str(root))
     places = [classes.labels[word] for word in own]
-    count = len(classes.names) if kind == "multilabel" else None
-    sources = voc_sources(root, places, count)
+    sources = voc_sources(root, places, whole=kind == "multilabel")
     words = replace(words, known=find_set(VOC[kind]))
     return _write_set(folder, sources, (f"voc {kind}", root), classes, words, report, kind)
 
@@ -218,6 +228,15 @@ def convert_captions(
     origin = ["captions", str(listing.absolute()), str(images.absolute()), split]
     plan = {"origin": origin, "listing": _digest_of(listing), "sources": _digest_sources(sources)}
     return write_set(folder, sources, kind="retrieval", plan=plan, report=report)
+
+
+def convert_choice(
+    listing: Path, images: Path, folder: Path, report: Report = report_nothing
+) -> Conversion:
+    sources, questions = choice_sources(listing, images)
+    origin = ["choice", str(listing.absolute()), str(images.absolute())]
+    plan = {"origin": origin, "sources": _digest_sources(sources)}
+    return write_set(folder, sources, kind="choice", plan=plan, questions=questions, report=report)
 
 
 def _write_set(
@@ -248,6 +267,8 @@ def _write_set(
 
 
 def _digest_of(listing: Path) -> str:
+    if listing.is_dir():
+        return _stamp_of_files(listing)
     return hashlib.sha256(listing.read_bytes()).hexdigest()
 
 

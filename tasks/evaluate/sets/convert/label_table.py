@@ -31,7 +31,8 @@ LABEL_COLUMNS = (
     "target", "targets", "tags", "y", "class_id", "class_index", "category_id", "label_id",
     "predictionstring", "species", "breed", "wnid", "synset",
 )  # fmt: skip
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".lst", ".list")
+_JSON_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson", ".json")
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".txt", ".lst", ".list", *_JSON_SUFFIXES)
 _FORMS = "expected .csv, .tsv, .jsonl, .parquet, or .txt with a path and a label a line"
 _SEPARATORS = "|;,"
 _SPLIT = "split"
@@ -78,7 +79,7 @@ def read_label_table(
             path or no label, an image has two labels where one is expected.
     """
     columns, every_row = read_rows(listing, images)
-    rows = _rows_of_split(every_row, split, listing)
+    rows = choose_split(every_row, split, listing)
     first = _find_column(columns, path_column, PATH_COLUMNS, listing, "paths of images")
     try:
         second = _find_column(columns, label_column, LABEL_COLUMNS, listing, "labels")
@@ -147,7 +148,7 @@ def read_rows(
     try:
         if suffix == ".parquet":
             columns, rows, first = *_parquet_rows(listing), 1
-        elif suffix in (".jsonl", ".ndjson", ".json"):
+        elif suffix in _JSON_SUFFIXES:
             columns, rows, first = *_json_rows(listing), 1
         else:
             columns, rows, first = _text_rows(listing, images)
@@ -175,6 +176,9 @@ def _json_rows(listing: Path) -> tuple[tuple[str, ...], list[Row]]:
         rows = json.loads(text)
         if not isinstance(rows, list):
             raise ValueError("it does not hold a list")
+        if rows and all(isinstance(row, list) for row in rows):  # ImageNet-ReaL's
+            name = "ILSVRC2012_val_{:08d}"
+            rows = [{"path": name.format(n), "labels": row} for n, row in enumerate(rows, 1)]
     else:
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     for number, row in enumerate(rows, 1):
@@ -226,7 +230,7 @@ def _read_cells(listing: Path, text: str) -> Iterator[list[str]]:
     return (line.strip().rsplit(None, 1) for line in text.splitlines())
 
 
-def _rows_of_split(rows: list[tuple[str, Row]], split: str, listing: Path) -> list[tuple[str, Row]]:
+def choose_split(rows: list[tuple[str, Row]], split: str, listing: Path) -> list[tuple[str, Row]]:
     """The rows of one split; all where the table has no such column, or one split alone."""
     there = sorted({str(row[_SPLIT]) for _, row in rows if _SPLIT in row})
     if split and split not in there:

@@ -14,10 +14,11 @@ import re
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from evaclip_model.zeroshot.set_layout import (
     TEMPLATES,
     TRAIN,
 )
+from tasks.evaluate.sets.choice_questions import QUESTIONS, Question
 from tasks.evaluate.sets.set_registry import Kind
 from tasks.progress import Report, report_nothing
 
@@ -63,7 +65,7 @@ class Found:
     image: bytes
     extension: str
     answer: Answer
-    """Label; or one 0 or 1 a class (multilabel); or captions."""
+    """Label; or labels (multilabel); or captions; nothing in a choice set."""
     remark: str = ""
     """An oddity of it, in words."""
 
@@ -108,6 +110,7 @@ def write_set(
     plan: Any,
     classnames: Sequence[str] = (),
     templates: Sequence[str] = (),
+    questions: Sequence[Question] = (),
     images_per_tar: int = IMAGES_PER_TAR,
     threads: int | None = None,
     report: Report = report_nothing,
@@ -119,6 +122,8 @@ def write_set(
             a finished set of the same origin is replaced when anything else differs.
         classnames: of a set with classes, in the order of labels.
         templates: likewise; none writes no file of them.
+        questions: of a choice set, which call images by the names of sources; one of an image that
+            cannot be used is left out too.
 
     Raises:
         InputError: the folder holds something else, no source can be used, or another run is
@@ -126,6 +131,8 @@ def write_set(
     """
     decides = {"kind": kind, "plan": plan, "images_per_tar": images_per_tar}
     decides |= {"classnames": list(classnames), "templates": list(templates)}
+    if questions:
+        decides["questions"] = [one.model_dump() for one in questions]
     decides = json.loads(json.dumps(decides))  # as it comes back from the file
     replaced = False
     if folder.exists() and [path.name for path in folder.iterdir()] != [TRAIN]:
@@ -142,9 +149,11 @@ def write_set(
             for number, first in enumerate(parts):
                 part = sources[first : first + images_per_tar]
                 if not _record_path(growing, number).exists():
-                    _write_tar(growing, number, first, part, kind, pool, report, len(sources))
+                    answer = partial(_answer_member, kind=kind, classes=len(classnames))
+                    _write_tar(growing, number, first, part, answer, pool, report, len(sources))
                 report(first + len(part), len(sources), folder.name)
-        made = _close_set(growing, folder, decides, len(parts))
+        keys = {source.name: _key_of(place) for place, source in enumerate(sources)}
+        made = _close_set(growing, folder, decides, len(parts), keys)
     return replace(made, again=replaced)
 
 
@@ -192,7 +201,7 @@ def _write_tar(
     number: int,
     first: int,
     sources: Sequence[Source],
-    kind: Kind,
+    answer_member: Callable[[str, Answer], Iterator[tuple[str, bytes]]],
     pool: ThreadPoolExecutor,
     report: Report,
     total: int,
@@ -212,9 +221,10 @@ def _write_tar(
             if isinstance(found, UnusableSourceError):
                 failures.append((source.name, str(found)))
             else:
-                key = f"s{place:07d}"
+                key = _key_of(place)
                 _add_member(tar, f"{key}.{found.extension}", found.image)
-                _add_member(tar, *_answer_member(key, found.answer, kind))
+                for name, content in answer_member(key, found.answer):
+                    _add_member(tar, name, content)
                 images += 1
                 if found.remark:
                     remarks.append((source.name, found.remark))
@@ -232,16 +242,23 @@ def _read_source(source: Source) -> Found | UnusableSourceError:
         return UnusableSourceError(f"cannot be read: {error.strerror or error}")
 
 
-def _answer_member(key: str, answer: Any, kind: Kind) -> tuple[str, bytes]:
+def _key_of(place: int) -> str:
+    return f"s{place:07d}"
+
+
+def _answer_member(key: str, answer: Any, kind: Kind, classes: int) -> Iterator[tuple[str, bytes]]:
+    """Name and content of the member that says what is right; none in a choice set."""
     if kind == "classification":
-        return f"{key}.cls", str(answer).encode()
-    if kind == "multilabel":
-        out = io.BytesIO()
-        np.save(out, np.asarray(answer, np.int64))
-        return f"{key}.npy", out.getvalue()
-    # CLIP_benchmark parts captions at every line separator that Python knows of.
-    lines = [r"\n".join(caption.strip().splitlines()) for caption in answer]
-    return f"{key}.txt", "\n".join(lines).encode()
+        yield f"{key}.cls", str(answer).encode()
+    elif kind == "multilabel":
+        vector, out = np.zeros(classes, np.int64), io.BytesIO()
+        vector[list(answer)] = 1
+        np.save(out, vector)
+        yield f"{key}.npy", out.getvalue()
+    elif kind == "retrieval":
+        # CLIP_benchmark parts captions at every line separator that Python knows of.
+        lines = [r"\n".join(caption.strip().splitlines()) for caption in answer]
+        yield f"{key}.txt", "\n".join(lines).encode()
 
 
 def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -250,9 +267,22 @@ def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def _close_set(growing: Path, folder: Path, decides: dict[str, Any], tars: int) -> Conversion:
-    """Write what belongs to the whole set, and put it in its place."""
+def _close_set(
+    growing: Path, folder: Path, decides: dict[str, Any], tars: int, keys: Mapping[str, str]
+) -> Conversion:
+    """Write what belongs to the whole set, and put it in its place; `keys` are those of sources."""
     records = [json.loads(_record_path(growing, number).read_text()) for number in range(tars)]
+    if "questions" in decides:
+        gone = {name for record in records for name, _ in record["failures"]}
+        lost, lines = [], []
+        for number, asked in enumerate(decides["questions"], 1):
+            if gone.isdisjoint(asked["images"]):
+                asked = {**asked, "images": [keys[name] for name in asked["images"]]}
+                lines.append(json.dumps(asked, ensure_ascii=False) + "\n")
+            else:
+                lost.append([f"question {number}", "is of an image that cannot be used"])
+        records[0]["failures"] += lost
+        write_atomically(growing / QUESTIONS, "".join(lines))
     made = _make_conversion(folder, records, decides)
     if not made.images:
         why = " (the first, {}, {})".format(*made.failures[0]) if made.failures else ""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from evaclip_model.errors import InputError
+from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.reading.image_decoder import MAGIC_BYTES, MAX_BYTES, identify_format
 from evaclip_model.zeroshot.set_layout import is_system_file
 from tasks.evaluate.sets.convert.shard_writer import (
@@ -119,8 +120,37 @@ def objectnet_folders(root: Path) -> tuple[list[Path], tuple[str, ...]]:
     return folders, tuple(labels[folder.name].lower() for folder in folders)
 
 
-def image_sources(labels: Mapping[Path, int]) -> list[Source]:
-    """Every file of every class folder (folder -> label), class by class, by path.
+def objectnet_labels(root: Path, folders: Sequence[Path]) -> list[tuple[int, ...]]:
+    """ImageNet's labels of each class folder of ObjectNet, by ObjectNet's own mappings.
+
+    Raises:
+        InputError: a mapping is missing or of another form.
+    """
+    try:
+        names, shared, line_of = (
+            json.loads((root / "mappings" / f"{name}.json").read_text())
+            for name in (
+                "folder_to_objectnet_label",
+                "objectnet_to_imagenet_1k",
+                "pytorch_to_imagenet_2012_id",
+            )
+        )
+        lines = (root / "mappings" / "imagenet_to_label_2012_v2").read_text().splitlines()
+        first = min(line_of.values())  # its numbers count from 0 or from 1
+        label_of = {lines[line - first].strip(): int(label) for label, line in line_of.items()}
+        return [
+            tuple(sorted(label_of[one] for one in shared[names[folder.name]].split("; ")))
+            for folder in folders
+        ]
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{root / 'mappings'} does not say which of ImageNet's classes ObjectNet's are "
+            f"({shorten_error(error)}): expected the four files that it is published with"
+        ) from None
+
+
+def image_sources(labels: Mapping[Path, Any]) -> list[Source]:
+    """Every file of every class folder (folder -> its answer), class by class, by path.
 
     Raises:
         InputError: there is none.

@@ -43,10 +43,9 @@ def voc_classes(root: Path, split: str = "test") -> tuple[str, ...]:
 
 
 def voc_sources(
-    root: Path, labels: Sequence[int], count: int | None = None, split: str = "test"
+    root: Path, labels: Sequence[int], whole: bool = False, split: str = "test"
 ) -> list[Source]:
-    """Every annotated box of the split, image by image; with `count`, its whole images instead,
-    each with 0 or 1 for each of so many classes.
+    """Every annotated box of the split, image by image; or its whole images, each with all labels.
 
     Args:
         labels: label of each of VOC's classes, in their order.
@@ -64,14 +63,13 @@ def voc_sources(
     for image in images:
         path = path_inside(root / "JPEGImages", f"{image}.jpg", "VOC's list of images")
         stamp, boxes = stamp_of(path), _list_boxes(root, image, label_of)
-        if count is None:
+        if not whole:
             found += [
                 Source(f"{image}[{n}]", partial(_cut_box, path, box, label), f"{stamp} {box}")
                 for n, (label, box) in enumerate(boxes)
             ]
         else:
-            there = {label for label, _ in boxes}
-            answer = [int(label in there) for label in range(count)]
+            answer = sorted({label for label, _ in boxes})
             found.append(Source(image, partial(_read_whole, path, answer), stamp))
     return found
 
