@@ -39,7 +39,7 @@ from evaclip_model.zeroshot.statistics import (
     wilson_interval,
     worst_group_share,
 )
-from tasks.evaluate.metrics.choices import (
+from tasks.evaluate.metrics.question_answers import (
     chance_of_jaccard,
     chance_of_texts,
     choose_rightly,

@@ -296,7 +296,7 @@ def _read_entries(number: int, tar: Path, kind: Kind) -> Iterator[_Indexed]:
 
 
 def _read_group(content: bytes) -> int:
-    """The first number of a vector of whole ones; -1 of anything else, which is no group."""
+    """The first number of a vector of whole ones; -1 of anything else."""
     try:
         vector = _read_array(content)
     except Exception:  # numpy hands a header to Python's parsers, which raise many kinds

@@ -83,7 +83,7 @@ def _read_question(
         # CLIP's prompt in the paper's and in DataComp's evaluation.
         text = f"{'An' if cue[:1] in 'aeiou' else 'A'} {cue}"
         if not set(right) <= set(named):
-            raise InputError(f"{where} has associations that are no candidates: {_FORMS}")
+            raise InputError(f"{where} has associations that are not candidates: {_FORMS}")
         return named, [text], [(place, 0) for place, one in enumerate(named) if one in right]
     plain = {column.strip().casefold(): value for column, value in row.items()}
     image = next((plain[name] for name in PATH_COLUMNS if plain.get(name)), None)
