@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from evaclip_model.files import replace_file
 from evaclip_model.zeroshot.exact_ranks import ROWS, Ranking, top_k
-from tasks.evaluate.metrics.scored import SHOWN, Scored, captions_of, image_of_caption
+from tasks.evaluate.metrics.scored import SHOWN, Scored, image_of_caption
 
 WriteAnswers = Callable[[str, Scored, Tensor, Tensor], None]
 """Called with the model's name, its answers, its features of images [N, D], and of what can be
@@ -65,6 +66,9 @@ def write_answers(path: Path) -> Iterator[WriteAnswers]:
             for one in _list_questions(scored, images, answers):
                 about = {"set": scored.evalset.name, "model": model, "direction": one.direction}
                 file.write_table(_make_table(one, about))
+            if scored.similarities is not None:
+                rows = [*_list_choices(scored, model)]
+                file.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA))
 
         yield write
 
@@ -90,7 +94,7 @@ def _list_questions(scored: Scored, images: Tensor, answers: Tensor) -> Iterator
         several = [sample.labels for sample in evalset.samples]
         first = top_k(scored.scores, SHOWN)
         yield ask_images("image → class", several, first, evalset.classnames)
-    captions, owner = captions_of(evalset), image_of_caption(evalset).tolist()
+    captions, owner = evalset.captions, image_of_caption(evalset).tolist()
     if scored.texts is not None:
         own: list[list[int]] = [[] for _ in keys]
         for caption, image in enumerate(owner):
@@ -108,6 +112,34 @@ def _list_questions(scored: Scored, images: Tensor, answers: Tensor) -> Iterator
             features=answers,
             gallery=images,
         )
+
+
+def _list_choices(scored: Scored, model: str) -> Iterator[dict[str, Any]]:
+    """A row for each image of a choice set's questions, or for each text where images are chosen;
+    the answers are those of the question, the nearest first."""
+    assert scored.similarities is not None
+    number = {sample.key: place for place, sample in enumerate(scored.evalset.samples)}
+    first = 0
+    for question, cosines in zip(scored.evalset.questions, scored.similarities, strict=True):
+        texts = range(first, first := first + len(question.texts))
+        images = [number[key] for key in question.images]
+        chooses = question.form == "images"
+        names, numbers = (question.images, images) if chooses else (question.texts, texts)
+        asked = question.texts if chooses else question.images
+        for place, values in enumerate((cosines.T if chooses else cosines).tolist()):
+            own = [pair[not chooses] for pair in question.pairs if pair[chooses] == place]
+            order = sorted(range(len(values)), key=lambda one: -values[one])
+            yield {
+                **{"set": scored.evalset.name, "model": model},
+                "direction": "text → image" if chooses else "image → text",
+                "key": question.images[own[0]] if chooses else asked[place],
+                "query": asked[place] if chooses else None,
+                "label": [numbers[one] for one in own],
+                "rank": min(order.index(one) for one in own) if own else None,
+                "answers": [numbers[one] for one in order],
+                "names": [names[one] for one in order],
+                "scores": [values[one] for one in order],
+            }
 
 
 def _make_table(one: _Questions, about: dict[str, str]) -> pyarrow.Table:

@@ -23,7 +23,7 @@ from tasks.evaluate.encode.open_models import Identity, identify_model
 from tasks.evaluate.metrics.contamination import Mask, TrainingData, hash_set, seen_in_training
 from tasks.evaluate.metrics.own_metrics import load_metrics
 from tasks.evaluate.metrics.probes import LabelledFeatures, ProbeAnswers, answer_probes
-from tasks.evaluate.metrics.scored import Scored, captions_of, labels_of, score_set
+from tasks.evaluate.metrics.scored import Scored, labels_of, score_set
 from tasks.evaluate.report.curves import read_curve
 from tasks.evaluate.report.write_reports import write_reports
 from tasks.evaluate.results import counts_of, results_of
@@ -154,7 +154,7 @@ def _score_all(
                 )
                 done += 1
             answers = answer_features(evalset, texts)
-            cut = texts.count_cut(captions_of(evalset) or texts_of(evalset))
+            cut = texts.count_cut(evalset.captions or texts_of(evalset))
             one = replace(score_set(evalset, images, answers), probes=probed, cut=cut)
             write(model, one, images, answers)
             scored[name][model] = one

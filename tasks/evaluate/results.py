@@ -282,7 +282,7 @@ def warnings_of(
 
 def _list_cut(evalset: EvalSet, scored: Mapping[str, Scored]) -> Iterator[str]:
     """Sentences on models whose context is too short for some texts of a set."""
-    captions = len(captions_of(evalset))
+    captions = len(evalset.captions)
     texts = f"{captions:,} captions" if captions else f"{len(texts_of(evalset)):,} prompts"
     for model, one in scored.items():
         if one.cut:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pyarrow import parquet
 
 from evaclip_model.errors import InputError
 from tasks.evaluate.config import EvaluateConfig
@@ -155,3 +156,8 @@ def test_a_choice_set_goes_through_a_whole_evaluation(
     )
     assert 0 <= done.counts["swap.accuracy"] <= 1
     assert "accuracy" in (tmp_path / "out" / "report.md").read_text()
+    rows = parquet.read_table(tmp_path / "out" / "answers.parquet").to_pylist()
+    assert [row["rank"] == 0 for row in rows if row["model"] == "one"].count(True) == (
+        2 * done.counts["swap.accuracy"]
+    )
+    assert {name for row in rows for name in row["names"]} == {"a red disc", "a blue disc"}
