@@ -18,7 +18,7 @@ from torch import Tensor
 from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.zeroshot.statistics import Ties
 from tasks.evaluate.metrics.metric import METRICS, SampleMetric
-from tasks.evaluate.metrics.scored import Scored, captions_of
+from tasks.evaluate.metrics.scored import Scored
 
 NAME = "METRICS"
 
@@ -66,7 +66,9 @@ def _guard_metric(metric: SampleMetric, path: Path) -> SampleMetric:
             values: Any = given(scored, ties)
         except Exception as error:  # whatever the user's code raises
             raise InputError(f"{where} raises {_name_error(error)}") from error
-        sizes = dict.fromkeys([len(evalset), len(captions_of(evalset)) or len(evalset)])
+        sizes = dict.fromkeys(
+            [len(evalset), len(evalset.questions or evalset.captions) or len(evalset)]
+        )
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         if shape not in [(size,) for size in sizes]:
             wanted = " or ".join(f"[{size}]" for size in sizes)
