@@ -88,15 +88,20 @@ def require_champion(store: TrackingStore, name: str, alias: str) -> Standing | 
             nothing; or the store does not answer.
     """
     found = champion_of(store, name, alias)
+    if found is not None:
+        return found
     with store.connect() as client:
-        last = None if found else _find_last_holder(client, name, alias)
-    if last is not None:
-        raise InputError(
-            f"no version of '{name}' is {alias}, but version {last} was, until somebody deleted "
-            f"the alias or the version: give it back with `python -m flows promote {name}/{last}` "
-            "(or another version), or begin anew under another register.model_name"
-        )
-    return found
+        last = _find_last_holder(client, name, alias)
+        if last is None:
+            return None
+        is_there = find_answer(client.get_model_version, name, str(last)) is not None
+    gone, back = "the alias", f"give it back with `python -m flows promote {name}/{last}`"
+    if not is_there:
+        gone, back = "the version", f"choose one with `python -m flows promote {name}/VERSION`"
+    raise InputError(
+        f"no version of '{name}' is {alias}, but version {last} was, until somebody deleted "
+        f"{gone}: {back}, or begin anew under another register.model_name"
+    )
 
 
 def history(store: TrackingStore, name: str, alias: str) -> list[Move]:
@@ -310,7 +315,7 @@ def _find_last_holder(client: MlflowClient, name: str, alias: str) -> int | None
         return moves[-1].version
     model = find_answer(client.get_registered_model, name)
     last = model and model.tags.get(f"{HISTORY_TAG}.{alias}")
-    return None if last is None else int(last)
+    return int(last) if last and last.isdecimal() else None
 
 
 def _search_versions(client: MlflowClient, name: str) -> list[ModelVersion]:
@@ -338,12 +343,20 @@ def _read_standing(version: ModelVersion) -> Standing:
 def _read_moves(client: MlflowClient, name: str, alias: str) -> list[Move]:
     prefix = f"{HISTORY_TAG}.{alias}."
     moves = [
-        Move(key.removeprefix(prefix), int(version.version), **json.loads(text))
+        _read_move(key.removeprefix(prefix), int(version.version), text)
         for version in _search_versions(client, name)
         for key, text in version.tags.items()
         if key.startswith(prefix)
     ]
     return sorted(moves, key=lambda move: move.at)
+
+
+def _read_move(at: str, version: int, text: str) -> Move:
+    """A move as its tag says; that it was there counts, even where somebody edited the tag."""
+    try:
+        return Move(at, version, **json.loads(text))
+    except (ValueError, TypeError):
+        return Move(at, version, "outside", "unknown", text)
 
 
 def _write_down(

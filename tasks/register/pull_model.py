@@ -109,7 +109,8 @@ def _fetch_model(
     if not files:
         raise InputError(
             f"the model's files are not at {source}, where they were registered: move them back "
-            "there, or run the pipeline where the model was trained to register it again"
+            "there, or run the pipeline where the model was trained to register it again; one that "
+            "another tool registered has no such files, and cannot be pulled or compared with"
         )
     sizes = {Path(file.path).name: file.file_size or 0 for file in files}
     if REFERENCE_FILE not in sizes:

@@ -23,6 +23,28 @@ from tasks.tracking import TrackingStore
         ("AccountName=a;AccountKey=Zm9v==;E=x", "AccountName=a;AccountKey=***;E=x"),
         (f"id AKIA{16 * 'A'} and hf_{30 * 'a'}", "id *** and ***"),
         ("-----BEGIN RSA PRIVATE KEY-----\nab\n-----END RSA PRIVATE KEY-----\nx", "***\nx"),
+        ("aws_secret_access_key = wJalr/K7+x", "aws_secret_access_key = ***"),
+        ("AWS_SESSION_TOKEN=FwoGZ", "AWS_SESSION_TOKEN=***"),
+        (f"ya29.{20 * 'a'} GOCSPX-{24 * 'a'} AIza{35 * 'a'}", "*** *** ***"),
+        (f"ghp_{36 * 'a'} ghr_{36 * 'a'} github_pat_{30 * 'a'}", "*** *** ***"),
+        (f"xoxb-{12 * '1'}-a xoxe.xoxp-1-{9 * 'a'} xapp-1-{9 * 'a'}", "*** *** ***"),
+        ("https://hooks.slack.com/services/T0/B0/XX", "https://hooks.slack.com/services/***"),
+        (
+            f"api_org_{34 * 'a'} npm_{36 * 'a'} pypi-{20 * 'a'} sk_live_{20 * 'a'}",
+            "*** *** *** ***",
+        ),
+        (f"https://{30 * 'a'}@github.com/x", "https://***@github.com/x"),
+        ("postgresql://me:p@s's@db/x", "postgresql://me:***@db/x"),
+        ("authorization: basic YTpi", "authorization: basic ***"),
+        ("X-Api-Key: 0123abc, password: hunter2", "X-Api-Key: *** password: ***"),
+        ("password='hun ter2' --token abc", "password='***' --token ***"),
+        ("PREFECT_API_AUTH_STRING=evaclip:ab", "PREFECT_API_AUTH_STRING=***"),
+        ("-----BEGIN PGP PRIVATE KEY BLOCK-----\nab", "***"),
+        (
+            "a basic understanding of a signature: none",
+            "a basic understanding of a signature: none",
+        ),
+        ("tokenizer=clip design=3 s3://b/k@1", "tokenizer=clip design=3 s3://b/k@1"),
         ("a basic model, a token: one of many", "a basic model, a token: one of many"),
         ("http://host:5000/a@b", "http://host:5000/a@b"),
         ("merge.sources.a.files=s3://bucket/x", "merge.sources.a.files=s3://bucket/x"),
@@ -32,6 +54,12 @@ from tasks.tracking import TrackingStore
 def test_passwords_and_tokens_are_hidden_and_nothing_else(text: str, shown: str) -> None:
     assert redact_text(text) == shown
     assert redact_text(shown) == shown
+
+
+def test_what_is_called_a_secret_is_hidden_whole() -> None:
+    given = {"db": {"password": "hunter2", "text_tokens": "77", "token": ""}, "api-key": "k"}
+    shown = {"db": {"password": "***", "text_tokens": "77", "token": ""}, "api-key": "***"}
+    assert redact_settings(given) == shown
 
 
 def test_every_text_of_nested_settings_is_looked_at() -> None:

@@ -193,8 +193,10 @@ def test_a_decision_survives_its_file_and_has_a_page() -> None:
 
 
 def test_a_sets_name_cannot_break_the_page_of_a_decision() -> None:
-    page = judged(gains={"a|b.top1": gain(-9), "<i>`c.top1": gain(-9)}).to_markdown("evaclip/4")
-    assert "a\\|b.top1" in page and "&lt;i>\\`c.top1" in page
+    page = judged(gains={"a|b.top1": gain(-9), "<i>`c\x1b[2J.top1": gain(-9)}).to_markdown(
+        "evaclip/4"
+    )
+    assert "a\\|b.top1" in page and "&lt;i>\\`c\\\\x1b" in page
     assert all(len(re.findall(r"(?<!\\)\|", line)) in (0, 4) for line in page.splitlines())
 
 

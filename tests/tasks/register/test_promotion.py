@@ -12,7 +12,9 @@ from mlflow import MlflowClient
 from evaclip_model import InputError
 from tasks.register.config import GatePolicy, RegisterConfig
 from tasks.register.gate import Candidate, Champion, Decision, GateOutcome, decide_promotion
+from tasks.register.model_versions import describe_version
 from tasks.register.promotion import (
+    HISTORY_TAG,
     Move,
     Waiting,
     carry_out,
@@ -28,8 +30,10 @@ from tasks.register.promotion import (
     waits_for,
     write_decision,
 )
+from tasks.register.pull_model import pull_model
 from tasks.tracking import TrackingStore
 
+TAG = f"{HISTORY_TAG}.champion."
 CONFIG = RegisterConfig(model_name="clip")
 FIRST = decide_promotion(Candidate(weights="w1", bytes=1, headlines=()), None, GatePolicy())
 
@@ -217,12 +221,69 @@ def test_versions_without_a_champion_that_had_one_are_no_first_model(
         store.client().delete_registered_model_alias("clip", "champion")
     else:
         store.client().delete_model_version("clip", "1")
-    with pytest.raises(InputError, match=r"version 1 was.*promote clip/1"):
+    way = {"alias": "promote clip/1", "version": "deleted the version: .* promote clip/VERSION"}
+    with pytest.raises(InputError, match=rf"version 1 was.*{way[deleted]}"):
         require_champion(store, "clip", "champion")
     assert not carry_out(store, CONFIG, 2, FIRST), "it was compared with nothing"
     assert promote_version(store, "clip", "champion", 3, "force", "me", "to go on")
     found = require_champion(store, "clip", "champion")
     assert found is not None and found.version == 3
+
+
+@pytest.mark.parametrize("written", ["mine now", "[1]", '{"how": "gate", "who": "me"}', ""])
+def test_a_record_that_somebody_edited_is_still_one(store: TrackingStore, written: str) -> None:
+    assert carry_out(store, CONFIG, 1, FIRST)
+    client = store.client()
+    (key,) = (tag for tag in client.get_model_version("clip", "1").tags if tag.startswith(TAG))
+    client.set_model_version_tag("clip", "1", key, written)
+    client.set_registered_model_tag("clip", f"{HISTORY_TAG}.champion", "the first")
+    (only,) = history(store, "clip", "champion")
+    assert (only.version, only.how, only.by) == (1, "outside", "unknown")
+    client.delete_registered_model_alias("clip", "champion")
+    assert not carry_out(store, CONFIG, 2, FIRST), "version 1 was champion"
+    with pytest.raises(InputError, match="version 1 was"):
+        require_champion(store, "clip", "champion")
+
+
+def test_a_version_of_another_tool_is_described_and_not_pulled(
+    store: TrackingStore, tmp_path: Path
+) -> None:
+    assert describe_version(store.uri, "clip/1").lineage is None
+    with pytest.raises(InputError, match=r"files are not at file:///nothing/1.*another tool"):
+        pull_model(store.uri, "clip/1", tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+
+
+def test_two_aliases_of_a_model_know_nothing_of_each_other(store: TrackingStore) -> None:
+    other = RegisterConfig(model_name="clip", alias="europe")
+    assert carry_out(store, CONFIG, 1, FIRST)
+    assert require_champion(store, "clip", "europe") is None
+    assert carry_out(store, other, 2, FIRST)
+    assert alias(store) == 1 and waits_for(store, other, 3, better_than(1)) is Waiting.STALE
+
+
+def test_a_version_that_was_deleted_meanwhile_is_one_sentence(
+    store: TrackingStore, tmp_path: Path
+) -> None:
+    store.client().delete_model_version("clip", "2")
+    for ask in (
+        lambda: carry_out(store, CONFIG, 2, FIRST),
+        lambda: write_decision(store, "clip", 2, FIRST, tmp_path),
+        lambda: decline_version(store, "clip", 2, "Ada", "no"),
+    ):
+        with pytest.raises(InputError, match=r"(?i)version.*2"):
+            ask()
+
+
+def test_a_yes_for_a_version_that_was_not_compared_with_the_champion_waits_for_a_new_decision(
+    store: TrackingStore,
+) -> None:
+    assert carry_out(store, CONFIG, 1, FIRST)
+    assert waits_for(store, CONFIG, 2, better_than(1)) is Waiting.DUE
+    store.client().set_registered_model_alias("clip", "champion", "3")  # in MLflow's page
+    assert waits_for(store, CONFIG, 2, better_than(1)) is Waiting.STALE
+    store.client().set_registered_model_alias("clip", "champion", "1")
+    assert waits_for(store, CONFIG, 2, better_than(1)) is Waiting.DUE
 
 
 def test_the_champion_compared_with_itself_keeps_what_the_gate_said(

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import struct
+import textwrap
 import zlib
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,28 @@ def test_whoever_has_the_model_in_a_process_of_their_own_lifts_the_bound_on_rows
     assert len(few.predict(frame("a", "b", column="text"))) == 2
     with pytest.raises(Exception, match=r"1 to 2 rows in one call.*max_rows"):
         few.predict(frame("a", "b", "c", column="text"))
+
+
+def test_the_description_scores_a_table_of_images_in_parts_and_goes_on(
+    saved: Path, served: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    images = [image_bytes()] * 5 + [b"no image"]
+    pandas.DataFrame({"id": range(6), "image": images}).to_parquet(tmp_path / "images.parquet")
+    (_, after) = version_description("clip", 3).split("    import mlflow", 1)
+    block = after[: after.index("\n\n")].replace("1024", "4")
+    lines = textwrap.dedent(f"    import mlflow{block}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mlflow.pyfunc, "load_model", lambda uri, **_: served)
+    exec(lines, {})
+    first, second = sorted((tmp_path / "embeddings").iterdir())
+    assert pandas.read_parquet(second).error.isna().tolist() == [True, False]
+    assert pandas.read_parquet(first).id.tolist() == [0, 1, 2, 3]
+    second.unlink()
+    stamp = first.stat().st_mtime_ns
+    exec(lines, {})
+    assert second.exists() and first.stat().st_mtime_ns == stamp
 
 
 def bomb(side: int) -> bytes:
