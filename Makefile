@@ -70,6 +70,9 @@ test-retrain: $(VENV)/.dev ## three weeks of retraining with kill -9, link rot, 
 test-restore: $(VENV)/.dev ## the root of `make up` copied, lost, and restored under another path (2 min)
 	@$(PY) -m pytest -m slow tests/infra/test_restore.py
 
+test-week: $(VENV)/.dev ## a week with `make up`: a yes, a schedule, new data, colleagues who delete, a lost machine, a move (8 min)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests/flows/test_week.py
+
 $(VENV)/.spark: $(STAMP)
 	@python3 infra/environment.py $(VENV) pipeline dev spark && touch $@ $(VENV)/.pipeline $(VENV)/.dev
 

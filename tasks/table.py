@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
+from tasks.redact import escape_control
+
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
@@ -30,6 +32,9 @@ class Cell:
     """Drawn as a bar behind the text on the page, from 0 to 1."""
     notes: tuple[int, ...] = ()
     """Numbers of footnotes."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", escape_control(self.text))
 
 
 @dataclass(frozen=True)

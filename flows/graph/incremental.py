@@ -47,6 +47,7 @@ from tasks.register.config import DECISION
 from tasks.register.config import STAGE as REGISTER
 from tasks.register.gate import Decision, GateOutcome
 from tasks.register.promotion import (
+    DIGEST_TAG,
     Standing,
     history,
     read_decision,
@@ -140,8 +141,8 @@ def find_new_data(recipe: Recipe, graph: Graph, store: TrackingStore, keep_rejec
     if champion is not None and base is None:
         raise InputError(
             f"{name}/{champion.version} is {recipe.registry.alias}, but nothing in {root} says "
-            "that it was registered from there (by name, version and digest): its data is not "
-            "known here; retrain where it was made, or set EVACLIP_ROOT"
+            f"that it was registered from there (its tag {DIGEST_TAG} is '{champion.digest}'): its "
+            "data is not known here; retrain where it was made, or set EVACLIP_ROOT"
         )
     begun = {one.digest: one for attempt in attempts for one in attempt.begun}
     used_up = sorted(begun.values(), key=lambda one: (one.created, one.digest))

@@ -1,5 +1,6 @@
 """From an evaluated model to its place in the registry: compared, judged, registered, promoted.
 
+All of it raises InputError where the registry does not answer.
 Not here: the rules (tasks/register/gate.py), moving aliases (tasks/register/promotion.py).
 """
 
@@ -87,9 +88,6 @@ def register_and_judge(session: RecipeSession, graph: Graph) -> Artifact:
     move nothing.
 
     The champion is among the models of the graph's evaluation, or is compared with now.
-
-    Raises:
-        InputError: the registry does not answer.
     """
     step, config, store = graph.register, session.recipe.registry, session.store
     forget_if_gone(step.address, store)
@@ -129,9 +127,6 @@ def apply_decision(
 
     Called by the flow that is not called by another, behind its session: a run that is suspended
     leaves it here, and comes by again when it is resumed.
-
-    Raises:
-        InputError: the registry does not answer.
     """
     decision = read_decision(registered.folder)
     version = int(registered.counts["version"])
@@ -153,9 +148,6 @@ def carry_out_answer(recipe: str, overrides: Sequence[str], wanted: Promote) -> 
 
     A flow calls it before all else and ends with it: by now its recipe may have new data, whose
     model is another one than the person was asked about.
-
-    Raises:
-        InputError: the registry does not answer.
     """
     if runtime.flow_run.id is None or runtime.flow_run.run_count < 2:
         return None
@@ -187,9 +179,6 @@ def _approval_key(config: RegisterConfig, version: int) -> str:
 def champion_beside(session: RecipeSession, champion: Standing) -> Beside:
     """The champion as the model that another one is evaluated beside: where it was trained, or a
     copy from the registry.
-
-    Raises:
-        InputError: the registry does not answer.
     """
     folder = session.root / TRAIN.name / champion.digest / MODEL_FOLDER
     weights = folder / WEIGHTS_FILE

@@ -98,7 +98,8 @@ class Tracking:
         import_mlflow()
         journal = self._claim_unfinished(digest)
         if journal is None:
-            journal = Journal.create_journal(self.journals, self._describe_run(digest))
+            about = {"digest": digest, "uri": self.store.uri, "experiment": self.store.experiment}
+            journal = Journal.create_journal(self.journals, about)
         shipper = Shipper(self.store, self.journals, journal)
         run = PipelineRun(self, shipper, name)
         note = "\n\n".join(f"[{title}]({url})" for title, url in (links or {}).items())
@@ -131,11 +132,10 @@ class Tracking:
             found.release()
         return found is not None
 
-    def _describe_run(self, digest: str) -> dict[str, str]:
-        return {"digest": digest, "uri": self.store.uri, "experiment": self.store.experiment}
-
     def _claim_unfinished(self, digest: str) -> Journal | None:
-        wanted = self._describe_run(digest).items()
+        """The journal of a killed run, whatever address the store had then: in another one, which
+        does not know the run, it is made anew."""
+        wanted = {"digest": digest, "experiment": self.store.experiment}.items()
         for left in Journal.claim_unshipped(self.journals):
             if wanted <= left.about.items() and not left.is_closed:
                 return left

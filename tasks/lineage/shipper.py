@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from tasks.lineage import stage_record
 from tasks.lineage.journal import RUNNING, Event, Journal
 from tasks.lineage.stage_record import MAX_METRICS_PER_CALL
-from tasks.tracking import TrackingStore, is_answer, restore_run
+from tasks.tracking import TrackingStore, find_answer, is_answer, restore_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -140,7 +140,7 @@ class Shipper(threading.Thread):
         """Ship one journal that an earlier run left, close in the store what was killed, let the
         journal go. One that can never be shipped must not keep back others: nothing is raised."""
         try:
-            if left.about["uri"] != self.store.uri:
+            if not self._is_of_store(left):
                 return
             if self._ship_journal(left, give_up) and not left.is_closed:
                 close_killed(self._connect_client(), left)
@@ -149,6 +149,17 @@ class Shipper(threading.Thread):
             _log.warning("%s waits for another run: %s", left.folder, str(error)[:200])
         finally:
             left.release()
+
+    def _is_of_store(self, left: Journal) -> bool:
+        """Tell whether a journal is of this store, maybe under another address: one that knows its
+        runs, or of a database that is at its place no longer."""
+        before = TrackingStore(left.about["uri"], "")
+        if before.uri == self.store.uri:
+            return True
+        if left.cursor.runs:
+            ask = self._connect_client().get_run
+            return any(find_answer(ask, run) is not None for run in left.cursor.runs.values())
+        return before.database is not None and not before.database.exists()
 
     def _connect_client(self) -> MlflowClient:
         if self._client is None:

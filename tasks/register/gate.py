@@ -16,7 +16,6 @@ from typing import Any
 from pydantic import Field
 
 from evaclip_model.config import Config
-from tasks.redact import escape_control
 from tasks.register.config import GatePolicy
 from tasks.table import Table, markdown_table, words
 
@@ -108,7 +107,7 @@ class Decision(Config):
         against = f"version {self.champion}" if self.champion is not None else "no champion"
         table = Table.of("rule", words("says"), words("why"))
         for one in self.reasons:
-            table.add(one.rule, one.outcome, escape_control(one.says))
+            table.add(one.rule, one.outcome, one.says)
         head = f"# {name}: {self.outcome.upper()}\n\nCompared with {against}.\n\n"
         return f"{head}{markdown_table(table)}\n"
 

@@ -1,5 +1,6 @@
 """Versions of registered models by the names that people use, their present aliases and lineage.
 
+All that asks the registry raises InputError where there is none, or it does not answer.
 Not here: fetching the model (pull_model.py), which version is in use (promotion.py).
 """
 
@@ -76,11 +77,7 @@ def is_address(text: str) -> bool:
 
 @contextmanager
 def open_registry(tracking_uri: str) -> Iterator[tuple[TrackingStore, MlflowClient]]:
-    """The registry at an address that has one.
-
-    Raises:
-        InputError: there is none, or it does not answer.
-    """
+    """The registry at an address that has one."""
     store = TrackingStore.at(tracking_uri, experiment="")
     if store.database is not None and not store.database.is_file():
         raise InputError(
@@ -120,11 +117,7 @@ def resolve_version(client: MlflowClient, model: str) -> ModelVersion:
 
 
 def describe_version(tracking_uri: str, model: str) -> Described:
-    """The version that a person names.
-
-    Raises:
-        InputError: there is none, or the registry does not answer.
-    """
+    """The version that a person names."""
     with open_registry(tracking_uri) as (store, client):
         return _make_description(store, client, resolve_version(client, model))
 
@@ -132,9 +125,6 @@ def describe_version(tracking_uri: str, model: str) -> Described:
 def find_predecessor(tracking_uri: str, version: Described, alias: str) -> Described | None:
     """The version that had the alias before this one got it; for one that never had it, the one
     that has it now; None if there is no other.
-
-    Raises:
-        InputError: the registry does not answer.
     """
     with open_registry(tracking_uri) as (store, client):
         line = champion_history(history(store, version.name, alias))
@@ -147,11 +137,7 @@ def find_predecessor(tracking_uri: str, version: Described, alias: str) -> Descr
 
 
 def made_from(tracking_uri: str, digest: str) -> list[str]:
-    """NAME/VERSION of every version whose lineage has this digest, by its tags.
-
-    Raises:
-        InputError: the registry does not answer.
-    """
+    """NAME/VERSION of every version whose lineage has this digest, by its tags."""
     with open_registry(tracking_uri) as (_, client):
         return [
             f"{version.name}/{version.version}"

@@ -3,6 +3,8 @@
 Covers: moving an alias, its history as tags of the versions, carrying out a gate's decision.
 Not here: deciding (gate.py), registering (model_registry.py), asking a person.
 
+All that asks the registry raises InputError where it does not answer, or has no such version.
+
 The alias moves first and is recorded then; the next process that finds it moved but not recorded
 records it, so that a process killed in between loses nothing.
 """
@@ -70,11 +72,7 @@ class Standing:
 
 
 def champion_of(store: TrackingStore, name: str, alias: str) -> Standing | None:
-    """The version that has the alias; None if there is none.
-
-    Raises:
-        InputError: the store does not answer.
-    """
+    """The version that has the alias; None if there is none."""
     with store.connect() as client:
         number = _find_holder(client, name, alias)
         return None if number is None else _read_standing(_get_version(client, name, number))
@@ -105,11 +103,7 @@ def require_champion(store: TrackingStore, name: str, alias: str) -> Standing | 
 
 
 def history(store: TrackingStore, name: str, alias: str) -> list[Move]:
-    """Every time a version got the alias, in order.
-
-    Raises:
-        InputError: the store does not answer.
-    """
+    """Every time a version got the alias, in order."""
     with store.connect() as client:
         return _read_moves(client, name, alias)
 
@@ -128,11 +122,7 @@ def champion_history(moves: Sequence[Move]) -> list[int]:
 def promote_version(
     store: TrackingStore, name: str, alias: str, version: int, how: How, by: str, why: str
 ) -> bool:
-    """Give a version the alias; False when it already had it.
-
-    Raises:
-        InputError: there is no such version, or the store does not answer.
-    """
+    """Give a version the alias; False when it already had it."""
     with store.connect() as client:
         _get_version(client, name, version)
         holder = _find_holder(client, name, alias)
@@ -184,9 +174,6 @@ def carry_out(
 ) -> bool:
     """Make the version champion if the gate's decision to do so is due; True when it became
     champion now.
-
-    Raises:
-        InputError: the store does not answer.
     """
     if waits_for(store, config, version, decision) is not Waiting.DUE:
         return False
@@ -209,11 +196,7 @@ class Waiting(StrEnum):
 def waits_for(
     store: TrackingStore, config: RegisterConfig, version: int, decision: Decision
 ) -> Waiting:
-    """Tell what the gate's decision on a version waits for.
-
-    Raises:
-        InputError: there is no such version, or the store does not answer.
-    """
+    """Tell what the gate's decision on a version waits for."""
     if decision.outcome is not GateOutcome.PROMOTE:
         return Waiting.NOTHING
     name, alias = config.model_name, config.alias
@@ -229,11 +212,7 @@ def waits_for(
 
 
 def is_unsettled(store: TrackingStore, config: RegisterConfig, folder: Path) -> bool:
-    """Tell whether the registration in `folder` waits for something.
-
-    Raises:
-        InputError: the store does not answer.
-    """
+    """Tell whether the registration in `folder` waits for something."""
     version = int(json.loads((folder / REGISTERED).read_text())["version"])
     return waits_for(store, config, version, read_decision(folder)) is not Waiting.NOTHING
 
@@ -245,9 +224,6 @@ def write_decision(
 
     The champion, registered once more and compared with itself, keeps the tags that say why it
     became champion.
-
-    Raises:
-        InputError: the store does not answer.
     """
     with store.connect() as client:
         tags = {GATE_TAG: str(decision.outcome), f"{GATE_TAG}.reasons": decision.summary}
@@ -267,32 +243,20 @@ def read_decision(folder: Path) -> Decision:
 
 
 def decline_version(store: TrackingStore, name: str, version: int, by: str, why: str) -> None:
-    """Record that a person refused the version.
-
-    Raises:
-        InputError: the store does not answer.
-    """
+    """Record that a person refused the version."""
     with store.connect() as client:
         said = f"{by}: {why}"[:MAX_TAG_CHARS]
         client.set_model_version_tag(name, str(version), DECLINED_TAG, said)
 
 
 def standing_of(store: TrackingStore, name: str, version: int) -> Standing:
-    """A version as the registry describes it.
-
-    Raises:
-        InputError: there is no such version, or the store does not answer.
-    """
+    """A version as the registry describes it."""
     with store.connect() as client:
         return _read_standing(_get_version(client, name, version))
 
 
 def read_standings(store: TrackingStore, name: str) -> dict[int, Standing]:
-    """Every version of the model that the registry has, by its number.
-
-    Raises:
-        InputError: the store does not answer.
-    """
+    """Every version of the model that the registry has, by its number."""
     with store.connect() as client:
         versions = _search_versions(client, name)
     return {int(version.version): _read_standing(version) for version in versions}

@@ -108,9 +108,9 @@ def _fetch_model(
         files = []
     if not files:
         raise InputError(
-            f"the model's files are not at {source}, where they were registered: move them back "
-            "there, or run the pipeline where the model was trained to register it again; one that "
-            "another tool registered has no such files, and cannot be pulled or compared with"
+            f"the model's files are not at {source}, where they were registered: leave a link "
+            "there to a folder that was moved (`ln -s NEW OLD`), as MLflow keeps absolute places; "
+            "what another tool registered cannot be pulled or compared with"
         )
     sizes = {Path(file.path).name: file.file_size or 0 for file in files}
     if REFERENCE_FILE not in sizes:

@@ -166,10 +166,8 @@ class Web:
         return "\n".join(describe_new_data(self.news(), recipe))
 
 
-@pytest.fixture(scope="module")
-def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
-    """An empty web with its recipe, and a Prefect server for the length of the module."""
-    folder = tmp_path_factory.mktemp("weekly")
+def make_web(folder: Path) -> Web:
+    """An empty web with its recipe."""
     named = {concept.name: concept for concept in read_concepts()}
     concepts = tuple(named[name] for name in sorted(named))[: FIRST + SECOND]
     made = Web(folder, find_free_port(), concepts)
@@ -177,6 +175,13 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
     (folder / "small.json").write_text(json.dumps(SMALL))
     (folder / "takedowns.txt").write_text("# nobody asked yet\n")
     write_taught(folder / "taught", concepts)
+    return made
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
+    """An empty web, and a Prefect server for the length of the module."""
+    made = make_web(tmp_path_factory.mktemp("weekly"))
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})  # a thread that waits for another one's core waits long
     try:

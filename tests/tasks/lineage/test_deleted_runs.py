@@ -59,6 +59,32 @@ def test_what_is_deleted_between_two_shipments_is_there_after_the_second(
     assert steps == set(range(20))
 
 
+@pytest.mark.parametrize("shipped", [True, False])
+def test_what_waited_for_a_store_is_shipped_to_its_new_address_and_to_no_other(
+    tmp_path: Path, shipped: bool
+) -> None:
+    here = TrackingStore.at(f"sqlite:///{tmp_path}/here/mlflow.db", "lineage")
+    about = {"digest": "d", "uri": here.uri, "experiment": here.experiment}
+    journal = Journal.create_journal(tmp_path / "journals", about)
+    begin = {"op": "begin", "name": "train", "parent": None, "tags": {}}
+    journal.append_event({**begin, "run": ""})
+    if shipped:
+        Shipper(here, tmp_path, journal)._ship_journal(journal, lambda: False)
+    else:
+        here.client()
+    journal.append_event({"op": "end", "run": "", "status": "FINISHED"})
+    other = TrackingStore.at(f"sqlite:///{tmp_path}/other/mlflow.db", "lineage")
+    Shipper(other, tmp_path, journal).ship_left(journal, lambda: False)
+    assert journal.pending == 1 + (not shipped)
+    (tmp_path / "here").rename(tmp_path / "moved")
+    there = TrackingStore.at(f"sqlite:///{tmp_path}/moved/mlflow.db", "lineage")
+    (left,) = Journal.claim_unshipped(tmp_path / "journals")
+    Shipper(there, tmp_path, left).ship_left(left, lambda: False)
+    client = there.client()
+    (seen,) = client.search_runs([there.experiment_id(client)])
+    assert seen.info.status == "FINISHED" and (journal.folder / "shipped").exists()
+
+
 def test_a_database_of_another_mlflow_is_one_sentence_with_the_way_out(
     store: TrackingStore, tmp_path: Path
 ) -> None:

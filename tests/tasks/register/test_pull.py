@@ -137,5 +137,5 @@ def test_files_that_were_moved_away_are_one_sentence_that_names_their_place(
     client = store.client()
     client.create_registered_model("clip")
     client.create_model_version("clip", f"{tmp_path}/gone")
-    with pytest.raises(InputError, match=r"files are not at .*gone.*move them back"):
+    with pytest.raises(InputError, match=r"files are not at .*gone.*leave a link"):
         pull_model(store.uri, "clip/1", tmp_path / "dest")
