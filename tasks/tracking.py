@@ -89,16 +89,6 @@ class TrackingStore:
         """The SQLite file; None for a server."""
         return Path(self.uri.removeprefix(SQLITE)) if self.uri.startswith(SQLITE) else None
 
-    @property
-    def artifact_root(self) -> str | None:
-        """The place of a new experiment's files; None lets the server decide.
-
-        Absolute and beside the database, because MLflow's own default is the current folder.
-        """
-        if self.database is None:
-            return None
-        return (self.database.parent / "mlflow-artifacts").as_uri()
-
     def client(self) -> MlflowClient:
         """A client of this store alone; nothing global is set in MLflow."""
         import_mlflow()
@@ -133,7 +123,9 @@ class TrackingStore:
         """The experiment's id, made when it is not there yet, restored when somebody deleted it."""
         found = client.get_experiment_by_name(self.experiment)
         if found is None:
-            made = find_answer(client.create_experiment, self.experiment, self.artifact_root)
+            # A server decides where files go; MLflow's own default is the current folder.
+            beside = self.database and (self.database.parent / "mlflow-artifacts").as_uri()
+            made = find_answer(client.create_experiment, self.experiment, beside)
             if made is not None:
                 return str(made)
             found = client.get_experiment_by_name(self.experiment)  # another process was first

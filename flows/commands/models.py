@@ -6,6 +6,7 @@ Not here: the registry (tasks/register/model_versions.py), how an alias moves
 
 from __future__ import annotations
 
+import getpass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,7 +81,7 @@ def promote(
         before = promotion.champion_of(store, name, alias)
         how: How = "force" if force else "command"
         moved = promotion.promote_version(
-            store, name, alias, int(number), how, promotion.current_user(), reason
+            store, name, alias, int(number), how, getpass.getuser(), reason
         )
     if moved:
         champion = before.version if before else None
@@ -96,11 +97,11 @@ def rollback(
 ) -> None:
     """Make the previous champion the champion again."""
     from tasks.register.model_versions import open_registry
-    from tasks.register.promotion import current_user, history, roll_back  # imports mlflow
+    from tasks.register.promotion import history, roll_back  # imports mlflow
 
     profile = load_profile()
     with open_registry(profile.mlflow_uri) as (store, _):
-        before, now = roll_back(store, name, alias, to, current_user(), reason)
+        before, now = roll_back(store, name, alias, to, getpass.getuser(), reason)
         moves = history(store, name, alias)
     announce_where_served(name, now, before, alias)
     console.print(f"{name}@{alias}: version {before} -> {now}")

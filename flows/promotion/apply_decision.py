@@ -10,14 +10,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from prefect import runtime
 from prefect.artifacts import create_markdown_artifact
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
-from prefect.input.actions import read_flow_run_input
-from prefect.input.run_input import keyset_from_base_key
+from prefect.input.actions import filter_flow_run_input
 from pydantic import Field
 
 from evaclip_model.training.config import MODEL_FOLDER
@@ -42,28 +41,11 @@ from tasks.artifacts.artifact import (
 from tasks.evaluate.config import RESULTS
 from tasks.evaluate.metrics.metric import judged_metrics
 from tasks.progress import Report
+from tasks.register import gate, promotion
 from tasks.register.config import DECISION_PAGE, REGISTERED, RegisterConfig
 from tasks.register.config import STAGE as REGISTER
-from tasks.register.gate import (
-    Candidate,
-    Champion,
-    Decision,
-    contaminated_in,
-    decide_promotion,
-    gains_in,
-)
 from tasks.register.model_registry import forget_if_gone, register_model
-from tasks.register.promotion import (
-    Standing,
-    Waiting,
-    carry_out,
-    decline_version,
-    promote_version,
-    read_decision,
-    require_champion,
-    waits_for,
-    write_decision,
-)
+from tasks.register.promotion import Waiting, read_decision
 from tasks.register.pull_model import pull_model
 from tasks.tracking import TrackingStore
 from tasks.train.config import STAGE as TRAIN
@@ -94,11 +76,11 @@ def register_and_judge(session: RecipeSession, graph: Graph) -> Artifact:
     if step.is_finished:
         decision = read_decision(step.folder)
         registered_as = json.loads((step.folder / REGISTERED).read_text())["version"]
-        if waits_for(store, config, registered_as, decision) is Waiting.STALE:
+        if promotion.waits_for(store, config, registered_as, decision) is Waiting.STALE:
             (step.folder / MANIFEST).unlink()
     if not step.is_finished:
         decision = _judge_candidate(
-            session, graph, require_champion(store, config.model_name, config.alias)
+            session, graph, promotion.require_champion(store, config.model_name, config.alias)
         )
     trained, evaluated = finished_artifact(graph.final), finished_artifact(graph.evaluate)
 
@@ -108,7 +90,7 @@ def register_and_judge(session: RecipeSession, graph: Graph) -> Artifact:
             config, trained, evaluated, store, session.root, out, run, report, large
         )
         version = int(made.counts["version"])
-        files = write_decision(store, config.model_name, version, decision, out)
+        files = promotion.write_decision(store, config.model_name, version, decision, out)
         return Made(made.counts, (*made.files, *files))
 
     registered = session.make_step(replace(step, work=register))
@@ -130,13 +112,13 @@ def apply_decision(
     """
     decision = read_decision(registered.folder)
     version = int(registered.counts["version"])
-    waits = waits_for(store, config, version, decision)
+    waits = promotion.waits_for(store, config, version, decision)
     if wanted == "never" or waits is not Waiting.DUE:
         return False
     if wanted == "ask" or config.gate.approval:
         moved = _ask_person(config, store, registered, version, decision)
     else:
-        moved = carry_out(store, config, version, decision)
+        moved = promotion.carry_out(store, config, version, decision)
     if moved:
         announce_promotion(config.model_name, version, decision.champion, config.alias)
     return moved
@@ -149,20 +131,22 @@ def carry_out_answer(recipe: str, overrides: Sequence[str], wanted: Promote) -> 
     A flow calls it before all else and ends with it: by now its recipe may have new data, whose
     model is another one than the person was asked about.
     """
-    if runtime.flow_run.id is None or runtime.flow_run.run_count < 2:
+    if runtime.flow_run.id is None:
         return None
     resolved, profile = load_recipe(recipe, overrides), load_profile()
     config, store = resolved.registry, TrackingStore.at(profile.mlflow_uri, resolved.name)
-    for registered in reversed(read_artifacts(profile.root.resolve())):
+    asked = f"suspended-{_approval_key(config, '')}"
+    given: Any = filter_flow_run_input(asked, limit=50)
+    answered = {one.key.removeprefix(asked) for one in given if one.key.endswith("-response")}
+    for registered in reversed(read_artifacts(profile.root.resolve()) if answered else []):
         if registered.kind != REGISTER.name or registered.config["model_name"] != config.model_name:
             continue
         version = int(registered.counts["version"])
-        key = keyset_from_base_key(f"suspended-{_approval_key(config, version)}")["response"]
-        if read_flow_run_input(key) is None:
+        if f"{version}-response" not in answered:
             continue
         moved = apply_decision(config, store, registered, wanted)
         decision = read_decision(registered.folder)
-        if not moved and waits_for(store, config, version, decision) is Waiting.STALE:
+        if not moved and promotion.waits_for(store, config, version, decision) is Waiting.STALE:
             console.print(
                 f"  gate      the answer on {config.model_name}/{version} is not carried out: "
                 f"{config.alias} is another version by now, which it was not compared with",
@@ -172,11 +156,11 @@ def carry_out_answer(recipe: str, overrides: Sequence[str], wanted: Promote) -> 
     return None
 
 
-def _approval_key(config: RegisterConfig, version: int) -> str:
+def _approval_key(config: RegisterConfig, version: int | str) -> str:
     return f"approve-{config.model_name}-{version}"
 
 
-def champion_beside(session: RecipeSession, champion: Standing) -> Beside:
+def champion_beside(session: RecipeSession, champion: promotion.Standing) -> Beside:
     """The champion as the model that another one is evaluated beside: where it was trained, or a
     copy from the registry.
     """
@@ -193,7 +177,9 @@ def champion_beside(session: RecipeSession, champion: Standing) -> Beside:
     return Beside(CHAMPION, Role.CHAMPION, mark[:DIGEST_CHARS], folder)
 
 
-def _judge_candidate(session: RecipeSession, graph: Graph, standing: Standing | None) -> Decision:
+def _judge_candidate(
+    session: RecipeSession, graph: Graph, standing: promotion.Standing | None
+) -> gate.Decision:
     policy = session.recipe.registry.gate
     folders = {TRAINED: graph.final.folder / MODEL_FOLDER}
     weights = {TRAINED: sha256_of(folders[TRAINED] / WEIGHTS_FILE)}
@@ -214,24 +200,24 @@ def _judge_candidate(session: RecipeSession, graph: Graph, standing: Standing | 
 
         times = latencies_ms(folders)
     sizes = {name: (folder / WEIGHTS_FILE).stat().st_size for name, folder in folders.items()}
-    candidate = Candidate(
+    candidate = gate.Candidate(
         weights=weights[TRAINED],
         bytes=sizes[TRAINED],
         latency_ms=times.get(TRAINED),
-        gains=gains_in(results, CHAMPION),
+        gains=gate.gains_in(results, CHAMPION),
         headlines=judged_metrics(),
         failed=results.get("failed", {}),
-        contaminated=contaminated_in(results),
+        contaminated=gate.contaminated_in(results),
     )
     if standing is None:
-        return decide_promotion(candidate, None, policy)
-    champion = Champion(
+        return gate.decide_promotion(candidate, None, policy)
+    champion = gate.Champion(
         version=standing.version,
         weights=weights[CHAMPION],
         bytes=sizes[CHAMPION],
         latency_ms=times.get(CHAMPION),
     )
-    return decide_promotion(candidate, champion, policy)
+    return gate.decide_promotion(candidate, champion, policy)
 
 
 def _ask_person(
@@ -239,7 +225,7 @@ def _ask_person(
     store: TrackingStore,
     registered: Artifact,
     version: int,
-    decision: Decision,
+    decision: gate.Decision,
 ) -> bool:
     """Suspend the run until a person has said yes or no; a run that cannot be resumed from the UI
     leaves the version as it is."""
@@ -254,7 +240,7 @@ def _ask_person(
         wait_for_input=form, timeout=APPROVAL_WAIT_S, key=_approval_key(config, version)
     )
     if not answer.promote:
-        decline_version(store, name, version, answer.by, answer.why)
+        promotion.decline_version(store, name, version, answer.by, answer.why)
         return False
     why = answer.why or decision.summary
-    return promote_version(store, name, config.alias, version, "approval", answer.by, why)
+    return promotion.promote_version(store, name, config.alias, version, "approval", answer.by, why)

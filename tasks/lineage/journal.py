@@ -25,6 +25,8 @@ JOURNALS = "tracking"
 PIPELINE = ""
 """Key of the pipeline's own run; a stage's key is its title and digest."""
 RUNNING = "RUNNING"
+SHIPPED = "shipped"
+"""File of a journal that is closed, with nothing left to ship."""
 
 
 @dataclass
@@ -83,7 +85,7 @@ class Journal:
     def claim_unshipped(cls, root: Path) -> Iterator[Self]:
         """Journals that are free and not both closed and shipped, locked one by one."""
         for about in sorted(root.glob("*/run.json")):
-            lock = None if (about.parent / "shipped").exists() else lock_file(about.parent / "lock")
+            lock = None if (about.parent / SHIPPED).exists() else lock_file(about.parent / "lock")
             if lock is not None:
                 yield cls(about.parent, lock)
 
@@ -128,10 +130,6 @@ class Journal:
 
     def save_cursor(self) -> None:
         write_atomically(self.folder / "cursor.json", json.dumps(asdict(self.cursor)) + "\n")
-
-    def mark_shipped(self) -> None:
-        """Note that the run is closed and nothing is left to ship."""
-        (self.folder / "shipped").touch()
 
 
 def runs_of_digest(journals: Path, digest: str) -> list[str]:

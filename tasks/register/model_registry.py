@@ -35,7 +35,7 @@ from tasks.artifacts.provenance import LINEAGE, Lineage, lineage_of
 from tasks.progress import Report, report_nothing
 from tasks.register.config import COPIED, REGISTERED, LargeWeights, RegisterConfig
 from tasks.register.promotion import DIGEST_TAG, WEIGHTS_TAG
-from tasks.tracking import TrackingStore, find_answer, read_all_pages, restore_run
+from tasks.tracking import TrackingStore, find_answer, restore_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -151,10 +151,9 @@ def version_tags(trained: Artifact, evaluated: Artifact, lineage: Lineage) -> di
 
 def _find_version(client: MlflowClient, name: str, tags: dict[str, str]) -> ModelVersion | None:
     """The version of these very weights, made from this very chain."""
-    for version in read_all_pages(client.search_model_versions, f"name = '{name}'"):
-        if all(version.tags.get(tag) == tags[tag] for tag in (DIGEST_TAG, WEIGHTS_TAG)):
-            return version
-    return None
+    same = " and ".join(f"tags.`{tag}` = '{tags[tag]}'" for tag in (DIGEST_TAG, WEIGHTS_TAG))
+    found = client.search_model_versions(f"name = '{name}' and {same}")
+    return found[0] if found else None
 
 
 def _create_version(
@@ -221,9 +220,6 @@ def pack_model(
         reference: where the weights are, if they do not travel with it.
         lineage: the text of `lineage.json`.
         model_id: MLflow's id of the model; `run_id`: of the run that made it.
-
-    Raises:
-        InputError: something is not installed that a loader would need.
     """
     import pandas
     from mlflow import pyfunc
@@ -252,7 +248,10 @@ def pack_model(
             pandas.DataFrame({"image": [_example_picture()]}),
             {"candidate_labels": list(LABELS)},
         ),
-        pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
+        # without the local part of a version (`+cpu`), which no package index offers
+        pip_requirements=[
+            f"{name}=={metadata.version(name).split('+')[0]}" for name in REQUIREMENTS
+        ],
         mlflow_model=Model(model_uuid=model_id, model_id=model_id, run_id=run_id),
         model_config={"device": "cpu", "max_rows": None},
     )
@@ -300,17 +299,6 @@ def _example_picture() -> bytes:
     picture = io.BytesIO()
     Image.new("RGB", (32, 32), (200, 30, 30)).save(picture, "PNG")
     return picture.getvalue()
-
-
-def _public_version(distribution: str) -> str:
-    """Its version without the local part (`+cpu`), which no package index offers."""
-    try:
-        return metadata.version(distribution).split("+")[0]
-    except metadata.PackageNotFoundError:
-        raise InputError(
-            f"'{distribution}' is not installed, but the registered model needs it: "
-            "install the project with its 'pipeline' extra"
-        ) from None
 
 
 def reference_to(model: Path, sha256: str, large: LargeWeights) -> Reference | None:

@@ -11,7 +11,6 @@ records it, so that a process killed in between loses nothing.
 
 from __future__ import annotations
 
-import getpass
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -260,11 +259,6 @@ def read_standings(store: TrackingStore, name: str) -> dict[int, Standing]:
     with store.connect() as client:
         versions = _search_versions(client, name)
     return {int(version.version): _read_standing(version) for version in versions}
-
-
-def current_user() -> str:
-    """Name of the user who runs this process."""
-    return getpass.getuser()
 
 
 def _find_holder(client: MlflowClient, name: str, alias: str) -> int | None:

@@ -162,13 +162,10 @@ def _require_room(folder: Path, needed: int) -> None:
 
 
 def _export_model(folder: Path, dest: Path, as_: Form) -> Path:
-    from evaclip_model.create import create_model
-    from evaclip_model.model.model_config import ModelConfig
+    from evaclip_model.create import open_model
     from evaclip_model.weights.export import export_model, export_onnx
 
-    weights = folder / WEIGHTS_FILE
-    config = ModelConfig.load(folder)
-    model = create_model(config, weights=weights, precision=_stored_precision(weights)).eval()
+    model = open_model(folder, _stored_precision(folder / WEIGHTS_FILE))
     if as_ == "onnx":
         export_onnx(model, dest)
     else:

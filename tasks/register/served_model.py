@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,11 +170,8 @@ class ZeroShotModel(PythonModel):
 def _in_batches(
     values: Sequence[object], encode: Callable[[Sequence[object], int], Tensor]
 ) -> Tensor:
-    def parts() -> Iterator[Tensor]:
-        for first in range(0, len(values), _BATCH):
-            yield encode(values[first : first + _BATCH], first).float().cpu()
-
-    return torch.cat(list(parts()))
+    starts = range(0, len(values), _BATCH)
+    return torch.cat([encode(values[n : n + _BATCH], n).float().cpu() for n in starts])
 
 
 def _blank_unreadable(
