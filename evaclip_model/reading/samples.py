@@ -26,6 +26,8 @@ from evaclip_model.files import write_atomically
 from evaclip_model.reading.tar_file import STRETCH, BrokenTar, Member, TarReader
 from evaclip_model.reading.urls import is_url, open_filesystem, read_text, resolve_location
 
+VALIDATION_SHARDS = "validation.json"
+"""Name of the manifest beside it, of the pairs that are held out."""
 SHARDS = "shards.json"
 """Name of the manifest, in the folder that its shards' paths are relative to."""
 IMAGE_EXTENSIONS = (

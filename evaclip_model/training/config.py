@@ -47,6 +47,7 @@ DECIDE_NOTHING = (
     "max_nonfinite_steps",
     "max_rollbacks",
     "probe_every_steps",
+    "validation",
     "zero_stage",
 )
 """Settings, by their names in `TrainConfig.compute_identity`, that change how long training takes,
@@ -136,6 +137,16 @@ class LoraConfig(Config):
                 )
 
 
+class ValidationConfig(Config):
+    """The `[train.validation]` table: loss and retrieval on pairs that the dataset holds out
+    (`dataset.validation_share`), while training goes on."""
+
+    every_steps: int = Field(default=0, ge=0)
+    """Optimizer steps between validations, of which the last step has one; 0: never."""
+    samples: int = Field(default=1000, gt=1)
+    """Pairs at most: every rank keeps them in memory, as pixels."""
+
+
 class TrainConfig(SamplingConfig):
     """One training stage; defaults as the paper's EVA-02-CLIP-B/16 (Table 8) where it has one."""
 
@@ -152,7 +163,7 @@ class TrainConfig(SamplingConfig):
         "max_nonfinite_steps": "guards.max_nonfinite_steps",
     }
 
-    ADDED: ClassVar[tuple[str, ...]] = ("objective", "same_caption", "lora")
+    ADDED: ClassVar[tuple[str, ...]] = ("objective", "same_caption", "lora", "validation", "epochs")
 
     REMOVED: ClassVar[Mapping[str, str]] = {
         "loss_impl": "the loss is streamed always, in blocks of flat memory"
@@ -160,8 +171,11 @@ class TrainConfig(SamplingConfig):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     """Name of the training stage."""
-    samples_seen: int = Field(gt=0)
+    samples_seen: int = Field(default=0, ge=0)
     """Image-text pairs to train on, repeats counted; rounded up to whole global batches."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Times that the data is gone through, instead of `samples_seen`: counted when training begins,
+    and part of the address as it is written (`fit_to_data`)."""
     optimizer: Literal["lamb", "adamw"] = "lamb"
     """Update rule; LAMB scales each parameter's step by the ratio of its norm to its update's."""
     lr_vision: float = Field(default=2e-4, ge=0)
@@ -236,6 +250,7 @@ class TrainConfig(SamplingConfig):
     guards: GuardConfig = GuardConfig()
     probe_every_steps: int = Field(default=0, ge=0)
     """Optimizer steps between zero-shot classifications of the job's `probe` set; 0: never."""
+    validation: ValidationConfig = ValidationConfig()
     deterministic: bool = False
     """Only algorithms that give the same bits every time; slower on GPUs."""
 
@@ -243,6 +258,23 @@ class TrainConfig(SamplingConfig):
     def steps(self) -> int:
         """Optimizer steps of the whole stage."""
         return math.ceil(self.samples_seen / self.global_batch)
+
+    def fit_to_data(self, samples: Mapping[str, int]) -> Self:
+        """The stage with a number of samples for its `epochs` of so many, by source. A warm-up of
+        more than a tenth of the steps is shortened to that, and a checkpoint interval beyond the
+        last step to all steps."""
+        if self.epochs is None:
+            return self
+        drawn = (n for name, n in samples.items() if name in (self.source_weights or samples))
+        seen = math.ceil(self.epochs * sum(drawn))
+        steps = math.ceil(seen / self.global_batch)
+        scaled = {
+            "samples_seen": seen,
+            "epochs": None,
+            "warmup_steps": min(self.warmup_steps, steps // 10),
+            "checkpoint_every_steps": min(self.checkpoint_every_steps, max(1, steps)),
+        }
+        return self.model_copy(update=scaled)
 
     @property
     def deciding(self) -> dict[str, Any]:
@@ -273,6 +305,8 @@ class TrainConfig(SamplingConfig):
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
+        if not self.samples_seen and self.epochs is None:
+            raise ValueError("key 'samples_seen' is missing: give it above 0, or 'epochs'")
         if self.objective not in OBJECTIVES:
             known = ", ".join(OBJECTIVES)
             raise ValueError(f"objective '{self.objective}' is unknown: choose one of {known}")

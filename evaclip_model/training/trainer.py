@@ -68,6 +68,7 @@ from evaclip_model.training.monitoring.metrics import (
     step_metrics,
 )
 from evaclip_model.training.monitoring.self_test import SelfTest, self_test
+from evaclip_model.training.monitoring.validation import read_held_out, validate_model
 from evaclip_model.training.monitoring.zeroshot_probe import open_probe, run_probe
 from evaclip_model.training.optimizer.optimizer import lr_factor
 from evaclip_model.training.stage_outputs import save_models, write_json
@@ -244,6 +245,10 @@ class TrainingRun:
         self._checkpoints = job.checkpoints or job.run_dir / CHECKPOINTS
         self._settings = settings_of(job.train, rank.model.config)
         self._probe = open_probe(job.probe, rank.number, rank.ranks) if job.probe else None
+        self._pairs = None
+        if self._config.validation.every_steps:
+            settings = read_settings(job)
+            self._pairs = read_held_out(job.shards, self._config, settings)
         self._state = LoopState()
         self._seconds = 0.0
         self._bad: Counter[str] = Counter()
@@ -339,13 +344,22 @@ class TrainingRun:
             seconds=seconds,
             device=rank.device,
         )
+        metrics |= self._validate_step()
         every = config.probe_every_steps
         if self._probe is not None and every and self._state.step % every == 0:
             # Zero-shot accuracies on the job's probe set after this step.
             metrics["probe_top1"], metrics["probe_top5"] = run_probe(rank.model, self._probe)
         self._metrics.write_line(metrics)
-        watch.take_lap()  # neither the probe nor the log belongs to the next step
+        watch.take_lap()  # neither validation, the probe nor the log belongs to the next step
         return judged.verdict, gradient.stats
+
+    def _validate_step(self) -> dict[str, float]:
+        """Figures of the held-out pairs after this step, where it is due."""
+        every, step = self._config.validation.every_steps, self._state.step
+        if self._pairs is None or (step % every and step != self._config.steps):
+            return {}
+        rank = self._rank
+        return validate_model(rank.model, self._pairs, rank.objective, self._config)
 
     def _observe_step(self, batch: Batch, gradient: Gradient) -> Observed:
         """The guards' view of a step; of one without numbers, also whose fault that is."""
@@ -529,13 +543,18 @@ def make_engine(job: TrainJob, model: EvaClip, part_size: int | None) -> Engine:
 
 def open_reader(job: TrainJob, rank: int, ranks: int) -> BatchReader:
     """Raises: InputError: the shards cannot be used with these settings."""
-    settings = ReadSettings(
+    settings = read_settings(job)
+    return BatchReader(job.shards, job.train, rank=rank, ranks=ranks, settings=settings)
+
+
+def read_settings(job: TrainJob) -> ReadSettings:
+    """What reading may cost each rank."""
+    return ReadSettings(
         job.cache_bytes,
         job.read_workers,
         job.shard_cache or job.run_dir / SHARD_CACHE,
         job.shard_cache_bytes,
     )
-    return BatchReader(job.shards, job.train, rank=rank, ranks=ranks, settings=settings)
 
 
 def size_of_parts(job: TrainJob, ranks: int) -> int | None:

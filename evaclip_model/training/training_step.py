@@ -264,8 +264,14 @@ def number_captions(
     number once in a billion batches."""
     if config.same_caption == "negative":
         return None
-    shown = [cut_caption(*pair) for pair in zip(captions, repeat(config), positions, strict=False)]
-    numbers = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in shown]
+    return number_texts(
+        [cut_caption(*pair) for pair in zip(captions, repeat(config), positions, strict=False)]
+    )
+
+
+def number_texts(texts: Sequence[str]) -> Tensor:
+    """[n] int64, equal where texts are."""
+    numbers = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
     return torch.from_numpy(np.frombuffer(b"".join(numbers), dtype="<i8").copy())
 
 

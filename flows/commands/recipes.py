@@ -15,7 +15,7 @@ from typer import Argument, Exit, Option
 from evaclip_model.errors import InputError
 from flows.config.gpu_spec import Machines
 from flows.config.profile import load_profile
-from flows.config.recipe import Recipe, load_recipe
+from flows.config.recipe import Recipe, load_recipe, planned_stages
 from flows.config.recipe_loader import recipe_names
 from flows.reporting.terminal import console
 
@@ -109,7 +109,7 @@ def plan(
         console.print(estimate_table("estimate", estimate_data(loaded)))
     for machines in [Machines.parse_spec(text) for text in gpus or published]:
         console.print(training_table(loaded, machines, utilisation))
-        for train in loaded.train:
+        for train in planned_stages(loaded):
             settings = engine_settings(loaded, train, machines)
             if settings:
                 text = f"DeepSpeed for {train.name} on {machines}: {settings}"

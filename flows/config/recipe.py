@@ -206,7 +206,13 @@ class Recipe(Config):
                     stage.lora.require_projections(architecture)
             except InputError as error:
                 raise ValueError(f"training stage '{stage.name}': {error}") from None
-            if stage.warmup_steps > stage.steps:
+            if stage.validation.every_steps and not self.dataset.validation_share:
+                raise ValueError(
+                    f"training stage '{stage.name}' has validation.every_steps = "
+                    f"{stage.validation.every_steps}, but dataset.validation_share holds nothing "
+                    "out: set it above 0"
+                )
+            if stage.epochs is None and stage.warmup_steps > stage.steps:
                 raise ValueError(
                     f"training stage '{stage.name}' has {stage.steps:,} steps (samples_seen / "
                     f"global_batch), fewer than warmup_steps = {stage.warmup_steps:,}"
@@ -226,6 +232,8 @@ class Recipe(Config):
     def retraining_stages(self) -> tuple[TrainConfig, ...]:
         wanted = self.retrain
         changes = wanted.model_dump(include={"samples_seen", "warmup_steps"}, exclude_none=True)
+        if wanted.samples_seen is not None:
+            changes["epochs"] = None
         rates = ("lr_vision", "lr_text", "lr_other")
         return tuple(
             stage.model_copy(
@@ -291,6 +299,13 @@ def source_yields(recipe: Recipe) -> list[SourceYield]:
         there = wanted if rows is None else math.floor(rows * SHARE_SELECTED)
         yields.append(SourceYield(source, wanted, min(wanted, there)))
     return yields
+
+
+def planned_stages(recipe: Recipe) -> tuple[TrainConfig, ...]:
+    """The training stages with samples for their epochs: of those that are expected; no step where
+    only reading the data could tell."""
+    samples = {one.source.name: one.samples for one in source_yields(recipe)}
+    return tuple(stage.fit_to_data(samples) for stage in recipe.train)
 
 
 def expected_samples(recipe: Recipe) -> int:

@@ -473,6 +473,8 @@ def train_step(site: Site, config: TrainConfig, start: Step | Artifact, dataset:
 
     inputs: dict[str, Input] = {Role.START: start, Role.DATASET: dataset}
     what = f"{config.steps:,} steps of {config.global_batch:,} = {config.samples_seen:,} samples"
+    if config.epochs is not None:
+        what = f"{config.epochs:g} epochs of the dataset's samples, {config.global_batch:,} a step"
     record = Record({"training": dataset}, files=(METRICS_FILE, RESULT_FILE), metrics=METRICS_FILE)
     title = f"{TRAIN.name} {config.name}"
     return Step(site.root, TRAIN, config, inputs, make, what, record=record, title=title)

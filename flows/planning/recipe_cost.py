@@ -30,6 +30,7 @@ from flows.config.recipe import (
     Published,
     Recipe,
     expected_samples,
+    planned_stages,
     source_yields,
 )
 from tasks.download.url_tables import expected_bytes
@@ -305,7 +306,7 @@ def engine_settings(recipe: Recipe, train: TrainConfig, machines: Machines) -> s
 
 def training_table(recipe: Recipe, machines: Machines, utilisation: float | None) -> Table:
     lines: list[Line] = []
-    for train in recipe.train:
+    for train in planned_stages(recipe):
         lines.append(Line(train.name, "", ""))
         lines += estimate_stage(recipe, train, machines, utilisation)
     return estimate_table(f"training on {machines}", lines)

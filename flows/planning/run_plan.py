@@ -23,7 +23,7 @@ from evaclip_model.training.config import MODEL_FOLDER
 from evaclip_model.training.cost import PACKED_TEXT_TOKENS, stage_flops_per_sample
 from flows.config.gpu_spec import Machines
 from flows.config.profile import Profile
-from flows.config.recipe import Recipe
+from flows.config.recipe import Recipe, planned_stages
 from flows.graph.graph import Graph
 from flows.graph.step import Step, finished_artifact
 from flows.planning.recipe_cost import GIB, cut_share, reader_bytes
@@ -200,7 +200,7 @@ def _check_memory(recipe: Recipe, profile: Profile, machine: Machine) -> Finding
     if profile.launcher in ELSEWHERE:
         return Finding("ok", "memory", "of other machines")
     needed = 0.0
-    for train in recipe.train:
+    for train in planned_stages(recipe):
         ranks = profile.ranks or default_ranks(
             machine.cores, machine.gpus.count if machine.gpus else 0, train.lanes
         )
@@ -225,7 +225,7 @@ def _check_training(
         do = "their memory is not known here: plan with --gpus"
         yield Finding("warn", "GPUs", f"{known}, not looked at", do)
         return
-    for train in recipe.train:
+    for train in planned_stages(recipe):
         model = recipe.initialise.load_architecture().at_image_px(train.image_px)
         what = f"GPUs for {train.name}"
         if machines is None:

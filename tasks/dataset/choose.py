@@ -16,6 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import mmh3
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -170,6 +171,17 @@ def choose_samples(index: SampleIndex, verdicts: Sequence[ShardVerdict], rules: 
             _later_looks(looks, config.max_distance, choice), LeftOutReason.NEAR_DUPLICATE
         )
     return choice
+
+
+def find_held_out(index: SampleIndex, share: float) -> npt.NDArray[np.bool_]:
+    """Mask [rows] of the samples that are kept for validation: whatever else is in the data, the
+    same ones are."""
+    if not share:
+        return np.zeros(index.rows, dtype=np.bool_)
+    most = share * 2**32
+    chunks = (table["uid"].to_pylist() for table in index.iterate_chunks("uid"))
+    numbers = (mmh3.hash(uid or "", signed=False) < most for chunk in chunks for uid in chunk)
+    return np.fromiter(numbers, np.bool_, index.rows)
 
 
 def find_asked(index: SampleIndex, asked: Asked) -> Rows:

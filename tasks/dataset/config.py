@@ -6,7 +6,7 @@ Not here: looking into shards (the verify stage), applying any rule.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -32,6 +32,8 @@ TAKEN_DOWN = "takedowns.txt"
 class DatasetConfig(Config):
     """The `[dataset]` table."""
 
+    ADDED: ClassVar[tuple[str, ...]] = ("validation_share",)
+
     exact_duplicates: Literal["drop", "keep"] = "drop"
     """Samples whose image has the same bytes as an earlier one's, as downloaded or as stored."""
     near_duplicates: Literal["drop", "keep"] = "keep"
@@ -47,5 +49,9 @@ class DatasetConfig(Config):
     takedowns: tuple[str, ...] = ()
     """Text files with one URL, uid or SHA-256 a line: samples that may be used no longer, and
     all samples with the same image."""
+    validation_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the samples, by a hash of their uids, that training is never shown: what
+    `[train.validation]` measures on. Copies of their images may be trained on where duplicates are
+    kept."""
     memory_limit: str = Field(default="2GB", pattern=r"^[0-9]+(\.[0-9]+)? ?([KMGT]i?)?B$")
     """Memory of the database; what does not fit goes to disk."""

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 from jinja2 import Environment, StrictUndefined
 
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
-from evaclip_model.reading.samples import SHARDS, Shard, ShardManifest
+from evaclip_model.reading.samples import SHARDS, VALIDATION_SHARDS, Shard, ShardManifest
 from tasks.artifacts.artifact import CARD, Artifact, Made
 from tasks.dataset.choose import (
     Choice,
@@ -29,6 +30,7 @@ from tasks.dataset.choose import (
     Rows,
     Rules,
     choose_samples,
+    find_held_out,
     read_evaluation_images,
 )
 from tasks.dataset.config import (
@@ -109,15 +111,21 @@ def make_dataset(
     if takedowns.find is not None:
         choice.leave_out(takedowns.find(index), LeftOutReason.TAKEDOWN)
     report(2, _STEPS, "manifest")
-    shards, by_source = _keep_shards(verdicts, verified, choice, out)
+    held_out = find_held_out(index, config.validation_share) & ~choice.left_out
+    shards, by_source = _keep_shards(verdicts, verified, choice, choice.left_out | held_out, out)
     if not shards:
         reasons = choice.count_reasons(0, index.rows).items()
         said = ", ".join(f"{count:,} {reason}" for reason, count in reasons)
         raise InputError(f"nothing is left of {index.rows:,} samples: {said}")
     ShardManifest(shards=shards).write(out / SHARDS)
+    names: tuple[str, ...] = (SHARDS, LEFT_OUT, TAKEN_DOWN, REPORT, CARD)
+    if held_out.any():
+        kept, _ = _keep_shards(verdicts, verified, choice, ~held_out, out)
+        ShardManifest(shards=kept).write(out / VALIDATION_SHARDS)
+        names += (VALIDATION_SHARDS,)
     pq.write_table(choice.to_table(), out / LEFT_OUT, compression="zstd")
     write_atomically(out / TAKEN_DOWN, "".join(f"{entry}\n" for entry in takedowns.entries))
-    counts = _count_samples(index.rows, shards, choice, by_source)
+    counts = _count_samples(index.rows, shards, choice, by_source, int(held_out.sum()))
     for name, number in _never_packed(ancestors).items():
         counts[name] = counts.get(name, 0) + number
     rules = config.model_dump(include=set(RULES_IN_FILES))
@@ -125,7 +133,6 @@ def make_dataset(
     write_atomically(out / REPORT, json.dumps(details, indent=1) + "\n")
     write_card(out / CARD, config, ancestors, counts, by_source, len(takedowns.entries))
     report(_STEPS, _STEPS, f"{counts['samples']:,} samples")
-    names = (SHARDS, LEFT_OUT, TAKEN_DOWN, REPORT, CARD)
     return Made(counts, tuple(out / name for name in names))
 
 
@@ -138,17 +145,21 @@ def _read_rules(config: DatasetConfig, outside: OutsideFiles) -> Rules:
 
 
 def _keep_shards(
-    verdicts: Sequence[ShardVerdict], verified: Path, choice: Choice, out: Path
+    verdicts: Sequence[ShardVerdict],
+    verified: Path,
+    choice: Choice,
+    hidden: npt.NDArray[np.bool_],
+    out: Path,
 ) -> tuple[tuple[Shard, ...], dict[str, dict[str, int]]]:
-    """Shards with anything left in them, and by source what became of its samples."""
+    """Shards with anything in them that is not `hidden` [rows], and by source what became of its
+    samples."""
     shards: list[Shard] = []
     by_source: dict[str, Counter[str]] = {}
     start = 0
-    left_out = choice.left_out  # compares all rows: once, not once a shard
     for verdict in verdicts:
         stop = start + verdict.stored
         if verdict.shard is not None:
-            gone = np.flatnonzero(left_out[start:stop]).tolist()
+            gone = np.flatnonzero(hidden[start:stop]).tolist()
             left = verdict.stored - len(gone)
             counts = by_source.setdefault(verdict.shard.source, Counter())
             counts.update(shards=int(left > 0), samples=left)
@@ -180,10 +191,11 @@ def _count_samples(
     shards: Sequence[Shard],
     choice: Choice,
     by_source: Mapping[str, Mapping[str, int]],
+    held_out: int,
 ) -> dict[str, int | float]:
     reasons = choice.count_reasons(0, rows)
     samples = sum(shard.samples for shard in shards)
-    if samples + sum(reasons.values()) != rows:
+    if samples + held_out + sum(reasons.values()) != rows:
         raise RuntimeError(
             f"{rows} samples were verified, but {samples} and {reasons} do not add up to that"
         )
@@ -191,6 +203,7 @@ def _count_samples(
         "samples": samples,
         "shards": len(shards),
         "left_out": sum(reasons.values()),
+        **({"validation": held_out} if held_out else {}),
         "bytes": sum(shard.bytes for shard in shards),
         **{f"left_out.{reason}": count for reason, count in sorted(reasons.items())},
         **{

@@ -22,6 +22,7 @@ from typing import Any
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.ports import find_free_port
+from evaclip_model.reading.samples import ShardManifest
 from evaclip_model.training.config import (
     DRY_RUN_FILE,
     EMA_FOLDER,
@@ -187,6 +188,7 @@ def train_model(
             suffice for half as many pairs at once either, or what starts the ranks is not there.
         TrainingCrashed: the ranks end without making progress.
     """
+    config = _fit_to_data(config, inputs)
     if not (out / RESULT_FILE).is_file():
         _run_training(config, inputs, out, launch, report)
     result = json.loads((out / RESULT_FILE).read_text())
@@ -208,6 +210,7 @@ def try_out(
     Raises:
         InputError, TrainingCrashed: as `train_model`.
     """
+    config = _fit_to_data(config, inputs)
     follower = Follower(config, out / METRICS_FILE, report)
     status = _start_ranks(config, inputs, out.resolve(), launch, follower, dry_run=True)
     _check_error(config, out)
@@ -218,6 +221,13 @@ def try_out(
         )
     found: dict[str, Any] = json.loads((out / DRY_RUN_FILE).read_text())
     return found
+
+
+def _fit_to_data(config: TrainConfig, inputs: Inputs) -> TrainConfig:
+    if config.epochs is None:
+        return config
+    held = ShardManifest.read(inputs.shards).by_source().items()
+    return config.fit_to_data({name: sum(one.samples for one in shards) for name, shards in held})
 
 
 def _run_training(

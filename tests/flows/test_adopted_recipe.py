@@ -124,6 +124,7 @@ def test_metadata_and_adopted_sources_are_joined_and_weighted_together(tmp_path:
         (["download="], r"\[merge\] and \[download\] belong together"),
         (["merge=", "download="], r"there is no data: give \[merge\] with \[download\], or \[\["),
         (["evaluate="], r"\[register\] needs \[evaluate\]"),
+        (["train.stage1.validation.every_steps=5"], r"dataset.validation_share holds nothing out"),
         (["train.stage1.samples_seen=1280"], r"has 10 steps .*, fewer than warmup_steps = 40"),
         (
             ["train.stage2.global_batch=8192", "train.stage2.warmup_steps=1"],

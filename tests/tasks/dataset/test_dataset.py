@@ -103,10 +103,10 @@ def takedowns_of(*entries: str) -> Takedowns:
     return Takedowns(entries, lambda index: find_asked(index, sort_by_kind(entries)))
 
 
-def captions(folder: Path) -> list[str]:
+def captions(folder: Path, manifest: str = "shards.json") -> list[str]:
     """What the trainer's reader finds in all shards of a version."""
     found: list[str] = []
-    for shard in ShardManifest.read(folder / "shards.json").shards:
+    for shard in ShardManifest.read(folder / manifest).shards:
         reader = SampleReader(folder / shard.path, shard.left_out)
         pairs = reader.read(0, shard.samples)
         assert len(pairs) == shard.samples
@@ -116,8 +116,8 @@ def captions(folder: Path) -> list[str]:
     return found
 
 
-def uids_read(folder: Path) -> list[str]:
-    return [caption.removeprefix("caption of ") for caption in captions(folder)]
+def uids_read(folder: Path, manifest: str = "shards.json") -> list[str]:
+    return [caption.removeprefix("caption of ") for caption in captions(folder, manifest)]
 
 
 ALL = [f"a{n}" for n in range(6)] + [f"b{n}" for n in range(4)]
@@ -274,6 +274,17 @@ def test_a_version_after_another_is_the_one_made_from_scratch(verified: Artifact
     assert pq.read_table(scratch / "left_out.parquet") == pq.read_table(after / "left_out.parquet")
 
 
+def test_a_share_is_held_out_by_uid_and_a_takedown_reaches_it(verified: Artifact) -> None:
+    folder, made = version(verified, validation_share=0.4)
+    held = uids_read(folder, "validation.json")
+    assert sorted([*held, *uids_read(folder)]) == sorted(ALL) and 0 < len(held) < 10
+    assert made.counts["samples"] + made.counts["validation"] == 10
+    assert folder / "validation.json" in made.files
+    fewer, _ = version(verified, "less", takedowns=takedowns_of(held[0]), validation_share=0.4)
+    assert uids_read(fewer, "validation.json") == held[1:]
+    assert uids_read(fewer) == uids_read(folder)
+
+
 def test_a_line_that_is_no_takedown_is_named(tmp_path: Path) -> None:
     (tmp_path / "list").write_text("a1\nftp://a.example/x y\n")
     with pytest.raises(InputError, match=r"list, line 2: expected a URL .* got 'ftp://a.example"):
@@ -337,7 +348,8 @@ def test_making_a_manifest_compares_all_rows_once_not_once_a_shard(tmp_path):
     ]
     choice = CountingChoice(20)
     choice.leave_out(np.array([0, 5, 6]), "exact_duplicate")
-    shards, by_source = _keep_shards(verdicts, tmp_path / "verify", choice, tmp_path / "dataset")
+    verify, dataset = tmp_path / "verify", tmp_path / "dataset"
+    shards, by_source = _keep_shards(verdicts, verify, choice, choice.left_out, dataset)
     assert choice.comparisons == 1
     assert [found.samples for found in shards] == [3, 2, 4, 4, 4]
     assert by_source["s"]["left_out.exact_duplicate"] == 3
