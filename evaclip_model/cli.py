@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -65,22 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @commands.command("models")
 def list_architectures() -> None:
     """List the architectures that ship."""
-    import torch
-
-    from evaclip_model.model.clip import EvaClip
+    from evaclip_model.training.cost import parameter_counts
 
     aliases = {name: alias for alias, name in ALIASES.items()}
     print(f"{'':<22}{'parameters':>14}{'image':>8}{'text':>7}{'px':>5}{'patch':>7}{'joint':>7}")
     for name in list_models():
         config = ModelConfig.load(name)
-        with torch.device("meta"):  # counted without memory
-            model = EvaClip(config)
-        whole, image, text = (
-            sum(value.numel() for value in part.parameters())
-            for part in (model, model.visual, model.text)
-        )
+        counts = parameter_counts(config)
+        image, text = counts["vision"] / 1e6, counts["text"] / 1e6
         print(
-            f"{name:<22}{whole:>14,}{image / 1e6:>7,.0f}M{text / 1e6:>6,.0f}M"
+            f"{name:<22}{sum(counts.values()):>14,}{image:>7,.0f}M{text:>6,.0f}M"
             f"{config.vision.image_px:>5}{config.vision.patch_px:>7}{config.embed_dim:>7}"
             + (f"  = {aliases[name]}" if name in aliases else "")
         )
@@ -148,19 +142,7 @@ def embed(
     if bool(images) == (text is not None):
         raise InputError("give images or folders of them, or --text FILE, and not both")
 
-    def open_named() -> EvaClip:
-        return open_named_model(model_name, weights, device, precision)
-
-    with freed_memory_kept():
-        if text is not None:
-            _embed_texts(text, open_named, out, batch_size)
-        else:
-            _embed_images(images or [], open_named, out, batch_size)
-
-
-def _embed_images(
-    images: Sequence[Path], open_named: Callable[[], EvaClip], out: Path, batch_size: int
-) -> None:
+    from evaclip_model.zeroshot.exact_ranks import encode_texts
     from evaclip_model.zeroshot.image_files import (
         image_features,
         image_files,
@@ -168,38 +150,38 @@ def _embed_images(
         write_features,
     )
 
-    files = list(dict.fromkeys(file for source in images for file in image_files(source)))
-    found = image_features(
-        open_named(), files, batch_size=batch_size, progress=_Progress("images", len(files))
-    )
-    about = {"unreadable": {str(file): why for file, why in found.unreadable.items()}}
-    write_features(out, found.values, list(map(str, found.files)), about)
-    _warn_of_unreadable(found.unreadable, len(files))
-    print(f"{len(found.files):,} images: {out}, {names_file(out)}")
+    names, about = _read_lines(text) if text is not None else [], {}
+    files = list(dict.fromkeys(file for source in images or [] for file in image_files(source)))
+    with freed_memory_kept():
+        model = open_named_model(model_name, weights, device, precision)
+        if text is not None:
+            values = encode_texts(
+                model,
+                names,
+                context_length=model.config.text.context_length,
+                batch_size=batch_size,
+                device=str(model.logit_scale.device),
+                progress=_Progress("captions", len(set(names))),
+            )
+        else:
+            progress = _Progress("images", len(files))
+            found = image_features(model, files, batch_size=batch_size, progress=progress)
+            values, names = found.values, list(map(str, found.files))
+            about = {"unreadable": {str(file): why for file, why in found.unreadable.items()}}
+            _warn_of_unreadable(found.unreadable, len(files))
+    write_features(out, values, names, about)
+    what = "images" if text is None else "captions"
+    print(f"{len(names):,} {what}: {out}, {names_file(out)}")
 
 
-def _embed_texts(file: Path, open_named: Callable[[], EvaClip], out: Path, batch_size: int) -> None:
+def _read_lines(file: Path) -> list[str]:
     try:
-        texts = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read as lines of text ({error})") from None
-    if not texts:
+    if not lines:
         raise InputError(f"{file} is empty: expected one caption a line")
-
-    from evaclip_model.zeroshot.exact_ranks import encode_texts
-    from evaclip_model.zeroshot.image_files import names_file, write_features
-
-    model = open_named()
-    values = encode_texts(
-        model,
-        texts,
-        context_length=model.config.text.context_length,
-        batch_size=batch_size,
-        device=str(model.logit_scale.device),
-        progress=_Progress("captions", len(set(texts))),
-    )
-    write_features(out, values, texts, {})
-    print(f"{len(texts):,} captions: {out}, {names_file(out)}")
+    return lines
 
 
 @commands.command("convert")

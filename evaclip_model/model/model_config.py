@@ -101,7 +101,10 @@ class VisionConfig(Config):
         if self.rope_reference_grid is not None and self.head_width % 4:
             raise ValueError(f"2D RoPE needs a head width divisible by 4, not {self.head_width}")
         if self.sub_norm and self.mlp != "swiglu":
-            raise ValueError("sub_norm needs the swiglu MLP: no published model has it in another")
+            raise ValueError(
+                "sub_norm needs the swiglu MLP (subln needs naiveswiglu): no published model has "
+                "it in another"
+            )
         return self
 
 
@@ -289,13 +292,6 @@ class _AuthorsVision(Config):
                     f"not fit a grid of {grid} patches a side otherwise"
                 )
         return scaled
-
-    @field_validator("subln")
-    @classmethod
-    def _has_a_gated_mlp(cls, sub_norm: bool, info: ValidationInfo) -> bool:
-        if sub_norm and not info.data.get("naiveswiglu"):
-            raise ValueError("needs naiveswiglu: no published model has sub-LN in a GELU MLP")
-        return sub_norm
 
 
 class _AuthorsText(Config):

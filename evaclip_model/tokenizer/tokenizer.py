@@ -240,7 +240,7 @@ def splitter() -> Split:
     classes = carried_file(CLASSES)
     if classes is None or importlib.util.find_spec("regex") is not None:
         regex: Any = importlib.import_module("regex")
-        return regex.compile(_filled(r"\p{L}", r"\p{N}")).findall  # type: ignore[no-any-return]
+        return regex.compile(_PATTERN.format(L=r"\p{L}", N=r"\p{N}")).findall  # type: ignore[no-any-return]
     return plain_splitter(json.loads(classes.read_text()))
 
 
@@ -250,7 +250,7 @@ def plain_splitter(classes: Mapping[str, Sequence[tuple[int, int]]]) -> Split:
     letters, numbers = (
         "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in classes[name]) for name in "LN"
     )
-    return re.compile(_filled(letters, numbers)).findall
+    return re.compile(_PATTERN.format(L=letters, N=numbers)).findall
 
 
 def merger(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> Merge:
@@ -292,7 +292,3 @@ def _joined(symbols: Sequence[str], pair: tuple[str, str]) -> list[str]:
         else:
             joined.append(symbol)
     return joined
-
-
-def _filled(letters: str, numbers: str) -> str:
-    return _PATTERN.replace("{L}", letters).replace("{N}", numbers)

@@ -5,13 +5,11 @@ DeepSpeed's and this package's training checkpoints."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from evaclip_model.errors import InputError
 from evaclip_model.weights.checkpoint_format import MANIFEST, list_checkpoints, stored_parameters
@@ -142,19 +140,10 @@ def _of_deepspeed(folder: Path, states: list[Path]) -> dict[str, StoredTensor]:
 
 def _of_training(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, StoredTensor]:
     found = {}
-    for name, pieces in stored_parameters(folder).items():
-        whole = _in_a_row(pieces)
+    for name, whole in stored_parameters(folder).items():
         shape = shapes.get(name, whole.shape)
         found[name] = replace(whole, shape=shape) if shape.numel() == whole.shape[0] else whole
     return found
-
-
-def _in_a_row(pieces: Sequence[StoredTensor]) -> StoredTensor:
-    def values() -> Iterator[Tensor]:
-        return chain.from_iterable(piece.pieces() for piece in pieces)
-
-    size = sum(piece.shape.numel() for piece in pieces)
-    return StoredTensor(torch.Size([size]), pieces[0].dtype, values)
 
 
 def _strip_wrappers(tensors: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:

@@ -269,16 +269,16 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [folder / step_name(step) for step in checkpoint_steps(folder)]
 
 
-def stored_parameters(folder: Path) -> dict[str, list[StoredTensor]]:
-    """The parameters in a checkpoint, `folder/step-N`, by name, each as fp32 pieces [n], which one
-    after another are all of it, flat; their values stay on disk.
+def stored_parameters(folder: Path) -> dict[str, StoredTensor]:
+    """The parameters in a checkpoint, `folder/step-N`, by name, flat, [n] fp32; their values stay
+    on disk.
 
-    Raises: InputError: a shard is missing, cut off or unreadable.
+    Raises: InputError: a shard or a piece is missing, cut off or unreadable.
     """
     where = folder / MANIFEST
+    pieces: dict[str, dict[int, StoredTensor]] = defaultdict(dict)
     try:
         manifest = CheckpointManifest.from_text(where.read_text(), str(where))
-        pieces: dict[str, list[tuple[int, StoredTensor]]] = defaultdict(list)
         for shard in manifest.shards:
             stored = read_safetensors(folder / shard.name)
             if (folder / shard.name).stat().st_size != shard.bytes:
@@ -286,18 +286,20 @@ def stored_parameters(folder: Path) -> dict[str, list[StoredTensor]]:
             for key, tensor in stored.items():
                 name, offset, kind = key_parts(key)
                 if kind == "param":
-                    pieces[name].append((offset, tensor))
+                    pieces[name][offset] = tensor
     except (OSError, UnusableCheckpoint) as error:
         raise InputError(f"{error}: take another checkpoint") from error
-    return {name: _in_order(name, found, folder) for name, found in pieces.items()}
+    return {name: _join_pieces(name, found, folder) for name, found in pieces.items()}
 
 
-def _in_order(
-    name: str, pieces: Sequence[tuple[int, StoredTensor]], folder: Path
-) -> list[StoredTensor]:
-    end, ordered = 0, sorted(pieces, key=lambda piece: piece[0])
-    for offset, tensor in ordered:
+def _join_pieces(name: str, pieces: Mapping[int, StoredTensor], folder: Path) -> StoredTensor:
+    end, ordered = 0, dict(sorted(pieces.items()))
+    for offset, tensor in ordered.items():
         if offset != end:
             raise InputError(f"{folder} lacks a piece of '{name}': take another checkpoint")
         end += tensor.shape.numel()
-    return [tensor for _, tensor in ordered]
+
+    def values() -> Iterator[Tensor]:
+        return chain.from_iterable(tensor.pieces() for tensor in ordered.values())
+
+    return StoredTensor(torch.Size([end]), torch.float32, values)

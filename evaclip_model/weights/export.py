@@ -69,9 +69,7 @@ def export_model(model: nn.Module, path: str | Path, as_: Library) -> tuple[Path
         path: a file that ends in `.safetensors`, for the weights alone; or a folder, for the
             weights and the config under the names the library looks for: timm opens it as
             `local-dir:FOLDER`, transformers with `from_pretrained`, open_clip as `local-dir:FOLDER`
-            where timm has the image tower by name. open_clip has no config for other image towers;
-            their weights fit its model around such a tower.
-        as_: whose form.
+            where timm has the image tower by name; of other towers it has no config.
 
     Returns: The files written.
 

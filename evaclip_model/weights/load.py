@@ -57,7 +57,7 @@ well trained (Long-CLIP, arXiv 2403.15378), and short captions keep their featur
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Result of loading a checkpoint. `str` of it is a summary for people."""
+    """Result of loading a checkpoint; as text a summary for people."""
 
     layout: Layout
     """Whose names the checkpoint has."""
@@ -89,10 +89,8 @@ class LoadReport:
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Write a model's weights as one safetensors file, never seen half-written.
-
-    Tensors keep their dtype and have the names and shapes of the released checkpoints; RoPE tables
-    are left out, since they follow from the architecture.
+    """Write a model's weights as one safetensors file, never seen half-written, in their dtype and
+    under the released checkpoints' names and shapes.
 
     Args:
         model: an EvaClip, as it is or inside torch.compile, DataParallel or
@@ -186,12 +184,7 @@ def _is_sharded(value: Tensor) -> bool:
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors [...] of any shapes, on any device, as `save_weights` does.
-
-    Raises:
-        InputError: `path` does not end in `.safetensors`.
-        OSError: the disk is full; what was at `path` is still there.
-    """
+    """Write tensors [...] of any shapes, on any device, as `save_weights` does; same errors."""
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: weights are written as safetensors; end the name in it")
     plain = {name: value.cpu().contiguous() for name, value in tensors.items()}
@@ -212,11 +205,8 @@ def load_weights(
 ) -> LoadReport:
     """Give a model, or one of its towers, the weights of a checkpoint of any known layout.
 
-    A tower alone leaves the joint space as it is: the image head or text projection and the
-    temperature (they belong to a pair of towers, as in the authors' initialisation). EVA-CLIP's
-    text tower computes exact GELU also with OpenAI's weights, which were trained with QuickGELU.
-
-    Values go from the file to their place piece by piece, in the model's dtype and on its device.
+    A tower alone leaves the joint space as it is (`_JOINT`), as in the authors' initialisation.
+    The text tower computes exact GELU also with OpenAI's weights, which QuickGELU was trained with.
 
     Args:
         model: changed in place; untouched when names, shapes or types do not fit. It may be
@@ -298,10 +288,9 @@ def resize_positions(table: Tensor, grid: int, *, align_corners: bool = False) -
     old = math.isqrt(table.shape[1] - 1)
     if old == grid:
         return table
-    first, patches = table[:, :1], table[:, 1:]
-    image = patches.reshape(1, old, old, -1).permute(0, 3, 1, 2)  # [1, W, n, n]
+    image = table[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)  # [1, W, n, n]
     image = _resize_bicubic(image, grid, align_corners)
-    return torch.cat((first, image.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
+    return torch.cat((table[:, :1], image.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
 
 
 def resize_text_positions(table: Tensor, length: int) -> Tensor:
@@ -389,7 +378,9 @@ def _needs_resizing(
                 f"{path}: '{source}' has {_plain_dtype(stored[source].dtype)} values where "
                 "fp64, fp32, fp16 or bf16 is expected: give unquantised weights"
             )
-    shape = _native_shape(entry, stored)
+    shapes = {source: stored[source].shape for source in entry.sources}
+    is_scalar = entry.join != "same" and not all(shapes.values())  # of a forged file
+    shape = () if is_scalar else entry.native_shape(shapes)
     if shape == target.shape or (entry.native in SCALARS and math.prod(shape) == 1):
         return False
     if entry.native == _POSITIONS and _is_square_grid(shape) and shape[-1] == target.shape[-1]:
@@ -403,13 +394,6 @@ def _needs_resizing(
         f"{path}: '{entry.native}' has shape {list(shape)}, but the model needs "
         f"{list(target.shape)}: it is of another architecture"
     )
-
-
-def _native_shape(entry: Entry, stored: Mapping[str, StoredTensor]) -> tuple[int, ...]:
-    shapes = {source: stored[source].shape for source in entry.sources}
-    if all(shapes.values()) or entry.join == "same":
-        return entry.native_shape(shapes)
-    return ()
 
 
 def _is_square_grid(shape: tuple[int, ...]) -> bool:

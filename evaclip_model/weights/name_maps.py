@@ -180,9 +180,7 @@ _BLOCK = re.compile(r"(?<=blocks\.)\d+|(?<=layers\.)\d+")
 
 def native_names(keys: Iterable[str], where: str = "the checkpoint") -> Names:
     """Recognise a checkpoint's layout from all its keys, without wrappers, and name its weights as
-    the released EVA-CLIP files do.
-
-    timm's names of EVA-01 and EVA-02-E image towers are EVA's own: those come out as `eva_vision`.
+    the released EVA-CLIP files do. timm's EVA-01 and EVA-02-E towers come out as `eva_vision`.
 
     Raises: InputError: no tower of any known layout is among the keys.
     """

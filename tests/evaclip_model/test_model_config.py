@@ -143,7 +143,7 @@ def test_what_only_made_their_code_faster_has_no_effect(key: str):
         ("vision_cfg.patch_dropout", 0.5, "masking is a setting of training"),
         ("vision_cfg.timm_model_name", "eva02", "only EVA image towers and CLIP text towers"),
         ("vision_cfg.intp_freq", False, "must be true: rope positions .* grid of 4 patches"),
-        ("vision_cfg.naiveswiglu", False, "'vision_cfg.subln' needs naiveswiglu"),
+        ("vision_cfg.naiveswiglu", False, "subln needs naiveswiglu"),
         ("vision_cfg.image_size", [56, 70], "'vision_cfg.image_size' must be square"),
         ("vision_cfg.image_size", 57, "image_px 57 is not a multiple of patch_px 14"),
         ("vision_cfg.layers", [3, 4, 6, 3], "'vision_cfg.layers' should be a valid integer"),
