@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-.PHONY: help setup demo test check test-guides coverage test-faults test-download-faults test-resume test-browser pictures test-crash-table test-train-faults test-launch test-retrain test-restore test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace bench-registry bench-eval bench-probe acceptance test-spark up down clean check-gpu check-infra dry-run-eval
+.PHONY: help setup demo test check test-guides coverage test-faults test-download-faults test-resume test-browser pictures test-crash-table test-train-faults test-launch test-retrain test-restore test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace bench-registry bench-eval bench-probe bench-tuning acceptance finetune test-spark up down clean check-gpu check-infra dry-run-eval
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -103,6 +103,9 @@ bench-loader: $(VENV)/.dev ## images read, decoded and cropped a second and core
 bench-train: $(VENV)/.dev ## whole training steps beside open_clip's trainer, memory of the loss, cost of saving (30 min)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_train.py
 
+bench-tuning: $(VENV)/.dev ## a training step whole, with frozen blocks, with low-rank updates: time, memory, checkpoint (3 min)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) -m tests.benchmarks.bench_tuning
+
 bench-model: $(VENV)/.dev ## speed and memory of model and tokenizer beside open_clip's (15 min)
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_model.py
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_tokenizer.py
@@ -130,6 +133,9 @@ check-infra: $(VENV)/.infra ## infra/ against its validators and real PostgreSQL
 acceptance: $(VENV)/.dev ## 60,000 real pictures from URLs to figures, the same from every way of evaluating; needs two Debian packages (20 min)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/acceptance.py
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests/tasks/evaluate/test_ranks.py
+
+finetune: $(VENV)/.dev ## a model of clothes tuned on digits, what it forgot, the gate's word on it and on weights between; needs a Debian package (10 min)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/finetune_pictures.py
 
 bench-eval: $(VENV)/.dev ## text classifiers and a whole evaluation beside open_clip and clip_benchmark (20 min)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_eval.py

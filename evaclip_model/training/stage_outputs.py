@@ -4,6 +4,7 @@ fragments that all ranks hold."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from evaclip_model.create import create_model
 from evaclip_model.files import write_atomically
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.training.config import EMA_FOLDER, MODEL_FOLDER
@@ -20,12 +22,13 @@ from evaclip_model.weights.load import save_model
 
 
 def save_models(
-    run_dir: Path, model: EvaClip, fragments: Sequence[StateFragment], rank: int
+    run_dir: Path, start: Path, model: EvaClip, fragments: Sequence[StateFragment], rank: int
 ) -> None:
     """Write `model/`, and `model-ema/` when the fragments have a running mean; all ranks call it.
 
     The files hold the fp32 masters: the next training stage starts from what this one ended with,
-    not from its rounding. On rank 0 the model is used up: it ends in fp32 on the CPU.
+    not from its rounding; and what was frozen as `start`, the model that was begun with, has it. On
+    rank 0 the model is used up: it ends in fp32 on the CPU.
     """
     averaged = any("ema" in fragment.tensors for fragment in fragments)
     kinds = {"param": MODEL_FOLDER, **({"ema": EMA_FOLDER} if averaged else {})}
@@ -36,6 +39,13 @@ def save_models(
                 values[name] = value.cpu()
     if rank != 0:
         return
+    if model.logit_scale.dtype != torch.float32:
+        given = dict(create_model(model.config, weights=start).named_parameters())
+        for name, parameter in model.named_parameters():
+            plain = re.sub(r"parametrizations\.(\w+)\.original$", r"\1", name)
+            if not parameter.requires_grad and plain in given:
+                for values in found.values():
+                    values[name] = given[plain]
     model.to("cpu", torch.float32)
     for kind, folder in kinds.items():
         with torch.no_grad():

@@ -426,7 +426,8 @@ class TrainingRun:
         config, run_dir, rank = self._config, self._job.run_dir, self._rank
         rank.reader.close()
         self._count_bad_samples()
-        save_models(run_dir, rank.model, rank.engine.state_fragments(), rank.number)
+        start = self._job.start_from
+        save_models(run_dir, start, rank.model, rank.engine.state_fragments(), rank.number)
         result: dict[str, Any] = {
             "steps": config.steps,
             "samples_seen": config.steps * config.global_batch,

@@ -13,7 +13,7 @@ from evaclip_model.training.lora import add_updates
 from evaclip_model.training.loss.contrastive import contrastive_loss
 from evaclip_model.training.stage_outputs import save_models
 from evaclip_model.weights.checkpoint_format import TrainingProgress
-from evaclip_model.weights.load import released_tensors
+from evaclip_model.weights.load import released_tensors, save_model
 from tests.evaclip_model.small_models import FAMILIES, small_batch, small_model
 from tests.evaclip_model.trainer_runs import finish, job_of, start
 
@@ -49,12 +49,22 @@ def test_a_saved_model_computes_what_the_updates_made_of_it(tmp_path, mode):
     with torch.no_grad():
         unmerged = model.eval()(images, tokens)
     assert set(released_tensors(model)) == set(small_model().state_dict())
-    save_models(tmp_path, model, engine.state_fragments(), 0)
+    save_models(tmp_path, tmp_path, model, engine.state_fragments(), 0)
     with torch.no_grad():
         merged = open_model(tmp_path / "model")(images, tokens)
     for ours, theirs, untrained in zip(merged[:2], unmerged[:2], before[:2], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
         assert (ours - untrained).abs().max() > 1e-3
+
+
+def test_what_is_frozen_is_saved_as_it_was_not_as_bf16_has_it(tmp_path):
+    save_model(small_model(), tmp_path / "start")
+    model, engine = adapted(settings(precision="bf16", on=["c_proj"]))
+    take_steps(engine)
+    save_models(tmp_path, tmp_path / "start", model, engine.state_fragments(), 0)
+    made, given = open_model(tmp_path / "model").state_dict(), small_model().state_dict()
+    for name, value in made.items():
+        assert torch.equal(value, given[name]) == (".c_proj.weight" not in name)
 
 
 def test_only_updates_of_what_is_not_frozen_train():
