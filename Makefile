@@ -3,7 +3,11 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
+<<<<<<< HEAD
 .PHONY: help setup demo test check test-guides coverage test-faults test-download-faults test-resume test-browser pictures test-crash-table test-train-faults test-launch test-retrain test-restore test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace bench-registry bench-eval bench-probe bench-tuning acceptance finetune test-spark up down clean check-gpu check-infra dry-run-eval
+=======
+.PHONY: help setup demo test check test-guides coverage test-faults test-download-faults test-resume test-browser pictures test-crash-table test-train-faults test-launch test-retrain test-restore test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace bench-registry bench-eval bench-probe acceptance test-spark up down clean audit update-constraints check-gpu check-infra dry-run-eval
+>>>>>>> 517d3e2 (Everything but PyTorch is installed by hash, what builds it too; make update-constraints and make audit are uv's and pip-audit's)
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -13,6 +17,19 @@ setup: $(VENV)/.pipeline ## the environment (made by itself when another target 
 
 $(VENV)/.pipeline: $(STAMP)
 	@python3 infra/environment.py $(VENV) pipeline && touch $@
+
+EXTRAS = pipeline spark tensorboard video open_clip onnx team infra dev browser bench build audit
+$(VENV)/.audit: $(STAMP)
+	@python3 infra/environment.py $(VENV) pipeline dev audit && touch $@ $(VENV)/.pipeline $(VENV)/.dev
+
+update-constraints: $(VENV)/.audit ## infra/constraints.txt anew: newest versions within pyproject.toml's bounds, with hashes
+	@UV_CUSTOM_COMPILE_COMMAND="make update-constraints" $(VENV)/bin/uv pip compile --quiet --upgrade --universal \
+		--python-version 3.11 --generate-hashes $(EXTRAS:%=--extra %) --output-file infra/constraints.txt pyproject.toml
+	@git diff --stat infra/constraints.txt
+
+audit: $(VENV)/.audit ## known weaknesses of the versions in infra/constraints.txt; asks PyPI
+	@$(VENV)/bin/pip-audit --strict --require-hashes --disable-pip --progress-spinner off -r infra/constraints.txt \
+		|| { echo "audit: not clean; \"not found on PyPI\" means that PyPI's service of weaknesses did not answer" >&2; exit 1; }
 
 $(VENV)/.dev: $(STAMP)
 	@python3 infra/environment.py $(VENV) pipeline dev && touch $@ $(VENV)/.pipeline

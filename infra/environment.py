@@ -1,8 +1,9 @@
 """Make the project's own Python environment, quietly, with progress, or say what is missing.
 
 `python3 infra/environment.py .venv pipeline dev` (the Makefile) runs on a bare Python of any 3.x
-version. TORCH_INDEX_URL, if set, is the package index that torch and torchvision are taken from
-(CPU-only builds, say, which are far smaller on Linux).
+version. Everything is installed by the hashes of constraints.txt, what builds it too, but PyTorch
+and its CUDA libraries: those by version alone, because every index has wheels of its own.
+TORCH_INDEX_URL, if set, is theirs (CPU-only builds, say, which are far smaller on Linux).
 """
 
 import os
@@ -16,34 +17,64 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "infra" / "constraints.txt"
 FITTING = ((3, 11), (3, 12))
+OF_TORCH = re.compile(r"(torch|torchvision|triton)$|nvidia-|cuda-")
 
 
 def main(folder, extras):
     python = fitting_python()
+    if version_of(sys.executable) not in FITTING:
+        os.execv(python, [python, *sys.argv])
     started = time.monotonic()
     if not (folder / "bin" / "python").exists():
         make_environment(python, folder)
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
-    install = [*pip, "install", "--no-input", "-c", str(CONSTRAINTS)]
-    if os.environ.get("TORCH_INDEX_URL"):
-        index = ["--index-url", os.environ["TORCH_INDEX_URL"]]
-        # Both from one index: a torchvision built against another torch cannot be imported, and
-        # without it neither can open_clip, timm and transformers' CLIP.
-        run_with_progress([*install, *index, "torch", "torchvision"], "torch", started)
-    target = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
-    run_with_progress([*install, "-e", target], " + ".join(["evaclip", *extras]), started)
-    if "dev" in extras:
-        # Its prompts and metrics are what tests compare with; what it depends on, 100 MB of
-        # captioning tools, is not.
-        run_with_progress([*install, "--no-deps", "clip-benchmark"], "clip-benchmark", started)
-    # img2dataset asks for the Python 3.6 back-port of `dataclasses`; Prefect's embedded server
-    # puts site-packages before the standard library and would import it.
-    remove = [*pip, "uninstall", "-q", "-y", "dataclasses"]
-    subprocess.run(remove, check=True, stderr=subprocess.DEVNULL)
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install"]
+    pip += ["--no-input", "--no-build-isolation"]  # else what builds comes without a hash
+    build = read_pins(["evaclip[build]"])
+    pins = build | read_pins(["evaclip", "torchvision", *(f"evaclip[{extra}]" for extra in extras)])
+    by_hash = {name: pin for name, pin in pins.items() if not OF_TORCH.match(name)}
+    for what, chosen in (("what builds", build), ("packages", by_hash)):
+        command = [*pip, "--no-deps", "--require-hashes", "-r", write_file(folder, chosen.values())]
+        run_with_progress(command, what, started)
+    versions = {name: re.match(r"\S+", pin)[0] for name, pin in pins.items()}
+    index = os.environ.get("TORCH_INDEX_URL")
+    # Both from one index: a torchvision built against another torch cannot be imported, and without
+    # it neither can open_clip, timm and transformers' CLIP.
+    torch = [versions["torch"], versions["torchvision"], *(["--index-url", index] if index else [])]
+    command = [*pip, "-c", write_file(folder, versions.values()), *torch]
+    run_with_progress(command, "torch", started)
+    run_with_progress([*pip, "--no-deps", "-e", str(ROOT)], "evaclip", started)
     files = (p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
     size_gb = sum(p.stat().st_size for p in files) / 1e9
     say(f"environment ready in {folder}: {size_gb:.1f} GB, {time.monotonic() - started:.0f} s")
     sys.stdout.write("\n")
+
+
+def read_pins(waiting):
+    """Name -> its lines of constraints.txt, of everything that requirements need."""
+    import tomllib  # Python 3.11
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lists = {**project["optional-dependencies"], "": project["dependencies"]}
+    wanted = set()
+    while waiting:
+        name, extras = re.match(r"([\w.-]+)(?:\[([\w,]+)\])?", waiting.pop()).groups()
+        if name == project["name"]:
+            waiting += [one for extra in (extras or "").split(",") for one in lists[extra]]
+        else:
+            wanted.add(re.sub(r"[-_.]+", "-", name).lower())
+    blocks = re.split(r"\n(?=\w)", CONSTRAINTS.read_text())[1:]
+    pins = {block.partition("==")[0]: block for block in blocks}
+    via = re.compile(r"^    #   (?:via )?([\w.-]+)(?:\[.*\])?$|^    # via ([\w.-]+)$", re.MULTILINE)
+    needed_by = {name: set(map("".join, via.findall(pin))) for name, pin in pins.items()}
+    while more := {name for name in pins.keys() - wanted if needed_by[name] & wanted}:
+        wanted |= more
+    return {name: pins[name] for name in pins if name in wanted}
+
+
+def write_file(folder, lines):
+    path = folder / "requirements.txt"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
 
 
 def fitting_python():

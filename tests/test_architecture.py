@@ -201,11 +201,11 @@ def test_no_test_folder_is_a_package() -> None:
 def test_every_dependency_has_bounds_a_reason_and_a_tested_version() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     project = tomllib.loads(text)["project"]
-    pinned = {
-        re.split(r"==", line)[0].lower().replace("_", "-")
-        for line in (ROOT / "infra/constraints.txt").read_text().splitlines()
-        if "==" in line
-    }
+    pins = (ROOT / "infra/constraints.txt").read_text()
+    pinned = set(re.findall(r"^([\w.-]+)==", pins, re.MULTILINE))
+    assert len(re.findall(r"^[\w.-]+==\S+.* \\\n    --hash=sha256:", pins, re.MULTILINE)) == len(
+        pinned
+    )
     extras = project["optional-dependencies"]
     lists = [project["dependencies"], *extras.values()]
     for requirement in (one for some in lists for one in some):

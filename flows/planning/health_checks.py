@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
@@ -67,9 +68,8 @@ def check_versions(_: Profile) -> Iterator[Finding]:
     """Installed versions beside the bounds of pyproject.toml and the tested ones."""
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["pipeline"]]
-    lines = (CHECKOUT / "infra" / "constraints.txt").read_text().splitlines()
-    pinned = dict(line.split("==") for line in lines if "==" in line)
-    tested: dict[str, str] = {canonicalize_name(name): version for name, version in pinned.items()}
+    pins = (CHECKOUT / "infra" / "constraints.txt").read_text()
+    tested = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", pins, re.MULTILINE))
     bad = list(version_findings(map(Requirement, wanted), tested, _installed_version))
     yield from bad or [Finding("ok", "versions", f"{len(wanted)} packages as tested")]
 

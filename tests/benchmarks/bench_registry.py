@@ -16,6 +16,7 @@ import base64
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -81,7 +82,10 @@ def main() -> None:
 def bare_environment(folder: Path) -> str:
     """Python of a new environment with only what a loader needs."""
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    install = [str(folder / "bin" / "pip"), "install", "-q", "-c", str(CONSTRAINTS)]
+    versions = folder / "versions.txt"  # without hashes, or pip would want them of all
+    found = re.findall(r"^[\w.-]+==[^\s;]+", CONSTRAINTS.read_text(), re.MULTILINE)
+    versions.write_text("\n".join(found))
+    install = [str(folder / "bin" / "pip"), "install", "-q", "-c", str(versions)]
     index = os.environ.get("TORCH_INDEX_URL")
     torch = [*install, *(("--index-url", index) if index else ()), "torch"]
     for command in (torch, [*install, *NEEDED]):
