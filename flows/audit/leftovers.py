@@ -31,6 +31,7 @@ from tasks.dataset.config import STAGE as DATASET
 from tasks.download.config import STAGE as DOWNLOAD
 from tasks.evaluate.config import STAGE as EVALUATE
 from tasks.initialise.config import STAGE as INITIALISE
+from tasks.interpolate.config import STAGE as INTERPOLATE
 from tasks.join.config import STAGE as JOIN
 from tasks.merge.config import STAGE as MERGE
 from tasks.progress import Report
@@ -45,7 +46,8 @@ REMOVED = ".removed"
 """Folder under the root for what is being removed: whole in its place until it is gone from it."""
 MADE_AGAIN = ("cache/evaluate/*", "cache/models/*", "pulled/*", ".dry-run-*", ".doctor-*")
 DATA = (DOWNLOAD.name, ADOPT.name, VERIFY.name, JOIN.name)
-STAGES = (*DATA, MERGE.name, DATASET.name, INITIALISE.name, TRAIN.name, EVALUATE.name)
+MODELS = (TRAIN.name, INTERPOLATE.name)
+STAGES = (*DATA, MERGE.name, DATASET.name, INITIALISE.name, *MODELS, EVALUATE.name)
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 
 
@@ -159,7 +161,7 @@ def _old_trainings(root: _Root) -> Iterator[Leftover]:
     for one in registered:
         for above in root.ancestors([one]).values():
             is_there = (above.folder / MANIFEST).exists()
-            if above.kind == TRAIN.name and above.digest not in needed and is_there:
+            if above.kind in MODELS and above.digest not in needed and is_there:
                 yield Leftover(above.folder, unneeded[one.digest], is_manifest_kept=True)
 
 
