@@ -54,8 +54,9 @@ def examine_machine(profile: Profile) -> Iterator[Finding]:
         try:
             yield from check(profile)
         except Exception as error:
-            what = check.__name__.replace("_", " ")
-            yield Finding("fail", what, f"{type(error).__name__}: {redact_text(str(error))[:200]}")
+            kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+            what = check.__name__.removeprefix("check_").replace("_", " ")
+            yield Finding("fail", what, f"{kind}{redact_text(str(error))[:200]}")
 
 
 def check_python(_: Profile) -> Iterator[Finding]:
@@ -116,11 +117,8 @@ def check_root(profile: Profile) -> Iterator[Finding]:
 def check_tracking(profile: Profile) -> Iterator[Finding]:
     """A run and a file written to the tracking store and read again."""
     store = TrackingStore.at(profile.mlflow_uri, "doctor")
-    try:
-        found = f"{store.uri} takes runs, {redact_text(store.try_out())} takes files"
-        yield Finding("ok", "tracking", found)
-    except InputError as error:
-        yield Finding("fail", "tracking", "does not take a run or a file", str(error))
+    found = f"{store.uri} takes runs, {redact_text(store.try_out())} takes files"
+    yield Finding("ok", "tracking", found)
 
 
 def check_servers(profile: Profile) -> Iterator[Finding]:
@@ -215,21 +213,14 @@ def check_launcher(profile: Profile) -> Iterator[Finding]:
             do = "install the cluster's client, or choose another EVACLIP_LAUNCHER"
             found = f"{', '.join(missing)} not on the PATH"
             yield Finding("fail", profile.launcher, found, do)
-        elif not template.is_file():
-            do = "correct EVACLIP_JOB_TEMPLATE"
-            yield Finding("fail", profile.launcher, f"{template} is not a file", do)
         else:
-            yield Finding("ok", profile.launcher, f"jobs from {template}")
+            do = "it is not a file: correct EVACLIP_JOB_TEMPLATE"
+            yield Finding.of(template.is_file(), profile.launcher, f"jobs from {template}", do)
     elif profile.launcher == "deepspeed" and profile.hostfile is not None:
-        try:
-            hosts = read_hostfile(profile.hostfile)
-        except InputError as error:
-            yield Finding("fail", "deepspeed", "the hostfile cannot be used", str(error))
-            return
-        if len(hosts) > 1 and shutil.which("pdsh") is None:
-            yield Finding("fail", "deepspeed", "pdsh is not on the PATH", "install pdsh")
-        else:
-            yield Finding("ok", "deepspeed", f"{len(hosts)} machines, {sum(hosts.values())} ranks")
+        hosts = read_hostfile(profile.hostfile)
+        found = f"{len(hosts)} machines, {sum(hosts.values())} ranks"
+        is_fine = len(hosts) == 1 or shutil.which("pdsh") is not None
+        yield Finding.of(is_fine, "deepspeed", found, "install pdsh: it is not on the PATH")
 
 
 def shared_memory(_: Profile) -> Iterator[Finding]:

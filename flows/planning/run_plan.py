@@ -54,7 +54,6 @@ class PlanRow:
     """How much, for a person."""
     digest: str
     """"not known" as long as something it is made from is not here."""
-    folder: Path
 
 
 def make_plan(graph: Graph) -> list[PlanRow]:
@@ -64,7 +63,7 @@ def make_plan(graph: Graph) -> list[PlanRow]:
         digest = step.digest if step.is_settled else "not known"
         begun = step.folder.is_dir() and any(step.folder.iterdir())
         state = "there" if step.is_finished else "unfinished" if begun else "to make"
-        rows.append(PlanRow(step.title, state, size, digest, step.folder))
+        rows.append(PlanRow(step.title, state, size, digest))
     return rows
 
 
@@ -99,9 +98,7 @@ def disk_bytes(graph: Graph) -> int:
 
 def plan_markdown(recipe: Recipe, graph: Graph) -> str:
     head = f"# Plan of {recipe.name}\n\n| stage | state | what | digest |\n|---|---|---|---|"
-    rows = [
-        f"| {row.title} | {row.state} | {row.size} | `{row.digest}` |" for row in make_plan(graph)
-    ]
+    rows = (f"| {r.title} | {r.state} | {r.size} | `{r.digest}` |" for r in make_plan(graph))
     return "\n".join([head, *rows])
 
 
@@ -130,24 +127,20 @@ class Machine:
     free_bytes: int
     """Of the disk of all artifacts."""
     gpus: Machines | None = None
+    """Those that training would use, all taken to be like the smallest."""
 
     @classmethod
     def this_machine(cls, root: Path) -> Machine:
         """This machine, with the disk that `root` is on or would be made on."""
         there = next(path for path in (root, *root.parents) if path.exists())
-        cores = len(os.sched_getaffinity(0))
-        memory = psutil.virtual_memory().total
-        return cls(cores, memory, shutil.disk_usage(there).free, gpus_here())
-
-
-def gpus_here() -> Machines | None:
-    """The GPUs that training would use, all taken to be like the smallest; None without any."""
-    count = count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
-    asked = ask_driver("name,memory.total") if count else []
-    if not count or not asked:
-        return None
-    name, memory = min(asked, key=lambda gpu: float(gpu[1]))
-    return Machines(count, name, round(float(memory) / 1024))
+        cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().total
+        free = shutil.disk_usage(there).free
+        count = count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        asked = ask_driver("name,memory.total") if count else []
+        if not count or not asked:
+            return cls(cores, memory, free)
+        name, size = min(asked, key=lambda gpu: float(gpu[1]))
+        return cls(cores, memory, free, Machines(count, name, round(float(size) / 1024)))
 
 
 def ask_driver(fields: str) -> list[list[str]]:
