@@ -51,9 +51,15 @@ class PolitenessConfig(Config):
     )
     """X-Robots-Tag values with which a site declines use of its image."""
     respect_tdm: bool = True
-    """Obey the TDM Reservation Protocol's header: `tdm-reservation: 1` declines."""
+    """Obey the headers `tdm-reservation: 1` (TDM Reservation Protocol) and `Content-Usage:
+    train-ai=n` (IETF's AI preferences), which decline."""
     respect_robots: bool = False
-    """Ask every host for its robots.txt first; about one more request for every host and shard."""
+    """Ask every host for its robots.txt first, with what it says about training (Content-Usage,
+    Content-Signal); about one more request for every host and shard."""
+    respect_ai_txt: bool = False
+    """Ask every host for its ai.txt (Spawning) first, as for its robots.txt."""
+
+    ADDED: ClassVar[tuple[str, ...]] = ("respect_ai_txt",)
 
 
 class StorageConfig(Config):

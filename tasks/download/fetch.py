@@ -109,7 +109,14 @@ class Fetcher:
         self._opener = guarded_opener(config, self._deadline)
         manners = config.politeness
         self._hosts = HostGate(manners.host_connections, manners.rest_after, manners.max_rest_s)
-        self._robots = Robots(self._fetch_robots, manners.user_agent_token)
+        self._rules = [
+            (outcome, Robots(self._fetch_rules, manners.user_agent_token, name))
+            for outcome, name, is_asked in (
+                (Outcome.ROBOTS_TXT, "robots.txt", manners.respect_robots),
+                (Outcome.OPTED_OUT, "ai.txt", manners.respect_ai_txt),
+            )
+            if is_asked
+        ]
         contact = f"; +{manners.contact}" if manners.contact else ""
         self._headers = {
             "User-Agent": f"Mozilla/5.0 (compatible; {manners.user_agent_token}{contact})",
@@ -177,8 +184,9 @@ class Fetcher:
             Exception: whatever else came of it; the text says what.
         """
         config = self._config
-        if config.politeness.respect_robots and not self._robots.is_allowed(url):
-            raise Refused(Outcome.ROBOTS_TXT)
+        for outcome, rules in self._rules:
+            if not rules.is_allowed(url):
+                raise Refused(outcome)
         try:
             with self._open_url(url) as response:
                 self._hosts.note_answer(host, busy=False, retry_after_s=0)
@@ -198,7 +206,7 @@ class Fetcher:
         request = urllib.request.Request(url, headers=self._headers)
         return self._opener.open(request, timeout=self._config.timeout_s)
 
-    def _fetch_robots(self, place: str) -> bytes | None:
+    def _fetch_rules(self, place: str) -> bytes | None:
         try:
             for _ in range(MAX_RULES_REDIRECTS + 1):
                 try:

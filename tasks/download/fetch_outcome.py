@@ -62,7 +62,7 @@ REFUSALS: Mapping[Outcome, str] = {
     Outcome.TOO_MANY_BYTES: "refused: more bytes than max_bytes",
     Outcome.NOT_AN_IMAGE_TYPE: "refused: the content type is no image",
     Outcome.DEADLINE: "refused: longer than deadline_s",
-    Outcome.OPTED_OUT: "refused: the site declines such use (X-Robots-Tag or tdm-reservation)",
+    Outcome.OPTED_OUT: "refused: the site declines such use (its headers, or ai.txt)",
     Outcome.ROBOTS_TXT: "refused: disallowed by robots.txt",
     Outcome.HASH_MISMATCH: "refused: hash mismatch",
     Outcome.RATE_LIMITED: "refused: the host asked to be left alone for now",

@@ -1,8 +1,10 @@
-"""Manners towards the sites that are asked: connections and rests per host, robots.txt (RFC 9309),
-and headers that decline the use of an image (X-Robots-Tag, TDM Reservation Protocol).
+"""Manners towards the sites that are asked: connections and rests per host, robots.txt (RFC 9309)
+and ai.txt, and headers that decline the use of an image.
 
 X-Robots-Tag: https://developers.google.com/search/docs/crawling-indexing/robots-meta-tag
 TDMRep: https://www.w3.org/community/reports/tdmrep/CG-FINAL-tdmrep-20240510/
+Content-Usage, in headers and robots.txt: draft-ietf-aipref-attach; Content-Signal: Cloudflare's.
+ai.txt: Spawning's, in the grammar of robots.txt.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ MAX_RULES_BYTES = 512 * 1024
 """Rules beyond are not read; RFC 9309 asks for at least 500 KiB."""
 ReadRules = Callable[[str], bytes | None]
 """URL of a robots.txt -> its content; None: there is none, and so no rule. May raise: unknown."""
-_TOKEN = re.compile(r"\*|[A-Za-z0-9._-]+")
+_TOKEN = re.compile(r"(\*|[A-Za-z0-9._-]+)(?:/\S*)?")
+"""A crawler's name, which a version may follow."""
 _ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
 _UNRESERVED = re.compile(r"[A-Za-z0-9._~-]")
 _KEPT = "/%*$?=&:@!'()+,;~#[]"
@@ -28,6 +31,8 @@ _WITH_A_VALUE = frozenset(
     {"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"}
 )
 """Directives written `name: value`; every other name before a colon is a crawler's."""
+_NO_TRAINING = re.compile(r"(?i)(?<![\w-])(?:train-ai\s*=\s*\"?n|ai-train\s*=\s*\"?no)(?![\w-])")
+_USAGE_LINES = ("content-usage", "content-signal")
 
 
 @dataclass
@@ -102,15 +107,23 @@ class RobotsRules:
     """The rules of a file that concern one crawler: (pattern, whether it allows)."""
 
     rules: tuple[tuple[str, bool], ...]
+    """About fetching."""
+    usages: tuple[tuple[str, bool], ...] = ()
+    """About training."""
 
     def allow(self, url: str) -> bool:
-        """Whether the most specific rule allows `url`: the longest, of equal ones an allowing."""
+        """Whether the most specific rule of both kinds allows `url`: the longest, of equal ones an
+        allowing."""
         parts = urlsplit(url)
         path = _normalise(urlunsplit(("", "", parts.path or "/", parts.query, "")))
+        path = path.replace("*", "%2A").replace("$", "%24")  # as a pattern means them literally
         if path == "/robots.txt":
             return True
-        matching = [(len(p), allows) for p, allows in self.rules if _matches(p, path)]
-        return max(matching, default=(0, True))[1]
+        matching = (
+            [(len(p), allows) for p, allows in rules if _matches(p, path)]
+            for rules in (self.rules, self.usages)
+        )
+        return all(max(found, default=(0, True))[1] for found in matching)
 
 
 @dataclass
@@ -120,18 +133,19 @@ class _Entry:
 
 
 class Robots:
-    """The rules of the hosts met so far; safe for threads."""
+    """The rules in the file `name` of the hosts met so far; safe for threads."""
 
-    def __init__(self, read: ReadRules, token: str) -> None:
+    def __init__(self, read: ReadRules, token: str, name: str = "robots.txt") -> None:
         self._read = read
         self._token = token
+        self._name = name
         self._entries: dict[str, _Entry] = {}
         self._lock = threading.Lock()
 
     def is_allowed(self, url: str) -> bool:
         """Whether we may fetch `url`; raises what reading the rules raised, and asks again then."""
         parts = urlsplit(url)
-        place = urlunsplit((parts.scheme, parts.netloc, "/robots.txt", "", ""))
+        place = urlunsplit((parts.scheme, parts.netloc, f"/{self._name}", "", ""))
         with self._lock:
             entry = self._entries.setdefault(place, _Entry())
         with entry.lock:
@@ -145,11 +159,15 @@ def parse_rules(content: bytes | None, token: str) -> RobotsRules:
 
     Lines that cannot be understood forbid nothing.
     """
-    text = (content or b"")[:MAX_RULES_BYTES].decode("utf-8-sig", errors="replace")
+    kept = (content or b"")[:MAX_RULES_BYTES]
+    if len(kept) == MAX_RULES_BYTES:
+        kept = kept[: kept.rfind(b"\n") + 1]  # half a rule would be another one
+    text = kept.decode("utf-8-sig", errors="replace").replace("\r", "\n")
     found: dict[str, list[tuple[str, bool]]] = {}
+    usages: dict[str, list[tuple[str, bool]]] = {}
     agents: list[str] = []
     is_naming = False
-    for line in text.splitlines():
+    for line in text.split("\n"):
         name, _, value = (part.strip() for part in line.partition("#")[0].partition(":"))
         name = name.lower()
         if name == "user-agent":
@@ -157,14 +175,27 @@ def parse_rules(content: bytes | None, token: str) -> RobotsRules:
             is_naming = True
             agent = _TOKEN.match(value)
             if agent:
-                agents.append(agent[0].lower())
+                agents.append(agent[1].lower())
                 found.setdefault(agents[-1], [])
         elif name in ("allow", "disallow"):
             is_naming = False
             for agent_name in agents:
                 if value:  # an empty one allows everything, as no rule does
-                    found[agent_name].append((_normalise(value), name == "allow"))
-    return RobotsRules(tuple(found.get(token.lower(), found.get("*", []))))
+                    found[agent_name].append((_normalise_pattern(value), name == "allow"))
+        elif name in _USAGE_LINES:
+            is_naming = False
+            place = value.split()[0] if value.startswith("/") else "/"
+            rule = _normalise_pattern(place), not _NO_TRAINING.search(value)
+            for agent_name in agents:
+                usages.setdefault(agent_name, []).append(rule)
+    ours = token.lower() if token.lower() in found else "*"
+    return RobotsRules(tuple(found.get(ours, ())), tuple(usages.get(ours, ())))
+
+
+def _normalise_pattern(pattern: str) -> str:
+    """A pattern in the form of paths; only its last `$` is an anchor."""
+    normal = _normalise(pattern)
+    return normal[:-1].replace("$", "%24") + normal[-1:]
 
 
 def _normalise(path: str) -> str:
@@ -204,13 +235,17 @@ def declines_use(headers: Message, *, token: str, directives: Iterable[str], tdm
     Args:
         token: our name; directives addressed to others do not concern us.
         directives: X-Robots-Tag values that decline.
-        tdm: whether `tdm-reservation: 1` declines, too.
+        tdm: whether `tdm-reservation: 1` and `Content-Usage: train-ai=n` decline, too.
     """
     unwanted = {directive.strip().lower() for directive in directives}
     values = headers.get_all("X-Robots-Tag", [])
     if any(_for_us(str(value), token.lower()) & unwanted for value in values):
         return True
-    return tdm and str(headers.get("tdm-reservation", "")).strip() == "1"
+    if not tdm:
+        return False
+    reserved = any(str(v).strip() == "1" for v in headers.get_all("tdm-reservation", []))
+    usages = headers.get_all("Content-Usage", [])
+    return reserved or any(_NO_TRAINING.search(str(value)) for value in usages)
 
 
 def _for_us(value: str, token: str) -> Set[str]:
@@ -218,8 +253,9 @@ def _for_us(value: str, token: str) -> Set[str]:
     addressee, found = "", set()
     for part in value.lower().split(","):
         name, colon, rest = (piece.strip() for piece in part.partition(":"))
-        if colon and name not in _WITH_A_VALUE:
-            addressee, name = name, rest
+        agent = _TOKEN.fullmatch(name)  # which a date after unavailable_after is not
+        if colon and agent and name not in _WITH_A_VALUE:
+            addressee, name = agent[1], rest
         if addressee in ("", "*", token):
-            found.add(name)
+            found |= {"noindex", "nofollow"} if name == "none" else {name}
     return found

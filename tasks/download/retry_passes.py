@@ -117,7 +117,9 @@ def silent_hosts(finished: Sequence[FinishedShard], shards: Path, config: Downlo
         "deadline_s": min(config.deadline_s, LONGEST_S),
         "retries": 0,
         # a second request; the image was allowed when it was fetched
-        "politeness": config.politeness.model_copy(update={"respect_robots": False}),
+        "politeness": config.politeness.model_copy(
+            update={"respect_robots": False, "respect_ai_txt": False}
+        ),
     }
     fetcher = Fetcher(config.model_copy(update=limits))
 

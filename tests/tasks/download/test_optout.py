@@ -33,6 +33,10 @@ def message(*headers: tuple[str, str]) -> Message:
         ("max-image-preview: none", False),
         ("unavailable_after: 25 Jun 2010 15:00:00 PST, noai", True),
         ("noainess", False),
+        ("none", True),
+        ("otherbot: none", False),
+        ("evaclip/1.0: noai", True),
+        ("unavailable_after: Sunday, 25-Jun-10 15:00:00 PST, noai", True),
         ("", False),
         (":,:", False),
     ],
@@ -46,6 +50,16 @@ def test_every_line_of_a_repeated_header_counts() -> None:
     headers = message(("X-Robots-Tag", "otherbot: noindex"), ("x-robots-tag", "noml"))
     assert declines_use(headers, token="evaclip", directives=DIRECTIVES, tdm=True)
     assert not declines_use(headers, token="evaclip", directives=("noai",), tdm=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("train-ai=n", True), ("search=y, train-ai=n;x", True), ("train-ai=y", False), ("", False)],
+)
+def test_ietfs_preference_is_obeyed_if_wanted(value: str, expected: bool) -> None:
+    headers = message(("Content-Usage", value))
+    assert declines_use(headers, token="evaclip", directives=(), tdm=True) is expected
+    assert not declines_use(headers, token="evaclip", directives=(), tdm=False)
 
 
 @pytest.mark.parametrize(("value", "expected"), [("1", True), (" 1 ", True), ("0", False)])

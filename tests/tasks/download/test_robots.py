@@ -13,7 +13,7 @@ import pytest
 from tasks.download.config import DownloadConfig
 from tasks.download.fetch import Fetcher
 from tasks.download.fetch_outcome import REFUSALS, Outcome
-from tasks.download.politeness import parse_rules
+from tasks.download.politeness import MAX_RULES_BYTES, parse_rules
 
 
 @pytest.mark.parametrize(
@@ -39,10 +39,27 @@ from tasks.download.politeness import parse_rules
         ("User-agent: *\nDisallow: /%7Eme/\n", "/~me/1.png", False),
         ("User-agent: *\nDisallow: /\n", "/robots.txt", True),
         ("nothing at all: \0\n<html>", "/p.png", True),
+        ("User-agent: *\rDisallow: /\r", "/p.png", False),
+        ("User-agent: *\nDisallow: /a%2Ab\n", "/a*b", False),
+        ("User-agent: *\nDisallow: /a%2Ab\n", "/axb", True),
+        ("User-agent: *\nDisallow: /a$b\n", "/a$b/c", False),
+        ("User-agent: evaclip/2 (test)\nDisallow: /\n", "/p", False),
+        ("User-agent: evaclip2\nDisallow: /\n", "/p", True),
+        ("User-agent: *\nAllow: /\nContent-Usage: train-ai=n\n", "/p", False),
+        ("User-agent: *\nContent-Usage: train-ai=n\nContent-Usage: /a/ train-ai=y\n", "/a/b", True),
+        ("User-agent: *\nContent-Signal: search=yes, ai-train=no\n", "/p", False),
+        ("User-agent: *\nContent-Signal: ai-train=yes\n", "/p", True),
+        ("User-agent: *\nContent-Usage: pretrain-ai=n, train-ai=nearly\n", "/p", True),
     ],
 )
 def test_the_longest_matching_rule_of_our_groups_decides(rules, path, allowed) -> None:
     assert parse_rules(rules.encode(), "evaclip").allow(f"http://a.example{path}") == allowed
+
+
+def test_half_a_rule_at_the_end_of_what_is_read_is_none() -> None:
+    rules = b"User-agent: *\nDisallow: /\n" + b"#" * (MAX_RULES_BYTES - 37) + b"\nAllow: /public\n"
+    assert rules[:MAX_RULES_BYTES].endswith(b"\nAllow: /pu")
+    assert not parse_rules(rules, "evaclip").allow("http://a.example/pu")
 
 
 def test_a_pattern_of_many_stars_costs_no_time() -> None:
@@ -59,6 +76,9 @@ class _Target(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/robots.txt":
             self.answer(b"User-agent: *\nDisallow: /private/\n")
+            return
+        if self.path == "/ai.txt":
+            self.answer(b"User-Agent: *\nAllow: /\nDisallow: *.png\n")
             return
         with self.lock:
             _Target.now += 1
@@ -86,7 +106,7 @@ def names() -> Iterator[list[str]]:
 
     class Name(_Target):
         def do_GET(self) -> None:
-            if self.path == "/robots.txt":
+            if self.path in ("/robots.txt", "/ai.txt"):
                 self.answer(b"", 404)
                 return
             location = f"http://127.0.0.1:{target.server_port}{self.path}"
@@ -113,4 +133,7 @@ def test_slots_robots_and_opt_outs_hold_at_every_hop_of_a_redirect(names: list[s
     assert fetcher.fetch_image(f"{names[0]}/declined.jpg") == (None, REFUSALS[Outcome.OPTED_OUT])
     polite = Fetcher(DownloadConfig(**settings, politeness={**slots, "respect_robots": True}))
     assert polite.fetch_image(f"{names[0]}/private/b.jpg") == (None, REFUSALS[Outcome.ROBOTS_TXT])
+    assert polite.fetch_image(f"{names[0]}/b.jpg") == (b"image", None)
+    polite = Fetcher(DownloadConfig(**settings, politeness={**slots, "respect_ai_txt": True}))
+    assert polite.fetch_image(f"{names[0]}/b.png") == (None, REFUSALS[Outcome.OPTED_OUT])
     assert polite.fetch_image(f"{names[0]}/b.jpg") == (b"image", None)
