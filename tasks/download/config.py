@@ -89,7 +89,11 @@ class DownloadConfig(Config):
     """The `[download]` table; defaults are what LAION's own downloads used, made safe."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
-        **{name: f"politeness.{name}" for name in PolitenessConfig.model_fields},
+        **{
+            name: f"politeness.{name}"
+            for name in PolitenessConfig.model_fields
+            if name not in PolitenessConfig.ADDED
+        },
         **{name: f"storage.{name}" for name in StorageConfig.model_fields},
     }
 
