@@ -7,19 +7,28 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import socket
 from urllib.parse import urlsplit
 
 import idna
 
 _ASCII_HOST = re.compile(r"[a-z0-9._-]*[a-z0-9_-]")
 _LONGEST_LABEL = 63
-_ENTRY_OF_AD_BLOCKER = re.compile(r"\|\|([^/^$|*]+)\^")
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
+_HOST_RULE = re.compile(
+    r"\|\|(?:\*\.)?([^/^$|*]+)\^?\|?(?:\$(?:important|all|document|doc))?"
+    r"|(?:address|server|local)=/([^/]+)/\S*"
+)
 _COMMENT = re.compile(r"(?:^|\s)#.*")
 
 
 def normalise_host(host: str) -> str | None:
-    """A host name in lower-case ASCII without the root's dot; none when it has no such form."""
+    """A host name in lower-case ASCII without the root's dot, an IP address in its usual spelling
+    (`0x7f.1` is `127.0.0.1`); none when it has no such form."""
     name = host.lower()
+    if name.startswith("["):
+        address = _parse_address(name.strip("[]"))
+        return f"[{address.compressed}]" if address and address.version == 6 else None
     if not name.isascii():
         try:
             mapped = idna.uts46_remap(host, std3_rules=False, transitional=False)
@@ -33,6 +42,11 @@ def normalise_host(host: str) -> str | None:
             return None
         name = ".".join(labels).lower()
     name = name.removesuffix(".")
+    if _NUMBER.fullmatch(name.rpartition(".")[2]):  # as in a browser; a top-level domain is a word
+        try:
+            return socket.inet_ntoa(socket.inet_aton(name)) if name.isascii() else None
+        except OSError:
+            return None
     return name if _ASCII_HOST.fullmatch(name) else None
 
 
@@ -60,7 +74,9 @@ def normalise_web_address(url: str) -> str:
     parts = urlsplit(url)
     credentials, at, authority = parts.netloc.rpartition("@")
     name, colon, port = authority.partition(":")
-    host = None if authority.startswith("[") else normalise_host(name)
+    if authority.startswith("["):
+        name, colon, port = re.match(r"([^]]*]?)(:?)(.*)", authority).groups()  # type: ignore[union-attr]
+    host = normalise_host(name)
     netloc = f"{credentials}{at}{host}{colon}{port}" if host else parts.netloc
     path = re.sub("%2e", ".", parts.path, flags=re.IGNORECASE)
     if not re.search(r"/\.\.?(?:/|$)", path):
@@ -74,31 +90,31 @@ def read_host_entry(line: str) -> list[str] | None:
     """The host names that a line of a domain blocklist means; none when it cannot be understood.
 
     Lists are published as plain names, `.name` or `*.name`, hosts files (an address, then names),
-    addresses of sites, and rules of ad blockers (`||name^`), with comments behind # or !.
+    addresses of sites, rules of ad blockers for whole hosts (`||name^`, `||name^$important`) and of
+    dnsmasq (`address=/name/0.0.0.0`), with comments behind # or !.
     """
     words = [] if line.startswith(("!", "[Adblock")) else _COMMENT.sub("", line).split()
     if len(words) > 1:
-        if not _is_ip_address(words[0]):
+        if not _parse_address(words[0]):
             return None
         words = words[1:]
     names = []
     for word in words:
-        rule = _ENTRY_OF_AD_BLOCKER.fullmatch(word)
-        word = rule[1] if rule else word.removeprefix("*").removeprefix(".")
+        rule = _HOST_RULE.fullmatch(word)
+        word = rule[1] or rule[2] if rule else word.removeprefix("*").removeprefix(".")
         if "://" in word:
             scheme, _, rest = word.partition("://")
             word = rest.removesuffix("/") if scheme.lower() in ("http", "https") else ""
         bare = word.strip("[]")
-        name = f"[{bare.lower()}]" if ":" in bare and _is_ip_address(bare) else normalise_host(word)
+        name = normalise_host(f"[{bare}]" if ":" in bare else word)
         if name is None:
             return None
         names.append(name)
     return names
 
 
-def _is_ip_address(text: str) -> bool:
+def _parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        ipaddress.ip_address(text)
+        return ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
-        return False
-    return True
+        return None

@@ -148,12 +148,13 @@ class SourceConfig(Config):
 
 
 class BlocklistConfig(Config):
-    """Text files with one entry a line; empty lines and lines that begin with # do not count."""
+    """Text files with one entry a line, or CSV files with a column of that name; empty lines and
+    lines that begin with # do not count. What is not understood is refused by its line."""
 
     urls: tuple[str, ...] = ()
     """URLs, compared after normalisation: scheme, port and escapes do not matter."""
     domains: tuple[str, ...] = ()
-    """Host names; a name blocks the hosts below it too."""
+    """Host names; a name blocks the hosts below it too. Hosts files and ad blockers' rules, too."""
     hashes: tuple[str, ...] = ()
     """Hashes in hex: md5 or sha256 of a URL (as published, or as fetched), or whatever the source's
     image_hash column holds."""

@@ -28,6 +28,11 @@ HOST_AND_ABOVE = (
     ),
 )
 HASHES = ("md5(url)", "md5(raw_url)", "sha256(url)", "sha256(raw_url)", "lower(image_hash)")
+LISTED = (
+    ", CASE WHEN reason IN ('blocked_url', 'blocked_domain', 'blocked_hash') "
+    f"THEN [address, {', '.join((*HOST_AND_ABOVE, *HASHES))}] END AS listed"
+)
+"""SQL of the entries of blocklists that a blocked row may match."""
 
 
 class Rule(NamedTuple):

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import fsspec
 
 from evaclip_model.errors import InputError, shorten_error
-from evaclip_model.reading.urls import is_url, read_text
+from evaclip_model.reading.urls import is_url
 from tasks.artifacts.artifact import fingerprint_files
 from tasks.index.adopted_shards import REMOTE_MARKS
 from tasks.merge.config import MergeConfig, SourceConfig
@@ -128,32 +128,3 @@ def remote_fingerprint(paths: Sequence[str]) -> str:
     """Identity of files behind URLs, without reading them: 16 hex characters."""
     text = "\0".join("\0".join(file_identity(path)) for path in paths)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def read_lists(
-    paths: Sequence[str], read_line: Callable[[str], Sequence[str] | None], forms: str
-) -> list[str]:
-    """The entries of text files, as `read_line` understands the lines that are not comments.
-
-    Raises:
-        InputError: a file is missing or is not text; or a line cannot be understood, for which
-            `read_line` gives None: the sentence says which, and that it must be one of `forms`.
-    """
-    entries: list[str] = []
-    for path in paths:
-        try:
-            lines = read_text(path).split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"blocklist {path} cannot be read ({shorten_error(error)}): name a text file with "
-                "one entry a line"
-            ) from error
-        for number, line in enumerate(map(str.strip, lines), start=1):
-            found = read_line(line) if line and not line.startswith("#") else ()
-            if found is None:
-                raise InputError(
-                    f"blocklist {path}, line {number}: '{line[:80]}' is not {forms}: correct the "
-                    "line or take it out"
-                )
-            entries += found
-    return entries

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,11 +23,11 @@ import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
 
 from evaclip_model.files import replace_file, write_atomically
+from tasks.merge.blocklists import BLOCKED_TABLES, read_lists
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import (
     copy_statement,
@@ -39,9 +38,8 @@ from tasks.merge.database import (
     open_database,
     stream_batches,
 )
-from tasks.merge.filters import reason_expression, rule_parameters
+from tasks.merge.filters import LISTED, reason_expression, rule_parameters
 from tasks.merge.merge_plan import MergePlan, MetadataFile, make_once, read_cuts
-from tasks.merge.metadata_files import read_lists
 from tasks.merge.schema import (
     BROKEN_TEXT,
     NOT_BROKEN,
@@ -57,11 +55,10 @@ from tasks.merge.shuffle import (
     rows_per_run,
     write_rows,
 )
-from tasks.web_addresses import read_host_entry
 
 COMPRESSION: Mapping[str, Any] = {"compression": "zstd", "compression_level": 1}
 MATCHED = "matched.json"
-"""Blocked addresses and host names that a metadata file's rows have, in the folder of its rows."""
+"""Entries of blocklists that a metadata file's rows match, in the folder of its rows."""
 IMAGE_HASH = "image_hash"
 """Further column of the output, where the recipe's download compares hashes."""
 OUTPUT = pa.schema(
@@ -130,34 +127,26 @@ def fill_blocklists(connection: DuckDBPyConnection, config: MergeConfig) -> None
     Raises:
         InputError: a list cannot be read, or a line of it cannot be understood.
     """
-    lists = config.filters.blocklists
     addresses = (
         "WITH published AS (SELECT unnest($entries::VARCHAR[]) AS raw_url, "
         f"NULL::VARCHAR AS raw_caption), {load_statement('normalise')} "
         "SELECT DISTINCT address AS entry FROM normalised WHERE address IS NOT NULL"
     )
-    plain = "SELECT unnest($entries::VARCHAR[]) AS entry"
-    for table, query, paths, read_line, forms in (
-        ("blocked_addresses", addresses, lists.urls, _read_url_entry, "a URL"),
-        (
-            *("blocked_domains", plain, lists.domains, read_host_entry),
-            "a host name, a line of a hosts file or a rule ||name^",
-        ),
-        ("blocked_hashes", plain, lists.hashes, _read_hash_entry, "a hash"),
-    ):
-        if paths:
-            entries = read_lists(paths, read_line, forms)
+    for table, entry in BLOCKED_TABLES.items():
+        if paths := entry.paths(config.filters.blocklists):
+            query = (
+                addresses if table == "blocked_addresses" else "SELECT unnest($entries) AS entry"
+            )
+            entries = read_lists(paths, entry)
             connection.execute(f"CREATE TEMP TABLE {table} AS {query}", {"entries": entries})
 
 
 def read_blocked(connection: DuckDBPyConnection, config: MergeConfig) -> set[str]:
-    """The addresses and host names that are blocked, of the tables that `fill_blocklists` made."""
-    lists = config.filters.blocklists
-    tables = [("blocked_addresses", lists.urls), ("blocked_domains", lists.domains)]
+    """The entries of the tables that `fill_blocklists` made."""
     return {
         entry
-        for table, paths in tables
-        if paths
+        for table, form in BLOCKED_TABLES.items()
+        if form.paths(config.filters.blocklists)
         for (entry,) in connection.execute(f"SELECT entry FROM {table}").fetchall()
     }
 
@@ -165,28 +154,10 @@ def read_blocked(connection: DuckDBPyConnection, config: MergeConfig) -> set[str
 def _note_matches(
     judged: Iterable[pa.RecordBatch], blocked: Set[str], matched: set[str]
 ) -> Iterator[pa.RecordBatch]:
-    """The batches as they are; the `blocked` entries of their rows are added to `matched`."""
+    """The batches without `listed`; the `blocked` entries of their rows are added to `matched`."""
     for batch in judged:
-        is_blocked = pc.is_in(batch["reason"], pa.array(["blocked_url", "blocked_domain"]))
-        for url in batch["url"].filter(is_blocked).to_pylist():
-            address = url.partition("://")[2]
-            labels = re.split(r"[/:](?![^\[]*\])", address, maxsplit=1)[0].split(".")
-            above = (".".join(labels[place:]) for place in range(len(labels)))
-            matched |= blocked & {address, *above}
-        yield batch
-
-
-def _read_url_entry(line: str) -> list[str] | None:
-    """The URL of a line, which may lack its scheme; the scheme does not matter."""
-    url = re.split(r"\s+#", line)[0]
-    scheme, separator, _ = url.partition("://")
-    if separator:
-        return [url] if scheme.lower() in ("http", "https") else None
-    return [f"http://{url}"] if re.match(r"[\w.-]+\.\w+(?:[:/?]|$)", url) else None
-
-
-def _read_hash_entry(line: str) -> list[str]:
-    return [line.split()[0].lower()]
+        matched |= blocked & set(batch["listed"].drop_null().flatten().to_pylist())
+        yield batch.drop_columns(["listed"])
 
 
 class KeySplit(NamedTuple):
@@ -315,6 +286,7 @@ def scan_query(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]
         normalise=load_statement("normalise"),
         columns=file.columns,
         rows=rows,
+        listed=LISTED if any(vars(plan.config.filters.blocklists).values()) else "",
     )
     return query, {
         **rule_parameters(plan.config.filters),
@@ -342,7 +314,7 @@ def _scan_file(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> 
             query, parameters = scan_query(plan, replace(file, path=path, columns=columns))
             judged = stream_batches(connection, query, parameters, rows_per_run(plan.partitions))
             matched: set[str] = set()
-            if blocked:
+            if any(vars(plan.config.filters.blocklists).values()):
                 judged = _note_matches(judged, blocked, matched)
             write_rows(judged, folder, file.source, plan.partitions)
             write_atomically(folder / MATCHED, json.dumps(sorted(matched)))

@@ -17,6 +17,12 @@ from tasks.web_addresses import normalise_host, normalise_web_address, read_host
         ("a" * 63 + "ä.example", None),
         ("", None),
         (".", None),
+        ("0x7F.1", "127.0.0.1"),
+        ("2130706433.", "127.0.0.1"),
+        ("1.2.3.4.5", None),
+        ("a.09", None),
+        ("[::FFFF:0:0001]", "[::ffff:0:1]"),
+        ("[a]", None),
     ],
 )
 def test_a_host_has_one_normal_form(host: str, normal: str | None) -> None:
@@ -28,7 +34,8 @@ def test_a_host_has_one_normal_form(host: str, normal: str | None) -> None:
     [
         ("http://A.example./x/%2e%2E/private/b?q=/../", "http://a.example/private/b?q=/../"),
         ("https://u:p@bücher.example:80/x", "https://u:p@xn--bcher-kva.example:80/x"),
-        ("http://[::1]:80/../a", "http://[::1]:80/a"),
+        ("http://[::01]:80/../a", "http://[::1]:80/a"),
+        ("http://[::01]/a", "http://[::1]/a"),
         ("data:,x", "data:,x"),
     ],
 )
@@ -47,6 +54,10 @@ def test_an_address_is_asked_for_in_its_normal_form(url: str, normal: str) -> No
         ("||bad.example^", ["bad.example"]),
         ("! title of a list", []),
         ("::1", ["[::1]"]),
+        ("||bad.example^$important", ["bad.example"]),
+        ("||bad.example^$third-party", None),
+        ("address=/bad.example/0.0.0.0", ["bad.example"]),
+        ("fe80::1%lo0 localhost", ["localhost"]),
         ("@@||good.example^", None),
         ("bad.example/path", None),
         ("two words", None),

@@ -15,7 +15,8 @@ seen AS (
     coalesce(regexp_full_match(
       raw_url,
       'https?://[a-z0-9._\-]*[a-z0-9_\-]/(?:[A-Za-z0-9\-._~!$&''()*+,;=:@/?]|%(?:[0189A-F][0-9A-F]|2[0-9A-CF]|3[A-F]|[46]0|5[B-E]|7[BCDF]))*'
-    ), false) AND NOT contains(raw_url, '/.') AS is_normal
+    ), false) AND NOT contains(raw_url, '/.')
+      AND NOT regexp_matches(raw_url, '^https?://(?:[^/]*\.)?(?:[0-9]+|0x[0-9a-f]*)/') AS is_normal
   FROM published
 ),
 trimmed AS (
@@ -41,7 +42,7 @@ addressed AS (
         WHEN parts.scheme = '' OR TRY_CAST(parts.port AS INTEGER) NOT BETWEEN 1 AND 65535 THEN NULL
         ELSE
           CASE
-            WHEN regexp_full_match(parts.host, '[A-Za-z0-9._\-]*[A-Za-z0-9_\-]|\[.*') THEN lower(parts.host)
+            WHEN regexp_full_match(parts.host, '(?:[A-Za-z0-9._\-]*\.)?[A-Za-z_\-][A-Za-z0-9_\-]*') THEN lower(parts.host)
             ELSE normalise_host(parts.host) END ||
           CASE
             WHEN parts.port = '' THEN ''

@@ -1,6 +1,6 @@
 -- One metadata file: of every row that passes what the output needs, of every other row the first
--- rule it fails; of rows on a blocklist also the URL, by which the entries that match are known. The key is what duplicates share and, as the seed is in it, also the place in the
--- selection order.
+-- rule it fails; of rows on a blocklist also the entries that they may match (`listed`). The key is
+-- what duplicates share and, as the seed is in it, also the place in the selection order.
 WITH published AS (
   SELECT file_row_number AS row_in_file,
     {columns}
@@ -14,11 +14,11 @@ SELECT
   row_in_file,
   reason,
   CASE WHEN reason IS NULL THEN md5($seed::VARCHAR || ':' || address) END AS key,
-  CASE WHEN reason IS NULL OR reason IN ('blocked_url', 'blocked_domain') THEN url END AS url,
+  CASE WHEN reason IS NULL THEN url END AS url,
   CASE WHEN reason IS NULL THEN caption END AS caption,
   CASE WHEN reason IS NULL AND $keeps_hash THEN image_hash END AS image_hash,
   original_id,
   similarity,
   width AS width_hint,
-  height AS height_hint
+  height AS height_hint{listed}
 FROM judged

@@ -52,7 +52,9 @@ def _host_and_port(authority: str) -> tuple[str | None, str]:
     host, port = match[1].lower(), match[2] or ""
     if port and not 1 <= int(port) <= 65535:
         return None, "bad"
-    if not host.startswith("["):
+    if host.startswith("[") or re.fullmatch(r"[0-9]+|0x[0-9a-f]*", host.rstrip(".").split(".")[-1]):
+        host = normalise_host(match[1])  # type: ignore[assignment]
+    else:
         named = host.removesuffix(".") if host.isascii() else normalise_host(match[1])
         if named is None or not re.fullmatch(r"[a-z0-9._-]+", named) or named.endswith("."):
             return None, ""

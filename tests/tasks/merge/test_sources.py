@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaclip_model.errors import InputError
+from tasks.merge.blocklists import BLOCKED_TABLES, read_lists
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import laion_hashes
 from tasks.merge.inspect_metadata import inspect_files
@@ -289,11 +291,39 @@ def test_entries_of_blocklists_that_match_no_row_are_named_in_the_report(tmp_pat
     path = write(tmp_path / "a.parquet", metadata.COYO_700M, [*rows, coyo(4)])
     (tmp_path / "hosts").write_text("0.0.0.0 bad.example absent.example\n[::1]\n")
     (tmp_path / "urls").write_text("https://img1.bad.example/x\nabsent.example/y\n")
-    lists = {"domains": [str(tmp_path / "hosts")], "urls": [str(tmp_path / "urls")]}
+    digest = hashlib.md5(coyo(4)["url"].encode()).hexdigest().upper()
+    (tmp_path / "hashes").write_text(f"md5:{digest}  a.jpg\n{'0' * 32}\n")
+    lists = {kind: [str(tmp_path / kind)] for kind in ("urls", "hashes")}
+    lists["domains"] = [str(tmp_path / "hosts")]
     merged(tmp_path, {"files": str(path)}, filters={"blocklists": lists})
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["blocked_nothing"] == ["absent.example", "absent.example/y"]
+    assert report["blocked_nothing"] == ["0" * 32, "absent.example", "absent.example/y"]
     assert report["total"]["dropped"]["blocked_domain"] == 3
+    assert report["total"]["dropped"]["blocked_hash"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('\ufeffid,URL,added\n# one\n1,"http://1.example/a.jpg",x\n', None),
+        ('# title\n# "id","url"\n"1","http://1.example/a.jpg"\n', None),
+        ("id,address\n1,http://1.example/a.jpg\n", "has no column url"),
+        ("url\n\nftp://1.example\n", "line 3: 'ftp://1.example' is not a URL"),
+        ("id,url\n1\n", "line 2: '1' is not a URL"),
+        ("", None),
+    ],
+)
+def test_a_blocklist_may_be_a_csv_with_a_header(
+    text: str, sentence: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "list.csv"
+    path.write_text(text)
+    entry = BLOCKED_TABLES["blocked_addresses"]
+    if sentence is None:
+        assert read_lists([str(path)], entry) == (["http://1.example/a.jpg"] if text else [])
+        return
+    with pytest.raises(InputError, match=sentence):
+        read_lists([str(path)], entry)
 
 
 def test_everything_a_merge_reads_is_named_once() -> None:
