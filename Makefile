@@ -3,11 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-<<<<<<< HEAD
-.PHONY: help setup demo test check test-guides coverage test-faults test-download-faults test-resume test-browser pictures test-crash-table test-train-faults test-launch test-retrain test-restore test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace bench-registry bench-eval bench-probe bench-tuning acceptance finetune test-spark up down clean check-gpu check-infra dry-run-eval
-=======
-.PHONY: help setup demo test check test-guides coverage test-faults test-download-faults test-resume test-browser pictures test-crash-table test-train-faults test-launch test-retrain test-restore test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace bench-registry bench-eval bench-probe acceptance test-spark up down clean audit update-constraints check-gpu check-infra dry-run-eval
->>>>>>> 517d3e2 (Everything but PyTorch is installed by hash, what builds it too; make update-constraints and make audit are uv's and pip-audit's)
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 .DEFAULT_GOAL := help
 
 help: ## this list
