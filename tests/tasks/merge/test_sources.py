@@ -288,7 +288,7 @@ def test_a_blocklist_at_a_url_of_no_known_kind_is_one_sentence(tmp_path: Path) -
 def test_entries_of_blocklists_that_match_no_row_are_named_in_the_report(tmp_path: Path) -> None:
     rows = [{**coyo(number), "url": f"http://img{number}.bad.example/x"} for number in range(3)]
     rows.append({**coyo(3), "url": "http://[::1]:8080/x"})
-    path = write(tmp_path / "a.parquet", metadata.COYO_700M, [*rows, coyo(4)])
+    path = write(tmp_path / "a.parquet", metadata.COYO_700M, [*rows, coyo(4), coyo(5)])
     (tmp_path / "hosts").write_text("0.0.0.0 bad.example absent.example\n[::1]\n")
     (tmp_path / "urls").write_text("https://img1.bad.example/x\nabsent.example/y\n")
     digest = hashlib.md5(coyo(4)["url"].encode()).hexdigest().upper()
