@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*/\1/p' $(firstword $(MAKEFILE_LIST)))
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*/\1/p' $(firstword $(MAKEFILE_LIST))) help setup demo test check test-guides coverage test-faults test-download-faults test-resume test-browser pictures test-crash-table test-train-faults test-launch test-retrain test-restore test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace bench-registry bench-eval bench-probe bench-tuning acceptance finetune test-spark up down clean check-gpu check-infra dry-run-eval audit update-constraints interval-table
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -155,6 +155,9 @@ bench-eval: $(VENV)/.dev ## text classifiers and a whole evaluation beside open_
 
 bench-probe: $(VENV)/.dev ## linear probe and kNN beside scikit-learn's and clip_benchmark's, on the same features (1 min)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_probe.py
+
+interval-table: $(VENV)/.dev ## how often the intervals of figures hold the truth, by simulation, as the table of docs/evaluate.md (3 min)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/interval_coverage.py
 
 up: $(VENV)/.pipeline ## Prefect server and UI, MLflow, and workers with the deployments
 	@$(PY) infra/up.py up

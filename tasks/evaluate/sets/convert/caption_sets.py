@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from evaclip_model.errors import InputError
-from tasks.evaluate.sets.convert.label_table import PATH_COLUMNS, choose_split, read_rows
+from tasks.evaluate.sets.convert.label_table import (
+    PATH_COLUMNS,
+    choose_split,
+    plain_column,
+    read_rows,
+)
 from tasks.evaluate.sets.convert.shard_writer import Source
 from tasks.evaluate.sets.convert.source_images import (
     FileFinder,
@@ -144,7 +149,7 @@ def _read_text(listing: Path, split: str) -> Captions:
 
 
 def _find_columns(columns: Sequence[str], listing: Path) -> tuple[str, str]:
-    plain = {column.strip().casefold(): column for column in reversed(columns)}
+    plain = {plain_column(column): column for column in reversed(columns)}
     image = next((plain[name] for name in PATH_COLUMNS if name in plain), None)
     caption = next((plain[name] for name in _CAPTION_COLUMNS if name in plain), None)
     if image is None or caption is None:

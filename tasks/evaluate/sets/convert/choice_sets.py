@@ -16,7 +16,7 @@ from typing import Any
 
 from evaclip_model.errors import InputError
 from tasks.evaluate.sets.choice_questions import Question
-from tasks.evaluate.sets.convert.label_table import PATH_COLUMNS, read_rows
+from tasks.evaluate.sets.convert.label_table import PATH_COLUMNS, plain_column, read_rows
 from tasks.evaluate.sets.convert.shard_writer import Source
 from tasks.evaluate.sets.convert.source_images import FileFinder, image_source
 
@@ -85,7 +85,7 @@ def _read_question(
         if not set(right) <= set(named):
             raise InputError(f"{where} has associations that are not candidates: {_FORMS}")
         return named, [text], [(place, 0) for place, one in enumerate(named) if one in right]
-    plain = {column.strip().casefold(): value for column, value in row.items()}
+    plain = {plain_column(column): value for column, value in row.items()}
     image = next((plain[name] for name in PATH_COLUMNS if plain.get(name)), None)
     wrong = [text for name, value in plain.items() if "negative" in name for text in _texts(value)]
     if image is None or not plain.get("caption") or not wrong:

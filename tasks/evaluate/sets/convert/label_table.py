@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".txt", ".lst", ".list", *_JSON_SU
 _FORMS = "expected .csv, .tsv, .jsonl, .parquet, or .txt with a path and a label a line"
 _SEPARATORS = "|;,"
 _SPLIT = "split"
+_MOST_PATH = 1024
 _WHOLE_FLOAT = re.compile(r"\d+\.0")
 Row = Mapping[str, Any]
 """Column -> cell."""
@@ -193,11 +195,12 @@ def _text_rows(listing: Path, images: Path | None) -> tuple[tuple[str, ...], lis
         text = listing.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8 text") from None
-    rows = [row for row in _read_cells(listing, text) if any(cell.strip() for cell in row)]
+    cells = _read_cells(listing, text, images)
+    rows = [row for row in cells if any(cell.strip() for cell in row)]
     if not rows:
         raise InputError(f"{listing} is empty: {_FORMS}")
     head = [cell.strip() for cell in rows[0]]
-    known = {cell.casefold() for cell in head} & {*PATH_COLUMNS, *LABEL_COLUMNS}
+    known = set(map(plain_column, head)) & {*PATH_COLUMNS, *LABEL_COLUMNS}
     is_file = images is not None and bool(head[0]) and (images / head[0]).is_file()
     begins = not is_file and (bool(known) or len(head) > 2)
     if not begins and len(head) != 2:
@@ -215,7 +218,7 @@ def _text_rows(listing: Path, images: Path | None) -> tuple[tuple[str, ...], lis
     return columns, [dict(zip(columns, map(str.strip, row), strict=True)) for row in rest], first
 
 
-def _read_cells(listing: Path, text: str) -> Iterator[list[str]]:
+def _read_cells(listing: Path, text: str, images: Path | None) -> Iterator[list[str]]:
     first = text.lstrip("\n").partition("\n")[0]
     suffix = listing.suffix.lower()
     if suffix == ".tsv" or (suffix != ".csv" and "\t" in first):
@@ -227,7 +230,19 @@ def _read_cells(listing: Path, text: str) -> Iterator[list[str]]:
         )
     if "," in first and " " not in first.strip():
         return csv.reader(io.StringIO(text, newline=""))
-    return (line.strip().rsplit(None, 1) for line in text.splitlines())
+    return (_split_line(line.strip(), images) for line in text.splitlines())
+
+
+def _split_line(line: str, images: Path | None) -> list[str]:
+    """A path and the label behind it, either of which may have spaces: the first words that are a
+    file; else all but the last."""
+    for space in re.finditer(r"\s+", line[:_MOST_PATH]) if images else ():
+        name = line[: space.start()]
+        if os.path.isfile(
+            os.path.join(str(images), name)
+        ):  # unlike Path's, no error for long names
+            return [name, line[space.end() :]]
+    return line.rsplit(None, 1)
 
 
 def choose_split(rows: list[tuple[str, Row]], split: str, listing: Path) -> list[tuple[str, Row]]:
@@ -252,6 +267,11 @@ def _tab_separated(text: str) -> Iterator[list[str]]:
     return iter(list(plain))
 
 
+def plain_column(name: str) -> str:
+    """A column's name as the lists of known ones write it."""
+    return name.strip().casefold().replace(" ", "_")
+
+
 def _find_column(
     columns: Sequence[str], asked: str, known: Sequence[str], listing: Path, what: str
 ) -> str:
@@ -260,7 +280,7 @@ def _find_column(
         if asked not in columns:
             raise InputError(f"{listing} has no column '{asked}'; it has {there}")
         return asked
-    plain = {column.strip().casefold().replace(" ", "_"): column for column in reversed(columns)}
+    plain = {plain_column(column): column for column in reversed(columns)}
     for name in known:
         if name in plain:
             return plain[name]
