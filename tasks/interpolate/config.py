@@ -24,4 +24,6 @@ class InterpolateConfig(Config):
     choose_on: tuple[str, ...] = Field(min_length=1)
     """Evaluation sets on whose mean figure the best is taken."""
     keep_on: tuple[str, ...] = ()
-    """Evaluation sets on which what is taken has no certain loss against the start."""
+    """Evaluation sets on which what is taken loses little against the start."""
+    max_loss_points: float = Field(default=1.0, ge=0)
+    """Most that a figure of these may lose, in points, as the gate's rule of this name has it."""

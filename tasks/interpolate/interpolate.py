@@ -23,8 +23,7 @@ from tasks.interpolate.config import CHOICE, InterpolateConfig
 from tasks.progress import Report
 
 Evaluate = Callable[[Mapping[str, Path], Path], Mapping[str, Any]]
-"""From models (name -> folder), the first of which the others are compared with, and a folder for
-its files, to the content of `results.json`."""
+"""From models (name -> folder) and a folder for its files to the content of `results.json`."""
 _START = "0"
 
 
@@ -44,7 +43,7 @@ def interpolate_models(
         judged: metrics whose mean over `choose_on` is the figure.
 
     Raises:
-        InputError: the models do not fit each other; every weight loses for certain.
+        InputError: the models do not fit each other; every weight loses too much.
     """
     folders: dict[str, Path] = {}
     for weight in sorted({0.0, *config.weights}):
@@ -53,7 +52,7 @@ def interpolate_models(
         save_model(interpolate_weights(start, end, weight), folders[f"{weight:g}"])
     results = evaluate(folders, out / "evaluation")
     means = {name: _mean_of(results, name, config.choose_on, judged) for name in folders}
-    lost = {name: find_losses(results, name, config.keep_on, judged) for name in folders}
+    lost = {name: find_losses(results, name, config, judged) for name in folders}
     chosen = choose_weight(config, means, lost)
     model = out / MODEL_FOLDER
     shutil.rmtree(model, ignore_errors=True)
@@ -72,7 +71,7 @@ def interpolate_models(
 def choose_weight(
     config: InterpolateConfig, means: Mapping[str, float], lost: Mapping[str, Sequence[str]]
 ) -> str:
-    """The weight of the best mean among those without a certain loss; of equal ones the lowest.
+    """The weight of the best mean among those that lose nothing much; of equal ones the lowest.
 
     Raises: InputError: there is none.
     """
@@ -80,24 +79,23 @@ def choose_weight(
     fit = [name for name in names if not lost[name]]
     if not fit:
         raise InputError(
-            f"every weight of [interpolate] loses for certain on {', '.join(lost[names[0]])}: add "
-            "lower ones to interpolate.weights, such as 0.1, or 0 for the start itself"
+            f"every weight of [interpolate] loses more than max_loss_points on "
+            f"{', '.join(lost[names[0]])}: add lower ones to interpolate.weights, such as 0.1, or "
+            "0 for the start itself"
         )
     return max(fit, key=lambda name: means[name])
 
 
 def find_losses(
-    results: Mapping[str, Any], name: str, sets: Sequence[str], judged: Sequence[str]
+    results: Mapping[str, Any], name: str, config: InterpolateConfig, judged: Sequence[str]
 ) -> list[str]:
-    """SET.METRIC of every certain loss of a weight against the start: the paired 95 % interval of
-    the start's lead lies above 0."""
-    if name == _START:
-        return []
+    """SET.METRIC of every figure that a weight makes too much worse than the start has it."""
     return [
         f"{one}.{metric}"
-        for one in sets
-        for metric, pair in results["paired"][one][name].items()
-        if metric in judged and pair["interval"][0] > 0
+        for one in config.keep_on
+        for metric, value in results["results"][one][_START].items()
+        if metric in judged
+        and 100 * (value - results["results"][one][name][metric]) > config.max_loss_points
     ]
 
 

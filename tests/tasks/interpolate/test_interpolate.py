@@ -57,15 +57,11 @@ def test_the_command_writes_a_model(
     assert "holds no weights" in capsys.readouterr().err
 
 
-def results_of(new: Mapping[str, float], old_lead: Mapping[str, float]) -> dict[str, Any]:
-    """Figures of a set `new`, and the start's lead on a set `old`, certain beyond 0.1."""
-    pairs = {
-        name: {"top1": {"difference": lead, "interval": [lead - 0.1, lead + 0.1]}}
-        for name, lead in old_lead.items()
-    }
+def results_of(new: Mapping[str, float], lost: Mapping[str, float]) -> dict[str, Any]:
+    """Figures of a set `new`, and of a set `old` on which the start has 0.9."""
     figures = {name: {"top1": value, "top5": 1.0, "n": 9} for name, value in new.items()}
-    olds = {name: {"top1": 0.9 - old_lead.get(name, 0.0)} for name in new}
-    return {"results": {"new": figures, "old": olds}, "paired": {"new": {}, "old": pairs}}
+    olds = {name: {"top1": 0.9 - loss, "top5": 0.0} for name, loss in lost.items()}
+    return {"results": {"new": figures, "old": {"0": {"top1": 0.9, "top5": 1.0}, **olds}}}
 
 
 def test_the_best_that_loses_nothing_is_written_with_the_figures_of_all(
@@ -77,7 +73,7 @@ def test_the_best_that_loses_nothing_is_written_with_the_figures_of_all(
     def evaluate(models: Mapping[str, Path], folder: Path) -> dict[str, Any]:
         assert all((place / "model.safetensors").is_file() for place in models.values())
         seen.append(list(models))
-        return results_of(new, {"0.5": 0.05, "0.75": -0.2, "1": 0.2})
+        return results_of(new, {"0.5": 0.005, "0.75": -0.2, "1": 0.02})
 
     config = InterpolateConfig(weights=(1, 0.75, 0.5), choose_on=("new",), keep_on=("old",))
     made = interpolate_models(config, *pair, evaluate, ("top1",), tmp_path, report_nothing)
@@ -91,12 +87,14 @@ def test_the_best_that_loses_nothing_is_written_with_the_figures_of_all(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["choice.json", "model"]
 
 
-def test_only_a_certain_loss_excludes_and_where_all_lose_a_sentence_says_so() -> None:
-    results = results_of({}, {"0.5": 0.09, "1": 0.11})
-    lost = {name: find_losses(results, name, ["old"], ["top1"]) for name in ("0", "0.5", "1")}
+def test_where_every_weight_loses_too_much_a_sentence_says_so() -> None:
+    results = results_of({}, {"0.5": 0.019, "1": 0.021})
+    config = InterpolateConfig(
+        weights=(1,), choose_on=("new",), keep_on=("old",), max_loss_points=2
+    )
+    lost = {name: find_losses(results, name, config, ["top1"]) for name in ("0", "0.5", "1")}
     assert lost == {"0": [], "0.5": [], "1": ["old.top1"]}
-    config = InterpolateConfig(weights=(1,), choose_on=("new",), keep_on=("old",))
-    with pytest.raises(InputError, match=r"every weight .* on old\.top1: add lower ones"):
+    with pytest.raises(InputError, match=r"max_loss_points on old\.top1: add lower ones"):
         choose_weight(config, {"1": 0.8}, lost)
 
 
