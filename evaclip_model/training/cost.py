@@ -6,8 +6,10 @@ A FLOP is half a multiply-add of a matrix product; norms, activations and the lo
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
+from importlib import resources
 
 from evaclip_model.choices import GradCheckpointing
 from evaclip_model.model.model_config import ModelConfig, TextConfig, VisionConfig
@@ -23,23 +25,8 @@ BACKWARD_PASSES = 2
 LIBRARIES_BYTES = 1.5 * 2**30
 """CUDA's context, the communication library's buffers, workspaces of matrix products."""
 
-BF16_PEAKS: tuple[tuple[str, float], ...] = (
-    ("A100", 312e12),
-    ("A800", 312e12),
-    ("A30", 165e12),
-    ("A40", 149.7e12),
-    ("A10", 125e12),
-    ("L4", 121e12),
-    ("L40", 181e12),
-    ("L40S", 362e12),
-    ("H100", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H800", 989e12),
-    ("H200", 989e12),
-    ("H200 NVL", 835e12),
-    ("GH200", 989e12),
-    ("B200", 2250e12),
+BF16_PEAKS: dict[str, float] = json.loads(
+    (resources.files("evaclip_model.training") / "gpu_peaks.json").read_text()
 )
 """Words of a GPU's name -> dense bf16 FLOPs a second of its tensor cores; see `peak_flops`."""
 
@@ -100,7 +87,9 @@ def peak_flops(device_name: str) -> float | None:
     """
     words = _name_words(device_name)
     known = [
-        (len(_name_words(name)), peak) for name, peak in BF16_PEAKS if _name_words(name) <= words
+        (len(_name_words(name)), peak)
+        for name, peak in BF16_PEAKS.items()
+        if _name_words(name) <= words
     ]
     return max(known)[1] if known else None
 

@@ -38,7 +38,7 @@ class Machines:
                 "where it matters, like 16xA100-40GB@2.5"
             )
         if peak_flops(found[2]) is None:
-            known = ", ".join(name for name, _ in BF16_PEAKS)
+            known = ", ".join(BF16_PEAKS)
             raise InputError(f"GPU '{found[2]}' has no known peak rate; there are: {known}")
         price = None if found[4] is None else float(found[4])
         return cls(int(found[1]), found[2], int(found[3]), price)

@@ -20,20 +20,21 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
 from jinja2 import Environment, StrictUndefined, TemplateError
+from pydantic import AfterValidator, TypeAdapter
 
+from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 
 Kind = Literal["slurm", "kubernetes"]
 INFRA = Path(__file__).resolve().parents[2] / "infra"
 _NOT_IN_A_LABEL = re.compile(r"[^a-z0-9-]+")
-_DELETE = ("kubectl", "delete", "--filename={script}", "--ignore-not-found", "--wait")
 OVER, CANCELLED, FAILED = 0, 75, 1
 MAX_SILENT_S = 1800.0
 """How long the cluster may leave questions unanswered; its controller may be restarted."""
@@ -42,22 +43,23 @@ MAX_HOPELESS_S = 1800.0
 COMMAND_S = 120.0
 
 
-@dataclass(frozen=True)
-class Cluster:
+class Cluster(Config):
     """The commands of one kind of cluster; `{script}` and `{name}` of the job are filled in.
 
     A job is known by its name, which is that of the run's folder: no id can be lost in a crash.
     """
 
-    template: Path
-    """What a job is made from when the user names no other."""
+    template: Annotated[Path, AfterValidator(INFRA.joinpath)]
+    """What a job is made from when the user names no other, within `infra/`."""
     script: str
     """Name of the job's file in the run's folder."""
     submit: tuple[tuple[str, ...], ...]
     """One after another: clears away what is left of an ended job of that name, and submits."""
     state: tuple[str, ...]
     """Prints words about the job; nothing when there is no such job."""
-    ended: frozenset[str]
+    beside: frozenset[str] = frozenset()
+    """Of these words, those that are about what is submitted with the job."""
+    ended: frozenset[str] = frozenset()
     """Words that say the job is there, but nothing of it runs or will run again."""
     reason: tuple[str, ...]
     """Prints why the job waits; nothing while it does not."""
@@ -65,8 +67,6 @@ class Cluster:
     """Words of a reason that does not go away by itself."""
     cancel: tuple[str, ...]
     """Ends the job, SIGTERM first."""
-    beside: frozenset[str] = frozenset()
-    """Words that are not about the job, but about what is submitted with it."""
 
     @property
     def tools(self) -> frozenset[str]:
@@ -80,42 +80,9 @@ class Cluster:
         return not words or not self.ended.isdisjoint(words)
 
 
-CLUSTERS: Mapping[Kind, Cluster] = {
-    "slurm": Cluster(
-        template=INFRA / "slurm" / "train.sbatch",
-        script="job.sbatch",
-        submit=(("sbatch", "--parsable", "{script}"),),
-        # Lists what waits, runs or is ending; a requeued job waits again, under the same name.
-        state=("squeue", "--noheader", "--format=%T", "--name={name}"),
-        ended=frozenset(),
-        reason=(
-            *("squeue", "--noheader", "--states=PENDING"),
-            *("--format=%T %r", "--name={name}"),
-        ),
-        hopeless=frozenset({"held", "JobHeldUser", "JobHeldAdmin", "BadConstraints"}),
-        cancel=("scancel", "--name={name}"),
-    ),
-    "kubernetes": Cluster(
-        template=INFRA / "kubernetes" / "train-job.yaml",
-        script="job.yaml",
-        submit=(_DELETE, ("kubectl", "apply", "--filename={script}")),
-        # A Job, a JobSet or a TrainJob, alone or in a list with its Service.
-        state=(
-            *("kubectl", "get", "--filename={script}", "--ignore-not-found"),
-            "--output=jsonpath={{.kind}} {{.items[*].kind}} {{.status.conditions[*].type}} "
-            "{{.items[*].status.conditions[*].type}}",
-        ),
-        ended=frozenset({"Complete", "Completed", "Failed"}),
-        reason=(
-            *("kubectl", "get", "pods", "--selector=job-name={name}"),
-            "--output=jsonpath={{.items[*].status.containerStatuses[*].state.waiting.reason}} "
-            '{{.items[*].status.conditions[?(@.type=="PodScheduled")].message}}',
-        ),
-        hopeless=frozenset({"ImagePullBackOff", "ErrImagePull", "InvalidImageName"}),
-        cancel=_DELETE,
-        beside=frozenset({"List", "Service"}),
-    ),
-}
+CLUSTERS: Mapping[Kind, Cluster] = TypeAdapter(dict[Kind, Cluster]).validate_python(
+    tomllib.loads(Path(__file__).with_name("clusters.toml").read_text())
+)
 
 
 def job_name(run_dir: Path) -> str:
