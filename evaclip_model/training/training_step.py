@@ -64,15 +64,10 @@ class ModelInputs:
     def split_parts(self, size: int | None) -> list[Self]:
         """The samples in parts of `size` (the last may be smaller), as views; none: one part."""
         size = size or len(self)
+        held = {name: value for name, value in vars(self).items() if value is not None}
         return [
-            replace(
-                self,
-                images=self.images[some],
-                tokens=self.tokens[some],
-                kept=None if self.kept is None else self.kept[some],
-                branches=None if self.branches is None else self.branches[some],
-            )
-            for some in (slice(first, first + size) for first in range(0, len(self), size))
+            replace(self, **{name: value[first : first + size] for name, value in held.items()})
+            for first in range(0, len(self), size)
         ]
 
 
@@ -299,12 +294,10 @@ def patch_dropout_at(config: TrainConfig, step: int) -> float:
 
 
 def kept_patches(seed: int, positions: Tensor, num_patches: int, keep_ratio: float) -> Tensor:
-    """Uniformly random patches, the same number for every sample.
-
-    The draw depends on nothing but its arguments.
+    """Uniformly random patches, the same number for every sample, drawn from nothing but the
+    arguments.
 
     Args:
-        seed: of the training stage.
         positions: [B] position of each sample in the whole training stream (0 = first sample).
         num_patches: N, without the class token.
         keep_ratio: share to keep, in (0, 1]; at least one patch is kept.

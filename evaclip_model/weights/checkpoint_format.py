@@ -258,15 +258,11 @@ def list_retired(steps: Sequence[int], newest: int, keep: int, keep_every: int |
     return passing + [step for step in steps if step > newest]
 
 
-def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps of the whole checkpoints in a folder, newest first."""
-    found = [step_of(path.parent.name) for path in folder.glob(f"step-*/{MANIFEST}")]
-    return sorted((step for step in found if step is not None), reverse=True)
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints in a folder, newest first."""
-    return [folder / step_name(step) for step in checkpoint_steps(folder)]
+    found = [step_of(path.parent.name) for path in folder.glob(f"step-*/{MANIFEST}")]
+    steps = sorted((step for step in found if step is not None), reverse=True)
+    return [folder / step_name(step) for step in steps]
 
 
 def stored_parameters(folder: Path) -> dict[str, StoredTensor]:

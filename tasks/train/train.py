@@ -359,16 +359,12 @@ def _stays_here(launch: Launch) -> bool:
 def _make_job(
     config: TrainConfig, inputs: Inputs, out: Path, launch: Launch, here: _ThisMachine
 ) -> TrainJob:
+    handed_on = {"micro_batch", "compile", "watchdog_s", "profile_steps", "tensorboard"}
     chosen: dict[str, Any] = {
+        **launch.model_dump(include={*handed_on, "read_workers"}),
         "engine": launch.train_engine,
-        "micro_batch": launch.micro_batch,
-        "compile": launch.compile,
-        "checkpoints": _checkpoint_place(launch, out),
+        "checkpoints": launch.checkpoint_url and f"{launch.checkpoint_url.rstrip('/')}/{out.name}",
         "probe": launch.probe and launch.probe.resolve(),
-        "watchdog_s": launch.watchdog_s,
-        "profile_steps": launch.profile_steps,
-        "tensorboard": launch.tensorboard,
-        "read_workers": launch.read_workers,
     }
     fitting: dict[str, Any] = {}
     if _stays_here(launch):
@@ -381,10 +377,6 @@ def _make_job(
         run_dir=out,
         **{**fitting, **{name: value for name, value in chosen.items() if value is not None}},
     )
-
-
-def _checkpoint_place(launch: Launch, out: Path) -> str | None:
-    return launch.checkpoint_url and f"{launch.checkpoint_url.rstrip('/')}/{out.name}"
 
 
 def starter_command(launch: Launch, job: Path, inputs: Inputs, ranks: int) -> list[str]:

@@ -49,7 +49,7 @@ def test_a_rank_killed_in_the_middle_of_a_save_leaves_the_checkpoint_before_it(r
         deadline = time.monotonic() + 60
         moment = before + chance.randrange(3, 9)
         while not any(
-            int(path.name[5:13]) >= moment and path.name.endswith(".tmp")
+            int(path.name[5:]) >= moment and not (path / "manifest.json").exists()
             for path in (tmp_path / "checkpoints").glob("step-*")
         ):
             assert time.monotonic() < deadline, "nothing is saved"

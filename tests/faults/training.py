@@ -156,7 +156,8 @@ class Training:
         return [json.loads(line) for line in written.splitlines(True) if line.endswith(b"\n")]
 
     def _is_saving(self) -> bool:
-        return any(self._checkpoints.glob("step-*.tmp"))
+        steps = self._checkpoints.glob("step-*")
+        return any(not (step / "manifest.json").exists() for step in steps)
 
     def _newest(self) -> int:
         """Step of the newest checkpoint with a manifest."""

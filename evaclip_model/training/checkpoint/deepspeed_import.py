@@ -25,7 +25,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.training.checkpoint.save_and_load import save_checkpoint, settings_of
-from evaclip_model.training.checkpoint.storage import place_of
+from evaclip_model.training.checkpoint.storage import CheckpointPlace
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.engine.engine import SCALER_FIELDS, StateFragment
 from evaclip_model.weights.checkpoint_files import DEEPSPEED_STATES, find_newest_deepspeed
@@ -57,7 +57,7 @@ def import_checkpoint(
             parameters or shapes than the architecture's; the location holds checkpoints.
         OSError: it cannot be written.
     """
-    if place_of(location).list_steps():
+    if CheckpointPlace(location).list_steps():
         raise InputError(f"{location} holds checkpoints already: give a location without any")
     if (source / "zero").is_dir():
         found = _read_universal(source)

@@ -25,7 +25,7 @@ from torch import Tensor
 from evaclip_model.errors import InputError
 from evaclip_model.model.model_config import ModelConfig
 from evaclip_model.training.checkpoint.consensus import Peers
-from evaclip_model.training.checkpoint.storage import Place, place_of
+from evaclip_model.training.checkpoint.storage import CheckpointPlace
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.engine.engine import StateFragment
 from evaclip_model.weights.checkpoint_format import (
@@ -70,7 +70,7 @@ class CheckpointWriter:
             InputError: nothing installed knows this kind of URL.
             OSError: the location cannot be used.
         """
-        self._target = _Target(place_of(location), Peers.own_group(), keep, keep_every_steps)
+        self._target = _Target(CheckpointPlace(location), Peers.own_group(), keep, keep_every_steps)
         self._target.peers.run_on_first(self._target.place.remove_leftovers)
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -178,21 +178,21 @@ def save_checkpoint(
     Raises: InputError, OSError: it cannot be written, the same on every rank.
     """
     held = {key: tensor.detach().cpu() for key, tensor in _tensors_by_key(fragments).items()}
-    _Target(place_of(location), Peers.every_rank(), keep, None).write_shard(held, progress)
+    _Target(CheckpointPlace(location), Peers.every_rank(), keep, None).write_shard(held, progress)
 
 
 @dataclass(frozen=True)
 class _Target:
     """The place of a run's checkpoints, the ranks that write them, and the number that stays."""
 
-    place: Place
+    place: CheckpointPlace
     peers: Peers
     keep: int
     keep_every_steps: int | None
 
     def write_shard(self, tensors: Mapping[str, Tensor], progress: TrainingProgress) -> None:
         """Write this rank's shard; when all are on disk, rank 0 makes them a checkpoint."""
-        self.peers.run_on_first(lambda: self.place.clear_unpublished(progress.step))
+        self.peers.run_on_first(lambda: self.place.remove_checkpoint(progress.step))
         try:
             shards = self.peers.run_everywhere(lambda: self._write_shard(tensors, progress.step))
             manifest = CheckpointManifest(tuple(shards), progress).to_text()
@@ -200,7 +200,7 @@ class _Target:
         except Exception:
             if self.peers.rank == 0:
                 with suppress(OSError):  # a full disk gets its room back
-                    self.place.clear_unpublished(progress.step)
+                    self.place.remove_checkpoint(progress.step)
             raise
         self.peers.run_on_first(lambda: self._remove_old(progress.step))
 
@@ -239,7 +239,7 @@ def load_newest(
             nothing installed knows this kind of URL.
         OSError: the location cannot be read.
     """
-    place, peers = place_of(location), Peers.every_rank()
+    place, peers = CheckpointPlace(location), Peers.every_rank()
     for step in peers.run_on_first(place.list_steps):
         where = place.full_name(step, MANIFEST)
         try:
@@ -257,7 +257,7 @@ def load_newest(
     return None
 
 
-def _read_text(place: Place, step: int) -> str:
+def _read_text(place: CheckpointPlace, step: int) -> str:
     with place.open_file(step, MANIFEST) as file:
         return file.read().decode(errors="replace")
 
@@ -273,7 +273,7 @@ def _require_same(stored: Mapping[str, Any], present: Mapping[str, Any], where: 
 
 
 def _check_shards(
-    place: Place,
+    place: CheckpointPlace,
     peers: Peers,
     step: int,
     manifest: CheckpointManifest,
@@ -300,7 +300,7 @@ def _check_shards(
 
 
 def _share_of_check(
-    place: Place, peers: Peers, step: int, manifest: CheckpointManifest
+    place: CheckpointPlace, peers: Peers, step: int, manifest: CheckpointManifest
 ) -> tuple[list[StoredPiece], str | None]:
     """Pieces of the shards that fall to this rank, or what is wrong with one of them."""
     pieces = []
@@ -329,7 +329,7 @@ def _fragment_ends(fragments: Sequence[StateFragment]) -> dict[tuple[str, str], 
 
 def _fill_fragments(
     fragments: Sequence[StateFragment],
-    place: Place,
+    place: CheckpointPlace,
     step: int,
     manifest: CheckpointManifest,
     pieces: Iterable[StoredPiece],

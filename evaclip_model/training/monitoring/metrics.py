@@ -239,7 +239,8 @@ def is_straggler(slowest_s: float, median_s: float) -> bool:
 
 
 class MetricsLog:
-    """`metrics.jsonl`, and TensorBoard's events where the job asks for them; a context.
+    """`metrics.jsonl`, and TensorBoard's events of the same names where the job asks for them; a
+    context, in which a resumed run goes on.
 
     A line is there when its step is over. Every rank has one, and only rank 0's writes.
     """
@@ -249,16 +250,17 @@ class MetricsLog:
         self._path = job.run_dir / METRICS_FILE
         self._writes = writes
         self._file: TextIO | None = None
-        self._board = TensorBoardLog(job.run_dir / TENSORBOARD_FOLDER) if job.tensorboard else None
+        self._open_board: Any = _import_tensorboard() if job.tensorboard else None
+        self._board: Any = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for held in (self._file, self._board):
+            if held is not None:
+                held.close()
+        self._file = self._board = None
 
     def write_line(self, metrics: StepMetrics) -> None:
         """Add a line with the time of writing, `time`, in seconds since 1970."""
@@ -267,26 +269,26 @@ class MetricsLog:
         there = {name: value for name, value in metrics.items() if value is not None}
         # JSON knows no other numbers.
         line = {name: value for name, value in there.items() if math.isfinite(value)}
-        line["time"] = time.time()
+        now = time.time()
         if self._file is None:
             self._file = self._path.open("a")
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps({**line, "time": now}) + "\n")
         self._file.flush()
-        if self._board is not None:
-            self._board.write_line(line)
+        if self._open_board is not None:
+            step, folder = int(line.pop("step")), self._path.with_name(TENSORBOARD_FOLDER)
+            self._board = self._board or self._open_board(str(folder), purge_step=step)
+            for name, value in line.items():
+                self._board.add_scalar(name, value, step, walltime=now)
 
     def cut_back(self, step: int) -> None:
-        """Keep only the whole lines up to `step`: what came after it is done again."""
+        """Keep only the whole lines up to `step`: what came after it is done again. The next event
+        voids those of its step and later ones."""
         if not self._writes:
             return
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self.__exit__()
         lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
         kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
         write_atomically(self._path, b"".join(kept))
-        if self._board is not None:
-            self._board.cut_back()
 
     def newest_values(self, name: str, count: int) -> list[float]:
         """The newest values of a metric, oldest first, at most `count` of them."""
@@ -294,42 +296,16 @@ class MetricsLog:
         return [row[name] for row in rows if name in row][-count:]
 
 
-class TensorBoardLog:
-    """Metrics as TensorBoard's events of the same names, in a folder; a resumed run goes on in it.
-
-    Needs the package tensorboard, which nothing else does.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Raises: InputError: the package is not installed."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise InputError(
-                "tensorboard = true needs the package tensorboard: pip install "
-                "'evaclip[tensorboard]', or set it to false"
-            ) from None
-        self._open: Any = SummaryWriter
-        self._folder = folder
-        self._writer: Any = None
-
-    def write_line(self, line: Mapping[str, Any]) -> None:
-        """Add a line of `metrics.jsonl`."""
-        if self._writer is None:
-            self._writer = self._open(str(self._folder), purge_step=line["step"])
-        for name, value in line.items():
-            if name not in ("step", "time"):
-                self._writer.add_scalar(name, value, line["step"], walltime=line["time"])
-
-    def cut_back(self) -> None:
-        """The next step written voids what is there of it and of later ones."""
-        self.close()
-
-    def close(self) -> None:
-        """Write what is left."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+def _import_tensorboard() -> Any:
+    """Raises: InputError: the package tensorboard, which nothing else needs, is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError(
+            "tensorboard = true needs the package tensorboard: pip install "
+            "'evaclip[tensorboard]', or set it to false"
+        ) from None
+    return SummaryWriter
 
 
 PROFILE_FOLDER = "profile"

@@ -8,6 +8,7 @@ model stays as it is: training goes on as if there were no validation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,8 @@ def validate_model(
     model: EvaClip, pairs: HeldOutPairs, objective: Objective, config: TrainConfig
 ) -> dict[str, float]:
     """The objective's loss of all pairs as one batch, and the share of images (captions) whose own
-    caption (image) is among the first 1 and 5 of all; every rank calls it, and gets the same."""
+    caption (image) is among the first 1 and 5 of all; nothing where features are not finite. Every
+    rank calls it, and gets the same."""
     was_training = model.training
     model.eval()
     images, texts = _encode_pairs(model, pairs, config.caption_templates[0])
@@ -95,6 +97,8 @@ def validate_model(
         is_whole_batch=True,
     )
     model.train(was_training)
+    if not (images.isfinite().all() and texts.isfinite().all()):
+        return {}  # a logit that is not finite would rank every answer first
     own = torch.arange(len(images))
     images, texts = images.cpu(), texts.cpu()
     ranks = {
@@ -113,18 +117,34 @@ def validate_model(
 
 def _encode_pairs(model: EvaClip, pairs: HeldOutPairs, template: str) -> tuple[Tensor, Tensor]:
     """Unit features [N, E] of images and captions, the same on every rank."""
-    peers, weight = Peers.every_rank(), model.logit_scale
+    weight = model.logit_scale
     tokens = tokenize(
         [template.replace("{}", caption) for caption in pairs.captions],
         model.config.text.context_length,
     )
-    features = torch.zeros(2, len(tokens), model.config.embed_dim, device=weight.device)
-    for number, first in enumerate(range(0, len(tokens), BLOCK)):
-        if number % peers.count == peers.rank:
-            some = slice(first, first + BLOCK)
-            pixels = normalize_images(pairs.images[some].to(weight.device)).to(weight.dtype)
-            features[0, some] = model.encode_image(pixels, normalize=True)
-            features[1, some] = model.encode_text(tokens[some], normalize=True)
+
+    def encode_images(some: slice) -> Tensor:
+        pixels = normalize_images(pairs.images[some].to(weight.device)).to(weight.dtype)
+        return model.encode_image(pixels, normalize=True)
+
+    return (
+        encode_in_blocks(model, len(tokens), encode_images),
+        encode_in_blocks(
+            model, len(tokens), lambda some: model.encode_text(tokens[some], normalize=True)
+        ),
+    )
+
+
+def encode_in_blocks(
+    model: EvaClip, count: int, encode: Callable[[slice], Tensor], block: int = BLOCK
+) -> Tensor:
+    """Features [count, E] in fp32, the same on every rank: each block of inputs is encoded by one
+    rank, and told to all."""
+    peers = Peers.every_rank()
+    features = torch.zeros(count, model.config.embed_dim, device=model.logit_scale.device)
+    for first in range(peers.rank * block, count, peers.count * block):
+        some = slice(first, first + block)
+        features[some] = encode(some)
     if peers.count > 1:
         dist.all_reduce(features)
-    return features[0], features[1]
+    return features

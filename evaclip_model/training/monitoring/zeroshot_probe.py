@@ -7,7 +7,6 @@ that no rank ends or goes on alone; a probe stops training for its share of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,8 @@ from evaclip_model.reading.image_decoder import UnreadableImageError, decode_ima
 from evaclip_model.reading.transform import image_transform
 from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.training.checkpoint.consensus import Peers
-from evaclip_model.zeroshot.exact_ranks import build_classifier, rank_classes
+from evaclip_model.training.monitoring.validation import encode_in_blocks
+from evaclip_model.zeroshot.exact_ranks import build_classifier, fill_templates, rank_classes
 from evaclip_model.zeroshot.imagenet_prompts import PLACEHOLDER
 from evaclip_model.zeroshot.set_layout import (
     CLASSNAMES,
@@ -123,27 +123,15 @@ def run_probe(model: EvaClip, part: ProbeSet) -> tuple[float, float]:
 
 def _build_classifier(model: EvaClip, part: ProbeSet) -> Tensor:
     """One unit vector a class [C, E] on the CPU, the same on every rank."""
-    names = dict.fromkeys(part.classnames)
-    prompts = [one.replace(PLACEHOLDER, name) for name in names for one in part.templates]
-    return build_classifier(_text_features(model, prompts), part.classnames)
-
-
-def _text_features(model: EvaClip, prompts: Sequence[str]) -> Tensor:
-    """Unit features of all prompts [N, E] on the CPU, each encoded by one rank."""
-    peers = Peers.every_rank()
-    rank, ranks = peers.rank, peers.count
-    share = -(-len(prompts) // ranks)
-    mine = torch.zeros(share, model.config.embed_dim, device=model.logit_scale.device)
-    tokens = tokenize(list(prompts[rank::ranks]), model.config.text.context_length)
-    for first in range(0, len(tokens), TEXT_BATCH):
-        batch = tokens[first : first + TEXT_BATCH]
-        encoded = model.encode_text(batch, normalize=True).float()
-        mine[first : first + len(batch)] = encoded
-    if ranks == 1:
-        return mine.cpu()
-    parts = [torch.empty_like(mine) for _ in range(ranks)]
-    dist.all_gather(parts, mine)
-    return torch.stack(parts, dim=1).flatten(0, 1)[: len(prompts)].cpu()
+    prompts = fill_templates(part.classnames, part.templates)
+    tokens = tokenize(prompts, model.config.text.context_length)
+    features = encode_in_blocks(
+        model,
+        len(tokens),
+        lambda some: model.encode_text(tokens[some], normalize=True),
+        TEXT_BATCH,
+    )
+    return build_classifier(features.cpu(), part.classnames)
 
 
 def _encode_images(
