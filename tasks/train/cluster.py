@@ -49,7 +49,7 @@ class Cluster(Config):
     A job is known by its name, which is that of the run's folder: no id can be lost in a crash.
     """
 
-    template: Annotated[Path, AfterValidator(INFRA.joinpath)]
+    template: Annotated[Path, AfterValidator(lambda path: INFRA / path)]
     """What a job is made from when the user names no other, within `infra/`."""
     script: str
     """Name of the job's file in the run's folder."""
