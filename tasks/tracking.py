@@ -162,7 +162,7 @@ class TrackingStore:
 
     def explain_error(self, error: Exception) -> InputError:
         """The error that names a store which does not answer, refuses, or is of another MLflow."""
-        said = redact_text(str(error))
+        said = " ".join(redact_text(str(error)).split())
         if "database schema" in said:
             import mlflow
 
@@ -170,6 +170,11 @@ class TrackingStore:
                 f"the tracking store {self.uri} has the schema of another version of MLflow than "
                 f"{mlflow.__version__}, which is installed: install the version that it was made "
                 f"with, or make a backup and run 'mlflow db upgrade {self.uri}'"
+            )
+        if getattr(error, "error_code", None) in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+            return InputError(
+                f"the tracking store {self.uri} does not let this user in ({said[:160]}): set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ask whoever runs it"
             )
         if is_refusal(error):
             return InputError(f"the tracking store {self.uri} refuses: {said[:300]}")

@@ -31,6 +31,10 @@ class GateOutcome(StrEnum):
     REJECT = "reject"
 
 
+_Reason = tuple[str, GateOutcome, str]
+"""A rule, what it makes of the candidate, and why; as GateReason."""
+
+
 class Gain(Config):
     """The candidate's figure less the champion's on the same samples, as shares of 1."""
 
@@ -116,7 +120,8 @@ def decide_promotion(
     candidate: Candidate, champion: Champion | None, policy: GatePolicy
 ) -> Decision:
     """Decide whether `candidate` replaces `champion` (None: there is none yet)."""
-    reasons = tuple(_list_reasons(candidate, champion, policy))
+    listed = _list_reasons(candidate, champion, policy)
+    reasons = tuple(GateReason(rule=rule, outcome=out, says=says) for rule, out, says in listed)
     order = list(GateOutcome)
     outcome = max((one.outcome for one in reasons), key=order.index)
     return Decision(
@@ -147,88 +152,80 @@ def contaminated_in(results: Mapping[str, Any]) -> dict[str, float]:
 
 def _list_reasons(
     candidate: Candidate, champion: Champion | None, policy: GatePolicy
-) -> Iterator[GateReason]:
+) -> Iterator[_Reason]:
     yield from _contamination_reasons(candidate, policy)
     if champion is None:
-        yield GateReason(rule="champion", outcome=GateOutcome.PROMOTE, says="no champion yet")
+        yield "champion", GateOutcome.PROMOTE, "no champion yet"
         return
     if candidate.weights == champion.weights:
         says = f"these are the weights of the champion, version {champion.version}"
-        yield GateReason(rule="champion", outcome=GateOutcome.HOLD, says=says)
+        yield "champion", GateOutcome.HOLD, says
         return
     for evalset, reason in candidate.failed.items():
-        says = f"{evalset} has no figures: {reason}"
-        yield GateReason(rule="evaluation", outcome=GateOutcome.HOLD, says=says)
+        yield "evaluation", GateOutcome.HOLD, f"{evalset} has no figures: {reason}"
     yield from _cost_reasons(candidate, champion, policy)
     yield from _loss_reasons(candidate, policy)
     yield _gain_reason(candidate, policy)
 
 
-def _contamination_reasons(candidate: Candidate, policy: GatePolicy) -> Iterator[GateReason]:
+def _contamination_reasons(candidate: Candidate, policy: GatePolicy) -> Iterator[_Reason]:
     limit = policy.max_contaminated
     for evalset, share in candidate.contaminated.items():
         within = limit is None or share <= limit
         allowed = "any share is" if limit is None else f"{limit:.2%} are"
         says = f"{evalset}: {share:.2%} of the images look like training data, {allowed} allowed"
-        outcome = GateOutcome.PROMOTE if within else GateOutcome.REJECT
-        yield GateReason(rule="contamination", outcome=outcome, says=says)
+        yield "contamination", GateOutcome.PROMOTE if within else GateOutcome.REJECT, says
 
 
 def _cost_reasons(
     candidate: Candidate, champion: Champion, policy: GatePolicy
-) -> Iterator[GateReason]:
+) -> Iterator[_Reason]:
     size = candidate.bytes / champion.bytes
     measured = [("size", "the weights take", size, policy.max_size_ratio)]
     if policy.max_latency_ratio is not None:
         if candidate.latency_ms is None or champion.latency_ms is None:
             says = "the time of an image was not measured, and max_latency_ratio asks for it"
-            yield GateReason(rule="latency", outcome=GateOutcome.HOLD, says=says)
+            yield "latency", GateOutcome.HOLD, says
         else:
             slower = candidate.latency_ms / champion.latency_ms
             measured.append(("latency", "an image takes", slower, policy.max_latency_ratio))
     for rule, what, ratio, limit in measured:
         if limit is not None:
             says = f"{what} {ratio:.2f} times the champion's, {limit:g} are allowed"
-            outcome = GateOutcome.PROMOTE if ratio <= limit else GateOutcome.REJECT
-            yield GateReason(rule=rule, outcome=outcome, says=says)
+            yield rule, GateOutcome.PROMOTE if ratio <= limit else GateOutcome.REJECT, says
 
 
-def _loss_reasons(candidate: Candidate, policy: GatePolicy) -> Iterator[GateReason]:
+def _loss_reasons(candidate: Candidate, policy: GatePolicy) -> Iterator[_Reason]:
     judged = dict.fromkeys([*_headline_gains(candidate), *policy.metrics])
     gains = {name: candidate.gains[name] for name in judged if name in candidate.gains}
+    allowed = f"{policy.max_loss_points:g} points may be lost"
+    if policy.refuse_certain_loss:
+        allowed += " by chance, none for certain"
     for name, gain in gains.items():
-        is_small = -100 * gain.difference <= policy.max_loss_points
         certain = gain.interval[1] < 0
-        if is_small and policy.refuse_certain_loss:
-            is_small = not (certain and gain.p * len(gains) <= CERTAIN_P)
-        if is_small:
-            continue
-        allowed = f"{policy.max_loss_points:g} points may be lost"
-        if policy.refuse_certain_loss:
-            allowed += " by chance, none for certain"
-        says = f"{name} {gain}, {allowed}" + ("" if certain else "; the loss may be chance")
-        outcome = GateOutcome.REJECT if certain else GateOutcome.HOLD
-        yield GateReason(rule="loss", outcome=outcome, says=says)
+        is_large = -100 * gain.difference > policy.max_loss_points
+        if policy.refuse_certain_loss and certain:
+            is_large = is_large or gain.p * len(gains) <= CERTAIN_P
+        if is_large:
+            says = f"{name} {gain}, {allowed}{'' if certain else '; the loss may be chance'}"
+            yield "loss", GateOutcome.REJECT if certain else GateOutcome.HOLD, says
 
 
-def _gain_reason(candidate: Candidate, policy: GatePolicy) -> GateReason:
+def _gain_reason(candidate: Candidate, policy: GatePolicy) -> _Reason:
     wanted = list(policy.metrics) or _headline_gains(candidate)
     missing = [name for name in wanted if name not in candidate.gains]
     if missing or not wanted:
         which = f"{', '.join(missing)} was not" if missing else "no metric was"
-        says = f"{which} compared with the champion"
-        return GateReason(rule="gain", outcome=GateOutcome.HOLD, says=says)
+        return "gain", GateOutcome.HOLD, f"{which} compared with the champion"
     tests = len(wanted) if policy.need == "any" else 1
     better = [name for name in wanted if _is_better(candidate.gains[name], tests, policy)]
     enough = len(better) == len(wanted) if policy.need == "all" else bool(better)
     named = better if enough else [name for name in wanted if name not in better]
     figures = "; ".join(f"{name} {candidate.gains[name]}" for name in named)
     if enough:
-        return GateReason(rule="gain", outcome=GateOutcome.PROMOTE, says=f"better: {figures}")
+        return "gain", GateOutcome.PROMOTE, f"better: {figures}"
     above = f" by more than {policy.min_gain_points:g} points" if policy.min_gain_points else ""
-    return GateReason(
-        rule="gain", outcome=GateOutcome.HOLD, says=f"not better for certain{above}: {figures}"
-    )
+    return "gain", GateOutcome.HOLD, f"not better for certain{above}: {figures}"
 
 
 def _is_better(gain: Gain, tests: int, policy: GatePolicy) -> bool:

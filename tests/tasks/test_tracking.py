@@ -1,12 +1,15 @@
+import http.server
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from evaclip_model import InputError
 from tasks.tracking import TrackingStore
 
 OPEN = "from tasks.tracking import TrackingStore as S; import sys; S.at(sys.argv[1], 'e').client()"
@@ -33,3 +36,23 @@ def test_two_makers_leave_one_database_and_nothing_beside_it(tmp_path: Path) -> 
     makers = [subprocess.Popen([sys.executable, "-c", OPEN, uri]) for _ in range(2)]
     assert [maker.wait() for maker in makers] == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_server_that_does_not_know_the_user_is_not_called_away(status: int) -> None:
+    class Stranger(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(status)
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Stranger) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        store = TrackingStore.at(f"http://127.0.0.1:{server.server_port}", "e")
+        with (
+            pytest.raises(InputError, match=r"does not let this user in.*MLFLOW_TRACKING_PASSWORD"),
+            store.connect() as client,
+        ):
+            client.get_registered_model("clip")
+        server.shutdown()
