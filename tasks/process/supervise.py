@@ -52,13 +52,6 @@ def supervise_command(command: list[str], grace_s: float) -> int:
     return status if status >= 0 else 128 - status
 
 
-def main(arguments: list[str]) -> int:
-    if len(arguments) < 3 or arguments[1] != "--":
-        sys.stderr.write("usage: python -m tasks.process.supervise GRACE_SECONDS -- COMMAND...\n")
-        return 2
-    return supervise_command(arguments[2:], float(arguments[0]))
-
-
 class _SignalPipe:
     """Signals as bytes in a pipe, so that one `select` waits for them, for stdin and for CMD."""
 
@@ -154,4 +147,5 @@ def _map_children() -> dict[int, list[int]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    grace_s, _, *command = sys.argv[1:]
+    sys.exit(supervise_command(command, float(grace_s)))
