@@ -105,7 +105,10 @@ async def apply_automation(client, wanted, blocks):
     if not there:
         await client.create_automation(automation)
         return
-    await client.update_automation(there[0].id, automation)
+    kept = there[0].model_dump(include=set(AutomationCore.model_fields))
+    if AutomationCore.model_validate(kept) != automation:
+        # An update forgets what the automation was counting, such as how long a run is Pending.
+        await client.update_automation(there[0].id, automation)
     for double in there[1:]:
         await client.delete_automation(double.id)
 

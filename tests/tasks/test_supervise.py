@@ -69,18 +69,9 @@ def test_a_command_ended_by_a_signal_gives_128_plus_its_number(tmp_path: Path) -
 
 def test_output_goes_to_the_log_and_modules_are_found_from_any_folder(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "child.log"
-    command = [
-        PYTHON,
-        "-m",
-        "tasks.process.supervise",
-        "1",
-        "--",
-        PYTHON,
-        "-c",
-        "print(7); exit(2)",
-    ]
-    assert run_supervised(command, log=log, grace_s=1, cwd=tmp_path) == 2
-    assert log.read_text() == "7\n"
+    code = "from tasks.process.supervise import KILL_WAIT_S; print(KILL_WAIT_S); exit(2)"
+    assert run_supervised([PYTHON, "-c", code], log=log, grace_s=1, cwd=tmp_path) == 2
+    assert log.read_text() == f"{supervise.KILL_WAIT_S}\n"
 
 
 def test_an_exception_in_poll_leaves_no_process(tmp_path: Path) -> None:
