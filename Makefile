@@ -68,7 +68,7 @@ $(VENV)/.browser: $(STAMP)
 test-browser: $(VENV)/.browser ## the demo from the form in Prefect's UI to the model in MLflow's; needs chromium-driver (4 min)
 	@$(PY) -m pytest -m slow tests/browser
 
-pictures: $(VENV)/.browser ## the same, and what was on the screen into docs/pictures
+pictures: $(VENV)/.browser ## the same, and what was on the screen, reports too, into docs/pictures
 	@PICTURES=docs/pictures $(PY) -m pytest -m slow tests/browser
 
 test-crash-table: $(VENV)/.dev ## kill, cancel and cut off a training that a worker runs, in every way; what Prefect and MLflow show (20 min)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 NOTHING = "–"
 """Stands in place of a missing number."""
+LONG = 16
+"""Letters of a heading from which the page gives it room for a few lines."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,13 @@ def element(name: str, *content: str, **attributes: str | float | None) -> Marku
 def html_table(table: Table, *, is_wide: bool = False) -> Markup:
     shown = table.find_shown(with_drawings=True)
     head = [
-        element("th", one.title, scope="col", class_="text" if one.has_words and place else "")
+        element(
+            "th",
+            Markup("<wbr>").join(re.split(r"(?<=[/_-])", one.title)),  # where a long name may part
+            scope="col",
+            class_="text" if one.has_words and place else "",
+            style="min-width:10em" if len(one.title) > LONG else "",
+        )
         for place in shown
         for one in (table.columns[place],)
     ]

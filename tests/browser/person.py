@@ -39,6 +39,15 @@ class Person:
         self._browser.get("about:blank")  # else only the part behind the # may change
         self._browser.get(url)
 
+    def prefers(self, scheme: str) -> None:
+        """Light or dark pages."""
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self._browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+    def runs(self, script: str) -> object:
+        """What a script on the page returns."""
+        return self._browser.execute_script(script)
+
     def sees(self, *texts: str, wait_s: float = LOADS_S) -> str:
         """The page's text, once all of `texts` are in it; an error says which never came."""
         for text in texts:

@@ -145,21 +145,27 @@ def bubble_chart(bubbles: Sequence[Bubble], *, x: str, y: str) -> Markup:
     frame = _Frame(760, 380, x, y, x_range, choose_ticks(min(ys), max(ys), about=6), log_x=True)
     largest = max(one.area or 0.0 for one in drawn) or 1.0
     circles, names = [], []
-    taken: list[tuple[float, float, float]] = []
-    """Left and right end and height of the names placed so far."""
+    taken = [(frame.x(one.x), frame.x(one.x), frame.y(one.y) + 4) for one in drawn]
+    """Left and right end and height of centres and of the names placed so far."""
     # Ours are named first, so that the published ones make way for them.
     for one in sorted(drawn, key=lambda bubble: (bubble.style != "subject", -bubble.y)):
         cx, cy = frame.x(one.x), frame.y(one.y)
         radius = max(SMALLEST, LARGEST * math.sqrt((one.area or 0.0) / largest))
         circles.append((radius, _draw_circle(one, cx, cy, radius)))
         width = len(one.label) * LETTER
-        left = cx + radius + 4
-        if left + width > frame.width - 2:
-            left = cx - radius - 4 - width
-        crossed = [y for start, end, y in taken if start < left + width and left < end]
-        places = sorted((LINE * n for n in range(-len(taken), len(taken) + 1)), key=abs)
-        base = next(
-            cy + 4 + far for far in places if all(abs(cy + 4 + far - at) >= LINE for at in crossed)
+        sides = [
+            left
+            for left in (cx + radius + 4, cx - radius - 4 - width)
+            if LEFT <= left <= frame.width - 2 - width
+        ]
+        left, base = next(
+            (left, cy + 4 + far)
+            for far in sorted((LINE * n for n in range(-len(taken), len(taken) + 1)), key=abs)
+            for left in sides or [LEFT]
+            if not any(
+                start < left + width and left < end and abs(cy + 4 + far - at) < LINE
+                for start, end, at in taken
+            )
         )
         taken.append((left, left + width, base))
         if abs(base - 4 - cy) > radius + LINE:  # too far away to see whose name it is

@@ -49,14 +49,6 @@ def p_value(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def format_times(value: float | None, chance: float | None) -> str:
-    """A share as a multiple of chance: 12 ×, 1.5 ×."""
-    if value is None or not chance:
-        return NOTHING
-    ratio = value / chance
-    return f"{ratio:.0f} ×" if ratio >= 10 else f"{ratio:.1f} ×"
-
-
 def format_ordinal(number: int) -> str:
     """1st, 2nd, 3rd, 4th, 11th, 1,021st."""
     teens = number % 100 in (11, 12, 13)

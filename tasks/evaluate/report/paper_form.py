@@ -59,7 +59,18 @@ def _columns_of_sets(table: str) -> Mapping[str, dict[str, str]]:
 
 def _fill_table(found: Findings, key: str) -> Table:
     given = paper().tables[key]
-    columns = [column for column in given.columns if column.key != "model"]
+    ours = {column for model in found.models for column, _ in _our_values(found, key, model)}
+    failed = {
+        column
+        for evalset, named in _columns_of_sets(key).items()
+        for column in named
+        if evalset in found.failed
+    }
+    columns = [
+        one
+        for one in given.columns
+        if one.key in ours | failed or (key == "1a" and one.key != "model")
+    ]
     heads = [TableColumn(one.label, has_words=one.key in WORDS) for one in columns]
     table = Table.of("model", *heads, is_upright=len(columns) >= UPRIGHT_FROM)
     group = ""
@@ -117,7 +128,7 @@ def _add_ours(
         elif column.key in values:
             cells.append(Cell(as_printed(values[column.key])))
         else:
-            cells.append(Cell(NOTHING, notes=table.cite(_why_not(found, key, model, column))))
+            cells.append(Cell(NOTHING, notes=table.cite(_why_not(found, key, column))))
     table.add(model, *cells, style="ours")
     row = (found.describe_model(model)["paper"] or {}).get("row")
     beside = next((one for one in given.rows if one.model == row), None)
@@ -155,10 +166,7 @@ def _setting_cell(found: Findings, model: str, column: PaperColumn) -> str:
     return NOTHING
 
 
-def _why_not(found: Findings, key: str, model: str, column: PaperColumn) -> list[str]:
-    if column.key in ("avg", "delta"):
-        reason = found.table_average(key, model).get("reason")
-        return [str(reason)] if reason else []
+def _why_not(found: Findings, key: str, column: PaperColumn) -> list[str]:
     return [
         f"{found.set_name(evalset)}: {found.failed[evalset]}"
         for evalset, columns in _columns_of_sets(key).items()

@@ -33,21 +33,21 @@ OTHERS_IN_TILES = 2
 class Tile:
     of: str
     value: str
-    refused: bool = False
-    """True: the value is the reason why there is no figure."""
     facts: Sequence[tuple[str, str]] = field(default=())
     """Name and value of what stands below it."""
 
 
 def headline_tiles(found: Findings) -> list[Tile]:
-    """The headline figures: of every set when they are few, else of the paper's tables."""
-    if len(found.sets) <= SETS_IN_FULL or not _list_tables(found):
+    """The headline figures: of every set when they are few, else of the paper's tables that are
+    whole."""
+    tables = [one for one in _list_tables(found) if not _missing_sets(found, one)]
+    if len(found.sets) <= SETS_IN_FULL or not tables:
         return _set_tiles(found, found.sets)[:MOST_TILES]
     first, last = (
         _set_tiles(found, [key for key in keys if key in found.sets])
         for keys in (("imagenet1k",), ("flickr30k", "coco"))
     )
-    averages = [_average_tile(found, table) for table in _list_tables(found)]
+    averages = [_average_tile(found, table) for table in tables]
     return [*first, *averages, *last][:MOST_TILES]
 
 
@@ -81,6 +81,11 @@ def _list_tables(found: Findings) -> list[str]:
     return [table for table in TABLES if found.table_average(table, found.subject)]
 
 
+def _missing_sets(found: Findings, table: str) -> Sequence[str]:
+    missing: Sequence[str] = found.table_average(table, found.subject)["missing"]
+    return missing
+
+
 def _set_tiles(found: Findings, sets: Sequence[str]) -> list[Tile]:
     figures = [one for key in sets for one in found.headline_figures(key, found.subject)]
     return [
@@ -111,14 +116,6 @@ def _average_tile(found: Findings, table: str) -> Tile:
     average, title = found.table_average(table, found.subject), f"Average of {TABLES[table]}"
     value, reference = average["value"], average["intersection_reference"]
     facts: list[tuple[str, str]] = []
-    if value is None:
-        if average["intersection_value"] is not None:
-            over = f"over {format_plural(len(average['sets']), 'set')}"
-            facts.append((over, f"{average['intersection_value']:.1f} %"))
-        if reference is not None:
-            facts.append(("published, same sets", f"{reference:.1f} %"))
-        refused = f"no average: {format_plural(len(average['missing']), 'set')} missing"
-        return Tile(title, refused, refused=True, facts=facts)
     spread = average_interval(found, table, found.subject)
     facts += [("95 % interval", format_interval(spread))] if spread else []
     facts += [("published", f"{reference:.1f} %")] if reference is not None else []
@@ -149,7 +146,7 @@ def _agreement_lines(found: Findings) -> Iterator[str]:
     for table in _list_tables(found):
         average = found.table_average(table, found.subject)
         value, reference = average["value"], average["intersection_reference"]
-        missing = len(average["missing"])
+        missing = _missing_sets(found, table)
         if value is not None and reference is not None:
             unlike = _count_not_comparable(found, table)
             beside = (
@@ -163,10 +160,10 @@ def _agreement_lines(found: Findings) -> Iterator[str]:
             )
         elif value is not None:
             yield f"The average over {TABLES[table]} is {value:.1f} %."
-        elif missing:
+        elif found.failed.keys() & set(missing):  # others were not asked for
             yield (
-                f"There is no average over {TABLES[table]}: {format_plural(missing, 'set')} of it "
-                f"{_is_or_are(missing)} missing."
+                f"There is no average over {TABLES[table]}: {format_plural(len(missing), 'set')} "
+                f"of it {_is_or_are(len(missing))} missing."
             )
 
 

@@ -16,7 +16,6 @@ from tasks.evaluate.report.numbers import (
     format_plural,
     format_points,
     format_signed,
-    format_times,
     p_value,
 )
 from tasks.evaluate.sets.set_registry import DATACOMP, find_set
@@ -232,8 +231,7 @@ TEMPLATES_SHOWN = 4
 def figure_table(found: Findings, evalset: str) -> Table:
     """Every figure of the subject on a set, beside the other models and chance."""
     table = Table.of(
-        *("metric", found.subject, "95 % interval", "under ties", *found.others),
-        *("chance", "times chance"),
+        *("metric", found.subject, "95 % interval", "under ties", *found.others, "chance"),
     )
     for one in found.list_figures(evalset, found.subject):
         is_tied = one.bounds is not None and one.bounds[0] != one.bounds[1]
@@ -241,13 +239,12 @@ def figure_table(found: Findings, evalset: str) -> Table:
             one.title,
             Cell(format_percent(one.value), "value"),
             format_interval(one.interval),
-            format_interval(one.bounds) if is_tied or one.bounds is None else "the same",
+            format_interval(one.bounds) if is_tied else "",
             *(
                 format_percent(found.get_figure(evalset, other, one.metric).value)
                 for other in found.others
             ),
             format_percent(one.chance),
-            format_times(one.value, one.chance),
         )
     return table
 

@@ -37,7 +37,6 @@ from tasks.evaluate.report.numbers import (
     format_points,
     format_signed,
     format_size,
-    format_times,
     p_value,
 )
 from tasks.table import (
@@ -63,7 +62,6 @@ def test_shares_are_shown_with_the_digits_they_deserve():
         "100 %",
     ]
     assert format_interval((0.0512, 0.1234)) == "5.12 – 12.3 %"
-    assert format_times(0.06, 0.001) == "60 ×" and format_times(0.0015, 0.001) == "1.5 ×"
 
 
 def test_ranks_are_shown_as_ordinals():

@@ -37,7 +37,7 @@ Rankings = dict[str, dict[str, Scored]]
 class Page(HTMLParser):
     """What a browser would see: ids, links, references, tags that are not closed."""
 
-    VOID = frozenset({"meta", "img", "br"})
+    VOID = frozenset({"meta", "img", "br", "wbr"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -107,13 +107,12 @@ def test_the_papers_rows_stand_beside_ours_with_errata_below(reports: dict[str, 
         assert text.count("EVA-02-CLIP-E/14+") >= 5
         assert "E25, measurement" in text and "E1, arithmetic" in text
         assert "minus EVA-02-CLIP-B/16" in text
-        assert "no average: 20 sets missing" in text
         assert "20 of its 27 sets not evaluated" in text
 
 
 def test_figures_of_a_set_have_intervals_ties_chance_and_the_other_model(reports: dict[str, str]):
     article = reports["report.html"].partition('id="set-objectnet"')[2].partition("</article>")[0]
-    for word in ("95 % interval", "under ties", "champion", "chance", "mean per class"):
+    for word in ("95 % interval", "champion", "chance", "mean per class"):
         assert word in article
     assert "All 113 classes, the weakest first" in article
     assert "content" in article and "What these figures rest on" in article
