@@ -19,6 +19,9 @@ class SamplingConfig(Config):
     """Image-text pairs in one optimizer step, over all ranks: each is contrasted with all."""
     source_weights: dict[str, float] = Field(default_factory=dict)
     """Source name -> share of the draws, any scale; empty: in proportion to their samples."""
+    caption_weights: dict[str, float] = Field(default_factory=dict)
+    """Name of captions (`stored` for those beside the images) -> share of the draws, any scale, one
+    a sample; what a sample lacks is passed over. Empty: the stored ones alone."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Smallest and largest area of the random crop, as a share of the image's."""
     decode: Literal["fast", "reference"] = "fast"
@@ -43,6 +46,7 @@ class SamplingConfig(Config):
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale = [{low}, {high}] must rise and lie within 0 and 1")
-        if any(weight <= 0 for weight in self.source_weights.values()):
-            raise ValueError("source_weights must be above 0; leave a source out to not draw it")
+        for name in ("source_weights", "caption_weights"):
+            if any(weight <= 0 for weight in getattr(self, name).values()):
+                raise ValueError(f"{name} must be above 0; leave out what is not to be drawn")
         return self

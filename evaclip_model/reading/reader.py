@@ -27,11 +27,18 @@ import torch
 from torch import Tensor
 
 from evaclip_model.errors import InputError
+from evaclip_model.reading.captions import Captions, choose_caption
 from evaclip_model.reading.config import SamplingConfig
 from evaclip_model.reading.image_decoder import UnreadableImageError
 from evaclip_model.reading.order import ORDERS, Mixture, Order, Piece
 from evaclip_model.reading.read_worker import Origin, Worker, serve_parts
-from evaclip_model.reading.samples import BrokenShard, MemberFlaw, Shard, ShardManifest
+from evaclip_model.reading.samples import (
+    BrokenShard,
+    MemberFlaw,
+    SampleReader,
+    Shard,
+    ShardManifest,
+)
 from evaclip_model.reading.shard_store import ShardStore
 from evaclip_model.reading.transform import DECODERS, Picture, picture_bytes, train_crop
 from evaclip_model.reading.urls import is_url
@@ -81,6 +88,7 @@ class _Loaded:
 
     image: bytes | memoryview | Picture
     caption: str
+    further: Captions
     origin: Origin
     flaw: MemberFlaw | None
 
@@ -216,7 +224,15 @@ class BatchReader:
                 )
                 drawn[source] += 1
                 images[place] = image
-                captions.append(loaded.caption)
+                captions.append(
+                    choose_caption(
+                        loaded.caption,
+                        loaded.further,
+                        self._config.caption_weights,
+                        seed=self._config.seed,
+                        position=int(positions[place]),
+                    )
+                )
                 origins.append(loaded.origin)
         return Batch(step, images, tuple(captions), positions, tuple(origins))
 
@@ -332,16 +348,21 @@ class BatchReader:
         shard = self._shards[source][piece.shard]
         if self._room_for_all:
             if (source, piece.shard) not in self._kept:
-                with closing(_ShardStream(self._store, shard)) as stream:
+                with closing(self._open_stream(shard)) as stream:
                     self._kept[source, piece.shard] = stream.take_samples(0, shard.samples)
             return self._kept[source, piece.shard][piece.start : piece.stop]
         open_stream = self._streams.get((source, lane))
         if open_stream is None or not open_stream.can_reach(shard, piece.start):
             if open_stream is not None:
                 open_stream.close()
-            open_stream = _ShardStream(self._store, shard)
+            open_stream = self._open_stream(shard)
             self._streams[source, lane] = open_stream
         return open_stream.take_samples(piece.start, piece.stop)
+
+    def _open_stream(self, shard: Shard) -> _ShardStream:
+        has_captions = shard.captions and self._config.caption_weights
+        further = self._store.read_captions(shard) if has_captions else {}
+        return _ShardStream(shard, self._store.open_shard(shard), further)
 
 
 def serve_batches(settings: Mapping[str, Any]) -> Iterator[tuple[Batch, Mapping[str, int]]]:
@@ -366,13 +387,16 @@ def serve_batches(settings: Mapping[str, Any]) -> Iterator[tuple[Batch, Mapping[
 class _ShardStream:
     """A shard read front to back, once, in parts."""
 
-    def __init__(self, store: ShardStore, shard: Shard) -> None:
+    def __init__(
+        self, shard: Shard, samples: SampleReader, captions: Mapping[str, Captions]
+    ) -> None:
         self._shard = shard
-        self._pairs = store.open_shard(shard)
+        self._samples = samples
+        self._captions = captions
 
     def can_reach(self, shard: Shard, start: int) -> bool:
         """Return whether sample `start` of `shard` is still ahead."""
-        return self._shard is shard and self._pairs.next <= start
+        return self._shard is shard and self._samples.next <= start
 
     def take_samples(self, start: int, stop: int) -> list[_Loaded]:
         """Samples `start` to `stop` (exclusive), skipping what lies before them.
@@ -380,7 +404,7 @@ class _ShardStream:
         Raises: InputError: the shard does not hold what its manifest says.
         """
         try:
-            taken = self._pairs.read(start, stop)
+            taken = self._samples.read(start, stop)
         except BrokenShard as error:
             raise InputError(f"{error}; verify the shards again") from error
         if len(taken) < stop - start:
@@ -389,11 +413,20 @@ class _ShardStream:
                 "verify the shards again"
             )
         path = self._shard.path
-        return [_Loaded(one.image, one.caption, Origin(path, one.key), one.flaw) for one in taken]
+        return [
+            _Loaded(
+                one.image,
+                one.caption,
+                self._captions.get(one.key, {}),
+                Origin(path, one.key),
+                one.flaw,
+            )
+            for one in taken
+        ]
 
     def close(self) -> None:
         """Close the file."""
-        self._pairs.close()
+        self._samples.close()
 
 
 def _open_store(

@@ -116,6 +116,9 @@ class Shard(Config):
     Text, because two billion samples have millions of them and few are needed at once.
     """
 
+    captions: str = ""
+    """Path of a file of further captions (captions.py), as `path` is; empty: there are none."""
+
     @field_validator("path")
     @classmethod
     def _is_a_plain_file(cls, path: str) -> str:

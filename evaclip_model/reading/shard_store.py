@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from evaclip_model.errors import InputError
+from evaclip_model.reading.captions import Captions, read_captions
 from evaclip_model.reading.samples import SampleReader, Shard
 from evaclip_model.reading.urls import is_url, open_filesystem, resolve_location
 
@@ -93,6 +94,10 @@ class ShardStore:
         raise InputError(
             f"{location} is cleared away as soon as it is fetched: give the shards' cache more room"
         )
+
+    def read_captions(self, shard: Shard) -> dict[str, Captions]:
+        """Its further captions by key. Raises: InputError: they cannot be had."""
+        return read_captions(resolve_location(self._folder, shard.captions))
 
     def announce_shards(self, shards: Iterable[Shard]) -> None:
         """Say which shards come next, so that they may be brought; never waits."""

@@ -163,7 +163,14 @@ class TrainConfig(SamplingConfig):
         "max_nonfinite_steps": "guards.max_nonfinite_steps",
     }
 
-    ADDED: ClassVar[tuple[str, ...]] = ("objective", "same_caption", "lora", "validation", "epochs")
+    ADDED: ClassVar[tuple[str, ...]] = (
+        "objective",
+        "same_caption",
+        "lora",
+        "validation",
+        "epochs",
+        "caption_weights",
+    )
 
     REMOVED: ClassVar[Mapping[str, str]] = {
         "loss_impl": "the loss is streamed always, in blocks of flat memory"

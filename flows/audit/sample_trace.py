@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evaclip_model.reading.captions import Captions, read_captions
+from evaclip_model.reading.samples import SHARDS, ShardManifest
 from evaclip_model.reading.urls import is_url
 from flows.audit.dataset_replacement import left_out
 from flows.graph.ancestry import Model, ancestors_of, describe_model, first_row_in, models_of
 from flows.graph.outside_data import sort_takedowns
 from tasks.artifacts.artifact import Artifact, read_artifacts
 from tasks.dataset.choose import Asked
+from tasks.dataset.config import CAPTIONS
 from tasks.dataset.config import STAGE as DATASET
 from tasks.index.sample_index import Kind, SampleIndex, read_verdicts, shard_location
 from tasks.verify.config import STAGE as VERIFY
@@ -31,6 +34,8 @@ class Version:
     """Why it does not hold the sample; None if it does."""
     models: tuple[Model, ...]
     """What was trained on it, if it holds the sample."""
+    captions: Captions
+    """Further ones that it has for the sample, by name."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +95,24 @@ def _in_one_verification(
     made_by = tuple(ancestors_of(verified, artifacts))
     for row in rows:
         held = []
-        for digest, (_, first) in versions.items():
-            reason = reasons[digest].get(first + row["row"])
-            held.append(Version(digest, reason, () if reason else models[digest]))
         shard = shard_location(verified.folder.resolve(), verdicts[row["shard"]].path)
         shard = shard if is_url(shard) else str(Path(shard).resolve())
+        for digest, (_, first) in versions.items():
+            reason = reasons[digest].get(first + row["row"])
+            further = {} if reason else _further_captions(versions[digest][0], shard, row["key"])
+            held.append(Version(digest, reason, () if reason else models[digest], further))
         yield Trace(row, shard, made_by, tuple(held))
+
+
+def _further_captions(version: Artifact, shard: str, key: str) -> Captions:
+    """What a dataset version says of a sample besides the caption in its shard."""
+    if not (version.folder / CAPTIONS).is_dir():
+        return {}
+    for one in ShardManifest.read(version.folder / SHARDS).shards:
+        place = shard_location(version.folder.resolve(), one.path)
+        if one.captions and (place if is_url(place) else str(Path(place).resolve())) == shard:
+            return read_captions(str(version.folder / one.captions)).get(key, {})
+    return {}
 
 
 def describe_traces(found: Trace, root: Path) -> Iterator[str]:
@@ -112,5 +129,7 @@ def describe_traces(found: Trace, root: Path) -> Iterator[str]:
     for version in found.versions:
         state = f"left out ({version.left_out})" if version.left_out else "holds it"
         yield f"dataset     {version.digest}: {state}"
+        for name, captions in version.captions.items():
+            yield f"  captions  {name}: {' | '.join(captions)}"
         for model in version.models:
             yield from describe_model(model, root)

@@ -15,14 +15,15 @@ from typing import ClassVar, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from evaclip_model.config import Config
+from evaclip_model.config import Config, refuse_repeated_names
 from evaclip_model.errors import InputError
+from evaclip_model.reading.captions import STORED
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.cost import count_parts
 from flows.config.gpu_spec import Machines
 from flows.config.recipe_loader import find_recipe, read_recipe
 from tasks.adopt.config import AdoptConfig
-from tasks.dataset.config import DatasetConfig
+from tasks.dataset.config import CaptionSource, DatasetConfig
 from tasks.demo.config import DemoConfig
 from tasks.download.config import DownloadConfig
 from tasks.evaluate.config import EvaluateConfig
@@ -88,6 +89,8 @@ class Recipe(Config):
     """Images and captions that exist already, instead of metadata or besides."""
     verify: VerifyConfig = VerifyConfig()
     dataset: DatasetConfig = DatasetConfig()
+    captions: tuple[CaptionSource, ...] = ()
+    """Further captions of the dataset's samples, which `train.caption_weights` draws from."""
     initialise: InitialiseConfig
     train: tuple[TrainConfig, ...] = Field(min_length=1)
     """Training stages in order; each starts from the one before, the first from `initialise`."""
@@ -102,7 +105,7 @@ class Recipe(Config):
     register_table: RegisterConfig | None = Field(None, alias="register")
     """May be left out where nothing is registered."""
 
-    ADDED: ClassVar[tuple[str, ...]] = ("adopt", "interpolate")
+    ADDED: ClassVar[tuple[str, ...]] = ("adopt", "interpolate", "captions")
 
     @property
     def merge(self) -> MergeConfig:
@@ -187,7 +190,32 @@ class Recipe(Config):
                     f"training stage '{stage.name}' weights source '{unknown[0]}', which is none "
                     f"of the recipe's ({', '.join(sorted(self.sources))})"
                 )
+        self._require_known_captions()
         return self
+
+    def _require_known_captions(self) -> None:
+        """Raises: ValueError: captions that nothing draws, or draws of captions that are not
+        there."""
+        names = [one.name for one in self.captions]
+        refuse_repeated_names("captions", names)
+        drawn = {name: stage.name for stage in self.train for name in stage.caption_weights}
+        for name, stage in drawn.items():
+            if name not in (STORED, *names):
+                raise ValueError(
+                    f"training stage '{stage}' draws captions '{name}': there are "
+                    f"{', '.join((STORED, *names))}"
+                )
+        for name in names:
+            if name not in drawn:
+                raise ValueError(
+                    f"no training stage draws captions '{name}': set train.caption_weights"
+                )
+        for one in self.captions:
+            if one.source is not None and one.source not in self.sources:
+                raise ValueError(
+                    f"captions '{one.name}' are of source '{one.source}', which is none "
+                    f"of the recipe's ({', '.join(sorted(self.sources))})"
+                )
 
     def _require_fitting_stages(self) -> None:
         """Raises: ValueError: a training stage cannot do what it says, whatever the data is."""

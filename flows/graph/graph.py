@@ -57,7 +57,7 @@ from tasks.artifacts.artifact import (
     read_artifacts,
 )
 from tasks.artifacts.provenance import lineage_of
-from tasks.dataset.config import LEFT_OUT, DatasetConfig
+from tasks.dataset.config import LEFT_OUT, CaptionSource, DatasetConfig
 from tasks.dataset.config import STAGE as DATASET
 from tasks.dataset.lists import read_takedowns, takedowns_digest
 from tasks.demo.config import STAGE as DEMO
@@ -245,7 +245,7 @@ def model_steps(
 ) -> Graph:
     """From data (a verification, or several that were joined) and a model to start from, through
     training `stages`, to a registered model by the recipe's rules, evaluation and registry."""
-    dataset = dataset_step(site, recipe.dataset, data)
+    dataset = dataset_step(site, recipe.dataset, data, recipe.captions)
     train: list[Step] = []
     for stage in stages:
         train.append(train_step(site, stage, train[-1] if train else start, dataset))
@@ -388,7 +388,9 @@ def join_step(site: Site, verified: Sequence[Step | Artifact]) -> Step:
     return Step(site.root, JOIN, Config(), inputs, make, f"{len(verified)} verifications as one")
 
 
-def dataset_step(site: Site, config: DatasetConfig, data: Step | Artifact) -> Step:
+def dataset_step(
+    site: Site, config: DatasetConfig, data: Step | Artifact, captions: Sequence[CaptionSource] = ()
+) -> Step:
     """A dataset version: which of the verified samples are used."""
     marks = OutsideMarks(site.demo)
     inputs: dict[str, Input] = {Role.DATA: data}
@@ -397,6 +399,11 @@ def dataset_step(site: Site, config: DatasetConfig, data: Step | Artifact) -> St
         found = [digest_of(marks.mark_files(pattern, f"dataset.{name}")) for pattern in patterns]
         if found:
             inputs[name] = ABSENT if ABSENT in found else hash_marks(found)
+    if captions:
+        read = [marks.mark_files(one.files, f"captions '{one.name}'") for one in captions]
+        said = [json.dumps(one.model_dump(exclude={"files"})) for one in captions]
+        found = [digest_of(one) for one in read]
+        inputs["captions"] = ABSENT if ABSENT in found else hash_marks([*found, *said])
     plain = Step(site.root, DATASET, config, dict(inputs), work=_not_run)
     entries: tuple[str, ...] = ()
     try:
@@ -415,7 +422,11 @@ def dataset_step(site: Site, config: DatasetConfig, data: Step | Artifact) -> St
             name: tuple(find_all(patterns, site.demo, f"dataset.{name}"))
             for name, patterns in rules.items()
         }
-        outside = OutsideFiles(files["evaluation_sets"], files["blocklists"])
+        sidecars = []
+        for one in captions:
+            listed = find_files(one.files, site.demo, f"captions '{one.name}'")
+            sidecars.append((one, tuple(map(str, listed))))
+        outside = OutsideFiles(files["evaluation_sets"], files["blocklists"], tuple(sidecars))
         ancestors = ancestors_of(finished_artifact(data), read_artifacts(site.root))
         takedowns = Takedowns()
         if entries:  # the choice of the version without any takedowns is taken over, if there

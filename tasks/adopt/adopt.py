@@ -30,7 +30,6 @@ from tasks.adopt.find_source import (
     find_source,
     is_image_type,
     mark_files,
-    parquet_schema,
     without_known,
 )
 from tasks.adopt.read_pairs import IMAGE_COLUMNS, URL_COLUMNS, FoundPair, NoPair, read_pairs
@@ -43,6 +42,7 @@ from tasks.index.adopted_shards import (
     write_adopted,
 )
 from tasks.progress import Report
+from tasks.tables.parquet_tables import parquet_schema
 from tasks.tables.text_tables import column_names, text_format
 
 LEFT_OUT = "left_out.jsonl"

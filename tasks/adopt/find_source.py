@@ -19,15 +19,15 @@ from typing import Any
 
 import braceexpand
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.reading.samples import IMAGE_EXTENSIONS, group_members
 from evaclip_model.reading.tar_file import BrokenTar, TarReader
-from evaclip_model.reading.urls import is_url, open_binary, open_filesystem, read_text
+from evaclip_model.reading.urls import is_url, open_filesystem, read_text
 from tasks.adopt.config import AdoptedSource, Form
 from tasks.artifacts.artifact import DIGEST_CHARS
 from tasks.index.adopted_shards import sizes_and_marks
+from tasks.tables.parquet_tables import parquet_schema
 from tasks.tables.text_tables import text_format
 
 TAR = ".tar"
@@ -301,20 +301,6 @@ def _form_of_parquet(source: AdoptedSource, file: str, where: str) -> Form:
     if source.image is not None and source.image in schema.names:
         return "parquet" if is_image_type(schema.field(source.image).type) else "table"
     return "parquet" if any(is_image_type(field.type) for field in schema) else "table"
-
-
-def parquet_schema(file: str, where: str) -> pa.Schema:
-    """Columns of a parquet file here or at a URL.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        with open_binary(file) as raw:
-            return pq.read_schema(raw)
-    except Exception as error:  # every protocol has its own kinds
-        said = shorten_error(error)
-        raise InputError(f"{where}: {file} cannot be read as parquet ({said})") from None
 
 
 def is_image_type(kind: pa.DataType) -> bool:

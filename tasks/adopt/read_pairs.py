@@ -17,15 +17,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from evaclip_model.errors import InputError, shorten_error
+from evaclip_model.errors import InputError
 from evaclip_model.reading.image_decoder import identify_format
 from evaclip_model.reading.samples import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
-from evaclip_model.reading.urls import is_url, open_binary, open_filesystem
+from evaclip_model.reading.urls import is_url, open_filesystem
 from tasks.adopt.config import AdoptedSource
-from tasks.adopt.find_source import FoundSource, is_image_type, parquet_schema
+from tasks.adopt.find_source import FoundSource, is_image_type
+from tasks.tables.parquet_tables import parquet_schema, read_parquet_rows
 from tasks.tables.text_tables import column_names, read_text_table, text_format
 
 IMAGE_COLUMNS = (
@@ -146,23 +144,11 @@ def _parquet_rows(found: FoundSource, file: str) -> Iterator[FoundPair | NoPair]
     schema = parquet_schema(file, f"adopt.sources '{source.name}'")
     typed = [field.name for field in schema if is_image_type(field.type)]
     image, caption, url = _find_columns(source, file, schema.names, typed)
-    columns = [name for name in (image, caption, url) if name]
-    number = 0
-    try:
-        with open_binary(file) as raw:
-            batches = pq.ParquetFile(raw).iter_batches(ROWS_AT_ONCE, columns=columns)
-            for batch in batches:
-                images = _column_values(batch.column(image))
-                captions = _column_values(batch.column(caption))
-                urls = _column_values(batch.column(url)) if url else [None] * len(images)
-                for held, texts, address in zip(images, captions, urls, strict=True):
-                    yield from _row_pairs(found, file, number, held, texts, address)
-                    number += 1
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise InputError(
-            f"{file} cannot be read behind row {number} ({shorten_error(error)}): fetch it again "
-            "or take it out of 'files'"
-        ) from None
+    columns = (image, caption, *([url] if url else []))
+    for number, (held, texts, *address) in enumerate(
+        read_parquet_rows(file, columns, ROWS_AT_ONCE)
+    ):
+        yield from _row_pairs(found, file, number, held, texts, *(address or [None]))
 
 
 def _row_pairs(
@@ -193,23 +179,6 @@ def _row_pairs(
             yield _read_pair(found, file, f"row {number}", held, caption, url)
     if not written:
         yield NoPair(where, PairFlaw.NO_CAPTION)
-
-
-def _column_values(column: pa.Array) -> list[Any]:
-    """A column's values, texts as bytes: one that is not UTF-8 must not cost its neighbours."""
-    return list(column.cast(_as_bytes(column.type)).to_pylist())
-
-
-def _as_bytes(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return pa.large_binary()
-    if pa.types.is_dictionary(kind):
-        return _as_bytes(kind.value_type)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return pa.list_(_as_bytes(kind.value_type))
-    if pa.types.is_struct(kind):
-        return pa.struct([(field.name, _as_bytes(field.type)) for field in kind])
-    return kind
 
 
 def _find_columns(

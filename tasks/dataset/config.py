@@ -6,11 +6,12 @@ Not here: looking into shards (the verify stage), applying any rule.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from evaclip_model.config import Config
+from evaclip_model.reading.captions import STORED
 from tasks.artifacts.artifact import Stage
 
 RULES_IN_FILES = ("evaluation_sets", "blocklists")
@@ -25,8 +26,39 @@ REPORT = "report.json"
 """Counts by source, and the rules that the digest knows by their content."""
 LEFT_OUT = "left_out.parquet"
 """(row of the index, reason) of every sample that is not used, by row."""
+CAPTIONS = "captions"
+"""Folder of further captions, a file a shard; in the report, the counts of every sidecar."""
 TAKEN_DOWN = "takedowns.txt"
 """Every takedown that this version obeys, one a line."""
+
+
+CaptionKey = Literal["uid", "sha256", "url", "key"]
+
+
+class CaptionSource(Config):
+    """One `[[captions]]` table of a recipe: further captions of samples that lie elsewhere."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """What training stages call them in `caption_weights`."""
+    files: str = Field(min_length=1)
+    """Glob of parquet, JSON Lines, CSV or TSV files, or a URL with wildcards."""
+    key: CaptionKey | None = None
+    """What a row names its sample by; key: that inside the shard, where only one sample has it.
+    None: the first of uid, sha256, url and key that is a column."""
+    key_column: str | None = None
+    """The column of it; none: of the same name."""
+    caption: str | None = None
+    """Column of the caption, or of a list of them; none: found by its name."""
+    source: str | None = None
+    """The one source whose samples are meant; none: all."""
+
+    @model_validator(mode="after")
+    def _names_are_clear(self) -> Self:
+        if self.name == STORED:
+            raise ValueError(f"captions cannot be named '{STORED}': so is the one beside the image")
+        if self.key_column is not None and self.key is None:
+            raise ValueError(f"say what column '{self.key_column}' is: set 'key' too")
+        return self
 
 
 class DatasetConfig(Config):

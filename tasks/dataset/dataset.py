@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,17 +35,21 @@ from tasks.dataset.choose import (
     read_evaluation_images,
 )
 from tasks.dataset.config import (
+    CAPTIONS,
     LEFT_OUT,
     REPORT,
     RULES_IN_FILES,
     TAKEN_DOWN,
+    CaptionSource,
     DatasetConfig,
 )
 from tasks.dataset.lists import read_hashes
+from tasks.dataset.sidecars import shard_captions, write_sidecars
 from tasks.index.sample_index import (
     INDEX,
     SampleIndex,
     ShardVerdict,
+    link_or_copy,
     read_verdicts,
     relative_path,
     shard_location,
@@ -76,6 +81,8 @@ class OutsideFiles:
 
     evaluation_sets: tuple[Path, ...] = ()
     blocklists: tuple[Path, ...] = ()
+    captions: tuple[tuple[CaptionSource, tuple[str, ...]], ...] = ()
+    """Sidecars and their files."""
 
 
 def make_dataset(
@@ -110,6 +117,13 @@ def make_dataset(
     report(1, _STEPS, "takedowns")
     if takedowns.find is not None:
         choice.leave_out(takedowns.find(index), LeftOutReason.TAKEDOWN)
+    shutil.rmtree(out / CAPTIONS, ignore_errors=True)
+    captions: dict[str, dict[str, int]] = {}
+    if takedowns.before is not None and (takedowns.before / CAPTIONS).is_dir():
+        shutil.copytree(takedowns.before / CAPTIONS, out / CAPTIONS, copy_function=link_or_copy)
+        captions = json.loads((takedowns.before / REPORT).read_text())[CAPTIONS]
+    elif outside.captions:
+        captions = write_sidecars(index, outside.captions, out, report)
     report(2, _STEPS, "manifest")
     held_out = find_held_out(index, config.validation_share) & ~choice.left_out
     shards, by_source = _keep_shards(verdicts, verified, choice, choice.left_out | held_out, out)
@@ -128,12 +142,16 @@ def make_dataset(
     counts = _count_samples(index.rows, shards, choice, by_source, int(held_out.sum()))
     for name, number in _never_packed(ancestors).items():
         counts[name] = counts.get(name, 0) + number
+    counts |= {
+        f"{CAPTIONS}.{name}.{what}": n for name, one in captions.items() for what, n in one.items()
+    }
     rules = config.model_dump(include=set(RULES_IN_FILES))
-    details = {**counts, "sources": by_source, "rules": rules}
+    details = {**counts, "sources": by_source, "rules": rules, CAPTIONS: captions}
     write_atomically(out / REPORT, json.dumps(details, indent=1) + "\n")
-    write_card(out / CARD, config, ancestors, counts, by_source, len(takedowns.entries))
+    write_card(out / CARD, config, ancestors, counts, by_source, captions, takedowns.entries)
     report(_STEPS, _STEPS, f"{counts['samples']:,} samples")
-    return Made(counts, tuple(out / name for name in names))
+    further = tuple(sorted((out / CAPTIONS).glob("*")))
+    return Made(counts, tuple(out / name for name in names), further)
 
 
 def _read_rules(config: DatasetConfig, outside: OutsideFiles) -> Rules:
@@ -156,7 +174,7 @@ def _keep_shards(
     shards: list[Shard] = []
     by_source: dict[str, Counter[str]] = {}
     start = 0
-    for verdict in verdicts:
+    for number, verdict in enumerate(verdicts):
         stop = start + verdict.stored
         if verdict.shard is not None:
             gone = np.flatnonzero(hidden[start:stop]).tolist()
@@ -169,7 +187,9 @@ def _keep_shards(
             if left:
                 path = relative_path(shard_location(verified, verdict.path), out)
                 tombstones = " ".join(map(str, gone))
-                update = {"path": path, "samples": left, "tombstones": tombstones}
+                update: dict[str, Any] = {"path": path, "samples": left, "tombstones": tombstones}
+                if (out / shard_captions(number)).exists():
+                    update["captions"] = shard_captions(number)
                 shards.append(Shard.model_validate(verdict.shard.model_dump() | update))
         start = stop
     return tuple(shards), {source: dict(by_source[source]) for source in sorted(by_source)}
@@ -220,7 +240,8 @@ def write_card(
     ancestors: Sequence[Artifact],
     counts: Counts,
     by_source: Mapping[str, Mapping[str, int]],
-    takedowns: int,
+    captions: Mapping[str, Mapping[str, int]],
+    takedowns: Sequence[str],
 ) -> None:
     """Write the card of the version whose artifact is the folder of `path`.
 
@@ -231,6 +252,7 @@ def write_card(
             verifications; other kinds only appear in the list of digests.
         counts: the version's totals.
         by_source: what became of every source's verified samples.
+        captions: what became of the rows of every sidecar.
         takedowns: entries of the takedown lists.
     """
     made_from: dict[str, list[Artifact]] = {}
@@ -259,7 +281,8 @@ def write_card(
         counts=counts,
         made_from={"adopt": [], "merge": [], "download": []} | made_from,
         totals=totals,
-        takedowns=takedowns,
+        captions=captions,
+        takedowns=len(takedowns),
         ancestors=[[one.kind, f"`{one.digest}`", one.created] for one in ancestors],
         sources=lambda kind, figures: list(list_sources(kind, figures)),
         by_reason=_list_reasons,

@@ -59,7 +59,7 @@ COLUMNS = pa.schema(
     ]
 )
 """What is known of a sample, by its place in the shard; the shard's number and `row` are added."""
-_ADDRESS = r"regexp_replace(url, '^https?://', '')"
+ADDRESS = r"regexp_replace(url, '^https?://', '')"
 MEMORY_LIMIT = "2GB"
 """Of a query, where no setting says another."""
 CHECKED = "checked.json"
@@ -77,14 +77,14 @@ class Kind(StrEnum):
 
 _MARKED = {
     Kind.UID: "SELECT uid AS value, row FROM stored",
-    Kind.URL: f"SELECT {_ADDRESS} AS value, row FROM stored WHERE url IS NOT NULL",
+    Kind.URL: f"SELECT {ADDRESS} AS value, row FROM stored WHERE url IS NOT NULL",
     Kind.HASH: "SELECT sha256 AS value, row FROM stored UNION ALL "
     "SELECT stored_sha256, row FROM stored WHERE stored_sha256 IS DISTINCT FROM sha256 UNION ALL "
     "SELECT md5, row FROM stored",
 }
 _MATCHES = {
     Kind.UID: "uid IN (FROM asked)",
-    Kind.URL: f"{_ADDRESS} IN (FROM asked)",
+    Kind.URL: f"{ADDRESS} IN (FROM asked)",
     Kind.HASH: "sha256 IN (FROM asked) OR stored_sha256 IN (FROM asked) OR md5 IN (FROM asked)",
 }
 
@@ -139,7 +139,7 @@ class SampleIndex:
             memory_limit: of a query, as DuckDB writes it.
         """
         self._folder = folder / INDEX
-        self._memory_limit = memory_limit
+        self.memory_limit = memory_limit
         self.files = sorted((self._folder / "rows").glob("*.parquet"))
         self.rows = sum(pq.read_metadata(file).num_rows for file in self.files)
 
@@ -162,8 +162,8 @@ class SampleIndex:
                 WHERE mark IN (SELECT md5_number_lower(value) FROM asked)
             ) AND ({_MATCHES[kind]})
             ORDER BY row"""
-        asked = [_without_scheme(value) if kind is Kind.URL else value for value in values]
-        with open_database(self._memory_limit, self._folder) as database:
+        asked = [without_scheme(value) if kind is Kind.URL else value for value in values]
+        with open_database(self.memory_limit, self._folder) as database:
             database.register(
                 "asked", pa.table({"value": pa.array(sorted(set(asked)), pa.string())})
             )
@@ -199,7 +199,7 @@ class SampleIndex:
             )
             SELECT row, number FROM suspects JOIN shared USING (value) ORDER BY row, number"""
         suspected = pa.table({"row": _rows_with_equal_marks(Path(self._lookup_query(kind)))})
-        with open_database(self._memory_limit, self._folder) as database:
+        with open_database(self.memory_limit, self._folder) as database:
             database.register("suspected", suspected)
             found = database.execute(query, {"rows": self._rows}).fetchnumpy()
         return found["row"].astype(np.int64), found["number"].astype(np.int64)
@@ -327,7 +327,7 @@ def open_database(memory_limit: str, spill: Path) -> Iterator[duckdb.DuckDBPyCon
             connection.close()
 
 
-def _without_scheme(url: str) -> str:
+def without_scheme(url: str) -> str:
     return url.partition("://")[2] or url
 
 
