@@ -173,6 +173,15 @@ def _score_interval(p: float, n: float, z: float = Z95) -> tuple[float, float]:
     return low, high
 
 
+def resampled_cells(cells: Tensor, figure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Bootstrap draws of a figure of samples that fall into cells [N, m], [draws].
+
+    `figure` gets the distinct cells [U, m] and how many samples each draw takes of them [draws, U].
+    """
+    distinct, counts = torch.unique(cells, dim=0, return_counts=True)
+    return torch.cat([figure(distinct, drawn) for drawn in _drawn_counts(counts)])
+
+
 def resampled_means(values: Tensor, cluster: Tensor | None = None) -> Tensor:
     """Bootstrap draws of the mean of `values` [N], whole clusters [N] drawn if given, [draws].
 
@@ -180,11 +189,9 @@ def resampled_means(values: Tensor, cluster: Tensor | None = None) -> Tensor:
     drawn, not captions.
     """
     cluster = torch.arange(len(values)) if cluster is None else cluster
-    size = torch.bincount(cluster).double()
-    sums = torch.bincount(cluster, weights=values.double(), minlength=len(size))
-    cells, counts = torch.unique(torch.stack([sums, size])[:, size > 0], dim=1, return_counts=True)
-    means = [(drawn @ cells[0]) / (drawn @ cells[1]) for drawn in _drawn_counts(counts)]
-    return torch.cat(means)
+    sums, size = torch.bincount(cluster, weights=values.double()), torch.bincount(cluster).double()
+    cells = torch.stack([sums, size], dim=1)[size > 0]
+    return resampled_cells(cells, lambda one, drawn: (drawn @ one[:, 0]) / (drawn @ one[:, 1]))
 
 
 def resampled_class_means(values: Tensor, labels: Tensor) -> Tensor:
@@ -201,15 +208,6 @@ def resampled_class_means(values: Tensor, labels: Tensor) -> Tensor:
         size = cells.sum(dim=2)
         means.append((cells @ levels / size).nanmean(dim=1))
     return torch.cat(means)
-
-
-def resampled_cells(cells: Tensor, figure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Bootstrap draws of a figure of samples that fall into cells [N, m], [draws].
-
-    `figure` gets the distinct cells [U, m] and how many samples each draw takes of them [draws, U].
-    """
-    distinct, counts = torch.unique(cells, dim=0, return_counts=True)
-    return torch.cat([figure(distinct, drawn) for drawn in _drawn_counts(counts)])
 
 
 def worst_group_share(cells: Tensor, counts: Tensor) -> Tensor:

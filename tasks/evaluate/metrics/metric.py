@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -137,17 +137,30 @@ class SampleMetric(Metric):
 
     per_sample: Callable[[Scored, Ties], Tensor]
     """Values of the queries [Q] if ties are broken by index ("together"), won or lost."""
+    counts_hits: ClassVar[bool] = True
 
     def _sample_values(self, scored: Scored, ties: Ties = "together") -> Tensor:
         return self.per_sample(scored, ties).double()
 
+    def _average(self, values: Tensor, evalset: EvalSet) -> float:
+        """The figure of values [Q], or of differences of values."""
+        return float(values.mean())
+
+    def _draw_averages(self, values: Tensor, evalset: EvalSet) -> Tensor:
+        return resampled_means(values)
+
+    def compute_value(self, scored: Scored, ties: Ties = "together") -> float:
+        return self._average(self._sample_values(scored, ties), scored.evalset)
+
+    def compare_models(self, a: Scored, b: Scored) -> PairedDifference:
+        values, evalset = self._sample_values(a) - self._sample_values(b), a.evalset
+        difference, draws = self._average(values, evalset), self._draw_averages(values, evalset)
+        units = len(evalset.questions or evalset)
+        return _bootstrap_difference(difference, draws, units, values if self.counts_hits else None)
+
 
 class HitShare(SampleMetric):
     """Share of independent queries answered right: Wilson's interval, McNemar's test."""
-
-    def compute_value(self, scored: Scored, ties: Ties = "together") -> float:
-        hits = self._sample_values(scored, ties)
-        return int(hits.sum()) / max(1, len(hits))
 
     def compute_interval(self, scored: Scored) -> Interval:
         hits = self._sample_values(scored)
@@ -167,31 +180,27 @@ class CaptionHitShare(HitShare):
     """Share of captions answered right. Those of one image succeed and fail together, so that
     images are drawn, in a bootstrap, unless each has one caption."""
 
+    def _draw_averages(self, values: Tensor, evalset: EvalSet) -> Tensor:
+        return resampled_means(values, image_of_caption(evalset))
+
     def compute_interval(self, scored: Scored) -> Interval:
         if _has_one_caption_each(scored):
             return super().compute_interval(scored)
-        owner, values = image_of_caption(scored.evalset), self._sample_values(scored)
-        images = effective_units(owner.bincount())
-        return design_interval(
-            *(float(values.mean()), resampled_means(values, owner), images),
-            least=images,
-            most=len(values),
-        )
+        values = self._sample_values(scored)
+        draws = self._draw_averages(values, scored.evalset)
+        images = effective_units(image_of_caption(scored.evalset).bincount())
+        mean = float(values.mean())
+        return design_interval(mean, draws, images, least=images, most=len(values))
 
     def compare_models(self, a: Scored, b: Scored) -> PairedDifference:
-        if _has_one_caption_each(a):
-            return super().compare_models(a, b)
-        values = self._sample_values(a) - self._sample_values(b)
-        owner = image_of_caption(a.evalset)
-        draws = resampled_means(values, owner)
-        return _bootstrap_difference(float(values.mean()), draws, len(a.evalset), values)
+        each = HitShare if _has_one_caption_each(a) else SampleMetric
+        return each.compare_models(self, a, b)
 
 
 class SampleMean(SampleMetric):
     """Mean of values of any size over samples, with a bootstrap over them."""
 
-    def compute_value(self, scored: Scored, ties: Ties = "together") -> float:
-        return float(self._sample_values(scored, ties).mean())
+    counts_hits = False
 
     def compute_interval(self, scored: Scored) -> Interval:
         values = self._sample_values(scored)
@@ -199,10 +208,6 @@ class SampleMean(SampleMetric):
         if values.min() < 0 or values.max() > 1:  # not shares
             return percentile_interval(draws)
         return design_interval(float(values.mean()), draws, len(values), least=len(values))
-
-    def compare_models(self, a: Scored, b: Scored) -> PairedDifference:
-        values = self._sample_values(a) - self._sample_values(b)
-        return _bootstrap_difference(float(values.mean()), resampled_means(values), len(values))
 
 
 class SeedMean(SampleMean):
@@ -221,21 +226,16 @@ class SeedMean(SampleMean):
 class ClassMean(SampleMetric):
     """Share of hits in each class, then the mean over classes, with a bootstrap over samples."""
 
-    def compute_value(self, scored: Scored, ties: Ties = "together") -> float:
-        return mean_per_class(self._sample_values(scored, ties), labels_of(scored.evalset))
+    def _average(self, values: Tensor, evalset: EvalSet) -> float:
+        return mean_per_class(values, labels_of(evalset))
+
+    def _draw_averages(self, values: Tensor, evalset: EvalSet) -> Tensor:
+        return resampled_class_means(values, labels_of(evalset))
 
     def compute_interval(self, scored: Scored) -> Interval:
-        labels, values = labels_of(scored.evalset), self._sample_values(scored)
-        samples = effective_samples(labels.bincount())
-        return design_interval(
-            *(self.compute_value(scored), resampled_class_means(values, labels), samples),
-            most=samples,
-        )
-
-    def compare_models(self, a: Scored, b: Scored) -> PairedDifference:
-        values, labels = self._sample_values(a) - self._sample_values(b), labels_of(a.evalset)
-        draws = resampled_class_means(values, labels)
-        return _bootstrap_difference(mean_per_class(values, labels), draws, len(values), values)
+        draws = self._draw_averages(self._sample_values(scored), scored.evalset)
+        samples = effective_samples(labels_of(scored.evalset).bincount())
+        return design_interval(self.compute_value(scored), draws, samples, most=samples)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,7 +82,7 @@ def test_objectnet_takes_imagenets_labels_by_its_own_mappings(
     evalset = open_set("objectnet-1000", made.folder, "multilabel", "openai", known=known)
     assert [one.labels for one in evalset.samples] == [(3, 7)]
     (root / "mappings" / "imagenet_to_label_2012_v2").unlink()
-    with pytest.raises(InputError, match="expected the four files"):
+    with pytest.raises(InputError, match="four files of mappings"):
         convert_imagefolder(root, tmp_path / "other", Words(known))
 
 

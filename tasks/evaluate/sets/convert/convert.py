@@ -25,8 +25,7 @@ from tasks.evaluate.sets.convert.source_images import (
     class_folders,
     image_source,
     image_sources,
-    objectnet_folders,
-    objectnet_labels,
+    objectnet_classes,
     stamp_of,
 )
 from tasks.evaluate.sets.convert.torchvision_sets import (
@@ -105,25 +104,20 @@ def convert_imagefolder(
     their own names or with the labels of ImageNet's thousand that each of them stands for."""
     key = words.known.key if words.known else ""
     if key == OBJECTNET_1000:
-        folders, _ = objectnet_folders(root)
         names = imagenet_classnames()
-        answers = dict(zip(folders, objectnet_labels(root, folders), strict=True))
         classes = ClassOrder(names, {str(label): label for label in range(len(names))})
-        origin = ("imagenet's labels of", root)
-        return _write_set(
-            folder, image_sources(answers), origin, classes, words, report, "multilabel"
-        )
+        sources, origin = image_sources(objectnet_classes(root, imagenet=True)), (key, root)
+        return _write_set(folder, sources, origin, classes, words, report, "multilabel")
+    beside, own, display = 0, words, {}
     if key == OBJECTNET:
-        folders, names = objectnet_folders(root)
-        own = replace(words, known=None)
-        display = dict(zip((one.name for one in folders), names, strict=True))
-        classes = own.order_classes([one.name for one in folders], str(root), display)
-        beside = 0
+        shared = objectnet_classes(root)
+        folders, own = [*shared], replace(words, known=None)
+        display = {one.name: name for one, name in shared.items()}
     else:
         folders = class_folders(root)
-        classes = words.order_classes([one.name for one in folders], str(root))
         loose = (path for path in root.iterdir() if path.is_file())
         beside = sum(not is_system_file(path.name) for path in loose)
+    classes = own.order_classes([one.name for one in folders], str(root), display)
     sources = image_sources({one: classes.labels[one.name] for one in folders})
     if beside:
         remark = f"{beside} files beside the class folders of {root} were left out"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,9 @@ def class_folders(root: Path) -> list[Path]:
     return sorted(folders, key=lambda path: path.name)
 
 
-def objectnet_folders(root: Path) -> tuple[list[Path], tuple[str, ...]]:
-    """The folders of the classes that ObjectNet shares with ImageNet, and what they are called.
+def objectnet_classes(root: Path, imagenet: bool = False) -> dict[Path, Any]:
+    """Folder -> name of the classes that ObjectNet shares with ImageNet, or with `imagenet` the
+    numbers of ImageNet's classes that each stands for, by ObjectNet's own mappings.
 
     Args:
         root: ObjectNet's folder, with `images` and `mappings` in it.
@@ -100,53 +101,35 @@ def objectnet_folders(root: Path) -> tuple[list[Path], tuple[str, ...]]:
     Raises:
         InputError: it has not, or a class has no folder.
     """
+    mappings = root / "mappings"
     try:
-        labels, shared = (
-            json.loads((root / "mappings" / name).read_text())
-            for name in ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")
+        names, shared = (
+            json.loads((mappings / f"{name}.json").read_text())
+            for name in ("folder_to_objectnet_label", "objectnet_to_imagenet_1k")
         )
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{root} is not ObjectNet's folder ({error}): expected images and mappings in it"
-        ) from None
-    folders = [
-        path_inside(root / "images", name, "folder_to_objectnet_label.json")
-        for name in sorted(labels)
-        if labels[name] in shared
-    ]
-    for folder in folders:
-        if not folder.is_dir():
-            raise InputError(f"{folder} is missing: unpack all of ObjectNet's images")
-    return folders, tuple(labels[folder.name].lower() for folder in folders)
-
-
-def objectnet_labels(root: Path, folders: Sequence[Path]) -> list[tuple[int, ...]]:
-    """ImageNet's labels of each class folder of ObjectNet, by ObjectNet's own mappings.
-
-    Raises:
-        InputError: a mapping is missing or of another form.
-    """
-    try:
-        names, shared, line_of = (
-            json.loads((root / "mappings" / f"{name}.json").read_text())
-            for name in (
-                "folder_to_objectnet_label",
-                "objectnet_to_imagenet_1k",
-                "pytorch_to_imagenet_2012_id",
-            )
-        )
-        lines = (root / "mappings" / "imagenet_to_label_2012_v2").read_text().splitlines()
-        first = min(line_of.values())  # its numbers count from 0 or from 1
-        label_of = {lines[line - first].strip(): int(label) for label, line in line_of.items()}
-        return [
-            tuple(sorted(label_of[one] for one in shared[names[folder.name]].split("; ")))
-            for folder in folders
-        ]
+        found = {
+            folder: names[folder].lower() for folder in sorted(names) if names[folder] in shared
+        }
+        if imagenet:
+            line_of = json.loads((mappings / "pytorch_to_imagenet_2012_id.json").read_text())
+            lines = (mappings / "imagenet_to_label_2012_v2").read_text().splitlines()
+            first = min(line_of.values())  # its numbers count from 0 or from 1
+            label_of = {lines[line - first].strip(): int(label) for label, line in line_of.items()}
+            found = {
+                folder: tuple(sorted(label_of[one] for one in shared[names[folder]].split("; ")))
+                for folder in found
+            }
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{root / 'mappings'} does not say which of ImageNet's classes ObjectNet's are "
-            f"({shorten_error(error)}): expected the four files that it is published with"
+            f"{root} is not ObjectNet's folder ({shorten_error(error)}): expected images and the "
+            "four files of mappings in it"
         ) from None
+    where = "folder_to_objectnet_label.json"
+    placed = {path_inside(root / "images", folder, where): found[folder] for folder in found}
+    for folder in placed:
+        if not folder.is_dir():
+            raise InputError(f"{folder} is missing: unpack all of ObjectNet's images")
+    return placed
 
 
 def image_sources(labels: Mapping[Path, Any]) -> list[Source]:
