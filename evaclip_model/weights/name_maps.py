@@ -7,9 +7,12 @@ the naming of the released EVA-CLIP files and of this package's own.
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -91,24 +94,21 @@ class Names:
     mask token and prediction head of pretraining, OpenAI's scalars, index and mask buffers."""
 
 
-def _make_renames(native: str, other: str, leaves: Iterable[str]) -> tuple[Entry, ...]:
-    return tuple(Entry(f"{native}.{leaf}", (f"{other}.{leaf}",)) for leaf in leaves)
+_TABLES = Path(__file__).with_suffix(".json")
+"""Table -> native name -> names that another layout has instead: `*` is weight and bias, `#` the
+block, `@` transformers' text model, which lacks that prefix on its own."""
 
 
-_BOTH = ("weight", "bias")
-_TIMM = (
-    *_make_renames("blocks.#.attn.inner_attn_ln", "blocks.#.attn.norm", _BOTH),
-    *_make_renames("blocks.#.mlp.ffn_ln", "blocks.#.mlp.norm", _BOTH),
-)
-_TIMM_SPLIT_QKV = (
-    Entry("blocks.#.attn.q_bias", ("blocks.#.attn.q_proj.bias",)),
-    Entry("blocks.#.attn.v_bias", ("blocks.#.attn.v_proj.bias",)),
-)
-_TIMM_SWIGLU = (
-    *_make_renames("blocks.#.mlp.w1", "blocks.#.mlp.fc1_g", _BOTH),
-    *_make_renames("blocks.#.mlp.w2", "blocks.#.mlp.fc1_x", _BOTH),
-    *_make_renames("blocks.#.mlp.w3", "blocks.#.mlp.fc2", _BOTH),
-)
+@functools.cache
+def _read_rules(table: str, model: str = "") -> tuple[Entry, ...]:
+    rules = []
+    for native, sources in json.loads(_TABLES.read_text())[table].items():
+        for leaf in ("weight", "bias") if "*" in native else ("",):
+            names = tuple(one.replace("*", leaf).replace("@", model) for one in sources)
+            join: Join = "transposed" if native == "text_projection" else "same"
+            join = "rows" if len(names) > 1 else join
+            rules.append(Entry(native.replace("*", leaf), names, join))
+    return tuple(rules)
 
 
 def _timm_rules(keys: Collection[str]) -> tuple[Entry, ...]:
@@ -116,32 +116,12 @@ def _timm_rules(keys: Collection[str]) -> tuple[Entry, ...]:
     # With one fused weight timm's biases have our names, and so has its GELU MLP.
     is_split = any(key.endswith(".attn.q_proj.weight") for key in keys)
     is_swiglu = any(".mlp.fc1_g." in key or ".mlp.w1." in key for key in keys)
-    return (*_TIMM, *_TIMM_SPLIT_QKV * is_split, *_TIMM_SWIGLU * is_swiglu)
+    split, swiglu = _read_rules("timm, split qkv"), _read_rules("timm, SwiGLU")
+    return (*_read_rules("timm"), *split * is_split, *swiglu * is_swiglu)
 
 
 def _transformers_rules(keys: Collection[str]) -> tuple[Entry, ...]:
-    """Names that transformers has otherwise; its text model on its own may lack the prefix."""
-    model = "" if _TRANSFORMERS_MARK in keys else "text_model."
-    block, layer = "transformer.resblocks.#", f"{model}encoder.layers.#"
-    return (
-        *_make_renames("token_embedding", f"{model}embeddings.token_embedding", ("weight",)),
-        Entry("positional_embedding", (f"{model}embeddings.position_embedding.weight",)),
-        *_make_renames(f"{block}.ln_1", f"{layer}.layer_norm1", _BOTH),
-        *(
-            Entry(
-                f"{block}.attn.in_proj_{leaf}",
-                tuple(f"{layer}.self_attn.{part}_proj.{leaf}" for part in "qkv"),
-                "rows",
-            )
-            for leaf in _BOTH
-        ),
-        *_make_renames(f"{block}.attn.out_proj", f"{layer}.self_attn.out_proj", _BOTH),
-        *_make_renames(f"{block}.ln_2", f"{layer}.layer_norm2", _BOTH),
-        *_make_renames(f"{block}.mlp.c_fc", f"{layer}.mlp.fc1", _BOTH),
-        *_make_renames(f"{block}.mlp.c_proj", f"{layer}.mlp.fc2", _BOTH),
-        *_make_renames("ln_final", f"{model}final_layer_norm", _BOTH),
-        Entry("text_projection", ("text_projection.weight",), "transposed"),
-    )
+    return _read_rules("transformers", "" if _TRANSFORMERS_MARK in keys else "text_model.")
 
 
 @dataclass(frozen=True)

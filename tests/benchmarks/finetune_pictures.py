@@ -41,7 +41,7 @@ SETS = ("digits", "fashion", "digits-held", "fashion-held")
 LEARNT, KEPT = "digits.top1", "fashion.top1"
 INTERPOLATED = (
     'interpolate={choose_on=["digits-held"], keep_on=["fashion-held"],'
-    " weights=[0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1]}"
+    " max_loss_points=0.5, weights=[0, 0.2, 0.3, 0.4, 0.5, 0.7, 1]}"
 )
 
 
@@ -77,7 +77,7 @@ def write_data() -> None:
         ("digits", (digits, of_digits), DIGITS, BOUNDS["test"]),
         ("digits-held", (digits, of_digits), DIGITS, BOUNDS["held"]),
         ("fashion", tests, CLASSES, (0, 5000)),
-        ("fashion-held", tests, CLASSES, (5000, 10_000)),
+        ("fashion-held", tests, CLASSES, (5000, 7000)),
     ):
         sources = [
             Source(str(number), partial(find_picture, pictures[number], answers[number]))

@@ -156,7 +156,7 @@ def test_openai_scalars_are_ignored_and_its_image_tower_is_reported_as_unknown()
     ("layout", "extra", "expected"),
     [
         ("native", "text.logit_bias", "text.logit_bias"),
-        ("openai", "logit_bias", "text.logit_bias"),
+        ("openai", "logit_bias", "logit_bias"),
         ("open_clip", "visual.head.proj.weight", "visual.head.proj.weight"),
         ("timm", "blocks.0.attn.gate.weight", "visual.blocks.0.attn.gate.weight"),
         ("transformers", "text_model.head.weight", "text.text_model.head.weight"),
