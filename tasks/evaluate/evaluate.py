@@ -146,7 +146,7 @@ def _score_all(
                 report(done, asked, f"probes of {model} on {name}")
                 train = features.image_features(model, evalset.train.name)
                 probed = answer_probes(
-                    LabelledFeatures(train, labels_of(evalset.train)),
+                    LabelledFeatures(train, labels_of(evalset.train), features.machine.device),
                     LabelledFeatures(images, labels_of(evalset)),
                     len(evalset.classnames),
                     evalset.probes,

@@ -47,26 +47,30 @@ def solve_regression(
     *,
     tolerance: float = 1e-7,
     start: Regression | None = None,
+    device: str = "cpu",
 ) -> Regression:
     """Fit features [N, D] to labels [N], until no entry of the gradient exceeds `tolerance`.
 
     Args:
         l2: of scikit-learn's C, 1 / (C N).
         start: a solution to begin at, as of another l2.
+        device: where it is solved; the solution is on the CPU.
 
     Raises:
         RuntimeError: so many steps do not get there.
     """
-    problem = _Problem(features, labels, classes, l2)
-    point = torch.zeros(features.shape[1] + 1, classes, dtype=torch.float64, device=features.device)
+    problem = _Problem(features.to(device), labels.to(device), classes, l2)
+    centre = problem.centre.cpu()
+    point = torch.zeros(features.shape[1] + 1, classes, dtype=torch.float64)
     if start is not None:
-        point[:-1], point[-1] = start.weights, start.bias + problem.centre @ start.weights
+        point[:-1], point[-1] = start.weights, start.bias + centre @ start.weights
+    point = point.to(device)
     value, gradient = problem.evaluate(point)
     for steps in range(MOST_STEPS + 1):
         largest = float(gradient.abs().max())
         if largest <= tolerance:
-            weights = point[:-1]
-            return Regression(weights, point[-1] - problem.centre @ weights, largest, steps)
+            weights, bias = point[:-1].cpu(), point[-1].cpu()
+            return Regression(weights, bias - centre @ weights, largest, steps)
         direction = problem.find_direction(gradient)
         slope, length = float((gradient * direction).sum()), 1.0
         while length > _ENOUGH:

@@ -10,7 +10,7 @@ Features are unit vectors, as for all figures.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,12 @@ class LabelledFeatures:
     """Unit features [N, D]."""
     labels: Tensor
     """[N]"""
+    device: str = "cpu"
+    """Where regressions on it are solved."""
+
+    def select_rows(self, rows: Tensor) -> LabelledFeatures:
+        """Those of some images: their mask, or their numbers."""
+        return replace(self, values=self.values[rows], labels=self.labels[rows])
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def choose_strength(train: LabelledFeatures, classes: int) -> float:
     """The l2 of `STRENGTHS` that is right most often on the training images held out, the
     strongest of equal ones."""
     held = _places_in_class(train.labels) % HELD_OUT == HELD_OUT - 1
-    fit, rest = (LabelledFeatures(train.values[one], train.labels[one]) for one in (~held, held))
+    fit, rest = train.select_rows(~held), train.select_rows(held)
     if not len(rest.labels):
         raise InputError(
             f"no class has {HELD_OUT} training images, so none can be held out to choose l2: "
@@ -144,8 +150,7 @@ def _ask_few(
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(train.labels), generator=generator)
         rows = order[_places_in_class(train.labels[order]) < shots].sort().values
-        drawn = LabelledFeatures(train.values[rows], train.labels[rows])
-        solved = _fit(drawn, classes, config.few_shot_l2)
+        solved = _fit(train.select_rows(rows), classes, config.few_shot_l2)
         rankings.append(_rank_by(solved, test))
         gradients.append(solved.gradient)
     fewer = int((train.labels.bincount(minlength=classes) < shots).sum())
@@ -157,7 +162,7 @@ def _ask_few(
 def _fit(
     data: LabelledFeatures, classes: int, l2: float, start: Regression | None = None
 ) -> Regression:
-    return solve_regression(data.values, data.labels, classes, l2, start=start)
+    return solve_regression(data.values, data.labels, classes, l2, start=start, device=data.device)
 
 
 def _rank_by(solved: Regression, test: LabelledFeatures) -> Ranking:
