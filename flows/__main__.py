@@ -12,7 +12,7 @@ from typer import Typer
 from typer.exceptions import TyperException
 
 from evaclip_model.errors import InputError
-from flows.commands.data import lineage, prune, sources, takedown, trace
+from flows.commands.data import find, lineage, prune, sources, takedown, trace
 from flows.commands.evalsets import evalsets
 from flows.commands.models import promote, pull, rollback
 from flows.commands.recipes import doctor, list_recipes, plan, show
@@ -29,7 +29,7 @@ commands = Typer(
 )
 commands.command("list")(list_recipes)
 for command in (
-    *(show, plan, doctor, run, score, trace, lineage, takedown, prune),
+    *(show, plan, doctor, run, score, trace, find, lineage, takedown, prune),
     *(pull, promote, rollback),
 ):
     commands.command()(command)

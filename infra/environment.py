@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "infra" / "constraints.txt"
-FITTING = ((3, 11), (3, 12))
+FITTING = ((3, 11), (3, 12), (3, 13))
 OF_TORCH = re.compile(r"(torch|torchvision|triton)$|nvidia-|cuda-")
 
 
@@ -80,13 +80,13 @@ def write_file(folder, lines):
 def fitting_python():
     """The first interpreter of a supported version: this one, or one on the PATH."""
     named = [os.environ["PYTHON"]] if os.environ.get("PYTHON") else []
-    for name in [*named, sys.executable, "python3.11", "python3.12"]:
+    for name in [*named, sys.executable, "python3.11", "python3.12", "python3.13"]:
         path = shutil.which(name)
         if path and version_of(path) in FITTING:
             return path
     found = ".".join(map(str, sys.version_info[:2]))
     stop(
-        f"this project needs Python 3.11 or 3.12, found {found}: install one, "
+        f"this project needs Python 3.11, 3.12 or 3.13, found {found}: install one, "
         "or name it with PYTHON=/path/to/python"
     )
 

@@ -51,6 +51,30 @@ def trace(
         raise InputError(f"no sample under {root} has that; what was never stored is not in shards")
 
 
+def find(
+    text: Annotated[str, Argument(help="words that describe what the pictures show")] = "",
+    image: Annotated[Path | None, Option(help="a picture; what looks like it is found")] = None,
+    like: Annotated[str, Option(metavar="UID", help="what looks like this sample is found")] = "",
+    top: Annotated[int, Option(min=1, max=1000, help="samples to show")] = 10,
+    model: Annotated[
+        str, Option(help="the model whose features are searched; by default the last that embedded")
+    ] = "",
+) -> None:
+    """Find samples by what they show, among those that a stage `embed` has looked at."""
+    if [bool(text), image is not None, bool(like)].count(True) != 1:
+        raise InputError("give one of a TEXT, --image and --like")
+    from flows.audit.sample_search import find_samples  # imports torch
+
+    root = load_profile().root.resolve()
+    found = find_samples(root, text=text, image=image, like=like, count=top, model=model)
+    for one in found:
+        row = one.row
+        console.print(f"{one.hit.likeness:6.3f}  {row['uid']}  {row['source']}", soft_wrap=True)
+        for line in (one.caption, row["url"], f"{one.shard} {row['key']}"):
+            if line:
+                console.print(f"        {line}", soft_wrap=True)
+
+
 def lineage(
     what: Annotated[
         str,

@@ -26,6 +26,7 @@ from tasks.adopt.config import AdoptConfig
 from tasks.dataset.config import CaptionSource, DatasetConfig
 from tasks.demo.config import DemoConfig
 from tasks.download.config import DownloadConfig
+from tasks.embed.config import EmbedConfig
 from tasks.evaluate.config import EvaluateConfig
 from tasks.initialise.config import InitialiseConfig
 from tasks.interpolate.config import InterpolateConfig
@@ -88,6 +89,8 @@ class Recipe(Config):
     adopt: AdoptConfig | None = None
     """Images and captions that exist already, instead of metadata or besides."""
     verify: VerifyConfig = VerifyConfig()
+    embed: EmbedConfig | None = None
+    """Models that look at every sample, for the scores of `[dataset]` and for `find`."""
     dataset: DatasetConfig = DatasetConfig()
     captions: tuple[CaptionSource, ...] = ()
     """Further captions of the dataset's samples, which `train.caption_weights` draws from."""
@@ -105,7 +108,7 @@ class Recipe(Config):
     register_table: RegisterConfig | None = Field(None, alias="register")
     """May be left out where nothing is registered."""
 
-    ADDED: ClassVar[tuple[str, ...]] = ("adopt", "interpolate", "captions")
+    ADDED: ClassVar[tuple[str, ...]] = ("adopt", "embed", "captions", "interpolate")
 
     @property
     def merge(self) -> MergeConfig:
@@ -167,6 +170,10 @@ class Recipe(Config):
                     f"retrain.stages names '{name}', which is not a training stage "
                     f"({', '.join(names)})"
                 )
+        if self.dataset.asks_scores and self.embed is None:
+            raise ValueError(
+                "dataset.min_score and dataset.keep_share judge by scores: add an [embed] table"
+            )
         if self.register_table is not None and self.evaluate_table is None:
             raise ValueError("[register] needs [evaluate]: the gate judges by its figures")
         sets = [one.name for one in self.evaluate_table.sets] if self.evaluate_table else []

@@ -57,7 +57,7 @@ from tasks.artifacts.artifact import (
     read_artifacts,
 )
 from tasks.artifacts.provenance import lineage_of
-from tasks.dataset.config import LEFT_OUT, CaptionSource, DatasetConfig
+from tasks.dataset.config import LEFT_OUT, RULES_IN_FILES, CaptionSource, DatasetConfig
 from tasks.dataset.config import STAGE as DATASET
 from tasks.dataset.lists import read_takedowns, takedowns_digest
 from tasks.demo.config import STAGE as DEMO
@@ -65,10 +65,12 @@ from tasks.demo.config import DemoConfig
 from tasks.download.config import STAGE as DOWNLOAD
 from tasks.download.download import PROGRESS, Crew, download_images
 from tasks.download.url_tables import expected_bytes
+from tasks.embed.config import STAGE as EMBED
+from tasks.embed.config import EmbedConfig
 from tasks.evaluate.config import ATTACHED, RESULTS, EvalSetConfig, EvaluateConfig
 from tasks.evaluate.config import STAGE as EVALUATE
+from tasks.initialise.config import REGISTRY, InitialiseConfig
 from tasks.initialise.config import STAGE as INITIALISE
-from tasks.initialise.config import InitialiseConfig
 from tasks.interpolate.config import CHOICE, InterpolateConfig
 from tasks.interpolate.config import STAGE as INTERPOLATE
 from tasks.join.config import STAGE as JOIN
@@ -117,6 +119,8 @@ class Graph:
     """Every step of a recipe."""
 
     site: Site
+    embed: tuple[Step, ...]
+    """Features of every sample, one a model and verification."""
     dataset: Step
     train: tuple[Step, ...]
     """One a training stage, in order."""
@@ -128,7 +132,7 @@ class Graph:
     @cached_property
     def data_steps(self) -> tuple[Step, ...]:
         """From metadata to the dataset version."""
-        return walk_steps(self.site.demo, self.dataset)
+        return walk_steps(self.site.demo, *self.embed, self.dataset)
 
     @cached_property
     def model_steps(self) -> tuple[Step, ...]:
@@ -245,7 +249,8 @@ def model_steps(
 ) -> Graph:
     """From data (a verification, or several that were joined) and a model to start from, through
     training `stages`, to a registered model by the recipe's rules, evaluation and registry."""
-    dataset = dataset_step(site, recipe.dataset, data, recipe.captions)
+    embed = embed_steps(site, recipe.embed, data) if recipe.embed else ()
+    dataset = dataset_step(site, recipe.dataset, data, embed, recipe.captions)
     train: list[Step] = []
     for stage in stages:
         train.append(train_step(site, stage, train[-1] if train else start, dataset))
@@ -259,7 +264,7 @@ def model_steps(
         results.append(comparison_step(site, recipe.evaluate, train, final, dataset, beside))
     if recipe.register_table is not None:
         results.append(register_step(site, recipe.registry, final, results[0]))
-    return Graph(site, dataset, tuple(train), final, tuple(results))
+    return Graph(site, embed, dataset, tuple(train), final, tuple(results))
 
 
 def demo_step(root: Path, config: DemoConfig) -> Step:
@@ -388,13 +393,63 @@ def join_step(site: Site, verified: Sequence[Step | Artifact]) -> Step:
     return Step(site.root, JOIN, Config(), inputs, make, f"{len(verified)} verifications as one")
 
 
+def embed_steps(site: Site, config: EmbedConfig, data: Step | Artifact) -> tuple[Step, ...]:
+    """The features of all data by each model, one step a model and verification: those of earlier
+    verifications are there already."""
+    return tuple(
+        embed_step(site, config, spec, part)
+        for spec in config.models
+        for part in verifications_in(data)
+    )
+
+
+def verifications_in(data: Step | Artifact) -> list[Step | Artifact]:
+    """What was joined, in order; a verification is its own one part."""
+    if isinstance(data, Step) and data.stage.name == JOIN.name:
+        return [part for part in data.inputs.values() if not isinstance(part, str)]
+    return [data]
+
+
+def embed_step(site: Site, config: EmbedConfig, spec: str, verified: Step | Artifact) -> Step:
+    """The features of one verification's samples by one model."""
+    marks = OutsideMarks(site.demo)
+    mark = (
+        marks.find_version(site.tracking_uri, spec).mark
+        if spec.startswith(REGISTRY)
+        else marks.mark_model(spec)
+    )
+
+    def make(profile: Profile, out: Path, report: Report) -> Made:
+        from flows.graph.score_request import fetch_models
+        from tasks.embed.embed import embed_samples
+
+        opened, machine = fetch_models({spec: spec}, profile)[spec], profile.machine
+        return embed_samples(
+            *(config, opened, verified.folder, out, report),
+            ranks=machine.rank_count,
+            device=machine.device,
+        )
+
+    inputs: dict[str, Input] = {Role.DATA: verified, Role.SUBJECT: mark}
+    what, title = f"features of every sample by {spec}", f"{EMBED.name} {spec}"
+    return Step(site.root, EMBED, config, inputs, make, what, marks.absent, title=title)
+
+
 def dataset_step(
-    site: Site, config: DatasetConfig, data: Step | Artifact, captions: Sequence[CaptionSource] = ()
+    site: Site,
+    config: DatasetConfig,
+    data: Step | Artifact,
+    embed: Sequence[Step] = (),
+    captions: Sequence[CaptionSource] = (),
 ) -> Step:
-    """A dataset version: which of the verified samples are used."""
+    """A dataset version: which of the verified samples are used.
+
+    Args:
+        embed: features of all data; the first model's decide, where a rule asks for a score.
+    """
     marks = OutsideMarks(site.demo)
     inputs: dict[str, Input] = {Role.DATA: data}
-    rules = {"evaluation_sets": config.evaluation_sets, "blocklists": config.blocklists}
+    rules: dict[str, tuple[str, ...]] = {name: getattr(config, name) for name in RULES_IN_FILES}
     for name, patterns in rules.items():
         found = [digest_of(marks.mark_files(pattern, f"dataset.{name}")) for pattern in patterns]
         if found:
@@ -404,6 +459,9 @@ def dataset_step(
         said = [json.dumps(one.model_dump(exclude={"files"})) for one in captions]
         found = [digest_of(one) for one in read]
         inputs["captions"] = ABSENT if ABSENT in found else hash_marks([*found, *said])
+    parts = verifications_in(data)
+    scored = embed[: len(parts)] if config.asks_scores else ()
+    inputs |= {f"{Role.SCORES}{number:04d}": one for number, one in enumerate(scored)}
     plain = Step(site.root, DATASET, config, dict(inputs), work=_not_run)
     entries: tuple[str, ...] = ()
     try:
@@ -417,6 +475,7 @@ def dataset_step(
         from flows.graph.ancestry import ancestors_of
         from tasks.dataset.choose import find_asked
         from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
+        from tasks.embed.embed import read_scores
 
         files = {
             name: tuple(find_all(patterns, site.demo, f"dataset.{name}"))
@@ -426,14 +485,18 @@ def dataset_step(
         for one in captions:
             listed = find_files(one.files, site.demo, f"captions '{one.name}'")
             sidecars.append((one, tuple(map(str, listed))))
-        outside = OutsideFiles(files["evaluation_sets"], files["blocklists"], tuple(sidecars))
+        outside = OutsideFiles(**files, captions=tuple(sidecars))
         ancestors = ancestors_of(finished_artifact(data), read_artifacts(site.root))
         takedowns = Takedowns()
         if entries:  # the choice of the version without any takedowns is taken over, if there
             asked = sort_takedowns(entries)
             before = plain.folder if plain.is_finished else None
             takedowns = Takedowns(entries, lambda index: find_asked(index, asked), before)
-        return make_dataset(config, ancestors, outside, takedowns, out, report)
+        scores = None
+        if scored:
+            folders = [(one.folder, of.folder) for one, of in zip(scored, parts, strict=True)]
+            scores = read_scores(folders)
+        return make_dataset(config, ancestors, outside, takedowns, out, report, scores)
 
     what = "what is left out, as tombstones; a card"
     record = Record({"verified": data}, files=(CARD,))

@@ -85,10 +85,32 @@ class OutsideMarks:
         except InputError as error:
             return self.note_absent(str(error))
 
+    def mark_model(self, spec: str) -> Input:
+        """What stands for a model that `score` could open (not a registered one)."""
+        try:
+            return fingerprint_model(spec)
+        except InputError as error:
+            return self.note_absent(str(error))
+
     def note_absent(self, sentence: str) -> str:
         """Note that something is absent; returns what stands for it."""
         self.absent.append(sentence)
         return ABSENT
+
+
+def fingerprint_model(spec: str) -> str:
+    """What stands for a model in a digest: its files' fingerprint, or its name at a library.
+
+    Raises: InputError: it is not there.
+    """
+    from tasks.encoders.open_models import OPEN_CLIP, files_of  # imports torch
+
+    files = files_of(spec)
+    missing = [path for path in files if not path.exists()]
+    if not spec.startswith(OPEN_CLIP) and (missing or not files):
+        raise InputError(f"model '{spec}' is not there: {', '.join(map(str, missing)) or 'empty'}")
+    marks = [fingerprint_files(path) for path in files if path.exists()]
+    return "-".join([*marks, spec]) if spec.startswith(OPEN_CLIP) else "-".join(marks)
 
 
 def hash_marks(marks: Iterable[str], between: str = "") -> str:

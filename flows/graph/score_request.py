@@ -1,6 +1,6 @@
 """Arguments of `score`: models, sets, and where they go in the graph.
 
-Not here: opening models (tasks/evaluate/encode/open_models.py), the flow (flows/score.py).
+Not here: opening models (tasks/encoders/open_models.py), the flow (flows/score.py).
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from flows.config.profile import Profile
 from flows.config.recipe import load_recipe
 from flows.config.recipe_loader import apply_override, find_recipe, read_recipe
 from flows.graph.graph import demo_step, evaluate_step, find_sets
+from flows.graph.outside_data import fingerprint_model
 from flows.graph.step import Input, Step
 from tasks.artifacts.artifact import Role, fingerprint_files
+from tasks.encoders.open_models import OPEN_CLIP, TRANSFORMERS
 from tasks.evaluate.config import STAGE, EvaluateConfig
-from tasks.evaluate.encode.open_models import OPEN_CLIP, TRANSFORMERS, files_of
 from tasks.evaluate.sets.published_layout import kind_of
 from tasks.evaluate.sets.set_registry import (
     find_published_set,
@@ -26,8 +27,8 @@ from tasks.evaluate.sets.set_registry import (
     find_set_folder,
     sets_of_group,
 )
+from tasks.initialise.config import REGISTRY
 
-REGISTRY = "models:/"
 EVALUATE = STAGE.name
 
 
@@ -42,7 +43,7 @@ class Asked:
 
     def make_step(self, root: Path, specs: dict[str, str]) -> Step:
         inputs: dict[str, Input] = {
-            f"model.{name}": _fingerprint_model(spec) for name, spec in specs.items()
+            f"model.{name}": fingerprint_model(spec) for name, spec in specs.items()
         }
         inputs |= {f"set.{name}": fingerprint_files(folder) for name, folder in self.sets.items()}
         # Which model is the subject decides what is compared with what.
@@ -187,7 +188,7 @@ def _named_models(models: Sequence[str]) -> dict[str, str]:
                 f"other={spec}"
             )
         if not spec.startswith(REGISTRY):
-            _fingerprint_model(spec)
+            fingerprint_model(spec)
         specs[name] = spec
     return specs
 
@@ -203,13 +204,3 @@ def _short_name(spec: str) -> str:
         return Path(architecture).stem if architecture.endswith(".json") else architecture
     folder = Path(spec)
     return folder.parent.name if folder.name in ("model", "ema") else folder.name
-
-
-def _fingerprint_model(spec: str) -> str:
-    """What stands for a model in the digest: its files' fingerprint, or its name at open_clip."""
-    files = files_of(spec)
-    missing = [path for path in files if not path.exists()]
-    if not spec.startswith(OPEN_CLIP) and (missing or not files):
-        raise InputError(f"model '{spec}' is not there: {', '.join(map(str, missing)) or 'empty'}")
-    marks = [fingerprint_files(path) for path in files if path.exists()]
-    return "-".join([*marks, spec]) if spec.startswith(OPEN_CLIP) else "-".join(marks)

@@ -48,6 +48,8 @@ class Role:
     """What a dataset version chooses from: a verification, or several that were joined."""
     PART = "part"
     """Of a join, with four digits behind."""
+    SCORES = "scores"
+    """Features whose scores decide, with four digits behind."""
     DATASET = "dataset"
     START = "start_from"
     END = "end"

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from evaclip_model.reading.samples import IMAGE_EXTENSIONS
 from evaclip_model.reading.tar_file import BrokenTar, TarReader
 from tasks.dataset.config import DatasetConfig
 from tasks.dataset.lists import SHA256, is_url
+from tasks.dataset.scores import Scores, find_listed, find_low_scores, uids_of_rows
 from tasks.index.perceptual_hash import Hashes, KnownHashes, hash_images, near_pairs
 from tasks.index.sample_index import Ints, Kind, SampleIndex, ShardVerdict
 
@@ -94,6 +96,11 @@ class LeftOutReason(StrEnum):
     REPEATED_UID = "repeated_uid"
     EXACT_DUPLICATE = "exact_duplicate"
     NEAR_DUPLICATE = "near_duplicate"
+    NOT_LISTED = "not_listed"
+    """In none of the lists that keep."""
+    LISTED = "listed"
+    """In a list that drops."""
+    LOW_SCORE = "low_score"
     TAKEDOWN = "takedown"
 
 
@@ -105,6 +112,10 @@ class Rules:
     blocked: tuple[str, ...] = ()
     """MD5 and SHA-256 of images that must not be used."""
     evaluation: EvaluationImages | None = None
+    keep_uids: pa.Array | None = None
+    drop_uids: pa.Array | None = None
+    scores: Scores | None = None
+    """Of every row of the index."""
 
 
 class Choice:
@@ -159,6 +170,10 @@ def choose_samples(index: SampleIndex, verdicts: Sequence[ShardVerdict], rules: 
     if rules.evaluation is not None:
         tested = index.find_samples(Kind.HASH, sorted(rules.evaluation.sha256))
         choice.leave_out(_rows_of(tested), LeftOutReason.EVALUATION)
+    if rules.keep_uids is not None:
+        choice.leave_out(~find_listed(index, rules.keep_uids), LeftOutReason.NOT_LISTED)
+    if rules.drop_uids is not None:
+        choice.leave_out(find_listed(index, rules.drop_uids), LeftOutReason.LISTED)
     choice.leave_out(
         _find_later(*index.find_repeated(Kind.UID), choice), LeftOutReason.REPEATED_UID
     )
@@ -170,6 +185,16 @@ def choose_samples(index: SampleIndex, verdicts: Sequence[ShardVerdict], rules: 
         choice.leave_out(
             _later_looks(looks, config.max_distance, choice), LeftOutReason.NEAR_DUPLICATE
         )
+    if rules.scores is not None:
+        names = [verdict.shard.source if verdict.shard else "" for verdict in verdicts]
+        numbers = np.unique(names, return_inverse=True)[1]
+        low = find_low_scores(
+            *(rules.scores, ~choice.left_out, np.repeat(numbers, [v.stored for v in verdicts])),
+            min_score=config.min_score,
+            keep_share=config.keep_share,
+            uids_of=partial(uids_of_rows, index),
+        )
+        choice.leave_out(low, LeftOutReason.LOW_SCORE)
     return choice
 
 

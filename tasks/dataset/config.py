@@ -14,7 +14,7 @@ from evaclip_model.config import Config
 from evaclip_model.reading.captions import STORED
 from tasks.artifacts.artifact import Stage
 
-RULES_IN_FILES = ("evaluation_sets", "blocklists")
+RULES_IN_FILES = ("evaluation_sets", "blocklists", "keep_uids", "drop_uids")
 STAGE = Stage(
     "dataset",
     1,
@@ -64,7 +64,10 @@ class CaptionSource(Config):
 class DatasetConfig(Config):
     """The `[dataset]` table."""
 
-    ADDED: ClassVar[tuple[str, ...]] = ("validation_share",)
+    ADDED: ClassVar[tuple[str, ...]] = (
+        *("keep_uids", "drop_uids", "min_score", "keep_share"),
+        "validation_share",
+    )
 
     exact_duplicates: Literal["drop", "keep"] = "drop"
     """Samples whose image has the same bytes as an earlier one's, as downloaded or as stored."""
@@ -78,6 +81,17 @@ class DatasetConfig(Config):
     blocklists: tuple[str, ...] = ()
     """Text files with one MD5 or SHA-256 a line (hex, of the file as downloaded or of the stored
     image), as md5sum and sha256sum write them."""
+    keep_uids: tuple[str, ...] = ()
+    """Lists of uids, one a line or DataComp's .npy of pairs of uint64: only samples in them are
+    used."""
+    drop_uids: tuple[str, ...] = ()
+    """Lists of the same forms: samples in them are not used."""
+    min_score: float | None = Field(None, ge=-1, le=1)
+    """Samples whose image and caption are less alike, by the first model of `[embed]`, are left
+    out."""
+    keep_share: float | None = Field(None, gt=0, le=1)
+    """Of each source this share of what all other rules leave is used: the best scores and, among
+    equal ones, the first uids."""
     takedowns: tuple[str, ...] = ()
     """Text files with one URL, uid or SHA-256 a line: samples that may be used no longer, and
     all samples with the same image."""
@@ -87,3 +101,8 @@ class DatasetConfig(Config):
     kept."""
     memory_limit: str = Field(default="2GB", pattern=r"^[0-9]+(\.[0-9]+)? ?([KMGT]i?)?B$")
     """Memory of the database; what does not fit goes to disk."""
+
+    @property
+    def asks_scores(self) -> bool:
+        """Whether a rule needs the scores of `[embed]`."""
+        return self.min_score is not None or self.keep_share is not None

@@ -44,6 +44,7 @@ from tasks.dataset.config import (
     DatasetConfig,
 )
 from tasks.dataset.lists import read_hashes
+from tasks.dataset.scores import Scores, read_uids
 from tasks.dataset.sidecars import shard_captions, write_sidecars
 from tasks.index.sample_index import (
     INDEX,
@@ -81,6 +82,8 @@ class OutsideFiles:
 
     evaluation_sets: tuple[Path, ...] = ()
     blocklists: tuple[Path, ...] = ()
+    keep_uids: tuple[Path, ...] = ()
+    drop_uids: tuple[Path, ...] = ()
     captions: tuple[tuple[CaptionSource, tuple[str, ...]], ...] = ()
     """Sidecars and their files."""
 
@@ -92,6 +95,7 @@ def make_dataset(
     takedowns: Takedowns,
     out: Path,
     report: Report,
+    scores: Scores | None = None,
 ) -> Made:
     """Write the version into `out`; nothing of the shards is read again or rewritten.
 
@@ -102,6 +106,7 @@ def make_dataset(
         outside: files that the rules name.
         takedowns: the samples that may be used no longer.
         report: called at every step.
+        scores: of every row of the data's index, where a rule asks for them.
 
     Raises:
         InputError: a list or an evaluation set cannot be read, or nothing is left.
@@ -111,7 +116,7 @@ def make_dataset(
     verdicts = read_verdicts(verified)
     report(0, _STEPS, f"{index.rows:,} samples")
     if takedowns.before is None:
-        choice = choose_samples(index, verdicts, _read_rules(config, outside))
+        choice = choose_samples(index, verdicts, _read_rules(config, outside, scores))
     else:
         choice = Choice.from_table(index.rows, pq.read_table(takedowns.before / LEFT_OUT))
     report(1, _STEPS, "takedowns")
@@ -154,12 +159,19 @@ def make_dataset(
     return Made(counts, tuple(out / name for name in names), further)
 
 
-def _read_rules(config: DatasetConfig, outside: OutsideFiles) -> Rules:
+def _read_rules(config: DatasetConfig, outside: OutsideFiles, scores: Scores | None) -> Rules:
     evaluation = None
     if outside.evaluation_sets:
         threads = len(os.sched_getaffinity(0))
         evaluation = read_evaluation_images(outside.evaluation_sets, threads)
-    return Rules(config, read_hashes(outside.blocklists), evaluation)
+    return Rules(
+        config,
+        read_hashes(outside.blocklists),
+        evaluation,
+        keep_uids=read_uids(outside.keep_uids) if outside.keep_uids else None,
+        drop_uids=read_uids(outside.drop_uids) if outside.drop_uids else None,
+        scores=scores,
+    )
 
 
 def _keep_shards(

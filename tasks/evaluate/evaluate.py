@@ -15,11 +15,11 @@ from pathlib import Path
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from tasks.artifacts.artifact import Made
+from tasks.encoders.open_models import Identity, identify_model
 from tasks.evaluate.answers import WriteAnswers, write_answers
 from tasks.evaluate.config import ANSWERS, RESULTS, EvaluateConfig, EvaluationMachine
 from tasks.evaluate.encode.distributed import Features
 from tasks.evaluate.encode.encode_features import Cache, answer_features, texts_of
-from tasks.evaluate.encode.open_models import Identity, identify_model
 from tasks.evaluate.metrics.contamination import Mask, TrainingData, hash_set, seen_in_training
 from tasks.evaluate.metrics.own_metrics import load_metrics
 from tasks.evaluate.metrics.probes import LabelledFeatures, ProbeAnswers, answer_probes

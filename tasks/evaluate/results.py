@@ -11,9 +11,9 @@ from importlib import metadata
 from statistics import fmean
 from typing import Any
 
+from tasks.encoders.open_models import Identity
 from tasks.evaluate.config import STAGE, EvaluateConfig
 from tasks.evaluate.encode.encode_features import texts_of
-from tasks.evaluate.encode.open_models import Identity
 from tasks.evaluate.metrics.compute import Figures, chance_levels, compare_models, compute_figures
 from tasks.evaluate.metrics.contamination import Mask, figures_without
 from tasks.evaluate.metrics.metric import metrics_in

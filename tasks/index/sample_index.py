@@ -180,6 +180,10 @@ class SampleIndex:
                 for group in range(parquet.num_row_groups):
                     yield parquet.read_row_group(group, columns=list(columns))
 
+    def rows_of_shard(self, shard: int, *columns: str) -> pa.Table:
+        """These columns of a shard's rows, in stored order."""
+        return pq.read_table(self.files, columns=list(columns), filters=[("shard", "==", shard)])
+
     def find_repeated(self, kind: Kind) -> tuple[Ints, Ints]:
         """Rows that share a uid, or an image (as downloaded or as stored), with another row.
 

@@ -30,8 +30,8 @@ from PIL import Image
 
 from evaclip_model.zeroshot.exact_ranks import fill_templates
 from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames, imagenet_templates
+from tasks.encoders.open_clip_model import open_clip_subject
 from tasks.evaluate.encode.encode_features import TextFeatures, answer_features, encode_texts
-from tasks.evaluate.encode.open_clip_model import open_clip_subject
 from tasks.evaluate.sets.convert.shard_writer import Found, Source, write_set
 from tasks.evaluate.sets.published_layout import open_set
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
+from tasks.encoders.open_models import Identity
 from tasks.evaluate.config import EvaluationMachine, Precision
 from tasks.evaluate.encode.encode_features import (
     IMAGE_BLOCK,
@@ -42,7 +43,6 @@ from tasks.evaluate.encode.encode_worker import (
     rank_file,
     write_images,
 )
-from tasks.evaluate.encode.open_models import Identity
 from tasks.evaluate.sets.published_layout import EvalSet
 from tasks.process.child import start_supervised
 from tasks.progress import Report

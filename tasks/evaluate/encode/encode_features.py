@@ -3,11 +3,8 @@
 A block is written beside its place, synced and renamed, and holds a hash of its content: a block
 that a crash tore or that was damaged later reads as absent, and is computed again.
 
-The model always sees chunks of one size, the last padded, on one thread of a CPU: a feature is a
-function of its image or text alone, bit for bit. Libraries choose another order of summation for
-another size, and share rows out to threads. Texts are grouped by their exact number of tokens and
-cut behind the last; a tower that is not causal gets its whole context. A text tower's features are
-kept in files to which later evaluations add, so sets and models that share texts share the work.
+A text tower's features are kept in files to which later evaluations add, so sets and models that
+share texts share the work. Not here: encoding itself (tasks/encoders/encode_chunks.py).
 """
 
 from __future__ import annotations
@@ -19,7 +16,6 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -31,21 +27,20 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import replace_file
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 from evaclip_model.weights.tensor_files import write_tensors
-from evaclip_model.zeroshot.exact_ranks import build_classifier, fill_templates, normalise_features
+from evaclip_model.zeroshot.exact_ranks import build_classifier, fill_templates
 from evaclip_model.zeroshot.set_layout import Span
-from tasks.evaluate.encode.open_models import Subject
+from tasks.encoders.encode_chunks import (
+    IMAGE_CHUNK,
+    embed_images,
+    encode_text_chunk,
+    iterate_text_blocks,
+)
+from tasks.encoders.open_models import Subject
 from tasks.evaluate.sets.published_layout import EvalSet
 
-IMAGE_CHUNK = 64
-"""Images that a model sees at once."""
 IMAGE_BLOCK = 4 * IMAGE_CHUNK
 """Images of one file; a kill costs at most one block."""
 _FEATURES = "features"
-TEXT_CHUNK = 32
-"""Texts that a model sees at once: at ten tokens a text enough rows to be fast, and few enough to
-waste little where only some texts have a length."""
-TEXT_BLOCK = 16 * TEXT_CHUNK
-"""Texts of one file; a kill costs at most one block."""
 _KEYS, _CUT = "keys", "cut"
 _KEY_BYTES = 16
 SUFFIX = ".safetensors"
@@ -163,15 +158,7 @@ def encode_block(
         UnusableSetError: an image cannot be decoded.
         InputError: features are not finite.
     """
-    parts = []
-    while pixels := list(islice(decoded, IMAGE_CHUNK)):
-        count = len(pixels)
-        padded = torch.zeros(IMAGE_CHUNK, *pixels[0].shape)
-        padded[:count] = torch.stack(pixels)
-        with torch.inference_mode():
-            encoded = subject.encode_image(padded)[:count]
-            parts.append(normalise_features(encoded.cpu(), "image"))
-    features = torch.cat(parts)
+    features = embed_images(subject, decoded)
     write_block(_block_path(folder, number, len(images)), {_FEATURES: features})
     return len(features)
 
@@ -294,8 +281,8 @@ def encode_texts(
     Raises:
         InputError: features are not finite.
     """
-    for chunks in list(_iterate_blocks(subject, texts))[rank::ranks]:
-        features = torch.cat([_encode_chunk(subject, chunk) for _, chunk in chunks])
+    for chunks in list(iterate_text_blocks(subject, texts))[rank::ranks]:
+        features = torch.cat([encode_text_chunk(subject, chunk) for _, chunk in chunks])
         named = [texts[row] for rows, _ in chunks for row in rows]
         keys = b"".join(map(_text_key, named))
         name = hashlib.sha256(keys).hexdigest()[:32]
@@ -306,34 +293,6 @@ def encode_texts(
         }
         write_block(folder / f"{name}{SUFFIX}", stored)
         progress(len(named))
-
-
-def _iterate_blocks(
-    subject: Subject, texts: Sequence[str]
-) -> Iterator[list[tuple[Sequence[int], Tensor]]]:
-    """Chunks (rows of `texts`, their ids cut to one length), a block at a time."""
-    tokens = subject.tokenize(texts)
-    lengths = subject.count_ids(tokens)
-    block: list[tuple[Sequence[int], Tensor]] = []
-    held = 0
-    for length in sorted(set(lengths.tolist())):
-        rows = torch.nonzero(lengths == length).flatten()
-        for part in torch.split(rows, TEXT_CHUNK):
-            block.append((part.tolist(), tokens[part, :length]))
-            held += len(part)
-            if held + TEXT_CHUNK > TEXT_BLOCK:
-                yield block
-                block, held = [], 0
-    if block:
-        yield block
-
-
-def _encode_chunk(subject: Subject, tokens: Tensor) -> Tensor:
-    """Unit features [B, D] of ids [B, L], encoded as a whole chunk."""
-    padding = tokens[-1:].expand(TEXT_CHUNK - len(tokens), -1)
-    with torch.inference_mode():
-        encoded = subject.encode_text(torch.cat([tokens, padding]))[: len(tokens)]
-        return normalise_features(encoded.cpu(), "text")
 
 
 def _text_key(text: str) -> bytes:

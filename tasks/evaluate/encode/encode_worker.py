@@ -23,6 +23,7 @@ from evaclip_model.cpu.allocator import freed_memory_kept
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.zeroshot.set_layout import Span
+from tasks.encoders.open_models import Subject, open_subject
 from tasks.evaluate.config import Precision
 from tasks.evaluate.encode.encode_features import (
     ImageList,
@@ -31,7 +32,6 @@ from tasks.evaluate.encode.encode_features import (
     encode_block,
     encode_texts,
 )
-from tasks.evaluate.encode.open_models import Subject, open_subject
 
 RankFile = Literal["progress", "failed", "message"]
 Progress = Callable[[int, str], None]

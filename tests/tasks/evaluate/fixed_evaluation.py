@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from evaclip_model.zeroshot.exact_ranks import rank_targets
+from tasks.encoders.open_models import Identity
 from tasks.evaluate.config import EvaluateConfig
-from tasks.evaluate.encode.open_models import Identity
 from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.results import results_of
 from tasks.evaluate.sets.published_layout import EvalSample, EvalSet

@@ -15,10 +15,10 @@ from PIL import Image
 from evaclip_model.create import open_model
 from evaclip_model.errors import InputError
 from evaclip_model.weights.load import save_model
+from tasks.encoders.open_clip_model import _list_assumptions
+from tasks.encoders.open_models import identify_model, open_subject
 from tasks.evaluate.config import EvalSetConfig, EvaluateConfig
 from tasks.evaluate.encode.encode_features import TextFeatures, encode_texts
-from tasks.evaluate.encode.open_clip_model import _list_assumptions
-from tasks.evaluate.encode.open_models import identify_model, open_subject
 from tasks.evaluate.evaluate import evaluate_models
 from tasks.progress import report_nothing
 

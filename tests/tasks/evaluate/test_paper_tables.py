@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from evaclip_model.model.model_config import ModelConfig, list_models
-from tasks.evaluate.encode.open_models import architecture_name
+from tasks.encoders.open_models import architecture_name
 from tasks.evaluate.paper.published import (
     TABLES,
     PaperRow,

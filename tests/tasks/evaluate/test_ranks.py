@@ -19,6 +19,7 @@ from evaclip_model.create import open_model
 from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.training.monitoring.zeroshot_probe import open_probe, run_probe
 from evaclip_model.zeroshot.exact_ranks import normalise_features, text_classifier
+from tasks.encoders.open_models import open_subject
 from tasks.evaluate.config import EvalSetConfig, EvaluateConfig, EvaluationMachine
 from tasks.evaluate.encode.encode_features import (
     Cache,
@@ -28,7 +29,6 @@ from tasks.evaluate.encode.encode_features import (
     read_block,
     write_block,
 )
-from tasks.evaluate.encode.open_models import open_subject
 from tasks.evaluate.evaluate import evaluate_models
 from tasks.evaluate.sets.published_layout import open_set
 from tasks.progress import report_nothing

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from tasks.encoders.open_models import Identity
 from tasks.evaluate.config import EvaluateConfig
-from tasks.evaluate.encode.open_models import Identity
 from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.results import counts_of, results_of
 from tasks.evaluate.sets.set_registry import known_sets

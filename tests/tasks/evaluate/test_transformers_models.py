@@ -15,10 +15,10 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.image_decoder import decode_image
+from tasks.encoders.open_models import identify_model, open_subject
+from tasks.encoders.transformers_model import _import_library
 from tasks.evaluate.config import EvalSetConfig, EvaluateConfig
 from tasks.evaluate.encode.encode_features import TextFeatures, encode_texts
-from tasks.evaluate.encode.open_models import identify_model, open_subject
-from tasks.evaluate.encode.transformers_model import _import_library
 from tasks.evaluate.evaluate import evaluate_models
 from tasks.evaluate.sets.published_layout import open_set
 from tasks.progress import report_nothing

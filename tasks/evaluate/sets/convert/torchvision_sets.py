@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from evaclip_model.errors import InputError, shorten_error
+from tasks.encoders.torchvision_import import import_torchvision
 from tasks.evaluate.sets.convert.shard_writer import (
     Found,
     Source,
@@ -19,7 +20,6 @@ from tasks.evaluate.sets.convert.shard_writer import (
 )
 from tasks.evaluate.sets.prompts import find_classnames
 from tasks.evaluate.sets.set_registry import KnownSet, TorchvisionSet, all_sets
-from tasks.evaluate.torchvision_import import import_torchvision
 
 
 class MapDataset(Protocol):

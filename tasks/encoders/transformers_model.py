@@ -21,14 +21,14 @@ from torch import Tensor
 
 from evaclip_model.choices import Precision
 from evaclip_model.errors import InputError, shorten_error
-from tasks.evaluate.encode.open_models import (
+from tasks.encoders.open_models import (
     DTYPES,
     TRANSFORMERS,
     Identity,
     Library,
     identify_module,
 )
-from tasks.evaluate.torchvision_import import import_torchvision
+from tasks.encoders.torchvision_import import import_torchvision
 
 TYPES = ("clip", "siglip")
 """Values of `model_type` in config.json."""

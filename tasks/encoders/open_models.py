@@ -160,11 +160,11 @@ def files_of(spec: str) -> list[Path]:
 def _find_library(spec: str) -> Library | None:
     """The library that a specification's prefix names, imported only then."""
     if spec.startswith(OPEN_CLIP):
-        from tasks.evaluate.encode.open_clip_model import LIBRARY as OPEN_CLIPS
+        from tasks.encoders.open_clip_model import LIBRARY as OPEN_CLIPS
 
         return OPEN_CLIPS
     if spec.startswith(TRANSFORMERS):
-        from tasks.evaluate.encode.transformers_model import LIBRARY as TRANSFORMERS_OWN
+        from tasks.encoders.transformers_model import LIBRARY as TRANSFORMERS_OWN
 
         return TRANSFORMERS_OWN
     return None

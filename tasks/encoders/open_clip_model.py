@@ -12,8 +12,8 @@ from torch import Tensor
 
 from evaclip_model.choices import Precision
 from evaclip_model.errors import InputError, shorten_error
-from tasks.evaluate.encode.open_models import Identity, Library, identify_module
-from tasks.evaluate.torchvision_import import import_torchvision
+from tasks.encoders.open_models import Identity, Library, identify_module
+from tasks.encoders.torchvision_import import import_torchvision
 
 LOCAL_DIR = "local-dir:"
 """Before a folder of open_clip_config.json and weights, as open_clip names such models itself."""

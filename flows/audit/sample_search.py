@@ -1,0 +1,109 @@
+"""Samples by what they show: text, picture or another sample, through the features of a stage
+`embed`.
+
+Not here: the search itself (tasks/embed/search.py), where a sample came from (sample_trace.py).
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from evaclip_model.errors import InputError
+from evaclip_model.reading.samples import SampleReader
+from evaclip_model.reading.urls import is_url
+from tasks.artifacts.artifact import Artifact, Role, read_artifact, read_artifacts
+from tasks.embed.config import STAGE
+from tasks.embed.embed import REPORT
+from tasks.embed.search import Hit, Vector, find_feature, search_features
+from tasks.index.sample_index import SampleIndex, read_verdicts, shard_location
+
+
+@dataclass(frozen=True)
+class FoundSample:
+    """A sample that was found."""
+
+    hit: Hit
+    row: dict[str, Any]
+    """In the index: uid, source, url, key."""
+    shard: str
+    """Path or URL of the tar."""
+    caption: str | None
+    """None where the shard lies at a URL, which is not fetched for it."""
+
+
+def find_samples(
+    root: Path,
+    *,
+    text: str = "",
+    image: Path | None = None,
+    like: str = "",
+    count: int = 10,
+    model: str = "",
+) -> list[FoundSample]:
+    """The samples under `root` nearest to a text, a picture or a sample, by the model that
+    embedded last, or by `model`.
+
+    Raises:
+        InputError: nothing was embedded, the picture cannot be read, or no sample has that uid.
+    """
+    embedded, spec = _choose_artifacts(root, model)
+    folders = [artifact.folder for artifact in embedded]
+    query = _encode_query(spec, text, image) if not like else find_feature(folders, like)
+    if query is None:
+        raise InputError(f"no sample with uid '{like}' was embedded by {spec}")
+    sources = {one.folder: root / "verify" / one.parents[Role.DATA] for one in embedded}
+    hits = search_features(folders, query, count)
+    return [_describe_hit(hit, read_artifact(sources[hit.folder]).folder) for hit in hits]
+
+
+def _choose_artifacts(root: Path, model: str) -> tuple[list[Artifact], str]:
+    """The artifacts of one model, and what opens it."""
+    found = [one for one in read_artifacts(root) if one.kind == STAGE.name]
+    named = {one.digest: json.loads((one.folder / REPORT).read_text())["model"] for one in found}
+    asked = [one for one in found if model in ("", named[one.digest])]
+    if not asked:
+        known = ", ".join(sorted(set(named.values())))
+        raise InputError(
+            f"{model} embedded nothing under {root}: {known} did"
+            if known
+            else f"nothing under {root} is embedded: add [embed] to the recipe and run `prepare`"
+        )
+    last = max(asked, key=lambda one: one.created)
+    mark = last.parents[Role.SUBJECT]
+    return [one for one in asked if one.parents[Role.SUBJECT] == mark], named[last.digest]
+
+
+def _encode_query(spec: str, text: str, image: Path | None) -> Vector:
+    from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
+    from tasks.encoders.encode_chunks import embed_images, embed_texts
+    from tasks.encoders.open_models import open_subject
+
+    subject = open_subject(spec)
+    if image is None:
+        features = embed_texts(subject, [text])
+    else:
+        try:
+            picture = decode_image(image.read_bytes())
+        except (OSError, UnreadableImageError) as error:
+            raise InputError(f"{image} cannot be read as a picture: {error}") from None
+        features = embed_images(subject, iter([subject.transform(picture)]))
+    vector: Vector = features[0].float().numpy()
+    return vector
+
+
+def _describe_hit(hit: Hit, verified: Path) -> FoundSample:
+    rows = SampleIndex(verified).rows_of_shard(hit.shard, "place", "uid", "source", "url", "key")
+    row = rows.filter(pc.equal(rows["place"], hit.place)).to_pylist()[0]
+    shard = shard_location(verified, read_verdicts(verified)[hit.shard].path)
+    caption = None
+    if not is_url(shard):
+        shard = str(Path(shard).resolve())
+        with closing(SampleReader(Path(shard))) as reader:
+            caption = reader.read(hit.place, hit.place + 1)[0].caption
+    return FoundSample(hit, row, shard, caption)

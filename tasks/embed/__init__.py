@@ -1,0 +1,1 @@
+"""Stage: features of every verified sample by models that exist, made once."""

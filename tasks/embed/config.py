@@ -1,0 +1,35 @@
+"""The models that look at every sample: the `[embed]` table of a recipe.
+
+Covers: the config, the stage's name and version, the form of what it makes.
+Not here: which samples their scores leave out (the dataset stage).
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from evaclip_model.choices import Precision
+from evaclip_model.config import Config
+from tasks.artifacts.artifact import Stage
+
+STAGE = Stage(
+    "embed",
+    1,
+    tools=("torch", "pillow", "pyarrow"),
+    ignores=("models",),  # their content is among the parents
+)
+FEATURES = "features"
+"""Folder of the artifact: `000000.parquet` a shard of the verification that is used, by its number.
+Columns: place (in the shard, int32), uid, image and text (unit features, float16 lists of equal
+length), similarity (float32: their product before they were rounded). Flawed samples have no row.
+"""
+
+
+class EmbedConfig(Config):
+    """The `[embed]` table."""
+
+    models: tuple[str, ...] = Field(min_length=1)
+    """What opens them, as `score` takes it: a saved model's folder, `models:/NAME@ALIAS`,
+    `FILE:ARCHITECTURE`, `open_clip:NAME/WEIGHTS`. The first one's similarity is a sample's score.
+    """
+    precision: Precision = "fp32"

@@ -1,0 +1,177 @@
+"""Features of every usable sample of a verification by one model, a parquet file a shard.
+
+Covers: listing what is missing, running the ranks, progress, the report.
+Not here: encoding a shard (embed_shard.py); what scores decide (tasks/dataset).
+
+An artifact belongs to one model and one verification. A retraining verifies and embeds what is new
+alone, so that no sample is looked at twice by the same model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from subprocess import TimeoutExpired
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from evaclip_model.errors import InputError
+from evaclip_model.files import write_atomically
+from tasks.artifacts.artifact import Made
+from tasks.embed.config import FEATURES, EmbedConfig
+from tasks.embed.embed_shard import EmbedJob, message_file
+from tasks.index.sample_index import ShardVerdict, read_verdicts
+from tasks.process.child import start_supervised
+from tasks.progress import Report
+
+REPORT = "report.json"
+BINS = 40
+"""Of the histogram of similarities, from -1 to 1."""
+GRACE_S = 2.0
+POLL_S = 0.5
+MAX_IDLE_STARTS = 2
+"""Times in a row that ranks may end without another shard before the stage fails."""
+
+
+def embed_samples(
+    config: EmbedConfig,
+    model: str,
+    verified: Path,
+    out: Path,
+    report: Report,
+    *,
+    ranks: int = 1,
+    device: str = "cpu",
+) -> Made:
+    """Encode image and caption of every sample that a verification found usable.
+
+    Args:
+        model: what opens the model.
+        verified: folder of the verification.
+        ranks: processes that take missing shards in turn; they change no byte of the result.
+        device: of the model.
+
+    Raises:
+        InputError: the model cannot be opened, its features are not finite, a shard changed, or
+            the ranks die again and again.
+    """
+    verdicts = read_verdicts(verified)
+    used = [number for number, verdict in enumerate(verdicts) if verdict.shard is not None]
+    folder = out / FEATURES
+    folder.mkdir(parents=True, exist_ok=True)
+    total = sum(verdicts[number].stored for number in used)
+    idle, before = 0, -1
+    while missing := [number for number in used if not shard_file(folder, number).exists()]:
+        idle = idle + 1 if len(missing) == before else 0
+        if idle > MAX_IDLE_STARTS:
+            raise InputError(f"the ranks ended {idle} times without another shard; see {out}/*.log")
+        before = len(missing)
+        job = EmbedJob(
+            model=model,
+            precision=config.precision,
+            device=device,
+            verified=verified.resolve(),
+            folder=folder.resolve(),
+            shards=tuple(missing),
+            ranks=min(ranks, len(missing)),
+        )
+        _run_ranks(job, out, verdicts, total, report)
+    files = [shard_file(folder, number) for number in used]
+    counts = _write_report(model, files, [verdicts[number] for number in used], out / REPORT)
+    return Made(counts, (out / REPORT, *files))
+
+
+def shard_file(folder: Path, number: int) -> Path:
+    """The features of the shard with this number."""
+    return folder / f"{number:06d}.parquet"
+
+
+def read_scores(parts: Sequence[tuple[Path, Path]]) -> npt.NDArray[np.float32]:
+    """Similarity of image and caption of every row of an index, NaN where a sample is flawed.
+
+    Args:
+        parts: folders of features and of the verification that they are of, in the index's order.
+    """
+    found = []
+    for folder, verified in parts:
+        stored = [verdict.stored for verdict in read_verdicts(verified)]
+        starts = np.concatenate([[0], np.cumsum(stored)])
+        scores = np.full(sum(stored), np.nan, dtype=np.float32)
+        for file in sorted((folder / FEATURES).glob("*.parquet")):
+            table = pq.read_table(file, columns=["place", "similarity"])
+            places = starts[int(file.stem)] + table["place"].to_numpy()
+            scores[places] = table["similarity"].to_numpy()
+        found.append(scores)
+    return np.concatenate(found)
+
+
+def _run_ranks(
+    job: EmbedJob, out: Path, verdicts: Sequence[ShardVerdict], total: int, report: Report
+) -> None:
+    """Run all ranks once, whether they succeed or fail."""
+    path = out / "job.json"
+    write_atomically(path, job.model_dump_json())
+    left = set(job.shards)
+    done = total - sum(verdicts[number].stored for number in left)
+    before, begin_s = done, time.monotonic()
+    with ExitStack() as stack:
+        waiting = []
+        for rank in range(job.ranks):
+            message_file(path, rank).unlink(missing_ok=True)
+            command = [sys.executable, "-m", "tasks.embed.embed_shard", str(path), str(rank)]
+            log, env = out / f"rank-{rank}.log", {**os.environ, "OMP_NUM_THREADS": "1"}
+            waiting.append(
+                stack.enter_context(start_supervised(command, log=log, grace_s=GRACE_S, env=env))
+            )
+        while waiting:
+            with suppress(TimeoutExpired):
+                waiting[0].wait(POLL_S)
+                waiting.pop(0)
+            for number in [one for one in left if shard_file(job.folder, one).exists()]:
+                left.remove(number)
+                done += verdicts[number].stored
+            speed = (done - before) / max(time.monotonic() - begin_s, 1e-9)
+            report(done, total, f"{speed:,.0f} samples a second")
+            for rank in range(job.ranks):
+                if message_file(path, rank).is_file():
+                    raise InputError(message_file(path, rank).read_text())
+
+
+def _write_report(
+    model: str, files: Sequence[Path], verdicts: Sequence[ShardVerdict], target: Path
+) -> dict[str, int | float]:
+    """Counts, mean similarity and its histogram, by source."""
+    edges = np.linspace(-1, 1, BINS + 1)
+    samples: dict[str, int] = {}
+    sums: dict[str, float] = {}
+    histograms: dict[str, npt.NDArray[np.int64]] = {}
+    for file, verdict in zip(files, verdicts, strict=True):
+        source = verdict.shard.source if verdict.shard else ""
+        found = pq.read_table(file, columns=["similarity"])["similarity"].to_numpy()
+        samples[source] = samples.get(source, 0) + len(found)
+        sums[source] = sums.get(source, 0.0) + float(found.sum(dtype=np.float64))
+        counted = np.histogram(found, edges)[0]
+        histograms[source] = histograms.get(source, np.zeros(BINS, dtype=np.int64)) + counted
+    by_source = {
+        source: {
+            "samples": samples[source],
+            "mean_similarity": round(sums[source] / max(samples[source], 1), 6),
+            "histogram": histograms[source].tolist(),
+        }
+        for source in sorted(samples)
+    }
+    said = {"model": model, "bins": BINS, "sources": by_source}
+    write_atomically(target, json.dumps(said, indent=1) + "\n")
+    whole = sum(samples.values())
+    return {
+        "shards": len(files),
+        "samples": whole,
+        "mean_similarity": round(sum(sums.values()) / max(whole, 1), 6),
+    }

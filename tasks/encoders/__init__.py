@@ -1,0 +1,1 @@
+"""Models of several libraries behind one interface, and what they make of images and texts."""

@@ -1,0 +1,88 @@
+"""A recipe whose samples a model looks at: scores decide, nothing is embedded twice, find finds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from evaclip_model.create import create_model
+from evaclip_model.errors import InputError
+from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.weights.load import save_model
+from flows.config.profile import Profile
+from flows.config.recipe import load_recipe
+from flows.graph.graph import Graph, draw_graph
+from tasks.artifacts.artifact import Artifact
+from tasks.progress import report_nothing
+from tests.flows.command import run
+from tests.flows.test_adopted_recipe import Mine, write_mine
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory: pytest.TempPathFactory) -> Mine:
+    return write_mine(tmp_path_factory.mktemp("embedded"))
+
+
+@pytest.fixture(scope="module")
+def model(mine: Mine) -> Path:
+    config = ModelConfig.load("EVA02-CLIP-demo").at_image_px(16)
+    save_model(create_model(config, seed=5), mine.folder / "judge")
+    return mine.folder / "judge"
+
+
+def draw(mine: Mine, *changes: str) -> Graph:
+    return draw_graph(load_recipe(mine.recipe, changes), mine.root, "sqlite:///none")
+
+
+@pytest.fixture(scope="module")
+def embedded(mine: Mine, model: Path) -> dict[str, Artifact]:
+    """Kind -> artifact, of a version that keeps the better half of each source."""
+    graph = draw(mine, f"embed.models=['{model}']", "dataset.keep_share=0.5")
+    profile = Profile(root=mine.root)
+    return {s.stage.name: s.make_artifact(profile, report_nothing) for s in graph.data_steps}
+
+
+def test_half_of_each_source_stays_the_half_that_the_model_likes_best(embedded) -> None:
+    counts = embedded["dataset"].counts
+    assert (counts["shards.samples"], counts["photos.samples"]) == (40, 5)
+    assert counts["left_out.low_score"] == 45
+    files = sorted((embedded["embed"].folder / "features").glob("*.parquet"))
+    photos = pq.read_table(files[-1])["similarity"].to_numpy()
+    left_out = pq.read_table(embedded["dataset"].folder / "left_out.parquet").to_pylist()
+    last = [one["row"] for one in left_out if one["reason"] == "low_score"][-5:]
+    first_row = embedded["verify"].counts["samples"] + 1 - len(photos)  # one has no caption
+    mine_rows = np.array(last) - first_row
+    assert photos[mine_rows].max() <= np.delete(photos, mine_rows).min()
+    assert "the best 50.0% of each source" in (embedded["dataset"].folder / "card.md").read_text()
+
+
+def test_another_threshold_is_another_version_of_the_same_features(mine, model, embedded) -> None:
+    graph = draw(mine, f"embed.models=['{model}']", "dataset.min_score=0.9")
+    assert [step.digest for step in graph.embed] == [embedded["embed"].digest]
+    assert graph.dataset.digest != embedded["dataset"].digest
+    assert draw(mine, f"embed.models=['{model}']").dataset.digest == draw(mine).dataset.digest
+
+
+def test_scores_without_a_model_and_a_model_that_is_not_there_are_one_sentence(mine: Mine) -> None:
+    with pytest.raises(InputError, match=r"judge by scores: add an \[embed\] table"):
+        draw(mine, "dataset.keep_share=0.5")
+    graph = draw(mine, "embed.models=['nowhere']")
+    with pytest.raises(InputError, match="model 'nowhere' is not there"):
+        graph.require_runnable("prepare")
+
+
+def test_find_shows_samples_like_another_one_by_text_or_picture(mine, embedded) -> None:
+    table = pq.read_table(embedded["embed"].folder / "features/000000.parquet")
+    uid = table["uid"][3].as_py()
+    like = run(["find", "--like", uid, "--top", "2"], mine.root)
+    assert like.status == 0, like.errors
+    assert uid in like.output.splitlines()[0]
+    assert f"{mine.folder}/shards/a/0.tar" in like.output
+    text = run(["find", "a red apple", "--top", "3"], mine.root)
+    assert text.status == 0, text.errors
+    wrong = run(["find", "--like", "nobody"], mine.root)
+    assert (wrong.status, wrong.output) == (2, "")
+    assert "no sample with uid 'nobody' was embedded" in wrong.errors

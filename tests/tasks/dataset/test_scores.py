@@ -1,0 +1,53 @@
+"""Scores and lists of uids: the same rows as a plain reference, ties by uid, hostile lists."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evaclip_model.errors import InputError
+from tasks.dataset.scores import find_low_scores, read_uids
+
+ROW = st.tuples(st.sampled_from([0.1, 0.2, 0.3, 0.4]), st.booleans(), st.integers(0, 2))
+
+
+@given(st.lists(ROW, min_size=1, max_size=40), st.sampled_from([None, 0.15, 0.3]), st.data())
+def test_a_share_keeps_the_best_of_each_source_and_among_equals_the_first_uids(rows, least, data):
+    share = data.draw(st.sampled_from([None, 0.0, 0.3, 0.5, 1.0]))
+    scores = np.array([row[0] for row in rows], dtype=np.float32)
+    stays = np.array([row[1] for row in rows])
+    sources = np.array([row[2] for row in rows])
+    uids = [f"{(number * 7) % 41:02d}" for number in range(len(rows))]
+    low = find_low_scores(
+        scores, stays, sources, least, share, lambda some: [uids[row] for row in some]
+    )
+    expected = set()
+    for source in range(3):
+        mine = [n for n in range(len(rows)) if stays[n] and sources[n] == source]
+        good = [n for n in mine if least is None or scores[n] >= np.float32(least)]
+        order = sorted(good, key=lambda n: (-scores[n], uids[n]))
+        keep = len(good) if share is None else int(share * len(good) + 0.5)
+        expected |= set(mine) - set(order[:keep])
+    assert set(np.flatnonzero(low).tolist()) == expected
+
+
+def test_lists_of_uids_are_text_or_pairs_of_numbers(tmp_path):
+    text, pairs = tmp_path / "uids.txt", tmp_path / "uids.npy"
+    text.write_text("b\n\na\n")
+    np.save(pairs, np.array([(1, 255), (2**64 - 1, 0)], dtype="u8,u8"))
+    assert read_uids([text, pairs]).to_pylist() == [
+        "0000000000000001" + "00000000000000ff",
+        "a",
+        "b",
+        "f" * 16 + "0" * 16,
+    ]
+    assert read_uids([]).to_pylist() == []
+
+
+@pytest.mark.parametrize("content", [np.arange(3), np.array([("a", 1)], dtype=object)], ids=str)
+def test_an_array_of_something_else_is_one_sentence(tmp_path, content):
+    np.save(tmp_path / "x.npy", content, allow_pickle=True)
+    with pytest.raises(InputError, match=r"x\.npy cannot be read as a list of uids"):
+        read_uids([tmp_path / "x.npy"])
