@@ -52,7 +52,9 @@ def trace(
 
 
 def find(
-    text: Annotated[str, Argument(help="words that describe what the pictures show")] = "",
+    text: Annotated[
+        str, Argument(metavar="TEXT", help="words that describe what the pictures show")
+    ] = "",
     image: Annotated[Path | None, Option(help="a picture; what looks like it is found")] = None,
     like: Annotated[str, Option(metavar="UID", help="what looks like this sample is found")] = "",
     top: Annotated[int, Option(min=1, max=1000, help="samples to show")] = 10,
