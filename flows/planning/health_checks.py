@@ -60,8 +60,8 @@ def examine_machine(profile: Profile) -> Iterator[Finding]:
 
 
 def check_python(_: Profile) -> Iterator[Finding]:
-    fits = (3, 11) <= sys.version_info < (3, 13)
-    do = "make the environment anew with 3.11 or 3.12"
+    fits = (3, 11) <= sys.version_info < (3, 14)
+    do = "make the environment anew with 3.11, 3.12 or 3.13"
     yield Finding.of(fits, "Python", platform.python_version(), do)
 
 
