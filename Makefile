@@ -34,7 +34,7 @@ demo: $(VENV)/.pipeline ## from image URLs to a registered CLIP model, on this m
 	@$(PY) -m flows run pipeline demo
 
 test: $(VENV)/.dev ## all tests but the slow ones
-	@$(PY) -m pytest -m "not slow"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n logical --maxprocesses 8 --dist loadfile
 
 check: $(VENV)/.dev ## lint, format, types, import contracts
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . 
