@@ -139,9 +139,10 @@ def interpolate_weights(start: str | Path, end: str | Path, weight: float) -> Ev
     if not 0 <= weight <= 1:
         raise InputError(f"weight is {weight:g}: give a number from 0, the start, to 1, the end")
     model = open_model(end)
-    beginning = load_model(model.config, start)[0]
-    for ours, theirs in zip(model.parameters(), beginning.parameters(), strict=True):
-        ours.copy_(theirs.lerp(ours, weight))
+    beginning = dict(load_model(model.config, start)[0].named_parameters())
+    for name, ours in model.named_parameters():
+        if name in beginning:  # a bias that the sigmoid loss brought stays the end's
+            ours.copy_(beginning[name].lerp(ours, weight))
     return model
 
 

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from evaclip_model.choices import GradCheckpointing, Precision
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
-from evaclip_model.model.model_config import ModelConfig
+from evaclip_model.model.model_config import LOGIT_BIAS, ModelConfig
 from evaclip_model.reading.config import SamplingConfig
 
 JOB_FILE = "train.json"
@@ -291,7 +291,7 @@ class TrainConfig(SamplingConfig):
 
     def is_frozen(self, name: str) -> bool:
         """Return whether a parameter of the model, or a part of it, is not trained."""
-        if self.lora is not None:
+        if self.lora is not None and name != LOGIT_BIAS:
             return ".parametrizations." not in name or name.endswith(".original")
         return self.is_kept(name)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evaclip_model.create import open_model
+from evaclip_model.create import interpolate_weights, open_model
 from evaclip_model.errors import InputError
 from evaclip_model.training.config import TrainConfig, TrainJob
 from evaclip_model.training.loss.objective import make_objective
@@ -71,6 +71,11 @@ def test_a_sigmoid_models_bias_is_trained_saved_opened_and_exported(tiny_data, t
     expected = (cosines * model.logit_scale.exp() + model.logit_bias).sigmoid()
     torch.testing.assert_close(model.compute_probabilities(cosines), expected)
     assert _open_clip_like_bias(model, tmp_path) == model.logit_bias.item()
+    between = interpolate_weights(tiny_data / "start", folder, 0.5)
+    assert between.logit_bias is not None and between.logit_bias.item() == model.logit_bias.item()
+    lora = {"rank": 2, "alpha": 4, "on": ["q_proj"]}
+    low, _ = trained(tiny_data, tmp_path / "low", objective="sigmoid", lora=lora, optimizer="adamw")
+    assert open_model(low).logit_bias.item() != -10.0
     (tmp_path / "again").mkdir()
     shutil.copytree(folder, tmp_path / "again" / "start")
     (tmp_path / "again" / "shards.json").symlink_to(tiny_data / "shards.json")
