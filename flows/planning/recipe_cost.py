@@ -163,6 +163,8 @@ def estimate_stage(
     shown = ", ".join(f"{what} {size / GIB:,.1f}" for what, size in terms if size >= 5e7)
     yield _batch_line(cut, machines.count)
     steps = f"{train.steps:,} for {train.samples_seen:,} samples"
+    if not train.steps:
+        steps = "counted when training begins"
     yield Line("steps", steps, "the recipe's, on any GPUs")
     memory = f"{sum(cut.memory.values()) / GIB:,.1f} of {cut.limit / GIB:,.1f} GiB"
     yield Line("memory of a GPU", memory, shown)

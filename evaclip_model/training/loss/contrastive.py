@@ -24,10 +24,7 @@ from torch import Tensor
 
 from evaclip_model.model.layers import to_float32
 from evaclip_model.training.loss.objective import LossTerms
-
-BLOCK_ROWS = 2048
-BLOCK_COLUMNS = 4096
-"""Rows and columns of logits in memory at once: 32 MiB in float32, enough for full matrix speed."""
+from evaclip_model.training.loss.softmax import BLOCK_COLUMNS, BLOCK_ROWS
 
 
 def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:

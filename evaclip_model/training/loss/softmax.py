@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
 LOGIT_SCALE = "logit_scale"
 """Parameter: the logarithm of the inverse temperature. Metric: the inverse temperature."""
-BLOCKS_BYTES = 2**28
-"""Memory of the loss whatever the batch: a block of logits and what is made of it."""
+BLOCK_ROWS = 2048
+BLOCK_COLUMNS = 4096
+"""Rows and columns of logits in memory at once: 32 MiB in float32, enough for full matrix speed."""
+BLOCKS = 8
+"""Tensors of a block's size at the loss's peak, generously: logits and what is made of them."""
 
 
 class SoftmaxObjective:
@@ -65,4 +68,4 @@ class SoftmaxObjective:
 
     def gpu_bytes(self, rows: int, columns: int) -> float:
         """As `Objective.gpu_bytes`."""
-        return BLOCKS_BYTES
+        return BLOCKS * 4 * min(rows, BLOCK_ROWS) * min(columns, BLOCK_COLUMNS)
