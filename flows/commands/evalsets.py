@@ -265,6 +265,8 @@ def _run_conversion(convert_set: Callable[..., Conversion]) -> None:
     if made.classnames:
         named = some_names(made.classnames)
         console.print(f"  {len(made.classnames):,} classes: {named}", soft_wrap=True)
+    if made.questions:
+        console.print(f"  {made.questions:,} questions", soft_wrap=True)
     for remark in made.about_names:
         _print_remark(remark)
     for reason, count in made.left_out().items():

@@ -138,10 +138,15 @@ def _describe_sets(
         about, results = found.describe_set(key), found.set_results(key, found.subject)
         one = scored.get(key, {}).get(found.subject)
         headlines = found.headline_figures(key, found.subject)
-        images, captions = (
-            format_plural(about["n"], "image"),
-            format_plural(results.get("captions", 0), "caption"),
+        images, captions, questions = (
+            format_plural(count, noun)
+            for count, noun in (
+                (about["n"], "image"),
+                (results.get("captions", 0), "caption"),
+                (results.get("questions", 0), "question"),
+            )
         )
+        beside = {"retrieval": captions, "choice": questions}
         classes = format_plural(results.get("classes", 0), "class", "classes")
         yield {
             "key": key,
@@ -150,7 +155,7 @@ def _describe_sets(
             "kind": about["kind"],
             "images": images,
             "captions": captions,
-            "size": f"{images}, {captions if about['kind'] == 'retrieval' else classes}",
+            "size": f"{images}, {beside.get(about['kind'], classes)}",
             "headline": " / ".join(
                 format_percent(x.value) for x in headlines if x.value is not None
             ),

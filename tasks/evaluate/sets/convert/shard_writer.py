@@ -52,6 +52,7 @@ IMAGES_PER_TAR = 1000
 _COPIED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 """Format of an image file -> its extension in a tar; other formats become PNG."""
 _RECORDS = "records"
+_QUESTION = "question "
 
 Answer = int | Sequence[int] | Sequence[str]
 
@@ -93,6 +94,8 @@ class Conversion:
     classnames: tuple[str, ...] = ()
     about_names: tuple[str, ...] = ()
     """Sentences on how names and classes were joined, where that is not plain."""
+    questions: int = 0
+    """Of a choice set, those left out not counted."""
     again: bool = False
     """True: it took the place of a set that the same command had made of other sources."""
 
@@ -280,7 +283,7 @@ def _close_set(
                 asked = {**asked, "images": [keys[name] for name in asked["images"]]}
                 lines.append(json.dumps(asked, ensure_ascii=False) + "\n")
             else:
-                lost.append([f"question {number}", "is of an image that cannot be used"])
+                lost.append([f"{_QUESTION}{number}", "is of an image that cannot be used"])
         records[0]["failures"] += lost
         write_atomically(growing / QUESTIONS, "".join(lines))
     made = _make_conversion(folder, records, decides)
@@ -344,7 +347,9 @@ def _make_conversion(
     )
     images = sum(record["images"] for record in records)
     names = tuple(decides["classnames"])
-    return Conversion(folder, images, len(records), failures, remarks, names)
+    lost = sum(name.startswith(_QUESTION) for name, _ in failures)
+    asked = max(0, len(decides.get("questions", ())) - lost)
+    return Conversion(folder, images, len(records), failures, remarks, names, questions=asked)
 
 
 def _record_path(growing: Path, number: int) -> Path:
