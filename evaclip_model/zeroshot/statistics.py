@@ -113,9 +113,9 @@ def mean_average_precision(
     return float(average_precisions(scores, positives, curve, ties).nanmean())
 
 
-def wilson_interval(hits: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927), 95 % unless told otherwise."""
-    return (0.0, 1.0) if n == 0 else _score_interval(hits / n, n, z)
+def wilson_interval(hits: int, n: int) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927), 95 %."""
+    return (0.0, 1.0) if n == 0 else _score_interval(hits / n, n)
 
 
 def design_interval(
@@ -163,8 +163,9 @@ def effective_samples(sizes: Tensor) -> float:
     return float(len(sizes) ** 2 / (1 / sizes).sum())
 
 
-def _score_interval(p: float, n: float, z: float = Z95) -> tuple[float, float]:
+def _score_interval(p: float, n: float) -> tuple[float, float]:
     """Wilson's formula for a share p of n samples, which need not be a whole number."""
+    z = Z95
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     # The bounds are 0 and 1 exactly when nothing or everything hits; rounding must not hide it.
@@ -288,8 +289,8 @@ def test_mcnemar(only_a: int, only_b: int) -> McNemar:
     return McNemar(min(1.0, both), min(1.0, both - float(chances[-1])))
 
 
-def matched_interval(only_a: float, only_b: float, n: float, z: float = Z95) -> tuple[float, float]:
-    """Interval of the difference of two proportions on the same n samples, 95 % unless told.
+def matched_interval(only_a: float, only_b: float, n: float) -> tuple[float, float]:
+    """Interval of the difference of two proportions on the same n samples, 95 %.
 
     Wald's with half a sample added to each of the four cells (Agresti and Min 2005), which keeps
     its level where few samples differ.
@@ -298,7 +299,7 @@ def matched_interval(only_a: float, only_b: float, n: float, z: float = Z95) -> 
         return -1.0, 1.0
     more, less = only_a + 0.5, only_b + 0.5
     centre = (more - less) / (n + 2)
-    half = z * math.sqrt(more + less - (more - less) ** 2 / (n + 2)) / (n + 2)
+    half = Z95 * math.sqrt(more + less - (more - less) ** 2 / (n + 2)) / (n + 2)
     return max(-1.0, centre - half), min(1.0, centre + half)
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -188,6 +189,23 @@ def list_with_spaces_in_labels(pictures: Path, tmp: Path, listed: str) -> Conver
     return convert_table(tmp / "l.txt", root, tmp / "set", OWN)
 
 
+def list_of_commas_and_spaces(pictures: Path, tmp: Path, listed: str) -> Conversion:
+    (tmp / "l.txt").write_text("".join(f"{path},{name}\n" for path, name in rows()))
+    return convert_table(tmp / "l.txt", pictures, tmp / "set", OWN)
+
+
+def some_numbers_from_1(pictures: Path, tmp: Path, listed: str) -> Conversion:
+    """Only labels of a table say which numbers there are; the list has one more at its end."""
+    (tmp / "more.txt").write_text("\n".join((*NAMES, "unicorn")) + "\n")
+    lines = ["path,label", *(f"{path},{NAMES.index(name) + 1}" for path, name in rows())]
+    (tmp / "l.csv").write_text("\n".join(lines))
+    words = Words(classnames=str(tmp / "more.txt"), templates="none", first=1)
+    made = convert_table(tmp / "l.csv", pictures, tmp / "set", words)
+    assert any("1 of 13 classes have no image" in one for one in made.about_names)
+    (made.folder / "classnames.txt").write_text("\n".join(NAMES) + "\n")
+    return replace(made, classnames=NAMES)
+
+
 def json_lines(pictures: Path, tmp: Path, listed: str) -> Conversion:
     lines = [json.dumps({"file_name": path, "label": name}) for path, name in rows()]
     (tmp / "l.jsonl").write_text("\n".join(lines))
@@ -213,6 +231,7 @@ FORMS = (
     *(plain, named, numbers_from_1, padded_numbers, numbered_names, other_case, upper_suffixes),
     *(without_suffixes, linked_folders, from_a_mac, csv_with_header, csv_without_header),
     *(csv_of_semicolons, quoted_tsv, plain_list, list_with_spaces_in_labels, json_lines),
+    *(list_of_commas_and_spaces, some_numbers_from_1),
     *(parquet_of_numbers, flat_names_without_suffix),
 )
 

@@ -236,7 +236,7 @@ def _read_cells(listing: Path, text: str, images: Path | None) -> Iterator[list[
 def _split_line(line: str, images: Path | None) -> list[str]:
     """A path and the label behind it, either of which may have spaces: the first words that are a
     file; else all but the last."""
-    for space in re.finditer(r"\s+", line[:_MOST_PATH]) if images else ():
+    for space in re.finditer(r"[\s,;|]+", line[:_MOST_PATH]) if images else ():
         name = line[: space.start()]
         if os.path.isfile(f"{images}/{name}"):  # unlike Path's, no error for a long name
             return [name, line[space.end() :]]

@@ -115,7 +115,6 @@ def write_set(
     templates: Sequence[str] = (),
     questions: Sequence[Question] = (),
     images_per_tar: int = IMAGES_PER_TAR,
-    threads: int | None = None,
     report: Report = report_nothing,
 ) -> Conversion:
     """Write the set of all `sources`, in their order, or go on where a killed run stopped.
@@ -148,7 +147,7 @@ def write_set(
     with _only_writer(growing):
         _start_folder(growing, decides)
         parts = range(0, len(sources), images_per_tar)
-        with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), "convert") as pool:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "convert") as pool:
             for number, first in enumerate(parts):
                 part = sources[first : first + images_per_tar]
                 if not _record_path(growing, number).exists():

@@ -26,26 +26,24 @@ Box = tuple[int, int, int, int]
 _EDGES = ("xmin", "ymin", "xmax", "ymax")
 
 
-def voc_classes(root: Path, split: str = "test") -> tuple[str, ...]:
+def voc_classes(root: Path) -> tuple[str, ...]:
     """The classes of the VOC folder `root` (VOCdevkit/VOC2007), as its lists are called.
 
     Raises:
-        InputError: it has no lists of this split.
+        InputError: it has no lists of its test images.
     """
-    lists = (root / "ImageSets" / "Main").glob(f"*_{split}.txt")
-    names = sorted(path.name.removesuffix(f"_{split}.txt") for path in lists)
+    lists = (root / "ImageSets" / "Main").glob("*_test.txt")
+    names = sorted(path.name.removesuffix("_test.txt") for path in lists)
     if not names:
         raise InputError(
-            f"{root} has no ImageSets/Main/*_{split}.txt: expected a folder VOCdevkit/VOC2007 with "
+            f"{root} has no ImageSets/Main/*_test.txt: expected a folder VOCdevkit/VOC2007 with "
             "images, annotations and lists"
         )
     return tuple(names)
 
 
-def voc_sources(
-    root: Path, labels: Sequence[int], whole: bool = False, split: str = "test"
-) -> list[Source]:
-    """Every annotated box of the split, image by image; or its whole images, each with all labels.
+def voc_sources(root: Path, labels: Sequence[int], whole: bool = False) -> list[Source]:
+    """Every annotated box of the test images, image by image; or whole images with all labels.
 
     Args:
         labels: label of each of VOC's classes, in their order.
@@ -53,8 +51,8 @@ def voc_sources(
     Raises:
         InputError: a list or an annotation is missing or of another form.
     """
-    label_of = dict(zip(voc_classes(root, split), labels, strict=True))
-    listing = root / "ImageSets" / "Main" / f"{split}.txt"
+    label_of = dict(zip(voc_classes(root), labels, strict=True))
+    listing = root / "ImageSets" / "Main" / "test.txt"
     try:
         images = listing.read_text().split()
     except FileNotFoundError:
