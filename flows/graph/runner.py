@@ -156,6 +156,7 @@ def track_run(
     store = TrackingStore.at(profile.mlflow_uri, experiment)
     tracking = Tracking(store, root / JOURNALS, openlineage=profile.openlineage_file)
     ui_url = runtime.flow_run.ui_url if os.environ.get("PREFECT_UI_URL") else None
+    note = {"mlflow.note.content": f"[Prefect run]({ui_url})"} if ui_url else {}
     with (
         lock,
         tracking.pipeline_run(
@@ -163,8 +164,7 @@ def track_run(
             digest,
             recipe=recipe,
             params=params,
-            tags={"prefect.flow_run_id": str(runtime.flow_run.id)},
-            links={"Prefect run": ui_url} if ui_url else None,
+            tags={"prefect.flow_run_id": str(runtime.flow_run.id), **note},
         ) as run,
     ):
         url = run.url()

@@ -4,7 +4,7 @@ Covers: opening and closing pipeline and stage runs, following a trainer's metri
 machine's use; all of it into a journal on disk. Works with or without Prefect:
 
     tracking = Tracking(TrackingStore.at("sqlite:///runs/mlflow.db", "evaclip"), root / "tracking")
-    with tracking.pipeline_run("demo", recipe_digest, recipe=json_text, links={...}) as pipeline:
+    with tracking.pipeline_run("demo", recipe_digest, recipe=json_text, tags={...}) as pipeline:
         with pipeline.stage_run(address, title="train-1") as stage:
             with stage.follow_metrics(address.folder / "metrics.jsonl"):
                 artifact = ...
@@ -80,7 +80,6 @@ class Tracking:
         recipe: str = "",
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
-        links: Mapping[str, str] | None = None,
     ) -> Iterator[PipelineRun]:
         """The parent run of one execution of a flow.
 
@@ -92,8 +91,7 @@ class Tracking:
             digest: of the resolved recipe; decides what may be continued.
             recipe: the resolved recipe's text, kept as the artifact `recipe.json`.
             params: flat or nested settings to log.
-            tags: more tags, such as `prefect.flow_run_id` or the git commit.
-            links: name -> URL, shown in the run's description.
+            tags: more tags, such as `prefect.flow_run_id`, or MLflow's for the run's description.
         """
         import_mlflow()
         journal = self._claim_unfinished(digest)
@@ -102,10 +100,8 @@ class Tracking:
             journal = Journal.create_journal(self.journals, about)
         shipper = Shipper(self.store, self.journals, journal)
         run = PipelineRun(self, shipper, name)
-        note = "\n\n".join(f"[{title}]({url})" for title, url in (links or {}).items())
         own = {f"{stage_record.PREFIX}recipe_digest": digest, "mlflow.source.name": name}
-        described = {"mlflow.note.content": note} if note else {}
-        run.begin(name, None, {**own, **described, **(tags or {})}, params or {})
+        run.begin(name, None, {**own, **(tags or {})}, params or {})
         if recipe:
             run.append({"op": "text", "file": RECIPE_FILE, "text": recipe})
         shipper.start()

@@ -60,7 +60,10 @@ def runs(store: TrackingStore) -> dict[str, list[Run]]:
 
 def run_pipeline(tracking: Tracking, root: Path) -> None:
     with tracking.pipeline_run(
-        "demo", "recipe-1", recipe='{"port": 1}', links={"Prefect": "http://127.0.0.1/run"}
+        "demo",
+        "recipe-1",
+        recipe='{"port": 1}',
+        tags={"mlflow.note.content": "[Prefect](http://127.0.0.1/run)"},
     ) as pipeline:
         with pipeline.stage_run(address_of(root, "merge")) as stage:
             merged = made_artifact(root, "merge")
