@@ -6,9 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from pyarrow import parquet
 from torch import Tensor
 
 from evaclip_model.files import replace_file
-from evaclip_model.zeroshot.exact_ranks import ROWS, Ranking, top_k
+from evaclip_model.zeroshot.exact_ranks import ROWS, top_k
 from tasks.evaluate.metrics.scored import SHOWN, Scored, image_of_caption
 
 WriteAnswers = Callable[[str, Scored, Tensor, Tensor], None]
@@ -35,83 +34,21 @@ SCHEMA = pyarrow.schema(
 )
 
 
-@dataclass(frozen=True)
-class _Questions:
-    """All questions of one direction that a set asks, Q of them, and what was answered."""
-
-    direction: str
-    keys: Sequence[str]
-    """Of the image asked about, or that the caption asked with belongs to [Q]."""
-    queries: Sequence[str | None]
-    labels: Sequence[Sequence[int]]
-    """Numbers of the right answers [Q]."""
-    top: Tensor
-    """Numbers of the first answers [Q, k]."""
-    ranks: Tensor | None
-    """Of the first right answer [Q]."""
-    names: Sequence[str]
-    """Of the answers [A]."""
-    features: Tensor
-    """Of what is asked about [Q, D]."""
-    gallery: Tensor
-    """Of the answers [A, D]."""
-
-
 @contextmanager
 def write_answers(path: Path) -> Iterator[WriteAnswers]:
     """Yield what adds a model's answers to a set; the file is there when all are written."""
     with replace_file(path) as beside, parquet.ParquetWriter(beside, SCHEMA) as file:
 
         def write(model: str, scored: Scored, images: Tensor, answers: Tensor) -> None:
-            for one in _list_questions(scored, images, answers):
-                about = {"set": scored.evalset.name, "model": model, "direction": one.direction}
-                file.write_table(_make_table(one, about))
+            for columns in _list_columns(scored, images, answers):
+                about = {"set": scored.evalset.name, "model": model}
+                named = {name: [text] * len(columns["key"]) for name, text in about.items()}
+                file.write_table(pyarrow.table({**named, **columns}, schema=SCHEMA))
             if scored.similarities is not None:
                 rows = [*_list_choices(scored, model)]
                 file.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA))
 
         yield write
-
-
-def _list_questions(scored: Scored, images: Tensor, answers: Tensor) -> Iterator[_Questions]:
-    evalset = scored.evalset
-    keys = [sample.key for sample in evalset.samples]
-    nothing = [None] * len(keys)
-
-    def ask_images(
-        direction: str,
-        labels: Sequence[Sequence[int]],
-        given: Ranking | Tensor,
-        names: Sequence[str],
-    ) -> _Questions:
-        top, ranks = (given.top, given.ranks) if isinstance(given, Ranking) else (given, None)
-        return _Questions(direction, keys, nothing, labels, top, ranks, names, images, answers)
-
-    if scored.classes is not None:
-        labels = [(sample.label,) for sample in evalset.samples]
-        yield ask_images("image → class", labels, scored.classes, evalset.classnames)
-    if scored.scores is not None:
-        several = [sample.labels for sample in evalset.samples]
-        first = top_k(scored.scores, SHOWN)
-        yield ask_images("image → class", several, first, evalset.classnames)
-    captions, owner = evalset.captions, image_of_caption(evalset).tolist()
-    if scored.texts is not None:
-        own: list[list[int]] = [[] for _ in keys]
-        for caption, image in enumerate(owner):
-            own[image].append(caption)
-        yield ask_images("image → text", own, scored.texts, captions)
-    if scored.images is not None:
-        yield _Questions(
-            "text → image",
-            keys=[keys[one] for one in owner],
-            queries=captions,
-            labels=[(one,) for one in owner],
-            top=scored.images.top,
-            ranks=scored.images.ranks,
-            names=keys,
-            features=answers,
-            gallery=images,
-        )
 
 
 def _list_choices(scored: Scored, model: str) -> Iterator[dict[str, Any]]:
@@ -142,21 +79,38 @@ def _list_choices(scored: Scored, model: str) -> Iterator[dict[str, Any]]:
             }
 
 
-def _make_table(one: _Questions, about: dict[str, str]) -> pyarrow.Table:
-    size = len(one.keys)
-    parts = [
-        torch.einsum("qd,qkd->qk", one.features[rows].float(), one.gallery[one.top[rows]].float())
-        for rows in torch.split(torch.arange(size), ROWS)
-    ]
-    top = one.top.tolist()
-    columns = {
-        **{name: [text] * size for name, text in about.items()},
-        "key": one.keys,
-        "query": one.queries,
-        "label": one.labels,
-        "rank": [None] * size if one.ranks is None else one.ranks.tolist(),
-        "answers": top,
-        "names": [[one.names[answer] for answer in row] for row in top],
-        "scores": torch.cat(parts).tolist(),
+def _list_columns(scored: Scored, images: Tensor, answers: Tensor) -> Iterator[dict[str, Any]]:
+    """The columns of each direction in which a set asks."""
+    samples, captions = scored.evalset.samples, scored.evalset.captions
+    keys, owner = [one.key for one in samples], image_of_caption(scored.evalset).tolist()
+    labels = [[*one.labels] or [one.label] for one in samples]
+    if scored.scores is not None:  # an image may show none
+        labels = [[*one.labels] for one in samples]
+    if captions:
+        labels = [[] for _ in samples]
+        for caption, image in enumerate(owner):
+            labels[image].append(caption)
+    found = {
+        name: (one.top, one.ranks.tolist()) for name, one in scored.rankings_by_direction().items()
     }
-    return pyarrow.table(columns, schema=SCHEMA)
+    if scored.scores is not None:
+        found["image → class"] = top_k(scored.scores, SHOWN), [None] * len(samples)
+    for direction, (top, ranks) in found.items():
+        names, asked, gallery = captions or scored.evalset.classnames, images, answers
+        about = {"key": keys, "query": [None] * len(keys), "label": labels}
+        if direction.startswith("text"):
+            names, asked, gallery = keys, answers, images
+            about = {"key": [keys[one] for one in owner], "query": captions}
+            about["label"] = [[one] for one in owner]
+        parts = [
+            torch.einsum("qd,qkd->qk", asked[rows].float(), gallery[top[rows]].float())
+            for rows in torch.split(torch.arange(len(top)), ROWS)
+        ]
+        yield {
+            **about,
+            "direction": [direction] * len(top),
+            "rank": ranks,
+            "answers": top.tolist(),
+            "names": [[names[answer] for answer in row] for row in top.tolist()],
+            "scores": torch.cat(parts).tolist(),
+        }
