@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
@@ -62,11 +61,6 @@ def read_curve(path: Path) -> Curve:
         images_per_second=median(float(step.get("images_per_second", 0)) for step in steps),
         logit_scale=float(steps[-1].get("logit_scale", float("nan"))),
     )
-
-
-def count_images_seen(curves: Sequence[Curve]) -> float:
-    """Image-text pairs seen in all stages together."""
-    return sum(curve.samples[-1] for curve in curves)
 
 
 def loss_chart(curve: Curve) -> Markup:

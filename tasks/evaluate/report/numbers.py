@@ -23,11 +23,6 @@ def format_interval(bounds: Sequence[float] | None) -> str:
     return f"{low} – {high} %"
 
 
-def as_printed(share: float | None) -> str:
-    """A share as the paper's tables print it: percent with one decimal and no sign."""
-    return NOTHING if share is None else f"{100 * share:.1f}"
-
-
 def format_points(value: float | None) -> str:
     """Percentage points or percents without a sign before positive ones: 2.3, −1.0."""
     return NOTHING if value is None else f"{value:.1f}".replace("-", "−")

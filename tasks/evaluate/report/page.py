@@ -14,7 +14,7 @@ from tasks.evaluate.metrics.scored import Scored
 from tasks.evaluate.paper.published import paper, rows_of
 from tasks.evaluate.report import examples, tables
 from tasks.evaluate.report.charts import Bubble, ChartLine, bubble_chart, line_chart
-from tasks.evaluate.report.curves import Curve, count_images_seen, loss_chart
+from tasks.evaluate.report.curves import Curve, loss_chart
 from tasks.evaluate.report.findings import Findings
 from tasks.evaluate.report.numbers import format_ordinal, format_percent, format_plural
 from tasks.evaluate.report.paper_form import paper_tables
@@ -84,7 +84,7 @@ def write_page(
     )
     environment.filters["ordinal"] = format_ordinal
     environment.globals["table"] = html_table
-    found, images_seen = Findings(results), count_images_seen(curves)
+    found, images_seen = Findings(results), sum(curve.samples[-1] for curve in curves)
     parts: dict[str, Any] = {
         "failures": tables.failure_table(found),
         "glance": tables.glance_table(found),

@@ -14,7 +14,7 @@ from tasks.evaluate.paper.published import (
     paper,
 )
 from tasks.evaluate.report.findings import Findings
-from tasks.evaluate.report.numbers import as_printed, format_signed, format_size
+from tasks.evaluate.report.numbers import format_points, format_signed, format_size
 from tasks.evaluate.sets.set_registry import known_sets
 from tasks.table import NOTHING, Cell, Table, TableColumn
 
@@ -126,7 +126,7 @@ def _add_ours(
         if key == "1a" and column.unit != "percent":
             cells.append(Cell(_setting_cell(found, model, column)))
         elif column.key in values:
-            cells.append(Cell(as_printed(values[column.key])))
+            cells.append(Cell(format_points(100 * values[column.key])))
         else:
             cells.append(Cell(NOTHING, notes=table.cite(_why_not(found, key, column))))
     table.add(model, *cells, style="ours")
