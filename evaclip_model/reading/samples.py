@@ -2,9 +2,9 @@
 no torch.
 
 A shard is a webdataset tar. A sample is members that share a key: an image (`KEY.jpg` or another of
-`IMAGE_EXTENSIONS`), `KEY.txt` (the caption, UTF-8) and, where whoever made the shard wrote one,
-`KEY.json` (the record: uid, source, url, sizes, ...). A sample that lacks something is flawed and
-costs itself, not its shard.
+`IMAGE_EXTENSIONS`), `KEY.txt` (the caption, UTF-8; or another of `CAPTION_EXTENSIONS`) and, where
+whoever made the shard wrote one, `KEY.json` (the record: uid, source, url, sizes, ...). A sample
+that lacks something is flawed and costs itself, not its shard.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ IMAGE_EXTENSIONS = (
     "avif",
 )
 """What may name a sample's image; what the image is, its bytes decide."""
-CAPTION_EXTENSION = "txt"
+CAPTION_EXTENSIONS = ("txt", "text", "caption")
+"""What may name its caption; of several the first of these counts, and no record's."""
 RECORD_EXTENSION = "json"
 MAX_IMAGE_BYTES = 1 << 28
 """Larger members are not read into memory: the sample is flawed."""
@@ -322,6 +323,7 @@ def _read_sample(
     key: str, found: Mapping[str, Member], tar: int, has_record: bool = True
 ) -> Sample:
     images = [found[extension] for extension in IMAGE_EXTENSIONS if extension in found]
+    caption_member = next((found[name] for name in CAPTION_EXTENSIONS if name in found), None)
     flaw = None
     if _REPEATED in found:
         flaw = MemberFlaw.REPEATED_MEMBER
@@ -329,20 +331,20 @@ def _read_sample(
         flaw = MemberFlaw.NO_IMAGE
     elif len(images) > 1:
         flaw = MemberFlaw.SEVERAL_IMAGES
-    elif CAPTION_EXTENSION not in found:
+    elif caption_member is None:
         flaw = MemberFlaw.NO_CAPTION
     image: bytes | memoryview = b""
     if len(images) == 1 and images[0].size <= MAX_IMAGE_BYTES:
         image = images[0].view_content(tar)
     elif len(images) == 1:
         flaw = flaw or MemberFlaw.TOO_LARGE
-    caption, stored = "", found.get(CAPTION_EXTENSION)
-    if stored is not None and stored.size <= MAX_TEXT_BYTES:
+    caption = ""
+    if caption_member is not None and caption_member.size <= MAX_TEXT_BYTES:
         try:
-            caption = str(stored.view_content(tar), "utf-8")
+            caption = str(caption_member.view_content(tar), "utf-8")
         except UnicodeDecodeError:
             flaw = flaw or MemberFlaw.CAPTION_NOT_UTF8
-    elif stored is not None:
+    elif caption_member is not None:
         flaw = flaw or MemberFlaw.TOO_LARGE
     record: Any = {}
     if has_record and (stored := found.get(RECORD_EXTENSION)) is not None:

@@ -25,6 +25,8 @@ _LONGEST_NAME = 1 << 20
 _LONGEST_NUMBER = 20
 """Digits of a size, more than any file system needs."""
 _ADLER = 65521
+_PACKED = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "bzip2": b"BZh", "xz": b"\xfd7zXZ"}
+"""How a tar begins that its name does not say to be compressed."""
 
 
 class BrokenTar(ValueError):
@@ -93,7 +95,9 @@ class TarReader:
             if not header.strip(b"\0"):
                 return
             if not _is_header(header):
-                raise BrokenTar(f"there is no header at byte {offset}")
+                packed = next((n for n, magic in _PACKED.items() if header.startswith(magic)), "")
+                said = f"it is compressed by {packed}: unpack it" if packed and not offset else ""
+                raise BrokenTar(said or f"there is no header at byte {offset}")
             kind = header[156:157]
             size = (
                 extended.size

@@ -72,7 +72,10 @@ class LeftOut:
     @property
     def first(self) -> str:
         """Place and reason of the first."""
-        return f"{self.named[0].where}: {self.named[0].reason}" if self.named else ""
+        if not self.named:
+            return ""
+        where = os.fsencode(self.named[0].where).decode(errors="replace")  # as it can be shown
+        return f"{where}: {self.named[0].reason}"
 
     def __str__(self) -> str:
         """How many for which reason, and the first of them, as the end of a sentence."""
@@ -236,7 +239,9 @@ def inspect_source(pattern: str, read_files: int = 4) -> SourceInspection | None
     Raises:
         InputError: nothing matches, or it is of no form.
     """
-    found = find_source(AdoptedSource(name="inspected", files=pattern))
+    found = find_source(
+        AdoptedSource.from_mapping({"name": "inspected", "files": pattern}, "inspect")
+    )
     if _is_metadata(found):
         return None
     if found.form == "shards":

@@ -21,7 +21,7 @@ import braceexpand
 import pyarrow as pa
 
 from evaclip_model.errors import InputError, shorten_error
-from evaclip_model.reading.samples import IMAGE_EXTENSIONS, group_members
+from evaclip_model.reading.samples import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, group_members
 from evaclip_model.reading.tar_file import BrokenTar, TarReader
 from evaclip_model.reading.urls import is_url, open_filesystem, read_text
 from tasks.adopt.config import AdoptedSource, Form
@@ -83,7 +83,7 @@ def _may_be(form: Form, name: str) -> bool:
     if form == "shards":
         return name.endswith(TAR)
     if form == "folder":
-        return _file_suffix(name) in (*IMAGE_EXTENSIONS, "txt")
+        return _file_suffix(name) in (*IMAGE_EXTENSIONS, *CAPTION_EXTENSIONS)
     return name.endswith(".parquet") or (form == "table" and text_format(name) is not None)
 
 
@@ -110,14 +110,15 @@ def mark_files(found: FoundSource) -> dict[str, str]:
 def _identify_files(found: FoundSource) -> dict[str, str]:
     identities = {}
     for file, known in zip(found.files, sizes_and_marks(found.files), strict=True):
-        if known is None:
+        if known is None and found.form != "folder":
             raise InputError(f"{file} cannot be read")
+        known = known or (0, "unreadable")  # one file, which costs itself
         identities[file] = f"{found.name_of(file)}\0{known[0]}\0{known[1]}\0"
     return identities
 
 
 def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARS]
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:DIGEST_CHARS]
 
 
 def without_known(found: FoundSource, known: Set[str]) -> FoundSource:
@@ -129,7 +130,8 @@ def without_known(found: FoundSource, known: Set[str]) -> FoundSource:
     """
     new = [file for file, mark in mark_files(found).items() if mark not in known]
     if found.form == "folder":
-        stems = {posixpath.splitext(one)[0] for one in new if not one.lower().endswith(".txt")}
+        images = [one for one in new if _file_suffix(one) in IMAGE_EXTENSIONS]
+        stems = {posixpath.splitext(one)[0] for one in images}
         new = [one for one in found.files if posixpath.splitext(one)[0] in stems]
     return replace(found, files=tuple(new))
 
@@ -227,8 +229,13 @@ def _walk_files(folder: str) -> list[str]:
             folder, lambda files: [files.unstrip_protocol(name) for name in files.find(folder)]
         )
         return sorted(file for file in files if not posixpath.basename(file).startswith("."))
-    found = []
-    for at, folders, names in os.walk(folder):
+    found, walked, top = [], set[str](), os.path.realpath(folder)
+    for at, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(at)
+        if real in walked or top.startswith(f"{real.rstrip('/')}/"):  # a link that leads back
+            folders.clear()
+            continue
+        walked.add(real)
         folders[:] = [name for name in folders if name != "__MACOSX" and not name.startswith(".")]
         found += [os.path.join(at, name) for name in names if not name.startswith(".")]
     return sorted(found)
@@ -270,7 +277,7 @@ def _tell_form(source: AdoptedSource, files: Sequence[str], where: str) -> Form:
             "them to .tar, because training reads them where they lie"
         )
     images = [file for suffix in IMAGE_EXTENSIONS for file in by_suffix[suffix]]
-    captions = {file.rpartition(".")[0] for file in by_suffix["txt"]}
+    captions = {file.rpartition(".")[0] for end in CAPTION_EXTENSIONS for file in by_suffix[end]}
     paired = sum(file.rpartition(".")[0] in captions for file in images)
     tables = [file for file in files if text_format(file) is not None]
     parquet = by_suffix["parquet"]
@@ -321,7 +328,10 @@ def _refuse_without_pairs(found: FoundSource, where: str) -> None:
         with open(first, "rb", buffering=0) as tar:
             for _, parts in group_members(TarReader(tar.fileno())):
                 looked_at += 1
-                if "txt" in parts and any(name in parts for name in IMAGE_EXTENSIONS):
+                if all(
+                    any(name in parts for name in names)
+                    for names in (CAPTION_EXTENSIONS, IMAGE_EXTENSIONS)
+                ):
                     return
                 members.update(parts)
                 if looked_at == _LOOKED_AT:

@@ -19,12 +19,17 @@ from typing import Any
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.image_decoder import identify_format
-from evaclip_model.reading.samples import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
+from evaclip_model.reading.samples import (
+    CAPTION_EXTENSIONS,
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    MemberFlaw,
+)
 from evaclip_model.reading.urls import is_url, open_filesystem
 from tasks.adopt.config import AdoptedSource
 from tasks.adopt.find_source import FoundSource, is_image_type
 from tasks.tables.parquet_tables import parquet_schema, read_parquet_rows
-from tasks.tables.text_tables import column_names, read_text_table, text_format
+from tasks.tables.text_tables import column_names, parse_list, read_text_table, text_format
 
 IMAGE_COLUMNS = (
     *("image", "file_name", "image_path", "filepath", "filename", "image_file", "img"),
@@ -97,7 +102,8 @@ def _folder_pairs(found: FoundSource) -> Iterator[FoundPair | NoPair]:
     for file in found.files:
         by_stem.setdefault(file.rpartition(".")[0], []).append(file)
     for files in by_stem.values():
-        captions = [file for file in files if file.lower().endswith(".txt")]
+        ends = {file: file.rpartition(".")[2].lower() for file in files}
+        captions = [one for end in CAPTION_EXTENSIONS for one in files if ends[one] == end]
         images = [file for file in files if file not in captions]
         if not captions:
             yield from (NoPair(image, PairFlaw.NO_CAPTION) for image in images)
@@ -132,11 +138,11 @@ def _text_rows(found: FoundSource, file: str) -> Iterator[FoundPair | NoPair]:
         path, text = row.values.get(image), row.values.get(caption)
         if not path:
             yield NoPair(where, PairFlaw.NO_IMAGE)
-        elif not text or not text.strip():
-            yield NoPair(where, PairFlaw.NO_CAPTION)
         else:
+            texts = parse_list(text) if text and kind == "jsonl" else None
             address = row.values.get(url) if url else None
-            yield _read_pair(found, file, f"line {row.line}", path, text.strip(), address)
+            for one in _strip_captions(texts if texts is not None else [text]) or [""]:
+                yield _read_pair(found, file, f"line {row.line}", path, one, address)
 
 
 def _parquet_rows(found: FoundSource, file: str) -> Iterator[FoundPair | NoPair]:
@@ -156,6 +162,11 @@ def _row_pairs(
 ) -> Iterator[FoundPair | NoPair]:
     """The pairs that one row is: one a caption."""
     where = f"{file}, row {number}"
+    if isinstance(held, list):
+        if len(held) > 1:
+            yield NoPair(where, MemberFlaw.SEVERAL_IMAGES)
+            return
+        held = held[0] if held else None
     if isinstance(held, dict):
         held = held.get("bytes") or held.get("path")
     if isinstance(held, bytes) and not _image_extension(held) and len(held) < 4096:
@@ -165,20 +176,24 @@ def _row_pairs(
             held = bytes(held)
     if not held:
         yield NoPair(where, PairFlaw.NO_IMAGE)
-        return
-    written = False
-    for text in texts if isinstance(texts, list) else [texts]:
+    elif not isinstance(held, bytes | str):
+        yield NoPair(where, PairFlaw.NOT_AN_IMAGE)
+    else:
         try:
-            caption = text.decode().strip() if isinstance(text, bytes) else str(text or "").strip()
+            captions = _strip_captions(texts if isinstance(texts, list) else [texts])
             url = address.decode() if isinstance(address, bytes) else None
         except UnicodeDecodeError:
             yield NoPair(where, PairFlaw.CAPTION_NOT_UTF8)
             return
-        if caption:
-            written = True
+        for caption in captions or [""]:
             yield _read_pair(found, file, f"row {number}", held, caption, url)
-    if not written:
-        yield NoPair(where, PairFlaw.NO_CAPTION)
+
+
+def _strip_captions(texts: Sequence[Any]) -> list[str]:
+    """What of a row's values can be a caption: texts and numbers, not what is built of them."""
+    plain = [text.decode() if isinstance(text, bytes) else text for text in texts]
+    said = [str(text).strip() for text in plain if isinstance(text, str | int | float)]
+    return [text for text in said if text]
 
 
 def _find_columns(
@@ -191,6 +206,8 @@ def _find_columns(
     """
     where = f"{file}: adopt.sources '{source.name}'"
     known = f"its columns are {', '.join(names) or 'none'}"
+    if any(";" in name for name in names):
+        known += " (values of a .csv stand between commas)"
     for part, name in (("image", source.image), ("caption", source.caption)):
         if name is not None and name not in names:
             raise InputError(f"{where} has no column '{name}' for its {part}; {known}")
@@ -235,13 +252,13 @@ def _check_pair(
     written: str | None = None,
 ) -> FoundPair | NoPair:
     """A pair whose image is there and is one by its first bytes."""
+    if not caption:
+        return NoPair(where, PairFlaw.NO_CAPTION)
     content = _read_file(image, MAX_IMAGE_BYTES) if isinstance(image, str) else image
     if isinstance(content, PairFlaw):
         return NoPair(where, content)
     if len(content) > MAX_IMAGE_BYTES:
         return NoPair(where, PairFlaw.TOO_LARGE)
-    if not caption:
-        return NoPair(where, PairFlaw.NO_CAPTION)
     extension = _image_extension(content)
     if not extension:
         return NoPair(where, PairFlaw.NOT_AN_IMAGE)

@@ -7,7 +7,6 @@ version. Not here: finding the samples (tasks/index/caption_join.py), drawing on
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import count
@@ -31,7 +30,7 @@ from tasks.index.caption_join import (
 from tasks.index.sample_index import SampleIndex
 from tasks.progress import Report
 from tasks.tables.parquet_tables import parquet_schema, read_parquet_rows
-from tasks.tables.text_tables import column_names, read_text_table, text_format
+from tasks.tables.text_tables import column_names, parse_list, read_text_table, text_format
 
 KEYS: tuple[str, ...] = get_args(CaptionKey)
 CAPTION_COLUMNS = ("caption", "text", "TEXT", "captions", "recaption", "re_caption")
@@ -141,19 +140,8 @@ def _read_rows(file: str, key: str, text: str) -> Iterator[tuple[Any, list[Any]]
         return
     for row in read_text_table(file, kind):
         written = row.values.get(text)
-        several = _parse_list(written) if kind == "jsonl" and written else None
+        several = parse_list(written) if kind == "jsonl" and written else None
         yield row.values.get(key), several if several is not None else [written]
-
-
-def _parse_list(written: str) -> list[Any] | None:
-    """The captions of a JSON list; None for what is a text."""
-    if not written.startswith("["):
-        return None
-    try:
-        found = json.loads(written)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, list) else None
 
 
 def _clean_caption(text: Any) -> str:

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.reading.urls import is_url, open_filesystem
@@ -110,6 +110,17 @@ def column_names(path: str, kind: TextFormat, quoting: Quoting, header: bool) ->
         return first if header else [f"column{number}" for number in range(len(first))]
     rows = islice(read_text_table(path, kind), FIRST_ROWS)
     return list(dict.fromkeys(name for row in rows for name in row.values))
+
+
+def parse_list(written: str) -> list[Any] | None:
+    """The values of a JSON list, as a row of JSON Lines has it; None for what is a text."""
+    if not written.startswith("["):
+        return None
+    try:
+        found = json.loads(written)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) else None
 
 
 _CsvRow = tuple[int, list[str], LineFlaw | None]

@@ -156,7 +156,7 @@ class _Seen:
         """Note what a sample is; whatever it holds, it costs nothing but itself."""
         grey: npt.NDArray[np.uint8] | None = None
         flaw: str | None = sample.flaw
-        if sample.image:
+        if sample.image or flaw is None:
             grey, problem = _decode_grey(sample.image, self.config)
             flaw = flaw or problem
         if flaw is None and not sample.caption.strip():

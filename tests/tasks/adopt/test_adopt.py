@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import http.server
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -23,7 +26,8 @@ import webdataset
 from PIL import Image
 
 from evaclip_model.errors import InputError
-from tasks.adopt.adopt import adopt_sources
+from evaclip_model.reading.samples import read_samples
+from tasks.adopt.adopt import adopt_sources, inspect_source
 from tasks.adopt.config import AdoptConfig
 from tasks.adopt.find_source import find_source, source_mark
 from tasks.artifacts.artifact import Made
@@ -396,3 +400,95 @@ def test_a_shard_that_changed_since_is_refused_and_its_source_has_another_mark(
     with pytest.raises(InputError, match=r"1 of 2 adopted shards changed .*data/1\.tar"):
         verify_shards(VerifyConfig(), tmp_path / "adopt", tmp_path / "verify", 1, report_nothing)
     assert not (tmp_path / "verify").exists()
+
+
+def test_names_and_captions_of_every_spelling_are_taken_from_tars(tmp_path: Path) -> None:
+    members = {
+        "./v1.0/a.JPG": picture(1),
+        "./v1.0/a.TXT": b"upper",
+        "b.jpeg": picture(2),
+        "b.caption": b"as trainers of other models write them",
+        "c.png": picture(3, "PNG"),
+        "c.text": b"text",
+        "c.json": b'{"caption": "the record says otherwise"}',
+        "d.jpg": b"",
+        "d.txt": b"nothing to see",
+    }
+    (tmp_path / "s").mkdir()
+    with tarfile.open(tmp_path / "s/0.tar", "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    adopted(tmp_path / "out", tmp_path / "s")
+    counts, rows = verified(tmp_path / "out", tmp_path / "verified")
+    assert counts["samples"] == 3
+    assert {row["key"]: row["flaw"] for row in rows}["d"] == "undecodable"
+    said = [sample.caption for sample in read_samples(tmp_path / "s/0.tar")]
+    assert said == ["upper", members["b.caption"].decode(), "text", "nothing to see"]
+
+
+def test_a_compressed_tar_by_a_plain_name_is_said_to_be_one(tmp_path: Path) -> None:
+    path = pack(tmp_path / "0.tar", [stranger(1)])
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    found = inspect_source(str(path))
+    assert found is not None
+    assert "it is compressed by gzip: unpack it" in found.left.first
+
+
+def test_links_are_followed_once_and_a_broken_one_costs_itself(tmp_path: Path) -> None:
+    top = tmp_path / "top"
+    (tmp_path / "elsewhere").mkdir()
+    top.mkdir()
+    write_pictures(tmp_path / "elsewhere", range(2))
+    (tmp_path / "elsewhere/0.txt").write_text("zero")
+    (tmp_path / "elsewhere/1.caption").write_text("one")
+    (top / "link").symlink_to("../elsewhere")
+    (top / "back").symlink_to("..")
+    (top / "gone.jpg").symlink_to("/nowhere/at/all.jpg")
+    (top / "gone.txt").write_text("x")
+    counts = adopted(tmp_path / "out", top).counts
+    assert verified(tmp_path / "out", tmp_path / "verified")[0]["samples"] == 2
+    assert counts["left_out.missing_file"] == 1
+
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@pytest.mark.parametrize(
+    ("images", "captions", "expected"),
+    [
+        ([[{"bytes": picture(1)}], [{}, {}], []], ["a", "b", "c"], "no_image several_images"),
+        ([picture(1), picture(2)], [[{"raw": "x"}, {"raw": "y"}], [{"raw": "z"}]], "no_caption"),
+        ([1, 2.5], ["a", "b"], "not_an_image"),
+        (pa.nulls(2), ["a", "b"], "no_image"),
+        ([picture(1), picture(2)], pa.array([1984, None]), "no_caption"),
+        (pa.array([{"bytes": None, "path": None}, None], IMAGE), ["a", "b"], "no_image"),
+    ],
+    ids=["lists", "dicts", "numbers", "nulls", "years", "structs"],
+)
+def test_a_parquet_row_of_any_shape_costs_itself(
+    tmp_path: Path, images: Any, captions: Any, expected: str
+) -> None:
+    pq.write_table(pa.table({"image": images, "caption": captions}), tmp_path / "a.parquet")
+    found = inspect_source(str(tmp_path / "a.parquet"))
+    assert found is not None
+    assert sorted(found.left.reasons) == expected.split()
+
+
+def test_json_lines_may_list_captions_and_names_may_be_no_utf8(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/names"
+    os.mkdir(folder)
+    for name in (b"1.jpg", b"\xfe.jpg"):
+        Path(os.fsdecode(folder + b"/" + name)).write_bytes(picture(1))
+    Path(os.fsdecode(folder + b"/1.txt")).write_text("one")
+    found = inspect_source(os.fsdecode(folder))
+    assert found is not None
+    assert (found.samples, found.left.reasons["no_caption"]) == (1, 1)
+    found.left.first.encode()
+    write_pictures(tmp_path, range(2))
+    lines = [{"image": "0.jpg", "caption": ["a", None, "b"]}, {"image": "1.jpg", "caption": []}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = inspect_source(str(tmp_path / "a.jsonl"))
+    assert found is not None
+    assert (found.samples, found.left.reasons["no_caption"]) == (2, 1)
