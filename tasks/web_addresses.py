@@ -42,12 +42,14 @@ def normalise_host(host: str) -> str | None:
             return None
         name = ".".join(labels).lower()
     name = name.removesuffix(".")
+    if not _ASCII_HOST.fullmatch(name):
+        return None
     if _NUMBER.fullmatch(name.rpartition(".")[2]):  # as in a browser; a top-level domain is a word
         try:
-            return socket.inet_ntoa(socket.inet_aton(name)) if name.isascii() else None
+            return socket.inet_ntoa(socket.inet_aton(name))
         except OSError:
             return None
-    return name if _ASCII_HOST.fullmatch(name) else None
+    return name
 
 
 def remove_dot_segments(path: str) -> str:
@@ -72,6 +74,8 @@ def normalise_web_address(url: str) -> str:
         ValueError: it cannot be taken apart.
     """
     parts = urlsplit(url)
+    if not parts.netloc:
+        return url
     credentials, at, authority = parts.netloc.rpartition("@")
     name, colon, port = authority.partition(":")
     if authority.startswith("["):

@@ -49,13 +49,14 @@ from tasks.merge.metadata_files import file_identity, mark_of
 from tasks.merge.shuffle import BUCKET_BITS, LAYOUT
 from tasks.merge.spark import spark_runner
 from tasks.merge.units import (
-    MATCHED,
+    FINDINGS,
     PHASES,
     Chunk,
     files_of_range,
     fill_blocklists,
     kept_in,
     read_blocked,
+    rows_folder,
     run_chunk,
     text_of,
 )
@@ -123,8 +124,11 @@ def merge_sources(
         totals = _sum_totals(connection, plan, cuts)
         fill_blocklists(connection, config)
         blocked = read_blocked(connection, config)
-        for path in plan.temporary.glob(f"rows/*/{MATCHED}"):
-            blocked -= set(json.loads(path.read_text()))
+        for file in plan.files:
+            found = json.loads((rows_folder(plan, file) / FINDINGS).read_text())
+            blocked -= set(found["matched"])
+            unjudged = totals["sources"][file.source]["kept_unjudged"]
+            unjudged.update(found["unjudged"])
         parts = [path for range_ in plan.list_ranges() for path in files_of_range(plan, *range_)]
         written = rows_in(connection, text_of(parts)) if parts else 0
     if written != sum(cut.selected for cut in cuts):
@@ -340,6 +344,7 @@ def _sum_totals(
                 "selected": selected,
                 "dropped": {reason: reasons[reason] for reason in REASONS},
                 "also_in": overlaps[number],
+                "kept_unjudged": Counter[str](),
                 "unreadable_lines": [file.first_bad_line for file in files if file.bad_lines],
                 "sidecars": [
                     {

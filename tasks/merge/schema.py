@@ -58,6 +58,8 @@ BROKEN_TEXT = "__broken_text"
 """Column of a repaired file."""
 TEXTS = ("url", "caption", "language", "image_hash")
 """Parts that only text can play."""
+EITHER = ("id", "unsafe")
+"""Parts that text and numbers can play."""
 ROWS_AT_ONCE = 50_000
 
 
@@ -90,7 +92,7 @@ def column_map(
                 f"{where} has no column '{name}' for its {part}; {_suggest_column(name, published)}"
             )
         if not is_text and not _can_play(part, published[name]):
-            expected = "text" if part in ("url", "caption") else "a number"
+            expected = "text" if part in TEXTS else "a number" + " or text" * (part in EITHER)
             raise InputError(
                 f"{where}: column '{name}' is {published[name]}, "
                 f"but its {part} must be {expected}: name another column"
@@ -176,10 +178,10 @@ def is_number(kind: str, whole: bool = True) -> bool:
 
 
 def key_text(column: str, kind: str) -> str:
-    """SQL of a key as text, the same for every type of number: 7, 7.0 and '7' are one key."""
+    """SQL of a key as text, the same for every type of number: 7, 7.0, '7' and '7.0' are one."""
     name = quote_identifier(column)
-    if kind in INTEGERS or kind == TEXT or not is_number(kind):
-        return f"{name}::VARCHAR"
+    if kind in INTEGERS or not is_number(kind):
+        return f"regexp_replace({name}::VARCHAR, '^(-?[0-9]+)\\.0+$', '\\1')"
     whole = f"TRY_CAST({name} AS HUGEINT)"
     return f"CASE WHEN {whole} = {name} THEN {whole}::VARCHAR ELSE {name}::VARCHAR END"
 
@@ -218,7 +220,7 @@ def column_parts(columns: ColumnMap) -> Iterator[tuple[str, str]]:
 def _can_play(part: str, kind: str) -> bool:
     if part in TEXTS:
         return kind == TEXT
-    return is_number(kind) or (kind == TEXT and part in ("id", "unsafe"))
+    return is_number(kind) or (kind == TEXT and part in EITHER)
 
 
 def _suggest_column(name: str, published: PublishedColumns) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,7 +39,12 @@ from tasks.merge.database import (
     open_database,
     stream_batches,
 )
-from tasks.merge.filters import LISTED, reason_expression, rule_parameters
+from tasks.merge.filters import (
+    listed_expression,
+    reason_expression,
+    rule_parameters,
+    unjudged_expression,
+)
 from tasks.merge.merge_plan import MergePlan, MetadataFile, make_once, read_cuts
 from tasks.merge.schema import (
     BROKEN_TEXT,
@@ -57,8 +63,9 @@ from tasks.merge.shuffle import (
 )
 
 COMPRESSION: Mapping[str, Any] = {"compression": "zstd", "compression_level": 1}
-MATCHED = "matched.json"
-"""Entries of blocklists that a metadata file's rows match, in the folder of its rows."""
+FINDINGS = "findings.json"
+"""In the folder of a metadata file's rows: the entries of blocklists that they match, and how many
+of those that pass a rule could not judge."""
 IMAGE_HASH = "image_hash"
 """Further column of the output, where the recipe's download compares hashes."""
 OUTPUT = pa.schema(
@@ -151,13 +158,17 @@ def read_blocked(connection: DuckDBPyConnection, config: MergeConfig) -> set[str
     }
 
 
-def _note_matches(
-    judged: Iterable[pa.RecordBatch], blocked: Set[str], matched: set[str]
+def _note_findings(
+    judged: Iterable[pa.RecordBatch], blocked: Set[str], matched: set[str], unjudged: Counter[str]
 ) -> Iterator[pa.RecordBatch]:
-    """The batches without `listed`; the `blocked` entries of their rows are added to `matched`."""
+    """The batches without `listed`, whose entries that are `blocked` are added to `matched`, and
+    without `unjudged`, which is counted."""
     for batch in judged:
         matched |= blocked & set(batch["listed"].drop_null().flatten().to_pylist())
-        yield batch.drop_columns(["listed"])
+        rules = batch["unjudged"].drop_null()
+        if rules.flatten().null_count < len(rules.flatten()):
+            unjudged.update(rule for row in rules.to_pylist() for rule in set(row) - {None})
+        yield batch.drop_columns(["listed", "unjudged"])
 
 
 class KeySplit(NamedTuple):
@@ -286,7 +297,8 @@ def scan_query(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]
         normalise=load_statement("normalise"),
         columns=file.columns,
         rows=rows,
-        listed=LISTED if any(vars(plan.config.filters.blocklists).values()) else "",
+        listed=listed_expression(),
+        unjudged=unjudged_expression(plan.config.filters),
     )
     return query, {
         **rule_parameters(plan.config.filters),
@@ -313,11 +325,11 @@ def _scan_file(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> 
                 )
             query, parameters = scan_query(plan, replace(file, path=path, columns=columns))
             judged = stream_batches(connection, query, parameters, rows_per_run(plan.partitions))
-            matched: set[str] = set()
-            if any(vars(plan.config.filters.blocklists).values()):
-                judged = _note_matches(judged, blocked, matched)
-            write_rows(judged, folder, file.source, plan.partitions)
-            write_atomically(folder / MATCHED, json.dumps(sorted(matched)))
+            matched, unjudged = set[str](), Counter[str]()
+            noted = _note_findings(judged, blocked, matched, unjudged)
+            write_rows(noted, folder, file.source, plan.partitions)
+            findings = {"matched": sorted(matched), "unjudged": unjudged}
+            write_atomically(folder / FINDINGS, json.dumps(findings))
 
         _with_repair(plan, file.path, scan)
 

@@ -235,7 +235,7 @@ def _quoted_row(
             return next(csv.reader([text], delimiter=delimiter, strict=True)), taken
         except csv.Error as error:
             if _UNCLOSED not in str(error):
-                if is_lenient:
+                if is_lenient or "\r" in text:  # which nothing reads in the middle of a line
                     return None, taken
                 return next(csv.reader([text], delimiter=delimiter)), taken
         more = following() if len(taken) < MAX_LINES_OF_ROW else None

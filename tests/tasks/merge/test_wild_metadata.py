@@ -135,6 +135,8 @@ def test_rows_of_a_file_that_lacks_a_column_of_its_source_are_unknown(
     kept, report = merged(tmp_path, "*.parquet", filters)
     assert [row["url"] for row in kept] == [url(0), url(1)]
     assert report["dropped"][reason] == 3
+    kept, report = merged(tmp_path, "*.parquet", {**filters, reason: "keep"})
+    assert (len(kept), report["kept_unjudged"]) == (5, {reason: 3})
 
 
 @pytest.mark.parametrize("kind", [pa.int32(), pa.int64(), pa.float64(), pa.string(), pa.uint64()])
@@ -143,7 +145,7 @@ def test_keys_of_a_sidecar_match_by_value_whatever_their_type(
 ) -> None:
     rows = {"url": [url(n) for n in range(4)], "caption": ["a nice cat"] * 4}
     pq.write_table(pa.table({**rows, "id": pa.array(range(4), pa.int64())}), tmp_path / "a.parquet")
-    keys = pa.array([0, 1, 2]).cast(kind)
+    keys = pa.array(["0.0", "1", "2.00"]) if kind == pa.string() else pa.array([0, 1, 2]).cast(kind)
     scores = pa.table({"id": keys, "punsafe": [0.1, 0.9, 0.1]})
     (tmp_path / "scores").mkdir()
     pq.write_table(scores, tmp_path / "scores/s.parquet")
