@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = pyproject.toml infra/constraints.txt infra/environment.py
 
-.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*/\1/p' $(firstword $(MAKEFILE_LIST))) help setup demo test check test-guides coverage test-faults test-download-faults test-resume test-browser pictures test-crash-table test-train-faults test-launch test-retrain test-restore test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace bench-registry bench-eval bench-probe bench-tuning acceptance finetune test-spark up down clean check-gpu check-infra dry-run-eval audit update-constraints interval-table
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*/\1/p' $(firstword $(MAKEFILE_LIST))) help setup demo test check test-guides coverage test-faults test-download-faults test-resume test-browser pictures test-crash-table test-train-faults test-launch test-retrain test-restore test-train-grid ablation exactness lamb-table bench bench-model bench-loader bench-train bench-merge bench-trace bench-registry bench-eval bench-probe bench-tuning acceptance finetune test-spark fuzz up down clean check-gpu check-infra dry-run-eval audit update-constraints interval-table
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -14,7 +14,7 @@ setup: $(VENV)/.pipeline ## the environment (made by itself when another target 
 $(VENV)/.pipeline: $(STAMP)
 	@python3 infra/environment.py $(VENV) pipeline && touch $@
 
-EXTRAS = pipeline spark tensorboard video open_clip onnx team infra dev browser bench build audit
+EXTRAS = pipeline spark tensorboard video open_clip onnx team infra dev fuzz browser bench build audit
 $(VENV)/.audit: $(STAMP)
 	@python3 infra/environment.py $(VENV) pipeline dev audit && touch $@ $(VENV)/.pipeline $(VENV)/.dev
 
@@ -91,6 +91,12 @@ $(VENV)/.spark: $(STAMP)
 
 test-spark: $(VENV)/.spark ## the merge on Spark gives DuckDB's rows; needs Java 17 (1 min)
 	@$(PY) -m pytest tests/tasks/merge/test_spark.py
+
+$(VENV)/.fuzz: $(STAMP)
+	@python3 infra/environment.py $(VENV) pipeline dev fuzz && touch $@ $(VENV)/.pipeline $(VENV)/.dev
+
+fuzz: $(VENV)/.fuzz ## FUZZ_SECONDS (600) of strangers' bytes for each boundary, guided by coverage; findings into fuzz-findings/ (80 min)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/fuzz/fuzz.py
 
 ablation: $(VENV)/.pipeline ## the demo with one technique off at a time, as a table (15 min)
 	@PYTHONPATH=. $(PY) tests/benchmarks/ablate_demo.py
