@@ -34,10 +34,7 @@ def version_tree(version: Described, before: Described | None) -> Iterator[str]:
     day = datetime.fromtimestamp(version.created / 1000, UTC).strftime("%Y-%m-%d %H:%M")
     yield f"{version}{aliases}  registered {day} UTC"
     if version.lineage is None:
-        yield "  it was registered without a lineage: its tags name the digests"
-        for tag, value in sorted(version.tags.items()):
-            if tag.startswith("evaclip.digest"):
-                yield f"  {tag.removeprefix('evaclip.digest').lstrip('.') or 'model':<24} {value}"
+        yield "  it was registered without a lineage"
         return
     yield from upward_tree(version.lineage)
     if before is None:
@@ -53,12 +50,9 @@ def describe_changes(found: Sequence[Change]) -> Iterator[str]:
     if not found:
         yield "  no setting and no data changed"
     for change in found:
-        if change.old is None:
-            yield f"  {change.where}: {_shorten_value(change.new)} (new)"
-        elif change.new is None:
-            yield f"  {change.where}: {_shorten_value(change.old)} (gone)"
-        else:
-            yield f"  {change.where}: {_shorten_value(change.old)} -> {_shorten_value(change.new)}"
+        old, new = _shorten_value(change.old), _shorten_value(change.new)
+        said = f"{new} (new)" if change.old is None else f"{old} -> {new}"
+        yield f"  {change.where}: {f'{old} (gone)' if change.new is None else said}"
 
 
 def upward_tree(lineage: Lineage) -> Iterator[str]:

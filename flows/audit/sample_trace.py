@@ -58,10 +58,8 @@ def trace_sample(
     given: dict[Kind, tuple[str, ...]] = {}
     if url is not None:
         given[Kind.URL] = sort_takedowns([url.strip()])[Kind.URL]
-    if uid is not None:
-        given[Kind.UID] = (uid,)
-    if sha256 is not None:
-        given[Kind.HASH] = (sha256.lower(),)
+    given |= {Kind.UID: (uid,)} if uid else {}
+    given |= {Kind.HASH: (sha256.lower(),)} if sha256 else {}
     artifacts = read_artifacts(root)
     return [
         one
@@ -84,13 +82,10 @@ def _in_one_verification(
         if artifact.kind == DATASET.name
         and (first := first_row_in(artifact, verified, artifacts)) is not None
     }
-    reasons = {
-        digest: left_out(version, [first + row["row"] for row in rows])
-        for digest, (version, first) in versions.items()
-    }
-    models = {
-        digest: tuple(models_of(version, artifacts)) for digest, (version, _) in versions.items()
-    }
+    reasons, models = {}, {}
+    for digest, (version, first) in versions.items():
+        reasons[digest] = left_out(version, [first + row["row"] for row in rows])
+        models[digest] = tuple(models_of(version, artifacts))
     verdicts = read_verdicts(verified.folder)
     made_by = tuple(ancestors_of(verified, artifacts))
     for row in rows:

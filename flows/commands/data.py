@@ -101,8 +101,7 @@ def lineage(
         raise InputError("--svg draws a model: name it as NAME@ALIAS or NAME/VERSION")
     else:
         lines = _lineage_of_data(profile, what)
-    for line in lines:
-        console.print(line, soft_wrap=True)
+    console.print("\n".join(lines), soft_wrap=True)
 
 
 def takedown(
@@ -117,18 +116,14 @@ def takedown(
 
     root = load_profile().root.resolve()
     done = take_down(file, root)
-    for one in done:
-        console.print("\n".join(describe_replacement(one, root)), soft_wrap=True)
-    for line in describe_unmatched(file, root):
-        console.print(line, soft_wrap=True)
-    if not done:
-        console.print(f"no dataset version under {root} holds any of these samples")
-        return
-    console.print(
-        f'the next run leaves them out with `takedowns = ["{file}"]` in the table '
-        "[dataset] of the recipe",
-        soft_wrap=True,
+    lines = [line for one in done for line in describe_replacement(one, root)]
+    lines += describe_unmatched(file, root)
+    end = (
+        f'the next run leaves them out with `takedowns = ["{file}"]` in the table [dataset] of the '
+        "recipe"
     )
+    lines.append(end if done else f"no dataset version under {root} holds any of these samples")
+    console.print("\n".join(lines), soft_wrap=True)
 
 
 def prune(
@@ -223,19 +218,11 @@ def _print_metadata(pattern: str, found: Inspection) -> None:
     console.print(f"columns over {found.read_rows:,} rows of {found.read_files} files:")
     table = Table("column", "type", "plays", "missing", "0 … 1", box=None, pad_edge=False)
     for column in found.columns:
-        table.add_row(
-            column.name,
-            column.kind,
-            column.part or "",
-            f"{column.null_share:.1%}",
-            draw_bars(column.histogram),
-        )
+        shown = (f"{column.null_share:.1%}", draw_bars(column.histogram))
+        table.add_row(column.name, column.kind, column.part or "", *shown)
     console.print(table)
     _print_left_out(found.bad_lines, found.first_bad_line)
-    if found.problem:
-        console.print(found.problem, style="yellow")
-    else:
-        console.print("fit for a source")
+    console.print(found.problem or "fit for a source", style="yellow" if found.problem else None)
 
 
 def draw_bars(histogram: Sequence[int]) -> str:

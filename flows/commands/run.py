@@ -144,13 +144,11 @@ def _is_nothing_new(recipe: Recipe, profile: Profile, graph: Graph, told: bool =
 
     store = TrackingStore.at(profile.mlflow_uri, recipe.name)
     news = find_new_data(recipe, graph, store, keep_rejected=False)
-    is_nothing = news.is_nothing and not (
-        news.last and is_unsettled(store, recipe.registry, news.last.registered.folder)
-    )
-    if is_nothing or told:
-        for line in describe_new_data(news, recipe):
-            console.print(line, soft_wrap=True)
-    return is_nothing
+    folder = news.last.registered.folder if news.last else None
+    is_settled = folder is None or not is_unsettled(store, recipe.registry, folder)
+    if told or (news.is_nothing and is_settled):
+        console.print("\n".join(describe_new_data(news, recipe)), soft_wrap=True)
+    return news.is_nothing and is_settled
 
 
 def _is_everything_there(recipe: Recipe, profile: Profile, graph: Graph) -> bool:

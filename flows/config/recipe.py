@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -160,16 +160,8 @@ class Recipe(Config):
                 f"download.samples_per_shard ({self.download.samples_per_shard}), or every file "
                 "ends in a short shard"
             )
-        twice = sorted({name for name in self.sources if self.sources.count(name) > 1})
-        if twice:
-            raise ValueError(f"two sources are named '{twice[0]}'")
+        refuse_repeated_names("sources", self.sources)
         self._require_fitting_stages()
-        for name in self.retrain.stages:
-            if name not in names:
-                raise ValueError(
-                    f"retrain.stages names '{name}', which is not a training stage "
-                    f"({', '.join(names)})"
-                )
         if self.dataset.asks_scores and self.embed is None:
             raise ValueError(
                 "dataset.min_score and dataset.keep_share judge by scores: add an [embed] table"
@@ -177,26 +169,18 @@ class Recipe(Config):
         if self.register_table is not None and self.evaluate_table is None:
             raise ValueError("[register] needs [evaluate]: the gate judges by its figures")
         sets = [one.name for one in self.evaluate_table.sets] if self.evaluate_table else []
-        chosen_by = self.interpolate
-        for name in (*chosen_by.choose_on, *chosen_by.keep_on) if chosen_by else ():
-            if name not in sets:
-                raise ValueError(
-                    f"[interpolate] names '{name}', which is none of evaluate.sets "
-                    f"({', '.join(sets) or 'there is no [evaluate]'})"
-                )
+        _require_known("retrain.stages", self.retrain.stages, "the training stages", names)
+        if (part := self.interpolate) is not None:
+            chosen = (*part.choose_on, *part.keep_on)
+            _require_known("[interpolate]", chosen, "evaluate.sets", sets)
         for metric in self.register_table.gate.metrics if self.register_table else ():
             if metric.rpartition(".")[0] not in sets:
-                raise ValueError(
-                    f"register.gate.metrics names '{metric}', whose set is none of evaluate.sets "
-                    f"({', '.join(sets)})"
+                _require_known(
+                    "register.gate.metrics", (metric,), "a metric of evaluate.sets", sets
                 )
         for stage in self.train:
-            unknown = sorted(set(stage.source_weights) - set(self.sources))
-            if unknown:
-                raise ValueError(
-                    f"training stage '{stage.name}' weights source '{unknown[0]}', which is none "
-                    f"of the recipe's ({', '.join(sorted(self.sources))})"
-                )
+            where = f"train.{stage.name}.source_weights"
+            _require_known(where, stage.source_weights, "the sources", self.sources)
         self._require_known_captions()
         return self
 
@@ -207,22 +191,16 @@ class Recipe(Config):
         refuse_repeated_names("captions", names)
         drawn = {name: stage.name for stage in self.train for name in stage.caption_weights}
         for name, stage in drawn.items():
-            if name not in (STORED, *names):
-                raise ValueError(
-                    f"training stage '{stage}' draws captions '{name}': there are "
-                    f"{', '.join((STORED, *names))}"
-                )
+            where = f"train.{stage}.caption_weights"
+            _require_known(where, (name,), "the captions", (STORED, *names))
         for name in names:
             if name not in drawn:
                 raise ValueError(
                     f"no training stage draws captions '{name}': set train.caption_weights"
                 )
         for one in self.captions:
-            if one.source is not None and one.source not in self.sources:
-                raise ValueError(
-                    f"captions '{one.name}' are of source '{one.source}', which is none "
-                    f"of the recipe's ({', '.join(sorted(self.sources))})"
-                )
+            named = () if one.source is None else (one.source,)
+            _require_known(f"captions '{one.name}'", named, "the sources", self.sources)
 
     def _require_fitting_stages(self) -> None:
         """Raises: ValueError: a training stage cannot do what it says, whatever the data is."""
@@ -291,6 +269,14 @@ class Recipe(Config):
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1) + "\n"
+
+
+def _require_known(where: str, names: Iterable[str], of: str, known: Sequence[str]) -> None:
+    """Raises: ValueError: one of the names at a place is not known."""
+    for name in names:
+        if name not in known:
+            there = ", ".join(known) or "there is none"
+            raise ValueError(f"{where} names '{name}', which is none of {of} ({there})")
 
 
 def _require_table(table: Table | None, name: str) -> Table:

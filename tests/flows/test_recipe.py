@@ -62,7 +62,7 @@ def test_lists_and_words_can_be_overridden() -> None:
 
 
 def test_training_weights_may_only_name_sources_of_the_merge() -> None:
-    with pytest.raises(InputError, match="weights source 'datacomp', which is none of"):
+    with pytest.raises(InputError, match="source_weights names 'datacomp', which is none of"):
         load_recipe("demo", ["train.stage1.source_weights.datacomp=1.0"])
 
 

@@ -25,7 +25,10 @@ pytestmark = [
 ]
 BASE, KUBECTL, IMAGE = "evaclip-base:test", "evaclip-kubectl:test", "evaclip:test"
 PACKAGES = "python3,python3-venv,python3-dev,ca-certificates"
-OF_THIS_MACHINE = ("etc/ssl/certs", "etc/pip.conf", "etc/xdg/pip", "opt/wheels")
+OF_THIS_MACHINE = (
+    *("etc/ssl/certs/ca-certificates.crt", "etc/pip.conf", "etc/xdg/pip"),
+    *("root/.config/pip", "opt/wheels"),
+)
 """What lets pip in the container reach what it reaches here, where there is such a thing."""
 SECRET = "a-secret-of-the-test"
 Docker = Callable[..., str]
@@ -70,12 +73,9 @@ def image(docker: Docker, tmp_path_factory: pytest.TempPathFactory) -> str:
     made = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(base)]
     subprocess.run(made, check=True, capture_output=True)
     (base / "usr/local/bin/python").symlink_to("/usr/bin/python3")
-    for name in OF_THIS_MACHINE:
-        source, target = Path("/", name), base / name
-        if source.is_dir():
-            shutil.copytree(source, target, dirs_exist_ok=True)
-        elif source.is_file():
-            shutil.copy(source, target)
+    there = [name for name in OF_THIS_MACHINE if Path("/", name).exists()]
+    copy = ["cp", "--recursive", "--dereference", "--remove-destination", "--parents"]
+    subprocess.run([*copy, *there, str(base)], check=True, cwd="/")
     (kubectl / "bin").mkdir(parents=True)
     (kubectl / "bin/kubectl").write_text("#!/bin/sh\necho a stand-in\n")
     (kubectl / "bin/kubectl").chmod(0o755)
