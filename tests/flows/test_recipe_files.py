@@ -119,5 +119,5 @@ def test_what_others_published_decides_nothing() -> None:
 
 
 def test_published_gpus_are_gpus() -> None:
-    with pytest.raises(InputError, match=r"'published'.*names no GPUs"):
+    with pytest.raises(InputError, match=r"'published\.gpus'.*names no GPUs"):
         load_recipe("demo", ["published.gpus=many"])
