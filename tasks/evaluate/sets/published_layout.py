@@ -187,11 +187,13 @@ def open_train_part(
     None where it has none.
 
     Raises:
-        InputError: it is unreadable, or a class of it is not one of the set's.
+        InputError: it is unreadable or a link, or a class of it is not one of the set's.
     """
     part = folder / TRAIN
     if evalset.kind != "classification" or not part.is_dir():
         return None
+    if part.is_symlink():  # what a link leads to is in no fingerprint of the set
+        raise InputError(f"{part} is a link: put the folder itself there (cp -al takes no space)")
     is_set = (part / SPLIT).is_dir()
     tars = find_tars(part) if is_set else find_tars(folder, TRAIN)
     entries = _open_index(tars, evalset.kind, index_cache)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -26,6 +27,7 @@ from tasks.evaluate.metrics.probes import (
     neighbour_votes,
 )
 from tasks.evaluate.metrics.scored import Scored
+from tasks.evaluate.sets.convert.convert import Words, convert_imagefolder
 from tasks.evaluate.sets.published_layout import open_set, open_train_part
 from tasks.progress import report_nothing
 from tests.tasks.evaluate.answers import answered, class_set
@@ -141,6 +143,24 @@ def test_a_train_part_is_joined_to_the_set_by_names(tmp_path: Path, classificati
     (classification / "train" / "classnames.txt").write_text("a\nb\nc\nd\n")
     with pytest.raises(InputError, match="'a', which is not a class"):
         open_train_part(evalset, classification)
+
+
+def test_a_train_part_stays_when_its_set_is_made_again_and_is_no_link(tmp_path: Path):
+    for name in ("a", "b"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / name / "1.png")
+    convert = (tmp_path / "pictures", tmp_path / "set", Words(templates="none"))
+    convert_imagefolder(convert[0], tmp_path / "set" / "train", convert[2])
+    assert not convert_imagefolder(*convert).again
+    Image.new("RGB", (9, 9)).save(tmp_path / "pictures" / "b" / "2.png")
+    assert convert_imagefolder(*convert).again
+    evalset = open_set("mine", tmp_path / "set", "classification", ("{c}",))
+    part = open_train_part(evalset, tmp_path / "set")
+    assert part is not None and (len(evalset), len(part)) == (3, 2)
+    (tmp_path / "set" / "train").rename(tmp_path / "elsewhere")
+    (tmp_path / "set" / "train").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="is a link"):
+        open_train_part(evalset, tmp_path / "set")
 
 
 def test_probes_without_any_train_part_are_refused(
