@@ -97,14 +97,14 @@ class Follower:
 def describe_step(rows: Sequence[Mapping[str, Any]], steps: int) -> str:
     """Loss, speed, the figures that go wrong first, time left, and what is out of order."""
     newest = rows[-1]
-    seconds = _mean_of(rows, "step_s")
+    seconds, waited = _mean_of(rows, "step_s"), _mean_of(rows, "data_wait_s")
     shown = {
         "loss {:.3f}": newest.get("loss"),
         "{:,.0f} images/s": _mean_of(rows, "images_per_second"),
         "MFU {:.0%}": _mean_of(rows, "mfu"),
         "logit scale {:.1f}": newest.get("logit_scale"),
         "grad norm {:.3g}": newest.get("grad_norm"),
-        "data wait {:.0%}": _share_of(_mean_of(rows, "data_wait_s"), seconds),
+        "data wait {:.0%}": waited / seconds if waited is not None and seconds else None,
     }
     parts = [form.format(value) for form, value in shown.items() if value is not None]
     if seconds is not None:
@@ -154,10 +154,6 @@ def last_rows(metrics: Path, count: int) -> list[dict[str, Any]]:
 def _mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
     values = [row[name] for row in rows if isinstance(row.get(name), int | float)]
     return sum(values) / len(values) if values else None
-
-
-def _share_of(part: float | None, whole: float | None) -> float | None:
-    return None if part is None or not whole else part / whole
 
 
 class TrainingCrashed(RuntimeError):

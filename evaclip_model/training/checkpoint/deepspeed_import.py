@@ -9,7 +9,6 @@ read, so that what is written piece by piece never lies in memory whole.
 
 from __future__ import annotations
 
-import pickle
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -267,8 +266,7 @@ def _open_file(path: Path) -> Any:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except InputError:
         raise
-    # Malformed content can make torch's reader stumble in any way.
-    except (Exception, pickle.UnpicklingError) as error:
+    except Exception as error:  # malformed content can make torch's reader stumble in any way
         raise InputError(
             f"{path} cannot be read ({type(error).__name__}): it is cut off or no torch file; copy "
             "it again"
