@@ -332,8 +332,8 @@ def settings_of(
 
 def loss_memory(options: argparse.Namespace) -> Iterator[str]:
     yield f"Peak memory of loss and gradients above the features ({EMBEDDING} channels), MiB."
-    yield "| pairs | full | streamed | share | CPU s, full | streamed | ratio |"
-    yield "|---" * 7 + "|"
+    yield "| pairs | full | in blocks | share | CPU s, full | in blocks | ratio | sigmoid | CPU s |"
+    yield "|---" * 9 + "|"
     for pairs in options.pairs:
         needed = 4.3 * 4 * pairs**2  # four matrices of all pairs at a time
         cells: list[dict[str, float] | None] = [
@@ -351,7 +351,8 @@ def loss_memory(options: argparse.Namespace) -> Iterator[str]:
             )
             shown += f" | {full['cpu_s']:.2f} | {streamed['cpu_s']:.2f}"
             shown += f" | {streamed['cpu_s'] / full['cpu_s']:.2f}"
-        yield f"| {pairs} | {shown} |"
+        sigmoid = apart("--loss-of", json.dumps(["sigmoid", pairs]))
+        yield f"| {pairs} | {shown} | {sigmoid['mib']:.0f} | {sigmoid['cpu_s']:.2f} |"
 
 
 def loss_once(impl: Any, pairs: int) -> dict[str, float]:
@@ -365,8 +366,9 @@ def loss_once(impl: Any, pairs: int) -> dict[str, float]:
             leaf.grad = torch.ones_like(leaf)  # written, so that its pages are there
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before.append(_kib("/proc/self/status", "VmRSS"))
-        if impl == "streamed":
-            pair_terms(*leaves).loss.backward()
+        if impl != "full":
+            bias = [] if impl == "streamed" else [torch.tensor(-10.0, requires_grad=True)]
+            pair_terms(*leaves, *bias).loss.backward()
         else:
             logits, labels = leaves[2] * leaves[0] @ leaves[1].T, torch.arange(count)
             cross_entropy = nn.functional.cross_entropy

@@ -182,7 +182,9 @@ class _Matches:
         right, left_out = self.cut_block(high, wide)
         repeats, columns = self.repeats[high, None].to(dtype), len(self.captions)
         shares, counted = (1.0, columns - repeats + 1) if self.ignores else (repeats, columns)
-        targets = right.to(dtype) * ((1 - smoothing) / shares) + smoothing / counted
+        targets = right.to(dtype).mul_((1 - smoothing) / shares)
+        if smoothing:
+            targets.add_(smoothing / counted)
         return (targets if left_out is None else targets.masked_fill_(left_out, 0)), left_out
 
     def count_hits(self, best: Tensor) -> Tensor:
@@ -236,7 +238,7 @@ def _softmax_rows(
 
     for high, wide in _iterate_blocks(len(rows), len(columns)):
         logits, targets = block_of(high, wide)
-        aims[high] += (logits * targets).sum(1)
+        aims[high] += targets.mul_(logits).sum(1)
         top = _track_best(logits, high, wide, highest, best)
         block_sums = logits.sub_(top[:, None]).exp_().sum(1)
         sums[high] = sums[high] * (highest[high] - top).exp() + block_sums
