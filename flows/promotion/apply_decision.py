@@ -137,18 +137,20 @@ def carry_out_answer(recipe: str, overrides: Sequence[str], wanted: Promote) -> 
     config, store = resolved.registry, TrackingStore.at(profile.mlflow_uri, resolved.name)
     asked = f"suspended-{_approval_key(config, '')}"
     given: Any = filter_flow_run_input(asked, limit=50)
-    answered = {one.key.removeprefix(asked) for one in given if one.key.endswith("-response")}
-    for registered in reversed(read_artifacts(profile.root.resolve()) if answered else []):
-        if registered.kind != REGISTER.name or registered.config["model_name"] != config.model_name:
-            continue
-        version = int(registered.counts["version"])
-        if f"{version}-response" not in answered:
+    answers, name = {one.key.removeprefix(asked): one.value for one in given}, config.model_name
+    for registered in reversed(read_artifacts(profile.root.resolve()) if answers else []):
+        version = int(registered.counts.get("version", 0))
+        said = answers.get(f"{version}-response")
+        made = (registered.kind, registered.config.get("model_name"))
+        if said is None or made != (REGISTER.name, name):
             continue
         moved = apply_decision(config, store, registered, wanted)
-        decision = read_decision(registered.folder)
+        decision, answer = read_decision(registered.folder), json.loads(said)
         if not moved and promotion.waits_for(store, config, version, decision) is Waiting.STALE:
+            if not answer["promote"]:
+                promotion.decline_version(store, name, version, answer["by"], answer.get("why", ""))
             console.print(
-                f"  gate      the answer on {config.model_name}/{version} is not carried out: "
+                f"  gate      {answer['by']}'s answer on {name}/{version} moves nothing: "
                 f"{config.alias} is another version by now, which it was not compared with",
                 soft_wrap=True,
             )

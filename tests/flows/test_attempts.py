@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,10 +14,18 @@ from flows.config.recipe import Recipe, load_recipe
 from flows.graph.graph import draw_graph
 from flows.graph.incremental import News, find_new_data
 from flows.graph.outside_data import hash_marks
+from flows.promotion import apply_decision
 from tasks.artifacts.artifact import Address, Artifact, Made, Role, Stage, produce_artifact
 from tasks.register.config import STAGE as REGISTER
 from tasks.register.gate import Candidate, decide_promotion
-from tasks.register.promotion import DIGEST_TAG, carry_out, write_decision
+from tasks.register.promotion import (
+    DIGEST_TAG,
+    carry_out,
+    champion_of,
+    promote_version,
+    standing_of,
+    write_decision,
+)
 from tasks.tracking import TrackingStore
 
 RECIPE = load_recipe("demo")
@@ -88,3 +98,32 @@ def test_without_its_champion_a_retraining_does_not_begin_anew(root: Path, delet
         client.delete_registered_model(NAME)
     with pytest.raises(InputError, match=r"no version of .* is champion"):
         find_news(root)
+
+
+@pytest.mark.parametrize("promote", [True, False])
+def test_an_answer_that_comes_after_another_version_became_champion_promotes_nothing_unseen(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], promote: bool
+) -> None:
+    store = TrackingStore.at(f"sqlite:///{root}/mlflow.db", "e")
+    for _ in range(2):
+        store.client().create_model_version(NAME, "file:///nothing")
+    better = FIRST.model_copy(update={"champion": 1})
+    registered = produce_artifact(
+        Address.of(root, REGISTER, RECIPE.registry, {Role.TRAINED: 16 * "2"}),
+        lambda out: Made({"version": 2}, write_decision(store, NAME, 2, better, out)),
+    )
+    promote_version(store, NAME, "champion", 3, "force", "Bob", "at once")
+    said = json.dumps({"promote": promote, "by": "Ada", "why": "hm"})
+    key = f"suspended-approve-{NAME}-2-response"
+    given = [SimpleNamespace(key=key, value=said)]
+    monkeypatch.setattr(apply_decision, "filter_flow_run_input", lambda *_, **__: given)
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", "of a test")
+    monkeypatch.setenv("EVACLIP_ROOT", str(root))
+    monkeypatch.setenv("EVACLIP_TRACKING_URI", store.uri)
+    answered = apply_decision.carry_out_answer("demo", (), "ask")
+    assert answered is not None and answered.digest == registered.digest
+    champion = champion_of(store, NAME, "champion")
+    assert champion is not None and champion.version == 3
+    assert "Ada's answer on evaclip-demo/2 moves nothing" in capsys.readouterr().out
+    declined = standing_of(store, NAME, 2).declined
+    assert declined == ("" if promote else "Ada: hm")
