@@ -48,7 +48,11 @@ def create_model(
         raise InputError(f"precision '{precision}' is unknown: choose one of {', '.join(DTYPES)}")
     if weights is not None:
         return load_model(name, weights, precision=precision, attention=attention)[0]
-    model = _random_model(ModelConfig.load(name), seed, attention)
+    with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        model = EvaClip(ModelConfig.load(name), attention)
+        initialise_weights(model)
     require_dtype(attention, DTYPES[precision])
     return model.to(DTYPES[precision])
 
@@ -113,15 +117,6 @@ class _WithoutValues(TorchFunctionMode):
         if getattr(func, "__module__", None) == nn.init.__name__:
             return given["tensor"] if "tensor" in given else args[0]
         return func(*args, **given)
-
-
-def _random_model(config: ModelConfig, seed: int | None, attention: AttentionChoice) -> EvaClip:
-    with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
-        if seed is not None:
-            torch.manual_seed(seed)
-        model = EvaClip(config, attention)
-        initialise_weights(model)
-    return model
 
 
 @torch.no_grad()

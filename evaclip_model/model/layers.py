@@ -269,9 +269,6 @@ class GridRope(nn.Module):
         tokens = torch.nn.functional.pad(kept + 1, (1, 0))  # the class token is row 0
         return self.cos[tokens], self.sin[tokens]
 
-    def extra_repr(self) -> str:
-        return "grid={}, head_width={}, reference_grid={}".format(*self.geometry)
-
 
 class VisionAttention(nn.Module):
     """Self-attention of the image tower: biases on queries and values, none on keys."""

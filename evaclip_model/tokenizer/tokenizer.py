@@ -165,6 +165,7 @@ class _Words(dict[str, int]):
             ends = np.asarray(self._ends)
             starts = ends[numbers]
             widths = ends[numbers + 1] - starts
+            del ends  # while it is looked at, the array cannot grow: another thread would fail
             behind = widths.cumsum()
             shift = starts - (behind - widths)
             ids = np.asarray(self._ids)[np.arange(widths.sum()) + np.repeat(shift, widths)]
@@ -218,7 +219,12 @@ def _load_merges() -> Merge:
         *map("".join, merges),
     ]
     vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
-    return merger(vocabulary, merges)
+    if importlib.util.find_spec("tokenizers") is None:
+        return plain_merger(vocabulary, merges)
+    models: Any = importlib.import_module("tokenizers.models")
+    # No cache: a word is merged once.
+    model = models.BPE(vocabulary, merges, end_of_word_suffix=END_OF_WORD, cache_capacity=0)
+    return lambda piece: [token.id for token in model.tokenize(piece)]
 
 
 def _byte_characters() -> dict[int, str]:
@@ -253,21 +259,9 @@ def plain_splitter(classes: Mapping[str, Sequence[tuple[int, int]]]) -> Split:
     return re.compile(_PATTERN.format(L=letters, N=numbers)).findall
 
 
-def merger(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> Merge:
-    """Return what turns a piece into ids. Symbols at the end of a piece end in `END_OF_WORD`;
-    `merges` are pairs of symbols that become one, the first ones first."""
-    if importlib.util.find_spec("tokenizers") is None:
-        return plain_merger(vocabulary, merges)
-    models: Any = importlib.import_module("tokenizers.models")
-    # No cache: a word is merged once.
-    model = models.BPE(
-        dict(vocabulary), list(merges), end_of_word_suffix=END_OF_WORD, cache_capacity=0
-    )
-    return lambda piece: [token.id for token in model.tokenize(piece)]
-
-
 def plain_merger(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> Merge:
-    """Return the same in Python: always the pair that comes first among the merges."""
+    """Return what turns a piece into ids as `tokenizers` does: of its symbols, the last of which
+    ends in `END_OF_WORD`, always the pair that comes first among `merges` becomes one."""
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     never = len(ranks)
 

@@ -187,6 +187,7 @@ def gpu_memory(
     features = 2 * 4 * config.embed_dim
     memory = {
         "weights": parameters * wide,
+        "weights with updates": parameters * wide if train.lora else 0,  # at the most
         "gradients": trained * wide * (1 / ranks if train.zero_stage == 2 else 1 + 1 / shared),
         "optimizer": trained * (12 if has_masters else 8) / shared,
         # Sums of the parts' gradients are kept in fp32.

@@ -10,7 +10,7 @@ import importlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,19 +37,10 @@ from evaclip_model.weights.load import (
 )
 from evaclip_model.weights.name_maps import foreign_names
 
-OPEN_CLIP_WEIGHTS_FILE = "open_clip_model.safetensors"
-OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
 ONNX_OPSET = 20
 """First with exact GELU as one operator. Attention as one operator (23) is no faster in onnxruntime
 on a CPU, and older runtimes lack it."""
-
-_FOLDERS: dict[Library, tuple[str, str]] = {
-    "native": (WEIGHTS_FILE, CONFIG_FILE),
-    "open_clip": (OPEN_CLIP_WEIGHTS_FILE, OPEN_CLIP_CONFIG_FILE),
-    "timm": (WEIGHTS_FILE, CONFIG_FILE),
-    "transformers": (WEIGHTS_FILE, CONFIG_FILE),
-}
-"""Names of the weights and of the config in a folder."""
+_OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_config.json")
 _TIMM_NAMES = {
     "EVA01-CLIP-g-14": "eva_giant_patch14_clip_224",
     "EVA02-CLIP-B-16": "eva02_base_patch16_clip_224",
@@ -77,8 +68,8 @@ def export_model(model: nn.Module, path: str | Path, as_: Library) -> tuple[Path
         no such architecture.
     """
     path = Path(path)
-    if as_ not in _FOLDERS:
-        known = ", ".join(_FOLDERS)
+    if as_ not in get_args(Library):
+        known = ", ".join(get_args(Library))
         raise InputError(f"there is no export as '{as_}': choose one of {known}")
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         raise InputError(
@@ -96,9 +87,13 @@ def export_model(model: nn.Module, path: str | Path, as_: Library) -> tuple[Path
     inside = unwrap_model(model)
     if as_ in ("open_clip", "timm"):
         _require_timm(inside.config.vision, as_)
-    weights_name, config_name = _FOLDERS[as_]
-    weights_path = path if is_file else path / weights_name
-    if tensors := _foreign_tensors(model, as_):
+    names = _OPEN_CLIP_FILES if as_ == "open_clip" else (WEIGHTS_FILE, CONFIG_FILE)
+    weights_path = path if is_file else path / names[0]
+    released = released_tensors(model)
+    tensors: dict[str, Tensor] = {}
+    for entry in foreign_names(released, as_):
+        tensors |= entry.split_native(released[entry.native])
+    if tensors:
         write_weights(tensors, weights_path)
     build = {
         "timm": _timm_config,
@@ -108,8 +103,8 @@ def export_model(model: nn.Module, path: str | Path, as_: Library) -> tuple[Path
     config = None if is_file or not tensors else build(inside)
     if config is None:
         return (weights_path,)
-    write_atomically(path / config_name, json.dumps(config, indent=1) + "\n")
-    return weights_path, path / config_name
+    write_atomically(path / names[1], json.dumps(config, indent=1) + "\n")
+    return weights_path, path / names[1]
 
 
 def export_onnx(model: nn.Module, folder: str | Path) -> tuple[Path, ...]:
@@ -203,18 +198,6 @@ def _write_graph(
         (beside / written).replace(path.with_name(written))
     shutil.rmtree(beside)
     return tuple(path.with_name(written) for written in names)
-
-
-def _foreign_tensors(
-    model: nn.Module, library: Literal["open_clip", "timm", "transformers"]
-) -> dict[str, Tensor]:
-    tensors = released_tensors(model)
-    found: dict[str, Tensor] = {}
-    if not tensors:
-        return found
-    for entry in foreign_names(tensors, library):
-        found |= entry.split_native(tensors[entry.native])
-    return found
 
 
 def _require_timm(config: VisionConfig, library: Library) -> None:

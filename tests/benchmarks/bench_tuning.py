@@ -20,7 +20,7 @@ from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.engine.engine import TorchEngine
 from evaclip_model.training.lora import add_updates
 
-PAIRS, STEPS = 16, 4
+PAIRS, STEPS = 8, 3
 WAYS = {
     "all weights": {},
     "frozen: embeddings, text, 6 of 12 blocks": {
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def measure_way(way: str) -> dict[str, float]:
-    given = {"name": "x", "image_px": 224, "samples_seen": PAIRS, "global_batch": PAIRS}
+    given = {"name": "x", "image_px": 224, "samples_seen": PAIRS, "global_batch": PAIRS, "lanes": 1}
     config = TrainConfig.model_validate({**given, "optimizer": "adamw", **WAYS[way]})
     model = create_model("EVA02-CLIP-B-16", seed=0).train()
     if config.lora is not None:

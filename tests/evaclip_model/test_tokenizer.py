@@ -162,8 +162,11 @@ def test_threads_may_share_the_table_and_it_may_start_anew(monkeypatch):
     monkeypatch.setattr(tokenizer, "MOST_WORDS", 50)
     table = tokenizer._Words()
     monkeypatch.setattr(tokenizer, "_load_words", lambda: table)
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # as on a machine that is busy
     with ThreadPoolExecutor(4) as pool:
         rows = [rows for _ in range(3) for rows in pool.map(tokenize, texts)]
+    sys.setswitchinterval(usual)
     assert torch.equal(torch.cat(rows), expected.repeat(3, 1))
     assert len(table) < 60
 
