@@ -20,6 +20,7 @@ from tests.infra.slurm import PROGRAMS
 DEBIAN = {
     "postgresql": lambda: postgres_program("initdb") and shutil.which("psql"),
     "slurmctld slurmd slurm-client munge": lambda: all(map(found, PROGRAMS)),
+    "docker.io debootstrap": lambda: found("dockerd") and found("debootstrap"),
 }
 TESTS = ("tests/infra", "tests/tasks/register/test_s3.py")
 CHECKOUT = Path(__file__).parents[2]
