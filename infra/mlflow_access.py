@@ -16,7 +16,7 @@ under an address that holds a password."""
 
 
 def check_request():
-    """Who asks, or the answer that refuses it."""
+    """Return who asks, or the answer that refuses it."""
     own = os.environ["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"].split(",")
     if request.headers.get("Origin", own[0]) not in own:
         return Response("MLflow answers its own pages alone", 403)

@@ -212,7 +212,7 @@ def services(options):
 
 
 def ui_folder(folder):
-    """Where the server lays out its UI, among which a page of ours."""
+    """Return where the server lays out its UI, among which a page of ours."""
     return folder / "prefect-ui"
 
 
@@ -310,7 +310,7 @@ def basic(secret):
 
 
 def ask(url, secret, body=None):
-    """What a server of ours answers: to a POST, or to a GET without a body."""
+    """Return what a server of ours answers: to a POST, or to a GET without a body."""
     headers = {"Content-Type": "application/json", "Authorization": f"Basic {basic(secret)}"}
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers)
@@ -362,7 +362,7 @@ def is_taken(port):
 
 
 def started_at(pid):
-    """When a process started, in the kernel's ticks; None when it is gone.
+    """Return when a process started, in the kernel's ticks; None when it is gone.
 
     A pid alone may be another program's by now.
     """

@@ -549,7 +549,7 @@ def open_reader(job: TrainJob, rank: int, ranks: int) -> BatchReader:
 
 
 def read_settings(job: TrainJob) -> ReadSettings:
-    """What reading may cost each rank."""
+    """Return what reading may cost each rank."""
     return ReadSettings(
         job.cache_bytes,
         job.read_workers,

@@ -211,7 +211,7 @@ def sizes_of(pieces: Iterable[StoredPiece], where: str) -> dict[tuple[str, str],
 def describe_difference(
     stored: Mapping[tuple[str, str], int], wanted: Mapping[tuple[str, str], int]
 ) -> str | None:
-    """Why stored sizes are not those that training needs; none when they are."""
+    """Return why stored sizes are not those that training needs; none when they are."""
     for (name, kind), size in sorted(wanted.items()):
         held = stored.get((name, kind))
         if held is None:

@@ -287,7 +287,8 @@ def _transformers_config(model: EvaClip) -> dict[str, Any]:
 
 
 def _open_clip_config(model: EvaClip) -> dict[str, Any] | None:
-    """None for an image tower that timm, which builds it there, has no name of."""
+    """open_clip's config; none for an image tower that timm, which builds it there, has no name
+    of."""
     config = model.config
     timm_name = _timm_name(config.vision)
     if timm_name is None:

@@ -80,7 +80,7 @@ class _Root:
 
     @cached_property
     def named(self) -> Mapping[str, Artifact]:
-        """What dataset versions are made of."""
+        """The artifacts that dataset versions are made of."""
         return self.ancestors(self.of_kind(DATASET.name))
 
     @cached_property
@@ -91,7 +91,7 @@ class _Root:
 
 
 def find_leftovers(profile: Profile, days: float) -> list[Leftover]:
-    """What may go, in the order in which it may: what is made of something goes before that.
+    """Return what may go, in the order in which it may: what is made of something goes before that.
 
     Args:
         days: what somebody wrote to since then stays.
@@ -166,7 +166,7 @@ def _old_trainings(root: _Root) -> Iterator[Leftover]:
 
 
 def _why_unneeded(registered: Artifact, root: _Root) -> str:
-    """Why nobody needs the training of a registration; empty where somebody may."""
+    """Return why nobody needs the training of a registration; empty where somebody may."""
     name, version = registered.config["model_name"], int(registered.counts["version"])
     alias, digest = registered.config["alias"], registered.parents[Role.TRAINED]
     store = TrackingStore.at(root.profile.mlflow_uri, "")

@@ -56,7 +56,7 @@ def describe_changes(found: Sequence[Change]) -> Iterator[str]:
 
 
 def upward_tree(lineage: Lineage) -> Iterator[str]:
-    """What every head was made from, as a tree; what was shown already is named only."""
+    """Return what every head was made from, as a tree; what was shown already is named only."""
     shown: set[str] = set()
 
     def parents(digest: str) -> list[tuple[str, str]]:

@@ -100,7 +100,7 @@ def _in_one_verification(
 
 
 def _further_captions(version: Artifact, shard: str, key: str) -> Captions:
-    """What a dataset version says of a sample besides the caption in its shard."""
+    """Return what a dataset version says of a sample besides the caption in its shard."""
     if not (version.folder / CAPTIONS).is_dir():
         return {}
     for one in ShardManifest.read(version.folder / SHARDS).shards:

@@ -297,7 +297,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 @dataclass(frozen=True)
 class SourceYield:
-    """What a source can give."""
+    """The rows and samples that a source can give."""
 
     source: SourceConfig
     wanted: int
@@ -313,7 +313,7 @@ class SourceYield:
 
 
 def source_yields(recipe: Recipe) -> list[SourceYield]:
-    """What each source can give, in the recipe's order."""
+    """Return what each source can give, in the recipe's order."""
     yields = []
     for source in recipe.merge_table.sources if recipe.merge_table else ():
         wanted, rows = source.wanted_rows or 0, recipe.published.metadata_rows.get(source.name)

@@ -82,7 +82,7 @@ def data_of(version: Artifact, artifacts: Sequence[Artifact]) -> Artifact:
 
 
 def find_data(version: Artifact, artifacts: Sequence[Artifact]) -> Artifact | None:
-    """As `data_of`; None if it is not there any more."""
+    """The data of a version, as `data_of`; None if it is not there any more."""
     above = reversed(_walk_upward(version, artifacts))
     return next((one for one in above if one.kind in (VERIFY.name, JOIN.name)), None)
 

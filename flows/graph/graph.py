@@ -93,7 +93,7 @@ TRAINED, UNTRAINED, CHAMPION = "trained", "untrained", "champion"
 
 @dataclass(frozen=True)
 class Site:
-    """What all steps of a graph share."""
+    """The settings that all steps of a graph share."""
 
     root: Path
     """Absolute folder of all artifacts."""
@@ -224,8 +224,8 @@ def draw_graph(recipe: Recipe, root: Path, tracking_uri: str) -> Graph:
 
 
 def all_data(site: Site, recipe: Recipe) -> Step:
-    """What a recipe's dataset version chooses from: what is downloaded, what is adopted, or both
-    joined; the last of the steps."""
+    """Return what a recipe's dataset version chooses from: what is downloaded, what is adopted, or
+    both joined; the last of the steps."""
     parts = []
     if recipe.merge_table is not None:
         parts.append(data_steps(site, recipe, merge_step(site, recipe.merge)))
@@ -404,7 +404,7 @@ def embed_steps(site: Site, config: EmbedConfig, data: Step | Artifact) -> tuple
 
 
 def verifications_in(data: Step | Artifact) -> list[Step | Artifact]:
-    """What was joined, in order; a verification is its own one part."""
+    """Return what was joined, in order; a verification is its own one part."""
     if isinstance(data, Step) and data.stage.name == JOIN.name:
         return [part for part in data.inputs.values() if not isinstance(part, str)]
     return [data]

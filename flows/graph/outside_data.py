@@ -54,7 +54,8 @@ class OutsideMarks:
     """A sentence on everything that is not here."""
 
     def mark_files(self, pattern: str, where: str, edition: str = "") -> Input:
-        """What stands for the files of `pattern`: the demo, or a fingerprint of the files."""
+        """Return what stands for the files of `pattern`: the demo, or a fingerprint of the
+        files."""
         if pattern.startswith(DEMO_PREFIX) and self.demo is not None:
             return self.demo
         try:
@@ -79,14 +80,14 @@ class OutsideMarks:
         )
 
     def mark_source(self, source: AdoptedSource) -> Input:
-        """What stands for a source that is adopted."""
+        """Return what stands for a source that is adopted."""
         try:
             return source_mark(find_source(source))
         except InputError as error:
             return self.note_absent(str(error))
 
     def mark_model(self, spec: str) -> Input:
-        """What stands for a model that `score` could open (not a registered one)."""
+        """Return what stands for a model that `score` could open (not a registered one)."""
         try:
             return fingerprint_model(spec)
         except InputError as error:
@@ -99,7 +100,7 @@ class OutsideMarks:
 
 
 def fingerprint_model(spec: str) -> str:
-    """What stands for a model in a digest: its files' fingerprint, or its name at a library.
+    """Return what stands for a model in a digest: its files' fingerprint, or its name at a library.
 
     Raises: InputError: it is not there.
     """

@@ -54,7 +54,7 @@ def run_step(make: Callable[[], Artifact]) -> Artifact:
 
 @dataclass(frozen=True)
 class Session:
-    """What the steps of one execution share."""
+    """The state that the steps of one execution share."""
 
     profile: Profile
     run: PipelineRun
@@ -102,7 +102,7 @@ class Session:
 
 @dataclass(frozen=True)
 class RecipeSession(Session):
-    """What the steps of one execution of a recipe share."""
+    """The state that the steps of one execution of a recipe share."""
 
     recipe: Recipe = field(kw_only=True)
     graph: Graph = field(kw_only=True)

@@ -34,7 +34,7 @@ EVALUATE = STAGE.name
 
 @dataclass(frozen=True)
 class Asked:
-    """What is evaluated on what."""
+    """Models, and the sets they are evaluated on."""
 
     models: dict[str, str]
     """Name -> its spec; the first is the subject."""
@@ -59,7 +59,7 @@ def read_asked(
     overrides: Sequence[str],
     root: Path,
 ) -> Asked:
-    """What the arguments of `score` mean.
+    """Return what the arguments of `score` mean.
 
     Raises:
         InputError: no or two sources of sets, a set or a model that is not there, two of a name.

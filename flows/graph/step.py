@@ -28,7 +28,7 @@ it where the step is declared, so that the type checker sees every argument."""
 
 @dataclass(frozen=True)
 class Record:
-    """What a step's tracking run keeps besides its settings and its totals."""
+    """The things that a step's tracking run keeps besides its settings and its totals."""
 
     datasets: Mapping[str, Step | Artifact] = field(default_factory=dict)
     """Context (training, evaluation, …) -> input that is read as data in it."""
@@ -68,7 +68,8 @@ class Step:
 
     @cached_property
     def address(self) -> Address:
-        """Where it is or will be; the only place where the product computes an address."""
+        """The place where it is or will be; the only place where the product computes an
+        address."""
         parents = {role: digest_of(given) for role, given in self.inputs.items()}
         return Address.of(self.root, self.stage, self.config, parents)
 
@@ -90,7 +91,7 @@ class Step:
 
     @cached_property
     def is_settled(self) -> bool:
-        """Whether the address is what a run would have: everything from outside is here."""
+        """Return whether the address is what a run would have: everything from outside is here."""
         return all(
             given.is_settled if isinstance(given, Step) else given != ABSENT
             for given in self.inputs.values()
@@ -101,7 +102,7 @@ Input = Step | Artifact | str
 
 
 def digest_of(given: Input) -> str:
-    """What stands for an input in the digest of what is made from it."""
+    """Return what stands for an input in the digest of what is made from it."""
     return given if isinstance(given, str) else given.digest
 
 

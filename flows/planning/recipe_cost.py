@@ -72,7 +72,7 @@ class Line:
 
 
 def is_large(recipe: Recipe) -> bool:
-    """Whether a recipe's caps make an estimate worth printing; without caps nobody knows."""
+    """Return whether a recipe's caps make an estimate worth printing; without caps nobody knows."""
     return sum(reach.wanted for reach in source_yields(recipe)) >= LARGE_ROWS
 
 
@@ -112,7 +112,7 @@ def estimate_data(recipe: Recipe, machines: int = MACHINES) -> Iterator[Line]:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a rank's share of the global batch goes through its GPU."""
+    """The way in which a rank's share of the global batch goes through its GPU."""
 
     share: int
     """Pairs of a rank in every step."""
@@ -181,7 +181,7 @@ def estimate_stage(
 
 
 def _cannot_share(train: TrainConfig, ranks: int) -> str | None:
-    """Why so many ranks cannot train this stage, and which can; none if they can."""
+    """Return why so many ranks cannot train this stage, and which can; none if they can."""
     batch, lanes = train.global_batch, train.lanes
     fewer = next(n for n in range(ranks, 0, -1) if batch % n == 0 and lanes % n == 0)
     if batch % ranks:
@@ -211,7 +211,7 @@ def _batch_line(cut: Cut, ranks: int) -> Line:
 
 
 def _remedy_line(model: ModelConfig, train: TrainConfig, machines: Machines, cut: Cut) -> Line:
-    """Which memory is too much though the parts are as small as can be, and what is less."""
+    """Return which memory is too much though the parts are as small as can be, and what is less."""
     largest = max(cut.memory, key=lambda what: cut.memory[what])
     changes: dict[str, dict[str, Any]] = {
         "grad_checkpointing=full": {"grad_checkpointing": "full"},

@@ -91,7 +91,7 @@ def check_disk(graph: Graph) -> None:
 
 
 def disk_bytes(graph: Graph) -> int:
-    """What the steps that are not finished write at least."""
+    """Return what the steps that are not finished write at least."""
     needed = [step.expected_bytes for step in graph.steps if not step.is_finished]
     return sum(needed) + SMALL_BYTES if needed else 0
 
@@ -120,7 +120,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine has."""
+    """The resources of this machine."""
 
     cores: int
     memory_bytes: int
@@ -157,7 +157,7 @@ def ask_driver(fields: str) -> list[list[str]]:
 def recipe_findings(
     recipe: Recipe, graph: Graph, profile: Profile, machine: Machine, given: Machines | None = None
 ) -> Iterator[Finding]:
-    """What a recipe needs beside what there is.
+    """Return what a recipe needs beside what there is.
 
     Args:
         given: the GPUs that training is planned on, wherever they are; by default this machine's.

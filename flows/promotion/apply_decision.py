@@ -58,7 +58,7 @@ APPROVAL_WAIT_S = 7 * 24 * 3600
 
 
 class Approval(RunInput):
-    """What a person says to a better model."""
+    """A person's answer to a better model."""
 
     promote: bool = Field(default=False, description="Whether it becomes champion.")
     by: str = Field(min_length=1, description="Who you are; it is kept with the version.")

@@ -78,7 +78,7 @@ class LeftOut:
         return f"{where}: {self.named[0].reason}"
 
     def __str__(self) -> str:
-        """How many for which reason, and the first of them, as the end of a sentence."""
+        """Counts by reason, and the first of them, as the end of a sentence."""
         said = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
         return f" ({said}; the first is {self.first})" if said else ""
 
@@ -218,7 +218,7 @@ def _write_tar(tar: Path, pairs: Sequence[FoundPair], source: str, first: int) -
 
 @dataclass
 class SourceInspection:
-    """What the files of one pattern hold."""
+    """The content of the files of one pattern."""
 
     form: Form
     files: int
@@ -254,7 +254,7 @@ def inspect_source(pattern: str, read_files: int = 4) -> SourceInspection | None
 
 
 def _is_metadata(found: FoundSource) -> bool:
-    """Whether the first file has a column of addresses and none of images."""
+    """Return whether the first file has a column of addresses and none of images."""
     if found.form not in ("table", "parquet"):
         return False
     first = found.files[0]

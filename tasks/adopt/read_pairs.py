@@ -190,7 +190,8 @@ def _row_pairs(
 
 
 def _strip_captions(texts: Sequence[Any]) -> list[str]:
-    """What of a row's values can be a caption: texts and numbers, not what is built of them."""
+    """Return what of a row's values can be a caption: texts and numbers, not what is built of
+    them."""
     plain = [text.decode() if isinstance(text, bytes) else text for text in texts]
     said = [str(text).strip() for text in plain if isinstance(text, str | int | float)]
     return [text for text in said if text]

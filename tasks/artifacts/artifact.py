@@ -80,7 +80,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Address:
-    """Where an artifact is or will be, and everything that decides its content."""
+    """The place where an artifact is or will be, and everything that decides its content."""
 
     root: Path
     stage: Stage
@@ -136,7 +136,7 @@ class Artifact(Config):
 
 @dataclass(frozen=True)
 class Made:
-    """What a stage's pure function reports: totals, and the files its artifact consists of."""
+    """The report of a stage's pure function: totals, and the files its artifact consists of."""
 
     counts: Counts
     files: tuple[Path, ...]

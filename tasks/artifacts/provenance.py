@@ -52,7 +52,7 @@ class Node(Config):
 
 
 class Lineage(Config):
-    """What some artifacts were made from, themselves included."""
+    """The artifacts that some were made from, themselves included."""
 
     heads: tuple[str, ...]
     """Digests of the artifacts that were asked for."""
@@ -128,7 +128,8 @@ class Change:
 
 
 def list_changes(old: Lineage, new: Lineage) -> list[Change]:
-    """What decides a result and differs: settings, outside data, stages; in the new one's order.
+    """Return what decides a result and differs: settings, outside data, stages; in the new one's
+    order.
 
     A stage is told by its label. What follows from a change, such as digests, is not listed.
     """

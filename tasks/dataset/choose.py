@@ -122,7 +122,7 @@ class Choice:
     """For every row of an index the reason why it is left out, if it is."""
 
     def __init__(self, rows: int) -> None:
-        """Nothing is left out yet."""
+        """Begin with nothing left out."""
         self._names: list[str] = [""]
         self._codes = np.zeros(rows, dtype=np.uint8)
 

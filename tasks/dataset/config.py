@@ -104,5 +104,5 @@ class DatasetConfig(Config):
 
     @property
     def asks_scores(self) -> bool:
-        """Whether a rule needs the scores of `[embed]`."""
+        """Return whether a rule needs the scores of `[embed]`."""
         return self.min_score is not None or self.keep_share is not None

@@ -110,7 +110,7 @@ def _write_asked(
 def _read_file(
     config: CaptionSource, file: str, by: str | None
 ) -> tuple[str, Iterator[tuple[Any, list[Any]]]]:
-    """What the rows' key is, and (key, captions) of every row; those of a line that is none are
+    """The kind of the rows' key, and (key, captions) of every row; those of a line that is none are
     empty."""
     where, kind = f"captions '{config.name}'", text_format(file)
     if kind is None:

@@ -76,7 +76,8 @@ class Redirected(Exception):
 
 
 class Deadline(threading.local):
-    """When the URL that this thread fetches has to be done; one object serves all threads."""
+    """The time when the URL that this thread fetches has to be done; one object serves all
+    threads."""
 
     def __init__(self) -> None:
         self.end = float("inf")
@@ -457,7 +458,7 @@ class _DeadlineReader(io.RawIOBase):
 
 
 def address_is_allowed(ip: str, allowed_networks: Sequence[str] = ()) -> bool:
-    """Whether `ip` is public, or inside one of `allowed_networks`.
+    """Return whether `ip` is public, or inside one of `allowed_networks`.
 
     IPv6 addresses that carry an IPv4 address (mapped, 6to4, Teredo, NAT64) are judged by it, too.
     """

@@ -72,7 +72,7 @@ class HostGate:
             yield
 
     def is_resting(self, name: str) -> bool:
-        """Whether the host is to be left alone now."""
+        """Return whether the host is to be left alone now."""
         with self._lock:
             host = self._hosts.get(name)
             return host is not None and self._clock() < host.rests_until
@@ -112,8 +112,8 @@ class RobotsRules:
     """About training."""
 
     def allow(self, url: str) -> bool:
-        """Whether the most specific rule of both kinds allows `url`: the longest, of equal ones an
-        allowing."""
+        """Return whether the most specific rule of both kinds allows `url`: the longest, of equal
+        ones an allowing."""
         parts = urlsplit(url)
         path = _normalise(urlunsplit(("", "", parts.path or "/", parts.query, "")))
         path = path.replace("*", "%2A").replace("$", "%24")  # as a pattern means them literally
@@ -143,7 +143,8 @@ class Robots:
         self._lock = threading.Lock()
 
     def is_allowed(self, url: str) -> bool:
-        """Whether we may fetch `url`; raises what reading the rules raised, and asks again then."""
+        """Return whether we may fetch `url`; raises what reading the rules raised, and asks again
+        then."""
         parts = urlsplit(url)
         place = urlunsplit((parts.scheme, parts.netloc, f"/{self._name}", "", ""))
         with self._lock:
@@ -209,7 +210,7 @@ def _normalise(path: str) -> str:
 
 
 def _matches(pattern: str, path: str) -> bool:
-    """Whether a pattern with `*` and a final `$` matches the beginning of `path`.
+    """Return whether a pattern with `*` and a final `$` matches the beginning of `path`.
 
     Each piece is taken where it comes first: no backtracking, whatever a stranger writes.
     """
@@ -230,7 +231,7 @@ def _matches(pattern: str, path: str) -> bool:
 
 
 def declines_use(headers: Message, *, token: str, directives: Iterable[str], tdm: bool) -> bool:
-    """Whether an image that came with `headers` may not be used.
+    """Return whether an image that came with `headers` may not be used.
 
     Args:
         token: our name; directives addressed to others do not concern us.

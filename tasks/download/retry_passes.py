@@ -37,12 +37,12 @@ LONGEST_S = 5.0
 
 
 def sum_of(finished: Sequence[FinishedShard]) -> Counter[Outcome]:
-    """How the rows of these shards ended."""
+    """Return how the rows of these shards ended."""
     return sum((shard.outcomes for shard in finished), Counter[Outcome]())
 
 
 def rows_to_retry(finished: Sequence[FinishedShard]) -> int:
-    """How many rows of these shards another pass would try."""
+    """Return how many rows of these shards another pass would try."""
     outcomes = sum_of(finished)
     return sum(outcomes[outcome] for outcome in RETRYABLE)
 
@@ -74,7 +74,8 @@ def write_rows_to_retry(
 
 
 def total_outcomes(passes: Sequence[Sequence[FinishedShard]]) -> dict[str, Counter[Outcome]]:
-    """How every row ended, by source: a row that was tried again ended as in its last pass."""
+    """Return how every row ended, by source: a row that was tried again ended as in its last
+    pass."""
     total: dict[str, Counter[Outcome]] = {}
     for number, finished in enumerate(passes):
         tried_again = number + 1 < len(passes)
@@ -108,7 +109,8 @@ def _write_parts(tables: Iterator[pa.Table], folder: Path, rows_per_file: int) -
 
 
 def silent_hosts(finished: Sequence[FinishedShard], shards: Path, config: DownloadConfig) -> int:
-    """How many hosts that gave images into these shards do not answer now; 0 if one of them does.
+    """Return how many hosts that gave images into these shards do not answer now; 0 if one of them
+    does.
 
     Any answer counts, a refusal too. 0 as well if no shard holds an image.
     """

@@ -34,7 +34,7 @@ ABORT_AFTER_URLS = 2_000
 
 @dataclass(frozen=True)
 class Progress:
-    """What was counted over all shards that were begun."""
+    """The counts over all shards that were begun."""
 
     counts: Counter[Outcome] = field(default_factory=Counter)
     """SUCCESS means fetched, not yet decoded."""
@@ -128,7 +128,7 @@ class Watch:
             self._seen.popleft()
 
     def _is_past(self, time_s: float, then: Progress) -> bool:
-        """Whether nothing before `then` matters any more."""
+        """Return whether nothing before `then` matters any more."""
         now_s, now = self._seen[-1]
         enough = now.counts.total() - then.counts.total() >= COLLAPSE_URLS
         return enough and now_s - time_s >= RATE_S
@@ -170,7 +170,7 @@ class Watch:
         return (now.counts.total() - then.counts.total()) / elapsed_s if elapsed_s > 0 else 0.0
 
     def network_down(self) -> str | None:
-        """Why every further URL would fail without an answer; None if that is not so."""
+        """Return why every further URL would fail without an answer; None if that is not so."""
         now_s, now = self._seen[-1]
         for time_s, then in reversed(self._seen):
             lately = now.counts - then.counts
@@ -179,7 +179,7 @@ class Watch:
         return None
 
     def list_dead(self) -> str | None:
-        """Why the list as a whole cannot give enough images; None if it may."""
+        """Return why the list as a whole cannot give enough images; None if it may."""
         counts = self._now.counts
         tried = counts.total()
         needed = tried * self._min_success_rate / 2

@@ -36,7 +36,7 @@ CACHE_BYTES = 8 << 30
 
 
 class EmbedJob(Config):
-    """What the ranks are to do."""
+    """The work of the ranks."""
 
     model: str
     precision: Precision

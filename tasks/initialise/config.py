@@ -79,7 +79,7 @@ class InitialiseConfig(Config):
         return {role: path for role, path in named.items() if path is not None}
 
     def registered_models(self) -> dict[Role, str]:
-        """Those of them that the registry has, by their URIs."""
+        """Return those of them that the registry has, by their URIs."""
         named = {role: str(path) for role, path in self.weight_sources().items()}
         return {role: uri for role, uri in named.items() if uri.startswith(REGISTRY)}
 

@@ -121,7 +121,8 @@ class Journal:
 
     @property
     def is_closed(self) -> bool:
-        """Whether the pipeline run ended; otherwise its process was killed, or is at work."""
+        """Return whether the pipeline run ended; otherwise its process was killed, or is at
+        work."""
         return self.run_statuses().get(PIPELINE, RUNNING) != RUNNING
 
     @property

@@ -56,7 +56,7 @@ class Tracking:
         system_every_s: float = 5.0,
         openlineage: Path | None = None,
     ) -> None:
-        """Nothing is contacted yet.
+        """Contact nothing yet.
 
         Args:
             store: where runs go in the end.

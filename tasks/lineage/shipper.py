@@ -42,7 +42,7 @@ class Shipper(threading.Thread):
     """Applies a journal's events to the store, in order, in the background, until `ship_rest`."""
 
     def __init__(self, store: TrackingStore, journals: Path, journal: Journal) -> None:
-        """Nothing is contacted yet; `journals` is the folder of all, also those left over."""
+        """Contact nothing yet; `journals` is the folder of all, also those left over."""
         super().__init__(name="lineage", daemon=True)
         self.store = store
         self.journal = journal

@@ -52,7 +52,8 @@ Published = Annotated[str, Field(min_length=1), AfterValidator(_not_withdrawn)]
 
 
 def is_old_edition(columns: Collection[str]) -> bool:
-    """Whether a file with these columns looks like LAION's metadata of before the withdrawal."""
+    """Return whether a file with these columns looks like LAION's metadata of before the
+    withdrawal."""
     return set(columns) >= OLD_COLUMNS
 
 

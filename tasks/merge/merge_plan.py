@@ -70,7 +70,7 @@ class ReadableFile:
 
 @dataclass(frozen=True)
 class MetadataFile:
-    """What to read of one input file, and how many rows it must give."""
+    """One input file: what to read of it, and how many rows it must give."""
 
     number: int
     """Place among all files of the merge."""

@@ -102,7 +102,7 @@ def column_map(
 
 @dataclass(frozen=True)
 class JudgedParts:
-    """What rules can judge a source by: what any of its files has."""
+    """The columns that rules can judge a source by: what any of its files has."""
 
     language: bool = False
     similarity: bool = False
@@ -173,7 +173,7 @@ def select_list(
 
 
 def is_number(kind: str, whole: bool = True) -> bool:
-    """Whether a type of the database is a number; without `whole` ones, a score."""
+    """Return whether a type of the database is a number; without `whole` ones, a score."""
     return (kind in NUMBERS and (whole or kind not in INTEGERS)) or kind.startswith("DECIMAL")
 
 
@@ -252,7 +252,7 @@ def _join_with_or(conditions: Iterable[str]) -> str:
 
 
 def is_about_encoding(error: duckdb.Error) -> bool:
-    """Whether the database refuses a file for a text that is not UTF-8."""
+    """Return whether the database refuses a file for a text that is not UTF-8."""
     said = str(error).lower()
     return "invalid string encoding" in said or "invalid unicode" in said or "utf8" in said
 

@@ -182,7 +182,7 @@ def carry_out(
 
 
 class Waiting(StrEnum):
-    """What a registration still waits for."""
+    """A registration that still waits, and what for."""
 
     NOTHING = "nothing"
     """It is not to be promoted, a person refused it, or it was champion (and rolled back since)."""

@@ -75,7 +75,7 @@ class Cluster(Config):
         return frozenset(words[0] for words in commands)
 
     def is_over(self, said: str) -> bool:
-        """Whether nothing of the job runs or will run, by what `state` printed."""
+        """Return whether nothing of the job runs or will run, by what `state` printed."""
         words = set(said.split()) - self.beside
         return not words or not self.ended.isdisjoint(words)
 

@@ -346,7 +346,7 @@ def _this_machine(config: TrainConfig, launch: Launch) -> _ThisMachine:
 
 
 def _stays_here(launch: Launch) -> bool:
-    """Whether all ranks run on this machine, so that its cores say what each gets."""
+    """Return whether all ranks run on this machine, so that its cores say what each gets."""
     if launch.launcher == "deepspeed" and launch.hostfile is not None:
         return len(read_hostfile(launch.hostfile)) == 1
     return launch.launcher in ("auto", "torchrun") and launch.nodes == 1

@@ -22,8 +22,8 @@ class CheckpointPlace:
     rank has access to all of it. All methods may raise OSError."""
 
     def __init__(self, location: Path | str) -> None:
-        """Nothing needs to be there yet. Raises: InputError: nothing installed knows this kind of
-        URL."""
+        """Open the place, where nothing needs to be yet. Raises: InputError: nothing installed
+        knows this kind of URL."""
         self._is_here = not is_url(location)
         self._root = str(Path(location).absolute() if self._is_here else location).rstrip("/")
         self._files = open_filesystem(f"file://{self._root}" if self._is_here else self._root)

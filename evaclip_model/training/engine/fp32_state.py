@@ -176,7 +176,7 @@ class Copied:
                 yield master.name, gradient
 
     def before_step(self, norm: float) -> None:
-        """Nothing: DeepSpeed finds the norm itself."""
+        """Do nothing: DeepSpeed finds the norm itself."""
 
     def forget_gradients(self) -> None:
         self._sums.clear()

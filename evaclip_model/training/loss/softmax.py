@@ -53,7 +53,7 @@ class SoftmaxObjective:
         captions: Tensor | None = None,
         is_whole_batch: bool = False,
     ) -> LossTerms:
-        """As `Objective.compute_terms`, image and text [b, E]."""
+        """Compute the terms as `Objective.compute_terms` says, image and text [b, E]."""
         from evaclip_model.training.loss.contrastive import pair_terms
 
         return pair_terms(
@@ -67,5 +67,5 @@ class SoftmaxObjective:
         )
 
     def gpu_bytes(self, rows: int, columns: int) -> float:
-        """As `Objective.gpu_bytes`."""
+        """Memory as `Objective.gpu_bytes` says."""
         return BLOCKS * 4 * min(rows, BLOCK_ROWS) * min(columns, BLOCK_COLUMNS)

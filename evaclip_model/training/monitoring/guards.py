@@ -92,7 +92,7 @@ class Running:
         return self.mean + deviations * max(math.sqrt(self.variance), least)
 
     def with_value(self, value: float, window: int) -> Running:
-        """With one more value, whose weight is 1 / `window` once there were as many."""
+        """The mean with one more value, whose weight is 1 / `window` once there were as many."""
         weight = 1 / min(self.count + 1, window)
         distance = value - self.mean
         variance = (1 - weight) * (self.variance + weight * distance**2)

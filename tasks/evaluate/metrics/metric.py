@@ -381,7 +381,7 @@ def define_text_to_image(k: int, headline: int = 0) -> Metric:
 
 
 def _probe_hits(scored: Scored, name: str, ties: Ties) -> list[Tensor]:
-    """Whether each image was answered right [N], once a seed."""
+    """Return whether each image was answered right [N], once a seed."""
     return [_resolve_ranks(one, ties) < 1 for one in scored.probes[name].rankings]
 
 
@@ -460,8 +460,8 @@ def count_ties(scored: Scored) -> int:
 
 
 def _hits_any_label(scored: Scored, ties: Ties) -> Tensor:
-    """Whether the first class is one of an image's, of the images that have any [Q]; classes that
-    tie for the first place are in the order of their numbers."""
+    """Return whether the first class is one of an image's, of the images that have any [Q]; classes
+    that tie for the first place are in the order of their numbers."""
     positives, scores = positives_of(scored.evalset), _class_scores(scored)
     labelled = positives.any(dim=1)
     positives, scores = positives[labelled], scores[labelled]

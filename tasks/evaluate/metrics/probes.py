@@ -42,7 +42,7 @@ class LabelledFeatures:
     """Where regressions on it are solved."""
 
     def select_rows(self, rows: Tensor) -> LabelledFeatures:
-        """Those of some images: their mask, or their numbers."""
+        """Return those of some images: their mask, or their numbers."""
         return replace(self, values=self.values[rows], labels=self.labels[rows])
 
 
@@ -175,7 +175,7 @@ def _rank_by(solved: Regression, test: LabelledFeatures) -> Ranking:
 
 
 def _places_in_class(labels: Tensor) -> Tensor:
-    """How many samples of the same class come before each [N]."""
+    """Return how many samples of the same class come before each [N]."""
     order = labels.argsort(stable=True)
     starts = torch.cumsum(labels.bincount(), dim=0) - labels.bincount()
     places = torch.empty_like(labels)

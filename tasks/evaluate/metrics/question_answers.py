@@ -12,8 +12,8 @@ from tasks.evaluate.sets.choice_questions import Question
 
 
 def choose_rightly(question: Question, cosines: Tensor, ties: Ties, images: bool = False) -> bool:
-    """Whether every text of each image (of each text every image, with `images`) that belongs to
-    it is nearer than any that does not; equally near is wrong, unless ties are won."""
+    """Return whether every text of each image (of each text every image, with `images`) that
+    belongs to it is nearer than any that does not; equally near is wrong, unless ties are won."""
     belongs = torch.zeros_like(cosines, dtype=torch.bool)
     belongs[tuple(zip(*question.pairs, strict=True))] = True
     if images:

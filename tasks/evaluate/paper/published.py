@@ -90,7 +90,7 @@ class PaperTable(Config):
 
 
 class Paper(Config):
-    """What the paper prints, and what is known of its models."""
+    """The figures that the paper prints, and what is known of its models."""
 
     source: str
     models: tuple[PublishedModel, ...]

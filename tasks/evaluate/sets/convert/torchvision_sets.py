@@ -31,7 +31,7 @@ class MapDataset(Protocol):
 
 
 def torchvision_set(known: KnownSet) -> TorchvisionSet:
-    """How torchvision's class of a known set is called and read.
+    """Return how torchvision's class of a known set is called and read.
 
     Raises:
         InputError: torchvision has none.
