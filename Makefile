@@ -110,6 +110,9 @@ $(VENV)/.bench: $(STAMP)
 bench-merge: $(VENV)/.bench ## the merge at 5, 10 and 20 million rows beside plain SQL, polars and pandas (40 min, 10 GB)
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_merge.py
 
+bench-adopt: $(VENV)/.dev ## shards adopted and verified beside webdataset alone reading them; SHARDS=1000 for the whole (1 min)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/benchmarks/bench_adopt.py $(or $(SHARDS),20)
+
 bench-trace: $(VENV)/.dev ## trace and takedown on an index of ten million samples (2 min, 3 GB)
 	@PYTHONPATH=. $(PY) tests/benchmarks/bench_trace.py
 

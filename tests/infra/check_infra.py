@@ -22,7 +22,11 @@ DEBIAN = {
     "slurmctld slurmd slurm-client munge": lambda: all(map(found, PROGRAMS)),
     "docker.io debootstrap": lambda: found("dockerd") and found("debootstrap"),
 }
-TESTS = ("tests/infra", "tests/tasks/register/test_s3.py")
+TESTS = (
+    "tests/infra",
+    "tests/tasks/register/test_s3.py",
+    "tests/tasks/adopt/test_s3_shards.py",
+)
 CHECKOUT = Path(__file__).parents[2]
 
 
