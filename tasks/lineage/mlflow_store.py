@@ -24,6 +24,7 @@ import json
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -234,7 +235,7 @@ class PipelineRun(TrackedRun):
     """The parent run of one execution of a flow."""
 
     def __init__(self, tracking: Tracking, shipper: Shipper, name: str) -> None:
-        job = JobRun.of_pipeline(shipper.journal.about["key"], name)
+        job = JobRun(uuid.UUID(shipper.journal.about["key"]), name, "FLOW")
         super().__init__(tracking, shipper, PIPELINE, job)
 
     @contextmanager

@@ -50,11 +50,6 @@ class JobRun:
     """`FLOW` or `STAGE`."""
     parent: JobRun | None = None
 
-    @classmethod
-    def of_pipeline(cls, key: str, name: str) -> JobRun:
-        """The run of a pipeline; `key` is its journal's."""
-        return cls(uuid.UUID(key), name, "FLOW")
-
     def stage(self, key: str, title: str) -> JobRun:
         return JobRun(uuid.uuid5(self.run, key), f"{self.name}.{title}", "STAGE", self)
 

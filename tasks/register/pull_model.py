@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from evaclip_model.choices import Form, Precision
@@ -28,7 +28,6 @@ from tasks.tracking import TrackingStore
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-FORMS: tuple[Form, ...] = get_args(Form)
 PULLED = "pulled.json"
 _log = logging.getLogger(__name__)
 _ROOM: dict[Form, int] = {"native": 1, "open_clip": 2, "timm": 2, "transformers": 2, "onnx": 3}

@@ -25,12 +25,14 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import get_args
 
 from PIL import Image
 
+from evaclip_model.choices import Form
 from evaclip_model.ports import find_free_port
 from tasks.register.config import COPIED, LargeWeights
-from tasks.register.pull_model import FORMS, pull_model
+from tasks.register.pull_model import pull_model
 from tasks.tracking import TrackingStore
 from tests.tasks.register.registrations import register_random_model
 from tests.tasks.register.servers import mlflow_server, model_server
@@ -58,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="EVA02-CLIP-B-16", help="architecture")
     parser.add_argument("--python", help="of an environment that is there already")
-    parser.add_argument("--forms", nargs="*", default=FORMS, help="forms that are pulled")
+    parser.add_argument("--forms", nargs="*", default=get_args(Form), help="forms that are pulled")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as servers:
         root = Path(folder)
