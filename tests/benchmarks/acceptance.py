@@ -243,13 +243,14 @@ from pathlib import Path
 from flows.config.recipe import load_recipe
 from tasks.evaluate.config import EvaluationMachine
 from tasks.evaluate.evaluate import evaluate_models
-from tasks.progress import silent
+from tasks.progress import report_nothing
 given = json.loads(sys.argv[1])
 sets = {name: Path(folder) for name, folder in given["sets"].items()}
 out = Path(given["out"])
 out.mkdir(parents=True, exist_ok=True)
 evaluate_models(load_recipe("fashion.toml").evaluate, {"model": given["model"]}, sets, [], out,
-                silent, machine=EvaluationMachine(ranks=given["ranks"], workers=given["workers"]))
+                report_nothing,
+                machine=EvaluationMachine(ranks=given["ranks"], workers=given["workers"]))
 """
 
 

@@ -168,11 +168,11 @@ import json, sys
 from pathlib import Path
 from tasks.evaluate.config import EvalSetConfig, EvaluateConfig, EvaluationMachine
 from tasks.evaluate.evaluate import evaluate_models
-from tasks.progress import silent
+from tasks.progress import report_nothing
 given = json.loads(sys.argv[1])
 config = EvaluateConfig(sets=(EvalSetConfig(name="set", folder="-", kind="classification"),))
 evaluate_models(config, {{"m": "open_clip:{MODEL}/" + given["weights"]}},
-                {{"set": Path(given["set"])}}, [], Path(given["out"]), silent,
+                {{"set": Path(given["set"])}}, [], Path(given["out"]), report_nothing,
                 machine=EvaluationMachine(cache=Path(given["cache"])))
 """
 
