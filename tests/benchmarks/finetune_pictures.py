@@ -11,6 +11,7 @@ chosen on pictures that are neither trained on nor judged by.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from flows.graph.graph import load_graph
+from tasks.evaluate.config import RESULTS
 from tasks.evaluate.sets.convert.shard_writer import Found, Source, write_set
+from tasks.register.config import DECISION
 from tests.benchmarks import acceptance
 from tests.benchmarks.acceptance import CLASSES, DATA, FASHION, TEMPLATES, png
 
@@ -41,7 +45,7 @@ SETS = ("digits", "fashion", "digits-held", "fashion-held")
 LEARNT, KEPT = "digits.top1", "fashion.top1"
 INTERPOLATED = (
     'interpolate={choose_on=["digits-held"], keep_on=["fashion-held"],'
-    " max_loss_points=0.5, weights=[0, 0.2, 0.3, 0.4, 0.5, 0.7, 1]}"
+    " max_loss_points=0.2, weights=[0, 0.2, 0.3, 0.4, 0.5, 0.7, 1]}"
 )
 
 
@@ -50,6 +54,8 @@ def main() -> None:
         sys.exit(f"{FASHION} is missing: apt-get install dataset-fashion-mnist")
     WORK.mkdir(parents=True, exist_ok=True)
     acceptance.WORK = WORK
+    os.chdir(WORK)
+    os.environ["EVACLIP_ROOT"] = str(WORK / "runs")
     for name in ("fashion.json", "clothes.toml", "digits.toml"):
         shutil.copy(DATA / name, WORK / name)
     write_data()
@@ -113,18 +119,13 @@ def run_recipe(what: str, recipe: str, *overrides: str) -> tuple[str, str, str, 
     changes = [part for one in overrides for part in ("--set", one)]
     command = [sys.executable, "-m", "flows", "run", "pipeline", recipe, *changes]
     subprocess.run(command, check=True, cwd=WORK, env=acceptance.environment())
-    evaluated, decided = (
-        newest_of(name) for name in ("evaluate/*/results.json", "register/*/decision.json")
-    )
+    _, _, graph = load_graph(recipe, overrides)
+    decided, evaluated = graph.register.folder / DECISION, graph.evaluate.folder / RESULTS
     decision = json.loads(decided.read_text())
     results = json.loads(evaluated.read_text())
     deciding = [one for one in decision["reasons"] if one["outcome"] == decision["outcome"]]
     says = f"{decision['outcome'].upper()}: {deciding[-1]['says']}"
     return what, describe_gain(results, LEARNT), describe_gain(results, KEPT), says
-
-
-def newest_of(pattern: str) -> Path:
-    return max((WORK / "runs").glob(pattern), key=lambda path: path.stat().st_mtime)
 
 
 def describe_gain(results: dict, name: str) -> str:
