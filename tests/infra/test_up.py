@@ -107,3 +107,27 @@ def test_down_ends_a_service_with_everything_in_its_session(up: ModuleType, tmp_
     assert not up.started_at(left)
     with pytest.raises(ProcessLookupError):
         os.kill(leader.pid, 0)
+
+
+def test_up_names_every_champions_page_and_every_recipes_runs(
+    up: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = {
+        "registered-models/search?max_results=100": {
+            "registered_models": [
+                {"name": "mine", "aliases": [{"alias": "champion", "version": "7"}]},
+                {"name": "bare"},
+            ]
+        },
+        "experiments/search": {
+            "experiments": [
+                {"name": "demo", "experiment_id": "3"},
+                {"name": "Default", "experiment_id": "0"},
+            ]
+        },
+    }
+    monkeypatch.setattr(up, "ask", lambda url, *_: answers[url.partition("mlflow/")[2]])
+    assert list(up.pages_of_models("http://127.0.0.1:5000", "me:secret")) == [
+        ("mine@champion", "models/mine/versions/7"),
+        ("runs of demo", "experiments/3/runs?workflowType=machine_learning"),
+    ]
