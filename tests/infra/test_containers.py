@@ -58,6 +58,9 @@ def docker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Docker]:
     finally:
         daemon.terminate()
         daemon.wait(60)
+        for mounted in folder.glob("exec/netns/*"):  # or the folder could never be removed
+            subprocess.run(["umount", str(mounted)], check=True)
+        shutil.rmtree(folder)
 
 
 def pack_folder(folder: Path, tar: Path) -> str:
