@@ -457,14 +457,12 @@ def _describe_made(out: Path, plan: Plan, done: Sequence[Sequence[FinishedShard]
         counts[f"pass{number}.samples"] = sum(s.outcomes[Outcome.SUCCESS] for s in finished)
     for reason in sorted(set(total) - {Outcome.SUCCESS}):
         counts[f"failed.{reason.value}"] = total[reason]
+    details = {}
     for source, outcomes in sorted(by_source.items()):
         counts[f"{source}.rows"] = outcomes.total()
         counts[f"{source}.samples"] = outcomes[Outcome.SUCCESS]
-    details = {
-        source: {"rows": outcomes.total()}
-        | {outcome.value: outcomes[outcome] for outcome in Outcome if outcomes[outcome]}
-        for source, outcomes in sorted(by_source.items())
-    }
+        ended = {outcome.value: outcomes[outcome] for outcome in Outcome if outcomes[outcome]}
+        details[source] = {"rows": outcomes.total(), **ended}
     write_atomically(out / REPORT, json.dumps({"sources": details, **counts}, indent=1) + "\n")
     shards = tuple(
         path

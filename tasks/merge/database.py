@@ -137,14 +137,6 @@ def share_of_memory(limit: str, shares: int) -> str:
     return f"{max(1, int(kilobytes / shares))}KB"
 
 
-def fetch_rows(
-    connection: duckdb.DuckDBPyConnection, query: str, parameters: Mapping[str, Any]
-) -> list[tuple[Any, ...]]:
-    """The rows of a statement, given those of the `parameters` that it names."""
-    found: list[tuple[Any, ...]] = execute_query(connection, query, parameters).fetchall()
-    return found
-
-
 def execute_query(
     connection: duckdb.DuckDBPyConnection, query: str, parameters: Mapping[str, Any]
 ) -> duckdb.DuckDBPyConnection:
@@ -153,13 +145,6 @@ def execute_query(
     return connection.execute(
         query, {name: value for name, value in parameters.items() if name in named}
     )
-
-
-def stream_batches(
-    connection: duckdb.DuckDBPyConnection, query: str, parameters: Mapping[str, Any], rows: int
-) -> Iterator[pa.RecordBatch]:
-    """The rows of a statement in batches of `rows`, the last one shorter."""
-    yield from execute_query(connection, query, parameters).to_arrow_reader(rows)
 
 
 def copy_statement(query: str, options: str) -> str:

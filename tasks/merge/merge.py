@@ -233,7 +233,10 @@ def save_cuts(plan: MergePlan) -> None:
         for source, reasons in enumerate(dropped_rows(connection, plan)):
             if not plan.given:
                 _check_something_is_left(plan, source, reasons)
-        cuts = [_cut_source(connection, plan, source) for source in range(len(plan.config.sources))]
+        histograms = [[0] * BUCKETS for _ in plan.config.sources]
+        for source, bucket, rows in sum_rows(connection, plan, HISTOGRAMS, "source, bucket"):
+            histograms[source][bucket] = rows
+        cuts = [_cut_source(connection, plan, *found) for found in enumerate(histograms)]
     write_atomically(saved, json.dumps([[cut.selected, cut.after, cut.last_keys] for cut in cuts]))
 
 
@@ -257,33 +260,8 @@ def _check_something_is_left(plan: MergePlan, source: int, reasons: Counter[str]
         )
 
 
-def _cut_source(connection: DuckDBPyConnection, plan: MergePlan, source: int) -> SelectionCut:
-    histogram = [0] * BUCKETS
-    for number, bucket, rows in sum_rows(connection, plan, HISTOGRAMS, "source, bucket"):
-        if number == source:
-            histogram[bucket] = rows
-
-    def keys_at(buckets: Sequence[int], places: Sequence[int]) -> list[str]:
-        parts = sorted({bucket * plan.partitions >> BUCKET_BITS for bucket in buckets})
-        found = connection.execute(
-            load_statement("cut"),
-            {
-                "buckets": list(buckets),
-                "places": list(places),
-                "paths": kept_in(plan, parts),
-                "source": source,
-            },
-        ).fetchall()
-        return [key for (key,) in found]
-
-    return cut_at(plan, source, histogram, keys_at)
-
-
-def cut_at(
-    plan: MergePlan,
-    source: int,
-    histogram: Sequence[int],
-    keys_at: Callable[[Sequence[int], Sequence[int]], list[str]],
+def _cut_source(
+    connection: DuckDBPyConnection, plan: MergePlan, source: int, histogram: Sequence[int]
 ) -> SelectionCut:
     """The cut of a source: how many of its rows are selected, and the keys that bound them.
 
@@ -293,7 +271,6 @@ def cut_at(
 
     Args:
         histogram: survivors by the first 16 bits of their key.
-        keys_at: (buckets, places in them from 1) -> the keys there, in order.
     """
     settings = plan.config.sources[source]
     up_to = list(accumulate(histogram))
@@ -309,7 +286,12 @@ def cut_at(
     places = [
         end - (up_to[bucket] - histogram[bucket]) for end, bucket in zip(ends, buckets, strict=True)
     ]
-    keys = keys_at(buckets, places)
+    parts = sorted({bucket * plan.partitions >> BUCKET_BITS for bucket in buckets})
+    parameters = {"buckets": buckets, "places": places, "source": source}
+    found = connection.execute(
+        load_statement("cut"), {**parameters, "paths": kept_in(plan, parts)}
+    ).fetchall()
+    keys = [key for (key,) in found]
     if len(keys) != len(ends):
         raise RuntimeError(f"{len(ends)} cuts wanted, {len(keys)} found")
     return SelectionCut(selected, keys[0] if first else None, tuple(keys[1 if first else 0 :]))

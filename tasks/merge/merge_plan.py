@@ -12,7 +12,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -95,7 +95,7 @@ class Sidecar:
     """Its place among the source's sidecars."""
     config: SidecarConfig
     paths: tuple[str, ...]
-    keys: tuple[str, ...] = ()
+    keys: tuple[str, ...]
     """SQL of the key in each of them."""
 
 
@@ -202,33 +202,21 @@ def make_plan(
     Raises:
         InputError: a file cannot be read, lacks a column, or is withdrawn; a source is empty.
     """
-    sidecars = tuple(
-        Sidecar(number, place, sidecar, tuple(find_metadata(sidecar.files, f"sidecar of {name}")))
-        for number, (name, source) in enumerate((s.name, s) for s in config.sources)
-        for place, sidecar in enumerate(source.sidecars)
-    )
-    outside = [str(path) for paths in files.values() for path in paths]
-    compared = [source.diff_against for source in config.sources if source.diff_against]
-    outside += [path for sidecar in sidecars for path in sidecar.paths] + compared + list(given)
-    spill = out / "_tmp" / "spill"
-    with open_database(spill, memory_limit, threads, outside) as connection:
-        added: dict[tuple[int, int], dict[str, str]] = {}
-        with_keys: list[Sidecar] = []
-        for sidecar in sidecars:
-            columns, keys = _sidecar_columns(connection, config, sidecar)
-            added[sidecar.source, sidecar.place] = columns
-            with_keys.append(replace(sidecar, keys=keys))
+    patterns = [sidecar.files for source in config.sources for sidecar in source.sidecars]
+    patterns += [source.diff_against for source in config.sources if source.diff_against]
+    outside = [*(str(path) for paths in files.values() for path in paths), *patterns, *given]
+    with open_database(out / "_tmp" / "spill", memory_limit, threads, outside) as connection:
+        sidecars: list[Sidecar] = []
         found: list[MetadataFile] = []
         has_hash, known_columns = False, set[str]()
         for number, source in enumerate(config.sources):
             if not files.get(source.name):
                 raise InputError(f"source '{source.name}': no file matches '{source.files}'")
-            extra = {
-                name: kind
-                for (at, _), columns in added.items()
-                if at == number
-                for name, kind in columns.items()
-            }
+            extra: dict[str, str] = {}
+            for place, settings in enumerate(source.sidecars):
+                sidecar, columns = _plan_sidecar(connection, source.name, number, place, settings)
+                sidecars.append(sidecar)
+                extra |= columns
             looked_at = [
                 make_readable(connection, len(found) + place, str(path), source, out / "_tmp")
                 for place, path in enumerate(files[source.name])
@@ -253,7 +241,7 @@ def make_plan(
     rows = sum(file.rows for file in found)
     partitions = config.partitions or min(MOST_PARTITIONS, -(-rows // ROWS_PER_PARTITION))
     return MergePlan(
-        *(config, out, tuple(found), tuple(with_keys), editions, max(1, partitions)),
+        *(config, out, tuple(found), tuple(sidecars), editions, max(1, partitions)),
         *(threads, memory_limit, tuple(given)),
     )
 
@@ -385,23 +373,22 @@ def read_columns(connection: DuckDBPyConnection, path: str) -> dict[str, str]:
     return {name: kind for name, kind, *_ in rows}
 
 
-def _sidecar_columns(
-    connection: DuckDBPyConnection, config: MergeConfig, sidecar: Sidecar
-) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Types of the columns that a sidecar adds, and SQL of the key in each of its files."""
-    keys = []
-    source = config.sources[sidecar.source].name
-    published = read_columns(connection, sidecar.paths[0])
-    for path in sidecar.paths:
-        columns = read_columns(connection, path)
-        for name in (sidecar.config.key, *sidecar.config.columns):
+def _plan_sidecar(
+    connection: DuckDBPyConnection, source: str, number: int, place: int, settings: SidecarConfig
+) -> tuple[Sidecar, dict[str, str]]:
+    """(a sidecar of source `number`, types of the columns that it adds)."""
+    paths = tuple(find_metadata(settings.files, f"sidecar of {source}"))
+    published = [read_columns(connection, path) for path in paths]
+    for path, columns in zip(paths, published, strict=True):
+        for name in (settings.key, *settings.columns):
             if name not in columns:
                 raise InputError(
                     f"{path}: sidecar of source '{source}' has no column '{name}'; "
                     f"its columns are {', '.join(columns)}"
                 )
-        keys.append(key_text(sidecar.config.key, columns[sidecar.config.key]))
-    return {name: published[name] for name in sidecar.config.columns}, tuple(keys)
+    keys = tuple(key_text(settings.key, columns[settings.key]) for columns in published)
+    added = {name: published[0][name] for name in settings.columns}
+    return Sidecar(number, place, settings, paths, keys), added
 
 
 def _sidecar_key(sidecar: SidecarConfig, columns: ColumnMap, published: PublishedColumns) -> str:

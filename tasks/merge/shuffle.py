@@ -104,15 +104,13 @@ def read_rows(folder: Path, kind: str, part: int) -> pa.Table:
 def read_keys(folder: Path, source: int, file: int, part: int) -> pa.Table:
     """Keys of a partition with source, file and `place`: their number in `read_rows`."""
     keys = read_rows(folder, "keys", part)
-    rows = len(keys)
     origin: dict[str, Any] = {
-        "source": np.full(rows, source, np.int32),
-        "file": np.full(rows, file, np.int32),
-        "place": np.arange(rows, dtype=np.int32),
+        "source": np.full(len(keys), source, np.int32),
+        "file": np.full(len(keys), file, np.int32),
+        "place": np.arange(len(keys), dtype=np.int32),
     }
-    for name, values in origin.items():
-        keys = keys.append_column(name, pa.array(values))
-    return keys
+    columns = dict(zip(keys.column_names, keys.columns, strict=True))
+    return pa.table(columns | origin)
 
 
 def is_alone(keys: pa.Table) -> npt.NDArray[np.bool_]:

@@ -34,10 +34,8 @@ from tasks.merge.database import (
     copy_statement,
     execute_query,
     explain_read_errors,
-    fetch_rows,
     load_statement,
     open_database,
-    stream_batches,
 )
 from tasks.merge.filters import (
     listed_expression,
@@ -223,7 +221,9 @@ def _split_keys(connection: DuckDBPyConnection, plan: MergePlan, number: int) ->
 
     def make(folder: Path) -> None:
         def write(readable: str) -> None:
-            fetch_rows(connection, query, {**parameters, "path": readable, "target": str(folder)})
+            execute_query(
+                connection, query, {**parameters, "path": readable, "target": str(folder)}
+            )
 
         _with_repair(plan, split.path, write)
 
@@ -261,7 +261,7 @@ def _join_sidecars(connection: DuckDBPyConnection, plan: MergePlan, number: int)
     found = sorted(plan.temporary.glob(f"sidecars/{sidecar}/*/part={part}/*.parquet"))
 
     def make(folder: Path) -> None:
-        fetch_rows(
+        execute_query(
             connection,
             copy_statement(query, "PARTITION_BY (file)"),
             {"wanted": text_of(wanted), "sidecar": text_of(found), "target": str(folder)},
@@ -324,7 +324,8 @@ def _scan_file(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> 
                     f"{quote_identifier(BROKEN_TEXT)} AS broken_text",
                 )
             query, parameters = scan_query(plan, replace(file, path=path, columns=columns))
-            judged = stream_batches(connection, query, parameters, rows_per_run(plan.partitions))
+            scanned = execute_query(connection, query, parameters)
+            judged = scanned.to_arrow_reader(rows_per_run(plan.partitions))
             matched, unjudged = set[str](), Counter[str]()
             noted = _note_findings(judged, blocked, matched, unjudged)
             write_rows(noted, folder, file.source, plan.partitions)
@@ -355,7 +356,7 @@ def _dedupe_keys(connection: DuckDBPyConnection, plan: MergePlan, part: int, fol
     part_keys = pa.concat_tables(keys)
     part_keys = part_keys.append_column("alone", pa.array(is_alone(part_keys)))
     connection.register("part_keys", part_keys)
-    fetch_rows(connection, load_statement("dedupe", keys=query), parameters)
+    execute_query(connection, load_statement("dedupe", keys=query), parameters)
     connection.unregister("part_keys")
     for name, query in {
         "reasons": "SELECT source, reason, others, count(*) AS rows FROM deduped "

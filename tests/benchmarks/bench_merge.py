@@ -44,7 +44,7 @@ from typing import Any
 import duckdb
 
 from tasks.merge.config import MergeConfig
-from tasks.merge.database import fetch_rows, load_statement, open_database
+from tasks.merge.database import execute_query, load_statement, open_database
 from tasks.merge.filters import reason_expression, rule_parameters
 from tasks.merge.merge import merge_sources
 from tasks.merge.merge_plan import make_plan
@@ -162,7 +162,7 @@ def _in_one_statement(files: Files, out: Path, memory: str, threads: int, dedupe
     )
     spill = out / "_tmp" / "spill"
     with open_database(spill, memory, threads) as connection:
-        fetch_rows(connection, query, rule_parameters(config.filters))
+        execute_query(connection, query, rule_parameters(config.filters))
         for source, name in enumerate(files):
             connection.execute(
                 "COPY (SELECT md5(address || chr(10) || caption) AS uid, $name AS source, url, "
