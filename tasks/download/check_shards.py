@@ -83,10 +83,9 @@ def remove_shard(folder: Path, planned: PlannedShard) -> None:
         path.unlink(missing_ok=True)
 
 
-def shard_files(folder: Path, planned: PlannedShard) -> tuple[Path, Path, Path]:
+def shard_files(folder: Path, planned: PlannedShard) -> list[Path]:
     """Its tar, its table of all rows, its statistics (which img2dataset writes last)."""
-    names = (f"{planned.name}.tar", f"{planned.name}.parquet", f"{planned.name}_stats.json")
-    return (folder / names[0], folder / names[1], folder / names[2])
+    return [folder / f"{planned.name}{end}" for end in (".tar", ".parquet", "_stats.json")]
 
 
 @dataclass(frozen=True)
