@@ -87,16 +87,19 @@ def iterate_joined(
     index: SampleIndex, named: Sequence[tuple[str, Path]], spill: Path
 ) -> Iterator[tuple[int, list[tuple[str, dict[str, list[str]]]]]]:
     """Yield (shard, [(key, name -> captions)]) of the (name, folder of `join_captions`), sorted."""
-    parts = " UNION ALL ".join(
-        f"SELECT {place} AS place, * FROM read_parquet('{folder}/*.parquet')"
+    select = "SELECT {0} AS place, * FROM read_parquet($files{0})"
+    parts = " UNION ALL ".join(map(select.format, range(len(named))))
+    files = {
+        f"files{place}": list(map(str, folder.glob("*.parquet")))
         for place, (_, folder) in enumerate(named)
-    )
+    }
     target = spill / "sorted.parquet"
     # to a file: a result that is fetched would be held in memory first
     with open_database(index.memory_limit, spill) as query:
         query.execute(
             f"""COPY (FROM ({parts}) ORDER BY shard, key, place, number, caption)
-            TO '{target}' (FORMAT parquet)"""
+            TO $target (FORMAT parquet)""",
+            {**files, "target": str(target)},
         )
     with pq.ParquetFile(target) as file:
         rows = (row for batch in file.iter_batches(ROWS_AT_ONCE) for row in batch.to_pylist())

@@ -101,6 +101,36 @@ def test_a_recipe_of_adopted_sources_needs_no_metadata_and_no_evaluation(mine: M
         graph.require_runnable("pipeline")
 
 
+CAPTIONS = "captions=[{name = 'de', files = '/nowhere/*.jsonl', source = '%s'}]"
+
+
+@pytest.mark.parametrize(
+    ("source", "weights", "said"),
+    [
+        ("shards", "", "no training stage draws captions 'de': set train.caption_weights"),
+        ("shards", "{ fr = 1 }", "caption_weights names 'fr', which is none of the captions"),
+        ("others", "{ de = 1 }", "captions 'de' .*'others', which is none of"),
+    ],
+)
+def test_captions_that_nothing_draws_or_nobody_has_are_refused(
+    mine: Mine, source: str, weights: str, said: str
+) -> None:
+    drawn = [f"train.tune.caption_weights={weights}"] if weights else []
+    with pytest.raises(InputError, match=said):
+        load_recipe(mine.recipe, [CAPTIONS % source, *drawn])
+
+
+def test_captions_that_are_not_here_are_absent_and_change_the_dataset_alone(mine: Mine) -> None:
+    before = graph_of(load_recipe(mine.recipe))
+    drawn = "train.tune.caption_weights={ stored = 1, de = 1 }"
+    after = graph_of(load_recipe(mine.recipe, [CAPTIONS % "shards", drawn]))
+    assert "no file matches '/nowhere/*.jsonl'" in after.dataset.absent[0]
+    changed = [
+        a.stage.name for a, b in zip(after.steps, before.steps, strict=True) if a.digest != b.digest
+    ]
+    assert changed == ["dataset", "train"]
+
+
 def test_metadata_and_adopted_sources_are_joined_and_weighted_together(tmp_path: Path) -> None:
     write_mine(tmp_path)
     source = f"[{{name = 'mine', files = '{tmp_path}/shards'}}]"

@@ -107,7 +107,7 @@ def test_a_key_that_two_samples_have_names_neither_without_a_source(
     tmp_path: Path,
 ) -> None:
     verified = verified_of(
-        tmp_path / "runs",
+        tmp_path / "one's runs",
         ("laion2b", {"a0": picture(0), "a1": picture(1)}),
         ("coyo700m", {"b0": picture(2), "b1": picture(3)}),
     )
