@@ -224,15 +224,16 @@ class BatchReader:
                 )
                 drawn[source] += 1
                 images[place] = image
-                captions.append(
-                    choose_caption(
-                        loaded.caption,
+                caption = loaded.caption
+                if loaded.further:
+                    caption = choose_caption(
+                        caption,
                         loaded.further,
                         self._config.caption_weights,
                         seed=self._config.seed,
                         position=int(positions[place]),
                     )
-                )
+                captions.append(caption)
                 origins.append(loaded.origin)
         return Batch(step, images, tuple(captions), positions, tuple(origins))
 
