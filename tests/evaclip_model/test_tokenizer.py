@@ -102,6 +102,7 @@ PARTS = st.sampled_from(
 
 @settings(max_examples=400, deadline=None)
 @given(st.lists(st.lists(st.one_of(WRITING, PARTS)).map(" ".join), min_size=1, max_size=4))
+@example(["Í\x85", "a\u0345b \u0345"])
 @example(["", " ", "\t\n", "word " * 100, "x<end_of_text>y"])
 def test_any_text_gets_open_clips_ids(theirs, texts):
     assert torch.equal(tokenize(texts), theirs(texts))

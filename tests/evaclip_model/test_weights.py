@@ -190,13 +190,13 @@ def test_a_tower_alone_is_no_whole_model(tmp_path: Path):
 
 
 def test_what_was_allowed_to_be_left_out_is_reported(tmp_path: Path):
-    state = released(model()) | {"visual.extra": torch.zeros(1), "logit_bias": torch.zeros(1)}
+    state = released(model()) | {"visual.extra": torch.zeros(1), "other_scale": torch.zeros(1)}
     save_file(state, tmp_path / "more.safetensors")
     target = model(1)
     report = load_weights(target, tmp_path / "more.safetensors", allow_unexpected=True)
-    assert set(report.unexpected) == {"visual.extra", "logit_bias"}
+    assert set(report.unexpected) == {"visual.extra", "other_scale"}
     assert_equal(target, model())
-    with pytest.raises(InputError, match="holds 'logit_bias', for which"):
+    with pytest.raises(InputError, match="holds 'other_scale', for which"):
         load_weights(target, tmp_path / "more.safetensors", part="text")
 
 

@@ -52,7 +52,7 @@ def test_a_run_without_its_server_arrives_later_and_a_model_is_registered_loaded
         line = json.dumps({"step": 0, "time": 1.0, "loss": 4.0})
         (address.folder / "metrics.jsonl").write_text(line + "\n")
         trained = produce_artifact(address, train)
-        assert pipeline.url(wait_s=0.1) is None
+        assert pipeline.run_id(wait_s=0.1) is None
     assert time.monotonic() - started < 30
 
     evaluated = produce_artifact(
@@ -60,7 +60,8 @@ def test_a_run_without_its_server_arrives_later_and_a_model_is_registered_loaded
     )
     with mlflow_server(tmp_path / "server", port):
         with tracking.pipeline_run("demo", "second") as pipeline, pipeline.stage_run(address):
-            url = pipeline.url(wait_s=30)
+            assert pipeline.run_id(wait_s=30)
+            url = pipeline.url()
         client = store.client()
         runs = client.search_runs([store.experiment_id(client)], "attributes.run_name = 'train'")
         made = next(run for run in runs if run.data.tags["evaclip.reused"] == "false")
