@@ -12,8 +12,9 @@ from pydantic import Field
 
 from flows.config.form_types import Overrides
 from flows.config.profile import load_profile
+from flows.graph.outside_data import fetch_models
 from flows.graph.runner import Session, track_run
-from flows.graph.score_request import fetch_models, read_asked
+from flows.graph.score_request import read_asked
 from flows.reporting.crash_hook import close_tracking
 from flows.reporting.prefect_artifacts import publish_evaluation
 from tasks.artifacts.artifact import Artifact

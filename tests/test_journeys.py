@@ -93,10 +93,13 @@ def knows_file(file: str, named: str) -> bool:
 
 
 def is_linked(before: list[Room], room: Room) -> bool:
-    """Tell whether the last of the rooms before leads to this one, or one that called it."""
+    """Tell whether the last of the rooms before leads to this one or is asked by it, or one before
+    called it."""
     last = before[-1]
     if last.hands_on:
         return knows_file(last.file, last.hands_on) and knows_file(room.file, last.hands_on)
+    if last.file in imports_of(room.file):
+        return True
     module = room.file.removesuffix(".py").replace("/", ".")
     return any(
         room.file == one.file or room.file in imports_of(one.file) or module in texts_of(one.file)

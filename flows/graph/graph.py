@@ -31,6 +31,7 @@ from flows.graph.outside_data import (
     describe_adopted,
     describe_sets,
     describe_sources,
+    fetch_models,
     find_all,
     find_files,
     hash_marks,
@@ -301,7 +302,7 @@ def merge_step(
         }
 
     def make(profile: Profile, out: Path, report: Report) -> Made:
-        from flows.graph.runner import merge_in_chunks
+        from flows.graph.merge_chunks import merge_in_chunks
 
         found = files or {
             source.name: find_files(source.files, site.demo, f"merge.sources '{source.name}'")
@@ -420,7 +421,6 @@ def embed_step(site: Site, config: EmbedConfig, spec: str, verified: Step | Arti
     )
 
     def make(profile: Profile, out: Path, report: Report) -> Made:
-        from flows.graph.score_request import fetch_models
         from tasks.embed.embed import embed_samples
 
         opened, machine = fetch_models({spec: spec}, profile)[spec], profile.machine

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.urls import is_url
+from flows.config.profile import Profile
 from flows.graph.step import ABSENT, Input, Step
 from tasks.adopt.config import AdoptConfig, AdoptedSource
 from tasks.adopt.find_source import find_source, source_mark
 from tasks.artifacts.artifact import DIGEST_CHARS, Artifact, fingerprint_files
 from tasks.evaluate.config import RESULTS
+from tasks.initialise.config import REGISTRY
 from tasks.lineage.stage_record import outside_dataset
 from tasks.merge.config import MergeConfig
 from tasks.merge.metadata_files import find_metadata, remote_fingerprint
@@ -112,6 +114,23 @@ def fingerprint_model(spec: str) -> str:
         raise InputError(f"model '{spec}' is not there: {', '.join(map(str, missing)) or 'empty'}")
     marks = [fingerprint_files(path) for path in files if path.exists()]
     return "-".join([*marks, spec]) if spec.startswith(OPEN_CLIP) else "-".join(marks)
+
+
+def fetch_models(models: dict[str, str], profile: Profile) -> dict[str, str]:
+    """The specs with registered models as folders under the root.
+
+    Raises:
+        InputError: the registry has no such model, or does not answer.
+    """
+    fetched = dict(models)
+    for name, spec in models.items():
+        if spec.startswith(REGISTRY):
+            from tasks.register.pull_model import pull_model  # imports mlflow
+
+            model = spec.removeprefix(REGISTRY)
+            folder = profile.root.resolve() / "cache" / "models" / model.replace("/", "-")
+            fetched[name] = str(pull_model(profile.mlflow_uri, model, folder))
+    return fetched
 
 
 def hash_marks(marks: Iterable[str], between: str = "") -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from evaclip_model.errors import InputError
-from flows.config.profile import Profile
 from flows.config.recipe import load_recipe
 from flows.config.recipe_loader import apply_override, find_recipe, read_recipe
 from flows.graph.graph import demo_step, evaluate_step, find_sets
@@ -72,23 +71,6 @@ def read_asked(
         else _named_sets(sets, Path(data), overrides)
     )
     return Asked(_named_models(models), config, folders)
-
-
-def fetch_models(models: dict[str, str], profile: Profile) -> dict[str, str]:
-    """The specs with registered models as folders under the root.
-
-    Raises:
-        InputError: the registry has no such model, or does not answer.
-    """
-    fetched = dict(models)
-    for name, spec in models.items():
-        if spec.startswith(REGISTRY):
-            from tasks.register.pull_model import pull_model  # imports mlflow
-
-            model = spec.removeprefix(REGISTRY)
-            folder = profile.root.resolve() / "cache" / "models" / model.replace("/", "-")
-            fetched[name] = str(pull_model(profile.mlflow_uri, model, folder))
-    return fetched
 
 
 def _sets_of_recipe(

@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaclip_model.model.layers import to_float32
-from evaclip_model.training.loss.objective import LossTerms
-from evaclip_model.training.loss.softmax import BLOCK_COLUMNS, BLOCK_ROWS
+from evaclip_model.training.loss.objective import BLOCK_COLUMNS, BLOCK_ROWS, LossTerms
 
 
 def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:

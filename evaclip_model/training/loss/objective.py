@@ -15,6 +15,12 @@ from evaclip_model.training.config import OBJECTIVES, TrainConfig
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+BLOCK_ROWS = 2048
+BLOCK_COLUMNS = 4096
+"""Rows and columns of logits in memory at once: 32 MiB in float32, enough for full matrix speed."""
+BLOCKS = 8
+"""Tensors of a block's size at the loss's peak, generously: logits and what is made of them."""
+
 
 class LossTerms(NamedTuple):
     """An objective's figures of one step; all [] and of this rank's rows alone."""

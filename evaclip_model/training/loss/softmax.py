@@ -12,18 +12,13 @@ from typing import TYPE_CHECKING
 
 from evaclip_model.model.model_config import INITIAL_LOGIT_SCALE
 from evaclip_model.training.config import TrainConfig
-from evaclip_model.training.loss.objective import LossTerms
+from evaclip_model.training.loss.objective import BLOCK_COLUMNS, BLOCK_ROWS, BLOCKS, LossTerms
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 LOGIT_SCALE = "logit_scale"
 """Parameter: the logarithm of the inverse temperature. Metric: the inverse temperature."""
-BLOCK_ROWS = 2048
-BLOCK_COLUMNS = 4096
-"""Rows and columns of logits in memory at once: 32 MiB in float32, enough for full matrix speed."""
-BLOCKS = 8
-"""Tensors of a block's size at the loss's peak, generously: logits and what is made of them."""
 
 
 class SoftmaxObjective:
