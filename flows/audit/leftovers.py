@@ -191,8 +191,13 @@ def _why_unneeded(registered: Artifact, root: _Root) -> str:
 
 def _unnamed_data(root: _Root) -> Iterator[Leftover]:
     for one in reversed(root.artifacts):
-        is_unnamed = one.kind in DATA and one.digest not in root.named
-        if is_unnamed and root.waiting.isdisjoint(root.ancestors([one])):
+        # Features are of use while their samples are: `find` and the next version read them.
+        of = one.parents[Role.DATA] if one.kind == EMBED.name else one.digest
+        if (
+            one.kind in DATA
+            and of not in root.named
+            and root.waiting.isdisjoint(root.ancestors([one]))
+        ):
             yield Leftover(one.folder, "no dataset version is made of it")
 
 

@@ -22,6 +22,7 @@ from tasks.embed.config import STAGE
 from tasks.embed.embed import REPORT
 from tasks.embed.search import Hit, Vector, find_feature, search_features
 from tasks.index.sample_index import SampleIndex, read_verdicts, shard_location
+from tasks.verify.config import STAGE as VERIFY
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,18 @@ def find_samples(
     query = _encode_query(spec, text, image) if not like else find_feature(folders, like)
     if query is None:
         raise InputError(f"no sample with uid '{like}' was embedded by {spec}")
-    sources = {one.folder: root / "verify" / one.parents[Role.DATA] for one in embedded}
     hits = search_features(folders, query, count)
-    return [_describe_hit(hit, read_artifact(sources[hit.folder]).folder) for hit in hits]
+    found = {hit.folder for hit in hits}
+    verified = {
+        one.folder: read_artifact(root / VERIFY.name / one.parents[Role.DATA]).folder
+        for one in embedded
+        if one.folder in found
+    }
+    verdicts = {folder: read_verdicts(of) for folder, of in verified.items()}
+    return [
+        _describe_hit(hit, verified[hit.folder], verdicts[hit.folder][hit.shard].path)
+        for hit in hits
+    ]
 
 
 def _choose_artifacts(root: Path, model: str) -> tuple[list[Artifact], str]:
@@ -97,10 +107,11 @@ def _encode_query(spec: str, text: str, image: Path | None) -> Vector:
     return vector
 
 
-def _describe_hit(hit: Hit, verified: Path) -> FoundSample:
+def _describe_hit(hit: Hit, verified: Path, path: str) -> FoundSample:
+    """A hit with its row in the index of `verified`, which names its shard `path`."""
     rows = SampleIndex(verified).rows_of_shard(hit.shard, "place", "uid", "source", "url", "key")
     row = rows.filter(pc.equal(rows["place"], hit.place)).to_pylist()[0]
-    shard = shard_location(verified, read_verdicts(verified)[hit.shard].path)
+    shard = shard_location(verified, path)
     caption = None
     if not is_url(shard):
         shard = str(Path(shard).resolve())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 
 from tasks.embed.config import FEATURES
 
-Tower = Literal["image", "text"]
 Vector = npt.NDArray[np.float32]
 
 
@@ -32,32 +31,30 @@ class Hit(NamedTuple):
     """Likeness of its own image and caption."""
 
 
-def search_features(
-    folders: list[Path], query: Vector, count: int, tower: Tower = "image"
-) -> list[Hit]:
-    """The `count` samples whose features of a tower are nearest to a unit vector [D], the nearest
-    first, equal ones by uid. One shard is in memory at a time."""
+def search_features(folders: list[Path], query: Vector, count: int) -> list[Hit]:
+    """The `count` samples whose images are nearest to a unit vector [D], the nearest first, equal
+    ones by uid. One shard is in memory at a time."""
     best: list[Hit] = []
     for folder in folders:
         for file in sorted((folder / FEATURES).glob("*.parquet")):
-            best += _nearest_in(file, folder, query, count, tower)
+            best += _nearest_in(file, folder, query, count)
             best = sorted(best, key=lambda hit: (-hit.likeness, hit.uid))[:count]
     return best
 
 
-def find_feature(folders: list[Path], uid: str, tower: Tower = "image") -> Vector | None:
-    """The stored feature [D] of the sample with this uid; None if there is none."""
+def find_feature(folders: list[Path], uid: str) -> Vector | None:
+    """The stored feature [D] of the image of the sample with this uid; None if there is none."""
     for folder in folders:
         for file in sorted((folder / FEATURES).glob("*.parquet")):
-            found = pq.read_table(file, columns=[tower], filters=[("uid", "==", uid)])
+            found = pq.read_table(file, columns=["image"], filters=[("uid", "==", uid)])
             if len(found):
-                return np.array(found[tower][0].as_py(), dtype=np.float32)
+                return np.array(found["image"][0].as_py(), dtype=np.float32)
     return None
 
 
-def _nearest_in(file: Path, folder: Path, query: Vector, count: int, tower: Tower) -> Iterator[Hit]:
-    table = pq.read_table(file, columns=["place", "uid", tower, "similarity"])
-    column = table[tower].combine_chunks()
+def _nearest_in(file: Path, folder: Path, query: Vector, count: int) -> Iterator[Hit]:
+    table = pq.read_table(file, columns=["place", "uid", "image", "similarity"])
+    column = table["image"].combine_chunks()
     features = column.flatten().to_numpy().astype(np.float32).reshape(len(column), -1)
     likeness = features @ query
     kept = min(count, len(likeness))

@@ -179,3 +179,16 @@ def test_the_command_only_says_until_it_is_told_and_never_beside_a_flow(
     running.close()
     assert main(["prune", "--days", "0", "--yes"]) == 0
     assert find_leftovers(profile_of(root), days=0) == []
+
+
+def test_features_stay_as_long_as_the_samples_that_they_are_of(root: Path) -> None:
+    parents = {one.digest: one.parents for one in read_artifacts(root) if one.kind == "verify"}
+    datasets = [one for one in read_artifacts(root) if one.kind == "dataset"]
+    used = {one.parents[Role.DATA] for one in datasets}
+    for digest in parents:
+        make_file(root, "embed", {Role.DATA: digest, Role.SUBJECT: "a model"})
+    found = find_leftovers(profile_of(root), days=0)
+    gone = [read_artifact(one.path) for one in found if one.path.parent.name == "embed"]
+    assert [one.parents[Role.DATA] in used for one in gone] == [False]
+    places = [one.path.parent.name for one in found]
+    assert places.index("embed") < places.index("verify")
