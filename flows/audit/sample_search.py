@@ -17,11 +17,14 @@ import pyarrow.compute as pc
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import SampleReader
 from evaclip_model.reading.urls import is_url
+from flows.config.profile import Profile
+from flows.graph.outside_data import fetch_models, fingerprint_model
 from tasks.artifacts.artifact import Artifact, Role, read_artifact, read_artifacts
 from tasks.embed.config import STAGE
 from tasks.embed.embed import REPORT
 from tasks.embed.search import Hit, Vector, find_feature, search_features
 from tasks.index.sample_index import SampleIndex, read_verdicts, shard_location
+from tasks.initialise.config import REGISTRY
 from tasks.verify.config import STAGE as VERIFY
 
 
@@ -39,7 +42,7 @@ class FoundSample:
 
 
 def find_samples(
-    root: Path,
+    profile: Profile,
     *,
     text: str = "",
     image: Path | None = None,
@@ -47,15 +50,23 @@ def find_samples(
     count: int = 10,
     model: str = "",
 ) -> list[FoundSample]:
-    """The samples under `root` nearest to a text, a picture or a sample, by the model that
+    """The samples under the root nearest to a text, a picture or a sample, by the model that
     embedded last, or by `model`.
 
     Raises:
-        InputError: nothing was embedded, the picture cannot be read, or no sample has that uid.
+        InputError: nothing was embedded, the model changed since, the picture cannot be read, or no
+            sample has that uid.
     """
+    root = profile.root.resolve()
     embedded, spec = _choose_artifacts(root, model)
+    mark = embedded[0].parents[Role.SUBJECT]
     folders = [artifact.folder for artifact in embedded]
-    query = _encode_query(spec, text, image) if not like else find_feature(folders, like)
+    if like:
+        query = find_feature(folders, like)
+    else:
+        if not spec.startswith(REGISTRY) and fingerprint_model(spec) != mark:
+            raise InputError(f"{spec} is not the model any more that embedded: run `prepare` again")
+        query = _encode_query(fetch_models({spec: spec}, profile)[spec], text, image)
     if query is None:
         raise InputError(f"no sample with uid '{like}' was embedded by {spec}")
     hits = search_features(folders, query, count)

@@ -67,8 +67,7 @@ def find(
         raise InputError("give one of a TEXT, --image and --like")
     from flows.audit.sample_search import find_samples  # imports torch
 
-    root = load_profile().root.resolve()
-    found = find_samples(root, text=text, image=image, like=like, count=top, model=model)
+    found = find_samples(load_profile(), text=text, image=image, like=like, count=top, model=model)
     for one in found:
         row = one.row
         console.print(f"{one.hit.likeness:6.3f}  {row['uid']}  {row['source']}", soft_wrap=True)

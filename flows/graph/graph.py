@@ -414,18 +414,19 @@ def verifications_in(data: Step | Artifact) -> list[Step | Artifact]:
 def embed_step(site: Site, config: EmbedConfig, spec: str, verified: Step | Artifact) -> Step:
     """The features of one verification's samples by one model."""
     marks = OutsideMarks(site.demo)
-    mark = (
-        marks.find_version(site.tracking_uri, spec).mark
-        if spec.startswith(REGISTRY)
-        else marks.mark_model(spec)
-    )
+    if spec.startswith(REGISTRY):  # an alias may move: what is kept of the model is its version
+        version = marks.find_version(site.tracking_uri, spec)
+        model, mark = f"{REGISTRY}{version.name}", version.mark
+    else:
+        model, mark = spec, digest_of(marks.mark_model(spec))
 
     def make(profile: Profile, out: Path, report: Report) -> Made:
         from tasks.embed.embed import embed_samples
 
-        opened, machine = fetch_models({spec: spec}, profile)[spec], profile.machine
+        machine = profile.machine
         return embed_samples(
-            *(config, opened, verified.folder, out, report),
+            *(config, model, fetch_models({model: model}, profile)[model]),
+            *(verified.folder, out, report),
             ranks=machine.rank_count,
             device=machine.device,
         )

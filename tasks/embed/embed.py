@@ -42,6 +42,7 @@ MAX_IDLE_STARTS = 2
 
 def embed_samples(
     config: EmbedConfig,
+    name: str,
     model: str,
     verified: Path,
     out: Path,
@@ -53,7 +54,8 @@ def embed_samples(
     """Encode image and caption of every sample that a verification found usable.
 
     Args:
-        model: what opens the model.
+        name: what the report calls the model; a version of the registry's, whatever its alias.
+        model: what opens it here.
         verified: folder of the verification.
         ranks: processes that take missing shards in turn; they change no byte of the result.
         device: of the model.
@@ -84,7 +86,7 @@ def embed_samples(
         )
         _run_ranks(job, out, verdicts, total, report)
     files = [shard_file(folder, number) for number in used]
-    counts = _write_report(model, files, [verdicts[number] for number in used], out / REPORT)
+    counts = _write_report(name, files, [verdicts[number] for number in used], out / REPORT)
     return Made(counts, (out / REPORT, *files))
 
 
@@ -145,7 +147,7 @@ def _run_ranks(
 
 
 def _write_report(
-    model: str, files: Sequence[Path], verdicts: Sequence[ShardVerdict], target: Path
+    name: str, files: Sequence[Path], verdicts: Sequence[ShardVerdict], target: Path
 ) -> dict[str, int | float]:
     """Counts, mean similarity and its histogram, by source."""
     edges = np.linspace(-1, 1, BINS + 1)
@@ -167,7 +169,7 @@ def _write_report(
         }
         for source in sorted(samples)
     }
-    said = {"model": model, "bins": BINS, "sources": by_source}
+    said = {"model": name, "bins": BINS, "sources": by_source}
     write_atomically(target, json.dumps(said, indent=1) + "\n")
     whole = sum(samples.values())
     return {

@@ -86,3 +86,8 @@ def test_find_shows_samples_like_another_one_by_text_or_picture(mine, embedded) 
     wrong = run(["find", "--like", "nobody"], mine.root)
     assert (wrong.status, wrong.output) == (2, "")
     assert "no sample with uid 'nobody' was embedded" in wrong.errors
+    with (mine.folder / "judge/config.json").open("a") as config:
+        config.write("\n")
+    changed = run(["find", "a red apple"], mine.root)
+    assert changed.status == 2
+    assert "is not the model any more that embedded: run `prepare` again" in changed.errors

@@ -69,7 +69,9 @@ def verified(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 def embed(verified: Artifact, model: Path, out: Path, **machine: int) -> dict[str, int | float]:
     config = EmbedConfig(models=(str(model),))
     return dict(
-        embed_samples(config, str(model), verified.folder, out, report_nothing, **machine).counts
+        embed_samples(
+            *(config, "tiny", str(model), verified.folder, out, report_nothing), **machine
+        ).counts
     )
 
 
