@@ -14,10 +14,15 @@ from tests.flows.command import Demo, run
 
 
 def digests(root: Path) -> dict[str, str]:
-    return {
-        f"train {one.config['name']}" if one.kind == "train" else one.kind: one.digest
-        for one in read_artifacts(root)
-    }
+    """Title -> digest of the registration and what it descends from: another test may score too."""
+    there = {one.digest: one for one in read_artifacts(root)}
+    (registered,) = [one for one in there.values() if one.kind == "register"]
+    found, ahead = {}, [registered]
+    while ahead:
+        one = ahead.pop()
+        found[f"train {one.config['name']}" if one.kind == "train" else one.kind] = one.digest
+        ahead += [there[parent] for parent in one.parents.values() if parent in there]
+    return found
 
 
 def test_a_models_tree_names_all_that_it_was_made_from_and_is_drawn(
