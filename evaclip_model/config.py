@@ -1,8 +1,6 @@
 """The base of every configuration object: frozen, strict, and clear about what is wrong; and the
 form that digests are taken of, which outlives renamed and added settings."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping, Sequence
 from types import UnionType

@@ -1,8 +1,6 @@
 """A model by name, and a saved model from its folder: architecture, initial values or weights,
 precision and attention kernel put together."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path

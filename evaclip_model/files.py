@@ -1,7 +1,5 @@
 """Files that several processes share: replaced whole, and locked."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 from collections.abc import Iterator

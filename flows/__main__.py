@@ -3,8 +3,6 @@
 Exit codes: 0 done, 1 doctor found a failure, 2 a user's mistake, 130 interrupted.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """From a trained model to its report and its place in the registry."""
 
-from __future__ import annotations
-
 from prefect import flow
 
 from flows.config.form_types import Overrides, RecipeName

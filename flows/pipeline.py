@@ -1,7 +1,5 @@
 """The whole way: from metadata to a registered model."""
 
-from __future__ import annotations
-
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 

@@ -1,7 +1,5 @@
 """From metadata to a dataset version."""
 
-from __future__ import annotations
-
 from prefect import flow
 
 from flows.config.form_types import Overrides, RecipeName

@@ -5,8 +5,6 @@ Not here: what is new (flows/graph/incremental.py), the gate (tasks/register/gat
 (infra/prefect.yaml).
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from prefect import flow

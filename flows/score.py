@@ -3,8 +3,6 @@
 Not here: what the flow's arguments mean (flows/graph/score_request.py), figures (tasks/evaluate).
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from prefect import flow

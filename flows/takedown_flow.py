@@ -2,8 +2,6 @@
 flows/audit/dataset_replacement.py.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """From a dataset version to a trained model."""
 
-from __future__ import annotations
-
 from prefect import flow
 
 from flows.config.form_types import Overrides, RecipeName

@@ -3,8 +3,6 @@
 Not here: showing it (terminal, Prefect), which is the caller's business.
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 

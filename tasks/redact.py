@@ -5,8 +5,6 @@ Not here: where secrets belong, which is the environment or a secret store; this
 went astray.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

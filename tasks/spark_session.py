@@ -4,8 +4,6 @@ Covers: binding everything to loopback where no cluster is named. Not here: what
 Spark's defaults would listen on all networks, with a page that can end jobs.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

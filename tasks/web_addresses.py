@@ -3,8 +3,6 @@
 Host names follow UTS #46 without transitional mappings, as browsers do; paths RFC 3986, 5.2.4.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import re
 import socket

@@ -32,14 +32,19 @@ Edit = str | Callable[[str], str]
 """Content of a new file, or what becomes of an old one's."""
 
 
-def after(line: str, added: str) -> Callable[[str], str]:
-    """Add text behind the only place where `line` is."""
+def replaced(there: str, by: str) -> Callable[[str], str]:
+    """Put `by` in the only place where `there` stands."""
 
     def edit(text: str) -> str:
-        assert text.count(line) == 1, f"{text.count(line)} times: {line}"
-        return text.replace(line, line + added)
+        assert text.count(there) == 1, f"{text.count(there)} times: {there}"
+        return text.replace(there, by)
 
     return edit
+
+
+def after(line: str, added: str) -> Callable[[str], str]:
+    """Add text behind the only place where `line` is."""
+    return replaced(line, line + added)
 
 
 def all_of(*edits: Callable[[str], str]) -> Callable[[str], str]:
@@ -172,7 +177,7 @@ def score_images(config: ScoreImagesConfig, verified: Path, out: Path, report: R
             "    verify: VerifyConfig = VerifyConfig()\n",
             "    score_images: ScoreImagesConfig | None = None\n",
         ),
-        lambda text: text.replace('= ("adopt",)', '= ("adopt", "score_images")'),
+        replaced('= ("adopt",', '= ("adopt", "score_images",'),
     ),
     "flows/graph/graph.py": all_of(
         after(
@@ -180,13 +185,13 @@ def score_images(config: ScoreImagesConfig, verified: Path, out: Path, report: R
             "from tasks.score_images.config import STAGE as SCORE_IMAGES\n"
             "from tasks.score_images.config import ScoreImagesConfig\n",
         ),
-        lambda text: text.replace(
-            "    dataset = dataset_step(site, recipe.dataset, data)\n",
+        replaced(
+            "    dataset = dataset_step(site, recipe.dataset, data, embed, recipe.captions)\n",
             "    if recipe.score_images is not None:\n"
             "        data = score_images_step(site, recipe.score_images, data)\n"
-            "    dataset = dataset_step(site, recipe.dataset, data)\n",
+            "    dataset = dataset_step(site, recipe.dataset, data, embed, recipe.captions)\n",
         ),
-        lambda text: text.replace(
+        replaced(
             "\n\ndef dataset_step(",
             '''
 

@@ -7,8 +7,6 @@ training step on a CPU from 6.45 s to 4.85 s (BENCHMARKS.md), most of all in the
 temporaries are as large as the model, and a sixth off its time to encode.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager

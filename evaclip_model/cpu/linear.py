@@ -7,8 +7,6 @@ it: 250 against 120 GFLOP/s on an AMD processor, less of a difference on an Inte
 (BENCHMARKS.md). Both round float32 sums, in another order.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ Not here: making one by name (create.py); the loss (training/loss/contrastive.py
 (weights/load.py).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import cast, get_args

@@ -7,8 +7,6 @@ Shapes: B batch, S tokens or keys, Q queries, H heads, D channels a head, W = H 
 tower.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.metadata

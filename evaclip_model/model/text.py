@@ -12,8 +12,6 @@ new one oneDNN compiles each product anew, and it keeps a thousand of them.
 Shapes: B batch, L tokens, S tokens of the packed stream, T width, E joint channels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

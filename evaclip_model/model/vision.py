@@ -6,8 +6,6 @@ Not here: which patches to keep (training/training_step.py); initial values (cli
 Shapes: B batch, N patches, K kept patches, W width, E joint channels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import cast
 

@@ -4,8 +4,6 @@ that holds them, and which caption a sample is shown with.
 A file is gzipped JSON Lines, one sample a line: `["KEY", {"NAME": ["CAPTION", ...], ...}]`.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import zlib

@@ -1,8 +1,6 @@
 """Settings that decide which samples a training stage sees, and as which pixels; part of
 training/config.py's. What reading may cost is `ReadSettings` in reader.py."""
 
-from __future__ import annotations
-
 from typing import Literal, Self
 
 from pydantic import Field, model_validator

@@ -9,8 +9,6 @@ An image is turned as its EXIF orientation says. 16 bits a channel become 8 by t
 pixels of 32 bits, whose range no header states, are refused. Everything else keeps its mode.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import struct

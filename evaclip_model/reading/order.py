@@ -8,8 +8,6 @@ there are. In epochs every sample of a source is seen once before any is seen ag
 with replacement are what the authors trained with (open_clip's `--dataset-resampled`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd

@@ -6,8 +6,6 @@ shared with the rank, a ring of `SLOTS` steps; captions and counts in a line of 
 rank is gone reads the end of its standard input, or fails to write, and ends.
 """
 
-from __future__ import annotations
-
 import json
 import mmap
 import os

@@ -7,8 +7,6 @@ whoever made the shard wrote one, `KEY.json` (the record: uid, source, url, size
 that lacks something is flawed and costs itself, not its shard.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set

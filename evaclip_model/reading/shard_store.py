@@ -5,8 +5,6 @@ A fetched shard is named after its sha256 and appears by rename, so a killed run
 again and several processes may share one folder; each clears away what it brought or took over.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

@@ -6,8 +6,6 @@ members that nobody asked for. Here a header is one read of a few kilobytes, and
 is not read; who wants everything has it read in long stretches, headers and contents at once.
 """
 
-from __future__ import annotations
-
 import os
 import zlib
 from collections.abc import Iterator

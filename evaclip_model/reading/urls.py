@@ -1,7 +1,5 @@
 """Files that may lie behind a URL. Large ones are shard_store.py's."""
 
-from __future__ import annotations
-
 import posixpath
 from pathlib import Path
 from typing import Any

@@ -2,8 +2,6 @@
 tokenizer's vocabulary, the classes of characters and ftfy's source. In a checkout and in an
 installed package the folder does not exist."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import json

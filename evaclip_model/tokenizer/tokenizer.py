@@ -9,8 +9,6 @@ same words again and again. Each distinct word is split and merged once, by the 
 `tokenizers` where there is one; a batch is then a look-up in a table.
 """
 
-from __future__ import annotations
-
 import functools
 import gzip
 import html

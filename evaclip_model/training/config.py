@@ -1,8 +1,6 @@
 """Settings of a training stage (`TrainConfig`), and the job file that the trainer reads
 (`TrainJob`, `train.json`). Settings of reading are in reading/config.py."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Collection, Mapping

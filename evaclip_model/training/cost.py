@@ -4,8 +4,6 @@ torch.
 A FLOP is half a multiply-add of a matrix product; norms, activations and the loss are not counted.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ which adapter libraries replace: a weight is then what it was plus `up @ down`, 
 and a saved model has the sum (weights/load.py).
 """
 
-from __future__ import annotations
-
 import re
 
 import torch

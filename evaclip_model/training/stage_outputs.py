@@ -1,8 +1,6 @@
 """The outputs of a finished training stage: whole fp32 weights, or their running mean, from the
 fragments that all ranks hold."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence

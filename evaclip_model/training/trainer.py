@@ -8,8 +8,6 @@ All that is random about a sample (crop, mask, template) depends on the seed and
 and the learning rate on the step alone; so a run that resumes goes on exactly as it would have.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import resource

@@ -2,8 +2,6 @@
 other ranks, stopping on SIGTERM, exit codes. Ranks are started by tasks/train, Slurm's srun, or any
 launcher that sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
 
-from __future__ import annotations
-
 import errno
 import json
 import logging

@@ -2,8 +2,6 @@
 programs put before it: single files, sharded checkpoints with an index, saved models' folders,
 DeepSpeed's and this package's training checkpoints."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import replace

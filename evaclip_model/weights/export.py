@@ -4,8 +4,6 @@ transformers; both towers as ONNX graphs.
 What they compute is what EVA-CLIP computes: exact GELU in the text tower, norms with the same eps.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import shutil

@@ -12,8 +12,6 @@ models were; text positions are stretched in a line or cut. Saving takes the mod
 training wrapped it in.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Mapping

@@ -7,8 +7,6 @@ values, arguments, paths) are passed over: an empty stand-in takes their place. 
 piece by piece to where they belong, so that a model is never in memory twice.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

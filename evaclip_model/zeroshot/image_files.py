@@ -1,7 +1,5 @@
 """Features of image files, and files of features."""
 
-from __future__ import annotations
-
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """ImageNet's class names and prompts, read from open_clip_torch's source without running it."""
 
-from __future__ import annotations
-
 import ast
 import functools
 

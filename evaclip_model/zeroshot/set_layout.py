@@ -6,8 +6,6 @@ test/nshards.txt, test/0.tar ... test/N-1.tar            KEY.webp|png|jpg|jpeg, 
                                                          KEY.cls, .npy or .txt, by its kind
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import tarfile

@@ -6,8 +6,6 @@ from the multinomial distribution that drawing samples gives them: the same boot
 times faster. Draws are seeded: the same input gives the same interval.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Not here: what a takedown leaves out (tasks/dataset).
 """
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

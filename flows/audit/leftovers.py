@@ -8,8 +8,6 @@ they were made from. A training that was never registered is its owner's, and st
 Not here: the command (flows/commands/data.py).
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import time

@@ -4,8 +4,6 @@
 Not here: the search itself (tasks/embed/search.py), where a sample came from (sample_trace.py).
 """
 
-from __future__ import annotations
-
 import json
 from contextlib import closing
 from dataclasses import dataclass

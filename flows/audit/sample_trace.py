@@ -4,8 +4,6 @@ Not here: the index that is searched (tasks/index/sample_index.py), removing any
 (dataset_replacement.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ Prefect stores each rule as JSON Schema with the deployment, so recipes that are
 known to the form after the next `make up`.
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import Field

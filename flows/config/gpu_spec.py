@@ -1,7 +1,5 @@
 """GPUs as a person writes them: how many, which, their memory, and what an hour of one costs."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Self

@@ -2,8 +2,6 @@
 changes a result.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -5,8 +5,6 @@ same `name`; of anything else the later one stays. Included files come first, th
 then overrides; `[train_defaults]` lies under every `[[train]]` item.
 """
 
-from __future__ import annotations
-
 import copy
 import difflib
 import tomllib

@@ -4,8 +4,6 @@ A parent that is not an artifact under the root is data from outside, unless its
 step made it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ This one runs under the supervisor, ends with the command, however that ends, an
 else.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 import subprocess

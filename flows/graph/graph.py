@@ -6,8 +6,6 @@ or `model_steps`. Not here: running steps (runner.py), what retraining and `scor
 (incremental.py, score_request.py).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -14,8 +14,6 @@ A merge or an adoption that is finished and that no attempt has used yet waits: 
 a run was killed, or for more rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

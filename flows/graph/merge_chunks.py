@@ -1,7 +1,5 @@
 """The chunks of a merge as Prefect tasks, on whatever a flow's task runner has."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path

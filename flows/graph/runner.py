@@ -4,8 +4,6 @@ Covers: the tracking run, the Prefect task of steps, progress artifacts.
 Not here: which steps, in which order (flows/graph/graph.py and the flows).
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@
 Not here: opening models (tasks/encoders/open_models.py), the flow (flows/score.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

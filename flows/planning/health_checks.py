@@ -3,8 +3,6 @@
 Not here: what a recipe needs (run_plan.py).
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.metadata
 import os

@@ -4,8 +4,6 @@ Not here: FLOPs and memory themselves (evaclip_model/training/cost.py), how much
 (flows/config/recipe.py), one run's plan and disk check (run_plan.py).
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Iterator

@@ -4,8 +4,6 @@ All of it raises InputError where the registry does not answer.
 Not here: the rules (tasks/register/gate.py), moving aliases (tasks/register/promotion.py).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -2,8 +2,6 @@
 (infra/automations.yaml). Not here: promoting (tasks/register/promotion.py).
 """
 
-from __future__ import annotations
-
 import os
 
 EVENT = "evaclip.model.promoted"

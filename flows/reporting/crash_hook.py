@@ -4,8 +4,6 @@ It closes the run in MLflow, too. `python -m flows.reporting.crash_hook` is the 
 stops a worker and with it its hooks; runs whose machine is gone are closed by the next run.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from flows.config.profile import load_profile

@@ -4,8 +4,6 @@ page of a finished recipe for those who pay for it.
 Not here: figures (results_table.py), what tracking gets of every step (flows/graph/step.py).
 """
 
-from __future__ import annotations
-
 import base64
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """Printing on the command line: one console, one bar, one way to put totals into a line."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterator, Mapping

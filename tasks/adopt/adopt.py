@@ -8,8 +8,6 @@ Shards are never copied or rewritten. What is packed keeps its bytes; the same s
 tars, byte by byte, so that a killed run's leavings need no trust: they are packed again.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -4,8 +4,6 @@ Covers: the config, the stage's name and version.
 Not here: finding and packing.
 """
 
-from __future__ import annotations
-
 from typing import Literal, Self
 
 from pydantic import Field, model_validator

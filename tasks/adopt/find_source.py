@@ -5,8 +5,6 @@ looking; what stands for the files in an artifact's address.
 Not here: reading images and captions (read_pairs.py), packing (adopt.py).
 """
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import os

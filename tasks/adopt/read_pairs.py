@@ -7,8 +7,6 @@ Images keep their bytes. A pair's `uid` is a hash of its source, its image (the 
 the bytes where there is none) and its caption: it stays the same wherever the source lies.
 """
 
-from __future__ import annotations
-
 import hashlib
 import posixpath
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,6 @@ Covers: the config, the stage's name and version, the names of what it makes.
 Not here: looking into shards (the verify stage), applying any rule.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator

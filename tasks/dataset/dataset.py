@@ -5,8 +5,6 @@ whose figures are copied from the manifests of all that the version was made fro
 Not here: which samples a rule leaves out (choose.py); looking into shards; making a new download.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

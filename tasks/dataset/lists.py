@@ -4,8 +4,6 @@ Covers: text files of hashes (blocklists), text files of URLs, uids and hashes (
 Not here: finding the samples (choose.py); which URLs are the same (tasks/merge/database.py).
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterable, Iterator

@@ -4,8 +4,6 @@ Covers: thresholds and shares of scores, lists of uids as DataComp publishes the
 Not here: making scores (tasks/embed), the order of the rules (choose.py).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ version. Not here: finding the samples (tasks/index/caption_join.py), drawing on
 (evaclip_model/reading/captions.py).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import count

@@ -4,8 +4,6 @@ Covers: reading the committed `data/` (concepts.json, one zip of WebP drawings p
 Not here: building that data (`tests/tasks/demo/build_images.py`), URLs and metadata (`world.py`).
 """
 
-from __future__ import annotations
-
 import json
 import zipfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Settings of the demo's world, and the stage that makes it."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from evaclip_model.config import Config

@@ -8,8 +8,6 @@ What is answered depends on the URL alone, never on earlier requests: a download
 continued meets the same web.
 """
 
-from __future__ import annotations
-
 import argparse
 import errno
 import logging

@@ -7,8 +7,6 @@ what is odd about its rows (`tests/tasks/demo/build_images.py`,
 `tests/tasks/demo/plan_metadata.py`).
 """
 
-from __future__ import annotations
-
 import io
 import tarfile
 from collections.abc import Iterable, Sequence

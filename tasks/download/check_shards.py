@@ -5,8 +5,6 @@ Not here: whether images decode (the verify stage). 200,000 shards are 50 TB; th
 their files, by which the ledger knows them again, are seconds.
 """
 
-from __future__ import annotations
-
 import json
 import tarfile
 from collections import Counter

@@ -4,8 +4,6 @@ which downloading processes may be started.
 Not here: downloading; processes and threads (they change the time, not the result).
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Mapping

@@ -7,8 +7,6 @@ killed, which is why it is a process of its own, under tasks/process/supervise.p
 below is needed: its processes import this module again.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import multiprocessing

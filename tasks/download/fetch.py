@@ -10,8 +10,6 @@ bodies without limit, and its timeout is for one receive, so that a dripping ser
 ever. Names are resolved by the system; the worker's environment bounds how long it tries.
 """
 
-from __future__ import annotations
-
 import email.utils
 import hashlib
 import http.client

@@ -5,8 +5,6 @@ them speak of our own network, and how long a server asked to wait.
 Not here: counting, retrying.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from enum import StrEnum

@@ -6,8 +6,6 @@ Not here: the fetching itself (fetch.py), the call (download_worker.py). Imports
 takes seconds and 0.8 GB: only the worker may import this.
 """
 
-from __future__ import annotations
-
 import heapq
 import importlib
 import io

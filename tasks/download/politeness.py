@@ -7,8 +7,6 @@ Content-Usage, in headers and robots.txt: draft-ietf-aipref-attach; Content-Sign
 ai.txt: Spawning's, in the grammar of robots.txt.
 """
 
-from __future__ import annotations
-
 import re
 import threading
 import time

@@ -6,8 +6,6 @@ that their failures cannot tell a dead network from dead hosts. Hosts that gave 
 can. Not here: when to ask them (download.py).
 """
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence

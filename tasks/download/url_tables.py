@@ -5,8 +5,6 @@ shards as img2dataset will, and a fingerprint of all that a half-finished folder
 Not here: downloading.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -4,8 +4,6 @@ Covers: the config, the stage's name and version, the form of what it makes.
 Not here: which samples their scores leave out (the dataset stage).
 """
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from evaclip_model.choices import Precision

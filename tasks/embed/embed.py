@@ -7,8 +7,6 @@ An artifact belongs to one model and one verification. A retraining verifies and
 alone, so that no sample is looked at twice by the same model.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -5,8 +5,6 @@ The model sees chunks of one size (tasks/encoders/encode_chunks.py), so that a f
 depends on its sample alone, whatever rank made it. Images are decoded as for an evaluation.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Set
 from contextlib import closing

@@ -1,7 +1,5 @@
 """Search among features: the samples nearest to a text or a picture, exactly."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple

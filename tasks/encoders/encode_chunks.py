@@ -6,8 +6,6 @@ another size, and share rows out to threads. Texts are grouped by their exact nu
 cut behind the last; a tower that is not causal gets its whole context.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import islice
 

@@ -7,8 +7,6 @@ open_clip:local-dir:FOLDER the same, as open_clip_config.json in the folder desc
 transformers:FOLDER        a CLIP or SigLIP as its library saves them, or ORG/NAME at its hub
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence

@@ -5,8 +5,6 @@ operators do not load, and its import fails at the first that it describes. No d
 uses one.
 """
 
-from __future__ import annotations
-
 import importlib
 from types import ModuleType
 from typing import Any

@@ -6,8 +6,6 @@ weights are read from safetensors alone. SigLIP's scale and bias are left out, b
 no order of answers.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from contextlib import suppress

@@ -4,8 +4,6 @@
 `docs/evaluate.md` says what its columns are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path

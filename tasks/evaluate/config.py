@@ -1,7 +1,5 @@
 """The `[evaluate]` table of a recipe: the sets, their prompts, the precision. No torch here."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

@@ -4,8 +4,6 @@ The first model given is the one evaluated; the others (untrained, an older cham
 it for comparison. Features are made first, of everything; the rest takes seconds.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The content of `results.json`: every figure, with the data and settings behind it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

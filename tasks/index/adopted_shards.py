@@ -5,8 +5,6 @@ fetching one that lies at a URL.
 Not here: finding shards (tasks/adopt), looking into them (tasks/verify).
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

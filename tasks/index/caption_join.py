@@ -1,8 +1,6 @@
 """Captions from elsewhere joined to the samples of an index, in bounded memory: what does not fit
 goes to disk. Not here: reading the files that people bring (tasks/dataset/sidecars.py)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path

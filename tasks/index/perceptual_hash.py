@@ -9,8 +9,6 @@ never by comparing all with all (Manku, Jain, Das Sarma: Detecting near-duplicat
 2007).
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor

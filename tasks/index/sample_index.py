@@ -12,8 +12,6 @@ that may hold one; because rows are ordered, so do theirs. Marks may collide, so
 is compared with what was asked for.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

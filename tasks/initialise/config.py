@@ -4,8 +4,6 @@ Covers: architecture, resolution, where weights come from, the seed of the rest.
 Not here: making it (initialise.py). Does not import torch.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 

@@ -6,8 +6,6 @@ lacks, at gain 1 and bias 0 (the authors' initialisation); a whole CLIP gives ev
 Not here: architectures and initial values (evaclip_model); its address (config.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Settings of weight interpolation (WiSE-FT): the `[interpolate]` table. No torch here."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import Field

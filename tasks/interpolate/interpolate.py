@@ -4,8 +4,6 @@
 Not here: evaluating (the flow gives it), the weights' mean (evaclip_model/create.py).
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence

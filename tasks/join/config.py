@@ -1,7 +1,5 @@
 """The join's stage, its version and the name of what it makes; it has no settings."""
 
-from __future__ import annotations
-
 from tasks.artifacts.artifact import Stage
 
 STAGE = Stage("join", 1, tools=("duckdb", "pyarrow"))

@@ -10,8 +10,6 @@ anew. Where samples resemble each other the dataset keeps the one that comes fir
 download never takes a sample out of an earlier version.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

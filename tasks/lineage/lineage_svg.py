@@ -4,8 +4,6 @@ From left to right: an artifact stands right of all it was made from. Not here: 
 colours (lineage.svg.j2).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ Covers: text files with an entry a line, CSV files with a column of entries, com
 of each kind may be. Not here: the rules that ask them (filters.py); hosts (tasks/web_addresses.py).
 """
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -6,8 +6,6 @@ took all its editions down; in August 2024 it published Re-LAION-5B without thos
 no public list of what was removed: an old copy is cleaned by keeping what Re-LAION still has.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Collection

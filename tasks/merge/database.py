@@ -5,8 +5,6 @@ statements as files, its errors as sentences, and LAION's row key.
 Not here: what the statements mean; see sql/ and units.py.
 """
 
-from __future__ import annotations
-
 import errno
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -7,8 +7,6 @@ Not here: the columns they are asked about (schema.py, sql/normalise.sql); dupli
 An expression is true when the row fails. Rules that are off are left out of the statement.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ Covers: the facts one needs before naming files as a source, read in bounded mem
 Not here: printing them; any judgement of rows (filters.py).
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence

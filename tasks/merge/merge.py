@@ -25,8 +25,6 @@ in its output file. In memory are a run of a metadata file (scan) or the rows of
 partitions (half a billion rows), then a 2,048th of all. Everything temporary is under `out/_tmp`.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from bisect import bisect_left

@@ -6,8 +6,6 @@ number of partitions; the saved cut; making a folder once.
 Not here: the units (units.py), the meaning of columns (schema.py).
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections import Counter

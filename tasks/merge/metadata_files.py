@@ -8,8 +8,6 @@ URLs (s3://, gs://, hf://, https://) are opened by fsspec; a protocol's package 
 its own extra, and its credentials come from where that package looks for them.
 """
 
-from __future__ import annotations
-
 import glob
 import hashlib
 from collections.abc import Iterator, Sequence

@@ -10,8 +10,6 @@ one for a run and partition, beside `*.ends.npy`, where each of them ends: one f
 for a partition, however many there are, and no encoding that costs more than the rows are worth.
 """
 
-from __future__ import annotations
-
 import binascii
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence

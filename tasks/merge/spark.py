@@ -9,8 +9,6 @@ same path on every worker. The cluster is the environment's (SPARK_CONF_DIR, spa
 one it is this machine's cores.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence

@@ -9,8 +9,6 @@ done again. So a chunk may be tried again after any failure, and chunks of one p
 same time, in processes or on machines that share the folder.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """Another process that never outlives the one that asked for it: a command under supervise.py."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -7,8 +7,6 @@ behind. A second signal ends the grace. Exits with CMD's status, 128 + N if sign
 Standard library only: it must start in milliseconds and under any environment.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import select

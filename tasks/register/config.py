@@ -1,7 +1,5 @@
 """The name of a registered model, and when it replaces the one in use: the `[register]` table."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self

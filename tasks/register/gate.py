@@ -7,8 +7,6 @@ Every rule gives a reason of its own; the decision is the worst of them:
     PROMOTE better for certain, and nothing is wrong; or there is no model in use yet
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Any

@@ -1,7 +1,5 @@
 """The time that models take for one image, side by side on this machine."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Mapping

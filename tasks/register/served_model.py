@@ -11,8 +11,6 @@ A string in `image` is only ever base64 text, never a path: a served model that 
 give every client the files of its server. What a request may cost is bounded.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 from collections.abc import Callable, Sequence

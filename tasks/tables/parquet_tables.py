@@ -1,8 +1,6 @@
 """Rows of parquet files here or at a URL: texts as bytes, so that one which is not UTF-8 costs
 itself alone. Not here: what columns mean."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -10,8 +10,6 @@ any rule, a value that follows RFC 4180 is read by it, and any other quote is a 
 is guessed: 1984 and 2021-03-01 are texts.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 from collections import deque

@@ -9,8 +9,6 @@ Exit codes: 0 the job is over, however it ended; 75 it was cancelled on SIGTERM;
 command fails, with its own words in the log.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

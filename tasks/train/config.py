@@ -3,8 +3,6 @@
 Not here: what decides a result (evaclip_model/training/config.py); starting anything (launch.py).
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Literal, Self

@@ -8,8 +8,6 @@ Every rank gets the path of the job file and no other argument: launchers mix th
 those of what they launch.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import sys

@@ -5,8 +5,6 @@ Not here: the training itself (evaclip_model/training/worker.py); what starts ra
 cluster.py).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

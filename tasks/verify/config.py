@@ -4,8 +4,6 @@ Covers: the config, the stage's name and version, the names of what it makes.
 Not here: reading shards.
 """
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from evaclip_model.config import Config

@@ -4,8 +4,6 @@ Covers: going through all shards, continuing where a killed run stopped, verdict
 Not here: what is checked in a shard (verify_shard.py); what training reads of them (tasks/dataset).
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

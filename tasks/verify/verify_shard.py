@@ -9,8 +9,6 @@ A process of its own, because decoding holds Python's lock for a good part of it
 a pool started inside a flow would outlive the flow's being killed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import multiprocessing

@@ -7,8 +7,6 @@ classes that DeepSpeed puts in, so that no code of theirs is run; and mapped int
 read, so that what is written piece by piece never lies in memory whole.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -6,8 +6,6 @@ checksum; all ranks tell each other what they found, and decide alike before any
 Then each reads the pieces it holds. The files' format is weights/checkpoint_format.py's.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import threading

@@ -4,8 +4,6 @@ An object store has no rename of folders, so neither place is asked for one: a c
 have their names at once, and the manifest, put last, makes it whole.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

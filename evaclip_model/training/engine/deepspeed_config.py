@@ -4,8 +4,6 @@ torch nor DeepSpeed.
 Source: the authors' published commands (ZeRO stage 1, fp16 with a dynamic loss scale, norm 5).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from evaclip_model.training.config import TrainConfig

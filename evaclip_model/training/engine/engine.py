@@ -4,8 +4,6 @@ importer of deepspeed.
 Not here: the model, the loss, the schedule's shape, files; DeepSpeed's buffers (fp32_state.py).
 """
 
-from __future__ import annotations
-
 import math
 import os
 import warnings

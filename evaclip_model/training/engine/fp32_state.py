@@ -6,8 +6,6 @@ parameters themselves). Its maps and buffers are private attributes behind its p
 `safe_get_full_*` functions; hence the version range in pyproject.toml, and the checks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -10,8 +10,6 @@ size of the logits.
 Shapes: b samples of a rank, B samples of the global batch, E joint channels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial

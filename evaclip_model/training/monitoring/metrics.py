@@ -10,8 +10,6 @@ takes every rank equally long, because ranks wait for each other; the forward pa
 a rank that is slow here is the slow one.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import time

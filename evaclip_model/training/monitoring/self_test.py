@@ -2,8 +2,6 @@
 LAMB on tensors that are cut over ranks, the gathered loss, the attention kernel, each against a
 plain computation on tiny tensors."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 

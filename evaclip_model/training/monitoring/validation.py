@@ -6,8 +6,6 @@ figures from all features: so they do not depend on the number of ranks. Nothing
 model stays as it is: training goes on as if there were no validation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass

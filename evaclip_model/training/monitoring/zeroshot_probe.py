@@ -5,8 +5,6 @@ Every rank encodes its part of the images and of the prompts. What one gives is 
 that no rank ends or goes on alone; a probe stops training for its share of the work, no longer.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

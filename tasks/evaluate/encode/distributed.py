@@ -4,8 +4,6 @@ One rank without a GPU works in this process; several, or any on a GPU, are proc
 under supervision, so that nothing of them outlives the evaluation.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

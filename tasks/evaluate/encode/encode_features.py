@@ -7,8 +7,6 @@ A text tower's features are kept in files to which later evaluations add, so set
 share texts share the work. Not here: encoding itself (tasks/encoders/encode_chunks.py).
 """
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@ Ranks share files alone: each takes every RANKS-th block of those that were miss
 and renames finished blocks into place. A killed rank loses the block it was working on.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import warnings

@@ -1,7 +1,5 @@
 """Figures of one model on one set, and of two models on the same set."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

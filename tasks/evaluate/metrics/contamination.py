@@ -4,8 +4,6 @@ Looks are compared with 64 bits, so that pictures of little content (blank ones,
 text) may be taken for each other: figures without such images are a bound, not a correction.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

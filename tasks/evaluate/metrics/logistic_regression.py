@@ -5,8 +5,6 @@ is convex: the solution depends on the data and l2, not on a learning rate, an o
 Newton's method, whose steps conjugate gradients find (Nocedal and Wright 2006, chapter 7).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

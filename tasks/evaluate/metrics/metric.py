@@ -4,8 +4,6 @@ A new metric is one entry of `METRICS`. Its name is a key of `results.json`, of 
 artifact and so of MLflow; tables show metrics in the order of the list.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A file defines `METRICS`, a list of `HitShare`, `SampleMean`, `ClassMean` or ano
 of metric.py, each with a value for every question of a set.
 """
 
-from __future__ import annotations
-
 import runpy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Answers to one question of a choice set, from the cosines of its images and texts [I, T]."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The answers of one model to one evaluation set: rankings, or scores of several classes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
 

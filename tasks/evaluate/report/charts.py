@@ -1,7 +1,5 @@
 """Charts as inline SVG, which a page can hold without asking for another file."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The losses that the training stages wrote down, as the report shows them."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from math import log

@@ -1,7 +1,5 @@
 """The content of `results.json` by the questions a report asks of it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property

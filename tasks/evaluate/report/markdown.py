@@ -1,7 +1,5 @@
 """The report of an evaluation as Markdown: for a pull request, a wiki, a terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

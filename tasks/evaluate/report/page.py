@@ -1,7 +1,5 @@
 """The page of an evaluation: one HTML file that needs no other."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The paper's Tables 1 to 4 in the paper's form, published rows beside ours."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any

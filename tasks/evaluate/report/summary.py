@@ -1,7 +1,5 @@
 """The evaluation for a reader in a hurry: a few figures and a few sentences."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import sqrt

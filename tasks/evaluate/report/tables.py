@@ -1,7 +1,5 @@
 """Tables of the report: over all sets, and of one set."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

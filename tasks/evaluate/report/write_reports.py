@@ -1,7 +1,5 @@
 """Write the reports of an evaluation beside its figures."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Mapping, Sequence

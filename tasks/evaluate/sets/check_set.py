@@ -1,7 +1,5 @@
 """A look at a set's content, and at what is odd about it, before an evaluation."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

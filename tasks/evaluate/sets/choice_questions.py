@@ -9,8 +9,6 @@ They stand in `questions.jsonl` beside the tars, which hold the images alone:
 A pair is the number of an image and that of a text. All questions of a set have one form.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self

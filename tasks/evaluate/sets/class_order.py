@@ -6,8 +6,6 @@ places among ImageNet's thousand. Words that cannot be compared are joined by po
 person is told.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import unicodedata

@@ -4,8 +4,6 @@ There is no source of last resort: a set whose source lacks it is an error, beca
 other prompts looks like any other figure.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import json

@@ -4,8 +4,6 @@ Sizes and splits are those that reproduce the paper, where any do; "split not st
 sets whose images the paper neither names nor betrays by its figures.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import json

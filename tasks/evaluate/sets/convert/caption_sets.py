@@ -3,8 +3,6 @@
 All captions of an image are kept: COCO's 5,000 test images have 25,010.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence

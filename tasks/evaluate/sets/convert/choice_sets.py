@@ -6,8 +6,6 @@
 candidates, cue, associations                           WinoGAViL; the files are called as its words
 """
 
-from __future__ import annotations
-
 import ast
 import json
 from collections.abc import Iterator, Mapping

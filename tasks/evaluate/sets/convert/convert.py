@@ -1,7 +1,5 @@
 """Converters of images, videos, tables or a data set object into an evaluation set."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

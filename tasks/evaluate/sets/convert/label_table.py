@@ -6,8 +6,6 @@ a/1.jpg;cat|dog   several labels: parted by | ; or , in one cell, a list in JSON
                   one row each, or one column of 0 and 1 a class
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -5,8 +5,6 @@ its own sources only and carries no times, so the same sources give the same byt
 in several. The same command over changed sources makes the set anew.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -4,8 +4,6 @@ Every file is a source: one that is not an image is listed with its reason, none
 its suffix. A list leads to files inside its folder of images only.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Mapping

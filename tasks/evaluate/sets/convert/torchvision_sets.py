@@ -1,7 +1,5 @@
 """Data sets of torchvision, and objects of the same form, as evaluation sets."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path

@@ -5,8 +5,6 @@ file says of its own length is often wrong, and seeking in it gives neighbours o
 for.
 """
 
-from __future__ import annotations
-
 import importlib
 import itertools
 import re

@@ -3,8 +3,6 @@
 The paper's column VOC2007 is the boxes, "difficult" ones too: 14,976 of one class each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
