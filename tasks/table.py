@@ -1,9 +1,11 @@
-"""Tables: one model, and one writer each for HTML, Markdown and a terminal."""
+"""Tables: one model, a writer of it for Markdown and one for a terminal.
+
+Not here: HTML (tasks/evaluate/report/macros.html.j2).
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
 
 NOTHING = "–"
 """Stands in place of a missing number."""
-LONG = 16
-"""Letters of a heading from which the page gives it room for a few lines."""
 
 
 @dataclass(frozen=True)
@@ -108,80 +108,6 @@ class Table:
         given = list(texts)
         self.notes += [text for text in dict.fromkeys(given) if text not in self.notes]
         return tuple(sorted(self.notes.index(text) + 1 for text in given))
-
-
-def element(name: str, *content: str, **attributes: str | float | None) -> Markup:
-    """An HTML or SVG element; texts are escaped, attributes of None or "" are left out.
-
-    Underscores in names of attributes are hyphens, and one at the end is dropped (`class_`).
-    Floats have one decimal.
-    """
-    given = Markup().join(
-        Markup(' {}="{}"').format(
-            key.removesuffix("_").replace("_", "-"),
-            f"{value:.1f}" if isinstance(value, float) else value,
-        )
-        for key, value in attributes.items()
-        if value is not None and value != ""
-    )
-    return Markup("<{0}{1}>{2}</{0}>").format(name, given, Markup().join(content))
-
-
-def html_table(table: Table, *, is_wide: bool = False) -> Markup:
-    shown = table.find_shown(with_drawings=True)
-    head = [
-        element(
-            "th",
-            Markup("<wbr>").join(re.split(r"(?<=[/_-])", one.title)),  # where a long name may part
-            scope="col",
-            class_="text" if one.has_words and place else "",
-            style="min-width:10em" if len(one.title) > LONG else "",
-        )
-        for place in shown
-        for one in (table.columns[place],)
-    ]
-    body = [_html_row(row, table.columns, shown) for row in table.rows]
-    classes = f"card scroll{' wide' if is_wide else ''}{' upright' if table.is_upright else ''}"
-    made = element(
-        "div",
-        element(
-            "table",
-            element("thead", element("tr", *head)),
-            element("tbody", Markup("\n").join(body)),
-        ),
-        class_=classes,
-        tabindex=0,
-    )
-    notes = [element("li", note) for note in table.notes]
-    return made + (element("ol", *notes, class_="notes") if notes else Markup())
-
-
-def _html_row(row: TableRow, columns: Sequence[TableColumn], shown: Sequence[int]) -> Markup:
-    if row.style == "group":
-        across = element("th", row.cells[0].text, colspan=len(shown), scope="rowgroup")
-        return element("tr", across, class_="group")
-    cells = [_html_cell(row.cells[place], place, columns[place]) for place in shown]
-    return element("tr", *cells, class_=row.style)
-
-
-def _html_cell(cell: Cell, place: int, column: TableColumn) -> Markup:
-    is_bar = cell.share is not None
-    classes = [cell.emphasis, "text" if column.has_words and place else "", "share" * is_bar]
-    inside: str = cell.text
-    if cell.drawing is not None:
-        inside = cell.drawing
-    elif cell.link or cell.url:
-        inside = element("a", cell.text, href=cell.url or f"#{cell.link}")
-    elif is_bar:
-        inside = element("span", cell.text)
-    return element(
-        "td" if place else "th",
-        inside,
-        element("sup", ", ".join(map(str, cell.notes))) if cell.notes else "",
-        class_=" ".join(filter(None, classes)),
-        scope="" if place else "row",
-        style=f"--v:{cell.share:.3f}" if is_bar else "",
-    )
 
 
 def markdown_table(table: Table) -> str:

@@ -35,9 +35,8 @@ def figures_table(found: Findings) -> Table:
     for evalset in found.sets:
         for metric in found.list_metrics(evalset) if is_short else found.headline_metrics(evalset):
             figures = [found.get_figure(evalset, model, metric) for model in found.models]
-            first = figures[0]
-            paper = first.published.value if first.published else None
-            shares = [*(one.value for one in figures), paper, first.chance]
+            beside = figures[0].paper.get("published"), figures[0].chance
+            shares = [*(one.value for one in figures), *beside]
             table.add(evalset, metric, *map(_format_percent, shares))
     for key in found.raw.get("averages", {}):
         averages = [found.table_average(key, model) for model in found.models]

@@ -6,8 +6,9 @@ import pytest
 
 from evaclip_model.errors import InputError
 from flows.reporting.terminal import console
+from tasks.evaluate.report.templates import MACROS
 from tasks.redact import redact_settings, redact_text
-from tasks.table import Table, html_table, markdown_table, terminal_table, words
+from tasks.table import Table, markdown_table, terminal_table, words
 from tasks.tracking import TrackingStore
 
 
@@ -85,7 +86,7 @@ def test_a_name_of_others_in_a_table_moves_no_cursor_and_is_no_markup() -> None:
     table.add("\x1b[2Jset", "[red]<b>|\u202egpj")
     with console.capture() as shown:
         console.print(terminal_table(table))
-    for text in (shown.get(), markdown_table(table), str(html_table(table))):
+    for text in (shown.get(), markdown_table(table), str(MACROS.html_table(table))):
         assert "\x1b" not in text and "\u202e" not in text and "[2Jset" in text.replace("\\[", "[")
     assert "[red]<b>|" in shown.get()
-    assert "<b>" not in markdown_table(table) + str(html_table(table))
+    assert "<b>" not in markdown_table(table) + str(MACROS.html_table(table))

@@ -10,9 +10,8 @@ import base64
 import io
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -30,8 +29,7 @@ QUALITY = 72
 """Of thumbnails, as WebP counts it."""
 
 
-@dataclass(frozen=True)
-class Amount:
+class Amount(NamedTuple):
     """Number of examples of one set: a page over many sets shows fewer of each."""
 
     right: int
@@ -94,12 +92,9 @@ def pick_mistakes(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
     assert scored.classes is not None
     evalset, ranks = scored.evalset, scored.classes.ranks
     wrong = torch.nonzero(ranks > 0).flatten().tolist()
-    said = scored.classes.top[:, 0].tolist()
-    pair = _PairOfImages(evalset)
-    return [
-        pair.show(index, said[index]) | {"rank": int(ranks[index]) + 1}
-        for index in sorted(_draw_sample(evalset, wrong, amount.mistakes))
-    ]
+    drawn = sorted(_draw_sample(evalset, wrong, amount.mistakes))
+    pairs = _show_pairs(evalset, [(one, int(scored.classes.top[one, 0])) for one in drawn])
+    return [pair | {"rank": int(ranks[one]) + 1} for pair, one in zip(pairs, drawn, strict=True)]
 
 
 def find_confusions(scored: Scored) -> dict[tuple[int, int], list[int]]:
@@ -117,30 +112,25 @@ def pick_confusions(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
     """The commonest confusions, each with one of its images and one of the other class."""
     evalset = scored.evalset
     sizes = Counter(sample.label for sample in evalset.samples)
-    pair = _PairOfImages(evalset)
+    commonest = [*find_confusions(scored).items()][: amount.confusions]
+    made = [(pair, images) for pair, images in commonest if len(images) > 1]
+    drawn = [(_draw_sample(evalset, images, 1)[0], said) for (_, said), images in made]
     return [
-        pair.show(_draw_sample(evalset, images, 1)[0], said)
-        | {"times": len(images), "of": sizes[actual]}
-        for (actual, said), images in list(find_confusions(scored).items())[: amount.confusions]
-        if len(images) > 1
+        shown | {"times": len(images), "of": sizes[actual]}
+        for shown, ((actual, _), images) in zip(_show_pairs(evalset, drawn), made, strict=True)
     ]
 
 
-class _PairOfImages:
-    """An image beside one of the class that it was taken for."""
-
-    def __init__(self, evalset: EvalSet) -> None:
-        self._set = evalset
-        samples = reversed([*enumerate(evalset.samples)])
-        self._of_class = {sample.label: index for index, sample in samples}
-
-    def show(self, index: int, said: int) -> dict[str, Any]:
-        names, of_class = self._set.classnames, self._of_class.get(said)
-        return {
-            "actual": names[self._set.samples[index].label],
-            "said": names[said],
-            "picture": _image_thumbnail(self._set, index),
-            "example": None if of_class is None else _image_thumbnail(self._set, of_class),
+def _show_pairs(evalset: EvalSet, pairs: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+    """An image beside one of the class that it was taken for, of each pair of both."""
+    samples = reversed([*enumerate(evalset.samples)])
+    of_class = {sample.label: index for index, sample in samples}
+    for index, said in pairs:
+        yield {
+            "actual": evalset.classnames[evalset.samples[index].label],
+            "said": evalset.classnames[said],
+            "picture": _image_thumbnail(evalset, index),
+            "example": _image_thumbnail(evalset, of_class[said]) if said in of_class else None,
         }
 
 

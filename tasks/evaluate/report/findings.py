@@ -1,28 +1,13 @@
 """The content of `results.json` by the questions a report asks of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from tasks.evaluate.metrics.metric import headlines_of, metrics_in, title_of
 from tasks.evaluate.sets.set_registry import find_set
 
 Json = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class PublishedFigure:
-    """A figure that the paper prints, and how ours stands to it."""
-
-    value: float
-    """A share of 1."""
-    tolerance: float | None
-    """Points."""
-    verdict: str
-    """ "reproduced", "differs" or "not comparable"."""
-    reason: str
-    errata: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -33,74 +18,54 @@ class Figure:
     metric: str
     title: str
     value: float | None
-    interval: tuple[float, float] | None
+    interval: Sequence[float] | None
     """95 %."""
-    bounds: tuple[float, float] | None
+    bounds: Sequence[float] | None
     """The value if all ties were lost, and if all were won."""
     chance: float | None
-    published: PublishedFigure | None
+    paper: Json
+    """The paper's figure and how ours stands to it, where it prints one: its share `published`,
+    `tolerance` in points, `verdict`, `reason`, `errata`."""
 
     @property
     def difference(self) -> float | None:
-        if self.value is None or self.published is None:
+        if self.value is None or not self.paper:
             return None
-        return 100 * (self.value - self.published.value)
+        return 100 * (self.value - float(self.paper["published"]))
 
 
-@dataclass(frozen=True)
 class Findings:
     """`results.json` of one evaluation."""
 
-    raw: Json
-
-    @property
-    def title(self) -> str:
-        return str(self.raw["title"])
-
-    @property
-    def subject(self) -> str:
-        """Name of the model that is evaluated; the others stand beside it."""
-        return str(self.raw["subject"])
-
-    @cached_property
-    def models(self) -> tuple[str, ...]:
-        return (self.subject, *(name for name in self.raw["models"] if name != self.subject))
-
-    @property
-    def others(self) -> tuple[str, ...]:
-        return self.models[1:]
+    def __init__(self, raw: Json) -> None:
+        self.raw = raw
+        self.title, self.subject = str(raw["title"]), str(raw["subject"])
+        """The subject is the model that is evaluated; the others stand beside it."""
+        self.others = tuple(name for name in raw["models"] if name != self.subject)
+        self.models = (self.subject, *self.others)
+        self.sets = tuple(raw["results"])
+        self.failed = self._results_part("failed")
 
     def describe_model(self, model: str) -> Json:
-        found: Json = self.raw["models"][model]
-        return found
-
-    @cached_property
-    def sets(self) -> tuple[str, ...]:
-        return tuple(self.raw["results"])
-
-    @property
-    def failed(self) -> Json:
-        return self._results_part("failed")
+        return self._results_part("models", model)
 
     def set_name(self, evalset: str) -> str:
         known = find_set(evalset)
         return known.title if known else evalset
 
     def describe_set(self, evalset: str) -> Json:
-        found: Json = self.raw["sets"][evalset]
-        return found
+        return self._results_part("sets", evalset)
 
     def set_results(self, evalset: str, model: str) -> Json:
-        found: Json = self._results_part("results", evalset, model)
-        return found
+        return self._results_part("results", evalset, model)
 
     def list_metrics(self, evalset: str) -> tuple[str, ...]:
         results = self.set_results(evalset, self.subject)
-        own = (name for name in self.raw.get("own_metrics", ()) if name in results)
+        own = (name for name in self._results_part("own_metrics") if name in results)
         return (*(one.name for one in metrics_in(results)), *own)
 
     def metric_title(self, metric: str) -> str:
-        return str(self.raw.get("own_metrics", {}).get(metric) or title_of(metric))
+        return str(self._results_part("own_metrics").get(metric) or title_of(metric))
 
     def headline_metrics(self, evalset: str) -> tuple[str, ...]:
         """The metrics of a set that are shown first: the paper's."""
@@ -110,34 +75,24 @@ class Findings:
 
     def get_figure(self, evalset: str, model: str, metric: str) -> Figure:
         results = self.set_results(evalset, model)
-        spread, bounds = (results.get(key, {}).get(metric) for key in ("intervals", "bounds"))
-        given = self._results_part("paper", evalset, model, metric)
         return Figure(
             evalset=evalset,
             metric=metric,
             title=self.metric_title(metric),
             value=results.get(metric),
-            interval=tuple(spread) if spread else None,
-            bounds=tuple(bounds) if bounds else None,
+            interval=results.get("intervals", {}).get(metric),
+            bounds=results.get("bounds", {}).get(metric),
             chance=self._results_part("chance", evalset).get(metric),
-            published=PublishedFigure(
-                given["published"],
-                given["tolerance"],
-                given["verdict"],
-                given["reason"],
-                tuple(given["errata"]),
-            )
-            if given
-            else None,
+            paper=self._results_part("paper", evalset, model, metric),
         )
 
     def list_figures(self, evalset: str, model: str) -> list[Figure]:
         return [self.get_figure(evalset, model, metric) for metric in self.list_metrics(evalset)]
 
-    def headline_figures(self, evalset: str, model: str) -> list[Figure]:
-        return [
-            self.get_figure(evalset, model, metric) for metric in self.headline_metrics(evalset)
-        ]
+    def headline_figures(self, evalset: str) -> list[Figure]:
+        """The subject's figures of a set that are shown first."""
+        names = self.headline_metrics(evalset)
+        return [self.get_figure(evalset, self.subject, metric) for metric in names]
 
     def paired_differences(self, evalset: str, other: str) -> Mapping[str, Json]:
         """Metric -> the subject's difference to another model, its interval and p-value."""

@@ -57,6 +57,14 @@ def format_size(count: float, digits: int = 0) -> str:
     return f"{count:.0f}"
 
 
+def format_short(value: float) -> str:
+    """A number as an axis shows it: 0.25, 40, 12k, 2M."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
 def format_plural(count: int, noun: str, plural_noun: str | None = None) -> str:
     """A count with its noun: 1 set, 33 sets, 2 classes."""
     return f"{count:,} {noun if count == 1 else plural_noun or noun + 's'}"

@@ -1,8 +1,8 @@
 """The evaluation for a reader in a hurry: a few figures and a few sentences."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from math import sqrt
+from typing import NamedTuple
 
 from tasks.evaluate.paper.published import members_of
 from tasks.evaluate.report.findings import Figure, Findings
@@ -27,26 +27,28 @@ SETS_IN_FULL = 3
 OTHERS_IN_TILES = 2
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     of: str
     value: str
-    facts: Sequence[tuple[str, str]] = field(default=())
+    facts: Sequence[tuple[str, str]]
     """Name and value of what stands below it."""
 
 
 def headline_tiles(found: Findings) -> list[Tile]:
     """The headline figures: of every set when they are few, else of the paper's tables that are
     whole."""
-    tables = [one for one in _list_tables(found) if not _missing_sets(found, one)]
-    if len(found.sets) <= SETS_IN_FULL or not tables:
+    whole = [
+        table
+        for table in TABLES
+        if (average := found.table_average(table, found.subject)) and not average["missing"]
+    ]
+    if len(found.sets) <= SETS_IN_FULL or not whole:
         return _set_tiles(found, found.sets)[:MOST_TILES]
     first, last = (
         _set_tiles(found, [key for key in keys if key in found.sets])
         for keys in (("imagenet1k",), ("flickr30k", "coco"))
     )
-    averages = [_average_tile(found, table) for table in tables]
-    return [*first, *averages, *last][:MOST_TILES]
+    return [*first, *(_average_tile(found, table) for table in whole), *last][:MOST_TILES]
 
 
 def summary_sentences(found: Findings) -> list[str]:
@@ -63,36 +65,30 @@ def average_interval(found: Findings, table: str, model: str) -> tuple[float, fl
 
     None when a set of the table was not evaluated, and for DataComp's.
     """
-    figures = [
-        found.get_figure(key, model, known.metric) for key, known in members_of(table).items()
-    ]
-    given = [(one.value, one.interval) for one in figures]
-    known = [(value, spread) for value, spread in given if value is not None and spread]
-    if not known or len(known) < len(given):
+    figures = _paper_figures(found, table, model)
+    given = [(x.value, x.interval) for x in figures if x.value is not None and x.interval]
+    if not given or len(given) < len(figures):
         return None
-    mean = sum(value for value, _ in known) / len(known)
-    half = sqrt(sum(((high - low) / 2) ** 2 for _, (low, high) in known)) / len(known)
+    mean = sum(value for value, _ in given) / len(given)
+    half = sqrt(sum(((high - low) / 2) ** 2 for _, (low, high) in given)) / len(given)
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
-def _list_tables(found: Findings) -> list[str]:
-    return [table for table in TABLES if found.table_average(table, found.subject)]
-
-
-def _missing_sets(found: Findings, table: str) -> Sequence[str]:
-    missing: Sequence[str] = found.table_average(table, found.subject)["missing"]
-    return missing
+def _paper_figures(found: Findings, table: str, model: str) -> list[Figure]:
+    """A model's figures that a table of the paper averages."""
+    members = members_of(table).items()
+    return [found.get_figure(key, model, known.metric) for key, known in members]
 
 
 def _set_tiles(found: Findings, sets: Sequence[str]) -> list[Tile]:
-    figures = [one for key in sets for one in found.headline_figures(key, found.subject)]
     return [
         Tile(
             f"{found.set_name(one.evalset)} · {one.title}",
             format_percent(one.value),
-            facts=[*_list_facts(found, one)],
+            [*_list_facts(found, one)],
         )
-        for one in figures
+        for key in sets
+        for one in found.headline_figures(key)
         if one.value is not None
     ]
 
@@ -100,26 +96,26 @@ def _set_tiles(found: Findings, sets: Sequence[str]) -> list[Tile]:
 def _list_facts(found: Findings, figure: Figure) -> Iterator[tuple[str, str]]:
     if figure.interval:
         yield "95 % interval", format_interval(figure.interval)
-    if figure.published:
-        yield "published", f"{100 * figure.published.value:.1f} %"
+    if figure.paper:
+        yield "published", f"{100 * figure.paper['published']:.1f} %"
     for other in found.others[:OTHERS_IN_TILES]:
-        theirs = found.get_figure(figure.evalset, other, figure.metric)
-        if theirs.value is not None:
-            yield other, format_percent(theirs.value)
+        theirs = found.set_results(figure.evalset, other).get(figure.metric)
+        if theirs is not None:
+            yield other, format_percent(theirs)
     if figure.chance is not None:
         yield "chance", format_percent(figure.chance)
 
 
 def _average_tile(found: Findings, table: str) -> Tile:
-    average, title = found.table_average(table, found.subject), f"Average of {TABLES[table]}"
-    value, reference = average["value"], average["intersection_reference"]
+    average = found.table_average(table, found.subject)
     facts: list[tuple[str, str]] = []
-    spread = average_interval(found, table, found.subject)
-    facts += [("95 % interval", format_interval(spread))] if spread else []
-    facts += [("published", f"{reference:.1f} %")] if reference is not None else []
-    delta = average["delta"]
-    facts += [("gap Δ", format_points(delta))] if delta is not None else []
-    return Tile(title, f"{value:.1f} %", facts=facts)
+    if spread := average_interval(found, table, found.subject):
+        facts.append(("95 % interval", format_interval(spread)))
+    if (reference := average["intersection_reference"]) is not None:
+        facts.append(("published", f"{reference:.1f} %"))
+    if average["delta"] is not None:
+        facts.append(("gap Δ", format_points(average["delta"])))
+    return Tile(f"Average of {TABLES[table]}", f"{average['value']:.1f} %", facts)
 
 
 def _extent_lines(found: Findings) -> Iterator[str]:
@@ -133,44 +129,36 @@ def _extent_lines(found: Findings) -> Iterator[str]:
 
 def _agreement_lines(found: Findings) -> Iterator[str]:
     counts = count_verdicts(found, found.subject)
-    same, other, unlike = (counts[one] for one in ("reproduced", "differs", "not comparable"))
-    if same + other + unlike:
+    if counts:
+        same, other = counts["reproduced"], counts["differs"]
         yield (
-            f"Of {format_plural(same + other + unlike, 'figure')} that the paper prints too, "
-            f"{same} {_is_or_are(same)} reproduced, "
-            f"{other} {'differs' if other == 1 else 'differ'} and "
-            f"{unlike} {_is_or_are(unlike)} not comparable."
+            f"Of {format_plural(counts.total(), 'figure')} that the paper prints too, "
+            f"{same} {_is_or_are(same)} reproduced, {other} {'differs' if other == 1 else 'differ'}"
+            f" and {_not_comparable(counts['not comparable'])}."
         )
-    for table in _list_tables(found):
-        average = found.table_average(table, found.subject)
+    for table, title in TABLES.items():
+        if not (average := found.table_average(table, found.subject)):
+            continue
         value, reference = average["value"], average["intersection_reference"]
-        missing = _missing_sets(found, table)
+        missing = average["missing"]
         if value is not None and reference is not None:
-            unlike = _count_not_comparable(found, table)
+            figures = _paper_figures(found, table, found.subject)
+            unlike = [one for one in figures if one.paper.get("verdict") == "not comparable"]
             beside = (
-                f"though {unlike} of its figures {_is_or_are(unlike)} not comparable"
+                f"though {_not_comparable(len(unlike), ' of its figures')}"
                 if unlike
                 else f"a difference of {format_signed(value - reference)}"
             )
             yield (
-                f"The average over {TABLES[table]} is {value:.1f} %, published {reference:.1f} %, "
-                f"{beside}."
+                f"The average over {title} is {value:.1f} %, published {reference:.1f} %, {beside}."
             )
         elif value is not None:
-            yield f"The average over {TABLES[table]} is {value:.1f} %."
+            yield f"The average over {title} is {value:.1f} %."
         elif found.failed.keys() & set(missing):  # others were not asked for
             yield (
-                f"There is no average over {TABLES[table]}: {format_plural(len(missing), 'set')} "
+                f"There is no average over {title}: {format_plural(len(missing), 'set')} "
                 f"of it {_is_or_are(len(missing))} missing."
             )
-
-
-def _count_not_comparable(found: Findings, table: str) -> int:
-    given = [
-        found.get_figure(key, found.subject, known.metric).published
-        for key, known in members_of(table).items()
-    ]
-    return sum(one is not None and one.verdict == "not comparable" for one in given)
 
 
 def _against_others(found: Findings) -> Iterator[str]:
@@ -178,16 +166,15 @@ def _against_others(found: Findings) -> Iterator[str]:
         tests = [one for *_, one in compared_pairs(found, other, headlines_only=True)]
         sure = [one for one in tests if one["p"] < SURE]
         better = sum(one["difference"] > 0 for one in sure)
-        if tests and not sure:
+        figures, test = format_plural(len(tests), "headline figure"), f"(paired tests, p < {SURE})"
+        if sure:
             yield (
-                f"Beside {other}, {found.subject} cannot be told apart on any of "
-                f"{format_plural(len(tests), 'headline figure')} (paired tests, p < {SURE})."
+                f"Beside {other}, {found.subject} is better on {better} and worse on "
+                f"{len(sure) - better} of {figures} {test}; the others cannot be told apart."
             )
         elif tests:
             yield (
-                f"Beside {other}, {found.subject} is better on {better} and worse on "
-                f"{len(sure) - better} of {format_plural(len(tests), 'headline figure')} "
-                f"(paired tests, p < {SURE}); the others cannot be told apart."
+                f"Beside {other}, {found.subject} cannot be told apart on any of {figures} {test}."
             )
 
 
@@ -205,10 +192,13 @@ def _warning_lines(found: Findings) -> Iterator[str]:
             f"({format_percent(shares[worst])})."
         )
     counts = [len(found.describe_set(one)["warnings"]) for one in found.sets]
-    warned = sum(map(bool, counts))
-    if warned:
+    if warned := sum(map(bool, counts)):
         come, count = "comes" if warned == 1 else "come", format_plural(sum(counts), "warning")
         yield f"{format_plural(warned, 'set')} {come} with {count}: read them first."
+
+
+def _not_comparable(count: int, of: str = "") -> str:
+    return f"{count}{of} {_is_or_are(count)} not comparable"
 
 
 def _is_or_are(count: int) -> str:

@@ -1,12 +1,9 @@
 """Tables of the report: over all sets, and of one set."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tasks.evaluate.metrics.scored import Scored
-from tasks.evaluate.report.charts import interval_bar
-from tasks.evaluate.report.examples import find_confusions
 from tasks.evaluate.report.findings import Figure, Findings
 from tasks.evaluate.report.numbers import (
     format_interval,
@@ -16,6 +13,7 @@ from tasks.evaluate.report.numbers import (
     format_signed,
     p_value,
 )
+from tasks.evaluate.report.templates import MACROS
 from tasks.evaluate.sets.set_registry import DATACOMP, find_set
 from tasks.table import NOTHING, Cell, Table, TableColumn, words
 
@@ -29,6 +27,7 @@ TABLES = {
     DATACOMP: "DataComp's 38 sets, the main figure of each",
 }
 """Tables of the paper that have an average, and DataComp's."""
+TEMPLATES_SHOWN = 4
 SURE = 0.05
 """p-value below which a difference is coloured."""
 
@@ -42,36 +41,31 @@ def glance_table(found: Findings) -> Table:
 
     It is top-1 unless the row says otherwise.
     """
-    figures = [one for key in found.sets for one in found.headline_figures(key, found.subject)]
     table = Table.of(
         *("set", found.subject, "95 % interval", TableColumn("0 … 100 %", is_drawn=True)),
         *("published", "difference", words("verdict")),
         *(*found.others, "chance", "images", "warnings"),
     )
-    for one in figures:
-        about, published = found.describe_set(one.evalset), one.published
-        bar = None
-        if one.value is not None:  # a figure that is missing is not one of 0
-            bar = interval_bar(
-                one.value,
-                one.interval,
-                published=published.value if published else None,
-                chance=one.chance,
-            )
+    for one in (one for key in found.sets for one in found.headline_figures(key)):
+        about, link, published = found.describe_set(one.evalset), set_anchor(one.evalset), one.paper
         warnings = len(about["warnings"])
         table.add(
-            Cell(_name_figure(found, one), link=set_anchor(one.evalset)),
+            Cell(_name_figure(found, one), link=link),
             Cell(format_percent(one.value), "value"),
             format_interval(one.interval),
-            Cell("", drawing=bar),
-            *(_published_cell(one, table), format_signed(one.difference), _verdict_cell(one)),
-            *(
-                format_percent(found.get_figure(one.evalset, x, one.metric).value)
-                for x in found.others
+            Cell(
+                "",
+                drawing=None  # a figure that is missing is not one of 0
+                if one.value is None
+                else MACROS.interval_bar(
+                    one.value, one.interval, published.get("published"), one.chance
+                ),
             ),
+            *(_published_cell(one, table), format_signed(one.difference), _verdict_cell(one)),
+            *_list_percents(found, one.evalset, one.metric, found.others),
             format_percent(one.chance),
             f"{about['n']:,}",
-            Cell(str(warnings), "warned", link=set_anchor(one.evalset)) if warnings else "",
+            Cell(str(warnings), "warned", link=link) if warnings else "",
         )
     return table
 
@@ -79,20 +73,20 @@ def glance_table(found: Findings) -> Table:
 def verdict_table(found: Findings) -> Table:
     """Every figure of ours that the paper prints too; the ones that differ first."""
     compared = [
-        (VERDICTS.index(one.published.verdict), model, one, one.published)
+        (VERDICTS.index(one.paper["verdict"]), model, one)
         for model in found.models
         for one in compared_figures(found, model)
-        if one.published
     ]
-    several = len({model for _, model, _, _ in compared}) > 1
+    several = len({model for _, model, _ in compared}) > 1
     model_column = (words("model"),) if several else ()
     table = Table.of(
         *("set", *model_column, words("verdict"), "ours", "published", "difference"),
         *("tolerance", words("why")),
     )
     # Footnotes are numbered in the order of models and sets, which the order of rows is not.
-    table.cite(note for _, _, _, published in compared for note in published.errata)
-    for _, model, one, published in sorted(compared, key=lambda entry: entry[0]):
+    table.cite(note for _, _, one in compared for note in one.paper["errata"])
+    for _, model, one in sorted(compared, key=lambda entry: entry[0]):
+        tolerance = one.paper["tolerance"]
         table.add(
             Cell(_name_figure(found, one), link=set_anchor(one.evalset)),
             *([model] if several else []),
@@ -100,19 +94,18 @@ def verdict_table(found: Findings) -> Table:
             format_percent(one.value),
             _published_cell(one, table),
             format_signed(one.difference, 2),
-            NOTHING if published.tolerance is None else f"± {published.tolerance:g}",
-            published.reason or "within the tolerance",
+            NOTHING if tolerance is None else f"± {tolerance:g}",
+            one.paper["reason"] or "within the tolerance",
         )
     return table
 
 
 def compared_figures(found: Findings, model: str) -> list[Figure]:
-    return [one for key in found.sets for one in found.list_figures(key, model) if one.published]
+    return [one for key in found.sets for one in found.list_figures(key, model) if one.paper]
 
 
-def count_verdicts(found: Findings, model: str) -> Mapping[str, int]:
-    given = [one.published.verdict for one in compared_figures(found, model) if one.published]
-    return {verdict: given.count(verdict) for verdict in VERDICTS}
+def count_verdicts(found: Findings, model: str) -> Counter[str]:
+    return Counter(one.paper["verdict"] for one in compared_figures(found, model))
 
 
 def average_table(found: Findings) -> Table:
@@ -147,19 +140,16 @@ def comparison_table(found: Findings, *, headlines_only: bool) -> Table:
     )
     for other in found.others:
         for evalset, metric, one in compared_pairs(found, other, headlines_only=headlines_only):
-            low, high = (100 * bound for bound in one["interval"])
+            low, high = (format_signed(100 * bound, 2) for bound in one["interval"])
             is_sure = one["p"] < SURE
             direction = "good" if one["difference"] > 0 else "bad"
             table.add(
                 Cell(found.set_name(evalset), link=set_anchor(evalset)),
                 other,
                 found.metric_title(metric),
-                *(
-                    format_percent(found.get_figure(evalset, x, metric).value)
-                    for x in (found.subject, other)
-                ),
+                *_list_percents(found, evalset, metric, (found.subject, other)),
                 Cell(format_signed(100 * one["difference"], 2), direction if is_sure else "quiet"),
-                f"{format_signed(low, 2)} … {format_signed(high, 2)}",
+                f"{low} … {high}",
                 Cell(p_value(one["p"]), "" if is_sure else "quiet"),
             )
     return table
@@ -180,19 +170,17 @@ def contamination_table(found: Findings) -> Table:
         *("without them", "difference"),
     )
     for evalset in found.sets:
-        one = found.contaminated_images(evalset)
-        if not one:
+        if not (one := found.contaminated_images(evalset)):
             continue
         flagged, n = one["flagged"], found.describe_set(evalset)["n"]
-        for figure in found.headline_figures(evalset, found.subject):
+        for figure in found.headline_figures(evalset):
             ours, cleaned = figure.value, (one["figures_without"] or {}).get(figure.metric)
             table.add(
                 Cell(found.set_name(evalset), link=set_anchor(evalset)),
                 f"{flagged:,} of {n:,}",
                 format_percent(flagged / n),
                 figure.title,
-                format_percent(ours),
-                format_percent(cleaned),
+                *(format_percent(ours), format_percent(cleaned)),
                 NOTHING
                 if ours is None or cleaned is None
                 else format_signed(100 * (cleaned - ours), 2),
@@ -223,9 +211,6 @@ def count_sets_and_images(found: Findings) -> str:
     return f"{format_plural(len(found.sets), 'set')}, {format_plural(images, 'image')}"
 
 
-TEMPLATES_SHOWN = 4
-
-
 def figure_table(found: Findings, evalset: str) -> Table:
     """Every figure of the subject on a set, beside the other models and chance."""
     table = Table.of(
@@ -238,10 +223,7 @@ def figure_table(found: Findings, evalset: str) -> Table:
             Cell(format_percent(one.value), "value"),
             format_interval(one.interval),
             format_interval(one.bounds) if is_tied else "",
-            *(
-                format_percent(found.get_figure(evalset, other, one.metric).value)
-                for other in found.others
-            ),
+            *_list_percents(found, evalset, one.metric, found.others),
             format_percent(one.chance),
         )
     return table
@@ -267,16 +249,6 @@ def class_table(found: Findings, evalset: str, taken_for: Mapping[int, tuple[int
         other, count = taken_for.get(index, (None, 0))
         said = NOTHING if other is None else f"{entries[other]['name']} ({count:,})"
         table.add(one["name"], f"{one['n']:,}", f"{one['correct']:,}", bar, said)
-    return table
-
-
-def confusion_table(scored: Scored, most: int) -> Table:
-    """The commonest mistakes that were made more than once."""
-    table = Table.of("class", words("taken for"), "images of the class")
-    names, sizes = scored.evalset.classnames, Counter(one.label for one in scored.evalset.samples)
-    for (actual, said), images in list(find_confusions(scored).items())[:most]:
-        if len(images) > 1:
-            table.add(names[actual], names[said], f"{len(images):,} of {sizes[actual]:,}")
     return table
 
 
@@ -335,21 +307,24 @@ def _describe_value(value: Any) -> str:
 
 def _name_figure(found: Findings, figure: Figure) -> str:
     """A set and its figure in one name; of top-1 the set's alone."""
-    return found.set_name(figure.evalset) + (
-        "" if figure.metric == "top1" else f" · {figure.title}"
-    )
+    name = found.set_name(figure.evalset)
+    return name if figure.metric == "top1" else f"{name} · {figure.title}"
+
+
+def _list_percents(found: Findings, evalset: str, metric: str, models: Iterable[str]) -> list[str]:
+    return [format_percent(found.set_results(evalset, one).get(metric)) for one in models]
 
 
 def _verdict_cell(figure: Figure) -> Cell:
-    verdict = figure.published.verdict if figure.published else NOTHING
+    verdict = figure.paper.get("verdict", NOTHING)
     return Cell(verdict, EMPHASIS.get(verdict, ""))
 
 
 def _published_cell(figure: Figure, table: Table) -> Cell:
-    if figure.published is None:
+    if not figure.paper:
         return Cell(NOTHING)
-    notes = table.cite(figure.published.errata)
-    return Cell(f"{100 * figure.published.value:.1f} %", notes=notes)
+    notes = table.cite(figure.paper["errata"])
+    return Cell(f"{100 * figure.paper['published']:.1f} %", notes=notes)
 
 
 def _value_or_refusal(value: float | None, reason: str, table: Table) -> Cell:

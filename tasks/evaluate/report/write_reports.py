@@ -1,18 +1,35 @@
-"""Write the reports of an evaluation beside its figures."""
+"""Write the reports of an evaluation beside its figures: a page, Markdown, a flat table.
+
+The page is one HTML file that needs no other. What the texts say is in `*.j2` beside this file.
+"""
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from evaclip_model.files import write_atomically
+from evaclip_model.zeroshot.statistics import chance_of_hit, hit_rate
 from tasks.evaluate.config import FIGURES, MARKDOWN, REPORT, SUMMARY
 from tasks.evaluate.metrics.scored import Scored
-from tasks.evaluate.report.curves import Curve
+from tasks.evaluate.paper.published import paper, rows_of
+from tasks.evaluate.report import examples, tables
+from tasks.evaluate.report.charts import Bubble, ChartLine, bubble_chart, line_chart
+from tasks.evaluate.report.curves import Curve, loss_chart
 from tasks.evaluate.report.findings import Findings
-from tasks.evaluate.report.markdown import write_markdown, write_short_markdown
-from tasks.evaluate.report.page import write_page
+from tasks.evaluate.report.numbers import format_percent
+from tasks.evaluate.report.paper_form import paper_tables
+from tasks.evaluate.report.summary import headline_tiles, summary_sentences
+from tasks.evaluate.report.templates import TEMPLATES
+
+FAMILIES = {"EVA": "eva", "OpenAI": "openai", "Open": "open"}
+"""First word of a model's name in the paper -> style of its circle."""
+CLASSES_SHOWN = 10
+"""Weakest classes of a set in Markdown; the page has all of them."""
 
 
 def write_reports(
@@ -24,38 +41,131 @@ def write_reports(
 ) -> tuple[Path, ...]:
     """Write the reports of `results` (results.json's content) into `folder`; their paths.
 
-    `scored` is set -> model -> rankings, for pictures and examples; `lineage` an SVG.
+    `scored` is set -> model -> rankings, for pictures and examples; `lineage` an SVG, drawn by this
+    project.
     """
-    texts = {
-        REPORT: write_page(results, scored, curves, lineage),
-        MARKDOWN: write_markdown(results, scored, curves),
-        SUMMARY: write_short_markdown(results),
-        FIGURES: write_csv(results),
+    found, images_seen = Findings(results), sum(curve.samples[-1] for curve in curves)
+    parts: dict[str, Any] = {
+        "found": found,
+        "about": found.describe_model(found.subject),
+        "sentences": summary_sentences(found),
+        "tiles": headline_tiles(found),
+        "extent": tables.count_sets_and_images(found),
+        "images_seen": images_seen,
+        "failures": tables.failure_table(found),
+        "glance": tables.glance_table(found),
+        "verdicts": tables.verdict_table(found),
+        "paper": paper_tables(found),
+        "averages": tables.average_table(found),
+        "compute": compute_chart(found, images_seen),
+        "comparisons": tables.comparison_table(found, headlines_only=True),
+        "all_comparisons": tables.comparison_table(found, headlines_only=False),
+        "contamination": tables.contamination_table(found),
+        "curves": [(curve, loss_chart(curve)) for curve in curves],
+        "sets": [_describe_set(found, key, scored.get(key, {})) for key in found.sets],
+        "provenance": tables.provenance_table(found),
+        "lineage": Markup(lineage),
     }
+    texts = {
+        name: TEMPLATES.get_template(f"{name}.j2").render(parts) + "\n"
+        for name in (REPORT, MARKDOWN, SUMMARY)
+    }
+    texts[FIGURES] = write_csv(found)
     for name, text in texts.items():
         write_atomically(folder / name, text)
     return tuple(folder / name for name in texts)
 
 
-def write_csv(results: Mapping[str, Any]) -> str:
+def write_csv(found: Findings) -> str:
     """Every figure of every model as a flat table, shares of 1."""
-    found = Findings(results)
     out = io.StringIO()
     rows = csv.writer(out, lineterminator="\n")
     rows.writerow(
         ("set", "model", "metric", "value", "low", "high", "chance", "published", "verdict", "n")
     )
     for key in found.sets:
+        n = found.describe_set(key)["n"]
         for model in found.models:
             for one in found.list_figures(key, model):
-                published = one.published
-                rows.writerow(
-                    (
-                        *(key, model, one.metric, one.value),
-                        *(one.interval or ("", "")),
-                        one.chance,
-                        *((published.value, published.verdict) if published else ("", "")),
-                        found.describe_set(key)["n"],
-                    )
-                )
+                spread, paper = one.interval or ("", ""), one.paper
+                beside = (one.chance, paper.get("published"), paper.get("verdict"), n)
+                rows.writerow((key, model, one.metric, one.value, *spread, *beside))
     return out.getvalue()
+
+
+def compute_chart(found: Findings, images_seen: float) -> Markup | None:
+    """Accuracy against compute as the paper's Figure 1, when ImageNet-1K was evaluated.
+
+    The figure's horizontal axis is not stated; here it is the image tower's forward pass. A circle
+    stands for forward GFLOPs times training samples, as the caption says; its area here, where the
+    paper says diameter, because the range is two hundred to one.
+
+    `images_seen` are the subject's image-text pairs where its training is known, else 0.
+    """
+    shares = {model: found.set_results("imagenet1k", model).get("top1") for model in found.models}
+    if all(share is None for share in shares.values()):
+        return None
+    rows = {row.model: row.cells for row in rows_of("1a")}
+    bubbles = []
+    for one in paper().models:
+        top1, samples = (rows[one.row][key] for key in ("in1k_zs_top1", "samples_seen"))
+        family = FAMILIES[one.row.replace("-", " ").split()[0]]
+        bubbles.append(Bubble(one.gflops, top1, one.gflops * samples, one.row, family))
+    for model, share in shares.items():
+        about = found.describe_model(model)
+        gflops, beside = about["gflops"], about["paper"]
+        if share is not None and gflops:
+            seen = images_seen if model == found.subject else 0
+            if not seen and beside and beside["is_released"]:
+                seen = rows[beside["row"]]["samples_seen"]
+            bubbles.append(Bubble(gflops, 100 * share, gflops * seen or None, model, "subject"))
+    return bubble_chart(bubbles, x="forward GFLOPs an image", y="ImageNet-1K zero-shot top-1, %")
+
+
+def depth_chart(by_model: Mapping[str, Scored], subject: str) -> Markup | None:
+    """Share of right answers among the first k, over k, for every model and for chance; None where
+    answers are not ranked."""
+    rankings = {
+        name: ranking
+        for name, one in by_model.items()
+        for ranking in [*one.rankings_by_direction().values()][:1]
+    }
+    if subject not in rankings:
+        return None
+    evalset = by_model[subject].evalset
+    answers = len(evalset.classnames) or len(evalset.captions)
+    ks = sorted({max(1, round(answers ** (i / 40))) for i in range(41)})
+    owned = [max(1, len(sample.captions)) for sample in evalset.samples]
+    lines = [ChartLine([(k, 100 * chance_of_hit(k, answers, owned)) for k in ks], *["chance"] * 2)]
+    for name, ranking in reversed(rankings.items()):
+        style = "subject" if name == subject else "other"
+        lines.append(ChartLine([(k, 100 * hit_rate(ranking.ranks, k)) for k in ks], name, style))
+    return line_chart(lines, x="first k answers", y="right answer among them, %", log_x=True)
+
+
+def _describe_set(found: Findings, key: str, scored: Mapping[str, Scored]) -> dict[str, Any]:
+    """One set for the templates; examples of other kinds of answers than its own are none."""
+    values = [one.value for one in found.headline_figures(key)]
+    one, amount = scored.get(found.subject), examples.Amount.for_sets(len(found.sets))
+    ranked = one if one and one.classes is not None else None
+    classes = tables.class_table(found, key, examples.taken_for(ranked) if ranked else {})
+    return {
+        "key": key,
+        "anchor": tables.set_anchor(key),
+        "name": found.set_name(key),
+        "about": found.describe_set(key),
+        "results": found.set_results(key, found.subject),
+        "headline": " / ".join(format_percent(value) for value in values if value is not None),
+        "figures": tables.figure_table(found, key),
+        "classes": classes,
+        "weakest": replace(classes, rows=classes.rows[:CLASSES_SHOWN]),
+        "confusions": examples.pick_confusions(ranked, amount) if ranked else [],
+        "mistakes": examples.pick_mistakes(ranked, amount) if ranked else [],
+        "class_searches": (
+            examples.class_searches(one, amount) if one and one.scores is not None else []
+        ),
+        "searches": examples.pick_searches(one, amount) if one and one.images is not None else [],
+        "readings": examples.pick_readings(one, amount) if one and one.texts is not None else [],
+        "depth": depth_chart(scored, found.subject),
+        "provenance": tables.set_provenance_table(found, key),
+    }

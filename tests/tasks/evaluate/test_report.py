@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from markupsafe import Markup
 from PIL import Image
 from rich.console import Console
 
@@ -23,8 +24,6 @@ from tasks.evaluate.report.charts import (
     ChartLine,
     bubble_chart,
     choose_ticks,
-    format_short,
-    interval_bar,
     line_chart,
 )
 from tasks.evaluate.report.curves import loss_chart, read_curve
@@ -35,17 +34,17 @@ from tasks.evaluate.report.numbers import (
     format_percent,
     format_plural,
     format_points,
+    format_short,
     format_signed,
     format_size,
     p_value,
 )
+from tasks.evaluate.report.templates import MACROS
 from tasks.table import (
     Cell,
     Table,
     TableColumn,
-    element,
     escape_markdown,
-    html_table,
     markdown_table,
     terminal_table,
     words,
@@ -140,9 +139,9 @@ def test_circles_keep_their_names_apart_and_the_unknown_ones_are_dashed():
 
 
 def test_a_bar_shows_what_there_is():
-    everything = interval_bar(0.5, (0.4, 0.6), published=0.7, chance=0.1)
+    everything = MACROS.interval_bar(0.5, (0.4, 0.6), published=0.7, chance=0.1)
     assert all(f'class="{one}"' in everything for one in ("range", "published", "chance"))
-    alone = interval_bar(0.5, None)
+    alone = MACROS.interval_bar(0.5, None)
     assert "range" not in alone and "published" not in alone
 
 
@@ -190,7 +189,7 @@ def example() -> Table:
     """Every kind of row and cell."""
     table = Table.of("a", "b", words("c"), TableColumn("d", is_drawn=True))
     first = Cell("1.0", "good", notes=table.cite(["first", "second"]))
-    drawn = Cell("", drawing=element("svg"))
+    drawn = Cell("", drawing=Markup("<svg></svg>"))
     table.add("a group", style="group")
     table.add(Cell("x | y", link="there"), first, Cell("<b>", url="https://here/?a&b"), drawn)
     again = Cell("2.0", share=0.25, notes=table.cite(["second"]))
@@ -213,7 +212,7 @@ def test_a_table_in_markdown_has_its_footnotes_once_and_escapes_its_cells():
 
 
 def test_a_table_in_html_names_its_rows_and_escapes_its_cells():
-    rows = [row for row in html_table(example(), is_wide=True).split("<tr")]
+    rows = [row for row in MACROS.html_table(example(), is_wide=True).split("<tr")]
     assert 'class="card scroll wide"' in rows[0]
     assert '<th colspan="4" scope="rowgroup">a group</th>' in rows[2]
     assert '<th scope="row"><a href="#there">x | y</a></th>' in rows[3]
