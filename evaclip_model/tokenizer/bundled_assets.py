@@ -9,6 +9,7 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -42,8 +43,10 @@ def package_file(name: str) -> Path | None:
     return carried_file(name)
 
 
+@cache
 def text_repair() -> ModuleType:
-    """The library ftfy: the installed one, or the carried one.
+    """The library ftfy: the installed one, or the carried one; imported for the first text that
+    may need it.
 
     Raises: ModuleNotFoundError: neither is there.
     """

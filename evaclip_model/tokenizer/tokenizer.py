@@ -36,8 +36,6 @@ from evaclip_model.tokenizer.bundled_assets import (
     text_repair,
 )
 
-ftfy = text_repair()
-
 Split = Callable[[str], list[str]]
 Merge = Callable[[str], list[int]]
 END_OF_WORD = "</w>"
@@ -137,10 +135,10 @@ def _pad_rows(
 
 def _clean_text(text: str) -> str:
     # Resolving entities is ftfy's first repair. It leaves them alone beside a "<".
-    repaired = ftfy.fixes.unescape_html(text) if "&" in text and "<" not in text else text
+    repaired = text_repair().fixes.unescape_html(text) if "&" in text and "<" not in text else text
     if not _UNCHANGED.match(repaired):
         # Twice, because captions taken from web pages are often escaped twice.
-        return html.unescape(html.unescape(ftfy.fix_text(text))).lower()
+        return html.unescape(html.unescape(text_repair().fix_text(text))).lower()
     return (repaired if repaired.isascii() else repaired.translate(_STRAIGHT)).lower()
 
 

@@ -4,13 +4,17 @@
 `docs/evaluate.md` says what its columns are.
 """
 
+import io
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import torch
+from pyarrow import json as pyarrow_json
 from pyarrow import parquet
 from torch import Tensor
 
@@ -21,15 +25,15 @@ from tasks.evaluate.metrics.scored import SHOWN, Scored, image_of_caption
 WriteAnswers = Callable[[str, Scored, Tensor, Tensor], None]
 """Called with the model's name, its answers, its features of images [N, D], and of what can be
 answered [A, D]."""
-_NAME = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
 SCHEMA = pyarrow.schema(
     {
-        **{"set": _NAME, "model": _NAME, "direction": _NAME, "key": pyarrow.string()},
-        **{"query": pyarrow.string(), "label": pyarrow.list_(pyarrow.int32())},
-        **{"rank": pyarrow.int32(), "answers": pyarrow.list_(pyarrow.int32())},
-        **{"names": pyarrow.list_(pyarrow.string()), "scores": pyarrow.list_(pyarrow.float32())},
+        **{name: pyarrow.string() for name in ("set", "model", "direction", "key", "query")},
+        **{"label": pyarrow.list_(pyarrow.int32()), "rank": pyarrow.int32()},
+        **{"answers": pyarrow.list_(pyarrow.int32()), "names": pyarrow.list_(pyarrow.string())},
+        "scores": pyarrow.list_(pyarrow.float32()),
     }
 )
+_ROWS_AT_ONCE = 100_000
 
 
 @contextmanager
@@ -38,21 +42,35 @@ def write_answers(path: Path) -> Iterator[WriteAnswers]:
     with replace_file(path) as beside, parquet.ParquetWriter(beside, SCHEMA) as file:
 
         def write(model: str, scored: Scored, images: Tensor, answers: Tensor) -> None:
-            for columns in _list_columns(scored, images, answers):
-                about = {"set": scored.evalset.name, "model": model}
-                named = {name: [text] * len(columns["key"]) for name, text in about.items()}
-                file.write_table(pyarrow.table({**named, **columns}, schema=SCHEMA))
-            if scored.similarities is not None:
-                rows = [*_list_choices(scored, model)]
-                file.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA))
+            about = {"set": scored.evalset.name, "model": model}
+            rows = chain(_list_answers(scored, images, answers), _list_choices(scored))
+            while lines := [_write_line(about | row) for row in islice(rows, _ROWS_AT_ONCE)]:
+                file.write_table(_read_lines(b"".join(lines)))
 
         yield write
 
 
-def _list_choices(scored: Scored, model: str) -> Iterator[dict[str, Any]]:
+def _write_line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _read_lines(lines: bytes) -> pyarrow.Table:
+    """The table of JSON lines: a table of Python's values would import pandas, a quarter of a
+    second that an evaluation from cached features feels."""
+    return pyarrow_json.read_json(
+        io.BytesIO(lines),
+        read_options=pyarrow_json.ReadOptions(use_threads=False, block_size=len(lines)),
+        parse_options=pyarrow_json.ParseOptions(
+            explicit_schema=SCHEMA, unexpected_field_behavior="error"
+        ),
+    )
+
+
+def _list_choices(scored: Scored) -> Iterator[dict[str, Any]]:
     """A row for each image of a choice set's questions, or for each text where images are chosen;
     the answers are those of the question, the nearest first."""
-    assert scored.similarities is not None
+    if scored.similarities is None:
+        return
     number = {sample.key: place for place, sample in enumerate(scored.evalset.samples)}
     first = 0
     for question, cosines in zip(scored.evalset.questions, scored.similarities, strict=True):
@@ -65,7 +83,6 @@ def _list_choices(scored: Scored, model: str) -> Iterator[dict[str, Any]]:
             own = [pair[not chooses] for pair in question.pairs if pair[chooses] == place]
             order = sorted(range(len(values)), key=lambda one: -values[one])
             yield {
-                **{"set": scored.evalset.name, "model": model},
                 "direction": "text → image" if chooses else "image → text",
                 "key": question.images[own[0]] if chooses else asked[place],
                 "query": asked[place] if chooses else None,
@@ -77,8 +94,8 @@ def _list_choices(scored: Scored, model: str) -> Iterator[dict[str, Any]]:
             }
 
 
-def _list_columns(scored: Scored, images: Tensor, answers: Tensor) -> Iterator[dict[str, Any]]:
-    """The columns of each direction in which a set asks."""
+def _list_answers(scored: Scored, images: Tensor, answers: Tensor) -> Iterator[dict[str, Any]]:
+    """A row for each question of each direction in which a set asks."""
     samples, captions = scored.evalset.samples, scored.evalset.captions
     keys, owner = [one.key for one in samples], image_of_caption(scored.evalset).tolist()
     labels = [[*one.labels] or [one.label] for one in samples]
@@ -104,11 +121,12 @@ def _list_columns(scored: Scored, images: Tensor, answers: Tensor) -> Iterator[d
             torch.einsum("qd,qkd->qk", asked[rows].float(), gallery[top[rows]].float())
             for rows in torch.split(torch.arange(len(top)), ROWS)
         ]
-        yield {
-            **about,
+        columns = about | {
             "direction": [direction] * len(top),
             "rank": ranks,
             "answers": top.tolist(),
             "names": [[names[answer] for answer in row] for row in top.tolist()],
             "scores": torch.cat(parts).tolist(),
         }
+        for row in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, row, strict=True))

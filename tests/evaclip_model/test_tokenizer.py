@@ -146,7 +146,7 @@ def test_text_whose_cleaning_is_skipped_would_stay_as_it_is():
 
 
 def test_common_captions_are_not_repaired(monkeypatch):
-    monkeypatch.setattr(tokenizer.ftfy, "fix_text", None)
+    monkeypatch.setattr(ftfy, "fix_text", None)
     captions = [
         "Salt & pepper, 5% off!",
         "“It’s” – a hot café",

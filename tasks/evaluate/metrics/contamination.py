@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -20,7 +19,6 @@ from tasks.evaluate.metrics.compute import Figures, compute_figures
 from tasks.evaluate.metrics.scored import Scored, image_of_caption
 from tasks.evaluate.sets.published_layout import EvalSet
 from tasks.index.perceptual_hash import ImageHashes, KnownHashes, hash_images
-from tasks.index.sample_index import Kind, SampleIndex
 from tasks.progress import Report
 
 Mask = npt.NDArray[np.bool_]
@@ -63,6 +61,9 @@ def seen_in_training(
     Samples that the versions of `trained_on` leave out do not count; two look-alikes may differ in
     `most` of the 64 bits of a perceptual hash.
     """
+    # DuckDB and pyarrow's kernels come only here: most evaluations ask nothing of a training.
+    from tasks.index.sample_index import Kind, SampleIndex
+
     digests = sorted({digest for hashes in sets.values() for digest in hashes.sha256})
     looks = [hashes.looks[hashes.decoded] for hashes in sets.values()]
     tested = KnownHashes(np.concatenate([np.empty(0, np.uint64), *looks]), most)
@@ -79,7 +80,7 @@ def seen_in_training(
         start = 0
         for table in index.iterate_chunks("phash"):
             here = used[start : start + table.num_rows] & table["phash"].is_valid().to_numpy()
-            hashes = pc.fill_null(table["phash"], 0).to_numpy()[here]
+            hashes = table["phash"].fill_null(0).to_numpy()[here]
             alike.append(np.unique(hashes[tested.find_near(hashes)]))
             start += table.num_rows
             done += table.num_rows

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, WebPImagePlugin
 
 from evaclip_model.reading.image_decoder import decode_image
 from evaclip_model.zeroshot.exact_ranks import Ranking, top_k
@@ -27,6 +27,8 @@ FEW_SETS = 6
 THUMBNAIL_PX = 72
 QUALITY = 72
 """Of thumbnails, as WebP counts it."""
+_FORM = WebPImagePlugin.WebPImageFile.format
+"""By a mere name Pillow finds a form after importing all of its plugins."""
 
 
 class Amount(NamedTuple):
@@ -168,7 +170,7 @@ def make_thumbnail(content: bytes) -> str:
     rgba.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BICUBIC)
     flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     out = io.BytesIO()
-    flat.save(out, "WEBP", quality=QUALITY, method=4)
+    flat.save(out, _FORM, quality=QUALITY, method=4)
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
 
 
