@@ -24,18 +24,12 @@ from tasks.evaluate.sets.set_registry import (
 STAGE = Stage("evaluate", 2, tools=("torch", "pillow", "numpy", "ftfy"))
 Precision = Literal["fp32", "bf16", "fp16"]
 Probe = Literal["linear", "knn", "few_shot"]
-RESULTS = "results.json"
-"""Every figure, with the data and settings behind it."""
-REPORT = "report.html"
-"""The page for people; it needs no other file."""
+RESULTS = "results.json"  # every figure, with the data and settings behind it
+REPORT = "report.html"  # for people; it needs no other file
 MARKDOWN = "report.md"
-"""The report as text."""
-SUMMARY = "summary.md"
-"""Its first screen, for the page of a flow run."""
+SUMMARY = "summary.md"  # the report's first screen, for the page of a flow run
 FIGURES = "figures.csv"
-"""Every figure as a flat table."""
-ANSWERS = "answers.parquet"
-"""Every model's answer to every sample; stays beside the results."""
+ANSWERS = "answers.parquet"  # every model's answer to every sample; stays beside the results
 ATTACHED = (REPORT, MARKDOWN, RESULTS, FIGURES)
 """Files that are kept with the tracking run."""
 OWN_PROMPTS: tuple[PromptSource, ...] = ("dataset", "openai")
@@ -97,40 +91,33 @@ class EvalSetConfig(Config):
 
     @field_validator("templates")
     @classmethod
-    def _have_a_place_for_the_class(
-        cls, value: PromptSource | tuple[str, ...]
-    ) -> PromptSource | tuple[str, ...]:
-        if not isinstance(value, str):
-            if not value:
-                raise ValueError('needs at least one template, or "dataset" for the set\'s own')
-            for template in value:
-                if "{c}" not in template:
-                    raise ValueError(f"needs {{c}} for the class name in '{template}'")
+    def _have_a_place_for_the_class(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value:
+            raise ValueError('needs at least one template, or "dataset" for the set\'s own')
+        for template in () if isinstance(value, str) else value:
+            if "{c}" not in template:
+                raise ValueError(f"needs {{c}} for the class name in '{template}'")
         return value
 
     @model_validator(mode="after")
-    def _prompts_only_classes(self) -> Self:
-        own = (self.templates, self.classnames) != ("dataset", "dataset")
-        if self.kind not in CLASS_KINDS and own:
-            raise ValueError(
-                f"set '{self.name}': {self.kind} compares captions as they are, leave out "
-                "templates and classnames"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _sources_have_the_set(self) -> Self:
+    def _fits_its_prompts(self) -> Self:
+        if self.kind not in CLASS_KINDS:
+            if (self.templates, self.classnames) != ("dataset", "dataset"):
+                raise ValueError(
+                    f"set '{self.name}': {self.kind} compares captions as they are, leave out "
+                    "templates and classnames"
+                )
+            return self
         known = find_set(self.name)
-        if self.kind in CLASS_KINDS:
-            for what, chosen, there in (
-                ("templates", self.templates, known.prompts if known else OWN_PROMPTS),
-                ("classnames", self.classnames, known.names if known else OWN_NAMES),
-            ):
-                if isinstance(chosen, str) and chosen not in there:
-                    raise ValueError(
-                        f"set '{self.name}' has no {what} in '{chosen}': give one of "
-                        f"{', '.join(there)}, or a list of your own"
-                    )
+        for what, chosen, there in (
+            ("templates", self.templates, known.prompts if known else OWN_PROMPTS),
+            ("classnames", self.classnames, known.names if known else OWN_NAMES),
+        ):
+            if isinstance(chosen, str) and chosen not in there:
+                raise ValueError(
+                    f"set '{self.name}' has no {what} in '{chosen}': give one of "
+                    f"{', '.join(there)}, or a list of your own"
+                )
         return self
 
 

@@ -53,13 +53,10 @@ def evaluate_models(
     then the failure is raised, and a repeat finds their features kept.
 
     Args:
-        models: as `encode/open_models.py` names them; the first is the one evaluated.
+        models: the first is the one evaluated.
         curves: the `metrics.jsonl` of the training stages, in order.
         trained_on: the data of the model evaluated, to tell which test images it has seen.
         lineage: the artifacts behind that model, as an SVG for the page.
-
-    Raises:
-        InputError: a set, a model or a curve is missing or unreadable, or a model has diverged.
     """
     if not models:
         raise InputError("no model to evaluate was given")

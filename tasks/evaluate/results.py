@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib import metadata
@@ -125,25 +125,25 @@ def counts_of(results: Mapping[str, Any]) -> dict[str, float]:
     have each verdict, `paper.reproduced`, `paper.differs`, `paper.not_comparable`.
     """
     counts: dict[str, float] = {}
+    subject = results["subject"]
     for name, by_model in results["results"].items():
         for model, figures in by_model.items():
-            prefix = name if model == results["subject"] else f"{name}.{model}"
+            prefix = name if model == subject else f"{name}.{model}"
             own = [name for name in results["own_metrics"] if name in figures]
             for metric in [*(one.name for one in metrics_in(figures)), *own]:
                 counts[f"{prefix}.{metric}"] = figures[metric]
         counts[f"{name}.n"] = results["sets"][name]["n"]
         for metric, value in results["chance"][name].items():
             counts[f"{name}.chance.{metric}"] = value
-    subject = results["subject"]
     for table, by_model in results["averages"].items():
-        if by_model[subject]["value"] is not None:
-            counts[f"average.{table}"] = by_model[subject]["value"] / 100
+        if (percent := by_model[subject]["value"]) is not None:
+            counts[f"average.{table}"] = percent / 100
     verdicts = Counter(
-        one["verdict"].replace(" ", "_")
+        f"paper.{one['verdict'].replace(' ', '_')}"
         for by_model in results["paper"].values()
         for one in by_model.get(subject, {}).values()
     )
-    return {**counts, **{f"paper.{verdict}": times for verdict, times in verdicts.items()}}
+    return {**counts, **verdicts}
 
 
 def prompts_digest(evalset: EvalSet) -> str:
@@ -153,7 +153,7 @@ def prompts_digest(evalset: EvalSet) -> str:
 
 
 def _describe_set(evalset: EvalSet, split: str) -> dict[str, Any]:
-    known = evalset.known
+    known, train = evalset.known, evalset.train
     return {
         "kind": evalset.kind,
         "metric": known.metric if known else None,
@@ -167,11 +167,7 @@ def _describe_set(evalset: EvalSet, split: str) -> dict[str, Any]:
         "templates": list(evalset.templates),
         "prompts_source": evalset.prompts_source,
         "prompts_digest": prompts_digest(evalset),
-        **(
-            {"train": {"n": len(evalset.train), "images_digest": evalset.train.images_digest}}
-            if evalset.train
-            else {}
-        ),
+        **({"train": {"n": len(train), "images_digest": train.images_digest}} if train else {}),
     }
 
 
@@ -184,9 +180,9 @@ def _paper_figures(
     """Model -> metric -> the figure that the paper prints, and how ours stands to it."""
     found: dict[str, dict[str, Any]] = {}
     for name, figures in results.items():
-        model = rows[name]
-        for metric in metrics_in(figures) if model else ():
-            assert model is not None
+        if (model := rows[name]) is None:
+            continue
+        for metric in metrics_in(figures):
             reference = find_published(model.row, evalset.name, metric.name)
             if reference is None:
                 continue
@@ -195,8 +191,7 @@ def _paper_figures(
                 "published": reference.value / 100,
                 "tolerance": reference.tolerance,
                 "row": model.row,
-                "verdict": ruling.verdict,
-                "reason": ruling.reason,
+                **ruling._asdict(),
                 "errata": list(reference.errata),
             }
     return found
@@ -226,9 +221,8 @@ def _average_datacomp(results: Mapping[str, Mapping[str, Figures]], model: str) 
     """DataComp's average: of each of its 38 sets the figure that it calls the main one."""
     values = {}
     for key, by_model in results.items():
-        figures = by_model[model]
+        figures, known = by_model[model], find_set(key)
         both = [figures[way] for way in ("image_to_text_r1", "text_to_image_r1") if way in figures]
-        known = find_set(key)
         main = known.datacomp if known else ""
         if main == "mean_r1" and both:
             values[key] = fmean(both)
@@ -292,19 +286,18 @@ def permuted_classes(evalset: EvalSet, scored: Scored) -> dict[str, str]:
     no two classes share one: a model that knows the classes and a list in the wrong order."""
     if scored.classes is None:
         return {}
-    answers: dict[int, Counter[int]] = {}
-    given = scored.classes.top[:, 0].tolist()
+    answers: defaultdict[int, Counter[int]] = defaultdict(Counter)
+    names, given = evalset.classnames, scored.classes.top[:, 0].tolist()
     for sample, answer in zip(evalset.samples, given, strict=True):
-        answers.setdefault(sample.label, Counter())[answer] += 1
-    commonest = {label: counted.most_common(1)[0] for label, counted in answers.items()}
+        answers[sample.label][answer] += 1
     wrong = {
         label: answer
-        for label, (answer, times) in commonest.items()
-        if times >= CONSISTENT * answers[label].total()
-        and evalset.classnames[answer] != evalset.classnames[label]
+        for label, counted in answers.items()
+        for answer, times in counted.most_common(1)
+        if times >= CONSISTENT * counted.total() and names[answer] != names[label]
     }
     claimed = Counter(wrong.values())
     pairs = {label: answer for label, answer in wrong.items() if claimed[answer] == 1}
     if len(pairs) < max(FEWEST_PERMUTED, PERMUTED * len(answers)):
         return {}
-    return {evalset.classnames[label]: evalset.classnames[said] for label, said in pairs.items()}
+    return {names[label]: names[said] for label, said in pairs.items()}

@@ -8,13 +8,12 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from subprocess import TimeoutExpired
-from typing import get_args
 
 from torch import Tensor
 
@@ -36,10 +35,9 @@ from tasks.evaluate.encode.encode_worker import (
     ImageWork,
     ModelWork,
     Progress,
-    RankFile,
+    RankState,
     do_share,
     rank_file,
-    write_images,
 )
 from tasks.evaluate.sets.published_layout import EvalSet
 from tasks.process.child import start_supervised
@@ -70,11 +68,8 @@ class Features:
     def compute_missing(self, folder: Path, report: Report) -> None:
         """Compute the missing features; add the sets that cannot be evaluated to `failed`.
 
-        `folder` is for the job and the logs of the ranks, of this evaluation alone.
-
-        Raises:
-            InputError: a model cannot be opened, its features are not finite, or ranks die again
-                and again.
+        `folder` is for the job and the logs of the ranks, of this evaluation alone. InputError if a
+        model cannot be opened, its features are not finite, or ranks die again and again.
         """
         total = sum(len(one) + len(texts_of(one)) for one in self.sets.values()) * len(self.models)
         idle, before = 0, -1
@@ -106,11 +101,7 @@ class Features:
         report(total, total)
 
     def image_features(self, model: str, name: str) -> Tensor:
-        """Unit features of all images of a set [N, D].
-
-        Raises:
-            RuntimeError: they are not all there.
-        """
+        """Unit features of all images of a set [N, D]; RuntimeError if they are not all there."""
         evalset = self.sets[name]
         features = read_features(self._image_folder(model, evalset), len(evalset))
         if features is None or len(features) != len(evalset):
@@ -128,57 +119,36 @@ class Features:
         sets = {name: one for name, one in self.sets.items() if name not in self.failed}
         wanted = list(dict.fromkeys(text for one in sets.values() for text in texts_of(one)))
         for number, model in enumerate(self.models):
-            text_folder = self._text_folder(model)
-            texts = (
-                [] if text_folder in planned else TextFeatures(text_folder).missing_texts(wanted)
-            )
-            planned.add(text_folder)
+            place = self._text_folder(model)
+            texts = [] if place in planned else TextFeatures(place).missing_texts(wanted)
+            planned.add(place)
             listed = folder / f"texts-{number}.json"
             if texts:
                 write_atomically(listed, json.dumps(texts))
             images = tuple(self._missing_images(model, sets, folder, planned))
             if texts or images:
-                found.append(
-                    ModelWork(
-                        name=model,
-                        spec=self.specs[model],
-                        texts=listed if texts else None,
-                        text_count=len(texts),
-                        text_folder=text_folder,
-                        images=images,
-                    )
-                )
+                work = {"texts": listed if texts else None, "text_count": len(texts)}
+                about = {"name": model, "spec": self.specs[model], "text_folder": place}
+                found.append(ModelWork(**about, **work, images=images))
         return found
 
     def _missing_images(
         self, model: str, sets: Mapping[str, EvalSet], folder: Path, planned: set[Path]
-    ) -> list[ImageWork]:
-        found = []
+    ) -> Iterator[ImageWork]:
         for number, (name, evalset) in enumerate(sets.items()):
-            place = self._image_folder(model, evalset)
-            blocks = [] if place in planned else missing_blocks(place, len(evalset))
+            place, count = self._image_folder(model, evalset), len(evalset)
+            blocks = [] if place in planned else missing_blocks(place, count)
             planned.add(place)
             if blocks:
                 listed = folder / f"images-{number}.json"
                 if not listed.is_file():
-                    samples = evalset.samples
-                    keys = tuple(one.key for one in samples)
-                    spans = tuple(one.image for one in samples)
-                    write_images(listed, ImageList(name, keys, spans, evalset.crop_px))
-                count = sum(
-                    min(IMAGE_BLOCK, len(evalset) - block * IMAGE_BLOCK) for block in blocks
+                    keys, spans = zip(*((x.key, x.image) for x in evalset.samples), strict=True)
+                    images = ImageList(keys=keys, spans=spans, crop_px=evalset.crop_px)
+                    write_atomically(listed, images.model_dump_json())
+                left = sum(min(IMAGE_BLOCK, count - block * IMAGE_BLOCK) for block in blocks)
+                yield ImageWork(
+                    name=name, listed=listed, folder=place, blocks=tuple(blocks), count=left
                 )
-                found.append(
-                    ImageWork(
-                        name=name,
-                        listed=listed,
-                        folder=place,
-                        blocks=tuple(blocks),
-                        count=count,
-                        crop_px=evalset.crop_px,
-                    )
-                )
-        return found
 
     def _image_folder(self, model: str, evalset: EvalSet) -> Path:
         one = self.models[model]
@@ -202,9 +172,9 @@ def _run_ranks(job: EncodeJob, folder: Path, progress: Progress) -> dict[str, st
         return do_share(job, 0, progress)
     path = folder / "job.json"
     write_atomically(path, job.model_dump_json(indent=1))
-    for rank in range(job.ranks):
-        for content in get_args(RankFile):
-            rank_file(path, rank, content).unlink(missing_ok=True)
+    states = [rank_file(path, rank) for rank in range(job.ranks)]
+    for state in states:
+        state.unlink(missing_ok=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     module = "tasks.evaluate.encode.encode_worker"
     with ExitStack() as stack:
@@ -223,29 +193,17 @@ def _run_ranks(job: EncodeJob, folder: Path, progress: Progress) -> dict[str, st
             while process.poll() is None:
                 with suppress(TimeoutExpired):
                     process.wait(POLL_S)
-                progress(*_read_progress(path, job.ranks))
-                _check_sentences(path, job.ranks)
-    _check_sentences(path, job.ranks)
-    failed: dict[str, str] = {}
-    for rank in range(job.ranks):
-        with suppress(FileNotFoundError):
-            failed |= json.loads(rank_file(path, rank, "failed").read_text())
-    return failed
+                said = _read_states(states)
+                progress(sum(one.done for one in said), said[0].detail if said else "")
+    return {name: why for one in _read_states(states) for name, why in one.failed.items()}
 
 
-def _read_progress(path: Path, ranks: int) -> tuple[int, str]:
-    said = []
-    for rank in range(ranks):
-        with suppress(FileNotFoundError):
-            said.append(json.loads(rank_file(path, rank, "progress").read_text()))
-    return sum(one["done"] for one in said), said[0]["detail"] if said else ""
-
-
-def _check_sentences(path: Path, ranks: int) -> None:
-    for rank in range(ranks):
-        message = rank_file(path, rank, "message")
-        if message.is_file():
-            raise InputError(message.read_text())
+def _read_states(files: Sequence[Path]) -> list[RankState]:
+    """States of the ranks that have said any; InputError with the first message to the user."""
+    said = [RankState.model_validate_json(one.read_text()) for one in files if one.is_file()]
+    if message := next((one.message for one in said if one.message), ""):
+        raise InputError(message)
+    return said
 
 
 def _count_work(work: ModelWork) -> int:

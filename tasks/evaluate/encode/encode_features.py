@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 from evaclip_model.files import replace_file
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
@@ -48,11 +49,7 @@ _USED = ".used"
 
 
 def write_block(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Put a block in its place, whole.
-
-    Raises:
-        OSError: the disk is full.
-    """
+    """Put a block in its place, whole; OSError if the disk is full."""
     plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path, sync=False) as beside:  # write_tensors syncs
@@ -95,38 +92,29 @@ class Cache:
 
     def remove_oldest(self) -> None:
         """Remove the least recently used folders until the rest fits."""
-        by_age = sorted(self.root.rglob(_USED), key=_last_use, reverse=True)
+        by_age = sorted(self.root.rglob(_USED), key=lambda mark: _stat(mark)[0], reverse=True)
         total = 0
         for mark in by_age:
-            total += sum(_file_bytes(file) for file in mark.parent.iterdir())
+            total += sum(_stat(file)[1] for file in mark.parent.iterdir())
             if total > self.most_bytes:
                 shutil.rmtree(mark.parent, ignore_errors=True)
 
 
-def _last_use(path: Path) -> float:
+def _stat(path: Path) -> tuple[float, int]:
+    """Time and bytes of a file; none where another process has removed it."""
     with suppress(OSError):
-        return path.stat().st_mtime
-    return 0.0
+        found = path.stat()
+        return found.st_mtime, found.st_size
+    return 0.0, 0
 
 
-def _file_bytes(path: Path) -> int:
-    with suppress(OSError):
-        return path.stat().st_size
-    return 0
-
-
-@dataclass(frozen=True)
-class ImageList:
+class ImageList(Config):
     """The images of one set, as the processes that encode them receive them."""
 
-    name: str
     keys: tuple[str, ...]
     spans: tuple[Span, ...]
-    crop_px: int = 0
+    crop_px: int
     """Cut off every side of every image first."""
-
-    def __len__(self) -> int:
-        return len(self.keys)
 
 
 class UnusableSetError(InputError):
@@ -137,12 +125,9 @@ def begin_block(
     subject: Subject, images: ImageList, number: int, pool: Executor | None
 ) -> Iterator[Tensor]:
     """The model's input [3, S, S] for each image of a block; with a pool, all are decoded ahead.
-
-    Raises:
-        UnusableSetError: an image cannot be decoded; raised when its turn comes.
-    """
+    UnusableSetError, if one cannot be decoded, is raised when its turn comes."""
     start = number * IMAGE_BLOCK
-    rows = range(start, min(start + IMAGE_BLOCK, len(images)))
+    rows = range(start, min(start + IMAGE_BLOCK, len(images.keys)))
     decode = partial(_load_pixels, images, subject.transform)
     return map(decode, rows) if pool is None else pool.map(decode, rows)
 
@@ -151,13 +136,9 @@ def encode_block(
     subject: Subject, images: ImageList, number: int, decoded: Iterator[Tensor], folder: Path
 ) -> int:
     """Encode the images that `begin_block` decodes and write the block; returns their number.
-
-    Raises:
-        UnusableSetError: an image cannot be decoded.
-        InputError: features are not finite.
-    """
+    UnusableSetError if one cannot be decoded, InputError if features are not finite."""
     features = embed_images(subject, decoded)
-    write_block(_block_path(folder, number, len(images)), {_FEATURES: features})
+    write_block(_block_path(folder, number, len(images.keys)), {_FEATURES: features})
     return len(features)
 
 
@@ -245,11 +226,7 @@ class TextFeatures:
         return sum(self._cut[self._row[_text_key(text)]] for text in texts)
 
     def features_of(self, texts: Sequence[str]) -> Tensor:
-        """Unit features of `texts` [N, D]; equal texts get equal ones.
-
-        Raises:
-            KeyError: a text is missing.
-        """
+        """Unit features [N, D], equal ones of equal texts; KeyError if one is missing."""
         return self._features[torch.tensor([self._row[_text_key(text)] for text in texts])]
 
 
@@ -274,10 +251,8 @@ def encode_texts(
     """Encode this rank's share of distinct `texts` into files of `folder`.
 
     Every rank is given the same texts and takes each `ranks`-th block, from its own number on.
-    `progress` is called with the number of texts of each block.
-
-    Raises:
-        InputError: features are not finite.
+    `progress` is called with the number of texts of each block. InputError if features are not
+    finite.
     """
     for chunks in list(iterate_text_blocks(subject, texts))[rank::ranks]:
         features = torch.cat([encode_text_chunk(subject, chunk) for _, chunk in chunks])

@@ -7,12 +7,12 @@ and renames finished blocks into place. A killed rank loses the block it was wor
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 
@@ -20,7 +20,6 @@ from evaclip_model.config import Config
 from evaclip_model.cpu.allocator import freed_memory_kept
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
-from evaclip_model.zeroshot.set_layout import Span
 from tasks.encoders.open_models import Subject, open_subject
 from tasks.evaluate.config import Precision
 from tasks.evaluate.encode.encode_features import (
@@ -31,7 +30,6 @@ from tasks.evaluate.encode.encode_features import (
     encode_texts,
 )
 
-RankFile = Literal["progress", "failed", "message"]
 Progress = Callable[[int, str], None]
 """Called with the number of images and texts done, and the names of their model and set."""
 
@@ -41,13 +39,12 @@ class ImageWork(Config):
 
     name: str
     listed: Path
-    """File of the tars and byte ranges of the images."""
+    """File of the images, an `ImageList`."""
     folder: Path
     """Folder of the finished blocks."""
     blocks: tuple[int, ...]
     count: int
     """Images in them."""
-    crop_px: int = 0
 
 
 class ModelWork(Config):
@@ -73,17 +70,27 @@ class EncodeJob(Config):
     precision: Precision
 
 
-def rank_file(job: Path, rank: int, content: RankFile) -> Path:
-    """File beside the job in which a rank leaves its progress; the sets that it found unusable,
-    when it is done; or its message to the user, who must correct something first."""
-    return job.with_name(f"{content}-{rank}")
+class RankState(Config):
+    """Progress of a rank, for whoever started it."""
+
+    done: int = 0
+    """Images and texts."""
+    detail: str = ""
+    failed: Mapping[str, str] = {}
+    """Set -> the reason why it cannot be evaluated, once the rank is done."""
+    message: str = ""
+    """To the user, who must correct something first."""
+
+
+def rank_file(job: Path, rank: int) -> Path:
+    """File beside the job with a rank's `RankState`."""
+    return job.with_name(f"state-{rank}.json")
 
 
 def do_share(job: EncodeJob, rank: int, progress: Progress) -> dict[str, str]:
     """Do a rank's share of the job; returns set -> the reason why it cannot be evaluated.
 
-    Raises:
-        InputError: a model cannot be opened, or its features are not finite.
+    InputError if a model cannot be opened, or its features are not finite.
     """
     failed: dict[str, str] = {}
     done = 0
@@ -123,28 +130,13 @@ def _do_images(
     subject: Subject, work: ImageWork, mine: Sequence[int], pool: Executor | None
 ) -> Iterator[int]:
     """Encode some blocks of a set; yields the number of images of each."""
-    images = read_images(work)
+    images = ImageList.model_validate_json(work.listed.read_text())
     decoded = begin_block(subject, images, mine[0], pool)
     for number, following in zip(mine, [*mine[1:], None], strict=True):
         # Decoding the next block begins before this one is encoded.
         ahead = begin_block(subject, images, following, pool) if following is not None else decoded
         yield encode_block(subject, images, number, decoded, work.folder)
         decoded = ahead
-
-
-def write_images(path: Path, images: ImageList) -> None:
-    """Write the tars and byte ranges of a set's images, for `read_images`."""
-    tars = list(dict.fromkeys(str(span.tar) for span in images.spans))
-    number = {tar: index for index, tar in enumerate(tars)}
-    rows = [[number[str(span.tar)], span.offset, span.size] for span in images.spans]
-    write_atomically(path, json.dumps({"tars": tars, "keys": images.keys, "spans": rows}))
-
-
-def read_images(work: ImageWork) -> ImageList:
-    said = json.loads(work.listed.read_text())
-    tars = [Path(tar) for tar in said["tars"]]
-    spans = tuple(Span(tars[tar], offset, size) for tar, offset, size in said["spans"])
-    return ImageList(work.name, tuple(said["keys"]), spans, work.crop_px)
 
 
 @contextmanager
@@ -172,16 +164,19 @@ def main(arguments: Sequence[str]) -> int:
     path, rank = Path(arguments[0]), int(arguments[1])
     job = EncodeJob.model_validate_json(path.read_text())
 
-    def progress(done: int, detail: str) -> None:
-        state = json.dumps({"done": done, "detail": detail})
-        write_atomically(rank_file(path, rank, "progress"), state)
+    said = RankState()
+
+    def say(**more: Any) -> None:
+        nonlocal said
+        said = said.model_copy(update=more)
+        write_atomically(rank_file(path, rank), said.model_dump_json())
 
     try:
-        failed = do_share(job, rank, progress)
+        failed = do_share(job, rank, lambda done, detail: say(done=done, detail=detail))
     except InputError as error:
-        write_atomically(rank_file(path, rank, "message"), str(error))
+        say(message=str(error))
         return 2
-    write_atomically(rank_file(path, rank, "failed"), json.dumps(failed))
+    say(failed=failed)
     return 0
 
 

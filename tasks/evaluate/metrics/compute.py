@@ -21,14 +21,13 @@ def compute_figures(scored: Scored) -> Figures:
     """Metrics by name, with `n`, `intervals` (95 %), `bounds` under ties, and `tied` queries.
 
     Sets with classes also have `per_class`; those of one class an image have the commonest
-    `confusions`: the true class, the one given, how often.
-
-    Raises:
-        RuntimeError: not every sample of the index was ranked exactly once.
+    `confusions`: the true class, the one given, how often. RuntimeError if not every sample of the
+    index was ranked exactly once.
     """
     scored.check_complete()
     metrics = metrics_of(scored.evalset)
     values = {metric.name: metric.compute_value(scored) for metric in metrics}
+    probes = {name: one.made for name, one in scored.probes.items()}
     return {
         **_count_answers(scored),
         "intervals": {metric.name: metric.compute_interval(scored) for metric in metrics},
@@ -36,11 +35,7 @@ def compute_figures(scored: Scored) -> Figures:
             metric.name: metric.tie_bounds(scored, values[metric.name]) for metric in metrics
         },
         **values,
-        **(
-            {"probes": {name: one.made for name, one in scored.probes.items()}}
-            if scored.probes
-            else {}
-        ),
+        **({"probes": probes} if probes else {}),
         **_describe_classes(scored),
     }
 
@@ -52,11 +47,8 @@ def chance_levels(evalset: EvalSet) -> dict[str, float]:
 
 
 def compare_models(a: Scored, b: Scored) -> dict[str, PairedDifference]:
-    """Every figure of model a less that of model b on the same samples, by metric.
-
-    Raises:
-        InputError: they were not evaluated on the same images and classes.
-    """
+    """Every figure of model a less that of model b on the same samples, by metric; InputError if
+    they were not evaluated on the same images and classes."""
     if a.evalset.fingerprint != b.evalset.fingerprint:
         raise InputError(
             f"evaluation set '{a.evalset.name}': the two models were not evaluated on the same "
@@ -69,35 +61,27 @@ def compare_models(a: Scored, b: Scored) -> dict[str, PairedDifference]:
 
 def _count_answers(scored: Scored) -> Figures:
     evalset = scored.evalset
+    found: Figures = {"n": len(evalset)}
+    if evalset.kind == "choice":
+        return found | {"questions": len(evalset.questions), "tied": count_ties(scored)}
     if scored.scores is not None:
         positives = positives_of(evalset)
-        return {
-            "n": len(evalset),
-            "classes": len(evalset.classnames),
-            "positives": int(positives.sum()),
-            "tied": _count_tied_images(scored.scores, positives),
-        }
-    if scored.similarities is not None:
-        return {"n": len(evalset), "questions": len(evalset.questions), "tied": count_ties(scored)}
+        tied, right = _count_tied_images(scored.scores, positives), int(positives.sum())
+        return found | {"classes": len(evalset.classnames), "positives": right, "tied": tied}
     tied = sum(int(ranking.tied.sum()) for ranking in scored.rankings_by_direction().values())
     if scored.images is not None:
-        return {"n": len(evalset), "captions": len(scored.images), "tied": tied}
-    return {"n": len(evalset), "classes": len(evalset.classnames), "tied": tied}
+        return found | {"captions": len(scored.images), "tied": tied}
+    return found | {"classes": len(evalset.classnames), "tied": tied}
 
 
 def _describe_classes(scored: Scored) -> Figures:
     evalset = scored.evalset
     if scored.scores is not None:
         positives = positives_of(evalset)
-        counts = positives.sum(dim=0).tolist()
         precisions = average_precisions(scored.scores, positives).tolist()
-        each = zip(evalset.classnames, counts, precisions, strict=True)
-        return {
-            "per_class": [
-                {"name": name, "n": n, "average_precision": precision if n else None}
-                for name, n, precision in each
-            ]
-        }
+        each = zip(evalset.classnames, positives.sum(dim=0).tolist(), precisions, strict=True)
+        rows = [{"name": x, "n": n, "average_precision": p if n else None} for x, n, p in each]
+        return {"per_class": rows}
     if scored.classes is None:
         return {}
     labels, classes = labels_of(evalset), len(evalset.classnames)

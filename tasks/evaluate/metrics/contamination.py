@@ -16,6 +16,7 @@ import torch
 
 from evaclip_model.files import replace_file
 from tasks.evaluate.metrics.compute import Figures, compute_figures
+from tasks.evaluate.metrics.probes import ProbeAnswers
 from tasks.evaluate.metrics.scored import Scored, image_of_caption
 from tasks.evaluate.sets.published_layout import EvalSet
 from tasks.index.perceptual_hash import ImageHashes, KnownHashes, hash_images
@@ -107,17 +108,16 @@ def figures_without(scored: Scored, seen: Mask) -> Figures | None:
     samples = tuple(one for one, gone in zip(evalset.samples, seen, strict=True) if not gone)
     if evalset.kind == "multilabel" and not any(one.labels for one in samples):
         return None
-    captions = left[image_of_caption(evalset)]
     return compute_figures(
         Scored(
             replace(evalset, samples=samples),
             classes=scored.classes and scored.classes.select_queries(left),
             texts=scored.texts and scored.texts.select_queries(left),
-            images=scored.images and scored.images.select_queries(captions),
+            images=scored.images and scored.images.select_queries(left[image_of_caption(evalset)]),
             scores=None if scored.scores is None else scored.scores[left],
             probes={
-                name: replace(
-                    one, rankings=tuple(each.select_queries(left) for each in one.rankings)
+                name: ProbeAnswers(
+                    tuple(each.select_queries(left) for each in one.rankings), one.made
                 )
                 for name, one in scored.probes.items()
             },

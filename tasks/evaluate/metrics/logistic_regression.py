@@ -47,15 +47,11 @@ def solve_regression(
     start: Regression | None = None,
     device: str = "cpu",
 ) -> Regression:
-    """Fit features [N, D] to labels [N], until no entry of the gradient exceeds `tolerance`.
+    """Fit features [N, D] to labels [N], until no entry of the gradient exceeds `tolerance`;
+    RuntimeError if so many steps do not get there.
 
-    Args:
-        l2: of scikit-learn's C, 1 / (C N).
-        start: a solution to begin at, as of another l2.
-        device: where it is solved; the solution is on the CPU.
-
-    Raises:
-        RuntimeError: so many steps do not get there.
+    `l2` is, of scikit-learn's C, 1 / (C N); `start` a solution to begin at, as of another l2. It is
+    solved on `device`; the solution is on the CPU.
     """
     problem = _Problem(features.to(device), labels.to(device), classes, l2)
     centre = problem.centre.cpu()
@@ -95,9 +91,8 @@ class _Problem:
     def __init__(self, features: Tensor, labels: Tensor, classes: int, l2: float) -> None:
         self._features, self._labels = features, labels
         self.centre = features.mean(dim=0, dtype=torch.float64)
-        self._penalty = torch.full((features.shape[1] + 1, 1), l2, dtype=torch.float64)
-        self._penalty = self._penalty.to(features.device)
-        self._penalty[-1] = 0
+        penalty = [l2] * features.shape[1] + [0.0]
+        self._penalty = torch.tensor(penalty, dtype=torch.float64, device=features.device)[:, None]
         self._keep = len(features) * classes <= _KEPT
         self._point = torch.empty(0)
         self._chances: list[Tensor] = []

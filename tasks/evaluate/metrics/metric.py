@@ -4,45 +4,20 @@ A new metric is one entry of `METRICS`. Its name is a key of `results.json`, of 
 artifact and so of MLflow; tables show metrics in the order of the list.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from evaclip_model.zeroshot import statistics as stats
 from evaclip_model.zeroshot.exact_ranks import Ranking
-from evaclip_model.zeroshot.statistics import (
-    Curve,
-    Ties,
-    area_under_curve,
-    chance_of_hit,
-    design_interval,
-    effective_samples,
-    effective_units,
-    eleven_points,
-    f1_macro,
-    matched_interval,
-    mean_average_precision,
-    mean_per_class,
-    percentile_interval,
-    resampled_cells,
-    resampled_class_means,
-    resampled_means,
-    resampled_precisions,
-    test_mcnemar,
-    two_sided_p,
-    wilson_interval,
-    worst_group_share,
-)
-from tasks.evaluate.metrics.question_answers import (
-    chance_of_jaccard,
-    chance_of_texts,
-    choose_rightly,
-    jaccard_index,
-)
+from evaclip_model.zeroshot.statistics import Curve, Ties
 from tasks.evaluate.metrics.scored import (
     Scored,
     groups_of,
@@ -105,12 +80,10 @@ class Metric(ABC):
         """The figure of a model on a set, a share of 1."""
 
     @abstractmethod
-    def compute_interval(self, scored: Scored) -> Interval:
-        """Its 95 % interval."""
+    def compute_interval(self, scored: Scored) -> Interval: ...
 
     @abstractmethod
-    def compare_models(self, a: Scored, b: Scored) -> PairedDifference:
-        """The figure of model a less that of model b, on the same samples."""
+    def compare_models(self, a: Scored, b: Scored) -> PairedDifference: ...
 
     def tie_bounds(self, scored: Scored, value: float) -> Interval:
         """The figure if all ties were lost, and if all were won; `value` is the figure itself.
@@ -145,7 +118,7 @@ class SampleMetric(Metric):
         return float(values.mean())
 
     def _draw_averages(self, values: Tensor, evalset: EvalSet) -> Tensor:
-        return resampled_means(values)
+        return stats.resampled_means(values)
 
     def compute_value(self, scored: Scored, ties: Ties = "together") -> float:
         return self._average(self._sample_values(scored, ties), scored.evalset)
@@ -162,13 +135,13 @@ class HitShare(SampleMetric):
 
     def compute_interval(self, scored: Scored) -> Interval:
         hits = self._sample_values(scored)
-        return wilson_interval(int(hits.sum()), len(hits))
+        return stats.wilson_interval(int(hits.sum()), len(hits))
 
     def compare_models(self, a: Scored, b: Scored) -> PairedDifference:
         values = self._sample_values(a) - self._sample_values(b)
         only_a, only_b = int((values > 0).sum()), int((values < 0).sum())
-        test = test_mcnemar(only_a, only_b)
-        interval = matched_interval(only_a, only_b, len(values))
+        test = stats.test_mcnemar(only_a, only_b)
+        interval = stats.matched_interval(only_a, only_b, len(values))
         return PairedDifference(
             float(values.mean()), interval, test.mid, "McNemar, mid-p", only_a, only_b, test.exact
         )
@@ -179,19 +152,19 @@ class CaptionHitShare(HitShare):
     images are drawn, in a bootstrap, unless each has one caption."""
 
     def _draw_averages(self, values: Tensor, evalset: EvalSet) -> Tensor:
-        return resampled_means(values, image_of_caption(evalset))
+        return stats.resampled_means(values, image_of_caption(evalset))
 
     def compute_interval(self, scored: Scored) -> Interval:
-        if _has_one_caption_each(scored):
+        evalset, values = scored.evalset, self._sample_values(scored)
+        if len(evalset.captions) == len(evalset):
             return super().compute_interval(scored)
-        values = self._sample_values(scored)
-        draws = self._draw_averages(values, scored.evalset)
-        images = effective_units(image_of_caption(scored.evalset).bincount())
+        draws = self._draw_averages(values, evalset)
+        images = stats.effective_units(image_of_caption(evalset).bincount())
         mean = float(values.mean())
-        return design_interval(mean, draws, images, least=images, most=len(values))
+        return stats.design_interval(mean, draws, images, least=images, most=len(values))
 
     def compare_models(self, a: Scored, b: Scored) -> PairedDifference:
-        each = HitShare if _has_one_caption_each(a) else SampleMetric
+        each = HitShare if len(a.evalset.captions) == len(a.evalset) else SampleMetric
         return each.compare_models(self, a, b)
 
 
@@ -202,10 +175,10 @@ class SampleMean(SampleMetric):
 
     def compute_interval(self, scored: Scored) -> Interval:
         values = self._sample_values(scored)
-        draws = resampled_means(values)
+        draws = stats.resampled_means(values)
         if values.min() < 0 or values.max() > 1:  # not shares
-            return percentile_interval(draws)
-        return design_interval(float(values.mean()), draws, len(values), least=len(values))
+            return stats.percentile_interval(draws)
+        return stats.design_interval(float(values.mean()), draws, len(values), least=len(values))
 
 
 class SeedMean(SampleMean):
@@ -215,8 +188,8 @@ class SeedMean(SampleMean):
     def compute_interval(self, scored: Scored) -> Interval:
         values = self._sample_values(scored)
         seeds = [hits.double().mean() for hits in _probe_hits(scored, self.name, "together")]
-        return design_interval(
-            *(float(values.mean()), resampled_means(values), len(values)),
+        return stats.design_interval(
+            *(float(values.mean()), stats.resampled_means(values), len(values)),
             more_variance=float(torch.stack(seeds).var()) / len(seeds),
         )
 
@@ -225,15 +198,15 @@ class ClassMean(SampleMetric):
     """Share of hits in each class, then the mean over classes, with a bootstrap over samples."""
 
     def _average(self, values: Tensor, evalset: EvalSet) -> float:
-        return mean_per_class(values, labels_of(evalset))
+        return stats.mean_per_class(values, labels_of(evalset))
 
     def _draw_averages(self, values: Tensor, evalset: EvalSet) -> Tensor:
-        return resampled_class_means(values, labels_of(evalset))
+        return stats.resampled_class_means(values, labels_of(evalset))
 
     def compute_interval(self, scored: Scored) -> Interval:
         draws = self._draw_averages(self._sample_values(scored), scored.evalset)
-        samples = effective_samples(labels_of(scored.evalset).bincount())
-        return design_interval(self.compute_value(scored), draws, samples, most=samples)
+        samples = stats.effective_samples(labels_of(scored.evalset).bincount())
+        return stats.design_interval(self.compute_value(scored), draws, samples, most=samples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,25 +220,23 @@ class MeanPrecision(Metric):
 
     def compute_value(self, scored: Scored, ties: Ties = "together") -> float:
         positives = positives_of(scored.evalset)
-        return mean_average_precision(_class_scores(scored), positives, self.curve, ties)
+        return stats.mean_average_precision(_class_scores(scored), positives, self.curve, ties)
 
     def compute_interval(self, scored: Scored) -> Interval:
         positives = positives_of(scored.evalset)
         images = int(positives.any(dim=1).sum())
-        most = max(images, int(positives.sum()))
-        return design_interval(
-            self.compute_value(scored), self._bootstrap_draws(scored), images, most=most
-        )
+        value, draws = self.compute_value(scored), self._bootstrap_draws(scored)
+        return stats.design_interval(value, draws, images, most=max(images, int(positives.sum())))
 
     def compare_models(self, a: Scored, b: Scored) -> PairedDifference:
         # Equal seeds draw the same images for both.
         draws = self._bootstrap_draws(a) - self._bootstrap_draws(b)
-        return _bootstrap_difference(
-            self.compute_value(a) - self.compute_value(b), draws, len(a.evalset)
-        )
+        difference = self.compute_value(a) - self.compute_value(b)
+        return _bootstrap_difference(difference, draws, len(a.evalset))
 
     def _bootstrap_draws(self, scored: Scored) -> Tensor:
-        return resampled_precisions(_class_scores(scored), positives_of(scored.evalset), self.curve)
+        scores, positives = _class_scores(scored), positives_of(scored.evalset)
+        return stats.resampled_precisions(scores, positives, self.curve)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,12 +254,12 @@ class CellFigure(Metric):
 
     def compute_interval(self, scored: Scored) -> Interval:
         cells = self.cells(scored, "together")
-        draws = resampled_cells(cells, self.figure)
-        return design_interval(self.compute_value(scored), draws, len(cells), most=len(cells))
+        draws = stats.resampled_cells(cells, self.figure)
+        return stats.design_interval(self.compute_value(scored), draws, len(cells), most=len(cells))
 
     def compare_models(self, a: Scored, b: Scored) -> PairedDifference:
         both = torch.cat([self.cells(one, "together") for one in (a, b)], dim=1)
-        draws = resampled_cells(
+        draws = stats.resampled_cells(
             both,
             lambda one, drawn: self.figure(one[:, :2], drawn) - self.figure(one[:, 2:], drawn),
         )
@@ -309,10 +280,6 @@ def _class_scores(scored: Scored) -> Tensor:
     return scored.scores
 
 
-def _has_one_caption_each(scored: Scored) -> bool:
-    return len(scored.evalset.captions) == len(scored.evalset)
-
-
 def _bootstrap_difference(
     difference: float, draws: Tensor, units: int, hits: Tensor | None = None
 ) -> PairedDifference:
@@ -322,10 +289,10 @@ def _bootstrap_difference(
     `units` samples of which the difference's share differs, and p the sign test's of all of them.
     """
     counts = (None, None) if hits is None else (int((hits > 0).sum()), int((hits < 0).sum()))
-    interval, p = percentile_interval(draws), two_sided_p(draws)
+    interval, p = stats.percentile_interval(draws), stats.two_sided_p(draws)
     if interval[1] - interval[0] < _SAME:
         more = difference * units
-        interval = matched_interval(max(more, 0.0), max(-more, 0.0), units)
+        interval = stats.matched_interval(max(more, 0.0), max(-more, 0.0), units)
         p = 1.0 if abs(difference) < _SAME else min(1.0, 2.0 ** (1 - units))
     return PairedDifference(difference, interval, p, "paired bootstrap", *counts)
 
@@ -348,33 +315,30 @@ def define_top(k: int, **more: Any) -> Metric:
     )
 
 
-def define_image_to_text(k: int, headline: int = 0) -> Metric:
-    """Share of images with a caption of theirs among the first k."""
-    return HitShare(
-        name=f"image_to_text_r{k}",
-        title=f"image → text R@{k}",
-        kind="retrieval",
-        per_sample=lambda scored, ties: _resolve_ranks(scored.texts, ties) < k,
-        chance=lambda evalset: chance_of_hit(
-            k, len(evalset.captions), [len(sample.captions) for sample in evalset.samples]
+def define_recall(k: int) -> tuple[Metric, Metric]:
+    """Share of images with a caption of theirs among the first k; of captions whose image is."""
+    of_both: dict[str, Any] = {"kind": "retrieval", "printed_for": "retrieval"}
+    return (
+        HitShare(
+            name=f"image_to_text_r{k}",
+            title=f"image → text R@{k}",
+            per_sample=lambda scored, ties: _resolve_ranks(scored.texts, ties) < k,
+            chance=lambda evalset: stats.chance_of_hit(
+                k, len(evalset.captions), [len(sample.captions) for sample in evalset.samples]
+            ),
+            column=f"{{key}}_text_r{k}",
+            headline=2 if k == 1 else 0,
+            **of_both,
         ),
-        printed_for="retrieval",
-        column=f"{{key}}_text_r{k}",
-        headline=headline,
-    )
-
-
-def define_text_to_image(k: int, headline: int = 0) -> Metric:
-    """Share of captions whose image is among the first k."""
-    return CaptionHitShare(
-        name=f"text_to_image_r{k}",
-        title=f"text → image R@{k}",
-        kind="retrieval",
-        per_sample=lambda scored, ties: _resolve_ranks(scored.images, ties) < k,
-        chance=lambda evalset: min(1.0, k / len(evalset)),
-        printed_for="retrieval",
-        column=f"{{key}}_image_r{k}",
-        headline=headline,
+        CaptionHitShare(
+            name=f"text_to_image_r{k}",
+            title=f"text → image R@{k}",
+            per_sample=lambda scored, ties: _resolve_ranks(scored.images, ties) < k,
+            chance=lambda evalset: min(1.0, k / len(evalset)),
+            column=f"{{key}}_image_r{k}",
+            headline=1 if k == 1 else 0,
+            **of_both,
+        ),
     )
 
 
@@ -395,6 +359,41 @@ def define_probe(name: str, title: str, form: type[SampleMetric] = HitShare) -> 
         chance=lambda evalset: 1 / len(evalset.classnames),
         has_it=lambda evalset: name in evalset.probes,
     )
+
+
+def choose_rightly(question: Question, cosines: Tensor, ties: Ties, images: bool = False) -> bool:
+    """Return whether every text of each image (of each text every image, with `images`) that
+    belongs to it is nearer than any that does not; equally near is wrong, unless ties are won."""
+    belongs = torch.zeros_like(cosines, dtype=torch.bool)
+    belongs[tuple(zip(*question.pairs, strict=True))] = True
+    if images:
+        belongs, cosines = belongs.T, cosines.T
+    right = cosines.masked_fill(~belongs, torch.inf).min(dim=1).values
+    wrong = cosines.masked_fill(belongs, -torch.inf).max(dim=1).values
+    return bool(((right >= wrong) if ties == "won" else (right > wrong)).all())
+
+
+def jaccard_index(question: Question, cosines: Tensor, ties: Ties) -> float:
+    """Jaccard index of a text's images and as many that are nearest to it."""
+    right = {image for image, _ in question.pairs}
+    first = {"together": 0, "won": -1, "lost": 1}[ties]
+    order = sorted(
+        range(len(question.images)),
+        key=lambda one: (-float(cosines[one, 0]), first * (one in right)),
+    )
+    picked = set(order[: len(right)])
+    return len(picked & right) / len(picked | right)
+
+
+def chance_of_jaccard(question: Question) -> float:
+    """Its expectation under random picks: the number of right ones is hypergeometric."""
+    total, k = len(question.images), len(set(question.pairs))
+    ways = [math.comb(k, j) * math.comb(total - k, k - j) * j / (2 * k - j) for j in range(k + 1)]
+    return sum(ways) / math.comb(total, k)
+
+
+def chance_of_texts(question: Question) -> float:
+    return 1 / math.comb(len(question.texts), len(set(question.pairs)))
 
 
 def _choice_values(
@@ -487,7 +486,7 @@ def define_worst_group(k: int) -> Metric:
         cells=lambda scored, ties: torch.stack(
             [_resolve_ranks(scored.classes, ties) < k, groups_of(scored.evalset)], dim=1
         ),
-        figure=worst_group_share,
+        figure=stats.worst_group_share,
         has_it=lambda evalset: all(one.group >= 0 for one in evalset.samples),
     )
 
@@ -525,7 +524,7 @@ METRICS: tuple[Metric, ...] = (
         title="F1, mean over classes",
         kind="classification",
         cells=_answers_and_labels,
-        figure=f1_macro,
+        figure=stats.f1_macro,
         has_it=lambda evalset: evalset.known is not None and evalset.known.datacomp == "f1_macro",
     ),
     define_probe("linear_probe", "linear probe"),
@@ -535,7 +534,7 @@ METRICS: tuple[Metric, ...] = (
         name="map",
         title="mAP",
         kind="multilabel",
-        curve=area_under_curve,
+        curve=stats.area_under_curve,
         chance=_chance_of_precision,
         printed_for="map",
         headline=1,
@@ -544,7 +543,7 @@ METRICS: tuple[Metric, ...] = (
         name="map_11pt",
         title="mAP, 11 points",
         kind="multilabel",
-        curve=eleven_points,
+        curve=stats.eleven_points,
         chance=_chance_of_precision,
     ),
     HitShare(
@@ -556,8 +555,7 @@ METRICS: tuple[Metric, ...] = (
         headline=1,
         is_theirs_alone=True,
     ),
-    *(define_image_to_text(k, headline=2 if k == 1 else 0) for k in (1, 5, 10)),
-    *(define_text_to_image(k, headline=1 if k == 1 else 0) for k in (1, 5, 10)),
+    *chain(*zip(*map(define_recall, (1, 5, 10)), strict=True)),
     define_choice("accuracy", "accuracy", "texts", chance_of_texts, [False], headline=1),
     define_choice("group_score", "group score", "two by two", lambda _: 1 / 6, [False, True], 1),
     define_choice("text_score", "text score", "two by two", lambda _: 1 / 4, [False]),

@@ -5,7 +5,7 @@ of metric.py, each with a value for every question of a set.
 """
 
 import runpy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,35 +22,26 @@ NAME = "METRICS"
 
 
 def load_metrics(files: Sequence[str]) -> tuple[SampleMetric, ...]:
-    """The metrics that Python files define; what goes wrong in them is said in one sentence.
-
-    Raises:
-        InputError: a file raises, defines no metrics, or one with a name that is taken.
-    """
+    """The metrics that Python files define; InputError, in one sentence, where a file raises,
+    defines no metrics, or one with a name that is taken."""
     found: list[SampleMetric] = []
     for path in map(Path, files):
-        for metric in _read_file(path):
+        try:
+            defined = runpy.run_path(str(path)).get(NAME)
+        except Exception as error:  # whatever the user's code raises
+            raise InputError(f"{path} cannot be run: {_name_error(error)}") from error
+        if not isinstance(defined, Sequence) or not defined:
+            raise InputError(f"{path} defines no {NAME}: a list of metrics is expected")
+        for metric in defined:
+            if not isinstance(metric, SampleMetric):
+                raise InputError(
+                    f"{path}: {NAME} holds {metric!r:.60}, not a metric with a value for each "
+                    "sample (HitShare, SampleMean or ClassMean of tasks.evaluate.metrics.metric)"
+                )
             if metric.name in {one.name for one in (*METRICS, *found)}:
                 raise InputError(f"{path}: there is a metric '{metric.name}': give another name")
             found.append(_guard_metric(metric, path))
     return tuple(found)
-
-
-def _read_file(path: Path) -> Iterator[SampleMetric]:
-    try:
-        defined = runpy.run_path(str(path))
-    except Exception as error:  # whatever the user's code raises
-        raise InputError(f"{path} cannot be run: {_name_error(error)}") from error
-    made = defined.get(NAME)
-    if not isinstance(made, Sequence) or not made:
-        raise InputError(f"{path} defines no {NAME}: a list of metrics is expected")
-    for one in made:
-        if not isinstance(one, SampleMetric):
-            raise InputError(
-                f"{path}: {NAME} holds {one!r:.60}, not a metric with a value for each sample "
-                "(HitShare, SampleMean or ClassMean of tasks.evaluate.metrics.metric)"
-            )
-        yield one
 
 
 def _guard_metric(metric: SampleMetric, path: Path) -> SampleMetric:
@@ -64,9 +55,8 @@ def _guard_metric(metric: SampleMetric, path: Path) -> SampleMetric:
             values: Any = given(scored, ties)
         except Exception as error:  # whatever the user's code raises
             raise InputError(f"{where} raises {_name_error(error)}") from error
-        sizes = dict.fromkeys(
-            [len(evalset), len(evalset.questions or evalset.captions) or len(evalset)]
-        )
+        asked = len(evalset.questions or evalset.captions) or len(evalset)
+        sizes = dict.fromkeys([len(evalset), asked])
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         if shape not in [(size,) for size in sizes]:
             wanted = " or ".join(f"[{size}]" for size in sizes)

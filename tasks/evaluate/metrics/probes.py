@@ -9,7 +9,7 @@ Features are unit vectors, as for all figures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,10 +48,9 @@ class LabelledFeatures:
 
 @dataclass(frozen=True)
 class ProbeAnswers:
-    """The rankings of the classes that one probe gives, and how it was made."""
+    """The rankings of the classes that one probe gives, one or one a seed, and how it was made."""
 
     rankings: tuple[Ranking, ...]
-    """One, or one a seed."""
     made: dict[str, Any] = field(default_factory=dict)
 
 
@@ -62,17 +61,11 @@ def answer_probes(
     figures: Sequence[str],
     config: ProbeConfig,
 ) -> dict[str, ProbeAnswers]:
-    """The answers of every probe, by the name of its figure.
-
-    Raises:
-        InputError: the train part has fewer than two classes.
-    """
+    """The answers of every probe, by the name of its figure; InputError where the train part has
+    fewer than two classes."""
     if int((train.labels.bincount() > 0).sum()) < 2:
         raise InputError("a probe needs training images of two classes or more")
-    ask: dict[str, Callable[..., ProbeAnswers]] = {
-        "linear_probe": _ask_linear,
-        "knn": _ask_neighbours,
-    }
+    ask = {"linear_probe": _ask_linear, "knn": _ask_neighbours}
     return {
         name: ask[name](train, test, classes, config)
         if name in ask
@@ -123,8 +116,8 @@ def _ask_neighbours(
         rank_targets(votes, test.labels[rows], SHOWN)
         for rows, votes in neighbour_votes(train, test.values, classes, config)
     )
-    made = {"train_images": len(train.labels), "neighbours": config.neighbours}
-    return ProbeAnswers((ranked,), {**made, "weighted": config.weighted})
+    voters = {"neighbours": config.neighbours, "weighted": config.weighted}
+    return ProbeAnswers((ranked,), {"train_images": len(train.labels), **voters})
 
 
 def _ask_linear(
@@ -133,17 +126,12 @@ def _ask_linear(
     l2 = config.l2 or choose_strength(train, classes)
     solved = _fit(train, classes, l2)
     made = {"train_images": len(train.labels), "l2": l2, "l2_was_chosen": config.l2 is None}
-    return ProbeAnswers(
-        (_rank_by(solved, test),), {**made, "gradient": solved.gradient, "steps": solved.steps}
-    )
+    made |= {"gradient": solved.gradient, "steps": solved.steps}
+    return ProbeAnswers((_rank_by(solved, test),), made)
 
 
 def _ask_few(
-    train: LabelledFeatures,
-    test: LabelledFeatures,
-    classes: int,
-    config: ProbeConfig,
-    shots: int,
+    train: LabelledFeatures, test: LabelledFeatures, classes: int, config: ProbeConfig, shots: int
 ) -> ProbeAnswers:
     rankings, gradients = [], []
     for seed in range(config.seeds):

@@ -51,11 +51,7 @@ class Scored:
         return {name: ranking for name, ranking in named.items() if ranking is not None}
 
     def check_complete(self) -> None:
-        """Compare the queries answered with the set's index.
-
-        Raises:
-            RuntimeError: not every sample of the index was answered exactly once.
-        """
+        """Raise RuntimeError unless every sample of the set's index was answered exactly once."""
         images, captions = len(self.evalset), len(self.evalset.captions)
         counts: dict[Kind, list[tuple[Sized | None, int]]] = {
             "classification": [(self.classes, images)],

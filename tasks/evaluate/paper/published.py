@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from evaclip_model.config import Config
 from evaclip_model.model.model_config import ModelConfig, list_models
@@ -35,9 +35,8 @@ class PublishedModel(Config):
     """One model of the paper, and by what its weights are known."""
 
     row: str
-    """The paper's name for it."""
     architecture: str | None
-    """Of ours, or none."""
+    """Of ours."""
     sha256: tuple[str, ...]
     """Of the files that were published, where their publisher names it."""
     open_clip: tuple[str, ...]
@@ -105,8 +104,6 @@ def paper() -> Paper:
 
 @dataclass(frozen=True)
 class PaperFigure:
-    row: str
-    """Model, as the paper calls it."""
     value: float
     """Percent."""
     tolerance: float | None
@@ -126,8 +123,7 @@ class PaperModel:
     """True: the very model, by the content of its file; else another of its architecture."""
 
 
-@dataclass(frozen=True)
-class PaperVerdict:
+class PaperVerdict(NamedTuple):
     verdict: Ruling
     reason: str
     """One clause."""
@@ -142,11 +138,9 @@ def paper_model(
 ) -> PaperModel | None:
     """The row that a model belongs beside; none where the paper has no such architecture.
 
-    Args:
-        source: FOLDER, FILE:ARCHITECTURE or open_clip:NAME/TAG.
-        architecture: Its name and size, such as "EVA02-CLIP-B-16 at 224 px".
-        sha256: Of the model's file; weights are the published ones by this or by a tag alone.
-        released: More of them, SHA-256 -> row.
+    `source` is FOLDER, FILE:ARCHITECTURE or open_clip:NAME/TAG, `architecture` a name and size as
+    in "EVA02-CLIP-B-16 at 224 px". Weights are the published ones by the SHA-256 of their file, of
+    the paper's models or of `released` (SHA-256 -> row), or by an open_clip tag.
     """
     if released and sha256 in released:
         return PaperModel(released[sha256], True)
@@ -172,7 +166,7 @@ def find_published(row: str, set_key: str, metric: str) -> PaperFigure | None:
         if one.model == row:
             note = next(model.note for model in paper().models if model.row == row)
             value, notes = float(one.cells[column]), one.footnotes(column)
-            return PaperFigure(row, value, known.tolerance, notes, note)
+            return PaperFigure(value, known.tolerance, notes, note)
     return None
 
 

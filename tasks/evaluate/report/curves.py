@@ -1,6 +1,7 @@
 """The losses that the training stages wrote down, as the report shows them."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
@@ -36,16 +37,17 @@ class Curve:
 
 
 def read_curve(path: Path) -> Curve:
-    """Read a training stage's `metrics.jsonl`; its name is in `train.json` beside it.
-
-    Raises:
-        InputError: no such file, or no step in it.
-    """
+    """Read a training stage's `metrics.jsonl`, whose name is in `train.json` beside it; InputError
+    if there is no such file, or no step in it."""
     try:
         lines = path.read_text().splitlines()
     except FileNotFoundError:
         raise InputError(f"{path} is missing: a training stage writes it, train first") from None
-    steps = [step for step in map(_parse_step, lines) if step is not None]
+    steps: list[dict[str, Any]] = []
+    for line in lines:
+        with suppress(ValueError):  # cut off by a kill
+            steps.append(json.loads(line))
+    steps = [step for step in steps if {"step", "samples", "loss"} <= step.keys()]
     if not steps:
         raise InputError(f"{path} holds no training step: train again")
     job = path.with_name("train.json")
@@ -78,12 +80,3 @@ def loss_chart(curve: Curve) -> Markup:
         ChartLine(smooth, f"mean of {width} steps", "subject"),
     ]
     return line_chart(lines, x="image-text pairs seen", y="contrastive loss")
-
-
-def _parse_step(line: str) -> dict[str, Any] | None:
-    """One step; a line cut off by a kill is none."""
-    try:
-        step = json.loads(line)
-    except ValueError:
-        return None
-    return step if isinstance(step, dict) and {"step", "samples", "loss"} <= step.keys() else None

@@ -1,19 +1,12 @@
 """The paper's Tables 1 to 4 in the paper's form, published rows beside ours."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from tasks.evaluate.metrics.metric import printed_columns
-from tasks.evaluate.paper.published import (
-    PaperColumn,
-    PaperRow,
-    PaperTable,
-    paper,
-)
+from tasks.evaluate.paper.published import PaperColumn, PaperRow, members_of, paper
 from tasks.evaluate.report.findings import Findings
 from tasks.evaluate.report.numbers import format_points, format_signed, format_size
-from tasks.evaluate.sets.set_registry import known_sets
 from tasks.table import NOTHING, Cell, Table, TableColumn
 
 GROUPS = {
@@ -27,8 +20,7 @@ WORDS = ("precision", "data", "gpus", "image_size")
 """Columns that are not numbers."""
 
 
-@dataclass(frozen=True)
-class PaperForm:
+class PaperForm(NamedTuple):
     key: str
     """Its anchor."""
     title: str
@@ -42,32 +34,32 @@ def paper_tables(found: Findings) -> list[PaperForm]:
             f"table-{key}", f"Table {key}. {paper().tables[key].title}", _fill_table(found, key)
         )
         for key in ("1a", "1b", "2", "3", "4")
-        if any(found.set_results(one, found.subject) for one in _columns_of_sets(key))
+        if any(found.set_results(one, found.subject) for one, _ in _figures_of(key).values())
     ]
 
 
-def _columns_of_sets(table: str) -> Mapping[str, dict[str, str]]:
-    """Set -> column of the table -> our figure that stands in it."""
+def _figures_of(table: str) -> dict[str, tuple[str, str]]:
+    """Column of the table -> the set and the figure of ours that stands in it."""
     if table == "1a":
-        return {"imagenet1k": {"in1k_zs_top1": "top1"}}
+        return {"in1k_zs_top1": ("imagenet1k", "top1")}
     return {
-        key: printed_columns(known) for key, known in known_sets().items() if table in known.tables
+        column: (key, metric)
+        for key, known in members_of(table).items()
+        for column, metric in printed_columns(known).items()
     }
 
 
 def _fill_table(found: Findings, key: str) -> Table:
-    given = paper().tables[key]
-    ours = {column for model in found.models for column, _ in _our_values(found, key, model)}
+    given, figures = paper().tables[key], _figures_of(key)
+    ours = {model: _our_values(found, key, model) for model in found.models}
     failed = {
-        column
-        for evalset, named in _columns_of_sets(key).items()
-        for column in named
-        if evalset in found.failed
+        column: f"{found.set_name(one)}: {found.failed[one]}"
+        for column, (one, _) in figures.items()
+        if one in found.failed
     }
+    known = failed.keys() | {column for values in ours.values() for column in values}
     columns = [
-        one
-        for one in given.columns
-        if one.key in ours | failed or (key == "1a" and one.key != "model")
+        one for one in given.columns if one.key in known or (key == "1a" and one.key != "model")
     ]
     heads = [TableColumn(one.label, has_words=one.key in WORDS) for one in columns]
     table = Table.of("model", *heads, is_upright=len(columns) >= UPRIGHT_FROM)
@@ -78,8 +70,25 @@ def _fill_table(found: Findings, key: str) -> Table:
             table.add(GROUPS.get(group, group), style="group")
         _add_published(table, one, columns)
     table.add("this evaluation", style="group")
-    for model in found.models:
-        _add_ours(table, found, key, model, given, columns)
+    for model, values in ours.items():
+        texts = _describe_settings(found.describe_model(model))
+        texts |= {column: format_points(100 * value) for column, value in values.items()}
+        cells = (
+            Cell(texts.get(one.key, NOTHING), notes=table.cite([failed[one.key]]))
+            if one.key in failed
+            else texts.get(one.key, NOTHING)
+            for one in columns
+        )
+        table.add(model, *cells, style="ours")
+        row = (found.describe_model(model)["paper"] or {}).get("row")
+        for beside in (one.cells for one in given.rows if one.model == row):
+            differences = (
+                format_signed(100 * values[one.key] - float(beside[one.key]))
+                if one.key in values and beside.get(one.key) is not None
+                else ""
+                for one in columns
+            )
+            table.add(f"minus {row}", *differences, style="difference")
     table.cite(given.notes)
     return table
 
@@ -110,63 +119,22 @@ def _print_cell(value: Any, unit: str) -> str:
     return format_size(float(value), digits=1 if unit == "parameters" else 0)
 
 
-def _add_ours(
-    table: Table,
-    found: Findings,
-    key: str,
-    model: str,
-    given: PaperTable,
-    columns: list[PaperColumn],
-) -> None:
-    values = dict(_our_values(found, key, model))
-    cells = []
-    for column in columns:
-        if key == "1a" and column.unit != "percent":
-            cells.append(Cell(_setting_cell(found, model, column)))
-        elif column.key in values:
-            cells.append(Cell(format_points(100 * values[column.key])))
-        else:
-            cells.append(Cell(NOTHING, notes=table.cite(_why_not(found, key, column))))
-    table.add(model, *cells, style="ours")
-    row = (found.describe_model(model)["paper"] or {}).get("row")
-    beside = next((one for one in given.rows if one.model == row), None)
-    if beside is None:
-        return
-    differences = []
-    for column in columns:
-        value, published = values.get(column.key), beside.cells.get(column.key)
-        if value is None or published is None or column.unit == "parameters":
-            differences.append("")
-        else:
-            differences.append(format_signed(100 * value - float(published)))
-    table.add(f"minus {beside.model}", *differences, style="difference")
-
-
-def _our_values(found: Findings, key: str, model: str) -> Iterator[tuple[str, float]]:
+def _our_values(found: Findings, key: str, model: str) -> dict[str, float]:
     """Column -> our value, as a share."""
-    for evalset, columns in _columns_of_sets(key).items():
-        for column, metric in columns.items():
-            share = found.set_results(evalset, model).get(metric)
-            if share is not None:
-                yield column, share
+    figures = _figures_of(key).items()
+    values = {column: found.set_results(one, model).get(name) for column, (one, name) in figures}
     average = found.table_average(key, model)
     for column, name in (("avg", "value"), ("delta", "delta")):
-        if average.get(name) is not None:
-            yield column, average[name] / 100
+        percent = average.get(name)
+        values[column] = None if percent is None else percent / 100
+    return {column: value for column, value in values.items() if value is not None}
 
 
-def _setting_cell(found: Findings, model: str, column: PaperColumn) -> str:
-    about = found.describe_model(model)
-    if column.key == "params_total" and about["params"]:
-        return format_size(float(about["params"]), digits=1)
-    if column.key == "image_size":
-        return str(about["architecture"]).rpartition(" at ")[2].removesuffix(" px") or NOTHING
-    return NOTHING
-
-
-def _why_not(found: Findings, key: str, column: PaperColumn) -> list[str]:
-    return [
-        f"{found.set_name(evalset)}: {found.failed[evalset]}"
-        for evalset, columns in _columns_of_sets(key).items()
-        if column.key in columns and evalset in found.failed
-    ]
+def _describe_settings(about: Mapping[str, Any]) -> dict[str, str]:
+    """Column of Table 1a -> what is known of a model of ours."""
+    px = str(about["architecture"]).rpartition(" at ")[2].removesuffix(" px")
+    params = about["params"]
+    return {
+        "params_total": format_size(float(params), digits=1) if params else NOTHING,
+        "image_size": px or NOTHING,
+    }

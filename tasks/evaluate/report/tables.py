@@ -47,10 +47,10 @@ def glance_table(found: Findings) -> Table:
         *(*found.others, "chance", "images", "warnings"),
     )
     for one in (one for key in found.sets for one in found.headline_figures(key)):
-        about, link, published = found.describe_set(one.evalset), set_anchor(one.evalset), one.paper
+        about = found.describe_set(one.evalset)
         warnings = len(about["warnings"])
         table.add(
-            Cell(_name_figure(found, one), link=link),
+            _link_figure(found, one),
             Cell(format_percent(one.value), "value"),
             format_interval(one.interval),
             Cell(
@@ -58,14 +58,14 @@ def glance_table(found: Findings) -> Table:
                 drawing=None  # a figure that is missing is not one of 0
                 if one.value is None
                 else MACROS.interval_bar(
-                    one.value, one.interval, published.get("published"), one.chance
+                    one.value, one.interval, one.paper.get("published"), one.chance
                 ),
             ),
             *(_published_cell(one, table), format_signed(one.difference), _verdict_cell(one)),
             *_list_percents(found, one.evalset, one.metric, found.others),
             format_percent(one.chance),
             f"{about['n']:,}",
-            Cell(str(warnings), "warned", link=link) if warnings else "",
+            Cell(str(warnings), "warned", link=set_anchor(one.evalset)) if warnings else "",
         )
     return table
 
@@ -78,9 +78,8 @@ def verdict_table(found: Findings) -> Table:
         for one in compared_figures(found, model)
     ]
     several = len({model for _, model, _ in compared}) > 1
-    model_column = (words("model"),) if several else ()
     table = Table.of(
-        *("set", *model_column, words("verdict"), "ours", "published", "difference"),
+        *("set", words("model"), words("verdict"), "ours", "published", "difference"),
         *("tolerance", words("why")),
     )
     # Footnotes are numbered in the order of models and sets, which the order of rows is not.
@@ -88,8 +87,8 @@ def verdict_table(found: Findings) -> Table:
     for _, model, one in sorted(compared, key=lambda entry: entry[0]):
         tolerance = one.paper["tolerance"]
         table.add(
-            Cell(_name_figure(found, one), link=set_anchor(one.evalset)),
-            *([model] if several else []),
+            _link_figure(found, one),
+            model if several else "",
             _verdict_cell(one),
             format_percent(one.value),
             _published_cell(one, table),
@@ -124,7 +123,9 @@ def average_table(found: Findings) -> Table:
             table.add(
                 title,
                 model,
-                _value_or_refusal(average["value"], average["reason"], table),
+                Cell("refused", "bad", notes=table.cite([average["reason"]]))
+                if average["value"] is None
+                else format_points(average["value"]),
                 f"{sets} of {sets + len(average['missing'])}",
                 format_points(common),
                 format_points(reference),
@@ -144,7 +145,7 @@ def comparison_table(found: Findings, *, headlines_only: bool) -> Table:
             is_sure = one["p"] < SURE
             direction = "good" if one["difference"] > 0 else "bad"
             table.add(
-                Cell(found.set_name(evalset), link=set_anchor(evalset)),
+                _link_set(found, evalset),
                 other,
                 found.metric_title(metric),
                 *_list_percents(found, evalset, metric, (found.subject, other)),
@@ -176,7 +177,7 @@ def contamination_table(found: Findings) -> Table:
         for figure in found.headline_figures(evalset):
             ours, cleaned = figure.value, (one["figures_without"] or {}).get(figure.metric)
             table.add(
-                Cell(found.set_name(evalset), link=set_anchor(evalset)),
+                _link_set(found, evalset),
                 f"{flagged:,} of {n:,}",
                 format_percent(flagged / n),
                 figure.title,
@@ -235,20 +236,17 @@ def class_table(found: Findings, evalset: str, taken_for: Mapping[int, tuple[int
     `taken_for` is class -> the other class that its images were most often given, and how often.
     """
     entries = found.set_results(evalset, found.subject).get("per_class", [])
-    has_precision = bool(entries) and "average_precision" in entries[0]
-    result = "average_precision" if has_precision else "share"
-    own = ["average precision"] if has_precision else ["right", "share"]
-    others = [] if has_precision else [words("most often taken for")]
-    table = Table.of("class", "images", *own, *others)
+    result = "average_precision" if entries and "correct" not in entries[0] else "share"
+    title = result.replace("_", " ")
+    table = Table.of("class", "images", "right", title, words("most often taken for"))
     shown = [(one[result], index) for index, one in enumerate(entries) if one["n"]]
     for share, index in sorted(shown):
-        one, bar = entries[index], Cell(format_percent(share), share=share)
-        if has_precision:
-            table.add(one["name"], f"{one['n']:,}", bar)
-            continue
-        other, count = taken_for.get(index, (None, 0))
-        said = NOTHING if other is None else f"{entries[other]['name']} ({count:,})"
-        table.add(one["name"], f"{one['n']:,}", f"{one['correct']:,}", bar, said)
+        one, (other, count) = entries[index], taken_for.get(index, (None, 0))
+        table.add(
+            *(one["name"], f"{one['n']:,}", f"{one['correct']:,}" if "correct" in one else ""),
+            Cell(format_percent(share), share=share),
+            NOTHING if other is None else f"{entries[other]['name']} ({count:,})",
+        )
     return table
 
 
@@ -261,8 +259,7 @@ def set_provenance_table(found: Findings, evalset: str) -> Table:
     table.add("images", size)
     if about["split"]:
         is_unsure = known is not None and not known.split_stated
-        note = " (split not stated by the paper)" if is_unsure else ""
-        table.add("split", f"{about['split']}{note}")
+        table.add("split", about["split"] + " (split not stated by the paper)" * is_unsure)
     table.add("content", Cell(about["fingerprint"], "code"))
     table.add("names and prompts from", about["prompts_source"])
     table.add("prompts", _list_prompts(about["templates"]))
@@ -305,10 +302,14 @@ def _describe_value(value: Any) -> str:
     return str(value)
 
 
-def _name_figure(found: Findings, figure: Figure) -> str:
-    """A set and its figure in one name; of top-1 the set's alone."""
-    name = found.set_name(figure.evalset)
-    return name if figure.metric == "top1" else f"{name} · {figure.title}"
+def _link_set(found: Findings, evalset: str) -> Cell:
+    return Cell(found.set_name(evalset), link=set_anchor(evalset))
+
+
+def _link_figure(found: Findings, figure: Figure) -> Cell:
+    """A set and its figure in one name, of top-1 the set's alone, that leads to its section."""
+    title = "" if figure.metric == "top1" else f" · {figure.title}"
+    return Cell(found.set_name(figure.evalset) + title, link=set_anchor(figure.evalset))
 
 
 def _list_percents(found: Findings, evalset: str, metric: str, models: Iterable[str]) -> list[str]:
@@ -325,9 +326,3 @@ def _published_cell(figure: Figure, table: Table) -> Cell:
         return Cell(NOTHING)
     notes = table.cite(figure.paper["errata"])
     return Cell(f"{100 * figure.paper['published']:.1f} %", notes=notes)
-
-
-def _value_or_refusal(value: float | None, reason: str, table: Table) -> Cell:
-    if value is None:
-        return Cell("refused", "bad", notes=table.cite([reason] if reason else []))
-    return Cell(format_points(value))

@@ -15,7 +15,7 @@ from evaclip_model.errors import InputError
 from tasks.evaluate.config import EvaluateConfig
 from tasks.evaluate.evaluate import evaluate_models
 from tasks.evaluate.metrics.compute import chance_levels, compute_figures
-from tasks.evaluate.metrics.question_answers import chance_of_jaccard, choose_rightly, jaccard_index
+from tasks.evaluate.metrics.metric import chance_of_jaccard, choose_rightly, jaccard_index
 from tasks.evaluate.metrics.scored import score_set
 from tasks.evaluate.sets.check_set import check_set
 from tasks.evaluate.sets.choice_questions import QUESTIONS, Question
