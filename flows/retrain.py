@@ -1,9 +1,6 @@
-"""Scheduled retraining: what is new since the last time, from metadata to a judged model.
-
-Covers: the order of work; what it says at the end.
-Not here: what is new (flows/graph/incremental.py), the gate (tasks/register/gate.py), when it runs
-(infra/prefect.yaml).
-"""
+"""Scheduled retraining: what is new since the last time, from metadata to a judged model. Not here:
+what is new (flows/graph/incremental.py), the gate (tasks/register/gate.py), when it runs
+(infra/prefect.yaml)."""
 
 from typing import Annotated
 
@@ -63,9 +60,6 @@ def retrain(
         min_new_rows: Fewer new rows than this wait for the next time.
         keep_rejected: Train on the data of rejected models again, instead of setting it aside.
         dry_run: Only say what is new.
-
-    Returns:
-        The registration, if a model was trained.
     """
     if (answered := carry_out_answer(recipe, overrides, promote)) is not None:
         return answered
@@ -121,7 +115,6 @@ def _settle_last(recipe: Recipe, store: TrackingStore, news: News, wanted: Promo
 
 
 def _publish_news(recipe: Recipe, news: News, end: str) -> None:
-    """Findings of a retraining and their outcome, as an artifact of the flow run."""
     lines = "\n".join(describe_new_data(news, recipe))
     page = f"# Retraining of {recipe.registry.model_name}\n\n```\n{lines}\n```\n\n{end}\n"
     create_markdown_artifact(page, key="retraining")

@@ -1,7 +1,6 @@
 """Any models on any sets, outside a recipe's training: figures and a report, nothing registered.
-
-Not here: what the flow's arguments mean (flows/graph/score_request.py), figures (tasks/evaluate).
-"""
+Not here: what the flow's arguments mean (flows/graph/score_request.py), figures
+(tasks/evaluate)."""
 
 from typing import Annotated
 

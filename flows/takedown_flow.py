@@ -1,6 +1,4 @@
-"""A takedown as a flow, so that it can be a deployment with a form; done by
-flows/audit/dataset_replacement.py.
-"""
+"""A takedown (flows/audit/dataset_replacement.py) as a flow, for a deployment with a form."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,9 +17,6 @@ def takedown(file: Annotated[str, Field(min_length=1)]) -> list[str]:
 
     Args:
         file: Path of a text file, as the worker sees it: URLs, uids or SHA-256s, one a line.
-
-    Returns:
-        Digests of the dataset versions that obey the list, where any held one of the samples.
     """
     root = load_profile().root.resolve()
     done = take_down(Path(file), root)

@@ -41,7 +41,10 @@ async def main(arguments):
     deployed = subprocess.run([sys.executable, "-m", "prefect", *deploy], cwd=INFRA.parent)
     if deployed.returncode:
         return deployed.returncode
-    blocks = {name: await save_webhook(name, os.environ.get(key)) for name, key in WEBHOOKS.items()}
+    blocks = {}
+    for name, key in WEBHOOKS.items():
+        if url := os.environ.get(key):
+            blocks[name] = str(await Webhook(url=url).save(name, overwrite=True))
     async with get_client() as client:
         for deployment in await client.read_deployments():
             if deployment.name in before:
@@ -52,7 +55,6 @@ async def main(arguments):
 
 
 async def apply_pool(client, name, limit, kind):
-    """Make a pool, or bring its job template up to date."""
     template = json.loads((INFRA / "work-pools" / f"{kind}.json").read_text())
     folder = os.environ.get("EVACLIP_WORKING_DIR")
     if folder and kind == "process":  # or every run gets an empty folder, and paths lead nowhere
@@ -80,26 +82,20 @@ async def keep_operators_choices(client, before, deployment):
     )
     there = {schedule.slug or schedule.id: schedule for schedule in before.schedules}
     for schedule in deployment.schedules:
-        kept = there.get(schedule.slug or schedule.id)
-        if kept is not None:
+        if kept := there.get(schedule.slug or schedule.id):
             body = kept.model_dump(mode="json", include={"active", "schedule", "parameters"})
-            await client._client.patch(
-                f"/deployments/{deployment.id}/schedules/{schedule.id}", json=body
-            )
-
-
-async def save_webhook(name, url):
-    """Id of the block that holds a webhook's address; None without an address."""
-    return str(await Webhook(url=url).save(name, overwrite=True)) if url else None
+            url = f"/deployments/{deployment.id}/schedules/{schedule.id}"
+            await client._client.patch(url, json=body)
 
 
 async def apply_automation(client, wanted, blocks):
     """Make an automation or replace the one of that name; remove it when its webhook is not set."""
     there = await client.read_automations_by_name(wanted["name"])
     actions = [with_block(action, blocks) for action in wanted["actions"]]
-    if None in actions:
-        for one in there:
-            await client.delete_automation(one.id)
+    is_set = None not in actions
+    for double in there[int(is_set) :]:
+        await client.delete_automation(double.id)
+    if not is_set:
         return
     automation = AutomationCore.model_validate({**wanted, "actions": actions})
     if not there:
@@ -109,8 +105,6 @@ async def apply_automation(client, wanted, blocks):
     if AutomationCore.model_validate(kept) != automation:
         # An update forgets what the automation was counting, such as how long a run is Pending.
         await client.update_automation(there[0].id, automation)
-    for double in there[1:]:
-        await client.delete_automation(double.id)
 
 
 def with_block(action, blocks):
@@ -118,7 +112,7 @@ def with_block(action, blocks):
     if "block" not in action:
         return action
     rest = {key: value for key, value in action.items() if key != "block"}
-    found = blocks[action["block"]]
+    found = blocks.get(action["block"])
     return found and {**rest, "block_document_id": found}
 
 

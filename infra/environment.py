@@ -32,16 +32,17 @@ def main(folder, extras):
     build = read_pins(["evaclip[build]"])
     pins = build | read_pins(["evaclip", "torchvision", *(f"evaclip[{extra}]" for extra in extras)])
     by_hash = {name: pin for name, pin in pins.items() if not OF_TORCH.match(name)}
+    file = folder / "requirements.txt"
     for what, chosen in (("what builds", build), ("packages", by_hash)):
-        command = [*pip, "--no-deps", "--require-hashes", "-r", write_file(folder, chosen.values())]
-        run_with_progress(command, what, started)
+        file.write_text("\n".join(chosen.values()) + "\n")
+        run_with_progress([*pip, "--no-deps", "--require-hashes", "-r", str(file)], what, started)
     versions = {name: re.match(r"\S+", pin)[0] for name, pin in pins.items()}
+    file.write_text("\n".join(versions.values()) + "\n")
     index = os.environ.get("TORCH_INDEX_URL")
     # Both from one index: a torchvision built against another torch cannot be imported, and without
     # it neither can open_clip, timm and transformers' CLIP.
     torch = [versions["torch"], versions["torchvision"], *(["--index-url", index] if index else [])]
-    command = [*pip, "-c", write_file(folder, versions.values()), *torch]
-    run_with_progress(command, "torch", started)
+    run_with_progress([*pip, "-c", str(file), *torch], "torch", started)
     run_with_progress([*pip, "--no-deps", "-e", str(ROOT)], "evaclip", started)
     files = (p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
     size_gb = sum(p.stat().st_size for p in files) / 1e9
@@ -69,12 +70,6 @@ def read_pins(waiting):
     while more := {name for name in pins.keys() - wanted if needed_by[name] & wanted}:
         wanted |= more
     return {name: pins[name] for name in pins if name in wanted}
-
-
-def write_file(folder, lines):
-    path = folder / "requirements.txt"
-    path.write_text("\n".join(lines) + "\n")
-    return str(path)
 
 
 def fitting_python():

@@ -3,7 +3,6 @@
 Calling `up`, `down` or `status` twice is the same as calling it once; pid files, logs and the
 secret that both servers ask for are in `<root>/services`. MLflow serves the same database and the
 same files as `make demo` writes without a server, so that both see the same runs and models.
-Standard library only, run by the project's own Python.
 """
 
 import argparse
@@ -21,14 +20,15 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from dotenv import dotenv_values
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
 POOLS = ("cpu-io", "gpu")
 HEARTBEAT_S = 30  # automations.yaml takes a run for dead that misses three
 START_S = 180
 STOP_S = 65  # a worker gives itself 60 s
-
-
+UI = "prefect-ui"  # folder where the server lays out its UI, among which a page of ours
 OPEN_PAGE = """<!doctype html><title>Prefect</title><script>
 // The UI keeps the password there; a fragment is never sent to a server.
 localStorage.setItem("prefect-password", location.hash.slice(1));
@@ -71,11 +71,15 @@ class Service:
 
     def check_port(self):
         port = int(self.url.rpartition(":")[2])
-        if not self.pid() and is_taken(port):
+        if self.pid():
+            return
+        try:
+            socket.create_server((HOST, port)).close()
+        except OSError:
             raise UserError(
                 f"port {port}, which {self.name} needs, is in use by another program: stop "
                 f"that, or choose another port with --{self.name}-port"
-            )
+            ) from None
 
     def up(self):
         if self.pid():
@@ -101,12 +105,17 @@ class Service:
 
     def _await_health(self, process=None):
         deadline = time.monotonic() + START_S
-        while self._health and not answers(self.url + self._health):
+        while self._health and not self._is_answering():
             if process and process.poll() is not None:
                 raise UserError(f"{self.name} ended while it started: {self.log} says why")
             if time.monotonic() > deadline:
                 raise UserError(f"{self.name} did not answer within {START_S} s: see {self.log}")
             time.sleep(0.3)
+
+    def _is_answering(self):
+        url = self.url + self._health
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=3) as answer:
+            return answer.status == 200
 
     def down(self):
         pid = self.pid()
@@ -172,48 +181,24 @@ def services(options):
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": prefect,
         "PREFECT_SERVER_UI_API_URL": f"{prefect}/api",  # by default the one on Prefect's own port
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-        "PREFECT_UI_STATIC_DIRECTORY": str(ui_folder(folder)),
+        "PREFECT_UI_STATIC_DIRECTORY": str(folder / UI),
     }
     # The server must not take the API address for somebody else's server.
     without_api = {name: value for name, value in settings.items() if name != "PREFECT_API_URL"}
-    run = [sys.executable, "-m"]
-    return settings, [
-        Service(
-            "prefect",
-            folder,
-            [*run, *f"prefect server start --host {HOST} --port {options.prefect_port}".split()],
-            {**without_api, **of_prefect},
-            url=prefect,
-            health="/api/health",
-        ),
-        Service(
-            "mlflow",
-            folder,
-            [
-                *(*run, "mlflow", "server", "--host", HOST, "--port", str(options.mlflow_port)),
-                *("--workers", "1", "--backend-store-uri", f"sqlite:///{root}/mlflow.db"),
-                *("--app-name", "basic-auth", "--no-serve-artifacts", "--default-artifact-root"),
-                (root / "mlflow-artifacts").as_uri(),
-            ],
-            {**settings, **of_mlflow},
-            url=mlflow,
-            health="/health",
-        ),
-        *(
-            Service(
-                f"worker-{pool}",
-                folder,
-                [sys.executable, str(CHECKOUT / "infra" / "worker.py"), pool],
-                settings,
-            )
-            for pool in POOLS
-        ),
+    run, worker = [sys.executable, "-m"], [sys.executable, str(CHECKOUT / "infra" / "worker.py")]
+    run_prefect = f"prefect server start --host {HOST} --port {options.prefect_port}".split()
+    run_mlflow = [
+        *("mlflow", "server", "--host", HOST, "--port", str(options.mlflow_port)),
+        *("--workers", "1", "--backend-store-uri", f"sqlite:///{root}/mlflow.db"),
+        *("--app-name", "basic-auth", "--no-serve-artifacts", "--default-artifact-root"),
+        (root / "mlflow-artifacts").as_uri(),
     ]
-
-
-def ui_folder(folder):
-    """Return where the server lays out its UI, among which a page of ours."""
-    return folder / "prefect-ui"
+    of_prefect, of_mlflow = {**without_api, **of_prefect}, {**settings, **of_mlflow}
+    return settings, [
+        Service("prefect", folder, [*run, *run_prefect], of_prefect, prefect, "/api/health"),
+        Service("mlflow", folder, [*run, *run_mlflow], of_mlflow, mlflow, "/health"),
+        *(Service(f"worker-{pool}", folder, [*worker, pool], settings) for pool in POOLS),
+    ]
 
 
 def secret_in(path):
@@ -241,10 +226,10 @@ def up(options):
     mlflow.check_port()
     prefect.up()
     mlflow.up()
-    (ui_folder(prefect.log.parent) / "v1" / "open.html").write_text(OPEN_PAGE)
+    (prefect.log.parent / UI / "v1" / "open.html").write_text(OPEN_PAGE)
     secret = settings["PREFECT_API_AUTH_STRING"]
     if not any(worker.pid() for worker in workers):
-        crash_abandoned(prefect.url, secret)
+        crash_runs(f"{prefect.url}/api", secret)
     apply(settings, prefect.log.with_name("apply.log"))
     for worker in workers:
         worker.up()
@@ -261,22 +246,22 @@ def down(options):
     for worker in workers:
         worker.down()
     if prefect.pid():  # on the port that it was given, not on that of this command
-        crash_abandoned(prefect.noted()["url"], settings["PREFECT_API_AUTH_STRING"])
+        crash_runs(f"{prefect.noted()['url']}/api", settings["PREFECT_API_AUTH_STRING"])
     mlflow.down()
     prefect.down()
 
 
-def crash_abandoned(prefect, secret):
-    """Mark runs whose worker is gone as crashed; Prefect shows them as running for ever.
+def crash_runs(api, secret, **chosen):
+    """Mark unfinished runs, all or those of a filter, as crashed: their worker is gone.
 
-    They would also keep their place under the deployment's concurrency limit.
+    Prefect shows them as running for ever, and keeps their place under the concurrency limit.
     """
-    working = {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}
+    chosen["state"] = {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}
     state = {"type": "CRASHED", "message": "its worker was stopped; run it again to go on"}
-    runs = f"{prefect}/api/flow_runs"
-    for run in ask(f"{runs}/filter", secret, {"flow_runs": {"state": working}}):
+    for run in ask(f"{api}/flow_runs/filter", secret, {"flow_runs": chosen}):
         if run["deployment_id"]:
-            ask(f"{runs}/{run['id']}/set_state", secret, {"state": state, "force": True})
+            url = f"{api}/flow_runs/{run['id']}/set_state"
+            ask(url, secret, {"state": state, "force": True})
 
 
 def await_deployments(prefect, secret):
@@ -311,7 +296,9 @@ def basic(secret):
 
 def ask(url, secret, body=None):
     """Return what a server of ours answers: to a POST, or to a GET without a body."""
-    headers = {"Content-Type": "application/json", "Authorization": f"Basic {basic(secret)}"}
+    headers = {"Content-Type": "application/json"}
+    if secret:
+        headers["Authorization"] = f"Basic {basic(secret)}"
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers)
     for left in reversed(range(30)):
@@ -347,41 +334,22 @@ def apply(settings, log):
         raise UserError(f"the server does not take deployments or automations: {log} says why")
 
 
-def answers(url):
-    try:
-        with urllib.request.urlopen(url, timeout=3) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def is_taken(port):
-    with contextlib.suppress(OSError), socket.create_server((HOST, port)):
-        return False
-    return True
-
-
 def started_at(pid):
-    """Return when a process started, in the kernel's ticks; None when it is gone.
-
-    A pid alone may be another program's by now.
-    """
-    fields = stat_of(pid)
-    return None if fields is None or fields[0] == "Z" else fields[19]
-
-
-def stat_of(pid):
-    """Fields of /proc/PID/stat behind the command's name: state, parent, group, session, …"""
+    """Return when a process started, in the kernel's ticks: a pid alone may be another program's by
+    now. None when it is gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
+    return None if fields[0] == "Z" else fields[19]
 
 
 def session_of(leader):
     """Every process of a session; Prefect's worker is in that of worker.py, in its own group."""
-    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-    return [pid for pid in pids if (fields := stat_of(pid)) and int(fields[3]) == leader]
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(int(path.name)) == leader:
+                yield int(path.name)
 
 
 def say(line):
@@ -389,35 +357,23 @@ def say(line):
     sys.stdout.flush()
 
 
-def settings_file(path):
-    """Settings of a `.env` file; the command line of the flows reads the same one."""
-    try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
-        return {}
-    pairs = [line.partition("=") for line in lines if line.startswith("EVACLIP_")]
-    return {name.strip(): value.strip().strip("'\"") for name, _, value in pairs}
-
-
-def parse(arguments):
-    parser = argparse.ArgumentParser(prog="infra/up.py", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["up", "down", "status"])
-    parser.add_argument("--root", default=os.environ.get("EVACLIP_ROOT", "runs"))
-    for name, port in (("prefect", 4200), ("mlflow", 5000)):
-        default = int(os.environ.get(f"EVACLIP_{name.upper()}_PORT", port))
-        parser.add_argument(f"--{name}-port", type=int, default=default)
-    return parser.parse_args(arguments)
-
-
 def main(arguments=None):
     # Started with `&` from a script, this process ignores SIGINT and its children would inherit
     # that; Prefect's worker turns SIGTERM into SIGINT, so it could never be stopped.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name, value in settings_file(Path(".env")).items():
-        os.environ.setdefault(name, value)
-    options = parse(arguments)
+    for name, value in dotenv_values(".env").items():  # the flows' command line reads it, too
+        if name.startswith("EVACLIP_") and value is not None:
+            os.environ.setdefault(name, value)
+    commands = {"up": up, "down": down, "status": status}
+    parser = argparse.ArgumentParser(prog="infra/up.py", description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=commands)
+    parser.add_argument("--root", default=os.environ.get("EVACLIP_ROOT", "runs"))
+    for name, port in (("prefect", 4200), ("mlflow", 5000)):
+        default = int(os.environ.get(f"EVACLIP_{name.upper()}_PORT", port))
+        parser.add_argument(f"--{name}-port", type=int, default=default)
+    options = parser.parse_args(arguments)
     try:
-        {"up": up, "down": down, "status": status}[options.what](options)
+        commands[options.what](options)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2

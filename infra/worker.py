@@ -2,27 +2,26 @@
 
 Prefect's own leaves its runs as Running for ever when it is stopped, and they keep their place
 under their deployment's concurrency limit; this one is started again when it dies, is stopped with
-its runs, and tells the server that those crashed. Standard library only.
+its runs, and tells the server that those crashed.
 """
 
 import argparse
-import base64
-import json
+import contextlib
 import os
 import platform
 import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
+
+from up import UserError, crash_runs
 
 RESTART_S = 5
 STOP_S = 35  # Prefect gives a flow 30 s to end before it kills it
 LEFT_S = 5
 CLOSE_S = 20  # MLflow may be going down at the same time; the next run closes what is left
 RUN_ID = "PREFECT__FLOW_RUN_ID="
-UNFINISHED = ("RUNNING", "PENDING", "CANCELLING")
 
 
 def main(arguments):
@@ -69,17 +68,20 @@ def stop(worker, name):
     while runs_of(name) and time.monotonic() < deadline:
         time.sleep(0.2)
     for pid in runs_of(name):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    for run in sorted(runs):
-        try:
-            crash(run)
-        except OSError as error:
-            sys.stderr.write(f"run {run} cannot be marked as crashed: {error}\n")
-    if runs:
-        close_tracking()
+    if not runs:
+        return
+    api, secret = os.environ["PREFECT_API_URL"], os.environ.get("PREFECT_API_AUTH_STRING")
+    try:
+        crash_runs(api.rstrip("/"), secret, id={"any_": sorted(runs)})
+    except (OSError, UserError) as error:
+        sys.stderr.write(f"runs cannot be marked as crashed: {error}\n")
+    try:  # what Prefect's hooks would do if there were a worker
+        close = [sys.executable, "-m", "flows.reporting.crash_hook"]
+        subprocess.run(close, timeout=CLOSE_S, check=True)
+    except (subprocess.SubprocessError, OSError) as error:
+        sys.stderr.write(f"MLflow runs are closed by the next run: {error}\n")
 
 
 def runs_of(name):
@@ -95,37 +97,6 @@ def runs_of(name):
         if runs and ours <= set(settings):
             found[int(environ.parent.name)] = runs[0]
     return found
-
-
-def crash(run):
-    """Set a run that is not over to Crashed."""
-    state = call("GET", f"flow_runs/{run}")["state"]
-    if state["type"] in UNFINISHED:
-        message = "its worker was stopped; run it again to go on"
-        crashed = {"type": "CRASHED", "message": message}
-        call("POST", f"flow_runs/{run}/set_state", {"state": crashed, "force": True})
-
-
-def close_tracking():
-    """Close the runs' MLflow runs, which Prefect's hooks would do if there were a worker."""
-    try:
-        subprocess.run(
-            [sys.executable, "-m", "flows.reporting.crash_hook"], timeout=CLOSE_S, check=True
-        )
-    except (subprocess.SubprocessError, OSError) as error:
-        sys.stderr.write(f"MLflow runs are closed by the next run: {error}\n")
-
-
-def call(method, path, body=None):
-    """Ask the Prefect server that PREFECT_API_URL names."""
-    headers = {"Content-Type": "application/json"}
-    if auth := os.environ.get("PREFECT_API_AUTH_STRING"):
-        headers["Authorization"] = f"Basic {base64.b64encode(auth.encode()).decode()}"
-    url = f"{os.environ['PREFECT_API_URL'].rstrip('/')}/{path}"
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, headers, method=method)
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        return json.load(answer)
 
 
 if __name__ == "__main__":

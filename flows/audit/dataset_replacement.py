@@ -1,13 +1,11 @@
 """Samples that may be used no longer: new dataset versions, and the models that saw those samples.
-
-Not here: what a takedown leaves out (tasks/dataset).
-"""
+Not here: what a takedown leaves out (tasks/dataset)."""
 
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -30,8 +28,7 @@ MOST_NAMED = 50
 """Entries without a sample that are named one by one."""
 
 
-@dataclass(frozen=True)
-class Succession:
+class Succession(NamedTuple):
     """A dataset version and the one that replaces it."""
 
     old: Artifact
@@ -43,24 +40,16 @@ class Succession:
 
 
 def take_down(file: Path, root: Path) -> list[Succession]:
-    """Replace every dataset version under `root` that holds a sample named in `file`.
-
-    Raises:
-        InputError: the file cannot be read, or nothing would be left of a version.
-    """
-    entries = read_takedowns([file])
+    """Replace every dataset version under `root` that holds a sample named in `file`."""
+    entries, artifacts = read_takedowns([file]), read_artifacts(root)
     asked = sort_takedowns(entries)
-    artifacts = read_artifacts(root)
     groups: defaultdict[str, list[Artifact]] = defaultdict(list)
     for artifact in artifacts:  # versions that differ in their takedowns alone, oldest first
         if artifact.kind == STAGE.name:
             parents = {**artifact.parents, Role.TAKEDOWNS: ""}
             groups[json.dumps([parents, artifact.config], sort_keys=True)].append(artifact)
-    return [
-        succession
-        for versions in groups.values()
-        if (succession := _make_successor(versions, entries, asked, artifacts, root)) is not None
-    ]
+    made = (_make_successor(one, entries, asked, artifacts, root) for one in groups.values())
+    return [succession for succession in made if succession is not None]
 
 
 def describe_unmatched(file: Path, root: Path) -> Iterator[str]:
@@ -95,19 +84,15 @@ def describe_unmatched(file: Path, root: Path) -> Iterator[str]:
 
 def left_out(version: Artifact, rows: Sequence[int]) -> dict[int, str]:
     """Return those of an index's rows that a dataset version leaves out, with the reason."""
-    # row groups whose statistics say that they hold none of the rows are not read
     table = pq.read_table(version.folder / LEFT_OUT, filters=pc.field("row").isin(list(rows)))
     return dict(zip(table["row"].to_pylist(), table["reason"].to_pylist(), strict=True))
 
 
 def describe_replacement(done: Succession, root: Path) -> Iterator[str]:
-    if done.new.digest == done.old.digest:
-        yield f"dataset     {done.old.digest} obeys this already"
-    else:
-        yield (
-            f"dataset     {done.old.digest} -> {done.new.digest}: {done.removed:,} samples left "
-            f"out, {done.new.counts['samples']:,} stay"
-        )
+    left = f"{done.removed:,} samples left out, {done.new.counts['samples']:,} stay"
+    is_obeyed = done.new.digest == done.old.digest
+    end = " obeys this already" if is_obeyed else f" -> {done.new.digest}: {left}"
+    yield f"dataset     {done.old.digest}{end}"
     if done.models:
         yield "  models trained on samples that are taken down:"
     for model in done.models:
@@ -130,8 +115,9 @@ def _make_successor(
     if not holding:
         return None
     old = max(versions, key=lambda version: version.counts["left_out"])
-    obeyed = {entry for version in versions for entry in _read_entries(version)} | set(entries)
-    others = obeyed - set(_read_entries(old)) - set(entries)
+    read = {one.digest: {*(one.folder / TAKEN_DOWN).read_text().splitlines()} for one in versions}
+    obeyed = set(entries).union(*read.values())
+    others = obeyed - read[old.digest] - set(entries)
     if others:  # obeyed by a version that is not among the ancestors of `old`
         rows = np.union1d(rows, find_asked(index, sort_takedowns(others)))
     ancestors = ancestors_of(verified, artifacts)
@@ -147,7 +133,3 @@ def _make_successor(
     removed = int(new.counts["left_out"] - old.counts["left_out"])
     models = {m.digest: m for version in holding for m in models_of(version, artifacts)}
     return Succession(old, new, removed, tuple(models.values()))
-
-
-def _read_entries(version: Artifact) -> list[str]:
-    return (version.folder / TAKEN_DOWN).read_text().splitlines()

@@ -4,17 +4,16 @@ Kept are the data of every dataset version, what a retraining may still take up,
 that made a champion of now or earlier, the newest version, or one whose weights the registry only
 refers to. Of other registered trainings the manifest stays: lineage and retraining read there what
 they were made from. A training that was never registered is its owner's, and stays.
-
-Not here: the command (flows/commands/data.py).
 """
 
 import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from evaclip_model.errors import InputError
 from evaclip_model.files import lock_file
@@ -50,8 +49,7 @@ STAGES = (*DATA, MERGE.name, DATASET.name, INITIALISE.name, *MODELS, EVALUATE.na
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 
 
-@dataclass(frozen=True)
-class Leftover:
+class Leftover(NamedTuple):
     """A file or a folder that nothing needs."""
 
     path: Path
@@ -65,7 +63,6 @@ class Leftover:
 class _Root:
     profile: Profile
     artifacts: Sequence[Artifact]
-    """In the order in which they were made."""
 
     @cached_property
     def by_digest(self) -> dict[str, Artifact]:
@@ -91,13 +88,7 @@ class _Root:
 
 def find_leftovers(profile: Profile, days: float) -> list[Leftover]:
     """Return what may go, in the order in which it may: what is made of something goes before that.
-
-    Args:
-        days: what somebody wrote to since then stays.
-
-    Raises:
-        InputError: the registry does not answer.
-    """
+    What somebody wrote to in the last `days` stays."""
     folder = profile.root.resolve()
     root = _Root(profile, read_artifacts(folder))
     again = [Leftover(path, "can be made again") for one in MADE_AGAIN for path in folder.glob(one)]
@@ -109,16 +100,13 @@ def find_leftovers(profile: Profile, days: float) -> list[Leftover]:
     for one in {one.path: one for one in found}.values():
         size, changed = _measure_tree(one.path)
         if changed <= time.time() - days * 86_400:
-            leftovers.append(replace(one, bytes=size))
+            leftovers.append(one._replace(bytes=size))
     return leftovers
 
 
 def remove_leftovers(root: Path, found: Sequence[Leftover], report: Report) -> None:
-    """Remove what was found; a kill at any moment leaves every artifact whole or gone.
-
-    Raises:
-        InputError: a flow is running under the root.
-    """
+    """Remove what was found, unless a flow is running; a kill at any moment leaves every artifact
+    whole or gone."""
     lock = lock_file(root / ROOT_LOCK)
     if lock is None:
         raise InputError(f"a flow is running under {root}: prune when it is over")
@@ -127,12 +115,11 @@ def remove_leftovers(root: Path, found: Sequence[Leftover], report: Report) -> N
         for one in found:
             report(done, total, str(one.path.relative_to(root)))
             done += one.bytes
-            parts = [one.path]
             if one.is_manifest_kept:
                 (one.path / MANIFEST).rename(one.path / PRUNED)
-                parts = [path for path in one.path.iterdir() if path.name != PRUNED]
-            for path in parts:
-                _remove_tree(path, root / REMOVED)
+            for path in one.path.iterdir() if one.is_manifest_kept else [one.path]:
+                if path.name != PRUNED:
+                    _remove_tree(path, root / REMOVED)
 
 
 def _remove_tree(path: Path, removed: Path) -> None:
@@ -191,11 +178,9 @@ def _unnamed_data(root: _Root) -> Iterator[Leftover]:
     for one in reversed(root.artifacts):
         # Features are of use while their samples are: `find` and the next version read them.
         of = one.parents[Role.DATA] if one.kind == EMBED.name else one.digest
-        if (
-            one.kind in DATA
-            and of not in root.named
-            and root.waiting.isdisjoint(root.ancestors([one]))
-        ):
+        if one.kind not in DATA or of in root.named:
+            continue
+        if root.waiting.isdisjoint(root.ancestors([one])):
             yield Leftover(one.folder, "no dataset version is made of it")
 
 

@@ -1,8 +1,6 @@
-"""Trees for a person: what a model was made from, and what became of its data.
-
-Not here: single samples (sample_trace.py), walking manifests (flows/graph/ancestry.py), the
-registry (tasks/register/model_versions.py), the picture (tasks/lineage/lineage_svg.py).
-"""
+"""Trees for a person: what a model was made from, and what became of its data. Not here: single
+samples (sample_trace.py), walking manifests (flows/graph/ancestry.py), the registry
+(tasks/register/model_versions.py), the picture (tasks/lineage/lineage_svg.py)."""
 
 from __future__ import annotations
 
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 
 SHORTEST_DIGEST = 6
 """Characters of a digest that are taken for one."""
-_ABOVE = "(see above)"
 
 
 def version_tree(version: Described, before: Described | None) -> Iterator[str]:
@@ -61,13 +58,11 @@ def upward_tree(lineage: Lineage) -> Iterator[str]:
 
     def parents(digest: str) -> list[tuple[str, str]]:
         node = lineage.find_node(digest)
-        return [] if node is None else list(node.parents.items())
+        return list(node.parents.items()) if node else []
 
     def line(role: str, digest: str) -> str:
         node = lineage.find_node(digest)
-        if node is None:
-            return f"{role} {digest}  (data from outside)"
-        return _node_line(node, role)
+        return _node_line(node, role) if node else f"{role} {digest}  (data from outside)"
 
     for head in lineage.heads:
         if head not in shown:
@@ -77,18 +72,16 @@ def upward_tree(lineage: Lineage) -> Iterator[str]:
 
 def downward_tree(artifact: Artifact, artifacts: Sequence[Artifact]) -> Iterator[str]:
     """An artifact and what was made of it, as a tree."""
-    nodes = {one.digest: Node.from_artifact(one) for one in artifacts}
-    folders = {one.digest: one.folder for one in artifacts}
+    known = {one.digest: one for one in artifacts}
 
     def children(digest: str) -> list[tuple[str, str]]:
         return [("", child.digest) for child in children_of(digest, artifacts)]
 
     def line(role: str, digest: str) -> str:
-        node = nodes[digest]
-        if node.kind != REGISTER.name:
-            return _node_line(node, role)
-        version = RegisteredVersion.from_registration(folders[digest])
-        return f"{_node_line(node, role)} of {version.name}"
+        said = _node_line(Node.from_artifact(known[digest]), role)
+        if known[digest].kind != REGISTER.name:
+            return said
+        return f"{said} of {RegisteredVersion.from_registration(known[digest].folder).name}"
 
     yield line("", artifact.digest)
     yield from _tree_branches(artifact.digest, children, line, set(), "")
@@ -96,13 +89,11 @@ def downward_tree(artifact: Artifact, artifacts: Sequence[Artifact]) -> Iterator
 
 def find_artifacts(root: Path, what: str) -> list[Artifact]:
     """Every artifact under `root` whose digest begins with `what`."""
-    if len(what) < SHORTEST_DIGEST:
-        return []
-    return [one for one in read_artifacts(root) if one.digest.startswith(what)]
+    is_digest = len(what) >= SHORTEST_DIGEST
+    return [one for one in read_artifacts(root) if is_digest and one.digest.startswith(what)]
 
 
 def artifact_trees(artifact: Artifact, root: Path) -> Iterator[str]:
-    """An artifact's two trees: what it was made from, what was made of it."""
     yield "made from"
     yield from upward_tree(lineage_of([artifact], root))
     yield "\nmade of it"
@@ -110,11 +101,7 @@ def artifact_trees(artifact: Artifact, root: Path) -> Iterator[str]:
 
 
 def source_trees(root: Path, source: str) -> Iterator[str]:
-    """Everything that was made of a source's metadata.
-
-    Raises:
-        InputError: no merge under `root` read such a source.
-    """
+    """Everything that was made of a source's metadata."""
     artifacts = read_artifacts(root)
     merges = [one for one in artifacts if one.kind == MERGE.name]
     users = [one for one in merges if source in one.parents]
@@ -141,7 +128,8 @@ def _tree_branches(
     for place, (role, other) in enumerate(following):
         is_last = place == len(following) - 1
         again = other in shown and bool(next_of(other))
-        yield f"{indent}{'└─' if is_last else '├─'} {line(role, other)}{f'  {_ABOVE}' * again}"
+        branch, above = "└─" if is_last else "├─", "  (see above)" * again
+        yield f"{indent}{branch} {line(role, other)}{above}"
         if not again:
             deeper = indent + ("   " if is_last else "│  ")
             yield from _tree_branches(other, next_of, line, shown, deeper)

@@ -1,14 +1,11 @@
 """Samples by what they show: text, picture or another sample, through the features of a stage
-`embed`.
-
-Not here: the search itself (tasks/embed/search.py), where a sample came from (sample_trace.py).
-"""
+`embed`. Not here: the search itself (tasks/embed/search.py), where a sample came from
+(sample_trace.py)."""
 
 import json
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 
@@ -26,13 +23,11 @@ from tasks.initialise.config import REGISTRY
 from tasks.verify.config import STAGE as VERIFY
 
 
-@dataclass(frozen=True)
-class FoundSample:
-    """A sample that was found."""
+class FoundSample(NamedTuple):
+    """A sample that was found, with its row in the index (uid, source, url, key)."""
 
     hit: Hit
     row: dict[str, Any]
-    """In the index: uid, source, url, key."""
     shard: str
     """Path or URL of the tar."""
     caption: str | None
@@ -49,12 +44,7 @@ def find_samples(
     model: str = "",
 ) -> list[FoundSample]:
     """The samples under the root nearest to a text, a picture or a sample, by the model that
-    embedded last, or by `model`.
-
-    Raises:
-        InputError: nothing was embedded, the model changed since, the picture cannot be read, or no
-            sample has that uid.
-    """
+    embedded last, or by `model`."""
     root = profile.root.resolve()
     embedded, spec = _choose_artifacts(root, model)
     mark = embedded[0].parents[Role.SUBJECT]
@@ -68,12 +58,8 @@ def find_samples(
     if query is None:
         raise InputError(f"no sample with uid '{like}' was embedded by {spec}")
     hits = search_features(folders, query, count)
-    found = {hit.folder for hit in hits}
-    verified = {
-        one.folder: read_artifact(root / VERIFY.name / one.parents[Role.DATA]).folder
-        for one in embedded
-        if one.folder in found
-    }
+    data = {one.folder: root / VERIFY.name / one.parents[Role.DATA] for one in embedded}
+    verified = {of: read_artifact(data[of]).folder for of in {hit.folder for hit in hits}}
     verdicts = {folder: read_verdicts(of) for folder, of in verified.items()}
     return [
         _describe_hit(hit, verified[hit.folder], verdicts[hit.folder][hit.shard].path)
@@ -86,12 +72,12 @@ def _choose_artifacts(root: Path, model: str) -> tuple[list[Artifact], str]:
     found = [one for one in read_artifacts(root) if one.kind == STAGE.name]
     named = {one.digest: json.loads((one.folder / REPORT).read_text())["model"] for one in found}
     asked = [one for one in found if model in ("", named[one.digest])]
-    if not asked:
+    if not asked and named:
         known = ", ".join(sorted(set(named.values())))
+        raise InputError(f"{model} embedded nothing under {root}: {known} did")
+    if not asked:
         raise InputError(
-            f"{model} embedded nothing under {root}: {known} did"
-            if known
-            else f"nothing under {root} is embedded: add [embed] to the recipe and run `prepare`"
+            f"nothing under {root} is embedded: add [embed] to the recipe and run `prepare`"
         )
     last = max(asked, key=lambda one: one.created)
     mark = last.parents[Role.SUBJECT]
@@ -117,7 +103,6 @@ def _encode_query(spec: str, text: str, image: Path | None) -> Vector:
 
 
 def _describe_hit(hit: Hit, verified: Path, path: str) -> FoundSample:
-    """A hit with its row in the index of `verified`, which names its shard `path`."""
     rows = SampleIndex(verified).rows_of_shard(hit.shard, "place", "uid", "source", "url", "key")
     row = rows.filter(pc.equal(rows["place"], hit.place)).to_pylist()[0]
     shard = shard_location(verified, path)

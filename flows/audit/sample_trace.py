@@ -1,13 +1,10 @@
-"""One sample's way: its source row, its shard, the dataset versions and models that hold it.
-
-Not here: the index that is searched (tasks/index/sample_index.py), removing anything
-(dataset_replacement.py).
-"""
+"""One sample's way: its source row, its shard, the dataset versions and models that hold it. Not
+here: the index that is searched (tasks/index/sample_index.py), removing anything
+(dataset_replacement.py)."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from evaclip_model.reading.captions import Captions, read_captions
 from evaclip_model.reading.samples import SHARDS, ShardManifest
@@ -23,8 +20,7 @@ from tasks.index.sample_index import Kind, SampleIndex, read_verdicts, shard_loc
 from tasks.verify.config import STAGE as VERIFY
 
 
-@dataclass(frozen=True)
-class Version:
+class Version(NamedTuple):
     """A dataset version made from the shard that holds the sample."""
 
     digest: str
@@ -36,12 +32,11 @@ class Version:
     """Further ones that it has for the sample, by name."""
 
 
-@dataclass(frozen=True)
-class Trace:
+class Trace(NamedTuple):
     """One stored copy of what was looked for."""
 
     row: dict[str, Any]
-    """The sample's row in the index: uid, source, original_id, url, hashes, key."""
+    """In the index: uid, source, original_id, url, hashes, key."""
     shard: str
     """Path or URL of the tar."""
     made_by: tuple[Artifact, ...]
@@ -74,27 +69,27 @@ def _in_one_verification(
     rows = [row for kind, values in asked.items() for row in index.find_samples(kind, values)]
     if not rows:
         return
-    versions = {
-        artifact.digest: (artifact, first)
-        for artifact in artifacts
-        if artifact.kind == DATASET.name
-        and (first := first_row_in(artifact, verified, artifacts)) is not None
-    }
-    reasons, models = {}, {}
-    for digest, (version, first) in versions.items():
-        reasons[digest] = left_out(version, [first + row["row"] for row in rows])
-        models[digest] = tuple(models_of(version, artifacts))
+    versions = []
+    for one in artifacts:
+        if one.kind == DATASET.name:
+            first = first_row_in(one, verified, artifacts)
+            if first is not None:
+                reasons = left_out(one, [first + row["row"] for row in rows])
+                versions.append((one, first, reasons, tuple(models_of(one, artifacts))))
     verdicts = read_verdicts(verified.folder)
     made_by = tuple(ancestors_of(verified, artifacts))
     for row in rows:
-        held = []
-        shard = shard_location(verified.folder.resolve(), verdicts[row["shard"]].path)
-        shard = shard if is_url(shard) else str(Path(shard).resolve())
-        for digest, (_, first) in versions.items():
-            reason = reasons[digest].get(first + row["row"])
-            further = {} if reason else _further_captions(versions[digest][0], shard, row["key"])
-            held.append(Version(digest, reason, () if reason else models[digest], further))
+        held, shard = [], _place_of(verified, verdicts[row["shard"]].path)
+        for version, first, reasons, models in versions:
+            reason = reasons.get(first + row["row"])
+            further = {} if reason else _further_captions(version, shard, row["key"])
+            held.append(Version(version.digest, reason, () if reason else models, further))
         yield Trace(row, shard, made_by, tuple(held))
+
+
+def _place_of(artifact: Artifact, shard: str) -> str:
+    place = shard_location(artifact.folder.resolve(), shard)
+    return place if is_url(place) else str(Path(place).resolve())
 
 
 def _further_captions(version: Artifact, shard: str, key: str) -> Captions:
@@ -102,8 +97,7 @@ def _further_captions(version: Artifact, shard: str, key: str) -> Captions:
     if not (version.folder / CAPTIONS).is_dir():
         return {}
     for one in ShardManifest.read(version.folder / SHARDS).shards:
-        place = shard_location(version.folder.resolve(), one.path)
-        if one.captions and (place if is_url(place) else str(Path(place).resolve())) == shard:
+        if one.captions and _place_of(version, one.path) == shard:
             return read_captions(str(version.folder / one.captions)).get(key, {})
     return {}
 

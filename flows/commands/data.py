@@ -1,8 +1,6 @@
-"""Commands about data: `trace`, `lineage`, `takedown`, `prune`, `sources inspect`.
-
-Not here: the answers (flows/audit/sample_trace.py, flows/audit/lineage_tree.py,
-flows/audit/dataset_replacement.py, flows/audit/leftovers.py, tasks/merge/inspect_metadata.py).
-"""
+"""Commands about data: `trace`, `lineage`, `takedown`, `prune`, `sources inspect`. Not here: the
+answers (flows/audit/sample_trace.py, flows/audit/lineage_tree.py,
+flows/audit/dataset_replacement.py, flows/audit/leftovers.py, tasks/merge/inspect_metadata.py)."""
 
 from __future__ import annotations
 
@@ -117,10 +115,7 @@ def takedown(
     done = take_down(file, root)
     lines = [line for one in done for line in describe_replacement(one, root)]
     lines += describe_unmatched(file, root)
-    end = (
-        f'the next run leaves them out with `takedowns = ["{file}"]` in the table [dataset] of the '
-        "recipe"
-    )
+    end = f'the next run leaves them out with [dataset] takedowns = ["{file}"] in the recipe'
     lines.append(end if done else f"no dataset version under {root} holds any of these samples")
     console.print("\n".join(lines), soft_wrap=True)
 
@@ -162,12 +157,10 @@ def inspect_source(
     if found is None:
         _print_metadata(files, inspect_files(files, read))
         return
-    looked_at = (
-        f"{found.read_files:,} of {found.files:,} files" if found.is_cut_short else "all files"
-    )
+    part = f"{found.read_files:,} of {found.files:,}" if found.is_cut_short else "all"
     console.print(files, style="bold", end=": ")
     console.print(f"form '{found.form}', {found.files:,} files")
-    console.print(f"{found.samples:,} images with captions in {looked_at}")
+    console.print(f"{found.samples:,} images with captions in {part} files")
     _print_left_out(found.left.reasons, found.left.first)
     console.print("fit for [[adopt.sources]]" if found.samples else "no image with a caption")
 
@@ -192,9 +185,9 @@ def _lineage_of_data(profile: Profile, what: str) -> Iterator[str]:
     root = profile.root.resolve()
     found = find_artifacts(root, what)
     database = TrackingStore.at(profile.mlflow_uri, "").database
-    is_there = database is None or database.is_file()
-    digest = found[0].digest if found else what
-    versions = made_from(profile.mlflow_uri, digest) if is_there else []
+    digest, versions = found[0].digest if found else what, list[str]()
+    if database is None or database.is_file():
+        versions = made_from(profile.mlflow_uri, digest)
     for artifact in found:
         yield from artifact_trees(artifact, root)
     if not found and not versions:
@@ -227,6 +220,4 @@ def _print_metadata(pattern: str, found: Inspection) -> None:
 def draw_bars(histogram: Sequence[int]) -> str:
     """A histogram as one block a bin; a bin that is not empty is never blank."""
     most = max(histogram, default=0)
-    if most == 0:
-        return ""
-    return "".join(BARS[-(-count * (len(BARS) - 1) // most)] for count in histogram)
+    return "".join(BARS[-(-count * (len(BARS) - 1) // most)] for count in histogram if most)

@@ -1,8 +1,5 @@
-"""Commands about registered models: `pull`, `promote`, `rollback`.
-
-Not here: the registry (tasks/register/model_versions.py), how an alias moves
-(tasks/register/promotion.py).
-"""
+"""Commands about registered models: `pull`, `promote`, `rollback`. Not here: the registry
+(tasks/register/model_versions.py), how an alias moves (tasks/register/promotion.py)."""
 
 from __future__ import annotations
 
@@ -42,7 +39,7 @@ def pull(
     ] = "native",
 ) -> None:
     """Fetch a registered model as a folder, for `evaclip` or another library."""
-    from tasks.register.pull_model import pull_model as pull_model  # imports mlflow
+    from tasks.register.pull_model import pull_model  # imports mlflow
 
     profile = load_profile()
     with moving_bar(f"pull {model}") as report:
@@ -84,8 +81,7 @@ def promote(
             store, name, alias, int(number), how, getpass.getuser(), reason
         )
     if moved:
-        champion = before.version if before else None
-        announce_where_served(name, int(number), champion, alias)
+        announce_where_served(name, int(number), before.version if before else None, alias)
     console.print(f"{name}/{number} {'is' if moved else 'was'} {alias}")
 
 

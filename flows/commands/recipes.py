@@ -1,12 +1,9 @@
-"""Commands about recipes, before anything runs, and the arguments that several commands share.
+"""Commands about recipes, before anything runs, and the arguments that several commands share. Not
+here: the plan (flows/planning/run_plan.py), estimates (flows/planning/recipe_cost.py), checks
+(flows/planning/health_checks.py)."""
 
-Not here: the plan (flows/planning/run_plan.py), estimates (flows/planning/recipe_cost.py), checks
-(flows/planning/health_checks.py).
-"""
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Annotated
+import itertools
+from typing import Annotated
 
 from rich.table import Table
 from rich.text import Text
@@ -18,9 +15,6 @@ from flows.config.profile import load_profile
 from flows.config.recipe import Recipe, load_recipe, planned_stages
 from flows.config.recipe_loader import recipe_names
 from flows.reporting.terminal import console
-
-if TYPE_CHECKING:
-    from flows.planning.run_plan import Finding
 
 RecipeName = Annotated[
     str, Argument(metavar="RECIPE", help="name of a recipe, or path of a .toml file")
@@ -84,13 +78,7 @@ def plan(
 ) -> None:
     """Say what a run would do, what is already there, what it costs, and whether it fits here."""
     from flows.graph.graph import load_graph  # imports pyarrow, as the next ones do
-    from flows.planning.recipe_cost import (
-        engine_settings,
-        estimate_data,
-        estimate_table,
-        is_large,
-        training_table,
-    )
+    from flows.planning import recipe_cost
     from flows.planning.run_plan import Machine, make_plan, recipe_findings, summarise_findings
 
     loaded, profile, graph = load_graph(recipe, overrides)
@@ -105,13 +93,13 @@ def plan(
     console.print(table)
     for absent in (one for step in graph.steps for one in step.absent):
         console.print(f"not here: {absent}", soft_wrap=True)
-    if is_large(loaded):
-        console.print(estimate_table("estimate", estimate_data(loaded)))
-    for machines in [Machines.parse_spec(text) for text in gpus or published]:
-        console.print(training_table(loaded, machines, utilisation))
+    if recipe_cost.is_large(loaded):
+        data = recipe_cost.estimate_data(loaded)
+        console.print(recipe_cost.estimate_table("estimate", data))
+    for machines in map(Machines.parse_spec, gpus or published):
+        console.print(recipe_cost.training_table(loaded, machines, utilisation))
         for train in planned_stages(loaded):
-            settings = engine_settings(loaded, train, machines)
-            if settings:
+            if settings := recipe_cost.engine_settings(loaded, train, machines):
                 text = f"DeepSpeed for {train.name} on {machines}: {settings}"
                 console.print(text, soft_wrap=True)
     if (top1 := loaded.published.imagenet_top1) is not None:
@@ -120,8 +108,7 @@ def plan(
     machine = Machine.this_machine(profile.root.resolve())
     for given in map(Machines.parse_spec, gpus) if gpus else [None]:
         fits = summarise_findings(recipe_findings(loaded, graph, profile, machine, given))
-        on = f" with {given}" if given else ""
-        console.print(f"fits{on}:", style="bold", end=" ")
+        console.print(f"fits with {given}:" if given else "fits:", style="bold", end=" ")
         console.print(fits, soft_wrap=True)
 
 
@@ -135,12 +122,18 @@ def doctor(
     from flows.planning.health_checks import check_weights, examine_machine
     from flows.planning.run_plan import Machine, recipe_findings
 
-    levels = [_print_finding(finding) for finding in examine_machine(load_profile())]
+    findings = examine_machine(load_profile())
     if recipe:
         loaded, profile, graph = load_graph(recipe, ())
         machine = Machine.this_machine(profile.root.resolve())
-        levels += [_print_finding(one) for one in recipe_findings(loaded, graph, profile, machine)]
-        levels += [_print_finding(one) for one in check_weights(loaded)]
+        needs = recipe_findings(loaded, graph, profile, machine)
+        findings = itertools.chain(findings, needs, check_weights(loaded))
+    levels = []
+    for finding in findings:
+        levels.append(finding.level)
+        console.print(f"{finding.level:4}", style=COLOURS[finding.level], end="  ")
+        do = f" -> {finding.do}" if finding.do else ""
+        console.print(f"{finding.what}: {finding.found}{do}", soft_wrap=True)
     failed, warned = levels.count("fail"), levels.count("warn")
     console.print(f"{len(levels)} checks: {failed} failed, {warned} with a warning")
     if failed:
@@ -151,11 +144,3 @@ def print_heading(recipe: Recipe) -> None:
     """Print a recipe's name, title and digest, above what is said of it."""
     console.print(recipe.name, style="bold", end="  ")
     console.print(f"{recipe.title}  ({recipe.digest})")
-
-
-def _print_finding(finding: Finding) -> str:
-    """Print one line; returns the finding's level."""
-    console.print(f"{finding.level:4}", style=COLOURS[finding.level], end="  ")
-    do = f" -> {finding.do}" if finding.do else ""
-    console.print(f"{finding.what}: {finding.found}{do}", soft_wrap=True)
-    return finding.level

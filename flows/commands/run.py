@@ -11,15 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from typer import Argument, Option
 
 from evaclip_model.errors import InputError
-from flows.commands.recipes import (
-    FLOWS,
-    Gpus,
-    Overrides,
-    RecipeName,
-    Utilisation,
-    plan,
-    print_heading,
-)
+from flows.commands import recipes
+from flows.commands.recipes import FLOWS, Gpus, Overrides, RecipeName, Utilisation
 from flows.config.profile import Profile, load_profile
 from flows.config.recipe import Recipe
 from flows.reporting.terminal import console
@@ -56,20 +49,18 @@ def run(
     """Run a flow."""
     if flow not in FLOWS:
         raise InputError(f"unknown flow '{flow}'; there are: {', '.join(FLOWS)}")
-    from flows.graph.graph import load_graph  # imports pyarrow, as the next one does
+    from flows.graph.graph import load_graph  # imports pyarrow, as the next ones do
+    from flows.planning.run_plan import check_disk, rehearse_training
     from flows.reporting.results_table import print_results
 
-    if dry_run and flow != "retrain":
-        plan(recipe, overrides, gpus, utilisation)
-        if flow == "train":
-            from flows.planning.run_plan import rehearse_training  # starts processes
-
-            for line in rehearse_training(*load_graph(recipe, overrides)):
-                console.print(line, soft_wrap=True)
-        return
     loaded, profile, graph = load_graph(recipe, overrides)
-    if dry_run:
+    if dry_run and flow == "retrain":
         _is_nothing_new(loaded, profile, graph, told=True)
+    elif dry_run:
+        recipes.plan(recipe, overrides, gpus, utilisation)
+        for line in rehearse_training(loaded, profile, graph) if flow == "train" else ():
+            console.print(line, soft_wrap=True)
+    if dry_run:
         return
     graph.require_runnable(flow)
     if flow == "pipeline" and _is_everything_there(loaded, profile, graph):
@@ -77,19 +68,16 @@ def run(
         console.print("everything is there, nothing to do")
         print_results(loaded, graph, profile)
         return
-    if flow == "retrain":  # downloads a part; the stage itself looks at the disk
-        if _is_nothing_new(loaded, profile, graph):
-            return
-    else:
-        from flows.planning.run_plan import check_disk
-
+    if flow != "retrain":  # that downloads a part; the stage itself looks at the disk
         check_disk(graph)
+    elif _is_nothing_new(loaded, profile, graph):
+        return
     from flows.graph.ephemeral_server import temporary_server  # starts processes: only for a run
 
     with temporary_server(profile.root):
         # the flow's module imports prefect, which reads its settings then
         run_flow = getattr(importlib.import_module(f"flows.{flow}"), flow)
-        print_heading(loaded)
+        recipes.print_heading(loaded)
         judged = {"promote": promote} if flow in JUDGED else {}
         run_flow(recipe=recipe, overrides=overrides, **judged)
     if flow == "pipeline":
@@ -152,8 +140,7 @@ def _is_nothing_new(recipe: Recipe, profile: Profile, graph: Graph, told: bool =
 
 
 def _is_everything_there(recipe: Recipe, profile: Profile, graph: Graph) -> bool:
-    """Return whether everything is made, still registered, settled, and no killed run waits for its
-    end."""
+    """Return whether all is made, still registered and settled, and no killed run is unfinished."""
     if not graph.is_finished:
         return False
     from tasks.lineage.mlflow_store import Tracking  # imports mlflow, as the next one does

@@ -24,11 +24,7 @@ class Machines:
 
     @classmethod
     def parse_spec(cls, text: str) -> Self:
-        """Read COUNTxGPU-MEMORYGB[@PRICE], like `16xA100-40GB@2.5`.
-
-        Raises:
-            InputError: it has another form, or the GPU is not known.
-        """
+        """Read COUNTxGPU-MEMORYGB[@PRICE], like `16xA100-40GB@2.5`."""
         found = _FORM.fullmatch(text.strip())
         if not found or int(found[1]) == 0:
             raise InputError(

@@ -1,6 +1,5 @@
 """The profile: where things run, from the environment (prefix EVACLIP_) or a `.env` file. It never
-changes a result.
-"""
+changes a result."""
 
 import json
 import os
@@ -24,7 +23,7 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 class Profile(BaseSettings, Launch):
-    """Storage, servers and machines of this run; what starts training processes is inherited."""
+    """Storage, servers and machines of this run; the inherited `Launch` starts training."""
 
     model_config = SettingsConfigDict(
         env_prefix="EVACLIP_", env_file=".env", extra="ignore", frozen=True, populate_by_name=True
@@ -90,11 +89,7 @@ class Profile(BaseSettings, Launch):
 
 def load_profile() -> Profile:
     """Read the profile, and let the clients of the servers of `make up` know their secret. Call it
-    before prefect is imported.
-
-    Raises:
-        InputError: a setting has a wrong value, or the tracking URI is of no kind that is known.
-    """
+    before prefect is imported."""
     try:
         profile = Profile()
     except ValidationError as error:
@@ -126,11 +121,10 @@ def _know_secret(profile: Profile) -> None:
     user, _, password = secret.partition(":")
     mlflow = {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
     prefect = {"PREFECT_API_AUTH_STRING": secret}
-    named = {"prefect": os.environ.get("PREFECT_API_URL", ""), "mlflow": profile.mlflow_uri}
-    for server, settings in (("prefect", prefect), ("mlflow", mlflow)):
+    api = os.environ.get("PREFECT_API_URL", "")
+    servers = ("prefect", api, prefect), ("mlflow", profile.mlflow_uri, mlflow)
+    for server, url, settings in servers:
         noted = folder / f"{server}.json"
-        if noted.exists() and f"{named[server]}/".startswith(
-            json.loads(noted.read_text())["url"] + "/"
-        ):
+        if noted.exists() and f"{url}/".startswith(json.loads(noted.read_text())["url"] + "/"):
             for name, value in settings.items():
                 os.environ.setdefault(name, value)

@@ -1,8 +1,6 @@
-"""A recipe: everything that decides a result, one TOML file and what it includes.
-
-Not here: putting files together (recipe_loader.py), where things run (profile.py), what would be
-made (flows/graph/graph.py), any stage's own settings.
-"""
+"""A recipe: everything that decides a result, one TOML file and what it includes. Not here: putting
+files together (recipe_loader.py), where things run (profile.py), what would be made
+(flows/graph/graph.py), any stage's own settings."""
 
 from __future__ import annotations
 
@@ -10,8 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -40,8 +37,7 @@ SHARE_SELECTED = 0.65
 
 
 class Published(Config):
-    """Figures that others published of this model or data. They decide nothing; a plan shows them
-    beside its own."""
+    """Figures that others published of this model or data: a plan shows them beside its own."""
 
     gpus: str | None = None
     """GPUs the model was trained on, like "64xA100-40GB"."""
@@ -112,36 +108,28 @@ class Recipe(Config):
 
     @property
     def merge(self) -> MergeConfig:
-        """The table `[merge]`, with the hashes that `[download]` compares.
-
-        Raises:
-            InputError: the recipe has none.
-        """
+        """The table `[merge]`, with the hashes that `[download]` compares."""
         merge = _require_table(self.merge_table, "merge")
         column = self.download_table.hash_column if self.download_table else ""
         return merge.model_copy(update={"hash_column": column}) if column else merge
 
     @property
     def download(self) -> DownloadConfig:
-        """The table `[download]`. Raises: InputError: the recipe has none."""
         return _require_table(self.download_table, "download")
 
     @property
     def evaluate(self) -> EvaluateConfig:
-        """The table `[evaluate]`. Raises: InputError: the recipe has none."""
         return _require_table(self.evaluate_table, "evaluate")
 
     @property
     def registry(self) -> RegisterConfig:
-        """The table `[register]`. Raises: InputError: the recipe has none."""
         return _require_table(self.register_table, "register")
 
     @property
     def sources(self) -> tuple[str, ...]:
         """Names of all sources, those of metadata first."""
-        merged = [source.name for source in self.merge_table.sources] if self.merge_table else []
-        adopted = [source.name for source in self.adopt.sources] if self.adopt else []
-        return (*merged, *adopted)
+        tables = [table for table in (self.merge_table, self.adopt) if table]
+        return tuple(source.name for table in tables for source in table.sources)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
@@ -173,91 +161,86 @@ class Recipe(Config):
         if (part := self.interpolate) is not None:
             chosen = (*part.choose_on, *part.keep_on)
             _require_known("[interpolate]", chosen, "evaluate.sets", sets)
-        for metric in self.register_table.gate.metrics if self.register_table else ():
-            if metric.rpartition(".")[0] not in sets:
-                _require_known(
-                    "register.gate.metrics", (metric,), "a metric of evaluate.sets", sets
-                )
+        judged = self.register_table.gate.metrics if self.register_table else ()
+        unknown = [metric for metric in judged if metric.rpartition(".")[0] not in sets]
+        _require_known("register.gate.metrics", unknown, "a metric of evaluate.sets", sets)
+        captions = [one.name for one in self.captions]
+        refuse_repeated_names("captions", captions)
         for stage in self.train:
-            where = f"train.{stage.name}.source_weights"
-            _require_known(where, stage.source_weights, "the sources", self.sources)
-        self._require_known_captions()
-        return self
-
-    def _require_known_captions(self) -> None:
-        """Raises: ValueError: captions that nothing draws, or draws of captions that are not
-        there."""
-        names = [one.name for one in self.captions]
-        refuse_repeated_names("captions", names)
-        drawn = {name: stage.name for stage in self.train for name in stage.caption_weights}
-        for name, stage in drawn.items():
-            where = f"train.{stage}.caption_weights"
-            _require_known(where, (name,), "the captions", (STORED, *names))
-        for name in names:
-            if name not in drawn:
-                raise ValueError(
-                    f"no training stage draws captions '{name}': set train.caption_weights"
-                )
+            where, drawn = f"train.{stage.name}", stage.caption_weights
+            _require_known(
+                *(f"{where}.source_weights", stage.source_weights, "the sources", self.sources)
+            )
+            _require_known(f"{where}.caption_weights", drawn, "the captions", (STORED, *captions))
         for one in self.captions:
+            if all(one.name not in stage.caption_weights for stage in self.train):
+                raise ValueError(
+                    f"no training stage draws captions '{one.name}': set train.caption_weights"
+                )
             named = () if one.source is None else (one.source,)
             _require_known(f"captions '{one.name}'", named, "the sources", self.sources)
+        return self
 
     def _require_fitting_stages(self) -> None:
-        """Raises: ValueError: a training stage cannot do what it says, whatever the data is."""
+        """Refuse a training stage that cannot do what it says, whatever the data is."""
         sources = self.merge_table.sources if self.merge_table else ()
         caps = {source.name: source.target_count for source in sources if source.target_count}
         most = None if self.adopt or len(caps) < len(sources) else sum(caps.values())
-        architecture = self.initialise.load_architecture()
         for stage in self.train:
-            try:
-                parts = count_parts(architecture.at_image_px(stage.image_px))
-                for part in stage.freeze:  # deeper words are held against the model itself
-                    depth = 3 if ".blocks." in part else 2
-                    cut = ".".join(part.split(".")[:depth])
-                    stage.model_copy(update={"freeze": (cut,)}).require_parts(parts)
-                if stage.lora is not None:
-                    stage.lora.require_projections(architecture)
-            except InputError as error:
-                raise ValueError(f"training stage '{stage.name}': {error}") from None
-            if stage.validation.every_steps and not self.dataset.validation_share:
-                raise ValueError(
-                    f"training stage '{stage.name}' has validation.every_steps = "
-                    f"{stage.validation.every_steps}, but dataset.validation_share holds nothing "
-                    "out: set it above 0"
+            read = set(caps).intersection(stage.source_weights or caps)
+            few = next((name for name in read if stage.lanes > caps[name]), None)
+            every = stage.validation.every_steps
+            if every and not self.dataset.validation_share:
+                why = (
+                    f" has validation.every_steps = {every}, but dataset.validation_share holds "
+                    "nothing out: set it above 0"
                 )
-            if stage.epochs is None and stage.warmup_steps > stage.steps:
-                raise ValueError(
-                    f"training stage '{stage.name}' has {stage.steps:,} steps (samples_seen / "
-                    f"global_batch), fewer than warmup_steps = {stage.warmup_steps:,}"
+            elif stage.epochs is None and stage.warmup_steps > stage.steps:
+                why = (
+                    f" has {stage.steps:,} steps (samples_seen / global_batch), fewer than "
+                    f"warmup_steps = {stage.warmup_steps:,}"
                 )
-            if most is not None and stage.global_batch > most:
-                raise ValueError(
-                    f"training stage '{stage.name}' has global_batch = {stage.global_batch:,}, but "
-                    f"the sources' target_count gives at most {most:,} samples"
+            elif most is not None and stage.global_batch > most:
+                why = (
+                    f" has global_batch = {stage.global_batch:,}, but the sources' target_count "
+                    f"gives at most {most:,} samples"
                 )
-            for name in set(caps).intersection(stage.source_weights or caps):
-                if stage.lanes > caps[name]:
-                    raise ValueError(
-                        f"training stage '{stage.name}' reads {stage.lanes} lanes, but source "
-                        f"'{name}' has target_count = {caps[name]}: set 'lanes' lower"
-                    )
+            elif few is not None:
+                why = (
+                    f" reads {stage.lanes} lanes, but source '{few}' has target_count = "
+                    f"{caps[few]}: set 'lanes' lower"
+                )
+            else:
+                why = self._why_model_unfit(stage)
+            if why:
+                raise ValueError(f"training stage '{stage.name}'{why}")
+
+    def _why_model_unfit(self, stage: TrainConfig) -> str:
+        architecture = self.initialise.load_architecture()
+        try:
+            parts = count_parts(architecture.at_image_px(stage.image_px))
+            for part in stage.freeze:  # deeper words are held against the model itself
+                depth = 3 if ".blocks." in part else 2
+                cut = ".".join(part.split(".")[:depth])
+                stage.model_copy(update={"freeze": (cut,)}).require_parts(parts)
+            if stage.lora is not None:
+                stage.lora.require_projections(architecture)
+        except InputError as error:
+            return f": {error}"
+        return ""
 
     def retraining_stages(self) -> tuple[TrainConfig, ...]:
         wanted = self.retrain
         changes = wanted.model_dump(include={"samples_seen", "warmup_steps"}, exclude_none=True)
         if wanted.samples_seen is not None:
             changes["epochs"] = None
-        rates = ("lr_vision", "lr_text", "lr_other")
-        return tuple(
-            stage.model_copy(
-                update={
-                    **changes,
-                    **{name: getattr(stage, name) * wanted.lr_scale for name in rates},
-                }
-            )
-            for stage in self.train
-            if not wanted.stages or stage.name in wanted.stages
-        )
+        stages = [one for one in self.train if not wanted.stages or one.name in wanted.stages]
+        found = []
+        for stage in stages:
+            rates = stage.model_dump(include={"lr_vision", "lr_text", "lr_other"})
+            scaled = {name: rate * wanted.lr_scale for name, rate in rates.items()}
+            found.append(stage.model_copy(update={**changes, **scaled}))
+        return tuple(found)
 
     @property
     def digest(self) -> str:
@@ -272,7 +255,6 @@ class Recipe(Config):
 
 
 def _require_known(where: str, names: Iterable[str], of: str, known: Sequence[str]) -> None:
-    """Raises: ValueError: one of the names at a place is not known."""
     for name in names:
         if name not in known:
             there = ", ".join(known) or "there is none"
@@ -286,17 +268,12 @@ def _require_table(table: Table | None, name: str) -> Table:
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Load a recipe by name (`demo`) or path (`my/own.toml`), with `table.key=value` overrides.
-
-    Raises:
-        InputError: no such recipe, not TOML, a wrong key, an override that fits nothing.
-    """
+    """Load a recipe by name (`demo`) or path (`my/own.toml`), with `table.key=value` overrides."""
     path = find_recipe(name_or_path)
     return Recipe.from_mapping(read_recipe(path, overrides), where=path.name)
 
 
-@dataclass(frozen=True)
-class SourceYield:
+class SourceYield(NamedTuple):
     """The rows and samples that a source can give."""
 
     source: SourceConfig
@@ -313,7 +290,6 @@ class SourceYield:
 
 
 def source_yields(recipe: Recipe) -> list[SourceYield]:
-    """Return what each source can give, in the recipe's order."""
     yields = []
     for source in recipe.merge_table.sources if recipe.merge_table else ():
         wanted, rows = source.wanted_rows or 0, recipe.published.metadata_rows.get(source.name)

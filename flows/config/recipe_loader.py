@@ -25,11 +25,7 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name_or_path: str) -> Path:
-    """The file of a recipe, named as the project's own or by its path.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The file of a recipe, named as the project's own or by its path."""
     if name_or_path.endswith(".toml"):
         path = Path(name_or_path)
         if not path.is_file():
@@ -44,12 +40,7 @@ def find_recipe(name_or_path: str) -> Path:
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A recipe's tables with everything included, overridden and shared in its place.
-
-    Raises:
-        InputError: a file that is missing, not TOML, or includes itself; an override that fits
-            nothing.
-    """
+    """A recipe's tables with everything included, overridden and shared in its place."""
     values = _with_included(path, ())
     for override in overrides:
         values = apply_override(values, override)
@@ -89,7 +80,10 @@ def _has_names(value: Any) -> bool:
 
 def _with_included(path: Path, around: tuple[Path, ...]) -> dict[str, Any]:
     """The file's tables over those of the files it includes; `around`: the files that led here."""
-    values = _read_file(path)
+    try:
+        values = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path.name} is not valid TOML: {error}") from None
     included = values.pop(INCLUDE, [])
     if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
         raise InputError(f'{path.name}: include is a list of paths, like ["data/merged2b.toml"]')
@@ -104,20 +98,9 @@ def _with_included(path: Path, around: tuple[Path, ...]) -> dict[str, Any]:
     return merge_tables(result, values)
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path.name} is not valid TOML: {error}") from None
-
-
 def apply_override(values: dict[str, Any], override: str) -> dict[str, Any]:
     """A copy of `values` with one `table.key=value` set, or taken out where no value follows; list
-    items by index or by their name.
-
-    Raises:
-        InputError: it is of another form, or its key leads nowhere.
-    """
+    items by index or by their name."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(f"--set {override}: expected table.key=value")

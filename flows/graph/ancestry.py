@@ -5,8 +5,8 @@ step made it.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from evaclip_model.errors import InputError
 from tasks.artifacts.artifact import Artifact, Role
@@ -27,52 +27,39 @@ _OF_STEPS = (
 )
 
 
-@dataclass(frozen=True)
-class Model:
-    """A trained model."""
+class Model(NamedTuple):
+    """A trained model, by the name of the training stage that made it."""
 
     name: str
-    """Of the training stage that made it."""
     digest: str
     registered: tuple[RegisteredVersion, ...]
 
 
 def parent_of(artifact: Artifact, role: str, artifacts: Sequence[Artifact]) -> Artifact:
-    """The artifact that `artifact` was made from.
-
-    Raises:
-        InputError: it is not there any more.
-    """
-    digest = artifact.parents[role]
+    """The artifact that `artifact` was made from; raises InputError where it is gone."""
     for other in artifacts:
-        if other.digest == digest:
+        if other.digest == artifact.parents[role]:
             return other
-    raise _missing_artifact_error(artifact, role)
+    raise InputError(
+        f"{artifact.folder} was made from {role} {artifact.parents[role]}, which is gone: run its "
+        "recipe again"
+    )
 
 
 def ancestors_of(artifact: Artifact, artifacts: Sequence[Artifact]) -> list[Artifact]:
     """The ancestors of an artifact in the order of work, itself the last. The demo's world counts
-    as data from outside.
-
-    Raises:
-        InputError: something of it is not there any more.
-    """
+    as data from outside. Raises InputError where something of it is gone."""
     found = _walk_upward(artifact, artifacts)
-    digests = {one.digest for one in found}
     for one in found:
-        for role, digest in one.parents.items():
-            if digest not in digests and (role in _OF_STEPS or one.kind == JOIN.name):
-                raise _missing_artifact_error(one, role)
+        for role in one.parents:
+            if role in _OF_STEPS or one.kind == JOIN.name:
+                parent_of(one, role, found)
     return found
 
 
 def data_of(version: Artifact, artifacts: Sequence[Artifact]) -> Artifact:
     """The data of a dataset version, whatever stages came between: the artifact that holds the
-    index, a verification or a join of several.
-
-    Raises:
-        InputError: something that the version was made of is not there any more.
-    """
+    index, a verification or a join of several. Raises InputError where something of it is gone."""
     ancestors_of(version, artifacts)
     data = find_data(version, artifacts)
     assert data is not None, "a dataset version has no other beginning"
@@ -86,11 +73,8 @@ def find_data(version: Artifact, artifacts: Sequence[Artifact]) -> Artifact | No
 
 
 def parts_of(data: Artifact, artifacts: Sequence[Artifact]) -> list[Artifact]:
-    """The verifications in a join, in its order; a verification is its own one part.
-
-    Raises:
-        InputError: one of them is not there any more.
-    """
+    """The verifications in a join, in its order; a verification is its own one part. Raises
+    InputError where one is gone."""
     if data.kind != JOIN.name:
         return [data]
     return [parent_of(data, role, artifacts) for role in data.parents]
@@ -112,7 +96,6 @@ def first_row_in(
 
 
 def children_of(digest: str, artifacts: Sequence[Artifact]) -> list[Artifact]:
-    """The artifacts made directly of one, in its order."""
     return [artifact for artifact in artifacts if digest in artifact.parents.values()]
 
 
@@ -153,10 +136,3 @@ def _walk_upward(artifact: Artifact, artifacts: Sequence[Artifact]) -> list[Arti
     """An artifact behind all that it was made from, each once."""
     known = {one.digest: one for one in artifacts if one.kind != DEMO.name}
     return list(walk_up([artifact], known.get).values())
-
-
-def _missing_artifact_error(artifact: Artifact, role: str) -> InputError:
-    return InputError(
-        f"{artifact.folder} was made from {role} {artifact.parents[role]}, which is gone: run its "
-        "recipe again"
-    )

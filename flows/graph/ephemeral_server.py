@@ -1,8 +1,7 @@
 """A Prefect server for the time of one command, when none is configured.
 
-Prefect would start its own embedded server, but as a plain child: it survives a killed parent.
-This one runs under the supervisor, ends with the command, however that ends, and answers nobody
-else.
+Prefect would start its own as a plain child, which survives a killed parent. This one runs under
+the supervisor, ends with the command, however that ends, and answers nobody else.
 """
 
 import os
@@ -10,10 +9,9 @@ import secrets
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from evaclip_model.errors import InputError
@@ -25,13 +23,8 @@ START_TIMEOUT_S = 120
 
 @contextmanager
 def temporary_server(root: Path) -> Iterator[None]:
-    """Serve the Prefect API on a free loopback port, unless PREFECT_API_URL names a server.
-
-    Must be entered before prefect is imported: it reads its settings then.
-
-    Raises:
-        InputError: the server did not start; names its log.
-    """
+    """Serve the Prefect API on a free loopback port, unless PREFECT_API_URL names a server. Must be
+    entered before prefect is imported: it reads its settings then."""
     quiet = {
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -63,26 +56,22 @@ def temporary_server(root: Path) -> Iterator[None]:
     with start_supervised(command, log=log, grace_s=5, env=settings) as process:
         _wait_until_healthy(f"{address}/health", process, log)
         mine = {"PREFECT_API_URL": address, "PREFECT_API_AUTH_STRING": secret}
-        before = {name: os.environ.get(name) for name in mine}
+        before = {name: os.environ[name] for name in mine if name in os.environ}
         os.environ.update(mine)
         try:
             yield
         finally:
-            for name, earlier in before.items():
+            for name in mine:
                 del os.environ[name]
-                if earlier is not None:
-                    os.environ[name] = earlier
+            os.environ.update(before)
 
 
 def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=2) as answer:
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            pass
+        with suppress(OSError), urllib.request.urlopen(url, timeout=2) as answer:
+            if answer.status == 200:
+                return
         time.sleep(0.1)
     failed = "ended" if process.poll() is not None else f"gave no answer in {START_TIMEOUT_S} s"
     raise InputError(f"the temporary Prefect server {failed} while it started: {log} says why")

@@ -1,9 +1,8 @@
 """The graph of a recipe: every step that it would make, with its address, before anything runs.
 
 One entry a stage: what its artifact is made from, and the work that makes it, which is imported
-when it runs, never by a plan. To add a stage is to add its entry, and to hand it on in `data_steps`
-or `model_steps`. Not here: running steps (runner.py), what retraining and `score` put in
-(incremental.py, score_request.py).
+when it runs, never by a plan. A new stage is handed on in `data_steps` or `model_steps`. Not here:
+running (runner.py), what retraining and `score` put in (incremental.py, score_request.py).
 """
 
 import json
@@ -26,12 +25,12 @@ from flows.config.recipe import Recipe, expected_samples, load_recipe
 from flows.graph.outside_data import (
     NotHere,
     OutsideMarks,
-    describe_adopted,
     describe_sets,
     describe_sources,
     fetch_models,
     find_all,
     find_files,
+    fingerprint_model,
     hash_marks,
     sort_takedowns,
 )
@@ -66,7 +65,7 @@ from tasks.download.download import PROGRESS, Crew, download_images
 from tasks.download.url_tables import expected_bytes
 from tasks.embed.config import STAGE as EMBED
 from tasks.embed.config import EmbedConfig
-from tasks.evaluate.config import ATTACHED, RESULTS, EvalSetConfig, EvaluateConfig
+from tasks.evaluate.config import ATTACHED, RESULTS, EvaluateConfig
 from tasks.evaluate.config import STAGE as EVALUATE
 from tasks.initialise.config import REGISTRY, InitialiseConfig
 from tasks.initialise.config import STAGE as INITIALISE
@@ -95,9 +94,7 @@ class Site:
     """The settings that all steps of a graph share."""
 
     root: Path
-    """Absolute folder of all artifacts."""
     tracking_uri: str
-    """Of the registry that models go to."""
     demo: Step | None
     """The demo's world, whose files a recipe with a [demo] table may name."""
 
@@ -107,7 +104,6 @@ class Beside:
     """The model that stands beside the trained one in an evaluation."""
 
     name: str
-    """In figures and reports."""
     role: str
     mark: Input
     folder: Path
@@ -119,23 +115,18 @@ class Graph:
 
     site: Site
     embed: tuple[Step, ...]
-    """Features of every sample, one a model and verification."""
     dataset: Step
     train: tuple[Step, ...]
-    """One a training stage, in order."""
     final: Step
     """What makes the model that is evaluated and registered: the last of them, or what follows."""
     results: tuple[Step, ...]
-    """What is made of the trained model, in order."""
 
     @cached_property
     def data_steps(self) -> tuple[Step, ...]:
-        """From metadata to the dataset version."""
         return walk_steps(self.site.demo, *self.embed, self.dataset)
 
     @cached_property
     def model_steps(self) -> tuple[Step, ...]:
-        """From the starting weights to the trained model."""
         return tuple(step for step in walk_steps(self.final) if step not in self.data_steps)
 
     @cached_property
@@ -143,11 +134,7 @@ class Graph:
         return (*self.data_steps, *self.model_steps, *self.results)
 
     def find_step(self, stage: Stage) -> Step:
-        """The first step of a stage.
-
-        Raises:
-            InputError: the recipe has none.
-        """
+        """The first step of a stage; raises InputError where the recipe has none."""
         for step in self.steps:
             if step.stage.name == stage.name:
                 return step
@@ -166,8 +153,7 @@ class Graph:
         return all(step.is_finished for step in self.steps)
 
     def require_runnable(self, flow: str) -> None:
-        """Raises: InputError: the flow of this name reads what is not on this machine, or makes
-        what the recipe says nothing about."""
+        """Refuse a flow that reads what is not here, or makes what the recipe does not name."""
         if flow not in ("prepare", "train"):
             for stage in (EVALUATE, REGISTER):
                 self.find_step(stage)
@@ -179,43 +165,36 @@ class Graph:
             raise InputError(f"{absent[0]}{more}")
 
     def require_samples(self) -> None:
-        """Raises: InputError: a training stage takes more of the finished dataset version at once
-        than there is, which would otherwise be seen when its turn comes."""
+        """Refuse a training stage that takes more of the finished dataset version at once than
+        there is, which would otherwise be seen when its turn comes."""
         counts, end = finished_artifact(self.dataset).counts, ".samples"
         has = {name.removesuffix(end): int(counts[name]) for name in counts if name.endswith(end)}
         for step in self.train:
             stage = TrainConfig.model_validate(step.config)
             drawn = {name: has.get(name, 0) for name in stage.source_weights or has}
-            few = min(drawn, key=drawn.__getitem__)
-            if sum(drawn.values()) < stage.global_batch:
-                raise InputError(
-                    f"training stage '{stage.name}' has global_batch = {stage.global_batch:,}, but "
-                    f"the dataset holds {sum(drawn.values()):,} samples of {', '.join(drawn)}: set "
-                    "it lower, or add samples"
+            few, samples, why = min(drawn, key=drawn.__getitem__), sum(drawn.values()), ""
+            if samples < stage.global_batch:
+                why = (
+                    f"has global_batch = {stage.global_batch:,}, but the dataset holds "
+                    f"{samples:,} samples of {', '.join(drawn)}: set it lower"
                 )
-            if drawn[few] < stage.lanes:
-                raise InputError(
-                    f"training stage '{stage.name}' reads {stage.lanes} lanes, but source '{few}' "
-                    f"has {drawn[few]:,} samples: set 'lanes' lower, or add samples"
+            elif drawn[few] < stage.lanes:
+                why = (
+                    f"reads {stage.lanes} lanes, but source '{few}' has {drawn[few]:,} samples: "
+                    "set 'lanes' lower"
                 )
+            if why:
+                raise InputError(f"training stage '{stage.name}' {why}, or add samples")
 
 
 def load_graph(recipe: str, overrides: Sequence[str]) -> tuple[Recipe, Profile, Graph]:
-    """Load a recipe and the profile, and draw their graph.
-
-    Raises:
-        InputError: the recipe, an override or the profile is wrong.
-    """
+    """Load a recipe and the profile, and draw their graph."""
     resolved, profile = load_recipe(recipe, overrides), load_profile()
     return resolved, profile, draw_graph(resolved, profile.root.resolve(), profile.mlflow_uri)
 
 
 def draw_graph(recipe: Recipe, root: Path, tracking_uri: str) -> Graph:
-    """The graph of `recipe` under `root`; what is not here is noted at the steps that read it.
-
-    Raises:
-        InputError: the recipe names files of the demo and has no demo.
-    """
+    """The graph of `recipe` under `root`; what is not here is noted at the steps that read it."""
     site = Site(root, tracking_uri, demo_step(root, recipe.demo) if recipe.demo else None)
     data = all_data(site, recipe)
     start = initialise_step(site, recipe.initialise)
@@ -223,8 +202,7 @@ def draw_graph(recipe: Recipe, root: Path, tracking_uri: str) -> Graph:
 
 
 def all_data(site: Site, recipe: Recipe) -> Step:
-    """Return what a recipe's dataset version chooses from: what is downloaded, what is adopted, or
-    both joined; the last of the steps."""
+    """The last step of a recipe's data: what is downloaded, what is adopted, or both joined."""
     parts = []
     if recipe.merge_table is not None:
         parts.append(data_steps(site, recipe, merge_step(site, recipe.merge)))
@@ -246,8 +224,7 @@ def model_steps(
     stages: Sequence[TrainConfig],
     beside: Beside,
 ) -> Graph:
-    """From data (a verification, or several that were joined) and a model to start from, through
-    training `stages`, to a registered model by the recipe's rules, evaluation and registry."""
+    """From data (a verification or a join) and a model to start from to a registered model."""
     embed = embed_steps(site, recipe.embed, data) if recipe.embed else ()
     dataset = dataset_step(site, recipe.dataset, data, embed, recipe.captions)
     train: list[Step] = []
@@ -267,8 +244,6 @@ def model_steps(
 
 
 def demo_step(root: Path, config: DemoConfig) -> Step:
-    """Metadata, evaluation sets and the plan of a loopback web."""
-
     def make(_: Profile, out: Path, report: Report) -> Made:
         from tasks.demo.world import make_demo
 
@@ -286,10 +261,9 @@ def merge_step(
 ) -> Step:
     """The rows of all sources that are to be downloaded.
 
-    Args:
-        inputs: role -> mark of everything outside that is read; by default looked at now.
-        files: source -> its files; by default those that the config names, found when it runs.
-        given: merges whose rows are left out; they are among `inputs`.
+    By default everything outside is marked now (`inputs`: role -> mark) and the config's files are
+    found when it runs (`files`: source -> files). Rows of the merges `given`, among `inputs`, are
+    left out.
     """
     marks = OutsideMarks(site.demo)
     if inputs is None:
@@ -317,13 +291,12 @@ def merge_step(
 
 
 def download_step(site: Site, recipe: Recipe, merged: Step | Artifact) -> Step:
-    """The images of a merge, as shards."""
     config = recipe.download
 
     def make(profile: Profile, out: Path, report: Report) -> Made:
         processes, threads = profile.download_processes, profile.download_threads
         crew = Crew(processes, threads, profile.download_distributor)
-        return download_images(config, finished_artifact(merged).folder, out, crew, report)
+        return download_images(config, merged.folder, out, crew, report)
 
     def serve_demo() -> AbstractContextManager[None]:
         from tasks.demo.demo_web import serve_pictures
@@ -347,13 +320,10 @@ def adopt_step(
     given: Sequence[Artifact] = (),
     mark: Mapping[str, Input] | None = None,
 ) -> Step:
-    """Shards where they lie, and folders and tables as shards.
-
-    Args:
-        given: adoptions whose files are not taken again; `mark` stands for them.
-    """
+    """Shards where they lie, and folders and tables as shards; files of the adoptions `given`,
+    which `mark` stands for, are not taken again."""
     marks = OutsideMarks(site.demo)
-    sources = {source.name: marks.mark_source(source) for source in config.sources}
+    sources = {one.name: marks.mark_source(one) for one in config.sources}
     inputs: dict[str, Input] = {**sources, **(mark or {})}
 
     def make(_: Profile, out: Path, report: Report) -> Made:
@@ -362,15 +332,13 @@ def adopt_step(
         return adopt_sources(config, out, report, [one.folder for one in given])
 
     what = f"{len(config.sources)} sources, shards stay where they lie"
-    record = Record(outside=partial(describe_adopted, config=config))
+    record = Record(outside=partial(describe_sources, config=config))
     return Step(site.root, ADOPT, config, inputs, make, what, marks.absent, record)
 
 
 def verify_step(
     site: Site, config: VerifyConfig, downloaded: Step | Artifact, role: str = Role.DOWNLOAD
 ) -> Step:
-    """A verdict on every shard of a download or an adoption, and an index of every sample."""
-
     def make(_: Profile, out: Path, report: Report) -> Made:
         from tasks.verify.verify import verify_shards
 
@@ -393,8 +361,6 @@ def join_step(site: Site, verified: Sequence[Step | Artifact]) -> Step:
 
 
 def embed_steps(site: Site, config: EmbedConfig, data: Step | Artifact) -> tuple[Step, ...]:
-    """The features of all data by each model, one step a model and verification: those of earlier
-    verifications are there already."""
     return tuple(
         embed_step(site, config, spec, part)
         for spec in config.models
@@ -410,13 +376,14 @@ def verifications_in(data: Step | Artifact) -> list[Step | Artifact]:
 
 
 def embed_step(site: Site, config: EmbedConfig, spec: str, verified: Step | Artifact) -> Step:
-    """The features of one verification's samples by one model."""
+    """The features of one verification's samples by one model; those of the verifications that a
+    retraining joins are there already."""
     marks = OutsideMarks(site.demo)
     if spec.startswith(REGISTRY):  # an alias may move: what is kept of the model is its version
-        version = marks.find_version(site.tracking_uri, spec)
-        model, mark = f"{REGISTRY}{version.name}", version.mark
+        version, mark = marks.find_version(site.tracking_uri, spec)
+        model = f"{REGISTRY}{version}"
     else:
-        model, mark = spec, digest_of(marks.mark_model(spec))
+        model, mark = spec, marks.mark_found(partial(fingerprint_model, spec))
 
     def make(profile: Profile, out: Path, report: Report) -> Made:
         from tasks.embed.embed import embed_samples
@@ -441,23 +408,18 @@ def dataset_step(
     embed: Sequence[Step] = (),
     captions: Sequence[CaptionSource] = (),
 ) -> Step:
-    """A dataset version: which of the verified samples are used.
-
-    Args:
-        embed: features of all data; the first model's decide, where a rule asks for a score.
-    """
+    """A dataset version; of `embed` the first model's features decide, if a rule asks scores."""
     marks = OutsideMarks(site.demo)
     inputs: dict[str, Input] = {Role.DATA: data}
     rules: dict[str, tuple[str, ...]] = {name: getattr(config, name) for name in RULES_IN_FILES}
-    for name, patterns in rules.items():
-        found = [digest_of(marks.mark_files(pattern, f"dataset.{name}")) for pattern in patterns]
+    read = {name: [(file, f"dataset.{name}") for file in files] for name, files in rules.items()}
+    read["captions"] = [(one.files, f"captions '{one.name}'") for one in captions]
+    said = [json.dumps(one.model_dump(exclude={"files"})) for one in captions]
+    for name, files in read.items():
+        found = [digest_of(marks.mark_files(pattern, where)) for pattern, where in files]
         if found:
+            found += said if name == "captions" else ()
             inputs[name] = ABSENT if ABSENT in found else hash_marks(found)
-    if captions:
-        read = [marks.mark_files(one.files, f"captions '{one.name}'") for one in captions]
-        said = [json.dumps(one.model_dump(exclude={"files"})) for one in captions]
-        found = [digest_of(one) for one in read]
-        inputs["captions"] = ABSENT if ABSENT in found else hash_marks([*found, *said])
     parts = verifications_in(data)
     scored = embed[: len(parts)] if config.asks_scores else ()
     inputs |= {f"{Role.SCORES}{number:04d}": one for number, one in enumerate(scored)}
@@ -480,10 +442,8 @@ def dataset_step(
             name: tuple(find_all(patterns, site.demo, f"dataset.{name}"))
             for name, patterns in rules.items()
         }
-        sidecars = []
-        for one in captions:
-            listed = find_files(one.files, site.demo, f"captions '{one.name}'")
-            sidecars.append((one, tuple(map(str, listed))))
+        listed = [find_files(file, site.demo, where) for file, where in read["captions"]]
+        sidecars = [(one, tuple(map(str, of))) for one, of in zip(captions, listed, strict=True)]
         outside = OutsideFiles(**files, captions=tuple(sidecars))
         ancestors = ancestors_of(finished_artifact(data), read_artifacts(site.root))
         takedowns = Takedowns()
@@ -491,10 +451,8 @@ def dataset_step(
             asked = sort_takedowns(entries)
             before = plain.folder if plain.is_finished else None
             takedowns = Takedowns(entries, lambda index: find_asked(index, asked), before)
-        scores = None
-        if scored:
-            folders = [(one.folder, of.folder) for one, of in zip(scored, parts, strict=True)]
-            scores = read_scores(folders)
+        folders = [(one.folder, of.folder) for one, of in zip(scored, parts, strict=False)]
+        scores = read_scores(folders) if folders else None
         return make_dataset(config, ancestors, outside, takedowns, out, report, scores)
 
     what = "what is left out, as tombstones; a card"
@@ -503,17 +461,16 @@ def dataset_step(
 
 
 def initialise_step(site: Site, config: InitialiseConfig) -> Step:
-    """The model that training starts from."""
     marks, absent = OutsideMarks(site.demo), config.absent_files()
     inputs: dict[str, Input] = {
         role: marks.note_absent(absent[role]) if role in absent else fingerprint_files(path)
         for role, path in config.outside_files().items()
     }
-    registered = config.registered_models()
     versions = {
-        role: marks.find_version(site.tracking_uri, uri) for role, uri in registered.items()
+        role: marks.find_version(site.tracking_uri, uri)
+        for role, uri in config.registered_models().items()
     }
-    inputs |= {role: version.mark for role, version in versions.items()}
+    inputs |= {role: mark for role, (_, mark) in versions.items()}
 
     def make(profile: Profile, out: Path, report: Report) -> Made:
         from tasks.initialise.initialise import initialise_model
@@ -522,13 +479,11 @@ def initialise_step(site: Site, config: InitialiseConfig) -> Step:
             return initialise_model(config, out, report)
         from tasks.register.pull_model import pull_model  # imports mlflow
 
+        uri, places = site.tracking_uri, profile.weight_places
         with TemporaryDirectory(dir=out) as folder:
             pulled = {
-                role: pull_model(
-                    *(site.tracking_uri, version.name, Path(folder) / role),
-                    places=profile.weight_places,
-                )
-                for role, version in versions.items()
+                role: pull_model(uri, version, Path(folder) / role, places=places)
+                for role, (version, _) in versions.items()
             }
             return initialise_model(config, out, report, pulled)
 
@@ -563,12 +518,8 @@ def interpolate_step(
 ) -> Step:
     """The model between start and end of training that the recipe's sets choose."""
     named = (*config.choose_on, *config.keep_on)
-    part = evaluate.model_copy(
-        update={
-            "sets": tuple(one for one in evaluate.sets if one.name in named),
-            **{"title": "", "metrics": ()},
-        }
-    )
+    sets = tuple(one for one in evaluate.sets if one.name in named)
+    part = evaluate.model_copy(update={"sets": sets, "title": "", "metrics": ()})
     marks = OutsideMarks(site.demo)
     settings = hash_marks([json.dumps(part.compute_identity(), sort_keys=True)])
     inputs: dict[str, Input] = {
@@ -583,8 +534,8 @@ def interpolate_step(
 
         def evaluate_all(models: Mapping[str, Path], folder: Path) -> Mapping[str, Any]:
             folder.mkdir(exist_ok=True)
-            sets = find_sets(part, site.demo)
-            evaluate_models(part, models, sets, (), folder, report, machine=profile.machine)
+            found = find_sets(part, site.demo)
+            evaluate_models(part, models, found, (), folder, report, machine=profile.machine)
             results: Mapping[str, Any] = json.loads((folder / RESULTS).read_text())
             return results
 
@@ -609,7 +560,6 @@ def comparison_step(
     beside: Beside,
     title: str = "",
 ) -> Step:
-    """The final model of `train` beside another."""
     marks = OutsideMarks(site.demo)
     sets = mark_sets(marks, config)
     inputs = {Role.TRAINED: final, beside.role: beside.mark, **sets}
@@ -624,17 +574,16 @@ def comparison_step(
 
 
 def mark_sets(marks: OutsideMarks, config: EvaluateConfig) -> dict[str, Input]:
-    """Name -> what stands for every set."""
-    return {one.name: marks.mark_files(one.folder, _where_named(one)) for one in config.sets}
+    named = {one.name: (one.folder, f"evaluate.sets '{one.name}'") for one in config.sets}
+    return {name: marks.mark_files(*place) for name, place in named.items()}
 
 
 def find_sets(config: EvaluateConfig, demo: Step | None) -> dict[str, Path]:
     """Name -> folder of every set."""
-    return {one.name: find_all([one.folder], demo, _where_named(one))[0] for one in config.sets}
-
-
-def _where_named(one: EvalSetConfig) -> str:
-    return f"evaluate.sets '{one.name}'"
+    return {
+        one.name: find_all([one.folder], demo, f"evaluate.sets '{one.name}'")[0]
+        for one in config.sets
+    }
 
 
 def evaluate_step(
@@ -650,13 +599,8 @@ def evaluate_step(
 ) -> Step:
     """Models on evaluation sets.
 
-    Args:
-        inputs: role -> what stands for the models and the sets.
-        models: name -> what opens it; the first one is the subject.
-        find_sets: name -> folder of every set.
-        train: training stages of the subject, for its curves.
-        dataset: what it was trained on, for a look whether test images are among it.
-        final: what made the subject, for its lineage.
+    The first of `models` (name -> what opens it) is the subject, which `final` made by `train` from
+    `dataset`: for its curves, its lineage, and a look whether test images are in what it saw.
     """
 
     def make(profile: Profile, out: Path, report: Report) -> Made:
@@ -667,15 +611,13 @@ def evaluate_step(
         trained_on = []
         if dataset and (dataset.folder / LEFT_OUT).is_file():  # else it was cleared away
             data = find_data(finished_artifact(dataset), read_artifacts(root))
-            if data is not None:
-                trained_on = [TrainingData(data.folder, dataset.folder / LEFT_OUT)]
-        curves = [step.folder / METRICS_FILE for step in train]
-        picture = lineage_svg(lineage_of([finished_artifact(final)], root)) if final else ""
+            trained_on = [TrainingData(data.folder, dataset.folder / LEFT_OUT)] if data else []
         return evaluate_models(
-            *(config, models, find_sets(), curves, out, report),
+            *(config, models, find_sets(), [step.folder / METRICS_FILE for step in train]),
+            *(out, report),
             machine=profile.machine,
             trained_on=trained_on,
-            lineage=picture,
+            lineage=lineage_svg(lineage_of([finished_artifact(final)], root)) if final else "",
         )
 
     for given in config.metrics:
@@ -698,5 +640,4 @@ def register_step(site: Site, config: RegisterConfig, trained: Step, evaluated: 
 
 
 def _not_run(profile: Profile, out: Path, report: Report) -> Made:
-    """The work of a step that is asked for its address alone, until it gets another one."""
     raise RuntimeError(f"{out} is not made by its step: whoever runs it gives it its work")

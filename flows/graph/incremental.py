@@ -1,19 +1,17 @@
 """New data since a model was last trained, and the retraining that it makes possible.
 
-Covers: earlier attempts and what became of them, new metadata files, the graph of a retraining.
-Not here: making anything (flows/retrain.py), deciding (tasks/register/gate.py).
-
 The data of a registered model is a row of parts, each a merge with its download, or an adoption,
 and its verification. Every attempt adds parts with what is new, and none is made twice: a new merge
 leaves out whatever an earlier one has selected, and a new adoption the files that an earlier one
 took, whether that was trained on or not. The next dataset takes the champion's parts, those of
 attempts that were held, and the new ones; the parts that a rejected or rolled back model added are
-set aside.
+set aside. A finished merge or adoption that no attempt has used yet waits: for its download, if a
+run was killed, or for more rows.
 
-A merge or an adoption that is finished and that no attempt has used yet waits: for its download, if
-a run was killed, or for more rows.
+Not here: making anything (flows/retrain.py), deciding (tasks/register/gate.py).
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,10 +61,8 @@ class Attempt:
 
     registered: Artifact
     trained: Artifact
-    data: Artifact
-    """Verification or join that its dataset was made of."""
     parts: tuple[Artifact, ...]
-    """Verifications in it."""
+    """Verifications that its dataset was made of."""
     begun: tuple[Artifact, ...]
     """Merges and adoptions that they come from."""
     decision: Decision
@@ -86,7 +82,6 @@ class News:
     start: Artifact | None
     """Training that made the champion."""
     last: Attempt | None
-    """The newest attempt."""
     used: tuple[Artifact, ...]
     """Verifications that the next dataset begins with."""
     set_aside: tuple[str, ...]
@@ -100,12 +95,10 @@ class News:
 
     @property
     def is_first(self) -> bool:
-        """True when nothing was ever trained under this name."""
         return self.last is None
 
     @property
     def is_nothing(self) -> bool:
-        """True when there is nothing to merge, to download, or to train on."""
         return not self.is_first and not self.files and not rows_of(self.waiting)
 
 
@@ -121,9 +114,8 @@ def rows_of(begun: Iterable[Artifact]) -> int:
 def find_new_data(recipe: Recipe, graph: Graph, store: TrackingStore, keep_rejected: bool) -> News:
     """Compare the metadata there is with that of every attempt so far.
 
-    Raises:
-        InputError: the champion was made elsewhere, so that its data is not known here; something
-            of it is gone; versions were champion and none is now; or the registry does not answer.
+    Raises InputError where the champion was made elsewhere, something of it is gone, or versions
+    were champion and none is now.
     """
     root, name = graph.site.root, recipe.registry.model_name
     artifacts = read_artifacts(root)
@@ -150,17 +142,10 @@ def find_new_data(recipe: Recipe, graph: Graph, store: TrackingStore, keep_rejec
         for one in _find_waiting(name, stage, of_kind(stage, used_up), artifacts)
     )
     known = (*used_up, *waiting)
-    used, set_aside = _sorted_out(store, recipe, attempts, base, keep_rejected)
-    return News(
-        champion=champion,
-        start=base.trained if base else None,
-        last=attempts[-1] if attempts else None,
-        used=used,
-        set_aside=set_aside,
-        known=known,
-        waiting=waiting,
-        files=_new_files(recipe, graph, known),
-    )
+    used, set_aside = _sort_out_parts(store, recipe, attempts, base, keep_rejected)
+    start, last = base.trained if base else None, attempts[-1] if attempts else None
+    files = _new_files(recipe, graph, known)
+    return News(champion, start, last, used, set_aside, known, waiting, files)
 
 
 def new_adopt_step(recipe: Recipe, graph: Graph, news: News) -> Step | None:
@@ -189,19 +174,17 @@ def new_merge_step(recipe: Recipe, graph: Graph, news: News) -> Step | None:
         sources.append({**source.model_dump(), **changes})
     if not sources:
         return None
-    config = MergeConfig.from_mapping(
-        {**recipe.merge.model_dump(), "sources": sources}, where=MERGE.name
-    )
+    merge = {**recipe.merge.model_dump(), "sources": sources}
+    config = MergeConfig.from_mapping(merge, where=MERGE.name)
     files = {source.name: news.files[source.name] for source in config.sources}
-    others = {
-        role: mark
-        for role, mark in graph.find_step(MERGE).inputs.items()
-        if role not in {one.name for one in recipe.merge.sources}
-        and (role.partition(".")[0] in {*files, "blocklists"})
+    inputs: dict[str, Input] = {
+        name: hash_marks(map(mark_of, files[name]), between="\0") for name in sorted(files)
     }
-    new = {name: hash_marks(map(mark_of, files[name]), between="\0") for name in sorted(files)}
-    mark = _mark_given(recipe.registry.model_name, given)
-    inputs: dict[str, Input] = {**new, **others, Role.GIVEN: mark}
+    for role, mark in graph.find_step(MERGE).inputs.items():  # sidecars and lists, as they are
+        name, dot, _ = role.partition(".")
+        if dot and name in {*files, "blocklists"}:
+            inputs[role] = mark
+    inputs[Role.GIVEN] = _mark_given(recipe.registry.model_name, given)
     return merge_step(graph.site, config, inputs, files, given)
 
 
@@ -212,15 +195,8 @@ def draw_retraining(
     verified: Sequence[Step | Artifact],
     champion: Beside | None,
 ) -> Graph:
-    """The recipe's graph with other data and another beginning.
-
-    Args:
-        recipe: whose rules, stages and evaluation are taken.
-        graph: the recipe's own.
-        news: what the retraining starts from.
-        verified: verifications that the data consists of.
-        champion: what the trained model is evaluated beside; without one, what it starts from.
-    """
+    """The recipe's graph with the `verified` data and another beginning; the trained model is
+    evaluated beside the champion, or without one beside what it starts from."""
     data = join_step(graph.site, verified) if len(verified) > 1 else verified[0]
     first = initialise_step(graph.site, recipe.initialise)
     stages = recipe.retraining_stages() if news.start else recipe.train
@@ -229,9 +205,8 @@ def draw_retraining(
 
 
 def describe_new_data(news: News, recipe: Recipe) -> Iterator[str]:
-    """The new data as lines for a person."""
     name = recipe.registry.model_name
-    if news.is_first:
+    if news.last is None:
         yield f"nothing was trained as {name} yet: all data is new"
         return
     champion = f"{name}/{news.champion.version}" if news.champion else "no version"
@@ -246,12 +221,8 @@ def describe_new_data(news: News, recipe: Recipe) -> Iterator[str]:
     yield from (f"set aside   {sentence}" for sentence in news.set_aside)
     if news.is_nothing:
         taken = sum(len(marks) for one in news.known for marks in _files_of(one).values())
-        last = news.last
-        assert last is not None, "or everything would be new"
-        yield (
-            f"nothing new: all {taken:,} files were merged or adopted before; the last model was "
-            f"{name}/{last.version} ({last.decision.summary})"
-        )
+        last = f"{name}/{news.last.version} ({news.last.decision.summary})"
+        yield f"nothing new: all {taken:,} files were merged or adopted before; last model {last}"
 
 
 def _find_attempts(
@@ -266,11 +237,8 @@ def _find_attempts(
     was moved, behind a server, under another name of its host.
     """
 
-    def standing_of(artifact: Artifact) -> Standing | None:
-        return standings.get(int(artifact.counts["version"]))
-
     registered = [
-        artifact
+        (artifact, standings.get(int(artifact.counts["version"])))
         for artifact in artifacts
         if artifact.kind == REGISTER.name
         and artifact.config["model_name"] == name
@@ -278,24 +246,21 @@ def _find_attempts(
     ]
     addresses = {graph.register.inputs[Role.TRACKING]} | {
         one.parents[Role.TRACKING]
-        for one in registered
-        if (there := standing_of(one)) and there.digest == one.parents[Role.TRAINED]
+        for one, there in registered
+        if there and there.digest == one.parents[Role.TRAINED]
     }
     found: dict[int, Attempt] = {}
-    for artifact in registered:
-        standing = standing_of(artifact)
+    for artifact, standing in registered:
         if artifact.parents[Role.TRACKING] not in addresses:
             continue  # in another registry
         if standing and standing.digest not in ("", artifact.parents[Role.TRAINED]):
             continue  # in one that is gone, whose numbers were given again
         trained = parent_of(artifact, Role.TRAINED, artifacts)
-        dataset = parent_of(trained, Role.DATASET, artifacts)
-        data = data_of(dataset, artifacts)
-        parts = tuple(parts_of(data, artifacts))
+        data = data_of(parent_of(trained, Role.DATASET, artifacts), artifacts)
         above = ancestors_of(data, artifacts)
         begun = tuple(one for one in above if one.kind in (MERGE.name, ADOPT.name))
-        decision = read_decision(artifact.folder)
-        attempt = Attempt(artifact, trained, data, parts, begun, decision, standing)
+        parts, decision = tuple(parts_of(data, artifacts)), read_decision(artifact.folder)
+        attempt = Attempt(artifact, trained, parts, begun, decision, standing)
         if attempt.version in found and decision.champion == attempt.version:
             continue  # the champion under another address of the registry, compared with itself
         found[attempt.version] = attempt
@@ -310,15 +275,15 @@ def _find_waiting(
     before = [*begun]
     while before:
         given = _mark_given(name, before)
-        following = (one for one in artifacts if one.parents.get(Role.GIVEN) == given)
-        found = next(iter(of_kind(stage, following)), None)
-        if found is None:
+        following = [one for one in artifacts if one.parents.get(Role.GIVEN) == given]
+        found = of_kind(stage, following)[:1]
+        if not found:
             return
-        yield found
-        before.append(found)
+        yield from found
+        before += found
 
 
-def _sorted_out(
+def _sort_out_parts(
     store: TrackingStore,
     recipe: Recipe,
     attempts: Sequence[Attempt],
@@ -331,7 +296,6 @@ def _sorted_out(
     stay = {part.digest: part for part in base.parts} if base else {}
     aside: dict[str, str] = {}
     for attempt in attempts:
-        new = [part for part in attempt.parts if part.digest not in {*stay, *aside}]
         why = ""
         if attempt.decision.outcome is GateOutcome.REJECT:
             why = "was rejected"
@@ -341,7 +305,9 @@ def _sorted_out(
             why = f"was declined by {attempt.standing.declined}"
         elif attempt.version in were_champion and attempt is not base:
             why = "was rolled back"
-        for part in new:
+        for part in attempt.parts:
+            if part.digest in stay or part.digest in aside:
+                continue
             if why and not keep_rejected:
                 aside[part.digest] = f"data of {name}/{attempt.version}, which {why}"
             else:
@@ -352,17 +318,15 @@ def _sorted_out(
 
 def _new_files(recipe: Recipe, graph: Graph, known: Sequence[Artifact]) -> dict[str, Found]:
     """Source -> files whose content no merge has read and no adoption has taken."""
-    seen: dict[str, set[str]] = {}
+    seen: defaultdict[str, set[str]] = defaultdict(set)
     for name, marks in (one for begun in known for one in _files_of(begun).items()):
-        seen.setdefault(name, set()).update(marks)
+        seen[name] |= marks
     found: dict[str, Found] = {}
     for source in recipe.merge.sources if recipe.merge_table else ():
         files = find_files(source.files, graph.site.demo, f"merge.sources '{source.name}'")
-        read = seen.get(source.name, set())
-        found[source.name] = [file for file in files if mark_of(file) not in read]
+        found[source.name] = [one for one in files if mark_of(one) not in seen[source.name]]
     for adopted in recipe.adopt.sources if recipe.adopt else ():
-        there = find_source(adopted)
-        found[adopted.name] = without_known(there, seen.get(adopted.name, set())).files
+        found[adopted.name] = without_known(find_source(adopted), seen[adopted.name]).files
     return {name: files for name, files in found.items() if files}
 
 

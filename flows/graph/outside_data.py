@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from tasks.artifacts.artifact import DIGEST_CHARS, Artifact, fingerprint_files
 from tasks.evaluate.config import RESULTS
 from tasks.initialise.config import REGISTRY
 from tasks.lineage.stage_record import outside_dataset
-from tasks.merge.config import MergeConfig
+from tasks.merge.config import MergeConfig, SourceConfig
 from tasks.merge.metadata_files import find_metadata, remote_fingerprint
 
 if TYPE_CHECKING:
@@ -38,26 +38,14 @@ class NotHere(InputError):
 
 
 @dataclass(frozen=True)
-class MarkedVersion:
-    """A version of a registered model."""
-
-    name: str
-    """NAME/VERSION."""
-    mark: str
-    """Of its weights, whatever it is called."""
-
-
-@dataclass(frozen=True)
 class OutsideMarks:
-    """Marks of the outside data of one step, and what of it is absent."""
+    """Marks of the outside data of one step, and a sentence on everything that is absent."""
 
     demo: Step | None
     absent: list[str] = field(default_factory=list)
-    """A sentence on everything that is not here."""
 
     def mark_files(self, pattern: str, where: str, edition: str = "") -> Input:
-        """Return what stands for the files of `pattern`: the demo, or a fingerprint of the
-        files."""
+        """Return what stands for the files of `pattern`: the demo, or their fingerprint."""
         if pattern.startswith(DEMO_PREFIX) and self.demo is not None:
             return self.demo
         try:
@@ -68,30 +56,25 @@ class OutsideMarks:
             return remote_fingerprint([str(url) for url in files])
         return hash_marks(fingerprint_files(Path(file)) for file in files)
 
-    def find_version(self, tracking_uri: str, uri: str) -> MarkedVersion:
-        """The version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` means now."""
+    def find_version(self, tracking_uri: str, uri: str) -> tuple[str, str]:
+        """(NAME/VERSION that `models:/NAME@ALIAS` or `models:/NAME/VERSION` means now, mark of its
+        weights, whatever it is called)."""
         from tasks.register.model_versions import describe_version  # imports mlflow
         from tasks.register.promotion import WEIGHTS_TAG
 
         try:
             version = describe_version(tracking_uri, uri)
         except InputError as error:
-            return MarkedVersion(uri, self.note_absent(f"{uri}: {error}"))
-        return MarkedVersion(
-            str(version), hash_marks([version.tags.get(WEIGHTS_TAG, str(version))])
-        )
+            return uri, self.note_absent(f"{uri}: {error}")
+        return str(version), hash_marks([version.tags.get(WEIGHTS_TAG, str(version))])
 
-    def mark_source(self, source: AdoptedSource) -> Input:
-        """Return what stands for a source that is adopted."""
-        try:
-            return source_mark(find_source(source))
-        except InputError as error:
-            return self.note_absent(str(error))
+    def mark_source(self, source: AdoptedSource) -> str:
+        return self.mark_found(lambda: source_mark(find_source(source)))
 
-    def mark_model(self, spec: str) -> Input:
-        """Return what stands for a model that `score` could open (not a registered one)."""
+    def mark_found(self, look: Callable[[], str]) -> str:
+        """The mark that `look` finds."""
         try:
-            return fingerprint_model(spec)
+            return look()
         except InputError as error:
             return self.note_absent(str(error))
 
@@ -103,9 +86,7 @@ class OutsideMarks:
 
 def fingerprint_model(spec: str) -> str:
     """Return what stands for a model in a digest: its files' fingerprint, or its name at a library.
-
-    Raises: InputError: it is not there.
-    """
+    Raises InputError where it is not there."""
     from tasks.encoders.open_models import OPEN_CLIP, files_of  # imports torch
 
     files = files_of(spec)
@@ -117,11 +98,7 @@ def fingerprint_model(spec: str) -> str:
 
 
 def fetch_models(models: dict[str, str], profile: Profile) -> dict[str, str]:
-    """The specs with registered models as folders under the root.
-
-    Raises:
-        InputError: the registry has no such model, or does not answer.
-    """
+    """The specs with registered models as folders under the root."""
     fetched = dict(models)
     for name, spec in models.items():
         if spec.startswith(REGISTRY):
@@ -141,11 +118,7 @@ def hash_marks(marks: Iterable[str], between: str = "") -> str:
 def find_files(pattern: str, demo: Step | None, where: str) -> list[Path] | list[str]:
     """The files (or the folder) a recipe's pattern names; `demo:` is the demo artifact's folder.
 
-    A URL with wildcards names URLs.
-
-    Raises:
-        NotHere: nothing matches.
-        InputError: `demo:` is used in a recipe without a [demo] table.
+    A URL with wildcards names URLs. Raises NotHere where nothing matches.
     """
     if is_url(pattern):
         try:
@@ -163,12 +136,7 @@ def find_files(pattern: str, demo: Step | None, where: str) -> list[Path] | list
 
 
 def find_all(patterns: Sequence[str], demo: Step | None, where: str) -> list[Path]:
-    """The files (or folders) of several patterns, in their order.
-
-    Raises:
-        NotHere: a pattern matches nothing.
-        InputError: a pattern is a URL.
-    """
+    """The files (or folders) of several patterns, as `find_files`; a URL is refused."""
     found = []
     for path in (path for pattern in patterns for path in find_files(pattern, demo, where)):
         if isinstance(path, str):
@@ -177,39 +145,29 @@ def find_all(patterns: Sequence[str], demo: Step | None, where: str) -> list[Pat
     return found
 
 
-def describe_sources(merged: Artifact, config: MergeConfig) -> list[dict[str, str]]:
-    return [
-        outside_dataset(one.name, mark, one.files, {"target_count": one.target_count}, "metadata")
-        for one in config.sources
-        if (mark := merged.parents.get(one.name)) is not None
-    ]
+def describe_sources(made: Artifact, config: MergeConfig | AdoptConfig) -> list[dict[str, str]]:
+    """The sources that a finished merge or adoption read, as tracking's datasets."""
+    found = []
+    for one in config.sources:
+        if (mark := made.parents.get(one.name)) is not None:
+            key, size, context = "shards", made.counts.get(f"{one.name}.shards"), "adopted"
+            if isinstance(one, SourceConfig):
+                key, size, context = "target_count", one.target_count, "metadata"
+            found.append(outside_dataset(one.name, mark, one.files, {key: size}, context))
+    return found
 
 
-def describe_adopted(adopted: Artifact, config: AdoptConfig) -> list[dict[str, str]]:
-    shards = {one.name: adopted.counts.get(f"{one.name}.shards", 0) for one in config.sources}
-    return [
-        outside_dataset(one.name, mark, one.files, {"shards": shards[one.name]}, "adopted")
-        for one in config.sources
-        if (mark := adopted.parents.get(one.name)) is not None
-    ]
-
-
-def describe_sets(evaluated: Artifact, folders: Mapping[str, Path | str]) -> list[dict[str, str]]:
+def describe_sets(evaluated: Artifact, folders: Mapping[str, Path]) -> list[dict[str, str]]:
     """The evaluation sets that a finished evaluation read, as tracking's datasets."""
     from tasks.evaluate.report.findings import Findings  # imports torch
 
-    found = Findings(json.loads((evaluated.folder / RESULTS).read_text()))
-    return [
-        outside_dataset(
-            name,
-            found.describe_set(name)["fingerprint"],
-            folder if isinstance(folder, str) else folder.resolve().as_uri(),
-            {key: found.describe_set(name)[key] for key in ("n", "classes", "prompts_digest")},
-            "evaluation",
-        )
-        for name, folder in folders.items()
-        if name in found.sets
-    ]
+    found, described = Findings(json.loads((evaluated.folder / RESULTS).read_text())), []
+    for name in (one for one in folders if one in found.sets):
+        about = found.describe_set(name)
+        size = {key: about[key] for key in ("n", "classes", "prompts_digest")}
+        uri = folders[name].resolve().as_uri()
+        described.append(outside_dataset(name, about["fingerprint"], uri, size, "evaluation"))
+    return described
 
 
 def sort_takedowns(entries: Iterable[str]) -> Asked:

@@ -1,8 +1,5 @@
 """One execution of a flow: making its steps, each with progress, tracking and a line for a person.
-
-Covers: the tracking run, the Prefect task of steps, progress artifacts.
-Not here: which steps, in which order (flows/graph/graph.py and the flows).
-"""
+Not here: which steps, in which order (flows/graph/graph.py and the flows)."""
 
 import os
 import time
@@ -50,13 +47,11 @@ class Session:
 
     profile: Profile
     run: PipelineRun
-    """The tracking run that every step's is part of."""
     made: dict[str, Artifact] = field(default_factory=dict)
     """Digest -> what was made or found so far."""
 
     @property
     def root(self) -> Path:
-        """Absolute folder of all artifacts."""
         return self.profile.root.resolve()
 
     def make_step(self, step: Step) -> Artifact:
@@ -94,14 +89,12 @@ class Session:
 
 @dataclass(frozen=True)
 class RecipeSession(Session):
-    """The state that the steps of one execution of a recipe share."""
-
     recipe: Recipe = field(kw_only=True)
     graph: Graph = field(kw_only=True)
     store: TrackingStore = field(kw_only=True)
 
     def require_finished(self, step: Step, made_by: str) -> None:
-        """Raises: InputError: a step that the flow `made_by` makes is not finished yet."""
+        """Refuse to go on without a step that the flow `made_by` makes."""
         if not step.is_finished:
             raise InputError(
                 f"{step.stage.name} has not run for this recipe yet: first run "
@@ -111,11 +104,7 @@ class RecipeSession(Session):
 
 @contextmanager
 def open_session(flow: str, recipe: str, overrides: Sequence[str]) -> Iterator[RecipeSession]:
-    """The session of a flow of this name, which runs a recipe.
-
-    Raises:
-        InputError: the recipe, an override or the profile is wrong.
-    """
+    """The session of a flow of this name, which runs a recipe."""
     resolved, profile, graph = load_graph(recipe, overrides)
     graph.require_runnable(flow)
     name, text = resolved.name, resolved.to_json()
@@ -135,11 +124,7 @@ def track_run(
     recipe: str = "",
 ) -> Iterator[PipelineRun]:
     """The tracking run of this flow run; each of the two links to the other. Meanwhile nothing is
-    pruned under the root.
-
-    Raises:
-        InputError: `prune` is removing something there.
-    """
+    pruned under the root."""
     root = profile.root.resolve()
     root.mkdir(parents=True, exist_ok=True)
     lock = lock_file(root / ROOT_LOCK, shared=True)
@@ -149,25 +134,16 @@ def track_run(
     tracking = Tracking(store, root / JOURNALS, openlineage=profile.openlineage_file)
     ui_url = runtime.flow_run.ui_url if os.environ.get("PREFECT_UI_URL") else None
     note = {"mlflow.note.content": f"[Prefect run]({ui_url})"} if ui_url else {}
-    with (
-        lock,
-        tracking.pipeline_run(
-            name,
-            digest,
-            recipe=recipe,
-            params=params,
-            tags={"prefect.flow_run_id": str(runtime.flow_run.id), **note},
-        ) as run,
-    ):
-        url = run.url()
-        if url:
+    tags = {"prefect.flow_run_id": str(runtime.flow_run.id), **note}
+    started = tracking.pipeline_run(name, digest, recipe=recipe, params=params, tags=tags)
+    with lock, started as run:
+        if url := run.url():
             create_link_artifact(link=url, link_text="MLflow run", key="mlflow-run")
         yield run
 
 
 @contextmanager
 def watch_stage(title: str, *, already_there: bool = False) -> Iterator[Report]:
-    """Show one stage under way; yields the `Report` to hand to it."""
     if already_there:
         yield report_nothing
         return

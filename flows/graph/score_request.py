@@ -1,8 +1,7 @@
-"""Arguments of `score`: models, sets, and where they go in the graph.
+"""Arguments of `score`: models, sets, and where they go in the graph. Not here: opening models
+(tasks/encoders/open_models.py), the flow (flows/score.py)."""
 
-Not here: opening models (tasks/encoders/open_models.py), the flow (flows/score.py).
-"""
-
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,17 +30,14 @@ EVALUATE = STAGE.name
 
 @dataclass(frozen=True)
 class Asked:
-    """Models, and the sets they are evaluated on."""
+    """Models by name, the first one the subject, and the sets they are evaluated on."""
 
     models: dict[str, str]
-    """Name -> its spec; the first is the subject."""
     config: EvaluateConfig
     sets: dict[str, Path]
 
     def make_step(self, root: Path, specs: dict[str, str]) -> Step:
-        inputs: dict[str, Input] = {
-            f"model.{name}": fingerprint_model(spec) for name, spec in specs.items()
-        }
+        inputs: dict[str, Input] = {f"model.{one}": fingerprint_model(specs[one]) for one in specs}
         inputs |= {f"set.{name}": fingerprint_files(folder) for name, folder in self.sets.items()}
         # Which model is the subject decides what is compared with what.
         inputs[Role.SUBJECT] = next(iter(specs))
@@ -58,29 +54,20 @@ def read_asked(
 ) -> Asked:
     """Return what the arguments of `score` mean.
 
-    Raises:
-        InputError: no or two sources of sets, a set or a model that is not there, two of a name.
+    Raises InputError for no or two sources of sets, a set or model that is not there, two of a
+    name.
     """
     if bool(recipe) == bool(sets):
         raise InputError("say what to evaluate on: give a recipe, or the names of sets")
-    config, folders = (
-        _sets_of_recipe(recipe, overrides, root)
-        if recipe
-        else _named_sets(sets, Path(data), overrides)
-    )
-    return Asked(_named_models(models), config, folders)
-
-
-def _sets_of_recipe(
-    recipe: str, overrides: Sequence[str], root: Path
-) -> tuple[EvaluateConfig, dict[str, Path]]:
-    path = find_recipe(recipe)
-    if set(read_recipe(path)) == {EVALUATE}:  # a file of evaluation alone
-        config, demo = _read_evaluation(read_recipe(path), overrides, path.name), None
+    demo = None
+    if sets:
+        config = _named_sets(sets, Path(data), overrides)
+    elif set(values := read_recipe(path := find_recipe(recipe))) == {EVALUATE}:
+        config = _read_evaluation(values, overrides, path.name)
     else:
         whole = load_recipe(recipe, overrides)
         config, demo = whole.evaluate, demo_step(root, whole.demo) if whole.demo else None
-    return config, find_sets(config, demo)
+    return Asked(_named_models(models), config, find_sets(config, demo))
 
 
 def _read_evaluation(
@@ -96,22 +83,18 @@ def _read_evaluation(
     return EvaluateConfig.from_mapping(values[EVALUATE], where=where)
 
 
-def _named_sets(
-    names: Sequence[str], data: Path, overrides: Sequence[str]
-) -> tuple[EvaluateConfig, dict[str, Path]]:
-    entries: list[dict[str, Any]] = []
-    folders: dict[str, Path] = {}
+def _named_sets(names: Sequence[str], data: Path, overrides: Sequence[str]) -> EvaluateConfig:
+    entries = []
     for given in _list_given(names, data):
         name, folder = _named_set(given, data)
-        folders[name] = folder
         own = {} if find_set(name) else {"kind": kind_of(folder)}
-        entries.append({"name": name, "folder": str(folder), **own})
-    return _read_evaluation({EVALUATE: {"sets": entries}}, overrides, "the sets named"), folders
+        entries.append({"name": name, "folder": glob.escape(str(folder)), **own})
+    return _read_evaluation({EVALUATE: {"sets": entries}}, overrides, "the sets named")
 
 
 def _list_given(names: Sequence[str], data: Path) -> list[str]:
-    """The names, a group's as those of its sets that are in `data`; the report says which of them
-    were not, where it averages them."""
+    """The names, a group's as those of its sets that are in `data`; the report says which are
+    not."""
     found: list[str] = []
     for name in names:
         group = [find_set(key) for key in sets_of_group(name)]
@@ -126,32 +109,24 @@ def _named_set(given: str, data: Path) -> tuple[str, Path]:
     """Name and folder of a set: a known set's name, a folder in `data`, a path, or NAME=FOLDER.
 
     A folder that has the name under which a known set is published is that set.
-
-    Raises:
-        InputError: there is no such folder.
     """
     name, equals, path = given.partition("=")
+    known = find_set(name)
     if equals:
-        folder: Path | None = Path(path)
-    elif known := find_set(given):
-        folder = find_set_folder(known, data)
+        folder = Path(path)
+    elif known:
+        folder = find_set_folder(known, data) or data / known.wds
     else:
-        is_path = "/" in given or not (data / given).is_dir()
-        folder = Path(given) if is_path else data / given
+        places = [Path(given)] if "/" in given else [data / given, Path(given)]
+        folder = next(filter(Path.is_dir, places), places[0])
         known = find_published_set(folder)
         name = known.key if known else folder.resolve().name
-    if folder is None or not folder.is_dir():
-        known = find_set(name)
-        expected = folder or data / (known.wds if known else given)
-        if not equals and not known and "/" not in given:
-            expected = data / given
+    if not folder.is_dir():
+        else_give = ", the name of a known set, a path, or NAME=FOLDER"
+        if known:
+            else_give = f" ({known.obtain}), or {name}=FOLDER"
         raise InputError(
-            f"evaluation set '{name}' is not in {data}: expected the folder {expected}"
-            + (
-                f" ({known.obtain}), or {name}=FOLDER"
-                if known
-                else ", the name of a known set, a path, or NAME=FOLDER"
-            )
+            f"evaluation set '{name}' is not in {data}: expected the folder {folder}{else_give}"
         )
     return name, folder
 

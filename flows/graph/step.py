@@ -1,8 +1,7 @@
 """One step of the graph: a stage, its config, its inputs by role, and the work that makes it.
 
-What decides the result (stage, config, inputs) is in the address; what only says how the work is
-done comes from the profile when the step runs, and so can never change an address.
-Not here: which steps there are (flows/graph/graph.py), running them (flows/graph/runner.py).
+What decides the result is in the address; what only says how the work is done comes from the
+profile when the step runs. Not here: which steps there are (graph.py), running them (runner.py).
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from tasks.artifacts.artifact import Address, Artifact, Made, Stage, produce_art
 from tasks.progress import Report
 
 ABSENT = "absent"
-"""Stands among a step's inputs for outside data that is not here. Such a step's address, and those
-of all steps that follow, are not the ones that a run would have."""
+"""Stands among a step's inputs for outside data that is not here: the step's address, and those of
+all steps that follow, are not the ones that a run would have."""
 Work = Callable[[Profile, Path, Report], Made]
-"""Makes an artifact in a folder, on the machines of a profile. All else that it needs is bound to
-it where the step is declared, so that the type checker sees every argument."""
+"""Makes an artifact in a folder. All else that it needs is bound to it where the step is declared,
+so that the type checker sees every argument."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +34,8 @@ class Record:
     outside: Callable[[Artifact], Sequence[Mapping[str, str]]] = lambda _: ()
     """Data that it read and no step made (`outside_dataset`), from what the step made."""
     files: tuple[str, ...] = ()
-    """Files of the artifact that are kept with the run."""
     metrics: str | None = None
-    """Metrics file of the artifact that is sent while it grows."""
+    """File of the artifact that is sent while it grows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +54,7 @@ class Step:
     """A sentence on everything from outside that it reads and that is not here."""
     record: Record = Record()
     title: str = ""
-    """What people see; the stage's name by default."""
     expected_bytes: int = 0
-    """Disk that it needs about, where that is much."""
     service: Callable[[], AbstractContextManager[None]] = nullcontext
     """What has to be up while it is made, such as the demo's web; nothing is made if it fails."""
 
@@ -68,8 +64,7 @@ class Step:
 
     @cached_property
     def address(self) -> Address:
-        """The place where it is or will be; the only place where the product computes an
-        address."""
+        """Where it is or will be; the product computes an address nowhere else."""
         parents = {role: digest_of(given) for role, given in self.inputs.items()}
         return Address.of(self.root, self.stage, self.config, parents)
 
@@ -91,7 +86,6 @@ class Step:
 
     @cached_property
     def is_settled(self) -> bool:
-        """Return whether the address is what a run would have: everything from outside is here."""
         return all(
             given.is_settled if isinstance(given, Step) else given != ABSENT
             for given in self.inputs.values()
@@ -107,11 +101,7 @@ def digest_of(given: Input) -> str:
 
 
 def finished_artifact(given: Step | Artifact) -> Artifact:
-    """An input's artifact.
-
-    Raises:
-        InputError: the step is not finished.
-    """
+    """An input's artifact; raises InputError where the step is not finished."""
     return read_artifact(given.folder) if isinstance(given, Step) else given
 
 

@@ -1,7 +1,5 @@
-"""Checks of this machine: versions, disk, stores, servers, GPUs, and what to do about each.
-
-Not here: what a recipe needs (run_plan.py).
-"""
+"""Checks of this machine: versions, disk, stores, servers, GPUs, and what to do about each. Not
+here: what a recipe needs (run_plan.py)."""
 
 import functools
 import importlib.metadata
@@ -41,8 +39,9 @@ VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d
 FREE_BYTES = 10_000_000_000
 SHARED_BYTES = 1_000_000_000
 CLOCK_S = 5.0
-PORTS = {"prefect": 4200, "mlflow": 5000}
-"""Of `make up`, where EVACLIP_PREFECT_PORT and EVACLIP_MLFLOW_PORT do not say otherwise."""
+PORTS = {"prefect": (4200, "api/health"), "mlflow": (5000, "health")}
+"""Of `make up`, where EVACLIP_PREFECT_PORT and EVACLIP_MLFLOW_PORT do not say otherwise; pages."""
+OCCUPIED = "another program's"
 Check = Callable[[Profile], Iterable[Finding]]
 
 
@@ -113,7 +112,6 @@ def check_root(profile: Profile) -> Iterator[Finding]:
 
 
 def check_tracking(profile: Profile) -> Iterator[Finding]:
-    """A run and a file written to the tracking store and read again."""
     store = TrackingStore.at(profile.mlflow_uri, "doctor")
     found = f"{store.uri} takes runs, {redact_text(store.try_out())} takes files"
     yield Finding("ok", "tracking", found)
@@ -122,9 +120,10 @@ def check_tracking(profile: Profile) -> Iterator[Finding]:
 def check_servers(profile: Profile) -> Iterator[Finding]:
     """Check that the servers that are named answer, with our versions and about our time, which
     heartbeats and signatures of S3 need."""
-    api = os.environ.get("PREFECT_API_URL")
-    urls = {"Prefect": f"{api.rstrip('/')}/admin/version"} if api else {}
-    if not api:
+    urls = {}
+    if api := os.environ.get("PREFECT_API_URL"):
+        urls["Prefect"] = f"{api.rstrip('/')}/admin/version"
+    else:
         yield Finding("ok", "Prefect", "no server is named: every run brings its own")
     if profile.mlflow_uri.startswith("http"):
         urls["MLflow"] = f"{profile.mlflow_uri.rstrip('/')}/version"
@@ -136,9 +135,9 @@ def check_servers(profile: Profile) -> Iterator[Finding]:
             do = "start it, or correct its address"
             yield Finding("fail", name, f"{redact_text(url)} does not answer: {error}", do)
             continue
-        found = f"{redact_text(url).rpartition('/')[0]} is {body.strip(chr(34))}, here is {ours}"
-        do = f"use {ours} on both sides"
-        yield Finding.of(body.strip('"') == ours, name, found, do, "warn")
+        theirs = body.strip('"')
+        found = f"{redact_text(url).rpartition('/')[0]} is {theirs}, here is {ours}"
+        yield Finding.of(theirs == ours, name, found, f"use {ours} on both sides", "warn")
         apart = abs(time.time() - parsedate_to_datetime(date).timestamp()) if date else 0.0
         found, do = f"{apart:.0f} s from the server's", "set both by NTP: S3 refuses at 15 minutes"
         yield Finding.of(apart <= CLOCK_S, f"clock of {name}", found, do, "warn")
@@ -146,18 +145,19 @@ def check_servers(profile: Profile) -> Iterator[Finding]:
 
 def check_ports(_: Profile) -> Iterator[Finding]:
     """Check that `make up` could have its ports, or has them."""
-    for name, usual in PORTS.items():
-        port = int(os.environ.get(f"EVACLIP_{name.upper()}_PORT", usual))
-        found = "free"
+    for name, (usual, path) in PORTS.items():
+        setting = f"EVACLIP_{name.upper()}_PORT"
+        port, found = int(os.environ.get(setting, usual)), "free"
         try:
             socket.create_server(("127.0.0.1", port)).close()
         except OSError:
-            path = {"prefect": "api/health", "mlflow": "health"}[name]
-            is_ours = _is_answering(f"http://127.0.0.1:{port}/{path}")
-            found = "in use by it" if is_ours else "another program's"
-        do = f"stop that, or give `make up` another: EVACLIP_{name.upper()}_PORT"
-        is_fine = found != "another program's"
-        yield Finding.of(is_fine, f"port {port} for {name}", found, do, "warn")
+            try:
+                _get_page(f"http://127.0.0.1:{port}/{path}")
+                found = "in use by it"
+            except (OSError, ValueError):
+                found = OCCUPIED
+        do = f"stop that, or give `make up` another: {setting}"
+        yield Finding.of(found != OCCUPIED, f"port {port} for {name}", found, do, "warn")
 
 
 def check_gpus(_: Profile) -> Iterator[Finding]:
@@ -172,14 +172,15 @@ def check_gpus(_: Profile) -> Iterator[Finding]:
     import torch  # takes seconds: only where there is something to ask
 
     kinds = {f"{name} {float(memory) / 1024:.0f} GB" for name, memory, _ in asked}
-    driver = f"driver {asked[0][2]}, CUDA {torch.version.cuda}"
-    found = f"{count} of {', '.join(sorted(kinds))}, {driver}"
+    found = (
+        f"{count} of {', '.join(sorted(kinds))}, driver {asked[0][2]}, CUDA {torch.version.cuda}"
+    )
+    do = "name equal ones in CUDA_VISIBLE_DEVICES: ranks wait for the slowest"
+    finding = Finding.of(len(kinds) == 1, "GPUs", found, do, "warn")
     if not torch.cuda.is_available():
         do = "install a PyTorch for this driver's CUDA (TORCH_INDEX_URL), then `make setup`"
-        yield Finding("fail", "GPUs", f"{found}: torch cannot use them", do)
-    else:
-        do = "name equal ones in CUDA_VISIBLE_DEVICES: ranks wait for the slowest"
-        yield Finding.of(len(kinds) == 1, "GPUs", found, do, "warn")
+        finding = Finding("fail", "GPUs", f"{found}: torch cannot use them", do)
+    yield finding
     flash = _installed_version("flash-attn")
     yield Finding("ok", "flash-attn", flash or "not installed, torch's own fused attention is used")
 
@@ -207,13 +208,11 @@ def check_launcher(profile: Profile) -> Iterator[Finding]:
         cluster = CLUSTERS["slurm" if profile.launcher == "slurm" else "kubernetes"]
         missing = sorted(tool for tool in cluster.tools if shutil.which(tool) is None)
         template = profile.job_template or cluster.template
+        found, do = f"jobs from {template}", "it is not a file: correct EVACLIP_JOB_TEMPLATE"
         if missing:
             do = "install the cluster's client, or choose another EVACLIP_LAUNCHER"
             found = f"{', '.join(missing)} not on the PATH"
-            yield Finding("fail", profile.launcher, found, do)
-        else:
-            do = "it is not a file: correct EVACLIP_JOB_TEMPLATE"
-            yield Finding.of(template.is_file(), profile.launcher, f"jobs from {template}", do)
+        yield Finding.of(not missing and template.is_file(), profile.launcher, found, do)
     elif profile.launcher == "deepspeed" and profile.hostfile is not None:
         hosts = read_hostfile(profile.hostfile)
         found = f"{len(hosts)} machines, {sum(hosts.values())} ranks"
@@ -241,8 +240,7 @@ def open_files(profile: Profile) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Check, ...] = (
-    *(check_python, check_versions, check_root, check_tracking),
-    *(check_servers, check_ports),
+    *(check_python, check_versions, check_root, check_tracking, check_servers, check_ports),
     *(check_gpus, check_tokenizer, check_launcher, shared_memory, open_files),
 )
 
@@ -257,20 +255,10 @@ def _installed_version(name: str) -> str | None:
 
 def _get_page(url: str) -> tuple[str, str | None]:
     """Body and date of an answer; each server is told who asks by its own setting."""
-    if "/api/" in url:
-        auth = os.environ.get("PREFECT_API_AUTH_STRING", "")
-    else:
-        names = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
-        auth = ":".join(filter(None, map(os.environ.get, names)))
+    mlflow = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+    names = ("PREFECT_API_AUTH_STRING",) if "/api/" in url else mlflow
+    auth = ":".join(filter(None, map(os.environ.get, names)))
     headers = {"Authorization": f"Basic {b64encode(auth.encode()).decode()}"} if auth else {}
     request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=5) as answer:
         return answer.read().decode(), answer.headers.get("Date")
-
-
-def _is_answering(url: str) -> bool:
-    try:
-        _get_page(url)
-    except (OSError, ValueError):
-        return False
-    return True

@@ -1,14 +1,12 @@
-"""Cost of a recipe: rows, bytes, machines, days, GPU memory, price, each with its origin.
-
-Not here: FLOPs and memory themselves (evaclip_model/training/cost.py), how much sources give
-(flows/config/recipe.py), one run's plan and disk check (run_plan.py).
-"""
+"""Cost of a recipe: rows, bytes, machines, days, GPU memory, price, each with its origin. Not here:
+FLOPs and memory themselves (evaclip_model/training/cost.py), how much sources give
+(flows/config/recipe.py), one run's plan and disk check (run_plan.py)."""
 
 import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
@@ -25,7 +23,6 @@ from evaclip_model.training.engine.deepspeed_config import deepspeed_config
 from flows.config.gpu_spec import Machines
 from flows.config.recipe import (
     SHARE_SELECTED,
-    Published,
     Recipe,
     expected_samples,
     planned_stages,
@@ -60,8 +57,7 @@ READ_AHEAD_STEPS = 2
 """Steps whose pixels a rank holds: the one that is trained on, and the next."""
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One figure of an estimate; without a figure, the heading of those that follow."""
 
     what: str
@@ -70,11 +66,10 @@ class Line:
 
 
 def is_large(recipe: Recipe) -> bool:
-    """Return whether a recipe's caps make an estimate worth printing; without caps nobody knows."""
     return sum(reach.wanted for reach in source_yields(recipe)) >= LARGE_ROWS
 
 
-def estimate_data(recipe: Recipe, machines: int = MACHINES) -> Iterator[Line]:
+def estimate_data(recipe: Recipe) -> Iterator[Line]:
     """The figures of a recipe whose sources all have a `target_count`."""
     reaches = source_yields(recipe)
     wanted = sum(reach.selected for reach in reaches)
@@ -103,9 +98,9 @@ def estimate_data(recipe: Recipe, machines: int = MACHINES) -> Iterator[Line]:
     image_px = recipe.download.image_px
     size = f"{expected_bytes(expected_samples(recipe), image_px) / 1e12:,.1f} TB"
     yield Line("images", size, f"{expected_bytes(1, image_px):,} bytes a sample at {image_px} px")
-    days = f"{wanted / (URLS_PER_MACHINE_S * machines) / 86_400:,.1f} days"
+    days = f"{wanted / (URLS_PER_MACHINE_S * MACHINES) / 86_400:,.1f} days"
     origin = f"{URLS_PER_MACHINE_S:,} URLs/s on 16 cores, img2dataset's documentation"
-    yield Line(f"download on {machines} machines", days, origin)
+    yield Line(f"download on {MACHINES} machines", days, origin)
 
 
 @dataclass(frozen=True)
@@ -119,15 +114,18 @@ class Cut:
     memory: dict[str, float]
     """Bytes, by what they are."""
     limit: float
-    """Bytes that may be used."""
 
     @property
     def parts(self) -> int:
         return self.share // self.micro_batch
 
     @property
+    def needed(self) -> float:
+        return sum(self.memory.values())
+
+    @property
     def fits(self) -> bool:
-        return sum(self.memory.values()) <= self.limit
+        return self.needed <= self.limit
 
 
 def cut_share(model: ModelConfig, train: TrainConfig, machines: Machines) -> Cut:
@@ -146,13 +144,9 @@ def cut_share(model: ModelConfig, train: TrainConfig, machines: Machines) -> Cut
 def estimate_stage(
     recipe: Recipe, train: TrainConfig, machines: Machines, utilisation: float | None = None
 ) -> Iterator[Line]:
-    """The figures of one training stage on `machines`.
-
-    Args:
-        utilisation: share of the GPUs' peak that is reached; none takes the paper's.
-    """
-    impossible = _cannot_share(train, machines.count)
-    if impossible:
+    """The figures of one training stage on `machines`; `utilisation` is the share of the GPUs' peak
+    that is reached, by default the paper's."""
+    if impossible := _cannot_share(train, machines.count):
         yield Line("ranks", f"{machines.count} cannot share the batch", impossible)
         return
     model = recipe.initialise.load_architecture().at_image_px(train.image_px)
@@ -161,10 +155,9 @@ def estimate_stage(
     shown = ", ".join(f"{what} {size / GIB:,.1f}" for what, size in terms if size >= 5e7)
     yield _batch_line(cut, machines.count)
     steps = f"{train.steps:,} for {train.samples_seen:,} samples"
-    if not train.steps:
-        steps = "counted when training begins"
+    steps = steps if train.steps else "counted when training begins"
     yield Line("steps", steps, "the recipe's, on any GPUs")
-    memory = f"{sum(cut.memory.values()) / GIB:,.1f} of {cut.limit / GIB:,.1f} GiB"
+    memory = f"{cut.needed / GIB:,.1f} of {cut.limit / GIB:,.1f} GiB"
     yield Line("memory of a GPU", memory, shown)
     if not cut.fits:
         yield _remedy_line(model, train, machines, cut)
@@ -195,37 +188,40 @@ def _cannot_share(train: TrainConfig, ranks: int) -> str | None:
 
 
 def _batch_line(cut: Cut, ranks: int) -> Line:
-    figure = f"{cut.share * ranks:,} = {ranks} x {cut.share:,}"
-    if not cut.fits:
-        return Line("batch", figure, "the recipe's; not even one pair at once fits")
-    if cut.parts == 1:
-        return Line("batch", f"{figure}, whole", "a rank's share fits at once")
-    return Line(
-        "batch",
-        f"{figure}, in {cut.parts:,} parts of {cut.micro_batch:,}",
-        "the largest equal parts that fit; the gradient is the same for any: set "
-        f"EVACLIP_MICRO_BATCH={cut.micro_batch}",
+    cuts, origin = (
+        f", in {cut.parts:,} parts of {cut.micro_batch:,}",
+        (
+            "the largest equal parts that fit; the gradient is the same for any: set "
+            f"EVACLIP_MICRO_BATCH={cut.micro_batch}"
+        ),
     )
+    if not cut.fits:
+        cuts, origin = "", "the recipe's; not even one pair at once fits"
+    elif cut.parts == 1:
+        cuts, origin = ", whole", "a rank's share fits at once"
+    return Line("batch", f"{cut.share * ranks:,} = {ranks} x {cut.share:,}{cuts}", origin)
 
 
 def _remedy_line(model: ModelConfig, train: TrainConfig, machines: Machines, cut: Cut) -> Line:
     """Return which memory is too much though the parts are as small as can be, and what is less."""
-    largest = max(cut.memory, key=lambda what: cut.memory[what])
-    changes: dict[str, dict[str, Any]] = {
-        "grad_checkpointing=full": {"grad_checkpointing": "full"},
-        "zero_stage=2": {"zero_stage": 2},
-        "precision=bf16": {"precision": "bf16"} if train.precision == "fp32" else {},
-    }
-    needed = sum(cut.memory.values())
+    largest, size = max(cut.memory.items(), key=lambda term: term[1])
+    changes: dict[str, Any] = {"grad_checkpointing": "full", "zero_stage": 2}
+    if train.precision == "fp32":
+        changes["precision"] = "bf16"
     helpful = []
-    for name, change in changes.items():
-        other = cut_share(model, train.model_copy(update=change), machines)
-        if sum(other.memory.values()) < 0.99 * needed:
+    for name, value in changes.items():
+        other = cut_share(model, train.model_copy(update={name: value}), machines)
+        if other.needed < 0.99 * cut.needed:
             fits = ", which fits" if other.fits else ""
-            helpful.append(f"{name} ({sum(other.memory.values()) / GIB:,.1f} GiB{fits})")
+            helpful.append(f"{name}={value} ({other.needed / GIB:,.1f} GiB{fits})")
     helpful.append("more GPUs, which share the optimizer, or larger ones")
-    much = f"{largest} take {cut.memory[largest] / GIB:,.1f} GiB"
-    return Line("does not fit", much, "less with " + ", ".join(helpful))
+    return Line(
+        *(
+            "does not fit",
+            f"{largest} take {size / GIB:,.1f} GiB",
+            f"less with {', '.join(helpful)}",
+        )
+    )
 
 
 def reader_bytes(recipe: Recipe, train: TrainConfig, ranks: int) -> int:
@@ -270,26 +266,22 @@ def _time_lines(
             "any model and GPU"
         )
     rate = peak * share / spent
-    seconds = train.samples_seen / rate / machines.count
-    hours = seconds / 3600 * machines.count
+    hours = train.samples_seen / rate / 3600
     origin = f"{share:.0%} of {peak / 1e12:,.0f} TFLOP/s: {origin}"
     yield Line("rate", f"{rate:,.0f} samples/s a GPU", origin)
-    time = f"{seconds / 86_400:,.1f} days, {hours:,.0f} GPU-hours"
+    time = f"{hours / machines.count / 24:,.1f} days, {hours:,.0f} GPU-hours"
     yield Line("time", time, f"{train.samples_seen:,} samples at that rate, without stops")
     if machines.price is not None:
         yield Line("price", f"{hours * machines.price:,.0f}", f"{machines.price:g} a GPU-hour")
-    yield from _published_lines(recipe.published, train)
-
-
-def _published_lines(published: Published, train: TrainConfig) -> Iterator[Line]:
+    published = recipe.published
     if published.gpus is None:
         return
-    machines, minutes = Machines.parse_spec(published.gpus), published.minutes_per_40m_samples
+    paper, minutes = Machines.parse_spec(published.gpus), published.minutes_per_40m_samples
     if minutes is None:
-        yield Line("the paper's", f"on {machines}", "its time is not published")
+        yield Line("the paper's", f"on {paper}", "its time is not published")
         return
     hours = train.samples_seen / 40e6 * minutes / 60
-    time = f"{hours / 24:,.1f} days, {hours * machines.count:,.0f} GPU-hours on {machines}"
+    time = f"{hours / 24:,.1f} days, {hours * paper.count:,.0f} GPU-hours on {paper}"
     yield Line("the paper's", time, f"by its {minutes:g} minutes for 40 million samples (Table 6)")
 
 
@@ -298,10 +290,9 @@ def engine_settings(recipe: Recipe, train: TrainConfig, machines: Machines) -> s
     if _cannot_share(train, machines.count):
         return None
     model = recipe.initialise.load_architecture().at_image_px(train.image_px)
-    cut = cut_share(model, train, machines)
+    accumulates = cut_share(model, train, machines).parts > 1
     parameters = sum(parameter_counts(model).values())
-    settings = deepspeed_config(train, machines.count, parameters, accumulates=cut.parts > 1)
-    return json.dumps(settings)
+    return json.dumps(deepspeed_config(train, machines.count, parameters, accumulates=accumulates))
 
 
 def training_table(recipe: Recipe, machines: Machines, utilisation: float | None) -> Table:
@@ -315,6 +306,5 @@ def training_table(recipe: Recipe, machines: Machines, utilisation: float | None
 def estimate_table(title: str, lines: Iterable[Line]) -> Table:
     table = Table(title, "figure", "from", box=None, pad_edge=False)
     for line in lines:
-        is_heading = not line.figure
-        table.add_row(line.what, line.figure, line.origin, style="bold" if is_heading else "")
+        table.add_row(*line, style="" if line.figure else "bold")
     return table

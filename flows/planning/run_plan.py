@@ -1,8 +1,5 @@
-"""The plan of a run, its fit to this machine, and a trial of one step of it.
-
-Not here: what data and training cost (recipe_cost.py), checks of the machine alone
-(health_checks.py).
-"""
+"""The plan of a run, its fit to this machine, and a trial of one step of it. Not here: what data
+and training cost (recipe_cost.py), checks of the machine alone (health_checks.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import psutil
 
@@ -43,15 +40,13 @@ ELSEWHERE = ("slurm", "kubernetes", "external", "deepspeed")
 """Launchers whose machines are others than the one that plans."""
 
 
-@dataclass(frozen=True)
-class PlanRow:
+class PlanRow(NamedTuple):
     """One stage of the plan."""
 
     title: str
     state: str
     """"there", "unfinished" or "to make"."""
     size: str
-    """How much, for a person."""
     digest: str
     """"not known" as long as something it is made from is not here."""
 
@@ -68,12 +63,8 @@ def make_plan(graph: Graph) -> list[PlanRow]:
 
 
 def check_disk(graph: Graph) -> None:
-    """Refuse a run that the disk cannot hold.
-
-    Raises:
-        InputError: less is free than unfinished stages write at least, or the root of all artifacts
-            cannot be made.
-    """
+    """Refuse a run where less is free than unfinished stages write at least, or the root of all
+    artifacts cannot be made."""
     root = graph.site.root
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -104,17 +95,15 @@ def plan_markdown(recipe: Recipe, graph: Graph) -> str:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """One thing that was looked at, and what to do about it where it is not fine."""
 
     level: Level
     what: str
     found: str
     do: str = ""
-    """What to do about it; empty where all is well."""
 
     @classmethod
     def of(cls, is_fine: bool, what: str, found: str, do: str, otherwise: Level = "fail") -> Self:
-        """Say `do` only where it is not fine."""
         return cls("ok", what, found) if is_fine else cls(otherwise, what, found, do)
 
 
@@ -134,13 +123,11 @@ class Machine:
         """This machine, with the disk that `root` is on or would be made on."""
         there = next(path for path in (root, *root.parents) if path.exists())
         cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().total
-        free = shutil.disk_usage(there).free
-        count = count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
-        asked = ask_driver("name,memory.total") if count else []
-        if not count or not asked:
-            return cls(cores, memory, free)
-        name, size = min(asked, key=lambda gpu: float(gpu[1]))
-        return cls(cores, memory, free, Machines(count, name, round(float(size) / 1024)))
+        count, gpus = count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")), None
+        if count and (asked := ask_driver("name,memory.total")):
+            name, size = min(asked, key=lambda gpu: float(gpu[1]))
+            gpus = Machines(count, name, round(float(size) / 1024))
+        return cls(cores, memory, shutil.disk_usage(there).free, gpus)
 
 
 def ask_driver(fields: str) -> list[list[str]]:
@@ -157,11 +144,8 @@ def ask_driver(fields: str) -> list[list[str]]:
 def recipe_findings(
     recipe: Recipe, graph: Graph, profile: Profile, machine: Machine, given: Machines | None = None
 ) -> Iterator[Finding]:
-    """Return what a recipe needs beside what there is.
-
-    Args:
-        given: the GPUs that training is planned on, wherever they are; by default this machine's.
-    """
+    """Return what a recipe needs beside what there is; `given` are the GPUs that training is
+    planned on, wherever they are, by default this machine's."""
     for step in graph.steps:
         if step.absent:
             missing = f"{len(step.absent)} not here"
@@ -201,7 +185,7 @@ def _check_memory(recipe: Recipe, profile: Profile, machine: Machine) -> Finding
         if machine.gpus is None:
             model = recipe.initialise.load_architecture().at_image_px(train.image_px)
             like = Machines(ranks, "CPU", max(1, machine.memory_bytes // ranks // 10**9))
-            stage += ranks * sum(cut_share(model, train, like).memory.values())
+            stage += ranks * cut_share(model, train, like).needed
         needed = max(needed, stage)
     found = f"needs {format_bytes(needed)} of {format_bytes(machine.memory_bytes)}"
     do = "train with fewer ranks (EVACLIP_RANKS), or a smaller shuffle_buffer"
@@ -224,7 +208,9 @@ def _check_training(
         if machines is None:
             each = stage_flops_per_sample(model, train, text_tokens=PACKED_TEXT_TOKENS)
             days = each * train.samples_seen / machine.cores / CPU_FLOPS_PER_CORE / 86_400
-            found = f"none, {_format_duration(days)} on {machine.cores} cores"
+            time = f"{days:,.1f} days" if days >= 1 else f"{days * 24 * 60:,.0f} minutes"
+            time = f"{days / 365:,.0f} years" if days >= 365 else time
+            found = f"none, {time} on {machine.cores} cores"
             do = "train on GPUs, here or on a cluster (EVACLIP_LAUNCHER)"
             yield Finding.of(days <= CPU_DAYS, what, found, do)
         elif train.global_batch % machines.count or train.lanes % machines.count:
@@ -232,23 +218,13 @@ def _check_training(
             yield Finding("fail", what, found, "plan with --gpus says which number can")
         else:
             cut = cut_share(model, train, machines)
-            needed = sum(cut.memory.values())
-            found = f"needs {needed / GIB:,.1f} of {cut.limit / GIB:,.1f} GiB on {machines}"
+            found = f"needs {cut.needed / GIB:,.1f} of {cut.limit / GIB:,.1f} GiB on {machines}"
             yield Finding.of(cut.fits, what, found, "plan with --gpus says what would help")
-
-
-def _format_duration(days: float) -> str:
-    if days >= 365:
-        return f"{days / 365:,.0f} years"
-    return f"{days:,.1f} days" if days >= 1 else f"{days * 24 * 60:,.0f} minutes"
 
 
 def rehearse_training(recipe: Recipe, profile: Profile, graph: Graph) -> Iterator[str]:
     """Try every training stage whose data and starting weights are there; one line for each.
-
-    Raises:
-        InputError: a stage cannot work, in the words of the run that would fail.
-    """
+    Raises InputError where one cannot work, in the words of the run that would fail."""
     from tasks.train.train import Inputs, try_out
 
     for config, step in zip(recipe.train, graph.train, strict=True):

@@ -64,11 +64,8 @@ class Approval(RunInput):
 
 
 def register_and_judge(session: RecipeSession, graph: Graph) -> Artifact:
-    """Register the graph's trained model as a candidate, with the gate's decision on it beside;
-    move nothing.
-
-    The champion is among the models of the graph's evaluation, or is compared with now.
-    """
+    """Register the graph's trained model with the gate's decision on it, but move nothing. The
+    champion is among the models of the graph's evaluation, or is compared with now."""
     step, config, store = graph.register, session.recipe.registry, session.store
     forget_if_gone(step.address, store)
     if step.is_finished:
@@ -103,11 +100,8 @@ def apply_decision(
     config: RegisterConfig, store: TrackingStore, registered: Artifact, wanted: Promote
 ) -> bool:
     """Carry out the gate's decision on a registration as far as `wanted` lets it, asking a person
-    where one shall be asked; whether the version became champion now.
-
-    Called by the flow that is not called by another, behind its session: a run that is suspended
-    leaves it here, and comes by again when it is resumed.
-    """
+    where one shall be asked; returns whether the version became champion now. Called behind the
+    flow's session: a suspended run leaves it here, and comes by again when it is resumed."""
     decision = read_decision(registered.folder)
     version = int(registered.counts["version"])
     waits = promotion.waits_for(store, config, version, decision)
@@ -124,11 +118,8 @@ def apply_decision(
 
 def carry_out_answer(recipe: str, overrides: Sequence[str], wanted: Promote) -> Artifact | None:
     """Carry out what a person answered to this flow run before it was resumed, or say why not;
-    returns the registration asked about, None where nothing was asked.
-
-    A flow calls it before all else and ends with it: by now its recipe may have new data, whose
-    model is another one than the person was asked about.
-    """
+    returns the registration asked about, None where nothing was asked. A flow calls it before all
+    else and ends with it: by now its recipe may have new data, and so another model."""
     if runtime.flow_run.id is None:
         return None
     resolved, profile = load_recipe(recipe, overrides), load_profile()
@@ -161,9 +152,7 @@ def _approval_key(config: RegisterConfig, version: int | str) -> str:
 
 
 def champion_beside(session: RecipeSession, champion: promotion.Standing) -> Beside:
-    """The champion as the model that another one is evaluated beside: where it was trained, or a
-    copy from the registry.
-    """
+    """The champion to evaluate another one beside: where it was trained, or a registry's copy."""
     folder = session.root / TRAIN.name / champion.digest / MODEL_FOLDER
     weights = folder / WEIGHTS_FILE
     if not (champion.digest and weights.is_file() and sha256_of(weights) == champion.weights):
@@ -180,7 +169,7 @@ def champion_beside(session: RecipeSession, champion: promotion.Standing) -> Bes
 def _judge_candidate(
     session: RecipeSession, graph: Graph, standing: promotion.Standing | None
 ) -> gate.Decision:
-    policy = session.recipe.registry.gate
+    policy, champion = session.recipe.registry.gate, None
     folders = {TRAINED: graph.final.folder / MODEL_FOLDER}
     weights = {TRAINED: sha256_of(folders[TRAINED] / WEIGHTS_FILE)}
     results = json.loads((graph.evaluate.folder / RESULTS).read_text())
@@ -199,24 +188,19 @@ def _judge_candidate(
         from tasks.register.latency import latencies_ms  # imports torch, for few policies only
 
         times = latencies_ms(folders)
-    sizes = {name: (folder / WEIGHTS_FILE).stat().st_size for name, folder in folders.items()}
+    measured: dict[str, dict[str, Any]] = {}
+    for name, folder in folders.items():
+        size, latency_ms = (folder / WEIGHTS_FILE).stat().st_size, times.get(name)
+        measured[name] = {"weights": weights[name], "bytes": size, "latency_ms": latency_ms}
     candidate = gate.Candidate(
-        weights=weights[TRAINED],
-        bytes=sizes[TRAINED],
-        latency_ms=times.get(TRAINED),
+        **measured[TRAINED],
         gains=gate.gains_in(results, CHAMPION),
         headlines=judged_metrics(),
         failed=results.get("failed", {}),
         contaminated=gate.contaminated_in(results),
     )
-    if standing is None:
-        return gate.decide_promotion(candidate, None, policy)
-    champion = gate.Champion(
-        version=standing.version,
-        weights=weights[CHAMPION],
-        bytes=sizes[CHAMPION],
-        latency_ms=times.get(CHAMPION),
-    )
+    if standing is not None:
+        champion = gate.Champion(version=standing.version, **measured[CHAMPION])
     return gate.decide_promotion(candidate, champion, policy)
 
 

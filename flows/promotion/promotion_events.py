@@ -1,6 +1,5 @@
 """The event that tells others of a promotion, so that an automation can act on it
-(infra/automations.yaml). Not here: promoting (tasks/register/promotion.py).
-"""
+(infra/automations.yaml). Not here: promoting (tasks/register/promotion.py)."""
 
 import os
 
@@ -24,6 +23,6 @@ def announce_promotion(name: str, version: int, before: int | None, alias: str) 
 
 
 def announce_where_served(name: str, version: int, before: int | None, alias: str) -> None:
-    """`announce`, from a command: only where PREFECT_API_URL names a server that could listen."""
+    """Send it from a command: only where PREFECT_API_URL names a server that could listen."""
     if os.environ.get("PREFECT_API_URL"):
         announce_promotion(name, version, before, alias)

@@ -76,11 +76,11 @@ def test_sets_become_datasets_with_their_own_digest(results: dict[str, Any], tmp
         files={},
         created="",
     )
-    folders = {"cifar10": tmp_path / "cifar10", "flickr30k": "s3://sets/flickr30k"}
+    folders = {name: tmp_path / name for name in ("cifar10", "flickr30k", "not_read")}
     one, other = describe_sets(made, folders)
     assert (one["name"], one["digest"]) == ("cifar10", results["sets"]["cifar10"]["fingerprint"])
     assert json.loads(one["source"])["uri"] == (tmp_path / "cifar10").as_uri()
-    assert json.loads(other["source"])["uri"] == "s3://sets/flickr30k"
+    assert json.loads(other["source"])["uri"] == (tmp_path / "flickr30k").as_uri()
     assert read_findings(tmp_path).sets == MANY
 
 

@@ -59,7 +59,7 @@ def test_the_estimate_of_merged_2b_adds_up() -> None:
     overrides += ["merge.rows_per_file=10000", "download.samples_per_shard=10000"]
     recipe = load_recipe("demo", [*overrides, "download.image_px=256"])
     assert is_large(recipe) and not is_large(load_recipe("demo"))
-    figures = {line.what: line.figure for line in estimate_data(recipe, machines=10)}
+    figures = {line.what: line.figure for line in estimate_data(recipe)}
     assert figures["samples, at most"] == "2,000,000,000"
     assert figures["rows selected"] == "4,000,000,000"
     assert figures["shards"] == "400,000"
