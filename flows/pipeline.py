@@ -7,13 +7,7 @@ from flows.config.form_types import Overrides, RecipeName
 from flows.evaluate import evaluate_and_register
 from flows.graph.graph import load_graph
 from flows.graph.runner import open_session
-from flows.planning.run_plan import (
-    Machine,
-    check_disk,
-    plan_markdown,
-    recipe_findings,
-    summarise_findings,
-)
+from flows.planning import run_plan
 from flows.prepare import prepare_data
 from flows.promotion.apply_decision import Promote, apply_decision, carry_out_answer
 from flows.reporting.crash_hook import close_tracking
@@ -38,15 +32,17 @@ def pipeline(
     """
     if dry_run:
         wanted, profile, graph = load_graph(recipe, overrides)
-        machine = Machine.this_machine(profile.root.resolve())
-        fits = summarise_findings(recipe_findings(wanted, graph, profile, machine))
-        page = f"{plan_markdown(wanted, graph)}\n\nDoes it fit this machine? {fits}"
+        machine = run_plan.Machine.this_machine(profile.root.resolve())
+        fits = run_plan.summarise_findings(
+            run_plan.recipe_findings(wanted, graph, profile, machine)
+        )
+        page = f"{run_plan.plan_markdown(wanted, graph)}\n\nDoes it fit this machine? {fits}"
         create_markdown_artifact(page, key="plan")
         return
     if carry_out_answer(recipe, overrides, promote) is not None:
         return
     with open_session("pipeline", recipe, overrides) as session:
-        check_disk(session.graph)
+        run_plan.check_disk(session.graph)
         prepare_data(session)
         session.graph.require_samples()
         session.make_all(session.graph.model_steps)

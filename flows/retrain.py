@@ -11,17 +11,9 @@ from pydantic import Field
 from flows.config.form_types import Overrides, RecipeName
 from flows.config.recipe import Recipe
 from flows.evaluate import evaluate_and_register
+from flows.graph import incremental
 from flows.graph.graph import data_steps, load_graph, verify_step
-from flows.graph.incremental import (
-    News,
-    describe_new_data,
-    draw_retraining,
-    find_new_data,
-    new_adopt_step,
-    new_merge_step,
-    of_kind,
-    rows_of,
-)
+from flows.graph.incremental import News, of_kind, rows_of
 from flows.graph.runner import open_session
 from flows.prepare import prepare_data
 from flows.promotion.apply_decision import (
@@ -69,8 +61,8 @@ def retrain(
         with open_session("retrain", recipe, overrides) as session:
             session.make_step(graph.site.demo)
         graph = load_graph(recipe, overrides)[2]
-    news = find_new_data(wanted, graph, store, keep_rejected)
-    for line in describe_new_data(news, wanted):
+    news = incremental.find_new_data(wanted, graph, store, keep_rejected)
+    for line in incremental.describe_new_data(news, wanted):
         console.print(line, soft_wrap=True)
     if dry_run or news.is_nothing:
         _publish_news(wanted, news, "nothing was made")
@@ -81,7 +73,10 @@ def retrain(
         if news.is_first:
             prepare_data(session)
         else:
-            new = (new_merge_step(wanted, graph, news), new_adopt_step(wanted, graph, news))
+            new = (
+                incremental.new_merge_step(wanted, graph, news),
+                incremental.new_adopt_step(wanted, graph, news),
+            )
             begun = [*news.waiting, *(session.make_step(step) for step in new if step)]
             merges, adoptions = of_kind(MERGE, begun), of_kind(ADOPT, begun)
             site, rules = graph.site, wanted.verify
@@ -98,7 +93,7 @@ def retrain(
             parts = [data_steps(site, wanted, merge) for merge in merges if rows_of([merge])]
             parts += adopted
             champion = champion_beside(session, news.champion) if news.champion else None
-            graph = draw_retraining(wanted, graph, news, [*news.used, *parts], champion)
+            graph = incremental.draw_retraining(wanted, graph, news, [*news.used, *parts], champion)
             session.make_all(graph.data_steps)
         session.make_all(graph.model_steps)
         registered = evaluate_and_register(session, graph)
@@ -115,6 +110,6 @@ def _settle_last(recipe: Recipe, store: TrackingStore, news: News, wanted: Promo
 
 
 def _publish_news(recipe: Recipe, news: News, end: str) -> None:
-    lines = "\n".join(describe_new_data(news, recipe))
+    lines = "\n".join(incremental.describe_new_data(news, recipe))
     page = f"# Retraining of {recipe.registry.model_name}\n\n```\n{lines}\n```\n\n{end}\n"
     create_markdown_artifact(page, key="retraining")

@@ -17,8 +17,7 @@ from flows.reporting.prefect_artifacts import publish_evaluation
 from tasks.artifacts.artifact import Artifact
 from tasks.evaluate.sets.set_registry import FOLDER
 
-EXPERIMENT = "scores"
-"""Of the tracking store."""
+EXPERIMENT = "scores"  # of the tracking store
 Models = Annotated[list[str], Field(min_length=1)]
 Recipe = Annotated[str, Field(pattern=r"^$|^[A-Za-z0-9][\w.-]*$|^.+[.]toml$")]
 

@@ -44,8 +44,7 @@ def main(folder, extras):
     torch = [versions["torch"], versions["torchvision"], *(["--index-url", index] if index else [])]
     run_with_progress([*pip, "-c", str(file), *torch], "torch", started)
     run_with_progress([*pip, "--no-deps", "-e", str(ROOT)], "evaclip", started)
-    files = (p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
-    size_gb = sum(p.stat().st_size for p in files) / 1e9
+    size_gb = sum(path.lstat().st_size for path in folder.rglob("*")) / 1e9
     say(f"environment ready in {folder}: {size_gb:.1f} GB, {time.monotonic() - started:.0f} s")
     sys.stdout.write("\n")
 
@@ -79,10 +78,9 @@ def fitting_python():
         path = shutil.which(name)
         if path and version_of(path) in FITTING:
             return path
-    found = ".".join(map(str, sys.version_info[:2]))
     stop(
-        f"this project needs Python 3.11, 3.12 or 3.13, found {found}: install one, "
-        "or name it with PYTHON=/path/to/python"
+        f"this project needs Python 3.11, 3.12 or 3.13, found {sys.version.split()[0]}: install "
+        "one, or name it with PYTHON=/path/to/python"
     )
 
 

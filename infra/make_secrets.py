@@ -1,8 +1,5 @@
-"""Make the secrets that compose.yaml mounts: `python infra/make_secrets.py [FOLDER]`.
-
-One file a secret, random, readable by its owner; files that are there are left alone. Standard
-library only.
-"""
+"""Make the secrets that compose.yaml mounts: `python infra/make_secrets.py [FOLDER]`. One file a
+secret, random, readable by its owner; what is there stays. Standard library only."""
 
 import json
 import os
@@ -12,9 +9,7 @@ from pathlib import Path
 
 ACCESS_KEY = "evaclip"
 RANDOM = (
-    "POSTGRES_PASSWORD",
-    "MLFLOW_AUTH_ADMIN_PASSWORD",
-    "MLFLOW_FLASK_SERVER_SECRET_KEY",
+    *("POSTGRES_PASSWORD", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY"),
     "AWS_SECRET_ACCESS_KEY",
 )
 

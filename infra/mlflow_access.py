@@ -11,8 +11,8 @@ import os
 from flask import Response, redirect, request
 
 OPEN = "/open"
-"""Where a link with the secret leads: from there to the pages, whose scripts cannot ask anything
-under an address that holds a password."""
+"""Where a link with the secret leads: scripts of the pages behind it cannot ask anything under an
+address that holds a password."""
 
 
 def check_request():

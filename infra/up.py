@@ -11,35 +11,26 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 from dotenv import dotenv_values
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+INFRA = Path(__file__).resolve().parent
+CHECKOUT = INFRA.parent
 HOST = "127.0.0.1"
 POOLS = ("cpu-io", "gpu")
-HEARTBEAT_S = 30  # automations.yaml takes a run for dead that misses three
 START_S = 180
 STOP_S = 65  # a worker gives itself 60 s
-UI = "prefect-ui"  # folder where the server lays out its UI, among which a page of ours
-OPEN_PAGE = """<!doctype html><title>Prefect</title><script>
-// The UI keeps the password there; a fragment is never sent to a server.
-localStorage.setItem("prefect-password", location.hash.slice(1));
-location.replace("/deployments");
-</script>
-"""
-MLFLOW_ACCESS = """[mlflow]
-default_permission = NO_PERMISSIONS
-database_uri = sqlite:///{folder}/mlflow-auth.db
-authorization_function = infra.mlflow_access:check_request
-"""
+SERVERS = {"prefect": (4200, "/api/health"), "mlflow": (5000, "/health")}  # port, page
 
 
 class UserError(Exception):
@@ -50,13 +41,9 @@ class Service:
     """A server of this machine, known by its pid file."""
 
     def __init__(self, name, folder, command, settings, url="", health=""):
-        self.name = name
-        self.url = url
-        self.log = folder / f"{name}.log"
-        self._health = health
-        self._pid_file = folder / f"{name}.json"
-        self._command = command
-        self._settings = settings
+        self.name, self.url, self._health = name, url, health
+        self.log, self._pid_file = folder / f"{name}.log", folder / f"{name}.json"
+        self._command, self._settings = command, settings
 
     def noted(self):
         """`pid` and `url` of its process, if that is still the one that was started; else {}."""
@@ -87,14 +74,9 @@ class Service:
             say(f"{self.name:13} is up already {self.url}")
             return
         with self.log.open("ab") as log:
+            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
             process = subprocess.Popen(
-                self._command,
-                cwd=CHECKOUT,
-                env=self._settings,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
+                self._command, cwd=CHECKOUT, env=self._settings, start_new_session=True, **streams
             )
         noted = {"pid": process.pid, "started": started_at(process.pid), "url": self.url}
         beside = self._pid_file.with_suffix(".new")
@@ -137,75 +119,46 @@ class Service:
 
 
 def services(options):
+    """(settings of the workers, Prefect, MLflow and the workers), as up.toml has them."""
     root = Path(options.root).resolve()
     folder = root / "services"
     folder.mkdir(parents=True, exist_ok=True)
-    prefect = f"http://{HOST}:{options.prefect_port}"
-    mlflow = f"http://{HOST}:{options.mlflow_port}"
     secret = secret_in(folder / "prefect-auth")
     user, _, password = secret.partition(":")
-    access = folder / "mlflow-auth.ini"
-    access.write_text(MLFLOW_ACCESS.format(folder=str(folder).replace("%", "%%")))
-    settings = {
-        "DO_NOT_TRACK": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        **os.environ,  # who wants the servers' telemetry says so there
-        "EVACLIP_ROOT": str(root),
-        "EVACLIP_WORKING_DIR": os.getcwd(),  # recipes name weights and metadata from here
-        "EVACLIP_TRACKING_URI": mlflow,
-        "MLFLOW_TRACKING_PASSWORD": password,
-        "MLFLOW_TRACKING_USERNAME": user,
-        "PREFECT_API_AUTH_STRING": secret,
-        "PREFECT_API_URL": f"{prefect}/api",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
-        "PREFECT_HOME": str(folder / "prefect"),
-        "PREFECT_UI_URL": prefect,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
-        "PYTHONUNBUFFERED": "1",
+    values = {
+        **{"root": root, "here": os.getcwd(), "folder": folder},
+        **{"secret": secret, "user": user, "password": password},
+        "folder_in_ini": str(folder).replace("%", "%%"),
+        "artifacts": (root / "mlflow-artifacts").as_uri(),
+        "python_path": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
     }
-    own = [f"{name}:{options.mlflow_port}" for name in (HOST, "localhost")]
-    of_mlflow = {
-        "MLFLOW_AUTH_ADMIN_PASSWORD": password,
-        "MLFLOW_AUTH_ADMIN_USERNAME": user,
-        "MLFLOW_AUTH_CONFIG_PATH": str(access),
-        "MLFLOW_BASIC_AUTH_FAIL_CLOSED": "true",
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": secret,
-        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(own),
-        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(f"http://{name}" for name in own),
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # evaluation jobs that nothing here submits
+    for name in SERVERS:
+        values[f"{name}_port"] = port = getattr(options, f"{name}_port")
+        values[name] = f"http://{HOST}:{port}"
+    tables = tomllib.loads((INFRA / "up.toml").read_text())
+    filled = {
+        table: {name: text.format_map(values) for name, text in tables[table].items()}
+        for table in ("defaults", "settings", *SERVERS, "files")
     }
-    of_prefect = {
-        # Pages of other sites and other users of this machine reach loopback, too.
-        "PREFECT_SERVER_API_AUTH_STRING": secret,
-        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": prefect,
-        "PREFECT_SERVER_UI_API_URL": f"{prefect}/api",  # by default the one on Prefect's own port
-        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-        "PREFECT_UI_STATIC_DIRECTORY": str(folder / UI),
-    }
-    # The server must not take the API address for somebody else's server.
-    without_api = {name: value for name, value in settings.items() if name != "PREFECT_API_URL"}
-    run, worker = [sys.executable, "-m"], [sys.executable, str(CHECKOUT / "infra" / "worker.py")]
-    run_prefect = f"prefect server start --host {HOST} --port {options.prefect_port}".split()
-    run_mlflow = [
-        *("mlflow", "server", "--host", HOST, "--port", str(options.mlflow_port)),
-        *("--workers", "1", "--backend-store-uri", f"sqlite:///{root}/mlflow.db"),
-        *("--app-name", "basic-auth", "--no-serve-artifacts", "--default-artifact-root"),
-        (root / "mlflow-artifacts").as_uri(),
-    ]
-    of_prefect, of_mlflow = {**without_api, **of_prefect}, {**settings, **of_mlflow}
-    return settings, [
-        Service("prefect", folder, [*run, *run_prefect], of_prefect, prefect, "/api/health"),
-        Service("mlflow", folder, [*run, *run_mlflow], of_mlflow, mlflow, "/health"),
-        *(Service(f"worker-{pool}", folder, [*worker, pool], settings) for pool in POOLS),
-    ]
+    (folder / "mlflow-auth.ini").write_text(filled["files"]["mlflow-auth"])
+    settings = {**filled["defaults"], **os.environ, **filled["settings"]}
+    found = []
+    for name, (_, health) in SERVERS.items():
+        command = [part.format_map(values) for part in tables["commands"][name].split()]
+        own = {**settings, **filled[name]}
+        if name == "prefect":  # it would take this for somebody else's server
+            del own["PREFECT_API_URL"]
+        run = [sys.executable, "-m", *command]
+        found.append(Service(name, folder, run, own, values[name], health))
+    for pool in POOLS:
+        run = [sys.executable, str(INFRA / "worker.py"), pool]
+        found.append(Service(f"worker-{pool}", folder, run, settings))
+    return settings, found
 
 
 def secret_in(path):
-    """The user and password that the Prefect server asks for; made where there is none.
-
-    Linked into its place when it is on the disk: an empty file would be a server without a secret.
-    """
+    """The user and password that the Prefect server asks for; made where there is none, and linked
+    into its place when on the disk: an empty file would be a server without a secret."""
     if not path.exists():
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -226,7 +179,8 @@ def up(options):
     mlflow.check_port()
     prefect.up()
     mlflow.up()
-    (prefect.log.parent / UI / "v1" / "open.html").write_text(OPEN_PAGE)
+    # A page of ours, among those that the server lays out when it starts.
+    shutil.copy(INFRA / "open.html", Path(prefect.log.parent, "prefect-ui", "v1"))
     secret = settings["PREFECT_API_AUTH_STRING"]
     if not any(worker.pid() for worker in workers):
         crash_runs(f"{prefect.url}/api", secret)
@@ -252,10 +206,8 @@ def down(options):
 
 
 def crash_runs(api, secret, **chosen):
-    """Mark unfinished runs, all or those of a filter, as crashed: their worker is gone.
-
-    Prefect shows them as running for ever, and keeps their place under the concurrency limit.
-    """
+    """Mark unfinished runs, all or those of a filter, as crashed: their worker is gone, and Prefect
+    shows them as running for ever, with their place under the concurrency limit."""
     chosen["state"] = {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}
     state = {"type": "CRASHED", "message": "its worker was stopped; run it again to go on"}
     for run in ask(f"{api}/flow_runs/filter", secret, {"flow_runs": chosen}):
@@ -321,15 +273,10 @@ def status(options):
 
 def apply(settings, log):
     """Work pools, deployments and automations, as the files here have them."""
+    command = [sys.executable, str(INFRA / "apply.py")]
     with log.open("ab") as output:
-        done = subprocess.run(
-            [sys.executable, str(CHECKOUT / "infra" / "apply.py")],
-            cwd=CHECKOUT,
-            env=settings,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-        )
+        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+        done = subprocess.run(command, cwd=CHECKOUT, env=settings, **streams)
     if done.returncode:
         raise UserError(f"the server does not take deployments or automations: {log} says why")
 
@@ -368,7 +315,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="infra/up.py", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=commands)
     parser.add_argument("--root", default=os.environ.get("EVACLIP_ROOT", "runs"))
-    for name, port in (("prefect", 4200), ("mlflow", 5000)):
+    for name, (port, _) in SERVERS.items():
         default = int(os.environ.get(f"EVACLIP_{name.upper()}_PORT", port))
         parser.add_argument(f"--{name}-port", type=int, default=default)
     options = parser.parse_args(arguments)

@@ -24,8 +24,7 @@ from tasks.index.sample_index import SampleIndex
 from tasks.merge.database import normal_urls
 from tasks.progress import Report, report_nothing
 
-MOST_NAMED = 50
-"""Entries without a sample that are named one by one."""
+MOST_NAMED = 50  # entries without a sample that are named one by one
 
 
 class Succession(NamedTuple):

@@ -87,8 +87,7 @@ class _Root:
 
 
 def find_leftovers(profile: Profile, days: float) -> list[Leftover]:
-    """Return what may go, in the order in which it may: what is made of something goes before that.
-    What somebody wrote to in the last `days` stays."""
+    """Return what may go, in that order; what somebody wrote to in the last `days` stays."""
     folder = profile.root.resolve()
     root = _Root(profile, read_artifacts(folder))
     again = [Leftover(path, "can be made again") for one in MADE_AGAIN for path in folder.glob(one)]
@@ -105,8 +104,7 @@ def find_leftovers(profile: Profile, days: float) -> list[Leftover]:
 
 
 def remove_leftovers(root: Path, found: Sequence[Leftover], report: Report) -> None:
-    """Remove what was found, unless a flow is running; a kill at any moment leaves every artifact
-    whole or gone."""
+    """Remove what was found; a kill at any moment leaves every artifact whole or gone."""
     lock = lock_file(root / ROOT_LOCK)
     if lock is None:
         raise InputError(f"a flow is running under {root}: prune when it is over")

@@ -21,8 +21,7 @@ from tasks.register.model_versions import RegisteredVersion
 if TYPE_CHECKING:
     from tasks.register.model_versions import Described
 
-SHORTEST_DIGEST = 6
-"""Characters of a digest that are taken for one."""
+SHORTEST_DIGEST = 6  # characters of a digest that are taken for one
 
 
 def version_tree(version: Described, before: Described | None) -> Iterator[str]:

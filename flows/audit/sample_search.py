@@ -43,8 +43,7 @@ def find_samples(
     count: int = 10,
     model: str = "",
 ) -> list[FoundSample]:
-    """The samples under the root nearest to a text, a picture or a sample, by the model that
-    embedded last, or by `model`."""
+    """The samples nearest to a text, a picture or a sample, by `model` or what embedded last."""
     root = profile.root.resolve()
     embedded, spec = _choose_artifacts(root, model)
     mark = embedded[0].parents[Role.SUBJECT]

@@ -25,8 +25,7 @@ OPENED_BY: dict[Form, str] = {
     "transformers": "CLIPTextModelWithProjection.from_pretrained('{folder}')",
     "onnx": "onnxruntime.InferenceSession('{folder}/image.onnx')",
 }
-OPEN_CLIP_CONFIG = "open_clip_config.json"
-"""Written where open_clip has the architecture by name."""
+OPEN_CLIP_CONFIG = "open_clip_config.json"  # written where open_clip has the architecture by name
 
 
 def pull(

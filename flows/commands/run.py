@@ -24,8 +24,7 @@ from tasks.tracking import TrackingStore
 if TYPE_CHECKING:
     from flows.graph.graph import Graph
 
-JUDGED = ("pipeline", "evaluate", "retrain")
-"""Flows that end with the gate."""
+JUDGED = ("pipeline", "evaluate", "retrain")  # flows that end with the gate
 
 
 def run(
@@ -123,8 +122,7 @@ def score(
 
 
 def _is_nothing_new(recipe: Recipe, profile: Profile, graph: Graph, told: bool = False) -> bool:
-    """Return whether there is nothing new, and nothing waits from the last time; say so, or with
-    `told` say whatever there is."""
+    """Return whether nothing is new or waits from last time; say so, or if `told` what there is."""
     if recipe.demo and not (graph.site.demo and graph.site.demo.is_finished):
         return False  # its metadata is made first
     from flows.graph.incremental import describe_new_data, find_new_data  # imports duckdb

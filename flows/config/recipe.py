@@ -167,10 +167,8 @@ class Recipe(Config):
         captions = [one.name for one in self.captions]
         refuse_repeated_names("captions", captions)
         for stage in self.train:
-            where, drawn = f"train.{stage.name}", stage.caption_weights
-            _require_known(
-                *(f"{where}.source_weights", stage.source_weights, "the sources", self.sources)
-            )
+            where, read, drawn = f"train.{stage.name}", stage.source_weights, stage.caption_weights
+            _require_known(f"{where}.source_weights", read, "the sources", self.sources)
             _require_known(f"{where}.caption_weights", drawn, "the captions", (STORED, *captions))
         for one in self.captions:
             if all(one.name not in stage.caption_weights for stage in self.train):
@@ -299,8 +297,7 @@ def source_yields(recipe: Recipe) -> list[SourceYield]:
 
 
 def planned_stages(recipe: Recipe) -> tuple[TrainConfig, ...]:
-    """The training stages with samples for their epochs: of those that are expected; no step where
-    only reading the data could tell."""
+    """The training stages with expected samples for their epochs; none where only data can tell."""
     samples = {one.source.name: one.samples for one in source_yields(recipe)}
     return tuple(stage.fit_to_data(samples) for stage in recipe.train)
 

@@ -47,8 +47,8 @@ def parent_of(artifact: Artifact, role: str, artifacts: Sequence[Artifact]) -> A
 
 
 def ancestors_of(artifact: Artifact, artifacts: Sequence[Artifact]) -> list[Artifact]:
-    """The ancestors of an artifact in the order of work, itself the last. The demo's world counts
-    as data from outside. Raises InputError where something of it is gone."""
+    """The ancestors of an artifact in the order of work, itself the last, without the demo's world;
+    raises InputError where something of it is gone."""
     found = _walk_upward(artifact, artifacts)
     for one in found:
         for role in one.parents:
@@ -73,8 +73,7 @@ def find_data(version: Artifact, artifacts: Sequence[Artifact]) -> Artifact | No
 
 
 def parts_of(data: Artifact, artifacts: Sequence[Artifact]) -> list[Artifact]:
-    """The verifications in a join, in its order; a verification is its own one part. Raises
-    InputError where one is gone."""
+    """The verifications in a join, in its order; a verification is its own one part."""
     if data.kind != JOIN.name:
         return [data]
     return [parent_of(data, role, artifacts) for role in data.parents]
@@ -119,8 +118,7 @@ def models_of(dataset: Artifact, artifacts: Sequence[Artifact]) -> list[Model]:
 
 
 def describe_model(model: Model, root: Path) -> Iterator[str]:
-    """A model as lines for a person: where it is, its runs in tracking, its registered versions
-    with the aliases that they have now (which asks the registry)."""
+    """A model, its runs, its registered versions with their aliases, which asks the registry."""
     yield f"  model     {model.name} {model.digest}"
     for run in runs_of_digest(root / JOURNALS, model.digest):
         yield f"    run     {run}"

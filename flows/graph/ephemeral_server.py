@@ -23,8 +23,8 @@ START_TIMEOUT_S = 120
 
 @contextmanager
 def temporary_server(root: Path) -> Iterator[None]:
-    """Serve the Prefect API on a free loopback port, unless PREFECT_API_URL names a server. Must be
-    entered before prefect is imported: it reads its settings then."""
+    """Serve the Prefect API, unless PREFECT_API_URL names a server. Enter it before prefect is
+    imported, which reads its settings then."""
     quiet = {
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

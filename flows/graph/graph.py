@@ -83,8 +83,7 @@ from tasks.train.config import STAGE as TRAIN
 from tasks.verify.config import STAGE as VERIFY
 from tasks.verify.config import VerifyConfig
 
-BYTES_PER_PARAMETER_SAVED = 4 + 8
-"""A checkpoint: fp32 weights and two moments."""
+BYTES_PER_PARAMETER_SAVED = 4 + 8  # a checkpoint: fp32 weights and two moments
 TRAINED, UNTRAINED, CHAMPION = "trained", "untrained", "champion"
 """What models are called in an evaluation."""
 
@@ -165,8 +164,7 @@ class Graph:
             raise InputError(f"{absent[0]}{more}")
 
     def require_samples(self) -> None:
-        """Refuse a training stage that takes more of the finished dataset version at once than
-        there is, which would otherwise be seen when its turn comes."""
+        """Refuse, before its turn, a training stage that takes more at once than the data has."""
         counts, end = finished_artifact(self.dataset).counts, ".samples"
         has = {name.removesuffix(end): int(counts[name]) for name in counts if name.endswith(end)}
         for step in self.train:
@@ -259,11 +257,8 @@ def merge_step(
     files: Mapping[str, Sequence[Path | str]] | None = None,
     given: Sequence[Artifact] = (),
 ) -> Step:
-    """The rows of all sources that are to be downloaded.
-
-    By default everything outside is marked now (`inputs`: role -> mark) and the config's files are
-    found when it runs (`files`: source -> files). Rows of the merges `given`, among `inputs`, are
-    left out.
+    """The rows to download of all sources, without those of the merges `given`. By default what is
+    outside is marked now (`inputs`: role -> mark), and `files` (of each source) found when it runs.
     """
     marks = OutsideMarks(site.demo)
     if inputs is None:
@@ -597,11 +592,8 @@ def evaluate_step(
     title: str = "",
     final: Step | None = None,
 ) -> Step:
-    """Models on evaluation sets.
-
-    The first of `models` (name -> what opens it) is the subject, which `final` made by `train` from
-    `dataset`: for its curves, its lineage, and a look whether test images are in what it saw.
-    """
+    """Models on evaluation sets; the first of `models` (name -> what opens it) is the subject, that
+    `final` made by `train` from `dataset`: for curves, lineage, and test images that it saw."""
 
     def make(profile: Profile, out: Path, report: Report) -> Made:
         from flows.graph.ancestry import find_data

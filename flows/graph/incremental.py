@@ -39,17 +39,11 @@ from tasks.merge.config import STAGE as MERGE
 from tasks.merge.config import MergeConfig
 from tasks.merge.merge import read_inputs
 from tasks.merge.metadata_files import mark_of
+from tasks.register import promotion
 from tasks.register.config import DECISION
 from tasks.register.config import STAGE as REGISTER
 from tasks.register.gate import Decision, GateOutcome
-from tasks.register.promotion import (
-    DIGEST_TAG,
-    Standing,
-    history,
-    read_decision,
-    read_standings,
-    require_champion,
-)
+from tasks.register.promotion import Standing
 from tasks.tracking import TrackingStore
 
 Found = Sequence[Path | str]
@@ -112,15 +106,11 @@ def rows_of(begun: Iterable[Artifact]) -> int:
 
 
 def find_new_data(recipe: Recipe, graph: Graph, store: TrackingStore, keep_rejected: bool) -> News:
-    """Compare the metadata there is with that of every attempt so far.
-
-    Raises InputError where the champion was made elsewhere, something of it is gone, or versions
-    were champion and none is now.
-    """
+    """Compare the metadata there is with that of every attempt so far."""
     root, name = graph.site.root, recipe.registry.model_name
     artifacts = read_artifacts(root)
-    attempts = _find_attempts(graph, name, artifacts, read_standings(store, name))
-    champion = require_champion(store, name, recipe.registry.alias)
+    attempts = _find_attempts(graph, name, artifacts, promotion.read_standings(store, name))
+    champion = promotion.require_champion(store, name, recipe.registry.alias)
     gone = [one for one in attempts if one.standing is None and champion is None]
     if any(one.decision.outcome is GateOutcome.PROMOTE for one in gone):
         raise InputError(
@@ -131,8 +121,8 @@ def find_new_data(recipe: Recipe, graph: Graph, store: TrackingStore, keep_rejec
     if champion is not None and base is None:
         raise InputError(
             f"{name}/{champion.version} is {recipe.registry.alias}, but nothing in {root} says "
-            f"that it was registered from there (its tag {DIGEST_TAG} is '{champion.digest}'): its "
-            "data is not known here; retrain where it was made, or set EVACLIP_ROOT"
+            f"that it was registered from there (its tag {promotion.DIGEST_TAG} is "
+            f"'{champion.digest}'): retrain where it was made, or set EVACLIP_ROOT"
         )
     begun = {one.digest: one for attempt in attempts for one in attempt.begun}
     used_up = sorted(begun.values(), key=lambda one: (one.created, one.digest))
@@ -195,8 +185,8 @@ def draw_retraining(
     verified: Sequence[Step | Artifact],
     champion: Beside | None,
 ) -> Graph:
-    """The recipe's graph with the `verified` data and another beginning; the trained model is
-    evaluated beside the champion, or without one beside what it starts from."""
+    """The recipe's graph with the `verified` data and another beginning; without a champion the
+    model is evaluated beside what it starts from."""
     data = join_step(graph.site, verified) if len(verified) > 1 else verified[0]
     first = initialise_step(graph.site, recipe.initialise)
     stages = recipe.retraining_stages() if news.start else recipe.train
@@ -231,10 +221,8 @@ def _find_attempts(
     artifacts: Sequence[Artifact],
     standings: Mapping[int, Standing],
 ) -> list[Attempt]:
-    """Every registration under the model's name in this registry, by version.
-
-    They are known by the digests on the versions: one database has many addresses, as a file that
-    was moved, behind a server, under another name of its host.
+    """Every registration under the model's name in this registry, by version. The digests on the
+    versions tell: one database has many addresses (moved, behind a server, by another host name).
     """
 
     registered = [
@@ -259,7 +247,7 @@ def _find_attempts(
         data = data_of(parent_of(trained, Role.DATASET, artifacts), artifacts)
         above = ancestors_of(data, artifacts)
         begun = tuple(one for one in above if one.kind in (MERGE.name, ADOPT.name))
-        parts, decision = tuple(parts_of(data, artifacts)), read_decision(artifact.folder)
+        parts, decision = tuple(parts_of(data, artifacts)), promotion.read_decision(artifact.folder)
         attempt = Attempt(artifact, trained, parts, begun, decision, standing)
         if attempt.version in found and decision.champion == attempt.version:
             continue  # the champion under another address of the registry, compared with itself
@@ -270,8 +258,7 @@ def _find_attempts(
 def _find_waiting(
     name: str, stage: Stage, begun: Sequence[Artifact], artifacts: Sequence[Artifact]
 ) -> Iterator[Artifact]:
-    """Finished merges, or adoptions, that go on from `begun` and that no attempt has used yet, in a
-    row."""
+    """Finished merges, or adoptions, in a row from `begun`, that no attempt has used yet."""
     before = [*begun]
     while before:
         given = _mark_given(name, before)
@@ -292,7 +279,7 @@ def _sort_out_parts(
 ) -> tuple[tuple[Artifact, ...], tuple[str, ...]]:
     """(verifications that stay, sentences on those that do not)."""
     name = recipe.registry.model_name
-    were_champion = {move.version for move in history(store, name, recipe.registry.alias)}
+    were_champion = {move.version for move in promotion.history(store, name, recipe.registry.alias)}
     stay = {part.digest: part for part in base.parts} if base else {}
     aside: dict[str, str] = {}
     for attempt in attempts:

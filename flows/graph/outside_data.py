@@ -57,8 +57,7 @@ class OutsideMarks:
         return hash_marks(fingerprint_files(Path(file)) for file in files)
 
     def find_version(self, tracking_uri: str, uri: str) -> tuple[str, str]:
-        """(NAME/VERSION that `models:/NAME@ALIAS` or `models:/NAME/VERSION` means now, mark of its
-        weights, whatever it is called)."""
+        """(NAME/VERSION of `models:/NAME@ALIAS` or `models:/NAME/VERSION`, mark of its weights)."""
         from tasks.register.model_versions import describe_version  # imports mlflow
         from tasks.register.promotion import WEIGHTS_TAG
 
@@ -85,8 +84,7 @@ class OutsideMarks:
 
 
 def fingerprint_model(spec: str) -> str:
-    """Return what stands for a model in a digest: its files' fingerprint, or its name at a library.
-    Raises InputError where it is not there."""
+    """Return what stands for a model in a digest: its files' fingerprint, or its library's name."""
     from tasks.encoders.open_models import OPEN_CLIP, files_of  # imports torch
 
     files = files_of(spec)
@@ -116,10 +114,8 @@ def hash_marks(marks: Iterable[str], between: str = "") -> str:
 
 
 def find_files(pattern: str, demo: Step | None, where: str) -> list[Path] | list[str]:
-    """The files (or the folder) a recipe's pattern names; `demo:` is the demo artifact's folder.
-
-    A URL with wildcards names URLs. Raises NotHere where nothing matches.
-    """
+    """The files (a folder; of a URL, URLs) that a recipe's pattern names, in which `demo:` is the
+    demo artifact's folder; raises NotHere where nothing matches."""
     if is_url(pattern):
         try:
             return find_metadata(pattern, where)
@@ -171,8 +167,8 @@ def describe_sets(evaluated: Artifact, folders: Mapping[str, Path]) -> list[dict
 
 
 def sort_takedowns(entries: Iterable[str]) -> Asked:
-    """Entries of takedown lists by kind, as the index has them; URLs as they are, which merges of
-    before the present normal form may have written, and as merges write them now."""
+    """Entries of takedown lists by kind, as the index has them; URLs as they are, which earlier
+    merges may have written, and in their present normal form."""
     from tasks.dataset.choose import sort_by_kind  # imports duckdb, as the next ones do
     from tasks.index.sample_index import Kind
     from tasks.merge.database import normal_urls

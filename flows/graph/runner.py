@@ -123,8 +123,7 @@ def track_run(
     params: Mapping[str, str],
     recipe: str = "",
 ) -> Iterator[PipelineRun]:
-    """The tracking run of this flow run; each of the two links to the other. Meanwhile nothing is
-    pruned under the root."""
+    """The tracking run of this flow run, linked both ways; meanwhile `prune` cannot remove."""
     root = profile.root.resolve()
     root.mkdir(parents=True, exist_ok=True)
     lock = lock_file(root / ROOT_LOCK, shared=True)

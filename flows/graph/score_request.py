@@ -16,13 +16,8 @@ from flows.graph.step import Input, Step
 from tasks.artifacts.artifact import Role, fingerprint_files
 from tasks.encoders.open_models import OPEN_CLIP, TRANSFORMERS
 from tasks.evaluate.config import STAGE, EvaluateConfig
+from tasks.evaluate.sets import set_registry
 from tasks.evaluate.sets.published_layout import kind_of
-from tasks.evaluate.sets.set_registry import (
-    find_published_set,
-    find_set,
-    find_set_folder,
-    sets_of_group,
-)
 from tasks.initialise.config import REGISTRY
 
 EVALUATE = STAGE.name
@@ -52,11 +47,7 @@ def read_asked(
     overrides: Sequence[str],
     root: Path,
 ) -> Asked:
-    """Return what the arguments of `score` mean.
-
-    Raises InputError for no or two sources of sets, a set or model that is not there, two of a
-    name.
-    """
+    """Return what the arguments of `score` mean."""
     if bool(recipe) == bool(sets):
         raise InputError("say what to evaluate on: give a recipe, or the names of sets")
     demo = None
@@ -87,18 +78,17 @@ def _named_sets(names: Sequence[str], data: Path, overrides: Sequence[str]) -> E
     entries = []
     for given in _list_given(names, data):
         name, folder = _named_set(given, data)
-        own = {} if find_set(name) else {"kind": kind_of(folder)}
+        own = {} if set_registry.find_set(name) else {"kind": kind_of(folder)}
         entries.append({"name": name, "folder": glob.escape(str(folder)), **own})
     return _read_evaluation({EVALUATE: {"sets": entries}}, overrides, "the sets named")
 
 
 def _list_given(names: Sequence[str], data: Path) -> list[str]:
-    """The names, a group's as those of its sets that are in `data`; the report says which are
-    not."""
+    """The names, a group's as those of its sets in `data`; the report says which are not there."""
     found: list[str] = []
     for name in names:
-        group = [find_set(key) for key in sets_of_group(name)]
-        there = [one.key for one in group if one and find_set_folder(one, data)]
+        group = [set_registry.find_set(key) for key in set_registry.sets_of_group(name)]
+        there = [one.key for one in group if one and set_registry.find_set_folder(one, data)]
         if group and not there:
             raise InputError(f"{data} holds none of the {len(group)} sets of '{name}'")
         found += there if group else [name]
@@ -106,20 +96,18 @@ def _list_given(names: Sequence[str], data: Path) -> list[str]:
 
 
 def _named_set(given: str, data: Path) -> tuple[str, Path]:
-    """Name and folder of a set: a known set's name, a folder in `data`, a path, or NAME=FOLDER.
-
-    A folder that has the name under which a known set is published is that set.
-    """
+    """Name and folder of a set: a known set's name, a folder in `data` (which by the name it is
+    published under may be a known set), a path, or NAME=FOLDER."""
     name, equals, path = given.partition("=")
-    known = find_set(name)
+    known = set_registry.find_set(name)
     if equals:
         folder = Path(path)
     elif known:
-        folder = find_set_folder(known, data) or data / known.wds
+        folder = set_registry.find_set_folder(known, data) or data / known.wds
     else:
         places = [Path(given)] if "/" in given else [data / given, Path(given)]
         folder = next(filter(Path.is_dir, places), places[0])
-        known = find_published_set(folder)
+        known = set_registry.find_published_set(folder)
         name = known.key if known else folder.resolve().name
     if not folder.is_dir():
         else_give = ", the name of a known set, a path, or NAME=FOLDER"

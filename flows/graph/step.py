@@ -64,7 +64,7 @@ class Step:
 
     @cached_property
     def address(self) -> Address:
-        """Where it is or will be; the product computes an address nowhere else."""
+        """The place where it is or will be; the product computes an address nowhere else."""
         parents = {role: digest_of(given) for role, given in self.inputs.items()}
         return Address.of(self.root, self.stage, self.config, parents)
 

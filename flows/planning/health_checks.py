@@ -118,8 +118,7 @@ def check_tracking(profile: Profile) -> Iterator[Finding]:
 
 
 def check_servers(profile: Profile) -> Iterator[Finding]:
-    """Check that the servers that are named answer, with our versions and about our time, which
-    heartbeats and signatures of S3 need."""
+    """Check that servers answer, with our versions and time (for heartbeats, signatures of S3)."""
     urls = {}
     if api := os.environ.get("PREFECT_API_URL"):
         urls["Prefect"] = f"{api.rstrip('/')}/admin/version"

@@ -30,31 +30,25 @@ from flows.config.recipe import (
 )
 from tasks.download.url_tables import expected_bytes
 
-LARGE_ROWS = 1_000_000
-"""From here on an estimate is worth its lines."""
-METADATA_BYTES_PER_ROW = 222
-"""Re-LAION-2B: 467 GB of parquet for 2.1 billion rows."""
+LARGE_ROWS = 1_000_000  # from here on an estimate is worth its lines
+METADATA_BYTES_PER_ROW = 222  # Re-LAION-2B: 467 GB of parquet for 2.1 billion rows
 MERGE_ROWS_PER_CPU_S = 320_000
 """`make bench-merge`: 314,000 to 324,000 at 5 to 20 million rows, two threads."""
 WAITING_BYTES = 245
 """Temporary disk of a row read, until its partition is written; `make bench-merge`."""
 URLS_PER_MACHINE_S = 1_000
 """img2dataset's documentation: one 16-core machine (c6i.4xlarge) at 256 to 384 px."""
-MACHINES = 10
-"""What LAION used for LAION-5B in seven days."""
+MACHINES = 10  # what LAION used for LAION-5B in seven days
 GIB = 2**30
-USABLE_SHARE = 0.92
-"""Of a GPU's memory, so that what the allocator cannot use in pieces has room."""
+USABLE_SHARE = 0.92  # of a GPU's memory, so that what the allocator cannot use in pieces has room
 TABLE_6_SHARE = {"whole images": 0.28879, "half of the patches masked": 0.22586}
 """Of an A100's peak, what is computed again included: EVA01-CLIP-B/16 took 76 and 55 minutes for 40
 million samples on 16 of them, with flash attention and gradient checkpointing (paper, Table 6)."""
 RECOMPUTED = {"none": 0.0, "selective": 0.6, "full": 1.0}
 """Forward passes' worth of time spent again by gradient checkpointing; "selective" as measured in
 bf16, where it costs a fifth of a step (make bench-model)."""
-ADOPTED_PX = 512
-"""Side of adopted images that a plan counts with: nobody has looked at them yet."""
-READ_AHEAD_STEPS = 2
-"""Steps whose pixels a rank holds: the one that is trained on, and the next."""
+ADOPTED_PX = 512  # side of adopted images that a plan counts with: nobody has looked at them yet
+READ_AHEAD_STEPS = 2  # steps whose pixels a rank holds: the one that is trained on, and the next
 
 
 class Line(NamedTuple):

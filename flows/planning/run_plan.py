@@ -29,13 +29,11 @@ from tasks.artifacts.artifact import Role
 from tasks.progress import format_bytes, report_nothing
 from tasks.train.launch import count_gpus, default_ranks
 
-SMALL_BYTES = 50_000_000
-"""Reports, databases, what else a run leaves."""
+SMALL_BYTES = 50_000_000  # reports, databases, what else a run leaves
 Level = Literal["ok", "warn", "fail"]
 CPU_FLOPS_PER_CORE = 20e9
 """fp32 matrix products of one core in the trainer, as on the two cores this was written on."""
-CPU_DAYS = 30
-"""Training on a CPU that takes longer than this is a mistake."""
+CPU_DAYS = 30  # training on a CPU that takes longer than this is a mistake
 ELSEWHERE = ("slurm", "kubernetes", "external", "deepspeed")
 """Launchers whose machines are others than the one that plans."""
 
@@ -63,8 +61,7 @@ def make_plan(graph: Graph) -> list[PlanRow]:
 
 
 def check_disk(graph: Graph) -> None:
-    """Refuse a run where less is free than unfinished stages write at least, or the root of all
-    artifacts cannot be made."""
+    """Refuse a run where less is free than unfinished stages write at least."""
     root = graph.site.root
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -144,8 +141,7 @@ def ask_driver(fields: str) -> list[list[str]]:
 def recipe_findings(
     recipe: Recipe, graph: Graph, profile: Profile, machine: Machine, given: Machines | None = None
 ) -> Iterator[Finding]:
-    """Return what a recipe needs beside what there is; `given` are the GPUs that training is
-    planned on, wherever they are, by default this machine's."""
+    """What a recipe needs beside what there is; `given` GPUs are planned on, or this machine's."""
     for step in graph.steps:
         if step.absent:
             missing = f"{len(step.absent)} not here"
@@ -223,8 +219,7 @@ def _check_training(
 
 
 def rehearse_training(recipe: Recipe, profile: Profile, graph: Graph) -> Iterator[str]:
-    """Try every training stage whose data and starting weights are there; one line for each.
-    Raises InputError where one cannot work, in the words of the run that would fail."""
+    """Try every training stage whose data and starting weights are there; one line for each."""
     from tasks.train.train import Inputs, try_out
 
     for config, step in zip(recipe.train, graph.train, strict=True):

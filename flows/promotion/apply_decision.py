@@ -50,8 +50,7 @@ from tasks.train.config import STAGE as TRAIN
 
 Promote = Literal["gate", "never", "ask"]
 """What happens to a better model: it becomes champion, it stays challenger, a person is asked."""
-PULLED = "pulled"
-"""Folder under the root for champions that were trained elsewhere."""
+PULLED = "pulled"  # folder under the root for champions that were trained elsewhere
 APPROVAL_WAIT_S = 7 * 24 * 3600
 
 
@@ -211,8 +210,7 @@ def _ask_person(
     version: int,
     decision: gate.Decision,
 ) -> bool:
-    """Suspend the run until a person has said yes or no; a run that cannot be resumed from the UI
-    leaves the version as it is."""
+    """Suspend the run until a person has answered, if it can be resumed from the UI."""
     name = config.model_name
     if runtime.deployment.id is None:
         command = f"python -m flows promote {name}/{version}"

@@ -7,8 +7,7 @@ EVENT = "evaclip.model.promoted"
 
 
 def announce_promotion(name: str, version: int, before: int | None, alias: str) -> None:
-    """Send the event to the Prefect server in use; it is on its way when the process ends. `before`
-    is the version that had the alias until now."""
+    """Send the event, which is on its way when the process ends; `before` had the alias so far."""
     from prefect.events import emit_event  # a command without a server has no need of it
 
     emit_event(
