@@ -141,7 +141,7 @@ def ask_driver(fields: str) -> list[list[str]]:
 def recipe_findings(
     recipe: Recipe, graph: Graph, profile: Profile, machine: Machine, given: Machines | None = None
 ) -> Iterator[Finding]:
-    """What a recipe needs beside what there is; `given` GPUs are planned on, or this machine's."""
+    """Return what a recipe needs beside what there is, on the GPUs `given` or this machine's."""
     for step in graph.steps:
         if step.absent:
             missing = f"{len(step.absent)} not here"
