@@ -351,7 +351,7 @@ class PairwiseObjective:
 LOSS: dict[str, Edit] = {
     "evaclip_model/training/loss/pairwise.py": PAIRWISE,
     "evaclip_model/training/config.py": after(
-        '    "softmax": "evaclip_model.training.loss.softmax:SoftmaxObjective",\n',
+        '    "softmax": "evaclip_model.training.loss.objective:Objective",\n',
         '    "pairwise": "evaclip_model.training.loss.pairwise:PairwiseObjective",\n',
     ),
 }

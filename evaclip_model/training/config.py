@@ -30,8 +30,8 @@ DRY_RUN_FILE = "dry_run.json"
 SHARD_CACHE = "shard-cache"
 
 OBJECTIVES: dict[str, str] = {
-    "softmax": "evaclip_model.training.loss.softmax:SoftmaxObjective",
-    "sigmoid": "evaclip_model.training.loss.sigmoid:SigmoidObjective",
+    "softmax": "evaclip_model.training.loss.objective:Objective",
+    "sigmoid": "evaclip_model.training.loss.objective:SigmoidObjective",
 }
 """Value of `train.objective` -> module and class; see training/loss/objective.py."""
 Schedule = Literal["cosine", "linear", "constant"]
@@ -48,14 +48,8 @@ DECIDE_NOTHING = (
     "validation",
     "zero_stage",
 )
-"""Settings, by their names in `TrainConfig.compute_identity`, that change how long training takes,
-what it needs and what it leaves behind, never its result (rounding apart): a run may go on, and an
-artifact holds, without them."""
-
-
-def _none_for_the_word(value: object) -> object:
-    """TOML has no null: a recipe writes "none"."""
-    return None if value == "none" else value
+"""Settings, by their names in `TrainConfig.compute_identity`, that change how long training takes
+and what it leaves behind, never its result (rounding apart): a run goes on without them."""
 
 
 class LambConfig(Config):
@@ -69,9 +63,8 @@ class LambConfig(Config):
     adapt_no_decay: bool = False
     """Whether LAMB adapts parameters without weight decay too (biases, norms, logit scale). The
     authors' run did, with one ratio for all of a group; with a ratio of its own a bias that starts
-    at zero stays there (its norm is next to nothing after the first step), hence false, as in apex
-    and timm; for true, give `trust_clip` a lower bound. Their bits cannot be met either way:
-    their ratios depended on the number of GPUs."""
+    at zero stays there, hence false, as in apex and timm; for true, give `trust_clip` a lower
+    bound."""
 
     @model_validator(mode="after")
     def _bounds_rise(self) -> Self:
@@ -201,9 +194,9 @@ class TrainConfig(SamplingConfig):
     """Decay of the running mean of squared gradients."""
     eps: float = Field(default=1e-6, gt=0)
     """Added to the root of the second moment."""
-    grad_clip_norm: Annotated[float | None, BeforeValidator(_none_for_the_word)] = Field(
-        default=5.0, gt=0
-    )
+    grad_clip_norm: Annotated[
+        float | None, BeforeValidator(lambda value: None if value == "none" else value)
+    ] = Field(default=5.0, gt=0)
     """Largest norm of the whole gradient, in the loss's units; "none" switches clipping off."""
     warmup_steps: int = Field(default=2000, ge=0)
     """Optimizer steps of linear warm-up."""
@@ -242,8 +235,7 @@ class TrainConfig(SamplingConfig):
     for 4 % (fp32) to 20 % (bf16)."""
     zero_stage: Literal[0, 1, 2] = 1
     """DeepSpeed ZeRO: 1 shards optimizer states over ranks, 2 gradients too, 0 nothing. There is no
-    3: the largest of these models has 10 GB of weights in half precision, which fit, and LAMB's
-    ratios would need a second map for weights that are cut one by one."""
+    3: the largest of these models has 10 GB of weights in half precision, which fit."""
     caption_templates: tuple[str, ...] = Field(default=("{}",), min_length=1)
     """Texts around the caption, one of them drawn for every sample; `{}` stands for the caption."""
     caption_separator: str | None = Field(default=None, min_length=1)
@@ -326,7 +318,7 @@ class TrainConfig(SamplingConfig):
             )
         if self.lora is not None and self.ema_decay is not None:
             raise ValueError(
-                "lora excludes ema_decay: a product of means is not the mean of products"
+                "lora excludes ema_decay: a product of means is not a mean of products"
             )
         for template in self.caption_templates:
             if template.count("{}") != 1:
@@ -339,14 +331,14 @@ def is_part_of(part: str, name: str) -> bool:
     called vision and text, its blocks `blocks`, several of them as 0-7."""
     name = name.replace("visual.", "vision.", 1).replace(".transformer.resblocks.", ".blocks.")
     asked, words = part.split("."), name.split(".")
-    return len(asked) <= len(words) and all(map(_fits_word, asked, words))
 
+    def fits(asked: str, word: str) -> bool:
+        blocks = re.fullmatch(r"(\d+)-(\d+)", asked)
+        if blocks is None or not word.isdecimal():
+            return asked == word
+        return int(blocks[1]) <= int(word) <= int(blocks[2])
 
-def _fits_word(asked: str, word: str) -> bool:
-    blocks = re.fullmatch(r"(\d+)-(\d+)", asked)
-    if blocks is None or not word.isdecimal():
-        return asked == word
-    return int(blocks[1]) <= int(word) <= int(blocks[2])
+    return len(asked) <= len(words) and all(map(fits, asked, words))
 
 
 class TrainJob(Config):
@@ -370,19 +362,17 @@ class TrainJob(Config):
     """Pairs of a rank that are in memory at once; none: its whole share of the global batch. The
     gradient is the same: features of all come first, then each part again with its gradient."""
     compile: bool = False
-    """Whether torch's compiler fuses what is between the matrix products of every block: a fifth
-    to two fifths more pairs a second on an H200, a fifth less memory, half a minute at the start.
-    Results differ as rounding does."""
+    """Whether torch's compiler fuses what is between the matrix products of every block: faster by
+    a fifth to two fifths on an H200, half a minute at the start, other rounding."""
     threads: int | None = Field(default=None, gt=0)
     """CPU threads of each rank; none leaves torch's choice."""
     probe: Path | None = None
-    """A small evaluation set, in the published layout, that is classified every
-    `probe_every_steps`; none: no such probe."""
+    """A small evaluation set, in the published layout, classified every `probe_every_steps`."""
     watchdog_s: float = Field(default=1800, gt=0)
     """Seconds without a step after which every rank writes its stacks to `stacks-RANK.txt` and the
     run ends, to be resumed."""
     profile_steps: tuple[int, int] | None = None
-    """First and last step that torch's profiler records on rank 0, into `profile/`; none: none."""
+    """First and last step that torch's profiler records on rank 0, into `profile/`."""
     tensorboard: bool = False
     """Whether metrics are written as TensorBoard events too, into `tensorboard/`."""
     dry_run: bool = False

@@ -6,11 +6,9 @@ A FLOP is half a multiply-add of a matrix product; norms, activations and the lo
 
 import json
 import re
-from dataclasses import dataclass
 from importlib import resources
 
-from evaclip_model.choices import GradCheckpointing
-from evaclip_model.model.model_config import ModelConfig, TextConfig, VisionConfig
+from evaclip_model.model.model_config import ModelConfig, VisionConfig
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.engine.deepspeed_config import LARGEST_BUCKET
 from evaclip_model.training.loss.objective import make_objective
@@ -32,14 +30,11 @@ BF16_PEAKS: dict[str, float] = json.loads(
 def train_flops_per_sample(
     config: ModelConfig, *, patch_dropout: float, text_tokens: float
 ) -> float:
-    """FLOPs of forward and backward pass for one image-text pair, nothing computed twice.
+    """FLOPs of forward and backward pass for one image-text pair, nothing computed twice, with
+    `patch_dropout` of the patches left out; `text_tokens` are 77 padded, about 20 packed.
 
     Every block counts all its tokens, and causal attention as if it were dense, as figures of other
     trainers do; so a model that leaves such work out reports more than it computes.
-
-    Args:
-        patch_dropout: share of the image's patches that is masked out, in [0, 1).
-        text_tokens: tokens of the caption that are computed: 77 padded, about 20 packed.
     """
     forward = image_flops(config, patch_dropout) + text_flops(config, text_tokens)
     return forward * (1 + BACKWARD_PASSES)
@@ -73,21 +68,18 @@ def _mlp_matrices(vision: VisionConfig) -> int:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOPs a second of a GPU at its boost clock; none if its name is not known.
-
-    Args:
-        device_name: as the driver says it ("NVIDIA A100-SXM4-40GB"), or a part of it ("A100").
-            Names mean the SXM form unless they say PCIe or NVL. All words of a known name must
-            be among its words; the most words win.
+    """Dense bf16 FLOPs a second of a GPU at its boost clock; none if its name is not known, as the
+    driver says it ("NVIDIA A100-SXM4-40GB"), or a part of it. Names mean the SXM form unless they
+    say PCIe or NVL. All words of a known name must be among its words; the most words win.
 
     Source: NVIDIA's data sheets of each product, halved where they give sparse figures; fp16 is
     as fast. What a run reaches is a third to a half of it.
     """
     words = _name_words(device_name)
     known = [
-        (len(_name_words(name)), peak)
+        (len(of_gpu), peak)
         for name, peak in BF16_PEAKS.items()
-        if _name_words(name) <= words
+        if (of_gpu := _name_words(name)) <= words
     ]
     return max(known)[1] if known else None
 
@@ -108,11 +100,15 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
 def count_parts(config: ModelConfig) -> dict[str, int]:
     """Parameters by part, a block or what stands beside the blocks, as `TrainConfig.freeze` calls
     it."""
-    vision, text = config.vision, config.text
-    parts = {
-        "vision": _vision_parts(vision, config.embed_dim),
-        "text": _text_parts(text, config.embed_dim),
+    text, width = config.text, config.text.width
+    of_text = {
+        "token_embedding": text.vocab_size * width,
+        "positional_embedding": text.context_length * width,
+        **{f"blocks.{index}": 12 * width**2 + 13 * width for index in range(text.layers)},
+        "ln_final": 2 * width,
+        "text_projection": width * config.embed_dim,
     }
+    parts = {"vision": _vision_parts(config.vision, config.embed_dim), "text": of_text}
     named = {f"{tower}.{name}": n for tower, found in parts.items() for name, n in found.items()}
     return {**named, "logit_scale": 1}
 
@@ -132,17 +128,6 @@ def _vision_parts(vision: VisionConfig, embed_dim: int) -> dict[str, int]:
         **{f"blocks.{index}": block for index in range(vision.layers)},
         "norm" if vision.pooling == "class_token" else "fc_norm": norm,
         "head": (width + 1) * embed_dim,
-    }
-
-
-def _text_parts(text: TextConfig, embed_dim: int) -> dict[str, int]:
-    width = text.width
-    return {
-        "token_embedding": text.vocab_size * width,
-        "positional_embedding": text.context_length * width,
-        **{f"blocks.{index}": 12 * width**2 + 13 * width for index in range(text.layers)},
-        "ln_final": 2 * width,
-        "text_projection": width * embed_dim,
     }
 
 
@@ -168,12 +153,8 @@ def gpu_memory(
     text_tokens: float = PACKED_TEXT_TOKENS,
 ) -> dict[str, float]:
     """Bytes that a rank's GPU holds at the worst moment of a step, by what they are; `config` is
-    the model at the stage's image size.
-
-    Weights, gradients and optimizer states follow from ZeRO's stages; activations, of `micro_batch`
-    pairs of the rank's share, are what blocks keep for their backward pass with a fused attention
-    kernel, which holds no scores.
-    """
+    the model at the stage's image size. Activations, of `micro_batch` pairs of the rank's share,
+    are what blocks keep for their backward pass with a fused attention kernel."""
     counts = count_parts(config)
     parameters = sum(counts.values())
     # What is frozen inside a block is counted as trained.
@@ -205,52 +186,25 @@ def gpu_memory(
 
 
 def _count_activations(config: ModelConfig, train: TrainConfig, text_tokens: float) -> float:
-    """Numbers kept of one image-text pair."""
+    """Numbers kept of one image-text pair: what every block holds until the backward pass reaches
+    it, and what the one block of images at work has besides."""
     vision, text = config.vision, config.text
     is_whole = train.unmasked_final_share > 0
     least = 0.0 if is_whole else min(train.patch_dropout, train.patch_dropout_end or 1.0)
     image_tokens = 1 + vision.num_patches * (1 - least)
     swiglu, sub_norm = vision.mlp == "swiglu", int(vision.sub_norm)
     gains = 2 if vision.layer_scale_init is not None else 0
-    image = _Block(
-        width=vision.width,
-        # Of the stream: before and behind both norms, queries, keys, values, what attention gives,
-        # its norm, what gains are multiplied with. Inside the MLP: GELU's input and output, or both
-        # products, the gate, what they make, its norm.
-        kept=(8 + sub_norm + gains) * vision.width
-        + (4 + sub_norm if swiglu else 2) * vision.mlp_width,
-        products=7 * vision.width + (2 if swiglu else 1) * vision.mlp_width,
-        working=vision.mlp_width,
-    )
-    caption = _Block(
-        width=text.width,
-        kept=16 * text.width,
-        products=11 * text.width,
-        working=4 * text.width,
-    )
+    # Of the stream: before and behind both norms, queries, keys, values, what attention gives, its
+    # norm, what gains are multiplied with. Inside the MLP: GELU's input and output, or both
+    # products, the gate, what they make, its norm.
+    kept = (8 + sub_norm + gains) * vision.width
+    kept += (4 + sub_norm if swiglu else 2) * vision.mlp_width
+    # The block's input, and results of its matrix products and its attention.
+    products = 7 * vision.width + (2 if swiglu else 1) * vision.mlp_width
     mode = train.grad_checkpointing
-    return image_tokens * (
-        vision.layers * image.count_held(mode) + image.at_once(mode)
-    ) + text_tokens * text.layers * caption.count_held(mode)
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Numbers of one token in one transformer block."""
-
-    width: int
-    kept: int
-    """Everything the backward pass needs."""
-    products: int
-    """The block's input, and results of its matrix products and its attention."""
-    working: int
-    """What gradients inside the block take while its backward pass runs, beyond what it has let go
-    of by then."""
-
-    def count_held(self, mode: GradCheckpointing) -> int:
-        """Numbers that stay until the backward pass reaches the block."""
-        return {"none": self.kept, "selective": self.products, "full": self.width}[mode]
-
-    def at_once(self, mode: GradCheckpointing) -> int:
-        """Numbers that the one block at work has besides."""
-        return self.kept - self.count_held(mode) + self.working
+    held = {"none": kept, "selective": products, "full": vision.width}[mode]
+    held_of_text = {"none": 16, "selective": 11, "full": 1}[mode] * text.width
+    # Gradients inside the block take an MLP's width beyond what it has let go of by then.
+    at_once = kept - held + vision.mlp_width
+    of_image = image_tokens * (vision.layers * held + at_once)
+    return of_image + text_tokens * text.layers * held_of_text

@@ -37,10 +37,7 @@ class LowRankUpdate(nn.Module):
 
 def add_updates(model: EvaClip, config: TrainConfig) -> None:
     """Put an update on every projection that `config.lora` names and `config.freeze` does not.
-
-    Raises: InputError: one that the model does not have, none that is left, a rank that saves
-        nothing.
-    """
+    Raises InputError: one that is not there, none that is left, a rank that saves nothing."""
     lora = config.lora
     assert lora is not None, "the stage has the table"
     lora.require_projections(model.config)
@@ -48,9 +45,7 @@ def add_updates(model: EvaClip, config: TrainConfig) -> None:
     found = 0
     for name, parameter in list(model.named_parameters()):
         place = _PROJECTION.fullmatch(name)
-        if place is None or parameter.ndim != 2 or not lora.is_named(name):
-            continue
-        if config.is_kept(name):
+        if place is None or parameter.ndim != 2 or not lora.is_named(name) or config.is_kept(name):
             continue
         if lora.rank >= min(parameter.shape):
             raise InputError(

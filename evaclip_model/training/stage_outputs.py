@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from evaclip_model.create import create_model
 from evaclip_model.files import write_atomically
 from evaclip_model.model.clip import EvaClip
+from evaclip_model.training.checkpoint.consensus import Peers
 from evaclip_model.training.config import EMA_FOLDER, MODEL_FOLDER
 from evaclip_model.training.engine.engine import StateFragment
 from evaclip_model.weights.load import save_model
@@ -24,13 +24,13 @@ def save_models(
 ) -> None:
     """Write `model/`, and `model-ema/` when the fragments have a running mean; all ranks call it.
 
-    The files hold the fp32 masters: the next training stage starts from what this one ended with,
-    not from its rounding; and what was frozen as `start`, the model that was begun with, has it. On
-    rank 0 the model is used up: it ends in fp32 on the CPU.
+    The files hold the fp32 masters, not their rounding; and what was frozen as `start`, the model
+    that was begun with, has it. On rank 0 the model is used up: it ends in fp32 on the CPU.
     """
-    averaged = any("ema" in fragment.tensors for fragment in fragments)
-    kinds = {"param": MODEL_FOLDER, **({"ema": EMA_FOLDER} if averaged else {})}
-    found: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
+    folders = {"param": MODEL_FOLDER}
+    if any("ema" in fragment.tensors for fragment in fragments):
+        folders["ema"] = EMA_FOLDER
+    found: dict[str, dict[str, Tensor]] = {kind: {} for kind in folders}
     for kind, values in found.items():
         for name, value in gather_weights(model, fragments, kind):
             if rank == 0:
@@ -45,7 +45,7 @@ def save_models(
                 for values in found.values():
                     values[name] = given[plain]
     model.to("cpu", torch.float32)
-    for kind, folder in kinds.items():
+    for kind, folder in folders.items():
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(found[kind][name])
@@ -62,15 +62,12 @@ def gather_weights(
     model: nn.Module, fragments: Sequence[StateFragment], kind: str
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and fp32 value, of the parameter's shape, of every parameter of the trained `model`, one
-    after the other; `kind` of the fragments' tensors is "param" (the master) or "ema".
-
-    Every rank runs through all of it, and gets the same; one tensor at a time is whole. Frozen
-    parameters come as the model holds them.
-    """
+    after the other; `kind` of the fragments' tensors is "param" (the master) or "ema". Every rank
+    runs through all of it, and gets the same. Frozen ones come as the model holds them."""
     held: dict[str, list[StateFragment]] = {}
     for fragment in fragments:
         held.setdefault(fragment.name, []).append(fragment)
-    together = dist.is_initialized() and dist.get_world_size() > 1
+    peers = Peers.every_rank()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             yield name, parameter.float()
@@ -79,6 +76,4 @@ def gather_weights(
         for fragment in held.get(name, []):
             piece = fragment.tensors[kind]
             value.narrow(0, fragment.offset, piece.numel()).copy_(piece)
-        if together:
-            dist.all_reduce(value)
-        yield name, value.view(parameter.shape)
+        yield name, peers.add_up(value).view(parameter.shape)

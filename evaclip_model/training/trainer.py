@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from evaclip_model.cpu.allocator import keep_freed_memory
@@ -40,12 +41,11 @@ from evaclip_model.training.config import (
     TrainConfig,
     TrainJob,
 )
-from evaclip_model.training.engine.engine import DeepSpeedEngine, Engine, Stepped, TorchEngine
+from evaclip_model.training.engine.engine import DeepSpeedEngine, Engine, TorchEngine
 from evaclip_model.training.lora import add_updates
-from evaclip_model.training.loss.objective import Objective, make_objective
+from evaclip_model.training.loss.objective import make_objective
 from evaclip_model.training.monitoring.guards import (
     GuardState,
-    Judged,
     Observed,
     StepVerdict,
     Watchdog,
@@ -56,6 +56,7 @@ from evaclip_model.training.monitoring.guards import (
 from evaclip_model.training.monitoring.metrics import (
     PROFILE_FOLDER,
     ForwardClock,
+    Gradient,
     MetricsLog,
     ProfileWindow,
     RankRow,
@@ -65,18 +66,21 @@ from evaclip_model.training.monitoring.metrics import (
     gather_stats,
     step_metrics,
 )
-from evaclip_model.training.monitoring.self_test import SelfTest, self_test
-from evaclip_model.training.monitoring.validation import read_held_out, validate_model
-from evaclip_model.training.monitoring.zeroshot_probe import open_probe, run_probe
+from evaclip_model.training.monitoring.self_test import self_test
+from evaclip_model.training.monitoring.validation import (
+    open_probe,
+    read_held_out,
+    run_probe,
+    validate_model,
+)
 from evaclip_model.training.optimizer.optimizer import lr_factor
 from evaclip_model.training.stage_outputs import save_models, write_json
 from evaclip_model.training.training_step import (
-    CaptionTokenizer,
-    StepTerms,
     caption_lengths,
     forward_backward,
     number_captions,
     step_inputs,
+    tokenize_captions,
 )
 from evaclip_model.weights.checkpoint_format import TrainingProgress
 
@@ -95,12 +99,8 @@ def run_training(job: TrainJob, *, should_stop: Callable[[], bool]) -> Mapping[s
     Every rank of the process group calls it. Rank 0 writes `metrics.jsonl`, then the model, then
     `result.json`, whose content is returned. A dry run writes `dry_run.json` alone.
 
-    Raises:
-        InputError: the model, the shards or the settings cannot be used.
-        Diverged: step after step has no numbers, or a spike.
-        LossScaleExhausted: fp16 overflows at the lowest loss scale.
-        SelfTestFailed: the parts that training rests on fail on this machine.
-        Interrupted: `should_stop()` was true on some rank.
+    Raises InputError, Diverged, LossScaleExhausted, SelfTestFailed, as these say; Interrupted when
+    `should_stop()` was true on some rank.
     """
     rank = Rank(job, should_stop)
     return dry_run(job, rank) if job.dry_run else TrainingRun(job, rank).run()
@@ -119,48 +119,13 @@ class LoopState:
     data_step: int = 0
     """Number of the reader's next batch."""
     skipped_steps: int = 0
-    """Attempted steps that did not update the weights."""
     guards: GuardState = field(default_factory=GuardState)
 
-    def after_step(self, guards: GuardState, *, taken: bool) -> Self:
-        """The state once a step was taken, or thrown away."""
-        return replace(
-            self,
-            step=self.step + 1,
-            data_step=self.data_step + 1,
-            skipped_steps=self.skipped_steps + (not taken),
-            guards=guards,
-        )
-
-    def after_rollback(self, spiked: Self, rollbacks: int) -> Self:
-        """This state, of a checkpoint, past the data of a later one whose step spiked; `rollbacks`
-        so far, this one included."""
-        guards = replace(self.guards, rollbacks=rollbacks)
-        return replace(self, data_step=spiked.data_step + 1, guards=guards)
-
-    def as_json(self) -> dict[str, Any]:
-        """All but `step`, which the checkpoint has."""
-        return {name: value for name, value in asdict(self).items() if name != "step"}
-
     @classmethod
-    def from_json(cls, step: int, values: Mapping[str, Any]) -> Self:
-        """The state at `step` that `as_json` was called on; of an empty mapping, an even start."""
-        guards = GuardState.from_json(values.get("guards", {}))
-        return cls(step, values.get("data_step", step), values.get("skipped_steps", 0), guards)
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """A step's gradient, which lies with the engine and waits for a verdict."""
-
-    terms: StepTerms
-    """This rank's."""
-    stats: RankStats
-    """All ranks', the same on every rank."""
-    norms: Mapping[str, float]
-    """As `Engine.grad_norms`."""
-    seconds: StepSeconds
-    """Up to here."""
+    def from_progress(cls, progress: TrainingProgress) -> Self:
+        """The state that a checkpoint was made at; without one of the loop's, an even start."""
+        values = {"data_step": progress.step, **progress.loop, "step": progress.step}
+        return TypeAdapter(cls).validate_python(values)
 
 
 class Rank:
@@ -168,12 +133,8 @@ class Rank:
     memory at once (none: its whole share), and `tested` is what the self-test found."""
 
     def __init__(self, job: TrainJob, should_stop: Callable[[], bool]) -> None:
-        """Make ready for the first step.
-
-        Raises:
-            InputError: the model, the shards or the settings cannot be used.
-            SelfTestFailed: the parts that training rests on fail on this machine.
-        """
+        """Make ready for the first step. Raises InputError when the model, the shards or the
+        settings cannot be used."""
         self._config = config = job.train
         self._should_stop = should_stop
         peers = Peers.every_rank()
@@ -183,13 +144,20 @@ class Rank:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.part_size = size_of_parts(job, self.ranks)
-        self.reader = open_reader(job, self.number, self.ranks)
-        self.objective: Objective = make_objective(config)
+        self.read_settings = ReadSettings(
+            job.cache_bytes,
+            job.read_workers,
+            job.shard_cache or job.run_dir / SHARD_CACHE,
+            job.shard_cache_bytes,
+        )
+        self.reader = BatchReader(
+            job.shards, config, rank=self.number, ranks=self.ranks, settings=self.read_settings
+        )
+        self.objective = make_objective(config)
         self.model = starting_model(job, self.device)
         self._forward_clock = ForwardClock(self.model, self.device)
         self.engine = make_engine(job, self.model, self.part_size)
-        self._captions = CaptionTokenizer(config, self.model.config.text.context_length)
-        self.tested: SelfTest = self_test(self.model, config)
+        self.tested = self_test(self.model, config)
 
     def compute_gradient(
         self, batch: Batch, step: int, watch: Stopwatch, *, save_failed: bool
@@ -199,12 +167,13 @@ class Rank:
         what this rank knows of the last checkpoint."""
         data_wait_s = watch.take_lap()
         positions = batch.positions.tolist()
-        tokens = self._captions.tokenize_captions(batch.captions, positions)
-        vision = self.model.config.vision
-        inputs = step_inputs(self._config, vision, step, batch.images, tokens, batch.positions)
+        model = self.model.config
+        config, length = self._config, model.text.context_length
+        tokens = tokenize_captions(batch.captions, positions, config, length)
+        inputs = step_inputs(config, model.vision, step, batch.images, tokens, batch.positions)
         text_tokens = float(caption_lengths(tokens).double().mean())
         prepare_s = watch.take_lap()
-        kinds = number_captions(batch.captions, self._config, positions)
+        kinds = number_captions(batch.captions, config, positions)
         terms = forward_backward(
             self.engine,
             inputs.split_parts(self.part_size),
@@ -245,8 +214,7 @@ class TrainingRun:
         self._probe = open_probe(job.probe, rank.number, rank.ranks) if job.probe else None
         self._pairs = None
         if self._config.validation.every_steps:
-            settings = read_settings(job)
-            self._pairs = read_held_out(job.shards, self._config, settings)
+            self._pairs = read_held_out(job.shards, self._config, rank.read_settings)
         self._state = LoopState()
         self._seconds = 0.0
         self._bad: Counter[str] = Counter()
@@ -256,15 +224,10 @@ class TrainingRun:
     def run(self) -> Mapping[str, Any]:
         """Resume, train and finish; returns the content of `result.json`."""
         job, kept = self._job, self._config.checkpoints
-        with ExitStack() as held:
-            self._watchdog = held.enter_context(
-                Watchdog(job.run_dir, self._rank.number, job.watchdog_s)
-            )
-            self._writer = held.enter_context(
-                CheckpointWriter(
-                    self._checkpoints, kept.keep, keep_every_steps=kept.keep_every_steps
-                )
-            )
+        self._watchdog = Watchdog(job.run_dir, self._rank.number, job.watchdog_s)
+        with self._watchdog, ExitStack() as held:
+            writer = CheckpointWriter(self._checkpoints, kept.keep, kept.keep_every_steps)
+            self._writer = held.enter_context(writer)
             held.enter_context(self._metrics)
             self._resume_newest()
             self._writer.allocate_copies(self._rank.engine.state_fragments())
@@ -277,7 +240,7 @@ class TrainingRun:
         found = self._load_newest()
         if found is not None:
             self._seconds, self._bad = found.seconds, Counter(found.bad_samples)
-            self._state = LoopState.from_json(found.step, found.loop)
+            self._state = LoopState.from_progress(found)
         elif self._config.guards.spike_action == "rollback":
             self._save_checkpoint()  # something to go back to
         self._metrics.cut_back(self._state.step)
@@ -319,12 +282,21 @@ class TrainingRun:
         if judged.reason and self._leads:
             _log.warning("%s", judged.reason)
         factor = lr_factor(before.step, config.warmup_steps, config.steps, config.schedule)
-        stepped = self._apply_or_skip(judged, factor)
+        stepped = None
+        if judged.verdict is StepVerdict.TAKE:
+            self._writer.wait_for_copy()
+            stepped = rank.engine.step(factor)
+        else:
+            rank.engine.discard_gradient()
         if judged.verdict is StepVerdict.ROLL_BACK:
-            self._roll_back(before, guards.rollbacks)
+            self._roll_back(before.data_step, guards.rollbacks)
             return judged.verdict, gradient.stats
-        taken = stepped is not None and not stepped.skipped
-        self._state = before.after_step(guards, taken=taken)
+        self._state = LoopState(
+            step=before.step + 1,
+            data_step=before.data_step + 1,
+            skipped_steps=before.skipped_steps + (stepped is None or stepped.skipped),
+            guards=guards,
+        )
         seconds = replace(gradient.seconds, update_s=watch.take_lap(), save_s=save_s)
         self._seconds += seconds.total
         metrics = step_metrics(
@@ -332,32 +304,23 @@ class TrainingRun:
             config=config,
             model=rank.model.config,
             lr_factor=factor,
-            stats=gradient.stats,
-            scalars=gradient.terms.scalars,
-            grad_norms=gradient.norms,
+            gradient=replace(gradient, seconds=seconds),
             spiked=judged.kind == "spike",
             stepped=stepped,
             skipped_steps=self._state.skipped_steps,
             rollbacks=guards.rollbacks,
-            seconds=seconds,
             device=rank.device,
         )
-        metrics |= self._validate_step()
+        step, every = self._state.step, config.validation.every_steps
+        if self._pairs is not None and (step % every == 0 or step == config.steps):
+            metrics |= validate_model(rank.model, self._pairs, rank.objective, config)
         every = config.probe_every_steps
-        if self._probe is not None and every and self._state.step % every == 0:
+        if self._probe is not None and every and step % every == 0:
             # Zero-shot accuracies on the job's probe set after this step.
             metrics["probe_top1"], metrics["probe_top5"] = run_probe(rank.model, self._probe)
         self._metrics.write_line(metrics)
         watch.take_lap()  # neither validation, the probe nor the log belongs to the next step
         return judged.verdict, gradient.stats
-
-    def _validate_step(self) -> dict[str, float]:
-        """Figures of the held-out pairs after this step, where it is due."""
-        every, step = self._config.validation.every_steps, self._state.step
-        if self._pairs is None or (step % every and step != self._config.steps):
-            return {}
-        rank = self._rank
-        return validate_model(rank.model, self._pairs, rank.objective, self._config)
 
     def _observe_step(self, batch: Batch, gradient: Gradient) -> Observed:
         """The guards' view of a step; of one without numbers, also whose fault that is."""
@@ -376,20 +339,16 @@ class TrainingRun:
             write_json(self._job.run_dir / f"nonfinite-{step:08d}.json", figures)
         return replace(seen, culprits=name_culprits(suspects))
 
-    def _apply_or_skip(self, judged: Judged, factor: float) -> Stepped | None:
-        if judged.verdict is StepVerdict.TAKE:
-            self._writer.wait_for_copy()
-            return self._rank.engine.step(factor)
-        self._rank.engine.discard_gradient()
-        return None
-
-    def _roll_back(self, spiked: LoopState, rollbacks: int) -> None:
+    def _roll_back(self, spiked: int, rollbacks: int) -> None:
+        """Take up the newest checkpoint, past the data of the batch that spiked; `rollbacks` so
+        far, this one included."""
         self._writer.wait_for_save()
         found = self._load_newest()
         if found is None:
             raise RuntimeError(f"no checkpoint in {self._checkpoints} can be read to go back to")
-        there = LoopState.from_json(found.step, found.loop)
-        self._state = there.after_rollback(spiked, rollbacks)
+        there = LoopState.from_progress(found)
+        guards = replace(there.guards, rollbacks=rollbacks)
+        self._state = replace(there, data_step=spiked + 1, guards=guards)
         self._metrics.cut_back(self._state.step)
         if self._leads:
             _log.warning("back to step %d, on with batch %d", found.step, self._state.data_step)
@@ -410,7 +369,7 @@ class TrainingRun:
             seconds=self._seconds,
             settings=self._settings,
             samples=self._state.step * self._config.global_batch,
-            loop=self._state.as_json(),
+            loop=asdict(self._state),
         )
         self._writer.begin_save(self._rank.engine.state_fragments(), progress)
 
@@ -443,14 +402,10 @@ class TrainingRun:
 
 
 def dry_run(job: TrainJob, rank: Rank) -> Mapping[str, Any]:
-    """Compute the gradient of the first batch, forget it, and write `dry_run.json`.
-
-    Every rank calls it. Nothing else is written, and no checkpoint is read. On a GPU the first step
-    takes longer than those after it.
-
-    Returns: The file's content: seconds of each part, most memory of any rank in bytes (on a GPU
-        that of tensors, else of the process), loss, gradient norm, the self-test's differences.
-    """
+    """Compute the gradient of the first batch, forget it, and write `dry_run.json`: seconds of each
+    part, most memory of any rank in bytes (on a GPU that of tensors, else of the process), loss,
+    gradient norm, the self-test's differences. Every rank calls it. Nothing else is written, and no
+    checkpoint is read. On a GPU the first step takes longer than those after it."""
     watch = Stopwatch()
     with closing(rank.reader.iterate_batches(0, 1)) as batches:
         gradient = rank.compute_gradient(next(batches), 0, watch, save_failed=False)
@@ -477,10 +432,8 @@ def dry_run(job: TrainJob, rank: Rank) -> Mapping[str, Any]:
 
 
 def device_of_rank() -> torch.device:
-    """This rank's GPU, made torch's current one; the CPU where there is none.
-
-    A cluster may show each rank its own GPU alone, which then is number 0 for all of them.
-    """
+    """This rank's GPU, made torch's current one; the CPU where there is none. A cluster may show
+    each rank its own GPU alone, which then is number 0 for all of them."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -490,10 +443,8 @@ def device_of_rank() -> torch.device:
 
 
 def set_determinism(config: TrainConfig) -> None:
-    """Allow torch only algorithms that give the same bits every time, when the stage asks for it.
-
-    Before anything runs on a GPU: cuBLAS reads its setting when it starts.
-    """
+    """Allow torch only algorithms that give the same bits every time, when the stage asks for it;
+    before anything runs on a GPU, because cuBLAS reads its setting when it starts."""
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -503,10 +454,7 @@ def set_determinism(config: TrainConfig) -> None:
 
 def starting_model(job: TrainJob, device: torch.device) -> EvaClip:
     """The model to start from, its position embeddings resized to the stage's image size, ready to
-    be trained as the stage says.
-
-    Raises: InputError: it cannot be read, or does not fit the stage.
-    """
+    be trained as the stage says. Raises InputError when it cannot be read, or does not fit."""
     config = job.train
     architecture = ModelConfig.load(job.start_from).at_image_px(config.image_px)
     model = create_model(architecture, weights=job.start_from)
@@ -529,38 +477,20 @@ def starting_model(job: TrainJob, device: torch.device) -> EvaClip:
 
 def make_engine(job: TrainJob, model: EvaClip, part_size: int | None) -> Engine:
     """Raises: InputError: the engine cannot do what the stage asks for."""
-    if job.engine == "torch":
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        if ranks > 1:
-            raise InputError(
-                f"engine 'torch' trains one rank, but this run has {ranks}, whose models would "
-                "never meet: use engine 'deepspeed', or one rank (EVACLIP_RANKS=1)"
-            )
-        return TorchEngine(model, job.train)
-    return DeepSpeedEngine(model, job.train, accumulates=part_size is not None)
-
-
-def open_reader(job: TrainJob, rank: int, ranks: int) -> BatchReader:
-    """Raises: InputError: the shards cannot be used with these settings."""
-    settings = read_settings(job)
-    return BatchReader(job.shards, job.train, rank=rank, ranks=ranks, settings=settings)
-
-
-def read_settings(job: TrainJob) -> ReadSettings:
-    """Return what reading may cost each rank."""
-    return ReadSettings(
-        job.cache_bytes,
-        job.read_workers,
-        job.shard_cache or job.run_dir / SHARD_CACHE,
-        job.shard_cache_bytes,
-    )
+    if job.engine == "deepspeed":
+        return DeepSpeedEngine(model, job.train, accumulates=part_size is not None)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        raise InputError(
+            f"engine 'torch' trains one rank, but this run has {ranks}, whose models would never "
+            "meet: use engine 'deepspeed', or one rank (EVACLIP_RANKS=1)"
+        )
+    return TorchEngine(model, job.train)
 
 
 def size_of_parts(job: TrainJob, ranks: int) -> int | None:
-    """Pairs of a rank that are in memory at once; none for its whole share.
-
-    Raises: InputError: the share cannot be cut into equal parts of the job's `micro_batch`.
-    """
+    """Pairs of a rank that are in memory at once; none for its whole share. Raises InputError when
+    that cannot be cut into equal parts of the job's `micro_batch`."""
     share = job.train.global_batch // ranks
     if job.micro_batch is None or job.micro_batch >= share:
         return None

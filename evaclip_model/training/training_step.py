@@ -2,9 +2,8 @@
 its caption, patches, branches), the loss of the global batch and its gradient, the same however
 many parts a rank's share is worked on in.
 
-All that is random is a pure function of the seed and a sample's position: not of the batch a sample
-is in, the rank that sees it, or what was drawn before. So a resumed run, and one on other hardware,
-shows every sample alike; and so does a part that is passed forward twice.
+All that is random is a pure function of the seed and a sample's position. So a resumed run, and one
+on other hardware, shows every sample alike; and so does a part that is passed forward twice.
 
 Each sample is contrasted with the whole global batch, so the parts of a rank's share cannot have
 losses of their own: ordinary gradient accumulation would change the negatives. Instead the features
@@ -17,8 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
-from itertools import repeat
+from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -48,8 +46,8 @@ class ModelInputs:
     on the model's device already."""
 
     images: Tensor
-    """[b, 3, H, H] uint8 pixels: they become floats where they are needed, part by part, so that a
-    large share never lies in memory as floats."""
+    """[b, 3, H, H] uint8 pixels, made floats part by part, so that a large share never is at once.
+    """
     tokens: Tensor
     """[b, L] ids, on the CPU (the text tower plans there)."""
     kept: Tensor | None = None
@@ -79,14 +77,9 @@ def step_inputs(
     tokens: Tensor,
     positions: Tensor,
 ) -> ModelInputs:
-    """A rank's share of a step (counted from 0), masked as its positions and the step say. The
-    stage's drop path counts, not the image tower's own.
-
-    Args:
-        images: [b, 3, H, H] uint8 pixels.
-        tokens: [b, L] ids.
-        positions: [b] of the samples in the whole training stream.
-    """
+    """A rank's share of a step (counted from 0), images [b, 3, H, H] uint8 and tokens [b, L],
+    masked as the step and the samples' positions [b] in the whole training stream say. The stage's
+    drop path counts, not the image tower's own."""
     masked = patch_dropout_at(config, step)
     kept = branches = None
     if masked > 0:
@@ -97,47 +90,33 @@ def step_inputs(
     return ModelInputs(images, tokens, kept, branches)
 
 
-class CaptionTokenizer:
-    """Token ids of captions in their templates, kept while they repeat."""
+def tokenize_captions(
+    captions: Sequence[str], positions: Sequence[int], config: TrainConfig, length: int
+) -> Tensor:
+    """[b, `length`] ids of captions in their templates, on the CPU, where the text tower plans."""
+    shown = zip(captions, positions, strict=True)
+    return torch.stack(
+        [_tokenize_text(vary_caption(text, config, place), length) for text, place in shown]
+    )
 
-    def __init__(self, config: TrainConfig, context_length: int) -> None:
-        self._config = config
-        self._length = context_length
-        self._kept: dict[str, Tensor] = {}
 
-    def tokenize_captions(self, captions: Sequence[str], positions: Sequence[int]) -> Tensor:
-        """[b, L] ids on the CPU, where the text tower plans; `positions` of the samples [b]."""
-        rows = []
-        for caption, position in zip(captions, positions, strict=True):
-            text = vary_caption(caption, self._config, position)
-            if text not in self._kept:
-                if len(self._kept) >= KEPT_CAPTIONS:
-                    self._kept.clear()
-                self._kept[text] = tokenize([text], self._length)[0]
-            rows.append(self._kept[text])
-        return torch.stack(rows)
+@lru_cache(KEPT_CAPTIONS)
+def _tokenize_text(text: str, length: int) -> Tensor:
+    return tokenize([text], length)[0]
 
 
 @dataclass(frozen=True)
 class StepTerms:
-    """Figures of a step's forward pass, of this rank alone, without gradient."""
+    """Figures of a step's forward pass, of this rank alone, without gradient: `LossTerms`, and the
+    same on every rank, `Objective.read_scalars`."""
 
     loss: Tensor
-    """[] mean over this rank's rows, in nats; the mean over ranks is that of the global batch."""
     image_to_text_accuracy: Tensor
-    """[] share of this rank's images whose own caption, of all ranks', has the highest score."""
     text_to_image_accuracy: Tensor
-    """[] likewise for captions."""
     scalars: Mapping[str, Tensor]
-    """`Objective.read_scalars`, [] each: the inverse temperature; the same on every rank."""
     finite_rows: Tensor
     """[b] bool: the features of this rank's sample are numbers. A sample with others makes the loss
     of every rank no number; this tells whose it is."""
-
-    @property
-    def finite(self) -> Tensor:
-        """[] bool: loss and all features of this rank are numbers."""
-        return self.finite_rows.all() & self.loss.isfinite()
 
 
 def forward_backward(
@@ -146,12 +125,12 @@ def forward_backward(
     objective: Objective,
     captions: Tensor | None = None,
 ) -> StepTerms:
-    """Compute the loss of the global batch, and leave its gradient with the engine.
+    """Compute the loss of the global batch, and leave its gradient with the engine. Every rank
+    calls it, with as many samples and parts as the others; `captions` [b] as an `Objective` takes
+    them.
 
-    Every rank calls it, with as many samples and parts as the others; `captions` [b] as in
-    `Objective.compute_terms`. One part is one forward and one backward pass. Of several parts all
-    but the last pass forward twice; at any time the activations of one part are in memory, beside
-    the features of all.
+    One part is one forward and one backward pass. Of several all but the last pass forward twice;
+    at any time the activations of one part are in memory, beside the features of all.
     """
     module = engine.module
     if len(parts) == 1:
@@ -198,8 +177,7 @@ def forward_backward(
 def backward_from_features(
     engine: Engine, features: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool
 ) -> None:
-    """Carry known gradients of features, [b, E] or [] as these are, on into the weights: those of a
-    sum of products with them."""
+    """Carry known gradients of features, [b, E] or [] as these are, on into the weights."""
     products = [(f * d).sum() for f, d in zip(features, gradients, strict=True)]
     engine.backward(reduce(torch.add, products), last=last)
 
@@ -259,9 +237,8 @@ def number_captions(
     number once in a billion batches."""
     if config.same_caption == "negative":
         return None
-    return number_texts(
-        [cut_caption(*pair) for pair in zip(captions, repeat(config), positions, strict=False)]
-    )
+    shown = zip(captions, positions, strict=True)
+    return number_texts([cut_caption(text, config, position) for text, position in shown])
 
 
 def number_texts(texts: Sequence[str]) -> Tensor:
@@ -279,11 +256,9 @@ def _draw_number(purpose: str, seed: int, position: int, choices: int) -> int:
 
 
 def patch_dropout_at(config: TrainConfig, step: int) -> float:
-    """Share of patches masked out at optimizer step `step`, counted from 0.
-
-    A line from `patch_dropout` at the first step to `patch_dropout_end` at the last masked one; 0
-    in the last `unmasked_final_share` of the steps.
-    """
+    """Share of patches masked out at optimizer step `step`, counted from 0: a line from
+    `patch_dropout` at the first step to `patch_dropout_end` at the last masked one; 0 in the last
+    `unmasked_final_share` of the steps."""
     masked = config.steps - round(config.steps * config.unmasked_final_share)
     if step >= masked:
         return 0.0
@@ -295,49 +270,40 @@ def patch_dropout_at(config: TrainConfig, step: int) -> float:
 
 def kept_patches(seed: int, positions: Tensor, num_patches: int, keep_ratio: float) -> Tensor:
     """Uniformly random patches, the same number for every sample, drawn from nothing but the
-    arguments.
+    arguments: [B, K] int64 on the CPU, ascending in a row; K = floor(N * keep_ratio), at least 1.
+    Raises ValueError for a `keep_ratio` outside (0, 1].
 
     Args:
         positions: [B] position of each sample in the whole training stream (0 = first sample).
         num_patches: N, without the class token.
-        keep_ratio: share to keep, in (0, 1]; at least one patch is kept.
-
-    Returns: [B, K] int64 on the CPU, ascending in a row; K = floor(N * keep_ratio).
-
-    Raises: ValueError: `keep_ratio` outside (0, 1].
     """
     if not 0 < keep_ratio <= 1:
         raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}")
     # 1 - 0.9 is a little less than 0.1: without the margin a tenth of 100 patches would be 9.
     count = max(1, int(num_patches * keep_ratio + 1e-6))
-    sample = _mix_bits(
-        positions.cpu().numpy().astype(np.uint64) + _mix_bits(np.uint64(seed % 2**64))
-    )
-    patch = np.arange(1, num_patches + 1, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        rank = _mix_bits(sample[:, None] + patch * _GOLDEN)  # [B, N]; SplitMix64's stream a sample
+    rank = _draw_bits(_mix_positions(seed, positions), num_patches)
     kept = np.argsort(rank, axis=1, kind="stable")[:, :count]
     return torch.from_numpy(np.sort(kept, axis=1))
 
 
 def kept_branches(seed: int, positions: Tensor, rates: Sequence[float]) -> Tensor:
-    """The branches of each block that each sample passes, drawn from nothing but the arguments.
-
-    Args:
-        positions: [B] position of each sample in the whole training stream.
-        rates: chance of each block that a sample skips one of its branches.
-
-    Returns: [B, blocks, 2] bool on the CPU; attention first, then the MLP, each drawn for itself.
-    """
-    sample = _mix_bits(
-        positions.cpu().numpy().astype(np.uint64) + _mix_bits(np.uint64(seed % 2**64))
-    )
-    branch = np.arange(1, 2 * len(rates) + 1, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        drawn = _mix_bits(_mix_bits(sample + _BRANCHES)[:, None] + branch * _GOLDEN)
+    """The branches of each block that each sample passes, drawn from nothing but the arguments, by
+    the samples' positions [B] as in `kept_patches` and each block's chance of skipping one:
+    [B, blocks, 2] bool on the CPU; attention first, then the MLP, each drawn for itself."""
+    drawn = _draw_bits(_mix_bits(_mix_positions(seed, positions) + _BRANCHES), 2 * len(rates))
     uniform = (drawn >> np.uint64(11)) * 2.0**-53  # [B, 2 * blocks] in [0, 1)
     kept = uniform >= np.repeat(np.asarray(rates, dtype=np.float64), 2)
     return torch.from_numpy(kept.reshape(len(positions), len(rates), 2))
+
+
+def _mix_positions(seed: int, positions: Tensor) -> np.ndarray:
+    return _mix_bits(positions.cpu().numpy().astype(np.uint64) + _mix_bits(np.uint64(seed % 2**64)))
+
+
+def _draw_bits(sample: np.ndarray, count: int) -> np.ndarray:
+    """[B, count] uint64 of samples [B]: SplitMix64's stream of each."""
+    with np.errstate(over="ignore"):
+        return _mix_bits(sample[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
 
 
 def _mix_bits(x: np.ndarray | np.uint64) -> np.ndarray:

@@ -12,7 +12,6 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from evaclip_model.errors import InputError
@@ -36,13 +35,12 @@ FIRST_PORT, PORTS = 12_000, 20_000
 
 
 def main(arguments: list[str]) -> int:
-    """Run this rank of the job in the file `arguments[0]`; returns the exit code.
-
-    A launcher may turn the code into its own, so the reason is a file in the run's folder too:
-    `error.txt` (one sentence), `resumable` or `out-of-memory` (empty).
-    """
+    """Run this rank of the job in the file `arguments[0]`; returns the exit code. A launcher may
+    turn it into its own, so the reason is a file in the run's folder too: `error.txt` (one
+    sentence), `resumable` or `out-of-memory` (empty)."""
     job = TrainJob.from_mapping(json.loads(Path(arguments[0]).read_text()), where=arguments[0])
-    stop = _stop_on_sigterm()
+    stop: list[int] = []  # the loop looks at it between steps
+    signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
     import torch
 
     if job.threads is not None:
@@ -82,30 +80,15 @@ def main(arguments: list[str]) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """True when an allocation failed, on a GPU or in the machine's memory.
-
-    torch has a type of its own for the first alone, and that not in every place.
-    """
+    """True when an allocation failed, on a GPU or in the machine's memory. torch has a type of its
+    own for the first alone, and that not in every place."""
     words = ("out of memory", "can't allocate memory")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
-def _stop_on_sigterm() -> list[int]:
-    """A list that is no longer empty once SIGTERM came: the loop looks at it between steps."""
-    came: list[int] = []
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-
-    signal.signal(signal.SIGTERM, remember)
-    return came
-
-
 def _join_process_group(timeout_s: float) -> None:
-    """Enter the process group; alone, without a launcher, as the only rank.
-
-    On one machine ranks meet without a socket: torch's TCPStore listens on every network, whatever
-    address it is given.
+    """Enter the process group; alone, without a launcher, as the only rank. On one machine ranks
+    meet without a socket: torch's TCPStore listens on every network, whatever address it is given.
     """
     import torch
 
@@ -117,9 +100,8 @@ def _join_process_group(timeout_s: float) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     elif RANK_STORE in os.environ:
-        ranks = int(os.environ["WORLD_SIZE"])
-        path = os.environ[RANK_STORE]
-        store = torch.distributed.FileStore(path, ranks)  # type: ignore[attr-defined]
+        place = os.environ[RANK_STORE], int(os.environ["WORLD_SIZE"])
+        store = torch.distributed.FileStore(*place)  # type: ignore[attr-defined]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start_distributed(device, store, timeout_s=timeout_s)
 
@@ -127,9 +109,9 @@ def _join_process_group(timeout_s: float) -> None:
 def place_from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
     """RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT of a task of `srun`; else nothing.
 
-    Another launcher's RANK wins. Only steps count: the shell of a batch job has SLURM_PROCID and
-    SLURM_NTASKS too, although it is the only process. The port follows from the job's number, so
-    that two jobs that share a node do not meet; MASTER_ADDR and MASTER_PORT that are set stay.
+    Another launcher's RANK wins. Only steps count: the shell of a batch job has SLURM_PROCID too.
+    The port follows from the job's number, so that two jobs that share a node do not meet;
+    MASTER_ADDR and MASTER_PORT that are set stay.
     """
     if "RANK" in environ or "SLURM_STEP_NUM_TASKS" not in environ:
         return {}

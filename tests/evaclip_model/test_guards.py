@@ -16,6 +16,8 @@ from evaclip_model.training.monitoring.guards import (
     StepVerdict,
     judge_step,
 )
+from evaclip_model.training.trainer import LoopState
+from evaclip_model.weights.checkpoint_format import TrainingProgress
 
 
 def config(precision="fp32", **guards):
@@ -115,6 +117,7 @@ def test_training_goes_back_no_more_often_than_allowed():
 def test_a_saved_state_goes_on_as_the_one_in_memory():
     settings = config()
     _, state = after([3.0, 2.9, 3.1, 2.8], settings)
-    stored = GuardState.from_json(json.loads(json.dumps(asdict(state))))
-    assert stored == state
-    assert GuardState.from_json({}) == GuardState()
+    loop = LoopState(7, 9, 1, state)
+    stored = TrainingProgress(7, {}, {}, 0.0, {}, loop=json.loads(json.dumps(asdict(loop))))
+    assert LoopState.from_progress(stored) == loop
+    assert LoopState.from_progress(TrainingProgress(3, {}, {}, 0.0, {})) == LoopState(3, 3)

@@ -132,7 +132,6 @@ def test_a_sample_whose_features_are_no_numbers_is_named():
     others = [i for i in range(SAMPLES) if int(inputs.tokens[7, 1]) not in inputs.tokens[i]]
     for micro_batch in (None, 5):
         terms = forward_backward(Plain(model), inputs.split_parts(micro_batch), objective())
-        assert not bool(terms.finite)
         assert not bool(terms.finite_rows[7])
         assert terms.finite_rows[others].all() and len(others) > 6
 

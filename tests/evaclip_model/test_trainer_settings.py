@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from evaclip_model.create import open_model
 from evaclip_model.errors import InputError
-from evaclip_model.training.monitoring.zeroshot_probe import open_probe, run_probe
+from evaclip_model.training.monitoring.validation import open_probe, run_probe
 from evaclip_model.training.worker import DATA_ERROR
 from tests.evaclip_model.trainer_runs import finish, job_of, start
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from evaclip_model.training.engine.fp32_state import Partitioned, make_layouts
+from evaclip_model.training.engine.fp32_state import Partitioned, make_layout
 from evaclip_model.training.optimizer.optimizer import Fragment
 
 
@@ -35,12 +35,12 @@ def flattened(values):
 
 def placed(parameters, flat, ranks, masters=None):
     masters = flat.float().clone() if masters is None else masters
-    return make_layouts([parameters], [flat], [masters], [ranks])
+    return make_layout(parameters, flat, masters, ranks)
 
 
 def test_a_right_map_gives_the_fragments(alone):
     parameters, flat = flattened([torch.randn(2, 3), torch.randn(4)])
-    (layout,) = placed(parameters, flat, alone)
+    layout = placed(parameters, flat, alone)
     assert layout.fragments == (Fragment(0, 0, 0, 6), Fragment(1, 0, 6, 4))
     assert layout.ranks is None
 

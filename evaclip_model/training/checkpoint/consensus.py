@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 from evaclip_model.errors import InputError
 
@@ -24,24 +25,29 @@ class Peers:
 
     rank: int
     count: int
-    group: dist.ProcessGroup | None
+    group: dist.ProcessGroup | None = None
     """None: the default one."""
 
     @classmethod
     def every_rank(cls) -> Peers:
         """Every rank, over the default group."""
         if not dist.is_initialized():
-            return cls(0, 1, None)
-        return cls(dist.get_rank(), dist.get_world_size(), None)
+            return cls(0, 1)
+        return cls(dist.get_rank(), dist.get_world_size())
 
     @classmethod
     def own_group(cls) -> Peers:
         """Every rank, over a gloo group of its own, which another thread may use; every rank has to
         call this at the same point."""
-        everybody = cls.every_rank()
-        if everybody.count == 1:
-            return everybody
-        return cls(everybody.rank, everybody.count, dist.new_group(backend="gloo", timeout=SLOWEST))
+        peers = cls.every_rank()
+        own = dist.new_group(backend="gloo", timeout=SLOWEST) if peers.count > 1 else None
+        return replace(peers, group=own)
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Put the sum over ranks in the place of a tensor [...], and return it."""
+        if self.count > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
 
     def gather_values(self, value: T) -> list[T]:
         """Exchange a value; those of every rank, in order of ranks."""
@@ -51,25 +57,19 @@ class Peers:
         return values
 
     def run_everywhere(self, action: Callable[[], T]) -> list[T]:
-        """Results of every rank's own `action`.
-
-        Raises: Exception: what this rank's action raised; or, when another's did, its InputError or
-            OSError, or an OSError that tells of another kind of error.
-        """
+        """Results of every rank's own `action`. Raises what this rank's action raised; or, when
+        another's did, its InputError or OSError, or an OSError that tells of another error."""
         own: Exception | None = None
-        result: T | None = None
+        result: Any = None
         try:
             result = action()
         except Exception as error:
             own = error
         outcomes = self.gather_values((result, None if own is None else _sendable_error(own)))
-        if own is not None:
-            raise own
-        for _, told in outcomes:
+        for told in (own, *(told for _, told in outcomes)):
             if told is not None:
                 raise told
-        results: list[Any] = [result for result, _ in outcomes]
-        return results
+        return [result for result, _ in outcomes]
 
     def run_on_first(self, action: Callable[[], T]) -> T:
         """Result of `action`, which rank 0 alone does; errors as in `run_everywhere`."""

@@ -1,9 +1,8 @@
 """Saving and restoring checkpoints from all ranks.
 
 Saving: copies in host memory, a thread that writes them beside the training, the barriers before a
-checkpoint gets its name, retention. Restoring: every shard is read once by one rank, which sums its
-checksum; all ranks tell each other what they found, and decide alike before any tensor is touched.
-Then each reads the pieces it holds. The files' format is weights/checkpoint_format.py's.
+checkpoint gets its name, retention. Restoring: every shard is summed once by one rank, and all
+decide alike before any tensor is touched. The files' format is weights/checkpoint_format.py's.
 """
 
 import json
@@ -11,9 +10,9 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -47,29 +46,23 @@ _log = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
-    """Saves in a thread: training waits only while a GPU's state is copied to host memory.
-
-    State that lies there is copied beside the next step's gradient; `wait_for_copy` waits for that.
+    """Saves in a thread: training waits only while a GPU's state is copied to host memory. State
+    that lies there is copied beside the next step's gradient; `wait_for_copy` waits for that.
 
     Every rank makes one at the same point and calls the same methods in the same order. The threads
-    agree over a process group of their own, so no exchange of the training is in their way.
+    agree over a process group of their own.
     """
 
     def __init__(
-        self, location: Path | str, keep: int, *, keep_every_steps: int | None = None
+        self, location: Path | str, keep: int, keep_every_steps: int | None = None
     ) -> None:
-        """Clears away what killed runs left unfinished; only one run may use a location.
-
-        Args:
-            location: a folder that all ranks share, or a URL that fsspec knows.
-            keep: newest checkpoints that stay; multiples of `keep_every_steps` stay for good.
-
-        Raises:
-            InputError: nothing installed knows this kind of URL.
-            OSError: the location cannot be used.
+        """Clear away what killed runs left unfinished at `location`, a folder that all ranks share
+        or a URL that fsspec knows; only one run may use it. The newest `keep` checkpoints stay, and
+        multiples of `keep_every_steps` for good. Raises InputError or OSError: it cannot be used.
         """
-        self._target = _Target(CheckpointPlace(location), Peers.own_group(), keep, keep_every_steps)
-        self._target.peers.run_on_first(self._target.place.remove_leftovers)
+        self._place, self._peers = CheckpointPlace(location), Peers.own_group()
+        self._kept = keep, keep_every_steps
+        self._peers.run_on_first(self._place.remove_leftovers)
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -79,14 +72,11 @@ class CheckpointWriter:
     def allocate_copies(self, fragments: Iterable[StateFragment]) -> None:
         """Set aside the memory for copies of `fragments`, so that the first save does not."""
         for key, tensor in _tensors_by_key(fragments).items():
-            self._copy_of(key, tensor).zero_()  # memory is there when it was written to
+            self._copy_tensor(key, tensor)  # memory is there when it was written to
 
     def begin_save(self, fragments: Iterable[StateFragment], progress: TrainingProgress) -> None:
-        """Begin to copy the state and to write it; waits for the save before, if it goes on. Call
-        `wait_for_copy` before the state is changed.
-
-        Raises: InputError, OSError: of the save before, the same on every rank.
-        """
+        """Begin to copy the state and to write it, after the save before, whose error it raises.
+        Call `wait_for_copy` before the state is changed."""
         self.wait_for_save()
         state = _tensors_by_key(fragments)
         here = {key: tensor for key, tensor in state.items() if not tensor.is_cuda}
@@ -94,12 +84,8 @@ class CheckpointWriter:
         if held:
             torch.cuda.synchronize()  # copies to pinned memory go on after their call
         self._settled.clear()
-        self._thread = threading.Thread(
-            target=self._write_in_background,
-            args=(here, held, progress),
-            name="checkpoint",
-            daemon=True,
-        )
+        write = partial(self._write_in_background, here, held, progress)
+        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait_for_copy(self) -> None:
@@ -107,19 +93,13 @@ class CheckpointWriter:
         self._settled.wait()
 
     def has_failed(self) -> bool:
-        """True when the last save has failed, as far as this rank knows; never waits.
-
-        Ranks learn it at different times: exchange it with the step's other flags, and where it is
-        true on some rank, let all of them `wait_for_save`, which raises the error on every rank.
-        """
+        """True when the last save has failed, as far as this rank knows; never waits. Ranks learn
+        it at different times: where it is true on some rank, let all of them `wait_for_save`."""
         return self._error is not None
 
     def wait_for_save(self) -> None:
-        """Return when the last save is whole, or was so before.
-
-        Raises: InputError, OSError: it failed, the same on every rank; earlier checkpoints are
-            there.
-        """
+        """Return when the last save is whole, or was so before. Raises InputError or OSError, the
+        same on every rank, when it failed; earlier checkpoints are there."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -137,10 +117,8 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.close()
-            return
-        with suppress(Exception):  # the error that is under way tells more
+        # An error that is under way tells more.
+        with nullcontext() if kind is None else suppress(Exception):
             self.close()
 
     def _write_in_background(
@@ -151,65 +129,59 @@ class CheckpointWriter:
                 copies = {key: self._copy_tensor(key, tensor) for key, tensor in here.items()}
             finally:
                 self._settled.set()
-            self._target.write_shard({**held, **copies}, progress)
+            _write_checkpoint(self._place, self._peers, {**held, **copies}, progress, *self._kept)
         except Exception as error:  # it is raised where the training waits
             self._error = error
 
     def _copy_tensor(self, key: str, tensor: Tensor) -> Tensor:
-        return self._copy_of(key, tensor).copy_(tensor.detach(), non_blocking=True)
-
-    def _copy_of(self, key: str, tensor: Tensor) -> Tensor:
-        held = self._copies.get(key)
-        if held is None or held.shape != tensor.shape:
+        if key not in self._copies or self._copies[key].shape != tensor.shape:
             self._copies[key] = torch.empty(
                 tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
             )
-        return self._copies[key]
+        return self._copies[key].copy_(tensor.detach(), non_blocking=True)
 
 
 def save_checkpoint(
     location: Path | str, fragments: Iterable[StateFragment], progress: TrainingProgress, keep: int
 ) -> None:
     """Write a checkpoint together with all other ranks, and wait until it is whole; without memory
-    of its own for fragments that lie in host memory.
-
-    Raises: InputError, OSError: it cannot be written, the same on every rank.
-    """
+    of its own for fragments that lie in host memory. Raises InputError or OSError, the same on
+    every rank, when it cannot be written."""
     held = {key: tensor.detach().cpu() for key, tensor in _tensors_by_key(fragments).items()}
-    _Target(CheckpointPlace(location), Peers.every_rank(), keep, None).write_shard(held, progress)
+    _write_checkpoint(CheckpointPlace(location), Peers.every_rank(), held, progress, keep)
 
 
-@dataclass(frozen=True)
-class _Target:
-    """The place of a run's checkpoints, the ranks that write them, and the number that stays."""
+def _write_checkpoint(
+    place: CheckpointPlace,
+    peers: Peers,
+    tensors: Mapping[str, Tensor],
+    progress: TrainingProgress,
+    keep: int,
+    keep_every_steps: int | None = None,
+) -> None:
+    """Write this rank's shard; when all are on disk, rank 0 makes them a checkpoint."""
+    step = progress.step
 
-    place: CheckpointPlace
-    peers: Peers
-    keep: int
-    keep_every_steps: int | None
-
-    def write_shard(self, tensors: Mapping[str, Tensor], progress: TrainingProgress) -> None:
-        """Write this rank's shard; when all are on disk, rank 0 makes them a checkpoint."""
-        self.peers.run_on_first(lambda: self.place.remove_checkpoint(progress.step))
-        try:
-            shards = self.peers.run_everywhere(lambda: self._write_shard(tensors, progress.step))
-            manifest = CheckpointManifest(tuple(shards), progress).to_text()
-            self.peers.run_on_first(lambda: self.place.publish_checkpoint(progress.step, manifest))
-        except Exception:
-            if self.peers.rank == 0:
-                with suppress(OSError):  # a full disk gets its room back
-                    self.place.remove_checkpoint(progress.step)
-            raise
-        self.peers.run_on_first(lambda: self._remove_old(progress.step))
-
-    def _write_shard(self, tensors: Mapping[str, Tensor], step: int) -> ShardFile:
-        name = f"shard-{self.peers.rank}.safetensors"
-        with self.place.create_file(step, name) as file:
+    def write_own_shard() -> ShardFile:
+        name = f"shard-{peers.rank}.safetensors"
+        with place.create_file(step, name) as file:
             return ShardFile(name, *write_shard(file, tensors))
 
-    def _remove_old(self, newest: int) -> None:
-        for step in list_retired(self.place.list_steps(), newest, self.keep, self.keep_every_steps):
-            self.place.remove_checkpoint(step)
+    def remove_old() -> None:
+        for old in list_retired(place.list_steps(), step, keep, keep_every_steps):
+            place.remove_checkpoint(old)
+
+    peers.run_on_first(lambda: place.remove_checkpoint(step))
+    try:
+        shards = peers.run_everywhere(write_own_shard)
+        manifest = CheckpointManifest(tuple(shards), progress).to_text()
+        peers.run_on_first(lambda: place.publish_checkpoint(step, manifest))
+    except Exception:
+        if peers.rank == 0:
+            with suppress(OSError):  # a full disk gets its room back
+                place.remove_checkpoint(step)
+        raise
+    peers.run_on_first(remove_old)
 
 
 def _tensors_by_key(fragments: Iterable[StateFragment]) -> dict[str, Tensor]:
@@ -230,20 +202,14 @@ def load_newest(
     location: Path | str, fragments: Sequence[StateFragment], settings: Mapping[str, Any]
 ) -> TrainingProgress | None:
     """Fill `fragments` from the newest checkpoint that is whole; None: there is none. Every rank
-    calls it. One that is not whole is passed over, and the log says why.
-
-    Raises:
-        InputError: the checkpoints belong to other settings, or to a later version of this package;
-            nothing installed knows this kind of URL.
-        OSError: the location cannot be read.
-    """
+    calls it. One that is not whole is passed over, and the log says why; those of other settings or
+    of a later version of this package raise InputError, unreadable places OSError."""
     place, peers = CheckpointPlace(location), Peers.every_rank()
     for step in peers.run_on_first(place.list_steps):
         where = place.full_name(step, MANIFEST)
         try:
-            manifest = CheckpointManifest.from_text(
-                peers.run_on_first(partial(_read_text, place, step)), where
-            )
+            text = peers.run_on_first(partial(_read_text, place, step))
+            manifest = CheckpointManifest.from_text(text, where)
             _require_same(manifest.progress.settings, settings, where)
             pieces = _check_shards(place, peers, step, manifest, fragments)
         except UnusableCheckpoint as fault:
@@ -277,52 +243,42 @@ def _check_shards(
     manifest: CheckpointManifest,
     fragments: Sequence[StateFragment],
 ) -> list[StoredPiece]:
-    """Pieces of all shards, when they are as they were written and what all ranks need.
+    """Pieces of all shards, when they are as they were written and what all ranks need; raises
+    UnusableCheckpoint on every rank when they are not."""
 
-    Raises: UnusableCheckpoint: they are not; the same on every rank.
-    """
-    found = peers.run_everywhere(lambda: _share_of_check(place, peers, step, manifest))
-    faults = [fault for _, fault in found if fault is not None]
-    if faults:
-        raise UnusableCheckpoint(faults[0])
-    pieces = [piece for share, _ in found for piece in share]
-    where = place.full_name(step, MANIFEST).removesuffix(f"/{MANIFEST}")
-    wanted: dict[tuple[str, str], int] = defaultdict(int)
-    for ends in peers.gather_values(_fragment_ends(fragments)):
-        for held, end in ends.items():
-            wanted[held] = max(wanted[held], end)
-    reason = describe_difference(sizes_of(pieces, where), wanted)
-    if reason is not None:
-        raise UnusableCheckpoint(f"{where} {reason}")
-    return pieces
-
-
-def _share_of_check(
-    place: CheckpointPlace, peers: Peers, step: int, manifest: CheckpointManifest
-) -> tuple[list[StoredPiece], str | None]:
-    """Pieces of the shards that fall to this rank, or what is wrong with one of them."""
-    pieces = []
-    try:
+    def check_share() -> list[StoredPiece] | str:
+        """Pieces of the shards that fall to this rank, or what is wrong with one of them."""
+        own: list[StoredPiece] = []
         for number in range(peers.rank, len(manifest.shards), peers.count):
             shard = manifest.shards[number]
             where = place.full_name(step, shard.name)
             try:
                 with place.open_file(step, shard.name) as file:
-                    pieces += checked_pieces(file, shard, number, where)
+                    own += checked_pieces(file, shard, number, where)
             except FileNotFoundError:
-                raise UnusableCheckpoint(f"{where} is missing") from None
-    except UnusableCheckpoint as fault:
-        return [], str(fault)
-    return pieces, None
+                return f"{where} is missing"
+            except UnusableCheckpoint as fault:
+                return str(fault)
+        return own
 
-
-def _fragment_ends(fragments: Sequence[StateFragment]) -> dict[tuple[str, str], int]:
-    ends: dict[tuple[str, str], int] = defaultdict(int)
-    for fragment in fragments:
-        for kind, tensor in fragment.tensors.items():
-            held = (fragment.name, kind)
-            ends[held] = max(ends[held], fragment.offset + tensor.numel())
-    return dict(ends)
+    pieces: list[StoredPiece] = []
+    for share in peers.run_everywhere(check_share):
+        if isinstance(share, str):
+            raise UnusableCheckpoint(share)
+        pieces += share
+    ends = [
+        ((fragment.name, kind), fragment.offset + tensor.numel())
+        for fragment in fragments
+        for kind, tensor in fragment.tensors.items()
+    ]
+    wanted: dict[tuple[str, str], int] = {}
+    for held, end in chain.from_iterable(peers.gather_values(ends)):
+        wanted[held] = max(wanted.get(held, 0), end)
+    where = place.full_name(step, MANIFEST).removesuffix(f"/{MANIFEST}")
+    reason = describe_difference(sizes_of(pieces, where), wanted)
+    if reason is not None:
+        raise UnusableCheckpoint(f"{where} {reason}")
+    return pieces
 
 
 def _fill_fragments(

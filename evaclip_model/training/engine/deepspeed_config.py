@@ -17,13 +17,9 @@ MIN_LOSS_SCALE = 1
 def deepspeed_config(
     config: TrainConfig, ranks: int, parameters: int, *, accumulates: bool = False
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration of a training stage, ready for JSON; `parameters` is the model's
-    size.
-
-    A rank's share of the global batch is one micro-batch to DeepSpeed even when it comes in parts
-    (`accumulates`), which are added up in fp32: its accumulation would add up losses of parts, and
-    the contrastive loss is none of parts.
-    """
+    """DeepSpeed's configuration, ready for JSON; `parameters` is the model's size. A rank's share
+    of the global batch is one micro-batch to DeepSpeed even when it comes in parts (`accumulates`),
+    which are added up in fp32: the contrastive loss is not a sum over parts."""
     settings: dict[str, Any] = {
         "train_batch_size": config.global_batch,
         "train_micro_batch_size_per_gpu": config.global_batch // ranks,

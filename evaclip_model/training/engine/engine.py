@@ -1,17 +1,17 @@
 """From a loss to an optimizer step: DeepSpeed ZeRO over ranks, or plain torch in one. The only
 importer of deepspeed.
 
-Not here: the model, the loss, the schedule's shape, files; DeepSpeed's buffers (fp32_state.py).
+Not here: the model, the loss, the schedule's shape, files; masters and gradients (fp32_state.py).
 """
 
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,6 @@ from evaclip_model.training.engine.fp32_state import (
     Fp32State,
     Master,
     Partitioned,
-    RunningMean,
 )
 from evaclip_model.training.loss.objective import make_objective
 from evaclip_model.training.optimizer.optimizer import (
@@ -40,7 +39,6 @@ from evaclip_model.training.optimizer.optimizer import (
     tower_of,
 )
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """State of DeepSpeed's fp16 loss scaler, by its names."""
 
@@ -65,8 +63,6 @@ class LossScaleExhausted(RuntimeError):
 class Stepped:
     """The engine's account of a step."""
 
-    grad_norm: float
-    """Norm of the whole gradient before clipping; infinite when skipped."""
     skipped: bool
     """The gradient was not finite: nothing was changed but fp16's loss scale."""
     loss_scale: float | None = None
@@ -77,181 +73,60 @@ class Stepped:
     """Tower -> smallest, median and largest trust ratio of its adapted parameters; AdamW: empty."""
 
 
-class Engine(Protocol):
-    """One optimizer over one model."""
+class Engine:
+    """One optimizer over one model; both engines in what they share."""
 
     module: nn.Module
     """What to call for the forward pass."""
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of one micro-batch; `last` completes the step's, over all ranks.
+    def __init__(
+        self,
+        config: TrainConfig,
+        groups: Sequence[Group],
+        named: Mapping[str, nn.Parameter],
+        optimizer: Lamb,
+        state: Fp32State,
+    ) -> None:
+        self._config = config
+        self._groups = groups
+        self._named = named
+        self._optimizer = optimizer
+        self._state = state
+        self._bounds = make_objective(config).bounds
+        self._norms: Mapping[str, float] | None = None
+        self._fragments = []
+        for piece in state.held:
+            tensors = {"param": piece.tensor, **optimizer.get_moments(piece.tensor)}
+            taken = {kind: piece.take_piece(tensor) for kind, tensor in tensors.items()}
+            if config.ema_decay is not None:
+                taken["ema"] = taken["param"].clone()
+            self._fragments.append(StateFragment(piece.name, piece.offset, taken))
 
-        Ranks' gradients are averaged, those of a rank's micro-batches are added up. `loss` is [].
-        """
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of one micro-batch's loss []; `last` completes the step's, over all
+        ranks. Ranks' gradients are averaged, those of a rank's micro-batches are added up."""
+
+    def _update_weights(self, norm: float) -> None:
+        """Clip and take the step; `norm` is that of the whole gradient, times the loss scale."""
 
     def grad_norms(self) -> Mapping[str, float]:
-        """Norm of the whole gradient ("total") and of each tower's, unscaled, before clipping.
-
-        After the last backward and before `step` or `discard_gradient`; every rank calls it, and
-        gets the same. A gradient that is not finite shows as a norm that is not.
-        """
+        """Norm of the whole gradient ("total") and of each tower's, unscaled, before clipping; not
+        finite where that is not. After the last backward and before `step` or `discard_gradient`;
+        every rank calls it, and gets the same."""
+        if self._norms is None:
+            scale = self._loss_scale() or 1.0
+            found = _compute_norms(self._state.iterate_gradients())
+            self._norms = {tower: norm / scale for tower, norm in found.items()}
+        return self._norms
 
     def step(self, lr_factor: float) -> Stepped:
         """Clip, update with `lr_factor` times the groups' peak learning rates, keep the objective's
         parameters within their bounds.
 
         A gradient that is not finite changes no weight. In fp16 it must come here all the same, not
-        to `discard_gradient`: that is how the loss scale learns of it.
-
-        Raises: LossScaleExhausted: it has learnt enough.
+        to `discard_gradient`: that is how the loss scale learns of it, until it is at its lowest,
+        which raises LossScaleExhausted.
         """
-
-    def discard_gradient(self) -> None:
-        """Forget the gradient: this step is not taken. Also between parts, after a failure."""
-
-    def state_fragments(self) -> list[StateFragment]:
-        """The state this rank holds; over all ranks, every element of every trainable parameter
-        once."""
-
-    def step_counters(self) -> dict[str, Any]:
-        """The rest of what decides the next step: JSON values, the same on every rank."""
-
-    def restore_counters(self, counters: Mapping[str, Any]) -> None:
-        """Take up `counters`, after the tensors of `state_fragments` were filled."""
-
-
-class TorchEngine:
-    """Plain torch: one rank, fp32 or bf16 with fp32 masters. Needs no DeepSpeed."""
-
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        """Take up a model, which gets the type that `config.precision` says. Raises InputError for
-        fp16."""
-        if config.precision == "fp16":
-            raise InputError("engine 'torch' has no loss scale: take precision bf16 or fp32 there")
-        self.module = model
-        self._config = config
-        self._bounds = make_objective(config).bounds
-        self._groups = _make_groups(model, config)
-        self._named = _freeze_parameters(model, config)
-        exact = _made_low(model, self._named, config)
-        self._masters = {
-            name: _make_master(parameter, exact.get(name))
-            for name, parameter in self._named.items()
-        }
-        self._optimizer = make_optimizer(self._masters, self._groups, config)
-        self._fragments, self._mean = _make_fragments(
-            [Master(name, 0, held, 0, held.numel()) for name, held in self._masters.items()],
-            self._optimizer,
-            config,
-        )
-        self._norms: Mapping[str, float] | None = None
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        torch.autograd.backward(loss)
-
-    def grad_norms(self) -> Mapping[str, float]:
-        if self._norms is None:
-            self._norms = _compute_norms(
-                (name, master.grad)
-                for name, master in self._masters.items()
-                if master.grad is not None
-            )
-        return self._norms
-
-    def step(self, lr_factor: float) -> Stepped:
-        norm, limit = self.grad_norms()["total"], self._config.grad_clip_norm
-        if not math.isfinite(norm):
-            self.discard_gradient()
-            return Stepped(math.inf, skipped=True)
-        clipped = limit is not None and norm > limit
-        if limit is not None and clipped:
-            gradients = [held.grad for held in self._masters.values() if held.grad is not None]
-            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
-        _set_lr(self._optimizer, self._groups, lr_factor)
-        self._optimizer.step()
-        _keep_within(self._bounds, self._fragments)
-        self._write_back()
-        if self._mean is not None:
-            self._mean.update_mean()
-        self.discard_gradient()
-        trust = _summarise_trust(self._optimizer, self._groups)
-        return Stepped(norm, skipped=False, clipped=clipped, trust=trust)
-
-    def discard_gradient(self) -> None:
-        self._norms = None
-        for master in self._masters.values():
-            master.grad = None
-
-    def state_fragments(self) -> list[StateFragment]:
-        return self._fragments
-
-    def step_counters(self) -> dict[str, Any]:
-        return {"updates": self._optimizer.updates}
-
-    def restore_counters(self, counters: Mapping[str, Any]) -> None:
-        self._optimizer.updates = counters["updates"]
-        self._write_back()
-
-    @torch.no_grad()
-    def _write_back(self) -> None:
-        for name, parameter in self._named.items():
-            if parameter is not self._masters[name]:
-                parameter.copy_(self._masters[name])
-
-
-class DeepSpeedEngine:
-    """DeepSpeed ZeRO, one model copy a rank; needs torch's RANK, WORLD_SIZE, MASTER_* variables."""
-
-    def __init__(self, model: nn.Module, config: TrainConfig, *, accumulates: bool = False) -> None:
-        """Take up a model, which gets the type that `config.precision` says; `accumulates` when a
-        step's gradient will come in parts."""
-        import deepspeed
-
-        self._config = config
-        self._bounds = make_objective(config).bounds
-        self._groups = _make_groups(model, config)
-        self._named = _freeze_parameters(model, config)
-        exact = _made_low(model, self._named, config)
-        self._optimizer = make_optimizer(self._named, self._groups, config)
-        # One of DeepSpeed's optimizers tries itself out with a step, which must not decay weights.
-        _set_lr(self._optimizer, self._groups, 0.0)
-        self._engine, wrapped, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=self._optimizer,
-            config=deepspeed_config(
-                config,
-                dist.get_world_size(),
-                sum(parameter.numel() for parameter in model.parameters()),
-                accumulates=accumulates,
-            ),
-            dist_init_required=False,
-        )
-        self._optimizer.updates = 0
-        self.module: nn.Module = self._engine
-        self._masters = _fp32_state_of(wrapped, self._optimizer, self._named)
-        if self._masters.layouts is not None:
-            self._optimizer.bind_layouts(self._masters.layouts)
-        for piece in [*self._masters.held, *(copy for copy, _ in self._masters.copies)]:
-            if piece.name in exact:
-                value = exact[piece.name].view(-1).narrow(0, piece.offset, piece.size)
-                piece.take_piece(piece.tensor).copy_(value)
-        self._fragments, self._mean = _make_fragments(self._masters.held, self._optimizer, config)
-        self._norms: Mapping[str, float] | None = None
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        self._engine.set_gradient_accumulation_boundary(last)
-        loss = self._masters.before_backward(loss, last=last)
-        self._engine.backward(loss, scale_wrt_gas=False)
-        self._masters.after_backward(last=last)
-
-    def grad_norms(self) -> Mapping[str, float]:
-        if self._norms is None:
-            scale = self._loss_scale() or 1.0
-            found = _compute_norms(self._masters.iterate_gradients())
-            self._norms = {tower: norm / scale for tower, norm in found.items()}
-        return self._norms
-
-    def step(self, lr_factor: float) -> Stepped:
         norm, limit = self.grad_norms()["total"], self._config.grad_clip_norm
         scale, finite = self._loss_scale(), math.isfinite(norm)
         if not finite and scale is not None and scale <= MIN_LOSS_SCALE:
@@ -261,67 +136,186 @@ class DeepSpeedEngine:
             )
         if not finite and scale is None:
             self.discard_gradient()
-            return Stepped(math.inf, skipped=True)
+            return Stepped(skipped=True)
         _set_lr(self._optimizer, self._groups, lr_factor)
-        self._masters.before_step(norm * (scale or 1.0))
-        self._engine.step()
+        self._update_weights(norm * (scale or 1.0))
         self._norms = None
         if not finite:  # DeepSpeed has seen it too, and lowered the scale
-            return Stepped(math.inf, skipped=True, loss_scale=scale)
+            return Stepped(skipped=True, loss_scale=scale)
         self._keep_within_bounds()
-        if self._mean is not None:
-            self._mean.update_mean()
+        if self._config.ema_decay is not None and self._fragments:
+            means = [fragment.tensors["ema"] for fragment in self._fragments]
+            masters = [fragment.tensors["param"] for fragment in self._fragments]
+            torch._foreach_lerp_(means, masters, 1 - self._config.ema_decay)
         clipped = limit is not None and norm > limit
         trust = _summarise_trust(self._optimizer, self._groups)
-        return Stepped(norm, skipped=False, loss_scale=scale, clipped=clipped, trust=trust)
+        return Stepped(skipped=False, loss_scale=scale, clipped=clipped, trust=trust)
 
     def discard_gradient(self) -> None:
+        """Forget the gradient: this step is not taken. Also between parts, after a failure."""
         self._norms = None
-        self._masters.forget_gradients()
+        self._state.forget_gradients()
 
     def state_fragments(self) -> list[StateFragment]:
+        """The state this rank holds; over all ranks, every element of every trainable parameter
+        once."""
         return self._fragments
 
     def step_counters(self) -> dict[str, Any]:
-        scaler = self._masters.scaler
+        """The rest of what decides the next step: JSON values, the same on every rank."""
         counters: dict[str, Any] = {"updates": self._optimizer.updates}
-        if scaler is not None:
-            counters["scaler"] = {
-                name: getattr(scaler, name) for name in SCALER_FIELDS if hasattr(scaler, name)
-            }
+        if self._state.scaler is not None:
+            scaler = self._state.scaler
+            known = [name for name in SCALER_FIELDS if hasattr(scaler, name)]
+            counters["scaler"] = {name: getattr(scaler, name) for name in known}
         return counters
 
     def restore_counters(self, counters: Mapping[str, Any]) -> None:
+        """Take up `counters`, after the tensors of `state_fragments` were filled."""
         self._optimizer.updates = counters["updates"]
         for name, value in counters.get("scaler", {}).items():
-            setattr(self._masters.scaler, name, value)
-        if dist.get_world_size() > 1:
-            for master, owner in self._masters.copies:
-                for moment in self._optimizer.get_moments(master.tensor).values():
-                    dist.broadcast(moment, owner)
-        self._masters.write_back()
+            setattr(self._state.scaler, name, value)
+        for master, owner in self._state.copies:
+            for moment in self._optimizer.get_moments(master.tensor).values():
+                dist.broadcast(moment, owner)
+        self._state.write_back()
 
     def _loss_scale(self) -> float | None:
-        scaler = self._masters.scaler
+        scaler = self._state.scaler
         return None if scaler is None else float(scaler.cur_scale)
 
     @torch.no_grad()
     def _keep_within_bounds(self) -> None:
-        _keep_within(self._bounds, self._fragments)
-        for master, _ in self._masters.copies:  # those of other ranks are stepped here too
-            if master.name in self._bounds:
-                master.tensor.clamp_(*self._bounds[master.name])
-        for name, bounds in self._bounds.items():
-            if name in self._named:
-                self._named[name].clamp_(*bounds)
+        """Bound fp32 masters, this rank's and those it steps for others, and the module's weights:
+        bounding these alone would leave masters to drift."""
+        held = [(fragment.name, fragment.tensors["param"]) for fragment in self._fragments]
+        copies = [(master.name, master.tensor) for master, _ in self._state.copies]
+        for name, tensor in (*held, *copies, *self._named.items()):
+            if name in self._bounds:
+                tensor.clamp_(*self._bounds[name])
+
+
+class PlainState(Fp32State):
+    """Plain torch's masters, of one rank: the parameters, or fp32 copies of low ones, which take
+    their gradients and begin at `exact`, the parameters before they were made low."""
+
+    def __init__(self, named: Mapping[str, nn.Parameter], exact: Mapping[str, Tensor]) -> None:
+        self._named = named
+        masters = {name: _make_master(value, exact.get(name)) for name, value in named.items()}
+        self.held = [Master(name, 0, held, 0, held.numel()) for name, held in masters.items()]
+
+    def iterate_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        for master in self.held:
+            if master.tensor.grad is not None:
+                yield master.name, master.tensor.grad
+
+    def forget_gradients(self) -> None:
+        for master in self.held:
+            master.tensor.grad = None
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        for master in self.held:
+            if self._named[master.name] is not master.tensor:
+                self._named[master.name].copy_(master.tensor)
+
+
+@torch.no_grad()
+def _make_master(parameter: nn.Parameter, exact: Tensor | None) -> Tensor:
+    if parameter.dtype == torch.float32:
+        return parameter
+    master = parameter.float() if exact is None else exact.clone()
+
+    def hand_over(from_part: Tensor) -> None:
+        if from_part.grad is not None:
+            gradient = from_part.grad.float()
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            from_part.grad = None
+
+    parameter.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
+    return master
+
+
+class TorchEngine(Engine):
+    """Plain torch: one rank, fp32 or bf16 with fp32 masters. Needs no DeepSpeed."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        """Take up a model, which gets the type that `config.precision` says. Raises InputError for
+        fp16."""
+        if config.precision == "fp16":
+            raise InputError("engine 'torch' has no loss scale: take precision bf16 or fp32 there")
+        self.module = model
+        groups, named, exact = _prepare_model(model, config)
+        state = PlainState(named, exact)
+        masters = {piece.name: piece.tensor for piece in state.held}
+        optimizer = make_optimizer(masters, groups, config)
+        super().__init__(config, groups, named, optimizer, state)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        torch.autograd.backward(loss)
+
+    def _update_weights(self, norm: float) -> None:
+        limit = self._config.grad_clip_norm
+        if limit is not None and norm > limit:
+            gradients = [gradient for _, gradient in self._state.iterate_gradients()]
+            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+        self._optimizer.step()
+        self._state.forget_gradients()
+
+    def _keep_within_bounds(self) -> None:
+        super()._keep_within_bounds()
+        self._state.write_back()
+
+
+class DeepSpeedEngine(Engine):
+    """DeepSpeed ZeRO, one model copy a rank; needs torch's RANK, WORLD_SIZE, MASTER_* variables."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig, *, accumulates: bool = False) -> None:
+        """Take up a model, which gets the type that `config.precision` says; `accumulates` when a
+        step's gradient will come in parts."""
+        import deepspeed
+
+        groups, named, exact = _prepare_model(model, config)
+        optimizer = make_optimizer(named, groups, config)
+        # One of DeepSpeed's optimizers tries itself out with a step, which must not decay weights.
+        _set_lr(optimizer, groups, 0.0)
+        self._engine, wrapped, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(
+                config,
+                dist.get_world_size(),
+                sum(parameter.numel() for parameter in model.parameters()),
+                accumulates=accumulates,
+            ),
+            dist_init_required=False,
+        )
+        optimizer.updates = 0
+        self.module = self._engine
+        state = _fp32_state_of(wrapped, optimizer, named)
+        if state.layouts is not None:
+            optimizer.bind_layouts(state.layouts)
+        for piece in [*state.held, *(copy for copy, _ in state.copies)]:
+            if piece.name in exact:
+                value = exact[piece.name].view(-1).narrow(0, piece.offset, piece.size)
+                piece.take_piece(piece.tensor).copy_(value)
+        super().__init__(config, groups, named, optimizer, state)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        loss = self._state.before_backward(loss, last=last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+        self._state.after_backward(last=last)
+
+    def _update_weights(self, norm: float) -> None:
+        self._state.before_step(norm)
+        self._engine.step()
 
 
 def start_distributed(device: str, store: Any = None, timeout_s: float = 1800) -> None:
     """Join the other ranks, who meet at `store` or at MASTER_ADDR: gloo on "cpu", NCCL on "cuda".
-
-    DeepSpeed would compile a shared-memory operator for the CPU; it is told that there is none, so
-    that no compiler is needed. Over gloo it gathers by a function of ours (gloo_gather.py).
-    """
+    DeepSpeed is told that there is no shared-memory operator, which it would compile for the CPU.
+    Over gloo it gathers by a function of ours (gloo_gather.py)."""
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -376,23 +370,19 @@ def _fp32_state_of(wrapped: Any, optimizer: Lamb, named: Mapping[str, Tensor]) -
     raise RuntimeError(f"LAMB cannot be bound to {type(wrapped).__name__}")
 
 
-def _freeze_parameters(model: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
+def _prepare_model(
+    model: nn.Module, config: TrainConfig
+) -> tuple[list[Group], dict[str, nn.Parameter], dict[str, Tensor]]:
+    """Freeze what is not trained, and give the model the stage's type; returns the groups, what is
+    trained by name, and of that what loses by the type, in fp32: DeepSpeed would make masters of
+    what is left of it."""
+    groups = parameter_groups(((n, p.shape) for n, p in model.named_parameters()), config)
+    if not groups:
+        raise InputError(f"freeze = {list(config.freeze)} leaves nothing to train: take one out")
     config.require_parts([name for name, _ in model.named_parameters()])
-    found = {}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not config.is_frozen(name))
-        if parameter.requires_grad:
-            found[name] = parameter
-    return found
-
-
-def _made_low(
-    model: nn.Module, named: Mapping[str, nn.Parameter], config: TrainConfig
-) -> dict[str, Tensor]:
-    """Give the model the stage's type; of those of `named` that lose by it, the fp32 values.
-
-    DeepSpeed would make masters of what is left of them.
-    """
+    named = {name: value for name, value in model.named_parameters() if value.requires_grad}
     dtype = DTYPES[config.precision]
     exact = {
         name: parameter.detach()
@@ -400,56 +390,7 @@ def _made_low(
         if parameter.dtype == torch.float32 != dtype
     }
     model.to(dtype)  # into new storage: the old stays with `exact`
-    return exact
-
-
-@torch.no_grad()
-def _make_master(parameter: nn.Parameter, exact: Tensor | None) -> Tensor:
-    """The tensor to step: the parameter, or an fp32 copy of a low one, which takes its gradients
-    and begins at `exact`, the parameter before it was made low, if that is known."""
-    if parameter.dtype == torch.float32:
-        return parameter
-    master = parameter.float() if exact is None else exact.clone()
-
-    def hand_over(from_part: Tensor) -> None:
-        if from_part.grad is not None:
-            gradient = from_part.grad.float()
-            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-            from_part.grad = None
-
-    parameter.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
-    return master
-
-
-def _make_fragments(
-    held: Sequence[Master], optimizer: Lamb, config: TrainConfig
-) -> tuple[list[StateFragment], RunningMean | None]:
-    masters = [piece.take_piece(piece.tensor) for piece in held]
-    mean = None if config.ema_decay is None else RunningMean(masters, config.ema_decay)
-    found = []
-    for number, (piece, master) in enumerate(zip(held, masters, strict=True)):
-        moments = optimizer.get_moments(piece.tensor)
-        tensors = {"param": master, **{name: piece.take_piece(moments[name]) for name in MOMENTS}}
-        if mean is not None:
-            tensors["ema"] = mean.means[number]
-        found.append(StateFragment(piece.name, piece.offset, tensors))
-    return found, mean
-
-
-def _keep_within(
-    bounds: Mapping[str, tuple[float, float]], fragments: Iterable[StateFragment]
-) -> None:
-    """Bound the fp32 masters: bounding the module's copies alone would leave them to drift."""
-    for fragment in fragments:
-        if fragment.name in bounds:
-            fragment.tensors["param"].clamp_(*bounds[fragment.name])
-
-
-def _make_groups(model: nn.Module, config: TrainConfig) -> list[Group]:
-    groups = parameter_groups(((n, p.shape) for n, p in model.named_parameters()), config)
-    if not groups:
-        raise InputError(f"freeze = {list(config.freeze)} leaves nothing to train: take one out")
-    return groups
+    return groups, named, exact
 
 
 def _summarise_trust(

@@ -2,10 +2,9 @@
 sigmoid (SigLIP, algorithm 1), with their accuracies, in at least float32.
 
 Logits are made block by block, and the gradient along with the loss, so that memory is a block and
-the features, whatever the batch. Sigmoid goes over the blocks once. Softmax goes over them twice:
-each row's highest logit, and the sum of the exponentials below it, have to be known before a
-gradient is. Kept apart they lose nothing: the logarithm of the whole sum would be rounded at the
-size of the logits.
+the features, whatever the batch. Softmax goes over the blocks twice: each row's highest logit, and
+the sum of the exponentials below it, have to be known before a gradient is. Kept apart they lose
+nothing: the logarithm of the whole sum would be rounded at the size of the logits.
 
 Shapes: b samples of a rank, B samples of the global batch, E joint channels.
 """
@@ -25,12 +24,8 @@ from evaclip_model.training.loss.objective import BLOCK_COLUMNS, BLOCK_ROWS, Los
 
 
 def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """Loss [] in nats of a whole batch in one process.
-
-    Args:
-        image_features, text_features: [B, E] of unit length; row i of both is one sample.
-        logit_scale: [] inverse temperature, already exponentiated.
-    """
+    """Loss [] in nats of a whole batch in one process: features [B, E] of unit length, whose rows i
+    are one sample, and the inverse temperature [], already exponentiated."""
     return pair_terms(image_features, text_features, logit_scale, is_whole_batch=True).loss
 
 
@@ -59,22 +54,17 @@ def pair_terms(
     """This rank's rows against the columns of every rank.
 
     Gradients flow through the gathered columns back to the ranks they came from, so that the mean
-    over ranks of each parameter's gradient is the gradient of the whole batch in one process. The
-    mean over ranks of the loss (and of the accuracies) is that of the whole batch. There is no
-    switch for columns without gradient: that is the gradient of no loss.
+    over ranks of each parameter's gradient, of the loss and of the accuracies is that of the whole
+    batch in one process. Raises ValueError unless features are pairs of one size.
 
     Args:
         image_features, text_features: [b, E] of unit length; the same b on every rank.
         logit_scale: [] inverse temperature.
         logit_bias: [] added to all logits of the sigmoid loss; none for softmax.
-        captions: [b] int64, equal where captions are: such pairs belong together. None: every image
-            has one caption, its own.
+        captions: [b] int64, equal where captions are: such pairs belong together. None: all differ.
         ignores_same: pairs of equal captions but a sample's own count neither way.
         label_smoothing: share of softmax's target that is spread over all columns that count.
-        group: none for all ranks. A group of one needs no communication.
         is_whole_batch: these pairs are all, whatever ranks there are.
-
-    Raises: ValueError: images and captions are not pairs of features of one size.
     """
     image, text = to_float32(image_features), to_float32(text_features)
     if image.dim() != 2 or image.shape != text.shape:
@@ -82,14 +72,20 @@ def pair_terms(
             f"features of pairs must both be [b, E], not {list(image.shape)} and {list(text.shape)}"
         )
     is_alone = is_whole_batch or not dist.is_initialized() or dist.get_world_size(group) == 1
-    first_row, all_image, all_text, all_captions = 0, image, text, captions
+    first_row, all_image, all_text = 0, image, text
     if not is_alone:
         first_row = dist.get_rank(group) * len(image)
         pair = torch.stack((image, text))
         both: Tensor = _Gather.apply(pair, group)  # type: ignore[no-untyped-call]
         all_image, all_text = both[:, 0].flatten(0, 1), both[:, 1].flatten(0, 1)
-        all_captions = None if captions is None else _gather_tensor(captions, group).flatten()
-    matches = _match_captions(all_captions, first_row, len(image), all_image, ignores_same)
+        captions = None if captions is None else _gather_tensor(captions, group).flatten()
+    mine = slice(first_row, first_row + len(image))
+    if captions is None:
+        places = torch.arange(len(all_image), device=image.device)
+        matches = _Matches(places, mine, torch.ones_like(places[mine]), ignores=False)
+    else:
+        _, kind, counts = torch.unique(captions, return_inverse=True, return_counts=True)
+        matches = _Matches(captions, mine, counts[kind[mine]], ignores_same)
     with torch.autocast(image.device.type, enabled=False):  # half-precision logits cost accuracy
         scalars = [to_float32(logit_scale)]
         compute: Callable[..., _Computed] = partial(_softmax_terms, matches, label_smoothing)
@@ -119,8 +115,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        gradient = gradient.contiguous()
+        gradient = gradients[0].contiguous()
         if dist.get_backend(ctx.group) == "nccl":
             own = torch.empty_like(gradient[0])
             dist.reduce_scatter_tensor(own, gradient, group=ctx.group)
@@ -189,17 +184,6 @@ class _Matches:
         return (self.captions[best] == self.captions[self.rows]).float().mean()
 
 
-def _match_captions(
-    captions: Tensor | None, first_row: int, rows: int, columns: Tensor, ignores: bool
-) -> _Matches:
-    mine = slice(first_row, first_row + rows)
-    if captions is None:
-        places = torch.arange(len(columns), device=columns.device)
-        return _Matches(places, mine, torch.ones_like(places[mine]), ignores=False)
-    _, kind, counts = torch.unique(captions, return_inverse=True, return_counts=True)
-    return _Matches(captions, mine, counts[kind[mine]], ignores)
-
-
 def _softmax_terms(
     matches: _Matches,
     smoothing: float,
@@ -209,10 +193,12 @@ def _softmax_terms(
     all_text: Tensor,
     scale: Tensor,
 ) -> _Computed:
-    to_text = _softmax_rows(matches, smoothing, image, all_text, scale)
-    to_image = _softmax_rows(matches, smoothing, text, all_image, scale)
-    (image_loss, image_hits, d_image, d_all_text) = to_text
-    (text_loss, text_hits, d_text, d_all_image) = to_image
+    image_loss, image_hits, d_image, d_all_text = _softmax_rows(
+        matches, smoothing, image, all_text, scale
+    )
+    text_loss, text_hits, d_text, d_all_image = _softmax_rows(
+        matches, smoothing, text, all_image, scale
+    )
     d_scale = (d_image * image).sum() + (d_text * text).sum()
     gradients = [d.mul_(scale) for d in (d_image, d_text, d_all_image, d_all_text)]
     return (image_loss + text_loss) / 2, image_hits, text_hits, [*gradients, d_scale]

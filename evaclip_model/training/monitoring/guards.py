@@ -15,8 +15,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Self
@@ -45,14 +45,12 @@ class StepVerdict(Enum):
 
 @dataclass(frozen=True)
 class Observed:
-    """A step before it is taken; the same on every rank."""
+    """Step number `step`, counted from 1, before it is taken; the same on every rank: the loss of
+    the global batch in nats, the norm of the whole gradient before clipping."""
 
     step: int
-    """Number of the step, counted from 1."""
     loss: float
-    """Mean over the global batch, nats."""
     grad_norm: float
-    """Of the whole gradient, before clipping."""
     finite: bool
     """All features on all ranks are numbers."""
     culprits: str = ""
@@ -61,11 +59,8 @@ class Observed:
     def has_numbers(self, config: TrainConfig) -> bool:
         """Features, loss and gradient are numbers; fp16's gradient may overflow instead, which is
         how it finds its loss scale."""
-        return (
-            self.finite
-            and math.isfinite(self.loss)
-            and (config.precision == "fp16" or math.isfinite(self.grad_norm))
-        )
+        figures = [self.loss] if config.precision == "fp16" else [self.loss, self.grad_norm]
+        return self.finite and all(map(math.isfinite, figures))
 
 
 @dataclass(frozen=True)
@@ -86,11 +81,6 @@ class Running:
     mean: float = 0.0
     variance: float = 0.0
 
-    def spike_limit(self, deviations: float) -> float:
-        """The largest value that is not a spike yet."""
-        least = LEAST_DEVIATION * abs(self.mean)
-        return self.mean + deviations * max(math.sqrt(self.variance), least)
-
     def with_value(self, value: float, window: int) -> Running:
         """The mean with one more value, whose weight is 1 / `window` once there were as many."""
         weight = 1 / min(self.count + 1, window)
@@ -107,30 +97,27 @@ class GuardState:
     """Steps in a row, up to now, whose figures were not numbers."""
     rollbacks: int = 0
     """Times that training went back, in the whole stage."""
-    loss: Running = field(default_factory=Running)
-    grad_norm: Running = field(default_factory=Running)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> GuardState:
-        """The state whose `asdict` this is; of an empty mapping, the one to begin with."""
-        running = {name: Running(**values[name]) for name in ("loss", "grad_norm") if values}
-        return cls(**{**values, **running})
+    loss: Running = Running()
+    grad_norm: Running = Running()
 
 
 def judge_step(state: GuardState, seen: Observed, config: TrainConfig) -> tuple[Judged, GuardState]:
-    """Decide on a step; the decision, and the state for the next step.
+    """Decide on a step; the decision, and the state for the next step. Raises Diverged after more
+    than `max_nonfinite_steps` in a row, or more than `max_rollbacks` in all.
 
     A step whose fp16 gradient overflows is to be taken: the engine then leaves it out, lowers the
     loss scale, and knows when it is low enough to give up.
-
-    Raises: Diverged: more than `max_nonfinite_steps` in a row, or more than `max_rollbacks` in all.
     """
     if seen.has_numbers(config):
         if math.isfinite(seen.grad_norm):
             return _judge_numbers(replace(state, nonfinite=0), seen, config)
         return Judged(StepVerdict.TAKE, "overflow", f"step {seen.step} overflows fp16"), state
     state = replace(state, nonfinite=state.nonfinite + 1)
-    what = _name_nonfinite(seen)
+    what = f"the gradient's norm is {seen.grad_norm}"
+    if not seen.finite:
+        what = "features are not finite" + (f" ({seen.culprits})" if seen.culprits else "")
+    elif not math.isfinite(seen.loss):
+        what = f"the loss is {seen.loss}"
     if state.nonfinite > config.guards.max_nonfinite_steps:
         raise Diverged(
             f"{what} at step {seen.step}, {_count_times(state.nonfinite)} in a row: lower the "
@@ -142,14 +129,13 @@ def judge_step(state: GuardState, seen: Observed, config: TrainConfig) -> tuple[
 def _judge_numbers(
     state: GuardState, seen: Observed, config: TrainConfig
 ) -> tuple[Judged, GuardState]:
-    window, deviations = config.guards.spike_window_steps, config.guards.spike_deviations
+    guards, window = config.guards, config.guards.spike_window_steps
     found: list[str] = []
-    followed = {}
-    for name, running, value in (
-        ("loss", state.loss, seen.loss),
-        ("grad_norm", state.grad_norm, seen.grad_norm),
-    ):
-        limit = running.spike_limit(deviations)
+    followed: dict[str, Running] = {}
+    for name in ("loss", "grad_norm"):
+        running, value = getattr(state, name), getattr(seen, name)
+        deviation = max(math.sqrt(running.variance), LEAST_DEVIATION * abs(running.mean))
+        limit = running.mean + guards.spike_deviations * deviation
         spiked = running.count >= window and value > limit
         if spiked:
             found.append(
@@ -163,26 +149,16 @@ def _judge_numbers(
     if not found:
         return Judged(StepVerdict.TAKE), state
     reason = f"spike at step {seen.step}: {' and '.join(found)}"
-    if config.guards.spike_action == "log":
-        return Judged(StepVerdict.TAKE, "spike", reason), state
-    if config.guards.spike_action == "skip":
-        return Judged(StepVerdict.DISCARD, "spike", reason), state
-    if state.rollbacks >= config.guards.max_rollbacks:
+    if guards.spike_action != "rollback":
+        verdict = StepVerdict.TAKE if guards.spike_action == "log" else StepVerdict.DISCARD
+        return Judged(verdict, "spike", reason), state
+    if state.rollbacks >= guards.max_rollbacks:
         raise Diverged(
             f"{reason}; training went back {_count_times(state.rollbacks)} before: lower the "
             "learning rate, raise 'guards.spike_deviations', or look at the data around this step"
         )
     rolled = replace(state, rollbacks=state.rollbacks + 1)
     return Judged(StepVerdict.ROLL_BACK, "spike", reason), rolled
-
-
-def _name_nonfinite(seen: Observed) -> str:
-    if not seen.finite:
-        culprits = f" ({seen.culprits})" if seen.culprits else ""
-        return f"features are not finite{culprits}"
-    if not math.isfinite(seen.loss):
-        return f"the loss is {seen.loss}"
-    return f"the gradient's norm is {seen.grad_norm}"
 
 
 def _count_times(count: int) -> str:
@@ -196,16 +172,13 @@ NAMED = 3
 def describe_samples(rank: int, batch: Batch, finite_rows: Tensor) -> dict[str, Any]:
     """A rank's samples of a step, in JSON's types; `finite_rows` [b]: the features of each are
     numbers."""
+    rows = zip(
+        batch.positions.tolist(), batch.origins, batch.captions, finite_rows.tolist(), strict=True
+    )
     samples = [
-        {"position": position, "shard": origin.shard, "key": origin.key, "finite": bool(finite)}
-        | {"caption": caption}
-        for position, origin, caption, finite in zip(
-            batch.positions.tolist(),
-            batch.origins,
-            batch.captions,
-            finite_rows.tolist(),
-            strict=True,
-        )
+        {"position": position, "shard": origin.shard, "key": origin.key}
+        | {"finite": finite, "caption": caption}
+        for position, origin, caption, finite in rows
     ]
     return {"rank": rank, "samples": samples}
 

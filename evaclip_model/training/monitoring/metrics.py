@@ -5,9 +5,9 @@ Every name in a line of `metrics.jsonl` is written here once, with its meaning a
 read the lines.
 
 One sum over a table in which every rank fills its own row costs as much as one over a single
-number, and also says which rank was slow, or had features that are not numbers. The whole step
-takes every rank equally long, because ranks wait for each other; the forward pass waits for nobody:
-a rank that is slow here is the slow one.
+number, and also says which rank was slow. The whole step takes every rank equally long, because
+ranks wait for each other; the forward pass waits for nobody: a rank that is slow here is the slow
+one.
 """
 
 import json
@@ -22,7 +22,7 @@ from typing import Any, Self, TextIO
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
@@ -31,9 +31,10 @@ from evaclip_model.training.config import METRICS_FILE, TrainConfig, TrainJob
 from evaclip_model.training.cost import peak_flops, train_flops_per_sample
 from evaclip_model.training.engine.engine import Stepped
 from evaclip_model.training.optimizer.optimizer import TOWERS
-from evaclip_model.training.training_step import patch_dropout_at
+from evaclip_model.training.training_step import StepTerms, patch_dropout_at
 
 TENSORBOARD_FOLDER = "tensorboard"
+PROFILE_FOLDER = "profile"
 STRAGGLER_RATIO = 1.5
 """Times the median rank's seconds from which on a rank keeps the others waiting."""
 StepMetrics = dict[str, float | None]
@@ -51,7 +52,6 @@ class RankMetrics:
     image_to_text_accuracy: Tensor | float
     """Share of images whose own caption, of the global batch's, has the highest score."""
     text_to_image_accuracy: Tensor | float
-    """Share of captions whose own image has the highest score."""
     text_tokens: Tensor | float
     """Mean length of the captions, in tokens, start and end among them."""
 
@@ -67,7 +67,6 @@ class RankRow(RankMetrics):
     save_failed: Tensor | float
     """1 when its part of the last checkpoint could not be written, else 0."""
     data_wait_s: Tensor | float
-    """Seconds it waited for its samples."""
     forward_s: Tensor | float
     """Seconds of its forward passes: its work before it has to wait for other ranks."""
 
@@ -91,12 +90,10 @@ class RankStats:
 
     @property
     def stop(self) -> bool:
-        """Some rank was asked to stop."""
         return any(row.stop for row in self.rows)
 
     @property
     def save_failed(self) -> bool:
-        """The last checkpoint could not be written: all ranks are to learn why."""
         return any(row.save_failed for row in self.rows)
 
     @property
@@ -117,7 +114,7 @@ def gather_stats(row: RankRow, device: torch.device) -> RankStats:
     ]
     table = torch.zeros(ranks, len(cells), dtype=torch.float64, device=device)
     table[rank] = torch.stack(cells)
-    if ranks > 1:
+    if joined:
         dist.all_reduce(table)
     return RankStats(tuple(RankRow(*cells) for cells in table.tolist()))
 
@@ -127,7 +124,6 @@ class StepSeconds:
     """The time of a step on this rank, from the end of the step before; the fields are metrics."""
 
     data_wait_s: float
-    """Waiting for the samples."""
     prepare_s: float
     """Captions to ids, and masks."""
     gradient_s: float
@@ -140,8 +136,21 @@ class StepSeconds:
 
     @property
     def total(self) -> float:
-        """Sum of all five."""
         return sum(asdict(self).values(), 0.0)
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A step's gradient, which lies with the engine and waits for a verdict."""
+
+    terms: StepTerms
+    """This rank's."""
+    stats: RankStats
+    """All ranks', the same on every rank."""
+    norms: Mapping[str, float]
+    """As `Engine.grad_norms`."""
+    seconds: StepSeconds
+    """Up to here."""
 
 
 def step_metrics(
@@ -150,19 +159,17 @@ def step_metrics(
     config: TrainConfig,
     model: ModelConfig,
     lr_factor: float,
-    stats: RankStats,
-    scalars: Mapping[str, Tensor],
-    grad_norms: Mapping[str, float],
+    gradient: Gradient,
     spiked: bool,
     stepped: Stepped | None,
     skipped_steps: int,
     rollbacks: int,
-    seconds: StepSeconds,
     device: torch.device,
 ) -> StepMetrics:
     """The metrics of step `step`, counted from 1; `stepped` is none when it was discarded,
     `skipped_steps` and `rollbacks` include it."""
     masked = patch_dropout_at(config, step - 1)
+    stats, norms, seconds = gradient.stats, gradient.norms, gradient.seconds
     means = stats.means
     rate = config.global_batch / seconds.total
     rank_rate = rate / len(stats.rows)
@@ -177,14 +184,14 @@ def step_metrics(
     peak_lr = {"vision": config.lr_vision, "text": config.lr_text, "other": config.lr_other}
     none = (None, None, None)
     trust = {tower: stepped.trust.get(tower, none) if stepped else none for tower in TOWERS[:2]}
-    metrics: StepMetrics = {
+    return {
         # Steps attempted so far, this one included; pairs shown in them, those of steps that were
         # not taken included.
         "step": step,
         "samples": step * config.global_batch,
         **means,
         # The objective's, in the forward pass; the inverse temperature is at most 100.
-        **{name: float(value) for name, value in scalars.items()},
+        **{name: float(value) for name, value in gradient.terms.scalars.items()},
         # Of each tower's last layer; "other" is what belongs to no tower.
         **{f"lr_{tower}": peak_lr[tower] * lr_factor for tower in TOWERS},
         # 1 when the weights were updated, else 0.
@@ -192,8 +199,8 @@ def step_metrics(
         # Steps so far that did not update the weights.
         "skipped_steps": skipped_steps,
         # Norms before clipping: of the whole gradient, and of each tower's.
-        "grad_norm": grad_norms["total"],
-        **{f"grad_norm_{tower}": grad_norms[tower] for tower in TOWERS},
+        "grad_norm": norms["total"],
+        **{f"grad_norm_{tower}": norms[tower] for tower in TOWERS},
         # 1 when the gradient was longer than `grad_clip_norm`, else 0.
         "clipped": int(stepped is not None and stepped.clipped),
         # 1 when loss or gradient norm left their recent range, else 0.
@@ -228,7 +235,6 @@ def step_metrics(
         # Most memory that tensors took on rank 0's GPU since training began, bytes.
         "memory_peak_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
     }
-    return metrics
 
 
 def is_straggler(slowest_s: float, median_s: float) -> bool:
@@ -238,18 +244,24 @@ def is_straggler(slowest_s: float, median_s: float) -> bool:
 
 class MetricsLog:
     """`metrics.jsonl`, and TensorBoard's events of the same names where the job asks for them; a
-    context, in which a resumed run goes on.
-
-    A line is there when its step is over. Every rank has one, and only rank 0's writes.
-    """
+    context, in which a resumed run goes on. Every rank has one, and only rank 0's writes."""
 
     def __init__(self, job: TrainJob, *, writes: bool) -> None:
         """Raises: InputError: events are asked for, and the package for them is not installed."""
         self._path = job.run_dir / METRICS_FILE
         self._writes = writes
         self._file: TextIO | None = None
-        self._open_board: Any = _import_tensorboard() if job.tensorboard else None
+        self._open_board: Any = None
         self._board: Any = None
+        if job.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise InputError(
+                    "tensorboard = true needs the package tensorboard: pip install "
+                    "'evaclip[tensorboard]', or set it to false"
+                ) from None
+            self._open_board = SummaryWriter
 
     def __enter__(self) -> Self:
         return self
@@ -264,9 +276,8 @@ class MetricsLog:
         """Add a line with the time of writing, `time`, in seconds since 1970."""
         if not self._writes:
             return
-        there = {name: value for name, value in metrics.items() if value is not None}
         # JSON knows no other numbers.
-        line = {name: value for name, value in there.items() if math.isfinite(value)}
+        line = {name: v for name, v in metrics.items() if v is not None and math.isfinite(v)}
         now = time.time()
         if self._file is None:
             self._file = self._path.open("a")
@@ -294,21 +305,6 @@ class MetricsLog:
         return [row[name] for row in rows if name in row][-count:]
 
 
-def _import_tensorboard() -> Any:
-    """Raises: InputError: the package tensorboard, which nothing else needs, is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError(
-            "tensorboard = true needs the package tensorboard: pip install "
-            "'evaclip[tensorboard]', or set it to false"
-        ) from None
-    return SummaryWriter
-
-
-PROFILE_FOLDER = "profile"
-
-
 class Stopwatch:
     """Seconds from one question to the next."""
 
@@ -316,7 +312,6 @@ class Stopwatch:
         self._last = time.perf_counter()
 
     def take_lap(self) -> float:
-        """Seconds since it was asked last."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         return seconds
@@ -327,56 +322,43 @@ class ForwardClock:
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._seconds = 0.0
-        self._started = 0.0
-        self._events: list[tuple[Any, Any]] = []
-        module.register_forward_pre_hook(self._on_forward_start)
-        module.register_forward_hook(self._on_forward_end)
+        self._stamps: list[Any] = []
+        module.register_forward_pre_hook(self._add_stamp)
+        module.register_forward_hook(self._add_stamp)
 
     def take_seconds(self) -> float:
         """Seconds since it was read last; on a GPU it waits for the passes to end."""
-        for start, end in self._events:
-            end.synchronize()
-            self._seconds += start.elapsed_time(end) / 1000
-        seconds = self._seconds
-        self._events, self._seconds = [], 0.0
-        return seconds
+        stamps, self._stamps = self._stamps, []
+        pairs = zip(stamps[::2], stamps[1::2], strict=True)
+        if not self._on_gpu:
+            return sum((end - start for start, end in pairs), 0.0)
+        stamps[-1].synchronize()
+        return sum((start.elapsed_time(end) / 1000 for start, end in pairs), 0.0)
 
-    def _on_forward_start(self, module: nn.Module, inputs: Any) -> None:
+    def _add_stamp(self, *_: Any) -> None:
         if self._on_gpu:
             event: Any = torch.cuda.Event
-            pair = event(enable_timing=True), event(enable_timing=True)
-            pair[0].record()
-            self._events.append(pair)
-        self._started = time.perf_counter()
-
-    def _on_forward_end(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        if self._on_gpu:
-            self._events[-1][1].record()
+            self._stamps.append(event(enable_timing=True))
+            self._stamps[-1].record()
         else:
-            self._seconds += time.perf_counter() - self._started
+            self._stamps.append(time.perf_counter())
 
 
 class ProfileWindow:
-    """Records the steps `first` to `last`, counted from 1, of the process it is in."""
+    """Records the first to the last of `steps`, counted from 1, of the process it is in, and writes
+    `steps-FIRST-LAST.json`; none: nothing."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path) -> None:
-        """Record from the first to the last of `steps`; none: nothing."""
         self._first, self._last = steps or (0, 0)
         self._folder = folder
         self._profile: profile | None = None
 
     def before_step(self, step: int) -> None:
-        """Call before step `step`."""
         if step == self._first:
-            activities = [ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                activities.append(ProfilerActivity.CUDA)
-            self._profile = profile(activities=activities, profile_memory=True)
+            self._profile = profile(profile_memory=True)
             self._profile.start()
 
     def after_step(self, step: int) -> None:
-        """Call after it; writes `steps-FIRST-LAST.json` after the last."""
         if self._profile is not None and step >= self._last:
             self._profile.stop()
             self._folder.mkdir(parents=True, exist_ok=True)

@@ -30,23 +30,19 @@ class SelfTestFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class SelfTest:
-    """Largest differences to the plain computation, over all ranks."""
+    """Largest differences to the plain computation, over all ranks, relative to the largest value:
+    of weights after a step, of the loss or its gradient, of the output of the model's kernel."""
 
     lamb: float
-    """Weights after a step, relative to the largest."""
     loss: float
-    """Of the global batch, nats, or of its gradient by the features of this rank."""
     attention: float
-    """Of the model's kernel, relative to the largest output."""
     attention_kernel: str
     seconds: float
 
 
 def self_test(model: EvaClip, config: TrainConfig) -> SelfTest:
-    """Every rank calls it with its model on its device.
-
-    Raises: SelfTestFailed: on every rank, when a difference on some rank is more than rounding.
-    """
+    """Every rank calls it with its model on its device. Raises SelfTestFailed on every rank when a
+    difference on some rank is more than rounding."""
     started = time.perf_counter()
     device, dtype = model.logit_scale.device, model.logit_scale.dtype
     own = (
@@ -57,14 +53,11 @@ def self_test(model: EvaClip, config: TrainConfig) -> SelfTest:
     lamb, loss, attention = (
         max(found) for found in zip(*Peers.every_rank().gather_values(own), strict=True)
     )
+    near = _TOLERANCES[dtype]
     for what, difference, limit in (
         ("LAMB over these ranks differs from LAMB on whole tensors", lamb, EXACT),
         ("the loss over these ranks differs from that of one process", loss, EXACT),
-        (
-            f"attention '{model.attention}' differs from plain products",
-            attention,
-            _TOLERANCES[dtype],
-        ),
+        (f"attention '{model.attention}' differs from plain products", attention, near),
     ):
         if not difference <= limit:
             raise SelfTestFailed(f"self-test: {what} by {difference:.2g}, more than {limit:g}")
@@ -75,26 +68,31 @@ def _lamb_difference(config: TrainConfig, device: torch.device) -> float:
     peers = Peers.every_rank()
     rank, ranks = peers.rank, peers.count
     draw = torch.Generator().manual_seed(1)
-    values = [torch.randn(shape, generator=draw).to(device) for shape in _SHAPES]
-    gradients = [torch.randn(shape, generator=draw).to(device) for shape in _SHAPES]
-    whole = [value.clone() for value in values]
-    plain = _make_lamb(whole, config)
-    for tensor, gradient in zip(whole, gradients, strict=True):
-        tensor.grad = gradient.clone()
-    plain.step()
-
-    flat_values, flat_gradients, flat_whole = (
-        torch.cat([tensor.reshape(-1) for tensor in tensors])
-        for tensors in (values, gradients, whole)
+    values, gradients = (
+        [torch.randn(shape, generator=draw).to(device) for shape in _SHAPES] for _ in range(2)
     )
+    flat_values, flat_gradients = (
+        torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in (values, gradients)
+    )
+    whole = [value.clone() for value in values]
+    for tensor, gradient in zip(whole, gradients, strict=True):
+        tensor.grad = gradient
+    _make_lamb(whole, config).step()
+    flat_whole = torch.cat([tensor.reshape(-1) for tensor in whole])
     size = -(-len(flat_values) // ranks)
     start, stop = rank * size, min((rank + 1) * size, len(flat_values))
     cut = _make_lamb(values, config)
     piece = flat_values[start:stop].clone()
     piece.grad = flat_gradients[start:stop].clone()
     cut.param_groups[0]["params"] = [piece]
+    fragments, first = [], 0
+    for number, value in enumerate(values):
+        low, high = max(start, first), min(stop, first + value.numel())
+        if low < high:
+            fragments.append(Fragment(number, low - first, low - start, high - low))
+        first += value.numel()
     group = dist.group.WORLD if ranks > 1 else None
-    cut.bind_layouts([Layout(_cut_fragments(start, stop), group)])
+    cut.bind_layouts([Layout(tuple(fragments), group)])
     cut.step()
     if start >= stop:
         return 0.0
@@ -112,18 +110,6 @@ def _make_lamb(tensors: list[Tensor], config: TrainConfig) -> Lamb:
     )
 
 
-def _cut_fragments(start: int, stop: int) -> tuple[Fragment, ...]:
-    """The fragments of tensors within elements `start` to `stop` (exclusive) of all, end to end."""
-    found, first = [], 0
-    for number, shape in enumerate(_SHAPES):
-        numel = torch.Size(shape).numel()
-        low, high = max(start, first), min(stop, first + numel)
-        if low < high:
-            found.append(Fragment(number, low - first, low - start, high - low))
-        first += numel
-    return tuple(found)
-
-
 def _loss_difference(model: EvaClip, config: TrainConfig, device: torch.device) -> float:
     peers = Peers.every_rank()
     rank, ranks = peers.rank, peers.count
@@ -139,9 +125,7 @@ def _loss_difference(model: EvaClip, config: TrainConfig, device: torch.device) 
     own = image.detach()[mine].clone().requires_grad_()
     loss = objective.compute_terms(own, text[mine], scalars).loss
     (gradient,) = torch.autograd.grad(loss, own)
-    mean = loss.detach().clone()
-    if ranks > 1:
-        dist.all_reduce(mean)
+    mean = peers.add_up(loss.detach().clone())
     value = (mean / ranks - expected.detach()).abs() / expected.detach().abs()
     slope = (gradient / ranks - whole[mine]).abs().max() / whole.abs().max()
     return float(torch.maximum(value, slope))

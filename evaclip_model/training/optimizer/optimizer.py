@@ -7,8 +7,7 @@ Not here: gradient clipping (training/engine/engine.py).
 ZeRO hands an optimizer one flat tensor per group: a rank's slice of all the group's parameters,
 cut at rank boundaries. A norm of that tensor mixes layers and depends on the number of ranks. Here
 squared norms are taken per parameter fragment and summed over ranks before any ratio is formed.
-Every group costs ZeRO several collectives a step, whatever its size. So parts with rates of their
-own may be packed into one group.
+Every group costs ZeRO several collectives a step, so parts with rates of their own may be packed.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, repeat
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -57,7 +56,6 @@ def parameter_groups(shapes: Iterable[tuple[str, torch.Size]], config: TrainConf
     """Group parameters, of names and shapes in the model's order, by tower, layer and weight decay:
     vision first, then text, then the rest. Frozen ones are in no group."""
     every = list(shapes)
-    parameters = [(name, shape) for name, shape in every if not config.is_frozen(name)]
     peaks = {"vision": config.lr_vision, "text": config.lr_text, "other": config.lr_other}
     decays = {"vision": config.layer_decay_vision, "text": config.layer_decay_text, "other": 1.0}
     depths = dict.fromkeys(TOWERS, 0)
@@ -65,13 +63,12 @@ def parameter_groups(shapes: Iterable[tuple[str, torch.Size]], config: TrainConf
         if block := _BLOCK.search(name):
             depths[tower_of(name)] = max(depths[tower_of(name)], int(block.group(1)) + 1)
     members: dict[tuple[Tower, int, bool], list[str]] = {}
-    for name, shape in parameters:
-        tower = tower_of(name)
-        decayed = is_decayed(name, shape)
-        layer = layer_of(name, depths[tower])
-        if decays[tower] == 1:
-            layer = depths[tower] + 1
-        members.setdefault((tower, layer, decayed), []).append(name)
+    for name, shape in every:
+        if not config.is_frozen(name):
+            tower = tower_of(name)
+            depth = depths[tower]
+            layer = depth + 1 if decays[tower] == 1 else layer_of(name, depth)
+            members.setdefault((tower, layer, is_decayed(name, shape)), []).append(name)
     return [
         Group(
             tower,
@@ -109,11 +106,9 @@ def is_decayed(name: str, shape: torch.Size) -> bool:
 def lr_factor(
     step: int, warmup_steps: int, total_steps: int, schedule: Schedule = "cosine"
 ) -> float:
-    """Share of the peak learning rate at optimizer step `step`, counted from 0.
-
-    A line from 1/warmup to 1; then half a cosine, or a line, that reaches 0 at `total_steps`; or 1.
-    Steps that were not taken count: rate and data stay side by side.
-    """
+    """Share of the peak learning rate at optimizer step `step`, counted from 0: a line from
+    1/warmup to 1; then half a cosine, or a line, that reaches 0 at `total_steps`; or 1. Steps that
+    were not taken count: rate and data stay side by side."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if schedule == "constant":
@@ -122,6 +117,7 @@ def lr_factor(
     return 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 CHUNK = 1 << 17
 """Elements updated at a time on a CPU: a chunk and its temporaries stay in a core's cache."""
 BATCH = 1 << 27
@@ -139,22 +135,20 @@ class LambPart:
 
 @dataclass(frozen=True)
 class Fragment:
-    """A piece of parameter number `parameter` (of its group): `size` elements of a flat tensor."""
+    """A piece of parameter number `parameter` (of its group): `size` elements, of the parameter
+    from `offset` on, of a flat tensor from `start` on."""
 
     parameter: int
     offset: int
-    """First element inside the parameter."""
     start: int
-    """First element inside the flat tensor."""
     size: int
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Places of one group's parameters in this rank's flat tensor."""
+    """Places of one group's parameters in this rank's flat tensor, in its order."""
 
     fragments: tuple[Fragment, ...]
-    """In the order of the flat tensor."""
     ranks: dist.ProcessGroup | None
     """Who holds the other fragments; none when all are here."""
 
@@ -179,7 +173,6 @@ class Lamb(torch.optim.Optimizer):
         """Take up parameters without changing them.
 
         Args:
-            parts: disjoint; together all parameters.
             packed: make one group of all parts, instead of one of each.
             trust_clip: bounds of the ratio, or none. A ratio with a zero norm is 1, then bounded.
             adapt: whether to scale at all; without, this is AdamW.
@@ -213,10 +206,8 @@ class Lamb(torch.optim.Optimizer):
             group["ratios"] = None
 
     def bind_layouts(self, layouts: Iterable[Layout]) -> None:
-        """State where parameters lie in each group's flat tensor, group by group.
-
-        Raises: ValueError: a group is not one flat tensor, or a fragment leaves it.
-        """
+        """State where parameters lie in each group's flat tensor, group by group. Raises
+        ValueError when a group is not one flat tensor, or a fragment leaves it."""
         for group, layout in zip(self.param_groups, layouts, strict=True):
             if len(group["params"]) != 1 or group["params"][0].dim() != 1:
                 raise ValueError("a bound group must hold one flat tensor")
@@ -240,28 +231,23 @@ class Lamb(torch.optim.Optimizer):
             group["updates"] = count
 
     def trust_ratios(self) -> list[list[float]]:
-        """The last step's ratio of every parameter, by part; nothing for a part without.
-
-        With `adapt_whole_tensors` that of every tensor handed over, which under ZeRO is this
-        rank's alone.
-        """
+        """The last step's ratio of every parameter, by part; nothing for a part without. With
+        `adapt_whole_tensors` that of every tensor handed over, which under ZeRO is this rank's."""
         found: list[list[float]] = []
         for group in self.param_groups:
             of_parts: list[list[float]] = [[] for _ in group["parts"]]
-            if group["ratios"] is not None:
-                owners = (
-                    [0] * len(group["ratios"]) if self._adapt_whole_tensors else group["owners"]
-                )
-                for owner, ratio in zip(owners, group["ratios"].tolist(), strict=True):
-                    if self._adapts_part(group["parts"][owner]):
-                        of_parts[owner].append(ratio)
+            ratios = [] if group["ratios"] is None else group["ratios"].tolist()
+            owners = repeat(0) if self._adapt_whole_tensors else group["owners"]
+            for owner, ratio in zip(owners, ratios, strict=False):
+                if self._adapts_part(group["parts"][owner]):
+                    of_parts[owner].append(ratio)
             found += of_parts
         return found
 
     def get_moments(self, tensor: Tensor) -> dict[str, Tensor]:
-        """`exp_avg` and `exp_avg_sq` of a tensor, its moments, of its shape; zeros if new."""
+        """The `MOMENTS` of a tensor, of its shape; zeros if new."""
         state: dict[str, Tensor] = self.state[tensor]
-        for name in ("exp_avg", "exp_avg_sq"):
+        for name in MOMENTS:
             if name not in state:
                 state[name] = torch.zeros_like(tensor, memory_format=torch.contiguous_format)
         return state
@@ -279,20 +265,31 @@ class Lamb(torch.optim.Optimizer):
         group["updates"] += 1
         tensors: list[Tensor] = group["params"]
         weights = [tensor.view(-1) for tensor in tensors]
-        directions = [_require_gradient(tensor).reshape(-1) for tensor in tensors]
+        if any(tensor.grad is None for tensor in tensors):
+            raise ValueError("a parameter has no gradient: freeze it before making the optimizer")
+        directions = [tensor.grad.reshape(-1) for tensor in tensors if tensor.grad is not None]
+        moments = [
+            [self.get_moments(tensor)[kind].view(-1) for tensor in tensors] for kind in MOMENTS
+        ]
         spans = _merge_neighbours(group["pieces"])
-        moments = [tuple(self.get_moments(tensor).values()) for tensor in tensors]
+        beta1, beta2 = self._betas
         for weight_decay, batch in batches_of(spans, group["parts"], weights[0].device):
-            self._turn_into_directions(
-                [piece.slice_of(directions[piece.tensor]) for piece in batch],
-                [piece.slice_of(weights[piece.tensor]) for piece in batch],
-                *(
-                    [piece.slice_of(moments[piece.tensor][which].view(-1)) for piece in batch]
-                    for which in (0, 1)
-                ),
-                updates=group["updates"],
-                weight_decay=weight_decay,
+            gradients, parameters, means, squares = (
+                [piece.slice_of(flat[piece.tensor]) for piece in batch]
+                for flat in (directions, weights, *moments)
             )
+            # m / (sqrt(v) + eps) + decay * weight comes in the gradients' place.
+            torch._foreach_lerp_(means, gradients, 1 - beta1)
+            torch._foreach_mul_(squares, beta2)
+            torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
+            roots = torch._foreach_sqrt(squares)
+            torch._foreach_div_(roots, (1 - beta2 ** group["updates"]) ** 0.5)
+            torch._foreach_add_(roots, self._eps)
+            torch._foreach_copy_(gradients, means)
+            torch._foreach_div_(gradients, roots)
+            torch._foreach_div_(gradients, 1 - beta1 ** group["updates"])
+            if weight_decay != 0:
+                torch._foreach_add_(gradients, parameters, alpha=weight_decay)
         self._scale_directions(group, weights, directions)
         for part, of_part in groupby(spans, key=lambda span: span.part):
             held = list(of_part)
@@ -301,34 +298,6 @@ class Lamb(torch.optim.Optimizer):
                 [span.slice_of(directions[span.tensor]) for span in held],
                 alpha=-group["parts"][part].lr,
             )
-
-    def _turn_into_directions(
-        self,
-        gradients: list[Tensor],
-        weights: list[Tensor],
-        means: list[Tensor],
-        squares: list[Tensor],
-        *,
-        updates: int,
-        weight_decay: float,
-    ) -> None:
-        """Advance the moments; put m / (sqrt(v) + eps) + decay * weight in the gradients' place.
-
-        m and v are bias-corrected. Lists of tensors of one dimension, of equal sizes place by
-        place.
-        """
-        beta1, beta2 = self._betas
-        torch._foreach_lerp_(means, gradients, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
-        roots = torch._foreach_sqrt(squares)
-        torch._foreach_div_(roots, (1 - beta2**updates) ** 0.5)
-        torch._foreach_add_(roots, self._eps)
-        torch._foreach_copy_(gradients, means)
-        torch._foreach_div_(gradients, roots)
-        torch._foreach_div_(gradients, 1 - beta1**updates)
-        if weight_decay != 0:
-            torch._foreach_add_(gradients, weights, alpha=weight_decay)
 
     def _scale_directions(
         self, group: dict[str, Any], weights: list[Tensor], directions: list[Tensor]
@@ -344,8 +313,10 @@ class Lamb(torch.optim.Optimizer):
                 piece for piece in group["pieces"] if self._adapts_part(group["parts"][piece.part])
             ]
             count, ranks = len(group["owners"]), group["ranks"]
-        cut_weights = [piece.slice_of(weights[piece.tensor]) for piece in pieces]
-        cut_directions = [piece.slice_of(directions[piece.tensor]) for piece in pieces]
+        cut_weights, cut_directions = (
+            [piece.slice_of(flat[piece.tensor]) for piece in pieces]
+            for flat in (weights, directions)
+        )
         device = weights[0].device
         squares = torch.zeros(2, count, dtype=torch.float64, device=device)
         owner = torch.tensor([piece.parameter for piece in pieces], dtype=torch.long, device=device)
@@ -354,32 +325,31 @@ class Lamb(torch.optim.Optimizer):
             squares.index_add_(1, owner, torch.stack(norms).double().square().view(2, -1))
         if ranks is not None:
             dist.all_reduce(squares, group=ranks)
-        group["ratios"] = ratios = self._trust_ratio(*squares.sqrt()).to(weights[0].dtype)
+        weight_norm, direction_norm = squares.sqrt()
+        is_known = (weight_norm > 0) & (direction_norm > 0)
+        ratio = torch.where(is_known, weight_norm / direction_norm, 1.0)
+        if self._trust_clip is not None:
+            ratio = ratio.clamp(*self._trust_clip)
+        group["ratios"] = ratios = ratio.to(weights[0].dtype)
         if pieces:
             torch._foreach_mul_(cut_directions, list(ratios[owner].unbind()))
 
     def _adapts_part(self, part: LambPart) -> bool:
         return self._adapt and (part.weight_decay != 0 or self._adapt_no_decay)
 
-    def _trust_ratio(self, weight_norm: Tensor, direction_norm: Tensor) -> Tensor:
-        ratio = torch.where(
-            (weight_norm > 0) & (direction_norm > 0), weight_norm / direction_norm, 1.0
-        )
-        return ratio if self._trust_clip is None else ratio.clamp(*self._trust_clip)
-
 
 class FlatSlice(NamedTuple):
-    """A range of a flattened tensor that belongs to one parameter, or to one part."""
+    """A range of the group's tensor number `tensor`, flattened, that belongs to one parameter, or
+    to one part."""
 
     tensor: int
-    """Number in the group's tensors."""
     parameter: int
     part: int
     start: int
     size: int
 
     def slice_of(self, flat: Tensor) -> Tensor:
-        """The range [size] of a flattened tensor [n], a view."""
+        """[n] -> [size], a view."""
         return flat.narrow(0, self.start, self.size)
 
     def cut_pieces(self, size: int) -> list[FlatSlice]:
@@ -417,9 +387,3 @@ def batches_of(
                 batch = []
             batch.append(piece)
         yield weight_decay, batch
-
-
-def _require_gradient(tensor: Tensor) -> Tensor:
-    if tensor.grad is None:
-        raise ValueError("a parameter has no gradient: freeze it before making the optimizer")
-    return tensor.grad

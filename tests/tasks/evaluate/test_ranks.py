@@ -17,7 +17,7 @@ import torch
 
 from evaclip_model.create import open_model
 from evaclip_model.tokenizer.tokenizer import tokenize
-from evaclip_model.training.monitoring.zeroshot_probe import open_probe, run_probe
+from evaclip_model.training.monitoring.validation import open_probe, run_probe
 from evaclip_model.zeroshot.exact_ranks import normalise_features, text_classifier
 from tasks.encoders.open_models import open_subject
 from tasks.evaluate.config import EvalSetConfig, EvaluateConfig, EvaluationMachine
