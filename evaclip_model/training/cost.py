@@ -15,8 +15,6 @@ from evaclip_model.training.loss.objective import make_objective
 
 PACKED_TEXT_TOKENS = 20.0
 """Tokens of a web caption with its start and end, on average; what packing computes of 77."""
-BACKWARD_PASSES = 2
-"""Forward passes that a backward pass is worth: gradients of inputs, and of weights."""
 
 LIBRARIES_BYTES = 1.5 * 2**30
 """CUDA's context, the communication library's buffers, workspaces of matrix products."""
@@ -37,7 +35,7 @@ def train_flops_per_sample(
     trainers do; so a model that leaves such work out reports more than it computes.
     """
     forward = image_flops(config, patch_dropout) + text_flops(config, text_tokens)
-    return forward * (1 + BACKWARD_PASSES)
+    return forward * 3  # a backward pass is worth two: gradients of inputs, and of weights
 
 
 def image_flops(config: ModelConfig, patch_dropout: float = 0.0) -> float:

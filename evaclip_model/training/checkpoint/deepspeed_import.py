@@ -30,11 +30,6 @@ from evaclip_model.weights.checkpoint_files import DEEPSPEED_STATES, find_newest
 from evaclip_model.weights.checkpoint_format import TrainingProgress
 from evaclip_model.weights.name_maps import native_names
 
-_OPTIMIZER_STATES = (
-    "zero_pp_rank_{}_mp_rank_00_optim_states.pt",
-    "bf16_zero_pp_rank_{}_mp_rank_00_optim_states.pt",
-)
-"""Of rank {}; DeepSpeed names those of a bf16 run in a way of its own."""
 Pieces = Sequence[Mapping[str, Tensor]]
 """Of one parameter, in order: our kind -> [n] fp32."""
 _State = Mapping[str, Any]
@@ -92,8 +87,8 @@ def _read_zero(
     pieces: dict[str, list[Mapping[str, Tensor]]] = {name: [] for name in shapes}
     states = []
     for rank in range(int(model["dp_world_size"])):
-        paths = [folder / name.format(rank) for name in _OPTIMIZER_STATES]
-        path = next((path for path in paths if path.is_file()), paths[0])
+        file = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"  # after "bf16_" where it is that
+        path = next(folder.glob(f"*{file}"), folder / file)
         states.append(state := _open_file(path)["optimizer_state_dict"])
         if int(state.get("zero_stage", 1)) > 2:
             raise InputError(f"{folder} is of ZeRO stage 3: convert it to a universal one")

@@ -8,9 +8,8 @@ parameters themselves). Its maps and buffers are private attributes behind its p
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,8 +18,7 @@ from torch import Tensor
 from evaclip_model.training.optimizer.optimizer import Fragment, Layout
 
 
-@dataclass(frozen=True)
-class Master:
+class Master(NamedTuple):
     """The place of a piece of a parameter's fp32 master: `size` elements, from element `offset` of
     the flattened parameter, and `start` of the tensor on."""
 

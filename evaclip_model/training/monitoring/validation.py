@@ -10,8 +10,8 @@ on alone. Nothing is drawn, and the model stays as it is.
 
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,8 +55,7 @@ PROMPTS_BLOCK = 256
 RECALLS = (1, 5)
 
 
-@dataclass(frozen=True)
-class HeldOutPairs:
+class HeldOutPairs(NamedTuple):
     """Pairs that are held out, the same on every rank; images [N, 3, S, S] uint8."""
 
     images: Tensor
@@ -152,8 +151,7 @@ def _encode_texts(model: EvaClip, texts: Sequence[str], block: int = BLOCK) -> T
     return encode_in_blocks(model, len(tokens), encode_some, block)
 
 
-@dataclass(frozen=True)
-class ProbeSet:
+class ProbeSet(NamedTuple):
     """A rank's part of the images, encoded; and all classes."""
 
     classnames: tuple[str, ...]

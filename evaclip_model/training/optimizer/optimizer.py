@@ -40,8 +40,7 @@ _POSITIONS = ("pos_embed", "cls_token", "positional_embedding", "logit_scale")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Parameters that are stepped alike."""
 
     tower: Tower
@@ -133,8 +132,7 @@ class LambPart:
     weight_decay: float
 
 
-@dataclass(frozen=True)
-class Fragment:
+class Fragment(NamedTuple):
     """A piece of parameter number `parameter` (of its group): `size` elements, of the parameter
     from `offset` on, of a flat tensor from `start` on."""
 
@@ -144,8 +142,7 @@ class Fragment:
     size: int
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """Places of one group's parameters in this rank's flat tensor, in its order."""
 
     fragments: tuple[Fragment, ...]
