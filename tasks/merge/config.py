@@ -26,11 +26,7 @@ Policy = Literal["keep", "drop"]
 
 
 def why_refused(files: str) -> str | None:
-    """The reason why these files cannot be a source; None when they can.
-
-    >>> why_refused("hf://datasets/laion/laion2B-en/*.parquet") is None
-    False
-    """
+    """The reason why these files cannot be a source; None when they can."""
     if "://" not in files or not WITHDRAWN_NAMES.search(files):
         return None
     return (
@@ -50,8 +46,6 @@ Published = Annotated[str, Field(min_length=1), AfterValidator(_not_withdrawn)]
 
 
 def is_old_edition(columns: Collection[str]) -> bool:
-    """Return whether a file with these columns looks like LAION's metadata of before the
-    withdrawal."""
     return set(columns) >= OLD_COLUMNS
 
 
@@ -61,22 +55,21 @@ class ColumnMap(Config):
     url: str
     """Address of the image; text."""
     caption: str
-    """Caption; text."""
+    """Text."""
     id: str | None = None
     """The collection's own row id; kept as text, breaks ties between duplicates."""
     width: str | None = None
-    """Width in pixels, as published."""
+    """In pixels, as published, like the height."""
     height: str | None = None
-    """Height in pixels, as published."""
     similarity: str | None = None
     """Cosine similarity of image and caption, -1 to 1; anything else counts as unknown."""
     unsafe: tuple[str, ...] = ()
     """Columns that tell unsafe images: numbers are scores (0 safe, 1 unsafe), text is LAION's tag
     (UNLIKELY, UNSURE, NSFW). One unsafe column makes the row unsafe."""
     watermark: str | None = None
-    """Watermark score, 0 to 1."""
+    """Score, 0 to 1."""
     language: str | None = None
-    """Language of the caption, as the collection writes it; text."""
+    """Of the caption, as the collection writes it; text."""
     image_hash: str | None = None
     """Hash of the image's bytes or look (md5, sha256, pHash) in hex, for the hash blocklists."""
 
@@ -117,14 +110,12 @@ class SourceConfig(Config):
     """Glob of the cleaned edition's parquet files; rows whose address it lacks are dropped. Old
     copies of LAION's metadata are refused without it."""
     quoting: Quoting = "auto"
-    """Whether double quotes enclose the values of a text file; auto: in .csv yes, in .tsv where
-    they can (tasks/tables/text_tables.py has the rule)."""
+    """Whether double quotes enclose the values of a text file (tasks/tables/text_tables.py)."""
     header: bool = True
     """Whether a CSV's first line names the columns; if not, they are column0, column1, ..."""
     own_rows: bool = False
     """The rows are yours, only their columns have LAION's old names: nothing to compare with."""
     sidecars: tuple[SidecarConfig, ...] = ()
-    """Files with further columns of the same rows."""
     revision: str = ""
     """Which edition the files are, for the dataset's card: a date, a commit, a release."""
     licence: str = ""
@@ -164,7 +155,6 @@ class FilterConfig(Config):
     whose column it does not have."""
 
     blocklists: BlocklistConfig = BlocklistConfig()
-    """What is never fetched."""
     min_caption_chars: int = Field(default=3, ge=1)
     """Shortest caption, in characters after white space is tidied."""
     max_caption_chars: int | None = Field(default=1_000, ge=1)
@@ -200,13 +190,11 @@ class FilterConfig(Config):
 
 
 class MergeConfig(Config):
-    """One merge. What decides its result is everything but `engine`, `partitions` and
-    `memory_limit`."""
+    """One merge; `engine`, `partitions` and `memory_limit` alone do not decide its result."""
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1, max_length=32)
     """In order of preference: of two rows with the same URL the earlier source's stays."""
     filters: FilterConfig = FilterConfig()
-    """Rules before deduplication."""
     seed: int = 0
     """Decides which rows are selected, and their order. A larger target count with the same seed
     selects the same rows and more."""

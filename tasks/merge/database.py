@@ -1,7 +1,6 @@
-"""The embedded database a merge runs in.
+"""The embedded database a merge runs in: its functions, its reading of URLs, its statements as
+files, its errors as sentences.
 
-Covers: opening and closing DuckDB with bounded memory, its reading of URLs through fsspec, its
-statements as files, its errors as sentences, and LAION's row key.
 Not here: what the statements mean; see sql/ and units.py.
 """
 
@@ -19,6 +18,7 @@ import pyarrow as pa
 
 from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.reading.urls import is_url
+from tasks.index.sample_index import open_database as open_spilling_database
 from tasks.merge.metadata_files import file_system
 from tasks.web_addresses import normalise_host, remove_dot_segments
 
@@ -39,7 +39,7 @@ PARAMETER = re.compile(r"\$([a-z][a-z0-9_]*)")
 def open_database(
     spill: Path, memory_limit: str, threads: int | None, paths: Iterable[str] = ()
 ) -> Iterator[duckdb.DuckDBPyConnection]:
-    """An in-memory database that spills to the folder `spill`; closed whatever happens.
+    """An in-memory database that spills below the folder `spill`; closed whatever happens.
 
     `paths` are what will be read: where they are URLs, fsspec opens them.
 
@@ -48,40 +48,28 @@ def open_database(
         OSError: with ENOSPC, when the disk is full.
         KeyboardInterrupt: a signal stopped a statement.
     """
-    settings: dict[str, str | bool | int] = {
-        "memory_limit": memory_limit,
-        "temp_directory": str(spill),
-        # Every statement whose order matters says so; keeping any other costs memory.
-        "preserve_insertion_order": False,
-        "autoinstall_known_extensions": False,
-        "autoload_known_extensions": False,
-    }
-    if threads is not None:
-        settings["threads"] = threads
-    spill.mkdir(parents=True, exist_ok=True)  # the database makes only the last folder of a path
-    connection = duckdb.connect(":memory:", config=settings)
+    spill.mkdir(parents=True, exist_ok=True)
     try:
-        # Parquet statistics leave NaN out, so rewriting by them lets NaN through every range rule;
-        # on the way out they decide which columns are called required, file by file.
-        connection.execute("SET disabled_optimizers = 'statistics_propagation'")
-        connection.execute("SET enable_progress_bar = false")
-        # Texts of a batch may be longer than 2 GB.
-        connection.execute("SET arrow_large_buffer_size = true")
-        connection.create_function(
-            "normalise_host",
-            lambda host: None if host is None else normalise_host(host),
-            *(["VARCHAR"], "VARCHAR"),
-            null_handling="special",
-        )
-        connection.create_function(
-            "remove_dot_segments", remove_dot_segments, ["VARCHAR"], "VARCHAR"
-        )
-        connection.create_function(
-            "laion_hash", _laion_hash_column, ["VARCHAR"], "BIGINT", type="arrow"
-        )
-        for url in {path.partition("://")[0]: path for path in paths if is_url(path)}.values():
-            connection.register_filesystem(file_system(url))
-        yield connection
+        with open_spilling_database(memory_limit, spill) as connection:
+            if threads is not None:
+                connection.execute(f"SET threads = {threads}")
+            # Parquet statistics leave NaN out, so rewriting by them lets NaN through every range
+            # rule; on the way out they decide which columns are called required, file by file.
+            connection.execute("SET disabled_optimizers = 'statistics_propagation'")
+            connection.execute("SET enable_progress_bar = false")
+            # Texts of a batch may be longer than 2 GB.
+            connection.execute("SET arrow_large_buffer_size = true")
+            text = ["VARCHAR"]
+            connection.create_function(
+                "normalise_host", _host_or_none, text, "VARCHAR", null_handling="special"
+            )
+            connection.create_function("remove_dot_segments", remove_dot_segments, text, "VARCHAR")
+            connection.create_function(
+                "laion_hash", _laion_hash_column, text, "BIGINT", type="arrow"
+            )
+            for url in {path.partition("://")[0]: path for path in paths if is_url(path)}.values():
+                connection.register_filesystem(file_system(url))
+            yield connection
     except duckdb.OutOfMemoryException as error:
         raise InputError(
             f"the merge needs more than memory_limit = {memory_limit}: raise it, or 'partitions' "
@@ -96,8 +84,10 @@ def open_database(
         if str(error) == "Query interrupted":
             raise KeyboardInterrupt from error
         raise
-    finally:
-        connection.close()
+
+
+def _host_or_none(host: str | None) -> str | None:
+    return None if host is None else normalise_host(host)
 
 
 @contextmanager
@@ -125,11 +115,7 @@ def load_statement(name: str, **parts: str) -> str:
 
 
 def share_of_memory(limit: str, shares: int) -> str:
-    """A memory limit divided by a number of databases.
-
-    >>> share_of_memory("2GB", 4)
-    '524288KB'
-    """
+    """A memory limit divided by a number of databases."""
     number, unit = re.fullmatch(r"([0-9.]+) ?([KMGT]?)i?B", limit).groups()  # type: ignore[union-attr]
     kilobytes = float(number) * 1024 ** ("KMGT".index(unit) if unit else -1)
     return f"{max(1, int(kilobytes / shares))}KB"

@@ -1,14 +1,13 @@
-"""The rules a row must pass, as SQL expressions.
+"""The rules a row must pass (rules.json, in the order in which they are asked) as SQL that gives a
+row's reason under a `FilterConfig`; rules that are off are left out of it.
 
-Covers: every reason for which a row is dropped, in the order in which the rules are asked, and the
-SQL expression that gives a row's reason under a `FilterConfig`.
 Not here: the columns they are asked about (schema.py, sql/normalise.sql); duplicates (dedupe.sql).
-
-An expression is true when the row fails. Rules that are off are left out of the statement.
 """
 
+import json
 from collections.abc import Iterable
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tasks.merge.config import FilterConfig
@@ -33,7 +32,8 @@ class Rule(NamedTuple):
 
     reason: str
     fails: str
-    """SQL over the columns of `normalised`; `$name` is a field of `FilterConfig`."""
+    """SQL over the columns of `normalised`, true when the row fails; `$name` is a field of
+    `FilterConfig`."""
     needs: tuple[str, ...] = ()
     """Fields of `FilterConfig` without which the rule is off: unset, empty, or "keep"."""
 
@@ -45,45 +45,14 @@ def _list_values(values: Iterable[str], table: str) -> str:
     return " OR ".join(f"{value} IN (SELECT entry FROM {table})" for value in values)
 
 
-RULES = (
-    Rule("not_utf8", "broken_text AND (raw_url IS NULL OR raw_caption IS NULL)"),
-    Rule("missing_url", "coalesce(clean_url, '') = ''"),
-    Rule("unsupported_url", "url IS NULL"),
-    Rule("blocked_url", _list_values(["address"], "blocked_addresses"), ("blocklists.urls",)),
-    Rule(
-        *("blocked_domain", _list_values(HOST_AND_ABOVE, "blocked_domains")),
-        needs=("blocklists.domains",),
-    ),
-    Rule("blocked_hash", _list_values(HASHES, "blocked_hashes"), ("blocklists.hashes",)),
-    Rule("missing_caption", "coalesce(caption, '') = ''"),
-    Rule("short_caption", "length(caption) < $min_caption_chars"),
-    Rule("long_caption", "length(caption) > $max_caption_chars", ("max_caption_chars",)),
-    Rule("language", "NOT list_contains($languages::VARCHAR[], language)", ("languages",)),
-    Rule(
-        *("unknown_language", "has_language AND language IS NULL"),
-        needs=("languages", "unknown_language"),
-    ),
-    Rule("small_image", "least(width, height) < $min_side", ("min_side",)),
-    Rule(
-        *("extreme_aspect", "greatest(width, height) > $max_aspect::DOUBLE * least(width, height)"),
-        needs=("max_aspect",),
-    ),
-    Rule("low_similarity", "similarity < $min_similarity::DOUBLE", ("min_similarity",)),
-    Rule(
-        *("unknown_similarity", "has_similarity AND similarity IS NULL"),
-        needs=("min_similarity", "unknown_similarity"),
-    ),
-    Rule("unsafe", "unsafe_score > $max_unsafe::DOUBLE", ("max_unsafe",)),
-    Rule("unsafe", "unsafe_tag", ("unsafe_tags",)),
-    Rule("unknown_unsafe", "lacks_score", ("unknown_unsafe", "max_unsafe")),
-    Rule("unknown_unsafe", "unknown_tag", ("unknown_unsafe", "unsafe_tags")),
-    Rule("watermark", "watermark > $max_watermark::DOUBLE", ("max_watermark",)),
-    Rule(
-        *("unknown_watermark", "has_watermark AND watermark IS NULL"),
-        needs=("max_watermark", "unknown_watermark"),
-    ),
+_LISTED = {
+    "blocked_domain": _list_values(HOST_AND_ABOVE, "blocked_domains"),
+    "blocked_hash": _list_values(HASHES, "blocked_hashes"),
+}
+RULES = tuple(
+    Rule(one["reason"], one["fails"].format_map(_LISTED), tuple(one.get("needs", ())))
+    for one in json.loads(Path(__file__).with_name("rules.json").read_text())
 )
-
 UNREADABLE_LINE = "unreadable_line"
 """A line of a text file that is not a row."""
 REASONS = (

@@ -1,14 +1,13 @@
-"""The content of metadata files: columns, layout, rows, shares of missing values, histograms.
+"""The content of metadata files, in bounded memory: columns, layout, rows, gaps, histograms.
 
-Covers: the facts one needs before naming files as a source, read in bounded memory.
-Not here: printing them; any judgement of rows (filters.py).
+Not here: any judgement of rows (filters.py).
 """
 
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from duckdb import DuckDBPyConnection
 
@@ -17,14 +16,13 @@ from tasks.merge.config import SourceConfig, is_old_edition, why_refused
 from tasks.merge.database import explain_read_errors, open_database
 from tasks.merge.merge_plan import ReadableFile, make_readable, rows_in
 from tasks.merge.metadata_files import find_metadata, format_of
-from tasks.merge.schema import column_map, column_parts, is_number, quote_identifier
+from tasks.merge.schema import INTEGERS, column_map, column_parts, is_number, quote_identifier
 
 BINS = 10
 MEMORY_LIMIT = "1GB"
 
 
-@dataclass(frozen=True)
-class ColumnSummary:
+class ColumnSummary(NamedTuple):
     """One column over the files that were read."""
 
     name: str
@@ -37,37 +35,29 @@ class ColumnSummary:
     """Rows in ten equal bins of 0 to 1, values outside in the first and last; only scores."""
 
 
-@dataclass(frozen=True)
-class Inspection:
+class Inspection(NamedTuple):
     """The content of the files of one pattern."""
 
     files: int
     rows: int | None
     """Of all files; none when they are not parquet, whose footers tell it."""
     read_files: int
-    """How many were read for the columns."""
     read_rows: int
-    columns: tuple[ColumnSummary, ...]
+    columns: Sequence[ColumnSummary]
     problem: str | None
     """Why the files cannot be a source as they are."""
-    bad_lines: Counter[str] = field(default_factory=Counter)
+    bad_lines: Counter[str]
     """Lines of the text files that were read that are not rows, by reason."""
-    first_bad_line: str = ""
+    first_bad_line: str
     """File, line and reason of the first."""
 
 
 def inspect_files(pattern: str, read_files: int = 4) -> Inspection:
-    """Look at the files of a glob or URL; the first `read_files` of them are read.
-
-    Raises:
-        InputError: nothing matches, or a file cannot be read.
-    """
-    refused = why_refused(pattern)
-    if refused:
+    """Look at the files of a glob or URL; the first `read_files` of them are read."""
+    if refused := why_refused(pattern):
         raise InputError(refused)
     paths = find_metadata(pattern, "sources inspect")
     source = SourceConfig(name="inspected", files=pattern, own_rows=True)
-    is_parquet = {format_of(path, source) for path in paths} == {"parquet"}
     with (
         tempfile.TemporaryDirectory() as spill,
         open_database(Path(spill), MEMORY_LIMIT, None, paths) as connection,
@@ -77,43 +67,42 @@ def inspect_files(pattern: str, read_files: int = 4) -> Inspection:
             for number, path in enumerate(paths[:read_files])
         ]
         rows = None
-        if is_parquet:
+        if {format_of(path, source) for path in paths} == {"parquet"}:
             rows = sum(file.rows for file in looked_at)
             for path in paths[read_files:]:
                 with explain_read_errors(path):
                     rows += rows_in(connection, [path])
-        first, problem, columns = looked_at[0], None, None
-        published = first.own
+        first, problem, parts = looked_at[0], None, dict[str, str]()
         try:
-            columns = column_map(source, published, first.published_as, first.is_text)
+            columns = column_map(source, first.own, first.published_as, first.is_text)
+            parts = {name: part for part, name in column_parts(columns)}
         except InputError as error:
             problem = str(error)
-        if is_old_edition(published):
+        if is_old_edition(first.own):
             problem = (
                 "the columns are those of LAION's metadata of before December 2023, which was "
                 "withdrawn: as a source it needs diff_against"
             )
         for file in looked_at:
-            if set(file.own if file.is_text else file.own.items()) != set(
-                published if file.is_text else published.items()
-            ):
+            is_alike = (
+                file.own.keys() == first.own.keys() if file.is_text else file.own == first.own
+            )
+            if not is_alike:
                 raise InputError(
                     f"{file.published_as} has other columns than {first.published_as}: inspect "
                     "them apart, and make each kind of file a source of its own"
                 )
-        parts = {name: part for part, name in column_parts(columns)} if columns else {}
         read_rows, summaries = _summarise_columns(connection, looked_at, parts)
-    bad_lines = sum((Counter(file.flaws) for file in looked_at), Counter[str]())
-    first_bad_line = next((file.first_flaw for file in looked_at if file.first_flaw), "")
     return Inspection(
         *(len(paths), rows, len(looked_at), read_rows, summaries, problem),
-        *(bad_lines, first_bad_line),
+        sum((Counter(file.flaws) for file in looked_at), Counter[str]()),
+        next((file.first_flaw for file in looked_at if file.first_flaw), ""),
     )
 
 
 def _summarise_columns(
     connection: DuckDBPyConnection, files: Sequence[ReadableFile], parts: Mapping[str, str]
-) -> tuple[int, tuple[ColumnSummary, ...]]:
+) -> tuple[int, list[ColumnSummary]]:
     """(rows, columns) of files with the same columns."""
     table = "read_parquet($paths, union_by_name = true, hive_partitioning = false)"
     paths = {"paths": [file.path for file in files]}
@@ -123,7 +112,7 @@ def _summarise_columns(
     with explain_read_errors(files[0].published_as):
         [[rows, *there]] = connection.execute(f"SELECT {counts} FROM {table}", paths).fetchall()
         for (quoted, (name, kind)), values in zip(names.items(), there, strict=True):
-            histogram = [0] * (BINS if is_number(kind, whole=False) else 0)
+            histogram = [0] * (BINS if is_number(kind) and kind not in INTEGERS else 0)
             if histogram:
                 query = (
                     f"SELECT greatest(0, least({BINS - 1}, floor(value * {BINS})))::INTEGER, "
@@ -134,4 +123,4 @@ def _summarise_columns(
                     histogram[place] = count
             gaps = 1 - values / max(rows, 1)
             summaries.append(ColumnSummary(name, kind, parts.get(name), gaps, tuple(histogram)))
-    return rows, tuple(summaries)
+    return rows, summaries

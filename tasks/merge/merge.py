@@ -1,6 +1,5 @@
-"""Merge metadata collections: filter, normalise, deduplicate, select, write.
+"""Merge metadata collections: filter, normalise, deduplicate, select, write; and count.
 
-Covers: the phases in order, what makes them restartable, the selection, and the totals.
 Not here: looking at the files first (merge_plan.py), one phase's units (units.py), the rules
 (filters.py, sql/), another engine (spark.py).
 
@@ -19,10 +18,8 @@ Memory depends on the size of a partition, never on the number of rows:
 
 Key = md5(seed, address): a partition is a range of keys, and the smallest keys of a source are
 selected, so a larger count selects the same rows and more, and hosts are mixed along the output.
-Every metadata file is read once; a passing row is written once and its text read once before it is
-in its output file. In memory are a run of a metadata file (scan) or the rows of one partition
-(dedupe, write), so what is needed follows the rows of a partition: 250,000 until there are 2,048
-partitions (half a billion rows), then a 2,048th of all. Everything temporary is under `out/_tmp`.
+In memory are a run of a metadata file (scan) or the rows of one partition (dedupe, write): 250,000
+until there are 2,048 partitions (half a billion rows), then a 2,048th of all.
 """
 
 import json
@@ -62,12 +59,12 @@ from tasks.progress import Report, report_nothing
 
 Runner = Callable[[Sequence[Chunk]], Iterator[int]]
 """Does the chunks of one phase, here or elsewhere; yields the number of every unit that is done."""
-
 REPORT = "report.json"
 INPUTS = "inputs.json"
 """Source -> marks (`mark_of`) of the files that were merged."""
 REMOVED = "_tmp.removed"
 HISTOGRAMS = "kept/*/histogram.parquet"
+DROPPED = "*/*/reasons.parquet"
 BUCKETS = 1 << BUCKET_BITS
 MOST_NAMED = 1_000
 """Blocked addresses and host names without a row that the report names."""
@@ -104,10 +101,6 @@ def merge_sources(
     similarity, width_hint, height_hint, also_in (other sources that have the address, with commas),
     and with the config's hash_column image_hash; rows in selection order, `rows_per_file` in every
     file but a source's last.
-
-    Raises:
-        InputError: a source has no file, a file cannot be read or lacks a column, or a source gives
-            no row.
     """
     before = [str(path) for folder in given for path in sorted(folder.glob("*/part-*.parquet"))]
     _forget_other_work(out, config, files, before)
@@ -125,12 +118,11 @@ def merge_sources(
         for file in plan.files:
             found = json.loads((rows_folder(plan, file) / FINDINGS).read_text())
             blocked -= set(found["matched"])
-            unjudged = totals["sources"][file.source]["kept_unjudged"]
-            unjudged.update(found["unjudged"])
+            totals["sources"][file.source]["kept_unjudged"].update(found["unjudged"])
         parts = [path for range_ in plan.list_ranges() for path in files_of_range(plan, *range_)]
         written = rows_in(connection, text_of(parts)) if parts else 0
-    if written != sum(cut.selected for cut in cuts):
-        raise RuntimeError(f"{sum(cut.selected for cut in cuts)} rows selected, {written} written")
+    if written != (selected := sum(cut.selected for cut in cuts)):
+        raise RuntimeError(f"{selected} rows selected, {written} written")
     if blocked:
         totals["blocked_nothing"] = sorted(blocked)[:MOST_NAMED]
     marks = {name: sorted(map(mark_of, files[name])) for name in files}
@@ -145,31 +137,27 @@ def merge_sources(
 
 
 def _run_phases(plan: MergePlan, run: Runner, chunks: int, report: Report) -> None:
-    for name in PHASES:
+    before = 0.0
+    for name, phase in PHASES.items():
         if name == "write":
             save_cuts(plan)
-        before = sum(PHASES[other].share for other in list(PHASES)[: list(PHASES).index(name)])
-        units = PHASES[name].count(plan)
-        detail = f"{name}: %d of {units}"
-        report(round(before * plan.rows), plan.rows, detail % 0)
-        for done, _ in enumerate(run(_in_chunks(plan, name, units, chunks)), 1):
-            share = before + PHASES[name].share * done / units
-            report(round(share * plan.rows), plan.rows, detail % done)
-
-
-def _in_chunks(plan: MergePlan, phase: str, units: int, chunks: int) -> list[Chunk]:
-    """Every n-th unit each, so that large files that lie together are shared out."""
-    apart = min(chunks, units, MOST_CHUNKS)
-    return [Chunk(plan, phase, tuple(range(first, units, apart))) for first in range(apart)]
+        units = phase.units(plan)
+        report(round(before * plan.rows), plan.rows, f"{name}: 0 of {units}")
+        # every n-th unit each, so that large files that lie together are shared out
+        apart = min(chunks, units, MOST_CHUNKS)
+        shared = [Chunk(plan, name, tuple(range(one, units, apart))) for one in range(apart)]
+        for done, _ in enumerate(run(shared), 1):
+            share = before + phase.share * done / units
+            report(round(share * plan.rows), plan.rows, f"{name}: {done} of {units}")
+        before += phase.share
 
 
 def read_inputs(folder: Path) -> dict[str, set[str]]:
     """Source -> marks of the files that a finished merge has read; none for one of before there was
     such a list."""
     path = folder / INPUTS
-    if not path.is_file():
-        return {}
-    return {name: set(marks) for name, marks in json.loads(path.read_text()).items()}
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return {name: set(marks) for name, marks in found.items()}
 
 
 def _forget_other_work(out: Path, config: MergeConfig, files: Files, given: Sequence[str]) -> None:
@@ -208,22 +196,16 @@ def sum_rows(
 def dropped_rows(connection: DuckDBPyConnection, plan: MergePlan) -> list[Counter[str]]:
     """Dropped rows of every source by reason, before selection."""
     counts = [Counter[str]() for _ in plan.config.sources]
-    for units in ("rows", "kept"):
-        pattern = f"{units}/*/reasons.parquet"
-        for source, reason, rows in sum_rows(connection, plan, pattern, "source, reason"):
-            if reason is not None:
-                counts[source][reason] += rows
+    for source, reason, rows in sum_rows(connection, plan, DROPPED, "source, reason"):
+        if reason is not None:
+            counts[source][reason] += rows
     for file in plan.files:
         counts[file.source][UNREADABLE_LINE] += file.bad_lines
     return [+count for count in counts]
 
 
 def save_cuts(plan: MergePlan) -> None:
-    """Select: save where each source's selection ends in key order, and the ranges it has.
-
-    Raises:
-        InputError: a source has no row left.
-    """
+    """Select: save where each source's selection ends in key order, and the ranges it has."""
     saved = plan.temporary / "cuts.json"
     if saved.is_file():
         return
@@ -235,7 +217,7 @@ def save_cuts(plan: MergePlan) -> None:
         for source, bucket, rows in sum_rows(connection, plan, HISTOGRAMS, "source, bucket"):
             histograms[source][bucket] = rows
         cuts = [_cut_source(connection, plan, *found) for found in enumerate(histograms)]
-    write_atomically(saved, json.dumps([[cut.selected, cut.after, cut.last_keys] for cut in cuts]))
+    write_atomically(saved, json.dumps(cuts))
 
 
 def _check_something_is_left(plan: MergePlan, source: int, reasons: Counter[str]) -> None:
@@ -261,14 +243,11 @@ def _check_something_is_left(plan: MergePlan, source: int, reasons: Counter[str]
 def _cut_source(
     connection: DuckDBPyConnection, plan: MergePlan, source: int, histogram: Sequence[int]
 ) -> SelectionCut:
-    """The cut of a source: how many of its rows are selected, and the keys that bound them.
+    """The cut of a source; `histogram`: survivors by the first 16 bits of their key.
 
     Rows are selected in the order of their keys, from `skip_count` on. Sorting all keys to find the
     few that end a range would read everything once more: counts by bucket say in which bucket the
     n-th key is and its place there, so that only those buckets are read and sorted.
-
-    Args:
-        histogram: survivors by the first 16 bits of their key.
     """
     settings = plan.config.sources[source]
     up_to = list(accumulate(histogram))
@@ -285,14 +264,13 @@ def _cut_source(
         end - (up_to[bucket] - histogram[bucket]) for end, bucket in zip(ends, buckets, strict=True)
     ]
     parts = sorted({bucket * plan.partitions >> BUCKET_BITS for bucket in buckets})
-    parameters = {"buckets": buckets, "places": places, "source": source}
-    found = connection.execute(
-        load_statement("cut"), {**parameters, "paths": kept_in(plan, parts)}
-    ).fetchall()
+    paths = [kept_in(plan, part) for part in parts]
+    parameters = {"buckets": buckets, "places": places, "source": source, "paths": paths}
+    found = connection.execute(load_statement("cut"), parameters).fetchall()
     keys = [key for (key,) in found]
     if len(keys) != len(ends):
         raise RuntimeError(f"{len(ends)} cuts wanted, {len(keys)} found")
-    return SelectionCut(selected, keys[0] if first else None, tuple(keys[1 if first else 0 :]))
+    return SelectionCut(selected, keys[0] if first else None, keys[1 if first else 0 :])
 
 
 def _sum_totals(
@@ -301,13 +279,11 @@ def _sum_totals(
     sources: list[dict[str, Any]] = []
     overlaps = _count_overlaps(connection, plan)
     passed = Counter(dict(sum_rows(connection, plan, HISTOGRAMS, "source")))
-    for number, (settings, dropped) in enumerate(
-        zip(plan.config.sources, dropped_rows(connection, plan), strict=True)
-    ):
-        files = plan.of_source(number)
-        read = sum(file.rows + file.bad_lines for file in files)
-        selected = cuts[number].selected
-        survivors = passed[number]
+    for number, dropped in enumerate(dropped_rows(connection, plan)):
+        settings, files = plan.config.sources[number], plan.of_source(number)
+        rows = sum(file.rows for file in files)
+        read = rows + sum(file.bad_lines for file in files)
+        selected, survivors = cuts[number].selected, passed[number]
         given = min(settings.skip_count, survivors)
         reasons = dropped + Counter(given_before=given, not_selected=survivors - given - selected)
         if reasons.total() + selected != read or not set(reasons) <= set(REASONS):
@@ -329,21 +305,18 @@ def _sum_totals(
                 "sidecars": [
                     {
                         "files": sidecar.config.files,
-                        "rows": sum(file.rows for file in files),
+                        "rows": rows,
                         "matched": _matched(connection, plan, place),
                     }
                     for place, sidecar in plan.sidecars_of(number)
                 ],
             }
         )
-    total = {
-        "rows_read": sum(source["rows_read"] for source in sources),
-        "selected": sum(source["selected"] for source in sources),
-        "dropped": {
-            reason: sum(source["dropped"][reason] for source in sources) for reason in REASONS
-        },
+    total: dict[str, Any] = {
+        name: sum(source[name] for source in sources) for name in ("rows_read", "selected")
     }
-    return {"total": total, "sources": sources}
+    dropped_for = {one: sum(source["dropped"][one] for source in sources) for one in REASONS}
+    return {"total": total | {"dropped": dropped_for}, "sources": sources}
 
 
 def _matched(connection: DuckDBPyConnection, plan: MergePlan, sidecar: int) -> int:
@@ -355,32 +328,25 @@ def _matched(connection: DuckDBPyConnection, plan: MergePlan, sidecar: int) -> i
 def _count_overlaps(connection: DuckDBPyConnection, plan: MergePlan) -> list[dict[str, int]]:
     """Of every source: how many of its surviving addresses each later source has too."""
     counts = [Counter[str]() for _ in plan.config.sources]
-    pattern = "kept/*/reasons.parquet"
+    columns = "source, reason, others"
     for source, reason, others, rows in sum_rows(
-        connection, plan, pattern, "source, reason, others"
+        connection, plan, "kept/*/reasons.parquet", columns
     ):
-        if reason is not None:
-            continue
         for number, other in enumerate(plan.config.sources):
-            if others >> number & 1:
+            if reason is None and others >> number & 1:
                 counts[source][other.name] += rows
-    return [{name: count[name] for name in sorted(count)} for count in counts]
+    return [dict(sorted(count.items())) for count in counts]
 
 
 def _flat_counts(totals: Mapping[str, Any]) -> dict[str, int]:
     """Counts of the manifest: totals, then every source's, without the buckets that are empty."""
     counts: dict[str, int] = {}
-    for prefix, part in [
-        ("", totals["total"]),
-        *((f"{source['name']}.", source) for source in totals["sources"]),
-    ]:
+    for part in (totals["total"], *totals["sources"]):
+        prefix = f"{part['name']}." if "name" in part else ""
         counts[f"{prefix}rows_read"] = part["rows_read"]
         counts[f"{prefix}selected"] = part["selected"]
         counts[f"{prefix}dropped"] = sum(part["dropped"].values())
-        for reason, rows in part["dropped"].items():
-            if rows:
-                counts[f"{prefix}dropped.{reason}"] = rows
-    for source in totals["sources"]:
-        for place, sidecar in enumerate(source["sidecars"]):
-            counts[f"{source['name']}.sidecar{place}.matched"] = sidecar["matched"]
+        counts |= {f"{prefix}dropped.{one}": rows for one, rows in part["dropped"].items() if rows}
+        for place, sidecar in enumerate(part.get("sidecars", ())):
+            counts[f"{prefix}sidecar{place}.matched"] = sidecar["matched"]
     return counts

@@ -1,18 +1,17 @@
 """The plan that all units of a merge share, and making it: what every metadata file, sidecar and
-cleaned edition holds, before any of the long work.
+cleaned edition holds, before any of the long work. Text files become parquet here.
 
-Covers: the plan as plain values, fit to be sent to a worker; text files turned into parquet; the
-number of partitions; the saved cut; making a folder once.
 Not here: the units (units.py), the meaning of columns (schema.py).
 """
 
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,7 +22,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from tasks.merge.config import ColumnMap, MergeConfig, SidecarConfig, SourceConfig
 from tasks.merge.database import explain_read_errors, open_database
-from tasks.merge.metadata_files import find_metadata, format_of
+from tasks.merge.metadata_files import find_metadata, format_of, outside_files
 from tasks.merge.schema import (
     JudgedParts,
     PublishedColumns,
@@ -32,7 +31,7 @@ from tasks.merge.schema import (
     quote_identifier,
     select_list,
 )
-from tasks.tables.text_tables import TextFormat, TextRow, column_names, read_text_table
+from tasks.tables.text_tables import TextFormat, column_names, read_text_table
 
 ROWS_PER_RANGE = 1_000_000
 Files = Mapping[str, Sequence[Path | str]]
@@ -48,14 +47,12 @@ MOST_PARTITIONS = 2_048
 """More than this and the pieces of a run get so small that their headers cost more than they."""
 
 
-@dataclass(frozen=True)
-class ReadableFile:
+class ReadableFile(NamedTuple):
     """One input file as parquet."""
 
     path: str
-    """The parquet file that is read: as published, or made from the published file."""
+    """The parquet file that is read: the published one, or made from it."""
     published_as: str
-    """The source's own file."""
     own: dict[str, str]
     """Its columns and their types; of a text file, VARCHAR or DOUBLE by what most values are."""
     is_text: bool
@@ -66,15 +63,14 @@ class ReadableFile:
     """The first of them, as the user's own file has it, and what is wrong with it."""
 
 
-@dataclass(frozen=True)
-class MetadataFile:
+class MetadataFile(NamedTuple):
     """One input file: what to read of it, and how many rows it must give."""
 
     number: int
-    """Place among all files of the merge."""
+    """Among all files of the merge."""
     path: str
     source: int
-    """Place of its source in the config."""
+    """Place in the config."""
     columns: str
     """Select list that gives it the common columns."""
     sidecar_keys: tuple[str, ...]
@@ -84,25 +80,19 @@ class MetadataFile:
     first_bad_line: str
 
 
-@dataclass(frozen=True)
-class Sidecar:
-    """One sidecar of a source."""
-
+class Sidecar(NamedTuple):
     source: int
     place: int
-    """Its place among the source's sidecars."""
+    """Among the source's sidecars."""
     config: SidecarConfig
-    paths: tuple[str, ...]
-    keys: tuple[str, ...]
-    """SQL of the key in each of them."""
+    files: tuple[tuple[str, str], ...]
+    """(path, SQL of its key)."""
 
 
-@dataclass(frozen=True)
-class Edition:
-    """A cleaned edition that old copies are compared with."""
+class Edition(NamedTuple):
+    """A cleaned edition that the old copies in `sources` are compared with."""
 
     sources: tuple[int, ...]
-    """Who is compared with it."""
     files: tuple[tuple[str, str], ...]
     """(path, name of its URL column)."""
 
@@ -138,9 +128,9 @@ class MergePlan:
 
     @property
     def outside_paths(self) -> list[str]:
-        sidecars = [path for sidecar in self.sidecars for path in sidecar.paths]
-        editions = [path for edition in self.editions for path, _ in edition.files]
-        return [file.path for file in self.files] + sidecars + editions + list(self.given)
+        beside = [path for one in self.sidecars for path, _ in one.files]
+        beside += [path for one in self.editions for path, _ in one.files]
+        return [*(file.path for file in self.files), *beside, *self.given]
 
     def of_source(self, source: int) -> list[MetadataFile]:
         return [file for file in self.files if file.source == source]
@@ -157,21 +147,19 @@ class MergePlan:
         ]
 
 
-@dataclass(frozen=True)
-class SelectionCut:
+class SelectionCut(NamedTuple):
     """The selection of one source: its number of rows, and the keys that bound them."""
 
     selected: int
     after: str | None
     """The last key that an earlier merge has given."""
-    last_keys: tuple[str, ...]
+    last_keys: Sequence[str]
     """The last key of each range."""
 
 
 def read_cuts(plan: MergePlan) -> list[SelectionCut]:
     """The selection, as the cut has saved it."""
-    saved = json.loads((plan.temporary / "cuts.json").read_text())
-    return [SelectionCut(selected, after, tuple(ranks)) for selected, after, ranks in saved]
+    return [SelectionCut(*one) for one in json.loads((plan.temporary / "cuts.json").read_text())]
 
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> None:
@@ -195,14 +183,12 @@ def make_plan(
 ) -> MergePlan:
     """Schema and row count of every file, before any of the long work.
 
-    With files of what was `given` before a source may be empty: there may be nothing new.
-
-    Raises:
-        InputError: a file cannot be read, lacks a column, or is withdrawn; a source is empty.
+    A file that cannot be read, lacks a column or is withdrawn is an `InputError`, and so is an
+    empty source, unless files of what was `given` before say that there may be nothing new.
     """
-    patterns = [sidecar.files for source in config.sources for sidecar in source.sidecars]
-    patterns += [source.diff_against for source in config.sources if source.diff_against]
-    outside = [*(str(path) for paths in files.values() for path in paths), *patterns, *given]
+    paths = [str(path) for paths in files.values() for path in paths]
+    beside = [one.files for one in outside_files(config) if not one.role.startswith("blocklists.")]
+    outside = [*paths, *given, *beside]
     with open_database(out / "_tmp" / "spill", memory_limit, threads, outside) as connection:
         sidecars: list[Sidecar] = []
         found: list[MetadataFile] = []
@@ -219,12 +205,11 @@ def make_plan(
                 make_readable(connection, len(found) + place, str(path), source, out / "_tmp")
                 for place, path in enumerate(files[source.name])
             ]
-            known_columns.update(name for one in looked_at for name in one.own)
+            known_columns.update(*(one.own for one in looked_at))
             planned, maps = _plan_files(config, number, looked_at, extra, len(found))
             found += planned
             has_hash = has_hash or any(columns.image_hash for columns in maps)
-            mine = [file for file in found if file.source == number]
-            if not given and not any(file.rows + file.bad_lines for file in mine):
+            if not given and not any(file.rows + file.bad_lines for file in planned):
                 raise InputError(
                     f"source '{source.name}' is empty: '{source.files}' has "
                     f"{len(files[source.name])} file(s) without a single row; put its metadata "
@@ -237,11 +222,9 @@ def make_plan(
             )
         editions = _list_editions(connection, config)
     rows = sum(file.rows for file in found)
-    partitions = config.partitions or min(MOST_PARTITIONS, -(-rows // ROWS_PER_PARTITION))
-    return MergePlan(
-        *(config, out, tuple(found), tuple(sidecars), editions, max(1, partitions)),
-        *(threads, memory_limit, tuple(given)),
-    )
+    partitions = config.partitions or min(MOST_PARTITIONS, max(1, -(-rows // ROWS_PER_PARTITION)))
+    shared = (tuple(found), tuple(sidecars), editions, partitions)
+    return MergePlan(config, out, *shared, threads, memory_limit, tuple(given))
 
 
 def _plan_files(
@@ -261,7 +244,7 @@ def _plan_files(
         _with_hash(config, column_map(source, published, one.published_as, one.is_text), one)
         for one, published in zip(looked_at, kinds, strict=True)
     ]
-    judged = JudgedParts.of(zip(maps, kinds, strict=True))
+    judged = JudgedParts.of(list(zip(maps, kinds, strict=True)))
     planned = [
         MetadataFile(
             number=first + place,
@@ -281,11 +264,7 @@ def _plan_files(
 def make_readable(
     connection: DuckDBPyConnection, number: int, path: str, source: SourceConfig, temporary: Path
 ) -> ReadableFile:
-    """A metadata file as it is or, of text, its copy in `temporary`.
-
-    Raises:
-        InputError: it cannot be read, or its form is not known.
-    """
+    """A metadata file as it is or, of text, its copy in `temporary`."""
     kind = format_of(path, source)
     if kind == "parquet":
         own = read_columns(connection, path)
@@ -298,11 +277,7 @@ def make_readable(
 
 
 def convert_text(path: str, kind: TextFormat, source: SourceConfig, folder: Path) -> None:
-    """Write the rows of a text file into `folder` as parquet of texts, in order, and what they are.
-
-    Raises:
-        InputError: the file cannot be read, or has no columns.
-    """
+    """Write the rows of a text file into `folder` as parquet of texts, and what they are."""
     names = column_names(path, kind, source.quoting, source.header)
     if not names:
         raise InputError(f"{path} cannot be read as {kind}: it has no row")
@@ -319,22 +294,21 @@ def _convert_columns(
     known = set(names)
     numbers, values, flaws = Counter[str](), Counter[str](), Counter[str]()
     rows, first = 0, ""
+    lines = read_text_table(path, kind, source.quoting, source.header)
     with pq.ParquetWriter(folder / ROWS, schema, compression="zstd") as writer:
-        for batch in _batches(read_text_table(path, kind, source.quoting, source.header)):
+        while batch := list(islice(lines, ROWS_AT_ONCE)):
             good = [row.values for row in batch if row.flaw is None]
             if kind == "jsonl":
-                later = dict.fromkeys(
-                    name for row in good if not row.keys() <= known for name in row
-                )
-                if later.keys() - known:
-                    return [name for name in later if name not in known]
+                others = (row for row in good if not row.keys() <= known)
+                later = dict.fromkeys(name for row in others for name in row if name not in known)
+                if later:
+                    return list(later)
             for row in batch:
                 if row.flaw is not None:
                     flaws[row.flaw] += 1
                     first = first or f"{path}, line {row.line}: {row.flaw}"
             columns = {name: [row.get(name) or None for row in good] for name in names}
-            table = pa.table(columns, schema=schema)
-            writer.write_table(table)
+            writer.write_table(table := pa.table(columns, schema=schema))
             rows += len(good)
             for name in names:
                 there = table[name].drop_null()
@@ -346,11 +320,6 @@ def _convert_columns(
     return []
 
 
-def _batches(rows: Iterator[TextRow]) -> Iterator[list[TextRow]]:
-    while batch := list(islice(rows, ROWS_AT_ONCE)):
-        yield batch
-
-
 def _with_hash(config: MergeConfig, columns: ColumnMap, file: ReadableFile) -> ColumnMap:
     """The map, its hash the column that the download compares with; "image_hash" is the map's."""
     if config.hash_column in ("", "image_hash"):
@@ -360,11 +329,7 @@ def _with_hash(config: MergeConfig, columns: ColumnMap, file: ReadableFile) -> C
 
 
 def read_columns(connection: DuckDBPyConnection, path: str) -> dict[str, str]:
-    """Columns of a parquet file -> the database's types.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
+    """Columns of a parquet file -> the database's types."""
     query = "DESCRIBE SELECT * FROM read_parquet($path, hive_partitioning = false)"
     with explain_read_errors(path):
         rows = connection.execute(query, {"path": path}).fetchall()
@@ -375,7 +340,7 @@ def _plan_sidecar(
     connection: DuckDBPyConnection, source: str, number: int, place: int, settings: SidecarConfig
 ) -> tuple[Sidecar, dict[str, str]]:
     """(a sidecar of source `number`, types of the columns that it adds)."""
-    paths = tuple(find_metadata(settings.files, f"sidecar of {source}"))
+    paths = find_metadata(settings.files, f"sidecar of {source}")
     published = [read_columns(connection, path) for path in paths]
     for path, columns in zip(paths, published, strict=True):
         for name in (settings.key, *settings.columns):
@@ -384,9 +349,9 @@ def _plan_sidecar(
                     f"{path}: sidecar of source '{source}' has no column '{name}'; "
                     f"its columns are {', '.join(columns)}"
                 )
-    keys = tuple(key_text(settings.key, columns[settings.key]) for columns in published)
+    keys = [key_text(settings.key, columns[settings.key]) for columns in published]
     added = {name: published[0][name] for name in settings.columns}
-    return Sidecar(number, place, settings, paths, keys), added
+    return Sidecar(number, place, settings, tuple(zip(paths, keys, strict=True))), added
 
 
 def _sidecar_key(sidecar: SidecarConfig, columns: ColumnMap, published: PublishedColumns) -> str:
@@ -411,16 +376,16 @@ def _list_editions(connection: DuckDBPyConnection, config: MergeConfig) -> tuple
     editions = []
     for pattern, sources in compared.items():
         cleaned = SourceConfig(name="cleaned", files=pattern)
-        paths = find_metadata(pattern, "diff_against")
-        columns = [column_map(cleaned, read_columns(connection, path), path) for path in paths]
-        urls = [column.url for column in columns]
-        editions.append(Edition(tuple(sources), tuple(zip(paths, urls, strict=True))))
+        files = [
+            (path, column_map(cleaned, read_columns(connection, path), path).url)
+            for path in find_metadata(pattern, "diff_against")
+        ]
+        editions.append(Edition(tuple(sources), tuple(files)))
     return tuple(editions)
 
 
 def rows_in(connection: DuckDBPyConnection, paths: Sequence[str]) -> int:
     """Rows of parquet files, as their footers tell."""
-    found = connection.execute(
-        "SELECT sum(num_rows) FROM parquet_file_metadata($paths)", {"paths": list(paths)}
-    ).fetchall()
-    return int(found[0][0])
+    query = "SELECT sum(num_rows) FROM parquet_file_metadata($paths)"
+    [[rows]] = connection.execute(query, {"paths": list(paths)}).fetchall()
+    return int(rows)

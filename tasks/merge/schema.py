@@ -1,17 +1,12 @@
-"""The meaning of the columns of a metadata file: published layouts told apart by their names,
+"""The meaning of the columns of a metadata file: published layouts (layouts.json) told apart,
 withdrawn ones refused, a column map checked against a file, the SQL select list that gives every
-layout the same columns, and a copy of a file without texts that are not UTF-8.
-
-Layouts: LAION-400M, LAION-2B-en and their joined editions (URL, TEXT), Re-LAION (url, caption),
-COYO-700M (url, text, clip_similarity_vitb32).
-"""
-
-from __future__ import annotations
+layout the same columns, and a copy of a file without texts that are not UTF-8."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple, Self
 
 import duckdb
 import pyarrow as pa
@@ -24,29 +19,10 @@ from tasks.merge.config import CLEANED, ColumnMap, SourceConfig, is_old_edition
 PublishedColumns = Mapping[str, str]
 """Column name -> DuckDB type, as found in a file."""
 
-LAION: Mapping[str, tuple[str, ...]] = {
-    "url": ("URL", "url"),
-    "caption": ("TEXT", "caption", "text"),
-    "id": ("SAMPLE_ID", "sample_id", "id", "uid", "hash", "key"),
-    "width": ("WIDTH", "width", "original_width"),
-    "height": ("HEIGHT", "height", "original_height"),
-    "similarity": ("similarity",),
-    "unsafe": ("punsafe", "NSFW"),
-    "watermark": ("pwatermark",),
-    "language": ("LANGUAGE", "language"),
-    "image_hash": ("md5", "sha256"),
-}
-COYO: Mapping[str, tuple[str, ...]] = {
-    "url": ("url",),
-    "caption": ("text",),
-    "id": ("id",),
-    "width": ("width",),
-    "height": ("height",),
-    "similarity": ("clip_similarity_vitb32", "clip_similarity_vitl14"),
-    "unsafe": ("nsfw_score_opennsfw2", "nsfw_score_gantman"),
-    "watermark": ("watermark_score",),
-    "image_hash": ("image_phash",),
-}
+LAYOUTS: Mapping[str, Mapping[str, Sequence[str]]] = json.loads(
+    Path(__file__).with_name("layouts.json").read_text()
+)
+"""Published layout -> part -> names of the columns that may play it, the best first."""
 ONLY_IN_COYO = {"image_phash", "clip_similarity_vitb32", "nsfw_score_opennsfw2"}
 INTEGERS = {
     f"{sign}{kind}" for sign in ("", "U") for kind in ("TINYINT", "SMALLINT", "INTEGER", "BIGINT")
@@ -59,7 +35,6 @@ BROKEN_TEXT = "__broken_text"
 TEXTS = ("url", "caption", "language", "image_hash")
 """Parts that only text can play."""
 EITHER = ("id", "unsafe")
-"""Parts that text and numbers can play."""
 ROWS_AT_ONCE = 50_000
 
 
@@ -69,10 +44,8 @@ def column_map(
     """The column map of one file: the source's own, or the published layout's.
 
     In a file of text every column can play every part; what is not a number then is unknown.
-
-    Raises:
-        InputError: a column is missing or of a type that cannot play its part, or the file is an
-            old copy of a withdrawn collection and there is nothing to compare it with.
+    A column that is missing or of a type that cannot play its part, and an old copy of a withdrawn
+    collection with nothing to compare it with, are `InputError`s.
     """
     if is_old_edition(published) and not (source.diff_against or source.own_rows):
         raise InputError(
@@ -84,24 +57,23 @@ def column_map(
     chosen = source.columns
     if not isinstance(chosen, ColumnMap):
         is_coyo = chosen == "coyo" or (chosen == "auto" and not ONLY_IN_COYO.isdisjoint(published))
-        chosen = _from_layout(COYO if is_coyo else LAION, source, published, file)
+        chosen = _from_layout(LAYOUTS["coyo" if is_coyo else "laion"], published)
     for part, name in column_parts(chosen):
-        where = f"{file}: source '{source.name}'"
-        if name not in published:
-            raise InputError(
-                f"{where} has no column '{name}' for its {part}; {_suggest_column(name, published)}"
-            )
-        if not is_text and not _can_play(part, published[name]):
+        where, kind = f"{file}: source '{source.name}'", published.get(name)
+        if kind is None:
+            near = _suggest_column(name, published)
+            raise InputError(f"{where} has no column '{name}' for its {part}; {near}")
+        fits = (kind == TEXT and part in TEXTS + EITHER) or (is_number(kind) and part not in TEXTS)
+        if not is_text and not fits:
             expected = "text" if part in TEXTS else "a number" + " or text" * (part in EITHER)
             raise InputError(
-                f"{where}: column '{name}' is {published[name]}, "
+                f"{where}: column '{name}' is {kind}, "
                 f"but its {part} must be {expected}: name another column"
             )
     return chosen
 
 
-@dataclass(frozen=True)
-class JudgedParts:
+class JudgedParts(NamedTuple):
     """The columns that rules can judge a source by: what any of its files has."""
 
     language: bool = False
@@ -113,9 +85,8 @@ class JudgedParts:
     """Safety columns that hold LAION's tags."""
 
     @classmethod
-    def of(cls, files: Iterable[tuple[ColumnMap, PublishedColumns]]) -> JudgedParts:
+    def of(cls, maps: Sequence[tuple[ColumnMap, PublishedColumns]]) -> Self:
         """Of the maps and columns of all files of a source."""
-        maps = list(files)
         unsafe = {name: kinds[name] for columns, kinds in maps for name in columns.unsafe}
         return cls(
             any(columns.language for columns, _ in maps),
@@ -126,30 +97,23 @@ class JudgedParts:
         )
 
 
-def select_list(
-    columns: ColumnMap, published: PublishedColumns, judged: JudgedParts | None = None
-) -> str:
-    """Select list with the same names and types for every layout; identifiers are quoted.
+def select_list(columns: ColumnMap, published: PublishedColumns, judged: JudgedParts) -> str:
+    """Select list with the same names and types for every layout; what is not valid is none.
 
-    raw_url, raw_caption, original_id: text; width, height: BIGINT, none when not positive;
-    similarity: DOUBLE, none outside -1 to 1; watermark, unsafe_score (the largest): DOUBLE, none
-    when not finite; language, image_hash: text; lacks_score: a safety score is missing; unsafe_tag,
-    unknown_tag: a safety tag is in `$unsafe_tags`, or not in `$known_tags`; has_*: whether there is
-    such a column, here or in another file of the source (`judged`): what a file lacks is unknown of
-    all its rows; broken_text: a text is not UTF-8 and therefore none, which only a repaired file
-    tells.
+    unsafe_score: the largest; lacks_score: a safety score is missing; unsafe_tag, unknown_tag: a
+    safety tag is in `$unsafe_tags`, or not in `$known_tags`; has_*: whether there is such a column,
+    here or in another file of the source (`judged`): what a file lacks is unknown of all its rows;
+    broken_text: a text is not UTF-8 and therefore none, which only a repaired file tells.
     """
-    judged = judged or JudgedParts.of([(columns, published)])
-    lacking_scores = judged.scores - set(columns.unsafe)
-    lacking_tags = judged.tags - set(columns.unsafe)
+    unsafe = {name: published[name] == TEXT for name in columns.unsafe}
     tags = [
-        f"coalesce(upper(trim({quote_identifier(name)})), '')"
-        for name in columns.unsafe
-        if published[name] == TEXT
+        f"coalesce(upper(trim({quote_identifier(name)})), '')" for name in unsafe if unsafe[name]
     ]
-    scores = [_number_column(name) for name in columns.unsafe if published[name] != TEXT]
-    lacks_score = [f"{score} IS NULL" for score in scores] + ["true" for _ in lacking_scores]
-    not_known = [f"NOT {_is_listed(tag, 'known')}" for tag in tags]
+    scores = [_number_column(name) for name in unsafe if not unsafe[name]]
+    lacks_score = [f"{score} IS NULL" for score in scores]
+    lacks_score += ["true" for _ in judged.scores - unsafe.keys()]
+    not_known = [f"NOT list_contains($known_tags::VARCHAR[], {tag})" for tag in tags]
+    not_known += ["true" for _ in judged.tags - unsafe.keys()]
     items = {
         "raw_url": quote_identifier(columns.url),
         "raw_caption": quote_identifier(columns.caption),
@@ -160,8 +124,10 @@ def select_list(
         "watermark": _number_column(columns.watermark),
         "unsafe_score": f"greatest({', '.join(scores)})" if scores else "NULL::DOUBLE",
         "lacks_score": _join_with_or(lacks_score),
-        "unsafe_tag": _join_with_or(_is_listed(tag, "unsafe") for tag in tags),
-        "unknown_tag": _join_with_or([*not_known, *("true" for _ in lacking_tags)]),
+        "unsafe_tag": _join_with_or(
+            f"list_contains($unsafe_tags::VARCHAR[], {tag})" for tag in tags
+        ),
+        "unknown_tag": _join_with_or(not_known),
         "language": _text_column(columns.language),
         "image_hash": _text_column(columns.image_hash),
         "has_language": str(judged.language),
@@ -172,9 +138,8 @@ def select_list(
     return ",\n    ".join(f"{expression} AS {name}" for name, expression in items.items())
 
 
-def is_number(kind: str, whole: bool = True) -> bool:
-    """Return whether a type of the database is a number; without `whole` ones, a score."""
-    return (kind in NUMBERS and (whole or kind not in INTEGERS)) or kind.startswith("DECIMAL")
+def is_number(kind: str) -> bool:
+    return kind in NUMBERS or kind.startswith("DECIMAL")
 
 
 def key_text(column: str, kind: str) -> str:
@@ -191,20 +156,11 @@ def quote_identifier(identifier: str) -> str:
     return '"' + identifier.replace('"', '""') + '"'
 
 
-def _from_layout(
-    layout: Mapping[str, tuple[str, ...]],
-    source: SourceConfig,
-    published: PublishedColumns,
-    file: str,
-) -> ColumnMap:
+def _from_layout(layout: Mapping[str, Sequence[str]], published: PublishedColumns) -> ColumnMap:
+    """The columns that a file has of a layout; of what it must have, the first name at least."""
     found = {part: [name for name in names if name in published] for part, names in layout.items()}
     for part in ("url", "caption"):
-        if not found[part]:
-            expected = layout[part][0]
-            raise InputError(
-                f"{file}: source '{source.name}' has no column '{expected}' for its {part}; "
-                f"{_suggest_column(expected, published)}"
-            )
+        found[part] = found[part] or [layout[part][0]]
     single = {part: names[0] for part, names in found.items() if names and part != "unsafe"}
     return ColumnMap(**single, unsafe=tuple(found["unsafe"]))
 
@@ -215,12 +171,6 @@ def column_parts(columns: ColumnMap) -> Iterator[tuple[str, str]]:
         for name in value if isinstance(value, tuple) else (value,):
             if name is not None:
                 yield part, name
-
-
-def _can_play(part: str, kind: str) -> bool:
-    if part in TEXTS:
-        return kind == TEXT
-    return is_number(kind) or (kind == TEXT and part in EITHER)
 
 
 def _suggest_column(name: str, published: PublishedColumns) -> str:
@@ -241,10 +191,6 @@ def _number_column(name: str | None, kind: str = "DOUBLE", valid: str = "isfinit
         return f"NULL::{kind}"
     value = f"TRY_CAST({quote_identifier(name)} AS {kind})"
     return f"CASE WHEN {valid.format(value)} THEN {value} END"
-
-
-def _is_listed(tag: str, which: str) -> str:
-    return f"list_contains(${which}_tags::VARCHAR[], {tag})"
 
 
 def _join_with_or(conditions: Iterable[str]) -> str:

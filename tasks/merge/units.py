@@ -1,8 +1,7 @@
 """The work of a merge in units that are done once each, in any order inside a phase, anywhere.
 
-Covers: every unit of every phase, and chunks of units.
-Not here: what they share (merge_plan.py); the order of phases, the selection and the totals
-(merge.py); the rules (filters.py, sql/).
+Not here: what they share (merge_plan.py); the selection and the totals (merge.py); the rules
+(filters.py, sql/).
 
 A unit makes a folder or file beside its place and renames it; a unit whose result is there is not
 done again. So a chunk may be tried again after any failure, and chunks of one phase may run at the
@@ -13,7 +12,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,18 +80,16 @@ REPEATED = ["source", "also_in"]
 """Columns whose values repeat; for others a dictionary would only cost time."""
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(NamedTuple):
     """Units of one kind."""
 
-    count: Callable[[MergePlan], int]
+    units: Callable[[MergePlan], int]
     make: Callable[[DuckDBPyConnection, MergePlan, int], None]
     share: float
-    """Share of the whole merge's time, measured."""
+    """Of the whole merge's time, measured."""
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Some units of one phase: what one worker does at a time. Plain values, fit to be sent."""
 
     plan: MergePlan
@@ -102,13 +98,9 @@ class Chunk:
 
 
 def run_chunk(chunk: Chunk) -> Iterator[int]:
-    """Do a chunk's units in a database of their own; yields every unit's number when it is done.
-
-    Raises:
-        InputError: a file cannot be read, or the memory limit is too small.
-    """
+    """Do a chunk's units in a database of their own; yields every unit's number when it is done."""
     plan, phase = chunk.plan, PHASES[chunk.phase]
-    spill = plan.temporary / "spill" / f"{chunk.phase}-{chunk.numbers[0]}"
+    spill = plan.temporary / "spill"
     with open_database(spill, plan.memory_limit, plan.threads, plan.outside_paths) as connection:
         if chunk.phase == "scan":
             fill_blocklists(connection, plan.config)
@@ -125,11 +117,7 @@ def text_of(paths: Iterable[Path]) -> list[str]:
 
 
 def fill_blocklists(connection: DuckDBPyConnection, config: MergeConfig) -> None:
-    """The tables that the blocklist rules ask: addresses, host names and hashes, in normal form.
-
-    Raises:
-        InputError: a list cannot be read, or a line of it cannot be understood.
-    """
+    """The tables that the blocklist rules ask: addresses, host names and hashes, in normal form."""
     addresses = (
         "WITH published AS (SELECT unnest($entries::VARCHAR[]) AS raw_url, "
         f"NULL::VARCHAR AS raw_caption), {load_statement('normalise')} "
@@ -137,11 +125,10 @@ def fill_blocklists(connection: DuckDBPyConnection, config: MergeConfig) -> None
     )
     for table, entry in BLOCKED_TABLES.items():
         if paths := entry.paths(config.filters.blocklists):
-            query = (
-                addresses if table == "blocked_addresses" else "SELECT unnest($entries) AS entry"
-            )
-            entries = read_lists(paths, entry)
-            connection.execute(f"CREATE TEMP TABLE {table} AS {query}", {"entries": entries})
+            is_urls = table == "blocked_addresses"
+            query = addresses if is_urls else "SELECT unnest($entries) AS entry"
+            entries = {"entries": read_lists(paths, entry)}
+            connection.execute(f"CREATE TEMP TABLE {table} AS {query}", entries)
 
 
 def read_blocked(connection: DuckDBPyConnection, config: MergeConfig) -> set[str]:
@@ -167,77 +154,51 @@ def _note_findings(
         yield batch.drop_columns(["listed", "unjudged"])
 
 
-class KeySplit(NamedTuple):
-    """Keys of one file, to be split over the partitions."""
+def list_splits(plan: MergePlan) -> Iterator[tuple[str, str, str, dict[str, str]]]:
+    """Keys of a file to be split over the partitions: (the folder that they go to, file, statement,
+    SQL that it names).
 
-    place: str
-    """The folder that they go to."""
-    path: str
-    statement: str
-    parts: dict[str, str]
-    """SQL that the statement names."""
-
-
-def list_splits(plan: MergePlan) -> list[KeySplit]:
-    """Sidecar keys of the rows of metadata, the sidecars under theirs, and the addresses that
-    cleaned editions still have (numbered by edition) or earlier merges have given (numbered last).
+    Sidecar keys of the rows of metadata, the sidecars under theirs, and the addresses that cleaned
+    editions still have (numbered by edition) or earlier merges have given (numbered last).
     """
-    splits = [
-        KeySplit(
-            *(f"sidecar_keys/{number}/{file.number:06d}", file.path, "partition_sidecar_keys"),
-            {"key": file.sidecar_keys[sidecar.place], "file": str(file.number)},
-        )
-        for file in plan.files
-        for number, sidecar in plan.sidecars_of(file.source)
-    ]
+    for file in plan.files:
+        for number, sidecar in plan.sidecars_of(file.source):
+            parts = {"key": file.sidecar_keys[sidecar.place], "file": str(file.number)}
+            place = f"sidecar_keys/{number}/{file.number:06d}"
+            yield place, file.path, "partition_sidecar_keys", parts
     for number, sidecar in enumerate(plan.sidecars):
         columns = ", ".join(map(quote_identifier, sidecar.config.columns))
-        splits += [
-            KeySplit(
-                *(f"sidecars/{number}/{place:06d}", path, "partition_sidecars"),
-                {"key": key, "columns": columns},
-            )
-            for place, (path, key) in enumerate(zip(sidecar.paths, sidecar.keys, strict=True))
-        ]
+        for at, (path, key) in enumerate(sidecar.files):
+            parts = {"key": key, "columns": columns}
+            yield f"sidecars/{number}/{at:06d}", path, "partition_sidecars", parts
     known = [(n, *file) for n, edition in enumerate(plan.editions) for file in edition.files]
     known += [(len(plan.editions), path, "url") for path in plan.given]
-    normalise = load_statement("normalise")
-    splits += [
-        KeySplit(
-            *(f"known/edition={edition}/{place:06d}", path, "partition_known_keys"),
-            {"url": quote_identifier(url), "normalise": normalise},
-        )
-        for place, (edition, path, url) in enumerate(known)
-    ]
-    return splits
+    for at, (edition, path, url) in enumerate(known):
+        parts = {"url": quote_identifier(url), "normalise": load_statement("normalise")}
+        yield f"known/edition={edition}/{at:06d}", path, "partition_known_keys", parts
 
 
 def _split_keys(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
-    split = list_splits(plan)[number]
-    query = copy_statement(load_statement(split.statement, **split.parts), "PARTITION_BY (part)")
+    place, path, statement, parts = list(list_splits(plan))[number]
+    query = copy_statement(load_statement(statement, **parts), "PARTITION_BY (part)")
     parameters = {"seed": plan.config.seed, "partitions": plan.partitions}
 
     def make(folder: Path) -> None:
-        def write(readable: str) -> None:
-            execute_query(
-                connection, query, {**parameters, "path": readable, "target": str(folder)}
-            )
+        target = parameters | {"target": str(folder)}
+        _with_repair(
+            plan, path, lambda found: execute_query(connection, query, target | {"path": found})
+        )
 
-        _with_repair(plan, split.path, write)
-
-    make_once(plan.temporary / split.place, make)
+    make_once(plan.temporary / place, make)
 
 
-def _with_repair(plan: MergePlan, path: str, read: Callable[[str], None]) -> None:
+def _with_repair(plan: MergePlan, path: str, read: Callable[[str], object]) -> None:
     """Call `read` with the file `path`; where that holds text that is not UTF-8, which the database
-    refuses a whole file for, with a copy whose rows and columns are in the same places.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
+    refuses a whole file for, with a copy whose rows and columns are in the same places."""
     with explain_read_errors(path):
         try:
-            return read(path)
+            read(path)
+            return
         except duckdb.Error as error:
             if not is_about_encoding(error):
                 raise
@@ -255,18 +216,19 @@ def _join_sidecars(connection: DuckDBPyConnection, plan: MergePlan, number: int)
         columns=", ".join(columns),
         largest=", ".join(f"max({name}) AS {name}" for name in columns),
     )
-    wanted = sorted(plan.temporary.glob(f"sidecar_keys/{sidecar}/*/part={part}/*.parquet"))
-    found = sorted(plan.temporary.glob(f"sidecars/{sidecar}/*/part={part}/*.parquet"))
+    wanted = _find_tables(plan, f"sidecar_keys/{sidecar}/*/part={part}")
+    found = _find_tables(plan, f"sidecars/{sidecar}/*/part={part}")
 
     def make(folder: Path) -> None:
-        execute_query(
-            connection,
-            copy_statement(query, "PARTITION_BY (file)"),
-            {"wanted": text_of(wanted), "sidecar": text_of(found), "target": str(folder)},
-        )
+        parameters = {"wanted": wanted, "sidecar": found, "target": str(folder)}
+        execute_query(connection, copy_statement(query, "PARTITION_BY (file)"), parameters)
 
     if wanted and found:
         make_once(plan.temporary / f"joined/{sidecar}/{part:06d}", make)
+
+
+def _find_tables(plan: MergePlan, folders: str) -> list[str]:
+    return text_of(sorted(plan.temporary.glob(f"{folders}/*.parquet")))
 
 
 def rows_of(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
@@ -274,11 +236,11 @@ def rows_of(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
     added, joins = "", ""
     parameters: dict[str, Any] = {"path": file.path}
     for number, sidecar in plan.sidecars_of(file.source):
-        found = sorted(plan.temporary.glob(f"joined/{number}/*/file={file.number}/*.parquet"))
+        found = _find_tables(plan, f"joined/{number}/*/file={file.number}")
         for name in map(quote_identifier, sidecar.config.columns):
             added += f", sidecar_{number}.{name}" if found else f", NULL AS {name}"
         if found:
-            parameters[f"files_{number}"] = text_of(found)
+            parameters[f"files_{number}"] = found
             joins += (
                 f"LEFT JOIN read_parquet($files_{number}, hive_partitioning = false) "
                 f"AS sidecar_{number} ON sidecar_{number}.row_in_file = alone.file_row_number\n"
@@ -289,24 +251,18 @@ def rows_of(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
 def scan_query(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
     """(statement that judges every row of a file, its parameters)."""
     rows, parameters = rows_of(plan, file)
+    filters = plan.config.filters
     query = load_statement(
         "scan",
-        reason=reason_expression(plan.config.filters),
+        reason=reason_expression(filters),
         normalise=load_statement("normalise"),
         columns=file.columns,
         rows=rows,
         listed=listed_expression(),
-        unjudged=unjudged_expression(plan.config.filters),
+        unjudged=unjudged_expression(filters),
     )
-    return query, {
-        **rule_parameters(plan.config.filters),
-        **parameters,
-        "source": file.source,
-        "file": file.number,
-        "seed": plan.config.seed,
-        "partitions": plan.partitions,
-        "keeps_hash": bool(plan.config.hash_column),
-    }
+    own = {"seed": plan.config.seed, "keeps_hash": bool(plan.config.hash_column)}
+    return query, rule_parameters(filters) | parameters | own
 
 
 def _scan_file(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
@@ -315,16 +271,15 @@ def _scan_file(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> 
 
     def make(folder: Path) -> None:
         def scan(path: str) -> None:
-            columns = file.columns
+            columns, broken = file.columns, quote_identifier(BROKEN_TEXT)
             if path != file.path:
                 columns = columns.replace(
-                    f"{NOT_BROKEN} AS broken_text",
-                    f"{quote_identifier(BROKEN_TEXT)} AS broken_text",
+                    f"{NOT_BROKEN} AS broken_text", f"{broken} AS broken_text"
                 )
-            query, parameters = scan_query(plan, replace(file, path=path, columns=columns))
+            query, parameters = scan_query(plan, file._replace(path=path, columns=columns))
             scanned = execute_query(connection, query, parameters)
-            judged = scanned.to_arrow_reader(rows_per_run(plan.partitions))
             matched, unjudged = set[str](), Counter[str]()
+            judged = scanned.to_arrow_reader(rows_per_run(plan.partitions))
             noted = _note_findings(judged, blocked, matched, unjudged)
             write_rows(noted, folder, file.source, plan.partitions)
             findings = {"matched": sorted(matched), "unjudged": unjudged}
@@ -336,14 +291,11 @@ def _scan_file(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> 
 
 
 def rows_folder(plan: MergePlan, file: MetadataFile) -> Path:
-    """Folder of the passing rows of a metadata file, split over the partitions."""
     return plan.temporary / "rows" / f"{file.number:06d}"
 
 
 def _dedupe_partition(connection: DuckDBPyConnection, plan: MergePlan, part: int) -> None:
-    make_once(
-        plan.temporary / "kept" / f"{part:06d}", partial(_dedupe_keys, connection, plan, part)
-    )
+    make_once(plan.temporary / f"kept/{part:06d}", partial(_dedupe_keys, connection, plan, part))
 
 
 def _dedupe_keys(connection: DuckDBPyConnection, plan: MergePlan, part: int, folder: Path) -> None:
@@ -356,24 +308,22 @@ def _dedupe_keys(connection: DuckDBPyConnection, plan: MergePlan, part: int, fol
     connection.register("part_keys", part_keys)
     execute_query(connection, load_statement("dedupe", keys=query), parameters)
     connection.unregister("part_keys")
-    for name, query in {
-        "reasons": "SELECT source, reason, others, count(*) AS rows FROM deduped "
-        "WHERE reason IS NOT NULL OR others <> 0 GROUP BY ALL",
-        "histogram": "SELECT source, bucket, count(*) AS rows FROM deduped "
-        "WHERE reason IS NULL GROUP BY ALL",
-    }.items():
-        connection.execute(
-            copy_statement(query, "CODEC zstd"), {"target": str(folder / f"{name}.parquet")}
-        )
-    rows = folder / "rows" / f"part={part}"
-    rows.mkdir(parents=True)
-    connection.execute(
-        copy_statement(
-            "SELECT source, file, place, key, bucket, others FROM deduped WHERE reason IS NULL",
-            "CODEC uncompressed",
+    for name, codec, query in (
+        (
+            "reasons",
+            "zstd",
+            "source, reason, others, count(*) AS rows FROM deduped "
+            "WHERE reason IS NOT NULL OR others <> 0 GROUP BY ALL",
         ),
-        {"target": str(rows / "rows.parquet")},
-    )
+        (
+            "histogram",
+            "zstd",
+            "source, bucket, count(*) AS rows FROM deduped WHERE reason IS NULL GROUP BY ALL",
+        ),
+        ("rows", "uncompressed", "* EXCLUDE reason FROM deduped WHERE reason IS NULL"),
+    ):
+        statement = copy_statement(f"SELECT {query}", f"CODEC {codec}")
+        connection.execute(statement, {"target": str(folder / f"{name}.parquet")})
     connection.execute("DROP TABLE deduped")
 
 
@@ -385,15 +335,9 @@ def _partition_keys_query(
     if not plan.editions and not plan.given:
         return plain, {}
     compared = [(s, n) for n, edition in enumerate(plan.editions) for s in edition.sources]
-    known = {
-        number: text_of(
-            sorted(plan.temporary.glob(f"known/edition={number}/*/part={part}/*.parquet"))
-        )
-        for number in range(len(plan.editions) + 1)
-    }
     connection.execute("CREATE OR REPLACE TEMP TABLE known (edition INTEGER, key UUID)")
-    for number, paths in known.items():
-        if paths:
+    for number in range(len(plan.editions) + 1):
+        if paths := _find_tables(plan, f"known/edition={number}/*/part={part}"):
             connection.execute(
                 "INSERT INTO known SELECT DISTINCT $edition::INTEGER, key "
                 "FROM read_parquet($known, hive_partitioning = false)",
@@ -406,19 +350,14 @@ def _partition_keys_query(
     }
 
 
-def parts_between(plan: MergePlan, first: str | None, last: str) -> range:
-    """The partitions that hold the keys from `first` (none = the least) to `last`."""
-    begin = 0 if first is None else int(first[:4], 16) * plan.partitions >> BUCKET_BITS
-    return range(begin, (int(last[:4], 16) * plan.partitions >> BUCKET_BITS) + 1)
+def part_of_key(plan: MergePlan, key: str | None) -> int:
+    """The partition that holds a key; None: the least."""
+    return int(key[:4], 16) * plan.partitions >> BUCKET_BITS if key else 0
 
 
-def kept_in(plan: MergePlan, parts: Iterable[int]) -> list[str]:
-    """The files of the rows that stay, of some partitions."""
-    return [
-        str(path)
-        for part in parts
-        for path in sorted(plan.temporary.glob(f"kept/*/rows/part={part}/*.parquet"))
-    ]
+def kept_in(plan: MergePlan, part: int) -> str:
+    """The file of the rows of a partition that stay."""
+    return str(plan.temporary / f"kept/{part:06d}/rows.parquet")
 
 
 def files_of_range(plan: MergePlan, source: int, number: int) -> list[Path]:
@@ -441,16 +380,14 @@ def _write_range(connection: DuckDBPyConnection, plan: MergePlan, number: int) -
     missing = {path for path in wanted if not path.is_file()}
     if missing:
         cut = read_cuts(plan)[source]
-        after = cut.last_keys[place - 1] if place else cut.after
-        parts = parts_between(plan, after, cut.last_keys[place])
+        after, last = cut.last_keys[place - 1] if place else cut.after, cut.last_keys[place]
         (plan.out / plan.config.sources[source].name).mkdir(exist_ok=True)
         tables = (
-            _choose_rows(connection, plan, source, part, after, cut.last_keys[place])
-            for part in parts
+            _choose_rows(connection, plan, source, part, after, last)
+            for part in range(part_of_key(plan, after), part_of_key(plan, last) + 1)
         )
-        for path, table in zip(
-            wanted, _in_files(tables, _output(plan), plan.config.rows_per_file), strict=True
-        ):
+        files = _in_files(tables, _output(plan), plan.config.rows_per_file)
+        for path, table in zip(wanted, files, strict=True):
             if path in missing:
                 temporary = plan.temporary / f"{source}-{path.name}"
                 with replace_file(path, beside=temporary, sync=False) as beside:
@@ -468,14 +405,10 @@ def _choose_rows(
     last: str,
 ) -> pa.Table:
     """The rows that a range of a source takes from one partition, in order."""
-    kept = kept_in(plan, [part])
-    if not kept:
-        return _output(plan).empty_table()
     beyond = "" if after is None else "AND key::UUID > $after::UUID"
-    parameters = {"kept": kept, "source": source, "last": last, "after": after}
-    places = execute_query(
-        connection, load_statement("chosen", after=beyond), parameters
-    ).fetchnumpy()
+    parameters = {"kept": kept_in(plan, part), "source": source, "last": last, "after": after}
+    statement = load_statement("chosen", after=beyond)
+    places = execute_query(connection, statement, parameters).fetchnumpy()
     files = plan.of_source(source)
     keys = [read_rows(rows_folder(plan, file), "keys", part) for file in files]
     texts = [read_rows(rows_folder(plan, file), "texts", part) for file in files]
@@ -489,13 +422,12 @@ def _choose_rows(
     columns = {name: table.column(name) for table in rows for name in table.column_names}
     columns["others"] = pa.chunked_array([pa.array(places["others"])])
     connection.register("chosen", pa.table(columns))
-    names = [settings.name for settings in plan.config.sources]
-    made = execute_query(connection, load_statement("write"), {"names": names}).to_arrow_table()
+    sources = [settings.name for settings in plan.config.sources]
+    made = execute_query(connection, load_statement("write"), {"names": sources}).to_arrow_table()
     connection.unregister("chosen")
     columns |= {name: made.column(name) for name in made.column_names}
-    columns["source"] = pa.chunked_array([pa.repeat(plan.config.sources[source].name, len(made))])
-    names = _output(plan).names
-    return pa.table([columns[name] for name in names], names=names)
+    columns["source"] = pa.chunked_array([pa.repeat(sources[source], len(made))])
+    return pa.table({name: columns[name] for name in _output(plan).names})
 
 
 def _output(plan: MergePlan) -> pa.Schema:
@@ -511,19 +443,18 @@ def _in_files(
     tables: Iterable[pa.Table], schema: pa.Schema, rows_per_file: int
 ) -> Iterator[pa.Table]:
     """Cut a stream of rows into tables of `rows_per_file`, the last one shorter."""
-    waiting: list[pa.Table] = []
+    waiting = schema.empty_table()
     for table in tables:
-        while sum(map(len, waiting)) + len(table) >= rows_per_file:
-            first = rows_per_file - sum(map(len, waiting))
-            yield pa.concat_tables([*waiting, table.slice(0, first).cast(schema)])
-            waiting, table = [], table.slice(first)
-        waiting.append(table.cast(schema))
-    if any(map(len, waiting)):
-        yield pa.concat_tables(waiting)
+        waiting = pa.concat_tables([waiting, table.cast(schema)])
+        while len(waiting) >= rows_per_file:
+            yield waiting.slice(0, rows_per_file)
+            waiting = waiting.slice(rows_per_file)
+    if len(waiting):
+        yield waiting
 
 
 PHASES: Mapping[str, Phase] = {
-    "split_keys": Phase(lambda plan: len(list_splits(plan)), _split_keys, 0.0),
+    "split_keys": Phase(lambda plan: len(list(list_splits(plan))), _split_keys, 0.0),
     "join_sidecars": Phase(lambda plan: len(plan.sidecars) * plan.partitions, _join_sidecars, 0.0),
     "scan": Phase(lambda plan: len(plan.files), _scan_file, 0.5),
     "dedupe": Phase(lambda plan: plan.partitions, _dedupe_partition, 0.2),
