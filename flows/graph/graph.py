@@ -61,7 +61,8 @@ from tasks.dataset.lists import read_takedowns, takedowns_digest
 from tasks.demo.config import STAGE as DEMO
 from tasks.demo.config import DemoConfig
 from tasks.download.config import STAGE as DOWNLOAD
-from tasks.download.download import PROGRESS, Crew, download_images
+from tasks.download.config import Crew
+from tasks.download.download import PROGRESS, download_images
 from tasks.download.url_tables import expected_bytes
 from tasks.embed.config import STAGE as EMBED
 from tasks.embed.config import EmbedConfig

@@ -13,7 +13,7 @@ from evaclip_model.errors import InputError
 from tasks.artifacts.artifact import Made
 from tasks.merge.config import MergeConfig
 from tasks.merge.database import share_of_memory
-from tasks.merge.merge import merge_sources, one_after_another
+from tasks.merge.merge import merge_sources
 from tasks.merge.merge_plan import Files
 from tasks.merge.units import Chunk, run_chunk
 from tasks.progress import Report
@@ -38,7 +38,7 @@ def merge_in_chunks(
     return merge_sources(
         *(config, files, out, report),
         threads=max(1, (os.cpu_count() or 1) // workers),
-        run=one_after_another if config.engine == "spark" else _run_as_tasks,
+        run=_run_as_tasks,  # Spark has a runner of its own
         chunks=workers,
         memory_limit=share_of_memory(config.memory_limit, workers),
         given=given,

@@ -38,8 +38,8 @@ Counts = Mapping[str, int | float]
 
 
 class Role:
-    """Names that inputs have among an artifact's parents. They are part of its digest: a changed
-    name is another artifact. Outside data has roles of its own, such as a source's name."""
+    """Names of inputs among an artifact's parents, part of its digest; outside data has roles of
+    its own, such as a source's name."""
 
     MERGE = "merge"
     DOWNLOAD = "download"
@@ -74,8 +74,7 @@ class Stage:
     tools: tuple[str, ...] = ()
     """Distributions whose version belongs in the manifest."""
     ignores: tuple[str, ...] = ()
-    """Config fields, by their names in `Config.identity`, that decide how the work is done (memory,
-    parallelism), never its result."""
+    """Config fields that decide how the work is done (memory, parallelism), never its result."""
 
 
 @dataclass(frozen=True)
@@ -147,13 +146,8 @@ class Made:
 
 
 def produce_artifact(address: Address, make: Callable[[Path], Made]) -> Artifact:
-    """Return the artifact at `address`, calling `make(folder)` only when it is not finished.
-
-    `make` may find the leavings of a killed run in its folder; it continues or clears them.
-
-    Raises:
-        InputError: another run is making the same artifact, or the disk is full.
-    """
+    """Return the artifact at `address`, calling `make(folder)` only when it is not finished: it may
+    find the leavings of a killed run, and continues or clears them."""
     if address.is_finished:
         return read_artifact(address.folder)
     folder = address.folder
@@ -176,11 +170,7 @@ def produce_artifact(address: Address, make: Callable[[Path], Made]) -> Artifact
 
 
 def read_artifact(folder: Path) -> Artifact:
-    """Read an artifact that is finished, or was until its files were pruned.
-
-    Raises:
-        InputError: no manifest there, or one that cannot be read.
-    """
+    """Read an artifact that is finished, or was until its files were pruned."""
     path = folder / MANIFEST
     if not path.exists() and (folder / PRUNED).exists():
         path = folder / PRUNED
@@ -204,11 +194,7 @@ def read_artifacts(root: Path) -> list[Artifact]:
 
 
 def read_bulk(folder: Path) -> dict[Path, int] | None:
-    """Size in bytes of every bulk file that a finished artifact lists; None if it has no list.
-
-    Raises:
-        InputError: the list cannot be read.
-    """
+    """Size in bytes of every bulk file that a finished artifact lists; None if it has no list."""
     path = folder / BULK
     if not path.exists():
         return None
@@ -249,8 +235,8 @@ def _publish_manifest(address: Address, made: Made) -> Artifact:
     files = [*made.files]
     if made.bulk:
         sizes = {str(file.relative_to(folder)): file.stat().st_size for file in made.bulk}
-        lines = (json.dumps({"path": path, "size": size}) for path, size in sizes.items())
-        write_atomically(folder / BULK, "".join(f"{line}\n" for line in lines))
+        lines = [json.dumps({"path": path, "size": size}) + "\n" for path, size in sizes.items()]
+        write_atomically(folder / BULK, "".join(lines))
         files.append(folder / BULK)
     files.sort()
     # A core each at once, because hashing leaves Python's lock.

@@ -3,13 +3,10 @@
 Not here: what was made of an artifact (flows/graph/ancestry.py), pictures (tasks/lineage).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
@@ -41,13 +38,12 @@ class Node(Config):
     @property
     def title(self) -> str:
         """The label for people: `train stage-1`, or the kind alone."""
-        return f"{self.kind} {self.name}" if self.name else self.kind
+        return self.label.replace(".", " ", 1)
 
     @classmethod
-    def from_artifact(cls, artifact: Artifact) -> Node:
+    def from_artifact(cls, artifact: Artifact) -> Self:
         name = artifact.config.get("name")
-        shared = {"kind", "digest", "created", "parents", "counts", "config"}
-        fields = artifact.model_dump(include=shared)
+        fields = artifact.model_dump(include=cls.model_fields.keys() - {"name"})
         return cls(name=name if isinstance(name, str) else "", **fields)
 
 
@@ -93,8 +89,7 @@ def lineage_of(artifacts: Sequence[Artifact], root: Path) -> Lineage:
                 return read_artifact(folder)
         return None
 
-    found = walk_up(artifacts, find)
-    nodes = tuple(Node.from_artifact(artifact) for artifact in found.values())
+    nodes = tuple(map(Node.from_artifact, walk_up(artifacts, find).values()))
     return Lineage(heads=tuple(a.digest for a in artifacts), nodes=nodes)
 
 
@@ -107,8 +102,7 @@ def walk_up(
 
     def visit(artifact: Artifact) -> None:
         for digest in artifact.parents.values():
-            parent = None if digest in found else find(digest)
-            if parent is not None:
+            if digest not in found and (parent := find(digest)):
                 visit(parent)
         found.setdefault(artifact.digest, artifact)
 
@@ -117,8 +111,7 @@ def walk_up(
     return found
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """One difference between two lineages; None stands for what one of them does not have."""
 
     where: str
@@ -128,11 +121,8 @@ class Change:
 
 
 def list_changes(old: Lineage, new: Lineage) -> list[Change]:
-    """Return what decides a result and differs: settings, outside data, stages; in the new one's
-    order.
-
-    A stage is told by its label. What follows from a change, such as digests, is not listed.
-    """
+    """Return what decides a result and differs, in the new one's order: settings, outside data,
+    stages (by their labels); not what follows from a change, such as digests."""
     before, after = ({node.label: node for node in one.nodes} for one in (old, new))
     found: list[Change] = []
     for label in dict.fromkeys((*after, *before)):
@@ -151,10 +141,8 @@ def list_changes(old: Lineage, new: Lineage) -> list[Change]:
 
 def _deciding_settings(node: Node, lineage: Lineage) -> dict[str, Any]:
     """A node's settings, flat, and the fingerprints of its outside data."""
-    outside = {
-        role: digest for role, digest in node.parents.items() if lineage.find_node(digest) is None
-    }
-    return {**dict(flatten_settings("", node.config)), **outside}
+    outside = {r: digest for r, digest in node.parents.items() if not lineage.find_node(digest)}
+    return dict(flatten_settings("", node.config)) | outside
 
 
 def flatten_settings(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -1,5 +1,4 @@
-"""Check of shards against their own counts, the ledger of those that were found whole before, and
-clearing away what is not whole.
+"""Check of shards against their own counts, and the ledger of those that were found whole before.
 
 Not here: whether images decode (the verify stage). 200,000 shards are 50 TB; the sizes and times of
 their files, by which the ledger knows them again, are seconds.
@@ -38,17 +37,12 @@ class FinishedShard:
 
 
 def check_shard(folder: Path, planned: PlannedShard) -> FinishedShard:
-    """Compare a shard's plan, statistics, table and tar.
-
-    Raises:
-        BrokenShard: a file is missing or cannot be read, or two of them disagree.
-    """
-    tar_path = folder / f"{planned.name}.tar"
+    """Compare a shard's plan, statistics, table and tar; raises `BrokenShard` where a file is
+    missing or cannot be read, or two of them disagree."""
+    tar_path, table_path, stats_path = shard_files(folder, planned)
     try:
-        stats = json.loads((folder / f"{planned.name}_stats.json").read_text())
-        table = pq.read_table(
-            folder / f"{planned.name}.parquet", columns=["status", "error_message"]
-        )
+        stats = json.loads(stats_path.read_text())
+        table = pq.read_table(table_path, columns=["status", "error_message"])
         with tarfile.open(tar_path, "r:") as tar:
             in_tar = sum(name.endswith(f".{RECORD_EXTENSION}") for name in tar.getnames())
         stated_rows, stated_successes = stats["count"], stats["successes"]
@@ -86,14 +80,8 @@ def shard_files(folder: Path, planned: PlannedShard) -> list[Path]:
     return [folder / f"{planned.name}{end}" for end in (".tar", ".parquet", "_stats.json")]
 
 
-@dataclass(frozen=True)
-class _LedgerLine:
-    shard: FinishedShard
-    stamp: list[list[int]]
-    """Size and time of change of each of its files."""
-
-
-_LINE = TypeAdapter(_LedgerLine)
+_LINE = TypeAdapter(tuple[FinishedShard, list[tuple[int, int]]])
+"""A shard, size and time of change of each of its files."""
 
 
 class Ledger:
@@ -102,31 +90,23 @@ class Ledger:
     def __init__(self, path: Path, folder: Path) -> None:
         self._path = path
         self._folder = folder
-        self._known: dict[PlannedShard, _LedgerLine] = {}
+        self._known: dict[PlannedShard, tuple[FinishedShard, list[tuple[int, int]]]] = {}
         for line in path.read_bytes().splitlines() if path.exists() else ():
             with suppress(ValueError):  # a line that a kill cut short is nothing
                 entry = _LINE.validate_json(line)
-                self._known[entry.shard.planned] = entry
+                self._known[entry[0].planned] = entry
 
     def check_planned(self, planned: PlannedShard) -> FinishedShard:
-        """The shard as remembered, or as `check_shard` finds it now.
-
-        Raises:
-            BrokenShard: as `check_shard`.
-        """
-        stamp = _file_stamp(self._folder, planned)
-        known = self._known.get(planned)
-        if known is None or known.stamp != stamp:
-            known = _LedgerLine(check_shard(self._folder, planned), stamp)
-            self._known[planned] = known
+        """The shard as remembered, or as `check_shard` finds it now."""
+        try:
+            stats = [path.stat() for path in shard_files(self._folder, planned)]
+        except OSError as error:
+            raise BrokenShard(f"shard {planned.name} is unfinished: {error}") from error
+        stamp = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+        known, before = self._known.get(planned, (None, None))
+        if known is None or before != stamp:
+            known = check_shard(self._folder, planned)
+            self._known[planned] = known, stamp
             with self._path.open("ab") as file:
-                file.write(_LINE.dump_json(known) + b"\n")
-        return known.shard
-
-
-def _file_stamp(folder: Path, planned: PlannedShard) -> list[list[int]]:
-    try:
-        stats = [path.stat() for path in shard_files(folder, planned)]
-    except OSError as error:
-        raise BrokenShard(f"shard {planned.name} is unfinished or unreadable: {error}") from error
-    return [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+                file.write(_LINE.dump_json((known, stamp)) + b"\n")
+        return known

@@ -1,12 +1,10 @@
-"""Rules for downloading and storing images, the `[download]` table of a recipe; and the ways in
-which downloading processes may be started.
-
-Not here: downloading; processes and threads (they change the time, not the result).
-"""
+"""Rules for downloading and storing images, the `[download]` table of a recipe; and the processes
+that download, which are no part of it."""
 
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from ipaddress import ip_network
 from typing import ClassVar, Literal, Self
@@ -100,7 +98,6 @@ class DownloadConfig(Config):
     image_px: int = Field(256, gt=0)
     """Length of the shorter (keep_ratio, center_crop) or longer side after resizing, in pixels."""
     storage: StorageConfig = StorageConfig()
-    """How images are resized and encoded."""
     min_image_px: int = Field(0, ge=0)
     """Smallest accepted side of the original, in pixels."""
     max_aspect_ratio: float = Field(20.0, ge=1)
@@ -119,7 +116,6 @@ class DownloadConfig(Config):
     """How often the whole list is gone through; after the first time only rows whose failure may
     pass (time-out, connection, 429, 5xx) are tried, in shards of their own."""
     politeness: PolitenessConfig = PolitenessConfig()
-    """What sites may expect of us."""
     allowed_networks: tuple[str, ...] = ()
     """Networks that are not public but may be fetched from all the same: `127.0.0.1/32`."""
     hash_column: str = ""
@@ -127,7 +123,6 @@ class DownloadConfig(Config):
     "image_hash" for what their column maps name so; rows without one pass; empty: no row is
     compared."""
     hash_algorithm: Literal["md5", "sha1", "sha256"] = "md5"
-    """What the hashes of hash_column are."""
     min_success_rate: float = Field(0.3, ge=0, le=1)
     """Least share of rows that the first pass must make samples of; fewer means that something is
     broken."""
@@ -140,12 +135,20 @@ class DownloadConfig(Config):
         return value
 
 
-def require_distributor(name: Distributor) -> None:
-    """Make sure that `name` can be used; img2dataset ends silently, having done nothing, if not.
+@dataclass(frozen=True)
+class Crew:
+    """The processes and threads that download; they never change the result."""
 
-    Raises:
-        InputError: its package, or Spark's Java, is missing.
-    """
+    processes: int
+    """Each with its own shard; about 0.8 GB of memory."""
+    threads: int
+    """Connections open at once in each process."""
+    distributor: Distributor = "multiprocessing"
+    """What starts the processes: Spark and Ray need a folder that all machines share."""
+
+
+def require_distributor(name: Distributor) -> None:
+    """Make sure that `name` can be used; img2dataset ends silently, having done nothing, if not."""
     if name != "multiprocessing" and find_spec(name) is None:
         raise InputError(
             f"the download distributor '{name}' needs the package {name}, which is not installed: "

@@ -1,6 +1,5 @@
 """Download the images of a merge into shards, once each, whatever interrupts it.
 
-Covers: passes, resuming, running img2dataset in its own process tree, judging the result.
 Not here: how a URL is fetched (fetch.py), what a whole shard is (check_shards.py), which rows
 another pass tries (retry_passes.py), when to stop early (watch_progress.py).
 
@@ -11,7 +10,6 @@ another pass tries (retry_passes.py), when to stop early (watch_progress.py).
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import resource
@@ -21,8 +19,8 @@ import time
 from collections import Counter
 from collections.abc import Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
@@ -30,10 +28,10 @@ from evaclip_model.reading.samples import BrokenShard
 from tasks.artifacts.artifact import Made
 from tasks.download import retry_passes
 from tasks.download.check_shards import FinishedShard, Ledger, remove_shard, shard_files
-from tasks.download.config import Distributor, DownloadConfig, require_distributor
+from tasks.download.config import Crew, DownloadConfig, require_distributor
 from tasks.download.download_worker import WorkerJob, open_files_needed
 from tasks.download.fetch_outcome import Outcome
-from tasks.download.retry_passes import network_gone, silent_hosts
+from tasks.download.retry_passes import silent_hosts
 from tasks.download.url_tables import (
     CAPTION_COLUMN,
     URL_COLUMN,
@@ -43,7 +41,7 @@ from tasks.download.url_tables import (
     plan_download,
 )
 from tasks.download.watch_progress import CounterReader, Watch, dead_links, network_trouble
-from tasks.process.child import run_supervised
+from tasks.process.child import refuse_full_disk, run_supervised
 from tasks.progress import Report
 
 SHARDS_FOLDER = "shards"
@@ -63,63 +61,52 @@ ASK_WITNESSES_EVERY_S = 60.0
 """How often a later pass, most of whose URLs stay silent, makes sure that the network is there."""
 SPOILED_ROWS = 50
 """Rows of a shard that are enough to tell a dead network from a few dead hosts."""
-
-
-@dataclass(frozen=True)
-class Crew:
-    """The processes and threads that download; they never change the result."""
-
-    processes: int
-    """Downloading processes; about 0.8 GB of memory each."""
-    threads: int
-    """Connections open at once in each process."""
-    distributor: Distributor = "multiprocessing"
-    """What starts the processes: Spark and Ray need a folder that all machines share."""
+WORKER_ENVIRONMENT = {
+    "PYSPARK_PYTHON": sys.executable,
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+    "WANDB_MODE": "disabled",
+    "DO_NOT_TRACK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+"""Nothing that phones home, one CPU thread a process."""
 
 
 def download_images(
     config: DownloadConfig, merged: Path, out: Path, crew: Crew, report: Report
 ) -> Made:
-    """Make shards under `out` from every row of `merged/<source>/*.parquet`.
-
-    Raises:
-        InputError: unusable input, too little disk or too few open files, no such distributor, a
-            network that is down, or fewer successes than min_success_rate; the shards that did well
-            are kept.
-        RuntimeError: img2dataset, started again and again, finished none of the missing shards.
-    """
+    """Make shards under `out` from every row of `merged/<source>/*.parquet`; whatever stops it, the
+    shards that did well are kept."""
     require_distributor(crew.distributor)
     plan = plan_download(merged, config)
     order = _Order(out, config, crew, report)
-    first = _Pass(1, order, plan, rows_before=0)
-    done = [_require_shards(first, out)]
+    first = last = _Pass(1, order, plan, rows_before=0)
+    done = [first.complete_shards()]
     _judge_success(config, first, done[0])
     columns = (*plan.extra_columns, CAPTION_COLUMN, URL_COLUMN)
-    last = first
     for number in range(2, config.passes + 1):
         if not retry_passes.rows_to_retry(done[-1]):
             break
         folder = _pass_folder(out, number)
-        if not (folder / ROWS_FOLDER).exists():
-            _wait_before_pass(
-                retry_passes.wait_before(done[-1], config.politeness.pass_wait_s), plan.rows, report
-            )
+        rows = folder / ROWS_FOLDER
+        if not rows.exists():
+            asked_s = max(shard.retry_after_s for shard in done[-1])
+            _wait_before_pass(min(config.politeness.pass_wait_s, asked_s), plan.rows, report)
             folder.mkdir(exist_ok=True)
             retry_passes.write_rows_to_retry(
-                done[-1], last.shards, columns, folder / ROWS_FOLDER, config.samples_per_shard
+                done[-1], last.shards, columns, rows, config.samples_per_shard
             )
-        begin = last.plan.shards[-1].number + 1
-        again = plan_download(folder / ROWS_FOLDER, config, begin)
+        again = plan_download(rows, config, last.plan.shards[-1].number + 1)
         rows_before = sum(shard.planned.rows for finished in done for shard in finished)
         last = _Pass(number, order, again, rows_before, first)
-        done.append(_require_shards(last, out))
+        done.append(last.complete_shards())
     made = _describe_made(out, plan, done)
     report(plan.rows, plan.rows, f"{made.counts['samples']:,} images")
     return made
 
 
-@dataclass(frozen=True)
-class _Order:
+class _Order(NamedTuple):
     """The common part of all passes of one download."""
 
     out: Path
@@ -132,12 +119,7 @@ class _Pass:
     """One pass over rows: its folder, what it shall hold, and making it so."""
 
     def __init__(
-        self,
-        number: int,
-        order: _Order,
-        plan: Plan,
-        rows_before: int,
-        first: _Pass | None = None,
+        self, number: int, order: _Order, plan: Plan, rows_before: int, first: _Pass | None = None
     ) -> None:
         folder = _pass_folder(order.out, number)
         _claim_folder(folder, plan)
@@ -160,18 +142,19 @@ class _Pass:
 
     def complete_shards(self) -> list[FinishedShard]:
         """Download until every shard is whole; return them."""
+        if not self.is_finished:  # later passes were made from others
+            for folder in self._order.out.glob("pass-*"):
+                if int(folder.name.removeprefix("pass-")) > self.number:
+                    shutil.rmtree(folder)
         self._remove_unfinished()
-        config, crew = self._order.config, self._order.crew
-        work, idle_starts = self._folder / WORK_FOLDER, 0
+        idle_starts = 0
         while not self.is_finished and idle_starts < IDLE_STARTS:
             whole_before = {shard.planned for shard in self._finished}
             rows_left = self.plan.rows - sum(shard.planned.rows for shard in self._finished)
-            _check_before_start(self._folder, rows_left, config, crew.threads)
+            _check_before_start(self._folder, rows_left, self._order)
             try:
                 with suppress(_LostWorker):
-                    self._run_img2dataset(
-                        _lay_out_inputs(work, self._folder, self.plan, config, crew)
-                    )
+                    self._run_img2dataset(_lay_out_inputs(self._folder, self.plan, self._order))
             finally:
                 self._check_shards()
                 lost = self._forget_shards_without_network(whole_before)
@@ -179,9 +162,14 @@ class _Pass:
             if lost is not None:
                 raise InputError(lost)
             idle_starts = 0 if len(self._finished) > len(whole_before) else idle_starts + 1
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(self._folder / WORK_FOLDER, ignore_errors=True)
         if not self.is_finished:
-            raise _not_finished(self._folder, self._problems)
+            log = self._folder / LOG
+            refuse_full_disk(log)  # img2dataset only prints what stopped it
+            raise RuntimeError(
+                f"{len(self._problems)} shards were not finished by {IDLE_STARTS} starts in a row; "
+                f"the first: {self._problems[0]}; see {log}"
+            )
         return self._finished
 
     def _check_shards(self) -> None:
@@ -211,40 +199,31 @@ class _Pass:
         later pass, where silent hosts are nothing special, only shards of this run are in question,
         and only if hosts that answered before are silent too.
         """
-        if self._first is None:
-            lost = [
-                shard
-                for shard in self._finished
-                if shard.planned.rows >= SPOILED_ROWS and network_trouble(shard.outcomes)
-            ]
-            problem = network_trouble(retry_passes.sum_of(lost)) if lost else None
-        else:
-            lost = [
-                shard
-                for shard in self._finished
-                if shard.planned not in whole_before and network_trouble(shard.outcomes)
-            ]
-            problem = self._network_gone(retry_passes.sum_of(lost)) if lost else None
+        lost = [
+            shard
+            for shard in self._finished
+            if network_trouble(shard.outcomes)
+            and (shard.planned not in whole_before or not self._first)
+            and (shard.planned.rows >= SPOILED_ROWS or self._first)
+        ]
+        problem = self._network_down(retry_passes.sum_of(lost)) if lost else None
         if problem is not None:
             for shard in lost:
                 remove_shard(self.shards, shard.planned)
             self._check_shards()
         return problem
 
-    def _network_gone(self, counts: Counter[Outcome]) -> str | None:
-        """The reason why all of a later pass would fail; None if hosts of the first answer."""
-        assert self._first is not None
-        first = self._first
-        silent = silent_hosts(first._finished, first.shards, self._order.config)
-        return network_gone(counts, silent) if silent else None
+    def _network_down(self, counts: Counter[Outcome]) -> str | None:
+        """The sentence for `counts` of URLs that nearly all stayed silent; in a later pass, whose
+        rows failed before, None if hosts of the first, which did well, answer."""
+        silent = None
+        if first := self._first:
+            silent = silent_hosts(first._finished, first.shards, self._order.config)
+        return None if silent == 0 else network_trouble(counts, silent)
 
     def _run_img2dataset(self, job: WorkerJob) -> None:
-        """Run img2dataset to its end, reporting URLs as they are done.
-
-        Raises:
-            _LostWorker: one of its processes was killed, or nothing moves any more.
-            InputError: nearly no host answers any more, or nearly nothing can be fetched.
-        """
+        """Run img2dataset to its end, reporting URLs as they are done; `_LostWorker` if one of its
+        processes was killed, or nothing moves any more."""
         path = self._folder / WORK_FOLDER / "job.json"
         write_atomically(path, job.model_dump_json(indent=1))
         reader, moved, tried = CounterReader(job.counters), time.monotonic(), 0
@@ -268,17 +247,14 @@ class _Pass:
                 noted = now
                 self._log_figures(watch)
             # its pool never hears of a killed process and would wait for that shard for ever
-            is_here = job.distributor == "multiprocessing"
+            is_here = job.crew.distributor == "multiprocessing"
             if (is_here and not all(map(_is_alive, progress.busy))) or now - moved > stall_s:
                 raise _LostWorker
             problem = watch.network_down()
             if self._first is None:
                 problem = problem or watch.list_dead()
             elif problem and now - asked > ASK_WITNESSES_EVERY_S:
-                # only rows that failed before are tried here: most of them fail again, and why
-                # is a question to hosts that did well
-                asked = now
-                problem = self._network_gone(progress.counts)
+                asked, problem = now, self._network_down(progress.counts)
             else:
                 problem = None
             if problem:
@@ -288,7 +264,7 @@ class _Pass:
             [sys.executable, "-m", "tasks.download.download_worker", str(path)],
             log=self._folder / LOG,
             grace_s=GRACE_S,
-            env=_worker_environment(),
+            env={**os.environ, **WORKER_ENVIRONMENT},
             poll=poll,
         )
 
@@ -305,17 +281,7 @@ class _LostWorker(Exception):
 
 
 def _pass_folder(out: Path, number: int) -> Path:
-    """The folder of a pass."""
     return out if number == 1 else out / f"pass-{number}"
-
-
-def _require_shards(wanted: _Pass, out: Path) -> list[FinishedShard]:
-    """The shards of a pass. If one of them is missing, later passes were made from others."""
-    if not wanted.is_finished:
-        for folder in out.glob("pass-*"):
-            if int(folder.name.removeprefix("pass-")) > wanted.number:
-                shutil.rmtree(folder)
-    return wanted.complete_shards()
 
 
 def _wait_before_pass(seconds: float, rows: int, report: Report) -> None:
@@ -327,11 +293,7 @@ def _wait_before_pass(seconds: float, rows: int, report: Report) -> None:
 
 
 def _claim_folder(out: Path, plan: Plan) -> None:
-    """Mark `out` as belonging to this plan.
-
-    Raises:
-        InputError: it belongs to another. Other options on resume would duplicate rows silently.
-    """
+    """Mark `out` as this plan's; other options on resume would duplicate rows silently."""
     if any(character in str(out.resolve()) for character in "*?["):
         raise InputError(f"{out}: img2dataset cannot write below a folder with *, ? or [ in it")
     mark = out / "fingerprint"
@@ -343,16 +305,13 @@ def _claim_folder(out: Path, plan: Plan) -> None:
         )
 
 
-def _check_before_start(out: Path, rows: int, config: DownloadConfig, threads: int) -> None:
-    """Refuse what would fail hours later.
-
-    Raises:
-        InputError: too little disk, or too few open files.
-    """
-    needed, free = expected_bytes(rows, config.image_px), shutil.disk_usage(out).free
+def _check_before_start(out: Path, rows: int, order: _Order) -> None:
+    """Refuse what would fail hours later: too little disk, or too few open files."""
+    image_px, threads = order.config.image_px, order.crew.threads
+    needed, free = expected_bytes(rows, image_px), shutil.disk_usage(out).free
     if free < needed:
         raise InputError(
-            f"{rows:,} images at {config.image_px} px need about {needed / 1e9:.2f} GB, but "
+            f"{rows:,} images at {image_px} px need about {needed / 1e9:.2f} GB, but "
             f"{out} has {free / 1e9:.2f} GB free: free some space or use another disk"
         )
     files, limit = open_files_needed(threads), resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -363,26 +322,22 @@ def _check_before_start(out: Path, rows: int, config: DownloadConfig, threads: i
         )
 
 
-def _lay_out_inputs(
-    work: Path, folder: Path, plan: Plan, config: DownloadConfig, crew: Crew
-) -> WorkerJob:
+def _lay_out_inputs(folder: Path, plan: Plan, order: _Order) -> WorkerJob:
     """Lay out the inputs of one call: links whose order by name is the plan's order."""
+    work = (folder / WORK_FOLDER).resolve()
     shutil.rmtree(work, ignore_errors=True)
-    inputs, counters = work / "inputs", work / "counters"
-    inputs.mkdir(parents=True)
-    counters.mkdir()
+    for name in ("inputs", "counters"):
+        (work / name).mkdir(parents=True)
     for number, file in enumerate(plan.files):
-        (inputs / f"{number:06d}.parquet").symlink_to(file.resolve())
+        (work / "inputs" / f"{number:06d}.parquet").symlink_to(file.resolve())
     return WorkerJob(
-        config=config,
-        inputs=inputs.resolve(),
+        config=order.config,
+        crew=order.crew,
+        inputs=work / "inputs",
         output=(folder / SHARDS_FOLDER).resolve(),
-        counters=counters.resolve(),
+        counters=work / "counters",
         extra_columns=plan.extra_columns,
         first_number=plan.shards[0].number,
-        processes=crew.processes,
-        threads=crew.threads,
-        distributor=crew.distributor,
     )
 
 
@@ -394,37 +349,8 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _worker_environment() -> dict[str, str]:
-    """The worker's: nothing that phones home, one CPU thread a process."""
-    return {
-        **os.environ,
-        "PYSPARK_PYTHON": sys.executable,
-        "NO_ALBUMENTATIONS_UPDATE": "1",
-        "WANDB_MODE": "disabled",
-        "DO_NOT_TRACK": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
-def _not_finished(out: Path, problems: Sequence[str]) -> Exception:
-    """The reason why img2dataset left shards undone; it only prints what stopped it."""
-    log = out / LOG
-    if os.strerror(errno.ENOSPC) in log.read_text(errors="replace")[-100_000:]:
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out))
-    return RuntimeError(
-        f"{len(problems)} shards were not finished by {IDLE_STARTS} starts in a row; "
-        f"the first: {problems[0]}; see {log}"
-    )
-
-
 def _judge_success(config: DownloadConfig, first: _Pass, finished: Sequence[FinishedShard]) -> None:
-    """Refuse a systematic failure, and forget the shards that it spoiled so that they are redone.
-
-    Raises:
-        InputError: fewer rows than min_success_rate became samples.
-    """
+    """Refuse a systematic failure, and forget the shards that it spoiled: they are redone."""
     outcomes = retry_passes.sum_of(finished)
     if outcomes[Outcome.SUCCESS] >= outcomes.total() * config.min_success_rate:
         return
@@ -435,11 +361,7 @@ def _judge_success(config: DownloadConfig, first: _Pass, finished: Sequence[Fini
 
 
 def _describe_made(out: Path, plan: Plan, done: Sequence[Sequence[FinishedShard]]) -> Made:
-    """Write the report and name the artifact's files.
-
-    Raises:
-        RuntimeError: a row ended in no bucket, or in two.
-    """
+    """Write the report and name the artifact's files."""
     by_source = retry_passes.total_outcomes(done)
     total = sum(by_source.values(), Counter[Outcome]())
     if total.total() != plan.rows:

@@ -1,13 +1,9 @@
 """Fetch one URL of an untrusted list, safely and politely: what replaces urllib's defaults.
 
-Covers: http and https only; the address of every connection checked, redirects included; bytes
-and total time bounded; no proxy; pages and SVG refused; sites that decline obeyed; hashes compared;
-retries of what may pass, waits that servers asked for.
-Not here: what is done with the bytes; what a site may ask for (politeness.py).
-
-urllib's own opener follows file:, ftp: and data: URLs, redirects into private networks, reads
-bodies without limit, and its timeout is for one receive, so that a dripping server holds it for
-ever. Names are resolved by the system; the worker's environment bounds how long it tries.
+urllib's own opener follows file:, ftp: and data: URLs and proxies, redirects into private networks,
+reads bodies without limit, and its timeout is for one receive, so that a dripping server holds it
+for ever. Names are resolved by the system; the worker's environment bounds how long it tries.
+Not here: what a site may ask for (politeness.py).
 """
 
 import email.utils
@@ -66,33 +62,17 @@ class Refused(Exception):
 
 
 class Redirected(Exception):
-    """The answer was a redirect to `url`."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self.url = url
+    """The answer was a redirect to this URL."""
 
 
 class Deadline(threading.local):
     """The time when the URL that this thread fetches has to be done; one object serves all
     threads."""
 
-    def __init__(self) -> None:
-        self.end = float("inf")
-
-    def start_clock(self, seconds: float) -> None:
-        self.end = time.monotonic() + seconds
-
-    def extend_by(self, seconds: float) -> None:
-        """Give back time that was spent waiting for others."""
-        self.end += seconds
+    end = float("inf")
 
     def seconds_left(self, at_most: float | None = None) -> float:
-        """Seconds left, no more than `at_most`.
-
-        Raises:
-            Refused: none is left.
-        """
+        """Seconds left, no more than `at_most`; raises `Refused` when none is left."""
         left = self.end - time.monotonic()
         if left <= 0:
             raise Refused(Outcome.DEADLINE)
@@ -107,32 +87,24 @@ class Fetcher:
         self._deadline = Deadline()
         self._opener = guarded_opener(config, self._deadline)
         manners = config.politeness
+        token, self._rules = manners.user_agent_token, list[tuple[Outcome, Robots]]()
         self._hosts = HostGate(manners.host_connections, manners.rest_after, manners.max_rest_s)
-        self._rules = [
-            (outcome, Robots(self._fetch_rules, manners.user_agent_token, name))
-            for outcome, name, is_asked in (
-                (Outcome.ROBOTS_TXT, "robots.txt", manners.respect_robots),
-                (Outcome.OPTED_OUT, "ai.txt", manners.respect_ai_txt),
-            )
-            if is_asked
-        ]
+        if manners.respect_robots:
+            self._rules += [(Outcome.ROBOTS_TXT, Robots(self._fetch_rules, token, "robots.txt"))]
+        if manners.respect_ai_txt:
+            self._rules += [(Outcome.OPTED_OUT, Robots(self._fetch_rules, token, "ai.txt"))]
         contact = f"; +{manners.contact}" if manners.contact else ""
         self._headers = {
-            "User-Agent": f"Mozilla/5.0 (compatible; {manners.user_agent_token}{contact})",
+            "User-Agent": f"Mozilla/5.0 (compatible; {token}{contact})",
             "Accept": "image/*,*/*;q=0.5",
         }
 
     def fetch_image(self, url: str, digest: str | None = None) -> tuple[bytes | None, str | None]:
-        """The body of `url`, or None and why there is none.
-
-        Tries again until it works, fails for good, or time or tries are used up.
-
-        Args:
-            digest: hex hash that the body must have; None or empty: any.
-        """
+        """The body of `url`, with the hex hash `digest` if there is one; or None and why there is
+        none. Tries again until it works, fails for good, or time or tries are used up."""
         config, message = self._config, ""
         earlier: str | None = None
-        self._deadline.start_clock(config.deadline_s)
+        self._deadline.end = time.monotonic() + config.deadline_s
         wait_s = config.politeness.retry_wait_s
         for tries_left in reversed(range(config.retries + 1)):
             body, message = self._try_once(url, digest)
@@ -161,27 +133,23 @@ class Fetcher:
                 url = normalise_web_address(url)
                 host = urlsplit(url).hostname or ""
                 asked = time.monotonic()
-                with self._hosts.hold_slot(host):
-                    self._deadline.extend_by(time.monotonic() - asked)
+                with self._hosts.get_slots(host):
+                    self._deadline.end += time.monotonic() - asked  # the wait was for others
                     if self._hosts.is_resting(host):
                         return None, REFUSALS[Outcome.RATE_LIMITED]
                     try:
                         return self._visit_host(url, host, digest), ""
                     except Redirected as redirect:
                         self._hosts.note_answer(host, busy=False, retry_after_s=0)
-                        url = redirect.url
+                        url = str(redirect)
             return None, f"HTTP Error 302: more than {MAX_REDIRECTS} redirects"
         # whatever a hostile answer makes the libraries raise is this URL's failure, not the shard's
         except Exception as error:
             return None, str(error) or repr(error)
 
     def _visit_host(self, url: str, host: str, digest: str | None) -> bytes:
-        """Ask for `url`, and tell the gate how its host answered.
-
-        Raises:
-            Refused: we may not or do not want to have it.
-            Exception: whatever else came of it; the text says what.
-        """
+        """Ask for `url`, and tell the gate how its host answered; the text of whatever it raises
+        says why there is no body."""
         config = self._config
         for outcome, rules in self._rules:
             if not rules.is_allowed(url):
@@ -189,7 +157,9 @@ class Fetcher:
         try:
             with self._open_url(url) as response:
                 self._hosts.note_answer(host, busy=False, retry_after_s=0)
-                _refuse_unwanted(response, config)
+                if response.headers.get_content_type() in REFUSED_TYPES:
+                    raise Refused(Outcome.NOT_AN_IMAGE_TYPE)
+                _refuse_declined(response.headers, config)
                 body: bytes = response.read()
         except urllib.error.HTTPError as error:
             with error:
@@ -213,7 +183,7 @@ class Fetcher:
                         content: bytes = response.read(MAX_RULES_BYTES)
                         return content
                 except Redirected as redirect:
-                    place = redirect.url
+                    place = str(redirect)
             return None  # RFC 9309 2.3.1.2: as if there were none
         except urllib.error.HTTPError as error:
             with error:
@@ -248,21 +218,10 @@ def guarded_opener(config: DownloadConfig, deadline: Deadline) -> urllib.request
     return opener
 
 
-def _refuse_unwanted(response: http.client.HTTPResponse, config: DownloadConfig) -> None:
-    """Refuse by its headers an answer that is not an image, or an image that may not be used."""
-    if response.headers.get_content_type() in REFUSED_TYPES:
-        raise Refused(Outcome.NOT_AN_IMAGE_TYPE)
-    _refuse_declined(response.headers, config)
-
-
 def _refuse_declined(headers: http.client.HTTPMessage, config: DownloadConfig) -> None:
     manners = config.politeness
-    if declines_use(
-        headers,
-        token=manners.user_agent_token,
-        directives=manners.disallowed_directives,
-        tdm=manners.respect_tdm,
-    ):
+    token, directives = manners.user_agent_token, manners.disallowed_directives
+    if declines_use(headers, token=token, directives=directives, tdm=manners.respect_tdm):
         raise Refused(Outcome.OPTED_OUT)
 
 
@@ -272,18 +231,11 @@ class _RedirectHandler(urllib.request.HTTPRedirectHandler):
     def __init__(self, config: DownloadConfig) -> None:
         self._config = config
 
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: Any,
-        code: int,
-        msg: str,
-        headers: http.client.HTTPMessage,
-        newurl: str,
-    ) -> None:
-        fp.close()
+    def redirect_request(self, *answer: Any, **_: Any) -> None:
+        _, body, _, _, headers, url = answer
+        body.close()
         _refuse_declined(headers, self._config)
-        raise Redirected(newurl)
+        raise Redirected(url)
 
 
 class _GuardedHandler(urllib.request.AbstractHTTPHandler):
@@ -296,10 +248,9 @@ class _GuardedHandler(urllib.request.AbstractHTTPHandler):
         self._tls = ssl.create_default_context()
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self._send_request(request, None)
-
-    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self._send_request(request, self._tls)
+        tls = self._tls if request.type == "https" else None
+        connection = partial(_Connection, config=self._config, deadline=self._deadline, tls=tls)
+        return self.do_open(connection, request)  # type: ignore[arg-type, return-value]
 
     def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
         return self.do_request_(request)  # type: ignore[attr-defined, no-any-return]
@@ -307,19 +258,13 @@ class _GuardedHandler(urllib.request.AbstractHTTPHandler):
     def http_response(
         self, request: urllib.request.Request, response: http.client.HTTPResponse
     ) -> http.client.HTTPResponse:
-        limit, announced = self._config.max_bytes, response.length
-        if 200 <= response.status < 300 and announced is not None and announced > limit:
+        if 200 <= response.status < 300 and (response.length or 0) > self._config.max_bytes:
             raise Refused(Outcome.TOO_MANY_BYTES)
         return response
 
+    https_open = http_open
     https_request = http_request
     https_response = http_response
-
-    def _send_request(
-        self, request: urllib.request.Request, tls: ssl.SSLContext | None
-    ) -> http.client.HTTPResponse:
-        connection = partial(_Connection, config=self._config, deadline=self._deadline, tls=tls)
-        return self.do_open(connection, request)  # type: ignore[arg-type, return-value]
 
 
 class _Connection(http.client.HTTPConnection):
@@ -344,12 +289,11 @@ class _Connection(http.client.HTTPConnection):
         )
 
     def connect(self) -> None:
-        sock = _connect_allowed(
-            self.host, self.port, self._config.allowed_networks, self._deadline, self.timeout
-        )
+        networks, deadline = self._config.allowed_networks, self._deadline
+        sock = _connect_allowed(self.host, self.port, networks, deadline, self.timeout)
         if self._tls is not None:
             try:
-                sock.settimeout(self._deadline.seconds_left(self.timeout))
+                sock.settimeout(deadline.seconds_left(self.timeout))
                 sock = self._tls.wrap_socket(sock, server_hostname=self.host)
             except BaseException:
                 sock.close()
@@ -369,23 +313,19 @@ def _connect_allowed(
     The very address that was checked is connected to: a second look-up could answer otherwise.
     """
     problem: Exception = Refused(Outcome.ADDRESS_REFUSED)
-    for family, kind, protocol, _, target in socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM
-    ):
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for family, kind, protocol, _, target in found:
         if not address_is_allowed(str(target[0]), allowed_networks):
             continue
+        left_s = deadline.seconds_left(timeout_s)
         sock = socket.socket(family, kind, protocol)
         try:
-            sock.settimeout(deadline.seconds_left(timeout_s))
+            sock.settimeout(left_s)
             sock.connect(target)
+            return sock
         except OSError as error:
             sock.close()
             problem = error
-        except Refused:
-            sock.close()
-            raise
-        else:
-            return sock
     raise problem
 
 
@@ -407,24 +347,18 @@ class _Response(http.client.HTTPResponse):
         self.fp = io.BufferedReader(raw)
 
     def read(self, amt: int | None = None) -> bytes:
-        """Read the whole body (or `amt` bytes of it).
-
-        Raises:
-            Refused: it is longer than max_bytes, or takes longer than the deadline.
-            http.client.IncompleteRead: it ends before the announced length.
-        """
+        """Read the whole body (or `amt` bytes of it), which may not be longer than max_bytes or
+        shorter than announced."""
         if amt is not None:
             return super().read(amt)
-        parts: list[bytes] = []
-        size = 0
+        body = bytearray()
         while part := super().read(CHUNK_BYTES):
-            size += len(part)
-            if size > self._max_bytes:
+            body += part
+            if len(body) > self._max_bytes:
                 raise Refused(Outcome.TOO_MANY_BYTES)
-            parts.append(part)
         if self.length:
-            raise http.client.IncompleteRead(b"".join(parts), self.length)
-        return b"".join(parts)
+            raise http.client.IncompleteRead(bytes(body), self.length)
+        return bytes(body)
 
 
 class _DeadlineReader(io.RawIOBase):
@@ -460,16 +394,12 @@ def address_is_allowed(ip: str, allowed_networks: Sequence[str] = ()) -> bool:
 
     IPv6 addresses that carry an IPv4 address (mapped, 6to4, Teredo, NAT64) are judged by it, too.
     """
-    address = _unmap_address(ip_address(ip.partition("%")[0]))
+    address = ip_address(ip.partition("%")[0])
+    if isinstance(address, IPv6Address):
+        address = address.ipv4_mapped or address
     if any(address in ip_network(network) for network in allowed_networks):
         return True
     return _is_public(address) and all(map(_is_public, _embedded_addresses(address)))
-
-
-def _unmap_address(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
-    """`::ffff:a.b.c.d` reaches the host a.b.c.d, so it is that host."""
-    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-    return mapped or address
 
 
 def _embedded_addresses(address: IPv4Address | IPv6Address) -> list[IPv4Address]:

@@ -1,9 +1,5 @@
-"""The outcome of a URL: img2dataset's free text as one of a few words.
-
-Covers: the words, the rule from text to word, which of them may pass when tried again, which of
-them speak of our own network, and how long a server asked to wait.
-Not here: counting, retrying.
-"""
+"""The outcome of a URL: img2dataset's free text as one of a few words, and how long a server asked
+to wait."""
 
 import re
 from collections.abc import Mapping
@@ -42,19 +38,10 @@ class Outcome(StrEnum):
     OTHER = "other"
 
 
-RETRYABLE = frozenset(
-    {
-        Outcome.RATE_LIMITED,
-        Outcome.SERVER_ERROR,
-        Outcome.TIMEOUT,
-        Outcome.DNS,
-        Outcome.CONNECTION,
-        Outcome.INCOMPLETE,
-    }
-)
 NETWORK = frozenset({Outcome.DNS, Outcome.CONNECTION, Outcome.TIMEOUT})
 """What nearly every URL ends in when our own network or name service is down."""
-
+RETRYABLE = NETWORK | {Outcome.RATE_LIMITED, Outcome.SERVER_ERROR, Outcome.INCOMPLETE}
+"""What may pass when it is tried again."""
 REFUSALS: Mapping[Outcome, str] = {
     Outcome.ADDRESS_REFUSED: "refused: the address is not public",
     Outcome.TOO_MANY_BYTES: "refused: more bytes than max_bytes",
@@ -74,12 +61,9 @@ REFUSALS: Mapping[Outcome, str] = {
 """Our own reasons, in the words in which `outcome_of` finds them again."""
 
 _OF_HTTP_STATUS = {
-    401: Outcome.FORBIDDEN,
-    403: Outcome.FORBIDDEN,
-    404: Outcome.NOT_FOUND,
-    410: Outcome.NOT_FOUND,
+    **dict.fromkeys((401, 403, 451), Outcome.FORBIDDEN),
+    **dict.fromkeys((404, 410), Outcome.NOT_FOUND),
     429: Outcome.RATE_LIMITED,
-    451: Outcome.FORBIDDEN,
 }
 # Patterns are searched in order; the first that is found decides.
 _OF_TEXT = tuple(
@@ -121,15 +105,12 @@ def outcome_of(status: str, message: str | None) -> Outcome:
     if status == "success":
         return Outcome.SUCCESS
     text = message or ""
-    http_error = _HTTP_ERROR.search(text)
-    if http_error:
+    if http_error := _HTTP_ERROR.search(text):
         code = int(http_error.group(1))
         if code >= 500:
             return Outcome.SERVER_ERROR
         # urllib follows redirects, so one that is left over led in circles or to another scheme
         by_class = Outcome.REDIRECT_LOOP if 300 <= code < 400 else Outcome.HTTP_OTHER
         return _OF_HTTP_STATUS.get(code, by_class)
-    for pattern, outcome in _OF_TEXT:
-        if pattern.search(text):
-            return outcome
-    return Outcome.OTHER
+    found = (outcome for pattern, outcome in _OF_TEXT if pattern.search(text))
+    return next(found, Outcome.OTHER)

@@ -1,9 +1,6 @@
-"""img2dataset's downloader with our fetching and our order of samples.
+"""img2dataset's downloader with our fetching, our decoding and our order of samples.
 
-Covers: the subclass that img2dataset pickles to its processes, the resizer and the writer that it
-works with.
-Not here: the fetching itself (fetch.py), the call (download_worker.py). Imports img2dataset, which
-takes seconds and 0.8 GB: only the worker may import this.
+Imports img2dataset, which takes seconds and 0.8 GB: only the worker may import this.
 """
 
 import heapq
@@ -36,13 +33,16 @@ from tasks.download.watch_progress import OutcomeCounter
 
 _FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 """`encode_format` -> Pillow's name of it."""
+_UNDECODED: dict[type[Exception], Outcome] = {
+    TooManyPixelsError: Outcome.TOO_MANY_PIXELS,
+    TooCostlyImageError: Outcome.TOO_COSTLY,
+    DamagedImageError: Outcome.DAMAGED,
+}
+"""What decoding raised, else `UNDECODABLE`."""
 
 
 class HardenedDownloader(Downloader):
-    """Fetches with our fetcher, counts every URL, writes shards that can be repeated.
-
-    Name servers are given up before a whole deadline is gone.
-    """
+    """Fetches with our fetcher, counts every URL, writes shards that can be repeated."""
 
     def __init__(self, *, config: DownloadConfig, counters: Path, **options: Any) -> None:
         resizer = BoundedResizer(options["resizer"], config)
@@ -66,8 +66,7 @@ class HardenedDownloader(Downloader):
 
 
 def _expected_hashes(rows_file: str, config: DownloadConfig) -> Sequence[str | None]:
-    """The hash of every row of a shard, as img2dataset laid them out; nothing if none is asked
-    for."""
+    """The hash of every row of a shard, as img2dataset laid them out; nothing if none is wanted."""
     if not config.hash_column:
         return ()
     with open(rows_file, "rb") as file:
@@ -87,9 +86,8 @@ def _fetch_row(
     """Fetch a row (its place, URL) as img2dataset calls it, with options the fetcher knows."""
     place, url = row
     body, message = fetcher.fetch_image(url, digests[place] if digests else None)
-    counter.count_outcome(
-        outcome_of("success" if message is None else "failed", message), len(body or b"")
-    )
+    outcome = outcome_of("success" if message is None else "failed", message)
+    counter.count_outcome(outcome, len(body or b""))
     return place, None if body is None else io.BytesIO(body), message
 
 
@@ -119,7 +117,8 @@ class BoundedResizer:
             pixels = _encode_netpbm(decoded.image)
             del decoded  # 4 bytes a pixel
         except Exception as error:  # one image must not end the shard
-            return (*[None] * 5, f"{_reason_for(error)} ({error})")
+            reason = REFUSALS[_UNDECODED.get(type(error), Outcome.UNDECODABLE)]
+            return (*[None] * 5, f"{reason} ({error})")
         stored: tuple[Any, ...] = self._resizer(io.BytesIO(pixels))
         return stored
 
@@ -145,16 +144,6 @@ class BoundedResizer:
         )
 
 
-def _reason_for(error: Exception) -> str:
-    """The words of fetch_outcome.py for what decoding raised."""
-    reasons: dict[type[Exception], Outcome] = {
-        TooManyPixelsError: Outcome.TOO_MANY_PIXELS,
-        TooCostlyImageError: Outcome.TOO_COSTLY,
-        DamagedImageError: Outcome.DAMAGED,
-    }
-    return REFUSALS[reasons.get(type(error), Outcome.UNDECODABLE)]
-
-
 def _encode_netpbm(image: Image.Image) -> bytes:
     """The image as a file without compression, in which OpenCV finds these very pixels."""
     if image.has_transparency_data:
@@ -175,18 +164,8 @@ class OrderedWriter(WebDatasetSampleWriter):
     reads them repeats exactly. Samples that overtook a slow one wait here in memory.
     """
 
-    def __init__(
-        self,
-        shard_id: int,
-        output_folder: str,
-        save_caption: bool,
-        oom_shard_count: int,
-        schema: Any,
-        encode_format: str,
-    ) -> None:
-        super().__init__(
-            shard_id, output_folder, save_caption, oom_shard_count, schema, encode_format
-        )
+    def __init__(self, *options: Any) -> None:
+        super().__init__(*options)
         self.tarwriter.mtime = 0
         self._next: int | None = None
         self._waiting: list[tuple[int, tuple[Any, ...]]] = []

@@ -10,10 +10,10 @@ ai.txt: Spawning's, in the grammar of robots.txt.
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 from email.message import Message
+from typing import NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
 
 MAX_RULES_BYTES = 512 * 1024
@@ -58,16 +58,10 @@ class HostGate:
         self._hosts: dict[str, _Host] = {}
         self._lock = threading.Lock()
 
-    @contextmanager
-    def hold_slot(self, name: str) -> Iterator[None]:
-        """Hold one of the host's slots; waits until one is free.
-
-        The wait is bounded: every holder is under its deadline, and no more threads wait than
-        there are.
-        """
-        host = self._get_host(name)
-        with host.slots:
-            yield
+    def get_slots(self, name: str) -> threading.Semaphore:
+        """The host's connections; the wait for one is bounded, as every holder is under its
+        deadline."""
+        return self._get_host(name).slots
 
     def is_resting(self, name: str) -> bool:
         """Return whether the host is to be left alone now."""
@@ -76,12 +70,7 @@ class HostGate:
             return host is not None and self._clock() < host.rests_until
 
     def note_answer(self, name: str, *, busy: bool, retry_after_s: float) -> None:
-        """Note an answer of the host.
-
-        Args:
-            busy: it was a refusal for being busy.
-            retry_after_s: how long the host asked to wait; 0 if it did not say.
-        """
+        """Note an answer of the host: whether it refused for being `busy`, and for how long."""
         host = self._get_host(name)
         with self._lock:
             if not busy:
@@ -100,14 +89,12 @@ class HostGate:
             return self._hosts[name]
 
 
-@dataclass(frozen=True)
-class RobotsRules:
-    """The rules of a file that concern one crawler: (pattern, whether it allows)."""
+class RobotsRules(NamedTuple):
+    """The rules of a file that concern one crawler, about fetching and about training: (pattern,
+    whether it allows)."""
 
-    rules: tuple[tuple[str, bool], ...]
-    """About fetching."""
-    usages: tuple[tuple[str, bool], ...] = ()
-    """About training."""
+    rules: list[tuple[str, bool]]
+    usages: list[tuple[str, bool]]
 
     def allow(self, url: str) -> bool:
         """Return whether the most specific rule of both kinds allows `url`: the longest, of equal
@@ -162,33 +149,30 @@ def parse_rules(content: bytes | None, token: str) -> RobotsRules:
     if len(kept) == MAX_RULES_BYTES:
         kept = kept[: kept.rfind(b"\n") + 1]  # half a rule would be another one
     text = kept.decode("utf-8-sig", errors="replace").replace("\r", "\n")
-    found: dict[str, list[tuple[str, bool]]] = {}
-    usages: dict[str, list[tuple[str, bool]]] = {}
-    agents: list[str] = []
+    found: dict[str, RobotsRules] = {}
+    named: list[RobotsRules] = []
     is_naming = False
     for line in text.split("\n"):
         name, _, value = (part.strip() for part in line.partition("#")[0].partition(":"))
         name = name.lower()
         if name == "user-agent":
-            agents = agents if is_naming else []
+            named = named if is_naming else []
             is_naming = True
-            agent = _TOKEN.match(value)
-            if agent:
-                agents.append(agent[1].lower())
-                found.setdefault(agents[-1], [])
+            if agent := _TOKEN.match(value):
+                named.append(found.setdefault(agent[1].lower(), RobotsRules([], [])))
         elif name in ("allow", "disallow"):
             is_naming = False
-            for agent_name in agents:
+            for agent_rules in named:
                 if value:  # an empty one allows everything, as no rule does
-                    found[agent_name].append((_normalise_pattern(value), name == "allow"))
+                    agent_rules.rules.append((_normalise_pattern(value), name == "allow"))
         elif name in _USAGE_LINES:
             is_naming = False
             place = value.split()[0] if value.startswith("/") else "/"
             rule = _normalise_pattern(place), not _NO_TRAINING.search(value)
-            for agent_name in agents:
-                usages.setdefault(agent_name, []).append(rule)
-    ours = token.lower() if token.lower() in found else "*"
-    return RobotsRules(tuple(found.get(ours, ())), tuple(usages.get(ours, ())))
+            for agent_rules in named:
+                agent_rules.usages.append(rule)
+    ours = found.get(token.lower(), found.get("*"))
+    return ours or RobotsRules([], [])
 
 
 def _normalise_pattern(pattern: str) -> str:
@@ -229,13 +213,9 @@ def _matches(pattern: str, path: str) -> bool:
 
 
 def declines_use(headers: Message, *, token: str, directives: Iterable[str], tdm: bool) -> bool:
-    """Return whether an image that came with `headers` may not be used.
-
-    Args:
-        token: our name; directives addressed to others do not concern us.
-        directives: X-Robots-Tag values that decline.
-        tdm: whether `tdm-reservation: 1` and `Content-Usage: train-ai=n` decline, too.
-    """
+    """Return whether an image that came with `headers` may not be used: by one of the X-Robots-Tag
+    `directives` for everyone or for us (`token`), or, with `tdm`, by `tdm-reservation: 1` or
+    `Content-Usage: train-ai=n`."""
     unwanted = {directive.strip().lower() for directive in directives}
     values = headers.get_all("X-Robots-Tag", [])
     if any(_for_us(str(value), token.lower()) & unwanted for value in values):

@@ -1,13 +1,12 @@
 """Later passes: the rows that they try (those whose failure may pass), the counts over all passes,
 and the question whether our own network is there.
 
-Rows that a later pass tries have failed before, most of them on hosts that are gone for good, so
-that their failures cannot tell a dead network from dead hosts. Hosts that gave images an hour ago
-can. Not here: when to ask them (download.py).
+Rows that a later pass tries have failed before, most of them on hosts that are gone for good. They
+cannot tell a dead network from dead hosts; hosts that gave images an hour ago can.
 """
 
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -23,6 +22,7 @@ from tasks.download.config import DownloadConfig
 from tasks.download.fetch import Fetcher
 from tasks.download.fetch_outcome import NETWORK, RETRYABLE, Outcome, outcome_of
 from tasks.download.url_tables import URL_COLUMN
+from tasks.tables.parquet_tables import cut_tables
 
 SHARDS_PER_FILE = 20
 """Shards' worth of rows in one file of rows; so many are in memory at once."""
@@ -35,19 +35,11 @@ LONGEST_S = 5.0
 
 
 def sum_of(finished: Sequence[FinishedShard]) -> Counter[Outcome]:
-    """Return how the rows of these shards ended."""
     return sum((shard.outcomes for shard in finished), Counter[Outcome]())
 
 
 def rows_to_retry(finished: Sequence[FinishedShard]) -> int:
-    """Return how many rows of these shards another pass would try."""
-    outcomes = sum_of(finished)
-    return sum(outcomes[outcome] for outcome in RETRYABLE)
-
-
-def wait_before(finished: Sequence[FinishedShard], longest_s: float) -> float:
-    """Seconds to pause before the next pass: what servers asked for, at most `longest_s`."""
-    return min(longest_s, max((shard.retry_after_s for shard in finished), default=0.0))
+    return sum(shard.outcomes[outcome] for shard in finished for outcome in RETRYABLE)
 
 
 def write_rows_to_retry(
@@ -57,31 +49,27 @@ def write_rows_to_retry(
     rows: Path,
     samples_per_shard: int,
 ) -> None:
-    """Write `rows/<source>/part-*.parquet` with the rows to try again, in their order.
-
-    The folder appears whole, by renaming. `columns` are those that the rows came with.
-    """
+    """Write `rows/<source>/part-*.parquet` with the rows to try again, in their order; the folder
+    appears whole, by renaming."""
     beside = rows.with_name(f".{rows.name}")
     shutil.rmtree(beside, ignore_errors=True)
     ordered = sorted(finished, key=lambda shard: (shard.planned.source, shard.planned.number))
     for source, of_source in groupby(ordered, key=lambda shard: shard.planned.source):
         (beside / source).mkdir(parents=True)
         tables = (_failed_rows(shards, shard, columns) for shard in of_source)
-        _write_parts(tables, beside / source, SHARDS_PER_FILE * samples_per_shard)
+        for number, table in enumerate(cut_tables(tables, SHARDS_PER_FILE * samples_per_shard)):
+            pq.write_table(table, beside / source / f"part-{number:05d}.parquet")
     beside.rename(rows)
 
 
 def total_outcomes(passes: Sequence[Sequence[FinishedShard]]) -> dict[str, Counter[Outcome]]:
-    """Return how every row ended, by source: a row that was tried again ended as in its last
-    pass."""
-    total: dict[str, Counter[Outcome]] = {}
-    for number, finished in enumerate(passes):
-        tried_again = number + 1 < len(passes)
+    """Return how every row ended, by source: one that was tried again as in its last pass."""
+    total = defaultdict[str, Counter[Outcome]](Counter)
+    for number, finished in enumerate(passes, 1):
         for shard in finished:
-            outcomes = total.setdefault(shard.planned.source, Counter())
             for outcome, rows in shard.outcomes.items():
-                if not (tried_again and outcome in RETRYABLE):
-                    outcomes[outcome] += rows
+                if number == len(passes) or outcome not in RETRYABLE:
+                    total[shard.planned.source][outcome] += rows
     return total
 
 
@@ -93,33 +81,16 @@ def _failed_rows(shards: Path, shard: FinishedShard, columns: Sequence[str]) -> 
     return table.filter(pa.array(may_pass, pa.bool_())).select(list(columns))
 
 
-def _write_parts(tables: Iterator[pa.Table], folder: Path, rows_per_file: int) -> None:
-    """Write the tables one after another, in files of exactly `rows_per_file` rows but the last."""
-    waiting = next(tables)
-    files = 0
-    for table in tables:
-        waiting = pa.concat_tables([waiting, table])
-        while waiting.num_rows >= rows_per_file:
-            pq.write_table(waiting.slice(0, rows_per_file), folder / f"part-{files:05d}.parquet")
-            waiting, files = waiting.slice(rows_per_file), files + 1
-    if waiting.num_rows:
-        pq.write_table(waiting, folder / f"part-{files:05d}.parquet")
-
-
 def silent_hosts(finished: Sequence[FinishedShard], shards: Path, config: DownloadConfig) -> int:
     """Return how many hosts that gave images into these shards do not answer now; 0 if one of them
-    does.
-
-    Any answer counts, a refusal too. 0 as well if no shard holds an image.
-    """
+    does (a refusal is an answer), or if no shard holds an image."""
+    # no rules: they would be a second request, and the image was allowed when it was fetched
+    unruled = {"respect_robots": False, "respect_ai_txt": False}
     limits = {
         "timeout_s": min(config.timeout_s, LONGEST_S),
         "deadline_s": min(config.deadline_s, LONGEST_S),
         "retries": 0,
-        # a second request; the image was allowed when it was fetched
-        "politeness": config.politeness.model_copy(
-            update={"respect_robots": False, "respect_ai_txt": False}
-        ),
+        "politeness": config.politeness.model_copy(update=unruled),
     }
     fetcher = Fetcher(config.model_copy(update=limits))
 
@@ -133,16 +104,6 @@ def silent_hosts(finished: Sequence[FinishedShard], shards: Path, config: Downlo
             if any(pool.map(answers, urls[begin : begin + AT_ONCE])):
                 return 0
     return len(urls)
-
-
-def network_gone(counts: Counter[Outcome], silent: int) -> str:
-    """The sentence for a later pass whose URLs, and hosts that answered before, are all silent."""
-    failed = sum(counts[outcome] for outcome in NETWORK)
-    return (
-        f"the network or its name service is down: {failed:,} of the last {counts.total():,} URLs "
-        f"failed without an answer, and {silent} hosts that gave images before do not answer "
-        "either: mend it and run the same command again; what was downloaded is kept"
-    )
 
 
 def _pick_urls(finished: Sequence[FinishedShard], shards: Path) -> Iterator[str]:

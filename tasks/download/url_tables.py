@@ -1,9 +1,6 @@
-"""The rows of every shard, decided before anything is downloaded.
-
-Covers: listing the files of rows, checking that img2dataset can keep their columns, numbering the
-shards as img2dataset will, and a fingerprint of all that a half-finished folder must agree with.
-Not here: downloading.
-"""
+"""The rows of every shard, decided before anything is downloaded: files of rows whose columns
+img2dataset can keep, shards numbered as it will, and a fingerprint of all that a half-finished
+folder must agree with."""
 
 import hashlib
 import json
@@ -30,6 +27,7 @@ WRITTEN_COLUMNS = (
     *("width", "height", "original_width", "original_height"),
 )
 """What img2dataset writes itself, so that rows may not bring it."""
+FLOATS = (pa.float32(), pa.float64())
 
 
 @dataclass(frozen=True)
@@ -64,11 +62,7 @@ class Plan:
 
 
 def plan_download(rows: Path, config: DownloadConfig, first_number: int = 0) -> Plan:
-    """Read the metadata of `rows/<source>/*.parquet` and number the shards from `first_number`.
-
-    Raises:
-        InputError: no file, no row, or a file that cannot be read or lacks a column.
-    """
+    """Read the metadata of `rows/<source>/*.parquet` and number the shards from `first_number`."""
     files = sorted(rows.glob("*/*.parquet"))
     metadata = {file: _check_columns(file, config) for file in files}
     shards: list[PlannedShard] = []
@@ -100,11 +94,8 @@ def hash_column_of(names: Sequence[str], config: DownloadConfig) -> str | None:
 
 
 def expected_bytes(rows: int, image_px: int) -> int:
-    """About how much disk `rows` stored samples need.
-
-    JPEGs of quality 95 take about 0.4 bytes a pixel (LAION at 256 px: 25 KB each); a tar adds
-    three padded headers, a caption and a record of about 1 KB.
-    """
+    """About how much disk `rows` samples need: JPEGs of quality 95 take 0.4 bytes a pixel (LAION at
+    256 px: 25 KB each), a tar adds three padded headers, a caption and a record of 1 KB."""
     return rows * math.ceil(0.4 * image_px**2 + 4096)
 
 
@@ -130,15 +121,10 @@ def _check_columns(file: Path, config: DownloadConfig) -> tuple[int, list[str]]:
                 "give it another in the merge"
             )
         # img2dataset writes records as JSON and loses whole samples, silently, when it cannot
-        if not _fits_json(field.type):
+        kind, fits = field.type, (pa.string(), pa.large_string(), pa.bool_(), *FLOATS)
+        if kind not in fits and not pa.types.is_integer(kind):
             raise InputError(
                 f"{file}: column '{field.name}' is {field.type}, but records hold only "
                 "text, numbers and true/false: cast it in the merge"
             )
     return rows, list(schema.names)
-
-
-def _fits_json(kind: pa.DataType) -> bool:
-    types = pa.types
-    tests = (types.is_string, types.is_large_string, types.is_integer, types.is_boolean)
-    return any(test(kind) for test in (*tests, types.is_float32, types.is_float64))

@@ -1,7 +1,7 @@
 """Progress of a download: the counters of its processes, the line a person sees, and the two
 reasons to stop early: our network is down, or the list is mostly dead.
 
-Not here: the final counts, which come from the shards themselves (check_shards.py); stopping.
+Not here: the final counts, which come from the shards themselves (check_shards.py).
 """
 
 from __future__ import annotations
@@ -89,7 +89,6 @@ class CounterReader:
         return taken
 
     def read_counts(self) -> Progress:
-        """The counts of now."""
         total = self._finished
         for file in self._folder.glob("*.counts"):
             content = file.read_bytes()
@@ -97,23 +96,17 @@ class CounterReader:
                 continue
             process, fetched_bytes, *numbers = _LAYOUT.unpack(content)
             counts = Counter(dict(zip(_ORDER, numbers, strict=True)))
-            busy = frozenset({process} - {0})
-            total += Progress(counts, fetched_bytes, busy)
+            progress = Progress(counts, fetched_bytes, frozenset({process} - {0}))
+            total += progress
             if not process:
-                self._finished += Progress(counts, fetched_bytes)
+                self._finished += progress
                 self._shards.append(int(file.stem))
                 file.unlink()
         return total
 
 
 class Watch:
-    """Looks at one run of the downloader.
-
-    Args:
-        rows_done: rows of shards that were finished before this run.
-        rows_total: rows of all shards.
-        min_success_rate: the accepted share; half of it, missed, is beyond doubt.
-    """
+    """Looks at one run of the downloader; `rows_done` are those of shards finished before it."""
 
     def __init__(self, rows_done: int, rows_total: int, min_success_rate: float) -> None:
         self._rows_done = rows_done
@@ -124,14 +117,12 @@ class Watch:
     def take_progress(self, now_s: float, progress: Progress) -> None:
         """Take in what was counted until `now_s` (of any clock that does not go back)."""
         self._seen.append((now_s, progress))
-        while len(self._seen) > 2 and self._is_past(*self._seen[1]):
-            self._seen.popleft()
-
-    def _is_past(self, time_s: float, then: Progress) -> bool:
-        """Return whether nothing before `then` matters any more."""
-        now_s, now = self._seen[-1]
-        enough = now.counts.total() - then.counts.total() >= COLLAPSE_URLS
-        return enough and now_s - time_s >= RATE_S
+        while len(self._seen) > 2:
+            time_s, then = self._seen[1]
+            enough = progress.counts.total() - then.counts.total() >= COLLAPSE_URLS
+            if not enough or now_s - time_s < RATE_S:
+                break
+            self._seen.popleft()  # nothing before `then` matters any more
 
     @property
     def rows_done(self) -> int:
@@ -164,8 +155,7 @@ class Watch:
 
     def _urls_per_s(self) -> float:
         now_s, now = self._seen[-1]
-        recent = [(time_s, seen) for time_s, seen in self._seen if now_s - time_s <= RATE_S]
-        begin_s, then = recent[0]
+        begin_s, then = next(one for one in self._seen if now_s - one[0] <= RATE_S)
         elapsed_s = now_s - begin_s
         return (now.counts.total() - then.counts.total()) / elapsed_s if elapsed_s > 0 else 0.0
 
@@ -181,28 +171,30 @@ class Watch:
     def list_dead(self) -> str | None:
         """Return why the list as a whole cannot give enough images; None if it may."""
         counts = self._now.counts
-        tried = counts.total()
-        needed = tried * self._min_success_rate / 2
-        if tried < ABORT_AFTER_URLS or counts[Outcome.SUCCESS] >= needed:
+        needed = counts.total() * self._min_success_rate / 2  # less is beyond doubt
+        if counts.total() < ABORT_AFTER_URLS or counts[Outcome.SUCCESS] >= needed:
             return None
         return dead_links(counts, self._min_success_rate)
 
 
-def network_trouble(counts: Counter[Outcome]) -> str | None:
-    """The sentence for URLs that nearly all failed as if nothing were connected; else None."""
+def network_trouble(counts: Counter[Outcome], silent: int | None = None) -> str | None:
+    """The sentence for URLs that nearly all failed as if nothing were connected; else None.
+
+    `silent` hosts that gave images before do not answer either: then it is so whatever the share.
+    """
     failed = sum(counts[outcome] for outcome in NETWORK)
-    if failed < counts.total() * COLLAPSE_SHARE:
+    if silent is None and failed < counts.total() * COLLAPSE_SHARE:
         return None
+    too = f", and {silent} hosts that gave images before do not answer either" if silent else ""
+    drop = "" if silent else " (or, if all these rows are of one dead site, drop that source)"
     return (
         f"the network or its name service is down: {failed:,} of the last {counts.total():,} URLs "
-        f"failed without an answer ({_count_reasons(counts, NETWORK)}): mend it (or, if all these "
-        "rows are of one dead site, drop that source) and run the same command again; what was "
-        "downloaded is kept"
+        f"failed without an answer ({_count_reasons(counts, NETWORK)}){too}: mend it{drop} and run "
+        "the same command again; what was downloaded is kept"
     )
 
 
 def dead_links(counts: Counter[Outcome], min_success_rate: float) -> str:
-    """The sentence for too few images."""
     return (
         f"only {counts[Outcome.SUCCESS]:,} of {counts.total():,} URLs gave an image, less than "
         f"min_success_rate = {min_success_rate:g} "

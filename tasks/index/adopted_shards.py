@@ -1,9 +1,5 @@
-"""Shards that lie where their owner put them: the list between the stages adopt and verify.
-
-Covers: one line a shard, what tells that a shard is still the one that was listed,
-fetching one that lies at a URL.
-Not here: finding shards (tasks/adopt), looking into them (tasks/verify).
-"""
+"""Shards that lie where their owner put them: the list between the stages adopt and verify, what
+tells that a shard is still the one that was listed, and fetching one that lies at a URL."""
 
 import errno
 import hashlib
@@ -11,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pydantic import Field
@@ -53,13 +49,11 @@ def write_adopted(shards: Iterable[AdoptedShard], folder: Path) -> None:
 def read_adopted(folder: Path) -> list[AdoptedShard]:
     """The list of a finished adoption; a packed shard's location is absolute."""
     path = folder / ADOPTED
-    shards = []
-    for line in path.read_text().splitlines():
-        shard = AdoptedShard.from_mapping(json.loads(line), where=str(path))
-        if not is_url(shard.location):
-            shard = shard.model_copy(update={"location": str(folder / shard.location)})
-        shards.append(shard)
-    return shards
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    for one in found:
+        if not is_url(one["location"]):
+            one["location"] = str(folder / one["location"])
+    return [AdoptedShard.from_mapping(one, where=str(path)) for one in found]
 
 
 def sizes_and_marks(locations: Sequence[str]) -> list[tuple[int, str] | None]:
@@ -90,16 +84,13 @@ def _size_and_mark(location: str) -> tuple[int, str] | None:
 
 @contextmanager
 def on_this_machine(location: str, folder: Path) -> Iterator[Path]:
-    """A shard's file: where it lies, or what is fetched from its URL into `folder` and removed.
-
-    Raises:
-        InputError: it cannot be fetched.
-    """
+    """A shard's file: where it lies, or what is fetched from its URL into `folder` and removed."""
     if not is_url(location):
         yield Path(location)
         return
     beside = folder / f".fetched.{os.getpid()}.tar"
-    try:
+    with ExitStack() as stack:
+        stack.callback(beside.unlink, missing_ok=True)
         try:
             open_filesystem(location).get_file(location, str(beside))
         except Exception as error:  # every protocol has its own kinds
@@ -107,5 +98,3 @@ def on_this_machine(location: str, folder: Path) -> Iterator[Path]:
                 raise
             raise InputError(f"{location} cannot be fetched ({error}): run again") from error
         yield beside
-    finally:
-        beside.unlink(missing_ok=True)

@@ -50,17 +50,9 @@ def normalize_key(by: str, value: Any) -> str | None:
 def join_captions(
     index: SampleIndex, by: str, source: str | None, asked: Path, folder: Path
 ) -> int:
-    """Write (shard, key, number, caption) of every sample that a row of `asked` names.
-
-    Args:
-        by: what they name it by: uid, url, sha256, or key (in its shard).
-        asked: a parquet file of `ASKED`.
-        source: whose samples are meant; None: all.
-        folder: where the parquet files of it go; it is made.
-
-    Returns:
-        Rows that name a sample.
-    """
+    """Write (shard, key, number, caption) of every sample of `source` (None: of all) that a row of
+    `asked`, a parquet file of `ASKED`, names `by` its uid, url, sha256, or key in its shard, into
+    files in `folder`, which is made; returns how many rows name one."""
     folder.mkdir()
     parts = pq.read_metadata(asked).num_rows // ROWS_OF_PART + 1
     given = {"rows": list(map(str, index.files)), "source": source, "asked": str(asked)}

@@ -31,6 +31,7 @@ _NOISE_DECIMALS = 6
 """Frequencies that an image does not have come out as 1e-11, with a sign that means nothing."""
 _MOST_IN_A_BUCKET = 16
 _MOST_EQUAL_BANDS = 4
+
 _ONES = np.array([number.bit_count() for number in range(1 << 16)], dtype=np.uint8)
 _COSINES = np.cos(
     np.pi * np.arange(_LOW)[:, None] * (2 * np.arange(GREY_PX)[None, :] + 1) / (2 * GREY_PX)
@@ -71,10 +72,9 @@ def near_pairs(hashes: Hashes, most: int) -> npt.NDArray[np.int64]:
 
 
 class KnownHashes:
-    """Hashes to find again, such as those of evaluation images."""
+    """Hashes to find again, such as those of evaluation images; `most` bits may differ."""
 
     def __init__(self, hashes: Hashes, most: int) -> None:
-        """Sort them once a band; `most` is how many bits may differ."""
         known = np.unique(hashes)
         self._most = most
         self._by_band = []
@@ -123,34 +123,25 @@ def _band_masks(most: int, hashes: int) -> Iterator[np.uint64]:
     More bands in each choice mean smaller buckets and more sorting; taken are the fewest with which
     buckets stay small.
     """
-    equal = next(
-        (
-            e
-            for e in range(1, _MOST_EQUAL_BANDS)
-            if hashes < _MOST_IN_A_BUCKET << _bits_per_band(most, e)
-        ),
-        _MOST_EQUAL_BANDS,
-    )
+    equal = 1
+    while equal < _MOST_EQUAL_BANDS and (
+        hashes >= _MOST_IN_A_BUCKET << BITS * equal // (most + equal)
+    ):
+        equal += 1
     edges = np.linspace(0, BITS, most + equal + 1).round().astype(int).tolist()
     bands = [(1 << stop) - (1 << start) for start, stop in pairwise(edges)]
     for chosen in combinations(bands, equal):
         yield np.uint64(sum(chosen))
 
 
-def _bits_per_band(most: int, equal: int) -> int:
-    return BITS * equal // (most + equal)
-
-
 @dataclass(frozen=True)
 class ImageHashes:
-    """Hashes of n images, in their order."""
+    """Hashes of n images, in their order: of their bytes, in hex; perceptual ones [n], without
+    meaning where not `decoded` [n]."""
 
     sha256: tuple[str, ...]
-    """Of the bytes, in hex."""
     looks: Hashes
-    """Perceptual hashes [n]; without meaning where an image cannot be decoded."""
     decoded: npt.NDArray[np.bool_]
-    """Whether each can be decoded [n]."""
 
     def __len__(self) -> int:
         return len(self.sha256)

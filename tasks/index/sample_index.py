@@ -33,6 +33,7 @@ from evaclip_model.config import Config
 from evaclip_model.files import replace_file, write_atomically
 from evaclip_model.reading.samples import Shard
 from evaclip_model.reading.urls import is_url
+from tasks.tables.parquet_tables import cut_tables
 
 Ints = npt.NDArray[np.int64]
 
@@ -65,12 +66,11 @@ CHECKED = "checked.json"
 
 
 class Kind(StrEnum):
-    """A key by which samples are found."""
+    """A key by which samples are found; a hash is SHA-256 or MD5 in hex, downloaded or stored."""
 
     UID = "uid"
     URL = "url"
     HASH = "hash"
-    """SHA-256 or MD5 in hex, of the download or of what is stored."""
 
 
 _MARKED = {
@@ -95,7 +95,7 @@ def write_index(tables: Iterable[Path], folder: Path, memory_limit: str) -> None
     """
     rows = folder / "rows"
     rows.mkdir(parents=True, exist_ok=True)
-    files, first_row = [], 0
+    files, first_row = list[Path](), 0
     for number, group in enumerate(_group_tables(tables)):
         file = rows / f"{number:05d}.parquet"
         if not file.exists():
@@ -106,12 +106,8 @@ def write_index(tables: Iterable[Path], folder: Path, memory_limit: str) -> None
 
 
 def join_indexes(parts: Sequence[tuple[Path, int, int]], folder: Path) -> None:
-    """Make one index of several, in their order; files that a killed run finished are kept.
-
-    Args:
-        parts: of each the folder that holds its `index/`, its first row, its first shard in here.
-        folder: where the index goes.
-    """
+    """Make one index of several (the folder that holds its `index/`, its first row and first shard
+    in here), in their order; files that a killed run finished are kept."""
     rows = folder / "rows"
     rows.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
@@ -127,30 +123,18 @@ def join_indexes(parts: Sequence[tuple[Path, int, int]], folder: Path) -> None:
 
 
 class SampleIndex:
-    """The index of one verification, open for reading."""
+    """The index in the folder of a verification or a join, open for reading; `memory_limit` is a
+    query's, as DuckDB writes it."""
 
     def __init__(self, folder: Path, memory_limit: str = MEMORY_LIMIT) -> None:
-        """Look at the files' footers.
-
-        Args:
-            folder: the verification's, which holds `index/`.
-            memory_limit: of a query, as DuckDB writes it.
-        """
         self._folder = folder / INDEX
         self.memory_limit = memory_limit
         self.files = sorted((self._folder / "rows").glob("*.parquet"))
         self.rows = sum(pq.read_metadata(file).num_rows for file in self.files)
 
     def find_samples(self, kind: Kind, values: Sequence[str]) -> list[dict[str, Any]]:
-        """Rows of the samples that have one of `values`, by row.
-
-        Args:
-            kind: what the values are; URLs as merge writes them (their scheme does not matter),
-                hashes in lower case.
-
-        Returns:
-            Dicts of `COLUMNS` with `row`, `shard` (number) and `place` (in the shard).
-        """
+        """The samples that have one of `values` (URLs as merge writes them, hashes in lower case),
+        by row: dicts of `COLUMNS` with `row`, `shard` (number) and `place` (in the shard)."""
         if not values or not self.files:
             return []
         query = f"""
@@ -160,14 +144,11 @@ class SampleIndex:
                 WHERE mark IN (SELECT md5_number_lower(value) FROM asked)
             ) AND ({_MATCHES[kind]})
             ORDER BY row"""
-        asked = [without_scheme(value) if kind is Kind.URL else value for value in values]
+        asked = {without_scheme(value) if kind is Kind.URL else value for value in values}
+        paths = {"rows": list(map(str, self.files)), "lookup": str(self._lookup(kind))}
         with open_database(self.memory_limit, self._folder) as database:
-            database.register(
-                "asked", pa.table({"value": pa.array(sorted(set(asked)), pa.string())})
-            )
-            found = database.execute(
-                query, {"rows": self._rows, "lookup": self._lookup_query(kind)}
-            )
+            database.register("asked", pa.table({"value": pa.array(sorted(asked), pa.string())}))
+            found = database.execute(query, paths)
             names = [column[0] for column in found.description]
             return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
 
@@ -183,13 +164,10 @@ class SampleIndex:
         return pq.read_table(self.files, columns=list(columns), filters=[("shard", "==", shard)])
 
     def find_repeated(self, kind: Kind) -> tuple[Ints, Ints]:
-        """Rows that share a uid, or an image (as downloaded or as stored), with another row.
-
-        Returns:
-            Rows, ascending, and what they share as a number; a row may share two things.
-        """
-        if kind not in (Kind.UID, Kind.HASH):
-            raise ValueError(f"rows may well share a {kind}")
+        """Rows, ascending, that share a uid, or an image (as downloaded or as stored), with another
+        row, and what they share as a number; a row may share two things."""
+        if kind is Kind.URL:
+            raise ValueError("rows may well share a URL")
         values = "[uid]" if kind is Kind.UID else "[sha256, stored_sha256]"
         query = f"""
             WITH suspects AS (
@@ -200,18 +178,14 @@ class SampleIndex:
                 WHERE value IS NOT NULL GROUP BY value HAVING count(*) > 1
             )
             SELECT row, number FROM suspects JOIN shared USING (value) ORDER BY row, number"""
-        suspected = pa.table({"row": _rows_with_equal_marks(Path(self._lookup_query(kind)))})
+        suspected = pa.table({"row": _rows_with_equal_marks(self._lookup(kind))})
         with open_database(self.memory_limit, self._folder) as database:
             database.register("suspected", suspected)
-            found = database.execute(query, {"rows": self._rows}).fetchnumpy()
+            found = database.execute(query, {"rows": list(map(str, self.files))}).fetchnumpy()
         return found["row"].astype(np.int64), found["number"].astype(np.int64)
 
-    @property
-    def _rows(self) -> list[str]:
-        return list(map(str, self.files))
-
-    def _lookup_query(self, kind: Kind) -> str:
-        return str(self._folder / f"by_{kind}.parquet")
+    def _lookup(self, kind: Kind) -> Path:
+        return self._folder / f"by_{kind}.parquet"
 
 
 def _group_tables(tables: Iterable[Path]) -> Iterator[list[tuple[int, Path]]]:
@@ -232,26 +206,25 @@ def _write_rows(tables: Sequence[tuple[int, Path]], first_row: int, target: Path
     """One file of rows, from the tables of some shards."""
     added = [("row", pa.int64()), ("shard", pa.int32()), ("place", pa.int32())]
     schema = pa.schema([*added, *COLUMNS])
-    with (
-        replace_file(target) as beside,
-        pq.ParquetWriter(beside, schema, compression="zstd") as writer,
-    ):
-        waiting: list[pa.Table] = []
+
+    def number_rows(first: int) -> Iterator[pa.Table]:
         for number, file in tables:
             table = pq.read_table(file, schema=COLUMNS)
             size = table.num_rows
             columns = [
-                pa.array(np.arange(first_row, first_row + size)),
+                pa.array(np.arange(first, first + size)),
                 pa.array(np.full(size, number, dtype=np.int32)),
                 pa.array(np.arange(size, dtype=np.int32)),
             ]
-            waiting.append(pa.Table.from_arrays([*columns, *table.columns], schema=schema))
-            first_row += size
-            if sum(table.num_rows for table in waiting) >= ROWS_PER_GROUP:
-                writer.write_table(pa.concat_tables(waiting), ROWS_PER_GROUP)
-                waiting = []
-        if waiting:
-            writer.write_table(pa.concat_tables(waiting), ROWS_PER_GROUP)
+            yield pa.Table.from_arrays([*columns, *table.columns], schema=schema)
+            first += size
+
+    with (
+        replace_file(target) as beside,
+        pq.ParquetWriter(beside, schema, compression="zstd") as writer,
+    ):
+        for group in cut_tables(number_rows(first_row), ROWS_PER_GROUP):
+            writer.write_table(group)
 
 
 def link_or_copy(source: Path | str, target: Path | str) -> None:
@@ -345,7 +318,7 @@ class ShardVerdict(Config):
     flaws: dict[str, int]
     """Bad samples by reason; each counts once."""
     left_out: str | None
-    """The reason why the shard is left out; None if it is used."""
+    """Why; None if it is used."""
 
 
 def write_verdicts(verdicts: Sequence[ShardVerdict], folder: Path) -> None:

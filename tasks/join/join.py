@@ -1,8 +1,5 @@
-"""Several verifications as one: their verdicts one after another, and one index over all samples.
-
-Covers: joining, and the record of which rows came from which verification.
-Not here: looking into shards (tasks/verify), choosing samples (tasks/dataset), which reads a join
-as it reads a verification.
+"""Several verifications as one: their verdicts one after another, and one index over all samples,
+which tasks/dataset reads as it reads that of a verification.
 
 The rows of the first verification keep their numbers, and so do those of every join that this one
 goes on from: what is at the front is linked, not written again. Only the look-up tables are made
@@ -33,12 +30,10 @@ from tasks.progress import Report
 
 @dataclass(frozen=True)
 class JoinedPart:
-    """The place of a verification's samples in a join."""
+    """The place of a verification's samples in a join's index."""
 
     digest: str
-    """Of the verification."""
     first_row: int
-    """In the join's index."""
     first_shard: int
 
 
@@ -53,13 +48,9 @@ def join_verifications(verified: Sequence[Artifact], out: Path, report: Report) 
         rows += sum(verdict.stored for verdict in own)
         verdicts += [_seen_from(out, part.folder, verdict) for verdict in own]
     report(0, rows, "joining the indexes")
-    join_indexes(
-        [
-            (part.folder, one.first_row, one.first_shard)
-            for part, one in zip(verified, parts, strict=True)
-        ],
-        out / INDEX,
-    )
+    pairs = zip(verified, parts, strict=True)
+    firsts = [(part.folder, one.first_row, one.first_shard) for part, one in pairs]
+    join_indexes(firsts, out / INDEX)
     write_verdicts(verdicts, out)
     write_atomically(out / PARTS, json.dumps([asdict(part) for part in parts], indent=1) + "\n")
     report(rows, rows, f"{rows:,} samples of {len(parts)} downloads")

@@ -1,7 +1,5 @@
-"""The entries of blocklists, in the forms in which such lists are published.
-
-Covers: text files with an entry a line, CSV files with a column of entries, comments; what an entry
-of each kind may be. Not here: the rules that ask them (filters.py); hosts (tasks/web_addresses.py).
+"""The entries of blocklists, in the forms in which such lists are published: text files with an
+entry a line, CSV files with a column of entries. Not here: hosts (tasks/web_addresses.py).
 """
 
 import csv
@@ -31,12 +29,7 @@ class EntryForm(NamedTuple):
 
 
 def read_lists(paths: Sequence[str], entry: EntryForm) -> list[str]:
-    """The entries of lists.
-
-    Raises:
-        InputError: a file is missing, is not text, or is a CSV without such a column; or a line
-            cannot be understood: the sentence says which, and what it must be.
-    """
+    """The entries of lists; a line that cannot be understood is refused by its number."""
     entries: list[str] = []
     for path in paths:
         try:

@@ -49,11 +49,11 @@ from tasks.merge.units import (
     Chunk,
     files_of_range,
     fill_blocklists,
+    find_tables,
     kept_in,
     read_blocked,
     rows_folder,
     run_chunk,
-    text_of,
 )
 from tasks.progress import Report, report_nothing
 
@@ -63,8 +63,8 @@ REPORT = "report.json"
 INPUTS = "inputs.json"
 """Source -> marks (`mark_of`) of the files that were merged."""
 REMOVED = "_tmp.removed"
-HISTOGRAMS = "kept/*/histogram.parquet"
-DROPPED = "*/*/reasons.parquet"
+HISTOGRAMS = "kept/*", "histogram"
+DROPPED = "*/*", "reasons"
 BUCKETS = 1 << BUCKET_BITS
 MOST_NAMED = 1_000
 """Blocked addresses and host names without a row that the report names."""
@@ -120,7 +120,7 @@ def merge_sources(
             blocked -= set(found["matched"])
             totals["sources"][file.source]["kept_unjudged"].update(found["unjudged"])
         parts = [path for range_ in plan.list_ranges() for path in files_of_range(plan, *range_)]
-        written = rows_in(connection, text_of(parts)) if parts else 0
+        written = rows_in(connection, list(map(str, parts)))
     if written != (selected := sum(cut.selected for cut in cuts)):
         raise RuntimeError(f"{selected} rows selected, {written} written")
     if blocked:
@@ -182,13 +182,13 @@ def _forget_other_work(out: Path, config: MergeConfig, files: Files, given: Sequ
 
 
 def sum_rows(
-    connection: DuckDBPyConnection, plan: MergePlan, pattern: str, columns: str
+    connection: DuckDBPyConnection, plan: MergePlan, pattern: tuple[str, str], columns: str
 ) -> list[tuple[Any, ...]]:
     """(values of `columns`, rows) of every group of the units' counts in `pattern`."""
     found: list[tuple[Any, ...]] = connection.execute(
         f"SELECT {columns}, sum(rows)::BIGINT FROM read_parquet($paths, union_by_name = true, "
         "hive_partitioning = false) GROUP BY ALL",
-        {"paths": text_of(sorted(plan.temporary.glob(pattern)))},
+        {"paths": find_tables(plan, *pattern)},
     ).fetchall()
     return found
 
@@ -306,7 +306,9 @@ def _sum_totals(
                     {
                         "files": sidecar.config.files,
                         "rows": rows,
-                        "matched": _matched(connection, plan, place),
+                        "matched": rows_in(
+                            connection, find_tables(plan, f"joined/{place}/*/file=*")
+                        ),
                     }
                     for place, sidecar in plan.sidecars_of(number)
                 ],
@@ -319,19 +321,11 @@ def _sum_totals(
     return {"total": total | {"dropped": dropped_for}, "sources": sources}
 
 
-def _matched(connection: DuckDBPyConnection, plan: MergePlan, sidecar: int) -> int:
-    """Rows of metadata that found a partner in a sidecar."""
-    found = sorted(plan.temporary.glob(f"joined/{sidecar}/*/file=*/*.parquet"))
-    return rows_in(connection, text_of(found)) if found else 0
-
-
 def _count_overlaps(connection: DuckDBPyConnection, plan: MergePlan) -> list[dict[str, int]]:
     """Of every source: how many of its surviving addresses each later source has too."""
     counts = [Counter[str]() for _ in plan.config.sources]
     columns = "source, reason, others"
-    for source, reason, others, rows in sum_rows(
-        connection, plan, "kept/*/reasons.parquet", columns
-    ):
+    for source, reason, others, rows in sum_rows(connection, plan, ("kept/*", "reasons"), columns):
         for number, other in enumerate(plan.config.sources):
             if reason is None and others >> number & 1:
                 counts[source][other.name] += rows

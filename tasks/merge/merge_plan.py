@@ -386,6 +386,8 @@ def _list_editions(connection: DuckDBPyConnection, config: MergeConfig) -> tuple
 
 def rows_in(connection: DuckDBPyConnection, paths: Sequence[str]) -> int:
     """Rows of parquet files, as their footers tell."""
+    if not paths:
+        return 0
     query = "SELECT sum(num_rows) FROM parquet_file_metadata($paths)"
     [[rows]] = connection.execute(query, {"paths": list(paths)}).fetchall()
     return int(rows)

@@ -1,11 +1,8 @@
 """The files of metadata: globs of local files and of URLs, formats, the identity of a file.
 
-Covers: finding a source's files, their format, what outside files a merge reads, and whether a file
-is still the one it was.
-Not here: what the columns mean (schema.py); the database (database.py).
-
 URLs (s3://, gs://, hf://, https://) are opened by fsspec; a protocol's package is installed with
 its own extra, and its credentials come from where that package looks for them.
+Not here: what the columns mean (schema.py).
 """
 
 import glob
@@ -27,11 +24,7 @@ Format = Literal["parquet"] | TextFormat
 
 
 def find_metadata(pattern: str, where: str) -> list[str]:
-    """The files that a local glob or a URL with wildcards names, sorted.
-
-    Raises:
-        InputError: nothing matches, or the protocol's package or access is missing.
-    """
+    """The files that a local glob or a URL with wildcards names, sorted; at least one."""
     if is_url(pattern):
         filesystem = file_system(pattern)
         try:
@@ -50,24 +43,13 @@ def find_metadata(pattern: str, where: str) -> list[str]:
 
 
 def file_system(url: str) -> Any:
-    """The fsspec file system of a URL.
-
-    Raises:
-        InputError: there is no such protocol, or its package is not installed.
-    """
-    protocol = url.partition("://")[0]
     try:
-        return fsspec.filesystem(protocol)
+        return fsspec.filesystem(url.partition("://")[0])
     except (ImportError, ValueError) as error:
         raise InputError(f"'{url}' cannot be opened: {shorten_error(error)}") from error
 
 
 def format_of(path: str, source: SourceConfig) -> Format:
-    """The format of a file of `source`.
-
-    Raises:
-        InputError: the format is `auto` and the suffix is not a known one.
-    """
     if source.format != "auto":
         return source.format
     kind = "parquet" if path.lower().endswith(".parquet") else text_format(path)
@@ -83,7 +65,6 @@ class Outside(NamedTuple):
     """Something a merge reads that is not in its settings; it belongs in the artifact's address."""
 
     role: str
-    """Name of this parent."""
     where: str
     """The setting that names it."""
     files: str
@@ -100,8 +81,7 @@ def outside_files(config: MergeConfig) -> Iterator[Outside]:
         for number, sidecar in enumerate(source.sidecars):
             part = f"sidecars.{number}"
             yield Outside(f"{name}.{part}", f"{where}.{part}", sidecar.files)
-    lists = config.filters.blocklists
-    for kind, paths in (("urls", lists.urls), ("domains", lists.domains), ("hashes", lists.hashes)):
+    for kind, paths in config.filters.blocklists:
         for number, path in enumerate(paths):
             yield Outside(f"blocklists.{kind}.{number}", f"filters.blocklists.{kind}", path)
 
@@ -117,8 +97,7 @@ def file_identity(path: str) -> tuple[str, ...]:
 
 
 def mark_of(path: Path | str) -> str:
-    """A metadata file's mark, the same wherever it lies, as 16 hex characters: the fingerprint of
-    its content, or at a URL of its identity."""
+    """A metadata file's mark, the same wherever it lies: its fingerprint, or a URL's identity's."""
     return remote_fingerprint([str(path)]) if is_url(str(path)) else fingerprint_files(Path(path))
 
 

@@ -1,9 +1,5 @@
 """Rows between the scan and the output: Arrow batches on disk, split over the partitions.
 
-Covers: writing what passes of one metadata file, in runs of bounded size; reading one partition of
-it; counting what does not pass.
-Not here: the rules (filters.py, sql/), which row stays (dedupe.sql), the output (units.py).
-
 A folder holds the passing rows of one metadata file twice in the same order: `keys.arrows` is what
 deduplication reads, `texts.arrows` what only the output needs. Each is a row of Arrow IPC messages,
 one for a run and partition, beside `*.ends.npy`, where each of them ends: one file instead of one
@@ -16,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -48,8 +44,6 @@ TEXTS = pa.schema(
     ]
 )
 REASONS = pa.schema([("source", pa.int32()), ("reason", pa.string()), ("rows", pa.int64())])
-
-
 KINDS = {"keys": KEYS, "texts": TEXTS}
 """The two files of a folder."""
 
@@ -62,12 +56,8 @@ def rows_per_run(partitions: int) -> int:
 def write_rows(
     judged: Iterable[pa.RecordBatch], folder: Path, source: int, partitions: int
 ) -> None:
-    """Split the passing rows of one metadata file over the partitions.
-
-    Args:
-        judged: rows of scan.sql, one batch a run; `key` as 32 hex digits, none where `reason` says
-            why a row is dropped.
-    """
+    """Split the passing rows of one metadata file over the partitions; `judged` are rows of
+    scan.sql, one batch a run, `key` as 32 hex digits, none where there is a `reason`."""
     dropped = Counter[str]()
     ends: list[list[list[int]]] = []
     with ExitStack() as stack:
@@ -85,15 +75,13 @@ def write_rows(
 
 def read_rows(folder: Path, kind: str, part: int) -> pa.Table:
     """One partition of a folder's `keys` or `texts`; both have the same rows in the same order."""
-    schema = KINDS[kind]
+    schema, batches = KINDS[kind], []
     ends = np.load(folder / f"{kind}.ends.npy", mmap_mode="r")
     every = ends.reshape(-1)
     with (folder / f"{kind}.arrows").open("rb") as file:
-        batches = []
         for at in range(part, len(every), ends.shape[1]):
             begin = int(every[at - 1]) if at else 0
-            size = int(every[at]) - begin
-            if size:
+            if size := int(every[at]) - begin:
                 file.seek(begin)
                 batches.append(pa.ipc.read_record_batch(pa.py_buffer(file.read(size)), schema))
     return pa.Table.from_batches(batches, schema)
@@ -102,13 +90,12 @@ def read_rows(folder: Path, kind: str, part: int) -> pa.Table:
 def read_keys(folder: Path, source: int, file: int, part: int) -> pa.Table:
     """Keys of a partition with source, file and `place`: their number in `read_rows`."""
     keys = read_rows(folder, "keys", part)
-    origin: dict[str, Any] = {
+    origin = {
         "source": np.full(len(keys), source, np.int32),
         "file": np.full(len(keys), file, np.int32),
         "place": np.arange(len(keys), dtype=np.int32),
     }
-    columns = dict(zip(keys.column_names, keys.columns, strict=True))
-    return pa.table(columns | origin)
+    return pa.table(dict(zip(keys.column_names, keys.columns, strict=True)) | origin)
 
 
 def is_alone(keys: pa.Table) -> npt.NDArray[np.bool_]:

@@ -1,12 +1,8 @@
-"""The merge on a Spark cluster: when one machine is outgrown.
+"""The merge on a Spark cluster: a `Runner` that hands the units of every phase to its workers.
 
-Covers: a `Runner` that hands the units of every phase to Spark's workers.
-Not here: the units, the rules, the selection and the files, which are the same (units.py, sql/).
-
-Every worker does its units in a DuckDB of its own, with the rows of one partition in memory, so
-the rows are the same whatever runs them. The folder of the merge and the metadata must be under the
-same path on every worker. The cluster is the environment's (SPARK_CONF_DIR, spark-submit); without
-one it is this machine's cores.
+Every worker does its units in a DuckDB of its own, so the rows are the same whatever runs them. The
+folder of the merge and the metadata must be under the same path on every worker. The cluster is the
+environment's (SPARK_CONF_DIR, spark-submit); without one it is this machine's cores.
 """
 
 import os
@@ -24,11 +20,7 @@ from tasks.spark_session import spark_builder
 
 @contextmanager
 def spark_runner() -> Iterator[Callable[[Sequence[Chunk]], Iterator[int]]]:
-    """The `Runner` of a Spark session that lasts as long as the context.
-
-    Raises:
-        InputError: pyspark or Java is missing, or a worker met a user's mistake.
-    """
+    """The `Runner` of a Spark session that lasts as long as the context."""
     try:
         from pyspark.errors import PySparkException
 

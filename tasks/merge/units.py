@@ -55,27 +55,20 @@ from tasks.merge.shuffle import (
     rows_per_run,
     write_rows,
 )
+from tasks.tables.parquet_tables import cut_tables
 
 COMPRESSION: Mapping[str, Any] = {"compression": "zstd", "compression_level": 1}
 FINDINGS = "findings.json"
 """In the folder of a metadata file's rows: the entries of blocklists that they match, and how many
 of those that pass a rule could not judge."""
-IMAGE_HASH = "image_hash"
-"""Further column of the output, where the recipe's download compares hashes."""
 OUTPUT = pa.schema(
-    [
-        ("uid", pa.string()),
-        ("source", pa.string()),
-        ("url", pa.string()),
-        ("caption", pa.string()),
-        ("original_id", pa.string()),
-        ("similarity", pa.float64()),
-        ("width_hint", pa.int64()),
-        ("height_hint", pa.int64()),
-        ("also_in", pa.string()),
-    ]
+    {
+        **dict.fromkeys(("uid", "source", "url", "caption", "original_id"), pa.string()),
+        "similarity": pa.float64(),
+        **dict.fromkeys(("width_hint", "height_hint"), pa.int64()),
+        "also_in": pa.string(),
+    }
 )
-OUTPUT_WITH_HASH = OUTPUT.append(pa.field(IMAGE_HASH, pa.string()))
 REPEATED = ["source", "also_in"]
 """Columns whose values repeat; for others a dictionary would only cost time."""
 
@@ -109,11 +102,6 @@ def run_chunk(chunk: Chunk) -> Iterator[int]:
         for number in chunk.numbers:
             phase.make(connection, plan, number)
             yield number
-
-
-def text_of(paths: Iterable[Path]) -> list[str]:
-    """Paths as the database takes them."""
-    return [str(path) for path in paths]
 
 
 def fill_blocklists(connection: DuckDBPyConnection, config: MergeConfig) -> None:
@@ -216,8 +204,8 @@ def _join_sidecars(connection: DuckDBPyConnection, plan: MergePlan, number: int)
         columns=", ".join(columns),
         largest=", ".join(f"max({name}) AS {name}" for name in columns),
     )
-    wanted = _find_tables(plan, f"sidecar_keys/{sidecar}/*/part={part}")
-    found = _find_tables(plan, f"sidecars/{sidecar}/*/part={part}")
+    wanted = find_tables(plan, f"sidecar_keys/{sidecar}/*/part={part}")
+    found = find_tables(plan, f"sidecars/{sidecar}/*/part={part}")
 
     def make(folder: Path) -> None:
         parameters = {"wanted": wanted, "sidecar": found, "target": str(folder)}
@@ -227,8 +215,9 @@ def _join_sidecars(connection: DuckDBPyConnection, plan: MergePlan, number: int)
         make_once(plan.temporary / f"joined/{sidecar}/{part:06d}", make)
 
 
-def _find_tables(plan: MergePlan, folders: str) -> list[str]:
-    return text_of(sorted(plan.temporary.glob(f"{folders}/*.parquet")))
+def find_tables(plan: MergePlan, folders: str, name: str = "*") -> list[str]:
+    """Parquet files of the units' folders, as the database takes them."""
+    return sorted(map(str, plan.temporary.glob(f"{folders}/{name}.parquet")))
 
 
 def rows_of(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
@@ -236,7 +225,7 @@ def rows_of(plan: MergePlan, file: MetadataFile) -> tuple[str, dict[str, Any]]:
     added, joins = "", ""
     parameters: dict[str, Any] = {"path": file.path}
     for number, sidecar in plan.sidecars_of(file.source):
-        found = _find_tables(plan, f"joined/{number}/*/file={file.number}")
+        found = find_tables(plan, f"joined/{number}/*/file={file.number}")
         for name in map(quote_identifier, sidecar.config.columns):
             added += f", sidecar_{number}.{name}" if found else f", NULL AS {name}"
         if found:
@@ -337,7 +326,7 @@ def _partition_keys_query(
     compared = [(s, n) for n, edition in enumerate(plan.editions) for s in edition.sources]
     connection.execute("CREATE OR REPLACE TEMP TABLE known (edition INTEGER, key UUID)")
     for number in range(len(plan.editions) + 1):
-        if paths := _find_tables(plan, f"known/edition={number}/*/part={part}"):
+        if paths := find_tables(plan, f"known/edition={number}/*/part={part}"):
             connection.execute(
                 "INSERT INTO known SELECT DISTINCT $edition::INTEGER, key "
                 "FROM read_parquet($known, hive_partitioning = false)",
@@ -386,7 +375,7 @@ def _write_range(connection: DuckDBPyConnection, plan: MergePlan, number: int) -
             _choose_rows(connection, plan, source, part, after, last)
             for part in range(part_of_key(plan, after), part_of_key(plan, last) + 1)
         )
-        files = _in_files(tables, _output(plan), plan.config.rows_per_file)
+        files = cut_tables(tables, plan.config.rows_per_file)
         for path, table in zip(wanted, files, strict=True):
             if path in missing:
                 temporary = plan.temporary / f"{source}-{path.name}"
@@ -427,30 +416,15 @@ def _choose_rows(
     connection.unregister("chosen")
     columns |= {name: made.column(name) for name in made.column_names}
     columns["source"] = pa.chunked_array([pa.repeat(sources[source], len(made))])
-    return pa.table({name: columns[name] for name in _output(plan).names})
-
-
-def _output(plan: MergePlan) -> pa.Schema:
-    return OUTPUT_WITH_HASH if plan.config.hash_column else OUTPUT
+    schema = (
+        OUTPUT.append(pa.field("image_hash", pa.string())) if plan.config.hash_column else OUTPUT
+    )
+    return pa.table({name: columns[name] for name in schema.names}).cast(schema)
 
 
 def _take_rows(table: pa.Table, indices: npt.NDArray[np.int64]) -> pa.Table:
     """Rows of a table, copied; its chunks are joined first, as their rows lie anywhere."""
     return table.combine_chunks().take(pa.array(indices))
-
-
-def _in_files(
-    tables: Iterable[pa.Table], schema: pa.Schema, rows_per_file: int
-) -> Iterator[pa.Table]:
-    """Cut a stream of rows into tables of `rows_per_file`, the last one shorter."""
-    waiting = schema.empty_table()
-    for table in tables:
-        waiting = pa.concat_tables([waiting, table.cast(schema)])
-        while len(waiting) >= rows_per_file:
-            yield waiting.slice(0, rows_per_file)
-            waiting = waiting.slice(rows_per_file)
-    if len(waiting):
-        yield waiting
 
 
 PHASES: Mapping[str, Phase] = {

@@ -1,12 +1,13 @@
 """Another process that never outlives the one that asked for it: a command under supervise.py."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tasks.process import supervise
@@ -40,6 +41,12 @@ def run_supervised(
             except subprocess.TimeoutExpired:
                 if poll is not None:
                     poll()
+
+
+def refuse_full_disk(log: Path) -> None:
+    """Raise the OSError of a full disk if the end of a command's log speaks of one."""
+    if os.strerror(errno.ENOSPC) in log.read_text(errors="replace")[-100_000:]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log.parent))
 
 
 @contextmanager
@@ -99,8 +106,6 @@ def _kill_marked(mark: str) -> None:
     """Kill what a killed supervisor can no longer kill."""
     wanted = f"{MARK}={mark}".encode()
     for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
+        with suppress(OSError):
             if wanted in environ.read_bytes().split(b"\0"):
                 os.kill(int(environ.parent.name), signal.SIGKILL)
-        except OSError:
-            continue

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -63,11 +64,10 @@ class _SignalPipe:
 
     def take_stop(self) -> bool:
         """Tell whether a stop signal came since the last call."""
-        try:
+        with suppress(BlockingIOError):
             numbers = os.read(self.reader, 1024)
-        except BlockingIOError:
-            return False
-        return any(number in numbers for number in STOP_SIGNALS)
+            return any(number in numbers for number in STOP_SIGNALS)
+        return False
 
 
 def _note_signal(number: int, frame: FrameType | None) -> None:
@@ -85,10 +85,8 @@ def _die_with_supervisor() -> None:
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:
-    try:
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(group, number)
-    except (ProcessLookupError, PermissionError):
-        return
 
 
 def _kill_all(child: subprocess.Popen[bytes]) -> None:
@@ -102,10 +100,8 @@ def _kill_all(child: subprocess.Popen[bytes]) -> None:
         if not left:
             return
         for process in left:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         time.sleep(TICK_S)
 
 
@@ -113,21 +109,16 @@ def _reap_orphans(keep: int) -> None:
     """Collect ended orphans handed to us; `keep` is left for its Popen to collect."""
     for process in _map_children().get(os.getpid(), ()):
         if process != keep:
-            try:
+            with suppress(ChildProcessError):
                 os.waitpid(process, os.WNOHANG)
-            except ChildProcessError:
-                continue
 
 
 def _list_descendants(root: int) -> list[int]:
     """Every live process below `root`; empty where there is no /proc."""
     children = _map_children()
-    found: list[int] = []
-    queue = [root]
-    while queue:
-        below = children.get(queue.pop(), ())
-        found.extend(below)
-        queue.extend(below)
+    found = list(children.get(root, ()))
+    for process in found:  # which grows meanwhile
+        found += children.get(process, ())
     return found
 
 

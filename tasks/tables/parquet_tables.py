@@ -1,7 +1,7 @@
 """Rows of parquet files here or at a URL: texts as bytes, so that one which is not UTF-8 costs
-itself alone. Not here: what columns mean."""
+itself alone; and tables of a size. Not here: what columns mean."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -12,11 +12,6 @@ from evaclip_model.reading.urls import open_binary
 
 
 def parquet_schema(file: str, where: str) -> pa.Schema:
-    """Columns of a file.
-
-    Raises:
-        InputError: it cannot be read.
-    """
     try:
         with open_binary(file) as raw:
             return pq.read_schema(raw)
@@ -28,20 +23,14 @@ def parquet_schema(file: str, where: str) -> pa.Schema:
 def read_parquet_rows(
     file: str, columns: Sequence[str], rows_at_once: int
 ) -> Iterator[tuple[Any, ...]]:
-    """Yield the values of `columns`, row by row.
-
-    Raises:
-        InputError: the file cannot be read to its end.
-    """
+    """Yield the values of `columns`, row by row."""
     number = 0
     try:
         with open_binary(file) as raw:
             wanted = list(dict.fromkeys(columns))
             for batch in pq.ParquetFile(raw).iter_batches(rows_at_once, columns=wanted):
-                values = [
-                    batch.column(name).cast(_as_bytes(batch.column(name).type)).to_pylist()
-                    for name in columns
-                ]
+                found = map(batch.column, columns)
+                values = [one.cast(_as_bytes(one.type)).to_pylist() for one in found]
                 for row in zip(*values, strict=True):
                     yield row
                     number += 1
@@ -50,6 +39,18 @@ def read_parquet_rows(
             f"{file} cannot be read behind row {number} ({shorten_error(error)}): fetch it again "
             "or take it out of 'files'"
         ) from None
+
+
+def cut_tables(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """Yield the rows of tables of one schema in tables of `rows`, the last one shorter."""
+    waiting: pa.Table | None = None
+    for table in tables:
+        waiting = table if waiting is None else pa.concat_tables([waiting, table])
+        while len(waiting) >= rows:
+            yield waiting.slice(0, rows)
+            waiting = waiting.slice(rows)
+    if waiting is not None and len(waiting):
+        yield waiting
 
 
 def _as_bytes(kind: pa.DataType) -> pa.DataType:

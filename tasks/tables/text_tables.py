@@ -1,8 +1,5 @@
 """Rows of CSV, TSV and JSON Lines files: every value is text, a bad line costs itself.
 
-Covers: the rule for quotes, names of columns, lines that cannot be read, with their numbers.
-Not here: what columns mean; parquet.
-
 The rule for quotes (`quoting` says otherwise): in a CSV a value may stand in double quotes (RFC
 4180: a quote inside is doubled, a line may end inside), and a quote that is not closed within
 `MAX_LINES_OF_ROW` lines costs its line, not what follows. In a TSV, where many are written without
@@ -23,7 +20,7 @@ from evaclip_model.reading.urls import is_url, open_filesystem
 
 Quoting = Literal["auto", "quotes", "none"]
 TextFormat = Literal["csv", "jsonl"]
-COMPRESSED = (".gz", ".zst", ".bz2")
+COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 FORMATS: dict[str, TextFormat] = {
     **dict.fromkeys((".csv", ".tsv"), "csv"),
     **dict.fromkeys((".jsonl", ".ndjson"), "jsonl"),
@@ -66,19 +63,9 @@ def text_format(path: str) -> TextFormat | None:
 def read_text_table(
     path: str, kind: TextFormat, quoting: Quoting = "auto", header: bool = True
 ) -> Iterator[TextRow]:
-    """Yield the rows of a file, bad lines in their places.
-
-    Args:
-        path: of this machine, or a URL.
-        kind: what the file holds.
-        quoting: whether double quotes enclose values; auto: in CSV yes, in TSV where they can.
-        header: whether a CSV's first line names its columns; they are `column0`, `column1`, ...
-            otherwise.
-
-    Raises:
-        InputError: it cannot be opened or read to its end, is UTF-16, or two of its columns have
-            the same name.
-    """
+    """Yield the rows of a file or URL, bad lines in their places. Without a `header`, a CSV's
+    columns are `column0`, `column1`, ... A file that cannot be opened or read to its end, is
+    UTF-16, or has two columns of the same name is an `InputError`."""
     if kind == "jsonl":
         yield from map(_json_row, _iterate_lines(path))
         return
@@ -86,8 +73,10 @@ def read_text_table(
     for line, values, flaw in _csv_rows(path, quoting):
         if names is None and flaw is None:
             names = values if header else [f"column{number}" for number in range(len(values))]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise InputError(f"{path}, line 1: two columns are named '{twice[0]}'")
             if header:
-                _refuse_repeated_names(path, names)
                 continue
         if flaw is None and names is not None and len(values) != len(names):
             flaw = LineFlaw.WRONG_NUMBER_OF_COLUMNS
@@ -98,11 +87,7 @@ def read_text_table(
 
 
 def column_names(path: str, kind: TextFormat, quoting: Quoting, header: bool) -> list[str]:
-    """Columns of a file, in the order in which they are met in its first rows.
-
-    Raises:
-        InputError: as `read_text_table`.
-    """
+    """Columns of a file, in the order in which they are met in its first rows."""
     if kind == "csv":
         first = next((values for _, values, flaw in _csv_rows(path, quoting) if flaw is None), [])
         return first if header else [f"column{number}" for number in range(len(first))]
@@ -141,12 +126,6 @@ def _file_suffix(path: str) -> str:
     return name[name.rfind(".") :] if "." in name else ""
 
 
-def _refuse_repeated_names(path: str, names: list[str]) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(f"{path}, line 1: two columns are named '{twice[0]}'")
-
-
 _Line = tuple[int, str, LineFlaw | None]
 
 
@@ -156,10 +135,7 @@ def _iterate_lines(path: str) -> Iterator[_Line]:
 
     try:
         raw = open_filesystem(path).open(path, "rb") if is_url(path) else path
-        compression = "detect" if path.lower().endswith(COMPRESSED) else None
-        kind = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-        if is_url(path) and compression:
-            compression = next(name for end, name in kind.items() if path.lower().endswith(end))
+        compression = COMPRESSED.get(path[path.rfind(".") :].lower())
         stream = pa.input_stream(raw, compression=compression, buffer_size=1 << 20)
     except Exception as error:  # every protocol has its own kinds
         raise InputError(f"{path} cannot be opened ({shorten_error(error)})") from None

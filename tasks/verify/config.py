@@ -1,8 +1,4 @@
-"""Conditions on a shard to be trained on: the `[verify]` table of a recipe.
-
-Covers: the config, the stage's name and version, the names of what it makes.
-Not here: reading shards.
-"""
+"""Conditions on a shard to be trained on: the `[verify]` table of a recipe."""
 
 from pydantic import Field
 
@@ -22,11 +18,7 @@ class VerifyConfig(Config):
     max_pixels: int = Field(50_000_000, gt=0)
     """Largest accepted width x height of a stored image; larger ones are not decoded."""
     max_bad_share: float = Field(0.02, ge=0, lt=1)
-    """Largest accepted share of bad samples in a shard; a shard with more is left out.
-
-    Bad samples of other shards are left out one by one. At web scale about one JPEG in a thousand
-    is truncated so that the downloader's decoder takes it and Pillow does not; without tolerance
-    every shard of 10,000 would go.
-    """
+    """Largest accepted share of bad samples in a shard; a shard with more is left out, of others
+    the bad samples alone. At web scale about one JPEG in a thousand is truncated."""
     memory_limit: str = Field(default="2GB", pattern=r"^[0-9]+(\.[0-9]+)? ?([KMGT]i?)?B$")
     """Memory for sorting the index; what does not fit goes to disk."""

@@ -1,10 +1,8 @@
-"""Verify every shard of a download, and index every sample in them.
+"""Verify every shard of a download, continuing where a killed run stopped, and index every sample.
 
-Covers: going through all shards, continuing where a killed run stopped, verdicts, index, report.
 Not here: what is checked in a shard (verify_shard.py); what training reads of them (tasks/dataset).
 """
 
-import errno
 import json
 import os
 import shutil
@@ -26,10 +24,10 @@ from tasks.index.sample_index import (
     write_index,
     write_verdicts,
 )
-from tasks.process.child import run_supervised
+from tasks.process.child import refuse_full_disk, run_supervised
 from tasks.progress import Report
 from tasks.verify.config import VerifyConfig
-from tasks.verify.verify_shard import Adopted, ShardJob, VerifyJob, read_verdict
+from tasks.verify.verify_shard import ShardJob, VerifyJob, read_verdict
 
 REPORT = "report.json"
 TABLES = ".tables"
@@ -42,15 +40,11 @@ POLL_S = 0.2
 def verify_shards(
     config: VerifyConfig, downloaded: Path, out: Path, processes: int, report: Report
 ) -> Made:
-    """Verify every shard that `downloaded` lists (`ADOPTED`, or tars as bulk); without a list,
-    `**/shards/*.tar`.
+    """Verify every shard that `downloaded`, the folder of a download or of an adoption, lists
+    (`ADOPTED`, or tars as bulk); without a list, `**/shards/*.tar`.
 
-    Args:
-        downloaded: folder of a download or of an adoption.
-        processes: shards verified at the same time; each takes about 0.1 GB.
-
-    Raises:
-        InputError: there is no shard that can be trained on, or one changed since it was adopted.
+    Each of the `processes` takes about 0.1 GB. That no shard can be trained on, or that one changed
+    since it was adopted, is an `InputError`.
     """
     if not (out / CHECKED).exists():
         _verify_all(config, downloaded, out, processes, report)
@@ -87,32 +81,30 @@ def _list_jobs(downloaded: Path, out: Path) -> list[ShardJob]:
 
     A shard that the download's list names and the folder lacks is among them, so that it is missed.
     """
-    found: list[tuple[str, int | None, Adopted | None]]
+    found: list[tuple[str, int | None, str | None, str]]
     if (downloaded / ADOPTED).exists():
         shards = read_adopted(downloaded)
         _refuse_changed(shards)
-        found = [(s.location, s.size, Adopted(source=s.source, name=s.name)) for s in shards]
+        found = [(one.location, one.size, one.source, one.name) for one in shards]
     else:
-        listed = read_bulk(downloaded)
-        sizes: dict[Path, int | None] = {**listed} if listed is not None else {}
-        if listed is None:  # before there were lists, or packed by hand
-            sizes = dict.fromkeys(downloaded.glob("**/shards/*.tar"))
+        # without a list: from before there were any, or packed by hand
+        sizes = read_bulk(downloaded) or dict.fromkeys(downloaded.glob("**/shards/*.tar"))
         tars = sorted(path for path in sizes if path.suffix == ".tar")
-        found = [(str(tar.resolve()), sizes[tar], None) for tar in tars]
+        found = [(str(tar.resolve()), sizes[tar], None, tar.name) for tar in tars]
     return [
         ShardJob(
             location=location,
             size=size,
             path=relative_path(location, out.resolve()),
             target=(out / TABLES / f"{number:06d}.parquet").resolve(),
-            adopted=adopted,
+            source=source,
+            name=name,
         )
-        for number, (location, size, adopted) in enumerate(found)
+        for number, (location, size, source, name) in enumerate(found)
     ]
 
 
 def _refuse_changed(shards: Sequence[AdoptedShard]) -> None:
-    """Raises: InputError: a shard is not the one any more that was adopted."""
     found = sizes_and_marks([shard.location for shard in shards])
     changed = [
         shard.location
@@ -157,16 +149,11 @@ def _verify_missing(
     )
     poll()
     if left:
-        raise _not_finished(status, len(left), log)
-
-
-def _not_finished(status: int, shards: int, log: Path) -> Exception:
-    """The error for a worker that left shards undone."""
-    said = log.read_text(errors="replace")[-100_000:]
-    if os.strerror(errno.ENOSPC) in said:
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log.parent))
-    last = (said.strip().splitlines() or ["it printed nothing"])[-1]
-    return RuntimeError(f"{shards} shards were not verified (status {status}: {last}); see {log}")
+        refuse_full_disk(log)
+        said = log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
+        raise RuntimeError(
+            f"{len(left)} shards were not verified (status {status}: {said[-1]}); see {log}"
+        )
 
 
 def _count_verdicts(verdicts: Sequence[ShardVerdict]) -> dict[str, int | float]:

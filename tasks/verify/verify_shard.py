@@ -1,12 +1,9 @@
 """Verify shards: read every sample, decode every image, keep what is found as a table a shard;
 and the process that does so for many: `python -m tasks.verify.verify_shard JOB.json`.
 
-Covers: the verdict on a shard and on each of its samples, hashes, agreement with the downloader's
-own table and statistics. Not here: which shards there are, counting what is done (verify.py),
-comparing samples of different shards (tasks/dataset).
-
 A process of its own, because decoding holds Python's lock for a good part of its time, and because
 a pool started inside a flow would outlive the flow's being killed.
+Not here: which shards there are (verify.py), comparing samples of different shards (tasks/dataset).
 """
 
 import hashlib
@@ -32,14 +29,13 @@ from evaclip_model.reading.image_decoder import (
     DamagedImageError,
     TooCostlyImageError,
     TooManyPixelsError,
-    UnreadableImageError,
     decode_undamaged_image,
 )
 from evaclip_model.reading.samples import BrokenShard, Sample, Shard, read_samples
 from tasks.artifacts.artifact import sha256_of
 from tasks.index.adopted_shards import on_this_machine
 from tasks.index.perceptual_hash import grey_of, hashes_of
-from tasks.index.sample_index import COLUMNS, ShardVerdict
+from tasks.index.sample_index import COLUMNS, ShardVerdict, without_scheme
 from tasks.verify.config import VerifyConfig
 
 _VERDICT = b"verdict"
@@ -59,43 +55,42 @@ class Flaw(StrEnum):
     REPEATED_UID = "repeated_uid"
 
 
-class Adopted(Config):
-    """The origin of a shard that somebody else made."""
+_FLAWS: dict[type[Exception], Flaw] = {
+    TooManyPixelsError: Flaw.TOO_MANY_PIXELS,
+    TooCostlyImageError: Flaw.TOO_COSTLY,
+    DamagedImageError: Flaw.DAMAGED,
+}
+"""What decoding raised, else `UNDECODABLE`."""
 
-    source: str
-    """The recipe's name for the collection."""
+
+class ShardJob(Config):
+    """One shard to verify."""
+
+    location: str
+    """Path or URL; our downloader's table and statistics lie beside it or not at all."""
+    size: int | None
+    """Bytes that it should have; None if unknown."""
+    path: str
+    """What the verdict calls it."""
+    target: Path
+    """A parquet file: a row a sample (the columns of the index), the verdict in its metadata."""
+    source: str | None
+    """The recipe's name for the collection, if somebody else made the shard: its samples' source,
+    whatever their records say, and no share of bad samples is too large. None: ours."""
     name: str
     """Of the shard, unique in its source."""
 
 
-def verify_shard(
-    tar: Path,
-    path: str,
-    config: VerifyConfig,
-    target: Path,
-    size: int | None = None,
-    adopted: Adopted | None = None,
-) -> None:
-    """Read `tar` to its end and write what was found to the file `target`.
-
-    Args:
-        tar: the shard; the downloader's table and statistics lie beside it or not at all.
-        path: what the verdict will call it.
-        config: when a sample is bad.
-        target: a parquet file, written beside its place and renamed: a row a sample (the columns of
-            the index), the verdict in its metadata.
-        size: bytes that the tar should have, if that is known.
-        adopted: whose it is, if somebody else made it: its samples' source, whatever their records
-            say, and no share of bad samples is too large. None: ours.
-    """
-    seen = _Seen(config, adopted or Adopted(source="", name=tar.name), adopted is not None)
+def verify_shard(tar: Path, job: ShardJob, config: VerifyConfig) -> None:
+    """Read `tar`, the file of a job, to its end and write what was found to the job's target."""
+    seen = _Seen(config, job)
     left_out = None
     try:
         for sample in read_samples(tar):
             seen.look_at(sample)
-        if size is not None and tar.stat().st_size != size:
-            left_out = f"it has {tar.stat().st_size} bytes, but {size} when it was listed"
-        elif adopted is None:
+        if job.size is not None and tar.stat().st_size != job.size:
+            left_out = f"it has {tar.stat().st_size} bytes, but {job.size} when it was listed"
+        elif job.source is None:
             left_out = _why_not_as_recorded(tar, seen)
         left_out = left_out or _why_left_out(seen, config)
     except BrokenShard as problem:
@@ -108,17 +103,17 @@ def verify_shard(
     if left_out is None:
         (source,) = seen.named_sources
         shard = Shard(
-            path=path,
+            path=job.path,
             source=source,
             samples=seen.samples,
             bytes=tar.stat().st_size,
             sha256=sha256_of(tar),
         )
     verdict = ShardVerdict(
-        path=path, stored=seen.samples, shard=shard, flaws=dict(seen.flaws), left_out=left_out
+        path=job.path, stored=seen.samples, shard=shard, flaws=dict(seen.flaws), left_out=left_out
     )
     table = seen.to_table().replace_schema_metadata({_VERDICT: verdict.model_dump_json()})
-    with replace_file(target) as beside:
+    with replace_file(job.target) as beside:
         pq.write_table(table, beside, compression="zstd")
 
 
@@ -133,8 +128,7 @@ class _Seen:
     """The samples of a shard so far."""
 
     config: VerifyConfig
-    adopted: Adopted
-    is_adopted: bool
+    job: ShardJob
     rows: list[dict[str, Any]] = field(default_factory=list)
     greys: list[npt.NDArray[np.uint8]] = field(default_factory=list)
     uids: set[str] = field(default_factory=set)
@@ -155,7 +149,7 @@ class _Seen:
         grey: npt.NDArray[np.uint8] | None = None
         flaw: str | None = sample.flaw
         if sample.image or flaw is None:
-            grey, problem = _decode_grey(sample.image, self.config)
+            grey, problem = _decode_image(sample.image, self.config)
             flaw = flaw or problem
         if flaw is None and not sample.caption.strip():
             flaw = Flaw.EMPTY_CAPTION
@@ -173,11 +167,10 @@ class _Seen:
     def _identity(self, sample: Sample) -> dict[str, Any]:
         record = sample.record
         url = _text_field(record, "url")
-        source = self.adopted.source if self.is_adopted else _text_field(record, "source")
+        source = self.job.source if self.job.source is not None else _text_field(record, "source")
+        identity = f"{source}\n{self.job.name}\n{sample.key}"
         if url is not None:  # as a merge would name the row
-            identity = f"{url.partition('://')[2] or url}\n{sample.caption}"
-        else:
-            identity = f"{source}\n{self.adopted.name}\n{sample.key}"
+            identity = f"{without_scheme(url)}\n{sample.caption}"
         md5 = _text_field(record, "md5")
         return {
             "key": _writable(sample.key),
@@ -201,23 +194,15 @@ class _Seen:
         return table.set_column(place, COLUMNS.field(place), pa.array(hashes, mask=~decoded))
 
 
-def _decode_grey(
+def _decode_image(
     encoded: bytes | memoryview, config: VerifyConfig
 ) -> tuple[npt.NDArray[np.uint8] | None, Flaw | None]:
     """The image small and grey, when it can be decoded, and what is wrong with it, if anything."""
     try:
         image = decode_undamaged_image(encoded, config.max_pixels).image
         grey = grey_of(image.convert("RGB"))
-    except TooManyPixelsError:
-        return None, Flaw.TOO_MANY_PIXELS
-    except TooCostlyImageError:
-        return None, Flaw.TOO_COSTLY
-    except DamagedImageError:
-        return None, Flaw.DAMAGED
-    except UnreadableImageError:
-        return None, Flaw.UNDECODABLE
-    except Exception:  # converting meets what decoding passed over
-        return None, Flaw.UNDECODABLE
+    except Exception as error:  # converting meets what decoding passed over
+        return None, _FLAWS.get(type(error), Flaw.UNDECODABLE)
     return grey, Flaw.TOO_SMALL if min(image.size) < config.min_image_px else None
 
 
@@ -229,7 +214,7 @@ def _why_left_out(seen: _Seen, config: VerifyConfig) -> str | None:
         return f"it mixes the sources {', '.join(sorted(seen.named_sources))}"
     if bad == samples:
         return f"all of its {samples} samples are bad ({_said(seen.flaws)})"
-    if not seen.is_adopted and bad > samples * config.max_bad_share:
+    if seen.job.source is None and bad > samples * config.max_bad_share:
         return f"{bad} of its {samples} samples are bad ({_said(seen.flaws)})"
     return None
 
@@ -277,21 +262,6 @@ def _md5(content: bytes | memoryview) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-class ShardJob(Config):
-    """One shard to verify."""
-
-    location: str
-    """Path or URL."""
-    size: int | None
-    """Bytes that it should have; None if unknown."""
-    path: str
-    """Its path in the verdict."""
-    target: Path
-    """Where its table goes."""
-    adopted: Adopted | None
-    """Whose it is, if it was adopted."""
-
-
 class VerifyJob(Config):
     """All shards of one call."""
 
@@ -304,15 +274,14 @@ def main(job: VerifyJob) -> None:
     """Verify every shard of the job."""
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(job.processes, mp_context=context) as pool:
-        for shard in as_completed(
-            [pool.submit(_verify_one, job.config, one) for one in job.shards]
-        ):
+        begun = [pool.submit(_verify_one, job.config, one) for one in job.shards]
+        for shard in as_completed(begun):
             shard.result()
 
 
 def _verify_one(config: VerifyConfig, shard: ShardJob) -> None:
     with on_this_machine(shard.location, shard.target.parent) as tar:
-        verify_shard(tar, shard.path, config, shard.target, shard.size, shard.adopted)
+        verify_shard(tar, shard, config)
 
 
 if __name__ == "__main__":

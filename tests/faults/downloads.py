@@ -26,8 +26,8 @@ from pathlib import Path
 
 import psutil
 
-from tasks.download.config import DownloadConfig
-from tasks.download.download import Crew, download_images
+from tasks.download.config import Crew, DownloadConfig
+from tasks.download.download import download_images
 from tasks.download.fetch_outcome import Outcome
 from tests.tasks.download.faults import (
     CONFIG,

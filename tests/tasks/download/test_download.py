@@ -26,8 +26,8 @@ from evaclip_model.reading.samples import BrokenShard, read_samples
 from tasks.artifacts.artifact import Made
 from tasks.download import download as download_module
 from tasks.download.check_shards import Ledger, check_shard
-from tasks.download.config import DownloadConfig
-from tasks.download.download import Crew, download_images
+from tasks.download.config import Crew, DownloadConfig
+from tasks.download.download import download_images
 from tasks.download.download_worker import open_files_needed
 from tasks.download.fetch_outcome import Outcome
 from tasks.download.url_tables import PlannedShard, plan_download
@@ -199,8 +199,8 @@ def test_kill_9_of_the_flow_then_of_a_downloader_gives_the_same_bytes(
     out.mkdir()
     code = (
         "import sys; from pathlib import Path\n"
-        "from tasks.download.config import DownloadConfig\n"
-        "from tasks.download.download import Crew, download_images\n"
+        "from tasks.download.config import Crew, DownloadConfig\n"
+        "from tasks.download.download import download_images\n"
         "config = DownloadConfig.model_validate_json(sys.argv[1])\n"
         "merged, out = map(Path, sys.argv[2:])\n"
         "download_images(config, merged, out, Crew(1, 1), lambda *_: None)\n"

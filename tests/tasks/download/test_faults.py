@@ -15,7 +15,8 @@ import pytest
 
 from tasks.artifacts.artifact import Made
 from tasks.download import download as download_module
-from tasks.download.download import Crew, download_images
+from tasks.download.config import Crew
+from tasks.download.download import download_images
 from tasks.download.fetch_outcome import RETRYABLE, Outcome
 from tests.tasks.download.faults import (
     BUSY,

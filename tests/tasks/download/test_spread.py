@@ -10,8 +10,8 @@ import pytest
 
 from evaclip_model.errors import InputError
 from tasks.download import config
-from tasks.download.config import DownloadConfig
-from tasks.download.download import Crew, download_images
+from tasks.download.config import Crew, DownloadConfig
+from tasks.download.download import download_images
 from tests.tasks.download.faults import CONFIG, four_hosts, outcomes_of, rows_of, write_rows
 
 
