@@ -31,7 +31,6 @@ ROOT_LOCK = ".flows.lock"
 BULK = "bulk.jsonl"
 """List of an artifact's bulk files: `{"path": ..., "size": ...}` a line."""
 CARD = "card.md"
-"""An artifact's description for people, where it has one."""
 DIGEST_CHARS = 16
 FINGERPRINT_BYTES = 1 << 20
 Counts = Mapping[str, int | float]

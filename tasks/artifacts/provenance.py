@@ -13,7 +13,6 @@ from evaclip_model.errors import InputError
 from tasks.artifacts.artifact import Artifact, read_artifact
 
 LINEAGE = "lineage.json"
-"""The document's file name, wherever it lies."""
 
 
 class Node(Config):
@@ -24,7 +23,6 @@ class Node(Config):
     """Of the stage, where a recipe has several of its kind."""
     digest: str
     created: str
-    """UTC time of publication, ISO 8601."""
     parents: dict[str, str]
     """Role -> digest of another node, or fingerprint of outside data."""
     counts: dict[str, int | float]

@@ -66,9 +66,7 @@ class StorageConfig(Config):
     )
     """How an image meets image_px, in img2dataset's words."""
     resize_only_if_bigger: bool = True
-    """Leave smaller images as they are."""
     encode_format: Literal["jpg", "png", "webp"] = "jpg"
-    """What images are stored as."""
     encode_quality: int = Field(95, ge=0, le=100)
     """JPEG or WebP quality, 0 to 100; for png the compression, 0 to 9."""
     skip_reencode: bool = True

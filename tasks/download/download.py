@@ -182,7 +182,6 @@ class _Pass:
                 self._problems.append(str(problem))
 
     def _remove_unfinished(self) -> None:
-        """Remove everything but whole shards."""
         wanted = {
             path for shard in self._finished for path in shard_files(self.shards, shard.planned)
         }
@@ -285,7 +284,6 @@ def _pass_folder(out: Path, number: int) -> Path:
 
 
 def _wait_before_pass(seconds: float, rows: int, report: Report) -> None:
-    """Pause before a further pass, saying so."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
         report(rows, rows, f"waiting {left:.0f} s, as servers asked, before trying again")
@@ -361,7 +359,6 @@ def _judge_success(config: DownloadConfig, first: _Pass, finished: Sequence[Fini
 
 
 def _describe_made(out: Path, plan: Plan, done: Sequence[Sequence[FinishedShard]]) -> Made:
-    """Write the report and name the artifact's files."""
     by_source = retry_passes.total_outcomes(done)
     total = sum(by_source.values(), Counter[Outcome]())
     if total.total() != plan.rows:

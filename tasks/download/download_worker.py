@@ -37,9 +37,7 @@ class WorkerJob(Config):
     output: Path
     """Folder that the shards go to; numbers that are there already are left alone."""
     counters: Path
-    """Folder for tasks/download/watch_progress.py."""
     extra_columns: tuple[str, ...]
-    """Columns besides url and caption to keep with every sample."""
     first_number: int
     """Of the first shard."""
 
@@ -50,7 +48,6 @@ def open_files_needed(threads: int) -> int:
 
 
 def run_download(job: WorkerJob) -> None:
-    """Download everything in `job` that is not there yet."""
     config, crew = job.config, job.crew
     wanted, (soft, hard) = open_files_needed(crew.threads), resource.getrlimit(RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:

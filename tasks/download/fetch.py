@@ -65,18 +65,21 @@ class Redirected(Exception):
     """The answer was a redirect to this URL."""
 
 
-class Deadline(threading.local):
-    """The time when the URL that this thread fetches has to be done; one object serves all
-    threads."""
+class FetchLimits(threading.local):
+    """The config's limits, and when the URL that this thread fetches has to be done; one object
+    serves all threads."""
 
     end = float("inf")
 
-    def seconds_left(self, at_most: float | None = None) -> float:
-        """Seconds left, no more than `at_most`; raises `Refused` when none is left."""
+    def __init__(self, config: DownloadConfig) -> None:
+        self.config = config
+
+    def seconds_left(self) -> float:
+        """Seconds that a server may be silent now; raises `Refused` when none is left."""
         left = self.end - time.monotonic()
         if left <= 0:
             raise Refused(Outcome.DEADLINE)
-        return left if at_most is None else min(left, at_most)
+        return min(left, self.config.timeout_s)
 
 
 class Fetcher:
@@ -84,8 +87,8 @@ class Fetcher:
 
     def __init__(self, config: DownloadConfig) -> None:
         self._config = config
-        self._deadline = Deadline()
-        self._opener = guarded_opener(config, self._deadline)
+        self._limits = FetchLimits(config)
+        self._opener = guarded_opener(self._limits)
         manners = config.politeness
         token, self._rules = manners.user_agent_token, list[tuple[Outcome, Robots]]()
         self._hosts = HostGate(manners.host_connections, manners.rest_after, manners.max_rest_s)
@@ -104,7 +107,7 @@ class Fetcher:
         none. Tries again until it works, fails for good, or time or tries are used up."""
         config, message = self._config, ""
         earlier: str | None = None
-        self._deadline.end = time.monotonic() + config.deadline_s
+        self._limits.end = time.monotonic() + config.deadline_s
         wait_s = config.politeness.retry_wait_s
         for tries_left in reversed(range(config.retries + 1)):
             body, message = self._try_once(url, digest)
@@ -114,7 +117,7 @@ class Fetcher:
                 return None, earlier  # why it took long says more, and may pass another time
             may_pass = outcome_of("failed_to_download", message) in RETRYABLE
             pause_s = max(wait_s, retry_after_s(message))
-            too_late = time.monotonic() + pause_s >= self._deadline.end
+            too_late = time.monotonic() + pause_s >= self._limits.end
             rests = message == REFUSALS[Outcome.RATE_LIMITED]
             if not may_pass or not tries_left or too_late or rests:
                 break
@@ -134,7 +137,7 @@ class Fetcher:
                 host = urlsplit(url).hostname or ""
                 asked = time.monotonic()
                 with self._hosts.get_slots(host):
-                    self._deadline.end += time.monotonic() - asked  # the wait was for others
+                    self._limits.end += time.monotonic() - asked  # the wait was for others
                     if self._hosts.is_resting(host):
                         return None, REFUSALS[Outcome.RATE_LIMITED]
                     try:
@@ -204,13 +207,13 @@ def retry_after(value: str | None, now: datetime) -> float | None:
         return None
 
 
-def guarded_opener(config: DownloadConfig, deadline: Deadline) -> urllib.request.OpenerDirector:
-    """An opener that can do nothing but GET from allowed addresses, within the config's limits."""
+def guarded_opener(limits: FetchLimits) -> urllib.request.OpenerDirector:
+    """An opener that can do nothing but GET from allowed addresses, within the limits."""
     opener = urllib.request.OpenerDirector()
     for handler in (
-        _GuardedHandler(config, deadline),
+        _GuardedHandler(limits),
         urllib.request.HTTPDefaultErrorHandler(),
-        _RedirectHandler(config),
+        _RedirectHandler(limits),
         urllib.request.HTTPErrorProcessor(),
         urllib.request.UnknownHandler(),
     ):
@@ -228,28 +231,27 @@ def _refuse_declined(headers: http.client.HTTPMessage, config: DownloadConfig) -
 class _RedirectHandler(urllib.request.HTTPRedirectHandler):
     """Hands every redirect to the caller, who has rules for the next host, too."""
 
-    def __init__(self, config: DownloadConfig) -> None:
-        self._config = config
+    def __init__(self, limits: FetchLimits) -> None:
+        self._limits = limits
 
     def redirect_request(self, *answer: Any, **_: Any) -> None:
         _, body, _, _, headers, url = answer
         body.close()
-        _refuse_declined(headers, self._config)
+        _refuse_declined(headers, self._limits.config)
         raise Redirected(url)
 
 
 class _GuardedHandler(urllib.request.AbstractHTTPHandler):
     """Opens http and https URLs over guarded connections, and looks at the answer's length."""
 
-    def __init__(self, config: DownloadConfig, deadline: Deadline) -> None:
+    def __init__(self, limits: FetchLimits) -> None:
         super().__init__()
-        self._config = config
-        self._deadline = deadline
+        self._limits = limits
         self._tls = ssl.create_default_context()
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         tls = self._tls if request.type == "https" else None
-        connection = partial(_Connection, config=self._config, deadline=self._deadline, tls=tls)
+        connection = partial(_Connection, limits=self._limits, tls=tls)
         return self.do_open(connection, request)  # type: ignore[arg-type, return-value]
 
     def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
@@ -258,7 +260,8 @@ class _GuardedHandler(urllib.request.AbstractHTTPHandler):
     def http_response(
         self, request: urllib.request.Request, response: http.client.HTTPResponse
     ) -> http.client.HTTPResponse:
-        if 200 <= response.status < 300 and (response.length or 0) > self._config.max_bytes:
+        limit = self._limits.config.max_bytes
+        if 200 <= response.status < 300 and (response.length or 0) > limit:
             raise Refused(Outcome.TOO_MANY_BYTES)
         return response
 
@@ -271,29 +274,19 @@ class _Connection(http.client.HTTPConnection):
     """A connection to an address that was checked, under a deadline."""
 
     def __init__(
-        self,
-        host: str,
-        *,
-        config: DownloadConfig,
-        deadline: Deadline,
-        tls: ssl.SSLContext | None,
-        **options: Any,
+        self, host: str, *, limits: FetchLimits, tls: ssl.SSLContext | None, **options: Any
     ) -> None:
         self.default_port = http.client.HTTP_PORT if tls is None else http.client.HTTPS_PORT
         super().__init__(host, **options)
-        self._config = config
-        self._deadline = deadline
+        self._limits = limits
         self._tls = tls
-        self.response_class = partial(  # type: ignore[assignment]
-            _Response, timeout_s=self.timeout, max_bytes=config.max_bytes, deadline=deadline
-        )
+        self.response_class = partial(_Response, limits=limits)  # type: ignore[assignment]
 
     def connect(self) -> None:
-        networks, deadline = self._config.allowed_networks, self._deadline
-        sock = _connect_allowed(self.host, self.port, networks, deadline, self.timeout)
+        sock = _connect_allowed(self.host, self.port, self._limits)
         if self._tls is not None:
             try:
-                sock.settimeout(deadline.seconds_left(self.timeout))
+                sock.settimeout(self._limits.seconds_left())
                 sock = self._tls.wrap_socket(sock, server_hostname=self.host)
             except BaseException:
                 sock.close()
@@ -301,13 +294,7 @@ class _Connection(http.client.HTTPConnection):
         self.sock = sock
 
 
-def _connect_allowed(
-    host: str,
-    port: int,
-    allowed_networks: Sequence[str],
-    deadline: Deadline,
-    timeout_s: float | None,
-) -> socket.socket:
+def _connect_allowed(host: str, port: int, limits: FetchLimits) -> socket.socket:
     """Connect to the first address of `host` that may be connected to and answers.
 
     The very address that was checked is connected to: a second look-up could answer otherwise.
@@ -315,9 +302,9 @@ def _connect_allowed(
     problem: Exception = Refused(Outcome.ADDRESS_REFUSED)
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     for family, kind, protocol, _, target in found:
-        if not address_is_allowed(str(target[0]), allowed_networks):
+        if not address_is_allowed(str(target[0]), limits.config.allowed_networks):
             continue
-        left_s = deadline.seconds_left(timeout_s)
+        left_s = limits.seconds_left()
         sock = socket.socket(family, kind, protocol)
         try:
             sock.settimeout(left_s)
@@ -333,18 +320,11 @@ class _Response(http.client.HTTPResponse):
     """An answer of bounded length, read under a deadline."""
 
     def __init__(
-        self,
-        sock: socket.socket,
-        *args: Any,
-        timeout_s: float | None,
-        max_bytes: int,
-        deadline: Deadline,
-        **options: Any,
+        self, sock: socket.socket, *args: Any, limits: FetchLimits, **options: Any
     ) -> None:
         super().__init__(sock, *args, **options)
-        self._max_bytes = max_bytes
-        raw = _DeadlineReader(self.fp.detach(), sock, timeout_s, deadline)
-        self.fp = io.BufferedReader(raw)
+        self._max_bytes = limits.config.max_bytes
+        self.fp = io.BufferedReader(_DeadlineReader(self.fp.detach(), sock, limits))
 
     def read(self, amt: int | None = None) -> bytes:
         """Read the whole body (or `amt` bytes of it), which may not be longer than max_bytes or
@@ -364,24 +344,21 @@ class _Response(http.client.HTTPResponse):
 class _DeadlineReader(io.RawIOBase):
     """A socket's stream whose every receive knows how much time is left."""
 
-    def __init__(
-        self, raw: io.RawIOBase, sock: socket.socket, timeout_s: float | None, deadline: Deadline
-    ) -> None:
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, limits: FetchLimits) -> None:
         super().__init__()
         self._raw = raw
         self._sock = sock
-        self._timeout_s = timeout_s
-        self._deadline = deadline
+        self._limits = limits
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(self._deadline.seconds_left(self._timeout_s))
+        self._sock.settimeout(self._limits.seconds_left())
         try:
             return self._raw.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
         except TimeoutError:
-            self._deadline.seconds_left()
+            self._limits.seconds_left()
             raise
 
     def close(self) -> None:

@@ -41,7 +41,6 @@ class Outcome(StrEnum):
 NETWORK = frozenset({Outcome.DNS, Outcome.CONNECTION, Outcome.TIMEOUT})
 """What nearly every URL ends in when our own network or name service is down."""
 RETRYABLE = NETWORK | {Outcome.RATE_LIMITED, Outcome.SERVER_ERROR, Outcome.INCOMPLETE}
-"""What may pass when it is tried again."""
 REFUSALS: Mapping[Outcome, str] = {
     Outcome.ADDRESS_REFUSED: "refused: the address is not public",
     Outcome.TOO_MANY_BYTES: "refused: more bytes than max_bytes",

@@ -64,7 +64,6 @@ class HostGate:
         return self._get_host(name).slots
 
     def is_resting(self, name: str) -> bool:
-        """Return whether the host is to be left alone now."""
         with self._lock:
             host = self._hosts.get(name)
             return host is not None and self._clock() < host.rests_until

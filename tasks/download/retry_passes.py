@@ -74,7 +74,6 @@ def total_outcomes(passes: Sequence[Sequence[FinishedShard]]) -> dict[str, Count
 
 
 def _failed_rows(shards: Path, shard: FinishedShard, columns: Sequence[str]) -> pa.Table:
-    """The rows of one shard's table that may succeed later."""
     table = pq.read_table(shard_files(shards, shard.planned)[1])
     ended = zip(table["status"].to_pylist(), table["error_message"].to_pylist(), strict=True)
     may_pass = [outcome_of(str(status), message) in RETRYABLE for status, message in ended]

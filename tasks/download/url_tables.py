@@ -40,14 +40,11 @@ class PlannedShard:
 
     @property
     def name(self) -> str:
-        """The name of its files, before .tar, .parquet and _stats.json."""
         return f"{self.number:0{SHARD_DIGITS}d}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that one download does."""
-
     files: tuple[Path, ...]
     """Merged parquet files in the order in which their shards are numbered."""
     extra_columns: tuple[str, ...]

@@ -126,7 +126,6 @@ class Watch:
 
     @property
     def rows_done(self) -> int:
-        """Rows that are done, finished shards included."""
         return min(self._rows_done + self._now.counts.total(), self._rows_total)
 
     @property

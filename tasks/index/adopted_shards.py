@@ -19,7 +19,6 @@ from evaclip_model.reading.urls import is_url, open_filesystem
 from tasks.artifacts.artifact import DIGEST_CHARS
 
 ADOPTED = "adopted.jsonl"
-"""In the folder of the adoption."""
 SAMPLED_BYTES = 1 << 16
 """Of either end of a shard: its first header has the time at which it was packed."""
 LOOKED_AT_ONCE = 16

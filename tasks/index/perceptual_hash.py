@@ -148,7 +148,6 @@ class ImageHashes:
 
 
 def hash_images(images: Iterable[bytes], threads: int) -> ImageHashes:
-    """Hash encoded images of any format that is decoded."""
     digests: list[str] = []
     looks, decoded = [np.empty(0, np.uint64)], [np.empty(0, np.bool_)]
     coming = iter(images)

@@ -38,7 +38,6 @@ from tasks.tables.parquet_tables import cut_tables
 Ints = npt.NDArray[np.int64]
 
 INDEX = "index"
-"""Folder of the index inside the artifact of a verification."""
 ROWS_PER_FILE = 5_000_000
 ROWS_PER_GROUP = 1 << 17
 """A look-up reads one group: small enough for milliseconds, large enough to compress."""
@@ -62,7 +61,6 @@ ADDRESS = r"regexp_replace(url, '^https?://', '')"
 MEMORY_LIMIT = "2GB"
 """Of a query, where no setting says another."""
 CHECKED = "checked.json"
-"""In the folder of the verification."""
 
 
 class Kind(StrEnum):
@@ -237,7 +235,6 @@ def link_or_copy(source: Path | str, target: Path | str) -> None:
 
 
 def _renumber_table(source: Path, first_row: int, first_shard: int, target: Path) -> None:
-    """Rows of another index, numbered on."""
     with (
         replace_file(target) as beside,
         pq.ParquetFile(source) as parquet,
@@ -307,8 +304,6 @@ def without_scheme(url: str) -> str:
 
 
 class ShardVerdict(Config):
-    """The verdict on one shard."""
-
     path: str
     """Of the tar, relative to the verification's folder; or its URL."""
     stored: int
@@ -318,7 +313,6 @@ class ShardVerdict(Config):
     flaws: dict[str, int]
     """Bad samples by reason; each counts once."""
     left_out: str | None
-    """Why; None if it is used."""
 
 
 def write_verdicts(verdicts: Sequence[ShardVerdict], folder: Path) -> None:

@@ -64,7 +64,6 @@ def join_verifications(verified: Sequence[Artifact], out: Path, report: Report) 
 
 
 def read_parts(folder: Path) -> list[JoinedPart]:
-    """The parts of a finished join, in its order."""
     return [JoinedPart(**part) for part in json.loads((folder / PARTS).read_text())]
 
 

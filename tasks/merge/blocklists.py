@@ -17,8 +17,6 @@ _HASH = re.compile(r"(?i)(?:(?:md5|sha1|sha256):)?([0-9a-f]{16,128})(?=\s|$)")
 
 
 class EntryForm(NamedTuple):
-    """Entries of one kind."""
-
     paths: Callable[[BlocklistConfig], Sequence[str]]
     read: Callable[[str], Sequence[str] | None]
     """A line -> its entries; None: it cannot be understood."""

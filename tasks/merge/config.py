@@ -42,7 +42,6 @@ def _not_withdrawn(files: str) -> str:
 
 
 Published = Annotated[str, Field(min_length=1), AfterValidator(_not_withdrawn)]
-"""Glob of files that are not withdrawn."""
 
 
 def is_old_edition(columns: Collection[str]) -> bool:
@@ -53,9 +52,7 @@ class ColumnMap(Config):
     """The columns of a source's files by their meaning."""
 
     url: str
-    """Address of the image; text."""
     caption: str
-    """Text."""
     id: str | None = None
     """The collection's own row id; kept as text, breaks ties between duplicates."""
     width: str | None = None
@@ -95,8 +92,6 @@ class SidecarConfig(Config):
 
 
 class SourceConfig(Config):
-    """One metadata collection."""
-
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     """Name in reports, folders and sampling weights, for example laion2b."""
     files: Published
@@ -162,13 +157,11 @@ class FilterConfig(Config):
     languages: tuple[str, ...] = ()
     """Languages that are kept, as the source writes them; empty = all."""
     unknown_language: Policy = "keep"
-    """What happens to rows without a language, when it is judged."""
     min_side: int | None = Field(default=None, ge=1)
     """Smallest published side in pixels; unknown sizes (none, 0) pass: the download measures."""
     max_aspect: float | None = Field(default=None, ge=1)
     """Largest ratio of the longer to the shorter published side; unknown sizes pass."""
     min_similarity: float | None = Field(default=None, ge=-1, le=1)
-    """Smallest image-caption similarity."""
     unknown_similarity: Policy = "drop"
     """What happens to rows whose similarity is none or not within -1 to 1, when it is judged."""
     max_unsafe: float | None = Field(default=0.5, ge=0, le=1)
@@ -180,7 +173,6 @@ class FilterConfig(Config):
     max_watermark: float | None = Field(default=0.8, ge=0, le=1)
     """Largest watermark score; LAION recommends 0.8."""
     unknown_watermark: Policy = "keep"
-    """What happens to rows without a watermark score, when it is judged."""
 
     @model_validator(mode="after")
     def _captions_can_pass(self) -> Self:

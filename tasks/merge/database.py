@@ -115,7 +115,6 @@ def load_statement(name: str, **parts: str) -> str:
 
 
 def share_of_memory(limit: str, shares: int) -> str:
-    """A memory limit divided by a number of databases."""
     number, unit = re.fullmatch(r"([0-9.]+) ?([KMGT]?)i?B", limit).groups()  # type: ignore[union-attr]
     kilobytes = float(number) * 1024 ** ("KMGT".index(unit) if unit else -1)
     return f"{max(1, int(kilobytes / shares))}KB"

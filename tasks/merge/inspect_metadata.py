@@ -36,8 +36,6 @@ class ColumnSummary(NamedTuple):
 
 
 class Inspection(NamedTuple):
-    """The content of the files of one pattern."""
-
     files: int
     rows: int | None
     """Of all files; none when they are not parquet, whose footers tell it."""

@@ -158,7 +158,6 @@ class SelectionCut(NamedTuple):
 
 
 def read_cuts(plan: MergePlan) -> list[SelectionCut]:
-    """The selection, as the cut has saved it."""
     return [SelectionCut(*one) for one in json.loads((plan.temporary / "cuts.json").read_text())]
 
 
@@ -355,7 +354,6 @@ def _plan_sidecar(
 
 
 def _sidecar_key(sidecar: SidecarConfig, columns: ColumnMap, published: PublishedColumns) -> str:
-    """SQL of a row's key in a sidecar."""
     if sidecar.on == "url":
         return quote_identifier(columns.url)
     if sidecar.on == "id":

@@ -66,13 +66,10 @@ class Outside(NamedTuple):
 
     role: str
     where: str
-    """The setting that names it."""
     files: str
-    """Its glob."""
 
 
 def outside_files(config: MergeConfig) -> Iterator[Outside]:
-    """Everything a merge reads besides its settings."""
     for source in config.sources:
         name, where = source.name, f"sources '{source.name}'"
         yield Outside(name, where, source.files)

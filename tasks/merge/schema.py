@@ -31,7 +31,6 @@ NUMBERS = INTEGERS | {"HUGEINT", "FLOAT", "DOUBLE"}
 TEXT = "VARCHAR"
 NOT_BROKEN = "false"
 BROKEN_TEXT = "__broken_text"
-"""Column of a repaired file."""
 TEXTS = ("url", "caption", "language", "image_hash")
 """Parts that only text can play."""
 EITHER = ("id", "unsafe")
@@ -152,7 +151,6 @@ def key_text(column: str, kind: str) -> str:
 
 
 def quote_identifier(identifier: str) -> str:
-    """An SQL identifier that means exactly this name."""
     return '"' + identifier.replace('"', '""') + '"'
 
 

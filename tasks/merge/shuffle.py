@@ -45,11 +45,9 @@ TEXTS = pa.schema(
 )
 REASONS = pa.schema([("source", pa.int32()), ("reason", pa.string()), ("rows", pa.int64())])
 KINDS = {"keys": KEYS, "texts": TEXTS}
-"""The two files of a folder."""
 
 
 def rows_per_run(partitions: int) -> int:
-    """Rows of a batch for `write_rows`."""
     return max(ROWS_PER_RUN, ROWS_PER_PIECE * partitions)
 
 

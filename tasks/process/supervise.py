@@ -63,7 +63,6 @@ class _SignalPipe:
             signal.signal(number, _note_signal)
 
     def take_stop(self) -> bool:
-        """Tell whether a stop signal came since the last call."""
         with suppress(BlockingIOError):
             numbers = os.read(self.reader, 1024)
             return any(number in numbers for number in STOP_SIGNALS)

@@ -23,7 +23,6 @@ def parquet_schema(file: str, where: str) -> pa.Schema:
 def read_parquet_rows(
     file: str, columns: Sequence[str], rows_at_once: int
 ) -> Iterator[tuple[Any, ...]]:
-    """Yield the values of `columns`, row by row."""
     number = 0
     try:
         with open_binary(file) as raw:

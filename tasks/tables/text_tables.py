@@ -8,11 +8,12 @@ is guessed: 1984 and 2021-03-01 are texts.
 """
 
 import csv
+import io
 import json
 from collections import deque
 from collections.abc import Callable, Iterator
 from enum import StrEnum
-from itertools import islice
+from itertools import count, islice
 from typing import Any, Literal, NamedTuple
 
 from evaclip_model.errors import InputError, shorten_error
@@ -36,8 +37,6 @@ csv.field_size_limit(2 * MAX_LINE_BYTES)
 
 
 class LineFlaw(StrEnum):
-    """The reason why a line is not a row."""
-
     NOT_UTF8 = "not_utf8"
     TOO_LONG = "line_too_long"
     UNCLOSED_QUOTE = "unclosed_quote"
@@ -139,31 +138,26 @@ def _iterate_lines(path: str) -> Iterator[_Line]:
         stream = pa.input_stream(raw, compression=compression, buffer_size=1 << 20)
     except Exception as error:  # every protocol has its own kinds
         raise InputError(f"{path} cannot be opened ({shorten_error(error)})") from None
-    number, rest, finished = 0, b"", False
-    with stream:
-        while not finished:
+    limit = MAX_LINE_BYTES + 8  # with the marks at its ends
+    with io.BufferedReader(stream, 1 << 20) as reader:
+        for number in count(1):
             try:
-                block = stream.read(1 << 20)
+                line = rest = reader.readline(limit)
+                while len(rest) == limit and not rest.endswith(b"\n"):
+                    rest = reader.readline(limit)  # it is too long whatever follows
             except Exception as error:  # a damaged compressed file
                 raise InputError(
                     f"{path} cannot be read to its end ({shorten_error(error)}): fetch it again"
                 ) from None
-            if not number and not rest and block.startswith(_UTF16):
+            if not line:
+                return
+            if number == 1 and line.startswith(_UTF16):
                 raise InputError(f"{path} is UTF-16: save it as UTF-8")
-            finished = not block
-            parts = (rest + block).split(b"\n")
-            rest = b"" if finished else parts.pop()
-            if len(rest) > 2 * MAX_LINE_BYTES:
-                rest = rest[: 2 * MAX_LINE_BYTES]  # it is too long whatever follows
-            for part in parts:
-                number += 1
-                content = part.removeprefix(_BOM) if number == 1 else part
-                content = content.removesuffix(b"\r")
-                if not content:
-                    continue
-                if len(content) > MAX_LINE_BYTES:
-                    yield number, "", LineFlaw.TOO_LONG
-                    continue
+            content = line.removeprefix(_BOM) if number == 1 else line
+            content = content.removesuffix(b"\n").removesuffix(b"\r")
+            if len(content) > MAX_LINE_BYTES:
+                yield number, "", LineFlaw.TOO_LONG
+            elif content:
                 try:
                     yield number, content.decode(), None
                 except UnicodeDecodeError:

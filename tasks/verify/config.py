@@ -11,8 +11,6 @@ STAGE = Stage(
 
 
 class VerifyConfig(Config):
-    """The `[verify]` table."""
-
     min_image_px: int = Field(1, gt=0)
     """Smallest accepted side of a stored image, in pixels."""
     max_pixels: int = Field(50_000_000, gt=0)

@@ -118,7 +118,6 @@ def verify_shard(tar: Path, job: ShardJob, config: VerifyConfig) -> None:
 
 
 def read_verdict(target: Path) -> ShardVerdict:
-    """The verdict in a file that `verify_shard` wrote."""
     metadata = pq.read_metadata(target).metadata
     return ShardVerdict.from_mapping(json.loads(metadata[_VERDICT]), where=str(target))
 
@@ -263,15 +262,12 @@ def _md5(content: bytes | memoryview) -> str:
 
 
 class VerifyJob(Config):
-    """All shards of one call."""
-
     config: VerifyConfig
     shards: tuple[ShardJob, ...]
     processes: int
 
 
 def main(job: VerifyJob) -> None:
-    """Verify every shard of the job."""
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(job.processes, mp_context=context) as pool:
         begun = [pool.submit(_verify_one, job.config, one) for one in job.shards]
