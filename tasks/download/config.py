@@ -1,5 +1,5 @@
-"""Rules for downloading and storing images, the `[download]` table of a recipe; and the processes
-that download, which are no part of it."""
+"""Rules for downloading and storing images, the `[download]` table of a recipe; and, outside it,
+the processes that download."""
 
 import os
 import shutil

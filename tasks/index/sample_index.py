@@ -165,7 +165,7 @@ class SampleIndex:
         """Rows, ascending, that share a uid, or an image (as downloaded or as stored), with another
         row, and what they share as a number; a row may share two things."""
         if kind is Kind.URL:
-            raise ValueError("rows may well share a URL")
+            raise ValueError(f"rows may well share a {kind}")
         values = "[uid]" if kind is Kind.UID else "[sha256, stored_sha256]"
         query = f"""
             WITH suspects AS (
