@@ -158,10 +158,8 @@ def class_searches(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
 
 def taken_for(scored: Scored) -> Mapping[int, tuple[int, int]]:
     """Class -> the other class its images were most often given, and how often."""
-    found: dict[int, tuple[int, int]] = {}
-    for (actual, said), images in find_confusions(scored).items():
-        found.setdefault(actual, (said, len(images)))
-    return found
+    rarest_first = reversed(find_confusions(scored).items())
+    return {actual: (said, len(images)) for (actual, said), images in rarest_first}
 
 
 def make_thumbnail(content: bytes) -> str:

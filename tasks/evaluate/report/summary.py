@@ -9,9 +9,7 @@ from tasks.evaluate.report.findings import Figure, Findings
 from tasks.evaluate.report.numbers import (
     format_interval,
     format_percent,
-    format_plural,
     format_points,
-    format_signed,
 )
 from tasks.evaluate.report.tables import (
     SURE,
@@ -20,6 +18,7 @@ from tasks.evaluate.report.tables import (
     count_sets_and_images,
     count_verdicts,
 )
+from tasks.evaluate.report.templates import TEMPLATES
 
 MOST_TILES = 8
 SETS_IN_FULL = 3
@@ -52,12 +51,47 @@ def headline_tiles(found: Findings) -> list[Tile]:
 
 
 def summary_sentences(found: Findings) -> list[str]:
-    return [
-        *_extent_lines(found),
-        *_agreement_lines(found),
-        *_against_others(found),
-        *_warning_lines(found),
-    ]
+    """The evaluation in sentences; what they say is in `sentences.txt.j2`."""
+    averages, others, seen = [], [], []
+    for table, title in TABLES.items():
+        if average := found.table_average(table, found.subject):
+            verdicts = [
+                one.paper.get("verdict") for one in _paper_figures(found, table, found.subject)
+            ]
+            averages.append(
+                {
+                    "title": title,
+                    "value": average["value"],
+                    "reference": average["intersection_reference"],
+                    "unlike": verdicts.count("not comparable"),
+                    "missing": len(average["missing"]),
+                    # others were not asked for
+                    "has_failed": bool(found.failed.keys() & set(average["missing"])),
+                }
+            )
+    for other in found.others:
+        tests = [one for *_, one in compared_pairs(found, other, headlines_only=True)]
+        sure = [one["difference"] > 0 for one in tests if one["p"] < SURE]
+        better, worse = sure.count(True), sure.count(False)
+        others.append({"name": other, "tests": len(tests), "better": better, "worse": worse})
+    for key in found.sets:
+        flagged = found.contaminated_images(key).get("flagged", 0)
+        if flagged:
+            seen.append((flagged / found.describe_set(key)["n"], found.set_name(key)))
+    seen.sort(key=lambda pair: -pair[0])
+    said = TEMPLATES.get_template("sentences.txt.j2").render(
+        found=found,
+        about=found.describe_model(found.subject),
+        extent=count_sets_and_images(found),
+        failed=[found.set_name(one) for one in found.failed],
+        counts=count_verdicts(found, found.subject),
+        averages=averages,
+        others=others,
+        sure=str(SURE),
+        seen=[{"name": name, "share": format_percent(share)} for share, name in seen],
+        warnings=[n for key in found.sets if (n := len(found.describe_set(key)["warnings"]))],
+    )
+    return said.strip().split("\n")
 
 
 def average_interval(found: Findings, table: str, model: str) -> tuple[float, float] | None:
@@ -116,90 +150,3 @@ def _average_tile(found: Findings, table: str) -> Tile:
     if average["delta"] is not None:
         facts.append(("gap Δ", format_points(average["delta"])))
     return Tile(f"Average of {TABLES[table]}", f"{average['value']:.1f} %", facts)
-
-
-def _extent_lines(found: Findings) -> Iterator[str]:
-    others = f", beside {', '.join(found.others)}" if found.others else ""
-    model = f"{found.subject} ({found.describe_model(found.subject)['architecture']})"
-    yield f"{model} was evaluated on {count_sets_and_images(found)}{others}."
-    if found.failed:
-        names = ", ".join(found.set_name(one) for one in found.failed)
-        yield f"{format_plural(len(found.failed), 'set')} could not be evaluated: {names}."
-
-
-def _agreement_lines(found: Findings) -> Iterator[str]:
-    counts = count_verdicts(found, found.subject)
-    if counts:
-        same, other = counts["reproduced"], counts["differs"]
-        yield (
-            f"Of {format_plural(counts.total(), 'figure')} that the paper prints too, "
-            f"{same} {_is_or_are(same)} reproduced, {other} {'differs' if other == 1 else 'differ'}"
-            f" and {_not_comparable(counts['not comparable'])}."
-        )
-    for table, title in TABLES.items():
-        if not (average := found.table_average(table, found.subject)):
-            continue
-        value, reference = average["value"], average["intersection_reference"]
-        missing = average["missing"]
-        if value is not None and reference is not None:
-            figures = _paper_figures(found, table, found.subject)
-            unlike = [one for one in figures if one.paper.get("verdict") == "not comparable"]
-            beside = (
-                f"though {_not_comparable(len(unlike), ' of its figures')}"
-                if unlike
-                else f"a difference of {format_signed(value - reference)}"
-            )
-            yield (
-                f"The average over {title} is {value:.1f} %, published {reference:.1f} %, {beside}."
-            )
-        elif value is not None:
-            yield f"The average over {title} is {value:.1f} %."
-        elif found.failed.keys() & set(missing):  # others were not asked for
-            yield (
-                f"There is no average over {title}: {format_plural(len(missing), 'set')} "
-                f"of it {_is_or_are(len(missing))} missing."
-            )
-
-
-def _against_others(found: Findings) -> Iterator[str]:
-    for other in found.others:
-        tests = [one for *_, one in compared_pairs(found, other, headlines_only=True)]
-        sure = [one for one in tests if one["p"] < SURE]
-        better = sum(one["difference"] > 0 for one in sure)
-        figures, test = format_plural(len(tests), "headline figure"), f"(paired tests, p < {SURE})"
-        if sure:
-            yield (
-                f"Beside {other}, {found.subject} is better on {better} and worse on "
-                f"{len(sure) - better} of {figures} {test}; the others cannot be told apart."
-            )
-        elif tests:
-            yield (
-                f"Beside {other}, {found.subject} cannot be told apart on any of {figures} {test}."
-            )
-
-
-def _warning_lines(found: Findings) -> Iterator[str]:
-    shares = {
-        one: found.contaminated_images(one).get("flagged", 0) / found.describe_set(one)["n"]
-        for one in found.sets
-    }
-    flagged = [one for one, share in shares.items() if share]
-    if flagged:
-        worst = max(flagged, key=lambda one: shares[one])
-        yield (
-            f"{format_plural(len(flagged), 'set')} {'has' if len(flagged) == 1 else 'have'} images "
-            f"with near-duplicates in the training data, most of all {found.set_name(worst)} "
-            f"({format_percent(shares[worst])})."
-        )
-    counts = [len(found.describe_set(one)["warnings"]) for one in found.sets]
-    if warned := sum(map(bool, counts)):
-        come, count = "comes" if warned == 1 else "come", format_plural(sum(counts), "warning")
-        yield f"{format_plural(warned, 'set')} {come} with {count}: read them first."
-
-
-def _not_comparable(count: int, of: str = "") -> str:
-    return f"{count}{of} {_is_or_are(count)} not comparable"
-
-
-def _is_or_are(count: int) -> str:
-    return "is" if count == 1 else "are"

@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from tasks.evaluate.report.numbers import format_ordinal, format_plural, format_short
+from tasks.evaluate.report.numbers import format_ordinal, format_plural, format_short, format_signed
 from tasks.table import Table, escape_markdown, markdown_table
 
 
@@ -29,6 +29,7 @@ TEMPLATES.filters |= {
     "ordinal": format_ordinal,
     "plural": format_plural,
     "short": format_short,
+    "signed": format_signed,
     "md": escape_markdown,
     "titled": titled_table,
     "table": markdown_table,
