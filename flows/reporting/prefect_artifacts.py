@@ -67,20 +67,17 @@ def overview_markdown(recipe: Recipe, graph: Graph, url: str | None) -> str:
     decision = read_decision(graph.register.folder)
     registered = RegisteredVersion.from_registration(graph.register.folder)
     rows = per_source(made, version)
-    facts = Table.of("", words(""))
-    facts.add("Model", str(registered))
-    facts.add("Decision", decision.summary)
     asked, got = _sum_counts(made, MERGE)["selected"], _sum_counts(made, DOWNLOAD)["samples"]
     share = f" ({got / asked:.0%} of those asked for)" if asked else ""
-    facts.add(
-        "Data",
-        f"{version.counts['samples']:,} images with captions from {len(rows)} sources; "
-        f"{got:,} were downloaded{share}",
-    )
     pairs = sum(stage.counts["samples_seen"] for stage in stages)
     hours = sum(stage.counts["seconds"] for stage in stages) / 3600
     took = f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
     several = "s" * (len(stages) > 1)
+    facts = Table.of("", words(""))
+    facts.add("Model", str(registered))
+    facts.add("Decision", decision.summary)
+    data = f"{version.counts['samples']:,} images with captions from {len(rows)} sources"
+    facts.add("Data", f"{data}; {got:,} were downloaded{share}")
     facts.add("Training", f"{pairs:,} pairs shown in {len(stages)} stage{several}, {took}")
     facts.add("Dataset", version.digest)
     if url:

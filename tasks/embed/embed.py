@@ -8,13 +8,9 @@ alone, so that no sample is looked at twice by the same model.
 """
 
 import json
-import os
-import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
 from pathlib import Path
-from subprocess import TimeoutExpired
 
 import numpy as np
 import numpy.typing as npt
@@ -24,16 +20,14 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from tasks.artifacts.artifact import Made
 from tasks.embed.config import FEATURES, EmbedConfig
-from tasks.embed.embed_shard import EmbedJob, message_file
+from tasks.embed.embed_shard import EmbedJob
 from tasks.index.sample_index import ShardVerdict, read_verdicts
-from tasks.process.child import start_supervised
+from tasks.process.ranks import run_ranks
 from tasks.progress import Report
 
 REPORT = "report.json"
 BINS = 40
 """Of the histogram of similarities, from -1 to 1."""
-GRACE_S = 2.0
-POLL_S = 0.5
 MAX_IDLE_STARTS = 2
 """Times in a row that ranks may end without another shard before the stage fails."""
 
@@ -121,27 +115,16 @@ def _run_ranks(
     left = set(job.shards)
     done = total - sum(verdicts[number].stored for number in left)
     before, begin_s = done, time.monotonic()
-    with ExitStack() as stack:
-        waiting = []
-        for rank in range(job.ranks):
-            message_file(path, rank).unlink(missing_ok=True)
-            command = [sys.executable, "-m", "tasks.embed.embed_shard", str(path), str(rank)]
-            log, env = out / f"rank-{rank}.log", {**os.environ, "OMP_NUM_THREADS": "1"}
-            waiting.append(
-                stack.enter_context(start_supervised(command, log=log, grace_s=GRACE_S, env=env))
-            )
-        while waiting:
-            with suppress(TimeoutExpired):
-                waiting[0].wait(POLL_S)
-                waiting.pop(0)
-            for number in [one for one in left if shard_file(job.folder, one).exists()]:
-                left.remove(number)
-                done += verdicts[number].stored
-            speed = (done - before) / max(time.monotonic() - begin_s, 1e-9)
-            report(done, total, f"{speed:,.0f} samples a second")
-            for rank in range(job.ranks):
-                if message_file(path, rank).is_file():
-                    raise InputError(message_file(path, rank).read_text())
+
+    def watch() -> None:
+        nonlocal done
+        for number in [one for one in left if shard_file(job.folder, one).exists()]:
+            left.remove(number)
+            done += verdicts[number].stored
+        speed = (done - before) / max(time.monotonic() - begin_s, 1e-9)
+        report(done, total, f"{speed:,.0f} samples a second")
+
+    run_ranks("tasks.embed.embed_shard", path, job.ranks, watch)
 
 
 def _write_report(

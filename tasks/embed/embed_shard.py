@@ -18,14 +18,14 @@ from torch import Tensor
 
 from evaclip_model.choices import Precision
 from evaclip_model.config import Config
-from evaclip_model.errors import InputError
-from evaclip_model.files import replace_file, write_atomically
+from evaclip_model.files import replace_file
 from evaclip_model.reading.image_decoder import decode_image
 from evaclip_model.reading.samples import Sample, SampleReader
 from evaclip_model.reading.shard_store import ShardStore
 from tasks.encoders.encode_chunks import IMAGE_CHUNK, embed_images, embed_texts
 from tasks.encoders.open_models import Subject, open_subject
 from tasks.index.sample_index import SampleIndex, ShardVerdict, read_verdicts
+from tasks.process.ranks import run_share
 
 READ_AT_ONCE = 16 * IMAGE_CHUNK
 """Samples in memory at the same time."""
@@ -47,16 +47,9 @@ class EmbedJob(Config):
     ranks: int
 
 
-def message_file(job: Path, rank: int) -> Path:
-    """The sentence with which a rank gave up, if it did."""
-    return job.with_name(f"message-{rank}.txt")
-
-
 def embed_share(job: EmbedJob, rank: int) -> None:
-    """Encode this rank's shards.
-
-    Raises: InputError: the model cannot be opened, its features are not finite, or a shard changed.
-    """
+    """Encode this rank's shards; InputError if the model cannot be opened, its features are not
+    finite, or a shard changed."""
     torch.set_num_threads(1)
     subject = open_subject(job.model, device=job.device, precision=job.precision)
     verdicts = read_verdicts(job.verified)
@@ -115,16 +108,9 @@ def _halves(features: Tensor) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(flat, features.shape[1])
 
 
-def main(path: Path, rank: int) -> int:
-    """Do a rank's share; its exit status."""
-    job = EmbedJob.model_validate_json(path.read_text())
-    try:
-        embed_share(job, rank)
-    except InputError as error:
-        write_atomically(message_file(path, rank), str(error))
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(
+        run_share(
+            lambda path, rank: embed_share(EmbedJob.model_validate_json(path.read_text()), rank)
+        )
+    )

@@ -5,15 +5,11 @@ under supervision, so that nothing of them outlives the evaluation.
 """
 
 import json
-import os
 import shutil
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from subprocess import TimeoutExpired
 
 from torch import Tensor
 
@@ -40,12 +36,9 @@ from tasks.evaluate.encode.encode_worker import (
     rank_file,
 )
 from tasks.evaluate.sets.published_layout import EvalSet
-from tasks.process.child import start_supervised
+from tasks.process.ranks import run_ranks
 from tasks.progress import Report
 
-GRACE_S = 2.0
-"""A rank has nothing to save: its finished blocks are in their place."""
-POLL_S = 0.2
 MAX_IDLE_STARTS = 2
 """Times in a row that ranks may end without a new block before the evaluation fails."""
 _LOG_TAIL = 1500
@@ -136,8 +129,8 @@ class Features:
         self, model: str, sets: Mapping[str, EvalSet], folder: Path, planned: set[Path]
     ) -> Iterator[ImageWork]:
         for number, (name, evalset) in enumerate(sets.items()):
-            place, count = self._image_folder(model, evalset), len(evalset)
-            blocks = [] if place in planned else missing_blocks(place, count)
+            place = self._image_folder(model, evalset)
+            blocks = {} if place in planned else missing_blocks(place, len(evalset))
             planned.add(place)
             if blocks:
                 listed = folder / f"images-{number}.json"
@@ -145,9 +138,12 @@ class Features:
                     keys, spans = zip(*((x.key, x.image) for x in evalset.samples), strict=True)
                     images = ImageList(keys=keys, spans=spans, crop_px=evalset.crop_px)
                     write_atomically(listed, images.model_dump_json())
-                left = sum(min(IMAGE_BLOCK, count - block * IMAGE_BLOCK) for block in blocks)
                 yield ImageWork(
-                    name=name, listed=listed, folder=place, blocks=tuple(blocks), count=left
+                    name=name,
+                    listed=listed,
+                    folder=place,
+                    blocks=tuple(blocks),
+                    count=sum(blocks.values()),
                 )
 
     def _image_folder(self, model: str, evalset: EvalSet) -> Path:
@@ -175,35 +171,16 @@ def _run_ranks(job: EncodeJob, folder: Path, progress: Progress) -> dict[str, st
     states = [rank_file(path, rank) for rank in range(job.ranks)]
     for state in states:
         state.unlink(missing_ok=True)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    module = "tasks.evaluate.encode.encode_worker"
-    with ExitStack() as stack:
-        waiting = [
-            stack.enter_context(
-                start_supervised(
-                    [sys.executable, "-m", module, str(path), str(rank)],
-                    log=folder / f"rank-{rank}.log",
-                    grace_s=GRACE_S,
-                    env=env,
-                )
-            )
-            for rank in range(job.ranks)
-        ]
-        for process in waiting:
-            while process.poll() is None:
-                with suppress(TimeoutExpired):
-                    process.wait(POLL_S)
-                said = _read_states(states)
-                progress(sum(one.done for one in said), said[0].detail if said else "")
-    return {name: why for one in _read_states(states) for name, why in one.failed.items()}
 
+    def read_states() -> list[RankState]:
+        return [RankState.model_validate_json(x.read_text()) for x in states if x.is_file()]
 
-def _read_states(files: Sequence[Path]) -> list[RankState]:
-    """States of the ranks that have said any; InputError with the first message to the user."""
-    said = [RankState.model_validate_json(one.read_text()) for one in files if one.is_file()]
-    if message := next((one.message for one in said if one.message), ""):
-        raise InputError(message)
-    return said
+    def watch() -> None:
+        said = read_states()
+        progress(sum(one.done for one in said), said[0].detail if said else "")
+
+    run_ranks("tasks.evaluate.encode.encode_worker", path, job.ranks, watch)
+    return {name: why for one in read_states() for name, why in one.failed.items()}
 
 
 def _count_work(work: ModelWork) -> int:

@@ -138,36 +138,33 @@ def encode_block(
     """Encode the images that `begin_block` decodes and write the block; returns their number.
     UnusableSetError if one cannot be decoded, InputError if features are not finite."""
     features = embed_images(subject, decoded)
-    write_block(_block_path(folder, number, len(images.keys)), {_FEATURES: features})
-    return len(features)
+    file, size = _block_files(folder, len(images.keys))[number]
+    write_block(file, {_FEATURES: features})
+    return size
 
 
-def missing_blocks(folder: Path, images: int) -> list[int]:
-    """Numbers of the blocks of a set that are absent or damaged."""
-    return [one for one in _blocks_of(images) if _read_block(folder, one, images) is None]
+def missing_blocks(folder: Path, images: int) -> dict[int, int]:
+    """Blocks of a set that are absent or damaged: number -> images."""
+    blocks = enumerate(_block_files(folder, images))
+    return {number: size for number, (file, size) in blocks if _read_block(file, size) is None}
 
 
 def read_features(folder: Path, images: int) -> Tensor | None:
     """Unit features of all images [N, D] in the order of the set; None if a block is missing."""
-    parts = [_read_block(folder, one, images) for one in _blocks_of(images)]
+    parts = [_read_block(file, size) for file, size in _block_files(folder, images)]
     whole = [part for part in parts if part is not None]
     return torch.cat(whole) if len(whole) == len(parts) else None
 
 
-def _blocks_of(images: int) -> range:
-    return range((images + IMAGE_BLOCK - 1) // IMAGE_BLOCK)
+def _block_files(folder: Path, images: int) -> list[tuple[Path, int]]:
+    """File of every block, whose name has the range of its samples, and their number."""
+    sizes = [(at, min(IMAGE_BLOCK, images - at)) for at in range(0, images, IMAGE_BLOCK)]
+    return [(folder / f"{at:09d}-{size}{SUFFIX}", size) for at, size in sizes]
 
 
-def _block_path(folder: Path, number: int, images: int) -> Path:
-    """File of a block; its name has the range of its samples."""
-    start = number * IMAGE_BLOCK
-    return folder / f"{start:09d}-{min(IMAGE_BLOCK, images - start)}{SUFFIX}"
-
-
-def _read_block(folder: Path, number: int, images: int) -> Tensor | None:
-    features = (read_block(_block_path(folder, number, images)) or {}).get(_FEATURES)
-    expected = min(IMAGE_BLOCK, images - number * IMAGE_BLOCK)
-    return features if features is not None and len(features) == expected else None
+def _read_block(file: Path, size: int) -> Tensor | None:
+    features = (read_block(file) or {}).get(_FEATURES)
+    return features if features is not None and len(features) == size else None
 
 
 def _load_pixels(images: ImageList, transform: Callable[[Image.Image], Tensor], row: int) -> Tensor:

@@ -18,7 +18,6 @@ import torch
 
 from evaclip_model.config import Config
 from evaclip_model.cpu.allocator import freed_memory_kept
-from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from tasks.encoders.open_models import Subject, open_subject
 from tasks.evaluate.config import Precision
@@ -29,6 +28,7 @@ from tasks.evaluate.encode.encode_features import (
     encode_block,
     encode_texts,
 )
+from tasks.process.ranks import run_share
 
 Progress = Callable[[int, str], None]
 """Called with the number of images and texts done, and the names of their model and set."""
@@ -78,8 +78,6 @@ class RankState(Config):
     detail: str = ""
     failed: Mapping[str, str] = {}
     """Set -> the reason why it cannot be evaluated, once the rank is done."""
-    message: str = ""
-    """To the user, who must correct something first."""
 
 
 def rank_file(job: Path, rank: int) -> Path:
@@ -159,11 +157,8 @@ def _exact_arithmetic(device: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(matmul)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Do a rank's share of the job in a file; returns the exit code, 2 after a user's mistake."""
-    path, rank = Path(arguments[0]), int(arguments[1])
-    job = EncodeJob.model_validate_json(path.read_text())
-
+def share_job(path: Path, rank: int) -> None:
+    """Do a rank's share of the job in a file."""
     said = RankState()
 
     def say(**more: Any) -> None:
@@ -171,14 +166,9 @@ def main(arguments: Sequence[str]) -> int:
         said = said.model_copy(update=more)
         write_atomically(rank_file(path, rank), said.model_dump_json())
 
-    try:
-        failed = do_share(job, rank, lambda done, detail: say(done=done, detail=detail))
-    except InputError as error:
-        say(message=str(error))
-        return 2
-    say(failed=failed)
-    return 0
+    job = EncodeJob.model_validate_json(path.read_text())
+    say(failed=do_share(job, rank, lambda done, detail: say(done=done, detail=detail)))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_share(share_job))

@@ -36,10 +36,9 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """One figure of two models a and b on the same samples; shares."""
+    """One figure of model a less that of b on the same samples; shares."""
 
     difference: float
-    """That of a less that of b."""
     interval: Interval
     """95 %, of the difference."""
     p: float
@@ -59,9 +58,8 @@ class Metric(ABC):
     name: str
     """Key in `results.json` and in MLflow."""
     title: str
-    """Name for people."""
     kind: Kind
-    """Kind of the sets that have it."""
+    """Of the sets that have it."""
     chance: Callable[[EvalSet], float] | None = None
     """Share that random answers reach; None where it is not known."""
     printed_for: PaperMetric | None = None
@@ -73,7 +71,7 @@ class Metric(ABC):
     is_theirs_alone: bool = False
     """True: only those sets have it, not every set of the kind."""
     has_it: Callable[[EvalSet], bool] = lambda evalset: True
-    """Tells which sets of the kind have it."""
+    """Of a set of the kind."""
 
     @abstractmethod
     def compute_value(self, scored: Scored, ties: Ties = "together") -> float:
@@ -91,9 +89,8 @@ class Metric(ABC):
         Images that tie count as one threshold of a precision, which may be worth more than any
         order of them: the figure itself is never outside.
         """
-        return min(value, self.compute_value(scored, "lost")), max(
-            value, self.compute_value(scored, "won")
-        )
+        lost, won = self.compute_value(scored, "lost"), self.compute_value(scored, "won")
+        return min(value, lost), max(value, won)
 
     def applies_to(self, evalset: EvalSet) -> bool:
         named = evalset.known.metric if evalset.known else None
@@ -260,8 +257,7 @@ class CellFigure(Metric):
     def compare_models(self, a: Scored, b: Scored) -> PairedDifference:
         both = torch.cat([self.cells(one, "together") for one in (a, b)], dim=1)
         draws = stats.resampled_cells(
-            both,
-            lambda one, drawn: self.figure(one[:, :2], drawn) - self.figure(one[:, 2:], drawn),
+            both, lambda one, drawn: self.figure(one[:, :2], drawn) - self.figure(one[:, 2:], drawn)
         )
         difference = self.compute_value(a) - self.compute_value(b)
         return _bootstrap_difference(difference, draws, len(both))

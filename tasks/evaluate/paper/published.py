@@ -36,7 +36,6 @@ class PublishedModel(Config):
 
     row: str
     architecture: str | None
-    """Of ours."""
     sha256: tuple[str, ...]
     """Of the files that were published, where their publisher names it."""
     open_clip: tuple[str, ...]
@@ -44,16 +43,13 @@ class PublishedModel(Config):
     gflops: float
     """Of one image through the image tower, as `evaclip_model.training.cost.image_flops` counts."""
     note: str
-    """A remark for whoever compares with this row."""
+    """For whoever compares with this row."""
 
 
 class PaperColumn(Config):
-    """The meaning of the cells below a heading."""
-
     key: str
     label: str = ""
     unit: str = ""
-    metric: str = ""
 
 
 class PaperRow(Config):
@@ -81,7 +77,6 @@ class PaperTable(Config):
     header: str = ""
     """Its heading, where models stand in it."""
     notes: tuple[str, ...]
-    """Remarks on the table as a whole."""
     columns: tuple[PaperColumn, ...]
     rows: tuple[PaperRow, ...]
 
@@ -111,7 +106,6 @@ class PaperFigure:
     errata: tuple[str, ...] = ()
     """Footnotes."""
     note: str = ""
-    """A remark for whoever compares with the row."""
 
 
 @dataclass(frozen=True)
@@ -222,19 +216,12 @@ def average_table(table: str, values: Mapping[str, float], row: str | None = Non
     """
     members = members_of(table)
     average = average_sets(tuple(members), values)
-    references = [
-        found.value
-        for key in average.sets
-        if row and (found := find_published(row, key, members[key].metric))
-    ]
-    is_whole = average.sets and len(references) == len(average.sets)
-    return replace(
-        average,
-        intersection_reference=fmean(references) if is_whole else None,
-        delta=100 * values[BASE] - average.value
-        if table == ROBUSTNESS and average.value is not None
-        else None,
-    )
+    found = [row and find_published(row, key, members[key].metric) for key in average.sets]
+    if found and all(found):
+        average = replace(average, intersection_reference=fmean(one.value for one in found if one))
+    if table == ROBUSTNESS and average.value is not None:
+        average = replace(average, delta=100 * values[BASE] - average.value)
+    return average
 
 
 def average_sets(members: Sequence[str], values: Mapping[str, float]) -> Average:
@@ -271,13 +258,13 @@ def _list_obstacles(
         yield f"the model has the architecture of {model.row}, not its weights"
     if any(note.startswith("E25") for note in reference.errata):
         yield "the paper measured this model with another normalisation than it was trained with"
-    n, captions = len(evalset), sum(len(sample.captions) for sample in evalset.samples)
-    if known.n is not None and n != known.n:
-        yield f"these are {n:,} images, the figure is of {known.n:,}"
-    if captions != CAPTIONS.get(known.key, captions):
-        yield f"these are {captions:,} captions, the figure is of {CAPTIONS[known.key]:,}"
-    if known.classes is not None and len(evalset.classnames) != known.classes:
-        yield f"these are {len(evalset.classnames):,} classes, the figure is of {known.classes:,}"
+    for what, here, there in (
+        ("images", len(evalset), known.n),
+        ("captions", len(evalset.captions), CAPTIONS.get(known.key)),
+        ("classes", len(evalset.classnames), known.classes),
+    ):
+        if there is not None and here != there:
+            yield f"these are {here:,} {what}, the figure is of {there:,}"
     if known.templates is not None and len(evalset.templates) != known.templates:
         yield f"these are {len(evalset.templates)} prompts a class, others use {known.templates}"
     if evalset.crop_px:

@@ -33,7 +33,6 @@ class Curve:
     images_per_second: float
     """Median over steps."""
     logit_scale: float
-    """At the end."""
 
 
 def read_curve(path: Path) -> Curve:
