@@ -18,7 +18,7 @@ from tasks.evaluate.answers import WriteAnswers, write_answers
 from tasks.evaluate.config import ANSWERS, RESULTS, EvaluateConfig, EvaluationMachine
 from tasks.evaluate.encode.distributed import Features
 from tasks.evaluate.encode.encode_features import Cache, answer_features, texts_of
-from tasks.evaluate.metrics.contamination import Mask, TrainingData, hash_set, seen_in_training
+from tasks.evaluate.metrics.contamination import TrainingData, hash_set, seen_in_training
 from tasks.evaluate.metrics.own_metrics import load_metrics
 from tasks.evaluate.metrics.probes import LabelledFeatures, ProbeAnswers, answer_probes
 from tasks.evaluate.metrics.scored import Scored, labels_of, score_set
@@ -58,8 +58,6 @@ def evaluate_models(
         trained_on: the data of the model evaluated, to tell which test images it has seen.
         lineage: the artifacts behind that model, as an SVG for the page.
     """
-    if not models:
-        raise InputError("no model to evaluate was given")
     machine = machine or EvaluationMachine()
     cache = Cache(machine.cache or out / _OWN_CACHE, int(machine.cache_gb * 1e9))
     opened = _open_sets(config, sets, cache.root / "indices")
@@ -74,7 +72,11 @@ def evaluate_models(
     with write_answers(out / ANSWERS) as write:
         scored = _score_all(features, identities, opened, config, report, write)
     opened |= {name: next(iter(by_model.values())).evalset for name, by_model in scored.items()}
-    seen = _find_seen({name: opened[name] for name in scored}, trained_on, config, cache, report)
+    hashes = {
+        name: hash_set(opened[name], cache.open_folder("hashes", opened[name].images_digest))
+        for name in (scored if trained_on else ())
+    }
+    seen = seen_in_training(hashes, trained_on, config.max_distance, report) if hashes else {}
     results = results_of(config, identities, opened, scored, features.failed, seen)
     write_atomically(out / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     written = write_reports(out, results, scored, trained, lineage)
@@ -92,9 +94,6 @@ def _open_sets(
     opened = {}
     own = load_metrics(config.metrics)
     for one in config.sets:
-        if one.name not in sets:
-            known = ", ".join(sets)
-            raise InputError(f"evaluation set '{one.name}' has no folder: known sets are {known}")
         evalset = open_set(
             one.name,
             sets[one.name],
@@ -154,23 +153,6 @@ def _score_all(
             write(model, one, images, answers)
             scored[name][model] = one
     return scored
-
-
-def _find_seen(
-    sets: Mapping[str, EvalSet],
-    trained_on: Sequence[TrainingData],
-    config: EvaluateConfig,
-    cache: Cache,
-    report: Report,
-) -> dict[str, Mask]:
-    """Masks of the images of every set that the model evaluated was trained on, if known."""
-    if not trained_on:
-        return {}
-    hashes = {
-        name: hash_set(one, cache.open_folder("hashes", one.images_digest))
-        for name, one in sets.items()
-    }
-    return seen_in_training(hashes, trained_on, config.max_distance, report)
 
 
 def _require_all(failed: Mapping[str, str], others: str) -> None:

@@ -4,7 +4,6 @@ One rank without a GPU works in this process; several, or any on a GPU, are proc
 under supervision, so that nothing of them outlives the evaluation.
 """
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -109,26 +108,22 @@ class Features:
         the first one's."""
         found: list[ModelWork] = []
         planned: set[Path] = set()
-        sets = {name: one for name, one in self.sets.items() if name not in self.failed}
-        wanted = list(dict.fromkeys(text for one in sets.values() for text in texts_of(one)))
-        for number, model in enumerate(self.models):
+        sets = [one for name, one in self.sets.items() if name not in self.failed]
+        wanted = list(dict.fromkeys(text for one in sets for text in texts_of(one)))
+        for model in self.models:
             place = self._text_folder(model)
             texts = [] if place in planned else TextFeatures(place).missing_texts(wanted)
             planned.add(place)
-            listed = folder / f"texts-{number}.json"
-            if texts:
-                write_atomically(listed, json.dumps(texts))
-            images = tuple(self._missing_images(model, sets, folder, planned))
+            images = tuple(self._missing_images(model, folder, planned))
             if texts or images:
-                work = {"texts": listed if texts else None, "text_count": len(texts)}
                 about = {"name": model, "spec": self.specs[model], "text_folder": place}
-                found.append(ModelWork(**about, **work, images=images))
+                found.append(ModelWork(**about, texts=tuple(texts), images=images))
         return found
 
-    def _missing_images(
-        self, model: str, sets: Mapping[str, EvalSet], folder: Path, planned: set[Path]
-    ) -> Iterator[ImageWork]:
-        for number, (name, evalset) in enumerate(sets.items()):
+    def _missing_images(self, model: str, folder: Path, planned: set[Path]) -> Iterator[ImageWork]:
+        for number, (name, evalset) in enumerate(self.sets.items()):
+            if name in self.failed:
+                continue
             place = self._image_folder(model, evalset)
             blocks = {} if place in planned else missing_blocks(place, len(evalset))
             planned.add(place)
@@ -184,9 +179,9 @@ def _run_ranks(job: EncodeJob, folder: Path, progress: Progress) -> dict[str, st
 
 
 def _count_work(work: ModelWork) -> int:
-    return work.text_count + sum(one.count for one in work.images)
+    return len(work.texts) + sum(one.count for one in work.images)
 
 
 def _count_blocks(work: ModelWork) -> int:
     """Blocks of the most work that can be shared out at once."""
-    return max([1, *(len(one.blocks) for one in work.images), work.text_count // IMAGE_BLOCK])
+    return max([1, *(len(one.blocks) for one in work.images), len(work.texts) // IMAGE_BLOCK])

@@ -240,9 +240,9 @@ def encode_texts(
     subject: Subject,
     texts: Sequence[str],
     folder: Path,
-    *,
     rank: int = 0,
     ranks: int = 1,
+    *,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Encode this rank's share of distinct `texts` into files of `folder`.

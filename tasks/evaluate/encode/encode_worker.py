@@ -4,7 +4,6 @@ Ranks share files alone: each takes every RANKS-th block of those that were miss
 and renames finished blocks into place. A killed rank loses the block it was working on.
 """
 
-import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,9 +51,7 @@ class ModelWork(Config):
 
     name: str
     spec: str
-    texts: Path | None
-    """File of the texts, a JSON list; none if all are encoded."""
-    text_count: int
+    texts: tuple[str, ...]
     text_folder: Path
     images: tuple[ImageWork, ...]
 
@@ -108,10 +105,8 @@ def do_share(job: EncodeJob, rank: int, progress: Progress) -> dict[str, str]:
             subject = open_subject(todo.spec, device=device, precision=job.precision)
             if todo.texts:
                 told = partial(add, detail=f"{todo.name}: texts")
-                texts = json.loads(todo.texts.read_text())
-                encode_texts(
-                    *(subject, texts, todo.text_folder), rank=rank, ranks=job.ranks, progress=told
-                )
+                place = todo.text_folder
+                encode_texts(subject, todo.texts, place, rank, job.ranks, progress=told)
             for work in todo.images:
                 mine = work.blocks[rank :: job.ranks]
                 if not mine or work.name in failed:

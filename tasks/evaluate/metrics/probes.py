@@ -84,13 +84,11 @@ def choose_strength(train: LabelledFeatures, classes: int) -> float:
             f"no class has {HELD_OUT} training images, so none can be held out to choose l2: "
             "give evaluate.probe.l2"
         )
-    best, most, solved = STRENGTHS[0], -1, None
+    right, solved = {}, None
     for l2 in STRENGTHS:
         solved = _fit(fit, classes, l2, solved)
-        right = int((solved.compute_scores(rest.values).argmax(dim=1) == rest.labels).sum())
-        if right > most:
-            best, most = l2, right
-    return best
+        right[l2] = int((solved.compute_scores(rest.values).argmax(dim=1) == rest.labels).sum())
+    return max(right, key=right.__getitem__)
 
 
 def neighbour_votes(

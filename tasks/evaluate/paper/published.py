@@ -143,9 +143,11 @@ def paper_model(
     for one in paper().models:
         if sha256 in one.sha256 or (kind == "open_clip" and named in one.open_clip):
             return PaperModel(one.row, True)
-    for one in paper().models:
-        if one.architecture is not None and px and _is_same(one.architecture, name, int(px)):
-            return PaperModel(one.row, False)
+    if px and name in list_models():
+        ours = ModelConfig.load(name).at_image_px(int(px))
+        for one in paper().models:
+            if one.architecture is not None and ModelConfig.load(one.architecture) == ours:
+                return PaperModel(one.row, False)
     return None
 
 
@@ -271,8 +273,3 @@ def _list_obstacles(
         yield f"{evalset.crop_px} pixels are cut off every image, which the paper does not do"
     if not known.split_stated and not split:
         yield "split not stated by the paper: say in the recipe which images these are"
-
-
-def _is_same(shipped: str, name: str, px: int) -> bool:
-    is_known = name in list_models()
-    return is_known and ModelConfig.load(name).at_image_px(px) == ModelConfig.load(shipped)

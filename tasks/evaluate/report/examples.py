@@ -10,7 +10,7 @@ import base64
 import io
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -95,8 +95,8 @@ def pick_mistakes(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
     evalset, ranks = scored.evalset, scored.classes.ranks
     wrong = torch.nonzero(ranks > 0).flatten().tolist()
     drawn = sorted(_draw_sample(evalset, wrong, amount.mistakes))
-    pairs = _show_pairs(evalset, [(one, int(scored.classes.top[one, 0])) for one in drawn])
-    return [pair | {"rank": int(ranks[one]) + 1} for pair, one in zip(pairs, drawn, strict=True)]
+    said = scored.classes.top[:, 0].tolist()
+    return _show_pairs(evalset, [(x, said[x], {"rank": int(ranks[x]) + 1}) for x in drawn])
 
 
 def find_confusions(scored: Scored) -> dict[tuple[int, int], list[int]]:
@@ -115,25 +115,29 @@ def pick_confusions(scored: Scored, amount: Amount) -> list[dict[str, Any]]:
     evalset = scored.evalset
     sizes = Counter(sample.label for sample in evalset.samples)
     commonest = [*find_confusions(scored).items()][: amount.confusions]
-    made = [(pair, images) for pair, images in commonest if len(images) > 1]
-    drawn = [(_draw_sample(evalset, images, 1)[0], said) for (_, said), images in made]
-    return [
-        shown | {"times": len(images), "of": sizes[actual]}
-        for shown, ((actual, _), images) in zip(_show_pairs(evalset, drawn), made, strict=True)
+    pairs = [
+        (_draw_sample(evalset, images, 1)[0], said, {"times": len(images), "of": sizes[actual]})
+        for (actual, said), images in commonest
+        if len(images) > 1
     ]
+    return _show_pairs(evalset, pairs)
 
 
-def _show_pairs(evalset: EvalSet, pairs: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
-    """An image beside one of the class that it was taken for, of each pair of both."""
-    samples = reversed([*enumerate(evalset.samples)])
-    of_class = {sample.label: index for index, sample in samples}
-    for index, said in pairs:
-        yield {
+def _show_pairs(
+    evalset: EvalSet, pairs: Iterable[tuple[int, int, dict[str, int]]]
+) -> list[dict[str, Any]]:
+    """An image beside one of the class that it was taken for, of each (image, class, more)."""
+    of_class = {one.label: index for index, one in reversed([*enumerate(evalset.samples)])}
+    return [
+        {
             "actual": evalset.classnames[evalset.samples[index].label],
             "said": evalset.classnames[said],
             "picture": _image_thumbnail(evalset, index),
             "example": _image_thumbnail(evalset, of_class[said]) if said in of_class else None,
+            **more,
         }
+        for index, said, more in pairs
+    ]
 
 
 def class_searches(scored: Scored, amount: Amount) -> list[dict[str, Any]]:

@@ -19,8 +19,10 @@ from evaclip_model.create import open_model
 from evaclip_model.tokenizer.tokenizer import tokenize
 from evaclip_model.training.monitoring.validation import open_probe, run_probe
 from evaclip_model.zeroshot.exact_ranks import normalise_features, text_classifier
-from tasks.encoders.open_models import open_subject
+from tasks.encoders.open_models import identify_model, open_subject
 from tasks.evaluate.config import EvalSetConfig, EvaluateConfig, EvaluationMachine
+from tasks.evaluate.encode import distributed
+from tasks.evaluate.encode.distributed import Features
 from tasks.evaluate.encode.encode_features import (
     Cache,
     TextFeatures,
@@ -193,6 +195,31 @@ def test_a_full_cache_loses_what_was_used_longest_ago(tmp_path: Path):
         os.utime(tmp_path / name / ".used", (moment, moment))
     cache.remove_oldest()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
+
+
+def test_a_set_that_fails_beside_a_killed_rank_leaves_the_others_their_own_images(
+    tmp_path: Path,
+    classification: Path,
+    retrieval: Path,
+    saved_model: SavedModel,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    discs = {"discs": open_set("discs", retrieval, "retrieval")}
+    both = {"colours": open_set("colours", classification, "classification"), **discs}
+    spec, run_ranks = str(saved_model(1)), distributed._run_ranks
+    found = []
+    for name, sets in (("alone", discs), ("both", both)):
+        cache, identities = Cache(tmp_path / name, 1 << 30), {"a": identify_model(spec)}
+        features = Features(cache, EvaluationMachine(), "fp32", {"a": spec}, identities, sets)
+        features.compute_missing(tmp_path / "job", report_nothing)
+        found.append(features.image_features("a", "discs"))
+
+        def fail_once(*given: object) -> dict[str, str]:
+            monkeypatch.setattr(distributed, "_run_ranks", run_ranks)
+            return {"colours": "an image cannot be decoded"}
+
+        monkeypatch.setattr(distributed, "_run_ranks", fail_once)
+    assert torch.equal(*found)
 
 
 def test_a_text_has_the_same_bits_whatever_else_is_encoded(tmp_path: Path, saved_model: SavedModel):
