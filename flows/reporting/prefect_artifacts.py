@@ -18,7 +18,6 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 
-from flows.config.recipe import Recipe
 from flows.graph.ancestry import ancestors_of
 from flows.graph.graph import Graph
 from flows.graph.runner import RecipeSession
@@ -59,13 +58,11 @@ def per_source(made: Sequence[Artifact], version: Artifact) -> list[dict[str, An
     return sorted(rows, key=lambda row: -int(row["in the dataset"]))
 
 
-def overview_markdown(recipe: Recipe, graph: Graph, url: str | None) -> str:
-    """The page of a finished recipe, or retraining; `url` is its tracking run's, if it has one."""
+def publish_overview(session: RecipeSession, graph: Graph) -> None:
+    """Put the page of a finished recipe, or retraining, beside the flow run."""
     version = finished_artifact(graph.dataset)
     made = ancestors_of(version, read_artifacts(graph.site.root))
     stages = [finished_artifact(step) for step in graph.train]
-    decision = read_decision(graph.register.folder)
-    registered = RegisteredVersion.from_registration(graph.register.folder)
     rows = per_source(made, version)
     asked, got = _sum_counts(made, MERGE)["selected"], _sum_counts(made, DOWNLOAD)["samples"]
     share = f" ({got / asked:.0%} of those asked for)" if asked else ""
@@ -74,26 +71,27 @@ def overview_markdown(recipe: Recipe, graph: Graph, url: str | None) -> str:
     took = f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
     several = "s" * (len(stages) > 1)
     facts = Table.of("", words(""))
-    facts.add("Model", str(registered))
-    facts.add("Decision", decision.summary)
+    facts.add("Model", str(RegisteredVersion.from_registration(graph.register.folder)))
+    facts.add("Decision", read_decision(graph.register.folder).summary)
     data = f"{version.counts['samples']:,} images with captions from {len(rows)} sources"
     facts.add("Data", f"{data}; {got:,} were downloaded{share}")
     facts.add("Training", f"{pairs:,} pairs shown in {len(stages)} stage{several}, {took}")
     facts.add("Dataset", version.digest)
-    if url:
+    if url := session.run.url():
         facts.add("Record", Cell("MLflow run", url=url))
     seen = [
         {**row, SEEN: sum(stage.counts.get(f"{row['source']}.samples", 0) for stage in stages)}
         for row in rows
     ]
-    title, _, figures = results_markdown(recipe, graph).partition("\n")
+    title, _, figures = results_markdown(session.recipe, graph).partition("\n")
     parts = [title, markdown_table(facts)]
     if seen:
         table = Table.of(*seen[0])
         for row in seen:
             table.add(*(f"{one:,}" if isinstance(one, int) else one for one in row.values()))
         parts.append(markdown_table(table))
-    return "\n\n".join([*parts, figures.strip()]) + "\n"
+    page = "\n\n".join([*parts, figures.strip()]) + "\n"
+    create_markdown_artifact(page, key="summary")
 
 
 def _sum_counts(made: Sequence[Artifact], stage: Stage) -> Counter[str]:
@@ -122,11 +120,6 @@ def publish_evaluation(artifact: Artifact, url: str | None) -> None:
     create_link_artifact(link=link, link_text="Evaluation report", key="evaluation-report")
     text = (artifact.folder / SUMMARY).read_text()
     create_markdown_artifact(text, key="evaluation-summary", description="Figures of an evaluation")
-
-
-def publish_overview(session: RecipeSession, graph: Graph) -> None:
-    page = overview_markdown(session.recipe, graph, session.run.url())
-    create_markdown_artifact(page, key="summary")
 
 
 def publish_lineage(session: RecipeSession, registered: Artifact) -> None:

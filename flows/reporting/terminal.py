@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 from rich.console import Console
@@ -63,8 +64,7 @@ def moving_bar(title: str) -> Iterator[Report]:
 
 def summarise_counts(counts: Mapping[str, int | float]) -> str:
     """The first totals of an artifact, for a line of text: stages name the telling ones first."""
-    shown = list(counts.items())[:SHOWN_COUNTS]
     return ", ".join(
         f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}"
-        for name, value in shown
+        for name, value in islice(counts.items(), SHOWN_COUNTS)
     )

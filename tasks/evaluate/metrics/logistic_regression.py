@@ -28,9 +28,8 @@ class Regression:
     bias: Tensor
     """[C]."""
     gradient: float
-    """Largest absolute entry of the gradient at the solution."""
+    """Its largest absolute entry at the solution."""
     steps: int
-    """Newton steps taken."""
 
     def compute_scores(self, features: Tensor) -> Tensor:
         """Logits [N, C] of features [N, D]."""
