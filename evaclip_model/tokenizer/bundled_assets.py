@@ -45,11 +45,8 @@ def package_file(name: str) -> Path | None:
 
 @cache
 def text_repair() -> ModuleType:
-    """The library ftfy: the installed one, or the carried one; imported for the first text that
-    may need it.
-
-    Raises: ModuleNotFoundError: neither is there.
-    """
+    """The library ftfy, installed or carried, imported for the first text that may need it. Raises
+    ModuleNotFoundError: neither is there."""
     sources = carried_file(SOURCES)
     if sources is not None and importlib.util.find_spec("ftfy") is None:
         sys.path.append(str(sources))
@@ -57,10 +54,8 @@ def text_repair() -> ModuleType:
 
 
 def bundle_assets(package: Path) -> None:
-    """Write the folder into `package`, a copy of this package, from what is installed here.
-
-    Raises: FileNotFoundError: open_clip_torch, which ships the vocabulary, is not installed.
-    """
+    """Write the folder into `package`, a copy of this package, from what is installed here. Raises
+    FileNotFoundError: open_clip_torch, which ships the vocabulary, is not installed."""
     folder = package / _FOLDER
     folder.mkdir()
     vocabulary = package_file(VOCABULARY)

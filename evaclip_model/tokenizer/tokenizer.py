@@ -95,7 +95,7 @@ def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH) -
 
     Returns: [B, L] int64.
 
-    Raises: InputError: the vocabulary file is missing; a context without room for start and end.
+    Raises InputError: the vocabulary file is missing; a context without room for start and end.
     """
     if context_length < 2:
         raise InputError(
@@ -238,11 +238,8 @@ def _byte_characters() -> dict[int, str]:
 
 
 def splitter() -> Split:
-    """Return what splits a word without white space into its pieces, from left to right.
-
-    Raises: ModuleNotFoundError: `regex` is neither installed nor are the classes carried that stand
-        in.
-    """
+    """Return what splits a word without white space into its pieces, from left to right. Raises
+    ModuleNotFoundError: `regex` is neither installed nor are the classes carried that stand in."""
     classes = carried_file(CLASSES)
     if classes is None or importlib.util.find_spec("regex") is not None:
         regex: Any = importlib.import_module("regex")

@@ -65,10 +65,8 @@ def encode_texts(
 
     Every text is encoded once, in order of length, cut after the longest end-of-text of its batch:
     attention is causal, so tokens behind the end cannot reach the feature. `context_length` is the
-    model's, in tokens; `progress` gets the number of distinct texts done.
-
-    Raises:
-        InputError: no texts, or features that are not finite.
+    model's, in tokens; `progress` gets the number of distinct texts done. Raises InputError: no
+    texts, or features that are not finite.
     """
     if not texts:
         raise InputError("no text to encode: give at least one class name or caption")
@@ -94,22 +92,16 @@ def text_classifier(
     device: str = "cpu",
     progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
-    """One fp32 unit vector a class [C, D]: the renormalised mean of its normalised prompts.
-
-    Raises:
-        InputError: no class, no template, or a template without `{c}`.
-    """
+    """One fp32 unit vector a class [C, D]: the renormalised mean of its normalised prompts. Raises
+    InputError: no class, no template, or a template without `{c}`."""
     asked = fill_templates(classnames, templates)
     features = encode_texts(model, asked, batch_size=batch_size, device=device, progress=progress)
     return build_classifier(features, classnames)
 
 
 def fill_templates(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Templates filled in, class by class; a name that occurs again is asked once.
-
-    Raises:
-        InputError: no class, no template, or a template without `{c}`.
-    """
+    """Templates filled in, class by class; a name that occurs again is asked once. Raises
+    InputError: no class, no template, or a template without `{c}`."""
     if not classnames or not templates:
         raise InputError("a text classifier needs at least one class name and one template")
     for template in templates:
@@ -132,11 +124,8 @@ def build_classifier(features: Tensor, classnames: Sequence[str]) -> Tensor:
 
 
 def normalise_features(features: Tensor, what: str) -> Tensor:
-    """Features [..., D] as fp32 unit vectors.
-
-    Raises:
-        InputError: a value is not finite; such features would rank every answer first.
-    """
+    """Features [..., D] as fp32 unit vectors. Raises InputError: a value is not finite; such
+    features would rank every answer first."""
     features = features.float()
     if not bool(torch.isfinite(features).all()):
         raise InputError(

@@ -36,11 +36,8 @@ class ImageFeatures:
 
 
 def image_files(source: Path) -> list[Path]:
-    """A file itself, or the images of a folder and the folders in it, sorted by path.
-
-    Raises:
-        InputError: it does not exist, or the folder has no images.
-    """
+    """A file itself, or the images of a folder and the folders in it, sorted by path. Raises
+    InputError: it does not exist, or the folder has no images."""
     if source.is_file():
         return [source]
     if not source.is_dir():
@@ -66,8 +63,7 @@ def image_features(
         batch_size: images encoded at once; twice as many are held decoded.
         progress: gets the number of files done, readable or not.
 
-    Raises:
-        InputError: none of the files can be read, or features are not finite.
+    Raises InputError: none of the files can be read, or features are not finite.
     """
     transform = image_transform(model)
     parameter = next(model.parameters())

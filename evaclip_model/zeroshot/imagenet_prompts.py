@@ -14,21 +14,15 @@ _FILE = "zero_shot_metadata.py"
 
 @functools.cache
 def imagenet_classnames() -> tuple[str, ...]:
-    """The 1000 class names in the order of ImageNet's class ids (sorted folder names).
-
-    Raises:
-        InputError: open_clip_torch is not installed, or keeps them in another form.
-    """
+    """The 1000 class names in the order of ImageNet's class ids (sorted folder names). Raises
+    InputError: open_clip_torch is not installed, or keeps them in another form."""
     return _read_strings("IMAGENET_CLASSNAMES", 1000)
 
 
 @functools.cache
 def imagenet_templates() -> tuple[str, ...]:
-    """The 80 prompts, each with one `{c}` for the class name (Radford et al. 2021).
-
-    Raises:
-        InputError: open_clip_torch is not installed, or keeps them in another form.
-    """
+    """The 80 prompts, each with one `{c}` for the class name (Radford et al. 2021). Raises
+    InputError: open_clip_torch is not installed, or keeps them in another form."""
     return _read_strings("OPENAI_IMAGENET_TEMPLATES", 80)
 
 

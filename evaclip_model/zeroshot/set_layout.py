@@ -39,11 +39,7 @@ class Span:
     size: int
 
     def read(self) -> bytes:
-        """The member's content.
-
-        Raises:
-            InputError: the file is shorter than its index says.
-        """
+        """The member's content. Raises InputError: the file is shorter than its index says."""
         descriptor = os.open(self.tar, os.O_RDONLY)
         try:
             content = os.pread(descriptor, self.size, self.offset)
@@ -79,11 +75,8 @@ def is_system_file(name: str) -> bool:
 
 
 def read_lines(path: Path, expected: str) -> tuple[str, ...]:
-    """The lines of a text file of which each counts.
-
-    Raises:
-        InputError: the file is missing, empty, or has an empty line.
-    """
+    """The lines of a text file of which each counts. Raises InputError: the file is missing, empty,
+    or has an empty line."""
     try:
         lines = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n"))
     except FileNotFoundError:
@@ -101,11 +94,8 @@ def read_lines(path: Path, expected: str) -> tuple[str, ...]:
 
 
 def find_tars(folder: Path, split: str = SPLIT) -> list[Path]:
-    """The tars of a part of the set in `folder`, in their order.
-
-    Raises:
-        InputError: the folder holds no set, or a tar is missing.
-    """
+    """The tars of a part of the set in `folder`, in their order. Raises InputError: the folder
+    holds no set, or a tar is missing."""
     count_file = folder / split / SHARDS
     try:
         count = int(count_file.read_text())
@@ -132,9 +122,8 @@ def read_members(tar: Path, digest_images: bool = False) -> dict[str, dict[str, 
     Args:
         digest_images: whether images are read, for their SHA-256.
 
-    Raises:
-        InputError: the file is cut short or not a tar, a member occurs twice, an answer is larger
-            than 16 MiB.
+    Raises InputError: the file is cut short or not a tar, a member occurs twice, an answer is
+    larger than 16 MiB.
     """
     found: dict[str, dict[str, TarMember]] = {}
     total = tar.stat().st_size
@@ -172,11 +161,7 @@ def read_members(tar: Path, digest_images: bool = False) -> dict[str, dict[str, 
 
 
 def find_image(members: dict[str, TarMember], where: str) -> TarMember:
-    """The one image of a sample.
-
-    Raises:
-        InputError: it has none, or several.
-    """
+    """The one image of a sample. Raises InputError: it has none, or several."""
     images = [member for extension, member in members.items() if extension in IMAGE_EXTENSIONS]
     if len(images) != 1:
         raise InputError(f"{where} has {len(images)} images, expected one")
@@ -184,11 +169,8 @@ def find_image(members: dict[str, TarMember], where: str) -> TarMember:
 
 
 def read_label(content: bytes, where: str) -> int:
-    """The class number of a `.cls` member.
-
-    Raises:
-        InputError: it is not a number of at most nine digits.
-    """
+    """The class number of a `.cls` member. Raises InputError: it is not a number of at most nine
+    digits."""
     text = content.decode("utf-8", "replace").strip()
     if not (text.isascii() and text.isdecimal() and len(text) <= _LABEL_DIGITS):
         raise InputError(f"{where}.cls must hold a class number, got {text[:20]!r}")

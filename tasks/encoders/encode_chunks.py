@@ -26,9 +26,7 @@ TEXT_BLOCK = 16 * TEXT_CHUNK
 
 def embed_images(subject: Subject, decoded: Iterator[Tensor]) -> Tensor:
     """Unit features [N, D] of a model's inputs [3, S, S], in order, encoded a chunk at a time.
-
-    Raises: InputError: features are not finite.
-    """
+    Raises InputError: features are not finite."""
     parts = []
     while pixels := list(islice(decoded, IMAGE_CHUNK)):
         count = len(pixels)
@@ -41,10 +39,7 @@ def embed_images(subject: Subject, decoded: Iterator[Tensor]) -> Tensor:
 
 
 def embed_texts(subject: Subject, texts: Sequence[str]) -> Tensor:
-    """Unit features of `texts` [N, D], in order.
-
-    Raises: InputError: features are not finite.
-    """
+    """Unit features of `texts` [N, D], in order. Raises InputError: features are not finite."""
     rows: list[int] = []
     parts = []
     for chunks in iterate_text_blocks(subject, texts):

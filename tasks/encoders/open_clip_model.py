@@ -40,10 +40,8 @@ def open_clip_subject(named: str, device: str, precision: Precision) -> OpenClip
 
     WEIGHTS is a file, or one of open_clip's pretrained tags, which it downloads. Where
     open_clip_config.json lies beside a file, it says what model that is, and how images are
-    prepared, instead of NAME's defaults.
-
-    Raises:
-        InputError: the library cannot be imported, or has no such model, tag, file or folder.
+    prepared, instead of NAME's defaults. Raises InputError: the library cannot be imported, or has
+    no such model, tag, file or folder.
     """
     open_clip = _import_library()
     is_folder = named.startswith(LOCAL_DIR)

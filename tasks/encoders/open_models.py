@@ -115,11 +115,8 @@ class Library:
 
 
 def identify_model(spec: str, cache: Path | None = None) -> Identity:
-    """The identity of a model; kept in `cache` until one of its files changes.
-
-    Raises:
-        InputError: no such model, or its preprocessing is not the one it was trained with.
-    """
+    """The identity of a model; kept in `cache` until one of its files changes. Raises InputError:
+    no such model, or its preprocessing is not the one it was trained with."""
     known = cache / f"{_cache_key(spec)}.json" if cache else None
     if known is not None and known.is_file():
         return Identity.model_validate_json(known.read_text())
@@ -131,11 +128,8 @@ def identify_model(spec: str, cache: Path | None = None) -> Identity:
 
 
 def open_subject(spec: str, *, device: str = "cpu", precision: Precision = "fp32") -> Subject:
-    """Open a model to encode on `device`.
-
-    Raises:
-        InputError: no such model, or weights that do not fit it.
-    """
+    """Open a model to encode on `device`. Raises InputError: no such model, or weights that do not
+    fit it."""
     if library := _find_library(spec):
         return library.open_subject(spec.partition(":")[2], device, precision)
     path, architecture = _split_spec(spec)
@@ -296,11 +290,8 @@ def _identify_uncached(spec: str) -> Identity:
 
 
 def _list_differences(path: Path, used: Mapping[str, Any]) -> tuple[str, ...]:
-    """Differences between the recorded preprocessing of training and the one done here.
-
-    Raises:
-        InputError: pixels would have other values than in training.
-    """
+    """Differences between the recorded preprocessing of training and the one done here. Raises
+    InputError: pixels would have other values than in training."""
     recorded = (path if path.is_dir() else path.parent) / PREPROCESSING_FILE
     if not recorded.is_file():
         return ()

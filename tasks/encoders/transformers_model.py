@@ -80,9 +80,7 @@ class TransformersSubject:
 
 def transformers_files(named: str) -> list[Path]:
     """The files of a model in a folder, or of one at the hub, downloaded where they are missing.
-
-    Raises:
-        InputError: there is no such folder, and no such model in the hub's cache or at the hub.
+    Raises InputError: there is no such folder, and no such model in the hub's cache or at the hub.
     """
     folder = Path(named)
     if not folder.is_dir():
@@ -108,11 +106,8 @@ def _find_at_hub(named: str) -> Path:
 
 
 def transformers_subject(named: str, device: str, precision: Precision) -> TransformersSubject:
-    """Open a model by its folder, or by ORG/NAME at the hub.
-
-    Raises:
-        InputError: the library cannot be imported, or this is not a whole CLIP or SigLIP.
-    """
+    """Open a model by its folder, or by ORG/NAME at the hub. Raises InputError: the library cannot
+    be imported, or this is not a whole CLIP or SigLIP."""
     library = _import_library()
     folder = transformers_files(named)[0].parent
     try:

@@ -54,11 +54,8 @@ class Question(Config):
 
 
 def read_questions(folder: Path, keys: Sequence[str]) -> tuple[Question, ...]:
-    """The questions of the set in `folder`, whose samples have these keys.
-
-    Raises:
-        InputError: the file is missing or of another form, or an image is not in the set.
-    """
+    """The questions of the set in `folder`, whose samples have these keys. Raises InputError: the
+    file is missing or of another form, or an image is not in the set."""
     path = folder / QUESTIONS
     try:
         lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]

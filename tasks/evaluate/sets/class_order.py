@@ -66,11 +66,8 @@ def read_class_names(chosen: str, known: KnownSet | None) -> ClassNameList:
     """The list that `--classnames` names: a source, or a file.
 
     A file has one name a line; or a word of the source, a tab and its name; or an id (a number, a
-    WordNet id), a space and its name. A `.json` file holds a list, {"number": "name"} or
-    {"name": number}.
-
-    Raises:
-        InputError: no such file or source, or a file of another form.
+    WordNet id), a space and its name. A `.json` file holds a list, {"number": "name"} or {"name":
+    number}. Raises InputError: no such file or source, or a file of another form.
     """
     for source in get_args(NameSource):
         if chosen == source != "dataset":
@@ -115,9 +112,8 @@ def order_classes(
         display_names: names of words, where they are not the words without underscores.
         first: number of the first class of a list, 0 or 1, where the words are numbers.
 
-    Raises:
-        InputError: another number of classes than the list or the known set has, numbers without a
-            list, a list in another order that cannot be matched word by word.
+    Raises InputError: another number of classes than the list or the known set has, numbers without
+    a list, a list in another order that cannot be matched word by word.
     """
     if order == "number":
         for word in words:
@@ -367,11 +363,8 @@ def _name_parts(name: str) -> set[str]:
 
 
 def _list_of_known(known: KnownSet | None, required: bool) -> ClassNameList | None:
-    """A known set's own list of names, where it has one that is installed.
-
-    Raises:
-        InputError: it is required and not installed.
-    """
+    """A known set's own list of names, where it has one that is installed. Raises InputError: it is
+    required and not installed."""
     for source in known.names if known else ():
         if source == "dataset":
             continue

@@ -33,11 +33,8 @@ _SYNSETS = "imagenet_synsets.txt"
 def find_templates(
     name: str, source: PromptSource | Sequence[str], known: KnownSet | None, folder: Path
 ) -> tuple[str, ...]:
-    """Templates of a set, each with `{c}` for the class name, in the order of their source.
-
-    Raises:
-        InputError: no such source, it has none for this set, or one of them has no `{c}`.
-    """
+    """Templates of a set, each with `{c}` for the class name, in the order of their source. Raises
+    InputError: no such source, it has none for this set, or one of them has no `{c}`."""
     if not isinstance(source, str):
         found = tuple(source)
     elif source == "dataset":
@@ -63,11 +60,8 @@ def find_templates(
 def find_classnames(
     name: str, source: NameSource | Sequence[str], known: KnownSet | None, folder: Path
 ) -> tuple[str, ...]:
-    """Class names of a set in the order of its labels.
-
-    Raises:
-        InputError: the source has none for this set.
-    """
+    """Class names of a set in the order of its labels. Raises InputError: the source has none for
+    this set."""
     if not isinstance(source, str):
         return tuple(source)
     if source == "dataset":
@@ -81,10 +75,7 @@ def find_classnames(
 
 def grammar_templates(key: str) -> tuple[str, ...]:
     """OpenAI's templates of a set, where they are the product of a few words, in OpenAI's order.
-
-    Raises:
-        InputError: those of this set are not.
-    """
+    Raises InputError: those of this set are not."""
     lists = json.loads(_GRAMMAR.read_text())
     kind = "kinetics" if key.startswith("kinetics") else key
     if kind not in lists:
@@ -98,10 +89,7 @@ def grammar_templates(key: str) -> tuple[str, ...]:
 @functools.cache
 def subset_classes(known: KnownSet | None) -> tuple[int, ...]:
     """Indices, rising, of a set's classes among ImageNet's 1000; none where it has no such subset.
-
-    Raises:
-        InputError: the installed timm has these lists in another form.
-    """
+    Raises InputError: the installed timm has these lists in another form."""
     if known is None or known.subset_of is None:
         return ()
     classes = tuple(int(line) for line in _timm_lines(_SUBSETS[known.key]))
@@ -115,11 +103,8 @@ def subset_classes(known: KnownSet | None) -> tuple[int, ...]:
 
 @functools.cache
 def imagenet_synsets() -> tuple[str, ...]:
-    """WordNet ids of ImageNet's 1000 classes ("n01440764" ...), in the order of its labels.
-
-    Raises:
-        InputError: timm, which has this list, is not installed.
-    """
+    """WordNet ids of ImageNet's 1000 classes ("n01440764" ...), in the order of its labels. Raises
+    InputError: timm, which has this list, is not installed."""
     return _timm_lines(_SYNSETS)
 
 

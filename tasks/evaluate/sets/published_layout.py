@@ -135,10 +135,9 @@ def open_set(
         index_cache: folder that keeps the index, so that the tars are read once; an index is used
             as long as their sizes and times of change are the same.
 
-    Raises:
-        InputError: a file is missing or unreadable, a sample lacks its image or its label, a
-            label has no class name, no image of a multilabel set has a class, a source lacks the
-            set, or the set is of another kind.
+    Raises InputError: a file is missing or unreadable, a sample lacks its image or its label, a
+    label has no class name, no image of a multilabel set has a class, a source lacks the set, or
+    the set is of another kind.
     """
     found = kind_of(folder)
     if found != kind:
@@ -184,11 +183,8 @@ def open_train_part(
     evalset: EvalSet, folder: Path, index_cache: Path | None = None
 ) -> EvalSet | None:
     """The part of a classification set that probes learn from, with the set's own class numbers;
-    None where it has none.
-
-    Raises:
-        InputError: it is unreadable or a link, or a class of it is not one of the set's.
-    """
+    None where it has none. Raises InputError: it is unreadable or a link, or a class of it is not
+    one of the set's."""
     part = folder / TRAIN
     if evalset.kind != "classification" or not part.is_dir():
         return None
@@ -219,11 +215,7 @@ def open_train_part(
 
 
 def kind_of(folder: Path) -> Kind:
-    """The kind of the set in `folder`.
-
-    Raises:
-        InputError: its dataset_type.txt has another word.
-    """
+    """The kind of the set in `folder`. Raises InputError: its dataset_type.txt has another word."""
     path = folder / DATASET_TYPE
     found = "classification"
     if path.is_file():
@@ -308,10 +300,7 @@ def _read_group(content: bytes) -> int:
 
 def _read_array(content: bytes) -> npt.NDArray[Any]:
     """The array of a .npy file. By hand: numpy would allocate whatever size a header promises.
-
-    Raises:
-        Exception: of many kinds, where it holds none.
-    """
+    Raises Exception: of many kinds, where it holds none."""
     file = io.BytesIO(content)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("another version of the format")

@@ -127,10 +127,8 @@ def find_set_folder(known: KnownSet, data: Path) -> Path | None:
     """The folder in `data` that holds a known set, by the names under which it is published.
 
     CLIP_benchmark's name is looked for first. DataComp's copies are called `wds_NAME_test`, with
-    `vtab-` before the name or without; the key alone does as well.
-
-    Raises:
-        InputError: two folders of other names could be meant.
+    `vtab-` before the name or without; the key alone does as well. Raises InputError: two folders
+    of other names could be meant.
     """
     if (data / known.wds).is_dir():
         return data / known.wds

@@ -48,12 +48,9 @@ Captions = dict[str, list[str]]
 
 
 def captioned_sources(listing: Path, images: Path, split: str = "test") -> list[Source]:
-    """The images of a listing, in its order, each with all its captions.
-
-    Raises:
-        InputError: the file is missing or of another form, has nothing in this split, names a file
-            outside `images`, or has an image without a caption.
-    """
+    """The images of a listing, in its order, each with all its captions. Raises InputError: the
+    file is missing or of another form, has nothing in this split, names a file outside `images`, or
+    has an image without a caption."""
     if listing.is_dir():
         return _read_folder(listing, images)
     if not listing.is_file():

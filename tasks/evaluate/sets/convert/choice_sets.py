@@ -28,12 +28,8 @@ _MOST_CHARACTERS = 10_000
 
 def choice_sources(listing: Path, images: Path) -> tuple[list[Source], list[Question]]:
     """The images that a list's questions are about, each once, and the questions, which call an
-    image by the name of its source.
-
-    Raises:
-        InputError: the list is missing or of another form, names a file outside `images`, or a
-            question has no right or no wrong answer.
-    """
+    image by the name of its source. Raises InputError: the list is missing or of another form,
+    names a file outside `images`, or a question has no right or no wrong answer."""
     finder = FileFinder(images)
     sources: dict[Path, Source] = {}
     questions = []

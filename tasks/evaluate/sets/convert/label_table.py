@@ -74,9 +74,8 @@ def read_label_table(
         several: True where an image may have several classes; a list in a cell says so itself.
         split: rows that are taken of a table with a column "split"; needed where it has several.
 
-    Raises:
-        InputError: the file is missing or of another form, a column cannot be told, a row has no
-            path or no label, an image has two labels where one is expected.
+    Raises InputError: the file is missing or of another form, a column cannot be told, a row has no
+    path or no label, an image has two labels where one is expected.
     """
     columns, every_row = read_rows(listing, images)
     rows = choose_split(every_row, split, listing)
@@ -135,10 +134,7 @@ def read_rows(
 
     A text table without a header has the columns "path" and "label": where `images` is given and
     the first cell of its first row is a file in there, or where it has two cells of which none is a
-    known column.
-
-    Raises:
-        InputError: the file is missing, of no known form, or damaged.
+    known column. Raises InputError: the file is missing, of no known form, or damaged.
     """
     suffix = listing.suffix.lower()
     if not listing.is_file():

@@ -125,9 +125,8 @@ def write_set(
         questions: of a choice set, which call images by the names of sources; one of an image that
             cannot be used is left out too.
 
-    Raises:
-        InputError: the folder holds something else, no source can be used, or another run is
-            writing here.
+    Raises InputError: the folder holds something else, no source can be used, or another run is
+    writing here.
     """
     decides = {"kind": kind, "plan": plan, "images_per_tar": images_per_tar}
     decides |= {"classnames": list(classnames), "templates": list(templates)}
@@ -158,11 +157,8 @@ def write_set(
 
 
 def image_file(content: bytes) -> tuple[str, bytes]:
-    """Extension and content under which an image file goes into a tar: itself where it may.
-
-    Raises:
-        UnusableSourceError: it cannot be decoded.
-    """
+    """Extension and content under which an image file goes into a tar: itself where it may. Raises
+    UnusableSourceError: it cannot be decoded."""
     try:
         image = decode_image(content)
     except UnreadableImageError as error:
@@ -313,11 +309,8 @@ def _close_set(
 
 
 def _read_finished(folder: Path, decides: dict[str, Any]) -> Conversion | None:
-    """The set that is there already; None where the same command made it of other sources.
-
-    Raises:
-        InputError: something else is there.
-    """
+    """The set that is there already; None where the same command made it of other sources. Raises
+    InputError: something else is there."""
     path = folder / CONVERSION
     found = json.loads(path.read_text()) if path.is_file() else {}
     there = found.get("decides")

@@ -45,11 +45,8 @@ def stamp_of(path: Path) -> str:
 
 
 def path_inside(folder: Path, name: str, where: str) -> Path:
-    """The path that `name`, from a list, has in `folder`.
-
-    Raises:
-        InputError: it leads out of the folder, or is empty.
-    """
+    """The path that `name`, from a list, has in `folder`. Raises InputError: it leads out of the
+    folder, or is empty."""
     inside = os.path.abspath(folder)
     relative = os.path.relpath(os.path.join(inside, name), inside) if "\0" not in name else ".."
     if relative == "." or relative.split(os.sep)[0] == os.pardir:
@@ -64,11 +61,8 @@ _SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", 
 
 
 def class_folders(root: Path) -> list[Path]:
-    """The folders of `root`, sorted as text, links to folders among them.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The folders of `root`, sorted as text, links to folders among them. Raises InputError: there
+    is none."""
     if not root.is_dir():
         raise InputError(f"{root} is not a folder: expected a folder of one folder a class")
     folders = [
@@ -96,8 +90,7 @@ def objectnet_classes(root: Path, imagenet: bool = False) -> dict[Path, Any]:
     Args:
         root: ObjectNet's folder, with `images` and `mappings` in it.
 
-    Raises:
-        InputError: it has not, or a class has no folder.
+    Raises InputError: it has not, or a class has no folder.
     """
     mappings = root / "mappings"
     try:
@@ -131,11 +124,8 @@ def objectnet_classes(root: Path, imagenet: bool = False) -> dict[Path, Any]:
 
 
 def image_sources(labels: Mapping[Path, Any]) -> list[Source]:
-    """Every file of every class folder (folder -> its answer), class by class, by path.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Every file of every class folder (folder -> its answer), class by class, by path. Raises
+    InputError: there is none."""
     ordered = sorted(labels.items(), key=lambda item: item[1])
     found = [image_source(path, label) for folder, label in ordered for path in walk_files(folder)]
     if not found:
@@ -151,11 +141,8 @@ class FileFinder:
         self._by_stem: dict[str, list[Path]] | None = None
 
     def find_file(self, name: str, where: str) -> Path:
-        """The file called `name`; the path it should have where it is missing.
-
-        Raises:
-            InputError: it leads out of the folder, or several files could be meant.
-        """
+        """The file called `name`; the path it should have where it is missing. Raises InputError:
+        it leads out of the folder, or several files could be meant."""
         path = path_inside(self._folder, name, where)
         if path.exists():
             return path

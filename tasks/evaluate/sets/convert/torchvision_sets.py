@@ -29,11 +29,8 @@ class MapDataset(Protocol):
 
 
 def torchvision_set(known: KnownSet) -> TorchvisionSet:
-    """Return how torchvision's class of a known set is called and read.
-
-    Raises:
-        InputError: torchvision has none.
-    """
+    """Return how torchvision's class of a known set is called and read. Raises InputError:
+    torchvision has none."""
     if known.torchvision is None:
         there = ", ".join(key for key, one in all_sets().items() if one.torchvision)
         raise InputError(f"torchvision has no set '{known.key}'; it has {there}")
@@ -48,9 +45,8 @@ def open_torchvision(
     Args:
         split: its name at torchvision, where it is not the one that is evaluated.
 
-    Raises:
-        InputError: torchvision has none, cannot be imported, has no such split, or does not find
-            its files.
+    Raises InputError: torchvision has none, cannot be imported, has no such split, or does not find
+    its files.
     """
     entry = torchvision_set(known)
     try:
@@ -83,11 +79,8 @@ def open_torchvision(
 
 
 def torchvision_names(known: KnownSet, dataset: MapDataset) -> tuple[str, ...]:
-    """Class names of a known set, in the order of the labels that `dataset_sources` writes.
-
-    Raises:
-        InputError: their source is not installed, or the object has none.
-    """
+    """Class names of a known set, in the order of the labels that `dataset_sources` writes. Raises
+    InputError: their source is not installed, or the object has none."""
     entry = torchvision_set(known)
     if entry.names == "digits":
         return tuple(map(str, range(10)))
@@ -99,11 +92,8 @@ def torchvision_names(known: KnownSet, dataset: MapDataset) -> tuple[str, ...]:
 def class_names(
     dataset: MapDataset, attribute: str = "classes", spaces: str = ""
 ) -> tuple[str, ...]:
-    """Class names of a data set object, from its attribute of this name.
-
-    Raises:
-        InputError: it has none.
-    """
+    """Class names of a data set object, from its attribute of this name. Raises InputError: it has
+    none."""
     names: Sequence[Any] = getattr(dataset, attribute, ())
     if not names:
         raise InputError(

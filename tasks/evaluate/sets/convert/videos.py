@@ -69,8 +69,7 @@ def find_videos(root: Path, listing: Path | None = None) -> VideoFiles:
             columns youtube_id, time_start and time_end, and best label; its files are called
             `ID_START_END.mp4` with six digits each, or `ID.mp4`.
 
-    Raises:
-        InputError: no video is found, the list is of another form, or two files could be meant.
+    Raises InputError: no video is found, the list is of another form, or two files could be meant.
     """
     if not root.is_dir():
         raise InputError(f"{root} is not a folder: expected a folder of videos")

@@ -25,11 +25,8 @@ _EDGES = ("xmin", "ymin", "xmax", "ymax")
 
 
 def voc_classes(root: Path) -> tuple[str, ...]:
-    """The classes of the VOC folder `root` (VOCdevkit/VOC2007), as its lists are called.
-
-    Raises:
-        InputError: it has no lists of its test images.
-    """
+    """The classes of the VOC folder `root` (VOCdevkit/VOC2007), as its lists are called. Raises
+    InputError: it has no lists of its test images."""
     lists = (root / "ImageSets" / "Main").glob("*_test.txt")
     names = sorted(path.name.removesuffix("_test.txt") for path in lists)
     if not names:
@@ -46,8 +43,7 @@ def voc_sources(root: Path, labels: Sequence[int], whole: bool = False) -> list[
     Args:
         labels: label of each of VOC's classes, in their order.
 
-    Raises:
-        InputError: a list or an annotation is missing or of another form.
+    Raises InputError: a list or an annotation is missing or of another form.
     """
     label_of = dict(zip(voc_classes(root), labels, strict=True))
     listing = root / "ImageSets" / "Main" / "test.txt"
