@@ -147,10 +147,7 @@ def convert_table(
         partial(
             convert_table,
             *(listing, source, folder, words),
-            path_column=path_column,
-            label_column=label_column,
-            several=multilabel,
-            split=split,
+            *((path_column, label_column), multilabel, split),
         )
     )
 
@@ -207,8 +204,7 @@ def convert_voc(
     from tasks.evaluate.sets.convert.convert import Words, convert_voc
 
     words = Words(None, classnames, templates)
-    kind: Literal["classification", "multilabel"] = "multilabel" if whole else "classification"
-    _run_conversion(partial(convert_voc, source, folder, words, kind))
+    _run_conversion(partial(convert_voc, source, folder, words, whole))
 
 
 @convert.command("captions")

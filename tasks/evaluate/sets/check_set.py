@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from evaclip_model.errors import InputError
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
-from tasks.evaluate.sets.class_order import normalise_name, read_class_names
+from tasks.evaluate.sets.class_order import list_of_known, normalise_name
 from tasks.evaluate.sets.published_layout import EvalSample, EvalSet
 from tasks.evaluate.sets.set_registry import KnownSet
 from tasks.progress import Report, report_nothing
@@ -116,31 +115,25 @@ def some_names(names: Sequence[str]) -> str:
 
 def _compare_with_known(classnames: Sequence[str], known: KnownSet | None) -> Iterator[str]:
     """Names against the known set's own list, where that is installed and of the same words."""
-    for source in known.names if known else ():
-        if source == "dataset":
-            continue
-        try:
-            expected = read_class_names(source, known).names
-        except InputError:  # its list is not installed: there is nothing to compare with
-            return
-        own, others = ([normalise_name(name) for name in one] for one in (classnames, expected))
-        moved = [
-            name for name, key, other in zip(classnames, own, others, strict=False) if key != other
-        ]
-        if not moved and len(own) == len(others):
-            return
-        if sorted(own) == sorted(others):
-            yield (
-                f"the names are those of {source}'s list in another order ({len(moved)} stand "
-                f"elsewhere: {_name_some(moved)}): right where the labels follow this order"
-            )
-        else:
-            extra = [name for name, key in zip(classnames, own, strict=True) if key not in others]
-            yield (
-                f"{len(extra)} names are not in {source}'s list of '{known.key if known else ''}': "
-                f"{_name_some(extra)}"
-            )
+    listed = list_of_known(known)
+    if listed is None or known is None:
         return
+    own, others = ([normalise_name(name) for name in one] for one in (classnames, listed.names))
+    if own == others:
+        return
+    if sorted(own) == sorted(others):
+        pairs = zip(classnames, own, others, strict=True)
+        moved = [name for name, key, other in pairs if key != other]
+        yield (
+            f"the names are those of {listed.source}'s list in another order ({len(moved)} stand "
+            f"elsewhere: {_name_some(moved)}): right where the labels follow this order"
+        )
+    else:
+        extra = [name for name, key in zip(classnames, own, strict=True) if key not in others]
+        yield (
+            f"{len(extra)} names are not in {listed.source}'s list of '{known.key}': "
+            f"{_name_some(extra)}"
+        )
 
 
 def _of_classes(evalset: EvalSet) -> Iterator[str]:

@@ -11,7 +11,8 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -24,8 +25,8 @@ from tasks.evaluate.sets.set_registry import KnownSet, NameSource
 Order = Literal["", "text", "number"]
 """Count of numbered classes: by the rule; in the order of text; as numbers or not at all."""
 
-_NUMBERED_WORD = re.compile(r"(\d+)\s*[._\- ]\s*(\D.*)")
-_SYNSET_WORD = re.compile(r"n\d{8}[._\- ]+(.+)")
+_NUMBERED_WORD = re.compile(r"(\d+)\s*[._\- ]\s*(?P<name>\D.*)")
+_SYNSET_WORD = re.compile(r"n\d{8}[._\- ]+(?P<name>.+)")
 _SYNSET_LINE = re.compile(r"(n\d{8})\s+(.+)")
 _NUMBER_LINE = re.compile(r"(\d+)[:.]?\s+(.+)")
 _NEGATIVE = re.compile(r"-\d+")
@@ -62,6 +63,18 @@ class ClassOrder:
         return (*self.joined, remark) if empty else self.joined
 
 
+@dataclass(frozen=True)
+class _SourceClasses:
+    words: Sequence[str]
+    own: Mapping[str, str]
+    """Word -> the name that it gives itself."""
+    where: str
+    known: KnownSet | None
+    first: int | None
+    numbered: bool
+    """True: the words are numbers, and count as such."""
+
+
 def read_class_names(chosen: str, known: KnownSet | None) -> ClassNameList:
     """The list that `--classnames` names: a source, or a file.
 
@@ -75,22 +88,31 @@ def read_class_names(chosen: str, known: KnownSet | None) -> ClassNameList:
             return ClassNameList(names, source)
     path = Path(chosen)
     if path.suffix == ".json":
-        return _read_json_names(path)
+        return ClassNameList(_read_json_names(path), chosen)
     lines = read_lines(path, "one class name a line")
-    if all(line.count("\t") == 1 for line in lines):
-        words, names = zip(*(line.split("\t") for line in lines), strict=True)
-        return _with_words(words, names, chosen)
+    tabs = [line.split("\t") for line in lines]
+    if all(len(cells) == 2 for cells in tabs):
+        return _with_words([*map(tuple, tabs)], chosen)
     for pattern in (_SYNSET_LINE, _NUMBER_LINE):
-        matches = [pattern.fullmatch(line) for line in lines]
-        if all(matches):
-            ids = tuple(match[1] for match in matches if match)
-            numbers = [int(one) for one in ids] if pattern is _NUMBER_LINE else []
-            if pattern is _SYNSET_LINE or numbers in _numberings(len(ids)):
-                return _with_words(ids, tuple(m[2] for m in matches if m), chosen)
+        pairs = [match.groups() for match in map(pattern.fullmatch, lines) if match]
+        if len(pairs) == len(lines) and (
+            pattern is _SYNSET_LINE or [int(one) for one, _ in pairs] in _numberings(len(pairs))
+        ):
+            return _with_words(pairs, chosen)
     if any("\t" in line for line in lines):
-        odd = next(number for number, line in enumerate(lines, 1) if line.count("\t") != 1)
+        odd = next(number for number, cells in enumerate(tabs, 1) if len(cells) != 2)
         raise InputError(f"{chosen} line {odd} is not WORD<tab>NAME: all lines must be, or none")
     return ClassNameList(lines, chosen)
+
+
+def list_of_known(known: KnownSet | None, required: bool = False) -> ClassNameList | None:
+    """A known set's own list of names, where it has one that is installed. Raises InputError: it is
+    required and not installed."""
+    for source in known.names if known else ():
+        if source != "dataset":
+            with suppress(*([] if required else [InputError])):
+                return read_class_names(source, known)
+    return None
 
 
 def order_classes(
@@ -115,57 +137,54 @@ def order_classes(
     Raises InputError: another number of classes than the list or the known set has, numbers without
     a list, a list in another order that cannot be matched word by word.
     """
-    if order == "number":
-        for word in words:
-            if not word.isdecimal():
-                raise InputError(
-                    f"{where}: '{word}' is not a number, so it gives no label by number"
-                )
+    odd = next((word for word in words if not word.isdecimal()), None)
+    if order == "number" and odd is not None:
+        raise InputError(f"{where}: '{odd}' is not a number, so it gives no label by number")
     negative = next((word for word in words if _NEGATIVE.fullmatch(word)), None)
     if negative and all(word.removeprefix("-").isdecimal() for word in words):
         raise InputError(
             f"{where}: '{negative}' is not the number of a class: leave out what has no label"
         )
-    numbered = all(word.isdecimal() for word in words) and order != "text"
+    numbered = odd is None and order != "text"
     own = {word: (display_names or {}).get(word) or _display_name(word, words) for word in words}
+    source = _SourceClasses(words, own, where, known, first, numbered)
     if chosen is not None:
-        return _by_list(words, own, chosen, known, where, numbered, first)
-    listed = _list_of_known(known, required=numbered)
-    others = [source for source in known.names if source != "dataset"] if known else []
-    if numbered:
-        if listed is None:
-            raise InputError(
-                f"{where}: its classes are numbers, which are not names: give --classnames FILE "
-                "with one class name a line, or --as NAME where it is a known set"
-            )
-        return _by_number(words, listed, known, where, first)
+        return _by_list(source, chosen)
+    listed = list_of_known(known, required=numbered)
+    if numbered and listed is None:
+        raise InputError(
+            f"{where}: its classes are numbers, which are not names: give --classnames FILE "
+            "with one class name a line, or --as NAME where it is a known set"
+        )
+    if numbered and listed:
+        return _by_number(source, listed)
     if known is not None and known.classes != len(words):
         raise InputError(
             f"{where} has {len(words)} classes, but {known.title} has {known.classes}: give its "
             "own folder, or leave the name of the known set out"
         )
-    synsets = _by_synset(words, None, known, where)
-    if synsets is not None:
+    if synsets := _by_synset(source, None):
         return synsets
-    remarks: tuple[str, ...] = ()
-    if listed is None and others and known:
-        remarks = (
-            f"the names are the source's own: the list of '{known.key}' ({', '.join(others)}) is "
-            "not installed, so they were not compared with it",
-        )
-    if listed is not None:
+    why = ""
+    if known and listed is not None:
         try:
-            return _by_list(words, own, listed, known, where, numbered, first)
+            return _by_list(source, listed)
         except InputError:
-            remarks = (
-                f"the names are the source's own: they could not be matched with the list of "
-                f"'{known.key if known else ''}' ({listed.source})",
-            )
-    matches = {word: _NUMBERED_WORD.fullmatch(word) for word in words}
-    numbers = {word: int(match[1]) for word, match in matches.items() if match}
-    ordered = sorted(words, key=numbers.__getitem__) if len(numbers) == len(matches) else words
-    labels = {word: label for label, word in enumerate(ordered)}
-    return ClassOrder(tuple(own[word] for word in ordered), labels, remarks)
+            why = f"they could not be matched with the list of '{known.key}' ({listed.source})"
+    elif known and (others := [one for one in known.names if one != "dataset"]):
+        why = (
+            f"the list of '{known.key}' ({', '.join(others)}) is not installed, so they were not "
+            "compared with it"
+        )
+    matches = [(match, word) for word in words if (match := _NUMBERED_WORD.fullmatch(word))]
+    ordered = words
+    if len(matches) == len(words):
+        ordered = [word for _, word in sorted(matches, key=lambda pair: int(pair[0][1]))]
+    return ClassOrder(
+        tuple(own[word] for word in ordered),
+        {word: label for label, word in enumerate(ordered)},
+        (f"the names are the source's own: {why}",) if why else (),
+    )
 
 
 def normalise_name(name: str) -> str:
@@ -174,169 +193,128 @@ def normalise_name(name: str) -> str:
     return "".join(character for character in plain if character.isalnum()) or plain
 
 
-def _by_list(
-    words: Sequence[str],
-    own: Mapping[str, str],
-    chosen: ClassNameList,
-    known: KnownSet | None,
-    where: str,
-    numbered: bool,
-    first: int | None,
-) -> ClassOrder:
+def _by_list(source: _SourceClasses, chosen: ClassNameList) -> ClassOrder:
     if chosen.words:
-        return _by_words_of_list(words, chosen, where, numbered)
-    if numbered and len(_match_names(words, own, chosen.names)) < len(words):
-        return _by_number(words, chosen, known, where, first)
-    joined = None if numbered else _by_synset(words, chosen, known, where)
-    return joined or _by_text(words, own, chosen, where)
+        return _by_words_of_list(source, chosen)
+    if source.numbered and len(_match_names(source, chosen.names)) < len(source.words):
+        return _by_number(source, chosen)
+    joined = None if source.numbered else _by_synset(source, chosen)
+    return joined or _by_text(source, chosen)
 
 
-def _by_text(
-    words: Sequence[str], own: Mapping[str, str], chosen: ClassNameList, where: str
-) -> ClassOrder:
+def _by_text(source: _SourceClasses, chosen: ClassNameList) -> ClassOrder:
     """Labels by what words and names say; by position where nothing can be compared."""
-    matched = _match_names(words, own, chosen.names)
-    if len(matched) == len(words):
-        return ClassOrder(chosen.names, matched)
-    if len(words) != len(chosen.names):
-        missing = next(word for word in words if word not in matched)
-        raise InputError(
-            f"{chosen.source} has {len(chosen.names)} class names for the {len(words)} classes of "
-            f"{where}, and none of them is '{missing}': {_TWO_COLUMNS}"
-        )
+    words, where, names = source.words, source.where, chosen.names
+    matched = _match_names(source, names)
     left = [word for word in words if word not in matched]
-    free = [label for label in range(len(words)) if label not in matched.values()]
+    if not left:
+        return ClassOrder(names, matched)
+    if len(words) != len(names):
+        raise InputError(
+            f"{chosen.source} has {len(names)} class names for the {len(words)} classes of "
+            f"{where}, and none of them is '{left[0]}': {_TWO_COLUMNS}"
+        )
     if len(left) == 1:
-        remark = f"'{left[0]}' was given the one name that is left, '{chosen.names[free[0]]}'"
-        return ClassOrder(chosen.names, {**matched, left[0]: free[0]}, (remark,))
-    elsewhere = [
-        (word, matched[word])
-        for place, word in enumerate(words)
-        if matched.get(word, place) != place
-    ]
-    if not matched:
-        alike = _similar_names(words, own, chosen.names)
-        moved = [(word, label) for place, word, label in alike if place != label]
-        elsewhere = moved if 2 * len(moved) > len(alike) else []
-    if elsewhere:
+        (free,) = {*range(len(words))}.difference(matched.values())
+        remark = f"'{left[0]}' was given the one name that is left, '{names[free]}'"
+        return ClassOrder(names, {**matched, left[0]: free}, (remark,))
+    found = matched or _similar_names(source, names)
+    elsewhere = [(one, found[one]) for n, one in enumerate(words) if found.get(one, n) != n]
+    if elsewhere and (matched or 2 * len(elsewhere) > len(found)):
         word, label = elsewhere[0]
         raise InputError(
             f"{chosen.source} is in another order than the classes of {where}: '{word}' is class "
-            f"{words.index(word)} there and '{chosen.names[label]}' is name {label}; "
-            f"{len(words) - len(matched)} of {len(words)} names are spelled otherwise: spell them "
+            f"{words.index(word)} there and '{names[label]}' is name {label}; "
+            f"{len(left)} of {len(words)} names are spelled otherwise: spell them "
             f"as the source does, then their order does not matter; or {_TWO_COLUMNS}"
         )
     same = f"{len(matched)} of {len(words)}" if matched else "none"
     remark = (
         f"names were joined to the classes of {where} by position ({same} could be compared): "
-        f"'{words[0]}' is '{chosen.names[0]}', '{words[-1]}' is '{chosen.names[-1]}'"
+        f"'{words[0]}' is '{names[0]}', '{words[-1]}' is '{names[-1]}'"
     )
-    return ClassOrder(chosen.names, {word: label for label, word in enumerate(words)}, (remark,))
+    return ClassOrder(names, {word: label for label, word in enumerate(words)}, (remark,))
 
 
-def _by_words_of_list(
-    words: Sequence[str], chosen: ClassNameList, where: str, numbered: bool
-) -> ClassOrder:
-    both = numbered and all(word.isdecimal() for word in chosen.words)
+def _by_words_of_list(source: _SourceClasses, chosen: ClassNameList) -> ClassOrder:
+    both = source.numbered and all(map(str.isdecimal, chosen.words))
     key = (lambda word: str(int(word))) if both else normalise_name
     place = {key(word): label for label, word in enumerate(chosen.words)}
-    labels = {}
-    for word in words:
+    for word in source.words:
         if key(word) not in place:
+            where = source.where
             raise InputError(f"{chosen.source} has no name for the class '{word}' of {where}")
-        labels[word] = place[key(word)]
-    return ClassOrder(chosen.names, labels)
+    return ClassOrder(chosen.names, {word: place[key(word)] for word in source.words})
 
 
-def _by_number(
-    words: Sequence[str],
-    listed: ClassNameList,
-    known: KnownSet | None,
-    where: str,
-    first: int | None,
-) -> ClassOrder:
-    numbers = {word: int(word) for word in words}
+def _by_number(source: _SourceClasses, listed: ClassNameList) -> ClassOrder:
+    numbers = {word: int(word) for word in source.words}
     low, high, count = min(numbers.values()), max(numbers.values()), len(listed.names)
-    subset = subset_classes(known)
-    if subset and high >= count and set(numbers.values()) <= set(subset):
+    subset, first = subset_classes(source.known), source.first
+    if subset and high >= count and {*numbers.values()} <= {*subset}:
         return ClassOrder(listed.names, {word: subset.index(n) for word, n in numbers.items()})
+    said = f"{source.where}: its classes are numbers from"
     if first is None:
         fits = [start for start in (0, 1) if low >= start and high < count + start]
         if low == 0 or high == count:  # else numbers of either way of counting would look like this
-            fits = [0] if low == 0 else [1]
-        if len(fits) > 1 or not fits:
+            fits = [int(low != 0)]
+        if len(fits) != 1:
             raise InputError(
-                f"{where}: its classes are numbers from {low} to {high}, for {count} names of "
-                f"{listed.source}: "
+                f"{said} {low} to {high}, for {count} names of {listed.source}: "
                 + ("say with --first 0 or --first 1 how they count" if fits else "they do not fit")
             )
         first = fits[0]
         if first == 1 and listed.names == imagenet_classnames():
             raise InputError(
-                f"{where}: its classes are numbers from 1; ImageNet's own numbers from 1 (ILSVRC's "
-                "ids) are in another order than its names: give a file of lines NUMBER<tab>NAME, "
-                "or --first 1 where they are in the order of WordNet ids"
+                f"{said} 1; ImageNet's own numbers from 1 (ILSVRC's ids) are in another order than "
+                "its names: give a file of lines NUMBER<tab>NAME, or --first 1 where they are in "
+                "the order of WordNet ids"
             )
     if low < first or high >= count + first:
         raise InputError(
-            f"{where}: its classes are numbers from {low} to {high}, but {listed.source} has "
-            f"{count} names, counted from {first}"
+            f"{said} {low} to {high}, but {listed.source} has {count} names, counted from {first}"
         )
-    return ClassOrder(
-        listed.names,
-        {word: number - first for word, number in numbers.items()},
-        (f"classes are numbers, counted from {first}",),
-    )
+    labels = {word: number - first for word, number in numbers.items()}
+    return ClassOrder(listed.names, labels, (f"classes are numbers, counted from {first}",))
 
 
-def _by_synset(
-    words: Sequence[str], chosen: ClassNameList | None, known: KnownSet | None, where: str
-) -> ClassOrder | None:
+def _by_synset(source: _SourceClasses, chosen: ClassNameList | None) -> ClassOrder | None:
     """Labels of WordNet ids; None where the words are others."""
-    if not all(map(_SYNSET.fullmatch, words)):
-        return None
-    places = {synset: index for index, synset in enumerate(imagenet_synsets())}
-    unknown = [word for word in words if word not in places]
-    if unknown:
-        if chosen is None:
-            raise InputError(
-                f"{where}: '{unknown[0]}' is not one of ImageNet's {len(places)} WordNet ids: give "
-                "--classnames FILE with lines WORDNET-ID NAME"
-            )
+    if not all(map(_SYNSET.fullmatch, source.words)):
         return None
     imagenet = dict(zip(imagenet_synsets(), imagenet_classnames(), strict=True))
-    ranked = sorted(words, key=places.__getitem__)
+    places = {synset: label for label, synset in enumerate(imagenet)}
+    unknown = next((word for word in source.words if word not in places), None)
+    if unknown and chosen is None:
+        raise InputError(
+            f"{source.where}: '{unknown}' is not one of ImageNet's {len(places)} WordNet ids: give "
+            "--classnames FILE with lines WORDNET-ID NAME"
+        )
+    if unknown:
+        return None
+    ranked = sorted(source.words, key=places.__getitem__)
     if chosen is None:
         names = tuple(imagenet[word] for word in ranked)
         return ClassOrder(names, {word: label for label, word in enumerate(ranked)})
     if chosen.names == tuple(imagenet.values()):
-        return ClassOrder(chosen.names, {word: places[word] for word in words})
-    subset = [imagenet_synsets()[index] for index in subset_classes(known)]
-    ranked = next(
-        (
-            all_ids
-            for all_ids in (ranked, subset, list(imagenet))
-            if len(all_ids) == len(chosen.names)
-        ),
-        [],
-    )
-    if not set(words) <= set(ranked):
+        return ClassOrder(chosen.names, {word: places[word] for word in source.words})
+    subset = [imagenet_synsets()[index] for index in subset_classes(source.known)]
+    of_its_size = (ids for ids in (ranked, subset, [*imagenet]) if len(ids) == len(chosen.names))
+    ids = next(of_its_size, [])
+    if not {*source.words} <= {*ids}:
         return None
-    joined = _by_text(ranked, imagenet, ClassNameList(chosen.names, chosen.source), where)
-    labels = {word: joined.labels[word] for word in words}
-    return ClassOrder(joined.names, labels, joined.joined)
+    joined = _by_text(replace(source, words=ids, own=imagenet), chosen)
+    return replace(joined, labels={word: joined.labels[word] for word in source.words})
 
 
-def _match_names(
-    words: Sequence[str], own: Mapping[str, str], names: Sequence[str]
-) -> dict[str, int]:
+def _match_names(source: _SourceClasses, names: Sequence[str]) -> dict[str, int]:
     """Words that are one of the names, whatever their case and punctuation, with its label."""
     keys = [normalise_name(name) for name in names]
     often = Counter(keys)
     place = {key: label for label, key in enumerate(keys) if often[key] == 1}
     found = {}
-    for word in words:
-        for key in (normalise_name(word), normalise_name(own[word])):
+    for word in source.words:
+        for key in (normalise_name(word), normalise_name(source.own[word])):
             if key in place:
                 found[word] = place[key]
                 break
@@ -344,17 +322,15 @@ def _match_names(
     return {word: label for word, label in found.items() if often_used[label] == 1}
 
 
-def _similar_names(
-    words: Sequence[str], own: Mapping[str, str], names: Sequence[str]
-) -> list[tuple[int, str, int]]:
-    """(place, word, label) of the words that share words with one name more than with any other."""
+def _similar_names(source: _SourceClasses, names: Sequence[str]) -> dict[str, int]:
+    """Words that share words with one name more than with any other, with its label."""
     parts = [_name_parts(name) for name in names]
-    found = []
-    for place, word in enumerate(words):
-        shared = [len(_name_parts(own[word]) & part) for part in parts]
+    found = {}
+    for word in source.words:
+        shared = [len(_name_parts(source.own[word]) & part) for part in parts]
         best = max(shared)
         if best and shared.count(best) == 1:
-            found.append((place, word, shared.index(best)))
+            found[word] = shared.index(best)
     return found
 
 
@@ -362,27 +338,11 @@ def _name_parts(name: str) -> set[str]:
     return {part.casefold() for part in _WORDS.findall(name)}
 
 
-def _list_of_known(known: KnownSet | None, required: bool) -> ClassNameList | None:
-    """A known set's own list of names, where it has one that is installed. Raises InputError: it is
-    required and not installed."""
-    for source in known.names if known else ():
-        if source == "dataset":
-            continue
-        try:
-            return read_class_names(source, known)
-        except InputError:
-            if required:
-                raise
-    return None
-
-
 def _display_name(word: str, words: Sequence[str]) -> str:
     """The word as a name: without underscores, nor an id in front that every word has."""
-    for pattern, group in ((_NUMBERED_WORD, 2), (_SYNSET_WORD, 1)):
+    for pattern in (_NUMBERED_WORD, _SYNSET_WORD):
         if all(map(pattern.fullmatch, words)):
-            match = pattern.fullmatch(word)
-            assert match is not None
-            word = match[group]
+            word = pattern.sub(r"\g<name>", word)
             break
     return " ".join(word.replace("_", " ").split())
 
@@ -391,15 +351,15 @@ def _numberings(count: int) -> tuple[list[int], list[int]]:
     return list(range(count)), list(range(1, count + 1))
 
 
-def _with_words(words: Sequence[str], names: Sequence[str], source: str) -> ClassNameList:
-    words, names = ([one.strip() for one in column] for column in (words, names))
-    twice = [word for word, count in Counter(words).items() if count > 1]
-    if twice:
-        raise InputError(f"{source} names '{twice[0]}' twice")
+def _with_words(pairs: Sequence[Sequence[str]], source: str) -> ClassNameList:
+    words, names = ([one.strip() for one in column] for column in zip(*pairs, strict=True))
+    for word, count in Counter(words).items():
+        if count > 1:
+            raise InputError(f"{source} names '{word}' twice")
     return ClassNameList(tuple(names), source, tuple(words))
 
 
-def _read_json_names(path: Path) -> ClassNameList:
+def _read_json_names(path: Path) -> tuple[str, ...]:
     expected = 'expected ["name", ...], {"0": "name", ...} or {"name": 0, ...}'
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -407,16 +367,13 @@ def _read_json_names(path: Path) -> ClassNameList:
         raise InputError(f"{path} cannot be read ({error.strerror}): {expected}") from None
     except (ValueError, RecursionError):
         raise InputError(f"{path} is not JSON: {expected}") from None
-    if isinstance(content, list) and content and all(isinstance(one, str) for one in content):
-        return ClassNameList(tuple(content), str(path))
-    if isinstance(content, dict) and content:
-        pairs = list(content.items())
+    if isinstance(content, dict):
+        pairs = [*content.items()]
         if all(isinstance(value, int) for _, value in pairs):
             pairs = [(str(number), name) for name, number in pairs]
-        if all(key.isdecimal() and isinstance(value, str) for key, value in pairs):
-            pairs.sort(key=lambda pair: int(pair[0]))
-            if [int(key) for key, _ in pairs] in _numberings(len(pairs)):
-                names = tuple(name for _, name in pairs)
-                # {"cat": 0}: the names are the words; {"0": "cat"}: the numbers may be.
-                return ClassNameList(names, str(path))
+        named = {int(key): name for key, name in pairs if key.isdecimal()}
+        fits = sorted(named) in _numberings(len(pairs))
+        content = [named[number] for number in sorted(named)] if fits else []
+    if content and isinstance(content, list) and all(isinstance(one, str) for one in content):
+        return tuple(content)
     raise InputError(f"{path} has another form: {expected}")

@@ -14,9 +14,10 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -127,17 +128,14 @@ def open_set(
     index_cache: Path | None = None,
     crop_px: int = 0,
 ) -> EvalSet:
-    """Index the set in `folder`.
+    """Index the set in `folder`. Raises InputError: it is damaged, of another kind, or a source
+    lacks it.
 
     Args:
         templates: prompts of a set with classes: a source's name, or the list itself.
         classnames: likewise, in the order of the labels.
         index_cache: folder that keeps the index, so that the tars are read once; an index is used
             as long as their sizes and times of change are the same.
-
-    Raises InputError: a file is missing or unreadable, a sample lacks its image or its label, a
-    label has no class name, no image of a multilabel set has a class, a source lacks the set, or
-    the set is of another kind.
     """
     found = kind_of(folder)
     if found != kind:
@@ -162,7 +160,10 @@ def open_set(
                 "no precision to measure: each .npy needs a 1 for every class that its image shows"
             )
         prompts = find_templates(name, templates, known, folder)
-        source = _source_of(templates, classnames)
+        source, listed = (
+            one if isinstance(one, str) else "user" for one in (templates, classnames)
+        )
+        source += "" if listed == "dataset" else f", class names {listed}"
     samples = tuple(_read_sample(entry, tars, kind) for entry in entries)
     questions = read_questions(folder, [e.key for e in entries]) if kind == "choice" else ()
     asked = [[one.model_dump(mode="json") for one in questions]] if questions else []
@@ -217,12 +218,12 @@ def open_train_part(
 def kind_of(folder: Path) -> Kind:
     """The kind of the set in `folder`. Raises InputError: its dataset_type.txt has another word."""
     path = folder / DATASET_TYPE
-    found = "classification"
-    if path.is_file():
-        found = path.read_text(errors="replace").strip().lower()
-    for kind in _ANSWERS:
+    if not path.is_file():
+        return "classification"
+    found = path.read_text(errors="replace").strip().lower()
+    for kind in get_args(Kind):
         if found == kind:
-            return kind  # type: ignore[return-value]
+            return kind  # type: ignore[no-any-return]
     raise InputError(f"{path} must hold one of {', '.join(_ANSWERS)}, got '{found[:40]}'")
 
 
@@ -240,29 +241,21 @@ class _Indexed(NamedTuple):
 
 def _open_index(tars: Sequence[Path], kind: Kind, cache: Path | None) -> list[_Indexed]:
     """The samples of all tars, by their keys: the kept index where it is still right."""
-    stamps = [[str(tar.resolve()), tar.stat().st_size, tar.stat().st_mtime_ns] for tar in tars]
-    mark = {"version": _INDEX_VERSION, "kind": kind, "tars": stamps}
     if cache is None:
         return _read_tars(tars, kind)
-    name = hashlib.sha256(json.dumps([kind, str(tars[0].resolve())] if tars else kind).encode())
+    stamps = [[str(tar.resolve()), tar.stat().st_size, tar.stat().st_mtime_ns] for tar in tars]
+    mark = {"version": _INDEX_VERSION, "kind": kind, "tars": stamps}
+    name = hashlib.sha256(json.dumps([kind, stamps[0][0]] if tars else kind).encode())
     path = cache / f"{name.hexdigest()[:16]}.json"
-    kept = _read_kept(path, mark)
-    if kept is not None:
-        return kept
+    # Not there, or damaged: read the tars.
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(path.read_text())
+        if {key: found[key] for key in mark} == mark:
+            return [_Indexed(*sample) for sample in found["samples"]]
     entries = _read_tars(tars, kind)
     cache.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps({**mark, "samples": entries}, ensure_ascii=False))
     return entries
-
-
-def _read_kept(path: Path, mark: dict[str, Any]) -> list[_Indexed] | None:
-    try:
-        found = json.loads(path.read_text())
-        if {key: found[key] for key in mark} != mark:
-            return None
-        return [_Indexed(*sample) for sample in found["samples"]]
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: read the tars
-        return None
 
 
 def _read_tars(tars: Sequence[Path], kind: Kind) -> list[_Indexed]:
@@ -396,13 +389,6 @@ def _read_sample(entry: _Indexed, tars: Sequence[Path], kind: Kind) -> EvalSampl
 
 def _digest_entries(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _source_of(
-    templates: PromptSource | Sequence[str], classnames: NameSource | Sequence[str]
-) -> str:
-    prompts, names = (one if isinstance(one, str) else "user" for one in (templates, classnames))
-    return prompts if names == "dataset" else f"{prompts}, class names {names}"
 
 
 def _list_unexpected(evalset: EvalSet) -> list[str]:

@@ -33,7 +33,7 @@ from tasks.evaluate.sets.convert.shard_writer import (
     encode_png,
     write_set,
 )
-from tasks.evaluate.sets.convert.source_images import class_folders, image_sources
+from tasks.evaluate.sets.convert.source_images import image_source, walk_files
 from tasks.evaluate.sets.convert.torchvision_sets import class_names, dataset_sources
 from tasks.evaluate.sets.published_layout import open_set
 from tasks.evaluate.sets.set_registry import find_set
@@ -178,10 +178,9 @@ def test_a_killed_conversion_goes_on(tmp_path: Path, birds: Path) -> None:
         """
         import os, signal, sys
         from pathlib import Path
-        from tasks.evaluate.sets.convert.source_images import class_folders, image_sources
+        from tasks.evaluate.sets.convert.source_images import image_source, walk_files
         from tasks.evaluate.sets.convert.shard_writer import write_set
-        folders = class_folders(Path(sys.argv[1]))
-        sources = image_sources({folder: label for label, folder in enumerate(folders)})
+        sources = [image_source(path, 0) for path in walk_files(Path(sys.argv[1]))]
         def report(done, total, detail=""):
             if done == 7:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -194,7 +193,7 @@ def test_a_killed_conversion_goes_on(tmp_path: Path, birds: Path) -> None:
     assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
     kept = {path.name for path in (tmp_path / ".set.part" / "test").glob("[0-9].tar")}
     assert kept == {"0.tar", "1.tar", "2.tar"}
-    sources = image_sources({one: label for label, one in enumerate(class_folders(birds))})
+    sources = [image_source(path, 0) for path in walk_files(birds)]
     made = write_set(
         *(tmp_path / "set", sources), kind="classification", plan="x", images_per_tar=2
     )

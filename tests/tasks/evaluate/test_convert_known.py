@@ -109,7 +109,7 @@ def test_every_box_of_vocs_test_images_is_one_image(voc: Path, tmp_path: Path) -
 
 
 def test_vocs_test_images_are_whole_with_all_their_classes_too(voc: Path, tmp_path: Path) -> None:
-    made = convert_voc(voc, tmp_path / "set", OWN, "multilabel")
+    made = convert_voc(voc, tmp_path / "set", OWN, whole=True)
     found = open_set("voc", made.folder, "multilabel", ("{c}",))
     assert [sample.labels for sample in found.samples] == [(0, 1), (0,)]
     original = (voc / "JPEGImages" / "000002.jpg").read_bytes()

@@ -172,21 +172,19 @@ def test_what_a_table_lacks_is_named(
 
 def test_columns_and_a_split_are_chosen_by_name(images: Path, tmp_path: Path) -> None:
     listing = write(tmp_path / "x.csv", "where,what,split\na/0.jpg,dog,train\na/1.jpg,cat,test\n")
-    found = read_label_table(
-        listing, images, path_column="where", label_column="what", split="test"
-    )
-    assert found.words == ("cat",)
+    found = read_label_table(listing, images, ("where", "what"), split="test")
+    assert found.words == ["cat"]
     with pytest.raises(InputError, match="has no column 'who'; it has where, what, split"):
-        read_label_table(listing, images, path_column="who", split="test")
+        read_label_table(listing, images, ("who", ""), split="test")
 
 
 def test_names_are_taken_before_numbers_and_whole_floats_are_numbers(
     images: Path, tmp_path: Path
 ) -> None:
     both = write(tmp_path / "x.csv", "path,label,label_name\na/0.jpg,7,dog\na/1.jpg,2,cat\n")
-    assert read_label_table(both, images).words == ("cat", "dog")
+    assert read_label_table(both, images).words == ["cat", "dog"]
     floats = write(tmp_path / "y.csv", "path,label\na/0.jpg,1.0\na/1.jpg,0.0\n")
-    assert read_label_table(floats, images).words == ("0", "1")
+    assert read_label_table(floats, images).words == ["0", "1"]
     missing = write(tmp_path / "z.csv", "path,label\na/0.jpg,1\na/1.jpg,-1\n")
     with pytest.raises(InputError, match="'-1' is not the number of a class"):
         convert_table(missing, images, tmp_path / "set", OWN)

@@ -5,7 +5,7 @@ All captions of an image are kept: COCO's 5,000 test images have 25,010.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from evaclip_model.errors import InputError
 from tasks.evaluate.sets.convert.label_table import (
     PATH_COLUMNS,
     choose_split,
-    plain_column,
+    match_column,
     read_rows,
 )
 from tasks.evaluate.sets.convert.shard_writer import Source
@@ -32,14 +32,7 @@ _FORMS = (
 )
 _TOKEN_LINE = re.compile(r"(.+?)#\d+\t(.*)")
 _CAPTION_COLUMNS = (
-    "caption",
-    "captions",
-    "comment",
-    "text",
-    "sentence",
-    "sentences",
-    "raw",
-    "title",
+    *("caption", "captions", "comment", "text", "sentence", "sentences", "raw", "title"),
     "description",
 )
 
@@ -55,10 +48,14 @@ def captioned_sources(listing: Path, images: Path, split: str = "test") -> list[
         return _read_folder(listing, images)
     if not listing.is_file():
         raise InputError(f"{listing} is missing: {_FORMS}")
-    if listing.suffix.lower() == ".json":
-        captions = _read_json(listing, split)
-    else:
-        captions = _read_text(listing, split)
+    try:
+        captions = _read_listing(listing, split)
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{listing} cannot be read ({error.strerror}): {_FORMS}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{listing} is not of a known form: {_FORMS}") from None
     if not captions:
         raise InputError(f"{listing} has no image, or is not of a known form: {_FORMS}")
     sources = []
@@ -68,45 +65,6 @@ def captioned_sources(listing: Path, images: Path, split: str = "test") -> list[
             raise InputError(f"{listing}: {name} has no caption")
         sources.append(image_source(path_inside(images, name, str(listing)), kept))
     return sources
-
-
-def _read_json(listing: Path, split: str) -> Captions:
-    try:
-        content = json.loads(listing.read_text(encoding="utf-8-sig"))
-        if isinstance(content, list):
-            image, caption = _find_columns(tuple(content[0]), listing) if content else ("", "")
-            return _group_captions(
-                (entry[image], _caption_texts(entry[caption])) for entry in content
-            )
-        if "annotations" in content:
-            return _read_official(content)
-        chosen = [entry for entry in content["images"] if entry["split"] == split]
-        if content["images"] and not chosen:
-            there = ", ".join(sorted({str(entry["split"]) for entry in content["images"]}))
-            raise InputError(f"{listing} has no image in the split '{split}'; there are: {there}")
-        return _group_captions(
-            (
-                str(Path(entry.get("filepath", "")) / entry["filename"]),
-                [sentence["raw"] for sentence in entry["sentences"]],
-            )
-            for entry in chosen
-        )
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"{listing} cannot be read ({error.strerror}): {_FORMS}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(f"{listing} is not of a known form: {_FORMS}") from None
-
-
-def _read_official(content: Mapping[str, Any]) -> Captions:
-    """COCO's own form: images and captions in two lists, joined by the image's id."""
-    names = {entry["id"]: entry["file_name"] for entry in content["images"]}
-    found: Captions = {}
-    for entry in sorted(content["annotations"], key=lambda entry: entry["id"]):
-        found.setdefault(names[entry["image_id"]], []).append(entry["caption"])
-    # In the order of images, and without those that have no caption.
-    return _group_captions((name, found[name]) for name in names.values() if name in found)
 
 
 def _read_folder(texts: Path, images: Path) -> list[Source]:
@@ -123,45 +81,61 @@ def _read_folder(texts: Path, images: Path) -> list[Source]:
     return sources
 
 
-def _read_text(listing: Path, split: str) -> Captions:
-    try:
+def _read_listing(listing: Path, split: str) -> Captions:
+    if listing.suffix.lower() == ".json":
+        content = json.loads(listing.read_text(encoding="utf-8-sig"))
+        if isinstance(content, dict):
+            return _read_coco(content, listing, split)
+    elif listing.suffix.lower() != ".parquet":
         lines = listing.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        lines = []
-    if lines and _TOKEN_LINE.fullmatch(lines[0].rstrip("\r")):
-        matches = [_TOKEN_LINE.fullmatch(line.rstrip("\r")) for line in lines if line.strip()]
-        broken = next((number for number, match in enumerate(matches, 1) if not match), None)
-        if broken:
-            raise InputError(f"{listing} row {broken} is not FILE#NUMBER<tab>CAPTION")
-        return _group_captions((match[1], [match[2]]) for match in matches if match)
+        if _TOKEN_LINE.fullmatch(lines[0]):
+            matches = [_TOKEN_LINE.fullmatch(line) for line in lines if line.strip()]
+            if None in matches:
+                number = matches.index(None) + 1
+                raise InputError(f"{listing} row {number} is not FILE#NUMBER<tab>CAPTION")
+            return _group_captions((match[1], [match[2]]) for match in matches if match)
     columns, rows = read_rows(listing)
+    if not rows:
+        return {}
     if "split" in columns:
         rows = choose_split(rows, split, listing)
-    image, caption = _find_columns(columns, listing)
-    return _group_captions(
-        (re.sub(r"#\d+$", "", str(row[image])), _caption_texts(row[caption])) for _, row in rows
-    )
-
-
-def _find_columns(columns: Sequence[str], listing: Path) -> tuple[str, str]:
-    plain = {plain_column(column): column for column in reversed(columns)}
-    image = next((plain[name] for name in PATH_COLUMNS if name in plain), None)
-    caption = next((plain[name] for name in _CAPTION_COLUMNS if name in plain), None)
-    if image is None or caption is None:
+    image, caption = (match_column(columns, one) for one in (PATH_COLUMNS, _CAPTION_COLUMNS))
+    if not image or not caption:
         raise InputError(
             f"{listing} has the columns {', '.join(columns)}: expected one of images (image, path, "
             "filename ...) and one of captions (caption, comment, text ...)"
         )
-    return image, caption
+    return _group_captions(
+        (
+            re.sub(r"#\d+$", "", str(row[image])),
+            row[caption] if isinstance(row[caption], list) else [str(row[caption] or "")],
+        )
+        for _, row in rows
+    )
 
 
-def _caption_texts(value: Any) -> Sequence[str]:
-    if isinstance(value, list | tuple):
-        return [str(one) for one in value]
-    return [] if value is None else [str(value)]
+def _read_coco(content: Any, listing: Path, split: str) -> Captions:
+    """Karpathy's form; or COCO's own: images and captions in two lists, joined by an image's id."""
+    if "annotations" in content:
+        names = {entry["id"]: entry["file_name"] for entry in content["images"]}
+        found: dict[int, list[str]] = {number: [] for number in names}
+        for entry in sorted(content["annotations"], key=lambda entry: entry["id"]):
+            found[entry["image_id"]].append(entry["caption"])
+        return _group_captions((names[one], texts) for one, texts in found.items() if texts)
+    chosen = [entry for entry in content["images"] if entry["split"] == split]
+    if content["images"] and not chosen:
+        there = ", ".join(sorted({str(entry["split"]) for entry in content["images"]}))
+        raise InputError(f"{listing} has no image in the split '{split}'; there are: {there}")
+    return _group_captions(
+        (
+            str(Path(entry.get("filepath", "")) / entry["filename"]),
+            [sentence["raw"] for sentence in entry["sentences"]],
+        )
+        for entry in chosen
+    )
 
 
-def _group_captions(pairs: Iterator[tuple[str, Sequence[str]]]) -> Captions:
+def _group_captions(pairs: Iterable[tuple[str, Sequence[str]]]) -> Captions:
     found: Captions = {}
     for name, texts in pairs:
         if not all(isinstance(one, str) for one in (name, *texts)):

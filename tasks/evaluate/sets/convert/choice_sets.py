@@ -14,7 +14,7 @@ from typing import Any
 
 from evaclip_model.errors import InputError
 from tasks.evaluate.sets.choice_questions import Question
-from tasks.evaluate.sets.convert.label_table import PATH_COLUMNS, plain_column, read_rows
+from tasks.evaluate.sets.convert.label_table import PATH_COLUMNS, match_column, read_rows
 from tasks.evaluate.sets.convert.shard_writer import Source
 from tasks.evaluate.sets.convert.source_images import FileFinder, image_source
 
@@ -50,18 +50,19 @@ def choice_sources(listing: Path, images: Path) -> tuple[list[Source], list[Ques
 
 
 def _iterate_rows(listing: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    content = None
     if listing.suffix.lower() == ".json" and listing.is_file():
         try:
             content = json.loads(listing.read_text(encoding="utf-8-sig"))
         except (ValueError, RecursionError):
             raise InputError(f"{listing} is not JSON: {_FORMS}") from None
-        if isinstance(content, dict):
-            for key, row in content.items():
-                if not isinstance(row, dict):
-                    raise InputError(f"{listing} entry '{key[:40]}' is of another form: {_FORMS}")
-                yield f"{listing} entry '{key[:40]}'", row
-            return
-    yield from read_rows(listing)[1]
+    if not isinstance(content, dict):
+        yield from read_rows(listing)[1]
+        return
+    for key, row in content.items():
+        if not isinstance(row, dict):
+            raise InputError(f"{listing} entry '{key[:40]}' is of another form: {_FORMS}")
+        yield f"{listing} entry '{key[:40]}'", row
 
 
 def _read_question(
@@ -79,13 +80,12 @@ def _read_question(
         if not set(right) <= set(named):
             raise InputError(f"{where} has associations that are not candidates: {_FORMS}")
         return named, [text], [(place, 0) for place, one in enumerate(named) if one in right]
-    plain = {plain_column(column): value for column, value in row.items()}
-    image = next((plain[name] for name in PATH_COLUMNS if plain.get(name)), None)
-    wrong = [text for name, value in plain.items() if "negative" in name for text in _texts(value)]
-    if image is None or not plain.get("caption") or not wrong:
+    image = match_column([name for name, value in row.items() if value], PATH_COLUMNS)
+    right = _texts(row.get(match_column(row, ("caption",))))
+    wrong = [text for name in row if "negative" in name.casefold() for text in _texts(row[name])]
+    if not (image and right and wrong):
         raise InputError(f"{where} is not a question: {_FORMS}")
-    right = _texts(plain["caption"])
-    return [str(image)], [*right, *wrong], [(0, place) for place in range(len(right))]
+    return [str(row[image])], [*right, *wrong], [(0, place) for place in range(len(right))]
 
 
 def _texts(value: Any) -> list[str]:

@@ -1,14 +1,16 @@
 """Converters of images, videos, tables or a data set object into an evaluation set."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import get_args
 
 from evaclip_model.errors import InputError
 from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames
 from evaclip_model.zeroshot.set_layout import is_system_file, read_lines
+from tasks.evaluate.sets.choice_questions import Question
 from tasks.evaluate.sets.class_order import (
     ClassOrder,
     Order,
@@ -17,14 +19,13 @@ from tasks.evaluate.sets.class_order import (
 )
 from tasks.evaluate.sets.convert.caption_sets import captioned_sources
 from tasks.evaluate.sets.convert.choice_sets import choice_sources
-from tasks.evaluate.sets.convert.label_table import read_label_table
+from tasks.evaluate.sets.convert.label_table import LabelTable, label_file, read_label_table
 from tasks.evaluate.sets.convert.shard_writer import Conversion, Source, write_set
 from tasks.evaluate.sets.convert.source_images import (
     class_folders,
-    image_source,
-    image_sources,
     objectnet_classes,
     stamp_of,
+    walk_files,
 )
 from tasks.evaluate.sets.convert.torchvision_sets import (
     dataset_sources,
@@ -34,14 +35,12 @@ from tasks.evaluate.sets.convert.torchvision_sets import (
     torchvision_words,
 )
 from tasks.evaluate.sets.convert.videos import find_videos
-from tasks.evaluate.sets.convert.voc import voc_classes, voc_sources
+from tasks.evaluate.sets.convert.voc import read_voc
 from tasks.evaluate.sets.prompts import find_templates
 from tasks.evaluate.sets.set_registry import Kind, KnownSet, PromptSource, find_set
 from tasks.progress import Report, report_nothing
 
 OBJECTNET, OBJECTNET_1000 = "objectnet", "objectnet-1000"
-VOC = {"classification": "voc2007", "multilabel": "voc2007-multilabel"}
-"""Kind -> key of the set that VOC's test images become."""
 NO_TEMPLATES = "none"
 """Leaves the file of templates out: the recipe must name some then."""
 
@@ -61,17 +60,14 @@ class Words:
     first: int | None = None
     """Number of the first class, where classes are numbers; told from them where unset."""
 
-    def order_classes(
-        self, words: Sequence[str], where: str, display_names: Mapping[str, str] | None = None
-    ) -> ClassOrder:
-        """Labels and names of the classes that the source calls `words`."""
-        chosen = read_class_names(self.classnames, self.known) if self.classnames else None
+    def order_classes(self, table: LabelTable, where: str) -> ClassOrder:
+        """Labels and names of the classes of a table."""
         return order_classes(
-            words,
-            chosen,
+            table.words,
+            read_class_names(self.classnames, self.known) if self.classnames else None,
             self.known,
             where=where,
-            display_names=display_names,
+            display_names=table.display_names,
             order=self.order,
             first=self.first,
         )
@@ -83,15 +79,15 @@ class Words:
             chosen = next((one for one in self.known.prompts if one != "dataset"), "")
         if chosen == NO_TEMPLATES:
             return ()
-        key = self.known.key if self.known else "new"
-        for source in get_args(PromptSource):
-            if chosen == source != "dataset":
-                return find_templates(key, source, self.known, Path())
         if not chosen:
             raise InputError(
                 "which prompt templates has this set? give --templates FILE, with {c} for the "
                 "class name in each line, or --templates none"
             )
+        for source in get_args(PromptSource):
+            if chosen == source != "dataset":
+                key = self.known.key if self.known else "new"
+                return find_templates(key, source, self.known, Path())
         return read_lines(Path(chosen), "one prompt template with {c} a line")
 
 
@@ -101,26 +97,28 @@ def convert_imagefolder(
     """A folder of one folder of images a class; of ObjectNet, those that ImageNet has too, with
     their own names or with the labels of ImageNet's thousand that each of them stands for."""
     key = words.known.key if words.known else ""
-    if key == OBJECTNET_1000:
+    several, is_objectnet = key == OBJECTNET_1000, key in (OBJECTNET, OBJECTNET_1000)
+    words_of: dict[Path, tuple[str, ...]] = (
+        objectnet_classes(root, imagenet=several)
+        if is_objectnet
+        else {one: (one.name,) for one in class_folders(root)}
+    )
+    images = [label_file(path, said) for one, said in words_of.items() for path in walk_files(one)]
+    if not images:
+        raise InputError(f"{root} has no file in its folders")
+    table, classes = LabelTable(images, [said[0] for said in words_of.values()], several), None
+    if several:
         names = imagenet_classnames()
         classes = ClassOrder(names, {str(label): label for label in range(len(names))})
-        sources, origin = image_sources(objectnet_classes(root, imagenet=True)), (key, root)
-        return _write_set(folder, sources, origin, classes, words, report, "multilabel")
-    beside, own, display = 0, words, {}
-    if key == OBJECTNET:
-        shared = objectnet_classes(root)
-        folders, own = [*shared], replace(words, known=None)
-        display = {one.name: name for one, name in shared.items()}
-    else:
-        folders = class_folders(root)
-        loose = (path for path in root.iterdir() if path.is_file())
-        beside = sum(not is_system_file(path.name) for path in loose)
-    classes = own.order_classes([one.name for one in folders], str(root), display)
-    sources = image_sources({one: classes.labels[one.name] for one in folders})
-    if beside:
-        remark = f"{beside} files beside the class folders of {root} were left out"
-        classes = replace(classes, joined=(*classes.joined, remark))
-    return _write_set(folder, sources, ("imagefolder", root), classes, words, report)
+    elif is_objectnet:  # its names are its own, not those of a known list
+        classes = replace(words, known=None).order_classes(table, str(root))
+    origin = (key if several else "imagefolder", root)
+    made = _write_table(folder, table, origin, words, report, classes, by_class=True)
+    loose = [one for one in root.iterdir() if one.is_file() and not is_system_file(one.name)]
+    if is_objectnet or not loose:
+        return made
+    remark = f"{len(loose)} files beside the class folders of {root} were left out"
+    return replace(made, about_names=(*made.about_names, remark))
 
 
 def convert_table(
@@ -128,33 +126,14 @@ def convert_table(
     images: Path,
     folder: Path,
     words: Words,
-    *,
-    path_column: str = "",
-    label_column: str = "",
+    columns: tuple[str, str] = ("", ""),
     several: bool = False,
     split: str = "",
     report: Report = report_nothing,
 ) -> Conversion:
-    """Images that a table names with their labels; one label each, or several."""
-    table = read_label_table(
-        listing,
-        images,
-        path_column=path_column,
-        label_column=label_column,
-        several=several,
-        split=split,
-    )
-    classes = words.order_classes(table.words, str(listing))
-    labels = classes.labels
-
-    def answer(chosen: Sequence[str]) -> int | list[int]:
-        return sorted(labels[word] for word in chosen) if table.several else labels[chosen[0]]
-
-    sources = [image_source(one.path, answer(one.words)) for one in table.images]
-    kind: Kind = "multilabel" if table.several else "classification"
-    return _write_set(
-        folder, sources, ("table", listing, images), classes, words, report, kind, listing
-    )
+    """Images that a table names with their labels (`read_label_table`)."""
+    table = read_label_table(listing, images, columns, several, split)
+    return _write_table(folder, table, ("table", listing, images), words, report, listing=listing)
 
 
 def convert_torchvision(
@@ -175,12 +154,12 @@ def convert_torchvision(
     if words.classnames:
         own = torchvision_words(dataset, names)
         where = f"torchvision's {entry.dataset}"
-        classes = replace(words, known=known).order_classes(own, where)
+        classes = replace(words, known=known).order_classes(LabelTable([], own), where)
         # The list's labels, in the order of torchvision's own.
         relabel = tuple(classes.labels[own[label]] for label in relabel or range(len(own)))
     sources = dataset_sources(dataset, relabel, stamp=_stamp_of_files(root))
     origin = (known.key, root, split) if split else (known.key, root)
-    return _write_set(folder, sources, origin, classes, words, report)
+    return _write_set(folder, sources, origin, report, classes=classes, words=words)
 
 
 def convert_videos(
@@ -191,87 +170,106 @@ def convert_videos(
     report: Report = report_nothing,
 ) -> Conversion:
     """The centre frames of the videos below `root`, by their folders or a list."""
-    found = find_videos(root, listing)
-    classes = words.order_classes(found.words, str(root), found.display_names)
-    sources = found.list_sources(classes.labels)
+    table = find_videos(root, listing)
     origin = ("videos", root, listing or "")
-    return _write_set(folder, sources, origin, classes, words, report, listing=listing)
+    return _write_table(folder, table, origin, words, report, listing=listing)
 
 
 def convert_voc(
-    root: Path,
-    folder: Path,
-    words: Words,
-    kind: Literal["classification", "multilabel"] = "classification",
-    report: Report = report_nothing,
+    root: Path, folder: Path, words: Words, whole: bool = False, report: Report = report_nothing
 ) -> Conversion:
-    own = voc_classes(root)
-    classes = words.order_classes(own, str(root))
-    places = [classes.labels[word] for word in own]
-    sources = voc_sources(root, places, whole=kind == "multilabel")
-    words = replace(words, known=find_set(VOC[kind]))
-    return _write_set(folder, sources, (f"voc {kind}", root), classes, words, report, kind)
+    table = read_voc(root, whole)
+    classes = words.order_classes(table, str(root))
+    words = replace(words, known=find_set("voc2007-multilabel" if whole else "voc2007"))
+    origin = ("voc multilabel" if whole else "voc classification", root)
+    return _write_table(folder, table, origin, words, report, classes)
 
 
 def convert_captions(
     listing: Path, images: Path, folder: Path, split: str = "test", report: Report = report_nothing
 ) -> Conversion:
     sources = captioned_sources(listing, images, split)
-    origin = ["captions", str(listing.absolute()), str(images.absolute()), split]
-    plan = {"origin": origin, "listing": _digest_of(listing), "sources": _digest_sources(sources)}
-    return write_set(folder, sources, kind="retrieval", plan=plan, report=report)
+    origin = ("captions", listing, images, split)
+    return _write_set(folder, sources, origin, report, kind="retrieval", listing=listing)
 
 
 def convert_choice(
     listing: Path, images: Path, folder: Path, report: Report = report_nothing
 ) -> Conversion:
     sources, questions = choice_sources(listing, images)
-    origin = ["choice", str(listing.absolute()), str(images.absolute())]
-    plan = {"origin": origin, "sources": _digest_sources(sources)}
-    return write_set(folder, sources, kind="choice", plan=plan, questions=questions, report=report)
+    origin = ("choice", listing, images)
+    return _write_set(folder, sources, origin, report, kind="choice", questions=questions)
+
+
+def _write_table(
+    folder: Path,
+    table: LabelTable,
+    origin: tuple[str | Path, ...],
+    words: Words,
+    report: Report,
+    classes: ClassOrder | None = None,
+    *,
+    listing: Path | None = None,
+    by_class: bool = False,
+) -> Conversion:
+    """The set of a table from `origin`, (form, path, ...), in its order or class by class."""
+    classes = classes or words.order_classes(table, str(origin[1]))
+    answered = [(sorted(classes.labels[word] for word in one.words), one) for one in table.images]
+    if by_class:
+        answered.sort(key=lambda pair: pair[0])
+    sources = [
+        # What fails has no label.
+        Source(
+            one.name,
+            partial(one.read, labels if table.several else next(iter(labels), -1)),
+            one.stamp,
+        )
+        for labels, one in answered
+    ]
+    kind: Kind = "multilabel" if table.several else "classification"
+    return _write_set(
+        *(folder, sources, origin, report), kind=kind, classes=classes, words=words, listing=listing
+    )
 
 
 def _write_set(
     folder: Path,
     sources: Sequence[Source],
     origin: Sequence[str | Path],
-    classes: ClassOrder,
-    words: Words,
     report: Report,
+    *,
     kind: Kind = "classification",
+    classes: ClassOrder | None = None,
+    words: Words | None = None,
     listing: Path | None = None,
+    questions: Sequence[Question] = (),
 ) -> Conversion:
     places = [str(one.absolute() if isinstance(one, Path) else one) for one in origin]
-    plan: dict[str, Any] = {"origin": places, "sources": _digest_sources(sources)}
-    plan["labels"] = hashlib.sha256(repr(sorted(classes.labels.items())).encode()).hexdigest()[:16]
-    if listing is not None:
-        plan["listing"] = _digest_of(listing)
+    stamps = [f"{source.name}\t{source.stamp}" for source in sources]
+    plan = {"origin": places, "sources": _digest_lines(stamps)}
+    if classes is not None:
+        plan["labels"] = _digest_lines([repr(sorted(classes.labels.items()))])
+    if listing is not None and listing.is_dir():
+        plan["listing"] = _stamp_of_files(listing)
+    elif listing is not None:
+        plan["listing"] = hashlib.sha256(listing.read_bytes()).hexdigest()
     made = write_set(
-        folder,
-        sources,
+        *(folder, sources),
         kind=kind,
         plan=plan,
-        classnames=classes.names,
-        templates=words.set_templates(),
+        classnames=classes.names if classes else (),
+        templates=words.set_templates() if words else (),
+        questions=questions,
         report=report,
     )
-    return replace(made, about_names=classes.remarks)
+    return replace(made, about_names=classes.remarks if classes else ())
 
 
-def _digest_of(listing: Path) -> str:
-    if listing.is_dir():
-        return _stamp_of_files(listing)
-    return hashlib.sha256(listing.read_bytes()).hexdigest()
-
-
-def _digest_sources(sources: Sequence[Source]) -> str:
-    """16 hex digits over the list of sources as they are now."""
-    lines = (f"{source.name}\t{source.stamp}" for source in sources)
+def _digest_lines(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def _stamp_of_files(root: Path) -> str:
     """16 hex digits over all files below `root`, by size and time of change."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
-    lines = (f"{path}\t{stamp_of(path)}" for path in files)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return _digest_lines(f"{path}\t{stamp_of(path)}" for path in files)

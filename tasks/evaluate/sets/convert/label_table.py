@@ -11,13 +11,15 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from evaclip_model.errors import InputError, shorten_error
-from tasks.evaluate.sets.convert.source_images import FileFinder
+from tasks.evaluate.sets.convert.shard_writer import Answer, Found
+from tasks.evaluate.sets.convert.source_images import FileFinder, read_image, stamp_of
 
 PATH_COLUMNS = (
     "path", "image_path", "img_path", "file_path", "filepath", "image", "img", "file", "file_name",
@@ -43,26 +45,35 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class LabelledImage:
-    path: Path
+    """A `Source` to be, with the words of its classes instead of their labels."""
+
+    name: str
+    read: Callable[[Answer], Found]
+    stamp: str
     words: tuple[str, ...]
-    """The table's words for its class, or its classes."""
 
 
 @dataclass(frozen=True)
 class LabelTable:
-    images: tuple[LabelledImage, ...]
-    words: tuple[str, ...]
-    """Every class that occurs, or has a column, in the order of text, numbers by number."""
-    several: bool
+    """What every form of images with classes is read into."""
+
+    images: list[LabelledImage]
+    words: Sequence[str]
+    """Every class that occurs, or has a column or a folder, in the source's order."""
+    several: bool = False
     """True: an image may have several classes, or none."""
+    display_names: Mapping[str, str] = field(default_factory=dict)
+    """Names of those classes that have words which are not names."""
+
+
+def label_file(path: Path, words: Iterable[str]) -> LabelledImage:
+    return LabelledImage(str(path), partial(read_image, path), stamp_of(path), tuple(words))
 
 
 def read_label_table(
     listing: Path,
     images: Path,
-    *,
-    path_column: str = "",
-    label_column: str = "",
+    columns: tuple[str, str] = ("", ""),
     several: bool = False,
     split: str = "",
 ) -> LabelTable:
@@ -70,25 +81,27 @@ def read_label_table(
 
     Args:
         images: folder that its paths lie in.
-        path_column, label_column: where these have names of their own.
+        columns: of paths and of labels, where these have names of their own.
         several: True where an image may have several classes; a list in a cell says so itself.
         split: rows that are taken of a table with a column "split"; needed where it has several.
 
     Raises InputError: the file is missing or of another form, a column cannot be told, a row has no
     path or no label, an image has two labels where one is expected.
     """
-    columns, every_row = read_rows(listing, images)
+    names, every_row = read_rows(listing, images)
     rows = choose_split(every_row, split, listing)
-    first = _find_column(columns, path_column, PATH_COLUMNS, listing, "paths of images")
-    try:
-        second = _find_column(columns, label_column, LABEL_COLUMNS, listing, "labels")
-    except InputError:
-        if not several or label_column:
-            raise
-        second = ""
-    indicators = [one for one in columns if one not in (first, _SPLIT)] if not second else []
+    there = ", ".join(names)
+    for asked in filter(None, columns):
+        if asked not in names:
+            raise InputError(f"{listing} has no column '{asked}'; it has {there}")
+    first = columns[0] or match_column(names, PATH_COLUMNS)
+    second = columns[1] or match_column(names, LABEL_COLUMNS)
+    if not first or not (second or several):
+        which = "labels? give --label" if first else "paths of images? give --path"
+        raise InputError(f"{listing}: which column has the {which}-column; it has {there}")
+    indicators = [] if second else [one for one in names if one not in (first, _SPLIT)]
     finder = FileFinder(images)
-    found: dict[Path, dict[str, None]] = {}
+    words_of: dict[Path, dict[str, None]] = {}
     rows_of: dict[Path, str] = {}
     for where, row in rows:
         name = row.get(first)
@@ -102,29 +115,27 @@ def read_label_table(
         if indicators:
             words = _words_of_indicators(row, indicators, where)
         else:
-            cell = row.get(second)
-            several = several or isinstance(cell, list | tuple)
-            words = _words_of(cell, second, several, where)
-        if path in found and not several and list(found[path]) != words:
+            several = several or isinstance(row.get(second), list | tuple)
+            words = _words_of(row.get(second), second, several, where)
+        if path in words_of and not several and list(words_of[path]) != words:
             raise InputError(
-                f"{where}: {name} has the label '{words[0]}' here and '{next(iter(found[path]))}' "
-                f"at {rows_of[path]}: give --multilabel where images may have several"
+                f"{where}: {name} has the label '{words[0]}' here and "
+                f"'{next(iter(words_of[path]))}' at {rows_of[path]}: give --multilabel where "
+                "images may have several"
             )
         rows_of.setdefault(path, where)
-        found.setdefault(path, {}).update(dict.fromkeys(words))
-    if not found:
+        words_of.setdefault(path, {}).update(dict.fromkeys(words))
+    if not words_of:
         raise InputError(f"{listing} has no row")
-    labelled = tuple(LabelledImage(path, tuple(words)) for path, words in found.items())
-    every = indicators or {word for one in labelled for word in one.words}
-    return LabelTable(labelled, sort_words(every), several)
+    every = indicators or {word for words in words_of.values() for word in words}
+    labelled = [label_file(path, words) for path, words in words_of.items()]
+    return LabelTable(labelled, _sort_words(every), several)
 
 
-def sort_words(words: Iterable[str]) -> tuple[str, ...]:
+def _sort_words(words: Iterable[str]) -> list[str]:
     """Words in the order of text; numbers by number, equal ones told apart as text."""
-    listed = list(words)
-    if all(word.isdecimal() for word in listed):
-        return tuple(sorted(listed, key=lambda word: (int(word), word)))
-    return tuple(sorted(listed))
+    listed = sorted(words)
+    return sorted(listed, key=int) if all(map(str.isdecimal, listed)) else listed
 
 
 def read_rows(
@@ -194,7 +205,7 @@ def _text_rows(listing: Path, images: Path | None) -> tuple[tuple[str, ...], lis
     if not rows:
         raise InputError(f"{listing} is empty: {_FORMS}")
     head = [cell.strip() for cell in rows[0]]
-    known = set(map(plain_column, head)) & {*PATH_COLUMNS, *LABEL_COLUMNS}
+    known = match_column(head, (*PATH_COLUMNS, *LABEL_COLUMNS))
     is_file = images is not None and bool(head[0]) and (images / head[0]).is_file()
     begins = not is_file and (bool(known) or len(head) > 2)
     if not begins and len(head) != 2:
@@ -259,25 +270,10 @@ def _tab_separated(text: str) -> Iterator[list[str]]:
     return iter(list(plain))
 
 
-def plain_column(name: str) -> str:
-    """A column's name as the lists of known ones write it."""
-    return name.strip().casefold().replace(" ", "_")
-
-
-def _find_column(
-    columns: Sequence[str], asked: str, known: Sequence[str], listing: Path, what: str
-) -> str:
-    there = ", ".join(columns)
-    if asked:
-        if asked not in columns:
-            raise InputError(f"{listing} has no column '{asked}'; it has {there}")
-        return asked
-    plain = {plain_column(column): column for column in reversed(columns)}
-    for name in known:
-        if name in plain:
-            return plain[name]
-    option = "--path-column" if "paths" in what else "--label-column"
-    raise InputError(f"{listing}: which column has the {what}? give {option}; it has {there}")
+def match_column(columns: Iterable[str], known: Sequence[str]) -> str:
+    """The column with the first of the `known` names that one has; "" where none has any."""
+    plain = {one.strip().casefold().replace(" ", "_"): one for one in reversed([*columns])}
+    return next((plain[name] for name in known if name in plain), "")
 
 
 def _words_of(cell: Any, column: str, several: bool, where: str) -> list[str]:

@@ -12,11 +12,9 @@ import re
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,18 +139,33 @@ def write_set(
         replaced = True
     growing = folder.with_name(f".{folder.name}.part")
     growing.mkdir(parents=True, exist_ok=True)
-    with _only_writer(growing):
+    lock = lock_file(growing / ".lock")
+    if lock is None:
+        raise InputError(f"another run is writing {growing}: wait for it, or stop it")
+    with lock:
         _start_folder(growing, decides)
-        parts = range(0, len(sources), images_per_tar)
+        keyed = [(f"s{place:07d}", source) for place, source in enumerate(sources)]
+        records: list[dict[str, Any]] = []
+
+        def read_part(
+            first: int, part: list[tuple[str, Source]]
+        ) -> Iterator[tuple[str, str, Found | UnusableSourceError]]:
+            results = pool.map(_read_source, (source for _, source in part))
+            for place, ((key, source), found) in enumerate(zip(part, results, strict=True), first):
+                yield key, source.name, found
+                report(place + 1, len(sources), source.name)
+
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "convert") as pool:
-            for number, first in enumerate(parts):
-                part = sources[first : first + images_per_tar]
-                if not _record_path(growing, number).exists():
-                    answer = partial(_answer_member, kind=kind, classes=len(classnames))
-                    _write_tar(growing, number, first, part, answer, pool, report, len(sources))
+            for number, first in enumerate(range(0, len(sources), images_per_tar)):
+                part = keyed[first : first + images_per_tar]
+                done = growing / _RECORDS / f"{number}.json"  # written after its tar
+                if not done.exists():
+                    tar = growing / SPLIT / f"{number}.tar"
+                    record = _write_tar(tar, read_part(first, part), kind, len(classnames))
+                    write_atomically(done, json.dumps(record, ensure_ascii=False))
+                records.append(json.loads(done.read_text()))
                 report(first + len(part), len(sources), folder.name)
-        keys = {source.name: _key_of(place) for place, source in enumerate(sources)}
-        made = _close_set(growing, folder, decides, len(parts), keys)
+        made = _close_set(growing, folder, decides, records, {one.name: key for key, one in keyed})
     return replace(made, again=replaced)
 
 
@@ -193,40 +206,32 @@ def _start_folder(growing: Path, decides: dict[str, Any]) -> None:
 
 
 def _write_tar(
-    growing: Path,
-    number: int,
-    first: int,
-    sources: Sequence[Source],
-    answer_member: Callable[[str, Answer], Iterator[tuple[str, bytes]]],
-    pool: ThreadPoolExecutor,
-    report: Report,
-    total: int,
-) -> None:
-    failures: list[tuple[str, str]] = []
-    remarks: list[tuple[str, str]] = []
-    images = 0
-    path = growing / SPLIT / f"{number}.tar"
+    path: Path,
+    read: Iterable[tuple[str, str, Found | UnusableSourceError]],
+    kind: Kind,
+    classes: int,
+) -> dict[str, Any]:
+    """Write the tar of (key, source, what it gave), and return its record."""
+    record: dict[str, Any] = {"images": 0, "failures": [], "remarks": []}
     with (
         # One name, as only one run writes here: what a killed run left is written over.
         replace_file(path, beside=path.with_name(f".{path.name}.part")) as beside,
         tarfile.open(beside, "w", format=tarfile.USTAR_FORMAT) as tar,
     ):
-        for place, (source, found) in enumerate(
-            zip(sources, pool.map(_read_source, sources), strict=True), first
-        ):
+        for key, name, found in read:
             if isinstance(found, UnusableSourceError):
-                failures.append((source.name, str(found)))
-            else:
-                key = _key_of(place)
-                _add_member(tar, f"{key}.{found.extension}", found.image)
-                for name, content in answer_member(key, found.answer):
-                    _add_member(tar, name, content)
-                images += 1
-                if found.remark:
-                    remarks.append((source.name, found.remark))
-            report(place + 1, total, source.name)
-    record = {"images": images, "failures": failures, "remarks": remarks}
-    write_atomically(_record_path(growing, number), json.dumps(record, ensure_ascii=False))
+                record["failures"].append((name, str(found)))
+                continue
+            record["images"] += 1
+            if found.remark:
+                record["remarks"].append((name, found.remark))
+            members = {found.extension: found.image, **_answer_member(found.answer, kind, classes)}
+            for extension, data in members.items():
+                # Its time and owner are zero: the same bytes every time.
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return record
 
 
 def _read_source(source: Source) -> Found | UnusableSourceError:
@@ -238,36 +243,30 @@ def _read_source(source: Source) -> Found | UnusableSourceError:
         return UnusableSourceError(f"cannot be read: {error.strerror or error}")
 
 
-def _key_of(place: int) -> str:
-    return f"s{place:07d}"
-
-
-def _answer_member(key: str, answer: Any, kind: Kind, classes: int) -> Iterator[tuple[str, bytes]]:
-    """Name and content of the member that says what is right; none in a choice set."""
+def _answer_member(answer: Any, kind: Kind, classes: int) -> dict[str, bytes]:
+    """Extension and content of the member that says what is right; none in a choice set."""
     if kind == "classification":
-        yield f"{key}.cls", str(answer).encode()
-    elif kind == "multilabel":
+        return {"cls": str(answer).encode()}
+    if kind == "multilabel":
         vector, out = np.zeros(classes, np.int64), io.BytesIO()
         vector[list(answer)] = 1
         np.save(out, vector)
-        yield f"{key}.npy", out.getvalue()
-    elif kind == "retrieval":
+        return {"npy": out.getvalue()}
+    if kind == "retrieval":
         # CLIP_benchmark parts captions at every line separator that Python knows of.
         lines = [r"\n".join(caption.strip().splitlines()) for caption in answer]
-        yield f"{key}.txt", "\n".join(lines).encode()
-
-
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # its time and owner are zero: the same bytes every time
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+        return {"txt": "\n".join(lines).encode()}
+    return {}
 
 
 def _close_set(
-    growing: Path, folder: Path, decides: dict[str, Any], tars: int, keys: Mapping[str, str]
+    growing: Path,
+    folder: Path,
+    decides: dict[str, Any],
+    records: list[dict[str, Any]],
+    keys: Mapping[str, str],
 ) -> Conversion:
     """Write what belongs to the whole set, and put it in its place; `keys` are those of sources."""
-    records = [json.loads(_record_path(growing, number).read_text()) for number in range(tars)]
     if "questions" in decides:
         gone = {name for record in records for name, _ in record["failures"]}
         lost, lines = [], []
@@ -292,7 +291,7 @@ def _close_set(
         if listed:
             text = "".join("\t".join(" ".join(p.split()) for p in one) + "\n" for one in listed)
             write_atomically(growing / name, text)
-    write_atomically(growing / SPLIT / SHARDS, f"{tars}\n")
+    write_atomically(growing / SPLIT / SHARDS, f"{len(records)}\n")
     text = json.dumps({"decides": decides, "records": records}, ensure_ascii=False)
     write_atomically(growing / CONVERSION, text + "\n")
     shutil.rmtree(growing / _RECORDS)
@@ -313,15 +312,11 @@ def _read_finished(folder: Path, decides: dict[str, Any]) -> Conversion | None:
     InputError: something else is there."""
     path = folder / CONVERSION
     found = json.loads(path.read_text()) if path.is_file() else {}
-    there = found.get("decides")
-    if there == decides:
+    if found.get("decides") == decides:
         return _make_conversion(folder, found["records"], decides)
-    origins = [
-        one.get("plan", {}).get("origin")
-        for one in (there, decides)
-        if isinstance(one, dict) and isinstance(one.get("plan"), dict)
-    ]
-    if len(origins) == 2 and origins[0] is not None and origins[0] == origins[1]:
+    plans = [one.get("plan") for one in (found.get("decides"), decides) if isinstance(one, dict)]
+    origins = [one.get("origin") for one in plans if isinstance(one, dict)]
+    if len(origins) == 2 and origins[0] and origins[0] == origins[1]:
         return None
     raise InputError(
         f"{folder} is there already, and not from these sources: remove it, or name another folder"
@@ -340,17 +335,3 @@ def _make_conversion(
     lost = sum(name.startswith(_QUESTION) for name, _ in failures)
     asked = max(0, len(decides.get("questions", ())) - lost)
     return Conversion(folder, images, len(records), failures, remarks, names, questions=asked)
-
-
-def _record_path(growing: Path, number: int) -> Path:
-    """File that says what a finished tar holds; it is written after the tar."""
-    return growing / _RECORDS / f"{number}.json"
-
-
-@contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    lock = lock_file(folder / ".lock")
-    if lock is None:
-        raise InputError(f"another run is writing {folder}: wait for it, or stop it")
-    with lock:
-        yield

@@ -8,8 +8,6 @@ for.
 import importlib
 import itertools
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,45 +15,26 @@ from typing import Any
 from PIL import Image
 
 from evaclip_model.errors import InputError
-from tasks.evaluate.sets.convert.label_table import read_rows
-from tasks.evaluate.sets.convert.shard_writer import Found, Source, UnusableSourceError, encode_png
-from tasks.evaluate.sets.convert.source_images import class_folders, stamp_of, walk_files
+from tasks.evaluate.sets.convert.label_table import LabelledImage, LabelTable, read_rows
+from tasks.evaluate.sets.convert.shard_writer import Answer, Found, UnusableSourceError, encode_png
+from tasks.evaluate.sets.convert.source_images import (
+    class_folders,
+    group_by_stem,
+    stamp_of,
+    walk_files,
+)
 
 SUFFIXES = frozenset((".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv"))
 
 _UCF_FILE = re.compile(r"v_([A-Za-z]+)_g\d+_c\d+$")
 _WHOLE = 0.95
 """Share of the promised seconds from which a video counts as whole; sound may last longer."""
-_ABSENT = "is in the list and not in the folders"
+_LOOSE = "lies in no folder of a class"
 _RANGE = re.compile(r"_\d{6}_\d{6}$")
 _BEFORE_CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
-@dataclass(frozen=True)
-class VideoFiles:
-    files: tuple[tuple[str, Path | None, str], ...]
-    """(name, file, word of its class); no file where a list names one that is missing."""
-    words: tuple[str, ...]
-    """Every class, sorted as text."""
-    display_names: Mapping[str, str]
-    """Names of those classes that have words which are not names: UCF-101's."""
-    left_out: tuple[tuple[str, str], ...] = ()
-    """(file, reason)"""
-
-    def list_sources(self, labels: Mapping[str, int]) -> list[Source]:
-        """One source a video; what is missing is a source that fails: it is counted."""
-        here = [
-            Source(str(path), partial(_read_frame, path, labels[word]), stamp_of(path))
-            for _, path, word in self.files
-            if path is not None
-        ]
-        gone = [(name, _ABSENT) for name, path, _ in self.files if path is None]
-        return here + [
-            Source(name, partial(_fail_with, why)) for name, why in (*gone, *self.left_out)
-        ]
-
-
-def find_videos(root: Path, listing: Path | None = None) -> VideoFiles:
+def find_videos(root: Path, listing: Path | None = None) -> LabelTable:
     """The videos below `root`, by path, or those of a list, with their classes.
 
     Without a list, and with one that has no classes, the folders of `root` are the classes. A list
@@ -74,69 +53,72 @@ def find_videos(root: Path, listing: Path | None = None) -> VideoFiles:
     if not root.is_dir():
         raise InputError(f"{root} is not a folder: expected a folder of videos")
     everything = list(walk_files(root))
-    found = [path for path in everything if path.suffix.lower() in SUFFIXES]
-    if not found:
+    videos = [path for path in everything if path.suffix.lower() in SUFFIXES]
+    has_folders = any(path.is_dir() and path.name[0] != "." for path in root.iterdir())
+    if not videos:
         raise InputError(f"{root} has no video in its folders")
-    if listing is None and not _has_folders(root):
+    if listing is None and not has_folders:
         raise InputError(
             f"{root} has no folder in it: expected one a class, or --list with the class of each "
             "video"
         )
     wanted = _wanted_names(listing) if listing else []
     from_list = bool(wanted) and all(word for _, word in wanted)
-    folders = [] if from_list and not _has_folders(root) else class_folders(root)
-    words = {folder.name for folder in folders}
-    if from_list and not {word for _, word in wanted} <= words:
-        words = {word for _, word in wanted}
-    in_folders = [
-        (path.stem, path, path.relative_to(root).parts[0]) for path in found if path.parent != root
-    ]
-    left_out: list[tuple[str, str]] = []
-    files: list[tuple[str, Path | None, str]] = [*in_folders]
+    classes = [] if from_list and not has_folders else [one.name for one in class_folders(root)]
+    if from_list and not {word for _, word in wanted} <= {*classes}:
+        classes = sorted({word for _, word in wanted})
+    found = [(path, _folder_of(path, root)) for path in videos if path.parent != root]
+    spoken = [(path.stem, word) for path, word in found]
+    missing: list[tuple[str, str]] = []
     if listing is None:
         for path in everything:
             if path.suffix.lower() not in SUFFIXES:
-                left_out.append((str(path), f"is not a video ({path.suffix or 'no suffix'})"))
+                missing.append((str(path), f"is not a video ({path.suffix or 'no suffix'})"))
             elif path.parent == root:
-                left_out.append((str(path), "lies in no folder of a class"))
+                missing.append((str(path), _LOOSE))
     else:
-        by_stem: dict[str, list[Path]] = {}
-        for path in found:
-            by_stem.setdefault(path.stem, []).append(path)
-        files = [_file_of(*one, root, by_stem, listing) for one in dict.fromkeys(wanted)]
-    if not any(path for _, path, _ in files):
-        raise InputError(
-            f"{root} has none of the {len(files)} videos of {listing or 'its folders'}"
-        )
-    return VideoFiles(
-        tuple(files), tuple(sorted(words)), _spoken_names([*in_folders, *files]), tuple(left_out)
-    )
+        found, by_stem = [], group_by_stem(videos)
+        for stem, word in dict.fromkeys(wanted):
+            paths = by_stem.get(stem) or by_stem.get(_RANGE.sub("", stem), [])
+            paths = [path for path in paths if _folder_of(path, root) == word] or paths
+            if len(paths) > 1:
+                raise InputError(
+                    f"{listing}: '{stem}' could be {paths[0]} or {paths[1]}: remove one"
+                )
+            spoken.append((paths[0].stem if paths else stem, word))
+            if not paths:
+                missing.append((stem, "is in the list and not in the folders"))
+            elif not word and paths[0].parent == root:
+                missing.append((str(paths[0]), _LOOSE))
+            else:
+                found.append((paths[0], word or _folder_of(paths[0], root)))
+    if not found:
+        raise InputError(f"{root} has none of the videos of {listing or 'its folders'}")
+    images = [
+        LabelledImage(str(path), partial(_read_frame, path), stamp_of(path), (word,))
+        for path, word in found
+    ]
+    images += [LabelledImage(name, partial(_fail_with, why), "", ()) for name, why in missing]
+    return LabelTable(images, classes, display_names=_spoken_names(spoken))
 
 
-def _file_of(
-    stem: str, word: str, root: Path, by_stem: Mapping[str, list[Path]], listing: Path
-) -> tuple[str, Path | None, str]:
-    paths = by_stem.get(stem) or by_stem.get(_RANGE.sub("", stem), [])
-    inside = [path for path in paths if path.relative_to(root).parts[0] == word]
-    chosen = inside or paths
-    if len(chosen) > 1:
-        raise InputError(f"{listing}: '{stem}' could be {chosen[0]} or {chosen[1]}: remove one")
-    if not chosen:
-        return stem, None, word
-    return stem, chosen[0], word or chosen[0].relative_to(root).parts[0]
+def _folder_of(path: Path, root: Path) -> str:
+    return path.relative_to(root).parts[0]
 
 
-def _has_folders(root: Path) -> bool:
-    return any(path.is_dir() and path.name[0] != "." for path in root.iterdir())
+def _spoken_names(stems: list[tuple[str, str]]) -> dict[str, str]:
+    """Class -> its name in the first of its files that is called as UCF-101's are."""
+    found = [(_UCF_FILE.match(stem), word) for stem, word in sorted(stems, reverse=True)]
+    return {word: _BEFORE_CAPITAL.sub(" ", match[1]) for match, word in found if match}
 
 
-def _spoken_names(files: Sequence[tuple[str, Path | None, str]]) -> dict[str, str]:
-    names: dict[str, str] = {}
-    for name, path, word in sorted(files, key=lambda one: one[0]):
-        match = _UCF_FILE.match(path.stem if path else name)
-        if match:
-            names.setdefault(word, _BEFORE_CAPITAL.sub(" ", match[1]))
-    return names
+def _read_frame(path: Path, answer: Answer) -> Found:
+    image, remark = centre_frame(path)
+    return Found(encode_png(image), "png", answer, remark)
+
+
+def _fail_with(reason: str, answer: Answer) -> Found:
+    raise UnusableSourceError(reason)
 
 
 def centre_frame(path: Path) -> tuple[Image.Image, str]:
@@ -180,11 +162,6 @@ def _count_frames(av: Any, path: Path) -> tuple[int, str]:
         return count, ""
 
 
-def _read_frame(path: Path, label: int) -> Found:
-    image, remark = centre_frame(path)
-    return Found(encode_png(image), "png", label, remark)
-
-
 def _wanted_names(listing: Path) -> list[tuple[str, str]]:
     """(name of a file without its suffix, word of its class or "") of every line of a list."""
     expected = "expected CLASS/FILE a line, or a .csv with youtube_id, time_start and time_end"
@@ -207,10 +184,6 @@ def _wanted_names(listing: Path) -> list[tuple[str, str]]:
     # A label may follow the name, as in UCF-101's lists for training.
     paths = [Path(re.sub(r"\s+\d+$", "", line)) for line in lines if line]
     return [(path.stem, path.parent.name) for path in paths]
-
-
-def _fail_with(reason: str) -> Found:
-    raise UnusableSourceError(reason)
 
 
 def _import_av() -> Any:
