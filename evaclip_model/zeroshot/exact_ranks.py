@@ -90,12 +90,11 @@ def text_classifier(
     *,
     batch_size: int = 256,
     device: str = "cpu",
-    progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """One fp32 unit vector a class [C, D]: the renormalised mean of its normalised prompts. Raises
     InputError: no class, no template, or a template without `{c}`."""
     asked = fill_templates(classnames, templates)
-    features = encode_texts(model, asked, batch_size=batch_size, device=device, progress=progress)
+    features = encode_texts(model, asked, batch_size=batch_size, device=device)
     return build_classifier(features, classnames)
 
 
@@ -112,12 +111,8 @@ def fill_templates(classnames: Sequence[str], templates: Sequence[str]) -> list[
 
 
 def build_classifier(features: Tensor, classnames: Sequence[str]) -> Tensor:
-    """One unit vector a class [C, D]: the renormalised mean of its prompts.
-
-    Args:
-        features: [U * T, D] of the T prompts of each of the U distinct names, name by name.
-        classnames: the C classes, names that occur again among them.
-    """
+    """One unit vector a class [C, D]: the renormalised mean of its prompts, whose `features`
+    [U * T, D] are those of the T prompts of each of the U distinct names, name by name."""
     row = {name: number for number, name in enumerate(dict.fromkeys(classnames))}
     means = features.reshape(len(row), -1, features.shape[-1]).mean(dim=1)
     return normalise_features(means, "text")[torch.tensor([row[name] for name in classnames])]
@@ -137,20 +132,18 @@ def normalise_features(features: Tensor, what: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Answers to choose from, each distinct one multiplied once.
-
-    Equal answers so get bitwise equal logits. A matrix product alone does not promise that: its
-    kernels treat columns at the edge of a block in another order of summation.
-    """
+    """Answers to choose from, each distinct one multiplied once, so that equal ones get bitwise
+    equal logits: kernels of a matrix product treat columns at the edge of a block in another order
+    of summation."""
 
     distinct: Tensor
-    """Distinct fp32 unit vectors [U, D]."""
+    """Fp32 unit vectors [U, D]."""
     place: Tensor
     """Row of `distinct` of every answer [G]."""
 
     @classmethod
     def from_features(cls, features: Tensor) -> Gallery:
-        """Gallery of unit vectors [G, D]."""
+        """From unit vectors [G, D]."""
         distinct, place = torch.unique(features.float(), dim=0, return_inverse=True)
         return cls(distinct, place)
 
@@ -211,10 +204,8 @@ def class_scores(images: Tensor, classifier: Tensor) -> Tensor:
 
 
 def retrieve_texts(images: Tensor, texts: Tensor, image_of_text: Tensor, k: int = 10) -> Ranking:
-    """Image-to-text: the best-ranked caption of every image [N, D] among all captions [T, D].
-
-    `image_of_text` [T] is the image each caption belongs to; every image has one or more.
-    """
+    """Image-to-text: the best-ranked caption of every image [N, D] among all captions [T, D];
+    `image_of_text` [T] is the image each belongs to, every image has one or more."""
     gallery = Gallery.from_features(texts)
     return join_rankings(
         _rank_best(gallery.compute_logits(images[rows]), image_of_text[None, :] == rows[:, None], k)

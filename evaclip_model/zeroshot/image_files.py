@@ -1,10 +1,11 @@
 """Features of image files, and files of features."""
 
 import json
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +26,12 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".we
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """Features of image files, and the files that could not be read."""
-
     files: tuple[Path, ...]
     """Those that could be read, in the order given."""
     values: Tensor
     """Their features as fp32 unit vectors [N, E]."""
     unreadable: Mapping[Path, str]
-    """The others, with the reason."""
+    """The other files, with the reason."""
 
 
 def image_files(source: Path) -> list[Path]:
@@ -59,7 +58,6 @@ def image_features(
 
     Args:
         model: in evaluation mode.
-        files: images of any size and mode.
         batch_size: images encoded at once; twice as many are held decoded.
         progress: gets the number of files done, readable or not.
 
@@ -72,9 +70,11 @@ def image_features(
     unreadable: dict[Path, str] = {}
     done = 0
     with ThreadPoolExecutor() as pool, torch.inference_mode():
-        for batch in _read_ahead(
-            pool, lambda path: _read_image(path, transform), files, batch_size
-        ):
+        read_one = partial(_read_image, transform=transform)
+        starts = range(0, len(files), batch_size)
+        reading = (pool.map(read_one, files[at : at + batch_size]) for at in starts)
+        for results, _ in pairwise(chain(reading, [None])):  # the next is read while one is used
+            batch = list(results or ())
             images = {path: image for path, image in batch if isinstance(image, Tensor)}
             unreadable |= {path: str(image) for path, image in batch if path not in images}
             if images:
@@ -114,19 +114,3 @@ def _read_image(
         return path, transform(decode_image(path.read_bytes()))
     except (UnreadableImageError, OSError) as error:
         return path, str(error)
-
-
-def _read_ahead(
-    pool: Executor,
-    read: Callable[[Path], tuple[Path, Tensor | str]],
-    files: Sequence[Path],
-    batch_size: int,
-) -> Iterator[list[tuple[Path, Tensor | str]]]:
-    """Batches in order, the next one being read while one is used."""
-    waiting: deque[list[Future[tuple[Path, Tensor | str]]]] = deque()
-    for start in range(0, len(files), batch_size):
-        waiting.append([pool.submit(read, path) for path in files[start : start + batch_size]])
-        if len(waiting) > 1:
-            yield [future.result() for future in waiting.popleft()]
-    for batch in waiting:
-        yield [future.result() for future in batch]

@@ -8,8 +8,8 @@ times faster. Draws are seeded: the same input gives the same interval.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -43,10 +43,7 @@ def hit_rate(ranks: Tensor, k: int) -> float:
 
 
 def mean_per_class(values: Tensor, labels: Tensor) -> float:
-    """Unweighted mean over the classes that occur of the mean of `values` [N] in each.
-
-    Of whether an answer was right, that is the mean recall.
-    """
+    """Unweighted mean over the classes that occur of the mean of `values` [N] in each."""
     total = torch.bincount(labels)
     sums = torch.bincount(labels, weights=values.double(), minlength=len(total))
     occurs = total > 0
@@ -54,31 +51,21 @@ def mean_per_class(values: Tensor, labels: Tensor) -> float:
 
 
 def chance_of_hit(k: int, gallery: int, positives: Sequence[int]) -> float:
-    """Expected hit rate of random orders: mean over queries with so many right answers each.
-
-    One query: 1 - C(gallery - positives, k) / C(gallery, k).
-    """
+    """Expected hit rate of random orders: mean over queries with so many right answers each."""
     k = min(k, gallery)
     of = {m: 1 - math.comb(gallery - m, k) / math.comb(gallery, k) for m in set(positives)}
     return sum(of[m] for m in positives) / len(positives)
 
 
 def area_under_curve(right: Tensor, precision: Tensor) -> Tensor:
-    """Area under the precision-recall curve: mean precision at the right ones.
-
-    Args:
-        right: right ones above each threshold [..., P], rising.
-        precision: of what is above it [..., P].
-    """
+    """Area under the precision-recall curve: mean precision at the right ones. `right` are those
+    above each threshold [..., P], rising, `precision` is that of what is above it [..., P]."""
     steps = torch.diff(right, dim=-1, prepend=torch.zeros_like(right[..., :1]))
     return (steps * precision).sum(dim=-1) / right[..., -1]
 
 
 def eleven_points(right: Tensor, precision: Tensor) -> Tensor:
-    """Mean of the best precision at a recall of at least 0, 0.1, ... 1, as VOC 2007 defined it.
-
-    Takes what `area_under_curve` takes.
-    """
+    """Mean of the best precision at a recall of at least 0, 0.1, ... 1, as VOC 2007 defined it."""
     best = precision.flip(-1).cummax(dim=-1).values.flip(-1)
     total = right[..., -1:]
     # Counts, not quotients: 3 of 10 right ones are a recall of 0.3, which 0.1 * 3 exceeds.
@@ -97,11 +84,8 @@ def average_precisions(
         curve: `area_under_curve`, or `eleven_points`.
         ties: with "together" the figure does not depend on the order of samples.
     """
-    found = []
-    for order in _iterate_orders(scores, positives, ties):
-        weights = torch.ones(1, len(scores), dtype=torch.float64)
-        found.append(order.weighted_figure(weights, curve)[0])
-    return torch.stack(found)
+    weights = torch.ones(1, len(scores), dtype=torch.float64)
+    return torch.cat([figure(weights) for figure in _class_figures(scores, positives, curve, ties)])
 
 
 def mean_average_precision(
@@ -182,11 +166,8 @@ def resampled_cells(cells: Tensor, figure: Callable[[Tensor, Tensor], Tensor]) -
 
 
 def resampled_means(values: Tensor, cluster: Tensor | None = None) -> Tensor:
-    """Bootstrap draws of the mean of `values` [N], whole clusters [N] drawn if given, [draws].
-
-    For caption-level recall: the captions of one image succeed and fail together, so images are
-    drawn, not captions.
-    """
+    """Bootstrap draws of the mean of `values` [N], whole clusters [N] drawn if given, [draws]: the
+    captions of one image succeed and fail together."""
     cluster = torch.arange(len(values)) if cluster is None else cluster
     sums, size = torch.bincount(cluster, weights=values.double()), torch.bincount(cluster).double()
     cells = torch.stack([sums, size], dim=1)[size > 0]
@@ -194,10 +175,8 @@ def resampled_means(values: Tensor, cluster: Tensor | None = None) -> Tensor:
 
 
 def resampled_class_means(values: Tensor, labels: Tensor) -> Tensor:
-    """Bootstrap draws of `mean_per_class`, single samples drawn, [draws].
-
-    A class of which a draw holds no sample is left out of that draw's mean.
-    """
+    """Bootstrap draws of `mean_per_class`, single samples drawn, [draws]. A class of which a draw
+    holds no sample is left out of that draw's mean."""
     levels, level = torch.unique(values.double(), return_inverse=True)
     classes = int(labels.max()) + 1
     counts = torch.bincount(labels * len(levels) + level, minlength=classes * len(levels))
@@ -233,18 +212,15 @@ def f1_macro(cells: Tensor, counts: Tensor) -> Tensor:
 def resampled_precisions(
     scores: Tensor, positives: Tensor, curve: Curve = area_under_curve
 ) -> Tensor:
-    """Bootstrap draws of `mean_average_precision`, whole images drawn, [draws].
-
-    The same images are drawn for any scores [N, C], so that differences between two models are
-    differences on the same draws.
-    """
-    orders = list(_iterate_orders(scores, positives, "together"))
-    means = []
-    for weights in _drawn_weights(len(scores)):
-        means.append(
-            torch.stack([one.weighted_figure(weights, curve) for one in orders]).nanmean(dim=0)
-        )
-    return torch.cat(means)
+    """Bootstrap draws of `mean_average_precision`, whole images drawn, [draws]: the same for any
+    scores [N, C], so that differences between two models are differences on the same draws."""
+    figures = list(_class_figures(scores, positives, curve, "together"))
+    return torch.cat(
+        [
+            torch.stack([figure(weights) for figure in figures]).nanmean(dim=0)
+            for weights in _drawn_weights(len(scores))
+        ]
+    )
 
 
 def percentile_interval(draws: Tensor) -> tuple[float, float]:
@@ -254,16 +230,13 @@ def percentile_interval(draws: Tensor) -> tuple[float, float]:
 
 
 def two_sided_p(differences: Tensor) -> float:
-    """Share of bootstrap draws of a difference on the rarer side of zero, doubled.
-
-    Never below 2 / (draws + 1): so many draws cannot say more.
-    """
+    """Share of bootstrap draws of a difference on the rarer side of zero, doubled; never below
+    2 / (draws + 1): so many draws cannot say more."""
     rarer = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
     return min(1.0, 2 * (rarer + 1) / (len(differences) + 1))
 
 
-@dataclass(frozen=True)
-class McNemar:
+class McNemar(NamedTuple):
     """p-values of two models being right equally often, from the samples on which they differ."""
 
     exact: float
@@ -273,10 +246,8 @@ class McNemar:
 
 
 def test_mcnemar(only_a: int, only_b: int) -> McNemar:
-    """McNemar's test (1947) of samples that only the one, or only the other, answered right.
-
-    Mid-p as Fagerland, Lydersen and Laake (2013) recommend it.
-    """
+    """McNemar's test (1947) of samples that only the one, or only the other, answered right; mid-p
+    as Fagerland, Lydersen and Laake (2013) recommend it."""
     n, fewer = only_a + only_b, min(only_a, only_b)
     # Logarithms of binomial probabilities: 2^-n underflows to 0 from n = 1075 on.
     i = torch.arange(fewer + 1, dtype=torch.float64)
@@ -288,11 +259,9 @@ def test_mcnemar(only_a: int, only_b: int) -> McNemar:
 
 
 def matched_interval(only_a: float, only_b: float, n: float) -> tuple[float, float]:
-    """Interval of the difference of two proportions on the same n samples, 95 %.
-
-    Wald's with half a sample added to each of the four cells (Agresti and Min 2005), which keeps
-    its level where few samples differ.
-    """
+    """Interval of the difference of two proportions on the same n samples, 95 %: Wald's with half a
+    sample added to each of the four cells (Agresti and Min 2005), which keeps its level where few
+    samples differ."""
     if n <= 0:
         return -1.0, 1.0
     more, less = only_a + 0.5, only_b + 0.5
@@ -301,29 +270,28 @@ def matched_interval(only_a: float, only_b: float, n: float) -> tuple[float, flo
     return max(-1.0, centre - half), min(1.0, centre + half)
 
 
-@dataclass(frozen=True)
-class _ScoreOrder:
-    """Images in the order of one class's scores, and the places of its thresholds."""
+def _weighted_figure(
+    weights: Tensor, images: Tensor, positive: Tensor, ends: Tensor, curve: Curve
+) -> Tensor:
+    """A class's figure for every row of how often each image counts [draws, N].
 
-    images: Tensor
-    """[N], largest score first."""
-    positive: Tensor
-    """[N] in that order, fp64."""
-    ends: Tensor
-    """Of every positive in that order [P]: the last place that its threshold still admits."""
-
-    def weighted_figure(self, weights: Tensor, curve: Curve) -> Tensor:
-        """The class's figure for every row of how often each image counts [draws, N]."""
-        if not len(self.ends):
-            return torch.full((len(weights),), float("nan"), dtype=torch.float64)
-        mine = weights[:, self.images]
-        total = mine.cumsum(dim=1)[:, self.ends]
-        right = (mine * self.positive).cumsum(dim=1)[:, self.ends]
-        figure = curve(right, right / total.clamp_min(1))
-        return figure.masked_fill(right[:, -1] == 0, float("nan"))
+    Args:
+        images: numbers of the images [N], largest score first; `positive` [N] in that order.
+        ends: of every positive in that order [P]: the last place that its threshold still admits.
+    """
+    if not len(ends):
+        return torch.full((len(weights),), float("nan"), dtype=torch.float64)
+    mine = weights[:, images]
+    total = mine.cumsum(dim=1)[:, ends]
+    right = (mine * positive).cumsum(dim=1)[:, ends]
+    figure = curve(right, right / total.clamp_min(1))
+    return figure.masked_fill(right[:, -1] == 0, float("nan"))
 
 
-def _iterate_orders(scores: Tensor, positives: Tensor, ties: Ties) -> Iterator[_ScoreOrder]:
+def _class_figures(
+    scores: Tensor, positives: Tensor, curve: Curve, ties: Ties
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """`_weighted_figure` of every class, with its order of images."""
     for column, positive in zip(scores.float().T, positives.T, strict=True):
         first = {"together": 0, "won": -1, "lost": 1}[ties] * positive.int()
         by_tie = first.sort(stable=True).indices
@@ -333,7 +301,8 @@ def _iterate_orders(scores: Tensor, positives: Tensor, ties: Ties) -> Iterator[_
             _, sizes = torch.unique_consecutive(column[images], return_counts=True)
             ends = (sizes.cumsum(dim=0) - 1).repeat_interleave(sizes)
         mine = positive[images]
-        yield _ScoreOrder(images, mine.double(), ends[mine.bool()])
+        order = {"images": images, "positive": mine.double(), "ends": ends[mine.bool()]}
+        yield partial(_weighted_figure, curve=curve, **order)
 
 
 def _drawn_counts(counts: Tensor) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ _FORMS = "expected .csv, .tsv, .jsonl, .parquet, or .txt with a path and a label
 _SEPARATORS = "|;,"
 _SPLIT = "split"
 _MOST_PATH = 1024
-_WHOLE_FLOAT = re.compile(r"\d+\.0")
+_WHOLE_FLOAT = re.compile(r"-?\d+\.0")
 Row = Mapping[str, Any]
 """Column -> cell."""
 
@@ -141,11 +142,11 @@ def _sort_words(words: Iterable[str]) -> list[str]:
 def read_rows(
     listing: Path, images: Path | None = None
 ) -> tuple[tuple[str, ...], list[tuple[str, Row]]]:
-    """Names of the columns of a table, and its rows with where they stand, as "FILE row N".
+    """Names of the columns of a table, and its rows with where they stand, as "FILE row N". Raises
+    InputError: the file is missing, of no known form, or damaged.
 
-    A text table without a header has the columns "path" and "label": where `images` is given and
-    the first cell of its first row is a file in there, or where it has two cells of which none is a
-    known column. Raises InputError: the file is missing, of no known form, or damaged.
+    A text table without a header has the columns "path" and "label": where the first cell of its
+    first row is a file in `images`, or where it has two cells of which none is a known column.
     """
     suffix = listing.suffix.lower()
     if not listing.is_file():
@@ -196,10 +197,7 @@ def _json_rows(listing: Path) -> tuple[tuple[str, ...], list[Row]]:
 
 def _text_rows(listing: Path, images: Path | None) -> tuple[tuple[str, ...], list[Row], int]:
     """Columns, rows, and the number of the first row in the file."""
-    try:
-        text = listing.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError("it is not UTF-8 text") from None
+    text = listing.read_text(encoding="utf-8-sig")
     cells = _read_cells(listing, text, images)
     rows = [row for row in cells if any(cell.strip() for cell in row)]
     if not rows:
@@ -225,16 +223,13 @@ def _text_rows(listing: Path, images: Path | None) -> tuple[tuple[str, ...], lis
 
 def _read_cells(listing: Path, text: str, images: Path | None) -> Iterator[list[str]]:
     first = text.lstrip("\n").partition("\n")[0]
-    suffix = listing.suffix.lower()
+    suffix, lines = listing.suffix.lower(), io.StringIO(text, newline="")
     if suffix == ".tsv" or (suffix != ".csv" and "\t" in first):
         return _tab_separated(text)
     if suffix == ".csv":
-        counts = {one: first.count(one) for one in ",;|\t"}
-        return csv.reader(
-            io.StringIO(text, newline=""), delimiter=max(counts, key=lambda one: counts[one])
-        )
+        return csv.reader(lines, delimiter=max(",;|\t", key=first.count))
     if "," in first and " " not in first.strip():
-        return csv.reader(io.StringIO(text, newline=""))
+        return csv.reader(lines)
     return (_split_line(line.strip(), images) for line in text.splitlines())
 
 
@@ -260,14 +255,11 @@ def choose_split(rows: list[tuple[str, Row]], split: str, listing: Path) -> list
 
 def _tab_separated(text: str) -> Iterator[list[str]]:
     """Rows of a TSV; quotes are quotation where they part cells as they should, else text."""
-    try:
+    with suppress(csv.Error):
         rows = list(csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True))
         if not any("\n" in cell and "\t" in cell for row in rows for cell in row):
             return iter(rows)
-    except csv.Error:
-        pass
-    plain = csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
-    return iter(list(plain))
+    return csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
 def match_column(columns: Iterable[str], known: Sequence[str]) -> str:
@@ -283,19 +275,16 @@ def _words_of(cell: Any, column: str, several: bool, where: str) -> list[str]:
     if column.casefold() == "predictionstring":  # ImageNet's: a WordNet id, and a box
         word = word.partition(" ")[0]
     if several:
-        for separator in _SEPARATORS:
-            if separator in word:
-                return [part.strip() for part in word.split(separator) if part.strip()]
-        return [word] if word else []
+        separator = next((one for one in _SEPARATORS if one in word), None)
+        return [part.strip() for part in word.split(separator or "|") if part.strip()]
     if not word:
         raise InputError(f"{where} has no label in '{column}'")
     return [word]
 
 
 def _cell_word(value: Any) -> str:
-    if isinstance(value, float) and value.is_integer():  # how a column of numbers with gaps is kept
-        value = int(value)
     text = str(value).strip()
+    # A column of whole numbers with gaps is kept as floats.
     return text[:-2] if _WHOLE_FLOAT.fullmatch(text) else text
 
 
