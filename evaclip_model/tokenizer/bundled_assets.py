@@ -32,10 +32,9 @@ def carried_file(name: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def package_file(name: str) -> Path | None:
-    """A data file of the installed `open_clip_torch`, found without running that package; or the
-    carried one."""
-    spec = importlib.util.find_spec(PACKAGE)
+def package_file(name: str, package: str = PACKAGE) -> Path | None:
+    """A data file of an installed package, found without running it; or the carried one."""
+    spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / name
         if path.is_file():
@@ -55,7 +54,7 @@ def text_repair() -> ModuleType:
 
 def bundle_assets(package: Path) -> None:
     """Write the folder into `package`, a copy of this package, from what is installed here. Raises
-    FileNotFoundError: open_clip_torch, which ships the vocabulary, is not installed."""
+    FileNotFoundError: open_clip_torch, which ships the vocabulary, is not."""
     folder = package / _FOLDER
     folder.mkdir()
     vocabulary = package_file(VOCABULARY)

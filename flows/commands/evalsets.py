@@ -30,14 +30,17 @@ if TYPE_CHECKING:
     from tasks.evaluate.sets.convert.shard_writer import Conversion
 
 SHOWN_PROBLEMS = 5
+CAPTION_FILES = "Karpathy's, COCO's or BLIP's .json, Flickr's .token, a table"
 Source = Annotated[Path, Argument(metavar="SOURCE")]
+Images = Annotated[Path, Argument(metavar="SOURCE", help="folder of the images")]
+Name = Annotated[str, Argument(metavar="NAME")]
 Target = Annotated[Path, Argument(metavar="FOLDER", help="where to write the set")]
 Known = Annotated[str, Option("--as", metavar="NAME", help="the known set that this is")]
 Classnames = Annotated[str, Option(metavar="FILE", help="or openai, clip_benchmark (their own)")]
 Templates = Annotated[
-    str,
-    Option(metavar="FILE", help="or openai, clip_benchmark, grammar, none (the known set's)"),
+    str, Option(metavar="FILE", help="or openai, clip_benchmark, grammar, none (the known set's)")
 ]
+Column = Annotated[str, Option(metavar="NAME", help="(told by its name)")]
 Order = Annotated[
     Literal["", "text", "number"], Option(help="of classes that are numbers (by number)")
 ]
@@ -60,15 +63,13 @@ def list_sets() -> None:
     for key, known in all_sets().items():
         images = f"{known.n:,}" if known.n else "?"
         here = "yes" if find_set_folder(known, Path(FOLDER)) else ""
-        classes = str(known.classes or "")
-        table.add_row(
-            *(key, known.title, " ".join(known.tables), known.metric, classes, images, here)
-        )
+        about = (known.title, " ".join(known.tables), known.metric, str(known.classes or ""))
+        table.add_row(key, *about, images, here)
     console.print(table)
 
 
 @evalsets.command("show")
-def show_set(name: Annotated[str, Argument(metavar="NAME")]) -> None:
+def show_set(name: Name) -> None:
     """Show all that is known of one set."""
     for what, value in _find_known(name).model_dump(mode="json").items():
         values = value if isinstance(value, list) else [value]
@@ -132,8 +133,8 @@ def convert_table(
     templates: Templates = "",
     order: Order = "",
     first: First = "",
-    path_column: Annotated[str, Option(metavar="NAME", help="(told by its name)")] = "",
-    label_column: Annotated[str, Option(metavar="NAME", help="(told by its name)")] = "",
+    path_column: Column = "",
+    label_column: Column = "",
     multilabel: Annotated[
         bool, Option("--multilabel", help="an image may have several labels, or none")
     ] = False,
@@ -143,13 +144,8 @@ def convert_table(
     from tasks.evaluate.sets.convert.convert import convert_table
 
     words = _make_words(known_as, classnames, templates, order, first)
-    _run_conversion(
-        partial(
-            convert_table,
-            *(listing, source, folder, words),
-            *((path_column, label_column), multilabel, split),
-        )
-    )
+    given = (listing, source, folder, words, (path_column, label_column), multilabel, split)
+    _run_conversion(partial(convert_table, *given))
 
 
 @convert.command("torchvision")
@@ -209,13 +205,8 @@ def convert_voc(
 
 @convert.command("captions")
 def convert_captions(
-    listing: Annotated[
-        Path,
-        Argument(
-            metavar="LISTING", help="Karpathy's, COCO's or BLIP's .json, Flickr's .token, a table"
-        ),
-    ],
-    source: Annotated[Path, Argument(metavar="SOURCE", help="folder of the images")],
+    listing: Annotated[Path, Argument(metavar="LISTING", help=CAPTION_FILES)],
+    source: Images,
     folder: Target,
     split: Annotated[str, Option(help="of Karpathy's file")] = "test",
 ) -> None:
@@ -230,7 +221,7 @@ def convert_choice(
     listing: Annotated[
         Path, Argument(metavar="LISTING", help="SugarCrepe's, Winoground's or WinoGAViL's")
     ],
-    source: Annotated[Path, Argument(metavar="SOURCE", help="folder of the images")],
+    source: Images,
     folder: Target,
 ) -> None:
     """Convert questions: which of a few texts, or images, belong together."""
@@ -255,18 +246,17 @@ def _run_conversion(convert_set: Callable[..., Conversion]) -> None:
     with moving_bar("convert") as report:
         made = convert_set(report=report)
     again = " (made again: its sources or settings had changed)" if made.again else ""
+    say = partial(console.print, soft_wrap=True)
     console.print("✓", style="green", end=" ")
-    made_here = f"{made.images:,} images in {made.tars} tars: {made.folder}{again}"
-    console.print(made_here, soft_wrap=True)
+    say(f"{made.images:,} images in {made.tars} tars: {made.folder}{again}")
     if made.classnames:
-        named = some_names(made.classnames)
-        console.print(f"  {len(made.classnames):,} classes: {named}", soft_wrap=True)
+        say(f"  {len(made.classnames):,} classes: {some_names(made.classnames)}")
     if made.questions:
-        console.print(f"  {made.questions:,} questions", soft_wrap=True)
+        say(f"  {made.questions:,} questions")
     for remark in made.about_names:
         _print_remark(remark)
     for reason, count in made.left_out().items():
-        console.print(f"  {count:,} left out: {reason}", soft_wrap=True)
+        say(f"  {count:,} left out: {reason}")
     for what, listed, file in (
         ("gave no image", made.failures, "failures.txt"),
         ("were used, and are odd", made.remarks, "remarks.txt"),
@@ -274,7 +264,7 @@ def _run_conversion(convert_set: Callable[..., Conversion]) -> None:
         if listed:
             _print_remark(f"{len(listed):,} {what}, all in {made.folder / file}:")
             for source, reason in listed[:SHOWN_PROBLEMS]:
-                console.print(f"  {source}: {reason}", soft_wrap=True)
+                say(f"  {source}: {reason}")
 
 
 def _print_remark(text: str) -> None:

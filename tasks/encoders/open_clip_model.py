@@ -36,12 +36,12 @@ def open_clip_files(named: str) -> list[Path]:
 
 
 def open_clip_subject(named: str, device: str, precision: Precision) -> OpenClipSubject:
-    """Open `NAME/WEIGHTS` or `local-dir:FOLDER`.
+    """Open `NAME/WEIGHTS` or `local-dir:FOLDER`. Raises InputError: the library cannot be imported,
+    or has no such model, tag, file or folder.
 
     WEIGHTS is a file, or one of open_clip's pretrained tags, which it downloads. Where
     open_clip_config.json lies beside a file, it says what model that is, and how images are
-    prepared, instead of NAME's defaults. Raises InputError: the library cannot be imported, or has
-    no such model, tag, file or folder.
+    prepared, instead of NAME's defaults.
     """
     open_clip = _import_library()
     is_folder = named.startswith(LOCAL_DIR)
@@ -132,20 +132,16 @@ class OpenClipSubject:
     def __init__(self, model: Any, tokenizer: Any, library: Any) -> None:
         self.model = model
         parameter = next(model.parameters())
-        self._device, self._dtype = parameter.device, parameter.dtype
-        self._tokenizer = tokenizer
+        self._device, self._dtype, self._tokenizer = parameter.device, parameter.dtype, tokenizer
         self.transform = library.transform.image_transform_v2(
             library.transform.PreprocessCfg(**model.visual.preprocess_cfg), is_train=False
         )
+        # Kind and context length decide the ids of a text.
+        kind, context = type(tokenizer).__name__, getattr(tokenizer, "context_length", "")
+        self.tokenizer_name = f"{kind} {context}"
         self._text = model.text if hasattr(model, "text") else model
         self._pooling = getattr(self._text, "pool_type", getattr(model, "text_pool_type", ""))
         self._causal = _is_causal(self._text) and self._pooling in _CUT_POOLING
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Kind and context length of the tokenizer, which decide the ids of a text."""
-        kind = type(self._tokenizer).__name__
-        return f"{kind} {getattr(self._tokenizer, 'context_length', '')}"
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         features: Tensor = self.model.encode_image(pixels.to(self._device, self._dtype))
@@ -165,11 +161,9 @@ class OpenClipSubject:
         return wider[:, -1] != 0
 
     def count_ids(self, tokens: Tensor) -> Tensor:
-        return (
-            self._find_ends(tokens) + 1
-            if self._causal
-            else torch.full((len(tokens),), tokens.shape[1])
-        )
+        if self._causal:
+            return self._find_ends(tokens) + 1
+        return torch.full((len(tokens),), tokens.shape[1])
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         tokens = tokens.to(self._device)

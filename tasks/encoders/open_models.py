@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from evaclip_model.config import Config
 from evaclip_model.create import create_model, open_model
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
+from evaclip_model.model.layers import DTYPES
 from evaclip_model.model.model_config import CONFIG_FILE, ModelConfig, list_models
 from evaclip_model.reading.transform import describe_preprocessing, image_transform
 from evaclip_model.tokenizer.tokenizer import PAD_TOKEN, tokenize
@@ -34,13 +36,12 @@ from evaclip_model.training.cost import image_flops
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE, open_tensors
 from evaclip_model.weights.load import PREPROCESSING_FILE
 from evaclip_model.weights.name_maps import native_names
+from tasks.artifacts.artifact import DIGEST_CHARS
 
 OPEN_CLIP = "open_clip:"
 TRANSFORMERS = "transformers:"
 _FORM = 3
 """Raise it when the same files would get another identity."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DIGEST_CHARS = 16
 
 
 class Identity(Config):
@@ -55,15 +56,14 @@ class Identity(Config):
     """Of `describe_preprocessing`."""
     architecture: str
     params: int
-    """Weights, both towers."""
+    """Of both towers."""
     gflops: float | None
     """Of one image, in billions; a FLOP is half a multiply-add of a matrix product."""
     source: str
     """The specification it was named by."""
     sha256: str = ""
-    """Of its file of weights; empty for a model that has none of its own."""
+    """Of its file of weights, where it has one of its own."""
     preprocessing: dict[str, Any]
-    """The steps that turn an image into the model's input."""
     warnings: tuple[str, ...] = ()
     """Sentences that a reader of its figures should know."""
 
@@ -108,7 +108,7 @@ class Library:
     """A library whose models are evaluated, as they are named behind its prefix."""
 
     open_subject: Callable[[str, str, Precision], Subject]
-    """Name, device and precision to the open model."""
+    """Of a name, a device and a precision."""
     identify: Callable[[str], Identity]
     list_files: Callable[[str], list[Path]]
     """The files on this machine that decide what a name means."""
@@ -174,15 +174,8 @@ def identify_module(
     weights: Path | None,
     warnings: tuple[str, ...] = (),
 ) -> Identity:
-    """The identity of another library's model, which is loaded.
-
-    Args:
-        name: Its architecture, without the library's name.
-        source: Its specification.
-        tokenizer: What decides the ids of a text.
-        image_prefixes: Beginnings of the names of weights that no text passes.
-        weights: Its one file, where there is one.
-    """
+    """The identity of another library's model, which is loaded: an architecture called `name`, of
+    whose weights no text passes those that begin with `image_prefixes`."""
     state = model.state_dict()
     texts = {key: value for key, value in state.items() if not key.startswith(image_prefixes)}
     return Identity(
@@ -231,9 +224,7 @@ def architecture_name(config: ModelConfig) -> str:
 
 class _EvaSubject:
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        self._model = model
-        self._dtype = dtype
-        self._device = model.logit_scale.device
+        self._model, self._dtype, self._device = model, dtype, model.logit_scale.device
         self._context = model.config.text.context_length
         self.transform = image_transform(model)
         self.tokenize = partial(tokenize, context_length=self._context)
@@ -265,15 +256,15 @@ def _identify_uncached(spec: str) -> Identity:
     whole = hashlib.sha256(config.model_dump_json().encode())
     parameters = 0
     for entry in entries:
-        both = [whole, text] if entry.native.startswith("text.") else [whole]
         for source in entry.sources:
             tensor = stored[source]
             parameters += tensor.shape.numel()
-            for one in both:
-                one.update(f"{entry.native} {entry.join} {tensor.dtype}\n".encode())
-            for piece in tensor.pieces():
-                for one in both:
-                    one.update(piece.contiguous().view(torch.uint8).numpy().data)
+            about: Any = f"{entry.native} {entry.join} {tensor.dtype}\n".encode()
+            pieces = (one.contiguous().view(torch.uint8).numpy().data for one in tensor.pieces())
+            for part in chain([about], pieces):
+                whole.update(part)
+                if entry.native.startswith("text."):
+                    text.update(part)
     used = describe_preprocessing(config.vision.image_px)
     return Identity(
         digest=whole.hexdigest()[:DIGEST_CHARS],
@@ -321,24 +312,19 @@ def _load_config(path: Path, architecture: str) -> ModelConfig:
 def _split_spec(spec: str) -> tuple[Path, str]:
     """Path and architecture of a model that is not open_clip's; "" for a saved folder, which
     records its own."""
+    if Path(spec).is_file():
+        raise InputError(
+            f"{spec} is a file of weights: say its architecture too, as {spec}:EVA02-CLIP-B-16 "
+            f"(one of {', '.join(list_models())}, or a .json file)"
+        )
     path, colon, architecture = spec.rpartition(":")
-    if not colon or Path(spec).exists():
-        if Path(spec).is_file():
-            raise InputError(
-                f"{spec} is a file of weights: say its architecture too, as {spec}:EVA02-CLIP-B-16 "
-                f"(one of {', '.join(list_models())}, or a .json file)"
-            )
-        return Path(spec), ""
-    return Path(path), architecture
+    return (Path(path), architecture) if colon and not Path(spec).exists() else (Path(spec), "")
 
 
 def _cache_key(spec: str) -> str:
     """Key of a kept identity: the model's files as they are, and the versions that read them."""
-    stats = []
-    for path in files_of(spec):
-        if path.exists():
-            stat = path.stat()
-            stats.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino])
+    there = [(path, path.stat()) for path in files_of(spec) if path.exists()]
+    stats = [[str(path.resolve()), s.st_size, s.st_mtime_ns, s.st_ino] for path, s in there]
     versions = {}
     for tool in ("evaclip", "open_clip_torch", *(["transformers"] * spec.startswith(TRANSFORMERS))):
         with suppress(metadata.PackageNotFoundError):

@@ -19,13 +19,8 @@ from torch import Tensor
 
 from evaclip_model.choices import Precision
 from evaclip_model.errors import InputError, shorten_error
-from tasks.encoders.open_models import (
-    DTYPES,
-    TRANSFORMERS,
-    Identity,
-    Library,
-    identify_module,
-)
+from evaclip_model.model.layers import DTYPES
+from tasks.encoders.open_models import TRANSFORMERS, Identity, Library, identify_module
 from tasks.encoders.torchvision_import import import_torchvision
 
 TYPES = ("clip", "siglip")
@@ -47,13 +42,12 @@ class TransformersSubject:
         self._context, self._end = texts.max_position_embeddings, texts.eos_token_id
 
     def transform(self, image: Image.Image) -> Tensor:
-        made = self.images(images=image.convert("RGB"), return_tensors="pt")
-        pixels: Tensor = made["pixel_values"][0]
-        return pixels
+        pixels: Tensor = self.images(images=image.convert("RGB"), return_tensors="pt").pixel_values
+        return pixels[0]
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        given = pixels.to(self._device, self._dtype)
-        features: Tensor = self.model.get_image_features(pixel_values=given).pooler_output
+        made = self.model.get_image_features(pixel_values=pixels.to(self._device, self._dtype))
+        features: Tensor = made.pooler_output
         return features
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:

@@ -5,13 +5,13 @@ other prompts looks like any other figure.
 """
 
 import functools
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 from evaclip_model.errors import InputError
+from evaclip_model.tokenizer.bundled_assets import package_file
 from evaclip_model.zeroshot.imagenet_prompts import (
     PLACEHOLDER,
     imagenet_classnames,
@@ -109,7 +109,7 @@ def imagenet_synsets() -> tuple[str, ...]:
 
 
 def _from_wheel(file: str, key: str | None, name: str) -> tuple[str, ...]:
-    path = _data_file(WHEEL, f"datasets/{file}")
+    path = package_file(f"datasets/{file}", WHEEL)
     if path is None:
         raise InputError(
             f"set '{name}': its list comes from the distribution clip-benchmark, which is not "
@@ -122,17 +122,7 @@ def _from_wheel(file: str, key: str | None, name: str) -> tuple[str, ...]:
 
 
 def _timm_lines(file: str) -> tuple[str, ...]:
-    path = _data_file("timm", f"data/_info/{file}")
+    path = package_file(f"data/_info/{file}", "timm")
     if path is None:
         raise InputError(f"ImageNet's classes, timm's {file}, were not found: install timm")
     return tuple(path.read_text().split())
-
-
-def _data_file(package: str, name: str) -> Path | None:
-    """A data file of an installed package, found without importing it."""
-    spec = importlib.util.find_spec(package)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / name
-        if path.is_file():
-            return path
-    return None
