@@ -83,19 +83,12 @@ _STRAIGHT = str.maketrans("‘’“”", "''\"\"")
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH) -> Tensor:
-    """Ids of captions: start token, pieces, end token, zeros.
+    """Ids of captions [B, L] int64: start token, pieces, end token, zeros; L is `context_length`.
+    Raises InputError: the vocabulary file is missing; a context without room for start and end.
 
     Text is repaired (ftfy), HTML entities are resolved, white space is collapsed, letters are
     lower-cased. A caption that is too long loses its end and keeps the end token. A literal
     `<start_of_text>` or `<end_of_text>` becomes that token, as in the original.
-
-    Args:
-        texts: one caption or several.
-        context_length: L, tokens a row, at least 2.
-
-    Returns: [B, L] int64.
-
-    Raises InputError: the vocabulary file is missing; a context without room for start and end.
     """
     if context_length < 2:
         raise InputError(
@@ -110,11 +103,8 @@ def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH) -
 
 
 def cut_padding(tokens: Tensor) -> Tensor:
-    """Leave out the columns behind the last end token of the batch: [B, L] -> [B, L' <= L].
-
-    Exact for features and gradients, because the text tower is causal and pools at the first end
-    token; a long way cheaper for short captions.
-    """
+    """Leave out the columns behind the last end token of the batch: [B, L] -> [B, L' <= L]; exact
+    for features and gradients: the text tower is causal and pools at the first end token."""
     return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
 
 
@@ -143,10 +133,8 @@ def _clean_text(text: str) -> str:
 
 
 class _Words(dict[str, int]):
-    """Word -> its number; the ids of all words lie one word behind the other in one array.
-
-    A word met for the first time gets a number. Safe to use from several threads.
-    """
+    """Word -> its number, also of a new one; the ids of all words lie one word behind the other in
+    one array. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._characters, self._split, self._merge = _byte_characters(), splitter(), _load_merges()
@@ -154,10 +142,8 @@ class _Words(dict[str, int]):
         self._start_anew()
 
     def look_up(self, words: Sequence[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Ids of all words in their order [N], and how many each caption has [B].
-
-        Every caption ends with `_BREAK`, a word without ids.
-        """
+        """Ids of all words in their order [N], and how many each caption has [B]; each ends with
+        `_BREAK`, a word without ids."""
         with self._lock:
             if len(self) > MOST_WORDS:
                 self._start_anew()
@@ -213,11 +199,8 @@ def _load_merges() -> Merge:
     lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : _MERGES + 1]
     merges = [(first, second) for first, second in map(str.split, lines)]
     alphabet = list(_byte_characters().values())
-    symbols = [
-        *alphabet,
-        *(character + END_OF_WORD for character in alphabet),
-        *map("".join, merges),
-    ]
+    ends = (character + END_OF_WORD for character in alphabet)
+    symbols = [*alphabet, *ends, *map("".join, merges)]
     vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
     if importlib.util.find_spec("tokenizers") is None:
         return plain_merger(vocabulary, merges)
@@ -232,9 +215,8 @@ def _byte_characters() -> dict[int, str]:
     itself, then the rest from U+0100 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {
-        byte: chr(0x100 + index) for index, byte in enumerate(hidden)
-    }
+    shown = {byte: chr(0x100 + index) for index, byte in enumerate(hidden)}
+    return {byte: chr(byte) for byte in visible} | shown
 
 
 def splitter() -> Split:
@@ -268,18 +250,14 @@ def plain_merger(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]
             best = min(itertools.pairwise(symbols), key=lambda pair: ranks.get(pair, never))
             if best not in ranks:
                 break
-            symbols = _joined(symbols, best)
+            joined: list[str] = []
+            for symbol in symbols:
+                # The symbol before is not a pair's result: that would have another name.
+                if joined and (joined[-1], symbol) == best:
+                    joined[-1] += symbol
+                else:
+                    joined.append(symbol)
+            symbols = joined
         return [vocabulary[symbol] for symbol in symbols]
 
     return merge
-
-
-def _joined(symbols: Sequence[str], pair: tuple[str, str]) -> list[str]:
-    joined: list[str] = []
-    for symbol in symbols:
-        # The symbol before is not a pair's result: that would have another name.
-        if joined and (joined[-1], symbol) == pair:
-            joined[-1] += symbol
-        else:
-            joined.append(symbol)
-    return joined

@@ -61,12 +61,12 @@ def encode_texts(
     device: str = "cpu",
     progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
-    """Normalised fp32 features of `texts` [N, D]; equal texts get bitwise equal features.
+    """Normalised fp32 features of `texts` [N, D]; equal texts get bitwise equal features. Raises
+    InputError: no texts, or features that are not finite.
 
     Every text is encoded once, in order of length, cut after the longest end-of-text of its batch:
     attention is causal, so tokens behind the end cannot reach the feature. `context_length` is the
-    model's, in tokens; `progress` gets the number of distinct texts done. Raises InputError: no
-    texts, or features that are not finite.
+    model's, in tokens; `progress` gets the number of distinct texts done.
     """
     if not texts:
         raise InputError("no text to encode: give at least one class name or caption")
@@ -143,7 +143,6 @@ class Gallery:
 
     @classmethod
     def from_features(cls, features: Tensor) -> Gallery:
-        """From unit vectors [G, D]."""
         distinct, place = torch.unique(features.float(), dim=0, return_inverse=True)
         return cls(distinct, place)
 

@@ -109,7 +109,6 @@ def names_file(path: Path) -> Path:
 def _read_image(
     path: Path, transform: Callable[[Image.Image], Tensor]
 ) -> tuple[Path, Tensor | str]:
-    """The image as a tensor, or the reason why it cannot be read."""
     try:
         return path, transform(decode_image(path.read_bytes()))
     except (UnreadableImageError, OSError) as error:

@@ -12,7 +12,7 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaclip_model.errors import InputError
+from evaclip_model.errors import InputError, shorten_error
 
 CLASSNAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
@@ -62,10 +62,8 @@ class TarMember:
 
 
 def is_system_file(name: str) -> bool:
-    """Tell whether a path is a file that an operating system or tar adds to those of a person.
-
-    macOS writes the attributes of FILE as `._FILE`, pax headers may lie unpacked in a folder.
-    """
+    """Tell whether an operating system or tar adds such a file to those of a person: macOS writes
+    the attributes of FILE as `._FILE`, pax headers may lie unpacked in a folder."""
     parts = Path(name).parts
     return bool(parts) and (
         parts[-1].startswith("._")
@@ -81,10 +79,9 @@ def read_lines(path: Path, expected: str) -> tuple[str, ...]:
         lines = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing: expected {expected}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text: expected {expected}") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): expected {expected}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        why = shorten_error(error)
+        raise InputError(f"{path} cannot be read ({why}): expected {expected}") from None
     # A trailing blank line is a text file's end; one inside would shift every label after it.
     while lines and not lines[-1]:
         lines = lines[:-1]
@@ -107,24 +104,17 @@ def find_tars(folder: Path, split: str = SPLIT) -> list[Path]:
     except ValueError:
         raise InputError(f"{count_file} must hold one number, the number of tars") from None
     tars: list[Path] = []
-    # The number may be anything: look for each tar before the list grows.
-    while len(tars) < count:
-        tar = folder / split / f"{len(tars)}.tar"
-        if not tar.is_file():
-            raise InputError(f"{tar} is missing: {count_file} says there are {count} tars")
-        tars.append(tar)
+    for number in range(count):  # which may be anything: look for each tar before the list grows
+        tars.append(folder / split / f"{number}.tar")
+        if not tars[-1].is_file():
+            raise InputError(f"{tars[-1]} is missing: {count_file} says there are {count} tars")
     return tars
 
 
 def read_members(tar: Path, digest_images: bool = False) -> dict[str, dict[str, TarMember]]:
-    """Key -> extension -> member, in tar order; what macOS and pax add is passed over.
-
-    Args:
-        digest_images: whether images are read, for their SHA-256.
-
-    Raises InputError: the file is cut short or not a tar, a member occurs twice, an answer is
-    larger than 16 MiB.
-    """
+    """Key -> extension -> member, in tar order; what macOS and pax add is passed over. Raises
+    InputError: the file is cut short or not a tar, a member occurs twice, an answer is larger than
+    16 MiB."""
     found: dict[str, dict[str, TarMember]] = {}
     total = tar.stat().st_size
     try:
@@ -140,19 +130,17 @@ def read_members(tar: Path, digest_images: bool = False) -> dict[str, dict[str, 
                 members = found.setdefault(key, {})
                 if extension in members:
                     raise InputError(f"{tar}: member {member.name} occurs twice")
-                is_image = extension in IMAGE_EXTENSIONS
-                if not is_image and member.size > _ANSWER_BYTES:
+                span = Span(tar, member.offset_data, member.size)
+                if extension in IMAGE_EXTENSIONS:
+                    digest = hashlib.sha256(span.read()).hexdigest() if digest_images else ""
+                    members[extension] = TarMember(span, digest, b"")
+                    continue
+                if member.size > _ANSWER_BYTES:
                     raise InputError(
                         f"{tar}: member {member.name} has {member.size:,} bytes, more than the "
                         f"{_ANSWER_BYTES:,} an answer may have"
                     )
-                span = Span(tar, member.offset_data, member.size)
-                data = b"" if is_image and not digest_images else span.read()
-                members[extension] = TarMember(
-                    span,
-                    hashlib.sha256(data).hexdigest() if is_image and digest_images else "",
-                    b"" if is_image else data,
-                )
+                members[extension] = TarMember(span, "", span.read())
     except tarfile.TarError as error:
         raise InputError(
             f"{tar} cannot be read as a tar ({error}): fetch it again, it may be incomplete"

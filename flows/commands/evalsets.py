@@ -86,7 +86,7 @@ def check(
     templates: Annotated[str, Option(help="a source's name (the known set's first)")] = "",
 ) -> None:
     """Read a set, decode every image, say what is odd."""
-    from tasks.evaluate.sets.check_set import check_set  # imports torch
+    from tasks.evaluate.sets.check_set import check_set, list_facts, list_oddities  # imports torch
     from tasks.evaluate.sets.published_layout import kind_of, open_set
 
     known = _find_known(known_as) if known_as else None
@@ -94,13 +94,13 @@ def check(
     name = known.key if known else folder.name
     evalset = open_set(name, folder, kind_of(folder), templates, known=known)
     with moving_bar("check") as report:
-        checked = check_set(evalset, report)
-    for what, value in checked.list_facts():
+        unreadable = check_set(evalset, report)
+    for what, value in list_facts(evalset):
         console.print(f"{what:<14}", style="bold", end=" ")
         console.print(value, soft_wrap=True)
-    for oddity in checked.list_oddities():
+    for oddity in list_oddities(evalset, unreadable):
         _print_remark(oddity)
-    if checked.unreadable:
+    if unreadable:
         raise InputError(f"{folder} cannot be evaluated: every image has to be decodable")
 
 

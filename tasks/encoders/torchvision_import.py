@@ -16,12 +16,8 @@ _kept: list[Any] = []  # described operators go when what described them does
 
 
 def import_torchvision(module: str = "") -> ModuleType:
-    """`torchvision`, or the module of this name in it.
-
-    Raises:
-        ImportError: it is not installed.
-        RuntimeError: it does not fit torch for another reason.
-    """
+    """`torchvision`, or the module of this name in it. Raises ImportError: it is not installed;
+    RuntimeError: it does not fit torch for another reason."""
     name = f"torchvision.{module}" if module else "torchvision"
     try:
         return importlib.import_module(name)

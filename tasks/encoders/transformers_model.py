@@ -130,26 +130,20 @@ def transformers_identity(named: str) -> Identity:
     """The identity of a model; it is loaded for it."""
     subject = transformers_subject(named, "cpu", "fp32")
     weights = [path for path in transformers_files(named) if path.suffix == ".safetensors"]
+    tokenizer = hashlib.sha256()
+    with TemporaryDirectory() as folder:
+        subject.tokenizer.save_pretrained(folder)
+        for path in sorted(one for one in Path(folder).rglob("*") if one.is_file()):
+            tokenizer.update(path.name.encode() + path.read_bytes())
     return identify_module(
         *(subject, subject.model),
         name=Path(named).name,
         source=f"{TRANSFORMERS}{named}",
-        tokenizer=_digest_tokenizer(subject.tokenizer),
+        tokenizer=tokenizer.hexdigest(),
         image_prefixes=("vision_model.", "visual_projection.", "logit_"),
         preprocessing={"by": "transformers", **subject.images.to_dict()},
         weights=weights[0] if len(weights) == 1 else None,
     )
-
-
-def _digest_tokenizer(tokenizer: Any) -> str:
-    """SHA-256 of all that the tokenizer writes of itself."""
-    with TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        whole = hashlib.sha256()
-        for path in sorted(Path(folder).rglob("*")):
-            if path.is_file():
-                whole.update(path.name.encode() + path.read_bytes())
-    return whole.hexdigest()
 
 
 def _import_library() -> Any:

@@ -151,13 +151,12 @@ def stamp_sources() -> list[Source]:
             text.read_text("utf-8", "replace").split("\n")[0].strip() if text.is_file() else ""
         )
         if caption:
-            found.append(Source(str(picture), partial(read_stamp, picture, caption)))
+            found.append(Source(str(picture), partial(read_stamp, picture), answer=(caption,)))
     return found
 
 
-def read_stamp(picture: Path, caption: str) -> Found:
-    extension, content = image_file(picture.read_bytes())
-    return Found(content, extension, (caption,))
+def read_stamp(picture: Path) -> Found:
+    return image_file(picture.read_bytes())
 
 
 def read_images(part: str) -> np.ndarray:

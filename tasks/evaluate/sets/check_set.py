@@ -3,9 +3,8 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 from tasks.evaluate.sets.class_order import list_of_known, normalise_name
@@ -25,56 +24,16 @@ _ODD_NAMES = (
 )
 
 
-@dataclass(frozen=True)
-class Checked:
-    evalset: EvalSet
-    unreadable: tuple[tuple[str, str], ...]
-    """(key, reason)"""
-
-    def list_facts(self) -> Iterator[tuple[str, str]]:
-        """(what, value) of kind, size, names, prompts and fingerprint."""
-        one = self.evalset
-        yield "kind", one.kind
-        yield "images", f"{len(one):,} in {len({sample.image.tar for sample in one.samples})} tars"
-        if one.questions:
-            yield "questions", f"{len(one.questions):,}: {one.questions[0].form}"
-        if not one.classnames:
-            yield "captions", f"{len(one.captions):,}"
-        else:
-            yield "classes", f"{len(one.classnames):,}: {some_names(one.classnames)}"
-            yield "templates", f"{len(one.templates)} ({one.prompts_source}): {one.templates[0]}"
-        yield "fingerprint", one.fingerprint
-
-    def list_oddities(self) -> Iterator[str]:
-        one = self.evalset
-        yield from one.warnings
-        if one.known is not None and not one.known.split_stated:
-            yield f"the paper does not say which images these are: {one.known.split}"
-        yield from _of_classes(one)
-        images = Counter(sample.sha256 for sample in one.samples)
-        again = sum(count - 1 for count in images.values())
-        if again:
-            yield f"{again:,} images are copies of others, byte by byte"
-        if one.kind == "retrieval":
-            texts = Counter(text for sample in one.samples for text in set(sample.captions))
-            shared = sum(count > 1 for count in texts.values())
-            if shared:
-                yield f"{shared:,} captions belong to several images word for word: exact ties"
-        if self.unreadable:
-            names = _name_some([f"{key} ({reason})" for key, reason in self.unreadable])
-            yield f"{len(self.unreadable):,} images cannot be decoded: {names}"
-
-
-def check_set(evalset: EvalSet, report: Report = report_nothing) -> Checked:
-    """Decode every image of a set."""
-    unreadable = []
+def check_set(evalset: EvalSet, report: Report = report_nothing) -> dict[str, str]:
+    """Decode every image of a set: the keys of those that cannot be, with the reason."""
+    unreadable = {}
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "check") as pool:
         results = pool.map(_decode_reason, evalset.samples)
         for done, (sample, reason) in enumerate(zip(evalset.samples, results, strict=True), 1):
             if reason:
-                unreadable.append((sample.key, reason))
+                unreadable[sample.key] = reason
             report(done, len(evalset), sample.key)
-    return Checked(evalset, tuple(unreadable))
+    return unreadable
 
 
 def _decode_reason(sample: EvalSample) -> str:
@@ -83,6 +42,45 @@ def _decode_reason(sample: EvalSample) -> str:
     except UnreadableImageError as error:
         return str(error)
     return ""
+
+
+def list_facts(evalset: EvalSet) -> Iterator[tuple[str, str]]:
+    """(what, value) of kind, size, names, prompts and fingerprint."""
+    one = evalset
+    yield "kind", one.kind
+    yield "images", f"{len(one):,} in {len({sample.image.tar for sample in one.samples})} tars"
+    if one.questions:
+        yield "questions", f"{len(one.questions):,}: {one.questions[0].form}"
+    if not one.classnames:
+        yield "captions", f"{len(one.captions):,}"
+    else:
+        yield "classes", f"{len(one.classnames):,}: {some_names(one.classnames)}"
+        yield "templates", f"{len(one.templates)} ({one.prompts_source}): {one.templates[0]}"
+    yield "fingerprint", one.fingerprint
+
+
+def list_oddities(evalset: EvalSet, unreadable: Mapping[str, str]) -> Iterator[str]:
+    """Sentences on what is odd, `unreadable` images among it."""
+    yield from evalset.warnings
+    known, names = evalset.known, evalset.classnames
+    if known is not None and not known.split_stated:
+        yield f"the paper does not say which images these are: {known.split}"
+    if names:
+        yield from odd_names(names, known)
+        seen = {label for one in evalset.samples for label in (one.label, *one.labels)}
+        empty = [name for label, name in enumerate(names) if label not in seen]
+        if empty:
+            yield f"{len(empty)} classes have no image: {_name_some(empty)}"
+    again = len(evalset) - len({sample.sha256 for sample in evalset.samples})
+    if again:
+        yield f"{again:,} images are copies of others, byte by byte"
+    texts = Counter(text for sample in evalset.samples for text in set(sample.captions))
+    shared = sum(count > 1 for count in texts.values())
+    if shared:
+        yield f"{shared:,} captions belong to several images word for word: exact ties"
+    if unreadable:
+        examples = _name_some([f"{key} ({reason})" for key, reason in unreadable.items()])
+        yield f"{len(unreadable):,} images cannot be decoded: {examples}"
 
 
 def odd_names(classnames: Sequence[str], known: KnownSet | None) -> Iterator[str]:
@@ -136,16 +134,6 @@ def _compare_with_known(classnames: Sequence[str], known: KnownSet | None) -> It
         )
 
 
-def _of_classes(evalset: EvalSet) -> Iterator[str]:
-    if not evalset.classnames:
-        return
-    yield from odd_names(evalset.classnames, evalset.known)
-    seen = {label for one in evalset.samples for label in (one.label, *one.labels)}
-    empty = [name for label, name in enumerate(evalset.classnames) if label not in seen]
-    if empty:
-        yield f"{len(empty)} classes have no image: {_name_some(empty)}"
-
-
-def _name_some(items: tuple[str, ...] | list[str]) -> str:
+def _name_some(items: Sequence[str]) -> str:
     more = f" and {len(items) - SHOWN:,} more" if len(items) > SHOWN else ""
     return ", ".join(items[:SHOWN]) + more

@@ -58,8 +58,6 @@ _THOUSAND = 1000
 
 @dataclass(frozen=True)
 class EvalSample:
-    """One image of a set, with what is known about it."""
-
     key: str
     image: Span
     label: int = -1
@@ -67,7 +65,6 @@ class EvalSample:
     labels: tuple[int, ...] = ()
     """All its classes in a multilabel set, rising; an image may have none."""
     captions: tuple[str, ...] = ()
-    """The captions of a retrieval set's image."""
     group: int = -1
     """The first number of a `.npy` beside the label, as a region or an income; -1 without one."""
     sha256: str = ""
@@ -90,7 +87,6 @@ class EvalSet:
     images_digest: str = ""
     """16 hex digits over the images and the crop alone: what image features depend on."""
     known: KnownSet | None = None
-    """Its entry in the registry."""
     prompts_source: str = "dataset"
     """Source of its templates, and of its class names where that is another one."""
     crop_px: int = 0
@@ -104,7 +100,6 @@ class EvalSet:
     own_metrics: tuple[Metric, ...] = ()
     """Metrics of the user's own, besides those of its kind."""
     questions: tuple[Question, ...] = ()
-    """Of a choice set."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -230,7 +225,6 @@ def kind_of(folder: Path) -> Kind:
 class _Indexed(NamedTuple):
     key: str
     tar: int
-    """Number of its tar."""
     offset: int
     size: int
     sha256: str
@@ -278,17 +272,10 @@ def _read_entries(number: int, tar: Path, kind: Kind) -> Iterator[_Indexed]:
         answer = _READERS[kind](members[wanted].content, f"{tar}: {key}") if wanted else []
         span, group = image.span, -1
         if kind == "classification" and "npy" in members:
-            group = _read_group(members["npy"].content)
+            with suppress(Exception):  # numpy's parsers raise many kinds
+                vector = _read_array(members["npy"].content)
+                group = int(vector.flat[0]) if vector.size and vector.dtype.kind in "iu" else -1
         yield _Indexed(key, number, span.offset, span.size, image.sha256, answer, group)
-
-
-def _read_group(content: bytes) -> int:
-    """The first number of a vector of whole ones; -1 of anything else."""
-    try:
-        vector = _read_array(content)
-    except Exception:  # numpy hands a header to Python's parsers, which raise many kinds
-        return -1
-    return int(vector.flat[0]) if vector.size and vector.dtype.kind in "iu" else -1
 
 
 def _read_array(content: bytes) -> npt.NDArray[Any]:
@@ -318,8 +305,8 @@ def _parse_labels(content: bytes, where: str) -> list[Any]:
 
 def _parse_captions(content: bytes, where: str) -> list[str]:
     lines = content.decode("utf-8", "replace").split("\n")
-    captions = [line.replace("\\n", "\n").strip() for line in lines]
-    captions = [caption for caption in captions if caption]
+    found = [line.replace("\\n", "\n").strip() for line in lines]
+    captions = [caption for caption in found if caption]
     if not captions:
         raise InputError(f"{where}.txt holds no caption")
     return captions
@@ -334,11 +321,8 @@ def _in_subset(
     tars: Sequence[Path],
     known: KnownSet | None,
 ) -> tuple[tuple[str, ...], list[_Indexed]]:
-    """Names and labels that count the classes of a subset of ImageNet only, in ImageNet's order.
-
-    They come like that from published sets; labels of the thousand, as of a folder of ImageNet's
-    form, are renumbered.
-    """
+    """Names and labels that count the classes of a subset of ImageNet only, in ImageNet's order, as
+    published sets do; labels of the thousand, as of a folder of ImageNet's form, are renumbered."""
     classes = subset_classes(known)
     if known is None or not classes:
         return names, entries

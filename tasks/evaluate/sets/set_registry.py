@@ -49,9 +49,7 @@ class TorchvisionSet(Config):
 
 class KnownSet(Config):
     key: str
-    """Its name in recipes and figures."""
     title: str
-    """Its name for people."""
     tables: tuple[str, ...]
     """Tables of the paper that have it: "1b", "2", "3", "4"; none of a variant."""
     column: str
@@ -60,13 +58,11 @@ class KnownSet(Config):
     metric: PaperMetric = "top1"
     """The paper's metric of this set; `kinetics_mean` is the mean of top-1 and top-5."""
     classes: int | None = None
-    """Number of classes; None in a retrieval set."""
     n: int | None = None
     """Images of the set that reproduces the paper; None where nobody can know."""
     n_note: str = ""
     """Origin of these images, or the reason why their number is not known."""
     captions: int | None = None
-    """Captions of these images in a retrieval set."""
     split: str
     split_stated: bool = True
     """True: the paper says which images, or its figures agree with others' on these."""
@@ -75,29 +71,24 @@ class KnownSet(Config):
     prompts: tuple[PromptSource, ...] = ("dataset",)
     """Sources of its prompt templates; the first is used unless told otherwise."""
     templates: int | None = None
-    """Number of templates of the first source."""
     names_from: str = ""
     """Origin of the class names that the set is published with."""
     wheel_names: str | None = None
-    """Key of its class names in the distribution clip-benchmark."""
+    """Key of its class names in the distribution clip-benchmark; of its templates, below."""
     wheel_prompts: str | None = None
-    """Key of its templates there."""
     subset_of: str | None = None
     """Set that it has some classes of; its labels count those only."""
     torchvision: TorchvisionSet | None = None
-    """Where torchvision has it."""
     wds: str
     """Name of its folder where it is published in the webdataset layout."""
     licence: str
     """Terms as generally understood; read them before use."""
     obtain: str
-    """Directions to get it."""
     datacomp: str = ""
     """Figure of it that DataComp averages; "" of a set that is none of its 38."""
     tolerance: float | None = None
     """Points within which a figure counts as reproduced; None: nothing is known to compare with."""
     traps: tuple[str, ...] = ()
-    """Mistakes that others have made."""
 
 
 @functools.cache
@@ -124,16 +115,11 @@ def find_set(key: str) -> KnownSet | None:
 
 
 def find_set_folder(known: KnownSet, data: Path) -> Path | None:
-    """The folder in `data` that holds a known set, by the names under which it is published.
-
-    CLIP_benchmark's name is looked for first. DataComp's copies are called `wds_NAME_test`, with
-    `vtab-` before the name or without; the key alone does as well. Raises InputError: two folders
-    of other names could be meant.
-    """
-    if (data / known.wds).is_dir():
-        return data / known.wds
-    found = [data / name for name in _published_names(known)[1:] if (data / name).is_dir()]
-    if len(found) > 1:
+    """The folder in `data` that holds a known set, by the names under which it is published:
+    CLIP_benchmark's first, then DataComp's `wds_NAME_test`, with `vtab-` before the name or
+    without; the key alone does as well. Raises InputError: two of other names could be meant."""
+    found = [data / name for name in _published_names(known) if (data / name).is_dir()]
+    if len(found) > 1 and found[0].name != known.wds:
         raise InputError(
             f"set '{known.key}' could be {found[0]} or {found[1]}: name one, as "
             f"{known.key}={found[0]}"
@@ -143,10 +129,8 @@ def find_set_folder(known: KnownSet, data: Path) -> Path | None:
 
 def find_published_set(folder: Path) -> KnownSet | None:
     """The known set that a folder of this name holds."""
-    for known in all_sets().values():
-        if folder.name in _published_names(known)[:-1]:
-            return known
-    return None
+    sets = all_sets().values()
+    return next((one for one in sets if folder.name in _published_names(one)[:-1]), None)
 
 
 def _published_names(known: KnownSet) -> tuple[str, ...]:

@@ -80,7 +80,7 @@ def test_a_published_list_becomes_a_set_with_its_figures_and_chance(
     ]
     figures = compute_figures(score_set(evalset, *unit))
     assert set(chance) <= figures.keys() and figures["questions"] == len(evalset.questions)
-    assert not check_set(evalset).unreadable
+    assert not check_set(evalset)
 
 
 def test_winogavils_prompt_is_its_papers(tmp_path: Path, images: Path):

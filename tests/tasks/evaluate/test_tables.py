@@ -195,10 +195,10 @@ def test_quotes_in_a_tab_separated_file_part_cells_or_are_text(
 ) -> None:
     text = 'image\tcaption\na/0.jpg\t"a dog\na/1.jpg\t"a cat" sleeps\na/0.jpg\tbig"\n'
     found = captioned_sources(write(tmp_path / "x.tsv", text), images)
-    assert [source.read().answer for source in found] == [('"a dog', 'big"'), ('"a cat" sleeps',)]
+    assert [source.answer for source in found] == [('"a dog', 'big"'), ('"a cat" sleeps',)]
     text = 'image\tcaption\na/0.jpg\t"a ""big"" dog"\n'
     (only,) = captioned_sources(write(tmp_path / "y.tsv", text), images)
-    assert only.read().answer == ('a "big" dog',)
+    assert only.answer == ('a "big" dog',)
 
 
 def test_missing_images_are_counted_by_their_reason(images: Path, tmp_path: Path) -> None:

@@ -3,9 +3,8 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 from evaclip_model.errors import InputError
 from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames
@@ -19,10 +18,11 @@ from tasks.evaluate.sets.class_order import (
 )
 from tasks.evaluate.sets.convert.caption_sets import captioned_sources
 from tasks.evaluate.sets.convert.choice_sets import choice_sources
-from tasks.evaluate.sets.convert.label_table import LabelTable, label_file, read_label_table
+from tasks.evaluate.sets.convert.label_table import LabelTable, read_label_table
 from tasks.evaluate.sets.convert.shard_writer import Conversion, Source, write_set
 from tasks.evaluate.sets.convert.source_images import (
     class_folders,
+    image_source,
     objectnet_classes,
     stamp_of,
     walk_files,
@@ -98,15 +98,15 @@ def convert_imagefolder(
     their own names or with the labels of ImageNet's thousand that each of them stands for."""
     key = words.known.key if words.known else ""
     several, is_objectnet = key == OBJECTNET_1000, key in (OBJECTNET, OBJECTNET_1000)
-    words_of: dict[Path, tuple[str, ...]] = (
+    its_wordsof: dict[Path, tuple[str, ...]] = (
         objectnet_classes(root, imagenet=several)
         if is_objectnet
         else {one: (one.name,) for one in class_folders(root)}
     )
-    images = [label_file(path, said) for one, said in words_of.items() for path in walk_files(one)]
+    images = [image_source(one, said) for at, said in its_wordsof.items() for one in walk_files(at)]
     if not images:
         raise InputError(f"{root} has no file in its folders")
-    table, classes = LabelTable(images, [said[0] for said in words_of.values()], several), None
+    table, classes = LabelTable(images, [said[0] for said in its_wordsof.values()], several), None
     if several:
         names = imagenet_classnames()
         classes = ClassOrder(names, {str(label): label for label in range(len(names))})
@@ -214,16 +214,14 @@ def _write_table(
 ) -> Conversion:
     """The set of a table from `origin`, (form, path, ...), in its order or class by class."""
     classes = classes or words.order_classes(table, str(origin[1]))
-    answered = [(sorted(classes.labels[word] for word in one.words), one) for one in table.images]
+    said = [(cast(Sequence[str], one.answer), one) for one in table.images]
+    answered = [
+        (sorted(map(classes.labels.__getitem__, its_words)), one) for its_words, one in said
+    ]
     if by_class:
         answered.sort(key=lambda pair: pair[0])
     sources = [
-        # What fails has no label.
-        Source(
-            one.name,
-            partial(one.read, labels if table.several else next(iter(labels), -1)),
-            one.stamp,
-        )
+        replace(one, answer=labels if table.several else next(iter(labels), ()))
         for labels, one in answered
     ]
     kind: Kind = "multilabel" if table.several else "classification"

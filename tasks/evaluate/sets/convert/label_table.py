@@ -11,16 +11,15 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from evaclip_model.errors import InputError, shorten_error
-from tasks.evaluate.sets.convert.shard_writer import Answer, Found
-from tasks.evaluate.sets.convert.source_images import FileFinder, read_image, stamp_of
+from tasks.evaluate.sets.convert.shard_writer import Source
+from tasks.evaluate.sets.convert.source_images import FileFinder, image_source
 
 PATH_COLUMNS = (
     "path", "image_path", "img_path", "file_path", "filepath", "image", "img", "file", "file_name",
@@ -45,30 +44,17 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class LabelledImage:
-    """A `Source` to be, with the words of its classes instead of their labels."""
-
-    name: str
-    read: Callable[[Answer], Found]
-    stamp: str
-    words: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class LabelTable:
-    """What every form of images with classes is read into."""
+    """The one form that images with classes are read into."""
 
-    images: list[LabelledImage]
+    images: list[Source]
+    """Their answers are the words of their classes."""
     words: Sequence[str]
     """Every class that occurs, or has a column or a folder, in the source's order."""
     several: bool = False
     """True: an image may have several classes, or none."""
     display_names: Mapping[str, str] = field(default_factory=dict)
     """Names of those classes that have words which are not names."""
-
-
-def label_file(path: Path, words: Iterable[str]) -> LabelledImage:
-    return LabelledImage(str(path), partial(read_image, path), stamp_of(path), tuple(words))
 
 
 def read_label_table(
@@ -129,7 +115,7 @@ def read_label_table(
     if not words_of:
         raise InputError(f"{listing} has no row")
     every = indicators or {word for words in words_of.values() for word in words}
-    labelled = [label_file(path, words) for path, words in words_of.items()]
+    labelled = [image_source(path, tuple(words)) for path, words in words_of.items()]
     return LabelTable(labelled, _sort_words(every), several)
 
 

@@ -61,8 +61,8 @@ class UnusableSourceError(ValueError):
 class Found:
     image: bytes
     extension: str
-    answer: Answer
-    """Label; or labels (multilabel); or captions; nothing in a choice set."""
+    answer: Answer | None = None
+    """Where only reading tells it: a data set object's."""
     remark: str = ""
     """An oddity of it, in words."""
 
@@ -77,6 +77,12 @@ class Source:
     """Called in a thread; raises UnusableSourceError."""
     stamp: str = ""
     """Changes with its content, as a file's size and time of change do."""
+    answer: Answer = ()
+    """Label; or labels (multilabel); or captions; nothing in a choice set."""
+
+
+Read = tuple[str, Source, Found | UnusableSourceError]
+"""Key of a sample, its source and what that gave."""
 
 
 @dataclass(frozen=True)
@@ -113,18 +119,15 @@ def write_set(
     images_per_tar: int = IMAGES_PER_TAR,
     report: Report = report_nothing,
 ) -> Conversion:
-    """Write the set of all `sources`, in their order, or go on where a killed run stopped.
+    """Write the set of all `sources`, in their order, or go on where a killed run stopped. Raises
+    InputError: the folder holds something else, no source can be used, or another run writes here.
 
     Args:
         plan: what decides the content, as JSON: another plan starts anew. With an `origin` in it,
             a finished set of the same origin is replaced when anything else differs.
         classnames: of a set with classes, in the order of labels.
-        templates: likewise; none writes no file of them.
         questions: of a choice set, which call images by the names of sources; one of an image that
             cannot be used is left out too.
-
-    Raises InputError: the folder holds something else, no source can be used, or another run is
-    writing here.
     """
     decides = {"kind": kind, "plan": plan, "images_per_tar": images_per_tar}
     decides |= {"classnames": list(classnames), "templates": list(templates)}
@@ -144,20 +147,18 @@ def write_set(
         raise InputError(f"another run is writing {growing}: wait for it, or stop it")
     with lock:
         _start_folder(growing, decides)
-        keyed = [(f"s{place:07d}", source) for place, source in enumerate(sources)]
+        keys = [f"s{place:07d}" for place in range(len(sources))]
         records: list[dict[str, Any]] = []
 
-        def read_part(
-            first: int, part: list[tuple[str, Source]]
-        ) -> Iterator[tuple[str, str, Found | UnusableSourceError]]:
-            results = pool.map(_read_source, (source for _, source in part))
-            for place, ((key, source), found) in enumerate(zip(part, results, strict=True), first):
-                yield key, source.name, found
-                report(place + 1, len(sources), source.name)
+        def read_part(first: int, part: Sequence[Source]) -> Iterator[Read]:
+            results = zip(keys[first:], part, pool.map(_read_source, part), strict=False)
+            for done, (key, source, found) in enumerate(results, first + 1):
+                yield key, source, found
+                report(done, len(sources), source.name)
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "convert") as pool:
             for number, first in enumerate(range(0, len(sources), images_per_tar)):
-                part = keyed[first : first + images_per_tar]
+                part = sources[first : first + images_per_tar]
                 done = growing / _RECORDS / f"{number}.json"  # written after its tar
                 if not done.exists():
                     tar = growing / SPLIT / f"{number}.tar"
@@ -165,21 +166,22 @@ def write_set(
                     write_atomically(done, json.dumps(record, ensure_ascii=False))
                 records.append(json.loads(done.read_text()))
                 report(first + len(part), len(sources), folder.name)
-        made = _close_set(growing, folder, decides, records, {one.name: key for key, one in keyed})
+        names = (source.name for source in sources)
+        made = _close_set(growing, folder, decides, records, dict(zip(names, keys, strict=True)))
     return replace(made, again=replaced)
 
 
-def image_file(content: bytes) -> tuple[str, bytes]:
-    """Extension and content under which an image file goes into a tar: itself where it may. Raises
-    UnusableSourceError: it cannot be decoded."""
+def image_file(content: bytes) -> Found:
+    """An image file as it goes into a tar: itself where it may. Raises UnusableSourceError: it
+    cannot be decoded."""
     try:
         image = decode_image(content)
     except UnreadableImageError as error:
         # Pillow names the object it read from, by its address.
         raise UnusableSourceError(re.sub(r" <_io[^>]*>", "", f"is not an image: {error}")) from None
     if image.format in _COPIED:
-        return _COPIED[image.format], content
-    return "png", encode_png(image)
+        return Found(content, _COPIED[image.format])
+    return Found(encode_png(image), "png")
 
 
 def encode_png(image: Image.Image) -> bytes:
@@ -205,27 +207,23 @@ def _start_folder(growing: Path, decides: dict[str, Any]) -> None:
     write_atomically(path, json.dumps({"decides": decides}, ensure_ascii=False))
 
 
-def _write_tar(
-    path: Path,
-    read: Iterable[tuple[str, str, Found | UnusableSourceError]],
-    kind: Kind,
-    classes: int,
-) -> dict[str, Any]:
-    """Write the tar of (key, source, what it gave), and return its record."""
+def _write_tar(path: Path, read: Iterable[Read], kind: Kind, classes: int) -> dict[str, Any]:
+    """Write a tar, and return its record."""
     record: dict[str, Any] = {"images": 0, "failures": [], "remarks": []}
     with (
         # One name, as only one run writes here: what a killed run left is written over.
         replace_file(path, beside=path.with_name(f".{path.name}.part")) as beside,
         tarfile.open(beside, "w", format=tarfile.USTAR_FORMAT) as tar,
     ):
-        for key, name, found in read:
+        for key, source, found in read:
             if isinstance(found, UnusableSourceError):
-                record["failures"].append((name, str(found)))
+                record["failures"].append((source.name, str(found)))
                 continue
             record["images"] += 1
             if found.remark:
-                record["remarks"].append((name, found.remark))
-            members = {found.extension: found.image, **_answer_member(found.answer, kind, classes)}
+                record["remarks"].append((source.name, found.remark))
+            answer = source.answer if found.answer is None else found.answer
+            members = {found.extension: found.image, **_answer_member(answer, kind, classes)}
             for extension, data in members.items():
                 # Its time and owner are zero: the same bytes every time.
                 member = tarfile.TarInfo(f"{key}.{extension}")

@@ -45,7 +45,7 @@ def group_by_stem(files: Iterable[Path]) -> dict[str, list[Path]]:
 
 
 def image_source(path: Path, answer: Answer) -> Source:
-    return Source(str(path), partial(read_image, path, answer), stamp_of(path))
+    return Source(str(path), partial(_read_image, path), stamp_of(path), answer)
 
 
 def stamp_of(path: Path) -> str:
@@ -71,8 +71,7 @@ def path_inside(folder: Path, name: str, where: str) -> Path:
 
 
 def class_folders(root: Path) -> list[Path]:
-    """The folders of `root`, sorted as text, links to folders among them. Raises InputError: there
-    is none."""
+    """The folders of `root`, sorted as text. Raises InputError: none there, or they are splits."""
     if not root.is_dir():
         raise InputError(f"{root} is not a folder: expected a folder of one folder a class")
     folders = [path for path in root.iterdir() if path.is_dir() and _is_visible(path)]
@@ -150,7 +149,7 @@ def _is_visible(folder: Path) -> bool:
     return folder.name[0] != "." and not is_system_file(f"{folder.name}/x")
 
 
-def read_image(path: Path, answer: Answer) -> Found:
+def _read_image(path: Path) -> Found:
     if is_system_file(path.name):
         raise UnusableSourceError("is a file of the operating system")
     if path.stat().st_size > MAX_BYTES:
@@ -160,5 +159,4 @@ def read_image(path: Path, answer: Answer) -> Found:
             if identify_format(file.read(MAGIC_BYTES)) is None:
                 kind = path.suffix.lower() or "no suffix"
                 raise UnusableSourceError(f"is not an image ({kind})")
-    extension, content = image_file(path.read_bytes())
-    return Found(content, extension, answer)
+    return image_file(path.read_bytes())

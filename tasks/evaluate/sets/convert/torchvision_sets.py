@@ -1,9 +1,10 @@
 """Data sets of torchvision, and objects of the same form, as evaluation sets."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 
@@ -19,13 +20,8 @@ from tasks.evaluate.sets.convert.shard_writer import (
 from tasks.evaluate.sets.prompts import find_classnames
 from tasks.evaluate.sets.set_registry import KnownSet, TorchvisionSet, all_sets
 
-
-class MapDataset(Protocol):
-    """A torchvision data set: `dataset[i]` is (image, label), the image of Pillow or a file."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]: ...
+MapDataset = Sequence[tuple[Any, Any]]
+"""A torchvision data set: `dataset[i]` is (image, label), the image of Pillow or a file."""
 
 
 def torchvision_set(known: KnownSet) -> TorchvisionSet:
@@ -40,14 +36,9 @@ def torchvision_set(known: KnownSet) -> TorchvisionSet:
 def open_torchvision(
     known: KnownSet, root: Path, download: bool = False, split: str = ""
 ) -> MapDataset:
-    """torchvision's data set of a known set, in `root`.
-
-    Args:
-        split: its name at torchvision, where it is not the one that is evaluated.
-
-    Raises InputError: torchvision has none, cannot be imported, has no such split, or does not find
-    its files.
-    """
+    """torchvision's data set of a known set, in `root`; of a `split` that is not the one evaluated,
+    by torchvision's name. Raises InputError: torchvision has none, cannot be imported, has no such
+    split, or does not find its files."""
     entry = torchvision_set(known)
     try:
         module = import_torchvision("datasets")
@@ -64,7 +55,7 @@ def open_torchvision(
     elif split:
         raise InputError(f"torchvision's {entry.dataset} has no split '{split}'")
     if entry.reads_files:
-        arguments["loader"] = _read_content
+        arguments["loader"] = lambda path: Path(path).read_bytes()
     if download:
         if not entry.downloads:
             raise InputError(
@@ -112,12 +103,8 @@ def torchvision_words(dataset: MapDataset, names: Sequence[str]) -> list[str]:
 def dataset_sources(
     dataset: MapDataset, relabel: Sequence[int] = (), stamp: str = ""
 ) -> list[Source]:
-    """Every sample of a data set object.
-
-    Args:
-        relabel: label in the set of each of the object's labels; none where they are the same.
-        stamp: what changes with the object's files.
-    """
+    """Every sample of a data set object, whose label is `relabel[own label]` where that is given;
+    `stamp` changes with the object's files."""
     name = type(dataset).__name__
     return [
         Source(f"{name}[{index}]", partial(_read_sample, dataset, index, tuple(relabel)), stamp)
@@ -132,10 +119,4 @@ def _read_sample(dataset: MapDataset, index: int, relabel: tuple[int, ...]) -> F
     number = relabel[int(label)] if relabel else int(label)
     if isinstance(image, Image.Image):
         return Found(encode_png(image), "png", number)
-    extension, content = image_file(image)
-    return Found(content, extension, number)
-
-
-def _read_content(path: str | Path) -> bytes:
-    """A torchvision loader that leaves the file as it is."""
-    return Path(path).read_bytes()
+    return replace(image_file(image), answer=number)

@@ -15,8 +15,8 @@ from typing import Any
 from PIL import Image
 
 from evaclip_model.errors import InputError
-from tasks.evaluate.sets.convert.label_table import LabelledImage, LabelTable, read_rows
-from tasks.evaluate.sets.convert.shard_writer import Answer, Found, UnusableSourceError, encode_png
+from tasks.evaluate.sets.convert.label_table import LabelTable, read_rows
+from tasks.evaluate.sets.convert.shard_writer import Found, Source, UnusableSourceError, encode_png
 from tasks.evaluate.sets.convert.source_images import (
     class_folders,
     group_by_stem,
@@ -95,10 +95,10 @@ def find_videos(root: Path, listing: Path | None = None) -> LabelTable:
     if not found:
         raise InputError(f"{root} has none of the videos of {listing or 'its folders'}")
     images = [
-        LabelledImage(str(path), partial(_read_frame, path), stamp_of(path), (word,))
+        Source(str(path), partial(_read_frame, path), stamp_of(path), (word,))
         for path, word in found
     ]
-    images += [LabelledImage(name, partial(_fail_with, why), "", ()) for name, why in missing]
+    images += [Source(name, partial(_fail_with, why)) for name, why in missing]
     return LabelTable(images, classes, display_names=_spoken_names(spoken))
 
 
@@ -112,25 +112,19 @@ def _spoken_names(stems: list[tuple[str, str]]) -> dict[str, str]:
     return {word: _BEFORE_CAPITAL.sub(" ", match[1]) for match, word in found if match}
 
 
-def _read_frame(path: Path, answer: Answer) -> Found:
+def _read_frame(path: Path) -> Found:
     image, remark = centre_frame(path)
-    return Found(encode_png(image), "png", answer, remark)
+    return Found(encode_png(image), "png", remark=remark)
 
 
-def _fail_with(reason: str, answer: Answer) -> Found:
+def _fail_with(reason: str) -> Found:
     raise UnusableSourceError(reason)
 
 
 def centre_frame(path: Path) -> tuple[Image.Image, str]:
-    """Decoded frame n // 2 of the n in the first video stream, as RGB, and a remark.
-
-    The remark, empty as a rule, says that a file promises more than it has: it may have been cut
-    short.
-
-    Raises:
-        UnusableSourceError: it cannot be decoded to its end, or has no frame.
-        InputError: PyAV is not installed.
-    """
+    """Decoded frame n // 2 of the n in the first video stream, as RGB, and a remark, empty as a
+    rule, that the file promises more than it has. Raises UnusableSourceError: it cannot be decoded
+    to its end, or has no frame; InputError: PyAV is not installed."""
     av = _import_av()
     try:
         count, remark = _count_frames(av, path)

@@ -9,14 +9,9 @@ from xml.etree import ElementTree
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
-from tasks.evaluate.sets.convert.label_table import LabelledImage, LabelTable, label_file
-from tasks.evaluate.sets.convert.shard_writer import (
-    Answer,
-    Found,
-    UnusableSourceError,
-    encode_png,
-)
-from tasks.evaluate.sets.convert.source_images import path_inside, stamp_of
+from tasks.evaluate.sets.convert.label_table import LabelTable
+from tasks.evaluate.sets.convert.shard_writer import Found, Source, UnusableSourceError, encode_png
+from tasks.evaluate.sets.convert.source_images import image_source, path_inside, stamp_of
 
 Box = tuple[int, ...]
 """Left, top, right and bottom in pixels."""
@@ -44,12 +39,11 @@ def read_voc(root: Path, whole: bool = False) -> LabelTable:
         path = path_inside(root / "JPEGImages", f"{image}.jpg", "VOC's list of images")
         boxes = _list_boxes(root / "Annotations" / f"{image}.xml", classes)
         if whole:
-            found.append(label_file(path, dict.fromkeys(word for word, _ in boxes)))
+            found.append(image_source(path, tuple({word for word, _ in boxes})))
             continue
         for n, (word, box) in enumerate(boxes):
             stamp = f"{stamp_of(path)} {box}"
-            read = partial(_cut_box, path, box)
-            found.append(LabelledImage(f"{image}[{n}]", read, stamp, (word,)))
+            found.append(Source(f"{image}[{n}]", partial(_cut_box, path, box), stamp, (word,)))
     return LabelTable(found, classes, several=whole)
 
 
@@ -72,7 +66,7 @@ def _list_boxes(path: Path, classes: list[str]) -> list[tuple[str, Box]]:
     return found
 
 
-def _cut_box(path: Path, box: Box, answer: Answer) -> Found:
+def _cut_box(path: Path, box: Box) -> Found:
     try:
         image = decode_image(path.read_bytes())
     except UnreadableImageError as error:
@@ -80,5 +74,4 @@ def _cut_box(path: Path, box: Box, answer: Answer) -> Found:
     left, top, right, bottom = box
     if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
         raise UnusableSourceError(f"its box {box} is not inside the image")
-    cut = image.convert("RGB").crop((left, top, right, bottom))
-    return Found(encode_png(cut), "png", answer)
+    return Found(encode_png(image.convert("RGB").crop((left, top, right, bottom))), "png")
