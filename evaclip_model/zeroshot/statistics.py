@@ -77,13 +77,8 @@ def average_precisions(
     scores: Tensor, positives: Tensor, curve: Curve = area_under_curve, ties: Ties = "together"
 ) -> Tensor:
     """Average precision of every class [C], in fp64; not a number for a class without a positive.
-
-    Args:
-        scores: of every image for every class [N, C]; larger means more likely.
-        positives: which classes an image shows [N, C], bool.
-        curve: `area_under_curve`, or `eleven_points`.
-        ties: with "together" the figure does not depend on the order of samples.
-    """
+    `scores` of every image for every class [N, C] are larger where it is likelier, `positives`
+    [N, C] says which classes an image shows."""
     weights = torch.ones(1, len(scores), dtype=torch.float64)
     return torch.cat([figure(weights) for figure in _class_figures(scores, positives, curve, ties)])
 
@@ -116,11 +111,9 @@ def design_interval(
     variance alone. Unlike the bootstrap's percentiles it has a width at 0, at 1 and at n = 2.
 
     Args:
-        value: the figure.
-        draws: bootstrap draws of it [draws].
+        draws: bootstrap draws of the figure [draws].
         units: independent samples, which n is where every draw is the same.
-        least: smallest n that the design allows.
-        most: largest n that the design allows.
+        least, most: bounds of n that the design allows.
         more_variance: of the figure, from what is not drawn.
     """
     variance = float(draws[~draws.isnan()].var(correction=0))
@@ -157,10 +150,8 @@ def _score_interval(p: float, n: float) -> tuple[float, float]:
 
 
 def resampled_cells(cells: Tensor, figure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Bootstrap draws of a figure of samples that fall into cells [N, m], [draws].
-
-    `figure` gets the distinct cells [U, m] and how many samples each draw takes of them [draws, U].
-    """
+    """Bootstrap draws [draws] of a figure of samples that fall into cells [N, m]; it gets distinct
+    cells [U, m] and how many samples each draw takes of them [draws, U]."""
     distinct, counts = torch.unique(cells, dim=0, return_counts=True)
     return torch.cat([figure(distinct, drawn) for drawn in _drawn_counts(counts)])
 

@@ -36,7 +36,7 @@ from evaclip_model.training.cost import image_flops
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE, open_tensors
 from evaclip_model.weights.load import PREPROCESSING_FILE
 from evaclip_model.weights.name_maps import native_names
-from tasks.artifacts.artifact import DIGEST_CHARS
+from tasks.artifacts.artifact import DIGEST_CHARS, sha256_of
 
 OPEN_CLIP = "open_clip:"
 TRANSFORMERS = "transformers:"
@@ -72,11 +72,6 @@ def digest_of(value: Any) -> str:
     """16 hex digits over anything JSON can hold."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARS]
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Subject(Protocol):
@@ -186,7 +181,7 @@ def identify_module(
         params=sum(value.numel() for value in model.parameters()),
         gflops=_count_gflops(subject),
         source=source,
-        sha256=file_sha256(weights) if weights else "",
+        sha256=sha256_of(weights) if weights else "",
         preprocessing=preprocessing,
         warnings=warnings,
     )
@@ -274,7 +269,7 @@ def _identify_uncached(spec: str) -> Identity:
         params=parameters,
         gflops=round(image_flops(config) / 1e9, 6),
         source=spec,
-        sha256=file_sha256(weights),
+        sha256=sha256_of(weights),
         preprocessing=used,
         warnings=_list_differences(path, used),
     )

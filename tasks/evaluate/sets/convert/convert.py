@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast, get_args
+from typing import get_args
 
 from evaclip_model.errors import InputError
 from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames
@@ -32,7 +32,6 @@ from tasks.evaluate.sets.convert.torchvision_sets import (
     open_torchvision,
     torchvision_names,
     torchvision_set,
-    torchvision_words,
 )
 from tasks.evaluate.sets.convert.videos import find_videos
 from tasks.evaluate.sets.convert.voc import read_voc
@@ -50,18 +49,15 @@ class Words:
     """A person's choices of a new set's names and prompts."""
 
     known: KnownSet | None = None
-    """The set it is."""
     classnames: str = ""
     """A source's name or a file (`read_class_names`); the rule of class_order.py where empty."""
     templates: str = ""
     """A source's name, a file, or "none"; the known set's first other source where empty."""
     order: Order = ""
-    """Count of numbered classes."""
     first: int | None = None
     """Number of the first class, where classes are numbers; told from them where unset."""
 
     def order_classes(self, table: LabelTable, where: str) -> ClassOrder:
-        """Labels and names of the classes of a table."""
         return order_classes(
             table.words,
             read_class_names(self.classnames, self.known) if self.classnames else None,
@@ -98,15 +94,11 @@ def convert_imagefolder(
     their own names or with the labels of ImageNet's thousand that each of them stands for."""
     key = words.known.key if words.known else ""
     several, is_objectnet = key == OBJECTNET_1000, key in (OBJECTNET, OBJECTNET_1000)
-    its_wordsof: dict[Path, tuple[str, ...]] = (
-        objectnet_classes(root, imagenet=several)
-        if is_objectnet
-        else {one: (one.name,) for one in class_folders(root)}
-    )
-    images = [image_source(one, said) for at, said in its_wordsof.items() for one in walk_files(at)]
+    words_of = objectnet_classes(root, several) if is_objectnet else class_folders(root)
+    images = [image_source(one, said) for at, said in words_of.items() for one in walk_files(at)]
     if not images:
         raise InputError(f"{root} has no file in its folders")
-    table, classes = LabelTable(images, [said[0] for said in its_wordsof.values()], several), None
+    table, classes = LabelTable(images, [said[0] for said in words_of.values()], several), None
     if several:
         names = imagenet_classnames()
         classes = ClassOrder(names, {str(label): label for label in range(len(names))})
@@ -146,13 +138,13 @@ def convert_torchvision(
     report: Report = report_nothing,
 ) -> Conversion:
     """A set of torchvision's in `root`; `split` is another than the one evaluated."""
-    dataset = open_torchvision(known, root, download, split)
-    entry = torchvision_set(known)
-    relabel = entry.relabel
-    names = torchvision_names(known, dataset)
+    dataset, entry = open_torchvision(known, root, download, split), torchvision_set(known)
+    names, relabel = torchvision_names(known, dataset), entry.relabel
     classes = ClassOrder(names, {name: label for label, name in enumerate(names)})
     if words.classnames:
-        own = torchvision_words(dataset, names)
+        # The data set object's own words for its classes, in its order; else the usual names.
+        own = [str(one) for one in getattr(dataset, "classes", ())]
+        own = own if len(own) == len(names) == len(set(own)) else list(names)
         where = f"torchvision's {entry.dataset}"
         classes = replace(words, known=known).order_classes(LabelTable([], own), where)
         # The list's labels, in the order of torchvision's own.
@@ -214,16 +206,12 @@ def _write_table(
 ) -> Conversion:
     """The set of a table from `origin`, (form, path, ...), in its order or class by class."""
     classes = classes or words.order_classes(table, str(origin[1]))
-    said = [(cast(Sequence[str], one.answer), one) for one in table.images]
-    answered = [
-        (sorted(map(classes.labels.__getitem__, its_words)), one) for its_words, one in said
-    ]
+    sources = []
+    for one in table.images:
+        labels = sorted(classes.labels[word] for word in one.answer)
+        sources.append(replace(one, answer=labels if table.several else next(iter(labels), ())))
     if by_class:
-        answered.sort(key=lambda pair: pair[0])
-    sources = [
-        replace(one, answer=labels if table.several else next(iter(labels), ()))
-        for labels, one in answered
-    ]
+        sources.sort(key=lambda one: one.answer)
     kind: Kind = "multilabel" if table.several else "classification"
     return _write_set(
         *(folder, sources, origin, report), kind=kind, classes=classes, words=words, listing=listing
@@ -243,8 +231,7 @@ def _write_set(
     questions: Sequence[Question] = (),
 ) -> Conversion:
     places = [str(one.absolute() if isinstance(one, Path) else one) for one in origin]
-    stamps = [f"{source.name}\t{source.stamp}" for source in sources]
-    plan = {"origin": places, "sources": _digest_lines(stamps)}
+    plan = {"origin": places, "sources": _digest_lines(f"{s.name}\t{s.stamp}" for s in sources)}
     if classes is not None:
         plan["labels"] = _digest_lines([repr(sorted(classes.labels.items()))])
     if listing is not None and listing.is_dir():

@@ -48,7 +48,6 @@ class LabelTable:
     """The one form that images with classes are read into."""
 
     images: list[Source]
-    """Their answers are the words of their classes."""
     words: Sequence[str]
     """Every class that occurs, or has a column or a folder, in the source's order."""
     several: bool = False

@@ -50,8 +50,6 @@ _COPIED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _RECORDS = "records"
 _QUESTION = "question "
 
-Answer = int | Sequence[int] | Sequence[str]
-
 
 class UnusableSourceError(ValueError):
     """This source gives no image; the set is made without it, and it is listed."""
@@ -61,8 +59,8 @@ class UnusableSourceError(ValueError):
 class Found:
     image: bytes
     extension: str
-    answer: Answer | None = None
-    """Where only reading tells it: a data set object's."""
+    answer: int | None = None
+    """Label, where only reading tells it: a data set object's."""
     remark: str = ""
     """An oddity of it, in words."""
 
@@ -77,8 +75,8 @@ class Source:
     """Called in a thread; raises UnusableSourceError."""
     stamp: str = ""
     """Changes with its content, as a file's size and time of change do."""
-    answer: Answer = ()
-    """Label; or labels (multilabel); or captions; nothing in a choice set."""
+    answer: Any = ()
+    """Label; or labels (multilabel); or captions; in a `LabelTable` the words of its classes."""
 
 
 Read = tuple[str, Source, Found | UnusableSourceError]

@@ -9,12 +9,12 @@ import os
 from collections.abc import Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.reading.image_decoder import MAGIC_BYTES, MAX_BYTES, identify_format
 from evaclip_model.zeroshot.set_layout import is_system_file
 from tasks.evaluate.sets.convert.shard_writer import (
-    Answer,
     Found,
     Source,
     UnusableSourceError,
@@ -44,7 +44,7 @@ def group_by_stem(files: Iterable[Path]) -> dict[str, list[Path]]:
     return found
 
 
-def image_source(path: Path, answer: Answer) -> Source:
+def image_source(path: Path, answer: Any) -> Source:
     return Source(str(path), partial(_read_image, path), stamp_of(path), answer)
 
 
@@ -70,8 +70,9 @@ def path_inside(folder: Path, name: str, where: str) -> Path:
     return folder / relative
 
 
-def class_folders(root: Path) -> list[Path]:
-    """The folders of `root`, sorted as text. Raises InputError: none there, or they are splits."""
+def class_folders(root: Path) -> dict[Path, tuple[str, ...]]:
+    """The folders of `root`, sorted as text, and their names. Raises InputError: there is none, or
+    they are splits."""
     if not root.is_dir():
         raise InputError(f"{root} is not a folder: expected a folder of one folder a class")
     folders = [path for path in root.iterdir() if path.is_dir() and _is_visible(path)]
@@ -85,7 +86,7 @@ def class_folders(root: Path) -> list[Path]:
             f"{root} has the folders {', '.join(sorted(path.name for path in folders))}, which are "
             "splits, not classes: give one of them"
         )
-    return sorted(folders, key=lambda path: path.name)
+    return {path: (path.name,) for path in sorted(folders, key=lambda path: path.name)}
 
 
 def objectnet_classes(root: Path, imagenet: bool = False) -> dict[Path, tuple[str, ...]]:

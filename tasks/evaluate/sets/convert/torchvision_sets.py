@@ -94,12 +94,6 @@ def class_names(
     return tuple(str(name).translate(table).strip() for name in names)
 
 
-def torchvision_words(dataset: MapDataset, names: Sequence[str]) -> list[str]:
-    """The data set object's own words for its classes, in its order; else the usual names."""
-    own = [str(one) for one in getattr(dataset, "classes", ())]
-    return own if len(own) == len(names) == len(set(own)) else list(names)
-
-
 def dataset_sources(
     dataset: MapDataset, relabel: Sequence[int] = (), stamp: str = ""
 ) -> list[Source]:
