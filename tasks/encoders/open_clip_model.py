@@ -19,6 +19,7 @@ LOCAL_DIR = "local-dir:"
 """Before a folder of open_clip_config.json and weights, as open_clip names such models itself."""
 CONFIG = "open_clip_config.json"
 _QUICK = "-quickgelu"
+_CAUSAL_PARTS = ("token_embedding", "positional_embedding", "transformer", "ln_final", "attn_mask")
 _CUT_POOLING = ("argmax", "eos")
 """Poolings that look at the end token alone."""
 
@@ -28,11 +29,8 @@ def open_clip_files(named: str) -> list[Path]:
     if named.startswith(LOCAL_DIR):
         folder = Path(named.removeprefix(LOCAL_DIR))
         return sorted(path for path in folder.rglob("*") if path.is_file())
-    weights = Path(named.partition("/")[2])
-    if not weights.is_file():  # a tag
-        return []
-    config = _config_beside(weights)
-    return [weights, *([config] if config else [])]
+    weights = Path(named.partition("/")[2])  # or a tag
+    return [one for one in (weights, _config_beside(weights)) if one and one.is_file()]
 
 
 def open_clip_subject(named: str, device: str, precision: Precision) -> OpenClipSubject:
@@ -54,12 +52,10 @@ def open_clip_subject(named: str, device: str, precision: Precision) -> OpenClip
     elif not is_folder and not weights:
         raise InputError(f"open_clip:{name} names no weights: add /FILE or /TAG, a pretrained tag")
     try:
-        if is_folder or config is not None:
-            model = open_clip.create_model(name, load_weights=is_folder, precision=precision)
-            if config is not None:
-                open_clip.load_checkpoint(model, weights)
-        else:
-            model = open_clip.create_model(name, pretrained=weights, precision=precision)
+        source = {"load_weights": is_folder} if is_folder or config else {"pretrained": weights}
+        model = open_clip.create_model(name, precision=precision, **source)
+        if config is not None:
+            open_clip.load_checkpoint(model, weights)
         tokenizer = open_clip.get_tokenizer(name)
     except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
         using = f" with weights '{weights}'" if weights else ""
@@ -94,31 +90,28 @@ def _list_assumptions(named: str, preprocessing: Mapping[str, Any]) -> tuple[str
         return ()
     is_quick = bool(open_clip.get_model_config(name).get("quick_gelu", False))
     used = "QuickGELU" if is_quick else "GELU"
+    # The architecture that differs in its activation alone.
+    twin = name.removesuffix(_QUICK) if name.endswith(_QUICK) else f"{name}{_QUICK}"
     if not Path(weights).is_file():  # a tag: the library knows what it was trained with
         trained = bool(open_clip.get_pretrained_cfg(name, weights).get("quick_gelu", is_quick))
         if trained == is_quick:
             return ()
         return (
             f"the activation of {name} is {used}, but '{weights}' was trained with the other one: "
-            f"evaluate {_twin_architecture(name)}/{weights}",
+            f"evaluate {twin}/{weights}",
         )
     found = [
         f"the file does not say how images were normalised in training: mean "
         f"{preprocessing.get('mean')} and std {preprocessing.get('std')} of {name} were assumed "
         f"({CONFIG} beside the file would say it)"
     ]
-    if _twin_architecture(name) in open_clip.list_models():
+    if twin in open_clip.list_models():
         found.append(
             f"the file does not say which activation it was trained with: {used} of {name} was "
-            f"assumed; there is {_twin_architecture(name)} too, and weights that go back to "
-            "OpenAI's, DFN's or MetaCLIP's need QuickGELU"
+            f"assumed; there is {twin} too, and weights that go back to OpenAI's, DFN's or "
+            "MetaCLIP's need QuickGELU"
         )
     return tuple(found)
-
-
-def _twin_architecture(name: str) -> str:
-    """The architecture that differs in its activation alone."""
-    return name.removesuffix(_QUICK) if name.endswith(_QUICK) else f"{name}{_QUICK}"
 
 
 def _config_beside(weights: Path) -> Path | None:
@@ -141,7 +134,11 @@ class OpenClipSubject:
         self.tokenizer_name = f"{kind} {context}"
         self._text = model.text if hasattr(model, "text") else model
         self._pooling = getattr(self._text, "pool_type", getattr(model, "text_pool_type", ""))
-        self._causal = _is_causal(self._text) and self._pooling in _CUT_POOLING
+        self._causal = (
+            all(getattr(self._text, part, None) is not None for part in _CAUSAL_PARTS)
+            and getattr(self._text, "cls_emb", None) is None
+            and self._pooling in _CUT_POOLING
+        )
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         features: Tensor = self.model.encode_image(pixels.to(self._device, self._dtype))
@@ -188,13 +185,6 @@ class OpenClipSubject:
             end = int(getattr(self._text, "eos_id", getattr(self.model, "text_eos_id", -1)))
             return tokens.eq(end).int().argmax(dim=1)
         return tokens.argmax(dim=1)
-
-
-def _is_causal(text: Any) -> bool:
-    parts = ("token_embedding", "positional_embedding", "transformer", "ln_final", "attn_mask")
-    return all(getattr(text, part, None) is not None for part in parts) and (
-        getattr(text, "cls_emb", None) is None
-    )
 
 
 def _import_library() -> Any:

@@ -243,7 +243,10 @@ def _identify_uncached(spec: str) -> Identity:
     if library := _find_library(spec):
         return library.identify(spec.partition(":")[2])
     path, architecture = _split_spec(spec)
-    config = _load_config(path, architecture)
+    for name in () if architecture else (CONFIG_FILE, WEIGHTS_FILE):
+        if not (path / name).is_file():
+            raise InputError(f"{path} is not a saved model: {path / name} is missing")
+    config = ModelConfig.load(architecture or path)
     weights = path if architecture else path / WEIGHTS_FILE
     stored = open_tensors(weights, shapes={})
     entries = sorted(native_names(stored, where=str(path)).entries, key=lambda one: one.native)
@@ -293,15 +296,6 @@ def _list_differences(path: Path, used: Mapping[str, Any]) -> tuple[str, ...]:
         f"preprocessing differs from the model's own: {name} is {used[name]}, was {said[name]}"
         for name in other
     )
-
-
-def _load_config(path: Path, architecture: str) -> ModelConfig:
-    if architecture:
-        return ModelConfig.load(architecture)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (path / name).is_file():
-            raise InputError(f"{path} is not a saved model: {path / name} is missing")
-    return ModelConfig.load(path)
 
 
 def _split_spec(spec: str) -> tuple[Path, str]:

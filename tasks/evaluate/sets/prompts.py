@@ -22,12 +22,8 @@ from tasks.evaluate.sets.set_registry import KnownSet, NameSource, PromptSource
 
 WHEEL = "clip_benchmark"
 """Importable name of the distribution clip-benchmark."""
-_WHEEL_NAMES = "en_classnames.json"
-_WHEEL_TEMPLATES = "en_zeroshot_classification_templates.json"
-
 _GRAMMAR = Path(__file__).with_name("grammar_templates.json")
 _SUBSETS = {"imagenet-a": "imagenet_a_indices.txt", "imagenet-r": "imagenet_r_indices.txt"}
-_SYNSETS = "imagenet_synsets.txt"
 
 
 def find_templates(
@@ -44,7 +40,8 @@ def find_templates(
     elif source == "grammar":
         found = grammar_templates(known.key if known else name)
     elif source == "clip_benchmark":
-        found = _from_wheel(_WHEEL_TEMPLATES, known.wheel_prompts if known else None, name)
+        file = "en_zeroshot_classification_templates.json"
+        found = _from_wheel(file, known.wheel_prompts if known else None, name)
     else:
         sources = ", ".join(get_args(PromptSource))
         raise InputError(f"'{source}' is not a source of prompt templates: give one of {sources}")
@@ -67,10 +64,9 @@ def find_classnames(
     if source == "dataset":
         return read_lines(folder / CLASSNAMES, "one class name a line")
     if source == "clip_benchmark":
-        return _from_wheel(_WHEEL_NAMES, known.wheel_names if known else None, name)
+        return _from_wheel("en_classnames.json", known.wheel_names if known else None, name)
     names = imagenet_classnames()
-    classes = subset_classes(known)
-    return tuple(names[index] for index in classes) if classes else names
+    return tuple(names[index] for index in subset_classes(known)) or names
 
 
 def grammar_templates(key: str) -> tuple[str, ...]:
@@ -105,7 +101,7 @@ def subset_classes(known: KnownSet | None) -> tuple[int, ...]:
 def imagenet_synsets() -> tuple[str, ...]:
     """WordNet ids of ImageNet's 1000 classes ("n01440764" ...), in the order of its labels. Raises
     InputError: timm, which has this list, is not installed."""
-    return _timm_lines(_SYNSETS)
+    return _timm_lines("imagenet_synsets.txt")
 
 
 def _from_wheel(file: str, key: str | None, name: str) -> tuple[str, ...]:

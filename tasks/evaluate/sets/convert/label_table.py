@@ -35,9 +35,7 @@ LABEL_COLUMNS = (
 _JSON_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson", ".json")
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".txt", ".lst", ".list", *_JSON_SUFFIXES)
 _FORMS = "expected .csv, .tsv, .jsonl, .parquet, or .txt with a path and a label a line"
-_SEPARATORS = "|;,"
 _SPLIT = "split"
-_MOST_PATH = 1024
 _WHOLE_FLOAT = re.compile(r"-?\d+\.0")
 Row = Mapping[str, Any]
 """Column -> cell."""
@@ -221,7 +219,7 @@ def _read_cells(listing: Path, text: str, images: Path | None) -> Iterator[list[
 def _split_line(line: str, images: Path | None) -> list[str]:
     """A path and the label behind it, either of which may have spaces: the first words that are a
     file; else all but the last."""
-    for space in re.finditer(r"[\s,;|]+", line[:_MOST_PATH]) if images else ():
+    for space in re.finditer(r"[\s,;|]+", line[:1024]) if images else ():
         name = line[: space.start()]
         if os.path.isfile(f"{images}/{name}"):  # unlike Path's, no error for a long name
             return [name, line[space.end() :]]
@@ -260,7 +258,7 @@ def _words_of(cell: Any, column: str, several: bool, where: str) -> list[str]:
     if column.casefold() == "predictionstring":  # ImageNet's: a WordNet id, and a box
         word = word.partition(" ")[0]
     if several:
-        separator = next((one for one in _SEPARATORS if one in word), None)
+        separator = next((one for one in "|;," if one in word), None)
         return [part.strip() for part in word.split(separator or "|") if part.strip()]
     if not word:
         raise InputError(f"{where} has no label in '{column}'")
