@@ -16,6 +16,7 @@ from typer import Argument, Option, Typer
 
 from evaclip_model.errors import InputError
 from flows.reporting.terminal import console, moving_bar
+from tasks.evaluate.sets.class_order import Words
 from tasks.evaluate.sets.set_registry import (
     FOLDER,
     KnownSet,
@@ -26,7 +27,6 @@ from tasks.evaluate.sets.set_registry import (
 )
 
 if TYPE_CHECKING:
-    from tasks.evaluate.sets.convert.convert import Words
     from tasks.evaluate.sets.convert.shard_writer import Conversion
 
 SHOWN_PROBLEMS = 5
@@ -159,7 +159,7 @@ def convert_torchvision(
     split: Annotated[str, Option(help="torchvision's name of it (the one evaluated)")] = "",
 ) -> None:
     """Convert a known set that torchvision has."""
-    from tasks.evaluate.sets.convert.convert import Words, convert_torchvision
+    from tasks.evaluate.sets.convert.convert import convert_torchvision
 
     known = _find_known(name)
     words = Words(known, classnames, templates)
@@ -197,7 +197,7 @@ def convert_voc(
     ] = False,
 ) -> None:
     """Convert PASCAL VOC's test images: its boxes, or whole."""
-    from tasks.evaluate.sets.convert.convert import Words, convert_voc
+    from tasks.evaluate.sets.convert.convert import convert_voc
 
     words = Words(None, classnames, templates)
     _run_conversion(partial(convert_voc, source, folder, words, whole))
@@ -233,8 +233,6 @@ def convert_choice(
 def _make_words(
     known_as: str, classnames: str, templates: str, order: Order, first: First
 ) -> Words:
-    from tasks.evaluate.sets.convert.convert import Words
-
     known = _find_known(known_as) if known_as else None
     return Words(known, classnames, templates, order, int(first) if first else None)
 

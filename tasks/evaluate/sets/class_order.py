@@ -19,9 +19,16 @@ from typing import Literal, get_args
 from evaclip_model.errors import InputError
 from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames
 from evaclip_model.zeroshot.set_layout import read_lines
-from tasks.evaluate.sets.prompts import find_classnames, imagenet_synsets, subset_classes
-from tasks.evaluate.sets.set_registry import KnownSet, NameSource
+from tasks.evaluate.sets.prompts import (
+    find_classnames,
+    find_templates,
+    imagenet_synsets,
+    subset_classes,
+)
+from tasks.evaluate.sets.set_registry import KnownSet, NameSource, PromptSource
 
+NO_TEMPLATES = "none"
+"""Leaves the file of templates out: the recipe must name some then."""
 Order = Literal["", "text", "number"]
 """Count of numbered classes: by the rule; in the order of text; as numbers or not at all."""
 
@@ -61,6 +68,38 @@ class ClassOrder:
         empty = len(self.names) - len(set(self.labels.values()))
         remark = f"{empty} of {len(self.names)} classes have no image here"
         return (*self.joined, remark) if empty else self.joined
+
+
+@dataclass(frozen=True)
+class Words:
+    """A person's choices of a new set's names and prompts."""
+
+    known: KnownSet | None = None
+    classnames: str = ""
+    """A source's name or a file (`read_class_names`); the rule of this module where empty."""
+    templates: str = ""
+    """A source's name, a file, or "none"; the known set's first other source where empty."""
+    order: Order = ""
+    first: int | None = None
+    """Number of the first class, 0 or 1, where classes are numbers; told from them where unset."""
+
+    def set_templates(self) -> tuple[str, ...]:
+        chosen = self.templates
+        if not chosen and self.known is not None:
+            # A set to be written has no templates of its own yet.
+            chosen = next((one for one in self.known.prompts if one != "dataset"), "")
+        if chosen == NO_TEMPLATES:
+            return ()
+        if not chosen:
+            raise InputError(
+                "which prompt templates has this set? give --templates FILE, with {c} for the "
+                "class name in each line, or --templates none"
+            )
+        for source in get_args(PromptSource):
+            if chosen == source != "dataset":
+                key = self.known.key if self.known else "new"
+                return find_templates(key, source, self.known, Path())
+        return read_lines(Path(chosen), "one prompt template with {c} a line")
 
 
 @dataclass(frozen=True)
@@ -117,37 +156,37 @@ def list_of_known(known: KnownSet | None, required: bool = False) -> ClassNameLi
 
 def order_classes(
     words: Sequence[str],
+    wanted: Words,
     chosen: ClassNameList | None = None,
-    known: KnownSet | None = None,
     *,
     where: str,
     display_names: Mapping[str, str] | None = None,
-    order: Order = "",
-    first: int | None = None,
 ) -> ClassOrder:
     """Give every word of a source its label and its name.
 
     Args:
         words: the source's classes, in its own order (for folders, that of text).
-        chosen: the list that names the classes; without one a known set's own, where there is one
-            and it can be compared, else the words themselves.
+        chosen: the list that names the classes, else `wanted.classnames`; without one a known set's
+            own, where there is one and it can be compared, else the words themselves.
         display_names: names of words, where they are not the words without underscores.
-        first: number of the first class of a list, 0 or 1, where the words are numbers.
 
     Raises InputError: another number of classes than the list or the known set has, numbers without
     a list, a list in another order that cannot be matched word by word.
     """
+    known = wanted.known
+    if wanted.classnames:
+        chosen = read_class_names(wanted.classnames, known)
     odd = next((word for word in words if not word.isdecimal()), None)
-    if order == "number" and odd is not None:
+    if wanted.order == "number" and odd is not None:
         raise InputError(f"{where}: '{odd}' is not a number, so it gives no label by number")
     negative = next((word for word in words if _NEGATIVE.fullmatch(word)), None)
     if negative and all(word.removeprefix("-").isdecimal() for word in words):
         raise InputError(
             f"{where}: '{negative}' is not the number of a class: leave out what has no label"
         )
-    numbered = odd is None and order != "text"
+    numbered = odd is None and wanted.order != "text"
     own = {word: (display_names or {}).get(word) or _display_name(word, words) for word in words}
-    source = _SourceClasses(words, own, where, known, first, numbered)
+    source = _SourceClasses(words, own, where, known, wanted.first, numbered)
     if chosen is not None:
         return _by_list(source, chosen)
     listed = list_of_known(known, required=numbered)

@@ -13,6 +13,7 @@ from tasks.evaluate.sets.check_set import odd_names
 from tasks.evaluate.sets.class_order import (
     ClassNameList,
     ClassOrder,
+    Words,
     order_classes,
     read_class_names,
 )
@@ -25,7 +26,7 @@ PETS = ("Abyssinian", "Bengal", "american_bulldog", "basset_hound")
 
 def ordered(words: tuple[str, ...], names: tuple[str, ...] = (), **options: object) -> ClassOrder:
     chosen = ClassNameList(names, "names.txt") if names else None
-    return order_classes(words, chosen, where="pets", **options)
+    return order_classes(words, Words(**options), chosen, where="pets")
 
 
 def named(found: ClassOrder) -> dict[str, str]:
@@ -159,10 +160,10 @@ def test_files_of_names_have_several_forms(
 def test_a_file_that_says_which_word_a_name_is_for_decides(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("dog\tcanis\ncat\tfelis\n")
     listed = read_class_names(str(tmp_path / "names.txt"), None)
-    found = order_classes(("cat", "dog"), listed, where="x")
+    found = order_classes(("cat", "dog"), Words(), listed, where="x")
     assert named(found) == {"cat": "felis", "dog": "canis"}
     with pytest.raises(InputError, match="has no name for the class 'eel' of x"):
-        order_classes(("eel",), listed, where="x")
+        order_classes(("eel",), Words(), listed, where="x")
 
 
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"0": "a", "2": "b"}', '{"a": "b"}', "[]"])

@@ -19,13 +19,9 @@ import webdataset
 from PIL import Image
 
 from evaclip_model.errors import InputError
+from tasks.evaluate.sets.class_order import NO_TEMPLATES, Words
 from tasks.evaluate.sets.convert.caption_sets import captioned_sources
-from tasks.evaluate.sets.convert.convert import (
-    NO_TEMPLATES,
-    Words,
-    convert_captions,
-    convert_imagefolder,
-)
+from tasks.evaluate.sets.convert.convert import convert_captions, convert_imagefolder
 from tasks.evaluate.sets.convert.shard_writer import (
     Found,
     Source,

@@ -2,20 +2,14 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 from evaclip_model.errors import InputError
 from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames
-from evaclip_model.zeroshot.set_layout import is_system_file, read_lines
+from evaclip_model.zeroshot.set_layout import is_system_file
 from tasks.evaluate.sets.choice_questions import Question
-from tasks.evaluate.sets.class_order import (
-    ClassOrder,
-    Order,
-    order_classes,
-    read_class_names,
-)
+from tasks.evaluate.sets.class_order import ClassOrder, Words, order_classes
 from tasks.evaluate.sets.convert.caption_sets import captioned_sources
 from tasks.evaluate.sets.convert.choice_sets import choice_sources
 from tasks.evaluate.sets.convert.label_table import LabelTable, read_label_table
@@ -35,56 +29,10 @@ from tasks.evaluate.sets.convert.torchvision_sets import (
 )
 from tasks.evaluate.sets.convert.videos import find_videos
 from tasks.evaluate.sets.convert.voc import read_voc
-from tasks.evaluate.sets.prompts import find_templates
-from tasks.evaluate.sets.set_registry import Kind, KnownSet, PromptSource, find_set
+from tasks.evaluate.sets.set_registry import Kind, KnownSet, find_set
 from tasks.progress import Report, report_nothing
 
 OBJECTNET, OBJECTNET_1000 = "objectnet", "objectnet-1000"
-NO_TEMPLATES = "none"
-"""Leaves the file of templates out: the recipe must name some then."""
-
-
-@dataclass(frozen=True)
-class Words:
-    """A person's choices of a new set's names and prompts."""
-
-    known: KnownSet | None = None
-    classnames: str = ""
-    """A source's name or a file (`read_class_names`); the rule of class_order.py where empty."""
-    templates: str = ""
-    """A source's name, a file, or "none"; the known set's first other source where empty."""
-    order: Order = ""
-    first: int | None = None
-    """Number of the first class, where classes are numbers; told from them where unset."""
-
-    def order_classes(self, table: LabelTable, where: str) -> ClassOrder:
-        return order_classes(
-            table.words,
-            read_class_names(self.classnames, self.known) if self.classnames else None,
-            self.known,
-            where=where,
-            display_names=table.display_names,
-            order=self.order,
-            first=self.first,
-        )
-
-    def set_templates(self) -> tuple[str, ...]:
-        chosen = self.templates
-        if not chosen and self.known is not None:
-            # A set to be written has no templates of its own yet.
-            chosen = next((one for one in self.known.prompts if one != "dataset"), "")
-        if chosen == NO_TEMPLATES:
-            return ()
-        if not chosen:
-            raise InputError(
-                "which prompt templates has this set? give --templates FILE, with {c} for the "
-                "class name in each line, or --templates none"
-            )
-        for source in get_args(PromptSource):
-            if chosen == source != "dataset":
-                key = self.known.key if self.known else "new"
-                return find_templates(key, source, self.known, Path())
-        return read_lines(Path(chosen), "one prompt template with {c} a line")
 
 
 def convert_imagefolder(
@@ -103,7 +51,7 @@ def convert_imagefolder(
         names = imagenet_classnames()
         classes = ClassOrder(names, {str(label): label for label in range(len(names))})
     elif is_objectnet:  # its names are its own, not those of a known list
-        classes = replace(words, known=None).order_classes(table, str(root))
+        classes = order_classes(table.words, replace(words, known=None), where=str(root))
     origin = (key if several else "imagefolder", root)
     made = _write_table(folder, table, origin, words, report, classes, by_class=True)
     loose = [one for one in root.iterdir() if one.is_file() and not is_system_file(one.name)]
@@ -146,7 +94,7 @@ def convert_torchvision(
         own = [str(one) for one in getattr(dataset, "classes", ())]
         own = own if len(own) == len(names) == len(set(own)) else list(names)
         where = f"torchvision's {entry.dataset}"
-        classes = replace(words, known=known).order_classes(LabelTable([], own), where)
+        classes = order_classes(own, replace(words, known=known), where=where)
         # The list's labels, in the order of torchvision's own.
         relabel = tuple(classes.labels[own[label]] for label in relabel or range(len(own)))
     sources = dataset_sources(dataset, relabel, stamp=_stamp_of_files(root))
@@ -171,7 +119,7 @@ def convert_voc(
     root: Path, folder: Path, words: Words, whole: bool = False, report: Report = report_nothing
 ) -> Conversion:
     table = read_voc(root, whole)
-    classes = words.order_classes(table, str(root))
+    classes = order_classes(table.words, words, where=str(root))
     words = replace(words, known=find_set("voc2007-multilabel" if whole else "voc2007"))
     origin = ("voc multilabel" if whole else "voc classification", root)
     return _write_table(folder, table, origin, words, report, classes)
@@ -205,7 +153,8 @@ def _write_table(
     by_class: bool = False,
 ) -> Conversion:
     """The set of a table from `origin`, (form, path, ...), in its order or class by class."""
-    classes = classes or words.order_classes(table, str(origin[1]))
+    where, names = str(origin[1]), table.display_names
+    classes = classes or order_classes(table.words, words, where=where, display_names=names)
     sources = []
     for one in table.images:
         labels = sorted(classes.labels[word] for word in one.answer)
