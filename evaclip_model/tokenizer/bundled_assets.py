@@ -35,11 +35,9 @@ def carried_file(name: str) -> Path | None:
 def package_file(name: str, package: str = PACKAGE) -> Path | None:
     """A data file of an installed package, found without running it; or the carried one."""
     spec = importlib.util.find_spec(package)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / name
-        if path.is_file():
-            return path
-    return carried_file(name)
+    folders = (spec.submodule_search_locations or []) if spec else []
+    found = (path for folder in folders if (path := Path(folder) / name).is_file())
+    return next(found, None) or carried_file(name)
 
 
 @cache

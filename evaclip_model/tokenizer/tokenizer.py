@@ -1,8 +1,6 @@
 """CLIP's byte-pair tokenizer: captions to ids, exactly as the released models were trained. Words
 are split by `regex` or the standard library's `re`, pieces merged by `tokenizers` or in Python:
-where a library is missing its stand-in is taken, and the result is the same. The vocabulary is a
-data file of the installed `open_clip_torch`, read without importing that package
-(bundled_assets.py).
+where a library is missing its stand-in is taken, and the result is the same.
 
 No token spans white space, so a caption's ids are those of its words, and captions are made of the
 same words again and again. Each distinct word is split and merged once, by the Rust library

@@ -91,8 +91,7 @@ def text_classifier(
     batch_size: int = 256,
     device: str = "cpu",
 ) -> Tensor:
-    """One fp32 unit vector a class [C, D]: the renormalised mean of its normalised prompts. Raises
-    InputError: no class, no template, or a template without `{c}`."""
+    """One fp32 unit vector a class [C, D]: the renormalised mean of its normalised prompts."""
     asked = fill_templates(classnames, templates)
     features = encode_texts(model, asked, batch_size=batch_size, device=device)
     return build_classifier(features, classnames)

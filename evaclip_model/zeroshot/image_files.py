@@ -35,8 +35,7 @@ class ImageFeatures:
 
 
 def image_files(source: Path) -> list[Path]:
-    """A file itself, or the images of a folder and the folders in it, sorted by path. Raises
-    InputError: it does not exist, or the folder has no images."""
+    """A file itself, or the images below a folder, by path. Raises InputError: there are none."""
     if source.is_file():
         return [source]
     if not source.is_dir():
@@ -54,15 +53,9 @@ def image_features(
     batch_size: int = 64,
     progress: Callable[[int], None] = lambda done: None,
 ) -> ImageFeatures:
-    """Encode image files, on the model's device and in its precision.
-
-    Args:
-        model: in evaluation mode.
-        batch_size: images encoded at once; twice as many are held decoded.
-        progress: gets the number of files done, readable or not.
-
-    Raises InputError: none of the files can be read, or features are not finite.
-    """
+    """Encode image files, on the device and in the precision of a model in evaluation mode;
+    `batch_size` at once, twice as many are held decoded. `progress` gets the number of files done.
+    Raises InputError: none of the files can be read, or features are not finite."""
     transform = image_transform(model)
     parameter = next(model.parameters())
     read: list[Path] = []
@@ -91,11 +84,8 @@ def image_features(
 def write_features(
     path: Path, values: Tensor, names: Sequence[str], about: Mapping[str, object]
 ) -> None:
-    """Write features [N, E] as `path` (.npy) and the names of its rows as JSON beside it.
-
-    The JSON has the keys of `about`, and `names`, one a row. It is in place before the features
-    are, and neither is ever seen half-written.
-    """
+    """Write features [N, E] as `path` (.npy), and before them JSON beside it, with the keys of
+    `about` and the `names` of rows; neither is ever seen half-written."""
     described = json.dumps({**about, "names": list(names)}, ensure_ascii=False, indent=0)
     write_atomically(names_file(path), described + "\n")
     with replace_file(path) as beside, beside.open("wb") as file:

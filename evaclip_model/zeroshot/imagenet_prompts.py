@@ -1,4 +1,5 @@
-"""ImageNet's class names and prompts, read from open_clip_torch's source without running it."""
+"""ImageNet's class names and prompts, read from open_clip_torch's source without running it: an
+InputError where that is not installed, or keeps them in another form."""
 
 import ast
 import functools
@@ -14,15 +15,13 @@ _FILE = "zero_shot_metadata.py"
 
 @functools.cache
 def imagenet_classnames() -> tuple[str, ...]:
-    """The 1000 class names in the order of ImageNet's class ids (sorted folder names). Raises
-    InputError: open_clip_torch is not installed, or keeps them in another form."""
+    """The 1000 class names, in the order of ImageNet's class ids (sorted folder names)."""
     return _read_strings("IMAGENET_CLASSNAMES", 1000)
 
 
 @functools.cache
 def imagenet_templates() -> tuple[str, ...]:
-    """The 80 prompts, each with one `{c}` for the class name (Radford et al. 2021). Raises
-    InputError: open_clip_torch is not installed, or keeps them in another form."""
+    """The 80 prompts, each with one `{c}` for the class name (Radford et al. 2021)."""
     return _read_strings("OPENAI_IMAGENET_TEMPLATES", 80)
 
 
@@ -38,9 +37,9 @@ def _read_strings(name: str, count: int) -> tuple[str, ...]:
             case ast.Assign(
                 targets=[ast.Name(id=found)], value=ast.Tuple(elts=parts) | ast.List(elts=parts)
             ) if found == name and len(parts) == count:
-                strings = tuple(map(_read_string, parts))
-                if None not in strings:
-                    return tuple(one for one in strings if one is not None)
+                strings = tuple(filter(None, map(_read_string, parts)))
+                if len(strings) == count:
+                    return strings
     raise InputError(
         f"{path} holds '{name}' in a form that is not known here: install a version of "
         "open_clip_torch from 2.32 on and below 4, or give prompts of your own"

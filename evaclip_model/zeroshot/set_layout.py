@@ -7,7 +7,6 @@ test/nshards.txt, test/0.tar ... test/N-1.tar            KEY.webp|png|jpg|jpeg, 
 """
 
 import hashlib
-import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +39,9 @@ class Span:
 
     def read(self) -> bytes:
         """The member's content. Raises InputError: the file is shorter than its index says."""
-        descriptor = os.open(self.tar, os.O_RDONLY)
-        try:
-            content = os.pread(descriptor, self.size, self.offset)
-        finally:
-            os.close(descriptor)
+        with self.tar.open("rb") as file:
+            file.seek(self.offset)
+            content = file.read(self.size)
         if len(content) != self.size:
             raise InputError(f"{self.tar} has changed while it was read: run the evaluation again")
         return content
@@ -73,8 +70,7 @@ def is_system_file(name: str) -> bool:
 
 
 def read_lines(path: Path, expected: str) -> tuple[str, ...]:
-    """The lines of a text file of which each counts. Raises InputError: the file is missing, empty,
-    or has an empty line."""
+    """The lines of a text file, each of which counts. Raises InputError: missing, or one empty."""
     try:
         lines = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n"))
     except FileNotFoundError:
@@ -91,8 +87,7 @@ def read_lines(path: Path, expected: str) -> tuple[str, ...]:
 
 
 def find_tars(folder: Path, split: str = SPLIT) -> list[Path]:
-    """The tars of a part of the set in `folder`, in their order. Raises InputError: the folder
-    holds no set, or a tar is missing."""
+    """The tars of a part of a set, in order. Raises InputError: no set there, or a tar missing."""
     count_file = folder / split / SHARDS
     try:
         count = int(count_file.read_text())
@@ -157,8 +152,7 @@ def find_image(members: dict[str, TarMember], where: str) -> TarMember:
 
 
 def read_label(content: bytes, where: str) -> int:
-    """The class number of a `.cls` member. Raises InputError: it is not a number of at most nine
-    digits."""
+    """The class number of a `.cls` member. Raises InputError: none of at most nine digits."""
     text = content.decode("utf-8", "replace").strip()
     if not (text.isascii() and text.isdecimal() and len(text) <= _LABEL_DIGITS):
         raise InputError(f"{where}.cls must hold a class number, got {text[:20]!r}")

@@ -60,7 +60,6 @@ class Identity(Config):
     gflops: float | None
     """Of one image, in billions; a FLOP is half a multiply-add of a matrix product."""
     source: str
-    """The specification it was named by."""
     sha256: str = ""
     """Of its file of weights, where it has one of its own."""
     preprocessing: dict[str, Any]
@@ -123,8 +122,7 @@ def identify_model(spec: str, cache: Path | None = None) -> Identity:
 
 
 def open_subject(spec: str, *, device: str = "cpu", precision: Precision = "fp32") -> Subject:
-    """Open a model to encode on `device`. Raises InputError: no such model, or weights that do not
-    fit it."""
+    """Open a model to encode on `device`. Raises InputError: no such model, or other weights."""
     if library := _find_library(spec):
         return library.open_subject(spec.partition(":")[2], device, precision)
     path, architecture = _split_spec(spec)
@@ -147,13 +145,13 @@ def files_of(spec: str) -> list[Path]:
 def _find_library(spec: str) -> Library | None:
     """The library that a specification's prefix names, imported only then."""
     if spec.startswith(OPEN_CLIP):
-        from tasks.encoders.open_clip_model import LIBRARY as OPEN_CLIPS
+        from tasks.encoders import open_clip_model
 
-        return OPEN_CLIPS
+        return open_clip_model.LIBRARY
     if spec.startswith(TRANSFORMERS):
-        from tasks.encoders.transformers_model import LIBRARY as TRANSFORMERS_OWN
+        from tasks.encoders import transformers_model
 
-        return TRANSFORMERS_OWN
+        return transformers_model.LIBRARY
     return None
 
 
@@ -299,8 +297,7 @@ def _list_differences(path: Path, used: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _split_spec(spec: str) -> tuple[Path, str]:
-    """Path and architecture of a model that is not open_clip's; "" for a saved folder, which
-    records its own."""
+    """Path and architecture of a model of ours; "" for a saved folder, which records it."""
     if Path(spec).is_file():
         raise InputError(
             f"{spec} is a file of weights: say its architecture too, as {spec}:EVA02-CLIP-B-16 "

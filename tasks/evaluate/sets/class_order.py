@@ -48,7 +48,6 @@ class ClassNameList:
 
     names: tuple[str, ...]
     source: str
-    """Its name in messages."""
     words: tuple[str, ...] = ()
     """The word of the source that each name is for, where the list says it."""
 
@@ -145,8 +144,7 @@ def read_class_names(chosen: str, known: KnownSet | None) -> ClassNameList:
 
 
 def list_of_known(known: KnownSet | None, required: bool = False) -> ClassNameList | None:
-    """A known set's own list of names, where it has one that is installed. Raises InputError: it is
-    required and not installed."""
+    """A known set's own list, where installed. Raises InputError: it is required and is not."""
     for source in known.names if known else ():
         if source != "dataset":
             with suppress(*([] if required else [InputError])):
@@ -162,16 +160,15 @@ def order_classes(
     where: str,
     display_names: Mapping[str, str] | None = None,
 ) -> ClassOrder:
-    """Give every word of a source its label and its name.
+    """Give every word of a source its label and its name. Raises InputError: another number of
+    classes than the list or the known set has, numbers without a list, a list in another order that
+    cannot be matched word by word.
 
     Args:
         words: the source's classes, in its own order (for folders, that of text).
         chosen: the list that names the classes, else `wanted.classnames`; without one a known set's
             own, where there is one and it can be compared, else the words themselves.
         display_names: names of words, where they are not the words without underscores.
-
-    Raises InputError: another number of classes than the list or the known set has, numbers without
-    a list, a list in another order that cannot be matched word by word.
     """
     known = wanted.known
     if wanted.classnames:

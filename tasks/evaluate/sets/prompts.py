@@ -57,8 +57,7 @@ def find_templates(
 def find_classnames(
     name: str, source: NameSource | Sequence[str], known: KnownSet | None, folder: Path
 ) -> tuple[str, ...]:
-    """Class names of a set in the order of its labels. Raises InputError: the source has none for
-    this set."""
+    """Class names of a set, by label. Raises InputError: the source has none for this set."""
     if not isinstance(source, str):
         return tuple(source)
     if source == "dataset":
@@ -70,8 +69,7 @@ def find_classnames(
 
 
 def grammar_templates(key: str) -> tuple[str, ...]:
-    """OpenAI's templates of a set, where they are the product of a few words, in OpenAI's order.
-    Raises InputError: those of this set are not."""
+    """OpenAI's templates made of a few words. Raises InputError: this set's are not."""
     lists = json.loads(_GRAMMAR.read_text())
     kind = "kinetics" if key.startswith("kinetics") else key
     if kind not in lists:
@@ -99,8 +97,7 @@ def subset_classes(known: KnownSet | None) -> tuple[int, ...]:
 
 @functools.cache
 def imagenet_synsets() -> tuple[str, ...]:
-    """WordNet ids of ImageNet's 1000 classes ("n01440764" ...), in the order of its labels. Raises
-    InputError: timm, which has this list, is not installed."""
+    """WordNet ids of ImageNet's 1000 classes, by label. Raises InputError: timm is missing."""
     return _timm_lines("imagenet_synsets.txt")
 
 

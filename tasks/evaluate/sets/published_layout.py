@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -195,9 +196,9 @@ def open_train_part(
     names = read_lines(there, "one class name a line") if is_set else here
     if names != here:
         place = {normalise_name(name): label for label, name in enumerate(here)}
-        strange = [name for name in names if normalise_name(name) not in place]
-        if strange:
-            raise InputError(f"{there} names '{strange[0]}', which is not a class of {folder}")
+        for name in names:
+            if normalise_name(name) not in place:
+                raise InputError(f"{there} names '{name}', which is not a class of {folder}")
         labels = [place[normalise_name(name)] for name in names]
         entries = [one._replace(answer=labels[one.answer]) for one in entries]
     _check_labels(evalset.classnames, entries, tars, folder / CLASSNAMES)
@@ -254,13 +255,12 @@ def _open_index(tars: Sequence[Path], kind: Kind, cache: Path | None) -> list[_I
 
 def _read_tars(tars: Sequence[Path], kind: Kind) -> list[_Indexed]:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "index") as pool:
-        by_tar = list(pool.map(lambda n: list(_read_entries(n, tars[n], kind)), range(len(tars))))
-    found: dict[str, _Indexed] = {}
-    for tar, entries in zip(tars, by_tar, strict=True):
-        for entry in entries:
-            if found.setdefault(entry.key, entry) is not entry:
-                raise InputError(f"{tar}: sample {entry.key} occurs twice in this set")
-    return [found[key] for key in sorted(found)]
+        by_tar = pool.map(lambda n: list(_read_entries(n, tars[n], kind)), range(len(tars)))
+        entries = sorted(chain.from_iterable(by_tar), key=lambda entry: entry.key)
+    for before, entry in pairwise(entries):
+        if before.key == entry.key:
+            raise InputError(f"{tars[entry.tar]}: sample {entry.key} occurs twice in this set")
+    return entries
 
 
 def _read_entries(number: int, tar: Path, kind: Kind) -> Iterator[_Indexed]:
@@ -348,27 +348,29 @@ def _check_labels(
     names: tuple[str, ...], entries: Sequence[_Indexed], tars: Sequence[Path], where: Path
 ) -> None:
     for entry in entries:
-        if isinstance(entry.answer, int):
-            if entry.answer >= len(names):
-                raise InputError(
-                    f"{tars[entry.tar]}: sample {entry.key} has label {entry.answer}, but "
-                    f"{where} names {len(names)} classes, counted from 0"
-                )
-        elif entry.answer[0] != len(names):
+        answer, count = entry.answer, len(names)
+        if isinstance(answer, int) and answer >= count:
             raise InputError(
-                f"{tars[entry.tar]}: {entry.key}.npy is for {entry.answer[0]} classes, but "
-                f"{where} names {len(names)}"
+                f"{tars[entry.tar]}: sample {entry.key} has label {answer}, but {where} names "
+                f"{count} classes, counted from 0"
+            )
+        if isinstance(answer, list) and answer[0] != count:
+            raise InputError(
+                f"{tars[entry.tar]}: {entry.key}.npy is for {answer[0]} classes, but {where} names "
+                f"{count}"
             )
 
 
 def _read_sample(entry: _Indexed, tars: Sequence[Path], kind: Kind) -> EvalSample:
     span = Span(tars[entry.tar], entry.offset, entry.size)
-    answer: dict[str, Any] = {"captions": tuple(entry.answer)} if kind == "retrieval" else {}
-    if kind == "classification":
-        answer = {"label": entry.answer}
-    elif kind == "multilabel":
-        answer = {"labels": tuple(entry.answer[1])}
-    return EvalSample(entry.key, span, sha256=entry.sha256, group=entry.group, **answer)
+    return EvalSample(
+        *(entry.key, span),
+        label=entry.answer if kind == "classification" else -1,
+        labels=tuple(entry.answer[1]) if kind == "multilabel" else (),
+        captions=tuple(entry.answer) if kind == "retrieval" else (),
+        group=entry.group,
+        sha256=entry.sha256,
+    )
 
 
 def _digest_entries(*parts: Any) -> str:

@@ -29,10 +29,9 @@ _FILE = Path(__file__).with_name("registry.json")
 
 
 class TorchvisionSet(Config):
-    """The way from torchvision's set to one of the paper's."""
+    """The way from a class of `torchvision.datasets` to one of the paper's sets."""
 
     dataset: str
-    """Its class in `torchvision.datasets`."""
     arguments: tuple[tuple[str, str | bool | int], ...] = ()
     """Of its class, besides `root`."""
     names: Literal["classes", "categories", "openai", "clip_benchmark", "digits"] = "classes"
@@ -67,12 +66,10 @@ class KnownSet(Config):
     split_stated: bool = True
     """True: the paper says which images, or its figures agree with others' on these."""
     names: tuple[NameSource, ...] = ("dataset",)
-    """Sources of its class names; the first is used unless told otherwise."""
+    """Sources of its class names, and below of its prompt templates; the first is the usual one."""
     prompts: tuple[PromptSource, ...] = ("dataset",)
-    """Sources of its prompt templates; the first is used unless told otherwise."""
     templates: int | None = None
     names_from: str = ""
-    """Origin of the class names that the set is published with."""
     wheel_names: str | None = None
     """Key of its class names in the distribution clip-benchmark; of its templates, below."""
     wheel_prompts: str | None = None

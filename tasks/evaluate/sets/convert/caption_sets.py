@@ -6,6 +6,7 @@ All captions of an image are kept: COCO's 5,000 test images have 25,010.
 import json
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from tasks.evaluate.sets.convert.shard_writer import Source
 from tasks.evaluate.sets.convert.source_images import (
     FileFinder,
     image_source,
-    path_inside,
     walk_files,
 )
 
@@ -44,9 +44,7 @@ def captioned_sources(listing: Path, images: Path, split: str = "test") -> list[
     """The images of a listing, in its order, each with all its captions. Raises InputError: the
     file is missing or of another form, has nothing in this split, names a file outside `images`, or
     has an image without a caption."""
-    if listing.is_dir():
-        return _read_folder(listing, images)
-    if not listing.is_file():
+    if not (listing.is_file() or listing.is_dir()):
         raise InputError(f"{listing} is missing: {_FORMS}")
     try:
         captions = _read_listing(listing, split)
@@ -58,30 +56,21 @@ def captioned_sources(listing: Path, images: Path, split: str = "test") -> list[
         raise InputError(f"{listing} is not of a known form: {_FORMS}") from None
     if not captions:
         raise InputError(f"{listing} has no image, or is not of a known form: {_FORMS}")
-    sources = []
+    sources, finder = [], FileFinder(images)
     for name, texts in captions.items():
         kept = tuple(text for text in map(str.strip, texts) if text)
         if not kept:
             raise InputError(f"{listing}: {name} has no caption")
-        sources.append(image_source(path_inside(images, name, str(listing)), kept))
-    return sources
-
-
-def _read_folder(texts: Path, images: Path) -> list[Source]:
-    """A text file an image, called as it is (Urban1k): the whole file is its caption."""
-    finder = FileFinder(images)
-    sources = []
-    for path in sorted(one for one in walk_files(texts) if one.suffix.lower() == ".txt"):
-        caption = path.read_text(encoding="utf-8-sig", errors="replace").strip()
-        if not caption:
-            raise InputError(f"{path} has no caption")
-        sources.append(image_source(finder.find_file(path.stem, str(path)), (caption,)))
-    if not sources:
-        raise InputError(f"{texts} has no .txt file: {_FORMS}")
+        sources.append(image_source(finder.find_file(name, str(listing)), kept))
     return sources
 
 
 def _read_listing(listing: Path, split: str) -> Captions:
+    if listing.is_dir():
+        # A text file an image, called as it is (Urban1k): the whole file is its caption.
+        texts = sorted(one for one in walk_files(listing) if one.suffix.lower() == ".txt")
+        read = partial(Path.read_text, encoding="utf-8-sig", errors="replace")
+        return _group_captions((one.stem, [read(one)]) for one in texts)
     if listing.suffix.lower() == ".json":
         content = json.loads(listing.read_text(encoding="utf-8-sig"))
         if isinstance(content, dict):

@@ -61,16 +61,14 @@ def read_label_table(
     several: bool = False,
     split: str = "",
 ) -> LabelTable:
-    """The images and labels of a table.
+    """The images and labels of a table. Raises InputError: it is missing or of another form, a
+    column cannot be told, a row lacks something, an image has two labels where one is expected.
 
     Args:
         images: folder that its paths lie in.
         columns: of paths and of labels, where these have names of their own.
         several: True where an image may have several classes; a list in a cell says so itself.
         split: rows that are taken of a table with a column "split"; needed where it has several.
-
-    Raises InputError: the file is missing or of another form, a column cannot be told, a row has no
-    path or no label, an image has two labels where one is expected.
     """
     names, every_row = read_rows(listing, images)
     rows = choose_split(every_row, split, listing)
@@ -131,37 +129,31 @@ def read_rows(
     A text table without a header has the columns "path" and "label": where the first cell of its
     first row is a file in `images`, or where it has two cells of which none is a known column.
     """
-    suffix = listing.suffix.lower()
+    import pyarrow.parquet
+
+    suffix, first = listing.suffix.lower(), 1
     if not listing.is_file():
         raise InputError(f"{listing} is missing: {_FORMS}")
     if suffix not in TABLE_SUFFIXES:
         raise InputError(f"{listing} is not a known form of table: {_FORMS}")
+    rows: Sequence[Row]
     try:
         if suffix == ".parquet":
-            columns, rows, first = *_parquet_rows(listing), 1
+            table = pyarrow.parquet.read_table(listing)
+            columns, rows = tuple(table.column_names), table.to_pylist()
         elif suffix in _JSON_SUFFIXES:
-            columns, rows, first = *_json_rows(listing), 1
+            rows = _json_rows(listing)
+            columns = tuple(dict.fromkeys(key for row in rows for key in row))
         else:
             columns, rows, first = _text_rows(listing, images)
     except InputError:
         raise
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error, pyarrow.ArrowException) as error:
         raise InputError(f"{listing} cannot be read ({shorten_error(error)}): {_FORMS}") from None
     return columns, [(f"{listing} row {number}", row) for number, row in enumerate(rows, first)]
 
 
-def _parquet_rows(listing: Path) -> tuple[tuple[str, ...], list[Row]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(listing)
-    except pyarrow.ArrowException as error:
-        raise ValueError(error) from None
-    return tuple(table.column_names), table.to_pylist()
-
-
-def _json_rows(listing: Path) -> tuple[tuple[str, ...], list[Row]]:
+def _json_rows(listing: Path) -> list[Row]:
     text = listing.read_text(encoding="utf-8-sig")
     if listing.suffix.lower() == ".json":
         rows = json.loads(text)
@@ -175,7 +167,7 @@ def _json_rows(listing: Path) -> tuple[tuple[str, ...], list[Row]]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise InputError(f"{listing} row {number} is not an object of columns")
-    return tuple(dict.fromkeys(key for row in rows for key in row)), rows
+    return rows
 
 
 def _text_rows(listing: Path, images: Path | None) -> tuple[tuple[str, ...], list[Row], int]:

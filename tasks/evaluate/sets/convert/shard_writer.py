@@ -62,7 +62,6 @@ class Found:
     answer: int | None = None
     """Label, where only reading tells it: a data set object's."""
     remark: str = ""
-    """An oddity of it, in words."""
 
 
 @dataclass(frozen=True)
@@ -170,16 +169,14 @@ def write_set(
 
 
 def image_file(content: bytes) -> Found:
-    """An image file as it goes into a tar: itself where it may. Raises UnusableSourceError: it
-    cannot be decoded."""
+    """An image file as it goes into a tar. Raises UnusableSourceError: it cannot be decoded."""
     try:
         image = decode_image(content)
     except UnreadableImageError as error:
         # Pillow names the object it read from, by its address.
         raise UnusableSourceError(re.sub(r" <_io[^>]*>", "", f"is not an image: {error}")) from None
-    if image.format in _COPIED:
-        return Found(content, _COPIED[image.format])
-    return Found(encode_png(image), "png")
+    extension = _COPIED.get(image.format or "")
+    return Found(content, extension) if extension else Found(encode_png(image), "png")
 
 
 def encode_png(image: Image.Image) -> bytes:
@@ -308,10 +305,11 @@ def _read_finished(folder: Path, decides: dict[str, Any]) -> Conversion | None:
     InputError: something else is there."""
     path = folder / CONVERSION
     found = json.loads(path.read_text()) if path.is_file() else {}
-    if found.get("decides") == decides:
+    there = found.get("decides", {})
+    if there == decides:
         return _make_conversion(folder, found["records"], decides)
-    plans = [one.get("plan") for one in (found.get("decides"), decides) if isinstance(one, dict)]
-    origins = [one.get("origin") for one in plans if isinstance(one, dict)]
+    plans = [one for one in (there.get("plan"), decides["plan"]) if isinstance(one, dict)]
+    origins = [one.get("origin") for one in plans]
     if len(origins) == 2 and origins[0] and origins[0] == origins[1]:
         return None
     raise InputError(

@@ -7,6 +7,7 @@ its suffix. A list leads to files inside its folder of images only.
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -50,16 +51,14 @@ def image_source(path: Path, answer: Any) -> Source:
 
 def stamp_of(path: Path) -> str:
     """Size and time of change of a file; empty where it is missing."""
-    try:
+    with suppress(OSError):
         stat = path.stat()
-    except OSError:
-        return ""
-    return f"{stat.st_size} {stat.st_mtime_ns}"
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+    return ""
 
 
 def path_inside(folder: Path, name: str, where: str) -> Path:
-    """The path that `name`, from a list, has in `folder`. Raises InputError: it leads out of the
-    folder, or is empty."""
+    """The path of a list's `name` in `folder`. Raises InputError: it leads out, or is empty."""
     inside = os.path.abspath(folder)
     relative = os.path.relpath(os.path.join(inside, name), inside) if "\0" not in name else ".."
     if relative == "." or relative.split(os.sep)[0] == os.pardir:

@@ -25,8 +25,7 @@ MapDataset = Sequence[tuple[Any, Any]]
 
 
 def torchvision_set(known: KnownSet) -> TorchvisionSet:
-    """Return how torchvision's class of a known set is called and read. Raises InputError:
-    torchvision has none."""
+    """The registry's entry of torchvision's set. Raises InputError: torchvision has none."""
     if known.torchvision is None:
         there = ", ".join(key for key, one in all_sets().items() if one.torchvision)
         raise InputError(f"torchvision has no set '{known.key}'; it has {there}")
@@ -83,13 +82,11 @@ def torchvision_names(known: KnownSet, dataset: MapDataset) -> tuple[str, ...]:
 def class_names(
     dataset: MapDataset, attribute: str = "classes", spaces: str = ""
 ) -> tuple[str, ...]:
-    """Class names of a data set object, from its attribute of this name. Raises InputError: it has
-    none."""
+    """Class names by this attribute of a data set object. Raises InputError: it has none."""
     names: Sequence[Any] = getattr(dataset, attribute, ())
     if not names:
-        raise InputError(
-            f"{type(dataset).__name__} has no {attribute}: give a file with one class name a line"
-        )
+        kind = type(dataset).__name__
+        raise InputError(f"{kind} has no {attribute}: give a file with one class name a line")
     table = str.maketrans(dict.fromkeys(spaces, " "))
     return tuple(str(name).translate(table).strip() for name in names)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from evaclip_model.errors import InputError
+from evaclip_model.errors import InputError, shorten_error
 from tasks.evaluate.sets.convert.label_table import LabelTable, read_rows
 from tasks.evaluate.sets.convert.shard_writer import Found, Source, UnusableSourceError, encode_png
 from tasks.evaluate.sets.convert.source_images import (
@@ -35,20 +35,16 @@ _BEFORE_CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 def find_videos(root: Path, listing: Path | None = None) -> LabelTable:
-    """The videos below `root`, by path, or those of a list, with their classes.
+    """The videos below `root`, by path, or those of a list, with their classes. Raises InputError:
+    no video is found, the list is of another form, or two files could be meant.
 
     Without a list, and with one that has no classes, the folders of `root` are the classes. A list
-    with classes decides them, wherever the files lie below `root`.
+    with classes decides them, wherever the files lie below `root`: UCF-101's form, `CLASS/FILE` or
+    `FILE` a line; or Kinetics', a .csv with the columns youtube_id, time_start and time_end, and
+    best label, whose files are called `ID_START_END.mp4` with six digits each, or `ID.mp4`.
 
     UCF-101's classes are written in one word, and best in its files' names ("HandStandPushups" in
     the folder "HandstandPushups"): every capital begins a word.
-
-    Args:
-        listing: UCF-101's form, `CLASS/FILE` or `FILE` a line; or Kinetics', a .csv with the
-            columns youtube_id, time_start and time_end, and best label; its files are called
-            `ID_START_END.mp4` with six digits each, or `ID.mp4`.
-
-    Raises InputError: no video is found, the list is of another form, or two files could be meant.
     """
     if not root.is_dir():
         raise InputError(f"{root} is not a folder: expected a folder of videos")
@@ -125,7 +121,12 @@ def centre_frame(path: Path) -> tuple[Image.Image, str]:
     """Decoded frame n // 2 of the n in the first video stream, as RGB, and a remark, empty as a
     rule, that the file promises more than it has. Raises UnusableSourceError: it cannot be decoded
     to its end, or has no frame; InputError: PyAV is not installed."""
-    av = _import_av()
+    try:
+        av: Any = importlib.import_module("av")
+    except ImportError:
+        raise InputError(
+            "videos are read with PyAV, which is not installed: pip install 'evaclip[video]'"
+        ) from None
     try:
         count, remark = _count_frames(av, path)
         # A second pass: all frames of a long video at once would not fit into memory.
@@ -171,19 +172,9 @@ def _wanted_names(listing: Path) -> list[tuple[str, str]]:
         return found
     try:
         lines = [line.strip() for line in listing.read_text(encoding="utf-8-sig").split("\n")]
-    except OSError as error:
-        raise InputError(f"{listing} cannot be read ({error.strerror}): {expected}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{listing} is not a list of videos: {expected}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        why = shorten_error(error)
+        raise InputError(f"{listing} cannot be read ({why}): {expected}") from None
     # A label may follow the name, as in UCF-101's lists for training.
     paths = [Path(re.sub(r"\s+\d+$", "", line)) for line in lines if line]
     return [(path.stem, path.parent.name) for path in paths]
-
-
-def _import_av() -> Any:
-    try:
-        return importlib.import_module("av")
-    except ImportError:
-        raise InputError(
-            "videos are read with PyAV, which is not installed: pip install 'evaclip[video]'"
-        ) from None
