@@ -264,12 +264,9 @@ def matched_interval(only_a: float, only_b: float, n: float) -> tuple[float, flo
 def _weighted_figure(
     weights: Tensor, images: Tensor, positive: Tensor, ends: Tensor, curve: Curve
 ) -> Tensor:
-    """A class's figure for every row of how often each image counts [draws, N].
-
-    Args:
-        images: numbers of the images [N], largest score first; `positive` [N] in that order.
-        ends: of every positive in that order [P]: the last place that its threshold still admits.
-    """
+    """A class's figure for every row of how often each image counts [draws, N], of `images` by
+    falling score, which of them are `positive` [N], and where the threshold of each positive `ends`
+    [P]: the last place that it still admits."""
     if not len(ends):
         return torch.full((len(weights),), float("nan"), dtype=torch.float64)
     mine = weights[:, images]

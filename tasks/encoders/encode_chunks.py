@@ -21,7 +21,6 @@ TEXT_CHUNK = 32
 """Texts that a model sees at once: at ten tokens a text enough rows to be fast, and few enough to
 waste little where only some texts have a length."""
 TEXT_BLOCK = 16 * TEXT_CHUNK
-"""Texts of one block."""
 
 
 def embed_images(subject: Subject, decoded: Iterator[Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 from evaclip_model.errors import InputError
 from tasks.evaluate.sets.convert.label_table import (
-    PATH_COLUMNS,
+    COLUMNS,
     choose_split,
     match_column,
     read_rows,
@@ -31,10 +31,6 @@ _FORMS = (
     "or a folder of .txt"
 )
 _TOKEN_LINE = re.compile(r"(.+?)#\d+\t(.*)")
-_CAPTION_COLUMNS = (
-    *("caption", "captions", "comment", "text", "sentence", "sentences", "raw", "title"),
-    "description",
-)
 
 Captions = dict[str, list[str]]
 """File -> its captions."""
@@ -88,7 +84,7 @@ def _read_listing(listing: Path, split: str) -> Captions:
         return {}
     if "split" in columns:
         rows = choose_split(rows, split, listing)
-    image, caption = (match_column(columns, one) for one in (PATH_COLUMNS, _CAPTION_COLUMNS))
+    image, caption = (match_column(columns, COLUMNS[one]) for one in ("paths", "captions"))
     if not image or not caption:
         raise InputError(
             f"{listing} has the columns {', '.join(columns)}: expected one of images (image, path, "

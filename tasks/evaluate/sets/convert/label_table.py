@@ -21,17 +21,10 @@ from evaclip_model.errors import InputError, shorten_error
 from tasks.evaluate.sets.convert.shard_writer import Source
 from tasks.evaluate.sets.convert.source_images import FileFinder, image_source
 
-PATH_COLUMNS = (
-    "path", "image_path", "img_path", "file_path", "filepath", "image", "img", "file", "file_name",
-    "filename", "image_name", "image_file", "imageid", "image_id", "img_id", "id", "name",
-)  # fmt: skip
-LABEL_COLUMNS = (
-    # Names before numbers, where a table has both.
-    "label_name", "class_name", "classname", "category_name",
-    "label", "labels", "class", "classes", "category",
-    "target", "targets", "tags", "y", "class_id", "class_index", "category_id", "label_id",
-    "predictionstring", "species", "breed", "wnid", "synset",
-)  # fmt: skip
+COLUMNS: dict[str, list[str]] = json.loads(
+    Path(__file__).with_name("column_names.json").read_text()
+)
+"""Columns that are known by their names; the first is taken: of labels names before numbers."""
 _JSON_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson", ".json")
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".txt", ".lst", ".list", *_JSON_SUFFIXES)
 _FORMS = "expected .csv, .tsv, .jsonl, .parquet, or .txt with a path and a label a line"
@@ -76,8 +69,8 @@ def read_label_table(
     for asked in filter(None, columns):
         if asked not in names:
             raise InputError(f"{listing} has no column '{asked}'; it has {there}")
-    first = columns[0] or match_column(names, PATH_COLUMNS)
-    second = columns[1] or match_column(names, LABEL_COLUMNS)
+    first = columns[0] or match_column(names, COLUMNS["paths"])
+    second = columns[1] or match_column(names, COLUMNS["labels"])
     if not first or not (second or several):
         which = "labels? give --label" if first else "paths of images? give --path"
         raise InputError(f"{listing}: which column has the {which}-column; it has {there}")
@@ -178,7 +171,7 @@ def _text_rows(listing: Path, images: Path | None) -> tuple[tuple[str, ...], lis
     if not rows:
         raise InputError(f"{listing} is empty: {_FORMS}")
     head = [cell.strip() for cell in rows[0]]
-    known = match_column(head, (*PATH_COLUMNS, *LABEL_COLUMNS))
+    known = match_column(head, COLUMNS["paths"] + COLUMNS["labels"])
     is_file = images is not None and bool(head[0]) and (images / head[0]).is_file()
     begins = not is_file and (bool(known) or len(head) > 2)
     if not begins and len(head) != 2:

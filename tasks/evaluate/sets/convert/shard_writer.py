@@ -131,12 +131,9 @@ def write_set(
     if questions:
         decides["questions"] = [one.model_dump() for one in questions]
     decides = json.loads(json.dumps(decides))  # as it comes back from the file
-    replaced = False
-    if folder.exists() and [path.name for path in folder.iterdir()] != [TRAIN]:
-        finished = _read_finished(folder, decides)
-        if finished is not None:
-            return finished
-        replaced = True
+    replaced = folder.exists() and [path.name for path in folder.iterdir()] != [TRAIN]
+    if replaced and (finished := _read_finished(folder, decides)):
+        return finished
     growing = folder.with_name(f".{folder.name}.part")
     growing.mkdir(parents=True, exist_ok=True)
     lock = lock_file(growing / ".lock")
