@@ -75,8 +75,7 @@ def show_set(name: Name) -> None:
         values = value if isinstance(value, list) else [value]
         for number, one in enumerate(values):
             if one not in (None, ""):
-                console.print(f"{'' if number else what:<14}", style="bold", end=" ")
-                console.print(str(one), soft_wrap=True)
+                _print_marked(f"{'' if number else what:<14}", "bold", str(one))
 
 
 @evalsets.command("check")
@@ -96,10 +95,9 @@ def check(
     with moving_bar("check") as report:
         unreadable = check_set(evalset, report)
     for what, value in list_facts(evalset):
-        console.print(f"{what:<14}", style="bold", end=" ")
-        console.print(value, soft_wrap=True)
+        _print_marked(f"{what:<14}", "bold", value)
     for oddity in list_oddities(evalset, unreadable):
-        _print_remark(oddity)
+        _print_marked("!", "yellow", oddity)
     if unreadable:
         raise InputError(f"{folder} cannot be evaluated: every image has to be decodable")
 
@@ -245,14 +243,14 @@ def _run_conversion(convert_set: Callable[..., Conversion]) -> None:
         made = convert_set(report=report)
     again = " (made again: its sources or settings had changed)" if made.again else ""
     say = partial(console.print, soft_wrap=True)
-    console.print("✓", style="green", end=" ")
-    say(f"{made.images:,} images in {made.tars} tars: {made.folder}{again}")
+    text = f"{made.images:,} images in {made.tars} tars: {made.folder}{again}"
+    _print_marked("✓", "green", text)
     if made.classnames:
         say(f"  {len(made.classnames):,} classes: {some_names(made.classnames)}")
     if made.questions:
         say(f"  {made.questions:,} questions")
     for remark in made.about_names:
-        _print_remark(remark)
+        _print_marked("!", "yellow", remark)
     for reason, count in made.left_out().items():
         say(f"  {count:,} left out: {reason}")
     for what, listed, file in (
@@ -260,13 +258,14 @@ def _run_conversion(convert_set: Callable[..., Conversion]) -> None:
         ("were used, and are odd", made.remarks, "remarks.txt"),
     ):
         if listed:
-            _print_remark(f"{len(listed):,} {what}, all in {made.folder / file}:")
+            text = f"{len(listed):,} {what}, all in {made.folder / file}:"
+            _print_marked("!", "yellow", text)
             for source, reason in listed[:SHOWN_PROBLEMS]:
                 say(f"  {source}: {reason}")
 
 
-def _print_remark(text: str) -> None:
-    console.print("!", style="yellow", end=" ")
+def _print_marked(mark: str, style: str, text: str) -> None:
+    console.print(mark, style=style, end=" ")
     console.print(text, soft_wrap=True)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from evaclip_model.errors import InputError
 from tasks.evaluate.sets.convert.label_table import (
-    COLUMNS,
     choose_split,
     match_column,
     read_rows,
@@ -84,7 +83,7 @@ def _read_listing(listing: Path, split: str) -> Captions:
         return {}
     if "split" in columns:
         rows = choose_split(rows, split, listing)
-    image, caption = (match_column(columns, COLUMNS[one]) for one in ("paths", "captions"))
+    image, caption = (match_column(columns, one) for one in ("paths", "captions"))
     if not image or not caption:
         raise InputError(
             f"{listing} has the columns {', '.join(columns)}: expected one of images (image, path, "

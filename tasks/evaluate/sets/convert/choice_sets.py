@@ -14,7 +14,7 @@ from typing import Any
 
 from evaclip_model.errors import InputError
 from tasks.evaluate.sets.choice_questions import Question
-from tasks.evaluate.sets.convert.label_table import COLUMNS, match_column, read_rows
+from tasks.evaluate.sets.convert.label_table import match_column, read_rows
 from tasks.evaluate.sets.convert.shard_writer import Source
 from tasks.evaluate.sets.convert.source_images import FileFinder, image_source
 
@@ -80,8 +80,8 @@ def _read_question(
         if not set(right) <= set(named):
             raise InputError(f"{where} has associations that are not candidates: {_FORMS}")
         return named, [text], [(place, 0) for place, one in enumerate(named) if one in right]
-    image = match_column([name for name, value in row.items() if value], COLUMNS["paths"])
-    right = _texts(row.get(match_column(row, ("caption",))))
+    image = match_column([name for name, value in row.items() if value], "paths")
+    right = _texts(row.get(match_column(row, "caption")))
     wrong = [text for name in row if "negative" in name.casefold() for text in _texts(row[name])]
     if not (image and right and wrong):
         raise InputError(f"{where} is not a question: {_FORMS}")

@@ -21,10 +21,7 @@ from evaclip_model.errors import InputError, shorten_error
 from tasks.evaluate.sets.convert.shard_writer import Source
 from tasks.evaluate.sets.convert.source_images import FileFinder, image_source
 
-COLUMNS: dict[str, list[str]] = json.loads(
-    Path(__file__).with_name("column_names.json").read_text()
-)
-"""Columns that are known by their names; the first is taken: of labels names before numbers."""
+_COLUMNS = json.loads(Path(__file__).with_name("column_names.json").read_text())
 _JSON_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson", ".json")
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".txt", ".lst", ".list", *_JSON_SUFFIXES)
 _FORMS = "expected .csv, .tsv, .jsonl, .parquet, or .txt with a path and a label a line"
@@ -69,8 +66,8 @@ def read_label_table(
     for asked in filter(None, columns):
         if asked not in names:
             raise InputError(f"{listing} has no column '{asked}'; it has {there}")
-    first = columns[0] or match_column(names, COLUMNS["paths"])
-    second = columns[1] or match_column(names, COLUMNS["labels"])
+    first = columns[0] or match_column(names, "paths")
+    second = columns[1] or match_column(names, "labels")
     if not first or not (second or several):
         which = "labels? give --label" if first else "paths of images? give --path"
         raise InputError(f"{listing}: which column has the {which}-column; it has {there}")
@@ -171,7 +168,7 @@ def _text_rows(listing: Path, images: Path | None) -> tuple[tuple[str, ...], lis
     if not rows:
         raise InputError(f"{listing} is empty: {_FORMS}")
     head = [cell.strip() for cell in rows[0]]
-    known = match_column(head, COLUMNS["paths"] + COLUMNS["labels"])
+    known = match_column(head, "paths") or match_column(head, "labels")
     is_file = images is not None and bool(head[0]) and (images / head[0]).is_file()
     begins = not is_file and (bool(known) or len(head) > 2)
     if not begins and len(head) != 2:
@@ -230,10 +227,11 @@ def _tab_separated(text: str) -> Iterator[list[str]]:
     return csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def match_column(columns: Iterable[str], known: Sequence[str]) -> str:
-    """The column with the first of the `known` names that one has; "" where none has any."""
+def match_column(columns: Iterable[str], kind: str) -> str:
+    """The column with the first of the names in column_names.json that one has, of labels names
+    before numbers; "" where none has any."""
     plain = {one.strip().casefold().replace(" ", "_"): one for one in reversed([*columns])}
-    return next((plain[name] for name in known if name in plain), "")
+    return next((plain[name] for name in _COLUMNS[kind] if name in plain), "")
 
 
 def _words_of(cell: Any, column: str, several: bool, where: str) -> list[str]:
