@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor
 
 from evaclip_model.choices import Precision
-from evaclip_model.errors import InputError, shorten_error
+from evaclip_model.errors import InputError
 from tasks.encoders.open_models import Identity, Library, identify_module
-from tasks.encoders.torchvision_import import import_torchvision
+from tasks.encoders.torchvision_import import explain_import
 
 LOCAL_DIR = "local-dir:"
 """Before a folder of open_clip_config.json and weights, as open_clip names such models itself."""
@@ -188,15 +187,11 @@ class OpenClipSubject:
 
 
 def _import_library() -> Any:
-    try:
-        with suppress(ImportError):
-            import_torchvision()
+    needed = (
+        "the project with its 'open_clip' extra, and a torchvision that fits the installed torch"
+    )
+    with explain_import("open_clip", needed):
         import open_clip
-    except (ImportError, RuntimeError) as error:
-        raise InputError(
-            f"open_clip cannot be imported ({shorten_error(error)}): install the project with its "
-            "'open_clip' extra, and a torchvision that fits the installed torch"
-        ) from error
     return open_clip
 
 

@@ -6,10 +6,14 @@ uses one.
 """
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from evaclip_model.errors import InputError, shorten_error
 
 _OPERATORS = ("nms", "qnms")
 _kept: list[Any] = []  # described operators go when what described them does
@@ -29,3 +33,15 @@ def import_torchvision(module: str = "") -> ModuleType:
             library.define(f"{one}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _kept.append(library)
         return importlib.import_module(name)
+
+
+@contextmanager
+def explain_import(library: str, needed: str) -> Iterator[None]:
+    """The import of a library that looks for torchvision; an InputError says what is `needed`."""
+    try:
+        with suppress(ImportError):
+            import_torchvision()
+        yield
+    except (ImportError, RuntimeError) as error:
+        why = shorten_error(error)
+        raise InputError(f"{library} cannot be imported ({why}): install {needed}") from error

@@ -8,7 +8,6 @@ no order of answers.
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +20,7 @@ from evaclip_model.choices import Precision
 from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.model.layers import DTYPES
 from tasks.encoders.open_models import TRANSFORMERS, Identity, Library, identify_module
-from tasks.encoders.torchvision_import import import_torchvision
+from tasks.encoders.torchvision_import import explain_import
 
 TYPES = ("clip", "siglip")
 """Values of `model_type` in config.json."""
@@ -147,15 +146,8 @@ def transformers_identity(named: str) -> Identity:
 
 
 def _import_library() -> Any:
-    try:
-        with suppress(ImportError):  # it looks for it, though the processors here are Pillow's
-            import_torchvision()
+    with explain_import("transformers", "the project with its 'transformers' extra"):
         import transformers
-    except (ImportError, RuntimeError) as error:
-        raise InputError(
-            f"transformers cannot be imported ({shorten_error(error)}): install the project with "
-            "its 'transformers' extra"
-        ) from error
     transformers.logging.set_verbosity_error()  # it remarks on defaults that are settled above
     transformers.logging.disable_progress_bar()
     return transformers

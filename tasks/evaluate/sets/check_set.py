@@ -69,8 +69,7 @@ def list_oddities(evalset: EvalSet, unreadable: Mapping[str, str]) -> Iterator[s
         yield from odd_names(names, known)
         seen = {label for one in evalset.samples for label in (one.label, *one.labels)}
         empty = [name for label, name in enumerate(names) if label not in seen]
-        if empty:
-            yield f"{len(empty)} classes have no image: {_name_some(empty)}"
+        yield from _count_odd(empty, "classes have no image")
     again = len(evalset) - len({sample.sha256 for sample in evalset.samples})
     if again:
         yield f"{again:,} images are copies of others, byte by byte"
@@ -78,29 +77,22 @@ def list_oddities(evalset: EvalSet, unreadable: Mapping[str, str]) -> Iterator[s
     shared = sum(count > 1 for count in texts.values())
     if shared:
         yield f"{shared:,} captions belong to several images word for word: exact ties"
-    if unreadable:
-        examples = _name_some([f"{key} ({reason})" for key, reason in unreadable.items()])
-        yield f"{len(unreadable):,} images cannot be decoded: {examples}"
+    reasons = [f"{key} ({reason})" for key, reason in unreadable.items()]
+    yield from _count_odd(reasons, "images cannot be decoded")
 
 
 def odd_names(classnames: Sequence[str], known: KnownSet | None) -> Iterator[str]:
     names = Counter(classnames)
     shared = [name for name, count in names.items() if count > 1]
-    if shared:
-        examples = _name_some(shared)
-        yield f"{len(shared)} names stand for several classes, which tie exactly: {examples}"
+    yield from _count_odd(shared, "names stand for several classes, which tie exactly")
     spellings: dict[str, list[str]] = {}
     for name in names:
         spellings.setdefault(normalise_name(name), []).append(name)
     alike = [" and ".join(each) for each in spellings.values() if len(each) > 1]
-    if alike:
-        examples = _name_some(alike)
-        yield f"{len(alike)} names differ from another in case or punctuation alone: {examples}"
-    for what, pattern in _ODD_NAMES:
+    yield from _count_odd(alike, "names differ from another in case or punctuation alone")
+    for what, pattern in () if known and known.key == "mnist" else _ODD_NAMES:
         odd = [name for name in names if pattern.search(name)]
-        if odd and not (known and known.key == "mnist"):
-            examples = _name_some(odd)
-            yield f"{len(odd)} names {what}, which a text tower reads as they stand: {examples}"
+        yield from _count_odd(odd, f"names {what}, which a text tower reads as they stand")
     yield from _compare_with_known(classnames, known)
 
 
@@ -122,18 +114,18 @@ def _compare_with_known(classnames: Sequence[str], known: KnownSet | None) -> It
     if sorted(own) == sorted(others):
         pairs = zip(classnames, own, others, strict=True)
         moved = [name for name, key, other in pairs if key != other]
+        (elsewhere,) = _count_odd(moved, "stand elsewhere")
         yield (
-            f"the names are those of {listed.source}'s list in another order ({len(moved)} stand "
-            f"elsewhere: {_name_some(moved)}): right where the labels follow this order"
+            f"the names are those of {listed.source}'s list in another order ({elsewhere}): right "
+            "where the labels follow this order"
         )
     else:
         extra = [name for name, key in zip(classnames, own, strict=True) if key not in others]
-        yield (
-            f"{len(extra)} names are not in {listed.source}'s list of '{known.key}': "
-            f"{_name_some(extra)}"
-        )
+        yield from _count_odd(extra, f"names are not in {listed.source}'s list of '{known.key}'")
 
 
-def _name_some(items: Sequence[str]) -> str:
-    more = f" and {len(items) - SHOWN:,} more" if len(items) > SHOWN else ""
-    return ", ".join(items[:SHOWN]) + more
+def _count_odd(items: Sequence[str], what: str) -> Iterator[str]:
+    """A sentence on how many there are, with examples; none where there are none."""
+    if items:
+        more = f" and {len(items) - SHOWN:,} more" if len(items) > SHOWN else ""
+        yield f"{len(items):,} {what}: {', '.join(items[:SHOWN])}{more}"

@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from evaclip_model.errors import InputError, shorten_error
-from tasks.encoders.torchvision_import import import_torchvision
+from evaclip_model.errors import InputError
+from tasks.encoders.torchvision_import import explain_import, import_torchvision
 from tasks.evaluate.sets.convert.shard_writer import (
     Found,
     Source,
@@ -39,13 +39,8 @@ def open_torchvision(
     by torchvision's name. Raises InputError: torchvision has none, cannot be imported, has no such
     split, or does not find its files."""
     entry = torchvision_set(known)
-    try:
+    with explain_import("torchvision", "the version that belongs to your torch"):
         module = import_torchvision("datasets")
-    except (ImportError, RuntimeError) as error:
-        raise InputError(
-            f"torchvision cannot be imported ({shorten_error(error)}): install the version that "
-            "belongs to your torch"
-        ) from None
     arguments: dict[str, Any] = dict(entry.arguments)
     if split and "split" in arguments:
         arguments["split"] = split
