@@ -90,10 +90,11 @@ def text_classifier(
     *,
     batch_size: int = 256,
     device: str = "cpu",
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """One fp32 unit vector a class [C, D]: the renormalised mean of its normalised prompts."""
     asked = fill_templates(classnames, templates)
-    features = encode_texts(model, asked, batch_size=batch_size, device=device)
+    features = encode_texts(model, asked, batch_size=batch_size, device=device, progress=progress)
     return build_classifier(features, classnames)
 
 
