@@ -85,7 +85,7 @@ def check(
     templates: Annotated[str, Option(help="a source's name (the known set's first)")] = "",
 ) -> None:
     """Read a set, decode every image, say what is odd."""
-    from tasks.evaluate.sets.check_set import check_set, list_facts, list_oddities  # imports torch
+    from tasks.evaluate.sets.check_set import check_set, list_facts, list_oddities
     from tasks.evaluate.sets.published_layout import kind_of, open_set
 
     known = _find_known(known_as) if known_as else None

@@ -130,7 +130,7 @@ def read_class_names(chosen: str, known: KnownSet | None) -> ClassNameList:
     lines = read_lines(path, "one class name a line")
     tabs = [line.split("\t") for line in lines]
     if all(len(cells) == 2 for cells in tabs):
-        return _with_words([*map(tuple, tabs)], chosen)
+        return _with_words(tabs, chosen)
     for pattern in (_SYNSET_LINE, _NUMBER_LINE):
         pairs = [match.groups() for match in map(pattern.fullmatch, lines) if match]
         if len(pairs) == len(lines) and (
