@@ -2,7 +2,8 @@
 form that digests are taken of, which outlives renamed and added settings."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from types import UnionType
 from typing import Any, ClassVar, Self, Union, get_args, get_origin
 
@@ -26,11 +27,8 @@ class Config(BaseModel):
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> Self:
-        """Validate `values`, read from `where` (a file name, for the message).
-
-        Raises: InputError: `values`, parsed from a file of a user's, are not keys and values; or
-            naming the first wrong key, what was expected, and the nearest known key.
-        """
+        """Validate `values`, read from `where` (a file name, for the message); raises InputError,
+        naming the first wrong key, what was expected, and the nearest known key."""
         if not isinstance(values, Mapping):
             raise InputError(
                 f"{where} should hold a JSON object, keys and values in braces, not "
@@ -42,15 +40,11 @@ class Config(BaseModel):
             raise InputError(f"{where}: {explain_error(cls, error)}") from None
 
     def compute_identity(self) -> dict[str, Any]:
-        """The settings in JSON's types, in the form that digests and checkpoints are tied to.
-
-        It stays the same when the settings are only written differently: a setting of `RENAMED` has
-        its first key here, and one of `ADDED` is left out while it has its default. So whatever was
-        made before the change is still found.
-        """
-        identity: dict[str, Any] = _replace_tables(
-            self, self.model_dump(mode="json", by_alias=True)
-        )
+        """The settings in JSON's types, in the form that digests and checkpoints are tied to: a
+        setting of `RENAMED` has its first key here, and one of `ADDED` is left out while it has its
+        default, so that whatever was made before the change is still found."""
+        dumped = self.model_dump(mode="json", by_alias=True)
+        identity: dict[str, Any] = _replace_tables(self, dumped)
         return identity
 
 
@@ -80,31 +74,28 @@ def _replace_tables(value: Any, dumped: Any) -> Any:
     return dumped
 
 
-def refuse_repeated_names(what: str, names: Sequence[str]) -> None:
-    """Raises: ValueError: two of `what` (a plural) have the same name."""
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
+def refuse_repeated_names(what: str, names: Iterable[str]) -> None:
+    """Raises ValueError: two of `what` (a plural) have the same name."""
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         raise ValueError(f"two {what} are named '{twice[0]}'")
 
 
 def explain_error(model: type[BaseModel], error: ValidationError) -> str:
     """Render the first problem of a pydantic validation error as one sentence."""
     first = error.errors(include_url=False)[0]
-    location = first["loc"]
-    key = ".".join(str(part) for part in location)
+    *tables, last = map(str, first["loc"] or ("",))
+    key = ".".join([*tables, last])
     more = f" ({error.error_count() - 1} more problems follow)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        table = _model_at(model, location[:-1])
-        renamed = getattr(table, "RENAMED", {}).get(str(location[-1]))
-        if renamed is not None:
-            present = ".".join([*map(str, location[:-1]), renamed])
+        table = _model_at(model, first["loc"][:-1])
+        if renamed := getattr(table, "RENAMED", {}).get(last):
+            present = ".".join([*tables, renamed])
             return f"'{key}' is called '{present}' now: write it under that name{more}"
-        removed = getattr(table, "REMOVED", {}).get(str(location[-1]))
-        if removed is not None:
+        if removed := getattr(table, "REMOVED", {}).get(last):
             return f"'{key}' is no longer a setting: {removed}; leave it out{more}"
         fields = getattr(table, "model_fields", {})
         known = sorted(field.alias or name for name, field in fields.items())
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        near = difflib.get_close_matches(last, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key '{key}'; {hint}{more}"
     if first["type"] == "missing":

@@ -40,7 +40,7 @@ def create_model(
         seed: makes the initial values repeatable without touching torch's global generator.
         attention: kernel; "auto" takes the faster one for the device and dtype.
 
-    Raises: InputError: unknown name, kernel or precision; wrong config; weights that do not fit.
+    Raises InputError: unknown name, kernel or precision; wrong config; weights that do not fit.
     """
     if precision not in DTYPES:
         raise InputError(f"precision '{precision}' is unknown: choose one of {', '.join(DTYPES)}")
@@ -75,23 +75,15 @@ def load_model(
 
 def _require_plausible_size(config: ModelConfig, weights: str | Path) -> None:
     """Refuse an architecture that is out of proportion to its weights, before memory is taken.
-
-    Widths and vocabulary must be those of the weights, and every block has tensors of its own. The
-    tokens of an image may be others, as position tables are resized.
-    """
+    Position tables may be resized; every block has tensors of its own."""
     shapes = [tensor.shape for tensor in open_tensors(weights, shapes={}).values()]
     values = sum(shape.numel() for shape in shapes)
     vision, text = config.vision, config.text
-    # Of tables and matrices that a model of this config has for certain, the position table once
-    # in every _LARGEST_ENLARGEMENT values.
+    # of tables and matrices that a model of this config has for certain
     claimed = max(
-        vision.width**2,
-        vision.width * vision.mlp_width,
-        vision.width * config.embed_dim,
-        vision.width * 3 * vision.patch_px**2,
-        text.width**2,
-        text.width * max(text.vocab_size, text.context_length, config.embed_dim),
+        vision.width * max(vision.width, vision.mlp_width, config.embed_dim, 3 * vision.patch_px**2),
         vision.width * vision.num_patches // _LARGEST_ENLARGEMENT,
+        text.width * max(text.width, text.vocab_size, text.context_length, config.embed_dim),
     )
     if claimed > values or vision.layers + text.layers > len(shapes):
         raise InputError(
@@ -127,7 +119,7 @@ def interpolate_weights(start: str | Path, end: str | Path, weight: float) -> Ev
         end: a saved model's folder.
         weight: from 0, the start, to 1, the end.
 
-    Raises: InputError: another weight, or models that do not fit each other.
+    Raises InputError: another weight, or models that do not fit each other.
     """
     if not 0 <= weight <= 1:
         raise InputError(f"weight is {weight:g}: give a number from 0, the start, to 1, the end")
@@ -142,10 +134,8 @@ def interpolate_weights(start: str | Path, end: str | Path, weight: float) -> Ev
 def open_model(
     folder: str | Path, precision: Precision = "fp32", attention: AttentionChoice = "auto"
 ) -> EvaClip:
-    """Open what `save_model` wrote, in evaluation mode.
-
-    Raises: InputError: the folder or one of its files is missing, or they do not fit each other.
-    """
+    """Open what `save_model` wrote, in evaluation mode; raises InputError if the folder or one of
+    its files is missing, or they do not fit each other."""
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
@@ -153,10 +143,5 @@ def open_model(
                 f"{folder} is not a saved model: it has no {name}; give a folder that holds "
                 f"{CONFIG_FILE} and {WEIGHTS_FILE}"
             )
-    model = create_model(
-        ModelConfig.load(folder),
-        weights=folder / WEIGHTS_FILE,
-        precision=precision,
-        attention=attention,
-    )
-    return model.eval()
+    weights = folder / WEIGHTS_FILE
+    return create_model(folder, weights=weights, precision=precision, attention=attention).eval()

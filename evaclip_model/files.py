@@ -12,8 +12,6 @@ from typing import IO
 def replace_file(path: Path, *, beside: Path | None = None, sync: bool = True) -> Iterator[Path]:
     """Yield a path to write to; it takes the place of `path` when the block ends without an error.
 
-    So `path` is never seen half-written, and what was there stays when the block raises.
-
     Args:
         path: the file to make or replace; its folder must exist.
         beside: what is yielded, on the file system of `path`; by default a hidden name in its

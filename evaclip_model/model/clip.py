@@ -40,11 +40,8 @@ class EvaClip(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, attention: AttentionChoice = "auto") -> None:
-        """Build with torch's default values; `create_model` gives EVA-CLIP's initial values.
-
-        Raises: InputError: no attention kernel of that name, or it cannot be had here
-            (`layers.attention_kernel`).
-        """
+        """Build with torch's default values (`create_model` gives EVA-CLIP's initial values);
+        raises as `layers.attention_kernel`."""
         super().__init__()
         self.kernel = attention_kernel(
             attention, (config.vision.head_width, config.text.width // config.text.heads)
@@ -80,8 +77,7 @@ class EvaClip(nn.Module):
 
         Args:
             tokens: [B, L] ids of `tokenizer.tokenize`, L at most the context length; on the CPU,
-                wherever the model is: lengths are needed there, and ids on an accelerator would
-                have to be waited for.
+                wherever the model is: ids on an accelerator would have to be waited for.
             normalize: unit length, in at least float32.
         """
         features: Tensor = self.text(tokens)
@@ -94,12 +90,9 @@ class EvaClip(nn.Module):
         kept: Tensor | None = None,
         branches: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Everything the contrastive loss needs, of inputs as `encode_image` and `encode_text` take
-        them.
-
-        Returns: image features [B, E] and text features [B, E], of unit length, and the inverse
-            temperature [] (exp of `logit_scale`), all in at least float32.
-        """
+        """Image features [B, E] and text features [B, E], of unit length, and the inverse
+        temperature [], all in at least float32; of inputs as `encode_image` and `encode_text` take
+        them."""
         return (
             self.encode_image(images, normalize=True, kept=kept, branches=branches),
             self.encode_text(tokens, normalize=True),
@@ -120,13 +113,10 @@ class EvaClip(nn.Module):
         return resolved_attention(self._attention, self.logit_scale.device, self.logit_scale.dtype)
 
     def set_grad_checkpointing(self, mode: GradCheckpointing) -> None:
-        """Set how much of each block the backward pass computes again; results stay the same.
+        """Set how much of each block the backward pass computes again: "none"; "selective", all but
+        matrix products and fused attention; or "full". Results stay the same.
 
-        Args:
-            mode: "none"; "selective", all but matrix products and fused attention; or "full",
-                everything, so that a block keeps its input alone.
-
-        Raises: InputError: another mode.
+        Raises InputError: another mode.
         """
         if mode not in (known := get_args(GradCheckpointing)):
             raise InputError(
@@ -142,23 +132,17 @@ class EvaClip(nn.Module):
             block.drop_path.rate = own
 
     def compile_blocks(self) -> None:
-        """Compile the image tower's blocks with `torch.compile`, in place; each runs as one graph.
-
-        The first step then takes a minute or so longer. The text tower stays as it is: its shapes
-        differ from batch to batch, and each would be compiled anew.
-        """
+        """Compile the image tower's blocks with `torch.compile`, in place, each as one graph. The
+        text tower stays as it is: its shapes differ from batch to batch."""
         for block in cast(Iterable[VisionBlock], self.visual.blocks):
             block.compile(fullgraph=True)
 
 
 @torch.no_grad()
 def initialise_weights(model: EvaClip) -> None:
-    """Give both towers EVA-CLIP's initial values, drawn from torch's global generator.
-
-    Image tower: std 0.02, the last projection of both branches of block i (from 1) divided by
-    sqrt(2 i), the head a thousandth. Text tower: CLIP's (section 2.4 of its paper's appendix, as
-    published in its code). The patch convolution and the text MLP's biases keep torch's defaults.
-    """
+    """Give both towers EVA-CLIP's initial values, drawn from torch's global generator; of the text
+    tower CLIP's (section 2.4 of its paper's appendix, as published in its code). The patch
+    convolution and the text MLP's biases keep torch's defaults."""
     _initialise_vision(model.visual)
     _initialise_text(model.text)
     model.logit_scale.fill_(INITIAL_LOGIT_SCALE)

@@ -11,8 +11,7 @@ import functools
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ from torch.utils.checkpoint import (
 from evaclip_model.choices import GradCheckpointing, Precision
 from evaclip_model.cpu.linear import Linear, is_traced, linear
 from evaclip_model.errors import InputError
+from evaclip_model.model.model_config import VisionConfig
 
 AttentionChoice = Literal["auto", "sdpa", "flash2", "flash4", "eager"]
 AttentionKernel = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
@@ -34,8 +34,7 @@ AttentionKernel = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 Scores are scaled by D^-0.5; causal needs Q = S."""
 
 
-@dataclass(frozen=True)
-class _Package:
+class _Package(NamedTuple):
     """A separately installed attention kernel, whose function is `flash_attn_func`."""
 
     distribution: str
@@ -46,14 +45,10 @@ class _Package:
 
 _PACKAGES = {
     "flash2": _Package("flash-attn", "flash_attn", "pip install 'evaclip[cuda]'", 256),
-    "flash4": _Package(
-        "flash-attn-4", "flash_attn.cute", "pip install --pre flash-attn-4", widest_head=128
-    ),
+    "flash4": _Package("flash-attn-4", "flash_attn.cute", "pip install --pre flash-attn-4", 128),
 }
-FLASH_CAPABILITY = ((8, 0), (13, 0))
-"""First compute capability that the packages run on, and the first they do not."""
-FLASH_HEAD_MULTIPLE = 8
-FLASH_DTYPES = (torch.float16, torch.bfloat16)
+FLASH_CAPABILITY = range(8, 13)
+"""Major compute capabilities that the packages run on."""
 DTYPES: Mapping[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -62,16 +57,13 @@ DTYPES: Mapping[Precision, torch.dtype] = {
 
 
 def attention_kernel(choice: AttentionChoice, head_widths: Sequence[int] = ()) -> AttentionKernel:
-    """The kernel of that name; a choice that is not available never falls back to another.
+    """The kernel of that name, for towers with `head_widths` D; never falls back to another.
 
-    Args:
-        choice: "auto" takes the faster of "sdpa" and "eager" for each device and dtype; "sdpa" is
-            torch's fused attention; "eager" plain matrix products; "flash2" and "flash4" are the
-            kernels of the packages flash-attn and flash-attn-4.
-        head_widths: D of the towers that will use it.
+    "auto" takes the faster of "sdpa" (torch's fused attention) and "eager" (plain matrix products)
+    for each device and dtype; "flash2" and "flash4" are the packages flash-attn and flash-attn-4.
 
-    Raises: InputError: there is no such choice, its package is missing, or this machine's device or
-        a head width is not one it works with.
+    Raises InputError: there is no such choice, its package is missing, or this machine's device or
+    a head width is not one it works with.
     """
     if choice in _PACKAGES:
         return _flash_kernel(choice, head_widths)
@@ -93,7 +85,7 @@ def resolved_attention(
 
 def require_dtype(choice: AttentionChoice, dtype: torch.dtype) -> None:
     """Raises: InputError: the kernel does not compute in `dtype`."""
-    if choice in _PACKAGES and dtype not in FLASH_DTYPES:
+    if choice in _PACKAGES and dtype not in (torch.float16, torch.bfloat16):
         package = _PACKAGES[choice].distribution
         raise InputError(
             f"attention '{choice}' ({package}) computes in float16 and bfloat16 only, not in "
@@ -122,12 +114,9 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 def auto_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """The faster of torch's two for this device and dtype, [B, Q, H, D] as `AttentionKernel`; on a
-    CPU, captions in bfloat16 go by float32.
-
-    Groups of captions have new sizes in every batch, and oneDNN, which multiplies bfloat16,
-    compiles a program for each and keeps a thousand; fused attention in float32 needs none.
-    """
+    """The faster of torch's two for this device and dtype, [B, Q, H, D] as `AttentionKernel`. On a
+    CPU, captions in bfloat16 go by float32: groups of them have new sizes in every batch, and
+    oneDNN, which multiplies bfloat16, compiles a program for each."""
     choice = resolved_attention("auto", q.device, q.dtype)
     if causal and choice == "eager":
         return sdpa_attention(q.float(), k.float(), v.float(), causal).to(q.dtype)
@@ -160,18 +149,17 @@ def _flash_kernel(choice: AttentionChoice, head_widths: Sequence[int]) -> Attent
         raise InputError(
             f"{name} needs a CUDA device and torch sees none: choose 'auto', 'sdpa' or 'eager'"
         )
-    first, beyond = FLASH_CAPABILITY
-    capability = torch.cuda.get_device_capability()
-    if not first <= capability < beyond:
+    major, minor = torch.cuda.get_device_capability()
+    if major not in FLASH_CAPABILITY:
         raise InputError(
-            f"{name} needs a GPU of compute capability {first[0]}.x to {beyond[0] - 1}.x, this one "
-            f"has {capability[0]}.{capability[1]}: choose 'sdpa'"
+            f"{name} needs a GPU of compute capability {FLASH_CAPABILITY[0]}.x to "
+            f"{FLASH_CAPABILITY[-1]}.x, this one has {major}.{minor}: choose 'sdpa'"
         )
     for width in head_widths:
-        if width > package.widest_head or width % FLASH_HEAD_MULTIPLE:
+        if width > package.widest_head or width % 8:
             raise InputError(
-                f"{name} takes head widths up to {package.widest_head} in steps of "
-                f"{FLASH_HEAD_MULTIPLE}, not the model's {width}: choose 'sdpa'"
+                f"{name} takes head widths up to {package.widest_head} in steps of 8, not the "
+                f"model's {width}: choose 'sdpa'"
             )
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -190,16 +178,15 @@ def _flash_kernel(choice: AttentionChoice, head_widths: Sequence[int]) -> Attent
 
 
 BASE = 10_000.0
-"""Ratio between the slowest and the fastest frequency of an axis, as in the language original."""
+"""Ratio between the slowest and the fastest frequency of an axis."""
 
 
 def rope_angles(grid: int, head_width: int, reference_grid: int) -> Tensor:
-    """Angles of the channel pairs of one head, for the class token and every patch.
+    """Angles of the channel pairs of one head, for the class token (row 0, zero) and every patch:
+    [1 + grid * grid, head_width / 2] radians, float32.
 
     The first half of a head's pairs turns with the patch's row, the second half with its column.
     Positions are scaled to `reference_grid`, so that a finer grid covers the same range.
-
-    Returns: [1 + grid * grid, head_width / 2] radians, float32; row 0 (the class token) is zero.
     """
     half = head_width // 2  # channels an axis
     pairs = half // 2  # pairs an axis
@@ -214,10 +201,7 @@ def rope_angles(grid: int, head_width: int, reference_grid: int) -> Tensor:
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair of ADJACENT channels (2j, 2j+1) of x [B, S, H, D] by its angle, given as cos
-    and sin [S, 1, D/2] or [B, S, 1, D/2].
-
-    Returns [B, S, H, D] in the dtype of `x`; the rotation is in the wider of the two dtypes.
-    """
+    and sin [S, 1, D/2] or [B, S, 1, D/2]; in the wider of the two dtypes, the result in x's."""
     wide = torch.promote_types(x.dtype, cos.dtype)
     pairs = x.to(wide).reshape(*x.shape[:-1], -1, 2)  # [B, S, H, D/2, 2]
     cos, sin = cos.to(wide), sin.to(wide)
@@ -230,11 +214,8 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class GridRope(nn.Module):
-    """Cosines and sines of a grid, kept in float32 whatever the model is cast to.
-
-    They follow from the geometry alone, so they are neither saved nor loaded: tables in published
-    checkpoints have several shapes and are always recomputed.
-    """
+    """Cosines and sines of a grid, kept in float32 whatever the model is cast to; neither saved nor
+    loaded: tables in published checkpoints have several shapes."""
 
     cos: Tensor
     sin: Tensor
@@ -271,14 +252,12 @@ class GridRope(nn.Module):
 class VisionAttention(nn.Module):
     """Self-attention of the image tower: biases on queries and values, none on keys."""
 
-    def __init__(
-        self, width: int, heads: int, *, fused_qkv: bool, sub_norm: bool, kernel: AttentionKernel
-    ) -> None:
+    def __init__(self, config: VisionConfig, kernel: AttentionKernel) -> None:
         super().__init__()
-        self.heads = heads
+        width, self.heads = config.width, config.heads
         self.kernel = kernel
-        self.fused_qkv = fused_qkv
-        if fused_qkv:
+        self.fused_qkv = config.fused_qkv
+        if config.fused_qkv:
             self.qkv = Linear(width, 3 * width, bias=False)
         else:
             self.q_proj = Linear(width, width, bias=False)
@@ -286,7 +265,7 @@ class VisionAttention(nn.Module):
             self.v_proj = Linear(width, width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
-        self.inner_attn_ln = nn.LayerNorm(width, eps=1e-6) if sub_norm else nn.Identity()
+        self.inner_attn_ln = nn.LayerNorm(width, eps=1e-6) if config.sub_norm else nn.Identity()
         self.proj = Linear(width, width)
 
     def _project_qkv(self, x: Tensor, first_only: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -334,14 +313,8 @@ class TextAttention(nn.Module):
         self.out_proj = Linear(width, width)
 
     def forward(self, x: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
-        """Attention inside each caption, before the last projection.
-
-        Args:
-            x: [S, W] tokens of all captions, one caption behind the other.
-            groups: (captions, tokens of each) of each run of captions of equal length.
-
-        Returns [S, W]; a token has seen itself and what is before it in its caption.
-        """
+        """Attention inside each caption, before the last projection: x [S, W], tokens of one
+        caption behind the other, in `groups`, (captions, tokens of each), -> [S, W]."""
         qkv = linear(x, self.in_proj_weight, self.in_proj_bias)
         width = x.shape[-1]
         attended = []
@@ -406,9 +379,8 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, branch: Tensor, kept: Tensor | None = None) -> Tensor:
-        """[B, S, W] -> [B, S, W]; what is kept is scaled up, so that its mean stays. `kept` [B]
-        says which samples keep the branch (`training_step.kept_branches`); none draws them from
-        torch's generator."""
+        """[B, S, W] -> [B, S, W], scaled up, so that the mean stays. `kept` [B] says which samples
+        keep the branch (`training_step.kept_branches`); none draws them from torch's generator."""
         if not self.training or self.rate == 0:
             return branch
         if kept is None:
@@ -432,19 +404,13 @@ _KEPT = {
     "aten::_scaled_dot_product_cudnn_attention",
     "flash_attn::_flash_attn_forward",
 }
-"""Matrix products and fused attention: nearly all of a block's arithmetic, and a third of what it
-would keep. The plain products of eager attention are not here: they are cheap and long."""
+"""Matrix products and fused attention, but not eager attention's products: cheap and long."""
 
 
 def run_block(mode: GradCheckpointing, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """The output of `block(*inputs)`, [B, S, W] of an image block or [S, W] of a text block, of
-    fewer tokens where the inputs ask for that; in the backward pass it is computed again, with the
-    same random numbers.
-
-    Args:
-        mode: "none" keeps every activation, "selective" the results of matrix products and fused
-            attention, "full" the block's input alone.
-    """
+    """The output of `block(*inputs)`, [B, S, W] of an image block or [S, W] of a text block; in the
+    backward pass it is computed again, with the same random numbers: all of it in mode "full", all
+    but matrix products and fused attention in "selective", nothing in "none"."""
     if mode == "none" or not torch.is_grad_enabled():
         return block(*inputs)
     options: dict[str, Any] = {}

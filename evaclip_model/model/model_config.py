@@ -4,9 +4,8 @@ name, by file or from the authors' own form.
 Not here: anything that does not change a result of the model (precision, attention kernel), and
 anything about training. Does not import torch, so that recipes are checked quickly.
 
-The authors' builders fill in whatever their JSON files leave out, so the defaults of their form are
-theirs. What only makes their code faster is accepted and has no effect; what would change a result
-and is not in any published model is refused rather than ignored.
+The authors' form has their builders' defaults. What only makes their code faster is accepted and
+has no effect; what would change a result and is not in any published model is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -25,6 +23,7 @@ from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 
 CONFIG_FILE = "config.json"
+_CONFIGS = Path(__file__).parents[1] / "configs"
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 """Natural logarithm of the initial inverse temperature (CLIP, section 2.5)."""
 LOGIT_BIAS = "logit_bias"
@@ -51,9 +50,7 @@ class VisionConfig(Config):
     width: int = Field(gt=0)
     """Channels of the residual stream."""
     layers: int = Field(gt=0)
-    """Transformer blocks."""
     heads: int = Field(gt=0)
-    """Attention heads; `width / heads` channels each."""
     mlp_width: int = Field(gt=0)
     """Hidden channels of the MLP."""
     mlp: Literal["gelu", "swiglu"]
@@ -82,12 +79,10 @@ class VisionConfig(Config):
 
     @property
     def num_patches(self) -> int:
-        """Patches of an image, without the class token."""
         return self.grid**2
 
     @property
     def head_width(self) -> int:
-        """Channels of a head."""
         return self.width // self.heads
 
     @model_validator(mode="after")
@@ -101,10 +96,7 @@ class VisionConfig(Config):
         if self.rope_reference_grid is not None and self.head_width % 4:
             raise ValueError(f"2D RoPE needs a head width divisible by 4, not {self.head_width}")
         if self.sub_norm and self.mlp != "swiglu":
-            raise ValueError(
-                "sub_norm needs the swiglu MLP (subln needs naiveswiglu): no published model has "
-                "it in another"
-            )
+            raise ValueError("sub_norm needs the swiglu MLP (subln needs naiveswiglu)")
         return self
 
 
@@ -116,11 +108,8 @@ class TextConfig(Config):
     vocab_size: int = Field(default=49_408, gt=2)
     """Rows of the token embedding; the last is the end token."""
     width: int = Field(gt=0)
-    """Channels of the residual stream."""
     layers: int = Field(gt=0)
-    """Transformer blocks."""
     heads: int = Field(gt=0)
-    """Attention heads."""
 
     @model_validator(mode="after")
     def _check_divisibility(self) -> Self:
@@ -135,9 +124,7 @@ class ModelConfig(Config):
     embed_dim: int = Field(gt=0)
     """Channels of the joint image-text space."""
     vision: VisionConfig
-    """The image tower."""
     text: TextConfig
-    """The text tower."""
 
     @property
     def projections(self) -> dict[str, tuple[str, ...]]:
@@ -157,10 +144,7 @@ class ModelConfig(Config):
         """A shipped architecture by name, a JSON file, a saved model's folder, or a mapping.
 
         Files and mappings may have this class's keys or those of the authors' files (`vision_cfg`,
-        `text_cfg`).
-
-        Raises: InputError: the name is unknown (with the nearest known one), or the content is
-            wrong.
+        `text_cfg`). Raises InputError: an unknown name (with the nearest known one), wrong content.
         """
         if isinstance(source, ModelConfig):
             return source
@@ -170,24 +154,21 @@ class ModelConfig(Config):
             path = Path(source)
             path = path / CONFIG_FILE if path.is_dir() else path
             if path.suffix != ".json" and not path.is_file():
-                folder = Path(str(resources.files("evaclip_model"))) / "configs"
-                path = folder / f"{shipped_name(str(source))}.json"
+                path = _CONFIGS / f"{shipped_name(str(source))}.json"
             values, where = _read_json(path), str(path)
         if "vision_cfg" in values or "text_cfg" in values:  # in the authors' form, right or wrong
             values = _from_authors_form(values, where)
         return cls.from_mapping(values, where)
 
     def at_image_px(self, image_px: int) -> ModelConfig:
-        """Return the same architecture for square images of another side, in pixels.
-
-        Raises: InputError: `image_px` is not a multiple of the patch.
-        """
+        """The same architecture for square images of another side, in pixels, which must be a
+        multiple of the patch (InputError)."""
         values = self.model_dump()
         values["vision"]["image_px"] = image_px
         return type(self).from_mapping(values, where="model config")
 
     def at_context_length(self, context_length: int) -> ModelConfig:
-        """Return the same architecture for captions of another number of tokens."""
+        """The same architecture for captions of another number of tokens."""
         text = self.text.model_copy(update={"context_length": context_length})
         return self.model_copy(update={"text": text})
 
@@ -207,17 +188,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def list_models() -> list[str]:
     """Names of the shipped architectures, sorted; `ALIASES` are accepted too."""
-    folder = resources.files("evaclip_model") / "configs"
-    return sorted(
-        item.name.removesuffix(".json") for item in folder.iterdir() if item.name.endswith(".json")
-    )
+    return sorted(file.stem for file in _CONFIGS.glob("*.json"))
 
 
 def shipped_name(name: str) -> str:
-    """The name a shipped architecture is listed under, of that name or an alias.
-
-    Raises: InputError: there is none (with the nearest name).
-    """
+    """The name a shipped architecture is listed under, of that name or an alias; raises InputError,
+    with the nearest name, if there is none."""
     names = list_models()
     if name in (*names, *ALIASES):
         return ALIASES.get(name, name)
@@ -275,32 +251,30 @@ class _AuthorsVision(Config):
     @field_validator("image_size")
     @classmethod
     def _check_square(cls, size: int | tuple[int, int]) -> int:
-        sides = {size} if isinstance(size, int) else set(size)
-        if len(sides) > 1:
+        height, width = (size, size) if isinstance(size, int) else size
+        if height != width:
             raise ValueError("must be square")
-        return sides.pop()
+        return width
 
     @field_validator("intp_freq")
     @classmethod
     def _fits_the_grid(cls, scaled: bool, info: ValidationInfo) -> bool:
         known = info.data
         if known.get("rope") and not scaled and {"image_size", "patch_size"} <= known.keys():
-            grid = known["image_size"] // known["patch_size"]
-            if grid != known["pt_hw_seq_len"]:
+            grid, length = known["image_size"] // known["patch_size"], known["pt_hw_seq_len"]
+            if grid != length:
                 raise ValueError(
-                    f"must be true: rope positions of pt_hw_seq_len {known['pt_hw_seq_len']} do "
-                    f"not fit a grid of {grid} patches a side otherwise"
+                    f"must be true: rope positions of pt_hw_seq_len {length} do not fit a grid of "
+                    f"{grid} patches a side otherwise"
                 )
         return scaled
 
 
-class _AuthorsText(Config):
+class _AuthorsText(TextConfig):
     """`text_cfg`: their names and defaults."""
 
-    context_length: int = 77
-    vocab_size: int = 49_408
     width: int = 512
-    heads: int = 8
+    heads: int = Field(default=8, gt=0)
     layers: int = 12
     ls_init_value: Annotated[
         float | None, _allow_only(None, "no published text tower has layer scale")
@@ -324,14 +298,11 @@ class _AuthorsModel(Config):
         False
     )
     custom_text: bool = True
-    """Two towers under prefixes, or the text tower's names without one: no other result."""
 
 
 def _from_authors_form(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values of `ModelConfig`, of an architecture in the authors' form, read from `where`.
-
-    Raises: InputError: an unknown key, or a setting that would change results and is not supported.
-    """
+    """The values of `ModelConfig`, of an architecture in the authors' form, read from `where`;
+    raises InputError for an unknown key, or a setting that would change results."""
     given = _AuthorsModel.from_mapping(values, where)
     vision, text = given.vision_cfg, given.text_cfg
     return {

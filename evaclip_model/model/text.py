@@ -1,10 +1,9 @@
 """The text tower: CLIP's causal transformer, pooled at the first end token, over captions of
 different lengths as one stream of tokens.
 
-Attention is causal and features are pooled at the first end token, so nothing behind it has any
-influence: leaving it out, or having other tokens there, changes neither features nor gradients.
-Captions are sorted by length and cut into groups of equal length; a group is as long as its longest
-caption. Linear layers see the whole stream at once, attention one group at a time.
+Attention is causal and features are pooled at the first end token, so what lies behind it changes
+neither features nor gradients. Captions are sorted by length and cut into groups, as long as their
+longest caption. Linear layers see the whole stream at once, attention one group at a time.
 
 On a CPU a few tokens that nothing looks at fill the stream up to one of a few lengths: for every
 new one oneDNN compiles each product anew, and it keeps a thousand of them.
@@ -13,7 +12,7 @@ Shapes: B batch, L tokens, S tokens of the packed stream, T width, E joint chann
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +21,7 @@ from torch import Tensor, nn
 
 from evaclip_model.choices import GradCheckpointing
 from evaclip_model.cpu.linear import is_traced, linear
-from evaclip_model.model.layers import (
-    AttentionKernel,
-    TextAttention,
-    TextMlp,
-    run_block,
-)
+from evaclip_model.model.layers import AttentionKernel, TextAttention, TextMlp, run_block
 from evaclip_model.model.model_config import TextConfig
 
 
@@ -83,21 +77,17 @@ class TextTower(nn.Module):
         self.text_projection = nn.Parameter(torch.empty(config.width, embed_dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Features [B, E] of captions, not normalised; tokens [B, L] as `EvaClip.encode_text`. What
-        follows a caption's first end token, which has the highest id, costs nothing.
-
-        Raises: ValueError: more tokens than the context length.
-        """
+        """Features [B, E] of captions, not normalised; tokens [B, L] as `EvaClip.encode_text`, at
+        most the context length (ValueError)."""
         if tokens.shape[1] > self.config.context_length:
             raise ValueError(
                 f"captions have {tokens.shape[1]} tokens, the model at most "
                 f"{self.config.context_length}"
             )
-        packed = (
-            pack_padded(tokens)
-            if is_traced() or tokens.shape[0] == 0
-            else pack_captions(tokens, self.positional_embedding.device)
-        )
+        if is_traced() or tokens.shape[0] == 0:
+            packed = pack_padded(tokens)
+        else:
+            packed = pack_captions(tokens, self.positional_embedding.device)
         x = F.embedding(packed.tokens, self.token_embedding.weight)
         x = x + F.embedding(packed.positions, self.positional_embedding)
         x = self.transformer(x, packed.groups, packed.ends)
@@ -110,13 +100,11 @@ GROUP_COST_ELSEWHERE = 1024
 CPU, launches that a whole batch of short captions would not outlast on an accelerator."""
 
 
-@dataclass(frozen=True)
-class Packing:
+class Packing(NamedTuple):
     """Places of the tokens of a batch [B, L] in its stream [S]."""
 
     groups: tuple[tuple[int, int], ...]
-    """(captions, tokens of each) in the stream's order; their products add up to S. Filling tokens
-    come last, as captions of one."""
+    """(captions, tokens of each) in the stream's order; filling tokens last, as captions of one."""
     tokens: Tensor
     """[S] ids."""
     positions: Tensor
@@ -130,18 +118,13 @@ def pack_padded(tokens: Tensor) -> Packing:
     captions, length = tokens.shape
     positions = torch.arange(length, device=tokens.device).expand(captions, length)
     starts = torch.arange(captions, device=tokens.device) * length
-    return Packing(
-        ((captions, length),),
-        tokens.flatten(),
-        positions.flatten(),
-        starts + tokens.argmax(dim=1),
-    )
+    ends = starts + tokens.argmax(dim=1)
+    return Packing(((captions, length),), tokens.flatten(), positions.flatten(), ends)
 
 
 def pack_captions(tokens: Tensor, device: torch.device) -> Packing:
     """Plan the stream of a batch of ids [B, L], whose end token is the highest, on the CPU, and
-    send it to `device` without waiting. Ids on an accelerator are fetched first, which waits for
-    it."""
+    send it to `device` without waiting."""
     ids = tokens.cpu().numpy()
     ends = ids.argmax(axis=1)
     order = np.argsort(ends, kind="stable")
@@ -157,13 +140,8 @@ def pack_captions(tokens: Tensor, device: torch.device) -> Packing:
     if device.type == "cpu" and (fill := filled_length(total) - total):
         groups = (*groups, (fill, 1))
         positions, stream = (np.pad(array, (0, fill)) for array in (positions, stream))
-    return Packing(
-        groups,
-        *(
-            torch.from_numpy(array).to(device, non_blocking=True)
-            for array in (stream, positions, places)
-        ),
-    )
+    arrays = map(torch.from_numpy, (stream, positions, places))
+    return Packing(groups, *(array.to(device, non_blocking=True) for array in arrays))
 
 
 def filled_length(tokens: int) -> int:
@@ -173,13 +151,12 @@ def filled_length(tokens: int) -> int:
 
 
 def group_lengths(histogram: np.ndarray, group_cost: int) -> tuple[tuple[int, int], ...]:
-    """Cheapest cut of captions, sorted by length, into groups as long as their longest.
+    """Cheapest cut of captions, sorted by length, into groups as long as their longest: (captions,
+    length) of each, shortest first.
 
     Args:
         histogram: [longest + 1] captions of each length.
         group_cost: what a group costs beside its tokens, in tokens.
-
-    Returns (captions, length) of each group, shortest first.
     """
     lengths = np.flatnonzero(histogram)
     below = np.concatenate(([0], np.cumsum(histogram[lengths])))  # captions before each length

@@ -57,13 +57,7 @@ class VisionBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.is_post_norm = config.norm_placement == "residual_post"
         self.norm1 = nn.LayerNorm(config.width, eps=NORM_EPS)
-        self.attn = VisionAttention(
-            config.width,
-            config.heads,
-            fused_qkv=config.fused_qkv,
-            sub_norm=config.sub_norm,
-            kernel=kernel,
-        )
+        self.attn = VisionAttention(config, kernel)
         self.norm2 = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.mlp: SwiGluMlp | GeluMlp = (
             SwiGluMlp(config.width, config.mlp_width, sub_norm=config.sub_norm)
@@ -139,9 +133,7 @@ class VisionTower(nn.Module):
         self, images: Tensor, kept: Tensor | None = None, branches: Tensor | None = None
     ) -> Tensor:
         """Features [B, E] of images, or of what is left of them, not normalised; arguments as
-        `EvaClip.encode_image`, images cast to the tower's dtype.
-
-        Raises: ValueError: the images are not of the configured size.
+        `EvaClip.encode_image`, images cast to the tower's dtype. Raises ValueError: another size.
         """
         size = self.config.image_px
         if images.shape[1:] != (3, size, size):

@@ -25,11 +25,7 @@ _STREAM = 2
 
 
 def read_captions(location: str) -> dict[str, Captions]:
-    """Key in the shard -> captions, of a file on this machine or at a URL.
-
-    Raises:
-        InputError: it cannot be read.
-    """
+    """Key in the shard -> captions, of a file or URL that can be read (InputError if not)."""
     try:
         with open_binary(location) as raw, gzip.open(raw) as lines:
             return dict(map(json.loads, lines))
@@ -52,13 +48,9 @@ def choose_caption(
 ) -> str:
     """The caption that a sample is shown with at a position of the training stream.
 
-    Args:
-        stored: beside the image.
-        further: by name.
-        weights: name (or `STORED`) -> share of the draws, any scale; of a name with several
-            captions any is drawn. Names that the sample lacks are passed over; where it has none of
-            them, or there are no weights, the stored caption is shown.
-        seed: with `position`, all that the draw depends on.
+    `weights` are shares of the draws by name (or `STORED`), in any scale; of a name with several
+    captions any is drawn. Names that the sample lacks are passed over; where it has none of them,
+    the stored caption is shown. The draw depends on `seed` and `position` alone.
     """
     there = {
         name: weight for name, weight in weights.items() if name == STORED or further.get(name)

@@ -24,7 +24,6 @@ from PIL.Image import Transpose
 MAX_PIXELS = 64_000_000
 """Largest width x height that is decoded: a small file can claim a huge picture."""
 MAX_BYTES = 2**28
-"""Largest encoded image."""
 MAX_SCANNED_PIXELS = 2_000_000_000
 """Largest scans x pixels of a JPEG: every scan visits all blocks again, however few bytes it has.
 About a second of libjpeg's time for scans without content; encoders make about ten."""
@@ -39,19 +38,15 @@ MAX_DECODE_CPU_S = 10.0
 MAGIC_BYTES = 12
 """Bytes of a file that `identify_format` needs."""
 _MAGIC = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"RIFF": "WEBP",
-    b"GIF87a": "GIF",
-    b"GIF89a": "GIF",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"P4": "PPM",
-    b"P5": "PPM",
-    b"P6": "PPM",
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "WEBP": (b"RIFF",),
+    "GIF": (b"GIF87a", b"GIF89a"),
+    "BMP": (b"BM",),
+    "TIFF": (b"II*\0", b"MM\0*"),
+    "PPM": (b"P4", b"P5", b"P6"),
 }
-"""First bytes -> Pillow's name of the format: all that is ever opened."""
+"""Pillow's name of a format -> first bytes: all that is ever opened."""
 _TIFF_COMPRESSIONS = (1, 2, 3, 4, 5, 8, 32773, 32946)
 """None, CCITT, LZW, deflate, PackBits; not JPEG, whose scans nobody would have counted."""
 _STRIP_TAGS = (273, 279, 324, 325)
@@ -67,8 +62,6 @@ _TURNS = {
     8: Transpose.ROTATE_90,
 }
 """EXIF orientation -> what makes the image upright."""
-_PNG_DEPTH = 24
-"""Place of the bits a channel in a PNG."""
 _JPEG_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
 _END_OF_IMAGE, _START_OF_SCAN, _APP1 = 0xD9, 0xDA, 0xE1
 _EXIF = b"Exif\0\0"
@@ -99,38 +92,30 @@ class DecodedImage:
     image: Image.Image
     """Upright, 8 bits a channel, otherwise in its own mode."""
     format: str
-    """Pillow's name of the file's format."""
+    """Pillow's name of it."""
     is_changed: bool
     """Whether it was turned or lost bits: who decodes the file otherwise sees another image."""
 
 
 def decode_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode the first frame of a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM file.
+    """Decode the first frame of a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM file: the upright image, 8
+    bits a channel, otherwise in its own mode.
 
-    Args:
-        data: the file's bytes.
-        max_pixels: largest width times height that is decoded.
-
-    Returns: The upright image, 8 bits a channel, otherwise in its own mode.
-
-    Raises: UnreadableImageError: truncated, not of these formats, or beyond one of the limits
-        above; the subclass says which.
+    Raises UnreadableImageError: truncated, not of these formats, or beyond `max_pixels` or another
+    limit above; the subclass says which.
     """
     return _guarded(_decode_by_pillow, bytes(data), max_pixels).image
 
 
 def decode_undamaged_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> DecodedImage:
-    """Decode as `decode_image`, but refuse a JPEG in which libjpeg had to guess.
-
-    Raises: UnreadableImageError: as `decode_image`; `DamagedImageError` for such a JPEG.
-    """
+    """Decode as `decode_image`; a JPEG in which libjpeg had to guess raises DamagedImageError."""
     return _guarded(_decode_strictly, bytes(data), max_pixels)
 
 
 def identify_format(data: bytes | memoryview) -> str | None:
     """Pillow's name of the format that the first bytes announce, if it is one that is opened."""
     start = bytes(data[:MAGIC_BYTES])
-    found = next((name for magic, name in _MAGIC.items() if start.startswith(magic)), None)
+    found = next((name for name, magic in _MAGIC.items() if start.startswith(magic)), None)
     return None if found == "WEBP" and start[8:] != b"WEBP" else found
 
 
@@ -145,12 +130,7 @@ def read_jpeg_orientation(data: bytes) -> int:
 
 
 def require_decodable_jpeg(data: bytes, width: int, height: int, max_pixels: int) -> None:
-    """Refuse a JPEG whose header says that decoding it would cost too much.
-
-    Raises:
-        TooManyPixelsError: it has more than `max_pixels`.
-        TooCostlyImageError: it has too many scans for its size.
-    """
+    """Raises TooManyPixelsError, or TooCostlyImageError: too many scans for a JPEG of that size."""
     _require_pixels(width, height, max_pixels)
     most = MAX_SCANNED_PIXELS // max(_LEAST_SCANNED, width * height)
     # A count of the marker's bytes can only be too large (an embedded thumbnail has some, too).
@@ -197,13 +177,10 @@ def _decode_by_pillow(data: bytes, max_pixels: int) -> DecodedImage:
     else:
         orientation = _orientation_in(image.info.get("exif", b"").removeprefix(_EXIF))
     image.load()
-    # Pillow itself turns a TIFF while it loads it
-    turn = None if file_format == "TIFF" else _TURNS.get(orientation)
-    upright = image if turn is None else image.transpose(turn)
-    is_deep = file_format == "PNG" and data[_PNG_DEPTH] == 16
-    return DecodedImage(
-        _with_eight_bits(upright, file_format), file_format, turn is not None or is_deep
-    )
+    if file_format == "TIFF":
+        orientation = 1  # Pillow itself turns a TIFF while it loads it
+    is_deep = file_format == "PNG" and data[24] == 16  # bits a channel
+    return _turn_upright(_with_eight_bits(image, file_format), file_format, orientation, is_deep)
 
 
 def _decode_strictly(data: bytes, max_pixels: int) -> DecodedImage:
@@ -224,9 +201,15 @@ def _decode_strictly(data: bytes, max_pixels: int) -> DecodedImage:
     if wanted == "CMYK":  # the values are inverted or not, as Pillow knows
         return _decode_by_pillow(data, max_pixels)
     image = Image.fromarray(pixels[:, :, 0] if wanted == "GRAY" else pixels)
-    turn = _TURNS.get(read_jpeg_orientation(data))
+    return _turn_upright(image, "JPEG", read_jpeg_orientation(data))
+
+
+def _turn_upright(
+    image: Image.Image, file_format: str, orientation: int, is_deep: bool = False
+) -> DecodedImage:
+    turn = _TURNS.get(orientation)
     upright = image if turn is None else image.transpose(turn)
-    return DecodedImage(upright, "JPEG", turn is not None)
+    return DecodedImage(upright, file_format, is_deep or turn is not None)
 
 
 def _require_pixels(width: int, height: int, max_pixels: int) -> None:
@@ -236,18 +219,11 @@ def _require_pixels(width: int, height: int, max_pixels: int) -> None:
 
 def _require_plain_tiff(data: bytes) -> None:
     """Refuse a TIFF whose directory alone would cost too much, or that hides another format."""
-    order = "<" if data.startswith(b"II") else ">"
-    (directory,) = struct.unpack_from(f"{order}I", data, 4)
-    (entries,) = struct.unpack_from(f"{order}H", data, directory)
-    for number in range(entries):
-        entry = directory + 2 + 12 * number
-        tag, _, count, value = struct.unpack_from(f"{order}HHI4s", data, entry)
+    for tag, count, value in _tiff_entries(data):
         if tag in _STRIP_TAGS and count > MAX_TIFF_STRIPS:
             raise TooCostlyImageError(f"{count:,} strips, more than {MAX_TIFF_STRIPS:,}")
-        if tag == _COMPRESSION_TAG:
-            (compression,) = struct.unpack_from(f"{order}H", value)
-            if compression not in _TIFF_COMPRESSIONS:
-                raise UnreadableImageError(f"TIFF compression {compression} is not read")
+        if tag == _COMPRESSION_TAG and value not in _TIFF_COMPRESSIONS:
+            raise UnreadableImageError(f"TIFF compression {value} is not read")
 
 
 class _ClockedFile(io.BytesIO):
@@ -279,8 +255,8 @@ def _with_eight_bits(image: Image.Image, file_format: str) -> Image.Image:
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Marker, start and stop of the content of every segment up to the end of the image.
 
-    The compressed data behind a start of scan is passed over as libjpeg does: up to the next 0xff
-    that neither a zero nor a restart marker follows.
+    Compressed data are passed over as libjpeg does: up to the next 0xff that neither a zero nor a
+    restart marker follows.
     """
     at = 2
     while found := _JPEG_MARKER.search(data, at):
@@ -293,16 +269,21 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 def _orientation_in(exif: bytes) -> int:
     """The orientation in an EXIF block, 1 to 8; 1 where it says nothing that can be understood."""
-    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
-    if order is None:
+    if not exif.startswith((b"II", b"MM")):
         return 1
     try:
-        (directory,) = struct.unpack_from(f"{order}I", exif, 4)
-        (entries,) = struct.unpack_from(f"{order}H", exif, directory)
-        for number in range(entries):
-            tag, _, _, value = struct.unpack_from(f"{order}HHIH", exif, directory + 2 + 12 * number)
-            if tag == _ORIENTATION_TAG:
-                return value if value in _TURNS else 1
+        values = (value for tag, _, value in _tiff_entries(exif) if tag == _ORIENTATION_TAG)
+        found = next(values, 1)
     except struct.error:  # the block is cut short
         return 1
-    return 1
+    return found if found in _TURNS else 1
+
+
+def _tiff_entries(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Tag, count and value, as a 16-bit number, of the entries of a TIFF's first directory."""
+    order = "<" if data.startswith(b"II") else ">"
+    (directory,) = struct.unpack_from(f"{order}I", data, 4)
+    (entries,) = struct.unpack_from(f"{order}H", data, directory)
+    for entry in range(directory + 2, directory + 2 + 12 * entries, 12):
+        tag, _, count, value = struct.unpack_from(f"{order}HHIH", data, entry)
+        yield tag, count, value

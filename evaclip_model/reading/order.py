@@ -8,9 +8,11 @@ there are. In epochs every sample of a source is seen once before any is seen ag
 with replacement are what the authors trained with (open_clip's `--dataset-resampled`).
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +28,7 @@ EXACT = 1e-9
 """A longer cycle must come closer than this to be worth it."""
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Samples `start` to `stop` (exclusive) of one shard, counted in its file's order."""
 
     shard: int
@@ -42,12 +43,11 @@ def mixing_pattern(weights: Mapping[str, float]) -> tuple[str, ...]:
     """
     counts = _whole_shares(weights)
     length = sum(counts.values())
-    credit = dict.fromkeys(counts, 0)
+    credit = Counter(dict.fromkeys(counts, 0))
     pattern = []
     for _ in range(length):
-        for name, count in counts.items():
-            credit[name] += count
-        drawn = max(credit, key=lambda name: credit[name])
+        credit.update(counts)
+        drawn = max(credit, key=credit.__getitem__)
         credit[drawn] -= length
         pattern.append(drawn)
     return tuple(pattern)
@@ -133,14 +133,14 @@ class _LaidOut:
 
     def list_pieces(self, start: int, stop: int) -> list[Piece]:
         """The samples `start` to `stop` (exclusive), shard by shard."""
+        shards = self.shards_between(start, stop)
         first = int(np.searchsorted(self.ends, start, side="right"))
-        found = []
-        for place, shard in enumerate(self.shards_between(start, stop), start=first):
-            begin = int(self.ends[place - 1]) if place else 0
-            found.append(
-                Piece(shard, max(start, begin) - begin, min(stop, int(self.ends[place])) - begin)
-            )
-        return found
+        ends = self.ends[first : first + len(shards)].tolist()
+        begins = [int(self.ends[first - 1]) if first else 0, *ends]
+        return [
+            Piece(shard, max(start, begin) - begin, min(stop, end) - begin)
+            for shard, begin, end in zip(shards, begins, ends, strict=False)
+        ]
 
 
 class SourceOrder:
@@ -159,6 +159,7 @@ class SourceOrder:
         self._lanes = lanes
         self._window = window
         self._newest = (-1, _LaidOut(_NONE, _NONE))
+        self._drawn: dict[int, _LaidOut] = {}
         self.total = int(self._samples.sum())
 
     def lane_length(self, lane: int) -> int:
@@ -208,21 +209,12 @@ class SourceOrder:
         return lane * self.total // self._lanes
 
 
-class ResampledOrder:
-    """A `SourceOrder` when every lane draws its shards with replacement, without end.
+class ResampledOrder(SourceOrder):
+    """The order when every lane draws its shards with replacement, without end.
 
     A lane's draws are the samples of its drawn shards laid end to end, in windows that are
     permuted. There is one endless epoch, number 0.
     """
-
-    def __init__(
-        self, samples: Sequence[int], *, source: int, lanes: int, window: int, seed: int
-    ) -> None:
-        self._samples: Ints = np.array(samples, dtype=np.int64)
-        self._key = (seed, source)
-        self._window = window
-        self._drawn: dict[int, _LaidOut] = {}
-        self.total = int(self._samples.sum())
 
     def locate_draw(self, lane: int, draw: int) -> tuple[int, int, int]:
         return 0, draw // self._window, draw % self._window
@@ -246,8 +238,7 @@ class ResampledOrder:
 
     def _lay_out_until(self, lane: int, stop: int) -> _LaidOut:
         """The lane's shards from the first on, at least `stop` samples of them."""
-        # Sizes differ, so where a shard begins is known only by adding up all before it: sixteen
-        # bytes a shard that the lane has come to, kept.
+        # Sizes differ, so where a shard begins is known only by adding up all before it.
         laid = self._drawn.get(lane, _LaidOut(_NONE, _NONE))
         while laid.total < stop:
             block = _seed_generator(*self._key, 0, lane, len(laid.shards) // DRAWN_AT_ONCE)
@@ -257,11 +248,7 @@ class ResampledOrder:
         return laid
 
 
-Order = SourceOrder | ResampledOrder
-ORDERS: Mapping[str, type[SourceOrder] | type[ResampledOrder]] = {
-    "exact": SourceOrder,
-    "resampled": ResampledOrder,
-}
+ORDERS: Mapping[str, type[SourceOrder]] = {"exact": SourceOrder, "resampled": ResampledOrder}
 """Kind of sampling -> the order of a source under it."""
 
 

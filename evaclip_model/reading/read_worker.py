@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,17 +35,15 @@ class Origin(NamedTuple):
     shard: str
     """Path of its tar, relative to the manifest."""
     key: str
-    """Unique inside the shard."""
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A worker's part of a step."""
 
     images: Tensor
     """[b, 3, S, S] uint8, in shared memory until the next part is asked for."""
-    captions: tuple[str, ...]
-    origins: tuple[Origin, ...]
+    captions: Sequence[str]
+    origins: Sequence[Origin]
     bad: Mapping[str, int]
     """Reason -> samples that could not be used for it."""
 
@@ -67,27 +64,18 @@ class Worker:
         os.ftruncate(memory, SLOTS * int(np.prod(shape)))
         try:
             self._process = subprocess.Popen(
-                program,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                pass_fds=[memory],
+                program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[memory]
             )
             self._slots = _allocate_slots(memory, shape)
-            self._send_message(
-                json.dumps({"memory": memory, "shape": shape, **settings}).encode() + b"\n"
-            )
         finally:
             os.close(memory)
         self._taken = 0
-        self._send_message(_GO * SLOTS)
+        sent = json.dumps({"memory": memory, "shape": shape, **settings})
+        self._send_message(sent.encode() + b"\n" + _GO * SLOTS)
 
     def receive_part(self) -> Part:
-        """The next step's part, once it is there.
-
-        Raises:
-            InputError: as the reader would.
-            WorkerFailed: it crashed or was killed.
-        """
+        """The next step's part, once it is there; raises InputError as the reader would, and
+        WorkerFailed when the worker crashed or was killed."""
         if self._taken:
             self._send_message(_GO)  # the slot of the part before is free again
         assert self._process.stdout is not None
@@ -99,11 +87,10 @@ class Worker:
             raise InputError(said["error"])
         images = self._slots[self._taken % SLOTS]
         self._taken += 1
-        origins = tuple(Origin(*origin) for origin in said["origins"])
-        return Part(images, tuple(said["captions"]), origins, said["bad"])
+        origins = [Origin(*origin) for origin in said["origins"]]
+        return Part(images, said["captions"], origins, said["bad"])
 
     def close(self) -> None:
-        """End the worker."""
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             with suppress(BrokenPipeError):
@@ -135,24 +122,23 @@ def serve_parts(run: Callable[[Mapping[str, Any]], Any]) -> int:
     os.dup2(2, 1)  # what libraries print is not an answer
     torch.set_num_threads(1)
     settings = json.loads(sys.stdin.buffer.readline())
-    slots = _allocate_slots(settings["memory"], tuple(settings["shape"]))
+    slots = _allocate_slots(settings["memory"], settings["shape"])
+
+    def send_answer(**said: Any) -> None:
+        answers.write(json.dumps(said).encode() + b"\n")
+        answers.flush()
+
     try:
         for number, (batch, bad) in enumerate(run(settings)):
             if not sys.stdin.buffer.read(1):
-                return 0
+                break
             slots[number % SLOTS].copy_(batch.images)
-            said = {"captions": batch.captions, "origins": batch.origins, "bad": bad}
-            _send_answer(answers, said)
+            send_answer(captions=batch.captions, origins=batch.origins, bad=bad)
     except InputError as error:
-        _send_answer(answers, {"error": str(error)})
+        send_answer(error=str(error))
     except BrokenPipeError:
-        return 0
+        pass  # the rank is gone
     return 0
-
-
-def _send_answer(answers: Any, said: Mapping[str, Any]) -> None:
-    answers.write(json.dumps(said).encode() + b"\n")
-    answers.flush()
 
 
 def _allocate_slots(memory: int, shape: Sequence[int]) -> list[Tensor]:

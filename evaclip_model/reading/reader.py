@@ -5,10 +5,7 @@ processes (read_worker.py); tokens and masks (training/trainer.py).
 
 A batch is a function of (shards, settings, step): a run that resumes asks for the next step, and
 nothing has to be replayed. A sample that cannot be decoded is counted and replaced by the one after
-it in the same window.
-
-webdataset's pipelines are not used for that: they know no place to go on from, and spend as long on
-a sample's three tar members as its decoding takes here.
+it in the same window. webdataset's pipelines know no place to go on from.
 """
 
 from __future__ import annotations
@@ -26,11 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 from evaclip_model.reading.captions import Captions, choose_caption
 from evaclip_model.reading.config import SamplingConfig
 from evaclip_model.reading.image_decoder import UnreadableImageError
-from evaclip_model.reading.order import ORDERS, Mixture, Order, Piece
+from evaclip_model.reading.order import ORDERS, Mixture, Piece
 from evaclip_model.reading.read_worker import Origin, Worker, serve_parts
 from evaclip_model.reading.samples import (
     BrokenShard,
@@ -62,8 +60,7 @@ class Batch:
     origins: tuple[Origin, ...]
 
 
-@dataclass(frozen=True)
-class ReadSettings:
+class ReadSettings(Config):
     """Limits on what reading costs; no batch depends on them."""
 
     cache_bytes: int = 0
@@ -73,13 +70,6 @@ class ReadSettings:
     shard_cache: Path | None = None
     """Folder for shards that are fetched from a URL."""
     shard_cache_bytes: int = 0
-    """Room for them."""
-
-    def of_worker(self, workers: int) -> ReadSettings:
-        """The part of one of `workers` workers."""
-        return ReadSettings(
-            self.cache_bytes // workers, 0, self.shard_cache, self.shard_cache_bytes // workers
-        )
 
 
 @dataclass(slots=True)
@@ -117,8 +107,8 @@ class BatchReader:
         """Plan the reading of the shards of a manifest, a path or a URL; files are opened when
         their turn comes.
 
-        Raises: InputError: a source without shards or weight, fewer samples than lanes or than a
-            step takes, or ranks that do not divide the lanes.
+        Raises InputError: a source without shards, fewer samples than lanes or than a step takes,
+        or ranks that do not divide the lanes.
         """
         self._config = config
         self._location = shards
@@ -137,7 +127,7 @@ class BatchReader:
         self._mixture = Mixture(weights, config.global_batch, config.lanes)
         self._shape = (per_rank * self._mixture.per_lane, config.image_px, config.image_px, 3)
         self._shards = [by_source[name] for name in weights]
-        self._orders: list[Order] = [
+        self._orders = [
             ORDERS[config.sampling](
                 [shard.samples for shard in by_source[name]],
                 source=number,
@@ -173,12 +163,8 @@ class BatchReader:
         self.bad: Counter[str] = Counter()
 
     def iterate_batches(self, first_step: int, steps: int) -> Generator[Batch, None, None]:
-        """Batches from `first_step` to `steps` (exclusive), the next ones made while one is used.
-
-        Raises:
-            InputError: as `read_batch` does.
-            WorkerFailed: a reading process crashed or was killed.
-        """
+        """Batches from `first_step` to `steps` (exclusive), the next ones made while one is used;
+        raises as `read_batch`, and WorkerFailed when a reading process crashed or was killed."""
         most = min(self._settings.workers, len(self._lanes))
         workers = next((n for n in range(most, 0, -1) if len(self._lanes) % n == 0), 0)
         if not workers:
@@ -207,31 +193,25 @@ class BatchReader:
                 yield Batch(step, images, captions, self._list_positions(step), origins)
 
     def read_batch(self, step: int) -> Batch:
-        """This rank's share of one step.
-
-        Raises: InputError: a shard cannot be read, or a whole window holds no usable sample.
-        """
+        """This rank's share of one step; raises InputError when a shard cannot be read, or a whole
+        window holds no usable sample."""
         positions = self._list_positions(step)
         images = self._allocate_images()
         captions: list[str] = []
         origins: list[Origin] = []
+        weights = self._config.caption_weights
         for lane in self._lanes:
             drawn = self._mixture.drawn_before(step, lane)
             for source in self._mixture.draw_sources(step, lane).tolist():
                 place = len(captions)
-                image, loaded = self._draw_sample(
-                    source, lane, int(drawn[source]), int(positions[place])
-                )
+                position = int(positions[place])
+                image, loaded = self._draw_sample(source, lane, int(drawn[source]), position)
                 drawn[source] += 1
                 images[place] = image
                 caption = loaded.caption
                 if loaded.further:
                     caption = choose_caption(
-                        caption,
-                        loaded.further,
-                        self._config.caption_weights,
-                        seed=self._config.seed,
-                        position=int(positions[place]),
+                        caption, loaded.further, weights, seed=self._config.seed, position=position
                     )
                 captions.append(caption)
                 origins.append(loaded.origin)
@@ -261,7 +241,11 @@ class BatchReader:
     def _start_workers(self, workers: int, first_step: int, steps: int) -> Iterator[Worker]:
         config = self._config
         images = len(self._lanes) // workers * self._mixture.per_lane
-        part = self._settings.of_worker(workers)
+        share = {
+            "cache_bytes": self._settings.cache_bytes // workers,
+            "shard_cache_bytes": self._settings.shard_cache_bytes // workers,
+            "workers": 0,
+        }
         for worker in range(workers):
             settings = {
                 "shards": str(self._location),
@@ -270,9 +254,7 @@ class BatchReader:
                 ),
                 "rank": self._rank * workers + worker,
                 "ranks": self._ranks * workers,
-                "cache_bytes": part.cache_bytes,
-                "shard_cache": part.shard_cache and str(part.shard_cache),
-                "shard_cache_bytes": part.shard_cache_bytes,
+                "settings": self._settings.model_dump(mode="json") | share,
                 "first_step": first_step,
                 "steps": steps,
             }
@@ -310,10 +292,7 @@ class BatchReader:
                 loaded.image = picture
         config = self._config
         return train_crop(
-            *(picture, config.image_px),
-            seed=config.seed,
-            position=position,
-            scale=config.crop_scale,
+            picture, config.image_px, seed=config.seed, position=position, scale=config.crop_scale
         )
 
     def _open_window(self, source: int, lane: int, epoch: int, number: int) -> _Window:
@@ -352,13 +331,12 @@ class BatchReader:
                 with closing(self._open_stream(shard)) as stream:
                     self._kept[source, piece.shard] = stream.take_samples(0, shard.samples)
             return self._kept[source, piece.shard][piece.start : piece.stop]
-        open_stream = self._streams.get((source, lane))
-        if open_stream is None or not open_stream.can_reach(shard, piece.start):
-            if open_stream is not None:
-                open_stream.close()
-            open_stream = self._open_stream(shard)
-            self._streams[source, lane] = open_stream
-        return open_stream.take_samples(piece.start, piece.stop)
+        held = self._streams.get((source, lane))
+        if held is None or held.shard is not shard or held.samples.next > piece.start:
+            if held is not None:
+                held.close()
+            held = self._streams[source, lane] = self._open_stream(shard)
+        return held.take_samples(piece.start, piece.stop)
 
     def _open_stream(self, shard: Shard) -> _ShardStream:
         has_captions = shard.captions and self._config.caption_weights
@@ -366,68 +344,50 @@ class BatchReader:
         return _ShardStream(shard, self._store.open_shard(shard), further)
 
 
-def serve_batches(settings: Mapping[str, Any]) -> Iterator[tuple[Batch, Mapping[str, int]]]:
+def serve_batches(sent: Mapping[str, Any]) -> Iterator[tuple[Batch, Mapping[str, int]]]:
     """A worker's batches, with what was bad in each, from the settings that its rank sent."""
-    cache = settings["shard_cache"]
     reader = BatchReader(
-        settings["shards"],
-        SamplingConfig.from_mapping(settings["sampling"], where="settings of a reading process"),
-        rank=settings["rank"],
-        ranks=settings["ranks"],
-        settings=ReadSettings(
-            settings["cache_bytes"], 0, cache and Path(cache), settings["shard_cache_bytes"]
-        ),
+        sent["shards"],
+        SamplingConfig(**sent["sampling"]),
+        rank=sent["rank"],
+        ranks=sent["ranks"],
+        settings=ReadSettings(**sent["settings"]),
     )
     with closing(reader):
-        for batch in reader.iterate_batches(settings["first_step"], settings["steps"]):
+        for batch in reader.iterate_batches(sent["first_step"], sent["steps"]):
             bad = dict(reader.bad)
             reader.bad.clear()
             yield batch, bad
 
 
+@dataclass(frozen=True)
 class _ShardStream:
     """A shard read front to back, once, in parts."""
 
-    def __init__(
-        self, shard: Shard, samples: SampleReader, captions: Mapping[str, Captions]
-    ) -> None:
-        self._shard = shard
-        self._samples = samples
-        self._captions = captions
-
-    def can_reach(self, shard: Shard, start: int) -> bool:
-        """Return whether sample `start` of `shard` is still ahead."""
-        return self._shard is shard and self._samples.next <= start
+    shard: Shard
+    samples: SampleReader
+    captions: Mapping[str, Captions]
 
     def take_samples(self, start: int, stop: int) -> list[_Loaded]:
-        """Samples `start` to `stop` (exclusive), skipping what lies before them.
-
-        Raises: InputError: the shard does not hold what its manifest says.
-        """
+        """Samples `start` to `stop` (exclusive), skipping what lies before them; raises InputError
+        when the shard does not hold what its manifest says."""
+        path = self.shard.path
         try:
-            taken = self._samples.read(start, stop)
+            taken = self.samples.read(start, stop)
         except BrokenShard as error:
             raise InputError(f"{error}; verify the shards again") from error
         if len(taken) < stop - start:
             raise InputError(
-                f"{self._shard.path} ends before sample {stop} of {self._shard.samples}: "
-                "verify the shards again"
+                f"{path} ends before sample {stop} of {self.shard.samples}: verify the shards again"
             )
-        path = self._shard.path
+        further = (self.captions.get(one.key, {}) for one in taken)
         return [
-            _Loaded(
-                one.image,
-                one.caption,
-                self._captions.get(one.key, {}),
-                Origin(path, one.key),
-                one.flaw,
-            )
-            for one in taken
+            _Loaded(one.image, one.caption, captions, Origin(path, one.key), one.flaw)
+            for one, captions in zip(taken, further, strict=True)
         ]
 
     def close(self) -> None:
-        """Close the file."""
-        self._samples.close()
+        self.samples.close()
 
 
 def _open_store(
@@ -449,18 +409,14 @@ def _resolve_weights(
     by_source: Mapping[str, Sequence[Shard]], config: SamplingConfig, shards: Path | str
 ) -> dict[str, float]:
     """Share of each source that is drawn, in the order of the sources' names."""
-    if not config.source_weights:
-        return {
-            name: float(sum(shard.samples for shard in held)) for name, held in by_source.items()
-        }
-    unknown = sorted(set(config.source_weights) - set(by_source))
-    if unknown:
+    weights = config.source_weights or {
+        name: float(sum(shard.samples for shard in held)) for name, held in by_source.items()
+    }
+    if unknown := sorted(set(weights) - set(by_source)):
         raise InputError(
             f"source_weights names '{unknown[0]}', but {shards} holds {', '.join(by_source)}"
         )
-    return {
-        name: config.source_weights[name] for name in by_source if name in config.source_weights
-    }
+    return {name: weights[name] for name in by_source if name in weights}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from enum import StrEnum
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -22,24 +23,21 @@ from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.reading.tar_file import STRETCH, BrokenTar, Member, TarReader
-from evaclip_model.reading.urls import is_url, open_filesystem, read_text, resolve_location
+from evaclip_model.reading.urls import (
+    is_url,
+    open_binary,
+    open_filesystem,
+    read_text,
+    resolve_location,
+)
 
 VALIDATION_SHARDS = "validation.json"
 """Name of the manifest beside it, of the pairs that are held out."""
 SHARDS = "shards.json"
 """Name of the manifest, in the folder that its shards' paths are relative to."""
 IMAGE_EXTENSIONS = (
-    "jpg",
-    "jpeg",
-    "jpe",
-    "jfif",
-    "png",
-    "webp",
-    "gif",
-    "bmp",
-    "tif",
-    "tiff",
-    "avif",
+    *("jpg", "jpeg", "jpe", "jfif"),
+    *("png", "webp", "gif", "bmp", "tif", "tiff", "avif"),
 )
 """What may name a sample's image; what the image is, its bytes decide."""
 CAPTION_EXTENSIONS = ("txt", "text", "caption")
@@ -48,7 +46,7 @@ RECORD_EXTENSION = "json"
 MAX_IMAGE_BYTES = 1 << 28
 """Larger members are not read into memory: the sample is flawed."""
 MAX_TEXT_BYTES = 1 << 24
-"""The same for captions and records."""
+"""Of captions and records."""
 SHARD_SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "http", "https")
 """Of the URLs at which a shard may lie."""
 Stored = tuple[str, dict[str, Member]]
@@ -93,7 +91,7 @@ class Sample(NamedTuple):
     record: Mapping[str, Any]
     """What the shard says of the sample besides, empty where it says nothing or was not asked."""
     flaw: MemberFlaw | None = None
-    """Why the sample cannot be used; None if nothing speaks against it so far."""
+    """Why the sample cannot be used."""
 
 
 class Shard(Config):
@@ -104,17 +102,13 @@ class Shard(Config):
     source: str
     """The one collection that all its samples come from."""
     samples: int = Field(ge=1)
-    """Number of samples to train on: those of the tar, less its tombstones."""
+    """Those of the tar, less its tombstones."""
     bytes: int = Field(ge=1)
     """Size of the tar."""
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    """Of the tar's bytes."""
     tombstones: str = Field(default="", pattern=r"^(\d+( \d+)*)?$")
-    """Places of the tar's samples that nobody may read, counted from 0, separated by spaces.
-
-    Text, because two billion samples have millions of them and few are needed at once.
-    """
-
+    """Places of the tar's samples that nobody may read, counted from 0, separated by spaces: text,
+    because two billion samples have millions of them and few are needed at once."""
     captions: str = ""
     """Path of a file of further captions (captions.py), as `path` is; empty: there are none."""
 
@@ -145,23 +139,18 @@ class ShardManifest(Config):
 
     def by_source(self) -> dict[str, tuple[Shard, ...]]:
         """Shards of every source, sources in the order of their names."""
-        sources = sorted({shard.source for shard in self.shards})
-        return {
-            source: tuple(shard for shard in self.shards if shard.source == source)
-            for source in sources
-        }
+        by_name = attrgetter("source")
+        found = groupby(sorted(self.shards, key=by_name), by_name)
+        return {source: tuple(shards) for source, shards in found}
 
     @property
     def samples(self) -> int:
-        """Number of samples in all shards."""
         return sum(shard.samples for shard in self.shards)
 
     @classmethod
     def read(cls, path: Path | str) -> Self:
-        """Read a manifest from its file, on this machine or at a URL.
-
-        Raises: InputError: no such file, or not a manifest.
-        """
+        """Read a manifest from its file, on this machine or at a URL; raises InputError if that is
+        not there, or not a manifest."""
         try:
             values = json.loads(read_text(path))
         except FileNotFoundError:
@@ -176,10 +165,8 @@ class ShardManifest(Config):
 
 
 def read_samples(shard: Path) -> Iterator[Sample]:
-    """Yield all samples of a shard in stored order, flawed ones too, one image in memory at a time.
-
-    Raises: BrokenShard: truncated or unreadable tar.
-    """
+    """Yield all samples of a shard in stored order, flawed ones too, one image in memory at a time;
+    raises BrokenShard for a truncated or unreadable tar."""
     try:
         with shard.open("rb", buffering=0) as tar:
             for key, found in group_members(TarReader(tar.fileno())):
@@ -192,10 +179,8 @@ class SampleReader:
     """Images and captions of a shard, without records, read once, front to back, in parts."""
 
     def __init__(self, shard: Path, left_out: Set[int] = frozenset()) -> None:
-        """Open the shard, whose samples at the places `left_out` (`Shard.left_out`) do not count.
-
-        Raises: OSError: it cannot be opened.
-        """
+        """Open the shard, whose samples at the places `left_out` (`Shard.left_out`) do not count;
+        raises OSError."""
         self._shard = shard
         self._tar = shard.open("rb", buffering=0)
         self._members = TarReader(self._tar.fileno())
@@ -204,12 +189,10 @@ class SampleReader:
         """Place of the sample that is read next, among those that count, in stored order."""
 
     def read(self, start: int, stop: int) -> list[Sample]:
-        """The samples `start` to `stop` (exclusive).
+        """The samples `start` to `stop` (exclusive), fewer when the shard ends before; nothing is
+        read of what lies before `start`, which must not be behind `next`.
 
-        Fewer when the shard ends before; nothing is read of what lies before `start`, which must
-        not be behind `next`.
-
-        Raises: BrokenShard: truncated or unreadable tar.
+        Raises BrokenShard: truncated or unreadable tar.
         """
         try:
             self._members.stretch_bytes = 0
@@ -230,13 +213,9 @@ class SampleReader:
 
 
 def group_members(found: Iterable[Member]) -> Iterator[Stored]:
-    """(key, extension -> member) of neighbours that share a key, as webdataset groups them.
-
-    Its own functions are not called, because importing webdataset imports torch, which few who look
-    into shards need. Of two members with the same name the first counts and the sample is flawed;
-    webdataset refuses such a shard, or passes over the second if its handler says so. What macOS
-    adds (`is_sample_file`) is passed over.
-    """
+    """(key, extension -> member) of neighbours that share a key, as webdataset groups them, whose
+    import would import torch. Of two members with the same name the first counts and the sample is
+    flawed; what macOS adds (`is_sample_file`) is passed over."""
     key, parts = "", dict[str, Member]()
     for member in found:
         named = _NAME(member.name) if is_sample_file(member.name) else None
@@ -269,9 +248,7 @@ def open_webdataset(manifest: Path | str, *, resampled: bool = False) -> Any:
         manifest: `shards.json` of the dataset, a path or a URL that fsspec knows.
         resampled: draw shards with replacement, without end.
 
-    Raises:
-        InputError: no such manifest; while reading, a shard that is not there or changed since it
-            was verified.
+    Raises InputError; while reading, also for a shard that is gone or changed since verified.
     """
     import webdataset  # imports torch, which few who look into shards need
     from webdataset.compat import FluidInterface
@@ -299,10 +276,9 @@ def _read_webdataset(
             size = open_filesystem(url).size(url) if is_url(url) else Path(url).stat().st_size
             if size != shard.bytes:
                 raise InputError(f"{url} changed since it was verified: verify the shards again")
-            with open_filesystem(url).open(url) if is_url(url) else Path(url).open("rb") as stream:
-                members = tar_file_expander(
-                    [{"url": url, "stream": stream}], select_files=is_sample_file
-                )
+            with open_binary(url) as stream:
+                tar = {"url": url, "stream": stream}
+                members = tar_file_expander([tar], select_files=is_sample_file)
                 # A repeated member is passed over: its sample is left out of the dataset.
                 found = group_by_keys(members, handler=ignore_and_continue)
                 yield from skip_tombstones(found, shard.left_out)
@@ -311,8 +287,7 @@ def _read_webdataset(
 
 
 def skip_tombstones(samples: Iterable[T], left_out: Set[int]) -> Iterator[T]:
-    """A shard's samples, read in stored order by whatever reads them (`webdataset.WebDataset(path,
-    shardshuffle=False, select_files=is_sample_file)`, say), without its tombstones
+    """A shard's samples, read in stored order by whatever reads them, without its tombstones
     `Shard.left_out`."""
     return (one for place, one in enumerate(samples) if place not in left_out)
 

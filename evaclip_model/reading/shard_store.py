@@ -21,11 +21,11 @@ from evaclip_model.reading.samples import SampleReader, Shard
 from evaclip_model.reading.urls import is_url, open_filesystem, resolve_location
 
 FETCHES_AT_ONCE = 4
-"""Shards that one process fetches at the same time."""
+"""By one process."""
 ATTEMPTS = 6
-"""Times a shard is fetched before its process gives up."""
+"""To fetch a shard."""
 FIRST_PAUSE_S = 1.0
-"""Seconds before the second attempt; doubled for each further one."""
+"""Before the second attempt; doubled for each further one."""
 _CHUNK = 4 * 2**20
 
 
@@ -48,14 +48,11 @@ class ShardStore:
         first_pause_s: float = FIRST_PAUSE_S,
     ) -> None:
         """Take over this process's part of what a killed run left in `cache`, which there must be
-        if any shard lies at a URL. `folder` is the manifest's, a path or a URL.
-
-        Raises: InputError: nothing installed knows this kind of URL.
-        """
+        if any shard lies at a URL. `folder` is the manifest's, a path or a URL of a kind that
+        something installed knows (InputError)."""
         self._folder = folder.rstrip("/")
         if is_url(folder):
             open_filesystem(folder)
-        self._is_local = cache is None
         self._cache = cache or Path()
         self._limit = cache_bytes
         self._held: dict[str, tuple[int, Future[Path]]] = {}
@@ -76,10 +73,8 @@ class ShardStore:
                 self._used.add(left.stem)
 
     def open_shard(self, shard: Shard) -> SampleReader:
-        """Open the shard, once it is there, to read those of its samples that count.
-
-        Raises: InputError: it cannot be had.
-        """
+        """Open the shard, once it is there, to read those of its samples that count; raises
+        InputError when it cannot be had."""
         location = resolve_location(self._folder, shard.path)
         if not is_url(location):
             return _open_local(Path(location), shard)
@@ -87,21 +82,22 @@ class ShardStore:
             try:
                 path = self._request_shard(shard, must=True).result()
                 return SampleReader(path, shard.left_out)
-            except FileNotFoundError:
-                self._forget_shard(shard)  # another process took it over, and cleared it away
+            except FileNotFoundError:  # another process took it over, and cleared it away
+                with self._lock:
+                    self._held.pop(shard.sha256, None)
         raise InputError(
             f"{location} is cleared away as soon as it is fetched: give the shards' cache more room"
         )
 
     def read_captions(self, shard: Shard) -> dict[str, Captions]:
-        """Its further captions by key. Raises: InputError: they cannot be had."""
+        """Its further captions by key; raises InputError when they cannot be had."""
         return read_captions(resolve_location(self._folder, shard.captions))
 
     def announce_shards(self, shards: Iterable[Shard]) -> None:
         """Say which shards come next, so that they may be brought; never waits."""
-        for shard in () if self._is_local else shards:
-            is_here = not is_url(resolve_location(self._folder, shard.path))
-            if not is_here and self._request_shard(shard, must=False) is None:
+        for shard in shards:
+            is_remote = is_url(resolve_location(self._folder, shard.path))
+            if is_remote and self._request_shard(shard, must=False) is None:
                 return
 
     def close(self) -> None:
@@ -110,10 +106,6 @@ class ShardStore:
         self._fetchers.shutdown(cancel_futures=True)
         for key in self._held:
             (self._cache / f"{key}.tar").unlink(missing_ok=True)
-
-    def _forget_shard(self, shard: Shard) -> None:
-        with self._lock:
-            self._held.pop(shard.sha256, None)
 
     def _request_shard(self, shard: Shard, *, must: bool) -> Any:
         """The shard's file to come; None when there is no room and `must` is not set."""

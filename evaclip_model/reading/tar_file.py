@@ -21,7 +21,7 @@ STRETCH = 1 << 20
 _LONGEST_NAME = 1 << 20
 """Bytes of an extra header: a name, and on a Mac the file's attributes."""
 _LONGEST_NUMBER = 20
-"""Digits of a size, more than any file system needs."""
+"""Digits of a size."""
 _ADLER = 65521
 _PACKED = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "bzip2": b"BZh", "xz": b"\xfd7zXZ"}
 """How a tar begins that its name does not say to be compressed."""
@@ -42,15 +42,8 @@ class Member(NamedTuple):
     """Its bytes, if they came along with its header."""
 
     def read(self, tar: int) -> bytes:
-        """Its content, from the open tar's file descriptor.
-
-        Raises: BrokenTar: the tar ends inside it.
-        """
-        return (
-            _read_range(tar, self.offset, self.size)
-            if self.content is None
-            else bytes(self.content)
-        )
+        """Its content, from the open tar's file descriptor; raises BrokenTar if that ends in it."""
+        return bytes(self.view_content(tar))
 
     def view_content(self, tar: int) -> bytes | memoryview:
         """Its content as `read` gives it, not copied where it came along."""
@@ -74,10 +67,7 @@ class TarReader:
         return memoryview(os.pread(self._tar, self.stretch_bytes or _AT_ONCE, offset))
 
     def __iter__(self) -> Iterator[Member]:
-        """Yield all members.
-
-        Raises: BrokenTar: a header that is none, or a tar that ends inside a member.
-        """
+        """Yield all members; raises BrokenTar for a wrong header, or an end inside a member."""
         size_of_tar = os.fstat(self._tar).st_size
         offset, extended = 0, _NOTHING
         near, around = memoryview(b""), 0  # the bytes from `around` on
@@ -97,11 +87,8 @@ class TarReader:
                 said = f"it is compressed by {packed}: unpack it" if packed and not offset else ""
                 raise BrokenTar(said or f"there is no header at byte {offset}")
             kind = header[156:157]
-            size = (
-                extended.size
-                if extended.size is not None
-                else _parse_number(header[124:136], offset)
-            )
+            known = extended.size
+            size = _parse_number(header[124:136], offset) if known is None else known
             if kind in _WITHOUT_CONTENT:
                 size = 0
             content = offset + _BLOCK
@@ -141,9 +128,9 @@ _NOTHING = _Extended()
 
 
 def _apply_extension(before: _Extended, kind: bytes, content: bytes) -> _Extended:
-    """Return what is known after one more extra header; of two names the later one counts.
+    """What is known after one more extra header; of two names the later one counts.
 
-    Raises: BrokenTar: no keys and values, or those of a sparse member.
+    Raises BrokenTar: no keys and values, or those of a sparse member.
     """
     if kind == b"L":
         return before._replace(name=_decode_name(content.split(b"\0", 1)[0]))

@@ -8,15 +8,13 @@ Decoded "reference" is Pillow throughout, as the authors' transform. "fast" does
 with libjpeg-turbo called directly and the bicubic filter of torch, which is vectorised: the decoded
 pixels are the same, the resized ones differ by at most `TOLERANCE` of 255. All else (PNG, WebP,
 CMYK, turned photographs, whatever libjpeg warns of) goes the reference's way, to the same bits.
-Decoding at a smaller scale in the DCT domain would save a sixth on images of 800 pixels, nothing on
-those of the usual 256 to 512, and cost the tolerance; OpenCV's resizing is not antialiased, or it
-is slower.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -40,14 +38,15 @@ from evaclip_model.reading.image_decoder import (
 
 if TYPE_CHECKING:
     from evaclip_model.model.clip import EvaClip
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-"""Mean of the red, green and blue channels on [0, 1] (CLIP)."""
-STD = (0.26862954, 0.26130258, 0.27577711)
-"""Standard deviation of the channels on [0, 1] (CLIP)."""
 
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Of the red, green and blue channels on [0, 1] (CLIP)."""
+STD = (0.26862954, 0.26130258, 0.27577711)
 CROP_SCALE = (0.9, 1.0)
 """Smallest and largest share of an image's area that a training crop takes."""
 
+TOLERANCE = 2
+"""Largest difference of a "fast" pixel from the reference's, in levels of 255."""
 Picture = Image.Image | NDArray[np.uint8]
 """A decoded image: Pillow's in its own mode, or RGB pixels [H, W, 3]."""
 _CROP_RATIO = (3 / 4, 4 / 3)
@@ -67,49 +66,34 @@ def image_transform(
     with decides it, in a data loader's workers too.
 
     Args:
-        model: a model or its config, for its size; or the size S in pixels.
+        model: a model or its config, for its size; or the size S in pixels, from 1 (InputError).
         train: the training transform instead of the evaluation transform.
-
-    Raises: InputError: a size below 1.
     """
     if not isinstance(model, int):
         config = model if isinstance(model, ModelConfig) else model.config
         model = config.vision.image_px
     if model < 1:
         raise InputError(f"image size {model} is not a number of pixels: give 1 or more")
-    return TrainTransform(model) if train else EvalTransform(model)
+    return ImageTransform(model, train)
 
 
 @dataclass(frozen=True)
-class EvalTransform:
-    """The evaluation transform of `image_transform`."""
+class ImageTransform:
+    """A transform of `image_transform`."""
 
     size: int
-    """Side S of the result, in pixels."""
+    train: bool
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return normalize_images(centre_crop(image, self.size))
-
-
-@dataclass(frozen=True)
-class TrainTransform:
-    """The training transform of `image_transform`."""
-
-    size: int
-    """Side S of the result, in pixels."""
-    scale: tuple[float, float] = CROP_SCALE
-    """Smallest and largest share of the image's area."""
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        box = crop_box(*image.size, _GlobalDraw(), self.scale)
+        if not self.train:
+            return normalize_images(centre_crop(image, self.size))
+        box = crop_box(*image.size, _GlobalDraw(), CROP_SCALE)
         return normalize_images(resized_crop(image, box, self.size))
 
 
 def describe_preprocessing(size: int) -> dict[str, Any]:
-    """The evaluation transform for images of side `size` in words, to be compared with another's.
-
-    A model belongs to its preprocessing: other constants cost it accuracy, and nothing says so.
-    """
+    """The evaluation transform for images of side `size` in words, to be compared with another's:
+    with other constants a model loses accuracy, and nothing says so."""
     return {
         "size": size,
         "resize": "shortest side, bicubic, antialiased, columns before rows",
@@ -120,10 +104,8 @@ def describe_preprocessing(size: int) -> dict[str, Any]:
 
 
 def centre_crop(image: Image.Image, size: int) -> Tensor:
-    """Shortest side to `size` (bicubic, antialiased), then the middle: [3, S, S] uint8.
-
-    Raises: UnreadableImageError: the image is so narrow that its resized form passes `MAX_PIXELS`.
-    """
+    """Shortest side to `size` (bicubic, antialiased), then the middle: [3, S, S] uint8; raises
+    UnreadableImageError for so narrow an image that its resized form passes `MAX_PIXELS`."""
     short = min(image.size)
     width, height = (int(size * side / short) for side in image.size)
     if width * height > MAX_PIXELS:
@@ -148,17 +130,17 @@ def train_crop(
 
     Args:
         size: side S of the result, in pixels.
-        position: of the sample in the whole training stream; the crop depends on it and `seed`
-            alone.
-        scale: smallest and largest share of the image's area; its aspect ratio is 3:4 to 4:3.
+        position: of the sample in the training stream: with `seed`, all that the crop depends on.
+        scale: smallest and largest share of the image's area.
 
     Returns: [3, S, S] uint8, in any layout.
     """
+    width, height = picture.size if isinstance(picture, Image.Image) else picture.shape[1::-1]
+    key = cast(np.random.SeedSequence, _Key((seed % 2**64, position)))  # numpy's types are narrower
+    draw = SeededDraw(np.random.Generator(np.random.Philox(key)))
+    left, top, right, bottom = box = crop_box(width, height, draw, scale)
     if isinstance(picture, Image.Image):
-        box = train_box(*picture.size, seed=seed, position=position, scale=scale)
         return resized_crop(picture, box, size)
-    height, width, _ = picture.shape
-    left, top, right, bottom = train_box(width, height, seed=seed, position=position, scale=scale)
     # As [1, 3, H, W] with the channels last in memory: torch's fastest way, in and out.
     part = torch.from_numpy(picture[top:bottom, left:right])[None].permute(0, 3, 1, 2)
     return interpolate(part, (size, size), mode="bicubic", antialias=True)[0]
@@ -169,14 +151,6 @@ def picture_bytes(picture: Picture) -> int:
     if isinstance(picture, Image.Image):
         return picture.width * picture.height * len(picture.getbands())
     return picture.nbytes
-
-
-def train_box(
-    width: int, height: int, *, seed: int, position: int, scale: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom, in pixels, of the part that `train_crop` takes."""
-    key = cast(np.random.SeedSequence, _Key((seed % 2**64, position)))  # numpy's types are narrower
-    return crop_box(width, height, SeededDraw(np.random.Generator(np.random.Philox(key))), scale)
 
 
 class _Key(np.random.bit_generator.ISeedSequence):
@@ -226,10 +200,8 @@ class _GlobalDraw:
 def crop_box(
     width: int, height: int, draw: SeededDraw | _GlobalDraw, scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a random part, in pixels (Inception crop).
-
-    When ten draws do not fit, the largest middle part of an allowed ratio.
-    """
+    """Left, top, right and bottom of a random part, in pixels (Inception crop); when ten draws do
+    not fit, of the largest middle part of an allowed ratio."""
     for _ in range(_CROP_ATTEMPTS):
         area = width * height * draw.draw_share(*scale)
         ratio = draw.draw_ratio(*_CROP_RATIO)
@@ -276,32 +248,20 @@ def _to_uint8(image: Image.Image) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-TOLERANCE = 2
-"""Largest difference of a "fast" pixel from the reference's, in levels of 255."""
-_RGB_SPACES = ("YCbCr", "Gray", "RGB")
-
-
 def decode_fast(data: bytes | memoryview) -> Picture:
     """Decode a JPEG directly, anything else by Pillow; raises as `decode_image`."""
     encoded = bytes(data)
-    pixels = _jpeg_pixels(encoded) if identify_format(encoded) == "JPEG" else None
-    return decode_image(encoded) if pixels is None else pixels
+    if identify_format(encoded) == "JPEG":
+        import simplejpeg  # not where a model is served, which reads by Pillow
 
-
-def _jpeg_pixels(data: bytes) -> NDArray[np.uint8] | None:
-    """Pixels of a whole JPEG, [H, W, 3]; none for one that only the reference can judge."""
-    import simplejpeg  # not where a model is served, which reads by Pillow
-
-    # strict, as by default: libjpeg's warnings are errors
-    try:
-        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-        require_decodable_jpeg(data, width, height, MAX_PIXELS)
-        if space not in _RGB_SPACES or read_jpeg_orientation(data) != 1:
-            return None
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
-    except ValueError:  # an image beyond the limits, too: the reference says so again
-        return None
-    return pixels
+        # libjpeg's warnings are errors; of them and images beyond the limits the reference judges
+        with suppress(ValueError):
+            height, width, space, _ = simplejpeg.decode_jpeg_header(encoded)
+            require_decodable_jpeg(encoded, width, height, MAX_PIXELS)
+            if space in ("YCbCr", "Gray", "RGB") and read_jpeg_orientation(encoded) == 1:
+                pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(encoded, "RGB")
+                return pixels
+    return decode_image(encoded)
 
 
 DECODERS: Mapping[Literal["fast", "reference"], Callable[[bytes | memoryview], Picture]] = {

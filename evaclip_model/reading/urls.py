@@ -13,11 +13,8 @@ def is_url(location: Path | str) -> bool:
 
 
 def resolve_location(folder: str, path: str) -> str:
-    """The place of `path`, which a file in `folder` names: itself a URL, or relative to the folder,
-    which is a path or a URL.
-
-    A store knows no `..`: a key of that name would not exist.
-    """
+    """The place of `path`, which a file in `folder` (a path or a URL) names: itself a URL, or
+    relative to the folder. A store knows no `..`: a key of that name would not exist."""
     if is_url(path):
         return path
     if not is_url(folder):
@@ -27,10 +24,7 @@ def resolve_location(folder: str, path: str) -> str:
 
 
 def open_filesystem(url: str) -> Any:
-    """fsspec's filesystem for a URL.
-
-    Raises: InputError: nothing installed knows this kind of URL.
-    """
+    """fsspec's filesystem for a URL; raises InputError if nothing installed knows its kind."""
     import fsspec  # only who reads from elsewhere waits for it
 
     try:
@@ -40,12 +34,8 @@ def open_filesystem(url: str) -> Any:
 
 
 def open_binary(location: str) -> Any:
-    """A file of this machine or at a URL, open for reading bytes.
-
-    Raises:
-        InputError: nothing installed knows this kind of URL.
-        Exception: it cannot be opened; every protocol has its own kinds.
-    """
+    """A file of this machine or at a URL, open for reading bytes; raises as `open_filesystem`, and
+    whatever its protocol has for a file that cannot be opened."""
     if is_url(location):
         return open_filesystem(location).open(location, "rb")
     return open(location, "rb")
@@ -54,10 +44,7 @@ def open_binary(location: str) -> Any:
 def read_text(location: Path | str) -> str:
     """Content of a small text file on this machine or at a URL: UTF-8, without a byte order mark.
 
-    Raises:
-        InputError: nothing installed knows this kind of URL.
-        OSError: it is not there, or cannot be read.
-        UnicodeDecodeError: it is not UTF-8.
+    Raises OSError, UnicodeDecodeError, and InputError as `open_filesystem`.
     """
     if not is_url(location):
         return Path(location).read_text(encoding="utf-8-sig")

@@ -145,10 +145,10 @@ class Rank:
             keep_freed_memory()
         self.part_size = size_of_parts(job, self.ranks)
         self.read_settings = ReadSettings(
-            job.cache_bytes,
-            job.read_workers,
-            job.shard_cache or job.run_dir / SHARD_CACHE,
-            job.shard_cache_bytes,
+            cache_bytes=job.cache_bytes,
+            workers=job.read_workers,
+            shard_cache=job.shard_cache or job.run_dir / SHARD_CACHE,
+            shard_cache_bytes=job.shard_cache_bytes,
         )
         self.reader = BatchReader(
             job.shards, config, rank=self.number, ranks=self.ranks, settings=self.read_settings

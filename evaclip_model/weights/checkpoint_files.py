@@ -17,26 +17,20 @@ WEIGHTS_FILE = "model.safetensors"
 """Name of the weights in a saved model's folder, here and at Hugging Face."""
 _INDEX = ".index.json"
 DEEPSPEED_STATES = "mp_rank_00_model_states.pt"
-_DEEPSPEED_NEWEST = "latest"
-"""DeepSpeed's file that names the newest folder beside it."""
 _WRAPPING_MODULES = {"module", "_orig_mod"}
 """Parts of names that come from DataParallel, DeepSpeed and torch.compile."""
 
 
 def open_tensors(
-    path: str | Path,
-    *,
-    shapes: Mapping[str, torch.Size],
-    allow_torchscript: bool = False,
+    path: str | Path, *, shapes: Mapping[str, torch.Size], allow_torchscript: bool = False
 ) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint by name, still on disk.
 
     Args:
         path: a .safetensors, .pt or .bin file; the index of a sharded checkpoint; a folder that
-            holds one of these or a `save_model`; a folder of DeepSpeed or of our training.
+            holds one of these or a `save_model`; a folder of DeepSpeed or of our training. Raises
+            InputError if there is nothing, or nothing readable.
         shapes: of parameters by name; training checkpoints of this package keep them flat.
-
-    Raises: InputError: nothing there, or not readable (`read_safetensors`, `read_torch`).
     """
     path = Path(path)
     if path.is_dir():
@@ -56,9 +50,8 @@ def plain_name(key: str) -> str:
 
 
 def find_newest_deepspeed(folder: Path) -> Path | None:
-    """The checkpoint that DeepSpeed's file `latest` in a training's folder names; None: no such
-    file."""
-    newest = folder / _DEEPSPEED_NEWEST
+    """The checkpoint that DeepSpeed's file `latest` in a training's folder names, if any."""
+    newest = folder / "latest"
     if not newest.is_file():
         return None
     return folder / Path(newest.read_text(errors="replace").strip()).name
@@ -79,10 +72,9 @@ def _of_folder(
         return _of_training(folder, shapes)
     if whole := list_checkpoints(folder):
         return _of_training(whole[0], shapes)
-    if states := sorted(folder.glob("mp_rank_*_model_states.pt")):
-        return _of_deepspeed(folder, states)
-    if newest := find_newest_deepspeed(folder):
-        return _of_deepspeed(newest, sorted(newest.glob("mp_rank_*_model_states.pt")))
+    for place in (folder, find_newest_deepspeed(folder)):
+        if place and (states := sorted(place.glob("mp_rank_*_model_states.pt"))):
+            return _of_deepspeed(place, states)
     if (folder / WEIGHTS_FILE).is_file():
         return read_safetensors(folder / WEIGHTS_FILE)
     for ending in (f".safetensors{_INDEX}", _INDEX):

@@ -29,7 +29,6 @@ VERSION = 2
 """Of the form; a manifest without one is of the first."""
 SLAB_BYTES = 8 << 20
 """Read or written at once."""
-_DTYPE = "F32"
 
 
 class UnusableCheckpoint(ValueError):
@@ -47,7 +46,6 @@ class TrainingProgress:
     bad_samples: dict[str, int]
     """Reason -> samples that could not be used, over all ranks."""
     seconds: float
-    """Training time so far."""
     settings: dict[str, Any]
     """`settings_of` the run: the state belongs to these and to no others."""
     samples: int = 0
@@ -67,10 +65,9 @@ class ShardFile(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckpointManifest:
-    """The content of `manifest.json`."""
+    """The content of `manifest.json`; `shards` are one of each rank that wrote, in their order."""
 
     shards: tuple[ShardFile, ...]
-    """One of each rank that wrote, in order of ranks."""
     progress: TrainingProgress
 
     def to_text(self) -> str:
@@ -83,8 +80,8 @@ class CheckpointManifest:
 
     @classmethod
     def from_text(cls, text: str, where: str) -> CheckpointManifest:
-        """Raises: UnusableCheckpoint: it was altered, cut off, or is of the first form.
-        InputError: it is of a form that this version does not know yet."""
+        """Raises UnusableCheckpoint: altered, cut off, or of the first form; InputError: of a form
+        that this version does not know yet."""
         try:
             content = json.loads(text)
             version = content.get("version", 1)
@@ -99,16 +96,12 @@ class CheckpointManifest:
                 raise UnusableCheckpoint(f"{where} was altered after it was written")
             known = {field.name for field in fields(TrainingProgress)}
             progress = {k: v for k, v in content["progress"].items() if k in known}
-            return cls(
-                tuple(ShardFile(**shard) for shard in content["shards"]),
-                TrainingProgress(**progress),
-            )
+            shards = tuple(ShardFile(**shard) for shard in content["shards"])
+            return cls(shards, TrainingProgress(**progress))
         except (InputError, UnusableCheckpoint):
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UnusableCheckpoint(
-                f"{where} is cut off or no manifest of a checkpoint"
-            ) from error
+            raise UnusableCheckpoint(f"{where} is cut off or no manifest") from error
 
 
 class StoredPiece(NamedTuple):
@@ -122,7 +115,6 @@ class StoredPiece(NamedTuple):
     size: int
     """Elements."""
     shard: int
-    """Number of the shard."""
     place: int
     """First byte in the shard."""
 
@@ -132,24 +124,20 @@ class StoredPiece(NamedTuple):
 
 
 def key_of(name: str, offset: int, kind: str) -> str:
-    """Return the name of a piece in its shard."""
+    """The name of a piece in its shard."""
     return f"{name}@{offset}#{kind}"
 
 
 def write_shard(file: BinaryIO, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Write `tensors` ([n] fp32 on the CPU, by `key_of`) as a safetensors file.
-
-    Neither copies them nor holds Python's lock while it writes and sums, so a training step may run
-    beside it.
-
-    Returns: Bytes and crc32 of the file.
-    """
+    """Write `tensors` ([n] fp32 on the CPU, by `key_of`) as a safetensors file, of which this
+    returns bytes and crc32. Neither copies them nor holds Python's lock while it writes and sums,
+    so a training step may run beside it."""
     entries, end = {}, 0
     for key, tensor in tensors.items():
         if tensor.dtype != torch.float32 or tensor.dim() != 1 or not tensor.is_contiguous():
             raise TypeError(f"'{key}' is not a contiguous [n] fp32 tensor")
         begin, end = end, end + tensor.nbytes
-        entries[key] = {"dtype": _DTYPE, "shape": [tensor.numel()], "data_offsets": [begin, end]}
+        entries[key] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     size, crc = 0, 0
@@ -160,12 +148,9 @@ def write_shard(file: BinaryIO, tensors: Mapping[str, Tensor]) -> tuple[int, int
 
 
 def checked_pieces(file: BinaryIO, shard: ShardFile, number: int, where: str) -> list[StoredPiece]:
-    """Read a whole shard once: what is in it, when it is as it was written.
-
-    Raises: UnusableCheckpoint: its length, checksum or header is not as it should be.
-    """
-    size, crc = 0, 0
-    start = b""
+    """Read a whole shard once: what is in it; raises UnusableCheckpoint if length or checksum are
+    not as they were written."""
+    size, crc, start = 0, 0, b""
     while data := file.read(SLAB_BYTES):
         start = start or data
         size, crc = size + len(data), zlib.crc32(data, crc)
@@ -195,10 +180,8 @@ def key_parts(key: str) -> tuple[str, int, str]:
 
 
 def sizes_of(pieces: Iterable[StoredPiece], where: str) -> dict[tuple[str, str], int]:
-    """Elements of each (parameter, kind).
-
-    Raises: UnusableCheckpoint: pieces overlap, or one is missing between others.
-    """
+    """Elements of each (parameter, kind); raises UnusableCheckpoint if pieces overlap, or one is
+    missing between others."""
     ends: dict[tuple[str, str], int] = {}
     for piece in sorted(pieces, key=lambda piece: (piece.name, piece.kind, piece.offset)):
         held = (piece.name, piece.kind)
@@ -267,10 +250,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def stored_parameters(folder: Path) -> dict[str, StoredTensor]:
     """The parameters in a checkpoint, `folder/step-N`, by name, flat, [n] fp32; their values stay
-    on disk.
-
-    Raises: InputError: a shard or a piece is missing, cut off or unreadable.
-    """
+    on disk. Raises InputError: a shard or a piece is missing, cut off or unreadable."""
     where = folder / MANIFEST
     pieces: dict[str, dict[int, StoredTensor]] = defaultdict(dict)
     try:

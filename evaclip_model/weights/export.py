@@ -1,8 +1,5 @@
-"""A model in the form that other libraries load: weights and configs for open_clip, timm and
-transformers; both towers as ONNX graphs.
-
-What they compute is what EVA-CLIP computes: exact GELU in the text tower, norms with the same eps.
-"""
+"""A model in the form that other libraries load, where it computes the same: weights and configs
+for open_clip, timm and transformers; both towers as ONNX graphs."""
 
 import importlib
 import json
@@ -51,7 +48,7 @@ _INLINE_BYTES = 1 << 30
 
 
 def export_model(model: nn.Module, path: str | Path, as_: Library) -> tuple[Path, ...]:
-    """Write a model for another library; tensors keep their dtype.
+    """Write a model for another library, its tensors in their dtype; returns the files written.
 
     Args:
         model: whose weights to write; it may be wrapped or sharded, as `save_weights` says.
@@ -60,15 +57,12 @@ def export_model(model: nn.Module, path: str | Path, as_: Library) -> tuple[Path
             `local-dir:FOLDER`, transformers with `from_pretrained`, open_clip as `local-dir:FOLDER`
             where timm has the image tower by name; of other towers it has no config.
 
-    Returns: The files written.
-
-    Raises: InputError: `as_` is unknown, `path` has another suffix of weights, or the library has
-        no such architecture.
+    Raises InputError: `as_` is unknown, `path` has another suffix of weights, or the library has no
+    such architecture.
     """
     path = Path(path)
-    if as_ not in get_args(Library):
-        known = ", ".join(get_args(Library))
-        raise InputError(f"there is no export as '{as_}': choose one of {known}")
+    if as_ not in (known := get_args(Library)):
+        raise InputError(f"there is no export as '{as_}': choose one of {', '.join(known)}")
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         raise InputError(
             f"{path}: exports are written as safetensors, never as pickled files; give a name "
@@ -93,12 +87,8 @@ def export_model(model: nn.Module, path: str | Path, as_: Library) -> tuple[Path
         tensors |= entry.split_native(released[entry.native])
     if tensors:
         write_weights(tensors, weights_path)
-    build = {
-        "timm": _timm_config,
-        "transformers": _transformers_config,
-        "open_clip": _open_clip_config,
-    }[as_]
-    config = None if is_file or not tensors else build(inside)
+    makers = {"timm": _timm_config, "transformers": _transformers_config}
+    config = makers.get(as_, _open_clip_config)(inside) if tensors and not is_file else None
     if config is None:
         return (weights_path,)
     write_atomically(path / names[1], json.dumps(config, indent=1) + "\n")
@@ -113,15 +103,9 @@ def export_onnx(model: nn.Module, folder: str | Path) -> tuple[Path, ...]:
     its features. Both carry as metadata `logit_scale` (the multiplier of cosines), `logit_bias` (of
     a sigmoid model; added to the products), `image_px`, `image_mean`, `image_std` (of RGB in
     [0, 1]) and `context_length`. Weights of a tower larger than 1 GiB lie beside its graph, in
-    `image.onnx.data` or `text.onnx.data`.
+    `image.onnx.data` or `text.onnx.data`. Returns the files written.
 
-    Args:
-        model: whose towers to write; not changed. It may be wrapped, but not sharded.
-        folder: made if need be.
-
-    Returns: The files written.
-
-    Raises: InputError: torch's exporter lacks a package; `pip install 'evaclip[onnx]'` brings it.
+    The model may be wrapped, but not sharded. Raises InputError: torch's exporter lacks a package.
     """
     for package in ("onnx", "onnxscript"):
         try:
@@ -145,10 +129,8 @@ def export_onnx(model: nn.Module, folder: str | Path) -> tuple[Path, ...]:
     images = torch.zeros(2, 3, vision.image_px, vision.image_px)
     tokens = torch.zeros(2, text.context_length, dtype=torch.long)
     return (
-        *_write_graph(
-            twin.visual, ("images", images), "image_features", folder / "image.onnx", facts
-        ),
-        *_write_graph(twin.text, ("tokens", tokens), "text_features", folder / "text.onnx", facts),
+        *_write_graph(twin.visual, images, ("images", "image_features"), folder / "image", facts),
+        *_write_graph(twin.text, tokens, ("tokens", "text_features"), folder / "text", facts),
     )
 
 
@@ -168,17 +150,16 @@ def _plain_twin(model: nn.Module) -> EvaClip:
 
 
 def _write_graph(
-    tower: nn.Module, example: tuple[str, Tensor], output: str, path: Path, facts: dict[str, str]
+    tower: nn.Module, example: Tensor, names: tuple[str, str], path: Path, facts: dict[str, str]
 ) -> tuple[Path, ...]:
-    name, value = example
     program = torch.onnx.export(
         tower,
-        (value,),
+        (example,),
         dynamo=True,
         opset_version=ONNX_OPSET,
         dynamic_shapes=({0: torch.export.Dim("batch")},),
-        input_names=[name],
-        output_names=[output],
+        input_names=names[:1],
+        output_names=names[1:],
         external_data=False,
         verbose=False,
     )
@@ -190,28 +171,29 @@ def _write_graph(
     # In a folder of its own: a graph holds the name of its weights' file.
     beside = path.with_name(f".{path.name}")
     beside.mkdir(exist_ok=True)
-    program.save(beside / path.name, external_data=is_large)
-    names = [f"{path.name}.data", path.name] if is_large else [path.name]
-    for written in names:
-        (beside / written).replace(path.with_name(written))
+    graph = f"{path.name}.onnx"
+    program.save(beside / graph, external_data=is_large)
+    written = (f"{graph}.data", graph) if is_large else (graph,)
+    for name in written:
+        (beside / name).replace(path.with_name(name))
     shutil.rmtree(beside)
-    return tuple(path.with_name(written) for written in names)
+    return tuple(map(path.with_name, written))
 
 
 def _require_timm(config: VisionConfig, library: Library) -> None:
-    """Raises: InputError: timm's Eva, which open_clip uses too, cannot be built like this."""
-    missing = {
-        "pooling 'mean' over the class token too": config.pooling != "class_token",
-        "SwiGLU without sub_norm in two weights": config.mlp == "swiglu" and not config.sub_norm,
-        "layer scale after residual post-norm": config.norm_placement == "residual_post"
-        and config.layer_scale_init is not None,
-    }
-    for what, is_asked in missing.items():
-        if is_asked:
-            raise InputError(
-                f"this image tower has no equal in timm, so there is no export as '{library}': "
-                f"timm has no {what}; export it as 'native' or ONNX"
-            )
+    """Raises InputError: timm's Eva, which open_clip uses too, cannot be built like this."""
+    if config.pooling != "class_token":
+        what = "pooling 'mean' over the class token too"
+    elif config.mlp == "swiglu" and not config.sub_norm:
+        what = "SwiGLU without sub_norm in two weights"
+    elif config.norm_placement == "residual_post" and config.layer_scale_init is not None:
+        what = "layer scale after residual post-norm"
+    else:
+        return
+    raise InputError(
+        f"this image tower has no equal in timm, so there is no export as '{library}': timm has no "
+        f"{what}; export it as 'native' or ONNX"
+    )
 
 
 def _timm_name(config: VisionConfig) -> str | None:
@@ -285,11 +267,9 @@ def _transformers_config(model: EvaClip) -> dict[str, Any]:
 
 
 def _open_clip_config(model: EvaClip) -> dict[str, Any] | None:
-    """open_clip's config; none for an image tower that timm, which builds it there, has no name
-    of."""
+    """open_clip's config; none for an image tower that timm, which builds it there, cannot name."""
     config = model.config
-    timm_name = _timm_name(config.vision)
-    if timm_name is None:
+    if (timm_name := _timm_name(config.vision)) is None:
         return None
     return {
         "model_cfg": {

@@ -33,10 +33,7 @@ class Reference(Config):
 
     @classmethod
     def read(cls, folder: Path) -> Reference | None:
-        """The reference in a model's folder; None if it has none.
-
-        Raises: InputError: it cannot be read.
-        """
+        """The reference in a model's folder, if any; raises InputError if it cannot be read."""
         path = folder / REFERENCE_FILE
         if not path.is_file():
             return None
@@ -53,10 +50,8 @@ class Reference(Config):
         return Path(unquote(parts.path)) if parts.scheme == "file" else None
 
     def obtain_weights(self, folder: Path, download: Download) -> Path:
-        """The weights: in their place if that can be reached, else put into `folder`.
-
-        Raises: InputError: they are gone, cannot be reached, or are others.
-        """
+        """The weights: in their place if that can be reached, else put into `folder`; raises
+        InputError if they are gone, cannot be reached, or are others."""
         try:
             file = self.path or download(self.uri, folder)
             is_same_size = file.stat().st_size == self.size
@@ -78,10 +73,7 @@ class Reference(Config):
 @contextmanager
 def at_hand(folder: Path, download: Download) -> Iterator[Path]:
     """A saved model's folder with its weights in it, whether they are there or referred to; what
-    had to be fetched is deleted at the end.
-
-    Raises: InputError: as `Reference.obtain_weights`.
-    """
+    had to be fetched is deleted at the end. Raises as `Reference.obtain_weights`."""
     reference = Reference.read(folder)
     if reference is None:
         yield folder

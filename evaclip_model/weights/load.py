@@ -1,21 +1,19 @@
 """Weights on disk: saving a model, and starting from anybody's checkpoint.
 
-Covers: writing released names; loading a file or folder of any known layout into a model or one of
-its towers, with a report; resizing what depends on the image, patch or context size.
 Not here: a saved folder as a model (create.py); reading files (checkpoint_files.py); whose names
 are whose (name_maps.py); writing other libraries' layouts (export.py); training state
 (training/checkpoint/).
 
 Loading is strict: whatever is in a file either belongs to the model, or is known to be of no use,
 or is an error. Image positions are resized bicubically without antialiasing, as the released
-models were; text positions are stretched in a line or cut. Saving takes the model out of whatever
-training wrapped it in.
+models were; text positions are stretched in a line or cut.
 """
 
 import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -45,9 +43,6 @@ _PREFIX = {"vision": "visual.", "text": "text."}
 _JOINT = ("visual.head.", "text.text_projection", *SCALARS)
 """The joint space: it belongs to the pair of towers, so one tower's file does not decide it."""
 _NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_POSITIONS = "visual.pos_embed"
-_PATCH_KERNEL = "visual.patch_embed.proj.weight"
-_TEXT_POSITIONS = "text.positional_embedding"
 _TRAINED_POSITIONS = 20
 """Text positions that are never stretched: web captions rarely have more tokens, so only these are
 well trained (Long-CLIP, arXiv 2403.15378), and short captions keep their features."""
@@ -66,11 +61,9 @@ class LoadReport:
     the projection to the joint space when one tower is loaded, and the norm inside the attention
     when it comes from pretraining."""
     resized: tuple[str, ...]
-    """The model's weights taken after resizing to its image, patch or context size; not in
-    `loaded`."""
+    """The model's weights taken after resizing; not in `loaded`."""
     unexpected: tuple[str, ...]
-    """Weights of the checkpoint, under EVA-CLIP's names, that the model has no place for; empty
-    unless they were allowed."""
+    """EVA-CLIP's names of what the model has no place for; empty unless they were allowed."""
     ignored: tuple[str, ...]
     """The checkpoint's own names of what is known to be of no use: RoPE tables (recomputed),
     pretraining heads, the tower and the projection that were not asked for."""
@@ -90,25 +83,19 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     """Write a model's weights as one safetensors file, never seen half-written, in their dtype and
     under the released checkpoints' names and shapes.
 
-    Args:
-        model: an EvaClip, as it is or inside torch.compile, DataParallel or
-            DistributedDataParallel; or sharded by FSDP2, when every rank must call and rank 0
-            alone writes.
-        path: of the file.
+    The model may be inside torch.compile, DataParallel or DistributedDataParallel; or sharded by
+    FSDP2, when every rank must call and rank 0 alone writes.
 
-    Raises:
-        InputError: `path` does not end in `.safetensors`, or `unwrap_model` refuses the model.
-        OSError: the disk is full; what was at `path` is still there.
+    Raises InputError: `path` does not end in `.safetensors`, or `unwrap_model` refuses the model;
+    OSError: the disk is full, and what was at `path` is still there.
     """
     if tensors := released_tensors(model):
         write_weights(tensors, Path(path))
 
 
 def save_model(model: nn.Module, folder: str | Path) -> None:
-    """Write `config.json`, `model.safetensors` and `preprocessing.json`, none of them in halves.
-
-    The model may be wrapped or sharded, as `save_weights` says.
-    """
+    """Write `config.json`, `model.safetensors` and `preprocessing.json`, none of them in halves, of
+    a model that may be wrapped or sharded, as `save_weights` says."""
     config = unwrap_model(model).config
     if not (tensors := released_tensors(model)):
         return
@@ -121,12 +108,8 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
 
 
 def unwrap_model(model: nn.Module) -> EvaClip:
-    """Return the EvaClip inside torch.compile, DataParallel, DistributedDataParallel, a DeepSpeed
-    engine or another wrapper that holds it as `module`.
-
-    Raises:
-        InputError: there is none, or its weights lie in pieces that only the wrapper can join.
-    """
+    """Return the EvaClip inside torch.compile or a wrapper that holds it as `module`; raises
+    InputError if there is none, or its weights lie in pieces that only the wrapper can join."""
     inner: object = model
     while not isinstance(inner, EvaClip):
         holder, inner = inner, getattr(inner, "_orig_mod", getattr(inner, "module", None))
@@ -148,13 +131,10 @@ def unwrap_model(model: nn.Module) -> EvaClip:
 def released_tensors(model: nn.Module) -> dict[str, Tensor]:
     """A model's weights by name, as the released files have them and without copies: [...] of the
     parameter's shape and dtype, `logit_scale` and `logit_bias` []. A parametrised weight is the sum
-    that it stands for.
+    that it stands for. Raises as `unwrap_model`.
 
     Those of a model that FSDP2 sharded are gathered, one by one, on the CPU of rank 0: every rank
     must call, and the others get none.
-
-    Raises:
-        InputError: as `unwrap_model`.
     """
     inside = unwrap_model(model)
     state = dict(inside.state_dict(keep_vars=True))
@@ -209,25 +189,20 @@ def load_weights(
     Args:
         model: changed in place; untouched when names, shapes or types do not fit. It may be
             wrapped as `save_weights` says, but not sharded.
-        path: a file or folder as `open_tensors` takes it: safetensors, .pt or .bin,
-            sharded with an index, a saved model, DeepSpeed's or this package's training state.
-        part: which tower to load, or all of the model.
+        path: a file or folder as `open_tensors` takes it.
         allow_unexpected: leave out weights that the model has no place for, and report them.
         allow_torchscript: open OpenAI's TorchScript archives, which hold code.
 
-    Raises: InputError: an unreadable file, an unknown layout, nothing that matches, a missing or
-        unexpected weight, another shape, integers, values that are not finite.
+    Raises InputError: an unreadable file, an unknown layout, nothing that matches, a missing or
+    unexpected weight, another shape, integers, values that are not finite.
     """
     path = Path(path)
     state = unwrap_model(model).state_dict()
     wanted = {plain_name(name): value for name, value in state.items()}
     if any(_is_sharded(value) for value in wanted.values()):
         raise InputError("the model is sharded by FSDP2: load its weights before fully_shard")
-    stored = open_tensors(
-        path,
-        shapes={key: value.shape for key, value in wanted.items()},
-        allow_torchscript=allow_torchscript,
-    )
+    shapes = {key: value.shape for key, value in wanted.items()}
+    stored = open_tensors(path, shapes=shapes, allow_torchscript=allow_torchscript)
     names = native_names(stored, where=str(path))
     asked = [entry for entry in names.entries if _is_asked(entry.native, part)]
     if any(entry.native == LOGIT_BIAS for entry in asked) and LOGIT_BIAS not in wanted:
@@ -254,40 +229,25 @@ def load_weights(
                 f"{_plain_dtype(wanted[key].dtype)}: take a checkpoint from before training "
                 "diverged, or load in another precision"
             )
-    left = [
-        source
-        for entry in names.entries
-        if not _is_asked(entry.native, part)
-        for source in entry.sources
-    ]
+    left = (entry.sources for entry in names.entries if not _is_asked(entry.native, part))
     return LoadReport(
         layout=names.layout,
         loaded=tuple(key for key in chosen if key not in resized),
         expected_gaps=gaps,
         resized=tuple(resized),
         unexpected=tuple(unexpected),
-        ignored=(*names.ignored, *left),
+        ignored=(*names.ignored, *chain.from_iterable(left)),
     )
 
 
-def resize_positions(table: Tensor, grid: int, *, align_corners: bool = False) -> Tensor:
-    """Resize [1, 1 + n * n, W] to [1, 1 + grid * grid, W]; the class token's row stays.
-
-    Bicubic without antialiasing, in at least float32; the dtype stays.
-
-    Args:
-        table: positions of the class token and of a square grid, row by row; or [1 + n * n, W], as
-            OpenAI's image towers have it.
-        grid: patches a side wanted.
-        align_corners: how OpenAI's tables are resized by EVA-CLIP's code; EVA's own are not.
-    """
-    if table.ndim == 2:
-        return resize_positions(table[None], grid, align_corners=align_corners)[0]
+def resize_positions(table: Tensor, grid: int) -> Tensor:
+    """Resize [1, 1 + n * n, W] to [1, 1 + grid * grid, W], bicubic without antialiasing, in at
+    least float32; the dtype and the class token's row stay."""
     old = math.isqrt(table.shape[1] - 1)
     if old == grid:
         return table
     image = table[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)  # [1, W, n, n]
-    image = _resize_bicubic(image, grid, align_corners)
+    image = _resize_bicubic(image, grid)
     return torch.cat((table[:, :1], image.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
 
 
@@ -308,11 +268,8 @@ def resize_patch_kernel(kernel: Tensor, patch_px: int) -> Tensor:
     return kernel if kernel.shape[-1] == patch_px else _resize_bicubic(kernel, patch_px)
 
 
-def _resize_bicubic(image: Tensor, size: int, align_corners: bool = False) -> Tensor:
-    resized = F.interpolate(
-        to_float32(image), size=(size, size), mode="bicubic", align_corners=align_corners
-    )
-    return resized.to(image.dtype)
+def _resize_bicubic(image: Tensor, size: int) -> Tensor:
+    return F.interpolate(to_float32(image), size=(size, size), mode="bicubic").to(image.dtype)
 
 
 def _is_asked(native: str, part: Part) -> bool:
@@ -344,18 +301,14 @@ def _require_something(chosen: Mapping[str, Entry], names: Names, part: Part, pa
 def _expected_gaps(
     wanted: Iterable[str], chosen: Mapping[str, Entry], layout: Layout, part: Part, path: Path
 ) -> tuple[str, ...]:
-    """The weights asked for that a checkpoint of this layout does not decide.
-
-    Raises: InputError: others are missing, too.
-    """
-    absent = [key for key in wanted if key not in chosen]
+    """The weights asked for that a checkpoint of this layout does not decide; raises InputError if
+    others are missing, too."""
+    prefix = "" if part == "all" else _PREFIX[part]
+    absent = [key for key in wanted if key not in chosen and key.startswith(prefix)]
+    gaps = [key for key in absent if key.startswith(_JOINT) or may_lack(layout, key)]
     if part == "all":
-        gaps: list[str] = []
-    else:
-        absent = [key for key in absent if key.startswith(_PREFIX[part])]
-        gaps = [key for key in absent if key.startswith(_JOINT) or may_lack(layout, key)]
-    missing = [key for key in absent if key not in gaps]
-    if missing:
+        gaps = []
+    if missing := [key for key in absent if key not in gaps]:
         raise InputError(
             f"{path} lacks {_name_some(missing)} of this architecture: choose the architecture "
             "it is of, or download it again"
@@ -366,10 +319,8 @@ def _expected_gaps(
 def _needs_resizing(
     entry: Entry, stored: Mapping[str, StoredTensor], target: Tensor, path: Path
 ) -> bool:
-    """Return whether a weight fits only after resizing.
-
-    Raises: InputError: it does not fit then either, or is not a floating-point number.
-    """
+    """Return whether a weight fits only after resizing; raises InputError if it does not fit then
+    either, or is not a floating-point number."""
     for source in entry.sources:
         if stored[source].dtype not in _NUMBERS:
             raise InputError(
@@ -381,12 +332,17 @@ def _needs_resizing(
     shape = () if is_scalar else entry.native_shape(shapes)
     if shape == target.shape or (entry.native in SCALARS and math.prod(shape) == 1):
         return False
-    if entry.native == _POSITIONS and _is_square_grid(shape) and shape[-1] == target.shape[-1]:
-        return True
-    if entry.native == _TEXT_POSITIONS and len(shape) == 2 and shape[1:] == target.shape[1:]:
-        return True
-    is_kernel = entry.native == _PATCH_KERNEL and len(shape) == 4 and shape[2] == shape[3]
-    if is_kernel and shape[:2] == target.shape[:2]:
+    match entry.native, shape:
+        case "visual.pos_embed", (1, rows, width):
+            is_square = rows > 1 and math.isqrt(rows - 1) ** 2 == rows - 1
+            fits = is_square and width == target.shape[-1]
+        case "text.positional_embedding", (_, width):
+            fits = width == target.shape[-1]
+        case "visual.patch_embed.proj.weight", (*before, height, width):
+            fits = height == width and before == list(target.shape[:2])
+        case _:
+            fits = False
+    if fits:
         return True
     raise InputError(
         f"{path}: '{entry.native}' has shape {list(shape)}, but the model needs "
@@ -394,23 +350,18 @@ def _needs_resizing(
     )
 
 
-def _is_square_grid(shape: tuple[int, ...]) -> bool:
-    if len(shape) != 3 or shape[0] != 1 or shape[1] <= 1:
-        return False
-    return math.isqrt(shape[1] - 1) ** 2 == shape[1] - 1
-
-
 def _fill_tensor(target: Tensor, entry: Entry, stored: Mapping[str, StoredTensor]) -> None:
     if entry.join == "same" and stored[entry.sources[0]].shape.numel() == target.numel():
         stored[entry.sources[0]].copy_to(target)
         return
     value = entry.join_sources({source: stored[source].read() for source in entry.sources})
-    if entry.native == _POSITIONS:
-        value = resize_positions(to_float32(value), math.isqrt(target.shape[1] - 1))
-    elif entry.native == _TEXT_POSITIONS:
-        value = resize_text_positions(to_float32(value), target.shape[0])
-    elif entry.native == _PATCH_KERNEL:
-        value = resize_patch_kernel(to_float32(value), target.shape[-1])
+    match entry.native:
+        case "visual.pos_embed":
+            value = resize_positions(to_float32(value), math.isqrt(target.shape[1] - 1))
+        case "text.positional_embedding":
+            value = resize_text_positions(to_float32(value), target.shape[0])
+        case "visual.patch_embed.proj.weight":
+            value = resize_patch_kernel(to_float32(value), target.shape[-1])
     target.copy_(value)
 
 

@@ -1,9 +1,6 @@
 """Names of the same weights in the checkpoints and libraries that hold them: recognising a
 checkpoint's layout from its keys, and each weight's name here and there, in both directions.
-
-Nothing here reads a tensor before it is asked for, so that files stay memory-mapped. "Native" is
-the naming of the released EVA-CLIP files and of this package's own.
-"""
+"Native" is the naming of the released EVA-CLIP files and of this package's own."""
 
 from __future__ import annotations
 
@@ -47,22 +44,18 @@ class Entry:
     sources: tuple[str, ...]
     """Names in the other layout, in the order they are stacked in."""
     join: Join = "same"
-    """How the sources make the native tensor."""
 
     def join_sources(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return the native tensor: the source as it is, transposed, or several [n, ...] as [sum of
-        n, ...]; only this entry's sources are taken from `tensors`.
-
-        Raises: KeyError: a source is missing.
-        """
+        """The native tensor: the source in `tensors` as it is, transposed, or several [n, ...] as
+        [sum of n, ...]."""
         if self.join == "rows":
             return torch.cat([tensors[key] for key in self.sources])
         value = tensors[self.sources[0]]
         return value.t() if self.join == "transposed" else value
 
     def split_native(self, native: Tensor) -> dict[str, Tensor]:
-        """The other direction: the native tensor [n, ...] as the other layout's, which are views of
-        it: whole, transposed, or one [n / sources, ...] for each source."""
+        """The native tensor [n, ...] as the other layout's, which are views of it: whole,
+        transposed, or one [n / sources, ...] for each source."""
         if self.join == "rows":
             return dict(zip(self.sources, native.chunk(len(self.sources)), strict=True))
         return {self.sources[0]: native.t() if self.join == "transposed" else native}
@@ -85,13 +78,12 @@ class Names:
     """Meaning of the keys of a checkpoint."""
 
     layout: Layout
-    """Whose names they are."""
     entries: tuple[Entry, ...]
     """Every key that may be a weight. A key nobody knows is an entry under its own name, with its
     tower's prefix if it has none, so that it can be reported as unexpected."""
     ignored: tuple[str, ...]
-    """Keys that such checkpoints hold and EVA-CLIP has no use for: RoPE tables (recomputed), the
-    mask token and prediction head of pretraining, OpenAI's scalars, index and mask buffers."""
+    """Keys that EVA-CLIP has no use for: RoPE tables (recomputed), the mask token and prediction
+    head of pretraining, OpenAI's scalars, index and mask buffers."""
 
 
 _TABLES = Path(__file__).with_suffix(".json")
@@ -143,8 +135,7 @@ _TOWERS: dict[Layout, tuple[_Tower, ...]] = {
     "open_clip": (_Tower("visual.", "visual.trunk.", _timm_rules), _TEXT),
     "transformers": (_Tower("text.", "", _transformers_rules),),
 }
-"""Towers of each layout; a key belongs to the first whose prefix it has."""
-
+"""A key belongs to the first tower of its layout whose prefix it has."""
 _TRANSFORMERS_MARK = "embeddings.token_embedding.weight"
 _TIMM_MARKS = (".attn.norm.", ".mlp.norm.", ".mlp.fc1_g.", ".attn.q_proj.bias")
 _MIM_MARKS = ("mask_token", "lm_head.weight")
@@ -162,22 +153,19 @@ def native_names(keys: Iterable[str], where: str = "the checkpoint") -> Names:
     """Recognise a checkpoint's layout from all its keys, without wrappers, and name its weights as
     the released EVA-CLIP files do. timm's EVA-01 and EVA-02-E towers come out as `eva_vision`.
 
-    Raises: InputError: no tower of any known layout is among the keys.
+    Raises InputError: no tower of any known layout is among the keys.
     """
     keys = dict.fromkeys(keys)
     layout = _recognise_layout(keys, where)
     useless = [_USELESS, *([_USELESS_TRANSFORMERS] if layout == "transformers" else [])]
-    ignored = [key for key in keys if any(pattern.fullmatch(key) for pattern in useless)]
-    left = keys.keys() - set(ignored)
+    ignored = dict.fromkeys(key for key in keys if any(one.fullmatch(key) for one in useless))
+    left = dict.fromkeys(key for key in keys if key not in ignored)
     towers = [
         (tower, {source: rule for rule in tower.rules(keys) for source in rule.sources})
         for tower in _TOWERS[layout]
     ]
-    entries: dict[str, Entry] = {}
-    for key in keys:
-        if key in left:
-            entry = _native_entry(key, towers, left)
-            entries[entry.native] = entry
+    found = (_native_entry(key, towers, left) for key in left)
+    entries = {entry.native: entry for entry in found}
     return Names(layout, tuple(entries.values()), tuple(ignored))
 
 
@@ -200,11 +188,9 @@ def foreign_names(native_keys: Iterable[str], layout: Layout) -> tuple[Entry, ..
 
 
 def may_lack(layout: Layout, native: str) -> bool:
-    """Return whether a checkpoint of the layout lacks this weight by its nature.
-
-    Masked image modelling runs without the norm inside the attention and without a projection to
-    the joint space; CLIP starts the norm at gain 1 and bias 0 (EVA-02's pretraining builder).
-    """
+    """Return whether a checkpoint of the layout lacks this weight by its nature: masked image
+    modelling runs without the norm inside the attention and without a projection to the joint
+    space (EVA-02's pretraining builder)."""
     return layout == "eva_mim" and (".inner_attn_ln." in native or native.startswith("visual.head"))
 
 

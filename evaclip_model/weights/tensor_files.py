@@ -42,19 +42,10 @@ _WRAPPERS = ("model", "module", "state_dict")
 _LARGEST_INFLATION = 8
 """Of a compressed file, as a multiple of its size; weights hardly shrink."""
 _SLAB_BYTES = 8 << 20
-"""Read at once; small beside any model."""
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+"""Read at once."""
+_DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
+_DTYPES |= {f"F{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)}
+_DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
 """Of safetensors' names."""
 
 
@@ -69,19 +60,14 @@ class StoredTensor:
     once: what had to be read whole is let go of."""
 
     def read(self) -> Tensor:
-        """Read the tensor, [*shape] of its own dtype.
-
-        Raises: InputError: the file has become shorter.
-        """
+        """Read the tensor, [*shape] of its own dtype; raises as `copy_to`."""
         value = torch.empty(self.shape, dtype=self.dtype)
         self.copy_to(value)
         return value
 
     def copy_to(self, destination: Tensor) -> None:
-        """Write the values into `destination`, [*shape] of any dtype and device.
-
-        Raises: InputError: the file has become shorter.
-        """
+        """Write the values into `destination`, [*shape] of any dtype and device; raises InputError
+        if the file has become shorter."""
         if not destination.is_contiguous():
             destination.copy_(self.read())
             return
@@ -97,8 +83,8 @@ def write_tensors(
     """Write `tensors`, contiguous [...] of any shapes on the CPU, to `path` as a safetensors file,
     and wait until they are on the disk.
 
-    Raises: OSError: the disk is full, or refuses for another reason; `path` is gone then.
-        safetensors itself raises an error that names the reason in its text only.
+    Raises OSError: the disk is full, say (safetensors has the number in its text only); `path` is
+    gone then.
     """
     try:
         save_file(dict(tensors), path, metadata)
@@ -107,18 +93,16 @@ def write_tensors(
             os.fsync(file.fileno())
     except BaseException as error:
         path.unlink(missing_ok=True)
-        reason = _SYSTEM_ERROR.search(str(error)) if isinstance(error, SafetensorError) else None
-        if reason is None:
+        reason = _SYSTEM_ERROR.search(str(error))
+        if reason is None or not isinstance(error, SafetensorError):
             raise
         number = int(reason[1])
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file by name.
-
-    Raises: InputError: the file is unreadable or cut off, or holds a type that torch lacks.
-    """
+    """The tensors of a safetensors file by name; raises InputError if it is unreadable or cut off,
+    or holds quantised values."""
     try:
         with safe_open(path, framework="pt"):  # checks the header against the file's length
             pass
@@ -146,15 +130,10 @@ def read_torch(path: Path, *, allow_torchscript: bool = False) -> dict[str, Stor
     """The tensors of a torch file by name, taken out of `model`, `module` or `state_dict`.
 
     Files of torch 1.6 and newer are read piece by piece; older ones and TorchScript archives are in
-    memory whole until their tensors are taken.
+    memory whole until their tensors are taken. `allow_torchscript` runs the archive's own
+    initialisation, so only where its origin is trusted.
 
-    Args:
-        path: what `torch.save` or DeepSpeed wrote; plain containers and tensors only.
-        allow_torchscript: open a TorchScript archive, such as OpenAI's CLIP files, too. That runs
-            the archive's own initialisation, so only where its origin is trusted.
-
-    Raises: InputError: unreadable or cut off; needs pickled classes; a TorchScript archive,
-        unasked.
+    Raises InputError: unreadable or cut off; needs pickled classes; a TorchScript archive, unasked.
     """
     try:
         is_script, is_plain = _inspect_archive(path)
@@ -170,9 +149,9 @@ def read_torch(path: Path, *, allow_torchscript: bool = False) -> dict[str, Stor
         for key, value in _find_state(content).items()
         if isinstance(value, Tensor) and value.layout is torch.strided
     }
+    del content
     if is_plain:
         return {key: _from_meta(path, value) for key, value in tensors.items()}
-    del content
     return _in_memory(tensors)
 
 
@@ -186,18 +165,12 @@ class _Luggage:
         pass
 
 
-def _new_mapping(*_: object) -> dict[object, object]:
-    """Stands in for mappings with a default, whose items follow."""
-    return {}
-
-
 def _load_past_luggage(path: Path, device: str) -> Any:
-    """The content of a torch file, with stand-ins for what `_LUGGAGE` names.
-
-    numpy's own constructors are not called either: a forged dtype reaches foreign memory.
-    """
+    """The content of a torch file, with stand-ins for what `_LUGGAGE` names; numpy's own
+    constructors are not called either: a forged dtype reaches foreign memory."""
     places: dict[str, Any] = {f"builtins.{name}": _Luggage for name in _BUILTINS}
-    places["collections.defaultdict"] = _new_mapping
+    # of mappings with a default, whose items follow
+    places["collections.defaultdict"] = lambda *_: {}
     while True:
         stands_in: list[Any] = [(found, name) for name, found in places.items()]
         try:
@@ -212,11 +185,8 @@ def _load_past_luggage(path: Path, device: str) -> Any:
 
 
 def _inspect_archive(path: Path) -> tuple[bool, bool]:
-    """Return whether a file is a TorchScript archive, and whether its tensors lie uncompressed.
-
-    Raises:
-        InputError: it is compressed to a small part of what it would take in memory.
-    """
+    """Return whether a file is a TorchScript archive, and whether its tensors lie uncompressed;
+    raises InputError if it is compressed to a small part of what it would take in memory."""
     if not zipfile.is_zipfile(path):
         return False, False
     with zipfile.ZipFile(path) as archive:
@@ -243,9 +213,9 @@ def _find_state(content: Any) -> Mapping[Any, Any]:
     """The innermost mapping that wrappers lead to."""
     if not isinstance(content, Mapping):
         return {}
-    inner = (content.get(wrapper) for wrapper in _WRAPPERS)
-    wrapped = next((value for value in inner if isinstance(value, Mapping)), None)
-    return content if wrapped is None else _find_state(wrapped)
+    wrapped = (content[wrapper] for wrapper in _WRAPPERS if wrapper in content)
+    inner = next((value for value in wrapped if isinstance(value, Mapping)), None)
+    return content if inner is None else _find_state(inner)
 
 
 def _in_memory(tensors: dict[str, Tensor]) -> dict[str, StoredTensor]:
@@ -261,11 +231,8 @@ def _in_memory(tensors: dict[str, Tensor]) -> dict[str, StoredTensor]:
 
 
 def _from_meta(path: Path, tensor: Tensor) -> StoredTensor:
-    """Return what torch's reader found out about a tensor without reading its values.
-
-    Raises:
-        InputError: the tensor, expanded or made up, is larger than its values in the file.
-    """
+    """Return what torch's reader found out about a tensor without reading its values; raises
+    InputError if it, expanded or made up, is larger than its values in the file."""
     storage: Any = tensor.untyped_storage()
     if tensor.numel() * tensor.itemsize > min(storage.nbytes(), path.stat().st_size):
         shape = " x ".join(map(str, tensor.shape))
@@ -303,8 +270,9 @@ def _iterate_slabs(path: Path, place: int, count: int, dtype: torch.dtype) -> It
 def _make_refusal(path: Path, error: Exception) -> InputError:
     forbidden = _FORBIDDEN.search(str(error))
     if forbidden is None:
-        reason = str(error) if isinstance(error, OSError) else "no torch file"
-        return _unreadable_error(path, reason)
+        return _unreadable_error(
+            path, str(error) if isinstance(error, OSError) else "no torch file"
+        )
     return InputError(
         f"{path} holds objects of {forbidden[1]} besides tensors, and opening them would run "
         "pickled code: where you trust it, open it with torch.load(..., weights_only=False) and "

@@ -8,16 +8,18 @@ from itertools import groupby, pairwise
 import numpy as np
 import pytest
 
-from evaclip_model.reading.order import DRAWN_AT_ONCE, ORDERS, Order
+from evaclip_model.reading.order import DRAWN_AT_ONCE, ORDERS, SourceOrder
 
 SAMPLES = [10, 3, 25, 8]
 
 
-def order(kind: str, samples: list[int] = SAMPLES, *, window: int = 7, seed: int = 1) -> Order:
+def order(
+    kind: str, samples: list[int] = SAMPLES, *, window: int = 7, seed: int = 1
+) -> SourceOrder:
     return ORDERS[kind](samples, source=0, lanes=4, window=window, seed=seed)
 
 
-def drawn(one: Order, lane: int, first: int, stop: int) -> list[tuple[int, int]]:
+def drawn(one: SourceOrder, lane: int, first: int, stop: int) -> list[tuple[int, int]]:
     """(shard, place in it) of a lane's draws."""
     found = []
     for draw in range(first, stop):

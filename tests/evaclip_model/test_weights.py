@@ -230,14 +230,6 @@ def test_a_half_precision_table_is_resized_in_single_precision(tmp_path: Path):
     assert torch.equal(larger.visual.pos_embed.detach(), expected)
 
 
-def test_positions_of_openais_form_resize_as_the_original_with_corners_aligned():
-    tables = load_file(DATA / "openai_positions.safetensors")
-    before, after = tables["openai_positions.before"], tables["openai_positions.after"]
-    resized = resize_positions(before, 24, align_corners=True)
-    torch.testing.assert_close(resized, after, rtol=0, atol=1e-6)
-    assert (resize_positions(before, 24) - after).abs().max() > 1e-2
-
-
 def test_a_patch_kernel_and_its_positions_are_resized_together(tmp_path: Path):
     save_weights(model(), tmp_path / "patch4.safetensors")
     values = CONFIG.model_dump()
