@@ -9,8 +9,7 @@ GradCheckpointing = Literal["none", "selective", "full"]
 """Activations that the backward pass computes again; see `layers.run_block`."""
 Library = Literal["native", "open_clip", "timm", "transformers"]
 """native: this package's own and the released files' names. open_clip: both towers. timm: the
-image tower with its head. transformers: the text tower with its projection, as
-`CLIPTextModelWithProjection` has it; of EVA's image towers it has none of its own, but opens
-timm's form through `TimmWrapperModel`."""
+image tower with its head. transformers: the text tower as `CLIPTextModelWithProjection` has it;
+EVA's image towers it opens in timm's form, through `TimmWrapperModel`."""
 Form = Literal["native", "open_clip", "timm", "transformers", "onnx"]
 """A `Library`, or both towers as ONNX graphs."""

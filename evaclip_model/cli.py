@@ -6,8 +6,9 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option, Typer
 from typer.exceptions import TyperException
@@ -94,7 +95,10 @@ def classify_images(
     ] = "{}",
 ) -> None:
     """Say which label fits an image."""
-    _check_labels(labels, template)
+    if len(set(labels)) < 2:
+        raise InputError("give at least two different labels to choose from")
+    if template.count("{}") != 1:
+        raise InputError(f"template '{template}' must hold '{{}}' once, where the label goes")
 
     from evaclip_model.zeroshot.image_files import image_features, image_files
 
@@ -142,36 +146,25 @@ def embed(
     if bool(images) == (text is not None):
         raise InputError("give images or folders of them, or --text FILE, and not both")
 
-    from evaclip_model.zeroshot.exact_ranks import encode_texts
-    from evaclip_model.zeroshot.image_files import (
-        image_features,
-        image_files,
-        names_file,
-        write_features,
-    )
+    from evaclip_model.zeroshot import image_files as features
 
     names, about = _read_lines(text) if text is not None else [], {}
-    files = list(dict.fromkeys(file for source in images or [] for file in image_files(source)))
+    given = (file for source in images or [] for file in features.image_files(source))
+    files = list(dict.fromkeys(given))
     with freed_memory_kept():
         model = open_named_model(model_name, weights, device, precision)
         if text is not None:
-            values = encode_texts(
-                model,
-                names,
-                context_length=model.config.text.context_length,
-                batch_size=batch_size,
-                device=str(model.logit_scale.device),
-                progress=_Progress("captions", len(set(names))),
-            )
+            progress = _Progress("captions", len(set(names)))
+            values = _encode_captions(model, names, batch_size=batch_size, progress=progress)
         else:
             progress = _Progress("images", len(files))
-            found = image_features(model, files, batch_size=batch_size, progress=progress)
+            found = features.image_features(model, files, batch_size=batch_size, progress=progress)
             values, names = found.values, list(map(str, found.files))
             about = {"unreadable": {str(file): why for file, why in found.unreadable.items()}}
             _warn_of_unreadable(found.unreadable, len(files))
-    write_features(out, values, names, about)
+    features.write_features(out, values, names, about)
     what = "images" if text is None else "captions"
-    print(f"{len(names):,} {what}: {out}, {names_file(out)}")
+    print(f"{len(names):,} {what}: {out}, {features.names_file(out)}")
 
 
 def _read_lines(file: Path) -> list[str]:
@@ -306,36 +299,29 @@ def open_named_model(name: str, weights: Path | None, device: str, precision: Pr
         raise InputError(f"--device {device} cannot be used here ({first})") from None
 
 
-def _check_labels(labels: Sequence[str], template: str) -> None:
-    if len(set(labels)) < 2:
-        raise InputError("give at least two different labels to choose from")
-    if template.count("{}") != 1:
-        raise InputError(f"template '{template}' must hold '{{}}' once, where the label goes")
-
-
 def compute_label_probabilities(
     model: EvaClip, images: Tensor, labels: Sequence[str], template: str
 ) -> Tensor:
     """Probabilities [N, L] of labels for image features [N, E]."""
-    from evaclip_model.zeroshot.exact_ranks import encode_texts
-
-    texts = encode_texts(
-        model,
-        [template.replace("{}", label) for label in labels],
-        context_length=model.config.text.context_length,
-        device=str(model.logit_scale.device),
-    )
+    texts = _encode_captions(model, [template.replace("{}", label) for label in labels])
     cosines = (images @ texts.T).to(model.logit_scale.device)
     return model.compute_probabilities(cosines).detach().cpu()
 
 
+def _encode_captions(model: EvaClip, captions: Sequence[str], **options: Any) -> Tensor:
+    from evaclip_model.zeroshot.exact_ranks import encode_texts
+
+    device, length = str(model.logit_scale.device), model.config.text.context_length
+    return encode_texts(model, captions, context_length=length, device=device, **options)
+
+
 def _warn_of_unreadable(unreadable: Mapping[Path, str], total: int) -> None:
-    if unreadable:
-        print(f"{len(unreadable):,} of {total:,} images cannot be read:", file=sys.stderr)
-    for file, why in list(unreadable.items())[:MOST_NAMED]:
-        print(f"  {file} ({why})", file=sys.stderr)
+    lines = [f"  {file} ({why})" for file, why in islice(unreadable.items(), MOST_NAMED)]
     if len(unreadable) > MOST_NAMED:
-        print(f"  and {len(unreadable) - MOST_NAMED:,} more", file=sys.stderr)
+        lines.append(f"  and {len(unreadable) - MOST_NAMED:,} more")
+    if lines:
+        first = f"{len(unreadable):,} of {total:,} images cannot be read:"
+        print(first, *lines, sep="\n", file=sys.stderr)
 
 
 class _Progress:
@@ -354,10 +340,9 @@ class _Progress:
             return
         self._said = now
         rate = done / (now - self._started)
-        line = f"{done:,} of {self._total:,} {self._what}, {rate:,.1f} a second"
-        end = "\n" if is_end or not self._in_place else ""
-        start = "\r\033[K" if self._in_place else ""
-        print(start + line, end=end, file=sys.stderr, flush=True)
+        start, end = ("\r\033[K", "\n" * is_end) if self._in_place else ("", "\n")
+        line = f"{start}{done:,} of {self._total:,} {self._what}, {rate:,.1f} a second"
+        print(line, end=end, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ form that digests are taken of, which outlives renamed and added settings."""
 import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from types import UnionType
-from typing import Any, ClassVar, Self, Union, get_args, get_origin
+from typing import Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -18,8 +17,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     RENAMED: ClassVar[Mapping[str, str]] = {}
-    """First key of a setting -> its present key, dotted where it moved into a table of this one.
-    The first key is refused with a sentence that names the present one."""
+    """First key of a setting, refused -> its present key, dotted where it moved into a table."""
     REMOVED: ClassVar[Mapping[str, str]] = {}
     """Key of a setting that is gone -> the reason, with which it is refused."""
     ADDED: ClassVar[tuple[str, ...]] = ()
@@ -122,9 +120,5 @@ def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> Any:
 
 def _model_inside(annotation: Any) -> Any:
     """The pydantic model inside `X | None`, `list[X]`, `tuple[X, ...]` or `dict[str, X]`."""
-    if get_origin(annotation) in (Union, UnionType, list, tuple, dict):
-        for argument in get_args(annotation):
-            found = _model_inside(argument)
-            if hasattr(found, "model_fields"):
-                return found
-    return annotation
+    inside = map(_model_inside, get_args(annotation))
+    return next((found for found in inside if hasattr(found, "model_fields")), annotation)

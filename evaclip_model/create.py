@@ -78,12 +78,13 @@ def _require_plausible_size(config: ModelConfig, weights: str | Path) -> None:
     Position tables may be resized; every block has tensors of its own."""
     shapes = [tensor.shape for tensor in open_tensors(weights, shapes={}).values()]
     values = sum(shape.numel() for shape in shapes)
-    vision, text = config.vision, config.text
+    vision, text, joint = config.vision, config.text, config.embed_dim
+    patch = 3 * vision.patch_px**2
     # of tables and matrices that a model of this config has for certain
     claimed = max(
-        vision.width * max(vision.width, vision.mlp_width, config.embed_dim, 3 * vision.patch_px**2),
+        vision.width * max(vision.width, vision.mlp_width, joint, patch),
         vision.width * vision.num_patches // _LARGEST_ENLARGEMENT,
-        text.width * max(text.width, text.vocab_size, text.context_length, config.embed_dim),
+        text.width * max(text.width, text.vocab_size, text.context_length, joint),
     )
     if claimed > values or vision.layers + text.layers > len(shapes):
         raise InputError(
@@ -134,8 +135,8 @@ def interpolate_weights(start: str | Path, end: str | Path, weight: float) -> Ev
 def open_model(
     folder: str | Path, precision: Precision = "fp32", attention: AttentionChoice = "auto"
 ) -> EvaClip:
-    """Open what `save_model` wrote, in evaluation mode; raises InputError if the folder or one of
-    its files is missing, or they do not fit each other."""
+    """Open what `save_model` wrote, in evaluation mode; raises InputError: missing or ill-matched
+    files."""
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():

@@ -10,14 +10,9 @@ from typing import IO
 
 @contextmanager
 def replace_file(path: Path, *, beside: Path | None = None, sync: bool = True) -> Iterator[Path]:
-    """Yield a path to write to; it takes the place of `path` when the block ends without an error.
-
-    Args:
-        path: the file to make or replace; its folder must exist.
-        beside: what is yielded, on the file system of `path`; by default a hidden name in its
-            folder that no other process uses, so that two may write the same file.
-        sync: wait until the content is on the disk before the rename.
-    """
+    """Yield a path to write to, `beside`; it takes the place of `path` when the block ends without
+    an error. By default it is a hidden name in the same folder that no other process uses. With
+    `sync` the content is on the disk before the rename."""
     beside = beside or path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield beside
@@ -38,10 +33,7 @@ def write_atomically(path: Path, content: str | bytes, *, sync: bool = True) -> 
 
 def lock_file(path: Path, *, shared: bool = False) -> IO[str] | None:
     """Lock a file, made if need be; None when another process holds it, or where `shared` holds it
-    for itself alone.
-
-    Close what is returned to let go; the kernel lets go when the holder dies, however it dies.
-    """
+    for itself alone. Close what is returned to let go; the kernel does so when the holder dies."""
     lock = path.open("w")
     try:
         fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

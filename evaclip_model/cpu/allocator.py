@@ -1,11 +1,6 @@
-"""Host memory that torch frees, kept by the C library for the next use; on glibc, elsewhere nothing
-changes.
-
-glibc asks the kernel for every block above 32 MB anew and returns it when it is freed, and the top
-of its heap as well. The kernel clears each page that it hands out. Keeping them takes a B/16's
-training step on a CPU from 6.45 s to 4.85 s (BENCHMARKS.md), most of all in the update, whose
-temporaries are as large as the model, and a sixth off its time to encode.
-"""
+"""Host memory that torch frees, kept by glibc for the next use; elsewhere nothing changes. The
+kernel would clear each page of every block above 32 MB: keeping them takes a quarter off a B/16's
+training step on a CPU (BENCHMARKS.md)."""
 
 import ctypes
 from collections.abc import Iterator
@@ -18,11 +13,8 @@ _NEVER, _TRIM_DEFAULT, _MMAP_DEFAULT = -1, 128 * 1024, 65536
 
 
 def keep_freed_memory() -> bool:
-    """Use freed memory again instead of returning it, in this process, from now on.
-
-    The process then keeps what it needed at its largest, and gaps between that (a B/16's training:
-    a twentieth). Returns whether the C library obeys.
-    """
+    """Use freed memory again instead of returning it, in this process, from now on; returns whether
+    the C library obeys."""
     library = _load_glibc()
     return bool(
         library and library.mallopt(_MMAP_MAX, 0) and library.mallopt(_TRIM_THRESHOLD, _NEVER)

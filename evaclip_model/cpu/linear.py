@@ -2,9 +2,8 @@
 gradients are torch's.
 
 torch multiplies float32 matrices on a CPU with MKL, whose kernels for processors of other makers
-use half of their vector width; oneDNN, which torch carries too and uses for bfloat16, uses all of
-it: 250 against 120 GFLOP/s on an AMD processor, less of a difference on an Intel one
-(BENCHMARKS.md). Both round float32 sums, in another order.
+use half of their vector width; oneDNN, which torch carries too, uses all of it: 250 against 120
+GFLOP/s on an AMD processor (BENCHMARKS.md). Both round float32 sums, in another order.
 """
 
 from typing import Any
@@ -86,7 +85,5 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _compute_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if torch.compiler.is_compiling():
-        out: Tensor = _opaque_multiply(x, weight, bias)
-        return out
-    return _multiply_on_cpu(x, weight, bias)
+    multiply = _opaque_multiply if torch.compiler.is_compiling() else _multiply_on_cpu
+    return multiply(x, weight, bias)

@@ -91,8 +91,7 @@ class EvaClip(nn.Module):
         branches: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Image features [B, E] and text features [B, E], of unit length, and the inverse
-        temperature [], all in at least float32; of inputs as `encode_image` and `encode_text` take
-        them."""
+        temperature [], all in at least float32; arguments as of `encode_image`, `encode_text`."""
         return (
             self.encode_image(images, normalize=True, kept=kept, branches=branches),
             self.encode_text(tokens, normalize=True),
@@ -114,10 +113,7 @@ class EvaClip(nn.Module):
 
     def set_grad_checkpointing(self, mode: GradCheckpointing) -> None:
         """Set how much of each block the backward pass computes again: "none"; "selective", all but
-        matrix products and fused attention; or "full". Results stay the same.
-
-        Raises InputError: another mode.
-        """
+        matrix products and fused attention; or "full". Results stay the same."""
         if mode not in (known := get_args(GradCheckpointing)):
             raise InputError(
                 f"grad_checkpointing '{mode}' is unknown: choose one of {', '.join(known)}"

@@ -47,8 +47,6 @@ _PACKAGES = {
     "flash2": _Package("flash-attn", "flash_attn", "pip install 'evaclip[cuda]'", 256),
     "flash4": _Package("flash-attn-4", "flash_attn.cute", "pip install --pre flash-attn-4", 128),
 }
-FLASH_CAPABILITY = range(8, 13)
-"""Major compute capabilities that the packages run on."""
 DTYPES: Mapping[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -61,16 +59,14 @@ def attention_kernel(choice: AttentionChoice, head_widths: Sequence[int] = ()) -
 
     "auto" takes the faster of "sdpa" (torch's fused attention) and "eager" (plain matrix products)
     for each device and dtype; "flash2" and "flash4" are the packages flash-attn and flash-attn-4.
-
-    Raises InputError: there is no such choice, its package is missing, or this machine's device or
-    a head width is not one it works with.
+    Raises InputError: an unknown choice, a missing package, another device or head width.
     """
     if choice in _PACKAGES:
         return _flash_kernel(choice, head_widths)
-    if choice not in _BUILT_IN:
+    if choice not in _KERNELS:
         known = ", ".join(get_args(AttentionChoice))
         raise InputError(f"attention '{choice}' is unknown: choose one of {known}")
-    return _BUILT_IN[choice]
+    return _KERNELS[choice]
 
 
 def resolved_attention(
@@ -84,7 +80,7 @@ def resolved_attention(
 
 
 def require_dtype(choice: AttentionChoice, dtype: torch.dtype) -> None:
-    """Raises: InputError: the kernel does not compute in `dtype`."""
+    """Raises InputError: the kernel does not compute in `dtype`."""
     if choice in _PACKAGES and dtype not in (torch.float16, torch.bfloat16):
         package = _PACKAGES[choice].distribution
         raise InputError(
@@ -120,14 +116,10 @@ def auto_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     choice = resolved_attention("auto", q.device, q.dtype)
     if causal and choice == "eager":
         return sdpa_attention(q.float(), k.float(), v.float(), causal).to(q.dtype)
-    return _BUILT_IN[choice](q, k, v, causal)
+    return _KERNELS[choice](q, k, v, causal)
 
 
-_BUILT_IN: dict[str, AttentionKernel] = {
-    "auto": auto_attention,
-    "sdpa": sdpa_attention,
-    "eager": eager_attention,
-}
+_KERNELS = {"auto": auto_attention, "sdpa": sdpa_attention, "eager": eager_attention}
 
 
 def _flash_kernel(choice: AttentionChoice, head_widths: Sequence[int]) -> AttentionKernel:
@@ -144,23 +136,20 @@ def _flash_kernel(choice: AttentionChoice, head_widths: Sequence[int]) -> Attent
             f"attention '{choice}' needs the package {package.distribution} (version found: "
             f"{version}; {error}): {package.fix}, or choose 'auto', 'sdpa' or 'eager'"
         ) from None
-    name = f"attention '{choice}' ({package.distribution} {version})"
-    if not torch.cuda.is_available():
-        raise InputError(
-            f"{name} needs a CUDA device and torch sees none: choose 'auto', 'sdpa' or 'eager'"
-        )
-    major, minor = torch.cuda.get_device_capability()
-    if major not in FLASH_CAPABILITY:
-        raise InputError(
-            f"{name} needs a GPU of compute capability {FLASH_CAPABILITY[0]}.x to "
-            f"{FLASH_CAPABILITY[-1]}.x, this one has {major}.{minor}: choose 'sdpa'"
-        )
-    for width in head_widths:
-        if width > package.widest_head or width % 8:
-            raise InputError(
-                f"{name} takes head widths up to {package.widest_head} in steps of 8, not the "
-                f"model's {width}: choose 'sdpa'"
-            )
+    refusal = None
+    wrong = [width for width in head_widths if width > package.widest_head or width % 8]
+    has_gpu = torch.cuda.is_available()
+    major, minor = torch.cuda.get_device_capability() if has_gpu else (0, 0)
+    if not has_gpu:
+        refusal = "needs a CUDA device and torch sees none"
+    elif not 8 <= major <= 12:
+        refusal = f"needs a GPU of compute capability 8.x to 12.x, this one has {major}.{minor}"
+    elif wrong:
+        most = package.widest_head
+        refusal = f"takes head widths up to {most} in steps of 8, not the model's {wrong[0]}"
+    if refusal:
+        name = f"{package.distribution} {version}"
+        raise InputError(f"attention '{choice}' ({name}) {refusal}: choose 'sdpa' or 'eager'")
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         require_dtype(choice, q.dtype)
@@ -287,9 +276,8 @@ class VisionAttention(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None, first_only: bool = False
     ) -> Tensor:
-        """Attention of all tokens, or with `first_only` of the class token alone, which is never
-        rotated, to all tokens: x [B, S, W], `rope` as `GridRope` gives it -> [B, S, W], or [B, 1,
-        W]."""
+        """Attention of all tokens x [B, S, W] to all, `rope` as `GridRope` gives it, -> [B, S, W];
+        or with `first_only` of the class token alone, which is never rotated, -> [B, 1, W]."""
         q, k, v = (
             part.reshape(*part.shape[:-1], self.heads, -1)  # [B, S, H, D]
             for part in self._project_qkv(x, first_only)

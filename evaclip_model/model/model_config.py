@@ -161,8 +161,7 @@ class ModelConfig(Config):
         return cls.from_mapping(values, where)
 
     def at_image_px(self, image_px: int) -> ModelConfig:
-        """The same architecture for square images of another side, in pixels, which must be a
-        multiple of the patch (InputError)."""
+        """The same architecture for square images of another side, a multiple of the patch."""
         values = self.model_dump()
         values["vision"]["image_px"] = image_px
         return type(self).from_mapping(values, where="model config")
@@ -192,8 +191,7 @@ def list_models() -> list[str]:
 
 
 def shipped_name(name: str) -> str:
-    """The name a shipped architecture is listed under, of that name or an alias; raises InputError,
-    with the nearest name, if there is none."""
+    """The name a shipped architecture is listed under, of that name or an alias; or InputError."""
     names = list_models()
     if name in (*names, *ALIASES):
         return ALIASES.get(name, name)
@@ -301,8 +299,7 @@ class _AuthorsModel(Config):
 
 
 def _from_authors_form(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values of `ModelConfig`, of an architecture in the authors' form, read from `where`;
-    raises InputError for an unknown key, or a setting that would change results."""
+    """The values of `ModelConfig`, of an architecture in the authors' form, read from `where`."""
     given = _AuthorsModel.from_mapping(values, where)
     vision, text = given.vision_cfg, given.text_cfg
     return {

@@ -76,10 +76,8 @@ class VisionBlock(nn.Module):
         first_only: bool = False,
         branches: Tensor | None = None,
     ) -> Tensor:
-        """[B, S, W] -> [B, S, W], or with `first_only` the class token of it alone, [B, 1, W].
-
-        `branches` [B, 2] says which samples pass attention and MLP; none leaves it to chance.
-        """
+        """[B, S, W] -> [B, S, W], or with `first_only` the class token of it alone, [B, 1, W];
+        `branches` [B, 2] says which samples pass attention and MLP; none leaves it to chance."""
         by_attention, by_mlp = (None, None) if branches is None else branches.unbind(1)
         attended = self.attn(x if self.is_post_norm else self.norm1(x), rope, first_only)
         x = x[:, :1] if first_only else x

@@ -1,9 +1,8 @@
 """The one place where bytes from strangers become pixels. What part of an image is taken and how it
 is resized is transform.py's.
 
-Download, verification, training, evaluation, the served model and `evaclip` all decode here. Limits
-are checked in the header before anything is decoded; a clock stops what a header cannot tell. Only
-the first frame is decoded. No format is opened for which Pillow starts a program (EPS).
+Limits are checked in the header before anything is decoded; a clock stops what a header cannot
+tell. Only the first frame is decoded. No format is opened for which Pillow starts a program (EPS).
 
 An image is turned as its EXIF orientation says. 16 bits a channel become 8 by their high byte;
 pixels of 32 bits, whose range no header states, are refused. Everything else keeps its mode.
@@ -99,11 +98,8 @@ class DecodedImage:
 
 def decode_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode the first frame of a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM file: the upright image, 8
-    bits a channel, otherwise in its own mode.
-
-    Raises UnreadableImageError: truncated, not of these formats, or beyond `max_pixels` or another
-    limit above; the subclass says which.
-    """
+    bits a channel, otherwise in its own mode. Raises UnreadableImageError: truncated, of another
+    format, or beyond `max_pixels` or another limit above; the subclass says which."""
     return _guarded(_decode_by_pillow, bytes(data), max_pixels).image
 
 
@@ -227,11 +223,8 @@ def _require_plain_tiff(data: bytes) -> None:
 
 
 class _ClockedFile(io.BytesIO):
-    """A file in memory that stops its reader after `MAX_DECODE_CPU_S` of the thread's CPU time.
-
-    Pillow reads headers, chunks and 64 KB of content at a time through Python: so its loops over
-    millions of empty blocks end here, too.
-    """
+    """A file in memory that stops its reader after `MAX_DECODE_CPU_S` of the thread's CPU time:
+    Pillow reads headers, chunks and 64 KB of content at a time through Python."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -253,11 +246,8 @@ def _with_eight_bits(image: Image.Image, file_format: str) -> Image.Image:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, start and stop of the content of every segment up to the end of the image.
-
-    Compressed data are passed over as libjpeg does: up to the next 0xff that neither a zero nor a
-    restart marker follows.
-    """
+    """Marker, start and stop of the content of every segment up to the end of the image; compressed
+    data are passed over as libjpeg does."""
     at = 2
     while found := _JPEG_MARKER.search(data, at):
         marker, start = found[0][-1], found.end()

@@ -10,7 +10,6 @@ with replacement are what the authors trained with (open_clip's `--dataset-resam
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import gcd
 from typing import NamedTuple
 
@@ -37,10 +36,8 @@ class Piece(NamedTuple):
 
 
 def mixing_pattern(weights: Mapping[str, float]) -> tuple[str, ...]:
-    """The shortest cycle of sources with exactly the shares of `weights`, evenly spread.
-
-    {"a": 0.8, "b": 0.2} gives a, a, b, a, a: position q draws from pattern[q mod 5].
-    """
+    """The shortest cycle of sources with exactly the shares of `weights`, evenly spread: of {"a":
+    0.8, "b": 0.2} a, a, b, a, a; position q draws from pattern[q mod 5]."""
     counts = _whole_shares(weights)
     length = sum(counts.values())
     credit = Counter(dict.fromkeys(counts, 0))
@@ -112,8 +109,7 @@ class Mixture:
         return positions % length
 
 
-@dataclass(frozen=True)
-class _LaidOut:
+class _LaidOut(NamedTuple):
     """Shards laid end to end."""
 
     shards: Ints
@@ -144,12 +140,9 @@ class _LaidOut:
 
 
 class SourceOrder:
-    """One source's order of samples: epoch after epoch, lane by lane.
-
-    In epoch e the shards are permuted by (seed, source, e) and laid end to end; lane l takes the
-    l-th of `lanes` equal runs; windows of `window` samples inside it, which are loaded as a whole,
-    are permuted. `total` is the samples of the source.
-    """
+    """One source's order of samples. In epoch e the shards are permuted by (seed, source, e) and
+    laid end to end; lane l takes the l-th of `lanes` equal runs; windows of `window` samples inside
+    it, which are loaded as a whole, are permuted. `total` is the samples of the source."""
 
     def __init__(
         self, samples: Sequence[int], *, source: int, lanes: int, window: int, seed: int
@@ -210,11 +203,8 @@ class SourceOrder:
 
 
 class ResampledOrder(SourceOrder):
-    """The order when every lane draws its shards with replacement, without end.
-
-    A lane's draws are the samples of its drawn shards laid end to end, in windows that are
-    permuted. There is one endless epoch, number 0.
-    """
+    """The order when every lane draws its shards with replacement, in one endless epoch, number 0:
+    the samples of its drawn shards laid end to end, in windows that are permuted."""
 
     def locate_draw(self, lane: int, draw: int) -> tuple[int, int, int]:
         return 0, draw // self._window, draw % self._window

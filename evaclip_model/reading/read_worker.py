@@ -75,7 +75,7 @@ class Worker:
 
     def receive_part(self) -> Part:
         """The next step's part, once it is there; raises InputError as the reader would, and
-        WorkerFailed when the worker crashed or was killed."""
+        WorkerFailed."""
         if self._taken:
             self._send_message(_GO)  # the slot of the part before is free again
         assert self._process.stdout is not None

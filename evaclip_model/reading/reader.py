@@ -92,8 +92,7 @@ class _Window:
 
 
 class BatchReader:
-    """A rank's share of every step's batch; `bad` counts each time a sample could not be used, by
-    reason."""
+    """A rank's share of every step's batch; `bad` counts samples that could not be used by reason."""
 
     def __init__(
         self,
@@ -104,12 +103,9 @@ class BatchReader:
         ranks: int,
         settings: ReadSettings,
     ) -> None:
-        """Plan the reading of the shards of a manifest, a path or a URL; files are opened when
-        their turn comes.
-
-        Raises InputError: a source without shards, fewer samples than lanes or than a step takes,
-        or ranks that do not divide the lanes.
-        """
+        """Plan the reading of the shards of a manifest, a path or a URL. Raises InputError: a
+        source without shards, fewer samples than lanes or than a step takes, or ranks that do not
+        divide the lanes."""
         self._config = config
         self._location = shards
         self._rank, self._ranks = rank, ranks
@@ -193,8 +189,7 @@ class BatchReader:
                 yield Batch(step, images, captions, self._list_positions(step), origins)
 
     def read_batch(self, step: int) -> Batch:
-        """This rank's share of one step; raises InputError when a shard cannot be read, or a whole
-        window holds no usable sample."""
+        """This rank's share of one step; raises InputError: an unreadable shard or window."""
         positions = self._list_positions(step)
         images = self._allocate_images()
         captions: list[str] = []
@@ -369,8 +364,7 @@ class _ShardStream:
     captions: Mapping[str, Captions]
 
     def take_samples(self, start: int, stop: int) -> list[_Loaded]:
-        """Samples `start` to `stop` (exclusive), skipping what lies before them; raises InputError
-        when the shard does not hold what its manifest says."""
+        """Samples `start` to `stop` (exclusive), skipping what lies before them; raises InputError."""
         path = self.shard.path
         try:
             taken = self.samples.read(start, stop)

@@ -58,8 +58,6 @@ _FINDER = re.compile(r"(^|/)(\._|__MACOSX/|\.DS_Store$)").search
 """Files that macOS puts into tars beside everybody's own."""
 _NAME = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)").fullmatch
 """Key and extension: the file's name parts at its first dot; a key may not begin with one."""
-_TAKEN = ("__key__", "__url__")
-"""What webdataset adds to a sample's extensions."""
 _REPEATED = "__repeated__"
 """Stands among a sample's members for further ones of an extension that it has already."""
 
@@ -149,8 +147,7 @@ class ShardManifest(Config):
 
     @classmethod
     def read(cls, path: Path | str) -> Self:
-        """Read a manifest from its file, on this machine or at a URL; raises InputError if that is
-        not there, or not a manifest."""
+        """Read a manifest from its file, on this machine or at a URL; raises InputError."""
         try:
             values = json.loads(read_text(path))
         except FileNotFoundError:
@@ -166,7 +163,7 @@ class ShardManifest(Config):
 
 def read_samples(shard: Path) -> Iterator[Sample]:
     """Yield all samples of a shard in stored order, flawed ones too, one image in memory at a time;
-    raises BrokenShard for a truncated or unreadable tar."""
+    raises BrokenShard."""
     try:
         with shard.open("rb", buffering=0) as tar:
             for key, found in group_members(TarReader(tar.fileno())):
@@ -179,8 +176,7 @@ class SampleReader:
     """Images and captions of a shard, without records, read once, front to back, in parts."""
 
     def __init__(self, shard: Path, left_out: Set[int] = frozenset()) -> None:
-        """Open the shard, whose samples at the places `left_out` (`Shard.left_out`) do not count;
-        raises OSError."""
+        """Open the shard, whose samples at the places `left_out` do not count; raises OSError."""
         self._shard = shard
         self._tar = shard.open("rb", buffering=0)
         self._members = TarReader(self._tar.fileno())
@@ -190,10 +186,7 @@ class SampleReader:
 
     def read(self, start: int, stop: int) -> list[Sample]:
         """The samples `start` to `stop` (exclusive), fewer when the shard ends before; nothing is
-        read of what lies before `start`, which must not be behind `next`.
-
-        Raises BrokenShard: truncated or unreadable tar.
-        """
+        read of what lies before `start`, which must not be behind `next`. Raises BrokenShard."""
         try:
             self._members.stretch_bytes = 0
             skipped = sum(1 for _ in islice(self._samples, start - self.next))
@@ -225,7 +218,7 @@ def group_members(found: Iterable[Member]) -> Iterator[Stored]:
             yield key, parts
             parts = {}
         key, extension = named[1], named[2].lower()
-        if extension in parts or extension in _TAKEN:
+        if extension in parts or extension in ("__key__", "__url__"):  # webdataset adds these
             extension = _REPEATED
         parts[extension] = member
     if parts:
@@ -238,11 +231,9 @@ def is_sample_file(name: str) -> bool:
 
 
 def open_webdataset(manifest: Path | str, *, resampled: bool = False) -> Any:
-    """A dataset version as plain webdataset reads it, without what it leaves out.
-
-    Shards are shared among ranks and DataLoader workers by webdataset's rules. What comes back is
-    its pipeline: `.shuffle(1000).decode("pil").to_tuple("jpg;png;webp", "txt")` and the rest go on
-    from it.
+    """A dataset version as plain webdataset reads it, without what it leaves out: its pipeline,
+    from which `.shuffle(1000).decode("pil").to_tuple("jpg;png;webp", "txt")` and the rest go on.
+    Shards are shared among ranks and DataLoader workers by webdataset's rules.
 
     Args:
         manifest: `shards.json` of the dataset, a path or a URL that fsspec knows.
@@ -287,8 +278,7 @@ def _read_webdataset(
 
 
 def skip_tombstones(samples: Iterable[T], left_out: Set[int]) -> Iterator[T]:
-    """A shard's samples, read in stored order by whatever reads them, without its tombstones
-    `Shard.left_out`."""
+    """A shard's samples, read in stored order, without its tombstones, `Shard.left_out`."""
     return (one for place, one in enumerate(samples) if place not in left_out)
 
 

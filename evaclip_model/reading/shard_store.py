@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from evaclip_model.errors import InputError
+from evaclip_model.files import replace_file
 from evaclip_model.reading.captions import Captions, read_captions
 from evaclip_model.reading.samples import SampleReader, Shard
-from evaclip_model.reading.urls import is_url, open_filesystem, resolve_location
+from evaclip_model.reading.urls import is_url, open_binary, open_filesystem, resolve_location
 
 FETCHES_AT_ONCE = 4
 """By one process."""
@@ -48,8 +49,7 @@ class ShardStore:
         first_pause_s: float = FIRST_PAUSE_S,
     ) -> None:
         """Take over this process's part of what a killed run left in `cache`, which there must be
-        if any shard lies at a URL. `folder` is the manifest's, a path or a URL of a kind that
-        something installed knows (InputError)."""
+        if any shard lies at a URL. `folder` is the manifest's, a path or a URL."""
         self._folder = folder.rstrip("/")
         if is_url(folder):
             open_filesystem(folder)
@@ -73,8 +73,7 @@ class ShardStore:
                 self._used.add(left.stem)
 
     def open_shard(self, shard: Shard) -> SampleReader:
-        """Open the shard, once it is there, to read those of its samples that count; raises
-        InputError when it cannot be had."""
+        """Open the shard, once it is there, to read its samples that count; raises InputError."""
         location = resolve_location(self._folder, shard.path)
         if not is_url(location):
             return _open_local(Path(location), shard)
@@ -146,8 +145,8 @@ class ShardStore:
             if self._closing.wait(pause_s):
                 break
             try:
-                if not (problem := self._fetch_once(url, shard, path)):
-                    return path
+                _fetch_once(url, shard, path)
+                return path
             except FileNotFoundError:
                 raise InputError(f"{url} does not exist: verify the shards again") from None
             except Exception as error:  # every protocol has its own kinds
@@ -156,22 +155,17 @@ class ShardStore:
                 problem = str(error) or type(error).__name__
         raise InputError(f"{url} could not be fetched in {ATTEMPTS} attempts: {problem}")
 
-    def _fetch_once(self, url: str, shard: Shard, path: Path) -> str:
-        """Fetch once; what is wrong with what came, or nothing."""
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        digest = hashlib.sha256()
-        try:
-            with open_filesystem(url).open(url, "rb") as remote, beside.open("wb") as local:
-                while chunk := remote.read(_CHUNK):
-                    digest.update(chunk)
-                    local.write(chunk)
-            if digest.hexdigest() != shard.sha256:
-                size = beside.stat().st_size
-                return f"{size} bytes came that are not the {shard.bytes} of the manifest"
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-        return ""
+
+def _fetch_once(url: str, shard: Shard, path: Path) -> None:
+    digest = hashlib.sha256()
+    with replace_file(path, sync=False) as beside:
+        with open_binary(url) as remote, beside.open("wb") as local:
+            while chunk := remote.read(_CHUNK):
+                digest.update(chunk)
+                local.write(chunk)
+        if digest.hexdigest() != shard.sha256:
+            size = beside.stat().st_size
+            raise ValueError(f"{size} bytes came that are not the {shard.bytes} of the manifest")
 
 
 def _open_local(path: Path, shard: Shard) -> SampleReader:

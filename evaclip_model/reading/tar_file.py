@@ -51,12 +51,9 @@ class Member(NamedTuple):
 
 
 class TarReader:
-    """The regular files of a tar, in stored order, from its file descriptor.
-
-    Attributes:
-        stretch_bytes: bytes of headers and contents that are read at once; 0 while only headers are
-            wanted. May be changed between two members.
-    """
+    """The regular files of a tar, in stored order, from its file descriptor. `stretch_bytes` of
+    headers and contents are read at once, 0 while only headers are wanted; it may be changed
+    between two members."""
 
     def __init__(self, tar: int) -> None:
         self._tar = tar
@@ -128,10 +125,7 @@ _NOTHING = _Extended()
 
 
 def _apply_extension(before: _Extended, kind: bytes, content: bytes) -> _Extended:
-    """What is known after one more extra header; of two names the later one counts.
-
-    Raises BrokenTar: no keys and values, or those of a sparse member.
-    """
+    """All that is known after one more extra header; of two names the later one counts."""
     if kind == b"L":
         return before._replace(name=_decode_name(content.split(b"\0", 1)[0]))
     if not any(key in content for key in (b" path=", b" size=", b" GNU.sparse")):

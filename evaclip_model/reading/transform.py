@@ -61,9 +61,8 @@ def image_transform(
     """Return a function from an image of any mode and size to [3, S, S] float32; picklable.
 
     For evaluation the shortest side is resized to S (bicubic, antialiased) and the middle taken;
-    for training a random part (`CROP_SCALE` of the area, ratio 3:4 to 4:3) is resized to S x S. The
-    random part is drawn from torch's global generator, in torchvision's order: what torch is seeded
-    with decides it, in a data loader's workers too.
+    for training a random part (`CROP_SCALE` of the area, ratio 3:4 to 4:3), drawn from torch's
+    global generator in torchvision's order, is resized to S x S.
 
     Args:
         model: a model or its config, for its size; or the size S in pixels, from 1 (InputError).
@@ -224,11 +223,8 @@ def resized_crop(image: Image.Image, box: tuple[int, int, int, int], size: int) 
 
 
 def _resize_image(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Bicubic, antialiased: columns first, then rows, rounded between them.
-
-    Pillow had that order until version 13, which takes tall images the other way round: up to 30
-    levels of 255 away from what the models were trained with, at sharp edges.
-    """
+    """Bicubic, antialiased: columns first, then rows, rounded between them. Pillow 13 takes tall
+    images the other way round: up to 30 levels of 255 away, at sharp edges."""
     if image.mode in _PREMULTIPLIED:
         weighted = _resize_image(image.convert(_PREMULTIPLIED[image.mode]), width, height)
         return weighted.convert(image.mode)

@@ -77,23 +77,21 @@ def _of_folder(
             return _of_deepspeed(place, states)
     if (folder / WEIGHTS_FILE).is_file():
         return read_safetensors(folder / WEIGHTS_FILE)
-    for ending in (f".safetensors{_INDEX}", _INDEX):
-        if found := sorted(folder.glob(f"*{ending}")):
-            return _of_index(_take_only_file(found, folder), allow_torchscript)
-    for endings in (("safetensors",), ("bin", "pt", "pth")):
-        if found := [path for ending in endings for path in sorted(folder.glob(f"*.{ending}"))]:
-            return _of_file(_take_only_file(found, folder), allow_torchscript)
+    preferred = ((f".safetensors{_INDEX}",), (_INDEX,), (".safetensors",), (".bin", ".pt", ".pth"))
+    for endings in preferred:
+        found = [path for ending in endings for path in sorted(folder.glob(f"*{ending}"))]
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found[:3]) + " …" * (len(found) > 3)
+            raise InputError(
+                f"{folder} holds several files of weights ({names}): name the one to load"
+            )
+        if found:
+            read = _of_index if endings[0].endswith(_INDEX) else _of_file
+            return read(found[0], allow_torchscript)
     raise InputError(
         f"{folder} holds no weights: expected {WEIGHTS_FILE}, another .safetensors, .bin or .pt "
         "file, a sharded checkpoint's index, or a training checkpoint"
     )
-
-
-def _take_only_file(found: list[Path], folder: Path) -> Path:
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found[:3]) + (" …" if len(found) > 3 else "")
-        raise InputError(f"{folder} holds several files of weights ({names}): name the one to load")
-    return found[0]
 
 
 def _of_index(index: Path, allow_torchscript: bool) -> dict[str, StoredTensor]:

@@ -1,10 +1,7 @@
 """The files of a training checkpoint: the manifest, shards (safetensors files of flat fp32 pieces),
 checksums, and the check that they belong together. Who writes and restores them:
-training/checkpoint/.
-
-There is no state of random generators in it: all that is random in training depends on the seed and
-a sample's position.
-"""
+training/checkpoint/. There is no state of random generators in it: all that is random in training
+depends on the seed and a sample's position."""
 
 from __future__ import annotations
 
@@ -148,8 +145,7 @@ def write_shard(file: BinaryIO, tensors: Mapping[str, Tensor]) -> tuple[int, int
 
 
 def checked_pieces(file: BinaryIO, shard: ShardFile, number: int, where: str) -> list[StoredPiece]:
-    """Read a whole shard once: what is in it; raises UnusableCheckpoint if length or checksum are
-    not as they were written."""
+    """Read a whole shard once: what is in it; raises UnusableCheckpoint if it was altered."""
     size, crc, start = 0, 0, b""
     while data := file.read(SLAB_BYTES):
         start = start or data
@@ -180,8 +176,7 @@ def key_parts(key: str) -> tuple[str, int, str]:
 
 
 def sizes_of(pieces: Iterable[StoredPiece], where: str) -> dict[tuple[str, str], int]:
-    """Elements of each (parameter, kind); raises UnusableCheckpoint if pieces overlap, or one is
-    missing between others."""
+    """Elements of each (parameter, kind); raises UnusableCheckpoint: overlaps or gaps."""
     ends: dict[tuple[str, str], int] = {}
     for piece in sorted(pieces, key=lambda piece: (piece.name, piece.kind, piece.offset)):
         held = (piece.name, piece.kind)

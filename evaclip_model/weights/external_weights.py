@@ -51,7 +51,7 @@ class Reference(Config):
 
     def obtain_weights(self, folder: Path, download: Download) -> Path:
         """The weights: in their place if that can be reached, else put into `folder`; raises
-        InputError if they are gone, cannot be reached, or are others."""
+        InputError."""
         try:
             file = self.path or download(self.uri, folder)
             is_same_size = file.stat().st_size == self.size

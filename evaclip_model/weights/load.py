@@ -81,13 +81,9 @@ class LoadReport:
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
     """Write a model's weights as one safetensors file, never seen half-written, in their dtype and
-    under the released checkpoints' names and shapes.
-
-    The model may be inside torch.compile, DataParallel or DistributedDataParallel; or sharded by
-    FSDP2, when every rank must call and rank 0 alone writes.
-
-    Raises InputError: `path` does not end in `.safetensors`, or `unwrap_model` refuses the model;
-    OSError: the disk is full, and what was at `path` is still there.
+    under the released checkpoints' names and shapes. The model may be inside torch.compile,
+    DataParallel or DistributedDataParallel; or sharded by FSDP2, when every rank must call and rank
+    0 alone writes. Raises InputError: another suffix, or as `unwrap_model`; OSError: a full disk.
     """
     if tensors := released_tensors(model):
         write_weights(tensors, Path(path))
@@ -131,11 +127,8 @@ def unwrap_model(model: nn.Module) -> EvaClip:
 def released_tensors(model: nn.Module) -> dict[str, Tensor]:
     """A model's weights by name, as the released files have them and without copies: [...] of the
     parameter's shape and dtype, `logit_scale` and `logit_bias` []. A parametrised weight is the sum
-    that it stands for. Raises as `unwrap_model`.
-
-    Those of a model that FSDP2 sharded are gathered, one by one, on the CPU of rank 0: every rank
-    must call, and the others get none.
-    """
+    that it stands for. Those that FSDP2 sharded are gathered, one by one, on the CPU of rank 0:
+    every rank must call, and the others get none. Raises as `unwrap_model`."""
     inside = unwrap_model(model)
     state = dict(inside.state_dict(keep_vars=True))
     for path, module in inside.named_modules():
@@ -281,9 +274,7 @@ def _is_asked(native: str, part: Part) -> bool:
 
 
 def _require_something(chosen: Mapping[str, Entry], names: Names, part: Part, path: Path) -> None:
-    towers = [
-        tower for tower, prefix in _PREFIX.items() if any(k.startswith(prefix) for k in chosen)
-    ]
+    towers = [name for name, start in _PREFIX.items() if any(k.startswith(start) for k in chosen)]
     if not towers or (part != "all" and part not in towers):
         what = "an EVA-CLIP model" if part == "all" else f"a {part} tower"
         raise InputError(
@@ -301,8 +292,7 @@ def _require_something(chosen: Mapping[str, Entry], names: Names, part: Part, pa
 def _expected_gaps(
     wanted: Iterable[str], chosen: Mapping[str, Entry], layout: Layout, part: Part, path: Path
 ) -> tuple[str, ...]:
-    """The weights asked for that a checkpoint of this layout does not decide; raises InputError if
-    others are missing, too."""
+    """The weights asked for that such a checkpoint does not decide; raises InputError for others."""
     prefix = "" if part == "all" else _PREFIX[part]
     absent = [key for key in wanted if key not in chosen and key.startswith(prefix)]
     gaps = [key for key in absent if key.startswith(_JOINT) or may_lack(layout, key)]
@@ -319,8 +309,7 @@ def _expected_gaps(
 def _needs_resizing(
     entry: Entry, stored: Mapping[str, StoredTensor], target: Tensor, path: Path
 ) -> bool:
-    """Return whether a weight fits only after resizing; raises InputError if it does not fit then
-    either, or is not a floating-point number."""
+    """Return whether a weight fits only after resizing; raises InputError if not even then."""
     for source in entry.sources:
         if stored[source].dtype not in _NUMBERS:
             raise InputError(

@@ -152,9 +152,7 @@ _BLOCK = re.compile(r"(?<=blocks\.)\d+|(?<=layers\.)\d+")
 def native_names(keys: Iterable[str], where: str = "the checkpoint") -> Names:
     """Recognise a checkpoint's layout from all its keys, without wrappers, and name its weights as
     the released EVA-CLIP files do. timm's EVA-01 and EVA-02-E towers come out as `eva_vision`.
-
-    Raises InputError: no tower of any known layout is among the keys.
-    """
+    Raises InputError: no tower of any known layout."""
     keys = dict.fromkeys(keys)
     layout = _recognise_layout(keys, where)
     useless = [_USELESS, *([_USELESS_TRANSFORMERS] if layout == "transformers" else [])]
@@ -188,9 +186,8 @@ def foreign_names(native_keys: Iterable[str], layout: Layout) -> tuple[Entry, ..
 
 
 def may_lack(layout: Layout, native: str) -> bool:
-    """Return whether a checkpoint of the layout lacks this weight by its nature: masked image
-    modelling runs without the norm inside the attention and without a projection to the joint
-    space (EVA-02's pretraining builder)."""
+    """Return whether a checkpoint of the layout lacks this weight by its nature, as masked image
+    modelling (EVA-02's pretraining builder) lacks the inner norm and the joint space."""
     return layout == "eva_mim" and (".inner_attn_ln." in native or native.startswith("visual.head"))
 
 

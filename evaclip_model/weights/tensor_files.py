@@ -66,8 +66,7 @@ class StoredTensor:
         return value
 
     def copy_to(self, destination: Tensor) -> None:
-        """Write the values into `destination`, [*shape] of any dtype and device; raises InputError
-        if the file has become shorter."""
+        """Write the values into `destination`, [*shape] of any dtype and device; raises InputError."""
         if not destination.is_contiguous():
             destination.copy_(self.read())
             return
@@ -81,11 +80,8 @@ def write_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
     """Write `tensors`, contiguous [...] of any shapes on the CPU, to `path` as a safetensors file,
-    and wait until they are on the disk.
-
-    Raises OSError: the disk is full, say (safetensors has the number in its text only); `path` is
-    gone then.
-    """
+    and wait until they are on the disk. Raises OSError: the disk is full, say (safetensors has the
+    number in its text only); `path` is gone then."""
     try:
         save_file(dict(tensors), path, metadata)
         path.chmod(0o644)  # safetensors leaves files that their owner alone can read
@@ -101,8 +97,7 @@ def write_tensors(
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file by name; raises InputError if it is unreadable or cut off,
-    or holds quantised values."""
+    """The tensors of a safetensors file by name; raises InputError: cut off, or quantised."""
     try:
         with safe_open(path, framework="pt"):  # checks the header against the file's length
             pass
@@ -185,8 +180,7 @@ def _load_past_luggage(path: Path, device: str) -> Any:
 
 
 def _inspect_archive(path: Path) -> tuple[bool, bool]:
-    """Return whether a file is a TorchScript archive, and whether its tensors lie uncompressed;
-    raises InputError if it is compressed to a small part of what it would take in memory."""
+    """Return whether a file is a TorchScript archive, and whether its tensors lie uncompressed."""
     if not zipfile.is_zipfile(path):
         return False, False
     with zipfile.ZipFile(path) as archive:
@@ -231,8 +225,8 @@ def _in_memory(tensors: dict[str, Tensor]) -> dict[str, StoredTensor]:
 
 
 def _from_meta(path: Path, tensor: Tensor) -> StoredTensor:
-    """Return what torch's reader found out about a tensor without reading its values; raises
-    InputError if it, expanded or made up, is larger than its values in the file."""
+    """Return what torch's reader found out about a tensor without reading its values; refuse one
+    that, expanded or made up, is larger than its values in the file."""
     storage: Any = tensor.untyped_storage()
     if tensor.numel() * tensor.itemsize > min(storage.nbytes(), path.stat().st_size):
         shape = " x ".join(map(str, tensor.shape))
