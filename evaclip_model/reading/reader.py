@@ -92,7 +92,7 @@ class _Window:
 
 
 class BatchReader:
-    """A rank's share of every step's batch; `bad` counts samples that could not be used by reason."""
+    """A rank's share of every step's batch; `bad` counts unusable samples by reason."""
 
     def __init__(
         self,
@@ -364,7 +364,7 @@ class _ShardStream:
     captions: Mapping[str, Captions]
 
     def take_samples(self, start: int, stop: int) -> list[_Loaded]:
-        """Samples `start` to `stop` (exclusive), skipping what lies before them; raises InputError."""
+        """Samples `start` to `stop` (exclusive), skipping those before; raises InputError."""
         path = self.shard.path
         try:
             taken = self.samples.read(start, stop)

@@ -292,7 +292,7 @@ def _require_something(chosen: Mapping[str, Entry], names: Names, part: Part, pa
 def _expected_gaps(
     wanted: Iterable[str], chosen: Mapping[str, Entry], layout: Layout, part: Part, path: Path
 ) -> tuple[str, ...]:
-    """The weights asked for that such a checkpoint does not decide; raises InputError for others."""
+    """The weights that such a checkpoint does not decide; raises InputError for others."""
     prefix = "" if part == "all" else _PREFIX[part]
     absent = [key for key in wanted if key not in chosen and key.startswith(prefix)]
     gaps = [key for key in absent if key.startswith(_JOINT) or may_lack(layout, key)]

@@ -66,7 +66,7 @@ class StoredTensor:
         return value
 
     def copy_to(self, destination: Tensor) -> None:
-        """Write the values into `destination`, [*shape] of any dtype and device; raises InputError."""
+        """Write into `destination`, [*shape] of any dtype and device; raises InputError."""
         if not destination.is_contiguous():
             destination.copy_(self.read())
             return
