@@ -28,15 +28,11 @@ from evaclip_model.model.vision import VisionBlock, VisionTower
 
 
 class EvaClip(nn.Module):
-    """An image tower and a text tower that project into one space.
+    """An image tower, `visual`, and a text tower, `text`, that project into one space.
 
-    Attributes:
-        config: the architecture.
-        kernel: attention of both towers, a `layers.AttentionKernel`.
-        visual, text: the towers.
-        logit_scale: [1] logarithm of the inverse temperature. Published checkpoints have shape
-            []; it has one dimension here because sharded optimizers refuse parameters without.
-        logit_bias: [1] added to the logits, of a model that the sigmoid loss trained; else none.
+    `logit_scale` [1] is the logarithm of the inverse temperature: published with shape [], which
+    sharded optimizers refuse. `logit_bias` [1], which only the sigmoid loss trains, is added to the
+    logits. `kernel` is the attention of both towers.
     """
 
     def __init__(self, config: ModelConfig, attention: AttentionChoice = "auto") -> None:
@@ -139,37 +135,31 @@ def initialise_weights(model: EvaClip) -> None:
     """Give both towers EVA-CLIP's initial values, drawn from torch's global generator; of the text
     tower CLIP's (section 2.4 of its paper's appendix, as published in its code). The patch
     convolution and the text MLP's biases keep torch's defaults."""
-    _initialise_vision(model.visual)
-    _initialise_text(model.text)
-    model.logit_scale.fill_(INITIAL_LOGIT_SCALE)
-
-
-def _initialise_vision(tower: VisionTower) -> None:
-    for module in tower.modules():
+    vision, text = model.visual, model.text
+    for module in vision.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    nn.init.normal_(tower.cls_token, std=0.02)
-    nn.init.normal_(tower.pos_embed, std=0.02)
-    for depth, block in enumerate(cast(Iterable[VisionBlock], tower.blocks), start=1):
+    nn.init.normal_(vision.cls_token, std=0.02)
+    nn.init.normal_(vision.pos_embed, std=0.02)
+    for depth, block in enumerate(cast(Iterable[VisionBlock], vision.blocks), start=1):
         last = block.mlp.w3 if isinstance(block.mlp, SwiGluMlp) else block.mlp.fc2
         for projection in (block.attn.proj, last):
             projection.weight.div_(math.sqrt(2 * depth))
-    tower.head.weight.mul_(1e-3)
+    vision.head.weight.mul_(1e-3)
 
-
-def _initialise_text(tower: TextTower) -> None:
-    width, layers = tower.config.width, tower.config.layers
-    nn.init.normal_(tower.token_embedding.weight, std=0.02)
-    nn.init.normal_(tower.positional_embedding, std=0.01)
-    for block in cast(Iterable[TextBlock], tower.transformer.resblocks):
-        nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-        nn.init.normal_(block.attn.out_proj.weight, std=(width * 2 * layers) ** -0.5)
-        nn.init.zeros_(block.attn.out_proj.bias)
-        nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(block.mlp.c_proj.weight, std=(width * 2 * layers) ** -0.5)
-    nn.init.normal_(tower.text_projection, std=width**-0.5)
+    width, layers = text.config.width, text.config.layers
+    nn.init.normal_(text.token_embedding.weight, std=0.02)
+    nn.init.normal_(text.positional_embedding, std=0.01)
+    for layer in cast(Iterable[TextBlock], text.transformer.resblocks):
+        nn.init.normal_(layer.attn.in_proj_weight, std=width**-0.5)
+        nn.init.normal_(layer.attn.out_proj.weight, std=(width * 2 * layers) ** -0.5)
+        nn.init.zeros_(layer.attn.out_proj.bias)
+        nn.init.normal_(layer.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(layer.mlp.c_proj.weight, std=(width * 2 * layers) ** -0.5)
+    nn.init.normal_(text.text_projection, std=width**-0.5)
+    model.logit_scale.fill_(INITIAL_LOGIT_SCALE)
 
 
 def _normalise(features: Tensor) -> Tensor:

@@ -175,13 +175,13 @@ class ModelConfig(Config):
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path} cannot be read as a model config ({error}): give a JSON file that has "
             "'embed_dim', 'vision' and 'text' (or 'vision_cfg' and 'text_cfg')"
         ) from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} is not a model config: expected a JSON object")
     return values
 
 

@@ -168,9 +168,8 @@ class BatchReader:
                 following: Future[Batch] | None = None
                 for step in range(first_step, steps):
                     batch = following.result() if following else self.read_batch(step)
-                    following = (
-                        ahead.submit(self.read_batch, step + 1) if step + 1 < steps else None
-                    )
+                    is_last = step + 1 == steps
+                    following = None if is_last else ahead.submit(self.read_batch, step + 1)
                     yield batch
             return
         with ExitStack() as stack:
@@ -261,8 +260,11 @@ class BatchReader:
         """The cropped image and the sample of a draw, or of the next usable one in its window."""
         epoch, number, place = self._orders[source].locate_draw(lane, draw)
         window = self._open_window(source, lane, epoch, number)
-        if not self._room_for_all and place >= len(window.samples) // 2:
-            self._prepare_after(source, lane, epoch, number)
+        is_near_end = place >= len(window.samples) // 2 and not self._room_for_all
+        if is_near_end and (source, lane) not in self._coming:
+            after = self._orders[source].next_window(lane, epoch, number)
+            future = self._loader.submit(self._load_window, source, lane, *after)
+            self._coming[source, lane] = (after, future)
         for offset in range(len(window.samples)):
             loaded = window.samples[window.shuffled[(place + offset) % len(window.samples)]]
             try:
@@ -302,12 +304,6 @@ class BatchReader:
             window = self._load_window(source, lane, epoch, number)
         self._windows[source, lane] = window
         return window
-
-    def _prepare_after(self, source: int, lane: int, epoch: int, number: int) -> None:
-        if (source, lane) not in self._coming:
-            after = self._orders[source].next_window(lane, epoch, number)
-            future = self._loader.submit(self._load_window, source, lane, *after)
-            self._coming[source, lane] = (after, future)
 
     def _load_window(self, source: int, lane: int, epoch: int, number: int) -> _Window:
         order = self._orders[source]
@@ -390,13 +386,9 @@ def _open_store(
     is_remote = is_url(shards) or any(is_url(shard.path) for shard in manifest.shards)
     if is_remote and settings.shard_cache is None:
         raise InputError(f"{shards} has shards at URLs: name a folder to fetch them into")
-    return ShardStore(
-        str(shards).rpartition("/")[0] if is_url(shards) else str(Path(shards).parent),
-        settings.shard_cache if is_remote else None,
-        settings.shard_cache_bytes,
-        rank=rank,
-        ranks=ranks,
-    )
+    folder = str(shards).rpartition("/")[0] if is_url(shards) else str(Path(shards).parent)
+    cache = settings.shard_cache if is_remote else None
+    return ShardStore(folder, cache, settings.shard_cache_bytes, rank=rank, ranks=ranks)
 
 
 def _resolve_weights(

@@ -22,9 +22,7 @@ from evaclip_model.reading.samples import SampleReader, Shard
 from evaclip_model.reading.urls import is_url, open_binary, open_filesystem, resolve_location
 
 FETCHES_AT_ONCE = 4
-"""By one process."""
 ATTEMPTS = 6
-"""To fetch a shard."""
 FIRST_PAUSE_S = 1.0
 """Before the second attempt; doubled for each further one."""
 _CHUNK = 4 * 2**20
@@ -39,14 +37,7 @@ class ShardStore:
     """
 
     def __init__(
-        self,
-        folder: str,
-        cache: Path | None,
-        cache_bytes: int,
-        *,
-        rank: int = 0,
-        ranks: int = 1,
-        first_pause_s: float = FIRST_PAUSE_S,
+        self, folder: str, cache: Path | None, cache_bytes: int, *, rank: int = 0, ranks: int = 1
     ) -> None:
         """Take over this process's part of what a killed run left in `cache`, which there must be
         if any shard lies at a URL. `folder` is the manifest's, a path or a URL."""
@@ -59,7 +50,6 @@ class ShardStore:
         self._used: set[str] = set()
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._first_pause_s = first_pause_s
         self._fetchers = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="shards")
         if cache is None:
             return
@@ -141,7 +131,7 @@ class ShardStore:
         for attempt in range(ATTEMPTS):
             if path.exists():
                 return path
-            pause_s = self._first_pause_s * 2 ** (attempt - 1) if attempt else 0.0
+            pause_s = FIRST_PAUSE_S * 2 ** (attempt - 1) if attempt else 0.0
             if self._closing.wait(pause_s):
                 break
             try:

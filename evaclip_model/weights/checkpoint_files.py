@@ -72,9 +72,15 @@ def _of_folder(
         return _of_training(folder, shapes)
     if whole := list_checkpoints(folder):
         return _of_training(whole[0], shapes)
-    for place in (folder, find_newest_deepspeed(folder)):
-        if place and (states := sorted(place.glob("mp_rank_*_model_states.pt"))):
-            return _of_deepspeed(place, states)
+    for place in filter(None, (folder, find_newest_deepspeed(folder))):
+        states = sorted(place.glob("mp_rank_*_model_states.pt"))
+        if states and [path.name for path in states] != [DEEPSPEED_STATES]:
+            raise InputError(
+                f"{place} holds {len(states)} model states where one is expected, "
+                f"{DEEPSPEED_STATES}: join model-parallel ones with DeepSpeed's own tools first"
+            )
+        if states:
+            return read_torch(states[0])
     if (folder / WEIGHTS_FILE).is_file():
         return read_safetensors(folder / WEIGHTS_FILE)
     preferred = ((f".safetensors{_INDEX}",), (_INDEX,), (".safetensors",), (".bin", ".pt", ".pth"))
@@ -115,15 +121,6 @@ def _of_index(index: Path, allow_torchscript: bool) -> dict[str, StoredTensor]:
             "it holds: download both again"
         )
     return {key: shards[name][key] for key, name in places.items()}
-
-
-def _of_deepspeed(folder: Path, states: list[Path]) -> dict[str, StoredTensor]:
-    if [path.name for path in states] != [DEEPSPEED_STATES]:
-        raise InputError(
-            f"{folder} holds {len(states)} model states where one is expected, {DEEPSPEED_STATES}: "
-            "join a model-parallel checkpoint with DeepSpeed's own tools first"
-        )
-    return read_torch(states[0])
 
 
 def _of_training(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, StoredTensor]:

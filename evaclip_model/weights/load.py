@@ -25,12 +25,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import replace_file, write_atomically
 from evaclip_model.model.clip import EvaClip
 from evaclip_model.model.layers import to_float32
-from evaclip_model.model.model_config import (
-    CONFIG_FILE,
-    INITIAL_LOGIT_BIAS,
-    LOGIT_BIAS,
-    SCALARS,
-)
+from evaclip_model.model.model_config import CONFIG_FILE, INITIAL_LOGIT_BIAS, LOGIT_BIAS, SCALARS
 from evaclip_model.reading.transform import describe_preprocessing
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE, open_tensors, plain_name
 from evaclip_model.weights.name_maps import Entry, Layout, Names, may_lack, native_names

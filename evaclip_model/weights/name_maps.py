@@ -234,6 +234,4 @@ def _native_entry(
 def _without_block(name: str) -> tuple[str, str]:
     """`blocks.3.norm1.weight` -> (`blocks.#.norm1.weight`, `3`)."""
     found = _BLOCK.search(name)
-    if found is None:
-        return name, ""
-    return _BLOCK.sub("#", name, count=1), found[0]
+    return (_BLOCK.sub("#", name, count=1), found[0]) if found else (name, "")

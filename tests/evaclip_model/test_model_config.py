@@ -193,7 +193,7 @@ def test_an_unknown_model_names_the_nearest():
 
 def test_a_file_that_is_no_config_is_named(tmp_path: Path):
     (tmp_path / "list.json").write_text("[1]")
-    with pytest.raises(InputError, match=r"list\.json is not a model config"):
+    with pytest.raises(InputError, match=r"list\.json cannot be read as a model config"):
         ModelConfig.load(tmp_path / "list.json")
     with pytest.raises(InputError, match=r"none\.json cannot be read as a model config"):
         ModelConfig.load(tmp_path / "none.json")

@@ -63,8 +63,9 @@ class _Handler(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def web(small_shards, tmp_path):
-    """The small shards with their true sums, served on loopback."""
+def web(small_shards, tmp_path, monkeypatch):
+    """The small shards with their true sums, served on loopback, and tried again at once."""
+    monkeypatch.setattr("evaclip_model.reading.shard_store.FIRST_PAUSE_S", 0.01)
     folder = tmp_path / "served"
     shutil.copytree(small_shards, folder)
     shards = []
@@ -86,7 +87,7 @@ def shards_of(web: Web):
 
 
 def store(web: Web, cache: Path, cache_bytes: int = 2**30) -> ShardStore:
-    return ShardStore(web.url, cache, cache_bytes, first_pause_s=0.01)
+    return ShardStore(web.url, cache, cache_bytes)
 
 
 def read(shards: ShardStore, shard: Shard) -> list[Sample]:
