@@ -69,12 +69,10 @@ class EvaClip(nn.Module):
         return _normalise(features) if normalize else features
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
-        """Features [B, E] of captions.
+        """Features [B, E] of captions, of unit length in at least float32 if `normalize`.
 
-        Args:
-            tokens: [B, L] ids of `tokenizer.tokenize`, L at most the context length; on the CPU,
-                wherever the model is: ids on an accelerator would have to be waited for.
-            normalize: unit length, in at least float32.
+        `tokens` [B, L] are ids of `tokenizer.tokenize`, L at most the context length; on the CPU,
+        wherever the model is: ids on an accelerator would have to be waited for.
         """
         features: Tensor = self.text(tokens)
         return _normalise(features) if normalize else features

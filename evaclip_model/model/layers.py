@@ -29,9 +29,8 @@ from evaclip_model.model.model_config import VisionConfig
 
 AttentionChoice = Literal["auto", "sdpa", "flash2", "flash4", "eager"]
 AttentionKernel = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
-"""(queries [B, Q, H, D], keys, values [B, S, H, D], causal) -> [B, Q, H, D].
-
-Scores are scaled by D^-0.5; causal needs Q = S."""
+"""(queries [B, Q, H, D], keys, values [B, S, H, D], causal) -> [B, Q, H, D]; scores are scaled by
+D^-0.5, causal needs Q = S."""
 
 
 class _Package(NamedTuple):

@@ -48,9 +48,6 @@ _MAGIC = {
 """Pillow's name of a format -> first bytes: all that is ever opened."""
 _TIFF_COMPRESSIONS = (1, 2, 3, 4, 5, 8, 32773, 32946)
 """None, CCITT, LZW, deflate, PackBits; not JPEG, whose scans nobody would have counted."""
-_STRIP_TAGS = (273, 279, 324, 325)
-_COMPRESSION_TAG = 259
-_ORIENTATION_TAG = 0x0112
 _TURNS = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -216,9 +213,9 @@ def _require_pixels(width: int, height: int, max_pixels: int) -> None:
 def _require_plain_tiff(data: bytes) -> None:
     """Refuse a TIFF whose directory alone would cost too much, or that hides another format."""
     for tag, count, value in _tiff_entries(data):
-        if tag in _STRIP_TAGS and count > MAX_TIFF_STRIPS:
+        if tag in (273, 279, 324, 325) and count > MAX_TIFF_STRIPS:  # their places and lengths
             raise TooCostlyImageError(f"{count:,} strips, more than {MAX_TIFF_STRIPS:,}")
-        if tag == _COMPRESSION_TAG and value not in _TIFF_COMPRESSIONS:
+        if tag == 259 and value not in _TIFF_COMPRESSIONS:
             raise UnreadableImageError(f"TIFF compression {value} is not read")
 
 
@@ -262,8 +259,7 @@ def _orientation_in(exif: bytes) -> int:
     if not exif.startswith((b"II", b"MM")):
         return 1
     try:
-        values = (value for tag, _, value in _tiff_entries(exif) if tag == _ORIENTATION_TAG)
-        found = next(values, 1)
+        found = next((value for tag, _, value in _tiff_entries(exif) if tag == 0x0112), 1)
     except struct.error:  # the block is cut short
         return 1
     return found if found in _TURNS else 1

@@ -27,7 +27,7 @@ from evaclip_model.config import Config
 from evaclip_model.errors import InputError
 from evaclip_model.reading.captions import Captions, choose_caption
 from evaclip_model.reading.config import SamplingConfig
-from evaclip_model.reading.image_decoder import UnreadableImageError
+from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 from evaclip_model.reading.order import ORDERS, Mixture, Piece
 from evaclip_model.reading.read_worker import Origin, Worker, serve_parts
 from evaclip_model.reading.samples import (
@@ -38,7 +38,7 @@ from evaclip_model.reading.samples import (
     ShardManifest,
 )
 from evaclip_model.reading.shard_store import ShardStore
-from evaclip_model.reading.transform import DECODERS, Picture, picture_bytes, train_crop
+from evaclip_model.reading.transform import Picture, decode_fast, picture_bytes, train_crop
 from evaclip_model.reading.urls import is_url
 
 SHARDS_AHEAD = 2
@@ -146,7 +146,7 @@ class BatchReader:
                 f"{', '.join(weights)}: a step would hold samples more than once and take their "
                 "copies for negatives; set it lower, or add samples"
             )
-        self._decode = DECODERS[config.decode]
+        self._decode = decode_fast if config.decode == "fast" else decode_image
         self._store = _open_store(shards, manifest, settings, rank, ranks)
         total = sum(shard.bytes for shards in self._shards for shard in shards)
         self._room_for_all = total <= settings.cache_bytes

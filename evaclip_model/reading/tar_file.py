@@ -1,9 +1,8 @@
 """Places of the members of a tar, found from its headers alone: uncompressed ustar, PAX and GNU
 tars, as webdataset and img2dataset write them. Compressed or sparse ones are refused.
 
-webdataset's own reading goes through Python's tarfile: a dozen objects a member, and every byte of
-members that nobody asked for. Here a header is one read of a few kilobytes, and what is not wanted
-is not read; who wants everything has it read in long stretches, headers and contents at once.
+Python's tarfile makes a dozen objects a member and reads every byte. Here a header is one read of a
+few kilobytes, and what is not wanted is not read; who wants everything has it in long stretches.
 """
 
 import os

@@ -13,10 +13,10 @@ CMYK, turned photographs, whatever libjpeg warns of) goes the reference's way, t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -258,10 +258,3 @@ def decode_fast(data: bytes | memoryview) -> Picture:
                 pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(encoded, "RGB")
                 return pixels
     return decode_image(encoded)
-
-
-DECODERS: Mapping[Literal["fast", "reference"], Callable[[bytes | memoryview], Picture]] = {
-    "fast": decode_fast,
-    "reference": decode_image,
-}
-"""Name in a recipe -> decoder."""

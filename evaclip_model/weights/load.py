@@ -52,9 +52,8 @@ class LoadReport:
     loaded: tuple[str, ...]
     """The model's weights that were taken as they are."""
     expected_gaps: tuple[str, ...]
-    """The model's weights that kept their values, because such a checkpoint does not decide them:
-    the projection to the joint space when one tower is loaded, and the norm inside the attention
-    when it comes from pretraining."""
+    """The model's weights that kept their values: the projection to the joint space when one tower
+    is loaded, and the norm inside the attention when it comes from pretraining."""
     resized: tuple[str, ...]
     """The model's weights taken after resizing; not in `loaded`."""
     unexpected: tuple[str, ...]

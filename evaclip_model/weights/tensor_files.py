@@ -2,9 +2,8 @@
 ordinary error and leaves no half file; and read one at a time.
 
 No pickled code is run: torch's own reader is asked for plain content (`weights_only`), and for
-shapes and places in the file alone. Objects that training programs leave beside the weights (numpy
-values, arguments, paths) are passed over: an empty stand-in takes their place. Values are then read
-piece by piece to where they belong, so that a model is never in memory twice.
+shapes and places in the file alone. Other objects beside the weights are passed over: an empty
+stand-in takes their place. Values are then read piece by piece to where they belong.
 """
 
 import json
