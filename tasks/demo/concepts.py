@@ -1,6 +1,5 @@
-"""The demo's concepts: what each is called, and where its three drawings lie.
+"""The demo's concepts: names, captions and drawings in the committed `data/`.
 
-Covers: reading the committed `data/` (concepts.json, one zip of WebP drawings per artist).
 Not here: building that data (`tests/tasks/demo/build_images.py`), URLs and metadata (`world.py`).
 """
 

@@ -1,11 +1,8 @@
 """A small web on 127.0.0.1: the committed drawings, and the faults that real hosts have.
 
-Covers: the server (`python -m tasks.demo.demo_web --port PORT`), and `serve_pictures`, which
-runs it beside the caller in a process that cannot outlive it.
+`python -m tasks.demo.demo_web --port PORT`, or `serve_pictures`. What is answered depends on the
+URL alone: a download that is killed and continued meets the same web.
 Not here: which rows point at which fault (`tests/tasks/demo/plan_metadata.py`).
-
-What is answered depends on the URL alone, never on earlier requests: a download that is killed and
-continued meets the same web.
 """
 
 import argparse
@@ -15,7 +12,7 @@ import posixpath
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,11 +26,11 @@ from tasks.process.child import start_supervised
 
 HOST = "127.0.0.1"
 DRIP_S = 30.0
-"""How long a `slow` drawing takes; far beyond any sensible deadline for a thousand bytes."""
+"""Of a `slow` drawing; far beyond any sensible deadline for a thousand bytes."""
 DRIP_PAUSE_S = 0.25
 """Pause between its pieces; far below any time-out of a single read."""
 START_S = 60.0
-"""How long the server may take to listen, on a machine busy with other things."""
+"""Until the server listens, on a machine busy with other things."""
 GRACE_S = 1.0
 READY = "serving the demo's pictures on"
 PORT_TAKEN = 98
@@ -76,60 +73,54 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         route, name = split_path(self.path)
         drawing = self.server.drawings.get(name, b"")
+        half = drawing[: len(drawing) // 2]
         match route if drawing else "gone":
             case "img":
-                self._send_body(drawing)
+                self._answer(drawing)
             case "optout":
-                self._send_body(drawing, X_Robots_Tag="noai, noimageai")
+                self._answer(drawing, X_Robots_Tag="noai, noimageai")
             case "moved":
-                self._send_status(HTTPStatus.MOVED_PERMANENTLY, Location=f"/img/{name}")
+                self._answer(status=HTTPStatus.MOVED_PERMANENTLY, Location=f"/img/{name}")
             case "loop":
-                self._send_status(HTTPStatus.FOUND, Location=f"/loop/{name}")
+                self._answer(status=HTTPStatus.FOUND, Location=f"/loop/{name}")
             case "busy":
-                self._send_status(HTTPStatus.SERVICE_UNAVAILABLE, Retry_After="120")
+                self._answer(status=HTTPStatus.SERVICE_UNAVAILABLE, Retry_After="120")
             case "page":
-                self._send_body(PAGE, Content_Type="text/html")
+                self._answer(PAGE, Content_Type="text/html")
             case "broken":
-                self._send_body(drawing[: len(drawing) // 2])
+                self._answer(half)
             case "cut":
-                self._send_half(drawing)
+                self._answer(drawing, sent=[half], Connection="close")
             case "slow":
-                self._send_slowly(drawing)
+                self._answer(drawing, sent=self._drip(drawing), Connection="close")
             case _:
-                self._send_status(HTTPStatus.NOT_FOUND)
+                self._answer(status=HTTPStatus.NOT_FOUND)
 
     def log_message(self, format: str, *args: object) -> None:
         log.debug(format, *args)
 
-    def _send_head(self, length: int, headers: Mapping[str, str]) -> None:
-        self.send_response(HTTPStatus.OK)
-        for name, value in {"Content-Type": "image/webp", **headers}.items():
+    def _answer(
+        self,
+        body: bytes = b"",
+        status: HTTPStatus = HTTPStatus.OK,
+        sent: Iterable[bytes] | None = None,
+        **headers: str,
+    ) -> None:
+        """Promise `body`, and send it or the pieces `sent`."""
+        self.send_response(status)
+        about = {"Content-Type": "image/webp"} if body else {}
+        about |= {name.replace("_", "-"): value for name, value in headers.items()}
+        for name, value in {**about, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(length))
         self.end_headers()
+        for piece in [body] if sent is None else sent:
+            self.wfile.write(piece)
 
-    def _send_body(self, body: bytes, **headers: str) -> None:
-        self._send_head(len(body), {name.replace("_", "-"): headers[name] for name in headers})
-        self.wfile.write(body)
-
-    def _send_half(self, body: bytes) -> None:
-        self.close_connection = True
-        self._send_head(len(body), {"Connection": "close"})
-        self.wfile.write(body[: len(body) // 2])
-
-    def _send_slowly(self, body: bytes) -> None:
-        self.close_connection = True
-        self._send_head(len(body), {"Connection": "close"})
+    def _drip(self, body: bytes) -> Iterator[bytes]:
         size = -(-len(body) // max(1, round(self.server.drip_s / DRIP_PAUSE_S)))
         for start in range(0, len(body), size):
-            self.wfile.write(body[start : start + size])
+            yield body[start : start + size]
             time.sleep(DRIP_PAUSE_S)
-
-    def _send_status(self, status: HTTPStatus, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": "0"}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
 
 
 def split_path(target: str) -> tuple[str, str]:
@@ -150,31 +141,26 @@ def read_web() -> dict[str, bytes]:
 
 @contextmanager
 def serve_pictures(config: DemoConfig) -> Iterator[None]:
-    """Serve the demo's pictures for the length of the block, from a process of its own.
-
-    The server ends with the block, or with the caller, even if that is killed.
-
-    Raises:
-        InputError: another program listens on the port.
-    """
+    """Serve the demo's pictures for the length of the block, from a process that ends with it and
+    with the caller, even if that is killed. InputError: another program listens on the port."""
     command = [sys.executable, "-m", "tasks.demo.demo_web", "--port", str(config.port)]
     with tempfile.TemporaryDirectory(prefix="demo-web-") as folder:
         output = Path(folder) / "log"
         with start_supervised(command, log=output, grace_s=GRACE_S) as process:
             deadline = time.monotonic() + START_S
-            while READY not in output.read_text(errors="replace"):
+            while READY not in (said := output.read_text(errors="replace")):
                 if process.poll() == PORT_TAKEN:
-                    raise InputError(output.read_text().strip())
+                    raise InputError(said.strip())
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"the demo's server did not start: {output.read_text()}")
+                    raise RuntimeError(f"the demo's server did not start: {said}")
                 time.sleep(0.05)
             yield
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tasks.demo.demo_web", description=__doc__)
     parser.add_argument("--port", type=int, default=DemoConfig().port, help="TCP port")
-    port: int = parser.parse_args(arguments).port
+    port: int = parser.parse_args().port
     try:
         web = Web(port, read_web())
     except OSError as error:

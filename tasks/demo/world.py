@@ -2,14 +2,13 @@
 classification set over all concepts and a retrieval set, both of Twemoji drawings, in the
 webdataset form in which such sets are published).
 
-Not here: serving the pictures (`demo_web.py`), building the committed pictures and metadata, and
-what is odd about its rows (`tests/tasks/demo/build_images.py`,
-`tests/tasks/demo/plan_metadata.py`).
+Not here: serving the pictures (`demo_web.py`), building the committed pictures and metadata
+(`tests/tasks/demo/build_images.py`, `tests/tasks/demo/plan_metadata.py`).
 """
 
 import io
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -20,15 +19,7 @@ from tasks.demo.concepts import DATA, Concept, read_concepts, read_drawings
 from tasks.demo.config import DemoConfig
 from tasks.progress import Report, report_nothing
 
-CLASSIFICATION = "emoji-twemoji"
-RETRIEVAL = "emoji-twemoji-retrieval"
-TEMPLATES = (
-    "{c}",
-    "an emoji of {c}.",
-    "an icon of {c}.",
-    "a drawing of {c}.",
-    "the {c} emoji.",
-)
+TEMPLATES = ("{c}", "an emoji of {c}.", "an icon of {c}.", "a drawing of {c}.", "the {c} emoji.")
 URL_COLUMNS = {"laion2b": "URL", "coyo700m": "url"}
 """Source -> the column of its addresses, in which the committed files have the default port."""
 
@@ -54,12 +45,12 @@ def write_eval_sets(concepts: Sequence[Concept], folder: Path) -> list[Path]:
     names = [concept.name for concept in concepts]
     labels = [("cls", str(label)) for label in range(len(concepts))]
     captions = [("txt", "\n".join(concept.twemoji)) for concept in concepts]
-    first, second = folder / CLASSIFICATION, folder / RETRIEVAL
+    first, second = folder / "emoji-twemoji", folder / "emoji-twemoji-retrieval"
     return [
-        _write_text(first / "classnames.txt", _join_lines(names)),
-        _write_text(first / "zeroshot_classification_templates.txt", _join_lines(TEMPLATES)),
+        _write_lines(first / "classnames.txt", *names),
+        _write_lines(first / "zeroshot_classification_templates.txt", *TEMPLATES),
         *_write_shard(first, images, labels),
-        _write_text(second / "dataset_type.txt", _join_lines(["retrieval"])),
+        _write_lines(second / "dataset_type.txt", "retrieval"),
         *_write_shard(second, images, captions),
     ]
 
@@ -71,39 +62,28 @@ def _write_shard(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number, (image, (extension, answer)) in enumerate(zip(images, answers, strict=True)):
-            _add_member(tar, f"s{number:07d}.webp", image)
-            _add_member(tar, f"s{number:07d}.{extension}", answer.encode())
-    return [path, _write_text(folder / "test" / "nshards.txt", _join_lines(["1"]))]
+            for kind, data in (("webp", image), (extension, answer.encode())):
+                # its time and owner are zero: the same bytes every time
+                member = tarfile.TarInfo(f"s{number:07d}.{kind}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return [path, _write_lines(folder / "test" / "nshards.txt", "1")]
 
 
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # its time and owner are zero: the same bytes every time
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
-
-
-def _join_lines(lines: Iterable[str]) -> str:
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _write_text(path: Path, text: str) -> Path:
+def _write_lines(path: Path, *lines: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
 
 
 def make_demo(config: DemoConfig, out: Path, report: Report = report_nothing) -> Made:
-    """Write `metadata/SOURCE/*.parquet` and `eval/SET/...` into `out`.
-
-    Counts: concepts, and rows per source as `SOURCE.rows`.
-    """
+    """Write `metadata/SOURCE/*.parquet` and `eval/SET/...` into `out`."""
     concepts = read_concepts()
     files: list[Path] = []
     counts = {"concepts": len(concepts)}
     for source in URL_COLUMNS:
-        written, counts[f"{source}.rows"] = write_metadata(
-            source, config.port, out / "metadata" / source
-        )
+        place = out / "metadata" / source
+        written, counts[f"{source}.rows"] = write_metadata(source, config.port, place)
         files += written
     files += write_eval_sets(concepts, out / "eval")
     report(1, 1)
