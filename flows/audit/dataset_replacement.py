@@ -17,8 +17,8 @@ from flows.graph.outside_data import sort_takedowns
 from flows.graph.step import Step
 from tasks.artifacts.artifact import Artifact, Made, Role, read_artifacts
 from tasks.dataset.choose import Asked, find_asked
-from tasks.dataset.config import LEFT_OUT, REPORT, STAGE, TAKEN_DOWN, DatasetConfig
-from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
+from tasks.dataset.config import LEFT_OUT, REPORT, STAGE, TAKEN_DOWN, DatasetConfig, OutsideFiles
+from tasks.dataset.dataset import Takedowns, make_dataset
 from tasks.dataset.lists import is_url, read_takedowns, takedowns_digest
 from tasks.index.sample_index import SampleIndex
 from tasks.merge.database import normal_urls

@@ -431,7 +431,8 @@ def dataset_step(
     def make(_: Profile, out: Path, report: Report) -> Made:
         from flows.graph.ancestry import ancestors_of
         from tasks.dataset.choose import find_asked
-        from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
+        from tasks.dataset.config import OutsideFiles
+        from tasks.dataset.dataset import Takedowns, make_dataset
         from tasks.embed.embed import read_scores
 
         files = {

@@ -9,13 +9,15 @@ so that none of them brings back a copy that was left out beside the sample that
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mmh3
 import numpy as np
@@ -26,9 +28,9 @@ import pyarrow.compute as pc
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import IMAGE_EXTENSIONS
 from evaclip_model.reading.tar_file import BrokenTar, TarReader
-from tasks.dataset.config import DatasetConfig
-from tasks.dataset.lists import SHA256, is_url
-from tasks.dataset.scores import Scores, find_listed, find_low_scores, uids_of_rows
+from tasks.dataset.config import DatasetConfig, OutsideFiles
+from tasks.dataset.lists import SHA256, is_url, read_hashes
+from tasks.dataset.scores import Scores, find_listed, find_low_scores, read_uids, uids_of_rows
 from tasks.index.perceptual_hash import Hashes, KnownHashes, hash_images, near_pairs
 from tasks.index.sample_index import Ints, Kind, SampleIndex, ShardVerdict
 
@@ -37,32 +39,27 @@ Asked = Mapping[Kind, tuple[str, ...]]
 """What is looked for, by kind."""
 
 
-@dataclass(frozen=True)
-class EvaluationImages:
+class EvaluationImages(NamedTuple):
     """All images of some evaluation sets."""
 
-    sha256: frozenset[str]
+    sha256: set[str]
     looks: Hashes
     """Perceptual hashes of those that can be decoded."""
 
 
-def read_evaluation_images(folders: Sequence[Path], threads: int) -> EvaluationImages:
+def _read_evaluation_images(folders: Sequence[Path]) -> EvaluationImages:
     """Hash every image file, and every image in a tar, below the folders (or in single tars).
-
-    Raises:
-        InputError: a folder without an image, or a tar that cannot be read.
-    """
-    digests: set[str] = set()
-    looks = [np.empty(0, np.uint64)]
+    InputError: a folder without an image, or a tar that cannot be read."""
+    images = EvaluationImages(set(), np.empty(0, np.uint64))
     for folder in folders:
-        hashes = hash_images(_iterate_images(folder), threads)
+        hashes = hash_images(_iterate_images(folder), threads=len(os.sched_getaffinity(0)))
         if not len(hashes):
             raise InputError(
                 f"{folder} holds no image: give a folder of image files or of webdataset tars"
             )
-        digests.update(hashes.sha256)
-        looks.append(hashes.looks[hashes.decoded])
-    return EvaluationImages(frozenset(digests), np.unique(np.concatenate(looks)))
+        looks = np.union1d(images.looks, hashes.looks[hashes.decoded])
+        images = EvaluationImages(images.sha256 | set(hashes.sha256), looks)
+    return images
 
 
 def _iterate_images(folder: Path) -> Iterator[bytes]:
@@ -104,31 +101,15 @@ class LeftOutReason(StrEnum):
     TAKEDOWN = "takedown"
 
 
-@dataclass(frozen=True)
-class Rules:
-    """The rules that decide, read from files."""
-
-    config: DatasetConfig
-    blocked: tuple[str, ...] = ()
-    """MD5 and SHA-256 of images that must not be used."""
-    evaluation: EvaluationImages | None = None
-    keep_uids: pa.Array | None = None
-    drop_uids: pa.Array | None = None
-    scores: Scores | None = None
-    """Of every row of the index."""
-
-
 class Choice:
     """For every row of an index the reason why it is left out, if it is."""
 
     def __init__(self, rows: int) -> None:
-        """Begin with nothing left out."""
         self._names: list[str] = [""]
         self._codes = np.zeros(rows, dtype=np.uint8)
 
     @classmethod
     def from_table(cls, rows: int, table: pa.Table) -> Choice:
-        """The choice that was kept as `table`."""
         choice = cls(rows)
         for reason in pc.unique(table["reason"]).to_pylist():
             mine = pc.equal(table["reason"], reason)
@@ -161,35 +142,44 @@ class Choice:
         return pa.table({"row": rows, "reason": names.cast(pa.string())})
 
 
-def choose_samples(index: SampleIndex, verdicts: Sequence[ShardVerdict], rules: Rules) -> Choice:
-    """Apply every rule but takedowns."""
-    choice, config = Choice(index.rows), rules.config
-    looks = _go_through(index, verdicts, rules, choice)
-    blocked = index.find_samples(Kind.HASH, rules.blocked) if rules.blocked else []
-    choice.leave_out(_rows_of(blocked), LeftOutReason.BLOCKED)
-    if rules.evaluation is not None:
-        tested = index.find_samples(Kind.HASH, sorted(rules.evaluation.sha256))
-        choice.leave_out(_rows_of(tested), LeftOutReason.EVALUATION)
-    if rules.keep_uids is not None:
-        choice.leave_out(~find_listed(index, rules.keep_uids), LeftOutReason.NOT_LISTED)
-    if rules.drop_uids is not None:
-        choice.leave_out(find_listed(index, rules.drop_uids), LeftOutReason.LISTED)
-    choice.leave_out(
-        _find_later(*index.find_repeated(Kind.UID), choice), LeftOutReason.REPEATED_UID
-    )
+def choose_samples(
+    index: SampleIndex,
+    verdicts: Sequence[ShardVerdict],
+    config: DatasetConfig,
+    outside: OutsideFiles,
+    scores: Scores | None,
+) -> Choice:
+    """Apply every rule but takedowns.
+
+    Raises:
+        InputError: a list or an evaluation set cannot be read.
+    """
+    choice, tested = Choice(index.rows), _read_evaluation_images(outside.evaluation_sets)
+    looks = _go_through(index, verdicts, config, tested.looks, choice)
+    for reason, hashes in (
+        (LeftOutReason.BLOCKED, read_hashes(outside.blocklists)),
+        (LeftOutReason.EVALUATION, sorted(tested.sha256)),
+    ):
+        choice.leave_out(_rows_of(index.find_samples(Kind.HASH, hashes)), reason)
+    if outside.keep_uids:
+        listed = find_listed(index, read_uids(outside.keep_uids))
+        choice.leave_out(~listed, LeftOutReason.NOT_LISTED)
+    if outside.drop_uids:
+        listed = find_listed(index, read_uids(outside.drop_uids))
+        choice.leave_out(listed, LeftOutReason.LISTED)
+    repeated = _find_later(*index.find_repeated(Kind.UID), choice)
+    choice.leave_out(repeated, LeftOutReason.REPEATED_UID)
     if config.exact_duplicates == "drop":
-        choice.leave_out(
-            _find_later(*index.find_repeated(Kind.HASH), choice), LeftOutReason.EXACT_DUPLICATE
-        )
+        repeated = _find_later(*index.find_repeated(Kind.HASH), choice)
+        choice.leave_out(repeated, LeftOutReason.EXACT_DUPLICATE)
     if config.near_duplicates == "drop":
-        choice.leave_out(
-            _later_looks(looks, config.max_distance, choice), LeftOutReason.NEAR_DUPLICATE
-        )
-    if rules.scores is not None:
+        alike = _later_looks(looks, config.max_distance, choice)
+        choice.leave_out(alike, LeftOutReason.NEAR_DUPLICATE)
+    if scores is not None:
         names = [verdict.shard.source if verdict.shard else "" for verdict in verdicts]
         numbers = np.unique(names, return_inverse=True)[1]
         low = find_low_scores(
-            *(rules.scores, ~choice.left_out, np.repeat(numbers, [v.stored for v in verdicts])),
+            *(scores, ~choice.left_out, np.repeat(numbers, [v.stored for v in verdicts])),
             min_score=config.min_score,
             keep_share=config.keep_share,
             uids_of=partial(uids_of_rows, index),
@@ -199,8 +189,7 @@ def choose_samples(index: SampleIndex, verdicts: Sequence[ShardVerdict], rules: 
 
 
 def find_held_out(index: SampleIndex, share: float) -> npt.NDArray[np.bool_]:
-    """Mask [rows] of the samples that are kept for validation: whatever else is in the data, the
-    same ones are."""
+    """Mask [rows] of the samples kept for validation, the same whatever else is in the data."""
     if not share:
         return np.zeros(index.rows, dtype=np.bool_)
     most = share * 2**32
@@ -228,7 +217,11 @@ def sort_by_kind(entries: Iterable[str]) -> Asked:
 
 
 def _go_through(
-    index: SampleIndex, verdicts: Sequence[ShardVerdict], rules: Rules, choice: Choice
+    index: SampleIndex,
+    verdicts: Sequence[ShardVerdict],
+    config: DatasetConfig,
+    tested: Hashes,
+    choice: Choice,
 ) -> Hashes:
     """One pass over the rows: shards, flaws, evaluation images by their looks.
 
@@ -237,11 +230,9 @@ def _go_through(
         none.
     """
     unusable = np.array([verdict.shard is None for verdict in verdicts])
-    near = rules.config.near_duplicates == "drop"
+    near = config.near_duplicates == "drop"
     looks = np.zeros(index.rows if near else 0, dtype=np.uint64)
-    known = None
-    if rules.evaluation is not None:
-        known = KnownHashes(rules.evaluation.looks, rules.config.max_distance)
+    known = KnownHashes(tested, config.max_distance) if len(tested) else None
     start = 0
     for table in index.iterate_chunks("shard", "flaw", "phash"):
         rows = np.arange(start, start + table.num_rows)
@@ -260,37 +251,25 @@ def _go_through(
 
 
 def _find_later(rows: Ints, groups: Ints, choice: Choice) -> Rows:
-    """Rows that share a group with an earlier row that stays; `rows` ascend.
-
-    A row is in several groups when both its image as downloaded and as stored are repeated, and
-    then stands in `rows` several times: it is judged when the last of its groups is known. A row
-    that goes takes no group, so a chain a-b-c of which b goes leaves c in.
-    """
+    """Rows that share a group with an earlier row that stays; `rows` ascend, each as often as it
+    has groups (its image as downloaded and as stored). A row that goes takes no group, so a chain
+    a-b-c of which b goes leaves c in."""
     taken: set[int] = set()
     later = []
-    mine: list[int] = []
-    left_out = choice.left_out[rows].tolist()
-    numbers = rows.tolist()
-    for place, (row, group) in enumerate(zip(numbers, groups.tolist(), strict=True)):
-        if left_out[place]:
-            continue
-        mine.append(group)
-        if place + 1 < len(numbers) and numbers[place + 1] == row:
-            continue
+    stays = ~choice.left_out[rows]
+    pairs = zip(rows[stays].tolist(), groups[stays].tolist(), strict=True)
+    for row, group in groupby(pairs, key=itemgetter(0)):
+        mine = [number for _, number in group]
         if taken.isdisjoint(mine):
             taken.update(mine)
         else:
             later.append(row)
-        mine = []
     return np.array(later, dtype=np.int64)
 
 
 def _later_looks(looks: Hashes, most: int, choice: Choice) -> Rows:
-    """Rows that look like an earlier row that stays.
-
-    Only distinct hashes are paired, because equal ones would all be paired with each other; a hash
-    that several rows have is near to itself.
-    """
+    """Rows that look like an earlier row that stays. Only distinct hashes are paired, because equal
+    ones would all be paired with each other; a hash that several rows have is near to itself."""
     candidates = np.flatnonzero(~choice.left_out)
     hashes, inverse, counts = np.unique(looks[candidates], return_inverse=True, return_counts=True)
     neighbours: defaultdict[int, list[int]] = defaultdict(list)

@@ -1,9 +1,7 @@
-"""The rules by which verified samples are used: the `[dataset]` table of a recipe.
+"""The rules by which verified samples are used: the `[dataset]` table of a recipe."""
 
-Covers: the config, the stage's name and version, the names of what it makes.
-Not here: looking into shards (the verify stage), applying any rule.
-"""
-
+from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -57,6 +55,18 @@ class CaptionSource(Config):
         if self.key_column is not None and self.key is None:
             raise ValueError(f"say what column '{self.key_column}' is: set 'key' too")
         return self
+
+
+@dataclass(frozen=True)
+class OutsideFiles:
+    """Files that a dataset's rules name, found."""
+
+    evaluation_sets: tuple[Path, ...] = ()
+    blocklists: tuple[Path, ...] = ()
+    keep_uids: tuple[Path, ...] = ()
+    drop_uids: tuple[Path, ...] = ()
+    captions: tuple[tuple[CaptionSource, tuple[str, ...]], ...] = ()
+    """Sidecars and their files."""
 
 
 class DatasetConfig(Config):

@@ -1,12 +1,10 @@
-"""One version of the data: which verified samples are used, as training reads it.
+"""One version of the data: which verified samples are used, as training reads it: the manifest with
+tombstones, the list of what is left out, the card, whose figures are those of its ancestors.
 
-Covers: applying the rules, the manifest with tombstones, the list of what is left out, the card,
-whose figures are copied from the manifests of all that the version was made from.
 Not here: which samples a rule leaves out (choose.py); looking into shards; making a new download.
 """
 
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,26 +21,17 @@ from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
 from evaclip_model.reading.samples import SHARDS, VALIDATION_SHARDS, Shard, ShardManifest
 from tasks.artifacts.artifact import CARD, Artifact, Made
-from tasks.dataset.choose import (
-    Choice,
-    LeftOutReason,
-    Rows,
-    Rules,
-    choose_samples,
-    find_held_out,
-    read_evaluation_images,
-)
+from tasks.dataset.choose import Choice, LeftOutReason, Rows, choose_samples, find_held_out
 from tasks.dataset.config import (
     CAPTIONS,
     LEFT_OUT,
     REPORT,
     RULES_IN_FILES,
     TAKEN_DOWN,
-    CaptionSource,
     DatasetConfig,
+    OutsideFiles,
 )
-from tasks.dataset.lists import read_hashes
-from tasks.dataset.scores import Scores, read_uids
+from tasks.dataset.scores import Scores
 from tasks.dataset.sidecars import shard_captions, write_sidecars
 from tasks.index.sample_index import (
     INDEX,
@@ -74,18 +63,6 @@ class Takedowns:
     takedowns, if there is one: its choice is taken over, because takedowns only add to it."""
 
 
-@dataclass(frozen=True)
-class OutsideFiles:
-    """Files that a dataset's rules name, found."""
-
-    evaluation_sets: tuple[Path, ...] = ()
-    blocklists: tuple[Path, ...] = ()
-    keep_uids: tuple[Path, ...] = ()
-    drop_uids: tuple[Path, ...] = ()
-    captions: tuple[tuple[CaptionSource, tuple[str, ...]], ...] = ()
-    """Sidecars and their files."""
-
-
 def make_dataset(
     config: DatasetConfig,
     ancestors: Sequence[Artifact],
@@ -98,12 +75,8 @@ def make_dataset(
     """Write the version into `out`; nothing of the shards is read again or rewritten.
 
     Args:
-        config: the rules.
         ancestors: what the data was made from, in the order of work; the last one that has an index
             is what is chosen from.
-        outside: files that the rules name.
-        takedowns: the samples that may be used no longer.
-        report: called at every step.
         scores: of every row of the data's index, where a rule asks for them.
 
     Raises:
@@ -114,7 +87,7 @@ def make_dataset(
     verdicts = read_verdicts(verified)
     report(0, _STEPS, f"{index.rows:,} samples")
     if takedowns.before is None:
-        choice = choose_samples(index, verdicts, _read_rules(config, outside, scores))
+        choice = choose_samples(index, verdicts, config, outside, scores)
     else:
         choice = Choice.from_table(index.rows, pq.read_table(takedowns.before / LEFT_OUT))
     report(1, _STEPS, "takedowns")
@@ -157,21 +130,6 @@ def make_dataset(
     return Made(counts, tuple(out / name for name in names), further)
 
 
-def _read_rules(config: DatasetConfig, outside: OutsideFiles, scores: Scores | None) -> Rules:
-    evaluation = None
-    if outside.evaluation_sets:
-        threads = len(os.sched_getaffinity(0))
-        evaluation = read_evaluation_images(outside.evaluation_sets, threads)
-    return Rules(
-        config,
-        read_hashes(outside.blocklists),
-        evaluation,
-        keep_uids=read_uids(outside.keep_uids) if outside.keep_uids else None,
-        drop_uids=read_uids(outside.drop_uids) if outside.drop_uids else None,
-        scores=scores,
-    )
-
-
 def _keep_shards(
     verdicts: Sequence[ShardVerdict],
     verified: Path,
@@ -190,10 +148,9 @@ def _keep_shards(
             gone = np.flatnonzero(hidden[start:stop]).tolist()
             left = verdict.stored - len(gone)
             counts = by_source.setdefault(verdict.shard.source, Counter())
+            reasons = choice.count_reasons(start, stop)
             counts.update(shards=int(left > 0), samples=left)
-            counts.update(
-                {f"left_out.{n}": c for n, c in choice.count_reasons(start, stop).items()}
-            )
+            counts.update({f"left_out.{reason}": count for reason, count in reasons.items()})
             if left:
                 path = relative_path(shard_location(verified, verdict.path), out)
                 tombstones = " ".join(map(str, gone))
@@ -208,11 +165,10 @@ def _keep_shards(
 def _never_packed(ancestors: Sequence[Artifact]) -> Counter[str]:
     """Contents of adopted folders and tables that are not pairs, by reason; no index has them."""
     found: Counter[str] = Counter()
-    for artifact in ancestors:
-        if artifact.kind == "adopt":
-            for name, number in artifact.counts.items():
-                if name.startswith("left_out."):
-                    found.update({name: int(number), "left_out": int(number)})
+    for artifact in (one for one in ancestors if one.kind == "adopt"):
+        for name, number in artifact.counts.items():
+            if name.startswith("left_out."):
+                found.update({name: int(number), "left_out": int(number)})
     return found
 
 
@@ -253,19 +209,9 @@ def write_card(
     captions: Mapping[str, Mapping[str, int]],
     takedowns: Sequence[str],
 ) -> None:
-    """Write the card of the version whose artifact is the folder of `path`.
-
-    Args:
-        path: of the card.
-        config: the version's rules.
-        ancestors: what it was made from, in the order of work: merges, downloads, adoptions and
-            verifications; other kinds only appear in the list of digests.
-        counts: the version's totals.
-        by_source: what became of every source's verified samples.
-        captions: what became of the rows of every sidecar.
-        takedowns: entries of the takedown lists.
-    """
-    made_from: dict[str, list[Artifact]] = {}
+    """Write the card of the version whose artifact is the folder of `path`; `by_source` says what
+    became of the samples, `captions` of the rows of every sidecar."""
+    made_from: dict[str, list[Artifact]] = {"adopt": [], "merge": [], "download": []}
     for artifact in ancestors:
         made_from.setdefault(artifact.kind, []).append(artifact)
     totals = {
@@ -284,12 +230,14 @@ def write_card(
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters["cell"] = _format_cell
+    environment.filters["cell"] = lambda cell: (
+        f"{cell:,}" if isinstance(cell, int | float) else str(cell)
+    )
     card = environment.from_string(Path(__file__).with_name(TEMPLATE).read_text()).render(
         digest=path.parent.name,
         config=config,
         counts=counts,
-        made_from={"adopt": [], "merge": [], "download": []} | made_from,
+        made_from=made_from,
         totals=totals,
         captions=captions,
         takedowns=len(takedowns),
@@ -300,10 +248,6 @@ def write_card(
         left_out=LEFT_OUT,
     )
     write_atomically(path, card)
-
-
-def _format_cell(cell: Any) -> str:
-    return f"{cell:,}" if isinstance(cell, int | float) else str(cell)
 
 
 def _list_reasons(counts: Counts, prefix: str) -> list[tuple[str, int | float]]:

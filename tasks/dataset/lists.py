@@ -6,7 +6,7 @@ Not here: finding the samples (choose.py); which URLs are the same (tasks/merge/
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from evaclip_model.errors import InputError
@@ -19,43 +19,26 @@ _UID = re.compile(r"[\w.:\-]+", re.ASCII)
 
 
 def read_hashes(files: Iterable[Path]) -> tuple[str, ...]:
-    """The hashes of blocklists: the first word of every line, in lower case.
+    """The hashes of blocklists: the first word of every line, in lower case. InputError: naming the
+    first line that begins with something else."""
 
-    Raises:
-        InputError: naming the first line that begins with something else.
-    """
-    hashes = set()
-    for file in files:
-        for number, line in _iterate_lines(file):
-            word = line.split()[0].lower()
-            if not _HASH.fullmatch(word):
-                raise InputError(
-                    f"{file}, line {number}: expected an MD5 (32 hex digits) or a SHA-256 (64) "
-                    f"at the beginning, got '{word[:80]}'"
-                )
-            hashes.add(word)
-    return tuple(sorted(hashes))
+    def read(line: str) -> str | None:
+        word = line.split()[0].lower()
+        return word if _HASH.fullmatch(word) else None
+
+    return _read_entries(files, read, "an MD5 (32 hex digits) or a SHA-256 (64) at the beginning")
 
 
 def read_takedowns(files: Iterable[Path]) -> tuple[str, ...]:
-    """The entries of takedown lists, sorted, each once.
+    """The entries of takedown lists, sorted, each once. InputError: naming the first line that is
+    not a URL, a uid or a SHA-256."""
 
-    Raises:
-        InputError: naming the first line that is not a URL, a uid or a SHA-256.
-    """
-    entries = set()
-    for file in files:
-        for number, line in _iterate_lines(file):
-            if is_url(line):
-                entries.add(line)
-            elif _UID.fullmatch(line):
-                entries.add(line.lower() if SHA256.fullmatch(line) else line)
-            else:
-                raise InputError(
-                    f"{file}, line {number}: expected a URL (with http:// or https://), a uid or a "
-                    f"SHA-256, got '{line[:80]}'"
-                )
-    return tuple(sorted(entries))
+    def read(line: str) -> str | None:
+        if SHA256.fullmatch(line):
+            return line.lower()
+        return line if is_url(line) or _UID.fullmatch(line) else None
+
+    return _read_entries(files, read, "a URL (with http:// or https://), a uid or a SHA-256")
 
 
 def takedowns_digest(entries: Iterable[str]) -> str:
@@ -69,13 +52,21 @@ def is_url(entry: str) -> bool:
     return entry.lower().startswith(("http://", "https://"))
 
 
-def _iterate_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(number, content) of all lines but empty ones and comments, which begin with #."""
-    try:
-        text = read_text(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read as a text file ({error})") from None
-    for number, line in enumerate(text.splitlines(), start=1):
-        content = line.strip()
-        if content and not content.startswith("#"):
-            yield number, content
+def _read_entries(
+    files: Iterable[Path], read: Callable[[str], str | None], expected: str
+) -> tuple[str, ...]:
+    """What `read` makes of all lines but empty ones and comments, which begin with #."""
+    entries = set()
+    for file in files:
+        try:
+            text = read_text(file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{file} cannot be read as a text file ({error})") from None
+        for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
+            if not line or line.startswith("#"):
+                continue
+            entry = read(line)
+            if entry is None:
+                raise InputError(f"{file}, line {number}: expected {expected}, got '{line[:80]}'")
+            entries.add(entry)
+    return tuple(sorted(entries))

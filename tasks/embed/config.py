@@ -1,6 +1,5 @@
 """The models that look at every sample: the `[embed]` table of a recipe.
 
-Covers: the config, the stage's name and version, the form of what it makes.
 Not here: which samples their scores leave out (the dataset stage).
 """
 

@@ -1,14 +1,12 @@
-"""Features of every usable sample of a verification by one model, a parquet file a shard.
+"""Features of every usable sample of a verification by one model, a parquet file a shard: what is
+missing, running the ranks, the report.
 
-Covers: listing what is missing, running the ranks, progress, the report.
 Not here: encoding a shard (embed_shard.py); what scores decide (tasks/dataset).
-
-An artifact belongs to one model and one verification. A retraining verifies and embeds what is new
-alone, so that no sample is looked at twice by the same model.
 """
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +48,6 @@ def embed_samples(
         model: what opens it here.
         verified: folder of the verification.
         ranks: processes that take missing shards in turn; they change no byte of the result.
-        device: of the model.
 
     Raises:
         InputError: the model cannot be opened, its features are not finite, a shard changed, or
@@ -83,21 +80,16 @@ def embed_samples(
 
 
 def shard_file(folder: Path, number: int) -> Path:
-    """The features of the shard with this number."""
     return folder / f"{number:06d}.parquet"
 
 
 def read_scores(parts: Sequence[tuple[Path, Path]]) -> npt.NDArray[np.float32]:
-    """Similarity of image and caption of every row of an index, NaN where a sample is flawed.
-
-    Args:
-        parts: folders of features and of the verification that they are of, in the index's order.
-    """
+    """Similarity of image and caption of every row of an index, NaN where a sample is flawed;
+    `parts` are folders of features and of their verification, in the index's order."""
     found = []
     for folder, verified in parts:
-        stored = [verdict.stored for verdict in read_verdicts(verified)]
-        starts = np.concatenate([[0], np.cumsum(stored)])
-        scores = np.full(sum(stored), np.nan, dtype=np.float32)
+        starts = np.cumsum([0, *(verdict.stored for verdict in read_verdicts(verified))])
+        scores = np.full(starts[-1], np.nan, dtype=np.float32)
         for file in sorted((folder / FEATURES).glob("*.parquet")):
             table = pq.read_table(file, columns=["place", "similarity"])
             places = starts[int(file.stem)] + table["place"].to_numpy()
@@ -132,29 +124,20 @@ def _write_report(
 ) -> dict[str, int | float]:
     """Counts, mean similarity and its histogram, by source."""
     edges = np.linspace(-1, 1, BINS + 1)
-    samples: dict[str, int] = {}
-    sums: dict[str, float] = {}
-    histograms: dict[str, npt.NDArray[np.int64]] = {}
+    totals: defaultdict[str, npt.NDArray[np.float64]] = defaultdict(lambda: np.zeros(2 + BINS))
     for file, verdict in zip(files, verdicts, strict=True):
-        source = verdict.shard.source if verdict.shard else ""
         found = pq.read_table(file, columns=["similarity"])["similarity"].to_numpy()
-        samples[source] = samples.get(source, 0) + len(found)
-        sums[source] = sums.get(source, 0.0) + float(found.sum(dtype=np.float64))
-        counted = np.histogram(found, edges)[0]
-        histograms[source] = histograms.get(source, np.zeros(BINS, dtype=np.int64)) + counted
+        parts = [len(found), found.sum(dtype=np.float64), *np.histogram(found, edges)[0]]
+        totals[verdict.shard.source if verdict.shard else ""] += parts
+
+    def describe(total: npt.NDArray[np.float64]) -> dict[str, int | float]:
+        samples = int(total[0])
+        return {"samples": samples, "mean_similarity": round(total[1] / max(samples, 1), 6)}
+
     by_source = {
-        source: {
-            "samples": samples[source],
-            "mean_similarity": round(sums[source] / max(samples[source], 1), 6),
-            "histogram": histograms[source].tolist(),
-        }
-        for source in sorted(samples)
+        source: {**describe(total), "histogram": total[2:].astype(int).tolist()}
+        for source, total in sorted(totals.items())
     }
     said = {"model": name, "bins": BINS, "sources": by_source}
     write_atomically(target, json.dumps(said, indent=1) + "\n")
-    whole = sum(samples.values())
-    return {
-        "shards": len(files),
-        "samples": whole,
-        "mean_similarity": round(sum(sums.values()) / max(whole, 1), 6),
-    }
+    return {"shards": len(files), **describe(sum(totals.values(), np.zeros(2 + BINS)))}

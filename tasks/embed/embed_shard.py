@@ -6,7 +6,6 @@ depends on its sample alone, whatever rank made it. Images are decoded as for an
 """
 
 import sys
-from collections.abc import Iterator, Set
 from contextlib import closing
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from evaclip_model.choices import Precision
 from evaclip_model.config import Config
 from evaclip_model.files import replace_file
 from evaclip_model.reading.image_decoder import decode_image
-from evaclip_model.reading.samples import Sample, SampleReader
 from evaclip_model.reading.shard_store import ShardStore
 from tasks.encoders.encode_chunks import IMAGE_CHUNK, embed_images, embed_texts
 from tasks.encoders.open_models import Subject, open_subject
@@ -34,16 +32,14 @@ CACHE_BYTES = 8 << 30
 
 
 class EmbedJob(Config):
-    """The work of the ranks."""
+    """The work of the ranks: the missing `shards` by number, into the `folder` of features."""
 
     model: str
     precision: Precision
     device: str
     verified: Path
     folder: Path
-    """Of the features."""
     shards: tuple[int, ...]
-    """Numbers of the missing ones."""
     ranks: int
 
 
@@ -55,31 +51,29 @@ def embed_share(job: EmbedJob, rank: int) -> None:
     verdicts = read_verdicts(job.verified)
     index = SampleIndex(job.verified)
     cache = job.folder.parent / f".cache-{rank}"
-    mine = job.shards[rank :: job.ranks]
     with closing(ShardStore(str(job.verified), cache, CACHE_BYTES)) as store:
-        for number in mine:
-            verdict = verdicts[number]
-            table = _embed_shard(subject, store, index, number, verdict)
-            target = job.folder / f"{number:06d}.parquet"
-            with replace_file(target) as beside:
+        for number in job.shards[rank :: job.ranks]:
+            table = _embed_shard(subject, store, index, number, verdicts[number])
+            with replace_file(job.folder / f"{number:06d}.parquet") as beside:
                 pq.write_table(table, beside, compression="zstd")
 
 
 def _embed_shard(
     subject: Subject, store: ShardStore, index: SampleIndex, number: int, verdict: ShardVerdict
 ) -> pa.Table:
-    """The features of a shard's usable samples."""
+    """The features of a shard's usable samples, in stored order."""
     assert verdict.shard is not None
     known = index.rows_of_shard(number, "place", "uid", "flaw")
     usable = known.filter(known["flaw"].is_null())
     places = usable["place"].to_numpy()
-    images, texts = [], []
+    wanted, images, texts = set(places.tolist()), [], []
     with closing(store.open_shard(verdict.shard)) as reader:
-        for pairs in _read_pairs(reader, verdict.stored, set(places.tolist())):
-            images.append(
-                embed_images(subject, (subject.transform(decode_image(p.image)) for p in pairs))
-            )
-            texts.append(embed_texts(subject, [pair.caption for pair in pairs]))
+        for start in range(0, verdict.stored, READ_AT_ONCE):
+            read = enumerate(reader.read(start, start + READ_AT_ONCE), start)
+            if pairs := [pair for place, pair in read if place in wanted]:
+                pixels = (subject.transform(decode_image(pair.image)) for pair in pairs)
+                images.append(embed_images(subject, pixels))
+                texts.append(embed_texts(subject, [pair.caption for pair in pairs]))
     image, text = torch.cat(images), torch.cat(texts)
     similarity = (image * text).sum(dim=1)
     return pa.table(
@@ -91,15 +85,6 @@ def _embed_shard(
             "similarity": pa.array(similarity.numpy(), pa.float32()),
         }
     )
-
-
-def _read_pairs(reader: SampleReader, stored: int, usable: Set[int]) -> Iterator[list[Sample]]:
-    """The usable samples of a shard, some at a time, in stored order."""
-    for start in range(0, stored, READ_AT_ONCE):
-        pairs = reader.read(start, start + READ_AT_ONCE)
-        chosen = [pair for place, pair in enumerate(pairs, start) if place in usable]
-        if chosen:
-            yield chosen
 
 
 def _halves(features: Tensor) -> pa.FixedSizeListArray:

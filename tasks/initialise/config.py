@@ -1,8 +1,4 @@
-"""Settings that decide the model that training starts from.
-
-Covers: architecture, resolution, where weights come from, the seed of the rest.
-Not here: making it (initialise.py). Does not import torch.
-"""
+"""Settings that decide the model that training starts from; no torch here."""
 
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -69,11 +65,8 @@ class InitialiseConfig(Config):
 
     def weight_sources(self) -> dict[Role, Path]:
         """The places of weights, in the order in which they are loaded."""
-        named: dict[Role, Path | None] = {
-            "clip": self.clip,
-            "vision": self.vision,
-            "text": self.text,
-        }
+        named: dict[Role, Path | None]
+        named = {"clip": self.clip, "vision": self.vision, "text": self.text}
         return {role: path for role, path in named.items() if path is not None}
 
     def registered_models(self) -> dict[Role, str]:

@@ -1,9 +1,8 @@
 """The model that training starts from: random, towers trained elsewhere, or a whole CLIP.
 
-Covers: making and saving it. A tower from a file leaves the image head, the text projection and
-the temperature at their initial values, and the norm inside EVA-02's attention, which pretraining
-lacks, at gain 1 and bias 0 (the authors' initialisation); a whole CLIP gives every value.
-Not here: architectures and initial values (evaclip_model); its address (config.py).
+A tower from a file leaves the image head, the text projection and the temperature at their initial
+values, and the norm inside EVA-02's attention, which pretraining lacks, at gain 1 and bias 0 (the
+authors' initialisation); a whole CLIP gives every value.
 """
 
 from collections.abc import Mapping
@@ -38,12 +37,8 @@ def initialise_model(
         report(step, steps, f"{_WHAT[role]} from {path}")
         part = "all" if role == "clip" else role
         loaded = load_weights(model, path, part=part, allow_torchscript=config.allow_torchscript)
-        counts |= {
-            f"{role}.loaded": len(loaded.loaded),
-            f"{role}.resized": len(loaded.resized),
-            f"{role}.expected_gaps": len(loaded.expected_gaps),
-            f"{role}.ignored": len(loaded.ignored),
-        }
+        for kind in ("loaded", "resized", "expected_gaps", "ignored"):
+            counts[f"{role}.{kind}"] = len(getattr(loaded, kind))
     report(steps - 1, steps, "saving")
     folder = out / MODEL_FOLDER
     save_model(model, folder)

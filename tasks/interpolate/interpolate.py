@@ -49,7 +49,13 @@ def interpolate_models(
         folders[f"{weight:g}"] = out / "candidates" / f"{weight:g}"
         save_model(interpolate_weights(start, end, weight), folders[f"{weight:g}"])
     results = evaluate(folders, out / "evaluation")
-    means = {name: _mean_of(results, name, config.choose_on, judged) for name in folders}
+    means = {
+        name: fmean(
+            fmean(figures[name][metric] for metric in figures[name] if metric in judged)
+            for figures in (results["results"][one] for one in config.choose_on)
+        )
+        for name in folders
+    }
     lost = {name: find_losses(results, name, config, judged) for name in folders}
     chosen = choose_weight(config, means, lost)
     model = out / MODEL_FOLDER
@@ -69,10 +75,7 @@ def interpolate_models(
 def choose_weight(
     config: InterpolateConfig, means: Mapping[str, float], lost: Mapping[str, Sequence[str]]
 ) -> str:
-    """The weight of the best mean among those that lose nothing much; of equal ones the lowest.
-
-    Raises: InputError: there is none.
-    """
+    """The weight of the best mean among those that lose nothing much; of equal ones the lowest."""
     names = [f"{weight:g}" for weight in sorted(config.weights)]
     fit = [name for name in names if not lost[name]]
     if not fit:
@@ -95,16 +98,6 @@ def find_losses(
         if metric in judged
         and 100 * (value - results["results"][one][name][metric]) > config.max_loss_points
     ]
-
-
-def _mean_of(
-    results: Mapping[str, Any], name: str, sets: Sequence[str], judged: Sequence[str]
-) -> float:
-    """Of the sets' figures, each the mean of its judged metrics."""
-    return fmean(
-        fmean(value for metric, value in results["results"][one][name].items() if metric in judged)
-        for one in sets
-    )
 
 
 def _figures_of(results: Mapping[str, Any], name: str) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """The events of one pipeline run, on disk before anywhere else, and how far they were shipped.
 
-One folder a pipeline run: `run.json` (what it is), `events.jsonl` (append only), `cursor.json`
-(how many bytes of events were shipped, the MLflow run of every key, how far each series is).
+One folder a pipeline run: `run.json` (what it is), `events.jsonl` (append only), `cursor.json`.
 Every event can be applied twice with the same result, so a cursor that lags, or is lost, does no
 harm.
 """
@@ -34,25 +33,22 @@ class Cursor:
     """The point up to which a journal was shipped."""
 
     offset: int = 0
+    """Bytes of events."""
     runs: dict[str, str] = field(default_factory=dict)
     """Key of a run in the journal -> MLflow's run id."""
     steps: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Key of a run that goes on -> file of metrics -> last step shipped; lines at or before it are
-    not sent again."""
+    """Key of a run that goes on -> file of metrics -> last step shipped."""
 
     @classmethod
     def read(cls, path: Path) -> Cursor:
         try:
-            stored = json.loads(path.read_text())
-        except (FileNotFoundError, ValueError):
+            return cls(**json.loads(path.read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
             return cls()
-        # Before 0.2 it was said otherwise how far series were: all is shipped once more.
-        offset = stored["offset"] if "steps" in stored else 0
-        return cls(offset, stored["runs"], stored.get("steps", {}))
 
     def forget_run(self, key: str) -> None:
-        """Ship all of a run of `key` once more, to another run; of the others, which events change
-        nothing when they are applied again, too."""
+        """Ship all of a run of `key` once more, to another run, and all others, where that changes
+        nothing."""
         self.runs.pop(key, None)
         self.steps.pop(key, None)
         self.offset = 0
@@ -72,7 +68,6 @@ class Journal:
 
     @classmethod
     def create_journal(cls, root: Path, about: Mapping[str, str]) -> Self:
-        """A new journal; `about` says what its run is."""
         key = uuid.uuid4().hex
         folder = root / key
         folder.mkdir(parents=True)
@@ -121,8 +116,7 @@ class Journal:
 
     @property
     def is_closed(self) -> bool:
-        """Return whether the pipeline run ended; otherwise its process was killed, or is at
-        work."""
+        """Return whether the pipeline run ended; else its process was killed, or is at work."""
         return self.run_statuses().get(PIPELINE, RUNNING) != RUNNING
 
     @property
@@ -134,7 +128,7 @@ class Journal:
 
 
 def runs_of_digest(journals: Path, digest: str) -> list[str]:
-    """MLflow's ids of the runs of one stage's artifact, as far as this machine's journals know."""
+    """MLflow's ids of the runs of a stage's artifact, as far as this machine's journals know."""
     cursors = [Cursor.read(path) for path in sorted(journals.glob("*/cursor.json"))]
     return [
         run for cursor in cursors for key, run in cursor.runs.items() if key.endswith(f"-{digest}")

@@ -15,13 +15,13 @@ BOX_WIDTH, BOX_HEIGHT = 168, 66
 GAP_X, GAP_Y = 44, 22
 MARGIN = 16
 TEMPLATE = Path(__file__).with_name("lineage.svg.j2")
-_MODELS = ("initialise", "train")
 
 
 @dataclass(frozen=True)
 class _LineageBox:
     key: str
     kind: str
+    """Classes of the drawing; data from outside has dashed borders."""
     title: str
     lines: list[str]
     column: int
@@ -31,20 +31,12 @@ class _LineageBox:
 
 def lineage_svg(lineage: Lineage, name: str = "") -> str:
     """The picture, as the text of an `<svg>` element that can stand in a page or alone in a file.
-
-    Data from outside is drawn with dashed borders. `name` is of what was registered from it and,
-    behind a space, what goes below it, such as `evaclip/3 @champion`; a last box, if given.
-    """
+    `name`, if given, is of what was registered from it and, behind a space, what goes below it in a
+    last box, such as `evaclip/3 @champion`."""
     from jinja2 import Environment, StrictUndefined  # only where a picture is drawn
 
     boxes = _make_boxes(lineage, name)
     places = _place_boxes(boxes)
-    arrows = []
-    for box in boxes:
-        for x, y in (places[parent] for parent in box.made_from if parent in places):
-            x1, x2, middle = x + BOX_WIDTH, places[box.key][0], BOX_HEIGHT // 2
-            bend = max(GAP_X, (x2 - x1) // 2)
-            arrows.append((x1, y + middle, x2, places[box.key][1] + middle, bend))
     strict = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -52,10 +44,11 @@ def lineage_svg(lineage: Lineage, name: str = "") -> str:
         title=f"Lineage of {name}" if name else "Lineage",
         width=max((x for x, _ in places.values()), default=0) + BOX_WIDTH + MARGIN,
         height=max((y for _, y in places.values()), default=0) + BOX_HEIGHT + MARGIN,
-        arrows=arrows,
-        placed=[(box, *places[box.key]) for box in boxes],
+        boxes=boxes,
+        places=places,
         box_width=BOX_WIDTH,
         box_height=BOX_HEIGHT,
+        gap_x=GAP_X,
     )
     return f"{escape_control(drawn)}\n"
 
@@ -76,8 +69,8 @@ def _make_boxes(lineage: Lineage, name: str) -> list[_LineageBox]:
                 parents.append(key)
         column = 1 + max((columns.get(parent, 0) for parent in parents), default=-1)
         columns[node.digest] = column
-        kind = "model" if node.kind in _MODELS else "stage"
-        kind = f"{kind} head" if node.digest in lineage.heads else kind
+        kind = "model" if node.kind in ("initialise", "train") else "stage"
+        kind += " head" if node.digest in lineage.heads else ""
         lines = [node.digest, node.created[:16].replace("T", " ")]
         for what, count in list(node.counts.items())[:1]:
             shown = f"{count:,.4g}" if isinstance(count, float) else f"{count:,}"
@@ -85,17 +78,15 @@ def _make_boxes(lineage: Lineage, name: str) -> list[_LineageBox]:
         boxes.append(_LineageBox(node.digest, kind, node.title, lines, column, tuple(parents)))
     if name:
         column = 1 + max(columns.values(), default=-1)
-        title, _, below = name.partition(" ")
-        small = ["registered", *([below] if below else [])]
+        title, *below = name.split(" ", 1)
+        small = ["registered", *below]
         boxes.append(_LineageBox(name, "model head", title, small, column, lineage.heads))
     return boxes
 
 
 def _place_boxes(boxes: Sequence[_LineageBox]) -> Mapping[str, tuple[int, int]]:
-    """Left upper corner of every box: a column for each step, in a column by what it is made from.
-
-    A box goes beside the middle of its parents, or below the one above it.
-    """
+    """Left upper corner of every box: a column for each step; in it a box goes beside the middle of
+    its parents, or below the one above it."""
     rows: dict[str, float] = {}
     for column in range(1 + max((box.column for box in boxes), default=0)):
         wanted = []

@@ -11,8 +11,8 @@ machine's use; all of it into a journal on disk. Works with or without Prefect:
             stage.record_artifact(artifact, inputs={"training": shards}, attach=[report])
 
 A pipeline run that was killed is continued by the next one of the same recipe digest; a stage
-entered twice is one run; a stage whose artifact was there before is tagged `evaclip.reused`.
-Nothing here raises because of the store: events wait in the journal and a later run ships them.
+entered twice is one run. Nothing here raises because of the store: events wait in the journal and a
+later run ships them.
 
 Not here: the way from the journal to MLflow (shipper.py), what is logged of an artifact
 (stage_record.py), OpenLineage (openlineage.py), the journal's files (journal.py).
@@ -27,13 +27,14 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.artifacts.artifact import Address, Artifact
 from tasks.lineage import stage_record
 from tasks.lineage.journal import PIPELINE, Event, Journal
-from tasks.lineage.openlineage import EVENT_OF_STATUS, EventFile, JobRun
+from tasks.lineage.openlineage import JobRun, write_event
 from tasks.lineage.shipper import Shipper
 from tasks.redact import redact_settings
 from tasks.tracking import TrackingStore, import_mlflow
@@ -41,36 +42,23 @@ from tasks.tracking import TrackingStore, import_mlflow
 if TYPE_CHECKING:
     from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
 
-RECIPE_FILE = "recipe.json"
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class Tracking:
-    """Opens pipeline runs in one tracking store."""
+    """Opens pipeline runs in one tracking store; contacts nothing before."""
 
-    def __init__(
-        self,
-        store: TrackingStore,
-        journals: Path,
-        *,
-        patience_s: float = 20.0,
-        system_every_s: float = 5.0,
-        openlineage: Path | None = None,
-    ) -> None:
-        """Contact nothing yet.
-
-        Args:
-            store: where runs go in the end.
-            journals: folder of the journals, one sub-folder a pipeline run.
-            patience_s: longest wait for the store when a pipeline run closes, in seconds.
-            system_every_s: time between two samples of system metrics, in seconds.
-            openlineage: file that gets the runs as OpenLineage events, too.
-        """
-        self.store = store
-        self.journals = journals
-        self.patience_s = patience_s
-        self.system_every_s = system_every_s
-        self.events = EventFile(openlineage)
+    store: TrackingStore
+    """Where runs go in the end."""
+    journals: Path
+    """Folder of the journals, one sub-folder a pipeline run."""
+    patience_s: float = 20.0
+    """Longest wait for the store when a pipeline run closes."""
+    system_every_s: float = 5.0
+    """Time between two samples of system metrics."""
+    openlineage: Path | None = None
+    """File that gets the runs as OpenLineage events, too."""
 
     @contextmanager
     def pipeline_run(
@@ -82,15 +70,14 @@ class Tracking:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> Iterator[PipelineRun]:
-        """The parent run of one execution of a flow.
-
-        Continues a run of the same digest whose process was killed. Found by its local journal,
-        not in the store: a run that looks open there may be another machine's, at work.
+        """The parent run of one execution of a flow; goes on with one of the same digest whose
+        process was killed. Found by its local journal, not in the store: a run that looks open
+        there may be another machine's, at work.
 
         Args:
             name: what people see.
-            digest: of the resolved recipe; decides what may be continued.
-            recipe: the resolved recipe's text, kept as the artifact `recipe.json`.
+            digest: of the resolved recipe.
+            recipe: its text, kept as the artifact `recipe.json`.
             params: flat or nested settings to log.
             tags: more tags, such as `prefect.flow_run_id`, or MLflow's for the run's description.
         """
@@ -104,7 +91,7 @@ class Tracking:
         own = {f"{stage_record.PREFIX}recipe_digest": digest, "mlflow.source.name": name}
         run.begin(name, None, {**own, **(tags or {})}, params or {})
         if recipe:
-            run.append({"op": "text", "file": RECIPE_FILE, "text": recipe})
+            run.append({"op": "text", "file": "recipe.json", "text": recipe})
         shipper.start()
         try:
             with run.closing():
@@ -113,11 +100,8 @@ class Tracking:
             shipper.ship_rest(self.patience_s)
 
     def close_killed(self) -> None:
-        """Set runs whose process was killed to KILLED, unless a later run has done so.
-
-        A run that is at work, in whatever process, is left alone; one that was killed is still
-        continued by the next of its recipe.
-        """
+        """Set runs whose process was killed to KILLED; they are still continued by the next of
+        their recipe, and what is at work, in whatever process, is left alone."""
         import_mlflow()
         for left in Journal.claim_unshipped(self.journals):
             Shipper(self.store, self.journals, left).ship_left(left, give_up=lambda: False)
@@ -165,10 +149,8 @@ class TrackedRun:
         self.is_over = status == "FINISHED"
 
     def append(self, event: Event) -> None:
-        """Journal an event of this run, unless it finished in the process that was killed.
-
-        A full disk is a warning here; the stages report it.
-        """
+        """Journal an event of this run, unless it finished in the process that was killed. A full
+        disk is a warning here; the stages report it."""
         if self.is_over:
             return
         try:
@@ -178,18 +160,10 @@ class TrackedRun:
         self._shipper.wake()
 
     def begin(
-        self,
-        name: str,
-        parent: str | None,
-        tags: Mapping[str, str],
-        params: Mapping[str, Any],
+        self, name: str, parent: str | None, tags: Mapping[str, str], params: Mapping[str, Any]
     ) -> None:
-        """Open the run, or go on with it: then its tags and parameters are there.
-
-        Args:
-            parent: key of the run above.
-            params: settings, nested or flat.
-        """
+        """Open the run under that of the key `parent`, or go on with it: then its tags and its
+        parameters, nested or flat, are there."""
         kept = {} if self.is_continued else dict(tags)
         self.append({"op": "begin", "name": name, "parent": parent, "tags": kept})
         if params and not self.is_continued:
@@ -202,12 +176,10 @@ class TrackedRun:
 
     def url(self) -> str | None:
         """The run's page; None for a store without pages or one that does not answer."""
-        store, run_id = self._tracking.store, None
-        if store.database is None:
-            run_id = self.run_id()
-        if run_id is None or self._shipper.experiment is None:
-            return None
-        return f"{store.uri}/#/experiments/{self._shipper.experiment}/runs/{run_id}"
+        store = self._tracking.store
+        run_id = self.run_id() if store.database is None else None
+        experiment = self._shipper.experiment
+        return run_id and experiment and f"{store.uri}/#/experiments/{experiment}/runs/{run_id}"
 
     @contextmanager
     def closing(self) -> Iterator[None]:
@@ -217,18 +189,17 @@ class TrackedRun:
         except BaseException as error:
             reason = str(error) or type(error).__name__
             self.append({"op": "tags", "tags": {f"{stage_record.PREFIX}error": reason[:500]}})
-            self._end("FAILED" if isinstance(error, Exception) else "KILLED", reason)
+            is_failed = isinstance(error, Exception)
+            self.append({"op": "end", "status": "FAILED" if is_failed else "KILLED"})
+            self._write_event("FAIL" if is_failed else "ABORT", reason)
             raise
-        self._end("FINISHED")
-
-    def _end(self, status: str, reason: str = "") -> None:
-        self.append({"op": "end", "status": status})
-        self._write_event(EVENT_OF_STATUS[status], reason)
+        self.append({"op": "end", "status": "FINISHED"})
+        self._write_event("COMPLETE")
 
     def _write_event(self, kind: str, reason: str = "") -> None:
-        """Write it for OpenLineage, where a file is given."""
-        if not (self.is_reused or self.is_over):
-            self._tracking.events.write(kind, self.job, self._address, self._made, reason)
+        file = self._tracking.openlineage
+        if file is not None and not (self.is_reused or self.is_over):
+            write_event(file, kind, self.job, self._address, self._made, reason)
 
 
 class PipelineRun(TrackedRun):
@@ -240,13 +211,9 @@ class PipelineRun(TrackedRun):
 
     @contextmanager
     def stage_run(self, address: Address, title: str | None = None) -> Iterator[StageRun]:
-        """The run of one stage, under this one; entered again, it is the same run.
-
-        Args:
-            address: of the stage's artifact. When it is finished on entry, the stage is tagged as
-                reused and linked to the run that made it.
-            title: what people see; the stage's name when it appears once in the flow.
-        """
+        """The run of one stage, under this one; entered again, it is the same run. When `address`
+        is finished on entry, it is tagged as reused and linked to the run that made it; `title` is
+        what people see, the stage's name where that appears once in the flow."""
         title = title or address.stage.name
         run = self._make_stage_run(address, title)
         tags = stage_record.stage_tags(address, run.is_reused)
@@ -276,88 +243,74 @@ class StageRun(TrackedRun):
         outside: Sequence[Mapping[str, str]] = (),
         attach: Sequence[Path] = (),
     ) -> None:
-        """Record what the stage made.
+        """Record what the stage made: counts become metrics, a model a logged model, linked to the
+        run that made it and to those that read it.
 
         Args:
-            artifact: its counts become metrics; a model becomes a logged model, linked to the run
-                that made it and to those that read it.
             inputs: context (training, evaluation, …) -> the data it read, logged as datasets.
-            outside: data it read that no stage made, as `stage_record.outside_dataset` describes
-                them.
+            outside: data it read that no stage made, as `stage_record.outside_dataset` says it.
             attach: files kept with the run, such as a report.
         """
         self._made = artifact
         self.append({"op": "metrics", "metrics": stage_record.count_metrics(artifact)})
         read = [stage_record.describe_dataset(data, to) for to, data in (inputs or {}).items()]
-        datasets = [*read, *outside]
-        if datasets:
+        if datasets := [*read, *outside]:
             self.append({"op": "inputs", "datasets": datasets})
-        of_models = stage_record.model_event(artifact, self.is_reused)
-        if of_models is not None:
+        if of_models := stage_record.model_event(artifact, self.is_reused):
             self.append(of_models)
         for file in attach:  # copied when it is shipped
             self.append({"op": "file", "path": str(file.resolve())})
 
     @contextmanager
     def follow_metrics(self, metrics_file: Path) -> Iterator[None]:
-        """Ship every line of `metrics_file` (JSON with `step` and `time`) while work goes on.
-
-        The file may not exist yet and may be cut back on resume; a step is sent once. System
-        metrics are sampled meanwhile. A reused stage sends nothing: the run that made it did.
-        """
+        """Ship every line of `metrics_file` (JSON with `step` and `time`) while work goes on, each
+        step once, and samples of the machine's use. The file may not exist yet and may be cut back
+        on resume. A reused stage sends nothing: the run that made it did."""
         if self.is_reused or self.is_over:
             yield
             return
         system = self._shipper.journal.folder / f"system-{stage_record.metric_name(self.key)}.jsonl"
         for file in (metrics_file, system):
             self.append({"op": "series", "file": str(file.resolve())})
-        sampler = SystemSampler(system, self._tracking.system_every_s)
-        sampler.start()
-        try:
+        with _sample_system(system, self._tracking.system_every_s):
             yield
-        finally:
-            sampler.stop()
 
 
-class SystemSampler(threading.Thread):
-    """Writes the machine's use (CPU, memory, disk, network, GPU) as one more series."""
-
-    def __init__(self, file: Path, every_s: float) -> None:
-        super().__init__(name="system-metrics", daemon=True)
-        self._file = file
-        self._every_s = every_s
-        self._stopped = threading.Event()
-
-    def stop(self) -> None:
-        self._stopped.set()
-        self.join(self._every_s)
-
-    def run(self) -> None:
-        try:
-            monitors = _make_monitors()
-            step = self._file.read_bytes().count(b"\n") if self._file.exists() else 0
-            _sample_use(monitors)  # the first CPU figure covers no time, so it means nothing
-            while not self._stopped.wait(self._every_s):
-                line = {"step": step, "time": time.time(), **_sample_use(monitors)}
-                with self._file.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                step += 1
-        except Exception as error:  # figures about the machine are never worth a run
-            _log.warning("system metrics stopped: %s", error)
+@contextmanager
+def _sample_system(file: Path, every_s: float) -> Iterator[None]:
+    """Write the machine's use (CPU, memory, disk, network, GPU) into `file`, as one more series."""
+    stopped = threading.Event()
+    thread = threading.Thread(
+        target=_write_samples, args=(file, every_s, stopped), name="system-metrics", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join(every_s)
 
 
-def _make_monitors() -> list[BaseMetricsMonitor]:
-    """MLflow's, without its SystemMetricsMonitor: that ends when it cannot send, and opens the
-    store in a thread of its own."""
-    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+def _write_samples(file: Path, every_s: float, stopped: threading.Event) -> None:
+    # MLflow's own SystemMetricsMonitor ends when it cannot send, and opens the store in a thread.
+    try:
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
-    monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-    with suppress(Exception):  # no NVIDIA GPU, or no library to ask it
-        monitors.append(GPUMonitor())
-    return monitors
+        monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        with suppress(Exception):  # no NVIDIA GPU, or no library to ask it
+            monitors.append(GPUMonitor())
+        step = file.read_bytes().count(b"\n") if file.exists() else 0
+        _sample_use(monitors)  # the first CPU figure covers no time, so it means nothing
+        while not stopped.wait(every_s):
+            line = {"step": step, "time": time.time(), **_sample_use(monitors)}
+            with file.open("a") as samples:
+                samples.write(json.dumps(line) + "\n")
+            step += 1
+    except Exception as error:  # figures about the machine are never worth a run
+        _log.warning("system metrics stopped: %s", error)
 
 
 def _sample_use(monitors: Sequence[BaseMetricsMonitor]) -> dict[str, float]:

@@ -34,7 +34,6 @@ from tasks.redact import redact_settings
 PRODUCER = "urn:evaclip"
 NAMESPACE = "evaclip"
 """Of the jobs."""
-EVENT_OF_STATUS = {"FINISHED": "COMPLETE", "FAILED": "FAIL", "KILLED": "ABORT"}
 _ROWS = ("samples", "rows", "selected")
 """Totals that count rows, the first that an artifact has."""
 _log = logging.getLogger(__name__)
@@ -54,30 +53,23 @@ class JobRun:
         return JobRun(uuid.uuid5(self.run, key), f"{self.name}.{title}", "STAGE", self)
 
 
-class EventFile:
-    """Appends events to a file; nothing is written without a path, and nothing is raised."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-
-    def write(
-        self,
-        kind: str,
-        job: JobRun,
-        address: Address | None = None,
-        made: Artifact | None = None,
-        error: str = "",
-    ) -> None:
-        """Append one event of a run: OpenLineage's START, RUNNING (it goes on after its process was
-        killed), COMPLETE, FAIL or ABORT. The inputs are the parents of a stage's `address`."""
-        if self._path is None:
-            return
-        event: Any = redact_settings(Serde.to_dict(_make_event(kind, job, address, made, error)))
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            FileTransport(FileConfig(str(self._path), append=True)).emit(event)
-        except (OSError, RuntimeError) as problem:
-            _log.warning("OpenLineage lost an event: %s", problem)
+def write_event(
+    path: Path,
+    kind: str,
+    job: JobRun,
+    address: Address | None = None,
+    made: Artifact | None = None,
+    error: str = "",
+) -> None:
+    """Append one event of a run to the file: OpenLineage's START, RUNNING (it goes on after its
+    process was killed), COMPLETE, FAIL or ABORT. The inputs are the parents of a stage's `address`.
+    Nothing is raised."""
+    event: Any = redact_settings(Serde.to_dict(_make_event(kind, job, address, made, error)))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        FileTransport(FileConfig(str(path), append=True)).emit(event)
+    except (OSError, RuntimeError) as problem:
+        _log.warning("OpenLineage lost an event: %s", problem)
 
 
 def _make_event(

@@ -1,7 +1,7 @@
-"""From a journal to MLflow: the thread that does it while work goes on, and how.
+"""From a journal to MLflow: the thread that does it while work goes on, what earlier runs left
+behind, and what each event and each new line of metrics does in the store; doing it twice changes
+nothing.
 
-Covers: order, waiting for a store that is away, what earlier runs left behind; what each event does
-in the store, and the new lines of metrics files, each so that doing it twice changes nothing.
 Not here: what makes events (mlflow_store.py), logged models (stage_record.py), the journal's
 files (journal.py).
 """
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from tasks.lineage import stage_record
 from tasks.lineage.journal import RUNNING, SHIPPED, Event, Journal
-from tasks.lineage.stage_record import MAX_METRICS_PER_CALL
+from tasks.lineage.stage_record import MAX_METRICS_PER_CALL, PREFIX
 from tasks.tracking import TrackingStore, find_answer, is_answer, restore_run
 
 if TYPE_CHECKING:
@@ -39,10 +39,10 @@ class RunGoneError(Exception):
 
 
 class Shipper(threading.Thread):
-    """Applies a journal's events to the store, in order, in the background, until `ship_rest`."""
+    """Applies a journal's events to the store, in order, in the background, until `ship_rest`;
+    `journals` is the folder of all, also those left over."""
 
     def __init__(self, store: TrackingStore, journals: Path, journal: Journal) -> None:
-        """Contact nothing yet; `journals` is the folder of all, also those left over."""
         super().__init__(name="lineage", daemon=True)
         self.store = store
         self.journal = journal
@@ -77,14 +77,10 @@ class Shipper(threading.Thread):
         self.wake()
         self.join(patience_s)
         self._abandoned.set()
-        waiting = self.journal.pending
-        if waiting:
+        if waiting := self.journal.pending:
             _log.warning(
                 "%d tracking events wait in %s: the next run ships them (%s does not answer: %s)",
-                waiting,
-                self.journal.folder,
-                self.store.uri,
-                str(self._last_error)[:200],
+                *(waiting, self.journal.folder, self.store.uri, str(self._last_error)[:200]),
             )
 
     def run(self) -> None:
@@ -113,11 +109,9 @@ class Shipper(threading.Thread):
             self.journal.release()
 
     def _ship_leftovers(self, closing: bool) -> bool:
-        """Ship what earlier runs could not, and close in the store what was killed.
-
-        Meanwhile this run's own events wait, so that until it closes there is a limit of time;
-        returns whether something is left.
-        """
+        """Ship what earlier runs could not, and close in the store what was killed; returns whether
+        something is left. This run's own events wait, so that there is a limit of time until it
+        closes."""
         until = time.monotonic() + (float("inf") if closing else LEFTOVERS_S)
 
         def give_up() -> bool:
@@ -131,13 +125,17 @@ class Shipper(threading.Thread):
         return False
 
     def ship_left(self, left: Journal, give_up: Callable[[], bool]) -> None:
-        """Ship one journal that an earlier run left, close in the store what was killed, let the
-        journal go. One that can never be shipped must not keep back others: nothing is raised."""
+        """Ship one journal that an earlier run left, show killed runs in the store as killed (the
+        run that continues them sets them back to RUNNING), let the journal go. One that can never
+        be shipped must not keep back others: nothing is raised."""
         try:
             if not self._is_of_store(left):
                 return
             if self._ship_journal(left, give_up) and not left.is_closed:
-                close_killed(self._connect_client(), left)
+                for key, status in left.run_statuses().items():
+                    if status == RUNNING and key in left.cursor.runs:
+                        run = left.cursor.runs[key]
+                        self._connect_client().set_terminated(run, "KILLED")
         except Exception as error:
             self._last_error = error
             _log.warning("%s waits for another run: %s", left.folder, str(error)[:200])
@@ -160,11 +158,6 @@ class Shipper(threading.Thread):
             self._client = self.store.client()
         return self._client
 
-    def _experiment_id(self, client: MlflowClient, name: str) -> str:
-        if name not in self._experiments:
-            self._experiments[name] = TrackingStore(self.store.uri, name).experiment_id(client)
-        return self._experiments[name]
-
     def _ship_journal(self, journal: Journal, give_up: Callable[[], bool]) -> bool:
         """Apply the journal's events that wait; False when `give_up()` ended it early."""
         while True:
@@ -178,8 +171,10 @@ class Shipper(threading.Thread):
                 self._series.clear()
 
     def _ship_waiting(self, journal: Journal, give_up: Callable[[], bool]) -> bool:
-        client, cursor = self._connect_client(), journal.cursor
-        experiment = self._experiment_id(client, journal.about["experiment"])
+        client, cursor, name = self._connect_client(), journal.cursor, journal.about["experiment"]
+        if name not in self._experiments:
+            self._experiments[name] = TrackingStore(self.store.uri, name).experiment_id(client)
+        experiment = self._experiments[name]
         for offset, event in journal.iterate_events(cursor.offset):
             key = event["run"]
             if give_up():
@@ -204,11 +199,8 @@ class Shipper(threading.Thread):
     def _ship_series(
         self, client: MlflowClient, journal: Journal, key: str, give_up: Callable[[], bool]
     ) -> bool:
-        """Send the new lines of a run's files of metrics; False when `give_up()` ended it early.
-
-        A batch that is sent twice, because its answer was lost, changes nothing: the database knows
-        a point by all it says, its time included.
-        """
+        """Send the new lines of a run's files of metrics; False when `give_up()` ended it early. A
+        batch whose answer was lost may be sent twice: the database knows a point by all it says."""
         run, steps = journal.cursor.runs.get(key), journal.cursor.steps.get(key, {})
         for file, shipped in list(steps.items()) if run else ():
             name = f"{journal.folder}|{key}|{file}"
@@ -226,12 +218,8 @@ class Shipper(threading.Thread):
 def write_persistently(
     client: MlflowClient, journal: Journal, key: str, write: Callable[[], None]
 ) -> None:
-    """Write to the run of `key`; where the store refuses, restore the run and write once more.
-
-    What is refused even so is said in the log, and work goes on.
-
-    Raises:
-        RunGoneError: with the key of a run that cannot be restored.
+    """Write to the run of `key`; where the store refuses, restore the run and write once more. What
+    is refused even so is said in the log; RunGoneError has the key of a run that is not restored.
     """
     for is_last in (False, True):
         try:
@@ -267,16 +255,12 @@ def apply_event(client: MlflowClient, experiment: str, journal: Journal, event: 
         case "tags":
             client.log_batch(run, tags=[RunTag(k, v) for k, v in event["tags"].items()])
         case "inputs":
-            client.log_inputs(
-                run,
-                datasets=[
-                    DatasetInput(
-                        Dataset(**{k: v for k, v in data.items() if k != "context"}),
-                        [InputTag("mlflow.data.context", data["context"])],
-                    )
-                    for data in event["datasets"]
-                ],
-            )
+            datasets = []
+            for one in event["datasets"]:
+                about = {key: value for key, value in one.items() if key != "context"}
+                tag = InputTag("mlflow.data.context", one["context"])
+                datasets.append(DatasetInput(Dataset(**about), [tag]))
+            client.log_inputs(run, datasets=datasets)
         case "models":
             stage_record.apply_event(client, experiment, run, event)
         case "text":
@@ -297,16 +281,16 @@ def _begin_run(client: MlflowClient, experiment: str, journal: Journal, event: E
     run_id = journal.cursor.runs.get(key)
     if run_id is None:
         # A process killed between making the run and noting its id left it in the store.
-        found = client.search_runs([experiment], f"tags.`{stage_record.PREFIX}key` = '{mark}'")
+        found = client.search_runs([experiment], f"tags.`{PREFIX}key` = '{mark}'")
         run_id = found[0].info.run_id if found else None
     if run_id is not None:
         client.update_run(run_id, status=RUNNING)
     else:
         if event["parent"] is not None:
             tags["mlflow.parentRunId"] = journal.cursor.runs[event["parent"]]
-        if tags.get(f"{stage_record.PREFIX}reused") == "true":
-            tags |= _maker_tag(client, experiment, tags[f"{stage_record.PREFIX}digest"])
-        tags[f"{stage_record.PREFIX}key"] = mark
+        if tags.get(f"{PREFIX}reused") == "true":
+            tags |= _maker_tag(client, experiment, tags[f"{PREFIX}digest"])
+        tags[f"{PREFIX}key"] = mark
         made = client.create_run(experiment, event["time"], tags, run_name=event["name"])
         run_id = made.info.run_id
     journal.cursor.runs[key] = run_id
@@ -314,20 +298,9 @@ def _begin_run(client: MlflowClient, experiment: str, journal: Journal, event: E
 
 def _maker_tag(client: MlflowClient, experiment: str, digest: str) -> dict[str, str]:
     """The tag that links a reused stage to the run that made its artifact, if it is known."""
-    made = client.search_runs(
-        [experiment],
-        f"tags.`{stage_record.PREFIX}digest` = '{digest}' "
-        f"and tags.`{stage_record.PREFIX}reused` = 'false'",
-        max_results=1,
-    )
-    return {f"{stage_record.PREFIX}made_by_run": made[0].info.run_id} if made else {}
-
-
-def close_killed(client: MlflowClient, journal: Journal) -> None:
-    """Show a killed run as killed; the run that continues it sets it back to RUNNING."""
-    for key, status in journal.run_statuses().items():
-        if status == RUNNING and key in journal.cursor.runs:
-            client.set_terminated(journal.cursor.runs[key], "KILLED")
+    same = f"tags.`{PREFIX}digest` = '{digest}' and tags.`{PREFIX}reused` = 'false'"
+    made = client.search_runs([experiment], same, max_results=1)
+    return {f"{PREFIX}made_by_run": made[0].info.run_id} if made else {}
 
 
 class MetricsSeries:
@@ -339,10 +312,8 @@ class MetricsSeries:
 
     def iterate_batches(self, shipped: int) -> Iterator[tuple[list[Metric], int]]:
         """The points of new whole lines behind step `shipped`, as many as one request may hold,
-        each time with their last step. They count as read when the next ones are asked for.
-
-        A resumed trainer puts a shorter file in its place: that is read from its start.
-        """
+        each time with their last step. They count as read when the next ones are asked for. The
+        shorter file that a resumed trainer puts in its place is read from its start."""
         if not self._path.exists():
             return
         points: list[Metric] = []

@@ -39,24 +39,22 @@ def metric_name(name: str) -> str:
 
 def flatten_config(config: Mapping[str, Any]) -> dict[str, str]:
     """A nested config as flat parameters: `a.b.c` -> text."""
-    return {
-        metric_name(key): (value if isinstance(value, str) else json.dumps(value, default=str))[
-            :MAX_PARAM_CHARS
-        ]
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value, default=str)
         for key, value in flatten_settings("", config)
     }
+    return {metric_name(key): text[:MAX_PARAM_CHARS] for key, text in texts.items()}
 
 
 def stage_tags(address: Address, reused: bool) -> dict[str, str]:
     """Tags that identify a stage's run: its digest, its parents', and whether it was reused."""
-    parents = {f"parent.{role}": digest for role, digest in address.parents.items()}
     tags = {
         "stage": address.stage.name,
         "digest": address.digest,
         "stage_version": str(address.stage.version),
         "folder": str(address.folder),
         "reused": str(reused).lower(),
-        **parents,
+        **{f"parent.{role}": digest for role, digest in address.parents.items()},
     }
     return {PREFIX + name: value[:MAX_TAG_CHARS] for name, value in tags.items()}
 
@@ -66,22 +64,16 @@ def count_metrics(artifact: Artifact) -> dict[str, float]:
 
 
 def series_metrics(line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of one line of `metrics.jsonl`, less its axes (step, time).
-
-    What is nested gets the names on the way to it: `{"trust": {"vision": {"min": 0.1}}}` is
-    `trust_vision_min`, items of a list go by their place.
-    """
+    """The numbers of one line of `metrics.jsonl`, less its axes (step, time), each by the names and
+    places on the way to it: `{"trust": {"vision": {"min": 0.1}}}` is `trust_vision_min`."""
     rest = {name: value for name, value in line.items() if name not in ("step", "time")}
     return {metric_name(name): number for name, number in _iterate_numbers("", rest)}
 
 
 def _iterate_numbers(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
+    if isinstance(value, Mapping | list | tuple):
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
             yield from _iterate_numbers(f"{prefix}_{key}" if prefix else str(key), inner)
-    elif isinstance(value, list | tuple):
-        for place, inner in enumerate(value):
-            yield from _iterate_numbers(f"{prefix}_{place}", inner)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield prefix, float(value)
 
@@ -109,8 +101,8 @@ def outside_dataset(
 
 
 def model_event(artifact: Artifact, reused: bool) -> dict[str, Any] | None:
-    """The journal's event: the model that a stage made, those it may have been made from, and what
-    it measured of one; None for a stage that has to do with none."""
+    """The journal's event: the model that a stage made, those it read, and what it measured of one;
+    None for a stage that has to do with none."""
     weights, parents = artifact.files.get(WEIGHTS), artifact.parents
     if weights is None and Role.TRAINED not in parents:
         return None
@@ -127,16 +119,14 @@ def model_event(artifact: Artifact, reused: bool) -> dict[str, Any] | None:
 
 
 def _describe_model(artifact: Artifact, weights: Mapping[str, int | str]) -> dict[str, Any]:
-    name = artifact.config.get("name")
+    name, uri = artifact.config.get("name"), (artifact.folder / WEIGHTS).resolve().as_uri()
     tags = {MODEL_TAG: artifact.digest, f"{PREFIX}stage": artifact.kind}
+    tags |= {f"{PREFIX}parent.{role}": digest for role, digest in artifact.parents.items()}
     return {
         "name": metric_name(f"{artifact.kind}-{name}" if isinstance(name, str) else artifact.kind),
         "digest": artifact.digest,
-        "params": {
-            "uri": (artifact.folder / WEIGHTS).resolve().as_uri(),
-            **{key: str(value) for key, value in weights.items()},
-        },
-        "tags": {**tags, **{f"{PREFIX}parent.{k}": v for k, v in artifact.parents.items()}},
+        "params": {"uri": uri, **{key: str(value) for key, value in weights.items()}},
+        "tags": tags,
     }
 
 

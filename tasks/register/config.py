@@ -13,17 +13,14 @@ STAGE = Stage("register", 2, tools=("mlflow",))
 REGISTERED = "registered.json"
 """Name, version, alias, uri, tracking_uri."""
 DECISION = "decision.json"
-"""The gate's decision on the version, with every reason."""
+"""Of the gate, with every reason; `DECISION_PAGE` is the same for people."""
 DECISION_PAGE = "decision.md"
-"""The decision as a page."""
 
 
 class GatePolicy(Config):
-    """The `[register.gate]` table: when a new version replaces the champion.
-
-    A gain is the candidate's figure less the champion's on the same samples, in points
-    (hundredths), with its paired 95 % interval.
-    """
+    """The `[register.gate]` table: when a new version replaces the champion. A gain is the
+    candidate's figure less the champion's on the same samples, in points (hundredths), with its
+    paired 95 % interval."""
 
     ADDED: ClassVar[tuple[str, ...]] = ("refuse_certain_loss",)
 
@@ -39,14 +36,12 @@ class GatePolicy(Config):
     """No first metric of any set, and none of `metrics`, may lose more than this; a loss that is
     larger but not certain holds the candidate back, one that is certain rejects it."""
     refuse_certain_loss: bool = False
-    """Whether a loss that is certain rejects however small it is, as fine-tuning wants it: better
-    on yours for certain, no certain loss elsewhere. Its p-value is multiplied by the number of
-    metrics that are guarded (Bonferroni), so that an equal model is rejected at most once in twenty
-    times."""
+    """Whether a loss that is certain rejects however small it is, as fine-tuning wants it. Its
+    p-value is multiplied by the number of metrics that are guarded (Bonferroni)."""
     max_contaminated: float | None = Field(default=None, ge=0, le=1)
     """Largest share of a set's images that may be among the candidate's training data; none: it is
-    reported, not judged, because pictures of little content (drawings, digits) look like each
-    other, and because published models have several percent of some sets."""
+    reported, not judged: drawings look like each other, and published models have several percent
+    of some sets."""
     max_size_ratio: float | None = Field(default=1.5, gt=0)
     """Largest size of the weights, as a multiple of the champion's."""
     max_latency_ratio: float | None = Field(default=None, gt=0)
@@ -59,8 +54,7 @@ class GatePolicy(Config):
     @classmethod
     def _name_a_set_and_a_metric(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            evalset, _, metric = name.rpartition(".")
-            if not evalset or not metric:
+            if not re.fullmatch(r".+\.[^.]+", name):
                 raise ValueError(f"needs SET.METRIC, as imagenet1k.top1, not '{name}'")
         return value
 
@@ -98,11 +92,10 @@ class LargeWeights:
     """The limit above which weights are not copied into the registry, and where they go."""
 
     above_gb: float = 5.0
-    """Files of more than this many 10^9 bytes are referred to; smaller ones are copied."""
+    """In 10^9 bytes."""
     place: str = ""
     """Folder or URI of an object store that gets them, once each; empty: they stay where the
     training left them, and every loader has to reach that path."""
 
 
 COPIED = LargeWeights()
-"""The default."""

@@ -47,28 +47,27 @@ class Gain(Config):
         return f"{100 * self.difference:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f})"
 
 
-class Champion(Config):
+class _Judged(Config):
+    """What is known of both models."""
+
+    weights: str
+    """SHA-256 of its weights."""
+    bytes: int
+    """Size of its weights."""
+    latency_ms: float | None = None
+    """Time of one image, of both on the same machine; none: not measured."""
+
+
+class Champion(_Judged):
     """The model in use."""
 
     version: int
     """In the registry."""
-    weights: str
-    """SHA-256 of its weights."""
-    bytes: int
-    """Size of its weights."""
-    latency_ms: float | None = None
-    """Time of one image; none: not measured."""
 
 
-class Candidate(Config):
+class Candidate(_Judged):
     """The model that may replace it."""
 
-    weights: str
-    """SHA-256 of its weights."""
-    bytes: int
-    """Size of its weights."""
-    latency_ms: float | None = None
-    """Time of one image, on the machine on which the champion's was taken; none: not measured."""
     headlines: tuple[str, ...]
     """Metrics that are judged in every set that has them, beside those that the policy names."""
     gains: dict[str, Gain] = Field(default_factory=dict)
@@ -120,14 +119,9 @@ def decide_promotion(
     """Decide whether `candidate` replaces `champion` (None: there is none yet)."""
     listed = _list_reasons(candidate, champion, policy)
     reasons = tuple(GateReason(rule=rule, outcome=out, says=says) for rule, out, says in listed)
-    order = list(GateOutcome)
-    outcome = max((one.outcome for one in reasons), key=order.index)
-    return Decision(
-        outcome=outcome,
-        reasons=reasons,
-        champion=champion.version if champion else None,
-        policy=policy,
-    )
+    outcome = max((one.outcome for one in reasons), key=list(GateOutcome).index)
+    number = champion.version if champion else None
+    return Decision(outcome=outcome, reasons=reasons, champion=number, policy=policy)
 
 
 def gains_in(results: Mapping[str, Any], champion: str) -> dict[str, Gain]:
@@ -172,7 +166,11 @@ def _contamination_reasons(candidate: Candidate, policy: GatePolicy) -> Iterator
         within = limit is None or share <= limit
         allowed = "any share is" if limit is None else f"{limit:.2%} are"
         says = f"{evalset}: {share:.2%} of the images look like training data, {allowed} allowed"
-        yield "contamination", GateOutcome.PROMOTE if within else GateOutcome.REJECT, says
+        yield "contamination", _allow(within), says
+
+
+def _allow(within: bool) -> GateOutcome:
+    return GateOutcome.PROMOTE if within else GateOutcome.REJECT
 
 
 def _cost_reasons(
@@ -190,7 +188,7 @@ def _cost_reasons(
     for rule, what, ratio, limit in measured:
         if limit is not None:
             says = f"{what} {ratio:.2f} times the champion's, {limit:g} are allowed"
-            yield rule, GateOutcome.PROMOTE if ratio <= limit else GateOutcome.REJECT, says
+            yield rule, _allow(ratio <= limit), says
 
 
 def _loss_reasons(candidate: Candidate, policy: GatePolicy) -> Iterator[_Reason]:

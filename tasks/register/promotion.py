@@ -1,18 +1,17 @@
-"""The version of a registered model that is in use: promoting, rolling back, and who did it when.
+"""The version of a registered model that is in use: promoting, rolling back, and who did it when,
+as tags of the versions.
 
-Covers: moving an alias, its history as tags of the versions, carrying out a gate's decision.
 Not here: deciding (gate.py), registering (model_registry.py), asking a person.
 
-All that asks the registry raises InputError where it does not answer, or has no such version.
-
-The alias moves first and is recorded then; the next process that finds it moved but not recorded
+All that asks the registry raises InputError where it does not answer, or has no such version. The
+alias moves first and is recorded then; the next process that finds it moved but not recorded
 records it, so that a process killed in between loses nothing.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -67,7 +66,7 @@ class Standing:
     gate: str
     """The gate's outcome; empty: it was not asked."""
     declined: str
-    """Who refused it, and why."""
+    """`DECLINED_TAG`; empty: nobody did."""
 
 
 def champion_of(store: TrackingStore, name: str, alias: str) -> Standing | None:
@@ -78,14 +77,9 @@ def champion_of(store: TrackingStore, name: str, alias: str) -> Standing | None:
 
 
 def require_champion(store: TrackingStore, name: str, alias: str) -> Standing | None:
-    """The version that has the alias; None where no version ever had it.
-
-    Raises:
-        InputError: versions had it and none has it now, so that a candidate would be compared with
-            nothing; or the store does not answer.
-    """
-    found = champion_of(store, name, alias)
-    if found is not None:
+    """The version that has the alias; None where no version ever had it. InputError where versions
+    had it and none has it now, so that a candidate would be compared with nothing."""
+    if found := champion_of(store, name, alias):
         return found
     with store.connect() as client:
         last = _find_last_holder(client, name, alias)
@@ -126,15 +120,14 @@ def promote_version(
         _get_version(client, name, version)
         holder = _find_holder(client, name, alias)
         moves = _read_moves(client, name, alias)
-        if holder is not None and (not moves or moves[-1].version != holder):
-            outside = "the alias was moved without a record"
-            if holder == version:  # by a process that was killed, maybe this very one
-                _write_down(client, name, alias, version, how, by, why)
-                return True
-            _write_down(client, name, alias, holder, "outside", "unknown", outside)
-        if holder == version:
+        is_recorded = holder is None or bool(moves and moves[-1].version == holder)
+        if holder == version and is_recorded:
             return False
-        client.set_registered_model_alias(name, alias, str(version))
+        if holder != version:  # else a process that was killed moved it, maybe this very one
+            if holder is not None and not is_recorded:
+                outside = "the alias was moved without a record"
+                _write_down(client, name, alias, holder, "outside", "unknown", outside)
+            client.set_registered_model_alias(name, alias, str(version))
         _write_down(client, name, alias, version, how, by, why)
         return True
 
@@ -142,14 +135,8 @@ def promote_version(
 def roll_back(
     store: TrackingStore, name: str, alias: str, to: int | None, by: str, why: str
 ) -> tuple[int, int]:
-    """Give the alias back to the version that had it before, or to `to`.
-
-    Returns:
-        The versions that had it until now, and that has it now.
-
-    Raises:
-        InputError: nothing to go back to, no such version, or the store does not answer.
-    """
+    """Give the alias back to the version that had it before, or to `to`; returns the versions that
+    had it until now, and that has it now. InputError where there is nothing to go back to."""
     with store.connect() as client:
         holder = _find_holder(client, name, alias)
         if holder is None:
@@ -172,11 +159,8 @@ def carry_out(
     store: TrackingStore, config: RegisterConfig, version: int, decision: Decision
 ) -> bool:
     """Make the version champion if the gate's decision to do so is due; True when it became
-    champion now.
-    """
-    if waits_for(store, config, version, decision) is not Waiting.DUE:
-        return False
-    return promote_version(
+    champion now."""
+    return waits_for(store, config, version, decision) is Waiting.DUE and promote_version(
         *(store, config.model_name, config.alias, version, "gate", "gate", decision.summary)
     )
 
@@ -219,17 +203,10 @@ def is_unsettled(store: TrackingStore, config: RegisterConfig, folder: Path) -> 
 def write_decision(
     store: TrackingStore, name: str, version: int, decision: Decision, out: Path
 ) -> tuple[Path, Path]:
-    """Write the decision as tags of the version and as files in `out`; return the files.
-
-    The champion, registered once more and compared with itself, keeps the tags that say why it
-    became champion.
-    """
-    with store.connect() as client:
-        tags = {GATE_TAG: str(decision.outcome), f"{GATE_TAG}.reasons": decision.summary}
-        if decision.champion == version:
-            tags = {}
-        for key, value in tags.items():
-            client.set_model_version_tag(name, str(version), key, value[:MAX_TAG_CHARS])
+    """Write the decision as tags of the version and as files in `out`; return the files."""
+    tags = {GATE_TAG: str(decision.outcome), f"{GATE_TAG}.reasons": decision.summary}
+    if decision.champion != version:  # registered once more it keeps why it became champion
+        _write_tags(store, name, version, tags)
     write_atomically(out / DECISION, decision.model_dump_json(indent=1) + "\n")
     write_atomically(out / DECISION_PAGE, decision.to_markdown(f"{name}/{version}"))
     return out / DECISION, out / DECISION_PAGE
@@ -243,9 +220,13 @@ def read_decision(folder: Path) -> Decision:
 
 def decline_version(store: TrackingStore, name: str, version: int, by: str, why: str) -> None:
     """Record that a person refused the version."""
+    _write_tags(store, name, version, {DECLINED_TAG: f"{by}: {why}"})
+
+
+def _write_tags(store: TrackingStore, name: str, version: int, tags: Mapping[str, str]) -> None:
     with store.connect() as client:
-        said = f"{by}: {why}"[:MAX_TAG_CHARS]
-        client.set_model_version_tag(name, str(version), DECLINED_TAG, said)
+        for key, value in tags.items():
+            client.set_model_version_tag(name, str(version), key, value[:MAX_TAG_CHARS])
 
 
 def standing_of(store: TrackingStore, name: str, version: int) -> Standing:
@@ -257,8 +238,7 @@ def standing_of(store: TrackingStore, name: str, version: int) -> Standing:
 def read_standings(store: TrackingStore, name: str) -> dict[int, Standing]:
     """Every version of the model that the registry has, by its number."""
     with store.connect() as client:
-        versions = _search_versions(client, name)
-    return {int(version.version): _read_standing(version) for version in versions}
+        return {int(one.version): _read_standing(one) for one in _search_versions(client, name)}
 
 
 def _find_holder(client: MlflowClient, name: str, alias: str) -> int | None:

@@ -20,8 +20,8 @@ import threading
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Literal, cast
 
 from jinja2 import Environment, StrictUndefined, TemplateError
@@ -42,10 +42,8 @@ COMMAND_S = 120.0
 
 
 class Cluster(Config):
-    """The commands of one kind of cluster; `{script}` and `{name}` of the job are filled in.
-
-    A job is known by its name, which is that of the run's folder: no id can be lost in a crash.
-    """
+    """The commands of one kind of cluster; `{script}` and `{name}` of the job are filled in. The
+    name is made from the run's folder: no id can be lost in a crash."""
 
     template: Annotated[Path, AfterValidator(lambda path: INFRA / path)]
     """What a job is made from when the user names no other, within `infra/`."""
@@ -84,10 +82,8 @@ CLUSTERS: Mapping[Kind, Cluster] = TypeAdapter(dict[Kind, Cluster]).validate_pyt
 
 
 def job_name(run_dir: Path) -> str:
-    """The run's folder as a name that Slurm and Kubernetes take: a DNS label, at most 33 long.
-
-    The folder's own name says which artifact it is; the rest tells copies under other roots apart.
-    """
+    """A name that Slurm and Kubernetes take, a DNS label of at most 33 letters: the run's folder
+    says which artifact it is, a digest of its path tells copies under other roots apart."""
     digest = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()
     readable = _NOT_IN_A_LABEL.sub("-", run_dir.name.lower())[:16].strip("-")
     return f"evaclip-{readable}-{digest[:8]}"
@@ -96,12 +92,8 @@ def job_name(run_dir: Path) -> str:
 def job_script(
     template: Path, *, job: Path, reads: tuple[Path, ...], log: Path, ranks: int, nodes: int
 ) -> str:
-    """The job's script from its template.
-
-    Args:
-        job: the trainer's job file.
-        reads: what the trainer reads; the folder around it and the job file must be mounted.
-        ranks: processes of each machine.
+    """The job's script from its template; `reads` and the folder of the trainer's `job` file must
+    be mounted, `ranks` are the processes of each machine.
 
     Raises:
         InputError: the template cannot be read, or names something that is not there to fill in.
@@ -131,11 +123,7 @@ def main(arguments: Sequence[str]) -> int:
     """Submit and follow; returns the exit code."""
     kind, script, name, every_s = arguments
     stop = threading.Event()
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        stop.set()
-
-    signal.signal(signal.SIGTERM, remember)
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     job = _Job(CLUSTERS[cast(Kind, kind)], script, name)
     try:
         if job.is_over():
@@ -150,39 +138,37 @@ def main(arguments: Sequence[str]) -> int:
     return CANCELLED
 
 
+@dataclass(frozen=True)
 class _Job:
     """One job of the cluster."""
 
-    def __init__(self, cluster: Cluster, script: str, name: str) -> None:
-        self._cluster = cluster
-        self._places = {"script": script, "name": name}
+    cluster: Cluster
+    script: str
+    name: str
 
     def submit_job(self) -> None:
-        for command in self._cluster.submit:
+        for command in self.cluster.submit:
             self._run_command(command)
 
     def is_over(self) -> bool:
-        return self._cluster.is_over(self._run_command(self._cluster.state))
+        return self.cluster.is_over(self._run_command(self.cluster.state))
 
     def follow_job(self, stop: threading.Event, every_s: float) -> bool:
         """Wait until the job is over (True) or `stop` is set (False); print why it waits, each time
-        that the reason changes.
-
-        Raises:
-            InputError: it waited too long for what does not go away by itself; it is cancelled.
-        """
+        that the reason changes. InputError: it waited too long for what does not go away by itself
+        and is cancelled."""
         answered = hoped = time.monotonic()
         waits = ""
         while not stop.is_set():
             try:
                 if self.is_over():
                     return True
-                before, waits = waits, " ".join(self._run_command(self._cluster.reason).split())
+                before, waits = waits, " ".join(self._run_command(self.cluster.reason).split())
                 if waits != before:
-                    sys.stdout.write(f"job {self._places['name']}: {waits or 'waits no more'}\n")
+                    sys.stdout.write(f"job {self.name}: {waits or 'waits no more'}\n")
                     sys.stdout.flush()
                 answered = time.monotonic()
-                if self._cluster.hopeless.isdisjoint(waits.split()):
+                if self.cluster.hopeless.isdisjoint(waits.split()):
                     hoped = answered
             except subprocess.SubprocessError:
                 if time.monotonic() - answered > MAX_SILENT_S:
@@ -190,7 +176,7 @@ class _Job:
             if answered - hoped > MAX_HOPELESS_S:
                 self.cancel_job()
                 raise InputError(
-                    f"job {self._places['name']} waited for {MAX_HOPELESS_S:.0f} s and is "
+                    f"job {self.name} waited for {MAX_HOPELESS_S:.0f} s and is "
                     f"cancelled ({waits}): mend that, and run the same command again"
                 )
             stop.wait(every_s)
@@ -198,22 +184,20 @@ class _Job:
 
     def cancel_job(self) -> None:
         """Have the job ended, and stay until it is; if we are killed, the cluster ends it alone."""
-        self._run_command(self._cluster.cancel)
+        self._run_command(self.cluster.cancel)
         while not self.is_over():
             time.sleep(0.5)
 
     def _run_command(self, command: Sequence[str]) -> str:
-        done = subprocess.run(
-            [word.format(**self._places) for word in command],
+        return subprocess.run(
+            [word.format(script=self.script, name=self.name) for word in command],
             check=True,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=COMMAND_S,
-            # What stops us must not stop a submission half-way.
-            start_new_session=True,
-        )
-        return done.stdout
+            start_new_session=True,  # what stops us must not stop a submission half-way
+        ).stdout
 
 
 if __name__ == "__main__":

@@ -19,10 +19,8 @@ Launcher = Literal["auto", "torchrun", "deepspeed", "slurm", "kubernetes", "exte
 
 
 class Launch(Config):
-    """Settings of starting the ranks of a training run; none changes a result.
-
-    The field `x` is read from the environment as `EVACLIP_X`.
-    """
+    """Settings of starting the ranks of a training run; none changes a result. The field `x` is
+    read from the environment as `EVACLIP_X`."""
 
     launcher: Launcher = "auto"
     """What starts training processes. auto: one plain process, or torchrun for several of them;
@@ -81,25 +79,27 @@ class Launch(Config):
 
     @model_validator(mode="after")
     def _fits_the_launcher(self) -> Self:
-        here = self.launcher in ("auto", "torchrun")
-        if self.launcher == "auto" and self.nodes > 1:
-            raise ValueError("EVACLIP_NODES is above 1: say what starts them by EVACLIP_LAUNCHER")
-        if here and self.nodes > 1 and self.rendezvous is None:
-            raise ValueError(
-                "EVACLIP_NODES is above 1: torchrun needs EVACLIP_RENDEZVOUS=host:port too"
-            )
-        if self.launcher == "deepspeed" and self.hostfile is None:
-            raise ValueError("EVACLIP_LAUNCHER=deepspeed needs EVACLIP_HOSTFILE=path")
-        if self.launcher == "deepspeed" and (self.ranks or self.nodes > 1):
-            raise ValueError(
-                "EVACLIP_LAUNCHER=deepspeed takes machines and processes from EVACLIP_HOSTFILE: "
-                "leave EVACLIP_RANKS and EVACLIP_NODES unset"
-            )
-        if self.launcher == "external" and self.submit_command is None:
-            raise ValueError("EVACLIP_LAUNCHER=external needs EVACLIP_SUBMIT_COMMAND")
-        if self.launcher in ("slurm", "kubernetes", "external") and not self.ranks:
-            raise ValueError(
-                f"EVACLIP_LAUNCHER={self.launcher} needs EVACLIP_RANKS, the processes of each "
-                "machine (one a GPU): this machine's GPUs say nothing about the others"
-            )
+        many, chosen = self.nodes > 1, f"EVACLIP_LAUNCHER={self.launcher}"
+        wrong = None
+        match self.launcher:
+            case "auto" if many:
+                wrong = "EVACLIP_NODES is above 1: say what starts them by EVACLIP_LAUNCHER"
+            case "torchrun" if many and self.rendezvous is None:
+                wrong = "EVACLIP_NODES is above 1: torchrun needs EVACLIP_RENDEZVOUS=host:port too"
+            case "deepspeed" if self.hostfile is None:
+                wrong = f"{chosen} needs EVACLIP_HOSTFILE=path"
+            case "deepspeed" if self.ranks or many:
+                wrong = (
+                    f"{chosen} takes machines and processes from EVACLIP_HOSTFILE: leave "
+                    "EVACLIP_RANKS and EVACLIP_NODES unset"
+                )
+            case "external" if self.submit_command is None:
+                wrong = f"{chosen} needs EVACLIP_SUBMIT_COMMAND"
+            case "slurm" | "kubernetes" | "external" if not self.ranks:
+                wrong = (
+                    f"{chosen} needs EVACLIP_RANKS, the processes of each machine (one a GPU): "
+                    "this machine's GPUs say nothing about the others"
+                )
+        if wrong:
+            raise ValueError(wrong)
         return self

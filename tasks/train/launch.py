@@ -1,7 +1,5 @@
 """Starting the ranks of a training run: command lines and environments, as pure functions.
 
-Covers: one plain process, torchrun (on one machine or several), the deepspeed launcher over a
-hostfile, a command of the user's own; how many ranks a machine gets, and their environment.
 Not here: running any of it (train.py); jobs of Slurm and Kubernetes (cluster.py).
 
 Every rank gets the path of the job file and no other argument: launchers mix their options with
@@ -27,10 +25,8 @@ _HOST = re.compile(r"(\S+)\s+slots=(\d+)\s*")
 
 
 def default_ranks(cores: int, gpus: int, lanes: int) -> int:
-    """Ranks when no number is set: one a GPU, or two on a CPU that has the cores.
-
-    Fewer when `lanes` cannot be shared out among them, so that a machine that lost a GPU goes on.
-    """
+    """Ranks when no number is set: one a GPU, or two on a CPU that has the cores; fewer where
+    `lanes` cannot be shared out among them, so that a machine that lost a GPU goes on."""
     wanted = gpus or min(CPU_RANKS, cores)
     return max(ranks for ranks in range(1, wanted + 1) if lanes % ranks == 0)
 
@@ -52,9 +48,8 @@ def local_command(job: Path, ranks: int) -> list[str]:
     if ranks == 1:
         return [sys.executable, "-m", WORKER, str(job)]
     # Without an endpoint the agent's store is a temporary file that only this user can open.
-    return _build_torchrun(
-        job, ranks, 1, ["--rdzv-conf=store_type=file", f"--local-addr={LOOPBACK}"]
-    )
+    private = ["--rdzv-conf=store_type=file", f"--local-addr={LOOPBACK}"]
+    return _build_torchrun(job, ranks, 1, private)
 
 
 def torchrun_command(job: Path, launch: Launch, ranks: int) -> list[str]:
@@ -79,10 +74,7 @@ def _build_torchrun(job: Path, ranks: int, nodes: int, meeting: list[str]) -> li
 
 def deepspeed_command(job: Path, hostfile: Path, hosts: Mapping[str, int], port: int) -> list[str]:
     """The deepspeed launcher over `hosts`; a single one is taken to be this machine, without ssh.
-
-    Args:
-        port: on which ranks meet; free on the first machine.
-    """
+    Ranks meet on `port` of the first machine."""
     # It would put `--local_rank=N` before the job file.
     plain = ["--no_local_rank", f"--master_port={port}", "--module", WORKER, str(job)]
     here = ["--no_ssh_check", f"--master_addr={LOOPBACK}"] if len(hosts) == 1 else []
@@ -91,13 +83,9 @@ def deepspeed_command(job: Path, hostfile: Path, hosts: Mapping[str, int], port:
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Machines of a deepspeed hostfile and the processes of each, in their order.
-
-    The launcher itself goes on with this machine alone when the file is missing.
-
-    Raises:
-        InputError: it cannot be read, or a line is not `name slots=N`.
-    """
+    """Machines of a deepspeed hostfile and the processes of each, in their order. InputError: it
+    cannot be read (the launcher itself would go on with this machine alone), or a line is not
+    `name slots=N`."""
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
@@ -107,8 +95,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
         ) from None
     hosts: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
-        text = line.partition("#")[0].strip()
-        if not text:
+        if not (text := line.partition("#")[0].strip()):
             continue
         found = _HOST.fullmatch(text)
         if found is None or not int(found[2]) or found[1] in hosts:
@@ -122,11 +109,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def external_command(job: Path, launch: Launch) -> list[str]:
-    """The user's own command with its places filled in.
-
-    Raises:
-        InputError: it names a place that there is not, or is not a command.
-    """
+    """The user's own command with its places filled in; InputError: it names others, or is none."""
     places = {"job": job, "run_dir": job.parent, "ranks": launch.ranks, "nodes": launch.nodes}
     try:
         words = [word.format(**places) for word in shlex.split(launch.submit_command or "")]
@@ -144,10 +127,7 @@ def rank_environment(
     base: Mapping[str, str], ranks: int, cores: int, store: Path
 ) -> dict[str, str]:
     """`base` for the ranks of this machine: its cores shared out, nothing that others can reach.
-
-    Args:
-        store: a file that is not there yet, in a folder of this user's alone.
-    """
+    `store` is a file that is not there yet, in a folder of this user's alone."""
     return {
         "NCCL_SOCKET_IFNAME": "lo",
         **base,

@@ -1,6 +1,5 @@
-"""Train one stage in processes of its own, and follow it through its folder.
+"""Training one stage in processes of its own, followed through its folder; trying a stage out.
 
-Covers: the job file, running and restarting the ranks, what the artifact holds, trying a stage out.
 Not here: the training itself (evaclip_model/training/worker.py); what starts ranks (launch.py,
 cluster.py).
 """
@@ -12,10 +11,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
@@ -57,39 +56,34 @@ RATE_STEPS = 20
 MAX_LINE_BYTES = 8192
 """Of one line of metrics, generously."""
 LOG_FILE = "train.log"
-JOIN_SCRIPT = "join.sh"
-"""What the other machines of a torchrun run."""
 GRACE_S = 20.0
 """Time for the ranks to save a checkpoint between SIGTERM and SIGKILL."""
 MAX_IDLE_RESTARTS = 2
 """Restarts in a row without a single new step before a run is given up on."""
 CLUSTER_LOOK_S = 10.0
-"""Time between two questions to the cluster, whether the job is over."""
+"""Between two questions to the cluster."""
 _LOG_TAIL = 2000
 
 
+@dataclass
 class Follower:
     """Reads the metrics file as it grows and says how far training is."""
 
-    def __init__(self, config: TrainConfig, metrics: Path, report: Report) -> None:
-        self._config = config
-        self._metrics = metrics
-        self._report = report
-        self._recent: list[dict[str, Any]] = []
-        self.step = 0
+    config: TrainConfig
+    metrics: Path
+    report: Report
+    step: int = 0
+    _recent: list[dict[str, Any]] = field(default_factory=list)
 
     def report_newest(self) -> None:
         """Report the newest step, if there is a new one."""
-        rows = last_rows(self._metrics, RATE_STEPS)
-        if not rows or rows == self._recent:
-            return
-        self._recent = rows
-        self.step = rows[-1]["step"]
-        self._report(self.step, self._config.steps, describe_step(rows, self._config.steps))
+        rows = last_rows(self.metrics, RATE_STEPS)
+        if rows and rows != self._recent:
+            self._recent, self.step = rows, rows[-1]["step"]
+            self.report_event(describe_step(rows, self.config.steps))
 
     def report_event(self, what: str) -> None:
-        """Report an event between steps."""
-        self._report(self.step, self._config.steps, what)
+        self.report(self.step, self.config.steps, what)
 
 
 def describe_step(rows: Sequence[Mapping[str, Any]], steps: int) -> str:
@@ -113,11 +107,9 @@ def describe_step(rows: Sequence[Mapping[str, Any]], steps: int) -> str:
 def list_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Irregularities in these rows: spikes, skipped steps, rollbacks, a slow rank."""
     found = []
-    spikes = [row["step"] for row in rows if row.get("spike")]
-    if spikes:
+    if spikes := [row["step"] for row in rows if row.get("spike")]:
         found.append(f"spike at step {spikes[-1]:,}")
-    lost = sum(row.get("taken", 1) == 0 for row in rows)
-    if lost:
+    if lost := sum(row.get("taken", 1) == 0 for row in rows):
         found.append(f"{lost} of {len(rows)} steps not taken")
     if rows[-1].get("rollbacks"):
         found.append(f"went back {rows[-1]['rollbacks']} times")
@@ -139,14 +131,12 @@ def last_rows(metrics: Path, count: int) -> list[dict[str, Any]]:
     """The newest whole lines about steps, oldest first."""
     try:
         with metrics.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            start = max(0, size - MAX_LINE_BYTES * count)
+            start = max(0, file.seek(0, os.SEEK_END) - MAX_LINE_BYTES * count)
             file.seek(start)
             lines = file.read().split(b"\n")
     except FileNotFoundError:  # cut back at this moment, or not begun
         return []
-    whole = lines[1 if start else 0 : -1]
-    return [json.loads(line) for line in whole[-count:]]
+    return [json.loads(line) for line in lines[1 if start else 0 : -1][-count:]]
 
 
 def _mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
@@ -158,24 +148,20 @@ class TrainingCrashed(RuntimeError):
     """The ranks died again and again without a reason of the user's making; the log's end is in."""
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """The model and the data that a training stage reads."""
 
     start_from: Path
     """Folder of the model to start from."""
     shards: Path
-    """`shards.json` of the verified shards."""
+    """`shards.json` of the dataset version."""
 
 
 def train_model(
     config: TrainConfig, inputs: Inputs, out: Path, launch: Launch, report: Report
 ) -> Made:
-    """Train to the end, from the newest checkpoint in `out` if a killed run left one.
-
-    Args:
-        out: the artifact's folder; the trainer's run folder.
-        launch: what starts the ranks; on this machine each gets an equal part of its cores.
+    """Train to the end, from the newest checkpoint in `out` if a killed run left one; on this
+    machine each rank gets an equal part of its cores.
 
     Raises:
         InputError: the trainer found a mistake of the user's, the loss diverged, memory does not
@@ -187,23 +173,21 @@ def train_model(
         _run_training(config, inputs, out, launch, report)
     result = json.loads((out / RESULT_FILE).read_text())
     report(config.steps, config.steps, f"loss {result['final_loss']:.3f}")
-    kept = [JOB_FILE, METRICS_FILE, RESULT_FILE]
-    models = [out / name for name in (MODEL_FOLDER, EMA_FOLDER) if (out / name).is_dir()]
-    weights = [file for model in models for file in sorted(model.iterdir())]
-    return Made(_count_results(result), (*(out / name for name in kept), *weights))
+    counts = {name: result[name] for name in ("steps", "samples_seen", "final_loss", "seconds")}
+    drawn = {f"{name}.samples": count for name, count in result["source_samples"].items()}
+    bad = {f"bad.{reason}": count for reason, count in result["bad_samples"].items()}
+    kept = [out / name for name in (JOB_FILE, METRICS_FILE, RESULT_FILE)]
+    weights = [
+        file for name in (MODEL_FOLDER, EMA_FOLDER) for file in sorted((out / name).glob("*"))
+    ]
+    return Made({**counts, **drawn, **bad}, (*kept, *weights))
 
 
 def try_out(
     config: TrainConfig, inputs: Inputs, out: Path, launch: Launch, report: Report
 ) -> dict[str, Any]:
-    """Start the ranks for one step that is thrown away; nothing but `out` is written to.
-
-    Returns:
-        What the trainer's `dry_run.json` says.
-
-    Raises:
-        InputError, TrainingCrashed: as `train_model`.
-    """
+    """Start the ranks for one step that is thrown away; nothing but `out` is written to. Returns
+    what the trainer's `dry_run.json` says; raises as `train_model`."""
     config = _fit_to_data(config, inputs)
     follower = Follower(config, out / METRICS_FILE, report)
     status = _start_ranks(config, inputs, out.resolve(), launch, follower, dry_run=True)
@@ -255,12 +239,10 @@ def _run_training(
 
 
 def _with_smaller_parts(config: TrainConfig, launch: Launch, tried: Launch | None) -> Launch:
-    """`launch` with half as many pairs of a rank in memory at once.
-
-    Raises:
-        InputError: that was `tried`, or the number is odd.
-    """
-    share = config.global_batch // (_this_machine(config, launch).ranks * _count_machines(launch))
+    """`launch` with half as many pairs of a rank in memory at once; InputError: that was `tried`,
+    or the number is odd."""
+    machines = len(read_hostfile(launch.hostfile)) if launch.hostfile else launch.nodes
+    share = config.global_batch // (_this_machine(config, launch).ranks * machines)
     pairs = min((tried or launch).micro_batch or share, share)
     if tried is not None or pairs % 2:
         raise InputError(
@@ -269,10 +251,6 @@ def _with_smaller_parts(config: TrainConfig, launch: Launch, tried: Launch | Non
             f"{share}), use more ranks, or grad_checkpointing in the recipe"
         )
     return launch.model_copy(update={"micro_batch": pairs // 2})
-
-
-def _count_machines(launch: Launch) -> int:
-    return len(read_hostfile(launch.hostfile)) if launch.hostfile is not None else launch.nodes
 
 
 def kernel_kills(counters: Path = Path("/proc/vmstat")) -> int:
@@ -286,7 +264,7 @@ def kernel_kills(counters: Path = Path("/proc/vmstat")) -> int:
 
 
 def _check_error(config: TrainConfig, out: Path) -> None:
-    """Raises: InputError: the trainer left a sentence for the user."""
+    """InputError: the trainer left a sentence for the user."""
     if (out / ERROR_FILE).is_file():
         raise InputError(f"training stage '{config.name}': {_read_text(out / ERROR_FILE)}")
 
@@ -324,10 +302,7 @@ def _start_ranks(
     return status
 
 
-@dataclass(frozen=True)
-class _ThisMachine:
-    """The cores and GPUs of this machine, and the number of its ranks."""
-
+class _ThisMachine(NamedTuple):
     cores: int
     gpus: int
     ranks: int
@@ -336,15 +311,14 @@ class _ThisMachine:
 def _this_machine(config: TrainConfig, launch: Launch) -> _ThisMachine:
     cores = len(os.sched_getaffinity(0))
     gpus = count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    ranks = launch.ranks or default_ranks(cores, gpus, config.lanes)
     if launch.hostfile is not None and launch.launcher == "deepspeed":
         ranks = max(read_hostfile(launch.hostfile).values())
-    else:
-        ranks = launch.ranks or default_ranks(cores, gpus, config.lanes)
     return _ThisMachine(cores, gpus, ranks)
 
 
 def _stays_here(launch: Launch) -> bool:
-    """Return whether all ranks run on this machine, so that its cores say what each gets."""
+    """Tell whether all ranks run on this machine, so that its cores say what each gets."""
     if launch.launcher == "deepspeed" and launch.hostfile is not None:
         return len(read_hostfile(launch.hostfile)) == 1
     return launch.launcher in ("auto", "torchrun") and launch.nodes == 1
@@ -362,8 +336,8 @@ def _make_job(
     }
     fitting: dict[str, Any] = {}
     if _stays_here(launch):
-        fitting["threads"] = max(1, here.cores // here.ranks)
-        fitting["read_workers"] = default_read_workers(here.cores, here.ranks, here.gpus)
+        workers = default_read_workers(here.cores, here.ranks, here.gpus)
+        fitting = {"threads": max(1, here.cores // here.ranks), "read_workers": workers}
     return TrainJob(
         train=config,
         start_from=inputs.start_from.resolve(),
@@ -375,17 +349,14 @@ def _make_job(
 
 def starter_command(launch: Launch, job: Path, inputs: Inputs, ranks: int) -> list[str]:
     """The command that starts ranks and ends when they do; files that it needs are written.
-
-    Raises:
-        InputError: a program, the hostfile or the job template is missing or wrong.
-    """
+    InputError: a program, the hostfile or the job template is missing or wrong."""
     match launch.launcher:
         case "auto":
             return local_command(job, ranks)
         case "torchrun":
             words = torchrun_command(job, launch, ranks)
             if launch.nodes > 1:
-                write_atomically(job.parent / JOIN_SCRIPT, join_script(words, job.parent))
+                write_atomically(job.parent / "join.sh", join_script(words, job.parent))
             return words
         case "external":
             words = external_command(job, launch)
@@ -405,7 +376,6 @@ def _submission_command(kind: Kind, launch: Launch, job: Path, inputs: Inputs) -
     cluster = CLUSTERS[kind]
     for tool in sorted(cluster.tools):
         _require_program(kind, tool)
-    script = job.parent / cluster.script
     text = job_script(
         launch.job_template or cluster.template,
         job=job,
@@ -414,9 +384,10 @@ def _submission_command(kind: Kind, launch: Launch, job: Path, inputs: Inputs) -
         ranks=launch.ranks,
         nodes=launch.nodes,
     )
+    script, name = job.parent / cluster.script, job_name(job.parent)
     write_atomically(script, text)
     submit = [sys.executable, "-m", "tasks.train.cluster"]
-    return [*submit, kind, str(script), job_name(job.parent), str(CLUSTER_LOOK_S)]
+    return [*submit, kind, str(script), name, str(CLUSTER_LOOK_S)]
 
 
 def _require_program(launcher: str, program: str) -> None:
@@ -425,13 +396,6 @@ def _require_program(launcher: str, program: str) -> None:
             f"EVACLIP_LAUNCHER={launcher} needs the program '{program}', which is not on the PATH: "
             "install it, or choose another launcher"
         )
-
-
-def _count_results(result: Mapping[str, Any]) -> dict[str, int | float]:
-    counts = {name: result[name] for name in ("steps", "samples_seen", "final_loss", "seconds")}
-    drawn = {f"{name}.samples": count for name, count in result["source_samples"].items()}
-    bad = {f"bad.{reason}": count for reason, count in result["bad_samples"].items()}
-    return {**counts, **drawn, **bad}
 
 
 def _read_text(path: Path) -> str:

@@ -33,8 +33,8 @@ import pyarrow.parquet as pq
 from evaclip_model.reading.samples import Shard
 from tasks.artifacts.artifact import Address, Artifact, Made, produce_artifact
 from tasks.dataset.config import STAGE as DATASET
-from tasks.dataset.config import DatasetConfig
-from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
+from tasks.dataset.config import DatasetConfig, OutsideFiles
+from tasks.dataset.dataset import Takedowns, make_dataset
 from tasks.download.config import STAGE as DOWNLOAD
 from tasks.download.config import DownloadConfig
 from tasks.index.sample_index import (

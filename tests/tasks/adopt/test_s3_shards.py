@@ -18,8 +18,8 @@ from evaclip_model.reading.config import SamplingConfig
 from evaclip_model.reading.reader import BatchReader, ReadSettings
 from tasks.adopt.adopt import inspect_source
 from tasks.artifacts.artifact import Address, produce_artifact
-from tasks.dataset.config import DatasetConfig
-from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
+from tasks.dataset.config import DatasetConfig, OutsideFiles
+from tasks.dataset.dataset import Takedowns, make_dataset
 from tasks.index.adopted_shards import read_adopted
 from tasks.progress import report_nothing
 from tasks.verify.config import STAGE, VerifyConfig

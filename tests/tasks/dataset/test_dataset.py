@@ -19,8 +19,8 @@ from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import SampleReader, Shard, ShardManifest
 from tasks.artifacts.artifact import Address, Artifact, Made, produce_artifact
 from tasks.dataset.choose import Choice, find_asked, sort_by_kind
-from tasks.dataset.config import DatasetConfig
-from tasks.dataset.dataset import OutsideFiles, Takedowns, _keep_shards, make_dataset
+from tasks.dataset.config import DatasetConfig, OutsideFiles
+from tasks.dataset.dataset import Takedowns, _keep_shards, make_dataset
 from tasks.dataset.lists import read_hashes, read_takedowns, takedowns_digest
 from tasks.index.sample_index import ShardVerdict
 from tasks.progress import report_nothing

@@ -18,8 +18,8 @@ from evaclip_model.reading.config import SamplingConfig
 from evaclip_model.reading.reader import BatchReader, ReadSettings
 from evaclip_model.reading.samples import ShardManifest
 from tasks.artifacts.artifact import Artifact
-from tasks.dataset.config import CaptionSource
-from tasks.dataset.dataset import OutsideFiles, Takedowns
+from tasks.dataset.config import CaptionSource, OutsideFiles
+from tasks.dataset.dataset import Takedowns
 from tests.tasks.dataset.test_dataset import (
     picture,
     takedowns_of,

@@ -11,8 +11,8 @@ import pytest
 
 from evaclip_model.config import Config
 from tasks.artifacts.artifact import Address, Artifact, produce_artifact
-from tasks.dataset.config import DatasetConfig
-from tasks.dataset.dataset import OutsideFiles, Takedowns, make_dataset
+from tasks.dataset.config import DatasetConfig, OutsideFiles
+from tasks.dataset.dataset import Takedowns, make_dataset
 from tasks.index.sample_index import INDEX, Kind, SampleIndex, read_verdicts
 from tasks.join.config import STAGE
 from tasks.join.join import JoinedPart, join_verifications, read_parts
