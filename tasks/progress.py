@@ -1,7 +1,4 @@
-"""The callback by which a stage reports its progress, and sizes as text.
-
-Not here: showing it (terminal, Prefect), which is the caller's business.
-"""
+"""The callback by which a stage reports its progress, and sizes as text."""
 
 from typing import Protocol
 

@@ -1,9 +1,5 @@
-"""Secrets that stand inside text: addresses with a password, links with a token.
-
-Covers: blanking them out, so that settings can be logged, shown and put into error messages.
-Not here: where secrets belong, which is the environment or a secret store; this is for those that
-went astray.
-"""
+"""Secrets that went astray into text (addresses with a password, links with a token), blanked out
+before it is logged, shown or put into error messages."""
 
 import re
 from typing import Any

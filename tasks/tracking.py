@@ -30,10 +30,8 @@ _FROM_ENVIRONMENT_ONLY = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
 }
-"""What MLflow reads from nowhere else; a value that is already set wins.
-
-By its own defaults MLflow keeps trying for about four minutes when a server is away.
-"""
+"""What MLflow reads from nowhere else; a value that is already set wins. By its own defaults it
+keeps trying for about four minutes when a server is away."""
 _IMPORTED_TOGETHER = (
     "mlflow",
     "mlflow.pyfunc",
@@ -42,15 +40,9 @@ _IMPORTED_TOGETHER = (
     "mlflow.store.workspace.utils",
     "mlflow.system_metrics.metrics.gpu_monitor",
 )
-_ANSWERED_NO = frozenset(
-    {
-        "BAD_REQUEST",
-        "INVALID_PARAMETER_VALUE",
-        "INVALID_STATE",
-        "RESOURCE_ALREADY_EXISTS",
-        "RESOURCE_DOES_NOT_EXIST",
-        "NOT_FOUND",
-    }
+_ANSWERED_NO = (
+    *("BAD_REQUEST", "INVALID_PARAMETER_VALUE", "INVALID_STATE"),
+    *("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"),
 )
 
 
@@ -64,17 +56,13 @@ class TrackingStore:
 
     @classmethod
     def at(cls, uri: str, experiment: str) -> TrackingStore:
-        """The store at `uri`; a relative SQLite path is taken from the current folder.
-
-        Raises:
-            InputError: `uri` is neither an SQLite file nor an HTTP address, or holds a password:
-                the address is logged and shown in many places.
-        """
+        """The store at `uri`; a relative SQLite path is taken from the current folder. InputError:
+        `uri` is neither an SQLite file nor an HTTP address, or holds a password, which would be
+        logged and shown in many places."""
         if redact_text(uri) != uri:
             raise InputError(
-                f"the tracking address '{redact_text(uri)}' holds a password: leave it out, "
-                f"and set "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+                f"the tracking address '{redact_text(uri)}' holds a password: leave it out, and "
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
             )
         if uri.startswith(SQLITE):
             return cls(SQLITE + str(Path(uri.removeprefix(SQLITE)).resolve()), experiment)
@@ -104,11 +92,7 @@ class TrackingStore:
 
     @contextmanager
     def connect(self) -> Iterator[MlflowClient]:
-        """A client for one block.
-
-        Raises:
-            InputError: the store does not answer, or refuses.
-        """
+        """A client for one block; InputError: the store does not answer, or refuses."""
         client = self.client()
         # after client(): it imports MLflow in the order that works
         from mlflow.exceptions import MlflowException
@@ -133,13 +117,9 @@ class TrackingStore:
         return str(found.experiment_id)
 
     def try_out(self) -> str:
-        """Write a run and a file of it, and read the file again; returns where files go.
-
-        It is always the same run of the experiment, so that trying again leaves nothing new.
-
-        Raises:
-            InputError: the store or the place of its files does not take it.
-        """
+        """Write a run and a file of it, and read the file again; returns where files go. It is
+        always the same run of the experiment, so that trying again leaves nothing new. InputError:
+        the store or the place of its files does not take it."""
         name, text = "written.txt", uuid.uuid4().hex
         try:
             client = self.client()
@@ -155,41 +135,36 @@ class TrackingStore:
         except Exception as error:
             raise self.explain_error(error) from None
         if read != text:
-            raise InputError(
-                f"{run.info.artifact_uri} gives back other content than was written to it"
-            )
+            raise InputError(f"{run.info.artifact_uri} gives back other content than it was given")
         return str(run.info.artifact_uri)
 
     def explain_error(self, error: Exception) -> InputError:
         """The error that names a store which does not answer, refuses, or is of another MLflow."""
-        said = " ".join(redact_text(str(error)).split())
+        said, store = " ".join(redact_text(str(error)).split()), f"the tracking store {self.uri}"
         if "database schema" in said:
             import mlflow
 
             return InputError(
-                f"the tracking store {self.uri} has the schema of another version of MLflow than "
+                f"{store} has the schema of another version of MLflow than "
                 f"{mlflow.__version__}, which is installed: install the version that it was made "
                 f"with, or make a backup and run 'mlflow db upgrade {self.uri}'"
             )
         if getattr(error, "error_code", None) in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
             return InputError(
-                f"the tracking store {self.uri} does not let this user in ({said[:160]}): set "
+                f"{store} does not let this user in ({said[:160]}): set "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ask whoever runs it"
             )
         if is_refusal(error):
-            return InputError(f"the tracking store {self.uri} refuses: {said[:300]}")
+            return InputError(f"{store} refuses: {said[:300]}")
         return InputError(
-            f"the tracking store {self.uri} does not answer ({said[:160]}): "
-            "start it, or give another address, and run the same command again"
+            f"{store} does not answer ({said[:160]}): start it, or give another address, and run "
+            "the same command again"
         )
 
 
 def import_mlflow() -> None:
-    """Import MLflow, quietly and whole.
-
-    To be called before a second thread uses it: MLflow's modules import each other in circles, and
-    two threads in the middle of that see half-made modules.
-    """
+    """Import MLflow, quietly and whole, before a second thread uses it: its modules import each
+    other in circles, and two threads in the middle of that see half-made modules."""
     for name, value in _FROM_ENVIRONMENT_ONLY.items():
         os.environ.setdefault(name, value)
     for name in _IMPORTED_TOGETHER:
@@ -253,11 +228,8 @@ def is_answer(client: MlflowClient, error: Exception) -> bool:
 
 
 def _make_database(path: Path) -> None:
-    """Make an empty MLflow database beside its place and put it there whole.
-
-    MLflow makes its tables one by one and cannot go on from half of them: a process killed within
-    those seconds would leave a database that no later one can open.
-    """
+    """Make an empty MLflow database beside its place and put it there whole: MLflow makes its
+    tables one by one and cannot go on from half of them, which a killed process would leave."""
     from mlflow import MlflowClient
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,5 @@
-"""The normal form of hosts and paths, for every stage that compares or asks for addresses.
-
-Host names follow UTS #46 without transitional mappings, as browsers do; paths RFC 3986, 5.2.4.
-"""
+"""The normal form of hosts (UTS #46 without transitional mappings, as in browsers) and paths
+(RFC 3986, 5.2.4), for every stage that compares or asks for addresses."""
 
 import ipaddress
 import re
@@ -67,10 +65,7 @@ def remove_dot_segments(path: str) -> str:
 
 def normalise_web_address(url: str) -> str:
     """`url` with its host and path in normal form; as it is where they are already, or have none.
-
-    Raises:
-        ValueError: it cannot be taken apart.
-    """
+    ValueError: it cannot be taken apart."""
     parts = urlsplit(url)
     if not parts.netloc:
         return url
@@ -90,11 +85,9 @@ def normalise_web_address(url: str) -> str:
 
 def read_host_entry(line: str) -> list[str] | None:
     """The host names that a line of a domain blocklist means; none when it cannot be understood.
-
-    Lists are published as plain names, `.name` or `*.name`, hosts files (an address, then names),
-    addresses of sites, rules of ad blockers for whole hosts (`||name^`, `||name^$important`) and of
-    dnsmasq (`address=/name/0.0.0.0`), with comments behind # or !.
-    """
+    Known are plain names, `.name` or `*.name`, hosts files (an address, then names), addresses of
+    sites, rules of ad blockers for whole hosts (`||name^`, `||name^$important`) and of dnsmasq
+    (`address=/name/0.0.0.0`), with comments behind # or !."""
     words = [] if line.startswith(("!", "[Adblock")) else _COMMENT.sub("", line).split()
     if len(words) > 1:
         if not _parse_address(words[0]):
@@ -104,8 +97,8 @@ def read_host_entry(line: str) -> list[str] | None:
     for word in words:
         rule = _HOST_RULE.fullmatch(word)
         word = rule[1] or rule[2] if rule else word.removeprefix("*").removeprefix(".")
-        if "://" in word:
-            scheme, _, rest = word.partition("://")
+        scheme, separator, rest = word.partition("://")
+        if separator:
             word = rest.removesuffix("/") if scheme.lower() in ("http", "https") else ""
         bare = word.strip("[]")
         name = normalise_host(f"[{bare}]" if ":" in bare else word)

@@ -1,6 +1,5 @@
-"""Rules that leave samples out by a model's score and by lists of uids.
+"""Rules that leave samples out by a model's score, and by lists of uids as DataComp publishes them.
 
-Covers: thresholds and shares of scores, lists of uids as DataComp publishes them.
 Not here: making scores (tasks/embed), the order of the rules (choose.py).
 """
 
@@ -34,7 +33,6 @@ def find_low_scores(
     """Rows that a score leaves out, of those that stay so far, [rows].
 
     Args:
-        scores: of every row, [rows].
         stays: rows that no earlier rule left out, [rows].
         sources: number of every row's source, [rows].
         min_score: rows below it go.
@@ -64,11 +62,7 @@ def find_low_scores(
 
 def read_uids(files: Iterable[Path]) -> pa.Array:
     """The uids of lists, sorted, each once: text with a uid a line, or an array of pairs of
-    64-bit numbers as DataComp publishes it (.npy), whose uid is the 32 hex digits of a pair.
-
-    Raises:
-        InputError: a file that is neither.
-    """
+    64-bit numbers as DataComp publishes it (.npy), whose uid is the 32 hex digits of a pair."""
     found: list[pa.Array] = []
     for file in files:
         try:

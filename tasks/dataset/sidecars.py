@@ -1,13 +1,12 @@
 """Sidecars: further captions of samples that are stored already, as people bring them.
 
-Covers: reading the files, what is not a caption, the captions of a shard beside a dataset
-version. Not here: finding the samples (tasks/index/caption_join.py), drawing one in training
+Not here: finding the samples (tasks/index/caption_join.py), drawing one in training
 (evaclip_model/reading/captions.py).
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import count
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
@@ -19,12 +18,7 @@ from evaclip_model.errors import InputError
 from evaclip_model.reading.captions import write_captions
 from evaclip_model.reading.samples import MAX_TEXT_BYTES
 from tasks.dataset.config import CAPTIONS, CaptionKey, CaptionSource
-from tasks.index.caption_join import (
-    ASKED,
-    iterate_joined,
-    join_captions,
-    normalize_key,
-)
+from tasks.index.caption_join import ASKED, iterate_joined, join_captions, normalize_key
 from tasks.index.sample_index import SampleIndex
 from tasks.progress import Report
 from tasks.tables.parquet_tables import parquet_schema, read_parquet_rows
@@ -48,9 +42,7 @@ def write_sidecars(
     report: Report,
 ) -> Counts:
     """Join sidecars (config, files) to the samples of `index`; write a file a shard below `out`.
-
-    Returns:
-        What became of their rows, by the sidecar's name.
+    Returns what became of their rows, by the sidecar's name.
 
     Raises:
         InputError: a file cannot be read or lacks a column; no row of a sidecar finds a sample.
@@ -85,22 +77,23 @@ def _write_asked(
     """Write all captions as `ASKED`; returns what their key is, and the count of rows."""
     found: Counter[str] = Counter(rows=0, unusable=0)
     by: str | None = config.key
-    numbers = count()
-    waiting: list[tuple[int, str, str]] = []
-    with pq.ParquetWriter(target, ASKED, compression="zstd") as writer:
+
+    def iterate_captions() -> Iterator[tuple[int, str, str]]:
+        nonlocal by
         for file in files:
             by, rows = _read_file(config, file, by)
             for value, texts in rows:
-                number = next(numbers)
                 key = normalize_key(by, value)
                 captions = [text for one in texts if (text := _clean_caption(one))] if key else []
+                for text in captions:
+                    yield found["rows"], key or "", text
                 found.update(rows=1, unusable=not captions)
-                waiting += [(number, key or "", text) for text in captions]
-                if len(waiting) >= ROWS_AT_ONCE:
-                    writer.write_batch(_to_batch(waiting))
-                    waiting = []
-        if waiting:
-            writer.write_batch(_to_batch(waiting))
+
+    captions = iterate_captions()
+    with pq.ParquetWriter(target, ASKED, compression="zstd") as writer:
+        while some := [*islice(captions, ROWS_AT_ONCE)]:
+            columns = [pa.array(column) for column in zip(*some, strict=True)]
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=ASKED))
     assert by is not None, "there is a file"
     return by, dict(found)
 
@@ -151,8 +144,3 @@ def _clean_caption(text: Any) -> str:
     if not isinstance(caption, str) or len(caption) > MAX_TEXT_BYTES:
         return ""
     return caption.strip()
-
-
-def _to_batch(rows: Sequence[tuple[int, str, str]]) -> pa.RecordBatch:
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    return pa.RecordBatch.from_arrays([*map(pa.array, columns)], schema=ASKED)

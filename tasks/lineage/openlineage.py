@@ -15,16 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from openlineage.client.event_v2 import InputDataset, Job, OutputDataset, Run, RunEvent, RunState
-from openlineage.client.facet_v2 import (
-    DatasetFacet,
-    RunFacet,
-    dataset_version_dataset,
-    error_message_run,
-    job_type_job,
-    output_statistics_output_dataset,
-    parent_run,
-)
+from openlineage.client import event_v2, facet_v2
 from openlineage.client.serde import Serde
 from openlineage.client.transport.file import FileConfig, FileTransport
 
@@ -74,43 +65,44 @@ def write_event(
 
 def _make_event(
     kind: str, job: JobRun, address: Address | None, made: Artifact | None, error: str
-) -> RunEvent:
-    facets: dict[str, RunFacet] = {}
+) -> event_v2.RunEvent:
+    facets: dict[str, facet_v2.RunFacet] = {}
     if job.parent is not None:
-        above = parent_run.Job(NAMESPACE, job.parent.name)
-        run = parent_run.Run(str(job.parent.run))
-        facets["parent"] = parent_run.ParentRunFacet(run, above, producer=PRODUCER)
+        above = facet_v2.parent_run.Job(NAMESPACE, job.parent.name)
+        run = facet_v2.parent_run.Run(str(job.parent.run))
+        facets["parent"] = facet_v2.parent_run.ParentRunFacet(run, above, producer=PRODUCER)
     if error:
-        facets["errorMessage"] = error_message_run.ErrorMessageRunFacet(
-            error, "python", producer=PRODUCER
-        )
-    job_type = job_type_job.JobTypeJobFacet("BATCH", "EVACLIP", job.kind, producer=PRODUCER)
-    return RunEvent(
+        message = facet_v2.error_message_run.ErrorMessageRunFacet
+        facets["errorMessage"] = message(error, "python", producer=PRODUCER)
+    job_type = facet_v2.job_type_job.JobTypeJobFacet
+    about: dict[str, facet_v2.JobFacet] = {}
+    about["jobType"] = job_type("BATCH", "EVACLIP", job.kind, producer=PRODUCER)
+    return event_v2.RunEvent(
         eventTime=datetime.now(UTC).isoformat(timespec="milliseconds"),
-        eventType=RunState(kind),
-        run=Run(str(job.run), facets),
-        job=Job(NAMESPACE, job.name, {"jobType": job_type}),
+        eventType=event_v2.RunState(kind),
+        run=event_v2.Run(str(job.run), facets),
+        job=event_v2.Job(NAMESPACE, job.name, about),
         inputs=[] if address is None else list(_input_datasets(address)),
         outputs=[] if made is None else [_output_dataset(made)],
         producer=PRODUCER,
     )
 
 
-def _input_datasets(address: Address) -> Iterator[InputDataset]:
+def _input_datasets(address: Address) -> Iterator[event_v2.InputDataset]:
     for role, digest in address.parents.items():
         folder = next(address.root.glob(f"*/{digest}"), None)
         name = f"outside/{address.stage.name}.{role}" if folder is None else folder.parent.name
-        yield InputDataset(_namespace(address.root), name, facets=_version(digest))
+        yield event_v2.InputDataset(_namespace(address.root), name, facets=_version(digest))
 
 
-def _output_dataset(made: Artifact) -> OutputDataset:
-    statistics = output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(
+def _output_dataset(made: Artifact) -> event_v2.OutputDataset:
+    statistics = facet_v2.output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(
         rowCount=next((int(made.counts[name]) for name in _ROWS if name in made.counts), None),
         size=sum(int(file["size"]) for file in made.files.values()),
         fileCount=len(made.files),
         producer=PRODUCER,
     )
-    return OutputDataset(
+    return event_v2.OutputDataset(
         _namespace(made.folder.parent.parent),
         made.kind,
         {"outputStatistics": statistics},
@@ -118,9 +110,9 @@ def _output_dataset(made: Artifact) -> OutputDataset:
     )
 
 
-def _version(digest: str) -> dict[str, DatasetFacet]:
-    facet = dataset_version_dataset.DatasetVersionDatasetFacet(digest, producer=PRODUCER)
-    return {"version": facet}
+def _version(digest: str) -> dict[str, facet_v2.DatasetFacet]:
+    facet = facet_v2.dataset_version_dataset.DatasetVersionDatasetFacet
+    return {"version": facet(digest, producer=PRODUCER)}
 
 
 def _namespace(root: Path) -> str:

@@ -5,7 +5,7 @@ whether it replaces the version in use (gate.py, promotion.py).
 
 Killed at any moment, the next call finds what is there by its tags and goes on from it. MLflow,
 torch, safetensors and Pillow are enough to load a version: what else the tokenizer needs travels
-with the source (evaclip_model/tokenizer/bundled_assets.py), and MLflow itself brings the rest.
+with the source (evaclip_model/tokenizer/bundled_assets.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
 
-_STEPS = 4
 SERVED = Path(__file__).with_name("served_model.py")
 REQUIREMENTS = (
     *("mlflow", "torch", "safetensors", "pillow"),
@@ -52,7 +51,6 @@ REQUIREMENTS = (
 GB = 10**9
 LABELS = ("a red square", "a dog")
 CALLS = Path(__file__).with_name("version.md")
-"""A version's description in the registry: how to load it and how to serve it."""
 
 
 def register_model(
@@ -71,26 +69,25 @@ def register_model(
     Args:
         evaluated: the evaluation whose figures become tags of the version.
         root: of all artifacts, to find the ancestors whose digests become tags.
-        out: folder of this stage's artifact.
         run_id: MLflow run that made the model, when it is known; the version links to it.
         large: what becomes of weights too large for the registry.
 
     Raises:
         InputError: the store does not answer, or does not take the weights.
     """
-    model, packed = trained.folder / MODEL_FOLDER, out / "packed"
+    model, packed, name = trained.folder / MODEL_FOLDER, out / "packed", config.model_name
     lineage = lineage_of([evaluated, trained], root)
     tags = version_tags(trained, evaluated, lineage)
     with store.connect() as client, ExitStack() as leavings:
         leavings.callback(shutil.rmtree, packed, ignore_errors=True)
-        report(0, _STEPS, "looking for the same model")
+        report(0, 4, "looking for the same model")
         if run_id is not None and not restore_run(client, run_id):
             run_id = None  # gone for good: the model is of no run
-        version = _find_version(client, config.model_name, tags)
+        version = _find_version(client, name, tags)
         if version is None:
 
             def pack(model_id: str) -> Path:
-                report(1, _STEPS, "packing the model")
+                report(1, 4, "packing the model")
                 pack_model(
                     *(model, packed),
                     reference=reference_to(model, tags[WEIGHTS_TAG], large),
@@ -98,62 +95,55 @@ def register_model(
                     model_id=model_id,
                     run_id=run_id,
                 )
-                report(2, _STEPS, "uploading the model")
+                report(2, 4, "uploading the model")
                 return packed / "model"
 
-            model_id = _logged_model(client, store, config.model_name, tags, run_id, pack)
-            report(3, _STEPS, f"registering {config.model_name}")
-            version = _create_version(client, store, config.model_name, model_id, run_id, tags)
-        client.set_registered_model_alias(
-            config.model_name, config.candidate_alias, version.version
-        )
+            model_id = _logged_model(client, store, name, tags, run_id, pack)
+            report(3, 4, f"registering {name}")
+            version = _create_version(client, store, name, model_id, run_id, tags)
+        client.set_registered_model_alias(name, config.candidate_alias, version.version)
     registered = {
-        "name": config.model_name,
+        "name": name,
         "version": int(version.version),
         "alias": config.candidate_alias,
-        "uri": f"models:/{config.model_name}/{version.version}",
+        "uri": f"models:/{name}/{version.version}",
         "tracking_uri": store.uri,
     }
     write_atomically(out / LINEAGE, lineage.to_json())
     write_atomically(out / REGISTERED, json.dumps(registered, indent=1) + "\n")
-    report(_STEPS, _STEPS, f"{config.model_name} version {version.version} is there")
+    report(4, 4, f"{name} version {version.version} is there")
     return Made({"version": int(version.version)}, (out / REGISTERED, out / LINEAGE))
 
 
 def forget_if_gone(address: Address, store: TrackingStore) -> None:
-    """Unfinish a registration whose version the registry no longer has, so that it is made again.
-
-    An alias that somebody moved since is left where it is.
-
-    Raises:
-        InputError: the store does not answer.
-    """
-    if not address.is_finished:
-        return
-    registered = json.loads((address.folder / REGISTERED).read_text())
-    with store.connect() as client:
-        version = str(registered["version"])
-        if find_answer(client.get_model_version, registered["name"], version) is None:
-            (address.folder / MANIFEST).unlink()
+    """Unfinish a registration whose version the registry no longer has, so that it is made again;
+    an alias that somebody moved since is left where it is."""
+    if address.is_finished:
+        registered = json.loads((address.folder / REGISTERED).read_text())
+        about = registered["name"], str(registered["version"])
+        with store.connect() as client:
+            if find_answer(client.get_model_version, *about) is None:
+                (address.folder / MANIFEST).unlink()
 
 
 def version_tags(trained: Artifact, evaluated: Artifact, lineage: Lineage) -> dict[str, str]:
+    digests = sorted(lineage.unique_labels().items())
     return {
         DIGEST_TAG: trained.digest,
         WEIGHTS_TAG: sha256_of(trained.folder / MODEL_FOLDER / WEIGHTS_FILE),
-        **{
-            f"{DIGEST_TAG}.{label}": digest
-            for label, digest in sorted(lineage.unique_labels().items())
-        },
+        **{f"{DIGEST_TAG}.{label}": digest for label, digest in digests},
         **{f"evaluation.{name}": f"{value:g}" for name, value in evaluated.counts.items()},
     }
 
 
 def _find_version(client: MlflowClient, name: str, tags: dict[str, str]) -> ModelVersion | None:
-    """The version of these very weights, made from this very chain."""
-    same = " and ".join(f"tags.`{tag}` = '{tags[tag]}'" for tag in (DIGEST_TAG, WEIGHTS_TAG))
-    found = client.search_model_versions(f"name = '{name}' and {same}")
+    found = client.search_model_versions(f"name = '{name}' and {_is_same(tags)}")
     return found[0] if found else None
+
+
+def _is_same(tags: dict[str, str]) -> str:
+    """MLflow's filter for these very weights, made from this very chain."""
+    return " and ".join(f"tags.`{tag}` = '{tags[tag]}'" for tag in (DIGEST_TAG, WEIGHTS_TAG))
 
 
 def _create_version(
@@ -169,12 +159,9 @@ def _create_version(
     # A server wants the id, to check that the source belongs to it. MLflow's own SQLite store would
     # look the id up in whatever store the process has as its global one.
     checked_id = model_id if store.database is None else None
-    version = client.create_model_version(
-        name, source, run_id=run_id, tags=tags, model_id=checked_id
-    )
-    return client.update_model_version(
-        name, version.version, version_description(name, version.version)
-    )
+    version = client.create_model_version(name, source, run_id, tags, model_id=checked_id)
+    described = version_description(name, version.version)
+    return client.update_model_version(name, version.version, described)
 
 
 def _logged_model(
@@ -185,13 +172,11 @@ def _logged_model(
     run_id: str | None,
     pack: Callable[[str], Path],
 ) -> str:
-    """Upload what `pack` makes for MLflow's id of it; returns that. One that is complete is used
-    again."""
+    """Upload what `pack` makes for MLflow's id of it, unless it is there; returns the id."""
     from mlflow.entities import LoggedModelOutput
 
     experiment = store.experiment_id(client)
-    same = " and ".join(f"tags.`{tag}` = '{tags[tag]}'" for tag in (DIGEST_TAG, WEIGHTS_TAG))
-    for logged in client.search_logged_models([experiment], same):
+    for logged in client.search_logged_models([experiment], _is_same(tags)):
         if str(logged.status) == "READY":
             return str(logged.model_id)
         client.delete_logged_model(logged.model_id)
@@ -214,44 +199,32 @@ def pack_model(
     model_id: str | None = None,
     run_id: str | None = None,
 ) -> None:
-    """Write `packed/model`: an MLflow model of what `save_model` wrote into the folder `model`.
-
-    Args:
-        reference: where the weights are, if they do not travel with it.
-        lineage: the text of `lineage.json`.
-        model_id: MLflow's id of the model; `run_id`: of the run that made it.
-    """
+    """Write `packed/model`: an MLflow model of what `save_model` wrote into the folder `model`,
+    with a `reference` to weights that do not travel with it, and the text of `lineage.json`."""
     import pandas
     from mlflow import pyfunc
     from mlflow.models import Model
 
     shutil.rmtree(packed, ignore_errors=True)
     source = packed / "source" / "evaclip_model"
-    shutil.copytree(
-        Path(evaclip_model.__file__).parent,
-        source,
-        ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"),
-    )
+    hidden = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+    shutil.copytree(Path(evaclip_model.__file__).parent, source, ignore=hidden)
     bundle_assets(source)
     if reference is not None:
         beside = packed / "source" / "model"
         shutil.copytree(model, beside, ignore=shutil.ignore_patterns(WEIGHTS_FILE))
         (beside / REFERENCE_FILE).write_text(reference.model_dump_json(indent=1) + "\n")
         model = beside
+    example = pandas.DataFrame({"image": [_example_picture()]})
     pyfunc.save_model(
         str(packed / "model"),
         python_model=str(SERVED),
         artifacts={"model": str(model)},
         code_paths=[str(source)],
         signature=make_signature(),
-        input_example=(
-            pandas.DataFrame({"image": [_example_picture()]}),
-            {"candidate_labels": list(LABELS)},
-        ),
+        input_example=(example, {"candidate_labels": list(LABELS)}),
         # without the local part of a version (`+cpu`), which no package index offers
-        pip_requirements=[
-            f"{name}=={metadata.version(name).split('+')[0]}" for name in REQUIREMENTS
-        ],
+        pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in REQUIREMENTS],
         mlflow_model=Model(model_uuid=model_id, model_id=model_id, run_id=run_id),
         model_config={"device": "cpu", "max_rows": None},
     )
@@ -266,33 +239,28 @@ def make_signature() -> ModelSignature:
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import Array, DataType
 
-    numbers = Array(DataType.double)
-    inputs = {"image": DataType.binary, "text": DataType.string}
-    outputs = {"label": DataType.string, "probabilities": numbers, "embedding": numbers}
-    outputs |= {"error": DataType.string}
-    labels = ParamSpec("candidate_labels", DataType.string, [""], shape=(-1,))
-    output = ParamSpec("output", DataType.string, "probabilities")
-    errors = ParamSpec("errors", DataType.string, "raise")
-    return ModelSignature(
-        *(
-            Schema([ColSpec(kind, name, required=False) for name, kind in columns.items()])
-            for columns in (inputs, outputs)
-        ),
-        ParamSchema([labels, output, errors]),
-    )
+    numbers, text = Array(DataType.double), DataType.string
+    inputs = {"image": DataType.binary, "text": text}
+    outputs = {"label": text, "probabilities": numbers, "embedding": numbers, "error": text}
+    schemas = [
+        Schema([ColSpec(kind, name, required=False) for name, kind in columns.items()])
+        for columns in (inputs, outputs)
+    ]
+    labels = ParamSpec("candidate_labels", text, [""], shape=(-1,))
+    output = ParamSpec("output", text, "probabilities")
+    errors = ParamSpec("errors", text, "raise")
+    return ModelSignature(*schemas, ParamSchema([labels, output, errors]))
 
 
-def version_description(name: str, version: int | str) -> str:
+def version_description(name: str, number: int | str) -> str:
     """A version's description: how to load, call and serve it."""
+    image = base64.b64encode(_example_picture()).decode()
     request = {
-        "dataframe_split": {
-            "columns": ["image"],
-            "data": [[base64.b64encode(_example_picture()).decode()]],
-        },
+        "dataframe_split": {"columns": ["image"], "data": [[image]]},
         "params": {"candidate_labels": list(LABELS)},
     }
     described = Template(CALLS.read_text())
-    return described.substitute(name=name, version=version, request=json.dumps(request))
+    return described.substitute(name=name, version=number, request=json.dumps(request))
 
 
 def _example_picture() -> bytes:
@@ -303,10 +271,7 @@ def _example_picture() -> bytes:
 
 def reference_to(model: Path, sha256: str, large: LargeWeights) -> Reference | None:
     """The reference to the weights of a saved model, put into their place; None for a copy.
-
-    Raises:
-        InputError: the place does not take them.
-    """
+    InputError: the place does not take them."""
     weights = model / WEIGHTS_FILE
     size = weights.stat().st_size
     if size <= large.above_gb * GB:

@@ -53,20 +53,15 @@ class RegisteredVersion:
 
 
 @dataclass(frozen=True)
-class Described:
+class Described(RegisteredVersion):
     """A version with what it was made from."""
 
-    name: str
-    version: int
     aliases: tuple[str, ...]
     created: int
     """UNIX time in milliseconds."""
     tags: dict[str, str]
     lineage: Lineage | None
     """None for one that was registered without."""
-
-    def __str__(self) -> str:
-        return f"{self.name}/{self.version}"
 
 
 def is_address(text: str) -> bool:
@@ -92,28 +87,23 @@ def resolve_version(client: MlflowClient, model: str) -> ModelVersion:
     """The version that `NAME@ALIAS` or `NAME/VERSION` means, or one sentence with what there is."""
     model = model.removeprefix(_MODELS)
     name, at, alias = model.partition("@")
-    number = ""
-    if not at:
-        name, _, number = model.partition("/")
+    name, _, number = (name, "", "") if at else model.partition("/")
     registered = find_answer(client.get_registered_model, name)
     if registered is None:
-        known_models = read_all_pages(client.search_registered_models)
-        names = ", ".join(sorted(known.name for known in known_models))
+        names = ", ".join(
+            sorted(one.name for one in read_all_pages(client.search_registered_models))
+        )
         raise InputError(f"no model '{name}' is registered; there are: {names or 'none yet'}")
-    versions = sorted(
-        int(known.version)
-        for known in read_all_pages(client.search_model_versions, f"name='{name}'")
-    )
+    known = read_all_pages(client.search_model_versions, f"name='{name}'")
+    versions = sorted(int(one.version) for one in known)
     if alias in registered.aliases:
         number = str(registered.aliases[alias])
     if number.isdecimal() and int(number) in versions:
         return client.get_model_version(name, number)
-    aliases = ", ".join(f"{name}@{known}" for known in sorted(registered.aliases)) or "no alias"
-    numbers = ", ".join(f"{name}/{known}" for known in versions) or "no version"
-    wrong = (
-        f"'{model}' is not a version" if at or number else f"'{model}' lacks an alias or a version"
-    )
-    raise InputError(f"{wrong}; there are: {aliases}; {numbers}")
+    aliases = ", ".join(f"{name}@{one}" for one in sorted(registered.aliases)) or "no alias"
+    numbers = ", ".join(f"{name}/{one}" for one in versions) or "no version"
+    wrong = "is not a version" if at or number else "lacks an alias or a version"
+    raise InputError(f"'{model}' {wrong}; there are: {aliases}; {numbers}")
 
 
 def describe_version(tracking_uri: str, model: str) -> Described:
@@ -124,8 +114,7 @@ def describe_version(tracking_uri: str, model: str) -> Described:
 
 def find_predecessor(tracking_uri: str, version: Described, alias: str) -> Described | None:
     """The version that had the alias before this one got it; for one that never had it, the one
-    that has it now; None if there is no other.
-    """
+    that has it now; None if there is no other."""
     with open_registry(tracking_uri) as (store, client):
         line = champion_history(history(store, version.name, alias))
         if version.version in line:
@@ -142,10 +131,7 @@ def made_from(tracking_uri: str, digest: str) -> list[str]:
         return [
             f"{version.name}/{version.version}"
             for version in read_all_pages(client.search_model_versions)
-            if any(
-                tag.startswith(DIGEST_TAG) and value == digest
-                for tag, value in version.tags.items()
-            )
+            if any(one == digest for tag, one in version.tags.items() if tag.startswith(DIGEST_TAG))
         ]
 
 
@@ -153,7 +139,7 @@ def _make_description(
     store: TrackingStore, client: MlflowClient, version: ModelVersion
 ) -> Described:
     return Described(
-        *(version.name, int(version.version), tuple(sorted(version.aliases))),
+        *(version.name, int(version.version), store.uri, tuple(sorted(version.aliases))),
         *(version.creation_timestamp, dict(version.tags), _read_lineage(store, client, version)),
     )
 

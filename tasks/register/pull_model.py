@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,8 +32,7 @@ if TYPE_CHECKING:
 PULLED = "pulled.json"
 _log = logging.getLogger(__name__)
 _ROOM: dict[Form, int] = {"native": 1, "open_clip": 2, "timm": 2, "transformers": 2, "onnx": 3}
-"""Most bytes on the disk at once, as a multiple of the weights': they are there first, beside what
-is made of them; an ONNX graph is float32 whatever the weights are."""
+"""Most bytes on the disk at once, as a multiple of the weights'; ONNX is float32 in any case."""
 
 
 def pull_model(
@@ -45,9 +45,8 @@ def pull_model(
 ) -> Path:
     """Fetch `NAME@ALIAS` or `NAME/VERSION` into the folder `dest`; returns it.
 
-    The folder gets the files of the form and `pulled.json` (name, version, form, tags): for
-    "native" `config.json` and `model.safetensors`, else what `export_model` or `export_onnx`
-    writes. It appears whole or not at all; one that an earlier pull made is replaced.
+    The folder gets the files of the form (for "native" those of `save_model`) and `pulled.json`
+    (name, version, form, tags). It appears whole or not at all; one of an earlier pull is replaced.
 
     Weights that a version refers to are taken from below `places` alone, folders or URIs, and from
     beside an SQLite registry's database: whoever may write to the registry could otherwise have any
@@ -138,11 +137,11 @@ def _require_place(reference: Reference, places: Sequence[str]) -> None:
             place = Path(place).resolve().as_uri()
         if reference.path is not None and place.startswith("file://"):
             folder = Path(unquote(urlsplit(place).path)).resolve()
-            if reference.path.resolve().is_relative_to(folder):
-                return
-        elif ".." not in unquote(reference.uri).split("/") and reference.uri.startswith(
-            f"{place.rstrip('/')}/"
-        ):
+            is_below = reference.path.resolve().is_relative_to(folder)
+        else:
+            is_below = reference.uri.startswith(f"{place.rstrip('/')}/")
+            is_below = is_below and ".." not in unquote(reference.uri).split("/")
+        if is_below:
             return
     raise InputError(
         f"the registry refers to weights at {reference.uri}, which is not below a place that is "
@@ -177,22 +176,20 @@ def _stored_precision(weights: Path) -> Precision:
 
     from evaclip_model.weights.tensor_files import read_safetensors
 
-    sizes: dict[torch.dtype, int] = {}
+    sizes: Counter[torch.dtype] = Counter()
     for tensor in read_safetensors(weights).values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.shape.numel()
+        sizes[tensor.dtype] += tensor.shape.numel()
     known: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-    return known.get(max(sizes, key=sizes.__getitem__), "fp32")
+    return known.get(sizes.most_common(1)[0][0], "fp32")
 
 
 def _check_weights(folder: Path, version: ModelVersion) -> None:
-    expected = version.tags.get(WEIGHTS_TAG)
+    expected, name = version.tags.get(WEIGHTS_TAG), f"{version.name}/{version.version}"
     if not expected:
-        _log.warning(
-            "%s/%s has no checksum in the registry: nothing confirms that these are its weights",
-            *(version.name, version.version),
-        )
+        said = "%s has no checksum in the registry: nothing confirms that these are its weights"
+        _log.warning(said, name)
     elif sha256_of(folder / WEIGHTS_FILE) != expected:
         raise InputError(
-            f"the weights of {version.name}/{version.version} are not those that were registered "
-            "(sha256 differs): register the model again"
+            f"the weights of {name} are not those that were registered (sha256 differs): register "
+            "the model again"
         )

@@ -30,13 +30,10 @@ import evaclip_model
 from evaclip_model import InputError, decode_image, image_transform, open_model, tokenize
 from evaclip_model.weights.external_weights import at_hand
 
-IMAGE = "image"
-TEXT = "text"
-LABELS = "candidate_labels"
-OUTPUT = "output"
-OUTPUTS = ("probabilities", "embeddings")
-ERRORS = "errors"
-ERROR_CHOICES = ("raise", "coerce")
+IMAGE, TEXT = "image", "text"
+LABELS, OUTPUT, ERRORS = "candidate_labels", "output", "errors"
+CHOICES = {OUTPUT: ("probabilities", "embeddings"), ERRORS: ("raise", "coerce")}
+"""Values of these parameters, the default first."""
 DEVICE = "device"
 """Key of MLflow's `model_config`: where the model runs, the CPU by default."""
 ROWS = "max_rows"
@@ -74,7 +71,6 @@ class ZeroShotModel(PythonModel):
         """Classify images, embed images, or embed texts.
 
         Args:
-            context: not used; the weights are open.
             model_input: column `image`, one image file's bytes (or their base64 text) a row; or
                 column `text`, one text a row.
             params: `candidate_labels`, texts such as "a red apple"; `output`, "probabilities"
@@ -83,8 +79,8 @@ class ZeroShotModel(PythonModel):
                 refuses the call, or leaves its row empty and says why in the column error.
 
         Raises:
-            MlflowException: a row that is neither image nor text, no labels, an unknown output, or
-                more than one call may ask for. A server answers it with status 400.
+            MlflowException: anything else is given, or more than one call may ask for. A server
+                answers it with status 400.
         """
         try:
             with torch.inference_mode():
@@ -101,16 +97,13 @@ class ZeroShotModel(PythonModel):
                 f"give 1 to {self.most_rows} rows in one call, not {len(rows)}; in a process of "
                 f"your own, load the model with model_config={{'{ROWS}': N}} for more"
             )
-        errors = params.get(ERRORS, ERROR_CHOICES[0])
-        if errors not in ERROR_CHOICES:
-            raise InputError(f"'{ERRORS}' is 'raise' or 'coerce', not '{errors}'")
+        for name, known in CHOICES.items():
+            if params.get(name, known[0]) not in known:
+                raise InputError(f"'{name}' is '{known[0]}' or '{known[1]}', not '{params[name]}'")
         if asked == [TEXT]:
             return _embeddings_frame(self._encode_texts(list(rows[TEXT]), f"column '{TEXT}'"))
-        output = params.get(OUTPUT, OUTPUTS[0])
-        if output not in OUTPUTS:
-            raise InputError(f"'{OUTPUT}' is 'probabilities' or 'embeddings', not '{output}'")
-        reasons: list[str | None] | None = None if errors == "raise" else []
-        if output == "embeddings":
+        reasons: list[str | None] | None = [] if params.get(ERRORS) == "coerce" else None
+        if params.get(OUTPUT) == "embeddings":
             frame = _embeddings_frame(self._encode_images(rows[IMAGE], reasons))
             return _blank_unreadable(frame, reasons)
         labels = [label for label in params.get(LABELS, ()) if label != ""]
@@ -121,12 +114,8 @@ class ZeroShotModel(PythonModel):
         texts = self._encode_texts(labels, f"parameter '{LABELS}'")  # [L, D]
         images = self._encode_images(rows[IMAGE], reasons)
         probabilities = self.model.compute_probabilities(images @ texts.T)  # [N, L]
-        frame = pandas.DataFrame(
-            {
-                "label": [str(labels[best]) for best in probabilities.argmax(dim=-1).tolist()],
-                "probabilities": probabilities.tolist(),
-            }
-        )
+        best = [str(labels[place]) for place in probabilities.argmax(dim=-1).tolist()]
+        frame = pandas.DataFrame({"label": best, "probabilities": probabilities.tolist()})
         return _blank_unreadable(frame, reasons)
 
     def _encode_images(self, images: Sequence[object], reasons: list[str | None] | None) -> Tensor:
@@ -135,16 +124,14 @@ class ZeroShotModel(PythonModel):
         side = self.model.config.vision.image_px
 
         def read(image: object, row: int) -> Tensor:
-            reason = None
+            if reasons is None:
+                return self.transform(_decode_row(image, row))
+            reasons.append(None)
             try:
-                pixels: Tensor = self.transform(_decode_row(image, row))
+                return self.transform(_decode_row(image, row))
             except InputError as error:
-                if reasons is None:
-                    raise
-                pixels, reason = torch.zeros(3, side, side), str(error)
-            if reasons is not None:
-                reasons.append(reason)
-            return pixels
+                reasons[-1] = str(error)
+                return torch.zeros(3, side, side)
 
         def encode(batch: Sequence[object], first: int) -> Tensor:
             pixels = [read(one, first + n) for n, one in enumerate(batch)]
@@ -198,11 +185,8 @@ def _check_text(text: object, where: str) -> str:
 
 
 def _decode_row(image: object, row: int) -> Any:
-    """A row's image; bytes as they are, text as base64.
-
-    Raises:
-        InputError: neither, bytes that are not an image of a known format, or too many of them.
-    """
+    """A row's image; bytes as they are, text as base64. InputError: neither, bytes that are not an
+    image of a known format, or too many of them."""
     try:
         data = base64.b64decode(image, validate=True) if isinstance(image, str) else image
         if isinstance(data, bytearray | memoryview):  # as DuckDB gives a BLOB
@@ -224,11 +208,8 @@ def _download_weights(uri: str, folder: Path) -> Path:
 
 
 def _require_own_code() -> None:
-    """Refuse to run on another version's code: Python keeps one package of a name a process.
-
-    Raises:
-        ImportError: the package that is imported is not the one beside this file.
-    """
+    """Refuse, by an ImportError, to run on another version's code: Python keeps one package of a
+    name a process."""
     own, imported = Path(__file__).parent / "code" / "evaclip_model", Path(evaclip_model.__file__)
     if own.is_dir() and _read_sources(own) != _read_sources(imported.parent):
         raise ImportError(
