@@ -38,10 +38,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2
 
 def redact_text(text: str) -> str:
     """`text` with every password of an address, every secret of a query or a header, and every
-    key and token of a known form as `***`.
-
-    `https://me:pw@host/x?X-Amz-Signature=ab` becomes `https://me:***@host/x?X-Amz-Signature=***`.
-    """
+    key and token of a known form as `***`."""
     text = _PASSWORD.sub(rf"\g<1>{HIDDEN}", _PRIVATE_KEY.sub(HIDDEN, text))
     text = _HEADER.sub(rf"\1{HIDDEN}", _NAMED.sub(rf"\1{HIDDEN}", text))
     return _KNOWN.sub(HIDDEN, _SCHEME.sub(rf"\1 {HIDDEN}", text))

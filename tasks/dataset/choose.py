@@ -149,11 +149,7 @@ def choose_samples(
     outside: OutsideFiles,
     scores: Scores | None,
 ) -> Choice:
-    """Apply every rule but takedowns.
-
-    Raises:
-        InputError: a list or an evaluation set cannot be read.
-    """
+    """Apply every rule but takedowns; InputError: a list or evaluation set cannot be read."""
     choice, tested = Choice(index.rows), _read_evaluation_images(outside.evaluation_sets)
     looks = _go_through(index, verdicts, config, tested.looks, choice)
     for reason, hashes in (
@@ -223,12 +219,8 @@ def _go_through(
     tested: Hashes,
     choice: Choice,
 ) -> Hashes:
-    """One pass over the rows: shards, flaws, evaluation images by their looks.
-
-    Returns:
-        The perceptual hash of every row where near duplicates are looked for; 0 where there is
-        none.
-    """
+    """One pass over the rows: shards, flaws, evaluation images by their looks. Returns perceptual
+    hashes [rows], 0 where there is none, if near duplicates are looked for."""
     unusable = np.array([verdict.shard is None for verdict in verdicts])
     near = config.near_duplicates == "drop"
     looks = np.zeros(index.rows if near else 0, dtype=np.uint64)

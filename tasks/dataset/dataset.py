@@ -55,7 +55,6 @@ class Takedowns:
     """Samples that may be used no longer."""
 
     entries: tuple[str, ...] = ()
-    """As they were handed over: URLs, uids, hashes."""
     find: Callable[[SampleIndex], Rows] | None = None
     """Finds their rows, apart from those that `before` leaves out already."""
     before: Path | None = None
@@ -74,14 +73,9 @@ def make_dataset(
 ) -> Made:
     """Write the version into `out`; nothing of the shards is read again or rewritten.
 
-    Args:
-        ancestors: what the data was made from, in the order of work; the last one that has an index
-            is what is chosen from.
-        scores: of every row of the data's index, where a rule asks for them.
-
-    Raises:
-        InputError: a list or an evaluation set cannot be read, or nothing is left.
-    """
+    What is chosen from is the last of `ancestors`, which are in the order of work, that has an
+    index; `scores` are of all its rows, where a rule asks for them. InputError: a list or an
+    evaluation set cannot be read, or nothing is left."""
     verified = next(one.folder for one in reversed(ancestors) if (one.folder / INDEX).is_dir())
     index = SampleIndex(verified, config.memory_limit)
     verdicts = read_verdicts(verified)

@@ -1,6 +1,5 @@
 """Lists of samples that may not be used, as people and organisations hand them over.
 
-Covers: text files of hashes (blocklists), text files of URLs, uids and hashes (takedowns).
 Not here: finding the samples (choose.py); which URLs are the same (tasks/merge/database.py).
 """
 

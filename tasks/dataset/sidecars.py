@@ -6,6 +6,7 @@ Not here: finding the samples (tasks/index/caption_join.py), drawing one in trai
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,11 +43,8 @@ def write_sidecars(
     report: Report,
 ) -> Counts:
     """Join sidecars (config, files) to the samples of `index`; write a file a shard below `out`.
-    Returns what became of their rows, by the sidecar's name.
-
-    Raises:
-        InputError: a file cannot be read or lacks a column; no row of a sidecar finds a sample.
-    """
+    Returns what became of their rows, by the sidecar's name. InputError: a file cannot be read or
+    lacks a column; no row of a sidecar finds a sample."""
     counts: Counts = {}
     with TemporaryDirectory(prefix=".join-", dir=out) as spill:
         joined = []
@@ -111,15 +109,14 @@ def _read_file(
     key = config.key_column or by or next((name for name in KEYS if name in names), None)
     text = config.caption or next((name for name in CAPTION_COLUMNS if name in names), None)
     for part, name in (("key", key), ("caption", text)):
-        if name is None or name not in names:
+        if name not in names:
             said = f"no column '{name}'" if name else f"no column that is its {part}"
             setting = "key' and 'key_column" if part == "key" else part
             raise InputError(
                 f"{where}: {file} has {said}, its columns are {', '.join(names) or 'none'}: set "
                 f"'{setting}'"
             )
-    assert key is not None, "refused above"
-    assert text is not None, "refused above"
+    assert key is not None and text is not None, "refused above"
     return by or key, _read_rows(file, key, text)
 
 
@@ -137,10 +134,8 @@ def _read_rows(file: str, key: str, text: str) -> Iterator[tuple[Any, list[Any]]
 
 def _clean_caption(text: Any) -> str:
     """A caption that can be shown; empty for what is none, not UTF-8, or longer than is read."""
-    try:
+    with suppress(UnicodeDecodeError):
         caption = text.decode() if isinstance(text, bytes) else text
-    except UnicodeDecodeError:
-        return ""
-    if not isinstance(caption, str) or len(caption) > MAX_TEXT_BYTES:
-        return ""
-    return caption.strip()
+        if isinstance(caption, str) and len(caption) <= MAX_TEXT_BYTES:
+            return caption.strip()
+    return ""

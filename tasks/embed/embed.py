@@ -43,16 +43,9 @@ def embed_samples(
 ) -> Made:
     """Encode image and caption of every sample that a verification found usable.
 
-    Args:
-        name: what the report calls the model; a version of the registry's, whatever its alias.
-        model: what opens it here.
-        verified: folder of the verification.
-        ranks: processes that take missing shards in turn; they change no byte of the result.
-
-    Raises:
-        InputError: the model cannot be opened, its features are not finite, a shard changed, or
-            the ranks die again and again.
-    """
+    The report calls the model `name`, also one that lies elsewhere; `ranks` processes take missing
+    shards in turn and change no byte of the result. InputError: the model cannot be opened, its
+    features are not finite, a shard changed, or the ranks die again and again."""
     verdicts = read_verdicts(verified)
     used = [number for number, verdict in enumerate(verdicts) if verdict.shard is not None]
     folder = out / FEATURES

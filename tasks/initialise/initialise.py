@@ -24,10 +24,7 @@ def initialise_model(
     config: InitialiseConfig, out: Path, report: Report, pulled: Mapping[Role, Path] | None = None
 ) -> Made:
     """Write the model's folder into `out`; `pulled` has the folders of registered models.
-
-    Raises:
-        InputError: weights that cannot be read or do not fit the architecture.
-    """
+    InputError: weights that cannot be read or do not fit the architecture."""
     sources = {**config.weight_sources(), **(pulled or {})}
     steps = 2 + len(sources)
     report(0, steps, "initial values")

@@ -1,14 +1,7 @@
 """A run tree in MLflow that is complete even when the tracking server was away.
 
 Covers: opening and closing pipeline and stage runs, following a trainer's metrics, sampling the
-machine's use; all of it into a journal on disk. Works with or without Prefect:
-
-    tracking = Tracking(TrackingStore.at("sqlite:///runs/mlflow.db", "evaclip"), root / "tracking")
-    with tracking.pipeline_run("demo", recipe_digest, recipe=json_text, tags={...}) as pipeline:
-        with pipeline.stage_run(address, title="train-1") as stage:
-            with stage.follow_metrics(address.folder / "metrics.jsonl"):
-                artifact = ...
-            stage.record_artifact(artifact, inputs={"training": shards}, attach=[report])
+machine's use; all of it into a journal on disk. Works with or without Prefect.
 
 A pipeline run that was killed is continued by the next one of the same recipe digest; a stage
 entered twice is one run. Nothing here raises because of the store: events wait in the journal and a
@@ -50,9 +43,8 @@ class Tracking:
     """Opens pipeline runs in one tracking store; contacts nothing before."""
 
     store: TrackingStore
-    """Where runs go in the end."""
     journals: Path
-    """Folder of the journals, one sub-folder a pipeline run."""
+    """Their folder, one sub-folder a pipeline run."""
     patience_s: float = 20.0
     """Longest wait for the store when a pipeline run closes."""
     system_every_s: float = 5.0
@@ -75,9 +67,7 @@ class Tracking:
         there may be another machine's, at work.
 
         Args:
-            name: what people see.
-            digest: of the resolved recipe.
-            recipe: its text, kept as the artifact `recipe.json`.
+            digest: of the resolved recipe, whose text `recipe` is kept as an artifact.
             params: flat or nested settings to log.
             tags: more tags, such as `prefect.flow_run_id`, or MLflow's for the run's description.
         """

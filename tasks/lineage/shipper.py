@@ -2,8 +2,7 @@
 behind, and what each event and each new line of metrics does in the store; doing it twice changes
 nothing.
 
-Not here: what makes events (mlflow_store.py), logged models (stage_record.py), the journal's
-files (journal.py).
+Not here: what makes events (mlflow_store.py), logged models (stage_record.py).
 """
 
 from __future__ import annotations
@@ -219,8 +218,7 @@ def write_persistently(
     client: MlflowClient, journal: Journal, key: str, write: Callable[[], None]
 ) -> None:
     """Write to the run of `key`; where the store refuses, restore the run and write once more. What
-    is refused even so is said in the log; RunGoneError has the key of a run that is not restored.
-    """
+    is refused even so is logged; RunGoneError has the key of a run that cannot be restored."""
     for is_last in (False, True):
         try:
             write()

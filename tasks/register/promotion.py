@@ -139,18 +139,16 @@ def roll_back(
     had it until now, and that has it now. InputError where there is nothing to go back to."""
     with store.connect() as client:
         holder = _find_holder(client, name, alias)
-        if holder is None:
-            raise InputError(f"no version of '{name}' is {alias}: there is nothing to roll back")
         line = champion_history(_read_moves(client, name, alias))
-        if not line or line[-1] != holder:
-            line.append(holder)
-        if to is None:
-            if len(line) < 2:
-                raise InputError(
-                    f"version {holder} of '{name}' is the first that was {alias}: name the "
-                    "one to go back to with --to VERSION"
-                )
-            to = line[-2]
+    if holder is None:
+        raise InputError(f"no version of '{name}' is {alias}: there is nothing to roll back")
+    before = line[:-1] if line[-1:] == [holder] else line
+    if to is None and not before:
+        raise InputError(
+            f"version {holder} of '{name}' is the first that was {alias}: name the one to go back "
+            "to with --to VERSION"
+        )
+    to = before[-1] if to is None else to
     promote_version(store, name, alias, to, "rollback", by, why)
     return holder, to
 

@@ -165,13 +165,9 @@ def _blank_unreadable(
     """The frame with a column error, and nothing else in rows that have one."""
     if reasons is None:
         return frame
-    columns: dict[str, list[Any]] = {
-        name: [
-            None if reason else value for value, reason in zip(frame[name], reasons, strict=True)
-        ]
-        for name in frame
-    }
-    return pandas.DataFrame({**columns, "error": reasons})
+    blanked = frame.astype(object)
+    blanked.loc[[reason is not None for reason in reasons]] = None
+    return blanked.assign(error=reasons)
 
 
 def _embeddings_frame(features: Tensor) -> pandas.DataFrame:

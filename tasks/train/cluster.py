@@ -93,11 +93,8 @@ def job_script(
     template: Path, *, job: Path, reads: tuple[Path, ...], log: Path, ranks: int, nodes: int
 ) -> str:
     """The job's script from its template; `reads` and the folder of the trainer's `job` file must
-    be mounted, `ranks` are the processes of each machine.
-
-    Raises:
-        InputError: the template cannot be read, or names something that is not there to fill in.
-    """
+    be mounted, `ranks` are the processes of each machine. InputError: the template cannot be read,
+    or names something that is not there to fill in."""
     places: dict[str, str | int] = {
         "name": job_name(job.parent),
         "job": str(job),
