@@ -44,16 +44,12 @@ class InitialiseConfig(Config):
 
     @model_validator(mode="after")
     def _model_exists(self) -> Self:
+        if self.clip is not None and (self.vision is not None or self.text is not None):
+            raise ValueError("give either clip, which is a whole model, or vision and text")
         try:
             self.load_architecture()
         except InputError as error:
             raise ValueError(str(error)) from None
-        return self
-
-    @model_validator(mode="after")
-    def _one_start(self) -> Self:
-        if self.clip is not None and (self.vision is not None or self.text is not None):
-            raise ValueError("give either clip, which is a whole model, or vision and text")
         return self
 
     def load_architecture(self) -> ModelConfig:

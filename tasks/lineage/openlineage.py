@@ -7,7 +7,6 @@ there before has no events: those of the run that made it stand in the file.
 from __future__ import annotations
 
 import logging
-import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -92,7 +91,7 @@ def _input_datasets(address: Address) -> Iterator[event_v2.InputDataset]:
     for role, digest in address.parents.items():
         folder = next(address.root.glob(f"*/{digest}"), None)
         name = f"outside/{address.stage.name}.{role}" if folder is None else folder.parent.name
-        yield event_v2.InputDataset(_namespace(address.root), name, facets=_version(digest))
+        yield event_v2.InputDataset(address.root.absolute().as_uri(), name, facets=_version(digest))
 
 
 def _output_dataset(made: Artifact) -> event_v2.OutputDataset:
@@ -103,7 +102,7 @@ def _output_dataset(made: Artifact) -> event_v2.OutputDataset:
         producer=PRODUCER,
     )
     return event_v2.OutputDataset(
-        _namespace(made.folder.parent.parent),
+        made.folder.parent.parent.absolute().as_uri(),
         made.kind,
         {"outputStatistics": statistics},
         facets=_version(made.digest),
@@ -113,7 +112,3 @@ def _output_dataset(made: Artifact) -> event_v2.OutputDataset:
 def _version(digest: str) -> dict[str, facet_v2.DatasetFacet]:
     facet = facet_v2.dataset_version_dataset.DatasetVersionDatasetFacet
     return {"version": facet(digest, producer=PRODUCER)}
-
-
-def _namespace(root: Path) -> str:
-    return Path(os.path.abspath(root)).as_uri()

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,6 @@ class Shipper(threading.Thread):
         self._closing = threading.Event()
         self._abandoned = threading.Event()
         self._shipped_one = threading.Condition()
-        self._client: MlflowClient | None = None
         self._last_error: Exception | None = None
         self._experiments: dict[str, str] = {}
         self._series: dict[str, MetricsSeries] = {}
@@ -134,7 +133,7 @@ class Shipper(threading.Thread):
                 for key, status in left.run_statuses().items():
                     if status == RUNNING and key in left.cursor.runs:
                         run = left.cursor.runs[key]
-                        self._connect_client().set_terminated(run, "KILLED")
+                        self._client.set_terminated(run, "KILLED")
         except Exception as error:
             self._last_error = error
             _log.warning("%s waits for another run: %s", left.folder, str(error)[:200])
@@ -148,14 +147,13 @@ class Shipper(threading.Thread):
         if before.uri == self.store.uri:
             return True
         if left.cursor.runs:
-            ask = self._connect_client().get_run
+            ask = self._client.get_run
             return any(find_answer(ask, run) is not None for run in left.cursor.runs.values())
         return before.database is not None and not before.database.exists()
 
-    def _connect_client(self) -> MlflowClient:
-        if self._client is None:
-            self._client = self.store.client()
-        return self._client
+    @cached_property
+    def _client(self) -> MlflowClient:
+        return self.store.client()
 
     def _ship_journal(self, journal: Journal, give_up: Callable[[], bool]) -> bool:
         """Apply the journal's events that wait; False when `give_up()` ended it early."""
@@ -170,7 +168,7 @@ class Shipper(threading.Thread):
                 self._series.clear()
 
     def _ship_waiting(self, journal: Journal, give_up: Callable[[], bool]) -> bool:
-        client, cursor, name = self._connect_client(), journal.cursor, journal.about["experiment"]
+        client, cursor, name = self._client, journal.cursor, journal.about["experiment"]
         if name not in self._experiments:
             self._experiments[name] = TrackingStore(self.store.uri, name).experiment_id(client)
         experiment = self._experiments[name]

@@ -83,8 +83,10 @@ def register_model(
         report(0, 4, "looking for the same model")
         if run_id is not None and not restore_run(client, run_id):
             run_id = None  # gone for good: the model is of no run
-        version = _find_version(client, name, tags)
-        if version is None:
+        found = client.search_model_versions(f"name = '{name}' and {_is_same(tags)}")
+        if found:
+            version = found[0]
+        else:
 
             def pack(model_id: str) -> Path:
                 report(1, 4, "packing the model")
@@ -98,9 +100,7 @@ def register_model(
                 report(2, 4, "uploading the model")
                 return packed / "model"
 
-            model_id = _logged_model(client, store, name, tags, run_id, pack)
-            report(3, 4, f"registering {name}")
-            version = _create_version(client, store, name, model_id, run_id, tags)
+            version = _make_version(client, store, name, tags, run_id, pack, report)
         client.set_registered_model_alias(name, config.candidate_alias, version.version)
     registered = {
         "name": name,
@@ -136,58 +136,44 @@ def version_tags(trained: Artifact, evaluated: Artifact, lineage: Lineage) -> di
     }
 
 
-def _find_version(client: MlflowClient, name: str, tags: dict[str, str]) -> ModelVersion | None:
-    found = client.search_model_versions(f"name = '{name}' and {_is_same(tags)}")
-    return found[0] if found else None
-
-
 def _is_same(tags: dict[str, str]) -> str:
     """MLflow's filter for these very weights, made from this very chain."""
     return " and ".join(f"tags.`{tag}` = '{tags[tag]}'" for tag in (DIGEST_TAG, WEIGHTS_TAG))
 
 
-def _create_version(
-    client: MlflowClient,
-    store: TrackingStore,
-    name: str,
-    model_id: str,
-    run_id: str | None,
-    tags: dict[str, str],
-) -> ModelVersion:
-    find_answer(client.create_registered_model, name)  # it may be there
-    source = client.get_logged_model(model_id).artifact_location
-    # A server wants the id, to check that the source belongs to it. MLflow's own SQLite store would
-    # look the id up in whatever store the process has as its global one.
-    checked_id = model_id if store.database is None else None
-    version = client.create_model_version(name, source, run_id, tags, model_id=checked_id)
-    described = version_description(name, version.version)
-    return client.update_model_version(name, version.version, described)
-
-
-def _logged_model(
+def _make_version(
     client: MlflowClient,
     store: TrackingStore,
     name: str,
     tags: dict[str, str],
     run_id: str | None,
     pack: Callable[[str], Path],
-) -> str:
-    """Upload what `pack` makes for MLflow's id of it, unless it is there; returns the id."""
+    report: Report,
+) -> ModelVersion:
+    """A new version of what `pack` makes for MLflow's id of it, unless that is uploaded already."""
     from mlflow.entities import LoggedModelOutput
 
-    experiment = store.experiment_id(client)
-    for logged in client.search_logged_models([experiment], _is_same(tags)):
-        if str(logged.status) == "READY":
-            return str(logged.model_id)
-        client.delete_logged_model(logged.model_id)
-    logged = client.create_logged_model(
-        experiment, name, source_run_id=run_id, tags=tags, model_type="zero-shot"
-    )
-    client.log_model_artifacts(logged.model_id, str(pack(logged.model_id)))
-    if run_id is not None:
-        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-    client.finalize_logged_model(logged.model_id, "READY")
-    return str(logged.model_id)
+    experiment, logged = store.experiment_id(client), None
+    for known in client.search_logged_models([experiment], _is_same(tags)):
+        if str(known.status) == "READY":
+            logged = known
+            break
+        client.delete_logged_model(known.model_id)
+    if logged is None:
+        logged = client.create_logged_model(experiment, name, run_id, tags, model_type="zero-shot")
+        client.log_model_artifacts(logged.model_id, str(pack(logged.model_id)))
+        if run_id is not None:
+            client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        client.finalize_logged_model(logged.model_id, "READY")
+    report(3, 4, f"registering {name}")
+    find_answer(client.create_registered_model, name)  # it may be there
+    # A server wants the id, to check that the source belongs to it. MLflow's own SQLite store would
+    # look the id up in whatever store the process has as its global one.
+    checked_id = logged.model_id if store.database is None else None
+    source = logged.artifact_location
+    version = client.create_model_version(name, source, run_id, tags, model_id=checked_id)
+    described = version_description(name, version.version)
+    return client.update_model_version(name, version.version, described)
 
 
 def pack_model(

@@ -124,7 +124,8 @@ def main(arguments: Sequence[str]) -> int:
     job = _Job(CLUSTERS[cast(Kind, kind)], script, name)
     try:
         if job.is_over():
-            job.submit_job()
+            for command in job.cluster.submit:
+                job.run_command(command)
         if job.follow_job(stop, float(every_s)):
             return OVER
         job.cancel_job()
@@ -143,12 +144,8 @@ class _Job:
     script: str
     name: str
 
-    def submit_job(self) -> None:
-        for command in self.cluster.submit:
-            self._run_command(command)
-
     def is_over(self) -> bool:
-        return self.cluster.is_over(self._run_command(self.cluster.state))
+        return self.cluster.is_over(self.run_command(self.cluster.state))
 
     def follow_job(self, stop: threading.Event, every_s: float) -> bool:
         """Wait until the job is over (True) or `stop` is set (False); print why it waits, each time
@@ -160,7 +157,7 @@ class _Job:
             try:
                 if self.is_over():
                     return True
-                before, waits = waits, " ".join(self._run_command(self.cluster.reason).split())
+                before, waits = waits, " ".join(self.run_command(self.cluster.reason).split())
                 if waits != before:
                     sys.stdout.write(f"job {self.name}: {waits or 'waits no more'}\n")
                     sys.stdout.flush()
@@ -181,11 +178,11 @@ class _Job:
 
     def cancel_job(self) -> None:
         """Have the job ended, and stay until it is; if we are killed, the cluster ends it alone."""
-        self._run_command(self.cluster.cancel)
+        self.run_command(self.cluster.cancel)
         while not self.is_over():
             time.sleep(0.5)
 
-    def _run_command(self, command: Sequence[str]) -> str:
+    def run_command(self, command: Sequence[str]) -> str:
         return subprocess.run(
             [word.format(script=self.script, name=self.name) for word in command],
             check=True,
