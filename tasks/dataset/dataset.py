@@ -158,12 +158,12 @@ def _keep_shards(
 
 def _never_packed(ancestors: Sequence[Artifact]) -> Counter[str]:
     """Contents of adopted folders and tables that are not pairs, by reason; no index has them."""
-    found: Counter[str] = Counter()
-    for artifact in (one for one in ancestors if one.kind == "adopt"):
-        for name, number in artifact.counts.items():
+    left_out = Counter[str]()
+    for artifact in ancestors:
+        for name, number in artifact.counts.items() if artifact.kind == "adopt" else ():
             if name.startswith("left_out."):
-                found.update({name: int(number), "left_out": int(number)})
-    return found
+                left_out.update({name: int(number), "left_out": int(number)})
+    return left_out
 
 
 def _count_samples(

@@ -54,7 +54,7 @@ def is_url(entry: str) -> bool:
 def _read_entries(
     files: Iterable[Path], read: Callable[[str], str | None], expected: str
 ) -> tuple[str, ...]:
-    """What `read` makes of all lines but empty ones and comments, which begin with #."""
+    """Entries that `read` makes of all lines but empty ones and comments, which begin with #."""
     entries = set()
     for file in files:
         try:

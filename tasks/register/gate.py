@@ -48,7 +48,7 @@ class Gain(Config):
 
 
 class _Judged(Config):
-    """What is known of both models."""
+    """A model, as the gate knows both."""
 
     weights: str
     """SHA-256 of its weights."""

@@ -101,11 +101,12 @@ class ZeroShotModel(PythonModel):
             if params.get(name, known[0]) not in known:
                 raise InputError(f"'{name}' is '{known[0]}' or '{known[1]}', not '{params[name]}'")
         if asked == [TEXT]:
-            return _embeddings_frame(self._encode_texts(list(rows[TEXT]), f"column '{TEXT}'"))
+            embedded = self._encode_texts(list(rows[TEXT]), f"column '{TEXT}'")
+            return _make_frame({"embedding": embedded.tolist()})
         reasons: list[str | None] | None = [] if params.get(ERRORS) == "coerce" else None
         if params.get(OUTPUT) == "embeddings":
-            frame = _embeddings_frame(self._encode_images(rows[IMAGE], reasons))
-            return _blank_unreadable(frame, reasons)
+            embedded = self._encode_images(rows[IMAGE], reasons)
+            return _make_frame({"embedding": embedded.tolist()}, reasons)
         labels = [label for label in params.get(LABELS, ()) if label != ""]
         if not 0 < len(labels) <= MOST_LABELS:
             raise InputError(
@@ -115,8 +116,7 @@ class ZeroShotModel(PythonModel):
         images = self._encode_images(rows[IMAGE], reasons)
         probabilities = self.model.compute_probabilities(images @ texts.T)  # [N, L]
         best = [str(labels[place]) for place in probabilities.argmax(dim=-1).tolist()]
-        frame = pandas.DataFrame({"label": best, "probabilities": probabilities.tolist()})
-        return _blank_unreadable(frame, reasons)
+        return _make_frame({"label": best, "probabilities": probabilities.tolist()}, reasons)
 
     def _encode_images(self, images: Sequence[object], reasons: list[str | None] | None) -> Tensor:
         """[N, D], unit length. Where there is a list `reasons`, it gets a reason or None for every
@@ -139,45 +139,34 @@ class ZeroShotModel(PythonModel):
 
         return _in_batches(images, encode)
 
-    def _encode_texts(self, texts: Sequence[object], where: str) -> Tensor:
+    def _encode_texts(self, texts: Sequence[Any], where: str) -> Tensor:
         """[N, D], unit length."""
 
-        def encode(batch: Sequence[object], first: int) -> Tensor:
-            checked = [
-                _check_text(one, f"{where}, entry {first + n}") for n, one in enumerate(batch)
-            ]
-            tokens = tokenize(checked, self.model.config.text.context_length)
+        def encode(batch: Sequence[Any], first: int) -> Tensor:
+            for place, one in enumerate(batch, first):
+                if not isinstance(one, str) or len(one) > MOST_CHARACTERS:
+                    expected = f"expected a text of at most {MOST_CHARACTERS} characters"
+                    raise InputError(f"{where}, entry {place}: {expected}")
+            tokens = tokenize(batch, self.model.config.text.context_length)
             return self.model.encode_text(tokens.to(self.device), normalize=True)
 
         return _in_batches(texts, encode)
 
 
-def _in_batches(
-    values: Sequence[object], encode: Callable[[Sequence[object], int], Tensor]
-) -> Tensor:
+def _in_batches(values: Sequence[Any], encode: Callable[[Sequence[Any], int], Tensor]) -> Tensor:
     starts = range(0, len(values), _BATCH)
     return torch.cat([encode(values[n : n + _BATCH], n).float().cpu() for n in starts])
 
 
-def _blank_unreadable(
-    frame: pandas.DataFrame, reasons: list[str | None] | None
+def _make_frame(
+    columns: dict[str, list[Any]], reasons: list[str | None] | None = None
 ) -> pandas.DataFrame:
-    """The frame with a column error, and nothing else in rows that have one."""
+    """The columns; where there are reasons also that of errors, alone in rows that have one."""
     if reasons is None:
-        return frame
-    blanked = frame.astype(object)
-    blanked.loc[[reason is not None for reason in reasons]] = None
-    return blanked.assign(error=reasons)
-
-
-def _embeddings_frame(features: Tensor) -> pandas.DataFrame:
-    return pandas.DataFrame({"embedding": features.tolist()})
-
-
-def _check_text(text: object, where: str) -> str:
-    if not isinstance(text, str) or len(text) > MOST_CHARACTERS:
-        raise InputError(f"{where}: expected a text of at most {MOST_CHARACTERS} characters")
-    return text
+        return pandas.DataFrame(columns)
+    frame = pandas.DataFrame(columns, dtype=object)
+    frame.loc[[reason is not None for reason in reasons]] = None
+    return frame.assign(error=reasons)
 
 
 def _decode_row(image: object, row: int) -> Any:

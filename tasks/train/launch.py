@@ -43,33 +43,25 @@ def default_read_workers(cores: int, ranks: int, gpus: int) -> int:
     return max(0, cores // ranks - 1) if gpus else 0
 
 
-def local_command(job: Path, ranks: int) -> list[str]:
-    """The command that starts ranks on this machine: torchrun without a port, or one process."""
-    if ranks == 1:
-        return [sys.executable, "-m", WORKER, str(job)]
-    # Without an endpoint the agent's store is a temporary file that only this user can open.
-    private = ["--rdzv-conf=store_type=file", f"--local-addr={LOOPBACK}"]
-    return _build_torchrun(job, ranks, 1, private)
-
-
 def torchrun_command(job: Path, launch: Launch, ranks: int) -> list[str]:
-    """The command that every machine runs: `ranks` ranks each, which meet at the rendezvous."""
-    if launch.nodes == 1 or launch.rendezvous is None:
-        return local_command(job, ranks)
-    # The run's folder as id: another run at the same meeting point is not joined.
-    meeting = [f"--rdzv-endpoint={launch.rendezvous}", f"--rdzv-id={job.parent.name}"]
-    return _build_torchrun(job, ranks, launch.nodes, meeting)
+    """The command that every machine runs: `ranks` ranks each, which meet at the rendezvous; on a
+    single machine torchrun without a port, or one process."""
+    if launch.nodes > 1:
+        # The run's folder as id: another run at the same meeting point is not joined.
+        meeting = [f"--rdzv-endpoint={launch.rendezvous}", f"--rdzv-id={job.parent.name}"]
+    elif ranks == 1:
+        return [sys.executable, "-m", WORKER, str(job)]
+    else:
+        # Without an endpoint the agent's store is a temporary file that only this user can open.
+        meeting = ["--rdzv-conf=store_type=file", f"--local-addr={LOOPBACK}"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", *meeting]
+    return [*run, f"--nnodes={launch.nodes}", f"--nproc-per-node={ranks}", "-m", WORKER, str(job)]
 
 
 def join_script(words: Sequence[str], run_dir: Path) -> str:
     """The script of the other machines: their part of the ranks, until the stage is over."""
     over = " || ".join(f"[ -e {quote(str(run_dir / name))} ]" for name in (RESULT_FILE, ERROR_FILE))
     return f"#!/bin/sh\nuntil {over}; do {shlex.join(words)}; sleep 5; done\n"
-
-
-def _build_torchrun(job: Path, ranks: int, nodes: int, meeting: list[str]) -> list[str]:
-    run = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", *meeting]
-    return [*run, f"--nnodes={nodes}", f"--nproc-per-node={ranks}", "-m", WORKER, str(job)]
 
 
 def deepspeed_command(job: Path, hostfile: Path, hosts: Mapping[str, int], port: int) -> list[str]:

@@ -45,7 +45,6 @@ from tasks.train.launch import (
     default_read_workers,
     external_command,
     join_script,
-    local_command,
     rank_environment,
     read_hostfile,
     torchrun_command,
@@ -241,8 +240,7 @@ def _run_training(
 def _with_smaller_parts(config: TrainConfig, launch: Launch, tried: Launch | None) -> Launch:
     """`launch` with half as many pairs of a rank in memory at once; InputError: that was `tried`,
     or the number is odd."""
-    machines = len(read_hostfile(launch.hostfile)) if launch.hostfile else launch.nodes
-    share = config.global_batch // (_this_machine(config, launch).ranks * machines)
+    share = config.global_batch // _this_machine(config, launch).all_ranks
     pairs = min((tried or launch).micro_batch or share, share)
     if tried is not None or pairs % 2:
         raise InputError(
@@ -295,7 +293,7 @@ def _start_ranks(
             starter_command(launch, job, inputs, here.ranks),
             log=out / LOG_FILE,
             grace_s=GRACE_S,
-            env=env if _stays_here(launch) else os.environ,
+            env=env if here.is_alone else os.environ,
             poll=follower.report_newest,
         )
     follower.report_newest()
@@ -306,22 +304,20 @@ class _ThisMachine(NamedTuple):
     cores: int
     gpus: int
     ranks: int
+    is_alone: bool
+    """Whether all ranks run here, so that its cores say what each gets."""
+    all_ranks: int
 
 
 def _this_machine(config: TrainConfig, launch: Launch) -> _ThisMachine:
     cores = len(os.sched_getaffinity(0))
     gpus = count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
-    ranks = launch.ranks or default_ranks(cores, gpus, config.lanes)
+    ranks, machines = launch.ranks or default_ranks(cores, gpus, config.lanes), launch.nodes
     if launch.hostfile is not None and launch.launcher == "deepspeed":
-        ranks = max(read_hostfile(launch.hostfile).values())
-    return _ThisMachine(cores, gpus, ranks)
-
-
-def _stays_here(launch: Launch) -> bool:
-    """Tell whether all ranks run on this machine, so that its cores say what each gets."""
-    if launch.launcher == "deepspeed" and launch.hostfile is not None:
-        return len(read_hostfile(launch.hostfile)) == 1
-    return launch.launcher in ("auto", "torchrun") and launch.nodes == 1
+        hosts = read_hostfile(launch.hostfile)
+        ranks, machines = max(hosts.values()), len(hosts)
+    is_alone = machines == 1 and launch.launcher in ("auto", "torchrun", "deepspeed")
+    return _ThisMachine(cores, gpus, ranks, is_alone, ranks * machines)
 
 
 def _make_job(
@@ -335,7 +331,7 @@ def _make_job(
         "probe": launch.probe and launch.probe.resolve(),
     }
     fitting: dict[str, Any] = {}
-    if _stays_here(launch):
+    if here.is_alone:
         workers = default_read_workers(here.cores, here.ranks, here.gpus)
         fitting = {"threads": max(1, here.cores // here.ranks), "read_workers": workers}
     return TrainJob(
@@ -351,9 +347,7 @@ def starter_command(launch: Launch, job: Path, inputs: Inputs, ranks: int) -> li
     """The command that starts ranks and ends when they do; files that it needs are written.
     InputError: a program, the hostfile or the job template is missing or wrong."""
     match launch.launcher:
-        case "auto":
-            return local_command(job, ranks)
-        case "torchrun":
+        case "auto" | "torchrun":
             words = torchrun_command(job, launch, ranks)
             if launch.nodes > 1:
                 write_atomically(job.parent / "join.sh", join_script(words, job.parent))

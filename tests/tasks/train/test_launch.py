@@ -18,7 +18,6 @@ from tasks.train.launch import (
     default_ranks,
     default_read_workers,
     external_command,
-    local_command,
     rank_environment,
     read_hostfile,
     torchrun_command,
@@ -31,8 +30,8 @@ WORKER = ["-m", "evaclip_model.training.worker", str(JOB)]
 
 
 def test_one_rank_is_a_plain_process_and_more_are_torchruns():
-    assert local_command(JOB, 1) == [sys.executable, *WORKER]
-    two = local_command(JOB, 2)
+    assert torchrun_command(JOB, Launch(), 1) == [sys.executable, *WORKER]
+    two = torchrun_command(JOB, Launch(), 2)
     assert two[1:3] == ["-m", "torch.distributed.run"]
     assert "--nproc-per-node=2" in two
     assert "--rdzv-conf=store_type=file" in two
@@ -46,7 +45,6 @@ def test_torchruns_of_several_machines_meet_where_they_are_told():
     assert {"--nnodes=3", "--nproc-per-node=8", "--rdzv-endpoint=first:29400"} < set(words)
     assert "--rdzv-id=0a1b" in words
     assert not any("127.0.0.1" in word for word in words)
-    assert torchrun_command(JOB, Launch(launcher="torchrun"), 2) == local_command(JOB, 2)
 
 
 def test_the_deepspeed_launcher_adds_no_argument_and_needs_no_ssh_to_this_machine(tmp_path):
