@@ -17,7 +17,7 @@ from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mmh3
 import numpy as np
@@ -39,27 +39,21 @@ Asked = Mapping[Kind, tuple[str, ...]]
 """What is looked for, by kind."""
 
 
-class EvaluationImages(NamedTuple):
-    """All images of some evaluation sets."""
-
-    sha256: set[str]
-    looks: Hashes
-    """Perceptual hashes of those that can be decoded."""
-
-
-def _read_evaluation_images(folders: Sequence[Path]) -> EvaluationImages:
-    """Hash every image file, and every image in a tar, below the folders (or in single tars).
-    InputError: a folder without an image, or a tar that cannot be read."""
-    images = EvaluationImages(set(), np.empty(0, np.uint64))
+def _read_evaluation_images(folders: Sequence[Path]) -> tuple[set[str], Hashes]:
+    """SHA-256 of every image file, and of every image in a tar, below the folders (or in single
+    tars), and the perceptual hashes of those that can be decoded. InputError: a folder without an
+    image, or a tar that cannot be read."""
+    digests: set[str] = set()
+    looks = np.empty(0, np.uint64)
     for folder in folders:
         hashes = hash_images(_iterate_images(folder), threads=len(os.sched_getaffinity(0)))
         if not len(hashes):
             raise InputError(
                 f"{folder} holds no image: give a folder of image files or of webdataset tars"
             )
-        looks = np.union1d(images.looks, hashes.looks[hashes.decoded])
-        images = EvaluationImages(images.sha256 | set(hashes.sha256), looks)
-    return images
+        digests.update(hashes.sha256)
+        looks = np.union1d(looks, hashes.looks[hashes.decoded])
+    return digests, looks
 
 
 def _iterate_images(folder: Path) -> Iterator[bytes]:
@@ -150,11 +144,12 @@ def choose_samples(
     scores: Scores | None,
 ) -> Choice:
     """Apply every rule but takedowns; InputError: a list or evaluation set cannot be read."""
-    choice, tested = Choice(index.rows), _read_evaluation_images(outside.evaluation_sets)
-    looks = _go_through(index, verdicts, config, tested.looks, choice)
+    choice = Choice(index.rows)
+    tested, tested_looks = _read_evaluation_images(outside.evaluation_sets)
+    looks = _go_through(index, verdicts, config, tested_looks, choice)
     for reason, hashes in (
         (LeftOutReason.BLOCKED, read_hashes(outside.blocklists)),
-        (LeftOutReason.EVALUATION, sorted(tested.sha256)),
+        (LeftOutReason.EVALUATION, sorted(tested)),
     ):
         choice.leave_out(_rows_of(index.find_samples(Kind.HASH, hashes)), reason)
     if outside.keep_uids:

@@ -62,7 +62,6 @@ class Standing:
     """Of the training that made it; empty if it was registered by others."""
     weights: str
     """SHA-256 of its weights; empty if it was registered by others."""
-    run_id: str | None
     gate: str
     """The gate's outcome; empty: it was not asked."""
     declined: str
@@ -271,8 +270,7 @@ def _read_standing(version: ModelVersion) -> Standing:
     tags = version.tags
     return Standing(
         int(version.version),
-        *(tags.get(DIGEST_TAG, ""), tags.get(WEIGHTS_TAG, ""), version.run_id),
-        *(tags.get(GATE_TAG, ""), tags.get(DECLINED_TAG, "")),
+        *(tags.get(tag, "") for tag in (DIGEST_TAG, WEIGHTS_TAG, GATE_TAG, DECLINED_TAG)),
     )
 
 

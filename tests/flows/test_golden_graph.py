@@ -54,7 +54,7 @@ def test_every_recipes_retraining_has_the_digests_that_it_had(name: str, tmp_pat
     for source in recipe.merge.sources:
         (tmp_path / f"{source.name}.parquet").write_text(source.name)
         files[source.name] = [tmp_path / f"{source.name}.parquet"]
-    standing = Standing(1, 16 * "t", 64 * "w", None, "promote", "")
+    standing = Standing(1, 16 * "t", 64 * "w", "promote", "")
     known = (made("merge", "m", selected=1000),)
     news = News(standing, made("train", "t"), None, (), (), known, (), files)
     merge = new_merge_step(recipe, graph, news)

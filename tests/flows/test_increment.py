@@ -52,7 +52,7 @@ def news(tmp_path: Path) -> News:
         path = tmp_path / f"{source}.parquet"
         path.write_text(source)
         files[source] = [path]
-    champion = Standing(1, "t" * 16, "w" * 64, None, "promote", "")
+    champion = Standing(1, "t" * 16, "w" * 64, "promote", "")
     known = (merged("m" * 16, 900, 100),)
     return News(champion, artifact("train", "t" * 16), None, (), (), known, (), files)
 
