@@ -5,8 +5,11 @@ Not here: HTML (tasks/evaluate/report/macros.html.j2).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from markupsafe import Markup
@@ -14,6 +17,7 @@ from markupsafe import Markup
 from tasks.redact import escape_control
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from rich.table import Table as RichTable
 
 NOTHING = "–"
@@ -50,12 +54,11 @@ class TableRow:
 
 @dataclass(frozen=True)
 class TableColumn:
-    """A column of numbers, set right, unless it has words."""
+    """A column of numbers, set right, unless it has words; only the page has one of drawings."""
 
     title: str
     has_words: bool = False
     is_drawn: bool = False
-    """True: only the page has it, because it shows drawings."""
 
 
 def words(title: str) -> TableColumn:
@@ -113,40 +116,20 @@ class Table:
 def markdown_table(table: Table) -> str:
     """The table in Markdown, its footnotes below it."""
     shown = table.find_shown()
-    heads = [table.columns[place] for place in shown]
-    lines = [
-        _markdown_line(escape_markdown(one.title) for one in heads),
-        _markdown_line(":--" if one.has_words else "--:" for one in heads),
-    ]
-    for row in table.rows:
-        if row.style == "group":
-            title = f"**{escape_markdown(row.cells[0].text)}**"
-            lines.append(_markdown_line([title, *[""] * (len(shown) - 1)]))
-        else:
-            lines.append(_markdown_line(_markdown_cell(row.cells[i], row.style) for i in shown))
-    notes = [f"{number}. {escape_markdown(text)}" for number, text in enumerate(table.notes, 1)]
-    return "\n".join([*lines, *(["", *notes] if notes else [])])
+    return _markdown_template().render(table=table, shown=shown, escape=escape_markdown).rstrip()
+
+
+@cache
+def _markdown_template() -> Template:
+    from jinja2 import Environment, StrictUndefined  # only where a page is made
+
+    strict = Environment(undefined=StrictUndefined, trim_blocks=True)
+    return strict.from_string(Path(__file__).with_name("table.md.j2").read_text())
 
 
 def escape_markdown(text: str) -> str:
     """Text that Markdown and the HTML in it leave as it is, on one line."""
-    flat = " ".join(text.split())
-    for mark in "\\`*_[]|<":
-        flat = flat.replace(mark, "&lt;" if mark == "<" else f"\\{mark}")
-    return flat
-
-
-def _markdown_cell(cell: Cell, style: str) -> str:
-    text = escape_markdown(cell.text)
-    if cell.url:
-        text = f"[{text}]({cell.url})"
-    if style == "ours" and text:
-        text = f"**{text}**"
-    return text + "".join(f"<sup>{number}</sup>" for number in cell.notes)
-
-
-def _markdown_line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return re.sub(r"[\\`*_\[\]|]", r"\\\g<0>", " ".join(text.split())).replace("<", "&lt;")
 
 
 def terminal_table(table: Table) -> RichTable:
