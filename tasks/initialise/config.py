@@ -1,7 +1,7 @@
 """Settings that decide the model that training starts from; no torch here."""
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -61,8 +61,7 @@ class InitialiseConfig(Config):
 
     def weight_sources(self) -> dict[Role, Path]:
         """The places of weights, in the order in which they are loaded."""
-        named: dict[Role, Path | None]
-        named = {"clip": self.clip, "vision": self.vision, "text": self.text}
+        named: dict[Role, Path | None] = {role: getattr(self, role) for role in get_args(Role)}
         return {role: path for role, path in named.items() if path is not None}
 
     def registered_models(self) -> dict[Role, str]:

@@ -117,9 +117,6 @@ class Tracking:
 class TrackedRun:
     """The common part of pipeline and stage runs: events that name their run, and its page."""
 
-    is_reused = False
-    """Whether it is of a stage whose artifact was there before."""
-
     def __init__(
         self,
         tracking: Tracking,
@@ -137,6 +134,7 @@ class TrackedRun:
         status = shipper.journal.run_statuses().get(key)
         self.is_continued = status is not None
         self.is_over = status == "FINISHED"
+        self.is_reused = address is not None and address.is_finished and not self.is_continued
 
     def append(self, event: Event) -> None:
         """Journal an event of this run, unless it finished in the process that was killed. A full
@@ -217,9 +215,7 @@ class PipelineRun(TrackedRun):
 
     def _make_stage_run(self, address: Address, title: str) -> StageRun:
         key = f"{title}-{address.digest}"
-        run = StageRun(self._tracking, self._shipper, key, self.job.stage(key, title), address)
-        run.is_reused = address.is_finished and not run.is_continued
-        return run
+        return StageRun(self._tracking, self._shipper, key, self.job.stage(key, title), address)
 
 
 class StageRun(TrackedRun):

@@ -214,7 +214,12 @@ def _gain_reason(candidate: Candidate, policy: GatePolicy) -> _Reason:
         which = f"{', '.join(missing)} was not" if missing else "no metric was"
         return "gain", GateOutcome.HOLD, f"{which} compared with the champion"
     tests = len(wanted) if policy.need == "any" else 1
-    better = [name for name in wanted if _is_better(candidate.gains[name], tests, policy)]
+    better = [
+        name
+        for name in wanted
+        if 100 * candidate.gains[name].interval[0] > policy.min_gain_points
+        and candidate.gains[name].p * tests <= CERTAIN_P
+    ]
     enough = len(better) == len(wanted) if policy.need == "all" else bool(better)
     named = better if enough else [name for name in wanted if name not in better]
     figures = "; ".join(f"{name} {candidate.gains[name]}" for name in named)
@@ -222,10 +227,6 @@ def _gain_reason(candidate: Candidate, policy: GatePolicy) -> _Reason:
         return "gain", GateOutcome.PROMOTE, f"better: {figures}"
     above = f" by more than {policy.min_gain_points:g} points" if policy.min_gain_points else ""
     return "gain", GateOutcome.HOLD, f"not better for certain{above}: {figures}"
-
-
-def _is_better(gain: Gain, tests: int, policy: GatePolicy) -> bool:
-    return 100 * gain.interval[0] > policy.min_gain_points and gain.p * tests <= CERTAIN_P
 
 
 def _headline_gains(candidate: Candidate) -> list[str]:

@@ -31,7 +31,7 @@ from evaclip_model.training.config import MODEL_FOLDER
 from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
 from evaclip_model.weights.external_weights import REFERENCE_FILE, Reference
 from tasks.artifacts.artifact import MANIFEST, Address, Artifact, Made, sha256_of
-from tasks.artifacts.provenance import LINEAGE, Lineage, lineage_of
+from tasks.artifacts.provenance import LINEAGE, lineage_of
 from tasks.progress import Report, report_nothing
 from tasks.register.config import COPIED, REGISTERED, LargeWeights, RegisterConfig
 from tasks.register.promotion import DIGEST_TAG, WEIGHTS_TAG
@@ -77,7 +77,13 @@ def register_model(
     """
     model, packed, name = trained.folder / MODEL_FOLDER, out / "packed", config.model_name
     lineage = lineage_of([evaluated, trained], root)
-    tags = version_tags(trained, evaluated, lineage)
+    digests = sorted(lineage.unique_labels().items())
+    tags = {
+        DIGEST_TAG: trained.digest,
+        WEIGHTS_TAG: sha256_of(model / WEIGHTS_FILE),
+        **{f"{DIGEST_TAG}.{label}": digest for label, digest in digests},
+        **{f"evaluation.{metric}": f"{value:g}" for metric, value in evaluated.counts.items()},
+    }
     with store.connect() as client, ExitStack() as leavings:
         leavings.callback(shutil.rmtree, packed, ignore_errors=True)
         report(0, 4, "looking for the same model")
@@ -124,16 +130,6 @@ def forget_if_gone(address: Address, store: TrackingStore) -> None:
         with store.connect() as client:
             if find_answer(client.get_model_version, *about) is None:
                 (address.folder / MANIFEST).unlink()
-
-
-def version_tags(trained: Artifact, evaluated: Artifact, lineage: Lineage) -> dict[str, str]:
-    digests = sorted(lineage.unique_labels().items())
-    return {
-        DIGEST_TAG: trained.digest,
-        WEIGHTS_TAG: sha256_of(trained.folder / MODEL_FOLDER / WEIGHTS_FILE),
-        **{f"{DIGEST_TAG}.{label}": digest for label, digest in digests},
-        **{f"evaluation.{name}": f"{value:g}" for name, value in evaluated.counts.items()},
-    }
 
 
 def _is_same(tags: dict[str, str]) -> str:
@@ -258,28 +254,25 @@ def _example_picture() -> bytes:
 def reference_to(model: Path, sha256: str, large: LargeWeights) -> Reference | None:
     """The reference to the weights of a saved model, put into their place; None for a copy.
     InputError: the place does not take them."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
     weights = model / WEIGHTS_FILE
     size = weights.stat().st_size
     if size <= large.above_gb * GB:
         return None
-    uri = _put_weights(weights, f"{large.place.rstrip('/')}/{sha256}") if large.place else ""
-    return Reference(uri=uri or weights.resolve().as_uri(), size=size, sha256=sha256)
-
-
-def _put_weights(weights: Path, folder: str) -> str:
-    """Put a file into a store's folder, unless one of its size is there; returns the file's URI."""
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
+    if not large.place:
+        return Reference(uri=weights.resolve().as_uri(), size=size, sha256=sha256)
+    folder = f"{large.place.rstrip('/')}/{sha256}"
     if "://" not in folder:
         folder = Path(folder).resolve().as_uri()
     try:
         repository = get_artifact_repository(folder)
         sizes = {Path(file.path).name: file.file_size for file in repository.list_artifacts()}
-        if sizes.get(weights.name) != weights.stat().st_size:
+        if sizes.get(weights.name) != size:  # unless it is there
             repository.log_artifact(str(weights))
     except Exception as error:  # every store has errors of its own
         raise InputError(
             f"the weights cannot be put into {folder} ({type(error).__name__}: "
             f"{str(error)[:160]}): mend it, or name another place in EVACLIP_REGISTRY_WEIGHTS"
         ) from error
-    return f"{folder}/{weights.name}"
+    return Reference(uri=f"{folder}/{weights.name}", size=size, sha256=sha256)

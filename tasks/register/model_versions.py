@@ -138,23 +138,17 @@ def made_from(tracking_uri: str, digest: str) -> list[str]:
 def _make_description(
     store: TrackingStore, client: MlflowClient, version: ModelVersion
 ) -> Described:
-    return Described(
-        *(version.name, int(version.version), store.uri, tuple(sorted(version.aliases))),
-        *(version.creation_timestamp, dict(version.tags), _read_lineage(store, client, version)),
-    )
-
-
-def _read_lineage(
-    store: TrackingStore, client: MlflowClient, version: ModelVersion
-) -> Lineage | None:
     from mlflow.artifacts import download_artifacts, list_artifacts
 
     source = client.get_model_version_download_uri(version.name, version.version)
     files = list_artifacts(artifact_uri=source, tracking_uri=store.uri)
-    if LINEAGE not in {Path(file.path).name for file in files}:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        path = download_artifacts(
-            artifact_uri=f"{source}/{LINEAGE}", dst_path=folder, tracking_uri=store.uri
-        )
-        return Lineage.from_mapping(json.loads(Path(path).read_text()), where=LINEAGE)
+    lineage = None
+    if LINEAGE in {Path(file.path).name for file in files}:
+        with tempfile.TemporaryDirectory() as folder:
+            place = {"artifact_uri": f"{source}/{LINEAGE}", "tracking_uri": store.uri}
+            text = Path(download_artifacts(**place, dst_path=folder)).read_text()
+        lineage = Lineage.from_mapping(json.loads(text), where=LINEAGE)
+    return Described(
+        *(version.name, int(version.version), store.uri, tuple(sorted(version.aliases))),
+        *(version.creation_timestamp, dict(version.tags), lineage),
+    )
