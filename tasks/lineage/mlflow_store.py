@@ -79,12 +79,11 @@ class Tracking:
         shipper = Shipper(self.store, self.journals, journal)
         run = PipelineRun(self, shipper, name)
         own = {f"{stage_record.PREFIX}recipe_digest": digest, "mlflow.source.name": name}
-        run.begin(name, None, {**own, **(tags or {})}, params or {})
-        if recipe:
-            run.append({"op": "text", "file": "recipe.json", "text": recipe})
-        shipper.start()
         try:
-            with run.closing():
+            with run.opened(name, None, {**own, **(tags or {})}, params or {}):
+                if recipe:
+                    run.append({"op": "text", "file": "recipe.json", "text": recipe})
+                shipper.start()
                 yield run
         finally:
             shipper.ship_rest(self.patience_s)
@@ -147,17 +146,6 @@ class TrackedRun:
             _log.warning("lineage lost an event (%s): %s", event["op"], error)
         self._shipper.wake()
 
-    def begin(
-        self, name: str, parent: str | None, tags: Mapping[str, str], params: Mapping[str, Any]
-    ) -> None:
-        """Open the run under that of the key `parent`, or go on with it: then its tags and its
-        parameters, nested or flat, are there."""
-        kept = {} if self.is_continued else dict(tags)
-        self.append({"op": "begin", "name": name, "parent": parent, "tags": kept})
-        if params and not self.is_continued:
-            self.append({"op": "params", "params": stage_record.flatten_config(params)})
-        self._write_event("RUNNING" if self.is_continued else "START")
-
     def run_id(self, wait_s: float = 5.0) -> str | None:
         """MLflow's id of this run, or None when the store did not answer within `wait_s`."""
         return self._shipper.run_id(self.key, wait_s)
@@ -170,8 +158,17 @@ class TrackedRun:
         return run_id and experiment and f"{store.uri}/#/experiments/{experiment}/runs/{run_id}"
 
     @contextmanager
-    def closing(self) -> Iterator[None]:
-        """End the run as MLflow's FINISHED, FAILED (an error) or KILLED (an interruption)."""
+    def opened(
+        self, name: str, parent: str | None, tags: Mapping[str, str], params: Mapping[str, Any]
+    ) -> Iterator[None]:
+        """Open the run under that of the key `parent`, or go on with it (then its tags and its
+        parameters, nested or flat, are there), and end it as MLflow's FINISHED, FAILED (an error)
+        or KILLED (an interruption)."""
+        kept = {} if self.is_continued else dict(tags)
+        self.append({"op": "begin", "name": name, "parent": parent, "tags": kept})
+        if params and not self.is_continued:
+            self.append({"op": "params", "params": stage_record.flatten_config(params)})
+        self._write_event("RUNNING" if self.is_continued else "START")
         try:
             yield
         except BaseException as error:
@@ -205,8 +202,7 @@ class PipelineRun(TrackedRun):
         title = title or address.stage.name
         run = self._make_stage_run(address, title)
         tags = stage_record.stage_tags(address, run.is_reused)
-        run.begin(title, self.key, tags, address.config)
-        with run.closing():
+        with run.opened(title, self.key, tags, address.config):
             yield run
 
     def stage_url(self, address: Address, title: str | None = None) -> str | None:

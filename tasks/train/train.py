@@ -169,7 +169,7 @@ def train_model(
     """
     config = _fit_to_data(config, inputs)
     if not (out / RESULT_FILE).is_file():
-        _run_training(config, inputs, out, launch, report)
+        _run_training(Follower(config, out.resolve() / METRICS_FILE, report), inputs, launch)
     result = json.loads((out / RESULT_FILE).read_text())
     report(config.steps, config.steps, f"loss {result['final_loss']:.3f}")
     counts = {name: result[name] for name in ("steps", "samples_seen", "final_loss", "seconds")}
@@ -188,9 +188,8 @@ def try_out(
     """Start the ranks for one step that is thrown away; nothing but `out` is written to. Returns
     what the trainer's `dry_run.json` says; raises as `train_model`."""
     config = _fit_to_data(config, inputs)
-    follower = Follower(config, out / METRICS_FILE, report)
-    status = _start_ranks(config, inputs, out.resolve(), launch, follower, dry_run=True)
-    _check_error(config, out)
+    follower = Follower(config, out.resolve() / METRICS_FILE, report)
+    status = _start_ranks(follower, inputs, launch, dry_run=True)
     if not (out / DRY_RUN_FILE).is_file():
         raise TrainingCrashed(
             f"training stage '{config.name}' ended with status {status} in its first step; "
@@ -207,17 +206,13 @@ def _fit_to_data(config: TrainConfig, inputs: Inputs) -> TrainConfig:
     return config.fit_to_data({name: sum(one.samples for one in shards) for name, shards in held})
 
 
-def _run_training(
-    config: TrainConfig, inputs: Inputs, out: Path, launch: Launch, report: Report
-) -> None:
-    follower = Follower(config, out / METRICS_FILE, report)
-    idle = 0
+def _run_training(follower: Follower, inputs: Inputs, launch: Launch) -> None:
+    config, out, idle = follower.config, follower.metrics.parent, 0
     smaller: Launch | None = None
     while idle <= MAX_IDLE_RESTARTS:
         before, killed = follower.step, kernel_kills()
         # Anew every time: the machine may have lost a GPU.
-        status = _start_ranks(config, inputs, out.resolve(), smaller or launch, follower)
-        _check_error(config, out)
+        status = _start_ranks(follower, inputs, smaller or launch)
         if (out / RESULT_FILE).is_file():
             return
         if (out / MEMORY_FILE).is_file() or kernel_kills() > killed:
@@ -261,26 +256,16 @@ def kernel_kills(counters: Path = Path("/proc/vmstat")) -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
 
 
-def _check_error(config: TrainConfig, out: Path) -> None:
-    """InputError: the trainer left a sentence for the user."""
-    if (out / ERROR_FILE).is_file():
-        raise InputError(f"training stage '{config.name}': {_read_text(out / ERROR_FILE)}")
-
-
 def _log_end(out: Path) -> str:
     return f"the end of {out / LOG_FILE}:\n{_read_text(out / LOG_FILE)[-_LOG_TAIL:]}"
 
 
 def _start_ranks(
-    config: TrainConfig,
-    inputs: Inputs,
-    out: Path,
-    launch: Launch,
-    follower: Follower,
-    *,
-    dry_run: bool = False,
+    follower: Follower, inputs: Inputs, launch: Launch, *, dry_run: bool = False
 ) -> int:
-    """Run the ranks once, to whatever end; returns the status of what started them."""
+    """Run the ranks once, to whatever end; returns the status of what started them. InputError: the
+    trainer left a sentence for the user."""
+    config, out = follower.config, follower.metrics.parent
     here = _this_machine(config, launch)
     job = out / JOB_FILE
     content = _make_job(config, inputs, out, launch, here).model_copy(update={"dry_run": dry_run})
@@ -297,6 +282,8 @@ def _start_ranks(
             poll=follower.report_newest,
         )
     follower.report_newest()
+    if (out / ERROR_FILE).is_file():
+        raise InputError(f"training stage '{config.name}': {_read_text(out / ERROR_FILE)}")
     return status
 
 
