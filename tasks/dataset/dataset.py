@@ -44,9 +44,6 @@ from tasks.index.sample_index import (
 )
 from tasks.progress import Report
 
-_STEPS = 3
-TEMPLATE = "card.md.j2"
-UNSTATED = "not stated in the recipe"
 Counts = Mapping[str, int | float]
 
 
@@ -79,12 +76,12 @@ def make_dataset(
     verified = next(one.folder for one in reversed(ancestors) if (one.folder / INDEX).is_dir())
     index = SampleIndex(verified, config.memory_limit)
     verdicts = read_verdicts(verified)
-    report(0, _STEPS, f"{index.rows:,} samples")
+    report(0, 3, f"{index.rows:,} samples")
     if takedowns.before is None:
         choice = choose_samples(index, verdicts, config, outside, scores)
     else:
         choice = Choice.from_table(index.rows, pq.read_table(takedowns.before / LEFT_OUT))
-    report(1, _STEPS, "takedowns")
+    report(1, 3, "takedowns")
     if takedowns.find is not None:
         choice.leave_out(takedowns.find(index), LeftOutReason.TAKEDOWN)
     shutil.rmtree(out / CAPTIONS, ignore_errors=True)
@@ -94,7 +91,7 @@ def make_dataset(
         captions = json.loads((takedowns.before / REPORT).read_text())[CAPTIONS]
     elif outside.captions:
         captions = write_sidecars(index, outside.captions, out, report)
-    report(2, _STEPS, "manifest")
+    report(2, 3, "manifest")
     held_out = find_held_out(index, config.validation_share) & ~choice.left_out
     shards, by_source = _keep_shards(verdicts, verified, choice, choice.left_out | held_out, out)
     if not shards:
@@ -119,7 +116,7 @@ def make_dataset(
     details = {**counts, "sources": by_source, "rules": rules, CAPTIONS: captions}
     write_atomically(out / REPORT, json.dumps(details, indent=1) + "\n")
     write_card(out / CARD, config, ancestors, counts, by_source, captions, takedowns.entries)
-    report(_STEPS, _STEPS, f"{counts['samples']:,} samples")
+    report(3, 3, f"{counts['samples']:,} samples")
     further = tuple(sorted((out / CAPTIONS).glob("*")))
     return Made(counts, tuple(out / name for name in names), further)
 
@@ -187,8 +184,8 @@ def _count_samples(
         "bytes": sum(shard.bytes for shard in shards),
         **{f"left_out.{reason}": count for reason, count in sorted(reasons.items())},
         **{
-            f"{source}.{name}": counts[name]
-            for source, counts in by_source.items()
+            f"{of}.{name}": by_source[of][name]
+            for of in by_source
             for name in ("shards", "samples")
         },
     }
@@ -216,7 +213,9 @@ def write_card(
     def list_sources(kind: str, figures: Sequence[str]) -> Iterator[list[Any]]:
         newest = {one["name"]: one for made in made_from[kind] for one in made.config["sources"]}
         for name, source in newest.items():
-            stated = [source.get(key) or UNSTATED for key in ("revision", "licence")]
+            stated = [
+                source.get(key) or "not stated in the recipe" for key in ("revision", "licence")
+            ]
             found = [totals[kind].get(f"{name}.{figure}", 0) for figure in figures]
             kept = by_source.get(name, {}).get("samples", 0)
             yield [name, f"`{source['files']}`", *stated, *found, kept]
@@ -227,7 +226,7 @@ def write_card(
     environment.filters["cell"] = lambda cell: (
         f"{cell:,}" if isinstance(cell, int | float) else str(cell)
     )
-    card = environment.from_string(Path(__file__).with_name(TEMPLATE).read_text()).render(
+    card = environment.from_string(Path(__file__).with_name("card.md.j2").read_text()).render(
         digest=path.parent.name,
         config=config,
         counts=counts,

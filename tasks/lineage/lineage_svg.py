@@ -14,7 +14,6 @@ from tasks.redact import escape_control
 BOX_WIDTH, BOX_HEIGHT = 168, 66
 GAP_X, GAP_Y = 44, 22
 MARGIN = 16
-TEMPLATE = Path(__file__).with_name("lineage.svg.j2")
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def lineage_svg(lineage: Lineage, name: str = "") -> str:
     strict = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    drawn = strict.from_string(TEMPLATE.read_text()).render(
+    drawn = strict.from_string(Path(__file__).with_name("lineage.svg.j2").read_text()).render(
         title=f"Lineage of {name}" if name else "Lineage",
         width=max((x for x, _ in places.values()), default=0) + BOX_WIDTH + MARGIN,
         height=max((y for _, y in places.values()), default=0) + BOX_HEIGHT + MARGIN,

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
 
-SERVED = Path(__file__).with_name("served_model.py")
 REQUIREMENTS = (
     *("mlflow", "torch", "safetensors", "pillow"),
     *("numpy", "pandas", "pydantic", "wcwidth"),
@@ -50,7 +49,6 @@ REQUIREMENTS = (
 """Distributions the loaded model imports; those of the second line come with MLflow."""
 GB = 10**9
 LABELS = ("a red square", "a dog")
-CALLS = Path(__file__).with_name("version.md")
 
 
 def register_model(
@@ -200,7 +198,7 @@ def pack_model(
     example = pandas.DataFrame({"image": [_example_picture()]})
     pyfunc.save_model(
         str(packed / "model"),
-        python_model=str(SERVED),
+        python_model=str(Path(__file__).with_name("served_model.py")),
         artifacts={"model": str(model)},
         code_paths=[str(source)],
         signature=make_signature(),
@@ -241,7 +239,7 @@ def version_description(name: str, number: int | str) -> str:
         "dataframe_split": {"columns": ["image"], "data": [[image]]},
         "params": {"candidate_labels": list(LABELS)},
     }
-    described = Template(CALLS.read_text())
+    described = Template(Path(__file__).with_name("version.md").read_text())
     return described.substitute(name=name, version=number, request=json.dumps(request))
 
 
