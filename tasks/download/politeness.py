@@ -10,8 +10,9 @@ ai.txt: Spawning's, in the grammar of robots.txt.
 import re
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from email.message import Message
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -38,7 +39,7 @@ class _Host:
     slots: threading.Semaphore
     refusals: int = 0
     """Answers 429 or 503 in a row."""
-    rests_until: float = field(default=float("-inf"))
+    rests_until: float = float("-inf")
 
 
 class HostGate:
@@ -51,11 +52,11 @@ class HostGate:
         max_rest_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._connections = connections
+
         self._rest_after = rest_after
         self._max_rest_s = max_rest_s
         self._clock = clock
-        self._hosts: dict[str, _Host] = {}
+        self._hosts = defaultdict[str, _Host](lambda: _Host(threading.Semaphore(connections)))
         self._lock = threading.Lock()
 
     def get_slots(self, name: str) -> threading.Semaphore:
@@ -64,9 +65,7 @@ class HostGate:
         return self._get_host(name).slots
 
     def is_resting(self, name: str) -> bool:
-        with self._lock:
-            host = self._hosts.get(name)
-            return host is not None and self._clock() < host.rests_until
+        return self._clock() < self._get_host(name).rests_until
 
     def note_answer(self, name: str, *, busy: bool, retry_after_s: float) -> None:
         """Note an answer of the host: whether it refused for being `busy`, and for how long."""
@@ -83,8 +82,6 @@ class HostGate:
 
     def _get_host(self, name: str) -> _Host:
         with self._lock:
-            if name not in self._hosts:
-                self._hosts[name] = _Host(threading.Semaphore(self._connections))
             return self._hosts[name]
 
 
@@ -110,12 +107,6 @@ class RobotsRules(NamedTuple):
         return all(max(found, default=(0, True))[1] for found in matching)
 
 
-@dataclass
-class _Entry:
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    rules: RobotsRules | None = None
-
-
 class Robots:
     """The rules in the file `name` of the hosts met so far; safe for threads."""
 
@@ -123,7 +114,8 @@ class Robots:
         self._read = read
         self._token = token
         self._name = name
-        self._entries: dict[str, _Entry] = {}
+        self._rules: dict[str, RobotsRules] = {}
+        self._reading = defaultdict[str, threading.Lock](threading.Lock)
         self._lock = threading.Lock()
 
     def is_allowed(self, url: str) -> bool:
@@ -132,11 +124,11 @@ class Robots:
         parts = urlsplit(url)
         place = urlunsplit((parts.scheme, parts.netloc, f"/{self._name}", "", ""))
         with self._lock:
-            entry = self._entries.setdefault(place, _Entry())
-        with entry.lock:
-            if entry.rules is None:
-                entry.rules = parse_rules(self._read(place), self._token)
-            return entry.rules.allow(url)
+            reading = self._reading[place]
+        with reading:
+            if place not in self._rules:
+                self._rules[place] = parse_rules(self._read(place), self._token)
+            return self._rules[place].allow(url)
 
 
 def parse_rules(content: bytes | None, token: str) -> RobotsRules:

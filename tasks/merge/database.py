@@ -152,14 +152,14 @@ def _is_disk_full(error: duckdb.Error) -> bool:
     return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
 
 
+def listed_urls(select: str) -> str:
+    """A query on `normalised` URLs, whose parameter is a list of `$urls`."""
+    return load_statement("listed_urls", normalise=load_statement("normalise"), select=select)
+
+
 def normal_urls(urls: Sequence[str]) -> list[str | None]:
     """Each URL ready to fetch, as a selected row has it; None when no web server can be asked."""
-    query = (
-        "WITH published AS (SELECT raw_url, place, NULL::VARCHAR AS raw_caption "
-        "FROM (SELECT unnest($urls::VARCHAR[]) AS raw_url, unnest(range(len($urls))) AS place)), "
-        + load_statement("normalise")
-        + " SELECT url FROM normalised ORDER BY place"
-    )
+    query = listed_urls("SELECT url FROM normalised ORDER BY place")
     with TemporaryDirectory() as spill, open_database(Path(spill), "1GB", 1) as connection:
         rows = connection.execute(query, {"urls": list(urls)}).fetchall()
     return [url for (url,) in rows]

@@ -30,6 +30,7 @@ from tasks.merge.database import (
     copy_statement,
     execute_query,
     explain_read_errors,
+    listed_urls,
     load_statement,
     open_database,
 )
@@ -106,16 +107,13 @@ def run_chunk(chunk: Chunk) -> Iterator[int]:
 
 def fill_blocklists(connection: DuckDBPyConnection, config: MergeConfig) -> None:
     """The tables that the blocklist rules ask: addresses, host names and hashes, in normal form."""
-    addresses = (
-        "WITH published AS (SELECT unnest($entries::VARCHAR[]) AS raw_url, "
-        f"NULL::VARCHAR AS raw_caption), {load_statement('normalise')} "
-        "SELECT DISTINCT address AS entry FROM normalised WHERE address IS NOT NULL"
-    )
     for table, entry in BLOCKED_TABLES.items():
         if paths := entry.paths(config.filters.blocklists):
-            is_urls = table == "blocked_addresses"
-            query = addresses if is_urls else "SELECT unnest($entries) AS entry"
-            entries = {"entries": read_lists(paths, entry)}
+            query = "SELECT unnest($urls) AS entry"
+            if table == "blocked_addresses":
+                distinct = "SELECT DISTINCT address AS entry FROM normalised"
+                query = listed_urls(f"{distinct} WHERE address IS NOT NULL")
+            entries = {"urls": read_lists(paths, entry)}
             connection.execute(f"CREATE TEMP TABLE {table} AS {query}", entries)
 
 
@@ -171,29 +169,31 @@ def _split_keys(connection: DuckDBPyConnection, plan: MergePlan, number: int) ->
     query = copy_statement(load_statement(statement, **parts), "PARTITION_BY (part)")
     parameters = {"seed": plan.config.seed, "partitions": plan.partitions}
 
-    def make(folder: Path) -> None:
-        target = parameters | {"target": str(folder)}
-        _with_repair(
-            plan, path, lambda found: execute_query(connection, query, target | {"path": found})
-        )
+    def split(readable: str, folder: Path) -> None:
+        execute_query(connection, query, parameters | {"path": readable, "target": str(folder)})
 
-    make_once(plan.temporary / place, make)
+    _make_from_file(plan, path, plan.temporary / place, split)
 
 
-def _with_repair(plan: MergePlan, path: str, read: Callable[[str], object]) -> None:
-    """Call `read` with the file `path`; where that holds text that is not UTF-8, which the database
-    refuses a whole file for, with a copy whose rows and columns are in the same places."""
-    with explain_read_errors(path):
-        try:
-            read(path)
-            return
-        except duckdb.Error as error:
-            if not is_about_encoding(error):
-                raise
-    repaired = plan.temporary / "repaired" / hashlib.md5(path.encode()).hexdigest()
-    make_once(repaired, lambda folder: repair_text(path, folder / "rows.parquet"))
-    with explain_read_errors(path):
-        read(str(repaired / "rows.parquet"))
+def _make_from_file(
+    plan: MergePlan, path: str, folder: Path, make: Callable[[str, Path], None]
+) -> None:
+    """Make a folder once from the file `path`; where that holds text that is not UTF-8, which the
+    database refuses a whole file for, from a copy with the same rows and columns."""
+
+    def make_folder(beside: Path) -> None:
+        with explain_read_errors(path):
+            try:
+                return make(path, beside)
+            except duckdb.Error as error:
+                if not is_about_encoding(error):
+                    raise
+        repaired = plan.temporary / "repaired" / hashlib.md5(path.encode()).hexdigest()
+        make_once(repaired, lambda folder: repair_text(path, folder / "rows.parquet"))
+        with explain_read_errors(path):
+            make(str(repaired / "rows.parquet"), beside)
+
+    make_once(folder, make_folder)
 
 
 def _join_sidecars(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> None:
@@ -258,25 +258,20 @@ def _scan_file(connection: DuckDBPyConnection, plan: MergePlan, number: int) -> 
     file = plan.files[number]
     blocked = read_blocked(connection, plan.config)
 
-    def make(folder: Path) -> None:
-        def scan(path: str) -> None:
-            columns, broken = file.columns, quote_identifier(BROKEN_TEXT)
-            if path != file.path:
-                columns = columns.replace(
-                    f"{NOT_BROKEN} AS broken_text", f"{broken} AS broken_text"
-                )
-            query, parameters = scan_query(plan, file._replace(path=path, columns=columns))
-            scanned = execute_query(connection, query, parameters)
-            matched, unjudged = set[str](), Counter[str]()
-            judged = scanned.to_arrow_reader(rows_per_run(plan.partitions))
-            noted = _note_findings(judged, blocked, matched, unjudged)
-            write_rows(noted, folder, file.source, plan.partitions)
-            findings = {"matched": sorted(matched), "unjudged": unjudged}
-            write_atomically(folder / FINDINGS, json.dumps(findings))
+    def scan(path: str, folder: Path) -> None:
+        columns, broken = file.columns, quote_identifier(BROKEN_TEXT)
+        if path != file.path:
+            columns = columns.replace(f"{NOT_BROKEN} AS broken_text", f"{broken} AS broken_text")
+        query, parameters = scan_query(plan, file._replace(path=path, columns=columns))
+        scanned = execute_query(connection, query, parameters)
+        matched, unjudged = set[str](), Counter[str]()
+        judged = scanned.to_arrow_reader(rows_per_run(plan.partitions))
+        noted = _note_findings(judged, blocked, matched, unjudged)
+        write_rows(noted, folder, file.source, plan.partitions)
+        findings = {"matched": sorted(matched), "unjudged": unjudged}
+        write_atomically(folder / FINDINGS, json.dumps(findings))
 
-        _with_repair(plan, file.path, scan)
-
-    make_once(rows_folder(plan, file), make)
+    _make_from_file(plan, file.path, rows_folder(plan, file), scan)
 
 
 def rows_folder(plan: MergePlan, file: MetadataFile) -> Path:

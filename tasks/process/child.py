@@ -25,7 +25,6 @@ def run_supervised(
     log: Path,
     grace_s: float,
     env: Mapping[str, str] | None = None,
-    cwd: Path | None = None,
     poll: Callable[[], None] | None = None,
     poll_s: float = 0.5,
 ) -> int:
@@ -34,7 +33,7 @@ def run_supervised(
     `poll` is called every `poll_s` seconds; whatever it raises, KeyboardInterrupt included, stops
     the command and everything it started before it goes on.
     """
-    with start_supervised(command, log=log, grace_s=grace_s, env=env, cwd=cwd) as process:
+    with start_supervised(command, log=log, grace_s=grace_s, env=env) as process:
         while True:
             try:
                 return process.wait(poll_s)
@@ -51,12 +50,7 @@ def refuse_full_disk(log: Path) -> None:
 
 @contextmanager
 def start_supervised(
-    command: Sequence[str],
-    *,
-    log: Path,
-    grace_s: float,
-    env: Mapping[str, str] | None = None,
-    cwd: Path | None = None,
+    command: Sequence[str], *, log: Path, grace_s: float, env: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run `command` (`sys.executable -m tasks.x` works anywhere) beside the caller, appending
     its output to `log`; at the end of the block nothing of it is left.
@@ -77,7 +71,6 @@ def start_supervised(
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env={**settings, "PYTHONPATH": os.pathsep.join(paths), MARK: mark},
-            cwd=cwd,
         )
     try:
         yield process

@@ -105,19 +105,6 @@ def parse_list(written: str) -> list[Any] | None:
     return found if isinstance(found, list) else None
 
 
-_CsvRow = tuple[int, list[str], LineFlaw | None]
-
-
-def _csv_rows(path: str, quoting: Quoting) -> Iterator[_CsvRow]:
-    is_tsv = _file_suffix(path) == ".tsv"
-    return _split_lines(
-        _iterate_lines(path),
-        "\t" if is_tsv else ",",
-        has_quotes=quoting != "none",
-        is_lenient=is_tsv and quoting == "auto",
-    )
-
-
 def _file_suffix(path: str) -> str:
     name = path.lower()
     for ending in COMPRESSED:
@@ -164,10 +151,10 @@ def _iterate_lines(path: str) -> Iterator[_Line]:
                     yield number, "", LineFlaw.NOT_UTF8
 
 
-def _split_lines(
-    lines: Iterator[_Line], delimiter: str, *, has_quotes: bool, is_lenient: bool
-) -> Iterator[_CsvRow]:
+def _csv_rows(path: str, quoting: Quoting) -> Iterator[tuple[int, list[str], LineFlaw | None]]:
     """(number, values, flaw) of every row; lenient: what follows no rule for quotes has none."""
+    is_tsv, lines = _file_suffix(path) == ".tsv", _iterate_lines(path)
+    delimiter, is_lenient = "\t" if is_tsv else ",", is_tsv and quoting == "auto"
     waiting: deque[_Line] = deque()
     width: int | None = None
 
@@ -177,7 +164,7 @@ def _split_lines(
     while (first := following()) is not None:
         number, text, flaw = first
         values: list[str] | None = None
-        if flaw is None and (not has_quotes or '"' not in text):
+        if flaw is None and (quoting == "none" or '"' not in text):
             values = text.split(delimiter)
         elif flaw is None:
             values, taken = _quoted_row(first, following, delimiter, is_lenient)

@@ -126,17 +126,16 @@ def _verify_missing(
     folder.mkdir(parents=True, exist_ok=True)
     for torn in folder.glob(".*"):
         torn.unlink()
-    missing = [job for job in listed if not job.target.exists()]
-    before = len(listed) - len(missing)
+    missing = tuple(job for job in listed if not job.target.exists())
     left = {job.target for job in missing}
 
     def poll() -> None:
         left.difference_update([target for target in left if target.exists()])
-        report(before + len(missing) - len(left), len(listed), "shards")
+        report(len(listed) - len(left), len(listed), "shards")
 
     if not missing:
         return
-    job = VerifyJob(config=config, shards=tuple(missing), processes=min(processes, len(missing)))
+    job = VerifyJob(config=config, shards=missing, processes=min(processes, len(missing)))
     path, log = out / "job.json", out / LOG
     write_atomically(path, job.model_dump_json())
     status = run_supervised(
