@@ -1,4 +1,4 @@
-"""Fetch one URL of an untrusted list, safely and politely: what replaces urllib's defaults.
+"""Fetch one URL of an untrusted list, safely and politely.
 
 urllib's own opener follows file:, ftp: and data: URLs and proxies, redirects into private networks,
 reads bodies without limit, and its timeout is for one receive, so that a dripping server holds it
@@ -12,16 +12,18 @@ import http.client
 import io
 import socket
 import ssl
+import string
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote, urljoin, urlsplit
+from urllib.request import Request
 
 from tasks.download.config import DownloadConfig
 from tasks.download.fetch_outcome import (
@@ -38,6 +40,7 @@ from tasks.web_addresses import normalise_web_address
 
 CHUNK_BYTES = 1 << 16
 MAX_REDIRECTS = 10
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
 MAX_RULES_REDIRECTS = 5
 """Redirects of a robots.txt that are followed; RFC 9309 asks for at least five."""
 REFUSED_TYPES = frozenset({"text/html", "application/xhtml+xml", "image/svg+xml"})
@@ -88,7 +91,7 @@ class Fetcher:
     def __init__(self, config: DownloadConfig) -> None:
         self._config = config
         self._limits = FetchLimits(config)
-        self._opener = guarded_opener(self._limits)
+        self._tls = ssl.create_default_context()
         manners = config.politeness
         token, self._rules = manners.user_agent_token, list[tuple[Outcome, Robots]]()
         self._hosts = HostGate(manners.host_connections, manners.rest_after, manners.max_rest_s)
@@ -100,6 +103,7 @@ class Fetcher:
         self._headers = {
             "User-Agent": f"Mozilla/5.0 (compatible; {token}{contact})",
             "Accept": "image/*,*/*;q=0.5",
+            "Connection": "close",
         }
 
     def fetch_image(self, url: str, digest: str | None = None) -> tuple[bytes | None, str | None]:
@@ -162,38 +166,67 @@ class Fetcher:
                 self._hosts.note_answer(host, busy=False, retry_after_s=0)
                 if response.headers.get_content_type() in REFUSED_TYPES:
                     raise Refused(Outcome.NOT_AN_IMAGE_TYPE)
-                _refuse_declined(response.headers, config)
-                body: bytes = response.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                wanted_s = retry_after(error.headers.get("Retry-After"), datetime.now(UTC))
-                busy = error.code in BUSY_STATUSES
-                self._hosts.note_answer(host, busy=busy, retry_after_s=wanted_s or 0)
-                raise OSError(with_retry_after(str(error), wanted_s)) from None
+                self._refuse_declined(response.headers)
+                body = response.read()
+        except HTTPError as error:
+            wanted_s = retry_after(error.headers.get("Retry-After"), datetime.now(UTC))
+            busy = error.code in BUSY_STATUSES
+            self._hosts.note_answer(host, busy=busy, retry_after_s=wanted_s or 0)
+            raise OSError(with_retry_after(str(error), wanted_s)) from None
         if digest and hashlib.new(config.hash_algorithm, body).hexdigest() != digest.lower():
             raise Refused(Outcome.HASH_MISMATCH)
         return body
 
-    def _open_url(self, url: str) -> Any:
-        request = urllib.request.Request(url, headers=self._headers)
-        return self._opener.open(request, timeout=self._config.timeout_s)
+    @contextmanager
+    def _open_url(self, url: str) -> Iterator[http.client.HTTPResponse]:
+        """The answer to GET `url`, if it is neither a redirect nor an error."""
+        request = Request(url)
+        if request.type not in ("http", "https"):
+            raise URLError(f"unknown url type: {request.type}")
+        if not request.host:
+            raise URLError("no host given")
+        tls = self._tls if request.type == "https" else None
+        with closing(_Connection(request.host, self._limits, tls)) as connection:
+            try:
+                connection.request("GET", request.selector, headers=self._headers)
+            except OSError as error:
+                raise URLError(error) from error
+            with connection.getresponse() as response:
+                status, headers, reason = response.status, response.headers, response.reason
+                location = headers.get("Location", headers.get("URI"))
+                if status in REDIRECTS and location is not None:
+                    if urlsplit(location).scheme in ("http", "https", "ftp", ""):
+                        self._refuse_declined(headers)
+                        # http.client reads headers as ISO-8859-1
+                        target = quote(location, encoding="iso-8859-1", safe=string.punctuation)
+                        raise Redirected(urljoin(url, target))
+                    reason += f" - Redirection to url '{location}' is not allowed"
+                if not 200 <= status < 300:
+                    raise HTTPError(url, status, reason, headers, None)
+                if (response.length or 0) > self._config.max_bytes:
+                    raise Refused(Outcome.TOO_MANY_BYTES)
+                yield response
+
+    def _refuse_declined(self, headers: http.client.HTTPMessage) -> None:
+        manners = self._config.politeness
+        token, directives = manners.user_agent_token, manners.disallowed_directives
+        if declines_use(headers, token=token, directives=directives, tdm=manners.respect_tdm):
+            raise Refused(Outcome.OPTED_OUT)
 
     def _fetch_rules(self, place: str) -> bytes | None:
         try:
             for _ in range(MAX_RULES_REDIRECTS + 1):
                 try:
                     with self._open_url(place) as response:
-                        content: bytes = response.read(MAX_RULES_BYTES)
-                        return content
+                        return response.read(MAX_RULES_BYTES)
                 except Redirected as redirect:
                     place = str(redirect)
             return None  # RFC 9309 2.3.1.2: as if there were none
-        except urllib.error.HTTPError as error:
-            with error:
-                if error.code < 500 and error.code not in BUSY_STATUSES:
-                    return None
-                # RFC 9309: a host that cannot say must be taken to forbid, for now
-                raise OSError(str(error)) from None
+        except HTTPError as error:
+            if error.code < 500 and error.code not in BUSY_STATUSES:
+                return None
+            # RFC 9309: a host that cannot say must be taken to forbid, for now
+            raise OSError(str(error)) from None
 
 
 def retry_after(value: str | None, now: datetime) -> float | None:
@@ -207,77 +240,12 @@ def retry_after(value: str | None, now: datetime) -> float | None:
         return None
 
 
-def guarded_opener(limits: FetchLimits) -> urllib.request.OpenerDirector:
-    """An opener that can do nothing but GET from allowed addresses, within the limits."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        _GuardedHandler(limits),
-        urllib.request.HTTPDefaultErrorHandler(),
-        _RedirectHandler(limits),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.UnknownHandler(),
-    ):
-        opener.add_handler(handler)
-    return opener
-
-
-def _refuse_declined(headers: http.client.HTTPMessage, config: DownloadConfig) -> None:
-    manners = config.politeness
-    token, directives = manners.user_agent_token, manners.disallowed_directives
-    if declines_use(headers, token=token, directives=directives, tdm=manners.respect_tdm):
-        raise Refused(Outcome.OPTED_OUT)
-
-
-class _RedirectHandler(urllib.request.HTTPRedirectHandler):
-    """Hands every redirect to the caller, who has rules for the next host, too."""
-
-    def __init__(self, limits: FetchLimits) -> None:
-        self._limits = limits
-
-    def redirect_request(self, *answer: Any, **_: Any) -> None:
-        _, body, _, _, headers, url = answer
-        body.close()
-        _refuse_declined(headers, self._limits.config)
-        raise Redirected(url)
-
-
-class _GuardedHandler(urllib.request.AbstractHTTPHandler):
-    """Opens http and https URLs over guarded connections, and looks at the answer's length."""
-
-    def __init__(self, limits: FetchLimits) -> None:
-        super().__init__()
-        self._limits = limits
-        self._tls = ssl.create_default_context()
-
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        tls = self._tls if request.type == "https" else None
-        connection = partial(_Connection, limits=self._limits, tls=tls)
-        return self.do_open(connection, request)  # type: ignore[arg-type, return-value]
-
-    def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
-        return self.do_request_(request)  # type: ignore[attr-defined, no-any-return]
-
-    def http_response(
-        self, request: urllib.request.Request, response: http.client.HTTPResponse
-    ) -> http.client.HTTPResponse:
-        limit = self._limits.config.max_bytes
-        if 200 <= response.status < 300 and (response.length or 0) > limit:
-            raise Refused(Outcome.TOO_MANY_BYTES)
-        return response
-
-    https_open = http_open
-    https_request = http_request
-    https_response = http_response
-
-
 class _Connection(http.client.HTTPConnection):
     """A connection to an address that was checked, under a deadline."""
 
-    def __init__(
-        self, host: str, *, limits: FetchLimits, tls: ssl.SSLContext | None, **options: Any
-    ) -> None:
+    def __init__(self, host: str, limits: FetchLimits, tls: ssl.SSLContext | None) -> None:
         self.default_port = http.client.HTTP_PORT if tls is None else http.client.HTTPS_PORT
-        super().__init__(host, **options)
+        super().__init__(host)
         self._limits = limits
         self._tls = tls
         self.response_class = partial(_Response, limits=limits)  # type: ignore[assignment]
