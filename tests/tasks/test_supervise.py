@@ -67,10 +67,13 @@ def test_a_command_ended_by_a_signal_gives_128_plus_its_number(tmp_path: Path) -
     assert run_supervised([PYTHON, "-c", code], log=tmp_path / "log", grace_s=1) == 128 + 9
 
 
-def test_output_goes_to_the_log_and_modules_are_found_from_any_folder(tmp_path: Path) -> None:
+def test_output_goes_to_the_log_and_modules_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     log = tmp_path / "logs" / "child.log"
     code = "from tasks.process.supervise import KILL_WAIT_S; print(KILL_WAIT_S); exit(2)"
-    assert run_supervised([PYTHON, "-c", code], log=log, grace_s=1, cwd=tmp_path) == 2
+    assert run_supervised([PYTHON, "-c", code], log=log, grace_s=1) == 2
     assert log.read_text() == f"{supervise.KILL_WAIT_S}\n"
 
 
