@@ -133,8 +133,8 @@ def counts_of(results: Mapping[str, Any]) -> dict[str, float]:
             for metric in [*(one.name for one in metrics_in(figures)), *own]:
                 counts[f"{prefix}.{metric}"] = figures[metric]
         counts[f"{name}.n"] = results["sets"][name]["n"]
-        for metric, value in results["chance"][name].items():
-            counts[f"{name}.chance.{metric}"] = value
+        chance = results["chance"][name].items()
+        counts |= {f"{name}.chance.{metric}": value for metric, value in chance}
     for table, by_model in results["averages"].items():
         if (percent := by_model[subject]["value"]) is not None:
             counts[f"average.{table}"] = percent / 100

@@ -55,9 +55,8 @@ def seen_in_training(
     most: int,
     report: Report,
 ) -> dict[str, Mask]:
-    """Masks of the images of each set with a copy, or a look-alike, among the training samples.
-
-    All sets are looked for in one pass over each index.
+    """Masks of the images of each set with a copy, or a look-alike, among the training samples; all
+    are looked for in one pass over each index.
 
     Samples that the versions of `trained_on` leave out do not count; two look-alikes may differ in
     `most` of the 64 bits of a perceptual hash.

@@ -157,12 +157,12 @@ def find_published(row: str, set_key: str, metric: str) -> PaperFigure | None:
     columns = {figure: column for column, figure in printed_columns(known).items()} if known else {}
     if known is None or metric not in columns:
         return None
-    column = columns[metric]
+    notes = {one.row: one.note for one in paper().models}
     for one in rows_of(known.tables[0]):
         if one.model == row:
-            note = next(model.note for model in paper().models if model.row == row)
-            value, notes = float(one.cells[column]), one.footnotes(column)
-            return PaperFigure(value, known.tolerance, notes, note)
+            column = columns[metric]
+            value, errata = float(one.cells[column]), one.footnotes(column)
+            return PaperFigure(value, known.tolerance, errata, notes[row])
     return None
 
 

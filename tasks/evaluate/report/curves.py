@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from markupsafe import Markup
@@ -68,9 +68,8 @@ def loss_chart(curve: Curve) -> Markup:
     raw = list(zip(curve.samples, curve.losses, strict=True))
     width = max(1, round(len(raw) * SMOOTH))
     smooth = [
-        (curve.samples[index], sum(part) / len(part))
-        for index in range(0, len(raw), stride)
-        for part in (curve.losses[max(0, index - width + 1) : index + 1],)
+        (curve.samples[at], fmean(curve.losses[max(0, at - width + 1) : at + 1]))
+        for at in range(0, len(raw), stride)
     ]
     guessing = [(curve.samples[0], log(curve.batch)), (curve.samples[-1], log(curve.batch))]
     lines = [
