@@ -19,14 +19,14 @@ from tasks.evaluate.config import EvaluationMachine, Precision
 from tasks.evaluate.encode.encode_features import (
     IMAGE_BLOCK,
     Cache,
-    ImageList,
     TextFeatures,
-    missing_blocks,
+    image_blocks,
     read_features,
     texts_of,
 )
 from tasks.evaluate.encode.encode_worker import (
     EncodeJob,
+    ImageList,
     ImageWork,
     ModelWork,
     Progress,
@@ -121,14 +121,18 @@ class Features:
         return found
 
     def _missing_images(self, model: str, folder: Path, planned: set[Path]) -> Iterator[ImageWork]:
-        for number, (name, evalset) in enumerate(self.sets.items()):
+        for at, (name, evalset) in enumerate(self.sets.items()):
             if name in self.failed:
                 continue
             place = self._image_folder(model, evalset)
-            blocks = {} if place in planned else missing_blocks(place, len(evalset))
+            blocks = {
+                number: len(block.rows)
+                for number, block in enumerate(image_blocks(place, len(evalset)))
+                if place not in planned and block.read() is None
+            }
             planned.add(place)
             if blocks:
-                listed = folder / f"images-{number}.json"
+                listed = folder / f"images-{at}.json"
                 if not listed.is_file():
                     keys, spans = zip(*((x.key, x.image) for x in evalset.samples), strict=True)
                     images = ImageList(keys=keys, spans=spans, crop_px=evalset.crop_px)

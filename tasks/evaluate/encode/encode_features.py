@@ -9,37 +9,26 @@ share texts share the work. Not here: encoding itself (tasks/encoders/encode_chu
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from evaclip_model.config import Config
-from evaclip_model.errors import InputError
 from evaclip_model.files import replace_file
-from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 from evaclip_model.weights.tensor_files import write_tensors
 from evaclip_model.zeroshot.exact_ranks import build_classifier, fill_templates
-from evaclip_model.zeroshot.set_layout import Span
-from tasks.encoders.encode_chunks import (
-    IMAGE_CHUNK,
-    embed_images,
-    encode_text_chunk,
-    iterate_text_blocks,
-)
+from tasks.encoders.encode_chunks import IMAGE_CHUNK, encode_text_chunk, iterate_text_blocks
 from tasks.encoders.open_models import Subject
 from tasks.evaluate.sets.published_layout import EvalSet
 
 IMAGE_BLOCK = 4 * IMAGE_CHUNK
 """Images of one file; a kill costs at most one block."""
-_FEATURES = "features"
+FEATURES = "features"
 _KEYS, _CUT = "keys", "cut"
 _KEY_BYTES = 16
 SUFFIX = ".safetensors"
@@ -108,82 +97,29 @@ def _stat(path: Path) -> tuple[float, int]:
     return 0.0, 0
 
 
-class ImageList(Config):
-    """The images of one set, as the processes that encode them receive them."""
+class ImageBlock(NamedTuple):
+    file: Path
+    """Its name has the range of the images."""
+    rows: range
+    """Numbers of the images, in the order of the set."""
 
-    keys: tuple[str, ...]
-    spans: tuple[Span, ...]
-    crop_px: int
-    """Cut off every side of every image first."""
-
-
-class UnusableSetError(InputError):
-    """An image of a set cannot be decoded or cropped: the set fails, the others do not."""
-
-
-def begin_block(
-    subject: Subject, images: ImageList, number: int, pool: Executor | None
-) -> Iterator[Tensor]:
-    """The model's input [3, S, S] for each image of a block; with a pool, all are decoded ahead.
-    UnusableSetError, if one cannot be decoded, is raised when its turn comes."""
-    start = number * IMAGE_BLOCK
-    rows = range(start, min(start + IMAGE_BLOCK, len(images.keys)))
-    decode = partial(_load_pixels, images, subject.transform)
-    return map(decode, rows) if pool is None else pool.map(decode, rows)
+    def read(self) -> Tensor | None:
+        """Unit features [rows, D]; None if the block is absent or damaged."""
+        features = (read_block(self.file) or {}).get(FEATURES)
+        return features if features is not None and len(features) == len(self.rows) else None
 
 
-def encode_block(
-    subject: Subject, images: ImageList, number: int, decoded: Iterator[Tensor], folder: Path
-) -> int:
-    """Encode the images that `begin_block` decodes and write the block; returns their number.
-    UnusableSetError if one cannot be decoded, InputError if features are not finite."""
-    features = embed_images(subject, decoded)
-    file, size = _block_files(folder, len(images.keys))[number]
-    write_block(file, {_FEATURES: features})
-    return size
-
-
-def missing_blocks(folder: Path, images: int) -> dict[int, int]:
-    """Blocks of a set that are absent or damaged: number -> images."""
-    blocks = enumerate(_block_files(folder, images))
-    return {number: size for number, (file, size) in blocks if _read_block(file, size) is None}
+def image_blocks(folder: Path, images: int) -> list[ImageBlock]:
+    """The blocks of a set of so many images."""
+    rows = [range(images)[at : at + IMAGE_BLOCK] for at in range(0, images, IMAGE_BLOCK)]
+    return [ImageBlock(folder / f"{one.start:09d}-{len(one)}{SUFFIX}", one) for one in rows]
 
 
 def read_features(folder: Path, images: int) -> Tensor | None:
     """Unit features of all images [N, D] in the order of the set; None if a block is missing."""
-    parts = [_read_block(file, size) for file, size in _block_files(folder, images)]
+    parts = [block.read() for block in image_blocks(folder, images)]
     whole = [part for part in parts if part is not None]
     return torch.cat(whole) if len(whole) == len(parts) else None
-
-
-def _block_files(folder: Path, images: int) -> list[tuple[Path, int]]:
-    """File of every block, whose name has the range of its samples, and their number."""
-    sizes = [(at, min(IMAGE_BLOCK, images - at)) for at in range(0, images, IMAGE_BLOCK)]
-    return [(folder / f"{at:09d}-{size}{SUFFIX}", size) for at, size in sizes]
-
-
-def _read_block(file: Path, size: int) -> Tensor | None:
-    features = (read_block(file) or {}).get(_FEATURES)
-    return features if features is not None and len(features) == size else None
-
-
-def _load_pixels(images: ImageList, transform: Callable[[Image.Image], Tensor], row: int) -> Tensor:
-    where, edge = f"{images.spans[row].tar}: image {images.keys[row]}", images.crop_px
-    try:
-        image = decode_image(images.spans[row].read())
-        width, height = image.size
-        if not edge:
-            return transform(image)
-        if min(width, height) > 2 * edge:
-            return transform(image.crop((edge, edge, width - edge, height - edge)))
-    except (UnreadableImageError, InputError) as error:  # undecodable, or its tar was cut short
-        raise UnusableSetError(
-            f"{where}: {error}; every image of a set is evaluated or none, so fetch or write this "
-            "set again"
-        ) from None
-    raise UnusableSetError(
-        f"{where} has {width} x {height} pixels, of which crop_px = {edge} leaves none: give less"
-    )
 
 
 def texts_of(evalset: EvalSet) -> list[str]:
@@ -202,16 +138,16 @@ class TextFeatures:
         blocks = []
         for path in sorted(folder.glob(f"*{SUFFIX}")):
             block = read_block(path)
-            if block is None or not {_KEYS, _FEATURES, _CUT} <= block.keys():
+            if block is None or not {_KEYS, FEATURES, _CUT} <= block.keys():
                 continue
             content = block[_KEYS].numpy().tobytes()
             fresh: list[int] = []
-            for row in range(len(block[_FEATURES])):
+            for row in range(len(block[FEATURES])):
                 key = content[row * _KEY_BYTES : (row + 1) * _KEY_BYTES]
                 if key not in self._row:
                     self._row[key] = len(self._row)
                     fresh.append(row)
-            blocks.append(block[_FEATURES][fresh])
+            blocks.append(block[FEATURES][fresh])
             self._cut += block[_CUT][fresh].tolist()
         self._features = torch.cat(blocks) if blocks else torch.empty(0)
 
@@ -258,7 +194,7 @@ def encode_texts(
         name = hashlib.sha256(keys).hexdigest()[:32]
         stored = {
             _KEYS: torch.frombuffer(bytearray(keys), dtype=torch.uint8).reshape(-1, _KEY_BYTES),
-            _FEATURES: features,
+            FEATURES: features,
             _CUT: subject.find_cut(named),
         }
         write_block(folder / f"{name}{SUFFIX}", stored)

@@ -14,23 +14,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 from evaclip_model.config import Config
 from evaclip_model.cpu.allocator import freed_memory_kept
+from evaclip_model.errors import InputError
 from evaclip_model.files import write_atomically
+from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
+from evaclip_model.zeroshot.set_layout import Span
+from tasks.encoders.encode_chunks import embed_images
 from tasks.encoders.open_models import Subject, open_subject
 from tasks.evaluate.config import Precision
-from tasks.evaluate.encode.encode_features import (
-    ImageList,
-    UnusableSetError,
-    begin_block,
-    encode_block,
-    encode_texts,
-)
+from tasks.evaluate.encode.encode_features import FEATURES, encode_texts, image_blocks, write_block
 from tasks.process.ranks import run_share
 
 Progress = Callable[[int, str], None]
 """Called with the number of images and texts done, and the names of their model and set."""
+
+
+class ImageList(Config):
+    """The images of one set, as the processes that encode them receive them."""
+
+    keys: tuple[str, ...]
+    spans: tuple[Span, ...]
+    crop_px: int
+    """Cut off every side of every image first."""
 
 
 class ImageWork(Config):
@@ -119,17 +128,47 @@ def do_share(job: EncodeJob, rank: int, progress: Progress) -> dict[str, str]:
     return failed
 
 
+class UnusableSetError(InputError):
+    """An image of a set cannot be decoded or cropped: the set fails, the others do not."""
+
+
 def _do_images(
     subject: Subject, work: ImageWork, mine: Sequence[int], pool: Executor | None
 ) -> Iterator[int]:
     """Encode some blocks of a set; yields the number of images of each."""
     images = ImageList.model_validate_json(work.listed.read_text())
-    decoded = begin_block(subject, images, mine[0], pool)
+    blocks = image_blocks(work.folder, len(images.keys))
+    load = partial(_load_pixels, images, subject.transform)
+
+    def decode(number: int) -> Iterator[Tensor]:
+        return (pool.map if pool else map)(load, blocks[number].rows)
+
+    decoded = decode(mine[0])
     for number, following in zip(mine, [*mine[1:], None], strict=True):
         # Decoding the next block begins before this one is encoded.
-        ahead = begin_block(subject, images, following, pool) if following is not None else decoded
-        yield encode_block(subject, images, number, decoded, work.folder)
+        ahead = decode(following) if following is not None else decoded
+        write_block(blocks[number].file, {FEATURES: embed_images(subject, decoded)})
+        yield len(blocks[number].rows)
         decoded = ahead
+
+
+def _load_pixels(images: ImageList, transform: Callable[[Image.Image], Tensor], row: int) -> Tensor:
+    where, edge = f"{images.spans[row].tar}: image {images.keys[row]}", images.crop_px
+    try:
+        image = decode_image(images.spans[row].read())
+        width, height = image.size
+        if not edge:
+            return transform(image)
+        if min(width, height) > 2 * edge:
+            return transform(image.crop((edge, edge, width - edge, height - edge)))
+    except (UnreadableImageError, InputError) as error:  # undecodable, or its tar was cut short
+        raise UnusableSetError(
+            f"{where}: {error}; every image of a set is evaluated or none, so fetch or write this "
+            "set again"
+        ) from None
+    raise UnusableSetError(
+        f"{where} has {width} x {height} pixels, of which crop_px = {edge} leaves none: give less"
+    )
 
 
 @contextmanager
