@@ -101,7 +101,8 @@ def uids_of_rows(index: SampleIndex, rows: npt.NDArray[np.int64]) -> list[str]:
 
 
 def _read_pairs(pairs: npt.NDArray[np.void]) -> pa.Array:
-    if pairs.dtype.names is None or [pairs.dtype[n].str for n in pairs.dtype.names] != ["<u8"] * 2:
+    names = pairs.dtype.names or ()
+    if [pairs.dtype[name].str for name in names] != ["<u8"] * 2:
         raise ValueError(f"it holds {pairs.dtype}, not pairs of uint64")
-    first, second = pairs.dtype.names
+    first, second = names
     return pa.array([f"{one[first]:016x}{one[second]:016x}" for one in pairs], pa.string())

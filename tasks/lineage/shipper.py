@@ -285,18 +285,14 @@ def _begin_run(client: MlflowClient, experiment: str, journal: Journal, event: E
         if event["parent"] is not None:
             tags["mlflow.parentRunId"] = journal.cursor.runs[event["parent"]]
         if tags.get(f"{PREFIX}reused") == "true":
-            tags |= _maker_tag(client, experiment, tags[f"{PREFIX}digest"])
+            digest = tags[f"{PREFIX}digest"]
+            same = f"tags.`{PREFIX}digest` = '{digest}' and tags.`{PREFIX}reused` = 'false'"
+            for maker in client.search_runs([experiment], same, max_results=1):
+                tags[f"{PREFIX}made_by_run"] = maker.info.run_id
         tags[f"{PREFIX}key"] = mark
         made = client.create_run(experiment, event["time"], tags, run_name=event["name"])
         run_id = made.info.run_id
     journal.cursor.runs[key] = run_id
-
-
-def _maker_tag(client: MlflowClient, experiment: str, digest: str) -> dict[str, str]:
-    """The tag that links a reused stage to the run that made its artifact, if it is known."""
-    same = f"tags.`{PREFIX}digest` = '{digest}' and tags.`{PREFIX}reused` = 'false'"
-    made = client.search_runs([experiment], same, max_results=1)
-    return {f"{PREFIX}made_by_run": made[0].info.run_id} if made else {}
 
 
 class MetricsSeries:

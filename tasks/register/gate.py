@@ -145,7 +145,11 @@ def contaminated_in(results: Mapping[str, Any]) -> dict[str, float]:
 def _list_reasons(
     candidate: Candidate, champion: Champion | None, policy: GatePolicy
 ) -> Iterator[_Reason]:
-    yield from _contamination_reasons(candidate, policy)
+    limit = policy.max_contaminated
+    for evalset, share in candidate.contaminated.items():
+        allowed = "any share is" if limit is None else f"{limit:.2%} are"
+        says = f"{evalset}: {share:.2%} of the images look like training data, {allowed} allowed"
+        yield "contamination", _allow(limit is None or share <= limit), says
     if champion is None:
         yield "champion", GateOutcome.PROMOTE, "no champion yet"
         return
@@ -158,15 +162,6 @@ def _list_reasons(
     yield from _cost_reasons(candidate, champion, policy)
     yield from _loss_reasons(candidate, policy)
     yield _gain_reason(candidate, policy)
-
-
-def _contamination_reasons(candidate: Candidate, policy: GatePolicy) -> Iterator[_Reason]:
-    limit = policy.max_contaminated
-    for evalset, share in candidate.contaminated.items():
-        within = limit is None or share <= limit
-        allowed = "any share is" if limit is None else f"{limit:.2%} are"
-        says = f"{evalset}: {share:.2%} of the images look like training data, {allowed} allowed"
-        yield "contamination", _allow(within), says
 
 
 def _allow(within: bool) -> GateOutcome:

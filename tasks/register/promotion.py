@@ -275,22 +275,16 @@ def _read_standing(version: ModelVersion) -> Standing:
 
 
 def _read_moves(client: MlflowClient, name: str, alias: str) -> list[Move]:
-    prefix = f"{HISTORY_TAG}.{alias}."
-    moves = [
-        _read_move(key.removeprefix(prefix), int(version.version), text)
-        for version in _search_versions(client, name)
-        for key, text in version.tags.items()
-        if key.startswith(prefix)
-    ]
+    prefix, moves = f"{HISTORY_TAG}.{alias}.", []
+    for version in _search_versions(client, name):
+        for key, text in version.tags.items():
+            if key.startswith(prefix):
+                about = key.removeprefix(prefix), int(version.version)
+                try:
+                    moves.append(Move(*about, **json.loads(text)))
+                except (ValueError, TypeError):  # that it was there counts: somebody edited the tag
+                    moves.append(Move(*about, "outside", "unknown", text))
     return sorted(moves, key=lambda move: move.at)
-
-
-def _read_move(at: str, version: int, text: str) -> Move:
-    """A move as its tag says; that it was there counts, even where somebody edited the tag."""
-    try:
-        return Move(at, version, **json.loads(text))
-    except (ValueError, TypeError):
-        return Move(at, version, "outside", "unknown", text)
 
 
 def _write_down(
