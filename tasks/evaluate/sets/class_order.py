@@ -155,7 +155,6 @@ def list_of_known(known: KnownSet | None, required: bool = False) -> ClassNameLi
 def order_classes(
     words: Sequence[str],
     wanted: Words,
-    chosen: ClassNameList | None = None,
     *,
     where: str,
     display_names: Mapping[str, str] | None = None,
@@ -166,13 +165,12 @@ def order_classes(
 
     Args:
         words: the source's classes, in its own order (for folders, that of text).
-        chosen: the list that names the classes, else `wanted.classnames`; without one a known set's
-            own, where there is one and it can be compared, else the words themselves.
+        wanted: its list names the classes; without one a known set's own, where there is one and it
+            can be compared, else the words themselves.
         display_names: names of words, where they are not the words without underscores.
     """
     known = wanted.known
-    if wanted.classnames:
-        chosen = read_class_names(wanted.classnames, known)
+    chosen = read_class_names(wanted.classnames, known) if wanted.classnames else None
     odd = next((word for word in words if not word.isdecimal()), None)
     if wanted.order == "number" and odd is not None:
         raise InputError(f"{where}: '{odd}' is not a number, so it gives no label by number")

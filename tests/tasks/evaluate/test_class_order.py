@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ from evaclip_model.errors import InputError
 from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames
 from tasks.evaluate.sets.check_set import odd_names
 from tasks.evaluate.sets.class_order import (
-    ClassNameList,
     ClassOrder,
     Words,
     order_classes,
@@ -25,8 +25,11 @@ PETS = ("Abyssinian", "Bengal", "american_bulldog", "basset_hound")
 
 
 def ordered(words: tuple[str, ...], names: tuple[str, ...] = (), **options: object) -> ClassOrder:
-    chosen = ClassNameList(names, "names.txt") if names else None
-    return order_classes(words, Words(**options), chosen, where="pets")
+    with tempfile.TemporaryDirectory() as folder:
+        listed = Path(folder) / "names.txt"
+        listed.write_text("\n".join(names))
+        wanted = Words(classnames=str(listed) if names else "", **options)
+        return order_classes(words, wanted, where="pets")
 
 
 def named(found: ClassOrder) -> dict[str, str]:
@@ -86,7 +89,7 @@ def test_numbers_that_could_count_from_either_are_asked_for() -> None:
     assert ordered(("3", "4"), names, first=1).labels == {"3": 2, "4": 3}
     with pytest.raises(InputError, match="they do not fit"):
         ordered(("1", "13"), names)
-    with pytest.raises(InputError, match=r"but names\.txt has 12 names, counted from 0"):
+    with pytest.raises(InputError, match=r"names\.txt has 12 names, counted from 0"):
         ordered(("0", "12"), names)
     with pytest.raises(InputError, match="'cat' is not a number"):
         ordered(("1", "cat"), names, order="number")
@@ -159,11 +162,11 @@ def test_files_of_names_have_several_forms(
 
 def test_a_file_that_says_which_word_a_name_is_for_decides(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("dog\tcanis\ncat\tfelis\n")
-    listed = read_class_names(str(tmp_path / "names.txt"), None)
-    found = order_classes(("cat", "dog"), Words(), listed, where="x")
+    wanted = Words(classnames=str(tmp_path / "names.txt"))
+    found = order_classes(("cat", "dog"), wanted, where="x")
     assert named(found) == {"cat": "felis", "dog": "canis"}
     with pytest.raises(InputError, match="has no name for the class 'eel' of x"):
-        order_classes(("eel",), Words(), listed, where="x")
+        order_classes(("eel",), wanted, where="x")
 
 
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"0": "a", "2": "b"}', '{"a": "b"}', "[]"])
