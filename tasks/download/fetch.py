@@ -78,7 +78,7 @@ class FetchLimits(threading.local):
         self.config = config
 
     def seconds_left(self) -> float:
-        """Seconds that a server may be silent now; raises `Refused` when none is left."""
+        """Seconds that a server may be silent now; `Refused` when none is left."""
         left = self.end - time.monotonic()
         if left <= 0:
             raise Refused(Outcome.DEADLINE)

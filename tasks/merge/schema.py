@@ -75,17 +75,16 @@ def column_map(
 class JudgedParts(NamedTuple):
     """The columns that rules can judge a source by: what any of its files has."""
 
-    language: bool = False
-    similarity: bool = False
-    watermark: bool = False
-    scores: frozenset[str] = frozenset()
+    language: bool
+    similarity: bool
+    watermark: bool
+    scores: frozenset[str]
     """Safety columns that hold numbers."""
-    tags: frozenset[str] = frozenset()
+    tags: frozenset[str]
     """Safety columns that hold LAION's tags."""
 
     @classmethod
     def of(cls, maps: Sequence[tuple[ColumnMap, PublishedColumns]]) -> Self:
-        """Of the maps and columns of all files of a source."""
         unsafe = {name: kinds[name] for columns, kinds in maps for name in columns.unsafe}
         return cls(
             any(columns.language for columns, _ in maps),

@@ -292,21 +292,14 @@ def _dedupe_keys(connection: DuckDBPyConnection, plan: MergePlan, part: int, fol
     connection.register("part_keys", part_keys)
     execute_query(connection, load_statement("dedupe", keys=query), parameters)
     connection.unregister("part_keys")
-    for name, codec, query in (
-        (
-            "reasons",
-            "zstd",
-            "source, reason, others, count(*) AS rows FROM deduped "
-            "WHERE reason IS NOT NULL OR others <> 0 GROUP BY ALL",
-        ),
-        (
-            "histogram",
-            "zstd",
-            "source, bucket, count(*) AS rows FROM deduped WHERE reason IS NULL GROUP BY ALL",
-        ),
-        ("rows", "uncompressed", "* EXCLUDE reason FROM deduped WHERE reason IS NULL"),
-    ):
-        statement = copy_statement(f"SELECT {query}", f"CODEC {codec}")
+    for name, query in {
+        "reasons": "SELECT source, reason, others, count(*) AS rows FROM deduped "
+        "WHERE reason IS NOT NULL OR others <> 0 GROUP BY ALL",
+        "histogram": "SELECT source, bucket, count(*) AS rows FROM deduped "
+        "WHERE reason IS NULL GROUP BY ALL",
+        "rows": "SELECT * EXCLUDE reason FROM deduped WHERE reason IS NULL",
+    }.items():
+        statement = copy_statement(query, "CODEC uncompressed")
         connection.execute(statement, {"target": str(folder / f"{name}.parquet")})
     connection.execute("DROP TABLE deduped")
 
