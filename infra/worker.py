@@ -13,15 +13,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import psutil
 from up import UserError, crash_runs
 
 RESTART_S = 5
 STOP_S = 35  # Prefect gives a flow 30 s to end before it kills it
 LEFT_S = 5
 CLOSE_S = 20  # MLflow may be going down at the same time; the next run closes what is left
-RUN_ID = "PREFECT__FLOW_RUN_ID="
+RUN_ID = "PREFECT__FLOW_RUN_ID"
 
 
 def main(arguments):
@@ -87,15 +87,11 @@ def stop(worker, name):
 def runs_of(name):
     """Process -> flow run, of every process that works for a run of this worker."""
     found = {}
-    ours = {f"PREFECT__WORKER_NAME={name}", f"PREFECT_API_URL={os.environ['PREFECT_API_URL']}"}
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            settings = environ.read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        runs = [one.removeprefix(RUN_ID) for one in settings if one.startswith(RUN_ID)]
-        if runs and ours <= set(settings):
-            found[int(environ.parent.name)] = runs[0]
+    ours = {"PREFECT__WORKER_NAME": name, "PREFECT_API_URL": os.environ["PREFECT_API_URL"]}
+    for process in psutil.process_iter(["environ"]):
+        settings = process.info["environ"] or {}
+        if RUN_ID in settings and ours.items() <= settings.items():
+            found[process.pid] = settings[RUN_ID]
     return found
 
 

@@ -2,24 +2,21 @@
 samples (sample_trace.py), walking manifests (flows/graph/ancestry.py), the registry
 (tasks/register/model_versions.py), the picture (tasks/lineage/lineage_svg.py)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evaclip_model.errors import InputError
+from flows.config.profile import Profile
 from flows.graph.ancestry import children_of
 from flows.reporting.terminal import summarise_counts
 from tasks.artifacts.artifact import Artifact, read_artifacts
 from tasks.artifacts.provenance import Change, Lineage, Node, lineage_of, list_changes
 from tasks.merge.config import STAGE as MERGE
 from tasks.register.config import STAGE as REGISTER
-from tasks.register.model_versions import RegisteredVersion
-
-if TYPE_CHECKING:
-    from tasks.register.model_versions import Described
+from tasks.register.model_versions import Described, RegisteredVersion, made_from
+from tasks.tracking import TrackingStore
 
 SHORTEST_DIGEST = 6  # characters of a digest that are taken for one
 
@@ -86,22 +83,29 @@ def downward_tree(artifact: Artifact, artifacts: Sequence[Artifact]) -> Iterator
     yield from _tree_branches(artifact.digest, children, line, set(), "")
 
 
-def find_artifacts(root: Path, what: str) -> list[Artifact]:
-    """Every artifact under `root` whose digest begins with `what`."""
-    is_digest = len(what) >= SHORTEST_DIGEST
-    return [one for one in read_artifacts(root) if is_digest and one.digest.startswith(what)]
-
-
-def artifact_trees(artifact: Artifact, root: Path) -> Iterator[str]:
-    yield "made from"
-    yield from upward_tree(lineage_of([artifact], root))
-    yield "\nmade of it"
-    yield from downward_tree(artifact, read_artifacts(root))
-
-
-def source_trees(root: Path, source: str) -> Iterator[str]:
-    """Everything that was made of a source's metadata."""
+def data_trees(profile: Profile, what: str) -> Iterator[str]:
+    """Trees of what an artifact was made from and what became of it, or of a source's metadata;
+    `what` is the beginning of the digest, or the source's name."""
+    root = profile.root.resolve()
     artifacts = read_artifacts(root)
+    is_digest = len(what) >= SHORTEST_DIGEST
+    found = [one for one in artifacts if is_digest and one.digest.startswith(what)]
+    database = TrackingStore.at(profile.mlflow_uri, "").database
+    digest, versions = found[0].digest if found else what, list[str]()
+    if database is None or database.is_file():
+        versions = made_from(profile.mlflow_uri, digest)
+    for artifact in found:
+        yield "made from"
+        yield from upward_tree(lineage_of([artifact], root))
+        yield "\nmade of it"
+        yield from downward_tree(artifact, artifacts)
+    if not found and not versions:
+        yield from _source_trees(root, what, artifacts)
+    if versions:
+        yield f"\nregistered from it: {', '.join(versions)}"
+
+
+def _source_trees(root: Path, source: str, artifacts: Sequence[Artifact]) -> Iterator[str]:
     merges = [one for one in artifacts if one.kind == MERGE.name]
     users = [one for one in merges if source in one.parents]
     if not users:

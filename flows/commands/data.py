@@ -16,7 +16,6 @@ from evaclip_model.errors import InputError
 from flows.config.profile import Profile, load_profile
 from flows.reporting.terminal import console, moving_bar
 from tasks.progress import format_bytes
-from tasks.tracking import TrackingStore
 
 sources = Typer(help="Look at metadata files before they become a source.")
 if TYPE_CHECKING:
@@ -97,7 +96,9 @@ def lineage(
     elif svg is not None:
         raise InputError("--svg draws a model: name it as NAME@ALIAS or NAME/VERSION")
     else:
-        lines = _lineage_of_data(profile, what)
+        from flows.audit.lineage_tree import data_trees
+
+        lines = data_trees(profile, what)
     console.print("\n".join(lines), soft_wrap=True)
 
 
@@ -176,24 +177,6 @@ def _lineage_of_model(profile: Profile, what: str, alias: str, svg: Path | None)
         aliases = "".join(f" @{alias}" for alias in version.aliases)
         svg.write_text(lineage_svg(version.lineage, f"{version}{aliases}"))
         yield f"\nthe picture is in {svg}"
-
-
-def _lineage_of_data(profile: Profile, what: str) -> Iterator[str]:
-    from flows.audit.lineage_tree import artifact_trees, find_artifacts, source_trees
-    from tasks.register.model_versions import made_from
-
-    root = profile.root.resolve()
-    found = find_artifacts(root, what)
-    database = TrackingStore.at(profile.mlflow_uri, "").database
-    digest, versions = found[0].digest if found else what, list[str]()
-    if database is None or database.is_file():
-        versions = made_from(profile.mlflow_uri, digest)
-    for artifact in found:
-        yield from artifact_trees(artifact, root)
-    if not found and not versions:
-        yield from source_trees(root, what)
-    if versions:
-        yield f"\nregistered from it: {', '.join(versions)}"
 
 
 def _print_left_out(reasons: Counter[str], first: str) -> None:
