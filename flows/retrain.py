@@ -73,11 +73,9 @@ def retrain(
         if news.is_first:
             prepare_data(session)
         else:
-            new = (
-                incremental.new_merge_step(wanted, graph, news),
-                incremental.new_adopt_step(wanted, graph, news),
-            )
-            begun = [*news.waiting, *(session.make_step(step) for step in new if step)]
+            steps = (incremental.new_merge_step, incremental.new_adopt_step)
+            new = [step for declare in steps if (step := declare(wanted, graph, news))]
+            begun = [*news.waiting, *map(session.make_step, new)]
             merges, adoptions = of_kind(MERGE, begun), of_kind(ADOPT, begun)
             site, rules = graph.site, wanted.verify
             adopted = [verify_step(site, rules, one, Role.ADOPT) for one in adoptions]
