@@ -87,7 +87,7 @@ class _Root:
 
 
 def find_leftovers(profile: Profile, days: float) -> list[Leftover]:
-    """Return what may go, in that order; what somebody wrote to in the last `days` stays."""
+    """Return what may go, ahead of what it is made of; what changed in the last `days` stays."""
     folder = profile.root.resolve()
     root = _Root(profile, read_artifacts(folder))
     again = [Leftover(path, "can be made again") for one in MADE_AGAIN for path in folder.glob(one)]
@@ -115,7 +115,7 @@ def remove_leftovers(root: Path, found: Sequence[Leftover], report: Report) -> N
             done += one.bytes
             if one.is_manifest_kept:
                 (one.path / MANIFEST).rename(one.path / PRUNED)
-            for path in one.path.iterdir() if one.is_manifest_kept else [one.path]:
+            for path in [*one.path.iterdir()] if one.is_manifest_kept else [one.path]:
                 if path.name != PRUNED:
                     _remove_tree(path, root / REMOVED)
 
