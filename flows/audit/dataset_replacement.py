@@ -83,6 +83,7 @@ def describe_unmatched(file: Path, root: Path) -> Iterator[str]:
 
 def left_out(version: Artifact, rows: Sequence[int]) -> dict[int, str]:
     """Return those of an index's rows that a dataset version leaves out, with the reason."""
+    # row groups whose statistics say that they hold none of the rows are not read
     table = pq.read_table(version.folder / LEFT_OUT, filters=pc.field("row").isin(list(rows)))
     return dict(zip(table["row"].to_pylist(), table["reason"].to_pylist(), strict=True))
 
