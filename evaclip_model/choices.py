@@ -4,7 +4,6 @@ the form a model is written in. Does not import torch, so that command lines sta
 from typing import Literal
 
 Precision = Literal["fp32", "bf16", "fp16"]
-"""dtype of a model's weights."""
 GradCheckpointing = Literal["none", "selective", "full"]
 """Activations that the backward pass computes again; see `layers.run_block`."""
 Library = Literal["native", "open_clip", "timm", "transformers"]

@@ -26,7 +26,15 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in], weight [out, in], bias [out] or none -> [..., out]."""
-    if not _takes_onednn(x, weight):
+    takes_onednn = (
+        not is_traced()
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() > 0  # oneDNN has no product of nothing
+        and _HAS_ONEDNN
+        and not torch.is_autocast_enabled("cpu")
+    )
+    if not takes_onednn:
         return F.linear(x, weight, bias)
     out: Tensor = _OneDnnLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return out
@@ -36,17 +44,6 @@ def is_traced() -> bool:
     """Return whether an exporter is recording: it needs plain operators, and sizes from shapes."""
     return (
         torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    )
-
-
-def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
-    return (
-        not is_traced()
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.numel() > 0  # oneDNN has no product of nothing
-        and _HAS_ONEDNN
-        and not torch.is_autocast_enabled("cpu")
     )
 
 

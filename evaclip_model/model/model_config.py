@@ -44,13 +44,10 @@ class VisionConfig(Config):
     image_px: int = Field(gt=0)
     """Side of the square input, in pixels; a multiple of `patch_px`."""
     patch_px: int = Field(gt=0)
-    """Side of a patch, in pixels."""
     width: int = Field(gt=0)
-    """Channels of the residual stream."""
     layers: int = Field(gt=0)
     heads: int = Field(gt=0)
     mlp_width: int = Field(gt=0)
-    """Hidden channels of the MLP."""
     mlp: Literal["gelu", "swiglu"]
     """GELU (erf) MLP of EVA-01 and E, or SwiGLU of EVA-02."""
     fused_qkv: bool
@@ -120,7 +117,6 @@ class ModelConfig(Config):
     """Two towers and the joint space they project to."""
 
     embed_dim: int = Field(gt=0)
-    """Channels of the joint image-text space."""
     vision: VisionConfig
     text: TextConfig
 

@@ -116,10 +116,9 @@ class Packing(NamedTuple):
 def pack_padded(tokens: Tensor) -> Packing:
     """Pack ids [B, L] as one group of full length: no size depends on them, so it can be traced."""
     captions, length = tokens.shape
-    positions = torch.arange(length, device=tokens.device).expand(captions, length)
-    starts = torch.arange(captions, device=tokens.device) * length
-    ends = starts + tokens.argmax(dim=1)
-    return Packing(((captions, length),), tokens.flatten(), positions.flatten(), ends)
+    positions = torch.arange(length, device=tokens.device).expand(captions, length).flatten()
+    ends = torch.arange(captions, device=tokens.device) * length + tokens.argmax(dim=1)
+    return Packing(((captions, length),), tokens.flatten(), positions, ends)
 
 
 def pack_captions(tokens: Tensor, device: torch.device) -> Packing:

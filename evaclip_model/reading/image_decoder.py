@@ -88,7 +88,6 @@ class DecodedImage:
     image: Image.Image
     """Upright, 8 bits a channel, otherwise in its own mode."""
     format: str
-    """Pillow's name of it."""
     is_changed: bool
     """Whether it was turned or lost bits: who decodes the file otherwise sees another image."""
 

@@ -45,7 +45,6 @@ class Part(NamedTuple):
     captions: Sequence[str]
     origins: Sequence[Origin]
     bad: Mapping[str, int]
-    """Reason -> samples that could not be used for it."""
 
 
 class WorkerFailed(RuntimeError):

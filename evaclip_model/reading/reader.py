@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
-from evaclip_model.reading.captions import Captions, choose_caption
+from evaclip_model.reading.captions import Captions, choose_caption, read_captions
 from evaclip_model.reading.config import SamplingConfig
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
 from evaclip_model.reading.order import ORDERS, Mixture, Piece
@@ -39,12 +39,11 @@ from evaclip_model.reading.samples import (
 )
 from evaclip_model.reading.shard_store import ShardStore
 from evaclip_model.reading.transform import Picture, decode_fast, picture_bytes, train_crop
-from evaclip_model.reading.urls import is_url
+from evaclip_model.reading.urls import is_url, resolve_location
 
 SHARDS_AHEAD = 2
 """Shards of every lane and source at hand or on their way: the one in use, and the next."""
 WORKER = (sys.executable, "-m", __name__)
-"""Command of a reading process."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,7 @@ class _Loaded:
     flaw: MemberFlaw | None
 
 
-@dataclass(frozen=True)
-class _Window:
+class _Window(NamedTuple):
     epoch: int
     number: int
     samples: list[_Loaded]
@@ -331,7 +329,8 @@ class BatchReader:
 
     def _open_stream(self, shard: Shard) -> _ShardStream:
         has_captions = shard.captions and self._config.caption_weights
-        further = self._store.read_captions(shard) if has_captions else {}
+        location = resolve_location(self._store.folder, shard.captions)
+        further = read_captions(location) if has_captions else {}
         return _ShardStream(shard, self._store.open_shard(shard), further)
 
 
@@ -351,8 +350,7 @@ def serve_batches(sent: Mapping[str, Any]) -> Iterator[tuple[Batch, Mapping[str,
             yield batch, bad
 
 
-@dataclass(frozen=True)
-class _ShardStream:
+class _ShardStream(NamedTuple):
     """A shard read front to back, once, in parts."""
 
     shard: Shard

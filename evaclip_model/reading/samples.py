@@ -31,10 +31,10 @@ from evaclip_model.reading.urls import (
     resolve_location,
 )
 
-VALIDATION_SHARDS = "validation.json"
-"""Name of the manifest beside it, of the pairs that are held out."""
 SHARDS = "shards.json"
 """Name of the manifest, in the folder that its shards' paths are relative to."""
+VALIDATION_SHARDS = "validation.json"
+"""Beside it, of the pairs that are held out."""
 IMAGE_EXTENSIONS = (
     *("jpg", "jpeg", "jpe", "jfif"),
     *("png", "webp", "gif", "bmp", "tif", "tiff", "avif"),
@@ -46,9 +46,7 @@ RECORD_EXTENSION = "json"
 MAX_IMAGE_BYTES = 1 << 28
 """Larger members are not read into memory: the sample is flawed."""
 MAX_TEXT_BYTES = 1 << 24
-"""Of captions and records."""
 SHARD_SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "http", "https")
-"""Of the URLs at which a shard may lie."""
 Stored = tuple[str, dict[str, Member]]
 """Key of a sample, and its members by extension: all behind the first dot, in lower case."""
 T = TypeVar("T")
@@ -82,14 +80,12 @@ class Sample(NamedTuple):
     """One image-text pair as stored."""
 
     key: str
-    """Unique inside its shard."""
     image: bytes | memoryview
     """Encoded; empty where `flaw` says that there is none."""
     caption: str
     record: Mapping[str, Any]
     """What the shard says of the sample besides, empty where it says nothing or was not asked."""
     flaw: MemberFlaw | None = None
-    """Why the sample cannot be used."""
 
 
 class Shard(Config):

@@ -17,7 +17,6 @@ from typing import Any
 
 from evaclip_model.errors import InputError
 from evaclip_model.files import replace_file
-from evaclip_model.reading.captions import Captions, read_captions
 from evaclip_model.reading.samples import SampleReader, Shard
 from evaclip_model.reading.urls import is_url, open_binary, open_filesystem, resolve_location
 
@@ -41,7 +40,7 @@ class ShardStore:
     ) -> None:
         """Take over this process's part of what a killed run left in `cache`, which there must be
         if any shard lies at a URL. `folder` is the manifest's, a path or a URL."""
-        self._folder = folder.rstrip("/")
+        self.folder = folder.rstrip("/")
         if is_url(folder):
             open_filesystem(folder)
         self._cache = cache or Path()
@@ -64,7 +63,7 @@ class ShardStore:
 
     def open_shard(self, shard: Shard) -> SampleReader:
         """Open the shard, once it is there, to read its samples that count; raises InputError."""
-        location = resolve_location(self._folder, shard.path)
+        location = resolve_location(self.folder, shard.path)
         if not is_url(location):
             return _open_local(Path(location), shard)
         for _ in range(ATTEMPTS):
@@ -78,14 +77,10 @@ class ShardStore:
             f"{location} is cleared away as soon as it is fetched: give the shards' cache more room"
         )
 
-    def read_captions(self, shard: Shard) -> dict[str, Captions]:
-        """Its further captions by key; raises InputError when they cannot be had."""
-        return read_captions(resolve_location(self._folder, shard.captions))
-
     def announce_shards(self, shards: Iterable[Shard]) -> None:
         """Say which shards come next, so that they may be brought; never waits."""
         for shard in shards:
-            is_remote = is_url(resolve_location(self._folder, shard.path))
+            is_remote = is_url(resolve_location(self.folder, shard.path))
             if is_remote and self._request_shard(shard, must=False) is None:
                 return
 
@@ -126,7 +121,7 @@ class ShardStore:
 
     def _fetch_shard(self, shard: Shard) -> Path:
         path = self._cache / f"{shard.sha256}.tar"
-        url = resolve_location(self._folder, shard.path)
+        url = resolve_location(self.folder, shard.path)
         problem = "the run ended"
         for attempt in range(ATTEMPTS):
             if path.exists():

@@ -20,7 +20,6 @@ STRETCH = 1 << 20
 _LONGEST_NAME = 1 << 20
 """Bytes of an extra header: a name, and on a Mac the file's attributes."""
 _LONGEST_NUMBER = 20
-"""Digits of a size."""
 _ADLER = 65521
 _PACKED = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "bzip2": b"BZh", "xz": b"\xfd7zXZ"}
 """How a tar begins that its name does not say to be compressed."""

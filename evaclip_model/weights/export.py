@@ -207,7 +207,7 @@ def _timm_name(config: VisionConfig) -> str | None:
 
 def _timm_config(model: EvaClip) -> dict[str, Any]:
     vision, reference = model.config.vision, model.config.vision.rope_reference_grid
-    arguments: dict[str, Any] = {
+    arguments = {
         "img_size": vision.image_px,
         "patch_size": vision.patch_px,
         "embed_dim": vision.width,

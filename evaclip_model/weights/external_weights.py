@@ -28,7 +28,6 @@ class Reference(Config):
     uri: str
     """`file:///…`, or a URI of an object store."""
     size: int = Field(gt=0)
-    """Bytes."""
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
     @classmethod

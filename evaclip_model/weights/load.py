@@ -48,7 +48,6 @@ class LoadReport:
     """Result of loading a checkpoint; as text a summary for people."""
 
     layout: Layout
-    """Whose names the checkpoint has."""
     loaded: tuple[str, ...]
     """The model's weights that were taken as they are."""
     expected_gaps: tuple[str, ...]

@@ -41,11 +41,9 @@ _WRAPPERS = ("model", "module", "state_dict")
 _LARGEST_INFLATION = 8
 """Of a compressed file, as a multiple of its size; weights hardly shrink."""
 _SLAB_BYTES = 8 << 20
-"""Read at once."""
 _DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
 _DTYPES |= {f"F{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)}
 _DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
-"""Of safetensors' names."""
 
 
 @dataclass(frozen=True)
