@@ -337,7 +337,7 @@ class TrainingRun:
             norms = {tower: str(norm) for tower, norm in gradient.norms.items()}  # JSON has no NaN
             figures = {"step": step, "loss": str(loss), "grad_norms": norms, "ranks": suspects}
             write_json(self._job.run_dir / f"nonfinite-{step:08d}.json", figures)
-        return replace(seen, culprits=name_culprits(suspects))
+        return seen._replace(culprits=name_culprits(suspects))
 
     def _roll_back(self, spiked: int, rollbacks: int) -> None:
         """Take up the newest checkpoint, past the data of the batch that spiked; `rollbacks` so

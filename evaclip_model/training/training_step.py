@@ -17,7 +17,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -105,8 +105,7 @@ def _tokenize_text(text: str, length: int) -> Tensor:
     return tokenize([text], length)[0]
 
 
-@dataclass(frozen=True)
-class StepTerms:
+class StepTerms(NamedTuple):
     """Figures of a step's forward pass, of this rank alone, without gradient: `LossTerms`, and the
     same on every rank, `Objective.read_scalars`."""
 
@@ -200,8 +199,7 @@ def _without_gradient(
 ) -> StepTerms:
     return StepTerms(
         terms.loss.detach(),
-        terms.image_to_text_accuracy,
-        terms.text_to_image_accuracy,
+        *terms[1:],
         # Copies: an objective may give a view of its parameter, which the update changes.
         {name: value.detach().clone() for name, value in scalars.items()},
         (image.detach().isfinite() & text.detach().isfinite()).all(1),

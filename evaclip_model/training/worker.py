@@ -12,13 +12,11 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from evaclip_model.errors import InputError
 from evaclip_model.training.config import (
     ERROR_FILE,
     MEMORY_FILE,
-    RANK_STORE,
     RESUMABLE_FILE,
     TrainJob,
 )
@@ -50,13 +48,14 @@ def main(arguments: list[str]) -> int:
     log.setLevel(logging.INFO)
     log.addHandler(logging.StreamHandler())
 
-    from evaclip_model.training.engine.engine import LossScaleExhausted
+    from evaclip_model.training.engine.engine import LossScaleExhausted, start_distributed
     from evaclip_model.training.monitoring.guards import Diverged
     from evaclip_model.training.trainer import Interrupted, run_training
 
     try:
         if job.engine == "deepspeed" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            _join_process_group(job.watchdog_s + AFTER_WATCHDOG_S)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            start_distributed(device, timeout_s=job.watchdog_s + AFTER_WATCHDOG_S)
         run_training(job, should_stop=lambda: bool(stop))
     except Interrupted:
         (job.run_dir / RESUMABLE_FILE).touch()
@@ -84,26 +83,6 @@ def is_out_of_memory(error: Exception) -> bool:
     own for the first alone, and that not in every place."""
     words = ("out of memory", "can't allocate memory")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
-
-
-def _join_process_group(timeout_s: float) -> None:
-    """Enter the process group; alone, without a launcher, as the only rank. On one machine ranks
-    meet without a socket: torch's TCPStore listens on every network, whatever address it is given.
-    """
-    import torch
-
-    from evaclip_model.training.engine.engine import start_distributed
-
-    store: Any = None
-    if "RANK" not in os.environ:
-        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-    elif RANK_STORE in os.environ:
-        place = os.environ[RANK_STORE], int(os.environ["WORLD_SIZE"])
-        store = torch.distributed.FileStore(*place)  # type: ignore[attr-defined]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    start_distributed(device, store, timeout_s=timeout_s)
 
 
 def place_from_slurm(environ: Mapping[str, str]) -> dict[str, str]:

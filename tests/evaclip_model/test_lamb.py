@@ -32,7 +32,6 @@ def lamb_of(parameters, case, **options):
     ("name", "options"),
     [
         ("lamb_default", {}),
-        ("lamb_default", {"packed": True}),
         ("lamb_no_clip", {}),
         ("lamb_trust_clip", {"trust_clip": (0.0, 1.0)}),
         ("lamb_always_adapt", {"adapt_no_decay": True}),
@@ -109,7 +108,7 @@ def test_without_adaptation_it_is_adamw():
 def test_trust_ratios_are_those_it_stepped_with():
     torch.manual_seed(0)
     plain, bias = (torch.nn.Parameter(torch.randn(shape)) for shape in ((4, 3), (5,)))
-    optimizer = Lamb([LambPart([plain], 0.1, 0.2), LambPart([bias], 0.1, 0.0)], packed=True)
+    optimizer = Lamb([LambPart([plain], 0.1, 0.2), LambPart([bias], 0.1, 0.0)])
     assert optimizer.trust_ratios() == [[], []]
     before = plain.detach().clone()
     plain.grad, bias.grad = torch.randn(4, 3), torch.randn(5)

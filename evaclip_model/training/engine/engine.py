@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from evaclip_model.cpu.gloo_gather import all_gather_into_tensor
 from evaclip_model.errors import InputError
 from evaclip_model.model.layers import DTYPES
-from evaclip_model.training.config import TrainConfig
+from evaclip_model.training.config import RANK_STORE, TrainConfig
 from evaclip_model.training.engine.deepspeed_config import MIN_LOSS_SCALE, deepspeed_config
 from evaclip_model.training.engine.fp32_state import (
     Buffered,
@@ -137,7 +137,7 @@ class Engine:
         if not finite and scale is None:
             self.discard_gradient()
             return Stepped(skipped=True)
-        _set_lr(self._optimizer, self._groups, lr_factor)
+        self._optimizer.lr_factor = lr_factor
         self._update_weights(norm * (scale or 1.0))
         self._norms = None
         if not finite:  # DeepSpeed has seen it too, and lowered the scale
@@ -278,7 +278,7 @@ class DeepSpeedEngine(Engine):
         groups, named, exact = _prepare_model(model, config)
         optimizer = make_optimizer(named, groups, config)
         # One of DeepSpeed's optimizers tries itself out with a step, which must not decay weights.
-        _set_lr(optimizer, groups, 0.0)
+        optimizer.lr_factor = 0.0
         self._engine, wrapped, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -312,12 +312,20 @@ class DeepSpeedEngine(Engine):
         self._engine.step()
 
 
-def start_distributed(device: str, store: Any = None, timeout_s: float = 1800) -> None:
-    """Join the other ranks, who meet at `store` or at MASTER_ADDR: gloo on "cpu", NCCL on "cuda".
+def start_distributed(device: str, timeout_s: float = 1800) -> None:
+    """Join the other ranks, over gloo on "cpu", NCCL on "cuda"; alone, without a launcher, as the
+    only rank. They meet at MASTER_ADDR, or where all are on one machine in a file: torch's TCPStore
+    listens on every network, whatever address it is given.
+
     DeepSpeed is told that there is no shared-memory operator, which it would compile for the CPU.
     Over gloo it gathers by a function of ours (gloo_gather.py)."""
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    store: Any = None
+    if "RANK" not in os.environ:
+        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        store = dist.HashStore()  # type: ignore[attr-defined]
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
@@ -327,8 +335,10 @@ def start_distributed(device: str, store: Any = None, timeout_s: float = 1800) -
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     backend = "gloo" if device == "cpu" else "nccl"
     timeout = timedelta(seconds=timeout_s)
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if store is None and RANK_STORE in os.environ:
+        store = dist.FileStore(os.environ[RANK_STORE], ranks)  # type: ignore[attr-defined]
     if store is not None:  # which DeepSpeed then finds
-        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
     if device == "cpu":
@@ -339,7 +349,6 @@ def make_optimizer(
     named: Mapping[str, Tensor], groups: Sequence[Group], config: TrainConfig
 ) -> Lamb:
     """The optimizer over `groups`, in their order, of the tensors `named`, of any shapes."""
-    whole_tensors = config.lamb.trust_scope == "partition"
     return Lamb(
         [
             LambPart([named[name] for name in group.names], group.lr_peak, group.weight_decay)
@@ -347,11 +356,10 @@ def make_optimizer(
         ],
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        packed=not whole_tensors,
         trust_clip=config.lamb.trust_clip,
         adapt=config.optimizer == "lamb",
         adapt_no_decay=config.lamb.adapt_no_decay,
-        adapt_whole_tensors=whole_tensors,
+        adapt_whole_tensors=config.lamb.trust_scope == "partition",
     )
 
 
@@ -419,8 +427,3 @@ def _compute_norms(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
         dist.all_reduce(squares)
     found = dict(zip(TOWERS, squares.sqrt().tolist(), strict=True))
     return {"total": float(squares.sum().sqrt()), **found}
-
-
-def _set_lr(optimizer: Lamb, groups: Sequence[Group], factor: float) -> None:
-    for part, group in zip(optimizer.parts, groups, strict=True):
-        part.lr = group.lr_peak * factor

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
@@ -43,8 +43,7 @@ class StepVerdict(Enum):
     ROLL_BACK = "roll back"
 
 
-@dataclass(frozen=True)
-class Observed:
+class Observed(NamedTuple):
     """Step number `step`, counted from 1, before it is taken; the same on every rank: the loss of
     the global batch in nats, the norm of the whole gradient before clipping."""
 
@@ -63,8 +62,7 @@ class Observed:
         return self.finite and all(map(math.isfinite, figures))
 
 
-@dataclass(frozen=True)
-class Judged:
+class Judged(NamedTuple):
     """A verdict, and why it is not simply to take the step."""
 
     verdict: StepVerdict

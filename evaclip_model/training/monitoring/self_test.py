@@ -104,7 +104,6 @@ def _make_lamb(tensors: list[Tensor], config: TrainConfig) -> Lamb:
         [LambPart(tensors, 0.1, config.weight_decay)],
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        packed=True,
         trust_clip=config.lamb.trust_clip,
         adapt_no_decay=True,
     )

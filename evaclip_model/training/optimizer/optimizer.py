@@ -7,7 +7,7 @@ Not here: gradient clipping (training/engine/engine.py).
 ZeRO hands an optimizer one flat tensor per group: a rank's slice of all the group's parameters,
 cut at rank boundaries. A norm of that tensor mixes layers and depends on the number of ranks. Here
 squared norms are taken per parameter fragment and summed over ranks before any ratio is formed.
-Every group costs ZeRO several collectives a step, so parts with rates of their own may be packed.
+Every group costs ZeRO several collectives a step, so parts with rates of their own are packed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby, repeat
 from typing import Any, Literal, NamedTuple
 
@@ -123,9 +122,8 @@ BATCH = 1 << 27
 """Elements updated at a time elsewhere: many tensors in one kernel, half a gigabyte beside them."""
 
 
-@dataclass
-class LambPart:
-    """Parameters that are stepped alike; `lr` may be changed between steps."""
+class LambPart(NamedTuple):
+    """Parameters that are stepped alike."""
 
     params: Sequence[Tensor]
     lr: float
@@ -152,8 +150,10 @@ class Layout(NamedTuple):
 
 class Lamb(torch.optim.Optimizer):
     """LAMB: Adam's direction plus decay, scaled per parameter by |weight| / |direction|. A step
-    consumes the gradients: afterwards they hold the directions. `parts` is as given, in that order.
-    """
+    consumes the gradients: afterwards they hold the directions."""
+
+    lr_factor = 1.0
+    """Share of all parts' rates that the next steps take."""
 
     def __init__(
         self,
@@ -161,7 +161,6 @@ class Lamb(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-6,
         *,
-        packed: bool = False,
         trust_clip: tuple[float, float] | None = None,
         adapt: bool = True,
         adapt_no_decay: bool = False,
@@ -170,21 +169,20 @@ class Lamb(torch.optim.Optimizer):
         """Take up parameters without changing them.
 
         Args:
-            packed: make one group of all parts, instead of one of each.
             trust_clip: bounds of the ratio, or none. A ratio with a zero norm is 1, then bounded.
             adapt: whether to scale at all; without, this is AdamW.
             adapt_no_decay: scale parts without weight decay too; else their ratio is 1.
             adapt_whole_tensors: one ratio for each tensor handed over, whatever it is made of
-                (under ZeRO one a group and rank); not for packed parts.
+                (under ZeRO one a group and rank); makes a group of each part, else one of all.
         """
-        self.parts = list(parts)
-        together = [self.parts] if packed else [[part] for part in self.parts]
+        parts = list(parts)
+        together = [[part] for part in parts] if adapt_whole_tensors else [parts]
         super().__init__(
             [
                 {"params": [tensor for part in group for tensor in part.params], "parts": group}
                 for group in together
             ],
-            defaults={"updates": 0},
+            defaults={"updates": 0, "ranks": None, "ratios": None},
         )
         self._betas = betas
         self._eps = eps
@@ -199,8 +197,6 @@ class Lamb(torch.optim.Optimizer):
                 for number, (tensor, owner) in enumerate(zip(group["params"], owners, strict=True))
             ]
             group["owners"] = owners
-            group["ranks"] = None
-            group["ratios"] = None
 
     def bind_layouts(self, layouts: Iterable[Layout]) -> None:
         """State where parameters lie in each group's flat tensor, group by group. Raises
@@ -293,7 +289,7 @@ class Lamb(torch.optim.Optimizer):
             torch._foreach_add_(
                 [span.slice_of(weights[span.tensor]) for span in held],
                 [span.slice_of(directions[span.tensor]) for span in held],
-                alpha=-group["parts"][part].lr,
+                alpha=-group["parts"][part].lr * self.lr_factor,
             )
 
     def _scale_directions(
@@ -349,13 +345,6 @@ class FlatSlice(NamedTuple):
         """[n] -> [size], a view."""
         return flat.narrow(0, self.start, self.size)
 
-    def cut_pieces(self, size: int) -> list[FlatSlice]:
-        """Pieces of at most `size` elements."""
-        return [
-            self._replace(start=self.start + first, size=min(size, self.size - first))
-            for first in range(0, self.size, size)
-        ]
-
 
 def _merge_neighbours(pieces: Sequence[FlatSlice]) -> list[FlatSlice]:
     """Neighbouring pieces of the same part as one: fewer, longer operations."""
@@ -375,7 +364,10 @@ def batches_of(
     size = CHUNK if device.type == "cpu" else BATCH
     by_decay: dict[float, list[FlatSlice]] = {}
     for span in spans:
-        by_decay.setdefault(parts[span.part].weight_decay, []).extend(span.cut_pieces(size))
+        by_decay.setdefault(parts[span.part].weight_decay, []).extend(
+            span._replace(start=span.start + first, size=min(size, span.size - first))
+            for first in range(0, span.size, size)
+        )
     for weight_decay, pieces in by_decay.items():
         batch: list[FlatSlice] = []
         for piece in pieces:
