@@ -358,7 +358,7 @@ def _embedded_addresses(address: IPv4Address | IPv6Address) -> list[IPv4Address]
 
 
 def _is_public(address: IPv4Address | IPv6Address) -> bool:
-    # 6to4, Teredo and NAT64 prefixes are no addresses of their own: _carried decides about them
+    # 6to4, Teredo and NAT64 prefixes are no addresses of their own: those in them decide
     carrier = bool(_embedded_addresses(address))
     return (
         (carrier or address.is_global)
