@@ -11,6 +11,7 @@ from evaclip_model.errors import InputError
 from flows.config.profile import Profile
 from flows.graph.ancestry import children_of
 from flows.reporting.terminal import summarise_counts
+from tasks.adopt.config import STAGE as ADOPT
 from tasks.artifacts.artifact import Artifact, read_artifacts
 from tasks.artifacts.provenance import Change, Lineage, Node, lineage_of, list_changes
 from tasks.merge.config import STAGE as MERGE
@@ -106,10 +107,10 @@ def data_trees(profile: Profile, what: str) -> Iterator[str]:
 
 
 def _source_trees(root: Path, source: str, artifacts: Sequence[Artifact]) -> Iterator[str]:
-    merges = [one for one in artifacts if one.kind == MERGE.name]
-    users = [one for one in merges if source in one.parents]
+    readers = [one for one in artifacts if one.kind in (MERGE.name, ADOPT.name)]
+    users = [one for one in readers if source in one.parents]
     if not users:
-        known = ", ".join(sorted({role for one in merges for role in one.parents}))
+        known = ", ".join(sorted({role for one in readers for role in one.parents}))
         raise InputError(
             f"'{source}' is neither the digest of an artifact under {root} nor one of its sources; "
             f"those are: {known or 'none yet'}; a model goes by NAME@ALIAS"

@@ -11,6 +11,7 @@ import webdataset
 from evaclip_model.errors import InputError
 from evaclip_model.reading.samples import ShardManifest, skip_tombstones
 from flows.audit.dataset_replacement import take_down
+from flows.audit.lineage_tree import data_trees
 from flows.audit.sample_trace import trace_sample
 from flows.config.profile import Profile
 from flows.config.recipe import Recipe, load_recipe
@@ -189,6 +190,16 @@ def test_what_is_adopted_is_counted_and_trained_on(trained: dict[str, Artifact])
     }
     assert trained["train"].counts["samples_seen"] == 64
     assert "| photos |" in (trained["dataset"].folder / "card.md").read_text()
+
+
+def test_an_adopted_source_leads_down_to_what_was_trained_on_it(
+    mine: Mine, trained: dict[str, Artifact]
+) -> None:
+    down = "\n".join(data_trees(Profile(root=mine.root), "photos"))
+    for kind in ("adopt", "verify", "dataset", "train"):
+        assert trained[kind].digest in down
+    with pytest.raises(InputError, match="nor one of its sources; those are: photos, shards"):
+        [*data_trees(Profile(root=mine.root), "others")]
 
 
 @pytest.mark.parametrize(
