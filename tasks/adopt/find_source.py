@@ -188,7 +188,7 @@ def _explain_store_errors(location: str, look: Callable[[Any], Any]) -> Any:
     """The answer of a store, its own kinds of errors as one sentence."""
     try:
         return look(open_filesystem(location))
-    except (InputError, FileNotFoundError):
+    except InputError:
         raise
     except Exception as error:  # every protocol has its own kinds
         raise InputError(

@@ -1,9 +1,11 @@
 """Captions from elsewhere joined to the samples of an index, in bounded memory: what does not fit
 goes to disk. Not here: reading the files that people bring (tasks/dataset/sidecars.py)."""
 
+import os
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -20,15 +22,18 @@ it goes to disk."""
 _PLAIN = """CASE WHEN regexp_full_match({0}, '[0-9]+')
     THEN coalesce(nullif(ltrim({0}, '0'), ''), '0') ELSE {0} END"""
 _VALUES = {
-    "uid": f"SELECT {_PLAIN.format('uid')} AS value, shard, key FROM stored",
-    "url": f"SELECT {ADDRESS} AS value, shard, key FROM stored",
-    "sha256": "SELECT sha256 AS value, shard, key FROM stored UNION "
-    "SELECT stored_sha256, shard, key FROM stored",
-    # shards of several makers may have the same keys: one that names two samples names none
-    "key": f"SELECT {_PLAIN.format('key')} AS value, any_value(shard) AS shard, "
-    "any_value(key) AS key FROM stored GROUP BY 1 HAVING count(*) = 1",
+    "uid": f"[{_PLAIN.format('uid')}]",
+    "url": f"[{ADDRESS}]",
+    "sha256": "[sha256, stored_sha256]",
+    "key": f"[{_PLAIN.format('key')}]",
 }
-_WITH = "WITH stored AS (FROM read_parquet($rows) WHERE source = coalesce($source, source)), "
+"""What names a sample, of its row."""
+_STORED = {
+    "sha256": "SELECT DISTINCT value, shard, key FROM read_parquet($stored)",
+    # shards of several makers may have the same keys: one that names two samples names none
+    "key": "SELECT value, any_value(shard) AS shard, any_value(key) AS key "
+    "FROM read_parquet($stored) GROUP BY value HAVING count(*) = 1",
+}
 
 
 def normalize_key(by: str, value: Any) -> str | None:
@@ -55,22 +60,38 @@ def join_captions(
     files in `folder`, which is made; returns how many rows name one."""
     folder.mkdir()
     parts = pq.read_metadata(asked).num_rows // ROWS_OF_PART + 1
-    given = {"rows": list(map(str, index.files)), "source": source, "asked": str(asked)}
-    named = 0
-    for part in range(parts):
-        mine = f"hash(value) % {parts} = {part}"
-        tables = f"""{_WITH} valued AS (FROM ({_VALUES[by]}) WHERE {mine}),
-            asked AS (FROM read_parquet($asked) WHERE {mine})"""
+    stored = f"""SELECT unnest({_VALUES[by]}) AS value, shard, key FROM read_parquet($files)
+        WHERE source = coalesce($source, source)"""
+    cut = {
+        "stored": (stored, {"files": list(map(str, index.files)), "source": source}),
+        "asked": ("FROM read_parquet($files)", {"files": [str(asked)]}),
+    }
+    with TemporaryDirectory(dir=folder) as beside:
         with open_database(index.memory_limit, folder) as query:
-            query.execute(
-                f"""COPY ({tables} SELECT shard, key, number, caption
-                FROM asked JOIN valued USING (value)) TO $target (FORMAT parquet)""",
-                {**given, "target": str(folder / f"{part:04d}.parquet")},
-            )
-            counted = "SELECT count(DISTINCT number) FROM asked SEMI JOIN valued USING (value)"
-            found = query.execute(f"{tables} {counted}", given).fetchone()
-            named += int(found[0]) if found else 0
-    return named
+            query.execute(f"SET partitioned_write_flush_threshold = {ROWS_AT_ONCE}")
+            for name, (select, given) in cut.items():
+                query.execute(
+                    f"""COPY (SELECT *, hash(value) % {parts} AS part FROM ({select}))
+                    TO $target (FORMAT parquet, PARTITION_BY (part))""",
+                    {**given, "target": f"{beside}/{name}"},
+                )
+        for part in range(parts):
+            files = {name: f"{beside}/{name}/part={part}" for name in cut}
+            if not all(map(os.path.isdir, files.values())):
+                continue
+            with open_database(index.memory_limit, folder) as query:
+                query.execute(
+                    f"""COPY (SELECT shard, key, number, caption FROM read_parquet($asked)
+                    JOIN ({_STORED.get(by, "FROM read_parquet($stored)")}) USING (value))
+                    TO $target (FORMAT parquet)""",
+                    {name: f"{file}/*.parquet" for name, file in files.items()}
+                    | {"target": str(folder / f"{part:04d}.parquet")},
+                )
+    with open_database(index.memory_limit, folder) as query:
+        counted = "SELECT count(DISTINCT number) FROM read_parquet($files)"
+        joined = list(map(str, folder.glob("*.parquet")))
+        found = query.execute(counted, {"files": joined}).fetchone() if joined else None
+    return int(found[0]) if found else 0
 
 
 def iterate_joined(
