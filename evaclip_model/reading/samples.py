@@ -229,7 +229,9 @@ def is_sample_file(name: str) -> bool:
 def open_webdataset(manifest: Path | str, *, resampled: bool = False) -> Any:
     """A dataset version as plain webdataset reads it, without what it leaves out: its pipeline,
     from which `.shuffle(1000).decode("pil").to_tuple("jpg;png;webp", "txt")` and the rest go on.
-    Shards are shared among ranks and DataLoader workers by webdataset's rules.
+    Shards are shared among ranks and DataLoader workers by webdataset's rules. Where the version
+    has further captions, every sample has them as `captions.json`, name -> captions, empty where it
+    has none.
 
     Args:
         manifest: `shards.json` of the dataset, a path or a URL that fsspec knows.
@@ -247,18 +249,23 @@ def open_webdataset(manifest: Path | str, *, resampled: bool = False) -> Any:
     kind = webdataset.ResampledShards if resampled else webdataset.SimpleShardList
     pipeline = type("ShardPipeline", (webdataset.DataPipeline, FluidInterface), {})
     splits = () if resampled else (webdataset.split_by_node, webdataset.split_by_worker)
-    return pipeline(kind(list(shards)), *splits, partial(_read_webdataset, shards))
+    return pipeline(kind(list(shards)), *splits, partial(_read_webdataset, folder, shards))
 
 
 def _read_webdataset(
-    shards: Mapping[str, Shard], asked: Iterable[dict[str, str]]
+    folder: str, shards: Mapping[str, Shard], asked: Iterable[dict[str, str]]
 ) -> Iterator[dict[str, Any]]:
     """The samples of the shards that are `asked` for; each tar is counted from its own start."""
     from webdataset.handlers import ignore_and_continue
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
+    from evaclip_model.reading.captions import read_captions  # imports numpy
+
+    has_captions = any(shard.captions for shard in shards.values())
     for url in (one["url"] for one in asked):
         shard = shards[url]
+        place = resolve_location(folder, shard.captions)
+        further = read_captions(place) if shard.captions else {}
         try:
             size = open_filesystem(url).size(url) if is_url(url) else Path(url).stat().st_size
             if size != shard.bytes:
@@ -268,7 +275,11 @@ def _read_webdataset(
                 members = tar_file_expander([tar], select_files=is_sample_file)
                 # A repeated member is passed over: its sample is left out of the dataset.
                 found = group_by_keys(members, handler=ignore_and_continue)
-                yield from skip_tombstones(found, shard.left_out)
+                for one in skip_tombstones(found, shard.left_out):
+                    if has_captions:
+                        mine = further.get(one["__key__"], {})
+                        one["captions.json"] = json.dumps(mine).encode()
+                    yield one
         except OSError as error:
             raise InputError(f"{url} cannot be read ({error}): verify the shards again") from None
 

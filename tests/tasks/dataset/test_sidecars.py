@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaclip_model.errors import InputError
+from evaclip_model.reading import open_webdataset
 from evaclip_model.reading.captions import read_captions
 from evaclip_model.reading.config import SamplingConfig
 from evaclip_model.reading.reader import BatchReader, ReadSettings
@@ -69,6 +70,10 @@ def test_captions_by_uid_are_counted_and_stand_beside_their_shards(
     assert made.counts["captions.recap.matched"] == 2
     assert "| recap | 5 | 2 | 1 | 2 |" in (folder / "card.md").read_text()
     assert {path.name for path in made.bulk} == {"000000.jsonl.gz", "000001.jsonl.gz"}
+    opened = open_webdataset(folder / "shards.json").decode().to_tuple("__key__", "captions.json")
+    read = dict(opened)
+    assert {key: captions for key, captions in read.items() if captions} == further(folder)
+    assert len(read) == made.counts["samples"]
 
 
 @pytest.mark.parametrize("by", ["url", "sha256", "key", "numbers"])
