@@ -6,6 +6,7 @@ from flows.config.form_types import Overrides, RecipeName
 from flows.graph.runner import RecipeSession, open_session
 from flows.reporting.crash_hook import close_tracking
 from flows.reporting.prefect_artifacts import publish_sources
+from tasks.adopt.config import STAGE as ADOPT
 from tasks.artifacts.artifact import Artifact
 
 
@@ -22,8 +23,15 @@ def prepare(recipe: RecipeName = "demo", overrides: Overrides = ()) -> Artifact:
 
 
 def prepare_data(session: RecipeSession) -> Artifact:
-    """Everything up to the recipe's dataset version; returns that."""
-    session.make_all(session.graph.data_steps)
+    """Everything up to the recipe's dataset version; returns that.
+
+    Raises:
+        InputError: what was adopted is less than training takes at once.
+    """
+    for step in session.graph.data_steps:
+        session.make_step(step)
+        if step.stage is ADOPT:
+            session.graph.require_samples()
     version = session.made[session.graph.dataset.digest]
     publish_sources(version, session.root)
     return version

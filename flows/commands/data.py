@@ -161,9 +161,9 @@ def inspect_source(
     part = f"{found.read_files:,} of {found.files:,}" if found.is_cut_short else "all"
     console.print(files, style="bold", end=": ")
     console.print(f"form '{found.form}', {found.files:,} files")
-    console.print(f"{found.samples:,} images with captions in {part} files")
+    console.print(f"{found.left.pairs:,} images with captions in {part} files")
     _print_left_out(found.left.reasons, found.left.first)
-    console.print("fit for [[adopt.sources]]" if found.samples else "no image with a caption")
+    console.print("fit for [[adopt.sources]]" if found.left.pairs else "no image with a caption")
 
 
 def _lineage_of_model(profile: Profile, what: str, alias: str, svg: Path | None) -> Iterator[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, NamedTuple, TypeVar
 
 from pydantic import Field, field_validator, model_validator
@@ -18,7 +18,7 @@ from evaclip_model.reading.captions import STORED
 from evaclip_model.training.config import TrainConfig
 from evaclip_model.training.cost import count_parts
 from flows.config.gpu_spec import Machines
-from flows.config.recipe_loader import find_recipe, read_recipe
+from flows.config.recipe_loader import find_recipe, last_settings, read_recipe
 from tasks.adopt.config import AdoptConfig
 from tasks.dataset.config import CaptionSource, DatasetConfig
 from tasks.demo.config import DemoConfig
@@ -32,6 +32,7 @@ from tasks.register.config import RegisterConfig
 from tasks.verify.config import VerifyConfig
 
 Table = TypeVar("Table", bound=Config)
+INTERVAL = "checkpoint_every_steps"
 SHARE_SELECTED = 0.65
 """Rows selected of rows read: COYO has 12 % duplicate URLs, rules and overlaps take the rest."""
 
@@ -181,37 +182,26 @@ class Recipe(Config):
 
     def _require_fitting_stages(self) -> None:
         """Refuse a training stage that cannot do what it says, whatever the data is."""
-        sources = self.merge_table.sources if self.merge_table else ()
-        caps = {source.name: source.target_count for source in sources if source.target_count}
-        most = None if self.adopt or len(caps) < len(sources) else sum(caps.values())
         for stage in self.train:
-            read = set(caps).intersection(stage.source_weights or caps)
-            few = next((name for name in read if stage.lanes > caps[name]), None)
-            every = stage.validation.every_steps
+            every, why = stage.validation.every_steps, ""
             if every and not self.dataset.validation_share:
                 why = (
                     f" has validation.every_steps = {every}, but dataset.validation_share holds "
                     "nothing out: set it above 0"
                 )
-            elif stage.epochs is None and stage.warmup_steps > stage.steps:
-                why = (
-                    f" has {stage.steps:,} steps (samples_seen / global_batch), fewer than "
-                    f"warmup_steps = {stage.warmup_steps:,}"
-                )
-            elif most is not None and stage.global_batch > most:
-                why = (
-                    f" has global_batch = {stage.global_batch:,}, but the sources' target_count "
-                    f"gives at most {most:,} samples"
-                )
-            elif few is not None:
-                why = (
-                    f" reads {stage.lanes} lanes, but source '{few}' has target_count = "
-                    f"{caps[few]}: set 'lanes' lower"
-                )
-            else:
-                why = self._why_model_unfit(stage)
+            longest = {
+                "warmup_steps": stage.warmup_steps,
+                "checkpoints.keep_every_steps": stage.checkpoints.keep_every_steps or 0,
+            }
+            too_long = next((one for one in longest if longest[one] > stage.steps), None)
+            if stage.epochs is None and too_long is not None:
+                why = _describe_too_long(stage, too_long, longest[too_long])
+            why = why or self._why_model_unfit(stage)
             if why:
                 raise ValueError(f"training stage '{stage.name}'{why}")
+        sources = self.merge_table.sources if self.merge_table else ()
+        caps = {source.name: source.target_count for source in sources if source.target_count}
+        require_samples(self.train, self.sources, caps, "at most ")
 
     def _why_model_unfit(self, stage: TrainConfig) -> str:
         architecture = self.initialise.load_architecture()
@@ -265,10 +255,52 @@ def _require_table(table: Table | None, name: str) -> Table:
     return table
 
 
+def _describe_too_long(stage: TrainConfig, name: str, steps: int) -> str:
+    return (
+        f" has {stage.steps:,} steps (samples_seen / global_batch), fewer than {name} = {steps:,}: "
+        f"set it to at most {stage.steps:,}"
+    )
+
+
+def require_samples(
+    stages: Iterable[TrainConfig], sources: Sequence[str], has: Mapping[str, int], limit: str = ""
+) -> None:
+    """Refuse a stage that takes more at once than `has` of its sources, where that is known of
+    them; `limit`: "at most ", where they may be fewer."""
+    for stage in stages:
+        drawn = list(stage.source_weights or sources)
+        known = [name for name in drawn if name in has]
+        samples = sum(has[name] for name in known)
+        few, why = min(known, key=has.__getitem__, default=None), ""
+        if known == drawn and samples < stage.global_batch:
+            why = (
+                f"has global_batch = {stage.global_batch:,}, but there are {limit}{samples:,} "
+                f"samples of {', '.join(drawn)}: set it lower"
+            )
+        elif few is not None and has[few] < stage.lanes:
+            why = (
+                f"reads {stage.lanes} lanes, but source '{few}' has {limit}{has[few]:,} samples: "
+                "set 'lanes' lower"
+            )
+        if why:
+            raise InputError(f"training stage '{stage.name}' {why}, or add samples")
+
+
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Load a recipe by name (`demo`) or path (`my/own.toml`), with `table.key=value` overrides."""
+    """Load a recipe by name (`demo`) or path (`my/own.toml`), with `table.key=value` overrides.
+
+    A checkpoint interval longer than the training is refused, but not one that stood there before
+    `samples_seen` or `global_batch` was changed: the end is saved always.
+    """
     path = find_recipe(name_or_path)
-    return Recipe.from_mapping(read_recipe(path, overrides), where=path.name)
+    recipe = Recipe.from_mapping(read_recipe(path, overrides), where=path.name)
+    for number, stage in enumerate(recipe.train):
+        last = last_settings(path, overrides, stage.name, number, {"samples_seen", "global_batch"})
+        if INTERVAL in last and stage.epochs is None and stage.checkpoint_every_steps > stage.steps:
+            said = _describe_too_long(stage, INTERVAL, stage.checkpoint_every_steps)
+            where = f"{path.name}: training stage '{stage.name}'"
+            raise InputError(f"{where}{said}, or leave it out: the end is saved always")
+    return recipe
 
 
 class SourceYield(NamedTuple):

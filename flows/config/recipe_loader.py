@@ -8,7 +8,7 @@ then overrides; `[train_defaults]` lies under every `[[train]]` item.
 import copy
 import difflib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,21 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             raise InputError(f"{path.name}: [{DEFAULTS}] is a table beside [[{STAGES}]] items")
         values[STAGES] = [merge_tables(shared, stage) for stage in stages]
     return values
+
+
+def last_settings(
+    path: Path, overrides: Sequence[str], stage: str, number: int, base: Set[str]
+) -> set[str]:
+    """The settings of a training stage that the last hand wrote which wrote one of `base`: those of
+    `overrides`, if it was they, else those of the file itself too, never of what it includes."""
+    named = (stage, str(number), DEFAULTS)
+    keys = [override.partition("=")[0].split(".") for override in overrides]
+    last = {key[-1] for key in keys if len(key) > 1 and key[-2] in named}
+    if not last & base:
+        values = _read_file(path)
+        items = [one for one in values.get(STAGES, []) if one.get("name") == stage]
+        last.update(*items, values.get(DEFAULTS, {}))
+    return last
 
 
 def merge_tables(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

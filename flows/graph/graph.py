@@ -21,7 +21,7 @@ from evaclip_model.reading.samples import SHARDS
 from evaclip_model.training.config import METRICS_FILE, MODEL_FOLDER, RESULT_FILE, TrainConfig
 from evaclip_model.training.cost import parameter_counts
 from flows.config.profile import Profile, load_profile
-from flows.config.recipe import Recipe, expected_samples, load_recipe
+from flows.config.recipe import Recipe, expected_samples, load_recipe, require_samples
 from flows.graph.outside_data import (
     NotHere,
     OutsideMarks,
@@ -153,7 +153,8 @@ class Graph:
         return all(step.is_finished for step in self.steps)
 
     def require_runnable(self, flow: str) -> None:
-        """Refuse a flow that reads what is not here, or makes what the recipe does not name."""
+        """Refuse a flow that reads what is not here, makes what the recipe does not name, or makes
+        less data than training takes at once."""
         if flow not in ("prepare", "train"):
             for stage in (EVALUATE, REGISTER):
                 self.find_step(stage)
@@ -163,27 +164,36 @@ class Graph:
         if absent:
             more = f" ({len(absent) - 1} more: see the plan)" if len(absent) > 1 else ""
             raise InputError(f"{absent[0]}{more}")
+        if flow in ("prepare", "pipeline"):
+            self.require_samples()
 
     def require_samples(self) -> None:
-        """Refuse, before its turn, a training stage that takes more at once than the data has."""
-        counts, end = finished_artifact(self.dataset).counts, ".samples"
-        has = {name.removesuffix(end): int(counts[name]) for name in counts if name.endswith(end)}
-        for step in self.train:
-            stage = TrainConfig.model_validate(step.config)
-            drawn = {name: has.get(name, 0) for name in stage.source_weights or has}
-            few, samples, why = min(drawn, key=drawn.__getitem__), sum(drawn.values()), ""
-            if samples < stage.global_batch:
-                why = (
-                    f"has global_batch = {stage.global_batch:,}, but the dataset holds "
-                    f"{samples:,} samples of {', '.join(drawn)}: set it lower"
-                )
-            elif drawn[few] < stage.lanes:
-                why = (
-                    f"reads {stage.lanes} lanes, but source '{few}' has {drawn[few]:,} samples: "
-                    "set 'lanes' lower"
-                )
-            if why:
-                raise InputError(f"training stage '{stage.name}' {why}, or add samples")
+        """Refuse, before its turn, a training stage that takes more at once than the dataset has,
+        or, as long as there is none, than can be counted: rows that are merged at most, rows of
+        tables, pictures of folders, samples of shards on this machine."""
+        stages = [TrainConfig.model_validate(step.config) for step in self.train]
+        if self.dataset.is_finished:
+            counts, end = finished_artifact(self.dataset).counts, ".samples"
+            held = {one.removesuffix(end): int(counts[one]) for one in counts if one.endswith(end)}
+            nothing = {name: 0 for stage in stages for name in stage.source_weights}
+            require_samples(stages, list(held), nothing | held)
+            return
+        sources, has = list[str](), dict[str, int]()
+        enough = max(max(stage.global_batch, stage.lanes) for stage in stages)
+        for step in self.data_steps:
+            if isinstance(step.config, MergeConfig):
+                caps = {one.name: one.target_count for one in step.config.sources}
+                has |= {name: cap for name, cap in caps.items() if cap}
+                sources += caps
+            elif isinstance(step.config, AdoptConfig) and not step.absent:
+                from tasks.adopt.read_pairs import count_pairs
+
+                packed = finished_artifact(step).counts if step.is_finished else {}
+                for one in step.config.sources:
+                    sources.append(one.name)
+                    most = packed.get(f"{one.name}.samples") or count_pairs(one, enough)
+                    has |= {} if most is None else {one.name: int(most)}
+        require_samples(stages, sources, has, "at most ")
 
 
 def load_graph(recipe: str, overrides: Sequence[str]) -> tuple[Recipe, Profile, Graph]:

@@ -146,6 +146,10 @@ def recipe_findings(
         if step.absent:
             missing = f"{len(step.absent)} not here"
             yield Finding("fail", f"inputs of {step.title}", missing, step.absent[0])
+    try:
+        graph.require_samples()
+    except InputError as error:
+        yield Finding("fail", "samples", str(error))
     yield _check_disk(graph, profile.root, machine)
     if not all(step.is_finished for step in graph.train):
         if given is None:

@@ -11,7 +11,7 @@ tars, byte by byte, so that a killed run's leavings need no trust: they are pack
 import json
 import os
 import shutil
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -23,14 +23,15 @@ from evaclip_model.files import replace_file, write_atomically
 from evaclip_model.reading.samples import BrokenShard, read_samples
 from evaclip_model.reading.urls import is_url
 from tasks.adopt.config import AdoptConfig, AdoptedSource, Form
-from tasks.adopt.find_source import (
-    FoundSource,
-    find_source,
-    is_image_type,
-    mark_files,
-    without_known,
+from tasks.adopt.find_source import FoundSource, find_source, mark_files, without_known
+from tasks.adopt.read_pairs import (
+    IMAGE_COLUMNS,
+    URL_COLUMNS,
+    FoundPair,
+    NoPair,
+    column_types,
+    read_pairs,
 )
-from tasks.adopt.read_pairs import IMAGE_COLUMNS, URL_COLUMNS, FoundPair, NoPair, read_pairs
 from tasks.artifacts.artifact import Made
 from tasks.index.adopted_shards import (
     ADOPTED,
@@ -40,8 +41,6 @@ from tasks.index.adopted_shards import (
     write_adopted,
 )
 from tasks.progress import Report
-from tasks.tables.parquet_tables import parquet_schema
-from tasks.tables.text_tables import column_names, text_format
 
 LEFT_OUT = "left_out.jsonl"
 """Source, place and reason of what is not a pair: the first `MOST_NAMED` of every source."""
@@ -56,16 +55,22 @@ MOST_PAIRS = 20_000
 
 @dataclass
 class LeftOut:
-    """Rows and files of a source that are not pairs."""
+    """Rows and files of a source that are not pairs, and the number of those that are."""
 
     reasons: Counter[str] = field(default_factory=Counter)
     named: list[NoPair] = field(default_factory=list)
+    pairs: int = 0
 
-    def add_reason(self, one: NoPair) -> None:
-        """Count it, and keep the first ones."""
-        self.reasons[str(one.reason)] += 1
-        if len(self.named) < MOST_NAMED:
-            self.named.append(one)
+    def take_pairs(self, found: Iterable[FoundPair | NoPair]) -> Iterator[FoundPair]:
+        """Yield the pairs; count what is none, and keep the first ones."""
+        for one in found:
+            if isinstance(one, FoundPair):
+                self.pairs += 1
+                yield one
+            else:
+                self.reasons[str(one.reason)] += 1
+                if len(self.named) < MOST_NAMED:
+                    self.named.append(one)
 
     @property
     def first(self) -> str:
@@ -114,18 +119,17 @@ def adopt_sources(
             own = _describe(one, [(file, one.name_of(file)) for file in one.files])
         else:
             left = LeftOut()
-            packed = [str(tar) for tar in _pack_pairs(one, out, config.samples_per_shard, left)]
-            own = _describe(one, [(tar, Path(tar).name) for tar in packed], out)
+            packed = _pack_pairs(one, out, config.samples_per_shard, left)
+            own = _describe(one, [(str(tar), tar.name) for tar in packed], out)
+            counts[f"{name}.samples"] = left.pairs
             counts[f"{name}.left_out"] = left.reasons.total()
             counts.update({f"left_out.{reason}": n for reason, n in left.reasons.items()})
-            lines += [
-                json.dumps({"source": name, "where": gap.where, "reason": str(gap.reason)}) + "\n"
-                for gap in left.named
-            ]
+            for gap in left.named:
+                said = {"source": name, "where": gap.where, "reason": str(gap.reason)}
+                lines.append(json.dumps(said) + "\n")
             counts["packed"] += len(own)
-        counts["shards"] += len(own)
-        counts["bytes"] += sum(shard.size for shard in own)
-        counts[f"{name}.shards"] = len(own)
+        size = sum(shard.size for shard in own)
+        counts.update({"shards": len(own), "bytes": size, f"{name}.shards": len(own)})
         shards += own
     write_adopted(shards, out)
     write_atomically(out / LEFT_OUT, "".join(lines))
@@ -147,49 +151,33 @@ def _describe(
     """
     described = []
     known = sizes_and_marks([location for location, _ in shards])
-    for (location, name), size_and_mark in zip(shards, known, strict=True):
-        if size_and_mark is None:
+    for (location, name), seen in zip(shards, known, strict=True):
+        if seen is None:
             raise InputError(f"{location} cannot be read")
-        described.append(
-            AdoptedShard(
-                location=location if folder is None else os.path.relpath(location, folder),
-                name=name,
-                source=found.source.name,
-                size=size_and_mark[0],
-                mark=size_and_mark[1],
-            )
-        )
+        place = location if folder is None else os.path.relpath(location, folder)
+        source = found.source.name
+        one = AdoptedShard(location=place, name=name, source=source, size=seen[0], mark=seen[1])
+        described.append(one)
     return described
 
 
-def _pack_pairs(found: FoundSource, out: Path, per_shard: int, left: LeftOut) -> Iterator[Path]:
-    """Pack a source's pairs; of what is none, `left` keeps the count.
+def _pack_pairs(found: FoundSource, out: Path, per_shard: int, left: LeftOut) -> list[Path]:
+    """Pack a source's pairs; `left` keeps the counts.
 
     Raises:
         InputError: there is no pair.
     """
-    pairs = _only_pairs(read_pairs(found), left)
-    folder = out / PACKED / found.source.name
+    source, tars = found.source, list[Path]()
+    pairs = left.take_pairs(read_pairs(found))
+    folder = out / PACKED / source.name
     folder.mkdir(parents=True)
-    number = 0
     while batch := list(islice(pairs, per_shard)):
-        tar = folder / f"{number:06d}.tar"
-        _write_tar(tar, batch, found.source.name, number * per_shard)
-        yield tar
-        number += 1
-    if not number:
-        raise InputError(
-            f"adopt.sources '{found.source.name}': {found.source.files} holds no image with a "
-            f"caption{left}"
-        )
-
-
-def _only_pairs(found: Iterable[FoundPair | NoPair], left: LeftOut) -> Iterator[FoundPair]:
-    for one in found:
-        if isinstance(one, NoPair):
-            left.add_reason(one)
-        else:
-            yield one
+        tars.append(folder / f"{len(tars):06d}.tar")
+        _write_tar(tars[-1], batch, source.name, (len(tars) - 1) * per_shard)
+    if not tars:
+        where = f"adopt.sources '{source.name}'"
+        raise InputError(f"{where}: {source.files} holds no image with a caption{left}")
+    return tars
 
 
 def _write_tar(tar: Path, pairs: Sequence[FoundPair], source: str, first: int) -> None:
@@ -223,10 +211,8 @@ class SourceInspection:
     """Of the form."""
     read_files: int
     """How many of them were looked at: all but for many shards."""
-    samples: int = 0
-    """Images with captions in those."""
     left: LeftOut = field(default_factory=LeftOut)
-    """What is none."""
+    """Pairs, and what is none, in those."""
     is_cut_short: bool = False
     """Whether there is more than was looked at."""
 
@@ -237,16 +223,15 @@ def inspect_source(pattern: str, read_files: int = 4) -> SourceInspection | None
     Raises:
         InputError: nothing matches, or it is of no form.
     """
-    found = find_source(
-        AdoptedSource.from_mapping({"name": "inspected", "files": pattern}, "inspect")
-    )
+    source = AdoptedSource.from_mapping({"name": "inspected", "files": pattern}, "inspect")
+    found = find_source(source)
     if _is_metadata(found):
         return None
     if found.form == "shards":
         return _inspect_shards(found, read_files)
     inspection = SourceInspection(found.form, len(found.files), len(found.files))
     pairs = read_pairs(found)
-    inspection.samples = sum(1 for _ in _only_pairs(islice(pairs, MOST_PAIRS), inspection.left))
+    deque(inspection.left.take_pairs(islice(pairs, MOST_PAIRS)), maxlen=0)
     inspection.is_cut_short = next(pairs, None) is not None
     return inspection
 
@@ -255,33 +240,26 @@ def _is_metadata(found: FoundSource) -> bool:
     """Return whether the first file has a column of addresses and none of images."""
     if found.form not in ("table", "parquet"):
         return False
-    first = found.files[0]
-    kind = text_format(first)
-    if kind is not None:
-        names = column_names(first, kind, "auto", True)
-    else:
-        schema = parquet_schema(first, "sources inspect")
-        names = schema.names
-        if any(is_image_type(schema.field(name).type) for name in names):
-            return False
-    return not set(names) & set(IMAGE_COLUMNS) and bool(set(names) & set(URL_COLUMNS))
+    names, typed = column_types(found.source, found.files[0])
+    is_without = not typed and not set(names) & set(IMAGE_COLUMNS)
+    return is_without and bool(set(names) & set(URL_COLUMNS))
 
 
 def _inspect_shards(found: FoundSource, read_files: int) -> SourceInspection:
     # one that must be fetched is enough
     shards = [file for file in found.files[:read_files] if not is_url(file)] or found.files[:1]
-    inspection = SourceInspection("shards", len(found.files), len(shards))
-    inspection.is_cut_short = len(shards) < len(found.files)
+    left, named = LeftOut(), list[NoPair]()
     with TemporaryDirectory() as folder:
         for shard in shards:
             try:
                 with on_this_machine(shard, Path(folder)) as tar:
                     for sample in read_samples(tar):
                         if sample.flaw is None:
-                            inspection.samples += 1
+                            left.pairs += 1
                         else:
-                            where = f"{shard}, sample {sample.key}"
-                            inspection.left.add_reason(NoPair(where, sample.flaw))
+                            named.append(NoPair(f"{shard}, sample {sample.key}", sample.flaw))
             except BrokenShard as error:
-                inspection.left.add_reason(NoPair(shard, f"not a whole tar ({error})"))
-    return inspection
+                named.append(NoPair(shard, f"not a whole tar ({error})"))
+    deque(left.take_pairs(named), maxlen=0)
+    is_cut_short = len(shards) < len(found.files)
+    return SourceInspection("shards", len(found.files), len(shards), left, is_cut_short)

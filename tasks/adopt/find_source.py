@@ -10,8 +10,9 @@ import hashlib
 import os
 import posixpath
 from collections import defaultdict
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pyarrow as pa
 
 from evaclip_model.errors import InputError, shorten_error
 from evaclip_model.reading.samples import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, group_members
-from evaclip_model.reading.tar_file import BrokenTar, TarReader
+from evaclip_model.reading.tar_file import BrokenTar, Member, TarReader
 from evaclip_model.reading.urls import is_url, open_filesystem, read_text
 from tasks.adopt.config import AdoptedSource, Form
 from tasks.artifacts.artifact import DIGEST_CHARS
@@ -184,10 +185,11 @@ def _listed_files(path: str, where: str) -> tuple[str, list[str]]:
     return base, list(dict.fromkeys(files))
 
 
-def _explain_store_errors(location: str, look: Callable[[Any], Any]) -> Any:
-    """The answer of a store, its own kinds of errors as one sentence."""
+def _ask_store(location: str, question: str) -> Any:
+    """What a store's filesystem answers to `question`, one of its methods; its own kinds of errors
+    as one sentence."""
     try:
-        return look(open_filesystem(location))
+        return getattr(open_filesystem(location), question)(location)
     except InputError:
         raise
     except Exception as error:  # every protocol has its own kinds
@@ -197,16 +199,18 @@ def _explain_store_errors(location: str, look: Callable[[Any], Any]) -> Any:
         ) from None
 
 
+def _list_store(location: str, question: str) -> list[str]:
+    scheme = location.partition("://")[0]
+    names = map(str, _ask_store(location, question))
+    return sorted(name if is_url(name) else f"{scheme}://{name}" for name in names)
+
+
 def _is_folder(location: str) -> bool:
-    if not is_url(location):
-        return os.path.isdir(location)
-    return bool(_explain_store_errors(location, lambda files: files.isdir(location)))
+    return bool(_ask_store(location, "isdir")) if is_url(location) else os.path.isdir(location)
 
 
 def _is_file(location: str) -> bool:
-    if not is_url(location):
-        return os.path.isfile(location)
-    return bool(_explain_store_errors(location, lambda files: files.isfile(location)))
+    return bool(_ask_store(location, "isfile")) if is_url(location) else os.path.isfile(location)
 
 
 def _list_matches(pattern: str) -> list[str]:
@@ -214,19 +218,14 @@ def _list_matches(pattern: str) -> list[str]:
         return sorted(str(Path(one).absolute()) for one in glob.glob(pattern, recursive=True))
     if not _WILD & set(pattern):
         return [pattern] if _is_file(pattern) or _is_folder(pattern) else []
-    found = _explain_store_errors(
-        pattern, lambda files: [files.unstrip_protocol(name) for name in files.glob(pattern)]
-    )
-    return sorted(found)
+    return _list_store(pattern, "glob")
 
 
 def _walk_files(folder: str) -> list[str]:
     """Every file below a folder, without hidden ones and what macOS adds."""
     if is_url(folder):
-        files = _explain_store_errors(
-            folder, lambda files: [files.unstrip_protocol(name) for name in files.find(folder)]
-        )
-        return sorted(file for file in files if not posixpath.basename(file).startswith("."))
+        files = _list_store(folder, "find")
+        return [file for file in files if not posixpath.basename(file).startswith(".")]
     found, walked, top = [], set[str](), os.path.realpath(folder)
     for at, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(at)
@@ -315,30 +314,36 @@ def is_image_type(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
+def iterate_members(shard: str) -> Iterator[Mapping[str, Member]]:
+    """Members by extension of every sample of a shard on this machine.
+
+    Raises:
+        BrokenTar, OSError: it cannot be read, or not to its end.
+    """
+    with open(shard, "rb", buffering=0) as tar:
+        yield from (parts for _, parts in group_members(TarReader(tar.fileno())))
+
+
+def is_pair(parts: Collection[str]) -> bool:
+    """Tell whether a sample with members of these extensions has an image and a caption."""
+    return all(
+        any(name in parts for name in names) for names in (CAPTION_EXTENSIONS, IMAGE_EXTENSIONS)
+    )
+
+
 def _refuse_without_pairs(found: FoundSource, where: str) -> None:
     """Raises: InputError: the first samples of the first shard are none; the rest is verified."""
     first = found.files[0]
     if is_url(first):
         return
-    members: set[str] = set()
-    looked_at = 0
     try:
-        with open(first, "rb", buffering=0) as tar:
-            for _, parts in group_members(TarReader(tar.fileno())):
-                looked_at += 1
-                if all(
-                    any(name in parts for name in names)
-                    for names in (CAPTION_EXTENSIONS, IMAGE_EXTENSIONS)
-                ):
-                    return
-                members.update(parts)
-                if looked_at == _LOOKED_AT:
-                    break
+        looked_at = list(islice(iterate_members(first), _LOOKED_AT))
     except (BrokenTar, OSError):
         return  # one shard; verification says what is wrong with it
-    if len(found.files) > 1 and not looked_at:
+    if any(map(is_pair, looked_at)) or (len(found.files) > 1 and not looked_at):
         return
+    members = sorted({name for parts in looked_at for name in parts})
     raise InputError(
-        f"{where}: {first} has no image with a .txt beside it among its first {looked_at:,} "
-        f"samples, only members named {', '.join(f'.{name}' for name in sorted(members)) or 'none'}"
+        f"{where}: {first} has no image with a .txt beside it among its first {len(looked_at):,} "
+        f"samples, only members named {', '.join(f'.{name}' for name in members) or 'none'}"
     )

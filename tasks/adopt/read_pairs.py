@@ -1,4 +1,4 @@
-"""Images with captions from folders, tables and parquet files, one at a time.
+"""Images with captions from folders, tables and parquet files, one at a time, and their number.
 
 Covers: which column plays which part, where an image's bytes lie, what is not a pair, and why.
 Not here: which files there are (find_source.py); packing; decoding, which verification does.
@@ -10,10 +10,11 @@ the bytes where there is none) and its caption: it stays the same wherever the s
 import hashlib
 import posixpath
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.image_decoder import identify_format
@@ -23,9 +24,16 @@ from evaclip_model.reading.samples import (
     MAX_TEXT_BYTES,
     MemberFlaw,
 )
+from evaclip_model.reading.tar_file import BrokenTar
 from evaclip_model.reading.urls import is_url, open_filesystem
 from tasks.adopt.config import AdoptedSource
-from tasks.adopt.find_source import FoundSource, is_image_type
+from tasks.adopt.find_source import (
+    FoundSource,
+    find_source,
+    is_image_type,
+    is_pair,
+    iterate_members,
+)
 from tasks.tables.parquet_tables import parquet_schema, read_parquet_rows
 from tasks.tables.text_tables import column_names, parse_list, read_text_table, text_format
 
@@ -59,10 +67,8 @@ class PairFlaw(StrEnum):
 class FoundPair:
     """An image with its caption, as found."""
 
-    where: str
-    """File, and line or row where there is one, of the user's own."""
     origin: str
-    """The same as a name that stays when the source moves."""
+    """File, and line or row where there is one, as a name that stays when the source moves."""
     uid: str
     image: bytes
     extension: str
@@ -77,7 +83,20 @@ class NoPair:
     """Content that was found instead of a pair."""
 
     where: str
+    """File, and line or row where there is one, of the user's own."""
     reason: str
+
+
+class _Row(NamedTuple):
+    """One row of a table, as it lies there."""
+
+    place: str
+    """"line 7" or "row 7"."""
+    image: Any
+    captions: Sequence[Any]
+    url: Any
+    flaw: str | None = None
+    """Why it is none."""
 
 
 def read_pairs(found: FoundSource) -> Iterator[FoundPair | NoPair]:
@@ -87,79 +106,109 @@ def read_pairs(found: FoundSource) -> Iterator[FoundPair | NoPair]:
         InputError: a table or parquet file cannot be read or lacks a column.
     """
     if found.form == "folder":
-        yield from _folder_pairs(found)
-    for file in found.files if found.form != "folder" else ():
-        if found.form == "table" and not file.lower().endswith(".parquet"):
-            yield from _text_rows(found, file)
-        else:
-            yield from _parquet_rows(found, file)
+        for captions, images in _group_by_stem(found):
+            yield from _folder_pairs(found, captions, images)
+    else:
+        for file in found.files:
+            for row in _iterate_rows(found, file):
+                yield from _row_pairs(found, file, row)
 
 
-def _folder_pairs(found: FoundSource) -> Iterator[FoundPair | NoPair]:
+def count_pairs(source: AdoptedSource, enough: int) -> int | None:
+    """The pairs that a source has at most, counted until there are `enough`, without opening an
+    image; None where only fetching or verifying its shards could tell.
+
+    Raises:
+        InputError: as `find_source` and `read_pairs`.
+    """
+    found, counted = find_source(source), 0
+    if found.form == "shards" and any(map(is_url, found.files)):
+        return None
+    try:
+        for number in _count_each(found):
+            counted += number
+            if counted >= enough:
+                break
+    except (BrokenTar, OSError):
+        return None
+    return counted
+
+
+def _count_each(found: FoundSource) -> Iterator[int]:
+    if found.form == "shards":
+        return (int(is_pair(parts)) for file in found.files for parts in iterate_members(file))
+    if found.form == "folder":
+        return (len(images) for captions, images in _group_by_stem(found) if captions)
+    rows = (row for file in found.files for row in _iterate_rows(found, file, has_images=False))
+    return (sum(map(bool, row.captions)) for row in rows if row.flaw is None)
+
+
+def _group_by_stem(found: FoundSource) -> Iterator[tuple[list[str], list[str]]]:
+    """(captions, images) of the files of a folder that differ in their suffix alone."""
     by_stem: dict[str, list[str]] = {}
     for file in found.files:
         by_stem.setdefault(file.rpartition(".")[0], []).append(file)
     for files in by_stem.values():
         ends = {file: file.rpartition(".")[2].lower() for file in files}
         captions = [one for end in CAPTION_EXTENSIONS for one in files if ends[one] == end]
-        images = [file for file in files if file not in captions]
-        if not captions:
-            yield from (NoPair(image, PairFlaw.NO_CAPTION) for image in images)
-            continue
-        if not images:
-            yield NoPair(captions[0], PairFlaw.NO_IMAGE)
-            continue
-        content = _read_file(captions[0], MAX_TEXT_BYTES)
-        for image in images:
-            if isinstance(content, PairFlaw):
-                yield NoPair(captions[0], content)
-                continue
+        yield captions, [file for file in files if file not in captions]
+
+
+def _folder_pairs(
+    found: FoundSource, captions: Sequence[str], images: Sequence[str]
+) -> Iterator[FoundPair | NoPair]:
+    if not captions:
+        yield from (NoPair(image, PairFlaw.NO_CAPTION) for image in images)
+    elif not images:
+        yield NoPair(captions[0], PairFlaw.NO_IMAGE)
+    else:
+        content, caption = _read_file(captions[0], MAX_TEXT_BYTES), ""
+        if isinstance(content, bytes):
             try:
                 caption = content.decode("utf-8-sig").strip()
             except UnicodeDecodeError:
-                yield NoPair(captions[0], PairFlaw.CAPTION_NOT_UTF8)
-                continue
-            yield _check_pair(found, image, found.name_of(image), image, caption, None)
+                content = PairFlaw.CAPTION_NOT_UTF8
+        for image in images:
+            if isinstance(content, PairFlaw):
+                yield NoPair(captions[0], content)
+            else:
+                yield _check_pair(found, image, found.name_of(image), image, caption, None)
 
 
-def _text_rows(found: FoundSource, file: str) -> Iterator[FoundPair | NoPair]:
+def _iterate_rows(found: FoundSource, file: str, has_images: bool = True) -> Iterator[_Row]:
+    """The rows of a table or parquet file; without images where they lie in its columns."""
     source, kind = found.source, text_format(file)
+    names, typed = column_types(source, file)
+    image, caption, url = _find_columns(source, file, names, typed)
     if kind is None:
-        raise InputError(f"{file}: adopt.sources '{source.name}' reads no such table")
-    names = column_names(file, kind, source.quoting, source.header)
-    image, caption, url = _find_columns(source, file, names)
-    for row in read_text_table(file, kind, source.quoting, source.header):
-        where = f"{file}, line {row.line}"
-        if row.flaw is not None:
-            yield NoPair(where, row.flaw)
-            continue
-        path, text = row.values.get(image), row.values.get(caption)
-        if not path:
-            yield NoPair(where, PairFlaw.NO_IMAGE)
-        else:
-            texts = parse_list(text) if text and kind == "jsonl" else None
-            address = row.values.get(url) if url else None
-            for one in _strip_captions(texts if texts is not None else [text]) or [""]:
-                yield _read_pair(found, file, f"line {row.line}", path, one, address)
+        columns = (caption, *((image, *([url] if url else [])) if has_images else ()))
+        for number, (texts, *more) in enumerate(read_parquet_rows(file, columns, ROWS_AT_ONCE)):
+            held, address = (*more, None, None)[:2]
+            captions = texts if isinstance(texts, list) else [texts]
+            yield _Row(f"row {number}", held, captions, address)
+    else:
+        for row in read_text_table(file, kind, source.quoting, source.header):
+            text = row.values.get(caption)
+            several = parse_list(text) if text and kind == "jsonl" else None
+            captions = several if several is not None else [text]
+            held, address = row.values.get(image), row.values.get(url) if url else None
+            yield _Row(f"line {row.line}", held, captions, address, row.flaw)
 
 
-def _parquet_rows(found: FoundSource, file: str) -> Iterator[FoundPair | NoPair]:
-    source = found.source
+def column_types(source: AdoptedSource, file: str) -> tuple[list[str], list[str]]:
+    """(names of all columns of a table, those of a type that holds images)."""
+    if (kind := text_format(file)) is not None:
+        return column_names(file, kind, source.quoting, source.header), []
     schema = parquet_schema(file, f"adopt.sources '{source.name}'")
-    typed = [field.name for field in schema if is_image_type(field.type)]
-    image, caption, url = _find_columns(source, file, schema.names, typed)
-    columns = (image, caption, *([url] if url else []))
-    for number, (held, texts, *address) in enumerate(
-        read_parquet_rows(file, columns, ROWS_AT_ONCE)
-    ):
-        yield from _row_pairs(found, file, number, held, texts, *(address or [None]))
+    return schema.names, [field.name for field in schema if is_image_type(field.type)]
 
 
-def _row_pairs(
-    found: FoundSource, file: str, number: int, held: Any, texts: Any, address: Any
-) -> Iterator[FoundPair | NoPair]:
+def _row_pairs(found: FoundSource, file: str, row: _Row) -> Iterator[FoundPair | NoPair]:
     """The pairs that one row is: one a caption."""
-    where = f"{file}, row {number}"
+    where, held = f"{file}, {row.place}", row.image
+    if row.flaw is not None:
+        yield NoPair(where, row.flaw)
+        return
     if isinstance(held, list):
         if len(held) > 1:
             yield NoPair(where, MemberFlaw.SEVERAL_IMAGES)
@@ -168,23 +217,21 @@ def _row_pairs(
     if isinstance(held, dict):
         held = held.get("bytes") or held.get("path")
     if isinstance(held, bytes) and not _image_extension(held) and len(held) < 4096:
-        try:  # text columns come as bytes: a path
+        with suppress(UnicodeDecodeError):  # text columns come as bytes: a path
             held = held.decode()
-        except UnicodeDecodeError:
-            held = bytes(held)
     if not held:
         yield NoPair(where, PairFlaw.NO_IMAGE)
     elif not isinstance(held, bytes | str):
         yield NoPair(where, PairFlaw.NOT_AN_IMAGE)
     else:
         try:
-            captions = _strip_captions(texts if isinstance(texts, list) else [texts])
-            url = address.decode() if isinstance(address, bytes) else None
+            captions = _strip_captions(row.captions)
+            url = row.url.decode() if isinstance(row.url, bytes) else row.url
         except UnicodeDecodeError:
             yield NoPair(where, PairFlaw.CAPTION_NOT_UTF8)
             return
         for caption in captions or [""]:
-            yield _read_pair(found, file, f"row {number}", held, caption, url)
+            yield _read_pair(found, file, row.place, held, caption, url)
 
 
 def _strip_captions(texts: Sequence[Any]) -> list[str]:
@@ -264,7 +311,7 @@ def _check_pair(
     known = hashlib.sha256(content).hexdigest() if isinstance(image, bytes) else written or origin
     identity = f"{found.source.name}\n{known}\n{caption}".encode("utf-8", "replace")
     uid = hashlib.md5(identity, usedforsecurity=False).hexdigest()
-    return FoundPair(where, origin, uid, content, extension, caption, url)
+    return FoundPair(origin, uid, content, extension, caption, url)
 
 
 def _read_file(location: str, most: int) -> bytes | PairFlaw:

@@ -62,7 +62,7 @@ def join_captions(
     parts = pq.read_metadata(asked).num_rows // ROWS_OF_PART + 1
     stored = f"""SELECT unnest({_VALUES[by]}) AS value, shard, key FROM read_parquet($files)
         WHERE source = coalesce($source, source)"""
-    cut = {
+    cut: dict[str, tuple[str, dict[str, Any]]] = {
         "stored": (stored, {"files": list(map(str, index.files)), "source": source}),
         "asked": ("FROM read_parquet($files)", {"files": [str(asked)]}),
     }

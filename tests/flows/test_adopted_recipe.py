@@ -162,6 +162,21 @@ def test_metadata_and_adopted_sources_are_joined_and_weighted_together(tmp_path:
             r"global_batch = 8,192, but .* at most 4,000 samples",
         ),
         (["adopt.sources=[{name='laion2b', files='x'}]"], "two sources are named 'laion2b'"),
+        (
+            ["train.stage1.checkpoints={keep_every_steps = 701}"],
+            r"'stage1' has 700 steps .* fewer than checkpoints.keep_every_steps = 701",
+        ),
+        (
+            ["train.stage1.checkpoint_every_steps=701"],
+            r"fewer than checkpoint_every_steps = 701: set it to at most 700, or leave it out",
+        ),
+        (
+            [
+                *("train.stage2.samples_seen=5_120", "train.stage2.warmup_steps=0"),
+                "train.1.checkpoint_every_steps=60",
+            ],
+            r"'stage2' has 40 steps .* checkpoint_every_steps = 60: set it to at most 40",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_fetched_or_adopted(
@@ -169,6 +184,52 @@ def test_what_does_not_fit_is_refused_before_anything_is_fetched_or_adopted(
 ) -> None:
     with pytest.raises(InputError, match=sentence):
         load_recipe("demo", changes)
+
+
+def test_a_checkpoint_interval_of_before_the_training_was_shortened_holds(tmp_path: Path) -> None:
+    short = ["train.stage2.samples_seen=5_120", "train.stage2.warmup_steps=0"]
+    every = "train.stage1.checkpoint_every_steps=100_000"
+    stage = load_recipe("demo", short).train[1]
+    assert stage.steps < stage.checkpoint_every_steps
+    assert load_recipe("demo", ["train.stage1.epochs=2", every]).train[0].epochs == 2
+    mine = write_mine(tmp_path)
+    assert load_recipe(mine.recipe).train[0].checkpoint_every_steps == 500, "the default is no wish"
+    longer = Path(mine.recipe).read_text() + "checkpoint_every_steps = 3\n"
+    Path(mine.recipe).write_text(longer)
+    with pytest.raises(InputError, match=r"mine.toml: .*'tune' has 2 steps .* or leave it out"):
+        load_recipe(mine.recipe)
+    own = "[[train]]\nname = 'tune'\nsamples_seen = 32\n"
+    (tmp_path / "own.toml").write_text(f"include = ['mine.toml']\nname = 'own'\n{own}")
+    assert load_recipe(str(tmp_path / "own.toml")).train[0].steps == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (["train.tune.global_batch=88"], None),
+        (["train.tune.global_batch=96"], "global_batch = 96, but there are at most 91 samples of"),
+        (["train.tune.lanes=16"], "reads 16 lanes, but source 'photos' has at most 11 samples"),
+        (
+            ["train.tune.global_batch=96", "train.tune.source_weights={shards=1}"],
+            "global_batch = 96, but there are at most 80 samples of shards: set it lower, or add",
+        ),
+    ],
+)
+def test_a_batch_larger_than_what_lies_there_is_refused_before_it_is_adopted(
+    tmp_path: Path, changes: list[str], sentence: str | None
+) -> None:
+    mine = write_mine(tmp_path)
+    changes = [*changes, "train.tune.samples_seen=96"]
+    if sentence is None:
+        draw_graph(load_recipe(mine.recipe, changes), mine.root, "sqlite:///none").require_samples()
+        return
+    sets = [part for one in changes for part in ("--set", one)]
+    refused = run(["run", "prepare", mine.recipe, *sets], mine.root)
+    assert refused.status == 2
+    assert sentence in refused.errors.replace("\n", " ")
+    assert not (mine.root / "adopt").exists()
+    planned = run(["plan", mine.recipe, *sets], mine.root)
+    assert sentence in planned.output.replace("\n", " ")
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +267,7 @@ def test_an_adopted_source_leads_down_to_what_was_trained_on_it(
     ("changes", "sentence"),
     [
         ([], None),
-        (["global_batch=96"], "global_batch = 96, but the dataset holds 90 samples of"),
+        (["global_batch=96"], "global_batch = 96, but there are 90 samples of shards, photos"),
         (["lanes=16"], "reads 16 lanes, but source 'photos' has 10 samples"),
     ],
 )

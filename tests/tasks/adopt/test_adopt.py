@@ -484,11 +484,11 @@ def test_json_lines_may_list_captions_and_names_may_be_no_utf8(tmp_path: Path) -
     Path(os.fsdecode(folder + b"/1.txt")).write_text("one")
     found = inspect_source(os.fsdecode(folder))
     assert found is not None
-    assert (found.samples, found.left.reasons["no_caption"]) == (1, 1)
+    assert (found.left.pairs, found.left.reasons["no_caption"]) == (1, 1)
     found.left.first.encode()
     write_pictures(tmp_path, range(2))
     lines = [{"image": "0.jpg", "caption": ["a", None, "b"]}, {"image": "1.jpg", "caption": []}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = inspect_source(str(tmp_path / "a.jsonl"))
     assert found is not None
-    assert (found.samples, found.left.reasons["no_caption"]) == (2, 1)
+    assert (found.left.pairs, found.left.reasons["no_caption"]) == (2, 1)

@@ -141,7 +141,7 @@ def test_shards_of_the_hub_are_inspected_adopted_verified_and_read(
     pack(hub / "data/00001.tar", [stranger(n, txt=None if n == 8 else f"x {n}") for n in (7, 8, 9)])
     inspection = inspect_source(f"{URL}/data/*.tar")
     assert inspection is not None
-    assert (inspection.form, inspection.files, inspection.samples) == ("shards", 2, 6)
+    assert (inspection.form, inspection.files, inspection.left.pairs) == ("shards", 2, 6)
     made = adopted(tmp_path / "runs/adopt", f"{URL}/data")
     assert made.counts["shards"] == 2
     assert not made.bulk, "nothing was packed"
@@ -174,7 +174,7 @@ def test_parquet_of_the_hub_with_a_column_of_images_is_packed(hub: Path, tmp_pat
     pq.write_table(rows, hub / "data/train-00000-of-00001.parquet")
     inspection = inspect_source(f"{URL}/data/*.parquet")
     assert inspection is not None
-    assert (inspection.form, inspection.samples) == ("parquet", 5)
+    assert (inspection.form, inspection.left.pairs) == ("parquet", 5)
     assert dict(inspection.left.reasons) == {"no_image": 1}
     made = adopted(tmp_path / "adopt", f"{URL}/data/train-*.parquet")
     assert (made.counts["packed"], made.counts["left_out.no_image"]) == (1, 1)

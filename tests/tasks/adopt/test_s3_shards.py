@@ -83,7 +83,12 @@ def test_shards_in_a_bucket_are_adopted_verified_and_read_where_they_lie(
         put(bucket, tar, f"mine/{number}.tar")
     found = inspect_source(f"s3://{bucket}/mine/*.tar")
     assert found is not None
-    assert (found.form, found.files, found.samples, found.is_cut_short) == ("shards", 2, 10, True)
+    assert (found.form, found.files, found.left.pairs, found.is_cut_short) == (
+        "shards",
+        2,
+        10,
+        True,
+    )
     remote = dataset_of(f"s3://{bucket}/mine/{{0..1}}.tar", tmp_path / "remote")
     listed = [shard.location for shard in read_adopted(tmp_path / "remote/adopt")]
     assert listed == [f"s3://{bucket}/mine/{number}.tar" for number in range(2)]
