@@ -23,11 +23,8 @@ def prepare(recipe: RecipeName = "demo", overrides: Overrides = ()) -> Artifact:
 
 
 def prepare_data(session: RecipeSession) -> Artifact:
-    """Everything up to the recipe's dataset version; returns that.
-
-    Raises:
-        InputError: what was adopted is less than training takes at once.
-    """
+    """Everything up to the recipe's dataset version; returns that. What was adopted and is less
+    than training takes at once is refused."""
     for step in session.graph.data_steps:
         session.make_step(step)
         if step.stage is ADOPT:

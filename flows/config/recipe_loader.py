@@ -62,7 +62,7 @@ def last_settings(
     keys = [override.partition("=")[0].split(".") for override in overrides]
     last = {key[-1] for key in keys if len(key) > 1 and key[-2] in named}
     if not last & base:
-        values = _read_file(path)
+        values = tomllib.loads(path.read_text())
         items = [one for one in values.get(STAGES, []) if one.get("name") == stage]
         last.update(*items, values.get(DEFAULTS, {}))
     return last

@@ -10,6 +10,7 @@ tars, byte by byte, so that a killed run's leavings need no trust: they are pack
 
 import json
 import os
+import posixpath
 import shutil
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -97,14 +98,8 @@ def read_inputs(folder: Path) -> dict[str, set[str]]:
 def adopt_sources(
     config: AdoptConfig, out: Path, report: Report, given: Sequence[Path] = ()
 ) -> Made:
-    """Write the list of all shards into `out`, and pack there what has no shards.
-
-    Args:
-        given: folders of earlier adoptions, whose files are not taken again.
-
-    Raises:
-        InputError: a source cannot be found or read, or holds no pair.
-    """
+    """Write the list of all shards into `out`, and pack there what has no shards; of the files of
+    earlier adoptions, in the folders `given`, none is taken again."""
     found = [find_source(source) for source in config.sources]
     for earlier in map(read_inputs, given):
         found = [without_known(one, earlier.get(one.source.name, set())) for one in found]
@@ -116,11 +111,10 @@ def adopt_sources(
         name = one.source.name
         report(number, len(found), f"{name}: {one.form}")
         if one.form == "shards":
-            own = _describe(one, [(file, one.name_of(file)) for file in one.files])
+            own = _describe(one, one.files)
         else:
             left = LeftOut()
-            packed = _pack_pairs(one, out, config.samples_per_shard, left)
-            own = _describe(one, [(str(tar), tar.name) for tar in packed], out)
+            own = _describe(one, _pack_pairs(one, out, config.samples_per_shard, left), out)
             counts[f"{name}.samples"] = left.pairs
             counts[f"{name}.left_out"] = left.reasons.total()
             counts.update({f"left_out.{reason}": n for reason, n in left.reasons.items()})
@@ -141,32 +135,25 @@ def adopt_sources(
 
 
 def _describe(
-    found: FoundSource, shards: Sequence[tuple[str, str]], folder: Path | None = None
+    found: FoundSource, shards: Sequence[str], out: Path | None = None
 ) -> list[AdoptedShard]:
-    """(location, name) of shards -> what the list says of them; those packed here lie below
-    `folder`.
-
-    Raises:
-        InputError: one cannot be read.
-    """
+    """Return what the list says of shards, which were packed below `out` or lie elsewhere."""
     described = []
-    known = sizes_and_marks([location for location, _ in shards])
-    for (location, name), seen in zip(shards, known, strict=True):
+    for shard, seen in zip(shards, sizes_and_marks(shards), strict=True):
         if seen is None:
-            raise InputError(f"{location} cannot be read")
-        place = location if folder is None else os.path.relpath(location, folder)
+            raise InputError(f"{shard} cannot be read")
+        location = shard if out is None else os.path.relpath(shard, out)
+        name = found.name_of(shard) if out is None else posixpath.basename(shard)
+        size, mark = seen
         source = found.source.name
-        one = AdoptedShard(location=place, name=name, source=source, size=seen[0], mark=seen[1])
-        described.append(one)
+        described.append(
+            AdoptedShard(location=location, name=name, source=source, size=size, mark=mark)
+        )
     return described
 
 
-def _pack_pairs(found: FoundSource, out: Path, per_shard: int, left: LeftOut) -> list[Path]:
-    """Pack a source's pairs; `left` keeps the counts.
-
-    Raises:
-        InputError: there is no pair.
-    """
+def _pack_pairs(found: FoundSource, out: Path, per_shard: int, left: LeftOut) -> list[str]:
+    """Pack a source's pairs; `left` keeps the counts. Refuse a source without any."""
     source, tars = found.source, list[Path]()
     pairs = left.take_pairs(read_pairs(found))
     folder = out / PACKED / source.name
@@ -177,7 +164,7 @@ def _pack_pairs(found: FoundSource, out: Path, per_shard: int, left: LeftOut) ->
     if not tars:
         where = f"adopt.sources '{source.name}'"
         raise InputError(f"{where}: {source.files} holds no image with a caption{left}")
-    return tars
+    return list(map(str, tars))
 
 
 def _write_tar(tar: Path, pairs: Sequence[FoundPair], source: str, first: int) -> None:
@@ -218,11 +205,7 @@ class SourceInspection:
 
 
 def inspect_source(pattern: str, read_files: int = 4) -> SourceInspection | None:
-    """Look at what a source's `files` would take; None for metadata, which names images by URL.
-
-    Raises:
-        InputError: nothing matches, or it is of no form.
-    """
+    """Look at what a source's `files` would take; None for metadata, which names images by URL."""
     source = AdoptedSource.from_mapping({"name": "inspected", "files": pattern}, "inspect")
     found = find_source(source)
     if _is_metadata(found):

@@ -9,6 +9,7 @@ import glob
 import hashlib
 import os
 import posixpath
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -54,12 +55,8 @@ class FoundSource:
 
 
 def find_source(source: AdoptedSource) -> FoundSource:
-    """The files of a source, and their form.
-
-    Raises:
-        InputError: nothing matches, a listed file is missing, the form cannot be told, or what is
-            there holds no image with a caption at all.
-    """
+    """The files of a source, and their form; refuse what is not there, has no form, or holds no
+    image with a caption at all."""
     where = f"adopt.sources '{source.name}'"
     base, files = _list_files(source.files, where)
     if not files:
@@ -67,10 +64,8 @@ def find_source(source: AdoptedSource) -> FoundSource:
     form = source.form or _tell_form(source, files, where)
     chosen = [file for file in files if _may_be(form, file.lower())]
     if not chosen:
-        raise InputError(
-            f"{where}: none of {len(files):,} files in {source.files} is of the form '{form}', the "
-            f"first is {files[0]}"
-        )
+        among = f"none of {len(files):,} files in {source.files}"
+        raise InputError(f"{where}: {among} is of the form '{form}', the first is {files[0]}")
     found = FoundSource(source, form, base, tuple(chosen))
     if form == "shards":
         _refuse_without_pairs(found, where)
@@ -87,33 +82,22 @@ def _may_be(form: Form, name: str) -> bool:
 
 
 def source_mark(found: FoundSource) -> str:
-    """A mark that changes when the files do, of names and parts of content, 16 hex characters.
-
-    The images behind a table are known by the table alone.
-
-    Raises:
-        InputError: a file cannot be read.
-    """
-    return _short_hash("".join([found.form, *_identify_files(found).values()]))
+    """A mark that changes when the files do, of names and parts of content, 16 hex characters; the
+    images behind a table are known by the table alone."""
+    return _short_hash("".join([found.form, *_identify_files(found)]))
 
 
 def mark_files(found: FoundSource) -> dict[str, str]:
-    """File -> a mark that changes with its name or its content, 16 hex characters.
-
-    Raises:
-        InputError: a file cannot be read.
-    """
-    return {file: _short_hash(identity) for file, identity in _identify_files(found).items()}
+    """File -> a mark that changes with its name or its content, 16 hex characters."""
+    return dict(zip(found.files, map(_short_hash, _identify_files(found)), strict=True))
 
 
-def _identify_files(found: FoundSource) -> dict[str, str]:
-    identities = {}
+def _identify_files(found: FoundSource) -> Iterator[str]:
     for file, known in zip(found.files, sizes_and_marks(found.files), strict=True):
         if known is None and found.form != "folder":
             raise InputError(f"{file} cannot be read")
-        known = known or (0, "unreadable")  # one file, which costs itself
-        identities[file] = f"{found.name_of(file)}\0{known[0]}\0{known[1]}\0"
-    return identities
+        size, mark = known or (0, "unreadable")  # one file, which costs itself
+        yield f"{found.name_of(file)}\0{size}\0{mark}\0"
 
 
 def _short_hash(text: str) -> str:
@@ -122,11 +106,7 @@ def _short_hash(text: str) -> str:
 
 def without_known(found: FoundSource, known: Set[str]) -> FoundSource:
     """The source with those of its files alone that have none of the `known` marks; in a folder,
-    with the images that have none and their captions.
-
-    Raises:
-        InputError: a file cannot be read.
-    """
+    with the images that have none and their captions."""
     new = [file for file, mark in mark_files(found).items() if mark not in known]
     if found.form == "folder":
         images = [one for one in new if _file_suffix(one) in IMAGE_EXTENSIONS]
@@ -151,11 +131,8 @@ def _list_files(pattern: str, where: str) -> tuple[str, list[str]]:
         matches = _list_matches(one)
         if not matches:
             raise InputError(f"{where}: no file matches '{one}'")
-        files += [
-            file
-            for match in matches
-            for file in (_walk_files(match) if _is_folder(match) else [match])
-        ]
+        for match in matches:
+            files += _walk_files(match) if _is_folder(match) else [match]
     return _base_of(expanded), sorted(dict.fromkeys(files))
 
 
@@ -168,21 +145,19 @@ def _listed_files(path: str, where: str) -> tuple[str, list[str]]:
         raise InputError(f"{where}: no file matches '{path}'") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{where}: {path} cannot be read as a list ({error})") from None
-    named = [(number, line) for number, line in enumerate(lines, 1) if line and line[0] != "#"]
-    files = [
-        line if is_url(line) else posixpath.normpath(posixpath.join(folder, line))
-        for _, line in named
-    ]
-    missing = [number for (number, _), file in zip(named, files, strict=True) if not _is_file(file)]
+    named = {
+        number: line if is_url(line) else posixpath.normpath(posixpath.join(folder, line))
+        for number, line in enumerate(lines, 1)
+        if line and line[0] != "#"
+    }
+    missing = [number for number, file in named.items() if not _is_file(file)]
     if missing:
-        line = dict(named)[missing[0]]
         raise InputError(
-            f"{where}: {len(missing):,} of the {len(files):,} files that {path} lists are missing, "
-            f"the first is in line {missing[0]}: {line}"
+            f"{where}: {len(missing):,} of the {len(named):,} files that {path} lists are missing, "
+            f"the first is in line {missing[0]}: {lines[missing[0] - 1]}"
         )
-    local = [file for file in files if not is_url(file)]
-    base = os.path.commonpath([os.path.dirname(file) for file in local]) if local else folder
-    return base, list(dict.fromkeys(files))
+    local = [posixpath.dirname(file) for file in named.values() if not is_url(file)]
+    return os.path.commonpath(local) if local else folder, list(dict.fromkeys(named.values()))
 
 
 def _ask_store(location: str, question: str) -> Any:
@@ -240,15 +215,10 @@ def _walk_files(folder: str) -> list[str]:
 
 def _base_of(patterns: Sequence[str]) -> str:
     """The deepest folder that all patterns name without wildcards."""
-    folders = []
-    for pattern in patterns:
-        parts = posixpath.dirname(pattern).split("/")
-        plain = next((n for n, part in enumerate(parts) if _WILD & set(part)), len(parts))
-        folders.append("/".join(parts[:plain]))
+    folders = [posixpath.dirname(re.split(r"[*?[]", one)[0]) for one in patterns]
     if is_url(patterns[0]):
-        common = posixpath.commonprefix([f"{folder}/" for folder in folders])
-        return common.rpartition("/")[0]
-    return os.path.commonpath([os.path.abspath(folder) for folder in folders])
+        return posixpath.commonprefix([f"{one}/" for one in folders]).rpartition("/")[0]
+    return os.path.commonpath(list(map(os.path.abspath, folders)))
 
 
 def _file_suffix(name: str) -> str:
@@ -256,55 +226,52 @@ def _file_suffix(name: str) -> str:
 
 
 def _tell_form(source: AdoptedSource, files: Sequence[str], where: str) -> Form:
-    """The form that the files have.
-
-    Raises:
-        InputError: none, or two that exclude each other.
-    """
+    """The form that the files have; refuse none, and two that exclude each other."""
     by_suffix: defaultdict[str, list[str]] = defaultdict(list)
     for file in files:
         by_suffix[_file_suffix(file)].append(file)
-    kinds = ", ".join(sorted({f".{suffix}" if suffix else "no suffix" for suffix in by_suffix}))
     if by_suffix["tar"]:
         return "shards"
     packed = [file for file in files if file.lower().endswith(PACKED_TARS)]
-    if packed:
-        raise InputError(
-            f"{where}: {len(packed):,} shards are compressed, the first is {packed[0]}: unpack "
-            "them to .tar, because training reads them where they lie"
-        )
     images = [file for suffix in IMAGE_EXTENSIONS for file in by_suffix[suffix]]
     captions = {file.rpartition(".")[0] for end in CAPTION_EXTENSIONS for file in by_suffix[end]}
     paired = sum(file.rpartition(".")[0] in captions for file in images)
-    tables = [file for file in files if text_format(file) is not None]
-    parquet = by_suffix["parquet"]
-    if paired and (tables or parquet):
-        raise InputError(
-            f"{where}: {source.files} holds {paired:,} images with a .txt beside them and "
-            f"{(tables or parquet)[0]}: set form = 'folder', or name the table as 'files'"
+    text = [file for file in files if text_format(file) is not None]
+    tables = text or by_suffix["parquet"]
+    if packed:
+        why = (
+            f"{len(packed):,} shards are compressed, the first is {packed[0]}: unpack them to "
+            ".tar, because training reads them where they lie"
         )
-    if paired:
+    elif paired and tables:
+        why = (
+            f"{source.files} holds {paired:,} images with a .txt beside them and {tables[0]}: set "
+            "form = 'folder', or name the table as 'files'"
+        )
+    elif paired:
         return "folder"
-    if tables:
-        return "table"
-    if parquet:
-        return _form_of_parquet(source, parquet[0], where)
-    if images:
-        raise InputError(
-            f"{where}: {len(images):,} images in {source.files}, but no captions: put NAME.txt "
-            "beside NAME.jpg, or a table of image paths and captions"
+    elif tables:
+        return "table" if text else _form_of_parquet(source, tables[0], where)
+    elif images:
+        why = (
+            f"{len(images):,} images in {source.files}, but no captions: put NAME.txt beside "
+            "NAME.jpg, or a table of image paths and captions"
         )
-    raise InputError(
-        f"{where}: {source.files} holds {len(files):,} files ({kinds}), but no shards (.tar), no "
-        "images with captions, no table (.csv, .tsv, .jsonl) and no parquet"
-    )
+    else:
+        kinds = sorted(
+            f".{suffix}" if suffix else "no suffix" for suffix, of in by_suffix.items() if of
+        )
+        why = (
+            f"{source.files} holds {len(files):,} files ({', '.join(kinds)}), but no shards "
+            "(.tar), no images with captions, no table (.csv, .tsv, .jsonl) and no parquet"
+        )
+    raise InputError(f"{where}: {why}")
 
 
 def _form_of_parquet(source: AdoptedSource, file: str, where: str) -> Form:
     schema = parquet_schema(file, where)
-    if source.image is not None and source.image in schema.names:
-        return "parquet" if is_image_type(schema.field(source.image).type) else "table"
-    return "parquet" if any(is_image_type(field.type) for field in schema) else "table"
+    looked_at = [schema.field(source.image)] if source.image in schema.names else schema
+    return "parquet" if any(is_image_type(field.type) for field in looked_at) else "table"
 
 
 def is_image_type(kind: pa.DataType) -> bool:
@@ -315,11 +282,8 @@ def is_image_type(kind: pa.DataType) -> bool:
 
 
 def iterate_members(shard: str) -> Iterator[Mapping[str, Member]]:
-    """Members by extension of every sample of a shard on this machine.
-
-    Raises:
-        BrokenTar, OSError: it cannot be read, or not to its end.
-    """
+    """Members by extension of every sample of a shard on this machine; raises BrokenTar and OSError
+    where it cannot be read to its end."""
     with open(shard, "rb", buffering=0) as tar:
         yield from (parts for _, parts in group_members(TarReader(tar.fileno())))
 

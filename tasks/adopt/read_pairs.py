@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from evaclip_model.reading.samples import (
     MemberFlaw,
 )
 from evaclip_model.reading.tar_file import BrokenTar
-from evaclip_model.reading.urls import is_url, open_filesystem
+from evaclip_model.reading.urls import is_url, open_binary
 from tasks.adopt.config import AdoptedSource
 from tasks.adopt.find_source import (
     FoundSource,
@@ -72,10 +73,9 @@ class FoundPair:
     uid: str
     image: bytes
     extension: str
-    """What the bytes are: one of `EXTENSIONS`."""
+    """One of `EXTENSIONS`."""
     caption: str
-    url: str | None = None
-    """Where a table says that the image comes from."""
+    url: str | None
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,8 @@ class _Row(NamedTuple):
 
 
 def read_pairs(found: FoundSource) -> Iterator[FoundPair | NoPair]:
-    """Yield what a source of any form but shards holds, in the order of its files and rows.
-
-    Raises:
-        InputError: a table or parquet file cannot be read or lacks a column.
-    """
+    """Yield what a source of any form but shards holds, in the order of its files and rows; refuse
+    a table that cannot be read or lacks a column."""
     if found.form == "folder":
         for captions, images in _group_by_stem(found):
             yield from _folder_pairs(found, captions, images)
@@ -116,17 +113,12 @@ def read_pairs(found: FoundSource) -> Iterator[FoundPair | NoPair]:
 
 def count_pairs(source: AdoptedSource, enough: int) -> int | None:
     """The pairs that a source has at most, counted until there are `enough`, without opening an
-    image; None where only fetching or verifying its shards could tell.
-
-    Raises:
-        InputError: as `find_source` and `read_pairs`.
-    """
+    image; None where only fetching or verifying its shards could tell."""
     found, counted = find_source(source), 0
     if found.form == "shards" and any(map(is_url, found.files)):
         return None
     try:
-        for number in _count_each(found):
-            counted += number
+        for counted in accumulate(_count_each(found)):
             if counted >= enough:
                 break
     except (BrokenTar, OSError):
@@ -178,8 +170,7 @@ def _folder_pairs(
 def _iterate_rows(found: FoundSource, file: str, has_images: bool = True) -> Iterator[_Row]:
     """The rows of a table or parquet file; without images where they lie in its columns."""
     source, kind = found.source, text_format(file)
-    names, typed = column_types(source, file)
-    image, caption, url = _find_columns(source, file, names, typed)
+    image, caption, url = _find_columns(source, file)
     if kind is None:
         columns = (caption, *((image, *([url] if url else [])) if has_images else ()))
         for number, (texts, *more) in enumerate(read_parquet_rows(file, columns, ROWS_AT_ONCE)):
@@ -205,33 +196,37 @@ def column_types(source: AdoptedSource, file: str) -> tuple[list[str], list[str]
 
 def _row_pairs(found: FoundSource, file: str, row: _Row) -> Iterator[FoundPair | NoPair]:
     """The pairs that one row is: one a caption."""
-    where, held = f"{file}, {row.place}", row.image
-    if row.flaw is not None:
-        yield NoPair(where, row.flaw)
-        return
+    where, held, flaw = f"{file}, {row.place}", row.image, row.flaw
+    captions, url, written = list[str](), row.url, None
     if isinstance(held, list):
-        if len(held) > 1:
-            yield NoPair(where, MemberFlaw.SEVERAL_IMAGES)
-            return
+        flaw = flaw or (MemberFlaw.SEVERAL_IMAGES if len(held) > 1 else None)
         held = held[0] if held else None
     if isinstance(held, dict):
         held = held.get("bytes") or held.get("path")
     if isinstance(held, bytes) and not _image_extension(held) and len(held) < 4096:
         with suppress(UnicodeDecodeError):  # text columns come as bytes: a path
             held = held.decode()
-    if not held:
-        yield NoPair(where, PairFlaw.NO_IMAGE)
-    elif not isinstance(held, bytes | str):
-        yield NoPair(where, PairFlaw.NOT_AN_IMAGE)
-    else:
-        try:
-            captions = _strip_captions(row.captions)
-            url = row.url.decode() if isinstance(row.url, bytes) else row.url
-        except UnicodeDecodeError:
-            yield NoPair(where, PairFlaw.CAPTION_NOT_UTF8)
-            return
-        for caption in captions or [""]:
-            yield _read_pair(found, file, row.place, held, caption, url)
+    if not isinstance(held, bytes | str):
+        flaw = flaw or (PairFlaw.NOT_AN_IMAGE if held else PairFlaw.NO_IMAGE)
+    try:
+        captions = _strip_captions(row.captions)
+        url = url.decode() if isinstance(url, bytes) else url
+    except UnicodeDecodeError:
+        flaw = flaw or PairFlaw.CAPTION_NOT_UTF8
+    if flaw or not held:
+        yield NoPair(where, flaw or PairFlaw.NO_IMAGE)
+        return
+    if isinstance(held, str):
+        if held.startswith(("http://", "https://")):
+            raise InputError(
+                f"{where}: '{held[:80]}' is an address, not a file: name the table in "
+                "[[merge.sources]] and let [download] fetch its images"
+            )
+        root, written = found.source.image_root or posixpath.dirname(file), held
+        held = held if is_url(held) else posixpath.join(root, held)
+    origin = f"{found.name_of(file)}:{row.place.split()[1]}"
+    for caption in captions or [""]:
+        yield _check_pair(found, where, origin, held, caption, url, written)
 
 
 def _strip_captions(texts: Sequence[Any]) -> list[str]:
@@ -242,14 +237,10 @@ def _strip_captions(texts: Sequence[Any]) -> list[str]:
     return [text for text in said if text]
 
 
-def _find_columns(
-    source: AdoptedSource, file: str, names: Sequence[str], typed: Sequence[str] = ()
-) -> tuple[str, str, str | None]:
-    """Names of the columns of image, caption and, if there is one, address.
-
-    Raises:
-        InputError: naming the column that is not there.
-    """
+def _find_columns(source: AdoptedSource, file: str) -> tuple[str, str, str | None]:
+    """Names of the columns of image, caption and, if there is one, address; refuse a table that
+    lacks one."""
+    names, typed = column_types(source, file)
     where = f"{file}: adopt.sources '{source.name}'"
     known = f"its columns are {', '.join(names) or 'none'}"
     if any(";" in name for name in names):
@@ -269,23 +260,6 @@ def _find_columns(
         part = "image" if image is None else "caption"
         raise InputError(f"{where}: which column is its {part}? Set '{part}'; {known}")
     return image, caption, url
-
-
-def _read_pair(
-    found: FoundSource, file: str, row: str, image: bytes | str, caption: str, url: str | None
-) -> FoundPair | NoPair:
-    """The pair of a `row` ("line 7"), whose image is given or lies where it says."""
-    where, origin = f"{file}, {row}", f"{found.name_of(file)}:{row.split()[1]}"
-    if isinstance(image, bytes):
-        return _check_pair(found, where, origin, image, caption, url)
-    if image.startswith(("http://", "https://")):
-        raise InputError(
-            f"{where}: '{image[:80]}' is an address, not a file: name the table in "
-            "[[merge.sources]] and let [download] fetch its images"
-        )
-    root = found.source.image_root or posixpath.dirname(file)
-    path = image if is_url(image) else posixpath.join(root, image)
-    return _check_pair(found, where, origin, path, caption, url, written=image)
 
 
 def _check_pair(
@@ -317,25 +291,17 @@ def _check_pair(
 def _read_file(location: str, most: int) -> bytes | PairFlaw:
     """A file's content, or why it cannot be had."""
     try:
-        if is_url(location):
-            files = open_filesystem(location)
-            if not files.exists(location):
-                return PairFlaw.MISSING_FILE
-            if int(files.size(location) or 0) > most:
-                return PairFlaw.TOO_LARGE
-            return bytes(files.cat_file(location))
-        path = Path(location)
-        if not path.is_file():  # a pipe would be waited for
+        if not is_url(location) and not Path(location).is_file():  # a pipe would be waited for
             return PairFlaw.MISSING_FILE
-        if path.stat().st_size > most:
-            return PairFlaw.TOO_LARGE
-        return path.read_bytes()
+        with open_binary(location) as file:
+            content = bytes(file.read(most + 1))
     except FileNotFoundError:
         return PairFlaw.MISSING_FILE
     except Exception:  # one file, whatever its store or its name says
         return PairFlaw.UNREADABLE_FILE
+    return content if len(content) <= most else PairFlaw.TOO_LARGE
 
 
 def _image_extension(content: bytes) -> str:
-    """The format that an image's first bytes show; empty when they say nothing that is opened."""
+    """The format that an image's first bytes show; empty when it is none that is opened."""
     return EXTENSIONS.get(identify_format(content) or "", "")

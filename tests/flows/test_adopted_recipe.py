@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 
@@ -21,7 +26,16 @@ from tasks.artifacts.artifact import Artifact
 from tasks.index.sample_index import SampleIndex
 from tasks.progress import report_nothing
 from tests.flows.command import run
-from tests.tasks.adopt.test_adopt import digests, pack, stranger, write_pictures
+from tests.tasks.adopt.test_adopt import (
+    IMG2DATASET,
+    digests,
+    pack,
+    stranger,
+    web,
+    write_pictures,
+)
+
+__all__ = ["web"]
 
 RECIPE = """
 name = "mine"
@@ -232,6 +246,18 @@ def test_a_batch_larger_than_what_lies_there_is_refused_before_it_is_adopted(
     assert sentence in planned.output.replace("\n", " ")
 
 
+def test_what_adoption_alone_could_tell_is_refused_before_anything_is_made_of_it(
+    tmp_path: Path,
+) -> None:
+    mine = write_mine(tmp_path)
+    few = ["train.tune.lanes=11", "train.tune.global_batch=33"]
+    graph = draw_graph(load_recipe(mine.recipe, few), mine.root, "sqlite:///none")
+    graph.require_samples()
+    graph.data_steps[0].make_artifact(Profile(root=mine.root), report_nothing)
+    with pytest.raises(InputError, match=r"11 lanes, but source 'photos' has at most 10 samples"):
+        graph.require_samples()
+
+
 @pytest.fixture(scope="module")
 def trained(mine: Mine) -> dict[str, Artifact]:
     """Kind -> artifact, after every step of the recipe, without a flow around them."""
@@ -305,6 +331,62 @@ def test_an_adopted_sample_is_traced_and_taken_down_and_its_shard_is_not_touched
     assert len(keys) == 39
     assert row["key"] not in keys
     assert digests(mine.folder / "shards") == before
+
+
+MAKE_STEPS = """
+import sys
+from pathlib import Path
+from flows.config.profile import Profile
+from flows.config.recipe import load_recipe
+from flows.graph.graph import draw_graph
+from tasks.progress import report_nothing
+root = Path(sys.argv[2])
+for step in draw_graph(load_recipe(sys.argv[1]), root, "sqlite:///none").steps:
+    step.make_artifact(Profile(root=root), report_nothing)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_shards_of_plain_img2dataset_are_trained_on_traced_and_taken_down_without_a_byte_written(
+    tmp_path: Path, web: str
+) -> None:
+    write_pictures(tmp_path / "web", range(30))
+    urls = [f"{web}/{number}.jpg" for number in range(30)]
+    table = pa.table({"URL": urls, "TEXT": [f"noise {n}" for n in range(30)]})
+    pq.write_table(table, tmp_path / "list.parquet")
+    command = [sys.executable, "-c", IMG2DATASET, tmp_path / "list.parquet", tmp_path / "shards"]
+    subprocess.run(command, check=True, capture_output=True)
+    pack(tmp_path / "photos/0.tar", [stranger(n) for n in range(100, 120)])
+    (tmp_path / "mine.toml").write_text(RECIPE.format(folder=tmp_path))
+    mine, before = Mine(tmp_path), [digests(tmp_path / one) for one in ("shards", "photos")]
+
+    made = []
+    for root, begun in ((tmp_path / "runs", ""), (tmp_path / "killed", "verify/*/*")):
+        command = [sys.executable, "-c", MAKE_STEPS, mine.recipe, root]
+        child = subprocess.Popen(command)
+        while begun and not list(root.glob(begun)):
+            time.sleep(0.01)
+        if begun:
+            child.kill()
+            child.wait()
+            child = subprocess.Popen(command)
+        assert child.wait() == 0
+        kept = (
+            "dataset/*/shards.json",
+            "dataset/*/left_out.parquet",
+            "train/*/model/*.safetensors",
+        )
+        made.append([next(root.glob(name)).read_bytes() for name in kept])
+    assert made[0] == made[1], "kill -9 changes nothing"
+
+    [found] = trace_sample(root=mine.root, url=urls[7])
+    assert found.shard.startswith(f"{tmp_path}/shards/")
+    assert [model.name for model in found.versions[0].models] == ["tune"]
+    (tmp_path / "list.txt").write_text(urls[7])
+    [done] = take_down(tmp_path / "list.txt", mine.root)
+    assert done.new.counts["samples"] == 49
+    assert [digests(tmp_path / one) for one in ("shards", "photos")] == before
 
 
 def test_a_source_that_is_not_there_is_one_sentence_and_nothing_is_made(tmp_path: Path) -> None:
