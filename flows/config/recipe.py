@@ -189,13 +189,9 @@ class Recipe(Config):
                     f" has validation.every_steps = {every}, but dataset.validation_share holds "
                     "nothing out: set it above 0"
                 )
-            longest = {
-                "warmup_steps": stage.warmup_steps,
-                "checkpoints.keep_every_steps": stage.checkpoints.keep_every_steps or 0,
-            }
-            too_long = next((one for one in longest if longest[one] > stage.steps), None)
-            if stage.epochs is None and too_long is not None:
-                why = _describe_too_long(stage, too_long, longest[too_long])
+            kept = stage.checkpoints.keep_every_steps
+            why = why or _why_too_long(stage, "warmup_steps", stage.warmup_steps)
+            why = why or _why_too_long(stage, "checkpoints.keep_every_steps", kept)
             why = why or self._why_model_unfit(stage)
             if why:
                 raise ValueError(f"training stage '{stage.name}'{why}")
@@ -255,7 +251,9 @@ def _require_table(table: Table | None, name: str) -> Table:
     return table
 
 
-def _describe_too_long(stage: TrainConfig, name: str, steps: int) -> str:
+def _why_too_long(stage: TrainConfig, name: str, steps: int | None) -> str:
+    if stage.epochs is not None or (steps or 0) <= stage.steps:
+        return ""
     return (
         f" has {stage.steps:,} steps (samples_seen / global_batch), fewer than {name} = {steps:,}: "
         f"set it to at most {stage.steps:,}"
@@ -296,10 +294,10 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     recipe = Recipe.from_mapping(read_recipe(path, overrides), where=path.name)
     for number, stage in enumerate(recipe.train):
         last = last_settings(path, overrides, stage.name, number, {"samples_seen", "global_batch"})
-        if INTERVAL in last and stage.epochs is None and stage.checkpoint_every_steps > stage.steps:
-            said = _describe_too_long(stage, INTERVAL, stage.checkpoint_every_steps)
+        why = _why_too_long(stage, INTERVAL, stage.checkpoint_every_steps)
+        if INTERVAL in last and why:
             where = f"{path.name}: training stage '{stage.name}'"
-            raise InputError(f"{where}{said}, or leave it out: the end is saved always")
+            raise InputError(f"{where}{why}, or leave it out: the end is saved always")
     return recipe
 
 

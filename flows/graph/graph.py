@@ -178,22 +178,20 @@ class Graph:
             nothing = {name: 0 for stage in stages for name in stage.source_weights}
             require_samples(stages, list(held), nothing | held)
             return
-        sources, has = list[str](), dict[str, int]()
+        most: dict[str, int | None] = {}
         enough = max(max(stage.global_batch, stage.lanes) for stage in stages)
         for step in self.data_steps:
             if isinstance(step.config, MergeConfig):
-                caps = {one.name: one.target_count for one in step.config.sources}
-                has |= {name: cap for name, cap in caps.items() if cap}
-                sources += caps
+                most |= {one.name: one.target_count for one in step.config.sources}
             elif isinstance(step.config, AdoptConfig) and not step.absent:
                 from tasks.adopt.read_pairs import count_pairs
 
                 packed = finished_artifact(step).counts if step.is_finished else {}
                 for one in step.config.sources:
-                    sources.append(one.name)
-                    most = packed.get(f"{one.name}.samples") or count_pairs(one, enough)
-                    has |= {} if most is None else {one.name: int(most)}
-        require_samples(stages, sources, has, "at most ")
+                    counted = int(packed.get(f"{one.name}.samples", 0))
+                    most[one.name] = counted or count_pairs(one, enough)
+        has = {name: number for name, number in most.items() if number is not None}
+        require_samples(stages, list(most), has, "at most ")
 
 
 def load_graph(recipe: str, overrides: Sequence[str]) -> tuple[Recipe, Profile, Graph]:

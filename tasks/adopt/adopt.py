@@ -1,8 +1,6 @@
-"""Adopt sources: list shards where they lie, pack what lies in folders and tables.
-
-Covers: the list of shards, packing by webdataset's writer, what was left out and why.
-Not here: finding files (find_source.py), reading pairs (read_pairs.py), looking into shards, which
-is verification's.
+"""Adopt sources: list shards where they lie, pack what lies in folders and tables by webdataset's
+writer, count what is left out. Not here: finding files (find_source.py), reading pairs
+(read_pairs.py), looking into shards, which is verification's.
 
 Shards are never copied or rewritten. What is packed keeps its bytes; the same source gives the same
 tars, byte by byte, so that a killed run's leavings need no trust: they are packed again.
@@ -195,11 +193,9 @@ class SourceInspection:
 
     form: Form
     files: int
-    """Of the form."""
     read_files: int
     """How many of them were looked at: all but for many shards."""
     left: LeftOut = field(default_factory=LeftOut)
-    """Pairs, and what is none, in those."""
     is_cut_short: bool = False
     """Whether there is more than was looked at."""
 

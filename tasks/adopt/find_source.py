@@ -1,9 +1,6 @@
-"""The files that a source's `files` names, and their form.
-
-Covers: globs, folders, lists of shards and single files, here or at a URL; telling the form by
-looking; what stands for the files in an artifact's address.
-Not here: reading images and captions (read_pairs.py), packing (adopt.py).
-"""
+"""The files that a source's `files` names (globs, folders, lists of shards, single files, here or
+at a URL), their form, and what stands for them in an artifact's address. Not here: reading images
+and captions (read_pairs.py), packing (adopt.py)."""
 
 import glob
 import hashlib
@@ -62,11 +59,11 @@ def find_source(source: AdoptedSource) -> FoundSource:
     if not files:
         raise InputError(f"{where}: there is no file in {source.files}")
     form = source.form or _tell_form(source, files, where)
-    chosen = [file for file in files if _may_be(form, file.lower())]
+    chosen = tuple(file for file in files if _may_be(form, file.lower()))
     if not chosen:
         among = f"none of {len(files):,} files in {source.files}"
         raise InputError(f"{where}: {among} is of the form '{form}', the first is {files[0]}")
-    found = FoundSource(source, form, base, tuple(chosen))
+    found = FoundSource(source, form, base, chosen)
     if form == "shards":
         _refuse_without_pairs(found, where)
     return found
@@ -296,7 +293,7 @@ def is_pair(parts: Collection[str]) -> bool:
 
 
 def _refuse_without_pairs(found: FoundSource, where: str) -> None:
-    """Raises: InputError: the first samples of the first shard are none; the rest is verified."""
+    """Refuse shards of which the first samples of the first are none; the rest is verified."""
     first = found.files[0]
     if is_url(first):
         return

@@ -1,7 +1,6 @@
-"""Images with captions from folders, tables and parquet files, one at a time, and their number.
-
-Covers: which column plays which part, where an image's bytes lie, what is not a pair, and why.
-Not here: which files there are (find_source.py); packing; decoding, which verification does.
+"""Images with captions from folders, tables and parquet files, one at a time, and their number;
+what is none, and why. Not here: which files there are (find_source.py); packing; decoding, which
+verification does.
 
 Images keep their bytes. A pair's `uid` is a hash of its source, its image (the path as written, or
 the bytes where there is none) and its caption: it stays the same wherever the source lies.
@@ -88,15 +87,13 @@ class NoPair:
 
 
 class _Row(NamedTuple):
-    """One row of a table, as it lies there."""
+    """One row of a table, as it lies there; `place` is "line 7" or "row 7"."""
 
     place: str
-    """"line 7" or "row 7"."""
     image: Any
     captions: Sequence[Any]
     url: Any
     flaw: str | None = None
-    """Why it is none."""
 
 
 def read_pairs(found: FoundSource) -> Iterator[FoundPair | NoPair]:
