@@ -158,7 +158,7 @@ def _listed_files(path: str, where: str) -> tuple[str, list[str]]:
 
 
 def _ask_store(location: str, question: str) -> Any:
-    """What a store's filesystem answers to `question`, one of its methods; its own kinds of errors
+    """Ask a store's filesystem a `question`, one of its methods; its own kinds of errors come back
     as one sentence."""
     try:
         return getattr(open_filesystem(location), question)(location)

@@ -341,13 +341,14 @@ from flows.config.recipe import load_recipe
 from flows.graph.graph import draw_graph
 from tasks.progress import report_nothing
 root = Path(sys.argv[2])
+profile = Profile(root=root, ranks=1, train_engine="torch")
 for step in draw_graph(load_recipe(sys.argv[1]), root, "sqlite:///none").steps:
-    step.make_artifact(Profile(root=root), report_nothing)
+    step.make_artifact(profile, report_nothing)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_shards_of_plain_img2dataset_are_trained_on_traced_and_taken_down_without_a_byte_written(
     tmp_path: Path, web: str
 ) -> None:

@@ -154,6 +154,7 @@ def web(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_shards_of_plain_img2dataset_are_adopted_with_their_addresses(
     tmp_path: Path, web: str
 ) -> None:
