@@ -158,14 +158,14 @@ def _pack_pairs(found: FoundSource, out: Path, per_shard: int, left: LeftOut) ->
     folder.mkdir(parents=True)
     while batch := list(islice(pairs, per_shard)):
         tars.append(folder / f"{len(tars):06d}.tar")
-        _write_tar(tars[-1], batch, source.name, (len(tars) - 1) * per_shard)
+        _write_tar(tars[-1], batch, (len(tars) - 1) * per_shard)
     if not tars:
         where = f"adopt.sources '{source.name}'"
         raise InputError(f"{where}: {source.files} holds no image with a caption{left}")
     return list(map(str, tars))
 
 
-def _write_tar(tar: Path, pairs: Sequence[FoundPair], source: str, first: int) -> None:
+def _write_tar(tar: Path, pairs: Sequence[FoundPair], first: int) -> None:
     import webdataset  # it imports torch, which a source of shards needs not
 
     with (
@@ -174,16 +174,11 @@ def _write_tar(tar: Path, pairs: Sequence[FoundPair], source: str, first: int) -
         webdataset.TarWriter(stream, user="", group="", mtime=0, encoder=False) as writer,
     ):
         for number, pair in enumerate(pairs, first):
-            record = {"uid": pair.uid, "source": source, "original_id": pair.origin}
-            if pair.url:
-                record["url"] = pair.url
+            record = json.dumps(pair.record).encode()
+            caption = pair.caption.encode("utf-8", "replace")
+            key = f"{number:09d}"
             writer.write(
-                {
-                    "__key__": f"{number:09d}",
-                    pair.extension: pair.image,
-                    "txt": pair.caption.encode("utf-8", "replace"),
-                    "json": json.dumps(record).encode(),
-                }
+                {"__key__": key, pair.extension: pair.image, "txt": caption, "json": record}
             )
 
 

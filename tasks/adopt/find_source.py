@@ -160,10 +160,9 @@ def _listed_files(path: str, where: str) -> tuple[str, list[str]]:
 def _ask_store(location: str, question: str) -> Any:
     """Ask a store's filesystem a `question`, one of its methods; its own kinds of errors come back
     as one sentence."""
+    files = open_filesystem(location)
     try:
-        return getattr(open_filesystem(location), question)(location)
-    except InputError:
-        raise
+        return getattr(files, question)(location)
     except Exception as error:  # every protocol has its own kinds
         raise InputError(
             f"{location} cannot be listed ({shorten_error(error)}): check the address and, for "

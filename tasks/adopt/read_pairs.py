@@ -10,7 +10,6 @@ import hashlib
 import posixpath
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate
 from pathlib import Path
@@ -63,26 +62,20 @@ class PairFlaw(StrEnum):
     NOT_AN_IMAGE = "not_an_image"
 
 
-@dataclass(frozen=True)
-class FoundPair:
+class FoundPair(NamedTuple):
     """An image with its caption, as found."""
 
-    origin: str
-    """File, and line or row where there is one, as a name that stays when the source moves."""
-    uid: str
     image: bytes
     extension: str
     """One of `EXTENSIONS`."""
     caption: str
-    url: str | None
+    record: dict[str, str]
 
 
-@dataclass(frozen=True)
-class NoPair:
-    """Content that was found instead of a pair."""
+class NoPair(NamedTuple):
+    """Content that was found instead of a pair, in a file, line or row of the user's own."""
 
     where: str
-    """File, and line or row where there is one, of the user's own."""
     reason: str
 
 
@@ -282,7 +275,8 @@ def _check_pair(
     known = hashlib.sha256(content).hexdigest() if isinstance(image, bytes) else written or origin
     identity = f"{found.source.name}\n{known}\n{caption}".encode("utf-8", "replace")
     uid = hashlib.md5(identity, usedforsecurity=False).hexdigest()
-    return FoundPair(origin, uid, content, extension, caption, url)
+    record = {"uid": uid, "source": found.source.name, "original_id": origin}
+    return FoundPair(content, extension, caption, record | ({"url": url} if url else {}))
 
 
 def _read_file(location: str, most: int) -> bytes | PairFlaw:
