@@ -159,7 +159,7 @@ def test_shards_of_the_hub_are_inspected_adopted_verified_and_read(
     make_dataset(rules, [verified], *nothing, version, report_nothing)
     expected = sorted([*(f"noise {n}" for n in range(6)), "x 7", "x 9"])
     sampling = SamplingConfig(image_px=16, global_batch=8, lanes=4, shuffle_buffer=4)
-    settings = ReadSettings(0, 0, tmp_path / "cache", 1 << 30)
+    settings = ReadSettings(shard_cache=tmp_path / "cache", shard_cache_bytes=1 << 30)
     reader = BatchReader(version / "shards.json", sampling, rank=0, ranks=1, settings=settings)
     with closing(reader):
         assert sorted(reader.read_batch(0).captions) == expected
