@@ -39,6 +39,9 @@ from tasks.download.politeness import MAX_RULES_BYTES, HostGate, Robots, decline
 from tasks.web_addresses import normalise_web_address
 
 CHUNK_BYTES = 1 << 16
+MAX_HEAD_BYTES = 1 << 20
+"""For an answer's headers and the like; the body, with the lengths of its chunks, has twice
+max_bytes on the wire."""
 MAX_REDIRECTS = 10
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 MAX_RULES_REDIRECTS = 5
@@ -310,13 +313,15 @@ class _Response(http.client.HTTPResponse):
 
 
 class _DeadlineReader(io.RawIOBase):
-    """A socket's stream whose every receive knows how much time is left."""
+    """A socket's stream whose every receive knows how much time and how many bytes are left: a
+    chunk of length -1 is, to http.client, everything that ever comes."""
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket, limits: FetchLimits) -> None:
         super().__init__()
         self._raw = raw
         self._sock = sock
         self._limits = limits
+        self._bytes_left = 2 * limits.config.max_bytes + MAX_HEAD_BYTES
 
     def readable(self) -> bool:
         return True
@@ -324,10 +329,14 @@ class _DeadlineReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int | None:
         self._sock.settimeout(self._limits.seconds_left())
         try:
-            return self._raw.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
+            received: int | None = self._raw.readinto(buffer)  # type: ignore[attr-defined]
         except TimeoutError:
             self._limits.seconds_left()
             raise
+        self._bytes_left -= received or 0
+        if self._bytes_left < 0:
+            raise Refused(Outcome.TOO_MANY_BYTES)
+        return received
 
     def close(self) -> None:
         self._raw.close()

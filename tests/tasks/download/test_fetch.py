@@ -64,6 +64,7 @@ def test_a_redirect_to_an_allowed_address_is_followed(web) -> None:
         ("short", Outcome.INCOMPLETE),
         ("huge", Outcome.TOO_MANY_BYTES),
         ("unsized", Outcome.TOO_MANY_BYTES),
+        ("endless", Outcome.TOO_MANY_BYTES),
         ("silence", Outcome.TIMEOUT),
         ("drip", Outcome.DEADLINE),
         ("headerdrip", Outcome.DEADLINE),

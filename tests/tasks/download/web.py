@@ -187,6 +187,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"x" * 300_000)
 
+    def answer_endless(self, rest: str) -> None:
+        """One chunk, of length -1, which http.client would wait for in memory."""
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n")
+        while True:
+            self.wfile.write(b"x" * 300_000)
+
     def answer_drip(self, rest: str) -> None:
         body = picture(1)
         self.send_response(200)
