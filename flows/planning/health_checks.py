@@ -51,9 +51,11 @@ def examine_machine(profile: Profile) -> Iterator[Finding]:
         try:
             yield from check(profile)
         except Exception as error:
-            kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+            said = redact_text(str(error))
+            if not isinstance(error, InputError):  # whose sentence ends with what to do
+                said = f"{type(error).__name__}: {said[:200]}"
             what = check.__name__.removeprefix("check_").replace("_", " ")
-            yield Finding("fail", what, f"{kind}{redact_text(str(error))[:200]}")
+            yield Finding("fail", what, said)
 
 
 def check_python(_: Profile) -> Iterator[Finding]:
@@ -68,8 +70,9 @@ def check_versions(_: Profile) -> Iterator[Finding]:
     wanted = [*project["dependencies"], *project["optional-dependencies"]["pipeline"]]
     pins = (CHECKOUT / "infra" / "constraints.txt").read_text()
     tested = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", pins, re.MULTILINE))
-    bad = list(version_findings(map(Requirement, wanted), tested, _installed_version))
-    yield from bad or [Finding("ok", "versions", f"{len(wanted)} packages as tested")]
+    here = [one for one in map(Requirement, wanted) if not one.marker or one.marker.evaluate()]
+    bad = list(version_findings(here, tested, _installed_version))
+    yield from bad or [Finding("ok", "versions", f"{len(here)} packages as tested")]
 
 
 def version_findings(

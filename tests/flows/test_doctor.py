@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from packaging.requirements import Requirement
 from flows.__main__ import main
 from flows.config.profile import Profile, load_profile
 from flows.planning import health_checks
+from tasks.tracking import TrackingStore
 
 PINNED = {"prefect": "3.8.8", "open-clip-torch": "3.3.0"}
 
@@ -41,6 +43,27 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(
     first, second = health_checks.examine_machine(Profile(_env_file=None, root=tmp_path))
     assert (first.level, second.level) == ("fail", "ok")
     assert first.found == "RuntimeError: http://me:***@host is odd"
+
+
+def test_what_a_finding_says_to_do_is_said_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    profile = Profile(_env_file=None, root=tmp_path / "a-long-name-of-a-folder" / ("x" * 200))
+    store = TrackingStore.at(profile.mlflow_uri, "doctor")
+
+    def of_another_schema(_: TrackingStore) -> str:
+        raise store.explain_error(RuntimeError("Detected out-of-date database schema"))
+
+    monkeypatch.setattr(TrackingStore, "try_out", of_another_schema)
+    monkeypatch.setattr(health_checks, "CHECKS", (health_checks.check_tracking,))
+    (found,) = health_checks.examine_machine(profile)
+    assert found.found.endswith(f"run 'mlflow db upgrade {store.uri}'")
+
+
+def test_packages_that_another_python_needs_are_not_missed(tmp_path: Path) -> None:
+    found = health_checks.check_versions(Profile(_env_file=None, root=tmp_path))
+    missing = [one.what for one in found if one.found == "not installed"]
+    assert sys.version_info >= (3, 13) or "standard-imghdr" not in missing
 
 
 def test_what_is_wrong_is_one_line_each_and_the_exit_code_is_1(
