@@ -25,6 +25,7 @@ from tasks.evaluate.report.numbers import format_percent
 from tasks.evaluate.report.paper_form import paper_tables
 from tasks.evaluate.report.summary import headline_tiles, summary_sentences
 from tasks.evaluate.report.templates import TEMPLATES
+from tasks.redact import escape_control
 
 FAMILIES = {"EVA": "eva", "OpenAI": "openai", "Open": "open"}
 """First word of a model's name in the paper -> style of its circle."""
@@ -67,7 +68,7 @@ def write_reports(
         "lineage": Markup(lineage),
     }
     texts = {
-        name: TEMPLATES.get_template(f"{name}.j2").render(parts) + "\n"
+        name: escape_control(TEMPLATES.get_template(f"{name}.j2").render(parts)) + "\n"
         for name in (REPORT, MARKDOWN, SUMMARY)
     }
     texts[FIGURES] = write_csv(found)
