@@ -43,7 +43,7 @@ class ShardStore:
         self.folder = folder.rstrip("/")
         if is_url(folder):
             open_filesystem(folder)
-        self._cache = cache or Path()
+        self._is_local, self._cache = cache is None, cache or Path()
         self._limit = cache_bytes
         self._held: dict[str, tuple[int, Future[Path]]] = {}
         self._used: set[str] = set()
@@ -79,7 +79,7 @@ class ShardStore:
 
     def announce_shards(self, shards: Iterable[Shard]) -> None:
         """Say which shards come next, so that they may be brought; never waits."""
-        for shard in shards:
+        for shard in () if self._is_local else shards:
             is_remote = is_url(resolve_location(self.folder, shard.path))
             if is_remote and self._request_shard(shard, must=False) is None:
                 return
