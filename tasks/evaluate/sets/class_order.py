@@ -23,6 +23,7 @@ from tasks.evaluate.sets.prompts import (
     find_classnames,
     find_templates,
     imagenet_synsets,
+    require_placeholder,
     subset_classes,
 )
 from tasks.evaluate.sets.set_registry import KnownSet, NameSource, PromptSource
@@ -32,10 +33,12 @@ NO_TEMPLATES = "none"
 Order = Literal["", "text", "number"]
 """Count of numbered classes: by the rule; in the order of text; as numbers or not at all."""
 
-_NUMBERED_WORD = re.compile(r"(\d+)\s*[._\- ]\s*(?P<name>\D.*)")
+_NUMBER = re.compile(r"\d{1,100}")
+"""Python reads no number of more than a few thousand digits."""
+_NUMBERED_WORD = re.compile(r"(\d{1,100})\s*[._\- ]\s*(?P<name>\D.*)")
 _SYNSET_WORD = re.compile(r"n\d{8}[._\- ]+(?P<name>.+)")
 _SYNSET_LINE = re.compile(r"(n\d{8})\s+(.+)")
-_NUMBER_LINE = re.compile(r"(\d+)[:.]?\s+(.+)")
+_NUMBER_LINE = re.compile(r"(\d{1,100})[:.]?\s+(.+)")
 _NEGATIVE = re.compile(r"-\d+")
 _SYNSET = re.compile(r"n\d{8}")
 _WORDS = re.compile(r"[A-Z]?[a-z]{2,}|[A-Z]{3,}")
@@ -98,7 +101,8 @@ class Words:
             if chosen == source != "dataset":
                 key = self.known.key if self.known else "new"
                 return find_templates(key, source, self.known, Path())
-        return read_lines(Path(chosen), "one prompt template with {c} a line")
+        lines = read_lines(Path(chosen), "one prompt template with {c} a line")
+        return require_placeholder(lines, chosen)
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ def order_classes(
     """
     known = wanted.known
     chosen = read_class_names(wanted.classnames, known) if wanted.classnames else None
-    odd = next((word for word in words if not word.isdecimal()), None)
+    odd = next((word for word in words if not is_number(word)), None)
     if wanted.order == "number" and odd is not None:
         raise InputError(f"{where}: '{odd}' is not a number, so it gives no label by number")
     negative = next((word for word in words if _NEGATIVE.fullmatch(word)), None)
@@ -219,6 +223,11 @@ def order_classes(
         {word: label for label, word in enumerate(ordered)},
         (f"the names are the source's own: {why}",) if why else (),
     )
+
+
+def is_number(word: str) -> bool:
+    """Tell whether a source's word for a class is a number."""
+    return _NUMBER.fullmatch(word) is not None
 
 
 def normalise_name(name: str) -> str:
@@ -271,7 +280,7 @@ def _by_text(source: _SourceClasses, chosen: ClassNameList) -> ClassOrder:
 
 
 def _by_words_of_list(source: _SourceClasses, chosen: ClassNameList) -> ClassOrder:
-    both = source.numbered and all(map(str.isdecimal, chosen.words))
+    both = source.numbered and all(map(is_number, chosen.words))
     key = (lambda word: str(int(word))) if both else normalise_name
     place = {key(word): label for label, word in enumerate(chosen.words)}
     for word in source.words:
@@ -405,7 +414,7 @@ def _read_json_names(path: Path) -> tuple[str, ...]:
         pairs = [*content.items()]
         if all(isinstance(value, int) for _, value in pairs):
             pairs = [(str(number), name) for name, number in pairs]
-        named = {int(key): name for key, name in pairs if key.isdecimal()}
+        named = {int(key): name for key, name in pairs if is_number(key)}
         fits = sorted(named) in _numberings(len(pairs))
         content = [named[number] for number in sorted(named)] if fits else []
     if content and isinstance(content, list) and all(isinstance(one, str) for one in content):

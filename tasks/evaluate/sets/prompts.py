@@ -45,13 +45,18 @@ def find_templates(
     else:
         sources = ", ".join(get_args(PromptSource))
         raise InputError(f"'{source}' is not a source of prompt templates: give one of {sources}")
-    for template in found:
+    where = str(folder / TEMPLATES) if source == "dataset" else f"set '{name}'"
+    return require_placeholder(found, where)
+
+
+def require_placeholder(templates: tuple[str, ...], where: str) -> tuple[str, ...]:
+    """Return the templates, if each has `{c}` for the class name."""
+    for template in templates:
         if PLACEHOLDER not in template:
-            where = str(folder / TEMPLATES) if source == "dataset" else f"set '{name}'"
             raise InputError(
                 f"{where}: template '{template}' has no {PLACEHOLDER} for the class name"
             )
-    return found
+    return templates
 
 
 def find_classnames(

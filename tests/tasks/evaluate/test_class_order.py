@@ -169,11 +169,19 @@ def test_a_file_that_says_which_word_a_name_is_for_decides(tmp_path: Path) -> No
         order_classes(("eel",), wanted, where="x")
 
 
-@pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"0": "a", "2": "b"}', '{"a": "b"}', "[]"])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[" * 100_000, '{"0": "a", "2": "b"}', '{"a": "b"}', "[]", f'{{"{"1" * 5_000}": "a"}}'],
+)
 def test_another_json_file_than_of_names_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(InputError, match=r"expected \[.name., \.\.\.\]"):
         read_class_names(str(tmp_path / "x.json"), None)
+
+
+def test_a_number_longer_than_python_reads_is_a_name() -> None:
+    found = order_classes(("1" * 5_000, f"{'1' * 5_000} cat"), Words(), where="x")
+    assert {*found.names} == {"1" * 5_000, f"{'1' * 5_000} cat"}
 
 
 def test_what_is_odd_about_names_is_said() -> None:

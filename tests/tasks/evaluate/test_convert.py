@@ -276,6 +276,9 @@ def test_folders_of_splits_are_not_taken_for_classes(birds: Path, tmp_path: Path
 def test_templates_are_asked_for_and_never_guessed(birds: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="which prompt templates has this set"):
         convert_imagefolder(birds, tmp_path / "set", Words())
+    (tmp_path / "templates.txt").write_text("a photo of a {c}.\na photo of a {}.\n")
+    with pytest.raises(InputError, match=r"template 'a photo of a \{\}\.' has no \{c\}"):
+        Words(templates=str(tmp_path / "templates.txt")).set_templates()
     assert Words(find_set("ucf101")).set_templates()[0] == "a photo of a person {c}."
     assert len(Words(find_set("objectnet")).set_templates()) == 80
     made = convert_imagefolder(birds, tmp_path / "set", OWN)

@@ -190,6 +190,11 @@ def test_names_are_taken_before_numbers_and_whole_floats_are_numbers(
         convert_table(missing, images, tmp_path / "set", OWN)
 
 
+def test_a_label_of_more_digits_than_python_reads_is_a_name(images: Path, tmp_path: Path) -> None:
+    table = write(tmp_path / "t.csv", f"path,label\na/0.jpg,{'7' * 5_000}\na/1.jpg,8\n")
+    assert read_label_table(table, images).words == ["7" * 5_000, "8"]
+
+
 def test_quotes_in_a_tab_separated_file_part_cells_or_are_text(
     images: Path, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from evaclip_model.errors import InputError, shorten_error
+from tasks.evaluate.sets.class_order import is_number
 from tasks.evaluate.sets.convert.shard_writer import Source
 from tasks.evaluate.sets.convert.source_images import FileFinder, image_source
 
@@ -107,7 +108,7 @@ def read_label_table(
 def _sort_words(words: Iterable[str]) -> list[str]:
     """Words in the order of text; numbers by number, equal ones told apart as text."""
     listed = sorted(words)
-    return sorted(listed, key=int) if all(map(str.isdecimal, listed)) else listed
+    return sorted(listed, key=int) if all(map(is_number, listed)) else listed
 
 
 def read_rows(
