@@ -220,8 +220,8 @@ def _is_metadata(found: FoundSource) -> bool:
 
 
 def _inspect_shards(found: FoundSource, read_files: int) -> SourceInspection:
-    # one that must be fetched is enough
-    shards = [file for file in found.files[:read_files] if not is_url(file)] or found.files[:1]
+    local, first = filter(os.path.isfile, found.files[:read_files]), found.files[0]
+    shards = list(local) or [first] * is_url(first)  # one that must be fetched is enough
     left, named = LeftOut(), list[NoPair]()
     with TemporaryDirectory() as folder:
         for shard in shards:

@@ -4,6 +4,7 @@ and captions (read_pairs.py), packing (adopt.py)."""
 
 import glob
 import hashlib
+import math
 import os
 import posixpath
 import re
@@ -30,6 +31,8 @@ from tasks.tables.text_tables import text_format
 TAR = ".tar"
 PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 LIST = ".txt"
+MOST_NAMES = 10_000_000
+"""More names than braces may stand for: they would be in memory before one is looked for."""
 _WILD = frozenset("*?[")
 _LOOKED_AT = 200
 """Samples of the first shard that are looked at before anything is adopted."""
@@ -116,7 +119,7 @@ def _list_files(pattern: str, where: str) -> tuple[str, list[str]]:
     """(folder that holds them, files) that a pattern names, sorted."""
     if pattern.startswith("file://"):
         pattern = pattern.removeprefix("file://")
-    expanded = list(braceexpand.braceexpand(pattern)) if "{" in pattern else [pattern]
+    expanded = _expand_braces(pattern, where) if "{" in pattern else [pattern]
     if len(expanded) == 1 and not _WILD & set(pattern):
         if _is_folder(pattern):
             base = pattern.rstrip("/") if is_url(pattern) else str(Path(pattern).absolute())
@@ -131,6 +134,17 @@ def _list_files(pattern: str, where: str) -> tuple[str, list[str]]:
         for match in matches:
             files += _walk_files(match) if _is_folder(match) else [match]
     return _base_of(expanded), sorted(dict.fromkeys(files))
+
+
+def _expand_braces(pattern: str, where: str) -> list[str]:
+    """The names that `{a,b}` and `{000..099}` in a pattern stand for."""
+    try:
+        ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
+        if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > MOST_NAMES:
+            raise ValueError(f"they stand for more than {MOST_NAMES:,} names")
+        return list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise InputError(f"{where}: braces that cannot be expanded ({error})") from None
 
 
 def _listed_files(path: str, where: str) -> tuple[str, list[str]]:
@@ -294,7 +308,7 @@ def is_pair(parts: Collection[str]) -> bool:
 def _refuse_without_pairs(found: FoundSource, where: str) -> None:
     """Refuse shards of which the first samples of the first are none; the rest is verified."""
     first = found.files[0]
-    if is_url(first):
+    if is_url(first) or not os.path.isfile(first):
         return
     try:
         looked_at = list(islice(iterate_members(first), _LOOKED_AT))

@@ -95,6 +95,31 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
+def test_nothing_waits_for_a_pipe_among_the_files(tmp_path: Path) -> None:
+    for name in ("shards", "folder"):
+        (tmp_path / name).mkdir()
+    os.mkfifo(tmp_path / "shards" / "000.tar")
+    assert inspect_source(str(tmp_path / "shards")).left.pairs == 0
+    with pytest.raises(InputError, match=r"000\.tar cannot be read"):
+        adopted(tmp_path / "out", tmp_path / "shards")
+    for name in ("a", "b"):
+        (tmp_path / "folder" / f"{name}.txt").write_text("a red fox")
+    (tmp_path / "folder" / "a.jpg").write_bytes(picture(1))
+    os.mkfifo(tmp_path / "folder" / "b.jpg")
+    made = adopted(tmp_path / "other", tmp_path / "folder")
+    assert made.counts["mine.samples"] == made.counts["left_out.missing_file"] == 1
+
+
+@pytest.mark.parametrize(
+    "braces",
+    ["{000..", "{0..9}{0..99999999}", "{0.." + "9" * 5_000 + "}"],
+    ids=("open", "many", "long"),
+)
+def test_braces_that_cannot_be_expanded_are_one_sentence(tmp_path: Path, braces: str) -> None:
+    with pytest.raises(InputError, match="braces that cannot be expanded"):
+        inspect_source(f"{tmp_path}/{braces}.tar")
+
+
 def test_shards_are_listed_where_they_lie_and_flawed_samples_cost_themselves(
     tmp_path: Path,
 ) -> None:
