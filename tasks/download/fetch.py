@@ -42,6 +42,8 @@ CHUNK_BYTES = 1 << 16
 MAX_HEAD_BYTES = 1 << 20
 """For an answer's headers and the like; the body, with the lengths of its chunks, has twice
 max_bytes on the wire."""
+MAX_MESSAGE_CHARS = 500
+"""A server's own words are part of some messages, which a shard's table keeps row by row."""
 MAX_REDIRECTS = 10
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 MAX_RULES_REDIRECTS = 5
@@ -155,7 +157,7 @@ class Fetcher:
             return None, f"HTTP Error 302: more than {MAX_REDIRECTS} redirects"
         # whatever a hostile answer makes the libraries raise is this URL's failure, not the shard's
         except Exception as error:
-            return None, str(error) or repr(error)
+            return None, (str(error) or repr(error))[:MAX_MESSAGE_CHARS]
 
     def _visit_host(self, url: str, host: str, digest: str | None) -> bytes:
         """Ask for `url`, and tell the gate how its host answered; the text of whatever it raises

@@ -83,7 +83,7 @@ _OF_TEXT = tuple(
     )
 )
 _HTTP_ERROR = re.compile(r"HTTP Error (\d{3})")
-_RETRY_AFTER = re.compile(r"\(retry after ([0-9.]+) s\)")
+_RETRY_AFTER = re.compile(r"\(retry after (\d+(?:\.\d+)?(?:e\+\d+)?) s\)$")
 BUSY_STATUSES = frozenset({429, 503})
 """HTTP answers with which a host asks for fewer requests."""
 

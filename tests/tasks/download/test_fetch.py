@@ -12,7 +12,7 @@ import pytest
 
 from tasks.download.config import DownloadConfig
 from tasks.download.fetch import Fetcher, retry_after
-from tasks.download.fetch_outcome import Outcome, outcome_of, retry_after_s
+from tasks.download.fetch_outcome import Outcome, outcome_of, retry_after_s, with_retry_after
 
 CONFIG = DownloadConfig(
     allowed_networks=("127.0.0.1/32",),
@@ -147,6 +147,14 @@ def test_a_wait_that_the_server_asked_for_is_kept_if_the_deadline_lets_us(web) -
 )
 def test_retry_after_is_seconds_or_a_date(value: str | None, seconds: float | None) -> None:
     assert retry_after(value, datetime(2026, 3, 2, 10, 0, 0, tzinfo=UTC)) == seconds
+
+
+def test_a_servers_own_words_are_not_taken_for_ours(web) -> None:
+    body, message = Fetcher(with_(retries=1)).fetch_image(web.url("jester"))
+    assert body is None and message is not None and len(message) <= 500
+    assert (outcome_of("failed", message), retry_after_s(message)) == (Outcome.RATE_LIMITED, 0.0)
+    assert retry_after_s("HTTP Error 429: (retry after 1.2.3 s)") == 0.0
+    assert retry_after_s(with_retry_after("HTTP Error 429: Busy", 2e6)) == 2e6
 
 
 def test_a_host_that_is_busy_again_and_again_is_left_alone(web) -> None:

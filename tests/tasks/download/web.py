@@ -140,6 +140,10 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.answer_ok("4")
 
+    def answer_jester(self, rest: str) -> None:
+        """A reason that looks like the end of one of our messages, and is 60 kB long."""
+        self.wfile.write(f"HTTP/1.0 429 (retry after 1.2.3 s) {'x' * 60_000}\r\n\r\n".encode())
+
     def answer_tired(self, rest: str) -> None:
         """Refused for two seconds after the first request, then there."""
         with self.server.lock:
