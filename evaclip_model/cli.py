@@ -15,8 +15,9 @@ from typer.exceptions import TyperException
 
 from evaclip_model.choices import Form, Precision
 from evaclip_model.cpu.allocator import freed_memory_kept
-from evaclip_model.errors import InputError
+from evaclip_model.errors import InputError, escape_control
 from evaclip_model.model.model_config import ALIASES, CONFIG_FILE, ModelConfig, list_models
+from evaclip_model.reading.urls import read_text
 
 # torch and what needs it are imported by the commands: it is slow, and neither the help nor most
 # mistakes need it.
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = commands(arguments, prog_name="evaclip", standalone_mode=False)
     except (InputError, TyperException) as error:
         text = str(error) if isinstance(error, InputError) else error.format_message()
-        print(f"evaclip: {text}", file=sys.stderr)
+        print(f"evaclip: {escape_control(text)}", file=sys.stderr)
         return 2
     return status or 0
 
@@ -114,7 +115,7 @@ def classify_images(
     else:
         best, places = (values.tolist() for values in shares.max(dim=1))
         for file, share, place in zip(found.files, best, places, strict=True):
-            print(f"{share:7.1%}  {labels[place]}  {file}")
+            print(f"{share:7.1%}  {labels[place]}  {escape_control(str(file))}")
     _warn_of_unreadable(found.unreadable, len(files))
 
 
@@ -169,7 +170,7 @@ def embed(
 
 def _read_lines(file: Path) -> list[str]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_text(file).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read as lines of text ({error})") from None
     if not lines:
@@ -321,7 +322,7 @@ def _warn_of_unreadable(unreadable: Mapping[Path, str], total: int) -> None:
         lines.append(f"  and {len(unreadable) - MOST_NAMED:,} more")
     if lines:
         first = f"{len(unreadable):,} of {total:,} images cannot be read:"
-        print(first, *lines, sep="\n", file=sys.stderr)
+        print(first, *map(escape_control, lines), sep="\n", file=sys.stderr)
 
 
 class _Progress:

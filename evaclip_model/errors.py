@@ -1,10 +1,25 @@
 """The one error a user can cause, by input that its author can mend (a recipe key, a file, a port).
 Bugs stay ordinary exceptions with their traceback."""
 
+import re
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Characters that move a terminal's cursor or turn the direction of text; not tab and line feed."""
+
 
 class InputError(ValueError):
-    """One sentence for the user: which file, row or field, what was expected, what to do. Command
-    lines print it alone and exit with status 2."""
+    """One sentence for the user: which file, row or field, what was expected, what to do, without
+    control characters, wherever it is shown. Command lines print it alone and exit with status 2.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(escape_control(sentence))
+
+
+def escape_control(text: str) -> str:
+    """`text` with every control character as it is written in Python: a name or caption of others
+    must not move the cursor, recolour the terminal or turn text round."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def shorten_error(error: Exception) -> str:

@@ -1,11 +1,27 @@
-"""Files that several processes share: replaced whole, and locked."""
+"""Files that several processes share: replaced whole, and locked; what is no file, refused."""
 
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from evaclip_model.errors import InputError
+
+_SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device"}
+
+
+def refuse_special(path: Path | str) -> None:
+    """Refuse a pipe, a socket or a device, whose reader may wait without end; what is not there, or
+    at a URL, is left to whoever opens it."""
+    try:
+        kind = _SPECIAL.get(stat.S_IFMT(os.stat(path).st_mode))
+    except (OSError, ValueError):
+        return
+    if kind is not None:
+        raise InputError(f"{path} is {kind}, not a file: write its content into one")
 
 
 @contextmanager

@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from typer import Typer
 from typer.exceptions import TyperException
 
-from evaclip_model.errors import InputError
+from evaclip_model.errors import InputError, escape_control
 from flows.commands.data import find, lineage, prune, sources, takedown, trace
 from flows.commands.evalsets import evalsets
 from flows.commands.models import promote, pull, rollback
 from flows.commands.recipes import doctor, list_recipes, plan, show
 from flows.commands.run import run, score
 from flows.reporting.terminal import console
-from tasks.redact import escape_control
 
 INTERRUPTED = 130
 

@@ -93,6 +93,7 @@ def retrain(
             champion = champion_beside(session, news.champion) if news.champion else None
             graph = incremental.draw_retraining(wanted, graph, news, [*news.used, *parts], champion)
             session.make_all(graph.data_steps)
+        graph.require_samples()
         session.make_all(graph.model_steps)
         registered = evaluate_and_register(session, graph)
         _publish_news(wanted, news, read_decision(registered.folder).summary)

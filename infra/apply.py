@@ -2,7 +2,8 @@
 
 Makes what is missing and brings the rest up to date, as often as one likes, on the server of
 PREFECT_API_URL. EVACLIP_ALERT_WEBHOOK and EVACLIP_PROMOTED_WEBHOOK are addresses that automations
-call (stored encrypted, shown nowhere); EVACLIP_WORKING_DIR is where relative paths start. A pool's
+call (stored encrypted, shown nowhere; a private one is the operator's own to choose, and a
+redirect from it is not followed); EVACLIP_WORKING_DIR is where relative paths start. A pool's
 concurrency limit, a deployment's parameters and job variables, and a schedule are set when they are
 made, and are the operator's from then on.
 """
@@ -44,7 +45,7 @@ async def main(arguments):
     blocks = {}
     for name, key in WEBHOOKS.items():
         if url := os.environ.get(key):
-            blocks[name] = str(await Webhook(url=url).save(name, overwrite=True))
+            blocks[name] = str(await make_webhook(key, url).save(name, overwrite=True))
     async with get_client() as client:
         for deployment in await client.read_deployments():
             if deployment.name in before:
@@ -52,6 +53,12 @@ async def main(arguments):
         for wanted in yaml.safe_load((INFRA / "automations.yaml").read_text())["automations"]:
             await apply_automation(client, wanted, blocks)
     return 0
+
+
+def make_webhook(key, url):
+    if not url.startswith(("http://", "https://")):
+        raise SystemExit(f"{key} must be an address that begins with http:// or https://")
+    return Webhook(url=url, allow_private_urls=True)
 
 
 async def apply_pool(client, name, limit, kind):

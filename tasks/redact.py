@@ -32,8 +32,6 @@ _KNOWN = re.compile(
 _PRIVATE_KEY = re.compile(
     r"-----BEGIN ([A-Z ]*PRIVATE KEY(?: BLOCK)?)-----.*?(?:-----END \1-----|\Z)", re.DOTALL
 )
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""Characters that move a terminal's cursor or turn the direction of text; not tab and line feed."""
 
 
 def redact_text(text: str) -> str:
@@ -42,12 +40,6 @@ def redact_text(text: str) -> str:
     text = _PASSWORD.sub(rf"\g<1>{HIDDEN}", _PRIVATE_KEY.sub(HIDDEN, text))
     text = _HEADER.sub(rf"\1{HIDDEN}", _NAMED.sub(rf"\1{HIDDEN}", text))
     return _KNOWN.sub(HIDDEN, _SCHEME.sub(rf"\1 {HIDDEN}", text))
-
-
-def escape_control(text: str) -> str:
-    """`text` with every control character as it is written in Python: a name or caption of others
-    must not move the cursor, recolour the terminal or turn text round."""
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def redact_settings(value: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from tasks.redact import escape_control
+from evaclip_model.errors import escape_control
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
+from evaclip_model.files import refuse_special
 
 CONFIG_FILE = "config.json"
 _CONFIGS = Path(__file__).parents[1] / "configs"
@@ -167,6 +168,7 @@ class ModelConfig(Config):
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    refuse_special(path)
     try:
         values = json.loads(path.read_text())
         if not isinstance(values, dict):

@@ -4,7 +4,8 @@ import posixpath
 from pathlib import Path
 from typing import Any
 
-from evaclip_model.errors import InputError
+from evaclip_model.errors import InputError, shorten_error
+from evaclip_model.files import refuse_special
 
 
 def is_url(location: Path | str) -> bool:
@@ -33,20 +34,42 @@ def open_filesystem(url: str) -> Any:
         raise InputError(f"{url} cannot be read: {error}") from None
 
 
+def ask_store(location: str, question: str) -> Any:
+    """Ask a store's filesystem a `question`, one of its methods; its own kinds of errors come back
+    as one sentence."""
+    files = open_filesystem(location)
+    try:
+        return getattr(files, question)(location)
+    except Exception as error:  # every protocol has its own kinds
+        raise InputError(
+            f"{location} cannot be listed ({shorten_error(error)}): check the address and, for "
+            "private or gated data, the credentials in the environment"
+        ) from None
+
+
+def list_store(location: str, question: str) -> list[str]:
+    """The URLs that a store's filesystem names to a `question`, sorted."""
+    scheme = location.partition("://")[0]
+    names = map(str, ask_store(location, question))
+    return sorted(name if is_url(name) else f"{scheme}://{name}" for name in names)
+
+
 def open_binary(location: str) -> Any:
-    """A file of this machine or at a URL, open for reading bytes; raises as `open_filesystem`, and
-    whatever its protocol has for a file that cannot be opened."""
+    """A file of this machine or at a URL, open for reading bytes; raises as `open_filesystem` and
+    `refuse_special`, and whatever its protocol has for a file that cannot be opened."""
     if is_url(location):
         return open_filesystem(location).open(location, "rb")
+    refuse_special(location)
     return open(location, "rb")
 
 
 def read_text(location: Path | str) -> str:
     """Content of a small text file on this machine or at a URL: UTF-8, without a byte order mark.
 
-    Raises OSError, UnicodeDecodeError, and InputError as `open_filesystem`.
+    Raises OSError, UnicodeDecodeError, InputError as `open_filesystem` and `refuse_special`.
     """
     if not is_url(location):
+        refuse_special(location)
         return Path(location).read_text(encoding="utf-8-sig")
     try:
         content: bytes = open_filesystem(str(location)).cat_file(str(location))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from evaclip_model.errors import InputError
+from evaclip_model.reading.urls import read_text
 from evaclip_model.weights.checkpoint_format import MANIFEST, list_checkpoints, stored_parameters
 from evaclip_model.weights.tensor_files import StoredTensor, read_safetensors, read_torch
 
@@ -103,7 +104,7 @@ def _of_folder(
 def _of_index(index: Path, allow_torchscript: bool) -> dict[str, StoredTensor]:
     """The shards of a checkpoint as Hugging Face's libraries write it."""
     try:
-        places = json.loads(index.read_text())["weight_map"]
+        places = json.loads(read_text(index))["weight_map"]
         names = sorted(set(places.values()))
         is_plain = all(Path(name).name == name for name in names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaclip_model.errors import InputError, shorten_error
+from evaclip_model.reading.urls import read_text
 
 CLASSNAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
@@ -72,7 +73,7 @@ def is_system_file(name: str) -> bool:
 def read_lines(path: Path, expected: str) -> tuple[str, ...]:
     """The lines of a text file, each of which counts. Raises InputError: missing, or one empty."""
     try:
-        lines = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n"))
+        lines = tuple(line.strip() for line in read_text(path).split("\n"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing: expected {expected}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -90,7 +91,7 @@ def find_tars(folder: Path, split: str = SPLIT) -> list[Path]:
     """The tars of a part of a set, in order. Raises InputError: no set there, or a tar missing."""
     count_file = folder / split / SHARDS
     try:
-        count = int(count_file.read_text())
+        count = int(read_text(count_file))
     except OSError:
         raise InputError(
             f"{folder} is not an evaluation set: {count_file} is missing (expected the published "

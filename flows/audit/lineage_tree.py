@@ -28,7 +28,7 @@ def version_tree(version: Described, before: Described | None) -> Iterator[str]:
     day = datetime.fromtimestamp(version.created / 1000, UTC).strftime("%Y-%m-%d %H:%M")
     yield f"{version}{aliases}  registered {day} UTC"
     if version.lineage is None:
-        yield "  it was registered without a lineage"
+        yield f"  no lineage: {version.no_lineage}"
         return
     yield from upward_tree(version.lineage)
     if before is None:

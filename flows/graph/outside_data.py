@@ -116,19 +116,15 @@ def hash_marks(marks: Iterable[str], between: str = "") -> str:
 def find_files(pattern: str, demo: Step | None, where: str) -> list[Path] | list[str]:
     """The files (a folder; of a URL, URLs) that a recipe's pattern names, in which `demo:` is the
     demo artifact's folder; raises NotHere where nothing matches."""
-    if is_url(pattern):
-        try:
-            return find_metadata(pattern, where)
-        except InputError as error:
-            raise NotHere(str(error)) from error
     if pattern.startswith(DEMO_PREFIX):
         if demo is None:
             raise InputError(f"{where}: '{pattern}' needs a [demo] table in the recipe")
         pattern = str(Path(glob.escape(str(demo.folder))) / pattern.removeprefix(DEMO_PREFIX))
-    found = sorted(Path(match) for match in glob.glob(pattern))
-    if not found:
-        raise NotHere(f"{where}: no file matches '{pattern}'")
-    return found
+    try:
+        found = find_metadata(pattern, where)
+    except InputError as error:
+        raise NotHere(str(error)) from error
+    return found if is_url(pattern) else [*map(Path, found)]
 
 
 def find_all(patterns: Sequence[str], demo: Step | None, where: str) -> list[Path]:

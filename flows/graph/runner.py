@@ -19,7 +19,7 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 
-from evaclip_model.errors import InputError
+from evaclip_model.errors import InputError, escape_control
 from evaclip_model.files import lock_file
 from flows.config.profile import Profile
 from flows.config.recipe import Recipe
@@ -157,7 +157,8 @@ def watch_stage(title: str, *, already_there: bool = False) -> Iterator[Report]:
             if not total or (time.monotonic() < again_at and done < total):
                 return
             again_at = time.monotonic() + PREFECT_EVERY_S
-            percent, description = 100.0 * done / total, f"{title}: {detail}" if detail else title
+            percent = 100.0 * done / total
+            description = escape_control(f"{title}: {detail}" if detail else title)
             if in_ui is None:
                 made = create_progress_artifact(percent, description=description)
                 in_ui = cast(UUID, made)  # a coroutine only inside async flows

@@ -115,9 +115,14 @@ def check_root(profile: Profile) -> Iterator[Finding]:
 
 
 def check_tracking(profile: Profile) -> Iterator[Finding]:
+    """Check the store, and that the files of the models in use are where its registry says."""
+    from tasks.register.model_versions import check_models  # imports mlflow
+
     store = TrackingStore.at(profile.mlflow_uri, "doctor")
     found = f"{store.uri} takes runs, {redact_text(store.try_out())} takes files"
     yield Finding("ok", "tracking", found)
+    for model, problem in check_models(store.uri):
+        yield Finding.of(not problem, model, problem or "its files are there", "")
 
 
 def check_servers(profile: Profile) -> Iterator[Finding]:

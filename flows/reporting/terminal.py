@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from evaclip_model.errors import escape_control
 from tasks.progress import Report
-from tasks.redact import escape_control
 
 LINE_EVERY_S = 20.0
 SHOWN_COUNTS = 3

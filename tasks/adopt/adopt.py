@@ -28,6 +28,7 @@ from tasks.adopt.read_pairs import (
     URL_COLUMNS,
     FoundPair,
     NoPair,
+    PairFlaw,
     column_types,
     read_pairs,
 )
@@ -46,6 +47,7 @@ LEFT_OUT = "left_out.jsonl"
 MOST_NAMED = 10_000
 INPUTS = "inputs.json"
 """Source -> marks of the files that were taken."""
+OUTSIDE_HINT = "; name the folder that may be read in 'within'"
 PACKED = "packed"
 """Folder of the shards that are packed here, one folder a source."""
 MOST_PAIRS = 20_000
@@ -73,11 +75,12 @@ class LeftOut:
 
     @property
     def first(self) -> str:
-        """Place and reason of the first."""
+        """Place and reason of the first, and what to do."""
         if not self.named:
             return ""
         where = os.fsencode(self.named[0].where).decode(errors="replace")  # as it can be shown
-        return f"{where}: {self.named[0].reason}"
+        hint = OUTSIDE_HINT * (PairFlaw.OUTSIDE_FOLDER in self.reasons)
+        return f"{where}: {self.named[0].reason}{hint}"
 
     def __str__(self) -> str:
         """Counts by reason, and the first of them, as the end of a sentence."""
@@ -220,8 +223,8 @@ def _is_metadata(found: FoundSource) -> bool:
 
 
 def _inspect_shards(found: FoundSource, read_files: int) -> SourceInspection:
-    local, first = filter(os.path.isfile, found.files[:read_files]), found.files[0]
-    shards = list(local) or [first] * is_url(first)  # one that must be fetched is enough
+    # one that must be fetched is enough
+    shards = [file for file in found.files[:read_files] if not is_url(file)] or found.files[:1]
     left, named = LeftOut(), list[NoPair]()
     with TemporaryDirectory() as folder:
         for shard in shards:

@@ -4,7 +4,7 @@ Covers: the config, the stage's name and version.
 Not here: finding and packing.
 """
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -19,6 +19,8 @@ Form = Literal["shards", "folder", "table", "parquet"]
 
 class AdoptedSource(Config):
     """One collection of images and captions that exists already."""
+
+    ADDED: ClassVar[tuple[str, ...]] = ("within",)
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     """Name in reports, folders and sampling weights."""
@@ -35,6 +37,8 @@ class AdoptedSource(Config):
     """Column of the caption; none: found by its name."""
     image_root: str | None = None
     """Folder that a table's paths begin in; none: the table's own."""
+    within: str | None = None
+    """Folder or URL that a table's paths may not lead out of; none: the one that they begin in."""
     quoting: Quoting = "auto"
     """Whether double quotes enclose the values of a CSV; auto: in .csv yes, in .tsv where they
     can (tasks/tables/text_tables.py has the rule)."""

@@ -13,15 +13,15 @@ from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import braceexpand
 import pyarrow as pa
 
-from evaclip_model.errors import InputError, shorten_error
+from evaclip_model.errors import InputError
+from evaclip_model.files import refuse_special
 from evaclip_model.reading.samples import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, group_members
 from evaclip_model.reading.tar_file import BrokenTar, Member, TarReader
-from evaclip_model.reading.urls import is_url, open_filesystem, read_text
+from evaclip_model.reading.urls import ask_store, is_url, list_store, read_text
 from tasks.adopt.config import AdoptedSource, Form
 from tasks.artifacts.artifact import DIGEST_CHARS
 from tasks.index.adopted_shards import sizes_and_marks
@@ -66,6 +66,8 @@ def find_source(source: AdoptedSource) -> FoundSource:
     if not chosen:
         among = f"none of {len(files):,} files in {source.files}"
         raise InputError(f"{where}: {among} is of the form '{form}', the first is {files[0]}")
+    for file in chosen:
+        refuse_special(file)
     found = FoundSource(source, form, base, chosen)
     if form == "shards":
         _refuse_without_pairs(found, where)
@@ -171,31 +173,12 @@ def _listed_files(path: str, where: str) -> tuple[str, list[str]]:
     return os.path.commonpath(local) if local else folder, list(dict.fromkeys(named.values()))
 
 
-def _ask_store(location: str, question: str) -> Any:
-    """Ask a store's filesystem a `question`, one of its methods; its own kinds of errors come back
-    as one sentence."""
-    files = open_filesystem(location)
-    try:
-        return getattr(files, question)(location)
-    except Exception as error:  # every protocol has its own kinds
-        raise InputError(
-            f"{location} cannot be listed ({shorten_error(error)}): check the address and, for "
-            "private or gated data, the credentials in the environment"
-        ) from None
-
-
-def _list_store(location: str, question: str) -> list[str]:
-    scheme = location.partition("://")[0]
-    names = map(str, _ask_store(location, question))
-    return sorted(name if is_url(name) else f"{scheme}://{name}" for name in names)
-
-
 def _is_folder(location: str) -> bool:
-    return bool(_ask_store(location, "isdir")) if is_url(location) else os.path.isdir(location)
+    return bool(ask_store(location, "isdir")) if is_url(location) else os.path.isdir(location)
 
 
 def _is_file(location: str) -> bool:
-    return bool(_ask_store(location, "isfile")) if is_url(location) else os.path.isfile(location)
+    return bool(ask_store(location, "isfile")) if is_url(location) else os.path.isfile(location)
 
 
 def _list_matches(pattern: str) -> list[str]:
@@ -203,13 +186,13 @@ def _list_matches(pattern: str) -> list[str]:
         return sorted(str(Path(one).absolute()) for one in glob.glob(pattern, recursive=True))
     if not _WILD & set(pattern):
         return [pattern] if _is_file(pattern) or _is_folder(pattern) else []
-    return _list_store(pattern, "glob")
+    return list_store(pattern, "glob")
 
 
 def _walk_files(folder: str) -> list[str]:
     """Every file below a folder, without hidden ones and what macOS adds."""
     if is_url(folder):
-        files = _list_store(folder, "find")
+        files = list_store(folder, "find")
         return [file for file in files if not posixpath.basename(file).startswith(".")]
     found, walked, top = [], set[str](), os.path.realpath(folder)
     for at, folders, names in os.walk(folder, followlinks=True):
@@ -308,7 +291,7 @@ def is_pair(parts: Collection[str]) -> bool:
 def _refuse_without_pairs(found: FoundSource, where: str) -> None:
     """Refuse shards of which the first samples of the first are none; the rest is verified."""
     first = found.files[0]
-    if is_url(first) or not os.path.isfile(first):
+    if is_url(first):
         return
     try:
         looked_at = list(islice(iterate_members(first), _LOOKED_AT))

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from enum import StrEnum
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from evaclip_model.errors import InputError
@@ -57,6 +56,7 @@ class PairFlaw(StrEnum):
     NO_CAPTION = "no_caption"
     CAPTION_NOT_UTF8 = "caption_not_utf8"
     MISSING_FILE = "missing_file"
+    OUTSIDE_FOLDER = "outside_folder"
     UNREADABLE_FILE = "unreadable_file"
     TOO_LARGE = "too_large"
     NOT_AN_IMAGE = "not_an_image"
@@ -214,9 +214,20 @@ def _row_pairs(found: FoundSource, file: str, row: _Row) -> Iterator[FoundPair |
             )
         root, written = found.source.image_root or posixpath.dirname(file), held
         held = held if is_url(held) else posixpath.join(root, held)
+        held = held if is_url(held) else posixpath.abspath(held)
+        if not _is_below(found.source.within or root, held):
+            yield NoPair(where, PairFlaw.OUTSIDE_FOLDER)
+            return
     origin = f"{found.name_of(file)}:{row.place.split()[1]}"
     for caption in captions or [""]:
         yield _check_pair(found, where, origin, held, caption, url, written)
+
+
+def _is_below(folder: str, place: str) -> bool:
+    """Tell whether a path or URL lies in a folder by its name. Links are followed: Hugging Face's
+    cache consists of them."""
+    folder = folder if is_url(folder) else posixpath.abspath(folder)
+    return place.startswith(f"{folder.rstrip('/')}/") and ".." not in place.split("/")
 
 
 def _strip_captions(texts: Sequence[Any]) -> list[str]:
@@ -282,8 +293,6 @@ def _check_pair(
 def _read_file(location: str, most: int) -> bytes | PairFlaw:
     """A file's content, or why it cannot be had."""
     try:
-        if not is_url(location) and not Path(location).is_file():  # a pipe would be waited for
-            return PairFlaw.MISSING_FILE
         with open_binary(location) as file:
             content = bytes(file.read(most + 1))
     except FileNotFoundError:

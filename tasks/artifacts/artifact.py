@@ -21,7 +21,7 @@ from typing import Any
 
 from evaclip_model.config import Config
 from evaclip_model.errors import InputError
-from evaclip_model.files import lock_file, write_atomically
+from evaclip_model.files import lock_file, refuse_special, write_atomically
 
 MANIFEST = "manifest.json"
 PRUNED = "pruned.json"
@@ -217,6 +217,7 @@ def fingerprint_files(path: Path) -> str:
     Hashing 400 GB of metadata before every run would cost more than the merge; parquet keeps its
     row counts and statistics at the end, safetensors its list of tensors at the beginning.
     """
+    refuse_special(path)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     digest = hashlib.sha256()
     for file in files:

@@ -143,6 +143,8 @@ class Fetcher:
         try:
             for _ in range(MAX_REDIRECTS + 1):
                 url = normalise_web_address(url)
+                if "@" in urlsplit(url).netloc:
+                    raise Refused(Outcome.BAD_URL)
                 host = urlsplit(url).hostname or ""
                 asked = time.monotonic()
                 with self._hosts.get_slots(host):

@@ -43,6 +43,7 @@ NETWORK = frozenset({Outcome.DNS, Outcome.CONNECTION, Outcome.TIMEOUT})
 RETRYABLE = NETWORK | {Outcome.RATE_LIMITED, Outcome.SERVER_ERROR, Outcome.INCOMPLETE}
 REFUSALS: Mapping[Outcome, str] = {
     Outcome.ADDRESS_REFUSED: "refused: the address is not public",
+    Outcome.BAD_URL: "refused: the address holds credentials",
     Outcome.TOO_MANY_BYTES: "refused: more bytes than max_bytes",
     Outcome.NOT_AN_IMAGE_TYPE: "refused: the content type is no image",
     Outcome.DEADLINE: "refused: longer than deadline_s",

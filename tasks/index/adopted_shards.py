@@ -69,8 +69,6 @@ def _size_and_mark(location: str) -> tuple[int, str] | None:
             size = int(information["size"] or 0)
             marks = [str(information[name]) for name in REMOTE_MARKS if name in information]
             content = "\0".join((str(size), *marks)).encode()
-        elif not os.path.isfile(location):  # a pipe would be waited for
-            return None
         else:
             with Path(location).open("rb") as file:
                 size = file.seek(0, os.SEEK_END)

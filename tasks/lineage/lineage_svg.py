@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from evaclip_model.errors import escape_control
 from tasks.artifacts.provenance import Lineage
-from tasks.redact import escape_control
 
 BOX_WIDTH, BOX_HEIGHT = 168, 66
 GAP_X, GAP_Y = 44, 22

@@ -17,9 +17,8 @@ import mmh3
 import pyarrow as pa
 
 from evaclip_model.errors import InputError, shorten_error
-from evaclip_model.reading.urls import is_url
+from evaclip_model.reading.urls import is_url, open_filesystem
 from tasks.index.sample_index import open_database as open_spilling_database
-from tasks.merge.metadata_files import file_system
 from tasks.web_addresses import normalise_host, remove_dot_segments
 
 SQL = Path(__file__).parent / "sql"
@@ -68,7 +67,7 @@ def open_database(
                 "laion_hash", _laion_hash_column, text, "BIGINT", type="arrow"
             )
             for url in {path.partition("://")[0]: path for path in paths if is_url(path)}.values():
-                connection.register_filesystem(file_system(url))
+                connection.register_filesystem(open_filesystem(url))
             yield connection
     except duckdb.OutOfMemoryException as error:
         raise InputError(

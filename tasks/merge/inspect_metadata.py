@@ -12,7 +12,7 @@ from typing import NamedTuple
 from duckdb import DuckDBPyConnection
 
 from evaclip_model.errors import InputError
-from tasks.merge.config import SourceConfig, is_old_edition, why_refused
+from tasks.merge.config import SourceConfig, is_old_edition
 from tasks.merge.database import explain_read_errors, open_database
 from tasks.merge.merge_plan import ReadableFile, make_readable, rows_in
 from tasks.merge.metadata_files import find_metadata, format_of
@@ -52,8 +52,6 @@ class Inspection(NamedTuple):
 
 def inspect_files(pattern: str, read_files: int = 4) -> Inspection:
     """Look at the files of a glob or URL; the first `read_files` of them are read."""
-    if refused := why_refused(pattern):
-        raise InputError(refused)
     paths = find_metadata(pattern, "sources inspect")
     source = SourceConfig(name="inspected", files=pattern, own_rows=True)
     with (

@@ -9,12 +9,11 @@ import glob
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import fsspec
-
-from evaclip_model.errors import InputError, shorten_error
-from evaclip_model.reading.urls import is_url
+from evaclip_model.errors import InputError
+from evaclip_model.files import refuse_special
+from evaclip_model.reading.urls import is_url, list_store, open_filesystem
 from tasks.artifacts.artifact import fingerprint_files
 from tasks.index.adopted_shards import REMOTE_MARKS
 from tasks.merge.config import MergeConfig, SourceConfig
@@ -25,28 +24,12 @@ Format = Literal["parquet"] | TextFormat
 
 def find_metadata(pattern: str, where: str) -> list[str]:
     """The files that a local glob or a URL with wildcards names, sorted; at least one."""
-    if is_url(pattern):
-        filesystem = file_system(pattern)
-        try:
-            names = filesystem.glob(pattern)
-        except Exception as error:  # every protocol has its own kinds: botocore's are not OSErrors
-            raise InputError(
-                f"{where}: '{pattern}' cannot be listed ({shorten_error(error)}): check the "
-                "address and, for private or gated data, the credentials in the environment"
-            ) from error
-        found = [filesystem.unstrip_protocol(name) for name in names]
-    else:
-        found = glob.glob(pattern)
+    found = list_store(pattern, "glob") if is_url(pattern) else glob.glob(pattern)
     if not found:
         raise InputError(f"{where}: no file matches '{pattern}'")
+    for file in found:
+        refuse_special(file)
     return sorted(found)
-
-
-def file_system(url: str) -> Any:
-    try:
-        return fsspec.filesystem(url.partition("://")[0])
-    except (ImportError, ValueError) as error:
-        raise InputError(f"'{url}' cannot be opened: {shorten_error(error)}") from error
 
 
 def format_of(path: str, source: SourceConfig) -> Format:
@@ -86,7 +69,7 @@ def outside_files(config: MergeConfig) -> Iterator[Outside]:
 def file_identity(path: str) -> tuple[str, ...]:
     """Marks by which a file is still the same one: size, and time, version or checksum."""
     if is_url(path):
-        information = file_system(path).info(path)
+        information = open_filesystem(path).info(path)
         marks = [mark for mark in ("size", *REMOTE_MARKS) if mark in information]
         return (path, *(str(information[mark]) for mark in marks))
     status = Path(path).stat()

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from evaclip_model.errors import InputError
+from evaclip_model.errors import InputError, shorten_error
 from tasks.artifacts.provenance import LINEAGE, Lineage
 from tasks.register.config import REGISTERED
-from tasks.register.promotion import DIGEST_TAG, champion_history, history
+from tasks.register.promotion import DIGEST_TAG, NAME_TAG, champion_history, history
 from tasks.tracking import TrackingStore, find_answer, read_all_pages
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class Described(RegisteredVersion):
     """UNIX time in milliseconds."""
     tags: dict[str, str]
     lineage: Lineage | None
-    """None for one that was registered without."""
+    no_lineage: str = ""
+    """Why there is none, and what to do."""
 
 
 def is_address(text: str) -> bool:
@@ -125,6 +126,19 @@ def find_predecessor(tracking_uri: str, version: Described, alias: str) -> Descr
         return _make_description(store, client, found)
 
 
+def check_models(tracking_uri: str) -> Iterator[tuple[str, str]]:
+    """NAME@ALIAS of every version that is in use here, and what is wrong with its files."""
+    with open_registry(tracking_uri) as (store, client):
+        for model in read_all_pages(client.search_registered_models, f"tags.`{NAME_TAG}` != ''"):
+            for alias, number in sorted(model.aliases.items()):
+                said = ""
+                try:
+                    list_files(store, client.get_model_version_download_uri(model.name, number))
+                except InputError as error:
+                    said = str(error)
+                yield f"{model.name}@{alias}", said
+
+
 def made_from(tracking_uri: str, digest: str) -> list[str]:
     """NAME/VERSION of every version whose lineage has this digest, by its tags."""
     with open_registry(tracking_uri) as (_, client):
@@ -138,17 +152,40 @@ def made_from(tracking_uri: str, digest: str) -> list[str]:
 def _make_description(
     store: TrackingStore, client: MlflowClient, version: ModelVersion
 ) -> Described:
-    from mlflow.artifacts import download_artifacts, list_artifacts
+    from mlflow.artifacts import download_artifacts
 
     source = client.get_model_version_download_uri(version.name, version.version)
-    files = list_artifacts(artifact_uri=source, tracking_uri=store.uri)
-    lineage = None
-    if LINEAGE in {Path(file.path).name for file in files}:
+    lineage, files, why = None, dict[str, int](), f"it was registered without {LINEAGE}"
+    try:
+        files = list_files(store, source)
+    except InputError as error:
+        why = str(error)
+    if LINEAGE in files:
         with tempfile.TemporaryDirectory() as folder:
             place = {"artifact_uri": f"{source}/{LINEAGE}", "tracking_uri": store.uri}
             text = Path(download_artifacts(**place, dst_path=folder)).read_text()
         lineage = Lineage.from_mapping(json.loads(text), where=LINEAGE)
     return Described(
         *(version.name, int(version.version), store.uri, tuple(sorted(version.aliases))),
-        *(version.creation_timestamp, dict(version.tags), lineage),
+        *(version.creation_timestamp, dict(version.tags), lineage, why),
     )
+
+
+def list_files(store: TrackingStore, source: str) -> dict[str, int]:
+    """Name -> bytes of a version's files. InputError: there are none at its place."""
+    from mlflow.artifacts import list_artifacts
+
+    try:
+        files = list_artifacts(artifact_uri=source, tracking_uri=store.uri)
+    except Exception as error:  # every store has its own kinds
+        raise InputError(
+            f"the model's files at {source} cannot be listed ({shorten_error(error)}): check the "
+            "credentials in the environment"
+        ) from error
+    if not files:
+        raise InputError(
+            f"the model's files are not at {source}, where they were registered: leave a link "
+            "there to a folder that was moved (`ln -s NEW OLD`), as MLflow keeps absolute places; "
+            "what another tool registered cannot be pulled or compared with"
+        )
+    return {Path(file.path).name: file.file_size or 0 for file in files}

@@ -34,6 +34,8 @@ GATE_TAG = "evaclip.gate"
 """The gate's outcome for a version; its reasons are in `evaclip.gate.reasons`."""
 HISTORY_TAG = "evaclip.alias"
 """`evaclip.alias.ALIAS.TIME`: at that time this version got the alias, and how."""
+NAME_TAG = "evaclip.name"
+"""Of a model: its name when a version last got an alias here."""
 DECLINED_TAG = "evaclip.declined"
 """Who refused a version that the gate would promote, and why."""
 MAX_TAG_CHARS = 4000
@@ -83,6 +85,7 @@ def require_champion(store: TrackingStore, name: str, alias: str) -> Standing | 
     with store.connect() as client:
         last = _find_last_holder(client, name, alias)
         if last is None:
+            _refuse_renamed(client, name)
             return None
         is_there = find_answer(client.get_model_version, name, str(last)) is not None
     gone, back = "the alias", f"give it back with `python -m flows promote {name}/{last}`"
@@ -92,6 +95,16 @@ def require_champion(store: TrackingStore, name: str, alias: str) -> Standing | 
         f"no version of '{name}' is {alias}, but version {last} was, until somebody deleted "
         f"{gone}: {back}, or begin anew under another register.model_name"
     )
+
+
+def _refuse_renamed(client: MlflowClient, name: str) -> None:
+    for model in read_all_pages(client.search_registered_models, f"tags.`{NAME_TAG}` = '{name}'"):
+        if model.name != name:
+            raise InputError(
+                f"somebody renamed '{name}' to '{model.name}' in the registry: rename it back, so "
+                "that a candidate is compared with its champion, or begin anew under another "
+                "register.model_name"
+            )
 
 
 def history(store: TrackingStore, name: str, alias: str) -> list[Move]:
@@ -295,3 +308,4 @@ def _write_down(
     client.set_model_version_tag(name, str(version), f"{HISTORY_TAG}.{alias}.{at}", text)
     # A version that is deleted takes its tags along; the model keeps which one was in use.
     client.set_registered_model_tag(name, f"{HISTORY_TAG}.{alias}", str(version))
+    client.set_registered_model_tag(name, NAME_TAG, name)

@@ -22,7 +22,7 @@ from evaclip_model.weights.checkpoint_files import WEIGHTS_FILE
 from evaclip_model.weights.external_weights import REFERENCE_FILE, Reference
 from tasks.artifacts.artifact import sha256_of
 from tasks.progress import Report, report_nothing
-from tasks.register.model_versions import open_registry, resolve_version
+from tasks.register.model_versions import list_files, open_registry, resolve_version
 from tasks.register.promotion import WEIGHTS_TAG
 from tasks.tracking import TrackingStore
 
@@ -93,24 +93,14 @@ def _fetch_model(
     places: Sequence[str],
 ) -> Path:
     """The saved model's folder under `beside`, with its weights, wherever they were."""
-    from mlflow.artifacts import download_artifacts, list_artifacts
+    from mlflow.artifacts import download_artifacts
 
     def download(uri: str, folder: Path) -> Path:
         got = download_artifacts(artifact_uri=uri, dst_path=str(folder), tracking_uri=store.uri)
         return Path(got)
 
     report(0, 4, "looking for room")
-    try:
-        files = list_artifacts(artifact_uri=source, tracking_uri=store.uri)
-    except OSError:
-        files = []
-    if not files:
-        raise InputError(
-            f"the model's files are not at {source}, where they were registered: leave a link "
-            "there to a folder that was moved (`ln -s NEW OLD`), as MLflow keeps absolute places; "
-            "what another tool registered cannot be pulled or compared with"
-        )
-    sizes = {Path(file.path).name: file.file_size or 0 for file in files}
+    sizes = list_files(store, source)
     if REFERENCE_FILE not in sizes:
         _require_room(beside, sizes.get(WEIGHTS_FILE, 0) * _ROOM[as_])
         report(1, 4, "downloading")

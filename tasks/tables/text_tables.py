@@ -17,7 +17,7 @@ from itertools import count, islice
 from typing import Any, Literal, NamedTuple
 
 from evaclip_model.errors import InputError, shorten_error
-from evaclip_model.reading.urls import is_url, open_filesystem
+from evaclip_model.reading.urls import open_binary
 
 Quoting = Literal["auto", "quotes", "none"]
 TextFormat = Literal["csv", "jsonl"]
@@ -120,9 +120,8 @@ def _iterate_lines(path: str) -> Iterator[_Line]:
     import pyarrow as pa  # configs import this module, and are loaded by `--help`
 
     try:
-        raw = open_filesystem(path).open(path, "rb") if is_url(path) else path
         compression = COMPRESSED.get(path[path.rfind(".") :].lower())
-        stream = pa.input_stream(raw, compression=compression, buffer_size=1 << 20)
+        stream = pa.input_stream(open_binary(path), compression, 1 << 20)
     except Exception as error:  # every protocol has its own kinds
         raise InputError(f"{path} cannot be opened ({shorten_error(error)})") from None
     limit = MAX_LINE_BYTES + 8  # with the marks at its ends

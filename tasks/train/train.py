@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from evaclip_model.errors import InputError
+from evaclip_model.errors import InputError, escape_control
 from evaclip_model.files import write_atomically
 from evaclip_model.ports import find_free_port
 from evaclip_model.reading.samples import ShardManifest
@@ -66,20 +66,26 @@ _LOG_TAIL = 2000
 
 @dataclass
 class Follower:
-    """Reads the metrics file as it grows and says how far training is."""
+    """Reads metrics and log as they grow; says how far training is, or why its job waits."""
 
     config: TrainConfig
     metrics: Path
     report: Report
     step: int = 0
     _recent: list[dict[str, Any]] = field(default_factory=list)
+    _wait: str = ""
 
     def report_newest(self) -> None:
-        """Report the newest step, if there is a new one."""
+        """Report the newest step, or why a cluster's job waits, if that is new."""
         rows = last_rows(self.metrics, RATE_STEPS)
         if rows and rows != self._recent:
             self._recent, self.step = rows, rows[-1]["step"]
             self.report_event(describe_step(rows, self.config.steps))
+        said = b"".join(_last_lines(self.metrics.with_name(LOG_FILE), _LOG_TAIL)[-1:])
+        if said.startswith(f"job {job_name(self.metrics.parent)}: ".encode()):
+            before, self._wait = self._wait, said.decode(errors="replace")
+            if self._wait != before:
+                self.report_event(self._wait)
 
     def report_event(self, what: str) -> None:
         self.report(self.step, self.config.steps, what)
@@ -128,14 +134,18 @@ def format_duration(seconds: float) -> str:
 
 def last_rows(metrics: Path, count: int) -> list[dict[str, Any]]:
     """The newest whole lines about steps, oldest first."""
+    return [json.loads(line) for line in _last_lines(metrics, MAX_LINE_BYTES * count)[-count:]]
+
+
+def _last_lines(path: Path, size: int) -> list[bytes]:
+    """The whole lines among the last bytes, `size` of them."""
     try:
-        with metrics.open("rb") as file:
-            start = max(0, file.seek(0, os.SEEK_END) - MAX_LINE_BYTES * count)
+        with path.open("rb") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - size)
             file.seek(start)
-            lines = file.read().split(b"\n")
+            return file.read().split(b"\n")[1 if start else 0 : -1]
     except FileNotFoundError:  # cut back at this moment, or not begun
         return []
-    return [json.loads(line) for line in lines[1 if start else 0 : -1][-count:]]
 
 
 def _mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
@@ -380,4 +390,4 @@ def _require_program(launcher: str, program: str) -> None:
 
 
 def _read_text(path: Path) -> str:
-    return path.read_text(errors="replace").strip()
+    return escape_control(path.read_text(errors="replace")).strip()

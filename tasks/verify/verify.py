@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaclip_model.errors import InputError
+from evaclip_model.errors import InputError, escape_control
 from evaclip_model.files import write_atomically
 from tasks.artifacts.artifact import Made, read_bulk
 from tasks.index.adopted_shards import ADOPTED, AdoptedShard, read_adopted, sizes_and_marks
@@ -149,7 +149,8 @@ def _verify_missing(
     poll()
     if left:
         refuse_full_disk(log)
-        said = log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
+        text = escape_control(log.read_text(errors="replace"))
+        said = text.strip().splitlines() or ["it printed nothing"]
         raise RuntimeError(
             f"{len(left)} shards were not verified (status {status}: {said[-1]}); see {log}"
         )

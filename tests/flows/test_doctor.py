@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from flows.__main__ import main
 from flows.config.profile import Profile, load_profile
 from flows.planning import health_checks
+from tasks.register.promotion import promote_version
 from tasks.tracking import TrackingStore
 
 PINNED = {"prefect": "3.8.8", "open-clip-torch": "3.3.0"}
@@ -58,6 +59,24 @@ def test_what_a_finding_says_to_do_is_said_to_its_end(
     monkeypatch.setattr(health_checks, "CHECKS", (health_checks.check_tracking,))
     (found,) = health_checks.examine_machine(profile)
     assert found.found.endswith(f"run 'mlflow db upgrade {store.uri}'")
+
+
+def test_a_champion_whose_files_were_moved_away_is_found_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    profile = Profile(_env_file=None, root=tmp_path / "runs")
+    store = TrackingStore.at(profile.mlflow_uri, "doctor")
+    for name in ("clip", "others"):
+        store.client().create_registered_model(name)
+        store.client().create_model_version(name, f"{tmp_path}/old/files")
+    promote_version(store, "clip", "champion", 1, "gate", "gate", "first")
+    monkeypatch.setattr(health_checks, "CHECKS", (health_checks.check_tracking,))
+    tracking, lost = health_checks.examine_machine(profile)
+    assert (tracking.level, lost.level, lost.what) == ("ok", "fail", "clip@champion")
+    assert f"not at {tmp_path}/old/files" in lost.found and "ln -s NEW OLD" in lost.found
+    (tmp_path / "old" / "files").mkdir(parents=True)
+    (tmp_path / "old" / "files" / "MLmodel").write_text("flavors: {}")
+    assert [one.level for one in health_checks.examine_machine(profile)] == ["ok", "ok"]
 
 
 def test_packages_that_another_python_needs_are_not_missed(tmp_path: Path) -> None:

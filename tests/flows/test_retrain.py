@@ -21,6 +21,7 @@ import pytest
 import webdataset
 from prefect.testing.utilities import prefect_test_harness
 
+from evaclip_model.errors import InputError
 from evaclip_model.ports import find_free_port
 from flows.audit.dataset_replacement import take_down
 from flows.audit.sample_trace import trace_sample
@@ -301,6 +302,11 @@ def test_week_3_bad_data_is_rejected_and_the_champion_stays(web: Web) -> None:
             for concept, name in zip(web.concepts, names, strict=True)
         ]
     web.publish("3", rows)
+    trainings = len(web.made("train"))
+    large = "global_batch=480", "warmup_steps=5", "checkpoint_every_steps=10"
+    with pytest.raises(InputError, match=r"global_batch = 480, but there are 287 samples"):
+        retrain(recipe=web.recipe, overrides=[f"train.only.{one}" for one in large])
+    assert len(web.made("train")) == trainings
     registered = retrain(recipe=web.recipe)
     assert registered is not None
     decision = read_decision(registered.folder)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import pickle
 
 import pytest
 from rich.table import Table
 
+from evaclip_model.errors import InputError
 from flows.reporting import terminal
 
 OTHERS = "[red]x[/] :smile: [/nothing]"
@@ -20,6 +22,12 @@ def test_text_that_looks_like_markup_is_printed_as_it_is() -> None:
         terminal.console.print(OTHERS, style="bold")
         terminal.console.print(table)
     assert shown.get().count(OTHERS) == 3
+
+
+def test_a_sentence_for_the_user_holds_no_control_characters_wherever_it_is_logged() -> None:
+    error = InputError("a\x1b[2J\u202eb.csv is\na pipe")
+    assert str(error) == "a\\x1b[2J\\u202eb.csv is\na pipe"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def test_a_bar_shows_titles_and_details_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

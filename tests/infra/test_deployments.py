@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import http.server
 import importlib
 import importlib.util
 import re
 import subprocess
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -89,6 +92,31 @@ def test_automations_are_what_prefect_takes_and_wait_for_their_webhook(apply: Mo
         actions = [apply.with_block(action, blocks) for action in one["actions"]]
         AutomationCore.model_validate({**one, "actions": actions})
     assert webhooks == set(apply.WEBHOOKS)
+
+
+def test_a_webhook_may_be_private_is_never_shown_and_follows_no_redirect(apply: ModuleType) -> None:
+    asked: list[str] = []
+
+    class Redirecting(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.send_response(307)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Redirecting) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/hook?token=very-secret"
+        hook = apply.make_webhook("EVACLIP_ALERT_WEBHOOK", address)
+        answer = asyncio.run(hook.call("{}"))
+        server.shutdown()
+    assert (answer.status_code, asked) == (307, ["/hook?token=very-secret"])
+    assert "very-secret" not in f"{hook!r} {hook.model_dump_json()}"
+    with pytest.raises(SystemExit, match=r"EVACLIP_ALERT_WEBHOOK must be an address [^/]*http://"):
+        apply.make_webhook("EVACLIP_ALERT_WEBHOOK", "hooks.example/very-secret")
 
 
 def test_every_manifest_names_the_image_that_is_built_and_ranks_get_the_key_of_storage() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from evaclip_model.errors import escape_control
 from evaclip_model.files import write_atomically
 from evaclip_model.zeroshot.statistics import chance_of_hit, hit_rate
 from tasks.evaluate.config import FIGURES, MARKDOWN, REPORT, SUMMARY
@@ -25,7 +26,6 @@ from tasks.evaluate.report.numbers import format_percent
 from tasks.evaluate.report.paper_form import paper_tables
 from tasks.evaluate.report.summary import headline_tiles, summary_sentences
 from tasks.evaluate.report.templates import TEMPLATES
-from tasks.redact import escape_control
 
 FAMILIES = {"EVA": "eva", "OpenAI": "openai", "Open": "open"}
 """First word of a model's name in the paper -> style of its circle."""

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from evaclip_model.config import Config, explain_error
 from evaclip_model.errors import InputError
+from evaclip_model.reading.urls import read_text
 
 QUESTIONS = "questions.jsonl"
 Form = Literal["texts", "two by two", "images"]
@@ -58,7 +59,7 @@ def read_questions(folder: Path, keys: Sequence[str]) -> tuple[Question, ...]:
     file is missing or of another form, or an image is not in the set."""
     path = folder / QUESTIONS
     try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        lines = [line for line in read_text(path).split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError):
         raise InputError(f"{path} is missing or not text: expected one question a line") from None
     found, there = [], set(keys)

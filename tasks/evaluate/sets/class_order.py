@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from evaclip_model.errors import InputError
+from evaclip_model.reading.urls import read_text
 from evaclip_model.zeroshot.imagenet_prompts import imagenet_classnames
 from evaclip_model.zeroshot.set_layout import read_lines
 from tasks.evaluate.sets.prompts import (
@@ -405,7 +406,7 @@ def _with_words(pairs: Sequence[Sequence[str]], source: str) -> ClassNameList:
 def _read_json_names(path: Path) -> tuple[str, ...]:
     expected = 'expected ["name", ...], {"0": "name", ...} or {"name": 0, ...}'
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): {expected}") from None
     except (ValueError, RecursionError):

@@ -95,19 +95,33 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def test_nothing_waits_for_a_pipe_among_the_files(tmp_path: Path) -> None:
-    for name in ("shards", "folder"):
-        (tmp_path / name).mkdir()
-    os.mkfifo(tmp_path / "shards" / "000.tar")
-    assert inspect_source(str(tmp_path / "shards")).left.pairs == 0
-    with pytest.raises(InputError, match=r"000\.tar cannot be read"):
-        adopted(tmp_path / "out", tmp_path / "shards")
-    for name in ("a", "b"):
-        (tmp_path / "folder" / f"{name}.txt").write_text("a red fox")
-    (tmp_path / "folder" / "a.jpg").write_bytes(picture(1))
-    os.mkfifo(tmp_path / "folder" / "b.jpg")
-    made = adopted(tmp_path / "other", tmp_path / "folder")
-    assert made.counts["mine.samples"] == made.counts["left_out.missing_file"] == 1
+@pytest.mark.parametrize("name", ["000.tar", "p.csv", "p.parquet", "shards.txt", "b.jpg"])
+def test_nothing_waits_for_a_pipe_among_the_files(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    (tmp_path / "b.txt").write_text("a red fox" if name == "b.jpg" else "")
+    files = tmp_path / name if name == "shards.txt" else tmp_path
+    for use in (inspect_source, lambda files: adopted(tmp_path / "out", files)):
+        with pytest.raises(InputError, match=f"{name} is a pipe, not a file"):
+            use(str(files))
+
+
+def test_a_table_reads_no_image_outside_its_folder_unless_it_may(tmp_path: Path) -> None:
+    own, kept = tmp_path / "data", tmp_path / "private"
+    write_pictures(own / "sub", range(2))
+    write_pictures(kept, range(1))
+    os.mkfifo(own / "pipe.jpg")
+    (own / "link").symlink_to(own / "sub")
+    private = kept / "0.jpg"
+    away = ("../private/0.jpg", private, f"file://{private}", "sub/../../private/0.jpg")
+    paths = ("sub/0.jpg", "link/1.jpg", "sub/../pipe.jpg", *away)
+    table = own / "captions.csv"
+    table.write_text("image,caption\n" + "".join(f"{path},noise\n" for path in paths))
+    found = inspect_source(str(table)).left
+    assert (found.pairs, found.reasons) == (2, {"outside_folder": 4, "unreadable_file": 1})
+    table.write_text(f"image,caption\n{private},noise\n{away[0]},noise\n")
+    with pytest.raises(InputError, match=r"2 outside_folder; .* that may be read in 'within'"):
+        adopted(tmp_path / "a", table)
+    assert adopted(tmp_path / "b", table, within=str(tmp_path)).counts["mine.samples"] == 2
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ def faults(port: int, number: int) -> Iterator[Row]:
     yield Row("no web", f"http://{GOOD}:1/{number}.jpg", Outcome.CONNECTION)
     yield Row("no TLS", f"https://{GOOD}:{port}/ok/{number}.jpg", Outcome.TLS)
     yield Row("file", f"file:///etc/hostname?{number}", Outcome.BAD_URL)
+    yield Row("credentials", f"http://me:secret@{GOOD}:{port}/ok/{number}.jpg", Outcome.BAD_URL)
     yield Row("bad host", f"http://{'a' * 70}.example/{number}.jpg", Outcome.BAD_URL)
     good = hashlib.md5(picture(number)).hexdigest()
     yield Row("right hash", f"{there}/ok/{number}.jpg?hash", Outcome.SUCCESS, good)

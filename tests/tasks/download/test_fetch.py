@@ -97,6 +97,14 @@ def test_only_http_and_https_are_opened(url: str) -> None:
     assert fetch(url) == (None, Outcome.BAD_URL)
 
 
+def test_credentials_of_an_address_are_never_sent(web) -> None:
+    named = web.url("ok/7.jpg").replace("://", "://me:secret@")
+    asked = sum(web.hits.values())
+    assert fetch(named) == (None, Outcome.BAD_URL)
+    assert asked == sum(web.hits.values())
+    assert fetch(web.url(f"redirect/{named}")) == (None, Outcome.BAD_URL)
+
+
 def test_a_redirect_to_ftp_or_a_file_is_not_followed(web) -> None:
     for target in ("ftp://127.0.0.1/x", "file:///etc/hostname"):
         assert fetch(web.url(f"redirect/{target}"))[0] is None

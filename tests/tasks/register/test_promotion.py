@@ -10,6 +10,7 @@ from hypothesis import strategies as some
 from mlflow import MlflowClient
 
 from evaclip_model import InputError
+from flows.audit.lineage_tree import version_tree
 from tasks.register.config import GatePolicy, RegisterConfig
 from tasks.register.gate import Candidate, Champion, Decision, GateOutcome, decide_promotion
 from tasks.register.model_versions import describe_version
@@ -245,10 +246,27 @@ def test_a_record_that_somebody_edited_is_still_one(store: TrackingStore, writte
         require_champion(store, "clip", "champion")
 
 
+def test_a_model_that_somebody_renamed_is_said_so_and_nothing_is_first_again(
+    store: TrackingStore,
+) -> None:
+    assert carry_out(store, CONFIG, 1, FIRST)
+    client = store.client()
+    client.rename_registered_model("clip", "clip-of-bob")
+    with pytest.raises(InputError, match=r"renamed 'clip' to 'clip-of-bob'.*rename it back"):
+        require_champion(store, "clip", "champion")
+    client.rename_registered_model("clip-of-bob", "clip")
+    champion = require_champion(store, "clip", "champion")
+    assert champion is not None and champion.version == 1
+    assert len(history(store, "clip", "champion")) == 1
+
+
 def test_a_version_of_another_tool_is_described_and_not_pulled(
     store: TrackingStore, tmp_path: Path
 ) -> None:
-    assert describe_version(store.uri, "clip/1").lineage is None
+    described = describe_version(store.uri, "clip/1")
+    assert described.lineage is None
+    said = " ".join(version_tree(described, None))
+    assert "no lineage: the model's files are not at file:///nothing/1" in said
     with pytest.raises(InputError, match=r"files are not at file:///nothing/1.*another tool"):
         pull_model(store.uri, "clip/1", tmp_path / "pulled")
     assert not (tmp_path / "pulled").exists()

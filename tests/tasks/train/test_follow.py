@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from tasks.train.train import Follower, describe_step, format_duration, last_rows
+from evaclip_model.training.config import METRICS_FILE
+from tasks.train.cluster import job_name
+from tasks.train.train import LOG_FILE, Follower, describe_step, format_duration, last_rows
 from tests.tasks.train.stage import config
 
 ROW = {"step": 7, "loss": 2.5, "images_per_second": 1500.0, "logit_scale": 14.3, "step_s": 2.0}
@@ -53,6 +55,16 @@ def test_only_whole_lines_count_and_long_files_are_read_from_their_end(tmp_path)
     lines = [json.dumps({"step": step, "padding": "x" * 500}) for step in range(1000)]
     file.write_text("\n".join(lines) + '\n{"step": 10')
     assert [row["step"] for row in last_rows(file, 3)] == [997, 998, 999]
+
+
+def test_why_a_clusters_job_waits_is_reported_each_time_that_it_changes(tmp_path):
+    told, job = [], f"job {job_name(tmp_path)}: "
+    follower = Follower(config(), tmp_path / METRICS_FILE, lambda *said: told.append(said[2]))
+    for line in ("ready", f"{job}Resources", f"{job}Resources", f"{job}waits no more", "step 1"):
+        with (tmp_path / LOG_FILE).open("a") as log:
+            log.write(f"{line}\n")
+        follower.report_newest()
+    assert told == [f"{job}Resources", f"{job}waits no more"]
 
 
 def test_a_step_is_reported_once(tmp_path):

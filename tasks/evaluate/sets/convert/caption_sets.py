@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from evaclip_model.errors import InputError
+from evaclip_model.files import refuse_special
+from evaclip_model.reading.urls import read_text
 from tasks.evaluate.sets.convert.label_table import (
     choose_split,
     match_column,
@@ -39,6 +41,7 @@ def captioned_sources(listing: Path, images: Path, split: str = "test") -> list[
     """The images of a listing, in its order, each with all its captions. Raises InputError: the
     file is missing or of another form, has nothing in this split, names a file outside `images`, or
     has an image without a caption."""
+    refuse_special(listing)
     if not (listing.is_file() or listing.is_dir()):
         raise InputError(f"{listing} is missing: {_FORMS}")
     try:
@@ -67,11 +70,11 @@ def _read_listing(listing: Path, split: str) -> Captions:
         read = partial(Path.read_text, encoding="utf-8-sig", errors="replace")
         return _group_captions((one.stem, [read(one)]) for one in texts)
     if listing.suffix.lower() == ".json":
-        content = json.loads(listing.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_text(listing))
         if isinstance(content, dict):
             return _read_coco(content, listing, split)
     elif listing.suffix.lower() != ".parquet":
-        lines = listing.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_text(listing).split("\n")
         if _TOKEN_LINE.fullmatch(lines[0]):
             matches = [_TOKEN_LINE.fullmatch(line) for line in lines if line.strip()]
             if None in matches:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evaclip_model.errors import InputError
+from evaclip_model.reading.urls import read_text
 from tasks.evaluate.sets.choice_questions import Question
 from tasks.evaluate.sets.convert.label_table import match_column, read_rows
 from tasks.evaluate.sets.convert.shard_writer import Source
@@ -53,7 +54,7 @@ def _iterate_rows(listing: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     content = None
     if listing.suffix.lower() == ".json" and listing.is_file():
         try:
-            content = json.loads(listing.read_text(encoding="utf-8-sig"))
+            content = json.loads(read_text(listing))
         except (ValueError, RecursionError):
             raise InputError(f"{listing} is not JSON: {_FORMS}") from None
     if not isinstance(content, dict):

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from evaclip_model.errors import InputError, shorten_error
+from evaclip_model.files import refuse_special
+from evaclip_model.reading.urls import read_text
 from tasks.evaluate.sets.class_order import is_number
 from tasks.evaluate.sets.convert.shard_writer import Source
 from tasks.evaluate.sets.convert.source_images import FileFinder, image_source
@@ -123,6 +125,7 @@ def read_rows(
     import pyarrow.parquet
 
     suffix, first = listing.suffix.lower(), 1
+    refuse_special(listing)
     if not listing.is_file():
         raise InputError(f"{listing} is missing: {_FORMS}")
     if suffix not in TABLE_SUFFIXES:
@@ -145,7 +148,7 @@ def read_rows(
 
 
 def _json_rows(listing: Path) -> list[Row]:
-    text = listing.read_text(encoding="utf-8-sig")
+    text = read_text(listing)
     if listing.suffix.lower() == ".json":
         rows = json.loads(text)
         if not isinstance(rows, list):
@@ -163,7 +166,7 @@ def _json_rows(listing: Path) -> list[Row]:
 
 def _text_rows(listing: Path, images: Path | None) -> tuple[tuple[str, ...], list[Row], int]:
     """Columns, rows, and the number of the first row in the file."""
-    text = listing.read_text(encoding="utf-8-sig")
+    text = read_text(listing)
     cells = _read_cells(listing, text, images)
     rows = [row for row in cells if any(cell.strip() for cell in row)]
     if not rows:

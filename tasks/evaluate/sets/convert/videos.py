@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from evaclip_model.errors import InputError, shorten_error
+from evaclip_model.reading.urls import read_text
 from tasks.evaluate.sets.convert.label_table import LabelTable, read_rows
 from tasks.evaluate.sets.convert.shard_writer import Found, Source, UnusableSourceError, encode_png
 from tasks.evaluate.sets.convert.source_images import (
@@ -171,7 +172,7 @@ def _wanted_names(listing: Path) -> list[tuple[str, str]]:
             found.append((stem, row.get("label", "")))
         return found
     try:
-        lines = [line.strip() for line in listing.read_text(encoding="utf-8-sig").split("\n")]
+        lines = [line.strip() for line in read_text(listing).split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         why = shorten_error(error)
         raise InputError(f"{listing} cannot be read ({why}): {expected}") from None

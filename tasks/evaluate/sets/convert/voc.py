@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 from evaclip_model.errors import InputError
 from evaclip_model.reading.image_decoder import UnreadableImageError, decode_image
+from evaclip_model.reading.urls import read_text
 from tasks.evaluate.sets.convert.label_table import LabelTable
 from tasks.evaluate.sets.convert.shard_writer import Found, Source, UnusableSourceError, encode_png
 from tasks.evaluate.sets.convert.source_images import image_source, path_inside, stamp_of
@@ -31,7 +32,7 @@ def read_voc(root: Path, whole: bool = False) -> LabelTable:
         )
     listing = root / "ImageSets" / "Main" / "test.txt"
     try:
-        images = listing.read_text().split()
+        images = read_text(listing).split()
     except FileNotFoundError:
         raise InputError(f"{listing} is missing: expected the names of the images") from None
     found = []
