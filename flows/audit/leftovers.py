@@ -154,15 +154,16 @@ def _why_unneeded(registered: Artifact, root: _Root) -> str:
     name, version = registered.config["model_name"], int(registered.counts["version"])
     alias, digest = registered.config["alias"], registered.parents[Role.TRAINED]
     store = TrackingStore.at(root.profile.mlflow_uri, "")
-    standings = read_standings(store, name)
+    standings, champion = read_standings(store, name), champion_of(store, name, alias)
+    if champion is None:
+        return ""  # somebody renamed it, or deleted what a run would register again
     standing = standings.get(version)
     if standing is None and registered.parents[Role.TRACKING] == hash_marks([store.uri]):
         return f"{name}/{version} was deleted in the registry"
     if standing is None or standing.digest != digest:
         return ""  # in another registry
-    champion = champion_of(store, name, alias)
     champions = {move.version for move in history(store, name, alias)}
-    if version in champions | {max(standings), champion and champion.version}:
+    if version in champions | {max(standings), champion.version}:
         return ""
     trained = root.by_digest.get(digest)
     weights = trained.folder / MODEL_FOLDER / WEIGHTS_FILE if trained else None

@@ -117,6 +117,19 @@ def test_what_is_new_enough_and_what_waits_for_the_next_retraining_stays(root: P
     assert waiting.folder not in paths and root / "download" / "fedcba9876543210" not in paths
 
 
+@pytest.mark.parametrize("what", ["renamed", "deleted"])
+def test_no_training_goes_while_a_colleague_has_renamed_the_model_or_deleted_its_champion(
+    root: Path, what: str
+) -> None:
+    client = TrackingStore.at(f"sqlite:///{root}/mlflow.db", "e").client()
+    if what == "renamed":
+        client.rename_registered_model(NAME, "bobs")
+    else:
+        client.delete_model_version(NAME, "2")
+    found = [one for one in find_leftovers(profile_of(root), days=0) if one.why != "half-made"]
+    assert {one.path.parent.name for one in found} == {"download", "evaluate", "verify"}
+
+
 def test_a_pruned_training_is_made_again_when_it_is_asked_for(root: Path) -> None:
     remove_leftovers(root, find_leftovers(profile_of(root), days=0), report_nothing)
     (pruned,) = root.glob(f"train/*/{PRUNED}")
